@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.result import Simulation
     from moe_inspect.simulate.routing.routing import simulate_routing
+    from moe_inspect.trace.merge import merge
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
 
@@ -78,6 +79,7 @@ __all__ = [
     "export_trace",
     "import_trace",
     "intervene",
+    "merge",
     "mismatch",
     "open_trace",
     "probe",
@@ -122,6 +124,7 @@ _HOMES = {
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
     "intervene": "moe_inspect.api",
+    "merge": "moe_inspect.trace.merge",
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
     "probe": "moe_inspect.capture.hook.probe",

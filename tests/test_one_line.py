@@ -55,6 +55,7 @@ USUAL: dict[str, list[Any]] = {
     "sql": ["t", "select * from routing"],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
+    "merge": ["t", "u", "-o", "new"],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
     "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
@@ -63,7 +64,9 @@ USUAL: dict[str, list[Any]] = {
     "simulate routing": ["t"],
 }
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
-SILENT = ["trace", "import", "export"]  # on stdout
+SILENT = ["trace", "import", "merge", "export"]  # on stdout
+WRITE_ONCE = ["import", "merge"]  # but for --overwrite
+NO_TABLES = ["trace", "import", "merge", "verify", "doctor", "watch"]
 
 
 def commands(group: typer.Typer, *before: str) -> Iterator[str]:
@@ -117,6 +120,7 @@ def sample(root: Path, *labels: str, model: str = "synthetic") -> Trace:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made")
     sample(place / "t", "law", "code")
+    sample(place / "u", "poems")
     (place / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
     return place
 
@@ -178,13 +182,13 @@ def test_stdout_that_takes_nothing(command: str, here: Path) -> None:
         (os.devnull, os.O_RDONLY, "Bad file descriptor"),
     ):
         with os.fdopen(os.open(place, mode), "w", encoding="utf-8") as full:
-            result = run(command, *(["--overwrite"] if command == "import" else []), stdout=full)
+            result = run(command, *(["--overwrite"] if command in WRITE_ONCE else []), stdout=full)
         fine(result) if command in SILENT else one_line(result, f"cannot write to stdout: {why}")
 
 
 @pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
 def test_stdout_that_is_gone_or_ascii_and_stderr_that_is_full(command: str, here: Path) -> None:
-    again = ["--overwrite"] if command == "import" else []
+    again = ["--overwrite"] if command in WRITE_ONCE else []
     reads, writes = os.pipe()
     os.close(reads)
     with os.fdopen(writes, "w", encoding="utf-8") as gone:
@@ -241,6 +245,7 @@ OUTPUTS = {
     "compare": [["-o", "new.csv"], ["--table", "flips", "-o", "new.parquet"], ["-o", "new.txt"]],
     "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
     "import": [[]],
+    "merge": [[]],
     "export": [
         ["--format", f, "-o", f"new{e}"]
         for f, e in (("counts", ".csv"), ("sglang", ".json"), ("long-parquet", ".parquet"))
@@ -259,7 +264,7 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Pa
     for output in OUTPUTS[command]:
         with disk_of(10):
             result = run(
-                command, *output, *(["--overwrite"] if command in ("trace", "import") else [])
+                command, *output, *(["--overwrite"] if command in ("trace", *WRITE_ONCE) else [])
             )
         one_line(result, "cannot write new", "File too large")
 
@@ -459,9 +464,7 @@ def test_numbers_are_no_formulas(here: Path) -> None:
     assert (here / "n.csv").read_text() == "number,whole,mixed\n-1.5,-3,-2.5\n2.0,4,'-x\n"
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in USUAL if c not in ("trace", "import", "verify", "doctor", "watch")]
-)
+@pytest.mark.parametrize("command", [c for c in USUAL if c not in NO_TABLES])
 def test_whatever_writes_csv_can_write_it_safely(command: str) -> None:
     shown = io.BytesIO()
     fine(run(command, "--help", usual=[], stdout=io.TextIOWrapper(shown, "utf-8")))

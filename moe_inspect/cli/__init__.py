@@ -14,6 +14,7 @@ from moe_inspect.cli import (
     experts,
     export,
     import_,
+    merge,
     report,
     simulate,
     sql,
@@ -45,6 +46,7 @@ app.command("prune", cls=GroupedCommand)(experts.prune)
 app.command("describe", cls=GroupedCommand)(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
 app.command("verify", cls=GroupedCommand)(verify.verify)
+app.command("merge", cls=GroupedCommand)(merge.merge)
 app.command("export", cls=export.ExportCommand)(export.export)
 app.command("watch", cls=GroupedCommand)(watch.watch)
 app.command("doctor", cls=GroupedCommand)(doctor.doctor)

@@ -4,10 +4,7 @@ renamed when it is complete."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import secrets
 import socket
 import sys
 import warnings
@@ -28,13 +25,12 @@ from moe_inspect.importers.mapping import parse_map
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
-from moe_inspect.trace.files.atomic import sync_directory
-from moe_inspect.trace.files.lock import LOCK, hold
 from moe_inspect.trace.manifest import process_start
-from moe_inspect.trace.output_dir import check_directory, claim_directory, clear_trace
+from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer.draft import whole_trace
 
 ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused
 
@@ -194,61 +190,25 @@ def _write(
     vocabulary: pa.Table | None,
     manifest: dict[str, Any],
 ) -> None:
-    target = out.resolve() if out.is_symlink() else out
-    _clear_drafts(target)
-    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # another import may hold the lock while it checks whether a process is running
-    with hold(draft, wait=True) as lock:
-        try:
-            with TraceWriter(
-                draft,
-                manifest,
-                imported.routers,
-                weights=imported.weights,
-                logits=imported.logits,
-                energy=imported.energy,
-                counts_only=imported.counts_only,
-                vocabulary=vocabulary,
-                shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
-                # counts are committed as they come: a shard is a window of a report
-                commit_every=None if imported.counts_only else commit_every,
-                lock=lock,
-            ) as writer:
-                for batch in batches:
-                    writer.write(batch)
-            claim_directory(target, overwrite, resumable=False).release()
-            os.replace(draft, target)
-            lock.root = target
-            sync_directory(target.parent)
-        except (OSError, MoeInspectError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            # the message of the writer suggests --resume, which `import` does not have
-            if isinstance(cause, OSError):
-                raise MoeInspectError(
-                    f"cannot write {out}: {first_line(cause)}; nothing was imported"
-                ) from None
-            raise
-        finally:
-            if draft.exists():
-                _remove(draft)
-
-
-def _clear_drafts(target: Path) -> None:
-    """Removes temporary directories of killed imports to the same directory."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.\d+(-[0-9a-f]+)?\.tmp")
-    for draft in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            # not removed: one whose process is running, and one with other files in it
-            with contextlib.suppress(MoeInspectError), claim_directory(draft, overwrite=True):
-                _remove(draft)
-
-
-def _remove(draft: Path) -> None:
-    """Removes the directory of a trace, its lock file too."""
-    clear_trace(draft)
-    with contextlib.suppress(OSError):  # the next import tries again
-        (draft / LOCK).unlink(missing_ok=True)
-        draft.rmdir()
+    with (
+        whole_trace(out, overwrite, "nothing was imported") as (draft, lock),
+        TraceWriter(
+            draft,
+            manifest,
+            imported.routers,
+            weights=imported.weights,
+            logits=imported.logits,
+            energy=imported.energy,
+            counts_only=imported.counts_only,
+            vocabulary=vocabulary,
+            shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
+            # counts are committed as they come: a shard is a window of a report
+            commit_every=None if imported.counts_only else commit_every,
+            lock=lock,
+        ) as writer,
+    ):
+        for batch in batches:
+            writer.write(batch)
 
 
 def watched(

@@ -20,7 +20,7 @@ COMMANDS = {
     "Record": ("trace", "import", "watch", "doctor"),
     "Look": ("report", "text", "sql", "compare", "describe"),
     "Try": ("simulate", "ablate", "prune"),
-    "Files": ("verify", "export"),
+    "Files": ("verify", "merge", "export"),
 }
 
 _OUTPUT = ("full", "table", "format", "output", "safe_csv", "plots", "html", "simulate", "top")
@@ -194,6 +194,10 @@ PAGES = {
         ),
     ),
     "verify": Page(examples=("verify runs/a", "verify runs/a --json")),
+    "merge": Page(
+        {"Trace": ("output", "overwrite")},
+        ("merge runs/a runs/b -o runs/all", "merge runs/a runs/b runs/c -o runs/all --overwrite"),
+    ),
     "export": Page(
         examples=(
             "export runs/a --format counts -o counts.csv",

@@ -62,6 +62,11 @@ def file_sha256(file: pa.NativeFile) -> str:
     return hashlib.sha256(file.read_at(file.size(), 0)).hexdigest()
 
 
+def stated(data: bytes) -> dict[str, Any]:
+    """What the manifest states of vocabulary.parquet."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def _remove(section: Any, path: list[str]) -> None:
     """Removes a value by its path, in an object or in each object of a list."""
     if isinstance(section, list):
@@ -75,9 +80,9 @@ def _remove(section: Any, path: list[str]) -> None:
 
 def digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
-    stated = json.loads(
+    content = json.loads(
         json.dumps({key: value for key, value in manifest.items() if key != "digest"})
     )
     for path in FREE_TEXT:
-        _remove(stated, [*path.split(".")])
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+        _remove(content, [*path.split(".")])
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

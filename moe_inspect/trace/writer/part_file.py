@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of
 
@@ -69,6 +70,18 @@ def write_part(
         "footer_crc32": footer_crc32,
         "sha256": sink.digest.hexdigest(),
     }
+
+
+def vocabulary_bytes(vocabulary: pa.Table) -> bytes:
+    """The file vocabulary.parquet of token_id, token."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        vocabulary.cast(schema.VOCABULARY_SCHEMA),
+        sink,
+        compression="zstd",
+        write_page_checksum=True,
+    )
+    return sink.getvalue().to_pybytes()
 
 
 def _codec(column: str, bf16: bool) -> str:

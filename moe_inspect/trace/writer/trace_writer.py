@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line
@@ -27,7 +25,7 @@ from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.writer import tables
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch, summed
 from moe_inspect.trace.writer.early import EarlyShards
-from moe_inspect.trace.writer.part_file import write_part
+from moe_inspect.trace.writer.part_file import vocabulary_bytes, write_part
 from moe_inspect.trace.writer.pending import SHARD_SECONDS, SHARD_TOKENS, PendingShard
 from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
 
@@ -208,17 +206,9 @@ class TraceWriter:
         """Writes the vocabulary, before the manifest, which states its checksum."""
         path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
         if vocabulary is not None and not (resumed and path.exists()):
-            sink = pa.BufferOutputStream()
-            pq.write_table(
-                vocabulary.cast(schema.VOCABULARY_SCHEMA),
-                sink,
-                compression="zstd",
-                write_page_checksum=True,
-            )
-            write_atomically(path, sink.getvalue().to_pybytes())
+            write_atomically(path, vocabulary_bytes(vocabulary))
         if path.exists():
-            data = path.read_bytes()
-            found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            found = checksums.stated(path.read_bytes())
             if resumed and read_manifest(self.root).get("vocabulary", found) != found:
                 raise Damaged(
                     path,

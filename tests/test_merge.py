@@ -1,0 +1,319 @@
+"""merge: traces of one model become one that says the same as a trace of all their text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from moe_inspect import merge
+from moe_inspect.api import trace_model
+from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import report
+from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.merge.run import _reconcile
+from moe_inspect.trace.merge.shards import MOST_NUMBER, Target
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.conftest import Cli
+from tests.damage import edit_lines, edit_manifest, without_checksums
+from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
+
+E, K, L = 8, 2, 2
+PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))
+
+
+def made(root: Path, seed: int, T: int = 90, **how: Any) -> Trace:
+    rng = np.random.default_rng(seed)
+    weights = [rng.random((T, K)).astype(np.float16).astype(np.float32) for _ in range(L)]
+    ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
+    ids[1][5, 1] = np.iinfo(np.uint16).max
+    usual: dict[str, Any] = {
+        "document": np.repeat(np.arange(T // 10), 10),
+        "token_id": rng.integers(0, 50, T),
+        "weights": weights,
+        "batch_tokens": 10,
+        "shard_tokens": 40,
+        "words": 50,
+    }
+    return write_trace(root, ids, E, **usual | how)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traces `first`, `second` of half of the demo's corpus each, and `both`; a document a pass."""
+    root = tmp_path_factory.mktemp("halves")
+    domains = sorted(path.name for path in CORPUS_DIR.iterdir() if path.is_dir())
+    # domains take turns in a trace
+    chosen = {"first": slice(0, 2), "second": slice(2, 4), "both": slice(0, 4)}
+    for name, some in chosen.items():
+        for domain in domains:
+            for file in sorted((CORPUS_DIR / domain).iterdir())[some]:
+                (root / "text" / name / domain).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, root / "text" / name / domain)
+        trace_model(
+            "demo",
+            root / name,
+            data=[str(root / "text" / name)],
+            batch_tokens=1,
+            logits=True,
+            token_loss=True,
+            output_norms=True,
+        )
+    return root
+
+
+def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path: Path) -> None:
+    parts = [Trace(halves / "first"), Trace(halves / "second")]
+    merged, both = (
+        merge([halves / "first", halves / "second"], tmp_path / "m"),
+        Trace(halves / "both"),
+    )
+    found = verify(tmp_path / "m")
+    assert found.ok, found
+    assert found.assignments == sum(
+        verify(halves / name).assignments for name in ("first", "second")
+    )
+    assert found.assignments == merged.n_tokens * sum(r.top_k for r in merged.routers)
+    assert merged.status == "complete"
+    for name in ("routing", "tokens", "documents", "logits", "vocabulary"):
+        ours, theirs = getattr(merged, name)(), getattr(both, name)()
+        if name == "documents":
+            # of another folder
+            ours, theirs = (t.drop(columns="source") for t in (ours, theirs))
+        if name in ("tokens", "documents"):
+            ours, theirs = (t.assign(domain=t["domain"].astype(str)) for t in (ours, theirs))
+        if name == "routing":
+            ours, theirs = (
+                t.sort_values(["router", "token"], ignore_index=True) for t in (ours, theirs)
+            )
+        pd.testing.assert_frame_equal(ours, theirs)
+    expected, said = report(both), report(merged)
+    assert list(said.tables) == list(expected.tables)
+    for name in expected.tables:
+        if name == "summary":
+            continue
+        ours, theirs = (pd.DataFrame(each.tables[name]) for each in (said, expected))
+        # what chance alone would give is drawn shard by shard, and the merged trace has two
+        drawn = [column for column in theirs if "null" in str(column)]
+        pd.testing.assert_frame_equal(ours.drop(columns=drawn), theirs.drop(columns=drawn))
+    listed = merged.manifest["parts"]
+    assert [part["name"] for part in listed] == ["first", "second"]
+    assert [part["first_document"] for part in listed] == [0, listed[0]["documents"]]
+    assert [part["digest"] for part in listed] == [p.manifest["digest"] for p in parts]
+    assert merged.manifest["corpus"]["special_tokens"] == both.manifest["corpus"]["special_tokens"]
+    assert merged.text(listed[0]["documents"]) == parts[1].text(0)
+
+
+def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
+    odd = np.repeat([900, 4, 77, 5, 6, 7, 8, 9, 10], 10)
+    parts = [made(tmp_path / "a", 0), made(tmp_path / "b", 1, document=odd)]
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert verify(tmp_path / "m").ok
+    tokens = merged.tokens()
+    assert sorted(merged.documents()["document"]) == list(range(18))
+    assert (
+        tokens["document"][90:].tolist()
+        == np.repeat([17, 9, 16, 10, 11, 12, 13, 14, 15], 10).tolist()
+    )
+    assert tokens["sequence"].tolist() == [*np.repeat(np.arange(9), 10), *(9 + odd)]
+    assert tokens["batch"].tolist() == np.repeat(np.arange(18), 10).tolist()
+    loads = [
+        t.routing().filter(like="expert").stack().value_counts().sort_index()
+        for t in [*parts, merged]
+    ]
+    assert (loads[2] == loads[0].add(loads[1])).all(), loads
+
+
+def two_ranks(root: Path, seed: int) -> None:
+    """A pass of 10 tokens, a document, on each of two ranks."""
+    rng, zeros, T = np.random.default_rng(seed), np.zeros(10, np.int32), 10
+    manifest = {"model": {"id": "synthetic"}, "capture": {}}
+    with hold(root) as lock:
+        for rank in (1, 0):
+            with TraceWriter(
+                root, manifest, routers(L, E, K), weights=False, rank=rank, lock=lock
+            ) as writer:
+                ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
+                text = zeros + rank
+                position = np.arange(T, dtype=np.int32)
+                documents = [Document(rank, "x", "here", T)]
+                writer.write(
+                    RoutedBatch(
+                        0, zeros, text, text, position, zeros, ["x"], ids, None, None, documents
+                    )
+                )
+
+
+def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
+    two_ranks(tmp_path / "a", 0)
+    two_ranks(tmp_path / "b", 1)
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert verify(tmp_path / "m").ok
+    a = Trace(tmp_path / "a")
+    assert merged.n_tokens == 2 * a.n_tokens
+    assert {shard.files.rank for shard in merged.shards} == {0, 1}
+    # the passes of the ranks of a run keep their number, which is the same
+    assert merged.tokens()["batch"].tolist() == [0] * 10 + [1] * 10 + [0] * 10 + [1] * 10
+
+
+def test_counts_encoders_and_traces_without_a_vocabulary(tmp_path: Path) -> None:
+    loads = [np.arange(16, dtype=np.int64).reshape(2, 8) * 2 for _ in range(2)]
+    write_counts(tmp_path / "a", loads, 2, ("x", "y"))
+    write_counts(tmp_path / "b", [load * 3 for load in loads], 2, ("y", "z"))
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert verify(tmp_path / "m").ok
+    counts = merged.counts().groupby("domain", observed=True)["assignments"].sum()
+    low, high = int(loads[0][0].sum()), int(loads[0][1].sum())
+    assert counts.to_dict() == {"x": 2 * low, "y": 2 * (high + 3 * low), "z": 6 * high}
+    made(tmp_path / "d", 2, words=0)
+    made(tmp_path / "e", 3)
+    assert len(merge([tmp_path / "d", tmp_path / "e"], tmp_path / "n").vocabulary()) == 50
+    assert verify(tmp_path / "n").ok
+    encoder_decoder(tmp_path / "f")
+    # what states no checksums may be other data
+    without_checksums(tmp_path / "f", tmp_path / "g")
+    lines = [{k: v for k, v in one.items() if k != "sha256"} for one in edit_lines(tmp_path / "g")]
+    (tmp_path / "g/shards-0.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    merged = merge([tmp_path / "f", tmp_path / "g"], tmp_path / "o")
+    assert verify(tmp_path / "o").ok
+    assert merged.n_decisions == 20
+
+
+def test_a_part_that_was_interrupted_makes_the_whole_so(tmp_path: Path) -> None:
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1, status="interrupted")
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m").status == "interrupted"
+    found = verify(tmp_path / "m")
+    assert (found.ok, found.resumable) == (True, False)
+
+
+def test_numbers_end_at_those_of_the_format(tmp_path: Path) -> None:
+    trace = made(tmp_path / "a", 0)
+    target = Target(tmp_path / "m", None, sequences=MOST_NUMBER - 3)
+    for table in trace.tables:
+        (tmp_path / "m" / table).mkdir(parents=True)
+    with pytest.raises(MoeInspectError, match="numbers of sequences go beyond 2,147,483,647"):
+        target.add(trace)
+    target = Target(tmp_path / "m", None, documents=MOST_NUMBER - 8)
+    with pytest.raises(MoeInspectError, match="numbers of documents go beyond"):
+        target.add(trace)
+    target = Target(tmp_path / "m", None, batches=MOST_NUMBER - 8)
+    with pytest.raises(MoeInspectError, match="numbers of forward passes go beyond"):
+        target.add(trace)
+
+
+def refused(root: Path, says: str, *names: str) -> None:
+    """In one line, with nothing left behind."""
+    there = sorted(path.name for path in root.iterdir())
+    with pytest.raises(MoeInspectError, match=says) as error:
+        merge([root / name for name in names], root / "new")
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in root.iterdir()) == there
+
+
+def other(section: str, **values: Any) -> Callable[[Path, int], None]:
+    def make(root: Path, seed: int) -> None:
+        made(root, seed)
+        manifest = json.loads((root / "trace.json").read_text())
+        edit_manifest(root, **{section: (manifest.get(section) or {}) | values})
+
+    return make
+
+
+UNLIKE: dict[str, tuple[Callable[[Path, int], Any], str]] = {
+    "model": (other("model", id="other"), r"model.id is synthetic and other.*edit"),
+    "adapter": (other("model", adapter={"kind": "lora"}), "model.adapter is None and"),
+    "seed": (other("corpus", plan={"random_init": 3}), "plan.random_init is None and 3"),
+    "dtype": (other("capture", dtype="bfloat16"), "capture.dtype is float32 and bfloat16"),
+    "experts": (
+        lambda root, seed: write_trace(root, [PAIRS] * L, 9, weights=[np.ones((9, K))] * L),
+        r"routers\[0\].experts is 8 and 9",
+    ),
+    "k": (
+        lambda root, seed: write_trace(
+            root, [np.zeros((9, 1), np.uint8)] * L, E, weights=[np.ones((9, 1))] * L
+        ),
+        r"routers\[0\].top_k is 2 and 1",
+    ),
+    "routers": (
+        lambda root, seed: write_trace(root, [PAIRS], E, weights=[np.ones((9, K))]),
+        "the routers is 2 routers and 1 router",
+    ),
+    "weights": (lambda root, seed: made(root, seed, weights=None), "a has weight_j, .*b has not"),
+    "logits": (
+        lambda root, seed: made(root, seed, logits=[np.zeros((90, E), np.float16)] * L),
+        "b has logits, .*a has not",
+    ),
+    "counts": (
+        lambda root, seed: write_counts(root, [np.ones((1, E))] * L, K),
+        "b holds counts only, .*a decisions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_unlike_traces_are_refused(tmp_path: Path, name: str) -> None:
+    make, says = UNLIKE[name]
+    made(tmp_path / "a", 0)
+    make(tmp_path / "b", 1)
+    assert verify(tmp_path / "b").ok
+    refused(tmp_path, says, "a", "b")
+
+
+def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1, words=60)
+    assert len(merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m").vocabulary()) == 60
+    made(tmp_path / "c", 2, words=0, token_id=np.full(90, 70))
+    refused(tmp_path, "c has token id 70, the vocabulary of the others 50 tokens", "a", "c")
+    words = pq.read_table(tmp_path / "b" / "vocabulary.parquet").to_pandas()
+    words.loc[7, "token"] = "other"
+    words.to_parquet(tmp_path / "b" / "vocabulary.parquet", index=False)
+    edit_manifest(tmp_path / "b", vocabulary=None)
+    refused(tmp_path, "different vocabularies: token 7 is ' w7' and 'other'", "a", "b")
+
+
+def test_damage_is_refused_and_named(tmp_path: Path) -> None:
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1)
+    path = tmp_path / "b/routing/part-0-1.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path, "b/routing/part-0-1.parquet", "a", "b")
+    refused(tmp_path, "two traces or more", "a")
+    refused(tmp_path, "holds the same as", "a", "a")
+    with pytest.raises(MoeInspectError, match="is one of the traces"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a", overwrite=True)
+
+
+def test_what_was_copied_is_what_was_verified(tmp_path: Path) -> None:
+    trace, found = made(tmp_path / "a", 0), verify(tmp_path / "a")
+    target = Target(tmp_path / "m", 50)
+    for table in trace.tables:
+        (tmp_path / "m" / table).mkdir(parents=True)
+    target.add(trace)
+    _reconcile(target, [found])
+    target.assignments -= 1
+    with pytest.raises(MoeInspectError, match="359 assignments, 358 were merged"):
+        _reconcile(target, [found])
+
+
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1)
+    call = ("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m")
+    assert cli(*call).stderr == f"merged 2 traces, 180 tokens into {tmp_path / 'm'}\n"
+    assert "--overwrite" in cli(*call, check=1).stderr
+    cli(*call, "--overwrite")
+    assert verify(tmp_path / "m").ok
