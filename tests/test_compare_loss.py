@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import moe_inspect
 from tests.conftest import Cli
+from tests.zoo import build
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,24 @@ def test_the_same_trace_has_the_same_losses(traced: tuple[moe_inspect.Trace, ...
     assert table["tokens"].tolist()[:2] == [expected] * 2
     assert set(table["routes"]) == {"", "same"}
     assert (table[["difference_nats", "absolute_difference_nats"]] == 0).all(axis=None)
+
+
+@torch.no_grad()
+def test_of_an_encoder_decoder_the_decoders_tokens(tmp_path: Path) -> None:
+    """The other trace is of a head of its own: the routes are the same, the losses are not."""
+    model = build("switch_transformers")
+    read, said = torch.arange(7)[None] + 20, torch.arange(6)[None] * 3 + 40
+    for name in "ab":
+        with moe_inspect.record(model, tmp_path / name, token_loss=True):
+            model(input_ids=read, decoder_input_ids=said)
+        model.lm_head.weight.data *= 1.5
+    a, b = (moe_inspect.open_trace(tmp_path / name) for name in "ab")
+    row: Any = moe_inspect.compare(a, b).tables["loss"].iloc[0]
+    assert row["tokens"] == 6 - 1
+    assert row["mean_loss_nats_a"] == pytest.approx(a.tokens()["loss_nats"].mean())
+    assert row["mean_loss_nats_b"] == pytest.approx(b.tokens()["loss_nats"].mean())
+    assert abs(row["difference_nats"]) > 1e-4
+    assert np.isnan(row["difference_nats_low"]), "one document has no interval"
 
 
 def test_without_losses_it_is_empty_and_said_to_be(
