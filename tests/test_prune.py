@@ -14,6 +14,7 @@ from moe_inspect.analysis.scores import lowest
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.interventions.ablation.run import ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.pruning.advise import of_overlap
 from moe_inspect.interventions.pruning.calibration import check_trace
 from moe_inspect.interventions.pruning.choose import check
 from moe_inspect.interventions.pruning.measure import measure
@@ -111,6 +112,21 @@ def test_a_loss_is_that_of_the_model_without_the_experts(held_out: HeldOut) -> N
     by_domain = table[(table.domain != "(all)") & (table.plan == "one")]
     whole = (by_domain.loss * by_domain.tokens).sum() / by_domain.tokens.sum()
     assert whole == pytest.approx(of_all.loss["one"])
+
+
+def test_text_that_was_calibrated_on_is_found_however_it_is_cut(
+    held_out: HeldOut, tmp_path: Path
+) -> None:
+    rows = [row for batch in held_out.batches for row in batch]
+    cut = moe_inspect.trace_model("demo", tmp_path / "t", max_length=100, max_tokens=250)
+    fed, documents = cut.tokens().document.nunique(), len({row.document for row in rows})
+    [found] = of_overlap(cut, held_out)
+    assert found.text.startswith(f"{fed} of {documents} held-out documents are in the")
+    others = [replace(row, ids=row.ids[::-1].copy()) for row in rows]
+    assert not list(of_overlap(cut, replace(held_out, batches=[others]))), "control: other text"
+    counted = moe_inspect.trace_model("demo", tmp_path / "c", max_tokens=150, counts_only=True)
+    [found] = of_overlap(counted, held_out)
+    assert "does not hold its text" in found.text
 
 
 def test_as_many_go_of_each_group() -> None:

@@ -17,6 +17,7 @@ from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
 FREQUENCY = "frequency"
+BEGINNING = 32  # tokens; shorter texts are compared whole
 NAMED = 6  # experts or domains listed in a sentence
 
 
@@ -56,10 +57,24 @@ def of_coverage(
 
 
 def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
-    """Held-out text that was calibrated on."""
-    fed = {row.ids.tobytes() for row in sequences_of(trace)}
+    """Held-out text that was calibrated on, whole or cut elsewhere; or that the trace does not tell
+    its text."""
+    fed: dict[bytes, list[np.ndarray]] = {}
+    for row in sequences_of(trace):
+        fed.setdefault(_beginning(row.ids), []).append(row.ids)
+    if not fed:
+        yield Finding(
+            "overlap",
+            f"{trace.path} does not hold its text: whether held-out text was calibrated on is "
+            "not known",
+        )
     rows = [row for batch in held_out.batches for row in batch]
-    again = {row.document for row in rows if row.ids.astype(np.int32).tobytes() in fed}
+    again = {
+        row.document
+        for row in rows
+        for other in fed.get(_beginning(row.ids), [])
+        if np.array_equal(*(ids[: min(len(row.ids), len(other))] for ids in (row.ids, other)))
+    }
     if again:
         documents = plural(len({row.document for row in rows}), "held-out document")
         yield Finding(
@@ -67,6 +82,10 @@ def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
             f"{len(again)} of {documents} are in the calibration trace: their loss says nothing of "
             "text that was not calibrated on",
         )
+
+
+def _beginning(ids: np.ndarray) -> bytes:
+    return ids[:BEGINNING].astype(np.int32).tobytes()
 
 
 def of_super_experts(
