@@ -91,7 +91,6 @@ def _lock(connection: DuckDBPyConnection, spill: str) -> None:
     does not hold, sees no variable of this program, and cannot be told otherwise."""
     connection.execute(f"set temp_directory = '{spill.replace(chr(39), chr(39) * 2)}'")
     connection.execute("set enable_external_access = false")
-    connection.execute("set python_enable_replacements = false")
     connection.execute("set lock_configuration = true")
 
 

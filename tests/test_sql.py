@@ -137,7 +137,6 @@ def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
         "select * from '{file}'",
         "select * from '{folder}/*.csv'",
         "select * from query('from read_text(''{file}'')')",
-        "select * from frame",
         "select * from nothing",
         "select nothing from routing",
         "select",
@@ -147,7 +146,6 @@ def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
 def test_a_query_reads_the_trace_alone(
     asked: str, trace: Trace, tmp_path: Path, cli_here: Cli
 ) -> None:
-    frame = pd.DataFrame({"a": [1]})  # a variable that DuckDB would find otherwise
     secret = tmp_path / "secret.csv"
     secret.write_text("a,b\n1,2\n")
     asked = asked.format(file=secret, folder=tmp_path)
@@ -157,7 +155,6 @@ def test_a_query_reads_the_trace_alone(
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.csv"]
-    assert len(frame) == 1
 
 
 @pytest.mark.parametrize(
@@ -181,6 +178,15 @@ def test_the_lock_holds_by_itself(statement: str, tmp_path: Path) -> None:
         with pytest.raises(duckdb.Error, match=r"disabled|locked"):
             connection.execute(statement.format(folder=tmp_path))
     assert not (tmp_path / "new").exists()
+
+
+def test_no_variable_of_the_program_is_seen(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": [1]})
+    with duckdb.connect() as connection:
+        assert connection.sql("from frame").fetchall() == [(frame["a"][0],)], "control"
+        query._lock(connection, str(tmp_path))
+        with pytest.raises(duckdb.Error, match="frame does not exist"):
+            connection.sql("from frame")
 
 
 def test_what_does_not_fit_in_memory_goes_to_the_directory_given(tmp_path: Path) -> None:

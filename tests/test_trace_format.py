@@ -117,6 +117,14 @@ def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path:
             moe_inspect.report(tmp_path / "t").tables[table],
             moe_inspect.report(SAMPLES[0]).tables[table],
         )
+    for asked in (
+        "select domain, phase, expert, count(*) n from routing group by all order by all",
+        "from tokens order by token",
+        "from documents order by document",
+    ):
+        pd.testing.assert_frame_equal(
+            moe_inspect.sql(tmp_path / "t", asked), moe_inspect.sql(SAMPLES[0], asked)
+        )
 
 
 # --- columns
