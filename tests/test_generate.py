@@ -19,7 +19,7 @@ from moe_inspect.capture.corpus.plan import Frame, Plan, batches, sequences
 from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.load import load_config, load_model
+from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from tests.conftest import Cli
 from tests.test_cli_trace import save, write_jsonl
 
@@ -205,7 +205,7 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
 def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> None:
     """For models whose routing depends on the other rows of a batch."""
     plan = Plan(find_sources([corpus]), CorpusOptions(batch_tokens=200), max_length=24)
-    tokenizer = run.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
     assert max(len(batch) for batch, _ in together) > 1
     assert all(len(batch) == 1 for batch, _ in singly)

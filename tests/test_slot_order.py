@@ -212,6 +212,11 @@ FIRST = {  # table → columns that need first choices
     ],
     "specialization": ["vocabulary_specialization", "vocabulary_specialization_null"],
     "vocabulary": ["first_choice_fraction"],
+    "paths": [
+        "paths",
+        *(f"path_entropy_{of}" for of in ("bits", "low", "high")),
+        *(f"path_entropy_{of}_bits" for of in ("shuffled", "independent")),
+    ],
 }
 
 
