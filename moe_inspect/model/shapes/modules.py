@@ -114,9 +114,6 @@ class Module:
 
     to = eval = train = requires_grad_ = float = half = bfloat16 = cuda = cpu = _itself
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
 
 class ModuleList(Module):
     def __init__(self, modules: Iterable[object] = ()) -> None:
