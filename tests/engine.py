@@ -1,0 +1,213 @@
+"""A server that speaks the protocols of engines as strictly as they do, and whose decisions are a
+known function of token, position and layer.
+
+As a program it stands in for an engine that is started: `python -m tests.engine serve MODEL --port
+N …`, with what else it shall do in ENGINE_DOES, a JSON object.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
+KEY = "sesame"
+MODEL_LENGTH = 200
+SAMPLING = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+}
+FIELDS = {
+    "/v1/completions": {
+        "model",
+        "prompt",
+        "max_tokens",
+        "return_token_ids",
+        "routed_experts_prompt_start",
+        "cache_salt",
+        "seed",
+        *SAMPLING,
+    },
+    "/generate": {
+        "input_ids",
+        "sampling_params",
+        "return_routed_experts",
+        "routed_experts_start_len",
+        "return_prompt_token_ids",
+        "extra_key",
+    },
+}
+
+
+def decisions(token: np.ndarray, position: np.ndarray, layer: int) -> np.ndarray:
+    """[T, K], distinct."""
+    return ((token * 7 + position * 3 + layer * 5)[:, None] + np.arange(K)) % EXPERTS
+
+
+def continued(prompt: list[int], most: int) -> list[int]:
+    """What the server generates: some sequences end early, by END."""
+    made: list[int] = []
+    while len(made) < most and END not in made:
+        made.append(
+            END
+            if len(prompt) % 4 == 0 and len(made) == 2
+            else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2)
+        )
+    return made
+
+
+class Server:
+    """`behave(n, path, body)` may return (status, headers, raw answer) in place of the true one to
+    request n, or `edit` it."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        self.behave: Callable[
+            [int, str, dict[str, Any]], tuple[int, dict[str, str], bytes] | None
+        ] = lambda *_: None
+        self.edit: Callable[[dict[str, Any]], None] = lambda answer: None
+        self.routed: Callable[[np.ndarray], np.ndarray] = lambda routed: routed
+        self.delay_s: Callable[[int], float] = lambda n: 0.0
+        self.model_type, self.key = "deepseek_v3", None
+        self.salts: set[str] = set()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if strange := set(body) - FIELDS[path]:
+            return 400, {"error": {"message": f"unknown field {strange}"}}
+        vllm = path == "/v1/completions"
+        sampling = body if vllm else body["sampling_params"]
+        if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING}:
+            return 400, {"error": {"message": "unknown sampling parameter"}}
+        prompt, most = (
+            (body["prompt"], body["max_tokens"])
+            if vllm
+            else (body["input_ids"], sampling["max_new_tokens"])
+        )
+        if vllm and (body["model"] != "served" or body["return_token_ids"] is not True):
+            return 404, {"error": {"message": "no such model"}}
+        if not (
+            prompt
+            and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt)
+            and len(prompt) + most <= MODEL_LENGTH
+        ):
+            return 400, {"error": {"message": "maximum context length exceeded"}}
+        made = continued(prompt, most)
+        fed = np.array(prompt + made[:-1])
+        routed = np.zeros((len(fed), LAYERS, K), np.int64)
+        for layer in range(DENSE + 1, LAYERS):
+            routed[:, layer] = decisions(fed, np.arange(len(fed)), layer)
+        routed = self.routed(routed)
+        finish = "stop" if made[-1] == END else "length"
+        if vllm:
+            sink = io.BytesIO()
+            np.save(sink, routed.astype(np.uint8))
+            choice = {
+                "index": 0,
+                "text": "",
+                "finish_reason": finish,
+                "token_ids": made,
+                "prompt_token_ids": prompt,
+            }
+            choice["routed_experts"] = base64.b64encode(sink.getvalue()).decode()
+            return 200, {
+                "choices": [choice],
+                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made)},
+            }
+        facts = {
+            "finish_reason": {"type": finish},
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(made),
+        }
+        if body["return_routed_experts"]:
+            facts["routed_experts"] = base64.b64encode(
+                routed.astype("<i4")[body["routed_experts_start_len"] :].tobytes()
+            ).decode()
+        return 200, {"text": "", "output_ids": made, "prompt_token_ids": prompt, "meta_info": facts}
+
+    def about(self, path: str) -> dict[str, Any] | None:
+        return {
+            "/v1/models": {
+                "data": [{"id": "served", "root": "/models/tiny", "max_model_len": MODEL_LENGTH}]
+            },
+            "/version": {"version": "0.33.0"},
+            "/model_info": {"model_path": "/models/tiny", "model_type": self.model_type},
+            "/server_info": {"version": "0.5.23", "api_key": KEY},
+        }.get(path)
+
+
+@contextmanager
+def serving(server: Server, port: int = 0) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def reply(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def allowed(self) -> bool:
+            if server.key is None or self.headers["Authorization"] == f"Bearer {server.key}":
+                return True
+            self.reply(401, b'{"error": "Unauthorized"}')
+            return False
+
+        def do_GET(self) -> None:
+            if self.allowed():
+                found = server.about(self.path)
+                self.reply(
+                    200 if found else 404, json.dumps(found or {"detail": "Not Found"}).encode()
+                )
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self.allowed():
+                return
+            if self.path not in FIELDS:
+                return self.reply(404, b"{}")
+            with server.lock:
+                n = len(server.requests)
+                server.requests.append((self.path, body))
+                server.now += 1
+                server.most = max(server.most, server.now)
+            time.sleep(server.delay_s(n))
+            instead = server.behave(n, self.path, body)
+            status, answer = server.answer(self.path, body)
+            server.edit(answer)
+            with server.lock:
+                server.now -= 1
+            if instead is None:
+                self.reply(status, json.dumps(answer).encode())
+            else:
+                self.reply(instead[0], instead[2], instead[1])
+                self.close_connection = True
+
+    listening = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    listening.daemon_threads = True
+    listening.handle_error = lambda *_: None  # who asked has gone: that is part of the tests
+    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}"
+    finally:
+        listening.shutdown()
+        listening.server_close()
