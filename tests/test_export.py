@@ -127,9 +127,13 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
     [
         ("esft", {"top_p": 0}, "--top-p is 0, not over 0 and at most 1"),
         ("esft", {"top_p": float("nan")}, "--top-p is nan"),
-        ("esft", {"score": "x"}, "no score 'x': there are token, gate, reap"),
-        ("pruning", {"score": "x"}, "no score 'x' of a trace: there are reap, gate"),
-        ("pruning", {"score": "gate", "keep": 0.1}, "of 8 experts, and every token goes to 2"),
+        ("esft", {"by": "x"}, "no score 'x': there are reap, gate"),
+        ("pruning", {"by": "x"}, "no score 'x': there are reap, gate"),
+        ("pruning", {"by": "aimer"}, "add --weights MODEL"),
+        ("esft", {"by": "ablation"}, "add --losses FILE"),
+        ("esft", {"losses": "l.csv"}, "--losses is for ablation, not for frequency"),
+        ("counts", {"by": "gate"}, "--by is an option of the format esft, pruning, not of counts"),
+        ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, and every token goes to 2"),
         ("pruning", {"top_p": 0.5}, "--top-p is an option of the format esft, not of pruning"),
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
     ],
@@ -144,7 +148,7 @@ def test_options_of_esft_are_checked(
 
 @pytest.mark.parametrize("score", ["gate", "frequency"])
 def test_the_experts_with_the_least_scores_go(score: str, trace: Trace, tmp_path: Path):
-    export_trace(trace, "pruning", tmp_path / "p.json", score=score, keep=0.6)
+    export_trace(trace, "pruning", tmp_path / "p.json", by=score, keep=0.6)
     plan = json.loads((tmp_path / "p.json").read_text())
     assert (plan["format"], plan["by"], plan["keep"]) == (1, score, 0.6)
     assert plan["experts"] == {"1": E, "3": E}
@@ -162,22 +166,22 @@ def test_as_many_experts_go_of_each_group(trace: Trace, tmp_path: Path):
     shutil.copytree(trace.path, path)
     by_best = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
     edit_manifest(path, model={**trace.manifest["model"], "config": by_best})
-    export_trace(path, "pruning", tmp_path / "p.json", score="gate", keep=0.5)
+    export_trace(path, "pruning", tmp_path / "p.json", by="gate", keep=0.5)
     plan = json.loads((tmp_path / "p.json").read_text())
     assert [e // 2 for e in plan["dropped"]["1"]] == [0, 1, 2, 3]
     # too few in each for a router that compares groups by their best two, or goes to one of them
     for config in (by_best | {"topk_method": "noaux_tc"}, by_best | {"topk_group": 1}):
         edit_manifest(path, model={**trace.manifest["model"], "config": config})
         with pytest.raises(MoeInspectError, match="leaves 1 expert in each of 4 groups"):
-            export_trace(path, "pruning", tmp_path / "q.json", score="gate", keep=0.5)
+            export_trace(path, "pruning", tmp_path / "q.json", by="gate", keep=0.5)
     assert not (tmp_path / "q.json").exists()
 
 
 @pytest.mark.parametrize("score", ["reap", "ean", "mean-norm"])
 def test_esft_trains_by_the_sizes_of_outputs_too(score: str, tmp_path: Path):
     norms = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, output_norms=True)
-    export_trace(norms, "esft", tmp_path / "e", top_p=0.5, score=score)
-    export_trace(norms, "pruning", tmp_path / "p.json", score=score)
+    export_trace(norms, "esft", tmp_path / "e", top_p=0.5, by=score)
+    export_trace(norms, "pruning", tmp_path / "p.json", by=score)
     plan = json.loads((tmp_path / "p.json").read_text())
     column = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm"}[score]
     whole = moe_inspect.report(norms).tables["worth"].set_index("layer")
@@ -190,6 +194,79 @@ def test_esft_trains_by_the_sizes_of_outputs_too(score: str, tmp_path: Path):
     share = (of_layer / of_layer.sum()).sort_values(ascending=False)
     assert share[chosen].sum() >= 0.5 - 1e-6
     assert share[chosen[:-1]].sum() < 0.5
+
+
+def test_by_the_weights_of_the_experts(tmp_path: Path):
+    short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=60)
+    given = {"by": "aimer", "weights": "demo"}
+    export_trace(short, "esft", tmp_path / "e", top_p=0.5, **given)
+    export_trace(short, "pruning", tmp_path / "p.json", **given)
+    plan = json.loads((tmp_path / "p.json").read_text())
+    table = moe_inspect.describe_weights("demo")["experts"].set_index("layer").loc[2]
+    worth = 1 - table["aimer"].to_numpy()
+    assert plan["scores"]["2"] == pytest.approx(worth.tolist())
+    assert plan["dropped"]["2"] == sorted(np.argsort(worth)[:2].tolist())
+    (folder,) = (tmp_path / "e").iterdir()
+    chosen = json.loads((folder / "expert_cfg.json").read_text())["experts"]["2"]
+    assert chosen == np.argsort(-worth)[: len(chosen)].tolist()
+    assert worth[chosen[:-1]].sum() < worth.sum() / 2 <= worth[chosen].sum()
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path):
+    """Its rows are in any order; experts without which the loss is less are not trained."""
+    keys = pd.MultiIndex.from_product(
+        [[(1, 0), (3, 1)], range(E), ["a", "b/c"]], names=["at", "expert", "domain"]
+    )
+    rows = keys.to_frame(index=False)
+    rows["layer"], rows["router"] = rows["at"].str[0], rows["at"].str[1]
+    rows["tokens"] = np.where(rows["domain"] == "a", 100, 300)
+    rows["difference"] = np.random.default_rng(0).normal(0.1, 0.2, len(rows)).round(6)
+    rows = rows.drop(columns="at").sample(frac=1, random_state=1)
+    path = tmp_path / f"losses.{ending}"
+    write = {
+        "csv": lambda: rows.to_csv(path, index=False),
+        "json": lambda: rows.to_json(path, orient="records", lines=True),
+        "parquet": lambda: rows.to_parquet(path),
+    }
+    write[ending]()
+    given = {"by": "ablation", "losses": path}
+    export_trace(trace, "pruning", tmp_path / "p.json", **given)
+    export_trace(trace, "esft", tmp_path / "e", top_p=0.6, **given)
+    plan = json.loads((tmp_path / "p.json").read_text())
+    config = json.loads((tmp_path / "e/a/expert_cfg.json").read_text())
+    for layer in (1, 3):
+        of_layer = rows[rows["layer"] == layer].pivot(
+            index="expert", columns="domain", values="difference"
+        )
+        whole = of_layer["a"] * 0.25 + of_layer["b/c"] * 0.75
+        assert plan["scores"][str(layer)] == pytest.approx(whole.tolist())
+        assert plan["dropped"][str(layer)] == sorted(whole.nsmallest(2).index)
+        gain, chosen = of_layer["a"].clip(lower=0), config["experts"][str(layer)]
+        assert gain[chosen].min() > 0
+        assert gain[chosen[:-1]].sum() < 0.6 * gain.sum() <= gain[chosen].sum()
+    assert (rows["difference"] < 0).any(), "control"
+    for wrong, said in (
+        (rows[rows["domain"] == "a"], "no losses of the domain 'b/c', only of a"),
+        (
+            rows.drop(columns="domain")
+            .groupby(["layer", "router", "expert"], as_index=False)
+            .sum(),
+            "only of all text",
+        ),
+        (rows[rows["expert"] != 5], "losses without 7 of 8 experts in layer 1"),
+        (rows[rows["layer"] == 3], "losses without 0 of 8 experts in layer 1"),
+        (rows.drop(columns="tokens"), "no column 'tokens': it is no table of moe-inspect ablate"),
+    ):
+        wrong.to_csv(tmp_path / "wrong.csv", index=False)
+        with pytest.raises(MoeInspectError, match=said):
+            export_trace(
+                trace, "esft", tmp_path / "f", by="ablation", losses=tmp_path / "wrong.csv"
+            )
+    for name, said in (("none.csv", "cannot read"), ("losses.txt", "are read from .csv")):
+        with pytest.raises(MoeInspectError, match=said):
+            export_trace(trace, "esft", tmp_path / "f", by="ablation", losses=tmp_path / name)
+    assert not (tmp_path / "f").exists()
 
 
 def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path):
@@ -254,7 +331,7 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
     if format == "pruning":
         with pytest.raises(MoeInspectError, match="does not hold how large the experts' outputs"):
             export_trace(trace, format, tmp_path / "o.json")
-        export_trace(trace, format, tmp_path / "o.json", score="frequency")
+        export_trace(trace, format, tmp_path / "o.json", by="frequency")
         plan = json.loads((tmp_path / "o.json").read_text())
         assert plan["dropped"] == {"0": [0, 1], "1": [0, 1]}
         return
@@ -288,7 +365,7 @@ def test_the_help_lists_every_format(cli_here: Cli) -> None:
     assert set(exporters()) == set(MODULES)
     for name, exporter in exporters().items():
         assert f"{name} {exporter.writes}" in said
-    assert exporters()["esft"].options == ["top_p", "score"]
+    assert exporters()["esft"].options == ["top_p", "by", "weights", "losses"]
     assert exporters()["sglang"].options == []
 
 

@@ -150,7 +150,7 @@ def test_by_weights_alone(held_out: HeldOut, three: Trace) -> None:
     few = replace(held_out, batches=held_out.batches[:1])
     done = prune_held_out(few, three, Choice(by="aimer", keep=0.75, draws=1))
     table = moe_inspect.describe_weights("demo")["experts"]
-    assert np.allclose(-done.scores.score, table.aimer)
+    assert np.allclose(1 - done.scores.score, table.aimer)
     assert done.dropped[0] == sorted(table[table.layer == 0].aimer.nlargest(2).index)
 
 

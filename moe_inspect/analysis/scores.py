@@ -1,21 +1,25 @@
-"""What each expert is worth by one number, from a trace alone, and which experts go by it.
+"""What each expert is worth by one number, without running the model, and which experts go by it.
 
 L routers, D domains, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.analysis.ablated import losses_without
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import plural
+from moe_inspect.text import no_such, plural
 from moe_inspect.trace.reader import Trace
 
 # of a trace; the least is the first to go
@@ -28,6 +32,74 @@ SCORES = {
 }
 OF_NORMS = ("reap", "ean", "mean-norm")
 MEANS = {"reap", "mean-norm"}  # per assignment
+AIMER, ABLATION = "aimer", "ablation"
+# of a trace and what is beside it
+ALL = (*SCORES, AIMER, ABLATION)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`whole_LE`: the score of each expert of each router, float64 [E] of each. `by_domain`: the
+    same in each domain, None where no text decides."""
+
+    whole_LE: list[np.ndarray]
+    by_domain: dict[str, list[np.ndarray]] | None
+
+    def of_domain(self, domain: str) -> list[np.ndarray]:
+        """float64 [E] of each router"""
+        if self.by_domain is None:
+            return self.whole_LE
+        if domain not in self.by_domain:
+            raise MoeInspectError(
+                f"there are no losses of the domain {domain!r}, only of "
+                f"{', '.join(self.by_domain) or 'all text'}: make them with moe-inspect ablate "
+                "--table domains, on text of all domains"
+            )
+        return self.by_domain[domain]
+
+
+def scores_of(
+    trace: Trace, by: str, *, weights: str | Path | None = None, losses: str | Path | None = None
+) -> Scores:
+    """Scores of all routers of a trace. `weights`: the directory of the model's safetensors, for
+    "aimer"; `losses`: a table of `moe-inspect ablate`, for "ablation". MoeInspectError where what
+    it takes is missing."""
+    if by not in ALL:
+        raise MoeInspectError(no_such("score", by, ALL))
+    if (weights is not None) > (by == AIMER) or (losses is not None) > (by == ABLATION):
+        option = "--weights is for aimer" if by != AIMER and weights else "--losses is for ablation"
+        raise MoeInspectError(f"{option}, not for {by}")
+    routers = range(len(trace.routers))
+    if by == AIMER:
+        if weights is None:
+            raise MoeInspectError("aimer takes the model's weights: add --weights MODEL")
+        aimer = aimer_of(weights, trace.routers, routers)
+        return Scores(aimer_scores(aimer, routers, weights), None)
+    if by == ABLATION:
+        if losses is None:
+            raise MoeInspectError(
+                "ablation takes measured losses: add --losses FILE, of moe-inspect ablate --table "
+                "domains -o FILE"
+            )
+        return Scores(*losses_without(losses, trace.routers))
+    counts = counted(trace, by)
+    by_router = [score_DE(counts, r, by) for r in routers]
+    by_domain = {name: [of[d] for of in by_router] for d, name in enumerate(counts.domains)}
+    return Scores([score_E(counts, r, by) for r in routers], by_domain)
+
+
+def aimer_scores(
+    aimer: Mapping[int, np.ndarray], routers: Iterable[int], weights: str | Path
+) -> list[np.ndarray]:
+    """1 − AIMER of the experts of these routers: those go first whose weights are most alike in
+    size (arXiv:2603.18492). float64 [E] of each router, 0 to 1. MoeInspectError where weights
+    cannot be read."""
+    found = [1 - aimer[r] for r in routers]
+    if any(np.isnan(score_E).any() for score_E in found):
+        raise MoeInspectError(
+            f"the weights of {weights} are quantised, which {AIMER} does not read"
+        )
+    return found
 
 
 def counted(trace: Trace, by: str) -> Counts:

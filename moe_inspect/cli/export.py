@@ -9,25 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_inspect.cli.emit import SafeCsv
+from moe_inspect.cli.experts.options import By
 from moe_inspect.cli.formats import FormatsCommand
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import print_stderr
 
-
-class Score(StrEnum):
-    token = "token"
-    gate = "gate"
-    reap = "reap"
-    ean = "ean"
-    mean_norm = "mean-norm"
-    frequency = "frequency"
-
-
 if TYPE_CHECKING:
-    ExportFormat = StrEnum
+    ExportFormat = ExportBy = StrEnum
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in MODULES})
+    # "token" is ESFT's own name of frequency
+    ExportBy = StrEnum("ExportBy", {by: by for by in (*By, "token") if by != By.random})
 
 
 class ExportCommand(FormatsCommand):
@@ -70,14 +63,31 @@ def export(
             show_default=False,
         ),
     ] = None,
-    score: Annotated[
-        Score | None,
+    by: Annotated[
+        ExportBy | None,
         typer.Option(
+            "--by",
+            "--score",
             help=(
-                "esft: score experts by their share of the assignments (token), of the gate weight "
-                "(gate), or by the sizes of their outputs (reap, ean, mean-norm). Default: token. "
-                "pruning: reap (the default), ean, mean-norm, gate or frequency."
+                "esft, pruning: the score of the experts, as prune takes it. Default: frequency "
+                "(token) for esft, reap for pruning."
             ),
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --by aimer: the model, a directory or a hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    losses: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --by ablation: a table that moe-inspect ablate wrote; for esft, domains.",
             show_default=False,
         ),
     ] = None,
@@ -106,7 +116,9 @@ def export(
         format.value,
         output,
         top_p=top_p,
-        score=score and score.value,
+        by=by and by.value,
+        weights=weights,
+        losses=losses,
         gpu_layers=gpu_layers,
         keep=keep,
         safe_csv=safe_csv,

@@ -18,29 +18,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.scores import OF_NORMS, counted, score_DE
+from moe_inspect.analysis.scores import ALL, Scores, scores_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.registry import exporter, need_decisions
 from moe_inspect.exporters.sums import Sums, sums_by_domain
+from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-SCORES = ("token", "gate", *OF_NORMS)  # the first two are ESFT's
+# the scores that ESFT has, by their names here; "token" is its own name of the first
+OF_ESFT = {"frequency": "token", "token": "token", "gate": "gate"}
 
 
 @exporter(
     "esft",
     writes="per domain the expert weights, scores and training configuration (a folder)",
 )
-def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -> None:
+def esft(
+    trace: Trace,
+    output: Path,
+    top_p: float = 0.2,
+    by: str = "frequency",
+    weights: str | Path | None = None,
+    losses: str | Path | None = None,
+) -> None:
     """DIR/<domain>/: rank_0/expert_weights_<layer>.txt, one line per sequence (and shard), which
     ESFT's generate_expert_config.py reads; summary.json, the scores; expert_cfg.json, the experts
     to train, which its train.py takes as --expert_config."""
     if not 0 < top_p <= 1:
         raise MoeInspectError(f"--top-p is {top_p:g}, not over 0 and at most 1")
-    if score not in SCORES:
-        raise MoeInspectError(f"no score {score!r}: there are {', '.join(SCORES)}")
+    if by not in (*ALL, *OF_ESFT):
+        raise MoeInspectError(no_such("score", by, ALL))
     need_decisions(trace, "esft")
     if (
         not trace.has_weights
@@ -53,7 +61,9 @@ def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -
         )
     if output.exists():
         raise MoeInspectError(f"there is something at {output}: give a new folder")
-    by_norms = counted(trace, score) if score in OF_NORMS else None
+    others = None
+    if by not in OF_ESFT or weights is not None or losses is not None:
+        others = scores_of(trace, by, weights=weights, losses=losses)
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
@@ -63,12 +73,11 @@ def esft(trace: Trace, output: Path, top_p: float = 0.2, score: str = "token") -
         summed = sums_by_domain(trace)
         for domain, folder in folders.items():
             scores = _scores(trace, summed, domain)
-            if by_norms is not None:
-                scores[f"{score}_scores"] = _by_norms(trace, by_norms, domain, score)
+            name = f"{OF_ESFT.get(by, by)}_scores"
+            if others is not None:
+                scores[name] = _others(trace, others, domain)
             (folder / "summary.json").write_text(json.dumps(scores))
-            (folder / "expert_cfg.json").write_text(
-                json.dumps(_config(scores[f"{score}_scores"], top_p))
-            )
+            (folder / "expert_cfg.json").write_text(json.dumps(_config(scores[name], top_p)))
         os.replace(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -120,10 +129,11 @@ def _file_name(domain: str, taken: dict[str, Path]) -> str:
 
 def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]:
     """ESFT's training configuration: of each layer the experts with the highest scores, until they
-    have the share `top_p`."""
+    have the share `top_p` of all that are above 0."""
     experts: dict[str, list[int]] = {}
     for layer, of_expert in scores.items():
-        score_E = np.array(list(of_expert.values()))
+        # an expert without which the loss is less has a score below 0
+        score_E = np.maximum(list(of_expert.values()), 0)
         best_E = np.argsort(-score_E, kind="stable")
         before_E = np.cumsum(score_E[best_E]) - score_E[best_E]
         # a sum that is top_p but for rounding is enough
@@ -131,13 +141,10 @@ def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
-def _by_norms(trace: Trace, counts: Counts, domain: str, score: str) -> dict[str, Any]:
-    d = counts.domains.index(domain)
+def _others(trace: Trace, scores: Scores, domain: str) -> dict[str, dict[str, float]]:
     return {
-        str(router.layer): {
-            str(e): value for e, value in enumerate(score_DE(counts, r, score)[d].tolist())
-        }
-        for r, router in enumerate(trace.routers)
+        str(router.layer): {str(e): value for e, value in enumerate(score_E.tolist())}
+        for router, score_E in zip(trace.routers, scores.of_domain(domain), strict=True)
     }
 
 

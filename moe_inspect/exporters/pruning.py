@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.analysis.scores import counted, lowest, refuse_too_few, score_E
+from moe_inspect.analysis.scores import lowest, refuse_too_few, scores_of
 from moe_inspect.exporters.registry import exporter
 from moe_inspect.model.sizes import groups_of, text_config
 from moe_inspect.trace.files.atomic import draft_of
@@ -15,17 +15,24 @@ from moe_inspect.trace.reader import Trace
 
 
 @exporter("pruning", writes="scores of the experts, and those that go by them (.json)")
-def pruning(trace: Trace, output: Path, keep: float = 0.75, score: str = "reap") -> None:
+def pruning(
+    trace: Trace,
+    output: Path,
+    keep: float = 0.75,
+    by: str = "reap",
+    weights: str | Path | None = None,
+    losses: str | Path | None = None,
+) -> None:
     """One JSON object, described in docs/prune.md. As many go in each layer, and in each group
     where routers choose groups first."""
-    counts = counted(trace, score)
+    scores = scores_of(trace, by, weights=weights, losses=losses)
     groups, _, _ = of_groups = groups_of(text_config(trace))
     several = len({router.layer for router in trace.routers}) < len(trace.routers)
     made: dict[str, Any] = {
         "format": 1,
         "model": (trace.manifest.get("model") or {}).get("id"),
         "trace": str(trace.path),
-        "by": score,
+        "by": by,
         "keep": keep,
         "experts": {},
         "dropped": {},
@@ -34,7 +41,7 @@ def pruning(trace: Trace, output: Path, keep: float = 0.75, score: str = "reap")
     for r, router in enumerate(trace.routers):
         refuse_too_few(router.experts, router.top_k, keep, of_groups)
         name = router.path if several else str(router.layer)
-        of = score_E(counts, r, score)
+        of = scores.whole_LE[r]
         made["experts"][name] = router.experts
         made["dropped"][name] = lowest([of], keep, groups)[0]
         made["scores"][name] = of.tolist()

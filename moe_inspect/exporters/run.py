@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.exporters.registry import exporters
+from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace
 
@@ -16,7 +17,10 @@ def export_trace(
     output: str | Path,
     *,
     top_p: float | None = None,
+    by: str | None = None,
     score: str | None = None,
+    weights: str | Path | None = None,
+    losses: str | Path | None = None,
     gpu_layers: int | None = None,
     keep: float | None = None,
     safe_csv: bool = False,
@@ -32,9 +36,13 @@ def export_trace(
         output: the file, for "esft" the folder, to write.
         top_p: esft: train the fewest experts of each layer whose scores sum to this share of the
             layer's, 0.2 by default.
-        score: esft: "token", the share of the assignments (the default), or "gate", the share of
-            the gate weight; both also "reap", "ean" and "mean-norm", by the sizes of the experts'
-            outputs. pruning: "reap" by default, or "gate" or "frequency".
+        by: esft, pruning: the score of the experts, a word that `prune` takes too: "frequency"
+            (the default of esft, whose own name for it is "token"), "gate", "reap" (the default of
+            pruning), "ean", "mean-norm", "aimer" or "ablation".
+        score: an older name of `by`.
+        weights: with "aimer": the model, a hub id or the directory of its safetensors.
+        losses: with "ablation": a table of `moe-inspect ablate`, for esft the table `domains`, as
+            .csv, .json or .parquet.
         keep: pruning: the least share of the experts of each layer that stays, 0.75 by default.
         gpu_layers: llama-cpp: how many layers' experts stay on the GPU.
         safe_csv: counts as .csv: put an apostrophe before a domain that a spreadsheet would take
@@ -48,7 +56,9 @@ def export_trace(
         raise MoeInspectError(no_such("format", format, known))
     given = (
         ("top_p", top_p),
-        ("score", score),
+        ("by", by if by is not None else score),
+        ("weights", weights),
+        ("losses", losses),
         ("keep", keep),
         ("gpu_layers", gpu_layers),
         ("safe_csv", safe_csv or None),
@@ -59,6 +69,8 @@ def export_trace(
         raise MoeInspectError(
             f"--{wrong[0].replace('_', '-')} is an option of the format {takers}, not of {format}"
         )
+    if weights is not None:
+        options["weights"] = checkpoint_dir(str(weights))
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
     if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):

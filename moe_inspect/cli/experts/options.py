@@ -15,6 +15,17 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class By(StrEnum):
+    reap = "reap"
+    gate = "gate"
+    frequency = "frequency"
+    ean = "ean"
+    mean_norm = "mean-norm"
+    aimer = "aimer"
+    ablation = "ablation"
+    random = "random"
+
+
 Model = Annotated[
     str,
     typer.Argument(

@@ -16,17 +16,6 @@ from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 
 
-class By(StrEnum):
-    reap = "reap"
-    gate = "gate"
-    frequency = "frequency"
-    ean = "ean"
-    mean_norm = "mean-norm"
-    aimer = "aimer"
-    ablation = "ablation"
-    random = "random"
-
-
 class Table(StrEnum):
     losses = "losses"
     scores = "scores"
@@ -58,7 +47,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Only score and measure: no checkpoint.")
     ] = False,
     by: Annotated[
-        By,
+        of.By,
         typer.Option(
             help=(
                 "Experts with the least go first. reap: mean of gate weight × norm of the output. "
@@ -67,7 +56,7 @@ def prune(
                 "calibration text without the expert."
             )
         ),
-    ] = By.reap,
+    ] = of.By.reap,
     keep: Annotated[
         float, typer.Option(help="Share of the experts of each layer (or group) to keep at least.")
     ] = 0.75,

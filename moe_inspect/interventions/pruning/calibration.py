@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.scores import SCORES
+from moe_inspect.analysis.scores import ABLATION, ALL, aimer_scores
 from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.capture.corpus.plan import TokenSequence, batches
 from moe_inspect.capture.resume import comparable
@@ -25,8 +25,8 @@ from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace
 
-ABLATION, AIMER, RANDOM = "ablation", "aimer", "random"
-BY = (*SCORES, AIMER, ABLATION, RANDOM)
+RANDOM = "random"
+BY = (*ALL, RANDOM)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # config entries that say how weights are stored or run, not what the model is
 OF_A_RUN = {"dtype", "torch_dtype", "use_cache", "output_router_logits"}
@@ -111,15 +111,12 @@ def ablation_scores(
     return [of.to_numpy(np.float64) for _, of in by_router]
 
 
-def aimer_scores(held_out: HeldOut, trace: Trace, routers: Sequence[int]) -> list[np.ndarray]:
-    """Minus AIMER of each expert, by its weights alone: those go first whose weights are most alike
-    in size (arXiv:2603.18492). float64 [E] of each router. MoeInspectError where weights cannot be
-    read."""
+def aimer_of_model(held_out: HeldOut, trace: Trace, routers: Sequence[int]) -> list[np.ndarray]:
+    """See `aimer_scores`."""
     name, revision = held_out.record["model"], held_out.record["revision"]
-    found = aimer_of(checkpoint_dir(name, revision), trace.routers, routers)
-    if any(np.isnan(aimer_E).any() for aimer_E in found.values()):
-        raise MoeInspectError(f"the weights of {name} are quantised, which {AIMER} does not read")
-    return [-found[r] for r in routers]
+    return aimer_scores(
+        aimer_of(checkpoint_dir(name, revision), trace.routers, routers), routers, name
+    )
 
 
 def sequences_of(trace: Trace) -> Iterator[TokenSequence]:

@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_E
+from moe_inspect.analysis.scores import (
+    ABLATION,
+    AIMER,
+    SCORES,
+    counted,
+    lowest,
+    random_scores,
+    score_E,
+)
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
@@ -24,12 +32,10 @@ from moe_inspect.interventions.ablation.measure import Progress
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning import advise, checkpoint
 from moe_inspect.interventions.pruning.calibration import (
-    ABLATION,
-    AIMER,
     BY,
     RANDOM,
     ablation_scores,
-    aimer_scores,
+    aimer_of_model,
     check_trace,
 )
 from moe_inspect.interventions.pruning.choose import check, config_of
@@ -232,7 +238,7 @@ def planned(
     elif choice.by == ABLATION:
         score_LE = ablation_scores(held_out, trace, choice.resume, progress)
     elif choice.by == AIMER:
-        score_LE = aimer_scores(held_out, trace, routers)
+        score_LE = aimer_of_model(held_out, trace, routers)
     else:
         score_LE = [score_E(counts, r, choice.by) for r in routers]
     drops = {choice.by: [gone(score_LE)]}
