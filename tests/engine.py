@@ -85,7 +85,7 @@ class Server:
         self.routed: Callable[[np.ndarray], np.ndarray] = lambda routed: routed
         self.delay_s: Callable[[int], float] = lambda n: 0.0
         self.model_type, self.key = "deepseek_v3", None
-        self.salts: set[str] = set()
+        self.length = MODEL_LENGTH
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if strange := set(body) - FIELDS[path]:
@@ -104,7 +104,7 @@ class Server:
         if not (
             prompt
             and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt)
-            and len(prompt) + most <= MODEL_LENGTH
+            and len(prompt) + most <= self.length
         ):
             return 400, {"error": {"message": "maximum context length exceeded"}}
         made = continued(prompt, most)
@@ -143,7 +143,7 @@ class Server:
     def about(self, path: str) -> dict[str, Any] | None:
         return {
             "/v1/models": {
-                "data": [{"id": "served", "root": "/models/tiny", "max_model_len": MODEL_LENGTH}]
+                "data": [{"id": "served", "root": "/models/tiny", "max_model_len": self.length}]
             },
             "/version": {"version": "0.33.0"},
             "/model_info": {"model_path": "/models/tiny", "model_type": self.model_type},

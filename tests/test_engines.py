@@ -110,6 +110,29 @@ def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path
     assert served.manifest["routers"] == known
 
 
+def test_long_documents_are_split_as_in_a_local_trace(
+    model: str, tmp_path: Path, capsys: Any
+) -> None:
+    """By default, whatever is generated; where the server takes fewer positions than the model, as
+    in a local trace with the `--max-length` that is told."""
+    text = str(write_jsonl(tmp_path / "c.jsonl", documents=3, words=900))
+    columns = ["document", "sequence", "position", "token_id"]
+    for length, generate, max_length in ((256, 0, None), (120, 5, 114)):
+        server, place, found = Server(), tmp_path / str(length), []
+        server.length = length
+        usual = {"data": [text], "batch_tokens": 300, "generate": generate}
+        with serving(server) as url:
+            served = traced(url, place / "e", model, text, **{**usual, "max_length": None})
+        assert ("--max-length 114" in capsys.readouterr().err) == (length == 120)
+        local = moe_inspect.trace_model(model, place / "l", max_length=max_length, **usual)
+        for trace in (served, local):
+            tokens = trace.tokens()
+            found.append(tokens[tokens.phase == "prefill"][columns].reset_index(drop=True))
+        assert found[0].equals(found[1])
+        longest = length - generate - 1
+        assert (found[0].groupby("sequence").size() == longest).sum() >= 3
+
+
 def test_concurrency_is_bounded_and_changes_nothing(
     model: str, corpus: str, tmp_path: Path
 ) -> None:
@@ -355,7 +378,9 @@ def test_a_server_of_another_model_or_engine_is_refused(
             traced(url, tmp_path / "t", model, corpus, "sglang")
         with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
             traced(url, tmp_path / "t", model, corpus, layers=[0])
-        with pytest.raises(MoeInspectError, match="--max-length 200 is beyond the 199 positions"):
+        with pytest.raises(
+            MoeInspectError, match="200 is beyond the 199 positions of this model: an"
+        ):
             traced(url, tmp_path / "t", model, corpus, max_length=200)
         assert not server.requests
 
@@ -588,6 +613,8 @@ def test_what_a_server_says_steers_no_terminal(
             model,
             "--data",
             corpus,
+            "--max-length",
+            40,
             "--concurrency",
             1,
             check=1,

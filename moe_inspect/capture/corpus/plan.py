@@ -20,6 +20,8 @@ from moe_inspect.model.own import positions_of
 from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
+# tokens that an engine generates although none are asked for; the last is never fed
+ENGINE_GENERATES = 1
 TEXTS_PER_CALL = 64  # documents tokenized together
 # batches whose sequences are sorted by length together: less padding, bounded memory
 WINDOW_BATCHES = 16
@@ -77,24 +79,32 @@ class Plan:
 
 
 def longest_sequence(
-    max_length: int | None, config: Any, generate: int, served: int | None = None
+    max_length: int | None,
+    config: Any,
+    generate: int,
+    engine: bool = False,
+    served: int | None = None,
 ) -> int:
-    """Tokens of the longest sequence: `max_length` or the default, within the limits of the model
-    and of the server (`served`), less the tokens to generate."""
+    """Tokens of the longest sequence: `max_length` or the default, within the positions of the
+    model and of the server (`served`), less those of the tokens to generate. An `engine` always
+    generates one more; the default reserves its position in a local trace too, so that both split
+    a long document at the same tokens."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = [n for n in (positions_of(text), served) if n]
-    limit = min(stated or [MAX_LENGTH + generate]) - generate
+    with_engine = min(stated) - generate - ENGINE_GENERATES if stated else MAX_LENGTH
+    limit = with_engine if engine or not stated else with_engine + ENGINE_GENERATES
     if limit < 1:
         raise MoeInspectError(
             f"generating {generate} tokens leaves no room for a prompt in the positions of this "
             "model"
         )
     if max_length is not None and max_length > limit:
-        after = f" that {generate} generated tokens leave" if generate else ""
+        left = f" that {generate} generated tokens leave" if generate else ""
+        why = ": an engine always generates one token more" if engine else ""
         raise MoeInspectError(
-            f"--max-length {max_length} is beyond the {limit} positions of this model{after}"
+            f"--max-length {max_length} is beyond the {limit} positions of this model{left}{why}"
         )
-    return max_length or min(limit, MAX_LENGTH)
+    return max_length or max(min(with_engine, MAX_LENGTH), 1)
 
 
 # --- sequences

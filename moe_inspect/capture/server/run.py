@@ -43,6 +43,7 @@ from moe_inspect.capture.server.protocols import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, config_record, load_config, load_tokenizer
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table
+from moe_inspect.text import print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest
@@ -104,10 +105,7 @@ async def _record(
     kind, routers = routers_of(config, options.trust_remote_code)
     async with client(run.url, options.api_key, options.timeout_s, options.concurrency) as http:
         about = await ask_about(http, run.protocol, config)
-        # the last generated token is never fed
-        length = longest_sequence(
-            options.max_length, config, options.generate + 1, about["max_model_len"]
-        )
+        length = _longest_sequence(options, config, about["max_model_len"])
         plan = Plan(run.sources, options, length)
         record = _plan_record(run, plan, about["model"])
         start = resume_from(run.output_dir, record, 0) if resume else None
@@ -140,6 +138,18 @@ async def _record(
         elif output.writer is None:
             corpus = ", ".join(options.data) or "the bundled corpus"
             raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
+
+
+def _longest_sequence(options: EngineOptions, config: Any, served: int | None) -> int:
+    """Tokens of the longest sequence; says so where a local trace would take longer ones."""
+    asked, generate = options.max_length, options.generate
+    length = longest_sequence(asked, config, generate, engine=True, served=served)
+    if asked is None and length < longest_sequence(None, config, generate):
+        print_stderr(
+            f"the server takes {served:,} positions, fewer than the model: documents are split at "
+            f"{length:,} tokens, as in a local trace with --max-length {length}"
+        )
+    return length
 
 
 def _plan_record(run: EngineRun, plan: Plan, served_model: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ MaxLength = Annotated[
     typer.Option(
         metavar="N",
         min=2,
-        help="Split longer documents (default: what the model takes, at most 2048).",
+        help="Split longer documents (default: the model's positions less one, at most 2048).",
         show_default=False,
     ),
 ]

@@ -87,7 +87,7 @@ def trace(
         int | None,
         typer.Option(
             min=1,
-            help="Split longer documents (default: what the model takes, at most 2048).",
+            help="Split longer documents (default: the model's positions less one, at most 2048).",
             show_default=False,
         ),
     ] = None,
