@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.result import Simulation
     from moe_inspect.simulate.routing.routing import simulate_routing
-    from moe_inspect.trace.merge import merge
+    from moe_inspect.trace.derived.merge import merge
+    from moe_inspect.trace.derived.sample import sample
     from moe_inspect.trace.reader import Trace, open_trace
     from moe_inspect.trace.verify import Verification, verify
 
@@ -87,6 +88,7 @@ __all__ = [
     "record",
     "register_router",
     "report",
+    "sample",
     "simulate_cache",
     "simulate_capacity",
     "simulate_decode",
@@ -124,7 +126,7 @@ _HOMES = {
     "export_trace": "moe_inspect.exporters.run",
     "import_trace": "moe_inspect.importers.run",
     "intervene": "moe_inspect.api",
-    "merge": "moe_inspect.trace.merge",
+    "merge": "moe_inspect.trace.derived.merge",
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
     "probe": "moe_inspect.capture.hook.probe",
@@ -132,6 +134,7 @@ _HOMES = {
     "register_router": "moe_inspect.model.custom.spec",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",
+    "sample": "moe_inspect.trace.derived.sample",
     "simulate_cache": "moe_inspect.simulate.cache.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity.capacity",
     "simulate_decode": "moe_inspect.simulate.decode.decode",

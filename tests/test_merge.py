@@ -13,14 +13,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect import merge
+from moe_inspect import merge, sample
 from moe_inspect.api import trace_model
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
+from moe_inspect.trace.derived.merge import _reconcile
+from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
-from moe_inspect.trace.merge.run import _reconcile
-from moe_inspect.trace.merge.shards import MOST_NUMBER, Target
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
@@ -112,6 +112,50 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
     assert [part["digest"] for part in listed] == [p.manifest["digest"] for p in parts]
     assert merged.manifest["corpus"]["special_tokens"] == both.manifest["corpus"]["special_tokens"]
     assert merged.text(listed[0]["documents"]) == parts[1].text(0)
+
+
+def by_document(trace: Trace) -> pd.DataFrame:
+    """All that is recorded of each token, by its place in the text."""
+    tokens = trace.tokens().drop(columns=["batch", "sequence"])
+    source = trace.documents().set_index("document")["source"].astype(str)
+    tokens["document"] = tokens["document"].map(source)
+    tokens["domain"] = tokens["domain"].astype(str)
+    tokens["phase"] = tokens["phase"].astype(str)
+    found = tokens.merge(trace.routing(), on="token").merge(
+        trace.logits(), on=["token", "router", "layer"]
+    )
+    found["logits"] = found["logits"].map(bytes)
+    order = ["document", "position", "router"]
+    return found.drop(columns="token").sort_values(order, ignore_index=True)
+
+
+def test_a_sample_and_the_rest_merge_to_the_whole(halves: Path, tmp_path: Path) -> None:
+    whole, how = Trace(halves / "both"), {"documents": 1, "by_domain": True, "seed": 1}
+    some = sample(whole.path, tmp_path / "some", **how)
+    others = sample(whole.path, tmp_path / "others", **how, rest=True)
+    assert verify(tmp_path / "some").ok
+    assert verify(tmp_path / "others").ok
+    domains = whole.documents()["domain"].astype(str).nunique()
+    assert some.documents()["domain"].astype(str).nunique() == len(some.documents()) == domains
+    assert some.n_tokens + others.n_tokens == whole.n_tokens
+    assert some.n_decisions == some.n_tokens * len(whole.routers)
+    merged = merge([tmp_path / "others", tmp_path / "some"], tmp_path / "m")
+    assert verify(tmp_path / "m").assignments == verify(halves / "both").assignments
+    columns = {"loss_nats", "norm_1", "weight_1", "logits"}
+    expected = by_document(whole)
+    assert columns <= set(expected)
+    pd.testing.assert_frame_equal(by_document(merged), expected)
+    stated = some.manifest["sample"]
+    assert stated["of"]["digest"] == whole.manifest["digest"]
+    assert stated["of"]["documents"] == len(whole.documents())
+    number = int(some.documents()["document"].iloc[-1])
+    assert some.text(number) == whole.text(number)
+    assert some.manifest["capture"]["versions"] == whole.manifest["capture"]["versions"]
+    assert not verify(tmp_path / "some").resumable
+    said = report(some).tables["summary"].set_index("key")["value"]
+    assert f"a sample of {len(some.documents())} of {len(whole.documents())} documents" in str(
+        said["note"]
+    )
 
 
 def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ USUAL: dict[str, list[Any]] = {
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
     "merge": ["t", "u", "-o", "new"],
+    "sample": ["t", "-o", "new", "--documents", 3],
     "export": ["t", "--format", "counts", "-o", "new.csv"],
     "simulate capacity": ["t"],
     "simulate placement": ["t", "--gpus", 2, "--policy", "contiguous"],
@@ -64,9 +65,9 @@ USUAL: dict[str, list[Any]] = {
     "simulate routing": ["t"],
 }
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
-SILENT = ["trace", "import", "merge", "export"]  # on stdout
-WRITE_ONCE = ["import", "merge"]  # but for --overwrite
-NO_TABLES = ["trace", "import", "merge", "verify", "doctor", "watch"]
+SILENT = ["trace", "import", "merge", "sample", "export"]  # on stdout
+WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
+NO_TABLES = ["trace", "import", "merge", "sample", "verify", "doctor", "watch"]
 
 
 def commands(group: typer.Typer, *before: str) -> Iterator[str]:

@@ -13,14 +13,13 @@ from moe_inspect.cli import (
     doctor,
     experts,
     export,
+    files,
     import_,
-    merge,
     report,
     simulate,
     sql,
     text,
     trace,
-    verify,
     watch,
 )
 from moe_inspect.cli.help.command import GroupedCommand, GroupOfCommands
@@ -45,8 +44,9 @@ app.command("ablate", cls=GroupedCommand)(experts.ablate)
 app.command("prune", cls=GroupedCommand)(experts.prune)
 app.command("describe", cls=GroupedCommand)(describe.describe)
 app.command("import", cls=import_.ImportCommand)(import_.import_)
-app.command("verify", cls=GroupedCommand)(verify.verify)
-app.command("merge", cls=GroupedCommand)(merge.merge)
+app.command("verify", cls=GroupedCommand)(files.verify)
+app.command("merge", cls=GroupedCommand)(files.merge)
+app.command("sample", cls=GroupedCommand)(files.sample)
 app.command("export", cls=export.ExportCommand)(export.export)
 app.command("watch", cls=GroupedCommand)(watch.watch)
 app.command("doctor", cls=GroupedCommand)(doctor.doctor)

@@ -4,12 +4,8 @@ renamed when it is complete."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from moe_inspect.importers.mapping import parse_map
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
-from moe_inspect.trace.manifest import process_start
+from moe_inspect.trace.manifest import this_process
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
@@ -168,11 +164,7 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[s
             "format": format,
             "device": None,
             "dtype": None,
-            "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "pid": os.getpid(),
-            "process_start": process_start(os.getpid()),
-            "host": socket.gethostname(),
+            **this_process(),
         },
         "corpus": {
             "sources": [{"path": str(s.path), "domain": s.domain} for s in context.sources],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.files.process import is_running, process_start
 from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, parsed
 
 
@@ -81,7 +84,7 @@ def _beginning(path: Path, most_bytes: int) -> bytes:
         return file.read(most_bytes)
 
 
-def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(root: Path | Remote, manifest: dict[str, Any]) -> None:
     """Writes trace.json, with its digest."""
     stated = {**manifest, "digest": checksums.digest(manifest)}
     write_atomically(
@@ -101,27 +104,21 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
         or pid in (None, os.getpid())
     ):
         return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # it exists, but belongs to another user
-    then, now = capture.get("process_start"), process_start(pid)
-    # another process may have the pid now
-    return pid if then is None or now is None or then == now else None
+    return pid if is_running(pid, capture.get("process_start")) else None
 
 
-def refuse_while_written(root: Path, manifest: dict[str, Any]) -> None:
+def refuse_while_written(root: Path | Remote, manifest: dict[str, Any]) -> None:
     """MoeInspectError where the process that writes this trace is still at work on this machine."""
     if (pid := writer_of(manifest)) is not None:
         raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
-def process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; with the pid it identifies a process
-    uniquely. None without /proc."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+def this_process() -> dict[str, Any]:
+    """What a manifest's `capture` states of the process that writes it."""
+    return {
+        "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
+        "host": socket.gethostname(),
+    }

@@ -20,7 +20,7 @@ COMMANDS = {
     "Record": ("trace", "import", "watch", "doctor"),
     "Look": ("report", "text", "sql", "compare", "describe"),
     "Try": ("simulate", "ablate", "prune"),
-    "Files": ("verify", "merge", "export"),
+    "Files": ("verify", "merge", "sample", "export"),
 }
 
 _OUTPUT = ("full", "table", "format", "output", "safe_csv", "plots", "html", "simulate", "top")
@@ -197,6 +197,17 @@ PAGES = {
     "merge": Page(
         {"Trace": ("output", "overwrite")},
         ("merge runs/a runs/b -o runs/all", "merge runs/a runs/b runs/c -o runs/all --overwrite"),
+    ),
+    "sample": Page(
+        {
+            "Documents": ("documents", "share", "by_domain", "seed", "rest"),
+            "Trace": ("output", "overwrite"),
+        },
+        (
+            "sample runs/a -o runs/few --documents 100",
+            "sample runs/a -o runs/tenth --share 0.1 --by-domain",
+            "sample runs/a -o runs/others --share 0.1 --by-domain --rest",
+        ),
     ),
     "export": Page(
         examples=(

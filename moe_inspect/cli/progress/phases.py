@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CHARTS = 12  # of a report
 VERIFYING: Costs = [("checksums", 1), ("checking rows", 6)]
 MERGING: Costs = [("merging", 7)]
+SAMPLING: Costs = [("sampling", 3)]
 
 
 def amounts(trace: Trace, routers: Sequence[int] | None = None) -> tuple[int, int]:

@@ -107,6 +107,7 @@ def notes(data: ReportData) -> list[str]:
         _unknown_first_choices(data),
         _no_load(data),
         _no_logits(data),
+        _sampled(data),
         _partial_batches(data),
     )
     return [note for note in found if note] + (
@@ -165,6 +166,15 @@ def _no_logits(data: ReportData) -> str | None:
         return None
     way_out = "" if data.trace.imported else "; trace with --logits for those"
     return f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}"
+
+
+def _sampled(data: ReportData) -> str | None:
+    if not (sample := data.trace.manifest.get("sample")):
+        return None
+    documents, of = data.trace.manifest["corpus"]["documents"], sample["of"]["documents"]
+    return (
+        f"a sample of {documents:,} of {plural(of, 'document')}: batches are what it holds of them"
+    )
 
 
 def _partial_batches(data: ReportData) -> str | None:

@@ -1,10 +1,15 @@
-"""The location of a trace: a local directory or a URL. `Remote` is a read-only subset of pathlib
-over fsspec."""
+"""The location of a trace: a local directory or a URL of object storage. `Remote` is a subset of
+pathlib over fsspec.
+
+An object appears whole or not at all, and is replaced whole; there are no directories, and nothing
+is renamed.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,8 @@ from typing import Any
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.damaged import Damaged
+
+BLOCK_BYTES = 2**23  # read at a time, of a file that is hashed
 
 
 def location(path: str | Path | Remote) -> Path | Remote:
@@ -21,8 +28,18 @@ def location(path: str | Path | Remote) -> Path | Remote:
     return path if isinstance(path, Remote) else Path(path)
 
 
+def output_location(path: str | Path | Remote) -> Path | Remote:
+    """As `location`, of what is to be written: files of this machine are written as such by their
+    URL too."""
+    where = location(path)
+    if isinstance(where, Remote) and where.url.startswith(("file://", "local://")):
+        return Path(where.path)
+    return where
+
+
 class Remote:
-    """A file or directory at a URL, with the methods of pathlib.Path that reading a trace needs."""
+    """An object at a URL, or those whose names begin with it, with the methods of pathlib.Path
+    that reading and writing a trace need. Whatever fails is an OSError."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -52,26 +69,98 @@ class Remote:
     def __str__(self) -> str:
         return self.url
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
     def __truediv__(self, name: str) -> Remote:
         return Remote(f"{self.url}/{name}")
 
     def resolve(self) -> Remote:
         return self
 
+    # --- reading
+
     def is_file(self) -> bool:
-        return self.filesystem.isfile(self.path)
+        with _told():
+            return self._fresh().isfile(self.path)
+
+    def is_dir(self) -> bool:
+        with _told():
+            return self._fresh().isdir(self.path)
 
     def exists(self) -> bool:
-        return self.filesystem.exists(self.path)
+        with _told():
+            return self._fresh().exists(self.path)
 
     def read_bytes(self) -> bytes:
-        return self.filesystem.cat_file(self.path)
+        with _told():
+            return self.filesystem.cat_file(self.path)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, in order."""
+        with _told(), self.filesystem.open(self.path, "rb", block_size=BLOCK_BYTES) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
 
     def iterdir(self) -> Iterator[Remote]:
-        return (
-            self / str(name).rstrip("/").rpartition("/")[2]
-            for name in self.filesystem.ls(self.path, detail=False)
-        )
+        """What is directly below it; nothing where nothing is."""
+        with _told():
+            try:
+                names = self._fresh().ls(self.path, detail=False)
+            except FileNotFoundError:
+                return
+        for name in names:
+            if last := str(name).rstrip("/").rpartition("/")[2]:
+                yield self / last
+
+    def sizes(self) -> dict[str, int]:
+        """Name within it → bytes, of every object below."""
+        with _told():
+            found = self._fresh().find(self.path, detail=True)
+        start = len(self.path.strip("/")) + 1
+        return {str(name).strip("/")[start:]: int(of["size"]) for name, of in found.items()}
+
+    def _fresh(self) -> Any:
+        """The file system, without listings that it remembers."""
+        self.filesystem.invalidate_cache()
+        return self.filesystem
+
+    # --- writing
+
+    def write_bytes(self, data: bytes) -> None:
+        with _told():
+            self.filesystem.pipe_file(self.path, data)
+
+    def create(self, data: bytes) -> bool:
+        """Writes it where nothing is; returns whether it did."""
+        try:
+            with _told():
+                self.filesystem.pipe_file(self.path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def upload(self, file: Path) -> None:
+        with _told():
+            self.filesystem.put_file(str(file), self.path)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with suppress(FileNotFoundError) if missing_ok else _told(), _told():
+            self.filesystem.rm_file(self.path)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Exceptions of a client's own are made OSErrors, which callers convert to messages."""
+    try:
+        yield
+    except (OSError, MoeInspectError):
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from error
 
 
 def inside(root: Path | Remote, name: str) -> Path | Remote:

@@ -9,7 +9,12 @@ file system has no locks, a warning says so.
 
 The ranks of one launch share the lock: rank 0 first takes it alone, which fails while any rank of
 another launch is alive, then shares it, and the others join. The file names the holder (pid, host
-and a random id of rank 0), and is removed by the last rank that held it."""
+and a random id of rank 0), and is removed by the last rank that held it.
+
+Object storage has no locks. There an object `.lock` names the holder, is made where there is none,
+and is removed by rank 0 when all are done. One that a killed process of this machine left is taken
+over; one of another machine too, with a warning: a writer looks before each commit whether it is
+still the holder, and stops where it is not."""
 
 from __future__ import annotations
 
@@ -21,14 +26,19 @@ import stat
 import time
 import uuid
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line, print_stderr
+from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.files.process import is_running, process_start
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
+# pid, host, random id and, on object storage, when the process started
+HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+(?: (\d{1,18})?)?")
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -36,8 +46,34 @@ class Lock:
     """A lock that is held. `holder`: pid, host and random id of the process (of several ranks: rank
     0)."""
 
+    def __init__(self, root: Path | Remote, holder: str):
+        self.root, self.holder = root, holder
+
+    def release(self) -> None:
+        """May be called again."""
+
+    def check(self) -> None:
+        """MoeInspectError where another process has taken the lock over meanwhile."""
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class FileLock(Lock):
+    """That of a directory. `file`: the lock file, open and locked."""
+
+    root: Path
+
     def __init__(self, root: Path, file: int, holder: str):
-        self.root, self.holder = Path(os.path.abspath(root)), holder
+        super().__init__(Path(os.path.abspath(root)), holder)
         self._file: int | None = file
         _HELD.add(self)
 
@@ -62,68 +98,113 @@ class Lock:
             os.close(self._file)
             self._file = None
 
-    def __enter__(self) -> Lock:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+class ObjectLock(Lock):
+    """That of a trace on object storage. `first`: whether this is rank 0, which removes it."""
+
+    def __init__(self, root: Remote, holder: str, first: bool):
+        super().__init__(root, holder)
+        self._object, self._first = root / LOCK, first
+
+    def release(self) -> None:
+        if self._first:
+            self._first = False
+            with suppress(OSError):  # left, it is that of a process that has ended
+                if self._object.read_bytes().decode() == self.holder:
+                    self._object.unlink()
+
+    def check(self) -> None:
+        with writing(self.root):
+            now = _named_in(self._object)
+        if now != self.holder:
+            raise MoeInspectError(
+                f"{_who(now)} has taken {self.root} over: stopped; what was committed is safe"
+            )
 
 
-_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+_HELD: weakref.WeakSet[FileLock] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [lock.close_in_child() for lock in list(_HELD)])
 
 
-def hold(root: Path, *, shared: bool = False, wait: bool = False) -> Lock:
+def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lock:
     """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError
     where another writer holds the lock; with `wait`, waits for it. `shared`: other ranks will
     `join`."""
+    if isinstance(root, Remote):
+        return _hold_object(root)
     holder = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
     file = _locked(root, exclusive=True, wait=wait)
-    lock = Lock(root, file, holder)
+    lock = FileLock(root, file, holder)
     try:
         with writing(root):
             os.ftruncate(file, 0)
             os.pwrite(file, holder.encode(errors="replace"), 0)
             if shared and _flock(file, exclusive=False) is False:
-                raise _refusal(root, file)
+                raise _refusal(root, _holder_in(file))
     except BaseException:
         lock.release()
         raise
     return lock
 
 
-def join(root: Path, holder: str) -> Lock:
+def _hold_object(root: Remote) -> Lock:
+    pid = os.getpid()
+    holder = f"{pid} {socket.gethostname()} {uuid.uuid4().hex} {process_start(pid) or ''}"
+    with writing(root):
+        if not (root / LOCK).create(holder.encode()):
+            before = _named_in(root / LOCK)
+            if (runs := _runs(before)) is True:
+                raise _refusal(root, before)
+            if runs is None:
+                print_stderr(
+                    f"warning: {_who(before)} began to write {root} and has not ended there; if it "
+                    "still runs, it stops at its next commit"
+                )
+            (root / LOCK).write_bytes(holder.encode())
+    lock = ObjectLock(root, holder, first=True)
+    lock.check()
+    return lock
+
+
+def join(root: Path | Remote, holder: str) -> Lock:
     """Joins the lock that rank 0 took as `holder`."""
+    if isinstance(root, Remote):
+        lock = ObjectLock(root, holder, first=False)
+        lock.check()
+        return lock
     file = _locked(root, exclusive=False)
     if _holder_in(file) != holder:
         os.close(file)
         raise MoeInspectError(
             f"another process has begun to write {root}: start this one again when it is done"
         )
-    return Lock(root, file, holder)
+    return FileLock(root, file, holder)
 
 
-def refuse_while_locked(root: Path) -> None:
+def refuse_while_locked(root: Path | Remote) -> None:
     """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at
-    `root`."""
+    `root`. Of a writer to object storage only this machine can tell."""
+    if isinstance(root, Remote):
+        with writing(root):
+            if _runs(holder := _named_in(root / LOCK)):
+                raise _refusal(root, holder)
+        return
     if (file := _existing(root)) is None:
         return
     try:
         if _flock(file, exclusive=True) is False:
-            raise _refusal(root, file)
+            raise _refusal(root, _holder_in(file))
     finally:
         os.close(file)
 
 
-def is_locked(root: Path) -> bool | None:
+def is_locked(root: Path | Remote) -> bool | None:
     """Whether a writer, of this or of another machine, holds the lock of the trace at `root`; None
-    where that cannot be told: there is no lock file, or its file system has no locks."""
+    where that cannot be told: there is no lock file, its file system has no locks, or a process of
+    another machine writes to object storage."""
+    if isinstance(root, Remote):
+        return _runs(_named_in(root / LOCK))
     if (file := _existing(root)) is None:
         return None
     try:
@@ -149,7 +230,7 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
             if got and _is_at(file, root / LOCK):
                 return file
             if got is False and not wait and time.monotonic() > until:
-                raise _refusal(root, file)
+                raise _refusal(root, _holder_in(file))
         except BaseException as error:
             os.close(file)
             if isinstance(error, OSError):
@@ -224,12 +305,30 @@ def _cannot_write(root: Path, error: OSError) -> MoeInspectError:
     return MoeInspectError(f"cannot write {root}: {first_line(error)}")
 
 
-def _refusal(root: Path, file: int) -> MoeInspectError:
-    found = re.match(r"(\d+) ([\w.-]+) ", _holder_in(file))
+def _named_in(lock: Remote) -> str:
+    """The holder that a lock of object storage names, "" where there is none."""
+    try:
+        return lock.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _runs(holder: str) -> bool | None:
+    """Whether a holder runs; None where it is of another machine, or names none."""
+    found = HOLDER.match(holder)
+    if found is None or found[2] != socket.gethostname():
+        return None if holder else False
+    return is_running(int(found[1]), int(found[3]) if found[3] else None)
+
+
+def _refusal(root: Path | Remote, holder: str) -> MoeInspectError:
+    return MoeInspectError(f"{_who(holder)} is still writing {root}: wait for it, or stop it")
+
+
+def _who(holder: str) -> str:
+    found = HOLDER.match(holder)
     if found is None:
-        who = "another process"
-    elif found[2] != socket.gethostname():
-        who = f"process {found[1]} on {found[2]}"
-    else:
-        who = "this process" if int(found[1]) == os.getpid() else f"process {found[1]}"
-    return MoeInspectError(f"{who} is still writing {root}: wait for it, or stop it")
+        return "another process"
+    if found[2] != socket.gethostname():
+        return f"process {found[1]} on {found[2]}"
+    return "this process" if int(found[1]) == os.getpid() else f"process {found[1]}"

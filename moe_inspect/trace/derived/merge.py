@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import write_atomically
-from moe_inspect.trace.files.lock import refuse_while_locked
-from moe_inspect.trace.manifest import process_start, refuse_while_written, write_manifest
-from moe_inspect.trace.merge.alike import check_alike, united_vocabulary
-from moe_inspect.trace.merge.shards import Target
+from moe_inspect.trace.derived.alike import check_alike, united_vocabulary
+from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
+from moe_inspect.trace.derived.shards import Target
+from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.verify import Verification, verify
+from moe_inspect.trace.verify import Verification
 from moe_inspect.trace.writer.draft import whole_trace
-from moe_inspect.trace.writer.part_file import vocabulary_bytes
-
-# of capture: facts of the process that wrote a part, of which the merged trace states its own
-OF_A_PROCESS = {"command", "host", "pid", "process_start", "versions"}
 
 
 def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Trace:
@@ -55,16 +45,10 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     check_alike(opened)
     _check_once(opened)
     vocabulary = united_vocabulary(opened)
-    found = [_verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
+    found = [verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
     with whole_trace(out, overwrite, "nothing was merged") as (draft, _):
         manifest = _manifest(opened, found)
-        if vocabulary is not None:
-            data = vocabulary_bytes(vocabulary)
-            write_atomically(draft / schema.VOCABULARY, data)
-            manifest["vocabulary"] = checksums.stated(data)
-        write_manifest(draft, {**manifest, "status": "recording"})
-        for table in manifest["tables"]:
-            (draft / table).mkdir()
+        begin(draft, manifest, vocabulary)
         target = Target(draft, None if vocabulary is None else len(vocabulary))
         for trace in opened:
             target.add(trace)
@@ -87,14 +71,6 @@ def _check_once(traces: list[Trace]) -> None:
         seen[files] = trace
 
 
-def _verified(trace: Trace, path: Path) -> Verification:
-    refuse_while_written(path, trace.manifest)
-    refuse_while_locked(path)
-    if not (found := verify(path)).ok:
-        raise MoeInspectError(f"{found}")
-    return found
-
-
 def _reconcile(target: Target, found: list[Verification]) -> None:
     """MoeInspectError where what was copied is not what was verified."""
     for name, copied in (
@@ -114,9 +90,6 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
     first = traces[0]
     captures = [trace.manifest["capture"] for trace in traces]
     corpora = [trace.manifest.get("corpus") or {} for trace in traces]
-    plan = corpora[0].get("plan") or {}
-    # of all parts, or of none: reports say of weights drawn at random that they are
-    seed = {key: plan[key] for key in ("random_init",) if plan.get(key) is not None}
     columns = {k: v for trace in traces for k, v in trace.manifest.get("columns", {}).items()}
     return {
         "format": schema.FORMAT,
@@ -131,16 +104,9 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
             **_shared([{k: v for k, v in c.items() if k != "plan_hash"} for c in corpora]),
             "documents": sum(part.documents for part in found),
             "notes": list(dict.fromkeys(note for c in corpora for note in c.get("notes") or [])),
-            "plan": seed or None,
+            "plan": random_weights(corpora[0]),
         },
-        "capture": {
-            **{k: v for k, v in _shared(captures).items() if k not in OF_A_PROCESS},
-            "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "pid": os.getpid(),
-            "process_start": process_start(os.getpid()),
-            "host": socket.gethostname(),
-        },
+        "capture": written_here(_shared(captures)),
         "routers": [asdict(router) for router in first.routers],
         "tables": first.tables,
         "columns": columns,
@@ -168,20 +134,9 @@ def _parts(traces: list[Trace], found: list[Verification]) -> list[dict[str, Any
     """What each part is: its documents are those from `first_document` on."""
     listed, documents = list[dict[str, Any]](), 0
     for trace, part in zip(traces, found, strict=True):
-        manifest = trace.manifest
-        listed.append(
-            {
-                "name": Path(str(trace.path)).resolve().name,
-                "digest": manifest.get("digest") or checksums.digest(manifest),
-                "status": part.status,
-                "first_document": documents,
-                "documents": part.documents,
-                "tokens": part.tokens,
-                "decisions": trace.n_decisions,
-                "capture": {
-                    k: v for k, v in manifest["capture"].items() if k not in ("command", "host")
-                },
-            }
-        )
+        capture = {
+            k: v for k, v in trace.manifest["capture"].items() if k not in ("command", "host")
+        }
+        listed.append({**origin(trace, part), "first_document": documents, "capture": capture})
         documents += part.documents
     return listed

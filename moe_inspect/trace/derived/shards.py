@@ -1,5 +1,5 @@
-"""Shards of one trace become shards of another: tokens, documents and forward passes get new
-numbers, everything else stays as it is. A router of a shard at a time is in memory.
+"""Shards of one trace become shards of another, whole or some of their documents: numbers change,
+everything else stays as it is. A router of a shard at a time is in memory.
 
 T tokens, D documents.
 """
@@ -31,18 +31,42 @@ MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 Change = Callable[[np.ndarray], np.ndarray]
 
 
+class Kept:
+    """The documents of a shard that are copied. document_D: their numbers. keep_T: bool, which of
+    the shard's tokens are theirs. place_T: where each of those stands among them."""
+
+    def __init__(self, document_D: np.ndarray, keep_T: np.ndarray, first_token: int):
+        self.document_D, self.keep_T, self.first_token = document_D, keep_T, first_token
+        self.place_T = np.cumsum(keep_T) - 1
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The rows of these documents. Labels become text: what none of them has is not to stay in
+        a dictionary."""
+        if "token" in table.column_names:
+            rows = self.keep_T[table["token"].to_numpy() - self.first_token]
+        else:
+            rows = np.isin(table["document"].to_numpy(), self.document_D)
+        kept = table.filter(pa.array(rows))
+        labels = [f.name for f in kept.schema if pa.types.is_dictionary(f.type)]
+        for name in labels:
+            at = kept.schema.get_field_index(name)
+            kept = kept.set_column(at, name, kept[name].cast(pa.string()))
+        return kept
+
+
 @dataclass
 class Target:
     """The trace that shards are copied to: what it holds so far. `words`: the length of its
     vocabulary, if it has one. `tokens`, `shards`: of each rank. `batches`, `sequences`: one above
-    the highest number of a forward pass and of a sequence, over all ranks. `assignments`: counted
-    in what was copied."""
+    the highest number of a forward pass and of a sequence, over all ranks. `decisions`,
+    `assignments`: counted in what was copied."""
 
     root: Path
     words: int | None
     documents: int = 0
     batches: int = 0
     sequences: int = 0
+    decisions: int = 0
     assignments: int = 0
     tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -57,45 +81,72 @@ class Target:
         _check_number(trace, self.documents + len(document_D), "documents")
         _check_number(trace, self.batches + batches, "forward passes")
         self._sequences_before = self.sequences
+        first, before, sequences = self.documents, self.batches, self.sequences
+        change: dict[str, Change] = {
+            "document": lambda document_T: first + np.searchsorted(document_D, document_T),
+            "sequence": lambda sequence_T: sequence_T.astype(np.int64) + sequences,
+            "batch": lambda batch_T: batch_T + before,
+        }
         for shard in shards_of(trace, "merging"):
-            self._copy(shard, document_D)
+            self._copy(shard, change, before, None)
         self.documents += len(document_D)
         self.batches += batches
 
-    def _copy(self, shard: Shard, document_D: np.ndarray) -> None:
-        files, first = shard.files, self.documents
+    def add_documents(self, trace: Trace, document_D: np.ndarray) -> None:
+        """Copies the documents of these numbers, which they keep, as sequences and forward passes
+        do; only tokens are numbered anew. For a target that holds nothing yet."""
+        for shard in shards_of(trace, "sampling"):
+            keep_T = np.isin(shard.tokens(["document"])["document"].to_numpy(), document_D)
+            if keep_T.any() or np.isin(_documents(shard), document_D).any():
+                self._copy(shard, {}, 0, Kept(document_D, keep_T, shard.files.first_token))
+        self.documents = len(document_D)
+
+    def _copy(
+        self, shard: Shard, change: dict[str, Change], batches: int, kept: Kept | None
+    ) -> None:
+        """`batches`: added to the numbers of forward passes. `kept`: None for the whole shard."""
+        files = shard.files
         rank, number = files.rank, self.shards[files.rank]
         first_token = rank * schema.RANK_STRIDE + self.tokens[rank]
-        batches, sequences = self.batches, self._sequences_before
-        change: dict[str, Change] = {
-            "token": lambda token_T: token_T + (first_token - files.first_token),
-            "document": lambda document_T: first + np.searchsorted(document_D, document_T),
-            "sequence": lambda sequence_T: sequence_T.astype(np.int64) + sequences,
-            "batch": lambda batch_T: batch_T + batches,
+        tokens = files.tokens if kept is None else int(kept.keep_T.sum())
+
+        def renumbered(token_T: np.ndarray) -> np.ndarray:
+            place_T = token_T - files.first_token
+            return first_token + (place_T if kept is None else kept.place_T[place_T])
+
+        written = {
+            table: self._write(
+                shard,
+                table,
+                self.root / table / f"part-{rank}-{number}.parquet",
+                {**change, "token": renumbered},
+                kept,
+            )
+            for table in shard.trace.tables
         }
         span = {
             "shard": number,
             "first_token": first_token,
-            "last_token": first_token + files.tokens - 1,
-            "decisions": files.decisions,
+            "last_token": first_token + tokens - 1,
+            "decisions": files.decisions if kept is None else written["routing"]["rows"],
             "first_batch": None if files.first_batch is None else files.first_batch + batches,
             "last_batch": files.last_batch + batches,
         }
         lines = b""
-        for table in shard.trace.tables:
+        for table, stated in written.items():
             path = f"{table}/part-{rank}-{number}.parquet"
-            written = self._write(shard, table, self.root / path, change)
-            lines += checksums.sealed({"table": table, "path": path, **written, **span})
+            lines += checksums.sealed({"table": table, "path": path, **stated, **span})
             sync_directory(self.root / table)
         with open(self.root / f"shards-{rank}.jsonl", "ab") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-        self.tokens[rank] += files.tokens
+        self.tokens[rank] += tokens
+        self.decisions += span["decisions"]
         self.shards[rank] += 1
 
     def _write(
-        self, shard: Shard, table: str, path: Path, change: dict[str, Change]
+        self, shard: Shard, table: str, path: Path, change: dict[str, Change], kept: Kept | None
     ) -> dict[str, Any]:
         trace = shard.trace
         columns = parts.columns_of(
@@ -107,7 +158,7 @@ class Target:
             columns = schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
         of_routers = table in ("routing", "logits")
         groups = [
-            partial(self._renumbered, shard, table, r, columns, change)
+            partial(self._renumbered, shard, table, r, columns, change, kept)
             for r in (range(len(trace.routers)) if of_routers else [0])
         ]
         bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
@@ -120,28 +171,35 @@ class Target:
         router: int,
         columns: pa.Schema,
         change: dict[str, Change],
+        kept: Kept | None,
     ) -> pa.Table:
         """A table of the shard, or the rows of a router, with the new numbers."""
+        found = self._rows(shard, table, router)
+        if kept is not None:
+            found = kept.of(found)
         if table == "routing":
-            found = shard.routing(router)
             self.assignments += sum(
                 len(found) - found[name].null_count
                 for name in found.column_names
                 if name.startswith("expert_")
             )
-        elif table == "logits":
-            found = shard.rows_of_router("logits", router, None)
         elif table == "counts":
-            found = shard.counts()
             self.assignments += pc.sum(found["assignments"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
         elif table == "tokens":
-            found = shard.tokens()
             self._check_words(shard, found)
             self._count_sequences(shard, found)
-        else:
-            found = shard.table(table)
         arrays = [_column(found[one.name], one, change.get(one.name)) for one in columns]
         return pa.Table.from_arrays(arrays, schema=columns).unify_dictionaries()
+
+    @staticmethod
+    def _rows(shard: Shard, table: str, router: int) -> pa.Table:
+        if table == "routing":
+            return shard.routing(router)
+        if table == "logits":
+            return shard.rows_of_router("logits", router, None)
+        if table == "counts":
+            return shard.counts()
+        return shard.tokens() if table == "tokens" else shard.table(table)
 
     def _check_words(self, shard: Shard, tokens: pa.Table) -> None:
         highest = int(tokens["token_id"].to_numpy().max(initial=-1))

@@ -40,7 +40,7 @@ def merge(
     """Write one trace that holds several traces of the same model.
 
     Each is verified first. Documents get new numbers, and trace.json says what came from where."""
-    from moe_inspect.trace.merge import merge as run
+    from moe_inspect.trace.derived.merge import merge as run
 
     with shown(*VERIFYING * len(traces), *MERGING * len(traces)):
         trace = run(traces, output, overwrite=overwrite)

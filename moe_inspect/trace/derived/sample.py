@@ -1,0 +1,149 @@
+"""Takes a sample of the documents of a trace.
+
+D documents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import plural
+from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
+from moe_inspect.trace.derived.shards import Target
+from moe_inspect.trace.manifest import write_manifest
+from moe_inspect.trace.output_dir import check_directory
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import Verification, verify
+from moe_inspect.trace.writer.draft import whole_trace
+
+
+def sample(
+    trace: str | Path,
+    out: str | Path,
+    *,
+    documents: int | None = None,
+    share: float | None = None,
+    seed: int = 0,
+    by_domain: bool = False,
+    rest: bool = False,
+    overwrite: bool = False,
+) -> Trace:
+    """Writes a trace at `out` that holds a random sample of the documents of `trace`, and returns
+    it.
+
+    Whole documents with everything that was recorded of them, in the order of the trace. Documents,
+    sequences and forward passes keep their numbers, tokens are numbered anew. The trace is verified
+    first and the sample at the end; `sample` in its trace.json says what it is a sample of. The
+    same arguments give the same sample.
+
+    Args:
+        trace: the directory of a trace with decisions.
+        out: the directory to write.
+        documents: how many documents.
+        share: which share of the documents, above 0 to 1, rounded to whole documents; at least one.
+        seed: determines which.
+        by_domain: so many documents, or such a share, of each domain.
+        rest: the documents that the same call without it leaves out.
+        overwrite: replace a trace at `out`.
+
+    Raises:
+        MoeInspectError: neither or both of `documents` and `share` are given, there are not so many
+            documents, or the trace holds counts only, is damaged or still written. Nothing is left
+            at `out`.
+    """
+    path, out = Path(trace), Path(out)
+    if (documents is None) == (share is None):
+        raise MoeInspectError("give either documents or share, which say how large the sample is")
+    if documents is not None and documents < 1:
+        raise MoeInspectError(f"documents is {documents}: give 1 or more")
+    if share is not None and not 0 < share <= 1:
+        raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
+    check_directory(out, overwrite, resumable=False)
+    if out.resolve() == path.resolve():
+        raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
+    opened = Trace(path)
+    if opened.counts_only:
+        raise MoeInspectError(
+            f"{path} holds counts only, no documents to sample: {opened.more_than_counts}"
+        )
+    found = verified(opened, path)
+    listed = opened.documents()
+    chosen_D = _chosen(path, listed, documents, share, seed, by_domain)
+    if rest:
+        chosen_D = np.setdiff1d(listed["document"].to_numpy(), chosen_D)
+    if not len(chosen_D):
+        raise MoeInspectError(f"no document of {path} is left: the sample holds all of them")
+    stated: dict[str, Any] = {"documents": documents} if documents is not None else {"share": share}
+    stated |= {"seed": seed, "by_domain": by_domain, "rest": rest, "of": origin(opened, found)}
+    with whole_trace(out, overwrite, "no sample was taken") as (draft, _):
+        manifest = _manifest(opened, len(chosen_D), stated, found)
+        words = opened.vocabulary_table
+        begin(draft, manifest, words if len(words) else None)
+        target = Target(draft, None)
+        target.add_documents(opened, chosen_D)
+        tokens = sum(target.tokens.values())
+        manifest["counts"] |= {"tokens": tokens, "decisions": target.decisions}
+        write_manifest(draft, manifest)
+        _reconcile(verify(draft), target, path)
+    return Trace(out)
+
+
+def _chosen(
+    path: Path,
+    listed: pd.DataFrame,
+    documents: int | None,
+    share: float | None,
+    seed: int,
+    by_domain: bool,
+) -> np.ndarray:
+    """int32 [D], sorted: the documents of the sample."""
+    rng, parts = np.random.default_rng(seed), list[np.ndarray]()
+    labels = listed["domain"].astype(str)
+    groups = sorted(listed.groupby(labels)) if by_domain else [("", listed)]
+    for label, group in groups:
+        number_D = np.sort(group["document"].to_numpy())
+        n = documents if documents is not None else max(1, round((share or 0) * len(number_D)))
+        if n > len(number_D):
+            where = f"domain {label} of {path}" if by_domain else f"{path}"
+            raise MoeInspectError(
+                f"{where} has {plural(len(number_D), 'document')}, {n:,} were asked for"
+            )
+        parts.append(rng.permutation(number_D)[:n])
+    return np.sort(np.concatenate([np.zeros(0, np.int32), *parts]))
+
+
+def _reconcile(found: Verification, target: Target, path: Path) -> None:
+    """MoeInspectError where what is in the sample is not what was copied."""
+    if not found.ok:
+        raise MoeInspectError(f"{path} was changed meanwhile: {found}")
+    for name, copied in (
+        ("tokens", sum(target.tokens.values())),
+        ("assignments", target.assignments),
+        ("documents", target.documents),
+    ):
+        if copied != (verified := getattr(found, name)):
+            raise MoeInspectError(
+                f"{path} was changed meanwhile: {copied:,} {name} were copied, {verified:,} are "
+                "in the sample"
+            )
+
+
+def _manifest(
+    trace: Trace, documents: int, stated: dict[str, Any], found: Verification
+) -> dict[str, Any]:
+    """That of the trace, but for what is of the sample."""
+    manifest = {k: v for k, v in trace.manifest.items() if k not in ("digest", "vocabulary")}
+    corpus = {k: v for k, v in (manifest.get("corpus") or {}).items() if k != "plan_hash"}
+    return {
+        **manifest,
+        "status": found.status,
+        "capture": written_here(manifest["capture"]),
+        "corpus": {**corpus, "documents": documents, "plan": random_weights(corpus)},
+        "counts": dict(manifest.get("counts") or {}),
+        "sample": stated,
+    }
