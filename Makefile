@@ -36,8 +36,8 @@ OLDEST := build/venv-oldest
 NEWEST_PYTHON ?= python3.13
 OLDEST_PYTHON ?= python3.11
 
-test-ptx: $(VENV)/.installed ## Execute every kernel as compiled for sm_80, sm_90 and sm_100, without a GPU
-	PTX=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py
+test-ptx: $(VENV)/.installed ## Compile every kernel for every target, and execute it as compiled for three, without a GPU
+	PTX=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py tests/test_kernels.py
 
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)

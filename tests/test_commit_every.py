@@ -191,7 +191,7 @@ def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:
 
 @pytest.mark.slow
 def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> None:
-    batches = some_batches(n=4)
+    batches = some_batches(n=3)
     write(tmp_path / "plain", batches)
     expected = content(tmp_path / "plain")
     step, early, replaced = 0, 0, 0
@@ -221,6 +221,7 @@ def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> Non
         step += 1
     assert content(root) == expected
     # control: it died while early shards were there, and while replaced files were
+    print(step, early, replaced)
     assert step > 60
     assert early > 20
     assert replaced > 20

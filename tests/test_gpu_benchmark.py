@@ -116,7 +116,7 @@ def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) 
     bench = Bench(Cpu(), DRY, False, 0.0, {}, [], [], [])
     models(bench)
     assert bench.figures == {}
-    assert "Mixtral prefill 2×8 eager" in bench.cut
+    assert "OLMoE prefill 2×8 eager" in bench.cut
     assert "CUT, no time left: OLMoE decode 1 CUDA graph" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """The kernels in Triton's interpreter and their torch implementations, both against NumPy; as
-custom operators; and compiled ahead of time for GPUs."""
+custom operators; and compiled ahead of time for GPUs: every variant for one of them, and a sample
+for the others (PTX=whole: every variant for all)."""
 
 from __future__ import annotations
 
@@ -119,14 +120,17 @@ def test_operators_pass_opcheck(on_triton: bool, monkeypatch: pytest.MonkeyPatch
 
 # --- compiled ahead of time
 
+COMPILED_WHOLE = list(TARGETS) if os.environ.get("PTX") == "whole" else ["sm_90"]
+
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, list[dict[str, Any]]]:
-    """Every variant for every target; the processes share the cores."""
+    """Every variant for `COMPILED_WHOLE`, every fourth for the other targets; the processes share
+    the cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     started = {
         gpu: subprocess.Popen(
-            [sys.executable, "-m", "tests.aot", gpu],
+            [sys.executable, "-m", "tests.aot", gpu, "1" if gpu in COMPILED_WHOLE else "4"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -161,14 +165,15 @@ def stored(row: dict[str, Any], bits: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
-    assert len(compiled[gpu]) == len(compiled["sm_90"]) > 100
+    assert len(compiled["sm_90"]) > 100
+    assert len(compiled[gpu]) >= len(compiled["sm_90"]) // (1 if gpu in COMPILED_WHOLE else 4)
     for row in compiled[gpu]:
         assert row["stack"] == row["spills"] == 0, row
         assert 0 < row["registers"] <= 255, row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", [g for g in TARGETS if g.startswith("sm")])
+@pytest.mark.parametrize("gpu", [g for g in COMPILED_WHOLE if g.startswith("sm")])
 def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Eight one-byte ids are stored in 64 bits (from 256 experts on two-byte ids in 128), eight
     weights in 128; four in half of that."""
@@ -193,12 +198,13 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
 def test_the_register_table(
     compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]
 ) -> None:
-    """Prints the registers per thread of every variant."""
-    names = [row["kernel"] for row in compiled["sm_90"]]
+    """Prints the registers per thread of every variant; – where it was not compiled."""
+    registers = {
+        gpu: {row["kernel"]: row["registers"] for row in rows} for gpu, rows in compiled.items()
+    }
     lines = [f"{'registers per thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
-    for n, name in enumerate(names):
-        lines.append(
-            f"{name:<44}" + "".join(f"{compiled[gpu][n]['registers']:>8}" for gpu in TARGETS)
-        )
+    for name in registers["sm_90"]:
+        of_each = "".join(f"{registers[gpu].get(name, '–'):>8}" for gpu in TARGETS)
+        lines.append(f"{name:<44}{of_each}")
     record_property("print", "\n".join(lines))
-    assert all([row["kernel"] for row in compiled[gpu]] == names for gpu in TARGETS)
+    assert all(of.keys() <= registers["sm_90"].keys() for of in registers.values())

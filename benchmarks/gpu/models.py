@@ -19,7 +19,6 @@ from benchmarks.gpu.bench import Bench, by_graph, host_us
 from benchmarks.gpu.micro import a_choice
 from benchmarks.gpu.rivals import (
     CAPTURABLE,
-    FAMILIES,
     HOOK,
     LOGITS,
     OFF,
@@ -180,7 +179,7 @@ def models(bench: Bench) -> None:
     works = [prefill, *(Workload(f"decode {B}", B, 1, "batched_mm") for B in sizes.decode)]
     jobs = [
         (family, work, captured)
-        for family in FAMILIES
+        for family in sizes.families
         for work in works
         for captured in (False, True)
     ]

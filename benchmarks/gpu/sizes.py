@@ -50,6 +50,7 @@ class Sizes:
     combines: tuple[tuple[int, int, int, int], ...]  # T, E, K, H
     calls: int  # in a graph
     samples: int  # of a timing
+    families: tuple[str, ...]
     width: dict[str, Any]  # in place of a family's
     deep: dict[str, Any]  # in place of Qwen3-MoE's, where 48 layers decode
     decode_steps: int  # there, timed per round
@@ -86,6 +87,7 @@ FULL = Sizes(
     combines=((64, 64, 8, 2048), (8192, 8, 2, 4096), (8192, 64, 8, 2048), (16384, 128, 8, 2048)),
     calls=50,
     samples=15,
+    families=("Mixtral", "Qwen3-MoE", "OLMoE"),
     width={"vocab_size": 32000},
     deep=DEEP,
     decode_steps=20,
@@ -103,13 +105,14 @@ FULL = Sizes(
 DRY = Sizes(
     copy_bytes=2**16,
     T=(1, 140),
-    routers=((8, 2), (60, 4)),
+    routers=((8, 2),),
     blocks=(256,),
     repeats=2,
     dispatches=((64, 64, 8), (140, 8, 2)),
     combines=((4, 8, 2, 40),),
     calls=1,
     samples=1,
+    families=("OLMoE",),
     width={**TOY, "num_hidden_layers": 1},
     deep={**TOY, "num_hidden_layers": 2},
     decode_steps=1,
@@ -120,7 +123,7 @@ DRY = Sizes(
     rounds=(1, 1),
     steps=1,
     turn_s=0.0,
-    batches=((2, 20), (2, 3)),
+    batches=((2, 20),),
     ring_tokens=64,
     throttled=(2, 16, 0.1),
 )
