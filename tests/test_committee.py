@@ -118,9 +118,11 @@ def test_where_no_domain_routes_in_its_own_way_the_committee_is_as_large_as_its_
     from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
     weights_RU, leaders_E = resample_weights(domain_U), p_E >= 0.2
+    assert weights_RU is not None
+    weights_D = com.weights_by_domain(weights_RU, domain_U)
     for _ in range(60):
         load_UE = rng.multinomial(100, p_E, len(domain_U))
-        low, high = com.mass_interval(leaders_E, load_UE, domain_U, weights_RU)
+        low, high = com.mass_interval(leaders_E, load_UE, domain_U, weights_D)
         inside += low <= 0.75 <= high
     assert inside >= 51
 
@@ -245,7 +247,23 @@ def test_the_jackknife_leaves_out_one_group_of_documents_at_a_time():
     )
     error = np.sqrt(19 / 20 * ((left - left.mean()) ** 2).sum())
     want = error * stats.t.ppf(0.975, 19)
-    assert pth.half_width(tokens_P, of_S, group_S) == pytest.approx(want)
+    tokens_G = np.bincount(group_S)
+    assert pth.half_width(tokens_P, of_S, group_S, tokens_G) == pytest.approx(want)
+
+
+def test_paths_are_counted_where_none_parts_and_where_all_are_alone():
+    rng, S = np.random.default_rng(2), 300
+    choice_LS = [rng.integers(0, E, S), np.full(S, 5), *rng.integers(0, 50, (2, S)), np.arange(S)]
+    choice_LS = [*(c.astype(np.uint16) for c in choice_LS), rng.integers(0, E, S)]
+    choice_LS[2][:40], choice_LS[3][:40] = choice_LS[0][:40], 0
+    found = pth.entropies(choice_LS, np.arange(S) % 7)
+    for r, made in enumerate(found):
+        sizes = pd.DataFrame(choice_LS[: r + 1]).T.value_counts()
+        assert made is not None
+        assert made.paths == len(sizes)
+        assert made.value == pytest.approx(entropy_bits(sizes))
+    paths = [made.paths for made in found if made]
+    assert paths[0] == paths[1] < paths[2] < paths[4] == paths[5] == S
 
 
 def test_the_interval_of_the_entropy_is_over_documents():

@@ -211,6 +211,7 @@ def test_kernels_count_as_their_references(
     assert first[0].tolist() == first[1].tolist()
     assert (tables.sum(), first.sum()) == (4 * k * len(by_N), 2 * len(by_N))
     for name, arguments in {
+        "load": (unit_T, slots, 3, experts),
         "weight_sum": (unit_T, slots, weights, 3, experts),
         "transitions": (slots, after, experts, experts),
         "repetition": (slots, token_rows, experts),

@@ -29,6 +29,7 @@ __all__ = [
     "accumulate",
     "by_slot",
     "by_token",
+    "load",
     "loads",
     "repetition",
     "sorted_rows",
@@ -98,6 +99,21 @@ def loads(
     )
     units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
     return units_UE, first_DE, batches_BE, windows_WE
+
+
+@njit(nogil=True, cache=True)
+def _load(slots, row_T, total_XE):  # type: ignore[no-untyped-def]
+    for t in range(len(row_T)):
+        row_E = total_XE[row_T[t]]
+        for j in range(len(slots)):
+            row_E[np.uint64(slots[j][t])] += ONE
+
+
+def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
+    """uint32 [X, E]"""
+    total_XE = np.zeros((X, E + 1), np.uint32)
+    _load(slots, row_T, total_XE)
+    return total_XE[:, :E]
 
 
 @njit(nogil=True, cache=True)

@@ -3,7 +3,8 @@ documents, the routes of single tokens, and their losses. One pass over the toke
 the sample, one over the decisions what it did; the sample is the same however the trace is cut into
 shards.
 
-L routers, E experts, K slots, T tokens of a shard, S documents or tokens of the sample.
+L routers, E experts, K slots, T tokens of a shard, N of them in the sample, S documents or tokens
+of the sample.
 """
 
 # pyarrow has no types
@@ -19,7 +20,8 @@ from typing import cast
 import numpy as np
 
 from moe_inspect.analysis.counting import kernels_numpy
-from moe_inspect.analysis.counting.count_shard import SelectedTokens, selected_tokens
+from moe_inspect.analysis.counting.count_shard import SelectedTokens, kernels, selected_tokens
+from moe_inspect.analysis.counting.engine import is_long
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.trace.reader import Trace, shards_of
@@ -54,15 +56,16 @@ def document_loads(trace: Trace, selection: Selection, most: int = DOCUMENTS) ->
         r: np.zeros((len(document_S), trace.routers[r].experts), np.int32)
         for r in selection.routers
     }
+    by = kernels(is_long(trace, selection))
     for shard, seen, routers in _shards(trace, selection, "counting documents"):
         row_T = np.searchsorted(document_S, seen.document_T)
-        in_T = row_T < len(document_S)
-        in_T[in_T] = document_S[row_T[in_T]] == seen.document_T[in_T]
-        rows, row_T = kernels_numpy.distinct(row_T[in_T])
+        at_N = np.flatnonzero(row_T < len(document_S))
+        at_N = at_N[document_S[row_T[at_N]] == seen.document_T[at_N]]
+        rows, row_N = kernels_numpy.distinct(row_T[at_N])
         for r in routers:
-            slots = _of(in_T, seen.of(shard.slots(r), r))
+            slots = _of(at_N, seen.of(shard.slots(r), r))
             E = trace.routers[r].experts
-            load_SE[r][rows] += kernels_numpy.load(row_T, slots, len(rows), E).astype(np.int32)
+            load_SE[r][rows] += by.load(row_N, slots, len(rows), E)
     return DocumentLoads(document_S, domain_S, domains, load_SE)
 
 
@@ -112,21 +115,25 @@ def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> li
     labels = dict[str, int]()
     for shard, seen, routers in _shards(trace, selection, "reading routes"):
         stack = stack_of[routers[0]]
-        in_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
+        drawn_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
         code = np.array([labels.setdefault(domain, len(labels)) for domain in seen.domains])
-        places[stack].append((seen.document_T[in_T], code[seen.domain_T[in_T]]))
+        at_N = np.flatnonzero(drawn_T)
+        places[stack].append((seen.document_T[at_N], code[seen.domain_T[at_N]]))
         for r in routers:
-            slots = _of(in_T, seen.of(shard.slots(r), r))
+            slots = _of(at_N, seen.of(shard.slots(r), r))
             first[r].append(slots[0].astype(np.uint16))
-            sets[r].append(np.stack([mixed(ids_S) for ids_S in slots]).sum(0, dtype=np.uint64))
+            # of an expert; the last where a slot routed nowhere
+            hash_E = mixed(np.arange(trace.routers[r].experts + 1))
+            sets[r].append(np.sum([hash_E.take(slot_N) for slot_N in slots], axis=0))
     return [
         Routes(
             routers := tuple(r for r in stack_of if stack_of[r] == stack),
             [
-                np.concatenate(first[r]) if trace.routers[r].first_choice_known else None
+                # gives back the parts of each router in turn
+                np.concatenate(first.pop(r)) if trace.routers[r].first_choice_known else None
                 for r in routers
             ],
-            [np.concatenate(sets[r]) for r in routers],
+            [np.concatenate(sets.pop(r)) for r in routers],
             *(np.concatenate(values) for values in zip(*found, strict=True)),
         )
         for stack, found in places.items()
@@ -171,8 +178,8 @@ def sampled_losses(trace: Trace, selection: Selection, most: int = TOKENS) -> li
         phase_T, names = codes(table["phase"])
         phase = np.array([phases.setdefault(name, len(phases)) for name in names])
         domain = np.array([domains.setdefault(name, len(domains)) for name in seen.domains])
-        in_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
-        in_T &= np.isfinite(loss_T)
+        drawn_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
+        at_N = np.flatnonzero(drawn_T & np.isfinite(loss_T))
         of_tokens = (
             loss_T,
             entropy_T,
@@ -182,9 +189,9 @@ def sampled_losses(trace: Trace, selection: Selection, most: int = TOKENS) -> li
             phase[phase_T[seen.number_T]],
         )
         for column, values_T in zip(columns[stack], of_tokens, strict=True):
-            column.append(values_T[in_T])
+            column.append(values_T[at_N])
         for r in routers:
-            chosen = _of(in_T, seen.of(shard.slots(r), r))
+            chosen = _of(at_N, seen.of(shard.slots(r), r))
             slots[r].append(tuple(slot_S.astype(np.uint16) for slot_S in chosen))
     made: list[TokenLosses] = []
     for stack, parts in columns.items():
@@ -246,5 +253,6 @@ def _shards(
                 yield shard, seen, routers
 
 
-def _of(in_T: np.ndarray, slots: kernels_numpy.Slots) -> kernels_numpy.Slots:
-    return slots if in_T.all() else tuple(slot_T[in_T] for slot_T in slots)
+def _of(at_N: np.ndarray, slots: kernels_numpy.Slots) -> kernels_numpy.Slots:
+    whole = len(at_N) == len(slots[0])
+    return slots if whole else tuple(slot_T.take(at_N) for slot_T in slots)

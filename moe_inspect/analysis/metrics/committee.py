@@ -80,19 +80,24 @@ def committee_null(
     return float(np.concatenate(sizes).mean())
 
 
+def weights_by_domain(weights_RU: np.ndarray, domain_U: np.ndarray) -> list[np.ndarray]:
+    """The weights of the units of each domain in each resample: [R, its units], of every domain."""
+    return [weights_RU[:, domain_U == d] for d in range(int(domain_U.max(initial=-1)) + 1)]
+
+
 def mass_interval(
     member_E: np.ndarray,
     assignments_UE: np.ndarray,
     domain_U: np.ndarray,
-    weights_RU: np.ndarray | None,
+    weights_D: list[np.ndarray] | None,
 ) -> tuple[float, float]:
     """95 % interval over documents of the mass of these experts, the same ones in all resamples.
-    NaN without `weights_RU`, and where there are no such experts."""
-    if weights_RU is None or not member_E.any():
+    weights_D: `weights_by_domain`. NaN without them, and where there are no such experts."""
+    if weights_D is None or not member_E.any():
         return nan, nan
-    share_RD = np.full((len(weights_RU), int(domain_U.max()) + 1), np.nan)
-    for d in range(share_RD.shape[1]):
-        of_UE, weight_RU = assignments_UE[domain_U == d], weights_RU[:, domain_U == d]
+    share_RD = np.full((len(weights_D[0]), len(weights_D)), np.nan)
+    for d, weight_RU in enumerate(weights_D):
+        of_UE = assignments_UE[domain_U == d]
         all_R = weight_RU @ of_UE.sum(1)
         hits_R = weight_RU @ of_UE[:, member_E].sum(1)
         np.divide(hits_R, all_R, out=share_RD[:, d], where=all_R > 0)

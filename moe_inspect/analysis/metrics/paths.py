@@ -6,7 +6,7 @@ routers almost every token has a path of its own, and it says nothing. So it com
 up to each one, beside the same with every router's choices shuffled among the tokens, whose bias is
 that of paths that follow no choice before.
 
-S tokens, P distinct paths, G groups of documents.
+S tokens, N tokens that share their path with another, P distinct paths, G groups of documents.
 """
 
 from __future__ import annotations
@@ -53,23 +53,60 @@ def entropies(choice_LS: Sequence[np.ndarray | None], group_S: np.ndarray) -> li
     """Of the paths through the first router, the first two, and so on; None from the first router
     on whose choices are unknown (None). group_S: which group of documents each token is of, −1 for
     no interval. choice_LS: whole numbers or hashes."""
-    path_S = shuffled_S = np.zeros(len(group_S), np.uint64)
-    independent, found = 0.0, list[Entropy | None]()
+    S, independent, found = len(group_S), 0.0, list[Entropy | None]()
+    path, shuffled, tokens_G = Splitting(S), Splitting(S), np.bincount(group_S[group_S >= 0])
+    value = shuffled_value = half = float("nan")
     for r, choice_S in enumerate(choice_LS):
         if choice_S is None:
             return found + [None] * (len(choice_LS) - r)
-        rng = np.random.default_rng([SEED, r, len(group_S)])
-        hash_S = mixed(choice_S)
-        path_S = mixed(path_S ^ hash_S)
-        shuffled_S = mixed(shuffled_S ^ rng.permutation(hash_S))
-        independent += path_entropy_bits(_distinct(hash_S)[1])
-        shuffled = path_entropy_bits(_distinct(shuffled_S)[1]) if r else independent
-        of_S, tokens_P = _distinct(path_S)
-        value = path_entropy_bits(tokens_P)
-        half = half_width(tokens_P, of_S, group_S)
-        low, high = np.clip([value - half, value + half], 0, np.log2(len(group_S))).tolist()
-        found.append(Entropy(len(tokens_P), value, low, high, shuffled, independent))
+        independent += path_entropy_bits(np.bincount(pd.factorize(choice_S)[0]))
+        if path.split(choice_S[path.shared_N]) or not r:
+            value = path_entropy_bits(path.tokens_P)
+            half = half_width(path.tokens_P, path.of_N, group_S[path.shared_N], tokens_G)
+        if len(shuffled.shared_N):
+            order_S = np.random.default_rng([SEED, r, S]).permutation(S)
+            if shuffled.split(choice_S[order_S[shuffled.shared_N]]):
+                shuffled_value = path_entropy_bits(shuffled.tokens_P)
+        if not r:
+            shuffled_value = independent
+        low, high = np.clip([value - half, value + half], 0, np.log2(S)).tolist()
+        found.append(Entropy(len(path.tokens_P), value, low, high, shuffled_value, independent))
     return found
+
+
+class Splitting:
+    """The paths of tokens that pass one router after the other. tokens_P: of each path, in the
+    order of their first tokens. shared_N: the tokens that share their path, of_N: which of the
+    shared paths it is. Only these are looked at again: a path of one token stays one."""
+
+    def __init__(self, S: int):
+        self.shared_N, self.of_N = np.arange(S), np.zeros(S, np.int64)
+        self._first_N, self._hash_N = np.zeros(S, np.int64), np.zeros(S, np.uint64)
+        self._tokens_S = np.zeros(S, np.int64)  # of the path whose first token this is
+        self._tokens_S[:1] = S
+
+    @property
+    def tokens_P(self) -> np.ndarray:
+        return self._tokens_S[self._tokens_S > 0]
+
+    def split(self, choice_N: np.ndarray) -> bool:
+        """choice_N: what the tokens of shared_N chose at the next router. Whether any path parts
+        there."""
+        if (choice_N == choice_N[self._first_N]).all():
+            return False
+        hash_N = mixed(self._hash_N ^ mixed(choice_N))
+        of_N, _ = pd.factorize(hash_N)  # by hashing, which is faster than to sort
+        tokens_X = np.bincount(of_N)
+        first_X = np.zeros(len(tokens_X), np.int64)
+        first_X[of_N[::-1]] = np.arange(len(of_N))[::-1]
+        self._tokens_S[self.shared_N] = 0
+        self._tokens_S[self.shared_N[first_X]] = tokens_X
+        shared_X = tokens_X > 1
+        at_N = np.flatnonzero(shared_X[of_N])
+        of_N, self.shared_N, self._hash_N = of_N[at_N], self.shared_N[at_N], hash_N[at_N]
+        self.of_N = (np.cumsum(shared_X) - 1)[of_N]
+        self._first_N = np.searchsorted(at_N, first_X[shared_X])[self.of_N]
+        return True
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
@@ -91,31 +128,28 @@ def groups_of(document_S: np.ndarray, domain_S: np.ndarray) -> np.ndarray:
     return of_S.reshape(-1) % min(GROUPS, N)
 
 
-def half_width(tokens_P: np.ndarray, path_of_S: np.ndarray, group_S: np.ndarray) -> float:
+def half_width(
+    tokens_P: np.ndarray, of_N: np.ndarray, group_N: np.ndarray, tokens_G: np.ndarray
+) -> float:
     """Half the 95 % interval of the entropy: from the jackknife that leaves out a group of
-    documents at a time, by Student's t. NaN without groups."""
+    documents at a time, by Student's t. of_N, group_N: which shared path and which group the tokens
+    of shared paths are of; tokens_G: all of each group. NaN with fewer than two groups."""
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
     stdtrit: Any = special.stdtrit
-    G = int(group_S.max(initial=-1)) + 1
+    G, S = len(tokens_G), tokens_G.sum()
     if G < 2:
         return float("nan")
-    within = np.bincount(path_of_S * G + group_S, minlength=len(tokens_P) * G)
+    within = np.bincount(of_N * G + group_N)
     cell = np.flatnonzero(within)
-    whole, group, within = tokens_P[cell // G], cell % G, within[cell]
-    # Σ n log₂ n without the group differs only in the paths that the group takes
+    whole, group, within = np.bincount(of_N)[cell // G], cell % G, within[cell]
+    # Σ n log₂ n without the group differs only in the paths that the group takes; without the only
+    # token of a path it does not
     less_G = np.bincount(group, _n_log2_n(whole) - _n_log2_n(whole - within), G)
-    left_G = len(group_S) - np.bincount(group_S, minlength=G)
+    left_G = S - tokens_G
     value_G = np.log2(left_G) - (_n_log2_n(tokens_P).sum() - less_G) / left_G
     error = np.sqrt((G - 1) / G * ((value_G - value_G.mean()) ** 2).sum())
     return float(stdtrit(G - 1, 0.975) * error)
-
-
-def _distinct(values_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the distinct values each is, and how often each of those occurs. By hashing, which
-    is faster than to sort."""
-    of_S, _ = pd.factorize(values_S)
-    return of_S, np.bincount(of_S)
 
 
 def _n_log2_n(n: np.ndarray) -> np.ndarray:

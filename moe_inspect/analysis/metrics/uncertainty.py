@@ -71,8 +71,8 @@ def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
-    """The weight of each unit in each of R resamples of the documents, within strata (domains).
-    float64 [R, U]; None with fewer than FEWEST_DOCUMENTS units.
+    """The weight of each unit in each of R resamples of the documents, within strata (domains),
+    read-only. float64 [R, U]; None with fewer than FEWEST_DOCUMENTS units.
 
     n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu
     1988). If a domain has too few documents to resample alone, all are resampled together."""
@@ -81,12 +81,19 @@ def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | N
         return None
     if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
         strata_U = np.zeros(U, np.int64)
-    rng = np.random.default_rng([SEED, U])
-    weights_RU = np.zeros((R, U))
+    return _resampled(strata_U.astype(np.int64).tobytes(), R)
+
+
+@lru_cache(maxsize=2)  # most tables take those of all units, one those of each domain
+def _resampled(strata: bytes, R: int) -> np.ndarray:
+    strata_U = np.frombuffer(strata, np.int64)
+    rng = np.random.default_rng([SEED, len(strata_U)])
+    weights_RU = np.zeros((R, len(strata_U)))
     for stratum in np.unique(strata_U):
         members = np.flatnonzero(strata_U == stratum)
         n = len(members)
         weights_RU[:, members] = rng.multinomial(n - 1, np.full(n, 1 / n), size=R) * (n / (n - 1))
+    weights_RU.flags.writeable = False
     return weights_RU
 
 

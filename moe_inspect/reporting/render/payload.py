@@ -66,9 +66,19 @@ def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS) -> dict[str, Any]:
         "columns": [str(name) for name in shown.columns],
         "numeric": [shown.dtypes.iloc[i].kind in "iuf" for i in range(shown.shape[1])],
         "real": [shown.dtypes.iloc[i].kind == "f" for i in range(shown.shape[1])],
-        "values": [[_plain(v) for v in shown.iloc[:, i]] for i in range(shown.shape[1])],
+        "values": [_values(shown.iloc[:, i]) for i in range(shown.shape[1])],
         "rows": len(frame),
     }
+
+
+def _values(column: Any) -> list[Any]:
+    values: np.ndarray = column.to_numpy()
+    if values.dtype.kind not in "iubf":
+        return [_plain(value) for value in column]
+    found = values.tolist()
+    for i in np.flatnonzero(~np.isfinite(values)).tolist():
+        found[i] = _plain(found[i])
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -29,10 +29,12 @@ def committee(data: ReportData) -> pd.DataFrame:
     how many that is with shuffled documents and by chance, and the share of assignments and of gate
     weight that they carry (mean over the domains), with a 95 % interval over documents."""
     counts, rows = data.counts, list[dict[str, object]]()
-    weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
+    domain_U = counts.domain_of_unit_U
+    weights_RU = None if counts.counts_only else unc.resample_weights(domain_U)
+    weights_D = None if weights_RU is None else com.weights_by_domain(weights_RU, domain_U)
     for r in data.selection.routers:
         router, of, assignments_DE = counts.routers[r], counts.of[r], counts.assignments_DE(r)
-        E, k, domain_U = router.experts, router.top_k, counts.domain_of_unit_U
+        E, k = router.experts, router.top_k
         member_E = com.committee(assignments_DE, k)
         size = com.committee_experts(assignments_DE, k)
         domains = int((assignments_DE.sum(1) > 0).sum())
@@ -50,11 +52,11 @@ def committee(data: ReportData) -> pd.DataFrame:
             row["committee_by_chance"] = com.committee_by_chance(domains, E, k)
             if of.weight_sum_DE is not None:
                 row["committee_weight"] = com.mass_of(member_E, of.weight_sum_DE)
-        if weights_RU is not None:
+        if weights_D is not None:
             units_UE = of.assignments_UE
             row["committee_null"] = com.committee_null(units_UE, domain_U, k)
             row["committee_mass_low"], row["committee_mass_high"] = com.mass_interval(
-                member_E, units_UE, domain_U, weights_RU
+                member_E, units_UE, domain_U, weights_D
             )
         rows.append(row)
     columns = ["layer", "router", "domains", "top_k", *COMMITTEE, "experts"]
