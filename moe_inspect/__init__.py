@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from moe_inspect.capture.hook.probe import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
+    from moe_inspect.capture.server.serve import serve_engine
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
     from moe_inspect.comparison.compare import Comparison, compare
     from moe_inspect.comparison.loads.compare import LoadComparison
@@ -89,6 +90,7 @@ __all__ = [
     "register_router",
     "report",
     "sample",
+    "serve_engine",
     "simulate_cache",
     "simulate_capacity",
     "simulate_decode",
@@ -135,6 +137,7 @@ _HOMES = {
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",
     "sample": "moe_inspect.trace.derived.sample",
+    "serve_engine": "moe_inspect.capture.server.serve",
     "simulate_cache": "moe_inspect.simulate.cache.cache",
     "simulate_capacity": "moe_inspect.simulate.capacity.capacity",
     "simulate_decode": "moe_inspect.simulate.decode.decode",

@@ -10,11 +10,16 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,3 +216,33 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
     finally:
         listening.shutdown()
         listening.server_close()
+
+
+def main() -> None:
+    """Stands in for a program of an engine. ENGINE_DOES: `starts_s`, how long it takes to listen;
+    `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
+    process that it starts; both take no SIGTERM where `stubborn`; `after`: at which request it is
+    killed."""
+    does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
+    print("called with", *sys.argv[1:], flush=True)
+    if does.get("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "pids" in does:
+        other = subprocess.Popen(["sleep", "1000"])
+        Path(does["pids"]).write_text(f"{os.getpid()} {other.pid}")
+    if "dies" in does:
+        print(does["dies"], flush=True)
+        sys.exit(3)
+    time.sleep(does.get("starts_s", 0))
+    server = Server()
+    server.key = does.get("key")
+    if "--enable-return-routed-experts" not in sys.argv:
+        server.edit = lambda answer: answer["choices"][0].pop("routed_experts")
+    if "after" in does:
+        server.delay_s = lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == does["after"] else 0
+    with serving(server, int(sys.argv[sys.argv.index("--port") + 1])):
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

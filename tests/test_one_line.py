@@ -44,6 +44,7 @@ BALANCED = Path(__file__).parent.parent / "sample_traces" / "balanced"  # of the
 # command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
 USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
+    "serve-trace": ["-o", "new", "--", "vllm", "serve", "demo"],  # test_serve_trace runs it
     "report": ["t"],
     "compare": ["t", "t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
@@ -64,10 +65,11 @@ USUAL: dict[str, list[Any]] = {
     "simulate cache": ["t"],
     "simulate routing": ["t"],
 }
+TRACING = ["trace", "serve-trace"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
 SILENT = ["trace", "import", "merge", "sample", "export"]  # on stdout
 WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
-NO_TABLES = ["trace", "import", "merge", "sample", "verify", "doctor", "watch"]
+NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch"]
 
 
 def commands(group: typer.Typer, *before: str) -> Iterator[str]:
@@ -176,7 +178,7 @@ def fine(result: tuple[int, str]) -> None:
 # --- streams
 
 
-@pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
+@pytest.mark.parametrize("command", [c for c in USUAL if c not in TRACING])
 def test_stdout_that_takes_nothing(command: str, here: Path) -> None:
     for place, mode, why in (
         ("/dev/full", os.O_WRONLY, "No space left on device"),
@@ -187,7 +189,7 @@ def test_stdout_that_takes_nothing(command: str, here: Path) -> None:
         fine(result) if command in SILENT else one_line(result, f"cannot write to stdout: {why}")
 
 
-@pytest.mark.parametrize("command", [c for c in USUAL if c != "trace"])
+@pytest.mark.parametrize("command", [c for c in USUAL if c not in TRACING])
 def test_stdout_that_is_gone_or_ascii_and_stderr_that_is_full(command: str, here: Path) -> None:
     again = ["--overwrite"] if command in WRITE_ONCE else []
     reads, writes = os.pipe()

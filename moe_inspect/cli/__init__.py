@@ -36,6 +36,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("trace", cls=GroupedCommand)(trace.trace)
+app.command("serve-trace", cls=GroupedCommand, context_settings={"allow_interspersed_args": False})(
+    trace.serve_trace
+)
 app.command("report", cls=report.ReportCommand)(report.report)
 app.command("text", cls=GroupedCommand)(text.text)
 app.command("sql", cls=GroupedCommand)(sql.sql)

@@ -34,6 +34,10 @@ class _Retry(Exception):
         self.wait_s = wait_s
 
 
+class NotReady(MoeInspectError):
+    """No server answers: it is starting, or the address is wrong."""
+
+
 def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
     """(root of a server's API, credentials in its URL). The credentials appear in no message and no
     manifest."""
@@ -68,7 +72,7 @@ def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) ->
 
 
 def check_server(url: str, api_key: str | None) -> None:
-    """MoeInspectError unless a server answers within FIRST_CONTACT_S."""
+    """MoeInspectError unless a server answers within FIRST_CONTACT_S; NotReady where none does."""
 
     async def once() -> None:
         async with client(url, api_key, FIRST_CONTACT_S, 1) as http:
@@ -86,7 +90,7 @@ async def list_models(http: httpx.AsyncClient) -> dict[str, Any] | None:
             status, data = await _once(http, MODELS, None, MOST_BYTES)
     except (_Retry, TimeoutError) as error:
         text = str(error) or f"no answer in {FIRST_CONTACT_S:g} s"
-        raise MoeInspectError(
+        raise NotReady(
             f"no server is ready at {root}, {text}: check the address, and that the server is up"
         ) from None
     return _json_object(root, MODELS, status, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import uuid
 from collections import deque
@@ -50,7 +51,8 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import Document
 
-SECRET_OPTIONS = ("--api-key",)
+# --api-key of ours and of an engine that was started, --hf-token and others of the latter
+SECRET = re.compile(r"--.*(key|token)")
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 
 
@@ -258,18 +260,17 @@ async def _send(
 
 
 def _without_secrets(arguments: Sequence[str], url: str) -> list[str]:
-    """The command for the manifest, without the API key and the credentials in the URL."""
+    """The command for the manifest, without keys, of which an option may take several, and the
+    credentials in the URL."""
     shown, hide = [Path(arguments[0]).name], False
     for argument in arguments[1:]:
         name, equals, _ = argument.partition("=")
-        shown.append(
-            "…"
-            if hide
-            else f"{name}=…"
-            if equals and name in SECRET_OPTIONS
-            else split_url(url)[0]
-            if argument == url
-            else argument
-        )
-        hide = argument in SECRET_OPTIONS
+        secret = SECRET.fullmatch(name) is not None
+        hide = secret if argument.startswith("-") else hide
+        if argument == url:
+            shown.append(split_url(url)[0])
+        elif secret:
+            shown.append(f"{name}=…" if equals else name)
+        else:
+            shown.append("…" if hide else argument)
     return shown

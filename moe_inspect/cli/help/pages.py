@@ -17,7 +17,7 @@ class Page:
 
 # title → commands
 COMMANDS = {
-    "Record": ("trace", "import", "watch", "doctor"),
+    "Record": ("trace", "serve-trace", "import", "watch", "doctor"),
     "Look": ("report", "text", "sql", "compare", "describe"),
     "Try": ("simulate", "ablate", "prune"),
     "Files": ("verify", "merge", "sample", "export"),
@@ -27,6 +27,18 @@ _OUTPUT = ("full", "table", "format", "output", "safe_csv", "plots", "html", "si
 _SELECTION = ("layers", "domain", "phase")
 _GATES = ("fail_above", "fail_below", "threshold", "rules")
 _SHOWN = {"Selection": _SELECTION, "Output": _OUTPUT}
+_TEXT = (
+    "data",
+    "text_field",
+    "domain_field",
+    "max_tokens",
+    "max_length",
+    "batch_tokens",
+    "special_tokens",
+)
+_DECODING = ("generate", "temperature", "seed")
+_TRACE = ("output", "resume", "overwrite", "commit_every", "watch")
+_REQUESTS = ("concurrency", "timeout", "api_key")
 
 # name of a command → its page; "" is moe-inspect itself
 PAGES = {
@@ -39,16 +51,8 @@ PAGES = {
     ),
     "trace": Page(
         {
-            "Text": (
-                "data",
-                "text_field",
-                "domain_field",
-                "max_tokens",
-                "max_length",
-                "batch_tokens",
-                "special_tokens",
-            ),
-            "Decoding": ("generate", "temperature", "seed"),
+            "Text": _TEXT,
+            "Decoding": _DECODING,
             "Model": (
                 "capture",
                 "device",
@@ -62,14 +66,27 @@ PAGES = {
                 "routers",
             ),
             "Record": ("layers", "text", "weights", "logits", "counts_only"),
-            "Trace": ("output", "resume", "overwrite", "commit_every", "watch"),
-            "Server": ("engine", "model_config", "concurrency", "timeout", "api_key"),
+            "Trace": _TRACE,
+            "Server, with --engine": ("engine", "model_config", *_REQUESTS),
         },
         (
             "trace demo -o runs/demo",
             "trace allenai/OLMoE-1B-7B-0924 -o runs/olmoe --data wiki.jsonl",
             "trace ./checkpoint -o runs/a --data corpus/ --generate 32 --logits",
             "trace http://localhost:8000 --engine vllm -o runs/served",
+        ),
+    ),
+    "serve-trace": Page(
+        {
+            "Engine": ("engine", "model_config", "engine_log", "start_timeout", *_REQUESTS),
+            "Text": _TEXT,
+            "Decoding": _DECODING,
+            "Record": ("layers", "text"),
+            "Trace": _TRACE,
+        },
+        (
+            "serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924",
+            "serve-trace -o runs/a --generate 8 -- sglang serve --model ./model",
         ),
     ),
     "report": Page(

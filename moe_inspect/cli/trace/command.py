@@ -40,14 +40,17 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+TraceDirectory = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", metavar="DIR", help="The directory of the trace.", show_default=False
+    ),
+]
+
+
 def trace(
     context: typer.Context,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="DIR", help="The directory of the trace.", show_default=False
-        ),
-    ],
+    output: TraceDirectory,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -214,19 +217,17 @@ def trace(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="With --engine: hub id or directory of the served model's config and tokenizer.",
+            help="Hub id or directory of the served model's config and tokenizer.",
             show_default=False,
         ),
     ] = None,
-    concurrency: Annotated[
-        int, typer.Option(min=1, help="With --engine: sequences in flight at once.")
-    ] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences in flight at once.")] = 8,
     timeout: Annotated[
         float,
         typer.Option(
             min=0.1,
             metavar="SECONDS",
-            help="With --engine: time limit of one request; then it is sent again.",
+            help="Time limit of one request; then it is sent again.",
         ),
     ] = 600.0,
     api_key: Annotated[
@@ -234,7 +235,7 @@ def trace(
         typer.Option(
             metavar="KEY",
             envvar="MOE_INSPECT_API_KEY",
-            help="With --engine: sent as a bearer token, written nowhere.",
+            help="Sent as a bearer token, written nowhere.",
             show_default=False,
         ),
     ] = None,
@@ -283,7 +284,7 @@ def trace(
         "commit_every": COMMIT_EVERY_S if watch and commit_every is None else commit_every,
     }
     began, complete_before = time.monotonic(), resume and _is_complete(output)
-    _stop_cleanly()
+    stop_cleanly()
     quiet()
     try:
         with Beside(output) if watch and _is_first() else TokenProgress() as progress:
@@ -319,13 +320,7 @@ def trace(
                 )
                 written = trace_model(model, output, of_model, progress=progress)
     except KeyboardInterrupt:
-        began_writing = (output / "trace.json").exists()
-        state = (
-            f'{output} is readable; continue it with "--resume"'
-            if began_writing
-            else "nothing was traced yet"
-        )
-        print_stderr(f"interrupted: {state}")
+        say_interrupted(output)
         raise
     # of a torchrun: the first speaks for all
     if not _is_first():
@@ -341,6 +336,16 @@ def trace(
     )
 
 
+def say_interrupted(output: Path) -> None:
+    began_writing = (output / "trace.json").exists()
+    state = (
+        f'{output} is readable; continue it with "--resume"'
+        if began_writing
+        else "nothing was traced yet"
+    )
+    print_stderr(f"interrupted: {state}")
+
+
 def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
 
@@ -352,7 +357,7 @@ def _is_complete(output: Path) -> bool:
     return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"
 
 
-def _stop_cleanly() -> None:
+def stop_cleanly() -> None:
     """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing
     short."""
     import signal

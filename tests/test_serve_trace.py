@@ -1,0 +1,242 @@
+"""`moe-inspect serve-trace`: an engine is started with what it needs, traced and stopped, with all
+that it started, however the command ends. The engine is tests/engine.py under the name vllm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_inspect
+from moe_inspect.capture.server import client, serve
+from moe_inspect.capture.server.engine_command import read_command
+from moe_inspect.errors import MoeInspectError
+from tests.conftest import ROOT, Cli
+from tests.engine import KEY
+from tests.test_cli_trace import save
+from tests.test_engines import check_rows
+
+CORPUS = ("--max-tokens", 1000, "--max-length", 60, "--batch-tokens", 300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save("deepseek_v3", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts `vllm` on the path, and says what else it does."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.engine "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(serve, "ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(serve, "GRACE_S", 0.3)
+
+    def tell(**what: Any) -> None:
+        monkeypatch.setenv("ENGINE_DOES", json.dumps({"pids": str(tmp_path / "pids"), **what}))
+
+    tell()
+    return tell
+
+
+def lives(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, and nobody has asked yet
+
+
+def nobody_is_left(place: Path, within_s: float = 0.0) -> bool:
+    """Of the engine and the process that it started."""
+    end, pids = time.monotonic() + within_s, (place / "pids").read_text().split()
+    while any(map(lives, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return len(pids) == 2 and not any(map(lives, pids))
+
+
+def when_there(file: Path, then: Callable[[], object]) -> threading.Thread:
+    def wait() -> None:
+        while not (file.exists() and file.read_text()):
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_the_engine_is_started_traced_and_stopped(
+    model: str, does: Callable[..., None], cli_here: Cli, tmp_path: Path
+) -> None:
+    does(key=KEY, starts_s=0.2)
+    command = ["vllm", "serve", model, "--api-key", KEY, f"{KEY}2", "--max-model-len", 200]
+    done = cli_here("serve-trace", "-o", "runs/t", "--generate", 3, *CORPUS, "--", *command)
+    trace = moe_inspect.open_trace(tmp_path / "runs/t")
+    check_rows(trace)
+    assert trace.manifest["status"] == "complete"
+    assert trace.manifest["model"]["id"] == model
+    said = done.stderr.splitlines()
+    port = said[0].removeprefix("starting vllm on port ").partition(";")[0]
+    assert said[0].endswith("; its log is runs/t.engine.log")
+    assert said[1].startswith("vllm answers after ")
+    assert said[2].startswith("1,0")
+    assert said[3:] == ["stopping vllm"]
+    log = (tmp_path / "runs/t.engine.log").read_text()
+    added = f"--enable-return-routed-experts --host 127.0.0.1 --port {port}"
+    assert log == f"called with {' '.join(map(str, command[1:]))} {added}\n"
+    assert nobody_is_left(tmp_path)
+    assert KEY not in (tmp_path / "runs/t/trace.json").read_text() + done.stderr
+    assert trace.manifest["capture"]["command"][-5:] == [
+        "--api-key",
+        "…",
+        "…",
+        "--max-model-len",
+        "200",
+    ]
+
+
+def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(
+    model: str, does: Callable[..., None], cli_here: Cli, tmp_path: Path
+) -> None:
+    does(after=12)
+    arguments = ("serve-trace", "-o", "t", *CORPUS, "--commit-every", "1ms", "--concurrency", 1)
+    command = ("--", "vllm", "serve", model)
+    done = cli_here(*arguments, *command, check=1)
+    assert done.stderr.endswith(
+        "error: vllm ended with SIGKILL: the end of t.engine.log is above\n"
+    )
+    kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
+    assert nobody_is_left(tmp_path)
+    does()
+    cli_here(*arguments, "--resume", *command)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert 0 < kept < trace.n_tokens
+    check_rows(trace)
+    assert (tmp_path / "t.engine.log").read_text().count("called with") == 2
+
+
+def test_an_engine_that_does_not_start_says_why(
+    model: str, does: Callable[..., None], cli_here: Cli, tmp_path: Path
+) -> None:
+    does(dies="ValueError: \x1b[31mno GPU\x1b[0m\x07\nsorry")
+    done = cli_here("serve-trace", "-o", "t", "--", "vllm", "serve", model, check=1)
+    assert done.stderr.splitlines()[2:] == [
+        "ValueError: no GPU\\x07",
+        "sorry",
+        "error: vllm ended with exit code 3: the end of t.engine.log is above",
+    ]
+    assert nobody_is_left(tmp_path)
+    assert not (tmp_path / "t").exists()
+    does(starts_s=100)
+    late = cli_here(
+        "serve-trace", "-o", "t", "--start-timeout", "200ms", "--", "vllm", "serve", model, check=1
+    )
+    assert late.stderr.endswith("error: vllm does not answer after 0 s\n")
+    assert nobody_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_stubborn_engine(
+    number: signal.Signals, model: str, does: Callable[..., None], cli_here: Cli, tmp_path: Path
+) -> None:
+    does(starts_s=100, stubborn=True)
+    when_there(tmp_path / "pids", lambda: os.kill(os.getpid(), number))
+    done = cli_here("serve-trace", "-o", "t", "--", "vllm", "serve", model, check=130)
+    assert done.stderr.endswith("interrupted: nothing was traced yet\n")
+    assert nobody_is_left(tmp_path)
+
+
+def test_the_engine_ends_with_who_started_it_even_by_kill_9(
+    does: Callable[..., None], tmp_path: Path
+) -> None:
+    does(starts_s=100, stubborn=True)
+    program = (
+        "from moe_inspect.capture.server import serve\n"
+        "serve.GRACE_S = 0.2\n"
+        "with serve.serve_engine(['vllm', 'serve', 'm']): pass"
+    )
+    started = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+    when_there(tmp_path / "pids", started.kill).join(30)
+    assert started.wait(30) == -signal.SIGKILL
+    assert nobody_is_left(tmp_path, within_s=30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "give the command that starts the engine behind --, like -- vllm serve MODEL"),
+        (["--"], 2, "give the command that starts the engine behind --"),
+        (["--", "nosuch", "serve", "m"], 1, "no program nosuch: activate the environment"),
+        (["--", "true", "serve", "m"], 1, "cannot tell the engine of true serve m: give --engine"),
+        (["--", "vllm", "serve", "--tp", "2"], 2, "names no model: give --model-config MODEL"),
+        (["--", "vllm", "serve", "./nowhere"], 1, "./nowhere"),
+        (["--", "vllm", "serve", "demo", "--port=x"], 1, "--port x of the engine is no port"),
+        (["--resume", "--overwrite", "--", "vllm", "serve", "demo"], 2, "give one of the two"),
+        (["--device", "cpu", "--", "vllm", "serve", "demo"], 2, "No such option: --device"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_started(
+    arguments: list[str],
+    code: int,
+    says: str,
+    does: Callable[..., None],
+    cli_here: Cli,
+    tmp_path: Path,
+) -> None:
+    done = cli_here("serve-trace", "-o", "t", *arguments, check=code)
+    assert says in done.stderr
+    assert code == 2 or done.stderr.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"bin"}
+
+
+def test_a_port_in_use_is_refused(does: Callable[..., None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MoeInspectError, match=rf"port {port} of 127.0.0.1 is in use: "):
+            read_command(["vllm", "serve", "m", "--port", str(port)])
+    assert read_command(["vllm", "serve", "m", "--port", str(port)]).port == port
+    with pytest.raises(MoeInspectError, match=r"of 192\.0\.2\.1 cannot be used, "):
+        read_command(["vllm", "serve", "m", "--host", "192.0.2.1"])
+
+
+def test_what_a_command_says(does: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    plain = read_command(["vllm", "serve", "a/b"])
+    assert (plain.engine, plain.model, plain.revision) == ("vllm", "a/b", None)
+    assert (plain.trust_remote_code, plain.api_key) == (False, None)
+    assert plain.environment == {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    assert plain.url == f"http://127.0.0.1:{plain.port}"
+    # sh stands for a Python: words decide
+    module = ["sh", "-m", "sglang.launch_server", "--model-path=./vllm"]
+    told = ["--host", "0.0.0.0", "--enable_return_routed_experts", "--trust_remote_code"]
+    full = read_command([*module, *told, "--revision", "r1", "--api-key=k"])
+    assert (full.engine, full.model, full.revision) == ("sglang", "./vllm", "r1")
+    assert (full.trust_remote_code, full.api_key) == (True, "k")
+    assert full.arguments[-2:] == ["--port", str(full.port)]
+    assert full.arguments.count("--host") == 1
+    assert not any("return-routed" in word for word in full.arguments)
+    assert full.url == f"http://127.0.0.1:{full.port}"
+    assert full.environment == {}
+    assert "=k" not in repr(full)
+    monkeypatch.setenv("VLLM_API_KEY", "from the environment")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    vllm = read_command(["sh", "-m", "vllm.entrypoints.openai.api_server", "--model", "m"])
+    assert (vllm.api_key, vllm.model, vllm.environment) == ("from the environment", "m", {})
+    assert read_command(["sh", "--model", "m"], "sglang").engine == "sglang"
+    assert read_command(["vllm", "serve", "m", "--host", "::1"]).url.startswith("http://[::1]:")
