@@ -425,6 +425,15 @@ def counts(root: Path) -> Made:
     return Made(root / "c.csv", load=load)
 
 
+@maker("counts-rows", format="counts")
+def counts_rows(root: Path) -> Made:
+    """A row per assignment, as llama.cpp's moe-trace writes them."""
+    ids = drawn(30, 9)
+    rows = [f"{layer},{e}\n" for layer, one in zip(ROUTED, ids, strict=True) for e in one.flat]
+    (root / "r.csv").write_text("layer,expert\n" + "".join(rows))
+    return Made(root / "r.csv", load=[np.bincount(i.reshape(-1), minlength=E) for i in ids])
+
+
 Field = int | float | str | list[str]
 Tensor = tuple[int, tuple[int, ...], bytes]
 

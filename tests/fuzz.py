@@ -1,7 +1,9 @@
-"""Coverage-guided fuzzing of every importer: `python -m tests.fuzz NAME --seconds N` (`make fuzz`
+"""Coverage-guided fuzzing of every importer, of `import --map`, and of a GGUF model's header, which
+`trace` and `describe` read: `python -m tests.fuzz NAME --seconds N` (`make fuzz`
 does all targets, which `--list` prints).
 
-Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line.
+Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line;
+so does what only reads, but for the trace.
 What breaks that is written to tests/crashes/<NAME>-…, where tests/test_hostile.py finds it from
 then on.
 """
@@ -9,9 +11,12 @@ then on.
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 CRASHES = Path(__file__).parent / "crashes"
@@ -32,11 +37,58 @@ def unpacked(names: list[Path], data: bytes, folder: Path) -> None:
 
 def targets() -> dict[str, str]:
     """Name → format: what tests/foreign.py makes files of, and every format of the registry that it
-    does not know, which is fuzzed from an empty file."""
+    does not know, which is fuzzed from an empty file; then OTHERS, of no format of their own."""
     from moe_inspect.importers import MODULES
     from tests.foreign import FORMAT_OF
 
-    return FORMAT_OF | {name: name for name in MODULES if name not in FORMAT_OF.values()}
+    unknown = {name: name for name in MODULES if name not in FORMAT_OF.values()}
+    return FORMAT_OF | unknown | dict.fromkeys(OTHERS, "")
+
+
+def _mapped_files(folder: Path) -> None:
+    """Counts under names of another tool, and the map that says where they are."""
+    value = {"layers": {"layer_1": {"0": {"n": 3, "of": "law"}, "1": {"n": 1, "of": "code"}}}}
+    (folder / "c.json").write_text(json.dumps(value))
+    (folder / "map").write_text("count=layers.layer_{layer}.{expert}.n,domain=of")
+
+
+def _import_mapped(folder: Path, out: Path, model: Path | None) -> None:
+    from moe_inspect.importers.run import import_trace
+
+    text = (folder / "map").read_text(errors="replace") if (folder / "map").exists() else ""
+    import_trace("counts", [folder / "c.json"], out, model=model, map=text, warn=lambda line: None)
+
+
+def _gguf_files(folder: Path) -> None:
+    """The header of a model, with its experts and no weights."""
+    from tests.foreign import gguf_file
+
+    fields = {"general.architecture": "qwen3moe", "general.alignment": 32, "x.list": ["a", "b"]}
+    parts = {f"blk.{n}.ffn_{part}_exps.weight" for n in (1, 2) for part in ("up", "down")}
+    gguf_file(folder / "m.gguf", fields, dict.fromkeys(sorted(parts), (8, (32, 4, 8), b"")))
+
+
+def _read_gguf(folder: Path, out: Path, model: Path | None) -> None:
+    """All that reads the header of a model."""
+    from moe_inspect.errors import MoeInspectError
+    from moe_inspect.model.gguf.experts import layer_experts
+    from moe_inspect.model.gguf.load import quantization, refuse_unless_loadable
+
+    said: list[str] = []
+    for read in (refuse_unless_loadable, layer_experts, quantization):
+        try:
+            read(folder / "m.gguf")
+        except MoeInspectError as error:
+            said.append(str(error))
+    if said:
+        raise MoeInspectError("; ".join(said))
+
+
+# name → what writes its files into a folder, and what reads them
+OTHERS: dict[str, tuple[Callable[[Path], None], Callable[[Path, Path, Path | None], None]]] = {
+    "counts-map": (_mapped_files, _import_mapped),
+    "gguf-model": (_gguf_files, _read_gguf),
+}
 
 
 def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
@@ -44,6 +96,9 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
     from tests.foreign import MAKERS
 
     folder.mkdir(parents=True)
+    if name in OTHERS:
+        OTHERS[name][0](folder)
+        return *packed(folder), name == "counts-map"
     if name not in MAKERS:
         (folder / "input").touch()
         return *packed(folder), True
@@ -52,22 +107,26 @@ def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
 
 
 def check(name: str, names: list[Path], data: bytes, root: Path, model: Path | None) -> None:
-    """Imports the files at `root`, an empty folder; what ends in neither of the two good ways is
-    an exception."""
+    """Imports or reads the files at `root`, an empty folder; what ends in neither of the two good
+    ways is an exception."""
     from moe_inspect.errors import MoeInspectError
     from moe_inspect.importers.run import import_trace
     from moe_inspect.trace.verify import verify
 
-    unpacked(names, data, root / "in")
+    folder, out = root / "in", root / "t"
+    unpacked(names, data, folder)
     try:
-        import_trace(
-            targets()[name], [root / "in"], root / "t", model=model, warn=lambda line: None
-        )
+        if name in OTHERS:
+            OTHERS[name][1](folder, out, model)
+        else:
+            import_trace(targets()[name], [folder], out, model=model, warn=lambda line: None)
         said = None
     except MoeInspectError as error:
         said = str(error)
+    if said is None and name == "gguf-model":
+        return
     if said is None:
-        found = verify(root / "t")
+        found = verify(out)
         assert found.ok, f"imported, and not fine: {found.file} row {found.row}: {found.violation}"
         return
     assert said.strip(), "an error without words"
@@ -88,10 +147,14 @@ def main() -> None:
         parser.error("give the name of a target, or --list")
     import atheris
 
-    with atheris.instrument_imports(include=["moe_inspect.importers", "moe_inspect.trace"]):
+    with atheris.instrument_imports(
+        include=["moe_inspect.importers", "moe_inspect.model", "moe_inspect.trace"]
+    ):
         from moe_inspect.importers.registry import formats
 
         formats()
+        importlib.import_module("moe_inspect.model.gguf.experts")
+        importlib.import_module("moe_inspect.model.gguf.load")
     from tests.foreign import config_file
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -50,6 +50,8 @@ def fingerprints(context: ImportContext) -> Imported:
                 found.setdefault(f"{label}/{part}", []).append(_load(path, part, written))
     where, domains = context.sources[0].path, sorted(found)
     loads = [load for of_domain in found.values() for load in of_domain]
+    if not loads:
+        raise MoeInspectError(f"{where} holds no counts")
     if len(domains) > MOST_DOMAINS:
         raise MoeInspectError(f"{where} has over {MOST_DOMAINS:,} domains")
     layers = sorted({layer for load in loads for layer in load})

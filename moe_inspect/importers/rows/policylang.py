@@ -115,7 +115,7 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> _File:
         raise MoeInspectError(f"{path} holds no decisions")
     try:
         return _File(path, source, table, _width(first))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeError) as error:
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
 
 
