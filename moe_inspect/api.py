@@ -15,6 +15,7 @@ from moe_inspect.capture.options import (
     TraceKeywords,
     TraceOptions,
 )
+from moe_inspect.trace.files.location import output_location
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +72,7 @@ def record(
 
     model        any MoE, torch.compile'd or not, also within a training loop: of transformers, of a
                  training framework, or one's own with `probe` in its forward or with `routers`
-    path         directory of the trace; may be None with `counts_only`
+    path         directory of the trace, or its URL (s3://…); may be None with `counts_only`
     tokenizer    its vocabulary is written into the trace
     capture      "dispatch": our experts implementation routes and records; "tap": the model's own
                  implementation stays and its calls are watched; "auto": dispatch where the model
@@ -315,7 +316,7 @@ def trace_model(
     """Feeds a corpus to a model and records every routing decision as a trace at `out`.
 
     model     a hub id, a directory, or "demo" (bundled, offline)
-    out       directory of the trace
+    out       directory of the trace, or its URL (s3://…)
     options   settings; each field of `TraceOptions` may also be given as a keyword:
               `trace_model("demo", "runs/a", max_tokens=10_000, logits=True)`
     progress  called with (tokens done, tokens in all or None) after every forward pass
@@ -323,7 +324,7 @@ def trace_model(
     Raises MoeInspectError for what the caller can mend."""
     from moe_inspect.capture.run import trace_model as run
 
-    return run(model, Path(out), replace(options or TraceOptions(), **changes), progress)
+    return run(model, output_location(out), replace(options or TraceOptions(), **changes), progress)
 
 
 def trace_engine(
@@ -341,7 +342,7 @@ def trace_engine(
     which engines do not return.
 
     url           of the server, http://HOST:PORT
-    out           directory of the trace
+    out           directory of the trace, or its URL (s3://…)
     options       settings; each field of `EngineOptions` may also be given as a keyword. To feed N
                   tokens per document after the text, `generate=N` asks for N + 1, the last of which
                   is not fed
@@ -353,7 +354,7 @@ def trace_engine(
     from moe_inspect.capture.server.run import trace_engine as run
 
     chosen = replace(options or EngineOptions(), **changes)
-    return run(url, Path(out), engine, model_config, chosen, progress)
+    return run(url, output_location(out), engine, model_config, chosen, progress)
 
 
 def _balance_table(totals: Totals) -> pd.DataFrame:

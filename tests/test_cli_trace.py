@@ -621,3 +621,21 @@ def test_in_every_dtype(dtype: str, tmp_path: Path, model: Path, corpus: Path) -
     )
     # Qwen3's are renormalised
     assert trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()
+
+
+def test_a_trace_by_its_url(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
+    url = f"memory://{tmp_path.name}/t"
+    how = ("--data", corpus, "--batch-tokens", 100)
+    said = cli_here("trace", model, "-o", url, *how, "--max-tokens", 200).stderr
+    assert f" in {url} (" in said
+    cli_here("trace", model, "-o", "t", *how, "--max-tokens", 200)
+    ours, theirs = moe_inspect.open_trace(url), moe_inspect.open_trace(tmp_path / "t")
+    pd.testing.assert_frame_equal(ours.routing(), theirs.routing())
+    assert "there is a trace at memory://" in cli_here("trace", model, "-o", url, check=1).stderr
+    again = cli_here("trace", model, "-o", url, *how, "--max-tokens", 200, "--resume").stderr
+    assert again.startswith("complete already")
+    cli_here("trace", model, "-o", url, *how, "--max-tokens", 100, "--overwrite")
+    assert f"{url} is fine: 100 tokens" in cli_here("verify", url).stdout
+    assert (
+        "cannot open strange://t" in cli_here("trace", model, "-o", "strange://t", check=1).stderr
+    )

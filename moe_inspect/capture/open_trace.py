@@ -22,6 +22,7 @@ from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import slot_order
+from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import Lock, join
 from moe_inspect.trace.output_dir import claim_directory
 from moe_inspect.trace.schema import Router
@@ -45,13 +46,13 @@ class TraceOpener:
 
     def __init__(
         self,
-        path: str | Path | None,
+        path: str | Path | Remote | None,
         model: Any,
         sites: Sequence[Site],
         mode: str,
         tokenizer: Any,
     ):
-        self.path = Path(path) if path is not None else None
+        self.path = output_location(path) if path is not None else None
         self.model, self.sites, self.mode = model, sites, mode
         self.tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
         self.selfcheck: Found = {}  # of the kernels used so far
@@ -108,7 +109,7 @@ class TraceOpener:
             self._own_lock.release()
 
     def _take(
-        self, path: Path, options: RecordOptions, ranks: Ranks | None, holder: str | None
+        self, path: Path | Remote, options: RecordOptions, ranks: Ranks | None, holder: str | None
     ) -> Lock:
         if holder is not None:
             self._own_lock = join(path, holder)

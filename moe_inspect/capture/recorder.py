@@ -34,6 +34,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site
 from moe_inspect.model.wrapped import unwrapped
+from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import TraceWriter
@@ -52,7 +53,7 @@ class Recorder:
     def __init__(
         self,
         model: Any,
-        path: str | Path | None = None,
+        path: str | Path | Remote | None = None,
         options: RecordOptions | None = None,
         *,
         tokenizer: Any = None,
@@ -75,13 +76,12 @@ class Recorder:
                 "--logits"
             )
         if path is not None and self.session.resume is None and self.session.ranks is None:
-            check_directory(Path(path), options.overwrite)
+            check_directory(output_location(path), options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(self._add if by_probes else None, options)
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
         self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.extra_sinks)
-        # per site: its stack, and its index there
-        self._index_of = [
+        self._index_of = [  # per site: its stack, and its index there
             (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
             for site in self.sites
         ]

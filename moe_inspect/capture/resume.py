@@ -10,13 +10,14 @@ from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
 from moe_inspect.trace import schema
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written, write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.writer import ResumePoint, committed_counts, resume_point
 
 
-def may_resume(output_dir: Path, options: CorpusOptions) -> bool:
+def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
     """Whether to resume the trace in `output_dir`. If not, the directory must be free, or
     `overwrite` set. A trace without committed batches resumes at its beginning."""
     if options.resume and (output_dir / schema.MANIFEST).exists():
@@ -50,7 +51,7 @@ def corpus_record(record: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[st
     }
 
 
-def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePoint:
+def resume_from(output_dir: Path | Remote, record: dict[str, Any], rank: int) -> ResumePoint:
     """Where the trace continues. MoeInspectError for another plan, or while a writer is still
     running."""
     manifest = read_manifest(output_dir)
@@ -71,7 +72,7 @@ def resume_from(output_dir: Path, record: dict[str, Any], rank: int) -> ResumePo
         return resume_point(output_dir, rank)
 
 
-def complete_now(output_dir: Path, plan: Plan) -> None:
+def complete_now(output_dir: Path | Remote, plan: Plan) -> None:
     """Sets the status to complete, where all else was committed."""
     manifest = read_manifest(output_dir)
     manifest["corpus"] |= plan.stats.record()

@@ -30,6 +30,7 @@ from moe_inspect.capture.resume import (
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, quantization_of
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock, hold, join
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
@@ -44,7 +45,7 @@ class TraceRun:
     """One process's part in a trace. `record`: the settings that a resumed run must share."""
 
     model: Unloaded
-    output_dir: Path
+    output_dir: Path | Remote
     options: TraceOptions
     ranks: Ranks
     plan: Plan
@@ -57,7 +58,7 @@ class TraceRun:
 
 
 def trace_model(
-    model: str, output_dir: Path, options: TraceOptions, progress: Progress | None = None
+    model: str, output_dir: Path | Remote, options: TraceOptions, progress: Progress | None = None
 ) -> Trace:
     """See `moe_inspect.trace_model`."""
     ranks = Ranks()
@@ -73,7 +74,9 @@ def trace_model(
     return Trace(output_dir)
 
 
-def _prepared(model: str, output_dir: Path, options: TraceOptions, ranks: Ranks) -> TraceRun:
+def _prepared(
+    model: str, output_dir: Path | Remote, options: TraceOptions, ranks: Ranks
+) -> TraceRun:
     sources = find_sources(options.data, leave_out=output_dir)
     found = unloaded(model, options)
     plan = Plan(
@@ -232,7 +235,7 @@ def singly(planned: Planned) -> Iterator[tuple[list[TokenSequence], list[Documen
 
 
 @contextmanager
-def _shared_lock(output_dir: Path, ranks: Ranks) -> Iterator[Lock]:
+def _shared_lock(output_dir: Path | Remote, ranks: Ranks) -> Iterator[Lock]:
     """The lock of the trace to resume, shared by all ranks."""
     locks: list[Lock] = []
 

@@ -39,12 +39,12 @@ def import_(
         ),
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             "-o",
             "--output",
             metavar="DIR",
-            help="Directory of the trace to write.",
+            help="Directory of the trace to write, or its URL.",
             show_default=False,
         ),
     ],

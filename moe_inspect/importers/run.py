@@ -21,6 +21,7 @@ from moe_inspect.importers.mapping import parse_map
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
+from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.manifest import this_process
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
@@ -51,7 +52,7 @@ def import_trace(
     Args:
         format: a name of `importers.MODULES`, or "auto": recognised by the first file.
         sources: files and folders. "DOMAIN=PATH" labels the tokens of one.
-        out: the directory to write.
+        out: the directory to write, or its URL (`s3://bucket/trace`).
         model: a hub id, a directory, a config.json or "demo", for what the files leave out: number
             of experts, top-k, which layers are dense, the vocabulary.
         experts: experts per layer, where neither the files nor a config give it.
@@ -71,8 +72,8 @@ def import_trace(
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
     """
     warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
-    out = Path(out)
-    check_directory(out, overwrite, resumable=False)
+    target = output_location(out)
+    check_directory(target, overwrite, resumable=False)
     listed = [_source(text) for text in sources]
     try:
         if format == "auto":
@@ -100,7 +101,7 @@ def import_trace(
     except OSError as error:
         raise _unread(error, listed) from None
     _write(
-        out,
+        target,
         overwrite,
         commit_every,
         _read(chain([first], batches), listed),
@@ -108,7 +109,7 @@ def import_trace(
         vocabulary,
         _manifest(format, context, imported),
     )
-    return Trace(out)
+    return Trace(target)
 
 
 def _read(
@@ -174,7 +175,7 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[s
 
 
 def _write(
-    out: Path,
+    out: Path | Remote,
     overwrite: bool,
     commit_every: float | None,
     batches: Iterator[RoutedBatch | CountedBatches],

@@ -1,5 +1,5 @@
-"""Checks and clears the output directory of a trace. Nothing but the files of a trace is ever
-removed."""
+"""Checks and clears the output directory of a trace, or its place on object storage. Nothing but
+the files of a trace is ever removed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written
 
@@ -25,9 +26,10 @@ OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
 DRAFT = rf"\.({re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST})\.tmp"
+CHECK = ".check.tmp"  # on object storage: written and removed to see whether that can be done
 OF_A_TRACE = re.compile(
     rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}"
-    rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}"
+    rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}|{re.escape(CHECK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|\.{PART}\.tmp")
 TO_NAME = 3  # file names listed in a message
@@ -38,7 +40,7 @@ class Contents:
     """What a directory holds. `files`: files named as those of a trace, except its lock; `folders`:
     those of its tables; `strange`: anything else."""
 
-    root: Path
+    root: Path | Remote
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
@@ -76,8 +78,12 @@ class Contents:
         """Whether a file lists shards."""
         if re.fullmatch(LIST, name) is None:
             return False
-        with open(self.root / name, "rb") as file:
-            line = file.readline(10_000)
+        path = self.root / name
+        if isinstance(path, Remote):
+            line = path.read_bytes().partition(b"\n")[0]
+        else:
+            with open(path, "rb") as file:
+                line = file.readline(10_000)
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
@@ -89,8 +95,16 @@ class Contents:
         )
 
 
-def contents(root: Path) -> Contents:
+def contents(root: Path | Remote) -> Contents:
     found = Contents(root)
+    if isinstance(root, Remote):
+        for name in root.sizes():
+            table, _, part = name.rpartition("/")
+            of_a_trace = OF_A_TABLE.fullmatch(part) if table else OF_A_TRACE.fullmatch(name)
+            known = of_a_trace and table in ("", *schema.TABLES)
+            if name != LOCK:
+                (found.files if known else found.strange).append(name)
+        return found
     for entry in os.scandir(root):
         if entry.name in schema.TABLES and entry.is_dir(follow_symlinks=False):
             found.folders.append(entry.name)
@@ -105,11 +119,19 @@ def contents(root: Path) -> Contents:
 
 
 def check_directory(
-    path: Path, overwrite: bool, resumable: bool = True, locked: bool = False
+    path: Path | Remote, overwrite: bool, resumable: bool = True, locked: bool = False
 ) -> None:
     """MoeInspectError where a new trace cannot be written at `path`. An existing trace may be
     replaced with `overwrite`, anything else never; nothing is removed here. `locked`: the caller
     holds the lock."""
+    if isinstance(path, Remote):
+        with writing(path):
+            _refuse_to_replace(contents(path), overwrite, resumable)
+            if not locked:
+                refuse_while_locked(path)
+                (path / CHECK).write_bytes(b"")
+                (path / CHECK).unlink()
+        return
     try:
         if path.exists() and not path.is_dir():
             raise MoeInspectError(f"{path} is a file: give a directory for the trace")
@@ -133,7 +155,7 @@ def check_directory(
 
 
 def claim_directory(
-    path: Path, overwrite: bool, resumable: bool = True, shared: bool = False
+    path: Path | Remote, overwrite: bool, resumable: bool = True, shared: bool = False
 ) -> Lock:
     """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
     releases the lock."""
@@ -148,26 +170,35 @@ def claim_directory(
     return lock
 
 
-def clear_trace(root: Path) -> None:
+def clear_trace(root: Path | Remote) -> None:
     """Removes the files of the trace at `root`, and only those: its manifest first, then the lists
     of shards. Stopped in between, it leaves no trace, and the next call completes it."""
     there = contents(root)
     _refuse_to_replace(there, overwrite=True)
     try:
         if schema.MANIFEST in there.files:
-            os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
-            sync_directory(root)
+            _withdraw_manifest(root)
         for name in sorted(
             set(there.files) - {schema.MANIFEST, OVERWRITTEN},
             key=lambda name: not re.fullmatch(LIST, name),
         ):
             (root / name).unlink()
-        for name in there.folders:
-            with suppress(OSError):  # the next trace uses it as it is
-                (root / name).rmdir()
+        if isinstance(root, Path):
+            for name in there.folders:
+                with suppress(OSError):  # the next trace uses it as it is
+                    (root / name).rmdir()
         (root / OVERWRITTEN).unlink(missing_ok=True)
     except OSError as error:
         raise MoeInspectError(f"cannot write {root}: {first_line(error)}") from None
+
+
+def _withdraw_manifest(root: Path | Remote) -> None:
+    if isinstance(root, Remote):
+        (root / OVERWRITTEN).write_bytes(b"")
+        (root / schema.MANIFEST).unlink()
+        return
+    os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
+    sync_directory(root)
 
 
 def _why_none(path: Path, error: OSError) -> str:
@@ -207,7 +238,7 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
         refuse_while_written(path, manifest)
 
 
-def _readable_manifest(path: Path) -> dict[str, Any] | None:
+def _readable_manifest(path: Path | Remote) -> dict[str, Any] | None:
     try:
         return read_manifest(path)
     except MoeInspectError:  # damaged or of another format: no process is writing it

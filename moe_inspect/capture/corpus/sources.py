@@ -16,6 +16,7 @@ from typing import Any
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
+from moe_inspect.trace.files.location import Remote
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -34,7 +35,7 @@ class Source:
     sha256: str
 
 
-def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Source]:
+def find_sources(data: Sequence[str], leave_out: Path | Remote | None = None) -> list[Source]:
     """`--data` values → files, in a fixed order; without values the bundled corpus. Each value: a
     file, a folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`.
     Files below `leave_out` (the trace) are skipped."""
@@ -44,8 +45,7 @@ def find_sources(data: Sequence[str], leave_out: Path | None = None) -> list[Sou
         files = [
             f
             for f in _expand(location)
-            if leave_out is None
-            or not (_is_local(f[0]) and Path(f[1]).is_relative_to(leave_out.resolve()))
+            if leave_out is None or not _is_below(f[0], f[1], leave_out)
         ]
         if not files:
             reached = " (or it cannot be reached)" if "://" in location else ""
@@ -139,6 +139,12 @@ def _shown(filesystem: Any, path: str) -> str:
 
 def _located(name: str) -> str:
     return str(CORPUS_DIR / name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else name
+
+
+def _is_below(filesystem: Any, path: str, place: Path | Remote) -> bool:
+    if isinstance(place, Path):
+        return _is_local(filesystem) and Path(path).is_relative_to(place.resolve())
+    return type(filesystem) is type(place.filesystem) and path.startswith(f"{place.path}/")
 
 
 def _is_local(filesystem: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.server.protocols import Answer
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock
 from moe_inspect.trace.output_dir import claim_directory
 from moe_inspect.trace.schema import Router
@@ -23,7 +24,7 @@ class Output:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | Remote,
         manifest: dict[str, Any],
         routers: list[Router],
         vocabulary: Any,

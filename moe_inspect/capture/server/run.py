@@ -46,6 +46,7 @@ from moe_inspect.model.load import commit_of, config_record, load_config, load_t
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import schema
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
@@ -62,7 +63,7 @@ class EngineRun:
     tokenizer."""
 
     url: str
-    output_dir: Path
+    output_dir: Path | Remote
     engine: str
     model_config: str
     options: EngineOptions
@@ -77,7 +78,7 @@ class EngineRun:
 
 def trace_engine(
     url: str,
-    output_dir: Path,
+    output_dir: Path | Remote,
     engine: str,
     model_config: str,
     options: EngineOptions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,21 +14,21 @@ from moe_inspect.text import plural, print_stderr
 
 def merge(
     traces: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="TRACE...",
-            help="Directories of two traces or more, of the same model and with the same columns.",
+            help="Directories or URLs of traces of one model, with the same columns.",
             show_default=False,
             autocompletion=complete,
         ),
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             "-o",
             "--output",
             metavar="DIR",
-            help="Directory of the trace to write.",
+            help="Directory of the trace to write, or its URL.",
             show_default=False,
         ),
     ],

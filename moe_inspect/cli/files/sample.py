@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,21 +14,21 @@ from moe_inspect.text import plural, print_stderr
 
 def sample(
     trace: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="TRACE",
-            help="Directory of a trace.",
+            help="Directory or URL of a trace.",
             show_default=False,
             autocompletion=complete,
         ),
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             "-o",
             "--output",
             metavar="DIR",
-            help="Directory of the trace to write.",
+            help="Directory of the trace to write, or its URL.",
             show_default=False,
         ),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,10 +16,10 @@ from moe_inspect.text import print_stderr
 
 def verify(
     trace: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="TRACE",
-            help="Directory of the trace.",
+            help="Directory or URL of the trace.",
             show_default=False,
             autocompletion=traces,
         ),

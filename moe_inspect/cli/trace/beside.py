@@ -11,6 +11,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from moe_inspect.trace.files.location import Remote
+
 COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
 WAIT_S = 30.0  # for the view to show the end
 
@@ -19,7 +21,7 @@ class Beside:
     """Takes the place of the progress bar. What is written to stderr while the view has the
     terminal is kept, and written when it is gone."""
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path | Remote):
         self.output = output
         self._kept, self._stderr = None, -1
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from moe_inspect.trace.files.location import Remote, output_location
+
 NOT_OF_ENGINES = (
     "capture",
     "device",
@@ -63,9 +65,24 @@ def check_engine_options(
         )
 
 
+def is_complete(place: Path | Remote) -> bool:
+    """Whether a complete trace is there."""
+    from moe_inspect.trace.manifest import read_manifest
+    from moe_inspect.trace.schema import MANIFEST
+
+    return (place / MANIFEST).exists() and read_manifest(place)["status"] == "complete"
+
+
+def stored_bytes(place: Path | Remote) -> int:
+    """Of all files of a trace."""
+    if isinstance(place, Path):
+        return sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+    return sum(place.sizes().values())
+
+
 def refuse_early(
     model: str | None,
-    output: Path,
+    output: str,
     model_config: str | None,
     revision: str | None,
     api_key: str | None,
@@ -79,11 +96,11 @@ def refuse_early(
     from moe_inspect.trace.schema import MANIFEST
 
     # of a torchrun another process may have begun there
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone and resume and (output / MANIFEST).exists():
-        refuse_while_locked(output)
+    alone, place = int(os.environ.get("WORLD_SIZE", 1)) == 1, output_location(output)
+    if alone and resume and (place / MANIFEST).exists():
+        refuse_while_locked(place)
     elif alone:
-        check_directory(output, overwrite)
+        check_directory(place, overwrite)
     if find_spec("torch") is None:  # then the rest of the extra may be missing too
         return
     from moe_inspect.model.load import refuse_unless_found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,8 +14,14 @@ from moe_inspect.cli.options import CommitEvery, Dequantize, Loader, RandomInit,
 from moe_inspect.cli.progress.tokens import TokenProgress
 from moe_inspect.cli.trace.arguments import layers_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
-from moe_inspect.cli.trace.checks import check_engine_options, refuse_early
+from moe_inspect.cli.trace.checks import (
+    check_engine_options,
+    is_complete,
+    refuse_early,
+    stored_bytes,
+)
 from moe_inspect.text import plural, print_stderr
+from moe_inspect.trace.files.location import output_location
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import CorpusKeywords
@@ -41,9 +46,13 @@ class Dtype(StrEnum):
 
 
 TraceDirectory = Annotated[
-    Path,
+    str,
     typer.Option(
-        "-o", "--output", metavar="DIR", help="The directory of the trace.", show_default=False
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="The directory of the trace, or its URL, such as s3://bucket/trace.",
+        show_default=False,
     ),
 ]
 
@@ -283,11 +292,12 @@ def trace(
         "overwrite": overwrite,
         "commit_every": COMMIT_EVERY_S if watch and commit_every is None else commit_every,
     }
-    began, complete_before = time.monotonic(), resume and _is_complete(output)
+    began, place = time.monotonic(), output_location(output)
+    complete_before = resume and is_complete(place)
     stop_cleanly()
     quiet()
     try:
-        with Beside(output) if watch and _is_first() else TokenProgress() as progress:
+        with Beside(place) if watch and _is_first() else TokenProgress() as progress:
             if engine is not None and model_config is not None:
                 of_engine = EngineOptions(
                     **corpus, concurrency=concurrency, timeout_s=timeout, api_key=api_key
@@ -325,7 +335,7 @@ def trace(
     # of a torchrun: the first speaks for all
     if not _is_first():
         return
-    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    size = stored_bytes(place)
     stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
     n_routers, seconds = len(written.routers), time.monotonic() - began
     print_stderr(
@@ -336,8 +346,8 @@ def trace(
     )
 
 
-def say_interrupted(output: Path) -> None:
-    began_writing = (output / "trace.json").exists()
+def say_interrupted(output: str) -> None:
+    began_writing = (output_location(output) / "trace.json").exists()
     state = (
         f'{output} is readable; continue it with "--resume"'
         if began_writing
@@ -348,13 +358,6 @@ def say_interrupted(output: Path) -> None:
 
 def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
-
-
-def _is_complete(output: Path) -> bool:
-    from moe_inspect.trace.manifest import read_manifest
-    from moe_inspect.trace.schema import MANIFEST
-
-    return (output / MANIFEST).exists() and read_manifest(output)["status"] == "complete"
 
 
 def stop_cleanly() -> None:

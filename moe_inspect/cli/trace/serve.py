@@ -23,6 +23,7 @@ from moe_inspect.cli.trace.command import (
     trace,
 )
 from moe_inspect.text import print_stderr
+from moe_inspect.trace.files.location import Remote, output_location
 
 OWN = ("context", "output", "model", "engine", "model_config")  # options that are not trace's
 
@@ -69,8 +70,8 @@ def serve_trace(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What the engine says is appended here (default: beside the trace, with "
-            ".engine.log behind its name).",
+            help="What the engine says is appended here (default: beside the trace, or here for a "
+            "URL, with .engine.log behind its name).",
             show_default=False,
         ),
     ] = None,
@@ -109,7 +110,8 @@ def serve_trace(
     refuse_early(None, output, config, options.revision, None, options.resume, options.overwrite)
     given: dict[str, Any] = options.__dict__
     need_torch()  # while nothing waits for it
-    log = engine_log or Path(f"{output}.engine.log")
+    place = output_location(output)
+    log = engine_log or Path(f"{place.name if isinstance(place, Remote) else place}.engine.log")
     stop_cleanly()
     print_stderr(f"starting {read.name} on port {read.port}; its log is {log}")
     began, ready = time.monotonic(), False

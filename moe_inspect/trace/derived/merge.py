@@ -12,6 +12,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.derived.alike import check_alike, united_vocabulary
 from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
 from moe_inspect.trace.derived.shards import Target
+from moe_inspect.trace.files.location import location, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
@@ -28,25 +29,25 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
 
     Args:
         traces: directories of at least two traces of the same model, with the same columns.
-        out: the directory to write.
+        out: the directory to write, or its URL (`s3://bucket/trace`).
         overwrite: replace a trace at `out`.
 
     Raises:
         MoeInspectError: a part is damaged or still written, or two are not alike. Nothing is left
             at `out`.
     """
-    out, paths = Path(out), [Path(path) for path in traces]
+    place, paths = output_location(out), [location(path) for path in traces]
     if len(paths) < 2:
         raise MoeInspectError("give two traces or more to merge")
-    check_directory(out, overwrite, resumable=False)
-    if out.resolve() in [path.resolve() for path in paths]:
+    check_directory(place, overwrite, resumable=False)
+    if place.resolve() in [path.resolve() for path in paths]:
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
     _check_once(opened)
     vocabulary = united_vocabulary(opened)
     found = [verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
-    with whole_trace(out, overwrite, "nothing was merged") as (draft, _):
+    with whole_trace(place, overwrite, "nothing was merged") as (draft, _):
         manifest = _manifest(opened, found)
         begin(draft, manifest, vocabulary)
         target = Target(draft, None if vocabulary is None else len(vocabulary))
@@ -54,7 +55,7 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
             target.add(trace)
         _reconcile(target, found)
         write_manifest(draft, manifest)
-    return Trace(out)
+    return Trace(place)
 
 
 def _check_once(traces: list[Trace]) -> None:

@@ -12,6 +12,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.manifest import refuse_while_written, this_process, write_manifest
 from moe_inspect.trace.reader import Trace
@@ -21,7 +22,7 @@ from moe_inspect.trace.writer.part_file import vocabulary_bytes
 OF_A_PROCESS = {"command", "host", "pid", "process_start"}
 
 
-def verified(trace: Trace, path: Path) -> Verification:
+def verified(trace: Trace, path: Path | Remote) -> Verification:
     """MoeInspectError where the trace is damaged or still written."""
     refuse_while_written(path, trace.manifest)
     refuse_while_locked(path)
@@ -45,7 +46,7 @@ def begin(draft: Path, manifest: dict[str, Any], vocabulary: pa.Table | None) ->
 def origin(trace: Trace, found: Verification) -> dict[str, Any]:
     """Which trace it was: its name, the digest of its manifest and what it held."""
     return {
-        "name": Path(str(trace.path)).resolve().name,
+        "name": trace.path.resolve().name,
         "digest": trace.manifest.get("digest") or checksums.digest(trace.manifest),
         "status": found.status,
         "documents": found.documents,

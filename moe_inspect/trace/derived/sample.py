@@ -15,6 +15,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
 from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
 from moe_inspect.trace.derived.shards import Target
+from moe_inspect.trace.files.location import Remote, location, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
@@ -43,7 +44,7 @@ def sample(
 
     Args:
         trace: the directory of a trace with decisions.
-        out: the directory to write.
+        out: the directory to write, or its URL (`s3://bucket/trace`).
         documents: how many documents.
         share: which share of the documents, above 0 to 1, rounded to whole documents; at least one.
         seed: determines which.
@@ -56,15 +57,15 @@ def sample(
             documents, or the trace holds counts only, is damaged or still written. Nothing is left
             at `out`.
     """
-    path, out = Path(trace), Path(out)
+    path, place = location(trace), output_location(out)
     if (documents is None) == (share is None):
         raise MoeInspectError("give either documents or share, which say how large the sample is")
     if documents is not None and documents < 1:
         raise MoeInspectError(f"documents is {documents}: give 1 or more")
     if share is not None and not 0 < share <= 1:
         raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
-    check_directory(out, overwrite, resumable=False)
-    if out.resolve() == path.resolve():
+    check_directory(place, overwrite, resumable=False)
+    if place.resolve() == path.resolve():
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
     opened = Trace(path)
     if opened.counts_only:
@@ -80,7 +81,7 @@ def sample(
         raise MoeInspectError(f"no document of {path} is left: the sample holds all of them")
     stated: dict[str, Any] = {"documents": documents} if documents is not None else {"share": share}
     stated |= {"seed": seed, "by_domain": by_domain, "rest": rest, "of": origin(opened, found)}
-    with whole_trace(out, overwrite, "no sample was taken") as (draft, _):
+    with whole_trace(place, overwrite, "no sample was taken") as (draft, _):
         manifest = _manifest(opened, len(chosen_D), stated, found)
         words = opened.vocabulary_table
         begin(draft, manifest, words if len(words) else None)
@@ -90,11 +91,11 @@ def sample(
         manifest["counts"] |= {"tokens": tokens, "decisions": target.decisions}
         write_manifest(draft, manifest)
         _reconcile(verify(draft), target, path)
-    return Trace(out)
+    return Trace(place)
 
 
 def _chosen(
-    path: Path,
+    path: Path | Remote,
     listed: pd.DataFrame,
     documents: int | None,
     share: float | None,
@@ -117,7 +118,7 @@ def _chosen(
     return np.sort(np.concatenate([np.zeros(0, np.int32), *parts]))
 
 
-def _reconcile(found: Verification, target: Target, path: Path) -> None:
+def _reconcile(found: Verification, target: Target, path: Path | Remote) -> None:
     """MoeInspectError where what is in the sample is not what was copied."""
     if not found.ok:
         raise MoeInspectError(f"{path} was changed meanwhile: {found}")

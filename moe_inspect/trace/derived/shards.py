@@ -6,7 +6,6 @@ T tokens, D documents.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.atomic import append, sync_directory
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.shard import Shard
@@ -137,10 +136,7 @@ class Target:
             path = f"{table}/part-{rank}-{number}.parquet"
             lines += checksums.sealed({"table": table, "path": path, **stated, **span})
             sync_directory(self.root / table)
-        with open(self.root / f"shards-{rank}.jsonl", "ab") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.root / f"shards-{rank}.jsonl", lines)
         self.tokens[rank] += tokens
         self.decisions += span["decisions"]
         self.shards[rank] += 1

@@ -59,6 +59,12 @@ def draft_of(path: Path | Remote) -> Iterator[Path]:
     os.replace(draft, path)
 
 
+def make_folder(path: Path | Remote) -> None:
+    """The folder of a table; object storage has none."""
+    if isinstance(path, Path):
+        path.mkdir(exist_ok=True)
+
+
 def sync_directory(path: Path | Remote) -> None:
     if isinstance(path, Remote):
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.location import inside
+from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.output_dir import OF_A_TABLE
 from moe_inspect.trace.reader import Trace
@@ -61,12 +61,10 @@ def check_files(shard: Shard) -> int:
         path = plain_file(shard.trace, name)
         if not path.is_file():
             raise Violation(name, None, "the file is missing")
-        if (stated := files.stated[table].sha256) is not None:
-            with reading(path), open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != stated:
-                said = f"sha256 is {digest[:12]}…, its line says {stated[:12]}…"
-                raise Violation(name, None, said)
+        stated = files.stated[table].sha256
+        if stated is not None and (digest := _sha256(path)) != stated:
+            said = f"sha256 is {digest[:12]}…, its line says {stated[:12]}…"
+            raise Violation(name, None, said)
         open_table(shard, table)
     return sum(stated.sha256 is None for stated in files.stated.values())
 
@@ -77,7 +75,7 @@ def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) ->
     known = {path for shard in files for path in shard.paths.values()}
     for table in trace.tables:
         folder = plain_file(trace, table)
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for file in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
             if f"{table}/{file.name}" in known:
                 continue
             if trace.status != "complete" and OF_A_TABLE.fullmatch(file.name):
@@ -90,17 +88,20 @@ def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) ->
                 )
 
 
-def local(trace: TraceHeader) -> Path:
-    if not isinstance(trace.path, Path):
-        raise MoeInspectError(
-            f"verify reads every byte of a trace: copy {trace.path} to this machine"
-        )
-    return trace.path
-
-
-def plain_file(trace: TraceHeader, name: str) -> Path:
+def plain_file(trace: TraceHeader, name: str) -> Path | Remote:
     try:
-        inside(local(trace), name)
+        inside(trace.path, name)
     except MoeInspectError as error:
         raise Violation(name, None, str(error)) from None
-    return local(trace) / name
+    return trace.path / name
+
+
+def _sha256(path: Path | Remote) -> str:
+    with reading(path):
+        if isinstance(path, Remote):
+            digest = hashlib.sha256()
+            for block in path.blocks():
+                digest.update(block)
+            return digest.hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,24 +11,27 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.lock import refuse_while_locked
+from moe_inspect.trace.files.location import Remote, location
+from moe_inspect.trace.files.lock import is_locked, refuse_while_locked
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import contents
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.verify.counts import check_counts
 from moe_inspect.trace.verify.decisions import check_logits, check_routing
-from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans, local
+from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans
 from moe_inspect.trace.verify.tokens import Documents, Positions, check_tokens
 from moe_inspect.trace.verify.verification import Verification
 from moe_inspect.trace.verify.violation import Violation, violation_of
 
 
-def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> Verification:
+def verify(
+    path: str | Path | Remote, progress: Callable[[int], None] | None = None
+) -> Verification:
     """Checks a trace by every rule of its format (docs/trace-format.md), every byte of it.
 
     A damaged file is a violation like any other. MoeInspectError where there is no trace.
     `progress` is called with the number of tokens of each shard that is done."""
-    root = Path(path)
+    root = location(path)
     found = Verification(str(path))
     if not (root / schema.MANIFEST).is_file():
         if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
@@ -50,7 +53,7 @@ def verify(path: str | Path, progress: Callable[[int], None] | None = None) -> V
     return found
 
 
-def _opened(root: Path) -> Trace:
+def _opened(root: Path | Remote) -> Trace:
     try:
         return Trace(root)
     except MoeInspectError as error:
@@ -127,8 +130,10 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
 def _status(trace: Trace) -> str:
     if trace.status != "recording" or writer_of(trace.manifest) is not None:
         return trace.status
+    if isinstance(trace.path, Remote):
+        return "interrupted" if is_locked(trace.path) is False else "recording"
     try:
-        refuse_while_locked(local(trace))
+        refuse_while_locked(trace.path)
     except MoeInspectError:  # by a process of another machine
         return "recording"
     return "interrupted"

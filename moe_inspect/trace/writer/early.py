@@ -3,11 +3,11 @@ shard that is due later holds the same batches, and replaces them."""
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
-from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.atomic import append, write_atomically
+from moe_inspect.trace.files.location import Remote
 
 # a report that has begun to read early shards is given this long after they were replaced
 KEPT_SECONDS = 30.0
@@ -17,13 +17,13 @@ class EarlyShards:
     """Those of the pending shard. `batches`, `tokens`, `decisions`: what they hold, the first of
     the pending shard's. `every_s`: None for none."""
 
-    def __init__(self, shard_list: Path, every_s: float | None):
+    def __init__(self, shard_list: Path | Remote, every_s: float | None):
         self.shard_list, self.every_s = shard_list, every_s
         self.batches = self.tokens = self.decisions = 0
-        self._files: list[Path] = []
+        self._files: list[Path | Remote] = []
         self._last = time.monotonic()
         self._list_bytes = 0  # of the list before the first of them
-        self._replaced: list[tuple[float, list[Path]]] = []
+        self._replaced: list[tuple[float, list[Path | Remote]]] = []
 
     def wait_s(self, pending: int) -> float | None:
         """How long to wait until the `pending` batches are to be committed; None for ever."""
@@ -37,17 +37,14 @@ class EarlyShards:
 
     def append(self, lines: bytes) -> None:
         """Adds lines to the list of shards. On disk when this returns."""
-        with open(self.shard_list, "ab") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.shard_list, lines)
 
     def add(
-        self, lines: bytes, files: list[Path], batches: int, tokens: int, decisions: int
+        self, lines: bytes, files: list[Path | Remote], batches: int, tokens: int, decisions: int
     ) -> None:
         """Commits an early shard."""
         if not self.batches:
-            self._list_bytes = self.shard_list.stat().st_size
+            self._list_bytes = len(self.shard_list.read_bytes())
         self.append(lines)
         self._files += files
         self.batches += batches

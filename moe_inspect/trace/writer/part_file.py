@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.files.location import Remote
 
 DICTIONARY = {
     "layer",
@@ -35,7 +36,10 @@ STATISTICS = {"token", "layer", "router", "document", "batch"}
 
 
 def write_part(
-    path: Path, columns: pa.Schema, groups: Sequence[Callable[[], pa.Table]], bf16: bool = False
+    path: Path | Remote,
+    columns: pa.Schema,
+    groups: Sequence[Callable[[], pa.Table]],
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """Writes a Parquet file, a row group at a time. `bf16`: its weights are values of bfloat16.
     Returns what its line in shards-<rank>.jsonl states: rows, bytes, footer_crc32, sha256."""

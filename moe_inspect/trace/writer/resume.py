@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.trace.files.atomic import write_atomically
-from moe_inspect.trace.files.location import inside
+from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 
@@ -27,7 +27,7 @@ class ResumePoint:
     slot_orders: dict[int, str] = field(default_factory=dict)
 
 
-def committed_counts(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
+def committed_counts(root: Path | Remote, manifest: dict[str, Any]) -> dict[str, int]:
     """Tokens and decisions in the committed shards of all ranks."""
     return _counts(committed_shards(root, manifest))
 
@@ -36,7 +36,7 @@ def _counts(shards: list[ShardFiles]) -> dict[str, int]:
     return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
 
 
-def resume_point(root: Path, rank: int = 0) -> ResumePoint:
+def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     """Where rank `rank` of the trace at `root` continues: after its last shard that was not
     committed early. Deletes the rank's files that no line names, and its early shards. The caller
     holds the lock."""
@@ -69,7 +69,7 @@ def resume_point(root: Path, rank: int = 0) -> ResumePoint:
     )
 
 
-def drop_after(root: Path, batch: int) -> int | None:
+def drop_after(root: Path | Remote, batch: int) -> int | None:
     """Takes from the list of rank 0 the shards that hold any batch after `batch`; their files
     are deleted by `resume_point`. For traces of one rank. Returns the last batch that is left, None
     where none is. The caller holds the lock."""

@@ -17,8 +17,9 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import sync_directory, write_atomically
+from moe_inspect.trace.files.atomic import append, make_folder, sync_directory, write_atomically
 from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
@@ -45,7 +46,7 @@ class TraceWriter:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Remote,
         manifest: dict[str, Any],
         routers: Sequence[Router],
         *,
@@ -65,7 +66,7 @@ class TraceWriter:
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
     ):
-        self.root, self.rank = Path(root), rank
+        self.root, self.rank = output_location(root), rank
         self.weights, self.logits, self.counts_only = weights, logits, counts_only
         start = resume or ResumePoint()
         self.routers = [
@@ -98,7 +99,8 @@ class TraceWriter:
         self._counted: list[CountedBatches] = []  # of the next shard, all committed early
         self._early = EarlyShards(self.root / f"shards-{rank}.jsonl", commit_every)
         self._error: BaseException | None = None
-        self._lock = hold(self.root) if lock is None else None
+        self._own_lock = hold(self.root) if lock is None else None
+        self._lock = lock or self._own_lock
         try:
             with writing(self.root):
                 self._begin(vocabulary)
@@ -114,12 +116,12 @@ class TraceWriter:
             self._write_vocabulary(vocabulary)
         self._write_manifest()
         for table in self.tables:
-            (self.root / table).mkdir(exist_ok=True)
-        (self.root / f"shards-{self.rank}.jsonl").touch()
+            make_folder(self.root / table)
+        append(self._early.shard_list, b"")  # it is there, if empty
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        if self._own_lock is not None:
+            self._own_lock.release()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -367,6 +369,8 @@ class TraceWriter:
         0 for a shard that holds all of them."""
         for table in self.tables:
             sync_directory(self.root / table)
+        if self._lock is not None:
+            self._lock.check()
         span = {"shard": self.next_shard, **span, **({"early": True} if early else {})}
         text = b"".join(checksums.sealed({**line, **span}) for line in lines)
         tokens, decisions = span["last_token"] - span["first_token"] + 1, span["decisions"]

@@ -1,0 +1,239 @@
+"""A trace on object storage is written as on a disk: objects appear whole, lists name only what is
+there, and what was killed is readable and goes on. Here in memory; benchmarks/object_storage.py
+does the same with an S3 server and real kills."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_inspect import import_trace, merge, open_trace, sample
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.lock import LOCK, hold, is_locked, join
+from moe_inspect.trace.manifest import read_manifest
+from moe_inspect.trace.output_dir import check_directory, contents
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from tests.synthetic import routers, uniform_ids, write_trace
+
+fsspec = pytest.importorskip("fsspec")
+E, K, T = 8, 2, 50
+FOREIGN = b"77 elsewhere 0123456789abcdef 5"
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[str]:
+    """A place in memory that no other test has."""
+    url = f"memory://{tmp_path.name}-{os.getpid()}"
+    yield url
+    files = fsspec.filesystem("memory")
+    if files.exists(Remote(url).path):
+        files.rm(Remote(url).path, recursive=True)
+
+
+def batches(n: int) -> Iterator[RoutedBatch]:
+    rng = np.random.default_rng(3)
+    zeros, position = np.zeros(T, np.int32), np.arange(T, dtype=np.int32)
+    for b in range(n):
+        document = zeros + b
+        ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
+        documents = [Document(b, "x", "here", T)]
+        yield RoutedBatch(
+            b, zeros, document, document, position, zeros, ["x"], ids, None, None, documents
+        )
+
+
+def written(place: str | Path, start: int = 0, end: int = 6, **how: Any) -> None:
+    """Passes `start` to `end` of six, a shard for each two."""
+    manifest = {"model": {"id": "synthetic"}, "capture": {}, "corpus": {"plan": {}}}
+    with TraceWriter(
+        place, manifest, routers(2, E, K), weights=False, shard_tokens=2 * T, **how
+    ) as writer:
+        for batch in itertools.islice(batches(end), start, None):
+            writer.write(batch)
+
+
+def same(ours: Trace, theirs: Trace) -> None:
+    for name in ("routing", "tokens", "documents", "vocabulary"):
+        pd.testing.assert_frame_equal(getattr(ours, name)(), getattr(theirs, name)())
+
+
+def test_written_as_on_a_disk(there: str, tmp_path: Path) -> None:
+    written(f"{there}/t")
+    written(tmp_path / "t")
+    same(open_trace(f"{there}/t"), open_trace(tmp_path / "t"))
+    found = verify(f"{there}/t")
+    assert found.ok, found
+    assert (found.status, found.shards, found.assignments) == ("complete", 3, 6 * T * 2 * K)
+    # the same bytes, but for the manifest, which names its process
+    files = fsspec.filesystem("memory")
+    names = {p.relative_to(tmp_path / "t").as_posix() for p in (tmp_path / "t").rglob("*.*")}
+    place = Remote(f"{there}/t")
+    assert set(place.sizes()) == names
+    for name in names - {"trace.json"}:
+        assert files.cat_file((place / name).path) == (tmp_path / "t" / name).read_bytes(), name
+
+
+def test_every_moment_is_a_readable_trace(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each object that is written, readers see a trace whose shards are all there."""
+    seen, place = list[int](), Remote(f"{there}/t")
+    for name in ("write_bytes", "upload"):
+        write = getattr(Remote, name)
+
+        def watched(self: Remote, data: Any, write: Any = write) -> None:
+            write(self, data)
+            if self.url.startswith(place.url) and (place / "trace.json").is_file():
+                found = Trace(place)
+                assert sum(len(s.tokens()) for s in found.shards) == found.n_tokens
+                seen.append(found.n_tokens)
+
+        monkeypatch.setattr(Remote, name, watched)
+    written(place.url)
+    assert seen == sorted(seen)
+    assert {0, 2 * T, 4 * T, 6 * T} == set(seen)
+
+
+class Killed(BaseException):
+    """As kill -9: nothing is closed."""
+
+
+def killed_after(writes: int, place: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes a trace, of which only the first `writes` objects arrive."""
+    left = itertools.count(writes, -1)
+    with monkeypatch.context() as patched:
+        for name in ("write_bytes", "upload"):
+            write = getattr(Remote, name)
+
+            def limited(self: Remote, data: Any, write: Any = write) -> None:
+                if next(left) <= 0:
+                    raise Killed
+                write(self, data)
+
+            patched.setattr(Remote, name, limited)
+        patched.setattr(Remote, "unlink", lambda *_: None)
+        with pytest.raises(Killed):
+            written(place.url)
+    # its lock names a process that is gone
+    (place / LOCK).write_bytes(f"4194303 {socket.gethostname()} ab 1".encode())
+
+
+@pytest.mark.parametrize("writes", [3, 6, 7, 8, 11, 14])
+def test_what_was_killed_is_readable_and_goes_on(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    place = Remote(f"{there}/t")
+    killed_after(writes, place, monkeypatch)
+    before = verify(place.url)
+    assert (before.ok, before.status, before.resumable) == (True, "interrupted", True), before
+    assert before.tokens == Trace(place).n_tokens < 6 * T
+    with hold(place) as lock:
+        point = resume_point(place)
+        assert not verify(place.url).uncommitted
+        written(place.url, point.next_batch, resume=point, lock=lock)
+    found = verify(place.url)
+    assert (found.ok, found.tokens, found.status) == (True, 6 * T, "complete"), found
+    written(tmp_path / "t")
+    same(Trace(place), open_trace(tmp_path / "t"))
+
+
+def test_one_writer_at_a_time(there: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Remote(f"{there}/t")
+    with hold(place) as lock:
+        assert is_locked(place) is True
+        with pytest.raises(MoeInspectError, match=r"this process is still writing memory://.*/t"):
+            hold(place)
+        with pytest.raises(MoeInspectError, match="still writing"):
+            check_directory(place, overwrite=False)
+        join(place, lock.holder).release()  # of another rank: rank 0's stays
+        assert is_locked(place) is True
+        with pytest.raises(MoeInspectError, match=r"this process has taken .* over"):
+            join(place, "another")
+    assert is_locked(place) is False
+    assert not (place / LOCK).exists()
+    # what a process of another machine left can be taken over, and the warning names it
+    (place / LOCK).write_bytes(FOREIGN)
+    assert is_locked(place) is None
+    assert not capsys.readouterr().err
+    hold(place).release()
+    assert "process 77 on elsewhere began to write" in capsys.readouterr().err
+
+
+def test_a_writer_that_was_taken_over_stops(there: str) -> None:
+    place = Remote(f"{there}/t")
+    writer = TraceWriter(
+        place, {"capture": {}}, routers(2, E, K), weights=False, shard_tokens=2 * T, queue_batches=1
+    )
+    for batch in batches(4):
+        writer.write(batch)
+    (place / LOCK).write_bytes(FOREIGN)
+    with pytest.raises(MoeInspectError, match=r"process 77 on elsewhere has taken .* over"):
+        writer.close()
+    committed = Trace(place).n_tokens
+    assert committed < 4 * T
+    # the other's lock stays
+    assert (place / LOCK).read_bytes() == FOREIGN
+    assert read_manifest(place)["counts"]["tokens"] <= committed
+
+
+def test_nothing_else_is_replaced(there: str, tmp_path: Path) -> None:
+    place = Remote(f"{there}/t")
+    written(place.url)
+    with pytest.raises(MoeInspectError, match="there is a trace at memory://"):
+        check_directory(place, overwrite=False)
+    (place / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(MoeInspectError, match=r"more than a trace \(it holds notes.txt\)"):
+        check_directory(place, overwrite=True)
+    (place / "notes.txt").unlink()
+    check_directory(place, overwrite=True)
+    assert contents(place).is_trace
+    (place / "notes.txt").unlink(missing_ok=True)
+    with pytest.raises(OSError, match=r"notes\.txt"):
+        (place / "notes.txt").unlink()
+    assert output_location(f"file://{tmp_path}/t") == tmp_path / "t"
+
+
+def test_derived_and_imported_traces_are_there_whole_or_not(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    how: dict[str, Any] = {"document": np.repeat(np.arange(6), 10), "batch_tokens": 10}
+    for name in "ab":
+        ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
+        write_trace(tmp_path / name, ids, E, words=3, **how)
+    merged = merge([tmp_path / "a", tmp_path / "b"], f"{there}/m")
+    same(merged, merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m"))
+    # from there, and to there again in the place of another
+    some = sample(f"{there}/m", f"{there}/s", documents=4)
+    same(some, sample(tmp_path / "m", tmp_path / "s", documents=4))
+    sample(f"{there}/m", f"{there}/s", documents=2, overwrite=True)
+    assert verify(f"{there}/s").ok
+    assert len(open_trace(f"{there}/s").documents()) == 2
+    (tmp_path / "loads.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
+    counts = import_trace("counts", [tmp_path / "loads.csv"], f"{there}/c", top_k=1)
+    assert counts.counts()["assignments"].tolist() == [5, 7]
+    assert verify(f"{there}/c").ok
+    # the network fails before the manifest is there
+    upload = Remote.upload
+
+    def fails(self: Remote, file: Path) -> None:
+        if file.name == "trace.json":
+            raise OSError("the network is down")
+        upload(self, file)
+
+    monkeypatch.setattr(Remote, "upload", fails)
+    with pytest.raises(MoeInspectError, match=r"cannot write memory://.*/n: the network is down;"):
+        merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+    with pytest.raises(MoeInspectError, match="no trace at memory://"):
+        open_trace(f"{there}/n")
+    monkeypatch.undo()
+    merge([tmp_path / "a", tmp_path / "b"], f"{there}/n", overwrite=True)
