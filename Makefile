@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks lint docs picture bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks lint docs picture atlas bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,9 @@ docs: $(VENV)/.installed ## The documentation site (build/docs/index.html); a wa
 
 picture: $(VENV)/.installed ## The pictures of the page in the documentation, of the bundled model (needs chromium)
 	$(BIN)/python docs/picture.py
+
+atlas: $(VENV)/.installed ## The atlas in the documentation, with ESFT=FOLDER its four tasks too (build/atlas/site), and its pictures
+	$(BIN)/python -m docs.atlas
 
 bench: $(VENV)/.installed ## Measure speed, memory and size on this machine (benchmarks/results)
 	$(BIN)/python -m benchmarks.run

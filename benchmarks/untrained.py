@@ -13,11 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.measuring import RESULTS, machine
+
+if TYPE_CHECKING:
+    from moe_inspect import Trace
 
 SEEDS = range(5)
 WIDTH = {
@@ -78,13 +81,15 @@ def configs() -> Iterator[tuple[str, Any]]:
     )
 
 
-def effects(config: Any, seed: int, scratch: Path) -> np.ndarray:
-    """Bits beyond shuffled documents, of every router."""
-    import moe_inspect
+def traced(config: Any, seed: int, model: Path, trace: Path) -> Trace:
+    """The trace over the bundled corpus of a model with this config and random weights. `model`: a
+    directory that is replaced."""
+    from transformers import AutoTokenizer
+
     from moe_inspect import trace_model
     from moe_inspect.demo import MODEL_DIR
 
-    model = scratch / "model"
+    config.vocab_size, config.architectures = len(AutoTokenizer.from_pretrained(MODEL_DIR)), None
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(
         MODEL_DIR,
@@ -92,20 +97,22 @@ def effects(config: Any, seed: int, scratch: Path) -> np.ndarray:
         ignore=shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json"),
     )
     config.save_pretrained(model)
-    trace_model(str(model), scratch / "t", random_init=seed, overwrite=True)
-    table = moe_inspect.report(scratch / "t").tables["specialization"]
+    return trace_model(str(model), trace, random_init=seed, overwrite=True)
+
+
+def effects(config: Any, seed: int, scratch: Path) -> np.ndarray:
+    """Bits beyond shuffled documents, of every router."""
+    import moe_inspect
+
+    trace = traced(config, seed, scratch / "model", scratch / "trace")
+    table = moe_inspect.report(trace).tables["specialization"]
     return (table["domain_mi_bits"] - table["domain_mi_null_bits"]).to_numpy()
 
 
 def main() -> None:
-    from transformers import AutoTokenizer
-
-    from moe_inspect.demo import MODEL_DIR
-
-    vocabulary, measured = len(AutoTokenizer.from_pretrained(MODEL_DIR)), {}
+    measured = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs():
-            config.vocab_size, config.architectures = vocabulary, None
             most = [float(effects(config, seed, Path(scratch)).max()) for seed in SEEDS]
             measured[name] = [round(bits, 3) for bits in most]
             print(f"{name:<24}{min(most):>8.3f} to {max(most):.3f} bits", flush=True)

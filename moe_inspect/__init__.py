@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.result import Simulation
     from moe_inspect.simulate.routing.routing import simulate_routing
+    from moe_inspect.site.build import atlas
     from moe_inspect.trace.derived.merge import merge
     from moe_inspect.trace.derived.sample import sample
     from moe_inspect.trace.reader import Trace, open_trace
@@ -73,6 +74,7 @@ __all__ = [
     "TraceOptions",
     "Verification",
     "ablate",
+    "atlas",
     "compare",
     "compare_checkpoints",
     "compare_models",
@@ -120,6 +122,7 @@ _HOMES = {
     "TraceOptions": "moe_inspect.capture.options",
     "Verification": "moe_inspect.trace.verify",
     "ablate": "moe_inspect.api",
+    "atlas": "moe_inspect.site.build",
     "compare": "moe_inspect.comparison.compare",
     "compare_checkpoints": "moe_inspect.comparison.checkpoints",
     "compare_models": "moe_inspect.comparison.models.compare",

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watch": {"alarms", "reporting", "analysis", "trace", "errors", "text"},
     "comparison": {"reporting", "analysis", "trace", "errors", "progress", "text"},
     "query": {"exporters", "reporting", "trace", "errors", "text"},
+    "site": {"comparison", "reporting", "analysis", "trace", "errors", "progress", "text"},
     "simulate": {"reporting", "analysis", "model", "trace", "errors", "progress", "text"},
 }
 # an analysis on a laptop needs these and has no torch; what reads or writes files of torch imports
@@ -53,6 +54,7 @@ LIGHT = {
     "comparison",
     "query",
     "simulate",
+    "site",
     "watch",
 }
 

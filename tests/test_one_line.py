@@ -53,6 +53,7 @@ USUAL: dict[str, list[Any]] = {
     "import": ["counts", "loads.csv", "-o", "new", "--top-k", 1],
     "verify": ["t"],
     "text": ["t", "--layer", 0, "--expert", 1],
+    "atlas": ["t", "-o", "site", "--text", 0],
     "sql": ["t", "select * from routing"],
     "watch": ["t", "--every", "10ms"],
     "doctor": ["demo", "--no-measure"],
@@ -67,9 +68,9 @@ USUAL: dict[str, list[Any]] = {
 }
 TRACING = ["trace", "serve-trace"]
 READERS = [name for name, arguments in USUAL.items() if "t" in arguments]
-SILENT = ["trace", "import", "merge", "sample", "export"]  # on stdout
+SILENT = ["trace", "import", "merge", "sample", "export", "atlas"]  # on stdout
 WRITE_ONCE = ["import", "merge", "sample"]  # but for --overwrite
-NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch"]
+NO_TABLES = [*TRACING, "import", "merge", "sample", "verify", "doctor", "watch", "atlas"]
 
 
 def commands(group: typer.Typer, *before: str) -> Iterator[str]:
@@ -245,6 +246,7 @@ def disk_of(most_bytes: int) -> Iterator[None]:
 OUTPUTS = {
     "trace": [[]],
     "report": [["--table", "load", "-o", "new.csv"], ["-o", "new.txt"], ["--html", "new.html"]],
+    "atlas": [["-o", "new"]],
     "compare": [["-o", "new.csv"], ["--table", "flips", "-o", "new.parquet"], ["-o", "new.txt"]],
     "describe": [["-o", f"new.{ending}"] for ending in ("csv", "json", "parquet", "txt")],
     "import": [[]],

@@ -40,6 +40,7 @@ app.command("serve-trace", cls=GroupedCommand, context_settings={"allow_interspe
     trace.serve_trace
 )
 app.command("report", cls=report.ReportCommand)(report.report)
+app.command("atlas", cls=GroupedCommand)(report.atlas)
 app.command("text", cls=GroupedCommand)(text.text)
 app.command("sql", cls=GroupedCommand)(sql.sql)
 app.command("compare", cls=compare.CompareCommand)(compare.compare)

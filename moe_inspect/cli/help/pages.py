@@ -18,7 +18,7 @@ class Page:
 # title → commands
 COMMANDS = {
     "Record": ("trace", "serve-trace", "import", "watch", "doctor"),
-    "Look": ("report", "text", "sql", "compare", "describe"),
+    "Look": ("report", "atlas", "text", "sql", "compare", "describe"),
     "Try": ("simulate", "ablate", "prune"),
     "Files": ("verify", "merge", "sample", "export"),
 }
@@ -97,6 +97,10 @@ PAGES = {
             "report runs/a --table load --layers 0-3 --format csv -o load.csv",
             "report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0",
         ),
+    ),
+    "atlas": Page(
+        {"Site": ("output", "text", "add")},
+        ("atlas runs/a runs/b -o site", "atlas runs/c -o site --add"),
     ),
     "ablate": Page(
         {

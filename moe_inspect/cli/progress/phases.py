@@ -57,6 +57,20 @@ def page(trace: Trace, routers: Sequence[int] | None = None, samples: bool = Fal
     ]
 
 
+def site_of(traces: Sequence[Trace]) -> Costs:
+    """Of the page of each trace, and what the index holds of it."""
+    return [
+        phase
+        for trace in traces
+        for phase in (
+            *counting(trace),
+            *drawing(trace),
+            *page(trace, samples=True),
+            ("indexing tokens", 0.1 + 3e-8 * amounts(trace)[0]),
+        )
+    ]
+
+
 def comparing(trace: Trace) -> Costs:
     return [("comparing", 0.3 + 4e-8 * amounts(trace)[0])]
 

@@ -124,6 +124,11 @@ def _text(asked: str | None, html: Path | None) -> Amount:
         return None
     if html is None:
         raise typer.BadParameter("--text is about the page: give it with --html")
+    return amount_of_text(asked)
+
+
+def amount_of_text(asked: str) -> Amount:
+    """What --text says: a number of documents, or all."""
     if asked == "all":
         return "all"
     if not (asked.isascii() and asked.isdecimal()):

@@ -68,7 +68,8 @@ class Section:
     definitions: term → meaning. group: the part of the page that it stands in, one of GROUPS or a
     name of the page's own. name: its id in links, by default made of the title. widget: the
     function of `moe.widgets` (templates/*.js) that fills it from `data`, which JSON can hold.
-    python: code that gives the table. download: a table that is only downloaded, whole."""
+    python: code that gives the table. download: a table that is only downloaded, whole. links:
+    where the first cell of each row of the table leads."""
 
     title: str
     text: str = ""
@@ -81,6 +82,7 @@ class Section:
     data: Any = None
     python: str = ""
     download: pd.DataFrame | None = None
+    links: Sequence[str] = ()
 
 
 class Tile(NamedTuple):
@@ -96,7 +98,9 @@ class Page:
     """A page from top to bottom. lead: the section on the first screen, beside the gravest
     findings. left_out: what it could not show, and why. map_data: what map.js draws the map, the
     domains and the cards of experts from. link_of: the address of what a finding is about, such as
-    "#L12E45", or ""."""
+    "#L12E45", or "". up: the address of the page above, and what its link says. scripts: files of
+    templates/ beyond SCRIPTS that its widgets are in. search: what can be typed into its search
+    box."""
 
     title: str
     subtitle: str = ""
@@ -109,6 +113,9 @@ class Page:
     footer: str = ""
     map_data: Mapping[str, Any] | None = None
     link_of: Callable[[Finding], str] = lambda _: ""
+    up: tuple[str, str] | None = None
+    scripts: Sequence[str] = ()
+    search: str = ""
 
 
 def chart_section(chart: Chart) -> Section:
@@ -133,13 +140,13 @@ def page_html(page: Page) -> str:
     tables, downloads, panels = dict[str, Any](), dict[str, Any](), list[Any]()
     for one in in_order:
         if one.table is not None:
-            tables[one.name] = table_json(one.table)
+            tables[one.name] = table_json(one.table, links=one.links)
         if one.download is not None:
             downloads[one.name] = table_json(one.download, len(one.download))
         if one.chart is not None and not one.chart.interactive:
             panels += map(panel_json, one.chart.panels)
         advance(1)
-    script, said = "".join(map(asset, SCRIPTS)), _said(page)
+    script, said = "".join(map(asset, [*SCRIPTS, *page.scripts])), _said(page)
     # beside a lead there is room for few; without one they all stand in columns
     gravest, others = (said[:GRAVEST], said[GRAVEST:]) if page.lead else (said, [])
     written = template("page.html").render(

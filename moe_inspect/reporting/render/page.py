@@ -21,10 +21,15 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
 
 
-def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amount = None) -> str:
+def report_page(
+    data: ReportData,
+    more: Iterable[Section | str] = (),
+    text: Amount = None,
+    up: tuple[str, str] | None = None,
+) -> str:
     """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
     why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
-    as many as a megabyte holds."""
+    as many as a megabyte holds. `up`: the address of the page above, and what its link says."""
     charts, left_out = draw_charts(data)
     added, of_text = list(more), text_section(data, text)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
@@ -58,6 +63,7 @@ def report_page(data: ReportData, more: Iterable[Section | str] = (), text: Amou
             "keyboard, Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
             map_data=experts,
             link_of=lambda finding: _link(data, finding),
+            up=up,
         )
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +59,12 @@ def rows_of(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS) -> dict[str, Any]:
+def table_json(
+    frame: pd.DataFrame, most: int = SORTED_ROWS, links: Sequence[str] = ()
+) -> dict[str, Any]:
     """A table as tables.js takes it: its first `most` rows by column, and how many there are.
-    Numbers are exact; None where there is none; infinity is "inf"."""
+    Numbers are exact; None where there is none; infinity is "inf". `links`: where the first cell of
+    each row leads."""
     shown: Any = frame.head(most)
     return {
         "columns": [str(name) for name in shown.columns],
@@ -68,6 +72,7 @@ def table_json(frame: pd.DataFrame, most: int = SORTED_ROWS) -> dict[str, Any]:
         "real": [shown.dtypes.iloc[i].kind == "f" for i in range(shown.shape[1])],
         "values": [_values(shown.iloc[:, i]) for i in range(shown.shape[1])],
         "rows": len(frame),
+        **({"links": [*links]} if links else {}),
     }
 
 

@@ -44,13 +44,18 @@ moe.finders.push((asked) =>
     return link.textContent.toLowerCase().includes(asked) ? [{ kind: "section", text: link.textContent, go }] : [];
   }));
 
+// 0: the token is what is asked for, with or without the space before it; 1: it begins so; 2: it holds it; 3: it does not
+moe.tokenRank = (text, asked) => {
+  const rank = (text) => (text === asked ? 0 : text.startsWith(asked) ? 1 : text.includes(asked) ? 2 : 3);
+  const lower = text.toLowerCase();
+  return Math.min(rank(lower.replace(/^[␣▁Ġ]+/, "")), rank(lower));
+};
+
 // the experts that have a token among those most their own
 moe.finders.push((asked, page) => {
   const words = page?.experts.data.words;
   if (!words) return [];
-  const bare = (text) => text.toLowerCase().replace(/^[␣▁Ġ]+/, "");
-  const rank = (text) => (text === asked ? 0 : text.startsWith(asked) ? 1 : text.includes(asked) ? 2 : 3);
-  const ranked = words.texts.map((text, id) => [Math.min(rank(bare(text)), rank(text.toLowerCase())), text.length, id]).filter(([by]) => by < 3);
+  const ranked = words.texts.map((text, id) => [moe.tokenRank(text, asked), text.length, id]).filter(([by]) => by < 3);
   ranked.sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
   return ranked.slice(0, 8).map(([, , id]) => ({ kind: "token", text: words.texts[id], go: () => moe.tokenCard(page, id) }));
 });

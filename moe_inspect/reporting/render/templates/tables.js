@@ -95,7 +95,8 @@ moe.table = (place, name, given) => {
       rest.hidden = shown >= held && !cut;
     };
     const fill = () => {
-      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, moe.cell(values[c][i], whole[c]));
+      const text = (i, c) => moe.cell(values[c][i], whole[c]);
+      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, given.links && c === 0 ? h("a", { href: given.links[i] }, text(i, c)) : text(i, c));
       body.replaceChildren(...order.slice(0, shown).map((i) => h("tr", {}, ...columns.map((_, c) => cell(i, c)))));
       count();
     };
@@ -111,7 +112,8 @@ moe.table = (place, name, given) => {
       fill();
     };
     heads.forEach((head, c) => {
-      const sorter = h("button", { type: "button", className: "sort" }, head.textContent);
+      const name = head.textContent.split(/(?<=\w{4}_)/).flatMap((word) => [word, h("wbr")]);
+      const sorter = h("button", { type: "button", className: "sort" }, ...name);
       sorter.addEventListener("click", () => sort(c));
       head.replaceChildren(sorter);
     });

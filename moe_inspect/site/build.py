@@ -1,0 +1,192 @@
+"""Makes the site of some traces, or brings it up to date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.python import address
+from moe_inspect.reporting.report import report
+from moe_inspect.site.directory import FORMAT, UP, Directory
+from moe_inspect.site.entry import LONGEST, Entry, entry_of, saturation
+from moe_inspect.site.index import index_page, table_of
+from moe_inspect.text import cut, readable, storable
+from moe_inspect.trace import schema
+from moe_inspect.trace.reader import Trace, open_trace
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.render.texts.documents import Amount
+
+
+def atlas(
+    traces: Iterable[Trace | str | Path],
+    output: str | Path,
+    *,
+    text: Amount = 1,
+    add: bool = False,
+) -> pd.DataFrame:
+    """Makes a static site of traces in the directory `output`: the page of each trace's report, and
+    index.html with a table of all, which is searched by expert, domain and token. It needs no
+    server and no network.
+
+    A page whose trace has not changed since the last call is kept; pages of traces that are no
+    longer named are removed. Files of other kinds in the directory stay. A call that is killed
+    leaves the old site.
+
+    traces  in the order of the index; traces of one text by models of the same shape are compared
+            with the last of them (saturation)
+    text    documents of each domain on the page of a trace, "all", 0 for none
+    add     keep the pages that are there, before those of `traces`
+
+    Returns the table of the index, a row per trace; its column `page` is the file, and `made` says
+    whether that was made by this call. Raises MoeInspectError where there is no such trace, or
+    something else is in the directory."""
+    opened = [one if isinstance(one, Trace) else open_trace(one) for one in traces]
+    if not opened:
+        raise MoeInspectError("give a trace or more")
+    where = [str(trace.path.resolve()) for trace in opened]
+    if again := next((path for i, path in enumerate(where) if path in where[:i]), None):
+        raise MoeInspectError(f"{again} is given twice")
+    with Directory(Path(output)) as directory:
+        plan = _planned(opened, directory.before, text, add)
+        if any(one.trace is None and not one.entry["key"] for one in plan):
+            raise MoeInspectError(
+                f"{output} was made by another version of moe-inspect: name all its traces, "
+                "without adding"
+            )
+        made = _make(directory, plan, text)
+        entries = [one.entry for one in plan]
+        _compare(plan)
+        directory.commit(index_page(entries), {entry["page"] for entry in entries})
+    pages = [entry["page"] for entry in entries]
+    return table_of(entries).assign(page=pages, made=[page in made for page in pages])
+
+
+@dataclass
+class Planned:
+    """A page of the site. trace: None where the page is kept without its trace. entry: the one that
+    is there, {} where there is none. content: the hash of the trace."""
+
+    trace: Trace | None
+    entry: Entry
+    content: str = ""
+
+
+def _planned(
+    traces: Sequence[Trace], before: Sequence[Entry], text: Amount, add: bool
+) -> list[Planned]:
+    """The pages in their order, each with the entry that is there: of the same trace, else of
+    another at the same address."""
+    named = [Planned(trace, {}, content_of(trace)) for trace in traces]
+    left = list(before)
+    same: list[Callable[[Planned, Entry], bool]] = [
+        lambda one, entry: entry["key"] == _key(one.content, text),
+        lambda one, entry: one.trace is not None and entry["address"] == address(one.trace),
+    ]
+    for alike in same:
+        for one in named:
+            found = None if one.entry else next((e for e in left if alike(one, e)), None)
+            if found is not None:
+                one.entry = found
+                left.remove(found)
+    if not add:
+        return named
+    of = {id(one.entry): one for one in named if one.entry}
+    there = [of.get(id(entry), Planned(None, entry)) for entry in before]
+    return there + [one for one in named if not one.entry]
+
+
+def _make(directory: Directory, plan: Sequence[Planned], text: Amount) -> set[str]:
+    """Writes the pages that are not there as they would be; returns their names."""
+    made, names = set[str](), {one.entry["name"] for one in plan if one.entry}
+    directory.taken |= {one.entry["page"] for one in plan if one.entry}
+    for one in plan:
+        key = _key(one.content, text)
+        if one.trace is None or (
+            one.entry.get("key") == key and directory.holds(one.entry["page"], one.entry["sha256"])
+        ):
+            continue
+        name = one.entry.get("name") or _free_name(one.trace.path.resolve().name, names)
+        names.add(name)
+        page = one.entry.get("page") or directory.free_page(name)
+        report_made = report(one.trace)
+        html = report_page(report_made, text=text, up=UP)
+        one.entry = {
+            "name": name,
+            "page": page,
+            "key": key,
+            "address": storable(address(one.trace)),
+            "sha256": directory.write(page, html),
+            **entry_of(report_made),
+        }
+        made.add(page)
+    return made
+
+
+def _free_name(folder: str, taken: set[str]) -> str:
+    name = readable(cut(folder, LONGEST)) or "trace"
+    tries = (name if n == 1 else f"{name} ({n})" for n in count(1))
+    return next(one for one in tries if one not in taken)
+
+
+def _compare(plan: Sequence[Planned]) -> None:
+    """Fills in the saturation of the entries: of models of one shape, with the last of them."""
+    groups: dict[object, list[Planned]] = {}
+    for one in plan:
+        if one.trace is not None:
+            alone = id(one) if one.trace.counts_only else None
+            shape = (*_shape(one.trace), one.trace.n_tokens, alone)
+            groups.setdefault(shape, []).append(one)
+    for group in groups.values():
+        last = group[-1]
+        for one in group:
+            pair = [one.content, last.content]
+            if one.entry.get("pair") != pair:
+                one.entry |= {"pair": pair, **_saturation(one, last, len(group) > 1)}
+            if one is not last and one.entry["saturation"] is not None:
+                one.entry["saturation_with"] = last.entry["name"]
+
+
+def _shape(trace: Trace) -> tuple[object, ...]:
+    """Alike for checkpoints of one model."""
+    config = trace.manifest.get("model", {}).get("config") or {}
+    sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    routers = tuple((r.layer, r.experts, r.top_k) for r in trace.routers)
+    return routers, tuple(str(config.get(name)) for name in sizes)
+
+
+def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
+    """saturation, saturation_with, and why there is none."""
+    nothing = {"saturation": None, "saturation_with": None, "no_saturation": ""}
+    if not others:
+        why = "no other trace here is of the same text by another checkpoint of this model"
+        return {**nothing, "no_saturation": why}
+    found = None if one is last else saturation(one.trace, last.trace)
+    if isinstance(found, str):
+        return {**nothing, "no_saturation": readable(found)}
+    return {**nothing, "saturation": found}
+
+
+def content_of(trace: Trace) -> str:
+    """The hash of what a trace states: the manifest, and the lists of shards, which hold the hashes
+    of its parts."""
+    lists = sorted(p.name for p in trace.path.iterdir() if p.name.endswith(".jsonl"))
+    found = hashlib.sha256()
+    for name in (schema.MANIFEST, *lists):
+        found.update((trace.path / name).read_bytes())
+    return found.hexdigest()
+
+
+def _key(content: str, text: Amount) -> str:
+    """What a page is made from."""
+    return json.dumps([content, text, FORMAT, version("moe-inspect")])

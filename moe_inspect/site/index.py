@@ -1,0 +1,219 @@
+"""The index of the site: a table of the traces, their layers, and what is searched.
+
+M traces, R routers of the one that has most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.counting.token_ids import MIN_COUNT
+from moe_inspect.reporting.charts.parts import definitions
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, Scale, amount
+from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
+from moe_inspect.site.directory import FORMAT
+from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, Entry
+from moe_inspect.site.words import EXPERTS as EXPERTS_OF_TOKEN
+from moe_inspect.site.words import TOKENS
+from moe_inspect.text import cut, join_first, plural
+
+DRAWN = 60  # traces in the chart of layers
+MOST_NAMES = 8  # of traces that lack the same
+COLUMNS = (
+    "trace",
+    "architecture",
+    "routers",
+    "experts",
+    "top_k",
+    "tokens",
+    "domains",
+    "max_over_mean",
+    "uneven_routers",
+    "dead_experts",
+    "domain_bits",
+    "token_bits",
+    "committee_experts",
+    "committee_mass",
+    "saturation",
+    "saturation_with",
+    "model",
+)
+MEANINGS = {
+    "routers, experts": "routers of the trace, one per MoE layer in most models, and experts of "
+    "each; top_k of them per token.",
+    "max_over_mean": "the busiest expert's load ÷ the mean load, at the router where that is most.",
+    "uneven_routers": "routers whose load is uneven beyond chance, as the trace's page has it.",
+    "domain_bits, token_bits": "how much the domain, and the token id, tells of the expert, in "
+    "bits beyond shuffled labels, at the router where that is most. A model that was never "
+    "trained shows some of both: it is the baseline.",
+    "committee_experts, committee_mass": "experts that are among the k with the largest load in "
+    "every domain, and the share of assignments that they carry; means over the routers.",
+    "saturation": "share of the experts that are those of the trace named in saturation_with, for "
+    "the same tokens; mean over the routers. By chance it is k ÷ E.",
+}
+
+
+def table_of(entries: Sequence[Entry]) -> pd.DataFrame:
+    """One row per trace: the columns of COLUMNS."""
+    rows = [
+        {
+            "trace": entry["name"],
+            **entry["row"],
+            **{name: entry[name] for name in ("saturation", "saturation_with")},
+        }
+        for entry in entries
+    ]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    real = ("max_over_mean", *COLUMNS[COLUMNS.index("domain_bits") : -2])
+    return table.astype(dict.fromkeys(real, float))
+
+
+def index_page(entries: Sequence[Entry]) -> str:
+    """The page, as HTML."""
+    table = table_of(entries)
+    lacking = _lacking(entries)
+    sections = [
+        Section(
+            "Search",
+            'An expert ("L12 E45"), a domain, a token or a trace: type it into the box above, or '
+            "press /.",
+            widget="atlas",
+            data={"format": FORMAT, "entries": list(entries)},
+        ),
+        Section(
+            "Traces",
+            "A name leads to the page of the trace; a column's head sorts.",
+            table=table,
+            definitions=MEANINGS,
+            links=[entry["page"] for entry in entries],
+        ),
+        *(
+            chart_section(chart)
+            for chart in (
+                _layers(
+                    entries,
+                    "balance",
+                    "Balance by layer",
+                    "Busiest expert ÷ mean load, by router",
+                    "max_over_mean",
+                ),
+                _layers(
+                    entries,
+                    "bits",
+                    "Specialization by layer",
+                    "What the domain tells of the expert, beyond shuffled documents, by router",
+                    "domain_mi_bits",
+                ),
+            )
+            if chart is not None
+        ),
+        *(
+            [Section("What is missing", "What the table leaves empty, and why.", table=lacking)]
+            if len(lacking)
+            else []
+        ),
+    ]
+    return page_html(
+        Page(
+            f"Atlas of {plural(len(entries), 'trace')}",
+            "Which experts the tokens of each model go to, a page per trace",
+            tiles=_tiles(table),
+            sections=sections,
+            left_out=list(_left_out(entries)),
+            footer="Experts are those of one router of one model: expert 3 of a layer has nothing "
+            "to do with expert 3 of the next layer or of another model. Token ids are judged from "
+            f"{MIN_COUNT} occurrences. Made by moe-inspect.",
+            scripts=("atlas.js",),
+            search="L12 E45, token, domain",
+        )
+    )
+
+
+def _lacking(entries: Sequence[Entry]) -> pd.DataFrame:
+    """missing, why, traces: their names."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        for what, why in (entry["lacks"] | {"saturation": entry["no_saturation"]}).items():
+            if why:
+                names.setdefault((what, why), []).append(entry["name"])
+    rows = [(what, why, join_first(of, MOST_NAMES, ", ")) for (what, why), of in names.items()]
+    return pd.DataFrame(rows, columns=["missing", "why", "traces"])
+
+
+def _tiles(table: pd.DataFrame) -> list[Tile]:
+    tiles = [
+        Tile("traces", f"{len(table):,}", ""),
+        Tile("experts", f"{int((table['routers'] * table['experts']).sum()):,}", "in all layers"),
+        Tile("tokens", f"{int(table['tokens'].sum()):,}", "in all traces"),
+    ]
+    for column, which, label, form in (
+        ("max_over_mean", "idxmin", "most even load", "{:.2f}×"),
+        ("max_over_mean", "idxmax", "most uneven load", "{:.2f}×"),
+        ("domain_bits", "idxmax", "most specialised", "{:.2f} bits"),
+    ):
+        known: Any = table.dropna(subset=[column])
+        if len(known) > 1:
+            row = known.loc[getattr(known[column], which)()]
+            tiles.append(Tile(label, form.format(row[column]), cut(str(row["trace"]), 40)))
+    return tiles
+
+
+def _layers(
+    entries: Sequence[Entry], name: str, title: str, caption: str, metric: str
+) -> Chart | None:
+    """A heatmap of traces × routers of one list of the entries; None where all of it is empty."""
+    drawn = entries[:DRAWN]
+    width = max(len(entry[name]) for entry in drawn)
+    values_MR = np.full((len(drawn), width), np.nan)
+    notes_MR = np.full(values_MR.shape, "", object)
+    for m, entry in enumerate(drawn):
+        values_MR[m, : len(entry[name])] = np.array(entry[name], float)
+        notes_MR[m, : len(entry[name])] = [f"layer {label}" for label, _ in entry["layers"]]
+    if np.isnan(values_MR).all():
+        return None
+    scale: Scale = (
+        amount("busiest expert ÷ mean", 1.0, values_MR, 2.0, log=True)
+        if name == "balance"
+        else amount("bits", 0.0, values_MR, 0.1)
+    )
+    labels = tuple(cut(entry["name"]) for entry in drawn)
+    panel = Panel(
+        (Heatmap(values_MR, scale, notes=notes_MR),),
+        Axis("router, from the first", tuple(str(r) for r in range(width))),
+        Axis("", labels),
+    )
+    return Chart(title, caption, (panel,), name=name, definitions=definitions(metric))
+
+
+def _left_out(entries: Sequence[Entry]) -> list[str]:
+    """What the bounds of the index leave out."""
+    said = list[str]()
+    if len(entries) > DRAWN:
+        said.append(f"{len(entries) - DRAWN} traces in the charts of layers")
+    large = [entry["name"] for entry in entries if entry["ratio"] is None]
+    if large:
+        said.append(
+            f"the load of experts of {', '.join(large)}, over {CELLS:,} each, in the search"
+        )
+    words = [entry["words"] for entry in entries if entry["words"]]
+    if words:
+        beyond = sum(max(0, one["ids"] - len(one["texts"])) for one in words)
+        said.append(
+            f"experts of a token beyond the {EXPERTS_OF_TOKEN} that take it most above their "
+            "share of all tokens"
+            + (
+                f", and {beyond:,} token ids beyond the {TOKENS:,} most frequent of a trace"
+                if beyond
+                else ""
+            )
+        )
+    if any(entry["domains"] for entry in entries):
+        said.append(f"experts of a domain beyond {EXPERTS} of a trace")
+    many = sum(max(0, entry["all_domains"] - DOMAINS) for entry in entries)
+    if many:
+        said.append(f"{many:,} domains beyond {DOMAINS} of a trace, those with the fewest tokens")
+    return said

@@ -1,0 +1,376 @@
+"""The site of many traces: what its index says, how it is brought up to date, hostile input."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import moe_inspect
+from moe_inspect import MoeInspectError
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.report import report
+from moe_inspect.site import words
+from moe_inspect.site.build import atlas
+from moe_inspect.site.directory import DATA, UP
+from moe_inspect.trace.reader import Trace, open_trace
+from tests.conftest import Cli
+from tests.damage import edit_manifest
+from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_page import Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
+
+slow = pytestmark
+del pytestmark
+HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror=alert(1)>\u202e\x1b[31m"
+LABELS = ("law", "code", "prose", "verse")
+
+
+def small(root: Path, seed: int = 0, **more: Any) -> Trace:
+    """2 routers of 4 experts, k = 2; token 0 goes to expert 3 of layer 1, code to its expert 0."""
+    T, E, rng = 480, 4, np.random.default_rng(seed)
+    token_id, document = np.random.default_rng(9).integers(0, 12, T), np.arange(T) // 20
+    ids = [uniform_ids(rng, T, E, 2) for _ in range(2)]
+    code = np.array([LABELS[d % 4] == "code" for d in document])
+    ids[1][code] = [0, 1]
+    ids[1][token_id == 0] = [3, 2]
+    settings: dict[str, Any] = {
+        "document": document,
+        "domain_of_document": LABELS,
+        "token_id": token_id,
+        "words": 12,
+        "weights": [np.tile(np.array([0.75, 0.25], np.float32), (T, 1))] * 2,
+    }
+    return write_trace(root, ids, E, **(settings | more))
+
+
+def entries(site: Path) -> dict[str, dict[str, Any]]:
+    """What the index holds, by name."""
+    found = DATA.search((site / "index.html").read_text())
+    assert found
+    held = json.loads(gzip.decompress(base64.b64decode(found[1])))["entries"]
+    return {entry["name"]: entry for entry in held}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a and b, of the same text, and counts, with their site."""
+    place = tmp_path_factory.mktemp("atlas")
+    small(place / "a")
+    small(place / "b", seed=1)
+    write_counts(place / "counts", [np.array([[8, 4, 6, 6], [4, 4, 2, 2]])] * 3, 2, ("x", "y"))
+    atlas([place / name for name in ("a", "b", "counts")], place / "site")
+    return place
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
+    return tmp_path
+
+
+def state(site: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in site.iterdir()}
+
+
+def test_the_table_is_that_of_the_reports(here: Path):
+    paths = [here / name for name in ("a", "b", "counts")]
+    table = atlas(paths, here / "site").set_index("trace")
+    assert list(table.index) == ["a", "b", "counts"]
+    a = report(paths[0])
+    balance, spec = a.tables["balance"], a.tables["specialization"]
+    assert table.loc["a", "max_over_mean"] == balance["max_over_mean"].max()
+    bits = (spec["domain_mi_bits"] - spec["domain_mi_null_bits"]).max()
+    assert table.loc["a", "domain_bits"] == pytest.approx(bits)
+    assert bits > 0.1
+    assert table.loc["a", "committee_experts"] == a.tables["committee"]["committee_experts"].mean()
+    compared = moe_inspect.compare_checkpoints(paths[:2]).tables["saturation"]
+    assert table.loc["a", "saturation"] == pytest.approx(compared["overlap"].mean())
+    assert table.loc["a", "saturation_with"] == "b"
+    assert table.loc[["b", "counts"], "saturation"].isna().all()
+    assert table.loc["counts", "tokens"] == 18
+    assert table.loc[["counts"], "domain_bits"].isna().all()
+    lacks = {name: entry["lacks"] for name, entry in entries(here / "site").items()}
+    assert lacks["a"] == {}
+    assert set(lacks["counts"]) == {
+        "specialization by domain",
+        "specialization by token, search by token",
+    }
+    index = (here / "site/index.html").read_text()
+    assert "counts hold no documents to shuffle" in index
+    assert "no other trace here is of the same text by another checkpoint" in index
+
+
+def test_a_page_is_that_of_the_report(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(here)
+    atlas(["b"], "new", text=0)
+    page = (here / "new/b.html").read_text()
+    assert page == report_page(report("b"), text=0, up=UP)
+    assert '<a class="up" href="index.html">← Atlas</a>' in page
+    assert str(here) not in page + (here / "new/index.html").read_text()
+
+
+def test_experts_of_tokens_are_those_of_the_decisions(made: Path):
+    trace = open_trace(made / "a")
+    found = words.words_of(trace)
+    assert not isinstance(found, str)
+    routing, tokens = trace.routing(), trace.tokens()
+    times = tokens["token_id"].value_counts()
+    assert found["times"] == sorted(times[times >= 8], reverse=True)
+    assert len(found["texts"]) == (times >= 8).sum()
+    i = found["texts"].index("␣w0")
+    assert found["times"][i] == times[0]
+    at = slice(found["start"][i], found["start"][i + 1])
+    ranked = [
+        (found["row"][j], found["expert"][j], found["share"][j], found["lift"][j])
+        for j in range(at.start, at.stop)
+    ]
+    assert ranked[0][:3] == (1, 3, 1000)
+    assert 1 <= len(ranked) <= words.EXPERTS
+    chosen = routing.merge(tokens[["token", "token_id"]], on="token")
+    for row, expert, share, lift in ranked:
+        of = chosen[chosen["router"] == row]
+        takes = (of[["expert_0", "expert_1"]] == expert).any(axis=1)
+        mine = takes[of["token_id"] == 0].mean()
+        assert share == pytest.approx(1000 * mine, abs=0.5)
+        assert lift == pytest.approx(100 * mine / takes.mean(), abs=0.5)
+
+
+def test_domains_are_those_of_the_report(made: Path):
+    domains = {domain["name"]: domain for domain in entries(made / "site")["a"]["domains"]}
+    assert set(domains) == set(LABELS)
+    row, expert, activation, lift = domains["code"]["experts"][0]
+    table: Any = report(made / "a").tables["domains"]
+    same = (table["router"] == row) & (table["expert"] == expert) & (table["domain"] == "code")
+    assert (row, expert) == (1, 0)
+    assert activation == pytest.approx(1000 * table[same]["activation"].iloc[0], abs=0.5)
+    assert lift == pytest.approx(100 * table[same]["lift"].iloc[0], abs=0.5)
+
+
+def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(words, "TOKENS", 3)
+    monkeypatch.setattr("moe_inspect.site.index.TOKENS", 3)
+    monkeypatch.setattr("moe_inspect.site.entry.CELLS", 7)
+    monkeypatch.setattr("moe_inspect.site.entry.DOMAINS", 1)
+    monkeypatch.setattr("moe_inspect.site.index.DOMAINS", 1)
+    atlas([here / "a"], here / "new", text=0)
+    held = entries(here / "new")["a"]
+    assert len(held["words"]["texts"]) == 3
+    assert held["ratio"] is None
+    assert len(held["domains"]) == 1
+    index = (here / "new/index.html").read_text()
+    assert "9 token ids beyond the 3 most frequent of a trace" in index
+    assert "the load of experts of a, over" in index
+    assert "3 domains beyond 1 of a trace" in index
+
+
+# --- brought up to date
+
+
+def test_a_second_run_makes_only_what_changed(here: Path):
+    before = state(here / "site")
+    stamps = {path.name: path.stat().st_mtime_ns for path in (here / "site").iterdir()}
+    small(here / "c", seed=2)
+    table = atlas([here / name for name in ("a", "b", "counts", "c")], here / "site")
+    assert dict(zip(table["trace"], table["made"], strict=True)) == {
+        "a": False,
+        "b": False,
+        "counts": False,
+        "c": True,
+    }
+    after = state(here / "site")
+    assert {name for name in after if after[name] != before.get(name)} == {"index.html", "c.html"}
+    for name in ("a.html", "b.html", "counts.html"):
+        assert (here / "site" / name).stat().st_mtime_ns == stamps[name]
+    assert list(table["saturation_with"])[:2] == ["c", "c"]
+    # a page that is not as it was written, a trace that changed, one that is no longer named
+    (here / "site/a.html").write_text("half")
+    edit_manifest(here / "b", model={"id": "other"})
+    table = atlas([here / "a", here / "b"], here / "site").set_index("trace")
+    assert table["made"].all()
+    assert table.loc["b", "model"] == "other"
+    assert set(state(here / "site")) == {"index.html", "a.html", "b.html"}
+    page = report_page(report(here / "a"), text=1, up=UP)
+    assert (here / "site/a.html").read_text() == page
+
+
+def test_pages_are_added(here: Path):
+    shutil.copytree(here / "counts", here / "c")
+    edit_manifest(here / "c", model={"id": "other"})
+    shutil.rmtree(here / "a")
+    before = entries(here / "site")["a"]
+    table = atlas([here / "c", here / "b"], here / "site", add=True)
+    assert list(table["trace"]) == ["a", "b", "counts", "c"]
+    assert list(table["made"]) == [False, False, False, True]
+    assert entries(here / "site")["a"] == before
+    atlas([here / "c"], here / "site")
+    assert set(state(here / "site")) == {"index.html", "c.html"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_whenever_it_is_killed_the_site_is_whole(here: Path, monkeypatch: pytest.MonkeyPatch):
+    old = state(here / "site")
+    shutil.copytree(here / "counts", here / "c")
+    edit_manifest(here / "c", model={"id": "other"})
+    (here / "site/.c.html.tmp").write_text("left by a kill")
+    replace = os.replace
+    for steps in range(3):
+        left = [steps]
+
+        def stopping(*paths: Any, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", stopping)
+        try:
+            atlas([here / "a", here / "b", here / "counts", here / "c"], here / "site", text=1)
+        except Killed:
+            now = {name: data for name, data in state(here / "site").items() if name in old}
+            assert now == old
+            assert steps < 2
+        else:
+            assert steps == 2  # its page, then the index
+    assert set(state(here / "site")) == {*old, "c.html"}
+    assert set(entries(here / "site")) == {"a", "b", "counts", "c"}
+
+
+def test_two_runs_do_not_write_at_once(here: Path):
+    from moe_inspect.trace.files.lock import hold
+
+    with hold(here / "site"), pytest.raises(MoeInspectError, match="still writing"):
+        atlas([here / "a"], here / "site")
+
+
+# --- names, hostile text, bad input
+
+
+def test_names_that_clash_get_a_suffix(here: Path):
+    for name in ("x/counts", "x/index"):
+        shutil.copytree(here / "counts", here / name)
+    (here / "new").mkdir()
+    (here / "new/index-2.html").write_text("somebody's own")
+    table = atlas([here / "counts", here / "x/counts", here / "x/index"], here / "new")
+    assert list(table["trace"]) == ["counts", "counts (2)", "index"]
+    assert list(table["page"]) == ["counts.html", "counts-2.html", "index-3.html"]
+    assert (here / "new/index-2.html").read_text() == "somebody's own"
+
+
+def test_what_is_hostile_is_text(here: Path):
+    place = here / ("x" + HOSTILE.replace("/", "∕"))
+    small(place, manifest={"model": {"id": HOSTILE}}, domain_of_document=(HOSTILE, "code"))
+    texts = {
+        "token_id": pa.array(range(12), pa.int32()),
+        "token": [f"{HOSTILE}{i}" for i in range(12)],
+    }
+    pq.write_table(pa.table(texts), place / "vocabulary.parquet")
+    edit_manifest(place, vocabulary=None)
+    page = atlas([place], here / "new")["page"].iloc[0]
+    assert page.isascii()
+    for name in ("index.html", page):
+        text = (here / "new" / name).read_text()
+        assert "<img" not in text
+        assert text.count("<script>") == 1
+        assert not {"\x1b", "\u202e"} & set(text)
+    assert all(
+        "\u202e" not in one for one in next(iter(entries(here / "new").values()))["words"]["texts"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "traces", "says"),
+    [
+        ("a", ["b"], "a is a trace"),
+        ("a/trace.json", ["b"], "is a file"),
+        ("foreign", ["b"], "foreign/index.html is not of an atlas"),
+        ("strange", ["b"], "strange/index.html is not of an atlas"),
+        ("new", ["a", "b", "a"], "a is given twice"),
+        ("new", ["nowhere"], "no trace at"),
+        ("new", [], "give a trace"),
+    ],
+)
+def test_bad_input_is_one_line(output: str, traces: list[str], says: str, here: Path):
+    for name, text in (
+        ("foreign", "<html>mine</html>"),
+        (
+            "strange",
+            f'<script type="text/plain" data-of="atlas">{base64.b64encode(b"x").decode()}</script>',
+        ),
+    ):
+        (here / name).mkdir()
+        (here / name / "index.html").write_text(text)
+    with pytest.raises(MoeInspectError, match=says) as raised:
+        atlas([here / name for name in traces], here / output)
+    assert "\n" not in str(raised.value)
+    assert not (here / "new").exists()
+
+
+def test_the_command_says_what_it_made(here: Path, cli_here: Cli, tmp_path: Path):
+    said = cli_here("atlas", "b", "-o", "site", "--add").stderr
+    assert said == "wrote site/index.html: 3 traces, 0 pages made, 3 kept\n"
+    assert (
+        "give a number of documents, or all"
+        in cli_here("atlas", "b", "-o", "s", "--text", "x", check=2).stderr
+    )
+
+
+# --- in a browser
+
+
+@slow[0]
+@slow[1]
+def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):  # noqa: F811
+    index = here / "site/index.html"
+    page = Opened(browser, index, index.read_text())
+    view = page.view
+
+    def ask(text: str) -> list[str]:
+        view.locator("#find").fill(text)
+        return view.locator("#found li").all_inner_texts()
+
+    assert any("expert in 3 traces" in line for line in ask("L1E3"))
+    view.keyboard.press("Enter")
+    assert page.title() == "Layer 1 · expert 3"
+    card = view.locator("#card").inner_text()
+    assert "Frequent tokens that it takes most above its share: ␣w0" in card
+    assert view.locator("#card h3 a").first.get_attribute("href") == "a.html#L1E3"
+    view.keyboard.press("Escape")
+    assert any("token" in line for line in ask(" w0"))
+    view.keyboard.press("Enter")
+    assert page.title() == "Token ␣w0"
+    assert view.locator("#card tbody tr").first.inner_text().split("\t")[:2] == [
+        "layer 1 · expert 3",
+        "100%",
+    ]
+    view.keyboard.press("Escape")
+    view.get_by_role("button", name="code", exact=True).click()
+    assert page.title() == "Domain code"
+    assert "layer 1 · expert 0" in view.locator("#card").inner_text()
+    view.keyboard.press("Escape")
+    # sorted rows keep their links
+    view.get_by_role("button", name="tokens").click()
+    first = view.locator("#traces tbody tr").first.locator("a")
+    assert first.get_attribute("href") == f"{first.inner_text()}.html"
+    for width in (390, 800, 1600):
+        view.set_viewport_size({"width": width, "height": 900})
+        assert view.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.complaints == []
+    assert page.foreign() == []
+    view.goto(f"{page.address.rpartition('/')[0]}/a.html#L1E3")
+    page.until("document.documentElement.dataset.ready === 'yes'")
+    assert page.title() == "Layer 1 · expert 3"
+    view.get_by_role("link", name="← Atlas").click()
+    page.until("location.pathname.endsWith('index.html')")
+    view.close()
