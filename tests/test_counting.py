@@ -21,7 +21,7 @@ from moe_inspect.analysis.counting import (
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
-from moe_inspect.analysis.counting.router_counts import BASE, WANTS, ByTokenId, RouterCounts
+from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, RouterCounts
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
@@ -477,62 +477,6 @@ def test_what_logits_and_weights_say_by_hand():
     assert weights["weight_entropy_sum"] == pytest.approx(
         np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25)
     )
-
-
-def test_a_cluster_counts_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    distributed = pytest.importorskip("distributed")
-    trace = made(tmp_path / "t")
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        for wants in (set(WANTS), set(WANTS) - {"token_ids"}):
-            here = count_trace(trace, select(trace), wants)
-            same(count_trace(trace, select(trace), wants, scheduler=client), here)
-            opened: list[str] = []
-            with monkeypatch.context() as patch:
-                for module in (engine, router_groups):
-                    patch.setattr(
-                        module,
-                        "open_trace",
-                        lambda path, opened=opened: opened.append(path) or open_trace(path),
-                    )
-                patch.chdir(tmp_path)
-                same(count_trace(open_trace("t"), select(trace), wants, scheduler=client), here)
-            assert set(opened) == {str(tmp_path / "t")}  # a worker is in a directory of its own
-    with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
-        count_trace(trace, select(trace), WANTS, scheduler="nonsense://nowhere:1")
-
-
-def test_a_worker_counts_the_shard_it_was_asked_for(tmp_path: Path):
-    root, listed, rng = (
-        tmp_path / "t",
-        [Router(0, "gate", "layers.0", E, K)],
-        np.random.default_rng(0),
-    )
-    for rank in range(2):
-        with TraceWriter(
-            root, {"model": {}, "capture": {"weights": False}}, listed, weights=False, rank=rank
-        ) as writer:
-            zeros = np.zeros(50 + rank, np.int32)
-            writer.write(
-                RoutedBatch(
-                    0,
-                    zeros,
-                    zeros,
-                    zeros,
-                    zeros,
-                    zeros,
-                    ["text"],
-                    [uniform_ids(rng, len(zeros), E, K)],
-                    None,
-                )
-            )
-    arguments = select(open_trace(root)), BASE, None, False
-    # by name: a trace may grow meanwhile
-    assert [engine._shard_of(str(root), (rank, 0), arguments).tokens for rank in (1, 0)] == [51, 50]
 
 
 def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):

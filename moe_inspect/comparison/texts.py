@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.aligning.align import shard_at
 from moe_inspect.comparison.aligning.rows import rows_of_shard
 from moe_inspect.comparison.data import PairData
 from moe_inspect.reporting.render.html import Section
@@ -47,9 +46,9 @@ def text_section(made: PairData) -> Section | str:
     kept = (shown.cumsum() <= budget) | (np.arange(len(shown)) == 0)
     worst, shown = worst[kept], shown[kept]
     tokens = tokens_of_documents(
-        [shard_at(trace, n) for n in shards], made.selection, worst["document"].to_numpy(), shown
+        [trace.shard(n) for n in shards], made.selection, worst["document"].to_numpy(), shown
     )
-    of_a = read_routes(trace, [shard_at(trace, n) for n in shards], routers, tokens)
+    of_a = read_routes(trace, [trace.shard(n) for n in shards], routers, tokens)
     documents = worst.assign(shown=shown)
     of_b, T = _routes_of_b(made, shards, tokens), len(tokens.row_T)
     drawn = page_data(trace, routers, documents, tokens, of_a, T, of_b)

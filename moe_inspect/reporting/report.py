@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
@@ -38,7 +38,7 @@ def report(
     window: int | None = None,
     weights: str | Path | None = None,
     thresholds: Mapping[str, float] | None = None,
-    scheduler: object = None,
+    scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """The report on a trace, or on a selection of it: layers "0-3,7", domains, phase "prefill",
@@ -47,10 +47,12 @@ def report(
     `top`: token ids per expert in `vocabulary`, and partners per expert in tables of pairs; 0 for
     all. `window`: tokens per window, by default a 64th of the trace. `weights`: the
     directory of the model's safetensors, for AIMER in `worth`. `thresholds`: of the verdict,
-    {"uneven": 0.3}. `scheduler`: address of a dask.distributed cluster. `progress` is called with
-    the number of decisions read. Raises MoeInspectError where there is no such trace, layer, domain
-    or threshold."""
+    {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it.
+    `progress` is called with the number of decisions read. Raises MoeInspectError where there is no
+    such trace, layer, domain or threshold."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    if scheduler is not None:
+        trace = trace.on(scheduler)
     return Report(
         trace,
         select(trace, layers, domains, phase),
@@ -58,7 +60,6 @@ def report(
         window=window,
         weights=weights,
         thresholds=thresholds,
-        scheduler=scheduler,
         progress=progress,
     )
 

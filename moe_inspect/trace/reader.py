@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -23,7 +25,9 @@ from moe_inspect.trace.shard_list import committed_shards
 class Trace(TraceHeader):
     """A trace on disk. Tables are pandas DataFrames; read large ones by router (`routing(layer=3)`)
     or by shard (`for shard in trace.shards`), which keeps memory independent of the trace's
-    length."""
+    length. `scheduler`: of the dask.distributed cluster that passes over it run on, see `on`."""
+
+    scheduler: Any = None
 
     def __init__(self, path: str | Path | Remote):
         where = location(path)
@@ -59,9 +63,30 @@ class Trace(TraceHeader):
         encoder-decoder's."""
         return sum(f.decisions for f in self._files)
 
+    def on(self, scheduler: Any) -> Trace:
+        """The same trace, passes over which run on a dask.distributed cluster whose workers see it
+        at the same path. `scheduler`: its address, or a client of it; None for this process."""
+        if scheduler is None and self.scheduler is None:
+            return self
+        other = copy(self)
+        other.scheduler = scheduler
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As a worker of a cluster gets it, who is in a directory of its own."""
+        return self.__dict__ | {"path": self.path.resolve(), "scheduler": None}
+
     @property
     def shards(self) -> Iterator[Shard]:
         return (Shard(self, f) for f in self._files)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._files)
+
+    def shard(self, number: int) -> Shard:
+        """A shard of its own to read from: what it opens is closed with it."""
+        return Shard(self, self._files[number])
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         """The routing table, of all routers, one layer or one router."""
@@ -148,11 +173,11 @@ class Trace(TraceHeader):
         return joined.unify_dictionaries().to_pandas()
 
 
-def open_trace(path: str | Path) -> Trace:
+def open_trace(path: str | Path, *, scheduler: Any = None) -> Trace:
     """Opens a trace directory, of this machine or by a URL that fsspec can read
-    (`s3://bucket/trace`). MoeInspectError where there is none, or it is damaged or of a newer
-    format."""
-    return Trace(path)
+    (`s3://bucket/trace`). `scheduler`: as `Trace.on` takes it. MoeInspectError where there is none,
+    or it is damaged or of a newer format."""
+    return Trace(path).on(scheduler)
 
 
 def shards_of(trace: Trace, name: str) -> Iterator[Shard]:

@@ -1,25 +1,20 @@
-"""The pass over a trace: the counts of every shard, added up; on the threads of this machine, or on
-a dask cluster."""
+"""The pass over a trace: the counts of every shard, added up."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from moe_inspect.analysis.counting.cluster import on_cluster
 from moe_inspect.analysis.counting.count_shard import Windows, count_shard
-from moe_inspect.analysis.counting.counts import Counts, joined
+from moe_inspect.analysis.counting.counts import Counts, empty_like, joined
 from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
 from moe_inspect.analysis.counting.router_groups import count_by_token_id, counting
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.tasks import Threads, Workers, runs_of, workers
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
@@ -36,15 +31,13 @@ def count_trace(
     window: int | None = None,
     top: int = 20,
     threads: int | None = None,
-    scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """The counts of what is selected. `wants`: names of WANTS; {"token_ids"} alone leaves out what
     is of a router but not by token id. `window`: tokens of a window, by default so many that there
-    are WINDOWS. `top`: token ids per expert, 0 for all. `threads`: None is one per core.
-    `scheduler`: a dask.distributed client, or the address of a scheduler whose workers see the
-    trace at the same path. `progress` is told of the decisions of every shard done. MoeInspectError
-    where the selection holds no token, naming what there is.
+    are WINDOWS. `top`: token ids per expert, 0 for all. `threads`: None is one per core; a trace
+    that is on a cluster is counted there. `progress` is told of the decisions done.
+    MoeInspectError where the selection holds no token, naming what there is.
 
     Shards are added in their order however they were shared out: the same trace gives the same
     counts, to the last digit."""
@@ -61,6 +54,8 @@ def count_trace(
     )
     arguments = (selection, asked, windows, is_long(trace, selection, asked))
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if not arguments[-1]:
+        threads = 1  # what numpy counts holds the GIL
     if "token_ids" in asked:
         total = count_by_token_id(
             trace,
@@ -68,23 +63,18 @@ def count_trace(
             total,
             base=asked != frozenset({"token_ids"}),
             top=top,
-            threads=threads if arguments[-1] else 1,  # what numpy counts holds the GIL
-            scheduler=scheduler,
+            threads=threads,
             progress=progress,
         )
     else:
-        advance = counting(trace, selection.routers)
-        parts = (
-            _on_threads(trace, arguments, threads)
-            if scheduler is None
-            else _on_cluster(trace, arguments, scheduler)
-        )
-        for shard, part in zip(trace.shards, parts, strict=True):
-            total.add(part)
-            decisions = shard.files.tokens * len(selection.routers)
-            advance(decisions)
-            if progress:
-                progress(decisions)
+        advance, runs = counting(trace, selection.routers), runs_of(trace.n_shards)
+        with workers(trace, threads=threads) as at:
+            for run, part in zip(runs, _parts(trace, arguments, at, runs), strict=True):
+                total.add(part)
+                tokens = sum(trace.shard(number).files.tokens for number in run)
+                advance(tokens * len(selection.routers))
+                if progress:
+                    progress(tokens * len(selection.routers))
     missing = (selection.domains or frozenset[str]()) - total.labels
     if missing:
         raise MoeInspectError(
@@ -108,42 +98,46 @@ def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) ->
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
-def _on_threads(trace: Trace, arguments: Arguments, threads: int) -> Iterator[Counts]:
-    """The counts of every shard, in order; no more of them at once than there are threads and one.
-    The routers of the last shards are shared out, so that no thread is left with a whole shard
-    while others have none."""
-    selection, _, _, fast = arguments
-    if threads == 1 or not fast:  # what numpy counts holds the GIL
-        yield from (count_shard(shard, *arguments) for shard in trace.shards)
-        return
-    count, L = sum(1 for _ in trace.shards), len(selection.routers)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[list[Future[Counts]]] = deque()
-        # a shard keeps what was read of it: none is held longer than needed
-        for i, shard in enumerate(trace.shards):
-            n = min(threads, L) if count - i <= threads and not trace.counts_only else 1
-            shares = [selection.routers[j * L // n : (j + 1) * L // n] for j in range(n)]
-            ahead.append([pool.submit(count_shard, shard, *arguments, share) for share in shares])
-            if len(ahead) > threads:
-                yield joined(share.result() for share in ahead.popleft())
-        while ahead:
-            yield joined(share.result() for share in ahead.popleft())
-
-
-def _on_cluster(trace: Trace, arguments: Arguments, scheduler: Any) -> Iterator[Counts]:
-    """The same, a task per shard."""
-    path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
-    keys = ((shard.files.rank, shard.files.index) for shard in trace.shards)
-    return on_cluster(scheduler, _shard_of, ((path, key, arguments) for key in keys))
-
-
-def _shard_of(path: str, which: tuple[int, int], arguments: Arguments) -> Counts:
-    """What a worker does: opens the trace where it stands, counts one shard of it, (rank, index).
-    The trace may have grown since."""
-    (shard,) = (
-        shard for shard in open_trace(path).shards if (shard.files.rank, shard.files.index) == which
+def _parts(
+    trace: Trace, arguments: Arguments, at: Workers, runs: Sequence[range]
+) -> Iterator[Counts]:
+    """The counts of every run of shards, in order. The routers of the last runs are shared out
+    among threads, so that none is left with a whole run while others have nothing."""
+    routers, width = arguments[0].routers, at.width
+    sharing = isinstance(at, Threads) and not trace.counts_only
+    pieces_of = [
+        min(width, len(routers)) if sharing and len(runs) - i <= width else 1
+        for i in range(len(runs))
+    ]
+    tasks = (
+        (run, routers[j * len(routers) // n : (j + 1) * len(routers) // n])
+        for run, n in zip(runs, pieces_of, strict=True)
+        for j in range(n)
     )
-    return count_shard(shard, *arguments)
+    found = at.each(_counts_of, (trace, *arguments), tasks)
+    for n in pieces_of:
+        yield joined(next(found) for _ in range(n))
+
+
+def _counts_of(
+    trace: Trace,
+    selection: Selection,
+    wants: frozenset[str],
+    windows: Windows | None,
+    fast: bool,
+    run: range,
+    routers: tuple[int, ...],
+) -> Counts:
+    """The counts of a run of shards at some routers."""
+    first, *others = run
+    asked = selection, wants, windows, fast, routers
+    counts = count_shard(trace.shard(first), *asked)
+    if not others:
+        return counts
+    total = empty_like(counts).add(counts)
+    for number in others:
+        total.add(count_shard(trace.shard(number), *asked))
+    return total
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

@@ -7,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from moe_inspect.analysis.counting.cluster import on_cluster
 from moe_inspect.analysis.counting.count_shard import (
     PreparedShard,
     Windows,
@@ -20,32 +18,31 @@ from moe_inspect.analysis.counting.count_shard import (
 )
 from moe_inspect.analysis.counting.counts import Counts, empty_like, joined
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.token_id_tables import by_token_id
 from moe_inspect.analysis.counting.token_ids import (
     Plan,
     ShardRows,
     TokenTables,
-    by_token_id,
     plans_of,
 )
+from moe_inspect.analysis.tasks import by_router
 from moe_inspect.progress import Advance, phase
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 TABLE_BYTES = 84 * 2**20  # of the tables of the routers that are counted together
-ROUTERS_PER_TASK = 4  # of a cluster
 
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """What is counted of any group of routers. `base`: also what is not by token id. `keys`: (rank,
-    index) of the shards. `top`: token ids per expert that are listed."""
+    """What is counted of any group of routers. `base`: also what is not by token id. `top`: token
+    ids per expert that are listed."""
 
     selection: Selection
     wants: frozenset[str]
     windows: Windows | None
     fast: bool
     base: bool
-    keys: frozenset[tuple[int, int]]
     plans: Mapping[str, Plan]
     top: int
 
@@ -57,10 +54,6 @@ class GroupRequest:
             for stack, (seen, _) in prepared.stacks.items()
         }
         return prepared, rows
-
-    def shards(self, trace: Trace) -> Iterator[Shard]:
-        """Those there were when the request was made: the trace may have grown since."""
-        return (s for s in trace.shards if (s.files.rank, s.files.index) in self.keys)
 
 
 class RouterGroup:
@@ -102,17 +95,18 @@ def count_by_token_id(
     base: bool,
     top: int,
     threads: int,
-    scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """The counts of a trace with those by token id. `arguments`: of count_shard. `empty`: what is
     added to."""
     selection, *_ = arguments
-    keys = frozenset((shard.files.rank, shard.files.index) for shard in trace.shards)
-    plans = plans_of(trace, selection, every=not top)
-    request = GroupRequest(*arguments, base, keys, plans, top)
-    parts = list[Counts]()
+    request = GroupRequest(*arguments, base, plans_of(trace, selection, every=not top), top)
     routers = list(selection.routers)
+    if trace.scheduler is not None:
+        found = by_router(trace, routers, "counting", _on_a_worker, request, empty)
+        if progress:
+            progress(trace.n_tokens * len(routers))
+        return joined(found.values())
     advance = counting(trace, routers)
 
     def told(decisions: int) -> None:
@@ -120,16 +114,9 @@ def count_by_token_id(
         if progress:
             progress(decisions)
 
-    if scheduler is None:
-        for group in _groups(trace, request, routers):
-            parts += _on_threads(trace, request, empty, group, threads, told)
-    else:
-        path = str(trace.path.resolve()) if isinstance(trace.path, Path) else str(trace.path)
-        groups = list(_groups(trace, request, routers, ROUTERS_PER_TASK))
-        tasks = ((path, request, empty, group) for group in groups)
-        for group, part in zip(groups, on_cluster(scheduler, _group_of, tasks), strict=True):
-            parts.append(part)
-            told(trace.n_tokens * len(group))
+    parts = list[Counts]()
+    for group in _groups(trace, request, routers):
+        parts += _on_threads(trace, request, empty, group, threads, told)
     return joined(parts)
 
 
@@ -138,14 +125,12 @@ def counting(trace: Trace, routers: Sequence[int]) -> Advance:
     return phase("counting", trace.n_tokens * len(routers), "decisions")
 
 
-def _groups(
-    trace: Trace, request: GroupRequest, routers: list[int], most: int | None = None
-) -> Iterator[list[int]]:
-    """Routers whose tables fit in TABLE_BYTES, at least one and no more than `most` at a time."""
+def _groups(trace: Trace, request: GroupRequest, routers: list[int]) -> Iterator[list[int]]:
+    """Routers whose tables fit in TABLE_BYTES, at least one at a time."""
     group, total = list[int](), 0
     for r in routers:
         size = request.plans[trace.routers[r].stack].bytes(trace.routers[r].experts)
-        if group and (total + size > TABLE_BYTES or len(group) == most):
+        if group and total + size > TABLE_BYTES:
             yield group
             group, total = [], 0
         group.append(r)
@@ -167,7 +152,7 @@ def _on_threads(
     groups = [RouterGroup(trace, request, empty, share) for share in shares]
     with ThreadPoolExecutor(n) as pool:
         running = list[Future[None]]()
-        for shard in request.shards(trace):
+        for shard in trace.shards:
             prepared = request.prepared(shard)
             for share in running:
                 share.result()
@@ -179,10 +164,12 @@ def _on_threads(
     return [group.result() for group in groups]
 
 
-def _group_of(path: str, request: GroupRequest, empty: Counts, routers: list[int]) -> Counts:
-    """What a worker of a cluster does: opens the trace where it stands, counts some routers."""
-    trace = open_trace(path)
-    group = RouterGroup(trace, request, empty, routers)
-    for shard in request.shards(trace):
-        group.add(*request.prepared(shard))
-    return group.result()
+def _on_a_worker(
+    trace: Trace, routers: list[int], request: GroupRequest, empty: Counts
+) -> dict[int, Counts]:
+    """The counts of these routers by groups, each under the first of its routers."""
+    return {
+        group[0]: part
+        for group in _groups(trace, request, routers)
+        for part in _on_threads(trace, request, empty, group, 1, lambda done: None)
+    }

@@ -1,4 +1,5 @@
-"""What the routing of each token id comes to at a router: its tables, and what they say.
+"""The routing of each token id at a router, counted in tables; what they come to is in
+`token_id_tables`.
 
 V token ids, X those of them that are counted by domain too, E experts, T tokens of a shard, D
 domains, U units (domain × cluster of documents), R shuffles. Metrics are of the most frequent
@@ -14,7 +15,6 @@ tables, and how their labels are shuffled, are settled before the first decision
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,11 +24,10 @@ import numpy as np
 from moe_inspect.analysis.counting.count_shard import SelectedTokens, count_shard, selected_tokens
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
-from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.analysis.tasks import by_shard
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 
@@ -41,7 +40,6 @@ SHUFFLES = 5
 SHORT = 100_000  # tokens
 # clusters of documents per domain: the most that let every token id in
 UNIT_CLUSTERS = (127, 61, 31, 17)
-ROUNDING = np.float32(1e-6)
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,14 @@ class Plan:
 def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
     """Reads the tokens, no decisions. `every`: lists every token id that occurs. By stack."""
     counts = Counts(trace.routers, selection.routers)
-    for shard in shards_of(trace, "reading tokens"):
-        counts.add(count_shard(shard, selection, frozenset(), routers=()))
+    for part in by_shard(trace, "reading tokens", _tokens_of, selection):
+        counts.add(part)
     first_of = {trace.routers[r].stack: r for r in reversed(selection.routers)}
     return {stack: _plan(trace, selection, counts, r, every) for stack, r in first_of.items()}
+
+
+def _tokens_of(shard: Shard, selection: Selection) -> Counts:
+    return count_shard(shard, selection, frozenset(), routers=())
 
 
 def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every: bool) -> Plan:
@@ -160,11 +162,9 @@ def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every
         paired, clusters = pair_ids_of(counts, widest, router)
     shuffles = SHUFFLES if counts.tokens < SHORT else 1
     there_XU = np.zeros((len(paired.ids_V), len(counts.domains) * clusters), bool)
-    for shard in trace.shards if there_XU.size else ():
-        seen = selected_tokens(shard, selection, trace.routers[router].stack)
-        row_T, domain_T = paired.rows(seen.token_id_T), _domains(seen, counts.domains)
-        unit_T = domain_T * clusters + seen.document_T % clusters
-        there_XU[row_T[row_T >= 0], unit_T[row_T >= 0]] = True
+    asked = selection, trace.routers[router].stack, paired, counts.domains, clusters
+    for cells in by_shard(trace, None, _cells, *asked) if there_XU.size else ():
+        there_XU.reshape(-1)[cells] = True
     # drawn in the order of the ids
     order_X, shuffled_RXU = (
         np.argsort(paired.ids_V),
@@ -172,6 +172,23 @@ def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every
     )
     shuffled_RXU[:, order_X] = _shuffled_domains(there_XU[order_X], clusters, shuffles)
     return Plan(listed, judged, paired, shuffles, counts.domains, clusters, shuffled_RXU)
+
+
+def _cells(
+    shard: Shard,
+    selection: Selection,
+    stack: str,
+    paired: TokenIds,
+    domains: list[str],
+    clusters: int,
+) -> np.ndarray:
+    """The cells of there_XU that a shard has tokens of, ascending."""
+    seen = selected_tokens(shard, selection, stack)
+    row_T, domain_T = paired.rows(seen.token_id_T), _domains(seen, domains)
+    units, unit_T = len(domains) * clusters, domain_T * clusters + seen.document_T % clusters
+    there_XU = np.zeros((len(paired.ids_V), units), bool)
+    there_XU[row_T[row_T >= 0], unit_T[row_T >= 0]] = True
+    return np.flatnonzero(there_XU)
 
 
 def _shuffled_domains(there_XU: np.ndarray, clusters: int, R: int) -> np.ndarray:
@@ -307,92 +324,3 @@ class TokenTables:
             *zip(self.shuffled_ids, rows.shuffled_ids, strict=True),
         ):
             counted.add(visits, ids_TK, by)
-
-
-# --- afterwards
-
-
-def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
-    """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, listed, first = tables.plan, tables.plan.listed, tables.by_domain.first
-    any_VE, columns = _by_domain(tables)
-    first_VE = None if first is None else first.rows_XE
-    judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
-    columns |= _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
-    expert_N, row_N = top_token_ids(any_VE, listed, top)
-    return ByTokenId(
-        columns,
-        expert_N,
-        listed.ids_V[row_N],
-        any_VE[row_N, expert_N].astype(np.int64),
-        None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
-        listed.occurrences_V[row_N],
-    )
-
-
-def _by_domain(tables: TokenTables) -> tuple[np.ndarray, dict[str, float]]:
-    """Assignments by listed token id, uint32 [V, E], and what the domain says given the token
-    id."""
-    any_RE, plan = tables.by_domain.any.rows_XE, tables.plan
-    if not tables.shuffled_domains:
-        return any_RE, {}
-    paired_X, D = plan.listed.rows(plan.paired.ids_V), len(plan.domains)
-    counts_XDE = any_RE[plan.start_V[paired_X][:, None] + np.arange(D)]
-    any_VE = any_RE[plan.start_V[:-1]]
-    any_VE[paired_X] = counts_XDE.sum(1)
-    null = _mean(
-        sp.conditional_mi_bits(shuffled.any.rows_XE.reshape(counts_XDE.shape))
-        for shuffled in tables.shuffled_domains
-    )
-    given = sp.conditional_mi_bits(counts_XDE)
-    columns = {"domain_mi_given_token_bits": given, "domain_mi_given_token_null_bits": null}
-    return any_VE, columns
-
-
-def _columns(
-    tables: TokenTables, any_VE: np.ndarray, first_VE: np.ndarray | None
-) -> dict[str, float]:
-    """The metrics of token ids, each beside its mean with the token ids shuffled."""
-    occurrences_V = tables.plan.judged.occurrences_V
-    shuffled_any = [shuffled.any.rows_XE for shuffled in tables.shuffled_ids]
-    columns = {
-        "token_mi_bits": sp.token_mi_bits(any_VE),
-        "token_mi_null_bits": _mean(map(sp.token_mi_bits, shuffled_any)),
-        "vocabulary_specialization_any": sp.vocabulary_specialization_any(any_VE, occurrences_V),
-        "vocabulary_specialization_any_null": _mean(
-            sp.vocabulary_specialization_any(s_VE, occurrences_V) for s_VE in shuffled_any
-        ),
-    }
-    if first_VE is not None:
-        columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
-        columns["vocabulary_specialization_null"] = _mean(
-            sp.vocabulary_specialization(shuffled.first.rows_XE)
-            for shuffled in tables.shuffled_ids
-            if shuffled.first is not None
-        )
-    return columns
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def top_token_ids(any_VE: np.ndarray, listed: TokenIds, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` token ids of each expert by the fraction of their occurrences that goes to it, then
-    by count, then by id, highest first; 0: all that ever went there. Returns (expert, row), expert
-    by expert."""
-    (V, E), occurrences_V = any_VE.shape, listed.occurrences_V
-    share_VE = any_VE.astype(np.float32) * (1 / occurrences_V).astype(np.float32)[:, None]
-    least_E, blocks = np.float32(0), 8 * top
-    if 0 < 2 * blocks < V:
-        # of the largest shares of blocks of token ids, `top` are no less than the one at this rank
-        highest_BE = share_VE[: V - V % blocks].reshape(blocks, -1, E).max(1)
-        least_E = np.partition(highest_BE, -top, axis=0)[-top] * (1 - ROUNDING)
-    row_N, expert_N = np.divmod(np.flatnonzero((share_VE >= least_E) & (any_VE > 0)), E)
-    count_N = any_VE[row_N, expert_N]
-    fraction_N = np.minimum(count_N / occurrences_V[row_N], 1)
-    order_N = np.lexsort((-listed.ids_V[row_N], -count_N.astype(np.int64), -fraction_N, expert_N))
-    row_N, expert_N = row_N[order_N], expert_N[order_N]
-    rank_N = np.arange(len(expert_N)) - np.searchsorted(expert_N, expert_N)
-    kept_N = rank_N < (top or V)
-    return expert_N[kept_N], row_N[kept_N]

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import islice
 
 import numpy as np
 
 from moe_inspect.comparison.aligning.runs import PREFIX, Runs, read_runs
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.shard import Shard
 
 LINE = 2**32  # positions of a pair of sequences, on one line with those of all others
 MARGIN = 2**20  # so that shifted positions stay on their line
@@ -221,11 +219,6 @@ def _alike(a: Runs, b: Runs, pairs: np.ndarray) -> int:
     return int(np.minimum(a.tokens_G[of_a], b.tokens_G[of_b])[same].sum())
 
 
-def shard_at(trace: Trace, number: int) -> Shard:
-    """A shard of its own to read from: what it opens is closed with it."""
-    return next(islice(trace.shards, number, None))
-
-
 def _first_difference(
     trace_a: Trace, trace_b: Trace, segments: Segments, at: np.ndarray, P: int
 ) -> np.ndarray:
@@ -236,7 +229,7 @@ def _first_difference(
 
     @lru_cache(maxsize=4)
     def ids(in_b: bool, number: int) -> np.ndarray:
-        shard = shard_at(trace_b if in_b else trace_a, number)
+        shard = (trace_b if in_b else trace_a).shard(number)
         return shard.tokens(["token_id"])["token_id"].to_numpy()
 
     for shard_a in np.unique(suspects.shard_a).tolist():

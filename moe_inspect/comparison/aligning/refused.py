@@ -10,7 +10,6 @@ from moe_inspect.comparison.aligning.align import (
     pairs_by_number,
     rows_of,
     segments_of,
-    shard_at,
 )
 from moe_inspect.comparison.aligning.models import DifferentModelsError, vocabularies_apart
 from moe_inspect.errors import MoeInspectError
@@ -55,7 +54,7 @@ def _shift_of_positions(a: Trace, b: Trace, alignment: Alignment) -> tuple[int, 
         for shard_a in np.unique(s.shard_a).tolist():
             for shard_b, part in s.in_shard(shard_a).by_shard_b():
                 ids_a, ids_b = (
-                    shard_at(trace, n).tokens(["token_id"])["token_id"].to_numpy()[rows]
+                    trace.shard(n).tokens(["token_id"])["token_id"].to_numpy()[rows]
                     for trace, n, rows in (
                         (a, shard_a, rows_of(part.row_a, part.length)),
                         (b, shard_b, rows_of(part.row_b, part.length)),

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.comparison.aligning.align import Alignment, rows_of, shard_at
+from moe_inspect.comparison.aligning.align import Alignment, rows_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES
@@ -130,7 +130,7 @@ def rows_of_shard(
     position_T = start_T + np.arange(len(rows_a))
     pair_T = np.repeat(s.pair, s.length)
     tokens_T = alignment.a.tokens_G[alignment.pairs[pair_T, 0]]
-    shard = shard_at(trace_a, number)
+    shard = trace_a.shard(number)
     table = shard.tokens(["document", "domain", "phase"])
     code_T, labels = codes(table["domain"])
     phase_T, phases = codes(table["phase"])
@@ -151,7 +151,7 @@ def rows_of_shard(
         )
     others = np.unique(shard_b).tolist()
     parts = [
-        Part(shard_at(trace_b, n), rows_b[at], at if len(others) > 1 else None)
+        Part(trace_b.shard(n), rows_b[at], at if len(others) > 1 else None)
         for n in others
         for at in [np.flatnonzero(shard_b == n)]
     ]

@@ -45,7 +45,6 @@ class ReportData:
         window: int | None = None,
         weights: str | Path | None = None,
         thresholds: Mapping[str, float] | None = None,
-        scheduler: object = None,
         progress: Callable[[int], None] | None = None,
     ):
         if top < 0:
@@ -55,7 +54,7 @@ class ReportData:
         if window is not None and window < 1:
             raise MoeInspectError(f"window is {window}: give the tokens per window, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
-        self.window, self.scheduler, self.weights = window, scheduler, weights
+        self.window, self.weights = window, weights
         self.thresholds: Thresholds = thresholds_with(thresholds)
         self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
         self.made: dict[object, Any] = {}  # function → its result, see `once`
@@ -94,7 +93,6 @@ class ReportData:
             wants,
             window=self.window,
             top=self.top,
-            scheduler=self.scheduler,
             progress=self.progress,
         )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.gguf.experts import expert_mb_of
 from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache
@@ -80,8 +81,12 @@ def simulate_cache(
         gb_per_s,
     )
     _check(settings)
-    caches, tokens = _replay(trace, chosen, settings)
-    tables = _tables(trace, caches, tokens, settings)
+    if not trace.n_tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    times = 4 * len(settings.policies) * len(settings.sizes)
+    kind = Cache if is_small(trace, chosen, times) else CompiledCache
+    caches = by_router(trace, chosen, "simulating cache", _replay, settings, kind)
+    tables = _tables(trace, caches, trace.n_tokens, settings)
     shown: dict[str, object] = {
         "slots": settings.sizes,
         "policies": settings.policies,
@@ -131,16 +136,13 @@ def _expert_mb(
 
 
 def _replay(
-    trace: Trace, chosen: Sequence[int], settings: Settings
-) -> tuple[dict[int, Cache], int]:
-    """The caches of every router after the whole trace, and how many tokens that was."""
-    sizes, names, tokens = settings.sizes, settings.policies, 0
-    kind = Cache if is_small(trace, chosen, 4 * len(names) * len(sizes)) else CompiledCache
-    caches = {r: kind(trace.routers[r].experts, sizes, names) for r in chosen}
+    trace: Trace, routers: Sequence[int], settings: Settings, kind: type[Cache]
+) -> dict[int, Cache]:
+    """The caches of these routers after the whole trace."""
+    caches = {r: kind(trace.routers[r].experts, settings.sizes, settings.policies) for r in routers}
     for shard in shards_of(trace, "simulating cache"):
         order_of: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
-        tokens += shard.files.tokens
-        for r in chosen:
+        for r in routers:
             stack = trace.routers[r].stack
             if stack not in order_of:
                 order_of[stack] = _order(shard, r)
@@ -150,9 +152,7 @@ def _replay(
             if order_T is not None:
                 ids_KT = np.ascontiguousarray(ids_KT[:, order_T])
             caches[r].feed(ids_KT, phase_T)
-    if not tokens:
-        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
-    return caches, tokens
+    return caches
 
 
 def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> list[int]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.capacity.queues import (
     POSITIONS,
@@ -32,9 +33,9 @@ from moe_inspect.simulate.capacity.text import chart, verdict
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
 from moe_inspect.simulate.shards import is_small
 from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, open_trace, shards_of
+from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.shard import codes
+from moe_inspect.trace.shard import Shard, codes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,6 +138,19 @@ def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
         raise MoeInspectError(f"target drop {settings.target_drop}: give a share from 0 to below 1")
 
 
+SUMS = (
+    "decisions",
+    "groups",
+    "made_PN",
+    "last_FPN",
+    "room_F",
+    "hit_F",
+    "lost_F",
+    "dropped_at",
+    "room_at",
+)
+
+
 @dataclass
 class RouterDrops:
     """The drops of one router, summed over shards (fields as in `queues.Drops`). dropped_at,
@@ -167,12 +181,9 @@ class RouterDrops:
         return int(self.made_D.sum())
 
     def add(self, shard: Drops) -> None:
-        F, more = len(self.factors), len(shard.made_D) - len(self.made_D)
-        if more:  # domains that no earlier shard has
-            self.made_D = np.pad(self.made_D, (0, more))
-            self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more)))
-        self.made_D += shard.made_D
-        self.last_FD += shard.last_FD
+        """Those of the first shard; `merge` adds those of others."""
+        F = len(self.factors)
+        self.made_D, self.last_FD = shard.made_D, shard.last_FD
         self.decisions += len(shard.worst_T)
         self.groups += len(shard.size_G)
         self.made_PN += shard.made_PN
@@ -181,6 +192,16 @@ class RouterDrops:
         self.hit_F += _at_least(shard.worst_T, F)
         self.lost_F += _at_least(shard.best_T, F)
         self._add_hundredths(shard.size_G, shard.load_GE)
+
+    def merge(self, other: RouterDrops, row_D: np.ndarray, D: int) -> None:
+        """`row_D`: which of our D domains each of the other's is."""
+        more = D - len(self.made_D)
+        self.made_D = np.pad(self.made_D, (0, more))
+        self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more)))
+        self.made_D[row_D] += other.made_D
+        self.last_FD[:, row_D] += other.last_FD
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def _add_hundredths(self, size_G: np.ndarray, load_GE: np.ndarray) -> None:
         """What every hundredth of a factor would drop: Σ max(0, load − capacity), exact, in memory
@@ -220,43 +241,60 @@ class Counted:
     hit_F: np.ndarray
     lost_F: np.ndarray
 
+    @classmethod
+    def zero(cls, routers: list[Router], chosen: Sequence[int], settings: Settings) -> Counted:
+        of = {r: RouterDrops(routers[r], settings.factors) for r in chosen}
+        F = len(settings.factors)
+        return cls(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
+
+    def add(self, other: Counted) -> None:
+        self.domains += [label for label in other.domains if label not in self.domains]
+        row_D = np.array([self.domains.index(label) for label in other.domains], np.int64)
+        for r, drops in other.of.items():
+            self.of[r].merge(drops, row_D, len(self.domains))
+        self.tokens += other.tokens
+        self.hit_F += other.hit_F
+        self.lost_F += other.lost_F
+
 
 def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
-    F, small = len(settings.factors), is_small(trace, chosen)
-    of = {r: RouterDrops(trace.routers[r], settings.factors) for r in chosen}
-    counted = Counted(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
-    for shard in shards_of(trace, "simulating capacity"):
-        table = shard.tokens(["document", "sequence", "batch", "domain"])
-        domain_T = _domains(table, counted.domains)
-        hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)
-        of_stack: dict[str, Groups] = {}
-        for r in chosen:
-            stack = trace.routers[r].stack
-            if stack not in of_stack:
-                of_stack[stack] = groups_of(
-                    table, shard.seen(r), settings.group_tokens, domain_T, len(counted.domains)
-                )
-            groups = of_stack[stack]
-            drops = drops_of(shard, r, groups, settings.factors, settings.order, small)
-            of[r].add(drops)
-            hit_T[groups.seen] = np.maximum(hit_T[groups.seen], drops.worst_T)
-            lost_T[groups.seen] = np.maximum(lost_T[groups.seen], drops.best_T)
-        counted.tokens += len(domain_T)
-        counted.hit_F += _at_least(hit_T, F)
-        counted.lost_F += _at_least(lost_T, F)
+    counted, small = Counted.zero(trace.routers, chosen, settings), is_small(trace, chosen)
+    asked = chosen, settings, small
+    for part in by_shard(trace, "simulating capacity", _count_shard, *asked):
+        counted.add(part)
     if not counted.tokens:
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     return counted
 
 
-def _domains(table: pa.Table, domains: list[str]) -> np.ndarray:
-    """The domain of each token, as an index into `domains`, to which new ones are appended. int64
-    [T]"""
+def _count_shard(shard: Shard, chosen: Sequence[int], settings: Settings, small: bool) -> Counted:
+    routers, F = shard.trace.routers, len(settings.factors)
+    counted = Counted.zero(routers, chosen, settings)
+    table = shard.tokens(["document", "sequence", "batch", "domain"])
+    domain_T, counted.domains = _domains(table)
+    hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)
+    of_stack: dict[str, Groups] = {}
+    for r in chosen:
+        stack = routers[r].stack
+        if stack not in of_stack:
+            of_stack[stack] = groups_of(
+                table, shard.seen(r), settings.group_tokens, domain_T, len(counted.domains)
+            )
+        groups = of_stack[stack]
+        drops = drops_of(shard, r, groups, settings.factors, settings.order, small)
+        counted.of[r].add(drops)
+        hit_T[groups.seen] = np.maximum(hit_T[groups.seen], drops.worst_T)
+        lost_T[groups.seen] = np.maximum(lost_T[groups.seen], drops.best_T)
+    counted.tokens = len(domain_T)
+    counted.hit_F, counted.lost_F = _at_least(hit_T, F), _at_least(lost_T, F)
+    return counted
+
+
+def _domains(table: pa.Table) -> tuple[np.ndarray, list[str]]:
+    """The domain of each token, as an index into the domains that there are. int64 [T]"""
     code_T, labels = codes(table["domain"])
-    used = {labels[c] for c in np.unique(code_T)}
-    domains += [label for label in labels if label in used and label not in domains]
-    row_of = [domains.index(label) if label in used else -1 for label in labels]
-    return np.array(row_of, np.int64)[code_T]
+    used, domain_T = np.unique(code_T, return_inverse=True)
+    return domain_T.astype(np.int64), [labels[code] for code in used]
 
 
 def _at_least(level_T: np.ndarray, F: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.sizes import expert_bytes, weight_bytes
 from moe_inspect.simulate import kernels_numpy
@@ -112,23 +113,9 @@ def simulate_decode(
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
-    steps = {r: Steps(trace.routers[r].experts, sizes) for r in chosen.routers}
-    small, first_of = is_small(trace, chosen.routers, len(sizes)), dict[tuple[str, int, int], int]()
-    for shard in shards_of(trace, "simulating decode"):
-        of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for r in chosen.routers:
-            if (stack := trace.routers[r].stack) not in of_stack:
-                of_stack[stack] = _selected_positions(
-                    shard, r, chosen, first_of if decoded else None
-                )
-            taken_N, position_T = of_stack[stack]
-            ids_KT = slots(shard, r)
-            check_length(ids_KT.T, len(taken_N), r)
-            steps[r].add(
-                ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]),
-                position_T,
-                small,
-            )
+    small = is_small(trace, chosen.routers, len(sizes))
+    asked = chosen, decoded, sizes, small
+    steps = by_router(trace, chosen.routers, "simulating decode", _steps, *asked)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
     table = _table(trace, steps, expert_mb)
@@ -147,14 +134,42 @@ def simulate_decode(
     )
 
 
+def _steps(
+    trace: Trace,
+    routers: Sequence[int],
+    selection: Selection,
+    decoded: bool,
+    sizes: Sequence[int],
+    small: bool,
+) -> dict[int, Steps]:
+    """The steps of these routers after the whole trace."""
+    steps = {r: Steps(trace.routers[r].experts, sizes) for r in routers}
+    first_of = dict[tuple[str, int, int], int]()
+    for shard in shards_of(trace, "simulating decode"):
+        of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for r in routers:
+            if (stack := trace.routers[r].stack) not in of_stack:
+                of_stack[stack] = _selected_positions(
+                    shard, r, selection, first_of if decoded else None
+                )
+            taken_N, position_T = of_stack[stack]
+            ids_KT = slots(shard, r)
+            check_length(ids_KT.T, len(taken_N), r)
+            steps[r].add(
+                ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]),
+                position_T,
+                small,
+            )
+    return steps
+
+
 def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     """Selects the generated tokens, if there are any and no phase was given. Returns the selection,
     and whether it is of generated tokens."""
     if selection.phase is not None:
         return selection, selection.phase == "decode"
-    if any(
-        taken(shard, Selection(selection.routers, phase="decode")).any() for shard in trace.shards
-    ):
+    decoded = Selection(selection.routers, phase="decode")
+    if any(taken_T.any() for taken_T in by_shard(trace, None, taken, decoded)):
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
         if routers:
             return Selection(routers, selection.domains, "decode"), True

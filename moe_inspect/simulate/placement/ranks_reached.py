@@ -11,12 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.progress import phase
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.placement.layouts import Plans
-from moe_inspect.simulate.placement.policies.layout import shares
+from moe_inspect.simulate.placement.policies.layout import Layout, shares
 from moe_inspect.simulate.placement.policies.policies import POLICIES
-from moe_inspect.simulate.placement.windows import decisions
+from moe_inspect.simulate.placement.windows import FitWindows, decisions
+from moe_inspect.trace.shard import Shard
 
 SAMPLE = 8_192  # decisions of a router by which an exchange is judged
 PROPOSALS = 60_000  # exchanges tried
@@ -31,27 +34,43 @@ Counter = Callable[[np.ndarray], float]  # ids_KT → the sum over decisions of 
 def ranks_reached(plans: Plans, small: bool) -> dict[tuple[int, str], tuple[float, float]]:
     """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
     (router, policy)."""
-    trace, selection, windows = plans.trace, plans.selection, plans.windows
-    counters: dict[tuple[int, str], tuple[Counter, Counter]] = {}
-    for (r, name), expert_P in plans.of.items():
-        E, layout = trace.routers[r].experts, plans.layouts[r]
-        of_gpus, of_nodes = (
-            counter(shares(expert_P, E, parts), small) for parts in (layout.gpus, layout.nodes)
-        )
-        counters[r, name] = (of_gpus, of_nodes if layout.nodes > 1 else _routed)
     sums = {key: np.zeros(2) for key in plans.of}
-    tokens = dict.fromkeys(selection.routers, 0)
-    since = windows.judged.start
-    for r, ids_KT, _ in decisions(trace, selection, windows, "counting ranks", since):
-        tokens[r] += ids_KT.shape[1]
-        for key, (of_gpus, of_nodes) in counters.items():
-            if key[0] == r:
-                sums[key] += of_gpus(ids_KT), of_nodes(ids_KT)
+    tokens = dict.fromkeys(plans.selection.routers, 0)
+    asked = plans.selection, plans.windows, plans.layouts, plans.of, small
+    for seen, reached in by_shard(plans.trace, "counting ranks", _reached, *asked):
+        for r, count in seen.items():
+            tokens[r] += count
+        for key, of_shard in reached.items():
+            sums[key] += of_shard
     return {
         (r, name): (gpus / tokens[r], nodes / tokens[r])
         for (r, name), (gpus, nodes) in sums.items()
         if tokens[r]
     }
+
+
+def _reached(
+    shard: Shard,
+    selection: Selection,
+    windows: FitWindows,
+    layouts: dict[int, Layout],
+    plans: dict[tuple[int, str], np.ndarray],
+    small: bool,
+) -> tuple[dict[int, int], dict[tuple[int, str], tuple[float, float]]]:
+    """The tokens of the judged part in a shard, by router; and the GPUs and nodes they reach."""
+    tokens, found = dict[int, int](), dict[tuple[int, str], tuple[float, float]]()
+    for r, ids_KT, _ in decisions(shard, selection, windows, windows.judged.start):
+        tokens[r] = ids_KT.shape[1]
+        E, layout = shard.trace.routers[r].experts, layouts[r]
+        for key, expert_P in plans.items():
+            if key[0] == r:
+                of_gpus, of_nodes = (
+                    counter(shares(expert_P, E, parts), small)
+                    for parts in (layout.gpus, layout.nodes)
+                )
+                nodes = (of_nodes if layout.nodes > 1 else _routed)(ids_KT)
+                found[key] = of_gpus(ids_KT), nodes
+    return tokens, found
 
 
 def _routed(ids_KT: np.ndarray) -> float:
@@ -90,8 +109,10 @@ def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
     windows = plans.windows
     step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
     samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
-    for r, ids_KT, window_T in decisions(plans.trace, plans.selection, windows, "sampling"):
-        samples[r].append(ids_KT[:, window_T < windows.fit][:, ::step])
+    asked = plans.selection, windows, step
+    for part in by_shard(plans.trace, "sampling", _sampled, *asked):
+        for r, ids_KM in part:
+            samples[r].append(ids_KM)
     advance = phase("exchanging", len(samples), "routers")
     for r, parts in samples.items():
         ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
@@ -104,6 +125,15 @@ def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
             plans.of[r, policy], layout.gpus, load_E, ids_KM, best * (1 + slack)
         )
         advance(1)
+
+
+def _sampled(
+    shard: Shard, selection: Selection, windows: FitWindows, step: int
+) -> list[tuple[int, np.ndarray]]:
+    return [
+        (r, ids_KT[:, window_T < windows.fit][:, ::step])
+        for r, ids_KT, window_T in decisions(shard, selection, windows)
+    ]
 
 
 def fewer_reached(

@@ -7,16 +7,18 @@ T tokens, K slots of a decision, N decisions of a router, E experts, W windows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.shards import check_length, slots, taken
-from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.shard import Shard
 
 WINDOWS = 16  # by default
 MOST_WINDOWS = 4_096
@@ -26,11 +28,14 @@ MOST_WINDOWS = 4_096
 class FitWindows:
     """Tokens in order, each rank's on their own: window w covers the shares edge_W[w] to edge_W[w +
     1] of every rank's tokens. Plans are fitted on the first `fit` windows and judged on the rest.
-    `tokens`: in all windows."""
+    `tokens`: in all windows; of_rank: of each rank; `before`: those that each shard, by (rank,
+    index), has before it in its rank."""
 
     edge_W: np.ndarray
     fit: int
     tokens: int
+    of_rank: dict[int, int] = field(default_factory=dict[int, int])
+    before: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
 
     @property
     def judged(self) -> slice:
@@ -57,7 +62,8 @@ def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dic
 def fit_windows_of(
     trace: Trace, selection: Selection, fit_share: float, window: int | None
 ) -> FitWindows:
-    tokens = sum(_selected(trace, selection).values())
+    of_rank, before = _selected(trace, selection)
+    tokens = sum(of_rank.values())
     if not tokens:
         raise MoeInspectError(
             f"{trace.path} has no tokens in this selection"
@@ -75,50 +81,50 @@ def fit_windows_of(
     edge_W = np.concatenate(
         [np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]]
     )
-    return FitWindows(edge_W, fit, tokens)
+    return FitWindows(edge_W, fit, tokens, of_rank, before)
 
 
-def _selected(trace: Trace, selection: Selection) -> dict[int, int]:
-    """The tokens selected of each rank."""
-    found: dict[int, int] = {}
-    for shard in trace.shards:
-        found[shard.files.rank] = found.get(shard.files.rank, 0) + int(
-            taken(shard, selection).sum()
-        )
-    return found
+def _selected(
+    trace: Trace, selection: Selection
+) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+    """The tokens selected of each rank, and before each shard."""
+    of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
+    for shard, tokens in zip(trace.shards, by_shard(trace, None, _taken, selection), strict=True):
+        rank = shard.files.rank
+        before[rank, shard.files.index] = of_rank.get(rank, 0)
+        of_rank[rank] = of_rank.get(rank, 0) + tokens
+    return of_rank, before
+
+
+def _taken(shard: Shard, selection: Selection) -> int:
+    return int(taken(shard, selection).sum())
 
 
 def decisions(
-    trace: Trace, selection: Selection, windows: FitWindows, name: str, since: int = 0
+    shard: Shard, selection: Selection, windows: FitWindows, since: int = 0
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(router, ids int16 [K, T], window of each token int64 [T]), shard by shard. What lies before
-    the window `since` is not read. `name`: of the phase, as progress is told."""
-    of_rank, before = _selected(trace, selection), dict[int, int]()
-    for shard in shards_of(trace, name):
-        rank, taken_T = shard.files.rank, taken(shard, selection)
-        index_T = before.get(rank, 0) + np.cumsum(taken_T) - 1
-        before[rank] = before.get(rank, 0) + int(taken_T.sum())
-        window_T = (
-            np.searchsorted(windows.edge_W, index_T / max(1, of_rank[rank]), side="right") - 1
-        )
-        wanted_T = taken_T & (window_T >= since)
-        if not wanted_T.any():
-            continue
-        of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for r in selection.routers:
-            if (stack := trace.routers[r].stack) not in of_stack:
-                seen_T = shard.seen(r)
-                of_stack[stack] = (
-                    (wanted_T, window_T) if seen_T is None else (wanted_T[seen_T], window_T[seen_T])
-                )
-            kept_N, window_N = of_stack[stack]
-            ids_KN = slots(shard, r)
-            check_length(ids_KN.T, len(window_N), r)
-            yield (
-                (r, ids_KN, window_N)
-                if kept_N.all()
-                else (r, np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N])
+    """(router, ids int16 [K, T], window of each token int64 [T]) of a shard. What lies before the
+    window `since` is not read."""
+    trace, rank, taken_T = shard.trace, shard.files.rank, taken(shard, selection)
+    index_T = windows.before[rank, shard.files.index] + np.cumsum(taken_T) - 1
+    share_T = index_T / max(1, windows.of_rank[rank])
+    window_T = np.searchsorted(windows.edge_W, share_T, side="right") - 1
+    wanted_T = taken_T & (window_T >= since)
+    of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for r in selection.routers if wanted_T.any() else ():
+        if (stack := trace.routers[r].stack) not in of_stack:
+            seen_T = shard.seen(r)
+            of_stack[stack] = (
+                (wanted_T, window_T) if seen_T is None else (wanted_T[seen_T], window_T[seen_T])
             )
+        kept_N, window_N = of_stack[stack]
+        ids_KN = slots(shard, r)
+        check_length(ids_KN.T, len(window_N), r)
+        yield (
+            (r, ids_KN, window_N)
+            if kept_N.all()
+            else (r, np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N])
+        )
 
 
 def loads_of(
@@ -129,12 +135,28 @@ def loads_of(
         r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64)
         for r in selection.routers
     }
+    for part in by_shard(trace, "counting loads", _loads, selection, windows, small):
+        for r, first, load_WE in part:
+            loads[r][first : first + len(load_WE)] += load_WE
+    return loads
+
+
+def _loads(
+    shard: Shard, selection: Selection, windows: FitWindows, small: bool
+) -> list[tuple[int, int, np.ndarray]]:
+    """(router, first window of the shard, assignments of each expert in that and the next ones)."""
     if small:
         count_windows = kernels_numpy.count_windows
     else:
         from moe_inspect.simulate.placement import kernels_numba
 
         count_windows = kernels_numba.count_windows
-    for r, ids_KT, window_T in decisions(trace, selection, windows, "counting loads"):
-        count_windows(ids_KT, window_T, loads[r])
-    return loads
+    found = list[tuple[int, int, np.ndarray]]()
+    for r, ids_KT, window_T in decisions(shard, selection, windows):
+        if not len(window_T):
+            continue
+        first, last = int(window_T[0]), int(window_T[-1])
+        load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
+        count_windows(ids_KT, window_T - first, load_WE)
+        found.append((r, first, load_WE))
+    return found

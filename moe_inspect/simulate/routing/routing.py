@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
+from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
@@ -69,10 +70,8 @@ def simulate_routing(
     half_of = halves(trace)
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
-    advance, runs_of = phase("simulating routing", len(chosen), "routers"), dict[int, list[Run]]()
-    for r in chosen:
-        runs_of[r] = _run(trace, r, settings, half_of, held_out)
-        advance(1)
+    asked = settings, half_of, held_out
+    runs_of = by_router(trace, chosen, "simulating routing", _runs_of, *asked)
     if not any(run.tokens for found in runs_of.values() for run in found):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))
@@ -113,6 +112,16 @@ def _check(trace: Trace, settings: Settings) -> None:
         if wrong := [value for value in settings.values[name] or () if not fits(value)]:
             option = {"top_k": "top-k", "top_p": "top-p"}.get(name, "capacity factor")
             raise MoeInspectError(f"{option} {wrong[0]:g}: give a number {rule}")
+
+
+def _runs_of(
+    trace: Trace, routers: Sequence[int], settings: Settings, half_of: pd.Series, held_out: bool
+) -> dict[int, list[Run]]:
+    advance, found = phase("simulating routing", len(routers), "routers"), dict[int, list[Run]]()
+    for r in routers:
+        found[r] = _run(trace, r, settings, half_of, held_out)
+        advance(1)
+    return found
 
 
 def _run(

@@ -10,4 +10,7 @@ class Damaged(MoeInspectError):
 
     def __init__(self, where: object, what: str, file: str):
         super().__init__(f"damaged trace: {where}: {what}")
-        self.file, self.what = file, what
+        self.where, self.file, self.what = where, file, what
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str]]:
+        return Damaged, (self.where, self.what, self.file)
