@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,20 @@ import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.analysis import cluster, tasks
+from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.placement import ranks_reached
+from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.reader import Trace
-from tests.synthetic import uniform_ids, write_trace
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.conftest import Cli
 
 distributed = pytest.importorskip("distributed")
-T, E, K = 1_200, 8, 2
+BATCHES, BATCH, L, E, K = 6, 200, 3, 8, 2
+DOMAINS = ["code", "law", "prose"]
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +34,49 @@ def client() -> Iterator[Any]:
     with (
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
-        ) as cluster,
-        distributed.Client(cluster) as client,
+        ) as workers,
+        distributed.Client(workers) as client,
     ):
         yield client
 
 
 def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
-    rng = np.random.default_rng(seed)
-    logits = [rng.normal(size=(T, E)).astype(np.float16) for _ in range(3)]
-    ids = [np.argsort(-of, axis=1, kind="stable")[:, :K].astype(np.uint16) for of in logits]
-    ids[2] = uniform_ids(rng, T, E, K)
-    return write_trace(
+    """With all that a trace may have: weights, logits, norms, losses, several domains and
+    phases."""
+    rng, listed = np.random.default_rng(seed), [Router(i, "gate", f"{i}", E, K) for i in range(L)]
+    has = {"weights": True, "norms": True, "token_loss": True}
+    with TraceWriter(
         root,
-        ids,
-        E,
-        weights=[rng.random((T, K)).astype(np.float16).astype(np.float32) for _ in ids],
-        logits=logits,
-        batch_tokens=200,
+        {"model": {"id": "synthetic"}, "capture": has},
+        listed,
+        logits=True,
+        norms=True,
+        token_loss=True,
         shard_tokens=shard_tokens,
-        document=np.arange(T) // 40,
-        domain_of_document=["code", "law", "prose"],
-        phases=["prefill", "decode"],
-        token_id=np.random.default_rng(8).zipf(1.5, T).clip(max=60),
-    )
+    ) as writer:
+        for b in range(BATCHES):
+            document = np.arange(BATCH, dtype=np.int32) // 40 + b * BATCH // 40
+            logits = [rng.normal(size=(BATCH, E)).astype(np.float16) for _ in listed]
+            writer.write(
+                RoutedBatch(
+                    b,
+                    np.random.default_rng(b).zipf(1.5, BATCH).clip(max=60).astype(np.int32),
+                    document,
+                    document,
+                    np.arange(BATCH, dtype=np.int32) % 40,
+                    (document % 3).astype(np.int32),
+                    DOMAINS,
+                    [np.argsort(-of, axis=1)[:, :K].astype(np.uint16) for of in logits],
+                    [rng.random((BATCH, K)).astype(np.float16) for _ in listed],
+                    logits,
+                    [Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
+                    "decode" if b % 2 else "prefill",
+                    norms=[rng.random((BATCH, K)).astype(np.float16) for _ in listed],
+                    loss=rng.random(BATCH).astype(np.float32),
+                    entropy=rng.random(BATCH).astype(np.float32),
+                )
+            )
+    return moe_inspect.open_trace(root)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +94,101 @@ def same_tables(there: Any, here: Any) -> None:
 
 def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
     here = moe_inspect.report(trace)
-    with monkeypatch.context() as patch:
-        patch.chdir(trace.path.parent)  # a worker is in a directory of its own
-        there = moe_inspect.report("a", scheduler=client)
-        same_tables(there, here)
-        assert [f.text for f in there.verdict()] == [f.text for f in here.verdict()]
+    # a worker is in a directory of its own
+    monkeypatch.chdir(Path(str(trace.path)).parent)
+    there = moe_inspect.report("a", scheduler=client)
+    same_tables(there, here)
+    assert [f.text for f in there.verdict()] == [f.text for f in here.verdict()]
+    assert len(here.tables["loss"]) > 0
+    with pytest.raises(AssertionError):
+        same_tables(there, moe_inspect.report(trace, domains="law"))
 
 
 @pytest.mark.parametrize("name", ["capacity", "placement", "decode", "cache", "routing"])
-def test_a_simulation(name: str, trace: Trace, client: Any):
+def test_a_simulation(name: str, trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks_reached, "PROPOSALS", 100)
     simulate = getattr(moe_inspect, f"simulate_{name}")
-    same_tables(simulate(trace.on(client)), simulate(trace))
+    options: dict[str, Any] = {"minimize": "ranks"} if name == "placement" else {}
+    same_tables(simulate(trace.on(client), **options), simulate(trace, **options))
+
+
+def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
+    other = made(tmp_path / "b", seed=1, shard_tokens=600)
+    there = moe_inspect.compare(trace.on(client), other.on(client))
+    here = moe_inspect.compare(trace, other)
+    same_tables(there, here)
+    assert len(here.tables["loss"]) > 0
+    assert len(here.tables["worth"]) > 0
+
+
+def test_many_shards_are_added_up_in_runs(
+    trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch
+):
+    assert [len(run) for run in tasks.runs_of(1_500)][:3] == [2, 2, 2]
+    monkeypatch.setattr(tasks, "MOST_RUNS", 1)
+    assert tasks.runs_of(trace.n_shards) == [range(3)]
+    same_tables(
+        moe_inspect.simulate_capacity(trace.on(client)), moe_inspect.simulate_capacity(trace)
+    )
+    here, there = (
+        count_trace(of, select(of), {"load", "weights"}) for of in (trace, trace.on(client))
+    )
+    for r in here.of:
+        assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
+
+
+def test_the_commands(trace: Trace, client: Any, cli_here: Cli):
+    address = ["--scheduler", client.scheduler.address]
+    for command in (
+        ["report", trace.path, "--table", "balance", "--format", "csv"],
+        ["compare", trace.path, trace.path, "--table", "agreement", "--format", "csv"],
+        ["simulate", "capacity", trace.path, "--format", "csv"],
+    ):
+        assert cli_here(*command, *address).stdout == cli_here(*command).stdout
+    refused = cli_here("report", trace.path, "--scheduler", "nonsense://nowhere:1", check=1)
+    (line,) = refused.stderr.splitlines()
+    assert "no dask scheduler answers at nonsense" in line
+
+
+def test_what_goes_wrong_is_said_in_a_line(
+    trace: Trace, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def counted(scheduler: Any, of: Trace = trace) -> None:
+        count_trace(of.on(scheduler), select(of))
+
+    with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
+        counted("nonsense://nowhere:1")
+    shutil.copytree(str(trace.path), tmp_path / "moved")
+    moved = moe_inspect.open_trace(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(MoeInspectError, match=r"the worker inproc://.* does not see the trace"):
+        counted(client, moved)
+    shutil.copytree(str(trace.path), tmp_path / "moved")
+    text = (tmp_path / "moved" / "trace.json").read_text()
+    (tmp_path / "moved" / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
+    with pytest.raises(MoeInspectError, match="sees another trace at"):
+        counted(client, moved)
+    shutil.copytree(str(trace.path), tmp_path / "damaged")
+    damaged = moe_inspect.open_trace(tmp_path / "damaged")
+    (tmp_path / "damaged" / "routing" / "part-0-0.parquet").unlink()
+    with pytest.raises(Damaged, match=r"damaged trace: routing/part-0-0\.parquet"):
+        counted(client, damaged)
+    here = cluster.installed()
+    cluster.check_versions({"tcp://w:1": here}, here)
+    with pytest.raises(MoeInspectError, match=r"tcp://w:1 has moe-inspect 0\.0, this process"):
+        cluster.check_versions({"tcp://w:1": here | {"moe-inspect": "0.0"}}, here)
+    for error, said in (
+        (
+            distributed.scheduler.KilledWorker("part", SimpleNamespace(address="tcp://w:1"), 3),
+            "died again and again",
+        ),
+        (distributed.client.FutureCancelledError("part", "lost"), "was lost"),
+    ):
+        with pytest.raises(MoeInspectError, match=said), cluster.cluster(client, [trace]):
+            raise error
+    monkeypatch.setattr(cluster, "WAIT_S", 0.1)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
+        pytest.raises(MoeInspectError, match="has no workers"),
+    ):
+        counted(empty.scheduler_address)

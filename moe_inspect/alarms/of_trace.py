@@ -17,6 +17,7 @@ from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 
@@ -55,8 +56,8 @@ def windows_of_trace(
     """The windows of a trace in order. Routers that are not selected have no tokens."""
     if trace.is_history and window is None:
         last = 0
-        for shard in trace.shards:
-            counts = count_shard(shard, selection, BASE)
+        counted = by_shard(trace, None, count_shard, selection, BASE)
+        for shard, counts in zip(trace.shards, counted, strict=True):
             first, last = shard.files.first_batch or last + 1, shard.files.last_batch
             load = [_load(counts, r) for r in range(len(trace.routers))]
             yield _window(counts, first, last, load)

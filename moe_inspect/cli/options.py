@@ -44,6 +44,14 @@ Html = Annotated[
         show_default=False,
     ),
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Run on this dask.distributed cluster, whose workers see the trace at the same path.",
+        show_default=False,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.", show_default=False),

@@ -114,9 +114,10 @@ class PairData:
         return Job(
             self.a,
             self.b,
-            self.alignment,
             self.pairs,
             self.selection,
+            self.alignment.a.domains,
+            self.alignment.segments.tokens,
             self.margins,
             load=not self.alike,
             drop_zero_filled=self.options.drop_zero_filled,
@@ -125,12 +126,12 @@ class PairData:
     @cached_property
     def outputs(self) -> dict[int, OutputSums]:
         """By router of A, of two traces with the norms of outputs."""
-        return output_sums(self._job)
+        return output_sums(self._job, self.alignment)
 
     @cached_property
     def losses(self) -> dict[str, np.ndarray]:
         """As `loss_sums`, of two traces with the losses of tokens."""
-        return loss_sums(self._job)
+        return loss_sums(self._job, self.alignment)
 
     def why_not(self, table: str) -> str | None:
         """Why these two traces cannot have a table; None where they can."""
@@ -150,7 +151,7 @@ class PairData:
 
     @cached_property
     def counts(self) -> PairCounts:
-        counts = count_pair(self._job, self.options.threads, self._progress)
+        counts = count_pair(self._job, self.alignment, self.options.threads, self._progress)
         if not counts.tokens:
             raise MoeInspectError(
                 f"{self.a.path} and {self.b.path} have no token in common that is selected: "

@@ -97,7 +97,7 @@ def _routes_of_b(made: PairData, shards: Sequence[int], tokens: Tokens) -> list[
     for s, number in enumerate(shards):
         mine = np.flatnonzero(tokens.shard_T == s)
         for stack in sorted({made.router(r).stack for r, _ in made.pairs}):
-            rows = rows_of_shard(traces, made.alignment, number, stack, made.selection)
+            rows = rows_of_shard(traces, made.alignment.of_shard(number), stack, made.selection)
             rows = rows.take(np.isin(rows.a.rows, tokens.row_T[mine]))
             if not len(rows):
                 continue

@@ -54,9 +54,9 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
     from moe_inspect.comparison.compare import compare as make
 
     made = make(
-        a,
-        b,
-        noise=options.noise,
+        _opened(a, options),
+        _opened(b, options),
+        noise=options.noise and _opened(options.noise, options),
         **_selection(options),
         top=options.top,
         shift_layers=options.shift_layers,
@@ -97,7 +97,6 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
     """Two different models, side by side: what was asked for must be there for these."""
     from moe_inspect.comparison.models.compare import compare_models
     from moe_inspect.comparison.models.data import MODEL_TABLES
-    from moe_inspect.trace.reader import open_trace
 
     given = {
         f"the table {options.table!r}": options.table and options.table not in MODEL_TABLES,
@@ -113,7 +112,7 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
         )
     request = requested(options, MODEL_TABLES, "verdict")
     selection = {name: value for name, value in _selection(options).items() if name != "layers"}
-    opened = [open_trace(a), open_trace(b)]
+    opened = [_opened(a, options), _opened(b, options)]
     counted = [cost for trace in opened for cost in phases.counting(trace)]
     with shown(*counted, *_written(opened[0], options)):
         made = compare_models(*opened, **selection, top=options.top, reasons=error.reasons)
@@ -124,7 +123,6 @@ def _models(a: str, b: str, options: CompareOptions, error: DifferentModelsError
 
 def _checkpoints(traces: list[str], options: CompareOptions) -> None:
     from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES, compare_checkpoints
-    from moe_inspect.trace.reader import open_trace
 
     given = [name for name in OF_PAIRS if getattr(options, name)]
     if given:
@@ -132,7 +130,7 @@ def _checkpoints(traces: list[str], options: CompareOptions) -> None:
             f"--{given[0].replace('_', '-')} is for two traces, and there are {len(traces)}"
         )
     request = requested(options, CHECKPOINT_TABLES, "saturation")
-    opened = [open_trace(path) for path in traces]
+    opened = [_opened(path, options) for path in traces]
     costs = [cost for trace in opened[1:] for cost in phases.comparing(trace)]
     costs += [cost for trace in opened for cost in phases.counting(trace)]
     with shown(*costs, *_written(opened[0], options)):
@@ -140,6 +138,12 @@ def _checkpoints(traces: list[str], options: CompareOptions) -> None:
         made.verdict()
         write_files(made, options)
     write(made, request, CHECKPOINT_TABLES)
+
+
+def _opened(path: str, options: CompareOptions) -> Trace:
+    from moe_inspect.trace.reader import open_trace
+
+    return open_trace(path, scheduler=options.scheduler)
 
 
 def _written(trace: Trace, options: CompareOptions) -> phases.Costs:

@@ -9,7 +9,7 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
 from moe_inspect.cli.help.complete import metrics, tables, traces
-from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Plots
+from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Plots, Scheduler
 
 TraceA = Annotated[
     str,
@@ -70,6 +70,7 @@ class CompareOptions:
     safe_csv: SafeCsv = False
     plots: Plots = None
     html: Html = None
+    scheduler: Scheduler = None
     layers: Annotated[
         str | None,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv
 from moe_inspect.cli.help.complete import metrics, tables, traces
-from moe_inspect.cli.options import Domains, Html, Layers, OfPhase, Output, Plots
+from moe_inspect.cli.options import Domains, Html, Layers, OfPhase, Output, Plots, Scheduler
 
 
 class Simulated(StrEnum):
@@ -151,11 +151,4 @@ class ReportOptions:
     list_metrics: Annotated[
         bool, typer.Option("--list-metrics", help="List every metric: definition, range, source.")
     ] = False
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Count on this dask.distributed cluster.",
-            show_default=False,
-        ),
-    ] = None
+    scheduler: Scheduler = None

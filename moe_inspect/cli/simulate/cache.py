@@ -13,6 +13,7 @@ from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
     numbers,
+    opened,
     show,
     split,
 )
@@ -65,12 +66,13 @@ def cache(
 
     Reports the hit rate at batch size 1, and what loading the other experts costs. Each layer has
     its own cache, empty at first; the experts of a decision are requested together; sequences run
-    one after the other."""
+    one after the other. A cluster (--scheduler) is given a layer at a time, which needs the shards
+    in order: more workers than layers bring nothing."""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
     with shown(("simulating cache", 1)):
         simulation = simulate_cache(
-            trace,
+            opened(trace, options),
             slots=numbers(slots, "--slots", int) if slots else None,
             policies=split(policy) or tuple(POLICIES),
             expert_mb=expert_mb,

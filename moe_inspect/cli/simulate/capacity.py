@@ -13,6 +13,7 @@ from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
     numbers,
+    opened,
     show,
 )
 
@@ -74,7 +75,7 @@ def capacity(
 
     with shown(("simulating capacity", 1)):
         simulation = simulate_capacity(
-            trace,
+            opened(trace, options),
             capacity_factors=numbers(
                 capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0
             ),

@@ -12,6 +12,7 @@ from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
     numbers,
+    opened,
     show,
     split,
 )
@@ -51,12 +52,13 @@ def decode(
     """Count the distinct experts that a decode step reads.
 
     By batch size. Documents stand in for requests: a step is the tokens at one position of B
-    documents."""
+    documents. A cluster (--scheduler) is given a layer at a time, which needs the shards in order:
+    more workers than layers bring nothing."""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
     with shown(("simulating decode", 1)):
         simulation = simulate_decode(
-            trace,
+            opened(trace, options),
             batches=numbers(batch or ["1,8,32,128"], "--batch", int),
             expert_mb=expert_mb,
             flops_per_byte=flops_per_byte,

@@ -15,6 +15,7 @@ from moe_inspect.cli.progress.phases import simulating
 from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
+    opened,
     show,
     split,
 )
@@ -156,12 +157,11 @@ def placement(
     and here the lower number goes first."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
-    from moe_inspect.trace.reader import open_trace
 
-    opened = open_trace(trace)
-    with shown(*simulating(opened, "placement", minimize is not None)):
+    on = opened(trace, options)
+    with shown(*simulating(on, "placement", minimize is not None)):
         simulation = simulate_placement(
-            opened,
+            on,
             gpus=gpus,
             nodes=nodes,
             physical_experts=physical_experts,

@@ -12,6 +12,7 @@ from moe_inspect.cli.simulate.show import (
     ShowOptions,
     TraceArgument,
     numbers,
+    opened,
     show,
     split,
 )
@@ -70,7 +71,7 @@ def routing(
 
     with shown(("simulating routing", 1)):
         simulation = simulate_routing(
-            trace,
+            opened(trace, options),
             algorithms=split(algorithm) or None,
             top_k=numbers(top_k, "--top-k", int) if top_k else None,
             top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),

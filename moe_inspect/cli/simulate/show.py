@@ -12,11 +12,12 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.help.complete import traces
-from moe_inspect.cli.options import Output
+from moe_inspect.cli.options import Output, Scheduler
 from moe_inspect.text import no_such, print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.simulate.result import Simulation
+    from moe_inspect.trace.reader import Trace
 
 N = TypeVar("N", int, float)
 
@@ -30,8 +31,9 @@ TraceArgument = Annotated[
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """How a simulation is shown."""
+    """Where a simulation runs and how it is shown."""
 
+    scheduler: Scheduler = None
     table: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +71,12 @@ class ShowOptions:
             show_default=False,
         ),
     ] = None
+
+
+def opened(trace: Path, options: ShowOptions) -> Trace:
+    from moe_inspect.trace.reader import open_trace
+
+    return open_trace(trace, scheduler=options.scheduler)
 
 
 def split(values: Sequence[str] | str | None) -> list[str]:

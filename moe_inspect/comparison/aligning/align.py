@@ -40,7 +40,7 @@ class Segments:
     def tokens(self) -> int:
         return int(self.length.sum())
 
-    @property
+    @cached_property
     def broken(self) -> Segments:
         """Those after whose last token the sequence does not go on with one that both have."""
         start_S = self.pair * LINE + self.position + MARGIN
@@ -86,6 +86,29 @@ class Alignment:
     def last_P(self) -> np.ndarray:
         """int64 [P]: the last position of each pair that both traces have."""
         return np.minimum(self.a.last_G[self.pairs[:, 0]], self.b.last_G[self.pairs[:, 1]])
+
+    @cached_property
+    def shards(self) -> list[int]:
+        """The shards of A that have a token in common with B."""
+        return np.unique(self.segments.shard_a).tolist()
+
+    def of_shard(self, number: int) -> AlignedShard:
+        s = self.segments.in_shard(number)
+        tokens_S = self.a.tokens_G[self.pairs[s.pair, 0]]
+        return AlignedShard(number, s, tokens_S, self.last_P[s.pair], self.a.domains)
+
+
+@dataclass(frozen=True)
+class AlignedShard:
+    """The tokens of a shard of A that are compared. tokens_S, last_S: of the sequence that each
+    segment is of, its tokens in A and the last position that both traces have. `domains`: of
+    A."""
+
+    number: int
+    segments: Segments
+    tokens_S: np.ndarray
+    last_S: np.ndarray
+    domains: tuple[str, ...]
 
 
 def align(

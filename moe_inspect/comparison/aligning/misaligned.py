@@ -90,7 +90,7 @@ def sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) -
         return None
     shards, at = np.unique(s.shard_a, return_inverse=True)
     number = int(shards[np.bincount(at, s.length).argmax()])
-    rows = rows_of_shard(traces, alignment, number, stack, Selection(()))
+    rows = rows_of_shard(traces, alignment.of_shard(number), stack, Selection(()))
     cells = sum(r.experts for trace in traces for r in trace.routers)
     T = min(len(rows), MOST_TOKENS, max(SAMPLE_CELLS // cells, 256))
     if not T:

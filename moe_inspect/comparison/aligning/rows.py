@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.comparison.aligning.align import Alignment, rows_of
+from moe_inspect.comparison.aligning.align import AlignedShard, Alignment, rows_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import PHASES
@@ -115,35 +115,30 @@ def _taken(part: Part, read: Callable[[Shard], Columns], router: int | None) -> 
 
 
 def rows_of_shard(
-    traces: tuple[Trace, Trace],
-    alignment: Alignment,
-    number: int,
-    stack: str,
-    selection: Selection,
+    traces: tuple[Trace, Trace], aligned: AlignedShard, stack: str, selection: Selection
 ) -> Rows:
-    """The tokens of A's shard `number` that reach the routers of a stack and are selected."""
+    """The tokens of a shard of A that reach the routers of a stack and are selected."""
     trace_a, trace_b = traces
-    s = alignment.segments.in_shard(number)
+    s = aligned.segments
     rows_a, rows_b = rows_of(s.row_a, s.length), rows_of(s.row_b, s.length)
     shard_b = np.repeat(s.shard_b, s.length)
     start_T = np.repeat(s.position - np.cumsum(s.length) + s.length, s.length)
     position_T = start_T + np.arange(len(rows_a))
-    pair_T = np.repeat(s.pair, s.length)
-    tokens_T = alignment.a.tokens_G[alignment.pairs[pair_T, 0]]
-    shard = trace_a.shard(number)
+    tokens_T, last_T = (np.repeat(of_S, s.length) for of_S in (aligned.tokens_S, aligned.last_S))
+    shard = trace_a.shard(aligned.number)
     table = shard.tokens(["document", "domain", "phase"])
     code_T, labels = codes(table["domain"])
     phase_T, phases = codes(table["phase"])
     code_T, phase_T = code_T[rows_a], phase_T[rows_a]
     keep_T = _selected(code_T, labels, phase_T, phases, stack, selection)
     document_T = table["document"].to_numpy()[rows_a].astype(np.int64)
-    domains = alignment.a.domains
+    domains = aligned.domains
     domain_of = np.array([domains.index(x) if x in domains else 0 for x in labels], np.int64)
     number_of = np.array([PHASES.index(x) if x in PHASES else 0 for x in phases], np.int64)
     decile_T = np.clip(DECILES * position_T // np.maximum(tokens_T, 1), 0, DECILES - 1)
     unit_T = domain_of[code_T] * CLUSTERS + document_T % CLUSTERS
     cell_T = number_of[phase_T] * DECILES + decile_T
-    last_T = position_T == alignment.last_P[pair_T]
+    last_T = position_T == last_T
     if not keep_T.all():
         rows_a, rows_b, shard_b, unit_T, cell_T, document_T, last_T = (
             values[keep_T]

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
@@ -63,8 +64,8 @@ def read_runs(trace: Trace) -> Runs:
             f"{trace.more_than_counts}"
         )
     parts, domains, known = list[np.ndarray](), dict[str, None](), False
-    for number, shard in enumerate(trace.shards):
-        part, labels, has_ids = _runs_of(shard, number)
+    for number, (part, labels, has_ids) in enumerate(by_shard(trace, None, _runs_of)):
+        part[5] = number
         parts.append(part)
         domains.update(dict.fromkeys(labels))
         known = known or has_ids
@@ -90,8 +91,9 @@ def read_runs(trace: Trace) -> Runs:
     )
 
 
-def _runs_of(shard: Shard, number: int) -> tuple[np.ndarray, list[str], bool]:
-    """int64 [9, R]: the runs of a shard, a row per field; the domains; whether ids are known."""
+def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
+    """int64 [9, R]: the runs of a shard, a row per field, whose number is left at 0; the domains;
+    whether ids are known."""
     table = shard.tokens(COLUMNS)
     code_T, labels = codes(table["domain"])
     phase_T, phases = codes(table["phase"])
@@ -115,7 +117,7 @@ def _runs_of(shard: Shard, number: int) -> tuple[np.ndarray, list[str], bool]:
             encoder_T[first].astype(np.int64),
             position_T[first],
             np.diff(edges),
-            np.full(len(first), number),
+            np.zeros(len(first), np.int64),
             first,
             content,
             prefix,

@@ -1,4 +1,4 @@
-"""The pass over two aligned traces: shard by shard of A, on threads.
+"""The pass over two aligned traces: shard by shard of A.
 
 T tokens of a shard that are compared, N of them with another decision, K slots, E experts, U units,
 X cells.
@@ -7,18 +7,18 @@ X cells.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.engine import LONG
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.comparison.aligning.align import Alignment
+from moe_inspect.analysis.tasks import runs_of, workers
+from moe_inspect.comparison.aligning.align import AlignedShard, Alignment
 from moe_inspect.comparison.aligning.rows import Rows, rows_of_shard
 from moe_inspect.comparison.counting import counts as ct
 from moe_inspect.comparison.counting.confidence import (
@@ -36,15 +36,17 @@ from moe_inspect.trace.reader import Trace
 
 @dataclass(frozen=True)
 class Job:
-    """What is compared. routers: (router of A, router of B) of equal shape. margins: of A's
-    decisions, None where none is known or asked for. load: whether A's load is counted.
+    """What is compared. routers: (router of A, router of B) of equal shape. domains: of A. tokens:
+    how many. margins: of A's decisions, None where none is known or asked for. load: whether A's
+    load is counted.
     drop_zero_filled: whether tokens with expert 0 in every slot of either trace are left out."""
 
     a: Trace
     b: Trace
-    alignment: Alignment
     routers: tuple[tuple[int, int], ...]
     selection: Selection
+    domains: tuple[str, ...]
+    tokens: int
     margins: Margins | None = None
     load: bool = True
     drop_zero_filled: bool = False
@@ -53,12 +55,7 @@ class Job:
     def long(self) -> bool:
         """Whether compiling pays: loading the compiler takes a second."""
         slots = sum(self.a.routers[r].top_k for r, _ in self.routers)
-        return self.alignment.segments.tokens * slots >= LONG
-
-    @cached_property
-    def shards(self) -> list[int]:
-        """The shards of A that have a token in common with B."""
-        return np.unique(self.alignment.segments.shard_a).tolist()
+        return self.tokens * slots >= LONG
 
     @property
     def weights(self) -> bool:
@@ -69,61 +66,83 @@ class Job:
         return "logits" in self.a.tables and "logits" in self.b.tables
 
 
+def by_runs(
+    job: Job, alignment: Alignment, function: Callable[..., Any], *arguments: Any, threads: int = 1
+) -> Iterator[tuple[list[int], Any]]:
+    """function(job, shards, *arguments) of runs of A's shards, in order, beside their numbers."""
+    numbers = alignment.shards
+    runs = [[numbers[i] for i in run] for run in runs_of(len(numbers))]
+    tasks = (([alignment.of_shard(number) for number in run],) for run in runs)
+    with workers(job.a, job.b, threads=threads) as at:
+        found = at.each(_of_run, (job, function, arguments), tasks)
+        yield from zip(runs, found, strict=True)
+
+
+def _of_run(
+    job: Job, function: Callable[..., Any], arguments: tuple[Any, ...], shards: list[AlignedShard]
+) -> Any:
+    return function(job, shards, *arguments)
+
+
 def count_pair(
-    job: Job, threads: int | None = None, progress: Callable[[int], None] | None = None
+    job: Job,
+    alignment: Alignment,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> ct.PairCounts:
     """The counts of everything that is compared. `progress` is told of decisions done."""
-    listed = job.a.routers
-    total = ct.PairCounts.zero(
-        job.alignment.a.domains,
-        {r: listed[r].experts for r, _ in job.routers},
-        {listed[r].stack for r, _ in job.routers},
-    )
-    numbers = job.shards
-    advance = phase("comparing", job.alignment.segments.tokens, "tokens")
-    for number, decisions in zip(numbers, _on_threads(job, numbers, total, threads), strict=True):
-        advance(job.alignment.segments.in_shard(number).tokens)
+    total = _zero(job)
+    advance = phase("comparing", job.tokens, "tokens")
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    # threads add to the same counts: they are whole numbers, whose order shows nowhere
+    here = total if job.a.scheduler is None and job.b.scheduler is None else None
+    for numbers, (decisions, part) in by_runs(job, alignment, _count, here, threads=threads):
+        if part is not total:
+            total.merge(part)
+        advance(sum(alignment.segments.in_shard(number).tokens for number in numbers))
         if progress:
             progress(decisions)
     return total
 
 
-def _on_threads(
-    job: Job, numbers: list[int], total: ct.PairCounts, threads: int | None
-) -> Iterator[int]:
-    threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    if threads == 1 or len(numbers) == 1:
-        yield from (_count_shard(job, number, total) for number in numbers)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[int]] = deque()
-        for number in numbers:
-            ahead.append(pool.submit(_count_shard, job, number, total))
-            if len(ahead) > threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def _zero(job: Job) -> ct.PairCounts:
+    listed = job.a.routers
+    return ct.PairCounts.zero(
+        job.domains,
+        {r: listed[r].experts for r, _ in job.routers},
+        {listed[r].stack for r, _ in job.routers},
+    )
 
 
-def _count_shard(job: Job, number: int, total: ct.PairCounts) -> int:
+def _count(
+    job: Job, shards: list[AlignedShard], into: ct.PairCounts | None
+) -> tuple[int, ct.PairCounts]:
+    """Adds the counts of shards `into` those, by default into none. With the decisions compared."""
+    total = _zero(job) if into is None else into
+    return sum(_count_shard(job, aligned, total) for aligned in shards), total
+
+
+def _count_shard(job: Job, aligned: AlignedShard, total: ct.PairCounts) -> int:
     """Adds the counts of a shard of A to `total`. The decisions compared."""
     decisions = 0
-    for stack, rows, routers in rows_by_stack(job, number):
+    for stack, rows, routers in rows_by_stack(job, aligned):
         decisions += len(rows) * len(routers)
         tokens = TokenSums.zero(len(rows), job.logits)
         for pair in routers:
-            _count_router(job, rows, pair, number, total, tokens)
+            _count_router(job, rows, pair, aligned.number, total, tokens)
         with total.lock:
-            _add_tokens(rows, stack, number, len(routers), tokens, total)
+            _add_tokens(rows, stack, aligned.number, len(routers), tokens, total)
     return decisions
 
 
-def rows_by_stack(job: Job, number: int) -> Iterator[tuple[str, Rows, list[tuple[int, int]]]]:
+def rows_by_stack(
+    job: Job, aligned: AlignedShard
+) -> Iterator[tuple[str, Rows, list[tuple[int, int]]]]:
     """The tokens of a shard of A that are compared, and the routers they reach; once per stack that
     has any."""
     for stack in sorted({job.a.routers[r].stack for r, _ in job.routers}):
         routers = [pair for pair in job.routers if job.a.routers[pair[0]].stack == stack]
-        rows = rows_of_shard((job.a, job.b), job.alignment, number, stack, job.selection)
+        rows = rows_of_shard((job.a, job.b), aligned, stack, job.selection)
         if job.drop_zero_filled and not rows.alike:
             rows = rows.take(~_zero_filled(job, rows, routers))
         if len(rows):

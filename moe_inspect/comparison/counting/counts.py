@@ -8,7 +8,8 @@ position decile), M margin deciles, E experts, L routers.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,16 @@ from moe_inspect.comparison.counting.router_sums import RouterSums
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
+SUMS = (  # of PairCounts
+    "layers_N",
+    "shards_alike",
+    "gamma",
+    "gamma_below",
+    "gamma_tokens",
+    "last_tokens",
+    "zero_filled_a",
+    "zero_filled_b",
+)
 
 
 def fixed(value: float) -> int:
@@ -95,6 +106,12 @@ class RouterCounts:
         sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
         self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
 
+    def merge(self, other: RouterCounts) -> None:
+        """Those of other shards."""
+        self.flip_margins |= other.flip_margins
+        for name in [f.name for f in fields(self) if f.name not in ("E", "flip_margins")]:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass
 class PairCounts:
@@ -132,6 +149,20 @@ class PairCounts:
             {stack: np.zeros((U, CELLS), np.int64) for stack in stacks},
             np.zeros(len(experts) + 1, np.int64),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: what a worker of a cluster sends is added to others."""
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def merge(self, other: PairCounts) -> None:
+        """Those of other shards."""
+        for r, counts in other.of.items():
+            self.of[r].merge(counts)
+        for stack, decisions_UX in other.decisions_UX.items():
+            self.decisions_UX[stack] += decisions_UX
+        self.documents |= other.documents
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def tokens(self) -> int:

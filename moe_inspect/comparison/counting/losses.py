@@ -12,35 +12,53 @@ from typing import cast
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.comparison.aligning.align import AlignedShard, Alignment
 from moe_inspect.comparison.aligning.rows import Columns, Rows
-from moe_inspect.comparison.counting.count import Job, rows_by_stack
+from moe_inspect.comparison.counting.count import Job, by_runs, rows_by_stack
 from moe_inspect.comparison.counting.router_sums import sets, unequal
 from moe_inspect.trace.shard import Shard
 
 SUMS = ("tokens", "a", "b", "apart")
 
 
-def loss_sums(job: Job) -> dict[str, np.ndarray]:
+def loss_sums(job: Job, alignment: Alignment) -> dict[str, np.ndarray]:
     """Of the tokens whose loss both traces know, and whose next token both have: of SUMS their
     number, Σ of their loss in A and in B, and Σ |B's loss − A's|. float64 [2, U] each: the tokens
     that choose the same experts at every router compared, and the others. Nats."""
-    U = len(job.alignment.a.domains) * CLUSTERS
-    total = {name: np.zeros((2, U)) for name in SUMS}
-    broken = job.alignment.segments.broken
-    for number in job.shards:
-        last = broken.in_shard(number)
-        for _, rows, routers in rows_by_stack(job, number):
+    total, broken = _zero(job), alignment.segments.broken
+    # the rows after which a sequence does not go on with a token that both have
+    ends = {
+        number: last.row_a + last.length - 1
+        for number in alignment.shards
+        for last in [broken.in_shard(number)]
+    }
+    for _, part in by_runs(job, alignment, _sums, ends):
+        for name, values in part.items():
+            total[name] += values
+    return total
+
+
+def _zero(job: Job) -> dict[str, np.ndarray]:
+    return {name: np.zeros((2, len(job.domains) * CLUSTERS)) for name in SUMS}
+
+
+def _sums(
+    job: Job, shards: list[AlignedShard], ends: dict[int, np.ndarray]
+) -> dict[str, np.ndarray]:
+    found, U = _zero(job), len(job.domains) * CLUSTERS
+    for aligned in shards:
+        for _, rows, routers in rows_by_stack(job, aligned):
             loss_a_T, loss_b_T = (of(_losses, None)[0] for of in (rows.of_a, rows.of_b))
             at = np.flatnonzero(
                 np.isfinite(loss_a_T)
                 & np.isfinite(loss_b_T)
-                & ~np.isin(rows.a.rows, last.row_a + last.length - 1)
+                & ~np.isin(rows.a.rows, ends[aligned.number])
             )
             cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
             a_T, b_T = loss_a_T[at], loss_b_T[at]
             for name, values_T in zip(SUMS, (None, a_T, b_T, np.abs(b_T - a_T)), strict=True):
-                total[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
-    return total
+                found[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
+    return found
 
 
 def _losses(shard: Shard) -> Columns:

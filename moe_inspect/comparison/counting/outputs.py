@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.comparison.aligning.align import AlignedShard, Alignment
 from moe_inspect.comparison.aligning.rows import Rows
-from moe_inspect.comparison.counting.count import Job, rows_by_stack
+from moe_inspect.comparison.counting.count import Job, by_runs, rows_by_stack
 from moe_inspect.comparison.counting.kernels_numpy import Slots
 
 
@@ -34,13 +35,29 @@ class OutputSums:
     def zero(cls, U: int, E: int) -> OutputSums:
         return cls(*(np.zeros((2, U, E)) for _ in range(3)), *(np.zeros(E) for _ in range(3)))
 
+    def add(self, other: OutputSums) -> None:
+        for name, values in vars(other).items():
+            setattr(self, name, getattr(self, name) + values)
 
-def output_sums(job: Job) -> dict[int, OutputSums]:
+
+def output_sums(job: Job, alignment: Alignment) -> dict[int, OutputSums]:
     """By router of A. Both traces hold norms."""
-    U = len(job.alignment.a.domains) * CLUSTERS
-    found = {r: OutputSums.zero(U, job.a.routers[r].experts) for r, _ in job.routers}
-    for number in job.shards:
-        for _, rows, routers in rows_by_stack(job, number):
+    total = _zero(job)
+    for _, part in by_runs(job, alignment, _outputs):
+        for r, sums in part.items():
+            total[r].add(sums)
+    return total
+
+
+def _zero(job: Job) -> dict[int, OutputSums]:
+    U = len(job.domains) * CLUSTERS
+    return {r: OutputSums.zero(U, job.a.routers[r].experts) for r, _ in job.routers}
+
+
+def _outputs(job: Job, shards: list[AlignedShard]) -> dict[int, OutputSums]:
+    found = _zero(job)
+    for aligned in shards:
+        for _, rows, routers in rows_by_stack(job, aligned):
             for r, other in routers:
                 K = job.a.routers[r].top_k
                 _add(job, rows, r, other, K, found[r])

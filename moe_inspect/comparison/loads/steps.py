@@ -14,6 +14,7 @@ from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.trace.reader import Trace
 
 STEP, PASS = "step", "forward pass"
@@ -59,9 +60,9 @@ def step_windows(
     end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
     load_2WE = {r: np.zeros((2, W, traces[0].routers[r].experts), np.int64) for r, _ in pairs}
     for side, window_N in enumerate(windows):
-        for shard, w in zip(traces[side].shards, window_N, strict=True):
+        found = by_shard(traces[side], None, count_shard, selections[side], BASE)
+        for w, counts in zip(window_N, found, strict=True):
             if w >= 0:
-                counts = count_shard(shard, selections[side], BASE)
                 for pair in pairs:
                     load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
     a, b = left_out or ("", "")
