@@ -15,7 +15,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from moe_inspect.analysis.tasks import in_order
+from moe_inspect.analysis.threads import in_order
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import location
@@ -69,7 +69,7 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
 
 
 class Cluster:
-    """As `tasks.Threads`; `width` is the threads of all workers."""
+    """As `threads.Threads`; `width` is the threads of all workers."""
 
     def __init__(self, client: Any, traces: Sequence[Trace]):
         self.client = client

@@ -8,63 +8,15 @@ routers.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from moe_inspect.analysis.threads import Threads, Workers
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 
 MOST_RUNS = 512  # about: no more than twice as many
-
-
-class Workers(Protocol):
-    """`width`: how many tasks they do at once. `each`: what function(*shared, *task) returns for
-    each task, in order; `shared` is sent once."""
-
-    width: int
-
-    def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]: ...
-
-
-@dataclass
-class Threads:
-    width: int
-
-    def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]:
-        if self.width == 1:
-            yield from (function(*shared, *task) for task in tasks)
-            return
-        with ThreadPoolExecutor(self.width) as pool:
-            yield from in_order(
-                lambda task: pool.submit(function, *shared, *task), tasks, self.width + 1
-            )
-
-
-def in_order(
-    submit: Callable[[tuple[Any, ...]], Any], tasks: Iterable[tuple[Any, ...]], most: int
-) -> Iterator[Any]:
-    """The results of tasks, of which `most` are submitted at a time."""
-    ahead = deque[Any]()
-    for task in tasks:
-        ahead.append(submit(task))
-        if len(ahead) >= most:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
 
 
 def workers(*traces: Trace, threads: int = 1) -> AbstractContextManager[Workers]:
@@ -79,7 +31,7 @@ def workers(*traces: Trace, threads: int = 1) -> AbstractContextManager[Workers]
 
 def runs_of(shards: int) -> list[range]:
     """Consecutive shards that one task reads, by their numbers: each on its own, or of very many
-    so many that what there is to add up does not grow with the trace."""
+    shards so many that the number of tasks does not grow with the trace."""
     size = max(1, shards // MOST_RUNS)
     return [range(first, min(first + size, shards)) for first in range(0, shards, size)]
 

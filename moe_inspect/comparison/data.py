@@ -172,7 +172,7 @@ class PairData:
     @cached_property
     def units(self) -> np.ndarray:
         """The units (clusters of documents) that have any token, over which intervals go."""
-        return np.flatnonzero(sum(x.sum(1) for x in self.counts.decisions_UX.values()))
+        return self.counts.units
 
     @cached_property
     def weights_RU(self) -> np.ndarray | None:

@@ -97,8 +97,8 @@ def count_pair(
     # threads add to the same counts: they are whole numbers, whose order shows nowhere
     here = total if job.a.scheduler is None and job.b.scheduler is None else None
     for numbers, (decisions, part) in by_runs(job, alignment, _count, here, threads=threads):
-        if part is not total:
-            total.merge(part)
+        if part is not None:
+            total.merge(*part)
         advance(sum(alignment.segments.in_shard(number).tokens for number in numbers))
         if progress:
             progress(decisions)
@@ -116,10 +116,14 @@ def _zero(job: Job) -> ct.PairCounts:
 
 def _count(
     job: Job, shards: list[AlignedShard], into: ct.PairCounts | None
-) -> tuple[int, ct.PairCounts]:
-    """Adds the counts of shards `into` those, by default into none. With the decisions compared."""
+) -> tuple[int, tuple[ct.PairCounts, np.ndarray] | None]:
+    """The decisions compared; and their counts with the units that they are of, where they are not
+    added `into` others."""
     total = _zero(job) if into is None else into
-    return sum(_count_shard(job, aligned, total) for aligned in shards), total
+    decisions = sum(_count_shard(job, aligned, total) for aligned in shards)
+    if into is not None:
+        return decisions, None
+    return decisions, (total.of_units(total.units), total.units)
 
 
 def _count_shard(job: Job, aligned: AlignedShard, total: ct.PairCounts) -> int:

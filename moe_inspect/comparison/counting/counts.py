@@ -8,7 +8,7 @@ position decile), M margin deciles, E experts, L routers.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -106,11 +106,21 @@ class RouterCounts:
         sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
         self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
 
-    def merge(self, other: RouterCounts) -> None:
-        """Those of other shards."""
+    def of_units(self, unit_V: np.ndarray) -> RouterCounts:
+        """Of these units only."""
+        return replace(self, **{name: getattr(self, name)[unit_V] for name in BY_UNIT})
+
+    def merge(self, other: RouterCounts, unit_V: np.ndarray) -> None:
+        """Those of other shards, whose units are `unit_V`."""
         self.flip_margins |= other.flip_margins
         for name in [f.name for f in fields(self) if f.name not in ("E", "flip_margins")]:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            if name in BY_UNIT:
+                getattr(self, name)[unit_V] += getattr(other, name)
+            else:
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+BY_UNIT = [f.name for f in fields(RouterCounts) if "_U" in f.name]
 
 
 @dataclass
@@ -154,12 +164,20 @@ class PairCounts:
         """Without the lock: what a worker of a cluster sends is added to others."""
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
-    def merge(self, other: PairCounts) -> None:
-        """Those of other shards."""
+    def of_units(self, unit_V: np.ndarray) -> PairCounts:
+        """Of these units only: what a shard has any of is a few of all."""
+        return replace(
+            self,
+            of={r: counts.of_units(unit_V) for r, counts in self.of.items()},
+            decisions_UX={stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()},
+        )
+
+    def merge(self, other: PairCounts, unit_V: np.ndarray) -> None:
+        """Those of other shards, whose units are `unit_V`."""
         for r, counts in other.of.items():
-            self.of[r].merge(counts)
+            self.of[r].merge(counts, unit_V)
         for stack, decisions_UX in other.decisions_UX.items():
-            self.decisions_UX[stack] += decisions_UX
+            self.decisions_UX[stack][unit_V] += decisions_UX
         self.documents |= other.documents
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -167,6 +185,11 @@ class PairCounts:
     @property
     def tokens(self) -> int:
         return int(self.layers_N.sum())
+
+    @property
+    def units(self) -> np.ndarray:
+        """The units (clusters of documents) that have any token."""
+        return np.flatnonzero(sum(x.sum(1) for x in self.decisions_UX.values()))
 
     @property
     def domain_U(self) -> np.ndarray:
