@@ -15,6 +15,7 @@ from moe_inspect import MoeInspectError, intervene, open_trace, record
 from moe_inspect.interventions import rules
 from moe_inspect.model.find import find_routers
 from tests import families, own, zoo
+from tests.conftest import ROOT
 from tests.test_intervene import batch, logits, traced
 
 SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -41,16 +42,20 @@ def pruned(model: Any, family: str) -> Any:
         found = large[name]
         for dim in range(found.dim()):
             if found.shape[dim] != tensor.shape[dim]:
-                width = found.shape[dim] // 16
+                width = (found.shape[dim] - tensor.shape[dim]) // len(DROPPED)
                 rows = (torch.tensor(KEPT)[:, None] * width + torch.arange(width)).flatten()
-                found = found.index_select(dim, rows)
+                beyond = torch.arange(16 * width, found.shape[dim])  # of no routed expert
+                found = found.index_select(dim, torch.cat([rows, beyond]))
         tensor.data.copy_(found)
     return small
 
 
 @pytest.mark.parametrize(
     "family",
-    ["dbrx", "phimoe", "jetmoe", "bailing_hybrid", "deepseek_v3", "nemotron_h", "inkling2_loop"],
+    [
+        *("dbrx", "phimoe", "jetmoe", "bailing_hybrid", "deepseek_v3", "nemotron_h"),
+        *("inkling2_loop", "longcat_flash", "zaya", "inkling"),
+    ],
 )
 def test_dropping_is_what_a_model_without_these_experts_does(family: str) -> None:
     if family not in zoo.FAMILIES:
@@ -158,23 +163,120 @@ def test_experts_that_ran_unseen_are_an_error() -> None:
         logits(model, **inputs)
 
 
-@pytest.mark.parametrize(
-    ("family", "said"),
-    [
-        ("doge", "layers.0.mlp: DogeCDMoE chooses experts and runs them in one function"),
-        ("nllb_moe", "layers.1.ffn.experts: NLLB's experts take no other choice"),
-    ],
-)
-def test_families_whose_choice_is_fixed_are_refused(family: str, said: str) -> None:
-    if family in zoo.WHY_NOT:
-        pytest.skip(zoo.WHY_NOT[family])
-    model = zoo.build(family)
+def test_doge_chooses_among_the_other_pairs_of_keys() -> None:
+    if "doge" in zoo.WHY_NOT:
+        pytest.skip(zoo.WHY_NOT["doge"])
+    model, inputs = zoo.build("doge"), zoo.inputs("doge", [9])
+    mixture = model.get_submodule("model.layers.3.mlp")
+    seen: list[Any] = []
+    hook = mixture.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    before = logits(model, **inputs)
+    with intervene(model, drop={3: DROPPED}) as done:
+        assert not torch.equal(logits(model, **inputs), before)
+    with intervene(model, drop={3: [e for e in range(16) if e != 6]}):
+        logits(model, **inputs)
+    hook.remove()
+    (x, (own, router_logits)), (_, (found, _)), (_, (only_6, _)) = seen
+    # all pairs of a key of the first and one of the second set
+    scores = router_logits[0][:, :, None] + router_logits[1][:, None]
+    scores = scores.flatten(1).index_fill(1, torch.tensor(DROPPED), float("-inf"))
+    values, ids = scores.topk(mixture.top_k)
+
+    def mixed(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        part = (mixture.down_embed(ids) * x.view(-1, 1, x.shape[-1])).sum(-1)
+        routed = ((mixture.act_fn(part) * weights)[..., None] * mixture.up_embed(ids)).sum(1)
+        gate = mixture.act_fn(mixture.gate_proj(x)) * mixture.up_proj(x)
+        return mixture.down_proj(gate) + routed.view(x.shape)
+
+    with torch.no_grad():
+        assert torch.allclose(found, mixed(ids, values.softmax(-1)), atol=1e-4)
+        assert not torch.allclose(own, found, atol=1e-2), "control"
+        one = torch.full((len(ids), 1), 6)
+        assert torch.allclose(only_6, mixed(one, torch.ones(len(ids), 1)), atol=1e-4)
+    assert done.table().how.tolist()[-1] == "chose among the rest"
+
+
+def test_nllb_runs_the_experts_it_is_given(tmp_path: Path) -> None:
+    """By itself it runs experts 1 and 0 whatever its routers choose."""
+    model, inputs = zoo.build("nllb_moe"), zoo.inputs("nllb_moe", [9])
     path = find_routers(model)[0].path
-    ways: list[dict[str, Any]] = [{"drop": {path: 1}}, {"shuffle": 1}]
-    for given in ways:
-        with pytest.raises(MoeInspectError, match=said) as error:
-            intervene(model, **given)
-        assert "\n" not in str(error.value)
+    experts = model.get_submodule(path)
+    seen: list[Any] = []
+    hook = experts.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    trace = traced(model, tmp_path / "a", **inputs)
+    with intervene(model, force={path: [5, 6]}):
+        forced = traced(model, tmp_path / "b", **inputs)
+    with intervene(model, drop={path: 1}):
+        logits(model, **inputs)
+    hook.remove()
+    (x, _), (_, found), (_, without_1) = seen
+
+    def mixed(first: int, second: int, weights: torch.Tensor) -> torch.Tensor:
+        outputs = torch.stack([experts[f"expert_{e}"](x) for e in (first, second)], 1)
+        return (outputs * weights[..., None]).sum(1) * (1 - experts.moe_token_dropout)
+
+    weights = torch.tensor(
+        trace.routing(router=0)[["weight_0", "weight_1"]].fillna(0).to_numpy(np.float32)
+    )
+    with torch.no_grad():
+        assert torch.allclose(found, mixed(6, 5, weights), atol=1e-2)
+        whole = torch.stack([weights.sum(1), torch.zeros(len(weights))], 1)
+        both = (weights > 0).all(1)
+        assert torch.allclose(without_1[both], mixed(0, 1, whole)[both], atol=1e-2)
+        assert both.any()
+    assert set(forced.routing(router=0).filter(like="expert_").dropna().to_numpy().flat) == {5, 6}
+
+
+def test_a_reply_is_replayed_in_an_encoder_decoder(tmp_path: Path) -> None:
+    family = "switch_transformers"
+    model, inputs = zoo.build(family), zoo.inputs(family, [9, 5])
+    given = {name: values for name, values in inputs.items() if "decoder" not in name}
+    options = {"decoder_start_token_id": 0, "max_new_tokens": 5, "eos_token_id": None}
+
+    def generated(model: Any) -> Any:
+        with torch.no_grad():
+            made = model.generate(**given, **options, return_dict_in_generate=True, output_logits=1)
+        return torch.stack(made.logits), made.sequences
+
+    with record(model, tmp_path / "a"):
+        scores, replies = generated(model)
+    with intervene(model, replay=tmp_path / "a") as done:
+        assert torch.equal(generated(model)[0], scores)
+    assert done.table().assignments.sum() == 0
+    # both replies begin with the same token: each follows what its own encoder read, in any order
+    other = zoo.build(family, seed=1)
+    with intervene(other, replay=tmp_path / "a") as done, record(other, tmp_path / "b"):
+        for row in (1, 0):
+            n = int(given["attention_mask"][row].sum())
+            fed = {"input_ids": given["input_ids"][row : row + 1, :n]}
+            with torch.no_grad():
+                other(**fed, decoder_input_ids=replies[row : row + 1, :-1])
+    assert done.table().assignments.sum() > 0, "control: it chose otherwise"
+    tables = [
+        t.routing(router=2).merge(t.tokens(), on="token").sort_values(["sequence", "position"])
+        for t in (open_trace(tmp_path / "a"), open_trace(tmp_path / "b"))
+    ]
+    a, b = (table.expert_0.to_numpy().reshape(2, -1) for table in tables)
+    assert (a[::-1] == b).all()
+    assert (a != b).any(), "control"
+
+    with record(model, tmp_path / "beams"), torch.no_grad():
+        model.generate(**given, **options, num_beams=2, do_sample=False)
+    several = pytest.raises(MoeInspectError, match="continued in several ways")
+    with intervene(model, replay=tmp_path / "beams"), several:
+        generated(model)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v4", "doge", "inkling", "jetmoe", "longcat_flash", "mixtral", "nllb_moe", "zaya"],
+)
+def test_the_page_of_families_says_how_experts_are_dropped(family: str) -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    if f"transformers {zoo.hf.__version__}\n" not in page:
+        pytest.skip("the page is of another release of transformers")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {family} |"))
+    assert row.endswith(f"| {zoo.dropped(zoo.build(family))} |")
 
 
 def test_a_probe_shows_a_choice_and_a_spec_changes_it(tmp_path: Path) -> None:

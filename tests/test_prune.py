@@ -185,7 +185,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     refused("deepseek_v3", 0.5, "leaves 1 expert in each of 4 groups")
     refused("jetmoe", 0.75, "a layer has two routers")
     refused("deepseek_v4", 0.75, "layer 0 goes by a table of token ids")
-    refused("zaya", 0.75, "does not show its logits")
+    refused("doge", 0.75, "an expert of layer 0 is a pair of keys, which others share")
     wide = zoo.build("deepseek_v3", n_routed_experts=16)
     check(wide, find_routers(wide), 0.75)
 

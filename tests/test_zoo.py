@@ -564,6 +564,33 @@ def test_what_is_said_of_the_routers(family: str) -> None:
         assert site.shared_experts or not shared, shared[:1]
 
 
+@pytest.mark.parametrize("family", BUILT)
+def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
+    """Its own trace gives its own logits to the bit, another's trace the other's routing; a dropped
+    expert has no part in any token, a forced one in each."""
+    model, inputs = zoo.build(family), batch(family)
+    paths = [site.path for site in find_routers(model)]
+    before = zoo.outputs(model, inputs)
+    trace = recorded(model, tmp_path / "a", inputs, "tap")
+    with moe_inspect.intervene(model, replay=trace):
+        assert torch.equal(zoo.outputs(model, inputs), before)
+    other = zoo.build(family, seed=1)
+    with moe_inspect.intervene(other, replay=trace):
+        again = recorded(other, tmp_path / "b", inputs, "tap")
+    assert moe_inspect.compare(trace, again).tables["agreement"].set_mismatch.max() == 0
+    with moe_inspect.intervene(model, drop={path: [0, 1] for path in paths}):
+        without = recorded(model, tmp_path / "d", inputs, "tap")
+    with moe_inspect.intervene(model, force=dict.fromkeys(paths, 2)):
+        forced = recorded(model, tmp_path / "f", inputs, "tap")
+    for r in range(len(trace.routers)):
+        ids, weights = slots(without, r, "expert_"), slots(without, r, "weight_")
+        assert not (np.isin(ids, [0, 1]) & (weights > 0)).any()
+        ids, own = slots(forced, r, "expert_"), slots(trace, r, "expert_")
+        # (what skips Zaya's experts has no weight that an expert could take over)
+        assert ((ids == 2).any(1) | np.isnan(own).all(1)).all()
+    assert torch.equal(zoo.outputs(model, inputs), before)
+
+
 def test_the_page_says_what_the_tests_found() -> None:
     """docs/families.md, written by `make test-families`."""
     page = (ROOT / "docs" / "families.md").read_text()
@@ -575,7 +602,9 @@ def test_the_page_says_what_the_tests_found() -> None:
 
 def families_page() -> str:
     return zoo.page(
-        {f: found(f)[:2] for f in zoo.FAMILIES}, {f: found(f, True)[:2] for f in zoo.WITH_TOWERS}
+        {f: found(f)[:2] for f in zoo.FAMILIES},
+        {f: found(f, True)[:2] for f in zoo.WITH_TOWERS},
+        {f: zoo.dropped(zoo.build(f)) for f in BUILT},
     )
 
 

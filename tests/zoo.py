@@ -21,6 +21,10 @@ import numpy as np
 import torch
 import transformers as hf
 
+from moe_inspect.interventions.among import how_dropped
+from moe_inspect.model.find import find_routers
+from moe_inspect.text import comma_list
+
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
 # Doge and ViTPose have a *MoE and no *Experts
@@ -446,8 +450,26 @@ def routed_layers(model: Any) -> str:
     )
 
 
-def page(how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]]) -> str:
-    """The families and how each is traced, as Markdown: family → (class that was loaded, how)."""
+def dropped(model: Any) -> str:
+    """How experts are dropped in a model: in all layers, or in which of them."""
+    layers: dict[str, list[int]] = {}
+    for site in find_routers(model):
+        layers.setdefault(how_dropped(site), []).append(site.layer)
+    if len(layers) == 1:
+        return next(iter(layers))
+    return "; ".join(
+        f"{how} in {'layer' if len(of) == 1 else 'layers'} {comma_list(of)}"
+        for how, of in sorted(layers.items())
+    )
+
+
+def page(
+    how: dict[str, tuple[str, str]],
+    with_towers: dict[str, tuple[str, str]],
+    drops: dict[str, str],
+) -> str:
+    """The families and how each is traced, as Markdown: family → (class that was loaded, how), and
+    family → how experts are dropped."""
     counts = {
         kind: sum(said.startswith(kind) for _, said in how.values())
         for kind in ("dispatch", "tap", "adapter", "refused")
@@ -466,9 +488,17 @@ def page(how: dict[str, tuple[str, str]], with_towers: dict[str, tuple[str, str]
         ),
         "executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.",
         "",
-        "| family | class loaded | |",
-        "|---|---|---|",
-        *(f"| {family} | {kind} | {said} |" for family, (kind, said) in how.items()),
+        (
+            "The last column says what `intervene(drop=…)` does "
+            "([Interventions](interventions.md)); `replay`, `force` and `shuffle` work in each."
+        ),
+        "",
+        "| family | class loaded | traced by | a dropped expert |",
+        "|---|---|---|---|",
+        *(
+            f"| {family} | {kind} | {said} | {drops.get(family, '')} |"
+            for family, (kind, said) in how.items()
+        ),
         "",
         "## Saved with their towers",
         "",

@@ -1,6 +1,6 @@
 """A router that chooses among fewer experts, by its own code: its logits are masked while it runs.
 
-T tokens, E experts.
+T tokens, E experts, C logits (of experts, then of what is no routed expert).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+from moe_inspect.model.families import BEYOND
 from moe_inspect.model.routers import Site
 
 RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
@@ -29,24 +30,34 @@ def logits_seen(site: Site) -> Module | None:
         return None
     if module is None and site.told and site.adapter is not None and not site.adapter.at_call:
         module = site.module
-    if module is None:
+    if module is None or (site.adapter is not None and not site.adapter.by_logits):
         return None
-    rows = [p for p in module.parameters() if p.dim() == 2 and len(p) == site.experts]
+    C = site.experts + beyond(module)
+    rows = [p for p in module.parameters() if p.dim() == 2 and len(p) == C]
     return module if len(rows) == 1 else None
+
+
+def beyond(router: Module) -> int:
+    """How many logits a router has behind those of its routed experts."""
+    of = BEYOND.get(type(router).__name__)
+    return of(router) if of is not None else 0
 
 
 def how_dropped(site: Site) -> str:
     """How experts are dropped at this site."""
-    return RESELECTED if logits_seen(site) is not None else SHARED_OUT
+    among = site.adapter is not None and site.adapter.among is not None
+    return RESELECTED if among or logits_seen(site) is not None else SHARED_OUT
 
 
 class Among(TorchFunctionMode):
     """While it is active, what is computed as router logits is the lowest number for the experts of
-    `dropped_E` (bool [E]), and no `topk` chooses them, whatever a selection bias adds."""
+    `dropped_E` (bool [E]), and no `topk` chooses them, whatever a selection bias adds. `beyond`:
+    how many logits are behind those of the experts."""
 
-    def __init__(self, dropped_E: Tensor):
+    def __init__(self, dropped_E: Tensor, beyond: int = 0):
         super().__init__()
         self.dropped_E = dropped_E
+        self.dropped_C = torch.cat([dropped_E, dropped_E.new_zeros(beyond)])
 
     def __torch_function__(
         self,
@@ -62,14 +73,8 @@ class Among(TorchFunctionMode):
         output = func(*args, **kwargs)
         if name in PRODUCTS:
             # (a finite number: sparsemixer divides by it)
-            output = self._masked(output, torch.finfo(output.dtype).min)
+            output = _masked(output, self.dropped_C, torch.finfo(output.dtype).min)
         return output
-
-    def _masked(self, values: Tensor, fill: float) -> Tensor:
-        """Values [T, E]."""
-        if not values.dtype.is_floating_point or values.shape[-1:] != self.dropped_E.shape:
-            return values
-        return values.masked_fill(self.dropped_E.to(values.device), fill)
 
     def _top_k(
         self, top_k: Any, input: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any
@@ -78,8 +83,10 @@ class Among(TorchFunctionMode):
         grouped = input.dim() > 2 and input.shape[-2] * input.shape[-1] == len(self.dropped_E)
         if grouped:
             return top_k(self._of_groups(input, k), k, dim, *args, **kwargs)
-        output = top_k(self._masked(input, float("-inf")), k, dim, *args, **kwargs)
-        if input.shape[-1:] != self.dropped_E.shape or dim not in (-1, input.dim() - 1):
+        of_C = input.shape[-1:] == self.dropped_C.shape
+        dropped = self.dropped_C if of_C else self.dropped_E
+        output = top_k(_masked(input, dropped, float("-inf")), k, dim, *args, **kwargs)
+        if input.shape[-1:] != dropped.shape or dim not in (-1, input.dim() - 1):
             return output
         # with fewer than k left, a dropped expert has its own score, which its logit made 0: a
         # weight of -inf would be one that no sum of weights survives
@@ -95,3 +102,10 @@ class Among(TorchFunctionMode):
         return values.masked_fill(dropped_GE & ~few_G1, float("-inf")).masked_fill(
             dropped_GE & few_G1, 0
         )
+
+
+def _masked(values: Tensor, dropped: Tensor, fill: float) -> Tensor:
+    """Values [T, C] or [T, E], where they are as many as `dropped` says."""
+    if not values.dtype.is_floating_point or values.shape[-1:] != dropped.shape:
+        return values
+    return values.masked_fill(dropped.to(values.device), fill)

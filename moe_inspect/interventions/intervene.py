@@ -24,12 +24,18 @@ from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.manifest import ALTERED
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
-from moe_inspect.interventions.among import SHARED_OUT, Among, how_dropped, logits_seen
+from moe_inspect.interventions.among import (
+    SHARED_OUT,
+    Among,
+    beyond,
+    how_dropped,
+    logits_seen,
+)
 from moe_inspect.interventions.plan import Layers, planned
 from moe_inspect.interventions.replay import Replay
 from moe_inspect.interventions.substitute import replaced
+from moe_inspect.model.choices.read import called_with
 from moe_inspect.model.custom.candidates import candidates
-from moe_inspect.model.families import called_with
 from moe_inspect.model.find import no_routers, routers_in
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import unwrapped
@@ -85,14 +91,8 @@ class Intervention:
             trace = replay if isinstance(replay, Trace) else open_trace(replay)
             self.replay = Replay(trace, self.sites)
         self._attachment = _Attachment(model, self)
-        modules = {name: scope.module for name, scope in self._attachment.scopes.items()}
-        if self.plan.needs_rows and list(modules) != [""]:
-            raise MoeInspectError(
-                f"{type(self.model).__name__} has an encoder and a decoder: only drop and force "
-                "work there"
-            )
         self._inputs = PassInputs(
-            modules,
+            {name: scope.module for name, scope in self._attachment.scopes.items()},
             None,
             None,
             inputs_of(self.model, self.sites, inputs),
@@ -102,8 +102,10 @@ class Intervention:
         self._now = _Now()
         self._counting = threading.Lock()
         self._thread = 0  # that runs the current forward pass; 0: none does
-        self._rows: Rows | None = None  # of that pass, and afterwards of its backward pass
-        self._at_T: Tensor | None = None  # their tokens in the trace
+        # by stack, of that pass, and afterwards of its backward pass: rows, and their tokens in the
+        # trace
+        self._rows: dict[str, Rows] = {}
+        self._at: dict[str, Tensor] = {}
         self._entered = False
         self._dropped = {
             r: torch.isin(torch.arange(self.sites[r].experts), torch.tensor(experts))
@@ -177,7 +179,7 @@ class Intervention:
         self._passes += 1
         for done in self.done:
             done.seen = 0
-        self._rows = self._at_T = None
+        self._rows, self._at = {}, {}
         self._thread = threading.get_ident()
         self._inputs.begin()
 
@@ -185,9 +187,9 @@ class Intervention:
         self._now.stacks.add(stack)
         if not self.plan.needs_rows:
             return
-        self._rows = self._inputs.rows(self._inputs.of_call(stack, args, kwargs))
+        rows = self._rows[stack] = self._inputs.rows(self._inputs.of_call(stack, args, kwargs))
         if self.replay is not None:
-            self._at_T = self.replay.at(self._rows)
+            self._at[stack] = self.replay.at(rows)
 
     def returned(self, stack: str, output: Any) -> None:
         if self.plan.needs_rows:
@@ -224,7 +226,7 @@ class Intervention:
             done.decisions += counts[0]
             done.assignments += counts[1]
             done.weights += counts[2]
-        return made if counts[1] else None
+        return made if counts[1] or counts[2] else None
 
     def _made(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
         T, device = len(ids_TK), ids_TK.device
@@ -235,7 +237,7 @@ class Intervention:
             return rules.forced(ids_TK, weights_TK, experts)
         if not self.plan.needs_rows:
             return None
-        rows, done = self._rows, self.done[r]
+        rows, done = self._rows.get(self.sites[r].stack), self.done[r]
         if rows is None or (threading.get_ident() != self._thread and not _in_backward()):
             raise MoeInspectError(
                 f"replay and shuffle follow forward passes of the whole {type(self.model).__name__}"
@@ -253,8 +255,7 @@ class Intervention:
     def _replayed(
         self, replay: Replay, r: int, time: int, at: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> rules.Changed | None:
-        assert self._at_T is not None
-        token_T = self._at_T[at]
+        token_T = self._at[self.sites[r].stack][at]
         found = replay.routes(r, time, token_T)
         if found is None:  # a layer the trace does not have; or the backward pass
             found = replay.routes(r, 0, token_T)
@@ -323,7 +324,7 @@ class _Attachment(Attachment):
         def before(module: torch.nn.Module, args: Any) -> None:
             if module is router:
                 running.among = ExitStack()
-                running.among.enter_context(Among(dropped_E))
+                running.among.enter_context(Among(dropped_E, beyond(router)))
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
             if module is router and hasattr(running, "among"):
@@ -347,7 +348,13 @@ class _Attachment(Attachment):
             return None
         assert site.adapter is not None
         choice = site.adapter.choice(module, args, kwargs, output)
-        return self._instead(r, choice, args, kwargs, output)
+        dropped_E = self.of._dropped.get(r)
+        if choice is None or site.adapter.among is None or dropped_E is None:
+            return self._instead(r, choice, args, kwargs, output)
+        chosen = site.adapter.among(module, args, kwargs, output, dropped_E.to(choice[0].device))
+        new = self.of.changed(r, *chosen)
+        chosen = chosen if new is None else (new.ids_TK, new.weights_TK)
+        return replaced(site, args, kwargs, output, choice, chosen)
 
     def _instead(self, r: int, choice: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """What a hook returns: None leaves the call as it is."""

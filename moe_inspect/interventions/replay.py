@@ -1,11 +1,10 @@
 """The routing of a trace, looked up for the tokens that a model is fed.
 
-T rows of a forward pass, N tokens of the trace, K slots.
+T rows of a forward pass, N tokens of the trace that a stack sees, K slots.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,18 +14,9 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions.sequences import Sequences
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace
-
-START = 8  # tokens by which sequences are looked up that are not fed whole
-
-
-@dataclass
-class Fed:
-    """A sequence that is being fed: the trace's sequence, and the position of its first token."""
-
-    sequence: int
-    first: int
 
 
 @dataclass
@@ -35,64 +25,39 @@ class Replay:
 
     A sequence is recognised by its token ids when it is first fed, whole or from its beginning on:
     the order of the passes need not be the trace's. Of sequences with the same tokens each is used
-    once before one is used again. Raises MoeInspectError where a router of the trace has no
-    counterpart, and for a sequence that is not in the trace."""
+    once before one is used again. In an encoder-decoder each stack has sequences of its own.
+    Raises MoeInspectError where a router of the trace has no counterpart, and for a sequence that
+    is not in the trace."""
 
     trace: Trace
     sites: Sequence[Site]
-    beyond: int = 0  # tokens fed behind the end of their sequence in the trace
-    _fed: dict[int, Fed] = field(default_factory=dict)
+    _routes: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.trace.counts_only:
             raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions to replay")
-        if any(router.stack for router in self.trace.routers):
-            raise MoeInspectError(
-                f"{self.trace.path} is of an encoder-decoder, whose routing cannot be replayed"
-            )
-        tokens = self.trace.tokens()
-        token_N, sequence_N = (tokens[c].to_numpy() for c in ("token", "sequence"))
-        order = np.lexsort((token_N, sequence_N))
-        self._token_N = token_N[order]
-        self._ids_N = tokens["token_id"].to_numpy()[order]
-        self._has_text = bool((self._ids_N >= 0).any())
-        starts = np.flatnonzero(np.diff(sequence_N[order], prepend=-1))
-        self._bounds = [*starts.tolist(), len(order)]
-        self._used = [0] * len(starts)
-        self._whole: dict[bytes | int, list[int]] = defaultdict(list)
-        self._start: dict[bytes, list[int]] = defaultdict(list)
-        for s in range(len(starts)):
-            ids = self._sequence(s)
-            self._whole[self._key(ids)].append(s)
-            self._start[ids[:START].tobytes()].append(s)
         self._router_of = self._routers()
-        self._routes: dict[int, tuple[Tensor, Tensor | None]] = {}
+        tokens = self.trace.tokens()
+        encoded = (tokens["phase"] == "encode").to_numpy()
+        self._of = {
+            stack: Sequences(
+                self.trace.path, tokens[encoded == (stack == "encoder")] if stack else tokens
+            )
+            for stack in sorted({site.stack for site in self.sites})
+        }
+
+    @property
+    def beyond(self) -> int:
+        """Tokens fed behind the end of their sequence in the trace."""
+        return sum(of.beyond for of in self._of.values())
 
     def at(self, rows: Rows) -> Tensor:
         """For each row of a forward pass the number of its token in the trace, int64 [T]; -1 for
         padding and for a token beyond the end of its sequence there."""
-        at = np.full(len(rows.token_id), -1, np.int64)
-        for number in np.unique(rows.sequence).tolist():
-            of = np.flatnonzero(rows.sequence == number)
-            ids, position = rows.token_id[of], rows.position[of]
-            known = self._fed.get(number)
-            if known is None:
-                known = self._fed[number] = Fed(self._match(ids), int(position[0]))
-            here = position - known.first
-            start, end = self._bounds[known.sequence], self._bounds[known.sequence + 1]
-            inside = (here >= 0) & (here < end - start)
-            of, ids, here = of[inside], ids[inside], here[inside] + start
-            if self._has_text and (wrong := np.flatnonzero(self._ids_N[here] != ids)).size:
-                n = wrong[0]
-                raise MoeInspectError(
-                    f"position {int(here[n]) - start} of sequence {known.sequence} is token "
-                    f"{self._ids_N[here[n]]} in {self.trace.path}, and the model is fed "
-                    f"{ids[n]}: only the text of the trace can be replayed"
-                )
-            at[of] = here
-        self.beyond += int((at < 0).sum())
+        # a decoder's sequences often begin alike: it continues what its encoder read
+        read = self._of["encoder"].found if rows.stack == "decoder" else {}
         found = np.full(rows.T, -1, np.int64)
-        found[rows.real] = at
+        found[rows.real] = self._of[rows.stack].at(rows, read)
         return torch.from_numpy(found)
 
     def routes(self, r: int, time: int, at_T: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -107,10 +72,6 @@ class Replay:
         ids_NK, weights_NK = self._routes[router]
         n_T = at_T.clamp(min=0)
         return ids_NK[n_T].long(), weights_NK[n_T] if weights_NK is not None else None
-
-    def top_k(self, r: int) -> int | None:
-        router = self._router_of.get((r, 0))
-        return self.trace.routers[router].top_k if router is not None else None
 
     def _routers(self) -> dict[tuple[int, int], int]:
         """Site and run of its layer → the trace's router: by path, else by its place in its
@@ -131,6 +92,13 @@ class Replay:
                     found[like[place], 0] = n
         for n, router in enumerate(self.trace.routers):
             r = next((r for (r, _), m in found.items() if m == n), None)
+            if r is not None and self.sites[r].stack != router.stack:
+                raise MoeInspectError(
+                    f"{router.path} of {self.trace.path} is in "
+                    f"{f'the {router.stack}' if router.stack else 'a model of one stack'}, and in "
+                    f"{self.sites[r].stack or 'one stack'} here: a trace is replayed on the model "
+                    "it is of"
+                )
             if r is None or self.sites[r].experts != router.experts:
                 has = f"{self.sites[r].experts}" if r is not None else "no router there"
                 raise MoeInspectError(
@@ -141,7 +109,8 @@ class Replay:
 
     def _load(self, router: int) -> tuple[Tensor, Tensor | None]:
         table = self.trace.routing(router=router)
-        table = table.set_index("token").reindex(self._token_N)
+        token_N = self._of[self.trace.routers[router].stack].token_N
+        table = table.set_index("token").reindex(token_N)
         K = self.trace.routers[router].top_k
         ids = np.stack([table[f"expert_{k}"].fillna(-1).to_numpy(np.int32) for k in range(K)], 1)
         if not self.trace.has_weights:
@@ -150,39 +119,3 @@ class Replay:
             [table[f"weight_{k}"].fillna(0).to_numpy(np.float32) for k in range(K)], 1
         )
         return torch.from_numpy(ids), torch.from_numpy(weights)
-
-    def _sequence(self, s: int) -> np.ndarray:
-        return self._ids_N[self._bounds[s] : self._bounds[s + 1]]
-
-    def _key(self, ids: np.ndarray) -> bytes | int:
-        return ids.astype(np.int32).tobytes() if self._has_text else len(ids)
-
-    def _match(self, ids: np.ndarray) -> int:
-        """The trace's sequence of these tokens, the first of a sequence that is being fed: the
-        whole of it, or else a beginning, of one or of the other."""
-        found = self._whole.get(self._key(ids)) or [
-            s for s in self._beginning_like(ids) if self._begins(self._sequence(s), ids)
-        ]
-        if not found:
-            shown = ", ".join(map(str, ids[:6].tolist()))
-            raise MoeInspectError(
-                f"no sequence of {self.trace.path} begins with the {len(ids)} tokens {shown}"
-                f"{' …' if len(ids) > 6 else ''} that the model is fed: only the text of the trace "
-                "can be replayed, with its special tokens and sequence length"
-            )
-        best = min(found, key=lambda s: self._used[s])
-        self._used[best] += 1
-        return best
-
-    def _beginning_like(self, ids: np.ndarray) -> Sequence[int]:
-        if len(ids) >= START and self._has_text:
-            of_start = self._start.get(ids[:START].astype(np.int32).tobytes(), [])
-            return of_start or self._shorter()
-        return range(len(self._used))
-
-    def _shorter(self) -> list[int]:
-        return [s for start, of in self._start.items() if len(start) < 4 * START for s in of]
-
-    def _begins(self, one: np.ndarray, other: np.ndarray) -> bool:
-        n = min(len(one), len(other))
-        return not self._has_text or bool((one[:n] == other[:n]).all())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class Changed(NamedTuple):
-    """A choice, and int [T] each: assignments that went to another expert, and those of them whose
-    gate weight is not the router's own."""
+    """A choice, and int [T] each: assignments that went to another expert, and those whose gate
+    weight is not the router's own for their expert."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -109,6 +109,9 @@ def replayed(
 
 def exchanged(ids_TK: Tensor, weights_TK: Tensor, row_T: Tensor) -> Changed:
     """Row t gets the choice of row `row_T[t]`."""
-    new_TK = ids_TK[row_T]
-    moved_T = (~(new_TK.unsqueeze(2) == ids_TK.unsqueeze(1)).any(2)).sum(1)
-    return Changed(new_TK, weights_TK[row_T], moved_T, moved_T)
+    new_TK, new_weights_TK = ids_TK[row_T], weights_TK[row_T]
+    same_TKK = new_TK.unsqueeze(2) == ids_TK.unsqueeze(1)
+    own_TK = (weights_TK.unsqueeze(1) * same_TKK).sum(2)
+    moved_TK = ~same_TKK.any(2)
+    given_TK = moved_TK | (own_TK != new_weights_TK)
+    return Changed(new_TK, new_weights_TK, moved_TK.sum(1), given_TK.sum(1))

@@ -15,7 +15,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site
 
 if TYPE_CHECKING:
-    from moe_inspect.model.families import Choice
+    from moe_inspect.model.choices.read import Choice
 
 
 def replaced(

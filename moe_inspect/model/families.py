@@ -10,22 +10,15 @@ T tokens, K slots, E experts. Imports no torch: configs are read without it.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from moe_inspect.model import replaced
+from moe_inspect.model.choices import read, replaced
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module
-
-    Choice = tuple[Tensor, Tensor]  # expert ids int [T, K], gate weights float [T, K]
-    Args: TypeAlias = tuple[Any, ...]  # of a module's call
-    Kwargs: TypeAlias = dict[str, Any]
+    from moe_inspect.model.choices.read import Args, Choice, Kwargs
 
 
 # --- names that configs (and modules) give to a size, in order of precedence
@@ -141,8 +134,11 @@ class Adapter:
     applies       to which modules of the class
     parameters    names of the experts' parameters, where they have no module of their own
     note          a caveat, which goes into the trace's manifest
-    replace       gives the call another choice (`model/replaced.py`), where that is not done by
-                  replacing the tensors which `choice` returned
+    replace       gives the call another choice (`model/choices/replaced.py`), where that is not
+                  done by replacing the tensors which `choice` returned
+    among         (module, args, kwargs, output, dropped_E) → the choice among the other experts,
+                  where the router cannot be made to choose among them by masking its logits
+    by_logits     whether the greatest logits of its router decide which experts run
     fixed         why it cannot be given another choice, and what to do
     """
 
@@ -158,6 +154,8 @@ class Adapter:
     parameters: tuple[str, ...] = ()
     note: str = ""
     replace: Callable[..., Any] | None = None
+    among: Callable[..., Choice] | None = None
+    by_logits: bool = True
     fixed: str = ""
 
 
@@ -168,123 +166,17 @@ class Family:
     adapters    class of a module → how the router's choice is read there
     not_routed  classes named *Experts that are not called with a router's choice
     gated       an expert has a gate projection: three matrices, without it two
+    beyond      class of a router → how many logits it has behind those of its routed experts (of
+                identity experts, of shared ones, of skipping them)
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     not_routed: tuple[str, ...] = ()
     gated: bool = True
+    beyond: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 
 
-def choice_among(args: Args, kwargs: Kwargs) -> Choice | None:
-    """The router's choice among the arguments of an experts call, by dtype and shape, never by
-    position: the 2-D integer tensor and the floating-point tensor of its shape. None where there is
-    none."""
-    tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and hasattr(a, "dim")]
-    tensors = tensors[1:]  # the first holds the hidden states
-    ids = [
-        t
-        for t in tensors
-        if t.dim() == 2 and not t.dtype.is_floating_point and t.element_size() > 1
-    ]
-    weights = [t for t in tensors if ids and t.dtype.is_floating_point and t.shape == ids[0].shape]
-    return (ids[0], weights[0]) if ids and weights else None
-
-
-def called_with(experts: Module, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
-    """The choice in the arguments of an experts module: for every family without an adapter."""
-    return choice_among(args, kwargs)
-
-
-# --- the adapters' functions
-
-
-def _llama4(router: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
-    # the score multiplies the expert's input; every expert is called, with zeros where it was not
-    # chosen
-    scores_TE, logits_TE = output
-    ids_TK = logits_TE.topk(router.top_k, dim=1).indices  # the router's own call on its own logits
-    return ids_TK, scores_TE.gather(1, ids_TK)
-
-
-def _jetmoe(router: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
-    # two routers per block: of the MLP's experts and of the attention's; what they return is sorted
-    # by expert, but for the logits
-    values_TK, ids_TK = output[4].topk(router.top_k, dim=1)
-    return ids_TK, values_TK.softmax(1).type_as(values_TK)
-
-
-def _doge(mixture: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
-    # product keys: an expert is a pair of keys, and the k best pairs are among those of the best
-    # keys of each set
-    (x_TK, y_TK), (x_ids, y_ids) = output[1].topk(mixture.num_keys, dim=-1)
-    scores = (x_TK[:, :, None] + y_TK[:, None]).flatten(1)
-    pairs = (x_ids[:, :, None] * mixture.num_keys + y_ids[:, None]).flatten(1)
-    values_TK, at_TK = scores.topk(mixture.top_k, dim=-1)
-    weights_TK = values_TK.softmax(-1)
-    if mixture.norm_topk_prob:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return pairs.gather(1, at_TK), weights_TK
-
-
-def _zaya(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
-    # a token that skips the experts is handed to expert 0 with weight 0
-    choice = choice_among(args, kwargs)
-    if choice is None:
-        return None
-    ids_TK, weights_TK = choice
-    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
-
-
-def _aria(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
-    # up to transformers 5.17 the experts are handed the logits, and choose by themselves
-    logits_TE = [*args, *kwargs.values()][1]
-    values_TK, ids_TK = logits_TE.topk(experts.config.moe_topk, dim=1)
-    return ids_TK, values_TK.softmax(-1)
-
-
-def _mxfp4(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
-    # what the kernels are handed: the assignments (slot k of token t is number t·K + k) in the
-    # order of their experts, and how many each expert has. Within a token experts ascend.
-    import torch
-
-    _, routing, *rest = (*args, *kwargs.values())
-    if hasattr(routing, "dtype"):  # the call of a rank's experts, under expert parallelism
-        return choice_among(args, kwargs)
-    place = rest[0].dst_indx.long()  # of each assignment in that order; -1: it goes nowhere
-    ids = torch.searchsorted(routing.expt_hist.long().cumsum(0), place, right=True)
-    weights = routing.gate_scal[place.clamp(min=0)]
-    shape = (-1, routing.n_expts_act)
-    return (
-        ids.masked_fill(place < 0, -1).view(shape),
-        weights.masked_fill(place < 0, 0).view(shape),
-    )
-
-
-def _switch(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
-    # one-hot [T, 1, E], all zeros where the token came after the expert's capacity
-    _, chosen_T1E, weights_T1 = (*args, *kwargs.values())
-    return chosen_T1E.argmax(2).masked_fill(chosen_T1E.sum(2) == 0, -1), weights_T1
-
-
-def _nllb(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
-    # Handed a mask of each token's first choice and the gate weights of both, the experts' code
-    # takes the mask for ids: what runs is expert 1 with the weight of the first choice (where
-    # capacity left it one), and expert 0 with the weights of all others
-    import torch
-
-    if not _takes_mask_for_ids(type(experts)):
-        return None
-    _, mask_TE, weights_TE = (*args, *kwargs.values())
-    first_T, others_T = (weights_TE * mask_TE).sum(1), (weights_TE * (1 - mask_TE)).sum(1)
-    weights_TK = torch.stack([first_T, others_T], 1)
-    ids_TK = torch.tensor([1, 0], device=weights_TK.device).expand(len(weights_TK), 2)
-    return ids_TK.masked_fill(weights_TK == 0, -1), weights_TK
-
-
-@cache
-def _takes_mask_for_ids(experts_class: type) -> bool:
-    return "one_hot(router_mask" in inspect.getsource(experts_class)
-
+# --- the families, by transformers' model_type
 
 _NLLB_RUNS = (
     "this release of transformers runs experts 1 and 0 whatever NLLB's routers choose (its experts "
@@ -292,27 +184,26 @@ _NLLB_RUNS = (
 )
 _NLLB_NOTE = f"{_NLLB_RUNS}: the trace says what ran"
 
-# --- the families, by transformers' model_type
-
 FAMILIES: dict[str, Family] = {
     "aria_text": Family(
         {
             "AriaExperts": Adapter(
-                _aria,
+                read.aria,
                 at_call=True,
                 experts=lambda m: m.config.moe_num_experts,
                 applies=lambda m: not hasattr(m, "gate_up_proj"),
+                replace=replaced.aria,
             )
         }
     ),
     "doge": Family(
         {
             "DogeCDMoE": Adapter(
-                _doge,
+                read.doge,
                 alone=True,
                 parameters=("down_embed", "up_embed"),
-                fixed="DogeCDMoE chooses experts and runs them in one function, which takes no "
-                "other choice",
+                replace=replaced.doge,
+                among=read.doge,
             )
         }
     ),
@@ -320,7 +211,7 @@ FAMILIES: dict[str, Family] = {
         # in MXFP4; up to transformers 5.17 the module is called with what the method takes
         {
             "Mxfp4GptOssExperts": Adapter(
-                _mxfp4,
+                read.mxfp4,
                 at_call=True,
                 method="forward_routed",
                 block_logits=1,
@@ -329,38 +220,43 @@ FAMILIES: dict[str, Family] = {
             )
         }
     ),
-    "inkling": Family(not_routed=("InklingSharedExperts",)),
+    "inkling": Family(
+        not_routed=("InklingSharedExperts",),
+        beyond={"InklingTopkRouter": lambda m: m.n_shared_experts},
+    ),
     "jetmoe": Family(
-        {"JetMoeTopKGating": Adapter(_jetmoe, logits_index=4, replace=replaced.jetmoe)},
+        {"JetMoeTopKGating": Adapter(read.jetmoe, logits_index=4, replace=replaced.jetmoe)},
         not_routed=("JetMoeParallelExperts",),
     ),
     "llama4": Family(
-        {"Llama4Router": Adapter(_llama4, logits_index=1, replace=replaced.llama4)},
+        {"Llama4Router": Adapter(read.llama4, logits_index=1, replace=replaced.llama4)},
         not_routed=("Llama4TextExperts",),
     ),
     "longcat_flash": Family(
         # ids beyond the routed experts are identity experts': they compute nothing
         {
             "LongcatFlashExperts": Adapter(
-                called_with,
+                read.called_with,
                 at_call=True,
                 experts=lambda m: m.num_routed_experts,
                 replace=replaced.longcat,
             )
         },
+        beyond={"LongcatFlashTopkRouter": lambda m: m.n_routed_experts - m.num_experts},
     ),
     "nemotron_h": Family(gated=False),
     "nllb-moe": Family(
         {
             "NllbMoeExperts": Adapter(
-                _nllb,
+                read.nllb,
                 at_call=True,
                 # its routers take the padding mask of some attentions the wrong way round, and
                 # count capacity over a batch
                 alone=True,
                 top_k=2,
                 note=_NLLB_NOTE,
-                fixed="NLLB's experts take no other choice: " + _NLLB_RUNS,
+                replace=replaced.nllb,
+                by_logits=False,
             )
         },
         gated=False,
@@ -368,17 +264,20 @@ FAMILIES: dict[str, Family] = {
     "switch_transformers": Family(
         {
             "SwitchTransformersExperts": Adapter(
-                _switch, at_call=True, top_k=1, replace=replaced.switch
+                read.switch, at_call=True, top_k=1, replace=replaced.switch
             )
         },
         gated=False,
     ),
-    "zaya": Family({"ZayaExperts": Adapter(_zaya, at_call=True)}),
+    "zaya": Family(
+        {"ZayaExperts": Adapter(read.zaya, at_call=True)}, beyond={"ZayaRouter": lambda m: 1}
+    ),
 }
 
 
 ADAPTERS = {name: a for family in FAMILIES.values() for name, a in family.adapters.items()}
 NOT_ROUTED = {name for family in FAMILIES.values() for name in family.not_routed}
+BEYOND = {name: f for family in FAMILIES.values() for name, f in family.beyond.items()}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

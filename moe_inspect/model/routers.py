@@ -111,6 +111,8 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
             shared_experts_of(config, model, path),
         )
         shown = router if adapter is None or adapter.at_call or index is not None else None
+        if router is None:
+            shown = _linear_beside(model, path, experts)
         if adapter is not None and adapter.block_logits is not None:
             shown, index = model.get_submodule(block_of(path)), adapter.block_logits
         stack = next((part for part in path.split(".") if part in stacks), "")
@@ -321,6 +323,24 @@ def _router_beside(model: Any, experts_path: str) -> Module | None:
     block = model.get_submodule(block_of(experts_path))
     return next(
         (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__)),
+        None,
+    )
+
+
+def _linear_beside(model: Any, experts_path: str, E: int) -> Module | None:
+    """The matrix that makes the logits by which the block of these experts chooses by itself; None
+    where it adds a bias for the selection."""
+    block = model.get_submodule(block_of(experts_path))
+    if any(name in SELECTION_BIAS for name, _ in block.named_buffers(recurse=False)):
+        return None
+    return next(
+        (
+            m
+            for name, m in block.named_children()
+            if name in ("router", "gate")
+            and type(_adapted(m)).__name__ == "Linear"
+            and getattr(_adapted(m), "out_features", 0) == E
+        ),
         None,
     )
 

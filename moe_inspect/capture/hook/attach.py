@@ -31,7 +31,7 @@ from moe_inspect.capture.hook.sink import (
 )
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.families import called_with
+from moe_inspect.model.choices.read import called_with
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import (
     call_of_model,

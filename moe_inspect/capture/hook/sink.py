@@ -18,11 +18,11 @@ from torch.nn import Module
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.capture.hook.pass_buffer import Call
-from moe_inspect.model.families import called_with
+from moe_inspect.model.choices.read import called_with
 from moe_inspect.model.routers import Site, logits_among
 
 if TYPE_CHECKING:
-    from moe_inspect.model.families import Choice
+    from moe_inspect.model.choices.read import Choice
 
 
 class Scope:

@@ -28,6 +28,11 @@ def check(network: Any, sites: Sequence[Site], keep: float) -> None:
     if (layers := [s.layer for s in sites]) and len(set(layers)) < len(layers):
         raise MoeInspectError("a layer has two routers: models like that are not pruned")
     for site in sites:
+        if site.adapter is not None and site.adapter.among is not None:
+            raise MoeInspectError(
+                f"an expert of layer {site.layer} is a pair of keys, which others share: it cannot "
+                "go alone, so the model is not pruned"
+            )
         hashed = any(name.endswith("tid2eid") for name, _ in _tensors_beside(network, site))
         if hashed or how_dropped(site) == SHARED_OUT:
             why = "goes by a table of token ids" if hashed else "does not show its logits"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moe_inspect.model.choices.read import GIVEN
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -52,9 +54,49 @@ def longcat(
         ids_TK.masked_fill(nowhere, experts.num_routed_experts),
         weights_TK.masked_fill(nowhere, 0),
     )
+    return _called_with(args, kwargs, *new)
+
+
+def aria(
+    experts: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # they choose by the logits that they are handed, and weigh by a softmax over the chosen: these
+    # weights, divided by their sum
     values = [*args, *kwargs.values()]
-    values[1:3] = [part.to(value.dtype) for part, value in zip(new, values[1:3], strict=True)]
+    weights_TK = weights_TK * (ids_TK >= 0)
+    shown_TE = values[1].new_full(values[1].shape, float("-inf"))
+    logits_TK = weights_TK.to(shown_TE.dtype).log()
+    values[1] = shown_TE.scatter(1, ids_TK.clamp(min=0), logits_TK)
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def nllb(
+    experts: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # its experts take for ids what they are handed as a mask
+    nowhere = ids_TK < 0
+    return _called_with(
+        args, kwargs, ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0)
+    )
+
+
+def doge(
+    mixture: Any, args: Any, kwargs: Any, output: Any, ids_TK: Tensor, weights_TK: Tensor
+) -> Any:
+    # router and experts run in one function: its output is made again, as it makes it
+    import torch
+
+    hidden, logits = (*args, *kwargs.values())[0], output[1].view_as(output[1])
+    setattr(logits, GIVEN, (ids_TK, weights_TK))
+    T, act = len(ids_TK), mixture.act_fn
+    weights_TK = (weights_TK * (ids_TK >= 0)).to(hidden.dtype)
+    down_TKH, up_TKH = (
+        embed(ids_TK.clamp(min=0)) for embed in (mixture.down_embed, mixture.up_embed)
+    )
+    values_TK = torch.matmul(down_TKH, hidden.reshape(T, -1, 1)).view(T, -1)
+    experts = torch.matmul((act(values_TK) * weights_TK).view(T, 1, -1), up_TKH)
+    shared = mixture.down_proj(act(mixture.gate_proj(hidden)) * mixture.up_proj(hidden))
+    return shared + experts.view(hidden.shape), logits
 
 
 def switch(
@@ -62,11 +104,15 @@ def switch(
 ) -> Any:
     from torch.nn.functional import one_hot
 
-    values = [*args, *kwargs.values()]
-    chosen_T1E = values[1]
+    E = (*args, *kwargs.values())[1].shape[-1]
     there = (ids_TK >= 0).unsqueeze(-1)
-    values[1] = (one_hot(ids_TK.clamp(min=0), chosen_T1E.shape[-1]) * there).to(chosen_T1E.dtype)
-    values[2] = weights_TK.to(values[2].dtype)
+    return _called_with(args, kwargs, one_hot(ids_TK.clamp(min=0), E) * there, weights_TK)
+
+
+def _called_with(args: Any, kwargs: Any, chosen: Tensor, weights: Tensor) -> Any:
+    """The call with another second and third argument, of the same dtypes."""
+    values = [*args, *kwargs.values()]
+    values[1:3] = chosen.to(values[1].dtype), weights.to(values[2].dtype)
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
