@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,19 @@ def test_domains_are_those_of_the_report(made: Path):
     assert lift == pytest.approx(100 * table[same]["lift"].iloc[0], abs=0.5)
 
 
+def test_random_weights_are_not_called_specialised(here: Path):
+    def tile() -> str:
+        text = (here / "site/index.html").read_text()
+        return re.findall(r"<dt>most specialised</dt><dd>[^<]*</dd><dd[^>]*>([^<]*)</dd>", text)[0]
+
+    assert tile() == "a"
+    edit_manifest(here / "a", corpus={"plan": {"random_init": 3}})
+    table = atlas([here / name for name in "ab"], here / "site", text=0).set_index("trace")
+    assert table["domain_bits"].idxmax() == "a"
+    assert table.loc["a", "model"] == "synthetic, random weights (seed 3)"
+    assert tile() == "b"
+
+
 def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(words, "TOKENS", 3)
     monkeypatch.setattr("moe_inspect.site.index.TOKENS", 3)
@@ -211,6 +225,9 @@ def test_pages_are_added(here: Path):
     assert list(table["trace"]) == ["a", "b", "counts", "c"]
     assert list(table["made"]) == [False, False, False, True]
     assert entries(here / "site")["a"] == before
+    (here / "site/a.html").unlink()
+    with pytest.raises(MoeInspectError, match=r"a\.html is not as it was made: name its trace too"):
+        atlas([here / "c"], here / "site", add=True)
     atlas([here / "c"], here / "site")
     assert set(state(here / "site")) == {"index.html", "c.html"}
 

@@ -112,9 +112,13 @@ def _make(directory: Directory, plan: Sequence[Planned], text: Amount) -> set[st
     directory.taken |= {one.entry["page"] for one in plan if one.entry}
     for one in plan:
         key = _key(one.content, text)
-        if one.trace is None or (
-            one.entry.get("key") == key and directory.holds(one.entry["page"], one.entry["sha256"])
-        ):
+        held = bool(one.entry) and directory.holds(one.entry["page"], one.entry["sha256"])
+        if one.trace is None and not held:
+            raise MoeInspectError(
+                f"{directory.root / one.entry['page']} is not as it was made: name its trace too, "
+                f"{one.entry['address']}"
+            )
+        if one.trace is None or (held and one.entry["key"] == key):
             continue
         name = one.entry.get("name") or _free_name(one.trace.path.resolve().name, names)
         names.add(name)

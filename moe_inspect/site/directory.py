@@ -59,7 +59,7 @@ class Directory:
 
     def free_page(self, name: str) -> str:
         """The name of a page that no other has."""
-        begin = cut(slug(name), LONGEST).strip("-…")
+        begin = cut(slug(name, "trace"), LONGEST).strip("-…")
         tries = (f"{begin}.html" if n == 1 else f"{begin}-{n}.html" for n in count(1))
         page = next(one for one in tries if one not in self.taken and self._is_free(one))
         self.taken.add(page)

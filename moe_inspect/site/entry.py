@@ -28,10 +28,10 @@ Entry = dict[str, Any]
 
 
 def entry_of(made: Report) -> Entry:
-    """row: the columns of the index's table. lacks: what is missing → why. layers: label and number
-    of experts of each router. ratio: hundredths of the mean load of each expert, router after
-    router. balance, bits: by router, for the chart. domains, words: what is searched. JSON can hold
-    it."""
+    """row: the columns of the index's table. untrained: whether its weights are random. lacks: what
+    is missing → why. layers: label and number of experts of each router. ratio: hundredths of the
+    mean load of each expert, router after router. balance, bits: by router, for the chart. domains,
+    words: what is searched. JSON can hold it."""
     trace, balance = made.trace, made.tables["balance"]
     spec: Any = made.tables["specialization"]
     domain_bits = spec["domain_mi_bits"] - spec["domain_mi_null_bits"]
@@ -57,6 +57,7 @@ def entry_of(made: Report) -> Entry:
     layers = [[layer_label(routers, r), one.experts] for r, one in enumerate(routers)]
     return {
         "row": {name: _plain(value) for name, value in row.items()},
+        "untrained": untrained_seed(made) is not None,
         "lacks": _lacks(made, row, words),
         "layers": layers,
         "ratio": _ratios(made) if sum(E for _, E in layers) <= CELLS else None,

@@ -121,7 +121,7 @@ def index_page(entries: Sequence[Entry]) -> str:
         Page(
             f"Atlas of {plural(len(entries), 'trace')}",
             "Which experts the tokens of each model go to, a page per trace",
-            tiles=_tiles(table),
+            tiles=_tiles(table, np.array([entry["untrained"] for entry in entries])),
             sections=sections,
             left_out=list(_left_out(entries)),
             footer="Experts are those of one router of one model: expert 3 of a layer has nothing "
@@ -144,7 +144,8 @@ def _lacking(entries: Sequence[Entry]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["missing", "why", "traces"])
 
 
-def _tiles(table: pd.DataFrame) -> list[Tile]:
+def _tiles(table: pd.DataFrame, untrained_M: np.ndarray) -> list[Tile]:
+    """Models with random weights are not called specialised."""
     tiles = [
         Tile("traces", f"{len(table):,}", ""),
         Tile("experts", f"{int((table['routers'] * table['experts']).sum()):,}", "in all layers"),
@@ -155,8 +156,9 @@ def _tiles(table: pd.DataFrame) -> list[Tile]:
         ("max_over_mean", "idxmax", "most uneven load", "{:.2f}×"),
         ("domain_bits", "idxmax", "most specialised", "{:.2f} bits"),
     ):
-        known: Any = table.dropna(subset=[column])
-        if len(known) > 1:
+        known: Any = table[~untrained_M] if column == "domain_bits" else table
+        known = known.dropna(subset=[column])
+        if len(known) and len(table) > 1:
             row = known.loc[getattr(known[column], which)()]
             tiles.append(Tile(label, form.format(row[column]), cut(str(row["trace"]), 40)))
     return tiles

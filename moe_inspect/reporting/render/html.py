@@ -203,9 +203,10 @@ def _placed(section: Section, taken: set[str]) -> Section:
     return replace(section, name=name)
 
 
-def slug(text: str) -> str:
-    """A title as an id: "Load over time" → "load-over-time"."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
+def slug(text: str, otherwise: str = "section") -> str:
+    """A title as an id: "Load over time" → "load-over-time". `otherwise`: that of a title without
+    letters from a to z and digits."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
 
 
 class Said(NamedTuple):
