@@ -110,11 +110,22 @@ def import_(
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
     commit_every: CommitEvery = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=(
+                "Processes that parse lines of JSON (default: one per core where there is much "
+                "to parse)."
+            ),
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert what engines and trainers recorded to a trace.
 
     Reports read it like any other trace, and state what it cannot tell."""
-    from moe_inspect.importers.run import import_trace
+    from moe_inspect.importers.run import default_workers, import_trace
 
     if format not in (*MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*MODULES, "auto"]))
@@ -138,6 +149,7 @@ def import_(
             commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,
             warn=warn,
+            workers=workers or default_workers(sources),
         )
     print_stderr(
         f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "

@@ -11,12 +11,18 @@ from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.mapping import Map
+from moe_inspect.importers.parallel.lines import (
+    MOST_LINE_BYTES,
+    Prepare,
+    prepared_lines,
+    too_long,
+)
+from moe_inspect.importers.parallel.processes import Workers
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
 
-MOST_LINE_BYTES = 2**30  # a response of a million tokens fits
 MOST_JSON_BYTES = 2**28  # of a file that is one JSON value
 
 
@@ -37,7 +43,8 @@ class ImportContext:
         give.
     map: of counts: our column → where it is.
     warn: called with one line per warning.
-    read: called with the number of bytes read since the last call."""
+    read: called with the number of bytes read since the last call.
+    workers: who parses lines of JSON; None: this process."""
 
     sources: list[ImportSource]
     facts: ModelFacts | None = None
@@ -47,6 +54,7 @@ class ImportContext:
     map: Map | None = None
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
+    workers: Workers | None = None
 
     def files(self, pattern: str, what: str) -> list[tuple[Path, ImportSource]]:
         """(file, source) of each file whose name matches, in the sources' folders and subfolders. A
@@ -76,10 +84,7 @@ class ImportContext:
             while line := file.readline(MOST_LINE_BYTES):
                 number += 1
                 if len(line) == MOST_LINE_BYTES:
-                    raise MoeInspectError(
-                        f"{path} line {number} is over {MOST_LINE_BYTES:,} bytes long: it is not "
-                        "a file of this format"
-                    )
+                    raise too_long(path, number)
                 self.read(len(line))
                 if not line.isspace():
                     yield number, line
@@ -89,6 +94,13 @@ class ImportContext:
         for number, line in self.lines(path):
             where = f"{path} line {number}"
             yield where, parsed_object(line, where)
+
+    def prepared(self, path: Path, prepare: Prepare) -> Iterator[Any]:
+        """prepare(file and line number, JSON object) of each line that is not blank, in order, by
+        the workers where there are some: `prepare` can be pickled."""
+        if self.workers is not None:
+            return prepared_lines(path, prepare, self.workers, self.read)
+        return (prepare(where, fields) for where, fields in self.json_lines(path))
 
     def json(self, path: Path) -> Any:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from moe_inspect.importers.values import check_range, integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
+Decode = Callable[..., np.ndarray]
 WARM_UP = 1000  # consecutive identical rows, more than any real text has
 NPY_BASE64 = b"k05VTVBZ"
 # our field; vLLM's and SGLang's request parameters
@@ -41,11 +44,13 @@ STARTS = ("start", "routed_experts_prompt_start", "routed_experts_start_len")
 @dataclass(frozen=True)
 class Response:
     """`fed`: ids of the tokens that went through the model, those of `routed_TBK` from `start` on;
-    None where the source has no ids. The first `prompt` of them are the prompt's."""
+    None where the source has no ids. The first `prompt` of them are the prompt's. `named`: its
+    fields `domain` and `document`. `left_out`: rows of padding."""
 
     where: str
-    fields: dict[str, Any]
+    named: dict[str, Any]
     routed_TBK: np.ndarray
+    left_out: int
     path: Path
     source: ImportSource
     start: int
@@ -68,9 +73,7 @@ class Response:
     ),
 )
 def vllm_routed(context: ImportContext) -> Imported:
-    return read_responses(
-        context, lambda fields, where: decode_vllm(fields.get("routed_experts"), where)
-    )
+    return read_responses(context, decode_vllm)
 
 
 @importer(
@@ -88,16 +91,12 @@ def sglang_routed(context: ImportContext) -> Imported:
             "SGLang's routed experts do not say how many layers there are: give --model or --config"
         )
     blocks, top_k = context.facts.layers, context.known_top_k(context.facts.id)
-    return read_responses(
-        context,
-        lambda fields, where: decode_sglang(fields.get("routed_experts"), blocks, top_k, where),
-    )
+    return read_responses(context, partial(decode_sglang, blocks=blocks, top_k=top_k))
 
 
-def read_responses(
-    context: ImportContext, decode: Callable[[dict[str, Any], str], np.ndarray]
-) -> Imported:
-    """decode: from the fields of a response and how an error begins, its experts [T, B, K]."""
+def read_responses(context: ImportContext, decode: Decode) -> Imported:
+    """decode: from what a response has as `routed_experts`, and `where`, with which an error
+    begins, its experts [T, B, K]; it can be pickled."""
     files = context.files(r".*\.(jsonl|npy)", ".jsonl of responses")
     arrived = _arriving(
         context, [f for f in files if not f[0].name.endswith(".token_ids.npy")], decode
@@ -159,33 +158,22 @@ def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
 
 
 def _arriving(
-    context: ImportContext,
-    files: list[tuple[Path, ImportSource]],
-    decode: Callable[[dict[str, Any], str], np.ndarray],
+    context: ImportContext, files: list[tuple[Path, ImportSource]], decode: Decode
 ) -> Iterator[Response]:
     """Responses without padding. Warns at the end of how much was left out."""
     padded, rows, without = 0, 0, 0
     for path, source in files:
         if path.suffix == ".npy":
-            arrays = [(_bare(context, path), str(path))]
+            fields = _bare(context, path)
+            lines = iter([[_response(str(path), fields, fields["array"], path, source)]])
         else:
-            arrays = (
-                (fields, where)
-                for where, written in context.json_lines(path)
-                for fields in _choices(written, where)
-            )
-        for fields, where in arrays:
-            if fields is None:
+            lines = context.prepared(path, partial(_of_line, decode, path, source))
+        for response in chain.from_iterable(lines):
+            if response is None:
                 without += 1
                 continue
-            array = (
-                fields["array"]
-                if path.suffix == ".npy"
-                else decode(fields, f"{where}: routed_experts")
-            )
-            response = _response(where, fields, array, path, source)
-            padded += len(response.routed_TBK) < len(array)
-            rows += len(array) - len(response.routed_TBK)
+            padded += response.left_out > 0
+            rows += response.left_out
             yield response
     if padded:
         context.warn(
@@ -197,6 +185,20 @@ def _arriving(
             f"{without:,} choices are left out: SGLang returns the routed experts of the first "
             "choice only"
         )
+
+
+def _of_line(
+    decode: Decode, path: Path, source: ImportSource, where: str, written: dict[str, Any]
+) -> list[Response | None]:
+    """The responses of a line; None for a choice whose routed experts were not returned."""
+    listed = list[Response | None]()
+    for fields in _choices(written, where):
+        if fields is None:
+            listed.append(None)
+            continue
+        array = decode(fields.get("routed_experts"), where=f"{where}: routed_experts")
+        listed.append(_response(where, fields, array, path, source))
+    return listed
 
 
 def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
@@ -249,6 +251,7 @@ def _response(
     where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: ImportSource
 ) -> Response:
     rows = len(routed_TBK)
+    named = {name: fields.get(name) for name in ("domain", "document")}
     if path.suffix == ".npy":
         ids_T = fields.get("ids")
         begin, end = _padding(
@@ -257,8 +260,9 @@ def _response(
         part = slice(begin, rows - end)
         return Response(
             where,
-            fields,
+            named,
             routed_TBK[part],
+            begin + end,
             path,
             source,
             0,
@@ -281,7 +285,8 @@ def _response(
             f"and the {len(generated)} generated, the last of which is never "
             f"fed{_mismatch(fields, rows, expected)}"
         )
-    return Response(where, fields, kept, path, source, start, len(prompt_ids), fed)
+    out = rows - len(kept)
+    return Response(where, named, kept, out, path, source, start, len(prompt_ids), fed)
 
 
 def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[int, int]:
@@ -353,12 +358,12 @@ def _sequences(
 ) -> Iterator[RoutedBatch]:
     """The batches of one response: what of the prompt was fed, then what was generated. Each run of
     tokens whose routes are known is a sequence."""
-    where, fields, start = response.where, response.fields, response.start
+    where, start = response.where, response.start
     T = len(response.routed_TBK)
     cut = T if response.prompt is None else min(max(response.prompt - start, 0), T)
     token_id = None if response.fed is None else response.fed[start : start + T]
     ids = select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
-    domain, name = fields.get("domain"), fields.get("document")
+    domain, name = response.named["domain"], response.named["document"]
     domain = domain if isinstance(domain, str) and domain else named(response.path)
     domain = response.source.domain or domain
     document, documents = numbers.document(

@@ -4,8 +4,9 @@ renamed when it is complete."""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.counts import COLUMNS
 from moe_inspect.importers.mapping import parse_map
+from moe_inspect.importers.parallel.processes import Workers, at_work
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
@@ -29,6 +31,7 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 from moe_inspect.trace.writer.draft import whole_trace
 
+WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them
 ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused
 
 
@@ -46,6 +49,7 @@ def import_trace(
     commit_every: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
+    workers: int | Workers = 1,
 ) -> Trace:
     """Imports files of another tool as a trace at `out`, and returns the trace.
 
@@ -67,6 +71,9 @@ def import_trace(
             while it is written. It is written beside `out` and renamed when it is complete.
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
+        workers: how many processes parse lines of JSON, ahead of this one; the trace is the same.
+            More than one need `if __name__ == "__main__":` in a script. Or other workers: see
+            `importers.parallel.processes.Workers`.
 
     Raises:
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.
@@ -75,40 +82,51 @@ def import_trace(
     target = output_location(out)
     check_directory(target, overwrite, resumable=False)
     listed = [_source(text) for text in sources]
-    try:
-        if format == "auto":
-            format = sniff(listed)
-            warn(f"recognised as {format}: {formats()[format].reads.replace('`', '')}")
-        if format not in formats():
-            raise MoeInspectError(f"no format {format!r}: there are {', '.join(formats())}, auto")
-        if pipeline_stages is not None and format != "megatron":
-            raise MoeInspectError(
-                f"--pipeline-stages is an option of the format megatron, not of {format}"
+    with at_work(workers) as at:
+        try:
+            if format == "auto":
+                format = sniff(listed)
+                warn(f"recognised as {format}: {formats()[format].reads.replace('`', '')}")
+            if format not in formats():
+                raise MoeInspectError(
+                    f"no format {format!r}: there are {', '.join(formats())}, auto"
+                )
+            if pipeline_stages is not None and format != "megatron":
+                raise MoeInspectError(
+                    f"--pipeline-stages is an option of the format megatron, not of {format}"
+                )
+            if map is not None and format != "counts":
+                raise MoeInspectError(f"--map is an option of the format counts, not of {format}")
+            where = parse_map(map, COLUMNS) if map is not None else None
+            facts = read_facts(model) if model is not None else None
+            context = ImportContext(
+                listed,
+                facts,
+                experts,
+                top_k,
+                pipeline_stages,
+                where,
+                warn,
+                _progress(listed, progress),
+                at,
             )
-        if map is not None and format != "counts":
-            raise MoeInspectError(f"--map is an option of the format counts, not of {format}")
-        where = parse_map(map, COLUMNS) if map is not None else None
-        facts = read_facts(model) if model is not None else None
-        context = ImportContext(
-            listed, facts, experts, top_k, pipeline_stages, where, warn, _progress(listed, progress)
+            imported = formats()[format].run(context)
+            vocabulary = context.facts.vocabulary() if context.facts is not None else None
+            batches = watched(imported, vocabulary, warn)
+            first = next(batches, None)
+            if first is None:
+                raise MoeInspectError(f"{listed[0].path} holds no decisions")
+        except OSError as error:
+            raise _unread(error, listed) from None
+        _write(
+            target,
+            overwrite,
+            commit_every,
+            _read(chain([first], batches), listed),
+            imported,
+            vocabulary,
+            _manifest(format, context, imported),
         )
-        imported = formats()[format].run(context)
-        vocabulary = context.facts.vocabulary() if context.facts is not None else None
-        batches = watched(imported, vocabulary, warn)
-        first = next(batches, None)
-        if first is None:
-            raise MoeInspectError(f"{listed[0].path} holds no decisions")
-    except OSError as error:
-        raise _unread(error, listed) from None
-    _write(
-        target,
-        overwrite,
-        commit_every,
-        _read(chain([first], batches), listed),
-        imported,
-        vocabulary,
-        _manifest(format, context, imported),
-    )
     return Trace(target)
 
 
@@ -134,18 +152,28 @@ def _source(text: str | Path) -> ImportSource:
     return ImportSource(Path(text), None)
 
 
+def default_workers(sources: Sequence[str | Path]) -> int:
+    """One process per core, where there is so much to read that starting them pays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) if _bytes_of(map(_source, sources)) >= WORTH_BYTES else 1
+
+
+def _bytes_of(sources: Iterable[ImportSource]) -> int:
+    files = (
+        f
+        for s in sources
+        for f in (s.path.rglob("*") if s.path.is_dir() else [s.path])
+        if f.is_file()
+    )
+    return sum(f.stat().st_size for f in files)
+
+
 def _progress(
     sources: list[ImportSource], progress: Callable[[int, int], None] | None
 ) -> Callable[[int], None]:
     if progress is None:
         return lambda n: None
-    files = [
-        f
-        for s in sources
-        for f in (s.path.rglob("*") if s.path.is_dir() else [s.path])
-        if f.is_file()
-    ]
-    total, done = sum(f.stat().st_size for f in files), 0
+    total, done = _bytes_of(sources), 0
 
     def read(n: int) -> None:
         nonlocal done

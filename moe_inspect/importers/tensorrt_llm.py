@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,13 @@ def tensorrt_llm_routed(context: ImportContext) -> Imported:
             "are numbered from 0 on"
         )
 
-    def decode(fields: dict[str, Any], where: str) -> np.ndarray:
-        routed_TLK = decode_vllm(fields.get("routed_experts"), where)
-        if facts is None:
-            return routed_TLK
-        layers = [router.layer for router in facts.routers()]
-        return with_dense_blocks(routed_TLK, layers, facts.layers, where)
+        return read_responses(context, decode_vllm)
+    layers = [router.layer for router in facts.routers()]
+    return read_responses(context, partial(_with_dense_blocks, layers, facts.layers))
 
-    return read_responses(context, decode)
+
+def _with_dense_blocks(layers: list[int], blocks: int, text: object, where: str) -> np.ndarray:
+    return with_dense_blocks(decode_vllm(text, where), layers, blocks, where)
 
 
 def _opened(path: Path) -> tuple[Any, Keys]:

@@ -71,7 +71,8 @@ from moe_inspect.trace.writer import RoutedBatch
     ),
 )
 def megatron(context: ImportContext) -> Imported:
-    quiet = replace(context, read=lambda n: None)  # of bytes that will be read again
+    # of bytes that will be read again
+    quiet = replace(context, read=lambda n: None, workers=None)
     found = context.files(r".*\.jsonl", ".jsonl of a router trace")
     counts = [
         is_counts for path, _ in found if (is_counts := is_counts_file(quiet, path)) is not None

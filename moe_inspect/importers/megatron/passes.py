@@ -126,37 +126,32 @@ def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
     called again."""
     calls: Pass = {}
     current: tuple[int, int] | None = None
-    for where, fields in context.json_lines(path):
-        if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
-            raise MoeInspectError(
-                f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known"
-            )
-        if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
-            raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
-        step = (
-            integer(fields.get("step"), f"{where}: step"),
-            integer(fields.get("rank"), f"{where}: rank"),
-        )
-        layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
-        index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
-        spot = (block, index if block == "mtp" else 0, layer)
+    for step, spot, call in context.prepared(path, _call):
         if calls and (step != current or spot in calls):
             yield calls
             calls = {}
         current = step
-        calls[spot] = Call(
-            where,
-            fields,
-            integers(
-                fields.pop("top_indices", None),
-                f"{where}: top_indices",
-                (None, None),
-                -1,
-                MOST_EXPERTS,
-            ),
-        )
+        calls[spot] = call
     if calls:
         yield calls
+
+
+def _call(where: str, fields: dict[str, Any]) -> tuple[tuple[int, int], Spot, Call]:
+    """Step and rank, the router, and its call, of a line."""
+    if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
+        raise MoeInspectError(f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known")
+    if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
+        raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
+    step = (
+        integer(fields.get("step"), f"{where}: step"),
+        integer(fields.get("rank"), f"{where}: rank"),
+    )
+    layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
+    index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
+    ids_TK = integers(
+        fields.pop("top_indices", None), f"{where}: top_indices", (None, None), -1, MOST_EXPERTS
+    )
+    return step, (block, index if block == "mtp" else 0, layer), Call(where, fields, ids_TK)
 
 
 def _own(

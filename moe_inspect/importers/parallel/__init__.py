@@ -1,0 +1,1 @@
+"""Files read by several processes at once, with the result of one."""

@@ -1,0 +1,88 @@
+"""Lines of JSON, parsed and prepared by several processes: a file is cut into chunks of whole
+lines, and what they hold comes back in its order. Errors too: the first that reading line by line
+meets is the one that is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.parallel.processes import Workers
+from moe_inspect.importers.values import parsed_object
+
+CHUNK_BYTES = 2**22
+MOST_LINE_BYTES = 2**30  # a response of a million tokens fits
+
+Prepare = Callable[[str, dict[str, Any]], Any]
+
+
+class Chunk(NamedTuple):
+    """`number`: of its first line, from 1."""
+
+    start: int
+    size: int
+    number: int
+
+
+def prepared_lines(
+    path: Path, prepare: Prepare, workers: Workers, read: Callable[[int], None]
+) -> Iterator[Any]:
+    """prepare(where, JSON object) of each line that is not blank, in order. `prepare` is pickled.
+    `read` is called with the bytes of each chunk."""
+    sizes = list[int]()
+
+    def tasks() -> Iterator[Chunk]:
+        for chunk in chunks_of(path):
+            sizes.append(chunk.size)
+            yield chunk
+
+    found = workers.each(_prepared, (prepare, path), tasks())
+    for n, (values, error) in enumerate(found):
+        read(sizes[n])
+        yield from values
+        if error is not None:
+            raise error
+
+
+def chunks_of(path: Path) -> Iterator[Chunk]:
+    """MoeInspectError where a line is too long."""
+    with open(path, "rb") as file:
+        start, number = 0, 1
+        while block := file.read(CHUNK_BYTES):
+            end = block.rfind(b"\n") + 1
+            lines = block.count(b"\n")
+            if not end:  # a line that is longer than a chunk, or the last one
+                end, lines = len(block) + len(file.readline(MOST_LINE_BYTES)), 1
+                if end >= MOST_LINE_BYTES:
+                    raise too_long(path, number)
+            yield Chunk(start, end, number)
+            start, number = start + end, number + lines
+            file.seek(start)
+
+
+def too_long(path: Path, number: int) -> MoeInspectError:
+    return MoeInspectError(
+        f"{path} line {number} is over {MOST_LINE_BYTES:,} bytes long: it is not a file of this "
+        "format"
+    )
+
+
+def _prepared(
+    prepare: Prepare, path: Path, start: int, size: int, number: int
+) -> tuple[list[Any], MoeInspectError | None]:
+    """What the lines of a chunk hold, and what is wrong with the line after them."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        lines = file.read(size).split(b"\n")
+    values = list[Any]()
+    for n, line in enumerate(lines, number):
+        if not line or line.isspace():
+            continue
+        where = f"{path} line {n}"
+        try:
+            values.append(prepare(where, parsed_object(line, where)))
+        except MoeInspectError as error:
+            return values, error
+    return values, None
