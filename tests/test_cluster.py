@@ -17,11 +17,13 @@ from moe_inspect.analysis import cluster, tasks
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.parallel import lines
 from moe_inspect.simulate.placement import ranks_reached
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests import foreign
 from tests.conftest import Cli
 
 distributed = pytest.importorskip("distributed")
@@ -192,3 +194,22 @@ def test_what_goes_wrong_is_said_in_a_line(
         pytest.raises(MoeInspectError, match="has no workers"),
     ):
         counted(empty.scheduler_address)
+
+
+def test_dumps_are_parsed_on_it(
+    client: Any, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 150)
+    (tmp_path / "in").mkdir()
+    foreign.megatron(tmp_path / "in")
+    call = ("import", "megatron", "in", "--config", foreign.config_file(tmp_path))
+    cli_here(*call, "-o", "here")
+    cli_here(*call, "-o", "there", "--scheduler", client.scheduler.address)
+    files = [path for path in (tmp_path / "here").rglob("*.*") if path.name != "trace.json"]
+    assert len(files) == 5
+    for path in files:
+        other = tmp_path / "there" / path.relative_to(tmp_path / "here")
+        assert path.read_bytes() == other.read_bytes(), path.name
+    (tmp_path / "in/router_trace_rank1.jsonl").write_text('{"step": 0')
+    said = cli_here(*call, "-o", "bad", "--scheduler", client.scheduler.address, check=1).stderr
+    assert "rank1.jsonl line 1 is not JSON" in said

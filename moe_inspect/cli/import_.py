@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,24 @@ from moe_inspect.cli.options import CommitEvery
 from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
+
+if TYPE_CHECKING:
+    from moe_inspect.importers.parallel.processes import Workers
+
+
+@contextmanager
+def _workers(
+    workers: int | None, scheduler: str | None, sources: list[str]
+) -> Generator[int | Workers]:
+    from moe_inspect.importers.run import default_workers
+
+    if scheduler is None:
+        yield workers or default_workers(sources)
+        return
+    from moe_inspect.analysis.cluster import cluster
+
+    with cluster(scheduler, []) as at:
+        yield at
 
 
 class ImportCommand(FormatsCommand):
@@ -121,11 +141,22 @@ def import_(
             show_default=False,
         ),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help=(
+                "Parse lines of JSON on this dask.distributed cluster, whose workers see the files "
+                "at the same path."
+            ),
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert what engines and trainers recorded to a trace.
 
     Reports read it like any other trace, and state what it cannot tell."""
-    from moe_inspect.importers.run import default_workers, import_trace
+    from moe_inspect.importers.run import import_trace
 
     if format not in (*MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*MODULES, "auto"]))
@@ -135,7 +166,9 @@ def import_(
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("taken for") else f"warning: {line}")
 
-    with shown(("importing", 1)) as bar:
+    if workers is not None and scheduler is not None:
+        raise typer.BadParameter("--workers and --scheduler are two ways to do the same: give one")
+    with shown(("importing", 1)) as bar, _workers(workers, scheduler, sources) as at:
         trace = import_trace(
             format,
             sources,
@@ -149,7 +182,7 @@ def import_(
             commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,
             warn=warn,
-            workers=workers or default_workers(sources),
+            workers=at,
         )
     print_stderr(
         f"imported {plural(trace.n_tokens, 'token')}, {plural(len(trace.routers), 'router')} into "

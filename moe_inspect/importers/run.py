@@ -72,8 +72,9 @@ def import_trace(
         progress: called with (bytes read, total bytes).
         warn: called with one line per warning; default `warnings.warn`.
         workers: how many processes parse lines of JSON, ahead of this one; the trace is the same.
-            More than one need `if __name__ == "__main__":` in a script. Or other workers: see
-            `importers.parallel.processes.Workers`.
+            More than one need `if __name__ == "__main__":` in a script. Or other workers, with
+            a method `each(function, shared, tasks)`: what function(*shared, *task) returns, in
+            order.
 
     Raises:
         MoeInspectError: the files cannot be imported as asked. Nothing is left at `out`.

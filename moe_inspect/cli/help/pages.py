@@ -208,7 +208,7 @@ PAGES = {
         {
             "Model": ("model", "config", "experts", "top_k", "pipeline_stages"),
             "Trace": ("output", "overwrite", "commit_every"),
-            "Run": ("workers",),
+            "Run": ("workers", "scheduler"),
         },
         (
             "import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B",
