@@ -86,7 +86,7 @@ PAGES = {
         },
         (
             "serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924",
-            "serve-trace -o runs/a --generate 8 -- sglang serve --model ./model",
+            "serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2",
         ),
     ),
     "report": Page(
