@@ -7,6 +7,7 @@ import email.utils
 import json
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -24,6 +25,8 @@ CONNECT_S = 10.0
 FIRST_CONTACT_S = 5.0
 MODELS = "/v1/models"  # every engine has it
 MOST_BYTES, ERROR_BYTES = 2**24, 2**16
+# whether the server has ended for good, as far as who started it can say
+server_ended: ContextVar[Callable[[], bool]] = ContextVar("server_ended", default=lambda: False)
 
 
 class _Retry(Exception):
@@ -132,7 +135,7 @@ async def ask(
 
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_Retry),
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        stop=lambda state: state.attempt_number >= ATTEMPTS or server_ended.get()(),
         wait=_wait,
         before_sleep=tell_why,
         reraise=True,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_inspect.capture.server import keeper
-from moe_inspect.capture.server.client import NotReady, check_server
+from moe_inspect.capture.server.client import NotReady, check_server, server_ended
 from moe_inspect.capture.server.engine_command import EngineCommand, read_command
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
@@ -65,6 +65,7 @@ def serve_engine(
     with open(log, "ab") as said:
         began_at = said.tell()
         kept = _start(read, said)
+        before = server_ended.set(lambda: kept.poll() is not None)
         try:
             _wait(kept, read, api_key or read.api_key, start_timeout_s, waiting)
             yield read
@@ -76,6 +77,7 @@ def serve_engine(
                 f"{read.name} ended with {_code(kept.returncode)}: the end of {log} is above"
             ) from error
         finally:
+            server_ended.reset(before)
             assert kept.stdin is not None
             kept.stdin.close()
             kept.wait()
