@@ -120,7 +120,7 @@ def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(
     assert done.stderr.endswith(
         "error: vllm ended with SIGKILL: the end of t.engine.log is above\n"
     )
-    assert done.stderr.count("retrying") <= 2  # of six attempts
+    assert done.stderr.count("retrying") < client.ATTEMPTS - 1  # it is known to be gone
     kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
     assert nobody_is_left(tmp_path)
     does()

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import FrameType
 
 POLL_S = 0.1
-REST_S = 5.0  # for what the command itself started, when it has ended
+REST_S = 5.0  # for what the command left when it ended
 
 
 def main() -> None:
@@ -39,14 +39,15 @@ def main() -> None:
 
 
 def stop(kept: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ends the command and all in its process group: SIGTERM, then SIGKILL."""
-    end = time.monotonic() + grace_s
-    there = _signal_group(kept.pid, signal.SIGTERM)
-    while there and time.monotonic() < end:
-        if kept.poll() is not None:
-            end = min(end, time.monotonic() + REST_S)
-        time.sleep(POLL_S / 2)
-        there = _signal_group(kept.pid, 0)
+    """Ends the command, which knows best how to end what it started, then what is left of its
+    process group: SIGTERM, and SIGKILL for what does not end."""
+    kept.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        kept.wait(grace_s)
+        there, end = _signal_group(kept.pid, signal.SIGTERM), time.monotonic() + REST_S
+        while there and time.monotonic() < end:
+            time.sleep(POLL_S / 2)
+            there = _signal_group(kept.pid, 0)
     _signal_group(kept.pid, signal.SIGKILL)
     kept.wait()
 
