@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from moe_inspect.text import first_line
+from moe_inspect.text import first_line, printable
 
 INSTALL_TRACE = "pip install 'moe-inspect[trace]'"  # the capture side is an extra
 
 
 class MoeInspectError(Exception):
     """Something the user can fix. The message is one line: the thing, the value, the way out; the
-    command line prints it and exits with 1. Our own mistakes are other exceptions and keep their
-    traceback."""
+    command line prints it and exits with 1. Line ends and control characters of what it quotes are
+    backslash escapes. Our own mistakes are other exceptions and keep their traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @contextmanager

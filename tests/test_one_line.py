@@ -8,6 +8,7 @@ import csv
 import errno
 import io
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -28,6 +29,7 @@ import moe_inspect
 from moe_inspect.__main__ import main
 from moe_inspect.cli import app
 from moe_inspect.cli.emit import Format, emit
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.text import first_line, printable
 from moe_inspect.trace.reader import Trace
@@ -174,6 +176,12 @@ def one_line(result: tuple[int, str], *says: str) -> None:
 
 def fine(result: tuple[int, str]) -> None:
     assert result[0] == 0, result[1]
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    error = MoeInspectError(f"no column {HOSTILE}\nof {LATIN}")
+    assert str(error).isprintable()
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 # --- streams
