@@ -21,6 +21,7 @@ import pytest
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, Scale
 from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.payload import table_json
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.text import number, readable
 from tests.damage import edit_manifest
@@ -825,3 +826,26 @@ def test_labels_of_a_scale_do_not_overlap(browser: Any, tmp_path: Path):
     assert page.view.locator(".scale").count() == len(sections)
     assert page.view.evaluate(overlapping) == 0
     page.view.close()
+
+
+def test_numbers_of_a_table_keep_their_kind():
+    frame = pd.DataFrame(
+        {
+            "whole": [1, 2],
+            "real": [float("nan"), float("inf")],
+            "nullable": pd.array([pd.NA, 2**60 + 1], "Int64"),
+            "truth": [True, False],
+            "maybe": pd.array([pd.NA, True], "boolean"),
+            "text": ["a", None],
+        }
+    )
+    found = [[(type(v), v) for v in values] for values in table_json(frame)["values"]]
+    none = (type(None), None)
+    assert found == [
+        [(int, 1), (int, 2)],
+        [none, (str, "inf")],
+        [none, (int, 2**60 + 1)],
+        [(bool, True), (bool, False)],
+        [none, (bool, True)],
+        [(str, "a"), none],
+    ]

@@ -77,11 +77,12 @@ def table_json(
 
 
 def _values(column: Any) -> list[Any]:
-    values: np.ndarray = column.to_numpy()
-    if values.dtype.kind not in "iubf":
+    kind: str = column.dtype.kind
+    # (the nullable types of pandas have kinds too, and give integers as floats)
+    if not isinstance(column.dtype, np.dtype) or kind not in "iubf":
         return [_plain(value) for value in column]
-    found = values.tolist()
-    for i in np.flatnonzero(~np.isfinite(values)).tolist():
+    found = column.tolist()
+    for i in np.flatnonzero(~np.isfinite(column)).tolist():
         found[i] = _plain(found[i])
     return found
 
