@@ -46,7 +46,8 @@ BALANCED = Path(__file__).parent.parent / "sample_traces" / "balanced"  # of the
 # command → what it is usually called with, beside a trace "t" with logits and a file "loads.csv"
 USUAL: dict[str, list[Any]] = {
     "trace": ["demo", "-o", "new", "--max-tokens", 50],
-    "serve-trace": ["-o", "new", "--", "vllm", "serve", "demo"],  # test_serve_trace runs it
+    # (what it does is in test_serve_trace)
+    "serve-trace": ["-o", "new", "--engine", "vllm", "--", "true", "serve", "demo"],
     "report": ["t"],
     "compare": ["t", "t"],
     "ablate": ["demo", "--layers", 1, "--experts", 0, "--max-tokens", 200],
@@ -374,7 +375,7 @@ def test_errors_steer_no_terminal(command: str, here: Path) -> None:
     )
     one_line(result, printable(place))
     assert result[1].removesuffix("\n").isprintable()
-    code, err = run(command, f"--{HOSTILE}")
+    code, err = run(command, usual=[f"--{HOSTILE}", *USUAL[command]])
     assert code == 2
     assert all(line.isprintable() for line in err.split("\n"))
 
