@@ -7,8 +7,10 @@ cost      what the size of the experts' outputs costs: `output_norms` beside dis
           each. Writes benchmarks/results/worth-<machine>.json.
 pruning   whether the scores are worth anything: the loss of the bundled model on held-out text
           without 1, 2 and 3 of the 8 experts of each layer, by each score, calibrated on every
-          other text of each domain and judged on the rest, and the other way round; and by REAP
-          calibrated on three domains and judged on the other three, for all 20 ways to choose them.
+          other text of each domain and judged on the rest, and the other way round (at random with
+          the 95 % interval of the draws' mean; by ablation also on two texts of each domain, as the
+          figures seen before have it); and by REAP calibrated on three domains and judged on the
+          other three, for all 20 ways to choose them.
           Writes benchmarks/results/pruning-<machine>.json.
 
     python -m benchmarks.worth cost [--rounds 15] [-o FILE]
@@ -119,6 +121,7 @@ def cost_lines(found: list[dict[str, Any]]) -> list[str]:
 
 REMOVED = (1, 2, 3)  # of 8 experts
 DRAWS = 20
+STUDENT = 2.093  # 97.5th percentile of Student's t with DRAWS - 1 degrees of freedom
 # loss as an independent script found them once, on a split of its own
 SEEN = {
     "whole": 4.278,
@@ -131,7 +134,8 @@ SEEN = {
     "aimer": (4.424, 4.540, 4.911),
     "ablation": (4.330, 4.537, 4.752),
 }
-SEEN_SCORES = [by for by in SEEN if by != "whole"]
+# of each domain: those on which the ablation in SEEN was measured
+FEW, OF_FEW = 2, "ablation, 2 texts"
 SEEN_OTHER_DOMAINS = {"reap": 5.216, "random": 5.041}  # two experts removed
 
 
@@ -146,13 +150,24 @@ def halves(place: Path) -> list[Path]:
     return found
 
 
-def scores_of(trace: Trace, held_out: HeldOut) -> dict[str, list[np.ndarray]]:
+def first_texts(half: Path) -> Path:
+    """A folder with the first FEW texts of each domain of a half."""
+    few = half.with_name(f"{half.name} {FEW}")
+    for domain in half.iterdir():
+        (few / domain.name).mkdir(parents=True)
+        for text in sorted(domain.iterdir())[:FEW]:
+            (few / domain.name / text.name).write_bytes(text.read_bytes())
+    return few
+
+
+def scores_of(trace: Trace, few: Trace, held_out: HeldOut) -> dict[str, list[np.ndarray]]:
     """Of each router, float64 [E]; the least goes first."""
     found = {by: [score_E(counted(trace, by), r, by) for r in range(4)] for by in SCORES}
     aimer = weight_tables(MODEL_DIR)["experts"]
     # the more alike its weights are in size, the less an expert has learned
     found["aimer"] = [-of.to_numpy() for _, of in aimer.groupby("router").aimer]
     found["ablation"] = ablation_scores(held_out, trace, None, None)
+    found[OF_FEW] = ablation_scores(held_out, few, None, None)
     return found
 
 
@@ -160,10 +175,10 @@ def at_random(removed: int) -> list[Drop]:
     return [lowest(random_scores([8] * 4, seed), 1 - removed / 8) for seed in range(DRAWS)]
 
 
-def by_score(trace: Trace, held_out: HeldOut) -> dict[str, Any]:
+def by_score(trace: Trace, few: Trace, held_out: HeldOut) -> dict[str, Any]:
     """Loss of the whole model, and by score without 1, 2 and 3 experts of each layer: nats per
-    token; "random": the mean of the draws."""
-    scores, plans = scores_of(trace, held_out), dict[str, list[Drop]]()
+    token; "random": the mean of the draws, and its 95 % interval."""
+    scores, plans = scores_of(trace, few, held_out), dict[str, list[Drop]]()
     for n in REMOVED:
         plans |= {f"{by} {n}": [lowest(score_LE, 1 - n / 8)] for by, score_LE in scores.items()}
         plans[f"random {n}"] = at_random(n)
@@ -172,6 +187,11 @@ def by_score(trace: Trace, held_out: HeldOut) -> dict[str, Any]:
         by: [float(np.mean(losses.loss(f"{by} {n}"))) for n in REMOVED]
         for by in ("random", *scores)
     }
+    drawn = np.array([losses.loss(f"random {n}") for n in REMOVED])
+    error = STUDENT * drawn.std(axis=1, ddof=1) / DRAWS**0.5
+    made["random low"], made["random high"] = (
+        (drawn.mean(axis=1) + sign * error).tolist() for sign in (-1, 1)
+    )
     return {"whole": losses.loss("whole")[0], "experts removed": list(REMOVED), **made}
 
 
@@ -226,7 +246,11 @@ def pruning() -> dict[str, Any]:
         ]
         for shown, on in ((0, 1), (1, 0)):
             name = f"calibrated on {texts[shown].name} texts, judged on {texts[on].name} ones"
-            found[name] = by_score(traces[shown], judged[on])
+            few = first_texts(texts[shown])
+            few_trace = moe_inspect.trace_model(
+                "demo", Path(folder) / few.name, data=[str(few)], **options
+            )
+            found[name] = by_score(traces[shown], few_trace, judged[on])
         found["three domains"] = by_other_domains(traces[0], judged[1])
     found["seen"] = {**SEEN, "three domains": SEEN_OTHER_DOMAINS}
     return found
@@ -238,7 +262,8 @@ def pruning_lines(found: dict[str, Any]) -> list[str]:
     for name in (*halves, "seen"):
         case = found[name]
         lines.append(f"{name}: whole {case['whole']:.3f}")
-        lines += [f"  {by:10}" + "".join(f"{x:8.3f}" for x in case[by]) for by in SEEN_SCORES]
+        shown = [by for by in case if by not in ("whole", "experts removed", "three domains")]
+        lines += [f"  {by:17}" + "".join(f"{x:8.3f}" for x in case[by]) for by in shown]
     lines.append("by REAP of three domains, on the others, 2 removed (whole, random, REAP)")
     for row in found[three]:
         values = "".join(f"{row[name]:8.3f}" for name in ("whole", "random", "reap"))

@@ -188,3 +188,31 @@ def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
     assert whole != without
     nothing = cli_here("ablate", check=2)
     assert "give a MODEL, or --loader" in " ".join(nothing.stderr.split())
+
+
+def test_a_model_of_ones_own_is_pruned_without_a_checkpoint(tmp_path: Path, cli_here: Cli) -> None:
+    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "routers.py").write_text(ROUTERS)
+    model = ["model.pt", "--loader", f"{own.EXAMPLE}:load", "--routers", "routers.py:ROUTERS"]
+    cli_here("trace", *model, "--max-tokens", 300, "-o", "t")
+    given = ["--trace", "t", "--max-tokens", 300, "--by", "frequency", "--draws", 1]
+    plan, whole = [
+        json.loads(line)
+        for line in cli_here(
+            "prune", *model, *given, "--keep", 0.85, "--dry-run", "--format", "json"
+        ).stdout.splitlines()
+        if '"(all)"' in line
+    ][1::-1]
+    load = moe_inspect.report(tmp_path / "t").tables["load"]
+    experts = load.loc[load.groupby("layer").assignments.idxmin()]
+    options = TraceOptions(loader=load_object(f"{own.EXAMPLE}:load"), max_tokens=300)
+    options = replace(options, routers=[load_object(f"{tmp_path}/routers.py:ROUTERS")])
+    of = open_held_out(str(tmp_path / "model.pt"), options)
+    with moe_inspect.intervene(
+        of.network, drop=dict(zip(experts.layer, experts.expert, strict=True)), routers=of.routers
+    ):
+        nats = sum(of.losses(b).sum() for b in range(len(of.batches)))
+    assert plan["loss"] == pytest.approx(nats / plan["tokens"])
+    assert plan["loss"] != whole["loss"]
+    refused = cli_here("prune", *model, *given, "-o", "pruned", check=1)
+    assert "leave out --loader, or only measure (--dry-run)" in refused.stderr

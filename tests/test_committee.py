@@ -16,6 +16,7 @@ from moe_inspect.analysis.metrics import committee as com
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics.signature import accuracies, wilson
 from moe_inspect.reporting.report import report
+from moe_inspect.reporting.verdict import routes
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.synthetic import uniform_ids, write_trace
 
@@ -349,3 +350,37 @@ def test_slots_that_routed_nowhere_are_a_choice_of_their_own(tmp_path: Path):
     assert found["paths"] == 3
     assert found["set_paths"] == 3  # {0, 1}, {0}, none
     assert found["set_path_entropy_bits"] == pytest.approx(1.5)
+
+
+def notes(made: Any) -> dict[str, Any]:
+    kinds = ("committee", "signature", "paths")
+    return {one.kind: one for one in made.verdict() if one.kind in kinds}
+
+
+def test_the_verdict_says_what_is_beyond_chance(tmp_path: Path) -> None:
+    """And nothing of independent choices, of a model that was never trained, or of few documents;
+    passes of their own are made over small traces alone."""
+    found = notes(report(led(tmp_path / "led")))
+    assert found["committee"].severity == "note"
+    assert "In 3 routers of 3 the same experts lead in all 3 domains" in found["committee"].text
+    assert "1 expert (0) carries 50% of the assignments" in found["committee"].text
+    assert "of 100% of 24 documents the nearest other one" in found["signature"].text
+    document = np.repeat(np.arange(DOCUMENTS), LENGTH)
+    rng = np.random.default_rng(2)
+    ids = [uniform_ids(rng, len(document), E, K) for _ in range(3)]
+    given: Any = {"document": document, "domain_of_document": DOMAINS}
+    assert not notes(report(write_trace(tmp_path / "even", ids, E, **given)))
+    few = [one[: 4 * LENGTH] for one in ids]
+    given["document"] = document[: 4 * LENGTH]
+    assert not notes(report(write_trace(tmp_path / "few", few, E, **given)))
+
+
+def test_the_verdict_of_the_sample_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = report(SAMPLES / "balanced")
+    found = notes(made)
+    assert found.keys() == {"signature", "paths"}
+    assert "form 843 paths with an entropy of 8.02 bits" in found["paths"].text
+    assert {one.group for one in found.values()} == {"Specialization"}
+    assert not notes(report(SAMPLES / "untrained"))
+    monkeypatch.setattr(routes, "TOKENS", 9000)
+    assert not notes(report(SAMPLES / "balanced"))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import moe_inspect
 from tests.conftest import Cli
+from tests.damage import edit_lines, without_checksums
 from tests.zoo import build
 
 
@@ -29,7 +34,7 @@ def joined(a: moe_inspect.Trace, b: moe_inspect.Trace) -> Any:
     """The tokens of both up to the first that differs: `goes_on` where both have the same next one,
     `routes` where they chose the same experts at every router."""
     keys = ["document", "position"]
-    columns = [*keys, "token", "token_id", "domain", "loss_nats"]
+    columns = [*keys, "token", "token_id", "domain", "loss_nats", "entropy_nats"]
     both: Any = a.tokens()[columns].merge(b.tokens()[columns], on=keys, suffixes=("_a", "_b"))
     assert not both.duplicated(keys).any()
     both = both.sort_values(keys)
@@ -72,6 +77,12 @@ def test_it_is_what_pandas_computes(traced: tuple[moe_inspect.Trace, ...]) -> No
         assert row["difference_nats"] == pytest.approx((loss_b - loss_a).mean(), abs=1e-9)
         absolute = (loss_b - loss_a).abs().mean()
         assert row["absolute_difference_nats"] == pytest.approx(absolute)
+        entropy_a, entropy_b = (of[f"entropy_nats_{s}"].astype(float) for s in "ab")
+        assert row["mean_entropy_nats_a"] == pytest.approx(entropy_a.mean())
+        assert row["mean_entropy_nats_b"] == pytest.approx(entropy_b.mean())
+        assert row["entropy_difference_nats"] == pytest.approx(
+            (entropy_b - entropy_a).mean(), abs=1e-9
+        )
         if not np.isnan(row["difference_nats_low"]):
             found += 1
             assert row["difference_nats_low"] < row["difference_nats"] < row["difference_nats_high"]
@@ -100,6 +111,71 @@ def test_the_same_trace_has_the_same_losses(traced: tuple[moe_inspect.Trace, ...
     assert table["tokens"].tolist()[:2] == [expected] * 2
     assert set(table["routes"]) == {"", "same"}
     assert (table[["difference_nats", "absolute_difference_nats"]] == 0).all(axis=None)
+
+
+def worse(a: moe_inspect.Trace, path: Path, nats: float, documents: int = 99) -> Any:
+    """A compared with itself, but that the losses of these documents are greater by so much."""
+    without_checksums(Path(a.path), path)
+    for part in (path / "tokens").iterdir():
+        table = pq.read_table(part)
+        more = np.where(table["document"].to_numpy() < documents, nats, 0).astype(np.float32)
+        column = pc.add(table["loss_nats"], pa.array(more))
+        table = table.set_column(table.column_names.index("loss_nats"), "loss_nats", column)
+        pq.write_table(table, part)
+    lines = edit_lines(path)
+    hashes = [hashlib.sha256((path / line["path"]).read_bytes()).hexdigest() for line in lines]
+    edit_lines(path, [line | {"sha256": of} for line, of in zip(lines, hashes, strict=True)])
+    return moe_inspect.compare(a, path)
+
+
+def test_the_verdict_says_which_predicts_better(
+    traced: tuple[moe_inspect.Trace, ...], tmp_path: Path
+) -> None:
+    def said(made: Any) -> Any:
+        (found,) = [one for one in made.verdict() if one.kind == "loss"]
+        return found
+
+    a, b = traced
+    for nats, severity, text in (
+        (0.25, "warning", "B predicts worse than A: it has a loss of "),
+        (-0.25, "good", "B predicts better than A: it has a loss of "),
+    ):
+        found = said(worse(a, tmp_path / severity, nats))
+        assert (found.severity, found.text[: len(text)]) == (severity, text)
+        assert found.values["difference_nats"] == pytest.approx(nats, abs=1e-6)
+        assert f"({nats:+.4f}, 95 % {nats:+.4f} to {nats:+.4f} over documents)" in found.text
+    few = said(worse(a, tmp_path / "few", 0.25, documents=1))
+    assert few.text.startswith("The loss is the same, as far as the documents tell: B has ")
+    assert few.values["difference_nats_low"] == 0 < few.values["difference_nats_high"]
+    one = moe_inspect.trace_model("demo", tmp_path / "one", max_tokens=200, token_loss=True)
+    found = said(worse(one, tmp_path / "worse", 0.25))
+    assert found.severity == "note"
+    assert "too few documents to tell whether that is chance" in found.text
+    parted = moe_inspect.compare(a, b)
+    assert "go on with other token ids" in " ".join(f.text for f in parted.verdict())
+    assert not [f for f in moe_inspect.compare(a, a).verdict() if f.kind == "loss"], (
+        "the same files"
+    )
+
+
+def test_a_gate_and_the_page_have_the_difference(
+    traced: tuple[moe_inspect.Trace, ...], tmp_path: Path, cli_here: Cli
+) -> None:
+    a, b = traced
+    made: Any = moe_inspect.compare(a, b)
+    change = made.tables["loss"]["absolute_difference_nats"].iloc[0]
+    assert made.tables["overall"]["loss_absolute_difference_nats"].iloc[0] == change > 0
+    page = made.page()
+    assert "loss, B minus A" in page
+    assert "The loss of the same tokens" in page
+    metric = "loss_absolute_difference_nats"
+    for limit, code in ((change * 1.01, 0), (change * 0.99, 3)):
+        done = cli_here("compare", a.path, b.path, "--fail-above", f"{metric}={limit}", check=code)
+        assert (f"failed: all routers: {metric} is" in done.stderr) == (code == 3)
+    bare = moe_inspect.trace_model("demo", tmp_path / "bare", max_tokens=300)
+    gate = ["--fail-above", "loss_difference_nats=1"]
+    refused = cli_here("compare", a.path, bare.path, *gate, check=1)
+    assert "there is no metric 'loss_difference_nats': B (" in refused.stderr
 
 
 @torch.no_grad()

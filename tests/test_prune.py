@@ -20,6 +20,7 @@ from moe_inspect.interventions.pruning.choose import check
 from moe_inspect.interventions.pruning.measure import measure
 from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_out
 from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace
 from tests import zoo
 from tests.damage import edit_manifest
@@ -175,8 +176,10 @@ def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> No
 def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path: Path) -> None:
     def refused(family: str, keep: float, why: str, **overrides: object) -> None:
         model = zoo.build(family, **overrides)
+        sites = find_routers(model)
+        top_k = max(top_k_of(site, model) for site in sites)
         with pytest.raises(MoeInspectError, match=why):
-            check(model, find_routers(model), keep)
+            check(model, sites, keep, top_k)
 
     refused("mixtral", 0.25, "leaves 2 of 8 experts, and every token goes to 3")
     refused("mixtral", 0.99, "drops none of 8 experts")
@@ -187,7 +190,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     refused("deepseek_v4", 0.75, "layer 0 goes by a table of token ids")
     refused("doge", 0.75, "an expert of layer 0 is a pair of keys, which others share")
     wide = zoo.build("deepseek_v3", n_routed_experts=16)
-    check(wide, find_routers(wide), 0.75)
+    check(wide, find_routers(wide), 0.75, 3)
 
     with pytest.raises(MoeInspectError, match="recorded with other weights"):
         check_trace(three, replace(held_out, record={**held_out.record, "weights_hash": "another"}))

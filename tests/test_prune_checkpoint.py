@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from safetensors.torch import load_file, save_file
 import moe_inspect
 from moe_inspect import MoeInspectError, intervene
 from moe_inspect.analysis.scores import lowest, random_scores
-from moe_inspect.interventions.pruning import checkpoint
+from moe_inspect.interventions.pruning import checkpoint, run
 from moe_inspect.interventions.pruning.checkpoint import Pruned
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.sizes import groups_of
+from moe_inspect.trace.files.lock import LOCK, hold, is_locked
 from tests import zoo
 from tests.conftest import Cli
 
@@ -123,6 +126,49 @@ def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here
     assert "give -o DIR" in cli_here(*arguments, check=2).stderr
     dry = cli_here(*arguments, "--dry-run", "--table", "scores", "--format", "csv")
     assert dry.stdout.splitlines()[0] == "layer,router,expert,score,assignments,dropped"
+
+
+def test_a_signal_leaves_nothing(
+    tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a second one, while the first is obeyed."""
+    cli_here("trace", "demo", "-o", "t", "--max-tokens", 60)
+    drafts: list[Path] = []
+
+    def interrupted(draft: Path, *_: object) -> None:
+        assert (draft / "model.safetensors").exists(), "control: it is written"
+        drafts.append(draft)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # a signal is seen between two instructions
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "check_loss", interrupted)
+    arguments = ["prune", "demo", "--trace", "t", "--by", "frequency", "--max-tokens", 60]
+    done = cli_here(*arguments, "--draws", 1, "-o", "pruned", check=130)
+    assert done.stderr == "interrupted: no checkpoint was written\n"
+    assert len(drafts) == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["t"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    drop = dropped(saved("mixtral", tmp_path / "a"))
+    for name in (".b.1.tmp", ".b.2.tmp", ".c.1.tmp"):
+        lock = hold(tmp_path / name)
+        # as the operating system does where its process is killed
+        lock.close_in_child()
+    running = hold(tmp_path / ".b.2.tmp")
+    (tmp_path / ".b.3.tmp").mkdir()
+
+    def both(draft: Path) -> dict[str, Any]:
+        assert is_locked(draft)
+        return {}
+
+    checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), both)
+    running.release()
+    assert {f.name for f in tmp_path.iterdir()} == {"a", "b", ".b.2.tmp", ".b.3.tmp", ".c.1.tmp"}
+    assert not (tmp_path / "b" / LOCK).exists()
 
 
 def test_a_file_at_a_time_and_blocks_beyond_the_last(

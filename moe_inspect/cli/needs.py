@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 
 
@@ -20,3 +22,16 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def stop_cleanly() -> None:
+    """Ctrl-C and a scheduler's SIGTERM close what is being written; a second one does not cut the
+    closing short."""
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)

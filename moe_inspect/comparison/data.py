@@ -35,6 +35,8 @@ NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
     "worth": (lambda trace: trace.has_norms, "no norms of outputs (trace --output-norms)"),
     "loss": (lambda trace: trace.has_loss, "no losses of tokens (trace --token-loss)"),
 }
+# metric of the table `overall` → the table whose needs it has
+METRICS_OF = {"loss_difference_nats": "loss", "loss_absolute_difference_nats": "loss"}
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,20 @@ class PairData:
         """As `loss_sums`, of two traces with the losses of tokens."""
         return loss_sums(self._job, self.alignment)
 
-    def why_not(self, table: str) -> str | None:
-        """Why these two traces cannot have a table; None where they can."""
+    def why_not(self, name: str) -> str | None:
+        """Why these two traces cannot have a table, or a metric; None where they can."""
+        table = METRICS_OF.get(name, name)
         if table not in NEEDS:
             return None
         there, what = NEEDS[table]
+        none = f"there is no {'table' if table == name else 'metric'} {name!r}"
         sides = {"A": self.a, "B": self.b}
         without = [f"{side} ({t.path})" for side, t in sides.items() if not there(t)]
         if without:
             verb = "has" if len(without) == 1 else "have"
-            return f"there is no table {table!r}: {' and '.join(without)} {verb} {what}"
+            return f"{none}: {' and '.join(without)} {verb} {what}"
         if table == "loss" and self.options.shift_routes:
-            return (
-                "there is no table 'loss' with --shift-routes: it would pair other tokens' losses"
-            )
+            return f"{none} with --shift-routes: it would pair other tokens' losses"
         return None
 
     @cached_property

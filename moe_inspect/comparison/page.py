@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.comparison.checkpoints_data import CheckpointData, saturation_chart
@@ -30,6 +31,12 @@ TABLES = {
         "Load",
         "Experts whose load changed",
         "By more than documents explain, in all domains together or in one.",
+    ),
+    "loss": (
+        "Loss",
+        "The loss of the same tokens",
+        "Nats per token in both traces, of all domains and of each, where the same experts were "
+        "chosen and where others were; a token after which the texts part is left out.",
     ),
     "summary": ("", "About these traces", ""),
 }
@@ -105,6 +112,12 @@ def _tiles(made: PairData) -> list[Tile]:
             f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}",
         ),
     ]
+    losses: Any = made.tables["loss"]
+    if len(losses):
+        whole = losses.iloc[0]
+        beside = f"nats per token, B {whole['mean_loss_nats_b']:.3f}, A "
+        beside += f"{whole['mean_loss_nats_a']:.3f}"
+        tiles.append(Tile("loss, B minus A", f"{whole['difference_nats']:+.4f}", beside))
     if made.noise is not None:
         noise = made.noise.mismatched / made.noise.decisions
         tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))

@@ -15,6 +15,7 @@ import pandas as pd
 from moe_inspect.analysis.metrics.uncertainty import ratio_interval
 from moe_inspect.comparison.counting.counts import UNIT
 from moe_inspect.comparison.data import TABLES, PairData
+from moe_inspect.comparison.effects import growth, load, losses, name_of, percent
 from moe_inspect.comparison.tables.summary import recorded_otherwise
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
@@ -135,14 +136,14 @@ def _other_experts(data: PairData) -> Finding:
     close, at = _close_share(data), _flip_margin(data)
     values = _values(data) | {"worst_set_mismatch": share_R[worst], "flips_in_lowest_tenth": close}
     about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
-    worst_of = f"at most {share_R[worst]:.2%} in layer {_name(data, worst)}"
+    worst_of = f"at most {share_R[worst]:.2%} in layer {name_of(data, worst)}"
     if share_R[worst] >= DIFFERENT:
         first = next(r for r, share in share_R.items() if share >= DIFFERENT)
         n = sum(share >= DIFFERENT for share in share_R.values())
         return finding(
             "different",
             "warning",
-            f"Different from layer {_name(data, first)} on: {_amount(data)} have other experts, "
+            f"Different from layer {name_of(data, first)} on: {_amount(data)} have other experts, "
             f"{worst_of}; {n} of {plural(len(share_R), 'router')} {'is' if n == 1 else 'are'} at "
             f"{DIFFERENT:.0%} or more.{at}",
             about,
@@ -181,13 +182,9 @@ def _amount(data: PairData) -> str:
     """ "183 of 37,016 decisions (0.49%; 1.80% of tokens)" """
     return (
         f"{data.mismatched:,} of {plural(data.decisions, 'decision')} "
-        f"({_percent(data.mismatched / data.decisions)}; {_percent(data.tokens_mismatch)} of "
+        f"({percent(data.mismatched / data.decisions)}; {percent(data.tokens_mismatch)} of "
         "tokens in any layer)"
     )
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share >= 1e-4 or not share else f"{100 * share:.1g}%"
 
 
 def _values(data: PairData) -> dict[str, Any]:
@@ -198,10 +195,6 @@ def _values(data: PairData) -> dict[str, Any]:
         "tokens": data.counts.tokens,
         "tokens_mismatch": data.tokens_mismatch,
     }
-
-
-def _name(data: PairData, r: int) -> str:
-    return layer_label(data.a.routers, r)
 
 
 def _close_share(data: PairData) -> float | None:
@@ -229,8 +222,8 @@ def noise(data: PairData) -> Iterator[Finding]:
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
     low = _interval_low(data)
     text = (
-        f"Two runs of A differ in {_percent(base)} of decisions: B differs from A in "
-        f"{_percent(share)}, {'beyond' if low > base else 'not beyond'} that noise."
+        f"Two runs of A differ in {percent(base)} of decisions: B differs from A in "
+        f"{percent(share)}, {'beyond' if low > base else 'not beyond'} that noise."
     )
     severity = "warning" if low > base else "good"
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
@@ -298,54 +291,6 @@ def unchecked(data: PairData) -> Iterator[Finding]:
         )
 
 
-def growth(data: PairData) -> Iterator[Finding]:
-    """Whether a difference makes further ones in later layers."""
-    pairs = [data.of(r) for r, _ in data.pairs]
-    before = sum(c.before for c in pairs)
-    decisions = data.decisions
-    if len(pairs) < 2 or before < 30 or not data.mismatched:
-        return
-    again = sum(c.again for c in pairs) / before
-    fresh = sum(c.new for c in pairs) / max(decisions - before, 1)
-    yield finding(
-        "growth",
-        "note",
-        f"A token that has differed differs again in {again:.2%} of its later decisions; one that "
-        f"has not, in {_percent(fresh)}.",
-        again=again,
-        new=fresh,
-    )
-
-
-def load(data: PairData) -> Iterator[Finding]:
-    """Whether the load of the experts changed by more than documents do."""
-    if not data.mismatched:
-        return
-    table: Any = data.tables["load_shift"]
-    rows = table.dropna(subset=["load_shift", "load_shift_halves"])
-    beyond = rows[rows["load_shift"] > rows["load_shift_halves"]]
-    if not len(rows):
-        return
-    row = rows.loc[rows["load_shift"].idxmax()]
-    where = f"at most {row['load_shift']:.2%} of the load moves, in layer "
-    where += _name(data, int(row["router"]))
-    halves = f"two halves of A's documents are {row['load_shift_halves']:.2%} apart there"
-    yield finding(
-        "load_shift",
-        "warning" if len(beyond) else "good",
-        (
-            f"The load of {plural(len(beyond), 'router')} changed by more than documents do: "
-            if len(beyond)
-            else "The load is the same: "
-        )
-        + f"{where} ({halves}).",
-        {"layer": row["layer"], "router": row["router"]},
-        load_shift=row["load_shift"],
-        load_shift_halves=row["load_shift_halves"],
-        routers=len(beyond),
-    )
-
-
 def recorded(data: PairData) -> Iterator[Finding]:
     """How the two were recorded otherwise."""
     apart = recorded_otherwise(data)
@@ -367,6 +312,7 @@ CHECKS: tuple[Check, ...] = (
     zero_filled,
     last_token,
     noise,
+    losses,
     growth,
     load,
     missing_tokens,

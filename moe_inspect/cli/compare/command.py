@@ -69,8 +69,9 @@ def _pair(a: str, b: str, options: CompareOptions) -> None:
         _loads(made, options)
         return
     request = requested(options, TABLES, "agreement")  # after it is known which tables there are
-    if options.table and (why := made.why_not(options.table)):
-        raise MoeInspectError(why)
+    for name in (options.table, *(gate.metric for gate in request.gates)):
+        if name and (why := made.why_not(name)):
+            raise MoeInspectError(why)
     with shown(*phases.comparing(made.a), *_written(made.a, options)):
         made.verdict()  # which counts
         write_files(made, options)

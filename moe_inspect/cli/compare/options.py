@@ -121,7 +121,8 @@ class CompareOptions:
             autocompletion=metrics,
             help=(
                 "Exit with 3 if the metric of any router, or of all tokens, is above: "
-                "set_mismatch=0.01, tokens_mismatch=0.05; repeatable or comma-separated."
+                "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01; repeatable or "
+                "comma-separated."
             ),
             show_default=False,
         ),

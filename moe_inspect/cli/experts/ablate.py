@@ -10,7 +10,7 @@ import typer
 
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of
 from moe_inspect.cli.experts import options as of
-from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.needs import need_torch, quiet, stop_cleanly
 from moe_inspect.cli.options import Dequantize, Layers, Loader, Output, RandomInit, Routers
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.trace.arguments import routers_of
@@ -23,17 +23,7 @@ class Table(StrEnum):
 
 
 def ablate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help=(
-                'A hub id, a directory, "demo" (bundled, offline), or with --loader what its '
-                "function is called with."
-            ),
-            show_default=False,
-        ),
-    ] = None,
+    model: of.Model = None,
     data: of.Data = None,
     layers: Layers = None,
     experts: Annotated[
@@ -101,9 +91,9 @@ def ablate(
         raise typer.BadParameter(
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
-    if model is None and loader is None:
-        raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
+    named = of.model_of(model, loader)
     need_torch()
+    stop_cleanly()
     quiet()
     from moe_inspect.api import ablate as run
     from moe_inspect.model.own import load_object
@@ -112,7 +102,7 @@ def ablate(
     with shown(("ablating", 1)) as bar:
         try:
             done = run(
-                model or "",
+                named,
                 experts=parse_ranges(experts, "experts") if experts is not None else None,
                 most_passes=most_passes,
                 resume=resume,

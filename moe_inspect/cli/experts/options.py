@@ -27,10 +27,13 @@ class By(StrEnum):
 
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="MODEL",
-        help='A hub id, a directory, or "demo" (bundled, offline).',
+        help=(
+            'A hub id, a directory, "demo" (bundled, offline), or with --loader what its function '
+            "is called with."
+        ),
         show_default=False,
     ),
 ]
@@ -87,3 +90,10 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
+
+
+def model_of(model: str | None, loader: str | None) -> str:
+    """The argument MODEL, which only a loader does without."""
+    if model is None and loader is None:
+        raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
+    return model or ""

@@ -11,8 +11,10 @@ import typer
 from moe_inspect.cli.emit import Format, SafeCsv, emit
 from moe_inspect.cli.experts import options as of
 from moe_inspect.cli.help.complete import traces
-from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.needs import need_torch, quiet, stop_cleanly
+from moe_inspect.cli.options import Dequantize, Loader, RandomInit, Routers
 from moe_inspect.cli.progress import shown
+from moe_inspect.cli.trace.arguments import routers_of
 from moe_inspect.text import plural, print_stderr
 
 
@@ -23,7 +25,6 @@ class Table(StrEnum):
 
 
 def prune(
-    model: of.Model,
     trace: Annotated[
         Path,
         typer.Option(
@@ -33,6 +34,7 @@ def prune(
             autocompletion=traces,
         ),
     ],
+    model: of.Model = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -91,6 +93,10 @@ def prune(
     dtype: of.OfDtype = of.Dtype.auto,
     revision: of.Revision = None,
     trust_remote_code: of.TrustRemoteCode = False,
+    dequantize: Dequantize = False,
+    random_init: RandomInit = None,
+    loader: Loader = None,
+    routers: Routers = None,
 ) -> None:
     """Drop the experts that are worth least, and measure the loss.
 
@@ -99,33 +105,45 @@ def prune(
     layer, and the checkpoint is one that transformers loads. Nothing but the loss is claimed."""
     if (output is None) != dry_run:
         raise typer.BadParameter("give -o DIR for the checkpoint, or --dry-run for none")
+    named = of.model_of(model, loader)
     need_torch()
+    stop_cleanly()
     quiet()
     from moe_inspect.api import prune as run
+    from moe_inspect.model.own import load_object
 
     with shown(("measuring", 1)) as bar:
-        done = run(
-            model,
-            trace=trace,
-            keep=keep,
-            by=str(by),
-            output=output,
-            draws=draws,
-            seed=seed,
-            resume=resume,
-            progress=bar.counted("measuring", "passes") if bar else None,
-            data=data or (),
-            text_field=text_field,
-            domain_field=domain_field,
-            max_tokens=max_tokens,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            device=device,
-            device_map=device_map,
-            dtype=str(dtype),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        try:
+            done = run(
+                named,
+                trace=trace,
+                keep=keep,
+                by=str(by),
+                output=output,
+                draws=draws,
+                seed=seed,
+                resume=resume,
+                progress=bar.counted("measuring", "passes") if bar else None,
+                data=data or (),
+                text_field=text_field,
+                domain_field=domain_field,
+                max_tokens=max_tokens,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                device=device,
+                device_map=device_map,
+                dtype=str(dtype),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dequantize=dequantize,
+                random_init=random_init,
+                loader=load_object(loader) if loader is not None else None,
+                routers=routers_of(routers),
+            )
+        except KeyboardInterrupt:
+            kept = f", and --resume {resume} goes on" if resume is not None else ""
+            print_stderr(f"interrupted: no checkpoint was written{kept}")
+            raise
     emit(done.tables[str(table)], format, None, safe_csv)
     for text in done.findings.text:
         print_stderr(f"warning: {text}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_inspect.cli.needs import need_torch, quiet
+from moe_inspect.cli.needs import need_torch, quiet, stop_cleanly
 from moe_inspect.cli.options import CommitEvery, Dequantize, Loader, RandomInit, Routers
 from moe_inspect.cli.progress.tokens import TokenProgress
 from moe_inspect.cli.trace.arguments import layers_of, routers_of
@@ -358,17 +358,3 @@ def say_interrupted(output: str) -> None:
 
 def _is_first() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
-
-
-def stop_cleanly() -> None:
-    """Ctrl-C and a scheduler's SIGTERM close the trace; a second one does not cut the closing
-    short."""
-    import signal
-
-    def stop(*_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)

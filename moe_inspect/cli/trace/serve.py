@@ -12,14 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_inspect.cli.needs import need_torch
+from moe_inspect.cli.needs import need_torch, stop_cleanly
 from moe_inspect.cli.options import seconds, with_options
 from moe_inspect.cli.trace.checks import NOT_OF_ENGINES, refuse_early
 from moe_inspect.cli.trace.command import (
     EngineName,
     TraceDirectory,
     say_interrupted,
-    stop_cleanly,
     trace,
 )
 from moe_inspect.text import print_stderr

@@ -1,5 +1,5 @@
-"""The losses of the tokens of two aligned traces (`trace --token-loss`), in a pass of its own:
-few ask for it.
+"""The losses of the tokens of two aligned traces (`trace --token-loss`), and the entropies of their
+predictions, in a pass of its own: few ask for it.
 
 T tokens of a shard that are compared, K slots, E experts, N decisions, U units (clusters of
 documents).
@@ -18,13 +18,14 @@ from moe_inspect.comparison.counting.count import Job, by_runs, rows_by_stack
 from moe_inspect.comparison.counting.router_sums import sets, unequal
 from moe_inspect.trace.shard import Shard
 
-SUMS = ("tokens", "a", "b", "apart")
+SUMS = ("tokens", "a", "b", "apart", "entropy_a", "entropy_b")
 
 
 def loss_sums(job: Job, alignment: Alignment) -> dict[str, np.ndarray]:
     """Of the tokens whose loss both traces know, and whose next token both have: of SUMS their
-    number, Σ of their loss in A and in B, and Σ |B's loss − A's|. float64 [2, U] each: the tokens
-    that choose the same experts at every router compared, and the others. Nats."""
+    number, Σ of their loss in A and in B, Σ |B's loss − A's|, and Σ of the entropy of their
+    prediction in A and in B. float64 [2, U] each: the tokens that choose the same experts at every
+    router compared, and the others. Nats."""
     total, broken = _zero(job), alignment.segments.broken
     # the rows after which a sequence does not go on with a token that both have
     ends = {
@@ -48,7 +49,9 @@ def _sums(
     found, U = _zero(job), len(job.domains) * CLUSTERS
     for aligned in shards:
         for _, rows, routers in rows_by_stack(job, aligned):
-            loss_a_T, loss_b_T = (of(_losses, None)[0] for of in (rows.of_a, rows.of_b))
+            (loss_a_T, entropy_a_T), (loss_b_T, entropy_b_T) = (
+                of(_losses, None) for of in (rows.of_a, rows.of_b)
+            )
             at = np.flatnonzero(
                 np.isfinite(loss_a_T)
                 & np.isfinite(loss_b_T)
@@ -56,14 +59,16 @@ def _sums(
             )
             cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
             a_T, b_T = loss_a_T[at], loss_b_T[at]
-            for name, values_T in zip(SUMS, (None, a_T, b_T, np.abs(b_T - a_T)), strict=True):
+            of = (None, a_T, b_T, np.abs(b_T - a_T), entropy_a_T[at], entropy_b_T[at])
+            for name, values_T in zip(SUMS, of, strict=True):
                 found[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
     return found
 
 
 def _losses(shard: Shard) -> Columns:
-    column = shard.tokens(["loss_nats"])["loss_nats"]
-    return (cast("np.ndarray", column.to_numpy()).astype(np.float64),)
+    table = shard.tokens(["loss_nats", "entropy_nats"])
+    columns = (cast("np.ndarray", table[name].to_numpy()) for name in table.column_names)
+    return tuple(column.astype(np.float64) for column in columns)
 
 
 def _differ(job: Job, rows: Rows, routers: list[tuple[int, int]]) -> np.ndarray:

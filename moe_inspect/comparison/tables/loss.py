@@ -13,10 +13,13 @@ from moe_inspect.comparison.data import TABLES, PairData
 from moe_inspect.reporting.tables.registry import table
 
 ROUTES = {"": slice(None), "same": slice(0, 1), "different": slice(1, 2)}
+ENTROPY = "entropy_difference_nats"
 VALUES = (
     *("mean_loss_nats_a", "mean_loss_nats_b"),
     *("difference_nats", "difference_nats_low", "difference_nats_high"),
     "absolute_difference_nats",
+    *("mean_entropy_nats_a", "mean_entropy_nats_b"),
+    *(ENTROPY, f"{ENTROPY}_low", f"{ENTROPY}_high"),
 )
 
 
@@ -25,7 +28,8 @@ def loss(data: PairData) -> pd.DataFrame:
     """Where both traces have losses (`--token-loss`), a row for the tokens of all domains (`domain`
     is empty) and of each, of any routes (`routes` is empty), of the same experts at every router,
     and of different ones at any: the mean loss in each trace, B's minus A's with a 95 % interval
-    over documents, and the mean of its absolute value."""
+    over documents, and the mean of its absolute value; and the same of the entropy of the
+    prediction, how undecided the model was."""
     rows = [] if data.why_not("loss") else _rows(data)
     frame = pd.DataFrame(rows, columns=["domain", "routes", "tokens", *VALUES])
     kinds = {
@@ -53,11 +57,25 @@ def _rows(data: PairData) -> list[dict[str, object]]:
 
 
 def _values(
-    data: PairData, tokens: np.ndarray, a: np.ndarray, b: np.ndarray, apart: np.ndarray
+    data: PairData,
+    tokens: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    apart: np.ndarray,
+    entropy_a: np.ndarray,
+    entropy_b: np.ndarray,
 ) -> dict[str, object]:
     """Of sums [U], as `loss_sums` has them."""
     n = tokens.sum()
     weights_RU = data.weights_RU if np.count_nonzero(tokens) >= FEWEST_DOCUMENTS else None
-    low, high = ratio_interval(b - a, tokens, weights_RU)
-    of = (a.sum() / n, b.sum() / n, (b - a).sum() / n, low, high, apart.sum() / n)
+
+    def both(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
+        return (
+            a.sum() / n,
+            b.sum() / n,
+            (b - a).sum() / n,
+            *ratio_interval(b - a, tokens, weights_RU),
+        )
+
+    of = (*both(a, b), apart.sum() / n, *both(entropy_a, entropy_b))
     return {"tokens": n, **dict(zip(VALUES, of, strict=True))}

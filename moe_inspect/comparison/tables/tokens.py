@@ -3,18 +3,21 @@ it stays, which documents differ most."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.comparison.counting.counts import UNIT
-from moe_inspect.comparison.data import TABLES, PairData
+from moe_inspect.comparison.data import METRICS_OF, TABLES, PairData
 from moe_inspect.reporting.tables.registry import table
 
 
-@table(by_router=("tokens_mismatch",), tables=TABLES)
+@table(by_router=("tokens_mismatch", *METRICS_OF), tables=TABLES)
 def overall(data: PairData) -> pd.DataFrame:
-    """One row: all routers together."""
+    """One row: all routers together; the differences of the losses are NaN where the traces have
+    none."""
     counts = data.counts
     gamma = {
         "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
@@ -27,6 +30,10 @@ def overall(data: PairData) -> pd.DataFrame:
         "decisions_mismatch": data.mismatched / data.decisions,
         **gamma,
     }
+    losses: Any = data.tables["loss"]
+    for name in METRICS_OF:
+        value = losses[name.removeprefix("loss_")].iloc[0] if len(losses) else float("nan")
+        row[name] = value
     if data.noise is not None:
         row["noise_tokens_mismatch"] = data.noise.tokens_mismatch
     return pd.DataFrame([row])

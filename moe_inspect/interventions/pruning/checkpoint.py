@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moe_inspect.model.load import checkpoint_dir, model_location
 from moe_inspect.model.peft_adapter import find_adapter
 from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.lock import hold, is_locked
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 * 2**30
@@ -82,10 +84,7 @@ def write(
     not exist: in a directory beside it, which is renamed once `check` of it has passed. What that
     returns is written into its pruning.json. On an exception nothing is left."""
     refuse_to_replace(output)
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with writing(output):
-        draft.mkdir(parents=True)
-    try:
+    with _draft_of(output) as draft:
         with writing(output):
             config = with_experts(_read_json(source / "config.json"), pruned)
             _write_json(draft / "config.json", config)
@@ -99,12 +98,29 @@ def write(
         record = check(draft)
         with writing(output):
             _write_json(draft / "pruning.json", record)
-            sync_directory(draft)
-            refuse_to_replace(output)
-            os.rename(draft, output)
-            sync_directory(output.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _draft_of(output: Path) -> Iterator[Path]:
+    """A directory beside `output`, which is renamed to it at the end; on an exception it is
+    removed. What killed processes have left there is removed too."""
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    name = re.compile(rf"\.{re.escape(output.name)}\.\d+\.tmp")
+    for left in list(output.parent.iterdir()) if output.parent.is_dir() else ():
+        # while a process writes it, it is locked
+        if name.fullmatch(left.name) and not left.is_symlink() and is_locked(left) is False:
+            shutil.rmtree(left, ignore_errors=True)
+    with hold(draft) as lock:
+        try:
+            yield draft
+            with writing(output):
+                sync_directory(draft)
+                refuse_to_replace(output)
+                os.rename(draft, output)
+                lock.root = output.absolute()
+                sync_directory(output.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def with_experts(config: Mapping[str, Any], pruned: Pruned) -> dict[str, Any]:

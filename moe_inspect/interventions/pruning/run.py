@@ -133,8 +133,8 @@ def prune(
         for name in ("loader", "routers", "random_init", "dequantize"):
             if getattr(options, name) not in (None, False):
                 raise MoeInspectError(
-                    f"a checkpoint is made of one that transformers loads as it is: leave out "
-                    f"{name}, or only measure (--dry-run)"
+                    "a checkpoint is made of one that transformers loads as it is: leave out "
+                    f"--{name.replace('_', '-')}, or only measure (--dry-run)"
                 )
         source = checkpoint.directory_of(model, options.revision)
     held_out = open_held_out(model, options)
@@ -222,8 +222,10 @@ def planned(
     """What goes by the score asked for, by frequency, and at random."""
     if choice.draws < 1:
         raise MoeInspectError(f"draws is {choice.draws}: compare with 1 or more")
-    check(held_out.network, held_out.sites, choice.keep)
     routers = check_trace(trace, held_out)
+    # which the trace knows of a model of one's own too
+    most = max(trace.routers[r].top_k for r in routers)
+    check(held_out.network, held_out.sites, choice.keep, most)
     groups, _, _ = groups_of(config_of(held_out.network))
     counts = counted(trace, choice.by if choice.by in SCORES else FREQUENCY)
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe_inspect.reporting.tables.data import ReportData, once
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
+from moe_inspect.reporting.verdict import balance, data_checks, experts, routes, specialization
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 
 Check = Callable[[Any], Finding | None]
@@ -40,6 +40,9 @@ CHECKS: tuple[Check, ...] = (
     specialization.domain_beyond_token,
     specialization.token_specialization,
     specialization.hard_tokens,
+    routes.committee,
+    routes.signature,
+    routes.paths,
     specialization.router_ties,
     data_checks.few_tokens,
     data_checks.few_documents_per_domain,

@@ -1,0 +1,117 @@
+"""What the routing of whole texts shows: experts that lead in every domain, documents that are told
+by their routing, and paths through the layers. A note each, where it is beyond chance; none where
+the sample is too small to tell.
+
+Each check takes the report's data and returns one Finding or none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moe_inspect.analysis.counting.samples import TOKENS
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.verdict.chance import name_of
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.specialization import untrained_seed
+from moe_inspect.text import plural
+
+CHANCE = 0.05  # probability that chance alone makes as many committees
+UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
+
+
+def committee(data: ReportData) -> Finding | None:
+    """Experts that are among the k with the most load in every domain, where so many domains would
+    hardly agree by chance, and that carry more than their even share."""
+    if data.counts.counts_only or untrained_seed(data) is not None:
+        return None
+    table: Any = data.tables["committee"]
+    standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
+    expected = float(table["committee_by_chance"].sum())
+    if standing.empty or _at_least(len(standing), expected) > CHANCE:
+        return None
+    row = standing.loc[(standing["committee_mass"] - standing["committee_mass_even"]).idxmax()]
+    experts, size = row["experts"].split(), int(row["committee_experts"])
+    low, high = row["committee_mass_low"], row["committee_mass_high"]
+    verb = "carries" if size == 1 else "carry"
+    return finding(
+        "committee",
+        "note",
+        f"In {plural(len(standing), 'router')} of {len(table)} the same experts lead in all "
+        f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
+        f"({', '.join(experts)}) {verb} {row['committee_mass']:.0%} of the assignments of a "
+        f"domain (95 % interval {low:.0%} to {high:.0%}; evenly {row['committee_mass_even']:.0%}). "
+        "What is changed in them for one domain changes all.",
+        row,
+        committee_mass=row["committee_mass"],
+        committee_mass_even=row["committee_mass_even"],
+        committee_experts=size,
+        routers=len(standing),
+    )
+
+
+def _at_least(n: int, expected: float) -> float:
+    """Probability of n or more, of a Poisson distribution."""
+    below = sum(expected**i / math.factorial(i) for i in range(n))
+    return 1 - math.exp(-expected) * below
+
+
+def signature(data: ReportData) -> Finding | None:
+    """Whether the nearest other document by routing is of the same domain more often than with
+    shuffled domains."""
+    if not _is_small(data) or len(data.counts.domains) < 2:
+        return None
+    # of all routers together
+    row: Any = data.tables["signature"].drop(columns=["layer", "router"]).iloc[0]
+    documents = int(row["documents"])
+    share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
+    if not low > row["signature_null_p99"]:
+        return None
+    return finding(
+        "signature",
+        "note",
+        f"Routing tells the domain of a document: of {share:.0%} of {documents:,} documents "
+        "the nearest other one, by the shares of the experts, is of the same domain (95 % interval "
+        f"{low:.0%} to {high:.0%}; {row['signature_null']:.0%} with the domains shuffled). The "
+        "text alone makes untrained routers do so in part: how far, a trace with --random-init "
+        "says.",
+        signature_accuracy=share,
+        signature_null=row["signature_null"],
+        documents=documents,
+    )
+
+
+def paths(data: ReportData) -> Finding | None:
+    """Whether tokens take fewer paths through the layers than layers that choose independently give
+    them, as far as paths are not as many as tokens."""
+    if not _is_small(data):
+        return None
+    table: Any = data.tables["paths"]
+    shuffled, known = table["path_entropy_shuffled_bits"], table["path_entropy_high"]
+    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & (known < shuffled)]
+    if told.empty:
+        return None
+    row = told.loc[(told["path_entropy_shuffled_bits"] - told["path_entropy_bits"]).idxmax()]
+    bits, independent = row["path_entropy_bits"], row["path_entropy_shuffled_bits"]
+    low, high = row["path_entropy_low"], row["path_entropy_high"]
+    tokens, distinct = int(row["tokens"]), int(row["paths"])
+    return finding(
+        "paths",
+        "note",
+        f"The layers do not choose independently: the first choices of {tokens:,} tokens, "
+        f"up to {name_of(data, row)}, form {distinct:,} paths with an entropy of {bits:.2f} "
+        f"bits (95 % interval {low:.2f} to {high:.2f}), against {independent:.2f} with the choices "
+        "of each layer shuffled. A token's earlier choices help to foresee its later ones.",
+        row,
+        path_entropy_bits=bits,
+        path_entropy_shuffled_bits=independent,
+        paths=distinct,
+    )
+
+
+def _is_small(data: ReportData) -> bool:
+    """Whether a pass of its own over the trace costs little; and the model is trained, as far as
+    the trace says."""
+    small = not data.counts.counts_only and data.trace.n_tokens <= TOKENS
+    return small and untrained_seed(data) is None
