@@ -37,7 +37,7 @@ from moe_inspect.trace import (
     validate,
 )
 from moe_inspect.trace.files import atomic, lock
-from moe_inspect.trace.writer import early, part_file, pending, resume, tables, trace_writer
+from moe_inspect.trace.writer import part_file, pending, resume, tables, trace_writer
 from tests import (
     test_aggregate,
     test_balance,
@@ -168,14 +168,14 @@ MUTATIONS = {
     "sequences are cut": (pending, "return not continued or", "return True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
     "directories are not synchronised": (trace_writer, "sync_directory(self.root / table)", "pass", on_disk),
     "nor is the manifest's": (atomic, "sync_directory(path.parent)", "pass", on_disk),
-    "nor the manifest": (atomic, "os.fsync(file.fileno())", "pass", on_disk),
+    "nor the manifest": (atomic, 'open(draft, "wb") as file: file.write(data) file.flush() os.fsync(file.fileno())', 'open(draft, "wb") as file:\n        file.write(data)\n        file.flush()', on_disk),
     "nor parts": (part_file, "os.fsync(file.fileno())\n        with open(draft", "pass\n        with open(draft", on_disk),
-    "nor lines": (early, "os.fsync(file.fileno())", "pass", on_disk),
+    "nor lines": (atomic, 'open(path, "ab") as file: file.write(data) file.flush() os.fsync(file.fileno())', 'open(path, "ab") as file:\n        file.write(data)\n        file.flush()', on_disk),
     # what is in the way of a trace
     "files of others are removed": (output_dir, "if others or not is_trace:", "if not is_trace:", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
     "what only has the name of a manifest is one": (output_dir, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
     "links are followed and emptied": (output_dir, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
-    "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            os.replace", "if False:\n            os.replace", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
+    "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            _withdraw_manifest", "if False:\n            _withdraw_manifest", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
     "a lock that another holds": (lock, "if got and _is_at(file, root / LOCK):", "if _is_at(file, root / LOCK):", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "a lock of another holder is joined": (lock, "if _holder_in(file) != holder:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "generated tokens take no room": (capture_plan, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),

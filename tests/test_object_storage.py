@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,40 @@ def test_every_moment_is_a_readable_trace(there: str, monkeypatch: pytest.Monkey
     written(place.url)
     assert seen == sorted(seen)
     assert {0, 2 * T, 4 * T, 6 * T} == set(seen)
+
+
+def test_early_shards_are_replaced(there: str) -> None:
+    place = Remote(f"{there}/t")
+    with TraceWriter(
+        place, {"capture": {}}, routers(2, E, K), weights=False, commit_every=0.01
+    ) as writer:
+        for n, batch in enumerate(batches(4), 1):
+            writer.write(batch)
+            until = time.monotonic() + 20
+            while Trace(place).n_tokens < n * T and time.monotonic() < until:
+                time.sleep(0.01)
+            assert Trace(place).n_tokens == n * T
+        assert len(list(Trace(place).shards)) == 4
+    assert len(list(Trace(place).shards)) == 1
+    found = verify(place.url)
+    assert (found.ok, found.tokens, found.uncommitted) == (True, 4 * T, []), found
+
+
+def test_ranks_write_one_trace(there: str) -> None:
+    place = Remote(f"{there}/t")
+    first = hold(place, shared=True)
+    second = join(place, first.holder)
+    for rank, lock in ((1, second), (0, first)):
+        with TraceWriter(
+            place, {"capture": {}}, routers(2, E, K), weights=False, rank=rank, lock=lock
+        ) as writer:
+            for number, batch in enumerate(batches(4)):
+                if number % 2 == rank:
+                    writer.write(batch)
+        lock.release()
+    found = verify(place.url)
+    assert (found.ok, found.tokens, found.shards) == (True, 4 * T, 2), found
+    assert not (place / LOCK).exists()
 
 
 class Killed(BaseException):

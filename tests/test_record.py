@@ -46,6 +46,19 @@ def test_rows_are_sequences_of_their_own_documents(model: Any, tmp_path: Path) -
     assert len(trace.routing()) == 2 * len(tokens) == trace.manifest["counts"]["decisions"]
 
 
+def test_to_object_storage(model: Any, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}-record/t"
+    with moe_inspect.record(model, url), torch.no_grad():
+        model(**token_batch(LENGTHS))
+    assert moe_inspect.verify(url).ok
+    assert moe_inspect.open_trace(url).n_tokens == sum(LENGTHS)
+    with pytest.raises(MoeInspectError, match=r"there is a trace at memory://.*overwrite=True"):
+        moe_inspect.record(model, url)
+    with moe_inspect.record(model, url, overwrite=True), torch.no_grad():
+        model(**token_batch([4]))
+    assert moe_inspect.open_trace(url).n_tokens == 4
+
+
 def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
     with (
         moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"]) as recorder,
