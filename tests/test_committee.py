@@ -352,6 +352,10 @@ def test_slots_that_routed_nowhere_are_a_choice_of_their_own(tmp_path: Path):
     assert found["set_path_entropy_bits"] == pytest.approx(1.5)
 
 
+def test_one_path_has_no_entropy() -> None:
+    assert str(pth.path_entropy_bits(np.array([7]))) == "0.0"
+
+
 def notes(made: Any) -> dict[str, Any]:
     kinds = ("committee", "signature", "paths")
     return {one.kind: one for one in made.verdict() if one.kind in kinds}

@@ -268,6 +268,11 @@ def test_aimer_is_not_that_of_blocks_beside_the_model(beside: str, tmp_path: Pat
     }
     save_file(weights | more, tmp_path / "model.safetensors")
     assert len(places_in(tmp_path)) == len(routers) + 1, "control: they are experts"
+    table = moe_inspect.describe_weights(str(tmp_path))["routers"]
+    (apart,) = set(table["blocks"]) - {"model.layers"}
+    assert apart == f"{beside}.layers"
+    if beside == "mtp":
+        assert list(table["blocks"])[-1] == apart
     got = aimer_of(tmp_path, routers, indices)
     assert {r: got[r].tolist() for r in indices} == {r: want[r].tolist() for r in indices}
 

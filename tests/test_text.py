@@ -173,7 +173,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command(tmp_path: Path) -> None:
     concordance = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3")
-    assert concordance.stdout.startswith("layer 2, expert 5: 3 tokens\n"), concordance.stderr
+    assert concordance.stdout.startswith("layer 2, expert 5: 3 of 1,738 tokens\n"), (
+        concordance.stderr
+    )
     assert len(concordance.stdout.splitlines()) == 4
     rows = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json")
     assert [json.loads(line)["weight"] for line in rows.stdout.splitlines()]

@@ -123,14 +123,18 @@ def _print_concordance(
     from rich.text import Text
 
     from moe_inspect.reporting.render.console import console_for
-    from moe_inspect.text import readable
+    from moe_inspect.text import plural, readable
 
     words = [f"[{readable(text)}]" for text in rows["text"]]
     domains = [readable(domain) for domain in rows["domain"]]
     wide, of_domain = (max(map(cell_len, column), default=0) for column in (words, domains))
     with text_to(output) as file:
         console = console_for(file)
-        console.print(f"layer {layer}, expert {expert}: {len(rows)} tokens", style="bold")
+        given = rows.attrs["tokens"]
+        shown = f"{len(rows):,} of " if len(rows) < given else ""
+        console.print(
+            f"layer {layer}, expert {expert}: {shown}{plural(given, 'token')}", style="bold"
+        )
         of_document = max((len(str(n)) for n in rows["document"]), default=0)
         after = 8 * trace.has_weights + of_domain + of_document + len("  document ")
         room = max((console.width - wide - after - 4) // 2, 8)

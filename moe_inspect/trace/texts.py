@@ -133,7 +133,8 @@ def tokens_of(
 ) -> pd.DataFrame:
     """The tokens that an expert was given, in their context: token, document, domain, sequence,
     position, phase, router, slot, weight (NaN where the trace has none), left, text, right. A token
-    that is a part of a character stands with the whole of it.
+    that is a part of a character stands with the whole of it. `attrs["tokens"]`: how many tokens
+    the expert was given in all.
 
     context  tokens to the left and to the right
     top      only so many of them; None: all
@@ -149,21 +150,24 @@ def tokens_of(
     if trace.counts_only:
         raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
     _need_tokens(trace)
-    hits = _hits(trace, routers, expert, top, sort == "weight" and trace.has_weights, seed)
+    hits, given = _hits(trace, routers, expert, top, sort == "weight" and trace.has_weights, seed)
     words = _context(trace, hits, routers, context)
-    return hits.drop(columns="order").assign(**words)
+    made = hits.drop(columns="order").assign(**words)
+    made.attrs["tokens"] = given
+    return made
 
 
 def _hits(
     trace: Trace, routers: Sequence[int], expert: int, top: int | None, by_weight: bool, seed: int
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, int]:
     """The columns of `tokens_of` without the texts, and `order`, by which they are sorted, of the
-    first `top` assignments to the expert: by weight, or in random order. Memory: a shard, and
-    these."""
-    rng, parts = np.random.default_rng(seed), list[pd.DataFrame]()
+    first `top` assignments to the expert, by weight, or in random order; and how many there are.
+    Memory: a shard, and these."""
+    rng, parts, given = np.random.default_rng(seed), list[pd.DataFrame](), 0
     for shard in trace.shards:
         found = [_hits_of(trace, shard, router, expert) for router in routers]
         rows, router, slot, weight = (np.concatenate(of) for of in zip(*found, strict=True))
+        given += len(rows)
         order = -weight if by_weight else rng.random(len(rows))
         first = np.argsort(order, kind="stable")[:top]
         place = shard.tokens(PLACE[:-1]).take(pa.array(rows[first])).to_pandas()
@@ -173,7 +177,7 @@ def _hits(
         parts.append(new)
         if top is not None:
             parts = [_in_order(parts).iloc[:top]]
-    return _in_order(parts)
+    return _in_order(parts), given
 
 
 def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:

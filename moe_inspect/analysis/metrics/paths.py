@@ -32,7 +32,8 @@ def path_entropy_bits(tokens_P: np.ndarray) -> float:
     """Entropy of the paths through the routers up to this one, by first choices. tokens: of each
     path. L routers whose choices say nothing of each other give L·log₂ E. NaN without tokens."""
     share_P = tokens_P / nan_for_zero(np.asarray(tokens_P.sum()))
-    return float(-(share_P * np.log2(np.where(tokens_P > 0, share_P, 1))).sum())
+    # not −0 where all take one path
+    return 0.0 - float((share_P * np.log2(np.where(tokens_P > 0, share_P, 1))).sum())
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def places_in(directory: str | Path) -> list[RoutedPlace]:
 
 
 def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
-    """The tables `routers` and `experts` of the safetensors checkpoint in a directory.
+    """The tables `routers` and `experts` of the safetensors checkpoint in a directory. `blocks`:
+    the path of the blocks that a router is in, which may number layers anew: "mtp.layers".
 
     routers: a row per router: the cosines of pairs of its rows (mean and largest), their effective
     rank and norms; beside random rows of the same shape. experts: a row per expert: the number of
@@ -57,7 +58,7 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
     advance = phase("reading weights", len(places), "routers")
     routers, experts = list[dict[str, Any]](), list[pd.DataFrame]()
     for r, place in enumerate(places):
-        shape: dict[str, Any] = {"layer": place.layer, "router": r}
+        shape: dict[str, Any] = {"layer": place.layer, "router": r, "blocks": place.blocks}
         rows_EH = rows_of(place)
         geometry: dict[str, Any] = {"hidden": None, **dict.fromkeys(GEOMETRY, float("nan"))}
         if rows_EH is not None:

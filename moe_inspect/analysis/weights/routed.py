@@ -55,7 +55,7 @@ class RoutedPlace:
 
 def routed_places(tensors: Mapping[str, Stored]) -> list[RoutedPlace]:
     """In the order of a forward pass: the encoder first, layer by layer, attention before the
-    rest."""
+    rest; blocks that predict further tokens last."""
     rows, numbered, fused = _sorted_out(tensors)
     found = list[RoutedPlace]()
     # experts beside their router may be called so themselves
@@ -72,7 +72,13 @@ def routed_places(tensors: Mapping[str, Stored]) -> list[RoutedPlace]:
             found.append(RoutedPlace(place, int(layer[1]), rowed, parts))
     return sorted(
         found,
-        key=lambda p: (p.stack == "decoder", p.layer, not ATTENTION.search(p.place), p.place),
+        key=lambda p: (
+            bool(MTP.search(p.place)),
+            p.stack == "decoder",
+            p.layer,
+            not ATTENTION.search(p.place),
+            p.place,
+        ),
     )
 
 
