@@ -2,7 +2,8 @@
 of one worker and of two, each a process with one thread on this machine. Efficiency is time(1) ÷
 (2 × time(2)): of the makespan, which needs two idle cores, and of the CPU time of all workers,
 which says what sharing the work out adds to it. Every result is compared with this process's, to
-the bit; then a worker is killed. Prints a table, writes benchmarks/results/cluster-<machine>.json.
+the bit; then a worker is killed. Prints what docs/scale.md says; with SIZE assignments or more, it
+is written there, and to benchmarks/results/cluster-<machine>.json.
 
 Workers have loaded their kernels before. What moves is measured on the loopback interface: between
 workers, scheduler and client, with whatever else uses that.
@@ -13,28 +14,33 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring import machine, peak_memory_mib, write_results
+from benchmarks.measuring import ROOT, machine, peak_memory_mib, write_results
 from benchmarks.report import WANTS, make
 from benchmarks.run import EXPERTS, LAYERS, TOP_K, stream
+from moe_inspect.analysis.tasks import runs_of
 from moe_inspect.trace.reader import Trace, open_trace
 
+PAGE = ROOT / "docs" / "scale.md"
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 SIZE = 4e8  # assignments
+PAPER = 1e12
+MACHINES = (10, 100)  # threads of workers, on paper
 SMALL = 2.5e7  # of the trace that workers warm up on
 ROUTES_CHANGED = 0.02  # in the trace that is compared
-LEAST = 0.8
 
 
 def make_other(root: str, assignments: float) -> None:
@@ -93,17 +99,26 @@ def cache(trace: Trace, other: Trace) -> Any:
 def compare(trace: Trace, other: Trace) -> Any:
     from moe_inspect.comparison.data import Options, PairData
 
-    counted = PairData(trace, other, Options(threads=1)).counts
-    return {r: [of.mismatch_UX, of.moved_UE, of.flips_EE] for r, of in counted.of.items()}
+    return PairData(trace, other, Options(threads=1)).counts
 
 
-JOBS: dict[str, tuple[str, Callable[[Trace, Trace], Any]]] = {
-    "report: the counting pass": ("shards", counts),
-    "report: the pass by token id": ("routers", token_ids),
-    "simulate capacity": ("shards", capacity),
-    "simulate placement": ("shards", placement),
-    "simulate cache": ("routers", cache),
-    "compare": ("shards", compare),
+@dataclass(frozen=True)
+class Job:
+    """`by`: how the work is shared out. `merged`: whether a task of many shards sends one sum, as
+    large as the whole, and not something of each shard."""
+
+    by: str
+    run: Callable[[Trace, Trace], Any]
+    merged: bool = False
+
+
+JOBS = {
+    "report: all but token ids": Job("shards", counts, merged=True),
+    "report: by token id": Job("routers", token_ids),
+    "simulate capacity": Job("shards", capacity),
+    "simulate placement": Job("shards", placement),
+    "simulate cache": Job("routers", cache),
+    "compare": Job("shards", compare, merged=True),
 }
 
 
@@ -147,14 +162,13 @@ def moved_bytes() -> int:
 def on_workers(name: str, paths: dict[str, str], n: int, kill_after_s: float = 0) -> dict[str, Any]:
     from distributed import Client, LocalCluster
 
-    _, job = JOBS[name]
+    options: dict[str, Any] = {"n_workers": n, "threads_per_worker": 1, "dashboard_address": None}
     with (
-        LocalCluster(
-            n_workers=n, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
-        ) as cluster,
+        LocalCluster(silence_logs=logging.CRITICAL, **options) as cluster,
         Client(cluster) as client,
     ):
-        addresses: list[str] = list(client.nthreads())
+        threads: Any = client.nthreads()
+        addresses = list[str](threads)
         warmed = [
             client.submit(warm, name, paths, workers=[address], pure=False) for address in addresses
         ]
@@ -166,7 +180,7 @@ def on_workers(name: str, paths: dict[str, str], n: int, kill_after_s: float = 0
             threading.Timer(kill_after_s, os.kill, (pid, signal.SIGKILL)).start()
         used = 0.0 if kill_after_s else sum(of_each(client, time.process_time))
         moved, wall, cpu = moved_bytes(), time.perf_counter(), time.process_time()
-        result = job(trace, other)
+        result = JOBS[name].run(trace, other)
         found = {
             "makespan_s": time.perf_counter() - wall,
             "client_cpu_s": time.process_time() - cpu,
@@ -181,39 +195,29 @@ def on_workers(name: str, paths: dict[str, str], n: int, kill_after_s: float = 0
 
 def of_each(client: Any, function: Callable[[], Any]) -> list[Any]:
     """What a function returns on each worker."""
-    return list(client.run(function).values())
+    answers: Any = client.run(function)
+    return list(answers.values())
 
 
 def warm(name: str, paths: dict[str, str]) -> None:
     """A worker imports and loads what it needs."""
-    JOBS[name][1](open_trace(paths["small"]), open_trace(paths["small b"]))
+    JOBS[name].run(open_trace(paths["small"]), open_trace(paths["small b"]))
 
 
 def here(name: str, paths: dict[str, str]) -> dict[str, Any]:
     warm(name, paths)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = JOBS[name][1](open_trace(paths["a"]), open_trace(paths["b"]))
+    result = JOBS[name].run(open_trace(paths["a"]), open_trace(paths["b"]))
     return {
         "makespan_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
+        "result_mb": len(pickle.dumps(result, 5)) / 1e6,
         "digest": digest(result),
     }
 
 
 def main(assignments: float = SIZE) -> None:
-    measured: dict[str, Any] = {"load_before": os.getloadavg()}
-    header = (
-        "pass",
-        "by",
-        "here",
-        "1 worker",
-        "2 workers",
-        "efficiency",
-        "of CPU",
-        "moved",
-        "peak",
-    )
-    print("{:<30}{:<9}{:>8}{:>10}{:>11}{:>12}{:>8}{:>9}{:>9}".format(*header))
+    measured: dict[str, Any] = {"load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as scratch:
         paths = {key: f"{scratch}/{key}" for key in ("a", "b", "small", "small b")}
         measured["assignments"] = make(paths["a"], assignments, "bf16")["assignments"]
@@ -223,34 +227,94 @@ def main(assignments: float = SIZE) -> None:
         a = open_trace(paths["a"])
         measured |= {"shards": a.n_shards, "tokens": a.n_tokens, "routers": len(a.routers)}
         measured["bytes"] = sum(f.stat().st_size for f in Path(paths["a"]).rglob("*.parquet"))
-        for name, (by, _) in JOBS.items():
-            found = {"here": here(name, paths)} | {n: on_workers(name, paths, n) for n in (1, 2)}
+        measured["list_mb"] = len(pickle.dumps(a, 5)) / 1e6
+        measured["jobs"] = jobs = dict[str, Any]()
+        for name in JOBS:
+            found: dict[str, Any] = {"here": here(name, paths)}
+            found |= {str(n): on_workers(name, paths, n) for n in (1, 2)}
             assert len({of.pop("digest") for of in found.values()}) == 1, f"{name}: other numbers"
-            one, two = found[1], found[2]
+            one, two = found["1"], found["2"]
             found["efficiency"] = one["makespan_s"] / (2 * two["makespan_s"])
             found["efficiency_of_cpu"] = one["workers_cpu_s"] / two["workers_cpu_s"]
-            measured[name] = found
-            print(
-                f"{name:<30}{by:<9}{found['here']['cpu_s']:>7.1f}s{one['makespan_s']:>9.1f}s"
-                f"{two['makespan_s']:>10.1f}s{found['efficiency']:>12.2f}"
-                f"{found['efficiency_of_cpu']:>8.2f}{two['moved_mb']:>7.0f}MB"
-                f"{two['worker_peak_mib']:>6.0f}MiB",
-                flush=True,
-            )
+            jobs[name] = found
+            print(f"{name}: efficiency {found['efficiency']:.2f}", flush=True)
         name = next(iter(JOBS))
-        after_s = measured[name][2]["makespan_s"] / 3
+        after_s = jobs[name]["2"]["makespan_s"] / 3
         killed = on_workers(name, paths, 2, kill_after_s=after_s)
-        same = killed.pop("digest") == digest(JOBS[name][1](a, a))
+        same = killed.pop("digest") == digest(JOBS[name].run(a, a))
         assert same, "a worker that dies changes the numbers"
         measured["a worker killed"] = killed
-        print(f"{name}, a worker killed after {after_s:.1f} s: the same numbers")
-    measured["load_after"] = os.getloadavg()
-    reached = all(measured[name]["efficiency"] >= LEAST for name in JOBS)
-    print(f"efficiency ≥ {LEAST} everywhere: {'yes' if reached else 'NO'}")
+    measured["load_average_after"] = os.getloadavg()
     facts = machine()
     facts["command"] = "python -m benchmarks.cluster"
     facts["versions"] |= {name: version(name) for name in ("dask", "distributed")}
-    print(f"written to {write_results('cluster', facts, measured)}")
+    said = page(facts, measured)
+    print(said)
+    if assignments >= SIZE:
+        print(f"written to {write_results('cluster', facts, measured)} and {PAGE.name}")
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{said}{END}{rest.partition(END)[2]}")
+
+
+def page(facts: dict[str, Any], measured: dict[str, Any]) -> str:
+    """What docs/scale.md says: what was measured, and what it comes to at PAPER assignments."""
+    A, jobs, versions = measured["assignments"], measured["jobs"], facts["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("dask", "numpy", "numba", "pyarrow"))
+    busy = max(measured["load_average_before"][0], measured["load_average_after"][0]) > 2.5
+    lines = [
+        f"{A:.1e} assignments, {measured['tokens']:,} tokens at {measured['routers']} routers, "
+        f"{measured['shards']} shards, {measured['bytes'] / 1e9:.2f} GB; {facts['cores']} cores of "
+        f"an {facts['processor']}, Python {facts['python']}, {named}; `{facts['command']}`"
+        + (
+            "; other programs were running, so that makespans say little: look at the CPU time."
+            if busy
+            else "; nothing else was running."
+        ),
+        "",
+        "| pass | shared out by | here, CPU s | 1 worker, s (CPU s) | 2 workers, s (CPU s) | "
+        "efficiency (of CPU) | client, CPU s | moved, MB | peak of a worker, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in jobs.items():
+        one, two = found["1"], found["2"]
+        lines.append(
+            f"| {name} | {JOBS[name].by} | {found['here']['cpu_s']:.1f} "
+            f"| {one['makespan_s']:.1f} ({one['workers_cpu_s']:.1f}) "
+            f"| {two['makespan_s']:.1f} ({two['workers_cpu_s']:.1f}) "
+            f"| {found['efficiency']:.2f} ({found['efficiency_of_cpu']:.2f}) "
+            f"| {two['client_cpu_s']:.1f} | {two['moved_mb']:.0f} | {two['worker_peak_mib']:.0f} |"
+        )
+    factor = PAPER / A
+    shards = round(measured["shards"] * factor)
+    tasks, listed_mb = len(runs_of(shards)), measured["list_mb"] / measured["shards"] * shards
+    lines += [
+        "",
+        f"The same trace of {PAPER:.0e} assignments, on paper: {measured['tokens'] * factor:.1e} "
+        f"tokens, {shards:,} shards, {measured['bytes'] * factor / 1e12:.2f} TB; {tasks} tasks by "
+        f"shards; {listed_mb:.0f} MB of a list of shards for each worker.",
+        "",
+        "| pass | CPU time, hours | "
+        + " | ".join(f"{n} threads, minutes" for n in MACHINES)
+        + " | moved, GB | client, CPU minutes |",
+        "|---|---|" + "---|" * len(MACHINES) + "---|---|",
+    ]
+    for name, found in jobs.items():
+        job, one, two = JOBS[name], found["1"], found["2"]
+        hours = one["workers_cpu_s"] * factor / 3600
+        most = measured["routers"] if job.by == "routers" else tasks
+        # a task sends its result to the scheduler, and that to the client
+        sent_mb = two["moved_mb"] * (factor if job.by == "shards" else 1)
+        client_s = two["client_cpu_s"] * (factor if job.by == "shards" else 1)
+        if job.merged:
+            sent_mb = 2 * found["here"]["result_mb"] * tasks
+            client_s *= sent_mb / (two["moved_mb"] * factor)
+        times = [60 * hours / min(n, most) / min(1, found["efficiency_of_cpu"]) for n in MACHINES]
+        lines.append(
+            f"| {name} | {hours:.1f} | "
+            + " | ".join(f"{minutes:.0f}" for minutes in times)
+            + f" | {sent_mb / 1e3:.1f} | {client_s / 60:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

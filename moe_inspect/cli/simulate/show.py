@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 
 TraceArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
-        metavar="TRACE", help="The directory of a trace.", show_default=False, autocompletion=traces
+        metavar="TRACE",
+        help="The directory of a trace, or its URL (s3://…).",
+        show_default=False,
+        autocompletion=traces,
     ),
 ]
 
@@ -73,7 +76,7 @@ class ShowOptions:
     ] = None
 
 
-def opened(trace: Path, options: ShowOptions) -> Trace:
+def opened(trace: str, options: ShowOptions) -> Trace:
     from moe_inspect.trace.reader import open_trace
 
     return open_trace(trace, scheduler=options.scheduler)
