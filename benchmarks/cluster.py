@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.measuring import ROOT, machine, peak_memory_mib, write_results
 from benchmarks.report import WANTS, make
 from benchmarks.run import EXPERTS, LAYERS, TOP_K, stream
-from moe_inspect.analysis.tasks import runs_of
+from moe_inspect.analysis.tasks import MOST_RUNS
 from moe_inspect.trace.reader import Trace, open_trace
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -286,7 +286,7 @@ def page(facts: dict[str, Any], measured: dict[str, Any]) -> str:
         )
     factor = PAPER / A
     shards = round(measured["shards"] * factor)
-    tasks, listed_mb = len(runs_of(shards)), measured["list_mb"] / measured["shards"] * shards
+    tasks, listed_mb = MOST_RUNS, measured["list_mb"] / measured["shards"] * shards
     lines += [
         "",
         f"The same trace of {PAPER:.0e} assignments, on paper: {measured['tokens'] * factor:.1e} "

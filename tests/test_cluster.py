@@ -126,15 +126,15 @@ def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
 def test_many_shards_are_added_up_in_runs(
     trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    assert [len(run) for run in tasks.runs_of(1_500)][:3] == [2, 2, 2]
+    assert tasks.runs_of(trace) == [range(1), range(1, 2), range(2, 3)]
+    assert len(tasks.runs_of(trace, 100_000)) == 8
+    monkeypatch.setattr(tasks, "WORTH_A_TASK", 1)
+    assert len(tasks.runs_of(trace, 100_000)) == 513
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
-    assert tasks.runs_of(trace.n_shards) == [range(3)]
-    same_tables(
-        moe_inspect.simulate_capacity(trace.on(client)), moe_inspect.simulate_capacity(trace)
-    )
-    here, there = (
-        count_trace(of, select(of), {"load", "weights"}) for of in (trace, trace.on(client))
-    )
+    assert tasks.runs_of(trace) == [range(3)]
+    by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
+    same_tables(moe_inspect.simulate_capacity(by_url), moe_inspect.simulate_capacity(trace))
+    here, there = (count_trace(of, select(of), {"load", "weights"}) for of in (trace, by_url))
     for r in here.of:
         assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
 

@@ -16,7 +16,8 @@ from moe_inspect.analysis.threads import Threads, Workers
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 
-MOST_RUNS = 512  # about: no more than twice as many
+WORTH_A_TASK = 100_000_000  # assignments; a second or more
+FEWEST_RUNS, MOST_RUNS = 8, 512  # tasks of a pass, about: no more than twice as many
 
 
 def workers(*traces: Trace, threads: int = 1) -> AbstractContextManager[Workers]:
@@ -29,11 +30,15 @@ def workers(*traces: Trace, threads: int = 1) -> AbstractContextManager[Workers]
     return cluster(scheduler, traces)
 
 
-def runs_of(shards: int) -> list[range]:
-    """Consecutive shards that one task reads, by their numbers: each on its own, or of very many
-    shards so many that the number of tasks does not grow with the trace."""
-    size = max(1, shards // MOST_RUNS)
-    return [range(first, min(first + size, shards)) for first in range(0, shards, size)]
+def runs_of(trace: Trace, shards: int | None = None) -> list[range]:
+    """Consecutive shards that one task reads, by their numbers: so many that sending what comes of
+    them is little beside counting them, and that the number of tasks does not grow with the trace.
+    `shards`: as many as there are of it, by default all."""
+    n = trace.n_shards if shards is None else shards
+    assignments = trace.n_tokens * sum(router.top_k for router in trace.routers)
+    worth_sending = WORTH_A_TASK * trace.n_shards // max(1, assignments)
+    size = max(1, min(worth_sending, n // FEWEST_RUNS), n // MOST_RUNS)
+    return [range(first, min(first + size, n)) for first in range(0, n, size)]
 
 
 def by_shard(
@@ -42,7 +47,8 @@ def by_shard(
     """function(shard, *arguments) of every shard, in order. `name`: of the phase, as progress is
     told; None where it is too short for one."""
     advance = phase(name, trace.n_tokens, "tokens") if name else None
-    runs = runs_of(trace.n_shards)
+    here = trace.scheduler is None
+    runs = [range(n, n + 1) for n in range(trace.n_shards)] if here else runs_of(trace)
     with workers(trace) as at:
         found = at.each(_of_run, (trace, function, arguments), ((run,) for run in runs))
         for run, parts in zip(runs, found, strict=True):

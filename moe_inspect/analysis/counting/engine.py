@@ -68,7 +68,7 @@ def count_trace(
             progress=progress,
         )
     else:
-        advance, runs = counting(trace, selection.routers), runs_of(trace.n_shards)
+        advance, runs = counting(trace, selection.routers), runs_of(trace)
         with workers(trace, threads=threads) as at:
             for run, part in zip(runs, _parts(trace, arguments, at, runs), strict=True):
                 total.add(part)

@@ -71,7 +71,7 @@ def by_runs(
 ) -> Iterator[tuple[list[int], Any]]:
     """function(job, shards, *arguments) of runs of A's shards, in order, beside their numbers."""
     numbers = alignment.shards
-    runs = [[numbers[i] for i in run] for run in runs_of(len(numbers))]
+    runs = [[numbers[i] for i in run] for run in runs_of(job.a, len(numbers))]
     tasks = (([alignment.of_shard(number) for number in run],) for run in runs)
     with workers(job.a, job.b, threads=threads) as at:
         found = at.each(_of_run, (job, function, arguments), tasks)
