@@ -105,9 +105,10 @@ def _parts(
     """The counts of every run of shards, in order. The routers of the last runs are shared out
     among threads, so that none is left with a whole run while others have nothing."""
     routers, width = arguments[0].routers, at.width
-    sharing = isinstance(at, Threads) and not trace.counts_only
+    here = isinstance(at, Threads)
+    splits = here and not trace.counts_only
     pieces_of = [
-        min(width, len(routers)) if sharing and len(runs) - i <= width else 1
+        min(width, len(routers)) if splits and len(runs) - i <= width else 1
         for i in range(len(runs))
     ]
     tasks = (
@@ -115,7 +116,7 @@ def _parts(
         for run, n in zip(runs, pieces_of, strict=True)
         for j in range(n)
     )
-    found = at.each(_counts_of, (trace, *arguments), tasks)
+    found = at.each(_counts_of, (trace, *arguments, not here), tasks)
     for n in pieces_of:
         yield joined(next(found) for _ in range(n))
 
@@ -126,19 +127,22 @@ def _counts_of(
     wants: frozenset[str],
     windows: Windows | None,
     fast: bool,
+    sent: bool,
     run: range,
     routers: tuple[int, ...],
 ) -> Counts:
-    """The counts of a run of shards at some routers."""
+    """The counts of a run of shards at some routers. `sent`: to another process."""
     first, *others = run
     asked = selection, wants, windows, fast, routers
     counts = count_shard(trace.shard(first), *asked)
-    if not others:
-        return counts
-    total = empty_like(counts).add(counts)
-    for number in others:
-        total.add(count_shard(trace.shard(number), *asked))
-    return total
+    if others:
+        total = empty_like(counts).add(counts)
+        for number in others:
+            total.add(count_shard(trace.shard(number), *asked))
+        counts = total
+    for of in counts.of.values() if sent else ():
+        of.narrow()
+    return counts
 
 
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:

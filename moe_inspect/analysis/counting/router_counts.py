@@ -132,6 +132,15 @@ class RouterCounts:
             return None
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
+    def narrow(self) -> None:
+        """Holds its tables in the narrowest types there are for them, to be sent and added to
+        others; nothing can be added to them."""
+        for name in DECLARED:
+            table: Any = getattr(self, name)
+            if isinstance(table, np.ndarray) and np.issubdtype(table.dtype, np.integer):
+                most = int(table.max(initial=0))
+                setattr(self, name, table.astype(np.min_scalar_type(most)))
+
     def add(self, other: RouterCounts, rows: dict[str, MergedRows]) -> None:
         """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
         for name, f in DECLARED.items():
