@@ -29,7 +29,10 @@ def prune(
         Path,
         typer.Option(
             metavar="TRACE",
-            help="A trace of this model on the calibration text, with --output-norms.",
+            help=(
+                "A trace of this model on calibration text; for reap, ean and mean-norm one with "
+                "--output-norms."
+            ),
             show_default=False,
             autocompletion=traces,
         ),
@@ -52,25 +55,28 @@ def prune(
         of.By,
         typer.Option(
             help=(
-                "Experts with the least go first. reap: mean of gate weight × norm of the output. "
-                "gate: sum of gate weights. frequency: assignments. ean: sum of the norms. "
-                "mean-norm: their mean. aimer: by the weights alone. ablation: loss on the "
-                "calibration text without the expert."
+                "Score of an expert; those with the least go first. reap: mean of gate weight × "
+                "norm of the output. gate: sum of gate weights. frequency: assignments. ean: sum "
+                "of the norms. mean-norm: their mean. aimer: by the weights alone. ablation: what "
+                "the model loses on the calibration text without this expert alone."
             )
         ),
     ] = of.By.reap,
     keep: Annotated[
-        float, typer.Option(help="Share of the experts of each layer (or group) to keep at least.")
+        float,
+        typer.Option(help="At least this share of the experts of each layer (or group) stays."),
     ] = 0.75,
     draws: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Compare with N choices at random.")
+        int, typer.Option(metavar="N", min=1, help="How many random choices to compare with.")
     ] = 5,
-    seed: Annotated[int, typer.Option(metavar="SEED", help="Of the choices at random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the random choices.")] = 0,
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Of --by ablation: keep every loss in this directory, and go on from those there.",
+            help=(
+                "With --by ablation: keep every loss in this directory, and go on from those there."
+            ),
             show_default=False,
         ),
     ] = None,

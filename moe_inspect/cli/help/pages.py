@@ -36,6 +36,18 @@ _TEXT = (
     "batch_tokens",
     "special_tokens",
 )
+_HELD_OUT = _TEXT[:-1]
+_LOADED = (
+    "device",
+    "device_map",
+    "dtype",
+    "revision",
+    "trust_remote_code",
+    "dequantize",
+    "random_init",
+    "loader",
+    "routers",
+)
 _DECODING = ("generate", "temperature", "seed")
 _TRACE = ("output", "resume", "overwrite", "commit_every", "watch")
 _REQUESTS = ("concurrency", "timeout", "api_key")
@@ -105,25 +117,8 @@ PAGES = {
     "ablate": Page(
         {
             "Experts": ("layers", "experts"),
-            "Text": (
-                "data",
-                "text_field",
-                "domain_field",
-                "max_tokens",
-                "max_length",
-                "batch_tokens",
-            ),
-            "Model": (
-                "device",
-                "device_map",
-                "dtype",
-                "revision",
-                "trust_remote_code",
-                "dequantize",
-                "random_init",
-                "loader",
-                "routers",
-            ),
+            "Text": _HELD_OUT,
+            "Model": _LOADED,
             "Run": ("most_passes", "resume"),
             "Output": ("table", "format", "output", "safe_csv"),
         },
@@ -136,21 +131,14 @@ PAGES = {
     "prune": Page(
         {
             "Experts": ("trace", "by", "keep", "draws", "seed", "resume"),
-            "Text": (
-                "data",
-                "text_field",
-                "domain_field",
-                "max_tokens",
-                "max_length",
-                "batch_tokens",
-            ),
-            "Model": ("device", "device_map", "dtype", "revision", "trust_remote_code"),
+            "Text": _HELD_OUT,
+            "Model": _LOADED,
             "Output": ("output", "dry_run", "table", "format", "safe_csv"),
         },
         (
-            "prune demo --trace runs/demo --dry-run",
+            "prune demo --trace runs/demo --by gate --dry-run",
             "prune ./model --trace runs/a --data held_out/ --keep 0.5 -o pruned",
-            "prune demo --trace runs/demo --dry-run --table scores --format csv",
+            "prune demo --trace runs/demo --by gate --dry-run --table scores",
         ),
     ),
     "text": Page(
