@@ -6,8 +6,8 @@ R rows, C columns of a heatmap.
 from __future__ import annotations
 
 import base64
-import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,10 @@ def packed(value: Any) -> str:
         allow_nan=False,
         separators=(",", ":"),
     )
-    return base64.b64encode(
-        gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)
-    ).decode()
+    # mostly numbers: half the time of level 6 for 3 % more bytes; 31: in the format of gzip
+    gzip = zlib.compressobj(5, zlib.DEFLATED, 31, strategy=zlib.Z_FILTERED)
+    compressed = gzip.compress(text.encode(errors="backslashreplace")) + gzip.flush()
+    return base64.b64encode(compressed).decode()
 
 
 def without_numpy(value: Any) -> Any:
