@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks lint docs picture atlas bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks test-vllm test-sglang lint docs picture atlas bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,23 @@ test-frameworks: ## Traces of training frameworks against what their experts are
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev]' boto3 google-cloud-storage
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/frameworks/requirements.txt
 	FRAMEWORKS_TABLE=docs/frameworks.md $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+
+VLLM := build/venv-vllm
+SGLANG := build/venv-sglang
+ENGINES_PYTHON ?= python3.11
+
+test-vllm: ## Traces through a real vLLM on a CPU against local ones; writes its table in docs/engines.md
+	$(ENGINES_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/vllm_cpu
+# transformers imports them where they are, and they need a torch for GPUs
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	ENGINES_TABLE=docs/engines.md $(VLLM)/bin/python -m pytest tests/real_engines -k vllm
+
+test-sglang: ## The same through a real SGLang
+	$(ENGINES_PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[trace]' pytest tests/real_engines/sglang_cpu
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23
+	ENGINES_TABLE=docs/engines.md $(SGLANG)/bin/python -m pytest tests/real_engines -k sglang
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

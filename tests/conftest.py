@@ -70,6 +70,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line("\n" + text)
 
 
+def write_table(
+    reporter: pytest.TerminalReporter,
+    name: str,
+    variable: str,
+    table_of: Callable[[list[str]], str],
+    place: str = "",
+) -> None:
+    """The table of the rows that tests recorded as property `name`: printed, and put into the page
+    that the environment variable names, between its marks of `place`, if everything ran."""
+    passed = reporter.stats.get("passed", [])
+    rows = [str(row) for report in passed for key, row in report.user_properties if key == name]
+    if not rows:
+        return
+    table = table_of(rows)
+    reporter.write_line("\n" + table)
+    left_out = [k for k in ("failed", "error", "skipped") if reporter.stats.get(k)]
+    if (path := os.environ.get(variable)) and not left_out:
+        begin, end = f"<!-- table{place} -->", f"<!-- end of table{place} -->"
+        before, _, rest = Path(path).read_text().partition(begin)
+        Path(path).write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """Runs `moe-inspect …` as a user does, in an empty directory."""

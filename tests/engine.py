@@ -110,8 +110,11 @@ class Server:
             prompt
             and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt)
             and len(prompt) + most <= self.length
+            and (vllm or len(prompt) <= self.length - 6)
         ):
             return 400, {"error": {"message": "maximum context length exceeded"}}
+        if not vllm:  # as SGLang does, which says nothing
+            most = min(most, self.length - len(prompt) - 2)
         made = continued(prompt, most)
         fed = np.array(prompt + made[:-1])
         routed = np.zeros((len(fed), LAYERS, K), np.int64)

@@ -20,13 +20,25 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.capture.corpus.plan import reserved_for_engines
 from moe_inspect.capture.server import client as engine_http
 from moe_inspect.capture.server.protocols import ENGINES
 from moe_inspect.capture.server.run import _without_secrets
 from moe_inspect.cli.trace import EngineName
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Cli
-from tests.engine import DENSE, EXPERTS, KEY, VOCABULARY, K, Server, continued, decisions, serving
+from tests.engine import (
+    DENSE,
+    EXPERTS,
+    KEY,
+    MODEL_LENGTH,
+    VOCABULARY,
+    K,
+    Server,
+    continued,
+    decisions,
+    serving,
+)
 from tests.test_cli_trace import save, write_jsonl
 
 
@@ -110,27 +122,64 @@ def test_the_tokens_are_those_of_a_local_trace(model: str, corpus: str, tmp_path
     assert served.manifest["routers"] == known
 
 
+def test_the_default_length_fits_every_engine() -> None:
+    for generate in range(9):
+        needed = [engine.reserved(generate) for engine in ENGINES.values()]
+        assert max(needed) == reserved_for_engines(generate)
+
+
+@pytest.mark.parametrize(
+    ("engine", "length", "generate", "max_length"),
+    [("vllm", 256, 0, None), ("sglang", 256, 0, None), ("sglang", 120, 5, 112)],
+)
 def test_long_documents_are_split_as_in_a_local_trace(
-    model: str, tmp_path: Path, capsys: Any
+    engine: str,
+    length: int,
+    generate: int,
+    max_length: int | None,
+    model: str,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
-    """By default, whatever is generated; where the server takes fewer positions than the model, as
-    in a local trace with the `--max-length` that is told."""
+    """By default; where the server takes fewer positions than the model, as in a local trace with
+    the `--max-length` that is told."""
     text = str(write_jsonl(tmp_path / "c.jsonl", documents=3, words=900))
-    columns = ["document", "sequence", "position", "token_id"]
-    for length, generate, max_length in ((256, 0, None), (120, 5, 114)):
-        server, place, found = Server(), tmp_path / str(length), []
-        server.length = length
-        usual = {"data": [text], "batch_tokens": 300, "generate": generate}
-        with serving(server) as url:
-            served = traced(url, place / "e", model, text, **{**usual, "max_length": None})
-        assert ("--max-length 114" in capsys.readouterr().err) == (length == 120)
-        local = moe_inspect.trace_model(model, place / "l", max_length=max_length, **usual)
-        for trace in (served, local):
-            tokens = trace.tokens()
-            found.append(tokens[tokens.phase == "prefill"][columns].reset_index(drop=True))
-        assert found[0].equals(found[1])
-        longest = length - generate - 1
-        assert (found[0].groupby("sequence").size() == longest).sum() >= 3
+    server, found = Server(), []
+    server.length = length
+    usual = {"data": [text], "batch_tokens": 300, "generate": generate}
+    with serving(server) as url:
+        served = traced(url, tmp_path / "e", model, text, engine, **{**usual, "max_length": None})
+    assert ("--max-length 112" in capsys.readouterr().err) == (length == 120)
+    local = moe_inspect.trace_model(model, tmp_path / "l", max_length=max_length, **usual)
+    for trace in (served, local):
+        tokens = trace.tokens()
+        prompts = tokens[tokens.phase == "prefill"].reset_index(drop=True)
+        found.append(prompts[["document", "sequence", "position", "token_id"]])
+    assert found[0].equals(found[1])
+    longest = length - reserved_for_engines(generate)
+    assert (found[0].groupby("sequence").size() == longest).sum() >= 3
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("generate", [0, 5])
+def test_an_engine_takes_the_longest_prompt(
+    engine: str, generate: int, model: str, tmp_path: Path
+) -> None:
+    """All documents fill it, and are continued by all tokens that are asked for."""
+    server, longest = Server(), MODEL_LENGTH - ENGINES[engine].reserved(generate)
+    text = write_jsonl(tmp_path / "c.jsonl", documents=1, words=900)
+    usual = {"max_length": longest, "max_tokens": longest, "generate": generate}
+    with serving(server) as url:
+        with pytest.raises(MoeInspectError, match=f"beyond the {longest} positions"):
+            traced(
+                url,
+                tmp_path / "t",
+                model,
+                str(text),
+                engine,
+                **{**usual, "max_length": longest + 1},
+            )
+        traced(url, tmp_path / "t", model, str(text), engine, **usual)
 
 
 def test_concurrency_is_bounded_and_changes_nothing(
@@ -379,7 +428,7 @@ def test_a_server_of_another_model_or_engine_is_refused(
         with pytest.raises(MoeInspectError, match="no router in layer 0: the MoE layers are 1"):
             traced(url, tmp_path / "t", model, corpus, layers=[0])
         with pytest.raises(
-            MoeInspectError, match="200 is beyond the 199 positions of this model: an"
+            MoeInspectError, match="200 is beyond the 199 positions of this model that the"
         ):
             traced(url, tmp_path / "t", model, corpus, max_length=200)
         assert not server.requests

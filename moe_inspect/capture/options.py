@@ -27,8 +27,7 @@ class CorpusOptions:
     text_field         field of .jsonl, .csv and .parquet rows that holds the text
     domain_field       field that holds the domain; None: "domain" where there is one
     max_tokens         stop after this many tokens
-    max_length         split longer documents; None: what the model takes less the position that an
-                       engine needs, at most 2048
+    max_length         split longer documents; None: what fits the model and an engine, at most 2048
     batch_tokens       tokens per forward pass, padding included
     special_tokens     add the tokenizer's special tokens (<s> …) to each text
     text               record which token each is; without, token ids are -1 and there is no

@@ -3,15 +3,14 @@ FRAMEWORKS_TABLE names if everything ran."""
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_table
 from tests.frameworks.truth import WEIGHT_ERROR, Compared
 
 Check = Callable[..., None]
@@ -57,18 +56,4 @@ def table_of(rows: list[str]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [
-        str(row)
-        for report in terminalreporter.stats.get("passed", [])
-        for name, row in report.user_properties
-        if name == "frameworks"
-    ]
-    if not rows:
-        return
-    table = table_of(rows)
-    terminalreporter.write_line("\n" + table)
-    left_out = [k for k in ("failed", "error", "skipped") if terminalreporter.stats.get(k)]
-    if (path := os.environ.get("FRAMEWORKS_TABLE")) and not left_out:
-        begin, end = "<!-- table -->", "<!-- end of table -->"
-        before, _, rest = Path(path).read_text().partition(begin)
-        Path(path).write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+    write_table(terminalreporter, "frameworks", "FRAMEWORKS_TABLE", table_of)

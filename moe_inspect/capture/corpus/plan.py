@@ -20,8 +20,6 @@ from moe_inspect.model.own import positions_of
 from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
-# tokens that an engine generates although none are asked for; the last is never fed
-ENGINE_GENERATES = 1
 TEXTS_PER_CALL = 64  # documents tokenized together
 # batches whose sequences are sorted by length together: less padding, bounded memory
 WINDOW_BATCHES = 16
@@ -78,21 +76,29 @@ class Plan:
         return with_documents(batches(rows, asked.batch_tokens, asked.generate))
 
 
+def reserved_for_engines(generate: int) -> int:
+    """Positions that the default length leaves free behind a prompt, as many as the engine that
+    takes the most (SGLang): a local trace and an engine's split a long document alike."""
+    return max(generate + 3, 6)
+
+
 def longest_sequence(
     max_length: int | None,
     config: Any,
     generate: int,
-    engine: bool = False,
+    reserved: int | None = None,
     served: int | None = None,
 ) -> int:
     """Tokens of the longest sequence: `max_length` or the default, within the positions of the
-    model and of the server (`served`), less those of the tokens to generate. An `engine` always
-    generates one more; the default reserves its position in a local trace too, so that both split
-    a long document at the same tokens."""
+    model. Of an engine: `reserved`, the positions that it keeps free behind a prompt, and `served`,
+    those that its server takes."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    stated = [n for n in (positions_of(text), served) if n]
-    with_engine = min(stated) - generate - ENGINE_GENERATES if stated else MAX_LENGTH
-    limit = with_engine if engine or not stated else with_engine + ENGINE_GENERATES
+    positions = min((n for n in (positions_of(text), served) if n), default=None)
+    if positions is None:
+        limit = default = MAX_LENGTH
+    else:
+        limit = positions - (generate if reserved is None else reserved)
+        default = max(min(positions - reserved_for_engines(generate), MAX_LENGTH), 1)
     if limit < 1:
         raise MoeInspectError(
             f"generating {generate} tokens leaves no room for a prompt in the positions of this "
@@ -100,11 +106,12 @@ def longest_sequence(
         )
     if max_length is not None and max_length > limit:
         left = f" that {generate} generated tokens leave" if generate else ""
-        why = ": an engine always generates one token more" if engine else ""
+        if reserved is not None:
+            left = " that the engine leaves to a prompt"
         raise MoeInspectError(
-            f"--max-length {max_length} is beyond the {limit} positions of this model{left}{why}"
+            f"--max-length {max_length} is beyond the {limit} positions of this model{left}"
         )
-    return max_length or max(min(with_engine, MAX_LENGTH), 1)
+    return max_length or default
 
 
 # --- sequences

@@ -73,7 +73,8 @@ class EngineProtocol:
     """`path`: of completions; `body`: (request, model) → its JSON; `read`: (JSON of the response,
     model) → Reply; `about`, `version_at`: paths that describe the model and the version;
     `read_from`: the release whose source code this follows; `cached_rows`: advice where rows of a
-    cached prefix are missing."""
+    cached prefix are missing; `reserved`: number of tokens to generate → positions that the engine
+    keeps free behind a prompt."""
 
     path: str
     body: Callable[[Request, Served], dict[str, Any]]
@@ -82,6 +83,7 @@ class EngineProtocol:
     version_at: str
     read_from: str
     cached_rows: str
+    reserved: Callable[[int], int]
 
 
 def _vllm_body(request: Request, served: Served) -> dict[str, Any]:
@@ -181,6 +183,8 @@ ENGINES = {
         "0.33.0",
         "vLLM 0.31 to 0.33 return them, and do not start with --no-enable-prefix-caching: use "
         "one of these versions",
+        # it generates one token at least, and the last is never fed
+        lambda generate: generate + 1,
     ),
     "sglang": EngineProtocol(
         "/generate",
@@ -190,6 +194,8 @@ ENGINES = {
         "/server_info",
         "0.5.23",
         "start the server with --disable-radix-cache",
+        # in a context of C a prompt of P has at most C - 6, and C - P - 2 tokens are generated
+        lambda generate: max(generate + 3, 6),
     ),
 }
 

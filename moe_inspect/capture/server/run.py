@@ -108,7 +108,7 @@ async def _record(
     kind, routers = routers_of(config, options.trust_remote_code)
     async with client(run.url, options.api_key, options.timeout_s, options.concurrency) as http:
         about = await ask_about(http, run.protocol, config)
-        length = _longest_sequence(options, config, about["max_model_len"])
+        length = _longest_sequence(run, about["max_model_len"])
         plan = Plan(run.sources, options, length)
         record = _plan_record(run, plan, about["model"])
         start = resume_from(run.output_dir, record, 0) if resume else None
@@ -143,10 +143,11 @@ async def _record(
             raise MoeInspectError(f"the corpus is empty: no text in {corpus}")
 
 
-def _longest_sequence(options: EngineOptions, config: Any, served: int | None) -> int:
+def _longest_sequence(run: EngineRun, served: int | None) -> int:
     """Tokens of the longest sequence; says so where a local trace would take longer ones."""
-    asked, generate = options.max_length, options.generate
-    length = longest_sequence(asked, config, generate, engine=True, served=served)
+    asked, generate, config = run.options.max_length, run.options.generate, run.config
+    reserved = run.protocol.reserved(generate)
+    length = longest_sequence(asked, config, generate, reserved, served)
     if asked is None and length < longest_sequence(None, config, generate):
         print_stderr(
             f"the server takes {served:,} positions, fewer than the model: documents are split at "

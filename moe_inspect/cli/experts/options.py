@@ -68,7 +68,7 @@ MaxLength = Annotated[
     typer.Option(
         metavar="N",
         min=2,
-        help="Split longer documents (default: the model's positions less one, at most 2048).",
+        help="Split longer documents (default: fits the model and an engine, at most 2048).",
         show_default=False,
     ),
 ]

@@ -99,7 +99,7 @@ def trace(
         int | None,
         typer.Option(
             min=1,
-            help="Split longer documents (default: the model's positions less one, at most 2048).",
+            help="Split longer documents (default: fits the model and an engine, at most 2048).",
             show_default=False,
         ),
     ] = None,

@@ -1,0 +1,31 @@
+"""A real engine that goes away in the middle of a trace, and comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moe_inspect
+from tests.real_engines.server import INSTALLED, serving
+from tests.real_engines.test_traces import SMALL, Property, begun, compared, run, traced_locally
+
+
+@pytest.mark.parametrize("engine", INSTALLED)
+def test_the_server_stops_and_another_goes_on(
+    engine: str, corpus: Path, tmp_path: Path, record_property: Property
+) -> None:
+    name, out, options = "bundled Mixtral", tmp_path / "t", ("--data", corpus, *SMALL)
+    with serving(engine, name, tmp_path) as first:
+        running = begun(first, out, options)
+    _, said = running.communicate(timeout=300)
+    assert running.returncode == 1, said
+    assert said.splitlines()[-1].startswith(f"error: {first.url}: no answer after 6 attempts")
+    cut = moe_inspect.open_trace(out)
+    assert cut.status == "interrupted"
+    with serving(engine, name, tmp_path) as second:
+        run(second, out, *options, "--resume")
+        local = traced_locally(second, tmp_path / "local", corpus, batch_tokens=1000)
+    trace = moe_inspect.open_trace(out)
+    assert 0 < cut.n_tokens < trace.n_tokens
+    compared(record_property, second, "server stopped, trace resumed with another", trace, local)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import Benchmarker, DriverBase
+
+
+class InterpretedDriver(DriverBase):
+    # vLLM asks for these before it starts a kernel
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {
+            "multiprocessor_count": os.cpu_count(),
+            "max_shared_mem": 2**20,
+        }
+    )
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise RuntimeError("nothing is compiled: set TRITON_INTERPRET=1")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cpu", 0, 1)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Benchmarker:
+        from triton.testing import do_bench
+
+        return do_bench
