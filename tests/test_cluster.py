@@ -15,6 +15,7 @@ import pytest
 import moe_inspect
 from moe_inspect.analysis import cluster, tasks
 from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.parallel import lines
@@ -137,6 +138,24 @@ def test_many_shards_are_added_up_in_runs(
     here, there = (count_trace(of, select(of), {"load", "weights"}) for of in (trace, by_url))
     for r in here.of:
         assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 255], np.uint8),
+        ([-1, 200], np.int16),
+        ([0, 2**32 - 1], np.uint32),
+        ([0, 2**32], np.int64),
+        ([-(2**31) - 1, 0], np.int64),
+    ],
+)
+def test_what_is_sent_is_narrow_and_the_same(values: list[int], kind: type):
+    sent = narrowed(np.array(values))
+    assert sent.dtype == kind
+    assert sent.tolist() == values
+    assert narrowed(np.array([0.5])).dtype == np.float64
+    assert narrowed(None) is None
 
 
 def test_the_commands(trace: Trace, client: Any, cli_here: Cli):

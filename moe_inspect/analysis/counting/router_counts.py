@@ -136,10 +136,7 @@ class RouterCounts:
         """Holds its tables in the narrowest types there are for them, to be sent and added to
         others; nothing can be added to them."""
         for name in DECLARED:
-            table: Any = getattr(self, name)
-            if isinstance(table, np.ndarray) and np.issubdtype(table.dtype, np.integer):
-                most = int(table.max(initial=0))
-                setattr(self, name, table.astype(np.min_scalar_type(most)))
+            setattr(self, name, narrowed(getattr(self, name)))
 
     def add(self, other: RouterCounts, rows: dict[str, MergedRows]) -> None:
         """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
@@ -165,6 +162,16 @@ class RouterCounts:
             self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
         else:
             self.srp = None
+
+
+def narrowed(value: Any) -> Any:
+    """An array of whole numbers in the narrowest type of at most 32 bits that holds them; all else
+    as it is."""
+    if getattr(getattr(value, "dtype", None), "kind", "") not in ("i", "u"):
+        return value
+    ends = int(value.min(initial=0)), int(value.max(initial=0))
+    kind = np.promote_types(*map(np.min_scalar_type, ends))
+    return value.astype(kind) if kind.itemsize <= 4 else value
 
 
 # all but `batches`, `srp` and `peak_E`, which `add` merges by name

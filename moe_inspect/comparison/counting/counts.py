@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
+from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.comparison.aligning.rows import CELLS, DECILES
 from moe_inspect.comparison.counting.router_sums import RouterSums
 
@@ -107,8 +108,10 @@ class RouterCounts:
         self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
 
     def of_units(self, unit_V: np.ndarray) -> RouterCounts:
-        """Of these units only."""
-        return replace(self, **{name: getattr(self, name)[unit_V] for name in BY_UNIT})
+        """Of these units only, to be sent."""
+        tables = {name: getattr(self, name)[unit_V] for name in BY_UNIT}
+        tables["flips_EE"] = self.flips_EE
+        return replace(self, **{name: narrowed(table) for name, table in tables.items()})
 
     def merge(self, other: RouterCounts, unit_V: np.ndarray) -> None:
         """Those of other shards, whose units are `unit_V`."""
@@ -165,7 +168,7 @@ class PairCounts:
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def of_units(self, unit_V: np.ndarray) -> PairCounts:
-        """Of these units only: what a shard has any of is a few of all."""
+        """Of these units only, to be sent: what a shard has any of is a few of all."""
         return replace(
             self,
             of={r: counts.of_units(unit_V) for r, counts in self.of.items()},
