@@ -189,6 +189,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     refused("jetmoe", 0.75, "a layer has two routers")
     refused("deepseek_v4", 0.75, "layer 0 goes by a table of token ids")
     refused("doge", 0.75, "an expert of layer 0 is a pair of keys, which others share")
+    refused("ernie4_5_vl_moe", 0.5, "vision_moe.*one number for both")
     wide = zoo.build("deepseek_v3", n_routed_experts=16)
     check(wide, find_routers(wide), 0.75, 3)
 

@@ -37,7 +37,7 @@ def logits_seen(site: Site) -> Module | None:
     return module if len(rows) == 1 else None
 
 
-def beyond(router: Module) -> int:
+def beyond(router: Module | None) -> int:
     """How many logits a router has behind those of its routed experts."""
     of = BEYOND.get(type(router).__name__)
     return of(router) if of is not None else 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_inspect.analysis.weights.routed import MTP
 from moe_inspect.errors import MoeInspectError, writing
@@ -38,18 +38,34 @@ TEMPLATES = "additional_chat_templates"  # of the tokenizer, the one directory o
 ROUTER = re.compile(
     rf"\.(?:gate|router|moe_statics)\.|\.(?:router_bias|{'|'.join(SELECTION_BIAS)})$"
 )
+BIAS = re.compile(rf"\.(?:{'|'.join(SELECTION_BIAS)})$")
+FLAT = re.compile(r"\.experts\.mlp\.[vw]\d$")  # DBRX: the matrices of all experts in one
+OF_CHANNELS = re.compile(r"conv|norm")  # which may be as many as the experts
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What goes. `drop`: block → its experts that go, as many in each; `experts`: E before."""
+    """What goes. `drop`: block → its experts that go, as many in each; `experts`: E before;
+    `beyond`: what a router chooses from besides (experts that are not routed to, skipping)."""
 
     drop: Mapping[int, Sequence[int]]
     experts: int
+    beyond: int = 0
 
     @property
     def left(self) -> int:
         return self.experts - len(next(iter(self.drop.values())))
+
+    def kept(self, layer: int) -> list[int]:
+        gone = set(self.drop[layer])
+        return [e for e in range(self.experts) if e not in gone]
+
+
+class Rows(NamedTuple):
+    """The experts are along this axis of a tensor, `width` rows each."""
+
+    axis: int
+    width: int = 1
 
 
 def directory_of(model: str, revision: str | None) -> Path:
@@ -201,7 +217,7 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
             names = list(opened.keys())
             shapes |= {name: opened.get_slice(name).get_shape() for name in names}
     places = {
-        name: place(name, shape, pruned.experts)
+        name: place(name, shape, pruned.experts, pruned.beyond)
         for name, shape in shapes.items()
         if not MTP.search(name)
     }
@@ -222,14 +238,17 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
                 if at is None or _stack(name) != stack:
                     yield name, opened.get_tensor(name)
                     continue
-                gone = set(pruned.drop[_layer(name)])
-                kept = [e for e in range(pruned.experts) if e not in gone]
-                if isinstance(at, int):
-                    index = torch.tensor(kept)
-                    yield name, opened.get_tensor(name).index_select(at, index)
-                elif (e := int(at.group(1))) in kept:
+                kept = pruned.kept(_layer(name))
+                if isinstance(at, Rows):
+                    # what is behind the experts stays
+                    rows_E = torch.arange(pruned.experts * at.width).view(pruned.experts, at.width)
+                    behind = torch.arange(rows_E.numel(), shapes[name][at.axis])
+                    index = torch.cat([rows_E[kept].flatten(), behind])
+                    yield name, opened.get_tensor(name).index_select(at.axis, index)
+                elif (e := int(at.group(1))) in kept or e >= pruned.experts:
                     start, end = at.span(1)
-                    yield f"{name[:start]}{kept.index(e)}{name[end:]}", opened.get_tensor(name)
+                    now = kept.index(e) if e in kept else e - pruned.experts + pruned.left
+                    yield f"{name[:start]}{now}{name[end:]}", opened.get_tensor(name)
 
 
 def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> str:
@@ -253,19 +272,24 @@ def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> st
     return able[0]
 
 
-def place(name: str, shape: Sequence[int], E: int) -> re.Match[str] | int | None:
+def place(name: str, shape: Sequence[int], E: int, beyond: int = 0) -> re.Match[str] | Rows | None:
     """Where the experts are in a tensor of a checkpoint: the match of the number in its name, if
-    it is of one expert; the axis along which they are; None where it is of none."""
+    it is of one expert; the axis along which they are; None where it is of none. `beyond`: see
+    `Pruned`."""
     if LAYER.search(name) is None or TOWER.search(name):
         return None
     if found := EXPERT.search(name):
         return found
-    if SHARED.search(name):
+    if SHARED.search(name) or OF_CHANNELS.search(name):
         return None
+    if FLAT.search(name):
+        return Rows(0, shape[0] // E)
     if shape[0] == E and (len(shape) == 3 or ".experts." in name):
-        return 0
-    if ROUTER.search(name) and E in shape:
-        return list(shape).index(E)
+        return Rows(0)
+    # a selection bias may be of the experts alone
+    for C in (E + beyond, E) if BIAS.search(name) else (E + beyond,):
+        if ROUTER.search(name) and C in shape:
+            return Rows(list(shape).index(C))
     return None
 
 

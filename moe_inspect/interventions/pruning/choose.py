@@ -12,7 +12,7 @@ from moe_inspect.analysis.scores import experts_kept, refuse_too_few
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.among import SHARED_OUT, how_dropped
 from moe_inspect.model.load import config_record
-from moe_inspect.model.routers import Site
+from moe_inspect.model.routers import Site, block_of
 from moe_inspect.model.sizes import groups_of
 
 
@@ -32,6 +32,11 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
             raise MoeInspectError(
                 f"an expert of layer {site.layer} is a pair of keys, which others share: it cannot "
                 "go alone, so the model is not pruned"
+            )
+        if other := _alike_beside(network, site):
+            raise MoeInspectError(
+                f"layer {site.layer} has other experts beside those that were traced ({other}), "
+                "and the config states one number for both: not pruned"
             )
         hashed = any(name.endswith("tid2eid") for name, _ in _tensors_beside(network, site))
         if hashed or how_dropped(site) == SHARED_OUT:
@@ -53,6 +58,21 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
 def config_of(network: Any) -> dict[str, Any]:
     """The config of a model as config.json has it; empty where it has none."""
     return config_record(getattr(network, "config", None))
+
+
+def _alike_beside(network: Any, site: Site) -> str:
+    """The path of another block like that of these experts, beside it; "" for none."""
+    path = block_of(site.path)
+    owner, _, own = path.rpartition(".")
+    kind = type(network.get_submodule(path))
+    return next(
+        (
+            f"{owner}.{name}"
+            for name, module in network.get_submodule(owner).named_children()
+            if name != own and type(module) is kind and not name.isdigit()
+        ),
+        "",
+    )
 
 
 def _tensors_beside(network: Any, site: Site) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.ablation.measure import Progress
+from moe_inspect.interventions.among import beyond
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning import advise, checkpoint
 from moe_inspect.interventions.pruning.calibration import (
@@ -142,7 +143,8 @@ def prune(
     done = judged(held_out, trace, plans, progress)
     if output is None or source is None:
         return done
-    pruned = checkpoint.Pruned(done.dropped, held_out.sites[0].experts)
+    site = held_out.sites[0]
+    pruned = checkpoint.Pruned(done.dropped, site.experts, beyond(site.logits_module))
     # of one model at a time there is room in memory
     held_out = replace(held_out, network=None)
 
