@@ -386,5 +386,5 @@ def test_the_verdict_of_the_sample_traces(monkeypatch: pytest.MonkeyPatch) -> No
     assert "form 843 paths with an entropy of 8.02 bits" in found["paths"].text
     assert {one.group for one in found.values()} == {"Specialization"}
     assert not notes(report(SAMPLES / "untrained"))
-    monkeypatch.setattr(routes, "TOKENS", 9000)
+    monkeypatch.setattr(routes, "MOST_DECISIONS", 9254 * 4 - 1)
     assert not notes(report(SAMPLES / "balanced"))

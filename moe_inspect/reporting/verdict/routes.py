@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moe_inspect.analysis.counting.samples import TOKENS
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
@@ -18,6 +17,8 @@ from moe_inspect.reporting.verdict.specialization import untrained_seed
 from moe_inspect.text import plural
 
 CHANCE = 0.05  # probability that chance alone makes as many committees
+# of a trace for which a pass of its own costs little beside the report
+MOST_DECISIONS = 2**20
 UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
 
 
@@ -113,5 +114,5 @@ def paths(data: ReportData) -> Finding | None:
 def _is_small(data: ReportData) -> bool:
     """Whether a pass of its own over the trace costs little; and the model is trained, as far as
     the trace says."""
-    small = not data.counts.counts_only and data.trace.n_tokens <= TOKENS
+    small = not data.counts.counts_only and data.trace.n_decisions <= MOST_DECISIONS
     return small and untrained_seed(data) is None
