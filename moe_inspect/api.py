@@ -85,7 +85,8 @@ def record(
     output_peaks record the largest |value| of that output; likewise
     token_loss   record the loss (nats) of predicting each token's successor in its sequence, and
                  the entropy of that prediction; the next token of a generated sequence comes with
-                 the next forward pass. Not with beam search, whose rows change places in between
+                 the next forward pass. In beam search, whose rows change places in between, a
+                 token that another row goes on from has none
     counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
                  `balance()` returns the balance table at any time
     every        with `counts_only`: count every N-th forward pass

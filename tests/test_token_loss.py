@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 import moe_inspect
 from moe_inspect.capture.token_loss import losses
@@ -199,6 +200,51 @@ def test_generated_by_transformers(tmp_path: Path) -> None:
     for row, got, start in zip(done[:, :-1], by_sequence(tmp_path / "t"), (0, 2), strict=True):
         logits = model(row[None, start:]).logits[0]
         np.testing.assert_allclose(got, expected(logits, row[start:]), **STATE)
+
+
+@torch.no_grad()
+def test_of_beams_a_token_that_another_row_goes_on_from_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss there is is that of the token which follows it in its row."""
+    model, ids = build("olmoe"), torch.arange(2 * 6).reshape(2, 6) * 7 % 290 + 5
+    passes: list[tuple[torch.Tensor, torch.Tensor]] = []
+    caches: list[Any] = []
+    said: list[str] = []
+    monkeypatch.setattr(losses, "print_stderr", said.append)
+
+    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        passes.append((kwargs["input_ids"].clone(), output.logits[:, -1].clone()))
+        caches[:] = [value for value in output.values() if hasattr(value, "reorder_cache")]
+        moved.append(None)
+
+    moved: list[Any] = []
+    stock = DynamicCache.reorder_cache
+
+    def reorder(cache: Any, beam_idx: Any) -> None:
+        moved[-1] = beam_idx.clone()
+        stock(cache, beam_idx)
+
+    hook = model.register_forward_hook(watch, with_kwargs=True)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", reorder)
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    hook.remove()
+    assert len(said) == 1
+    assert "have changed places (beam search)" in said[0]
+    assert "reorder_cache" not in vars(caches[0]), "the cache is as it was"
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    last = tokens.groupby(["batch", "sequence"]).tail(1)
+    found = [of["loss_nats"].to_numpy() for _, of in last.groupby("batch")]
+    some = 0
+    for step in range(len(passes) - 1):
+        kept = moved[step] == torch.arange(len(moved[step]))
+        logits, following = passes[step][1], passes[step + 1][0][:, -1]
+        wanted = F.cross_entropy(logits, following, reduction="none")
+        np.testing.assert_array_equal(np.isnan(found[step]), ~kept.numpy())
+        np.testing.assert_allclose(found[step][kept], wanted[kept], **STATE)
+        some += int((~kept).sum())
+    assert some, "control: rows changed places"
 
 
 def test_in_training(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from moe_inspect.capture.hook.inputs.call_inputs import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.token_loss.head import head_of, logits_in
 from moe_inspect.capture.token_loss.next_tokens import first_tokens, next_tokens
+from moe_inspect.capture.token_loss.places import Places
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import is_compiled
+from moe_inspect.text import print_stderr
 
 CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB
 NO_CHANCE = -1e4  # of which the exponential is 0
@@ -68,7 +70,8 @@ class TokenLosses:
     last hidden states, a chunk of tokens at a time.
 
     Where a pass has a key-value cache, what follows its last position is the first token of the
-    next pass that has the same cache: `pass_losses` of it are complete by then."""
+    next pass that has the same cache: `pass_losses` of it are complete by then. A row of it that
+    another row goes on with (beam search) has none."""
 
     def __init__(self, outer: Any, model: Any):
         """`outer`: the model as it is called; `model`: the one with the routers in it."""
@@ -77,6 +80,7 @@ class TokenLosses:
         self._fed: Rows | CallInputs | None = None
         self._current: PassLosses | None = None
         self._held: Held | None = None
+        self._places, self._told = Places(), False
 
     def begin(self) -> None:
         """A forward pass begins; the one before it may have failed."""
@@ -93,6 +97,7 @@ class TokenLosses:
     def close(self) -> None:
         """No pass follows."""
         self._close(None)
+        self._places.release()
         if self.head is not None:
             self.head.release()
 
@@ -117,7 +122,9 @@ class TokenLosses:
         losses = self._current = PassLosses(fed.T)
         if fed.T:
             self._within(fed, logits, losses)
-        if fed.T and _may_continue(fed, output):
+        cache = _cache_of(output) if isinstance(fed, CallInputs) else None
+        if fed.T and (cache is not None or (isinstance(fed, Rows) and fed.group is not None)):
+            self._places.watch(cache)
             last_BV = logits[:, -1]
             # (not a view of the logits of all positions)
             self._held = Held(fed, last_BV if logits.shape[1] == 1 else last_BV.clone(), losses)
@@ -173,7 +180,14 @@ class TokenLosses:
             return
         B = len(held.logits_BV)
         next_B = first_tokens(held.fed, fed, B) if fed is not None else np.full(B, -1)
-        rows_N = np.flatnonzero(next_B >= 0)
+        kept_B = self._places.kept(B)
+        if fed is not None and not kept_B.all() and not self._told:
+            self._told = True
+            print_stderr(
+                "the rows of a forward pass have changed places (beam search): a token that "
+                "another row went on from has no loss"
+            )
+        rows_N = np.flatnonzero((next_B >= 0) & kept_B)
         if len(rows_N):
             with torch.no_grad():
                 device, S = held.logits_BV.device, held.losses.T // B
@@ -198,12 +212,11 @@ def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     return torch.stack([loss_C + sum_C.log(), sum_C.log() - mean_C])
 
 
-def _may_continue(fed: Rows | CallInputs, output: Any) -> bool:
-    """Whether another pass may feed what follows."""
-    if isinstance(fed, Rows):
-        return fed.group is not None
+def _cache_of(output: Any) -> Any:
+    """The key-value cache with which another pass may feed what follows; None where there is
+    none."""
     values = output.values() if isinstance(output, Mapping) else output
-    return not isinstance(values, Tensor) and cache_among(values) is not None
+    return cache_among(values) if not isinstance(values, Tensor) else None
 
 
 def token_losses_of(outer: Any, model: Any, sites: Sequence[Site]) -> TokenLosses:
