@@ -144,7 +144,7 @@ def digest(value: Any) -> str:
         elif isinstance(of, frozenset | set):
             add(sorted(map(repr, of)))
         else:
-            add(vars(of))
+            add(of.__getstate__())
 
     add(value)
     return found.hexdigest()
@@ -233,6 +233,9 @@ def main(assignments: float = SIZE) -> None:
             found: dict[str, Any] = {"here": here(name, paths)}
             found |= {str(n): on_workers(name, paths, n) for n in (1, 2)}
             assert len({of.pop("digest") for of in found.values()}) == 1, f"{name}: other numbers"
+            found["small"] = on_workers(
+                name, paths | {"a": paths["small"], "b": paths["small b"]}, 2
+            )
             one, two = found["1"], found["2"]
             found["efficiency"] = one["makespan_s"] / (2 * two["makespan_s"])
             found["efficiency_of_cpu"] = one["workers_cpu_s"] / two["workers_cpu_s"]
@@ -302,12 +305,14 @@ def page(facts: dict[str, Any], measured: dict[str, Any]) -> str:
         job, one, two = JOBS[name], found["1"], found["2"]
         hours = one["workers_cpu_s"] * factor / 3600
         most = measured["routers"] if job.by == "routers" else tasks
-        # a task sends its result to the scheduler, and that to the client
-        sent_mb = two["moved_mb"] * (factor if job.by == "shards" else 1)
-        client_s = two["client_cpu_s"] * (factor if job.by == "shards" else 1)
-        if job.merged:
-            sent_mb = 2 * found["here"]["result_mb"] * tasks
-            client_s *= sent_mb / (two["moved_mb"] * factor)
+        # beyond what does not grow with the trace
+        client_s, sent_mb = (
+            two[of] + max(0.0, two[of] - found["small"][of]) * (PAPER - A) / (A - SMALL)
+            for of in ("client_cpu_s", "moved_mb")
+        )
+        if job.merged:  # a task sends its sum to the scheduler, and that to the client
+            of_sums_mb = 2 * found["here"]["result_mb"] * tasks
+            client_s, sent_mb = client_s * min(1, of_sums_mb / sent_mb), min(sent_mb, of_sums_mb)
         times = [60 * hours / min(n, most) / min(1, found["efficiency_of_cpu"]) for n in MACHINES]
         lines.append(
             f"| {name} | {hours:.1f} | "
