@@ -313,7 +313,8 @@ def page(facts: dict[str, Any], measured: dict[str, Any]) -> str:
         if job.merged:  # a task sends its sum to the scheduler, and that to the client
             of_sums_mb = 2 * found["here"]["result_mb"] * tasks
             client_s, sent_mb = client_s * min(1, of_sums_mb / sent_mb), min(sent_mb, of_sums_mb)
-        times = [60 * hours / min(n, most) / min(1, found["efficiency_of_cpu"]) for n in MACHINES]
+        each = 60 * hours / min(1, found["efficiency_of_cpu"])
+        times = [max(each / min(n, most), client_s / 60) for n in MACHINES]
         lines.append(
             f"| {name} | {hours:.1f} | "
             + " | ".join(f"{minutes:.0f}" for minutes in times)
