@@ -118,7 +118,7 @@ MUTATIONS = {
     "signature: pairs are two cases": (signature, "S / (1 + mutual)", "S", by(test_committee.test_the_interval_of_the_accuracy_holds_what_other_documents_give)),
     "paths: a group is left out by halves": (paths, "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "paths: groups split documents": (paths, "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
-    "samples: drawn by the place in a shard": (samples, "np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, self.share_of[stack]))", "np.flatnonzero(_drawn(seen.number_T, self.share_of[stack]))", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
+    "samples: drawn by the place in a shard": (samples, "np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, share_of[stack]))", "np.flatnonzero(_drawn(seen.number_T, share_of[stack]))", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
     "weights: experts in reverse": (routed_weights, "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by(test_describe_weights.test_every_family_is_found_and_measured, "gpt_oss")),
     "weights: the mean square, not its root": (measure, "/ np.sqrt(count_E * square_E), np", "/ (count_E * square_E), np", by(test_describe_weights.test_every_family_is_found_and_measured, "olmoe")),
     "weights: bf16 by half": (stored, "<< 16", "<< 15", by(test_describe_weights.test_bf16_fp16_and_several_files_in_pieces)),

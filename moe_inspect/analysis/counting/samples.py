@@ -13,7 +13,7 @@ of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,8 +35,6 @@ CHOICES = 2**23  # of tokens × routers, 12 bytes each
 SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 
-Visit = Callable[[int, kernels_numpy.Slots], None]  # of a router's decisions in a shard
-
 # --- documents
 
 
@@ -51,51 +49,40 @@ class DocumentLoads:
     load_SE: dict[int, np.ndarray]
 
 
-@dataclass(frozen=True)
-class _LoadsIn:
-    """What is read of a shard for the loads of these documents. `fast`: by compiled kernels."""
-
-    document_S: np.ndarray
-    fast: bool
-
-    def start(self, shard: Shard, seen: SelectedTokens, stack: str) -> tuple[Any, Visit]:
-        """Which documents of the sample a stack sees tokens of, and the load of each of them, by
-        router, int32 [R, E]; filled by what is given the decisions."""
-        row_T = np.searchsorted(self.document_S, seen.document_T)
-        at_N = np.flatnonzero(row_T < len(self.document_S))
-        at_N = at_N[self.document_S[row_T[at_N]] == seen.document_T[at_N]]
-        rows, row_N = kernels_numpy.distinct(row_T[at_N])
-        by, load_by_router = kernels(self.fast), dict[int, np.ndarray]()
-
-        def visit(r: int, slots: kernels_numpy.Slots) -> None:
-            load_RE = by.load(row_N, _of(at_N, slots), len(rows), shard.trace.routers[r].experts)
-            load_by_router[r] = load_RE.astype(np.int32)
-
-        return (rows, load_by_router), visit
-
-
-class _LoadsSum:
-    """The loads of documents while shards are added."""
-
-    def __init__(self, trace: Trace, selection: Selection, most: int = DOCUMENTS):
-        experts = {r: trace.routers[r].experts for r in selection.routers}
-        most = min(most, LOADS // sum(experts.values()))
-        document_S, domain_S, domains = _documents(trace, selection, most)
-        load_SE = {r: np.zeros((len(document_S), E), np.int32) for r, E in experts.items()}
-        self.sample = _LoadsIn(document_S, is_long(trace, selection))
-        self.total = DocumentLoads(document_S, domain_S, domains, load_SE)
-
-    def add(self, part: tuple[np.ndarray, dict[int, np.ndarray]]) -> None:
-        rows, load_by_router = part
-        for r, load_RE in load_by_router.items():
-            self.total.load_SE[r][rows] += load_RE
-
-
 def document_loads(trace: Trace, selection: Selection, most: int = DOCUMENTS) -> DocumentLoads:
     """`most`: documents of the sample; fewer where the model has very many experts."""
-    loads = _LoadsSum(trace, selection, most)
-    _read(trace, selection, loads)
-    return loads.total
+    cells = sum(trace.routers[r].experts for r in selection.routers)
+    document_S, domain_S, domains = _documents(trace, selection, min(most, LOADS // cells))
+    load_SE = {
+        r: np.zeros((len(document_S), trace.routers[r].experts), np.int32)
+        for r in selection.routers
+    }
+    asked = selection, document_S, is_long(trace, selection)
+    for parts in by_shard(trace, "counting documents", _loads_of, *asked):
+        for rows, load_by_router in parts:
+            for r, load_RE in load_by_router.items():
+                load_SE[r][rows] += load_RE
+    return DocumentLoads(document_S, domain_S, domains, load_SE)
+
+
+def _loads_of(
+    shard: Shard, selection: Selection, document_S: np.ndarray, fast: bool
+) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+    """By stack: which documents of the sample the shard has tokens of, and the load of each of
+    them, by router, int32 [R, E]."""
+    found = list[tuple[np.ndarray, dict[int, np.ndarray]]]()
+    for seen, routers in _by_stack(shard, selection):
+        row_T = np.searchsorted(document_S, seen.document_T)
+        at_N = np.flatnonzero(row_T < len(document_S))
+        at_N = at_N[document_S[row_T[at_N]] == seen.document_T[at_N]]
+        rows, row_N = kernels_numpy.distinct(row_T[at_N])
+        load_by_router = dict[int, np.ndarray]()
+        for r in routers:
+            slots = _of(at_N, seen.of(shard.slots(r), r))
+            E = shard.trace.routers[r].experts
+            load_by_router[r] = kernels(fast).load(row_N, slots, len(rows), E).astype(np.int32)
+        found.append((rows, load_by_router))
+    return found
 
 
 def _documents(
@@ -138,78 +125,56 @@ class Routes:
     domain_S: np.ndarray
 
 
-@dataclass(frozen=True)
-class _RoutesIn:
-    """What is read of a shard for the routes of this share of each stack's tokens."""
+def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> list[Routes]:
+    """Of each stack. `most`: tokens of the sample, about; fewer where the model has very many
+    routers."""
+    stack_of = {r: trace.routers[r].stack for r in selection.routers}
+    share_of = _shares(trace, selection, min(most, CHOICES // len(stack_of)))
+    first = {r: list[np.ndarray]() for r in stack_of}
+    sets = {r: list[np.ndarray]() for r in stack_of}
+    places = {stack: list[tuple[np.ndarray, np.ndarray]]() for stack in share_of}
+    labels = dict[str, int]()
+    for parts in by_shard(trace, "reading routes", _routes_of, selection, share_of):
+        for stack, document_S, domain_S, domains, slots_of in parts:
+            code = np.array([labels.setdefault(domain, len(labels)) for domain in domains])
+            places[stack].append((document_S, code[domain_S]))
+            for r, (first_S, set_S) in slots_of.items():
+                first[r].append(first_S)
+                sets[r].append(set_S)
+    return [
+        Routes(
+            routers := tuple(r for r in stack_of if stack_of[r] == stack),
+            [
+                # gives back the parts of each router in turn
+                np.concatenate(first.pop(r)) if trace.routers[r].first_choice_known else None
+                for r in routers
+            ],
+            [np.concatenate(sets.pop(r)) for r in routers],
+            *(np.concatenate(values) for values in zip(*found, strict=True)),
+        )
+        for stack, found in places.items()
+        if found
+    ]
 
-    share_of: dict[str, float]
 
-    def start(self, shard: Shard, seen: SelectedTokens, stack: str) -> tuple[Any, Visit]:
-        """Document and domain of the sample's tokens that a stack sees, the domains, and by router
-        the first choice and the hash of the set of each; filled by what is given the decisions."""
-        at_N = np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, self.share_of[stack]))
+def _routes_of(
+    shard: Shard, selection: Selection, share_of: dict[str, float]
+) -> list[tuple[str, np.ndarray, np.ndarray, list[str], dict[int, tuple[np.ndarray, np.ndarray]]]]:
+    """By stack: document and domain of the sample's tokens in a shard, the domains, and by router
+    the first choice and the hash of the set of each."""
+    found = list[Any]()
+    for seen, routers in _by_stack(shard, selection):
+        stack = shard.trace.routers[routers[0]].stack
+        at_N = np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, share_of[stack]))
         slots_of = dict[int, tuple[np.ndarray, np.ndarray]]()
-
-        def visit(r: int, slots: kernels_numpy.Slots) -> None:
-            slots = _of(at_N, slots)
+        for r in routers:
+            slots = _of(at_N, seen.of(shard.slots(r), r))
             # of an expert; the last where a slot routed nowhere
             hash_E = mixed(np.arange(shard.trace.routers[r].experts + 1))
             set_N = np.sum([hash_E.take(slot_N) for slot_N in slots], axis=0)
             slots_of[r] = slots[0].astype(np.uint16), set_N
-
-        return (stack, seen.document_T[at_N], seen.domain_T[at_N], seen.domains, slots_of), visit
-
-
-class _RoutesSum:
-    """The routes of the sample's tokens while shards are added."""
-
-    def __init__(self, trace: Trace, selection: Selection, most: int = TOKENS):
-        self.trace = trace
-        share_of = _shares(trace, selection, min(most, CHOICES // len(selection.routers)))
-        self.sample = _RoutesIn(share_of)
-        self.first = {r: list[np.ndarray]() for r in selection.routers}
-        self.sets = {r: list[np.ndarray]() for r in selection.routers}
-        self.places = {stack: list[tuple[np.ndarray, np.ndarray]]() for stack in share_of}
-        self.labels = dict[str, int]()
-
-    def add(self, part: tuple[Any, ...]) -> None:
-        stack, document_S, domain_S, domains, slots_of = part
-        code = np.array([self.labels.setdefault(d, len(self.labels)) for d in domains])
-        self.places[stack].append((document_S, code[domain_S]))
-        for r, (first_S, set_S) in slots_of.items():
-            self.first[r].append(first_S)
-            self.sets[r].append(set_S)
-
-    def result(self) -> list[Routes]:
-        """Gives back the parts of each router in turn."""
-        listed, found = self.trace.routers, list[Routes]()
-        for stack, places in self.places.items():
-            routers = tuple(r for r in self.sets if listed[r].stack == stack)
-            if not places:
-                continue
-            first_LS = [
-                np.concatenate(self.first.pop(r)) if listed[r].first_choice_known else None
-                for r in routers
-            ]
-            set_LS = [np.concatenate(self.sets.pop(r)) for r in routers]
-            document_S, domain_S = (np.concatenate(parts) for parts in zip(*places, strict=True))
-            found.append(Routes(routers, first_LS, set_LS, document_S, domain_S))
-        return found
-
-
-def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> list[Routes]:
-    """Of each stack. `most`: tokens of the sample, about; fewer where the model has very many
-    routers."""
-    routes = _RoutesSum(trace, selection, most)
-    _read(trace, selection, routes)
-    return routes.result()
-
-
-def loads_and_routes(trace: Trace, selection: Selection) -> tuple[DocumentLoads, list[Routes]]:
-    """`document_loads` and `sampled_routes`, by one pass over the decisions."""
-    loads, routes = _LoadsSum(trace, selection), _RoutesSum(trace, selection)
-    _read(trace, selection, loads, routes)
-    return loads.total, routes.result()
+        found.append((stack, seen.document_T[at_N], seen.domain_T[at_N], seen.domains, slots_of))
+    return found
 
 
 @dataclass(frozen=True)
@@ -329,31 +294,6 @@ def _drawn(token_T: np.ndarray, share: float) -> np.ndarray:
 
 
 # --- both
-
-
-def _read(trace: Trace, selection: Selection, *sums: _LoadsSum | _RoutesSum) -> None:
-    """Reads every router's decisions once, for all of these sums."""
-    asked = selection, [of.sample for of in sums]
-    for stacks in by_shard(trace, "reading samples", _parts_of, *asked):
-        for parts in stacks:
-            for of, part in zip(sums, parts, strict=True):
-                of.add(part)
-
-
-def _parts_of(
-    shard: Shard, selection: Selection, samples: Sequence[_LoadsIn | _RoutesIn]
-) -> list[list[Any]]:
-    """By stack: what a shard holds of each of the samples."""
-    found = list[list[Any]]()
-    for seen, routers in _by_stack(shard, selection):
-        stack = shard.trace.routers[routers[0]].stack
-        started = [sample.start(shard, seen, stack) for sample in samples]
-        for r in routers:
-            slots = seen.of(shard.slots(r), r)
-            for _, visit in started:
-                visit(r, slots)
-        found.append([part for part, _ in started])
-    return found
 
 
 def _by_stack(shard: Shard, selection: Selection) -> Iterator[tuple[SelectedTokens, list[int]]]:

@@ -47,7 +47,8 @@ def page(trace: Trace, routers: Sequence[int] | None = None, samples: bool = Fal
     A, S = amounts(trace, routers)
     sampled = [
         ("reading documents", 3e-7 * trace.n_tokens),
-        ("reading samples", 0.2 + 1e-8 * A),
+        ("counting documents", 7e-9 * A),
+        ("reading routes", 0.2 + 2.5e-8 * A),
     ]
     return [
         ("reading text", 0.1 + 1e-9 * A),

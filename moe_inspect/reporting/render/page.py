@@ -14,7 +14,6 @@ from moe_inspect.reporting.render.python import python_of_report
 from moe_inspect.reporting.render.texts.documents import Amount
 from moe_inspect.reporting.render.texts.section import text_section
 from moe_inspect.reporting.tables.data import ReportData, worst_router
-from moe_inspect.reporting.tables.routes import read_together
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
@@ -97,7 +96,6 @@ TABLES_SHOWN = {
 
 def _tables(data: ReportData) -> Iterator[Section]:
     """Those that this trace has values for."""
-    read_together(data)
     for name, (column, title, text) in TABLES_SHOWN.items():
         try:
             table: Any = data.tables[name]

@@ -1,40 +1,16 @@
 """What the routing of a document says of its domain, and the paths of tokens through the layers:
-tables of samples, which take a pass of their own. S documents or tokens, L routers."""
+tables of a sample, which take a pass of their own. S documents or tokens, L routers."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.samples import (
-    DocumentLoads,
-    Routes,
-    document_loads,
-    loads_and_routes,
-    sampled_routes,
-)
-from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.samples import document_loads, sampled_routes
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics.signature import accuracies
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.trace.reader import Trace
-
-
-def read_together(data: ReportData) -> None:
-    """Reads what both tables are made of in one pass, for who shows both."""
-    if not data.trace.counts_only and not {"signature", "paths"} & data.made.keys():
-        loads, routes = loads_and_routes(data.trace, data.selection)
-        data.made |= {"signature": loads, "paths": routes}
-
-
-def _taken(data: ReportData, name: str, read: Callable[[Trace, Selection], Any]) -> Any:
-    """What was read for a table, now or before; it is not kept."""
-    found, data.made[name] = data.made.get(name), None
-    return read(data.trace, data.selection) if found is None else found
 
 
 @table()
@@ -43,7 +19,7 @@ def signature(data: ReportData) -> pd.DataFrame:
     the nearest other document, by the shares of its assignments, is of the same domain; with a 95 %
     interval, and beside the same with the documents' domains shuffled."""
     counts = data.decisions("signature")
-    of: DocumentLoads = _taken(data, "signature", document_loads)
+    of = document_loads(data.trace, data.selection)
     together, each = accuracies([of.load_SE[r] for r in data.selection.routers], of.domain_S)
     layers = [counts.routers[r].layer for r in data.selection.routers]
     made = [together, *each]
@@ -68,8 +44,7 @@ def paths(data: ReportData) -> pd.DataFrame:
     choices and by sets of experts, and their entropy; beside the same with every router's choices
     shuffled among the tokens, and the sum of the routers' own entropies."""
     counts, rows = data.decisions("paths"), list[dict[str, float | None]]()
-    sampled: list[Routes] = _taken(data, "paths", sampled_routes)
-    for routes in sampled:
+    for routes in sampled_routes(data.trace, data.selection):
         group_S = pth.groups_of(routes.document_S, routes.domain_S)
         S = len(group_S)
         first_L = pth.entropies(routes.first_LS, group_S)
