@@ -85,6 +85,15 @@ def test_a_map_gives_domains_and_names_of_columns(tmp_path: Path):
         assert set(trace.counts()["domain"]) == {"law"}
 
 
+def test_a_column_that_is_not_everywhere_is_left_out_and_told(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("layer,expert,count,weight_sum\n0,0,2,1\n0,1,3,1.5\n")
+    (tmp_path / "b.csv").write_text("layer,expert,count\n0,0,2\n0,1,3\n")
+    sources, said = [tmp_path / "a.csv", tmp_path / "b.csv"], list[str]()
+    trace = import_trace("counts", sources, tmp_path / "t", top_k=1, warn=said.append)
+    assert not trace.has_weights
+    assert said == [f"{sources[0]}: weight_sum left out: not all of the rows have it"]
+
+
 @pytest.mark.parametrize(
     ("map", "said"),
     [
@@ -100,6 +109,7 @@ def test_a_map_gives_domains_and_names_of_columns(tmp_path: Path):
         ("layer=floor,expert=id,count=hits", "has no field floor beside a count"),
         ("layer=block,expert=text,count=hits", "expert is not of int64"),
         ("layer=block,expert=id,count=hits.n", "where n should be"),
+        ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
     ],
 )
 def test_a_map_that_leads_nowhere_is_one_line(map: str, said: str, tmp_path: Path):

@@ -78,6 +78,17 @@ def test_matrices_of_several_texts_are_domains(tmp_path: Path):
     }
 
 
+def test_snapshots_of_a_run_are_not_counted_twice(tmp_path: Path):
+    for name, n in {"a.gguf.at_9": 1, "a.gguf.at_10": 2, "b.gguf": 4, "b.gguf.at_10": 2}.items():
+        write_imatrix(tmp_path / name, {0: np.array([3, 1]) * n}, 4 * n)
+    said: list[str] = []
+    trace = import_trace("imatrix", [tmp_path], tmp_path / "t", warn=said.append)
+    assert loads(trace).sum() == 4 * (2 + 4)
+    assert said == ["2 snapshots left out: a later file of the same run holds more"]
+    early = import_trace("imatrix", [tmp_path / "b.gguf.at_10"], tmp_path / "early")
+    assert loads(early).tolist() == [[6, 2]]
+
+
 def test_what_an_imatrix_cannot_say_is_refused_in_a_line(tmp_path: Path):
     old = tmp_path / "imatrix.dat"
     name = b"blk.0.ffn_up_exps.weight"

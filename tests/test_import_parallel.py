@@ -4,6 +4,7 @@ the first error."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ BY_LINES = [
 ]
 
 PAIR = '"topk": 2, "top_indices": [[1, 2]]'
+
+
+def with_its_place(where: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return where, fields
 
 
 class Elsewhere:
@@ -147,6 +152,37 @@ def test_the_first_error_is_the_same(
         assert not (tmp_path / "t").exists()
     assert len(said) == 1, said
     assert "router_trace_rank1.jsonl" in said.pop()
+
+
+def test_workers_elsewhere_read_the_file_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = MAKERS["megatron"](tmp_path).source
+    inside = next(file for file in sorted(source.rglob("*.jsonl")))
+    monkeypatch.chdir(inside.parent)
+
+    class InAnotherDirectory(Elsewhere):
+        def each(self, function: Any, shared: Any, tasks: Any) -> Iterator[Any]:
+            given = list(tasks)
+            os.chdir("/")
+            return super().each(function, shared, given)
+
+    relative = Path(inside.name)
+    values = list(
+        lines.prepared_lines(relative, with_its_place, InAnotherDirectory(), lambda size: None)
+    )
+    assert [where for where, _ in values] == [
+        f"{inside.name} line {n}" for n in range(1, len(values) + 1)
+    ]
+    assert len(values) == len(inside.read_text().splitlines())
+    size = inside.stat().st_size
+    with pytest.raises(MoeInspectError, match=r"ends at byte .* a worker sees another file"):
+        lines._prepared(with_its_place, relative, inside, 0, size + 1, 1)
+
+
+def test_a_process_that_is_killed_is_one_line() -> None:
+    with Processes(1) as at, pytest.raises(MoeInspectError, match=r"was killed.*fewer --workers"):
+        list(at.each(os._exit, (), [(1,)]))
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n \n\n"])

@@ -314,6 +314,25 @@ def test_unlike_traces_are_refused(tmp_path: Path, name: str) -> None:
     refused(tmp_path, says, "a", "b")
 
 
+def test_nothing_counts_twice(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        made(tmp_path / name, seed)
+        edit_manifest(tmp_path / name, corpus={"split_documents": 3, "empty_documents": seed})
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    for seed, name in enumerate(("some", "other")):
+        sample(tmp_path / "a", tmp_path / name, documents=5, seed=seed)
+    for one, two in (("ab", "a"), ("b", "ab"), ("some", "a"), ("ab", "some"), ("some", "other")):
+        refused(tmp_path, "they would count twice", one, two)
+    stated = Trace(tmp_path / "ab").manifest["corpus"]
+    assert (stated["split_documents"], stated["empty_documents"]) == (6, 1)
+    assert "split_documents" not in Trace(tmp_path / "some").manifest["corpus"]
+    for url in (tmp_path / "a").as_uri(), f"file://{tmp_path}/./a":
+        with pytest.raises(MoeInspectError, match="is one of the traces to merge"):
+            merge([url, tmp_path / "b"], tmp_path / "a", overwrite=True)
+        with pytest.raises(MoeInspectError, match="is the trace to sample"):
+            sample(url, tmp_path / "a", documents=1, overwrite=True)
+
+
 def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:
     made(tmp_path / "a", 0)
     made(tmp_path / "b", 1, words=60)
@@ -336,7 +355,7 @@ def test_damage_is_refused_and_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     refused(tmp_path, "b/routing/part-0-1.parquet", "a", "b")
     refused(tmp_path, "two traces or more", "a")
-    refused(tmp_path, "holds the same as", "a", "a")
+    refused(tmp_path, "they would count twice", "a", "a")
     with pytest.raises(MoeInspectError, match="is one of the traces"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a", overwrite=True)
 

@@ -24,7 +24,7 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.output_dir import check_directory, contents
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, draft, resume_point
 from tests.synthetic import routers, uniform_ids, write_trace
 
 fsspec = pytest.importorskip("fsspec")
@@ -270,5 +270,12 @@ def test_derived_and_imported_traces_are_there_whole_or_not(
         merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
     with pytest.raises(MoeInspectError, match="no trace at memory://"):
         open_trace(f"{there}/n")
+    assert not Remote(f"{there}/n").sizes()
+    # killed before it is
+    monkeypatch.setattr(draft, "clear_trace", lambda root: None)
+    with pytest.raises(MoeInspectError, match="the network is down"):
+        merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+    assert Remote(f"{there}/n").sizes()
     monkeypatch.undo()
-    merge([tmp_path / "a", tmp_path / "b"], f"{there}/n", overwrite=True)
+    merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+    assert verify(f"{there}/n").ok

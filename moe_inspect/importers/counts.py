@@ -104,14 +104,17 @@ def _has_columns(name: str, head: bytes) -> bool:
 )
 def counts(context: ImportContext) -> Imported:
     sums: dict[tuple[int, int], Sums] = {}
-    columns: set[str] = set(SUMS)
+    columns, some = set(SUMS), set[str]()
     for path, source in context.files(r".*\.(csv|json|jsonl|parquet)", ".csv, .json or .parquet"):
         for table in _tables(context, path):
             columns &= set(table.column_names)
+            some |= set(table.column_names)
             _add(sums, table, source.domain or named(path), path)
     where = context.sources[0].path
     if not sums:
         raise MoeInspectError(f"{where} holds no counts")
+    if lost := [name for name in SUMS if name in some - columns]:
+        context.warn(f"{where}: {' and '.join(lost)} left out: not all of the rows have it")
     domains = sorted({domain for s in sums.values() for domain in s.of["count"]})
     routers = [_router(context, layer, s, where) for (layer, _), s in sorted(sums.items())]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:

@@ -36,6 +36,10 @@ def parse_map(text: str, columns: tuple[str, ...]) -> Map:
         raise MoeInspectError(
             f"--map: {{{min(unknown)}}} is none of {', '.join(f'{{{name}}}' for name in PLACES)}"
         )
+    for key in made.get("count", "").split("."):
+        parts = re.findall(r"\{(\w+)\}", key)
+        if twice := [part for part in parts if parts.count(part) > 1]:
+            raise MoeInspectError(f"--map: {{{twice[0]}}} stands twice in {key}: write * for one")
     if missing := [name for name in ("layer", "expert", "count") if name not in stated]:
         raise MoeInspectError(f"--map does not say where the {missing[0]} is")
     return made

@@ -26,6 +26,7 @@ from moe_inspect.text import plural, ranges
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches
 
+SNAPSHOT = re.compile(r"(.+)\.at_(\d+)")  # llama-imatrix --save-frequency: what it has so far
 COUNTS = re.compile(r"(blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.counts")
 EXACT = 2**24  # float32 holds every integer up to here
 
@@ -63,7 +64,7 @@ def _is_old(name: str, head: bytes) -> bool:
     sniff=_is_imatrix,
 )
 def imatrix(context: ImportContext) -> Imported:
-    files = context.files(r".*\.(gguf|dat)(\.at_\d+)?", "imatrix.gguf")
+    files = _last(context, context.files(r".*\.(gguf|dat)(\.at_\d+)?", "imatrix.gguf"))
     found = [_read(context, path, source) for path, source in files]
     where, layers = found[0].path, sorted({layer for f in found for layer in f.load})
     top_k = _top_k(context, found)
@@ -87,6 +88,22 @@ def imatrix(context: ImportContext) -> Imported:
     datasets = [name for f in found for name in f.datasets]
     notes = [f"computed on {', '.join(datasets)}"] if datasets else []
     return Imported(routers, batches(), energy=known, counts_only=True, notes=notes)
+
+
+def _last(
+    context: ImportContext, files: list[tuple[Path, ImportSource]]
+) -> list[tuple[Path, ImportSource]]:
+    """The files without the snapshots of which a later one is there: each holds the ones before."""
+    of_run: dict[Path, list[tuple[float, Path, ImportSource]]] = {}
+    for path, source in files:
+        snapshot = SNAPSHOT.fullmatch(path.name)
+        run = path.with_name(snapshot[1]) if snapshot else path
+        chunks = int(snapshot[2]) if snapshot else float("inf")
+        of_run.setdefault(run.resolve(), []).append((chunks, path, source))
+    kept = [max(found, key=lambda one: one[0])[1:] for found in of_run.values()]
+    if n := len(files) - len(kept):
+        context.warn(f"{plural(n, 'snapshot')} left out: a later file of the same run holds more")
+    return kept
 
 
 def _read(context: ImportContext, path: Path, source: ImportSource) -> _Matrix:

@@ -38,7 +38,8 @@ def prepared_lines(
             sizes.append(chunk.size)
             yield chunk
 
-    found = workers.each(_prepared, (prepare, path), tasks())
+    # workers of a cluster are in directories of their own
+    found = workers.each(_prepared, (prepare, path, path.resolve()), tasks())
     for n, (values, error) in enumerate(found):
         read(sizes[n])
         yield from values
@@ -70,14 +71,20 @@ def too_long(path: Path, number: int) -> MoeInspectError:
 
 
 def _prepared(
-    prepare: Prepare, path: Path, start: int, size: int, number: int
+    prepare: Prepare, path: Path, whole_path: Path, start: int, size: int, number: int
 ) -> tuple[list[Any], MoeInspectError | None]:
-    """What the lines of a chunk hold, and what is wrong with the line after them."""
-    with open(path, "rb") as file:
+    """What the lines of a chunk hold, and what is wrong with the line after them. `path`: as the
+    user gave it."""
+    with open(whole_path, "rb") as file:
         file.seek(start)
-        lines = file.read(size).split(b"\n")
+        data = file.read(size)
+    if len(data) != size:
+        raise MoeInspectError(
+            f"{path} ends at byte {start + len(data):,} where it is parsed, before line {number:,} "
+            f"and those after it do: it was changed meanwhile, or a worker sees another file"
+        )
     values = list[Any]()
-    for n, line in enumerate(lines, number):
+    for n, line in enumerate(data.split(b"\n"), number):
         if not line or line.isspace():
             continue
         where = f"{path} line {n}"

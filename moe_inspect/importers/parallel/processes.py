@@ -9,9 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from typing import Any, Protocol
+
+from moe_inspect.errors import MoeInspectError
 
 
 class Workers(Protocol):
@@ -53,12 +56,18 @@ class Processes:
             self._pool = ProcessPoolExecutor(self.width, context, _begin)
         # as few as keep all at work: what they return waits in memory
         ahead = deque[Future[Any]]()
-        for task in tasks:
-            ahead.append(self._pool.submit(function, *shared, *task))
-            if len(ahead) > self.width:
+        try:
+            for task in tasks:
+                ahead.append(self._pool.submit(function, *shared, *task))
+                if len(ahead) > self.width:
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        except BrokenProcessPool:
+            raise MoeInspectError(
+                "a process that parses lines was killed, often for want of memory: give fewer "
+                "--workers (workers=)"
+            ) from None
 
 
 def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:

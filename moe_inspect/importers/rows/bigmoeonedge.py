@@ -49,7 +49,10 @@ def bigmoeonedge(context: ImportContext) -> Imported:
                 f"{path} has {others} experts in {len(found.layers)} layers, {where} {experts} in "
                 f"{len(first.layers)}: of one model?"
             )
-    weighted = all(found.weights_LTK is not None for _, _, found, _, _ in read)
+    without = [path for path, _, found, _, _ in read if found.weights_LTK is None]
+    weighted = not without
+    if without:
+        context.warn(f"{without[0]}: weights are unknown in some rows: imported without weights")
     routers = context.routers_of(first.layers, experts, first.ids_LTK.shape[2], where)
     routers = [stated(router, known=weighted) for router in routers]
 

@@ -25,7 +25,7 @@ MOST_EMPTY = 2**20  # slots without a row, besides as many as there are rows
 class Choices:
     """The choices of a file. document, position: int64 [T], ascending; ids_LTK: −1 where there is
     no row; weights_LTK: float16, None where the file has none. decoded_T, token_id_T: None where
-    it does not say."""
+    it does not say. missing: decisions without a row."""
 
     document_T: np.ndarray
     position_T: np.ndarray
@@ -34,11 +34,7 @@ class Choices:
     weights_LTK: np.ndarray | None
     decoded_T: np.ndarray | None
     token_id_T: np.ndarray | None
-
-    @property
-    def missing(self) -> int:
-        """Decisions without a row."""
-        return int((self.ids_LTK < 0).all(2).sum())
+    missing: int
 
 
 def choices_of(
@@ -93,6 +89,7 @@ def choices_of(
         None if weights_N is None else filled(weights_N, 0, np.float16),
         of_token("decoded"),
         of_token("token_id"),
+        T * L - len(np.unique(cell_N // top_k)),
     )
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.derived.alike import check_alike, united_vocabulary
-from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
+from moe_inspect.trace.derived.origin import (
+    COUNTED,
+    begin,
+    contents,
+    origin,
+    random_weights,
+    same_place,
+    verified,
+    written_here,
+)
 from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.files.location import location, output_location
 from moe_inspect.trace.manifest import write_manifest
@@ -40,7 +52,7 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     if len(paths) < 2:
         raise MoeInspectError("give two traces or more to merge")
     check_directory(place, overwrite, resumable=False)
-    if place.resolve() in [path.resolve() for path in paths]:
+    if any(same_place(place, path) for path in paths):
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
@@ -58,18 +70,43 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     return Trace(place)
 
 
+class _Held(NamedTuple):
+    """What a trace says that it holds. whole: the contents of the traces all of which it holds, its
+    own first. sampled: those of the trace that it is a sample of."""
+
+    trace: Trace
+    whole: set[str | None]
+    sampled: str | None
+
+
+def _held(trace: Trace) -> _Held:
+    sample, parts = trace.manifest.get("sample"), trace.manifest.get("parts") or []
+    merged = {_contents_in(part) for part in parts} if sample is None else set[str | None]()
+    of = _contents_in(sample.get("of")) if isinstance(sample, dict) else None
+    return _Held(trace, {contents(trace), *merged} - {None}, of)
+
+
 def _check_once(traces: list[Trace]) -> None:
-    """MoeInspectError where two hold the same files, as far as they state their sha256."""
-    seen: dict[tuple[str | None, ...], Trace] = {}
-    for trace in traces:
-        files = tuple(part.sha256 for shard in trace.shards for part in shard.files.stated.values())
-        if not files or None in files:
-            continue
-        if files in seen:
+    """MoeInspectError where two hold the same documents, as far as they state what they hold and
+    what they were merged or sampled of."""
+    held = [_held(trace) for trace in traces]
+    for a, b in combinations(held, 2):
+        if _share(a, b):
             raise MoeInspectError(
-                f"{trace.path} holds the same as {seen[files].path}: it would count twice"
+                f"{b.trace.path} holds documents of {a.trace.path}: they would count twice"
             )
-        seen[files] = trace
+
+
+def _share(a: _Held, b: _Held) -> bool:
+    if a.sampled is not None and a.sampled == b.sampled:
+        both = (held.trace.documents()["document"].to_numpy() for held in (a, b))
+        return bool(len(np.intersect1d(*both)))
+    return not a.whole.isdisjoint({*b.whole, b.sampled}) or a.sampled in b.whole
+
+
+def _contents_in(stated: object) -> str | None:
+    found = cast("dict[str, Any]", stated).get("contents") if isinstance(stated, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _reconcile(target: Target, found: list[Verification]) -> None:
@@ -91,6 +128,7 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
     first = traces[0]
     captures = [trace.manifest["capture"] for trace in traces]
     corpora = [trace.manifest.get("corpus") or {} for trace in traces]
+    no_more = ("plan_hash", *COUNTED)
     columns = {k: v for trace in traces for k, v in trace.manifest.get("columns", {}).items()}
     return {
         "format": schema.FORMAT,
@@ -102,8 +140,13 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
             if value is not None
         },
         "corpus": {
-            **_shared([{k: v for k, v in c.items() if k != "plan_hash"} for c in corpora]),
+            **_shared([{k: v for k, v in c.items() if k not in no_more} for c in corpora]),
             "documents": sum(part.documents for part in found),
+            **{
+                name: sum(c[name] for c in corpora)
+                for name in COUNTED
+                if all(isinstance(c.get(name), int) for c in corpora)
+            },
             "notes": list(dict.fromkeys(note for c in corpora for note in c.get("notes") or [])),
             "plan": random_weights(corpora[0]),
         },

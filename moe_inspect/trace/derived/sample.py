@@ -13,7 +13,15 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
-from moe_inspect.trace.derived.origin import begin, origin, random_weights, verified, written_here
+from moe_inspect.trace.derived.origin import (
+    COUNTED,
+    begin,
+    origin,
+    random_weights,
+    same_place,
+    verified,
+    written_here,
+)
 from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.files.location import Remote, location, output_location
 from moe_inspect.trace.manifest import write_manifest
@@ -65,7 +73,7 @@ def sample(
     if share is not None and not 0 < share <= 1:
         raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
     check_directory(place, overwrite, resumable=False)
-    if place.resolve() == path.resolve():
+    if same_place(place, path):
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
     opened = Trace(path)
     if opened.counts_only:
@@ -139,10 +147,11 @@ def _manifest(
 ) -> dict[str, Any]:
     """That of the trace, but for what is of the sample."""
     manifest = {k: v for k, v in trace.manifest.items() if k not in ("digest", "vocabulary")}
-    corpus = {k: v for k, v in (manifest.get("corpus") or {}).items() if k != "plan_hash"}
+    no_more = ("plan_hash", *COUNTED)
+    corpus = {k: v for k, v in (manifest.get("corpus") or {}).items() if k not in no_more}
     return {
         **manifest,
-        "status": found.status,
+        "status": "complete" if found.status == "complete" else "interrupted",
         "capture": written_here(manifest["capture"]),
         "corpus": {**corpus, "documents": documents, "plan": random_weights(corpus)},
         "counts": dict(manifest.get("counts") or {}),

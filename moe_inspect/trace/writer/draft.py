@@ -18,7 +18,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import sync_directory
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, Lock, hold
-from moe_inspect.trace.output_dir import claim_directory, clear_trace
+from moe_inspect.trace.output_dir import OVERWRITTEN, claim_directory, clear_trace
 
 
 @contextlib.contextmanager
@@ -63,12 +63,24 @@ def _told(out: Path | Remote, nothing: str) -> Generator[None]:
 
 
 def _upload(draft: Path, target: Remote, overwrite: bool) -> None:
-    """Readers find no trace until all of it is there."""
+    """Readers find no trace until all of it is there. What is left of an upload that was killed is
+    marked as a trace that is being replaced: another may be written there."""
     with claim_directory(target, overwrite, resumable=False) as lock:
         files = sorted(p for p in draft.rglob("*") if p.is_file() and p.name != LOCK)
-        for file in sorted(files, key=lambda file: file.name == schema.MANIFEST):
+        (target / OVERWRITTEN).write_bytes(b"")
+        try:
+            for file in files:
+                if file.name != schema.MANIFEST:
+                    lock.check()
+                    (target / file.relative_to(draft).as_posix()).upload(file)
             lock.check()
-            (target / file.relative_to(draft).as_posix()).upload(file)
+            (target / schema.MANIFEST).upload(draft / schema.MANIFEST)
+        except BaseException:
+            with contextlib.suppress(MoeInspectError, OSError):
+                lock.check()  # else it is another's by now
+                clear_trace(target)
+            raise
+        (target / OVERWRITTEN).unlink(missing_ok=True)
 
 
 def _clear_drafts(target: Path) -> None:
