@@ -23,6 +23,18 @@ from moe_inspect.trace.reader import Trace, open_trace
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+# of columns with nulls, whose integers would become floats, exact up to 2⁵³ alone
+NULLABLE = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}
+
 
 @dataclass
 class _Rows:
@@ -53,8 +65,9 @@ def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
     facts of the token), `tokens`, `documents`, `vocabulary` (token_id, token), and `load`, which is
     the report's table. They are read as they are scanned, a shard and a router at a time, and of
     `routing` only the routers that `layer` and `router` leave. The query reads nothing else, no
-    file either, and changes nothing. Raises MoeInspectError for a query that fails or is none, a
-    view that the trace does not have, and a column that is neither number, truth value nor text."""
+    file either, and changes nothing. Integers with nulls are of pandas' nullable types. Raises
+    MoeInspectError for a query that fails or is none, a view that the trace does not have, and a
+    column that is neither number, truth value nor text."""
     try:
         import duckdb
     except ImportError:
@@ -128,8 +141,13 @@ def _frame(found: pa.Table) -> pd.DataFrame:
     names = found.column_names
     if twice := [name for name in names if names.count(name) > 1]:
         raise MoeInspectError(f"two columns are called {twice[0]}: rename one with `as`")
+    columns = {name: _plain(found[name], name) for name in names}
     return pd.DataFrame(
-        {name: _plain(found[name], name).to_pandas() for name in names}, columns=pd.Index(names)
+        {
+            name: column.to_pandas(types_mapper=NULLABLE.get if column.null_count else None)
+            for name, column in columns.items()
+        },
+        columns=pd.Index(names),
     )
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import typer
@@ -153,3 +153,15 @@ def test_a_slip_of_the_keys_is_told_what_is_near(cli_here: Cli, tmp_path: Path) 
         assert said in cli_here("report", *arguments, check=code).stderr
     # no folder that one stands in is to be written over
     assert cli_here("report", ".", check=1).stderr.count('-o ."') == 0
+
+
+def test_every_trace_that_is_read_may_be_a_url() -> None:
+    # a Path of s3://bucket/trace is s3:/bucket/trace
+    given = {
+        name: get_type_hints(command.callback)[parameter.name]
+        for name, command in commands()
+        for parameter in command.params
+        if "TRACE" in str(parameter.metavar) and parameter.name not in ("output", "plots")
+    }
+    assert len(given) > 10
+    assert not [name for name, kind in given.items() if "Path" in str(kind)]

@@ -210,6 +210,9 @@ def test_values_keep_their_types(trace: Trace) -> None:
     assert found["b"].tolist() == [True]
     assert found["t"].tolist() == ["ü"]
     assert found["h"].tolist() == [2.0**100]
+    gaps = moe_inspect.sql(trace, "select * from (values (1), (9007199254740993), (null)) t(x)")
+    assert gaps["x"].tolist() == [1, 9007199254740993, pd.NA]
+    assert str(gaps["x"].dtype) == "Int64"
     assert moe_inspect.sql(trace, "select layer from routing where false")["layer"].tolist() == []
     with pytest.raises(MoeInspectError, match=r"column x is of type list.*cast it to varchar"):
         moe_inspect.sql(trace, "select list(token) x from tokens")
@@ -243,7 +246,7 @@ def test_the_command_writes_what_it_finds(
     ending: str, trace: Trace, tmp_path: Path, cli_here: Cli
 ) -> None:
     asked = "select layer, count(*) n from routing group by all order by layer"
-    cli_here("sql", trace.path, asked, "-o", tmp_path / f"o.{ending}")
+    cli_here("sql", Path(trace.path).resolve().as_uri(), asked, "-o", tmp_path / f"o.{ending}")
     rows = [(1, 2 * T), (3, 2 * T - len(range(0, T, 7)))]
     if ending == "parquet":
         found = [tuple(r.values()) for r in pq.read_table(tmp_path / "o.parquet").to_pylist()]

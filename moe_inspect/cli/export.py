@@ -32,10 +32,10 @@ class ExportCommand(FormatsCommand):
 
 def export(
     trace: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="TRACE",
-            help="Directory of the trace.",
+            help="Directory or URL of the trace.",
             show_default=False,
             autocompletion=traces,
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +13,8 @@ from moe_inspect.cli.options import Output
 
 def sql(
     trace: Annotated[
-        Path,
-        typer.Argument(metavar="TRACE", help="The directory of a trace.", autocompletion=traces),
+        str,
+        typer.Argument(metavar="TRACE", help="Directory or URL of a trace.", autocompletion=traces),
     ],
     query: Annotated[
         str,

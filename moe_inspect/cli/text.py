@@ -27,8 +27,8 @@ class Sort(StrEnum):
 
 def text(
     trace: Annotated[
-        Path,
-        typer.Argument(metavar="TRACE", help="The directory of a trace.", autocompletion=traces),
+        str,
+        typer.Argument(metavar="TRACE", help="Directory or URL of a trace.", autocompletion=traces),
     ],
     document: Annotated[
         int | None,

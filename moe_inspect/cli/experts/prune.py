@@ -26,7 +26,7 @@ class Table(StrEnum):
 
 def prune(
     trace: Annotated[
-        Path,
+        str,
         typer.Option(
             metavar="TRACE",
             help=(

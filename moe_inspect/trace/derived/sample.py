@@ -68,6 +68,9 @@ def sample(
     path, place = location(trace), output_location(out)
     if (documents is None) == (share is None):
         raise MoeInspectError("give either documents or share, which say how large the sample is")
+    for name, number in (("documents", documents), ("seed", seed)):
+        if number is not None and (not isinstance(number, int | np.integer) or number < 0):
+            raise MoeInspectError(f"{name} is {number}: give a whole number from 0 on")
     if documents is not None and documents < 1:
         raise MoeInspectError(f"documents is {documents}: give 1 or more")
     if share is not None and not 0 < share <= 1:
@@ -87,8 +90,9 @@ def sample(
         chosen_D = np.setdiff1d(listed["document"].to_numpy(), chosen_D)
     if not len(chosen_D):
         raise MoeInspectError(f"no document of {path} is left: the sample holds all of them")
-    stated: dict[str, Any] = {"documents": documents} if documents is not None else {"share": share}
-    stated |= {"seed": seed, "by_domain": by_domain, "rest": rest, "of": origin(opened, found)}
+    size: dict[str, Any] = {"share": share} if documents is None else {"documents": int(documents)}
+    stated = {**size, "seed": int(seed), "by_domain": by_domain, "rest": rest}
+    stated["of"] = origin(opened, found)
     with whole_trace(place, overwrite, "no sample was taken") as (draft, _):
         manifest = _manifest(opened, len(chosen_D), stated, found)
         words = opened.vocabulary_table

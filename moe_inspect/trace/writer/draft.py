@@ -80,7 +80,8 @@ def _upload(draft: Path, target: Remote, overwrite: bool) -> None:
                 lock.check()  # else it is another's by now
                 clear_trace(target)
             raise
-        (target / OVERWRITTEN).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the trace is there
+            (target / OVERWRITTEN).unlink(missing_ok=True)
 
 
 def _clear_drafts(target: Path) -> None:
