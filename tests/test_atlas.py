@@ -23,6 +23,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.site import words
 from moe_inspect.site.build import atlas
 from moe_inspect.site.directory import DATA, UP
+from moe_inspect.site.index import index_page
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.conftest import Cli
 from tests.damage import edit_manifest
@@ -167,6 +168,24 @@ def test_random_weights_are_not_called_specialised(here: Path):
     assert table["domain_bits"].idxmax() == "a"
     assert table.loc["a", "model"] == "synthetic, random weights (seed 3)"
     assert tile() == "b"
+
+
+def test_experts_are_those_of_every_router(here: Path):
+    listed = list(entries(here / "site").values())
+    assert "<dt>experts</dt><dd>28</dd>" in index_page(listed), "2 · 2 and 3 routers of 4"
+    listed[0]["layers"] = [["0", 4], ["1", 2]]
+    listed[0]["row"]["experts"] = 4
+    assert "<dt>experts</dt><dd>26</dd>" in index_page(listed)
+
+
+def test_why_there_is_no_saturation_is_of_the_traces_that_are_named(here: Path):
+    def why(*names: str) -> str:
+        atlas([here / name for name in names], here / "site")
+        return entries(here / "site")["b"]["no_saturation"]
+
+    none = "no other trace here is of the same text by another checkpoint of this model"
+    # of a and b it is the last, which others are compared with
+    assert [why("b"), why("a", "b"), why("b")] == [none, "", none]
 
 
 def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch):

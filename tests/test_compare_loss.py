@@ -145,7 +145,8 @@ def test_the_verdict_says_which_predicts_better(
         assert found.values["difference_nats"] == pytest.approx(nats, abs=1e-6)
         assert f"({nats:+.4f}, 95 % {nats:+.4f} to {nats:+.4f} over documents)" in found.text
     few = said(worse(a, tmp_path / "few", 0.25, documents=1))
-    assert few.text.startswith("The loss is the same, as far as the documents tell: B has ")
+    assert few.text.startswith("Which predicts better cannot be told from these documents: B has ")
+    assert few.severity == "note", "nobody showed that it is the same"
     assert few.values["difference_nats_low"] == 0 < few.values["difference_nats_high"]
     one = moe_inspect.trace_model("demo", tmp_path / "one", max_tokens=200, token_loss=True)
     found = said(worse(one, tmp_path / "worse", 0.25))

@@ -26,16 +26,16 @@ def losses(data: PairData) -> Iterator[Finding]:
     known = low == low
     between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if known else ""
     text = f"a loss of {b:.4f} nats per token, A {a:.4f} ({change:+.4f}{between}), on {of}"
-    severity: Severity = "good"
+    severity: Severity = "note"
     if not known:
-        severity = "note"
         said = f"B has {text}: too few documents to tell whether that is chance."
     elif low > 0:
         severity, said = "warning", f"B predicts worse than A: it has {text}."
     elif high < 0:
-        said = f"B predicts better than A: it has {text}."
+        severity, said = "good", f"B predicts better than A: it has {text}."
     else:
-        said = f"The loss is the same, as far as the documents tell: B has {text}."
+        # which does not say that it is the same: the interval is how far apart it may be
+        said = f"Which predicts better cannot be told from these documents: B has {text}."
     yield finding(
         "loss",
         severity,

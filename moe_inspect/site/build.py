@@ -153,10 +153,11 @@ def _compare(plan: Sequence[Planned]) -> None:
             groups.setdefault(shape, []).append(one)
     for group in groups.values():
         last = group[-1]
+        others = len(group) > 1
         for one in group:
-            pair = [one.content, last.content]
+            pair = [one.content, last.content, others]
             if one.entry.get("pair") != pair:
-                one.entry |= {"pair": pair, **_saturation(one, last, len(group) > 1)}
+                one.entry |= {"pair": pair, **_saturation(one, last, others)}
             if one is not last and one.entry["saturation"] is not None:
                 one.entry["saturation_with"] = last.entry["name"]
 

@@ -44,7 +44,7 @@ COLUMNS = (
 )
 MEANINGS = {
     "routers, experts": "routers of the trace, one per MoE layer in most models, and experts of "
-    "each; top_k of them per token.",
+    "each, top_k of them per token; of the router that has most where they differ.",
     "max_over_mean": "the busiest expert's load ÷ the mean load, at the router where that is most.",
     "uneven_routers": "routers whose load is uneven beyond chance, as the trace's page has it.",
     "domain_bits, token_bits": "how much the domain, and the token id, tells of the expert, in "
@@ -121,7 +121,7 @@ def index_page(entries: Sequence[Entry]) -> str:
         Page(
             f"Atlas of {plural(len(entries), 'trace')}",
             "Which experts the tokens of each model go to, a page per trace",
-            tiles=_tiles(table, np.array([entry["untrained"] for entry in entries])),
+            tiles=_tiles(table, entries),
             sections=sections,
             left_out=list(_left_out(entries)),
             footer="Experts are those of one router of one model: expert 3 of a layer has nothing "
@@ -144,11 +144,13 @@ def _lacking(entries: Sequence[Entry]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["missing", "why", "traces"])
 
 
-def _tiles(table: pd.DataFrame, untrained_M: np.ndarray) -> list[Tile]:
+def _tiles(table: pd.DataFrame, entries: Sequence[Entry]) -> list[Tile]:
     """Models with random weights are not called specialised."""
+    untrained_M = np.array([entry["untrained"] for entry in entries])
+    experts = sum(E for entry in entries for _, E in entry["layers"])
     tiles = [
         Tile("traces", f"{len(table):,}", ""),
-        Tile("experts", f"{int((table['routers'] * table['experts']).sum()):,}", "in all layers"),
+        Tile("experts", f"{experts:,}", "in all layers"),
         Tile("tokens", f"{int(table['tokens'].sum()):,}", "in all traces"),
     ]
     for column, which, label, form in (
