@@ -333,6 +333,17 @@ def test_nothing_counts_twice(tmp_path: Path) -> None:
             sample(url, tmp_path / "a", documents=1, overwrite=True)
 
 
+def test_merged_samples_say_that_they_are(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        made(tmp_path / name, seed)
+    sample(tmp_path / "a", tmp_path / "some", documents=5)
+    merge([tmp_path / "some", tmp_path / "b"], tmp_path / "m")
+    made(tmp_path / "c", 2)
+    for trace in (tmp_path / "m", merge([tmp_path / "m", tmp_path / "c"], tmp_path / "again")):
+        said = report(trace).tables["summary"].set_index("key")["value"]
+        assert "merged of samples of other traces" in str(said["note"])
+
+
 def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:
     made(tmp_path / "a", 0)
     made(tmp_path / "b", 1, words=60)

@@ -93,6 +93,14 @@ def write_manifest(root: Path | Remote, manifest: dict[str, Any]) -> None:
     )
 
 
+def holds_samples(manifest: dict[str, Any]) -> bool:
+    """Whether the trace is a sample of another, or was merged of traces that are."""
+    parts = manifest.get("parts") or []
+    return bool(manifest.get("sample")) or any(
+        isinstance(part, dict) and part.get("sampled") is True for part in parts
+    )
+
+
 def writer_of(manifest: dict[str, Any]) -> int | None:
     """The process that is writing this trace, as far as this machine can tell: None where it is
     done or gone."""

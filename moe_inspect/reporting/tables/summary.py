@@ -10,6 +10,7 @@ from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, w
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.text import plural, ranges, storable
+from moe_inspect.trace.manifest import holds_samples
 
 
 @table()
@@ -170,7 +171,9 @@ def _no_logits(data: ReportData) -> str | None:
 
 def _sampled(data: ReportData) -> str | None:
     if not (sample := data.trace.manifest.get("sample")):
-        return None
+        if not holds_samples(data.trace.manifest):
+            return None
+        return "merged of samples of other traces: batches are what they hold of them"
     documents, of = data.trace.manifest["corpus"]["documents"], sample["of"]["documents"]
     return (
         f"a sample of {documents:,} of {plural(of, 'document')}: batches are what it holds of them"

@@ -25,7 +25,7 @@ from moe_inspect.trace.derived.origin import (
 )
 from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.files.location import location, output_location
-from moe_inspect.trace.manifest import write_manifest
+from moe_inspect.trace.manifest import holds_samples, write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import Verification
@@ -181,6 +181,7 @@ def _parts(traces: list[Trace], found: list[Verification]) -> list[dict[str, Any
         capture = {
             k: v for k, v in trace.manifest["capture"].items() if k not in ("command", "host")
         }
-        listed.append({**origin(trace, part), "first_document": documents, "capture": capture})
+        about = {"sampled": holds_samples(trace.manifest), "capture": capture}
+        listed.append({**origin(trace, part), "first_document": documents, **about})
         documents += part.documents
     return listed
