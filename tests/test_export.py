@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
+from moe_inspect.analysis.ablated import losses_without
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.registry import exporters
@@ -267,6 +268,22 @@ def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path)
         with pytest.raises(MoeInspectError, match=said):
             export_trace(trace, "esft", tmp_path / "f", by="ablation", losses=tmp_path / name)
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_a_domain_may_have_any_name(ending: str, trace: Trace, tmp_path: Path):
+    keys = pd.MultiIndex.from_product(
+        [[1, 3], range(E), ["007", "NA"]], names=["layer", "expert", "domain"]
+    )
+    rows = keys.to_frame(index=False).assign(tokens=9, difference=0.5, difference_low=np.nan)
+    rows["router"] = rows["layer"] // 2
+    path = tmp_path / f"losses.{ending}"
+    for kept in (rows, rows[rows["domain"] == "007"]):
+        if ending == "csv":
+            kept.to_csv(path, index=False)
+        else:
+            kept.to_json(path, orient="records", lines=True)
+        assert list(losses_without(path, trace.routers)[1]) == kept["domain"].unique().tolist()
 
 
 def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path):

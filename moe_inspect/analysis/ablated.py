@@ -56,7 +56,7 @@ def _by_router(table: Any, routers: Sequence[Router], path: str | Path) -> list[
 
 
 def _read(path: Path) -> pd.DataFrame:
-    readers = {".csv": pd.read_csv, ".json": _read_json, ".parquet": pd.read_parquet}
+    readers = {".csv": _read_csv, ".json": _read_json, ".parquet": pd.read_parquet}
     if path.suffix not in readers:
         raise MoeInspectError(f"{path}: losses are read from {', '.join(readers)}")
     with reading(path):
@@ -72,5 +72,13 @@ def _read(path: Path) -> pd.DataFrame:
     return table
 
 
+# a domain may be called "NA" or "007"
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    empty = {name: [""] for name in COLUMNS}
+    return pd.read_csv(path, dtype={"domain": str}, keep_default_na=False, na_values=empty)
+
+
 def _read_json(path: Path) -> pd.DataFrame:
-    return pd.read_json(path, lines=True)
+    return pd.read_json(path, lines=True, dtype=False)
