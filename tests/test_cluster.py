@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +21,12 @@ from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.parallel import lines
+from moe_inspect.simulate.capacity.capacity import RouterDrops
 from moe_inspect.simulate.placement import ranks_reached
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests import foreign
 from tests.conftest import Cli
@@ -124,6 +128,10 @@ def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
     assert len(here.tables["worth"]) > 0
 
 
+def _tokens_in(shard: Shard) -> int:
+    return shard.files.tokens
+
+
 def test_many_shards_are_added_up_in_runs(
     trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -134,7 +142,11 @@ def test_many_shards_are_added_up_in_runs(
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
     assert tasks.runs_of(trace) == [range(3)]
     by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
-    same_tables(moe_inspect.simulate_capacity(by_url), moe_inspect.simulate_capacity(trace))
+    for simulate in (moe_inspect.simulate_capacity, moe_inspect.simulate_placement):
+        same_tables(simulate(by_url), simulate(trace))
+    asked = trace, None, operator.add, _tokens_in
+    assert list(tasks.summed(*asked)) == [BATCHES * BATCH]
+    assert list(tasks.summed(by_url, *asked[1:])) == [BATCHES * BATCH]
     here, there = (count_trace(of, select(of), {"load", "weights"}) for of in (trace, by_url))
     for r in here.of:
         assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
@@ -156,6 +168,12 @@ def test_what_is_sent_is_narrow_and_the_same(values: list[int], kind: type):
     assert sent.tolist() == values
     assert narrowed(np.array([0.5])).dtype == np.float64
     assert narrowed(None) is None
+    drops = RouterDrops(Router(0, "gate", "0", E, K), (1.0,))
+    drops.dropped_at += values[1]
+    arrived = pickle.loads(pickle.dumps(drops))
+    assert arrived.dropped_at.itemsize < 8 or values[1] >= 2**32
+    assert (arrived.dropped_at == drops.dropped_at).all()
+    assert drops.dropped_at.dtype == np.int64
 
 
 def test_the_commands(trace: Trace, client: Any, cli_here: Cli):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
 from typing import Any
 
 from moe_inspect.analysis.threads import Threads, Workers
@@ -46,21 +47,51 @@ def by_shard(
 ) -> Iterator[Any]:
     """function(shard, *arguments) of every shard, in order. `name`: of the phase, as progress is
     told; None where it is too short for one."""
-    advance = phase(name, trace.n_tokens, "tokens") if name else None
     here = trace.scheduler is None
     runs = [range(n, n + 1) for n in range(trace.n_shards)] if here else runs_of(trace)
+    for parts in _by_run(trace, runs, name, list, function, arguments):
+        yield from parts
+
+
+def summed(
+    trace: Trace,
+    name: str | None,
+    add: Callable[[Any, Any], Any],
+    function: Callable[..., Any],
+    *arguments: Any,
+) -> Iterator[Any]:
+    """What function(shard, *arguments) returns, added up within runs of shards, in order; the runs
+    are the same here and on a cluster, so that sums of floats are too. add(total, other): may
+    change `total`, and returns the sum."""
+    return _by_run(trace, runs_of(trace), name, partial(reduce, add), function, arguments)
+
+
+def _by_run(
+    trace: Trace,
+    runs: Sequence[range],
+    name: str | None,
+    gather: Callable[[Iterator[Any]], Any],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Iterator[Any]:
+    """gather(what function returns of its shards) of each run."""
+    advance = phase(name, trace.n_tokens, "tokens") if name else None
     with workers(trace) as at:
-        found = at.each(_of_run, (trace, function, arguments), ((run,) for run in runs))
-        for run, parts in zip(runs, found, strict=True):
-            yield from parts
+        found = at.each(_of_run, (trace, gather, function, arguments), ((run,) for run in runs))
+        for run, part in zip(runs, found, strict=True):
+            yield part
             if advance:
                 advance(sum(trace.shard(number).files.tokens for number in run))
 
 
 def _of_run(
-    trace: Trace, function: Callable[..., Any], arguments: tuple[Any, ...], run: range
-) -> list[Any]:
-    return [function(trace.shard(number), *arguments) for number in run]
+    trace: Trace,
+    gather: Callable[[Iterator[Any]], Any],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    run: range,
+) -> Any:
+    return gather(function(trace.shard(number), *arguments) for number in run)
 
 
 def by_router(

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.analysis.tasks import by_shard
+from moe_inspect.analysis.tasks import summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.capacity.queues import (
     POSITIONS,
@@ -176,6 +177,10 @@ class RouterDrops:
         self.last_FD, self.last_FPN = np.zeros((F, 0), np.int64), np.zeros((F, 2, 10), np.int64)
         self.dropped_at, self.room_at = np.zeros(most, np.int64), np.zeros(most, np.int64)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it is sent to be added to others: in narrow types, nothing can be added to it."""
+        return {name: narrowed(value) for name, value in self.__dict__.items()}
+
     @property
     def assignments(self) -> int:
         return int(self.made_D.sum())
@@ -247,7 +252,8 @@ class Counted:
         F = len(settings.factors)
         return cls(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
 
-    def add(self, other: Counted) -> None:
+    def add(self, other: Counted) -> Counted:
+        """Adds `other` in place."""
         self.domains += [label for label in other.domains if label not in self.domains]
         row_D = np.array([self.domains.index(label) for label in other.domains], np.int64)
         for r, drops in other.of.items():
@@ -255,12 +261,13 @@ class Counted:
         self.tokens += other.tokens
         self.hit_F += other.hit_F
         self.lost_F += other.lost_F
+        return self
 
 
 def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
     counted, small = Counted.zero(trace.routers, chosen, settings), is_small(trace, chosen)
     asked = chosen, settings, small
-    for part in by_shard(trace, "simulating capacity", _count_shard, *asked):
+    for part in summed(trace, "simulating capacity", Counted.add, _count_shard, *asked):
         counted.add(part)
     if not counted.tokens:
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")

@@ -169,11 +169,15 @@ def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     if selection.phase is not None:
         return selection, selection.phase == "decode"
     decoded = Selection(selection.routers, phase="decode")
-    if any(taken_T.any() for taken_T in by_shard(trace, None, taken, decoded)):
+    if any(by_shard(trace, None, _takes_any, decoded)):
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
         if routers:
             return Selection(routers, selection.domains, "decode"), True
     return selection, False
+
+
+def _takes_any(shard: Shard, selection: Selection) -> bool:
+    return bool(taken(shard, selection).any())
 
 
 def _selected_positions(

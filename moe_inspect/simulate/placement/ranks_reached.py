@@ -8,11 +8,12 @@ with probability 1 − Π (1 − its share of the expert).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.tasks import by_shard
+from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.progress import phase
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.placement.layouts import Plans
@@ -34,19 +35,27 @@ Counter = Callable[[np.ndarray], float]  # ids_KT → the sum over decisions of 
 def ranks_reached(plans: Plans, small: bool) -> dict[tuple[int, str], tuple[float, float]]:
     """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
     (router, policy)."""
-    sums = {key: np.zeros(2) for key in plans.of}
-    tokens = dict.fromkeys(plans.selection.routers, 0)
     asked = plans.selection, plans.windows, plans.layouts, plans.of, small
-    for seen, reached in by_shard(plans.trace, "counting ranks", _reached, *asked):
-        for r, count in seen.items():
-            tokens[r] += count
-        for key, of_shard in reached.items():
-            sums[key] += of_shard
+    parts = summed(plans.trace, "counting ranks", _add_reached, _reached, *asked)
+    sums: Reached = reduce(_add_reached, parts, {})
     return {
-        (r, name): (gpus / tokens[r], nodes / tokens[r])
-        for (r, name), (gpus, nodes) in sums.items()
-        if tokens[r]
+        key: (gpus / tokens, nodes / tokens)
+        for key in plans.of
+        if key in sums
+        for tokens, gpus, nodes in [sums[key]]
+        if tokens
     }
+
+
+# tokens, and the GPUs and nodes that they reach, by (router, policy)
+Reached = dict[tuple[int, str], tuple[int, float, float]]
+
+
+def _add_reached(total: Reached, other: Reached) -> Reached:
+    for key, (tokens, gpus, nodes) in other.items():
+        before = total.get(key, (0, 0.0, 0.0))
+        total[key] = before[0] + tokens, before[1] + gpus, before[2] + nodes
+    return total
 
 
 def _reached(
@@ -56,11 +65,10 @@ def _reached(
     layouts: dict[int, Layout],
     plans: dict[tuple[int, str], np.ndarray],
     small: bool,
-) -> tuple[dict[int, int], dict[tuple[int, str], tuple[float, float]]]:
-    """The tokens of the judged part in a shard, by router; and the GPUs and nodes they reach."""
-    tokens, found = dict[int, int](), dict[tuple[int, str], tuple[float, float]]()
+) -> Reached:
+    """Of the judged part of a shard."""
+    found: Reached = {}
     for r, ids_KT, _ in decisions(shard, selection, windows, windows.judged.start):
-        tokens[r] = ids_KT.shape[1]
         E, layout = shard.trace.routers[r].experts, layouts[r]
         for key, expert_P in plans.items():
             if key[0] == r:
@@ -69,8 +77,8 @@ def _reached(
                     for parts in (layout.gpus, layout.nodes)
                 )
                 nodes = (of_nodes if layout.nodes > 1 else _routed)(ids_KT)
-                found[key] = of_gpus(ids_KT), nodes
-    return tokens, found
+                found[key] = ids_KT.shape[1], of_gpus(ids_KT), nodes
+    return found
 
 
 def _routed(ids_KT: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.tasks import by_shard
+from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement import kernels_numpy
 from moe_inspect.simulate.shards import check_length, slots, taken
@@ -89,7 +89,12 @@ def _selected(
 ) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
     """The tokens selected of each rank, and before each shard."""
     of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
-    for shard, tokens in zip(trace.shards, by_shard(trace, None, _taken, selection), strict=True):
+    tokens_of = (
+        (shard.files.tokens for shard in trace.shards)
+        if selection.domains is None and not selection.phase
+        else by_shard(trace, None, _taken, selection)
+    )
+    for shard, tokens in zip(trace.shards, tokens_of, strict=True):
         rank = shard.files.rank
         before[rank, shard.files.index] = of_rank.get(rank, 0)
         of_rank[rank] = of_rank.get(rank, 0) + tokens
@@ -135,28 +140,39 @@ def loads_of(
         r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64)
         for r in selection.routers
     }
-    for part in by_shard(trace, "counting loads", _loads, selection, windows, small):
-        for r, first, load_WE in part:
-            loads[r][first : first + len(load_WE)] += load_WE
+    asked = selection, windows, small
+    for part in summed(trace, "counting loads", _add_loads, _loads, *asked):
+        for (r, window), load_E in part.items():
+            loads[r][window] += load_E
     return loads
 
 
-def _loads(
-    shard: Shard, selection: Selection, windows: FitWindows, small: bool
-) -> list[tuple[int, int, np.ndarray]]:
-    """(router, first window of the shard, assignments of each expert in that and the next ones)."""
+Loads = dict[tuple[int, int], np.ndarray]  # of each expert, by (router, window)
+
+
+def _add_loads(total: Loads, other: Loads) -> Loads:
+    for key, load_E in other.items():
+        if key in total:
+            total[key] += load_E
+        else:
+            total[key] = load_E
+    return total
+
+
+def _loads(shard: Shard, selection: Selection, windows: FitWindows, small: bool) -> Loads:
+    """The assignments in a shard."""
     if small:
         count_windows = kernels_numpy.count_windows
     else:
         from moe_inspect.simulate.placement import kernels_numba
 
         count_windows = kernels_numba.count_windows
-    found = list[tuple[int, int, np.ndarray]]()
+    found: Loads = {}
     for r, ids_KT, window_T in decisions(shard, selection, windows):
         if not len(window_T):
             continue
         first, last = int(window_T[0]), int(window_T[-1])
         load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
         count_windows(ids_KT, window_T - first, load_WE)
-        found.append((r, first, load_WE))
+        found |= {(r, first + w): load_E for w, load_E in enumerate(load_WE)}
     return found
