@@ -110,7 +110,7 @@ class Server:
             prompt
             and all(type(i) is int and 0 <= i < VOCABULARY for i in prompt)
             and len(prompt) + most <= self.length
-            and (vllm or len(prompt) <= self.length - 6)
+            and (vllm or len(prompt) <= self.length - 7)
         ):
             return 400, {"error": {"message": "maximum context length exceeded"}}
         if not vllm:  # as SGLang does, which says nothing

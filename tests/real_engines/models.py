@@ -46,6 +46,14 @@ MODELS: dict[str, tuple[str | None, dict[str, Any]]] = {
             "mlp_only_layers": [0, 2],
         },
     ),
+    "Qwen3-MoE": (
+        "qwen3_moe",
+        {"num_hidden_layers": 3, "intermediate_size": 192, "moe_intermediate_size": 96},
+    ),
+}
+# what an engine runs as another model than the config states
+OTHERWISE = {
+    ("sglang", "Qwen3-MoE, layers 0 and 2 dense"): "SGLang takes no layer of Qwen3-MoE for dense"
 }
 
 

@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 
 import moe_inspect
+from moe_inspect.capture.server import serve
 from tests.real_engines.server import INSTALLED, serving
 from tests.real_engines.test_traces import SMALL, Property, begun, compared, run, traced_locally
 
 
 @pytest.mark.parametrize("engine", INSTALLED)
 def test_the_server_stops_and_another_goes_on(
-    engine: str, corpus: Path, tmp_path: Path, record_property: Property
+    engine: str,
+    corpus: Path,
+    tmp_path: Path,
+    record_property: Property,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # at once: SGLang would go on until it has answered everything
+    monkeypatch.setattr(serve, "GRACE_S", 0.0)
     name, out, options = "bundled Mixtral", tmp_path / "t", ("--data", corpus, *SMALL)
     with serving(engine, name, tmp_path) as first:
         running = begun(first, out, options)

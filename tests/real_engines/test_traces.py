@@ -17,7 +17,7 @@ import pytest
 import moe_inspect
 from moe_inspect.capture.corpus.plan import reserved_for_engines
 from moe_inspect.capture.server.protocols import ENGINES as PROTOCOLS
-from tests.real_engines.models import MODELS, POSITIONS
+from tests.real_engines.models import MODELS, OTHERWISE, POSITIONS
 from tests.real_engines.server import ENGINES, INSTALLED, Served, serving
 
 GENERATE = 16
@@ -34,6 +34,8 @@ def served(
     engine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """One server at a time."""
+    if reason := OTHERWISE.get((engine, request.param)):
+        pytest.skip(reason)
     with serving(engine, request.param, tmp_path_factory.mktemp("served")) as found:
         yield found
 

@@ -79,7 +79,7 @@ class Plan:
 def reserved_for_engines(generate: int) -> int:
     """Positions that the default length leaves free behind a prompt, as many as the engine that
     takes the most (SGLang): a local trace and an engine's split a long document alike."""
-    return max(generate + 3, 6)
+    return max(generate + 3, 7)
 
 
 def longest_sequence(

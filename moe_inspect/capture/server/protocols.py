@@ -194,8 +194,8 @@ ENGINES = {
         "/server_info",
         "0.5.23",
         "start the server with --disable-radix-cache",
-        # in a context of C a prompt of P has at most C - 6, and C - P - 2 tokens are generated
-        lambda generate: max(generate + 3, 6),
+        # in a context of C a prompt of P has at most C - 7, and C - P - 2 tokens are generated
+        lambda generate: max(generate + 3, 7),
     ),
 }
 
