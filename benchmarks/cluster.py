@@ -255,7 +255,7 @@ def main(assignments: float = SIZE) -> None:
         measured["a worker killed"] = killed
     measured["load_average_after"] = os.getloadavg()
     facts = machine()
-    facts["command"] = "python -m benchmarks.cluster"
+    facts["command"] = f"python -m benchmarks.cluster {assignments:.1e}"
     facts["versions"] |= {name: version(name) for name in ("dask", "distributed")}
     said = page(facts, measured)
     print(said)

@@ -88,6 +88,8 @@ class Cluster:
         bytes_of_shared = pickle.dumps(shared, protocol=5)
         with config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
             given = self.client.submit(pickle.loads, bytes_of_shared, pure=False)
+        # to all workers at once: dask would leave the tasks to the one that has it
+        self.client.replicate([given])
 
         def submit(task: tuple[Any, ...]) -> Any:
             return self.client.submit(at_worker, self.seen, function, given, task, pure=False)
