@@ -1,5 +1,6 @@
-"""The tap reads a choice by a `forward` of the experts module's instance. Whoever else copies,
-wraps, hooks or compiles that module sees no difference."""
+"""The tap reads a choice by a `forward` of the experts module's instance, or where it can by the
+experts implementation. Whoever else copies, wraps, hooks or compiles that module sees no
+difference."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture.hook import attach
+from moe_inspect.capture.hook.experts import NAME, TAKEN
 from tests.families import build
 from tests.zoo import token_batch
 
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7, 7, 2]])]
 
 
-@pytest.fixture
-def model() -> Any:
-    return build("olmoe")
+@pytest.fixture(params=["eager", "grouped_mm"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """Of the implementations, eager is not in transformers' registry."""
+    model = build("olmoe")
+    model.set_experts_implementation(request.param)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +40,15 @@ def experts_of(model: Any) -> list[Any]:
 
 
 def routing(model: Any, path: Path, call: Any = None) -> pd.DataFrame:
+    before = model.config._experts_implementation
     with moe_inspect.record(model, path, capture="tap"), torch.no_grad():
-        assert all("forward" in vars(m) for m in experts_of(model))
+        by_forward = before == "eager"
+        assert all(("forward" in vars(m)) == by_forward for m in experts_of(model))
+        assert (model.config._experts_implementation == NAME) != by_forward
         for batch in BATCHES:
             (call or model)(**batch)
     assert not any("forward" in vars(m) for m in experts_of(model))
+    assert model.config._experts_implementation == before
     return moe_inspect.open_trace(path).routing()
 
 
@@ -81,7 +90,9 @@ def test_accelerate_may_wrap_the_same_forward(when: str, model: Any, tmp_path: P
                     hooks.remove_hook_from_module(module)
             model(**batch)
     assert moe_inspect.open_trace(tmp_path / "t").routing().equals(expected)
-    assert ("forward" in vars(experts_of(model)[0])) == (when != "within, and taken off")
+    # (accelerate leaves a forward, which may have been the recorder's)
+    was_ours = when == "within, and taken off" and model.config._experts_implementation == "eager"
+    assert ("forward" in vars(experts_of(model)[0])) != was_ours
     with torch.no_grad():  # what it has wrapped reads no more
         model(**BATCHES[0])
 
@@ -109,6 +120,48 @@ def test_what_is_recorded_is_what_a_users_hook_makes_of_it(
             model(**batch)
     found = moe_inspect.open_trace(tmp_path / "t").routing().filter(like="expert_")
     assert set(found.to_numpy().ravel()) == set(range(4))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_the_model_may_be_given_another_implementation_within(
+    implementation: str, model: Any, tmp_path: Path
+) -> None:
+    expected = routing(model, tmp_path / "expected")
+    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
+        for n, batch in enumerate(BATCHES):
+            if n == 1:
+                model.set_experts_implementation(implementation)
+            model(**batch)
+    assert model.config._experts_implementation == implementation
+    assert moe_inspect.open_trace(tmp_path / "t").routing().equals(expected)
+
+
+@pytest.mark.parametrize("ends_first", [0, 1])
+@pytest.mark.parametrize("captures", [("tap", "dispatch"), ("dispatch", "tap"), ("tap", "tap")])
+def test_two_recorders(
+    captures: tuple[str, str], ends_first: int, model: Any, tmp_path: Path
+) -> None:
+    expected = routing(model, tmp_path / "expected")
+    before = model.config._experts_implementation
+    recorders = [
+        moe_inspect.record(model, tmp_path / str(n), capture=c) for n, c in enumerate(captures)
+    ]
+    with torch.no_grad():
+        for recorder in recorders:
+            recorder.__enter__()
+        for batch in BATCHES:
+            model(**batch)
+        recorders[ends_first].__exit__(None, None, None)
+        model(**BATCHES[0])
+        recorders[1 - ends_first].__exit__(None, None, None)
+    first, second = (moe_inspect.open_trace(tmp_path / str(n)).routing() for n in (0, 1))
+    longer = (second, first)[ends_first]
+    assert (first, second)[ends_first].equals(expected)
+    of_both = longer[longer.token <= expected.token.max()].reset_index(drop=True)
+    assert of_both.equals(expected)
+    assert len(longer) > len(expected)
+    assert model.config._experts_implementation == before
+    assert not any("forward" in vars(m) or hasattr(m, TAKEN) for m in experts_of(model))
 
 
 @pytest.mark.slow

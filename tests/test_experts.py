@@ -323,7 +323,7 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
     if not eager:
         assert all(torch.equal(bare, outputs[n]) for n in (0, 2))
     assert set(model.get_experts_implementation().values()) == {implementation}
-    assert not any(hasattr(s.module, experts.STOCK) for s in find_routers(model))
+    assert not any(hasattr(s.module, experts.TAKEN) for s in find_routers(model))
     tapped = routing(
         model, tmp_path / "t", lambda m: [m(**b) for b in (few, many, few)], capture="tap"
     )

@@ -298,7 +298,7 @@ class _Attachment(Attachment):
     records is what is executed."""
 
     def __init__(self, outer: Any, of: Intervention):
-        super().__init__(outer, of.model, of.sites, "tap", (), of)
+        super().__init__(outer, of.model, of.sites, "", (), of)
         self.of = of
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:

@@ -1,5 +1,5 @@
 """Attaches a recorder to a model and detaches it: hooks around each forward pass, a sink per
-router, and with dispatch our experts implementation. Handles models compiled by torch.compile.
+router, or our experts implementation (see `experts`). Handles models compiled by torch.compile.
 
 T tokens, K slots, E experts.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.eager import Eager, has_compiled
-from moe_inspect.capture.hook import experts as experts_implementation
 from moe_inspect.capture.hook.discovery import Discovery
+from moe_inspect.capture.hook.experts import Takeover
 from moe_inspect.capture.hook.probe import listen
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
@@ -29,6 +29,7 @@ from moe_inspect.capture.hook.sink import (
     choice_after_call,
     logits_after_call,
 )
+from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices.read import called_with
@@ -112,6 +113,13 @@ class Attachment:
         self._reader = functools.cache(CallReader)
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
+        sizes = {k: of_kind for k, of_kind in self.extra_sinks.items() if k != "logits"}
+        called = {
+            site.module: (self.sinks[r], {k: of_kind[r] for k, of_kind in sizes.items()})
+            for r, site in enumerate(sites)
+            if site.adapter is None
+        }
+        self._experts = Takeover(self.model, called, self._watch_experts)
         self._cleanup, self._eager = ExitStack(), Eager()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -162,10 +170,13 @@ class Attachment:
             torch.compiler.reset()
             self._cleanup.callback(torch.compiler.reset)
         self._bracket()
+        self._cleanup.callback(self._experts.release)
+        if self.mode == "dispatch":
+            self._experts.dispatch()
+        elif self.mode == "tap" and not compiled and takes_implementation(self.model, self.sites):
+            self._experts.tap()
         for r, site in enumerate(self.sites):
             self._watch(r, site, compiled)
-        if self.mode == "dispatch":
-            self._take_over()
         if self.discovery is not None:
             self._cleanup.callback(listen(self.discovery.probed))
         elif self.probes is not None:
@@ -214,19 +225,32 @@ class Attachment:
         if adapter is not None and not adapter.at_call:
             hook = choice_after_call(self.sinks[r], adapter.choice)
             self._keep(module.register_forward_hook(hook, with_kwargs=True))
-        elif adapter is not None or self.mode == "tap":
-            sink, choice_of = self.sinks[r], adapter.choice if adapter is not None else called_with
-            reader = self._reader(sink.scope, choice_of)
-            if site.method:
-                self._cleanup.callback(before_method(module, site.method, reader.hook(sink)))
-            # (whoever has put a forward there, as accelerate does, may look for it again)
-            elif compiled or "forward" in vars(module):
-                self._keep(module.register_forward_pre_hook(reader.hook(sink), with_kwargs=True))
-            else:
-                self._cleanup.callback(reader.replace_forward(module, sink))
+        elif adapter is not None:
+            self._watch_call(r, site, adapter.choice, compiled)
+        elif self.mode == "tap" and not self._experts.taps:
+            self._watch_call(r, site, called_with, compiled)
         if "logits" in self.extra_sinks and site.logits_module is not None:
             hook = logits_after_call(self.extra_sinks["logits"][r], site)
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
+
+    def _watch_experts(self) -> None:
+        for r, site in enumerate(self.sites):
+            if site.adapter is None:
+                self._watch_call(r, site, called_with, self.compiled or has_compiled())
+
+    def _watch_call(
+        self, r: int, site: Site, choice_of: Callable[..., Any], compiled: bool
+    ) -> None:
+        """Reads the choice of site r before each call of its module."""
+        sink, module = self.sinks[r], site.module
+        reader = self._reader(sink.scope, choice_of)
+        if site.method:
+            self._cleanup.callback(before_method(module, site.method, reader.hook(sink)))
+        # (whoever has put a forward there, as accelerate does, may look for it again)
+        elif compiled or "forward" in vars(module):
+            self._keep(module.register_forward_pre_hook(reader.hook(sink), with_kwargs=True))
+        else:
+            self._cleanup.callback(reader.replace_forward(module, sink))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
         """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
@@ -247,29 +271,6 @@ class Attachment:
                 delattr(owner, name)
 
         self._cleanup.callback(put_back)
-
-    def _take_over(self) -> None:
-        if any(hasattr(site.module, experts_implementation.SINK) for site in self.sites):
-            raise MoeInspectError(
-                "this model is already being recorded with dispatch: use capture='tap' for "
-                "the second recorder"
-            )
-        experts_implementation.register()
-        for r, site in enumerate(self.sites):
-            if site.adapter is not None:
-                continue
-            sizes = {k: of_kind[r] for k, of_kind in self.extra_sinks.items() if k != "logits"}
-            for name, value in (
-                (experts_implementation.SINK, self.sinks[r]),
-                (experts_implementation.STOCK, experts_implementation.stock_of(site.module)),
-                (experts_implementation.SIZES, sizes),
-            ):
-                setattr(site.module, name, value)
-                self._cleanup.callback(delattr, site.module, name)
-        self._cleanup.callback(
-            self.model.set_experts_implementation, self.model.get_experts_implementation()
-        )
-        self.model.set_experts_implementation(experts_implementation.NAME)
 
     # --- around a forward pass
 
@@ -368,6 +369,7 @@ class Attachment:
             self._end_pass()
 
     def _begin_pass(self) -> None:
+        self._experts.check()
         if self.in_compiled:  # (the pass before it failed)
             self._eager.release()
         # compiled code writes to the tapes, call by call

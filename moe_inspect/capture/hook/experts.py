@@ -1,14 +1,16 @@
 """The experts implementation `moe_inspect`: a dispatch kernel groups the slots by expert and
 records the router's choice, then grouped matrix products run. So the record is what was executed.
 Without a recorder it computes the same and records nothing. On a CPU, where no kernel of ours runs,
-few slots go to the implementation that the model would use.
+few slots go to the implementation that the model would use; for a tap on a CPU all of them do.
 
 T tokens, K slots, S = T·K, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +20,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
 from moe_inspect.capture.hook.sink import Sink
+from moe_inspect.errors import MoeInspectError
 
 NAME = "moe_inspect"
-# set on an experts module while it is recorded: (ids, weights) → the tape to record them on, if
-# any; the implementation that it would run otherwise, if it is one of the registry; and where the
-# sizes of its experts' outputs go: a field of `Sizes` → its sink
-SINK, STOCK, SIZES = "_moe_inspect_sink", "_moe_inspect_stock", "_moe_inspect_sizes"
+TAKEN = "_moe_inspect"  # the attribute of an experts module while a recorder has taken it over
 
 # Up to here copying each slot's expert (transformers' `batched_mm`) is faster than grouping: 64
 # slots are 16 tokens of Qwen1.5-MoE, where Hugging Face measured 52 ms against 64, and at 128
@@ -33,27 +33,73 @@ FEW_SLOTS = 64
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
+@dataclass(eq=False)
+class Taken:
+    """How an experts module that a recorder has taken over runs. (All of it is one attribute: what
+    is read in other places of memory costs a decode step more than the code that reads it.)
+
+    sink      of its choice
+    stock     the implementation that it would run otherwise, if it is one of the registry
+    computes  whether ours computes (dispatch), or only `stock` does (tap)
+    sizes     where the sizes of its experts' outputs go: a field of `Sizes` → its sink
+    let_go    gives the module to another recorder, which a tap can do without
+    """
+
+    sink: Sink
+    stock: Callable[..., Tensor] | None
+    computes: bool
+    sizes: dict[str, Sink]
+    let_go: Callable[[], None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
+        return self  # what is copied is a module
+
+
 def experts_forward(
     self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Replaces transformers' `grouped_mm` and, for few tokens on a GPU, the `batched_mm` that
     `generate` decodes with; the flags on `self` (has_gate, has_bias …) describe the family's
     experts."""
-    sink = getattr(self, SINK, None)
-    tape = sink(top_k_index, top_k_weights) if sink is not None else None
-    on_gpu = kernels.runs_triton(hidden_TH)
-    is_few = not on_gpu and top_k_index.numel() <= FEW_SLOTS
-    if is_few and not _measured(self) and not torch.compiler.is_compiling():
-        # grouping few slots without our kernels would only add steps
-        stock = getattr(self, STOCK, None)
-        if stock is not None:
-            if tape is not None:
-                kernels.record(tape, top_k_index, top_k_weights)
+    taken: Taken | None = getattr(self, TAKEN, None)
+    if taken is None:
+        return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
+    sink, stock = taken.sink, taken.stock
+    references = sink.scope.references
+    if references is not None and not torch.compiler.is_compiling():
+        # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
+        references.append((sink.n, top_k_index, top_k_weights))
+        if stock is not None and (
+            not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
+        ):
             return stock(self, hidden_TH, top_k_index, top_k_weights)
+        return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
+    tape = sink(top_k_index, top_k_weights)
+    # (grouping few slots without our kernels would only add steps)
+    if stock is not None and (
+        not taken.computes
+        or (
+            top_k_index.numel() <= FEW_SLOTS
+            and not kernels.runs_triton(hidden_TH)
+            and not _measured(self)
+            and not torch.compiler.is_compiling()
+        )
+    ):
+        if tape is not None:
+            kernels.record(tape, top_k_index, top_k_weights)
+        return stock(self, hidden_TH, top_k_index, top_k_weights)
+    return _computed(self, hidden_TH, top_k_index, top_k_weights, tape)
+
+
+def _computed(
+    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+) -> Tensor:
     copied = (
-        on_gpu and not torch.is_grad_enabled() and are_few(top_k_index.numel(), self.num_experts)
+        kernels.runs_triton(hidden_TH)
+        and not torch.is_grad_enabled()
+        and are_few(ids_TK.numel(), self.num_experts)
     )
-    return (_copied if copied else _grouped)(self, hidden_TH, top_k_index, top_k_weights, tape)
+    return (_copied if copied else _grouped)(self, hidden_TH, ids_TK, weights_TK, tape)
 
 
 def are_few(slots: int, experts: int) -> bool:
@@ -162,8 +208,10 @@ def _combined(
 
 def _measured(self: Any) -> dict[str, Sink]:
     """Where the sizes of this module's outputs go now; empty where nobody wants them."""
-    sinks: dict[str, Sink] = getattr(self, SIZES, {})
-    return sinks if sinks and any(sink.scope.open for sink in sinks.values()) else {}
+    taken: Taken | None = getattr(self, TAKEN, None)
+    if taken is None or not any(sink.scope.open for sink in taken.sizes.values()):
+        return {}
+    return taken.sizes
 
 
 def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
@@ -197,5 +245,88 @@ def stock_of(module: Any) -> Callable[..., Tensor] | None:
     return None if stock is experts_forward else stock
 
 
+def runs_ours(module: Any) -> bool:
+    """Whether an experts module runs our implementation."""
+    return module.config._experts_implementation == NAME
+
+
 def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+class Takeover:
+    """Has experts modules of a model run our implementation, for a recorder. `sinks`: of each its
+    choice's sink, and those of its outputs' sizes. `instead`: begins to record them in another way,
+    where they can run another implementation while a tap goes on."""
+
+    def __init__(
+        self,
+        model: Any,
+        sinks: Mapping[Any, tuple[Sink, dict[str, Sink]]],
+        instead: Callable[[], None],
+    ):
+        self.model, self.sinks, self.instead = model, sinks, instead
+        self.taps = False
+        self._undo = ExitStack()
+
+    def dispatch(self) -> None:
+        """Ours computes and records."""
+        for module in self.sinks:
+            taken: Taken | None = getattr(module, TAKEN, None)
+            if taken is not None and taken.computes:
+                raise MoeInspectError(
+                    "this model is already being recorded with dispatch: use capture='tap' for "
+                    "the second recorder"
+                )
+            if taken is not None:
+                taken.let_go()
+        self._take(computes=True)
+
+    def tap(self) -> bool:
+        """Ours records, and has the model's own compute: on a CPU, where that is one of the
+        registry. (A call costs less than by a forward of the instance.) Returns whether it does."""
+        self.taps = bool(self.sinks) and all(
+            all(parameter.is_cpu for parameter in module.parameters())
+            and not hasattr(module, TAKEN)
+            and stock_of(module) is not None
+            for module in self.sinks
+        )
+        if self.taps:
+            self._take(computes=False)
+            # (the model may refuse, or a part of it)
+            if not all(map(_runs_ours, self.sinks)):
+                self.release()
+        return self.taps
+
+    def check(self) -> None:
+        """Lets a tap's modules go where they have been given another implementation."""
+        if self.taps and not _runs_ours(next(iter(self.sinks))):
+            self._let_go()
+
+    def release(self) -> None:
+        """Puts things back, once. Another implementation that was set in the meantime stays."""
+        self.taps = False
+        self._undo.close()
+
+    def _let_go(self) -> None:
+        self.release()
+        self.instead()
+
+    def _take(self, computes: bool) -> None:
+        register()
+        before = self.model.get_experts_implementation()
+
+        def put_back() -> None:
+            if any(map(_runs_ours, self.sinks)):
+                self.model.set_experts_implementation(before)
+
+        for module, (sink, sizes) in self.sinks.items():
+            taken = Taken(sink, stock_of(module), computes, sizes, self._let_go)
+            setattr(module, TAKEN, taken)
+            self._undo.callback(delattr, module, TAKEN)
+        self._undo.callback(put_back)
+        self.model.set_experts_implementation(NAME)
+
+
+def _runs_ours(module: Any) -> bool:
+    return module.config._experts_implementation == NAME
