@@ -1,14 +1,15 @@
 """What recording costs where calls are small, on a CPU: decode steps, short passes, and a large
 prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<machine>.json.
 
-Ways of recording take turns on one model, beside a forward hook that does nothing, one that clones
-what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn attaches, makes
---in-a-row passes, as `generate` makes them, and detaches; its figure is the median of all passes
-but the first ones. (Were there a copy of the model for each way, what tells the copies apart would
-count as cost, as where they lie in memory.) Figures are process CPU time, the writer's thread
-included: the median over the rounds of what a pass takes beyond the untraced one of the same round,
-with its quartiles, since what else runs on the machine changes from one second to the next; and the
-least turn of each.
+Ways of recording take turns on one model, in an order drawn anew each round (what a turn costs
+depends on what the turn before it has left in memory), beside a forward hook that does nothing, one
+that clones what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn
+attaches, makes --in-a-row passes, as `generate` makes them, and detaches; its figure is the median
+of all passes but the first ones. (Were there a copy of the model for each way, what tells the
+copies apart would count as cost, as where they lie in memory.) Figures are process CPU time, the
+writer's thread included: the median over the rounds of what a pass takes beyond the untraced one of
+the same round, with its quartiles, since what else runs on the machine changes from one second to
+the next; and the least turn of each.
 
     python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [--way NAME ...]
         [-o FILE]
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -192,8 +194,7 @@ def measured(
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
         for n in range(-WARM_UP, rounds):
-            turn = n % len(ways)
-            for way in [*ways[turn:], *ways[:turn]]:
+            for way in random.Random(n).sample(ways, len(ways)):
                 path = Path(scratch) / f"{way} {n}"
                 of = recipe if way == RECIPE else model
                 with WAYS[way](of, path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.device_counts import DeviceCounts
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.pass_buffer import PassBuffer
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, as_tensors
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.trace.writer import CountedBatches
 
@@ -80,7 +80,7 @@ class CountedPasses:
         stack.fed = rows = self.inputs.rows(stack.fed)
         if self.is_counted:
             self.counts.feed(stack.router_range, rows, len(self.inputs.domains))
-        for n, ids, weights in calls:
+        for n, ids, weights in map(as_tensors, calls):
             stack.sinks[n].take(ids, weights)
 
     def add(self, stack: Stack, n: int, row: int, ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -65,10 +65,10 @@ def experts_forward(
     if taken is None:
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     sink, stock = taken.sink, taken.stock
-    references = sink.scope.references
-    if references is not None and not torch.compiler.is_compiling():
+    scope = sink.scope
+    if scope.references is not None and not torch.compiler.is_compiling():
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
-        references.append((sink.n, top_k_index, top_k_weights))
+        scope.refer(sink.n, top_k_index, top_k_weights)
         if stock is not None and (
             not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
         ):

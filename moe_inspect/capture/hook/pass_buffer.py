@@ -1,6 +1,7 @@
 """The choices of small forward passes on a CPU. During a pass only references to the routers'
-tensors are kept. At its end they are stacked, and once there are many passes, these are written or
-counted together: in a decode step one write per router would cost more than the router itself.
+tensors are kept, or of a few numbers lists of them. At its end tensors are stacked, and once there
+are many passes, these are written or counted together: in a decode step one write per router would
+cost more than the router itself.
 
 Of a model that changes these tensors later in the same pass, copies are kept (see `Scope.copies`).
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -23,10 +25,15 @@ from moe_inspect.capture.hook.kernels import Tape
 # take memory afresh from the system
 BUFFER_BYTES = 2**19
 
+# Of calls with no more values, T·K, the numbers are kept: of a decode step of one or two rows
+FEW_VALUES = 16
+
 # (index of the site, ids [T, K] or None for one of the extras, values [T, K]) of one call
-Call = tuple[int, "Tensor | None", Tensor]
-# ids [R, T, K], or None for one of the extras, and values [R, T, K] of a group in one pass
-Stacked = tuple["Tensor | None", Tensor]
+Call = tuple[int, "Tensor | list[Any] | None", "Tensor | list[Any]"]
+# of a group in one pass, [R, T, K]: a tensor, or R lists of lists
+Part = Union["Tensor", "tuple[list[Any], ...]"]
+# ids, or None for one of the extras, and values
+Stacked = tuple["Part | None", Part]
 
 
 class Group:
@@ -37,8 +44,8 @@ class Group:
     def __init__(self, first: int, routers: int, K: int, E: int, with_ids: bool):
         self.first, self.routers, self.K, self.E, self.with_ids = first, routers, K, E, with_ids
         self.of_all = slice(first, first + routers)
-        self.ids: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.ids: list[Part] = []
+        self.values: list[Part] = []
 
     def joined(self) -> tuple[np.ndarray | None, Tensor]:
         """All kept passes: ids int64 [R, N, K] and values [R, N, K]."""
@@ -46,8 +53,19 @@ class Group:
         return ids, _joined(self.values)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(parts: list[Part]) -> Tensor:
+    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(np.array(p)) for p in parts]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def as_tensors(call: Call) -> tuple[int, Tensor | None, Tensor]:
+    """A call of which lists may have been kept. (Numbers in float64: each value is exact.)"""
+    n, ids, values = call
+    return (
+        n,
+        torch.tensor(ids) if isinstance(ids, list) else ids,
+        torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else values,
+    )
 
 
 class PassBuffer:
@@ -74,6 +92,7 @@ class PassBuffer:
         self.sites = tuple(n * after + site for n in times for site in sites)
         values = sum(group.routers * group.K for group in self.groups)
         self.max_rows = BUFFER_BYTES // (12 * values)  # ids of 8 bytes, weights of 4
+        self.few_rows = FEW_VALUES // max((group.K for group in self.groups), default=1)
         self.rows = 0  # of all passes that are kept
 
     def fits(self, T: int) -> bool:
@@ -96,6 +115,11 @@ class PassBuffer:
         found: list[Stacked] = []
         for group in self.groups:
             routers, shape = group.of_all, (group.routers, T, group.K)
+            if _are_listed(ids[routers], shape) and _are_listed(values[routers], shape):
+                found.append((ids[routers], values[routers]))
+                continue
+            if list in map(type, values):
+                return self.whole([as_tensors(call) for call in calls], T)
             try:
                 values_RTK = torch.stack(values[routers])
                 ids_RTK = torch.stack(ids[routers]) if group.with_ids else None
@@ -118,7 +142,7 @@ class PassBuffer:
         the rows at a time, these are one call."""
         found: list[Call] = []
         for n, of_site in groupby(sorted(calls, key=itemgetter(0)), itemgetter(0)):
-            parts = list(of_site)
+            parts = [as_tensors(call) for call in of_site]
             if len(parts) == self.sites.count(n):
                 found += parts
                 continue
@@ -130,6 +154,12 @@ class PassBuffer:
         self.rows = 0
         for group in self.groups:
             group.ids, group.values = [], []
+
+
+def _are_listed(parts: Sequence[Any], shape: tuple[int, int, int]) -> bool:
+    """Whether these are lists of that shape. (Of a tensor the rows all have one length.)"""
+    _, T, K = shape
+    return all(isinstance(p, list) and len(p) == T and len(p[0]) == K for p in parts)
 
 
 class TapeWriter:

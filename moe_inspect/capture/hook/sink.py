@@ -39,7 +39,8 @@ class Scope:
         self.open = False
         self.thread = 0  # in which it was opened
         self.kept: list[Call] | None = None
-        self.references: list[Call] | None = None  # `kept`, while it takes references
+        self.references: list[Call] | None = None  # `kept`, while `refer` adds to it
+        self.as_lists = False  # of a few numbers per call, `refer` keeps the numbers
         self.passes = 0  # that have begun
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
@@ -49,6 +50,16 @@ class Scope:
         """A call of the stack begins."""
         self.open, self.thread = True, get_ident()
         self.references = None if self.copies else self.kept
+
+    def refer(self, n: int, ids: Tensor | None, values: Tensor) -> None:
+        """Keeps one call of the sink n in `references`, as what it was called with."""
+        assert self.references is not None
+        if self.as_lists and ids is not None:
+            # memory that the model takes again at once is in the processor's caches, and memory
+            # that it takes in place of what is kept is not
+            self.references.append((n, ids.tolist(), values.tolist()))
+        else:
+            self.references.append((n, ids, values))
 
     def stop(self) -> None:
         self.open, self.references = False, None
@@ -71,7 +82,7 @@ class Sink:
         """`ids` is None for router logits."""
         scope = self.scope
         if scope.references is not None and not torch.compiler.is_compiling():
-            scope.references.append((self.n, ids, values))
+            scope.refer(self.n, ids, values)
             return None
         if not scope.open:
             return None
@@ -103,9 +114,8 @@ class CallReader:
         by_place: set[int] = set()  # sinks whose last call was one of (hidden states, ids, weights)
 
         def read(sink: Sink, n: int, module: Module, args: Any, kwargs: Any) -> None:
-            references = scope.references
-            if references is not None and n in by_place and len(args) == 3 and not kwargs:
-                references.append((n, args[1], args[2]))
+            if scope.references is not None and n in by_place and len(args) == 3 and not kwargs:
+                scope.refer(n, args[1], args[2])
                 return
             choice = choice_of(module, args, kwargs, None)
             is_by_place = (

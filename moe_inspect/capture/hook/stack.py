@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer
+from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer, as_tensors
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
@@ -202,7 +202,7 @@ class Stack:
             return False
         if self.rings is not None and self.rings.free_rows < T:
             return False
-        self.scope.kept = []
+        self.scope.kept, self.scope.as_lists = [], 0 < T <= buffer.few_rows
         return True
 
     def unstage(self) -> None:
@@ -242,7 +242,7 @@ class Stack:
         those there is no room for."""
         sinks = [*self.sinks, *(sink for of in self.extra_sinks.values() for sink in of)]
         made = [0] * len(sinks)
-        for n, ids, values in calls:
+        for n, ids, values in map(as_tensors, calls):
             tapes = sinks[n].tapes
             kernels.record(tapes[made[n] % len(tapes)], ids, values)
             made[n] += 1
