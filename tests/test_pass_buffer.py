@@ -39,6 +39,12 @@ def model() -> Any:
     return build("olmoe")
 
 
+@pytest.fixture(params=[0, 10**6], ids=["tensors", "numbers"])
+def few_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all passes that are kept, or of none, the numbers are kept."""
+    monkeypatch.setattr(pass_buffer, "FEW_VALUES", request.param)
+
+
 def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
     with moe_inspect.record(model, path, **options), torch.inference_mode():
         for batch in batches:
@@ -111,6 +117,7 @@ def reusing_buffers() -> Any:
     return wrap
 
 
+@pytest.mark.usefixtures("few_values")
 @pytest.mark.parametrize("capture", ["tap", "dispatch", "counts_only"])
 @pytest.mark.parametrize("what", ["changed in place", "used again"])
 def test_what_the_model_does_with_its_tensors_does_not_show(
@@ -165,6 +172,7 @@ def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
         assert same(traced(model, tmp_path / "unknown"), expected)
 
 
+@pytest.mark.usefixtures("few_values")
 def test_experts_called_in_parts_are_recorded_whole(
     model: Any, expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
@@ -209,13 +217,43 @@ def test_kept_or_written_at_once_it_is_the_same(
     assert same(traced(model, tmp_path / "t", capture=capture), expected)
 
 
-def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_are_the_tensors(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights and their sums too, to the bit."""
+    model = build("olmoe").to(dtype)
+    if dtype == torch.float64:  # which grouped products do not take
+        model.set_experts_implementation("eager")
+    found = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(pass_buffer, "FEW_VALUES", few)
+        trace = traced(model, tmp_path / str(few))
+        with moe_inspect.record(model, None, counts_only=True) as recorder, torch.no_grad():
+            for batch in BATCHES:
+                model(**batch)
+        found.append((trace, recorder.totals().load, recorder.balance()))
+    (by_tensor, load, balance), (by_number, same_load, same_balance) = found
+    assert same(by_tensor, by_number)
+    assert all((a == b).all() for a, b in zip(load, same_load, strict=True))
+    assert balance.equals(same_balance)
+
+
+def test_numbers_of_few_values_alone_are_kept() -> None:
+    """A pass of many would take longer as numbers."""
+    assert PassBuffer([(8, 64), (2, 8)], [0, 1]).few_rows == 2
+    assert PassBuffer([(8, 64)], [0], ["logits"]).few_rows == 0
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_ids_of_no_expert_are_nowhere(listed: bool) -> None:
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
+    kept: Any = (ids.tolist(), weights.tolist()) if listed else (ids, weights)
     rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, (), 16)
     assert rings.buffer is not None
-    whole = rings.buffer.whole([(n, ids, weights) for n in range(2)], 2)
+    whole = rings.buffer.whole([(n, *kept) for n in range(2)], 2)
     assert whole is not None
     rings.buffer.keep(whole, 2)
     rings.write_kept()
@@ -228,9 +266,11 @@ def test_ids_of_no_expert_are_nowhere(model: Any, monkeypatch: pytest.MonkeyPatc
         assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
 
 
-def test_only_a_whole_pass_is_kept() -> None:
-    def call(n: int, rows: int, K: int = 2) -> tuple[int, torch.Tensor, torch.Tensor]:
-        return n, torch.full((rows, K), n), torch.rand(rows, K)
+@pytest.mark.parametrize("listed", [False, True])
+def test_only_a_whole_pass_is_kept(listed: bool) -> None:
+    def call(n: int, rows: int, K: int = 2) -> Any:
+        ids, weights = torch.full((rows, K), n), torch.rand(rows, K)
+        return (n, ids.tolist(), weights.tolist()) if listed else (n, ids, weights)
 
     buffer = PassBuffer([(2, 8)] * 3, [0, 1, 1])  # the second site is called twice
     for calls in (
@@ -240,10 +280,13 @@ def test_only_a_whole_pass_is_kept() -> None:
     ):
         whole = buffer.whole(calls, 3)
         assert whole is not None
-        ids, values = whole[0]
+        buffer.clear()
+        buffer.keep(whole, 3)
+        ids, values = buffer.groups[0].joined()
         assert ids is not None
         assert ids[..., 0].tolist() == [[0] * 3, [1] * 3, [1] * 3]
-        assert (values[0] == torch.cat([v for n, _, v in calls if n == 0])).all()
+        first = [torch.tensor(v) if listed else v for n, _, v in calls if n == 0]
+        assert (values[0].float() == torch.cat(first)).all()
     for calls in (
         [call(0, 3), call(1, 3)],
         [call(0, 3), call(1, 3), call(1, 3), call(1, 3)],

@@ -292,6 +292,7 @@ class Takeover:
             for module in self.sinks
         )
         if self.taps:
+            self._config = vars(next(iter(self.sinks)).config)
             self._take(computes=False)
             # (the model may refuse, or a part of it)
             if not all(map(_runs_ours, self.sinks)):
@@ -300,7 +301,8 @@ class Takeover:
 
     def check(self) -> None:
         """Lets a tap's modules go where they have been given another implementation."""
-        if self.taps and not _runs_ours(next(iter(self.sinks))):
+        # (as `_runs_ours`, without the way that attributes of a config are looked up)
+        if self.taps and self._config.get("_experts_implementation_internal", NAME) != NAME:
             self._let_go()
 
     def release(self) -> None:

@@ -159,7 +159,11 @@ class PassBuffer:
 def _are_listed(parts: Sequence[Any], shape: tuple[int, int, int]) -> bool:
     """Whether these are lists of that shape. (Of a tensor the rows all have one length.)"""
     _, T, K = shape
-    return all(isinstance(p, list) and len(p) == T and len(p[0]) == K for p in parts)
+    return (
+        set(map(type, parts)) == {list}
+        and set(map(len, parts)) == {T}
+        and set(map(len, map(itemgetter(0), parts))) == {K}
+    )
 
 
 class TapeWriter:
