@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_inspect
 from moe_inspect.capture.hook import attach
@@ -134,6 +135,35 @@ def test_the_model_may_be_given_another_implementation_within(
             model(**batch)
     assert model.config._experts_implementation == implementation
     assert moe_inspect.open_trace(tmp_path / "t").routing().equals(expected)
+
+
+@pytest.mark.parametrize("second", ["tap", "dispatch"])
+def test_layers_that_a_tap_leaves_out_compute_what_they_did(
+    second: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also while another recorder records them."""
+    model, ran = build("olmoe"), []
+    expected = routing(model, tmp_path / "expected")
+    stock = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def counting(module: Any, *args: Any) -> Any:
+        ran.append(module)
+        return stock(module, *args)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", counting)
+    with moe_inspect.record(model, tmp_path / "0", capture="tap", layers=[0]), torch.no_grad():
+        model(**BATCHES[0])
+        assert ran == experts_of(model)
+        with moe_inspect.record(model, tmp_path / "1", capture=second, layers=[1]):
+            for batch in BATCHES:
+                model(**batch)
+    assert model.config._experts_implementation == "grouped_mm"
+    found = moe_inspect.open_trace(tmp_path / "1").routing()
+    of_layer = expected[expected.layer == 1].reset_index(drop=True)
+    assert found.drop(columns="router").equals(of_layer.drop(columns="router"))
+    assert moe_inspect.open_trace(tmp_path / "0").n_tokens == sum(
+        int(batch["attention_mask"].sum()) for batch in [BATCHES[0], *BATCHES]
+    )
 
 
 @pytest.mark.parametrize("ends_first", [0, 1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,17 +42,27 @@ class Taken:
     stock     the implementation that it would run otherwise, if it is one of the registry
     computes  whether ours computes (dispatch), or only `stock` does (tap)
     sizes     where the sizes of its experts' outputs go: a field of `Sizes` → its sink
-    let_go    gives the module to another recorder, which a tap can do without
     """
 
     sink: Sink
     stock: Callable[..., Tensor] | None
     computes: bool
     sizes: dict[str, Sink]
-    let_go: Callable[[], None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
         return self  # what is copied is a module
+
+
+class Tapped(NamedTuple):
+    """What a tap has found: the implementation that modules of this config ran, those too that it
+    does not record; and how the tap goes on without ours."""
+
+    config: Any
+    stock: Callable[..., Tensor]
+    let_go: Callable[[], None]
+
+
+_TAPPED: dict[int, Tapped] = {}  # by the id of the config
 
 
 def experts_forward(
@@ -63,6 +73,9 @@ def experts_forward(
     experts."""
     taken: Taken | None = getattr(self, TAKEN, None)
     if taken is None:
+        tapped = None if torch.compiler.is_compiling() else _TAPPED.get(id(self.config))
+        if tapped is not None:
+            return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     sink, stock = taken.sink, taken.stock
     scope = sink.scope
@@ -272,14 +285,13 @@ class Takeover:
     def dispatch(self) -> None:
         """Ours computes and records."""
         for module in self.sinks:
-            taken: Taken | None = getattr(module, TAKEN, None)
-            if taken is not None and taken.computes:
+            if (tapped := _TAPPED.get(id(module.config))) is not None:
+                tapped.let_go()
+            if hasattr(module, TAKEN):
                 raise MoeInspectError(
                     "this model is already being recorded with dispatch: use capture='tap' for "
                     "the second recorder"
                 )
-            if taken is not None:
-                taken.let_go()
         self._take(computes=True)
 
     def tap(self) -> bool:
@@ -323,9 +335,12 @@ class Takeover:
                 self.model.set_experts_implementation(before)
 
         for module, (sink, sizes) in self.sinks.items():
-            taken = Taken(sink, stock_of(module), computes, sizes, self._let_go)
-            setattr(module, TAKEN, taken)
+            stock = stock_of(module)
+            setattr(module, TAKEN, Taken(sink, stock, computes, sizes))
             self._undo.callback(delattr, module, TAKEN)
+            if not computes and stock is not None and id(module.config) not in _TAPPED:
+                _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)
+                self._undo.callback(_TAPPED.pop, id(module.config))
         self._undo.callback(put_back)
         self.model.set_experts_implementation(NAME)
 
