@@ -202,11 +202,13 @@ def test_what_goes_wrong_is_said_in_a_line(
     shutil.rmtree(tmp_path / "moved")
     with pytest.raises(MoeInspectError, match=r"the worker inproc://.* does not see the trace"):
         counted(client, moved)
-    shutil.copytree(str(trace.path), tmp_path / "moved")
-    text = (tmp_path / "moved" / "trace.json").read_text()
-    (tmp_path / "moved" / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
+    # (at a path of its own: tasks of the pass before may still come to look at that one)
+    shutil.copytree(str(trace.path), tmp_path / "replaced")
+    replaced = moe_inspect.open_trace(tmp_path / "replaced")
+    text = (tmp_path / "replaced" / "trace.json").read_text()
+    (tmp_path / "replaced" / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
     with pytest.raises(MoeInspectError, match="sees another trace at"):
-        counted(client, moved)
+        counted(client, replaced)
     shutil.copytree(str(trace.path), tmp_path / "damaged")
     damaged = moe_inspect.open_trace(tmp_path / "damaged")
     (tmp_path / "damaged" / "routing" / "part-0-0.parquet").unlink()

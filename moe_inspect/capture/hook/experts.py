@@ -258,11 +258,6 @@ def stock_of(module: Any) -> Callable[..., Tensor] | None:
     return None if stock is experts_forward else stock
 
 
-def runs_ours(module: Any) -> bool:
-    """Whether an experts module runs our implementation."""
-    return module.config._experts_implementation == NAME
-
-
 def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
