@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
-from moe_inspect.capture.hook.sink import Sink
+from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
 
 NAME = "moe_inspect"
@@ -33,17 +33,21 @@ FEW_SLOTS = 64
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Taken:
     """How an experts module that a recorder has taken over runs. (All of it is one attribute: what
     is read in other places of memory costs a decode step more than the code that reads it.)
 
+    scope     of its sinks
+    n         tells its choice's sink apart
     sink      of its choice
     stock     the implementation that it would run otherwise, if it is one of the registry
     computes  whether ours computes (dispatch), or only `stock` does (tap)
     sizes     where the sizes of its experts' outputs go: a field of `Sizes` → its sink
     """
 
+    scope: Scope
+    n: int
     sink: Sink
     stock: Callable[..., Tensor] | None
     computes: bool
@@ -77,17 +81,16 @@ def experts_forward(
         if tapped is not None:
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
-    sink, stock = taken.sink, taken.stock
-    scope = sink.scope
+    scope, stock = taken.scope, taken.stock
     if scope.references is not None and not torch.compiler.is_compiling():
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
-        scope.refer(sink.n, top_k_index, top_k_weights)
+        scope.refer(taken.n, top_k_index, top_k_weights)
         if stock is not None and (
             not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
         ):
             return stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
-    tape = sink(top_k_index, top_k_weights)
+    tape = taken.sink(top_k_index, top_k_weights)
     # (grouping few slots without our kernels would only add steps)
     if stock is not None and (
         not taken.computes
@@ -331,7 +334,7 @@ class Takeover:
 
         for module, (sink, sizes) in self.sinks.items():
             stock = stock_of(module)
-            setattr(module, TAKEN, Taken(sink, stock, computes, sizes))
+            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, stock, computes, sizes))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

@@ -30,8 +30,7 @@ FEW_VALUES = 16
 
 # (index of the site, ids [T, K] or None for one of the extras, values [T, K]) of one call
 Call = tuple[int, "Tensor | list[Any] | None", "Tensor | list[Any]"]
-# of a group in one pass, [R, T, K]: a tensor, or R lists of lists
-Part = Union["Tensor", "tuple[list[Any], ...]"]
+Part = Union["Tensor", "np.ndarray"]  # of a group in one pass, [R, T, K]
 # ids, or None for one of the extras, and values
 Stacked = tuple["Part | None", Part]
 
@@ -54,7 +53,7 @@ class Group:
 
 
 def _joined(parts: list[Part]) -> Tensor:
-    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(np.array(p)) for p in parts]
+    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(p) for p in parts]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
 
 
@@ -115,19 +114,14 @@ class PassBuffer:
         found: list[Stacked] = []
         for group in self.groups:
             routers, shape = group.of_all, (group.routers, T, group.K)
-            if _are_listed(ids[routers], shape) and _are_listed(values[routers], shape):
-                found.append((ids[routers], values[routers]))
-                continue
-            if list in map(type, values):
-                return self.whole([as_tensors(call) for call in calls], T)
             try:
-                values_RTK = torch.stack(values[routers])
-                ids_RTK = torch.stack(ids[routers]) if group.with_ids else None
-            except RuntimeError:  # tensors of different sizes
+                values_RTK = _stacked(values[routers])
+                ids_RTK = _stacked(ids[routers]) if group.with_ids else None
+            except (RuntimeError, ValueError):  # of different sizes
                 return None
             if values_RTK.shape != shape or (ids_RTK is not None and ids_RTK.shape != shape):
                 return None
-            found.append((ids_RTK, values_RTK.detach() if values_RTK.requires_grad else values_RTK))
+            found.append((ids_RTK, values_RTK))
         return found
 
     def keep(self, stacked: list[Stacked], T: int) -> None:
@@ -156,14 +150,14 @@ class PassBuffer:
             group.ids, group.values = [], []
 
 
-def _are_listed(parts: Sequence[Any], shape: tuple[int, int, int]) -> bool:
-    """Whether these are lists of that shape. (Of a tensor the rows all have one length.)"""
-    _, T, K = shape
-    return (
-        set(map(type, parts)) == {list}
-        and set(map(len, parts)) == {T}
-        and set(map(len, map(itemgetter(0), parts))) == {K}
-    )
+def _stacked(parts: Sequence[Any]) -> Part:
+    """RuntimeError or ValueError where they differ in shape."""
+    if type(parts[0]) is list:
+        # (at once: lists that wait are in nobody's cache when they are read, and as many objects
+        # have Python look for garbage)
+        return np.array(parts)
+    stacked = torch.stack(parts)
+    return stacked.detach() if stacked.requires_grad else stacked
 
 
 class TapeWriter:
