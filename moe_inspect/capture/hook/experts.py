@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
 from moe_inspect.capture.hook import kernels
@@ -77,14 +78,17 @@ def experts_forward(
     experts."""
     taken: Taken | None = getattr(self, TAKEN, None)
     if taken is None:
-        tapped = None if torch.compiler.is_compiling() else _TAPPED.get(id(self.config))
+        tapped = None if is_compiling() else _TAPPED.get(id(self.config))
         if tapped is not None:
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     scope, stock = taken.scope, taken.stock
-    if scope.references is not None and not torch.compiler.is_compiling():
+    if (references := scope.references) is not None and not is_compiling():
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
-        scope.refer(taken.n, top_k_index, top_k_weights)
+        if scope.as_lists:
+            references.append((taken.n, top_k_index.tolist(), top_k_weights.tolist()))
+        else:
+            references.append((taken.n, top_k_index, top_k_weights))
         if stock is not None and (
             not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
         ):
@@ -98,7 +102,7 @@ def experts_forward(
             top_k_index.numel() <= FEW_SLOTS
             and not kernels.runs_triton(hidden_TH)
             and not _measured(self)
-            and not torch.compiler.is_compiling()
+            and not is_compiling()
         )
     ):
         if tape is not None:
@@ -250,7 +254,7 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
     """Whether the fused kernel computes the weighted sum: it has no gradient, and torch.compile
     fuses these steps itself."""
     return kernels.runs_triton(hidden_TH) and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
+        torch.is_grad_enabled() or is_compiling()
     )
 
 
