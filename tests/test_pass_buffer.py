@@ -17,7 +17,7 @@ import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import attach, pass_buffer, ring
 from moe_inspect.capture.hook.inputs import pass_inputs
-from moe_inspect.capture.hook.pass_buffer import PassBuffer
+from moe_inspect.capture.hook.pass_buffer import PassBuffer, as_tensors
 from moe_inspect.capture.hook.sink import Scope
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
@@ -25,7 +25,8 @@ from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.families import build
 from tests.zoo import token_batch
 
-BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7, 7, 2], [17]])]
+LENGTHS = [[9, 5], [3], [1], [7, 7, 2], [1], [17]]
+BATCHES = [token_batch(lengths, n) for n, lengths in enumerate(LENGTHS)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +40,11 @@ def model() -> Any:
     return build("olmoe")
 
 
-@pytest.fixture(params=[0, 10**6], ids=["tensors", "numbers"])
-def few_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all passes that are kept, or of none, the numbers are kept."""
-    monkeypatch.setattr(pass_buffer, "FEW_VALUES", request.param)
+@pytest.fixture(params=["tensors", "numbers"])
+def kept_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of passes of one row numbers are kept, or tensors as of the others."""
+    if request.param == "tensors":
+        monkeypatch.setattr(pass_buffer, "pack_of", lambda K: None)
 
 
 def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
@@ -117,7 +119,7 @@ def reusing_buffers() -> Any:
     return wrap
 
 
-@pytest.mark.usefixtures("few_values")
+@pytest.mark.usefixtures("kept_as")
 @pytest.mark.parametrize("capture", ["tap", "dispatch", "counts_only"])
 @pytest.mark.parametrize("what", ["changed in place", "used again"])
 def test_what_the_model_does_with_its_tensors_does_not_show(
@@ -172,7 +174,7 @@ def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
         assert same(traced(model, tmp_path / "unknown"), expected)
 
 
-@pytest.mark.usefixtures("few_values")
+@pytest.mark.usefixtures("kept_as")
 def test_experts_called_in_parts_are_recorded_whole(
     model: Any, expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
@@ -225,10 +227,20 @@ def test_numbers_are_the_tensors(
     model = build("olmoe").to(dtype)
     if dtype == torch.float64:  # which grouped products do not take
         model.set_experts_implementation("eager")
+    kept: list[type] = []
+    whole = PassBuffer.whole
+
+    def noting(buffer: PassBuffer, calls: Any, T: int) -> Any:
+        kept.extend(map(type, calls))
+        return whole(buffer, calls, T)
+
+    monkeypatch.setattr(PassBuffer, "whole", noting)
     found = []
-    for few in (0, 10**6):
-        monkeypatch.setattr(pass_buffer, "FEW_VALUES", few)
-        trace = traced(model, tmp_path / str(few))
+    for way, pack_of in (("tensors", lambda K: None), ("numbers", pass_buffer.pack_of)):
+        monkeypatch.setattr(pass_buffer, "pack_of", pack_of)
+        kept.clear()
+        trace = traced(model, tmp_path / way)
+        assert (bytes in kept) == (way == "numbers")
         with moe_inspect.record(model, None, counts_only=True) as recorder, torch.no_grad():
             for batch in BATCHES:
                 model(**batch)
@@ -239,23 +251,53 @@ def test_numbers_are_the_tensors(
     assert balance.equals(same_balance)
 
 
-def test_numbers_of_few_values_alone_are_kept() -> None:
-    """A pass of many would take longer as numbers."""
-    assert PassBuffer([(8, 64), (2, 8)], [0, 1]).few_rows == 2
-    assert PassBuffer([(8, 64)], [0], ["logits"]).few_rows == 0
+def kept_of(n: int, ids: torch.Tensor, values: torch.Tensor, K: int | None) -> Any:
+    """A call as a scope keeps it, in a pass of one row of K numbers."""
+    scope = Scope("", torch.nn.Module(), copies=False)
+    scope.kept, scope.pack = [], pass_buffer.pack_of(K) if K else None
+    scope.start()
+    scope.refer(n, ids, values)
+    (call,) = scope.kept
+    return call
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_ids_of_no_expert_are_nowhere(listed: bool) -> None:
+def test_numbers_are_kept_of_choices_of_one_size() -> None:
+    assert PassBuffer([(8, 64)] * 2, [0, 1]).pack is not None
+    assert PassBuffer([(8, 64), (2, 8)], [0, 1]).pack is None
+    assert PassBuffer([(8, 64)], [0], ["logits"]).pack is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "values"),
+    [
+        (torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3)),
+        (torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 2)),
+        (torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2)),
+        (torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 1)),
+        (torch.zeros(1, 1, dtype=torch.long), torch.rand(1, 3)),
+        (torch.zeros(4, dtype=torch.long), torch.rand(4)),
+        (torch.tensor([[1, 2**40]]), torch.rand(1, 2)),
+        (torch.rand(1, 2), torch.rand(1, 2)),
+    ],
+)
+def test_of_any_other_choice_the_tensors_are_kept(ids: torch.Tensor, values: torch.Tensor) -> None:
+    n, kept_ids, kept_values = kept_of(5, ids, values, K=2)
+    assert (n, kept_ids is ids, kept_values is values) == (5, True, True)
+
+
+@pytest.mark.parametrize("of_numbers", [False, True])
+def test_ids_of_no_expert_are_nowhere(of_numbers: bool) -> None:
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    kept: Any = (ids.tolist(), weights.tolist()) if listed else (ids, weights)
     rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, (), 16)
     assert rings.buffer is not None
-    whole = rings.buffer.whole([(n, *kept) for n in range(2)], 2)
-    assert whole is not None
-    rings.buffer.keep(whole, 2)
+    for rows in [[0], [1]] if of_numbers else [[0, 1]]:
+        calls = [kept_of(n, ids[rows], weights[rows], 4 if of_numbers else None) for n in range(2)]
+        assert all(isinstance(call, bytes) == of_numbers for call in calls)
+        whole = rings.buffer.whole(calls, len(rows))
+        assert whole is not None
+        rings.buffer.keep(whole, len(rows))
     rings.write_kept()
     for r in range(2):
         nowhere = 255
@@ -266,36 +308,36 @@ def test_ids_of_no_expert_are_nowhere(listed: bool) -> None:
         assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_only_a_whole_pass_is_kept(listed: bool) -> None:
+@pytest.mark.parametrize(("T", "of_numbers"), [(3, False), (1, False), (1, True)])
+def test_only_a_whole_pass_is_kept(T: int, of_numbers: bool) -> None:
     def call(n: int, rows: int, K: int = 2) -> Any:
         ids, weights = torch.full((rows, K), n), torch.rand(rows, K)
-        return (n, ids.tolist(), weights.tolist()) if listed else (n, ids, weights)
+        return kept_of(n, ids, weights, 2 if of_numbers else None)
 
     buffer = PassBuffer([(2, 8)] * 3, [0, 1, 1])  # the second site is called twice
     for calls in (
-        [call(0, 3), call(1, 3), call(1, 3)],
-        [call(1, 3), call(0, 3), call(1, 3)],
-        [call(1, 3), call(0, 2), call(1, 3), call(0, 1)],  # in parts
+        [call(0, T), call(1, T), call(1, T)],
+        [call(1, T), call(0, T), call(1, T)],
+        [call(1, T), call(0, T - 1), call(1, T), call(0, 1)],  # in parts
     ):
-        whole = buffer.whole(calls, 3)
+        whole = buffer.whole(calls, T)
         assert whole is not None
         buffer.clear()
-        buffer.keep(whole, 3)
+        buffer.keep(whole, T)
         ids, values = buffer.groups[0].joined()
         assert ids is not None
-        assert ids[..., 0].tolist() == [[0] * 3, [1] * 3, [1] * 3]
-        first = [torch.tensor(v) if listed else v for n, _, v in calls if n == 0]
+        assert ids[..., 0].tolist() == [[0] * T, [1] * T, [1] * T]
+        first = [values for n, _, values in map(as_tensors, calls) if n == 0]
         assert (values[0].float() == torch.cat(first)).all()
     for calls in (
-        [call(0, 3), call(1, 3)],
-        [call(0, 3), call(1, 3), call(1, 3), call(1, 3)],
-        [call(0, 3), call(1, 3), call(1, 2)],
-        [call(0, 4), call(1, 4), call(1, 4)],
-        [call(0, 3), call(0, 1), call(1, 3), call(1, 3)],
-        [call(0, 3, 3), call(1, 3, 3), call(1, 3, 3)],
+        [call(0, T), call(1, T)],
+        [call(0, T), call(1, T), call(1, T), call(1, T)],
+        [call(0, T), call(1, T), call(1, T - 1)],
+        [call(0, T + 1), call(1, T + 1), call(1, T + 1)],
+        [call(0, T), call(0, 1), call(1, T), call(1, T)],
+        [call(0, T, 3), call(1, T, 3), call(1, T, 3)],
     ):
-        assert buffer.whole(calls, 3) is None
+        assert buffer.whole(calls, T) is None
     assert not buffer.fits(buffer.max_rows + 1)
 
 

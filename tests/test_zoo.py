@@ -181,7 +181,8 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
 ) -> None:
     """So that references to it can be kept until the forward pass ends."""
     handed: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
-    monkeypatch.setattr(pass_buffer, "FEW_VALUES", 0)  # where numbers are kept, nothing can change
+    # (where numbers are kept, nothing can change)
+    monkeypatch.setattr(pass_buffer, "pack_of", lambda K: None)
     keep = Stack.keep_pass
 
     def noting(stack: Stack, buffer: Any) -> bool:

@@ -83,12 +83,9 @@ def experts_forward(
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     scope, stock = taken.scope, taken.stock
-    if (references := scope.references) is not None and not is_compiling():
+    if scope.references is not None and not is_compiling():
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
-        if scope.as_lists:
-            references.append((taken.n, top_k_index.tolist(), top_k_weights.tolist()))
-        else:
-            references.append((taken.n, top_k_index, top_k_weights))
+        scope.refer(taken.n, top_k_index, top_k_weights)
         if stock is not None and (
             not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
         ):
@@ -253,9 +250,7 @@ def _may_have_sentinels(self: Any) -> bool:
 def _in_one_pass(hidden_TH: Tensor) -> bool:
     """Whether the fused kernel computes the weighted sum: it has no gradient, and torch.compile
     fuses these steps itself."""
-    return kernels.runs_triton(hidden_TH) and not (
-        torch.is_grad_enabled() or is_compiling()
-    )
+    return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or is_compiling())
 
 
 def stock_of(module: Any) -> Callable[..., Tensor] | None:

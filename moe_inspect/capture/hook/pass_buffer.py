@@ -1,7 +1,7 @@
 """The choices of small forward passes on a CPU. During a pass only references to the routers'
-tensors are kept, or of a few numbers lists of them. At its end tensors are stacked, and once there
-are many passes, these are written or counted together: in a decode step one write per router would
-cost more than the router itself.
+tensors are kept, or a few numbers as bytes. At its end they are stacked, and once there are many
+passes, these are written or counted together: in a decode step one write per router would cost more
+than the router itself.
 
 Of a model that changes these tensors later in the same pass, copies are kept (see `Scope.copies`).
 
@@ -10,10 +10,11 @@ R routers, T rows of a forward pass, N rows of several passes, K values per row,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Union
 
 import numpy as np
 import torch
@@ -25,14 +26,33 @@ from moe_inspect.capture.hook.kernels import Tape
 # take memory afresh from the system
 BUFFER_BYTES = 2**19
 
-# Of calls with no more values, T·K, the numbers are kept: of a decode step of one or two rows
-FEW_VALUES = 16
-
-# (index of the site, ids [T, K] or None for one of the extras, values [T, K]) of one call
-Call = tuple[int, "Tensor | list[Any] | None", "Tensor | list[Any]"]
-Part = Union["Tensor", "np.ndarray"]  # of a group in one pass, [R, T, K]
+# one call: index of the site, ids [T, K] or None for one of the extras, values [T, K]
+Call = tuple[int, Tensor | None, Tensor]
+# of a group in one pass, [R, T, K]; of numbers an array of `packed_type`
+Part = Tensor | np.ndarray
 # ids, or None for one of the extras, and values
-Stacked = tuple["Part | None", Part]
+Stacked = tuple[Part | None, Part]
+
+
+@functools.cache
+def packed_type(K: int) -> np.dtype:
+    """A call of one row as `pack_of` packs it. (In float64 each value is exact.)"""
+    return np.dtype([("n", "=i4"), ("ids", "=i4", (K,)), ("values", "=f8", (K,))])
+
+
+def pack_of(K: int) -> Callable[..., bytes]:
+    """Packs (n, *ids, b"", *values) of one row; struct.error where these are not K and K numbers,
+    or an id has more than 32 bits."""
+    return struct.Struct(f"={1 + K}i0s{K}d").pack
+
+
+def as_tensors(call: Call | bytes) -> Call:
+    """A call, of which the numbers may have been kept."""
+    if not isinstance(call, bytes):
+        return call
+    found = np.frombuffer(call, packed_type((len(call) - 4) // 12))
+    ids_1K, values_1K = (torch.from_numpy(found[name].copy()) for name in ("ids", "values"))
+    return int(found["n"][0]), ids_1K, values_1K
 
 
 class Group:
@@ -53,18 +73,8 @@ class Group:
 
 
 def _joined(parts: list[Part]) -> Tensor:
-    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(p) for p in parts]
+    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(p.copy()) for p in parts]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
-
-
-def as_tensors(call: Call) -> tuple[int, Tensor | None, Tensor]:
-    """A call of which lists may have been kept. (Numbers in float64: each value is exact.)"""
-    n, ids, values = call
-    return (
-        n,
-        torch.tensor(ids) if isinstance(ids, list) else ids,
-        torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else values,
-    )
 
 
 class PassBuffer:
@@ -91,7 +101,9 @@ class PassBuffer:
         self.sites = tuple(n * after + site for n in times for site in sites)
         values = sum(group.routers * group.K for group in self.groups)
         self.max_rows = BUFFER_BYTES // (12 * values)  # ids of 8 bytes, weights of 4
-        self.few_rows = FEW_VALUES // max((group.K for group in self.groups), default=1)
+        # packs a call of one row: of routers with one K, and no extras
+        kinds_of_groups = {(group.K, group.with_ids) for group in self.groups}
+        self.pack = pack_of(self.groups[0].K) if len(kinds_of_groups) == 1 else None
         self.rows = 0  # of all passes that are kept
 
     def fits(self, T: int) -> bool:
@@ -102,9 +114,18 @@ class PassBuffer:
     def is_full(self) -> bool:
         return self.rows >= self.max_rows
 
-    def whole(self, calls: list[Call], T: int) -> list[Stacked] | None:
+    def whole(self, calls: Sequence[Call | bytes], T: int) -> list[Stacked] | None:
         """The calls of a pass of T rows, by group, for `keep`; None unless every router has seen
         each of the rows once."""
+        packed = [call for call in calls if isinstance(call, bytes)]
+        if packed and T == 1 and len(packed) == len(calls):
+            found = np.frombuffer(b"".join(packed), packed_type(self.groups[0].K))
+            if tuple(found["n"].tolist()) == self.sites:
+                ids, values = found["ids"][:, None], found["values"][:, None]
+                return [(ids[group.of_all], values[group.of_all]) for group in self.groups]
+        return self._stacked([as_tensors(call) for call in calls], T)
+
+    def _stacked(self, calls: list[Call], T: int) -> list[Stacked] | None:
         sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())
         if sites != self.sites:  # not one call per router, in their order
             calls = self._in_order(calls)
@@ -115,13 +136,13 @@ class PassBuffer:
         for group in self.groups:
             routers, shape = group.of_all, (group.routers, T, group.K)
             try:
-                values_RTK = _stacked(values[routers])
-                ids_RTK = _stacked(ids[routers]) if group.with_ids else None
-            except (RuntimeError, ValueError):  # of different sizes
+                values_RTK = torch.stack(values[routers])
+                ids_RTK = torch.stack(ids[routers]) if group.with_ids else None
+            except RuntimeError:  # of different sizes
                 return None
             if values_RTK.shape != shape or (ids_RTK is not None and ids_RTK.shape != shape):
                 return None
-            found.append((ids_RTK, values_RTK))
+            found.append((ids_RTK, values_RTK.detach() if values_RTK.requires_grad else values_RTK))
         return found
 
     def keep(self, stacked: list[Stacked], T: int) -> None:
@@ -136,7 +157,7 @@ class PassBuffer:
         the rows at a time, these are one call."""
         found: list[Call] = []
         for n, of_site in groupby(sorted(calls, key=itemgetter(0)), itemgetter(0)):
-            parts = [as_tensors(call) for call in of_site]
+            parts = list(of_site)
             if len(parts) == self.sites.count(n):
                 found += parts
                 continue
@@ -148,16 +169,6 @@ class PassBuffer:
         self.rows = 0
         for group in self.groups:
             group.ids, group.values = [], []
-
-
-def _stacked(parts: Sequence[Any]) -> Part:
-    """RuntimeError or ValueError where they differ in shape."""
-    if type(parts[0]) is list:
-        # (at once: lists that wait are in nobody's cache when they are read, and as many objects
-        # have Python look for garbage)
-        return np.array(parts)
-    stacked = torch.stack(parts)
-    return stacked.detach() if stacked.requires_grad else stacked
 
 
 class TapeWriter:

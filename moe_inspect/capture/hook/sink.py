@@ -6,6 +6,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 from threading import get_ident
 from types import MethodType
@@ -38,9 +39,12 @@ class Scope:
         self.stack, self.module, self.copies = stack, module, copies
         self.open = False
         self.thread = 0  # in which it was opened
-        self.kept: list[Call] | None = None
-        self.references: list[Call] | None = None  # `kept`, while `refer` adds to it
-        self.as_lists = False  # of a few numbers per call, `refer` keeps the numbers
+        self.kept: list[Call | bytes] | None = None
+        self.references: list[Call | bytes] | None = None  # `kept`, while `refer` adds to it
+        # In a pass of one row `refer` keeps the numbers, packed: the memory of the tensors is then
+        # in the processor's caches when the model takes it again, and Python has no objects more to
+        # look for garbage among
+        self.pack: Callable[..., bytes] | None = None
         self.passes = 0  # that have begun
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
@@ -54,12 +58,14 @@ class Scope:
     def refer(self, n: int, ids: Tensor | None, values: Tensor) -> None:
         """Keeps one call of the sink n in `references`, as what it was called with."""
         assert self.references is not None
-        if self.as_lists and ids is not None:
-            # memory that the model takes again at once is in the processor's caches, and memory
-            # that it takes in place of what is kept is not
-            self.references.append((n, ids.tolist(), values.tolist()))
-        else:
-            self.references.append((n, ids, values))
+        if self.pack is not None and ids is not None:
+            try:
+                (ids_K,), (values_K,) = ids.tolist(), values.tolist()
+                self.references.append(self.pack(n, *ids_K, b"", *values_K))
+                return
+            except (ValueError, struct.error):  # not what it was in the first pass
+                pass
+        self.references.append((n, ids, values))
 
     def stop(self) -> None:
         self.open, self.references = False, None

@@ -202,7 +202,7 @@ class Stack:
             return False
         if self.rings is not None and self.rings.free_rows < T:
             return False
-        self.scope.kept, self.scope.as_lists = [], 0 < T <= buffer.few_rows
+        self.scope.kept, self.scope.pack = [], buffer.pack if T == 1 else None
         return True
 
     def unstage(self) -> None:
@@ -233,7 +233,7 @@ class Stack:
                     rings.write_kept()
                 return StackPass(self, fed, rings.head, T, None)
             rings.write_kept()
-            self._record(calls)
+            self._record([as_tensors(call) for call in calls])
         kept = min(T, max(0, rings.free_rows))
         return StackPass(self, fed, rings.head, kept, rings.read_cursors())
 
@@ -242,7 +242,7 @@ class Stack:
         those there is no room for."""
         sinks = [*self.sinks, *(sink for of in self.extra_sinks.values() for sink in of)]
         made = [0] * len(sinks)
-        for n, ids, values in map(as_tensors, calls):
+        for n, ids, values in calls:
             tapes = sinks[n].tapes
             kernels.record(tapes[made[n] % len(tapes)], ids, values)
             made[n] += 1
