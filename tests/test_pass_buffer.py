@@ -324,7 +324,7 @@ def test_only_a_whole_pass_is_kept(T: int, of_numbers: bool) -> None:
         assert whole is not None
         buffer.clear()
         buffer.keep(whole, T)
-        ids, values = buffer.groups[0].joined()
+        ((_, ids, values),) = buffer.joined()
         assert ids is not None
         assert ids[..., 0].tolist() == [[0] * T, [1] * T, [1] * T]
         first = [values for n, _, values in map(as_tensors, calls) if n == 0]

@@ -149,8 +149,7 @@ class DeviceCounts:
         assignments, first_choice, *weight_sum = (s.view(-1).numpy() for s in self._sums[device])
         domain_N = np.concatenate([_domain_of(rows) for rows in fed])
         padded = int(domain_N.min(initial=0)) < 0
-        for group in buffer.groups:
-            ids_RNK, values_RNK = group.joined()
+        for group, ids_RNK, values_RNK in buffer.joined():
             assert ids_RNK is not None
             rounded_RNK = values_RNK.to(self.weight_dtype).double().numpy()
             if padded or (ids_RNK.view(np.uint64) >= group.E).any():

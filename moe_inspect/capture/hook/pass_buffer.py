@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,10 +30,9 @@ BUFFER_BYTES = 2**19
 
 # one call: index of the site, ids [T, K] or None for one of the extras, values [T, K]
 Call = tuple[int, Tensor | None, Tensor]
-# of a group in one pass, [R, T, K]; of numbers an array of `packed_type`
-Part = Tensor | np.ndarray
-# ids, or None for one of the extras, and values
-Stacked = tuple[Part | None, Part]
+# a whole pass: of each group ids [R, T, K], or None for one of the extras, and values [R, T, K]; or
+# the numbers of one row per router
+Whole = list[tuple[Tensor | None, Tensor]] | bytes
 
 
 @functools.cache
@@ -57,24 +58,18 @@ def as_tensors(call: Call | bytes) -> Call:
 
 class Group:
     """Consecutive routers of equal K and E, `first` being the index of the first one. `ids` int
-    [R, T, K] (none for one of the extras) and `values` float [R, T, K]: of each pass that is
-    kept."""
+    [R, N, K] (none for one of the extras) and `values` float [R, N, K]: parts of the passes that
+    are kept."""
 
     def __init__(self, first: int, routers: int, K: int, E: int, with_ids: bool):
         self.first, self.routers, self.K, self.E, self.with_ids = first, routers, K, E, with_ids
         self.of_all = slice(first, first + routers)
-        self.ids: list[Part] = []
-        self.values: list[Part] = []
-
-    def joined(self) -> tuple[np.ndarray | None, Tensor]:
-        """All kept passes: ids int64 [R, N, K] and values [R, N, K]."""
-        ids = _joined(self.ids).long().numpy() if self.with_ids else None
-        return ids, _joined(self.values)
+        self.ids: list[Tensor] = []
+        self.values: list[Tensor] = []
 
 
-def _joined(parts: list[Part]) -> Tensor:
-    tensors = [p if isinstance(p, Tensor) else torch.from_numpy(p.copy()) for p in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class PassBuffer:
@@ -104,6 +99,8 @@ class PassBuffer:
         # packs a call of one row: of routers with one K, and no extras
         kinds_of_groups = {(group.K, group.with_ids) for group in self.groups}
         self.pack = pack_of(self.groups[0].K) if len(kinds_of_groups) == 1 else None
+        self._heads = [site.to_bytes(4, sys.byteorder) for site in self.sites]
+        self._packed: list[bytes] = []  # the passes kept last
         self.rows = 0  # of all passes that are kept
 
     def fits(self, T: int) -> bool:
@@ -114,25 +111,21 @@ class PassBuffer:
     def is_full(self) -> bool:
         return self.rows >= self.max_rows
 
-    def whole(self, calls: Sequence[Call | bytes], T: int) -> list[Stacked] | None:
-        """The calls of a pass of T rows, by group, for `keep`; None unless every router has seen
-        each of the rows once."""
-        packed = [call for call in calls if isinstance(call, bytes)]
-        if packed and T == 1 and len(packed) == len(calls):
-            found = np.frombuffer(b"".join(packed), packed_type(self.groups[0].K))
-            if tuple(found["n"].tolist()) == self.sites:
-                ids, values = found["ids"][:, None], found["values"][:, None]
-                return [(ids[group.of_all], values[group.of_all]) for group in self.groups]
+    def whole(self, calls: Sequence[Call | bytes], T: int) -> Whole | None:
+        """The calls of a pass of T rows, for `keep`; None unless every router has seen each of the
+        rows once."""
+        if T == 1 and [call[:4] for call in calls] == self._heads:
+            return b"".join(cast("Sequence[bytes]", calls))
         return self._stacked([as_tensors(call) for call in calls], T)
 
-    def _stacked(self, calls: list[Call], T: int) -> list[Stacked] | None:
+    def _stacked(self, calls: list[Call], T: int) -> Whole | None:
         sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())
         if sites != self.sites:  # not one call per router, in their order
             calls = self._in_order(calls)
             sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())
             if sites != self.sites:
                 return None
-        found: list[Stacked] = []
+        found: list[tuple[Tensor | None, Tensor]] = []
         for group in self.groups:
             routers, shape = group.of_all, (group.routers, T, group.K)
             try:
@@ -145,12 +138,36 @@ class PassBuffer:
             found.append((ids_RTK, values_RTK.detach() if values_RTK.requires_grad else values_RTK))
         return found
 
-    def keep(self, stacked: list[Stacked], T: int) -> None:
-        for group, (ids, values) in zip(self.groups, stacked, strict=True):
+    def keep(self, whole: Whole, T: int) -> None:
+        self.rows += T
+        if isinstance(whole, bytes):
+            self._packed.append(whole)
+            return
+        self._unpack()
+        for group, (ids, values) in zip(self.groups, whole, strict=True):
             if ids is not None:
                 group.ids.append(ids)
             group.values.append(values)
-        self.rows += T
+
+    def _unpack(self) -> None:
+        """(Many passes at once: each of NumPy's functions is loaded from memory once a step.)"""
+        if not self._packed:
+            return
+        packed = np.frombuffer(b"".join(self._packed), packed_type(self.groups[0].K))
+        packed_RN = packed.reshape(len(self._packed), -1).T
+        for group in self.groups:
+            of_group = packed_RN[group.of_all]
+            group.ids.append(torch.from_numpy(of_group["ids"].copy()))
+            group.values.append(torch.from_numpy(of_group["values"].copy()))
+        self._packed = []
+
+    def joined(self) -> Iterator[tuple[Group, np.ndarray | None, Tensor]]:
+        """Each group with what is kept of it: ids int64 [R, N, K], or None for one of the extras,
+        and values [R, N, K]."""
+        self._unpack()
+        for group in self.groups:
+            ids = _joined(group.ids).long().numpy() if group.with_ids else None
+            yield group, ids, _joined(group.values)
 
     def _in_order(self, calls: list[Call]) -> list[Call]:
         """The calls by site, those of one site in their order. Where a site was called with some of
@@ -166,7 +183,7 @@ class PassBuffer:
         return found
 
     def clear(self) -> None:
-        self.rows = 0
+        self.rows, self._packed = 0, []
         for group in self.groups:
             group.ids, group.values = [], []
 
@@ -178,9 +195,8 @@ class TapeWriter:
     def __init__(self, buffer: PassBuffer, tapes: Sequence[Tape]):
         self.buffer = buffer
         self.cursor = tapes[0].cursor.numpy()  # the same memory as the tensor
-        self.groups = [
+        self.pages = [
             (
-                group,
                 tapes[group.first],
                 _pages(group, tapes[group.first], "ids"),
                 _pages(group, tapes[group.first], "weights"),
@@ -193,8 +209,9 @@ class TapeWriter:
         if not self.buffer.rows:
             return
         N, start = self.buffer.rows, int(self.cursor[0])
-        for group, tape, ids, values in self.groups:
-            ids_RNK, values_RNK = group.joined()
+        for (group, ids_RNK, values_RNK), (tape, ids, values) in zip(
+            self.buffer.joined(), self.pages, strict=True
+        ):
             # (as unsigned numbers, negative ids are the largest)
             if ids_RNK is not None and ids_RNK.size and ids_RNK.view(np.uint64).max() >= group.E:
                 outside_RNK = (ids_RNK < 0) | (ids_RNK >= group.E)
