@@ -97,14 +97,14 @@ class HandOver:
         # always with weights: slots are ordered by them, even in a trace without weights
         stack.make_rings(rows, self.weight_dtype)
 
-    def make_room(self, stack: Stack, fed: Rows | CallInputs) -> None:
-        """Waits until the stack's rings have room for these rows, unless decisions may be
-        dropped."""
+    def make_room(self, stack: Stack, fed: Rows | CallInputs) -> bool:
+        """Waits until the stack's rings have room for these rows, unless decisions may be dropped.
+        Returns whether they have."""
         rings, T = stack.rings, fed.T
         assert rings is not None
         if rings.synchronous and rings.free_rows >= T:
             stack.fed = fed
-            return
+            return True
         self.drain()
         too_large = rings.max_rows < T
         while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
@@ -119,6 +119,7 @@ class HandOver:
             rings = stack.rings
             assert rings is not None
         stack.fed = fed
+        return rings.free_rows >= T
 
     def launched(self, forward: Forward) -> None:
         """Queues a forward pass that has been launched (on a GPU it may still be running)."""

@@ -261,9 +261,9 @@ class Recorder:
         elif self._counted is not None:
             self._counted.feed(of, fed, keep)
         else:
-            self._hand_over.make_room(of, fed)
+            has_room = self._hand_over.make_room(of, fed)
             assert of.rings is not None
-            if not keep or not of.keep_pass(of.rings.buffer):
+            if not (keep and has_room and of.keep_pass(of.rings.buffer)):
                 of.rings.write_kept()
 
     def returned(self, stack: str, output: Any) -> None:

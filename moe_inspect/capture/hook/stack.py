@@ -195,12 +195,10 @@ class Stack:
 
     def keep_pass(self, buffer: PassBuffer | None) -> bool:
         """Has the sinks keep what the pass that begins shows, if it is small enough for the
-        buffer, and there is room for it in the rings."""
+        buffer."""
         assert self.fed is not None
         T = self.fed.T
         if buffer is None or not buffer.fits(T):
-            return False
-        if self.rings is not None and self.rings.free_rows < T:
             return False
         self.scope.kept, self.scope.pack = [], buffer.pack if T == 1 else None
         return True

@@ -115,9 +115,10 @@ class RowReader:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
         order = self._row_order(B, S) if self._row_order is not None else None
+        T = B * S if order is None else len(order)
         after = CachedRows(past + S)
         return CallInputs(
-            B, S, token_BS, mask_BS, position, labels, before, after, stack, copied, order
+            B, S, T, token_BS, mask_BS, position, labels, before, after, stack, copied, order
         )
 
     def remember(self, call: CallInputs, output: Any) -> None:

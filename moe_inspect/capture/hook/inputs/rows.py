@@ -58,6 +58,7 @@ class CallInputs:
 
     B: int
     S: int
+    T: int  # rows that a router sees
     token_BS: torch.Tensor | None
     mask_BS: torch.Tensor | None
     position: torch.Tensor | None  # [B, S] or [S]; None: they continue what came before
@@ -67,10 +68,6 @@ class CallInputs:
     stack: str = ""
     copied: Any = None  # the CUDA event after which the copies are complete
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
-
-    @property
-    def T(self) -> int:
-        return self.B * self.S if self.order is None else len(self.order)
 
     @property
     def shape(self) -> tuple[Any, ...]:
