@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
 from moe_inspect.capture.hook import kernels
@@ -32,6 +32,7 @@ TAKEN = "_moe_inspect"  # the attribute of an experts module while a recorder ha
 FEW_SLOTS = 64
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Implementation = Callable[..., Tensor]  # of the experts, as transformers' registry has them
 
 
 @dataclass(eq=False, slots=True)
@@ -39,20 +40,20 @@ class Taken:
     """How an experts module that a recorder has taken over runs. (All of it is one attribute: what
     is read in other places of memory costs a decode step more than the code that reads it.)
 
-    scope     of its sinks
-    n         tells its choice's sink apart
-    sink      of its choice
-    stock     the implementation that it would run otherwise, if it is one of the registry
-    computes  whether ours computes (dispatch), or only `stock` does (tap)
-    sizes     where the sizes of its experts' outputs go: a field of `Sizes` → its sink
+    scope  of its sinks
+    n      tells its choice's sink apart
+    sink   of its choice
+    sizes  where the sizes of its experts' outputs go: a field of `Sizes` → its sink
+    many   what computes: the implementation that it would run otherwise (tap), or None, ours
+    few    and up to FEW_SLOTS slots, without our kernels
     """
 
     scope: Scope
     n: int
     sink: Sink
-    stock: Callable[..., Tensor] | None
-    computes: bool
     sizes: dict[str, Sink]
+    many: Implementation | None
+    few: Implementation | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
         return self  # what is copied is a module
@@ -63,7 +64,7 @@ class Tapped(NamedTuple):
     does not record; and how the tap goes on without ours."""
 
     config: Any
-    stock: Callable[..., Tensor]
+    stock: Implementation
     let_go: Callable[[], None]
 
 
@@ -82,30 +83,22 @@ def experts_forward(
         if tapped is not None:
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
-    scope, stock = taken.scope, taken.stock
-    if scope.references is not None and not is_compiling():
+    scope = taken.scope
+    if scope.references is not None and not is_dynamo_compiling():
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
         scope.refer(taken.n, top_k_index, top_k_weights)
-        if stock is not None and (
-            not taken.computes or (not taken.sizes and top_k_index.numel() <= FEW_SLOTS)
-        ):
-            return stock(self, hidden_TH, top_k_index, top_k_weights)
+        is_small = scope.pack is not None or top_k_index.numel() <= FEW_SLOTS
+        if (run := taken.few if is_small else taken.many) is not None:
+            return run(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     tape = taken.sink(top_k_index, top_k_weights)
-    # (grouping few slots without our kernels would only add steps)
-    if stock is not None and (
-        not taken.computes
-        or (
-            top_k_index.numel() <= FEW_SLOTS
-            and not kernels.runs_triton(hidden_TH)
-            and not _measured(self)
-            and not is_compiling()
-        )
-    ):
-        if tape is not None:
-            kernels.record(tape, top_k_index, top_k_weights)
-        return stock(self, hidden_TH, top_k_index, top_k_weights)
-    return _computed(self, hidden_TH, top_k_index, top_k_weights, tape)
+    is_small = top_k_index.numel() <= FEW_SLOTS and not kernels.runs_triton(hidden_TH)
+    run = taken.few if is_small and not is_compiling() else taken.many
+    if run is None:
+        return _computed(self, hidden_TH, top_k_index, top_k_weights, tape)
+    if tape is not None:
+        kernels.record(tape, top_k_index, top_k_weights)
+    return run(self, hidden_TH, top_k_index, top_k_weights)
 
 
 def _computed(
@@ -253,7 +246,7 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
     return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or is_compiling())
 
 
-def stock_of(module: Any) -> Callable[..., Tensor] | None:
+def stock_of(module: Any) -> Implementation | None:
     """The implementation that an experts module would run without ours; None for its own loop
     (eager)."""
     stock = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
@@ -333,7 +326,9 @@ class Takeover:
 
         for module, (sink, sizes) in self.sinks.items():
             stock = stock_of(module)
-            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, stock, computes, sizes))
+            # (grouping few slots without our kernels would only add steps)
+            few, many = None if sizes else stock, None if computes else stock
+            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, sizes, many, few))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

@@ -53,7 +53,9 @@ class Scope:
     def start(self) -> None:
         """A call of the stack begins."""
         self.open, self.thread = True, get_ident()
-        self.references = None if self.copies else self.kept
+        # (a graph that is being made takes in no such thing)
+        by_call = self.copies or torch.compiler.is_compiling()
+        self.references = None if by_call else self.kept
 
     def refer(self, n: int, ids: Tensor | None, values: Tensor) -> None:
         """Keeps one call of the sink n in `references`, as what it was called with."""
