@@ -99,6 +99,7 @@ class PassBuffer:
         # packs a call of one row: of routers with one K, and no extras
         kinds_of_groups = {(group.K, group.with_ids) for group in self.groups}
         self.pack = pack_of(self.groups[0].K) if len(kinds_of_groups) == 1 else None
+        # what the packed calls of a whole pass begin with
         self._heads = [site.to_bytes(4, sys.byteorder) for site in self.sites]
         self._packed: list[bytes] = []  # the passes kept last
         self.rows = 0  # of all passes that are kept
@@ -139,18 +140,19 @@ class PassBuffer:
         return found
 
     def keep(self, whole: Whole, T: int) -> None:
-        self.rows += T
         if isinstance(whole, bytes):
             self._packed.append(whole)
-            return
-        self._unpack()
-        for group, (ids, values) in zip(self.groups, whole, strict=True):
-            if ids is not None:
-                group.ids.append(ids)
-            group.values.append(values)
+        else:
+            self._unpack()
+            for group, (ids, values) in zip(self.groups, whole, strict=True):
+                if ids is not None:
+                    group.ids.append(ids)
+                group.values.append(values)
+        self.rows += T
 
     def _unpack(self) -> None:
-        """(Many passes at once: each of NumPy's functions is loaded from memory once a step.)"""
+        """Turns the numbers of passes into tensors: of many together, as during decoding NumPy's
+        code is not in the processor's caches."""
         if not self._packed:
             return
         packed = np.frombuffer(b"".join(self._packed), packed_type(self.groups[0].K))

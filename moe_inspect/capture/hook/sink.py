@@ -41,9 +41,9 @@ class Scope:
         self.thread = 0  # in which it was opened
         self.kept: list[Call | bytes] | None = None
         self.references: list[Call | bytes] | None = None  # `kept`, while `refer` adds to it
-        # In a pass of one row `refer` keeps the numbers, packed: the memory of the tensors is then
-        # in the processor's caches when the model takes it again, and Python has no objects more to
-        # look for garbage among
+        # In a pass of one row `refer` keeps the numbers, packed. The model then takes the memory of
+        # the tensors again while it is in the processor's caches, and Python's garbage collector
+        # has nothing more to look through
         self.pack: Callable[..., bytes] | None = None
         self.passes = 0  # that have begun
 
@@ -53,7 +53,7 @@ class Scope:
     def start(self) -> None:
         """A call of the stack begins."""
         self.open, self.thread = True, get_ident()
-        # (a graph that is being made takes in no such thing)
+        # (while a graph is made, a kernel is to be part of it)
         by_call = self.copies or torch.compiler.is_compiling()
         self.references = None if by_call else self.kept
 
