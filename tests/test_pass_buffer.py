@@ -276,6 +276,7 @@ def test_numbers_are_kept_of_choices_of_one_size() -> None:
         (torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 1)),
         (torch.zeros(1, 1, dtype=torch.long), torch.rand(1, 3)),
         (torch.zeros(4, dtype=torch.long), torch.rand(4)),
+        (torch.zeros(1, dtype=torch.long), torch.rand(1)),
         (torch.tensor([[1, 2**40]]), torch.rand(1, 2)),
         (torch.rand(1, 2), torch.rand(1, 2)),
     ],

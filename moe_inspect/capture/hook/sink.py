@@ -65,7 +65,8 @@ class Scope:
                 (ids_K,), (values_K,) = ids.tolist(), values.tolist()
                 self.references.append(self.pack(n, *ids_K, b"", *values_K))
                 return
-            except (ValueError, struct.error):  # not what it was in the first pass
+            # not what it was in the first pass
+            except (ValueError, TypeError, struct.error):
                 pass
         self.references.append((n, ids, values))
 
