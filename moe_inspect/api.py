@@ -20,7 +20,7 @@ from moe_inspect.trace.files.location import output_location
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_inspect.capture.hook.device_counts import Totals
+    from moe_inspect.capture.hook.counts.device_counts import Totals
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
     from moe_inspect.interventions.ablation.run import Ablation

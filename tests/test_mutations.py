@@ -76,7 +76,7 @@ RING = {
         "return (self.pages + 1) * self.P\n",
     ),
     "it fits all that there is": ("return self.capacity - self.P\n", "return self.capacity\n"),
-    "the limit stays": ("self.limit.fill_((self.released + self.pages) * self.P)", "pass"),
+    "the limit stays": ("self.limit.fill_(self.end_of_room)", "pass"),
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.inputs.call_inputs import CachedRows, _length, _mask
+from moe_inspect.capture.hook.inputs.given import length_of, mask_of
+from moe_inspect.capture.hook.inputs.rows import CachedRows
 from moe_inspect.errors import MoeInspectError
 from tests.families import build
 from tests.zoo import token_batch
@@ -467,10 +468,10 @@ def test_a_mask_of_what_each_position_sees_shows_the_padding(
 
 def test_of_masks_by_layer_the_full_one_tells() -> None:
     full = torch.tensor([[True, True], [False, True]])
-    assert _mask({"sliding_attention": None, "full_attention": full}, 2, 2, 0) is not None
-    assert _mask({"sliding_attention": None, "full_attention": None}, 2, 2, 0) is None
+    assert mask_of({"sliding_attention": None, "full_attention": full}, 2, 2, 0) is not None
+    assert mask_of({"sliding_attention": None, "full_attention": None}, 2, 2, 0) is None
     with pytest.raises(MoeInspectError, match="padding from a dict attention mask"):
-        _mask({"sliding_attention": full}, 2, 2, 0)
+        mask_of({"sliding_attention": full}, 2, 2, 0)
 
 
 def test_a_cache_that_counts_on_its_device_is_asked_when_it_may_have_been_reset() -> None:
@@ -484,8 +485,8 @@ def test_a_cache_that_counts_on_its_device_is_asked_when_it_may_have_been_reset(
             return self.length
 
     held = CachedRows(7)
-    assert _length(Cache(), held, S=1) == 7  # nobody waits for the device in a step of decoding
-    assert _length(Cache(), held, S=4) == _length(Cache(), None, S=1) == 9
+    assert length_of(Cache(), held, S=1) == 7  # nobody waits for the device in a step of decoding
+    assert length_of(Cache(), held, S=4) == length_of(Cache(), None, S=1) == 9
 
 
 def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Path) -> None:

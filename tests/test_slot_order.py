@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.device_counts import DeviceCounts
+from moe_inspect.capture.hook.counts.device_counts import DeviceCounts
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.corpus.plan import TokenSequence
-from moe_inspect.capture.hook.inputs.call_inputs import cache_among
+from moe_inspect.capture.hook.inputs.given import cache_among
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError

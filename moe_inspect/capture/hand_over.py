@@ -9,61 +9,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.decode_steps import Room
+from moe_inspect.capture.hook.forwards import Arrived, Forward, losses_of, numbers_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.token_loss.losses import PassLosses, TokenLosses
+from moe_inspect.capture.token_loss.losses import TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
-
-
-class Forward(NamedTuple):
-    """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `losses`: of the tokens of the last stack."""
-
-    number: int
-    passes: list[StackPass]
-    losses: PassLosses | None = None
-
-    def arrived(self, wait: bool) -> bool:
-        if self.losses is not None and not self.losses.complete:
-            return False  # the next pass completes them
-        return all(
-            p.stack.rings is not None and p.stack.rings.is_on_host(p.start + p.fed.T, wait)
-            for p in self.passes
-        )
-
-
-class Arrived(NamedTuple):
-    """Forward passes on the host: one, or several that are one stack's consecutive decode steps.
-    `rows` of each stack that ran, those of all passes."""
-
-    forwards: list[Forward]
-    rows: list[Rows]
-
-    def continues(self, before: Arrived) -> bool:
-        """Whether the two can be one batch: whole passes of one stack, of one kind."""
-        if len(self.rows) > 1 or len(before.rows) > 1:
-            return False
-        (a,), (b,) = before.forwards[-1].passes, self.forwards[-1].passes
-        (x,), (y,) = before.rows, self.rows
-        return (
-            a.stack is b.stack
-            and a.kept == a.fed.T
-            and b.kept == b.fed.T
-            and x.phase == y.phase != "encode"
-            and x.group == y.group
-        )
 
 
 class HandOver:
@@ -89,7 +52,8 @@ class HandOver:
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
         self._arrived: Arrived | None = None  # the first of them, once its rows have been read
-        self._held_since = 0.0
+        self._held_since = 0.0  # it waits
+        self._due_at = 0  # the position at which its page is full
         self._torn = False  # passes have left the queue, and are not yet with the writer
 
     def make_rings(self, stack: Stack, rows: int) -> None:
@@ -121,23 +85,85 @@ class HandOver:
         stack.fed = fed
         return rings.free_rows >= T
 
-    def launched(self, forward: Forward) -> None:
-        """Queues a forward pass that has been launched (on a GPU it may still be running)."""
+    def add_staged(self, stack: Stack, rows: Rows) -> None:
+        """Puts what the first forward pass of a stack has shown into its rings."""
+        self.make_rings(stack, self.options.ring_tokens or rows.T)
+        stack.fed = None
+        self.make_room(stack, rows)
+        stack.unstage()
+
+    def feed(self, stack: Stack, fed: Rows | CallInputs, keep: bool) -> None:
+        """A stack is about to run. `keep`: whether its calls may be kept until the pass ends."""
+        has_room = self.make_room(stack, fed)
+        assert stack.rings is not None
+        if not (keep and has_room and stack.keep_pass(stack.rings.buffer)):
+            stack.rings.write_kept()
+
+    def keep_no_more(self, stack: Stack) -> None:
+        """What is kept is written, and the other calls of the current pass when they come."""
+        calls, stack.scope.kept = stack.scope.kept or (), None
+        stack.write_kept(calls)
+
+    def end(self, fed: Sequence[Stack], number: int) -> bool:
+        """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
+        running). Returns whether it was kept as a whole."""
+        forward = Forward(number, [stack.end() for stack in fed])
         for done in forward.passes:
             assert done.stack.rings is not None
-            if done.stack.rings.synchronous:  # else checked on arrival
+            # (if not synchronous, checked on arrival)
+            if done.cursors is not None and done.stack.rings.synchronous:
                 done.stack.check(done)
         for done in forward.passes:
             assert done.stack.rings is not None
             done.stack.rings.end(done.fed.T)
             done.stack.dropped_rows += done.fed.T - done.kept
             done.stack.fed = None
-        if not self._in_flight:
-            self._held_since = time.monotonic()
         if self.losses is not None:
             forward = forward._replace(losses=self.losses.take())
         self._in_flight.append(forward)
+        if len(self._in_flight) == 1:
+            first = forward.passes[0]
+            self._begin_to_hold(first.stack, first.start)
         self.inputs.accept()
+        return all(done.cursors is None for done in forward.passes)
+
+    def _begin_to_hold(self, stack: Stack, start: int) -> None:
+        assert stack.rings is not None
+        self._held_since = time.monotonic()
+        self._due_at = stack.rings.end_of_page(start)
+
+    def room_for_steps(self, stack: Stack, T: int) -> Room:
+        """The room for decode steps of T rows."""
+        rings = stack.rings
+        assert rings is not None
+        assert rings.buffer is not None
+        if not self._in_flight:
+            self._begin_to_hold(stack, rings.head)
+        free = rings.buffer.max_rows - rings.buffer.rows
+        rows = min(self._due_at - rings.head, rings.free_rows, free)
+        return Room(rings.buffer, rows // max(1, T), self._held_since + self._hold_s)
+
+    def add_steps(self, stack: Stack, fed: list[CallInputs], number: int) -> None:
+        """Queues decode steps that have been kept, and empties the list. `number`: of the first."""
+        rings, T = stack.rings, fed[0].T
+        assert rings is not None
+        forwards = [
+            Forward(number + n, [StackPass(stack, call, rings.head + n * T, T, None)])
+            for n, call in enumerate(fed)
+        ]
+        stack.fed = fed[-1]  # should an interrupt come now, the next pass overwrites them
+        fed.clear()
+        rings.end(len(forwards) * T)
+        self._in_flight.extend(forwards)
+        stack.fed = None
+
+    def resume(self, stack: Stack, fed: CallInputs, number: int) -> None:
+        """A decode step is running, whose calls are kept."""
+        stack.fed = fed
+
+    def count_tokens(self) -> int:
+        self.drain()
+        return self.tokens
 
     def finish(self) -> None:
         """Passes everything left to the writer. Device and host must agree on the number of dropped
@@ -179,7 +205,7 @@ class HandOver:
         assert rings is not None
         if (
             not rings.synchronous
-            or rings.has_filled_page_since(first.start)
+            or rings.head >= self._due_at
             or time.monotonic() - self._held_since > self._hold_s
         ):
             self.drain()
@@ -187,6 +213,13 @@ class HandOver:
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
+        before = self._in_flight[0] if self._in_flight else None
+        self._drain(wait, once)
+        if self._in_flight and self._in_flight[0] is not before:
+            first = self._in_flight[0].passes[0]
+            self._begin_to_hold(first.stack, first.start)
+
+    def _drain(self, wait: bool, once: bool) -> None:
         for stack in self.stacks.values():
             if stack.rings is not None:
                 stack.rings.write_kept()
@@ -283,7 +316,7 @@ class HandOver:
         token_id = of_tokens("token_id")
         extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
         if self.options.token_loss:
-            extras["loss"], extras["entropy"] = _losses(batch, sizes)
+            extras["loss"], extras["entropy"] = losses_of(batch, sizes)
         writer.write(
             RoutedBatch(
                 batch[-1].forwards[-1].number,
@@ -304,7 +337,7 @@ class HandOver:
                     for (stack, _, _), n in zip(parts, sizes, strict=True)
                     if stack.name == "encoder"
                 ),
-                batches=_numbers(batch, kept),
+                batches=numbers_of(batch, kept),
             )
         )
 
@@ -333,37 +366,3 @@ class HandOver:
             return np.float32
         is_bits = kind == "weights" and self.weight_dtype == torch.bfloat16
         return np.uint16 if is_bits else np.float16
-
-
-def _losses(batch: list[Arrived], sizes: list[int]) -> np.ndarray:
-    """Losses and entropies of the tokens, float32 [2, tokens], NaN where there is none. `sizes`:
-    how many tokens there are of each stack's rows."""
-    found: list[np.ndarray] = []
-    for arrived in batch:
-        for rows in arrived.rows[:-1]:  # an encoder's
-            found.append(np.full((2, len(rows.token_id)), np.nan, np.float32))
-        found.append(
-            np.concatenate(
-                [
-                    forward.losses.values()
-                    if forward.losses is not None
-                    else np.full((2, forward.passes[-1].fed.T), np.nan, np.float32)
-                    for forward in arrived.forwards
-                ],
-                axis=1,
-            )[:, arrived.rows[-1].real]
-        )
-    return np.concatenate([v[:, :n] for v, n in zip(found, sizes, strict=True)], axis=1)
-
-
-def _numbers(batch: list[Arrived], kept: list[np.ndarray]) -> np.ndarray | None:
-    """The number of the forward pass that each token is of, int32; None where all are of one.
-    `kept`: per pass, or consecutive steps, which rows are no padding."""
-    if len(batch) == len(batch[0].forwards) == 1:
-        return None
-    numbers: list[int] = []
-    sizes: list[int] = []
-    for arrived, real in zip(batch, kept, strict=True):
-        numbers += [forward.number for forward in arrived.forwards]
-        sizes += real.reshape(len(arrived.forwards), -1).sum(1).tolist()
-    return np.repeat(np.array(numbers, np.int32), sizes)

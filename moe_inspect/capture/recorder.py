@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hand_over import Forward, HandOver
+from moe_inspect.capture.eager import not_compiled
+from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.counted import CountedPasses
-from moe_inspect.capture.hook.device_counts import DeviceCounts, Totals
+from moe_inspect.capture.hook.counts.counted import CountedPasses
+from moe_inspect.capture.hook.counts.device_counts import DeviceCounts, Totals
+from moe_inspect.capture.hook.decode_steps import DecodeStep, DecodeSteps, Passes, locked
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.probes import Sinks
-from moe_inspect.capture.hook.stack import Stack, stacks_of
+from moe_inspect.capture.hook.stack import Stack, places_of, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
@@ -66,37 +70,31 @@ class Recorder:
         self.session = session or Session()
         options.check(path is not None)
         self.model = unwrapped(model, by_path=bool(options.specs))
-        self.sites = recordable(self.model, options.specs, options.layers)
-        by_probes = not self.sites  # those in the model's own code are its routers
+        self.sites = recordable(self.model, options.specs, options.layers, options.logits)
         outputs = options.output_norms or options.output_peaks
         self.mode = mode_of(self.model, self.sites, options.capture, outputs)
-        if options.logits and any(s.logits_module is None for s in self.sites):
-            raise MoeInspectError(
-                f"{type(self.model).__name__} does not expose its router logits: trace without "
-                "--logits"
-            )
         if path is not None and self.session.resume is None and self.session.ranks is None:
             check_directory(output_location(path), options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
-        self.attachment.take_probes(self._add if by_probes else None, options)
+        self.attachment.take_probes(None if self.sites else self._add, options)
         scopes, sinks = self.attachment.scopes, self.attachment.sinks
         self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.extra_sinks)
-        self._index_of = [  # per site: its stack, and its index there
-            (self.stacks[site.stack], self.stacks[site.stack].sites.index(site))
-            for site in self.sites
-        ]
-        modules = {name: scope.module for name, scope in self.attachment.scopes.items()}
+        for stack in self.stacks.values():
+            stack.scope.write_kept = partial(self._keep_no_more, stack)
+        self._index_of = places_of(self.stacks, self.sites)
+        modules = {name: scope.module for name, scope in scopes.items()}
         inputs = inputs_of(self.model, self.sites, options.inputs)
-        row_order = row_order_of(self.sites)
         self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
-        self.inputs = PassInputs(modules, documents, domains, inputs, row_order, self.losses)
+        self.inputs = PassInputs(
+            modules, documents, domains, inputs, row_order_of(self.sites), self.losses
+        )
         self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
         self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
         self._balance_of = balance_of
-        self._entered = False
+        self._entered, self.lock = False, RLock()
         self._forwards = self.session.resume.next_batch if self.session.resume else 0
         self._counted: CountedPasses | None = None  # counts_only
-        self._in_group = False
+        self._passes: Passes = self._hand_over  # or these
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
@@ -107,13 +105,11 @@ class Recorder:
         return [router for stack in self.stacks.values() for router in stack.routers]
 
     @property
+    @locked
     def tokens(self) -> int:
         """Number of tokens recorded so far, without padding."""
-        if self._counted is not None:
-            self._counted.count_waiting()
-            return self._counted.tokens
-        self._hand_over.drain()
-        return self._hand_over.tokens
+        self._end_steps()
+        return self._passes.count_tokens()
 
     @property
     def writer(self) -> TraceWriter | None:
@@ -134,6 +130,7 @@ class Recorder:
         try:
             self.attachment.detach()
             try:
+                self._end_steps(drain=False)
                 if kind is None:
                     self._end_step()
                     self._hand_over.finish()
@@ -142,8 +139,8 @@ class Recorder:
                         self._opener.tell_unused()
             finally:
                 self._hand_over.abandon()
-            if not self._in_group:
-                self._write_counts()
+            if self._counted is not None:
+                self._counted.finish()
         finally:
             try:
                 if self.writer is not None:
@@ -167,27 +164,30 @@ class Recorder:
 
     def _enable(self, on: bool) -> None:
         for stack in self.stacks.values():
-            if stack.rings is not None:
-                stack.rings.enable(on)
+            stack.enable(on)
 
     # --- the caller describes the next passes
 
+    @locked
     def label(
         self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
     ) -> None:
         """Sets the document and the domain of each batch row of the next forward pass."""
+        self._end_steps()
         self.inputs.label(documents, domains)
 
+    @locked
     def expect(self, *rows: Rows) -> None:
         """Sets the rows of the next forward pass (for an encoder-decoder, of each stack), for a
         caller that planned it."""
+        self._end_steps()
         self.inputs.expect(*rows)
 
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
-        self._in_group = False
-        if self._counted is not None and self.writer is not None and self._counted.is_due:
-            self._write_counts()
+        self._end_steps()
+        if self._counted is not None:
+            self._counted.end_group()
 
     def step(self, tokens: int, **inputs: Any) -> None:
         """Announces a forward pass of `tokens` rows per router that runs without a call of the
@@ -206,7 +206,8 @@ class Recorder:
                 "step() needs a forward pass recorded before it, and a trace (not counts_only) "
                 "without token losses"
             )
-        self._keep_rings()
+        # a CUDA graph holds the rings' addresses
+        self._hand_over.rings_fixed = self.stacks[""].replayed = True
         self._begin()
         unknown = {"input_ids": torch.full((1, tokens), -1)}
         fed = self.inputs.of_call(stack.name, (), inputs or unknown)
@@ -216,12 +217,9 @@ class Recorder:
         self._stepped = True
         self.inputs.returned(stack.name, inputs)
 
-    def _keep_rings(self) -> None:
-        """Fixes the rings' addresses, which a CUDA graph holds."""
-        self._hand_over.rings_fixed = self.stacks[""].replayed = True
-
     # --- called by the attachment during a forward pass
 
+    @locked
     def begin(self) -> None:
         self._capturing = self._has_cuda and torch.cuda.is_current_stream_capturing()
         if not self._capturing:
@@ -233,9 +231,10 @@ class Recorder:
                 "before capturing a CUDA graph, record two forward passes; neither counts_only "
                 "nor token losses nor an encoder-decoder can be captured"
             )
-        self._keep_rings()
+        self._hand_over.rings_fixed = self.stacks[""].replayed = True
 
     def _begin(self) -> None:
+        self._end_steps()
         self._end_step()
         for stack in self.stacks.values():
             stack.begin()
@@ -244,6 +243,7 @@ class Recorder:
         if self._counted is not None:
             self._counted.begin(self._forwards)
 
+    @locked
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._capturing:
             return
@@ -258,18 +258,20 @@ class Recorder:
             if self._counted is not None:  # the other stack's rows come first
                 self._counted.count_at_once()
             of.fed = self.inputs.rows(fed)
-        elif self._counted is not None:
-            self._counted.feed(of, fed, keep)
         else:
-            has_room = self._hand_over.make_room(of, fed)
-            assert of.rings is not None
-            if not (keep and has_room and of.keep_pass(of.rings.buffer)):
-                of.rings.write_kept()
+            self._passes.feed(of, fed, keep)
+
+    @locked
+    def _keep_no_more(self, stack: Stack) -> None:
+        self._end_steps(drain=False)
+        self._passes.keep_no_more(stack)
+        stack.scope.references = None
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:
             self.inputs.returned(stack, output)
 
+    @not_compiled("what a router has chosen is counted outside compiled code")
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of the router at site r, while it has no tape (in the first forward pass, or
         with counts_only)."""
@@ -297,6 +299,7 @@ class Recorder:
         stack, n = self._index_of[r]
         stack.stage_extra(kind, n, values)
 
+    @locked
     def end(self) -> None:
         if self._capturing:
             self._capturing = False
@@ -304,13 +307,38 @@ class Recorder:
         fed = [stack for stack in self.stacks.values() if stack.fed is not None]
         if new := [stack for stack in fed if stack.staged is not None]:
             self._begin_with(new)
-        if fed and self._counted is not None:
-            self._end_counted(self._counted, fed)
-        elif fed:  # a stack without routers has nothing to record
-            self._hand_over.launched(Forward(self._forwards, [stack.end() for stack in fed]))
+        is_kept = False
+        if fed:  # a stack without routers has nothing to record
+            is_kept = self._passes.end(fed, self._forwards)
             self._forwards += 1
-            self._hand_over.drain_when_due()
+            self._passes.drain_when_due()
         self.inputs.end()
+        if is_kept and self.inputs.step is not None and not self._has_cuda:
+            self._begin_steps(fed[0], self.inputs.step)
+
+    def _begin_steps(self, stack: Stack, first: DecodeStep) -> None:
+        """The decode steps that follow `first` are kept in a short way, until `_end_steps`."""
+        room = self._passes.room_for_steps(stack, first.call.T)
+        if room is not None and room.passes > 0 and self.attachment.discovery is None:
+            self.attachment.steps = DecodeSteps(
+                first, stack.scope, room, self._end_steps, self.lock
+            )
+
+    @locked
+    def _end_steps(self, drain: bool = True) -> None:
+        """From here on they are passes as any other. Of one that is still running, or has failed,
+        `end` or the next `begin` will be told."""
+        if (steps := self.attachment.steps) is None or steps.busy:
+            return
+        if n := len(steps.fed):
+            self._passes.add_steps(self.stacks[""], steps.fed, self._forwards)
+            self._forwards += n
+        self.attachment.steps, steps.over = None, True
+        if steps.current is not None:
+            self.inputs.resume(steps.current)
+            self._passes.resume(self.stacks[""], steps.current, self._forwards)
+        if drain:
+            self._passes.drain_when_due()
 
     def _end_step(self) -> None:
         """The forward pass that `step` announced is over."""
@@ -332,21 +360,8 @@ class Recorder:
             is_bf16 = all(d == torch.bfloat16 for d in dtypes)
             self._open(torch.bfloat16 if is_bf16 else torch.float16)
         for stack in new:
-            rows, staged = stack.fed, stack.staged
-            assert isinstance(rows, Rows)
-            assert staged is not None
-            if self.options.counts_only:
-                stack.staged, stack.staged_extras, stack.seen = None, {}, [0] * len(stack.sites)
-                assert self._counted is not None
-                self._counted.feed(stack, rows, keep=False)
-                for sink, choices in zip(stack.sinks, stack.routers_of, strict=True):
-                    for choice in [choice for r in choices for choice in staged[r]]:
-                        sink.take(*choice)
-            else:
-                self._hand_over.make_rings(stack, self.options.ring_tokens or rows.T)
-                stack.fed = None
-                self._hand_over.make_room(stack, rows)
-                stack.unstage()
+            assert isinstance(stack.fed, Rows)
+            self._passes.add_staged(stack, stack.fed)
 
     def _open(self, weight_dtype: torch.dtype) -> None:
         self._opened = True
@@ -360,30 +375,14 @@ class Recorder:
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
             counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
-            self._counted = CountedPasses(
-                counts, self.inputs, self.options, self.session.shard_tokens
+            self._passes = self._counted = CountedPasses(
+                counts, self.inputs, self.options, self.session.shard_tokens, self.writer
             )
             self._counted.begin(self._forwards)
 
     # --- counts_only
 
-    def _end_counted(self, counted: CountedPasses, fed: Sequence[Stack]) -> None:
-        group = fed[-1].fed.group if isinstance(fed[-1].fed, Rows) else None
-        counted.end()
-        self._forwards += 1
-        if counted.is_counted:
-            self._in_group = group is not None
-            if not self._in_group:
-                self.end_group()
-
-    def _write_counts(self) -> None:
-        if self._counted is None:
-            return
-        if self.writer is None:
-            self._counted.count_waiting()
-        elif counted := self._counted.take():
-            self.writer.write(counted)
-
+    @locked
     def totals(self, all_ranks: bool = False) -> Totals:
         """The counts since the recording began (`counts_only=True`); with `all_ranks` summed over
         the processes of torch.distributed."""
@@ -391,6 +390,7 @@ class Recorder:
             raise MoeInspectError(
                 "no counts yet: record with counts_only=True, and run a forward pass first"
             )
+        self._end_steps()
         self._counted.count_waiting()
         return self._counted.counts.totals(all_ranks)
 

@@ -33,13 +33,22 @@ def routers_in(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Si
 
 
 def recordable(
-    model: Any, specs: Sequence[RouterSpec] | None, layers: Iterable[int] | None
+    model: Any,
+    specs: Sequence[RouterSpec] | None,
+    layers: Iterable[int] | None,
+    logits: bool = False,
 ) -> list[Site]:
     """The routers of `model` in these layers (None: all). None at all where only probes in the
-    model's own code can show them. MoeInspectError where there can be no probes either."""
+    model's own code can show them. MoeInspectError where there can be no probes either, or where
+    `logits` are to be recorded and one of the routers does not show them."""
     sites = routers_in(model, specs)
     if sites:
-        return in_layers(sites, layers)
+        sites = in_layers(sites, layers)
+        if logits and any(site.logits_module is None for site in sites):
+            raise MoeInspectError(
+                f"{type(model).__name__} does not expose its router logits: trace without --logits"
+            )
+        return sites
     if specs is None and is_of_transformers(model):
         raise no_routers(model)
     return []

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.eager import Eager, has_compiled
+from moe_inspect.capture.eager import Eager, has_compiled, not_compiled
+from moe_inspect.capture.hook.decode_steps import DecodeSteps
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
 from moe_inspect.capture.hook.probe import listen
@@ -55,21 +56,6 @@ class Records(Protocol):
     def end(self) -> None: ...
 
 
-def _not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`torch.compiler.disable`, which costs an eager call some 10 µs, for a method."""
-
-    def made_of(method: Callable[..., None]) -> Callable[..., None]:
-        disabled = torch.compiler.disable(method, reason=reason)
-
-        @functools.wraps(method)
-        def run(*args: Any) -> None:
-            (disabled if torch.compiler.is_compiling() else method)(*args)
-
-        return run
-
-    return made_of
-
-
 class Attachment:
     """`sinks[r]` and `extra_sinks[kind][r]` belong to `sites[r]`; `extras`: the kinds recorded, of
     `options.EXTRAS`. A forward pass is a call of the model or, in an encoder-decoder, a call of one
@@ -88,6 +74,8 @@ class Attachment:
         self.mode, self.records = mode, records
         self.wrappers = wrappers_of(self.outer, self.model)
         self.paused = self.over = False
+        # of the decode steps that these keep, `records` are not told
+        self.steps: DecodeSteps | None = None
         # without sites, probes will show them
         unknown = not sites or not all(
             map(is_of_transformers, [self.model, *(s.module for s in sites)])
@@ -321,18 +309,22 @@ class Attachment:
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
     # step) has a graph break here; record(torch.compile(model)) has none.
-    @_not_compiled("to record it without a graph break, record what torch.compile returned")
+    @not_compiled("to record it without a graph break, record what torch.compile returned")
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
         self._in_model, self._handled = True, sys.exc_info()[1]
+        self._experts.check()
+        steps = self.steps
+        if steps is not None and not has_compiled() and steps.begin(args, kwargs):
+            return
         self._begin_pass()
         if "" in self.scopes:
             self._open(self.scopes[""], args, kwargs)
         if self.discovery is not None:
             self.discovery.begin()
 
-    @_not_compiled("to record it without a graph break, record what torch.compile returned")
+    @not_compiled("to record it without a graph break, record what torch.compile returned")
     def _end(self, output: Any) -> None:
         if self.paused or self.over:
             return
@@ -342,10 +334,12 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.end()
         self._shut()
+        if (steps := self.steps) is not None and steps.keep():
+            return
         self.records.returned("", output)
         self._end_pass()
 
-    @_not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
+    @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
     def _before_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -353,10 +347,11 @@ class Attachment:
             return
         if not self._in_model:
             self._alone = scope
+            self._experts.check()
             self._begin_pass()
         self._open(scope, args, kwargs)
 
-    @_not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
+    @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
     def _after_stack(
         self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
@@ -369,7 +364,6 @@ class Attachment:
             self._end_pass()
 
     def _begin_pass(self) -> None:
-        self._experts.check()
         if self.in_compiled:  # (the pass before it failed)
             self._eager.release()
         # compiled code writes to the tapes, call by call

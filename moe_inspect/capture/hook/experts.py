@@ -84,7 +84,7 @@ def experts_forward(
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     scope = taken.scope
-    if scope.references is not None and not is_dynamo_compiling():
+    if not is_dynamo_compiling() and scope.references is not None:
         # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
         scope.refer(taken.n, top_k_index, top_k_weights)
         is_small = scope.pack is not None or top_k_index.numel() <= FEW_SLOTS

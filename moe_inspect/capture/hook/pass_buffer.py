@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,20 +38,20 @@ Whole = list[tuple[Tensor | None, Tensor]] | bytes
 @functools.cache
 def packed_type(K: int) -> np.dtype:
     """A call of one row as `pack_of` packs it. (In float64 each value is exact.)"""
-    return np.dtype([("n", "=i4"), ("ids", "=i4", (K,)), ("values", "=f8", (K,))])
+    return np.dtype([("n", "=u2"), ("ids", "=i4", (K,)), ("values", "=f8", (K,))])
 
 
 def pack_of(K: int) -> Callable[..., bytes]:
     """Packs (n, *ids, b"", *values) of one row; struct.error where these are not K and K numbers,
-    or an id has more than 32 bits."""
-    return struct.Struct(f"={1 + K}i0s{K}d").pack
+    or one has too many bits."""
+    return struct.Struct(f"=H{K}i0s{K}d").pack
 
 
 def as_tensors(call: Call | bytes) -> Call:
     """A call, of which the numbers may have been kept."""
     if not isinstance(call, bytes):
         return call
-    found = np.frombuffer(call, packed_type((len(call) - 4) // 12))
+    found = np.frombuffer(call, packed_type((len(call) - 2) // 12))
     ids_1K, values_1K = (torch.from_numpy(found[name].copy()) for name in ("ids", "values"))
     return int(found["n"][0]), ids_1K, values_1K
 
@@ -99,8 +99,11 @@ class PassBuffer:
         # packs a call of one row: of routers with one K, and no extras
         kinds_of_groups = {(group.K, group.with_ids) for group in self.groups}
         self.pack = pack_of(self.groups[0].K) if len(kinds_of_groups) == 1 else None
-        # what the packed calls of a whole pass begin with
-        self._heads = [site.to_bytes(4, sys.byteorder) for site in self.sites]
+        # what the packed calls of a whole pass begin with: of all the first byte, and the second
+        self._heads = tuple(
+            bytes(site.to_bytes(2, sys.byteorder)[at] for site in self.sites) for at in (0, 1)
+        )
+        self._packed_size = packed_type(self.groups[0].K).itemsize if self.pack is not None else 1
         self._packed: list[bytes] = []  # the passes kept last
         self.rows = 0  # of all passes that are kept
 
@@ -115,9 +118,18 @@ class PassBuffer:
     def whole(self, calls: Sequence[Call | bytes], T: int) -> Whole | None:
         """The calls of a pass of T rows, for `keep`; None unless every router has seen each of the
         rows once."""
-        if T == 1 and [call[:4] for call in calls] == self._heads:
-            return b"".join(cast("Sequence[bytes]", calls))
+        if T == 1 and (packed := self._whole_packed(calls)) is not None:
+            return packed
         return self._stacked([as_tensors(call) for call in calls], T)
+
+    def _whole_packed(self, calls: Sequence[Any]) -> bytes | None:
+        """The packed calls of a pass of one row; None unless all are packed, and of each router."""
+        try:
+            packed = b"".join(calls)
+        except TypeError:  # of some the tensors are kept
+            return None
+        heads = packed[:: self._packed_size], packed[1 :: self._packed_size]
+        return packed if heads == self._heads else None
 
     def _stacked(self, calls: list[Call], T: int) -> Whole | None:
         sites, ids, values = zip(*calls, strict=True) if calls else ((), (), ())

@@ -178,9 +178,14 @@ class Ring:
         return self.capacity - self.P
 
     @property
+    def end_of_room(self) -> int:
+        """The position up to which rows can be written now."""
+        return (self.released + self.pages) * self.P
+
+    @property
     def free_rows(self) -> int:
         """Rows that can be written now; negative after rows were dropped."""
-        return (self.released + self.pages) * self.P - self.head
+        return self.end_of_room - self.head
 
     def read_cursors(self) -> Tensor:
         """The cursors on the host, int64 [lanes]. From a GPU a copy, valid only once what has been
@@ -240,7 +245,7 @@ class Ring:
         overwritten."""
         if position // self.P > self.released:
             self.released = position // self.P
-            self.limit.fill_((self.released + self.pages) * self.P)
+            self.limit.fill_(self.end_of_room)
 
     def rewind(self, dropped: int) -> None:
         """Undoes a forward pass that failed: the cursors go back to the end of the one before it,
@@ -295,10 +300,8 @@ class Rings:
             self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, extras)
             tapes = (tape for of_kind in self.extra_tapes.values() for tape in of_kind)
             self._writer = TapeWriter(self.buffer, [*self.tapes, *tapes])
-
-    @property
-    def head(self) -> int:
-        return self._rings[0].head
+        self.head = 0  # the position at which the next forward pass begins, of each ring
+        self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
     @property
     def max_rows(self) -> int:
@@ -306,7 +309,7 @@ class Rings:
 
     @property
     def free_rows(self) -> int:
-        return min([ring.free_rows for ring in self._rings])
+        return self._end_of_room - self.head
 
     def enable(self, on: bool) -> None:
         self.write_kept()
@@ -324,6 +327,7 @@ class Rings:
                 ring.side.synchronize()
 
     def end(self, rows: int) -> None:
+        self.head += rows
         for ring in self._rings:
             ring.end(rows)
 
@@ -333,6 +337,7 @@ class Rings:
     def release(self, position: int) -> None:
         for ring in self._rings:
             ring.release(position)
+        self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
     def write_kept(self) -> None:
         """Writes the passes that are kept. Before anything else is written or read, or the room for
@@ -345,8 +350,9 @@ class Rings:
         recorded of it."""
         return all((cursor.numpy() == end).all() for cursor in cursors)
 
-    def has_filled_page_since(self, position: int) -> bool:
-        return any(ring.head // ring.P > position // ring.P for ring in self._rings)
+    def end_of_page(self, position: int) -> int:
+        """Where the page ends that `position` is on; of several rings, the first that ends."""
+        return min((position // ring.P + 1) * ring.P for ring in self._rings)
 
     def read_cursors(self) -> list[Tensor]:
         """The cursors of each ring, as `Ring.read_cursors` gives them."""

@@ -46,6 +46,8 @@ class Scope:
         # has nothing more to look through
         self.pack: Callable[..., bytes] | None = None
         self.passes = 0  # that have begun
+        # writes what is kept of the passes and of the current one, of which no more is kept then
+        self.write_kept: Callable[[], None] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         return self  # what is copied is a module
@@ -70,6 +72,12 @@ class Scope:
                 pass
         self.references.append((n, ids, values))
 
+    @torch.compiler.assume_constant_result  # runs while a graph is made, and is no part of it
+    def compiled(self) -> None:
+        """A graph is made, and run, in a pass that is kept: it writes its calls itself."""
+        if self.kept is not None:
+            self.write_kept()
+
     def stop(self) -> None:
         self.open, self.references = False, None
 
@@ -90,12 +98,16 @@ class Sink:
     def __call__(self, ids: Tensor | None, values: Tensor) -> Tape | None:
         """`ids` is None for router logits."""
         scope = self.scope
-        if scope.references is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # (a graph is guarded by what is read)
+            scope.compiled()
+            if not scope.open:
+                return None
+        elif scope.references is not None:
             scope.refer(self.n, ids, values)
             return None
-        if not scope.open:
+        elif not scope.open:
             return None
-        if scope.kept is not None and not torch.compiler.is_compiling():
+        elif scope.kept is not None:
             copy = ids.clone() if ids is not None else None
             scope.kept.append((self.n, copy, values.detach().clone()))
             return None
@@ -123,7 +135,13 @@ class CallReader:
         by_place: set[int] = set()  # sinks whose last call was one of (hidden states, ids, weights)
 
         def read(sink: Sink, n: int, module: Module, args: Any, kwargs: Any) -> None:
-            if scope.references is not None and n in by_place and len(args) == 3 and not kwargs:
+            if (
+                not torch.compiler.is_dynamo_compiling()
+                and scope.references is not None
+                and n in by_place
+                and len(args) == 3
+                and not kwargs
+            ):
                 scope.refer(n, args[1], args[2])
                 return
             choice = choice_of(module, args, kwargs, None)

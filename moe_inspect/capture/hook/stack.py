@@ -108,6 +108,11 @@ class Stack:
         if self.staged is not None or self.rings is None:
             self.seen = [0] * len(self.sites)
 
+    def enable(self, on: bool) -> None:
+        """Whether the rings take what kernels write."""
+        if self.rings is not None:
+            self.rings.enable(on)
+
     def stage(self, n: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of the router at site n, in the first forward pass."""
         assert self.staged is not None
@@ -230,17 +235,18 @@ class Stack:
                 if rings.buffer.is_full:
                     rings.write_kept()
                 return StackPass(self, fed, rings.head, T, None)
-            rings.write_kept()
-            self._record([as_tensors(call) for call in calls])
+            self.write_kept(calls)
         kept = min(T, max(0, rings.free_rows))
         return StackPass(self, fed, rings.head, kept, rings.read_cursors())
 
-    def _record(self, calls: Sequence[Call]) -> None:
-        """Writes the calls of a pass one by one, which tells rows that are missing or too many, and
-        those there is no room for."""
+    def write_kept(self, calls: Sequence[Call | bytes]) -> None:
+        """Writes the passes that are kept, and the calls of the current one. One by one, which
+        tells rows that are missing or too many, and those there is no room for."""
+        assert self.rings is not None
+        self.rings.write_kept()
         sinks = [*self.sinks, *(sink for of in self.extra_sinks.values() for sink in of)]
         made = [0] * len(sinks)
-        for n, ids, values in calls:
+        for n, ids, values in map(as_tensors, calls):
             tapes = sinks[n].tapes
             kernels.record(tapes[made[n] % len(tapes)], ids, values)
             made[n] += 1
@@ -320,6 +326,11 @@ def stacks_of(
         return Stack(name, scope, [sites[r] for r in mine], [sinks[r] for r in mine], extras, model)
 
     return {name: of(name, scope) for name, scope in scopes.items()}
+
+
+def places_of(stacks: Mapping[str, Stack], sites: Sequence[Site]) -> list[tuple[Stack, int]]:
+    """Of each site its stack, and its index there."""
+    return [(stacks[site.stack], stacks[site.stack].sites.index(site)) for site in sites]
 
 
 def shares(n: int, times: int, T: int) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.call_inputs import cache_among, host_copy
+from moe_inspect.capture.hook.inputs.given import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.token_loss.head import head_of, logits_in
 from moe_inspect.capture.token_loss.next_tokens import first_tokens, next_tokens

@@ -7,16 +7,18 @@ B batch rows, S positions, T = B·S rows a router sees (padding included).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.decode_steps import DecodeStep
 from moe_inspect.capture.hook.inputs.arguments import InputsOf
+from moe_inspect.capture.hook.inputs.given import cache_among, copies_of, length_of, of_decoder
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
-from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Rows
+from moe_inspect.capture.hook.inputs.rows import Cached, CachedRows, CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import Document
 
@@ -42,8 +44,8 @@ class RowReader:
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         self._document_numbers: dict[Any, int] = {}  # by the value the caller gave
         self._documents = self._sequences = 0
-        # key-value cache → the rows it holds
-        self._cached: WeakKeyDictionary[Any, CachedRows] = WeakKeyDictionary()
+        self._cached: WeakKeyDictionary[Any, Cached] = WeakKeyDictionary()  # by key-value cache
+        self.step: DecodeStep | None = None  # what was read last, where it is one
         # the last encoder passes: their outputs at the first position, [B, C], and rows
         self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
         # the counters before the rows read last, and the documents that are new in them
@@ -52,6 +54,7 @@ class RowReader:
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         """Sets the document and domain of each batch row of the next forward pass."""
         self._next_labels = {"documents": documents, "domains": domains}
+        self.step = None
 
     def domain_code(self, label: str) -> int:
         """The code of a domain label, new or known."""
@@ -75,7 +78,7 @@ class RowReader:
         elif args:
             given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
         if stack == "decoder":
-            given = {**given, **_of_decoder(given)}
+            given = {**given, **of_decoder(given)}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         fed = ids if ids is not None else embeds
         if fed is None:
@@ -85,8 +88,9 @@ class RowReader:
             )
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
-        before = self._cached.get(cache) if cache is not None else None
-        past = _length(cache, before, S) if cache is not None else 0
+        cached = self._cached.get(cache) if cache is not None else None
+        before = cached.rows if cached is not None else None
+        past = length_of(cache, before, S) if cache is not None else 0
         before = before if past else None
         if before is None and stack == "decoder":
             before = (
@@ -94,7 +98,6 @@ class RowReader:
                 if encoder is not None
                 else self._read_by_encoder(given.get("encoder_hidden_states"))
             )
-        mask, position = given.get("attention_mask"), given.get("position_ids")
         labels = self._labels
         if self._next_labels:
             new = {name: n for name, n in self._next_labels.items() if n is not None}
@@ -103,13 +106,7 @@ class RowReader:
             labels = {name: given.get(name, value) for name, value in labels.items()}
         if before is None or stack != "decoder":
             _check_labels(labels, B)
-        # multimodal positions: the first plane is the text's
-        if position is not None and position.dim() == 3:
-            position = position[0]
-        mask = _mask(mask, B, S, past)
-        token_BS = host_copy(ids) if ids is not None else None
-        mask_BS = host_copy(mask) if mask is not None else None
-        position = host_copy(position) if position is not None else None
+        token_BS, mask_BS, position = copies_of(ids, given, B, S, past)
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
@@ -117,23 +114,40 @@ class RowReader:
         order = self._row_order(B, S) if self._row_order is not None else None
         T = B * S if order is None else len(order)
         after = CachedRows(past + S)
-        return CallInputs(
+        call = CallInputs(
             B, S, T, token_BS, mask_BS, position, labels, before, after, stack, copied, order
         )
+        self.step = None
+        by_name = not args or (len(args) == 1 and args[0] is ids)
+        is_plain = self._inputs is None and by_name and labels is self._labels and not stack
+        if (
+            is_plain
+            and self._row_order is None
+            and ids is not None
+            and ids.is_cpu
+            and S == 1
+            and cached is not None
+        ):
+            self.step = DecodeStep(call, args, kwargs, cache, cached)
+        return call
 
     def remember(self, call: CallInputs, output: Any) -> None:
         """Notes, after the forward pass was launched, that the key-value cache in its output holds
         the rows it was given."""
-        values: list[Any] = []
+        values: Collection[Any] = ()
         if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
-            values = list(output.values())
+            values = output.values()
         elif isinstance(output, tuple):
-            values = list(output)
+            values = output
         cache = cache_among(values)
         if cache is not None:
-            self._cached[cache] = call.after
+            if (cached := self._cached.get(cache)) is not None:
+                cached.rows = call.after
+            else:
+                self._cached[cache] = Cached(call.after)
         if call.stack == "encoder" and values:
-            self._encoded.append((values[0][:, 0].detach().clone(), call.after))
+            first_BSC = next(iter(values))
+            self._encoded.append((first_BSC[:, 0].detach().clone(), call.after))
 
     def _read_by_encoder(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
         """The rows of the encoder pass that returned this, found by its values: since then they may
@@ -299,76 +313,3 @@ def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
     for name, values in labels.items():
         if values is not None and len(values) != B:
             raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
-
-
-def cache_among(values: Iterable[Any]) -> Any:
-    """The key-value cache among these values, under whatever name; None where there is none."""
-    for value in values:
-        if type(value) is not torch.Tensor and hasattr(value, "get_seq_length"):
-            return value
-    return None
-
-
-def _length(cache: Any, cached: CachedRows | None, S: int) -> int:
-    """Positions in a cache. A static cache counts on its device, and reading that waits: for a step
-    of one token our own count is used. A longer pass reads it, as the cache may have been reset or
-    cropped."""
-    length = cache.get_seq_length()
-    return (
-        cached.length
-        if S == 1 and cached is not None and getattr(length, "is_cuda", False)
-        else int(length)
-    )
-
-
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, made without waiting: complete once the work launched so far has run."""
-    if not tensor.is_cuda:
-        return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
-        tensor, non_blocking=True
-    )
-
-
-def real_rows(given: Mapping[str, Any], stack: str = "") -> tuple[int, int, torch.Tensor | None]:
-    """B, S and the mask [B, S] of a call with these arguments, on its own device: not 0 except for
-    padding; None where there is no padding. Nothing is copied."""
-    if stack == "decoder":
-        given = {**given, **_of_decoder(given)}
-    ids = given.get("input_ids")
-    fed = ids if ids is not None else given.get("inputs_embeds")
-    if fed is None:
-        raise MoeInspectError("a forward pass had neither input_ids nor inputs_embeds")
-    B, S = fed.shape[:2]
-    return B, S, _mask(given.get("attention_mask"), B, S, 0)
-
-
-def _of_decoder(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder that some models call with the names of their own arguments."""
-    return {
-        name.removeprefix("decoder_"): value
-        for name, value in given.items()
-        if name.startswith("decoder_")
-    }
-
-
-def _mask(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
-    """[B, S], True except for padding; None where there is no padding."""
-    by_layer: dict[str, Any] = mask if hasattr(mask, "get") else {}  # one per kind of layer
-    if "full_attention" in by_layer or (by_layer and all(m is None for m in by_layer.values())):
-        return _mask(by_layer.get("full_attention"), B, S, past)
-    ndim = getattr(mask, "ndim", None)
-    if mask is None or (B == 1 and ndim != 2):  # a single row needs no padding
-        return None
-    if ndim == 4 and mask.shape[2] == S and mask.shape[3] >= past + S:
-        # made for a static cache, [B, 1, S, keys]: the last position of a row attends to all of the
-        # row but its padding
-        last = mask[:, 0, -1, past : past + S]
-        return (last if last.dtype == torch.bool else last == 0).expand(B, S)
-    if ndim != 2:
-        kind = f"{ndim}-D" if ndim is not None else type(mask).__name__
-        raise MoeInspectError(
-            f"record cannot tell padding from a {kind} attention mask: give the model the [rows, "
-            "positions] one"
-        )
-    return mask[:, -S:]

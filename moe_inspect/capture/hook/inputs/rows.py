@@ -52,6 +52,13 @@ class CachedRows:
 
 
 @dataclass(slots=True, eq=False)
+class Cached:
+    """What a key-value cache holds now."""
+
+    rows: CachedRows
+
+
+@dataclass(slots=True, eq=False)
 class CallInputs:
     """The inputs of a forward pass, copied to the host without waiting: the copies are complete
     once the pass has run."""

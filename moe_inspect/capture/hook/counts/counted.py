@@ -6,14 +6,17 @@ T rows a router sees (padding included), K slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_inspect.capture.hook.device_counts import DeviceCounts
+from moe_inspect.capture.hook.counts.device_counts import DeviceCounts
+from moe_inspect.capture.hook.decode_steps import Room
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.pass_buffer import PassBuffer, as_tensors
@@ -22,22 +25,29 @@ from moe_inspect.trace.writer import CountedBatches
 
 if TYPE_CHECKING:
     from moe_inspect.capture.options import RecordOptions
+    from moe_inspect.trace.writer import TraceWriter
 
 MOST_WAITING = 256  # forward passes
 
 
 class CountedPasses:
     """`options.every`: one of so many passes is counted. `shard_tokens`: after how many tokens
-    counts are due, unless `options.flush_steps` says after how many passes. `tokens`: of the passes
-    that no longer wait."""
+    counts are due, unless `options.flush_steps` says after how many passes. `writer`: gets them,
+    where they are written. `tokens`: of the passes that no longer wait."""
 
     def __init__(
-        self, counts: DeviceCounts, inputs: PassInputs, options: RecordOptions, shard_tokens: int
+        self,
+        counts: DeviceCounts,
+        inputs: PassInputs,
+        options: RecordOptions,
+        shard_tokens: int,
+        writer: TraceWriter | None,
     ):
         self.counts, self.inputs, self.options = counts, inputs, options
-        self.shard_tokens = shard_tokens
+        self.shard_tokens, self.writer = shard_tokens, writer
         self.tokens = 0
-        self._numbers: list[int] = []  # of the passes counted since the last `take`
+        self._in_group = False
+        self._numbers: list[int] = []  # of the passes counted since the last write
         self._taken = monotonic()
         self._buffers: dict[str, PassBuffer | None] = {}  # of each stack
         # number, whether it is counted, and a stack that ran in it with its inputs
@@ -46,8 +56,18 @@ class CountedPasses:
 
     # --- a forward pass
 
+    def add_staged(self, stack: Stack, rows: Rows) -> None:
+        """Counts what the first forward pass of a stack has shown."""
+        staged = stack.staged
+        assert staged is not None
+        stack.staged, stack.staged_extras, stack.seen = None, {}, [0] * len(stack.sites)
+        self.feed(stack, rows, keep=False)
+        for sink, choices in zip(stack.sinks, stack.routers_of, strict=True):
+            for choice in [choice for r in choices for choice in staged[r]]:
+                sink.take(*choice)
+
     def begin(self, number: int) -> None:
-        self.number, self.is_counted = number, number % self.options.every == 0
+        self.is_counted = number % self.options.every == 0
         self._at_once = False  # its calls are counted one by one
         self._fed: list[Stack] = []  # stacks that run in it
         self.counts.begin()
@@ -60,6 +80,10 @@ class CountedPasses:
             self._read(stack)
         elif self.is_counted and not (keep and stack.keep_pass(self._buffer(stack))):
             self.count_at_once()
+
+    def keep_no_more(self, stack: Stack) -> None:
+        """What is kept is counted, and the other calls of the current pass when they come."""
+        self.count_at_once()
 
     def _buffer(self, stack: Stack) -> PassBuffer | None:
         if stack.name not in self._buffers:
@@ -91,29 +115,33 @@ class CountedPasses:
                 router = stack.first_router + stack.routers_of[n][time]
                 self.counts.add(router, row, ids_TK, weights_TK)
 
-    def end(self) -> None:
-        """The pass has run. MoeInspectError unless every router has seen every token once."""
+    def end(self, fed: Sequence[Stack], number: int) -> bool:
+        """The pass has run. Returns whether it is counted, from the calls that were kept of it.
+        MoeInspectError unless every router has seen every token once."""
         if self.is_counted and not self._at_once and not self._keep():
             self.count_at_once()  # and find what is missing
+        last = fed[-1].fed
+        group = last.group if isinstance(last, Rows) else None
         if self._at_once:
             self.inputs.accept()
-            for stack in self._fed:
+            for stack in fed:
                 assert isinstance(stack.fed, Rows)
                 if self.is_counted:
                     stack.check_counted()
                 self.tokens += len(stack.fed.token_id)
             if self.is_counted:
-                self.counts.end(self.number)
-        for stack in self._fed:
+                self.counts.end(number)
+        for stack in fed:
             assert stack.fed is not None
             if not self._at_once:
-                self._waiting.append((self.number, self.is_counted, stack, stack.fed))
+                self._waiting.append((number, self.is_counted, stack, stack.fed))
                 self._waiting_rows += stack.fed.T
             stack.fed = stack.scope.kept = None
         if self.is_counted:
-            self._numbers.append(self.number)
-        if len(self._waiting) >= MOST_WAITING:
-            self.count_waiting()
+            self._numbers.append(number)
+        if self.is_counted:
+            self._in_group = group is not None
+        return self.is_counted and not self._at_once
 
     def _keep(self) -> bool:
         """Keeps the calls of the pass; False, and none is kept, where any is missing."""
@@ -132,7 +160,41 @@ class CountedPasses:
             buffer.keep(stacked, T)
         return True
 
+    def room_for_steps(self, stack: Stack, T: int) -> Room | None:
+        """The room for decode steps of T rows; None where not all of them are counted."""
+        buffer, options = self._buffer(stack), self.options
+        if buffer is None or options.every > 1:
+            return None
+        rows = buffer.max_rows - buffer.rows
+        passes = MOST_WAITING - len(self._waiting)
+        if options.flush_steps is not None:
+            passes = min(passes, options.flush_steps - len(self._numbers))
+        else:
+            rows = min(rows, self.shard_tokens - self.counts.tokens - self._waiting_rows)
+        until = self._taken + options.commit_every if options.commit_every is not None else inf
+        return Room(buffer, min(passes, rows // max(1, T)), until)
+
+    def add_steps(self, stack: Stack, fed: list[CallInputs], number: int) -> None:
+        """Has decode steps wait that have been kept, and empties the list. `number`: of the
+        first."""
+        waiting = [(n, True, stack, call) for n, call in enumerate(fed, number)]
+        self._waiting_rows += len(fed) * fed[0].T
+        fed.clear()
+        self._waiting.extend(waiting)
+        self._numbers.extend(n for n, *_ in waiting)
+
+    def resume(self, stack: Stack, fed: CallInputs, number: int) -> None:
+        """A decode step is running, whose calls are kept."""
+        kept = stack.scope.kept
+        self.begin(number)
+        self.feed(stack, fed, keep=True)
+        stack.scope.kept = kept
+
     # --- those that wait
+
+    def count_tokens(self) -> int:
+        self.count_waiting()
+        return self.tokens
 
     def count_waiting(self) -> None:
         """Counts the passes that wait."""
@@ -154,17 +216,44 @@ class CountedPasses:
 
     # --- commits
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the counts since the last `take` are to be committed now."""
+    def end_group(self) -> None:
+        """Ends a group of passes: their counts may be committed."""
+        self._in_group = False
+        self._write_when_due()
+
+    def drain_when_due(self) -> None:
+        """Counts the passes that wait, where they are many. Writes the counts of whole groups,
+        where they are to be committed."""
+        if len(self._waiting) >= MOST_WAITING:
+            self.count_waiting()
+        if self.is_counted:
+            self._write_when_due()
+
+    def finish(self) -> None:
+        """Writes the counts of whole groups."""
+        if not self._in_group:
+            self._write()
+
+    def _write_when_due(self) -> None:
+        if self.writer is not None and not self._in_group and self._is_due():
+            self._write()
+
+    def _write(self) -> None:
+        if self.writer is None:
+            self.count_waiting()
+        elif counted := self._take():
+            self.writer.write(counted)
+
+    def _is_due(self) -> bool:
+        """Whether the counts since the last write are to be committed now."""
         if self.options.flush_steps is not None:
             return len(self._numbers) >= self.options.flush_steps
         every_s = self.options.commit_every
         is_early = every_s is not None and monotonic() - self._taken >= every_s
         return is_early or self.counts.tokens + self._waiting_rows >= self.shard_tokens
 
-    def take(self) -> CountedBatches | None:
-        """The counts since the last `take`; None where these passes had no tokens."""
+    def _take(self) -> CountedBatches | None:
+        """The counts since the last write; None where these passes had no tokens."""
         self.count_waiting()
         numbers, self._numbers, self._taken = self._numbers, [], monotonic()
         if not self.counts.tokens:

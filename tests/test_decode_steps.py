@@ -1,0 +1,411 @@
+"""Decode steps on a CPU that are recognised by the step before and kept in a short way: the trace
+is that of steps which the recorder is told of one by one, whatever happens between and in them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.capture import hand_over
+from moe_inspect.capture.hook import attach, decode_steps
+from moe_inspect.capture.hook.counts import counted
+from moe_inspect.capture.hook.decode_steps import DecodeSteps
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
+from moe_inspect.capture.hook.pass_buffer import PassBuffer
+from moe_inspect.capture.recorder import Recorder
+from moe_inspect.errors import MoeInspectError
+from tests.families import build
+from tests.zoo import token_batch
+
+Decode = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have compiled in this process: no pass would be kept."""
+    monkeypatch.setattr(attach, "has_compiled", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("olmoe")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one where the recorder is told of a pass."""
+    passes: list[int] = []
+    begin = Recorder._begin
+
+    def counting(self: Recorder) -> None:
+        passes.append(len(passes))
+        begin(self)
+
+    monkeypatch.setattr(Recorder, "_begin", counting)
+    return passes
+
+
+class Text:
+    """A text of B rows that is being decoded."""
+
+    def __init__(self, model: Any, B: int, padded: bool = False):
+        self.model, self.B = model, B
+        lengths = [5, *[3] * (B - 1)] if padded else [5] * B
+        prompt = token_batch(lengths, seed=B)
+        self.mask = prompt["attention_mask"].flip(1) if padded else None
+        self.cache = model(
+            input_ids=prompt["input_ids"], attention_mask=self.mask, use_cache=True
+        ).past_key_values
+
+    def step(self, n: int = 1, tokens: int = 1, **given: Any) -> None:
+        for _ in range(n):
+            ids = torch.arange(self.B * tokens).view(self.B, tokens) + self.cache.get_seq_length()
+            if self.mask is not None:
+                self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+                given = {**given, "attention_mask": self.mask}
+            self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **given)
+
+
+def plain(model: Any, recorder: Recorder, B: int) -> None:
+    Text(model, B).step(20)
+
+
+def padded(model: Any, recorder: Recorder, B: int) -> None:
+    Text(model, B, padded=True).step(8)
+
+
+def with_positions(model: Any, recorder: Recorder, B: int) -> None:
+    text = Text(model, B)
+    for n in range(8):
+        text.step(position_ids=torch.full((B, 1), 5 + n))
+
+
+def by_place(model: Any, recorder: Recorder, B: int) -> None:
+    """The token ids without their name."""
+    cache = Text(model, B).cache
+    for n in range(8):
+        model(torch.full((B, 1), n), past_key_values=cache, use_cache=True)
+    Text(model, B).step(3)
+
+
+def in_turn(model: Any, recorder: Recorder, B: int) -> None:
+    texts = [Text(model, B), Text(model, B)]
+    for n in range(12):
+        texts[n // 3 % 2].step()
+
+
+def cropped(model: Any, recorder: Recorder, B: int) -> None:
+    text = Text(model, B)
+    text.step(5)
+    text.cache.crop(-3)
+    text.step(4)
+    text.step(1, tokens=3)
+    text.step(3)
+
+
+def failing(model: Any, recorder: Recorder, B: int) -> None:
+    """In the first layer, before the cache has grown, and in the last."""
+    text = Text(model, B)
+    for layer in (0, -1):
+        text.step(4)
+        hook = model.model.layers[layer].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            text.step()
+        hook.remove()
+        text.cache.crop(-1)
+    text.step(4)
+
+
+def pausing(model: Any, recorder: Recorder, B: int) -> None:
+    text = Text(model, B)
+    text.step(4)
+    with recorder.paused():
+        text.step(2)
+    text.step(4)
+    with recorder.paused():
+        Text(model, B).step(2)
+    text.step(4)
+
+
+def labelled(model: Any, recorder: Recorder, B: int) -> None:
+    text = Text(model, B)
+    text.step(3)
+    recorder.label(domains=["next"] * B)
+    Text(model, B).step(3)
+    text.step(3)
+
+
+def labelled_within(model: Any, recorder: Recorder, B: int) -> None:
+    """By a hook: of the pass that comes next."""
+    text = Text(model, B)
+    for _ in range(2):
+        text.step(3)
+        hook = model.model.layers[1].register_forward_pre_hook(
+            lambda *_: recorder.label(domains=["next"] * B)
+        )
+        text.step()
+        hook.remove()
+        text = Text(model, B)
+    text.step(3)
+
+
+def asked(model: Any, recorder: Recorder, B: int) -> None:
+    """For the number of tokens: between steps, and within one."""
+    text = Text(model, B)
+    text.step(4)
+    assert recorder.tokens == 9 * B
+    text.step(3)
+    found: list[int] = []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: found.append(recorder.tokens))
+    text.step(3)
+    hook.remove()
+    assert found == [12 * B, 13 * B, 14 * B]
+    text.step(3)
+
+
+def without_a_cache_in_between(model: Any, recorder: Recorder, B: int) -> None:
+    text = Text(model, B)
+    text.step(4)
+    model(**token_batch([3] * B), use_cache=False)
+    text.step(4)
+
+
+SCENES = [
+    plain,
+    padded,
+    with_positions,
+    by_place,
+    in_turn,
+    cropped,
+    failing,
+    pausing,
+    labelled,
+    labelled_within,
+    asked,
+    without_a_cache_in_between,
+]
+
+
+def recorded(
+    scene: Callable[..., None], model: Any, path: Path, B: int, **options: Any
+) -> moe_inspect.Trace:
+    with (
+        moe_inspect.record(model, path, domains=["x"] * B, **options) as recorder,
+        torch.inference_mode(),
+    ):
+        scene(model, recorder, B)
+    return moe_inspect.open_trace(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}], ids=["trace", "counts"])
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("scene", SCENES)
+def test_the_trace_is_that_of_steps_told_one_by_one(
+    scene: Callable[..., None],
+    B: int,
+    options: dict[str, Any],
+    model: Any,
+    told: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    found = recorded(scene, model, tmp_path / "short", B, **options)
+    in_short = len(told)
+    monkeypatch.setattr(DecodeSteps, "begin", lambda *_: False)
+    expected = recorded(scene, model, tmp_path / "told", B, **options)
+    assert in_short < len(told) - in_short  # the short way was gone
+    assert found.n_tokens == expected.n_tokens
+    assert found.documents().equals(expected.documents())
+    if options:
+        assert found.counts().equals(expected.counts())
+    else:
+        assert found.tokens().equals(expected.tokens())
+        assert found.routing().equals(expected.routing())
+
+
+def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path) -> None:
+    class Skipped(torch.nn.Module):
+        def forward(self, hidden: Any) -> Any:
+            return hidden
+
+    mlp = model.model.layers[1].mlp
+    with (  # noqa: PT012
+        pytest.raises(MoeInspectError, match=r"layers\.1\S* routed 0 rows in a forward pass of 1"),
+        moe_inspect.record(model, tmp_path / "t"),
+        torch.inference_mode(),
+    ):
+        text = Text(model, 1)
+        text.step(6)
+        model.model.layers[1].mlp = Skipped()
+        try:
+            text.step()
+        finally:
+            model.model.layers[1].mlp = mlp
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 5 + 6
+
+
+def test_counts_are_written_after_as_many_steps_as_was_asked(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    with (
+        moe_inspect.record(model, path, counts_only=True, flush_steps=4),
+        torch.inference_mode(),
+    ):
+        Text(model, 1).step(12)
+        end = time.monotonic() + 20
+        while len(list(moe_inspect.open_trace(path).shards)) < 3:  # the writer is a thread
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    files = [shard.files for shard in moe_inspect.open_trace(path).shards]
+    assert [(f.first_batch, f.last_batch) for f in files] == [(0, 3), (4, 7), (8, 11), (12, 12)]
+
+
+def test_steps_do_not_wait_longer_than_others(
+    model: Any, told: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    written: list[int] = []
+    write = hand_over.HandOver._write
+
+    def spy(self: Any, writer: Any, batch: Any) -> None:
+        written.append(len(batch))
+        write(self, writer, batch)
+
+    monkeypatch.setattr(hand_over.HandOver, "_write", spy)
+    with moe_inspect.record(model, tmp_path / "t"), torch.inference_mode():
+        text = Text(model, 1)
+        text.step(8)
+        assert written == [1] * 9
+
+
+def test_the_cache_is_not_kept_alive(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t"), torch.inference_mode():
+        text = Text(model, 1)
+        text.step(5)
+        cache = weakref.ref(text.cache)
+        del text
+        gc.collect()
+        assert cache() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}], ids=["trace", "counts"])
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_block_may_be_compiled_in_the_middle(
+    B: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The graph writes the choice by itself, when the pass is already being kept."""
+    model = build("olmoe")
+
+    def compiling(model: Any, recorder: Recorder, B: int) -> None:
+        text = Text(model, B)
+        text.step(5)
+        model.model.layers[1].mlp.compile(backend="eager")
+        monkeypatch.undo()  # `has_compiled` tells
+        text.step(5)
+
+    def not_compiling(model: Any, recorder: Recorder, B: int) -> None:
+        Text(model, B).step(10)
+
+    torch.compiler.reset()
+    try:
+        found = recorded(compiling, model, tmp_path / "compiled", B, **options)
+    finally:
+        model.model.layers[1].mlp._compiled_call_impl = None
+        torch.compiler.reset()
+    expected = recorded(not_compiling, model, tmp_path / "t", B, **options)
+    if options:
+        assert found.counts().equals(expected.counts())
+    else:
+        assert found.tokens().equals(expected.tokens())
+        assert found.routing().equals(expected.routing())
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_another_thread_may_ask_for_the_number_of_tokens(
+    B: int, model: Any, tmp_path: Path
+) -> None:
+    steps = 150
+    over = threading.Event()
+    numbers: list[int] = []
+    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
+        text = Text(model, B)
+
+        def ask() -> None:
+            while not over.wait(0.0005):
+                numbers.append(recorder.tokens)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            text.step(steps)
+        finally:
+            over.set()
+            asking.join()
+        assert recorder.tokens == (5 + steps) * B
+    assert len(set(numbers)) > 10
+    assert numbers == sorted(numbers)
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    lengths = tokens.groupby("document")["position"].apply(list).tolist()
+    assert lengths == [list(range(5 + steps))] * B
+
+
+@pytest.mark.parametrize("where", ["begin", "keep"])
+def test_a_signal_handler_may_ask_for_the_number_of_tokens(
+    where: str, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While a step is being begun or kept, on the same thread."""
+    asked: list[int] = []
+    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
+        owner: Any = decode_steps if where == "begin" else PassBuffer
+        name = "copies_of" if where == "begin" else "keep"
+        real = getattr(owner, name)
+
+        def and_ask(*args: Any) -> Any:
+            found = real(*args)
+            asked.append(recorder.tokens)
+            return found
+
+        text = Text(model, 1)
+        text.step(3)
+        monkeypatch.setattr(owner, name, and_ask)
+        text.step(3)
+        monkeypatch.undo()
+        text.step(3)
+    assert len(asked) == 3
+    found = moe_inspect.open_trace(tmp_path / "t")
+    assert found.tokens()["position"].tolist() == list(range(14))
+    expected = recorded(lambda m, r, B: Text(m, B).step(9), model, tmp_path / "plain", 1)
+    assert found.routing().equals(expected.routing())
+
+
+def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(counted, "MOST_WAITING", 8)
+    rows_of_all, called = PassInputs.rows_of_all, []
+
+    def interrupted(self: PassInputs, fed: Any) -> Any:
+        called.append(fed)
+        if len(called) == 3:
+            raise KeyboardInterrupt
+        return rows_of_all(self, fed)
+
+    monkeypatch.setattr(PassInputs, "rows_of_all", interrupted)
+    path = tmp_path / "t"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        moe_inspect.record(model, path, counts_only=True),
+        torch.inference_mode(),
+    ):
+        Text(model, 1).step(40)
+    found = moe_inspect.open_trace(path)
+    assert found.status == "interrupted"
+    assert found.n_tokens == 5 + 2 * 8
