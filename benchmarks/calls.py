@@ -1,33 +1,39 @@
 """What recording costs where calls are small, on a CPU: decode steps, short passes, and a large
 prefill for comparison. Part of `make bench`; writes benchmarks/results/calls-<machine>.json.
 
-Ways of recording take turns on one model, in an order drawn anew each round (what a turn costs
-depends on what the turn before it has left in memory), beside a forward hook that does nothing, one
-that clones what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn
-attaches, makes --in-a-row passes, as `generate` makes them, and detaches; its figure is the median
-of all passes but the first ones. (Were there a copy of the model for each way, what tells the
-copies apart would count as cost, as where they lie in memory.) Figures are process CPU time, the
-writer's thread included: the median over the rounds of what a pass takes beyond the untraced one of
-the same round, with its quartiles, since what else runs on the machine changes from one second to
-the next; and the least turn of each.
+Ways of recording take turns on one model, beside a forward hook that does nothing, one that clones
+what it sees, and the usual recipe (`output_router_logits`, then top-k). A turn attaches, makes
+--in-a-row passes, as `generate` makes them, and detaches; its figure is the median of all passes
+but the first ones, in process CPU time, the writer's thread included. (Were there a copy of the
+model for each way, what tells the copies apart would count as cost, as where they lie in memory.)
 
-    python -m benchmarks.calls [--rounds 30] [--in-a-row 20] [--case NAME ...] [--way NAME ...]
-        [-o FILE]
+Before and after each turn is an untraced one, and what a way costs is the difference to the mean of
+these two, since what else runs on the machine changes from one second to the next: the median over
+the rounds, with its quartiles; and the least turn of each way. The order of ways is drawn anew each
+round, and the rounds are shared out to --processes, one after the other: where things lie in the
+memory of a process is worth a microsecond a layer. --before COMMIT measures the package at that
+commit beside this one, process by process in turn.
+
+    python -m benchmarks.calls [--rounds 30] [--processes 5] [--in-a-row 8] [--before COMMIT]
+        [--case NAME ...] [--way NAME ...] [-o FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,7 @@ from typing import Any
 import torch
 
 import moe_inspect
-from benchmarks.measuring import machine, write_results
+from benchmarks.measuring import ROOT, machine, write_results
 
 NARROW = {
     "hidden_size": 32,
@@ -47,7 +53,8 @@ NARROW = {
     "num_experts_per_tok": 8,
     "vocab_size": 256,
 }
-# rounds, and passes of a turn, that are not counted: a recorder learns its shapes in the first pass
+# passes of a turn that are not counted (nor is a process's first round): in the first a recorder
+# learns its shapes
 WARM_UP = 3
 # What glibc's allocator keeps at hand decides how fast torch gets small tensors, and changes with
 # whatever else a process has done (importing pandas is enough): a decode step executes some 3 %
@@ -57,6 +64,8 @@ RECIPE = "output_router_logits"
 Way = Callable[[Any, Path], AbstractContextManager[Any]]
 # (model, whether to ask for router logits) → what runs its next forward pass
 Passes = Callable[[Any, bool], Callable[[], Any]]
+# way → of each turn the seconds of a pass, and of an untraced one
+Turns = dict[str, list[tuple[float, float]]]
 
 
 def qwen(layers: int, experts: int, **sizes: int) -> Any:
@@ -166,9 +175,10 @@ def passes(rows: int, tokens: int) -> Passes:
 
 
 def bundled() -> Any:
-    from moe_inspect.model.load import load_config, load_model
+    from transformers import AutoModelForCausalLM
 
-    return load_model("demo", load_config("demo"))
+    folder = Path(moe_inspect.__file__).parent / "demo" / "model"
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 # name → (model, its passes, layers)
@@ -184,39 +194,31 @@ CASES: dict[str, tuple[Callable[[], Any], Passes, int]] = {
 }
 
 
-def measured(
-    case: str, ways: Sequence[str], rounds: int, in_a_row: int
-) -> dict[str, dict[str, float]]:
-    make, passes_of, layers = CASES[case]
+def turns(case: str, ways: Sequence[str], rounds: int, in_a_row: int, seed: int) -> Turns:
+    """Measured in this process, one turn a round."""
+    make, passes_of, _ = CASES[case]
     model = make()
     # transformers leaves hooks on a model that was asked for its router logits
     recipe = make() if RECIPE in ways else None
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+
+    def turn(way: str, path: Path) -> float:
+        of = recipe if way == RECIPE else model
+        with WAYS[way](of, path):
+            run = passes_of(of, way == RECIPE)
+            spent = [pass_seconds(run) for _ in range(WARM_UP + in_a_row)][WARM_UP:]
+        shutil.rmtree(path, ignore_errors=True)
+        return statistics.median(spent)
+
+    found: Turns = {way: [] for way in ways}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
-        for n in range(-WARM_UP, rounds):
-            for way in random.Random(n).sample(ways, len(ways)):
-                path = Path(scratch) / f"{way} {n}"
-                of = recipe if way == RECIPE else model
-                with WAYS[way](of, path):
-                    run = passes_of(of, way == RECIPE)
-                    spent = [pass_seconds(run) for _ in range(WARM_UP + in_a_row)][WARM_UP:]
-                shutil.rmtree(path, ignore_errors=True)
+        before = turn("untraced", Path(scratch))
+        for n in range(-1, rounds):
+            for way in random.Random(f"{seed} {n}").sample(ways, len(ways)):
+                spent = turn(way, Path(scratch) / f"{way} {n}")
+                after = turn("untraced", Path(scratch))
                 if n >= 0:
-                    seconds[way].append(statistics.median(spent))
-    plain = seconds["untraced"]
-    usual = statistics.median(plain)
-    found = {}
-    for way, values in seconds.items():
-        beyond = [a - b for a, b in zip(values, plain, strict=True)]
-        low, middle, high = statistics.quantiles(beyond, n=4)
-        found[way] = {
-            "us_per_layer": middle / layers * 1e6,
-            "lower_quartile": low / layers * 1e6,
-            "upper_quartile": high / layers * 1e6,
-            "this_over_untraced": (usual + middle) / usual,
-            "least_ms": min(values) * 1e3,
-            "least_us_per_layer": (min(values) - min(plain)) / layers * 1e6,
-        }
+                    found[way].append((spent, (before + after) / 2))
+                before = after
     return found
 
 
@@ -225,6 +227,24 @@ def pass_seconds(run: Callable[[], Any]) -> float:
     began = time.process_time()
     run()
     return time.process_time() - began
+
+
+def summary(found: Turns, layers: int) -> dict[str, dict[str, float]]:
+    rows = {}
+    for way, of_way in found.items():
+        beyond = [spent - plain for spent, plain in of_way]
+        usual = statistics.median(plain for _, plain in of_way)
+        least, least_plain = map(min, zip(*of_way, strict=True))
+        low, middle, high = statistics.quantiles(beyond, n=4)
+        rows[way] = {
+            "us_per_layer": middle / layers * 1e6,
+            "lower_quartile": low / layers * 1e6,
+            "upper_quartile": high / layers * 1e6,
+            "untraced_ms": usual * 1e3,
+            "untraced_over_this": usual / (usual + middle),
+            "least_us_per_layer": (least - least_plain) / layers * 1e6,
+        }
+    return rows
 
 
 def idle_probe_ns() -> float:
@@ -240,44 +260,103 @@ def idle_probe_ns() -> float:
     return min(found) / calls * 1e9
 
 
+# --- processes
+
+
+def in_process(package: Path, asked: dict[str, Any]) -> Turns:
+    """`turns` in a process of its own, with the package in this folder."""
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.calls", "--turns", json.dumps(asked)],
+        cwd=package,
+        env={**os.environ, **ALLOCATOR, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        sys.exit(found.stderr)
+    return json.loads(found.stdout)
+
+
+def package_at(commit: str, folder: Path) -> Path:
+    """A folder with the package as it was, and these benchmarks."""
+    archive = subprocess.run(
+        ["git", "archive", commit, "moe_inspect"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    )
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
+        packed.extractall(folder, filter="data")
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    return folder
+
+
+def measured(
+    case: str, ways: Sequence[str], asked: argparse.Namespace, packages: Mapping[str, Path]
+) -> dict[str, dict[str, float]]:
+    """What each way costs with each package, whose key ends its name."""
+    found: dict[str, Turns] = {name: {way: [] for way in ways} for name in packages}
+    for n in range(asked.processes):
+        rounds = len(range(n, asked.rounds, asked.processes))
+        one = {"case": case, "ways": ways, "rounds": rounds, "in_a_row": asked.in_a_row, "seed": n}
+        for name, package in packages.items():
+            for way, of_way in in_process(package, one).items():
+                found[name][way] += of_way
+    layers = CASES[case][2]
+    return {
+        way + name: row for name in packages for way, row in summary(found[name], layers).items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--in-a-row", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--in-a-row", type=int, default=8)
+    parser.add_argument("--before", metavar="COMMIT")
     parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--way", action="append", choices=list(WAYS), help="besides untraced")
+    parser.add_argument("--way", action="append", choices=list(WAYS))
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--turns", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if "GLIBC_TUNABLES" not in os.environ:  # read when a process starts
-        again = [sys.executable, "-m", "benchmarks.calls", *sys.argv[1:]]
-        os.execve(sys.executable, again, {**os.environ, **ALLOCATOR})
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
+    if asked.turns:
+        print(json.dumps(turns(**json.loads(asked.turns))))
+        return
     idle_ns = idle_probe_ns()
     found: dict[str, Any] = {"probe, no recorder open": {"ns_per_call": idle_ns}}
     print(f"probe, no recorder open: {idle_ns:.0f} ns per call (at most 150)")
-    ways = ["untraced", *(way for way in asked.way or WAYS if way != "untraced")]
-    for case in asked.case or CASES:
-        found[case] = measured(case, ways, asked.rounds, asked.in_a_row)
-        heads = "us per layer", "quartiles", "/ untraced", "least ms", "us per layer"
-        print(f"\n{case}\n{'':24s}" + "".join(f"{head:>16s}" for head in heads))
-        for way, row in found[case].items():
-            beyond, low, high, ratio, least, least_beyond = row.values()
-            print(
-                f"{way:24s}{beyond:+16.1f}{f'{low:+.1f} to {high:+.1f}':>16s}{ratio:16.3f}"
-                f"{least:16.3f}{least_beyond:+16.1f}",
-                flush=True,
-            )
+    ways = asked.way or [way for way in WAYS if way != "untraced"]
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = {"": ROOT}
+        if asked.before:
+            packages[", before"] = package_at(asked.before, Path(scratch))
+        for case in asked.case or CASES:
+            found[case] = measured(case, ways, asked, packages)
+            show(case, found[case])
     facts = {
         **machine(),
+        "allocator": ALLOCATOR,
         "command": "python -m benchmarks.calls",
         "rounds": asked.rounds,
+        "processes": asked.processes,
         "in_a_row": asked.in_a_row,
+        **({"before": asked.before} if asked.before else {}),
     }
     if asked.output is None:
         print(f"\nwritten to {write_results('calls', facts, found)}")
         return
     asked.output.write_text(json.dumps({"machine": facts, "measured": found}, indent=1) + "\n")
+
+
+def show(case: str, found: dict[str, dict[str, float]]) -> None:
+    heads = "us per layer", "quartiles", "untraced ms", "untraced /", "least us"
+    print(f"\n{case}\n{'':32s}" + "".join(f"{head:>16s}" for head in heads))
+    for way, row in found.items():
+        beyond, low, high, plain, ratio, least = row.values()
+        print(
+            f"{way:32s}{beyond:+16.1f}{f'{low:+.1f} to {high:+.1f}':>16s}{plain:16.3f}"
+            f"{ratio:16.3f}{least:+16.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

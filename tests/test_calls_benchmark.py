@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,37 +33,53 @@ def state(model: Any) -> list[tuple[type, list[str], int, int]]:
 
 
 def test_every_way_takes_turns_on_one_model_and_leaves_it_as_it_was(model: Any) -> None:
-    before = state(model)
-    found = calls.measured("tiny", list(calls.WAYS), rounds=2, in_a_row=1)
-    assert list(found) == list(calls.WAYS)
+    before, ways = state(model), [way for way in calls.WAYS if way != "untraced"]
+    found = calls.turns("tiny", ways, rounds=2, in_a_row=1, seed=0)
+    assert list(found) == ways
     assert state(model) == before
-    assert found["untraced"]["us_per_layer"] == 0
-    assert all(row["least_ms"] > 0 for row in found.values())
+    assert all(len(of_way) == 2 for of_way in found.values())
+    assert all(spent > 0 and plain > 0 for of_way in found.values() for spent, plain in of_way)
 
 
-def test_a_cost_is_told_with_its_quartiles(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1, 2, … 8 ms beyond untraced, in rounds that differ otherwise too."""
-    rounds = 8
-    untraced = [10.0 + n * n for n in range(rounds)]
-    beyond = [5, 1, 8, 2, 7, 3, 6, 4]
-    of_way = {"untraced": untraced, "tap": [a + b for a, b in zip(untraced, beyond, strict=True)]}
-    turns: list[str] = []
-    monkeypatch.setattr(calls, "WARM_UP", 0)
+def test_what_drifts_while_it_is_measured_is_no_cost(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn takes 3 s longer than the one before, and a turn of tap 2 s more."""
+    entered: list[str] = []
     for way, enter in list(calls.WAYS.items()):
         monkeypatch.setitem(
-            calls.WAYS, way, lambda m, path, w=way, e=enter: (turns.append(w), e(m, path))[1]
+            calls.WAYS, way, lambda m, path, w=way, e=enter: (entered.append(w), e(m, path))[1]
         )
+    monkeypatch.setattr(
+        calls, "pass_seconds", lambda run: 10 + 3 * len(entered) + 2 * (entered[-1] == "tap")
+    )
+    found = calls.turns("tiny", ["tap", "dispatch"], rounds=4, in_a_row=3, seed=0)
+    assert {spent - plain for spent, plain in found["tap"]} == {2}
+    assert {spent - plain for spent, plain in found["dispatch"]} == {0}
 
-    def seconds(run: Any) -> float:
-        return of_way[turns[-1]][turns.count(turns[-1]) - 1] / 1e3
 
-    monkeypatch.setattr(calls, "pass_seconds", seconds)
-    row = calls.measured("tiny", ["untraced", "tap"], rounds, in_a_row=3)["tap"]
+def test_a_cost_is_told_with_its_quartiles() -> None:
+    """Of 1, 2, … 8 ms beyond untraced, in rounds that differ otherwise too."""
+    beyond = [5, 1, 8, 2, 7, 3, 6, 4]
+    turns = [((10 + n * n + more) / 1e3, (10 + n * n) / 1e3) for n, more in enumerate(beyond)]
+    row = calls.summary({"tap": turns}, LAYERS)["tap"]
     low, middle, high = statistics.quantiles(beyond, n=4)
     assert row["us_per_layer"] == pytest.approx(middle * 1e3 / LAYERS)
     assert row["lower_quartile"] == pytest.approx(low * 1e3 / LAYERS)
     assert row["upper_quartile"] == pytest.approx(high * 1e3 / LAYERS)
     assert row["least_us_per_layer"] == pytest.approx(2e3 / LAYERS)
+    usual = statistics.median(10 + n * n for n in range(8))
+    assert row["untraced_over_this"] == pytest.approx(usual / (usual + middle))
+
+
+def test_the_package_of_a_commit_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    if not (calls.ROOT / ".git").exists():
+        pytest.skip("not a clone of the repository")
+    package = calls.package_at("HEAD", tmp_path)
+    (package / "moe_inspect" / "__init__.py").write_text("raise SystemExit('of this commit')")
+    asked = {"case": "bundled model, passes of 150 tokens", "ways": ["tap"], "rounds": 1}
+    with pytest.raises(SystemExit, match="of this commit"):
+        calls.in_process(package, {**asked, "in_a_row": 1, "seed": 0})
 
 
 def test_what_valgrind_counted_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
