@@ -178,3 +178,11 @@ def in_one_process(
         )
         for n, arguments in enumerate(texts)
     ]
+
+
+@pytest.fixture
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have compiled in this process: no pass would be kept on a CPU."""
+    from moe_inspect.capture.hook import attach
+
+    monkeypatch.setattr(attach, "has_compiled", lambda: False)

@@ -16,7 +16,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import attach, decode_steps
+from moe_inspect.capture.hook import decode_steps
 from moe_inspect.capture.hook.counts import counted
 from moe_inspect.capture.hook.decode_steps import DecodeSteps
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
@@ -26,13 +26,7 @@ from moe_inspect.errors import MoeInspectError
 from tests.families import build
 from tests.zoo import token_batch
 
-Decode = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests have compiled in this process: no pass would be kept."""
-    monkeypatch.setattr(attach, "has_compiled", lambda: False)
+pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import attach, pass_buffer, ring
+from moe_inspect.capture.hook import pass_buffer, ring
 from moe_inspect.capture.hook.inputs import pass_inputs
 from moe_inspect.capture.hook.pass_buffer import PassBuffer, as_tensors
 from moe_inspect.capture.hook.sink import Scope
@@ -29,10 +29,7 @@ LENGTHS = [[9, 5], [3], [1], [7, 7, 2], [1], [17]]
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate(LENGTHS)]
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests have compiled in this process: no pass would be kept."""
-    monkeypatch.setattr(attach, "has_compiled", lambda: False)
+pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,6 @@ class CountedPasses:
             stack.fed = stack.scope.kept = None
         if self.is_counted:
             self._numbers.append(number)
-        if self.is_counted:
             self._in_group = group is not None
         return self.is_counted and not self._at_once
 
