@@ -225,7 +225,7 @@ def ablate(
     resume       a directory where every loss is kept, and from which a later call goes on
     progress     called with (forward passes done, in all) after each
 
-    Raises MoeInspectError for what the caller can mend."""
+    Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.interventions.ablation.run import ablate as run
 
     settings = replace(options or TraceOptions(batch_tokens=2048), **changes)
@@ -265,7 +265,7 @@ def prune(
     # as in `ablate`
     **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Pruning:
-    """Drops the experts of each layer that are worth least by a trace of the model on a calibration
+    """Drops the least valuable experts of each layer, by a trace of the model on a calibration
     text, and measures on held-out text what the model loses, beside as many experts chosen by
     frequency and at random. With `output` it writes the checkpoint without them.
 
@@ -288,7 +288,7 @@ def prune(
                  goes on
     progress     called with (forward passes done, in all) after each
 
-    Raises MoeInspectError for what the caller can mend."""
+    Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.interventions.pruning.run import Choice
     from moe_inspect.interventions.pruning.run import prune as run
     from moe_inspect.trace.reader import Trace, open_trace
@@ -322,7 +322,7 @@ def trace_model(
               `trace_model("demo", "runs/a", max_tokens=10_000, logits=True)`
     progress  called with (tokens done, tokens in all or None) after every forward pass
 
-    Raises MoeInspectError for what the caller can mend."""
+    Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.capture.run import trace_model as run
 
     return run(model, output_location(out), replace(options or TraceOptions(), **changes), progress)
@@ -351,7 +351,7 @@ def trace_engine(
     model_config  a hub id or a directory: config and tokenizer of the model that is served
     progress      called with (tokens done, tokens in all or None) after every batch
 
-    Raises MoeInspectError for what the caller can mend."""
+    Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.capture.server.run import trace_engine as run
 
     chosen = replace(options or EngineOptions(), **changes)

@@ -99,7 +99,7 @@ def test_an_alarm_names_layer_expert_step_and_help() -> None:
     )
     assert (alarm.layer, alarm.router, alarm.experts) == (3, 1, (0,))
     assert (alarm.since, alarm.step, alarm.value) == (11, 30, 1.0)
-    assert alarm.text.startswith("Layer 3, expert 0: dead_experts is 1 since step 11")
+    assert alarm.text.startswith("Layer 3, expert 0: dead_experts above 0 since step 11, now 1")
     assert "arXiv:" in alarm.help
     assert json.loads(json.dumps(alarm.record()))["layer"] == 3
 
@@ -128,7 +128,7 @@ def test_falling_is_below_the_best_so_far() -> None:
     uneven = [4000, *[571] * 7]
     found = judged(["entropy falling by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven))
     assert [(a.router, a.metric) for a in found] == [(1, "entropy")]
-    assert "was 1" in found[0].text
+    assert "down from 1 since" in found[0].text
     assert not judged(
         ["entropy rising by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven)
     )

@@ -368,7 +368,7 @@ def test_the_verdict_says_what_is_beyond_chance(tmp_path: Path) -> None:
     assert found["committee"].severity == "note"
     assert "In 3 routers of 3 the same experts lead in all 3 domains" in found["committee"].text
     assert "1 expert (0) carries 50% of the assignments" in found["committee"].text
-    assert "of 100% of 24 documents the nearest other one" in found["signature"].text
+    assert "for all 24 documents the nearest other one shares it" in found["signature"].text
     document = np.repeat(np.arange(DOCUMENTS), LENGTH)
     rng = np.random.default_rng(2)
     ids = [uniform_ids(rng, len(document), E, K) for _ in range(3)]
@@ -383,7 +383,7 @@ def test_the_verdict_of_the_sample_traces(monkeypatch: pytest.MonkeyPatch) -> No
     made = report(SAMPLES / "balanced")
     found = notes(made)
     assert found.keys() == {"signature", "paths"}
-    assert "form 843 paths with an entropy of 8.02 bits" in found["paths"].text
+    assert "take 843 distinct routes (entropy 8.02 bits" in found["paths"].text
     assert {one.group for one in found.values()} == {"Specialization"}
     assert not notes(report(SAMPLES / "untrained"))
     monkeypatch.setattr(routes, "MOST_DECISIONS", 9254 * 4 - 1)

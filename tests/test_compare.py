@@ -260,7 +260,7 @@ def test_what_comes_after_other_token_ids_is_not_compared(tmp_path: Path) -> Non
     assert made.alignment.diverged == 1
     assert made.counts.tokens == T - 20
     (finding,) = [f for f in made.verdict() if f.kind == "missing_tokens"]
-    assert "1 sequence goes on with other token ids" in finding.text
+    assert "1 sequence continues with different token ids" in finding.text
 
 
 # --- what cannot be compared
@@ -344,7 +344,7 @@ def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
     ids = routes()
     pair(tmp_path, ids, flipped(ids, 0.01))
     shown = cli_here("compare", "a", "b")
-    assert "have other experts" in shown.stdout
+    assert "chose different experts" in shown.stdout
     done = cli_here(
         "compare", "a", "b", "--fail-above", "set_mismatch=0.5,tokens_mismatch=0.01", check=3
     )

@@ -428,7 +428,7 @@ def test_fiddlers_unused_expert_is_in_the_verdict_and_its_subjects_are_domains(t
     assert (
         '"international_law" leaves expert 3 of layer 11 nearly unused: 0.04x the mean load' in said
     )
-    assert "46.5 times less than the busiest expert there" in said
+    assert "the busiest expert gets 46.5 times as much" in said
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path):

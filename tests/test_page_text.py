@@ -243,7 +243,7 @@ def test_which_documents_are_the_most_telling(tmp_path: Path) -> None:
     assert 4 in [d["number"] for d in made.data["documents"]]
     everything: Any = text_section(report(trace), "all")
     assert len(everything.data["documents"]) == 20
-    assert "All of the 20 documents are here." in everything.text
+    assert "Shown in full: 20 documents." in everything.text
     only: Any = text_section(report(trace, domains="b"), "all")
     assert {d["number"] for d in only.data["documents"]} == set(range(1, 20, 2))
 

@@ -355,7 +355,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     best = slowdown.idxmin() if slowdown["local-search"] > 1 else "local-search"
     assert set(made.tables["plan"]["policy"]) == {best}
     assert any(
-        f"written by -o: the plan of {best}, the fastest on the judged part" in message
+        f"Recommended: {best}, the fastest on the judged part (save with -o FILE)." in message
         for message in made.verdict
     )
     two = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
@@ -370,9 +370,9 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     reason = (
         "the fastest on the judged part"
         if better["local-search"] <= better["round-robin"]
-        else "as --minimize asks"
+        else "chosen by --minimize"
     )
-    assert any(f"the plan of local-search, {reason}" in message for message in asked.verdict)
+    assert any(f"Recommended: local-search, {reason}" in message for message in asked.verdict)
 
 
 def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) -> None:
@@ -407,9 +407,12 @@ def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"physical_experts": 7}, "7 physical experts for 8 experts"),
-        ({"physical_experts": 10, "gpus": 4}, "10 physical experts on 4 GPUs"),
+        (
+            {"physical_experts": 10, "gpus": 4},
+            "10 physical experts over 4 GPUs: use --physical-experts 12$",
+        ),
         ({"gpus": 4, "nodes": 3}, "4 GPUs on 3 nodes"),
-        ({"gpus": 4, "groups": 3}, "3 groups of 8 experts"),
+        ({"gpus": 4, "groups": 3}, "8 experts into 3 equal groups"),
         ({"policies": ["best"]}, "no policy best"),
         ({"dispatch": "odd"}, "dispatch odd: give one of even, lp"),
         ({"fit_share": 0.0}, "fit share 0"),

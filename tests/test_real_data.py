@@ -103,10 +103,10 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
             46.5, abs=0.1
         )
         least = (
-            "Expert 3 of layer 11 is the least used: 0.22x the mean load. The busiest expert there "
-            "gets 5.6x its load"
+            "Expert 3 of layer 11 is the least used: 0.22x the mean load. That layer's busiest "
+            "expert gets 5.6 times as much"
         )
-        assert f'{least} (46.5x on "international_law").' in sentences(made)
+        assert f'{least} (46.5 times on "international_law").' in sentences(made)
 
 
 def load_by_layer(trace: Trace) -> dict[int, list[int]]:

@@ -294,9 +294,9 @@ def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
             ids[r],
         ).astype(np.uint16)
     trace = write_trace(tmp_path / "t", ids, E, document=DOCUMENT)
-    assert any(s.startswith("Averaged over layers") for s in sentences(report(trace)))
+    assert any(s.startswith("The layer average") for s in sentences(report(trace)))
     assert any(
-        s.startswith("Averaged over the 2 layers selected")
+        s.startswith("The average of the 2 layers selected")
         for s in sentences(report(trace, layers="0-1"))
     )
     # there it shows
@@ -314,8 +314,8 @@ def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: 
     )
     # the mean over both domains is (6400 - 680 + 380) / 8, expert 5 has 1180 of it
     least = (
-        "Expert 3 of layer 1 is the least used: 0.16x the mean load. The busiest expert there gets "
-        '9.8x its load (39.0x on "math").'
+        "Expert 3 of layer 1 is the least used: 0.16x the mean load. That layer's busiest expert "
+        'gets 9.8 times as much (39.0 times on "math").'
     )
     assert least in said
     load[:, 3] = 380

@@ -137,7 +137,10 @@ def test_bad_usage_exits_2_and_names_what_is_wrong(
 def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> None:
     counts = write_counts(tmp_path / "counts", [np.full((1, 8), 200)], 2).path
     for arguments, line in (
-        (("placement", TRACE, "--gpus", 3), "8 physical experts on 3 GPUs"),
+        (
+            ("placement", TRACE, "--gpus", 3),
+            "cannot split 8 experts over 3 GPUs: use --physical-experts 9",
+        ),
         (
             ("placement", TRACE, "--physical-experts", 4 * 10**10),
             "40,000,000,000 physical experts: give 1,048,576 at most",

@@ -211,7 +211,7 @@ SPOKEN = {
     "overloaded by chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0099)), None),
     "overloaded beyond chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
     # the least used
-    "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load. The busiest expert there gets 2.1x its load."),
+    "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load. That layer's busiest expert gets 2.1 times as much."),
     "used enough": (experts.least_used_expert, stub(crowd(0.5001)), None),
     "little used by chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
     "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
@@ -220,7 +220,7 @@ SPOKEN = {
     "the least of the living": (
         experts.least_used_expert,
         stub(crowd(0.3), crowd(0.0, 0.0004), crowd(0.0, 0.2)),
-        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. The busiest expert there gets 3,3",
+        "Expert 1 of layer 1 is the least used of those with any load: 0.0004x the mean load. That layer's busiest expert gets 3,3",
     ),
     # what waiting costs
     "waiting": (balance.idle_gpus, stub(near(1.2)), "With one GPU per expert, GPUs would idle 17% of the time."),
@@ -235,14 +235,14 @@ SPOKEN = {
     "one whole pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
     "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
     # pooling
-    "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "Averaged over layers this reads 1.15x: averaging hides layer 0."),
+    "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "The layer average (1.15x) looks fine and hides layer 0."),
     "pooled shows half": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.1501), None),
-    "pooled hides up to uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2), "reads 1.20x"),
+    "pooled hides up to uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2), "average (1.20x)"),
     "pooled is uneven": (balance.averaging_hides, stub(near(1.9), row(EVEN), pooled=1.2001), None),
     "nothing to hide": (balance.averaging_hides, stub(near(1.1999), row(EVEN), pooled=1.0), None),
     "no pooled figure": (balance.averaging_hides, stub(near(1.9)), None),
-    "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "Averaged over the 2 layers selected this reads"),
-    "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "Averaged over routers this"),
+    "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "The average of the 2 layers selected (1.10x) looks fine"),
+    "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "The router average (1.10x)"),
     # a domain that overloads
     "overloads": (experts.overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
     "does not overload": (experts.overloading_domain, of_domains(1.1998, 1.01), None),
@@ -284,28 +284,28 @@ def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
     said = text(experts.least_used_expert(made))
     assert said is not None
     assert said.startswith(
-        "Expert 0 of layer 0 is the least used: 0.30x the mean load. The busiest expert there gets 3.7x its load"
+        "Expert 0 of layer 0 is the least used: 0.30x the mean load. That layer's busiest expert gets 3.7 times as much"
     )
-    return said.partition("its load")[2]
+    return said.partition("as much")[2]
 
 
 LAW = [300] + [1_100] * 7
 LEAST_IN = {
-    "half as much again": (([200] + [1_101] * 7, LAW), {}, ' (5.5x on "code").'),
+    "half as much again": (([200] + [1_101] * 7, LAW), {}, ' (5.5 times on "code").'),
     "not half as much again": (([200] + [1_099] * 7, LAW), {}, "."),
-    "never": (([0] + [1_200] * 7, LAW), {}, ' (on "code" expert 0 is never chosen).'),
-    "load enough": (([0] + [114] * 6 + [116], LAW), {}, ' (on "code" expert 0 is never chosen).'),
+    "never": (([0] + [1_200] * 7, LAW), {}, ' (on "code", expert 0 is never chosen).'),
+    "load enough": (([0] + [114] * 6 + [116], LAW), {}, ' (on "code", expert 0 is never chosen).'),
     "too little load": (([0] + [114] * 6 + [115], LAW), {}, "."),
     "documents enough": (
         ([0] + [1_200] * 7, LAW),
         {"documents": (5, 60)},
-        ' (on "code" expert 0 is never chosen).',
+        ' (on "code", expert 0 is never chosen).',
     ),
     "few documents": (([0] + [1_200] * 7, LAW), {"documents": (4, 60)}, "."),
     "counts know none": (
         ([0] + [1_200] * 7, LAW),
         {"documents": (4, 60), "counts_only": True},
-        ' (on "code" expert 0 is never chosen).',
+        ' (on "code", expert 0 is never chosen).',
     ),
 }
 
@@ -338,7 +338,7 @@ def test_a_domain_that_deserts_an_expert():
     assert said.startswith(
         '"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7'
     )
-    assert said.endswith("times less than the busiest expert there.")
+    assert said.endswith("times as much.")
     assert deserted(101) is None
     assert deserted(99, counts_only=False) is None  # `domains` says more
     assert deserted(99, limits={"starved": 0.09}) is None

@@ -167,13 +167,13 @@ class Alarms:
         where = f"Layer {layer_label(self.routers, r)}"
         named = join_first([str(e) for e in experts], 6, ", ")
         of = f", expert{'s' if len(experts) > 1 else ''} {named}" if len(experts) else ""
-        was = f", was {reference:.3g}" if rule.sign in ("falling", "rising") else ""
         side = "at most" if rule.above else "at least"
         by_chance = f"; by chance {side} {chance:.3g}" if not math.isnan(chance) else ""
         tokens = f"{int(window.tokens_R[r]):,} tokens"
         text = (
-            f"{where}{of}: {rule.metric} is {value:.3g}{was} since {self.steps} {since} "
-            f"(rule: {rule}; {self.steps} {window.first} to {window.last}, {tokens}{by_chance})."
+            f"{where}{of}: {rule.metric} {_side(rule, reference)} since {self.steps} {since}, "
+            f"now {value:.3g} (rule: {rule}; {self.steps} {window.first} to {window.last}, "
+            f"{tokens}{by_chance})."
         )
         return Alarm(
             str(rule),
@@ -228,6 +228,14 @@ def _breaks(rule: Rule, value: float, reference: float) -> bool:
         "<": value < limit,
         "<=": value <= limit,
     }[rule.sign]
+
+
+def _side(rule: Rule, reference: float) -> str:
+    """ "above 1.5": where the values that break a rule lie."""
+    if rule.sign in ("falling", "rising"):
+        return f"{'down' if rule.sign == 'falling' else 'up'} from {reference:.3g}"
+    words = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
+    return f"{words[rule.sign]} {rule.value:g}"
 
 
 def _share(load_E: np.ndarray) -> np.ndarray:

@@ -59,8 +59,8 @@ def growth(data: PairData) -> Iterator[Finding]:
     yield finding(
         "growth",
         "note",
-        f"A token that has differed differs again in {again:.2%} of its later decisions; one that "
-        f"has not, in {percent(fresh)}.",
+        f"After a token's first difference, {again:.2%} of its later decisions differ; without "
+        f"one before, {percent(fresh)}.",
         again=again,
         new=fresh,
     )

@@ -93,7 +93,7 @@ def same(data: PairData) -> Iterator[Finding]:
         yield finding(
             "misaligned",
             "critical",
-            f"Misaligned: {_amount(data)} have other experts, which says nothing before the "
+            f"Misaligned: {_amount(data)} chose different experts, which means nothing until the "
             "traces are aligned.",
             **_values(data),
         )
@@ -136,16 +136,17 @@ def _other_experts(data: PairData) -> Finding:
     close, at = _close_share(data), _flip_margin(data)
     values = _values(data) | {"worst_set_mismatch": share_R[worst], "flips_in_lowest_tenth": close}
     about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
-    worst_of = f"at most {share_R[worst]:.2%} in layer {name_of(data, worst)}"
+    worst_of = f"worst: layer {name_of(data, worst)}, {share_R[worst]:.2%}"
     if share_R[worst] >= DIFFERENT:
         first = next(r for r, share in share_R.items() if share >= DIFFERENT)
         n = sum(share >= DIFFERENT for share in share_R.values())
         return finding(
             "different",
             "warning",
-            f"Different from layer {name_of(data, first)} on: {_amount(data)} have other experts, "
-            f"{worst_of}; {n} of {plural(len(share_R), 'router')} {'is' if n == 1 else 'are'} at "
-            f"{DIFFERENT:.0%} or more.{at}",
+            f"Different from layer {name_of(data, first)} on: {_amount(data)} chose different "
+            f"experts; worst: layer {name_of(data, worst)}, {share_R[worst]:.2%}. "
+            f"{n} of {plural(len(share_R), 'router')} {'differs' if n == 1 else 'differ'} in "
+            f"{DIFFERENT:.0%} of decisions or more.{at}",
             about,
             **values,
         )
@@ -153,8 +154,8 @@ def _other_experts(data: PairData) -> Finding:
         return finding(
             "rounding",
             "note",
-            f"Nearly the same: {_amount(data)} have other experts, {worst_of}. Whether these were "
-            "close decisions, which rounding flips, neither logits nor weights tell.",
+            f"Nearly the same: {_amount(data)} chose different experts; {worst_of}. Without logits "
+            "or weights it is unknown whether these were close decisions, which rounding flips.",
             about,
             **values,
         )
@@ -162,24 +163,24 @@ def _other_experts(data: PairData) -> Finding:
         return finding(
             "rounding",
             "good",
-            f"The same but for ties and rounding: {_amount(data)} have other experts, {worst_of}; "
-            f"{close:.0%} of these are in the tenth of decisions with the smallest margins.{at}",
+            f"The same except for ties and rounding: {_amount(data)} chose different experts; "
+            f"{worst_of}. {close:.0%} of these are among the 10% of decisions with the smallest "
+            f"margins.{at}",
             about,
             **values,
         )
     return finding(
         "not_rounding",
         "warning",
-        f"{_amount(data)} have other experts, {worst_of}, and only {close:.0%} of these were "
-        f"close decisions (in the tenth with the smallest margins): rounding does not explain "
-        f"them.{at}",
+        f"{_amount(data)} chose different experts; {worst_of}. Rounding does not explain them: "
+        f"only {close:.0%} were close decisions (among the 10% with the smallest margins).{at}",
         about,
         **values,
     )
 
 
 def _amount(data: PairData) -> str:
-    """ "183 of 37,016 decisions (0.49%; 1.80% of tokens)" """
+    """ "183 of 37,016 decisions (0.49%; 1.80% of tokens in any layer)" """
     return (
         f"{data.mismatched:,} of {plural(data.decisions, 'decision')} "
         f"({percent(data.mismatched / data.decisions)}; {percent(data.tokens_mismatch)} of "
@@ -212,7 +213,10 @@ def _flip_margin(data: PairData) -> str:
         return ""
     overall = float(np.median(list(data.margins.medians.values())))
     unit = "logits" if data.margins.source == "logits" else "logarithm of the weights"
-    return f" Median margin ({unit}) of flips {np.median(flips):.2g}, of all {overall:.2g}."
+    return (
+        f" Median margin ({unit}): {np.median(flips):.2g} for flips, {overall:.2g} for all "
+        "decisions."
+    )
 
 
 def noise(data: PairData) -> Iterator[Finding]:
@@ -239,10 +243,11 @@ def _interval_low(data: PairData) -> float:
 def missing_tokens(data: PairData) -> Iterator[Finding]:
     """Tokens that only one of the traces has, or that come after other token ids."""
     alignment = data.alignment
-    beyond = (("A", alignment.a.tokens), ("B", alignment.b.tokens))
+    beyond = (("A", "B", alignment.a.tokens), ("B", "A", alignment.b.tokens))
     said = [
-        f"{tokens - alignment.matched:,} of {name}'s {tokens:,} tokens have no equal in the other"
-        for name, tokens in beyond
+        f"{tokens - alignment.matched:,} of {name}'s {tokens:,} tokens have no counterpart in "
+        f"{other}"
+        for name, other, tokens in beyond
         if tokens > alignment.matched
     ]
     if not said:
@@ -251,8 +256,8 @@ def missing_tokens(data: PairData) -> Iterator[Finding]:
     if alignment.diverged:
         n = alignment.diverged
         more = (
-            f"; {plural(n, 'sequence')} {'goes' if n == 1 else 'go'} on with other token ids, "
-            "after which nothing is compared"
+            f"; {plural(n, 'sequence')} {'continues' if n == 1 else 'continue'} with different "
+            "token ids and {'is' if n == 1 else 'are'} not compared from there on"
         )
     yield finding(
         "missing_tokens",
@@ -295,8 +300,8 @@ def recorded(data: PairData) -> Iterator[Finding]:
     """How the two were recorded otherwise."""
     apart = recorded_otherwise(data)
     if apart and data.mismatched:
-        said = [f"{name} {_short(a)} and {_short(b)}" for name, (a, b) in apart.items()]
-        yield finding("recorded", "note", f"Recorded with {join_first(said, 5, ', ')}.")
+        said = [f"{name} {_short(a)} in A, {_short(b)} in B" for name, (a, b) in apart.items()]
+        yield finding("recorded", "note", f"Recorded differently: {join_first(said, 5, '; ')}.")
 
 
 def _short(value: object) -> str:

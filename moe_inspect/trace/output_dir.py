@@ -217,7 +217,7 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
         return
     path, is_trace = there.root, there.is_trace
     if not overwrite:
-        way_out = ", or go on with it by --resume" if resumable else ""
+        way_out = ", or --resume it" if resumable else ""
         raise MoeInspectError(
             f"there is {'a trace' if is_trace else 'something'} at {path}: choose another "
             f"directory, or replace a trace with --overwrite (overwrite=True){way_out}"

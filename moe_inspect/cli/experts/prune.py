@@ -1,4 +1,4 @@
-"""`moe-inspect prune`: a model without the experts that are worth least."""
+"""`moe-inspect prune`: a model without its least valuable experts."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ def prune(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only score and measure: no checkpoint.")
+        bool, typer.Option("--dry-run", help="Score and measure only; write no checkpoint.")
     ] = False,
     by: Annotated[
         of.By,
         typer.Option(
             help=(
-                "Score of an expert; those with the least go first. reap: mean of gate weight × "
-                "norm of the output. gate: sum of gate weights. frequency: assignments. ean: sum "
-                "of the norms. mean-norm: their mean. aimer: by the weights alone. ablation: what "
-                "the model loses on the calibration text without this expert alone."
+                "Score of an expert; the lowest are dropped. reap: mean of gate weight × output "
+                "norm. gate: sum of gate weights. frequency: assignments. ean: sum of output "
+                "norms. mean-norm: mean of output norms. aimer: from the weights alone. ablation: "
+                "rise of the loss on the calibration text without this expert."
             )
         ),
     ] = of.By.reap,
     keep: Annotated[
         float,
-        typer.Option(help="At least this share of the experts of each layer (or group) stays."),
+        typer.Option(help="Share of the experts of each layer (or group) to keep, at least."),
     ] = 0.75,
     draws: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many random choices to compare with.")
@@ -104,11 +104,12 @@ def prune(
     loader: Loader = None,
     routers: Routers = None,
 ) -> None:
-    """Drop the experts that are worth least, and measure the loss.
+    """Drop the least valuable experts, and measure the loss.
 
-    The loss on held-out text is measured without them, by domain, beside as many experts chosen by
-    frequency and at random; what speaks against the choice is said. The same number goes in each
-    layer, and the checkpoint is one that transformers loads. Nothing but the loss is claimed."""
+    Measures the loss on held-out text without them, by domain, and compares it with dropping the
+    same number by frequency and at random; warns about doubtful choices. Every layer loses the same
+    number of experts. transformers loads the checkpoint. Only the loss is measured, not other
+    abilities."""
     if (output is None) != dry_run:
         raise typer.BadParameter("give -o DIR for the checkpoint, or --dry-run for none")
     named = of.model_of(model, loader)

@@ -42,7 +42,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Determines which documents.")] = 0,
     by_domain: Annotated[
         bool,
-        typer.Option("--by-domain", help="So many documents, or such a share, of each domain."),
+        typer.Option("--by-domain", help="Apply --documents or --share per domain."),
     ] = False,
     rest: Annotated[
         bool,
@@ -56,7 +56,7 @@ def sample(
 ) -> None:
     """Write a trace of some documents of a trace, chosen at random.
 
-    Whole documents, with everything that was recorded of them; they keep their numbers."""
+    Documents are kept whole, with all their records and their numbers."""
     from moe_inspect.trace.derived.sample import sample as run
 
     if (documents is None) == (share is None):

@@ -64,8 +64,8 @@ def trace(
         str | None,
         typer.Argument(
             help=(
-                'A hub id, a directory, a GGUF file, "demo" (bundled, offline), with --engine the '
-                "URL of a server, or with --loader what its function is called with."
+                'A hub id, a directory, a GGUF file, "demo" (bundled, offline); with --engine, the '
+                "URL of a server; with --loader, the argument for your function."
             ),
             metavar="MODEL|URL",
             show_default=False,

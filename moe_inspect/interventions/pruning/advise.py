@@ -1,4 +1,4 @@
-"""What speaks against a choice of experts to drop: nothing of it goes unsaid."""
+"""Warnings about a choice of experts to drop."""
 
 from __future__ import annotations
 

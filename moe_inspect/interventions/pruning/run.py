@@ -1,4 +1,4 @@
-"""Pruning: experts that are worth least by a score are dropped, for `moe-inspect prune` and
+"""Pruning: the experts with the lowest scores are dropped, for `moe-inspect prune` and
 `moe_inspect.prune`.
 
 E experts.
@@ -61,7 +61,7 @@ class Pruning:
                draws), least_loss, greatest_loss, difference (to the whole model), difference_low,
                difference_high (95 %, over documents and draws)
     scores     a row per expert: layer, router, expert, score, assignments, dropped
-    findings   what speaks against it: kind, text
+    findings   warnings about the choice: kind, text
     """
 
     by: str

@@ -155,10 +155,10 @@ def uneven_batches(data: ReportData) -> Finding | None:
     return finding(
         "uneven_batches",
         "warning",
-        f"Forward passes are less even than their sum, most in {name_of(data, row)}: the busiest "
-        f"expert of a pass gets {batch:.2f}x the mean load on average, that of all passes "
-        f"{row['max_over_mean']:.2f}x (expected by chance for a pass: {expected:.2f}x). With one "
-        f"GPU per expert, GPUs would idle {idle:.0%} of the time in that layer.",
+        f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
+        f"busiest expert of a pass gets {batch:.2f}x the mean load on average (expected by chance: "
+        f"{expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With one GPU per expert, "
+        f"GPUs would idle {idle:.0%} of the time in that layer.",
         row,
         max_over_mean_batch=batch,
         max_over_mean=row["max_over_mean"],
@@ -180,12 +180,16 @@ def averaging_hides(data: ReportData) -> Finding | None:
         return None
     chosen = data.selection.routers
     layers = len({data.trace.routers[r].layer for r in chosen})
-    of = "layers" if layers == len(chosen) else "routers"
-    over = of if len(chosen) == len(data.trace.routers) else f"the {len(chosen)} {of} selected"
+    of = "layer" if layers == len(chosen) else "router"
+    average = (
+        f"{of} average"
+        if len(chosen) == len(data.trace.routers)
+        else f"average of the {len(chosen)} {of}s selected"
+    )
     return finding(
         "averaging_hides",
         "note",
-        f"Averaged over {over} this reads {pooled:.2f}x: averaging hides {name_of(data, row)}.",
+        f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}.",
         row,
         pooled_max_over_mean=pooled,
         max_over_mean=row["max_over_mean"],

@@ -119,16 +119,16 @@ def least_used_expert(data: ReportData) -> Finding | None:
     in_domain = ""
     if found is not None:
         in_domain = (
-            f' ({found[0]:.1f}x on "{found[1]}")'
+            f' ({found[0]:.1f} times on "{found[1]}")'
             if math.isfinite(found[0])
-            else f' (on "{found[1]}" expert {expert} is never chosen)'
+            else f' (on "{found[1]}", expert {expert} is never chosen)'
         )
     return finding(
         "least_used_expert",
         "note",
         f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
-        f"{format_ratio(ratio)}x the mean load. The busiest expert there gets {times:,.1f}x its "
-        f"load{in_domain}.",
+        f"{format_ratio(ratio)}x the mean load. That layer's busiest expert gets {times:,.1f} "
+        f"times as much{in_domain}.",
         row,
         expert=expert,
         load_ratio=ratio,
@@ -245,9 +245,10 @@ def unused_in_domain(data: ReportData) -> Finding | None:
         return None
     row = rows.loc[rows["ratio"].idxmin()]
     times = row["most"] / row["assignments"] if row["assignments"] else math.inf
-    less = f", {times:.1f} times less than the busiest expert there" if times < math.inf else ""
+    less = f"; the busiest expert gets {times:.1f} times as much" if times < math.inf else ""
     others = (
-        f"; the same holds for {plural(len(rows) - 1, 'other expert')} in some domain"
+        f"; so {'is' if len(rows) == 2 else 'are'} {plural(len(rows) - 1, 'other expert')} in some "
+        "domain"
         if len(rows) > 1
         else ""
     )

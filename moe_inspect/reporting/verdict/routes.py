@@ -72,11 +72,10 @@ def signature(data: ReportData) -> Finding | None:
     return finding(
         "signature",
         "note",
-        f"Routing tells the domain of a document: of {share:.0%} of {documents:,} documents "
-        "the nearest other one, by the shares of the experts, is of the same domain (95 % interval "
-        f"{low:.0%} to {high:.0%}; {row['signature_null']:.0%} with the domains shuffled). The "
-        "text alone makes untrained routers do so in part: how far, a trace with --random-init "
-        "says.",
+        f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
+        f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
+        f"{high:.0%}; {row['signature_null']:.0%} by chance). Untrained routers show part of this "
+        "from the text alone: trace with --random-init to see how much.",
         signature_accuracy=share,
         signature_null=row["signature_null"],
         documents=documents,
@@ -100,10 +99,10 @@ def paths(data: ReportData) -> Finding | None:
     return finding(
         "paths",
         "note",
-        f"The layers do not choose independently: the first choices of {tokens:,} tokens, "
-        f"up to {name_of(data, row)}, form {distinct:,} paths with an entropy of {bits:.2f} "
-        f"bits (95 % interval {low:.2f} to {high:.2f}), against {independent:.2f} with the choices "
-        "of each layer shuffled. A token's earlier choices help to foresee its later ones.",
+        f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
+        f"{tokens:,} tokens take {distinct:,} distinct routes (entropy {bits:.2f} bits, 95% "
+        f"interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices shuffled). "
+        "A token's earlier choices help predict its later ones.",
         row,
         path_entropy_bits=bits,
         path_entropy_shuffled_bits=independent,

@@ -59,15 +59,15 @@ def layouts_of(trace: Trace, selection: Selection, wanted: Hardware) -> dict[int
             "number of nodes"
         )
     if uneven := sorted(n for n in slots if n % gpus):
+        kind = "experts" if wanted.slots is None else "physical experts"
         raise MoeInspectError(
-            f"{uneven[0]} physical experts on {gpus} GPUs: each GPU holds equally many, give a "
-            f"multiple of {gpus}"
+            f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
+            f"{-(-max(slots) // gpus) * gpus}"
         )
     groups = _default_groups(trace, experts) if wanted.groups is None else wanted.groups
     if groups < 1 or any(E % groups for E in experts):
         raise MoeInspectError(
-            f"{groups} groups of {_listed(experts)} experts: groups must be of equal size, give a "
-            "divisor"
+            f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"
         )
     return {
         r: Layout(wanted.slots or trace.routers[r].experts, gpus, wanted.nodes, groups)
@@ -78,10 +78,10 @@ def layouts_of(trace: Trace, selection: Selection, wanted: Hardware) -> dict[int
 def _check_slots(slots: int, E: int) -> None:
     if slots < E:
         raise MoeInspectError(
-            f"{slots} physical experts for {E} experts: each needs a slot, give at least {E}"
+            f"{slots} physical experts for {E} experts: each needs a slot, use at least {E}"
         )
     if slots > MOST_SLOTS:
-        raise MoeInspectError(f"{slots:,} physical experts: give {MOST_SLOTS:,} at most")
+        raise MoeInspectError(f"{slots:,} physical experts: use at most {MOST_SLOTS:,}")
 
 
 def _default_gpus(slots: set[int], nodes: int) -> int:

@@ -37,9 +37,9 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     first = rows.get("contiguous") or next(iter(rows.values()))
     gpus = settings["gpus"]
     sentences = [
-        f"On {plural(gpus, 'GPU')} the {first['policy']} placement makes the MoE layers "
-        f"{first['slowdown']:.2f}x as slow as perfect balance "
-        f"would (balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
+        f"On {plural(gpus, 'GPU')} with the {first['policy']} placement, the MoE layers take "
+        f"{first['slowdown']:.2f}x the time of perfect balance "
+        f"(balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
         f"{first['balancedness_sglang']:.2f} by SGLang's; "
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
@@ -91,12 +91,13 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"be at least, in brackets with even sharing: {least}."
         )
     sentences.append(
-        f"Recommended, and written by -o: the plan of {settings['recommended']}"
+        f"Recommended: {settings['recommended']}, "
         + (
-            ", the fastest on the judged part."
+            "the fastest on the judged part"
             if settings["recommended"] == best["policy"]
-            else ", as --minimize asks."
+            else "chosen by --minimize"
         )
+        + " (save with -o FILE)."
     )
     sentences.append(
         "Simulated: replicas of an expert share its load evenly and at random; the time of a "

@@ -37,7 +37,7 @@ class TraceWriter:
     """Writes a new trace at `root`, or appends to one that `resume_point` prepared.
 
     `write` may block (back-pressure) and re-raises the background thread's exception, as a
-    MoeInspectError where the user can mend it (a full disk). Leaving the `with` block by
+    MoeInspectError where the user can fix it (a full disk). Leaving the `with` block by
     KeyboardInterrupt or any other exception closes the trace as "interrupted". The writer holds the
     trace's lock until then, unless the caller holds it and passes it as `lock`.
 

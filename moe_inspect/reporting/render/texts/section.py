@@ -54,13 +54,12 @@ READING = (
     "all layers."
 )
 COLOURS = {
-    "first expert": "the expert with the largest gate weight. Its hue tells the eighth of the ids, "
-    "and its id stands below, where a run of tokens with the same first expert begins.",
-    "gate weight": "that of the first expert.",
-    "margin": "how decided the router was about its last expert: ln of the ratio of the two "
-    "smallest gate weights, which is how far apart the router logits are there.",
-    "reaches expert": "whether a chosen expert is among those of the token, and with what gate "
-    "weight.",
+    "first expert": "the expert with the largest gate weight. Hue shows which eighth of the expert "
+    "ids; the id stands below the first token of a run with the same first expert.",
+    "gate weight": "of the first expert.",
+    "margin": "how clearly the router chose its last expert: ln of the ratio of the two smallest "
+    "gate weights, which is the difference of their router logits.",
+    "reaches expert": "whether the token goes to a given expert, and with what gate weight.",
 }
 
 
@@ -139,20 +138,20 @@ def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> s
     of, router = data.counts.documents, telling_router(data)
     cut = shown.loc[shown["shown"] < shown["tokens"], "shown"]
     if len(shown) == of and not len(cut):
-        return f"{READING} All of the {plural(of, 'document')} are here."
-    said = f"{READING} Here are {len(shown):,} of {plural(of, 'document')}"
+        return f"{READING} Shown in full: {plural(of, 'document')}."
+    said = f"{READING} Shown: {len(shown):,} of {plural(of, 'document')}"
     if len(shown) < len(found):
         said += ", spread over the trace"
         if router is not None:
             said = (
-                f"{said.removesuffix(', spread over the trace')}: of each domain the most "
-                "telling, whose experts differ most from those of other domains (at layer "
+                f"{said.removesuffix(', spread over the trace')}: those of each domain whose "
+                "experts differ most from those of other domains (at layer "
                 f"{layer_label(data.trace.routers, router)}, where domains differ most)"
             )
     if len(found) < of:
-        said += f", chosen from {len(found):,} of which the routes were read"
+        said += f", chosen from {len(found):,} whose routes were read"
     if len(cut):
-        said += f"; of {plural(len(cut), 'document')} the first {int(cut.max()):,} tokens"
+        said += f"; {plural(len(cut), 'document')} cut to {int(cut.max()):,} tokens or fewer"
     return f"{said}. report --text all shows everything."
 
 
