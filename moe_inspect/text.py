@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
 JOINERS = "\u200c\u200d"  # join or part letters of Persian or Hindi, and emoji
+MANY_NAMES = 20  # more are not listed where one is meant
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet may run a cell that begins so
 
 
@@ -120,17 +121,22 @@ def comma_list(ids: list[int]) -> str:
 
 
 def no_such(what: str, name: str, known: Iterable[str]) -> str:
-    """ "no table 'lod' (did you mean load?): there are balance, load"."""
+    """ "no table 'lod' (did you mean load?): there are balance, load"; of many only the near."""
     known = list(known)
-    return f"no {what} {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}"
+    near = did_you_mean(name, known, 3)
+    return f"no {what} {name!r}{near}" + (
+        f": there are {', '.join(known)}" if len(known) <= MANY_NAMES or not near else ""
+    )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean load?)": what is written much like the name, or nothing."""
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """ " (did you mean load?)": what is written much like the name, or holds it, or nothing."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    known = list(known)
+    inside = [other for other in known if len(name) > 2 and name in other]
+    close = list(dict.fromkeys([*get_close_matches(name, known, most), *inside]))[:most]
+    return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
 def verb_for(subjects: Any, verb: str) -> str:

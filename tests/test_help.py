@@ -69,6 +69,32 @@ def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(narrow) < 40 or max(map(len, wide)) > 100
 
 
+SEVERAL = [
+    (name, option.name)
+    for name, command in commands()
+    for option in command.params
+    if getattr(option, "multiple", False)
+]
+
+
+@pytest.mark.parametrize(("command", "name"), SEVERAL)
+def test_several_values_are_repeated_or_comma_separated(command: str, name: str) -> None:
+    """Of every option that takes them, those with a list of choices too."""
+    option = next(p for p in dict(commands())[command].params if p.name == name)
+    a, b = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
+    given = (a, b), (f"{a}, {b}",)
+    repeated, separated = (option.process_value(None, values) for values in given)
+    assert repeated == separated == [a, b.replace("\\", "")]
+    assert option.help.endswith("Repeated or comma-separated.")
+    assert option.help.lower().count("repeat") == 1
+
+
+def test_lists_of_values_are_options_that_take_several() -> None:
+    assert {"data", "layers", "simulate", "threshold", "top_k", "allow_host", "map"} <= {
+        name for _, name in SEVERAL
+    }
+
+
 def complete(*words: str) -> list[str]:
     """What bash is offered for the last word."""
     done = subprocess.run(
@@ -139,11 +165,20 @@ def test_a_slip_of_the_keys_is_told_what_is_near(cli_here: Cli, tmp_path: Path) 
     assert did_you_mean("lod", ["balance", "load"]) == " (did you mean load?)"
     assert did_you_mean("zzz", ["balance", "load"]) == ""
     assert no_such("table", "zzz", ["a", "b"]) == "no table 'zzz': there are a, b"
+    many = [f"metric_{n}" for n in range(30)]
+    near = no_such("m", "ric_21", many)
+    assert near.startswith("no m 'ric_21' (did you mean metric_21, ")
+    assert near.endswith("?)")
+    assert no_such("m", "zzz", many).endswith(f": there are {', '.join(many)}")
     trace, empty = ROOT / "sample_traces/balanced", tmp_path / "empty"
     empty.mkdir()
     for arguments, code, said in (
         ((trace, "--table", "balanc"), 1, "no table 'balanc' (did you mean balance?)"),
-        ((trace, "--fail-above", "maxvio=1"), 2, "no metric 'maxvio' (did you mean max_vio?)"),
+        (
+            (trace, "--fail-above", "maxvio=1"),
+            2,
+            "no metric 'maxvio' (did you mean max_vio, max_vio_low, ",
+        ),
         ((trace, "--layers", "33"), 1, f"no layer 33 in {trace} (did you mean 3?)"),
         ((f"{trace}d",), 1, f"no trace at {trace}d (did you mean {trace}?)"),
         ((trace.parent,), 1, f"no trace at {trace.parent}, but in it: {trace}, "),

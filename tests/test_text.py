@@ -179,6 +179,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(concordance.stdout.splitlines()) == 4
     rows = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json")
     assert [json.loads(line)["weight"] for line in rows.stdout.splitlines()]
+    every = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "0", "--format", "json")
+    assert len(every.stdout.splitlines()) == 1738
     document = run(str(SAMPLE), "--document", "5", "--layer", "2")
     assert document.stdout.startswith("layer 2, 8 experts\nfirst expert: ")
     out = tmp_path / "routes.csv"

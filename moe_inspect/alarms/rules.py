@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import did_you_mean
+from moe_inspect.text import no_such
 from moe_inspect.trace.schema import parse_ranges
 
 DRIFT = "drift"
@@ -86,9 +86,7 @@ def parse_rule(text: str) -> Rule:
     metric = found["metric"]
     if metric not in known_metrics():
         raise MoeInspectError(
-            f"no metric {metric!r} in the rule {text.strip()!r}"
-            f"{did_you_mean(metric, known_metrics())}: there are "
-            f"{', '.join(known_metrics())}"
+            f"the rule {text.strip()!r}: {no_such('metric', metric, known_metrics())}"
         )
     if found["sign"]:
         sign, value = found["sign"], float(found["value"])

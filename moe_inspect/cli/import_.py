@@ -115,7 +115,7 @@ def import_(
         ),
     ] = None,
     map: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="MAP",
             help=(
@@ -177,7 +177,7 @@ def import_(
             experts=experts,
             top_k=top_k,
             pipeline_stages=pipeline_stages,
-            map=map,
+            map=",".join(map) if map else None,
             overwrite=overwrite,
             commit_every=commit_every,
             progress=bar.counted("importing", "bytes") if bar else None,

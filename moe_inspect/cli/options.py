@@ -53,7 +53,7 @@ Scheduler = Annotated[
     ),
 ]
 Layers = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.", show_default=False),
 ]
 Domains = Annotated[
@@ -61,7 +61,7 @@ Domains = Annotated[
     typer.Option(
         "--domain",
         metavar="NAME",
-        help="Only tokens of this domain; repeatable or comma-separated.",
+        help="Only tokens of this domain.",
         show_default=False,
     ),
 ]

@@ -54,7 +54,7 @@ def text(
             show_default=False,
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="With --expert: so many tokens.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="With --expert: so many tokens; 0 is all.")] = 20,
     sort: Annotated[
         Sort,
         typer.Option(
@@ -93,7 +93,9 @@ def text(
     else:
         assert layer is not None
         assert expert is not None
-        frame = opened.tokens_of(layer, expert, context, top=top, sort=sort.value, seed=seed)
+        frame = opened.tokens_of(
+            layer, expert, context, top=top or None, sort=sort.value, seed=seed
+        )
         if form is Format.table:
             _print_concordance(opened, frame, layer, expert, output)
             return

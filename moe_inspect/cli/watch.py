@@ -62,7 +62,7 @@ def watch(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="With --serve: answer requests for this host too; repeatable.",
+            help="With --serve: answer requests for this host too.",
             show_default=False,
         ),
     ] = None,

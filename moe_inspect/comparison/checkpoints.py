@@ -53,7 +53,7 @@ class Checkpoints(CheckpointData, Shown):
 def compare_checkpoints(
     traces: Sequence[Trace | str | Path],
     *,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
     progress: Callable[[int], None] | None = None,

@@ -63,7 +63,7 @@ def compare(
     b: Trace | str | Path,
     *,
     noise: Trace | str | Path | None = None,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
     top: int = 20,

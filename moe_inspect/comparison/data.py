@@ -44,7 +44,7 @@ class Options:
     """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
     shift_routes, drop_last: as `align` takes them."""
 
-    layers: str | int | Iterable[int] | None = None
+    layers: str | int | Iterable[int | str] | None = None
     domains: str | Iterable[str] | None = None
     phase: str | None = None
     top: int = 20

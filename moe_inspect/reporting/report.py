@@ -31,7 +31,7 @@ __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these
 def report(
     trace: Trace | str | Path,
     *,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
     top: int = 20,

@@ -22,7 +22,7 @@ class Selection:
 
 def select(
     trace: Trace,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Selection:
@@ -45,9 +45,11 @@ def select(
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
 
 
-def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]) -> list[int]:
-    """The routers of "0-3,7", of 3 or of [0, 3]; all of them for None. A range takes the layers
-    that exist in it (dense blocks have no router); a single layer must exist."""
+def parse_layers(
+    layers: str | int | Iterable[int | str] | None, routers: list[Router]
+) -> list[int]:
+    """The routers of "0-3,7", of 3 or of ["0-3", "7"]; all of them for None. A range takes the
+    layers that exist in it (dense blocks have no router); a single layer must exist."""
     if layers is None:
         return list(range(len(routers)))
     text = _text(layers)
@@ -62,7 +64,7 @@ def parse_layers(layers: str | int | Iterable[int] | None, routers: list[Router]
     return [i for i, r in enumerate(routers) if r.layer in wanted]
 
 
-def _text(layers: str | int | Iterable[int]) -> str:
+def _text(layers: str | int | Iterable[int | str]) -> str:
     if isinstance(layers, (str, int)):
         return str(layers)
     return ",".join(str(layer) for layer in layers)

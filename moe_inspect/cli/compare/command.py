@@ -85,8 +85,7 @@ def _loads(made: LoadComparison, options: CompareOptions) -> None:
     if options.table:
         made.refuse("table", options.table)
     for text in [*(options.fail_above or []), *(options.fail_below or [])]:
-        for one in text.split(","):
-            made.refuse("metric", one.partition("=")[0].strip())
+        made.refuse("metric", text.partition("=")[0].strip())
     request = requested(options, LOAD_TABLES, "load_shift")
     with shown(*phases.counting(made.a), *phases.counting(made.b), *_written(made.a, options)):
         made.verdict()
@@ -156,7 +155,7 @@ def _written(trace: Trace, options: CompareOptions) -> phases.Costs:
 def _selection(options: CompareOptions) -> dict[str, Any]:
     return {
         "layers": options.layers,
-        "domains": [label for value in options.domain or [] for label in value.split(",")],
+        "domains": options.domain,
         "phase": options.phase and options.phase.value,
     }
 

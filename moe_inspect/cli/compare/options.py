@@ -72,7 +72,7 @@ class CompareOptions:
     html: Html = None
     scheduler: Scheduler = None
     layers: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="LAYERS", help="Only these layers of A, e.g. 0-3,7.", show_default=False
         ),
@@ -121,8 +121,7 @@ class CompareOptions:
             autocompletion=metrics,
             help=(
                 "Exit with 3 if the metric of any router, or of all tokens, is above: "
-                "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01; repeatable or "
-                "comma-separated."
+                "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01."
             ),
             show_default=False,
         ),
@@ -132,7 +131,7 @@ class CompareOptions:
         typer.Option(
             metavar="METRIC=VALUE",
             autocompletion=metrics,
-            help="Exit with 3 if the metric is below: overlap=0.99; repeatable or comma-separated.",
+            help="Exit with 3 if the metric is below: overlap=0.99.",
             show_default=False,
         ),
     ] = None

@@ -59,7 +59,7 @@ def _gates(texts: list[str] | None, above: bool, tables: Mapping[str, Table]) ->
 
     option = "--fail-above" if above else "--fail-below"
     try:
-        return [gate(text, above, tables) for value in texts or [] for text in value.split(",")]
+        return [gate(text, above, tables) for text in texts or []]
     except MoeInspectError as error:
         raise typer.BadParameter(f"{option}: {error}") from None
 

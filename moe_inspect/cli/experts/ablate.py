@@ -13,7 +13,7 @@ from moe_inspect.cli.experts import options as of
 from moe_inspect.cli.needs import need_torch, quiet, stop_cleanly
 from moe_inspect.cli.options import Dequantize, Layers, Loader, Output, RandomInit, Routers
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.trace.arguments import routers_of
+from moe_inspect.cli.trace.arguments import ranges_of, routers_of
 from moe_inspect.text import plural, print_stderr
 
 
@@ -27,7 +27,7 @@ def ablate(
     data: of.Data = None,
     layers: Layers = None,
     experts: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="EXPERTS",
             help="Only these experts of each layer, e.g. 0-3,7.",
@@ -97,18 +97,17 @@ def ablate(
     quiet()
     from moe_inspect.api import ablate as run
     from moe_inspect.model.own import load_object
-    from moe_inspect.trace.schema import parse_ranges
 
     with shown(("ablating", 1)) as bar:
         try:
             done = run(
                 named,
-                experts=parse_ranges(experts, "experts") if experts is not None else None,
+                experts=ranges_of(experts, "experts"),
                 most_passes=most_passes,
                 resume=resume,
                 progress=bar.counted("ablating", "passes") if bar else None,
                 data=data or (),
-                layers=parse_ranges(layers) if layers is not None else None,
+                layers=ranges_of(layers),
                 text_field=text_field,
                 domain_field=domain_field,
                 max_tokens=max_tokens,

@@ -42,8 +42,8 @@ Data = Annotated[
     typer.Option(
         metavar="[DOMAIN=]SRC",
         help=(
-            "Held-out text: .txt .jsonl .csv .parquet, a folder, a quoted glob or an fsspec URL; "
-            "repeatable. Default: the bundled corpus."
+            "Held-out text: .txt .jsonl .csv .parquet, a folder, a quoted glob or an fsspec URL. "
+            "Default: the bundled corpus."
         ),
         show_default=False,
     ),

@@ -3,7 +3,9 @@ terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -20,6 +22,9 @@ class GroupedCommand(TyperCommand):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
         self.context_settings.setdefault("max_content_width", WIDEST)
+        for option in self.params:
+            if getattr(option, "multiple", False):
+                _take_several(option)
 
     @property
     def page(self) -> Page:
@@ -62,6 +67,20 @@ class GroupOfCommands(TyperGroup):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         page = PAGES.get("" if ctx.parent is None else self.name or "", Page())
         _write_examples(formatter, page.examples)
+
+
+def _take_several(option: Any) -> None:
+    """An option of several values takes them repeated or comma-separated, and says so."""
+    option.help = f"{option.help} Repeated or comma-separated."
+    option.process_value = partial(_split_and, option.process_value)
+
+
+def _split_and(process: Callable[..., Any], ctx: Any, value: Any) -> Any:
+    """["a,b", "c"] → ["a", "b", "c"]. A comma after a backslash belongs to a value."""
+    if value is not None:
+        parts = [part for text in value for part in re.split(r"(?<!\\),", text)]
+        value = [part.strip().replace("\\,", ",") for part in parts]
+    return process(ctx, value)
 
 
 def _write_sections(formatter: Any, rows: Mapping[str, list[tuple[str, str]]]) -> None:

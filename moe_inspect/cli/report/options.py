@@ -67,7 +67,7 @@ class ReportOptions:
     simulate: Annotated[
         list[Simulated] | None,
         typer.Option(
-            help="With --html: add a section with this simulation at its defaults; repeatable.",
+            help="With --html: add a section with this simulation at its defaults.",
             show_default=False,
         ),
     ] = None
@@ -115,7 +115,7 @@ class ReportOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them); repeatable.",
+            help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them).",
             show_default=False,
         ),
     ] = None
@@ -124,7 +124,7 @@ class ReportOptions:
         typer.Option(
             metavar="METRIC=VALUE",
             autocompletion=metrics,
-            help="Exit with 3 if the metric of any selected router is above; repeatable.",
+            help="Exit with 3 if the metric of any selected router is above.",
             show_default=False,
         ),
     ] = None
@@ -133,7 +133,7 @@ class ReportOptions:
         typer.Option(
             metavar="METRIC=VALUE",
             autocompletion=metrics,
-            help="Exit with 3 if the metric of any selected router is below; repeatable.",
+            help="Exit with 3 if the metric of any selected router is below.",
             show_default=False,
         ),
     ] = None

@@ -62,7 +62,7 @@ def requested(options: ReportOptions) -> Request:
         text=_text(options.text, options.html),
         selection={
             "layers": options.layers,
-            "domains": [label for value in options.domain or [] for label in value.split(",")],
+            "domains": options.domain,
             "phase": options.phase and options.phase.value,
             "top": options.top,
             "window": options.window,

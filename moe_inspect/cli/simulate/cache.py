@@ -15,7 +15,6 @@ from moe_inspect.cli.simulate.show import (
     numbers,
     opened,
     show,
-    split,
 )
 
 
@@ -26,10 +25,7 @@ def cache(
         list[str] | None,
         typer.Option(
             metavar="SLOTS",
-            help=(
-                "Experts per layer that fit in fast memory. Repeated or comma-separated; "
-                "default k, 2k, 4k."
-            ),
+            help="Experts per layer that fit in fast memory. Default: k, 2k, 4k.",
             show_default=False,
         ),
     ] = None,
@@ -37,10 +33,7 @@ def cache(
         list[str] | None,
         typer.Option(
             metavar="POLICY",
-            help=(
-                "Eviction policy: lru, lfu or belady (the upper bound). Repeated or "
-                "comma-separated; default all."
-            ),
+            help="Eviction policy: lru, lfu or belady (the upper bound). Default: all.",
         ),
     ] = None,
     expert_mb: Annotated[
@@ -74,7 +67,7 @@ def cache(
         simulation = simulate_cache(
             opened(trace, options),
             slots=numbers(slots, "--slots", int) if slots else None,
-            policies=split(policy) or tuple(POLICIES),
+            policies=policy or tuple(POLICIES),
             expert_mb=expert_mb,
             gb_per_s=gb_per_s,
             gguf=gguf,

@@ -31,10 +31,7 @@ def capacity(
         list[str] | None,
         typer.Option(
             metavar="FACTOR",
-            help=(
-                "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Repeated or "
-                "comma-separated."
-            ),
+            help="Capacity = ceil(factor · G · k / E) per expert and group of G tokens.",
         ),
     ] = None,
     group_tokens: Annotated[
@@ -77,7 +74,7 @@ def capacity(
         simulation = simulate_capacity(
             opened(trace, options),
             capacity_factors=numbers(
-                capacity_factor or ["1.0,1.25,2.0"], "--capacity-factor", float, 0
+                capacity_factor or ["1.0", "1.25", "2.0"], "--capacity-factor", float, 0
             ),
             group_tokens=int(group_tokens) if group_tokens.isdecimal() else group_tokens,  # type: ignore[arg-type]
             order=order.value if order else None,

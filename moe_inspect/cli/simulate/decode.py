@@ -14,7 +14,6 @@ from moe_inspect.cli.simulate.show import (
     numbers,
     opened,
     show,
-    split,
 )
 
 
@@ -25,7 +24,7 @@ def decode(
         list[str] | None,
         typer.Option(
             metavar="TOKENS",
-            help="Sequences decoded together (batch size). Repeated or comma-separated.",
+            help="Sequences decoded together (batch size).",
             show_default="1,8,32,128",
         ),
     ] = None,
@@ -59,11 +58,11 @@ def decode(
     with shown(("simulating decode", 1)):
         simulation = simulate_decode(
             opened(trace, options),
-            batches=numbers(batch or ["1,8,32,128"], "--batch", int),
+            batches=numbers(batch or ["1", "8", "32", "128"], "--batch", int),
             expert_mb=expert_mb,
             flops_per_byte=flops_per_byte,
             layers=layers,
-            domains=split(domain),
+            domains=domain or (),
             phase=phase and phase.value,
         )
     show(simulation, options)

@@ -17,7 +17,6 @@ from moe_inspect.cli.simulate.show import (
     TraceArgument,
     opened,
     show,
-    split,
 )
 from moe_inspect.text import print_stderr
 
@@ -97,8 +96,7 @@ def placement(
         typer.Option(
             metavar="POLICY",
             help=(
-                "contiguous, round-robin, greedy, eplb, eplb-global, local-search; repeated or "
-                "comma-separated. Default: all."
+                "contiguous, round-robin, greedy, eplb, eplb-global, local-search. Default: all."
             ),
             show_default=False,
         ),
@@ -166,14 +164,14 @@ def placement(
             nodes=nodes,
             physical_experts=physical_experts,
             groups=groups,
-            policies=split(policy),
+            policies=policy or (),
             fit_share=fit_share,
             window=window,
             minimize="ranks" if minimize else None,
             slack=slack,
             dispatch="lp" if dispatch is Dispatch.lp else "even",
             layers=layers,
-            domains=split(domain),
+            domains=domain or (),
             phase=phase and phase.value,
         )
     output, plan_for = options.output, options.plan_for

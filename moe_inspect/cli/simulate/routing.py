@@ -14,7 +14,6 @@ from moe_inspect.cli.simulate.show import (
     numbers,
     opened,
     show,
-    split,
 )
 
 
@@ -25,7 +24,7 @@ def routing(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help='Only these, e.g. "top-k,loss-free bias". Repeated or comma-separated.',
+            help='Only these, e.g. "top-k,loss-free bias".',
             show_default=False,
         ),
     ] = None,
@@ -72,10 +71,12 @@ def routing(
     with shown(("simulating routing", 1)):
         simulation = simulate_routing(
             opened(trace, options),
-            algorithms=split(algorithm) or None,
+            algorithms=algorithm,
             top_k=numbers(top_k, "--top-k", int) if top_k else None,
             top_p=numbers(top_p or ["0.7"], "--top-p", float, 0),
-            capacity_factor=numbers(capacity_factor or ["1.0,1.25"], "--capacity-factor", float, 0),
+            capacity_factor=numbers(
+                capacity_factor or ["1.0", "1.25"], "--capacity-factor", float, 0
+            ),
             layers=layers,
             **({} if uneven is None else {"uneven": uneven}),
         )

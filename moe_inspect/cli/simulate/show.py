@@ -82,17 +82,11 @@ def opened(trace: str, options: ShowOptions) -> Trace:
     return open_trace(trace, scheduler=options.scheduler)
 
 
-def split(values: Sequence[str] | str | None) -> list[str]:
-    """["a,b", "c"] → ["a", "b", "c"]."""
-    given = [values] if isinstance(values, str) else values or []
-    return [part.strip() for value in given for part in value.split(",") if part.strip()]
-
-
-def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: float = 1) -> list[N]:
-    """["1,8", "32"] → [1, 8, 32], each at least `least`; what is no such number is a usage error
-    that names the option."""
+def numbers(values: Sequence[str], option: str, kind: type[N], least: float = 1) -> list[N]:
+    """["1", "8"] → [1, 8], each at least `least`; what is no such number is a usage error that
+    names the option."""
     found: list[N] = []
-    for text in split(values):
+    for text in values:
         try:
             found.append(kind(text))
         except ValueError:
@@ -101,8 +95,6 @@ def numbers(values: Sequence[str] | str, option: str, kind: type[N], least: floa
             ) from None
         if not found[-1] >= least:
             raise typer.BadParameter(f"{option}: {text} is below {least:g}")
-    if not found:
-        raise typer.BadParameter(f"{option}: give at least one number")
     return found
 
 

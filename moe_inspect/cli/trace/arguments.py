@@ -25,7 +25,8 @@ def routers_of(reference: str | None) -> list[RouterSpec] | None:
     return list(found)
 
 
-def layers_of(text: str | None) -> list[int] | None:
+def ranges_of(given: list[str] | None, what: str = "layers") -> list[int] | None:
+    """["0-3", "7"] → [0, 1, 2, 3, 7]."""
     from moe_inspect.trace.schema import parse_ranges
 
-    return None if text is None else parse_ranges(text)
+    return None if given is None else parse_ranges(",".join(given), what)

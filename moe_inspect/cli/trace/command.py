@@ -12,7 +12,7 @@ import typer
 from moe_inspect.cli.needs import need_torch, quiet, stop_cleanly
 from moe_inspect.cli.options import CommitEvery, Dequantize, Loader, RandomInit, Routers
 from moe_inspect.cli.progress.tokens import TokenProgress
-from moe_inspect.cli.trace.arguments import layers_of, routers_of
+from moe_inspect.cli.trace.arguments import ranges_of, routers_of
 from moe_inspect.cli.trace.beside import COMMIT_EVERY_S, Beside
 from moe_inspect.cli.trace.checks import (
     check_engine_options,
@@ -76,8 +76,7 @@ def trace(
         typer.Option(
             metavar="[DOMAIN=]SRC",
             help="A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
-            "quoted glob, or an fsspec URL (hf:// s3:// …); repeatable. Default: the bundled "
-            "corpus.",
+            "quoted glob, or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
             show_default=False,
         ),
     ] = None,
@@ -167,7 +166,7 @@ def trace(
     loader: Loader = None,
     routers: Routers = None,
     layers: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.", show_default=False
         ),
@@ -258,7 +257,7 @@ def trace(
         raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
     model = model or ""
     check_engine_options(context, model, engine, model_config)
-    chosen = layers_of(layers)
+    chosen = ranges_of(layers)
     refuse_early(
         model if loader is None else None,
         output,

@@ -59,7 +59,7 @@ def simulate_cache(
     expert_mb: float | None = None,
     gb_per_s: float | None = None,
     gguf: str | Path | None = None,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
 ) -> Simulation:
     """How often an expert is in one of a layer's `slots` when it is wanted.
 

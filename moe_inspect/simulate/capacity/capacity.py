@@ -69,7 +69,7 @@ def simulate_capacity(
     group_tokens: GroupTokens = "batch",
     order: Order | None = None,
     target_drop: float = 0.01,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
 ) -> Simulation:
     """What experts of limited capacity would drop.
 

@@ -91,7 +91,7 @@ def simulate_decode(
     batches: Sequence[int] = (1, 8, 32, 128),
     expert_mb: float | None = None,
     flops_per_byte: float = RIDGE,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:

@@ -63,7 +63,7 @@ def simulate_placement(
     minimize: Literal["ranks"] | None = None,
     slack: float = 0.0,
     dispatch: Literal["even", "lp"] = "even",
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Simulation:

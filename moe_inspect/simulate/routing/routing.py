@@ -47,7 +47,7 @@ def simulate_routing(
     top_k: Sequence[int] | None = None,
     top_p: Sequence[float] = (0.7,),
     capacity_factor: Sequence[float] = (1.0, 1.25),
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
     uneven: float = UNEVEN,
 ) -> Simulation:
     """Balance, probability mass and agreement of other routing algorithms on recorded logits.
