@@ -96,7 +96,8 @@ def record(
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
     overwrite    replace an existing trace at `path`, which is refused otherwise
-    text         record which token each is; without, token ids are -1 and there is no vocabulary
+    text         record which token each is; without, token ids are -1 and there is no vocabulary.
+                 The trace is not anonymous: routes tell most of the text (arXiv:2602.04105)
     drop         where the writer cannot keep up, drop decisions and count them instead of waiting
     commit_every seconds after which what was recorded is committed, for those who read the trace
                  while it is written (`moe-inspect watch`). By default a shard of 65,536 tokens or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,25 @@ def test_thinking_and_answering_are_domains_of_a_category(tmp_path: Path):
     assert table["law/think"].tolist() == [10, 6, 0, 16]
     assert table["law/answer"].tolist() == [1, 0, 2, 1]
     assert {r.top_k for r in trace.routers} == {4}
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ("5,2\n0,1,3,4", "row 1: first_choice is 4 of 3 assignments"),
+        (f"{2**53},0", "row 0: count is 9007199254740992, not of 0 to 1,099,511,627,776"),
+        (
+            "\n0,0,".join([f"{2**40},0"] * 3),
+            "the rows of expert 0 of layer 0 sum to a count of 3,298,534,883,328: at most 1,099,",
+        ),
+        (
+            "\n".join(f"{'0,' * bool(e)}{f'{e},' if e else ''}{2**40},0" for e in range(3)),
+            "over 1,099,511,627,776 tokens, more than a trace can number",
+        ),
+    ],
+)
+def test_counts_that_no_router_makes_are_refused(rows: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(f"layer,expert,count,first_choice\n0,0,{rows}\n")
+    with pytest.raises(MoeInspectError, match=re.escape(why)):
+        import_trace("counts", [tmp_path / "c.csv"], tmp_path / "t", top_k=1, experts=4)
+    assert not (tmp_path / "t").exists()

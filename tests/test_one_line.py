@@ -185,6 +185,23 @@ def test_an_error_is_one_line_whatever_it_quotes() -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+# --- numbers
+
+
+def test_numbers_beyond_any_integer_are_fine_or_one_line(here: Path) -> None:
+    for command, *asked in (
+        ["report", "--table", "windows", "--window"],
+        ["report", "--table", "drift", "--window"],
+        ["watch", "--window"],
+        ["simulate placement", "--window"],
+        ["text", "--context"],
+    ):
+        fine(run(command, *asked, 10**20))
+    for option in ("--shift-positions", "--shift-routes"):
+        one_line(run("compare", option, 10**20), "a shift by 100,000,000,000,000,000,000 tokens")
+        one_line(run("compare", option, -(2**32)), "at most 1,048,575 are possible")
+
+
 # --- streams
 
 

@@ -251,13 +251,18 @@ def test_which_documents_are_the_most_telling(tmp_path: Path) -> None:
 def test_a_trace_without_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     ids = [uniform_ids(rng, 300, 8, 2)]
-    silent = write_trace(tmp_path / "a", ids, 8, manifest={"corpus": {"text": False}})
+    silent = write_trace(tmp_path / "a", ids, 8, manifest={"capture": {"text": False}})
     said = "This trace was recorded without its text (trace --no-text)"
-    assert report_page(report(silent)).count(said) == 1
-    assert said not in report_page(report(silent), text=0)
+    page, short = report_page(report(silent)), report_page(report(silent), text=0)
+    assert page.count(said) == 1
+    assert said not in short
+    told = "91% of the tokens were recovered from expert selections (arXiv:2602.04105)"
+    assert page.count(told) == 2, "in the place of the text, and under the facts"
+    assert told in short
     counts = write_counts(tmp_path / "b", [rng.integers(1, 50, (2, 8))], 2, domains=("a", "b"))
     assert text_section(report(counts)) == "text: counts alone hold no tokens"
     words = write_trace(tmp_path / "c", ids, 8, words=5)
+    assert told not in report_page(report(words))
     monkeypatch.setattr("moe_inspect.reporting.render.texts.section.MOST_BYTES", 100)
     with pytest.raises(MoeInspectError, match="ask for fewer documents or layers"):
         text_section(report(words), "all")

@@ -270,3 +270,13 @@ def test_without_duckdb_it_says_what_to_install(trace: Trace) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "MoeInspectError: sql needs duckdb: pip install 'moe-inspect[sql]'" in done.stderr
+
+
+def test_json_has_null_for_what_it_cannot_say(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
+    asked = "select * from (values (1.5::double), ('inf'), ('-inf'), ('nan'), (null)) t(loss)"
+    done = cli_here("sql", trace.path, asked, "-o", tmp_path / "o.json")
+    lines = (tmp_path / "o.json").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1.5, None, None, None, None]
+    assert "loss: 2 infinite values written as null" in done.stderr
+    cli_here("sql", trace.path, asked, "-o", tmp_path / "o.csv")
+    assert (tmp_path / "o.csv").read_text().split()[2:4] == ["inf", "-inf"]

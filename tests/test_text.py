@@ -211,6 +211,8 @@ def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
     written = b"".join(f.read_bytes() for f in trace.path.rglob("*") if f.is_file())
     assert b"xylophone" not in written
     assert b"lighthouse" not in written
+    assert trace.without_text
+    assert not with_text.without_text
     assert moe_inspect.report(trace).verdict()
     with pytest.raises(MoeInspectError, match="text"):  # another plan
         moe_inspect.trace_model("demo", tmp_path / "b", resume=True, **options)

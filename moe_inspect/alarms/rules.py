@@ -8,11 +8,12 @@ drift > 0.2 in layers 0-3
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.analysis.metrics.registry import metrics, metrics_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import no_such
 from moe_inspect.trace.schema import parse_ranges
@@ -34,7 +35,7 @@ _RULE = re.compile(
     rf"(?:\s*(?P<sign>>=|<=|>|<)\s*(?P<value>{_NUMBER})"
     rf"|\s+(?P<way>falling|rising)(?:\s+by\s+(?P<by>{_NUMBER}))?)?"
     rf"(?:\s+(?:and\s+)?(?P<chance>beyond\s+chance|even\s+by\s+chance))?"
-    rf"(?:\s+for\s+(?P<windows>\d+)\s+windows?)?"
+    rf"(?:\s+for\s+(?P<windows>\d{{1,6}})\s+windows?)?"
     rf"(?:\s+in\s+layers?\s+(?P<layers>[\d,\s-]+))?"
 )
 
@@ -71,6 +72,24 @@ def known_metrics() -> tuple[str, ...]:
     return (*metrics_of("balance", {"load_LE"}), DRIFT, *OF_MODEL)
 
 
+def _check_limit(metric: str, sign: str, value: float, text: str) -> None:
+    """MoeInspectError where a rule holds always or never: its limit is beyond the metric's range,
+    all of which begin at 0 or above, or it is not a share."""
+    if sign in ("falling", "rising"):
+        if 0 < value < (1 if sign == "falling" else math.inf):
+            return
+        raise MoeInspectError(
+            f"the rule {text!r}: {sign} is by a share above 0"
+            f"{', below 1' * (sign == 'falling')}: write 0.1 for 10 %"
+        )
+    known = metrics().get(metric)
+    end = "1" if metric == DRIFT else known.range.rpartition(" to ")[2] if known else ""
+    most = float(end) if end.isdecimal() else math.inf
+    if not 0 <= value <= most or value == math.inf:
+        upward = f"from 0 to {end}" if most < math.inf else "0 or more"
+        raise MoeInspectError(f"the rule {text!r} can tell nothing: {metric} is always {upward}")
+
+
 def parse_rule(text: str) -> Rule:
     """The rule of a line of text. MoeInspectError where it is none.
 
@@ -96,6 +115,7 @@ def parse_rule(text: str) -> Rule:
         sign, value = ">", DRIFTED
     else:
         raise MoeInspectError(f"the rule {text.strip()!r} has no limit: write {metric} > VALUE")
+    _check_limit(metric, sign, value, text.strip())
     windows = int(found["windows"] or 1)
     if windows < 1:
         raise MoeInspectError(f"the rule {text.strip()!r}: it takes at least 1 window")

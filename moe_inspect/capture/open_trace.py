@@ -75,7 +75,7 @@ class TraceOpener:
         lock = session.lock or self._take(self.path, options, ranks, holder)
         writer = TraceWriter(
             self.path,
-            self._manifest(weight_dtype if options.weights else None, session, options.discover),
+            self._manifest(weight_dtype if options.weights else None, session, options),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             logits=options.logits,
@@ -119,7 +119,7 @@ class TraceOpener:
         return self._own_lock
 
     def _manifest(
-        self, weight_dtype: torch.dtype | None, session: Session, discovered: bool
+        self, weight_dtype: torch.dtype | None, session: Session, options: RecordOptions
     ) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
         own = {
@@ -132,7 +132,7 @@ class TraceOpener:
         if "adapter" not in manifest["model"] and (adapter := adapter_in(self.model)) is not None:
             manifest["model"]["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
-        if discovered:
+        if options.discover:
             notes.add(discovery.NOTE)
         if self.model in ALTERED:
             notes.add(ALTERED[self.model])
@@ -147,6 +147,7 @@ class TraceOpener:
             **capture_facts(self.model, self.mode),
             **selfcheck_facts(self.selfcheck),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
+            **({} if options.text else {"text": False}),
         }
         return manifest
 

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 import typer
 
 from moe_inspect.errors import MoeInspectError, writing
-from moe_inspect.text import abandon, first_line, print_stderr, safe_cell
+from moe_inspect.text import abandon, first_line, plural, print_stderr, safe_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,6 +145,7 @@ def _csv(frame: pd.DataFrame, file: BinaryIO) -> None:
 
 
 def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
+    """A line per row. JSON has no infinities: they are null, which stderr says."""
     # not pandas' to_json: it rounds
     names = [str(name) for name in frame.columns]
     columns = [_plain(frame[name]) for name in frame.columns]
@@ -157,9 +159,16 @@ def _json(frame: pd.DataFrame, file: BinaryIO) -> None:
 
 
 def _plain(column: Any) -> list[object]:
-    """Python values, None where a value is missing."""
-    missing = column.isna().to_numpy()
-    return [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
+    """Python values, None where a value is missing or infinite."""
+    missing, values = column.isna().to_numpy(), column.tolist()
+    infinite = [isinstance(value, float) and math.isinf(value) for value in values]
+    if endless := sum(infinite):
+        print_stderr(
+            f"{column.name}: {plural(endless, 'infinite value')} written as null, as JSON has "
+            "none: --format csv or parquet keeps them"
+        )
+    gone = missing | infinite
+    return [None if none else value for value, none in zip(values, gone, strict=True)]
 
 
 def _parquet(frame: pd.DataFrame, file: BinaryIO) -> None:

@@ -109,7 +109,7 @@ def _routes_of_b(made: PairData, shards: Sequence[int], tokens: Tokens) -> list[
                 E = made.router(r).experts
                 slots = rows.of_b(lambda shard, r=other: shard.slots(r), other)
                 for ids_T, slot in zip(routes.ids, slots, strict=False):
-                    ids_T[at] = np.where(slot == E, NOWHERE, slot)
+                    ids_T[at] = np.where(slot == E, NOWHERE, slot.astype(np.int32))
                 if routes.weights is None:
                     continue
                 weights = rows.of_b(lambda shard, r=other: shard.slot_weights(r), other)

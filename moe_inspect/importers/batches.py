@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import RANK_STRIDE, Router
 from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch
 
 MOST_DOMAINS = 10_000
+# of an expert, which gets at most one assignment per token; so many tokens a trace can number
+MOST_COUNT = RANK_STRIDE
 WINDOWS = 64  # at most, of the load over time in a trace of counts; each is a shard
 NO_ID = -1  # the token id where the source does not give it
 
@@ -136,7 +138,7 @@ def batch_of_counts(
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
     return CountedBatches(
         batch,
-        int(tokens_D.sum()),
+        sum(tokens_D.tolist()),  # may be beyond int64: the writer refuses that
         list(domains),
         list(load_LDE),
         first_choice,

@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import MOST_DOMAINS, batch_of_counts
+from moe_inspect.importers.batches import MOST_COUNT, MOST_DOMAINS, batch_of_counts
 from moe_inspect.importers.context import MOST_JSON_BYTES, ImportContext, Imported
 from moe_inspect.importers.mapping import Map, mapped_rows
 from moe_inspect.importers.registry import importer, named
@@ -42,6 +42,7 @@ KEYS = {
     "experts": MOST_EXPERTS,
     "top_k": MOST_EXPERTS,
 }
+MOST = {**KEYS, "count": MOST_COUNT, "first_choice": MOST_COUNT}  # the others: 2**53
 SUMS = ("count", "first_choice", "weight_sum", "energy")
 ROW = {"layer", "expert"}
 COLUMNS = (*KEYS, *SUMS, "domain")
@@ -129,6 +130,11 @@ def counts(context: ImportContext) -> Imported:
             values_DE = np.zeros((len(domains), router.experts), kind)
             for d, domain in enumerate(domains):
                 for expert, value in s.of[name].get(domain, {}).items():
+                    if kind is np.int64 and value > MOST_COUNT:
+                        raise MoeInspectError(
+                            f"{where}: the rows of expert {expert} of layer {router.layer} sum to "
+                            f"a {name} of {value:,}: at most {MOST_COUNT:,} are possible"
+                        )
                     values_DE[d, expert] = value
             made.append(values_DE)
         return made
@@ -276,7 +282,7 @@ def _named(table: pa.Table, path: Path, of: Map | None = None) -> pa.Table:
         except pa.ArrowException as error:
             raise MoeInspectError(f"{path}: {name} is not of {kind}: {first_line(error)}") from None
         if kind != pa.string():
-            values, high = column.to_numpy(), KEYS.get(name, 2**53)
+            values, high = column.to_numpy(), MOST.get(name, 2**53)
             with np.errstate(invalid="ignore"):
                 wrong = ~((values >= FLOATS.get(name, 0)) & (values <= high))
             if wrong.any():
@@ -285,7 +291,17 @@ def _named(table: pa.Table, path: Path, of: Map | None = None) -> pa.Table:
                     f"{path} row {row}: {name} is {values[row]}, not of 0 to {high:,}"
                 )
         made[name] = column
+    if "first_choice" in made:
+        _check_first_choices(made["first_choice"].to_numpy(), made["count"].to_numpy(), path)
     return pa.table(made)
+
+
+def _check_first_choices(first: np.ndarray, count: np.ndarray, path: Path) -> None:
+    if (wrong := first > count).any():
+        row = int(wrong.argmax())
+        raise MoeInspectError(
+            f"{path} row {row}: first_choice is {first[row]:,} of {count[row]:,} assignments"
+        )
 
 
 def _add(sums: dict[tuple[int, int], Sums], table: pa.Table, domain: str, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import batch_of_counts
+from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.values import integers
@@ -36,7 +36,7 @@ def fiddler(context: ImportContext) -> Imported:
         if not isinstance(written, dict) or "expert_popularity" not in written:
             raise MoeInspectError(f"{path} has no expert_popularity")
         load_LE = integers(
-            written["expert_popularity"], f"{path}: expert_popularity", shape, 0, 2**53
+            written["expert_popularity"], f"{path}: expert_popularity", shape, 0, MOST_COUNT
         )
         shape = load_LE.shape[0], load_LE.shape[1]
         domain = source.domain or named(path).removeprefix(PREFIX)

@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import (
+    MOST_COUNT,
     Numbering,
     batch_of_counts,
     batch_of_decisions,
@@ -169,7 +170,7 @@ def _counts(
         for iteration, of_layer in keys.items():
             for layer, name in of_layer.items():
                 load_WLE[window_of[iteration], row_of[layer]] += _tensor(
-                    file, path, name, (E,), 2**53
+                    file, path, name, (E,), MOST_COUNT
                 )
         context.read(path.stat().st_size)
         if (block := one_ranks_experts(load_WLE.sum(0) - before_LE)) and len(opened) == 1:

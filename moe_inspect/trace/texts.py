@@ -26,6 +26,11 @@ CHARACTER = regex.compile(r"\X")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_id"]
 CONTEXT = 8
+# of a trace without its text
+ROUTES_TELL = (
+    "The routes alone tell most of the text: 91% of the tokens were recovered from expert "
+    "selections (arXiv:2602.04105). Keep this trace as private as the text."
+)
 Sort = Literal["weight", "random"]
 
 

@@ -155,7 +155,8 @@ def windows_of(trace: Trace, selection: Selection, window: int | None) -> Window
         before[shard.files.rank, shard.files.index] = length.get(shard.files.rank, 0)
         length[shard.files.rank] = length.get(shard.files.rank, 0) + shard.files.tokens
     longest = max(length.values(), default=0)
-    tokens = max(1, -(-longest // WINDOWS) if window is None else window // max(1, len(length)))
+    tokens = -(-longest // WINDOWS) if window is None else window // max(1, len(length))
+    tokens = max(1, min(tokens, longest))
     count = -(-longest // tokens)
     experts = sum(trace.routers[r].experts for r in selection.routers)
     if count * experts > max(WINDOW_CELLS, WINDOWS * experts):

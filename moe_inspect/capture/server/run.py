@@ -188,6 +188,7 @@ def _manifest(
             "url": split_url(run.url)[0],
             "server": about,
             "concurrency": run.options.concurrency,
+            **({} if run.options.text else {"text": False}),
             **process_facts(_without_secrets(sys.argv, run.url)),
         },
     }

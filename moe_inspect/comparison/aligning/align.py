@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from moe_inspect.comparison.aligning.runs import PREFIX, Runs, read_runs
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 
@@ -122,6 +123,8 @@ def align(
     """The tokens that both traces have. shift_positions: B's position n + shift is A's n.
     shift_routes: the same of B's routes alone, whose token ids are where they belong. drop_last:
     without the last token of each sequence."""
+    if (shift := max(abs(shift_positions), abs(shift_routes))) >= MARGIN:
+        raise MoeInspectError(f"a shift by {shift:,} tokens: at most {MARGIN - 1:,} are possible")
     a, b = read_runs(trace_a), read_runs(trace_b)
     by, pairs = "document", pairs_by_number(a, b)
     if a.known and b.known and not shift_positions:

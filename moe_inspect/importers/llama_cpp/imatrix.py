@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import batch_of_counts
+from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.model.config import MOST_LAYERS
@@ -147,7 +147,7 @@ def _load(made: Gguf, names: list[str]) -> np.ndarray:
                 "form, which has no counts of experts"
             )
         with np.errstate(invalid="ignore"):
-            wrong_E = ~((count_E >= 0) & (count_E < 2**53) & (count_E == np.floor(count_E)))
+            wrong_E = ~((count_E >= 0) & (count_E <= MOST_COUNT) & (count_E == np.floor(count_E)))
         if not len(count_E) or wrong_E.any():
             value = count_E[wrong_E.argmax()] if len(count_E) else "nothing"
             raise MoeInspectError(f"{where} holds {value}, not a count")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import batch_of_counts, windows_of
+from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, windows_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron.layers import (
     EmptyFile,
@@ -36,8 +36,6 @@ from moe_inspect.importers.megatron.layers import (
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
-
-MOST_ASSIGNMENTS = 2**40  # of one expert in one microbatch
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
         layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
         index = integer(fields.get("mtp_idx", 0), f"{where}: mtp_idx", 0, 2**15)
         spot = (block, index if block == "mtp" else 0, layer)
-        tpe_Mn = integers(fields["tpe"], f"{where}: tpe", (None, held), 0, MOST_ASSIGNMENTS)
+        tpe_Mn = integers(fields["tpe"], f"{where}: tpe", (None, held), 0, MOST_COUNT)
         if not tpe_Mn.size or tpe_Mn.shape[1] > MOST_EXPERTS:
             raise MoeInspectError(
                 f"{where}: tpe has shape {list(tpe_Mn.shape)}, not [microbatches, experts]"

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import WINDOWS, batch_of_counts, one_ranks_experts, windows_of
+from moe_inspect.importers.batches import (
+    MOST_COUNT,
+    WINDOWS,
+    batch_of_counts,
+    one_ranks_experts,
+    windows_of,
+)
 from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import named
 from moe_inspect.importers.sglang.archive import File, array_of, records
@@ -70,7 +76,7 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
             f"{files[1][0]}: a stat dump holds the sum over all ranks: import one"
         )
     count_SBE = array_of(
-        content["logical_count"], f"{path}: logical_count", (None, None, None), 0, 2**53
+        content["logical_count"], f"{path}: logical_count", (None, None, None), 0, MOST_COUNT
     )
     # so many layers and experts as one likes, of which the file need hold none
     if not count_SBE.size:
@@ -157,7 +163,11 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
                 f"in {files[0][0]}"
             )
         count_BP = array_of(
-            record.get("global_physical_count"), f"{where}: global_physical_count", (B, P), 0, 2**53
+            record.get("global_physical_count"),
+            f"{where}: global_physical_count",
+            (B, P),
+            0,
+            MOST_COUNT,
         )
         key = (
             record["forward_pass_id"],

@@ -11,6 +11,7 @@ from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.text import plural, ranges, storable
 from moe_inspect.trace.manifest import holds_samples
+from moe_inspect.trace.texts import ROUTES_TELL
 
 
 @table()
@@ -102,6 +103,7 @@ def _worst(data: ReportData) -> list[tuple[str, object]]:
 def notes(data: ReportData) -> list[str]:
     """Why columns are NaN, and what numbers are limited to."""
     found = (
+        ROUTES_TELL if data.trace.without_text else None,
         _few_documents(data),
         _one_domain(data),
         _no_weights(data),

@@ -136,6 +136,8 @@ class Remote:
 
     def create(self, data: bytes) -> bool:
         """Writes it where nothing is; returns whether it did."""
+        if self.exists():  # file systems without exclusive creation overwrite it
+            return False
         try:
             with _told():
                 self.filesystem.pipe_file(self.path, data, mode="create")

@@ -367,6 +367,10 @@ class TraceWriter:
     def _commit(self, lines: list[dict[str, Any]], span: dict[str, Any], early: int = 0) -> None:
         """Commits a shard. `early`: how many of the pending batches it holds, which stay pending;
         0 for a shard that holds all of them."""
+        if span["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
+            raise MoeInspectError(
+                f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number: write several"
+            )
         for table in self.tables:
             sync_directory(self.root / table)
         if self._lock is not None:

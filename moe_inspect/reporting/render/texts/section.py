@@ -38,7 +38,7 @@ from moe_inspect.reporting.render.texts.routes import (
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.texts import as_text, pieces_of
+from moe_inspect.trace.texts import ROUTES_TELL, as_text, pieces_of
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
@@ -111,9 +111,9 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
 
 
 def without_text(trace: Trace) -> str:
-    asked = (trace.manifest.get("corpus") or {}).get("text") is False
-    reason = "its text (trace --no-text)" if asked else "a vocabulary"
-    return f"This trace was recorded without {reason}: it cannot show which words went where."
+    reason = "its text (trace --no-text)" if trace.without_text else "a vocabulary"
+    said = f"This trace was recorded without {reason}: it cannot show which words went where."
+    return f"{said} {ROUTES_TELL}" if trace.without_text else said
 
 
 def sizes(routers: Sequence[Router], weights: bool, parts: int) -> tuple[int, int]:
