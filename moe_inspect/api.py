@@ -222,7 +222,7 @@ def ablate(
                  given as a keyword: `ablate("demo", data=["held_out/"], layers=[1])`. What is
                  recorded of a trace does not matter here
     experts      only these experts of each layer; None: all
-    most_passes  run at most so many forward passes: all experts are judged on less of the text
+    most_passes  run at most this many forward passes, so that every expert is judged on less text
     resume       a directory where every loss is kept, and from which a later call goes on
     progress     called with (forward passes done, in all) after each
 

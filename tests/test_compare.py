@@ -260,7 +260,10 @@ def test_what_comes_after_other_token_ids_is_not_compared(tmp_path: Path) -> Non
     assert made.alignment.diverged == 1
     assert made.counts.tokens == T - 20
     (finding,) = [f for f in made.verdict() if f.kind == "missing_tokens"]
-    assert "1 sequence continues with different token ids" in finding.text
+    assert (
+        "1 sequence continues with different token ids and is not compared from there on"
+        in finding.text
+    )
 
 
 # --- what cannot be compared

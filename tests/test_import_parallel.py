@@ -257,4 +257,7 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "workers" in cli_here(*call, "-o", "three", "--workers", 0, check=2).stderr
     both = ("--workers", 2, "--scheduler", "tcp://127.0.0.1:1")
-    assert "two ways to do the same" in cli_here(*call, "-o", "three", *both, check=2).stderr
+    assert (
+        "--workers and --scheduler exclude each other"
+        in cli_here(*call, "-o", "three", *both, check=2).stderr
+    )

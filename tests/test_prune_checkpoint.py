@@ -99,7 +99,7 @@ def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here
     cli_here("trace", "demo", "-o", "t", "--output-norms", "--max-tokens", 1500)
     arguments = ["prune", "demo", "--trace", "t", "--max-tokens", 1500, "--draws", 1]
     done = cli_here(*arguments, "-o", "pruned", "--format", "json")
-    assert "wrote pruned, which was loaded again and has this loss" in done.stderr
+    assert "wrote pruned; reloaded, it has this loss" in done.stderr
     assert "warning: " in done.stderr
     assert "without 8 experts of 32 the loss is" in done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -179,14 +179,18 @@ def test_the_engine_ends_with_who_started_it_even_by_kill_9(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "give the command that starts the engine behind --, like -- vllm serve MODEL"),
-        (["--"], 2, "give the command that starts the engine behind --"),
+        ([], 2, "give the command that starts the engine after --, like -- vllm serve MODEL"),
+        (["--"], 2, "give the command that starts the engine after --"),
         (["--", "nosuch", "serve", "m"], 1, "no program nosuch: activate the environment"),
         (["--", "true", "serve", "m"], 1, "cannot tell the engine of true serve m: give --engine"),
         (["--", "vllm", "serve", "--tp", "2"], 2, "names no model: give --model-config MODEL"),
         (["--", "vllm", "serve", "./nowhere"], 1, "./nowhere"),
         (["--", "vllm", "serve", "demo", "--port=x"], 1, "--port x of the engine is no port"),
-        (["--resume", "--overwrite", "--", "vllm", "serve", "demo"], 2, "give one of the two"),
+        (
+            ["--resume", "--overwrite", "--", "vllm", "serve", "demo"],
+            2,
+            "--overwrite replaces it: give only one",
+        ),
         (["--device", "cpu", "--", "vllm", "serve", "demo"], 2, "No such option: --device"),
     ],
 )

@@ -245,7 +245,9 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_cache(trace, policies=["fifo"])
     with pytest.raises(MoeInspectError, match=r"give --expert-mb \(or --gguf\) and --gb-per-s"):
         simulate_cache(trace, expert_mb=10)
-    with pytest.raises(MoeInspectError, match="--expert-mb and --gguf say the same: give one"):
+    with pytest.raises(
+        MoeInspectError, match="--expert-mb and --gguf exclude each other: give one"
+    ):
         simulate_cache(trace, expert_mb=10, gguf="a.gguf", gb_per_s=1)
     with pytest.raises(MoeInspectError, match=r"no file a\.gguf"):
         simulate_cache(trace, gguf="a.gguf", gb_per_s=1)

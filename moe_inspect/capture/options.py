@@ -25,7 +25,7 @@ class CorpusOptions:
     data               files, folders, quoted globs, fsspec URLs, each optionally behind DOMAIN=;
                        default: the bundled corpus
     text_field         field of .jsonl, .csv and .parquet rows that holds the text
-    domain_field       field that holds the domain; None: "domain" where there is one
+    domain_field       field that holds the domain; None: "domain", if present
     max_tokens         stop after this many tokens
     max_length         split longer documents; None: what fits the model and an engine, at most 2048
     batch_tokens       tokens per forward pass, padding included
@@ -71,7 +71,7 @@ class TraceOptions(CorpusOptions):
                  grouped_mm on a GPU, else tap
     device       "auto" (cuda where there is one), "cpu", "cuda:1", …
     device_map   spread the model over devices: "auto", "balanced", … (accelerate)
-    dtype        "float32", "bfloat16", "float16"; "auto": as the checkpoint is stored
+    dtype        "float32", "bfloat16", "float16"; "auto": as stored in the checkpoint
     random_init  initialise the weights with this seed instead of reading them: the untrained
                  baseline
     dequantize   dequantise MXFP4, FP8 or compressed-tensors weights while reading them
@@ -83,7 +83,7 @@ class TraceOptions(CorpusOptions):
     token_loss   record the loss of predicting each token's successor in its sequence, and the
                  entropy of that prediction
     counts_only  record only counts by layer, domain and expert
-    routers      where the routers of a model with code of its own are, by `RouterSpec`s
+    routers      the routers of a custom model, as `RouterSpec`s
     loader       loads a model that is not transformers': a function, called with the model's name
                  if it takes an argument, that returns (model, tokenizer) or (model, tokenizer,
                  forward), `forward(model, ids)` → logits for a model that takes more than token ids
@@ -186,7 +186,7 @@ class EngineOptions(CorpusOptions):
 
     concurrency  sequences in flight at once
     timeout_s    total time per request, from connecting to the last byte; then it is retried
-    api_key      sent as a bearer token, never stored
+    api_key      sent as a bearer token; never stored
     """
 
     concurrency: int = 8

@@ -39,7 +39,7 @@ def describe(
         bool,
         typer.Option(
             "--weights",
-            help="Instead: what the weights (safetensors) say of each router and expert.",
+            help="Show statistics of the weights (safetensors) instead: of each router or expert.",
         ),
     ] = False,
     table: Annotated[
@@ -53,8 +53,7 @@ def describe(
         typer.Option(
             min=1,
             help=(
-                "Context length that the FLOPs per token are computed for (default: 4096, or the "
-                "model's maximum)."
+                "Context length for the FLOPs per token (default: 4096, or the model's maximum)."
             ),
             show_default=False,
         ),
@@ -120,9 +119,9 @@ def describe(
 ) -> None:
     """Show the parameters, memory and FLOPs of a model.
 
-    Reads no weights: a config is enough. Active parameters are those that a token is computed with:
-    of each router's experts, its top k. With --weights it reads them, needs no torch, and shows how
-    alike the rows of each router are, or AIMER of each expert."""
+    Needs only a config. Active parameters are those used per token: of each router's experts, the
+    top k. With --weights, reads the weights instead, without torch, and shows how similar the rows
+    of each router are, or the AIMER of each expert."""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = format or format_of(output)
@@ -133,7 +132,7 @@ def describe(
     if weights:
         if context or train_tokens:
             raise typer.BadParameter(
-                "--weights counts no FLOPs: leave out --context, --train-tokens"
+                "--weights computes no FLOPs: leave out --context and --train-tokens"
             )
         from moe_inspect.api import describe_weights
 

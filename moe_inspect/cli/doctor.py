@@ -25,19 +25,19 @@ def doctor(
         ),
     ] = None,
     directory: Annotated[
-        Path, typer.Option(metavar="DIR", help="The directory that traces are to be written to.")
+        Path, typer.Option(metavar="DIR", help="The directory where traces will be written.")
     ] = Path(),
     measure: Annotated[
-        bool, typer.Option(help="Check the kernels and measure speeds too, which takes seconds.")
+        bool, typer.Option(help="Also check the kernels and measure speeds (takes seconds).")
     ] = True,
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", help="Of the model: auto (cuda where there is one), cpu, cuda:1, …"
+            metavar="DEVICE", help="Device of the model: auto (cuda if available), cpu, cuda:1, …"
         ),
     ] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the model; auto: as the checkpoint is stored.")
+        Dtype, typer.Option(help="Dtype of the model; auto: as stored in the checkpoint.")
     ] = Dtype.auto,
     revision: Annotated[
         str | None,
@@ -62,9 +62,9 @@ def doctor(
 ) -> None:
     """Show what this machine can record, and what that costs.
 
-    One page to paste into a bug report: versions, devices, which captures are possible, speeds.
-    With a model, the measured speed of its forward passes traced and untraced. Names no user, host
-    or path. Exits with 1 if a kernel gives a wrong result."""
+    Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
+    model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
+    with 1 if a kernel gives a wrong result."""
     if find_spec("transformers") is not None:
         quiet()
     from moe_inspect.doctor.examine import examine

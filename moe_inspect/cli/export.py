@@ -69,8 +69,8 @@ def export(
             "--by",
             "--score",
             help=(
-                "esft, pruning: the score of the experts, as prune takes it. Default: frequency "
-                "(token) for esft, reap for pruning."
+                "esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
+                "for esft, reap for pruning."
             ),
             show_default=False,
         ),
@@ -87,7 +87,10 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="With --by ablation: a table that moe-inspect ablate wrote; for esft, domains.",
+            help=(
+                "With --by ablation: a table written by moe-inspect ablate; for esft, its table "
+                "domains."
+            ),
             show_default=False,
         ),
     ] = None,

@@ -73,8 +73,8 @@ def import_(
         typer.Option(
             metavar="MODEL",
             help=(
-                "Hub id or directory of the model, for what the files leave out: number of "
-                "experts, top-k, dense layers, vocabulary."
+                "Hub id or directory of the model, for what the files lack: number of experts, "
+                "top-k, dense layers, vocabulary."
             ),
             show_default=False,
         ),
@@ -119,8 +119,8 @@ def import_(
         typer.Option(
             metavar="MAP",
             help=(
-                "counts: where layer, expert and count are if their names are others: "
-                "layer=block,expert=id,count=hits; in nested JSON "
+                "counts: names of the columns, if not layer, expert and count: "
+                "layer=block,expert=id,count=hits; in nested JSON: "
                 "count=layers.{layer}.{expert}.hits."
             ),
             show_default=False,
@@ -134,10 +134,7 @@ def import_(
         int | None,
         typer.Option(
             min=1,
-            help=(
-                "Processes that parse lines of JSON (default: one per core where there is much "
-                "to parse)."
-            ),
+            help=("Processes that parse lines of JSON (default: one per core for large files)."),
             show_default=False,
         ),
     ] = None,
@@ -153,21 +150,21 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Convert what engines and trainers recorded to a trace.
+    """Convert recordings of engines and trainers to a trace.
 
-    Reports read it like any other trace, and state what it cannot tell."""
+    Reports read it like any other trace, and state what is missing."""
     from moe_inspect.importers.run import import_trace
 
     if format not in (*MODULES, "auto"):
         raise typer.BadParameter(no_such("format", format, [*MODULES, "auto"]))
     if model is not None and config is not None:
-        raise typer.BadParameter("--model and --config say the same: give one")
+        raise typer.BadParameter("--model and --config exclude each other: give one")
 
     def warn(line: str) -> None:
         print_stderr(line if line.startswith("taken for") else f"warning: {line}")
 
     if workers is not None and scheduler is not None:
-        raise typer.BadParameter("--workers and --scheduler are two ways to do the same: give one")
+        raise typer.BadParameter("--workers and --scheduler exclude each other: give one")
     with shown(("importing", 1)) as bar, _workers(workers, scheduler, sources) as at:
         trace = import_trace(
             format,

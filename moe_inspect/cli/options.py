@@ -81,8 +81,8 @@ CommitEvery = Annotated[
         "--commit-every",
         metavar="TIME",
         parser=seconds,
-        help="Commit what was recorded after this time, e.g. 5s, so that moe-inspect watch shows "
-        "it early (default: when a shard is full).",
+        help="Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: "
+        "when a shard is full).",
         show_default=False,
     ),
 ]
@@ -111,7 +111,7 @@ Loader = Annotated[
     str | None,
     typer.Option(
         metavar="FILE.py:FUNCTION",
-        help="Load a model that is not transformers': the function returns (model, tokenizer).",
+        help="Load a custom model: the function returns (model, tokenizer).",
         show_default=False,
     ),
 ]
@@ -119,7 +119,7 @@ Routers = Annotated[
     str | None,
     typer.Option(
         metavar="FILE.py:NAME",
-        help="Where the routers of a model with code of its own are: a RouterSpec or a list.",
+        help="The routers of a custom model: a RouterSpec or a list of them.",
         show_default=False,
     ),
 ]

@@ -20,7 +20,7 @@ def sql(
         str,
         typer.Argument(
             metavar="QUERY",
-            help="A select of DuckDB's SQL, over the views routing (a row per assignment), tokens, "
+            help="A DuckDB SELECT over the views routing (a row per assignment), tokens, "
             "documents, vocabulary and load.",
         ),
     ],
@@ -31,7 +31,7 @@ def sql(
     output: Output = None,
     safe_csv: SafeCsv = False,
 ) -> None:
-    """Query a trace in SQL (DuckDB); reads only."""
+    """Query a trace in SQL (DuckDB), read-only."""
     form = format or format_of(output)
     if form is None:
         raise typer.BadParameter(f"--output {output}: end it in .txt, .csv, .json or .parquet")

@@ -50,7 +50,7 @@ def text(
         typer.Option(
             min=0,
             metavar="E",
-            help="Print tokens that this expert of the layer was given, in their context.",
+            help="Print the tokens routed to this expert of the layer, in context.",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +62,7 @@ def text(
         ),
     ] = Sort.weight,
     context: Annotated[
-        int, typer.Option(min=0, help="With --expert: tokens to the left and to the right.")
+        int, typer.Option(min=0, help="With --expert: tokens of context on each side.")
     ] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     format: Annotated[
@@ -72,11 +72,11 @@ def text(
     output: Output = None,
     safe_csv: SafeCsv = False,
 ) -> None:
-    """Show a document, or the tokens of an expert, with the routes."""
+    """Show a document, or an expert's tokens, with their routes."""
     if (document is None) == (expert is None):
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
-        raise typer.BadParameter("--expert needs --layer: each layer has experts of its own")
+        raise typer.BadParameter("--expert needs --layer: each layer has its own experts")
     form = format or format_of(output)
     if form is None:
         raise typer.BadParameter(f"--output {output}: end it in .txt, .csv, .json or .parquet")

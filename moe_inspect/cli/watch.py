@@ -18,7 +18,7 @@ def watch(
         typer.Argument(
             metavar="TRACE",
             autocompletion=traces,
-            help="Directory of a trace that is being written, or will be; or its URL (s3:// …).",
+            help="Directory or URL (s3://…) of a trace that is being written, or will be.",
             show_default=False,
         ),
     ],
@@ -27,14 +27,14 @@ def watch(
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Tokens of the last window, and of a window that rules judge.",
+            help="Tokens per window, of the view and of the rules.",
         ),
     ] = 16_384,
     rules: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Rules of the alarms, one per line, such as: max_vio > 1 for 3 windows.",
+            help="Alarm rules, one per line, e.g. max_vio > 1 for 3 windows.",
             show_default=False,
         ),
     ] = None,
@@ -43,14 +43,14 @@ def watch(
     ] = False,
     every: Annotated[
         float,
-        typer.Option(metavar="TIME", parser=seconds, help="Time between two looks at the trace."),
+        typer.Option(metavar="TIME", parser=seconds, help="Polling interval."),
     ] = 1.0,
     serve: Annotated[
         str | None,
         typer.Option(
             metavar="[HOST:]PORT",
-            help="Serve a page that keeps itself up to date, and /metrics for Prometheus. Only to "
-            "this machine, unless HOST says otherwise.",
+            help="Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
+            "is given.",
             show_default=False,
         ),
     ] = None,
@@ -69,9 +69,9 @@ def watch(
 ) -> None:
     """Show a trace while it is being written, until it is complete.
 
-    Works for every trace: of trace, record, import, a training or an engine. Record with
-    --commit-every 5s, else nothing shows before a shard is full. On a terminal a view that is
-    brought up to date; in a file or a pipe a line for each change."""
+    Works for every trace: from trace, record, import, a training run or an engine. Record with
+    --commit-every 5s; otherwise nothing shows until a shard is full. On a terminal, shows a live
+    view; in a file or a pipe, prints a line per change."""
     from moe_inspect.alarms.rules import read_rules
     from moe_inspect.cli.emit import to_stdout
     from moe_inspect.reporting.render.console import console_for
@@ -90,6 +90,6 @@ def watch(
         serve_trace(trace, options, serve, per_expert=per_expert, allow_hosts=allow_host or ())
         return
     if per_expert or allow_host:
-        raise typer.BadParameter("--per-expert and --allow-host belong to --serve")
+        raise typer.BadParameter("--per-expert and --allow-host need --serve")
     with to_stdout():
         watch_trace(trace, options, console_for(sys.stdout))

@@ -257,7 +257,7 @@ def missing_tokens(data: PairData) -> Iterator[Finding]:
         n = alignment.diverged
         more = (
             f"; {plural(n, 'sequence')} {'continues' if n == 1 else 'continue'} with different "
-            "token ids and {'is' if n == 1 else 'are'} not compared from there on"
+            f"token ids and {'is' if n == 1 else 'are'} not compared from there on"
         )
     yield finding(
         "missing_tokens",

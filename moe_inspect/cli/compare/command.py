@@ -32,10 +32,10 @@ OF_PAIRS = (
 def compare(a: TraceA, b: TraceB, options: CompareOptions, others: Traces = None) -> None:
     """Compare the routing of two traces, token by token.
 
-    Do they choose the same experts, where not, and was it rounding, another model or a
-    misalignment? More than two traces are checkpoints in the order of training, each of which is
-    compared with the last. Of traces of counts the load of the experts is compared. Different
-    models are shown side by side. Needs neither torch nor the model."""
+    Shows where they choose different experts, and whether rounding, another model or a misalignment
+    explains it. More than two traces are checkpoints in training order; each is compared with the
+    last. Traces of counts are compared by the load of their experts, different models side by side.
+    Needs neither torch nor the model."""
     if others:
         _checkpoints([a, b, *others], options)
         return

@@ -20,7 +20,10 @@ TraceA = Annotated[
 TraceB = Annotated[
     str,
     typer.Argument(
-        metavar="B", help="Another of the same tokens.", show_default=False, autocompletion=traces
+        metavar="B",
+        help=("Another trace of the same tokens."),
+        show_default=False,
+        autocompletion=traces,
     ),
 ]
 Traces = Annotated[
@@ -28,7 +31,7 @@ Traces = Annotated[
     typer.Argument(
         metavar="C",
         autocompletion=traces,
-        help="Further checkpoints, in the order of training: each is compared with the last.",
+        help="Further checkpoints, in training order; each is compared with the last.",
         show_default=False,
     ),
 ]
@@ -43,7 +46,7 @@ class CompareOptions:
         typer.Option(
             metavar="TRACE",
             autocompletion=traces,
-            help="A second run of A: what differs between the two is no difference.",
+            help="A second run of A: differences between these two runs are noise.",
             show_default=False,
         ),
     ] = None
@@ -51,7 +54,7 @@ class CompareOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One table instead of the text.",
+            help="Print one table instead of the text.",
             show_default=False,
             autocompletion=tables,
         ),
@@ -60,8 +63,8 @@ class CompareOptions:
         Format | None,
         typer.Option(
             help=(
-                "Format of the table (default: agreement); json is one object per line. By "
-                "default from the file's ending, else table."
+                "Format of the table (default: agreement); json is one object per line. Default: "
+                "by the file's ending, else table."
             ),
             show_default=False,
         ),

@@ -43,8 +43,8 @@ def ablate(
             metavar="N",
             min=2,
             help=(
-                "Run at most this many forward passes: every expert is judged on less of the text. "
-                "With --resume a later run goes on."
+                "Run at most this many forward passes, so that every expert is judged on less "
+                "text. With --resume, a later run continues."
             ),
             show_default=False,
         ),
@@ -53,7 +53,7 @@ def ablate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep every loss in this directory, and go on from those that are there.",
+            help="Store every loss in this directory, and continue from the losses already there.",
             show_default=False,
         ),
     ] = None,
@@ -83,9 +83,8 @@ def ablate(
 ) -> None:
     """Measure the loss on held-out text without each expert.
 
-    Each expert is dropped in turn, and its router chooses among the rest. Differences are in nats
-    per token, with 95 % intervals over documents. Of each pass, what is below the expert's layer is
-    computed only once."""
+    Drops each expert in turn; its router chooses among the rest. Differences are in nats per token,
+    with 95 % intervals over documents. Layers below the dropped expert are computed only once."""
     form = format or format_of(output)
     if form is None:
         raise typer.BadParameter(
@@ -124,7 +123,7 @@ def ablate(
                 routers=routers_of(routers),
             )
         except KeyboardInterrupt:
-            kept = f"--resume {resume} goes on" if resume is not None else "nothing was kept"
+            kept = f"continue with --resume {resume}" if resume is not None else "nothing was kept"
             print_stderr(f"interrupted: {kept}")
             raise
     emit(done.tables[str(table)], form, output, safe_csv)
@@ -137,5 +136,5 @@ def ablate(
     if done.measured < done.batches:
         print_stderr(
             f"measured on {done.measured} of {done.batches} batches of the text"
-            + (f": run it again to go on from {resume}" if resume is not None else "")
+            + (f": run it again to continue from {resume}" if resume is not None else "")
         )

@@ -31,8 +31,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help=(
-            'A hub id, a directory, "demo" (bundled, offline), or with --loader what its function '
-            "is called with."
+            'A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for '
+            "your function."
         ),
         show_default=False,
     ),
@@ -55,7 +55,7 @@ DomainField = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Field that holds the domain of a document (default: domain, where there is one).",
+        help="Field that holds the domain of a document (default: domain, if present).",
         show_default=False,
     ),
 ]
@@ -82,7 +82,7 @@ DeviceMap = Annotated[
         metavar="MAP", help="Spread the model over devices: auto, balanced …", show_default=False
     ),
 ]
-OfDtype = Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")]
+OfDtype = Annotated[Dtype, typer.Option(help="auto: as stored in the checkpoint.")]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False),

@@ -44,7 +44,7 @@ def prune(
             "-o",
             "--output",
             metavar="DIR",
-            help="Write the pruned checkpoint as this new directory.",
+            help="Write the pruned checkpoint to this new directory.",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +75,8 @@ def prune(
         typer.Option(
             metavar="DIR",
             help=(
-                "With --by ablation: keep every loss in this directory, and go on from those there."
+                "With --by ablation: store every loss in this directory, and continue from those "
+                "already there."
             ),
             show_default=False,
         ),
@@ -148,7 +149,7 @@ def prune(
                 routers=routers_of(routers),
             )
         except KeyboardInterrupt:
-            kept = f", and --resume {resume} goes on" if resume is not None else ""
+            kept = f"; continue with --resume {resume}" if resume is not None else ""
             print_stderr(f"interrupted: no checkpoint was written{kept}")
             raise
     emit(done.tables[str(table)], format, None, safe_csv)
@@ -160,4 +161,4 @@ def prune(
         f"loss is {done.loss:.3f} nats per token, {whole.loss:.3f} with all"
     )
     if output is not None:
-        print_stderr(f"wrote {output}, which was loaded again and has this loss")
+        print_stderr(f"wrote {output}; reloaded, it has this loss")

@@ -36,9 +36,9 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace an existing trace.")
     ] = False,
 ) -> None:
-    """Write one trace that holds several traces of the same model.
+    """Merge several traces of the same model into one.
 
-    Each is verified first. Documents get new numbers, and trace.json says what came from where."""
+    Each is verified first. Documents are renumbered; trace.json records where they came from."""
     from moe_inspect.trace.derived.merge import merge as run
 
     with shown(*VERIFYING * len(traces), *MERGING * len(traces)):

@@ -39,7 +39,7 @@ def sample(
         float | None,
         typer.Option(help="Share of the documents, above 0 to 1.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Determines which documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice.")] = 0,
     by_domain: Annotated[
         bool,
         typer.Option("--by-domain", help="Apply --documents or --share per domain."),
@@ -60,7 +60,7 @@ def sample(
     from moe_inspect.trace.derived.sample import sample as run
 
     if (documents is None) == (share is None):
-        raise typer.BadParameter("give --documents or --share: how large is the sample to be?")
+        raise typer.BadParameter("give the size of the sample: --documents or --share")
     if share is not None and not 0 < share <= 1:
         raise typer.BadParameter(f"--share is {share:g}: give a share above 0, up to 1")
     with shown(*VERIFYING, *SAMPLING, *VERIFYING):

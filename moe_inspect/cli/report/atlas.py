@@ -39,21 +39,21 @@ def atlas(
         str,
         typer.Option(
             metavar="N|all",
-            help="Documents of each domain shown in full on the page of a trace, 0 for no text.",
+            help="Documents per domain to show in full on each page; 0 is none.",
         ),
     ] = "1",
     add: Annotated[
         bool,
         typer.Option(
             "--add",
-            help="Keep the pages that are there. Otherwise those of traces that are not named go.",
+            help="Keep existing pages. Otherwise, pages of traces that are not named are removed.",
         ),
     ] = False,
 ) -> None:
-    """Make a static site of many traces: a page each, and an index.
+    """Build a static site: one page per trace, and an index.
 
-    The index compares their models and is searched by expert, domain and token. Pages of traces
-    that have not changed are kept. Needs neither torch nor a server."""
+    The index compares their models and can be searched by expert, domain and token. Pages of
+    unchanged traces are kept. Needs neither torch nor a server."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `report`
     amount = amount_of_text(text)
     from moe_inspect.site import atlas as run

@@ -37,15 +37,13 @@ class ReportOptions:
     ] = None
     full: Annotated[
         bool,
-        typer.Option(
-            "--full", help="Every finding and note, and excerpts of the tables, not one screen."
-        ),
+        typer.Option("--full", help="Print every finding and note, and excerpts of the tables."),
     ] = False
     table: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One table instead of the report.",
+            help="Print one table instead of the report.",
             show_default=False,
             autocompletion=tables,
         ),
@@ -54,8 +52,8 @@ class ReportOptions:
         Format | None,
         typer.Option(
             help=(
-                "Format of the table; json is one object per line. By default from the file's "
-                "ending, else table."
+                "Format of the table; json is one object per line. Default: by the file's ending, "
+                "else table."
             ),
             show_default=False,
         ),
@@ -76,8 +74,8 @@ class ReportOptions:
         typer.Option(
             metavar="N|all",
             help=(
-                "With --html: documents of each domain shown in full, 0 for no text; by default "
-                "the most telling, 1 MB in all."
+                "With --html: documents per domain to show in full; 0 is none. Default: those "
+                "that differ most between domains, 1 MB in total."
             ),
             show_default=False,
         ),
@@ -99,7 +97,7 @@ class ReportOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Tokens per window in windows and drift; by default a 64th of the trace.",
+            help="Tokens per window in the tables windows and drift (default: 1/64 of the trace).",
             show_default=False,
         ),
     ] = None
@@ -107,7 +105,7 @@ class ReportOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="With --table worth: read AIMER from these weights, a directory or a hub id.",
+            help="With --table worth: compute AIMER from these weights, a directory or a hub id.",
             show_default=False,
         ),
     ] = None

@@ -57,10 +57,10 @@ def cache(
 ) -> None:
     """Simulate a cache of offloaded experts.
 
-    Reports the hit rate at batch size 1, and what loading the other experts costs. Each layer has
+    Reports the hit rate at batch size 1, and the cost of loading missing experts. Each layer has
     its own cache, empty at first; the experts of a decision are requested together; sequences run
-    one after the other. A cluster (--scheduler) is given a layer at a time, which needs the shards
-    in order: more workers than layers bring nothing."""
+    one after the other. On a cluster (--scheduler), each worker simulates whole layers: more
+    workers than layers do not help."""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
     with shown(("simulating cache", 1)):

@@ -62,8 +62,8 @@ def capacity(
 ) -> None:
     """Simulate the drops that a capacity factor would cause.
 
-    By layer, domain and position, with the smallest factor that meets a target drop rate. A model
-    that drops tokens computes something else from there on; that is not simulated."""
+    Reports drops by layer, domain and position, and the smallest factor that meets a target drop
+    rate. The effect of dropped tokens on later layers is not simulated."""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
         raise typer.BadParameter(
             f"--group-tokens: {group_tokens!r} is not a whole number, batch or sequence"

@@ -50,9 +50,9 @@ def decode(
 ) -> None:
     """Count the distinct experts that a decode step reads.
 
-    By batch size. Documents stand in for requests: a step is the tokens at one position of B
-    documents. A cluster (--scheduler) is given a layer at a time, which needs the shards in order:
-    more workers than layers bring nothing."""
+    Reports them by batch size. Documents stand in for requests: a step is the tokens at one
+    position of B documents. On a cluster (--scheduler), each worker simulates whole layers: more
+    workers than layers do not help."""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
     with shown(("simulating decode", 1)):

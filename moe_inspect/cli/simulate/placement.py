@@ -103,7 +103,11 @@ def placement(
     ] = None,
     fit_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Fit on this first share of the trace, judge on the rest."),
+        typer.Option(
+            min=0,
+            max=1,
+            help=("Fit on this share of the trace, from its start; judge on the rest."),
+        ),
     ] = 0.5,
     window: Annotated[
         int | None,
@@ -118,8 +122,7 @@ def placement(
         Minimize | None,
         typer.Option(
             help=(
-                "ranks: local-search gives up what it gains over EPLB's balance to reach fewer "
-                "GPUs per token."
+                "ranks: local-search trades its better balance over EPLB for fewer GPUs per token."
             ),
             show_default=False,
         ),
@@ -128,7 +131,7 @@ def placement(
         float,
         typer.Option(
             min=0,
-            help="With --minimize: the share by which a GPU may be loaded more than under EPLB.",
+            help="With --minimize: how much more a GPU may be loaded than under EPLB, as a share.",
         ),
     ] = 0.0,
     dispatch: Annotated[
@@ -148,11 +151,11 @@ def placement(
 ) -> None:
     """Compare placements of experts on GPUs.
 
-    Balance, ranks reached per token, and how a plan ages. Fitted on the first part of the trace and
-    judged on the rest. The plan that -o writes is the one that the verdict recommends: of the
-    policy that is the least slow on the judged part, with --minimize of local-search. EPLB is slot
-    for slot as published, except where loads are equal: the published code then has no fixed order,
-    and here the lower number goes first."""
+    Reports balance, GPUs reached per token, and how a plan ages. Plans are fitted on the first part
+    of the trace and judged on the rest. -o writes the recommended plan: that of the fastest policy
+    on the judged part, with --minimize that of local-search. EPLB matches the published code slot
+    for slot, except for equal loads, whose order it leaves open: here the lower number goes
+    first."""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 

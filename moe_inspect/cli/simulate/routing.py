@@ -24,7 +24,7 @@ def routing(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help='Only these, e.g. "top-k,loss-free bias".',
+            help='Simulate only these algorithms, e.g. "top-k,loss-free bias".',
             show_default=False,
         ),
     ] = None,

@@ -87,7 +87,7 @@ def trace(
         str | None,
         typer.Option(
             metavar="FIELD",
-            help='The field that holds the domain (default: "domain" where there is one).',
+            help='The field that holds the domain (default: "domain", if present).',
             show_default=False,
         ),
     ] = None,
@@ -106,7 +106,7 @@ def trace(
         int, typer.Option(min=1, help="Tokens per forward pass, padding included.")
     ] = 8192,
     special_tokens: Annotated[
-        bool, typer.Option(help="Frame each text as the tokenizer does (<s> …).")
+        bool, typer.Option(help="Add the tokenizer's special tokens to each text (<s> …).")
     ] = True,
     text: Annotated[
         bool,
@@ -134,8 +134,8 @@ def trace(
         Capture,
         typer.Option(
             help=(
-                "dispatch: our experts implementation routes and records; tap: the model's own "
-                "implementation is watched; auto: dispatch where the model would run the stock "
+                "tap: record the calls of the model's own experts; dispatch: run and record "
+                "moe-inspect's experts; auto: dispatch where the model would run the stock "
                 "grouped_mm on a GPU, else tap."
             )
         ),
@@ -151,7 +151,7 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint is stored.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as stored in the checkpoint.")] = Dtype.auto,
     revision: Annotated[
         str | None,
         typer.Option(
@@ -192,7 +192,7 @@ def trace(
         bool,
         typer.Option(
             "--token-loss",
-            help="Record the loss of predicting each token's successor, and its entropy.",
+            help="Record the loss and the entropy of each next-token prediction.",
         ),
     ] = False,
     counts_only: Annotated[
@@ -216,7 +216,7 @@ def trace(
         typer.Option(
             "--watch",
             help="Show the trace while it is written, as moe-inspect watch does (commits every 2 s "
-            "unless --commit-every says otherwise).",
+            "unless --commit-every is given).",
         ),
     ] = False,
     engine: Annotated[
@@ -236,7 +236,7 @@ def trace(
         typer.Option(
             min=0.1,
             metavar="SECONDS",
-            help="Time limit of one request; then it is sent again.",
+            help="Time limit per request, after which it is sent again.",
         ),
     ] = 600.0,
     api_key: Annotated[
@@ -244,7 +244,7 @@ def trace(
         typer.Option(
             metavar="KEY",
             envvar="MOE_INSPECT_API_KEY",
-            help="Sent as a bearer token, written nowhere.",
+            help="Sent as a bearer token; never written to a file.",
             show_default=False,
         ),
     ] = None,
@@ -252,7 +252,7 @@ def trace(
     """Record which experts a model sends each token of a corpus to."""
     if resume and overwrite:
         raise typer.BadParameter(
-            "--resume keeps what is there, --overwrite does not: give one of the two"
+            "--resume keeps the existing trace, --overwrite replaces it: give only one"
         )
     if model is None and loader is None:
         raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")

@@ -69,8 +69,8 @@ def serve_trace(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What the engine says is appended here (default: beside the trace, or here for a "
-            "URL, with .engine.log behind its name).",
+            help="File to append the engine's output to (default: the trace's name plus "
+            ".engine.log, beside it; for a URL, in the current directory).",
             show_default=False,
         ),
     ] = None,
@@ -90,11 +90,11 @@ def serve_trace(
 
     if not command:
         raise typer.BadParameter(
-            "give the command that starts the engine behind --, like -- vllm serve MODEL"
+            "give the command that starts the engine after --, like -- vllm serve MODEL"
         )
     if options.resume and options.overwrite:
         raise typer.BadParameter(
-            "--resume keeps what is there, --overwrite does not: give one of the two"
+            "--resume keeps the existing trace, --overwrite replaces it: give only one"
         )
     read = read_command(command, engine and str(engine))
     config = model_config or read.model

@@ -131,7 +131,7 @@ def _expert_mb(
     if gguf is None:
         return None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
     if expert_mb is not None:
-        raise MoeInspectError("--expert-mb and --gguf say the same: give one")
+        raise MoeInspectError("--expert-mb and --gguf exclude each other: give one")
     return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
 
 
