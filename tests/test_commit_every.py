@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -16,8 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace import reader
+from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.reader import open_trace
-from moe_inspect.trace.verify import verify
+from moe_inspect.trace.verify import run, verify
 from moe_inspect.trace.writer import (
     CountedBatches,
     RoutedBatch,
@@ -155,6 +159,53 @@ def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> 
         assert named < there
     named = {line["path"] for line in lines_of(root) if line["table"] == "routing"}
     assert named == {f"routing/{file.name}" for file in (root / "routing").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("read", "after"),
+    [
+        (open_trace, (reader, "committed_shards")),
+        (verify, (reader, "committed_shards")),
+        (verify, (run, "check_lines")),
+    ],
+)
+def test_shards_replaced_between_listing_and_opening_are_no_damage(
+    tmp_path: Path,
+    read: Callable[[Path], Any],
+    after: tuple[Any, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, early = tmp_path / "t", writer(tmp_path / "t", commit_every=AT_ONCE)
+    early.write(some_batches(1)[0])
+    waited(lambda: open_trace(root).n_tokens == TOKENS)
+    function = getattr(*after)
+
+    def then_closed(*arguments: Any) -> Any:
+        found = function(*arguments)
+        early.close()  # once; later calls find it closed
+        return found
+
+    monkeypatch.setattr(*after, then_closed)
+    assert any(line.get("early") for line in lines_of(root))
+    found = read(root)
+    assert not any(line.get("early") for line in lines_of(root))
+    assert found.ok if read is verify else found.n_tokens == len(found.tokens()) == TOKENS
+    # control: what stays missing is damage
+    (root / "tokens" / "part-0-1.parquet").unlink()
+    with pytest.raises(Damaged, match="it is missing"):
+        open_trace(root).tokens()
+    assert not verify(root).ok
+
+
+def test_a_trace_that_was_opened_is_read_though_its_shards_are_replaced(tmp_path: Path) -> None:
+    root, early = tmp_path / "t", writer(tmp_path / "t", commit_every=AT_ONCE)
+    early.write(some_batches(1)[0])
+    waited(lambda: open_trace(root).n_tokens == TOKENS)
+    here, elsewhere = open_trace(root), pickle.loads(pickle.dumps(open_trace(root)))
+    early.close()
+    assert len(here.tokens()) == len(here.routing(router=1)) == TOKENS
+    with pytest.raises(MoeInspectError, match=r"^\S+ was written meanwhile, and .* read it again"):
+        elsewhere.tokens()  # a worker of a cluster opens files itself
 
 
 def died_at(root: Path, step: int, batches: list[RoutedBatch]) -> bool:

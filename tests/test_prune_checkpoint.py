@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -280,6 +281,18 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
         checkpoint.write(
             tmp_path / "a", tmp_path / "b", Pruned({**drop, 7: [0, 1, 2, 3]}, 16), lambda draft: {}
         )
+    # safetensors raises an error of its own for a full disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(MoeInspectError, match=r"^cannot write \S+/b: File too large \(os"):
+            checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    weights = (tmp_path / "a/model.safetensors").read_bytes()
+    (tmp_path / "a/model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(MoeInspectError, match=r"^cannot read \S+/a/model\.safetensors: "):
+        checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
     config = json.loads((tmp_path / "a/config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}

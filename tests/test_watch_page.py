@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -47,8 +49,7 @@ class Server:
         command = [sys.executable, "-m", "moe_inspect", "watch", str(trace), "--serve", "0"]
         command += ["--every", "100ms", "--window", "512", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        said = self.process.stderr.readline()
+        said = self.said()
         found = re.search(r"at (http://127\.0\.0\.1:(\d+)), metrics at", said)
         assert found, said
         self.url, self.port = found[1], int(found[2])
@@ -71,6 +72,16 @@ class Server:
             if not line.startswith("#")
         }
 
+    def connected(self, path: str) -> socket.socket:
+        """A client that has asked for a path."""
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        return client
+
+    def said(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(20)
@@ -92,7 +103,10 @@ def server(trace: Path) -> Iterator[Server]:
         waited(lambda: started.state()["status"] == "complete")
         waited(lambda: started.state()["tokens"] == 2560)
         yield started
-        assert started.stop() == 130
+        with started.connected("/events") as page:
+            assert page.recv(15) == b"HTTP/1.1 200 OK"
+            assert started.stop() == 130
+        assert started.said() == ""  # not of the page either
     finally:
         started.process.kill()
 
@@ -183,6 +197,20 @@ def test_the_page_runs_its_own_scripts_only(server: Server) -> None:
     assert "frame-ancestors 'none'" in policy
     assert "http://" not in text.replace("http://www.w3.org/", "")
     assert "access-control-allow-origin" not in headers
+
+
+def test_without_file_descriptors_it_says_so_once_and_goes_on(server: Server) -> None:
+    pid, limits = server.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(os.listdir(f"/proc/{pid}/fd"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (there + 20, limits[1]))
+    try:
+        with contextlib.ExitStack() as clients:
+            for _ in range(40):
+                clients.enter_context(server.connected("/events"))
+            assert server.said().startswith("warning: too many open files: ")
+        assert waited(lambda: server.get("/state")[0]) == 200
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
 def test_events_are_what_the_page_shows(server: Server) -> None:

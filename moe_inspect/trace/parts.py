@@ -58,7 +58,15 @@ def reading(name: str) -> Iterator[None]:
         raise Damaged(name, first_line(error), name) from None
 
 
-def open_part(path: Path | Remote, name: str, columns: pa.Schema, stated: Stated) -> pq.ParquetFile:
+def held(path: Path | Remote, name: str) -> pa.Buffer:
+    """A file mapped into memory, where it can be read after it was deleted."""
+    with reading(name), _source(path) as file:
+        return file.read_buffer()
+
+
+def open_part(
+    path: Path | Remote | pa.Buffer, name: str, columns: pa.Schema, stated: Stated
+) -> pq.ParquetFile:
     """Opens a file of a trace and checks everything except its pages; their CRCs are checked when
     they are read."""
     with reading(name):
@@ -98,7 +106,9 @@ def _plain_labels(found: pa.Schema, columns: pa.Schema) -> list[str]:
     ]
 
 
-def _source(path: Path | Remote) -> pa.NativeFile:
+def _source(path: Path | Remote | pa.Buffer) -> pa.NativeFile:
+    if isinstance(path, pa.Buffer):
+        return pa.BufferReader(path)
     if isinstance(path, Remote):
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 

@@ -13,13 +13,15 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
-from moe_inspect.trace import schema, texts
+from moe_inspect.trace import parts, schema, texts
 from moe_inspect.trace.files.damaged import Damaged
-from moe_inspect.trace.files.location import Remote, location
+from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.shard_list import committed_shards
+from moe_inspect.trace.shard_list import ShardFiles, are_replaced, committed_shards
+
+TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
 class Trace(TraceHeader):
@@ -30,11 +32,31 @@ class Trace(TraceHeader):
     scheduler: Any = None
 
     def __init__(self, path: str | Path | Remote):
-        where = location(path)
-        with reading(where):
-            super().__init__(where, read_manifest(where))
-            self._files = committed_shards(where, self.manifest)
-        self._check_total()
+        where, before = location(path), None
+        for left in reversed(range(TRIES)):
+            with reading(where):
+                super().__init__(where, read_manifest(where))
+                self._files = committed_shards(where, self.manifest)
+            try:
+                self._check_total()
+                self._held = [self._hold(files) for files in self._files]
+                return
+            except Damaged:
+                # its writer may have replaced some of it meanwhile
+                if not left or before == (before := (self.manifest, self._files)):
+                    raise
+
+    def _hold(self, files: ShardFiles) -> dict[str, pa.Buffer]:
+        """The files of an early shard, which its writer deletes when a full one replaces it."""
+        if not files.early or isinstance(self.path, Remote):
+            return {}
+        return {
+            table: parts.held(inside(self.path, name), name) for table, name in files.paths.items()
+        }
+
+    def is_replaced(self) -> bool:
+        """Whether its writer has replaced shards since the trace was opened."""
+        return are_replaced(self.path, self.manifest, self._files)
 
     def _check_total(self) -> None:
         """Damaged where lines were lost: the manifest is written after the lines that it counts."""
@@ -74,11 +96,12 @@ class Trace(TraceHeader):
 
     def __getstate__(self) -> dict[str, Any]:
         """As a worker of a cluster gets it, who is in a directory of its own."""
-        return self.__dict__ | {"path": self.path.resolve(), "scheduler": None}
+        nothing = [{} for _ in self._held]
+        return self.__dict__ | {"path": self.path.resolve(), "scheduler": None, "_held": nothing}
 
     @property
     def shards(self) -> Iterator[Shard]:
-        return (Shard(self, f) for f in self._files)
+        return map(self.shard, range(self.n_shards))
 
     @property
     def n_shards(self) -> int:
@@ -86,7 +109,7 @@ class Trace(TraceHeader):
 
     def shard(self, number: int) -> Shard:
         """A shard of its own to read from: what it opens is closed with it."""
-        return Shard(self, self._files[number])
+        return Shard(self, self._files[number], self._held[number])
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         """The routing table, of all routers, one layer or one router."""

@@ -6,7 +6,8 @@ T tokens, K slots, E experts, L routers, N rows.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,20 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import parts, slot_order
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import MOST_TOKEN_IDS
-from moe_inspect.trace.shard_list import ShardFiles
+from moe_inspect.trace.shard_list import ShardFiles, are_replaced
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One committed shard, opened: whole batches, all routers."""
+    """One committed shard, opened: whole batches, all routers. `held`: the content of its files, of
+    a shard whose files may be deleted while they are read."""
 
     trace: TraceHeader
     files: ShardFiles
+    held: Mapping[str, pa.Buffer] = field(default_factory=dict[str, pa.Buffer])
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return parts.read(self.file(name), self.files.paths[name], columns)
@@ -40,9 +44,16 @@ class Shard:
                 name, trace.routers, trace.slot_values, trace.has_energy, trace.has_loss
             )
             path = self.files.paths[name]
-            self._opened[name] = parts.open_part(
-                inside(self.trace.path, path), path, expected, self.files.stated[name]
-            )
+            source = self.held.get(name) or inside(self.trace.path, path)
+            try:
+                opened = parts.open_part(source, path, expected, self.files.stated[name])
+            except Damaged:
+                if not are_replaced(trace.path, trace.manifest, [self.files]):
+                    raise
+                raise MoeInspectError(
+                    f"{trace.path} was written meanwhile, and {path} replaced: read it again"
+                ) from None
+            self._opened[name] = opened
         return self._opened[name]
 
     @cached_property

@@ -46,6 +46,13 @@ def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[Shar
     return ShardLists(root).read(manifest)
 
 
+def are_replaced(root: Path | Remote, manifest: dict[str, Any], shards: list[ShardFiles]) -> bool:
+    """Whether one of these shards is not listed any more: a full one has replaced it, or the trace
+    was resumed before it."""
+    listed = {(s.rank, s.index): s.lines for s in committed_shards(root, manifest)}
+    return any(listed.get((s.rank, s.index)) != s.lines for s in shards)
+
+
 class ShardLists:
     """The lists of all ranks, which grow while the trace is written: of a list that was read before
     only the new lines are checked."""

@@ -85,7 +85,8 @@ class Follower:
             if self._failed >= TRIES:
                 with reading(self.path):
                     raise
-            news.trouble = first_line(error)
+            if self._failed > 1:  # its writer may have replaced what was just listed
+                news.trouble = first_line(error)
         return news
 
     @property

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
+import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -92,20 +94,20 @@ class Live:
         self.session = session
         self.text = snapshot(session)
         self.number = 0
-        self.error = ""
+        self.is_over = False
         self._news = asyncio.Condition()
 
     async def run(self) -> None:
-        """Looks at the trace again and again, until its writer is done."""
-        session = self.session
+        """Looks at the trace again and again, until its writer is done. What makes it unreadable
+        may pass."""
+        session, said = self.session, ""
         while True:
             try:
                 changed = await asyncio.to_thread(session.update)
             except MoeInspectError as error:
-                session.watched.trouble = first_line(error)
-                print_stderr(f"error: {session.watched.trouble}")
-                await self._tell()
-                return
+                session.watched.trouble, changed = first_line(error), True
+                if said != (said := session.watched.trouble):
+                    print_stderr(f"error: {said}")
             # also what only the clock changes: the speed, and for how long nothing came
             if changed or session.watched.status not in ("waiting", "complete"):
                 await self._tell()
@@ -119,10 +121,16 @@ class Live:
             self.number += 1
             self._news.notify_all()
 
+    async def end(self) -> None:
+        """Ends the events of all who wait for them."""
+        self.is_over = True
+        async with self._news:
+            self._news.notify_all()
+
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: what there is, then whatever is new."""
         seen = -1
-        while True:
+        while not self.is_over:
             if self.number != seen:
                 seen = self.number
                 yield f"data: {self.text}\n\n"
@@ -130,7 +138,7 @@ class Live:
                 yield ": nothing new\n\n"
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KEEP_ALIVE_S), self._news:
-                    while self.number == seen:
+                    while self.number == seen and not self.is_over:
                         await self._news.wait()
 
 
@@ -146,9 +154,9 @@ def application(session: Session, hosts: frozenset[str], per_expert: bool = Fals
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector(session.watched, per_expert))
     live = Live(session)
+    text, policy = page()
 
     async def index(_: Request) -> Response:
-        text, policy = page()
         return HTMLResponse(text, headers={**HEADERS, "Content-Security-Policy": policy})
 
     async def events(_: Request) -> Response:
@@ -160,8 +168,8 @@ def application(session: Session, hosts: frozenset[str], per_expert: bool = Fals
 
     async def metrics(request: Request) -> Response:
         encode, kind = choose_encoder(request.headers.get("accept", ""))
-        text = await asyncio.to_thread(encode, registry)
-        return Response(text, headers={**HEADERS, "Content-Type": kind})
+        found = await asyncio.to_thread(encode, registry)
+        return Response(found, headers={**HEADERS, "Content-Type": kind})
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -172,11 +180,32 @@ def application(session: Session, hosts: frozenset[str], per_expert: bool = Fals
             await task
 
     pages = {"/": index, "/events": events, "/state": state, "/metrics": metrics}
-    return Starlette(
+    application = Starlette(
         routes=[Route(path, function, methods=["GET"]) for path, function in pages.items()],
         middleware=[Middleware(_OnlyOwnHosts, hosts=hosts)],
         lifespan=lifespan,
     )
+    application.state.live = live
+    return application
+
+
+class _OutOfFiles(logging.Filter):
+    """Says once that there is no file descriptor left, and drops the records that say so: asyncio
+    tries to accept a connection up to 2,048 times a second."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if getattr(error, "errno", 0) not in (errno.EMFILE, errno.ENFILE):
+            return True
+        if not self.said:
+            self.said = True
+            print_stderr(
+                "warning: too many open files: new connections wait until others are closed; "
+                "ulimit -n allows more"
+            )
+        return False
 
 
 def serve(
@@ -217,4 +246,15 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=1,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+
+        log, out_of_files = logging.getLogger("uvicorn.error"), _OutOfFiles()
+        log.addFilter(out_of_files)
+        logging.getLogger("asyncio").addFilter(out_of_files)
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                log.setLevel(logging.CRITICAL)  # who still reads slowly is cut off: no error
+                await app.state.live.end()
+                await super().shutdown(sockets)
+
+        Server(config).run(sockets=[listening])

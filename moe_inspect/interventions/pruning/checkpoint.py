@@ -22,6 +22,7 @@ from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
 from moe_inspect.model.load import checkpoint_dir, model_location
 from moe_inspect.model.peft_adapter import find_adapter
 from moe_inspect.model.routers import SELECTION_BIAS
+from moe_inspect.text import first_line
 from moe_inspect.trace.files.atomic import sync_directory
 from moe_inspect.trace.files.lock import hold, is_locked
 
@@ -166,6 +167,7 @@ def _with_experts(config: Mapping[str, Any], pruned: Pruned) -> tuple[dict[str, 
 
 def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
     """Files of at most FILE_BYTES (or of one tensor), with an index where they are several."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     held: dict[str, Any] = {}
@@ -175,7 +177,10 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
     def flush() -> None:
         nonlocal held, held_bytes
         path = draft / f"{len(files)}.part"
-        save_file(held, path, metadata={"format": "pt"})
+        try:
+            save_file(held, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is no OSError, on a full disk either
+            raise OSError(str(error).rpartition(": ")[2]) from error
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files.append(list(held))
@@ -205,7 +210,6 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
 def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
     """The tensors of the new checkpoint, by name."""
     import torch
-    from safetensors import safe_open
 
     files = [source / WEIGHTS]
     if not files[0].exists():  # transformers, too, reads an index only then
@@ -213,7 +217,7 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
         files = [source / name for name in sorted(set(listed.values()))]
     shapes: dict[str, list[int]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with _weights_in(file) as opened:
             names = list(opened.keys())
             shapes |= {name: opened.get_slice(name).get_shape() for name in names}
     places = {
@@ -229,7 +233,7 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
         if _stack(name) == stack and _layer(name) not in pruned.drop
     }
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with _weights_in(file) as opened:
             names = list(opened.keys())
             for name in names:
                 if name not in places or _block(name) in beyond:
@@ -249,6 +253,17 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
                     start, end = at.span(1)
                     now = kept.index(e) if e in kept else e - pruned.experts + pruned.left
                     yield f"{name[:start]}{now}{name[end:]}", opened.get_tensor(name)
+
+
+@contextmanager
+def _weights_in(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise MoeInspectError(f"cannot read {file}: {first_line(error)}") from error
 
 
 def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> str:

@@ -15,7 +15,7 @@ from moe_inspect.trace.files.location import Remote, location
 from moe_inspect.trace.files.lock import is_locked, refuse_while_locked
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import contents
-from moe_inspect.trace.reader import Trace, shards_of
+from moe_inspect.trace.reader import TRIES, Trace, shards_of
 from moe_inspect.trace.verify.counts import check_counts
 from moe_inspect.trace.verify.decisions import check_logits, check_routing
 from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans
@@ -32,7 +32,6 @@ def verify(
     A damaged file is a violation like any other. MoeInspectError where there is no trace.
     `progress` is called with the number of tokens of each shard that is done."""
     root = location(path)
-    found = Verification(str(path))
     if not (root / schema.MANIFEST).is_file():
         if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
             refuse_while_locked(root)
@@ -41,15 +40,21 @@ def verify(
                 "--resume starts it again"
             )
         raise no_trace(root)
-    try:
-        _verify(_opened(root), found, progress)
-    except Violation as violation:
-        found.ok, found.violation, found.file, found.row = (
-            False,
-            violation.what,
-            violation.file,
-            violation.row,
-        )
+    for _ in range(TRIES):
+        found = Verification(str(path))
+        trace = None
+        try:
+            trace = _opened(root)
+            _verify(trace, found, progress)
+        except Violation as violation:
+            found.ok, found.violation, found.file, found.row = (
+                False,
+                violation.what,
+                violation.file,
+                violation.row,
+            )
+        if found.ok or trace is None or not trace.is_replaced():
+            break
     return found
 
 

@@ -47,6 +47,9 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
         # first, so that it never counts more tokens than the shards have
         counts = {**_counts(shards), "dropped": 0}
         write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+    lines = b"".join(line for s in shards for line in s.lines)
+    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without a partial last line
+    # then, so that no line names what is not there
     keep = {root / path for s in shards for path in s.paths.values()}
     own = re.compile(rf"part-{rank}-\d+\.parquet|\.part-{rank}-\d+\.parquet\.tmp")
     for table in manifest["tables"]:
@@ -54,8 +57,6 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
         for file in (root / table).iterdir() if (root / table).is_dir() else ():
             if own.fullmatch(file.name) and file not in keep and not file.is_dir():
                 file.unlink()
-    lines = b"".join(line for s in shards for line in s.lines)
-    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without a partial last line
     slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
     if not shards:
         return ResumePoint(slot_orders=slot_orders)
