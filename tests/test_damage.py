@@ -188,12 +188,15 @@ def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:
 def test_traces_without_checksums_are_read_and_verified(
     name: str, sound: Path, tmp_path: Path
 ) -> None:
-    if name == "untrained":
-        shutil.copytree(ROOT / "sample_traces" / name, tmp_path / "t")
-    else:
-        without_checksums(sound, tmp_path / "t")
+    of = ROOT / "sample_traces" / name if name == "untrained" else sound
+    without_checksums(of, tmp_path / "t")
     assert verify(tmp_path / "t").ok
     assert numbers(tmp_path / "t")
+    said = "states no checksum of vocabulary.parquet"
+    assert [said in " ".join(report(path).notes()) for path in (of, tmp_path / "t")] == [
+        False,
+        True,
+    ]
     missed = [
         change
         for change in changed_bytes(tmp_path / "t", 60)
@@ -236,6 +239,20 @@ def test_the_vocabulary_is_the_one_that_the_trace_was_begun_with(copied: Path) -
         report(open_trace(copied)).tables["vocabulary"]
     with pytest.raises(MoeInspectError, match=r"vocabulary\.parquet: it was changed"):
         TraceWriter(copied, {}, routers(L, E, K), resume=resume_point(copied))
+
+
+def test_a_vocabulary_without_a_checksum_is_in_order(copied: Path) -> None:
+    """A changed id would take the text from the tables in silence."""
+    words = pq.read_table(copied / schema.VOCABULARY)
+    edit_manifest(copied, vocabulary=None)
+    for name, values, said in (
+        ("token_id", [*range(49), 50], "row 49: token_id is 50, not 49"),
+        ("token", [None, *["x"] * 49], "token is null"),
+    ):
+        made = put(name, pa.array(values, words.schema.field(name).type))(words)
+        pq.write_table(made, copied / schema.VOCABULARY)
+        with pytest.raises(MoeInspectError, match=rf"vocabulary\.parquet: {said}"):
+            report(open_trace(copied)).tables["vocabulary"]
 
 
 # --- what a manifest and a line cannot say

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -272,8 +273,13 @@ def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
                 f"{TEXT_BYTES:,} are possible",
                 name,
             )
-        if words["token_id"].null_count:
-            raise Damaged(name, "token_id is null", name)
+        for column in schema.VOCABULARY_SCHEMA.names:
+            if words[column].null_count:
+                raise Damaged(name, f"{column} is null", name)
+        ids = words["token_id"].to_numpy()
+        if (wrong := ids != np.arange(len(ids))).any():
+            row = int(wrong.argmax())
+            raise Damaged(name, f"row {row}: token_id is {ids[row]}, not {row}", name)
         return words.set_column(
             words.column_names.index("token"), "token", words["token"].cast(pa.string())
         ).select(schema.VOCABULARY_SCHEMA.names)

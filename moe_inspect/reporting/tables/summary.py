@@ -205,6 +205,8 @@ def _token_id_notes(data: ReportData) -> list[str]:
         f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
         f"{plural(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
     ]
+    if data.trace.vocabulary().size and not data.trace.manifest.get("vocabulary"):
+        notes.append("trace.json states no checksum of vocabulary.parquet: its text is not checked")
     if not data.trace.vocabulary().size:
         notes.append("no vocabulary in the trace: token is missing, give a tokenizer when tracing")
     if len(data.counts.domains) > 1:
