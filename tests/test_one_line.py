@@ -289,15 +289,49 @@ OUTPUTS = {
 }
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize("command", [c for c in USUAL if c in OUTPUTS])
-def test_a_full_disk_is_named_with_what_was_to_be_written(command: str, here: Path) -> None:
+def test_a_full_disk_is_named_and_what_was_there_stays(command: str, here: Path) -> None:
     fine(run(command))  # caches of the libraries are written
     for output in OUTPUTS[command]:
+        if output and "." in output[-1]:
+            (here / output[-1]).write_text("the old one")
+        before = files_in(here)
         with disk_of(10):
             result = run(
                 command, *output, *(["--overwrite"] if command in ("trace", *WRITE_ONCE) else [])
             )
         one_line(result, "cannot write new", "File too large")
+        if command != "trace":  # which may be gone on with
+            assert files_in(here) == before
+
+
+WITHIN = [(command, given[-1]) for command, given in OUTPUTS.items() if given[-1]] + [
+    ("prune", ["-o", "new"]),
+    ("ablate", ["--resume", "new"]),
+    ("merge", ["-o", "new"]),
+    ("sample", ["-o", "new"]),
+    ("import", ["-o", "new"]),
+    ("sql", ["-o", "new.csv"]),
+    ("report", ["--plots", "new"]),
+    ("compare", ["--html", "new.html"]),
+    ("compare", ["--plots", "new"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "output"), WITHIN, ids=[" ".join([c, *map(str, given)]) for c, given in WITHIN]
+)
+def test_no_output_is_within_a_trace(command: str, output: list[str], here: Path) -> None:
+    (here / "linked").symlink_to(here / "t" / "tokens")
+    before = files_in(here)
+    for place in ("t/tokens", "linked"):
+        result = run(command, *output[:-1], f"{place}/{output[-1]}")
+        one_line(result, f"{place}/{output[-1]} is within the trace ")
+    assert files_in(here) == before
 
 
 def test_resuming_on_a_full_disk(here: Path) -> None:

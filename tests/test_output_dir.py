@@ -135,7 +135,7 @@ def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(
     new one."""
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     holder, third = hold(tmp_path), list[Lock]()
-    flock = lock_module._flock
+    flock = lock_module.flock
 
     def raced(file: int, exclusive: bool) -> bool | None:
         if not third:
@@ -144,7 +144,7 @@ def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(
             third[0] = hold(tmp_path)
         return flock(file, exclusive)
 
-    monkeypatch.setattr(lock_module, "_flock", raced)
+    monkeypatch.setattr(lock_module, "flock", raced)
     with pytest.raises(MoeInspectError, match="is still writing"):
         hold(tmp_path)
     third[0].release()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
 
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import abandon, first_line, plural, print_stderr, safe_cell
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
         with to_stdout():
             write(frame, sys.stdout.buffer)
         return
-    with writing(output), open(output, "wb") as file:
+    from moe_inspect.trace.files.output import output_file
+
+    with output_file(output) as draft, open(draft, "wb") as file:
         write(frame, file)
 
 
@@ -87,7 +89,9 @@ def text_to(output: Path | None) -> Iterator[TextIO]:
         with to_stdout():
             yield sys.stdout
         return
-    with writing(output), open(output, "w", encoding="utf-8") as file:
+    from moe_inspect.trace.files.output import output_file
+
+    with output_file(output) as draft, open(draft, "w", encoding="utf-8") as file:
         yield file
 
 

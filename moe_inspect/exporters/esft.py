@@ -6,9 +6,7 @@ T tokens, K slots, E experts, S sequences.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.registry import exporter, need_decisions
 from moe_inspect.exporters.sums import Sums, sums_by_domain
 from moe_inspect.text import no_such
+from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -64,9 +63,7 @@ def esft(
     others = None
     if by not in OF_ESFT or weights is not None or losses is not None:
         others = scores_of(trace, by, weights=weights, losses=losses)
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    draft.mkdir(parents=True)
-    try:
+    with draft_folder_of(output) as (draft, _):
         folders: dict[str, Path] = {}
         for shard in trace.shards:
             _esft_shard(shard, draft, folders)
@@ -78,9 +75,6 @@ def esft(
                 scores[name] = _others(trace, others, domain)
             (folder / "summary.json").write_text(json.dumps(scores))
             (folder / "expert_cfg.json").write_text(json.dumps(_config(scores[name], top_p)))
-        os.replace(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.exporters.registry import exporters
 from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.text import no_such
+from moe_inspect.trace.manifest import refuse_within_trace
 from moe_inspect.trace.reader import Trace
 
 
@@ -73,9 +74,7 @@ def export_trace(
         options["weights"] = checkpoint_dir(str(weights))
     opened = trace if isinstance(trace, Trace) else Trace(trace)
     output = Path(output)
-    if isinstance(opened.path, Path) and output.resolve().is_relative_to(opened.path.resolve()):
-        raise MoeInspectError(f"{output} is within the trace: write it elsewhere")
-    through = output.resolve() if output.is_file() else output  # a link, such as /dev/stdout
     with writing(output):
-        known[format].run(opened, through, **options)
+        refuse_within_trace(output)
+        known[format].run(opened, output, **options)
     return output

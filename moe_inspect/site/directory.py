@@ -8,7 +8,6 @@ import base64
 import gzip
 import hashlib
 import json
-import os
 import re
 from contextlib import ExitStack
 from itertools import count
@@ -20,15 +19,15 @@ from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.reporting.render.html import slug
 from moe_inspect.site.entry import Entry
 from moe_inspect.text import cut
-from moe_inspect.trace import schema
-from moe_inspect.trace.files.atomic import draft_of, sync_directory
+from moe_inspect.trace.files.atomic import draft_of, drafts_of, sync_directory
 from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.manifest import refuse_within_trace
 
 INDEX = "index.html"
 FORMAT = 1  # of what the index holds
 DATA = re.compile(r'<script type="text/plain" data-of="atlas">([\w+/=]+)</script>', re.ASCII)
 PAGE = re.compile(r"[a-z0-9-]+\.html")
-DRAFT = re.compile(rf"\.{PAGE.pattern}\.tmp")
+DRAFT = re.compile(drafts_of(PAGE.pattern))
 STATED = ("name", "page", "key", "address", "sha256")  # of an entry, whatever the version
 UP = (INDEX, "← Atlas")  # of every page
 PAGE_ABOVE = f'<a class="up" href="{INDEX}">'.encode()  # as page.html writes it
@@ -110,8 +109,7 @@ class Directory:
 def _check(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise MoeInspectError(f"{root} is a file: give a directory for the site")
-    if (root / schema.MANIFEST).exists():
-        raise MoeInspectError(f"{root} is a trace: give another directory for the site")
+    refuse_within_trace(root)
 
 
 def _entries(index: Path) -> list[Entry]:
@@ -144,11 +142,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _write(draft: Path, text: str) -> str:
-    data = text.encode(errors="backslashreplace")
-    with open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    draft.write_bytes(data := text.encode(errors="backslashreplace"))
     return _sha256(data)
 
 

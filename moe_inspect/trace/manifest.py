@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.files.lock import settle
 from moe_inspect.trace.files.process import is_running, process_start
 from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, parsed
 
@@ -24,6 +26,8 @@ from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, pars
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
     """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
+    if isinstance(root, Path) and not root.exists():
+        settle(root)
     if not path.is_file():
         raise no_trace(root)
     try:
@@ -77,6 +81,24 @@ def _traces_in(folder: Path) -> list[Path]:
         return sorted(p.parent for p in folder.glob(f"*/{schema.MANIFEST}"))
     except OSError:
         return []
+
+
+def refuse_within_trace(path: Path, a_trace: bool = False) -> None:
+    """MoeInspectError where what is to be written would be in the directory of a trace. `a_trace`:
+    it is one, and may replace another."""
+    real = Path(os.path.realpath(path))
+    for folder in real.parents if a_trace else (real, *real.parents):
+        if (folder / schema.MANIFEST).is_file() and _is_trace(folder):
+            where = "a trace" if folder == real else f"within the trace {folder}"
+            raise MoeInspectError(f"{path} is {where}: choose another place")
+
+
+def _is_trace(folder: Path) -> bool:
+    """Of one with a file trace.json, which profilers write too."""
+    with suppress(MoeInspectError, OSError):
+        read_manifest(folder)
+        return True
+    return any(folder.glob("shards-*.jsonl"))  # it is damaged
 
 
 def _beginning(path: Path, most_bytes: int) -> bytes:

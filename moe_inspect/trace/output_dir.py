@@ -16,22 +16,22 @@ from typing import Any
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.atomic import drafts_of, sync_directory
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked
-from moe_inspect.trace.manifest import read_manifest, refuse_while_written
+from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked, settle
+from moe_inspect.trace.manifest import read_manifest, refuse_while_written, refuse_within_trace
 
 # what the manifest of a trace that is being removed is renamed to: readers then find no trace
 OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
-DRAFT = rf"\.({re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST})\.tmp"
+DRAFT = drafts_of(rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}")
 CHECK = ".check.tmp"  # on object storage: written and removed to see whether that can be done
 OF_A_TRACE = re.compile(
     rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}"
     rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}|{re.escape(CHECK)}"
 )
-OF_A_TABLE = re.compile(rf"{PART}|\.{PART}\.tmp")
+OF_A_TABLE = re.compile(rf"{PART}|{drafts_of(PART)}")
 TO_NAME = 3  # file names listed in a message
 
 
@@ -133,6 +133,8 @@ def check_directory(
                 (path / CHECK).unlink()
         return
     try:
+        settle(path)
+        refuse_within_trace(path, a_trace=True)
         if path.exists() and not path.is_dir():
             raise MoeInspectError(f"{path} is a file: give a directory for the trace")
         if path.is_dir():

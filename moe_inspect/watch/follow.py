@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, location
-from moe_inspect.trace.files.lock import is_locked
+from moe_inspect.trace.files.lock import is_locked, left_of
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, writer_of
 from moe_inspect.trace.shard import Shard
@@ -154,12 +153,7 @@ class Follower:
         path = self.path
         if isinstance(path, Remote) or not path.parent.is_dir():
             return path
-        name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]+\.tmp")
-        drafts = [
-            Path(entry.path)
-            for entry in os.scandir(path.parent)
-            if name.fullmatch(entry.name) and (Path(entry.path) / schema.MANIFEST).is_file()
-        ]
+        drafts = [at for at in left_of(path) if (at / schema.MANIFEST).is_file()]
         at_work = [draft for draft in drafts if is_locked(draft)]
         if at_work:
             return at_work[0]

@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from moe_inspect.cli.help.pages import COMMANDS, PAGES, Page
 
+OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 WIDEST = 1_000  # as wide as the terminal is
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
 
@@ -29,6 +31,17 @@ class GroupedCommand(TyperCommand):
     @property
     def page(self) -> Page:
         return PAGES.get(self.name or "", Page())
+
+    def invoke(self, ctx: Any) -> Any:
+        """Refuses an output within a trace before anything is computed for it."""
+        from moe_inspect.trace.manifest import refuse_within_trace
+
+        for option in self.params:
+            given = ctx.params.get(option.name)
+            if option.name in OUTPUTS and isinstance(given, str | Path) and "://" not in str(given):
+                # a trace may replace another
+                refuse_within_trace(Path(given), a_trace=option.metavar == "DIR")
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         group_of: dict[str, str] = {}

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.manifest import refuse_within_trace
 
 FORMAT = 1
 WHOLE = (-1, -1)  # in place of a router and an expert: the whole model
@@ -28,6 +29,7 @@ class Store:
         self._lock = None
         if path is None:
             return
+        refuse_within_trace(path)
         self._lock = hold(path)
         try:
             self._open(path / "losses.jsonl", {"format": FORMAT, **record})

@@ -23,8 +23,8 @@ from moe_inspect.model.load import checkpoint_dir, model_location
 from moe_inspect.model.peft_adapter import find_adapter
 from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.text import first_line
-from moe_inspect.trace.files.atomic import sync_directory
-from moe_inspect.trace.files.lock import hold, is_locked
+from moe_inspect.trace.files.atomic import draft_folder_of
+from moe_inspect.trace.manifest import refuse_within_trace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 * 2**30
@@ -90,6 +90,7 @@ def directory_of(model: str, revision: str | None) -> Path:
 
 
 def refuse_to_replace(output: Path) -> None:
+    refuse_within_trace(output)
     if output.exists() or output.is_symlink():
         raise MoeInspectError(f"there is something at {output}: give a new directory")
 
@@ -101,7 +102,7 @@ def write(
     not exist: in a directory beside it, which is renamed once `check` of it has passed. What that
     returns is written into its pruning.json. On an exception nothing is left."""
     refuse_to_replace(output)
-    with _draft_of(output) as draft:
+    with draft_folder_of(output) as (draft, _):
         with writing(output):
             config = with_experts(_read_json(source / "config.json"), pruned)
             _write_json(draft / "config.json", config)
@@ -115,29 +116,7 @@ def write(
         record = check(draft)
         with writing(output):
             _write_json(draft / "pruning.json", record)
-
-
-@contextmanager
-def _draft_of(output: Path) -> Iterator[Path]:
-    """A directory beside `output`, which is renamed to it at the end; on an exception it is
-    removed. What killed processes have left there is removed too."""
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    name = re.compile(rf"\.{re.escape(output.name)}\.\d+\.tmp")
-    for left in list(output.parent.iterdir()) if output.parent.is_dir() else ():
-        # while a process writes it, it is locked
-        if name.fullmatch(left.name) and not left.is_symlink() and is_locked(left) is False:
-            shutil.rmtree(left, ignore_errors=True)
-    with hold(draft) as lock:
-        try:
-            yield draft
-            with writing(output):
-                sync_directory(draft)
-                refuse_to_replace(output)
-                os.rename(draft, output)
-                lock.root = output.absolute()
-                sync_directory(output.parent)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        refuse_to_replace(output)
 
 
 def with_experts(config: Mapping[str, Any], pruned: Pruned) -> dict[str, Any]:
@@ -181,8 +160,6 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
             save_file(held, path, metadata={"format": "pt"})
         except SafetensorError as error:  # which is no OSError, on a full disk either
             raise OSError(str(error).rpartition(": ")[2]) from error
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
         files.append(list(held))
         held, held_bytes = {}, 0
 
@@ -330,7 +307,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

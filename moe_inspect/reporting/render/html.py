@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from moe_inspect.errors import writing
 from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import PALETTE, Chart
 from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import readable
+from moe_inspect.trace.files.output import output_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -235,8 +235,8 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def write_page(path: str | Path, text: str) -> None:
-    with writing(path):
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    with output_file(path) as draft:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def template(name: str) -> Template:

@@ -25,7 +25,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from moe_inspect.errors import writing
 from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import Chart, Panel, Scale, draw_charts
 from moe_inspect.reporting.render.marks import (
@@ -40,6 +39,7 @@ from moe_inspect.reporting.render.marks import (
     vertical_range,
     write_cells,
 )
+from moe_inspect.trace.files.output import output_file, output_folder
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
@@ -70,16 +70,14 @@ def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
 
 def write_charts(charts: Sequence[Chart], directory: str | Path) -> list[Path]:
     """Draws charts as NAME.png and NAME.svg. Returns the files."""
-    directory, written = Path(directory), list[Path]()
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    directory, written = output_folder(directory), list[Path]()
     advance = phase("writing pictures", len(charts), "pictures")
     for chart in charts:
         with letters():
             figure = draw(chart)
             for path in (directory / f"{chart.name}.png", directory / f"{chart.name}.svg"):
-                with writing(path):
-                    path.write_bytes(picture(figure, path.suffix[1:], chart.description))
+                with output_file(path) as draft:
+                    draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
         advance(1)
     return written

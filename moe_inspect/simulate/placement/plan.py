@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation
+from moe_inspect.trace.files.output import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
@@ -41,8 +42,8 @@ def write_plan(simulation: Simulation, path: str | Path, engine: str | None = No
             "with --layers"
         )
     text = ENGINES[engine](slots, int(table["expert"].max()) + 1, simulation.settings)
-    with writing(path):
-        path.write_text(text)
+    with output_file(path) as draft:
+        draft.write_text(text)
     P = len(next(iter(slots.values())))
     return (
         f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on "

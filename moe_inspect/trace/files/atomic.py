@@ -1,15 +1,37 @@
-"""Atomic writes: a reader sees the old file or the new one, even after a power failure. An object
-of object storage is so by itself."""
+"""Drafts: whatever is written is written under a temporary name beside its place, flushed to disk
+and renamed. A reader, and whoever comes after a crash, finds the old file or the new one. An object
+of object storage is so by itself.
+
+A draft is called `.NAME.PID-RANDOM.tmp` and locked while it is written. One that nobody locks was
+left by a killed process: the next draft of the same file removes it."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.files.lock import (
+    Lock,
+    draft_name,
+    flock,
+    followed,
+    hold,
+    is_at,
+    is_locked,
+    left_of,
+)
+
+# of a file that an earlier version wrote without pid and random part too
+UNIQUE = r"(\.\d+-[0-9a-f]+)?"
 
 
 def write_atomically(path: Path | Remote, data: bytes) -> None:
@@ -17,10 +39,8 @@ def write_atomically(path: Path | Remote, data: bytes) -> None:
     if isinstance(path, Remote):
         path.write_bytes(data)
         return
-    with draft_of(path) as draft, open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with draft_of(path) as draft:
+        draft.write_bytes(data)
     sync_directory(path.parent)
 
 
@@ -40,23 +60,120 @@ def append(path: Path | Remote, data: bytes) -> None:
 
 @contextmanager
 def draft_of(path: Path | Remote) -> Iterator[Path]:
-    """A temporary path. On success the file is renamed to `path`, or uploaded, on an exception it
-    is removed. A device or a pipe is written directly."""
+    """An empty file to write to. On success it is renamed to `path`, or uploaded, on an exception
+    it is removed. A link is followed, and the mode of a file that is replaced is kept; a device, a
+    pipe and what is open already (/dev/stdout) are written directly."""
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
             yield (draft := Path(folder) / path.name)
             path.upload(draft)
         return
-    if path.exists() and not path.is_file():
+    target = _file_at(path)
+    if target is None:
         yield path
         return
-    draft = path.with_name(f".{path.name}.tmp")
+    for left in left_of(target):
+        with suppress(OSError):
+            _remove_if_left(left)
+    draft, file = _new(target)
     try:
         yield draft
+        os.fsync(file)
+        os.replace(draft, target)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    os.replace(draft, path)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def draft_folder_of(
+    path: Path,
+    put: Callable[[Path, Path], object] = os.rename,
+    remove: Callable[[Path], object] = shutil.rmtree,
+) -> Iterator[tuple[Path, Lock]]:
+    """A folder to write to, and its lock. On success it is flushed to disk and `put` at `path`. On
+    an exception it is removed; but where it is whole and cannot be put there it stays, and a
+    MoeInspectError names it. A link is followed."""
+    target = followed(path)
+    for left in left_of(target):
+        if left.is_dir() and not left.is_symlink() and not is_locked(left):
+            with suppress(OSError, MoeInspectError), hold(left):
+                remove(left)
+    draft = draft_name(target)
+    # another process may hold the lock while it checks whether this one is running
+    with hold(draft, wait=True) as lock:
+        try:
+            yield draft, lock
+            for file in (draft, *draft.rglob("*")):
+                sync(file)
+        except BaseException:
+            with suppress(OSError, MoeInspectError):
+                remove(draft)
+            raise
+        try:
+            put(draft, target)
+        except (OSError, MoeInspectError) as error:
+            said = str(error) if isinstance(error, MoeInspectError) else first_line(error)
+            raise MoeInspectError(
+                f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
+            ) from error
+        lock.root = target.absolute()
+        with writing(path):
+            sync_directory(target.parent)
+
+
+def _file_at(path: Path) -> Path | None:
+    """The file that `path` leads to, there or not yet; None for one that cannot be replaced."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+    while path.is_symlink():
+        if path.parent.resolve().is_relative_to("/proc"):  # as /dev/stdout does
+            return None
+        path = path.parent / os.readlink(path)
+    return path
+
+
+def _new(target: Path) -> tuple[Path, int]:
+    """A draft, open and locked, with the mode and, where that is possible, the owner of the file
+    that it will replace."""
+    old = target.stat() if target.exists() else None
+    if old is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    while True:
+        draft = draft_name(target)
+        file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            # another process may have taken it for a left one, before it was locked
+            if flock(file, exclusive=True) is not False and is_at(file, draft):
+                if old is not None:
+                    with suppress(OSError):
+                        os.fchown(file, old.st_uid, old.st_gid)
+                    with suppress(OSError):
+                        os.fchmod(file, stat.S_IMODE(old.st_mode))
+                return draft, file
+        except BaseException:
+            os.close(file)
+            draft.unlink(missing_ok=True)
+            raise
+        os.close(file)
+        draft.unlink(missing_ok=True)
+
+
+def _remove_if_left(draft: Path) -> None:
+    file = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if flock(file, exclusive=True) and is_at(file, draft):
+            draft.unlink()
+    finally:
+        os.close(file)
+
+
+def drafts_of(name: str) -> str:
+    """A regular expression of the drafts of files whose names match the one that is given."""
+    return rf"\.({name}){UNIQUE}\.tmp"
 
 
 def make_folder(path: Path | Remote) -> None:
@@ -66,8 +183,12 @@ def make_folder(path: Path | Remote) -> None:
 
 
 def sync_directory(path: Path | Remote) -> None:
-    if isinstance(path, Remote):
-        return
+    if isinstance(path, Path):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

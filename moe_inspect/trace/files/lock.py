@@ -21,11 +21,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import socket
 import stat
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.process import is_running, process_start
 
 LOCK = ".lock"
+OLD = ".old"  # ending of a trace that is set aside while another is put in its place
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
 # pid, host, random id and, on object storage, when the process started
 HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+(?: (\d{1,18})?)?")
@@ -84,7 +87,7 @@ class FileLock(Lock):
         try:
             # nobody else may hold the file when it is removed: another process could then lock a
             # new one beside them
-            if _flock(file, exclusive=True) and _is_at(file, self.root / LOCK):
+            if flock(file, exclusive=True) and is_at(file, self.root / LOCK):
                 (self.root / LOCK).unlink()
         except OSError:
             pass  # a leftover lock file is harmless: without its process it is not locked
@@ -140,7 +143,7 @@ def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lo
         with writing(root):
             os.ftruncate(file, 0)
             os.pwrite(file, holder.encode(errors="replace"), 0)
-            if shared and _flock(file, exclusive=False) is False:
+            if shared and flock(file, exclusive=False) is False:
                 raise _refusal(root, _holder_in(file))
     except BaseException:
         lock.release()
@@ -193,7 +196,7 @@ def refuse_while_locked(root: Path | Remote) -> None:
     if (file := _existing(root)) is None:
         return
     try:
-        if _flock(file, exclusive=True) is False:
+        if flock(file, exclusive=True) is False:
             raise _refusal(root, _holder_in(file))
     finally:
         os.close(file)
@@ -208,7 +211,7 @@ def is_locked(root: Path | Remote) -> bool | None:
     if (file := _existing(root)) is None:
         return None
     try:
-        got = _flock(file, exclusive=True)
+        got = flock(file, exclusive=True)
         return None if got is None else not got
     finally:
         os.close(file)
@@ -220,14 +223,14 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
     while True:
         file = _opened(root)
         try:
-            got = _flock(file, exclusive)
+            got = flock(file, exclusive)
             if got is None:
                 print_stderr(
                     f"warning: the file system of {root} has no locks: make sure that nothing "
                     "else writes there"
                 )
                 return file
-            if got and _is_at(file, root / LOCK):
+            if got and is_at(file, root / LOCK):
                 return file
             if got is False and not wait and time.monotonic() > until:
                 raise _refusal(root, _holder_in(file))
@@ -241,9 +244,14 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
 
 
 def _opened(root: Path) -> int:
+    if os.name != "posix":
+        raise MoeInspectError(
+            "traces are written on Linux, macOS and other systems with flock(2), not on this one"
+        )
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         try:
+            settle(root)
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(root, error) from None
@@ -268,14 +276,12 @@ def _existing(root: Path) -> int | None:
         return None
 
 
-def _flock(file: int, exclusive: bool) -> bool | None:
-    """Whether the lock was acquired; None if the file system has no locks."""
+def flock(file: int, exclusive: bool) -> bool | None:
+    """Whether the lock was acquired; None if the file system or the system has no locks."""
     try:
         import fcntl
     except ImportError:
-        raise MoeInspectError(
-            "traces are written on Linux, macOS and other systems with flock(2), not on this one"
-        ) from None
+        return None
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
@@ -288,7 +294,7 @@ def _flock(file: int, exclusive: bool) -> bool | None:
     return True
 
 
-def _is_at(file: int, path: Path) -> bool:
+def is_at(file: int, path: Path) -> bool:
     """Whether the open file is the one at `path`: its last holder may have removed it before it was
     locked here."""
     try:
@@ -332,3 +338,35 @@ def _who(holder: str) -> str:
     if found[2] != socket.gethostname():
         return f"process {found[1]} on {found[2]}"
     return "this process" if int(found[1]) == os.getpid() else f"process {found[1]}"
+
+
+def draft_name(path: Path) -> Path:
+    """A name beside `path` that nothing has."""
+    # of a long name a part: with what is added it must not become too long
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def left_of(path: Path, ending: str = ".tmp") -> Iterator[Path]:
+    """What processes have named beside `path` as `draft_name` does."""
+    name = re.compile(rf"\.{re.escape(path.name[:50])}\.\d+(-[0-9a-f]+)?{re.escape(ending)}")
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        yield from (Path(entry.path) for entry in entries if name.fullmatch(entry.name))
+
+
+def followed(path: Path) -> Path:
+    """Where a link leads to."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def settle(root: Path) -> None:
+    """While a trace is replaced there is none at its place for a moment: waits for the new one.
+    Where the process that did it was killed then, the old one is put back."""
+    root = followed(root)
+    until = time.monotonic() + PATIENCE_S
+    while not root.exists() and (aside := next(left_of(root, OLD), None)) is not None:
+        if is_locked(aside) is False or not (aside / LOCK).exists():
+            with suppress(OSError):  # another process has put it back
+                os.rename(aside, root)
+        if time.monotonic() > until:  # it cannot be told, or not be put back
+            return
+        time.sleep(0.01)

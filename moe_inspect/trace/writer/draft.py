@@ -6,47 +6,37 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
 import tempfile
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import LOCK, Lock, hold
-from moe_inspect.trace.output_dir import OVERWRITTEN, claim_directory, clear_trace
+from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
+from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, claim_directory, clear_trace
 
 
 @contextlib.contextmanager
 def whole_trace(out: Path | Remote, overwrite: bool, nothing: str) -> Generator[tuple[Path, Lock]]:
-    """A temporary directory, and its lock. On success it is renamed to `out`, where a trace is
-    replaced with `overwrite`; on an exception it is removed. `nothing` ends the message where the
-    disk fails: "nothing was imported"."""
+    """A temporary directory, and its lock. On success it becomes `out`, where a trace is replaced
+    with `overwrite`; on an exception it is removed. `nothing` ends the message where the disk
+    fails: "nothing was imported"."""
     if isinstance(out, Remote):
         with _told(out, nothing), tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
             with hold(Path(folder)) as lock:
                 yield Path(folder), lock
             _upload(Path(folder), out, overwrite)
         return
-    target = out.resolve() if out.is_symlink() else out
-    _clear_drafts(target)
-    draft = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # another process may hold the lock while it checks whether this one is running
-    with hold(draft, wait=True) as lock:
-        try:
-            with _told(out, nothing):
-                yield draft, lock
-                claim_directory(target, overwrite, resumable=False).release()
-                os.replace(draft, target)
-                lock.root = target
-                sync_directory(target.parent)
-        finally:
-            if draft.exists():
-                _remove(draft)
+    put = partial(_put, overwrite=overwrite)
+    with draft_folder_of(out, put, _remove) as (draft, lock), _told(out, nothing):
+        yield draft, lock
+    for old in left_of(followed(out), OLD):
+        with contextlib.suppress(OSError, MoeInspectError):  # the next one tries again
+            _remove(old)
 
 
 @contextlib.contextmanager
@@ -60,6 +50,29 @@ def _told(out: Path | Remote, nothing: str) -> Generator[None]:
         if isinstance(cause, OSError):
             raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; {nothing}") from None
         raise
+
+
+def _put(draft: Path, target: Path, overwrite: bool) -> None:
+    """Puts a finished trace at `target`, and sets aside what is there. On an exception that is
+    there again; after a kill `settle` puts it back."""
+    aside = draft.with_suffix(OLD)
+    with hold(target) as lock:
+        check_directory(target, overwrite, resumable=False, locked=True)
+        os.rename(target, aside)
+        lock.root = aside
+        try:
+            os.rename(draft, target)
+        except BaseException:
+            os.rename(aside, target)
+            lock.root = target
+            raise
+
+
+def _remove(draft: Path) -> None:
+    """Removes the directory of a trace, its lock file too; nothing where it has other files."""
+    clear_trace(draft)
+    (draft / LOCK).unlink(missing_ok=True)
+    draft.rmdir()
 
 
 def _upload(draft: Path, target: Remote, overwrite: bool) -> None:
@@ -82,21 +95,3 @@ def _upload(draft: Path, target: Remote, overwrite: bool) -> None:
             raise
         with contextlib.suppress(OSError):  # the trace is there
             (target / OVERWRITTEN).unlink(missing_ok=True)
-
-
-def _clear_drafts(target: Path) -> None:
-    """Removes temporary directories of killed processes that were to become the same directory."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.\d+(-[0-9a-f]+)?\.tmp")
-    for draft in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if name.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            # not removed: one whose process is running, and one with other files in it
-            with contextlib.suppress(MoeInspectError), claim_directory(draft, overwrite=True):
-                _remove(draft)
-
-
-def _remove(draft: Path) -> None:
-    """Removes the directory of a trace, its lock file too."""
-    clear_trace(draft)
-    with contextlib.suppress(OSError):  # the next one tries again
-        (draft / LOCK).unlink(missing_ok=True)
-        draft.rmdir()

@@ -7,7 +7,6 @@ float16.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ def write_part(
                 rows += len(part)
                 writer.write_table(part, row_group_size=max(len(part), 1))
         file.flush()
-        os.fsync(file.fileno())
         with open(draft, "rb") as written:
             footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
     return {

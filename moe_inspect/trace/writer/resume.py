@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.atomic import drafts_of, write_atomically
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
@@ -51,7 +51,8 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     write_atomically(root / f"shards-{rank}.jsonl", lines)  # without a partial last line
     # then, so that no line names what is not there
     keep = {root / path for s in shards for path in s.paths.values()}
-    own = re.compile(rf"part-{rank}-\d+\.parquet|\.part-{rank}-\d+\.parquet\.tmp")
+    part = rf"part-{rank}-\d+\.parquet"
+    own = re.compile(rf"{part}|{drafts_of(part)}")
     for table in manifest["tables"]:
         inside(root, table)
         for file in (root / table).iterdir() if (root / table).is_dir() else ():

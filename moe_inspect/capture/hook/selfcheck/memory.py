@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from moe_inspect.trace.files.atomic import draft_of
 
 MOST = 16  # devices × versions that are remembered
 
@@ -46,9 +47,8 @@ def remember(environment: str, variants: set[str]) -> None:
     text = json.dumps(dict(list(known.items())[-MOST:]))
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            new.write(text)
-        os.replace(new.name, file)
+        with draft_of(file) as draft:
+            draft.write_text(text)
 
 
 def _read() -> dict[str, object]:
