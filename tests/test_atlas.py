@@ -399,9 +399,12 @@ def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):  #
     view.get_by_role("button", name="tokens").click()
     first = view.locator("#traces tbody tr").first.locator("a")
     assert first.get_attribute("href") == f"{first.inner_text()}.html"
-    for width in (390, 800, 1600):
+    for width in (390, 800, 1280, 1600):
         view.set_viewport_size({"width": width, "height": 900})
         assert view.evaluate("document.documentElement.scrollWidth") <= width
+        place = "document.querySelector('#traces .scroll')"
+        hidden = view.evaluate(f"{place}.scrollWidth - {place}.clientWidth")
+        assert hidden == 0 or width < 1280, "columns of the table are cut"
     assert page.complaints == []
     assert page.foreign() == []
     view.goto(f"{page.address.rpartition('/')[0]}/a.html#L1E3")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # of the page itself
 IDS = (
     "top",
+    "main",
     "findings",
     "more-findings",
     "menu",

@@ -1,6 +1,6 @@
 "use strict";
 // What the page knows of experts (map_data.py), and the card of one. Texts of the corpus become text nodes, never markup.
-// A part of a card is a function in moe.cardParts: (experts, row, expert) → nodes, made with the helpers of `experts`.
+// A part of a card is an entry of moe.cardParts: [name, (experts, row, expert) → nodes made with the helpers of `experts`].
 moe.cardParts = [];
 
 moe.experts = (data) => {
@@ -28,7 +28,7 @@ moe.experts = (data) => {
   const listed = (names, rows, token = -1) => {
     const cell = (value, i) => h("td", { className: i === token ? "token" : "n" }, value instanceof Node ? value : h("bdi", {}, String(value)));
     return h("table", {},
-      h("thead", {}, h("tr", {}, ...names.map((name, i) => h("th", { scope: "col", className: i === token ? "" : "n" }, name)))),
+      h("thead", {}, h("tr", {}, ...names.map((name, i) => (name ? h("th", { scope: "col", className: i === token ? "" : "n" }, name) : h("td"))))),
       h("tbody", {}, ...rows.map((row) => h("tr", {}, ...row.map(cell)))));
   };
   const part = (title, content) => [h("h3", {}, title), content];
@@ -44,7 +44,7 @@ moe.experts = (data) => {
 moe.card = (experts, home, opened) => {
   const { h } = moe;
   const { data, whole, percent, sum } = experts;
-  const place = h("aside", { id: "card", role: "dialog", "aria-labelledby": "card-title", tabIndex: -1, hidden: true });
+  const place = h("div", { id: "card", role: "dialog", "aria-labelledby": "card-title", tabIndex: -1, hidden: true });
   document.body.append(place);
   let before = home;
   let shown = null;
@@ -84,7 +84,7 @@ moe.card = (experts, home, opened) => {
   };
   const open = (row, expert, focus = true) => {
     const sentences = said(row, expert).map((text) => h("p", { className: "said" }, text));
-    const parts = moe.cardParts.flatMap((part) => part(experts, row, expert));
+    const parts = moe.cardParts.flatMap(([name, make]) => moe.attempt(name, () => make(experts, row, expert), (message) => [message]));
     show(`Layer ${data.layers[row].label} · expert ${expert}`, [...sentences, ...parts], focus);
     shown = [row, expert];
     if (!focus) return;
@@ -101,7 +101,7 @@ moe.card = (experts, home, opened) => {
   return { place, open, show, close, refresh };
 };
 
-moe.cardParts.push((experts, row, expert) => {
+moe.cardParts.push(["Domains", (experts, row, expert) => {
   const { data, activation, lift, percent, part, listed, meter } = experts;
   if (!data.load.length) return [];
   const rows = data.domains.map((name, d) => [name, activation(d, row, expert), lift(d, row, expert)]);
@@ -109,24 +109,24 @@ moe.cardParts.push((experts, row, expert) => {
   rows.sort((a, b) => b[1] - a[1]);
   const cells = rows.map(([name, share, times]) => [name, meter(share, most), percent(share), Number.isFinite(times) ? `${times.toFixed(2)}×` : "–"]);
   return part("Share of each domain's tokens that come here", listed(["domain", "", "activation", "lift"], cells, 0));
-});
+}]);
 
-moe.cardParts.push((experts, row, expert) => {
+moe.cardParts.push(["Tokens most its own", (experts, row, expert) => {
   const { data, whole, percent, part, listed, entries } = experts;
   const w = data.words;
   if (!w) return [];
   const rows = entries(w, row, expert).map((i) => [w.texts[w.text[i]], whole(w.count[i]), percent(w.share[i] / 1000), w.choice[i] === null ? "–" : percent(w.choice[i] / 1000)]);
   const none = () => moe.h("p", { className: "said" }, "None that occurs often enough to judge.");
   return part("Tokens most its own", rows.length ? listed(["token", "times", "of its occurrences", "as first choice"], rows, 0) : none());
-});
+}]);
 
-moe.cardParts.push((experts, row, expert) => {
+moe.cardParts.push(["Chosen together with", (experts, row, expert) => {
   const { data, percent, part, listed, entries, jump } = experts;
   const linked = (title, list, to) => {
     if (!list || to === null || to === undefined) return [];
     const rows = entries(list, row, expert).map((i) => [jump(to, list.other[i]), percent(list.share[i] / 1000), list.lift[i] === null ? "–" : `${list.lift[i].toFixed(2)}×`]);
-    return rows.length ? part(title, listed(["", "probability", "lift"], rows, 0)) : [];
+    return rows.length ? part(title, listed(["expert", "probability", "lift"], rows, 0)) : [];
   };
   const after = data.next ? data.next[row] : null;
   return [...linked("Chosen together with", data.partners, row), ...linked(`Then, at layer ${data.layers[after]?.label ?? ""}`, data.nexts, after)];
-});
+}]);

@@ -16,6 +16,16 @@ moe.s = (tag, attributes = {}, ...children) => {
   return element;
 };
 
+// what `make` returns; where it fails, what `failed` makes of a message that names it: the rest of the page goes on
+moe.attempt = (name, make, failed) => {
+  try {
+    return make();
+  } catch (error) {
+    reportError(error);
+    return failed(moe.h("p", { className: "warning", role: "alert" }, `“${name}” could not be drawn (${error.message}); the rest of the page works.`));
+  }
+};
+
 // what a colour of page.css comes to in the theme of the moment, as [red, green, blue]
 moe.colour = (name) => {
   const probe = document.body.appendChild(moe.h("i"));
@@ -51,17 +61,28 @@ moe.ink = (rgb) => {
   const [r, g, b] = rgb.map((v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 };
-moe.scaleBar = (scale) => {
+// room: pixels that the bar and its labels may take; labels that would run into the next are left out, not that of the end
+moe.scaleBar = (scale, room = Infinity) => {
+  const EDGE = 14.4; // left of it, in page.css
+  const right = moe.wide(scale.ticks.at(-1)[1], 11.5) / 2 + 12;
+  const width = Math.min(38.4 * scale.ticks.length, room - EDGE - right);
+  let next = Infinity;
+  const fits = ([at, label]) => {
+    const half = moe.wide(label, 11.5) / 2;
+    if (at * width + half + 4 > next) return false;
+    next = at * width - half;
+    return true;
+  };
   const ramp = moe.h("i", { className: "ramp" });
   ramp.style.background = `linear-gradient(to right, ${scale.stops.map(([at, name]) => `var(--${name}) ${100 * at}%`).join(", ")})`;
-  const ticks = scale.ticks.map(([at, label]) => {
+  const ticks = scale.ticks.toReversed().filter(fits).map(([at, label]) => {
     const tick = moe.h("b", {}, label);
     tick.style.left = `${100 * at}%`;
     return tick;
   });
   const bar = moe.h("span", {}, ramp, moe.h("span", { className: "ends" }, ...ticks));
-  bar.style.width = `${2.4 * ticks.length}rem`;
-  bar.style.marginRight = `${moe.wide(scale.ticks.at(-1)[1], 11.5) / 2 + 12}px`;
+  bar.style.width = `${width}px`;
+  bar.style.marginRight = `${right}px`;
   const named = (kind, text) => moe.h("span", {}, moe.h("i", { className: `cell ${kind}` }), text);
   return moe.h("span", { className: "scale" }, bar, moe.h("span", {}, scale.title),
     scale.kind === "ratio" ? named("dead", "none") : null, scale.unknown ? named("unknown", scale.unknown) : null);
@@ -83,11 +104,17 @@ moe.step = (least) => {
   return power * ([1, 2, 5].find((factor) => factor * power >= least) ?? 10);
 };
 
+// also where the mouse made it and something else has the focus
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") document.querySelectorAll(".tip").forEach((tip) => (tip.hidden = true));
+});
+
 const FEW = 200; // cells in view, up to which each shows its text
 
 // options: height; note(row, column): what is said of a cell; cell(row, column): texts for it, of which the first that fits is shown; moved(row, column); open(row, column): Enter or a click
 moe.plot = (element, make, options = {}) => {
   const plot = { element, hidden: new Set(), view: null, at: null };
+  const number = moe.plots.length;
   const live = moe.h("p", { className: "unseen", "aria-live": "polite" });
   const tip = moe.h("div", { className: "tip", hidden: true });
   const legend = moe.h("div", { className: "legend" });
@@ -226,7 +253,7 @@ moe.plot = (element, make, options = {}) => {
     const share = y.log ? (v) => Math.log2(v / y0) / Math.log2(y1 / y0) : (v) => (v - y0) / (y1 - y0);
     frame.y = heat ? (v) => 8 + share(v) * (bottom - 8) : (v) => bottom - share(v) * (bottom - 8);
     const svg = moe.s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-    const clip = `clip-${moe.plots.indexOf(plot)}`;
+    const clip = `clip-${number}`;
     svg.append(moe.s("clipPath", { id: clip }, moe.s("rect", { x: left, y: heat ? 8 : 2, width: right - left, height: bottom - (heat ? 8 : 2) })));
     for (const [at, label] of across) {
       if (!heat) svg.append(moe.s("line", { x1: left, x2: right, y1: frame.y(at), y2: frame.y(at), class: "gridline" }));
@@ -256,8 +283,8 @@ moe.plot = (element, make, options = {}) => {
     return box;
   };
   const fillLegend = (marks) => {
+    if (heat) return legend.replaceChildren(moe.scaleBar(heat.scale, canvas.clientWidth));
     if (legend.childElementCount) return;
-    if (heat) return legend.append(moe.scaleBar(heat.scale));
     for (const mark of marks.filter((m) => m.name)) {
       const button = moe.h("button", { type: "button", title: "Show or hide" }, swatch(mark), moe.h("span", { className: "name" }, mark.name));
       button.setAttribute("aria-pressed", "true");
@@ -330,7 +357,6 @@ moe.plot = (element, make, options = {}) => {
     else if (event.key === "End") plot.move(row, Infinity);
     else if (event.key === "Enter" && options.open && plot.at) options.open(row, column);
     else if (event.key === "Escape" && plot.view) zoom(null);
-    else if (event.key === "Escape") return plot.hide();
     else return;
     event.preventDefault();
   });
@@ -370,8 +396,8 @@ moe.plot = (element, make, options = {}) => {
   });
 
   element.plot = plot;
-  moe.plots.push(plot);
   plot.redraw();
+  moe.plots.push(plot);
   new ResizeObserver(() => canvas.clientWidth !== plot.width && ((plot.width = canvas.clientWidth), plot.redraw())).observe(canvas);
   return plot;
 };

@@ -113,27 +113,29 @@ moe.map = (data) => {
   const second = document.querySelector('[data-widget="domains"]');
   const page = { experts, card, map, choose: (domain) => ((domainSelect.value = domain + 1), domainSelect.dispatchEvent(new Event("change"))) };
   if (!second) return page;
-  const domainPlot = h("div", { className: "plot", role: "application", "aria-roledescription": "heatmap", "aria-label": "Activation of each expert in each domain. Arrow keys move from cell to cell, Enter opens an expert's card; the table below has the values." });
-  const [rowLabel, rowSelect] = choose("Layer", data.layers.map((layer) => layer.label), () => domains.redraw());
-  rowSelect.value = data.telling;
-  second.append(h("div", { className: "controls" }, rowLabel), domainPlot);
-  const layer = () => Number(rowSelect.value);
-  const domains = moe.plot(
-    domainPlot,
-    () => ({
-      x: axis("expert"),
-      y: axis("domain", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
-      marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
-    }),
-    {
-      note: (d, e) => [
-        `${data.domains[d]}, expert ${e}`,
-        `takes ${percent(activation(d, layer(), e))} of the tokens`,
-        `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
-      ],
-      cell: (d, e) => [percent(activation(d, layer(), e))],
-      open: (d, e) => card.open(layer(), e),
-    },
-  );
+  moe.draw(second, () => {
+    const domainPlot = h("div", { className: "plot", role: "application", "aria-roledescription": "heatmap", "aria-label": "Activation of each expert in each domain. Arrow keys move from cell to cell, Enter opens an expert's card; the table below has the values." });
+    const [rowLabel, rowSelect] = choose("Layer", data.layers.map((layer) => layer.label), () => domains.redraw());
+    rowSelect.value = data.telling;
+    second.append(h("div", { className: "controls" }, rowLabel), domainPlot);
+    const layer = () => Number(rowSelect.value);
+    const domains = moe.plot(
+      domainPlot,
+      () => ({
+        x: axis("expert"),
+        y: axis("domain", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
+        marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
+      }),
+      {
+        note: (d, e) => [
+          `${data.domains[d]}, expert ${e}`,
+          `takes ${percent(activation(d, layer(), e))} of the tokens`,
+          `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
+        ],
+        cell: (d, e) => [percent(activation(d, layer(), e))],
+        open: (d, e) => card.open(layer(), e),
+      },
+    );
+  });
   return page;
 };

@@ -36,6 +36,13 @@ moe.bar = () => {
   document.querySelectorAll(".group").forEach((group) => seen.observe(group));
 };
 
+// draws in a place of a section; where that fails, the place says so
+moe.draw = (place, draw) => {
+  const title = place.closest("section").querySelector("h3").firstChild.textContent.trim();
+  const failed = (message) => (place.matches(".sheet") ? place.prepend(message) : place.replaceChildren(message));
+  return moe.attempt(title, draw, failed);
+};
+
 // on paper everything is as in the light theme
 moe.print = () => {
   let theme;
@@ -65,14 +72,17 @@ moe.start = async () => {
   const packed = document.getElementById("payload");
   const payload = packed ? JSON.parse(await moe.inflated(packed)) : {};
   document.querySelectorAll("[data-panel]").forEach((place, i) => {
-    const panel = { ...payload.panels[i], marks: payload.panels[i].marks.map(moe.decoded) };
-    moe.plot(place, () => panel);
+    moe.draw(place, () => {
+      const panel = { ...payload.panels[i], marks: payload.panels[i].marks.map(moe.decoded) };
+      moe.plot(place, () => panel);
+    });
   });
-  if (payload.map) moe.page = moe.map(payload.map);
+  if (payload.map) moe.page = moe.draw(document.querySelector('[data-widget="map"]'), () => moe.map(payload.map));
   moe.tables?.(payload.tables);
   for (const place of document.querySelectorAll("script[data-of]")) {
-    const name = place.dataset.of;
-    moe.widgets[name](document.querySelector(`[data-widget="${name}"]`), JSON.parse(await moe.inflated(place)), moe.page);
+    const widget = document.querySelector(`[data-widget="${place.dataset.of}"]`);
+    const data = JSON.parse(await moe.inflated(place));
+    moe.draw(widget, () => moe.widgets[place.dataset.of](widget, data, moe.page));
   }
   moe.find?.(moe.page);
 };

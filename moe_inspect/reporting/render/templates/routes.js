@@ -2,8 +2,8 @@
 // Routes of tokens as section.py packs them, their colours, and the contexts on an expert's card.
 // Texts of the corpus become text nodes, never markup.
 moe.numbers = (packed) => {
-  const bytes = Uint8Array.from(atob(packed.slice(1)), (c) => c.charCodeAt(0));
-  return { 1: bytes, 2: new Uint16Array(bytes.buffer), 4: new Uint32Array(bytes.buffer, 0, bytes.length >> 2) }[packed[0]];
+  const { buffer } = Uint8Array.from(atob(packed.slice(1)), (c) => c.charCodeAt(0));
+  return new { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }[packed[0]](buffer);
 };
 
 moe.routes = (data) => {
@@ -51,7 +51,7 @@ moe.expertColour = (expert, experts) => {
 moe.shown = (text) => text.replaceAll("\n", "↵\n");
 
 // between the tokens that are most its own and its partners
-moe.cardParts.splice(2, 0, (experts, row, expert) => {
+moe.cardParts.splice(2, 0, ["Tokens in context", (experts, row, expert) => {
   const { h } = moe;
   const { routes, show } = moe.text ?? {};
   if (!routes) return [];
@@ -89,4 +89,4 @@ moe.cardParts.splice(2, 0, (experts, row, expert) => {
     h("p", { className: "said" }, found.length ? `Drawn at random from those that came here of ${sample}${lists.level ? ", with the gate weight" : ""}.` : `None of ${sample} came here.`),
     button,
   ];
-});
+}]);

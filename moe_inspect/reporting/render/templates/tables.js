@@ -45,6 +45,9 @@ moe.copy = async (text) => {
   area.remove();
 };
 
+// a name that may break after an underscore and before a capital
+moe.breakable = (text) => text.split(/(?<=\w{4}_)|(?<=[a-z])(?=[A-Z])/).flatMap((part) => [part, moe.h("wbr")]);
+
 // place: what page.html writes around a table. name: of the file. given: as `table_json` of payload.py has it, or none
 moe.table = (place, name, given) => {
   const { h } = moe;
@@ -96,7 +99,7 @@ moe.table = (place, name, given) => {
     };
     const fill = () => {
       const text = (i, c) => moe.cell(values[c][i], whole[c]);
-      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, given.links && c === 0 ? h("a", { href: given.links[i] }, text(i, c)) : text(i, c));
+      const cell = (i, c) => h("td", { className: numeric[c] ? "n" : "" }, ...(given.links && c === 0 ? [h("a", { href: given.links[i] }, ...moe.breakable(text(i, c)))] : moe.breakable(text(i, c))));
       body.replaceChildren(...order.slice(0, shown).map((i) => h("tr", {}, ...columns.map((_, c) => cell(i, c)))));
       count();
     };
@@ -112,16 +115,16 @@ moe.table = (place, name, given) => {
       fill();
     };
     heads.forEach((head, c) => {
-      const name = head.textContent.split(/(?<=\w{4}_)/).flatMap((word) => [word, h("wbr")]);
-      const sorter = h("button", { type: "button", className: "sort" }, ...name);
+      const sorter = h("button", { type: "button", className: "sort" }, ...moe.breakable(head.textContent));
       sorter.addEventListener("click", () => sort(c));
       head.replaceChildren(sorter);
     });
     place.querySelector(".more")?.remove();
     place.querySelector(".scroll").after(rest);
-    count();
+    if (given.links) fill();
+    else count();
     download(given, () => order);
   }
 };
 
-moe.tables = (all) => document.querySelectorAll(".sheet").forEach((place) => moe.table(place, place.dataset.name, all[place.dataset.name]));
+moe.tables = (all) => document.querySelectorAll(".sheet").forEach((place) => moe.draw(place, () => moe.table(place, place.dataset.name, all[place.dataset.name])));

@@ -1,0 +1,192 @@
+"""Pages of nine traces in a browser, from one token to 61 × 256: each has a card and the text,
+axe-core finds nothing that keeps people out, and what fails says so in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_inspect.reporting.render import html
+from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.report import Report, report
+from tests.conftest import ROOT
+from tests.synthetic import write_trace
+from tests.test_page import Opened, asked, browser, pytestmark  # noqa: F401 (a fixture, a mark)
+
+SMALL = {"L": 4, "E": 8, "k": 2}
+# name → tokens and shape; odd numbers of them, since routes are packed as bytes
+TRACES = {
+    **{f"{T} tokens": {"T": T} | SMALL for T in (1, 3, 5, 7, 97, 150)},
+    "top-1": {"T": 151, "L": 4, "E": 8, "k": 1},
+    "61 × 256": {"T": 301, "L": 61, "E": 256, "k": 1},
+}
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """A test of some of the pages: others are like these."""
+    return pytest.mark.parametrize("shown", names, indirect=True)
+
+
+def made(root: Path, T: int, L: int, E: int, k: int) -> Report:
+    """Without gate weights where k is 1."""
+    rng, t = np.random.default_rng(T), np.arange(T)
+    ids = [(rng.integers(0, E, (T, 1)) + 3 * np.arange(k)) % E for _ in range(L)]
+    weights = [-np.sort(-rng.random((T, k), np.float32), axis=1) for _ in range(L)]
+    return report(
+        write_trace(
+            root,
+            [ids_TK.astype(np.uint16) for ids_TK in ids],
+            E,
+            weights=weights if k > 1 else None,
+            document=2 * t // T,
+            domain_of_document=("law", "math"),
+            token_id=rng.integers(0, 50, T),
+            words=50,
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=[*TRACES, "demo"])
+def shown(
+    request: pytest.FixtureRequest,
+    browser: Any,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Opened, Report]]:
+    place, name = tmp_path_factory.mktemp("page"), request.param
+    demo = ROOT / "sample_traces" / "collapsed"
+    of = report(demo) if name == "demo" else made(place / "t", **TRACES[name])
+    page = Opened(browser, place / "p.html", report_page(of))
+    yield page, of
+    assert page.complaints == []
+    page.view.close()
+
+
+def test_a_card_and_the_text_show_the_routes(shown: tuple[Opened, Report]) -> None:
+    page, of = shown
+    token = of.trace.document(0).iloc[0]
+    page.view.locator("#text-document").select_option("0")
+    page.view.locator(".routed .body span").first.click()
+    chips = page.view.locator(".route tbody tr").first.locator(".chip")
+    number = page.view.locator("#text-document option:checked").text_content()
+    rows = of.trace.document(int(number.split("document ")[1].split()[0]))
+    first = rows[rows["router"] == 0].iloc[0]
+    k = of.trace.routers[0].top_k
+    experts = [first[f"expert_{slot}"] for slot in range(k)]
+    assert [int(chip.split()[0]) for chip in chips.all_text_contents()] == experts
+    page.view.evaluate(f"location.hash = '#L0E{token['expert_0']}'")
+    page.until("!document.getElementById('card').hidden")
+    assert page.title() == f"Layer 0 · expert {token['expert_0']}"
+    assert page.view.locator("#card .context").count() > 0
+    assert page.view.locator("#card .warning, main .widget .warning").count() == 0
+
+
+@on("3 tokens", "demo")
+def test_axe_finds_nothing(shown: tuple[Opened, Report]) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page, _ = shown
+    page.view.evaluate("location.hash = '#L0E1'")
+    page.until("!document.getElementById('card').hidden")
+    found = axe.run(page.view, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
+    page.view.evaluate("document.querySelector('#menu-button').removeAttribute('aria-label')")
+    again = axe.run(page.view, "#menu-button", {"runOnly": ["button-name"]})
+    assert [one["id"] for one in again.response["violations"]] == ["button-name"]
+
+
+@on("61 × 256", "demo")
+def test_nothing_is_cut_on_a_phone(shown: tuple[Opened, Report]) -> None:
+    page, _ = shown
+    page.view.keyboard.press("Escape")
+    page.view.set_viewport_size({"width": 390, "height": 844})
+    ends = (
+        "[...document.querySelectorAll('main .scale, main .scale b')]"
+        ".map((e) => e.getBoundingClientRect().right)"
+    )
+    page.until("document.documentElement.scrollWidth <= 390")
+    page.until(f"Math.max(...{ends}) <= 380")
+    crowded = """[...document.querySelectorAll('.scale')].filter((scale) => {
+      const ends = [...scale.querySelectorAll('.ends b')].map((t) => t.getBoundingClientRect());
+      ends.sort((a, b) => a.left - b.left);
+      return ends.some((end, i) => i && end.left < ends[i - 1].right + 2);
+    }).length"""
+    assert page.view.evaluate(crowded) == 0
+    page.view.locator("#find").fill("domain")
+    lines = """(all) => all.map((e) => {
+      const range = document.createRange();
+      range.selectNodeContents(e);
+      return [e.textContent, range.getClientRects().length];
+    })"""
+    kinds = page.view.locator("#found li span").evaluate_all(lines)
+    assert ["section", 1] in kinds
+    assert {n for _, n in kinds} == {1}
+    page.view.locator("#find").fill("")
+    page.view.set_viewport_size({"width": 1280, "height": 900})
+
+
+@on("demo")
+def test_a_tip_goes_with_escape_wherever_the_focus_is(shown: tuple[Opened, Report]) -> None:
+    page, _ = shown
+    page.view.locator("#find").focus()
+    for place in ("[data-panel]", "[data-widget=map] .plot", "#text .routed"):
+        tip = page.view.locator("#text .tip" if "routed" in place else f"{place} .tip").first
+        target = ".routed .body span >> nth=4" if "routed" in place else f"{place} .canvas >> nth=0"
+        page.view.locator(target).hover()
+        assert tip.is_visible(), place
+        page.view.keyboard.press("Escape")
+        assert not tip.is_visible(), place
+
+
+@on("demo")
+def test_the_keyboard_skips_what_stands_on_every_page(shown: tuple[Opened, Report]) -> None:
+    page, _ = shown
+    page.view.evaluate("document.activeElement.blur()")
+    page.view.reload()
+    page.view.wait_for_selector("html[data-ready]", state="attached")
+    page.view.keyboard.press("Tab")
+    skip = page.view.get_by_text("Skip to content")
+    assert skip.bounding_box()["y"] >= 0
+    assert page.view.evaluate("getComputedStyle(document.activeElement).clipPath") == "none"
+    page.view.keyboard.press("Enter")
+    page.view.keyboard.press("Tab")
+    assert page.view.evaluate("document.activeElement.closest('main') !== null")
+
+
+def test_what_fails_says_so_and_the_rest_works(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = {  # file → where it fails
+        "text.js": "const routes = moe.routes(data);",
+        "card.js": "if (!data.load.length) return [];",
+        "map.js": "const domainPlot =",
+    }
+    whole = html.asset
+
+    def asset(name: str) -> str:
+        at = broken.get(name, "")
+        assert at in whole(name)
+        return whole(name).replace(at, f'throw new Error("{name}");{at}') if at else whole(name)
+
+    monkeypatch.setattr(html, "asset", asset)
+    page = Opened(browser, tmp_path / "p.html", report_page(made(tmp_path / "t", T=97, **SMALL)))
+    said = "“{}” could not be drawn ({}); the rest of the page works."
+    sections = page.view.locator("main section .warning[role=alert]").all_text_contents()
+    assert sections == [
+        said.format("Text", "text.js"),
+        said.format("Domains and experts", "map.js"),
+    ]
+    page.view.evaluate("location.hash = '#L1E2'")
+    page.until("!document.getElementById('card').hidden")
+    warnings = page.view.locator("#card .warning").all_text_contents()
+    assert warnings == [said.format("Domains", "card.js")]
+    assert "Chosen together with" in page.view.locator("#card h3").all_text_contents()
+    page.view.keyboard.press("Escape")
+    assert asked(page, "l2 e3") == ["Layer 2, expert 3\nexpert"]
+    page.view.get_by_label("Switch between light and dark").click()
+    assert page.complaints == ["map.js", "text.js", "card.js"]
+    page.view.close()
