@@ -224,14 +224,14 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
 def main() -> None:
     """Stands in for a program of an engine. ENGINE_DOES: `starts_s`, how long it takes to listen;
     `dies`, what it says before it ends with code 3; `pids`, a file for its process id and that of a
-    process that it starts; both take no SIGTERM where `stubborn`; `after`: at which request it is
-    killed."""
+    process that it starts in a session of its own; both take no SIGTERM where `stubborn`; `after`:
+    at which request it is killed."""
     does: dict[str, Any] = json.loads(os.environ.get("ENGINE_DOES", "{}"))
     print("called with", *sys.argv[1:], flush=True)
     if does.get("stubborn"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "pids" in does:
-        other = subprocess.Popen(["sleep", "1000"])
+        other = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         Path(does["pids"]).write_text(f"{os.getpid()} {other.pid}")
     if "dies" in does:
         print(does["dies"], flush=True)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import moe_inspect
-from moe_inspect.capture.server import client, serve
+from moe_inspect.capture.server import client, keeper, serve
 from moe_inspect.capture.server.engine_command import read_command
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
@@ -174,6 +174,52 @@ def test_the_engine_ends_with_who_started_it_even_by_kill_9(
     when_there(tmp_path / "pids", started.kill).join(30)
     assert started.wait(30) == -signal.SIGKILL
     assert nobody_is_left(tmp_path, within_s=30)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("killed", ["first", "second", "both"])
+def test_the_engine_ends_with_its_keeper_even_by_kill_9(
+    killed: str, does: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    does(starts_s=100, stubborn=True)
+
+    def kill() -> None:
+        second = parent(int((tmp_path / "pids").read_text().split()[0]))
+        keepers = {"second": second, "first": parent(second)}
+        for name, pid in keepers.items():
+            if killed in (name, "both"):
+                os.kill(pid, signal.SIGKILL)
+
+    when_there(tmp_path / "pids", kill)
+    # not that the engine was killed
+    says = r"^a process that keeps vllm was killed, and vllm is stopped: the end of \S+ is above"
+    with (
+        pytest.raises(MoeInspectError, match=says),
+        serve.serve_engine(["vllm", "serve", "m"], log=tmp_path / "log"),
+    ):
+        pass
+    assert "called with serve m" in capsys.readouterr().err
+    if killed == "both":  # the kernel kills the engine alone
+        os.kill(int((tmp_path / "pids").read_text().split()[1]), signal.SIGKILL)
+    assert nobody_is_left(tmp_path, within_s=10)
+
+
+def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, lines = tmp_path / "log", [f"line {n}\n" for n in range(1000)]
+    with serve._appended(log) as said, open(log, "ab", buffering=0) as engine:
+        for line in lines:
+            engine.write(line.encode())
+            keeper.bound_log(said, 1000)
+            assert log.stat().st_size <= 1000
+    found = log.read_text().splitlines(keepends=True)
+    assert found[0] == keeper.DROPPED.decode()
+    assert found[1:] == lines[-len(found) + 1 :]
+    assert len(found) > 40
+    serve._show_end(log, began_at=5000)  # where it had more
+    assert capsys.readouterr().err.endswith("line 998\nline 999\n")
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from moe_inspect.capture.server import keeper
 from moe_inspect.capture.server.client import NotReady, check_server, server_ended
 from moe_inspect.capture.server.engine_command import EngineCommand, read_command
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import print_stderr
 
 GRACE_S = 30.0  # between SIGTERM and SIGKILL
@@ -47,12 +46,12 @@ def serve_engine(
 
     The command gets what it needs to return routed experts, and where it has none a free port and
     127.0.0.1 as its host. The block begins when the engine answers. At its end, however it comes,
-    the engine's whole process group is stopped: also when this process is killed.
+    the engine is stopped, with all that it started: also when this process is killed.
 
     command          program and arguments
     engine           "vllm" or "sglang"; None: by the command's name
     api_key          that the engine asks for; None: as the command has it
-    log              what the engine says is appended here
+    log              what the engine says is appended here; the older half of 32 MB is dropped
     start_timeout_s  how long it may take to answer
     waiting          called with the seconds since the start, until the engine answers
 
@@ -61,9 +60,8 @@ def serve_engine(
     log is then on stderr."""
     read = command if isinstance(command, EngineCommand) else read_command(command, engine)
     log = Path(log)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as said:
-        began_at = said.tell()
+    with _appended(log) as said:
+        began_at = os.fstat(said).st_size
         kept = _start(read, said)
         before = server_ended.set(lambda: kept.poll() is not None)
         try:
@@ -73,9 +71,10 @@ def serve_engine(
             if kept.poll() is None:
                 raise
             _show_end(log, began_at)
-            raise MoeInspectError(
-                f"{read.name} ended with {_code(kept.returncode)}: the end of {log} is above"
-            ) from error
+            ended = f"{read.name} ended with {_code(kept.returncode)}"
+            if kept.returncode < 0:  # a signal to the command is 128 + n
+                ended = f"a process that keeps {read.name} was killed, and {read.name} is stopped"
+            raise MoeInspectError(f"{ended}: the end of {log} is above") from error
         finally:
             server_ended.reset(before)
             assert kept.stdin is not None
@@ -83,7 +82,19 @@ def serve_engine(
             kept.wait()
 
 
-def _start(command: EngineCommand, said: BinaryIO) -> subprocess.Popen[bytes]:
+@contextmanager
+def _appended(log: Path) -> Generator[int]:
+    """A file descriptor of the log, which the keeper also reads: it drops what is old."""
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        said = os.open(log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        yield said
+    finally:
+        os.close(said)
+
+
+def _start(command: EngineCommand, said: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", keeper.__name__, str(GRACE_S), *command.arguments],
         stdin=subprocess.PIPE,
@@ -122,7 +133,8 @@ def _show_end(log: Path, began_at: int) -> None:
     """The last lines of what was said since."""
     with open(log, "rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(began_at, end - TAIL_BYTES))
+        # it is shorter where the older half was dropped
+        file.seek(max(began_at if began_at <= end else 0, end - TAIL_BYTES))
         text = file.read().decode(errors="replace")
     for line in COLOURS.sub("", text).splitlines()[-TAIL_LINES:]:
         print_stderr(line)
@@ -130,8 +142,7 @@ def _show_end(log: Path, began_at: int) -> None:
 
 def _code(code: int) -> str:
     """An exit code as a shell has it, in words."""
-    number = -code if code < 0 else code - 128
     try:
-        return f"exit code {code}" if number <= 0 else signal.Signals(number).name
+        return signal.Signals(code - 128).name
     except ValueError:
         return f"exit code {code}"
