@@ -229,6 +229,51 @@ def part(B: int, S: int) -> np.ndarray:
     return np.arange(B * S).reshape(B, S)[:, S // 2 :].T.reshape(-1)
 
 
+def test_pieces_of_rows_that_are_said_stand_at_their_tokens(tmp_path: Path) -> None:
+    """A block that runs for one half of the positions after the other, in a batch of several rows:
+    refused without `rows`, as the pieces are not in the order of the tokens."""
+    model, ids = own.gpt(probes=False), own.tokens()
+    for block in model.blocks:
+
+        def forward(x: Tensor, block: Any = block) -> Tensor:
+            return torch.cat([block.experts(half).view_as(half) for half in x.split(S // 2, 1)], 1)
+
+        block.forward = forward
+    with pytest.raises(MoeInspectError, match=r"in pieces \[24, K\].* give RouterSpec\(rows=…\)"):
+        own.record_once(model, tmp_path / "t", routers=[spec()])
+    halves = np.split(np.arange(T).reshape(B, S), 2, axis=1)
+    rows = np.concatenate([half.reshape(-1) for half in halves])
+    recorder = moe_inspect.record(
+        model, tmp_path / "t", routers=[spec(rows=lambda module, B, S: rows)]
+    )
+    with own.watched(model) as given, recorder:
+        model(ids)
+    for layer, passes in given.sets.items():
+        given.sets[layer] = [[row for half in passes for row in half]]
+    trace = own.path_of(tmp_path / "t")
+    assert own.same(trace, given) == 4 * T
+    assert (trace.tokens()["token_id"].to_numpy() == ids.flatten()[rows].numpy()).all()
+
+
+@pytest.mark.parametrize("order", ["bs", "sb"])
+def test_a_shape_that_is_in_another_order_is_refused(tmp_path: Path, order: str) -> None:
+    """[S, B, K] of an input [B, S], and the reverse; in a later pass as well."""
+
+    def choice(*call: Any) -> tuple[Tensor, Tensor]:
+        ids, weights = own.example().choice(*call)
+        other = (S, -1, 2) if order == "bs" else (-1, S, 2)
+        return ids.view(other), weights.view(other)
+
+    model = SequenceFirst() if order == "sb" else own.gpt(probes=False)
+    given = spec(module="**.blocks.*.experts", choice=choice, order=order)
+    said = {"bs": r"\[16, 3, K\] .* batch-first", "sb": r"\[3, 16, K\] .* sequence-first"}[order]
+    with moe_inspect.record(model, tmp_path / "t", routers=[given]):
+        model(own.tokens(1))  # of one row the order is the same
+        with pytest.raises(MoeInspectError, match=said):
+            model(own.tokens())
+    assert own.path_of(tmp_path / "t").n_tokens == S
+
+
 # --- a model without a router that is known
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import moe_inspect
 from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.errors import MoeInspectError
 from tests import own
+from tests.test_own import spec
 
 B, S = 3, 16
 T = B * S
@@ -31,6 +33,79 @@ def test_tokens_are_found_under_any_name() -> None:
     stage = by_name(["hidden"], True)((hidden,), {})
     assert stage["input_ids"] is None
     assert stage["inputs_embeds"].shape == (B, S, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"src": own.tokens(), "out": own.tokens()}, r"src and out, integers \[3, 16\], may both"),
+        ({"input_ids": own.tokens(), "decoder_input_ids": own.tokens()}, "input_ids and decoder_"),
+        ({"idx": own.tokens(), "tgt": own.tokens()}, "idx and tgt"),
+        ({"t": torch.zeros(3).long(), "label": torch.zeros(3).long()}, "t and label"),
+        (
+            {"image": torch.zeros(3, 4, 8, 8), "t": torch.zeros(3).long()},
+            r"t, integers \[3\], may be a number for each sample of image \[3, 4, 8, 8\]",
+        ),
+    ],
+)
+def test_what_may_be_token_ids_as_well_is_refused(given: Any, match: str) -> None:
+    """Timesteps, classes, and what an encoder and a decoder are fed."""
+    with pytest.raises(MoeInspectError, match=match) as error:
+        by_name([*given], False)((), given)
+    assert r"record(inputs=…)" in str(error.value)
+
+
+def test_what_cannot_be_token_ids_is_not_asked_about() -> None:
+    ids, one = own.tokens(), own.tokens(1)
+    for given, expected in (
+        ({"idx": ids, "kinds": ids}, ids),  # its name says it
+        ({"x": ids, "targets": ids, "mask": ids, "token_type_ids": ids}, ids),
+        ({"at": one[0], "x": one}, one),  # a row of positions
+        ({"x": ids, "lengths": ids[:, 0]}, ids),
+    ):
+        assert by_name([*given], False)((), given)["input_ids"] is expected
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self, probes: bool) -> None:
+        super().__init__()
+        self.encoder, self.decoder = own.gpt(probes), own.gpt(probes)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.encoder(source).mean() + self.decoder(target)
+
+
+def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) -> None:
+    """Of equal lengths: the decoder's choices would be filed under the encoder's tokens."""
+    source, target = own.tokens(), own.tokens(seed=1)
+
+    def record(probes: bool, match: str, **options: Any) -> None:
+        model = EncoderDecoder(probes)
+        with (
+            pytest.raises(MoeInspectError, match=match),
+            moe_inspect.record(model, tmp_path / "t", **options),
+        ):
+            model(source, target)
+
+    def of(stack: str) -> list[moe_inspect.RouterSpec]:
+        return [spec(module=f"{stack}.blocks.*.experts")]
+
+    fed = {"inputs": lambda args, kwargs: {"input_ids": args[1]}}
+    record(False, r"encoder\.blocks\.0\.experts and decoder\..* are both", routers=of("*"))
+    record(
+        False, r"decoder\.blocks\.0\.experts: .* what its routers are fed", routers=of("decoder")
+    )
+    for options in ({}, {"discover": True}):
+        record(not options, "an encoder and a decoder: .* what its routers are fed", **options)
+    record(True, r"probe\(layer=0\) showed each token 2 times", **fed)
+    record(False, r"encoder\.blocks\.0\.experts and decoder\.", discover=True, **fed)
+    model = EncoderDecoder(False)
+    recorder = moe_inspect.record(model, tmp_path / "u", routers=of("decoder"), **fed)
+    with own.watched(model.decoder) as given, recorder:
+        model(source, target)
+    trace = own.path_of(tmp_path / "u")
+    assert own.same(trace, given) == 4 * T
+    assert trace.tokens()["token_id"].tolist() == target.flatten().tolist()
 
 
 def test_packed_documents_begin_at_position_0(tmp_path: Path) -> None:

@@ -56,9 +56,24 @@ def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path) -> None
             tmp_path / "t",
             r"probe\(layer=0\) chose expert 8 and is said to have 8 experts",
             lambda n, late=late: moe_inspect.probe(
-                shown()[0].clamp(max=6) + 2 * (n == late), shown()[1], layer=0, experts=8
+                shown()[0] + (n == late), shown()[1], layer=0, experts=8
             ),
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"counts_only": True}])
+def test_an_expert_twice_in_a_decision_is_refused(tmp_path: Path, options: Any) -> None:
+    """As `verify` refuses it, in any pass; -1 may stand in several slots."""
+
+    def probing(n: int) -> None:
+        ids, weights = shown(n, K=3)
+        ids[:, 1:] = -1
+        if n:
+            ids[5, 2] = ids[5, 0]
+        moe_inspect.probe(ids, weights, layer=0, experts=8)
+
+    expert = int(shown(1, K=3)[0][5, 0])
+    refused(tmp_path / "t", rf"probe\(layer=0\) chose expert {expert} twice", probing, **options)
 
 
 def test_what_is_no_choice_is_named(tmp_path: Path) -> None:

@@ -120,6 +120,37 @@ def test_mistakes_in_probes_are_named(tmp_path: Path) -> None:
         model(own.tokens())
 
 
+@pytest.mark.parametrize(
+    ("pieces", "refused"),
+    [
+        (lambda x_BSK: x_BSK.split(8, 1), r"in pieces \[3, 8, K\], .* 3 rows of 16 positions"),
+        (lambda x_BSK: [half.flatten(0, 1) for half in x_BSK.split(8, 1)], r"in pieces \[24, K\]"),
+        (lambda x_BSK: x_BSK.unbind(0), r"in pieces \[16, K\]"),  # or of so many of three rows
+        (lambda x_BSK: x_BSK.split(2, 0), ""),  # whole rows
+        (lambda x_BSK: [x_BSK], ""),
+        (lambda x_BSK: [x_BSK.flatten(0, 1)], ""),
+        (lambda x_BSK: [x_BSK, x_BSK], ""),  # a layer that runs twice
+        (lambda x_BSK: [x_BSK.transpose(0, 1)], r"choices \[16, 3, K\] of 3 rows of 16 positions"),
+    ],
+)
+def test_pieces_are_refused_where_their_shape_does_not_tell_their_rows(
+    tmp_path: Path, pieces: Any, refused: str
+) -> None:
+    weights, ids = torch.rand(B, S, 8).topk(2)
+
+    def probing(n: int) -> None:
+        for i, w in zip(pieces(ids), pieces(weights), strict=True):
+            moe_inspect.probe(i, w, layer=0, experts=8)
+
+    if refused:
+        with pytest.raises(MoeInspectError, match=refused):
+            own.record_once(Probing(probing), tmp_path / "t")
+        return
+    own.record_once(Probing(probing), tmp_path / "t")
+    found = own.recorded(own.path_of(tmp_path / "t"), 0)[:T]
+    assert found == [frozenset(row) for row in ids.flatten(0, 1).tolist()]
+
+
 def test_logits_of_a_probe_are_recorded(tmp_path: Path) -> None:
     logits = torch.randn(T, 4)
     values, ids = logits.softmax(1).topk(2)

@@ -253,13 +253,13 @@ class Recorder:
                 f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
                 f"the {stack} by itself"
             )
-        fed, keep = self.inputs.of_call(stack, args, kwargs), not self.attachment.in_compiled
+        fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
         if of.staged is not None:
             if self._counted is not None:  # the other stack's rows come first
                 self._counted.count_at_once()
             of.fed = self.inputs.rows(fed)
         else:
-            self._passes.feed(of, fed, keep)
+            self._passes.feed(of, fed, not self.attachment.in_compiled)
 
     @locked
     def _keep_no_more(self, stack: Stack) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from moe_inspect.model.custom.choice import ChoiceReader
+
 
 @dataclass(frozen=True)
 class Site:
@@ -49,11 +51,16 @@ class Site:
     logits_module: Module | None = None
     logits_index: int | None = None
     stack: str = ""  # "encoder" or "decoder" of a model that has both
-    told: bool = False  # by a RouterSpec or a probe: by a user's code, which is checked
+    told: ChoiceReader | None = None  # checks what a user's code says: a RouterSpec or a probe
     # of a RouterSpec: the router logits of a call, and how its rows are ordered
     logits_of: Callable[..., Tensor] | None = None
     order: str = "bs"
     rows: Callable[[Any, int, int], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path below the model's first module, which is the same in every block."""
+        return self.path.split(".", 1)[-1]
 
     @property
     def method(self) -> str:
@@ -74,13 +81,7 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
     reads, in execution order of their layers: those of transformers. Not in the layers `known`,
     whose routers are found otherwise."""
     declared = _declared_logits(model)
-    names = {
-        part
-        for path, _ in model.named_modules()
-        if not TOWER.search(path)
-        for part in path.split(".")
-    }
-    stacks = STACKS & names if names >= STACKS else set()
+    stacks = stacks_in(model)
     sites = []
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -121,6 +122,17 @@ def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
 
 
+def stacks_in(model: Any) -> set[str]:
+    """ "encoder" and "decoder" where the model has both."""
+    names = {
+        part
+        for path, _ in model.named_modules()
+        if not TOWER.search(path)
+        for part in path.split(".")
+    }
+    return STACKS if names >= STACKS else set()
+
+
 def text_config(model: Any) -> Any:
     """The config of the language model of a transformers model, else the model's own, of any class;
     None where it has none."""
@@ -149,6 +161,13 @@ def layer_of(path: str) -> int:
             f"no layer number in the module path {path}: this model's structure is not supported"
         )
     return int(found.group(1))
+
+
+def layer_path(path: str) -> str | None:
+    """The path of the block that a module is in: "model.layers.3.mlp.experts" → "model.layers.3";
+    None outside of them."""
+    found = LAYER.search(path + ".")
+    return path[: found.end() - 1] if found is not None else None
 
 
 def experts_of(module: Module, config: Any) -> int:

@@ -92,6 +92,8 @@ class Attachment:
         for r, site in enumerate(sites):
             scope, of_stack = self.scopes[site.stack], sites_of[site.stack]
             n = of_stack.index(site)
+            if site.told is not None:
+                site.told.scope = scope
             self.sinks.append(Sink(scope, n, functools.partial(records.take, r)))
             for place, (kind, of_kind) in enumerate(self.extra_sinks.items(), 1):
                 take = functools.partial(records.take_extra, kind, r)
@@ -126,6 +128,8 @@ class Attachment:
         """The sinks of one more site, which was added to `sites`: of its choice, and of its router
         logits where these are recorded."""
         r, scope = len(self.sinks), self.scopes[""]
+        if (reader := self.sites[r].told) is not None:
+            reader.scope = scope
         self.sinks.append(Sink(scope, r, functools.partial(self.records.take, r)))
         if (logit_sinks := self.extra_sinks.get("logits")) is not None:
             take = functools.partial(self.records.take_extra, "logits", r)

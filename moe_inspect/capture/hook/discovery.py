@@ -1,6 +1,6 @@
 """Routers found by what they do: the calls of `torch.topk` in a model's forward.
 
-T tokens of a forward pass, K slots, E experts.
+T tokens of a forward pass, S positions, K slots, E experts.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.candidates import NUMBER
-from moe_inspect.model.routers import layer_of
+from moe_inspect.model.custom.find import lists_in_blocks, states_experts
+from moe_inspect.model.routers import layer_of, layer_path
 from moe_inspect.text import print_stderr
 
+UNSEEN = (
+    "what the model drops from the choice later (by capacity, a threshold or a slice) is seen only "
+    "where a list of modules, one per expert, is given other rows than were chosen"
+)
 # for the manifest
 NOTE = (
     "weights are what torch.topk chose by, which the router may scale before it uses them; rows "
-    "were taken for batch-first"
+    f"were taken for batch-first; {UNSEEN}"
 )
 
 
@@ -38,16 +44,34 @@ class Found(NamedTuple):
     values: Tensor
     line: str
 
+    @property
+    def K(self) -> int:
+        return self.ids.shape[-1]
+
 
 class Discovery:
     """Shows `probes` the choices of topk in a model's forward. Of several calls in the forward of
-    one module, that over the most values counts, and of these the last: grouped routers choose
-    groups first. A layer that has a probe already is left to it."""
+    one module, that over the most values counts: grouped routers choose groups first. A layer that
+    has a probe already is left to it.
+
+    MoeInspectError for what cannot be told: several such calls, two modules in a layer, values that
+    nothing there has as many experts as; and where the experts of a list were given other rows than
+    were chosen."""
 
     def __init__(self, model: torch.nn.Module, probes: Probes):
         self.model, self.probes = model, probes
         self._path_of = {id(module): path for path, module in model.named_modules()}
+        self._lists = lists_in_blocks(model)
+        # the list and the index of each module in one
+        self._place_of = {
+            id(module): (path, e)
+            for path, modules in self._lists.items()
+            for e, module in enumerate(modules)
+        }
+        # in the current pass: by list, the rows of each module, and those that are not 0
+        self._given: dict[str, list[tuple[int, int]]] = {}
         self._found: list[Found] = []
+        self._slots: dict[int, int] = {}  # by `id` of ids found, the slots in slices of them
         self._probed: set[int] = set()  # layers with a probe of the model's own
         self._told = False
         self._watching = ExitStack()
@@ -55,8 +79,10 @@ class Discovery:
     def begin(self) -> None:
         """A forward pass begins."""
         self._watching.close()
-        self._found = []
-        self._watching.enter_context(_Watch(self._seen))
+        self._found, self._slots = [], {}
+        self._given = {path: [(0, 0)] * len(modules) for path, modules in self._lists.items()}
+        self._watching.enter_context(_Watch(self._seen, self._indexed))
+        self._watching.callback(register_module_forward_pre_hook(self._count).remove)
 
     def close(self) -> None:
         """It is over, or has failed."""
@@ -65,32 +91,120 @@ class Discovery:
     def end(self) -> None:
         """The model's forward has returned."""
         self._watching.close()
-        chosen: dict[str, Found] = {}
+        calls: dict[str, list[Found]] = {}
         for found in self._found:
-            if found.path not in chosen or found.E >= chosen[found.path].E:
-                chosen[found.path] = found
+            if found.layer not in self._probed:
+                calls.setdefault(found.path, []).append(found)
+        chosen = [self._widest(of_module) for of_module in calls.values()]
         self._found = []
-        chosen = {path: f for path, f in chosen.items() if f.layer not in self._probed}
-        self._refuse_two(list(chosen.values()))
-        for found in chosen.values():
-            self.probes(found.layer, found.ids, found.values, found.E, None)
+        self._refuse_two(chosen)
+        for found in chosen:
+            self._check(found)
+            self.probes(found.layer, found.ids.detach(), found.values.detach(), found.E, None)
         if not self._told:
             self._told = True
-            self._tell(list(chosen.values()))
+            self._tell(chosen)
+
+    def _widest(self, calls: list[Found]) -> Found:
+        """MoeInspectError where there are several."""
+        E = max(found.E for found in calls)
+        widest = [found for found in calls if found.E == E]
+        if len(widest) > 1:
+            lines = ", ".join(dict.fromkeys(found.line for found in widest))
+            _refuse(
+                widest[0].path,
+                f"calls torch.topk over {E} values {len(widest)} times in a forward pass ({lines})",
+                "which of them chooses the experts of which tokens",
+            )
+        return widest[0]
 
     def _refuse_two(self, chosen: list[Found]) -> None:
-        """MoeInspectError where two modules of a layer choose, and of different numbers: one may be
-        a sparse attention."""
+        """MoeInspectError where two modules of a layer choose: one may be a sparse attention, or
+        another stack's."""
         first: dict[int, Found] = {}
         for found in chosen:
-            other = first.setdefault(found.layer, found)
-            if other.E != found.E:
-                raise MoeInspectError(
-                    f"{other.path} and {found.path} both call torch.topk, over {other.E} and "
-                    f"{found.E} values ({other.line}, {found.line}): discover=True cannot tell "
-                    "which chooses experts. After the line that does, call moe_inspect.probe(ids, "
-                    "weights, layer=…, experts=…)"
+            if (other := first.setdefault(found.layer, found)) is not found:
+                _refuse(
+                    f"{other.path} and {found.path}",
+                    f"both call torch.topk, over {other.E} and {found.E} values "
+                    f"({other.line}, {found.line})",
+                    "which chooses experts",
                 )
+
+    def _check(self, found: Found) -> None:
+        """MoeInspectError where the choice is not what the experts are given, or may be of no
+        experts."""
+        what = f"chooses {found.K} of {found.E} values ({found.line})"
+        compared = False
+        for path in self._lists_of(found):
+            compared |= self._compare(found, what, path)
+        if compared:
+            return
+        if self._slots.get(id(found.ids), found.K) < found.K:
+            _refuse(found.path, f"{what} and takes a slice of them", "which it uses")
+        if self._told:
+            return
+        if not states_experts(self.model, found.path, found.E):
+            _refuse(
+                found.path,
+                f"{what}, and nothing in layer {found.layer} has {found.E} experts",
+                "whether it chooses experts",
+            )
+        fed = self.probes.scopes[0].fed
+        assert fed is not None
+        if found.E in (fed.S, fed.T):
+            _refuse(
+                found.path,
+                f"{what}, as many as there are tokens",
+                "whether it chooses experts or tokens, before a pass of another number of tokens",
+            )
+
+    def _lists_of(self, found: Found) -> list[str]:
+        """The lists of E modules nearest to the module that chooses, in its layer."""
+        path = found.path
+        while layer_path(path) is not None:
+            beside = [p for p in self._lists if p.startswith(f"{path}.")]
+            if of_experts := [p for p in beside if len(self._lists[p]) == found.E]:
+                inner = tuple(f"{p}." for p in of_experts)  # what an expert consists of
+                return [p for p in of_experts if not p.startswith(inner)]
+            path = path.rpartition(".")[0]
+        return []
+
+    def _compare(self, found: Found, what: str, path: str) -> bool:
+        """Whether what the modules of a list are given shows that it is `what` was chosen.
+        MoeInspectError where it is something else."""
+        given, T = self._given[path], found.ids.numel() // found.K
+        ids = found.ids.flatten()
+        # (a model may have put something else where it dropped one)
+        ids = ids[(ids >= 0) & (ids < found.E)]
+        chosen_E = torch.bincount(ids, minlength=found.E).tolist()
+        rows_E, not_0_E = ([n[i] for n in given] for i in (0, 1))
+        if not any(rows_E):  # their weights are used without calling them
+            return False
+        # all tokens are given to each, or to each that one has chosen: what counts, the weights say
+        is_dense = len(set(given) - {(0, 0)}) == 1 and max(rows_E) == T
+        if is_dense and all(n or not c for n, c in zip(rows_E, chosen_E, strict=True)):
+            return False
+        # rows of zeros fill experts up to their capacity
+        if chosen_E not in (rows_E, not_0_E):
+            e = next(e for e, c in enumerate(chosen_E) if c != not_0_E[e])
+            _refuse(
+                found.path,
+                f"{what}, expert {e} {chosen_E[e]} times, and {path}.{e} is given {not_0_E[e]} "
+                "rows",
+                "what the model drops or adds",
+            )
+        return True
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """A module is about to be called."""
+        if (place := self._place_of.get(id(module))) is None:
+            return
+        rows = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+        if rows is not None and rows.dim():
+            (path, e), rows = place, rows.detach().reshape(-1, rows.shape[-1])
+            n, not_0 = self._given[path][e]
+            self._given[path][e] = n + len(rows), not_0 + int((rows != 0).any(1).sum())
 
     def probed(
         self,
@@ -106,14 +220,14 @@ class Discovery:
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
         found = self._caller(sys._getframe())
-        if found is None:
-            return
-        path, line = found
-        try:
-            layer = layer_of(path)
-        except MoeInspectError:  # not in a block: the sampling of a token
-            return
-        self._found.append(Found(path, layer, E, ids.detach(), values.detach(), line))
+        # elsewhere than in a block it is the sampling of a token
+        if found is not None and layer_path(found[0]) is not None:
+            self._found.append(Found(found[0], layer_of(found[0]), E, ids, values, found[1]))
+
+    def _indexed(self, given: Any, part: Tensor) -> None:
+        is_ids = any(given is found.ids for found in self._found)
+        if is_ids and part.dim() == given.dim() and part.shape[:-1] == given.shape[:-1]:
+            self._slots[id(given)] = self._slots.get(id(given), 0) + part.shape[-1]
 
     def _caller(self, frame: FrameType | None) -> tuple[str, str] | None:
         """Path of the module of this model whose method is running, and the line it is at."""
@@ -132,18 +246,32 @@ class Discovery:
             lines.setdefault((NUMBER.sub(".*", found.path), found.line), found)
         for (pattern, line), found in lines.items():
             print_stderr(
-                f"found routers in {pattern}: {line} chooses {found.ids.shape[-1]} of {found.E}. "
+                f"found routers in {pattern}: {line} chooses {found.K} of {found.E}. "
                 "To record them without looking for them, write after that line:"
             )
             print_stderr(f"    moe_inspect.probe(ids, weights, layer=…, experts={found.E})")
+        if lines:
+            print_stderr(f"note: {UNSEEN}")
+
+
+def _refuse(path: str, what: str, unknown: str) -> NoReturn:
+    raise MoeInspectError(
+        f"{path} {what}: discover=True cannot tell {unknown}. After the line that makes the final "
+        "choice, call moe_inspect.probe(ids, weights, layer=…, experts=…)"
+    )
 
 
 class _Watch(TorchFunctionMode):
-    """Calls `seen` (ids, values, E) with every choice of K of E values by topk, E > K."""
+    """Calls `seen` (ids, values, E) with every choice of K of E values by topk, E > K, and
+    `indexed` (tensor, part) with every part that is taken of a tensor."""
 
-    def __init__(self, seen: Callable[[Tensor, Tensor, int], None]):
+    def __init__(
+        self,
+        seen: Callable[[Tensor, Tensor, int], None],
+        indexed: Callable[[Any, Tensor], None],
+    ):
         super().__init__()
-        self.seen = seen
+        self.seen, self.indexed = seen, indexed
 
     def __torch_function__(
         self,
@@ -153,9 +281,12 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "topk":
+        name = getattr(func, "__name__", "")
+        if name == "topk":
             given = args[0] if args else (kwargs or {})["input"]
             E, K = given.shape[-1], output[1].shape[-1]
             if output[1].dim() > 1 and E > K and given.shape[:-1] == output[1].shape[:-1]:
                 self.seen(output[1], output[0], E)
+        elif name == "__getitem__":
+            self.indexed(args[0], output)
         return output

@@ -104,8 +104,8 @@ class Probes:
             )
         if not isinstance(experts, Integral) or experts < 1:
             raise MoeInspectError(f"{name} has experts={experts!r}: give it a number of 1 or more")
-        site = Site(self.model, name, int(layer), int(experts), "", 0, told=True)
-        reader = ChoiceReader(name, site.experts, None, "give it ids")
+        reader = ChoiceReader(name, int(experts), None, "give it ids")
+        site = Site(self.model, name, int(layer), int(experts), "", 0, told=reader)
         return reader, self.add(site)
 
 

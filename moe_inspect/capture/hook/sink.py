@@ -23,6 +23,7 @@ from moe_inspect.model.choices.read import called_with
 from moe_inspect.model.routers import Site, logits_among
 
 if TYPE_CHECKING:
+    from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
     from moe_inspect.model.choices.read import Choice
 
 
@@ -39,6 +40,7 @@ class Scope:
         self.stack, self.module, self.copies = stack, module, copies
         self.open = False
         self.thread = 0  # in which it was opened
+        self.fed: Rows | CallInputs | None = None  # in the current pass
         self.kept: list[Call | bytes] | None = None
         self.references: list[Call | bytes] | None = None  # `kept`, while `refer` adds to it
         # In a pass of one row `refer` keeps the numbers, packed. The model then takes the memory of

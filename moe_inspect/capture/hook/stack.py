@@ -19,7 +19,7 @@ from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer, as_tensors
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.model.routers import Site, stacks_in, top_k_of
 from moe_inspect.trace.schema import Router
 
 
@@ -144,6 +144,13 @@ class Stack:
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
             for calls in staged
         ]
+        for site, t in zip(self.sites, times, strict=True):
+            if t > 1 and site.told is not None and stacks_in(self.model):
+                raise MoeInspectError(
+                    f"{site.path} showed each token {t} times in a forward pass of a model with an "
+                    "encoder and a decoder, which may see different tokens: record one of them at "
+                    "a time"
+                )
         for kind, calls_of in {"": staged, **extras}.items():
             for site, calls, t in zip(self.sites, calls_of, times, strict=True):
                 if (n := _length(calls)) != t * T:
@@ -344,7 +351,7 @@ def shares(n: int, times: int, T: int) -> list[int]:
 
 def _router(site: Site, time: int, top_k: int) -> Router:
     again = f" (run {time + 1})" if time else ""
-    name, path = site.path.split(".", 1)[-1] + again, site.path + again
+    name, path = site.name + again, site.path + again
     return Router(
         site.layer, name, path, site.experts, top_k, site.scoring, site.shared_experts, site.stack
     )

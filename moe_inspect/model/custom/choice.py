@@ -1,10 +1,11 @@
 """What a user's code shows as a router's choice, checked.
 
-T rows a router sees, K slots, E experts.
+T rows a router sees, K slots, E experts, B batch rows, S positions.
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ from moe_inspect.errors import MoeInspectError
 class ChoiceReader:
     """Reads the choices and logits of the router `path`, which chooses from `experts` experts. K is
     that of its first call. Without `top_k` it takes no bool maps; `where` says where to give it.
+    `order` is how rows are ordered, "bs" or "sb"; "" where something else says so. `scope`, of the
+    recorder, says what the current forward pass is fed.
 
-    Raises MoeInspectError, which names `path`, for what is no choice, another K, and an id that is
-    no expert's. Ids and bool maps on a GPU are looked at once, in the first call, as reading them
-    waits for the GPU."""
+    Raises MoeInspectError, which names `path`, for what is no choice, another K, an id that is no
+    expert's, an expert twice in a decision, and rows of which the shape says that they are not in
+    `order`, or does not say which they are. Ids and bool maps on a GPU are looked at once, in the
+    first call, as reading them waits for the GPU."""
 
-    def __init__(self, path: str, experts: int, top_k: int | None, where: str):
+    def __init__(self, path: str, experts: int, top_k: int | None, where: str, order: str = "bs"):
         self.path, self.experts, self.top_k, self.where = path, experts, top_k, where
+        self.order = order
         self.K: int | None = None
+        self.scope: Any = None
         self._looked = False
+        self._pass = self._shown = 0  # rows shown so far in the pass of this number
 
     def choice(self, found: Any) -> tuple[Tensor, Tensor]:
         """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K]."""
@@ -41,6 +48,7 @@ class ChoiceReader:
                 f"{list(weights.shape)}: both need the same shape [..., K], ids integer (or bool "
                 "[..., E]) and weights floating-point"
             )
+        self._check_rows(tuple(ids.shape[:-1]))
         if ids.dtype == torch.bool:
             ids, weights = self._in_map(ids, weights)
         elif ids.dtype.is_floating_point or ids.dtype.is_complex:
@@ -48,10 +56,8 @@ class ChoiceReader:
             raise MoeInspectError(
                 f"the choice of {self.path} has ids of dtype {kind}, not integers"
             )
-        elif self._may_look(ids) and ids.numel() and (highest := int(ids.max())) >= self.experts:
-            raise MoeInspectError(
-                f"{self.path} chose expert {highest} and is said to have {self.experts} experts"
-            )
+        elif self._may_look(ids) and ids.numel():
+            self._check_ids(ids)
         K = ids.shape[-1]
         if self.K is None and not torch.compiler.is_compiling():
             self.K = K
@@ -61,6 +67,50 @@ class ChoiceReader:
                 "their number varies, fill the ids up with -1"
             )
         return ids.reshape(-1, K), weights.reshape(-1, K)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        ids = ids.long().sort(-1).values
+        if (highest := int(ids[..., -1].max())) >= self.experts:
+            raise MoeInspectError(
+                f"{self.path} chose expert {highest} and is said to have {self.experts} experts"
+            )
+        if ids.dim() == 1:  # one decision, or a number for each of T
+            return
+        twice = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
+        if bool(twice.any()):
+            raise MoeInspectError(
+                f"{self.path} chose expert {int(ids[..., 1:][twice][0])} twice for a token: show "
+                "each expert of a decision once, with the sum of its weights, and -1 in the slots "
+                "that are left"
+            )
+
+    def _check_rows(self, lead: tuple[int, ...]) -> None:
+        """`lead`: the shape of the choice without its last dimension."""
+        if torch.compiler.is_compiling() or self.scope is None or not self.scope.open:
+            return
+        fed = self.scope.fed
+        if not self.order or fed is None or fed.B <= 1 or fed.S <= 1:
+            return
+        B, S = fed.B, fed.S
+        shape = f"[{', '.join(map(str, lead))}, K]"
+        batch_first = self.order == "bs"
+        if B != S and lead == ((S, B) if batch_first else (B, S)):
+            said, other = ("batch", "sb") if batch_first else ("sequence", "bs")
+            raise MoeInspectError(
+                f"{self.path} shows choices {shape} of {B} rows of {S} positions, and is said to "
+                f"be {said}-first: transpose ids and weights, or give RouterSpec(order={other!r})"
+            )
+        if self._pass != self.scope.passes:
+            self._pass, self._shown = self.scope.passes, 0
+        is_first, n = self._shown % (B * S) == 0, prod(lead)
+        self._shown += n
+        in_order = batch_first and len(lead) == 2 and lead[1] == S  # whole rows of the batch
+        if not (is_first or n == B * S or in_order):
+            raise MoeInspectError(
+                f"{self.path} shows its choices in pieces {shape}, and nothing says which of {B} "
+                f"rows of {S} positions they are of: show all at once, give RouterSpec(rows=…), "
+                "or feed one row at a time"
+            )
 
     def logits(self, logits: Tensor) -> Tensor:
         """[..., E] → [T, E]."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.custom.candidates import ROUTER_NAME, ROUTER_WEIGHT
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter
-from moe_inspect.model.routers import Site, layer_of
+from moe_inspect.model.routers import Site, layer_of, layer_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
             if path in found:
                 raise MoeInspectError(f"two RouterSpecs match {path}")
             found[path] = site_of(spec, path, module, model)
-    return sorted(found.values(), key=lambda site: site.layer)
+    return _in_order([*found.values()])
 
 
 def checked(specs: Sequence[Any]) -> Sequence[RouterSpec]:
@@ -64,7 +65,21 @@ def sites_registered(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
         if not TOWER.search(path):
             spec = next((s for s in specs if _matches(s, path, module)), None)
             found += [site_of(spec, path, module, model)] if spec is not None else []
-    return sorted(found, key=lambda site: site.layer)
+    return _in_order(found)
+
+
+def _in_order(sites: list[Site]) -> list[Site]:
+    """By layer. MoeInspectError where two have the same layer and name, as those of an encoder and
+    a decoder do: they would be told apart by nothing, and may see different tokens."""
+    first: dict[tuple[int, str], Site] = {}
+    for site in sites:
+        if (other := first.setdefault((site.layer, site.name), site)) is not site:
+            raise MoeInspectError(
+                f"{other.path} and {site.path} are both {site.name} of layer {site.layer}: record "
+                "one of them at a time, RouterSpec(module=…), and say by record(inputs=…) what it "
+                "is fed"
+            )
+    return sorted(sites, key=lambda site: site.layer)
 
 
 def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
@@ -78,7 +93,8 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
         )
     top_k = spec.top_k(module) if callable(spec.top_k) else spec.top_k
     top_k = top_k if top_k is not None else _stated(module, TOP_K_OF_MODULE)
-    reader = ChoiceReader(path, int(experts), top_k, "give RouterSpec(top_k=…)")
+    order = spec.order if spec.rows is None else ""
+    reader = ChoiceReader(path, int(experts), top_k, "give RouterSpec(top_k=…)", order)
     return Site(
         module,
         path,
@@ -95,7 +111,7 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
             replace=spec.replace,
         ),
         logits_module=module if spec.logits is not None else None,
-        told=True,
+        told=reader,
         logits_of=_read_logits(spec, reader),
         order=spec.order,
         rows=spec.rows,
@@ -123,6 +139,42 @@ def _read_logits(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Tensor
         return reader.logits(logits_of(module, args, kwargs, output))
 
     return logits
+
+
+def lists_in_blocks(model: Module) -> dict[str, list[Module]]:
+    """Path → modules of each list of modules of one class in a block of the model: they may be the
+    experts of a router."""
+    from torch.nn import ModuleDict, ModuleList
+
+    found: dict[str, list[Module]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ModuleList | ModuleDict) and layer_path(path) is not None:
+            children = list(module.children())
+            if len(children) > 1 and len(set(map(type, children))) == 1:
+                found[path] = children
+    return found
+
+
+def states_experts(model: Module, path: str, E: int) -> bool:
+    """Whether something in the block of the module at `path` has E experts: a list of modules,
+    stacked weights, a router's weight, or a number under a usual name."""
+    block = layer_path(path)
+    assert block is not None
+    if any(
+        len(modules) == E and of.startswith(block + ".")
+        for of, modules in lists_in_blocks(model).items()
+    ):
+        return True
+    for name, module in model.get_submodule(block).named_modules(prefix=block):
+        if any(_stated(module, (size,)) == E for size in EXPERTS_OF_MODULE):
+            return True
+        is_router = ROUTER_NAME.match(name.split(".")[-1])
+        for of, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 2 and weight.shape[0] == E:
+                return True
+            if weight.dim() == 2 and E in weight.shape and (is_router or ROUTER_WEIGHT.match(of)):
+                return True
+    return any(_stated(model, (size,)) == E for size in EXPERTS_OF_MODULE)
 
 
 def _matches(spec: RouterSpec, path: str, module: Module) -> bool:

@@ -46,8 +46,8 @@ class RouterSpec:
     order           how a router's rows are ordered: "bs" (batch-first: row b·S + s) or "sb"
                     (sequence-first: row s·B + b). Nothing in the values tells one from the other
     rows            (module, B, S) → int [T], the token b·S + s of each row, where a router sees
-                    only a part of the tokens: a slice of a sequence-parallel rank. None: all of
-                    them, in `order`
+                    only a part of the tokens (a slice of a sequence-parallel rank) or is called for
+                    pieces of the sequence. None: all of them, in `order`
     logits          (module, args, kwargs, output) → router logits [..., E], for `logits=True`
     scoring         scoring function of the logits: "softmax" or "sigmoid"
     shared_experts  number of experts that every token goes to; by default 1 where a module beside

@@ -6,6 +6,7 @@ B batch rows, S positions.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.routers import Site
+from moe_inspect.model.routers import Site, stacks_in
 
 # (args, kwargs) of the model's call → any of
 #   input_ids       int [B, S], or [S] where a batch is one packed row
@@ -41,17 +42,27 @@ NOT_TOKENS = {
     *PADDING,
     *LABELS,
     "attention_mask",
+    "mask",
     "loss_mask",
     "doc_lens",
     "cu_seqlens",
+    "segment_ids",
+    "token_type_ids",
 }
+OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
+SAY = "record(inputs=…), a function of the forward's arguments, must say what its routers are fed"
 
 
 def inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
     """How the arguments of a model's calls are read: as a caller told; None for a model of
-    transformers, by its names."""
+    transformers, by its names. MoeInspectError for the decoder of a model that has an encoder too
+    and that we do not know, and where probes will show which of them routes."""
     if told is not None:
         return as_told(told)
+    of_decoder = [s.path for s in sites if s.told is not None and "decoder" in s.path.split(".")]
+    if (of_decoder or not sites) and stacks_in(model):
+        where = of_decoder[0] if of_decoder else type(model).__name__
+        raise MoeInspectError(f"{where}: this model has an encoder and a decoder: {SAY}")
     if hasattr(getattr(model, "config", None), "get_text_config"):
         return None
     names = list(inspect.signature(model.forward).parameters)
@@ -84,13 +95,12 @@ def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        loose = [value for name, value in given.items() if name not in NOT_TOKENS]
-        loose += args[len(names) :]  # what is more than the names, by *args
-        found: dict[str, Any] = {"input_ids": _first(given, TOKENS, _is_integer)}
+        # what is more than the names, by *args, has none
+        loose = [*given.items(), *((f"argument {n}", v) for n, v in enumerate(args[len(names) :]))]
+        loose = [(name, value) for name, value in loose if name not in NOT_TOKENS]
+        found: dict[str, Any] = {"input_ids": _token_ids(loose)}
         if found["input_ids"] is None:
-            found["input_ids"] = next((v for v in loose if _is_integer(v) and v.dim() <= 2), None)
-        if found["input_ids"] is None:
-            hidden = next((v for v in loose if _is_float(v) and v.dim() == 3), None)
+            hidden = next((v for _, v in loose if _is_float(v) and v.dim() == 3), None)
             if hidden is not None and sequence_first:
                 hidden = hidden.transpose(0, 1)
             if hidden is None:  # these tell how many tokens there are
@@ -110,6 +120,35 @@ def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
         return found
 
     return read
+
+
+def _token_ids(loose: Sequence[tuple[str, Any]]) -> Tensor | None:
+    """The token ids among arguments that may be: those of a known name, the first integers of two
+    dimensions, the first of one. MoeInspectError where another may be as well, or where they may be
+    one number per sample."""
+
+    def rank(name: str, ids: Tensor) -> tuple[int, int]:
+        return TOKENS.index(name) if name in TOKENS else len(TOKENS), -ids.dim()
+
+    integers = [(n, v) for n, v in loose if _is_integer(v) and (v.dim() <= 2 or n in TOKENS)]
+    if not integers:
+        return None
+    integers.sort(key=lambda one: rank(*one))
+    (name, ids), *others = integers
+    is_known = name in TOKENS
+    for other, value in others:
+        if value.shape == ids.shape and (not is_known or OF_DECODER.search(other)):
+            raise MoeInspectError(
+                f"{name} and {other}, integers {list(ids.shape)}, may both be token ids: {SAY}"
+            )
+    if ids.dim() == 1 and not is_known:
+        for other, value in loose:
+            if _is_float(value) and value.dim() > 1 and len(value) == len(ids):
+                raise MoeInspectError(
+                    f"{name}, integers {list(ids.shape)}, may be a number for each sample of "
+                    f"{other} {list(value.shape)} instead of token ids: {SAY}"
+                )
+    return ids
 
 
 def _first(given: Mapping[str, Any], names: Sequence[str], fits: Callable[[Any], bool]) -> Any:

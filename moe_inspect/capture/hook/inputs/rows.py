@@ -37,6 +37,10 @@ class Rows:
     def T(self) -> int:
         return len(self.real)
 
+    # a plan says nothing of the shape
+    B = 1
+    S = T
+
 
 # document, sequence and domain code of each batch row, [B] each
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
