@@ -24,7 +24,8 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.output_dir import check_directory, contents
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, draft, resume_point
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
+from moe_inspect.trace.writer.upload import _Upload, upload
 from tests.synthetic import routers, uniform_ids, write_trace
 
 fsspec = pytest.importorskip("fsspec")
@@ -258,24 +259,90 @@ def test_derived_and_imported_traces_are_there_whole_or_not(
     assert counts.counts()["assignments"].tolist() == [5, 7]
     assert verify(f"{there}/c").ok
     # the network fails before the manifest is there
-    upload = Remote.upload
+    write_bytes = Remote.write_bytes
 
-    def fails(self: Remote, file: Path) -> None:
-        if file.name == "trace.json":
+    def fails(self: Remote, data: bytes) -> None:
+        if self.name == "trace.json":
             raise OSError("the network is down")
-        upload(self, file)
+        write_bytes(self, data)
 
-    monkeypatch.setattr(Remote, "upload", fails)
+    monkeypatch.setattr(Remote, "write_bytes", fails)
     with pytest.raises(MoeInspectError, match=r"cannot write memory://.*/n: the network is down;"):
         merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
     with pytest.raises(MoeInspectError, match="no trace at memory://"):
         open_trace(f"{there}/n")
     assert not Remote(f"{there}/n").sizes()
     # killed before it is
-    monkeypatch.setattr(draft, "clear_trace", lambda root: None)
+    monkeypatch.setattr(_Upload, "_is_committed", lambda *_: False)
     with pytest.raises(MoeInspectError, match="the network is down"):
         merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
     assert Remote(f"{there}/n").sizes()
     monkeypatch.undo()
     merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
     assert verify(f"{there}/n").ok
+
+
+class Fault:
+    """The call that is the `at`-th write or deletion: it fails, or ends the process; or it works,
+    and its answer is lost."""
+
+    def __init__(self, at: int, how: str, monkeypatch: pytest.MonkeyPatch):
+        self.at, self.how, self.calls = at, how, 0
+        for name in ("write_bytes", "upload", "unlink", "create"):
+            monkeypatch.setattr(Remote, name, self._faulty(getattr(Remote, name)))
+
+    def _faulty(self, call: Any) -> Any:
+        def faulty(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            dead = self.how == "kill" and self.calls > self.at
+            if self.calls == self.at or dead:
+                if self.how == "lost":
+                    call(*arguments, **options)
+                raise Killed if self.how == "kill" else OSError("403")
+            return call(*arguments, **options)
+
+        return faulty
+
+
+@pytest.mark.parametrize("how", ["403", "lost", "kill"])
+def test_a_trace_is_replaced_whole_or_not(
+    how: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fault at each write and deletion in turn. What is left is the old trace or the new
+    one, and the next one that replaces it leaves nothing else."""
+    place, files = Remote(f"{there}/t"), fsspec.filesystem("memory")
+    rng, whole = np.random.default_rng(0), dict[str, Trace]()
+    for name, words in (("a", 3), ("b", 3), ("c", 4)):
+        ids = [uniform_ids(rng, 60, E, K) for _ in range(2)]
+        documents: dict[str, Any] = {"document": np.repeat(np.arange(6), 10)}
+        write_trace(tmp_path / name, ids, E, words=words, batch_tokens=10, **documents)
+        whole[name] = Trace(tmp_path / name)
+
+    def put(name: str) -> None:
+        upload(tmp_path / name, tmp_path, out=place, overwrite=True)
+
+    put("b")
+    put("a")  # one that has replaced another
+    before = {name: (place / name).read_bytes() for name in place.sizes()}
+    at, ended = 1, set[str]()
+    while "whole" not in ended:
+        files.rm(place.path, recursive=True)
+        for name, data in before.items():
+            (place / name).write_bytes(data)
+        with monkeypatch.context() as patched:
+            fault, failed = Fault(at, how, patched), False
+            try:
+                put("c")
+            except (OSError, MoeInspectError, Killed):
+                failed = True
+        found = open_trace(place.url)
+        is_new = len(found.vocabulary()) == 4
+        same(found, whole["c" if is_new else "a"])
+        assert (checked := verify(place.url)).ok, (at, checked)
+        if how != "kill":
+            assert is_new != failed, at
+        ended |= {"new" if is_new else "old"} | ({"whole"} if fault.calls < at else set())
+        (place / LOCK).unlink(missing_ok=True)
+        at += 1
+    assert ended == {"old", "new", "whole"}
+    assert len(place.sizes()) == len([p for p in (tmp_path / "c").rglob("*") if p.is_file()])

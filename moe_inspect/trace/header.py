@@ -107,7 +107,8 @@ class TraceHeader:
     @cached_property
     def vocabulary_table(self) -> pa.Table:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
-        path, stated = inside(self.path, schema.VOCABULARY), self.manifest.get("vocabulary")
+        path = inside(self.path, schema.vocabulary_file(self.manifest))
+        stated = self.manifest.get("vocabulary")
         if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()
         return parts.read_vocabulary(

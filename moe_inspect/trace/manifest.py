@@ -108,11 +108,13 @@ def _beginning(path: Path, most_bytes: int) -> bytes:
 
 def write_manifest(root: Path | Remote, manifest: dict[str, Any]) -> None:
     """Writes trace.json, with its digest."""
+    write_atomically(root / schema.MANIFEST, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     stated = {**manifest, "digest": checksums.digest(manifest)}
-    write_atomically(
-        root / schema.MANIFEST,
-        (json.dumps(stated, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
-    )
+    text = json.dumps(stated, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def holds_samples(manifest: dict[str, Any]) -> bool:

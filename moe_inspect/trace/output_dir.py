@@ -28,7 +28,7 @@ PART = r"part-\d+-\d+\.parquet"
 DRAFT = drafts_of(rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}")
 CHECK = ".check.tmp"  # on object storage: written and removed to see whether that can be done
 OF_A_TRACE = re.compile(
-    rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}|{DRAFT}"
+    rf"{re.escape(schema.MANIFEST)}|vocabulary(-[0-9a-f]+)?\.parquet|{LIST}|{DRAFT}"
     rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}|{re.escape(CHECK)}"
 )
 OF_A_TABLE = re.compile(rf"{PART}|{drafts_of(PART)}")

@@ -14,7 +14,7 @@ from moe_inspect.errors import MoeInspectError
 
 FORMAT = 1
 MANIFEST = "trace.json"
-VOCABULARY = "vocabulary.parquet"
+VOCABULARY = "vocabulary.parquet"  # `vocabulary_file` where a manifest names another
 TABLES = ("documents", "tokens", "routing", "logits", "counts")
 STATUSES = ("recording", "complete", "interrupted")
 PHASES = ("prefill", "decode", "encode")  # encode: fed to the encoder of an encoder-decoder
@@ -175,3 +175,8 @@ def parse_ranges(text: str, what: str = "layers") -> list[int]:
             raise MoeInspectError(f"cannot read {what} {text!r}: write them like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)
+
+
+def vocabulary_file(manifest: dict[str, Any]) -> str:
+    """The file of the vocabulary, there or not."""
+    return (manifest.get("vocabulary") or {}).get("path", VOCABULARY)

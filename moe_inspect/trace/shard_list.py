@@ -74,8 +74,13 @@ class ShardLists:
                 raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
             data = inside(self.root, path.name).read_bytes()
             before = self._of_rank.get(rank)
-            if before is None or not data.startswith(before.data):
-                before = self._of_rank[rank] = _RankList(rank, path)
+            generation = manifest.get("generation")
+            if (
+                before is None
+                or before.generation != generation
+                or not data.startswith(before.data)
+            ):
+                before = self._of_rank[rank] = _RankList(rank, path, generation)
             shards += before.read(data, manifest)
         return shards
 
@@ -83,8 +88,9 @@ class ShardLists:
 class _RankList:
     """A list of shards. `data`: the whole lines that were read."""
 
-    def __init__(self, rank: int, path: Path | Remote):
+    def __init__(self, rank: int, path: Path | Remote, generation: str | None):
         self.rank, self.path, self.data = rank, path, b""
+        self.generation = generation
         self._lines = 0
         self._found: dict[int, ShardFiles] = {}
         self._taken: set[str] = set()
@@ -96,6 +102,8 @@ class _RankList:
             self._lines += 1
             try:
                 entry = parsed(line)
+                if isinstance(entry, dict) and entry.get("generation") != self.generation:
+                    continue  # of a trace that is being replaced
                 check_line(entry, line, self.rank, len(manifest["routers"]), manifest["tables"])
                 _list(entry, line + b"\n", self.rank, len(manifest["routers"]), self._found)
                 if entry["path"] in self._taken:

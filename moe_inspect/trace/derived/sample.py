@@ -150,7 +150,8 @@ def _manifest(
     trace: Trace, documents: int, stated: dict[str, Any], found: Verification
 ) -> dict[str, Any]:
     """That of the trace, but for what is of the sample."""
-    manifest = {k: v for k, v in trace.manifest.items() if k not in ("digest", "vocabulary")}
+    own = ("digest", "vocabulary", "generation")
+    manifest = {k: v for k, v in trace.manifest.items() if k not in own}
     no_more = ("plan_hash", *COUNTED)
     corpus = {k: v for k, v in (manifest.get("corpus") or {}).items() if k not in no_more}
     return {

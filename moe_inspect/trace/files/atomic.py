@@ -89,14 +89,15 @@ def draft_of(path: Path | Remote) -> Iterator[Path]:
 
 @contextmanager
 def draft_folder_of(
-    path: Path,
+    path: Path | Remote,
     put: Callable[[Path, Path], object] = os.rename,
     remove: Callable[[Path], object] = shutil.rmtree,
 ) -> Iterator[tuple[Path, Lock]]:
     """A folder to write to, and its lock. On success it is flushed to disk and `put` at `path`. On
     an exception it is removed; but where it is whole and cannot be put there it stays, and a
-    MoeInspectError names it. A link is followed."""
-    target = followed(path)
+    MoeInspectError names it. A link is followed. For object storage it is a temporary folder."""
+    scratch = Path(tempfile.mkdtemp(prefix="moe-inspect-")) if isinstance(path, Remote) else None
+    target = followed(path) if isinstance(path, Path) else Path(str(scratch)) / path.name
     for left in left_of(target):
         if left.is_dir() and not left.is_symlink() and not is_locked(left):
             with suppress(OSError, MoeInspectError), hold(left):
@@ -111,14 +112,20 @@ def draft_folder_of(
         except BaseException:
             with suppress(OSError, MoeInspectError):
                 remove(draft)
+                if scratch is not None:
+                    scratch.rmdir()
             raise
         try:
             put(draft, target)
         except (OSError, MoeInspectError) as error:
-            said = str(error) if isinstance(error, MoeInspectError) else first_line(error)
+            cause = error if isinstance(error, OSError) else error.__cause__
+            said = first_line(cause) if isinstance(cause, OSError) else str(error)
             raise MoeInspectError(
                 f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
             ) from error
+        if scratch is not None:
+            shutil.rmtree(scratch)
+            return
         lock.root = target.absolute()
         with writing(path):
             sync_directory(target.parent)

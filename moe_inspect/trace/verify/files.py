@@ -10,7 +10,7 @@ from moe_inspect.errors import MoeInspectError, reading
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.output_dir import OF_A_TABLE
+from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles
@@ -78,7 +78,8 @@ def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) ->
         for file in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
             if f"{table}/{file.name}" in known:
                 continue
-            if trace.status != "complete" and OF_A_TABLE.fullmatch(file.name):
+            unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
+            if unfinished and OF_A_TABLE.fullmatch(file.name):
                 found.uncommitted.append(f"{table}/{file.name}")
             else:
                 raise Violation(

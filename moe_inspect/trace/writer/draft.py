@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
-from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
-from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, claim_directory, clear_trace
+from moe_inspect.trace.output_dir import check_directory, clear_trace
+from moe_inspect.trace.writer.upload import upload
 
 
 @contextlib.contextmanager
@@ -25,16 +24,12 @@ def whole_trace(out: Path | Remote, overwrite: bool, nothing: str) -> Generator[
     """A temporary directory, and its lock. On success it becomes `out`, where a trace is replaced
     with `overwrite`; on an exception it is removed. `nothing` ends the message where the disk
     fails: "nothing was imported"."""
-    if isinstance(out, Remote):
-        with _told(out, nothing), tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
-            with hold(Path(folder)) as lock:
-                yield Path(folder), lock
-            _upload(Path(folder), out, overwrite)
-        return
     put = partial(_put, overwrite=overwrite)
+    if isinstance(out, Remote):
+        put = partial(upload, out=out, overwrite=overwrite)
     with draft_folder_of(out, put, _remove) as (draft, lock), _told(out, nothing):
         yield draft, lock
-    for old in left_of(followed(out), OLD):
+    for old in left_of(followed(out), OLD) if isinstance(out, Path) else ():
         with contextlib.suppress(OSError, MoeInspectError):  # the next one tries again
             _remove(old)
 
@@ -73,25 +68,3 @@ def _remove(draft: Path) -> None:
     clear_trace(draft)
     (draft / LOCK).unlink(missing_ok=True)
     draft.rmdir()
-
-
-def _upload(draft: Path, target: Remote, overwrite: bool) -> None:
-    """Readers find no trace until all of it is there. What is left of an upload that was killed is
-    marked as a trace that is being replaced: another may be written there."""
-    with claim_directory(target, overwrite, resumable=False) as lock:
-        files = sorted(p for p in draft.rglob("*") if p.is_file() and p.name != LOCK)
-        (target / OVERWRITTEN).write_bytes(b"")
-        try:
-            for file in files:
-                if file.name != schema.MANIFEST:
-                    lock.check()
-                    (target / file.relative_to(draft).as_posix()).upload(file)
-            lock.check()
-            (target / schema.MANIFEST).upload(draft / schema.MANIFEST)
-        except BaseException:
-            with contextlib.suppress(MoeInspectError, OSError):
-                lock.check()  # else it is another's by now
-                clear_trace(target)
-            raise
-        with contextlib.suppress(OSError):  # the trace is there
-            (target / OVERWRITTEN).unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""Puts a finished trace of this machine on object storage, where nothing is renamed: its manifest
+is the commit. Of a trace that is replaced everything stays until then, and is deleted last.
+
+The new one's objects have names that the old one does not use, but for the lists of shards. These
+hold the lines of both meanwhile: a line counts for the manifest that states the same `generation`.
+Whenever it is stopped, readers find the old trace or the new one."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line, print_stderr
+from moe_inspect.trace import schema
+from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.files.lock import LOCK, Lock, hold
+from moe_inspect.trace.manifest import manifest_bytes, read_manifest
+from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, clear_trace, contents
+
+NUMBER = re.compile(r"(?<=-)\d+(?=\.parquet$)")  # of a part
+
+
+def upload(draft: Path, _: Path, *, out: Remote, overwrite: bool) -> None:
+    """The trace at `draft` to `out`. On an exception what is there is as it was."""
+    with hold(out) as lock:
+        check_directory(out, overwrite, resumable=False, locked=True)
+        if contents(out).is_free:
+            clear_trace(out)  # what is left of one that was killed
+        _Upload(draft, out, lock).run()
+
+
+class _Upload:
+    def __init__(self, draft: Path, out: Remote, lock: Lock):
+        self.draft, self.out, self.lock = draft, out, lock
+        self.before = contents(out).files
+        self.generation = secrets.token_hex(4) if self.before else None
+        numbers = [int(found[0]) for name in self.before if (found := NUMBER.search(name))]
+        self.shift = max(numbers, default=-1) + 1
+        files = [p for p in draft.rglob("*") if p.is_file() and p.name != LOCK]
+        names = {p.relative_to(draft).as_posix(): p for p in files}
+        self.lists = {n: p.read_bytes() for n, p in names.items() if n.startswith("shards-")}
+        self.old_lists = {n: self._whole_lines(n) for n in self.lists if n in self.before}
+        self.parts = {self._renamed(n): p for n, p in names.items() if "/" in n}
+        self.manifest: dict[str, Any] = json.loads(names[schema.MANIFEST].read_bytes())
+        self.kept = {schema.MANIFEST, OVERWRITTEN, *self.lists, *self.parts}
+        if (words := names.get(schema.VOCABULARY)) is not None:
+            self._name_vocabulary(words)
+        if self.generation is not None:
+            self.manifest["generation"] = self.generation
+            self.lists = {name: self._lines(data) for name, data in self.lists.items()}
+
+    def run(self) -> None:
+        manifest = manifest_bytes(self.manifest)
+        try:
+            self._write(OVERWRITTEN, b"")
+            for name, path in sorted(self.parts.items()):
+                self.lock.check()
+                (self.out / name).upload(path)
+            for name, lines in self.lists.items():
+                self._write(name, self.old_lists.get(name, b"") + lines)
+            self._write(schema.MANIFEST, manifest)
+        except BaseException as error:
+            if not self._is_committed(manifest) or not isinstance(error, OSError):
+                raise
+        self._finish()
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.lock.check()
+        (self.out / name).write_bytes(data)
+
+    def _is_committed(self, manifest: bytes) -> bool:
+        """Whether the manifest is there after all: its answer may have been lost. Where it is not,
+        what was uploaded is removed."""
+        with suppress(MoeInspectError, OSError):  # else both stay: either is right with its lines
+            self.lock.check()
+            there = self.out / schema.MANIFEST
+            if there.exists() and there.read_bytes() == manifest:
+                return True
+            self._take_back()
+        return False
+
+    def _take_back(self) -> None:
+        for name, lines in self.old_lists.items():
+            (self.out / name).write_bytes(lines)
+        for name in {*self.parts, *self.lists} - {*self.before}:
+            (self.out / name).unlink(missing_ok=True)
+        (self.out / OVERWRITTEN).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        """The new trace is there: deletes what was of the old one."""
+        try:
+            for name in self.old_lists:
+                self._write(name, self.lists[name])
+            for name in {*self.before} - self.kept:
+                (self.out / name).unlink(missing_ok=True)
+            (self.out / OVERWRITTEN).unlink(missing_ok=True)
+        except OSError as error:
+            print_stderr(
+                f"warning: what {self.out} held before could not all be deleted: "
+                f"{first_line(error)}"
+            )
+
+    def _renamed(self, name: str) -> str:
+        return NUMBER.sub(lambda found: str(int(found[0]) + self.shift), name)
+
+    def _lines(self, data: bytes) -> bytes:
+        """A list of shards as it is to be there."""
+        entries = [json.loads(line) for line in data.splitlines()]
+        return b"".join(
+            checksums.sealed(
+                {**one, "path": self._renamed(one["path"]), "generation": self.generation}
+            )
+            for one in entries
+        )
+
+    def _whole_lines(self, name: str) -> bytes:
+        data = (self.out / name).read_bytes()
+        return data[: data.rfind(b"\n") + 1]
+
+    def _name_vocabulary(self, words: Path) -> None:
+        """Under a name of its own, unless the old one is the same."""
+        name = schema.VOCABULARY
+        if self.before:
+            with suppress(MoeInspectError):
+                name = schema.vocabulary_file(read_manifest(self.out))
+            if name not in self.before or (self.out / name).read_bytes() != words.read_bytes():
+                name = f"vocabulary-{self.generation}.parquet"
+        self.kept.add(name)
+        if name not in self.before:
+            self.parts[name] = words
+        if name != schema.VOCABULARY:
+            self.manifest["vocabulary"]["path"] = name
