@@ -62,7 +62,6 @@ IN_PLACE = {
     ("interventions.pruning.checkpoint", "_write_json"): "in a draft",
     ("exporters.esft", "esft"): "in a draft",
     ("exporters.esft", "_esft_shard"): "in a draft",
-    ("capture.server.serve", "serve_engine"): "a log is appended to",
     ("cli.trace.beside", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",
     ("demo.texts", "fetch"): "sources of the bundled model",
