@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> No
     assert " 0 forward passes" in again.stderr
     assert "chose among the rest" in again.stdout
     other = cli_here("ablate", "demo", "--max-tokens", 300, "--resume", path, check=1)
-    assert "losses of another max_tokens (1500, now 300)" in other.stderr
+    assert "losses of a different max_tokens (1500, now 300)" in other.stderr
     few = cli_here("ablate", "demo", *arguments, "--most-passes", 3, check=1)
     assert "--most-passes 3 is not enough for one batch, which takes 7" in few.stderr
 

@@ -278,7 +278,7 @@ def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_sai
     assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
         noise_floor(200, 8, 2), rel=0.05
     )
-    assert any("max_vio_batch is of 2 of 5 batches" in note for note in made.notes())
+    assert any("max_vio_batch covers 2 of 5 batches" in note for note in made.notes())
     decode = report(tmp_path / "t", phase="decode")
     assert decode.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
         noise_floor(4, 8, 2), rel=0.05

@@ -306,7 +306,7 @@ def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path):
 def test_the_page_shows_what_the_trace_has(tmp_path: Path):
     page = report(led(tmp_path / "t", slot_order="unknown")).page(text=0)
     one = report(open_trace(tmp_path / "t"), domains="law").page(text=0)
-    for title in ("Experts that lead in every domain", "Does routing tell the domain?"):
+    for title in ("Experts that lead in every domain", "Does routing identify the domain?"):
         assert title in page
         assert title not in one
     assert "Paths through the layers" in page
@@ -366,8 +366,8 @@ def test_the_verdict_says_what_is_beyond_chance(tmp_path: Path) -> None:
     passes of their own are made over small traces alone."""
     found = notes(report(led(tmp_path / "led")))
     assert found["committee"].severity == "note"
-    assert "In 3 routers of 3 the same experts lead in all 3 domains" in found["committee"].text
-    assert "1 expert (0) carries 50% of the assignments" in found["committee"].text
+    assert "In 3 of 3 routers the same experts lead in all 3 domains" in found["committee"].text
+    assert "1 expert (0) carries 50% of a domain's assignments" in found["committee"].text
     assert "for all 24 documents the nearest other one shares it" in found["signature"].text
     document = np.repeat(np.arange(DOCUMENTS), LENGTH)
     rng = np.random.default_rng(2)

@@ -146,8 +146,8 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
     for arguments, says in (
         (["--table", "agreement"], "there is no table 'agreement', only summary, balance"),
         (["--fail-above", "load_shift=1,set_mismatch=0"], "there is no metric 'set_mismatch'"),
-        (["--noise", a], "which noise is about"),
-        (["--drop-last"], "which drop_last is about"),
+        (["--noise", a], "which noise needs"),
+        (["--drop-last"], "which drop_last needs"),
         (["--phase", "decode"], "which know no phase"),
     ):
         result = cli_here("compare", a, b, *arguments, check=1)

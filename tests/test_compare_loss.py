@@ -145,7 +145,7 @@ def test_the_verdict_says_which_predicts_better(
         assert found.values["difference_nats"] == pytest.approx(nats, abs=1e-6)
         assert f"({nats:+.4f}, 95 % {nats:+.4f} to {nats:+.4f} over documents)" in found.text
     few = said(worse(a, tmp_path / "few", 0.25, documents=1))
-    assert few.text.startswith("Which predicts better cannot be told from these documents: B has ")
+    assert few.text.startswith("These documents do not show which predicts better: B has ")
     assert few.severity == "note", "nobody showed that it is the same"
     assert few.values["difference_nats_low"] == 0 < few.values["difference_nats_high"]
     one = moe_inspect.trace_model("demo", tmp_path / "one", max_tokens=200, token_loss=True)
@@ -153,7 +153,7 @@ def test_the_verdict_says_which_predicts_better(
     assert found.severity == "note"
     assert "too few documents to tell whether that is chance" in found.text
     parted = moe_inspect.compare(a, b)
-    assert "go on with other token ids" in " ".join(f.text for f in parted.verdict())
+    assert "continue with different token ids" in " ".join(f.text for f in parted.verdict())
     assert not [f for f in moe_inspect.compare(a, a).verdict() if f.kind == "loss"], (
         "the same files"
     )

@@ -281,7 +281,9 @@ def test_what_cannot_be_had_is_named_and_the_rest_is_shown(tmp_path: Path) -> No
     )
     assert "of the bytes" in moe_inspect.compare_models(a, other).why_not("spans")
     unknown = pieces(tmp_path / "d", by_chance, slot_order="unknown")
-    assert "does not tell first choices" in moe_inspect.compare_models(a, unknown).why_not("spans")
+    assert "does not record first choices" in moe_inspect.compare_models(a, unknown).why_not(
+        "spans"
+    )
 
 
 def test_what_makes_models_different_is_named(tmp_path: Path) -> None:

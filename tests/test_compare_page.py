@@ -76,7 +76,7 @@ def test_the_page_of_two_traces_renders_and_asks_for_nothing(opened: Opened) -> 
 
 def test_what_is_drawn_is_in_the_tables(opened: Opened, made: moe_inspect.Comparison) -> None:
     table: Any = made.tables["agreement"]
-    ((line, noise),) = opened.drawn("Decisions with other experts")
+    ((line, noise),) = opened.drawn("Decisions with different experts")
     assert line["y"] == pytest.approx(table["set_mismatch"], rel=1e-4)
     assert line["low"] == pytest.approx(table["set_mismatch_low"], rel=1e-4)
     assert np.argmax(line["y"]) == 3

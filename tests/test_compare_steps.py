@@ -118,7 +118,7 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     assert "from the first step on in layer 1" in found(again).text
     same: Any = moe_inspect.compare(first, history(tmp_path / "d", loads(3, 100), 10))
     assert found(same).severity == "good"
-    assert "the same as far as chance lets it be told, in 10 windows of steps 1 to 100" in (
+    assert "no load differs by more than chance, in 10 windows of steps 1 to 100" in (
         found(same).text
     )
 

@@ -374,8 +374,8 @@ def test_replayed_choices_keep_the_slots_and_the_weights_that_agree() -> None:
         ({"drop": {9: 1}}, "no router in layer 9"),
         ({"drop": {0: 8}}, "no expert 8 in layer 0"),
         ({"drop": {0: range(8)}}, "leaves no expert"),
-        ({"force": {0: [1, 2, 3]}}, "a token goes to 2"),
-        ({"drop": {0: 1}, "force": {0: 2}}, "in drop and in force"),
+        ({"force": {0: [1, 2, 3]}}, "whose tokens choose 2"),
+        ({"drop": {0: 1}, "force": {0: 2}}, "in both drop and force"),
     ],
 )
 def test_what_cannot_be_done_is_said(given: dict[str, Any], says: str) -> None:

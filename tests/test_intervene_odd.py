@@ -149,7 +149,7 @@ def test_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
         model(**inputs)
         assert "two threads call it" in said[0]
         for fed in (inputs, batch(1)):  # not the rows of the pass before
-            with pytest.raises(MoeInspectError, match="a part of it was called alone"):
+            with pytest.raises(MoeInspectError, match="a part was called alone"):
                 model.model(**fed)
 
 

@@ -341,7 +341,7 @@ def test_merged_samples_say_that_they_are(tmp_path: Path) -> None:
     made(tmp_path / "c", 2)
     for trace in (tmp_path / "m", merge([tmp_path / "m", tmp_path / "c"], tmp_path / "again")):
         said = report(trace).tables["summary"].set_index("key")["value"]
-        assert "merged of samples of other traces" in str(said["note"])
+        assert "merged from samples of other traces" in str(said["note"])
 
 
 def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:

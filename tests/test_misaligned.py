@@ -62,7 +62,7 @@ def test_nothing_is_named_where_nothing_is_wrong(a: Recording, tmp_path: Path) -
         ("both pipeline stages count from 0", "A's 3 is B's 0/3, A's 4 is B's 1/4, A's 5 is B's"),
         ("two layers swapped", "Layers are swapped: A's 0 is B's 5, A's 5 is B's 0"),
         ("MTP routes fed to a decoder router", "Add --layers 1-5"),
-        ("experts of one layer permuted", "Experts are numbered otherwise in layer 1: "),
+        ("experts of one layer permuted", "Experts are numbered differently in layer 1: "),
     ],
 )
 def test_the_sentence_has_the_evidence_and_the_option(

@@ -581,7 +581,7 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         page.view.close()
     assert "Load of every expert" in text_of["two stacks"]
     assert "0 (encoder)" in text_of["two stacks"]
-    written_at_once = "load over time and drift: counts that were written at once have no order"
+    written_at_once = "load over time and drift: counts written at once have no order"
     assert written_at_once in text_of["counts only"]
     assert "repetition and locality: counts alone have no order" in text_of["counts only"]
     assert "Experts of a domain" in text_of["counts only"]

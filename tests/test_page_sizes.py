@@ -256,7 +256,9 @@ def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(show
     made: Any = text_section(shown.of)
     one = packed({**made.data, "contexts": None})
     assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
-    assert re.search(r"Here are \d of 5 documents: of each domain the most telling", made.text)
+    assert re.search(
+        r"Shown: \d of 5 documents: those of each domain whose experts differ most", made.text
+    )
     assert shown.page.view.locator(".routed .ids i").count() > 20
     shown.page.view.evaluate("location.hash = '#L57E255'")
     shown.page.until("document.querySelectorAll('#card .context').length === 4")

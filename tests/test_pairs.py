@@ -230,13 +230,13 @@ def test_ranks_that_are_missing(tmp_path: Path):
     load = rng.integers(50_000, 99_000, (1, 256)) * 8
     one, gone, hurt, same = (np.zeros((1, 256), np.int64) for _ in range(4))
     one[0, :8], same[0, :8] = load[0, :8], 800
-    assert "Only experts 0-7 of 256 have any load, at every router alike" in said(
+    assert "Only experts 0-7 of 256 have any load, in every router" in said(
         "as many as are chosen", [one, one]
     )
     assert "ranks" not in said("one choice", [same, same])
     gone[0] = load[0] * (np.arange(256) // 64 != 1)
     assert (
-        "Experts 64-127 of 256 have no load, at every router alike: these look like the counts "
+        "Experts 64-127 of 256 have no load, in every router: these look like the counts "
         "of 3 of 4 ranks"
     ) in said("m", [gone, gone])
     assert "Experts 64-127 of 256 have no load: these" in said("one layer", [gone, gone], layers=1)

@@ -133,7 +133,7 @@ def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here
     assert again.experts.loss[0] == pytest.approx(loss["reap", "(all)"], abs=0.01)
 
     there = cli_here(*arguments, "-o", "pruned", check=1)
-    assert "error: there is something at pruned: give a new directory" in there.stderr
+    assert "error: pruned exists: give a new directory" in there.stderr
     assert "give -o DIR" in cli_here(*arguments, check=2).stderr
     dry = cli_here(*arguments, "--dry-run", "--table", "scores", "--format", "csv")
     assert dry.stdout.splitlines()[0] == "layer,router,expert,score,assignments,dropped"
@@ -297,7 +297,7 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a/config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "a/config.json").write_text(json.dumps(config))
-    with pytest.raises(MoeInspectError, match="quantised: prune the model that they were made of"):
+    with pytest.raises(MoeInspectError, match="quantised: prune the original model"):
         checkpoint.directory_of(str(tmp_path / "a"), None)
     (tmp_path / "a/model.safetensors").rename(tmp_path / "a/pytorch_model.bin")
     with pytest.raises(MoeInspectError, match="not in safetensors"):

@@ -143,18 +143,18 @@ def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> 
         ),
         (
             ("placement", TRACE, "--physical-experts", 4 * 10**10),
-            "40,000,000,000 physical experts: give 1,048,576 at most",
+            "40,000,000,000 physical experts: use at most 1,048,576",
         ),
         (
             ("placement", TRACE, "--fit-share", 0),
             "fit share 0.0: give a share of the trace above 0 and at most 1",
         ),
-        (("placement", TRACE, "--fit-share", 0.99999), "what --fit-share leaves"),
+        (("placement", TRACE, "--fit-share", 0.99999), "lower --fit-share"),
         (
             ("placement", counts, "--minimize", "ranks"),
-            "no tokens to tell fewer ranks by: trace without --counts-only",
+            "no tokens, which --minimize needs: trace without --counts-only",
         ),
-        (("placement", counts, "--window", 10), "no tokens to tell windows by"),
+        (("placement", counts, "--window", 10), "no tokens, which --window needs"),
         (
             ("decode", TRACE, "--flops-per-byte", 0),
             "0.0 FLOPs per byte: give finite numbers above 0",

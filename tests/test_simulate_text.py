@@ -169,9 +169,9 @@ def test_decode_says_what_it_has_steps_of():
         sentences[0]
         == "1 sequence reads 2.0 experts per layer and step (25% of them; expected by chance: 2.0)."
     )
-    assert sentences[2] == "No step of 32: the trace holds too few sequences at any position."
+    assert sentences[2] == "No step of 32 sequences: the trace has too few at any position."
     assert sentences[3].startswith(
-        "From 24 sequences on a step reads 95% of the experts that are used at all, in every layer"
+        "From 24 sequences on, a step reads 95% of the experts in use in every layer"
     )
     assert len(sentences) == 5
     bound = decode_text.verdict(

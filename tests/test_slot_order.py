@@ -284,9 +284,7 @@ def test_capacity_serves_first_choices_first_only_where_it_knows_them(
     assert found.tables["capacity"].equals(
         simulate_capacity(known, order="token").tables["capacity"]
     )
-    with pytest.raises(
-        MoeInspectError, match="does not say which those are: order token needs none"
-    ):
+    with pytest.raises(MoeInspectError, match="does not record: use order token"):
         simulate_capacity(unknown, order="arrival")
 
 

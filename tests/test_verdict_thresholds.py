@@ -100,12 +100,12 @@ BALANCE = {
     ),
     "counts have no interval": (
         stub(near(1.2, max_vio_low=math.nan), counts_only=True),
-        "(counts alone have no interval; expected",
+        "(no interval from counts alone; expected",
     ),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
     "at the ceiling": (
         stub(row([500] + [0] * 7)),
-        "expert 0 gets 8.00x the mean load (every token goes there; expected",
+        "expert 0 gets 8.00x the mean load (every token goes to it; expected",
     ),
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
@@ -196,7 +196,7 @@ SPOKEN = {
     "no dead": (experts.dead_experts, stub(row([1, *EVEN[1:]])), None),
     "dead": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead by chance": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead: chance alone leaves some"),
-    "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=4), "but fewer than 5 documents cannot tell the model"),
+    "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=4), "but with fewer than 5 documents this may be the text"),
     "dead, documents enough": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=5), f"none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead in two": (experts.dead_experts, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
     # crowded and starved ones
@@ -244,14 +244,14 @@ SPOKEN = {
     "pooled over some": (balance.averaging_hides, stub(near(1.3), row(EVEN), row(EVEN), selected=[0, 1], pooled=1.1), "The average of the 2 layers selected (1.10x) looks fine"),
     "pooled over routers": (balance.averaging_hides, stub(near(1.3), row(EVEN), layers=[0, 0], pooled=1.1), "The router average (1.10x)"),
     # a domain that overloads
-    "overloads": (experts.overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens, where all domains'),
+    "overloads": (experts.overloading_domain, of_domains(1.2, 1.01), '"code" overloads expert 0 of layer 0: 1.20x the mean load on its 79,998 tokens; all domains'),
     "does not overload": (experts.overloading_domain, of_domains(1.1998, 1.01), None),
     "more than all together": (experts.overloading_domain, of_domains(1.6, 1.3999), '"code" overloads expert 0'),
     "little more than all together": (experts.overloading_domain, of_domains(1.6, 1.4), None),
-    "the domains asked for": (experts.overloading_domain, of_domains(1.6, 1.1, domains_selected={"code", "law"}), "where the domains together"),
+    "the domains asked for": (experts.overloading_domain, of_domains(1.6, 1.1, domains_selected={"code", "law"}), "; the selected domains together"),
     "one domain": (experts.overloading_domain, stub(row(load(1.6))), None),
     "overloads, documents enough": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(5, 60)), '"code" overloads expert 0'),
-    "overloads, few documents": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "cannot tell the domain from its text."),
+    "overloads, few documents": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "may be their text, not the domain."),
     "overloads, counts": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60), counts_only=True), '"code" overloads expert 0'),
 }  # fmt: skip
 
@@ -475,7 +475,7 @@ def test_ties(rate: float, limit: float | None, says: bool):
     assert (said is not None) == says
     if said:
         assert f"In {rate:.1%} of the decisions of layer 1 the last" in said
-        assert "(1 router from " in said
+        assert "(1 router with " in said
     made.trace.tables = ("routing",)
     assert specialization.router_ties(made) is None  # no logits
 
@@ -556,7 +556,7 @@ def test_missing_ranks():
     said = ranks(4, 4)
     assert said is not None
     assert said.startswith(
-        "Experts 4-7 of 8 have no load, at every router alike: these look like the counts of 1 of 2 ranks"
+        "Experts 4-7 of 8 have no load, in every router: these look like the counts of 1 of 2 ranks"
     )
     assert ranks(4, 5) is None
     assert ranks(4) is None

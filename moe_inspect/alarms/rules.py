@@ -118,7 +118,7 @@ def parse_rule(text: str) -> Rule:
     _check_limit(metric, sign, value, text.strip())
     windows = int(found["windows"] or 1)
     if windows < 1:
-        raise MoeInspectError(f"the rule {text.strip()!r}: it takes at least 1 window")
+        raise MoeInspectError(f"the rule {text.strip()!r}: give at least 1 window")
     layers = frozenset(parse_ranges(found["layers"])) if found["layers"] else None
     return Rule(
         metric, sign, value, windows, not (found["chance"] or "").startswith("even"), layers

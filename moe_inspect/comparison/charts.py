@@ -28,7 +28,9 @@ from moe_inspect.text import layer_label
 
 INTERVALS = " Bars are 95% intervals over documents."
 SETS = {
-    "set mismatch": "The share of decisions for which the two traces chose other sets of experts.",
+    "set mismatch": (
+        "The share of decisions for which the two traces chose different sets of experts."
+    ),
     "overlap": "The share of the experts of a decision that both traces chose.",
 }
 MARGIN = {
@@ -42,7 +44,7 @@ def _layers(data: PairData) -> Axis:
 
 
 def set_mismatch(data: PairData) -> Chart | str:
-    """The share of decisions with other experts, by layer."""
+    """The share of decisions with different experts, by layer."""
     table: Any = data.tables["agreement"]
     x = np.arange(len(table), dtype=float)
     low, high = known_interval(table["set_mismatch_low"], table["set_mismatch_high"])
@@ -53,14 +55,14 @@ def set_mismatch(data: PairData) -> Chart | str:
         marks.append(Line(x, noise, "a second run of A against A", "baseline", dash="dot"))
     top = float(np.nanmax([mark.y.max(initial=0) for mark in marks]))
     return Chart(
-        "Decisions with other experts",
-        "Share of each layer's decisions for which A and B chose other sets of experts",
+        "Decisions with different experts",
+        "Share of each layer's decisions for which A and B chose different sets of experts",
         (
             Panel(
                 tuple(marks), _layers(data), Axis("share of decisions", low=0, high=1.1 * top or 1)
             ),
         ),
-        text="How often the two traces chose other experts, by layer." + INTERVALS,
+        text="How often the two traces chose different experts, by layer." + INTERVALS,
         table=table,
         definitions=SETS,
     )
@@ -75,10 +77,10 @@ def margin_map(data: PairData) -> Chart | str:
         data,
         "margins",
         "Where the router was undecided",
-        "Share of decisions with other experts, by tenth of A's margins",
+        "Share of decisions with different experts, by tenth of A's margins",
         f"tenth of the margins (by {source}), 0 the least decided",
-        "Rounding flips only close decisions, in the leftmost column; a difference of the models "
-        "flips others too.",
+        "Rounding flips only close decisions (leftmost column); a different model flips others "
+        "too.",
         MARGIN,
     )
 
@@ -91,10 +93,10 @@ def position_map(data: PairData) -> Chart | str:
         data,
         "positions",
         "Where in the sequence",
-        "Share of decisions with other experts, by tenth of the sequence",
+        "Share of decisions with different experts, by tenth of the sequence",
         "tenth of the sequence, 0 its beginning",
-        "A difference that grows along the sequence comes from its context; one at its end alone "
-        "from tokens that were never fed.",
+        "A difference that grows along the sequence comes from its context; one only at its end "
+        "comes from tokens that were never fed.",
     )
 
 
@@ -114,7 +116,7 @@ def _map(
     values_LC = np.full((len(at), 10), np.nan)
     values_LC[table["router"].map(at), table["decile"]] = table["set_mismatch"]
     top = float(np.nanmax(values_LC)) or 1.0
-    scale = amount("share of decisions with other experts", 0.0, values_LC, top)
+    scale = amount("share of decisions with different experts", 0.0, values_LC, top)
     columns = Axis(axis, tuple(str(i) for i in range(10)))
     return Chart(
         title,
@@ -144,10 +146,10 @@ def growth(data: PairData) -> Chart | str:
     top = float(table["differ_so_far"].max())
     return Chart(
         "Does a difference grow?",
-        "Share of tokens with other experts, layer after layer",
+        "Share of tokens with different experts, layer by layer",
         (Panel(marks, _layers(data), Axis("share of tokens", low=0, high=1.1 * top or 1)),),
-        text="Where most differences are new, each layer makes its own; where few are, what "
-        "differs early stays different.",
+        text="Where most differences are new, each layer adds its own; where few are, early "
+        "differences persist.",
         table=table,
     )
 
@@ -168,8 +170,8 @@ def load_shift(data: PairData) -> Chart | str:
         "Load that moves",
         "Total variation of the experts' load between A and B",
         (Panel(marks, _layers(data), Axis("share of the load", low=0, high=1.1 * top or 1)),),
-        text="The share of the assignments that go to other experts, all tokens together. Below "
-        "the dash it is less than a change of documents makes.",
+        text="The share of the assignments that go to different experts, over all tokens. Below "
+        "the dash, it is less than between two halves of A's documents.",
         table=table,
     )
 

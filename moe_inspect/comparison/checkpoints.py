@@ -64,7 +64,7 @@ def compare_checkpoints(
     in `report`. `progress` is called with the number of decisions compared. MoeInspectError where
     traces cannot be aligned."""
     if len(traces) < 2:
-        raise MoeInspectError("give two checkpoints or more, in the order of training")
+        raise MoeInspectError("give two or more checkpoints, in training order")
     opened = [x if isinstance(x, Trace) else open_trace(x) for x in traces]
     settings: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
     for trace in opened:

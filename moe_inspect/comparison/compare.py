@@ -103,7 +103,7 @@ def compare(
     if first.counts_only or second.counts_only:
         made = LoadComparison(first, second, options, progress)
         if noise is not None:
-            raise MoeInspectError(f"{made.why}, which noise is about: leave it out")
+            raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
         return made
     base = None if noise is None else PairData(first, opened(noise), options, progress=progress)
     return Comparison(first, second, options, noise=base, progress=progress)

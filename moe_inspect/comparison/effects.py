@@ -19,7 +19,7 @@ def losses(data: PairData) -> Iterator[Finding]:
     row = table.iloc[0]
     change, low, high = row[["difference_nats", "difference_nats_low", "difference_nats_high"]]
     b, a, n = row["mean_loss_nats_b"], row["mean_loss_nats_a"], int(row["tokens"])
-    of = f"the {plural(n, 'token')} that go on alike in both"
+    of = f"the {plural(n, 'token')} with the same next token in both"
     if not row["absolute_difference_nats"]:
         yield finding("loss", "good", f"The same loss at each of {of}: {a:.4f} nats per token.")
         return
@@ -35,7 +35,7 @@ def losses(data: PairData) -> Iterator[Finding]:
         severity, said = "good", f"B predicts better than A: it has {text}."
     else:
         # which does not say that it is the same: the interval is how far apart it may be
-        said = f"Which predicts better cannot be told from these documents: B has {text}."
+        said = f"These documents do not show which predicts better: B has {text}."
     yield finding(
         "loss",
         severity,
@@ -76,14 +76,14 @@ def load(data: PairData) -> Iterator[Finding]:
     if not len(rows):
         return
     row = rows.loc[rows["load_shift"].idxmax()]
-    where = f"at most {row['load_shift']:.2%} of the load moves, in layer "
+    where = f"up to {row['load_shift']:.2%} of the load moves, in layer "
     where += name_of(data, int(row["router"]))
-    halves = f"two halves of A's documents are {row['load_shift_halves']:.2%} apart there"
+    halves = f"between two halves of A's documents: {row['load_shift_halves']:.2%}"
     yield finding(
         "load_shift",
         "warning" if len(beyond) else "good",
         (
-            f"The load of {plural(len(beyond), 'router')} changed by more than documents do: "
+            f"The load of {plural(len(beyond), 'router')} differs by more than between documents: "
             if len(beyond)
             else "The load is the same: "
         )

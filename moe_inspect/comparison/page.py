@@ -19,11 +19,11 @@ TABLES = {
     "documents": (
         "Decisions",
         "Documents that differ most",
-        "Those with the largest share of other decisions.",
+        "Those with the largest share of different decisions.",
     ),
     "flips": (
         "Decisions",
-        "Which expert instead of which",
+        "Which expert replaces which",
         "Pairs of experts, the most frequent of each layer.",
     ),
     "tokens": ("Decisions", "Tokens by the number of layers that differ", ""),
@@ -35,8 +35,8 @@ TABLES = {
     "loss": (
         "Loss",
         "The loss of the same tokens",
-        "Nats per token in both traces, of all domains and of each, where the same experts were "
-        "chosen and where others were; a token after which the texts part is left out.",
+        "Nats per token in both traces, over all domains and for each, where the same and where "
+        "different experts were chosen; tokens after which the texts diverge are left out.",
     ),
     "summary": ("", "About these traces", ""),
 }
@@ -100,7 +100,7 @@ def _tiles(made: PairData) -> list[Tile]:
     worst = max(share, key=lambda r: share[r])
     tiles = [
         Tile(
-            "decisions with other experts",
+            "decisions with different experts",
             f"{made.mismatched / made.decisions:.2%}",
             f"{made.mismatched:,} of {made.decisions:,}",
         ),

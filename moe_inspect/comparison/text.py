@@ -114,4 +114,4 @@ def print_checkpoints(made: CheckpointData, file: TextIO) -> None:
     mean = whole.groupby("checkpoint", as_index=False)[
         ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
     ].mean()
-    print_frame(mean, console, "saturation: the mean over the routers, --table has them all")
+    print_frame(mean, console, "saturation: the mean over the routers; --table shows them all")

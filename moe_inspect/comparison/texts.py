@@ -55,8 +55,8 @@ def text_section(made: PairData) -> Section | str:
     differ = int((made.counts.document_rows()[:, 4] > 0).sum())
     return Section(
         TITLE,
-        f"{AGREEMENT} Here are {len(worst):,} of {plural(differ, 'document')} that differ, those "
-        f"with the largest share of other decisions, of each at most {longest:,} tokens.",
+        f"{AGREEMENT} Shown: {len(worst):,} of {plural(differ, 'document')} that differ, those "
+        f"with the largest share of different decisions, at most {longest:,} tokens each.",
         group="Decisions",
         name="text",
         widget="text",

@@ -54,7 +54,7 @@ def zero_filled(data: PairData) -> Iterator[Finding]:
                 "zero_filled",
                 "critical",
                 f"{plural(n, 'token')} of {name} {'has' if n == 1 else 'have'} expert 0 in every "
-                "slot of every router, and other experts in the other trace: tokens that were "
+                "slot of every router, but different experts in the other trace: tokens that were "
                 "never fed, or padding, filled with zeros. Add --drop-zero-filled.",
                 tokens=n,
                 trace=name,
@@ -78,7 +78,7 @@ def last_token(data: PairData) -> Iterator[Finding]:
         yield finding(
             "last_token",
             "critical",
-            f"The last token of sequences has other experts in {there:.1%} of its decisions, all "
+            f"The last token of sequences has different experts in {there:.1%} of its decisions, "
             f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
             "Add --drop-last.",
             mismatch_last=there,
@@ -113,17 +113,17 @@ def _the_same(data: PairData) -> Finding:
     if data.alike:
         said = f"The same to the bit: {all_of} are in the same files"
     elif not all(data.first_choice_known.values()):
-        said += "; the order of slots is not known in both"
+        said += "; at least one trace does not record the order of slots"
     elif reordered:
-        said += f"; {reordered:,} in another order"
+        said += f"; {reordered:,} in a different order"
     elif known and not weights:
         said = f"The same to the bit: {all_of} have the same experts, in the same order, with "
         said += "the same weights"
     if known and weights and not data.alike:
         mean = sum(int(c.l1_U.sum()) for c in counts) / UNIT / data.decisions
-        said += f"; {weights:,} have other weights, by {mean:.2g} on average over all"
+        said += f"; {weights:,} have different weights, by {mean:.2g} on average over all"
     elif not known and not data.alike:
-        said += "; weights are not known in both"
+        said += "; at least one trace has no weights"
     return finding("same", "good", said + ".", **_values(data), weights_differ=weights)
 
 
@@ -292,7 +292,8 @@ def unchecked(data: PairData) -> Iterator[Finding]:
         yield finding(
             "unchecked",
             "note",
-            "Token ids are not known in both: tokens are matched by document and position alone.",
+            "At least one trace has no token ids: tokens are matched by document and position "
+            "alone.",
         )
 
 

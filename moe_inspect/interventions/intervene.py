@@ -117,8 +117,8 @@ class Intervention:
             raise MoeInspectError("this intervention is over: call intervene again for another")
         if self.model in ALTERED:
             raise MoeInspectError(
-                f"this {type(self.model).__name__} has an intervention already: leave it first, or "
-                "give one intervene() all that is to be changed"
+                f"this {type(self.model).__name__} has an intervention already: end it first, or "
+                "pass all changes to one intervene()"
             )
         self._entered = True
         ALTERED[self.model] = self.plan.described(self.sites)
@@ -131,10 +131,10 @@ class Intervention:
         if shared and self.model not in _TOLD:  # (an ablation intervenes thousands of times)
             _TOLD.add(self.model)
             print_stderr(
-                f"the logits of {shared[0].path}"
-                f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} cannot be seen: its "
-                "router chooses as before, and the gate weights of dropped experts are shared out "
-                "among a token's others"
+                "the logits of "
+                f"{shared[0].path}{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} "
+                "cannot be seen: its router chooses as before, and the gate weights of dropped "
+                "experts are shared among the token's other experts"
             )
         return self
 
@@ -200,8 +200,8 @@ class Intervention:
             wanted = self.plan.changes(r) and not site.told and site.stack in self._now.stacks
             if wanted and r not in self._now.called:
                 raise MoeInspectError(
-                    f"the choice of {site.path} was not seen in a forward pass, so nothing was "
-                    "changed there: its experts ran by other code (fused kernels)"
+                    f"the choice of {site.path} was not seen in a forward pass, so it was not "
+                    "changed: its experts ran in other code (fused kernels)"
                 )
         if self.plan.needs_rows:
             self._thread = 0
@@ -240,8 +240,9 @@ class Intervention:
         rows, done = self._rows.get(self.sites[r].stack), self.done[r]
         if rows is None or (threading.get_ident() != self._thread and not _in_backward()):
             raise MoeInspectError(
-                f"replay and shuffle follow forward passes of the whole {type(self.model).__name__}"
-                ", one at a time: a part of it was called alone, or two threads call it"
+                "replay and shuffle need forward passes of the whole "
+                f"{type(self.model).__name__}, one at a time: a part was called alone, or two "
+                "threads call it"
             )
         start, done.seen = done.seen, done.seen + T
         # a layer may run several times, and again in the backward pass (gradient checkpointing)

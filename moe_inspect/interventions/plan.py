@@ -83,11 +83,11 @@ def planned(
             )
     for r, experts in made.force.items():
         if r in dropped:
-            raise MoeInspectError(f"layer {sites[r].layer} is in drop and in force: give one")
+            raise MoeInspectError(f"layer {sites[r].layer} is in both drop and force: give one")
         if len(experts) > (K := top_k_of(sites[r], model)):
             raise MoeInspectError(
-                f"force has {len(experts)} experts for layer {sites[r].layer}, where a token goes "
-                f"to {K}"
+                f"force has {len(experts)} experts for layer {sites[r].layer}, whose tokens "
+                f"choose {K}"
             )
     return made
 

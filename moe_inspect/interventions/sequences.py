@@ -78,8 +78,8 @@ class Sequences:
                 n = wrong[0]
                 raise MoeInspectError(
                     f"position {int(here[n]) - start} of sequence {known.sequence} is token "
-                    f"{self._ids_N[here[n]]} in {self._path}, and the model is fed "
-                    f"{ids[n]}: only the text of the trace can be replayed"
+                    f"{self._ids_N[here[n]]} in {self._path}, but the model is fed {ids[n]}: only "
+                    "the text of the trace can be replayed"
                 )
             at[of] = here
         self.beyond += int((at < 0).sum())

@@ -68,8 +68,8 @@ class History:
         self._resume = resume_point(self.path)
         if self.last_step < step:
             print_stderr(
-                f"warning: {self.path} holds counts up to step {self.last_step}, and training goes "
-                f"on after step {step}: the steps between are missing from the history"
+                f"warning: {self.path} holds counts up to step {self.last_step}, but training "
+                f"continues after step {step}: the steps in between are missing from the history"
             )
             self.last_step = step
 

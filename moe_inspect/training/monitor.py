@@ -270,7 +270,7 @@ class RoutingMonitor:
         from moe_inspect.training.pictures import load_picture
 
         if self.window is None:
-            raise MoeInspectError("no window yet: there is a picture after the first log")
+            raise MoeInspectError("no window yet: the first picture follows the first log")
         return load_picture(self.window, self.routers)
 
 

@@ -153,9 +153,8 @@ def _routes_shifted(
     tokens = "token" if abs(shift) == 1 else "tokens"
     return Misalignment(
         "routes_shifted",
-        f"B's routes are shifted by {abs(shift)} {tokens}: those of its token n"
-        f"{shift:+d} are A's of token n (agreement beyond chance {value:.1%}, as they stand "
-        f"{mean:.1%}).",
+        f"B's routes are shifted by {abs(shift)} {tokens}: B's token n{shift:+d} has the routes "
+        f"of A's token n (agreement beyond chance {value:.1%}, {mean:.1%} as compared).",
         f"--shift-routes {shift}",
         {"shift": shift, "agreement": value, "agreement_as_compared": mean},
     )
@@ -187,7 +186,7 @@ def _layers_moved(
         return None
     steps = {a[r].layer - b[m].layer for r, m, _, _ in moved}
     value, before = (float(np.mean([row[i] for row in moved])) for i in (2, 3))
-    evidence = f"(agreement beyond chance {value:.1%}, as compared {before:.1%})"
+    evidence = f"(agreement beyond chance {value:.1%}, {before:.1%} as compared)"
     values: dict[str, Any] = {
         "agreement": value,
         "agreement_as_compared": before,
@@ -198,9 +197,8 @@ def _layers_moved(
     if len(steps) == 1 and not good and len(moved) >= max(1, len(own) - abs(step) - 1):
         return Misalignment(
             "layers_shifted",
-            f"Layers are numbered otherwise: B's layer n is A's n{step:+d} {evidence}, for "
-            "instance since one counts dense layers or pipeline stages anew and the other does "
-            "not.",
+            f"Layers are numbered differently: B's layer n is A's n{step:+d} {evidence}. One may "
+            "skip dense layers, or start again at each pipeline stage.",
             f"--shift-layers {step}",
             values | {"shift": step},
         )
@@ -210,8 +208,7 @@ def _layers_moved(
         return Misalignment("layers_swapped", f"Layers are swapped: {said}.", "", values)
     return Misalignment(
         "layers_renumbered",
-        f"Layers are numbered otherwise: {said}, for instance since pipeline stages number theirs "
-        "anew.",
+        f"Layers are numbered differently: {said}. Each pipeline stage may start again at 0.",
         "",
         values,
     )
@@ -244,10 +241,10 @@ def _experts_renumbered(
     layers = [layer_label(traces[0].routers, r) for r, *_ in moved]
     return Misalignment(
         "experts_renumbered",
-        f"Experts are numbered otherwise in {'layer' if len(layers) == 1 else 'layers'} "
-        f"{join_first(layers, 6, ', ')}: matched by the tokens they share they agree (beyond "
-        f"chance {value:.1%}, as compared {before:.1%}), as physical ids do, or a permuted "
-        "checkpoint.",
+        f"Experts are numbered differently in {'layer' if len(layers) == 1 else 'layers'} "
+        f"{join_first(layers, 6, ', ')}: matched by shared tokens, they agree (beyond chance "
+        f"{value:.1%}, {before:.1%} as compared). Physical ids or a permuted checkpoint cause "
+        "this.",
         "",
         {"routers": [r for r, *_ in moved], "agreement": value, "agreement_as_compared": before},
     )
@@ -267,9 +264,9 @@ def _foreign(traces: tuple[Trace, Trace], own: dict[tuple[int, int], float]) -> 
     left = ranges({a[r].layer for r, _ in own if r not in bad})
     return Misalignment(
         "routes_of_another_router",
-        f"In {'layer' if len(bad) == 1 else 'layers'} {names} B agrees with A no more than by "
-        f"chance (beyond chance {value:.1%}), in others {others:.1%}: these routes are of a router "
-        "that A does not have, such as an MTP layer's, or were never recorded.",
+        f"In {'layer' if len(bad) == 1 else 'layers'} {names}, B agrees with A only by chance "
+        f"(beyond chance {value:.1%}; in other layers {others:.1%}): these routes belong to a "
+        "router that A lacks, such as an MTP layer's, or were never recorded.",
         f"--layers {left}",
         {"routers": bad, "agreement": value, "agreement_elsewhere": others},
     )

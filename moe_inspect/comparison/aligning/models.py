@@ -13,7 +13,7 @@ from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
-PHYSICAL = ". Physical ids of replicated experts have to be mapped to logical ids first"
+PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
 SAME_WORDS = 0.9  # of the token ids of both, that must stand for the same text
 
 
@@ -24,9 +24,9 @@ class DifferentModelsError(MoeInspectError):
     def __init__(self, a: Trace, b: Trace, reasons: Sequence[str]):
         self.reasons = tuple(reasons)
         super().__init__(
-            f"{a.path} (A) and {b.path} (B) are of different models: {'; '.join(self.reasons)}; "
-            "their decisions cannot be compared one by one, but compare_models shows them side "
-            f"by side{physical_ids(self.reasons)}"
+            f"{a.path} (A) and {b.path} (B) are traces of different models: "
+            f"{'; '.join(self.reasons)}; their decisions cannot be compared one by one, but "
+            f"compare_models shows them side by side{physical_ids(self.reasons)}"
         )
 
 
@@ -101,4 +101,4 @@ def vocabularies_apart(a: Trace, b: Trace) -> str:
         return ""
     if len(words[0]) != len(words[1]):
         return f"the tokenizers have {len(words[0]):,} tokens in A, {len(words[1]):,} in B"
-    return "the tokenizers give the same token ids to other texts"
+    return "the tokenizers map the same token ids to different texts"

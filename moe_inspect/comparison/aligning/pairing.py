@@ -28,8 +28,8 @@ def router_pairs(
         raise DifferentModelsError(a, b, reasons)
     if not pairs:
         raise MoeInspectError(
-            f"no layer is in both: {a.path} has layers {_layers(a.routers)}, {b.path} has "
-            f"{_layers(b.routers)}: give --shift-layers if they are numbered otherwise"
+            f"no common layer: {a.path} has layers {_layers(a.routers)}, {b.path} has "
+            f"{_layers(b.routers)}: use --shift-layers if they are numbered differently"
         )
     return pairs
 

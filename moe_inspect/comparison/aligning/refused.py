@@ -31,8 +31,7 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
         if share > LEAST:
             raise MoeInspectError(
                 f"{share:.1%} of the tokens at position n of {a.path} are at n{shift:+d} of "
-                f"{b.path}, as a special token in front would have it: add --shift-positions "
-                f"{shift}"
+                f"{b.path}, as with a special token in front: add --shift-positions {shift}"
             )
         if other := vocabularies_apart(a, b):
             raise DifferentModelsError(a, b, [other])

@@ -37,7 +37,7 @@ class LoadData:
         self.a, self.b, self.options = a, b, options
         for name in OF_DECISIONS:
             if getattr(options, name):
-                raise MoeInspectError(f"{self.why}, which {name} is about: leave it out")
+                raise MoeInspectError(f"{self.why}, which {name} needs: leave it out")
         self.selection = select(a, options.layers, options.domains, options.phase)
         shift = options.shift_layers
         self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)

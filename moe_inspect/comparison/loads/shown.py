@@ -68,8 +68,8 @@ def load_shift(data: LoadData) -> Chart:
         "Load that moves",
         "Total variation of the experts' load between A and B",
         (Panel(marks, _layers(data), Axis("share of the load", low=0)),),
-        text="The share of the assignments that go to other experts. The dash is what chance alone "
-        "moves between two traces of so many tokens.",
+        text="The share of the assignments that go to different experts. The dash is what chance "
+        "alone moves between two traces of this many tokens.",
         table=table,
     )
 
@@ -124,13 +124,13 @@ def by_step(data: LoadData) -> Chart | None:
         "Since which step",
         f"How far the load of B is from that of A in the same {steps.units}, by layer",
         (panel,),
-        text=f"Two runs that part leave the band of chance and stay outside. A window is what is "
-        f"between two {steps.units} at which both traces were written to disk; the table says "
-        f"since which {steps.unit} each layer differs.",
+        text="Diverging runs leave the band of chance and stay outside. A window lies between two "
+        f"{steps.units} at which both traces were written to disk; the table shows since "
+        f"which {steps.unit} each layer differs.",
         table=data.tables["diverged"],
         definitions={
-            "may be chance": "up to twice the total variation that is expected of two windows with "
-            "so many tokens whose routers choose alike; more with fewer than 8 experts."
+            "may be chance": "up to twice the total variation expected between two windows of this "
+            "many tokens with equal routers; more with fewer than 8 experts."
         },
     )
 
@@ -172,7 +172,7 @@ def loads_page(made: LoadData) -> str:
             f"A {made.a.path} · B {made.b.path}",
             verdict=findings(made),
             sections=sections,
-            footer="Counts tell the load of experts, not decisions. Made by moe-inspect.",
+            footer="Counts hold the load of experts, no decisions. Made by moe-inspect.",
         )
     )
 

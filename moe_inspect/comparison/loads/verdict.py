@@ -39,11 +39,11 @@ def shifted(data: LoadData) -> Iterator[Finding]:
     text = (
         f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than chance: "
         if len(beyond)
-        else "The load is the same as far as chance lets it be told: "
+        else "No load differs by more than chance: "
     )
     text += (
-        f"at most {row['load_shift']:.2%} of it moves, in layer {layer_label(data.a.routers, r)} "
-        f"(chance alone moves {row['load_shift_floor']:.2%} with so many tokens)."
+        f"up to {row['load_shift']:.2%} of it moves, in layer {layer_label(data.a.routers, r)} "
+        f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
     )
     values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
     if len(beyond):
@@ -51,7 +51,7 @@ def shifted(data: LoadData) -> Iterator[Finding]:
         of = of[of["router"] == r]
         most = of.loc[of["load_ratio_difference"].abs().idxmax()]
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
-        text += f" Most of all expert {int(most['expert'])}: {a}x the mean load in A, {b}x in B."
+        text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
     yield finding("load_shift", "warning" if len(beyond) else "good", text, row, **values)
 
@@ -70,8 +70,8 @@ def by_step(data: LoadData) -> Iterator[Finding]:
     first = parted.iloc[0] if len(parted) else None
     if first is None:
         text = (
-            "Step by step the load is the same as far as chance lets it be told, in "
-            f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
+            f"Step by step, no load differs by more than chance, in {plural(W, 'window')} of "
+            f"{steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
         )
     else:
         most = parted.loc[parted["most_load_shift"].idxmax()]
@@ -85,8 +85,8 @@ def by_step(data: LoadData) -> Iterator[Finding]:
     lacking = [f"{left} of {name}" for name, left in zip("AB", steps.left_out, strict=True) if left]
     if lacking:
         text += (
-            f" Left out: {steps.units} {' and '.join(lacking)}, which the other does not have; the "
-            "totals hold them."
+            f" Left out: {steps.units} {' and '.join(lacking)}, missing in the other; the totals "
+            "include them."
         )
     values = {"windows": W, "routers": len(parted), "left_out": steps.left_out}
     since = None if first is None else int(first["since_step"])
@@ -139,8 +139,8 @@ def counts_only(data: LoadData) -> Iterator[Finding]:
     of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
     holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
     text = (
-        f"{holds}: the load of experts is compared, not decisions, and whether both saw the same "
-        "text is not known: other text moves the load too."
+        f"{holds}: only loads are compared, not decisions. It is unknown whether both saw the "
+        "same text; different text changes the load too."
     )
     yield finding("counts_only", "note", text)
 

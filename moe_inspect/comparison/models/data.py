@@ -126,7 +126,7 @@ class ModelData:
                 found[side, r] = explained_by_text(text_S, chosen_S, document_S, V, E)
         for side in SIDES:
             if not any(one == side for one, _ in found):
-                raise MoeInspectError(f"{self.traces[side].path} does not tell first choices")
+                raise MoeInspectError(f"{self.traces[side].path} does not record first choices")
         return found
 
     def why_not(self, table: str) -> str:

@@ -82,10 +82,10 @@ def domains_by_depth(data: ModelData) -> Chart:
     table = data.tables["specialization"]
     return Chart(
         "Specialization by domain",
-        "Share of what a domain could tell of the expert, by relative depth",
+        "Share of what a domain could tell about the expert, by relative depth",
         (Panel(_lines(table, "explained_by_domain"), DEPTH, Axis("share, beyond chance", low=0)),),
-        text="Beyond what shuffled documents tell. 0: domains are all alike; 1: as far apart as "
-        "their number, E and k allow.",
+        text="Beyond shuffled documents. 0: all domains are alike; 1: as different as their "
+        "number, E and k allow.",
         table=table,
     )
 
@@ -98,9 +98,9 @@ def texts_by_depth(data: ModelData) -> Chart:
         "Do experts follow the text?",
         "Share of the entropy of the first choice that a span's text explains, by relative depth",
         (Panel(marks, DEPTH, Axis("share, beyond chance", low=0)),),
-        text="The same spans of text for both, however their tokenizers cut them; beyond what "
-        "shuffled spans tell. 1: the text alone decides which expert is first. Bars are 95% "
-        "intervals over documents.",
+        text="The same spans of text for both, however their tokenizers cut them; beyond shuffled "
+        "spans. 1: the text alone decides the first expert. Bars are 95% intervals over "
+        "documents.",
         table=table,
     )
 
@@ -163,8 +163,8 @@ def models_page(made: ModelData) -> str:
             verdict=findings(made),
             sections=sections,
             left_out=left_out,
-            footer="Figures of two models are comparable where they are shares of what is "
-            "possible or stand beside what chance gives. Made by moe-inspect.",
+            footer="Figures of two models are comparable if they are shares of what is possible or "
+            "are shown beside chance. Made by moe-inspect.",
         )
     )
 

@@ -33,8 +33,8 @@ def different(data: ModelData) -> Iterator[Finding]:
             "physical_ids",
             "critical",
             f"The {found['physical']} ids of {found['trace']} are physical ids of "
-            f"{found['logical']} experts: mapped by the tokens that they share, the traces agree "
-            f"(beyond chance {found['agreement']:.1%}). Map them to logical ids before comparing.",
+            f"{found['logical']} experts: mapped by shared tokens, the traces agree (beyond "
+            f"chance {found['agreement']:.1%}). Map them to logical ids before comparing.",
             **found,
         )
         return
@@ -53,7 +53,7 @@ def text_in_common(data: ModelData) -> Iterator[Finding]:
     """Whether both read the same text, without which no figure compares the models."""
     if data.why_not("spans"):
         text = (
-            "Whether both read the same text is not known: figures may differ for the text alone."
+            "It is unknown whether both read the same text: figures may differ because of the text."
         )
         yield finding("text", "note", text)
         return
@@ -111,9 +111,8 @@ def domains(data: ModelData) -> Iterator[Finding]:
         yield finding(
             "domain_specialization",
             "note",
-            "Of the most that domains could explain of the choice of experts they explain, beyond "
-            "shuffled documents, "
-            f"{' and '.join(said)}.",
+            "Share of the choice of experts that domains explain (of the possible maximum, beyond "
+            f"shuffled documents): {', '.join(said)}.",
         )
 
 
@@ -138,15 +137,15 @@ def texts(data: ModelData) -> Iterator[Finding]:
         f" The mean over layers differs by {100 * (a - b):+.1f} points (95 % over documents "
         f"{100 * low:+.1f} to {100 * high:+.1f}): "
         + (f"A's experts follow the text {'more' if a > b else 'less'} than B's."
-           if low > 0 or high < 0 else "no more than documents explain.")
+           if low > 0 or high < 0 else "no more than documents alone would.")
         if known
         else " There are too few documents for an interval."
     )  # fmt: skip
     yield finding(
         "vocabulary",
         "note",
-        "Of the entropy of the first choice the text of a span explains, beyond shuffled spans, "
-        f"{' and '.join(said)}.{apart}",
+        "Share of the entropy of the first choice that a span's text explains (beyond shuffled "
+        f"spans): {', '.join(said)}.{apart}",
         explained_a=a,
         explained_b=b,
         difference_low=low,

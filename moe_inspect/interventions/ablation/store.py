@@ -80,6 +80,6 @@ class Store:
         for name in head:
             if found.get(name) != head[name]:
                 raise MoeInspectError(
-                    f"{path.parent} holds losses of another {name} ({found.get(name)!r}, now "
-                    f"{head[name]!r}): name another directory"
+                    f"{path.parent} holds losses of a different {name} ({found.get(name)!r}, now "
+                    f"{head[name]!r}): use another directory"
                 )

@@ -39,8 +39,8 @@ def of_coverage(
     if missing := sorted(asked - known):
         yield Finding(
             "coverage",
-            f"the calibration text has nothing of {_list(missing)}: what experts are worth there "
-            f"was not seen ({trace.path} has {_list(sorted(known))})",
+            f"the calibration text lacks {_list(missing)}: the value of experts for it is unknown "
+            f"({trace.path} has {_list(sorted(known))})",
         )
     few = [
         f"L{site.layer}E{e}"
@@ -65,8 +65,7 @@ def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
     if not fed:
         yield Finding(
             "overlap",
-            f"{trace.path} does not hold its text: whether held-out text was calibrated on is "
-            "not known",
+            f"{trace.path} does not hold its text: it may include the held-out text",
         )
     rows = [row for batch in held_out.batches for row in batch]
     again = {
@@ -79,8 +78,8 @@ def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
         documents = plural(len({row.document for row in rows}), "held-out document")
         yield Finding(
             "overlap",
-            f"{len(again)} of {documents} are in the calibration trace: their loss says nothing of "
-            "text that was not calibrated on",
+            f"{len(again)} of {documents} are in the calibration trace: their loss says nothing "
+            "about unseen text",
         )
 
 
@@ -96,7 +95,8 @@ def of_super_experts(
     if len(peak_LE) < len(routers):
         yield Finding(
             "super experts",
-            f"{trace.path} does not tell which are super experts: record it with --output-peaks",
+            f"{trace.path} does not show which experts are super experts: record it with "
+            "--output-peaks",
         )
         return
     layers = np.array([site.layer for site in held_out.sites])
@@ -110,8 +110,8 @@ def of_super_experts(
     if gone:
         yield Finding(
             "super experts",
-            f"{plural(len(gone), 'super expert')} would go ({_list(gone)}): they make the largest "
-            "activations of the model",
+            f"{plural(len(gone), 'super expert')} would be dropped ({_list(gone)}): they produce "
+            "the largest activations of the model",
         )
 
 
@@ -120,7 +120,7 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
     if (documents := len(losses.tokens_U)) < FEWEST_DOCUMENTS:
         yield Finding(
             "few documents",
-            f"{plural(documents, 'held-out document')}: too few to tell what is chance",
+            f"{plural(documents, 'held-out document')}: too few to judge chance",
         )
     if by != RANDOM and RANDOM in losses.nats:
         yield from _beside_random(losses, by)
@@ -131,7 +131,7 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
             yield Finding("frequency", f"frequency is better than {by}: a loss of {numbers}")
         elif value >= 0 or high >= 0:
             yield Finding(
-                "frequency", f"{by} is not surely better than frequency: a loss of {numbers}"
+                "frequency", f"{by} is not clearly better than frequency: a loss of {numbers}"
             )
 
 
@@ -147,7 +147,7 @@ def _beside_random(losses: Losses, by: str) -> Iterator[Finding]:
     elif value >= 0:
         yield Finding("random", f"random is as good as {by}: a loss of {numbers}")
     elif high >= 0:
-        yield Finding("random", f"{by} is not surely better than random: a loss of {numbers}")
+        yield Finding("random", f"{by} is not clearly better than random: a loss of {numbers}")
     worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
     if worse and len(losses.domains) > 1:
         yield Finding("random", f"random is as good as {by} or better in {_list(worse)}")

@@ -40,19 +40,18 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
     for key, has in (("adapter", "an adapter"), ("random_init", "random weights")):
         if plan and plan.get(key) != held_out.record[key]:
             not_it = "" if plan.get(key) is None else f", of {has}"
-            raise MoeInspectError(f"{trace.path} is of another model than {name}{not_it}")
+            raise MoeInspectError(f"{trace.path} is of a different model than {name}{not_it}")
     if "intervention" in str(model.get("note", "")):
         raise MoeInspectError(f"{trace.path} was recorded during an {model['note']}")
     then, now = model.get("config"), comparable(getattr(held_out.network, "config", None))
     if isinstance(then, dict) and (key := _difference(then, now)):
         raise MoeInspectError(
-            f"{trace.path} is of another model than {name}: its config has another {key}"
+            f"{trace.path} is of a different model than {name}: its config has a different {key}"
         )
     before, weights = plan.get("weights_hash"), held_out.record["weights_hash"]
     if before and weights and before != weights and _is_commit(before) == _is_commit(weights):
         raise MoeInspectError(
-            f"{trace.path} was recorded with other weights than those of {name} now: record it "
-            "again"
+            f"{trace.path} was recorded with different weights than {name} has now: record it again"
         )
     return [_router(trace, site, name) for site in held_out.sites]
 

@@ -83,16 +83,14 @@ def directory_of(model: str, revision: str | None) -> Path:
     if not any(source.glob("*.safetensors")):
         raise MoeInspectError(f"the weights of {model} are not in safetensors: not pruned")
     if _read_json(source / "config.json").get("quantization_config"):
-        raise MoeInspectError(
-            f"the weights of {model} are quantised: prune the model that they were made of"
-        )
+        raise MoeInspectError(f"the weights of {model} are quantised: prune the original model")
     return source
 
 
 def refuse_to_replace(output: Path) -> None:
     refuse_within_trace(output)
     if output.exists() or output.is_symlink():
-        raise MoeInspectError(f"there is something at {output}: give a new directory")
+        raise MoeInspectError(f"{output} exists: give a new directory")
 
 
 def write(

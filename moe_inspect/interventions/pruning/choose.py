@@ -30,8 +30,8 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
     for site in sites:
         if site.adapter is not None and site.adapter.among is not None:
             raise MoeInspectError(
-                f"an expert of layer {site.layer} is a pair of keys, which others share: it cannot "
-                "go alone, so the model is not pruned"
+                f"experts of layer {site.layer} share their keys (product keys): none can be "
+                "dropped alone, so the model is not pruned"
             )
         if other := _alike_beside(network, site):
             raise MoeInspectError(
@@ -50,7 +50,7 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
     if experts_kept(E, keep, groups) == E:
         within = f" in each of {groups} groups" if groups > 1 else ""
         raise MoeInspectError(
-            f"--keep {keep:g} drops none of {E // groups} experts{within}: give less"
+            f"--keep {keep:g} drops none of {E // groups} experts{within}: lower it"
         )
     refuse_too_few(E, K, keep, of_groups)
 

@@ -134,7 +134,7 @@ def prune(
         for name in ("loader", "routers", "random_init", "dequantize"):
             if getattr(options, name) not in (None, False):
                 raise MoeInspectError(
-                    "a checkpoint is made of one that transformers loads as it is: leave out "
+                    "a checkpoint needs a model that transformers loads unchanged: leave out "
                     f"--{name.replace('_', '-')}, or only measure (--dry-run)"
                 )
         source = checkpoint.directory_of(model, options.revision)

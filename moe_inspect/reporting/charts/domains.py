@@ -163,9 +163,7 @@ def esft(data: ReportData) -> Chart | str:
     )
     names = tuple(cut(readable(counts.domains[d])) for d in drawn)
     notes = [
-        f"Shown are the {len(names)} of {D} domains with the most tokens."
-        if len(names) < D
-        else "",
+        f"Shown: the {len(names)} of {D} domains with the most tokens." if len(names) < D else "",
         ""
         if table["gate_score"].notna().any()
         else "Without recorded weights there is no gate score.",

@@ -44,7 +44,7 @@ def windows(data: ReportData) -> Chart | str:
     table: Any = data.tables["windows"]
     if table["window"].nunique() < 2:
         if data.counts.counts_only:
-            return "load over time and drift: counts that were written at once have no order"
+            return "load over time and drift: counts written at once have no order"
         return "load over time: the trace is a single window; --window N makes smaller ones"
     ratio_LW, layers, time = _by_window(data, table, "max_over_mean")
     if len(ratio_LW) <= MOST_LINES:

@@ -78,7 +78,7 @@ def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:
     right = [True] * len(columns)
     what = "layers" if table["layer"].is_unique else "routers"
     some = len(cells) < len(table)
-    said = f"the {len(cells)} worst of {len(table)} {what}" if some else f"{what}, the worst first"
+    said = f"the {len(cells)} worst of {len(table)} {what}" if some else f"{what}, worst first"
     title = Text(said, style="bold")
     head = Text(table_row(columns, widths, right), style="dim")
     lines = [title, head, *(Text(table_row(line, widths, right)) for line in cells)]
@@ -105,4 +105,6 @@ def _more(findings_left: int, notes_left: int) -> str:
         "tables",
     ]
     *some, last = [part for part in parts if part]
-    return f"--full adds {', '.join(some)}{' and ' if some else ''}{last}; --html FILE is a page"
+    return (
+        f"--full adds {', '.join(some)}{' and ' if some else ''}{last}; --html FILE writes a page"
+    )

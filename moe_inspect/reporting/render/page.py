@@ -57,10 +57,10 @@ def report_page(
             lead=replace(_section(data, lead), download=data.tables["load"]) if lead else None,
             sections=sections,
             left_out=[*left_out, *short],
-            footer="Each number is about one router: expert 3 of one layer has nothing to do with "
-            "expert 3 of the next. Load counts assignments; a token makes k of them at each "
-            "router. Drag over a chart to zoom in, click a name to hide its marks; with the "
-            "keyboard, Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
+            footer="Each number is about one router: expert 3 of one layer is unrelated to expert "
+            "3 of the next. Load counts assignments; a token makes k of them at each router. "
+            "Drag over a chart to zoom in, click a name to hide its marks; with the keyboard, "
+            "Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
             map_data=experts,
             link_of=lambda finding: _link(data, finding),
             up=up,
@@ -79,7 +79,7 @@ TABLES_SHOWN = {
     ),
     "signature": (
         "signature_accuracy",
-        "Does routing tell the domain?",
+        "Does routing identify the domain?",
         "How often the document with the most similar shares of assignments is of the same domain, "
         "by all routers together (first row) and by each; signature_null: with the domains of the "
         "documents shuffled.",
@@ -89,7 +89,7 @@ TABLES_SHOWN = {
         "Paths through the layers",
         "Distinct paths of tokens through the routers up to each one, by first choices (path) and "
         "by sets of experts (set_path), and their entropy; shuffled: with every router's choices "
-        "shuffled among the tokens. Near most_bits almost every token has a path of its own.",
+        "shuffled among the tokens. Near most_bits, almost every token has its own path.",
     ),
 }
 

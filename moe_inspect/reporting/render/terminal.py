@@ -173,7 +173,7 @@ EXCERPTS = {
             "jsd_bits",
             "vocabulary_specialization",
         ),
-        "the routers that tell domains apart best",
+        "the routers that separate domains best",
         lambda frame: _highest(frame, "domain_mi_bits"),
     ),
     "router": Excerpt(

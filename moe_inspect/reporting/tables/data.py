@@ -26,10 +26,10 @@ TOKEN_IDS = frozenset({"token_ids"})
 IN_ORDER = frozenset({"windows"})  # what counts alone tell besides sums: their shards have an order
 STATUS = {
     "recording": (
-        "this trace is still being recorded, or was cut off: the report is of what is committed "
+        "this trace is still being recorded, or was cut off: the report covers what is committed "
         "so far"
     ),
-    "interrupted": "this trace was interrupted: the report is of what was committed",
+    "interrupted": "this trace was interrupted: the report covers what was committed",
 }
 
 

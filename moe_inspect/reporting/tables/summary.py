@@ -175,10 +175,10 @@ def _sampled(data: ReportData) -> str | None:
     if not (sample := data.trace.manifest.get("sample")):
         if not holds_samples(data.trace.manifest):
             return None
-        return "merged of samples of other traces: batches are what they hold of them"
+        return "merged from samples of other traces: batches hold only the sampled documents"
     documents, of = data.trace.manifest["corpus"]["documents"], sample["of"]["documents"]
     return (
-        f"a sample of {documents:,} of {plural(of, 'document')}: batches are what it holds of them"
+        f"a sample of {documents:,} of {plural(of, 'document')}: batches hold only these documents"
     )
 
 
@@ -188,7 +188,7 @@ def _partial_batches(data: ReportData) -> str | None:
     if batches - whole <= 1:
         return None
     return (
-        f"max_vio_batch is of {whole:,} of {batches:,} batches: the others have under half the "
+        f"max_vio_batch covers {whole:,} of {batches:,} batches: the others have under half the "
         "tokens of the largest; --phase decode selects decode steps alone"
     )
 
@@ -213,8 +213,8 @@ def _token_id_notes(data: ReportData) -> list[str]:
         paired, clusters = tokenids.pair_ids_of(data.counts, widest)
         if paired.coverage < judged.coverage:
             notes.append(
-                f"domain_mi_given_token_bits is of the {len(paired.ids_V):,} most frequent "
-                f"token ids ({paired.coverage:.1%} of the "
-                f"tokens), documents in {clusters} clusters per domain, to bound its memory"
+                f"domain_mi_given_token_bits covers the {len(paired.ids_V):,} most frequent token "
+                f"ids ({paired.coverage:.1%} of the tokens), documents in {clusters} clusters per "
+                "domain, to bound its memory"
             )
     return notes

@@ -57,7 +57,7 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     if few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} ({expected}), but "
-            f"fewer than {FEWEST_DOCUMENTS} documents cannot tell the model from the text."
+            f"with fewer than {FEWEST_DOCUMENTS} documents this may be the text, not the model."
         )
     n, routers = sum(uneven(data, r) for r in data.loaded), len(data.loaded)
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
@@ -95,9 +95,9 @@ def _token_share(data: ReportData, row: Any) -> float:
 def _interval(data: ReportData, row: Any) -> str:
     # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
     if row["experts"] > row["top_k"] and _token_share(data, row) == 1:
-        return "every token goes there"
+        return "every token goes to it"
     if math.isnan(row["max_vio_low"]):
-        return "counts alone have no interval"
+        return "no interval from counts alone"
     return f"95% interval {1 + row['max_vio_low']:.2f}-{1 + row['max_vio_high']:.2f}x"
 
 

@@ -50,7 +50,7 @@ def missing_ranks(data: ReportData) -> Finding | None:
         if len(seen) < len(gone)
         else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
     )
-    routers = ", at every router alike" if len(load_of) > 1 else ""
+    routers = ", in every router" if len(load_of) > 1 else ""
     return finding(
         "missing_ranks",
         "critical",

@@ -53,8 +53,8 @@ def dead_experts(data: ReportData) -> Finding | None:
         return finding(
             "dead_experts",
             "note",
-            f"{said}, but fewer than {FEWEST_DOCUMENTS} documents cannot tell the model from the "
-            "text.",
+            f"{said}, but with fewer than {FEWEST_DOCUMENTS} documents this may be the text, not "
+            "the model.",
             about,
             **values,
         )
@@ -185,12 +185,12 @@ def overloading_domain(data: ReportData) -> Finding | None:
             },
         )
         if counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS:
-            together = "the" if data.selection.domains else "all"
+            together = "the selected" if data.selection.domains else "all"
             return finding(
                 "overloading_domain",
                 "warning",
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
-                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}, where "
+                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}; "
                 f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
                 row,
                 **values,
@@ -199,8 +199,8 @@ def overloading_domain(data: ReportData) -> Finding | None:
             "overloading_domain",
             "note",
             f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the "
-            f'{row["tokens"]:,} tokens of "{row["domain"]}", but fewer than {FEWEST_DOCUMENTS} '
-            "documents of it cannot tell the domain from its text.",
+            f'{row["tokens"]:,} tokens of "{row["domain"]}", but with fewer than '
+            f"{FEWEST_DOCUMENTS} documents this may be their text, not the domain.",
             row,
             **values,
         )

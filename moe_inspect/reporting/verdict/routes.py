@@ -39,11 +39,11 @@ def committee(data: ReportData) -> Finding | None:
     return finding(
         "committee",
         "note",
-        f"In {plural(len(standing), 'router')} of {len(table)} the same experts lead in all "
+        f"In {len(standing)} of {plural(len(table), 'router')} the same experts lead in all "
         f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
-        f"({', '.join(experts)}) {verb} {row['committee_mass']:.0%} of the assignments of a "
-        f"domain (95 % interval {low:.0%} to {high:.0%}; evenly {row['committee_mass_even']:.0%}). "
-        "What is changed in them for one domain changes all.",
+        f"({', '.join(experts)}) {verb} {row['committee_mass']:.0%} of a domain's assignments "
+        f"(95% interval {low:.0%} to {high:.0%}; even share {row['committee_mass_even']:.0%}). "
+        "Changing them for one domain affects all.",
         row,
         committee_mass=row["committee_mass"],
         committee_mass_even=row["committee_mass_even"],

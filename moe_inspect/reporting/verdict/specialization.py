@@ -62,7 +62,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
             "note",
             f"This model was never trained (random weights, seed {seed}), so nothing here is "
             f"specialisation: the information that the domain carries about the expert, {most}, "
-            "comes from the text alone. It is the baseline that a trained model has to exceed.",
+            "comes from the text alone. It is the baseline that a trained model must exceed.",
             row,
             **values,
             seed=seed,
@@ -221,9 +221,10 @@ def hard_tokens(data: ReportData) -> Finding | None:
         "note",
         f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
         f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
-        f"phase and token id (95 % interval over documents {low:.2f} to {high:.2f}; with the "
-        f"losses of such tokens shuffled within ±{row['difference_null_p99']:.2f}); so do "
-        f"{plural(len(beyond), 'expert')} of {len(table)}, one way or the other.",
+        f"phase and token id (95% interval over documents {low:.2f} to {high:.2f}; "
+        f"±{row['difference_null_p99']:.2f} with the losses of such tokens shuffled). In all, "
+        f"{len(beyond)} of {plural(len(table), 'expert')} "
+        f"{'differs' if len(beyond) == 1 else 'differ'} in this way, harder or easier.",
         row,
         expert=row["expert"],
         difference_nats=nats,
@@ -269,9 +270,10 @@ def router_ties(data: ReportData) -> Finding | None:
     return finding(
         "router_ties",
         "warning",
-        f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert chosen "
-        f"and the first not chosen have equal logits ({plural(len(tied), 'router')} from "
-        f"{data.thresholds.tie:.1%} up): there the order of the experts decides, not the router.",
+        f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert "
+        f"chosen and the first not chosen have equal logits ({plural(len(tied), 'router')} with "
+        f"{data.thresholds.tie:.1%} or more): the order of the experts decides these, not the "
+        "router.",
         row,
         tie_rate=row["tie_rate"],
         routers=len(tied),

@@ -25,7 +25,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     sentences = [hot_set(once, size)]
     for name in settings["policies"]:
         rate = at[at["policy"] == name]["hit_rate"]
-        bound = " (the bound: it sees the future)" if name == "belady" else ""
+        bound = " (the upper bound: it knows the future)" if name == "belady" else ""
         sentences.append(
             f"Simulated, {plural(size, 'slot')} per layer, {name}{bound}: hit rate "
             f"{_percents(rate.min(), rate.max())} by layer."
@@ -41,8 +41,8 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"Simulated: {settings['expert_mb']:g} MB per expert over {settings['gb_per_s']:g} "
             f"GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
             f"({best['policy']}{'' if len(real) else ', which no real cache reaches'}, "
-            f"{best['slots']:.0f} slots per layer, {best['held_gb']:.2f} GB held), if transfers "
-            "were all that took time."
+            f"{best['slots']:.0f} slots per layer, {best['held_gb']:.2f} GB held), if only "
+            "transfers took time."
         )
     cold = once["cold_misses"].sum() / once["accesses"].sum()
     sentences.append(

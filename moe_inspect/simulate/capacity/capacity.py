@@ -120,9 +120,7 @@ def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
             f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0"
         )
     if group not in ("batch", "sequence") and not (isinstance(group, int) and group >= 1):
-        raise MoeInspectError(
-            f"group tokens {group!r}: give a number of tokens from 1 up, batch or sequence"
-        )
+        raise MoeInspectError(f"group tokens {group!r}: give a number of tokens, batch or sequence")
     if order not in ORDERS:
         raise MoeInspectError(f"no order {order!r}: there are {', '.join(ORDERS)}")
     if order == "weight" and not trace.has_weights:
@@ -132,8 +130,8 @@ def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
         )
     if order == "arrival" and not ranked:
         raise MoeInspectError(
-            f"order arrival serves first choices first, and {trace.path} does not say which "
-            "those are: order token needs none"
+            f"order arrival needs first choices, which {trace.path} does not record: use order "
+            "token"
         )
     if not 0 <= settings.target_drop < 1:
         raise MoeInspectError(f"target drop {settings.target_drop}: give a share from 0 to below 1")

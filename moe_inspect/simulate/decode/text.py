@@ -36,14 +36,14 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
     if short:
         sentences.append(
-            f"No step of {', '.join(map(str, short))}: the trace holds too few sequences at any "
+            f"No step of {', '.join(map(str, short))} sequences: the trace has too few at any "
             "position."
         )
     if needed["reads_all_from"].notna().any():
         sentences.append(
-            f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on a step reads "
-            f"{SATURATED:.0%} of the experts that are used at all, in every layer: "
-            "below that a larger batch reads more experts, above it only shares them."
+            f"From {plural(int(needed['reads_all_from'].max()), 'sequence')} on, a step reads "
+            f"{SATURATED:.0%} of the experts in use in every layer: a larger batch then reads "
+            "hardly more experts."
         )
     if needed["compute_bound_from"].notna().any():
         sentences.append(
@@ -70,7 +70,7 @@ def chart(tables: dict[str, Any]) -> Chart | None:
     experts, chance, popular = (mean[name].to_numpy() for name in mean)
     marks = (
         Line(x, chance, "chance", "baseline", "dot"),
-        Line(x, popular, "independent, experts as popular as they are", "c3", "dash"),
+        Line(x, popular, "independent tokens, same expert loads", "c3", "dash"),
         Line(x, experts, "mean over layers", "c1", "", True, low, high),
     )
     batches = Axis("sequences decoded together", tuple(f"{batch:g}" for batch in mean.index))

@@ -151,9 +151,9 @@ def _check(trace: Trace, settings: Settings) -> None:
         if not fits:
             raise MoeInspectError(f"{name} {value}: give {rule}")
     if trace.counts_only and (settings.minimize or settings.window is not None):
-        asked = "fewer ranks" if settings.minimize else "windows"
+        asked = "--minimize" if settings.minimize else "--window"
         raise MoeInspectError(
-            f"{trace.path} holds counts only, no tokens to tell {asked} by: "
+            f"{trace.path} holds counts only, no tokens, which {asked} needs: "
             f"{trace.more_than_counts}"
         )
 

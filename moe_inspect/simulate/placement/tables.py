@@ -110,10 +110,7 @@ def _by_policy(table: Any) -> Any:
                 row[f"{how}_slowdown"] = _weighted(mine, f"{how}_max_over_mean")
         rows.append(row)
     if not rows:
-        raise MoeInspectError(
-            "no router made an assignment in the part that is judged, what --fit-share leaves: "
-            "there is no load to place"
-        )
+        raise MoeInspectError("no router made an assignment in the judged part: lower --fit-share")
     return pd.DataFrame(rows)
 
 

@@ -87,8 +87,8 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             for name, row in rows.items()
         )
         sentences.append(
-            "With optimal dispatch among replicas (a linear program per window) the slowdown would "
-            f"be at least, in brackets with even sharing: {least}."
+            "With optimal dispatch among replicas (a linear program per window), the slowdown "
+            f"would be at least (in brackets: with even sharing): {least}."
         )
     sentences.append(
         f"Recommended: {settings['recommended']}, "
@@ -123,10 +123,9 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
     return [
         f"Fitted on the first {100 * settings['fit_share']:.3g}%, {policy} has max/mean "
-        f"{row['fit_max_over_mean']:.3f} there and "
-        f"{1 / row['balancedness_sglang']:.3f} on the rest; per window of "
-        f"{plural(settings['window'], 'token')} {fit.mean():.3f} in the fitted part, "
-        f"{judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
+        f"{row['fit_max_over_mean']:.3f} on that part and {1 / row['balancedness_sglang']:.3f} on "
+        f"the rest; per window of {plural(settings['window'], 'token')} {fit.mean():.3f} in the "
+        f"fitted part, {judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
     ]
 
 
@@ -135,7 +134,7 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     plan ages."""
     by_window: Any = tables["windows"]
     aged = by_window["window"].nunique() > 1
-    title = "On the part not fitted on" if aged else "Counts only: fitted and judged on the same"
+    title = "On the judged part" if aged else "Counts only: fitted and judged on the same counts"
     panels = [_by_layer(tables["placement"], settings["policies"], label_of, title)]
     if aged:
         panels.append(_by_window(by_window, settings))

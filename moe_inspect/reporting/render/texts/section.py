@@ -68,7 +68,7 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
     by default as many as TEXT_BYTES hold."""
     trace = data.trace
     if amount == 0:
-        return "text: it was asked to leave it out"
+        return "text: left out as requested"
     if trace.counts_only:
         return "text: counts alone hold no tokens"
     if not len(trace.vocabulary_table):
