@@ -335,3 +335,48 @@ def test_discovery_does_not_guess_between_two(tmp_path: Path) -> None:
         MoeInspectError, match=r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
     ):
         record_once(OfSwitches(WithAttention), tmp_path / "t", discover=True)
+
+
+def test_the_model_itself_may_be_the_router(tmp_path: Path) -> None:
+    class Alone(nn.Embedding):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return shown(T=ids.numel())
+
+    def recorded(**options: Any) -> None:
+        router = moe_inspect.RouterSpec(module=Alone, choice=lambda m, a, k, out: out, **options)
+        record_once(Alone(9, 9), tmp_path / "t", routers=[router], overwrite=True)
+
+    with pytest.raises(MoeInspectError, match=r"^Alone \(Alone\) does not say how many experts"):
+        recorded()
+    with pytest.raises(MoeInspectError, match="in the module path Alone: give"):
+        recorded(experts=8)
+    recorded(experts=8, layer=0)
+    trace = own.path_of(tmp_path / "t")
+    assert [(r.name, r.path) for r in trace.routers] == [("Alone", "Alone")]
+    assert own.recorded(trace, 0) == [frozenset(row) for row in shown()[0].tolist()]
+
+
+def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
+    model = own.gpt(probes=False)
+    router = moe_inspect.RouterSpec(module="blocks.*.experts.mlps", choice=lambda *a: None)
+    with pytest.raises(MoeInspectError, match=r"ModuleList, .* such as blocks\.0\.experts$"):
+        record_once(model, tmp_path / "t", routers=[router])
+
+    class OfLists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"experts": experts()}) for _ in range(2))
+
+    def experts() -> nn.Module:
+        return nn.ModuleDict({str(n): nn.Linear(8, 8) for n in range(4)})
+
+    found = candidates(OfLists())
+    assert found is not None
+    assert found.pattern == "layers.*"
+
+
+def test_rows_that_are_missing_are_not_taken_for_experts(tmp_path: Path) -> None:
+    """Half of the tokens with two experts each are as many numbers as tokens."""
+    for rows, said in ((slice(T // 2), "must show each token once"), (0, "unsqueeze")):
+        chosen = [part[rows] if rows else part[:, 0] for part in shown()]
+        refused(tmp_path / "t", said, lambda n, c=chosen: moe_inspect.probe(*c, layer=0, experts=8))

@@ -240,3 +240,20 @@ def test_routers_that_are_none_are_named_by_the_cli(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, MoeInspectError | SystemExit)
         assert match in f"{result.output} {result.exception}"
+
+
+def test_a_loader_of_a_model_that_states_no_positions_is_told_what_to_give(tmp_path: Path) -> None:
+    """Its config may be one of transformers without the model being so."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(own.EXAMPLE.parent)!r})\n"
+        "from transformers import PretrainedConfig\nfrom your_own_moe import GPT, Bytes\n"
+        "def load():\n    model = GPT()\n    model.config = PretrainedConfig()\n"
+        "    return model, Bytes()\n"
+    )
+    text = tmp_path / "long.txt"
+    text.write_text("word " * 200)
+    command = ["trace", "--loader", f"{file}:load", "--data", str(text), "-o", str(tmp_path / "t")]
+    result = CliRunner().invoke(app, command)
+    assert "IndexError: index out of range in self (no max_position" in str(result.exception)
+    assert CliRunner().invoke(app, [*command, "--max-length", "100"]).exit_code == 0

@@ -1,14 +1,31 @@
-"""Compiled code, and what runs beside it: it runs eagerly while any recorder needs that."""
+"""Who calls a model that is being recorded: compiled code, which runs eagerly while any recorder
+needs that; another thread, or what makes something else of the model, which are refused."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from threading import get_ident
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch._dynamo.utils import counters  # (torch.compiler.disable imports it anyhow)
+
+from moe_inspect.errors import MoeInspectError
+
+# what calls a model without computing anything with it → whether it does now
+TRANSFORMS: dict[str, Callable[[], bool]] = {
+    "torch.func": torch._C._are_functorch_transforms_active,
+    "torch.export": torch.compiler.is_exporting,
+    "torch.jit.trace": torch._C._is_tracing,
+}
+
+NOT_COMPILED = (
+    "to record it without a graph break, record what torch.compile returned; to export it, call "
+    "torch.export before or after the recording"
+)
 
 
 class Eager:
@@ -48,3 +65,39 @@ def not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., N
         return run
 
     return made_of
+
+
+def check_caller(model: Any, thread: int | None) -> int:
+    """The thread that begins a forward pass. MoeInspectError where the pass cannot be recorded.
+    `thread`: that of the pass before, which may still be running; None: it is over."""
+    name, here = type(model).__name__, get_ident()
+    if thread not in (None, here) and _runs(thread, model):
+        raise MoeInspectError(
+            f"another thread is running this {name}, and forward passes are recorded one at a "
+            "time: hold a lock around each call"
+        )
+    for transform, is_on in TRANSFORMS.items():
+        if is_on():
+            raise MoeInspectError(
+                f"{transform} cannot take a {name} that is being recorded: call it before or "
+                "after, or within recorder.paused()"
+            )
+    return here
+
+
+def _runs(thread: int, model: Any) -> bool:
+    """Whether a thread is in a call of a module of the model."""
+    frame, modules = sys._current_frames().get(thread), {id(m) for m in model.modules()}
+    while frame is not None:
+        if id(frame.f_locals.get("self")) in modules:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def not_pickled(_: Any) -> NoReturn:
+    """`__reduce__` of what a recorder attaches to a model."""
+    raise MoeInspectError(
+        "a model cannot be pickled while it is being recorded, nor a copy that was made meanwhile: "
+        "save its state_dict(), or pickle it after the recording"
+    )

@@ -18,7 +18,7 @@ from moe_inspect.capture.hook.inputs.arguments import POSITIONS
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.token_loss.head import logits_in
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.own import OwnModel
+from moe_inspect.model.own import OwnModel, positions_of
 from moe_inspect.text import first_line
 
 
@@ -70,10 +70,19 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
         ) from error
     # whatever the user's model raises
     except Exception as error:
+        why = (
+            "a model that takes more than token ids needs a loader that returns (model, tokenizer, "
+            "forward)"
+        )
+        stated = positions_of(getattr(own.model, "config", None))
+        if stated is None and isinstance(error, IndexError):
+            why = (
+                "no max_position_embeddings, block_size or the like in a config of the model says "
+                "how many positions it has: give --max-length"
+            )
         raise MoeInspectError(
             f"{own.name} failed on token ids {list(ids_BS.shape)}: {type(error).__name__}: "
-            f"{first_line(error)} (a model that takes more than token ids needs a loader that "
-            "returns (model, tokenizer, forward))"
+            f"{first_line(error)} ({why})"
         ) from error
 
 

@@ -250,8 +250,8 @@ class Recorder:
         of = self.stacks[stack]
         if of.fed is not None:
             raise MoeInspectError(
-                f"the {stack} ran twice in one forward pass of {type(self.model).__name__}: call "
-                f"the {stack} by itself"
+                f"the {stack or 'model'} ran twice in one forward pass of "
+                f"{type(self.model).__name__}: call it by itself"
             )
         fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
         if of.staged is not None:

@@ -45,7 +45,9 @@ class OwnModel:
     @property
     def is_of_transformers(self) -> bool:
         """Whether it is called, masked and cached as the models of transformers are."""
-        return hasattr(getattr(self.model, "config", None), "get_text_config")
+        return hasattr(self.model, "get_input_embeddings") and hasattr(
+            getattr(self.model, "config", None), "get_text_config"
+        )
 
 
 def load_object(reference: str) -> Any:

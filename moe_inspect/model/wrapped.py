@@ -83,6 +83,17 @@ def _routes(model: Any) -> bool:
 
 def _passed_on_to(model: Any) -> Any:
     """The model inside wrappers of one child that hand on whatever they are called with."""
-    while len(children := list(model.children())) == 1 and not _arguments(model):
-        (model,) = children
+    while not _is_script(model) and len(list(model.children())) == 1 and not _arguments(model):
+        (model,) = model.children()
+    if _is_script(model):
+        raise MoeInspectError(
+            f"{model.original_name} is a ScriptModule, whose routers cannot be seen, as it runs "
+            "without Python: record the model that it was made from"
+        )
     return model
+
+
+def _is_script(model: Any) -> bool:
+    """Whether torch.jit has made it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.jit.ScriptModule)

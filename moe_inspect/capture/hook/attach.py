@@ -10,13 +10,14 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from moe_inspect.capture.eager import Eager, has_compiled, not_compiled
+from moe_inspect.capture import eager
+from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook.decode_steps import DecodeSteps
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
@@ -24,6 +25,7 @@ from moe_inspect.capture.hook.probe import listen
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
     CallReader,
+    Records,
     Scope,
     Sink,
     before_method,
@@ -41,19 +43,6 @@ from moe_inspect.model.wrapped import (
     is_compiled_wrapper,
     wrappers_of,
 )
-
-
-class Records(Protocol):
-    """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
-    inputs and output, and the whole model's output (""); per router its choice, and what else is
-    recorded of it (`options.EXTRAS`), while it has no tape; its end."""
-
-    def begin(self) -> None: ...
-    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
-    def returned(self, stack: str, output: Any) -> None: ...
-    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
-    def end(self) -> None: ...
 
 
 class Attachment:
@@ -84,6 +73,7 @@ class Attachment:
             s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), unknown) for s in sites
         } or {"": Scope("", self.model, unknown)}
         self._in_model = False  # a call of the whole model is running
+        self._thread = 0  # in which the last forward pass began
         self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
         sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
@@ -114,6 +104,8 @@ class Attachment:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         return self  # what is copied is the model, and of the copy nothing is recorded
+
+    __reduce__ = eager.not_pickled
 
     def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`. Specs that a caller gave say what is recorded: probes show nothing
@@ -216,7 +208,9 @@ class Attachment:
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
             hook = choice_after_call(self.sinks[r], adapter.choice)
-            self._keep(module.register_forward_hook(hook, with_kwargs=True))
+            # (of the model itself, before the pass is over)
+            first = module is self.model
+            self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         elif adapter is not None:
             self._watch_call(r, site, adapter.choice, compiled)
         elif self.mode == "tap" and not self._experts.taps:
@@ -313,10 +307,11 @@ class Attachment:
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
     # step) has a graph break here; record(torch.compile(model)) has none.
-    @not_compiled("to record it without a graph break, record what torch.compile returned")
+    @not_compiled(NOT_COMPILED)
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or self.over:
             return
+        self._check_caller()
         self._in_model, self._handled = True, sys.exc_info()[1]
         self._experts.check()
         steps = self.steps
@@ -328,9 +323,9 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.begin()
 
-    @not_compiled("to record it without a graph break, record what torch.compile returned")
+    @not_compiled(NOT_COMPILED)
     def _end(self, output: Any) -> None:
-        if self.paused or self.over:
+        if self.paused or self.over or self._thread != get_ident():
             return
         if output is None and sys.exc_info()[1] is not self._handled:  # it raised
             self._shut()
@@ -349,6 +344,7 @@ class Attachment:
     ) -> None:
         if self.paused or self.over or module is not scope.module:
             return
+        self._check_caller()
         if not self._in_model:
             self._alone = scope
             self._experts.check()
@@ -366,6 +362,10 @@ class Attachment:
         if self._alone is scope:
             self._shut()
             self._end_pass()
+
+    def _check_caller(self) -> None:
+        running = self._in_model or self._alone is not None
+        self._thread = eager.check_caller(self.model, self._thread if running else None)
 
     def _begin_pass(self) -> None:
         if self.in_compiled:  # (the pass before it failed)

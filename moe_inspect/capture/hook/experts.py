@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
+from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
 from moe_inspect.capture.hook.sink import Scope, Sink
@@ -46,6 +48,7 @@ class Taken:
     sizes  where the sizes of its experts' outputs go: a field of `Sizes` → its sink
     many   what computes: the implementation that it would run otherwise (tap), or None, ours
     few    and up to FEW_SLOTS slots, without our kernels
+    before the implementation that each config of the model named before
     """
 
     scope: Scope
@@ -54,9 +57,14 @@ class Taken:
     sizes: dict[str, Sink]
     many: Implementation | None
     few: Implementation | None
+    before: list[tuple[Any, str | None]]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
-        return self  # what is copied is a module
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # what is copied is a module, and the copy is not taken over
+        for config, name in self.before:
+            deepcopy(config, memo)._experts_implementation_internal = name
+
+    __reduce__ = not_pickled
 
 
 class Tapped(NamedTuple):
@@ -277,7 +285,7 @@ class Takeover:
         for module in self.sinks:
             if (tapped := _TAPPED.get(id(module.config))) is not None:
                 tapped.let_go()
-            if hasattr(module, TAKEN):
+            if getattr(module, TAKEN, None) is not None:
                 raise MoeInspectError(
                     "this model is already being recorded with dispatch: use capture='tap' for "
                     "the second recorder"
@@ -289,7 +297,7 @@ class Takeover:
         registry. (A call costs less than by a forward of the instance.) Returns whether it does."""
         self.taps = bool(self.sinks) and all(
             all(parameter.is_cpu for parameter in module.parameters())
-            and not hasattr(module, TAKEN)
+            and getattr(module, TAKEN, None) is None
             and stock_of(module) is not None
             for module in self.sinks
         )
@@ -319,6 +327,12 @@ class Takeover:
     def _take(self, computes: bool) -> None:
         register()
         before = self.model.get_experts_implementation()
+        configs = {id(c): c for m in self.model.modules() if (c := vars(m).get("config"))}
+        names = [
+            (config, config._experts_implementation)
+            for config in configs.values()
+            if hasattr(config, "_experts_implementation")
+        ]
 
         def put_back() -> None:
             if any(map(_runs_ours, self.sinks)):
@@ -328,7 +342,7 @@ class Takeover:
             stock = stock_of(module)
             # (grouping few slots without our kernels would only add steps)
             few, many = None if sizes else stock, None if computes else stock
-            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, sizes, many, few))
+            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, sizes, many, few, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from threading import get_ident
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,19 @@ from moe_inspect.model.routers import Site, logits_among
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
     from moe_inspect.model.choices.read import Choice
+
+
+class Records(Protocol):
+    """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
+    inputs and output, and the whole model's output (""); per router its choice, and what else is
+    recorded of it (`options.EXTRAS`), while it has no tape; its end."""
+
+    def begin(self) -> None: ...
+    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def returned(self, stack: str, output: Any) -> None: ...
+    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
+    def end(self) -> None: ...
 
 
 class Scope:

@@ -19,6 +19,8 @@ EXPERTS_PATH = re.compile(r"expert|moe|mixture", re.IGNORECASE)
 BLOCKS = ("layers", "blocks", "h")  # of a model
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 MOST_SHOWN = 3
+TIMES = " × "  # between the length of a list and the class in it
+CONTAINERS = ("ModuleList", "ModuleDict")  # hold modules, and have no forward
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class Candidates:
 
     @property
     def pattern(self) -> str:
-        return next(iter(self.routers or self.experts_lists))
+        if self.routers:
+            return next(iter(self.routers))
+        path, kind = next(iter(self.experts_lists.items()))
+        # a list is not called in a forward pass: what holds it is
+        return path.rpartition(".")[0] if TIMES in kind else path
 
     def described(self) -> str:
         parts = []
@@ -56,10 +62,10 @@ def candidates(model: Any) -> Candidates | None:
         of_experts = bool(
             EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(kinds[path.rpartition(".")[0]])
         )
-        if isinstance(module, torch.nn.ModuleList):
-            classes = {type(child).__name__ for child in module}
+        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+            classes = {type(child).__name__ for child in module.children()}
             if of_experts and last not in BLOCKS and len(module) > 1 and len(classes) == 1:
-                lists[pattern] = f"{len(module)} × {classes.pop()}"
+                lists[pattern] = f"{len(module)}{TIMES}{classes.pop()}"
                 sizes.append(len(module))
         elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
             routers[pattern] = kind

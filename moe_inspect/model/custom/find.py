@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.candidates import ROUTER_NAME, ROUTER_WEIGHT
+from moe_inspect.model.custom.candidates import CONTAINERS, ROUTER_NAME, ROUTER_WEIGHT
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter
@@ -83,6 +83,13 @@ def _in_order(sites: list[Site]) -> list[Site]:
 
 
 def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
+    shared_experts = _shared_experts(spec, path, module, model)
+    path = path or type(module).__name__  # of the model itself
+    if (kind := type(module).__name__) in CONTAINERS:
+        raise MoeInspectError(
+            f"RouterSpec(module={named(spec)}) matches {path}, a {kind}, which is never called: "
+            f"name the module that routes, such as {path.rpartition('.')[0]}"
+        )
     experts = spec.experts(module) if callable(spec.experts) else spec.experts
     experts = experts if experts is not None else _stated(module, EXPERTS_OF_MODULE)
     experts = experts if experts is not None else _features(module)
@@ -101,7 +108,7 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
         _layer(spec, path, module),
         int(experts),
         _of(spec.scoring, module),
-        _shared_experts(spec, path, module, model),
+        shared_experts,
         Adapter(
             _read_choice(spec, reader),
             at_call=spec.before,
@@ -221,7 +228,7 @@ def _shared_experts(spec: RouterSpec, path: str, module: Module, model: Any) -> 
     while True:
         path = path.rpartition(".")[0]
         block = model.get_submodule(path)
-        if not _wraps(block):
+        if not path or not _wraps(block):
             return int(any("shared" in name for name, _ in block.named_children()))
 
 
