@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -249,3 +252,16 @@ def test_a_webhook_that_is_not_there_does_not_stop_training(
     assert "could not post" in caplog.text
     with pytest.raises(MoeInspectError, match="is not a webhook"):
         Webhook("file:///etc/passwd")
+
+
+def test_a_warning_is_shown_without_the_line_it_came_from(caplog: pytest.LogCaptureFixture) -> None:
+    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
+    with warnings.catch_warnings():  # shown as Python shows them, in a log
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        act(alarm, ["warn"])
+        warnings.warn("another", stacklevel=1)
+        logging.captureWarnings(False)
+    ours, another = (record.getMessage() for record in caplog.records)
+    assert ours == f"{alarm}\n"
+    assert re.match(r"\S+:\d+: UserWarning: another\n", another)

@@ -20,7 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.training.device_sums import DeviceSums
 from moe_inspect.training.sums import Sums
-from tests import zoo
+from tests import own, zoo
 from tests.conftest import ROOT
 from tests.families import FAMILIES, build
 from tests.trained import EXPERTS, LAYERS, counted, reset
@@ -316,16 +316,20 @@ def test_every_family_is_counted_as_a_recorder_counts_it(family: str) -> None:
 class Block(torch.nn.Module):
     """A router of one's own: an MoE block that is not transformers'."""
 
-    def __init__(self, probe_layer: int | None):
+    def __init__(self, probe_layer: int | None, logits: bool = False):
         super().__init__()
+        self.shows_logits = logits
         self.num_experts, self.probe_layer = EXPERTS, probe_layer
         self.gate = torch.nn.Linear(16, EXPERTS, bias=False)
         self.ids: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        logits = self.gate(x)
+        weights, ids = logits.softmax(-1).topk(2, -1)
         if self.probe_layer is not None:
-            moe_inspect.probe(ids, weights, layer=self.probe_layer, experts=EXPERTS)
+            said = {"logits": logits} if self.shows_logits else {"experts": EXPERTS}
+            moe_inspect.probe(ids, weights, layer=self.probe_layer, **said)
+        self.logits = logits.detach().reshape(-1, EXPERTS)
         self.ids.append(ids.reshape(-1, 2))
         return x * weights.sum(-1, keepdim=True), ids, weights
 
@@ -365,6 +369,27 @@ def test_a_model_of_ones_own_is_counted(probes: bool, tmp_path: Path) -> None:
     ]
     assert (history(tmp_path / "h") == np.array(expected)).all()
     assert moe_inspect.open_trace(tmp_path / "h").n_tokens == 4 * 27
+
+
+def test_losses_of_probes_are_those_of_the_logits_that_they_show() -> None:
+    model, inputs = OwnModel(probes=True).train(), batch(0)
+    model.layers[1] = Block(1, logits=True)
+    with RoutingMonitor(model, log_steps=1, detail="layers") as monitor:
+        for _ in range(2):  # the first pass shows what there is
+            model(inputs["input_ids"], padding_mask=inputs["attention_mask"] == 0).backward()
+            metrics = monitor.step()
+    real = inputs["attention_mask"].reshape(-1) != 0
+    z = float((model.layers[1].logits[real].logsumexp(-1) ** 2).mean())
+    assert metrics["routing/z_loss/layer_1"] == pytest.approx(z, rel=1e-5)
+    assert "routing/z_loss/layer_0" not in metrics
+    assert metrics["routing/aux_loss/layer_1"] > 0
+
+
+def test_a_monitor_recommends_what_it_takes() -> None:
+    model = own.gpt(probes=False)
+    says = r"give routers=\[.*; moe_inspect\.record\(discover=True\) looks"
+    with pytest.raises(MoeInspectError, match=says), RoutingMonitor(model):
+        model(torch.zeros(1, 4, dtype=torch.int64))
 
 
 # --- history, a kill, a resume

@@ -63,7 +63,7 @@ def no_routers(model: Any, searched: bool = False) -> MoeInspectError:
     E = like.experts if like and like.experts else "E"
     probe = f"call moe_inspect.probe(ids, weights, layer=i, experts={E}) in its forward"
     spec = f"moe_inspect.RouterSpec(module={like.pattern if like else 'path'!r}, choice=f)"
-    given = f"{probe}, or give record(routers=[{spec}]) (trace --routers)"
+    given = f"{probe}, or give routers=[{spec}] (trace --routers)"
     if searched:
         return MoeInspectError(
             f"no block of {name} called torch.topk to choose experts in this forward pass: {given}"
@@ -74,6 +74,6 @@ def no_routers(model: Any, searched: bool = False) -> MoeInspectError:
             f"modules and parameters tell (if it has: {probe})"
         )
     return MoeInspectError(
-        f"no router that is known was found in {name}, but {like.described()}: {given}, or let "
-        "record(discover=True) look for it"
+        f"no router that is known was found in {name}, but {like.described()}: {given}; "
+        "moe_inspect.record(discover=True) looks for it"
     )

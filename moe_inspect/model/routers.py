@@ -193,7 +193,7 @@ def experts_of(module: Module, config: Any) -> int:
         return len(lists[0])
     raise MoeInspectError(
         f"cannot tell how many experts {type(module).__name__} has: give it an attribute "
-        "num_experts, or give record(routers=[…]) a RouterSpec of its router ([] for probes alone)"
+        "num_experts, or give routers=[…] a RouterSpec of its router ([] for probes alone)"
     )
 
 

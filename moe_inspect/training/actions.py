@@ -89,13 +89,23 @@ def actions_of(on_alarm: str | Action | Sequence[str | Action]) -> list[str | Ac
     return actions
 
 
+def _warn(text: str) -> None:
+    """A warning, of which Python shows the text, but not the line of code that it came from."""
+    format_of_python = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        warnings.warn(text, RoutingWarning, stacklevel=3)
+    finally:
+        warnings.formatwarning = format_of_python
+
+
 def act(alarm: Alarm, actions: Sequence[str | Action]) -> bool:
     """Does what is asked for. Returns whether the run is to stop."""
     for action in actions:
         if callable(action):
             action(alarm)
         elif action == "warn":
-            warnings.warn(str(alarm), RoutingWarning, stacklevel=2)
+            _warn(str(alarm))
         elif action == "log":
             LOGGER.warning("%s", alarm)
     return "stop" in actions

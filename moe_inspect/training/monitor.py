@@ -102,12 +102,17 @@ class RoutingMonitor:
         self.rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
         self.resume_step, self.overwrite = resume_step, overwrite
         sites = recordable(self.model, routers, layers)
-        logits = any(site.logits_module is not None for site in sites)
-        self._sums = Sums(self.model, sites, logits, inputs)
+        # without sites, probes will show them
+        logits = not sites or any(site.logits_module is not None for site in sites)
+        self._sums = Sums(self.model, sites, inputs)
         extras = ("logits",) if logits else ()
         self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
         self._attachment.probes = Probes(
-            self._attachment.scopes, None if sites else self._add, self.model, layers
+            self._attachment.scopes,
+            None if sites else self._add,
+            self.model,
+            layers,
+            need_logits=False,
         )
         self._pauses = is_compiled(model)
         self.steps = resume_step

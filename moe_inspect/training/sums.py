@@ -44,8 +44,8 @@ class Sums:
     whether training passes are, until it is changed. `sites`: without any, probes show them in the
     first pass (`add_router`). `inputs`: how to read the arguments of the model's calls."""
 
-    def __init__(self, model: Any, sites: list[Site], logits: bool, inputs: InputsOf | None = None):
-        self.model, self.sites, self.logits = model, sites, logits
+    def __init__(self, model: Any, sites: list[Site], inputs: InputsOf | None = None):
+        self.model, self.sites = model, sites
         self._inputs = inputs_of(model, sites, inputs)
         self._row_order = row_order_of(sites)
         self.routers: list[Router] = []  # once a pass has shown their top-k
@@ -185,7 +185,7 @@ class Sums:
         if not self._place:
             self._lay_out()
         for on in self._on.values():
-            on.end(self.training, self.logits)
+            on.end(self.training, bool(self._shows_logits))
         tokens = self._step_tokens if self.training else self._tokens[1]
         for stack, T in self._rows.items():
             real_T = self._real[stack]

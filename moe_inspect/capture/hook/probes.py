@@ -22,7 +22,8 @@ Sinks = tuple[Sink, "Sink | None"]
 class Probes:
     """The probes in a model's forward as the routers of a recorder, which is recording while one of
     `scopes` is open. `add`: makes the sinks of a new router; None where the recorder knows the
-    model's routers without probes. `layers`: to be recorded; None: all."""
+    model's routers without probes. `layers`: to be recorded; None: all. `need_logits`: whether
+    every probe is to show router logits where these are recorded."""
 
     def __init__(
         self,
@@ -30,7 +31,9 @@ class Probes:
         add: Callable[[Site], Sinks] | None,
         model: Any,
         layers: Sequence[int] | None,
+        need_logits: bool = True,
     ):
+        self.need_logits = need_logits
         self.scopes, self.add, self.model, self.layers = list(scopes.values()), add, model, layers
         # by layer; None: not recorded
         self.sinks: dict[int, tuple[ChoiceReader, Sinks] | None] = {}
@@ -61,7 +64,7 @@ class Probes:
         ids, weights = reader.choice((ids, weights))
         if (tape := sinks[0](ids, weights)) is not None:
             kernels.record(tape, ids, weights)
-        if sinks[1] is None:
+        if sinks[1] is None or (logits is None and not self.need_logits):
             return
         if logits is None:
             raise MoeInspectError(
@@ -91,7 +94,7 @@ class Probes:
         if self.add is None:
             raise MoeInspectError(
                 f"{name} was called in {type(self.model).__name__}, whose routers record finds "
-                "without it: remove it, or give record(routers=[]) to record the probes alone"
+                "without it: remove it, or give routers=[] to record the probes alone"
             )
         if not isinstance(layer, Integral) or layer < 0:
             raise MoeInspectError(f"{name}: the layer is a number of 0 or more")

@@ -299,7 +299,7 @@ class Stack:
             raise MoeInspectError(
                 f"{path} showed the choices of {n} rows in a forward pass of {T} tokens: it must "
                 "show each token once (where a router sees a part of them, RouterSpec(rows=…) says "
-                "which; what a forward pass is fed, record(inputs=…) says)"
+                "which; what a forward pass is fed, inputs=… says)"
             )
         why = (
             "fused experts, or hub kernels that bypass their call: load the model with "

@@ -76,7 +76,7 @@ def _in_order(sites: list[Site]) -> list[Site]:
         if (other := first.setdefault((site.layer, site.name), site)) is not site:
             raise MoeInspectError(
                 f"{other.path} and {site.path} are both {site.name} of layer {site.layer}: record "
-                "one of them at a time, RouterSpec(module=…), and say by record(inputs=…) what it "
+                "one of them at a time, RouterSpec(module=…), and say by inputs=… what it "
                 "is fed"
             )
     return sorted(sites, key=lambda site: site.layer)

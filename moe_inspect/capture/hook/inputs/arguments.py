@@ -50,7 +50,7 @@ NOT_TOKENS = {
     "token_type_ids",
 }
 OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
-SAY = "record(inputs=…), a function of the forward's arguments, must say what its routers are fed"
+SAY = "inputs=…, a function of the forward's arguments, must say what its routers are fed"
 
 
 def inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
@@ -189,7 +189,7 @@ def _mask(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
     if B == S > 1:
         raise MoeInspectError(
             f"attention_mask is [{B}, {S}] in a batch of {B} rows of {S} positions: record cannot "
-            "tell padding from a causal mask: give record(inputs=…), a function of the forward's "
+            "tell padding from a causal mask: give inputs=…, a function of the forward's "
             "arguments that returns it"
         )
     if mask.dtype.is_floating_point and mask.numel():  # added to scores, it is 0 for tokens

@@ -84,7 +84,7 @@ class RowReader:
         if fed is None:
             raise MoeInspectError(
                 "record saw a forward pass with neither input_ids nor inputs_embeds: give the "
-                "model one of them, or record(inputs=…) a function that returns it"
+                "model one of them, or inputs=… a function that returns it"
             )
         B, S = fed.shape[:2]
         cache = cache_among(given.values())
