@@ -44,10 +44,9 @@ class Moe(nn.Module):
         if self.kind == "stacked":
             out_TD = torch.einsum("td,edf,te->tf", x_TD, self.weight, weights_TE)
         else:
-            out_TD = sum(
-                self.run(expert, x_TD, w_T[:, None])
-                for expert, w_T in zip(self.experts, weights_TE.T, strict=True)
-            )
+            out_TD = torch.zeros_like(x_TD)
+            for expert, w_T in zip(self.experts, weights_TE.T, strict=True):
+                out_TD = out_TD + self.run(expert, x_TD, w_T[:, None])
         return x_BSD + out_TD.view_as(x_BSD)
 
     def run(self, expert: nn.Module, x_TD: Tensor, w_T1: Tensor) -> Tensor:
@@ -86,7 +85,8 @@ def top_2(moe: Any, x_TD: Tensor) -> Tensor:
 
 def top_2_slot_by_slot(moe: Any, x_TD: Tensor) -> Tensor:
     weights, ids = moe.gate(x_TD).softmax(-1).topk(2)
-    return sum(placed(ids[:, k : k + 1], weights[:, k : k + 1]) for k in range(2))
+    first, second = (placed(ids[:, k : k + 1], weights[:, k : k + 1]) for k in range(2))
+    return first + second
 
 
 def of_the_best_group(moe: Any, x_TD: Tensor) -> Tensor:
@@ -213,4 +213,5 @@ def test_a_compared_choice_is_recorded_by_others_too(tmp_path: Path) -> None:
     assert not torch.nn.modules.module._global_forward_pre_hooks
     with moe_inspect.record(model, tmp_path / "u", discover=True):
         model(own.tokens())
-    assert own.recorded(own.path_of(tmp_path / "u"), 0) == model.layers[0].given[T:]
+    layer: Any = model.layers[0]
+    assert own.recorded(own.path_of(tmp_path / "u"), 0) == layer.given[T:]

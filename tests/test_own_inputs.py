@@ -90,7 +90,7 @@ def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) ->
     def of(stack: str) -> list[moe_inspect.RouterSpec]:
         return [spec(module=f"{stack}.blocks.*.experts")]
 
-    fed = {"inputs": lambda args, kwargs: {"input_ids": args[1]}}
+    fed: dict[str, Any] = {"inputs": lambda args, kwargs: {"input_ids": args[1]}}
     record(False, r"encoder\.blocks\.0\.experts and decoder\..* are both", routers=of("*"))
     record(
         False, r"decoder\.blocks\.0\.experts: .* what its routers are fed", routers=of("decoder")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -40,7 +40,10 @@ def check(record_property: Callable[[str, object], None]) -> Check:
             else f"{found.weight_error:.0e}"
         )
         equal = f"{found.equal:,} of {found.total:,}"
-        name = f"{framework} {version(framework)}" if framework != "DeepSeek" else framework
+        try:
+            name = f"{framework} {version(framework)}"
+        except PackageNotFoundError:  # read from a folder
+            name = framework
         record_property("frameworks", f"| {name} | {run} | {equal} | {error} |")
 
     return check
