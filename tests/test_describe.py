@@ -16,6 +16,7 @@ import moe_inspect
 from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.description import PEAK_FLOPS, describe_table
+from tests import own
 from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build, config
 
@@ -133,6 +134,17 @@ def test_from_a_trace_and_the_bundled_model() -> None:
     )
     assert demo.parameters == traced.parameters == 2_561_152
     assert describe_table(demo).equals(describe_table(traced))
+
+
+def test_a_trace_of_a_model_of_ones_own_tells_its_routers(tmp_path: Path) -> None:
+    own.record_once(own.gpt(), tmp_path / "t")
+    made = moe_inspect.describe(str(tmp_path / "t"))
+    assert made.routers == [(layer, 8, 2) for layer in range(4)]
+    assert str(made).startswith("GPT\n4 routers in layers 0-3: 2 of 8 experts per token\n")
+    assert "parameters and FLOPs are not known" in str(made)
+    assert "parameters.total" not in set(describe_table(made)["key"])
+    with pytest.raises(MoeInspectError, match="the FLOPs of GPT are not known"):
+        made.training(1e9, "h100", None, None)
 
 
 def test_bad_input_gets_one_line(tmp_path: Path) -> None:

@@ -89,10 +89,17 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
 
 
 def test_one_domain_has_nothing_to_compare(tmp_path: Path, made: Report):
-    one = text_of(report(planted(tmp_path / "t"), domains="law"))
-    assert "domains: only one, 'law': nothing to compare it with" in one
+    """Selected from several it has: all of them."""
+    ids = uniform_ids(np.random.default_rng(0), 500, 8, 2)
+    trace = write_trace(tmp_path / "t", [ids], 8)
+    one, law = text_of(report(trace)), report(planted(tmp_path / "u"), domains="law")
+    assert "domains: only one, 'text': nothing to compare it with" in one
     assert " lift" not in one
-    assert " lift" in text_of(made)
+    assert " lift" in text_of(law)
+    every = made.tables["domains"]
+    of_law = every[every["domain"] == "law"].reset_index(drop=True)
+    assert law.tables["domains"].equals(of_law)
+    assert of_law["lift"].max() > 1.1
 
 
 def test_the_domains_shown_are_in_the_order_said(made: Report):

@@ -95,7 +95,7 @@ def _runs(thread: int, model: Any) -> bool:
     return False
 
 
-def not_pickled(_: Any) -> NoReturn:
+def not_pickled(self: Any) -> NoReturn:
     """`__reduce__` of what a recorder attaches to a model."""
     raise MoeInspectError(
         "a model cannot be pickled while it is being recorded, nor a copy that was made meanwhile: "

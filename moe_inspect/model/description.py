@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural, ranges
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ PEAK_FLOPS = {"a100": 312e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e1
 @dataclass(repr=False)
 class Description:
     """Parameters by part, in total and active per token; FLOPs of a forward pass per token.
-    `routers`: (layer, E, k)."""
+    `routers`: (layer, E, k). A trace of a model that is not transformers' tells these alone."""
 
     kind: str
     layers: int
@@ -84,7 +85,7 @@ class Description:
         return f"<pre>{escape(str(self))}</pre>"
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.kind}: {plural(self.layers, 'layer')}"
+        yield self.kind + (f": {plural(self.layers, 'layer')}" if self.layers else "")
         if self.routers:
             layers = sorted({layer for layer, _, _ in self.routers})
             shapes = sorted({(k, e) for _, e, k in self.routers})
@@ -94,13 +95,16 @@ class Description:
             yield from textwrap.wrap(
                 f"{plural(len(self.routers), 'router')} in layers "
                 f"{ranges(layers).replace(',', ', ')}: "
-                f"{' or '.join(f'{k} of {e}' for k, e in shapes)} experts per token{shared}, "
-                f"{self.scoring}",
+                f"{' or '.join(f'{k} of {e}' for k, e in shapes)} experts per token{shared}"
+                + (f", {self.scoring}" if self.scoring else ""),
                 80,
                 subsequent_indent="  ",
             )
         else:
             yield "no routers: a dense model"
+        if not self.parameters:
+            yield "parameters and FLOPs are not known: the trace has no config of the model"
+            return
         yield ""
         yield f"{'parameters':<20}{'in total':>20}{'per token':>20}"
         rows = [("all", self.parameters, self.parameters_active)]
@@ -123,16 +127,14 @@ class Description:
 
     def facts(self) -> list[Fact]:
         """(key, number or None, text)."""
-        ratio = self.parameters / self.parameters_active
-        prefill, decode = (
-            self.flops_a_token((self.context + 1) / 2),
-            self.flops_a_token(self.context),
-        )
         facts: list[Fact] = [
             ("class", None, self.kind),
-            ("layers", self.layers, f"{self.layers}"),
-            ("context", self.context, f"{self.context:,} tokens"),
         ]
+        if self.parameters:
+            facts += [
+                ("layers", self.layers, f"{self.layers}"),
+                ("context", self.context, f"{self.context:,} tokens"),
+            ]
         if self.routers:
             layers = sorted({layer for layer, _, _ in self.routers})
             facts += [
@@ -145,6 +147,13 @@ class Description:
             ]
         else:
             facts.append(("routers", 0, "none: a dense model"))
+        if not self.parameters:
+            return facts
+        ratio = self.parameters / self.parameters_active
+        prefill, decode = (
+            self.flops_a_token((self.context + 1) / 2),
+            self.flops_a_token(self.context),
+        )
         facts += [
             _count("parameters.total", self.parameters),
             _count("parameters.active", self.parameters_active),
@@ -200,7 +209,11 @@ class Description:
     ) -> list[Fact]:
         """FLOPs of training on `tokens`; the GPU-hours that an MFU (model FLOPs utilisation: the
         model's FLOPs as a share of the GPU's peak, arXiv:2204.02311) implies, or the MFU that
-        `gpu_hours` imply."""
+        `gpu_hours` imply. MoeInspectError where the parameters are not known."""
+        if not self.parameters:
+            raise MoeInspectError(
+                f"the FLOPs of {self.kind} are not known: give its config.json instead of a trace"
+            )
         flops, peak = self.training_flops(tokens), PEAK_FLOPS[gpu]
         facts: list[Fact] = [
             ("training.flops", flops, f"{flops:.3g} FLOP for {tokens:,.0f} tokens")

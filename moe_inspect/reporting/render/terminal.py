@@ -49,7 +49,8 @@ def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     print_verdict(findings(data), console)
     print_heatmap(data, console)
     for name, excerpt in EXCERPTS.items():
-        if name == "domains" and len(data.counts.domains) < 2:
+        alone = len(data.counts.domains) < 2 and data.selection.domains is None
+        if name == "domains" and alone:
             labels = ", ".join(map(repr, data.counts.domains))
             console.print()
             console.print(Text(f"domains: only one, {labels}: nothing to compare it with"))

@@ -4,6 +4,7 @@ Tables, checks and charts are functions of it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,10 +87,16 @@ class ReportData:
         assert self._counts is not None
         return self._counts
 
-    def _counted(self, wants: frozenset[str]) -> Counts:
+    def counts_of_all_domains(self) -> Counts:
+        """What a domain that was selected is compared with."""
+        if self.selection.domains is None:
+            return self.counts
+        return self._counted(BASE, replace(self.selection, domains=None))
+
+    def _counted(self, wants: frozenset[str], selection: Selection | None = None) -> Counts:
         return count_trace(
             self.trace,
-            self.selection,
+            selection or self.selection,
             wants,
             window=self.window,
             top=self.top,

@@ -33,9 +33,11 @@ SPECIALIZATION = (
 @table()
 def domains(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
-    over the experts), lift = activation ÷ its mean over the domains."""
+    over the experts), lift = activation ÷ its mean over the domains, of all where only one is
+    selected."""
+    every = data.counts_of_all_domains() if len(data.counts.domains) == 1 else data.counts
     counts, parts = data.counts, list[dict[str, np.ndarray]]()
-    D = len(counts.domains)
+    D, among = len(counts.domains), [every.domains.index(domain) for domain in counts.domains]
     for r in data.selection.routers:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         E = counts.routers[r].experts
@@ -45,7 +47,7 @@ def domains(data: ReportData) -> pd.DataFrame:
             "tokens": np.repeat(tokens_D, E),
             "assignments": assignments_DE.reshape(-1),
             "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
-            "lift": sp.lift(assignments_DE, tokens_D).reshape(-1),
+            "lift": sp.lift(every.assignments_DE(r), every.tokens_D_of(r))[among].reshape(-1),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)
