@@ -63,11 +63,12 @@ def record(
 
     Each batch row is a sequence of its own document unless `documents` and `domains` (one value per
     batch row) say otherwise: here for every forward pass, or with `recorder.label` for the next
-    one. `attention_mask` is honoured, a reset of `position_ids` starts a new sequence, and a
-    forward pass with a key-value cache continues the sequences of its rows. What the model executes
-    is what is recorded: `generate` feeds padding to rows that have ended, and beams are rows like
-    any other. For an encoder-decoder the tokens of both stacks are recorded (those of the encoder
-    in phase "encode"), each with its own mask: labels padded with -100 are tokens to a decoder that
+    one. `attention_mask` is honoured, a gap or a reset in `position_ids` starts a new sequence, and
+    a forward pass with a key-value cache continues the sequences of its rows. What the model
+    executes is what is recorded: `generate` feeds padding to rows that have ended, and beams are
+    rows like any other. Drafts that were fed and rejected (assisted decoding) get the phase
+    "draft". For an encoder-decoder the tokens of both stacks are recorded (those of the encoder in
+    phase "encode"), each with its own mask: labels padded with -100 are tokens to a decoder that
     gets no `decoder_attention_mask`.
 
     model        any MoE, torch.compile'd or not, also within a training loop: of transformers, of a
@@ -109,8 +110,9 @@ def record(
                  pass show them. An empty list: the probes alone
     inputs       (args, kwargs) of the model's forward → a dict of what it is fed: `input_ids` (int
                  [B, S], or [S] for one packed row), `position_ids`, `attention_mask` (true for
-                 tokens, false for padding), `documents` and `domains` (a label for each row), any
-                 of them. By default the arguments' names tell
+                 tokens, false for padding), `documents` and `domains` (a label for each row),
+                 `sequences` (a value for each row, or [B, S]: which sequence each token goes on
+                 with), any of them. By default the arguments' names tell
 
     To record a CUDA graph that is replayed by hand: record two forward passes of its shape (the
     first shows what there is to record, the second loads the kernels), capture the graph in a third

@@ -82,7 +82,7 @@ another_head = test_token_loss.test_a_head_that_does_not_give_the_models_logits_
 MUTATIONS = {
     "a token predicts itself": (next_tokens, "= token_BS[:, 1:][follows_BS]", "= token_BS[:, :-1][follows_BS]", padded),
     "padding follows": (next_tokens, "follows_BS = real_BS[:, 1:] & real_BS[:, :-1]", "follows_BS = real_BS[:, :-1]", padded),
-    "the next packed sequence follows": (next_tokens, "(position_BS[:, 1:] > position_BS[:, :-1])", "(position_BS[:, 1:] != position_BS[:, :-1])", following),
+    "the next packed sequence follows": (next_tokens, "(position_BS[:, 1:] == position_BS[:, :-1] + 1)", "(position_BS[:, 1:] != position_BS[:, :-1])", following),
     "the next planned sequence follows": (next_tokens, "same = fed.sequence[1:] == fed.sequence[:-1]", "same = fed.sequence[1:] >= fed.sequence[:-1]", planned),
     "padding ends no planned row": (next_tokens, "row = np.flatnonzero(fed.real)", "row = np.arange(len(fed.token_id))", planned),
     "a planned row goes on from anywhere": (next_tokens, "== before.position[at_B] + 1", ">= before.position[at_B] + 1", planned),

@@ -85,7 +85,7 @@ class HandOver:
         stack.fed = fed
         return rings.free_rows >= T
 
-    def add_staged(self, stack: Stack, rows: Rows) -> None:
+    def add_staged(self, stack: Stack, rows: Rows | CallInputs) -> None:
         """Puts what the first forward pass of a stack has shown into its rings."""
         self.make_rings(stack, self.options.ring_tokens or rows.T)
         stack.fed = None
@@ -162,12 +162,14 @@ class HandOver:
         stack.fed = fed
 
     def count_tokens(self) -> int:
+        self.inputs.settle()
         self.drain()
         return self.tokens
 
     def finish(self) -> None:
         """Passes everything left to the writer. Device and host must agree on the number of dropped
         rows."""
+        self.inputs.settle()
         for stack in self.stacks.values():
             if stack.rings is not None:
                 stack.rings.synchronize()
@@ -189,6 +191,7 @@ class HandOver:
     def abandon(self) -> None:
         """Passes on what can be, after an exception. Where it came between ring and writer, what is
         still in the rings is left out, so that no batch in between is missing."""
+        self.inputs.settle()
         if self.losses is not None:
             self.losses.close()
         on_host = all(s.rings is None or s.rings.synchronous for s in self.stacks.values())
@@ -314,6 +317,12 @@ class HandOver:
             places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
         last = batch[-1].rows[-1]
         token_id = of_tokens("token_id")
+        phases = None
+        if len({rows.phase for *_, rows in parts if rows.phase != "encode"} | {last.phase}) > 1 or (
+            last.phases is not None
+        ):
+            codes = [rows.phase_codes()[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
+            phases = np.concatenate(codes)
         extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
         if self.options.token_loss:
             extras["loss"], extras["entropy"] = losses_of(batch, sizes)
@@ -330,7 +339,8 @@ class HandOver:
                 weights=self._of_routers(places, "weights"),
                 **extras,
                 documents=[document for *_, rows in parts for document in rows.documents],
-                phase=last.phase,
+                phase=last.phase or "decode",
+                phases=phases,
                 group=last.group,
                 encoded=sum(
                     n

@@ -255,9 +255,7 @@ class Recorder:
             )
         fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
         if of.staged is not None:
-            if self._counted is not None:  # the other stack's rows come first
-                self._counted.count_at_once()
-            of.fed = self.inputs.rows(fed)
+            of.fed = fed
         else:
             self._passes.feed(of, fed, not self.attachment.in_compiled)
 
@@ -360,7 +358,7 @@ class Recorder:
             is_bf16 = all(d == torch.bfloat16 for d in dtypes)
             self._open(torch.bfloat16 if is_bf16 else torch.float16)
         for stack in new:
-            assert isinstance(stack.fed, Rows)
+            assert stack.fed is not None
             self._passes.add_staged(stack, stack.fed)
 
     def _open(self, weight_dtype: torch.dtype) -> None:

@@ -129,13 +129,15 @@ class Phase(StrEnum):
     prefill = "prefill"
     decode = "decode"
     encoder = "encode"
+    draft = "draft"
 
 
 OfPhase = Annotated[
     Phase | None,
     typer.Option(
         "--phase",
-        help="Only prompt tokens (prefill), generated ones (decode), or an encoder's (encode).",
+        help="Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
+        "rejected drafts (draft).",
         show_default=False,
     ),
 ]

@@ -42,7 +42,7 @@ def report(
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """The report on a trace, or on a selection of it: layers "0-3,7", domains, phase "prefill",
-    "decode" or "encode".
+    "decode", "encode" or "draft".
 
     `top`: token ids per expert in `vocabulary`, and partners per expert in tables of pairs; 0 for
     all. `window`: tokens per window, by default a 64th of the trace. `weights`: the

@@ -17,7 +17,8 @@ MANIFEST = "trace.json"
 VOCABULARY = "vocabulary.parquet"  # `vocabulary_file` where a manifest names another
 TABLES = ("documents", "tokens", "routing", "logits", "counts")
 STATUSES = ("recording", "complete", "interrupted")
-PHASES = ("prefill", "decode", "encode")  # encode: fed to the encoder of an encoder-decoder
+# encode: fed to the encoder of an encoder-decoder; draft: proposed, and rejected
+PHASES = ("prefill", "decode", "encode", "draft")
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
 LABEL = pa.dictionary(pa.int32(), pa.string())
 TOKENS = pa.schema(
@@ -132,8 +133,8 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "position": "the model's position within the sequence, special tokens included",
     "domain": "the document's label",
     "phase": (
-        "prefill: fed as a prompt; decode: fed one at a time; encode: fed to the encoder, whose "
-        "routers alone see it"
+        "prefill: fed as a prompt; decode: generated; encode: fed to the encoder, whose routers "
+        "alone see it; draft: proposed while generating, fed, and rejected"
     ),
     "batch": "the forward pass",
     "layer": "the model's block index, not the ordinal of the MoE layers",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_inspect.capture.hook.inputs.rows import Rows
+from moe_inspect.capture.hook.inputs.sequences import DRAFT
 from moe_inspect.capture.hook.stack import StackPass
 from moe_inspect.capture.token_loss.losses import PassLosses
 
@@ -23,6 +24,8 @@ class Forward(NamedTuple):
     def arrived(self, wait: bool) -> bool:
         if self.losses is not None and not self.losses.complete:
             return False  # the next pass completes them
+        if not all(isinstance(p.fed, Rows) or p.fed.is_settled for p in self.passes):
+            return False
         return all(
             p.stack.rings is not None and p.stack.rings.is_on_host(p.start + p.fed.T, wait)
             for p in self.passes
@@ -69,6 +72,9 @@ def losses_of(batch: Sequence[Arrived], sizes: Sequence[int]) -> np.ndarray:
                 axis=1,
             )[:, arrived.rows[-1].real]
         )
+        # what follows the last token before a rejected draft was not known when it was fed
+        is_draft = arrived.rows[-1].phase_codes() == DRAFT
+        found[-1][:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan
     return np.concatenate([v[:, :n] for v, n in zip(found, sizes, strict=True)], axis=1)
 
 

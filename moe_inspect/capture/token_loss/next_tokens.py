@@ -13,7 +13,7 @@ from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 
 def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
     """int64 [T]: the token that follows in the same pass. A sequence ends where `RowReader` has
-    another begin: with the batch row, with padding, and where the positions start again."""
+    another begin: with the batch row, with padding, where a position is not the one before + 1."""
     next_T = np.full(fed.T, -1, np.int64)
     if isinstance(fed, Rows):
         row = np.flatnonzero(fed.real)
@@ -24,7 +24,10 @@ def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
     follows_BS = real_BS[:, 1:] & real_BS[:, :-1]
     if fed.position is not None:
         position_BS = np.broadcast_to(fed.position.numpy(), token_BS.shape)
-        follows_BS = follows_BS & (position_BS[:, 1:] > position_BS[:, :-1])
+        follows_BS = follows_BS & (position_BS[:, 1:] == position_BS[:, :-1] + 1)
+    if (keys := fed.keys.of_tokens) is not None:
+        before_BS, key_BS = keys.numpy()
+        follows_BS = follows_BS & (before_BS[:, 1:] == key_BS[:, :-1])
     next_T.reshape(token_BS.shape)[:, :-1][follows_BS] = token_BS[:, 1:][follows_BS]
     return next_T
 

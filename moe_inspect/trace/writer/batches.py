@@ -38,7 +38,8 @@ class RoutedBatch:
     is still ordered by them), `logits[r]`: float16 [T, E_r], `norms[r]` and `peaks[r]` like
     `weights[r]`. `domains[d]` is the label of domain code d. `loss` and `entropy`: float32 [T], NaN
     where there is none. Of an encoder-decoder the first `encoded` tokens were fed to the encoder,
-    the others to the decoder, and a router has rows only of those it sees."""
+    the others to the decoder, and a router has rows only of those it sees. `phases`: indices into
+    PHASES [T], where they are not all of one `phase`."""
 
     batch: int
     token_id: np.ndarray
@@ -60,6 +61,7 @@ class RoutedBatch:
     peaks: list[np.ndarray] | None = None
     loss: np.ndarray | None = None
     entropy: np.ndarray | None = None
+    phases: np.ndarray | None = None
 
     @property
     def first_batch(self) -> int:
@@ -85,7 +87,7 @@ class RoutedBatch:
                 documents=[d for d in self.documents if number_of.get(d.document, last) == number],
                 **{
                     name: getattr(self, name)[rows]
-                    for name in (*OF_TOKENS, "loss", "entropy")
+                    for name in (*OF_TOKENS, "loss", "entropy", "phases")
                     if getattr(self, name) is not None
                 },
                 **{

@@ -60,7 +60,8 @@ class Recorded:
 
 def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded) -> pa.Table:
     domains = list(max((b.domains for b in batches), key=len))
-    phases = schema.PHASES if any(r.stack for r in recorded.routers) else schema.PHASES[:2]
+    phase_T = np.concatenate([_phases(b) for b in batches])
+    known = max(2 + any(r.stack for r in recorded.routers), int(phase_T.max(initial=0)) + 1)
     loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if recorded.loss else {}
     return pa.table(
         {
@@ -70,7 +71,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded
                 for name in ("token_id", "document", "sequence", "position")
             },
             "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
-            "phase": _labels(np.concatenate([_phases(b) for b in batches]), list(phases)),
+            "phase": _labels(phase_T, list(schema.PHASES[:known])),
             "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
             **{column: _or_null(batches, name) for column, name in loss.items()},
         },
@@ -235,6 +236,8 @@ def _numbers(batch: RoutedBatch) -> np.ndarray:
 
 
 def _phases(batch: RoutedBatch) -> np.ndarray:
+    if batch.phases is not None:
+        return batch.phases
     codes_T = np.full(len(batch.token_id), schema.PHASES.index(batch.phase))
     codes_T[: batch.encoded] = schema.PHASES.index("encode")
     return codes_T

@@ -56,7 +56,7 @@ class CountedPasses:
 
     # --- a forward pass
 
-    def add_staged(self, stack: Stack, rows: Rows) -> None:
+    def add_staged(self, stack: Stack, rows: Rows | CallInputs) -> None:
         """Counts what the first forward pass of a stack has shown."""
         staged = stack.staged
         assert staged is not None

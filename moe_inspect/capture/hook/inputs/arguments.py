@@ -22,6 +22,7 @@ from moe_inspect.model.routers import Site, stacks_in
 #   position_ids    int [B, S] or [S]; a position that is not above the one before begins a document
 #   attention_mask  [B, S], true for tokens and false for padding
 #   documents, domains  a label for each row of the batch
+#   sequences       a value for each row of the batch, or int [B, S]: the sequence of each token
 InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
 KEYS = (
     "input_ids",
@@ -30,10 +31,22 @@ KEYS = (
     "attention_mask",
     "documents",
     "domains",
+    "sequences",
 )
 
 TOKENS = ("input_ids", "tokens", "idx")
-POSITIONS = ("position_ids", "positions", "input_pos")
+# where in the model's own cache a pass begins: a number, or the position of each token
+IN_CACHE = ("input_pos", "cache_position", "start_pos")
+POSITIONS = ("position_ids", "positions", *IN_CACHE)
+CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "past_kv",
+    "past",
+    "layer_past",
+    "kv_caches",
+    "cache",
+)
 PADDING = ("padding_mask", "key_padding_mask")  # true for padding
 LABELS = ("labels", "targets", "target")
 # tensors of integers that are no token ids, which a later pipeline stage is given without them
@@ -108,12 +121,15 @@ def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
                     given, (*POSITIONS, *LABELS), lambda v: _is_integer(v) and v.dim() > 1
                 )
             found["inputs_embeds"] = hidden
-        found["position_ids"] = _first(given, POSITIONS, _is_integer)
+        found["position_ids"] = _first(given, POSITIONS, _is_position)
+        found["past_key_values"] = _first(given, CACHES, lambda v: v is not None)
+        found["resumes"] = any(given.get(name) is not None for name in IN_CACHE)
         found = _in_one_shape(found)
         fed = found["input_ids"] if found["input_ids"] is not None else found.get("inputs_embeds")
         if fed is None:
             return found
         B, S = fed.shape[:2]
+        found["position_ids"] = _from_start(found["position_ids"], B, S)
         found["attention_mask"] = _mask(given, B, S)
         if found["position_ids"] is None:
             found["position_ids"] = _packed(given, B, S)
@@ -164,6 +180,21 @@ def _is_integer(value: Any) -> bool:
     )
 
 
+def _is_position(value: Any) -> bool:
+    return type(value) is int or (
+        isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    )
+
+
+def _from_start(position: Any, B: int, S: int) -> Tensor | None:
+    """The positions of S tokens, of which the first one's is given: one for all rows or [B]."""
+    if type(position) is int or (isinstance(position, Tensor) and position.dim() == 0):
+        return position + torch.arange(S, device=getattr(position, "device", None))
+    if isinstance(position, Tensor) and position.shape in {(B,), (1,)} and S > 1:
+        return position[:, None] + torch.arange(S, device=position.device)
+    return position
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype.is_floating_point
 
@@ -173,7 +204,7 @@ def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
     if (ids := given.get("input_ids")) is not None and ids.dim() == 1:
         given["input_ids"] = ids[None]
         for name in ("position_ids", "attention_mask"):
-            if (value := given.get(name)) is not None and value.dim() == 1:
+            if isinstance(value := given.get(name), Tensor) and value.dim() == 1:
                 given[name] = value[None]
     return given
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -17,10 +18,25 @@ import torch
 from moe_inspect.capture.hook.decode_steps import DecodeStep
 from moe_inspect.capture.hook.inputs.arguments import InputsOf
 from moe_inspect.capture.hook.inputs.given import cache_among, copies_of, length_of, of_decoder
+from moe_inspect.capture.hook.inputs.keys import (
+    keys_told,
+    length_of_tuples,
+    positions_told,
+    slots_of,
+)
+from moe_inspect.capture.hook.inputs.places import Pages, Place
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
-from moe_inspect.capture.hook.inputs.rows import Cached, CachedRows, CallInputs, Rows
+from moe_inspect.capture.hook.inputs.rows import (
+    Cached,
+    CachedRows,
+    CallInputs,
+    Keys,
+    Rows,
+    joined,
+)
+from moe_inspect.capture.hook.inputs.sequences import Numbering, check_labels
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.writer import Document
+from moe_inspect.trace.schema import PHASES
 
 
 class RowReader:
@@ -39,28 +55,25 @@ class RowReader:
         """`names`: stack → the names of its forward arguments, in order. `inputs` reads them in
         place of these names. `row_order`: see `RowOrder`; None is batch-first."""
         self._argument_names, self._inputs, self._row_order = names, inputs, row_order
-        self.domains: list[str] = []
+        self.numbering = Numbering()
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
-        self._document_numbers: dict[Any, int] = {}  # by the value the caller gave
-        self._documents = self._sequences = 0
         self._cached: WeakKeyDictionary[Any, Cached] = WeakKeyDictionary()  # by key-value cache
         self.step: DecodeStep | None = None  # what was read last, where it is one
         # the last encoder passes: their outputs at the first position, [B, C], and rows
         self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
-        # the counters before the rows read last, and the documents that are new in them
-        self._undo: tuple[int, int, list[Any]] | None = None
+        # of models that keep their cache to themselves: the last pass of each stack
+        self._uncached: dict[str, CachedRows] = {}
+        self._pages: WeakKeyDictionary[Any, Pages] = WeakKeyDictionary()  # by cache
+        self._told: dict[int, tuple[Place, ...]] = {}  # by what `inputs` called the sequence
+        self._told_codes: dict[Any, int] = {}
+        # passes of which tokens may be taken back before the next one, and their caches
+        self._unsettled: list[tuple[CallInputs, Any]] = []
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         """Sets the document and domain of each batch row of the next forward pass."""
         self._next_labels = {"documents": documents, "domains": domains}
         self.step = None
-
-    def domain_code(self, label: str) -> int:
-        """The code of a domain label, new or known."""
-        if label not in self.domains:
-            self.domains.append(label)
-        return self.domains.index(label)
 
     def read_call(
         self,
@@ -87,7 +100,8 @@ class RowReader:
                 "model one of them, or inputs=… a function that returns it"
             )
         B, S = fed.shape[:2]
-        cache = cache_among(given.values())
+        given, keys = self._keys(given, B, S)
+        cache = cache_among(given.values()) if keys.of_tokens is None else None
         cached = self._cached.get(cache) if cache is not None else None
         before = cached.rows if cached is not None else None
         past = length_of(cache, before, S) if cache is not None else 0
@@ -98,14 +112,19 @@ class RowReader:
                 if encoder is not None
                 else self._read_by_encoder(given.get("encoder_hidden_states"))
             )
+        is_guess = (
+            before is None and cache is None and keys.of_tokens is None and stack != "encoder"
+        )
+        if is_guess and (before := self._uncached.get(stack)) is not None:
+            past = length_of_tuples(given.get("past_key_values"), before)
         labels = self._labels
         if self._next_labels:
             new = {name: n for name, n in self._next_labels.items() if n is not None}
             labels, self._next_labels = {**labels, **new}, {}
         if self._inputs is not None:
             labels = {name: given.get(name, value) for name, value in labels.items()}
-        if before is None or stack != "decoder":
-            _check_labels(labels, B)
+        if before is None or is_guess or stack != "decoder":
+            check_labels(labels, B)
         token_BS, mask_BS, position = copies_of(ids, given, B, S, past)
         copied = None
         if fed.is_cuda:
@@ -113,9 +132,24 @@ class RowReader:
             copied.record(torch.cuda.current_stream(fed.device))
         order = self._row_order(B, S) if self._row_order is not None else None
         T = B * S if order is None else len(order)
-        after = CachedRows(past + S)
+        after = CachedRows(past + S, fed=S)
         call = CallInputs(
-            B, S, T, token_BS, mask_BS, position, labels, before, after, stack, copied, order
+            B,
+            S,
+            T,
+            token_BS,
+            mask_BS,
+            position,
+            labels,
+            before,
+            after,
+            stack,
+            copied,
+            order,
+            keys=keys,
+            is_guess=is_guess,
+            resumes=past > 0 or bool(given.get("resumes")),
+            asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
         self.step = None
         by_name = not args or (len(args) == 1 and args[0] is ids)
@@ -131,20 +165,66 @@ class RowReader:
             self.step = DecodeStep(call, args, kwargs, cache, cached)
         return call
 
+    def _keys(self, given: Mapping[str, Any], B: int, S: int) -> tuple[Mapping[str, Any], Keys]:
+        """The arguments of a call, and by what its sequences are known."""
+        if (told := given.get("sequences")) is not None:
+            return given, Keys(keys_told(told, self._told_codes, B, S), self._told)
+        if (found := slots_of(given)) is not None:
+            slots, real_1S = found
+            if (pages := self._pages.get(given["cache"])) is None:
+                pages = self._pages[given["cache"]] = Pages()
+            return {**given, "attention_mask": real_1S}, Keys(slots, pages.places, pages)
+        return given, Keys()
+
+    def returned(self, call: CallInputs, output: Any) -> None:
+        """The model has run: tokens may be taken back from its cache, until the next pass
+        begins."""
+        if call.S > 1:
+            cache = cache_among(_values(output))
+            if cache is not None:
+                call.is_settled = False
+                # nothing else may hold it any more once drafts have been taken back for the last
+                # time; a prompt's is not kept alive
+                may_be_drafts = call.after.length > call.S or call.asked > 1
+                self._unsettled.append((call, cache if may_be_drafts else ref(cache)))
+            elif call.is_guess:
+                call.is_settled = False
+                self._unsettled.append((call, None))
+
+    def settle_caches(self) -> None:
+        """Another pass begins, or none: what was taken back from a cache is known."""
+        unsettled, self._unsettled = self._unsettled, []
+        for call, held in unsettled:
+            if held is None:
+                self._unsettled.append((call, None))
+                continue
+            cache = held() if isinstance(held, ref) else held
+            length = cache.get_seq_length() if cache is not None else None
+            if length is not None and not getattr(length, "is_cuda", False):
+                taken = call.after.length - int(length)
+                call.after.taken = taken if 0 < taken < call.S else 0
+            call.is_settled = True
+
+    def settle(self, following: Rows | CallInputs | None) -> None:
+        """The next pass, where there is one, was read."""
+        for call, _ in self._unsettled:
+            if isinstance(following, CallInputs) and following.before is call.after:
+                call.following = following
+            call.is_settled = True
+        self._unsettled = []
+
     def remember(self, call: CallInputs, output: Any) -> None:
         """Notes, after the forward pass was launched, that the key-value cache in its output holds
         the rows it was given."""
-        values: Collection[Any] = ()
-        if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
-            values = output.values()
-        elif isinstance(output, tuple):
-            values = output
+        values = _values(output)
         cache = cache_among(values)
         if cache is not None:
             if (cached := self._cached.get(cache)) is not None:
                 cached.rows = call.after
             else:
                 self._cached[cache] = Cached(call.after)
+        elif call.keys.of_tokens is None:
+            self._uncached[call.stack] = call.after
         if call.stack == "encoder" and values:
             first_BSC = next(iter(values))
             self._encoded.append((first_BSC[:, 0].detach().clone(), call.after))
@@ -166,69 +246,49 @@ class RowReader:
     def rows(self, call: CallInputs) -> Rows:
         """The rows of a forward pass, or of one stack of an encoder-decoder in it. Call it in the
         order of the passes, then `accept`, or `discard` to undo it."""
-        if self._undo is None:
-            self._undo = (self._documents, self._sequences, [])
-        if call.copied is not None:
-            call.copied.synchronize()
+        self.numbering.begin()
+        call.wait()
         B, S = call.B, call.S
-        real_BS = (
-            call.mask_BS.numpy().astype(bool) if call.mask_BS is not None else np.ones((B, S), bool)
-        )
+        real_BS, position_BS = call.real_BS(), call.position_BS()
+        if call.keys.of_tokens is not None and call.position is None:
+            position_BS = positions_told(call)
+        numbered = self.numbering.number(call, real_BS, position_BS)
         token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full((B, S), -1)
-        end = call.after.length
-        position_BS = np.broadcast_to(
-            call.position.numpy() if call.position is not None else np.arange(end - S, end), (B, S)
-        )
-        state = call.before.state if call.before is not None else None
-        repeats = (
-            B // len(state[0])
-            if state is not None and (call.stack == "decoder" or len(state[0]) == B)
-            else 0
-        )
-        # transformers repeats a row for each of its beams
-        if state is not None and repeats * len(state[0]) == B:
-            document_BS, sequence_BS, domain_BS = (
-                np.repeat(np.repeat(rows, repeats)[:, None], S, 1) for rows in state
-            )
-            new: list[Document] = []
-        else:
-            _check_labels(call.labels, B)
-            document_BS, sequence_BS, domain_BS, new = self._number(
-                real_BS, position_BS, **call.labels
-            )
-        if B and S:
-            call.after.state = (document_BS[:, -1], sequence_BS[:, -1], domain_BS[:, -1])
+        place_BS = np.zeros((B, S), np.int64)
+        place_BS[real_BS] = np.arange(len(numbered.phase))
         order = slice(None) if call.order is None else call.order
         real = real_BS.reshape(-1)[order]
-        flat = [
-            a.reshape(-1)[order][real].astype(np.int32)
-            for a in (token_BS, document_BS, sequence_BS, position_BS, domain_BS)
-        ]
+        at = place_BS.reshape(-1)[order][real]
+        new = numbered.new
         if call.order is not None and len(call.order) < B * S:  # a part of the tokens
-            new = [
-                Document(d.document, d.domain, d.source, int((flat[1] == d.document).sum()))
-                for d in new
-            ]
-        phase = (
-            "encode"
-            if call.stack == "encoder"
-            else "decode"
-            if call.after.length > S and S == 1
-            else "prefill"
+            here = numbered.document[at]
+            new = [replace(d, tokens=int((here == d.document).sum())) for d in new]
+        flat = [a.reshape(-1)[order][real].astype(np.int32) for a in (token_BS, position_BS)]
+        document, sequence, domain, phase = (a[at].astype(np.int32) for a in numbered[:4])
+        phases = np.unique(phase)
+        of_all = PHASES[phases[0]] if len(phases) == 1 else "prefill" if not len(phases) else ""
+        return Rows(
+            real,
+            flat[0],
+            document,
+            sequence,
+            flat[1],
+            domain,
+            documents=new,
+            phase=of_all,
+            stack=call.stack,
+            phases=None if of_all else phase,
         )
-        return Rows(real, *flat, documents=new, phase=phase, stack=call.stack)
 
     def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
         """The rows of passes that `steps_at` found, one after the other."""
         first, n = steps[0], len(steps)
         assert first.before is not None
-        assert first.before.state is not None
-        if self._undo is None:
-            self._undo = (self._documents, self._sequences, [])
+        state = first.before.state
+        assert state is not None
+        self.numbering.begin()
         for call in steps:
-            if call.copied is not None:
-                call.copied.synchronize()
-            call.after.state = first.before.state
+            call.wait()
 
         def of_steps(tensors: list[torch.Tensor | None], otherwise: np.ndarray) -> np.ndarray:
             """[n, B], from one row for all or one per batch row."""
@@ -237,79 +297,32 @@ class RowReader:
             return np.broadcast_to(found, (n, first.B))
 
         lengths_N1 = np.array([[call.after.length] for call in steps])
-        real = of_steps([c.mask_BS for c in steps], np.ones((1, 1), bool)).astype(bool).reshape(-1)
+        real = of_steps([c.mask_BS for c in steps], np.ones((1, 1), bool)).astype(bool)
         token = of_steps([c.token_BS for c in steps], np.full((1, 1), -1))
         position = of_steps([c.position for c in steps], lengths_N1 - 1)
-        document, sequence, domain = (np.broadcast_to(s, (n, first.B)) for s in first.before.state)
+        last = state.last_B + real.cumsum(0)
+        if (state.numbers_3B < 0).any() or (last != position)[real].any():
+            return joined([self.rows(call) for call in steps])
+        for call, last_B in zip(steps, last, strict=True):
+            call.after.state = state._replace(last_B=last_B)
+        document, sequence, domain = (np.broadcast_to(s, (n, first.B)) for s in state.numbers_3B)
         token, document, sequence, position, domain = (
-            a.reshape(-1)[real].astype(np.int32)
-            for a in (token, document, sequence, position, domain)
+            a[real].astype(np.int32) for a in (token, document, sequence, position, domain)
         )
         return Rows(
-            real, token, document, sequence, position, domain, phase="decode", stack=first.stack
-        )
-
-    def discard(self) -> None:
-        """Undoes the rows read since `accept`, as their forward pass failed: the next one takes its
-        numbers."""
-        if self._undo is not None:
-            self._documents, self._sequences, names_to_forget = self._undo
-            for name in names_to_forget:
-                del self._document_numbers[name]
-            self._undo = None
-
-    def accept(self) -> None:
-        """Keeps the rows read since: they were recorded."""
-        self._undo = None
-
-    def _number(
-        self,
-        real_BS: np.ndarray,
-        position_BS: np.ndarray,
-        documents: Sequence[Any] | None,
-        domains: Sequence[str] | None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
-        """Document, sequence and domain code of each position, int [B, S] each, and the documents
-        that are new. A sequence begins with each row and, within a row, where the positions start
-        again."""
-        B, S = real_BS.shape
-        starts_BS = np.zeros((B, S), bool)
-        starts_BS[:, 1:] = (
-            (position_BS[:, 1:] <= position_BS[:, :-1]) & real_BS[:, 1:] & real_BS[:, :-1]
-        )
-        starts_BS[:, :1] = True
-        sequence_BS = self._sequences + np.cumsum(starts_BS.reshape(-1)).reshape(B, S) - 1
-        self._sequences += int(starts_BS.sum())
-        label_B = [str(d) for d in domains] if domains is not None else [""] * B
-        domain_BS = np.repeat(np.array([self.domain_code(d) for d in label_B])[:, None], S, 1)
-        document_BS = np.empty((B, S), np.int64)
-        new: dict[int, Document] = {}
-        for b, s in zip(*np.nonzero(starts_BS), strict=True):
-            known = documents is not None and documents[b] in self._document_numbers
-            number = (
-                self._document_numbers[documents[b]]
-                if known and documents is not None
-                else self._documents
-            )
-            document_BS[b, s:] = number
-            if not known:
-                self._documents += 1
-                if documents is not None:
-                    self._document_numbers[documents[b]] = number
-                    if self._undo is not None:
-                        self._undo[2].append(documents[b])
-                source = str(documents[b]) if documents is not None else ""
-                new[number] = Document(number, label_B[b], source, 0)
-        sizes = np.bincount(document_BS[real_BS], minlength=self._documents)
-        return (
-            document_BS,
-            sequence_BS,
-            domain_BS,
-            [Document(d.document, d.domain, d.source, int(sizes[n])) for n, d in new.items()],
+            real.reshape(-1),
+            token,
+            document,
+            sequence,
+            position,
+            domain,
+            phase="decode",
+            stack=first.stack,
         )
 
 
-def _check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
-    for name, values in labels.items():
-        if values is not None and len(values) != B:
-            raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
+def _values(output: Any) -> Collection[Any]:
+    """What a model has returned, one by one."""
+    if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
+        return output.values()
+    return output if isinstance(output, tuple) else ()

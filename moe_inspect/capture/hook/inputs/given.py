@@ -49,9 +49,11 @@ def copies_of(
     """Copies on the host, each None where there is none: token ids [B, S], the mask [B, S] (see
     `mask_of`) and positions [B, S] or [S]."""
     position = given.get("position_ids")
-    # multimodal positions: the first plane is the text's
+    # multimodal positions: of four planes the first is the text's; three are those of images
     if position is not None and position.dim() == 3:
-        position = position[0]
+        position = position[0] if len(position) == 4 else None
+    if position is not None and position.shape == (B,) and S == 1 < B:
+        position = position[:, None]
     mask = given.get("attention_mask")
     if mask is not None:
         mask = mask_of(mask, B, S, past)

@@ -52,11 +52,11 @@ class PassInputs:
     @property
     def domains(self) -> list[str]:
         """Domain labels by code."""
-        return self._reader.domains
+        return self._reader.numbering.domains
 
     def domain_code(self, label: str) -> int:
         """The code of a domain label, new or known."""
-        return self._reader.domain_code(label)
+        return self._reader.numbering.domain_code(label)
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         self._reader.label(documents, domains)
@@ -78,7 +78,8 @@ class PassInputs:
 
     def begin(self) -> int | None:
         """Begins a forward pass. Returns its number if it was planned."""
-        self._reader.discard()  # of the previous forward pass, if it failed
+        self._reader.numbering.discard()  # of the previous forward pass, if it failed
+        self._reader.settle_caches()
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
         if self._follower is not None:
             self._follower.begin()
@@ -96,9 +97,15 @@ class PassInputs:
         else:
             encoder = self._calls.get("encoder") if stack == "decoder" else None
             fed = self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
+        self._reader.settle(fed)
         if self._follower is not None:
             self._follower.feed(fed)
         return fed
+
+    def settle(self) -> None:
+        """No pass follows: what was taken back from the caches so far is what the trace says."""
+        self._reader.settle_caches()
+        self._reader.settle(None)
 
     def rows(self, fed: Rows | CallInputs) -> Rows:
         return fed if isinstance(fed, Rows) else self._reader.rows(fed)
@@ -121,12 +128,13 @@ class PassInputs:
         """A stack's output, or ("") the whole model's."""
         if stack in self._calls:
             self._outputs.append((self._calls[stack], output))
+            self._reader.returned(self._calls[stack], output)
         if self._follower is not None and not stack:
             self._follower.returned(output)
 
     def accept(self) -> None:
         """Commits the document and sequence numbers of the rows read, which have been recorded."""
-        self._reader.accept()
+        self._reader.numbering.accept()
 
     def end(self) -> None:
         """Ends a launched forward pass: remembers what its key-value caches hold."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from moe_inspect.capture.hook.inputs.places import Pages, Place
+from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.writer import Document
 
 
@@ -19,7 +21,8 @@ from moe_inspect.trace.writer import Document
 class Rows:
     """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
     routers see the rows; the other arrays have one entry per real row, `domain` as codes into
-    `RowReader.domains`. `stack` says which stack of an encoder-decoder is fed."""
+    `RowReader.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
+    into PHASES, where they are of several."""
 
     real: np.ndarray
     token_id: np.ndarray
@@ -32,6 +35,13 @@ class Rows:
     number: int | None = None  # of the forward pass, where it was planned
     group: int | None = None  # passes of one group are committed together or not at all
     stack: str = ""
+    phases: np.ndarray | None = None
+
+    def phase_codes(self) -> np.ndarray:
+        """The phase of each token, as an index into PHASES."""
+        if self.phases is not None:
+            return self.phases
+        return np.full(len(self.token_id), PHASES.index(self.phase), np.int32)
 
     @property
     def T(self) -> int:
@@ -42,17 +52,25 @@ class Rows:
     S = T
 
 
-# document, sequence and domain code of each batch row, [B] each
-State = tuple[np.ndarray, np.ndarray, np.ndarray]
+class State(NamedTuple):
+    """The `Place` of each batch row: document, sequence and domain int [3, B], all −1 where there
+    is none; and the positions."""
+
+    numbers_3B: np.ndarray
+    first_B: np.ndarray
+    last_B: np.ndarray
 
 
 @dataclass(slots=True, eq=False)
 class CachedRows:
     """What a key-value cache holds: `length` positions per row and, once the rows have been read,
-    the sequences they belong to."""
+    the sequences they belong to. `fed`: how many of the positions the last pass has fed. `taken`:
+    of those, how many were taken back before another pass began (rejected drafts)."""
 
     length: int
     state: State | None = None
+    fed: int = 0
+    taken: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +78,18 @@ class Cached:
     """What a key-value cache holds now."""
 
     rows: CachedRows
+
+
+class Keys(NamedTuple):
+    """By what sequences are known. `of_tokens` int [2, B, S]: keys of `places`, before and after
+    each token; or, with `pages`, places in these. None: by their batch row."""
+
+    of_tokens: torch.Tensor | None = None
+    places: dict[int, tuple[Place, ...]] | None = None
+    pages: Pages | None = None
+
+
+NO_KEYS = Keys()
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +109,33 @@ class CallInputs:
     stack: str = ""
     copied: Any = None  # the CUDA event after which the copies are complete
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
+    keys: Keys = NO_KEYS
+    is_guess: bool = False  # `before` is that of the pass before: positions tell if it goes on
+    resumes: bool = False  # the model was told where in its own cache this pass begins
+    asked: int = 0  # of how many tokens the logits were asked for: those but the first are drafts
+    is_settled: bool = True  # False while tokens may be taken back from the cache
+    following: CallInputs | None = None  # the next pass, where it may take tokens back
+
+    @property
+    def verifies(self) -> bool:
+        """Whether all of its tokens but the first are drafts."""
+        return self.asked == self.S > 1
+
+    def wait(self) -> None:
+        """Until the copies are complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def real_BS(self) -> np.ndarray:
+        """bool [B, S], False for padding."""
+        mask = self.mask_BS
+        return np.ones((self.B, self.S), bool) if mask is None else mask.numpy().astype(bool)
+
+    def position_BS(self) -> np.ndarray:
+        """int [B, S]."""
+        end = self.after.length
+        given = np.arange(end - self.S, end) if self.position is None else self.position.numpy()
+        return np.broadcast_to(given, (self.B, self.S))
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -102,13 +159,30 @@ def steps_at(fed: Iterable[Rows | CallInputs]) -> list[CallInputs]:
             or call.S != 1
             or call.stack == "encoder"
             or call.order is not None
+            or call.keys.of_tokens is not None
+            or call.is_guess
         ):
             break
         if not found:
-            state = call.before.state if call.before is not None else None
-            if state is None or len(state[0]) != call.B or call.after.length < 2:
+            before = call.before
+            state = before.state if before is not None and not before.taken else None
+            if state is None or len(state.last_B) != call.B or call.after.length < 2:
                 break
         elif call.before is not found[-1].after or call.shape != found[0].shape:
             break
         found.append(call)
     return found
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of consecutive passes of one stack."""
+    names = ("real", "token_id", "document", "sequence", "position", "domain")
+    phases = {rows.phase for rows in parts}
+    is_one = len(phases) == 1 and "" not in phases
+    return Rows(
+        *(np.concatenate([getattr(rows, name) for rows in parts]) for name in names),
+        documents=[document for rows in parts for document in rows.documents],
+        phase=parts[0].phase if is_one else "",
+        stack=parts[0].stack,
+        phases=None if is_one else np.concatenate([rows.phase_codes() for rows in parts]),
+    )

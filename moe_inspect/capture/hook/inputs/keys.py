@@ -1,0 +1,96 @@
+"""Which sequence each token of a call belongs to, where the call's arguments say it.
+
+B batch rows, S positions, N tokens without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_inspect.capture.hook.inputs.given import host_copy
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs
+from moe_inspect.errors import MoeInspectError
+
+
+def keys_told(sequences: Any, codes: dict[Any, int], B: int, S: int) -> torch.Tensor:
+    """int [2, B, S], the same before and after each token. `sequences`: what `record(inputs=…)`
+    returned: a value for each batch row, or for each token. `codes`: the numbers of values that
+    are no integers."""
+    if isinstance(sequences, torch.Tensor):
+        found = host_copy(sequences)
+    else:
+        values = np.asarray(sequences)
+        if not np.issubdtype(values.dtype, np.integer):
+            flat = [codes.setdefault(value, len(codes)) for value in values.reshape(-1).tolist()]
+            values = np.array(flat, np.int64).reshape(values.shape)
+        found = torch.from_numpy(values)
+    if found.shape == (B,) and not (B == 1 and S > 1):
+        found = found[:, None]
+    if found.shape not in {(B, S), (B, 1), (S,), (1,)} or found.dtype.is_floating_point:
+        raise MoeInspectError(
+            f"inputs returned sequences of shape {list(found.shape)} for a batch of {B} rows of "
+            f"{S} positions: return one for each row, or for each token"
+        )
+    return found.expand(2, B, S)
+
+
+def slots_of(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of a call by `generate_batch`: int [2, 1, S], the place in the cache of the token before (−1
+    where there is none) and of each token; and bool [1, S], False for padding. None of any other
+    call. R requests."""
+    if not isinstance(given.get("write_index"), list) or given.get("cu_seq_lens_q") is None:
+        return None
+    if given.get("block_table") is not None:
+        raise MoeInspectError(
+            "this step of generate_batch does not say which requests it goes on with: call it with "
+            "continuous_batching_config=ContinuousBatchingConfig(max_blocks_per_request=0)"
+        )
+    ends, position_S = given["cu_seq_lens_q"].long(), given["position_ids"].reshape(-1)
+    is_some = ends[1:] > ends[:-1]
+    first_R, size_R = ends[:-1][is_some], (ends[1:] - ends[:-1])[is_some]
+    # of the layers that hold all of a sequence, where there are such
+    kinds = list(given["cu_seq_lens_k"])
+    kind = kinds.index("full_attention") if "full_attention" in kinds else 0
+    read, slot_S = given["read_index"][kind].long(), given["write_index"][kind].long()
+    back_S = slot_S.roll(1)
+    back_S[first_R] = -1
+    if len(read):
+        ends_R = given["cu_seq_lens_k"][kinds[kind]].long()[1:][is_some]
+        back_R = read[(ends_R - size_R - 1).clamp(min=0)]
+        back_S[first_R] = torch.where(position_S[first_R] > 0, back_R, -1)
+    real_S = torch.arange(len(slot_S), device=slot_S.device) < ends[-1]
+    return host_copy(torch.stack([back_S, slot_S])[:, None]), real_S[None]
+
+
+def positions_told(call: CallInputs) -> np.ndarray:
+    """int [B, S]: each sequence goes on where it was left."""
+    of_tokens, places, _ = call.keys
+    assert of_tokens is not None
+    assert places is not None
+    key_BS, real_BS = of_tokens.numpy()[1], call.real_BS()
+    position_BS, reached = np.zeros(key_BS.shape, np.int64), dict[int, int]()
+    for b, s in zip(*np.nonzero(real_BS), strict=True):
+        key = int(key_BS[b, s])
+        if key not in reached:
+            before = places.get(key)
+            reached[key] = before[-1].last if before else -1
+        position_BS[b, s] = reached[key] = reached[key] + 1
+    return position_BS
+
+
+def length_of_tuples(caches: Any, before: CachedRows) -> int:
+    """How many positions a cache of tensors holds, in a list or tuple of such for each layer: [B,
+    heads, positions, …] or [B, positions, heads, …]. They end with the pass before or, where tokens
+    were taken back, within it. 0 where the shape does not tell."""
+    while isinstance(caches, (list, tuple)) and caches:
+        caches = caches[0]
+    if not isinstance(caches, torch.Tensor):
+        return 0
+    found = {n for n in caches.shape[1:-1] if before.length - before.fed < n <= before.length}
+    if before.length in found:
+        return before.length
+    return found.pop() if len(found) == 1 else 0

@@ -1,0 +1,260 @@
+"""Which document and sequence the tokens of forward passes belong to.
+
+B batch rows, S positions, N tokens of a pass (without padding), in segments: tokens of one batch
+row whose positions follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_inspect.capture.hook.inputs.places import Place
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, State
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.writer import Document
+
+PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode", "draft"))
+
+
+class Numbered(NamedTuple):
+    """int [N] each, and the documents that are new. `phase`: indices into PHASES."""
+
+    document: np.ndarray
+    sequence: np.ndarray
+    domain: np.ndarray
+    phase: np.ndarray
+    new: list[Document]
+
+
+class Numbering:
+    """Numbers documents and sequences as they come and keeps the domain labels
+    (`domains[code]`)."""
+
+    def __init__(self) -> None:
+        self.domains: list[str] = []
+        self._document_numbers: dict[Any, int] = {}  # by the value the caller gave
+        self._documents = self._sequences = 0
+        # the counters before the rows read last, and each key of a dict that was set since, with
+        # its value before
+        self._undo: tuple[int, int, list[tuple[dict[Any, Any], Any, Any]]] | None = None
+
+    def domain_code(self, label: str) -> int:
+        """The code of a domain label, new or known."""
+        if label not in self.domains:
+            self.domains.append(label)
+        return self.domains.index(label)
+
+    def begin(self) -> None:
+        """What is numbered from here on can be undone."""
+        if self._undo is None:
+            self._undo = (self._documents, self._sequences, [])
+
+    def discard(self) -> None:
+        """Undoes what was numbered since `accept`, as its forward pass failed: the next one takes
+        its numbers."""
+        if self._undo is not None:
+            self._documents, self._sequences, changes = self._undo
+            for values, key, before in reversed(changes):
+                if before is None:
+                    del values[key]
+                else:
+                    values[key] = before
+            self._undo = None
+
+    def accept(self) -> None:
+        """Keeps what was numbered since: it was recorded."""
+        self._undo = None
+
+    def number(self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray) -> Numbered:
+        """Numbers the tokens of a pass, and notes in `call.after` how far its sequences have
+        come. A position that is not the one before + 1 begins a sequence, or goes on with one that
+        its cache holds; one that is not above the one before begins a document too."""
+        row_N, at_N = np.nonzero(real_BS)
+        position_N = position_BS[row_N, at_N]
+        of_tokens, by_key, pages = call.keys
+        keys_2N = None if of_tokens is None else of_tokens.numpy()[:, row_N, at_N]
+        starts_N = np.ones(len(row_N), bool)
+        starts_N[1:] = (row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)
+        if keys_2N is not None:
+            starts_N[1:] |= keys_2N[0, 1:] != keys_2N[1, :-1]
+            if pages is not None and call.token_BS is not None:
+                token_N = call.token_BS.numpy()[row_N, at_N]
+                keys_2N = pages.keys(keys_2N, token_N, starts_N)
+        places = _places_before(call)
+        after = call.after.state = _extents(call.B, row_N, position_N, starts_N, places)
+        draft_N = _drafts(call, after, row_N, at_N, position_N)
+        starts_N[1:] |= draft_N[1:] & ~draft_N[:-1]
+        is_resumed = _rolls_back(call.before, call, _first_positions(call))
+        number_3N = np.empty((3, len(row_N)), np.int64)
+        phase_N = np.full(len(row_N), ENCODE if call.stack == "encoder" else PREFILL)
+        new: dict[int, Document] = {}
+        row, before = -1, None  # the segment before, where it is of the same row
+        for start, end in pairwise([*np.flatnonzero(starts_N).tolist(), len(row_N)]):
+            b, p, is_draft = int(row_N[start]), int(position_N[start]), bool(draft_N[start])
+            before = before if b == row else None
+            if keys_2N is not None and by_key is not None:
+                origin, of_document = self._take(by_key, int(keys_2N[0, start])), True
+            elif before is None:
+                origin, of_document = places[b], not call.is_guess or is_draft
+            else:
+                origin, of_document = before, is_draft or p > before.last
+            goes_on = origin is not None and not is_draft and origin is not before
+            if origin is not None and goes_on and not _follows(origin, p, is_resumed):
+                goes_on = False
+            if origin is not None and goes_on:
+                document, sequence, domain = origin[:3]
+            else:
+                sequence, self._sequences = self._sequences, self._sequences + 1
+                document, domain = (
+                    (origin.document, origin.domain)
+                    if origin is not None and of_document
+                    else self._document(call, b, new)
+                )
+            number_3N[:, start:end] = np.array([[document], [sequence], [domain]])
+            row, before = b, Place(document, sequence, domain, -1, int(position_N[end - 1]))
+            if is_draft:
+                phase_N[start:end] = DRAFT
+                continue
+            after.numbers_3B[:, b] = before[:3]
+            if keys_2N is not None and by_key is not None:
+                key = int(keys_2N[1, end - 1])
+                self._set(by_key, key, (*by_key.get(key, ()), before))
+            if _is_decoded(call, goes_on and p > 0, end - start, bool(draft_N.any())):
+                phase_N[start:end] = DECODE
+        if call.stack == "encoder":
+            after.last_B[:] = -1  # its decoder's positions begin at 0
+        sizes = np.bincount(number_3N[0][~draft_N], minlength=self._documents)
+        documents = [replace(d, tokens=int(sizes[n])) for n, d in new.items()]
+        return Numbered(number_3N[0], number_3N[1], number_3N[2], phase_N, documents)
+
+    def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
+        """The number and domain of the document that begins in batch row b: that of its label,
+        where it has one that is known."""
+        check_labels(call.labels, call.B)
+        documents, domains = call.labels["documents"], call.labels["domains"]
+        domain = str(domains[b]) if domains is not None else ""
+        name = documents[b] if documents is not None else None
+        code = self.domain_code(domain)
+        if documents is not None and name in self._document_numbers:
+            return self._document_numbers[name], code
+        number, self._documents = self._documents, self._documents + 1
+        if documents is not None:
+            self._set(self._document_numbers, name, number)
+        new[number] = Document(number, domain, str(name) if documents is not None else "", 0)
+        return number, code
+
+    def _take(self, places: dict[int, tuple[Place, ...]], key: int) -> Place | None:
+        """The first of the places with this key, which goes on from there."""
+        found = places.get(key)
+        if not found:
+            return None
+        self._set(places, key, found[1:])
+        return found[0]
+
+    def _set(self, values: dict[Any, Any], key: Any, value: Any) -> None:
+        if self._undo is not None:
+            self._undo[2].append((values, key, values.get(key)))
+        values[key] = value
+
+
+def _follows(place: Place, p: int, is_resumed: bool) -> bool:
+    """Whether position p goes on with a sequence: behind its last position, or (`is_resumed`)
+    within the pass that fed it last."""
+    return p == place.last + 1 or (is_resumed and place.first < p <= place.last)
+
+
+def _is_decoded(call: CallInputs, goes_on: bool, length: int, has_drafts: bool) -> bool:
+    """Whether a segment was generated: it goes on with a sequence by one token, or by several that
+    the model was to verify."""
+    is_one = call.S == 1 or (call.keys.of_tokens is not None and length == 1)
+    is_on = goes_on or call.after.length > call.S
+    return call.stack != "encoder" and is_on and (is_one or call.verifies or has_drafts)
+
+
+def _places_before(call: CallInputs) -> list[Place | None]:
+    """How far the sequence of each batch row had come before the pass; None where it had none."""
+    nowhere: list[Place | None] = [None] * call.B
+    state = call.before.state if call.before is not None else None
+    if call.before is None or state is None or not len(state.last_B):
+        return nowhere
+    # transformers repeats a row of an encoder's output for each of its beams
+    repeats, rest = divmod(call.B, len(state.last_B))
+    if rest or (repeats > 1 and call.stack != "decoder"):
+        return nowhere
+    rows = np.concatenate([state.numbers_3B, [state.first_B], [state.last_B]]).T.tolist()
+    found = list(map(Place._make, rows))
+    for b in range(call.B):
+        place = found[b // repeats]
+        if place.document >= 0:
+            # the beams after the first are sequences of their own
+            last = -2 if b % repeats else place.last - call.before.taken
+            nowhere[b] = place._replace(last=last)
+    return nowhere
+
+
+def _extents(
+    B: int,
+    row_N: np.ndarray,
+    position_N: np.ndarray,
+    starts_N: np.ndarray,
+    places: Sequence[Place | None],
+) -> State:
+    """The first and last position of the pass in each batch row; its numbers are those of before
+    until they are known."""
+    numbers_3B, first_B, last_B = np.full((3, B), -1), np.full(B, -1), np.full(B, -1)
+    for b, place in enumerate(places):
+        if place is not None:
+            numbers_3B[:, b], last_B[b] = place[:3], place.last
+    last_B[row_N] = position_N  # of several for one row, the last one is kept
+    first_N = np.flatnonzero(starts_N)
+    is_single_B = np.bincount(row_N[first_N], minlength=B) == 1
+    first_B[row_N[first_N]] = position_N[first_N]
+    first_B[~is_single_B] = -1
+    return State(numbers_3B, first_B, last_B)
+
+
+def _drafts(
+    call: CallInputs, after: State, row_N: np.ndarray, at_N: np.ndarray, position_N: np.ndarray
+) -> np.ndarray:
+    """bool [N]: the tokens that were taken back from the cache before the next pass."""
+    if call.after.taken > 0:
+        return at_N >= call.S - call.after.taken
+    following = call.following
+    if following is not None:
+        first_B = _first_positions(following)
+        if _rolls_back(call.after, following, first_B):
+            return position_N >= first_B[row_N]
+    return np.zeros(len(row_N), bool)
+
+
+def _rolls_back(before: CachedRows | None, call: CallInputs, first_B: np.ndarray) -> bool:
+    """Whether a model that keeps its cache to itself is told to go on before the end of what the
+    pass before has fed: each row within that pass, or behind it."""
+    state = before.state if before is not None else None
+    if not (call.is_guess and call.resumes) or state is None or len(state.last_B) != len(first_B):
+        return False
+    is_within_B = (state.first_B >= 0) & (state.first_B < first_B) & (first_B <= state.last_B + 1)
+    return bool(is_within_B.all())
+
+
+def _first_positions(call: CallInputs) -> np.ndarray:
+    """[B]: the position of the first token of each row, −1 where it has none."""
+    call.wait()
+    real_BS, position_BS = call.real_BS(), call.position_BS()
+    if not call.S:
+        return np.full(call.B, -1)
+    first_B = real_BS.argmax(1)
+    rows = np.arange(call.B)
+    return np.where(real_BS[rows, first_B], position_BS[rows, first_B], -1)
+
+
+def check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
+    for name, values in labels.items():
+        if values is not None and len(values) != B:
+            raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")

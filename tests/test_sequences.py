@@ -1,0 +1,372 @@
+"""Documents, sequences, positions and phases of what `record` sees, whoever decodes and however,
+beside hooks of our own on the model and its routers; and `verify` accepts each of these traces.
+
+B batch rows, S positions, T rows of a forward pass, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe_inspect
+from tests.families import build
+
+IDS = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 17, 4, 33, 9, 17, 4, 33, 9]])
+MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+ROWS: list[list[int]] = IDS.tolist()
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+}  # fmt: skip
+Texts = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("mixtral")
+
+
+class Fed:
+    """What hooks have seen: the ids of the tokens, and per layer the experts of each, as sets."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.experts: dict[int, list[frozenset[int]]] = {}
+        self.real_T = torch.ones(0, dtype=torch.bool)
+
+    def call(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids: Tensor = args[0] if args else kwargs["input_ids"]
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = torch.ones_like(ids)
+        self.real_T = mask[:, -ids.shape[1] :].flatten().bool()
+        self.ids += ids.flatten()[self.real_T].tolist()
+
+    def routed(self, layer: int, logits_TE: Tensor) -> None:
+        chosen_TK = logits_TE.float().topk(2).indices.reshape(-1, 2)[self.real_T]
+        self.experts.setdefault(layer, []).extend(map(frozenset, chosen_TK.tolist()))
+
+
+@contextmanager
+def watched(model: Any, routers: list[Any]) -> Iterator[Fed]:
+    fed = Fed()
+    hooks = [model.register_forward_pre_hook(fed.call, with_kwargs=True)]
+    for layer, router in enumerate(routers):
+
+        def after(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+            fed.routed(layer, output[0] if isinstance(output, tuple) else output)
+
+        hooks.append(router.register_forward_hook(after))
+    yield fed
+    for hook in hooks:
+        hook.remove()
+
+
+def agreed(path: Path, fed: Fed) -> pd.DataFrame:
+    """The tokens of a trace that `verify` accepts, and that holds what the hooks have seen."""
+    verified = moe_inspect.verify(path)
+    assert verified.ok, str(verified)
+    trace = moe_inspect.open_trace(path)
+    tokens = trace.tokens()
+    assert tokens.token_id.tolist() == fed.ids
+    for layer, chosen in fed.experts.items():
+        found = trace.routing(layer=layer)[["expert_0", "expert_1"]].to_numpy()
+        assert list(map(frozenset, found.tolist())) == chosen
+    return tokens
+
+
+def texts_of(tokens: pd.DataFrame) -> Texts:
+    """The texts of the documents, without rejected drafts. Each is one sequence."""
+    kept = tokens[tokens.phase != "draft"]
+    assert (kept.groupby("document").sequence.nunique() == 1).all()
+    found = [rows.sort_values("position") for _, rows in kept.groupby("document")]
+    for rows in found:
+        assert rows.position.tolist() == [*range(rows.position.min(), rows.position.max() + 1)]
+    return [rows.token_id.tolist() for rows in found]
+
+
+def generated(model: Any, ids: Tensor = IDS, **options: Any) -> Texts:
+    out = model.generate(ids, **{**GREEDY, **options})
+    return [row[:-1] for row in out.tolist()]  # the last token is never fed
+
+
+def left_padded(model: Any) -> Texts:
+    rows = generated(model, attention_mask=MASK)
+    return [rows[0], rows[1][3:]]
+
+
+def forward(model: Any, **options: Any) -> Texts:
+    model(IDS, **options)
+    mask = options.get("attention_mask", torch.ones_like(IDS)).bool()
+    return [row[kept].tolist() for row, kept in zip(IDS, mask, strict=True)]
+
+
+def in_chunks(model: Any) -> Texts:
+    """The caller keeps the cache, and feeds three tokens, four, one, and one."""
+    cache = None
+    for part in IDS.split([3, 4, 1, 1], dim=1):
+        cache = model(input_ids=part, cache=cache, use_cache=True).cache
+    return ROWS
+
+
+def branched(model: Any) -> Texts:
+    """A cache cut back to a common beginning by the caller, twice: what follows is a sequence of
+    its own each time."""
+    cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
+    for _ in range(2):
+        model(input_ids=IDS[:1, 4:], cache=cache)
+        cache.crop(-5)
+    return []
+
+
+def own_drafts(model: Any) -> Texts:
+    """Speculative decoding by hand: two of four drafts are kept, then none of one, and one of two
+    at the end."""
+    cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
+    for fed, rejected in (([5, 1, 2, 3, 4], 2), ([7, 8], 1), ([6], 0), ([3, 4, 2], 1)):
+        cache = model(input_ids=torch.tensor([fed]), cache=cache).cache
+        if rejected:
+            cache.crop(-rejected)
+    return [[*ROWS[0][:4], 5, 1, 2, 7, 6, 3, 4]]
+
+
+def in_batches(model: Any) -> Texts:
+    """transformers' continuous batching; requests of different lengths, in pieces of at most 8
+    tokens, some of which end while others go on."""
+    import transformers
+
+    prompts = [ROWS[0], ROWS[1][:4], ROWS[0][:5], ROWS[1]]
+    settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1, "max_new_tokens": 5})
+    out = model.generate_batch(
+        inputs=prompts,
+        generation_config=settings,
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            num_blocks=8, max_batch_tokens=8, page_size=4
+        ),
+    )
+    assert {tuple(o.prompt_ids) for o in out.values()} == set(map(tuple, prompts))
+    texts = [[*o.prompt_ids, *o.generated_tokens[:-1]] for o in out.values()]
+    # of the third prompt a page of four tokens was in the cache when it came, and is not fed again
+    return [
+        text[4:] if text[:5] == prompts[2] == o.prompt_ids else text
+        for text, o in zip(texts, out.values(), strict=True)
+    ]
+
+
+def assisted(model: Any, **options: Any) -> Texts:
+    return generated(model, IDS[:1], assistant_model=drafter(), **options)
+
+
+def drafter() -> Any:
+    """Another model that proposes some of what the first one generates."""
+    torch.manual_seed(0)
+    other = build("mixtral")
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.1)
+    return other
+
+
+# name → what is done, which returns the texts, and (prefill, decode, draft) where they are known
+WAYS: dict[str, Callable[[Any], Texts]] = {
+    "forward": forward,
+    "forward, padding left": lambda m: forward(m, attention_mask=MASK),
+    "forward, padding right": lambda m: forward(m, attention_mask=MASK.flip(1)),
+    "forward, no cache": lambda m: forward(m, use_cache=False),
+    "greedy": generated,
+    "greedy, padding left": left_padded,
+    "greedy, cache of another kind": lambda m: generated(m, cache_implementation="static"),
+    "greedy, prompt in chunks": lambda m: generated(m, prefill_chunk_size=4),
+    "sampling": lambda m: generated(m, do_sample=True),
+    "several sequences": lambda m: generated(m, do_sample=True, num_return_sequences=2),
+    "no cache": lambda m: generated(m, use_cache=False)[:0],
+    "assisted": assisted,
+    "assisted, sampling": lambda m: assisted(m, do_sample=True),
+    "prompt lookup": lambda m: generated(m, IDS[:1], prompt_lookup_num_tokens=3),
+    "cache kept by the caller": in_chunks,
+    "cache cut by the caller": branched,
+    "drafts of the caller's own": own_drafts,
+    "continuous batching": in_batches,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_of_a_model_of_transformers(way: str, model: Any, tmp_path: Path) -> None:
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    with watched(model, routers) as fed, moe_inspect.record(model, tmp_path / "t"):
+        texts = WAYS[way](model)
+    tokens = agreed(tmp_path / "t", fed)
+    if texts:
+        assert sorted(texts_of(tokens)) == sorted(texts)
+    found = {name: int((tokens.phase == name).sum()) for name in ("decode", "draft")}
+    if way in PHASES:
+        assert (found["decode"], found["draft"]) == PHASES[way]
+
+
+# name → decoded tokens and rejected drafts
+PHASES = {
+    "greedy": (12, 0),
+    "assisted": (5, 2),
+    "prompt lookup": (6, 3),
+    "drafts of the caller's own": (7, 4),
+    "continuous batching": (17, 0),  # a prompt ended with a piece of one token
+    "cache cut by the caller": (0, 0),
+}
+
+
+class Attention(nn.Module):
+    """With the keys and values of earlier calls in the module, or (`past`) given by the caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.kept = torch.zeros(2, 2, 64, 16)
+
+    def forward(self, x_BSD: Tensor, at_S: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        q, k, v = self.qkv(x_BSD).chunk(3, -1)
+        if past is not None:
+            k, v = (torch.cat([old[:, 0], new], 1) for old, new in zip(past, (k, v), strict=True))
+        elif at_S is not None:
+            B, end = len(x_BSD), int(at_S[-1]) + 1
+            self.kept[0, :B, at_S], self.kept[1, :B, at_S] = k, v
+            k, v = self.kept[:, :B, :end]
+        S, N = q.shape[1], k.shape[1]
+        seen = torch.ones(S, N, dtype=torch.bool).tril(N - S)
+        scores = (q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf"))
+        return scores.softmax(-1) @ v, (k[:, None], v[:, None])
+
+
+class Own(nn.Module):
+    """Two layers of attention and experts, of which each token takes two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        self.attention = nn.ModuleList([Attention() for _ in range(2)])
+        self.gates = nn.ModuleList([nn.Linear(16, 6) for _ in range(2)])
+
+    def run(self, ids: Tensor, at_S: Any = None, past: Any = None) -> tuple[Tensor, list[Any]]:
+        x, kept = self.embed(ids), []
+        for layer, (attention, gate) in enumerate(zip(self.attention, self.gates, strict=True)):
+            read, kv = attention(x, at_S, past[layer] if past is not None else None)
+            x, kept = x + read, [*kept, kv]
+            weights, chosen = gate(x).softmax(-1).topk(2)
+            moe_inspect.probe(chosen, weights, layer=layer, experts=6)
+            x = x + weights.sum(-1, keepdim=True)
+        return self.head(x), kept
+
+
+class StartPos(Own):
+    """As DeepSeek-V3's own code."""
+
+    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
+        return self.run(tokens, torch.arange(start_pos, start_pos + tokens.shape[1]))[0]
+
+
+class InputPos(Own):
+    """As gpt-fast."""
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        return self.run(idx, input_pos)[0]
+
+
+class Tuples(Own):
+    """The caller keeps a tuple of keys and values for each layer."""
+
+    def forward(self, idx: Tensor, past_kv: Any = None) -> tuple[Tensor, Any]:
+        return self.run(idx, None, past_kv)
+
+
+def feed_start(model: Any, ids: Tensor, at: int, past: Any) -> Any:
+    model(ids, at)
+
+
+def feed_input_pos(model: Any, ids: Tensor, at: int, past: Any) -> Any:
+    model(ids, input_pos=torch.arange(at, at + ids.shape[1]))
+
+
+def feed_tuples(model: Any, ids: Tensor, at: int, past: Any) -> Any:
+    if at and past is not None:
+        past = [[kept[:, :, :at] for kept in kv] for kv in past]
+    return model(ids, past_kv=past if at else None)[1]
+
+
+OWN = [(StartPos, feed_start), (InputPos, feed_input_pos), (Tuples, feed_tuples)]
+
+
+@pytest.mark.parametrize(("kind", "feed"), OWN)
+@torch.no_grad()
+def test_of_a_model_with_a_cache_of_its_own(kind: Any, feed: Any, tmp_path: Path) -> None:
+    """Two texts of two rows each, in parts, one token of each in the end, then the rejected drafts
+    of a single row."""
+    model, past = kind().eval(), None
+    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+        for text in (IDS, IDS.flip(1)):
+            at = 0
+            for part in text.split([4, 3, 1, 1], dim=1):
+                past = feed(model, part, at, past)
+                at += part.shape[1]
+        for at, ids in ((0, [5, 6, 7]), (3, [1, 2, 3, 4]), (5, [8, 9]), (7, [7]), (8, [3, 3])):
+            past = feed(model, torch.tensor([ids]), at, past)
+        past = feed(model, torch.tensor([[2]]), 9, past)
+    tokens = agreed(tmp_path / "t", fed)
+    assert texts_of(tokens) == [*ROWS, *IDS.flip(1).tolist(), [5, 6, 7, 1, 2, 8, 9, 7, 3, 2]]
+    assert tokens.groupby("phase").size().to_dict() == {"prefill": 33, "decode": 13, "draft": 3}
+    whole = model.run(torch.tensor([ROWS[0]]))[0]  # the cache works
+    assert whole.shape == (1, 9, 64)
+
+
+@torch.no_grad()
+def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
+    """Parts of other texts, which begin somewhere (a rank that holds a part of each text, texts
+    that are shifted while training): nothing goes on, nothing is rejected."""
+
+    class Positioned(Own):
+        def forward(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
+            return self.run(idx)[0]
+
+    model = Positioned()
+    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+        for first in (8, 8, 11, 9):
+            model(IDS, position_ids=torch.arange(first, first + 9).expand(2, 9))
+    tokens = agreed(tmp_path / "t", fed)
+    assert texts_of(tokens) == ROWS * 4
+    assert set(tokens.phase) == {"prefill"}
+
+
+@torch.no_grad()
+def test_a_caller_says_which_sequence_a_token_is_of(tmp_path: Path) -> None:
+    """An engine that packs requests, by number and by name."""
+    model = Own()
+    model.forward = lambda idx, of: model.run(idx)[0]  # pyright: ignore
+    passes = [
+        ([5, 6, 7, 9, 17], [4, 4, 4, 7, 7]),
+        ([33, 8, 4], [7, 4, 7]),
+        ([40, 41, 42], [9, 9, 4]),
+    ]
+    names = {4: "a", 7: "b", 9: "c"}
+    for named in (False, True):
+        path = tmp_path / str(named)
+
+        def inputs(args: Any, kwargs: Any, named: bool = named) -> dict[str, Any]:
+            of = args[1][None].tolist() if named else args[1]
+            return {
+                "input_ids": args[0],
+                "sequences": [[names[n] for n in row] for row in of] if named else of,
+            }
+
+        with (
+            watched(model, list(model.gates)) as fed,
+            moe_inspect.record(model, path, inputs=inputs),
+        ):
+            for ids, of in passes:
+                model(torch.tensor([ids]), torch.tensor(of))
+        assert texts_of(agreed(path, fed)) == [[5, 6, 7, 8, 42], [9, 17, 33, 4], [40, 41]]
