@@ -75,34 +75,34 @@ def record(
                  training framework, or one's own with `probe` in its forward or with `routers`
     path         directory of the trace, or its URL (s3://…); may be None with `counts_only`
     tokenizer    its vocabulary is written into the trace
-    capture      "dispatch": our experts implementation routes and records; "tap": the model's own
-                 implementation stays and its calls are watched; "auto": dispatch where the model
-                 would run the stock grouped_mm on a GPU, else tap
+    capture      "tap": record the calls of the model's own experts; "dispatch": run and record
+                 moe-inspect's experts; "auto": dispatch where the model would run the stock
+                 grouped_mm on a GPU, else tap
     layers       record only these block indices
     weights      record the gate weights
     logits       record the router logits
     output_norms record the Euclidean norm of each expert's output for its token, before the gate
-                 weight. Needs dispatch, which "auto" then takes, also on a CPU
+                 weight. Needs dispatch, which "auto" then selects, also on a CPU
     output_peaks record the largest |value| of that output; likewise
-    token_loss   record the loss (nats) of predicting each token's successor in its sequence, and
-                 the entropy of that prediction; the next token of a generated sequence comes with
-                 the next forward pass. In beam search, whose rows change places in between, a
-                 token that another row goes on from has none
+    token_loss   record the loss (nats) and the entropy of predicting the next token of each
+                 sequence; the next token of a generated sequence comes with the next forward pass.
+                 In beam search, a token continued by another row has no loss
     counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
                  `balance()` returns the balance table at any time
     every        with `counts_only`: count every N-th forward pass
-    flush_steps  with `counts_only` and a path: commit the counts after so many counted passes, for
-                 those who read the trace while it is written; each commit is one step of `windows`
-                 and `drift`. By default they are committed after 65,536 tokens
+    flush_steps  with `counts_only` and a path: commit the counts every N counted passes, to read
+                 the trace while it is written; each commit is one step of `windows` and `drift`.
+                 By default they are committed every 65,536 tokens
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
     overwrite    replace an existing trace at `path`, which is refused otherwise
-    text         record which token each is; without, token ids are -1 and there is no vocabulary.
-                 The trace is not anonymous: routes tell most of the text (arXiv:2602.04105)
-    drop         where the writer cannot keep up, drop decisions and count them instead of waiting
-    commit_every seconds after which what was recorded is committed, for those who read the trace
-                 while it is written (`moe-inspect watch`). By default a shard of 65,536 tokens or
-                 60 seconds is; it replaces those that were committed early
+    text         record which token each is; without it, token ids are -1 and there is no
+                 vocabulary. The trace is still not anonymous: routes alone reveal most of the text
+                 (arXiv:2602.04105)
+    drop         if the writer cannot keep up, drop decisions and count them instead of waiting
+    commit_every commit at this interval, in seconds, to read the trace while it is written
+                 (`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is
+                 committed; it replaces those that were committed early
     ring_tokens  rows of the largest forward pass to allocate device memory for. By default the
                  buffer grows as needed, which it cannot once CUDA graphs write into it
     routers      where the routers are and how their choices are read, by `RouterSpec`s; by default
@@ -162,7 +162,7 @@ def intervene(
     routers: Sequence[RouterSpec] | None = None,
     inputs: InputsOf | None = None,
 ) -> Intervention:
-    """Sends the tokens of `model` to other experts within a `with` block:
+    """Changes which experts the tokens of `model` go to within a `with` block:
 
         with moe_inspect.intervene(model, drop={3: [5]}) as done:
             model(**batch)
@@ -171,22 +171,22 @@ def intervene(
     Afterwards, also after an exception, the model is as it was. A recording within the block, or
     around it, records what was executed.
 
-    model    any MoE that `record` can record, but for probes
-    drop     layer → experts that no token goes to (where a layer has two routers, the path of its
-             module in place of the layer). Where the router logits can be seen (in nearly
-             every family), the router chooses among the rest by its own code, as if it had no row
-             for them; else the gate weight of a dropped expert is shared out among the token's
-             other experts. `table()` says which of the two
+    model    any MoE that `record` can record, except by probes
+    drop     layer → experts that no token goes to (if a layer has two routers, give a router's
+             module path instead of the layer). If the router logits are visible (in nearly every
+             family), the router chooses among the rest by its own code, as if it had no row for
+             them; else the gate weight of a dropped expert is shared among the token's other
+             experts. `table()` shows which of the two
     force    layer → experts that every token goes to, at most K: one that the router did not choose
-             takes over the slot and the gate weight of the token's least choice
-    replay   a trace, or its path: each token goes to the experts it went to there. Where the
-             router's own choice holds an expert, its own gate weight is kept, with its gradient;
-             the others get the trace's, which `table()` counts. Sequences are recognised by their
-             token ids, in whatever order and batches they are fed; MoeInspectError for one that is
-             not in the trace. A token beyond the end of its sequence there keeps its own choice
-    shuffle  a seed: the tokens of each forward pass exchange their choices at random, which leaves
-             the load of every expert as it was
-    routers  where the routers are, by `RouterSpec`s; by default they are found
+             takes the slot and the gate weight of the token's last choice
+    replay   a trace, or its path: each token goes to the same experts as in the trace. An expert
+             that the router chooses too keeps the router's gate weight, with its gradient; the
+             others get the trace's, which `table()` counts. Sequences are recognised by their
+             token ids, in any order and batches; MoeInspectError for one that is not in the trace.
+             A token beyond the end of its sequence in the trace keeps the router's choice
+    shuffle  a seed: the tokens of each forward pass exchange their choices at random, which keeps
+             the load of every expert
+    routers  the routers, as `RouterSpec`s; by default they are found
     inputs   what a forward pass is fed, as in `record`
 
     `drop` and `force` can be combined, for different layers. A compiled model runs eagerly within
@@ -216,17 +216,17 @@ def ablate(
     # the trace's own keyword `resume` is another: no trace is written
     **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Ablation:
-    """Measures what each expert of a model is worth: the loss on held-out text without it, its
-    router choosing among the rest, beside that of the whole model.
+    """Measures the value of each expert of a model: the loss on held-out text without it (its
+    router chooses among the rest), beside the loss of the whole model.
 
     model        a hub id, a directory, or "demo" (bundled, offline)
     options      settings of the text and of the model; each field of `TraceOptions` may also be
-                 given as a keyword: `ablate("demo", data=["held_out/"], layers=[1])`. What is
-                 recorded of a trace does not matter here
+                 given as a keyword: `ablate("demo", data=["held_out/"], layers=[1])`. Fields about
+                 what is recorded have no effect here
     experts      only these experts of each layer; None: all
     most_passes  run at most this many forward passes, so that every expert is judged on less text
-    resume       a directory where every loss is kept, and from which a later call goes on
-    progress     called with (forward passes done, in all) after each
+    resume       a directory that stores every loss, and from which a later call continues
+    progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.interventions.ablation.run import ablate as run
@@ -238,7 +238,7 @@ def ablate(
 
 
 def describe_weights(model: str, *, revision: str | None = None) -> dict[str, pd.DataFrame]:
-    """What the weights of a model say of its routers and experts, without running it: the tables
+    """Statistics of the weights of a model's routers and experts, without running it: the tables
     "routers" and "experts". `model`: a hub id, a directory, or "demo".
 
     routers, a row per router: the cosines of pairs of its rows (mean and largest), their effective
@@ -269,27 +269,27 @@ def prune(
     **changes: Unpack[TraceKeywords],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Pruning:
     """Drops the least valuable experts of each layer, by a trace of the model on a calibration
-    text, and measures on held-out text what the model loses, beside as many experts chosen by
-    frequency and at random. With `output` it writes the checkpoint without them.
+    text, and measures the loss on held-out text without them, beside dropping the same number by
+    frequency and at random. With `output` it writes the pruned checkpoint.
 
     model        a hub id, a directory, or "demo" (bundled, offline)
     options      settings of the held-out text and of the model; each field of `TraceOptions` may
                  also be given as a keyword, as in `ablate`
     trace        of this model on the calibration text: of all layers, for "reap", "ean" and
                  "mean-norm" recorded with `output_norms`
-    keep         the least share of the experts of each layer (of each group, where routers choose
-                 groups first) that stays
+    keep         share of the experts of each layer to keep, at least (of each group, if routers
+                 choose groups first)
     by           "reap": mean of gate weight × norm of the expert's output; "gate": sum of the gate
                  weights; "frequency": assignments; "ean": sum of the norms; "mean-norm": their
                  mean; "aimer": minus mean |weight| ÷ root mean square of its weights; "ablation":
-                 what the model loses on the calibration text without this expert alone; "random"
+                 rise of the loss on the calibration text without this expert; "random"
     output       a directory that does not exist yet: a checkpoint that transformers loads, with
                  what was measured in its pruning.json. None: no model is written
-    draws        choices at random to compare with
+    draws        how many random choices to compare with
     seed         of the first of them
-    resume       of "ablation": a directory where every loss is kept, and from which a later call
-                 goes on
-    progress     called with (forward passes done, in all) after each
+    resume       for "ablation": a directory that stores every loss, and from which a later call
+                 continues
+    progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.interventions.pruning.run import Choice

@@ -140,7 +140,7 @@ def test_what_cannot_be_traced_is_refused_by_name(
     (broken / "adapter_config.json").write_text("[")
     assert "is not an adapter's config" in said(broken)
     prompts = config_in(tmp_path / "c", **stated, num_virtual_tokens=4)
-    assert "adds prompts of its own (LORA), which are no tokens" in said(prompts)
+    assert "adds its own prompts (LORA), which are not tokens" in said(prompts)
     adapter = config_in(tmp_path / "d", **stated)
     monkeypatch.setattr(peft_adapter, "find_spec", lambda name: None)
     assert "needs peft: pip install 'moe-inspect[peft]'" in said(adapter)

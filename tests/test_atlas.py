@@ -108,7 +108,7 @@ def test_the_table_is_that_of_the_reports(here: Path):
     }
     index = (here / "site/index.html").read_text()
     assert "counts hold no documents to shuffle" in index
-    assert "no other trace here is of the same text by another checkpoint" in index
+    assert "no other trace has the same text and another checkpoint" in index
 
 
 def test_a_page_is_that_of_the_report(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -183,7 +183,7 @@ def test_why_there_is_no_saturation_is_of_the_traces_that_are_named(here: Path):
         atlas([here / name for name in names], here / "site")
         return entries(here / "site")["b"]["no_saturation"]
 
-    none = "no other trace here is of the same text by another checkpoint of this model"
+    none = "no other trace has the same text and another checkpoint of this model"
     # of a and b it is the last, which others are compared with
     assert [why("b"), why("a", "b"), why("b")] == [none, "", none]
 
@@ -245,7 +245,9 @@ def test_pages_are_added(here: Path):
     assert list(table["made"]) == [False, False, False, True]
     assert entries(here / "site")["a"] == before
     (here / "site/a.html").unlink()
-    with pytest.raises(MoeInspectError, match=r"a\.html is not as it was made: name its trace too"):
+    with pytest.raises(
+        MoeInspectError, match=r"a\.html was changed since it was made: name its trace too"
+    ):
         atlas([here / "c"], here / "site", add=True)
     atlas([here / "c"], here / "site")
     assert set(state(here / "site")) == {"index.html", "c.html"}
@@ -330,11 +332,11 @@ def test_what_is_hostile_is_text(here: Path):
     [
         ("a", ["b"], "a is a trace"),
         ("a/trace.json", ["b"], "is a file"),
-        ("foreign", ["b"], "foreign/index.html is not of an atlas"),
-        ("strange", ["b"], "strange/index.html is not of an atlas"),
+        ("foreign", ["b"], "foreign/index.html does not belong to an atlas"),
+        ("strange", ["b"], "strange/index.html does not belong to an atlas"),
         ("new", ["a", "b", "a"], "a is given twice"),
         ("new", ["nowhere"], "no trace at"),
-        ("new", [], "give a trace"),
+        ("new", [], "give at least one trace"),
     ],
 )
 def test_bad_input_is_one_line(output: str, traces: list[str], says: str, here: Path):

@@ -148,7 +148,7 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
         (["--fail-above", "load_shift=1,set_mismatch=0"], "there is no metric 'set_mismatch'"),
         (["--noise", a], "which noise needs"),
         (["--drop-last"], "which drop_last needs"),
-        (["--phase", "decode"], "which know no phase"),
+        (["--phase", "decode"], "which have no phases"),
     ):
         result = cli_here("compare", a, b, *arguments, check=1)
         assert says in result.stderr

@@ -498,8 +498,8 @@ def test_usage(cli_here: Cli) -> None:
         ((url,), "a URL is traced with --engine"),
         (("demo", *engine), "takes the URL of a server"),
         ((url, "--engine", "vllm"), "needs --model-config"),
-        ((url, *engine, "--device", "cpu"), "--device means nothing to an engine"),
-        (("demo", "--concurrency", "2"), "--concurrency means nothing without an engine"),
+        ((url, *engine, "--device", "cpu"), "--device does not apply with --engine"),
+        (("demo", "--concurrency", "2"), "--concurrency needs --engine"),
     ):
         done = cli_here("trace", *arguments, "-o", "t", check=2)
         assert said in " ".join(done.stderr.replace("│", " ").split()), done.stderr

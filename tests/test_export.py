@@ -126,7 +126,7 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
 @pytest.mark.parametrize(
     ("format", "options", "said"),
     [
-        ("esft", {"top_p": 0}, "--top-p is 0, not over 0 and at most 1"),
+        ("esft", {"top_p": 0}, "--top-p is 0: give a share above 0, at most 1"),
         ("esft", {"top_p": float("nan")}, "--top-p is nan"),
         ("esft", {"by": "x"}, "no score 'x': there are reap, gate"),
         ("pruning", {"by": "x"}, "no score 'x': there are reap, gate"),
@@ -134,7 +134,7 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
         ("esft", {"by": "ablation"}, "add --losses FILE"),
         ("esft", {"losses": "l.csv"}, "--losses is for ablation, not for frequency"),
         ("counts", {"by": "gate"}, "--by is an option of the format esft, pruning, not of counts"),
-        ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, and every token goes to 2"),
+        ("pruning", {"by": "gate", "keep": 0.1}, "of 8 experts, but every token goes to 2"),
         ("pruning", {"top_p": 0.5}, "--top-p is an option of the format esft, not of pruning"),
         ("counts", {"top_p": 0.5}, "--top-p is an option of the format esft, not of counts"),
     ],
@@ -257,7 +257,10 @@ def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path)
         ),
         (rows[rows["expert"] != 5], "losses without 7 of 8 experts in layer 1"),
         (rows[rows["layer"] == 3], "losses without 0 of 8 experts in layer 1"),
-        (rows.drop(columns="tokens"), "no column 'tokens': it is no table of moe-inspect ablate"),
+        (
+            rows.drop(columns="tokens"),
+            "no column 'tokens': it is not a table of moe-inspect ablate",
+        ),
     ):
         wrong.to_csv(tmp_path / "wrong.csv", index=False)
         with pytest.raises(MoeInspectError, match=said):
@@ -346,7 +349,7 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
             export_trace(trace, format, tmp_path / "o")
         return
     if format == "pruning":
-        with pytest.raises(MoeInspectError, match="does not hold how large the experts' outputs"):
+        with pytest.raises(MoeInspectError, match="has no output norms"):
             export_trace(trace, format, tmp_path / "o.json")
         export_trace(trace, format, tmp_path / "o.json", by="frequency")
         plan = json.loads((tmp_path / "o.json").read_text())

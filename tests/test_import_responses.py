@@ -105,7 +105,7 @@ def test_the_completions_route_has_token_ids_in_the_choice(tmp_path: Path) -> No
                 "choices": [{"prompt_token_ids": PROMPT}],
                 "sglext": {"routed_experts": raw(ROUTED_TBK)},
             },
-            "no token_ids of what was generated: set return_token_ids",
+            "it lacks token_ids of the generated tokens: set return_token_ids",
         ),
     ],
 )

@@ -293,10 +293,10 @@ UNLIKE: dict[str, tuple[Callable[[Path, int], Any], str]] = {
         lambda root, seed: write_trace(root, [PAIRS], E, weights=[np.ones((9, K))]),
         "the routers is 2 routers and 1 router",
     ),
-    "weights": (lambda root, seed: made(root, seed, weights=None), "a has weight_j, .*b has not"),
+    "weights": (lambda root, seed: made(root, seed, weights=None), "a has weight_j, .*b does not"),
     "logits": (
         lambda root, seed: made(root, seed, logits=[np.zeros((90, E), np.float16)] * L),
-        "b has logits, .*a has not",
+        "b has logits, .*a does not",
     ),
     "counts": (
         lambda root, seed: write_counts(root, [np.ones((1, E))] * L, K),
@@ -365,7 +365,7 @@ def test_damage_is_refused_and_named(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     refused(tmp_path, "b/routing/part-0-1.parquet", "a", "b")
-    refused(tmp_path, "two traces or more", "a")
+    refused(tmp_path, "two or more traces", "a")
     refused(tmp_path, "they would count twice", "a", "a")
     with pytest.raises(MoeInspectError, match="is one of the traces"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a", overwrite=True)

@@ -192,7 +192,7 @@ def test_one_writer_at_a_time(there: str, capsys: pytest.CaptureFixture[str]) ->
             check_directory(place, overwrite=False)
         join(place, lock.holder).release()  # of another rank: rank 0's stays
         assert is_locked(place) is True
-        with pytest.raises(MoeInspectError, match=r"this process has taken .* over"):
+        with pytest.raises(MoeInspectError, match=r"this process has taken over"):
             join(place, "another")
     assert is_locked(place) is False
     assert not (place / LOCK).exists()
@@ -212,7 +212,7 @@ def test_a_writer_that_was_taken_over_stops(there: str) -> None:
     for batch in batches(4):
         writer.write(batch)
     (place / LOCK).write_bytes(FOREIGN)
-    with pytest.raises(MoeInspectError, match=r"process 77 on elsewhere has taken .* over"):
+    with pytest.raises(MoeInspectError, match=r"process 77 on elsewhere has taken over"):
         writer.close()
     committed = Trace(place).n_tokens
     assert committed < 4 * T

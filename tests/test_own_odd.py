@@ -46,7 +46,7 @@ def test_a_top_k_that_changes_is_refused(tmp_path: Path, K: int, options: Any) -
     def probing(n: int) -> None:
         moe_inspect.probe(*shown(n, K if n else 2), layer=0, experts=8)
 
-    refused(tmp_path / "t", f"chose {K} experts per token, and 2 in its first", probing, **options)
+    refused(tmp_path / "t", f"chose {K} experts per token, but 2 in its first", probing, **options)
 
 
 def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path) -> None
     for late in (0, 1):
         refused(
             tmp_path / "t",
-            r"probe\(layer=0\) chose expert 8 and is said to have 8 experts",
+            r"probe\(layer=0\) chose expert 8 but is declared with 8 experts",
             lambda n, late=late: moe_inspect.probe(
                 shown()[0] + (n == late), shown()[1], layer=0, experts=8
             ),
@@ -243,7 +243,7 @@ def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
     assert found.routers == {"layers.*": "Switch, with gate_w"}
     assert found.experts_lists == {"layers.*": "Switch of 6"}
     assert found.experts == 6
-    with pytest.raises(MoeInspectError, match="no router that is known was found in OfSwitches"):
+    with pytest.raises(MoeInspectError, match="no known router was found in OfSwitches"):
         record_once(OfSwitches(), tmp_path / "t")
     with pytest.raises(
         MoeInspectError, match=r"no block of OfSwitches called torch\.topk to choose experts in"
@@ -259,7 +259,7 @@ def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
             return x @ self.gate_proj
 
     assert candidates(OfSwitches(Dense)) is None
-    with pytest.raises(MoeInspectError, match=r"is a dense model: .* as far as the names"):
+    with pytest.raises(MoeInspectError, match=r"is a dense model: .* judging by the names"):
         record_once(OfSwitches(Dense), tmp_path / "t")
 
 

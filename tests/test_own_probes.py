@@ -102,7 +102,7 @@ def test_mistakes_in_probes_are_named(tmp_path: Path) -> None:
         lambda n: moe_inspect.probe(ids[:24], weights[:24], layer=0, experts=2),
     )
     failing(
-        r"probe\(layer=0\) chose expert 2 and is said to have 2 experts",
+        r"probe\(layer=0\) chose expert 2 but is declared with 2 experts",
         lambda n: moe_inspect.probe(ids + 2, weights, layer=0, experts=2),
     )
     failing(

@@ -216,7 +216,7 @@ def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
     for loader, match in (
         (3, "a loader is a function that returns .* not a int"),
         (lambda: (own.gpt(), good.Bytes(), 3), "returned a int in place of a function"),
-        (lambda: (own.gpt(), object()), "this is no tokenizer, but a object"),
+        (lambda: (own.gpt(), object()), "a object is not a tokenizer"),
         (lambda: exit(2), "failed: SystemExit: 2"),
     ):
         with pytest.raises(MoeInspectError, match=match):

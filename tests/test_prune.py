@@ -181,7 +181,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
         with pytest.raises(MoeInspectError, match=why):
             check(model, sites, keep, top_k)
 
-    refused("mixtral", 0.25, "leaves 2 of 8 experts, and every token goes to 3")
+    refused("mixtral", 0.25, "leaves 2 of 8 experts, but every token goes to 3")
     refused("mixtral", 0.99, "drops none of 8 experts")
     refused("mixtral", 1.5, "--keep is 1.5")
     refused("deepseek_v3", 0.75, "drops none of 2 experts in each of 4 groups")

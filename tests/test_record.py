@@ -327,7 +327,7 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
         ({"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
         (
             {"flush_steps": 3, "counts_only": True, "commit_every": 5.0},
-            "flush_steps and commit_every both say when counts are committed",
+            "flush_steps and commit_every both set when counts are committed",
         ),
     ):
         with pytest.raises(MoeInspectError, match=says):

@@ -314,7 +314,7 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
         assert fits >= 5000
         with pytest.raises(
             MoeInspectError,
-            match=rf"20,000 rows is more than the {fits:,} there is room for .* ring_tokens=20000",
+            match=rf"20,000 rows exceeds the room .* \({fits:,}\): .* ring_tokens=20000",
         ):
             rec.step(20000)
         model(**token_batch([9]))

@@ -101,8 +101,12 @@ def test_refusals_leave_nothing(whole: Trace, tmp_path: Path) -> None:
     write_counts(tmp_path / "counts", [np.ones((1, E))] * 2, K)
     there = sorted(path.name for path in tmp_path.iterdir())
     for path, how, says in (
-        (whole.path, {}, "either documents or share"),
-        (whole.path, {"documents": 1, "share": 0.1}, "either documents or share"),
+        (whole.path, {}, "give the size of the sample: documents or share"),
+        (
+            whole.path,
+            {"documents": 1, "share": 0.1},
+            "give the size of the sample: documents or share",
+        ),
         (whole.path, {"documents": 0}, "1 or more"),
         (whole.path, {"documents": 2.5}, "documents is 2.5: give a whole number"),
         (whole.path, {"documents": 1, "seed": 0.5}, "seed is 0.5: give a whole number"),

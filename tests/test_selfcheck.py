@@ -297,7 +297,7 @@ def test_where_torch_is_wrong_too_nothing_is_recorded(
         monkeypatch.setattr(kernels, name, lambda tape, ids, weights: None)
     with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
         record()
-    with pytest.raises(MoeInspectError, match="and torch in its place gives a wrong result"):
+    with pytest.raises(MoeInspectError, match="and torch instead gives a wrong result"):
         record()  # and again: it was not taken for checked
 
 
@@ -314,7 +314,7 @@ def test_doctor_shows_what_is_wrong(
     rows = list(selfchecks_of(CPU))
     shown = page({**facts, "selfcheck": rows})
     assert "record                      right (2 variants in " in shown
-    assert "dispatch                    WRONG: torch does its work (3 variants in " in shown
+    assert "dispatch                    WRONG: torch runs instead (3 variants in " in shown
     assert "gives a wrong result: recorded ids of 1 token, in one page" in shown
 
 

@@ -67,7 +67,7 @@ def _read(path: Path) -> pd.DataFrame:
             raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
     if missing := [name for name in COLUMNS if name not in table]:
         raise MoeInspectError(
-            f"{path} has no column {missing[0]!r}: it is no table of moe-inspect ablate"
+            f"{path} has no column {missing[0]!r}: it is not a table of moe-inspect ablate"
         )
     return table
 

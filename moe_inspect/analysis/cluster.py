@@ -56,8 +56,8 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
         yield Cluster(client, traces)
     except KilledWorker as error:
         raise MoeInspectError(
-            f"workers of {address} died again and again over the same part of the trace, often for "
-            f"want of memory (fewer threads per worker need less): {first_line(error)}"
+            f"workers of {address} died repeatedly on the same part of the trace, often out of "
+            f"memory (fewer threads per worker need less): {first_line(error)}"
         ) from None
     except (CancelledError, CommClosedError) as error:
         raise MoeInspectError(
@@ -118,10 +118,10 @@ def _check_seen(path: str, identity: str) -> None:
         there = _identity(read_manifest(location(path)))
     except MoeInspectError as error:
         raise MoeInspectError(
-            f"{me} does not see the trace, which every worker must at the same path: {error}"
+            f"{me} cannot read the trace, which every worker needs at the same path: {error}"
         ) from None
     if there != identity:
-        raise MoeInspectError(f"{me} sees another trace at {path}")
+        raise MoeInspectError(f"{me} has a different trace at {path}")
 
 
 def _identity(manifest: dict[str, Any]) -> str:

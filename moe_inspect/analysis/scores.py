@@ -108,8 +108,8 @@ def counted(trace: Trace, by: str) -> Counts:
         raise MoeInspectError(f"no score {by!r} of a trace: there are {', '.join(SCORES)}")
     if by in OF_NORMS and not trace.has_norms:
         raise MoeInspectError(
-            f"{trace.path} does not hold how large the experts' outputs are, which {by} needs: "
-            "record it with --output-norms (output_norms=True), or score by gate or frequency"
+            f"{trace.path} has no output norms, which {by} needs: record it with --output-norms "
+            "(output_norms=True), or score by gate or frequency"
         )
     if by == "gate" and not trace.has_weights:
         raise MoeInspectError(f"{trace.path} has no gate weights: score by frequency")
@@ -166,11 +166,11 @@ def refuse_too_few(E: int, K: int, keep: float, of_groups: tuple[int, int, int])
     if groups > 1 and (kept // groups < best or kept // groups * chosen < K):
         raise MoeInspectError(
             f"--keep {keep:g} leaves {plural(kept // groups, 'expert')} in each of {groups} "
-            f"groups, and every token goes to {K} experts in {chosen} groups"
+            f"groups, but every token goes to {K} experts in {chosen} groups"
         )
     if kept < K:
         raise MoeInspectError(
-            f"--keep {keep:g} leaves {kept} of {E} experts, and every token goes to {K}"
+            f"--keep {keep:g} leaves {kept} of {E} experts, but every token goes to {K}"
         )
 
 

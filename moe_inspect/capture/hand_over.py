@@ -76,8 +76,8 @@ class HandOver:
         if rings.free_rows < T and too_large:
             if self.rings_fixed:
                 raise MoeInspectError(
-                    f"a forward pass of {T:,} rows is more than the {rings.max_rows:,} there is "
-                    f"room for on the device: record with ring_tokens={T}"
+                    f"a forward pass of {T:,} rows exceeds the room on the device "
+                    f"({rings.max_rows:,}): record with ring_tokens={T}"
                 )
             self.make_rings(stack, T)
             rings = stack.rings

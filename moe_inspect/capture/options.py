@@ -163,7 +163,7 @@ class RecordOptions:
                 )
             if self.commit_every is not None:
                 raise MoeInspectError(
-                    "flush_steps and commit_every both say when counts are committed: give one"
+                    "flush_steps and commit_every both set when counts are committed: give one"
                 )
         if self.counts_only and (self.extras or self.token_loss):
             kind = (
@@ -176,7 +176,7 @@ class RecordOptions:
             raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
         if self.discover and (self.routers is not None or self.extras):
             raise MoeInspectError(
-                "discover=True looks for routers by itself, and sees neither logits nor outputs"
+                "discover=True finds routers itself, and records neither logits nor outputs"
             )
 
 

@@ -54,7 +54,7 @@ def text(
             show_default=False,
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="With --expert: so many tokens; 0 is all.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="With --expert: how many tokens; 0 is all.")] = 20,
     sort: Annotated[
         Sort,
         typer.Option(

@@ -73,12 +73,12 @@ def _selfcheck(rows: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
         for variant, wrong in (row["wrong"] or {}).items():
             yield "", f"{wrong} ({variant})"
     if device is None:
-        yield "no GPU", "torch does their work"
+        yield "no GPU", "torch runs instead"
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
     checked = f"{plural(row['variants'], 'variant')} in {row['ms']:,.0f} ms"
-    return f"WRONG: torch does its work ({checked})" if row["wrong"] else f"right ({checked})"
+    return f"WRONG: torch runs instead ({checked})" if row["wrong"] else f"right ({checked})"
 
 
 def _costs(costs: Mapping[str, Any]) -> Iterator[Line]:

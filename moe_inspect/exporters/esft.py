@@ -45,7 +45,7 @@ def esft(
     ESFT's generate_expert_config.py reads; summary.json, the scores; expert_cfg.json, the experts
     to train, which its train.py takes as --expert_config."""
     if not 0 < top_p <= 1:
-        raise MoeInspectError(f"--top-p is {top_p:g}, not over 0 and at most 1")
+        raise MoeInspectError(f"--top-p is {top_p:g}: give a share above 0, at most 1")
     if by not in (*ALL, *OF_ESFT):
         raise MoeInspectError(no_such("score", by, ALL))
     need_decisions(trace, "esft")

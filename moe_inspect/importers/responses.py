@@ -325,7 +325,7 @@ def _token_ids(fields: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarr
 
 def _mismatch(fields: dict[str, Any], rows: int, expected: int) -> str:
     if fields.get("token_ids") is None:
-        return "; it has no token_ids of what was generated: set return_token_ids in the request"
+        return "; it lacks token_ids of the generated tokens: set return_token_ids in the request"
     if rows < expected:
         return (
             f"; if the request had {STARTS[1]} (vLLM) or {STARTS[2]} (SGLang), write its value "

@@ -70,10 +70,10 @@ def no_routers(model: Any, searched: bool = False) -> MoeInspectError:
         )
     if not like:
         return MoeInspectError(
-            f"{name} is a dense model: it has no routers to trace, as far as the names of its "
-            f"modules and parameters tell (if it has: {probe})"
+            f"{name} is a dense model: it has no routers to trace, judging by the names of its "
+            f"modules and parameters (if it has: {probe})"
         )
     return MoeInspectError(
-        f"no router that is known was found in {name}, but {like.described()}: {given}; "
+        f"no known router was found in {name}, but {like.described()}: {given}; "
         "moe_inspect.record(discover=True) looks for it"
     )

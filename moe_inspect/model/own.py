@@ -163,8 +163,8 @@ def as_tokenizer(tokenizer: Any) -> Any:
     ):
         return PlainTokenizer(tokenizer)
     raise MoeInspectError(
-        f"this is no tokenizer, but a {_kind(tokenizer)}: it needs encode(text) → token ids and "
-        "decode(token ids) → text, or to be one of transformers"
+        f"a {_kind(tokenizer)} is not a tokenizer: it needs encode(text) → token ids and "
+        "decode(token ids) → text, or must be one of transformers"
     )
 
 

@@ -116,7 +116,7 @@ def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
     adapter = PeftAdapter(name, revision, config)
     if "num_virtual_tokens" in config:
         raise MoeInspectError(
-            f"{name} adds prompts of its own ({adapter.kind}), which are no tokens: record it with "
+            f"{name} adds its own prompts ({adapter.kind}), which are not tokens: record it with "
             "moe_inspect.record"
         )
     if find_spec("peft") is None:

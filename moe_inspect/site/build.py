@@ -53,7 +53,7 @@ def atlas(
     something else is in the directory."""
     opened = [one if isinstance(one, Trace) else open_trace(one) for one in traces]
     if not opened:
-        raise MoeInspectError("give a trace or more")
+        raise MoeInspectError("give at least one trace")
     where = [str(trace.path.resolve()) for trace in opened]
     if again := next((path for i, path in enumerate(where) if path in where[:i]), None):
         raise MoeInspectError(f"{again} is given twice")
@@ -62,7 +62,7 @@ def atlas(
         if any(one.trace is None and not one.entry["key"] for one in plan):
             raise MoeInspectError(
                 f"{output} was made by another version of moe-inspect: name all its traces, "
-                "without adding"
+                "without --add"
             )
         made = _make(directory, plan, text)
         entries = [one.entry for one in plan]
@@ -115,8 +115,8 @@ def _make(directory: Directory, plan: Sequence[Planned], text: Amount) -> set[st
         held = bool(one.entry) and directory.holds(one.entry["page"], one.entry["sha256"])
         if one.trace is None and not held:
             raise MoeInspectError(
-                f"{directory.root / one.entry['page']} is not as it was made: name its trace too, "
-                f"{one.entry['address']}"
+                f"{directory.root / one.entry['page']} was changed since it was made: name its "
+                f"trace too, {one.entry['address']}"
             )
         if one.trace is None or (held and one.entry["key"] == key):
             continue
@@ -174,7 +174,7 @@ def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
     """saturation, saturation_with, and why there is none."""
     nothing = {"saturation": None, "saturation_with": None, "no_saturation": ""}
     if not others:
-        why = "no other trace here is of the same text by another checkpoint of this model"
+        why = "no other trace has the same text and another checkpoint of this model"
         return {**nothing, "no_saturation": why}
     found = None if one is last else saturation(one.trace, last.trace)
     if isinstance(found, str):

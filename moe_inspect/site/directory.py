@@ -124,7 +124,7 @@ def _entries(index: Path) -> list[Entry]:
             raise ValueError
     except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError):
         raise MoeInspectError(
-            f"{index} is not of an atlas: give another directory, or move it away"
+            f"{index} does not belong to an atlas: give another directory, or move it away"
         ) from None
     return entries if same else [{**one, "key": ""} for one in entries]
 

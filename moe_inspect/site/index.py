@@ -45,11 +45,11 @@ COLUMNS = (
 MEANINGS = {
     "routers, experts": "routers of the trace, one per MoE layer in most models, and experts of "
     "each, top_k of them per token; of the router that has most where they differ.",
-    "max_over_mean": "the busiest expert's load ÷ the mean load, at the router where that is most.",
-    "uneven_routers": "routers whose load is uneven beyond chance, as the trace's page has it.",
-    "domain_bits, token_bits": "how much the domain, and the token id, tells of the expert, in "
-    "bits beyond shuffled labels, at the router where that is most. A model that was never "
-    "trained shows some of both: it is the baseline.",
+    "max_over_mean": "the busiest expert's load ÷ the mean load, at the least balanced router.",
+    "uneven_routers": "routers whose load is uneven beyond chance, as on the trace's page.",
+    "domain_bits, token_bits": "information that the domain, and the token id, carry about the "
+    "expert, in bits beyond shuffled labels, at the router with most of it. An untrained model "
+    "shows some of both: it is the baseline.",
     "committee_experts, committee_mass": "experts that are among the k with the largest load in "
     "every domain, and the share of assignments that they carry; means over the routers.",
     "saturation": "share of the experts that are those of the trace named in saturation_with, for "
@@ -86,7 +86,7 @@ def index_page(entries: Sequence[Entry]) -> str:
         ),
         Section(
             "Traces",
-            "A name leads to the page of the trace; a column's head sorts.",
+            "Click a name for the trace's page, a column header to sort.",
             table=table,
             definitions=MEANINGS,
             links=[entry["page"] for entry in entries],
@@ -105,7 +105,7 @@ def index_page(entries: Sequence[Entry]) -> str:
                     entries,
                     "bits",
                     "Specialization by layer",
-                    "What the domain tells of the expert, beyond shuffled documents, by router",
+                    "What the domain tells about the expert, beyond shuffled documents, by router",
                     "domain_mi_bits",
                 ),
             )
@@ -124,9 +124,9 @@ def index_page(entries: Sequence[Entry]) -> str:
             tiles=_tiles(table, entries),
             sections=sections,
             left_out=list(_left_out(entries)),
-            footer="Experts are those of one router of one model: expert 3 of a layer has nothing "
-            "to do with expert 3 of the next layer or of another model. Token ids are judged from "
-            f"{MIN_COUNT} occurrences. Made by moe-inspect.",
+            footer="Experts belong to one router of one model: expert 3 of a layer is unrelated to "
+            "expert 3 of the next layer or of another model. Token ids are judged from "
+            f"{MIN_COUNT} occurrences on. Made by moe-inspect.",
             scripts=("atlas.js",),
             search="L12 E45, token, domain",
         )

@@ -28,7 +28,7 @@ PLACE = ["token", "document", "domain", "sequence", "position", "phase", "token_
 CONTEXT = 8
 # of a trace without its text
 ROUTES_TELL = (
-    "The routes alone tell most of the text: 91% of the tokens were recovered from expert "
+    "Routes alone reveal most of the text: 91% of the tokens were recovered from expert "
     "selections (arXiv:2602.04105). Keep this trace as private as the text."
 )
 Sort = Literal["weight", "random"]

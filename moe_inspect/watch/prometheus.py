@@ -43,7 +43,7 @@ class Collector:
         yield Counter("moe_inspect_tokens", "Tokens recorded", watched.tokens)
         yield Counter("moe_inspect_decisions", "Router decisions recorded", watched.decisions)
         yield Gauge(
-            "moe_inspect_last_tokens_seconds", "Seconds since tokens came last", watched.changed_s
+            "moe_inspect_last_tokens_seconds", "Seconds since the last tokens", watched.changed_s
         )
         if watched.window is None:
             return

@@ -238,7 +238,7 @@ def serve(
         url = f"http://{shown}:{listening.getsockname()[1]}"
         print_stderr(f"watching {path} at {url}, metrics at {url}/metrics; Ctrl-C ends it")
         if not is_loopback(host):
-            print_stderr("warning: whoever reaches this address can read what is shown")
+            print_stderr("warning: anyone who can reach this address can read what is shown")
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -162,7 +162,7 @@ def windows_of(trace: Trace, selection: Selection, window: int | None) -> Window
     if count * experts > max(WINDOW_CELLS, WINDOWS * experts):
         least = -(-longest * experts // WINDOW_CELLS) * max(1, len(length))
         raise MoeInspectError(
-            f"window {window} cuts the trace into {count:,}: more than memory is kept for, give "
+            f"window {window} cuts the trace into {count:,} windows, too many for memory: give "
             f"{least} or more"
         )
     return Windows(tokens, count, before)

@@ -40,7 +40,7 @@ def select(
     labels = [domains] if isinstance(domains, str) else list(domains or [])
     if trace.counts_only and phase is not None:
         raise MoeInspectError(
-            f"{trace.path} holds counts only, which know no phase: {trace.more_than_counts}"
+            f"{trace.path} holds counts only, which have no phases: {trace.more_than_counts}"
         )
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
 

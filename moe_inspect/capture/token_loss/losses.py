@@ -184,8 +184,8 @@ class TokenLosses:
         if fed is not None and not kept_B.all() and not self._told:
             self._told = True
             print_stderr(
-                "the rows of a forward pass have changed places (beam search): a token that "
-                "another row went on from has no loss"
+                "the rows of a forward pass changed places (beam search): a token continued by "
+                "another row has no loss"
             )
         rows_N = np.flatnonzero((next_B >= 0) & kept_B)
         if len(rows_N):
@@ -227,7 +227,7 @@ def token_losses_of(outer: Any, model: Any, sites: Sequence[Site]) -> TokenLosse
         raise MoeInspectError(f"{name} does not predict the next token: it has no token losses")
     if any(site.order != "bs" or site.rows is not None for site in sites):
         raise MoeInspectError(
-            f"the routers of {name} see their rows in another order than its logits have: record "
+            f"the routers of {name} see their rows in a different order than its logits: record "
             "it without token losses"
         )
     return TokenLosses(outer, model)

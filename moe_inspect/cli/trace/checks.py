@@ -54,14 +54,11 @@ def check_engine_options(
     wrong = [o for o in given if o in (NOT_OF_ENGINES if engine is not None else OF_ENGINES)]
     if wrong:
         option = f"--{wrong[0].replace('_', '-')}"
-        why = (
-            "it runs the model, and hands back no weights and no logits"
-            if engine is not None
-            else "there is none"
-        )
         raise typer.BadParameter(
-            f"{option} means nothing "
-            f"{'to an engine' if engine is not None else 'without an engine'}: {why}"
+            f"{option} does not apply with --engine: the engine runs the model, and returns no "
+            "weights or logits"
+            if engine is not None
+            else f"{option} needs --engine"
         )
 
 

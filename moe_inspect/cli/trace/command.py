@@ -111,8 +111,8 @@ def trace(
     text: Annotated[
         bool,
         typer.Option(
-            help="Record which token each is. Without, the trace is smaller, not anonymous: routes "
-            "alone tell most of the text (arXiv:2602.04105)."
+            help="Record which token each is. Without it, the trace is smaller but not anonymous: "
+            "routes alone reveal most of the text (arXiv:2602.04105)."
         ),
     ] = True,
     generate: Annotated[

@@ -102,7 +102,8 @@ def columns_of(files: list[File]) -> list[list[File]]:
                 for spots, stage in ranks.items()
             )
             raise MoeInspectError(
-                f"not as many ranks of each pipeline stage: {counts}: give the files of all ranks"
+                f"pipeline stages have different numbers of ranks: {counts}: give the files of "
+                "all ranks"
             )
         for a, b in pairwise(stage[0] for stage in ranks.values()):
             if a.rank > b.rank:

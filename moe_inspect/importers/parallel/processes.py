@@ -65,7 +65,7 @@ class Processes:
                 yield ahead.popleft().result()
         except BrokenProcessPool:
             raise MoeInspectError(
-                "a process that parses lines was killed, often for want of memory: give fewer "
+                "a process that parses lines was killed, often out of memory: give fewer "
                 "--workers (workers=)"
             ) from None
 

@@ -63,8 +63,8 @@ class ChoiceReader:
             self.K = K
         if self.K is not None and self.K != K:
             raise MoeInspectError(
-                f"{self.path} chose {K} experts per token, and {self.K} in its first call: where "
-                "their number varies, fill the ids up with -1"
+                f"{self.path} chose {K} experts per token, but {self.K} in its first call: if the "
+                "number varies, pad the ids with -1"
             )
         return ids.reshape(-1, K), weights.reshape(-1, K)
 
@@ -72,7 +72,7 @@ class ChoiceReader:
         ids = ids.long().sort(-1).values
         if (highest := int(ids[..., -1].max())) >= self.experts:
             raise MoeInspectError(
-                f"{self.path} chose expert {highest} and is said to have {self.experts} experts"
+                f"{self.path} chose expert {highest} but is declared with {self.experts} experts"
             )
         if ids.dim() == 1:  # one decision, or a number for each of T
             return

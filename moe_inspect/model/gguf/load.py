@@ -34,7 +34,7 @@ def refuse_unless_loadable(path: Path) -> None:
     if kind not in ARCHITECTURES:
         raise MoeInspectError(
             f"{path} is of architecture {kind}, which cannot be loaded from GGUF: only "
-            f"{', '.join(ARCHITECTURES)} can; give the model it was made of"
+            f"{', '.join(ARCHITECTURES)} can; use the original model"
         )
     if isinstance(parts := fields.get("split.count"), int) and parts > 1:
         raise MoeInspectError(
@@ -43,8 +43,8 @@ def refuse_unless_loadable(path: Path) -> None:
         )
     if (scaling := fields.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise MoeInspectError(
-            f"{path} scales positions ({str(scaling)[:40]}), which is not read from GGUF: give the "
-            "model it was made of"
+            f"{path} scales positions ({str(scaling)[:40]}), which is not read from GGUF: use the "
+            "original model"
         )
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise MoeInspectError(f"a GGUF needs {missing[0]}: pip install 'moe-inspect[gguf]'")

@@ -45,10 +45,10 @@ def verdict(
     ]
     most = needed.loc[needed["capacity_factor"].idxmax()]
     sentences.append(
-        f"Simulated: to drop at most {100 * settings['target_drop']:.3g}% of every layer's "
-        f"assignments takes a factor of {most['capacity_factor']:.2f} "
-        f"(layer {label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that "
-        "layer's capacity unused."
+        f"Simulated: dropping at most {100 * settings['target_drop']:.3g}% of every layer's "
+        f"assignments takes a factor of {most['capacity_factor']:.2f} (layer "
+        f"{label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that layer's "
+        "capacity unused."
     )
     ends = tables["capacity_by_position"].query(
         "capacity_factor == @factor and router == @worst.router"

@@ -34,7 +34,7 @@ def check_alike(traces: Sequence[Trace]) -> None:
         for name, of_a, of_b in _model_facts(a, b):
             if of_a != of_b:
                 free = name in checksums.FREE_TEXT
-                edit = "; where they are one, edit that in trace.json" if free else ""
+                edit = "; if they are the same, edit trace.json" if free else ""
                 raise MoeInspectError(
                     f"{a.path} and {b.path} are of different models: {name} is "
                     f"{cut(str(of_a), 60)} and {cut(str(of_b), 60)}{edit}"
@@ -45,12 +45,12 @@ def _check_tables(a: Trace, b: Trace) -> None:
     if a.counts_only != b.counts_only:
         counts, decisions = (a, b) if a.counts_only else (b, a)
         raise MoeInspectError(
-            f"{counts.path} holds counts only, {decisions.path} decisions: they do not merge"
+            f"{counts.path} holds counts only, {decisions.path} decisions: they cannot be merged"
         )
     for trace in (a, b):
         if trace.is_history:
             raise MoeInspectError(
-                f"{trace.path} is the history of a training run: its windows do not merge"
+                f"{trace.path} is the history of a training run: its windows cannot be merged"
             )
 
 
@@ -73,7 +73,7 @@ def _check_columns(a: Trace, b: Trace) -> None:
     for one, other in ((a, b), (b, a)):
         if more := [name for name in _columns(one) if name not in _columns(other)]:
             raise MoeInspectError(
-                f"{one.path} has {more[0]}, {other.path} has not: trace both alike"
+                f"{one.path} has {more[0]}, {other.path} does not: trace both the same way"
             )
 
 

@@ -50,7 +50,7 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     """
     place, paths = output_location(out), [location(path) for path in traces]
     if len(paths) < 2:
-        raise MoeInspectError("give two traces or more to merge")
+        raise MoeInspectError("give two or more traces to merge")
     check_directory(place, overwrite, resumable=False)
     if any(same_place(place, path) for path in paths):
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")

@@ -67,10 +67,10 @@ def sample(
     """
     path, place = location(trace), output_location(out)
     if (documents is None) == (share is None):
-        raise MoeInspectError("give either documents or share, which say how large the sample is")
+        raise MoeInspectError("give the size of the sample: documents or share")
     for name, number in (("documents", documents), ("seed", seed)):
         if number is not None and (not isinstance(number, int | np.integer) or number < 0):
-            raise MoeInspectError(f"{name} is {number}: give a whole number from 0 on")
+            raise MoeInspectError(f"{name} is {number}: give a whole number, 0 or more")
     if documents is not None and documents < 1:
         raise MoeInspectError(f"documents is {documents}: give 1 or more")
     if share is not None and not 0 < share <= 1:

@@ -121,7 +121,7 @@ class ObjectLock(Lock):
             now = _named_in(self._object)
         if now != self.holder:
             raise MoeInspectError(
-                f"{_who(now)} has taken {self.root} over: stopped; what was committed is safe"
+                f"{_who(now)} has taken over {self.root}: stopped; what was committed is safe"
             )
 
 
@@ -179,9 +179,7 @@ def join(root: Path | Remote, holder: str) -> Lock:
     file = _locked(root, exclusive=False)
     if _holder_in(file) != holder:
         os.close(file)
-        raise MoeInspectError(
-            f"another process has begun to write {root}: start this one again when it is done"
-        )
+        raise MoeInspectError(f"another process has begun to write {root}: retry when it is done")
     return FileLock(root, file, holder)
 
 

@@ -45,13 +45,13 @@ moe.live = (() => {
     document.title = `${now.alarms.length ? `(${now.alarms.length}) ` : ""}${now.path} · moe-inspect watch`;
     say("path", now.path);
     const said = {
-      waiting: "there is no trace yet",
+      waiting: "no trace yet",
       recording: `by ${now.writer}`,
       complete: "",
       interrupted: "it was closed before its end",
       killed: `${now.writer} is gone: it was stopped before its end`,
     };
-    status(now.status, said[now.status] + (now.left_tokens ? ` · ${count(now.left_tokens)} tokens are still to be counted` : ""));
+    status(now.status, said[now.status] + (now.left_tokens ? ` · ${count(now.left_tokens)} tokens not counted yet` : ""));
     at("trouble").hidden = !now.trouble;
     say("trouble", now.trouble);
     say("tokens", count(now.tokens));

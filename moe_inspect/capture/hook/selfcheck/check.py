@@ -307,11 +307,11 @@ class SelfCheck:
         where = f"{variant.kernel} on {device_name(variant.device)}"
         if (also := wrong_with(kernels, variant, by_torch=True)) is not None:
             raise MoeInspectError(
-                f"{where}: the kernel {wrong}, and torch in its place {also} ({name}): record on "
+                f"{where}: the kernel {wrong}, and torch instead {also} ({name}): record on "
                 'another device, and report it with the output of "moe-inspect doctor"'
             )
         print_stderr(
-            f"warning: {where}: the kernel {wrong} ({name}): torch does its work, more slowly; "
+            f"warning: {where}: the kernel {wrong} ({name}): torch runs instead, more slowly; "
             'please report it with the output of "moe-inspect doctor"'
         )
         return wrong

@@ -32,7 +32,7 @@ moe.widgets.atlas = (place, { entries }) => {
     const found = tokens.get(text);
     const rows = (entry, i) => ofToken(entry, i).map((j) => ["row", "expert", "share", "lift"].map((name) => entry.words[name][j]));
     const counts = found.map(([entry, i]) => `${whole(entry.words.times[i])} in ${entry.name}`);
-    const note = "The experts of each trace that take it most above their share of all tokens. Lift: the share of its occurrences that come here ÷ the expert's share of all tokens.";
+    const note = "The experts of each trace that take it most above their share of all tokens. Lift: share of its occurrences that go to the expert ÷ the expert's share of all tokens.";
     card.show(`Token ${text}`, [said(note), ...byTrace(found, rows, "of its occurrences"), ...part("Occurrences", said(counts.join(", ")))]);
   };
   const domainCard = (name) => {
@@ -61,7 +61,7 @@ moe.widgets.atlas = (place, { entries }) => {
       const ratio = entry.ratio ? [`Takes ${times(entry.ratio[firsts[m][r] + e])} the mean load of its layer.`] : [];
       return part(link(entry, r, e, h("bdi", {}, entry.name)), h("div", {}, ...[...ratio, ...takes(entry, r, e)].map(said)));
     });
-    card.show(`Layer ${first.layers[row][0]} · expert ${expert}`, [said("A name leads to its card on the page of the trace."), ...parts]);
+    card.show(`Layer ${first.layers[row][0]} · expert ${expert}`, [said("Click a name for its card on the trace's page."), ...parts]);
   };
 
   moe.finders.push((asked) => {

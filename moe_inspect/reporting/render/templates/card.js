@@ -111,13 +111,13 @@ moe.cardParts.push(["Domains", (experts, row, expert) => {
   return part("Share of each domain's tokens that come here", listed(["domain", "", "activation", "lift"], cells, 0));
 }]);
 
-moe.cardParts.push(["Tokens most its own", (experts, row, expert) => {
+moe.cardParts.push(["Most exclusive tokens", (experts, row, expert) => {
   const { data, whole, percent, part, listed, entries } = experts;
   const w = data.words;
   if (!w) return [];
   const rows = entries(w, row, expert).map((i) => [w.texts[w.text[i]], whole(w.count[i]), percent(w.share[i] / 1000), w.choice[i] === null ? "–" : percent(w.choice[i] / 1000)]);
   const none = () => moe.h("p", { className: "said" }, "None that occurs often enough to judge.");
-  return part("Tokens most its own", rows.length ? listed(["token", "times", "of its occurrences", "as first choice"], rows, 0) : none());
+  return part("Most exclusive tokens", rows.length ? listed(["token", "times", "of its occurrences", "as first choice"], rows, 0) : none());
 }]);
 
 moe.cardParts.push(["Chosen together with", (experts, row, expert) => {

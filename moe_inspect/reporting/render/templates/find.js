@@ -72,7 +72,7 @@ moe.tokenCard = ({ experts, card }, id) => {
     experts.jump(row, expert, `layer ${data.layers[row].label} · expert ${expert}`),
     whole(words.count[i]), percent(words.share[i] / 1000), words.choice[i] === null ? "–" : percent(words.choice[i] / 1000),
   ]);
-  const note = "Experts that have it among the tokens most their own, by the share of its occurrences that they take.";
+  const note = "Experts that have it among their most exclusive tokens, by their share of its occurrences.";
   card.show(`Token ${words.texts[id]}`, [moe.h("p", { className: "said" }, note), listed(["expert", "times", "of its occurrences", "as first choice"], cells, 0)]);
 };
 

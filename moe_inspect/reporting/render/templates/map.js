@@ -77,7 +77,7 @@ moe.map = (data) => {
   const [domainLabel, domainSelect] = choose("Text", ["all domains", ...data.domains], (value) => ((at.domain = value - 1), redraw()));
   domainSelect.id = "map-domain";
   orderSelect.id = "map-order";
-  const layerTable = h("details", {}, h("summary", {}, "As a table, a layer at a time"));
+  const layerTable = h("details", {}, h("summary", {}, "As a table, one layer at a time"));
   place.append(h("div", { className: "controls" }, data.load.length ? domainLabel : null, orderLabel), grid, now, layerTable);
 
   // --- its table, for those who listen

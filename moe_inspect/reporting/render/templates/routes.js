@@ -86,7 +86,7 @@ moe.cardParts.splice(2, 0, ["Tokens in context", (experts, row, expert) => {
   const sample = `a random sample of ${data.pool.toLocaleString("en")} tokens from all domains`;
   return [
     ...experts.part("Tokens in context", h("div", {}, ...found.map(line))),
-    h("p", { className: "said" }, found.length ? `Drawn at random from those that came here of ${sample}${lists.level ? ", with the gate weight" : ""}.` : `None of ${sample} came here.`),
+    h("p", { className: "said" }, found.length ? `Drawn at random from this expert's tokens in ${sample}${lists.level ? ", with the gate weight" : ""}.` : `None of ${sample} went to this expert.`),
     button,
   ];
 }]);

@@ -67,7 +67,7 @@ moe.table = (place, name, given) => {
       code.hidden = false;
       moe.copy(place.dataset.python).then(
         () => (said.textContent = "Copied."),
-        () => (said.textContent = "The browser does not allow to copy: select the lines."),
+        () => (said.textContent = "The browser blocks copying: select the lines instead."),
       );
     });
     tools.append(said);
