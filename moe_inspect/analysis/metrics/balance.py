@@ -103,8 +103,8 @@ def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray
 
 @metric(table="balance", ideal=1.0, unit="ratio", range="k/E to 1", axes="L")
 def balancedness(load_LE: np.ndarray) -> np.ndarray:
-    """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute; the rest
-    they wait for the busiest. The slowdown is 1 ÷ this. For another placement pass the loads of its
+    """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute, not
+    wait for the busiest. The slowdown is 1 ÷ this. For another placement pass the loads of its
     GPUs, load_LG."""
     return 1 / max_over_mean(load_LE)
 

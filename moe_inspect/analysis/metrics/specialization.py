@@ -43,7 +43,7 @@ def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
 @metric(
     table="domains",
     ideal="k / E",
-    unit="assignments a token",
+    unit="assignments per token",
     range="0 to 1, sums to k",
     axes="DE",
     source="arXiv:2409.02060, eq. 7",
@@ -182,7 +182,7 @@ def token_mi_bits(any_VE: np.ndarray) -> float:
     range="0 to log₂ min(D, E)",
 )
 def conditional_mi_bits(counts_XDE: np.ndarray) -> float:
-    """I(domain; expert | token id): what the domain says of the expert once the token id is known:
+    """I(domain; expert | token id): what the domain tells about the expert given the token id:
     topic beyond vocabulary. Domains equally weighted. counts: assignments of X token ids in each
     domain. Its bias is large: read it only beside the same with domains shuffled, separately for
     each token id, among the documents that hold it (domain_mi_given_token_null_bits): every token

@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics.windows import step_jsd_bits, step_total_varia
 
 @metric(table="agreement", ideal=0.0, unit="ratio", range="0 to 1")
 def set_mismatch(mismatch_sum: float, decisions: float) -> float:
-    """Share of the decisions for which the two traces chose other sets of experts. The order of
+    """Share of the decisions for which the two traces chose different sets of experts. The order of
     slots does not matter. NaN without decisions."""
     return _ratio(mismatch_sum, decisions)
 
@@ -63,7 +63,7 @@ def kl_nats(kl_sum: float, decisions: float) -> float:
 
 @metric(table="overall", ideal=0.0, unit="ratio", range="0 to 1")
 def tokens_mismatch(differing_sum: float, tokens: float) -> float:
-    """Share of the tokens with another set of experts at any router. Grows with the number of
+    """Share of the tokens with a different set of experts at any router. Grows with the number of
     routers: compare it only between models of one depth."""
     return _ratio(differing_sum, tokens)
 

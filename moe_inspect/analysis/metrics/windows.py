@@ -34,7 +34,7 @@ def window_jsd_bits(load_WE: np.ndarray) -> float:
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
 def first_to_last(load_WE: np.ndarray) -> float:
-    """Total variation between the first window and the last: how far the load moves in all. NaN
+    """Total variation between the first window and the last: how far the load moves in total. NaN
     with fewer than two windows."""
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
