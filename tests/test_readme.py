@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT, Cli
 from tests.test_cli_trace import save, write_jsonl
@@ -151,6 +152,33 @@ def test_the_types_of_the_readmes_python_are_real(tmp_path: Path) -> None:
     assert len(revealed) == len(shown), done.stdout
     for (expression, expected), found in zip(shown.items(), revealed, strict=True):
         assert expected in found, f"{expression}: {found}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_the_install_line_is_of_this_project(page: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text, repository = (ROOT / page).read_text(), project["urls"]["Repository"]
+    assert f"git clone {repository} && cd {repository.rpartition('/')[2]}" in text
+    named = Requirement(re.findall(r"pip install '(.* @ .*)'", text)[0])
+    assert (named.name, named.url) == (project["name"], f"git+{repository}")
+    assert "trace" in named.extras
+    # the name alone finds nothing yet
+    assert not re.search(r"pip install '?moe-inspect(?!\[\w+\] @)", text)
+
+
+def test_a_quick_start_needs_no_others_output() -> None:
+    sections = [part for part in README.split("\n## ") if part.startswith("Quick start")]
+    assert len(sections) == 3
+    for section in sections:
+        commands = [line[2:] for line in section.splitlines() if line.startswith("$ ")]
+        made = {shlex.split(c)[shlex.split(c).index("-o") + 1] for c in commands if "-o" in c}
+        assert set(re.findall(r"runs/\w+", "\n".join(commands))) <= made
+
+
+def test_purpose_and_cost_come_first() -> None:
+    top = "\n".join(README.splitlines()[:30])
+    assert "Where do the tokens go?" in top
+    assert "Imbalance costs" in top
 
 
 def test_the_picture_is_light() -> None:
