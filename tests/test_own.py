@@ -190,11 +190,10 @@ def test_sequence_first_rows_stand_at_their_tokens(tmp_path: Path) -> None:
     assert found == {
         (p * B + b, s): int(ids[b, s]) for p in range(2) for b in range(B) for s in range(S)
     }
-    # control: taken for batch-first, the same decisions stand at other tokens
-    with moe_inspect.record(model, tmp_path / "u", routers=[spec(module="gpt.blocks.*.experts")]):
-        model(ids)
-    wrong = own.path_of(tmp_path / "u").tokens()["token_id"].to_numpy()
-    assert (wrong != tokens["token_id"].to_numpy()[:T]).any()
+    # what it is given says so where the spec does not
+    for options in ({"routers": [spec(module="gpt.blocks.*.experts")]}, {"discover": True}):
+        with pytest.raises(MoeInspectError, match=r"gpt\.blocks\.0\S* is given \["):
+            own.record_once(model, tmp_path / "u", **options)
 
 
 def test_a_rank_that_sees_a_part_records_that_part(tmp_path: Path) -> None:

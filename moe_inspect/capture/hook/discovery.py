@@ -6,7 +6,7 @@ T tokens of a forward pass, S positions, K slots, E experts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.candidates import NUMBER
+from moe_inspect.model.custom.choice import is_sequence_first
 from moe_inspect.model.custom.find import lists_in_blocks, states_experts
 from moe_inspect.model.routers import layer_of, layer_path
 from moe_inspect.text import print_stderr
@@ -72,6 +73,7 @@ class Discovery:
         self._given: dict[str, list[tuple[int, int]]] = {}
         self._found: list[Found] = []
         self._slots: dict[int, int] = {}  # by `id` of ids found, the slots in slices of them
+        self._sequence_first: dict[str, bool] = {}  # modules that are given [S, B, D]: True
         self._probed: set[int] = set()  # layers with a probe of the model's own
         self._told = False
         self._watching = ExitStack()
@@ -134,6 +136,9 @@ class Discovery:
     def _check(self, found: Found) -> None:
         """MoeInspectError where the choice is not what the experts are given, or may be of no
         experts."""
+        nearest = next((p for p in _up(found.path) if p in self._sequence_first), "")
+        if self._sequence_first.get(nearest):
+            _refuse(nearest, "is given [positions, rows, …]", "the order of the rows")
         what = f"chooses {found.K} of {found.E} values ({found.line})"
         compared = False
         for path in self._lists_of(found):
@@ -161,13 +166,11 @@ class Discovery:
 
     def _lists_of(self, found: Found) -> list[str]:
         """The lists of E modules nearest to the module that chooses, in its layer."""
-        path = found.path
-        while layer_path(path) is not None:
+        for path in _up(found.path):
             beside = [p for p in self._lists if p.startswith(f"{path}.")]
             if of_experts := [p for p in beside if len(self._lists[p]) == found.E]:
                 inner = tuple(f"{p}." for p in of_experts)  # what an expert consists of
                 return [p for p in of_experts if not p.startswith(inner)]
-            path = path.rpartition(".")[0]
         return []
 
     def _compare(self, found: Found, what: str, path: str) -> bool:
@@ -198,6 +201,11 @@ class Discovery:
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to be called."""
+        path, fed = self._path_of.get(id(module)), self.probes.scopes[0].fed
+        if path is not None and fed is not None:
+            is_it = is_sequence_first(args, fed.B, fed.S)
+            if is_it is not None:
+                self._sequence_first[path] = is_it
         if (place := self._place_of.get(id(module))) is None:
             return
         rows = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
@@ -252,6 +260,13 @@ class Discovery:
             print_stderr(f"    moe_inspect.probe(ids, weights, layer=…, experts={found.E})")
         if lines:
             print_stderr(f"note: {UNSEEN}")
+
+
+def _up(path: str) -> Iterator[str]:
+    """The path of a module and of those it is in, up to its layer's."""
+    while layer_path(path) is not None:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _refuse(path: str, what: str, unknown: str) -> NoReturn:

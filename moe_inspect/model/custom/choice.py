@@ -5,6 +5,7 @@ T rows a router sees, K slots, E experts, B batch rows, S positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -87,14 +88,29 @@ class ChoiceReader:
                 "are left"
             )
 
+    def check_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """MoeInspectError where the hidden states that a router is given are [S, B, D], and nobody
+        has said that its rows are sequence-first."""
+        fed = self._fed() if self.order == "bs" else None
+        if fed is not None and is_sequence_first((*args, *kwargs.values()), *fed):
+            raise MoeInspectError(
+                f"{self.path} is given [{fed[1]}, {fed[0]}, …] of {fed[0]} rows of {fed[1]} "
+                "positions, and is said to be batch-first: give RouterSpec(order='sb'), or rows=… "
+                "if it puts them in order"
+            )
+
+    def _fed(self) -> tuple[int, int] | None:
+        """B and S of the current forward pass, where the order of its rows is to be checked."""
+        if torch.compiler.is_compiling() or self.scope is None or not self.scope.open:
+            return None
+        fed = self.scope.fed
+        return (fed.B, fed.S) if self.order and fed is not None and min(fed.B, fed.S) > 1 else None
+
     def _check_rows(self, lead: tuple[int, ...]) -> None:
         """`lead`: the shape of the choice without its last dimension."""
-        if torch.compiler.is_compiling() or self.scope is None or not self.scope.open:
+        if (fed := self._fed()) is None:
             return
-        fed = self.scope.fed
-        if not self.order or fed is None or fed.B <= 1 or fed.S <= 1:
-            return
-        B, S = fed.B, fed.S
+        B, S = fed
         shape = f"[{', '.join(map(str, lead))}, K]"
         batch_first = self.order == "bs"
         if B != S and lead == ((S, B) if batch_first else (B, S)):
@@ -148,6 +164,15 @@ class ChoiceReader:
             return False
         first, self._looked = not self._looked, True
         return first or tensor.is_cpu
+
+
+def is_sequence_first(values: Iterable[Any], B: int, S: int) -> bool | None:
+    """Whether hidden states, the first floating-point tensor among these, are [S, B, D] and not
+    [B, S, D]; None where they have other dimensions."""
+    found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if found is None or found.dim() != 3:
+        return None
+    return min(B, S) > 1 and (S, B) == tuple(found.shape[:2]) != (B, S)
 
 
 def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,7 @@ def _read_choice(spec: RouterSpec, reader: ChoiceReader) -> Callable[..., Any]:
     def choice(
         module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, Tensor] | None:
+        reader.check_input(args, kwargs)
         found = spec.choice(module, args, kwargs, output)
         return None if found is None else reader.choice(found)
 
