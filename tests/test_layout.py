@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importers": {"model", "trace", "errors", "text"},
     "capture": {"demo", "importers", "model", "trace", "errors", "text"},
     "interventions": {"capture", "analysis", "model", "trace", "demo", "errors", "text"},
-    "doctor": {"capture", "demo", "model", "trace", "errors", "text"},
+    "doctor": {"capture", "demo", "model", "trace", "errors", "progress", "text"},
     "analysis": {"trace", "errors", "progress", "text"},
     "alarms": {"analysis", "trace", "errors", "text"},
     # what watches a training run counts on the model, judges and draws what it counted

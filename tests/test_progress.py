@@ -6,9 +6,11 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_inspect import progress, simulate_cache, simulate_placement, verify
+from moe_inspect import MoeInspectError, progress, simulate_cache, simulate_placement, verify
+from moe_inspect.__main__ import main
 from moe_inspect.cli.progress import bar as bars
 from moe_inspect.cli.report.build import build, phases_of
 from moe_inspect.cli.report.options import ReportOptions, Simulated
@@ -219,6 +222,41 @@ def test_the_phases_of_a_report_are_those_it_goes_through(trace: str, tmp_path: 
     assert all(cost > 0 for _, cost in planned)
     drawn = phases_of(opened, replace(request, plots=tmp_path))
     assert [name for name, _ in drawn][3:6] == ["drawing", "writing pictures", "drawing"]
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "loads", "shows"),
+    [
+        (["trace", "demo", "-o", "t"], "cli.trace.command", "need_torch", "starting"),
+        (["doctor"], "cli.doctor", "quiet", "loading torch"),
+    ],
+)
+def test_a_command_shows_progress_before_it_loads_torch(
+    command: list[str],
+    module: str,
+    loads: str,
+    shows: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moe-inspect", *command])
+    with terminal(monkeypatch) as sent:
+
+        def load() -> None:
+            end = time.monotonic() + 10
+            while shows not in b"".join(sent).decode() and time.monotonic() < end:
+                time.sleep(0.01)
+            raise MoeInspectError("shown" if time.monotonic() < end else "not shown")
+
+        monkeypatch.setattr(f"moe_inspect.{module}.{loads}", load)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with pytest.raises(SystemExit) as ended:
+            main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 1
+    assert "error: shown" in b"".join(sent).decode()
 
 
 def test_nothing_is_shown_on_a_pipe(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,10 @@ import typer
 
 from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.needs import quiet
+from moe_inspect.cli.progress import shown
+from moe_inspect.cli.progress.phases import examining
 from moe_inspect.cli.trace import Dtype
+from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
 
@@ -65,21 +68,23 @@ def doctor(
     Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
     model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
     with 1 if a kernel gives a wrong result."""
-    if find_spec("transformers") is not None:
-        quiet()
-    from moe_inspect.doctor.examine import examine
-    from moe_inspect.doctor.page import page
+    with shown(*examining(model is not None, measure)):
+        phase("loading torch", 0, "")
+        if find_spec("transformers") is not None:
+            quiet()
+        from moe_inspect.doctor.examine import examine
+        from moe_inspect.doctor.page import page
 
-    facts = examine(
-        model,
-        directory,
-        measure,
-        device=device,
-        dtype=str(dtype),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        random_init=random_init,
-    )
+        facts = examine(
+            model,
+            directory,
+            measure,
+            device=device,
+            dtype=str(dtype),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            random_init=random_init,
+        )
     with to_stdout():
         if as_json:
             print(json.dumps(facts))

@@ -9,6 +9,7 @@ from typing import Any
 from moe_inspect.doctor import machine
 from moe_inspect.doctor.devices import captures, devices, missing_for_capture
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
+from moe_inspect.progress import phase
 
 
 def examine(
@@ -23,6 +24,8 @@ def examine(
     able = missing_for_capture() is None
     if model is not None and not able:
         raise MoeInspectError(f"this needs {missing_for_capture()}: {INSTALL_TRACE}")
+    if measure:
+        phase("measuring the disk", 0, "")
     facts = {
         "date": date.today().isoformat(),
         "versions": machine.versions(),
@@ -46,4 +49,7 @@ def _of_recording(measure: bool) -> dict[str, Any]:
         return {}
     from moe_inspect.doctor import costs, kernels
 
-    return {"selfcheck": kernels.selfchecks(), "costs": costs.measured()}
+    phase("checking kernels", 0, "")
+    checked = kernels.selfchecks()
+    phase("measuring costs", 0, "")
+    return {"selfcheck": checked, "costs": costs.measured()}

@@ -18,6 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.progress import phase
 
 
 def examined(
@@ -32,6 +33,7 @@ def examined(
 ) -> dict[str, Any]:
     """Facts about the model, the captures that are possible on it, and with `measure` what each
     costs."""
+    phase("loading the model", 0, "")
     of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, tokenizer = load_config(name, **of_hub), load_tokenizer(name, **of_hub)
     network = load_model(
@@ -50,7 +52,11 @@ def examined(
     able = [row["capture"] for row in possible if row["possible"] and row["capture"] != "logits"]
     text = "\n".join(file.read_text("utf-8") for file in sorted(CORPUS_DIR.rglob("*.txt")))
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    speed = [_speed(network, phase, able) for phase in phases(network, ids_N)]
+    listed = phases(network, ids_N)
+    advance, speed = phase("measuring the model", len(listed), "shapes"), list[Any]()
+    for shape in listed:
+        speed.append(_speed(network, shape, able))
+        advance(1)
     return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
 
 

@@ -20,6 +20,17 @@ MERGING: Costs = [("merging", 7)]
 SAMPLING: Costs = [("sampling", 3)]
 
 
+def examining(model: bool, measure: bool) -> Costs:
+    """Of doctor."""
+    measured = [("measuring the disk", 2), ("checking kernels", 1), ("measuring costs", 9)]
+    of_model = [("loading the model", 1), *([("measuring the model", 30)] if measure else [])]
+    return [
+        ("loading torch", 3),
+        *(measured if measure else []),
+        *(of_model if model else []),
+    ]
+
+
 def amounts(trace: Trace, routers: Sequence[int] | None = None) -> tuple[int, int]:
     """A and S, of these routers."""
     listed = [trace.routers[r] for r in routers] if routers is not None else trace.routers

@@ -17,7 +17,7 @@ class TokenProgress:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(
-                TextColumn("tracing"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed:,.0f} tokens"),
                 TextColumn("{task.fields[rate]:,.0f} tokens/s"),
@@ -25,7 +25,7 @@ class TokenProgress:
                 console=Console(stderr=True),
             )
             self.bar.start()
-            self.task = self.bar.add_task("", total=None, rate=0)
+            self.task = self.bar.add_task("starting", total=None, rate=0)
             self.began: float | None = None
         return self
 
@@ -36,7 +36,7 @@ class TokenProgress:
             self.began, self.first = time.monotonic(), done
         elapsed = time.monotonic() - self.began
         rate = (done - self.first) / elapsed if elapsed > 0 else 0
-        self.bar.update(self.task, completed=done, total=total, rate=rate)
+        self.bar.update(self.task, description="tracing", completed=done, total=total, rate=rate)
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

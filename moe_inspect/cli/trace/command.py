@@ -268,11 +268,6 @@ def trace(
         resume,
         overwrite,
     )
-    need_torch()
-    from moe_inspect.api import trace_engine, trace_model
-    from moe_inspect.capture.options import EngineOptions, TraceOptions
-    from moe_inspect.model.own import load_object
-
     corpus: CorpusKeywords = {
         "data": data or (),
         "text_field": text_field,
@@ -295,9 +290,14 @@ def trace(
     began, place = time.monotonic(), output_location(output)
     complete_before = resume and is_complete(place)
     stop_cleanly()
-    quiet()
     try:
         with Beside(place) if watch and _is_first() else TokenProgress() as progress:
+            need_torch()
+            from moe_inspect.api import trace_engine, trace_model
+            from moe_inspect.capture.options import EngineOptions, TraceOptions
+            from moe_inspect.model.own import load_object
+
+            quiet()
             if engine is not None and model_config is not None:
                 of_engine = EngineOptions(
                     **corpus, concurrency=concurrency, timeout_s=timeout, api_key=api_key
