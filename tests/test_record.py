@@ -129,6 +129,7 @@ def test_training_with_checkpointing_records_each_token_once(tmp_path: Path) -> 
     with moe_inspect.record(model, tmp_path / "t"):
         for _ in range(2):
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert moe_inspect.verify(tmp_path / "t").ok
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == 18
     assert len(trace.routing()) == 36

@@ -6,11 +6,13 @@ B batch rows, S positions, T rows of a forward pass, K slots.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import moe_inspect
 from tests.families import build
+from tests.test_cli_trace import save_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 17, 4, 33, 9, 17, 4, 33, 9]])
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -116,14 +119,39 @@ def in_chunks(model: Any) -> Texts:
     return ROWS
 
 
-def branched(model: Any) -> Texts:
-    """A cache cut back to a common beginning by the caller, twice: what follows is a sequence of
-    its own each time."""
-    cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
-    for _ in range(2):
-        model(input_ids=IDS[:1, 4:], cache=cache)
-        cache.crop(-5)
-    return []
+def adapted(model: Any) -> Texts:
+    """Called through PEFT, which puts adapters into the model, and takes them out."""
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    texts = generated(wrapped)
+    wrapped.unload()
+    return texts
+
+
+def prepared(model: Any) -> Texts:
+    """Called through accelerate, then with its weights offloaded."""
+    import accelerate
+    from accelerate.hooks import remove_hook_from_submodules
+
+    outer = accelerate.Accelerator(cpu=True).prepare_model(nn.Sequential(model))
+    outer(IDS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    model(IDS)
+    remove_hook_from_submodules(model)
+    return ROWS * 2
+
+
+def piped(model: Any) -> Texts:
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<s>")
+    pipe: Any = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    out = pipe(["a b c d", "e f"], return_tensors=True, **GREEDY)
+    return [row["generated_token_ids"][:-1] for [row] in out]
 
 
 def own_drafts(model: Any) -> Texts:
@@ -173,7 +201,8 @@ def drafter() -> Any:
     return other
 
 
-# name → what is done, which returns the texts, and (prefill, decode, draft) where they are known
+# name → what is done, which returns the texts; none where rows change places (beam search) or each
+# pass begins anew (no cache)
 WAYS: dict[str, Callable[[Any], Texts]] = {
     "forward": forward,
     "forward, padding left": lambda m: forward(m, attention_mask=MASK),
@@ -185,12 +214,15 @@ WAYS: dict[str, Callable[[Any], Texts]] = {
     "greedy, prompt in chunks": lambda m: generated(m, prefill_chunk_size=4),
     "sampling": lambda m: generated(m, do_sample=True),
     "several sequences": lambda m: generated(m, do_sample=True, num_return_sequences=2),
-    "no cache": lambda m: generated(m, use_cache=False)[:0],
+    "beam search": lambda m: generated(m, num_beams=2) and [],
+    "no cache": lambda m: generated(m, use_cache=False) and [],
+    "PEFT": adapted,
+    "accelerate": prepared,
+    "pipeline": piped,
     "assisted": assisted,
     "assisted, sampling": lambda m: assisted(m, do_sample=True),
     "prompt lookup": lambda m: generated(m, IDS[:1], prompt_lookup_num_tokens=3),
     "cache kept by the caller": in_chunks,
-    "cache cut by the caller": branched,
     "drafts of the caller's own": own_drafts,
     "continuous batching": in_batches,
 }
@@ -203,8 +235,7 @@ def test_of_a_model_of_transformers(way: str, model: Any, tmp_path: Path) -> Non
     with watched(model, routers) as fed, moe_inspect.record(model, tmp_path / "t"):
         texts = WAYS[way](model)
     tokens = agreed(tmp_path / "t", fed)
-    if texts:
-        assert sorted(texts_of(tokens)) == sorted(texts)
+    assert sorted(texts_of(tokens)) == sorted(texts or texts_of(tokens))
     found = {name: int((tokens.phase == name).sum()) for name in ("decode", "draft")}
     if way in PHASES:
         assert (found["decode"], found["draft"]) == PHASES[way]
@@ -217,8 +248,58 @@ PHASES = {
     "prompt lookup": (6, 3),
     "drafts of the caller's own": (7, 4),
     "continuous batching": (17, 0),  # a prompt ended with a piece of one token
-    "cache cut by the caller": (0, 0),
 }
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(model: Any, tmp_path: Path) -> None:
+    with moe_inspect.record(model, tmp_path / "t"):
+        out = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **GREEDY)
+    assert moe_inspect.verify(tmp_path / "t").ok
+    texts = texts_of(moe_inspect.open_trace(tmp_path / "t").tokens())
+    assert texts == [[-1] * 9 + row[:-1] for row in out.tolist()]
+
+
+@torch.no_grad()
+def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
+    """Two texts that begin alike: the second one goes on from the first one's cache. Nothing was
+    rejected, so nothing is a draft."""
+    with (
+        watched(model, [layer.mlp.gate for layer in model.model.layers]) as fed,
+        moe_inspect.record(model, tmp_path / "t"),
+    ):
+        cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
+        for ids in (IDS[:1, 4:7], IDS[1:, 4:8]):
+            model(input_ids=ids, cache=cache)
+            cache.crop(-ids.shape[1])
+    tokens = agreed(tmp_path / "t", fed)
+    assert tokens.groupby("sequence").position.apply(list).tolist() == [[*range(7)], [4, 5, 6, 7]]
+    assert set(tokens.document) == {0}
+    assert set(tokens.phase) == {"prefill"}
+
+
+@torch.no_grad()
+def test_counts_and_losses_of_drafts(model: Any, tmp_path: Path) -> None:
+    """Drafts count as any token. What follows a token is not a draft that was rejected."""
+    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
+        [text] = own_drafts(model)
+    with moe_inspect.record(model, tmp_path / "c", counts_only=True):
+        own_drafts(model)
+    assert moe_inspect.verify(tmp_path / "t").ok
+    assert moe_inspect.verify(tmp_path / "c").ok
+    loads = [moe_inspect.report(tmp_path / name).tables["load"].assignments for name in "tc"]
+    assert loads[0].tolist() == loads[1].tolist()
+    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    kept = tokens[tokens.phase != "draft"].sort_values("position")
+    ids = torch.tensor(text)
+    wanted = nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+    # where a pass ended with rejected drafts, and at the end
+    unknown = kept.loss_nats.isna().to_numpy()
+    assert np.flatnonzero(unknown).tolist() == [6, 7, 10]
+    known = np.flatnonzero(~unknown)
+    losses = kept.loss_nats.to_numpy()[known]
+    np.testing.assert_allclose(losses, wanted.numpy()[known], rtol=1e-4, atol=1e-4)
+    assert (tokens[tokens.phase == "draft"].groupby("sequence").size().tolist()) == [2, 1, 1]
 
 
 class Attention(nn.Module):
