@@ -180,6 +180,17 @@ def test_experts_that_choose_tokens_are_refused(tmp_path: Path, experts: str) ->
         own.record_once(Model(experts_choose, experts, E=S), tmp_path / "t", discover=True)
 
 
+def test_the_line_named_is_one_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not of torch, which calls a forward that is a function."""
+    model = Model(top_2)
+    for layer in model.layers:
+        layer.forward = lambda x, gate=layer.gate: x + gate(x).softmax(-1).topk(2)[0].sum(-1, True)
+    own.record_once(model, tmp_path / "t", discover=True)
+    assert f"found routers in layers.*: {__file__}:" in capsys.readouterr().err
+
+
 def test_layers_that_run_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match=r"layers\.0 calls torch\.topk over 4 values 2 times"):
         own.record_once(Model(top_2, times=2), tmp_path / "t", discover=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,6 +29,7 @@ UNSEEN = (
     "what the model drops from the choice later (by capacity, a threshold or a slice) is seen only "
     "where a list of modules, one per expert, is given other rows than were chosen"
 )
+NOT_THE_MODELS = (str(Path(torch.__file__).parent), __file__)  # files of code
 # for the manifest
 NOTE = (
     "weights are what torch.topk chose by, which the router may scale before it uses them; rows "
@@ -238,12 +240,16 @@ class Discovery:
             self._slots[id(given)] = self._slots.get(id(given), 0) + part.shape[-1]
 
     def _caller(self, frame: FrameType | None) -> tuple[str, str] | None:
-        """Path of the module of this model whose method is running, and the line it is at."""
+        """Path of the module of this model whose method is running, and the line it is at; where
+        that is torch's own code, the line of what it runs."""
+        line = ""
         while frame is not None:
+            if not frame.f_code.co_filename.startswith(NOT_THE_MODELS):
+                line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
             owner = frame.f_locals.get(names[0]) if names else None  # `self`, of a method
             if isinstance(owner, torch.nn.Module) and id(owner) in self._path_of:
-                return self._path_of[id(owner)], f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                return self._path_of[id(owner)], line
             frame = frame.f_back
         return None
 
