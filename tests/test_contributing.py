@@ -205,7 +205,7 @@ def test_a_model_family(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy.root / "recorded.py").write_text(RECORDED)
     monkeypatch.chdir(copy.root)
     monkeypatch.syspath_prepend(copy.root)
-    with pytest.raises(MoeInspectError, match="no router"):  # as it is, it is refused
+    with pytest.raises(MoeInspectError, match="no known router"):  # as it is, it is refused
         runpy.run_path("recorded.py")
     copy.follow("Add a model family")
     assert copy.python("recorded.py") == "2 layers recorded\n"
