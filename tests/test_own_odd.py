@@ -375,6 +375,24 @@ def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
     assert found.pattern == "layers.*"
 
 
+@pytest.mark.parametrize("shape", [(B, S), (T,)])
+@pytest.mark.parametrize("weights", [(1,), ()])
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_expert_for_each_token_needs_a_last_dimension(
+    tmp_path: Path, shape: tuple[int, ...], weights: tuple[int, ...], first: int
+) -> None:
+    """Whatever else is wrong with it, in the first pass and in a later one."""
+    ids = torch.arange(T).reshape(shape) % 3
+
+    def probing(n: int) -> None:
+        if n == first:
+            moe_inspect.probe(ids, torch.ones(*shape, *weights), layer=0, experts=8)
+        else:
+            moe_inspect.probe(ids[..., None], torch.ones(*shape, 1), layer=0, experts=8)
+
+    refused(tmp_path / "t", r"unsqueeze\(-1\)", probing)
+
+
 def test_rows_that_are_missing_are_not_taken_for_experts(tmp_path: Path) -> None:
     """Half of the tokens with two experts each are as many numbers as tokens."""
     for rows, said in ((slice(T // 2), "must show each token once"), (0, "unsqueeze")):

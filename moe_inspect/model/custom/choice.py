@@ -44,10 +44,11 @@ class ChoiceReader:
             )
         ids, weights = pair
         if ids.shape != weights.shape or not weights.dtype.is_floating_point or not ids.dim():
-            raise MoeInspectError(
+            raise self._wrong(
+                ids,
                 f"the choice of {self.path} has ids {list(ids.shape)} and weights "
                 f"{list(weights.shape)}: both need the same shape [..., K], ids integer (or bool "
-                "[..., E]) and weights floating-point"
+                "[..., E]) and weights floating-point",
             )
         self._check_rows(tuple(ids.shape[:-1]))
         if ids.dtype == torch.bool:
@@ -63,11 +64,22 @@ class ChoiceReader:
         if self.K is None and not torch.compiler.is_compiling():
             self.K = K
         if self.K is not None and self.K != K:
-            raise MoeInspectError(
+            raise self._wrong(
+                ids,
                 f"{self.path} chose {K} experts per token, but {self.K} in its first call: if the "
-                "number varies, pad the ids with -1"
+                "number varies, pad the ids with -1",
             )
         return ids.reshape(-1, K), weights.reshape(-1, K)
+
+    def _wrong(self, ids: Tensor, why: str) -> MoeInspectError:
+        """`why`, unless the shape of what is no choice says that it is a number for each token."""
+        fed = self.scope.fed if self.scope is not None and self.scope.open else None
+        if fed is None or tuple(ids.shape) not in ((fed.B, fed.S), (fed.B * fed.S,)):
+            return MoeInspectError(why)
+        return MoeInspectError(
+            f"{self.path} shows ids {list(ids.shape)}, one for each token: where each goes to one "
+            "expert, ids and weights are [..., 1] (ids.unsqueeze(-1))"
+        )
 
     def _check_ids(self, ids: Tensor) -> None:
         if (highest := int(ids.max())) >= self.experts:
@@ -82,10 +94,11 @@ class ChoiceReader:
             return
         twice_KT = same_KKT.permute(2, 0, 1).triu(1).any(-1).T & (ids_KT >= 0)
         if bool(twice_KT.any()):
-            raise MoeInspectError(
+            raise self._wrong(
+                ids,
                 f"{self.path} chose expert {int(ids_KT[twice_KT][0])} twice for a token: show each "
                 "expert of a decision once, with the sum of its weights, and -1 in the slots that "
-                "are left"
+                "are left",
             )
 
     def check_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
