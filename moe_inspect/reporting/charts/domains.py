@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PANELS = 8  # layers drawn where each takes a panel
+UNIFORM = "uniform, k ÷ E"  # the row below those of the domains
 WIDE = 64  # experts of a panel beyond which it takes the whole width, and half as many are drawn
 MOST_DOMAINS = 24  # rows drawn
 # of the experts that a domain uses most: cell_numbers in a cell, and listed with its value
@@ -51,23 +52,32 @@ def domains(data: ReportData) -> Chart | str:
     chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:most])
     panels = list[Panel]()
     for r in chosen:
-        lift_DE = rows_of[r]["lift"].to_numpy().reshape(D, counts.routers[r].experts)
-        heatmap = Heatmap(lift_DE, lift_scale(D, "activation ÷ mean"), cell_numbers(lift_DE))
+        shape = (D, counts.routers[r].experts)
+        lift_DE, activation_DE = (
+            rows_of[r][name].to_numpy().reshape(shape) for name in ("lift", "activation")
+        )
+        # the share that each expert would take if all were alike, on the scale of the others
+        with np.errstate(divide="ignore"):
+            even_E = counts.routers[r].top_k / shape[1] / activation_DE.mean(0)
+        rows = np.vstack([lift_DE, np.where(np.isfinite(even_E), even_E, np.nan)])
+        heatmap = Heatmap(rows, lift_scale(D, "activation ÷ mean"), cell_numbers(rows))
         title = f"layer {layer_label(data.trace.routers, r)}"
-        panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", names), title))
+        panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", (*names, UNIFORM)), title))
     rise = table["activation"] - table["activation"] / table["lift"]
     return Chart(
         "Domains and experts",
         "Activation of each expert in each domain ÷ its mean over the domains",
         tuple(panels),
         text="How much of each domain goes to each expert, relative to the expert's mean over the "
-        "domains.",
+        "domains. The last row is for reference: every expert alike.",
         columns=1 if len(chosen) == 1 or wide else 2,
         table=table.loc[rise.sort_values(ascending=False, kind="stable").index],
         definitions={
             "activation": "assignments of the expert in a domain ÷ tokens of the domain; over the "
             "experts it sums to k.",
             "lift": "activation ÷ its mean over all domains. 1 is no preference.",
+            UNIFORM: "the activation of each expert if all were chosen alike. Where this row is "
+            "blue, the expert takes more than that in the mean over the domains; where red, less.",
         },
         interactive="domains",
         subset=f"the {len(chosen)} of {len(spread)} layers that differ most by domain"

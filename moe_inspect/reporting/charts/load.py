@@ -55,7 +55,7 @@ def load(data: ReportData) -> Chart | str:
     return Chart(
         "Load of every expert",
         f"Busiest: expert {expert} of layer {label}, {worst.max():.2f}× the layer's mean load; "
-        + (plural(dead, "dead expert") if dead else "no dead expert"),
+        + (f"{plural(dead, 'expert')} without load" if dead else "every expert has load"),
         (
             Panel(
                 (Heatmap(ratio_LE, scale, cell_numbers(ratio_LE)),),
@@ -69,7 +69,7 @@ def load(data: ReportData) -> Chart | str:
         definitions={
             "load ratio": "assignments of an expert ÷ the mean over the experts of its router; "
             "within a domain, of that domain's tokens. 1 is even, E/k is every token.",
-            "dead": "no assignment at all; judged on the tokens of this trace only.",
+            "without load": "no assignment at all, on the tokens of this trace.",
         },
         interactive="map",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.reporting.charts.domains import lift_scale
+from moe_inspect.reporting.charts.domains import UNIFORM, lift_scale
 from moe_inspect.reporting.charts.parts import load_scale
 from moe_inspect.reporting.render.payload import numbers, scale_json
 from moe_inspect.text import layer_label, readable
@@ -60,11 +60,16 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
         "scale": scale_json(load_scale(routers, "× the mean load")),
         "lift_scale": scale_json(lift_scale(len(kept), "× the mean over domains")),
         "layers": [
-            {"label": layer_label(data.trace.routers, r), "experts": int(E)}
+            {
+                "label": layer_label(data.trace.routers, r),
+                "experts": int(E),
+                "k": data.trace.routers[r].top_k,
+            }
             for r, E in zip(chosen, sizes, strict=True)
         ],
         "first": first.tolist(),
         "domains": [readable(d) for d in kept],
+        "uniform": UNIFORM,
         "all": [of_router[r]["assignments"].tolist() for r in chosen],
         "load": load if len(data.counts.domains) > 1 else [],
         "tokens": tokens,

@@ -53,7 +53,7 @@ def report_page(
             _subtitle(data),
             warnings=[finding.text for finding in found if _of_data(finding)],
             verdict=[finding for finding in found if not _of_data(finding)],
-            tiles=_tiles(data),
+            tiles=_tiles(data, found),
             lead=replace(_section(data, lead), download=data.tables["load"]) if lead else None,
             sections=sections,
             left_out=[*left_out, *short],
@@ -142,11 +142,20 @@ def _subtitle(data: ReportData) -> str:
     return " · ".join(parts + ([f"{data.selection.phase} only"] if data.selection.phase else []))
 
 
-def _tiles(data: ReportData) -> list[Tile]:
+def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
+    """The key figures. They claim no more than the findings do: with too little data to judge, no
+    router is called even and no expert dead."""
     worst, rows = worst_router(data), data.loaded
     if worst is None:
         return []
-    pooled = data.pooled_max_over_mean()
+    severity = {one.kind: one.severity for one in found}
+    pooled, uneven_routers = data.pooled_max_over_mean(), sum(uneven(data, row) for row in rows)
+    few = "too little data to judge"
+    balance_known = uneven_routers or severity["balance"] != "note"
+    without_load, experts = (
+        sum(int(row[column]) for row in rows) for column in ("dead_experts", "experts")
+    )
+    dead_known = severity.get("dead_experts") != "note"
     tiles = [
         Tile(
             "busiest expert ÷ mean",
@@ -156,15 +165,16 @@ def _tiles(data: ReportData) -> list[Tile]:
         Tile("expected by chance", f"{1 + chance(worst):.2f}×", "for documents like these"),
         Tile(
             "uneven routers",
-            f"{sum(uneven(data, row) for row in rows)} of {len(rows)}",
-            f"{1 + data.thresholds.uneven:g}× and beyond chance",
+            f"{uneven_routers} of {len(rows)}" if balance_known else "–",
+            f"{1 + data.thresholds.uneven:g}× and beyond chance" if balance_known else few,
         ),
         Tile(
-            "dead experts",
-            str(sum(int(row["dead_experts"]) for row in rows)),
-            f"of {sum(int(row['experts']) for row in rows):,}",
+            "dead experts" if dead_known else "experts without load",
+            f"{without_load:,}",
+            f"of {experts:,}" if dead_known else f"of {experts:,}; {few}",
         ),
     ]
     if pooled:
-        tiles.append(Tile("averaged over layers", f"{pooled:.2f}×", "hides uneven layers"))
+        hides = "hides uneven layers" if "averaging_hides" in severity else ""
+        tiles.append(Tile("averaged over layers", f"{pooled:.2f}×", hides))
     return tiles

@@ -17,7 +17,9 @@ moe.experts = (data) => {
     const even = mean(load);
     return load.map((n) => (even ? n / even : null));
   };
-  const activation = (domain, row, expert) => data.load[domain][row][expert] / data.tokens[domain][row];
+  // of the row after the domains: of every expert alike
+  const activation = (domain, row, expert) =>
+    domain === data.domains.length ? data.layers[row].k / data.layers[row].experts : data.load[domain][row][expert] / data.tokens[domain][row];
   const lift = (domain, row, expert) => activation(domain, row, expert) / mean(data.domains.map((_, d) => activation(d, row, expert)));
 
   // the positions of an expert's entries in a list of map_data.py

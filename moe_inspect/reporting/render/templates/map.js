@@ -119,16 +119,17 @@ moe.map = (data) => {
     rowSelect.value = data.telling;
     second.append(h("div", { className: "controls" }, rowLabel), domainPlot);
     const layer = () => Number(rowSelect.value);
+    const rows = [...data.domains, data.uniform];
     const domains = moe.plot(
       domainPlot,
       () => ({
         x: axis("expert"),
-        y: axis("domain", data.domains.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
-        marks: [heatmap(data.domains.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
+        y: axis("domain", rows.map((name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name))),
+        marks: [heatmap(rows.length, data.layers[layer()].experts, (d, e) => lift(d, layer(), e), data.lift_scale)],
       }),
       {
         note: (d, e) => [
-          `${data.domains[d]}, expert ${e}`,
+          `${rows[d]}, expert ${e}`,
           `takes ${percent(activation(d, layer(), e))} of the tokens`,
           `${Number.isFinite(lift(d, layer(), e)) ? lift(d, layer(), e).toFixed(2) : "–"}× its mean over domains`,
         ],
