@@ -187,6 +187,24 @@ def test_pictures_of_a_large_model_can_be_read(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("name", every_chart())
+def test_a_picture_as_wide_as_a_column_can_be_read(name: str):
+    with letters():
+        figure = draw(drawn("collapsed")[name], 3.3)
+        assert overlapping(figure) == []
+    assert figure.get_figwidth() == 3.3
+    assert min(float(text.get_fontsize()) for text in figure.findobj(Text)) >= 8
+
+
+def test_an_interval_that_reaches_down_to_0_has_a_place_on_a_logarithmic_axis():
+    x, y = np.arange(2.0), np.array([2.0, 40.0])
+    marks = (Points(x, y, "load", "c1", "dot", np.array([0.0, 20.0]), y + 1),)
+    panel = Panel(marks, Axis("layer", ("0", "1")), Axis("max ÷ mean", low=1, log=True))
+    bottom, top = draw(Chart("t", "c", (panel,))).axes[0].get_ylim()
+    assert bottom == 1
+    assert top == pytest.approx(41, rel=0.1)
+
+
 def shade(scale: Scale, ratio: float) -> np.ndarray:
     """The colour of a ratio, in 256ths."""
     return 256 * np.array(colour_map(scale)(scale.place(np.array(ratio)))[:3])

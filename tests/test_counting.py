@@ -25,7 +25,6 @@ from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, Router
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.matplotlib import write_pictures
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
@@ -486,7 +485,7 @@ def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
     assert first.of[0].next_EN.tolist() == whole.of[0].next_EN.tolist()
     last = report(trace, layers=1)
     assert last.tables["transitions"].empty
-    assert "transitions" not in {path.stem for path in write_pictures(last, tmp_path / "plots")}
+    assert "transitions" not in {path.stem for path in last.save_plots(tmp_path / "plots")}
 
 
 def by_stack(root: Path) -> Trace:

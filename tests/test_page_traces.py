@@ -3,6 +3,7 @@ axe-core finds nothing that keeps people out, and what fails says so in its plac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_inspect.reporting.charts.spec import Chart, chart_of
 from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
@@ -42,7 +44,7 @@ def made(root: Path, T: int, L: int, E: int, k: int) -> Report:
             [ids_TK.astype(np.uint16) for ids_TK in ids],
             E,
             weights=weights if k > 1 else None,
-            document=2 * t // T,
+            document=12 * t // T,
             domain_of_document=("law", "math"),
             token_id=rng.integers(0, 50, T),
             words=50,
@@ -95,6 +97,36 @@ def test_axe_finds_nothing(shown: tuple[Opened, Report]) -> None:
     page.view.evaluate("document.querySelector('#menu-button').removeAttribute('aria-label')")
     again = axe.run(page.view, "#menu-button", {"runOnly": ["button-name"]})
     assert [one["id"] for one in again.response["violations"]] == ["button-name"]
+
+
+@on("3 tokens")
+def test_key_figures_claim_no_more_than_the_findings(shown: tuple[Opened, Report]) -> None:
+    page, _ = shown
+    figures = page.view.locator(".facts").inner_text()
+    assert figures.count("too little data to judge") == 2
+    assert "experts without load" in figures
+    assert not re.search("dead|hides|0 of 4", figures)
+    assert "without load" in page.view.locator("#load figcaption").inner_text()
+
+
+@on("demo")
+def test_the_chart_of_domains_has_a_uniform_row(shown: tuple[Opened, Report]) -> None:
+    page, of = shown
+    plot = "document.querySelector('[data-widget=domains] .plot').plot"
+    page.view.locator("[data-widget=domains] select").select_option("2")
+    assert page.view.evaluate(f"{plot}.panel.y.labels") == [*of.counts.domains, "uniform"]
+    values = page.view.evaluate(f"{plot}.panel.marks[0].values.slice(-8)")
+    table: Any = of.tables["domains"]
+    mean = table[table["router"] == 2].groupby("expert")["activation"].mean()
+    assert values == pytest.approx((2 / 8 / mean).tolist(), rel=1e-3)
+    chart = chart_of(of, "domains")
+    assert isinstance(chart, Chart)
+    [heatmap] = [p.heatmap for p in chart.panels if p.title == "layer 2" and p.heatmap]
+    assert heatmap.values[-1] == pytest.approx(values, rel=1e-3)
+    page.view.evaluate(f"{plot}.move(6, 0)")
+    said = page.view.locator("[data-widget=domains] .tip").inner_text()
+    assert "uniform, expert 0\ntakes 25% of the tokens" in said
+    page.view.keyboard.press("Escape")
 
 
 @on("61 × 256", "demo")

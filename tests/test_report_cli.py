@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_inspect.reporting.charts.spec import Chart, chart_of, every_chart
-from moe_inspect.reporting.render.matplotlib import draw, letters, picture, write_pictures
+from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -218,6 +218,52 @@ def test_plots_are_pictures(cli_here: Cli, trace: Trace, tmp_path: Path):
         assert name in done.stderr
 
 
+def test_one_chart_as_wide_as_a_column_of_a_paper(cli_here: Cli, trace: Trace, tmp_path: Path):
+    asked = ("--plots", "figures", "--only", "balance", "--width", "3.3in")
+    for form in ("pdf", "svg"):
+        done = cli_here("report", trace.path, *asked, "--format", form, "--table", "balance")
+        assert "max_over_mean" in done.stdout
+        assert done.stderr.count("wrote ") == 1
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "balance.pdf",
+        "balance.svg",
+    }
+    pdf = (tmp_path / "figures" / "balance.pdf").read_bytes()
+    width = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)
+    assert width
+    assert float(width[1]) == pytest.approx(3.3 * 72, abs=0.5)
+    assert b"/FontFile2" in pdf  # TrueType, so that text is text
+    assert b"/Type3" not in pdf
+    svg = (tmp_path / "figures" / "balance.svg").read_text()
+    assert re.search(r"<text[^>]*>Balance by layer</text>", svg)
+    assert "sans-serif" in svg
+    done = cli_here("simulate", "capacity", trace.path, "--plots", "c", "--width", "84mm")
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "capacity.png",
+        "capacity.svg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--only", "balance"), 2, "--only is about pictures: give it with --plots DIR"),
+        (("--width", "3in"), 2, "--width is about pictures: give it with --plots DIR"),
+        (("--format", "pdf"), 2, "--format pdf is about pictures: give it with --plots DIR"),
+        (("--plots", "p", "--width", "wide"), 2, "cannot read 'wide': write a width like 3.3in"),
+        (("--plots", "p", "--width", "1mm"), 2, "1mm is no width of a chart: give 2in to 40in"),
+        (("--plots", "p", "--only", "balanec"), 1, "no chart 'balanec' (did you mean balance?)"),
+        (("--plots", "p", "--only", "router"), 1, "router"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_said(
+    cli_here: Cli, trace: Trace, options: tuple[str, ...], code: int, said: str
+):
+    done = cli_here("report", trace.path, *options, check=code)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_pictures_say_what_they_show(made: Report):
     chart = chart_of(made, "balance")
     assert isinstance(chart, Chart)
@@ -233,7 +279,7 @@ def test_pictures_say_what_they_show(made: Report):
 
 def test_plots_without_domains_or_documents(tmp_path: Path):
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    assert sorted(p.name for p in write_pictures(made, tmp_path / "p")) == [
+    assert sorted(p.name for p in made.save_plots(tmp_path / "p")) == [
         "balance.png",
         "balance.svg",
         "esft.png",

@@ -28,14 +28,6 @@ Output = Annotated[
         show_default=False,
     ),
 ]
-Plots = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Also write pictures (PNG and SVG) into this directory.",
-        show_default=False,
-    ),
-]
 Html = Annotated[
     Path | None,
     typer.Option(

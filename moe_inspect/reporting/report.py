@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown, displayed
+from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, check_table
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.html import Section
     from moe_inspect.reporting.render.notebook import Cell
@@ -96,19 +93,14 @@ class Report(ReportData, Shown):
 
         return report_cell(self)
 
-    def plot(self, name: str) -> Figure:
-        """One chart as a figure of matplotlib: "load", "domains", … MoeInspectError where there is
-        no such chart, naming those there are, or where the trace has no data for it."""
-        from moe_inspect.reporting.charts.spec import chart_of, every_chart
-        from moe_inspect.reporting.render.matplotlib import draw, letters
+    def chart_named(self, name: str) -> Chart:
+        from moe_inspect.reporting.charts.spec import chart_of, check_chart
 
-        if name not in (there := every_chart()):
-            raise MoeInspectError(no_such("chart", name, there))
+        check_chart(name)
         made = chart_of(self, name)
         if isinstance(made, str):
             raise MoeInspectError(made or f"this trace has no data for the chart {name!r}")
-        with letters():
-            return displayed(draw(made))
+        return made
 
     def verdict(self) -> list[Finding]:
         """What is wrong, how sure that is and what is fine: a Finding each, with a plain sentence

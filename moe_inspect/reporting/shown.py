@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -68,25 +69,38 @@ class Shown(ABC):
         return Path(path)
 
     def plot(self, name: str) -> Figure:
-        """One chart as a figure of matplotlib. MoeInspectError where there is no such chart, naming
-        those there are."""
+        """One chart ("load", "domains", …) as a figure of matplotlib. MoeInspectError where there
+        is no such chart, naming those there are, or no data for it."""
         from moe_inspect.reporting.render.matplotlib import draw, letters
 
+        with letters():
+            return displayed(draw(self.chart_named(name)))
+
+    def chart_named(self, name: str) -> Chart:
         charts, _ = self.charts()
         made = next((chart for chart in charts if chart.name == name), None)
         if made is None:
             if not charts:
                 raise MoeInspectError(f"{self!r} has nothing to draw")
             raise MoeInspectError(no_such("chart", name, [chart.name for chart in charts]))
-        with letters():
-            return displayed(draw(made))
+        return made
 
-    def save_plots(self, directory: str | Path) -> list[Path]:
-        """Writes every chart as NAME.png and NAME.svg. Returns the files. MoeInspectError where
-        they cannot be written."""
+    def save_plots(
+        self,
+        directory: str | Path,
+        *,
+        only: Sequence[str] = (),
+        width_inches: float | None = None,
+        formats: Sequence[str] | None = None,
+    ) -> list[Path]:
+        """Writes charts as NAME.FORMAT, by default all of them as PNG and SVG. `only`: their names.
+        `width_inches`: of the pictures, for a column of a paper; type keeps its size. `formats`:
+        of "png", "svg", "pdf"; text in an SVG or a PDF is text. Returns the files. MoeInspectError
+        where there is no such chart, or they cannot be written."""
         from moe_inspect.reporting.render.matplotlib import write_charts
 
-        return write_charts(self.charts()[0], directory)
+        charts = [self.chart_named(name) for name in only] if only else self.charts()[0]
+        return write_charts(charts, directory, width_inches, formats)
 
 
 def displayed(figure: Figure) -> Figure:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moe_inspect.cli.emit import Format, SafeCsv
+from moe_inspect.cli.emit import SafeCsv
 from moe_inspect.cli.help.complete import metrics, tables, traces
-from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Plots, Scheduler
+from moe_inspect.cli.options import Domains, Html, OfPhase, Output, Scheduler
+from moe_inspect.cli.pictures import FormatOfAny, Only, Plots, Width
 
 TraceA = Annotated[
     str,
@@ -59,19 +60,12 @@ class CompareOptions:
             autocompletion=tables,
         ),
     ] = None
-    format: Annotated[
-        Format | None,
-        typer.Option(
-            help=(
-                "Format of the table (default: agreement); json is one object per line. Default: "
-                "by the file's ending, else table."
-            ),
-            show_default=False,
-        ),
-    ] = None
+    format: FormatOfAny = None
     output: Output = None
     safe_csv: SafeCsv = False
     plots: Plots = None
+    only: Only = None
+    width: Width = None
     html: Html = None
     scheduler: Scheduler = None
     layers: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from moe_inspect.cli.compare.options import CompareOptions
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.cli.pictures import save_pictures, table_format
 from moe_inspect.cli.report.write import table_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
@@ -39,7 +40,7 @@ def requested(options: CompareOptions, tables: Mapping[str, Table], main: str) -
     alone asks for."""
     from moe_inspect.reporting.tables.registry import check_table
 
-    form = options.format or format_of(options.output)
+    form = table_format(options) or format_of(options.output)
     if form is None:
         raise typer.BadParameter(
             f"-o {options.output}: no format has this ending, add --format {', '.join(Format)}"
@@ -66,9 +67,7 @@ def _gates(texts: list[str] | None, above: bool, tables: Mapping[str, Table]) ->
 
 def write_files(made: Made, options: CompareOptions) -> None:
     """The pictures and the page."""
-    if options.plots is not None:
-        for path in made.save_plots(options.plots):
-            print_stderr(f"wrote {path}")
+    save_pictures(made, options)
     if options.html is not None:
         print_stderr(f"wrote {made.to_html(options.html)}")
 

@@ -23,7 +23,8 @@ COMMANDS = {
     "Files": ("verify", "merge", "sample", "export"),
 }
 
-_OUTPUT = ("full", "table", "format", "output", "safe_csv", "plots", "html", "simulate", "top")
+_PICTURES = ("plots", "only", "width")
+_OUTPUT = ("full", "table", "format", "output", "safe_csv", *_PICTURES, "html", "simulate", "top")
 _SELECTION = ("layers", "domain", "phase")
 _GATES = ("fail_above", "fail_below", "threshold", "rules")
 _SHOWN = {"Selection": _SELECTION, "Output": _OUTPUT}
@@ -106,6 +107,7 @@ PAGES = {
         (
             "report runs/a",
             "report runs/a --html report.html",
+            "report runs/a --plots figures --only balance --width 3.3in --format pdf",
             "report runs/a --table load --layers 0-3 --format csv -o load.csv",
             "report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0",
         ),

@@ -20,11 +20,12 @@ def phases_of(trace: Trace, request: Request) -> phases.Costs:
     routers = select(trace, request.selection["layers"]).routers
     drawn = phases.drawing(trace, routers)
     found = phases.counting(trace, routers)
-    if request.plots:
-        found += [*drawn, *phases.pictures()]
+    plots, only = request.drawing.plots, request.drawing.only
+    if plots:
+        found += [*drawn, *(phases.pictures(len(only)) if only else phases.pictures())]
     if request.html:
         # made before, if there are pictures
-        found += [(name, cost / 4) for name, cost in drawn] if request.plots else drawn
+        found += [(name, cost / 4) for name, cost in drawn] if plots else drawn
         for simulated in dict.fromkeys(request.simulate):
             found += phases.simulating(trace, simulated.value)
         found += phases.page(trace, routers, samples=True)
@@ -44,7 +45,7 @@ def build(trace: Trace, request: Request) -> tuple[Report, list[str]]:
         [
             *tables,
             *(gated()[gate.metric] for gate in request.gates),
-            *(_tables_of_charts() if request.html or request.plots else []),
+            *_tables_of_charts(request),
         ]
     )
     advance = phase("computing", len(tables), "tables")
@@ -64,7 +65,9 @@ def _tables_of_text(made: Report) -> list[str]:
     return ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
 
 
-def _tables_of_charts() -> list[str]:
+def _tables_of_charts(request: Request) -> list[str]:
+    if request.html is None and request.drawing.plots is None:
+        return []
     from moe_inspect.reporting.charts.spec import tables_of_charts
 
-    return tables_of_charts()
+    return tables_of_charts(() if request.html else request.drawing.only)

@@ -9,6 +9,7 @@ import typer
 from moe_inspect.cli.emit import Format, format_of
 from moe_inspect.cli.help.complete import FOLDERS, tables_in
 from moe_inspect.cli.options import TableCommand, with_options
+from moe_inspect.cli.pictures import table_format
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.report.build import build, phases_of
 from moe_inspect.cli.report.metrics import list_metrics
@@ -25,7 +26,7 @@ def report(options: ReportOptions) -> None:
     Which layers and experts are out of balance, compared with chance, and what each expert
     specialises in. Needs neither torch nor the model."""
     if options.list_metrics:
-        form = options.format or format_of(options.output) or Format.table
+        form = table_format(options) or format_of(options.output) or Format.table
         list_metrics(form, options.output, options.safe_csv)
         return
     # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other

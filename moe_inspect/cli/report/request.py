@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moe_inspect.cli.emit import Format, format_of
+from moe_inspect.cli.pictures import Drawing, table_format
 from moe_inspect.cli.report.options import ReportOptions, Simulated
 from moe_inspect.errors import MoeInspectError
 
@@ -29,7 +30,7 @@ class Request:
     format: Format
     output: Path | None
     safe_csv: bool
-    plots: Path | None
+    drawing: Drawing
     html: Path | None
     simulate: Sequence[Simulated]
     text: Amount
@@ -49,14 +50,16 @@ def requested(options: ReportOptions) -> Request:
         )
     if options.weights and options.table != "worth":
         raise typer.BadParameter("--weights adds a column to one table: add --table worth")
+    form = table_format(options)
+    _check_charts(options.only or [])
     return Request(
         trace=options.trace,
         full=options.full,
         table=options.table,
-        format=_format(options.table, options.format, options.output),
+        format=_format(options.table, form, options.output),
         output=options.output,
         safe_csv=options.safe_csv,
-        plots=options.plots,
+        drawing=options,
         html=options.html,
         simulate=options.simulate or [],
         text=_text(options.text, options.html),
@@ -96,6 +99,14 @@ def _format(table: str | None, form: Format | None, output: Path | None) -> Form
         asked = f"--format {form}" if form else f"-o {output}"
         raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(TABLES)}")
     return chosen
+
+
+def _check_charts(names: Sequence[str]) -> None:
+    if names:
+        from moe_inspect.reporting.charts.spec import check_chart
+
+        for name in names:
+            check_chart(name)
 
 
 def _checkpoint(model: str) -> Path:

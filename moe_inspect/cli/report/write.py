@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_inspect.cli.emit import Format, emit, text_to
+from moe_inspect.cli.pictures import save_pictures
 from moe_inspect.cli.report.options import Simulated
 from moe_inspect.cli.report.request import Request
 from moe_inspect.errors import MoeInspectError
@@ -22,9 +23,7 @@ def write_files(made: Report, request: Request) -> None:
     """The pictures and the page."""
     if made.warning:
         print_stderr(f"warning: {made.warning}")
-    if request.plots is not None:
-        for path in made.save_plots(request.plots):
-            print_stderr(f"wrote {path}")
+    save_pictures(made, request.drawing)
     if request.html is not None:
         from moe_inspect.reporting.render.html import write_page
 

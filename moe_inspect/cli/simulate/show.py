@@ -13,6 +13,14 @@ import typer
 from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import Output, Scheduler
+from moe_inspect.cli.pictures import (
+    FormatOfAny,
+    Only,
+    Plots,
+    Width,
+    save_pictures,
+    table_format,
+)
 from moe_inspect.text import no_such, print_stderr
 
 if TYPE_CHECKING:
@@ -46,25 +54,12 @@ class ShowOptions:
             show_default=False,
         ),
     ] = None
-    format: Annotated[
-        Format | None,
-        typer.Option(
-            "--format",
-            help="Format of the table (default: the main one); json is one object per line.",
-            show_default=False,
-        ),
-    ] = None
+    format: FormatOfAny = None
     output: Output = None
     safe_csv: SafeCsv = False
-    plots: Annotated[
-        Path | None,
-        typer.Option(
-            "--plots",
-            metavar="DIR",
-            help="Also write the chart (PNG and SVG) into this directory.",
-            show_default=False,
-        ),
-    ] = None
+    plots: Plots = None
+    only: Only = None
+    width: Width = None
     html: Annotated[
         Path | None,
         typer.Option(
@@ -101,7 +96,7 @@ def numbers(values: Sequence[str], option: str, kind: type[N], least: float = 1)
 def show(simulation: Simulation, options: ShowOptions) -> None:
     """The verdict and the tables as text; or one table, where --table, --format or the ending of
     the file asks for it."""
-    table, format, output = options.table, options.format, options.output
+    table, format, output = options.table, table_format(options), options.output
     ending = format_of(output)
     main = next(iter(simulation.tables))
     if table is not None and table not in simulation.tables:
@@ -110,10 +105,7 @@ def show(simulation: Simulation, options: ShowOptions) -> None:
         raise typer.BadParameter(
             f"-o {output}: no format has this ending, add --format {', '.join(Format)}"
         )
-    if options.plots is not None:
-        written = simulation.save_plots(options.plots)
-        for line in [f"wrote {path}" for path in written] or ["nothing to draw"]:
-            print_stderr(line)
+    save_pictures(simulation, options)
     if options.html is not None:
         print_stderr(f"wrote {simulation.to_html(options.html)}")
     if table or format or ending is not Format.table:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
 
 MOST_PANELS = 8  # layers drawn where each takes a panel
-UNIFORM = "uniform, k ÷ E"  # the row below those of the domains
+UNIFORM = "uniform"  # the row below those of the domains
 WIDE = 64  # experts of a panel beyond which it takes the whole width, and half as many are drawn
 MOST_DOMAINS = 24  # rows drawn
 # of the experts that a domain uses most: cell_numbers in a cell, and listed with its value
@@ -69,7 +69,7 @@ def domains(data: ReportData) -> Chart | str:
         "Activation of each expert in each domain ÷ its mean over the domains",
         tuple(panels),
         text="How much of each domain goes to each expert, relative to the expert's mean over the "
-        "domains. The last row is for reference: every expert alike.",
+        "domains. The last row is for reference: k ÷ E, every expert alike.",
         columns=1 if len(chosen) == 1 or wide else 2,
         table=table.loc[rise.sort_values(ascending=False, kind="stable").index],
         definitions={

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
+from moe_inspect.text import no_such
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -322,8 +323,16 @@ def every_chart() -> dict[str, Maker]:
     return dict(sorted(CHARTS.items(), key=lambda item: position.get(item[1].__module__, last)))
 
 
-def tables_of_charts() -> list[str]:
-    return list(dict.fromkeys(table for name in every_chart() for table in TABLES_OF[name]))
+def check_chart(name: str) -> None:
+    """MoeInspectError where no chart has the name."""
+    if name not in (there := every_chart()):
+        raise MoeInspectError(no_such("chart", name, there))
+
+
+def tables_of_charts(names: Sequence[str] | None = None) -> list[str]:
+    """The tables that these charts are drawn from, by default all charts."""
+    there = every_chart()
+    return list(dict.fromkeys(table for name in names or there for table in TABLES_OF[name]))
 
 
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:

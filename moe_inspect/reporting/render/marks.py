@@ -56,8 +56,11 @@ def vertical_range(panel: Panel) -> tuple[float, float]:
             continue
         for of in ("y", "low", "high"):
             array = getattr(mark, of, None)
-            if array is not None and np.isfinite(array).any():
-                values += [float(np.nanmin(array)), float(np.nanmax(array))]
+            # a logarithmic axis cannot show an interval that reaches down to 0
+            shown = np.asarray([] if array is None else array, float)
+            shown = shown[np.isfinite(shown) & ((shown > 0) | (not panel.y.log))]
+            if len(shown):
+                values += [float(shown.min()), float(shown.max())]
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     if not high > low:

@@ -1,8 +1,8 @@
-"""Draws charts as PNG and SVG, laid out as on the page, by matplotlib without pyplot: in a notebook
-pyplot's figures and backend are the user's.
+"""Draws charts as PNG, SVG and PDF, laid out as on the page, by matplotlib without pyplot: in a
+notebook pyplot's figures and backend are the user's.
 
-All pictures have the same width, so that their type has the same size. Lengths are in inches, from
-the top left.
+Type has the same size in every picture, however wide: what does not fit is wrapped. Lengths are in
+inches, from the top left.
 """
 
 # matplotlib's own types leave **kwargs unknown
@@ -11,12 +11,11 @@ the top left.
 from __future__ import annotations
 
 import io
-import textwrap
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from moe_inspect.progress import phase
-from moe_inspect.reporting.charts.spec import Chart, Panel, Scale, draw_charts
+from moe_inspect.reporting.charts.spec import Chart, Panel, Scale
 from moe_inspect.reporting.render.marks import (
     SMALL,
     Ticks,
@@ -41,11 +40,10 @@ from moe_inspect.reporting.render.marks import (
 )
 from moe_inspect.trace.files.output import output_file, output_folder
 
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
-
 DPI = 200
-WIDTH = 9.8  # of a picture
+WIDTH = 9.8  # of a picture, where no other is asked for
+FORMATS = ("png", "svg")
+BREADTH = 2.9  # least of a panel beside others
 EDGE, GAP = 0.12, 0.3  # around it, between panels
 BETWEEN = 0.2  # rows of panels
 LINE = 0.17  # height of a line of SMALL type
@@ -63,19 +61,20 @@ OTHER_FONTS = (
 )
 
 
-def write_pictures(data: ReportData, directory: str | Path) -> list[Path]:
-    """Draws every chart that the trace has the data for. Returns the files."""
-    return write_charts(draw_charts(data)[0], directory)
-
-
-def write_charts(charts: Sequence[Chart], directory: str | Path) -> list[Path]:
-    """Draws charts as NAME.png and NAME.svg. Returns the files."""
+def write_charts(
+    charts: Sequence[Chart],
+    directory: str | Path,
+    width: float | None = None,
+    formats: Sequence[str] | None = None,
+) -> list[Path]:
+    """Draws each chart, so many inches wide, as NAME.FORMAT: "png", "svg" or "pdf". Returns the
+    files."""
     directory, written = output_folder(directory), list[Path]()
     advance = phase("writing pictures", len(charts), "pictures")
     for chart in charts:
         with letters():
-            figure = draw(chart)
-            for path in (directory / f"{chart.name}.png", directory / f"{chart.name}.svg"):
+            figure = draw(chart, width or WIDTH)
+            for path in (directory / f"{chart.name}.{format}" for format in formats or FORMATS):
                 with output_file(path) as draft:
                     draft.write_bytes(picture(figure, path.suffix[1:], chart.description))
                 written.append(path)
@@ -84,13 +83,16 @@ def write_charts(charts: Sequence[Chart], directory: str | Path) -> list[Path]:
 
 
 def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) -> bytes:
-    """The bytes of a figure as a file of format "png" or "svg"; the same figure gives the same
-    bytes. Letters of an SVG are paths, so that it looks the same everywhere."""
+    """The bytes of a figure as a file of format "png", "svg" or "pdf"; the same figure gives the
+    same bytes. Text of an SVG or a PDF stays text, which can be searched and edited."""
     file = io.BytesIO()
-    metadata: dict[str, str | None] = {"Description": description} if description else {}
-    if format == "svg":
-        metadata["Date"] = None
-    figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
+    described, dated = {"pdf": ("Subject", "CreationDate")}.get(format, ("Description", "Date"))
+    metadata: dict[str, str | None] = {described: description} if description else {}
+    if format != "png":
+        metadata[dated] = None
+    text: Any = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
+    with matplotlib.rc_context(text):
+        figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
     return file.getvalue()
 
 
@@ -99,17 +101,18 @@ def letters() -> Generator[None]:
     """Within it, labels use every installed font that has their letters; a letter that no font has
     is drawn as a box, without a warning."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
+    family = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed), "sans-serif"]
     with matplotlib.rc_context({"font.family": family}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")
         yield
 
 
 class Placed(NamedTuple):
-    """A panel with all that its size depends on. height: of its axes; above: of its title, its
-    legend and its colour bar."""
+    """A panel with all that its size depends on. title: its lines. height: of its axes; above: of
+    its title, its legend and its colour bar."""
 
     panel: Panel
+    title: Sequence[str]
     height: float
     above: float
     ends: tuple[float, float]
@@ -117,40 +120,44 @@ class Placed(NamedTuple):
     legend_columns: int
 
 
-def draw(chart: Chart) -> Figure:
-    """The figure of a chart."""
-    figure = Figure((WIDTH, 1))
+def draw(chart: Chart, width: float = WIDTH) -> Figure:
+    """The figure of a chart, so many inches wide."""
+    figure = Figure((width, 1))
     FigureCanvasAgg(figure)
-    columns = min(chart.columns, len(chart.panels))
-    breadth = (WIDTH - 2 * EDGE - GAP * (columns - 1)) / columns
+    within = width - 2 * EDGE
+    columns = min(chart.columns, len(chart.panels), max(1, int(within / BREADTH)))
+    breadth = (within - GAP * (columns - 1)) / columns
     scales = {panel.heatmap.scale for panel in chart.panels if panel.heatmap}
     shared = len(scales) == 1 and all(panel.heatmap for panel in chart.panels)
     placed = [_place(figure, panel, breadth, columns, shared) for panel in chart.panels]
     rows = [placed[i : i + columns] for i in range(0, len(placed), columns)]
-    headline = textwrap.wrap(chart.headline, 105)
-    y = EDGE + 0.3 + 0.2 * len(headline) + 0.06
-    top = y + (SCALE if shared else 0)
+    title = _lines(figure, chart.title, 12, within, "bold")
+    headline = _lines(figure, chart.headline, 9.5, within)
+    below_title = EDGE + 0.05 + 0.25 * len(title)
+    y = below_title + 0.2 * len(headline) + 0.06
+    top = y + (_colour_bar(figure, next(iter(scales)), EDGE, within).height if shared else 0)
     sizes = [max(p.above for p in row) + max(p.height for p in row) + BELOW for row in rows]
     height = top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE
     figure.set_figheight(height)
     figure.text(
-        EDGE / WIDTH,
+        EDGE / width,
         1 - EDGE / height,
-        plain(chart.title),
+        plain("\n".join(title)),
         va="top",
         fontsize=12,
         weight="bold",
+        linespacing=1.4,
     )
     figure.text(
-        EDGE / WIDTH,
-        1 - (EDGE + 0.3) / height,
+        EDGE / width,
+        1 - below_title / height,
         plain("\n".join(headline)),
         va="top",
         fontsize=9.5,
         linespacing=1.4,
     )
     if shared:
-        _colour_bar(figure, next(iter(scales)), EDGE, y)
+        _draw_colour_bar(figure, _colour_bar(figure, next(iter(scales)), EDGE, within), y)
     lefts = [max(_beside(figure, p) for p in placed[column::columns]) for column in range(columns)]
     for row, size in zip(rows, sizes, strict=True):
         above = max(p.above for p in row)
@@ -162,21 +169,24 @@ def draw(chart: Chart) -> Figure:
 
 
 def _place(figure: Figure, panel: Panel, breadth: float, columns: int, shared: bool) -> Placed:
-    title = 0.26 if panel.title else 0
+    lines = _lines(figure, panel.title, 9.5, breadth, "bold") if panel.title else []
+    title = 0.08 + 0.18 * len(lines) if lines else 0
     if heatmap := panel.heatmap:
         R, _ = heatmap.values.shape
         tallest = 5.6 if columns == 1 else 3.6
         height = float(np.clip(R * np.clip(tallest / R, 0.09, 0.3), 0.6, tallest + 1))
         ticks = named_ticks(panel.y, R, height / LINE)
-        return Placed(panel, height, title + (0 if shared else SCALE), (-0.5, R - 0.5), ticks, 0)
+        bar = 0 if shared else _colour_bar(figure, heatmap.scale, 0, breadth).height
+        return Placed(panel, lines, height, title + bar, (-0.5, R - 0.5), ticks, 0)
     names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
     legend_columns = _legend_columns(figure, names, breadth)
-    lines = -(-len(names) // legend_columns) if names else 0
+    entries = [_entry(figure, name, breadth).count("\n") + 1 for name in names]
+    rows = sum(entries) if legend_columns == 1 else -(-len(names) // (legend_columns or 1))
     low, high = vertical_range(panel)
     height = 2.1 if columns == 1 else 1.9
     ticks = value_ticks(panel.y, low, high, 5)
-    above = title + (0.14 + 0.155 * lines if lines else 0.05)
-    return Placed(panel, height, above, (low, high), ticks, legend_columns)
+    above = title + (0.14 + 0.155 * rows if rows else 0.05)
+    return Placed(panel, lines, height, above, (low, high), ticks, legend_columns)
 
 
 def _panel(
@@ -207,8 +217,8 @@ def _panel(
     if panel.title:
         # over what belongs to the panel, which begins left of its axes
         axes.set_title(
-            plain(panel.title), loc="left", x=-beside / across, fontsize=9.5, weight="bold",
-            pad=72 * (of.above - 0.2),
+            plain("\n".join(of.title)), loc="left", x=-beside / across, fontsize=9.5,
+            weight="bold", pad=72 * (of.above - 0.02 - 0.18 * len(of.title)),
         )  # fmt: skip
     axes.set_ylim(of.ends[::-1] if panel.heatmap else of.ends)
     if panel.y.log:
@@ -233,12 +243,16 @@ def _panel(
         if cells is not None and _widest(figure, set(cells.ravel())) < room:
             write_cells(panel.heatmap, axes)
         if not shared:
-            _colour_bar(figure, panel.heatmap.scale, left, top + above - SCALE)
+            bar = _colour_bar(figure, panel.heatmap.scale, left, breadth)
+            _draw_colour_bar(figure, bar, top + above - bar.height)
         return
     axes.grid(axis="y", color="0.92", lw=0.8)
     axes.set_axisbelow(True)
     if of.legend_columns:
+        handles, names = axes.get_legend_handles_labels()
         axes.legend(
+            handles,
+            [_entry(figure, name, breadth) for name in names],
             fontsize=SMALL,
             frameon=False,
             loc="lower left",
@@ -266,6 +280,26 @@ def _legend_columns(figure: Figure, names: Sequence[str], breadth: float) -> int
     return min(1, len(names))
 
 
+def _entry(figure: Figure, name: str, breadth: float) -> str:
+    """A name in a legend, in lines that fit."""
+    beside = SMALL / 72 * (LEGEND["handlelength"] + LEGEND["handletextpad"] + 1)
+    return "\n".join(_lines(figure, name, SMALL, breadth - beside))
+
+
+def _lines(
+    figure: Figure, text: str, size: float, room: float, weight: str = "normal"
+) -> list[str]:
+    """The text in lines no wider than `room`, as far as its words are not."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and _widest(figure, [longer], size, weight) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def _beside(figure: Figure, of: Placed) -> float:
     """The room left of the axes for the labels and the title of the vertical axis."""
     labels = [label for _, label in of.ticks]
@@ -277,43 +311,75 @@ def _right(figure: Figure, panel: Panel) -> float:
     return max(0.05, _widest(figure, panel.x.labels[-1:]) / 2 - 0.03)
 
 
-def _widest(figure: Figure, texts: Iterable[str], size: float = SMALL) -> float:
+def _widest(
+    figure: Figure, texts: Iterable[str], size: float = SMALL, weight: str = "normal"
+) -> float:
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    font = FontProperties(size=size)
+    font = FontProperties(size=size, weight=weight)
     widths: list[float] = [
         renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
     ]
     return max(widths, default=0.0) / figure.dpi
 
 
-def _colour_bar(figure: Figure, scale: Scale, left: float, top: float) -> None:
-    """The colours of a scale with their values; beside it, what is shown."""
+class ColourBar(NamedTuple):
+    """The colours of a scale with their values, and beside or below them what is shown: texts with
+    their place, right of `left` and below the top, and the colour of a swatch before them."""
+
+    scale: Scale
+    left: float
+    long: float
+    ticks: list[tuple[float, str]]
+    texts: list[tuple[float, float, str, str]]
+    height: float
+
+
+def _colour_bar(figure: Figure, scale: Scale, left: float, room: float) -> ColourBar:
+    """No wider than `room`: labels that would run into the next are left out."""
+    ticks = scale.ticks()
+    half = {label: _widest(figure, [label]) / 2 for _, label in ticks}
+    inset, end = half[ticks[0][1]], half[ticks[-1][1]]
+    long = min(0.42 * len(ticks), room - inset - end)
+    kept, after = list[tuple[float, str]](), np.inf
+    for at, label in reversed(ticks):
+        if at * long + half[label] + 0.03 <= after:
+            kept.append((at, label))
+            after = at * long - half[label]
+    swatches = [(scale.title, "")]
+    swatches += [("none", "dead")] if scale.kind == "ratio" else []
+    swatches += [(scale.unknown, "unknown")] if scale.unknown else []
+    x, y, texts = inset + long + end + 0.12, 0.105, list[tuple[float, float, str, str]]()
+    for text, name in swatches:
+        wide = _widest(figure, [text]) + (0.15 if name else 0)
+        if x + wide > room and x > 0:
+            x, y = 0.0, max(y, 0.25) + LINE
+        texts.append((x, y, text, name))
+        x += wide + 0.2
+    return ColourBar(scale, left, long, kept, texts, SCALE + max(0.0, y - 0.25))
+
+
+def _draw_colour_bar(figure: Figure, bar: ColourBar, top: float) -> None:
     width, height = figure.get_size_inches()
-    ticks, thickness = scale.ticks(), 0.09
-    long, inset = 0.42 * len(ticks), _widest(figure, [ticks[0][1]]) / 2
+    thickness, inset = 0.09, _widest(figure, [bar.scale.ticks()[0][1]]) / 2
     axes: Any = figure.add_axes(
         (
-            (left + inset) / width,
+            (bar.left + inset) / width,
             1 - (top + 0.06 + thickness) / height,
-            long / width,
+            bar.long / width,
             thickness / height,
         ),
         label="scale",
     )
-    ramp = np.linspace(0, 1, 512)[None]
-    axes.imshow(ramp, aspect="auto", cmap=colour_map(scale), vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    ramp, colours = np.linspace(0, 1, 512)[None], colour_map(bar.scale)
+    axes.imshow(ramp, aspect="auto", cmap=colours, vmin=0, vmax=1, extent=(0, 1, 0, 1))
     axes.set_yticks([])
-    axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    axes.set_xticks([at for at, _ in bar.ticks], [label for _, label in bar.ticks])
     axes.tick_params(labelsize=SMALL, length=0, pad=2)
     axes.spines[:].set_visible(False)
-    x = left + inset + long + _widest(figure, [ticks[-1][1]]) / 2 + 0.12
-    swatches = [(scale.title, "")]
-    swatches += [("none", "dead")] if scale.kind == "ratio" else []
-    swatches += [(scale.unknown, "unknown")] if scale.unknown else []
-    for text, name in swatches:
-        middle = 1 - (top + 0.06 + thickness / 2) / height
+    for x, y, text, name in bar.texts:
+        at, middle = bar.left + x, 1 - (top + y) / height
         if name:
-            figure.text(x / width, middle, "■", va="center", fontsize=SMALL + 2, color=colour(name))
-            x += 0.15
-        figure.text(x / width, middle, plain(text), va="center", fontsize=SMALL)
-        x += _widest(figure, [text]) + 0.2
+            swatch: Any = {"fontsize": SMALL + 2, "color": colour(name)}
+            figure.text(at / width, middle, "■", va="center", **swatch)
+            at += 0.15
+        figure.text(at / width, middle, plain(text), va="center", fontsize=SMALL)

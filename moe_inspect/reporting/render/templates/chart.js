@@ -125,7 +125,8 @@ moe.plot = (element, make, options = {}) => {
   element.tabIndex = 0;
   let frame, heat, columns, rows;
 
-  const valuesOf = (mark) => [...(mark.y ?? []), ...(mark.low ?? []), ...(mark.high ?? [])].filter((v) => v !== null);
+  // a logarithmic axis cannot show an interval that reaches down to 0
+  const valuesOf = (mark) => [...(mark.y ?? []), ...(mark.low ?? []), ...(mark.high ?? [])].filter((v) => v !== null && (v > 0 || !plot.panel.y.log));
   const shown = () => plot.panel.marks.filter((mark) => !plot.hidden.has(mark.name));
   const range = () => {
     const { y, marks } = plot.panel;
@@ -250,7 +251,7 @@ moe.plot = (element, make, options = {}) => {
     const right = width - Math.max(8, Math.min(40, longest / 2 - 5));
     frame = { left, right, top: 8, bottom, x0, x1, y0, y1 };
     frame.x = (v) => left + ((v - x0) / (x1 - x0)) * (right - left);
-    const share = y.log ? (v) => Math.log2(v / y0) / Math.log2(y1 / y0) : (v) => (v - y0) / (y1 - y0);
+    const share = y.log ? (v) => Math.log2(Math.max(v, y0) / y0) / Math.log2(y1 / y0) : (v) => (v - y0) / (y1 - y0);
     frame.y = heat ? (v) => 8 + share(v) * (bottom - 8) : (v) => bottom - share(v) * (bottom - 8);
     const svg = moe.s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const clip = `clip-${number}`;
