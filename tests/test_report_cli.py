@@ -248,12 +248,10 @@ def test_one_chart_as_wide_as_a_column_of_a_paper(cli_here: Cli, trace: Trace, t
     ("options", "code", "said"),
     [
         (("--only", "balance"), 2, "--only is about pictures: give it with --plots DIR"),
-        (("--width", "3in"), 2, "--width is about pictures: give it with --plots DIR"),
         (("--format", "pdf"), 2, "--format pdf is about pictures: give it with --plots DIR"),
         (("--plots", "p", "--width", "wide"), 2, "cannot read 'wide': write a width like 3.3in"),
         (("--plots", "p", "--width", "1mm"), 2, "1mm is no width of a chart: give 2in to 40in"),
         (("--plots", "p", "--only", "balanec"), 1, "no chart 'balanec' (did you mean balance?)"),
-        (("--plots", "p", "--only", "router"), 1, "router"),
     ],
 )
 def test_a_picture_that_cannot_be_drawn_is_said(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from moe_inspect.alarms.window import Window
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.monitor import RoutingMonitor
 from moe_inspect.training.pictures import show_picture
@@ -20,7 +21,7 @@ class RoutingCallback(TrainerCallback):
 
     Metrics of the routers are part of the Trainer's own logs, every `logging_steps`, and so go to
     whatever it reports to. The load of all experts goes there as one picture (W&B, TensorBoard,
-    MLflow) every `picture_logs`-th log, 0 for never. Evaluation is logged apart, as eval_routing/….
+    MLflow) every `picture_logs`-th log and at the end, 0 for never. Evaluation is logged apart, as eval_routing/….
 
     path, every, flush_steps, detail, rules, on_alarm, layers, overwrite, group: as of
     `RoutingMonitor`; "stop" among `on_alarm` stops the training. The history is committed before
@@ -31,6 +32,7 @@ class RoutingCallback(TrainerCallback):
         self.monitor: RoutingMonitor | None = None
         self._metrics: dict[str, float] = {}
         self._logs = 0
+        self._pictured: Window | None = None  # in the last picture
         self._trainer: Trainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,7 +56,7 @@ class RoutingCallback(TrainerCallback):
             **{"flush_steps": sys.maxsize, **self.options},
         )
         self.monitor.__enter__()
-        self._metrics, self._logs = {}, 0
+        self._metrics, self._logs, self._pictured = {}, 0, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         monitor = self.monitor
@@ -91,6 +93,8 @@ class RoutingCallback(TrainerCallback):
             self._metrics = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.picture_logs:
+            self._show(args, state)  # what a run ended with, however few its logs
         self._end("complete")
 
     def _end(self, status: str) -> None:
@@ -100,8 +104,9 @@ class RoutingCallback(TrainerCallback):
 
     def _show(self, args: Any, state: Any) -> None:
         monitor = self.monitor
-        if not state.is_world_process_zero or monitor is None or monitor.window is None:
+        if not state.is_world_process_zero or monitor is None or monitor.window is self._pictured:
             return
+        self._pictured = monitor.window
         writers = [
             writer
             for callback in (self._trainer.callback_handler.callbacks if self._trainer else [])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moe_inspect.alarms.window import Window
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.monitor import RoutingMonitor
 from moe_inspect.training.pictures import show_picture
@@ -41,6 +42,7 @@ class LightningRoutingCallback(Callback):
         self.path, self.model, self.picture_logs, self.options = path, model, picture_logs, options
         self.monitor: RoutingMonitor | None = None
         self._logs = 0
+        self._pictured: Window | None = None  # in the last picture
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.monitor = RoutingMonitor(
@@ -76,6 +78,8 @@ class LightningRoutingCallback(Callback):
             self.monitor.flush()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.picture_logs:
+            self._show(trainer)
         self._end(None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -91,11 +95,13 @@ class LightningRoutingCallback(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def _show(self, trainer: Any) -> None:
-        if self.monitor is None or self.monitor.window is None or not trainer.is_global_zero:
+        monitor = self.monitor
+        if not trainer.is_global_zero or monitor is None or monitor.window is self._pictured:
             return
+        self._pictured = monitor.window
         boards = [
             logger.experiment
             for logger in trainer.loggers
             if hasattr(logger.experiment, "add_image")
         ]
-        show_picture(self.monitor.picture(), trainer.global_step, ("wandb", "mlflow"), *boards[:1])
+        show_picture(monitor.picture(), trainer.global_step, ("wandb", "mlflow"), *boards[:1])

@@ -107,7 +107,7 @@ PAGES = {
         (
             "report runs/a",
             "report runs/a --html report.html",
-            "report runs/a --plots figures --only balance --width 3.3in --format pdf",
+            "report runs/a --plots figs --only load --width 3.3in --format pdf",
             "report runs/a --table load --layers 0-3 --format csv -o load.csv",
             "report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0",
         ),
