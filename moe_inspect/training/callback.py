@@ -21,7 +21,8 @@ class RoutingCallback(TrainerCallback):
 
     Metrics of the routers are part of the Trainer's own logs, every `logging_steps`, and so go to
     whatever it reports to. The load of all experts goes there as one picture (W&B, TensorBoard,
-    MLflow) every `picture_logs`-th log and at the end, 0 for never. Evaluation is logged apart, as eval_routing/….
+    MLflow) every `picture_logs`-th log and at the end, 0 for never. Evaluation is logged apart, as
+    eval_routing/….
 
     path, every, flush_steps, detail, rules, on_alarm, layers, overwrite, group: as of
     `RoutingMonitor`; "stop" among `on_alarm` stops the training. The history is committed before
