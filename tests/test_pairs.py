@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.analysis.metrics import pairs, windows
+import moe_inspect
+from moe_inspect.analysis.metrics import pairs, specialization, windows
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.planted import sentences
@@ -324,3 +327,40 @@ def test_choices_are_those_of_numpy(N: int):
     for size in (0, 1, 20_000):
         chosen_X = pairs._choices(share_N, size, drawn)
         assert (chosen_X == numpys.choice(N, size, p=share_N)).all()
+
+
+def test_too_many_experts_are_not_counted_by_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is by pairs is left out, which the page says; the rest is as it was."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, 300, 8, 2) for _ in range(2)]
+    trace = write_trace(tmp_path / "t", ids, 8, document=np.arange(300) // 30, words=1)
+    whole = report(trace)
+    load, page = whole.tables["load"], report_page(whole)
+    monkeypatch.setattr("moe_inspect.analysis.counting.engine.MOST_PAIRS", 2 * 8**2 - 1)
+    made = report(trace)
+    said = "too many experts to count pairs of them: no coactivation table; select fewer layers"
+    assert said in report_page(made)
+    assert said not in page
+    with pytest.raises(MoeInspectError, match=said):
+        made.tables["coactivation"]
+    assert made.tables["load"].equals(load)
+    assert len(report(trace, layers=0).tables["coactivation"])
+    with pytest.raises(MoeInspectError, match="too many experts to count pairs"):
+        moe_inspect.compare(trace, trace)
+
+
+def test_ids_beyond_16_bits(tmp_path: Path) -> None:
+    ids = np.array([[40_000, 3], [65_534, 40_001]], np.uint16)
+    trace = write_trace(tmp_path / "t", [ids], 65_535)
+    assert next(iter(trace.shards)).ids(0).tolist() == ids.tolist()
+
+
+def test_many_domains_are_compared_by_a_sample_of_their_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load_DE = np.random.default_rng(0).integers(0, 50, (200, 16))
+    exact = specialization.jsd_bits(load_DE)
+    monkeypatch.setattr(specialization, "FEW_DOMAINS", 100)
+    assert specialization.jsd_bits(load_DE) == pytest.approx(exact, rel=0.01)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moe_inspect.analysis.metrics.registry import metrics, metrics_of
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.text import no_such
 from moe_inspect.trace.schema import parse_ranges
 
@@ -129,7 +130,7 @@ def read_rules(path: str | Path) -> list[Rule]:
     """The rules of a text file, one per line; "#" begins a comment. MoeInspectError where a line is
     none, or there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_small(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MoeInspectError(f"cannot read the rules in {path}: {error}") from None
     rules = list[Rule]()

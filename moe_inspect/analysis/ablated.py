@@ -5,6 +5,7 @@ D domains, E experts.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.files import read_small
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router
 
 KEYS = ["layer", "router", "expert"]
+MOST_BYTES = 2**28  # of a table: every expert of any model in 100 domains
 COLUMNS = [*KEYS, "tokens", "difference"]
 
 
@@ -61,7 +64,7 @@ def _read(path: Path) -> pd.DataFrame:
         raise MoeInspectError(f"{path}: losses are read from {', '.join(readers)}")
     with reading(path):
         try:
-            table = readers[path.suffix](path)
+            table = readers[path.suffix](io.BytesIO(read_small(path, MOST_BYTES)))
         # what pandas and pyarrow raise for a file that is none: ValueError and its kinds
         except ValueError as error:
             raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
@@ -75,10 +78,10 @@ def _read(path: Path) -> pd.DataFrame:
 # a domain may be called "NA" or "007"
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: io.BytesIO) -> pd.DataFrame:
     empty = {name: [""] for name in COLUMNS}
     return pd.read_csv(path, dtype={"domain": str}, keep_default_na=False, na_values=empty)
 
 
-def _read_json(path: Path) -> pd.DataFrame:
+def _read_json(path: io.BytesIO) -> pd.DataFrame:
     return pd.read_json(path, lines=True, dtype=False)

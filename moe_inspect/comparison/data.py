@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.engine import too_many_pairs
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
@@ -82,6 +83,10 @@ class PairData:
         self.selection = select(a, options.layers, options.domains, options.phase)
         shift = options.shift_layers
         self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
+        if too_many_pairs(a, self.selection.routers):
+            raise MoeInspectError(
+                f"{a.path} has too many experts to count pairs of them: select fewer layers"
+            )
         self.alignment: Alignment = align(
             a,
             b,

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import next_line
 from moe_inspect.importers.mapping import Map
-from moe_inspect.importers.parallel.lines import (
-    MOST_LINE_BYTES,
-    Prepare,
-    prepared_lines,
-    too_long,
-)
+from moe_inspect.importers.parallel.lines import Prepare, prepared_lines, too_long
 from moe_inspect.importers.parallel.processes import Workers
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
@@ -81,9 +77,9 @@ class ImportContext:
         """(line number, line) of each line that is not blank."""
         with open(path, "rb") as file:
             number = 0
-            while line := file.readline(MOST_LINE_BYTES):
+            while (line := next_line(file)) != b"":
                 number += 1
-                if len(line) == MOST_LINE_BYTES:
+                if line is None:
                     raise too_long(path, number)
                 self.read(len(line))
                 if not line.isspace():

@@ -61,6 +61,8 @@ def sniff(sources: list[ImportSource]) -> str:
     path = sources[0].path
     files = sorted(p for p in path.rglob("*") if p.is_file())[:1000] if path.is_dir() else [path]
     for file in files:
+        if not file.is_file():
+            raise MoeInspectError(f"no file or folder {file}")
         with open(file, "rb") as opened:
             head = opened.read(HEAD_BYTES)
             if head[:4] == b"PAR1":  # its columns are named at its end

@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import NO_ID, Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import (
     NPY_MAGIC,
-    array_of_npy,
+    array_of_npy_file,
     decode_sglang,
     decode_vllm,
     dense_blocks,
     identical_run,
+    ids_of_npy_file,
     recorded_runs,
     select_routers,
     unrouted_ends,
 )
-from moe_inspect.importers.values import check_range, integer, integers
+from moe_inspect.importers.values import integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
@@ -236,10 +237,10 @@ def _bare(context: ImportContext, path: Path) -> dict[str, Any]:
     """The array of a `.npy`, which is a prompt. Its token ids may be beside it, in
     `NAME.token_ids.npy`, with or without that of the last token, which is never fed."""
     context.read(path.stat().st_size)
-    fields: dict[str, Any] = {"array": array_of_npy(path.read_bytes(), str(path))}
+    fields: dict[str, Any] = {"array": array_of_npy_file(path)}
     beside, rows = path.with_suffix(".token_ids.npy"), len(fields["array"])
     if beside.is_file():
-        fields["ids"] = array_of_npy_1d(beside)
+        fields["ids"] = ids_of_npy_file(beside)
         if len(fields["ids"]) not in (rows, rows + 1):
             raise MoeInspectError(
                 f"{beside} has {len(fields['ids'])} token ids, {path} {rows} tokens"
@@ -332,21 +333,6 @@ def _mismatch(fields: dict[str, Any], rows: int, expected: int) -> str:
             "into the field start"
         )
     return ""
-
-
-def array_of_npy_1d(path: Path) -> np.ndarray:
-    from moe_inspect.importers.routed import npy_bytes, npy_header
-
-    data = path.read_bytes()
-    dtype, _, shape, start = npy_header(data[:4096], str(path))
-    if len(shape) != 1 or npy_bytes(dtype, shape) != len(data) - start:
-        raise MoeInspectError(
-            f"{path} is not a list of token ids: it declares {shape} of {dtype} and holds "
-            f"{len(data) - start:,} bytes"
-        )
-    ids_T = np.frombuffer(data, dtype, offset=start)
-    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
-    return ids_T
 
 
 def _sequences(

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import ast
 import binascii
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import open_regular
+from moe_inspect.importers.batches import NO_ID
+from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router
 
 NPY_MAGIC = b"\x93NUMPY"
 MOST_TOKENS = 2**24  # of one response
+HEAD_BYTES, MOST_NPY_BYTES = 4096, 2**33
 
 
 def decode_vllm(text: object, where: str) -> np.ndarray:
@@ -39,18 +47,71 @@ def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarr
 
 
 def array_of_npy(data: bytes, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K] in memory. The declared size must be that of the data, which
-    is checked before anything is allocated."""
-    dtype, fortran, shape, start = npy_header(data[:4096], where)
-    if len(shape) != 3 or 0 in shape[1:]:
-        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
-    if npy_bytes(dtype, shape) != len(data) - start:
-        raise MoeInspectError(
-            f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds "
-            f"{len(data) - start:,}"
-        )
+    """A `.npy` of integers [T, B, K] in memory."""
+    return _array(data, _npy(data[:HEAD_BYTES], len(data), where))
+
+
+def array_of_npy_file(path: Path) -> np.ndarray:
+    """The same of a file, which is mapped."""
+    return _array(*_mapped(path, _npy))
+
+
+def ids_of_npy_file(path: Path) -> np.ndarray:
+    """A `.npy` file of token ids, integers [T]."""
+    ids_T = _array(*_mapped(path, _npy_of_ids))
+    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
+    return ids_T
+
+
+class Npy(NamedTuple):
+    """What the header of a `.npy` says, and where its data starts."""
+
+    dtype: np.dtype
+    fortran: bool
+    shape: tuple[int, ...]
+    start: int
+
+
+def _mapped(path: Path, check: Callable[[bytes, int, str], Npy]) -> tuple[bytes | mmap, Npy]:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = check(file.read(HEAD_BYTES), size, str(path))
+        return mmap(file.fileno(), 0, access=ACCESS_READ), header
+
+
+def _array(data: bytes | mmap, header: Npy) -> np.ndarray:
+    dtype, fortran, shape, start = header
     flat = np.frombuffer(data, dtype, offset=start)
     return flat.reshape(shape[::-1]).transpose() if fortran else flat.reshape(shape)
+
+
+def _npy(head: bytes, size: int, where: str) -> Npy:
+    """The header of an array [T, B, K] of `size` bytes. What it declares must be what there is, and
+    what a response may have: nothing is read or allocated before."""
+    dtype, fortran, shape, start = npy_header(head, where)
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
+    if npy_bytes(dtype, shape) != size - start:
+        raise MoeInspectError(
+            f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds "
+            f"{size - start:,}"
+        )
+    if shape[0] > MOST_TOKENS or size > MOST_NPY_BYTES:
+        raise MoeInspectError(
+            f"{where} has {shape[0]:,} tokens in {size:,} bytes, more than any response "
+            f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
+        )
+    return Npy(dtype, fortran, shape, start)
+
+
+def _npy_of_ids(head: bytes, size: int, where: str) -> Npy:
+    dtype, fortran, shape, start = npy_header(head, where)
+    if len(shape) != 1 or npy_bytes(dtype, shape) != size - start:
+        raise MoeInspectError(
+            f"{where} is not a list of token ids: it declares {shape} of {dtype} and holds "
+            f"{size - start:,} bytes"
+        )
+    return Npy(dtype, fortran, shape, start)
 
 
 def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:

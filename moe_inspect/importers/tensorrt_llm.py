@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.importers.batches import (
     MOST_COUNT,
     Numbering,
@@ -67,7 +68,7 @@ def tensorrt_llm(context: ImportContext) -> Imported:
     meta_path = paths[0].parent / "meta_info.json"
     if not meta_path.is_file():
         raise MoeInspectError(f"no {meta_path}: it says how many experts there are")
-    meta = parsed_object(meta_path.read_bytes(), str(meta_path))
+    meta = parsed_object(read_small(meta_path), str(meta_path))
     experts = integer(meta.get("num_experts"), f"{meta_path}: num_experts", 1, MOST_EXPERTS)
     top_k = integer(
         meta.get("num_experts_per_token"), f"{meta_path}: num_experts_per_token", 1, experts

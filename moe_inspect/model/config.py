@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.model.families import (
     EXPERTS,
     LAYERS,
@@ -99,9 +100,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The model's config in a config.json or a trace's manifest. MoeInspectError where it is not
     one, or states a size that no model has: building it would use up all memory."""
     try:
-        if path.name != schema.MANIFEST and (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes are more than {MOST_BYTES:,}")
-        written = json.loads(path.read_bytes())
+        written = json.loads(
+            read_small(path, *([] if path.name == schema.MANIFEST else [MOST_BYTES]))
+        )
     except RecursionError:
         raise MoeInspectError(f"{path} is not a model's config: it is nested too deeply") from None
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.model.load import commit_of, weights_fingerprint
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
@@ -105,7 +106,7 @@ def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
     if path is None:
         return None
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_small(path))
         base = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise MoeInspectError(f"{path} is not an adapter's config: {first_line(error)}") from None

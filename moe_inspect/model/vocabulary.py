@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.trace import schema
 
 
@@ -18,7 +19,7 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
     """Columns token_id and token, with at least `size` rows; token is null where the tokenizer has
     no such id. Byte-level pieces are decoded to text."""
     try:
-        written = json.loads(path.read_bytes())
+        written = json.loads(read_small(path, 2**28))
         vocab = written["model"]["vocab"]
         pieces = (
             dict(enumerate(piece for piece, _ in vocab))

@@ -185,7 +185,7 @@ def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
 def content_of(trace: Trace) -> str:
     """The hash of what a trace states: the manifest, and the lists of shards, which hold the hashes
     of its parts."""
-    lists = sorted(p.name for p in trace.path.iterdir() if p.name.endswith(".jsonl"))
+    lists = sorted(p.name for p in trace.path.iterdir() if p.name.startswith("shards-"))
     found = hashlib.sha256()
     for name in (schema.MANIFEST, *lists):
         found.update((trace.path / name).read_bytes())

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError, reading, writing
+from moe_inspect.files import mapped, read_small
 from moe_inspect.reporting.render.html import slug
 from moe_inspect.site.entry import Entry
 from moe_inspect.text import cut
@@ -32,6 +33,7 @@ STATED = ("name", "page", "key", "address", "sha256")  # of an entry, whatever t
 UP = (INDEX, "← Atlas")  # of every page
 PAGE_ABOVE = f'<a class="up" href="{INDEX}">'.encode()  # as page.html writes it
 LONGEST = 60  # characters of a file's name
+MOST_INDEX_BYTES = 2**30
 
 
 class Directory:
@@ -69,7 +71,7 @@ class Directory:
         between its pages and the index."""
         path = self.root / page
         with reading(path):
-            return not path.exists() or (path.is_file() and PAGE_ABOVE in path.read_bytes())
+            return not path.exists() or (path.is_file() and mapped(path).find(PAGE_ABOVE) >= 0)
 
     def holds(self, page: str, sha256: str) -> bool:
         """Whether the page is there as it was written."""
@@ -116,8 +118,8 @@ def _entries(index: Path) -> list[Entry]:
     """Of the index that is there. Those of another version have no key."""
     if not index.exists():
         return []
-    found = DATA.search(index.read_text(encoding="utf-8", errors="replace"))
     try:
+        found = DATA.search(read_small(index, MOST_INDEX_BYTES).decode(errors="replace"))
         held = json.loads(gzip.decompress(base64.b64decode(found[1]))) if found else {}
         entries, same = held["entries"], held["format"] == FORMAT
         if not all(map(_is_entry, entries)):

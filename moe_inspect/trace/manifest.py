@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import read_small
 from moe_inspect.text import did_you_mean, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
@@ -20,7 +21,7 @@ from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import settle
 from moe_inspect.trace.files.process import is_running, process_start
-from moe_inspect.trace.validate import MOST_MANIFEST_BYTES, check_manifest, parsed
+from moe_inspect.trace.validate import check_manifest, parsed
 
 
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
@@ -30,14 +31,8 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
         settle(root)
     if not path.is_file():
         raise no_trace(root)
+    data = stored_manifest(root)
     try:
-        data = (
-            path.read_bytes()
-            if isinstance(path, Remote)
-            else _beginning(path, MOST_MANIFEST_BYTES + 1)
-        )
-        if len(data) > MOST_MANIFEST_BYTES:
-            raise ValueError(f"it has over {MOST_MANIFEST_BYTES:,} bytes")
         manifest = parsed(data)
         if not isinstance(manifest, dict) or type(version := manifest.get("format")) is not int:
             raise ValueError("it is not a manifest: format is missing")
@@ -55,6 +50,16 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     except RecursionError:
         raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
     return manifest
+
+
+def stored_manifest(root: Path | Remote) -> bytes:
+    """trace.json as it is stored. FileNotFoundError where it is missing, Damaged where it cannot be
+    one: a pipe, a device, a link to outside of the trace, too large a file."""
+    path = inside(root, schema.MANIFEST)
+    try:
+        return path.read_bytes() if isinstance(path, Remote) else read_small(path)
+    except ValueError as error:
+        raise Damaged(path, str(error), schema.MANIFEST) from None
 
 
 def no_trace(root: Path | Remote) -> MoeInspectError:
@@ -99,11 +104,6 @@ def _is_trace(folder: Path) -> bool:
         read_manifest(folder)
         return True
     return any(folder.glob("shards-*.jsonl"))  # it is damaged
-
-
-def _beginning(path: Path, most_bytes: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(most_bytes)
 
 
 def write_manifest(root: Path | Remote, manifest: dict[str, Any]) -> None:

@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import drafts_of, sync_directory
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked, settle
-from moe_inspect.trace.manifest import read_manifest, refuse_while_written, refuse_within_trace
+from moe_inspect.trace.manifest import (
+    read_manifest,
+    refuse_while_written,
+    refuse_within_trace,
+    stored_manifest,
+)
 
 # what the manifest of a trace that is being removed is renamed to: readers then find no trace
 OVERWRITTEN = ".overwritten.tmp"
@@ -69,8 +75,8 @@ class Contents:
     def _is_other_json(self) -> bool:
         """Whether trace.json is valid JSON, but not of a trace: profilers use this name too."""
         try:
-            found = json.loads((self.root / schema.MANIFEST).read_bytes())
-        except (ValueError, RecursionError):
+            found = json.loads(stored_manifest(self.root))
+        except (MoeInspectError, ValueError, RecursionError):
             return False
         return not (isinstance(found, dict) and "format" in found)
 
@@ -82,7 +88,7 @@ class Contents:
         if isinstance(path, Remote):
             line = path.read_bytes().partition(b"\n")[0]
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 line = file.readline(10_000)
         try:
             found = json.loads(line)

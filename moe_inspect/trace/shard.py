@@ -144,10 +144,11 @@ class Shard:
         )
 
     def ids(self, router: int) -> np.ndarray:
-        """int16 [T, K], the experts of each decision, −1 where a slot routed nowhere. Slots are
-        contiguous in memory, as they are on disk. MoeInspectError for an id out of range."""
+        """int16 [T, K] (int32 beyond 32,767 experts), the experts of each decision, −1 where a slot
+        routed nowhere. Slots are contiguous in memory, as they are on disk. MoeInspectError for an
+        id out of range."""
         slots, E = self.slots(router), self.trace.routers[router].experts
-        ids_KT = np.empty((len(slots), len(slots[0])), np.int16)
+        ids_KT = np.empty((len(slots), len(slots[0])), np.int16 if E < 2**15 else np.int32)
         for ids_T, slot_T in zip(ids_KT, slots, strict=True):
             ids_T[:] = slot_T
             if slot_T.max(initial=0) == E:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_inspect.files import read_small
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.validate import MOST_RANKS, SPAN, check_line, parsed
+
+MOST_BYTES = 2**30  # of a list: a million shards
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class ShardLists:
         for rank, path in sorted(ranks.items()):
             if rank >= MOST_RANKS:
                 raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
-            data = inside(self.root, path.name).read_bytes()
+            at = inside(self.root, path.name)
+            try:
+                data = at.read_bytes() if isinstance(at, Remote) else read_small(at, MOST_BYTES)
+            except ValueError as error:
+                raise Damaged(path, str(error), path.name) from None
             before = self._of_rank.get(rank)
             generation = manifest.get("generation")
             if (

@@ -15,7 +15,6 @@ from moe_inspect.trace.files import checksums
 MOST_EXPERTS_IN_ALL = 2**24  # of all routers together
 MOST_RANKS = 2**20
 MOST_SHARD_TOKENS = 2**24  # our shards hold at most 2**19 tokens, or one batch
-MOST_MANIFEST_BYTES = 2**26
 SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 
 

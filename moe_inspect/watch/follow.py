@@ -15,7 +15,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, location
 from moe_inspect.trace.files.lock import is_locked, left_of
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.trace.manifest import read_manifest, writer_of
+from moe_inspect.trace.manifest import read_manifest, stored_manifest, writer_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles, ShardLists
 from moe_inspect.watch.piece import Piece, piece_of
@@ -84,6 +84,7 @@ class Follower:
             if self._failed >= TRIES:
                 with reading(self.path):
                     raise
+            news.status = RECORDING  # one that cannot be read has not ended well
             if self._failed > 1:  # its writer may have replaced what was just listed
                 news.trouble = first_line(error)
         return news
@@ -135,7 +136,7 @@ class Follower:
         at = self._where()
         if isinstance(at, Remote):
             at.filesystem.invalidate_cache()  # listings of directories
-        data = (at / schema.MANIFEST).read_bytes()
+        data = stored_manifest(at)
         if self.header is not None and at == self._at and data == self._manifest:
             return self.header, False
         header = TraceHeader(at, read_manifest(at))

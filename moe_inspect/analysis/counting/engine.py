@@ -19,6 +19,7 @@ from moe_inspect.trace.reader import Trace
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
+MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
 Arguments = tuple[Selection, frozenset[str], Windows | None, bool]  # of count_shard
 # assignments from which the compiled kernels are worth the second that loading them takes
 LONG = 20_000_000
@@ -89,6 +90,11 @@ def count_trace(
             + ("" if trace.n_tokens else " yet: nothing is committed")
         )
     return total
+
+
+def too_many_pairs(trace: Trace, routers: Iterable[int]) -> bool:
+    """Whether memory is not kept for what is counted by pairs of experts."""
+    return sum(trace.routers[r].experts ** 2 for r in routers) > MOST_PAIRS
 
 
 def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) -> bool:

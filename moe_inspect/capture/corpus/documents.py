@@ -16,6 +16,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 
 DOMAIN_FIELD = "domain"
+MOST_ROW_BYTES = 2**28  # of a line of JSON
 SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer accepts it
 
 
@@ -98,7 +99,11 @@ Row = tuple[dict[str, Any], int]  # fields, bytes of the row in the file
 def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
     path = source.path
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES), b""), 1):
+            if len(line) == MOST_ROW_BYTES:
+                raise MoeInspectError(
+                    f"{path} line {number} has over {MOST_ROW_BYTES:,} bytes: write a text per line"
+                )
             if not line.strip():
                 continue
             try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote
 
@@ -161,7 +162,7 @@ def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
             str(filesystem.ukey(path)).encode()
         ).hexdigest()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import MOST_LINE_BYTES, next_line
 from moe_inspect.importers.parallel.processes import Workers
 from moe_inspect.importers.values import parsed_object
 
 CHUNK_BYTES = 2**22
-MOST_LINE_BYTES = 2**30  # a response of a million tokens fits
 
 Prepare = Callable[[str, dict[str, Any]], Any]
 
@@ -55,9 +55,10 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
             end = block.rfind(b"\n") + 1
             lines = block.count(b"\n")
             if not end:  # a line that is longer than a chunk, or the last one
-                end, lines = len(block) + len(file.readline(MOST_LINE_BYTES)), 1
-                if end >= MOST_LINE_BYTES:
+                file.seek(start)
+                if (line := next_line(file)) is None:
                     raise too_long(path, number)
+                end, lines = len(line), 1
             yield Chunk(start, end, number)
             start, number = start + end, number + lines
             file.seek(start)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import open_regular
 
 MAGIC = b"GGUF"
 SCALARS = {  # type of a metadata value → struct's letter
@@ -145,7 +146,7 @@ class _Reader:
 def read_gguf(path: Path) -> Gguf:
     """The header of a GGUF file, version 2 or 3. MoeInspectError where it is none."""
     made = Gguf(path, path.stat().st_size)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         reader = _Reader(file, path, made.size)
         if made.size < 24 or (magic := reader.take(4)) != MAGIC:
             said = f"it begins with {magic!r}" if made.size >= 24 else f"{made.size} bytes"

@@ -87,7 +87,7 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
         "partners": None,
         "nexts": None,
     }
-    if not data.counts.counts_only:
+    if not (data.counts.counts_only or data.without_pairs):
         pairs: Any = tables["coactivation"]
         drawn["partners"] = _pairs(pairs, "other", first, position, entries)
         links: Any = tables["transitions"]

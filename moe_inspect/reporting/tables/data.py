@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.engine import count_trace
+from moe_inspect.analysis.counting.engine import count_trace, too_many_pairs
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.balance import whole_passes
@@ -25,6 +25,7 @@ from moe_inspect.trace.reader import Trace
 Result = TypeVar("Result")
 TOKEN_IDS = frozenset({"token_ids"})
 IN_ORDER = frozenset({"windows"})  # what counts alone tell besides sums: their shards have an order
+PAIRED = frozenset({"pairs", "transitions"})  # experts × experts, of each router
 STATUS = {
     "recording": (
         "this trace is still being recorded, or was cut off: the report covers what is committed "
@@ -106,7 +107,13 @@ class ReportData:
     def prepare(self, tables: Iterable[str]) -> None:
         """Counts in one pass what these tables need."""
         known = [TABLES[name].wants for name in tables if name in TABLES]
-        self.counts_for(*frozenset[str]().union(*known))
+        wants = frozenset[str]().union(*known)
+        self.counts_for(*(wants - PAIRED if self.without_pairs else wants))
+
+    @property
+    def without_pairs(self) -> bool:
+        """Whether there are too many experts to count pairs of them."""
+        return too_many_pairs(self.trace, self.selection.routers)
 
     def decisions(self, table: str) -> Counts:
         """The counts for a table that needs decisions; an error where the trace has counts only. A
@@ -115,6 +122,11 @@ class ReportData:
             raise MoeInspectError(
                 f"{self.trace.path} holds counts only, no decisions: no {table} table; "
                 f"{self.trace.more_than_counts}"
+            )
+        if self.without_pairs and TABLES[table].wants & PAIRED:
+            raise MoeInspectError(
+                f"{self.trace.path} has too many experts to count pairs of them: no {table} table; "
+                "select fewer layers"
             )
         return self.counts_for(*TABLES[table].wants)
 

@@ -143,7 +143,11 @@ class CompiledCache(Cache):
                 np.zeros(E, np.int64),
                 np.zeros(E + 1, np.int64),
             ),
-            "belady": lambda: (np.zeros(E, np.int16), np.zeros(E, np.int64), np.zeros(1, np.int64)),
+            "belady": lambda: (
+                np.zeros(E, np.int16 if E < 2**15 else np.int32),
+                np.zeros(E, np.int64),
+                np.zeros(1, np.int64),
+            ),
         }
         self.state = {(name, size): fresh[name]() for name, size in self.done}
 

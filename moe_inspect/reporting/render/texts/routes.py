@@ -41,7 +41,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Routes:
-    """Of one router: ids int16 [K, T], NOWHERE for a slot without an expert or a token that does
+    """Of one router: ids int32 [K, T], NOWHERE for a slot without an expert or a token that does
     not reach the router; weights float32 [K, T], None where the trace has none."""
 
     ids: np.ndarray
@@ -101,7 +101,7 @@ def empty_routes(router: Router, tokens: int, weights: bool) -> Routes:
     """The routes of so many tokens, all NOWHERE."""
     shape = router.top_k, tokens
     return Routes(
-        np.full(shape, NOWHERE, np.int16), np.zeros(shape, np.float32) if weights else None
+        np.full(shape, NOWHERE, np.int32), np.zeros(shape, np.float32) if weights else None
     )
 
 
