@@ -110,6 +110,20 @@ def test_nothing_is_written_in_place() -> None:
     assert set(IN_PLACE) <= set(found)  # control: what is excepted is found
 
 
+def test_every_output_is_tried_and_a_fault_without_drafts_is_found(tmp_path: Path) -> None:
+    """By `python -m benchmarks.faults`, of which this is one of many."""
+    from benchmarks.faults.bench import Bench
+    from benchmarks.faults.outputs import not_tried, outputs, without_drafts
+
+    assert not_tried() == []
+    bench, line = Bench(tmp_path), "export T --format counts -o out.csv"
+    outputs(bench, [line], ("EIO",))
+    assert (bench.failures, bench.tries[f"{line}: EIO"]) == ([], 4)  # open, write, fsync, replace
+    with without_drafts():
+        outputs(bench, [line], ("EIO",))
+    assert len(bench.failures) == 1  # the write
+
+
 # --- one file
 
 

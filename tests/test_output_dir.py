@@ -450,7 +450,8 @@ def test_a_probe_does_not_touch_the_draft_of_another(tmp_path: Path) -> None:
 
 def test_two_processes_at_once_end_in_one_whole_trace(tmp_path: Path) -> None:
     """That resume, that begin, that overwrite; a few tries of `python -m benchmarks.faults`."""
-    from benchmarks.faults import Bench, writing_at_once
+    from benchmarks.faults.bench import Bench
+    from benchmarks.faults.traces import writing_at_once
 
     bench = Bench(tmp_path)
     writing_at_once(bench, tries=2)

@@ -1,29 +1,14 @@
-"""What is left of a trace when things go wrong: the process is killed at every fsync, rename,
-unlink and the like, the disk fails at each of them, two processes start at once, bits flip. After
-each fault everything that was committed must be there and right, --resume and
---overwrite must end in the trace that an undisturbed run writes, and a flipped bit must change no
-number without a word.
-
-    python -m benchmarks.faults          takes minutes; prints tries and failures, and writes
-    benchmarks/results/faults.json python -m benchmarks.faults PART     only writing, at-once,
-    importing, flipping or tracing; the result keeps what it says of the others
-"""
+"""What is left of a trace: written, resumed and replaced by the writer itself, by `import`, `merge`,
+`sample` and `trace`, by one process or several, and with bits that flip."""
 
 from __future__ import annotations
 
-import builtins
-import errno
 import json
 import os
 import random
 import shutil
-import signal
-import sys
-import tempfile
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from benchmarks import imports
+from benchmarks.faults.bench import Bench, Faults
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
@@ -44,193 +30,19 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 
-RESULT = Path(__file__).parent / "results" / "faults.json"
 ROUTERS = [
     Router(0, "gate", "layers.0", 8, 2),
     Router(1, "gate", "layers.1", 300, 4),
     Router(1, "gate2", "layers.1b", 8, 2),
 ]
 BATCHES, TOKENS, WORDS, SHARD_TOKENS = 6, 30, 40, 60
-HUNG_S = 120.0
 FLIPS = 300
-CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "ftruncate")
-
-
-# --- processes in which a fault happens
-
-
-class Faults:
-    """Counts the calls that change a disk, and does something at the n-th: "kill", or an OSError of
-    "EIO"."""
-
-    def __init__(self, at: int | None, how: str, seed: int = 0):
-        self.at, self.how, self.calls, self.random = at, how, 0, random.Random(seed)
-
-    def install(self) -> None:
-        for name in CALLS:
-            setattr(os, name, self._faulty(getattr(os, name), name))
-        opened = builtins.open
-
-        def faulty_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if mode[0] in "wa":
-                self._call("open", ())
-            return opened(file, mode, *args, **kwargs)
-
-        builtins.open = faulty_open
-
-    def _faulty(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def faulty(*args: Any, **kwargs: Any) -> Any:
-            self._call(name, args)
-            return call(*args, **kwargs)
-
-        return faulty
-
-    def _call(self, name: str, args: tuple[Any, ...]) -> None:
-        self.calls += 1
-        if self.calls != self.at:
-            return
-        if self.how == "EIO":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if name == "fsync":  # what was not synced may be lost from any byte on
-            size = os.fstat(args[0]).st_size
-            if (
-                os.readlink(f"/proc/self/fd/{args[0]}").endswith(".jsonl")
-                and self.random.random() < 0.7
-            ):
-                os.truncate(
-                    f"/proc/self/fd/{args[0]}", max(size - self.random.randrange(1, 400), 0)
-                )
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def started(work: Callable[[], Any], report_to: Path) -> int:
-    """A forked process that does `work` and leaves what it returned, or raised, in a file."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        said: dict[str, Any] = {"returned": work()}
-    except MoeInspectError as error:
-        said = {"refused": str(error)}
-    except BaseException as error:
-        said = {"raised": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    with open(report_to, "w") as file:
-        json.dump(said, file)
-    os._exit(0)
-
-
-def ended(pid: int, report_to: Path) -> dict[str, Any]:
-    until = time.monotonic() + HUNG_S
-    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return {"raised": f"hung: not over after {HUNG_S:.0f} s"}
-        time.sleep(0.002)
-    if os.WIFSIGNALED(done[1]):
-        return {"killed": os.WTERMSIG(done[1])}
-    said = json.loads(report_to.read_text())
-    report_to.unlink()
-    return said
-
-
-class Bench:
-    """What is tried, in a directory of its own for each try."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.tries: Counter[str] = Counter()
-        self.failures: list[dict[str, str]] = []
-        self.outcomes: dict[str, Counter[str]] = {}
-        self._places = 0
-
-    def place(self) -> Path:
-        self._places += 1
-        place = self.root / str(self._places)
-        place.mkdir()
-        return place
-
-    def child(self, work: Callable[[], Any]) -> dict[str, Any]:
-        said = self.root / "said.json"
-        return ended(started(work, said), said)
-
-    def children(self, works: list[Callable[[], Any]]) -> list[dict[str, Any]]:
-        """At the same time."""
-        said = [self.root / f"said-{n}.json" for n in range(len(works))]
-        pids = [started(work, place) for work, place in zip(works, said, strict=True)]
-        return [ended(pid, place) for pid, place in zip(pids, said, strict=True)]
-
-    def count(self, what: str, outcome: str, failure: str | None, case: str) -> None:
-        self.tries[what] += 1
-        self.outcomes.setdefault(what, Counter())[outcome] += 1
-        if failure is not None:
-            self.failures.append({"what": what, "case": case, "failure": failure})
-            print(f"FAILED {what} {case}: {failure}", file=sys.stderr)
-
-    def at_every_call(
-        self,
-        what: str,
-        how: str,
-        before: Callable[[Path], None],
-        work: Callable[[Path], Any],
-        after: Callable[[Path], Any],
-        step: int = 1,
-    ) -> None:
-        """Does `work` with a fault at each call in turn, and `after` it checks what is left."""
-
-        def counted(place: Path) -> int:
-            faults = Faults(None, how)
-            faults.install()
-            work(place)
-            return faults.calls
-
-        calls = self._prepared(before, counted)["returned"]
-        for at in range(1, calls + 1, step):
-            place = self.place()
-            self.must(lambda place=place: before(place))
-
-            def faulty(place: Path = place, at: int = at) -> None:
-                Faults(at, how, seed=at).install()
-                work(place)
-
-            said = self.child(faulty)
-            outcome = next(iter(said))
-            failure = said["raised"] if outcome == "raised" and "hung" in said["raised"] else None
-            checked = self.child(lambda place=place: after(place))
-            failure = (
-                failure
-                or checked.get("raised")
-                or checked.get("refused")
-                or (None if "returned" in checked else str(checked))
-            )
-            self.count(
-                f"{what}: {how}",
-                outcome,
-                failure and failure + "\n" + checked.get("traceback", ""),
-                f"call {at} of {calls}",
-            )
-            if failure is None:
-                shutil.rmtree(place)
-
-    def _prepared(
-        self, before: Callable[[Path], None], work: Callable[[Path], Any]
-    ) -> dict[str, Any]:
-        place = self.place()
-        self.must(lambda: before(place))
-        said = self.child(lambda: work(place))
-        assert "returned" in said, said
-        shutil.rmtree(place)
-        return said
-
-    def must(self, work: Callable[[], Any]) -> None:
-        said = self.child(work)
-        assert "returned" in said, said
 
 
 # --- a small trace, by the writer itself
 
 
-def batches(seed: int) -> list[RoutedBatch]:
+def batches(seed: int, routers: Sequence[Router] = ROUTERS) -> list[RoutedBatch]:
     rng = np.random.default_rng(seed)
     made = []
     for number in range(BATCHES):
@@ -239,9 +51,9 @@ def batches(seed: int) -> list[RoutedBatch]:
             np.argsort(rng.random((TOKENS, r.experts)), 1)[:, : r.top_k].astype(
                 np.uint16 if r.experts > 255 else np.uint8
             )
-            for r in ROUTERS
+            for r in routers
         ]
-        weights = [-np.sort(-rng.random((TOKENS, r.top_k)), 1).astype(np.float16) for r in ROUTERS]
+        weights = [-np.sort(-rng.random((TOKENS, r.top_k)), 1).astype(np.float16) for r in routers]
         same = np.full(TOKENS, number, np.int32)
         made.append(
             RoutedBatch(
@@ -539,8 +351,10 @@ def tracing(bench: Bench) -> None:
 
     import moe_inspect
 
+    defaults: Any = TraceWriter.__init__.__kwdefaults__
+
     def trace(out: Path, shard_seconds: float = 0.0, **more: Any) -> str:
-        TraceWriter.__init__.__kwdefaults__["shard_seconds"] = shard_seconds
+        defaults["shard_seconds"] = shard_seconds
         moe_inspect.trace_model("demo", out, max_tokens=700, batch_tokens=100, **more)
         return "traced"
 
@@ -676,46 +490,3 @@ def _verified(place: Path, right: list[pd.DataFrame]) -> str | None:
 
 def _reported(place: Path, right: list[pd.DataFrame]) -> str | None:
     return "other numbers, without a word" if unlike(reported, place, right) else None
-
-
-PARTS = {
-    "writing": writing,
-    "at-once": writing_at_once,
-    "importing": importing,
-    "flipping": flipping,
-    "tracing": tracing,
-}
-
-
-def main() -> None:
-    memory = Path("/dev/shm")  # a sync costs nothing there, and what a kill leaves is the same
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
-        bench, began = Bench(Path(scratch)), time.monotonic()
-        for part in sys.argv[1:] or PARTS:
-            PARTS[part](bench)
-            print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-        failed = Counter(f["what"] for f in bench.failures)
-        rows = {
-            what: {
-                "tries": n,
-                "failures": failed[what],
-                "ended": dict(bench.outcomes[what].most_common()),
-            }
-            for what, n in bench.tries.items()
-        }
-        for what, row in rows.items():
-            print(f"{what:48} {row['tries']:5} tries {row['failures']:5} failures   {row['ended']}")
-        total = sum(bench.tries.values())
-        print(
-            f"{'in all':48} {total:5} tries {len(bench.failures):5} failures   "
-            f"{time.monotonic() - began:.0f} s"
-        )
-        before = json.loads(RESULT.read_text())["of"] if sys.argv[1:] and RESULT.exists() else {}
-        rows = {**before, **rows}
-        sums = {name: sum(row[name] for row in rows.values()) for name in ("tries", "failures")}
-        RESULT.write_text(json.dumps({**sums, "of": rows}, indent=1) + "\n")
-    sys.exit(bool(bench.failures))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What is left of files when a disk, a process or a network fails."""
