@@ -6,6 +6,7 @@ output the old file or the new one is there, whole, and no draft. A flipped bit 
 number without a word.
 
     python -m benchmarks.faults [PART ...]
+    python -m benchmarks.faults outputs:export
 
 takes minutes; prints tries and failures, and writes benchmarks/results/faults.json, which keeps
 what it says of other parts. The part `control` switches drafts off, and has to find failures. The
@@ -41,45 +42,62 @@ PARTS = {
 
 
 def main() -> None:
-    parts = sys.argv[1:] or [*PARTS, "control"]
+    parts, failed = sys.argv[1:] or [*PARTS, "control"], False
     memory = Path("/dev/shm")  # a sync costs nothing there, and what a kill leaves is the same
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
-        bench, began = Bench(Path(scratch)), time.monotonic()
-        for part in [part for part in parts if part != "control"]:
-            PARTS[part](bench)
-            print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-        found: dict[str, Any] = {}
-        if "control" in parts:
-            (Path(scratch) / "control").mkdir()
-            with contextlib.redirect_stderr(io.StringIO()):  # every failure is said there
-                found = outputs.control(Bench(Path(scratch) / "control"))
-    failed = Counter(f["what"] for f in bench.failures)
+        for part in parts:
+            (place := Path(scratch) / part).mkdir()
+            bench, began = Bench(place), time.monotonic()
+            if part == "control":
+                with contextlib.redirect_stderr(io.StringIO()):  # every failure is said there
+                    found = outputs.control(bench)
+                missed = [line for line, n in found["of"].items() if not n]
+                keep({}, found)
+                print(f"drafts off: {found['tries']} tries, {found['failures']} failures")
+                print("".join(f"missed: {line}\n" for line in missed), end="")
+                failed |= bool(missed)
+                continue
+            name, _, only = part.partition(":")
+            try:
+                if only:
+                    outputs.outputs(bench, [one for one in outputs.LINES if one.startswith(only)])
+                else:
+                    PARTS[name](bench)
+            finally:  # what was tried until Ctrl-C
+                keep(said(bench))
+            print(
+                f"{part:64} {sum(bench.tries.values()):5} tries {len(bench.failures):5} failures"
+                f"   {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+            failed |= bool(bench.failures)
+    sys.exit(failed)
+
+
+def said(bench: Bench) -> dict[str, Any]:
+    """Of each thing that was tried, how often, with how many failures, and how it ended."""
+    failures = Counter(f["what"] for f in bench.failures)
     rows = {
         what: {
             "tries": n,
-            "failures": failed[what],
+            "failures": failures[what],
             "ended": dict(bench.outcomes[what].most_common()),
         }
         for what, n in bench.tries.items()
     }
     for what, row in rows.items():
         print(f"{what:64} {row['tries']:5} tries {row['failures']:5} failures   {row['ended']}")
-    total = sum(bench.tries.values())
-    print(
-        f"{'in all':64} {total:5} tries {len(bench.failures):5} failures   "
-        f"{time.monotonic() - began:.0f} s"
-    )
-    missed = [line for line, n in found.get("of", {}).items() if not n]
-    if found:
-        print(f"with drafts switched off: {found['tries']} tries, {found['failures']} failures")
-        print("".join(f"missed: {line}\n" for line in missed), end="")
-    before = json.loads(RESULT.read_text()) if sys.argv[1:] and RESULT.exists() else {}
+    return rows
+
+
+def keep(rows: dict[str, Any], control: dict[str, Any] | None = None) -> None:
+    """In the result, with what it says of other parts."""
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     rows = {**before.get("of", {}), **rows}
     sums = {name: sum(row[name] for row in rows.values()) for name in ("tries", "failures")}
-    off = found or before.get("with drafts switched off", {})
-    said = {**sums, "of": rows, "with drafts switched off": off}
-    RESULT.write_text(json.dumps(said, indent=1) + "\n")
-    sys.exit(bool(bench.failures or missed))
+    off = control or before.get("with drafts switched off", {})
+    held = {**sums, "of": rows, "with drafts switched off": off}
+    RESULT.write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

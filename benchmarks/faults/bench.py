@@ -46,7 +46,7 @@ class Faults:
             closefd: bool = True,
             opener: Any = None,
         ) -> Any:
-            if not set(mode) & set("wax") or isinstance(file, int):
+            if not set(mode) & set("wax") or isinstance(file, int) or opener is not None:
                 return opened(file, mode, buffering, encoding, errors, newline, closefd, opener)
             self.call("open", ())
             raw = io.BufferedWriter(_FaultyFile(self, file, mode.replace("b", "").replace("t", "")))

@@ -219,7 +219,7 @@ def cut_short(place: Path) -> None:
     """An interrupted trace: a part that no line speaks of, or a torn line."""
     pid = os.fork()
     if not pid:
-        Faults(42, "kill", seed=42).install()
+        Faults(70, "kill", seed=42).install()
         begin(place / "t")
         os._exit(1)
     os.waitpid(pid, 0)
@@ -378,7 +378,7 @@ def tracing(bench: Bench) -> None:
     def cut_short(place: Path) -> None:
         pid = os.fork()
         if not pid:
-            Faults(40, "kill").install()
+            Faults(70, "kill").install()
             trace(place / "t")
             os._exit(1)
         os.waitpid(pid, 0)
