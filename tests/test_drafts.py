@@ -281,7 +281,7 @@ def test_a_trace_that_cannot_be_put_in_place_is_kept_and_the_old_one_stays(
     assert names(tmp_path) == {"a", "b", "out"}
 
 
-@pytest.mark.parametrize("reader", ["open", "merge"])
+@pytest.mark.parametrize("reader", ["open", "verify", "merge"])
 def test_killed_between_the_renames_the_old_trace_comes_back(
     reader: str, two: list[Path], tmp_path: Path
 ) -> None:
@@ -300,6 +300,8 @@ def test_killed_between_the_renames_the_old_trace_comes_back(
     assert not (tmp_path / "out").exists()
     if reader == "open":
         assert open_trace(tmp_path / "out").n_tokens == 60
+    elif reader == "verify":
+        assert verify(tmp_path / "out").ok
     with pytest.raises(MoeInspectError, match=f"there is a trace at {tmp_path / 'out'}"):
         merge(two, tmp_path / "out")
     merge(two, tmp_path / "out", overwrite=True)

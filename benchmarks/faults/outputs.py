@@ -87,7 +87,7 @@ ELSEWHERE = {
     "prune": "tests/test_prune_checkpoint.py",
 }
 WRITES = ("output", "html", "plots")
-STEP = {"esft": 3}  # of many alike
+STEP = {"esft": 3, "import": 4, "merge": 7, "sample": 7}  # of many alike
 
 
 def every_output(group: typer.Typer = app, *before: str) -> Iterator[tuple[str, str]]:

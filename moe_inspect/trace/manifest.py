@@ -27,8 +27,7 @@ from moe_inspect.trace.validate import check_manifest, parsed
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
     """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
-    if isinstance(root, Path) and not root.exists():
-        settle(root)
+    settle(root)
     if not path.is_file():
         raise no_trace(root)
     data = stored_manifest(root)

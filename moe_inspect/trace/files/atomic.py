@@ -103,8 +103,16 @@ def draft_folder_of(
             with suppress(OSError, MoeInspectError), hold(left):
                 remove(left)
     draft = draft_name(target)
-    # another process may hold the lock while it checks whether this one is running
-    with hold(draft, wait=True) as lock:
+    try:
+        # another process may hold the lock while it checks whether this one is running
+        lock = hold(draft, wait=True)
+    except BaseException:
+        with suppress(OSError):
+            draft.rmdir()
+        if scratch is not None:
+            shutil.rmtree(scratch)
+        raise
+    with lock:
         try:
             yield draft, lock
             for file in (draft, *draft.rglob("*")):

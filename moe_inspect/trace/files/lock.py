@@ -356,9 +356,11 @@ def followed(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def settle(root: Path) -> None:
+def settle(root: Path | Remote) -> None:
     """While a trace is replaced there is none at its place for a moment: waits for the new one.
     Where the process that did it was killed then, the old one is put back."""
+    if isinstance(root, Remote):  # there nothing is renamed
+        return
     root = followed(root)
     until = time.monotonic() + PATIENCE_S
     while not root.exists() and (aside := next(left_of(root, OLD), None)) is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, location
-from moe_inspect.trace.files.lock import is_locked, refuse_while_locked
+from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import contents
 from moe_inspect.trace.reader import TRIES, Trace, shards_of
@@ -30,6 +30,7 @@ def verify(
     A damaged file is a violation like any other. MoeInspectError where there is no trace.
     `progress` is called with the number of tokens of each shard that is done."""
     root = location(path)
+    settle(root)
     if not (root / schema.MANIFEST).is_file():
         if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
             refuse_while_locked(root)
