@@ -25,6 +25,7 @@ from moe_inspect.__main__ import main
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files import atomic
+from moe_inspect.trace.files.lock import LOCK
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
@@ -255,11 +256,16 @@ class Output:
             assert same(held(place / kept[1], self.line), self.new), f"{kept[1]} is not whole"
             shutil.rmtree(place / kept[1])
         if how != "kill":
-            assert not hidden(place), f"left behind: {hidden(place)}"
+            # where the fault is in the deletion of the old trace or of a lock, they stay
+            left = [p for p in hidden(place) if said or not (".old" in str(p) or p.name == LOCK)]
+            assert not left, f"left behind: {left}"
         if "esft" in self.line and found:
             shutil.rmtree(out)
         run(self.line, self.bench.root, place)
-        assert same(held(out, self.line), self.new), "the next one writes something else"
+        found = held(out, self.line)
+        if self.line.startswith("atlas"):  # a page of a run that was killed, in no index
+            found = {name: data for name, data in found.items() if name in self.new}
+        assert same(found, self.new), "the next one writes something else"
         assert not hidden(place), f"left behind by the next one: {hidden(place)}"
 
 
@@ -314,7 +320,9 @@ def control(bench: Bench) -> dict[str, Any]:
     lines = [line for line in LINES if "." in line.split()[-1] and not is_of_a_trace(line)]
     with without_drafts():
         outputs(bench, lines, ("ENOSPC",))
-    found = dict.fromkeys(lines, 0)
-    for failure in bench.failures:
-        found[failure["what"].removesuffix(": ENOSPC")] += 1
-    return {"tries": sum(bench.tries.values()), "failures": sum(found.values()), "of": found}
+    failed = {failure["what"].removesuffix(": ENOSPC") for failure in bench.failures}
+    return {
+        "tries": sum(bench.tries.values()),
+        "failures": len(bench.failures),
+        "without a failure": sorted(set(lines) - failed),
+    }

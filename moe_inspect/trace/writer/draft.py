@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line
+from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
@@ -30,8 +30,10 @@ def whole_trace(out: Path | Remote, overwrite: bool, nothing: str) -> Generator[
     with draft_folder_of(out, put, _remove) as (draft, lock), _told(out, nothing):
         yield draft, lock
     for old in left_of(followed(out), OLD) if isinstance(out, Path) else ():
-        with contextlib.suppress(OSError, MoeInspectError):  # the next one tries again
+        try:
             _remove(old)
+        except (OSError, MoeInspectError) as error:  # the next one tries again
+            print_stderr(f"warning: the old trace stays at {old}: {first_line(error)}")
 
 
 @contextlib.contextmanager
