@@ -42,6 +42,16 @@ READ: dict[str, list[str]] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What takes much room of its own: a torch with CUDA, transformers, the classes of the demo."""
+    import moe_inspect.capture.run  # noqa: F401
+    from moe_inspect.model.load import auto_class, load_config, load_tokenizer
+
+    auto_class(load_config("demo"))
+    load_tokenizer("demo")
+
+
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**26)
