@@ -6,7 +6,7 @@ B batch rows, S positions, T = B·S rows a router sees (padding included).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -254,30 +254,29 @@ class RowReader:
             position_BS = positions_told(call)
         numbered = self.numbering.number(call, real_BS, position_BS)
         token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full((B, S), -1)
-        place_BS = np.zeros((B, S), np.int64)
-        place_BS[real_BS] = np.arange(len(numbered.phase))
-        order = slice(None) if call.order is None else call.order
-        real = real_BS.reshape(-1)[order]
-        at = place_BS.reshape(-1)[order][real]
-        new = numbered.new
-        if call.order is not None and len(call.order) < B * S:  # a part of the tokens
-            here = numbered.document[at]
-            new = [replace(d, tokens=int((here == d.document).sum())) for d in new]
-        flat = [a.reshape(-1)[order][real].astype(np.int32) for a in (token_BS, position_BS)]
-        document, sequence, domain, phase = (a[at].astype(np.int32) for a in numbered[:4])
-        phases = np.unique(phase)
-        of_all = PHASES[phases[0]] if len(phases) == 1 else "prefill" if not len(phases) else ""
+        of_tokens = [token_BS[real_BS], position_BS[real_BS], *numbered[:4]]
+        real, new = real_BS.reshape(-1), numbered.new
+        if call.order is not None:  # the routers see them in another one, or a part of them
+            at_T = real.cumsum()[call.order] - 1
+            real = real[call.order]
+            of_tokens = [values[at_T[real]] for values in of_tokens]
+            sizes = Counter(of_tokens[2].tolist())
+            new = [replace(d, tokens=min(d.tokens, sizes[d.document])) for d in new]
+        token, position, document, sequence, domain, phase = (
+            values.astype(np.int32, copy=False) for values in of_tokens
+        )
+        is_one = not len(phase) or bool((phase == phase[0]).all())
         return Rows(
             real,
-            flat[0],
+            token,
             document,
             sequence,
-            flat[1],
+            position,
             domain,
             documents=new,
-            phase=of_all,
+            phase=PHASES[phase[0] if len(phase) else 0] if is_one else "",
             stack=call.stack,
-            phases=None if of_all else phase,
+            phases=None if is_one else phase,
         )
 
     def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
@@ -301,11 +300,11 @@ class RowReader:
         token = of_steps([c.token_BS for c in steps], np.full((1, 1), -1))
         position = of_steps([c.position for c in steps], lengths_N1 - 1)
         last = state.last_B + real.cumsum(0)
-        if (state.numbers_3B < 0).any() or (last != position)[real].any():
+        if (state.numbers_B3 < 0).any() or (last != position)[real].any():
             return joined([self.rows(call) for call in steps])
         for call, last_B in zip(steps, last, strict=True):
             call.after.state = state._replace(last_B=last_B)
-        document, sequence, domain = (np.broadcast_to(s, (n, first.B)) for s in state.numbers_3B)
+        document, sequence, domain = (np.broadcast_to(s, (n, first.B)) for s in state.numbers_B3.T)
         token, document, sequence, position, domain = (
             a[real].astype(np.int32) for a in (token, document, sequence, position, domain)
         )

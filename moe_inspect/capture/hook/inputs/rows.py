@@ -53,10 +53,10 @@ class Rows:
 
 
 class State(NamedTuple):
-    """The `Place` of each batch row: document, sequence and domain int [3, B], all −1 where there
+    """The `Place` of each batch row: document, sequence and domain int [B, 3], all −1 where there
     is none; and the positions."""
 
-    numbers_3B: np.ndarray
+    numbers_B3: np.ndarray
     first_B: np.ndarray
     last_B: np.ndarray
 

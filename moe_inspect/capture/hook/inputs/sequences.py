@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,38 +74,48 @@ class Numbering:
         """Numbers the tokens of a pass, and notes in `call.after` how far its sequences have
         come. A position that is not the one before + 1 begins a sequence, or goes on with one that
         its cache holds; one that is not above the one before begins a document too."""
-        row_N, at_N = np.nonzero(real_BS)
-        position_N = position_BS[row_N, at_N]
+        position_N = position_BS[real_BS]
+        row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
         of_tokens, by_key, pages = call.keys
-        keys_2N = None if of_tokens is None else of_tokens.numpy()[:, row_N, at_N]
+        keys_2N = None if of_tokens is None else of_tokens.numpy()[:, real_BS]
         starts_N = np.ones(len(row_N), bool)
         starts_N[1:] = (row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)
         if keys_2N is not None:
             starts_N[1:] |= keys_2N[0, 1:] != keys_2N[1, :-1]
             if pages is not None and call.token_BS is not None:
-                token_N = call.token_BS.numpy()[row_N, at_N]
+                token_N = call.token_BS.numpy()[real_BS]
                 keys_2N = pages.keys(keys_2N, token_N, starts_N)
         places = _places_before(call)
         after = call.after.state = _extents(call.B, row_N, position_N, starts_N, places)
-        draft_N = _drafts(call, after, row_N, at_N, position_N)
+        draft_N = _drafts(call, real_BS, row_N, position_N)
         starts_N[1:] |= draft_N[1:] & ~draft_N[:-1]
         is_resumed = _rolls_back(call.before, call, _first_positions(call))
-        number_3N = np.empty((3, len(row_N)), np.int64)
-        phase_N = np.full(len(row_N), ENCODE if call.stack == "encoder" else PREFILL)
         new: dict[int, Document] = {}
+        found: list[tuple[int, int, int, int]] = []  # of each segment, as in `Numbered`
+        first_N = np.flatnonzero(starts_N)
+        has_drafts = bool(draft_N.any())
         row, before = -1, None  # the segment before, where it is of the same row
-        for start, end in pairwise([*np.flatnonzero(starts_N).tolist(), len(row_N)]):
-            b, p, is_draft = int(row_N[start]), int(position_N[start]), bool(draft_N[start])
+        for b, p, last, is_draft, key, key_after in zip(
+            row_N[first_N].tolist(),
+            position_N[first_N].tolist(),
+            position_N[_ends(first_N, len(row_N))].tolist(),
+            draft_N[first_N].tolist(),
+            *_keys_of_segments(keys_2N, first_N),
+            strict=True,
+        ):
             before = before if b == row else None
-            if keys_2N is not None and by_key is not None:
-                origin, of_document = self._take(by_key, int(keys_2N[0, start])), True
+            if by_key is not None:
+                origin, of_document = self._take(by_key, key), True
             elif before is None:
                 origin, of_document = places[b], not call.is_guess or is_draft
             else:
                 origin, of_document = before, is_draft or p > before.last
-            goes_on = origin is not None and not is_draft and origin is not before
-            if origin is not None and goes_on and not _follows(origin, p, is_resumed):
-                goes_on = False
+            goes_on = (
+                origin is not None
+                and origin is not before
+                and not is_draft
+                and _follows(origin, p, is_resumed)
+            )
             if origin is not None and goes_on:
                 document, sequence, domain = origin[:3]
             else:
@@ -116,22 +125,22 @@ class Numbering:
                     if origin is not None and of_document
                     else self._document(call, b, new)
                 )
-            number_3N[:, start:end] = np.array([[document], [sequence], [domain]])
-            row, before = b, Place(document, sequence, domain, -1, int(position_N[end - 1]))
-            if is_draft:
-                phase_N[start:end] = DRAFT
-                continue
-            after.numbers_3B[:, b] = before[:3]
-            if keys_2N is not None and by_key is not None:
-                key = int(keys_2N[1, end - 1])
-                self._set(by_key, key, (*by_key.get(key, ()), before))
-            if _is_decoded(call, goes_on and p > 0, end - start, bool(draft_N.any())):
-                phase_N[start:end] = DECODE
+            row, before = b, Place(document, sequence, domain, -1, last)
+            phase = DRAFT
+            if not is_draft:
+                after.numbers_B3[b] = before[:3]
+                if by_key is not None:
+                    self._set(by_key, key_after, (*by_key.get(key_after, ()), before))
+                phase = _phase(call, goes_on and p > 0, last - p, has_drafts)
+            found.append((document, sequence, domain, phase))
         if call.stack == "encoder":
             after.last_B[:] = -1  # its decoder's positions begin at 0
-        sizes = np.bincount(number_3N[0][~draft_N], minlength=self._documents)
-        documents = [replace(d, tokens=int(sizes[n])) for n, d in new.items()]
-        return Numbered(number_3N[0], number_3N[1], number_3N[2], phase_N, documents)
+        sizes = _ends(first_N, len(row_N)) + 1 - first_N
+        numbers_4G = np.array(found, np.int32).reshape(-1, 4).T
+        numbers = [np.repeat(values_G, sizes) for values_G in numbers_4G]
+        tokens = np.bincount(numbers[0][~draft_N], minlength=self._documents)
+        documents = [replace(d, tokens=int(tokens[n])) for n, d in new.items()]
+        return Numbered(numbers[0], numbers[1], numbers[2], numbers[3], documents)
 
     def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
         """The number and domain of the document that begins in batch row b: that of its label,
@@ -169,12 +178,29 @@ def _follows(place: Place, p: int, is_resumed: bool) -> bool:
     return p == place.last + 1 or (is_resumed and place.first < p <= place.last)
 
 
-def _is_decoded(call: CallInputs, goes_on: bool, length: int, has_drafts: bool) -> bool:
-    """Whether a segment was generated: it goes on with a sequence by one token, or by several that
-    the model was to verify."""
-    is_one = call.S == 1 or (call.keys.of_tokens is not None and length == 1)
+def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int:
+    """That of a segment of `steps` tokens after its first. It was generated if it goes on with a
+    sequence by one token, or by several that the model was to verify."""
+    if call.stack == "encoder":
+        return ENCODE
+    is_one = call.S == 1 or (call.keys.of_tokens is not None and not steps)
     is_on = goes_on or call.after.length > call.S
-    return call.stack != "encoder" and is_on and (is_one or call.verifies or has_drafts)
+    return DECODE if is_on and (is_one or call.verifies or has_drafts) else PREFILL
+
+
+def _ends(first_G: np.ndarray, N: int) -> np.ndarray:
+    """The last token of each segment, of which the first is given."""
+    return np.append(first_G, N)[1:] - 1
+
+
+def _keys_of_segments(
+    keys_2N: np.ndarray | None, first_N: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """By what each segment is known before and after it; 0 where nothing says it."""
+    if keys_2N is None:
+        return [0] * len(first_N), [0] * len(first_N)
+    ends_N = _ends(first_N, keys_2N.shape[1])
+    return keys_2N[0, first_N].tolist(), keys_2N[1, ends_N].tolist()
 
 
 def _places_before(call: CallInputs) -> list[Place | None]:
@@ -187,8 +213,10 @@ def _places_before(call: CallInputs) -> list[Place | None]:
     repeats, rest = divmod(call.B, len(state.last_B))
     if rest or (repeats > 1 and call.stack != "decoder"):
         return nowhere
-    rows = np.concatenate([state.numbers_3B, [state.first_B], [state.last_B]]).T.tolist()
-    found = list(map(Place._make, rows))
+    rows = zip(
+        state.numbers_B3.tolist(), state.first_B.tolist(), state.last_B.tolist(), strict=True
+    )
+    found = [Place._make((*numbers, first, last)) for numbers, first, last in rows]
     for b in range(call.B):
         place = found[b // repeats]
         if place.document >= 0:
@@ -207,24 +235,24 @@ def _extents(
 ) -> State:
     """The first and last position of the pass in each batch row; its numbers are those of before
     until they are known."""
-    numbers_3B, first_B, last_B = np.full((3, B), -1), np.full(B, -1), np.full(B, -1)
+    numbers_B3, first_B, last_B = np.full((B, 3), -1), np.full(B, -1), np.full(B, -1)
     for b, place in enumerate(places):
         if place is not None:
-            numbers_3B[:, b], last_B[b] = place[:3], place.last
+            numbers_B3[b], last_B[b] = place[:3], place.last
     last_B[row_N] = position_N  # of several for one row, the last one is kept
     first_N = np.flatnonzero(starts_N)
     is_single_B = np.bincount(row_N[first_N], minlength=B) == 1
     first_B[row_N[first_N]] = position_N[first_N]
     first_B[~is_single_B] = -1
-    return State(numbers_3B, first_B, last_B)
+    return State(numbers_B3, first_B, last_B)
 
 
 def _drafts(
-    call: CallInputs, after: State, row_N: np.ndarray, at_N: np.ndarray, position_N: np.ndarray
+    call: CallInputs, real_BS: np.ndarray, row_N: np.ndarray, position_N: np.ndarray
 ) -> np.ndarray:
     """bool [N]: the tokens that were taken back from the cache before the next pass."""
     if call.after.taken > 0:
-        return at_N >= call.S - call.after.taken
+        return np.nonzero(real_BS)[1] >= call.S - call.after.taken
     following = call.following
     if following is not None:
         first_B = _first_positions(following)
