@@ -50,6 +50,7 @@ OPEN = ("draft", "file", "buffer", "sink", "text", "sys.stdout", "pa.PythonFile(
 IN_PLACE = {
     ("trace.files.atomic", "write_atomically"): "an object appears whole",
     ("trace.files.atomic", "append"): "the line is the commit",
+    ("trace.files.atomic", "put_folder"): "puts back what cannot stay",
     ("trace.files.lock", "settle"): "puts back what was set aside",
     ("trace.files.lock", "_hold_object"): "an object appears whole",
     ("trace.output_dir", "check_directory"): "an empty object, removed at once",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import (
@@ -87,10 +87,20 @@ def draft_of(path: Path | Remote) -> Iterator[Path]:
         os.close(file)
 
 
+def put_folder(draft: Path, target: Path) -> None:
+    """Renames a folder, for good; where that fails it is back at its name."""
+    os.rename(draft, target)
+    try:
+        sync_directory(target.parent)
+    except BaseException:
+        os.rename(target, draft)
+        raise
+
+
 @contextmanager
 def draft_folder_of(
     path: Path | Remote,
-    put: Callable[[Path, Path], object] = os.rename,
+    put: Callable[[Path, Path], object] = put_folder,
     remove: Callable[[Path], object] = shutil.rmtree,
 ) -> Iterator[tuple[Path, Lock]]:
     """A folder to write to, and its lock. On success it is flushed to disk and `put` at `path`. On
@@ -135,8 +145,6 @@ def draft_folder_of(
             shutil.rmtree(scratch)
             return
         lock.root = target.absolute()
-        with writing(path):
-            sync_directory(target.parent)
 
 
 def _file_at(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
-from moe_inspect.trace.files.atomic import draft_folder_of
+from moe_inspect.trace.files.atomic import draft_folder_of, put_folder
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
 from moe_inspect.trace.output_dir import check_directory, clear_trace
@@ -58,7 +58,7 @@ def _put(draft: Path, target: Path, overwrite: bool) -> None:
         os.rename(target, aside)
         lock.root = aside
         try:
-            os.rename(draft, target)
+            put_folder(draft, target)
         except BaseException:
             os.rename(aside, target)
             lock.root = target
