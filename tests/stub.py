@@ -36,6 +36,8 @@ def row(
         "tokens": int(load_E.sum()) // k if tokens is None else tokens,
         "noise_floor": 0.01,
         "design_effect": 1.0,
+        "busiest_p": 0.002,
+        "least_used_p": 0.002,
     }
     found |= {"max_vio_low": found["max_vio"] - 0.01, "max_vio_high": found["max_vio"] + 0.01}
     found |= {
@@ -56,11 +58,13 @@ def stub(
     limits: dict[str, float] | None = None,
     pooled: float | None = None,
     selected: Sequence[int] | None = None,
+    overload_p: float = 0.002,
     layers: Sequence[int] | None = None,
     domains_selected: set[str] | None = None,
     **tables: list[dict[str, Any]],
 ) -> Any:
-    """rows: of `balance`, a router each, by layer unless `layers` says otherwise. documents: of all
+    """rows: of `balance`, a router each, by layer unless `layers` says otherwise. overload_p: of
+    every row of `domains`. documents: of all
     domains, or of each. by_domain[r]: [D, E] assignments of router r. `tables`: further ones, as
     rows; where `domain_of_unit_U` matters domains have the documents given."""
     listed = [
@@ -127,6 +131,7 @@ def stub(
                     "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"],
                     "activation": activation_DE[d, e],
                     "lift": lift_DE[d, e],
+                    "overload_p": overload_p,
                 }
             )
     made = {"balance": balance, "load": load, "domains": spread, **tables}

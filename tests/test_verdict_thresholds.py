@@ -69,37 +69,24 @@ BALANCE = {
     ),
     "both": (stub(near(1.3), near(1.2)), "; 2 of 2 routers are uneven"),
     "one of two, just": (stub(near(1.3), near(1.1999)), "; 1 of 2 routers is uneven"),
-    "beyond chance": (stub(near(1.1, max_vio_low=0.0101)), "Balance is good: at worst"),
-    "low end within chance": (
-        stub(near(1.1, max_vio_low=0.0099)),
-        "which chance explains (",
-    ),
-    "within the floor": (stub(near(1.1, noise_floor=0.1001)), "which chance explains ("),
-    "over the floor": (stub(near(1.1, noise_floor=0.0999, max_vio_low=0.11)), "Balance is good"),
-    "documents explain it": (
-        stub(near(1.1, max_vio_low=0.0199, design_effect=4)),
-        "which chance explains (",
-    ),
-    "documents do not": (stub(near(1.1, max_vio_low=0.0201, design_effect=4)), "Balance is good"),
-    "a small effect is none": (
-        stub(near(1.1, max_vio_low=0.0101, design_effect=0.2)),
-        "Balance is good",
-    ),
+    "beyond chance": (stub(near(1.1, busiest_p=0.0099)), "Balance is good: at worst"),
+    "within chance": (stub(near(1.1, busiest_p=0.01)), "which chance explains ("),
+    "not known": (stub(near(1.1, busiest_p=math.nan)), "which chance explains ("),
     "and what chance gives": (
         stub(near(1.1, design_effect=4)),
         "expected by chance: 1.02x",
     ),
     "or one figure": (stub(near(1.1)), "expected by chance: 1.01x)"),
-    "counts, beyond twice the floor": (
-        stub(near(1.2, noise_floor=0.0999), counts_only=True),
+    "counts, beyond any documents": (
+        stub(near(1.4, noise_floor=0.4 / 31.63), counts_only=True),
         "Layer 0 is uneven",
     ),
-    "counts, within it": (
-        stub(near(1.2, noise_floor=0.1001), counts_only=True),
+    "counts, as long documents": (
+        stub(near(1.4, noise_floor=0.4 / 31.62), counts_only=True),
         "Too little data to judge balance",
     ),
     "counts have no interval": (
-        stub(near(1.2, max_vio_low=math.nan), counts_only=True),
+        stub(near(1.4, max_vio_low=math.nan), counts_only=True),
         "(no interval from counts alone; expected",
     ),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
@@ -110,34 +97,34 @@ BALANCE = {
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
     "chance reaches uneven": (
-        stub(near(1.19, noise_floor=0.2, max_vio_low=0.1)),
+        stub(near(1.19, noise_floor=0.2, busiest_p=0.5)),
         "Too little data to judge balance: at worst",
     ),
     "chance does not": (
-        stub(near(1.19, noise_floor=0.1999, max_vio_low=0.1)),
+        stub(near(1.19, noise_floor=0.1999, busiest_p=0.5)),
         "which chance explains (",
     ),
     "uneven or chance": (
-        stub(near(1.2, max_vio_low=0.001)),
+        stub(near(1.2, busiest_p=0.5)),
         "Too little data to judge balance: at worst, in layer 0",
     ),
-    "even or chance": (stub(near(1.1999, max_vio_low=0.001)), "which chance explains ("),
+    "even or chance": (stub(near(1.1999, busiest_p=0.5)), "which chance explains ("),
     "the others are known": (
-        stub(near(1.4, max_vio_low=0.001), near(1.3)),
+        stub(near(1.4, busiest_p=0.5, max_vio_low=0.001), near(1.3)),
         "which may be chance (95% interval 1.00-1.41x; expected by chance: 1.01x); 1 of 2 routers is uneven",
     ),
     "few documents": (
-        stub(near(1.3), documents=4),
+        stub(near(1.3), documents=7),
         "Too little data to judge balance: at worst, in layer 0, expert 0 gets 1.30x",
     ),
-    "documents enough": (stub(near(1.3), documents=5), "Layer 0 is uneven"),
+    "documents enough": (stub(near(1.3), documents=8), "Layer 0 is uneven"),
     "counts know no documents": (
-        stub(near(1.3), documents=4, counts_only=True),
+        stub(near(1.4), documents=4, counts_only=True),
         "Layer 0 is uneven",
     ),
     "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at worst"),
     "dead, within chance": (
-        stub(near(1.1, dead_experts=1, max_vio_low=0)),
+        stub(near(1.1, dead_experts=1, busiest_p=0.5)),
         "No expert is overloaded: at worst",
     ),
 }
@@ -196,8 +183,8 @@ SPOKEN = {
     "no dead": (experts.dead_experts, stub(row([1, *EVEN[1:]])), None),
     "dead": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead by chance": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead: chance alone leaves some"),
-    "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=4), "but with fewer than 5 documents this may be the text"),
-    "dead, documents enough": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=5), f"none of {LEAST_FOR_DEAD} tokens was routed there."),
+    "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=7), "but with fewer than 8 documents this may be the text"),
+    "dead, documents enough": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=8), f"none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead in two": (experts.dead_experts, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
     # crowded and starved ones
     "overloaded": (experts.overloaded_experts, stub(crowd(2.0)), "1 expert in 1 router gets at least 2x the mean load."),
@@ -208,14 +195,16 @@ SPOKEN = {
     "dead is not starved": (experts.starved_experts, stub(crowd(0.0)), None),
     "two overloaded": (experts.overloaded_experts, stub(crowd(2.5, 2.5, 0.01)), "2 experts in 1 router get at least 2x the mean load."),
     "one of them starved": (experts.starved_experts, stub(crowd(2.5, 2.5, 0.01)), "1 expert in 1 router gets under 10% of the mean load."),
-    "overloaded by chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0099)), None),
-    "overloaded beyond chance": (experts.overloaded_experts, stub(crowd(2.0, max_vio_low=0.0101)), "gets at least 2x"),
+    "overloaded by chance": (experts.overloaded_experts, stub(crowd(2.0, busiest_p=0.01)), None),
+    "overloaded beyond chance": (experts.overloaded_experts, stub(crowd(2.0, busiest_p=0.0099)), "gets at least 2x"),
     # the least used
     "little used": (experts.least_used_expert, stub(crowd(0.4999)), "Expert 0 of layer 0 is the least used: 0.50x the mean load. That layer's busiest expert gets 2.1 times as much."),
     "used enough": (experts.least_used_expert, stub(crowd(0.5001)), None),
-    "little used by chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.3001, max_vio_low=0.31, max_vio=0.31)), None),
-    "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, noise_floor=0.2999, max_vio_low=0.31, max_vio=0.31)), "0.40x the mean"),
-    "of a router within chance": (experts.least_used_expert, stub(crowd(0.1, max_vio_low=0.0099)), None),
+    "little used by chance": (experts.least_used_expert, stub(crowd(0.1, least_used_p=0.01)), None),
+    "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, least_used_p=0.0099)), "0.40x the mean"),
+    "starved by chance": (experts.starved_experts, stub(crowd(0.05, least_used_p=0.01)), None),
+    "counts, little used": (experts.least_used_expert, stub(crowd(0.3), counts_only=True), None),
+    "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.001), counts_only=True), "0.30x the mean"),
     "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (
         experts.least_used_expert,
@@ -229,8 +218,8 @@ SPOKEN = {
     # passes
     "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),
-    "by pass, as chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.2001)), None),
-    "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.25, noise_floor_batch=0.1999)), "of a pass gets 1.25x"),
+    "by pass, as chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.8)), None),
+    "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5)), "of a pass gets 1.90x"),
     "a single pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5)})), None),
     "one whole pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
     "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
@@ -263,24 +252,24 @@ def test_sentences(case: str):
     assert (found is None) if says is None else (found is not None and says in found.text), found
 
 
-@pytest.mark.parametrize(
-    ("busiest", "effect", "says"),
-    [(1.3, 1, True), (1.28, 1, False), (1.43, 2, True), (1.4, 2, False)],
-)
-def test_a_domain_overloads_beyond_twice_what_chance_gives_its_tokens(
-    busiest: float, effect: int, says: bool
-):
-    """800 tokens over 8 experts: the floor is 0.146, and √2 of it where documents have a design effect of 2."""
-    floor = unc.noise_floor(800, 8, 1)
-    assert floor == pytest.approx(0.146, abs=0.004)
-    assert (busiest - 1 > 2 * floor * math.sqrt(effect)) == says
-    made = of_domains(busiest, 1.01, tokens=800, columns={"design_effect": effect})
+@pytest.mark.parametrize(("p", "says"), [(0.0099, True), (0.01, False), (math.nan, False)])
+def test_a_domain_overloads_beyond_chance(p: float, says: bool):
+    made = of_domains(1.6, 1.1, overload_p=p)
+    assert (experts.overloading_domain(made) is not None) == says
+
+
+@pytest.mark.parametrize(("tokens", "says"), [(100_000, True), (20_000, False)])
+def test_counts_know_no_documents_and_a_domain_overloads_only_beyond_any(tokens: int, says: bool):
+    """1.5 times the mean is what documents explain whose design effect is (0.5 ÷ the floor)²."""
+    made = of_domains(1.5, 1.01, tokens=tokens, counts_only=True)
+    assert ((0.5 / unc.noise_floor(tokens, 8, 1)) ** 2 > 1_000) == says
     assert (experts.overloading_domain(made) is not None) == says
 
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
     """Expert 0 is used at 0.3x; the busiest gets 3.67x its load. The domains' loads are `code` and `law`."""
-    made = stub(crowd(0.3), domains=("code", "law"), by_domain=[np.array([code, law])], **given)
+    of = crowd(0.3, noise_floor=given.pop("chance", 0.01))
+    made = stub(of, domains=("code", "law"), by_domain=[np.array([code, law])], **given)
     said = text(experts.least_used_expert(made))
     assert said is not None
     assert said.startswith(
@@ -304,7 +293,7 @@ LEAST_IN = {
     "few documents": (([0] + [1_200] * 7, LAW), {"documents": (4, 60)}, "."),
     "counts know none": (
         ([0] + [1_200] * 7, LAW),
-        {"documents": (4, 60), "counts_only": True},
+        {"documents": (4, 60), "counts_only": True, "chance": 0.001},
         ' (on "code", expert 0 is never chosen).',
     ),
 }
@@ -359,6 +348,8 @@ def information(**columns: Any) -> dict[str, Any]:
         "token_mi_null_bits": 0.5,
         "vocabulary_specialization": 0.5,
         "vocabulary_specialization_null": 0.3,
+        "vocabulary_specialization_p": 0.002,
+        "domain_mi_p": 0.002,
     }
     return {"layer": 0, "router": 0, **known, **columns}
 
@@ -397,19 +388,18 @@ DOMAIN_CHECKS = (specialization.domain_specialization, specialization.domain_bey
 DOMAINS = {
     "one domain": (partial(told, beyond(0.6), documents=(60,)), ""),
     "counts": (partial(told, beyond(0.6), counts_only=True), "Counts alone cannot tell whether experts specialise by domain"),
-    # 4 documents of each can be relabelled in 8!/(4! 4! 2!) = 35 ways, 5 of each in 126
-    "too few relabellings": (partial(told, beyond(0.6), documents=(4, 4)), "Too few documents to tell whether experts specialise by domain: 8 documents in 2 domains have too few permutations."),
-    "relabellings enough": (partial(told, beyond(0.6), documents=(5, 5)), "Experts specialise by domain in 1 of 1 routers"),
+    "too few documents": (partial(told, beyond(0.6), documents=(3, 4)), "Too few documents to tell whether experts specialise by domain: 7 documents in 2 domains, of 8 that it takes at least."),
+    "documents enough": (partial(told, beyond(0.6), documents=(4, 4)), "Experts specialise by domain in 1 of 1 routers"),
     "no null": (partial(told, beyond(0.6, p99=math.nan)), "Too few documents to tell"),
-    "beyond the margin": (partial(told, beyond(0.1301)), "Routing differs by domain in 1 of 1 routers, most in layer 0 (0.130 bits; shuffled documents give 0.100)"),
-    "within the margin": (partial(told, beyond(0.1299)), "No expert specialises by domain"),
-    "within a wide margin": (partial(told, beyond(0.15, p99=0.2)), 'reach 0.20 bits when shuffled (a negative result needs less than 0.2).'),
-    "within a narrow one": (partial(told, beyond(0.15, p99=0.1999)), "No expert specialises by domain"),
+    "beyond chance": (partial(told, beyond(0.13, domain_mi_p=0.0099)), "Routing differs by domain in 1 of 1 routers, most in layer 0 (0.130 bits; documents by chance give 0.100)"),
+    "within chance": (partial(told, beyond(0.13, domain_mi_p=0.01)), "No expert specialises by domain"),
+    "within a wide margin": (partial(told, beyond(0.15, p99=0.2, domain_mi_p=0.5)), 'reach 0.20 bits by chance (a negative result needs less than 0.2).'),
+    "within a narrow one": (partial(told, beyond(0.15, p99=0.1999, domain_mi_p=0.5)), "No expert specialises by domain"),
     # log₂ of 8 experts is 3
     "specialised": (partial(told, beyond(0.401)), "Experts specialise by domain in 1 of 1 routers; most in layer 0"),
     "not specialised": (partial(told, beyond(0.399)), "An untrained router can show as much: a trace with --random-init is the baseline."),
     "specialised, by its threshold": (partial(told, beyond(0.401), limits={"specialised": 0.101}), "Routing differs by domain in 1 of 1"),
-    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
+    "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1, domain_mi_p=0.5)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
     "who": (partial(told, beyond(0.6)), ': expert 0 takes 30% of the tokens of "code", 1.4x its mean over domains.'),
     "untrained": (partial(told, beyond(0.6), seed=3), "This model was never trained (random weights, seed 3), so nothing here is specialisation"),
     "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "Given the token id, the domain still carries 0.266 bits about the expert in layer 0 (shuffled documents give 0.100): most of it is vocabulary."),
@@ -459,8 +449,8 @@ def test_token_ids():
     )
     none = "The token id does not determine the expert: tokens of one id spread over the experts as shuffled ids would."
     assert ids(vocabulary_specialization=0.3199) == none
-    assert ids(token_mi_bits=0.5) == none
-    assert ids(token_mi_bits=0.5001) != none
+    assert ids(vocabulary_specialization_p=0.01) == none
+    assert ids(vocabulary_specialization_p=0.0099) != none
     assert ids(token_mi_null_bits=0.0) is None  # a single token id
     assert ids(vocabulary_specialization=math.nan) is None
 

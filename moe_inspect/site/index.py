@@ -48,7 +48,7 @@ MEANINGS = {
     "max_over_mean": "the busiest expert's load ÷ the mean load, at the least balanced router.",
     "uneven_routers": "routers whose load is uneven beyond chance, as on the trace's page.",
     "domain_bits, token_bits": "information that the domain, and the token id, carry about the "
-    "expert, in bits beyond shuffled labels, at the router with most of it. An untrained model "
+    "expert, in bits beyond chance, at the router with most of it. An untrained model "
     "shows some of both: it is the baseline.",
     "committee_experts, committee_mass": "experts that are among the k with the largest load in "
     "every domain, and the share of assignments that they carry; means over the routers.",
@@ -105,7 +105,7 @@ def index_page(entries: Sequence[Entry]) -> str:
                     entries,
                     "bits",
                     "Specialization by layer",
-                    "What the domain tells about the expert, beyond shuffled documents, by router",
+                    "What the domain tells about the expert, beyond chance, by router",
                     "domain_mi_bits",
                 ),
             )

@@ -13,6 +13,7 @@ import numpy as np
 from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.token_ids import TokenIds, TokenTables
 from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.analysis.metrics.chance import shuffled_p
 
 ROUNDING = np.float32(1e-6)
 
@@ -70,10 +71,14 @@ def _columns(
     }
     if first_VE is not None:
         columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
-        columns["vocabulary_specialization_null"] = _mean(
+        null_R = [
             sp.vocabulary_specialization(shuffled.first.rows_XE)
             for shuffled in tables.shuffled_ids
             if shuffled.first is not None
+        ]
+        columns["vocabulary_specialization_null"] = _mean(null_R)
+        columns["vocabulary_specialization_p"] = shuffled_p(
+            columns["vocabulary_specialization"], null_R, int(occurrences_V.sum())
         )
     return columns
 

@@ -25,6 +25,7 @@ from moe_inspect.analysis.counting.count_shard import SelectedTokens, count_shar
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.trace.reader import Trace
@@ -241,7 +242,7 @@ class ShardRows:
         # one order for all routers and for a whole decision: its k distinct experts stay together
         rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
         shuffled_ids = [
-            _visits(by, judged_T[rng.permutation(len(judged_T))], plan.judged.sizes)
+            _visits(by, judged_T[shuffled_within(seen.document_T, rng)], plan.judged.sizes)
             for _ in range(plan.shuffles)
         ]
         return ShardRows(by_domain, shuffled_domains, shuffled_ids)

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.chance import null_loads
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.specialization import (
-    PERMUTATIONS,
-    permuted_loads,
-    share_by_domain,
-)
+from moe_inspect.analysis.metrics.specialization import share_by_domain
 from moe_inspect.analysis.metrics.uncertainty import interval
 
 SOURCE = "arXiv:2601.03425"
@@ -65,18 +62,13 @@ def committee_by_chance(domains: int, E: int, top_k: int) -> float:
     return E * (top_k / E) ** domains
 
 
-def committee_null(
-    assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int, R: int = PERMUTATIONS
-) -> float:
-    """Mean of `committee_experts` with the domain labels permuted among the documents (units): how
+def committee_null(assignments_UE: np.ndarray, domain_U: np.ndarray, top_k: int) -> float:
+    """Mean of `committee_experts` of documents (units) like these whose domains share one mean: how
     large the committee is where no domain routes in its own way. NaN with fewer than two
     domains."""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return nan
-    sizes = [
-        committee(load_RDE, top_k).sum(1)
-        for load_RDE in permuted_loads(assignments_UE, domain_U, R)
-    ]
+    sizes = [committee(load_BDE, top_k).sum(1) for load_BDE in null_loads(assignments_UE, domain_U)]
     return float(np.concatenate(sizes).mean())
 
 

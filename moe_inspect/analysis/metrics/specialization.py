@@ -1,26 +1,22 @@
 """What does an expert specialise in? Pure functions on counts, in bits.
 
-D domains, E experts, V token ids, X some of them, U units (clusters of documents), R permutations.
+D domains, E experts, V token ids, X some of them, U units (clusters of documents), B random signs.
 Counts are assignments: with k > 1 a token counts k times. Plug-in estimates of information are
 biased upwards; here none is corrected by a formula (Miller and Madow's assumes independent draws,
-which k distinct picks are not): each comes with the value that shuffled labels give, and only the
+which k distinct picks are not): each comes with the value that chance gives, and only the
 difference means anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from math import factorial, prod
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.chance import SIGNS, null_loads
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import permuted_labels
 
-PERMUTATIONS = 200
-CHUNK_CELLS = 2**16  # of the permutations taken together, which stay in a cache
 FEW_DOMAINS, DRAWN_PAIRS = 500, 100_000  # up to which all pairs are compared; how many else
 LOOKED_UP = 2**14  # counts whose n log n is kept
 
@@ -74,47 +70,17 @@ def domain_mi_bits(assignments_DE: np.ndarray) -> float:
     return float(mutual_information_bits(share_by_domain(assignments_DE)))
 
 
-def domain_mi_null_bits(
-    assignments_UE: np.ndarray, domain_U: np.ndarray, R: int = PERMUTATIONS
-) -> tuple[float, float]:
-    """Mean and 99th percentile of `domain_mi_bits` with the domain labels permuted among the
-    documents (units): what documents that each have a style of their own, but no domain, would
-    show. NaN with fewer than two domains, or no load."""
+def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
+    """`domain_mi_bits` of documents (units) like these whose domains share one mean, drawn SIGNS
+    times. NaN with fewer than two domains, or no load. float64 [B]"""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
-        return float("nan"), float("nan")
-    null_R = np.concatenate(
+        return np.full(SIGNS, np.nan)
+    return np.concatenate(
         [
-            mutual_information_bits(share_by_domain(load_RDE))
-            for load_RDE in permuted_loads(assignments_UE, domain_U, R)
+            mutual_information_bits(share_by_domain(load_BDE))
+            for load_BDE in null_loads(assignments_UE, domain_U)
         ]
     )
-    return float(np.nanmean(null_R)), float(np.nanquantile(null_R, 0.99))
-
-
-def permuted_loads(
-    assignments_UE: np.ndarray, domain_U: np.ndarray, R: int = PERMUTATIONS
-) -> Iterator[np.ndarray]:
-    """The load of each expert in each domain with the domain labels permuted among the documents
-    (units), R times: float64 [some of R, D, E] at a time."""
-    D, E = int(domain_U.max()) + 1, assignments_UE.shape[1]
-    # whole numbers, which float32 adds up exactly as long as they are small
-    kind = np.float32 if assignments_UE.sum(0).max() < 2**24 else np.float64
-    assignments_UE, labels_RU = assignments_UE.astype(kind), permuted_labels(domain_U, R)
-    step = max(1, CHUNK_CELLS // (D * max(E, len(domain_U))))
-    for start in range(0, R, step):
-        member_RDU = (labels_RU[start : start + step, None] == np.arange(D)[:, None]).astype(kind)
-        # one product of two matrices: many small ones keep the threads of a BLAS waiting
-        load_RDE = (member_RDU.reshape(-1, len(domain_U)) @ assignments_UE).reshape(-1, D, E)
-        yield load_RDE.astype(float)
-
-
-def relabellings(domain_U: np.ndarray) -> int:
-    """In how many ways the documents (units) can be parted into domains of the same sizes, domains
-    of one size being alike: what the null is drawn from. Of fewer than a hundred none can lie
-    beyond the 99th percentile."""
-    size_D = np.bincount(domain_U).tolist()
-    alike = np.bincount(size_D).tolist()
-    return factorial(len(domain_U)) // prod(map(factorial, size_D)) // prod(map(factorial, alike))
 
 
 @metric(table="specialization", ideal=0.0, unit="bits", range="0 to 1")

@@ -17,26 +17,35 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero
 SEED = 20_240_815
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 5  # that an interval over documents needs
+FEW_TOKENS = 64  # up to which the noise of every number of tokens is simulated
 GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
 
-@lru_cache(maxsize=4096)
 def noise_floor(T: int, E: int, k: int) -> float:
     """The max_vio expected when each of T tokens picks k of E experts uniformly at random. NaN
-    without tokens, 0 when k = E.
+    without tokens, 0 when k = E."""
+    return noise(T, E, k)[0]
+
+
+@lru_cache(maxsize=4096)
+def noise(T: int, E: int, k: int) -> tuple[float, float]:
+    """Mean and standard deviation of the max_vio of T tokens that each pick k of E experts
+    uniformly at random. NaN without tokens, 0 when k = E.
 
     Simulated exactly, at a cost that does not depend on T: for one expert after another, of the
     tokens that still have j picks among the e experts left, Binomial(·, j/e) pick this one. For a
     large mean load the loads are treated as Gaussian, with the covariance of distinct picks:
     variance kT/E·(1−k/E), correlation −1/(E−1)."""
     if T <= 0:
-        return float("nan")
+        return float("nan"), float("nan")
     if k >= E:
-        return 0.0
+        return 0.0, 0.0
     rng = np.random.default_rng([SEED, T % 2**32, E, k])
     mean_load = k * T / E
     if mean_load >= GAUSSIAN_FROM:
-        return float(_expected_maximum(E) * np.sqrt((1 - k / E) / mean_load * E / (E - 1)))
+        mean, sd = _maximum(E)
+        scale = float(np.sqrt((1 - k / E) / mean_load * E / (E - 1)))
+        return mean * scale, sd * scale
     R = int(np.clip(300_000 // (E * (k + 1)), 200, 4_000))
     left_JR = np.zeros((k + 1, R), np.int64)
     left_JR[k] = T  # tokens by the number of picks they have left
@@ -47,27 +56,37 @@ def noise_floor(T: int, E: int, k: int) -> float:
         busiest_R = np.maximum(busiest_R, took_JR.sum(0))
         left_JR -= took_JR
         left_JR[:-1] += took_JR[1:]
-    return float(busiest_R.mean() / mean_load - 1)
+    return float(busiest_R.mean() / mean_load - 1), float(busiest_R.std() / mean_load)
 
 
 @lru_cache(maxsize=64)
-def _expected_maximum(E: int) -> float:
-    """Mean of the largest of E standard normals."""
+def _maximum(E: int) -> tuple[float, float]:
+    """Mean and standard deviation of the largest of E standard normals."""
     draws = np.random.default_rng([SEED, E]).standard_normal((max(4_000, 400_000 // E), E))
-    return float(draws.max(1).mean())
+    largest = draws.max(1)
+    return float(largest.mean()), float(largest.std())
 
 
-def noise_floors(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
-    """`noise_floor` for many numbers of tokens: simulated at powers of 2, interpolated linearly in
-    log-log between them; NaN for 0. [N] → [N]"""
+def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
+    """`noise` for many numbers of tokens: of each up to FEW_TOKENS, beyond that at powers of 2 with
+    interpolation between them; NaN for 0. [N] → [2, N]"""
     sizes = np.asarray(sizes, float)
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
-        return 0 * sizes
-    low, high = int(np.floor(np.log2(np.nanmin(sizes)))), int(np.ceil(np.log2(np.nanmax(sizes))))
-    grid = 2 ** np.arange(low, max(high, low + 1) + 1)
-    floors = np.array([noise_floor(int(T), E, k) for T in grid])
-    return np.exp(np.interp(np.log(sizes), np.log(grid), np.log(floors)))
+        return np.stack([0 * sizes, 0 * sizes])
+    few, most = sizes[sizes <= FEW_TOKENS], np.nanmax(sizes)
+    grid = np.unique(
+        np.concatenate(
+            [
+                np.floor(few),
+                np.ceil(few),
+                2 ** np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1),
+            ]
+        )
+    )
+    mean, sd = np.array([noise(int(T), E, k) for T in grid]).T
+    at, known = np.log(sizes), np.log(grid)
+    return np.stack([np.exp(np.interp(at, known, np.log(mean))), np.interp(at, known, sd)])
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:

@@ -84,7 +84,7 @@ def domains_by_depth(data: ModelData) -> Chart:
         "Specialization by domain",
         "Share of what a domain could tell about the expert, by relative depth",
         (Panel(_lines(table, "explained_by_domain"), DEPTH, Axis("share, beyond chance", low=0)),),
-        text="Beyond shuffled documents. 0: all domains are alike; 1: as different as their "
+        text="Beyond chance. 0: all domains are alike; 1: as different as their "
         "number, E and k allow.",
         table=table,
     )

@@ -72,9 +72,9 @@ def balance(data: ModelData) -> pd.DataFrame:
 
 @table(tables=MODEL_TABLES)
 def specialization(data: ModelData) -> pd.DataFrame:
-    """One row per trace and router: the information that the domain carries about the expert, with
-    shuffled documents, and beyond these as a share of the most that D, E and k allow: 0 is
-    chance, 1 all (explained_by_domain)."""
+    """One row per trace and router: the information that the domain carries about the expert, that
+    by chance, and beyond it as a share of the most that D, E and k allow: 0 is chance, 1 all
+    (explained_by_domain)."""
     names = [frozenset(data.reports[side].counts.domains) for side in SIDES]
     if names[0] != names[1] or len(names[0]) < 2:
         said = (", ".join(map(readable, sorted(of_side))) for of_side in names)

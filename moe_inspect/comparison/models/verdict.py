@@ -112,7 +112,7 @@ def domains(data: ModelData) -> Iterator[Finding]:
             "domain_specialization",
             "note",
             "Share of the choice of experts that domains explain (of the possible maximum, beyond "
-            f"shuffled documents): {', '.join(said)}.",
+            f"chance): {', '.join(said)}.",
         )
 
 

@@ -89,7 +89,7 @@ def domains(data: ReportData) -> Chart | str:
 @chart("specialization")
 def specialization(data: ReportData) -> Chart | str:
     """The information about the expert that domain and token id carry, in bits, by layer, each
-    beside its value with shuffled labels."""
+    beside its value by chance."""
     table: Any = data.tables["specialization"]
     x = np.arange(len(table), dtype=float)
     kinds = (
@@ -107,8 +107,8 @@ def specialization(data: ReportData) -> Chart | str:
         if table[column].notna().any():
             marks.append(Line(x, table[column].to_numpy(), name, colour, dots=True))
             if table[null].notna().any():
-                shuffled = f"{name}: shuffled labels"
-                marks.append(Line(x, table[null].to_numpy(), shuffled, colour, "dot"))
+                by_chance = f"{name}: by chance"
+                marks.append(Line(x, table[null].to_numpy(), by_chance, colour, "dot"))
     if not marks:
         return "specialization: needs two domains or token ids"
     return Chart(
@@ -123,11 +123,11 @@ def specialization(data: ReportData) -> Chart | str:
         ),
         text="Bits of information that the domain, and the token id, carry about the chosen "
         "expert. Only the distance above the dotted line of the same colour is evidence: "
-        "shuffled labels alone reach the dotted line.",
+        "chance alone reaches the dotted line.",
         table=table,
         definitions={
             "domain": "mutual information of expert and domain, all domains with equal weight; "
-            "shuffled: document labels permuted.",
+            "by chance: documents that vary as these do, of domains that share one mean.",
             "domain, given the token id": "the same among tokens with the same id: topic beyond "
             "vocabulary.",
             "token id": "mutual information of expert and token id, over ids that occur at least 8 "

@@ -74,8 +74,7 @@ TABLES_SHOWN = {
         "committee_experts",
         "Experts that lead in every domain",
         "How many experts are among the k with the largest load in every domain, and the share of "
-        "the assignments that they carry. committee_null: how many, with the domains of the "
-        "documents shuffled.",
+        "the assignments that they carry. committee_null: how many where domains share one mean.",
     ),
     "signature": (
         "signature_accuracy",

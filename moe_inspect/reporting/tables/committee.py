@@ -26,8 +26,9 @@ COMMITTEE = (
 @table(by_router=COMMITTEE)
 def committee(data: ReportData) -> pd.DataFrame:
     """One row per router: the experts that are among the k with the largest load in every domain,
-    how many that is with shuffled documents and by chance, and the share of assignments and of gate
-    weight that they carry (mean over the domains), with a 95 % interval over documents."""
+    how many that is where domains share one mean, and where each draws its own; the share of
+    assignments and of gate weight that they carry (mean over the domains), with a 95 % interval
+    over documents."""
     counts, rows = data.counts, list[dict[str, object]]()
     domain_U = counts.domain_of_unit_U
     weights_RU = None if counts.counts_only else unc.resample_weights(domain_U)

@@ -3,7 +3,7 @@ experts, U documents, S sizes of forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.inputs import INPUTS, values_of
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.registry import metrics_of
@@ -28,6 +29,8 @@ BALANCE = tuple(
             "max_vio_batch",
             "noise_floor_batch",
             "design_effect",
+            "busiest_p",
+            "least_used_p",
             "importance_cv",
             *(m.column for m in metrics_of("balance", INPUTS).values()),
         ]
@@ -70,12 +73,32 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
             counts, r, total / max(k * counts.tokens_of(r), 1)
         )
         rows.append(row)
+    _add_p_values(counts, rows)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
     frame = pd.DataFrame(rows, columns=columns)
     # whole numbers that may be missing
     return frame.astype(
         dict.fromkeys(("dead_experts", "starved_experts", "busiest_expert"), "Int64")
     )
+
+
+def _add_p_values(counts: Counts, rows: Sequence[dict[str, float | None]]) -> None:
+    """How likely documents like these make any router's busiest expert as busy, and any's least
+    used one as little used, by chance: NaN where documents are unknown or too few."""
+    loads = [counts.load_E(r) for r in counts.indices]
+    judged = not counts.counts_only and len(counts.units) >= chance.FEWEST_TO_JUDGE
+    at = [i for i, load_E in enumerate(loads) if judged and load_E.any()]
+    nulls = [
+        chance.evenness_nulls(counts.of[counts.indices[i]].assignments_UE, counts.domain_of_unit_U)
+        for i in at
+    ]
+    apart = [np.array([loads[i].max(), loads[i].min()]) / loads[i].mean() - 1 for i in at]
+    for side, name in enumerate(("busiest_p", "least_used_p")):
+        p_L = chance.joint_p([abs(of[side]) for of in apart], [of[side] for of in nulls])
+        for row in rows:
+            row[name] = float("nan")
+        for i, p in zip(at, p_L, strict=True):
+            rows[i][name] = float(p)
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
@@ -87,9 +110,8 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
     tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     whole_S = bal.whole_passes(tokens_S)
-    floor = np.average(
-        unc.noise_floors(tokens_S[whole_S] * filled, E, k), weights=passes_S[whole_S]
-    )
+    floor_S, _ = unc.noise_of(tokens_S[whole_S] * filled, E, k)
+    floor = np.average(floor_S, weights=passes_S[whole_S])
     return bal.max_vio_batch(vio_sum_S, passes_S, tokens_S), float(floor)
 
 

@@ -48,7 +48,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
             "busiest_expert": np.where(there_W, bal.busiest_expert(load_WE), -1),
-            "noise_floor": unc.noise_floors(load_WE.sum(1) / k, E, k),  # null slots make no load
+            "noise_floor": unc.noise_of(load_WE.sum(1) / k, E, k)[0],  # null slots make no load
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],

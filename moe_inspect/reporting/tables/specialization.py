@@ -7,6 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
@@ -18,6 +20,7 @@ SPECIALIZATION = (
     "domain_mi_bits",
     "domain_mi_null_bits",
     "domain_mi_null_p99_bits",
+    "domain_mi_p",
     "domain_mi_given_token_bits",
     "domain_mi_given_token_null_bits",
     "token_mi_bits",
@@ -25,6 +28,7 @@ SPECIALIZATION = (
     "jsd_bits",
     "vocabulary_specialization",
     "vocabulary_specialization_null",
+    "vocabulary_specialization_p",
     "vocabulary_specialization_any",
     "vocabulary_specialization_any_null",
 )
@@ -34,7 +38,8 @@ SPECIALIZATION = (
 def domains(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
     over the experts), lift = activation ÷ its mean over the domains, of all where only one is
-    selected."""
+    selected. overload_p: probability that documents by chance give a domain so much more of an
+    expert than the others have, corrected for the number of experts, domains and routers."""
     every = data.counts_of_all_domains() if len(data.counts.domains) == 1 else data.counts
     counts, parts = data.counts, list[dict[str, np.ndarray]]()
     D, among = len(counts.domains), [every.domains.index(domain) for domain in counts.domains]
@@ -48,40 +53,60 @@ def domains(data: ReportData) -> pd.DataFrame:
             "assignments": assignments_DE.reshape(-1),
             "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
             "lift": sp.lift(every.assignments_DE(r), every.tokens_D_of(r))[among].reshape(-1),
+            "overload_p": _overload_p(every, r)[among].reshape(-1),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)
 
 
+def _overload_p(counts: Counts, router: int) -> np.ndarray:
+    if counts.counts_only or len(counts.units) < chance.FEWEST_TO_JUDGE:
+        return np.full(counts.assignments_DE(router).shape, np.nan)
+    p_DE = chance.overload_p(counts.of[router].assignments_UE, counts.domain_of_unit_U)
+    return np.minimum(p_DE * p_DE.size * len(counts.of), 1)
+
+
 @table("token_ids", by_router=SPECIALIZATION)
 def specialization(data: ReportData) -> pd.DataFrame:
     """One row per router: the information about the expert that the domain carries, that the token
-    id carries, and that the domain carries given the token id; each with its null, the same with
-    shuffled labels."""
-    by_token_id = data.counts_for("token_ids").by_token_id
-    rows = [
-        {**_domain_specialization(data, r), **(by_token_id[r].columns if by_token_id else {})}
+    id carries, and that the domain carries given the token id; each with its null: documents of
+    domains that share one mean, or shuffled labels. domain_mi_p: probability that such documents
+    carry as much at any router."""
+    by_token_id, counts = data.counts_for("token_ids").by_token_id, data.counts
+    judged = not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS
+    null_LB = [
+        sp.domain_mi_null(counts.of[r].assignments_UE, counts.domain_of_unit_U)
+        if judged
+        else np.full(1, np.nan)
         for r in data.selection.routers
     ]
+    rows = [
+        {
+            **_domain_specialization(data, r, null_B),
+            **(by_token_id[r].columns if by_token_id else {}),
+        }
+        for r, null_B in zip(data.selection.routers, null_LB, strict=True)
+    ]
+    known = [
+        row["domain_mi_bits"] if not np.isnan(null).any() else np.nan
+        for row, null in zip(rows, null_LB, strict=True)
+    ]
+    for row, p in zip(rows, chance.joint_p(known, null_LB), strict=True):
+        row["domain_mi_p"] = p
     return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
         dict.fromkeys(SPECIALIZATION, float)
     )
 
 
-def _domain_specialization(data: ReportData, router: int) -> dict[str, float]:
+def _domain_specialization(data: ReportData, router: int, null_B: np.ndarray) -> dict[str, float]:
     counts = data.counts
     assignments_DE = counts.assignments_DE(router)
-    null, p99 = float("nan"), float("nan")
-    if not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS:
-        null, p99 = sp.domain_mi_null_bits(
-            counts.of[router].assignments_UE, counts.domain_of_unit_U
-        )
     return {
         "layer": counts.routers[router].layer,
         "router": router,
         "domain_mi_bits": sp.domain_mi_bits(assignments_DE),
-        "domain_mi_null_bits": null,
-        "domain_mi_null_p99_bits": p99,
+        "domain_mi_null_bits": float(null_B.mean()),
+        "domain_mi_null_p99_bits": float(np.quantile(null_B, 0.99)),
         "jsd_bits": sp.jsd_bits(assignments_DE),
     }
 

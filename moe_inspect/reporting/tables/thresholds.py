@@ -13,11 +13,11 @@ from moe_inspect.text import no_such
 @dataclass(frozen=True)
 class Thresholds:
     """uneven: max_vio of a router. overloaded, starved: load ratio of an expert. specialised:
-    information that the domain carries about the expert, beyond shuffled documents, as a share of
+    information that the domain carries about the expert, beyond chance, as a share of
     the log₂ E bits that identify it. Untrained routers reach 0.08 from the text alone (maximum over
     six architectures of 8 to 128 experts, five random initialisations each, on the bundled corpus:
     benchmarks/untrained.py), the trained sample traces 0.15 and 0.19; another text or model has its
-    own baseline, which a trace with --random-init gives. no_domain: bits of shuffled documents up
+    own baseline, which a trace with --random-init gives. no_domain: bits that chance gives up
     to which a negative result means anything. tie: tie rate of the logits. repeated: share of
     tokens in runs of identical rows."""
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+import numpy as np
+
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_router
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
@@ -57,7 +60,7 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     if few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} ({expected}), but "
-            f"with fewer than {FEWEST_DOCUMENTS} documents this may be the text, not the model."
+            f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
         )
     n, routers = sum(uneven(data, r) for r in data.loaded), len(data.loaded)
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
@@ -140,25 +143,28 @@ def idle_gpus(data: ReportData) -> Finding | None:
 
 
 def uneven_batches(data: ReportData) -> Finding | None:
-    """What the sum over forward passes hides: each pass waits for its own busiest expert."""
-    hidden = [
-        row
-        for row in data.loaded
-        if _passes(data, row) > 1
-        and row["max_vio_batch"] - row["max_vio"] > row["noise_floor_batch"]
-    ]
+    """What the sum over forward passes hides: each pass waits for its own busiest expert. That
+    passes of few documents are less even than their sum is true of any model, and a note."""
+    hidden = [row for row in data.loaded if _hidden(data, row) > 0]
     row = max(hidden, key=lambda row: row["max_vio_batch"] - row["max_vio"], default=None)
     if row is None or row["max_vio_batch"] < data.thresholds.uneven:
         return None
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
-    idle = 1 - 1 / batch
+    idle, effect = 1 - 1 / batch, row["design_effect"]
+    of_documents = not _hidden(data, row, effect) > 0
+    cause = (
+        f" Each pass holds few documents, and tokens of one document choose alike (design effect "
+        f"{effect:.1f}): larger or better mixed passes are more even."
+        if of_documents
+        else ""
+    )
     return finding(
         "uneven_batches",
-        "warning",
+        "note" if of_documents else "warning",
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average (expected by chance: "
         f"{expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With one GPU per expert, "
-        f"GPUs would idle {idle:.0%} of the time in that layer.",
+        f"GPUs would idle {idle:.0%} of the time in that layer.{cause}",
         row,
         max_over_mean_batch=batch,
         max_over_mean=row["max_over_mean"],
@@ -167,8 +173,19 @@ def uneven_batches(data: ReportData) -> Finding | None:
     )
 
 
-def _passes(data: ReportData, row: Any) -> int:
-    return sum(n for n, _ in whole_batches(data.counts.of[int(row["router"])].batches).values())
+def _hidden(data: ReportData, row: Any, design_effect: float = 1.0) -> float:
+    """How much less even than their sum passes are, beyond what chance gives passes of such
+    documents; at most 0 where chance explains it."""
+    sizes = whole_batches(data.counts.of[int(row["router"])].batches)
+    passes_S = np.array([n for n, _ in sizes.values()])
+    if passes_S.sum() < 2:
+        return 0.0
+    filled = row["assignments"] / (row["tokens"] * row["top_k"])
+    tokens_S = np.array(list(sizes)) * filled
+    _, sd_S = noise_of(tokens_S, int(row["experts"]), int(row["top_k"]))
+    error = np.sqrt((passes_S * sd_S**2).sum()) / passes_S.sum()
+    floor = row["noise_floor_batch"] + z_of(ALPHA / len(data.loaded)) * error
+    return row["max_vio_batch"] - row["max_vio"] - floor * math.sqrt(max(design_effect, 1))
 
 
 def averaging_hides(data: ReportData) -> Finding | None:

@@ -5,25 +5,39 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
+
+# the design effect of documents of so many tokens that each use one set of experts for all of them
+LONG_DOCUMENT = 1_000
 
 
 def chance(row: Any) -> float:
     """The max_vio expected by chance of documents like these: the noise floor is that of
-    independent tokens, and tokens of one document raise it by √ design effect."""
+    independent tokens, and tokens of one document raise it by √ design effect. Of counts, whose
+    documents are unknown, that of independent tokens."""
     effect = row["design_effect"]
     return row["noise_floor"] * math.sqrt(max(1.0, 1.0 if math.isnan(effect) else effect))
 
 
 def above_chance(data: ReportData, row: Any) -> bool:
-    """Whether max_vio is above the noise floor and the low end of its interval above `chance`. Too
-    few documents have no interval, and nothing is above chance then; counts alone know no
-    documents, and are compared with twice the floor."""
+    """Whether chance hardly makes the busiest expert of any router as busy: with so few documents
+    that their p-value is unknown, nothing is above chance."""
     if data.counts.counts_only:
-        return row["max_vio"] > 2 * row["noise_floor"]
-    return row["max_vio"] > row["noise_floor"] and row["max_vio_low"] > chance(row)
+        return beyond_documents(row["max_vio"], row["noise_floor"])
+    return row["busiest_p"] < ALPHA
+
+
+def beyond_documents(excess: float, floor: float) -> bool:
+    """Of counts, whose documents are unknown: whether no documents explain a load so far above the
+    mean, where independent tokens give `floor` by chance."""
+    return design_effect_needed(excess, floor) >= LONG_DOCUMENT
+
+
+def design_effect_needed(excess: float, floor: float) -> float:
+    """The design effect with which chance alone would explain a load so far above the mean."""
+    return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0
 
 
 def uneven(data: ReportData, row: Any) -> bool:
@@ -33,7 +47,7 @@ def uneven(data: ReportData, row: Any) -> bool:
 
 def few_documents(data: ReportData) -> bool:
     """Whether there are too few documents to tell the model from the text."""
-    return not data.counts.counts_only and len(data.counts.units) < FEWEST_DOCUMENTS
+    return not data.counts.counts_only and len(data.counts.units) < FEWEST_TO_JUDGE
 
 
 def name_of(data: ReportData, row: Any) -> str:

@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.verdict.chance import above_chance, chance, few_documents, name_of
+from moe_inspect.reporting.verdict.chance import (
+    above_chance,
+    beyond_documents,
+    few_documents,
+    name_of,
+)
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import comma_list, format_ratio, join_first, plural, verb_for
 
@@ -53,7 +59,7 @@ def dead_experts(data: ReportData) -> Finding | None:
         return finding(
             "dead_experts",
             "note",
-            f"{said}, but with fewer than {FEWEST_DOCUMENTS} documents this may be the text, not "
+            f"{said}, but with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not "
             "the model.",
             about,
             **values,
@@ -73,7 +79,7 @@ def overloaded_experts(data: ReportData) -> Finding | None:
 
 def starved_experts(data: ReportData) -> Finding | None:
     """Experts with some load, but under the threshold `starved`, in routers beyond chance."""
-    ratio, load = data.thresholds.starved, _beyond_chance(data)
+    ratio, load = data.thresholds.starved, _beyond_chance(data, least_used=True)
     return _crowd(
         "starved_experts",
         load[(load["load_ratio"] < ratio) & (load["assignments"] > 0)],
@@ -81,10 +87,19 @@ def starved_experts(data: ReportData) -> Finding | None:
     )
 
 
-def _beyond_chance(data: ReportData) -> Any:
-    """The rows of `load` of the routers that are less even than chance makes them."""
+def _beyond_chance(data: ReportData, least_used: bool = False) -> Any:
+    """The rows of `load` of the routers whose busiest expert, or least used one, chance does not
+    explain."""
     load: Any = data.tables["load"]
-    return load[load["router"].isin([r["router"] for r in data.loaded if above_chance(data, r)])]
+    beyond = _little_used if least_used else above_chance
+    return load[load["router"].isin([r["router"] for r in data.loaded if beyond(data, r)])]
+
+
+def _little_used(data: ReportData, row: Any) -> bool:
+    """Whether chance hardly makes the least used expert of any router as little used."""
+    if data.counts.counts_only:
+        return above_chance(data, row)
+    return row["least_used_p"] < ALPHA
 
 
 def _crowd(kind: str, rows: Any, load: str) -> Finding | None:
@@ -105,10 +120,9 @@ def least_used_expert(data: ReportData) -> Finding | None:
     """The expert with the smallest load ratio of all routers, if that is less than half the mean
     load and beyond chance. Dead experts are another check's."""
     load: Any = data.tables["load"]
-    balance = {row["router"]: row for row in data.loaded if above_chance(data, row)}
+    balance = {row["router"]: row for row in data.loaded if _little_used(data, row)}
     alive = load[(load["assignments"] > 0) & load["router"].isin(balance.keys())]
-    chance_of = alive["router"].map({router: chance(row) for router, row in balance.items()})
-    few = alive[(alive["load_ratio"] < LITTLE_USED) & (1 - alive["load_ratio"] >= 2 * chance_of)]
+    few = alive[alive["load_ratio"] < LITTLE_USED]
     if few.empty:
         return None
     least = few.loc[few["load_ratio"].idxmin()]
@@ -172,7 +186,8 @@ def overloading_domain(data: ReportData) -> Finding | None:
     documents = dict(zip(counts.domains, documents_D, strict=True))
     for _, row in rows.sort_values("ratio", ascending=False).iterrows():
         overall = balance[row["router"]]
-        if not _overloads(data, row, overall):
+        sure = counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS
+        if not _overloads(data, row, overall, sure):
             continue
         where, values = (
             name_of(data, row),
@@ -184,7 +199,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
                 "max_over_mean": overall["max_over_mean"],
             },
         )
-        if counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS:
+        if sure:
             together = "the selected" if data.selection.domains else "all"
             return finding(
                 "overloading_domain",
@@ -207,21 +222,17 @@ def overloading_domain(data: ReportData) -> Finding | None:
     return unsure
 
 
-def _overloads(data: ReportData, row: Any, overall: Any) -> bool:
-    """Whether the busiest expert of a domain is beyond what the threshold, chance and all domains
-    together explain."""
-    T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
-    floor = (
-        noise_floor(T, int(overall["experts"]), int(overall["top_k"]))
-        * chance(overall)
-        / max(overall["noise_floor"], 1e-9)
-    )
+def _overloads(data: ReportData, row: Any, overall: Any, sure: bool) -> bool:
+    """Whether the busiest expert of a domain is beyond what the threshold, all domains together and
+    chance explain; chance is not asked where there are too few documents to be `sure`."""
     excess = row["ratio"] - 1
-    return (
-        excess >= data.thresholds.uneven
-        and excess > 2 * floor
-        and excess > 1.5 * overall["max_vio"]
-    )
+    if excess < data.thresholds.uneven or excess <= 1.5 * overall["max_vio"]:
+        return False
+    if not data.counts.counts_only:
+        return row["overload_p"] < ALPHA or not sure
+    T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
+    floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"]))
+    return beyond_documents(excess, floor)
 
 
 def unused_in_domain(data: ReportData) -> Finding | None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.specialization import untrained_seed
 from moe_inspect.text import plural
 
-CHANCE = 0.05  # probability that chance alone makes as many committees
 # of a trace for which a pass of its own costs little beside the report
 MOST_DECISIONS = 2**20
 UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
@@ -30,7 +30,7 @@ def committee(data: ReportData) -> Finding | None:
     table: Any = data.tables["committee"]
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
     expected = float(table["committee_by_chance"].sum())
-    if standing.empty or _at_least(len(standing), expected) > CHANCE:
+    if standing.empty or _at_least(len(standing), expected) > ALPHA:
         return None
     row = standing.loc[(standing["committee_mass"] - standing["committee_mass_even"]).idxmax()]
     experts, size = row["experts"].split(), int(row["committee_experts"])
@@ -88,8 +88,10 @@ def paths(data: ReportData) -> Finding | None:
     if not _is_small(data):
         return None
     table: Any = data.tables["paths"]
-    shuffled, known = table["path_entropy_shuffled_bits"], table["path_entropy_high"]
-    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & (known < shuffled)]
+    shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
+    # of many routers, some are outside of their 95 % interval by chance
+    reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
+    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & (value + reach < shuffled)]
     if told.empty:
         return None
     row = told.loc[(told["path_entropy_shuffled_bits"] - told["path_entropy_bits"]).idxmax()]

@@ -10,44 +10,41 @@ from typing import Any, cast
 import numpy as np
 
 from moe_inspect.analysis.losses import P99, most_of
-from moe_inspect.analysis.metrics.specialization import relabellings
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural
 
 KIND = "domain_specialization"
-FEWEST_RELABELLINGS = 100  # below this nothing can lie beyond the 99th percentile of the null
-# of many routers some exceed their 99th percentile by luck: half as much again is asked
-MARGIN = 1.5
-# share of the information that shuffled documents carry beyond the token id, under which the effect
-# cannot be split into vocabulary and topic
+# share of the information that shuffled documents carry beyond the token id, under which the
+# effect cannot be split into vocabulary and topic
 BIAS = 0.05
 
 
 def domain_specialization(data: ReportData) -> Finding | None:
-    """Whether the domain carries information about the expert beyond shuffled labels, in how many
-    routers, and what that comes to in the router where it is most."""
+    """Whether the domain carries information about the expert beyond what documents give by chance,
+    in how many routers, and what that comes to in the router where it is most."""
     table: Any = data.tables["specialization"]
     counts = data.counts
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
     if (untold := _cannot_tell(data, table)) is not None:
         return finding(KIND, "note", untold)
-    real = _beyond_shuffled(table)
+    real = _beyond_chance(table)
     if real.empty:
         return finding(
             KIND,
             "note",
             "No expert specialises by domain: routing carries no more information about it than "
-            "with shuffled document labels.",
+            "documents give by chance.",
             specialised_routers=0,
             routers=len(table),
         )
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row = real.loc[effect.idxmax()]
     most = (
-        f"most in {name_of(data, row)} ({row['domain_mi_bits']:.3f} bits; shuffled documents give "
+        f"most in {name_of(data, row)} ({row['domain_mi_bits']:.3f} bits; documents by chance give "
         f"{row['domain_mi_null_bits']:.3f})"
     )
     values = {
@@ -108,22 +105,20 @@ def _cannot_tell(data: ReportData, table: Any) -> str | None:
         "Too few documents to tell whether experts specialise by domain: "
         f"{plural(counts.documents, 'document')} in {plural(len(counts.domains), 'domain')}"
     )
-    if known.empty or relabellings(counts.domain_of_unit_U) < FEWEST_RELABELLINGS:
-        return f"{few} have too few permutations."
+    if known.empty or len(counts.units) < FEWEST_TO_JUDGE:
+        return f"{few}, of {FEWEST_TO_JUDGE} that it takes at least."
     reach = known["domain_mi_null_p99_bits"].max()
-    if _beyond_shuffled(table).empty and reach >= enough:
+    if _beyond_chance(table).empty and reach >= enough:
         return (
-            f"{few} reach {reach:.2f} bits when shuffled (a negative result needs less than "
+            f"{few} reach {reach:.2f} bits by chance (a negative result needs less than "
             f"{enough:g})."
         )
     return None
 
 
-def _beyond_shuffled(table: Any) -> Any:
-    """The rows of `specialization` whose domain information is more than shuffled labels give."""
-    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
-    margin = known["domain_mi_null_p99_bits"] - known["domain_mi_null_bits"]
-    return known[known["domain_mi_bits"] - known["domain_mi_null_bits"] > MARGIN * margin]
+def _beyond_chance(table: Any) -> Any:
+    """The rows of `specialization` whose domain information is more than chance gives."""
+    return table[table["domain_mi_p"] < ALPHA]
 
 
 def domain_beyond_token(data: ReportData) -> Finding | None:
@@ -133,7 +128,7 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
         return None
     if _cannot_tell(data, table) is not None or untrained_seed(data) is not None:
         return None
-    real = _beyond_shuffled(table)
+    real = _beyond_chance(table)
     if real.empty:
         return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
@@ -180,7 +175,8 @@ def token_specialization(data: ReportData) -> Finding | None:
     row = table.loc[effect.idxmax()]
     share, null = row["vocabulary_specialization"], row["vocabulary_specialization_null"]
     values = {"vocabulary_specialization": share, "vocabulary_specialization_null": null}
-    if effect.max() < 0.02 or not row["token_mi_bits"] > row["token_mi_null_bits"]:
+    likely = row["vocabulary_specialization_p"] * len(table)
+    if effect.max() < 0.02 or not likely < ALPHA:
         return finding(
             "token_specialization",
             "note",

@@ -1,0 +1,85 @@
+"""How often does a report claim what is only chance? Reports on traces of pure chance, by regime
+(tests/chance.py), and how often each kind of claim was made; and reports in which something is
+planted, and how often it is found.
+
+    python -m benchmarks.calibration_of_findings [--traces 100] [--only "clustered 8/2"]
+
+writes benchmarks/results/calibration-of-findings-<processor>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import machine, write_results
+from moe_inspect.reporting.report import report
+from moe_inspect.reporting.verdict.findings import Finding
+from tests.chance import REGIMES, Planted, Regime, drawn
+
+# kinds whose every sentence claims something of the model; of the others `claims` reads the values
+ALWAYS = {
+    "overloaded_experts",
+    "starved_experts",
+    "least_used_expert",
+    "idle_gpus",
+    "averaging_hides",
+    "committee",
+    "signature",
+    "paths",
+    "hard_tokens",
+    "domain_beyond_token",
+    "unused_in_domain",
+    "repeated_rows",
+    "missing_ranks",
+    "router_ties",
+}
+
+
+def claims(found: list[Finding]) -> list[str]:
+    """The kinds of the findings that claim more than chance."""
+    return [one.kind for one in found if _claims(one)]
+
+
+def _claims(one: Finding) -> bool:
+    if one.kind == "uneven_batches" and one.severity == "note":
+        return False  # it names the documents as the cause
+    if one.kind == "domain_specialization":
+        return bool(one.values.get("differing_routers") or one.values.get("specialised_routers"))
+    if one.kind == "token_specialization":
+        return "does not" not in one.text
+    return one.kind in ALWAYS or one.severity in ("warning", "critical")
+
+
+def claimed(regime: Regime, planted: Planted | None, seed: int) -> list[str]:
+    """The claims of one report."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = report(drawn(Path(folder) / "trace", regime, seed, planted))
+        return claims(made.verdict())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--traces", type=int, default=100)
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--jobs", type=int, default=2)
+    asked = parser.parse_args()
+    false: dict[str, Any] = {}
+    with ProcessPoolExecutor(asked.jobs) as pool:
+        for name in asked.only or REGIMES:
+            n = asked.traces
+            said = list(pool.map(partial(claimed, REGIMES[name], None), range(n)))
+            kinds = Counter(kind for kinds in said for kind in set(kinds))
+            false[name] = {"traces": n, "false": sum(map(bool, said)), "kinds": dict(kinds)}
+            print(f"{name:24s} {false[name]['false']:4d} of {n}  {dict(kinds)}", flush=True)
+    if not asked.only:
+        print(write_results("calibration-of-findings", machine(), {"false": false}))
+
+
+if __name__ == "__main__":
+    main()

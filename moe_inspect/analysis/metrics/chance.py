@@ -1,0 +1,182 @@
+"""What chance does to loads whose tokens come in documents: the null of every claim on them.
+
+The tokens of a document choose alike, so chance is a matter of documents: another sample of them
+would have had other loads. A document's residual is its load minus the load that the null expects
+of it, and under the null it is as likely as its opposite. So the null is drawn by giving the
+residuals of whole documents random signs. The signs are the same for all routers: what is the
+largest of many routers is compared with the largest of as many under the same signs, and its
+p-value is of all of them together (Westfall and Young 1993).
+
+A claim is made from p < ALPHA. A report makes several kinds of claims: at 1 % each, about one
+report in twenty on routing by chance alone makes any.
+
+L routers, U units (clusters of documents), E experts, D domains, B random signs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
+
+ALPHA = 0.01  # p-value under which a sentence claims something
+FEWEST_TO_JUDGE = 8  # documents: half of the arrangements of fewer signs are under 1 / ALPHA
+SIGNS = 499  # the smallest p-value is 1 / 500
+MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
+BLOCK = 2**22  # numbers in memory at a time
+SPREAD = 0.05  # variance between documents of the logarithm of a share, as far as a prior goes
+PRIOR = 2.0  # documents' worth of mean share that a log ratio is drawn to 0 by
+
+
+@lru_cache(maxsize=4)
+def random_signs(U: int) -> np.ndarray:
+    """B random signs of U units, read-only. float32 [B, U]"""
+    signs_BU = np.random.default_rng([SEED, U]).integers(0, 2, (SIGNS, U)).astype(np.float32)
+    signs_BU = signs_BU * 2 - 1
+    signs_BU.flags.writeable = False
+    return signs_BU
+
+
+def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.ndarray:
+    """P-values of the statistics of several routers, corrected for their number: how often the
+    largest of all is as far above its mean, in its own standard deviations. NaN where a statistic
+    is. float64 [L]"""
+    known = [i for i, value in enumerate(observed_L) if not np.isnan(value)]
+    p_L = np.full(len(observed_L), np.nan)
+    if not known:
+        return p_L
+    null = np.stack([null_LB[i] for i in known])
+    mean, sd = null.mean(1), np.maximum(null.std(1), 1e-12)
+    largest_B = ((null - mean[:, None]) / sd[:, None]).max(0)
+    standing = (np.array([observed_L[i] for i in known]) - mean) / sd
+    # what equals the null but for rounding is not beyond it
+    as_far = largest_B[None] >= standing[:, None] - 1e-6
+    p_L[known] = (1 + as_far.sum(1)) / (1 + largest_B.size)
+    return p_L
+
+
+def shuffled_within(document_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order of the tokens in which each has the place of one of its own document: what the
+    tokens of a document have in common stays, and so is not taken for anything else. int64 [T]"""
+    order_T = np.empty(len(document_T), np.int64)
+    order_T[np.argsort(document_T, kind="stable")] = np.lexsort(
+        (rng.random(len(document_T)), document_T)
+    )
+    return order_T
+
+
+def shuffled_p(share: float, null_R: Sequence[float], cases: int) -> float:
+    """P-value of a share of so many cases among those of R shuffles, by Student's t; of a single
+    shuffle, by the variance of independent cases. NaN where one is."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    stdtr: Any = special.stdtr
+    R, mean = len(null_R), float(np.mean(null_R))
+    variance = float(np.var(null_R, ddof=1)) if R > 1 else mean * (1 - mean) / max(cases, 1)
+    error = np.sqrt(variance * (1 + 1 / R))
+    if not error > 0:
+        return float("nan") if error != error else float(share <= mean)
+    return float(stdtr(R - 1 if R > 1 else max(cases, 1), (mean - share) / error))
+
+
+def z_of(p: float) -> float:
+    """The value that a standard normal exceeds with probability p."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    ndtri: Any = special.ndtri
+    return -float(ndtri(p))
+
+
+def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
+    """Of an even router whose documents vary as these do: how far the load of its busiest expert
+    lies above the mean, and that of its least used expert below it, both ÷ mean load. The domains
+    of the sample (strata) keep their own shares, if they have documents enough to tell.
+    float64 [2, B]"""
+    tokens_U, load_E = assignments_UE.sum(1), assignments_UE.sum(0).astype(float)
+    E, total = len(load_E), float(load_E.sum())
+    residual_UE = assignments_UE - tokens_U[:, None] / E
+    if np.bincount(strata_U).min() >= FEWEST_DOCUMENTS:
+        for stratum in np.unique(strata_U):
+            of = np.flatnonzero(strata_U == stratum)
+            n_U1 = tokens_U[of, None]
+            share_E = assignments_UE[of].sum(0) / max(n_U1.sum(), 1)
+            # a document is part of the share it is compared with
+            left_U1 = np.sqrt(1 - n_U1 / max(n_U1.sum(), 1))
+            own_UE = (assignments_UE[of] - n_U1 * share_E) / np.maximum(left_U1, 1e-6)
+            residual_UE[of] = own_UE + n_U1 * (load_E / total - 1 / E)
+    residual_UE = _fewer(residual_UE)
+    null_BE = random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
+    return np.stack([null_BE.max(1), -null_BE.min(1)]) / (total / E)
+
+
+def _fewer(residual_UE: np.ndarray) -> np.ndarray:
+    """The residuals of at most MOST_UNITS units."""
+    U, E = residual_UE.shape
+    if U <= MOST_UNITS:
+        return residual_UE
+    summed = np.zeros((MOST_UNITS, E))
+    np.add.at(summed, np.arange(U) % MOST_UNITS, residual_UE)
+    return summed
+
+
+def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.ndarray]:
+    """The load of each expert in each domain where the domains share the mean of their shares, and
+    documents vary as these do. Every domain keeps its documents, and so what few tokens in it give.
+    float64 [some of B, D, E] at a time, 0 or more."""
+    U, E = assignments_UE.shape
+    D, tokens_U = int(domain_U.max()) + 1, assignments_UE.sum(1)
+    load_DE = np.stack([assignments_UE[domain_U == d].sum(0) for d in range(D)]).astype(float)
+    loaded_D = load_DE.sum(1) > 0
+    share_E = (load_DE[loaded_D] / load_DE[loaded_D].sum(1, keepdims=True)).mean(0)
+    expected_DE = load_DE.sum(1)[:, None] * share_E
+    residual_UE = (assignments_UE - tokens_U[:, None] * share_E).astype(np.float32)
+    signs_BU, of_D = random_signs(U), [np.flatnonzero(domain_U == d) for d in range(D)]
+    step = max(1, BLOCK // (D * E))
+    for start in range(0, SIGNS, step):
+        signs = signs_BU[start : start + step]
+        load_BDE = np.empty((len(signs), D, E))
+        for d, of in enumerate(of_D):
+            load_BDE[:, d] = expected_DE[d] + signs[:, of] @ residual_UE[of]
+        yield np.maximum(load_BDE, 0)
+
+
+def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
+    """P-value of each domain's share of each expert against the mean of the other domains: a higher
+    one only, not corrected for the number of domains and experts. NaN with fewer than two domains,
+    and for a domain of one document.
+
+    A document counts by the logarithm of its share of the expert ÷ the share of all, weighted by
+    how exactly it tells that. The variance is that between the documents of a domain, at least the
+    mean of the domains: few documents are alike by luck. Student's t. float64 [D, E]"""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    D, E = int(domain_U.max(initial=-1)) + 1, assignments_UE.shape[1]
+    documents_D1 = np.bincount(domain_U, minlength=D)[:, None].astype(float)
+    if D < 2 or not assignments_UE.any():
+        return np.full((D, E), np.nan)
+    member_DU = (domain_U == np.arange(D)[:, None]).astype(float)
+    share_E = assignments_UE.sum(0) / assignments_UE.sum()
+    expected_UE = assignments_UE.sum(1)[:, None] * share_E
+    prior_E = np.maximum(PRIOR * share_E * E, 1e-9)
+    ratio_UE = np.log((assignments_UE + prior_E) / (expected_UE + prior_E))
+    weight_UE = 1 / (1 / (expected_UE + prior_E) + SPREAD)
+    weight_DE = member_DU @ weight_UE
+    mean_DE = member_DU @ (weight_UE * ratio_UE) / nan_for_zero(weight_DE)
+    apart_UE = (weight_UE * (ratio_UE - mean_DE[domain_U])) ** 2
+    few_D1 = nan_for_zero(documents_D1 - 1)
+    variance_DE = member_DU @ apart_UE / weight_DE**2 * documents_D1 / few_D1
+    pooled_E = np.nanmean(variance_DE * weight_DE, axis=0)
+    variance_DE = np.maximum(variance_DE, pooled_E / weight_DE)
+    error_DE = np.sqrt(variance_DE + _mean_of_others(variance_DE, (D - 1) ** 2))
+    t_DE = (mean_DE - _mean_of_others(mean_DE, D - 1)) / nan_for_zero(error_DE)
+    stdtr: Any = special.stdtr
+    return stdtr(max(len(domain_U) - D, 1), -t_DE)
+
+
+def _mean_of_others(values_DE: np.ndarray, by: float) -> np.ndarray:
+    return (np.nansum(values_DE, axis=0) - np.nan_to_num(values_DE)) / by

@@ -1,0 +1,166 @@
+"""Traces of pure chance, by regime: routing in which no claim of a report is true. And traces in
+which one thing is planted.
+
+The routers choose by logits + Gumbel noise: independent draws of k of E experts. What may differ is
+how the text is cut into documents, domains and passes, and whether a document has a taste of its
+own, which is chance as well: another sample of documents would have other tastes.
+
+L routers, E experts, K slots, D domains, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moe_inspect.trace.reader import Trace
+from tests.synthetic import write_counts, write_trace
+
+TASTE = 0.5  # standard deviation of a document's own logits, in the clustered regimes
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a trace of chance is drawn. `taste`: standard deviation of the logits that a document has
+    of its own, at each router. `spread`: of the logarithm of the documents' lengths. `shorter`: how
+    many times shorter the documents of the first domain are. `words`: size of the vocabulary;
+    `own_words`: each document has its own. `groups`: experts come in so many groups, of which half
+    are open to a token. `passes`: tokens per forward pass."""
+
+    L: int = 4
+    E: int = 8
+    K: int = 2
+    documents: int = 30
+    domains: int = 3
+    tokens: int = 6_000
+    taste: float = 0.0
+    spread: float = 0.2
+    shorter: int = 1
+    words: int = 100
+    own_words: bool = False
+    groups: int = 1
+    passes: int = 500
+    by_expert: bool = False
+    counts: bool = False
+
+
+_CLUSTERED = Regime(taste=TASTE)
+REGIMES: dict[str, Regime] = {
+    "iid 8/2": Regime(),
+    "iid 64/8": Regime(E=64, K=8),
+    "iid 256/8, 48 layers": Regime(L=48, E=256, K=8, tokens=3_000),
+    "heavy-tailed lengths": Regime(spread=1.5, taste=0.1),
+    "lengths by domain": Regime(documents=50, domains=2, tokens=51_000, shorter=50),
+    "200 tokens": Regime(tokens=200, documents=10, domains=2),
+    "500 tokens": Regime(tokens=500, documents=10, domains=2),
+    "passes of 3": Regime(passes=3, tokens=3_000),
+    "passes of 6": Regime(passes=6, tokens=3_000),
+    "passes of 24": Regime(passes=24),
+    "clustered 8/2": _CLUSTERED,
+    "clustered 64/8": replace(_CLUSTERED, E=64, K=8),
+    "clustered 256/8": replace(_CLUSTERED, E=256, K=8),
+    "clustered 64/1": replace(_CLUSTERED, E=64, K=1),
+    "6 documents": replace(_CLUSTERED, documents=6, domains=2, L=48, tokens=3_000),
+    "two domains of five": replace(_CLUSTERED, documents=10, domains=2),
+    "ids by document": replace(_CLUSTERED, own_words=True),
+    "grouped top-k": Regime(E=64, K=8, groups=8),
+    "expert choice": Regime(by_expert=True),
+    "counts, iid 8/2": Regime(counts=True),
+    "counts, clustered 8/2": replace(_CLUSTERED, counts=True),
+    "counts, clustered 64/8": replace(_CLUSTERED, E=64, K=8, counts=True),
+}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What is not chance: expert 5 of router 1 has `times` the load, in all text or in domain 1
+    alone."""
+
+    times: float
+    one_domain: bool = False
+
+
+def drawn(root: Path, regime: Regime, seed: int, planted: Planted | None = None) -> Trace:
+    """A trace of a regime, written to `root`."""
+    rng = np.random.default_rng([seed, regime.E, regime.documents])
+    length_U, domain_U = _texts(regime, rng)
+    document_T = np.repeat(np.arange(len(length_U)), length_U)
+    effect_DE = np.zeros((regime.domains, regime.E))
+    if planted is not None:
+        at = slice(1, 2) if planted.one_domain else slice(None)
+        effect_DE[at, 5] = np.log(planted.times) * regime.E / (regime.E - regime.K)
+    ids = [
+        _routed(regime, rng, document_T, (r == 1) * effect_DE[domain_U]) for r in range(regime.L)
+    ]
+    names = [f"domain-{d}" for d in domain_U]
+    if regime.counts:
+        loads = [
+            np.stack(
+                [
+                    np.bincount(of_TK[domain_U[document_T] == d].ravel(), minlength=regime.E)
+                    for d in range(regime.domains)
+                ]
+            )
+            for of_TK in ids
+        ]
+        return write_counts(root, loads, regime.K, sorted(set(names)))
+    word_T = np.minimum(rng.zipf(1.3, len(document_T)), regime.words) - 1
+    if regime.own_words:
+        word_T = word_T % 5 + 5 * document_T
+    return write_trace(
+        root,
+        ids,
+        regime.E,
+        document=document_T,
+        domain_of_document=names,
+        token_id=word_T,
+        weights=None if regime.by_expert else [_weights(rng, of_TK.shape) for of_TK in ids],
+        words=int(word_T.max()) + 1,
+        batch_tokens=regime.passes,
+    )
+
+
+def _texts(regime: Regime, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The length and the domain of each document."""
+    domain_U = np.arange(regime.documents) % regime.domains
+    weight_U = np.exp(rng.normal(0, regime.spread, regime.documents))
+    weight_U[domain_U == 0] /= regime.shorter
+    return np.maximum(3, weight_U / weight_U.sum() * regime.tokens).astype(int), domain_U
+
+
+def _routed(
+    regime: Regime, rng: np.random.Generator, document_T: np.ndarray, effect_UE: np.ndarray
+) -> np.ndarray:
+    """The choices of a router, [T, K]."""
+    T, E, K = len(document_T), regime.E, regime.K
+    taste_UE = rng.normal(0, regime.taste, effect_UE.shape) if regime.taste else 0
+    logits_TE = (effect_UE + taste_UE)[document_T] + rng.gumbel(size=(T, E))
+    if regime.by_expert:
+        return _chosen_by_experts(logits_TE, K)
+    if regime.groups > 1:
+        of_group_TGE = logits_TE.reshape(T, regime.groups, -1)
+        best_TG = np.argsort(-of_group_TGE.max(2), 1)[:, : regime.groups // 2]
+        open_TG = np.zeros((T, regime.groups), bool)
+        np.put_along_axis(open_TG, best_TG, True, 1)
+        logits_TE = np.where(open_TG[:, :, None], of_group_TGE, -np.inf).reshape(T, E)
+    top_TK = np.argpartition(-logits_TE, K - 1, 1)[:, :K]
+    order_TK = np.argsort(-np.take_along_axis(logits_TE, top_TK, 1), 1)
+    return np.take_along_axis(top_TK, order_TK, 1).astype(np.uint16)
+
+
+def _chosen_by_experts(logits_TE: np.ndarray, K: int) -> np.ndarray:
+    """Each expert chooses its K · T / E tokens: every load is even, and a token has as many experts
+    as chose it. Slots that nothing fills are null."""
+    T, E = logits_TE.shape
+    chosen_TE = np.zeros((T, E), bool)
+    best_NE = np.argsort(-logits_TE, 0)[: K * T // E]
+    np.put_along_axis(chosen_TE, best_NE, True, 0)
+    ids = np.argsort(~chosen_TE, 1, kind="stable").astype(np.uint16)
+    ids[np.arange(E) >= chosen_TE.sum(1)[:, None]] = np.iinfo(np.uint16).max
+    return ids
+
+
+def _weights(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return -np.sort(-rng.dirichlet(np.ones(shape[1]), shape[0]), 1).astype(np.float32)

@@ -1,0 +1,144 @@
+"""Sentences against chance: the nulls over documents hold their level, find what is planted, and
+reports on routing by chance alone claim nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.calibration_of_findings import claims
+from moe_inspect.analysis.metrics import chance
+from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.reporting.report import report
+from tests.chance import REGIMES, Planted, drawn
+
+TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
+
+
+def loads(rng: np.random.Generator, taste: float, tokens_U: np.ndarray) -> np.ndarray:
+    """Counts of L routers by document and expert, [L, U, E]: documents with tastes of their own."""
+    share_LUE = rng.dirichlet(np.full(E, 1 / taste**2), (L, len(tokens_U)))
+    return np.stack([rng.multinomial(K * tokens_U, of_UE) for of_UE in share_LUE])
+
+
+@pytest.fixture(scope="module")
+def p_values() -> dict[str, np.ndarray]:
+    """The smallest p-value of all routers, over many draws of documents by chance alone, the
+    documents of the first domain 20 times as short."""
+    rng, found = np.random.default_rng(0), []
+    domain_U = np.arange(U) % D
+    tokens_U = np.where(domain_U == 0, 20, 400)
+    for _ in range(TRIES):
+        of_LUE = loads(rng, 0.3, tokens_U)
+        sums = [np.stack([c[domain_U == d].sum(0) for d in range(D)]) for c in of_LUE]
+        nulls = [chance.evenness_nulls(c, domain_U) for c in of_LUE]
+        excess = [c.sum(0).max() / c.sum(0).mean() - 1 for c in of_LUE]
+        lacking = [1 - c.sum(0).min() / c.sum(0).mean() for c in of_LUE]
+        found.append(
+            (
+                chance.joint_p(excess, [of[0] for of in nulls]).min(),
+                chance.joint_p(lacking, [of[1] for of in nulls]).min(),
+                chance.joint_p(
+                    [sp.domain_mi_bits(of) for of in sums],
+                    [sp.domain_mi_null(c, domain_U) for c in of_LUE],
+                ).min(),
+                min(chance.overload_p(c, domain_U).min() for c in of_LUE) * L * D * E,
+            )
+        )
+    names = ("busiest", "least used", "domain information", "overload")
+    return dict(zip(names, np.array(found).T, strict=True))
+
+
+@pytest.mark.parametrize("name", ["busiest", "least used", "domain information", "overload"])
+def test_a_p_value_is_as_rare_as_it_says(p_values: dict[str, np.ndarray], name: str):
+    """Of 150 draws, 1 % are 1.5: 6 or more have a probability of 0.004; 10 % are 15, of 26 or more
+    0.004."""
+    assert (p_values[name] < 0.01).sum() < 6
+    assert (p_values[name] < 0.1).sum() < 26
+
+
+def test_a_permutation_of_labels_would_not_hold_it(p_values: dict[str, np.ndarray]):
+    """Positive control: of the same draws, domains whose documents are shorter carry more
+    information than labels that are permuted give, which have as many tokens in each domain."""
+    rng, domain_U, beyond = np.random.default_rng(0), np.arange(U) % D, 0
+    tokens_U = np.where(domain_U == 0, 20, 400)
+    for _ in range(20):
+        c = loads(rng, 0.05, tokens_U)[0]
+        of = [
+            sp.domain_mi_bits(np.stack([c[q == d].sum(0) for d in range(D)]))
+            for q in (domain_U, *(rng.permutation(domain_U) for _ in range(99)))
+        ]
+        beyond += of[0] > np.quantile(of[1:], 0.99)
+    assert beyond >= 5
+
+
+def test_what_is_planted_is_found():
+    rng, tokens_U, domain_U = np.random.default_rng(1), np.full(60, 150), np.arange(60) % D
+    of_LUE = loads(rng, 0.1, tokens_U)
+    of_LUE[1, :, 5] += 8  # of 300 assignments to 8 experts: 1.2 times the mean
+    nulls = [chance.evenness_nulls(c, domain_U)[0] for c in of_LUE]
+    excess = [c.sum(0).max() / c.sum(0).mean() - 1 for c in of_LUE]
+    p_L = chance.joint_p(excess, nulls)
+    assert (p_L < chance.ALPHA).tolist() == [False, True, False]
+    of_LUE[2, domain_U == 1, 3] += 38  # twice the mean in one domain
+    p_DE = chance.overload_p(of_LUE[2], domain_U) * L * D * E
+    assert np.argwhere(p_DE < chance.ALPHA).tolist() == [[1, 3]]
+
+
+def test_many_units_are_judged_as_few():
+    """More units than signs are drawn for are added up: the null stays as wide."""
+    rng = np.random.default_rng(2)
+    of_UE = rng.multinomial(20, np.full(E, 1 / E), 3 * chance.MOST_UNITS)
+    one_domain_U = np.zeros(len(of_UE), np.int64)
+    wide = chance.evenness_nulls(of_UE, one_domain_U)[0]
+    narrow = chance.evenness_nulls(
+        of_UE.reshape(3, -1, E).sum(0), one_domain_U[: chance.MOST_UNITS]
+    )[0]
+    assert wide.mean() == pytest.approx(narrow.mean(), rel=0.02)
+
+
+def test_what_is_unknown_has_no_p_value():
+    assert np.isnan(chance.overload_p(np.ones((4, 3), int), np.zeros(4, int))).all()
+    assert np.isnan(chance.overload_p(np.ones((3, 3), int), np.array([0, 0, 1]))[1]).all()
+    assert np.isnan(chance.joint_p([float("nan")], [np.zeros(9)])).all()
+
+
+CHEAP = [
+    "lengths by domain",
+    "500 tokens",
+    "passes of 3",
+    "clustered 8/2",
+    "clustered 64/8",
+    "6 documents",
+    "two domains of five",
+    "ids by document",
+    "counts, clustered 64/8",
+]
+
+
+def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
+    """Of 27 reports, 5 % are 1.35; 5 or more have a probability of 0.01."""
+    false = [
+        (name, seed, found)
+        for name in CHEAP
+        for seed in range(3)
+        if (
+            found := claims(
+                report(drawn(tmp_path / f"{name}{seed}", REGIMES[name], seed)).verdict()
+            )
+        )
+    ]
+    assert len(false) < 5, false
+
+
+def test_reports_find_what_is_planted(tmp_path: Path):
+    """The same regimes with something in them: positive controls."""
+    busy = drawn(tmp_path / "a", REGIMES["iid 64/8"], 0, Planted(1.5))
+    (balance,) = [f for f in report(busy).verdict() if f.kind == "balance"]
+    assert (balance.severity, balance.router) == ("warning", 1)
+    domain = drawn(tmp_path / "b", REGIMES["iid 64/8"], 0, Planted(2.5, one_domain=True))
+    kinds = {f.kind: f for f in report(domain).verdict()}
+    assert kinds["overloading_domain"].values["domain"] == "domain-1"
+    assert kinds["overloading_domain"].values["expert"] == 5
