@@ -18,6 +18,7 @@ from moe_inspect.analysis.metrics.chance import SIGNS, null_loads
 from moe_inspect.analysis.metrics.registry import metric
 
 FEW_DOMAINS, DRAWN_PAIRS = 500, 100_000  # up to which all pairs are compared; how many else
+CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 LOOKED_UP = 2**14  # counts whose n log n is kept
 
 
