@@ -87,6 +87,15 @@ def test_what_is_planted_is_found():
     assert np.argwhere(p_DE < chance.ALPHA).tolist() == [[1, 3]]
 
 
+def test_what_is_the_same_at_two_routers_is_one_case():
+    rng, one_domain_U = np.random.default_rng(4), np.zeros(U, np.int64)
+    c = loads(rng, 0.3, np.full(U, 100))[0]
+    excess = c.sum(0).max() / c.sum(0).mean() - 1
+    nulls = [chance.evenness_nulls(c, one_domain_U)[0] for _ in range(9)]
+    (alone,) = chance.joint_p([excess], nulls[:1])
+    assert chance.joint_p([excess] * 9, nulls) == pytest.approx([alone] * 9)
+
+
 def test_many_units_are_judged_as_few():
     """More units than signs are drawn for are added up: the null stays as wide."""
     rng = np.random.default_rng(2)

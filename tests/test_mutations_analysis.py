@@ -14,6 +14,7 @@ import pytest
 
 from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_counts, samples
 from moe_inspect.analysis.metrics import balance, committee, pairs, paths, signature, uncertainty
+from moe_inspect.analysis.metrics import chance as analysis_chance
 from moe_inspect.analysis.weights import measure, stored
 from moe_inspect.analysis.weights import routed as routed_weights
 from moe_inspect.capture.corpus import plan as capture_plan
@@ -25,6 +26,7 @@ from moe_inspect.importers.sglang import counts as sglang_counts
 from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
 from moe_inspect.reporting.verdict import balance as verdict
+from moe_inspect.reporting.verdict import chance as verdict_chance
 from moe_inspect.reporting.verdict import experts as verdict_experts
 from moe_inspect.reporting.verdict import specialization as verdict_routing
 from moe_inspect.trace import (
@@ -37,10 +39,11 @@ from moe_inspect.trace import (
     validate,
 )
 from moe_inspect.trace.files import atomic, lock
-from moe_inspect.trace.writer import part_file, pending, resume, tables, trace_writer
+from moe_inspect.trace.writer import pending, resume, tables, trace_writer
 from tests import (
     test_aggregate,
     test_balance,
+    test_chance,
     test_committee,
     test_counting,
     test_damage,
@@ -105,11 +108,13 @@ resumed = by(test_trace.test_uncommitted_files_are_ignored_and_resume_deletes_th
 MUTATIONS = {
     # verdict
     "averaging: half becomes twice": (verdict, 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
-    "least used: within chance": (verdict_experts, ">= 2 * chance_of", ">= 0 * chance_of", by_sentence("little used by chance")),
+    "least used: within chance": (verdict_experts, 'return row["least_used_p"] < ALPHA', "return True", by_sentence("little used by chance")),
     "dead: chance is taken for death": (verdict_experts, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
-    "a domain overloads as all do": (verdict_experts, ' and excess > 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
-    "passes: no floor": (verdict, '> row["noise_floor_batch"]', "> 0", by_sentence("by pass, as chance")),
-    "specialised: a narrower margin": (verdict_routing, "> MARGIN * margin]", "> 1.0 * margin]", by(test_verdict_thresholds.test_domains, "within the margin")),
+    "a domain overloads as all do": (verdict_experts, ' or excess <= 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
+    "passes: no floor": (verdict, ' - floor * math.sqrt(max(design_effect, 1))', "", by_sentence("by pass, as chance")),
+    "uneven: by chance": (verdict_chance, 'return row["busiest_p"] < ALPHA', "return True", by(test_verdict_thresholds.test_balance, "within chance")),
+    "signs: each router has its own": (analysis_chance, "random_signs(len(residual_UE))", "np.random.permutation(random_signs(len(residual_UE)))", by(test_chance.test_what_is_the_same_at_two_routers_is_one_case)),
+    "specialised: by chance": (verdict_routing, 'table[table["domain_mi_p"] < ALPHA]', 'table[table["domain_mi_p"] <= 1]', by(test_verdict_thresholds.test_domains, "within chance")),
     # chance
     "whole passes are of one size": (balance, "2 * tokens_S >= tokens_S.max", "tokens_S == tokens_S.max", by(test_balance.test_by_hand_on_two_routers_of_four_experts)),
     "committee: ties for the last place are in": (committee, "(assignments_DE > after_D1)", "(assignments_DE >= after_D1)", by(test_committee.test_experts_that_share_the_last_place_are_left_out)),
@@ -168,8 +173,7 @@ MUTATIONS = {
     "sequences are cut": (pending, "return not continued or", "return True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
     "directories are not synchronised": (trace_writer, "sync_directory(self.root / table)", "pass", on_disk),
     "nor is the manifest's": (atomic, "sync_directory(path.parent)", "pass", on_disk),
-    "nor the manifest": (atomic, 'open(draft, "wb") as file: file.write(data) file.flush() os.fsync(file.fileno())', 'open(draft, "wb") as file:\n        file.write(data)\n        file.flush()', on_disk),
-    "nor parts": (part_file, "os.fsync(file.fileno())\n        with open(draft", "pass\n        with open(draft", on_disk),
+    "nor files": (atomic, "os.fsync(file) os.replace(draft, target)", "os.replace(draft, target)", on_disk),
     "nor lines": (atomic, 'open(path, "ab") as file: file.write(data) file.flush() os.fsync(file.fileno())', 'open(path, "ab") as file:\n        file.write(data)\n        file.flush()', on_disk),
     # what is in the way of a trace
     "files of others are removed": (output_dir, "if others or not is_trace:", "if not is_trace:", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
