@@ -119,9 +119,8 @@ def _fewer(residual_UE: np.ndarray) -> np.ndarray:
     U, E = residual_UE.shape
     if U <= MOST_UNITS:
         return residual_UE
-    summed = np.zeros((MOST_UNITS, E))
-    np.add.at(summed, np.arange(U) % MOST_UNITS, residual_UE)
-    return summed
+    filled_UE = np.pad(residual_UE, ((0, -U % MOST_UNITS), (0, 0)))
+    return filled_UE.reshape(-1, MOST_UNITS, E).sum(0)
 
 
 def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.ndarray]:

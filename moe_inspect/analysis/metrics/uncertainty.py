@@ -74,19 +74,13 @@ def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
     sizes = np.where(sizes > 0, np.maximum(sizes, 1), np.nan)
     if np.isnan(sizes).all() or k >= E:
         return np.stack([0 * sizes, 0 * sizes])
-    few, most = sizes[sizes <= FEW_TOKENS], np.nanmax(sizes)
-    grid = np.unique(
-        np.concatenate(
-            [
-                np.floor(few),
-                np.ceil(few),
-                2 ** np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1),
-            ]
-        )
-    )
-    mean, sd = np.array([noise(int(T), E, k) for T in grid]).T
+    few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
+    powers = 2.0 ** np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1)
+    grid: np.ndarray = np.unique(np.r_[np.floor(few), np.ceil(few), powers])
+    found = np.array([noise(int(T), E, k) for T in grid])
     at, known = np.log(sizes), np.log(grid)
-    return np.stack([np.exp(np.interp(at, known, np.log(mean))), np.interp(at, known, sd)])
+    means: np.ndarray = np.exp(np.interp(at, known, np.log(found[:, 0])))
+    return np.array([means, np.interp(at, known, found[:, 1])])
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
