@@ -220,7 +220,7 @@ def test_the_phases_of_a_report_are_those_it_goes_through(trace: str, tmp_path: 
     planned = phases_of(opened, request)
     assert begun == [name for name, _ in planned]
     assert all(cost > 0 for _, cost in planned)
-    drawn = phases_of(opened, replace(request, plots=tmp_path))
+    drawn = phases_of(opened, requested(replace(asked, plots=tmp_path)))
     assert [name for name, _ in drawn][3:6] == ["drawing", "writing pictures", "drawing"]
 
 
