@@ -20,8 +20,8 @@ from moe_inspect.files import mapped, read_small
 from moe_inspect.reporting.render.html import slug
 from moe_inspect.site.entry import Entry
 from moe_inspect.text import cut
-from moe_inspect.trace.files.atomic import draft_of, drafts_of, sync_directory
-from moe_inspect.trace.files.lock import hold
+from moe_inspect.trace.files.atomic import draft_of, sync_directory
+from moe_inspect.trace.files.lock import drafts_of, hold
 from moe_inspect.trace.manifest import refuse_within_trace
 
 INDEX = "index.html"
@@ -134,10 +134,7 @@ def _entries(index: Path) -> list[Entry]:
 def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
-        and all(
-            isinstance(entry.get(name), str)
-            for name in ("name", "page", "key", "address", "sha256")
-        )
+        and all(isinstance(entry.get(name), str) for name in STATED)
         and PAGE.fullmatch(entry["page"]) is not None
         and entry["page"] != INDEX
     )

@@ -17,9 +17,16 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.atomic import drafts_of, sync_directory
+from moe_inspect.trace.files.atomic import sync_directory
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import LOCK, Lock, hold, refuse_while_locked, settle
+from moe_inspect.trace.files.lock import (
+    LOCK,
+    Lock,
+    drafts_of,
+    hold,
+    refuse_while_locked,
+    settle,
+)
 from moe_inspect.trace.manifest import (
     read_manifest,
     refuse_while_written,

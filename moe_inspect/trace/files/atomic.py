@@ -30,9 +30,6 @@ from moe_inspect.trace.files.lock import (
     left_of,
 )
 
-# of a file that an earlier version wrote without pid and random part too
-UNIQUE = r"(\.\d+-[0-9a-f]+)?"
-
 
 def write_atomically(path: Path | Remote, data: bytes) -> None:
     """Readers see the old file or the new one, never half of one, also after a power cut."""
@@ -192,11 +189,6 @@ def _remove_if_left(draft: Path) -> None:
             draft.unlink()
     finally:
         os.close(file)
-
-
-def drafts_of(name: str) -> str:
-    """A regular expression of the drafts of files whose names match the one that is given."""
-    return rf"\.({name}){UNIQUE}\.tmp"
 
 
 def make_folder(path: Path | Remote) -> None:

@@ -38,6 +38,7 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.process import is_running, process_start
 
 LOCK = ".lock"
+UNIQUE = r"\.\d+(-[0-9a-f]+)?"  # in the name of a draft; earlier versions: the pid alone
 OLD = ".old"  # ending of a trace that is set aside while another is put in its place
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
 # pid, host, random id and, on object storage, when the process started
@@ -344,9 +345,15 @@ def draft_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def drafts_of(name: str) -> str:
+    """A regular expression of the drafts of files whose names match the one that is given. Those
+    of earlier versions have no pid either."""
+    return rf"\.({name})({UNIQUE})?\.tmp"
+
+
 def left_of(path: Path, ending: str = ".tmp") -> Iterator[Path]:
-    """What processes have named beside `path` as `draft_name` does."""
-    name = re.compile(rf"\.{re.escape(path.name[:50])}\.\d+(-[0-9a-f]+)?{re.escape(ending)}")
+    """Files and folders beside `path` with a name that `draft_name` gave them."""
+    name = re.compile(rf"\.{re.escape(path.name[:50])}{UNIQUE}{re.escape(ending)}")
     with suppress(OSError), os.scandir(path.parent) as entries:
         yield from (Path(entry.path) for entry in entries if name.fullmatch(entry.name))
 
@@ -357,8 +364,8 @@ def followed(path: Path) -> Path:
 
 
 def settle(root: Path | Remote) -> None:
-    """While a trace is replaced there is none at its place for a moment: waits for the new one.
-    Where the process that did it was killed then, the old one is put back."""
+    """Waits while a trace is being replaced: for a moment there is none at `root`. If the process
+    that replaced it was killed in that moment, puts the old one back."""
     if isinstance(root, Remote):  # there nothing is renamed
         return
     root = followed(root)

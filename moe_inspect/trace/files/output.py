@@ -1,4 +1,4 @@
-"""Where every file goes that a user asked for."""
+"""Files and folders that a user asked for are written through these functions."""
 
 from __future__ import annotations
 

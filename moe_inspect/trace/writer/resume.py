@@ -8,8 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.trace.files.atomic import drafts_of, write_atomically
+from moe_inspect.trace.files.atomic import write_atomically
 from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.files.lock import drafts_of
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 
