@@ -134,7 +134,7 @@ def import_(
         int | None,
         typer.Option(
             min=1,
-            help=("Processes that parse lines of JSON (default: one per core for large files)."),
+            help="Processes that parse lines of JSON (default: one per core for large files).",
             show_default=False,
         ),
     ] = None,

@@ -144,9 +144,8 @@ def _other_experts(data: PairData) -> Finding:
             "different",
             "warning",
             f"Different from layer {name_of(data, first)} on: {_amount(data)} chose different "
-            f"experts; worst: layer {name_of(data, worst)}, {share_R[worst]:.2%}. "
-            f"{n} of {plural(len(share_R), 'router')} {'differs' if n == 1 else 'differ'} in "
-            f"{DIFFERENT:.0%} of decisions or more.{at}",
+            f"experts; {worst_of}. {n} of {plural(len(share_R), 'router')} "
+            f"{'differs' if n == 1 else 'differ'} in {DIFFERENT:.0%} of decisions or more.{at}",
             about,
             **values,
         )

@@ -10,14 +10,14 @@ import binascii
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from mmap import ACCESS_READ, mmap
+from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import open_regular
+from moe_inspect.files import mapped, open_regular
 from moe_inspect.importers.batches import NO_ID
 from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
@@ -76,7 +76,7 @@ def _mapped(path: Path, check: Callable[[bytes, int, str], Npy]) -> tuple[bytes 
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         header = check(file.read(HEAD_BYTES), size, str(path))
-        return mmap(file.fileno(), 0, access=ACCESS_READ), header
+    return mapped(path), header
 
 
 def _array(data: bytes | mmap, header: Npy) -> np.ndarray:

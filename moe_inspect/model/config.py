@@ -100,9 +100,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The model's config in a config.json or a trace's manifest. MoeInspectError where it is not
     one, or states a size that no model has: building it would use up all memory."""
     try:
-        written = json.loads(
-            read_small(path, *([] if path.name == schema.MANIFEST else [MOST_BYTES]))
-        )
+        is_trace = path.name == schema.MANIFEST
+        written = json.loads(read_small(path) if is_trace else read_small(path, MOST_BYTES))
     except RecursionError:
         raise MoeInspectError(f"{path} is not a model's config: it is nested too deeply") from None
     except (OSError, ValueError) as error:

@@ -16,7 +16,6 @@ FORMAT = 1
 MANIFEST = "trace.json"
 VOCABULARY = "vocabulary.parquet"  # `vocabulary_file` where a manifest names another
 TABLES = ("documents", "tokens", "routing", "logits", "counts")
-STATUSES = ("recording", "complete", "interrupted")
 # encode: fed to the encoder of an encoder-decoder; draft: proposed, and rejected
 PHASES = ("prefill", "decode", "encode", "draft")
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
@@ -179,5 +178,5 @@ def parse_ranges(text: str, what: str = "layers") -> list[int]:
 
 
 def vocabulary_file(manifest: dict[str, Any]) -> str:
-    """The file of the vocabulary, there or not."""
+    """Name of the file of the vocabulary, which need not exist."""
     return (manifest.get("vocabulary") or {}).get("path", VOCABULARY)

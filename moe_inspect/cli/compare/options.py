@@ -22,7 +22,7 @@ TraceB = Annotated[
     str,
     typer.Argument(
         metavar="B",
-        help=("Another trace of the same tokens."),
+        help="Another trace of the same tokens.",
         show_default=False,
         autocompletion=traces,
     ),

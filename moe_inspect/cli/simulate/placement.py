@@ -106,7 +106,7 @@ def placement(
         typer.Option(
             min=0,
             max=1,
-            help=("Fit on this share of the trace, from its start; judge on the rest."),
+            help="Fit on this share of the trace, from its start; judge on the rest.",
         ),
     ] = 0.5,
     window: Annotated[

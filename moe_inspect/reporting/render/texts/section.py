@@ -141,13 +141,12 @@ def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> s
         return f"{READING} Shown in full: {plural(of, 'document')}."
     said = f"{READING} Shown: {len(shown):,} of {plural(of, 'document')}"
     if len(shown) < len(found):
-        said += ", spread over the trace"
-        if router is not None:
-            said = (
-                f"{said.removesuffix(', spread over the trace')}: those of each domain whose "
-                "experts differ most from those of other domains (at layer "
-                f"{layer_label(data.trace.routers, router)}, where domains differ most)"
-            )
+        said += (
+            ", spread over the trace"
+            if router is None
+            else ": those of each domain whose experts differ most from those of other domains (at "
+            f"layer {layer_label(data.trace.routers, router)}, where domains differ most)"
+        )
     if len(found) < of:
         said += f", chosen from {len(found):,} whose routes were read"
     if len(cut):
