@@ -121,7 +121,7 @@ def comma_list(ids: list[int]) -> str:
 
 
 def no_such(what: str, name: str, known: Iterable[str]) -> str:
-    """ "no table 'lod' (did you mean load?): there are balance, load"; of many only the near."""
+    """ "no table 'lod' (did you mean load?): there are balance, load"; of many, similar ones."""
     known = list(known)
     near = did_you_mean(name, known, 3)
     return f"no {what} {name!r}{near}" + (
@@ -130,7 +130,7 @@ def no_such(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """ " (did you mean load?)": what is written much like the name, or holds it, or nothing."""
+    """ " (did you mean load?)": known names that are similar or contain the name; else nothing."""
     from difflib import get_close_matches
 
     known = list(known)

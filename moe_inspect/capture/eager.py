@@ -1,5 +1,5 @@
-"""Who calls a model that is being recorded: compiled code, which runs eagerly while any recorder
-needs that; another thread, or what makes something else of the model, which are refused."""
+"""Callers of a model that is being recorded. Compiled code runs eagerly while any recorder needs
+that; another thread, torch.func, torch.export and torch.jit.trace are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters  # (torch.compiler.disable imports it a
 
 from moe_inspect.errors import MoeInspectError
 
-# what calls a model without computing anything with it → whether it does now
+# they call a model with stand-ins for its tensors → whether one of them calls it now
 TRANSFORMS: dict[str, Callable[[], bool]] = {
     "torch.func": torch._C._are_functorch_transforms_active,
     "torch.export": torch.compiler.is_exporting,
@@ -68,8 +68,8 @@ def not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 def check_caller(model: Any, thread: int | None) -> int:
-    """The thread that begins a forward pass. MoeInspectError where the pass cannot be recorded.
-    `thread`: that of the pass before, which may still be running; None: it is over."""
+    """The id of the thread that begins a forward pass. MoeInspectError where the pass cannot be
+    recorded. `thread`: id of the thread of the pass before, where that may still be running."""
     name, here = type(model).__name__, get_ident()
     if thread not in (None, here) and _runs(thread, model):
         raise MoeInspectError(

@@ -117,7 +117,7 @@ class TraceHeader:
 
     @property
     def without_text(self) -> bool:
-        """Whether it has decisions, and which token each is of was left out (`--no-text`)."""
+        """Whether it has decisions but no token ids, which were left out (`--no-text`)."""
         plan = (self.manifest.get("corpus") or {}).get("plan") or {}  # of earlier versions
         return not self.counts_only and False in (
             self.manifest["capture"].get("text"),

@@ -98,7 +98,7 @@ def refuse_within_trace(path: Path, a_trace: bool = False) -> None:
 
 
 def _is_trace(folder: Path) -> bool:
-    """Of one with a file trace.json, which profilers write too."""
+    """Whether a folder with a file trace.json, which profilers write too, is a trace."""
     with suppress(MoeInspectError, OSError):
         read_manifest(folder)
         return True

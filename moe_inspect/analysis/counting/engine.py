@@ -93,7 +93,7 @@ def count_trace(
 
 
 def too_many_pairs(trace: Trace, routers: Iterable[int]) -> bool:
-    """Whether memory is not kept for what is counted by pairs of experts."""
+    """Whether counts of pairs of experts would take too much memory."""
     return sum(trace.routers[r].experts ** 2 for r in routers) > MOST_PAIRS
 
 

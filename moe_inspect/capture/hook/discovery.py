@@ -71,7 +71,7 @@ class Discovery:
             for path, modules in self._lists.items()
             for e, module in enumerate(modules)
         }
-        # in the current pass: by list, the rows of each module, and those that are not 0
+        # in the current pass: path of a list → for each module, rows given and rows that are not 0
         self._given: dict[str, list[tuple[int, int]]] = {}
         self._found: list[Found] = []
         self._slots: dict[int, int] = {}  # by `id` of ids found, the slots in slices of them
@@ -176,17 +176,18 @@ class Discovery:
         return []
 
     def _compare(self, found: Found, what: str, path: str) -> bool:
-        """Whether what the modules of a list are given shows that it is `what` was chosen.
-        MoeInspectError where it is something else."""
+        """Whether the rows given to the modules of a list show that `found` chooses among them.
+        MoeInspectError where these are other rows than were chosen: the message says `what` the
+        module chooses."""
         given, T = self._given[path], found.ids.numel() // found.K
         ids = found.ids.flatten()
-        # (a model may have put something else where it dropped one)
+        # (a model may mark dropped slots by an id out of range)
         ids = ids[(ids >= 0) & (ids < found.E)]
         chosen_E = torch.bincount(ids, minlength=found.E).tolist()
         rows_E, not_0_E = ([n[i] for n in given] for i in (0, 1))
-        if not any(rows_E):  # their weights are used without calling them
+        if not any(rows_E):  # the model uses their weights without calling them
             return False
-        # all tokens are given to each, or to each that one has chosen: what counts, the weights say
+        # each expert that was chosen is given all tokens, and gate weights tell which count
         is_dense = len(set(given) - {(0, 0)}) == 1 and max(rows_E) == T
         if is_dense and all(n or not c for n, c in zip(rows_E, chosen_E, strict=True)):
             return False

@@ -21,7 +21,7 @@ SAMPLING: Costs = [("sampling", 3)]
 
 
 def examining(model: bool, measure: bool) -> Costs:
-    """Of doctor."""
+    """Of `moe-inspect doctor`."""
     measured = [("measuring the disk", 2), ("checking kernels", 1), ("measuring costs", 9)]
     of_model = [("loading the model", 1), *([("measuring the model", 30)] if measure else [])]
     return [

@@ -72,7 +72,7 @@ class ChoiceReader:
         return ids.reshape(-1, K), weights.reshape(-1, K)
 
     def _wrong(self, ids: Tensor, why: str) -> MoeInspectError:
-        """`why`, unless the shape of what is no choice says that it is a number for each token."""
+        """The error `why`; or, where ids are one number per token, one that says so."""
         fed = self.scope.fed if self.scope is not None and self.scope.open else None
         if fed is None or tuple(ids.shape) not in ((fed.B, fed.S), (fed.B * fed.S,)):
             return MoeInspectError(why)

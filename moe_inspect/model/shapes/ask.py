@@ -39,7 +39,7 @@ def describe_without_torch(
 
 
 def _routers_of_trace(model: str) -> Description | None:
-    """None for what is no trace, or has a config that tells the whole model."""
+    """What a trace without a config of the model tells. None for another trace, or no trace."""
     if not (Path(model) / schema.MANIFEST).is_file():
         return None
     trace = open_trace(model)

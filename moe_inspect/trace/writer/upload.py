@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(?<=-)\d+(?=\.parquet$)")  # of a part
 
 
 def upload(draft: Path, _: Path, *, out: Remote, overwrite: bool) -> None:
-    """The trace at `draft` to `out`. On an exception what is there is as it was."""
+    """Uploads the trace at `draft` to `out`. On an exception, `out` is as it was."""
     with hold(out) as lock:
         check_directory(out, overwrite, resumable=False, locked=True)
         if contents(out).is_free:
@@ -93,7 +93,7 @@ class _Upload:
         (self.out / OVERWRITTEN).unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        """The new trace is there: deletes what was of the old one."""
+        """Deletes the rest of the old trace, after the new one was committed."""
         try:
             for name in self.old_lists:
                 self._write(name, self.lists[name])
@@ -110,7 +110,7 @@ class _Upload:
         return NUMBER.sub(lambda found: str(int(found[0]) + self.shift), name)
 
     def _lines(self, data: bytes) -> bytes:
-        """A list of shards as it is to be there."""
+        """A list of shards, with the new names of the parts and the generation."""
         entries = [json.loads(line) for line in data.splitlines()]
         return b"".join(
             checksums.sealed(
@@ -124,7 +124,7 @@ class _Upload:
         return data[: data.rfind(b"\n") + 1]
 
     def _name_vocabulary(self, words: Path) -> None:
-        """Under a name of its own, unless the old one is the same."""
+        """Gives the new vocabulary its own name, unless the old one is the same."""
         name = schema.VOCABULARY
         if self.before:
             with suppress(MoeInspectError):

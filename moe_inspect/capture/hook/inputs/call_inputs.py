@@ -41,8 +41,7 @@ from moe_inspect.trace.schema import PHASES
 
 class RowReader:
     """Finds the rows of a forward pass in the model's own arguments, where no plan says what is
-    fed. Numbers documents and sequences as they come and keeps the domain labels
-    (`domains[code]`)."""
+    fed."""
 
     def __init__(
         self,
@@ -166,7 +165,8 @@ class RowReader:
         return call
 
     def _keys(self, given: Mapping[str, Any], B: int, S: int) -> tuple[Mapping[str, Any], Keys]:
-        """The arguments of a call, and by what its sequences are known."""
+        """The arguments of a call, with the mask of a packed one; and what identifies its
+        sequences."""
         if (told := given.get("sequences")) is not None:
             return given, Keys(keys_told(told, self._told_codes, B, S), self._told)
         if (found := slots_of(given)) is not None:
@@ -177,8 +177,8 @@ class RowReader:
         return given, Keys()
 
     def returned(self, call: CallInputs, output: Any) -> None:
-        """The model has run: tokens may be taken back from its cache, until the next pass
-        begins."""
+        """Call it when the model has run. Until the next pass begins, tokens may be taken back from
+        its cache."""
         if call.S > 1:
             cache = cache_among(_values(output))
             if cache is not None:
@@ -192,7 +192,8 @@ class RowReader:
                 self._unsettled.append((call, None))
 
     def settle_caches(self) -> None:
-        """Another pass begins, or none: what was taken back from a cache is known."""
+        """Call it when another pass begins, or when none follows: notes how many tokens were taken
+        back from each cache."""
         unsettled, self._unsettled = self._unsettled, []
         for call, held in unsettled:
             if held is None:
@@ -206,7 +207,7 @@ class RowReader:
             call.is_settled = True
 
     def settle(self, following: Rows | CallInputs | None) -> None:
-        """The next pass, where there is one, was read."""
+        """Call it with the next pass when it was read, or with None when there is none."""
         for call, _ in self._unsettled:
             if isinstance(following, CallInputs) and following.before is call.after:
                 call.following = following

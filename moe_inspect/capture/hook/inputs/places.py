@@ -11,8 +11,9 @@ import numpy as np
 
 
 class Place(NamedTuple):
-    """How far a sequence has come. `domain`: as a code. `last`: its last position. `first`: that
-    of the pass that fed it, −1 where that fed the batch row several sequences."""
+    """How far a sequence has come. `domain`: as a code. `last`: its last position. `first`: the
+    first position of the pass that fed it last, −1 where that pass fed the batch row several
+    sequences."""
 
     document: int
     sequence: int

@@ -21,7 +21,7 @@ from moe_inspect.trace.writer import Document
 class Rows:
     """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
     routers see the rows; the other arrays have one entry per real row, `domain` as codes into
-    `RowReader.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
+    `Numbering.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
     into PHASES, where they are of several."""
 
     real: np.ndarray
@@ -81,8 +81,10 @@ class Cached:
 
 
 class Keys(NamedTuple):
-    """By what sequences are known. `of_tokens` int [2, B, S]: keys of `places`, before and after
-    each token; or, with `pages`, places in these. None: by their batch row."""
+    """What identifies the sequences of a pass, where that is not their batch row. `of_tokens` int
+    [2, B, S]: the key of its sequence before and after each token; None: the batch row. `places`:
+    key → how far each sequence with it has come. `pages`: where `of_tokens` are slots of a paged
+    cache, what turns them into keys."""
 
     of_tokens: torch.Tensor | None = None
     places: dict[int, tuple[Place, ...]] | None = None

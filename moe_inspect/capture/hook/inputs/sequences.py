@@ -179,7 +179,7 @@ def _follows(place: Place, p: int, is_resumed: bool) -> bool:
 
 
 def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int:
-    """That of a segment of `steps` tokens after its first. It was generated if it goes on with a
+    """The phase of a segment that has `steps` tokens after its first: decode if it continues a
     sequence by one token, or by several that the model was to verify."""
     if call.stack == "encoder":
         return ENCODE
@@ -196,7 +196,7 @@ def _ends(first_G: np.ndarray, N: int) -> np.ndarray:
 def _keys_of_segments(
     keys_2N: np.ndarray | None, first_N: np.ndarray
 ) -> tuple[list[int], list[int]]:
-    """By what each segment is known before and after it; 0 where nothing says it."""
+    """The key of each segment before its first token and after its last one; 0 without keys."""
     if keys_2N is None:
         return [0] * len(first_N), [0] * len(first_N)
     ends_N = _ends(first_N, keys_2N.shape[1])
@@ -205,14 +205,14 @@ def _keys_of_segments(
 
 def _places_before(call: CallInputs) -> list[Place | None]:
     """How far the sequence of each batch row had come before the pass; None where it had none."""
-    nowhere: list[Place | None] = [None] * call.B
+    places: list[Place | None] = [None] * call.B
     state = call.before.state if call.before is not None else None
     if call.before is None or state is None or not len(state.last_B):
-        return nowhere
+        return places
     # transformers repeats a row of an encoder's output for each of its beams
     repeats, rest = divmod(call.B, len(state.last_B))
     if rest or (repeats > 1 and call.stack != "decoder"):
-        return nowhere
+        return places
     rows = zip(
         state.numbers_B3.tolist(), state.first_B.tolist(), state.last_B.tolist(), strict=True
     )
@@ -222,8 +222,8 @@ def _places_before(call: CallInputs) -> list[Place | None]:
         if place.document >= 0:
             # the beams after the first are sequences of their own
             last = -2 if b % repeats else place.last - call.before.taken
-            nowhere[b] = place._replace(last=last)
-    return nowhere
+            places[b] = place._replace(last=last)
+    return places
 
 
 def _extents(
