@@ -169,15 +169,13 @@ def check_directory(
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
-def claim_directory(
-    path: Path | Remote, overwrite: bool, resumable: bool = True, shared: bool = False
-) -> Lock:
+def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) -> Lock:
     """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
     releases the lock."""
     lock = hold(path, shared=shared)
     try:
         # another trace may have begun there meanwhile
-        check_directory(path, overwrite, resumable, locked=True)
+        check_directory(path, overwrite, locked=True)
         clear_trace(path)
     except BaseException:
         lock.release()
