@@ -22,8 +22,8 @@ def listening(listener: Listener) -> Generator[None]:
         _listener.reset(token)
 
 
-def phase(name: str, total: int, unit: str) -> Advance:
+def phase(name: str, total: int = 0, unit: str = "") -> Advance:
     """Begins a phase. Returns what to call with every amount that is done, which add up to the
-    total; from any thread."""
+    total; from any thread. A total of 0 is not known."""
     listener = _listener.get()
     return (lambda done: None) if listener is None else listener(name, total, unit)

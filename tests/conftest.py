@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -140,6 +140,21 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         return done
 
     return run
+
+
+@contextmanager
+def phases_begun() -> Iterator[list[str]]:
+    """The names of the phases that begin in the block."""
+    from moe_inspect import progress
+
+    begun = list[str]()
+
+    def listener(name: str, total: int, unit: str) -> progress.Advance:
+        begun.append(name)
+        return lambda done: None
+
+    with progress.listening(listener):
+        yield begun
 
 
 IN_ONE_PROCESS = """

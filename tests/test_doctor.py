@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inspect import progress
 from moe_inspect.cli.progress.phases import examining
 from moe_inspect.doctor import machine, model, traced_speed
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, phases_begun
 from tests.families import NO_INTERFACE, build
 
 
@@ -84,13 +83,7 @@ def test_what_cannot_be_found_or_written_is_one_line(cli_here: Cli, tmp_path: Pa
 
 
 def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None) -> None:
-    begun = list[str]()
-
-    def listener(name: str, total: int, unit: str) -> progress.Advance:
-        begun.append(name)
-        return lambda done: None
-
-    with progress.listening(listener):
+    with phases_begun() as begun:
         facts = json.loads(cli_here("doctor", "demo", "--json").stdout)
     assert begun == [name for name, _ in examining(model=True, measure=True)]
     shown = facts["model"]

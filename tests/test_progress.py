@@ -31,7 +31,7 @@ from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import open_trace
-from tests.conftest import ROOT
+from tests.conftest import ROOT, phases_begun
 from tests.synthetic import uniform_ids, write_trace
 
 L, T = 3, 400
@@ -209,13 +209,7 @@ def test_the_phases_of_a_report_are_those_it_goes_through(trace: str, tmp_path: 
         simulate=[Simulated.capacity, Simulated.placement],
     )
     request, opened = requested(asked), open_trace(trace)
-    begun = list[str]()
-
-    def listener(name: str, total: int, unit: str) -> progress.Advance:
-        begun.append(name)
-        return lambda done: None
-
-    with progress.listening(listener):
+    with phases_begun() as begun:
         write_files(build(opened, request)[0], request)
     planned = phases_of(opened, request)
     assert begun == [name for name, _ in planned]

@@ -69,7 +69,7 @@ def doctor(
     model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
     with 1 if a kernel gives a wrong result."""
     with shown(*examining(model is not None, measure)):
-        phase("loading torch", 0, "")
+        phase("loading torch")
         if find_spec("transformers") is not None:
             quiet()
         from moe_inspect.doctor.examine import examine

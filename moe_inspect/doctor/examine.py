@@ -25,7 +25,7 @@ def examine(
     if model is not None and not able:
         raise MoeInspectError(f"this needs {missing_for_capture()}: {INSTALL_TRACE}")
     if measure:
-        phase("measuring the disk", 0, "")
+        phase("measuring the disk")
     facts = {
         "date": date.today().isoformat(),
         "versions": machine.versions(),
@@ -49,7 +49,7 @@ def _of_recording(measure: bool) -> dict[str, Any]:
         return {}
     from moe_inspect.doctor import costs, kernels
 
-    phase("checking kernels", 0, "")
+    phase("checking kernels")
     checked = kernels.selfchecks()
-    phase("measuring costs", 0, "")
+    phase("measuring costs")
     return {"selfcheck": checked, "costs": costs.measured()}

@@ -33,7 +33,7 @@ def examined(
 ) -> dict[str, Any]:
     """Facts about the model, the captures that are possible on it, and with `measure` what each
     costs."""
-    phase("loading the model", 0, "")
+    phase("loading the model")
     of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, tokenizer = load_config(name, **of_hub), load_tokenizer(name, **of_hub)
     network = load_model(
