@@ -75,7 +75,7 @@ def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
     if np.isnan(sizes).all() or k >= E:
         return np.stack([0 * sizes, 0 * sizes])
     few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
-    powers = 2.0 ** np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1)
+    powers: np.ndarray = np.exp2(np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1))
     grid: np.ndarray = np.unique(np.r_[np.floor(few), np.ceil(few), powers])
     found = np.array([noise(int(T), E, k) for T in grid])
     at, known = np.log(sizes), np.log(grid)
