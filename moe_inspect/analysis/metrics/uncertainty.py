@@ -7,6 +7,7 @@ nulls permute documents. All seeds are fixed: the same trace gives the same repo
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -75,8 +76,8 @@ def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
     if np.isnan(sizes).all() or k >= E:
         return np.stack([0 * sizes, 0 * sizes])
     few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
-    powers: np.ndarray = np.exp2(np.arange(np.log2(FEW_TOKENS), np.ceil(np.log2(most)) + 1))
-    grid: np.ndarray = np.unique(np.r_[np.floor(few), np.ceil(few), powers])
+    powers = [2.0**n for n in range(int(math.log2(FEW_TOKENS)), math.ceil(math.log2(most)) + 1)]
+    grid: np.ndarray = np.unique(np.concatenate([np.floor(few), np.ceil(few), powers]))
     found = np.array([noise(int(T), E, k) for T in grid])
     at, known = np.log(sizes), np.log(grid)
     means: np.ndarray = np.exp(np.interp(at, known, np.log(found[:, 0])))
