@@ -30,6 +30,7 @@ class Faults:
 
     def __init__(self, at: int | None, how: str, seed: int = 0):
         self.at, self.how, self.calls, self.random = at, how, 0, random.Random(seed)
+        self.synced: dict[Path, int] = {}  # bytes of a file before what is being added to it
 
     def install(self) -> None:
         for name in CALLS:
@@ -49,6 +50,8 @@ class Faults:
             if not set(mode) & set("wax") or isinstance(file, int) or opener is not None:
                 return opened(file, mode, buffering, encoding, errors, newline, closefd, opener)
             self.call("open", ())
+            if "a" in mode and (path := Path(file)).exists():
+                self.synced[path.resolve()] = path.stat().st_size
             raw = io.BufferedWriter(_FaultyFile(self, file, mode.replace("b", "").replace("t", "")))
             if "b" in mode:
                 return raw
@@ -74,14 +77,10 @@ class Faults:
             number = getattr(errno, self.how)
             raise OSError(number, os.strerror(number))
         if name == "fsync":  # what was not synced may be lost from any byte on
-            size = os.fstat(args[0]).st_size
-            if (
-                os.readlink(f"/proc/self/fd/{args[0]}").endswith(".jsonl")
-                and self.random.random() < 0.7
-            ):
-                os.truncate(
-                    f"/proc/self/fd/{args[0]}", max(size - self.random.randrange(1, 400), 0)
-                )
+            path = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+            if path.suffix == ".jsonl" and self.random.random() < 0.7:
+                size = path.stat().st_size
+                os.truncate(path, self.random.randrange(self.synced.get(path, 0), size + 1))
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -42,17 +42,25 @@ def write_atomically(path: Path | Remote, data: bytes) -> None:
 
 
 def append(path: Path | Remote, data: bytes) -> None:
-    """Adds to a file. On disk when this returns; an object is written anew, with what it held."""
+    """Adds to a file. On disk when this returns; where it cannot be, nothing is added. An object is
+    written anew, with what it held."""
     if isinstance(path, Remote):
         before = b""
         with suppress(FileNotFoundError):
             before = path.read_bytes()
         path.write_bytes(before + data)
         return
-    with open(path, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        # the next line would continue the part that arrived
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 @contextmanager
