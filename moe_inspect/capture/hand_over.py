@@ -317,7 +317,12 @@ class HandOver:
             places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
         last = batch[-1].rows[-1]
         token_id = of_tokens("token_id")
-        phases = [rows.phase_codes()[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
+        phases = None
+        if len({rows.phase for *_, rows in parts if rows.phase != "encode"} | {last.phase}) > 1 or (
+            last.phases is not None
+        ):
+            codes = [rows.phase_codes()[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
+            phases = np.concatenate(codes)
         extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
         if self.options.token_loss:
             extras["loss"], extras["entropy"] = losses_of(batch, sizes)
@@ -334,7 +339,8 @@ class HandOver:
                 weights=self._of_routers(places, "weights"),
                 **extras,
                 documents=[document for *_, rows in parts for document in rows.documents],
-                phases=np.concatenate(phases),
+                phase=last.phase or "decode",
+                phases=phases,
                 group=last.group,
                 encoded=sum(
                     n
