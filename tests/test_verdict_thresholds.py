@@ -449,7 +449,8 @@ def test_token_ids():
     )
     none = "The token id does not determine the expert: tokens of one id spread over the experts as shuffled ids would."
     assert ids(vocabulary_specialization=0.3199) == none
-    assert ids(vocabulary_specialization_p=0.01) == none
+    few = ids(vocabulary_specialization_p=0.01) or ""
+    assert few.startswith("Too little data to tell whether the token id determines the expert")
     assert ids(vocabulary_specialization_p=0.0099) != none
     assert ids(token_mi_null_bits=0.0) is None  # a single token id
     assert ids(vocabulary_specialization=math.nan) is None

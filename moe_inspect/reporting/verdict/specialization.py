@@ -20,6 +20,7 @@ KIND = "domain_specialization"
 # share of the information that shuffled documents carry beyond the token id, under which the
 # effect cannot be split into vocabulary and topic
 BIAS = 0.05
+DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
 
 
 def domain_specialization(data: ReportData) -> Finding | None:
@@ -175,16 +176,20 @@ def token_specialization(data: ReportData) -> Finding | None:
     row = table.loc[effect.idxmax()]
     share, null = row["vocabulary_specialization"], row["vocabulary_specialization_null"]
     values = {"vocabulary_specialization": share, "vocabulary_specialization_null": null}
-    likely = row["vocabulary_specialization_p"] * len(table)
-    if effect.max() < 0.02 or not likely < ALPHA:
-        return finding(
-            "token_specialization",
-            "note",
+    said = None
+    if effect.max() < DETERMINES:
+        said = (
             "The token id does not determine the expert: tokens of one id spread over the experts "
-            "as shuffled ids would.",
-            row,
-            **values,
+            "as shuffled ids would."
         )
+    elif not row["vocabulary_specialization_p"] * len(table) < ALPHA:
+        said = (
+            f"Too little data to tell whether the token id determines the expert: at most {share:.0%} "
+            "of first choices are the favourite expert of their token id, in "
+            f"{name_of(data, row)}, and chance may give that ({null:.0%} with the ids shuffled)."
+        )
+    if said is not None:
+        return finding("token_specialization", "note", said, row, **values)
     return finding(
         "token_specialization",
         "note",
