@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,3 +201,16 @@ def test_counts_that_no_router_makes_are_refused(rows: str, why: str, tmp_path: 
     with pytest.raises(MoeInspectError, match=re.escape(why)):
         import_trace("counts", [tmp_path / "c.csv"], tmp_path / "t", top_k=1, experts=4)
     assert not (tmp_path / "t").exists()
+
+
+def test_no_file_of_pythons_is_left_to_arrows_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads ahead through Python aborts the process where an error ends it."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.csv")  # a name that Arrow does not take as text
+    path.write_text("layer,expert,count\n0,99999999999,1\n")
+    read, files = pyarrow.csv.open_csv, list[Any]()
+    monkeypatch.setattr(pyarrow.csv, "open_csv", lambda file: files.append(file) or read(file))
+    with pytest.raises(MoeInspectError, match="expert is 99999999999, not of 0 to"):
+        import_trace("counts", [path], tmp_path / "t", top_k=1)
+    assert [type(file) for file in files] == [pa.OSFile]

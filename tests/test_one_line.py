@@ -334,6 +334,24 @@ def test_no_output_is_within_a_trace(command: str, output: list[str], here: Path
     assert files_in(here) == before
 
 
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ["--html", "q.csv", "-o", "q.csv"],
+        ["--html", "linked", "-o", "./q.csv"],
+        ["--html", "q.csv", "--plots", "q.csv"],
+    ],
+    ids=" ".join,
+)
+def test_two_outputs_are_not_written_to_one_place(outputs: list[str], here: Path) -> None:
+    (here / "linked").symlink_to("q.csv")
+    before = files_in(here)
+    code, err = run("report", "--table", "load", *outputs)
+    assert code == 2
+    assert "would both write" in err
+    assert files_in(here) == before
+
+
 def test_resuming_on_a_full_disk(here: Path) -> None:
     fine(run("trace"))
     edit_manifest(here / "new", status="interrupted")

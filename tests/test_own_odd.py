@@ -356,6 +356,23 @@ def test_the_model_itself_may_be_the_router(tmp_path: Path) -> None:
     assert own.recorded(trace, 0) == [frozenset(row) for row in shown()[0].tolist()]
 
 
+@pytest.mark.parametrize("buffers", [0, 1])
+def test_a_model_without_parameters_is_recorded(tmp_path: Path, buffers: int) -> None:
+    class Hashed(nn.Module):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return shown(T=ids.numel())
+
+    model = Hashed()
+    if buffers:
+        model.register_buffer("table", torch.zeros(3, dtype=torch.int64))
+    router = moe_inspect.RouterSpec(
+        module=Hashed, choice=lambda m, a, k, out: out, experts=8, layer=0
+    )
+    record_once(model, tmp_path / "t", routers=[router])
+    capture = own.path_of(tmp_path / "t").manifest["capture"]
+    assert (capture["device"], capture["dtype"]) == ("cpu", None)
+
+
 def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
     model = own.gpt(probes=False)
     router = moe_inspect.RouterSpec(module="blocks.*.experts.mlps", choice=lambda *a: None)

@@ -20,11 +20,12 @@ ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 def capture_facts(model: Any, mode: str) -> dict[str, Any]:
     """The manifest's section `capture`: mode, device, dtype, versions and command."""
-    parameter = next(model.parameters())
+    parameters = [*model.parameters()]  # a model need not have any, nor buffers
+    tensors = parameters or [*model.buffers()] or [torch.empty(0, device="cpu")]
     return {
         "mode": mode,
-        "device": ", ".join(dict.fromkeys(device_name(p.device) for p in model.parameters())),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": ", ".join(dict.fromkeys(device_name(t.device) for t in tensors)),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
         **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

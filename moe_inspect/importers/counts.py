@@ -10,6 +10,7 @@ D domains, E experts.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -193,7 +194,9 @@ def _tables(context: ImportContext, path: Path) -> Iterator[pa.Table]:
     """The rows in chunks, as integers, floats and strings, with our column names."""
     try:
         if path.suffix == ".csv":
-            with open(path, "rb") as opened, pyarrow.csv.open_csv(opened) as reader:
+            # not a file of Python's: Arrow's thread, which reads ahead, would call Python while it
+            # exits, and abort the process
+            with pa.OSFile(os.fsencode(path)) as opened, pyarrow.csv.open_csv(opened) as reader:
                 for batch in reader:
                     yield _named(pa.table(batch), path, context.map)
         elif path.suffix == ".parquet":

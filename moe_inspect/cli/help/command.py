@@ -3,12 +3,14 @@ terminal."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from moe_inspect.cli.help.pages import COMMANDS, PAGES, Page
@@ -33,14 +35,24 @@ class GroupedCommand(TyperCommand):
         return PAGES.get(self.name or "", Page())
 
     def invoke(self, ctx: Any) -> Any:
-        """Refuses an output within a trace before anything is computed for it."""
+        """Refuses an output within a trace, and two in one place, before anything is computed for
+        them."""
         from moe_inspect.trace.manifest import refuse_within_trace
 
+        of_place: dict[Path, str] = {}
         for option in self.params:
             given = ctx.params.get(option.name)
             if option.name in OUTPUTS and isinstance(given, str | Path) and "://" not in str(given):
                 # a trace may replace another
                 refuse_within_trace(Path(given), a_trace=option.metavar == "DIR")
+                place = Path(os.path.realpath(given))
+                if place.exists() and not (place.is_file() or place.is_dir()):
+                    continue  # a pipe or a device takes several
+                if other := of_place.get(place):
+                    raise typer.BadParameter(
+                        f"{other} and {option.opts[-1]} would both write {given}: name two places"
+                    )
+                of_place[place] = option.opts[-1]
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

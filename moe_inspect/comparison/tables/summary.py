@@ -67,7 +67,7 @@ def recorded_otherwise(data: PairData) -> dict[str, tuple[Any, Any]]:
     plan_a, plan_b = (
         (trace.manifest.get("corpus") or {}).get("plan") or {} for trace in (data.a, data.b)
     )
-    for name in ("max_length", "batch_tokens", "special_tokens", "generate"):
+    for name in ("max_length", "batch_tokens", "special_tokens", "generate", "random_init"):
         if plan_a.get(name) != plan_b.get(name):
             found[name] = (plan_a.get(name), plan_b.get(name))
     return found
