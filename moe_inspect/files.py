@@ -20,6 +20,13 @@ class UnfitFile(OSError, ValueError):
     what they read, ValueError.)"""
 
 
+def why_unread(path: Path, wanted: str = "file or folder") -> str:
+    """What to say of a path that is no file, where one is read, nor, if wanted, a folder."""
+    if not path.exists():
+        return f"no {wanted} {path}"
+    return f"{path} is not a regular file" + (" or a directory" if "folder" in wanted else "")
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading. UnfitFile where it is a pipe or a device."""
     return open(path, "rb", opener=_opened)

@@ -207,7 +207,7 @@ def test_selecting_domains_layers_and_phase(tmp_path: Path):
     [
         ({"layers": "7"}, "it has layers 0-1"),
         ({"layers": "a-b"}, "cannot read layers 'a-b': write them like 0-3,7"),
-        ({"layers": "0,1-0"}, "cannot read layers '0,1-0': write them like 0-3,7"),
+        ({"layers": "0,1-0"}, "cannot read layers '0,1-0': a range goes from low to high"),
         ({"layers": "²"}, "cannot read layers '²': write them like 0-3,7"),
         ({"layers": [0, -1]}, "cannot read layers '0,-1': write them like 0-3,7"),
         ({"domains": ["law", "opera"]}, "no domain opera in .*: it has code, law, prose"),

@@ -100,6 +100,15 @@ def test_a_file_without_end_is_one_line(
         assert re.match(rf"[Ee]rror: .*({re.escape(path.name)}|no trace at t:)", said), command
 
 
+@pytest.mark.parametrize(
+    "command", ["import auto {} -o x", "import counts {} -o x --top-k 2", "report {}"]
+)
+def test_a_pipe_as_the_input_is_named(command: str, tmp_path: Path, cli_here: Cli) -> None:
+    os.mkfifo(tmp_path / "ff")
+    done = cli_here(*command.format("ff").split(), check=1)
+    assert "error: ff is not a regular file or a directory" in done.stderr
+
+
 def test_an_array_is_refused_by_its_header(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     with open(path, "wb") as file:

@@ -64,6 +64,7 @@ def test_a_breach_is_named_and_exits_with_3(cli_here: Cli, tmp_path: Path):
             "no threshold 'even' (did you mean uneven?): there are uneven, overloaded",
         ),
         (["--threshold", "uneven=-1"], "give a number from 0 up"),
+        (["--threshold", "uneven=0.3,uneven=0.4"], "uneven=0.4: uneven is given twice"),
         (["--threshold", "uneven"], "expected NAME=VALUE, e.g. uneven=0.3"),
     ],
 )

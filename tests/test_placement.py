@@ -362,6 +362,8 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert set(two.tables["plan"]["policy"]) == {"round-robin"}
     assert two.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
     assert write_plan(two, tmp_path / "plan.json").startswith("round-robin,")
+    assert any("round-robin has max/mean" in message for message in two.verdict)
+    assert "Fitted" not in "".join(two.verdict)
     asked = simulate_placement(
         trace, gpus=2, policies=["round-robin", "local-search"], minimize="ranks"
     )

@@ -156,7 +156,7 @@ def test_selecting_on_the_command_line(cli_here: Cli, trace: Trace):
             2,
             "no format has this ending, add --format table, csv, json, parquet",
         ),
-        (["--layers", "3-1"], 1, "error: cannot read layers '3-1': write them like 0-3,7"),
+        (["--layers", "3-1"], 1, "error: cannot read layers '3-1': a range goes from low to high"),
         (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
         (["--layers", "9"], 1, "it has layers 0-3"),
         (["--domain", "opera"], 1, "it has code, law, math, prose"),

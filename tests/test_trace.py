@@ -338,9 +338,11 @@ def test_unknown_layers_are_named(tmp_path: Path) -> None:
 
 def test_ranges() -> None:
     assert parse_ranges("0-3,7") == [0, 1, 2, 3, 7]
-    for bad in ("", "3-1", "a", "1,,2", "-1"):
+    for bad in ("", "a", "1,,2", "-1"):
         with pytest.raises(MoeInspectError, match="write them like"):
             parse_ranges(bad)
+    with pytest.raises(MoeInspectError, match="'3-1': a range goes from low to high"):
+        parse_ranges("3-1")
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -222,7 +222,8 @@ SPOKEN = {
     "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5)), "of a pass gets 1.90x"),
     "a single pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5)})), None),
     "one whole pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 49: (9, 3.0)})), None),
-    "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x"),
+    "two whole passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5), 50: (1, 0.5)})), "of a pass gets 1.50x the mean load on average (expected"),
+    "larger passes": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (19, 0.5), 1: (152, 0.5)})), "(of 19 of 171 passes, the larger ones; expected by chance"),
     # pooling
     "pooled hides": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.15), "The layer average (1.15x) looks fine and hides layer 0."),
     "pooled shows half": (balance.averaging_hides, stub(near(1.3), row(EVEN), pooled=1.1501), None),

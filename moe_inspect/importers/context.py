@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import next_line
+from moe_inspect.files import next_line, why_unread
 from moe_inspect.importers.mapping import Map
 from moe_inspect.importers.parallel.lines import Prepare, prepared_lines, too_long
 from moe_inspect.importers.parallel.processes import Workers
@@ -70,7 +70,7 @@ class ImportContext:
             elif source.path.is_file():
                 found.append((source.path, source))
             else:
-                raise MoeInspectError(f"no file or folder {source.path}")
+                raise MoeInspectError(why_unread(source.path))
         return found
 
     def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:

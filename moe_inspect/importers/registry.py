@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import why_unread
 from moe_inspect.importers import MODULES
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 
@@ -62,7 +63,7 @@ def sniff(sources: list[ImportSource]) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file())[:1000] if path.is_dir() else [path]
     for file in files:
         if not file.is_file():
-            raise MoeInspectError(f"no file or folder {file}")
+            raise MoeInspectError(why_unread(file))
         with open(file, "rb") as opened:
             head = opened.read(HEAD_BYTES)
             if head[:4] == b"PAR1":  # its columns are named at its end

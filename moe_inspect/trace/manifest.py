@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import read_small
+from moe_inspect.files import read_small, why_unread
 from moe_inspect.text import did_you_mean, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
@@ -74,6 +74,8 @@ def no_trace(root: Path | Remote) -> MoeInspectError:
         return MoeInspectError(
             f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root / "NAME"}"'
         )
+    if root.exists() and not root.is_file():
+        return MoeInspectError(why_unread(root))
     near = did_you_mean(str(root), map(str, _traces_in(root.parent)))
     return MoeInspectError(
         f'no trace at {root}{near}: make one with "moe-inspect trace MODEL -o {root}"'

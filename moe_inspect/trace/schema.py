@@ -169,10 +169,12 @@ def parse_ranges(text: str, what: str = "layers") -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         numbers = [first, last] if dash else [first]
-        if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers) or (
-            dash and int(last) < int(first)
-        ):
+        if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers):
             raise MoeInspectError(f"cannot read {what} {text!r}: write them like 0-3,7")
+        if dash and int(last) < int(first):
+            raise MoeInspectError(
+                f"cannot read {what} {text!r}: a range goes from low to high, like 0-3,7"
+            )
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)
 

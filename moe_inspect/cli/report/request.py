@@ -70,7 +70,7 @@ def requested(options: ReportOptions) -> Request:
             "top": options.top,
             "window": options.window,
             "weights": options.weights and _checkpoint(options.weights),
-            "thresholds": dict(_threshold(text) for text in options.threshold or []),
+            "thresholds": _thresholds(options.threshold or []),
             "scheduler": options.scheduler,
         },
         gates=[
@@ -113,6 +113,16 @@ def _checkpoint(model: str) -> Path:
     from moe_inspect.model.load import checkpoint_dir
 
     return checkpoint_dir(model)
+
+
+def _thresholds(texts: list[str]) -> dict[str, float]:
+    of_name: dict[str, float] = {}
+    for text in texts:
+        name, value = _threshold(text)
+        if name in of_name:
+            raise typer.BadParameter(f"--threshold {text}: {name} is given twice")
+        of_name[name] = value
+    return of_name
 
 
 def _threshold(text: str) -> tuple[str, float]:

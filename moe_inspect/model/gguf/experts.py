@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import why_unread
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.model.gguf.header import read_gguf
 from moe_inspect.trace.schema import Router
@@ -64,7 +65,7 @@ def expert_mb_of(path: Path, routers: dict[int, Router]) -> dict[int, float]:
     """Router → the size of one of its experts in 10^6 bytes. MoeInspectError where the model has
     other experts in one of their layers."""
     if not path.is_file():
-        raise MoeInspectError(f"no file {path}")
+        raise MoeInspectError(why_unread(path, "file"))
     found = layer_experts(path)
     for r, router in routers.items():
         there = found[router.layer].experts if router.layer in found else 0

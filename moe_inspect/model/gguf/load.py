@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import why_unread
 from moe_inspect.model.gguf.header import PLAIN, TYPES, read_gguf
 
 # mixtures of experts that transformers loads from GGUF to the same logits as the original; of
@@ -28,7 +29,7 @@ def is_gguf(name: str) -> bool:
 def refuse_unless_loadable(path: Path) -> None:
     """MoeInspectError where transformers cannot load this file, as far as its header says."""
     if not path.is_file():
-        raise MoeInspectError(f"no file {path}")
+        raise MoeInspectError(why_unread(path, "file"))
     fields = read_gguf(path).fields
     kind = str(fields.get("general.architecture"))[:40]
     if kind not in ARCHITECTURES:

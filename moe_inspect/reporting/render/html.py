@@ -26,7 +26,7 @@ from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import PALETTE, Chart
 from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.text import readable
+from moe_inspect.text import plural, readable
 from moe_inspect.trace.files.output import output_file
 
 if TYPE_CHECKING:
@@ -257,6 +257,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "rows": rows_of,
+        "plural": plural,
         "readable": readable,
         "packed": packed,
     }

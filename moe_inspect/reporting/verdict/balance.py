@@ -149,6 +149,9 @@ def uneven_batches(data: ReportData) -> Finding | None:
     row = max(hidden, key=lambda row: row["max_vio_batch"] - row["max_vio"], default=None)
     if row is None or row["max_vio_batch"] < data.thresholds.uneven:
         return None
+    batches = data.counts.of[int(row["router"])].batches
+    whole, passes = (sum(n for n, _ in of.values()) for of in (whole_batches(batches), batches))
+    larger = f"of {whole:,} of {passes:,} passes, the larger ones; " if whole < passes else ""
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
     idle, effect = 1 - 1 / batch, row["design_effect"]
     of_documents = not _hidden(data, row, effect) > 0
@@ -162,9 +165,9 @@ def uneven_batches(data: ReportData) -> Finding | None:
         "uneven_batches",
         "note" if of_documents else "warning",
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
-        f"busiest expert of a pass gets {batch:.2f}x the mean load on average (expected by chance: "
-        f"{expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With one GPU per expert, "
-        f"GPUs would idle {idle:.0%} of the time in that layer.{cause}",
+        f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
+        f"expected by chance: {expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With "
+        f"one GPU per expert, GPUs would idle {idle:.0%} of the time in that layer.{cause}",
         row,
         max_over_mean_batch=batch,
         max_over_mean=row["max_over_mean"],

@@ -122,10 +122,12 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
         return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)
     return [
-        f"Fitted on the first {100 * settings['fit_share']:.3g}%, {policy} has max/mean "
-        f"{row['fit_max_over_mean']:.3f} on that part and {1 / row['balancedness_sglang']:.3f} on "
-        f"the rest; per window of {plural(settings['window'], 'token')} {fit.mean():.3f} in the "
-        f"fitted part, {judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
+        # not all policies look at the load
+        f"{policy} has max/mean {row['fit_max_over_mean']:.3f} on the first "
+        f"{100 * settings['fit_share']:.3g}%, which policies may be fitted to, and "
+        f"{1 / row['balancedness_sglang']:.3f} on the rest; per window of "
+        f"{plural(settings['window'], 'token')} {fit.mean():.3f} in the first part, "
+        f"{judged.iloc[0]:.3f} just after it, {judged.iloc[-1]:.3f} at the end."
     ]
 
 

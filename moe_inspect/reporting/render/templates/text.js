@@ -108,9 +108,10 @@ moe.widgets.text = (place, data, page) => {
     return { list, label: h("label", {}, name, list) };
   };
   const domains = [...new Set(data.documents.map((document) => document.domain))];
+  const tokensOf = (i, n = data.start[i + 1] - data.start[i]) => `${n.toLocaleString("en")} ${n === 1 ? "token" : "tokens"}`;
   const documentChoice = h("select", { id: "text-document" }, ...domains.map((domain) => h("optgroup", { label: domain },
     ...data.documents.map((document, i) => [document, i]).filter(([document]) => document.domain === domain)
-      .map(([document, i]) => h("option", { value: i }, `${domain} · document ${document.number} · ${(data.start[i + 1] - data.start[i]).toLocaleString("en")} tokens`)))));
+      .map(([document, i]) => h("option", { value: i }, `${domain} · document ${document.number} · ${tokensOf(i)}`)))));
   documentChoice.addEventListener("change", () => set({ document: Number(documentChoice.value), token: null, pinned: null }));
   const mode = select("Colour", offered.map((name) => [name, LABELS[name]]), at.mode, (value) => set({ mode: value }));
   const slider = h("input", { type: "range", id: "text-layer", min: 0, max: data.layers.length - 1, value: at.row });
