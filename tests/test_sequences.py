@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_inspect
+from moe_inspect.errors import MoeInspectError
 from tests.families import build
 from tests.test_cli_trace import save_tokenizer
 
@@ -451,3 +452,143 @@ def test_a_caller_says_which_sequence_a_token_is_of(tmp_path: Path) -> None:
             for ids, of in passes:
                 model(torch.tensor([ids]), torch.tensor(of))
         assert texts_of(agreed(path, fed)) == [[5, 6, 7, 8, 42], [9, 17, 33, 4], [40, 41]]
+
+
+class Returned(Own):
+    """Returns the keys and values in a dict, of at most `window` positions."""
+
+    window = 64
+
+    def forward(self, idx: Tensor, past_kv: Any = None) -> dict[str, Any]:
+        kept = self.run(idx, None, past_kv)[1]
+        return {"kept": [tuple(kv[:, :, -self.window :] for kv in layer) for layer in kept]}
+
+
+# of each pass: the ids, the pass whose cache it is given (None: it begins a text), its document,
+# first position and phase
+Step = tuple[list[int], int | None, int, int, str]
+TURNS: dict[str, list[Step]] = {
+    "two texts": [
+        ([1, 2, 3, 4, 5, 6, 7], None, 0, 0, "prefill"),
+        ([11, 12, 13, 14], None, 1, 0, "prefill"),
+        *(
+            ([20 + n], n, n % 2, (7, 4)[n % 2] + n // 2, "decode") for n in range(6)
+        ),
+    ],
+    "two texts of one length": [
+        ([1, 2, 3], None, 0, 0, "prefill"),
+        ([11, 12, 13], None, 1, 0, "prefill"),
+        ([4], 0, 0, 3, "decode"),
+        ([14], 1, 1, 3, "decode"),
+    ],
+    "a window": [
+        ([1, 2, 3, 4, 5, 6], None, 0, 0, "prefill"),
+        *(([7 + n], n, 0, 6 + n, "decode") for n in range(6)),
+    ],
+    "a prefix": [
+        ([1, 2, 3, 4, 5, 6], None, 0, 0, "prefill"),
+        ([7, 8, 9, 10], 0, 0, 6, "prefill"),
+        ([11, 12, 13, 14], 0, 0, 6, "prefill"),
+        ([15], 0, 0, 6, "decode"),
+        ([16], 2, 0, 10, "decode"),
+    ],
+    "back before the last pass": [
+        ([1, 2, 3, 4], None, 0, 0, "prefill"),
+        ([5, 6], 0, 0, 4, "prefill"),
+        ([7, 8, 9], 1, 0, 6, "prefill"),
+        ([10], 1, 0, 6, "decode"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@torch.no_grad()
+def test_a_cache_of_tensors_is_known_again(turns: str, tmp_path: Path) -> None:
+    model = Returned()
+    model.window = 8 if turns == "a window" else 64
+    caches: list[Any] = []
+    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+        for ids, of, *_ in TURNS[turns]:
+            past = caches[of] if of is not None else None
+            caches.append(model(torch.tensor([ids]), past_kv=past)["kept"])
+    tokens = agreed(tmp_path / "t", fed)
+    wanted = [
+        (document, first + n, phase)
+        for ids, _, document, first, phase in TURNS[turns]
+        for n in range(len(ids))
+    ]
+    found = tokens[["document", "position", "phase"]].itertuples(index=False, name=None)
+    assert list(found) == wanted
+    assert not tokens.duplicated(["sequence", "position"]).any()
+    # one sequence for each text, and one more for each time that a cache is gone on from again
+    given = [of for _, of, *_ in TURNS[turns]]
+    again = sum(given.count(of) - 1 for of in {*given} - {None})
+    assert tokens.sequence.nunique() == given.count(None) + again
+
+
+def copied(cache: Any, at: slice) -> Any:
+    return [tuple(kv[:, :, at].clone() for kv in layer) for layer in cache]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "of", "at"),
+    [
+        ((4, 4), 0, slice(None)),  # which of the two?
+        ((5, 4), 0, slice(None)),
+        ((6,), 0, slice(2, None)),  # the last positions, not the first
+        ((6,), 0, slice(None, 4)),  # a copy does not say which
+    ],
+)
+@torch.no_grad()
+def test_a_cache_that_is_not_known_again_is_refused(
+    lengths: tuple[int, ...], of: int, at: slice, tmp_path: Path
+) -> None:
+    """The way out that the message names is one."""
+    model = Returned()
+    past: list[int] = []
+
+    def told(args: Any, kwargs: Any) -> dict[str, Any]:
+        ids = args[0]
+        first = lengths[of] if len(past) == len(lengths) else 0
+        row = of if first else len(past)
+        past.append(row)
+        at_BS = first + torch.arange(ids.shape[1])[None]
+        return {"input_ids": ids, "sequences": [row], "position_ids": at_BS}
+
+    def decode() -> None:
+        caches = [model(torch.arange(n)[None])["kept"] for n in lengths]
+        model(torch.tensor([[9]]), past_kv=copied(caches[of], at))
+
+    match = r"the cache \[1, 1, \d, 16\] given .* `sequences` and `position_ids`"
+    with pytest.raises(MoeInspectError, match=match), moe_inspect.record(model, tmp_path / "t"):
+        decode()
+    with (
+        watched(model, list(model.gates)) as fed,
+        moe_inspect.record(model, tmp_path / "u", inputs=told),
+    ):
+        decode()
+    texts = [[*range(n)] for n in lengths]
+    texts[of].append(9)
+    assert texts_of(agreed(tmp_path / "u", fed)) == texts
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on_from_the_pass_before(tmp_path: Path) -> None:
+    """As where beams are put in order. The first pass is given a cache that is still empty."""
+    model = Returned()
+    kept = [(torch.zeros(1, 1, 0, 16),) * 2] * 2
+    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+        for ids in ([1, 2, 3], [4], [5]):
+            kept = copied(model(torch.tensor([ids]), past_kv=kept)["kept"], slice(None))
+    assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]
+
+
+@torch.no_grad()
+def test_a_preallocated_cache_begins_at_0(tmp_path: Path) -> None:
+    model = Own()
+    model.forward = lambda idx, kv_caches: (model.run(idx)[0], kv_caches)  # pyright: ignore
+    kept = [torch.zeros(2, 1, 1, 32, 16) for _ in range(2)]
+    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+        for ids in ([1, 2, 3], [4], [5]):
+            kept = model(torch.tensor([ids]), kept)[1]
+    assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]

@@ -7,22 +7,25 @@ B batch rows, S positions, T = B·S rows a router sees (padding included).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_inspect.capture.hook.decode_steps import DecodeStep
 from moe_inspect.capture.hook.inputs.arguments import InputsOf
 from moe_inspect.capture.hook.inputs.given import cache_among, copies_of, length_of, of_decoder
 from moe_inspect.capture.hook.inputs.keys import (
     keys_told,
-    length_of_tuples,
+    length_by_shape,
     positions_told,
     slots_of,
+    start_of,
+    tensors_in,
 )
 from moe_inspect.capture.hook.inputs.places import Pages, Place
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
@@ -57,7 +60,8 @@ class RowReader:
         self.numbering = Numbering()
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
-        self._cached: WeakKeyDictionary[Any, Cached] = WeakKeyDictionary()  # by key-value cache
+        # by key-value cache, or by tensor that a pass returned
+        self._cached: MutableMapping[Any, Cached] = WeakIdKeyDictionary()
         self.step: DecodeStep | None = None  # what was read last, where it is one
         # the last encoder passes: their outputs at the first position, [B, C], and rows
         self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
@@ -115,7 +119,7 @@ class RowReader:
             before is None and cache is None and keys.of_tokens is None and stack != "encoder"
         )
         if is_guess and (before := self._uncached.get(stack)) is not None:
-            past = length_of_tuples(given.get("past_key_values"), before)
+            before, past = self._by_tensors(given, before)
         labels = self._labels
         if self._next_labels:
             new = {name: n for name, n in self._next_labels.items() if n is not None}
@@ -147,6 +151,7 @@ class RowReader:
             order,
             keys=keys,
             is_guess=is_guess,
+            is_branch=is_guess and before is not None and before.is_continued,
             resumes=past > 0 or bool(given.get("resumes")),
             asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
@@ -163,6 +168,33 @@ class RowReader:
         ):
             self.step = DecodeStep(call, args, kwargs, cache, cached)
         return call
+
+    def _by_tensors(self, given: Mapping[str, Any], last: CachedRows) -> tuple[CachedRows, int]:
+        """Of a model whose cache is tensors, or which keeps it to itself: what a pass goes on from,
+        and how many positions that holds, 0 where positions must tell. `last`: what the pass before
+        has left. MoeInspectError where nothing tells."""
+        tensors = [t for t in tensors_in(given.get("past_key_values")) if t.numel()]
+        if not tensors:
+            return last, 0
+        is_told = given.get("position_ids") is not None
+        held = {id(c.rows): c.rows for t in tensors if (c := self._cached.get(t)) is not None}
+        if len(held) == 1:
+            (rows,) = held.values()
+            return rows, length_by_shape(tensors[0], rows) if is_told else rows.length
+        past = length_by_shape(tensors[0], last)
+        if is_told:
+            return last, past
+        # a copy may be of any cache of its length, and of its first positions or of its last
+        is_slice = start_of(tensors[0]) in last.starts
+        lengths = {id(c.rows): c.rows.length for c in self._cached.values() if c.rows is not last}
+        is_last = past == last.length and past not in lengths.values()
+        if held or not past or not (is_slice or is_last):
+            raise MoeInspectError(
+                f"the cache {list(tensors[0].shape)} given to this forward pass does not go on "
+                "from a pass that was recorded: give inputs=…, a function of the forward's "
+                "arguments that returns the `sequences` and `position_ids` of each row"
+            )
+        return last, past
 
     def _keys(self, given: Mapping[str, Any], B: int, S: int) -> tuple[Mapping[str, Any], Keys]:
         """The arguments of a call, with the mask of a packed one; and what identifies its
@@ -226,6 +258,12 @@ class RowReader:
                 self._cached[cache] = Cached(call.after)
         elif call.keys.of_tokens is None:
             self._uncached[call.stack] = call.after
+            if self._inputs is not None:
+                tensors = list(tensors_in(output))
+                call.after.starts = [start_of(tensor) for tensor in tensors]
+                self._cached.update((tensor, Cached(call.after)) for tensor in tensors)
+        if call.before is not None and call.after.length > call.S:
+            call.before.is_continued = True
         if call.stack == "encoder" and values:
             first_BSC = next(iter(values))
             self._encoded.append((first_BSC[:, 0].detach().clone(), call.after))

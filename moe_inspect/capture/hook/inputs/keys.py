@@ -5,11 +5,13 @@ B batch rows, S positions, N tokens without padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_inspect.capture.hook.inputs.given import host_copy
 from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs
@@ -82,15 +84,34 @@ def positions_told(call: CallInputs) -> np.ndarray:
     return position_BS
 
 
-def length_of_tuples(caches: Any, before: CachedRows) -> int:
-    """How many positions a cache of tensors holds, in a list or tuple of such for each layer: [B,
-    heads, positions, …] or [B, positions, heads, …]. They end with the pass before or, where tokens
-    were taken back, within it. 0 where the shape does not tell."""
-    while isinstance(caches, (list, tuple)) and caches:
-        caches = caches[0]
-    if not isinstance(caches, torch.Tensor):
-        return 0
-    found = {n for n in caches.shape[1:-1] if before.length - before.fed < n <= before.length}
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in tuples, lists, dicts and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif not isinstance(value, (list, tuple)):
+        return
+    for one in value:
+        yield from tensors_in(one)
+
+
+def start_of(tensor: torch.Tensor) -> Any:
+    """Where a tensor begins in memory: a slice of its first positions begins there too, one of its
+    last does not. None where it has no memory of its own. The memory is not kept alive."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+        return None
+    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
+
+
+def length_by_shape(cache: torch.Tensor, before: CachedRows) -> int:
+    """How many positions a layer's cache holds: [B, heads, positions, …] or [B, positions, heads,
+    …]. They end with the pass before or, where tokens were taken back, within it. 0 where the shape
+    does not tell."""
+    found = {n for n in cache.shape[1:-1] if before.length - before.fed < n <= before.length}
     if before.length in found:
         return before.length
     return found.pop() if len(found) == 1 else 0

@@ -5,7 +5,7 @@ B batch rows, S positions, T = B·S rows a router sees (padding included).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,12 +65,15 @@ class State(NamedTuple):
 class CachedRows:
     """What a key-value cache holds: `length` positions per row and, once the rows have been read,
     the sequences they belong to. `fed`: how many of the positions the last pass has fed. `taken`:
-    of those, how many were taken back before another pass began (rejected drafts)."""
+    of those, how many were taken back before another pass began (rejected drafts). `starts`: where
+    the tensors that the pass returned begin in memory. `is_continued`: a pass went on from here."""
 
     length: int
     state: State | None = None
     fed: int = 0
     taken: int = 0
+    starts: Collection[Any] = ()
+    is_continued: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +116,7 @@ class CallInputs:
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
     keys: Keys = NO_KEYS
     is_guess: bool = False  # `before` is that of the pass before: positions tell if it goes on
+    is_branch: bool = False  # another pass went on from `before` already
     resumes: bool = False  # the model was told where in its own cache this pass begins
     asked: int = 0  # of how many tokens the logits were asked for: those but the first are drafts
     is_settled: bool = True  # False while tokens may be taken back from the cache

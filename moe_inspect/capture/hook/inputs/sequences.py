@@ -107,13 +107,15 @@ class Numbering:
             if by_key is not None:
                 origin, of_document = self._take(by_key, key), True
             elif before is None:
-                origin, of_document = places[b], not call.is_guess or is_draft
+                origin = places[b]
+                of_document = not call.is_guess or is_draft or (call.is_branch and p > 0)
             else:
                 origin, of_document = before, is_draft or p > before.last
             goes_on = (
                 origin is not None
                 and origin is not before
                 and not is_draft
+                and not call.is_branch
                 and _follows(origin, p, is_resumed)
             )
             if origin is not None and goes_on:
