@@ -84,7 +84,7 @@ def test_several_values_are_repeated_or_comma_separated(command: str, name: str)
     a, b = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
     given = (a, b), (f"{a}, {b}",)
     repeated, separated = (option.process_value(None, values) for values in given)
-    assert repeated == separated == [a, b.replace("\\", "")]
+    assert list(repeated) == list(separated) == [a, b.replace("\\", "")]
     assert option.help.endswith("Repeated or comma-separated.")
     assert option.help.lower().count("repeat") == 1
 

@@ -270,7 +270,7 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
         ),
         ({"num_experts_per_tok": 300}, "300 experts per token, but only 256 experts"),
         ('{"a": ' + "[" * 10**5, "it is nested too deeply"),
-        ('{"a": "' + "a" * 2**24 + '"}', "bytes are more than 16,777,216"),
+        ('{"a": "' + "a" * 2**24 + '"}', "bytes, over 16,777,216"),
     ],
 )
 def test_impossible_sizes_are_refused_before_anything_is_built(

@@ -85,7 +85,7 @@ def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(
     tmp_path: Path, starved: float, expected: int
 ):
     # load ratios 0.2 and 0.4
-    load = np.array([[200, 400, 1_300, 1_100, 1_200, 1_200, 1_300, 1_300]])
+    load = 100 * np.array([[200, 400, 1_300, 1_100, 1_200, 1_200, 1_300, 1_300]])
     made = report(write_counts(tmp_path / "t", [load], 1), thresholds={"starved": starved})
     assert made.tables["balance"]["starved_experts"].tolist() == [expected]
     assert bool(breaches(made, [gate("starved_experts=0", above=True)])) == bool(expected)

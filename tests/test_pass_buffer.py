@@ -460,7 +460,8 @@ def test_what_was_held_is_written_after_an_exception(
 def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The batch that was on its way is lost, and so is all that came after it."""
+    """The batch that was on its way is lost, and so is all that came after it. A pass that keeps a
+    cache waits for the next one: passes 1 and 2 are one batch."""
     monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
     write = TraceWriter.write
 
@@ -479,7 +480,7 @@ def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
             with pytest.raises(MoeInspectError, match="could not be handed over"):
                 model(**BATCHES[3])
             raise KeyboardInterrupt
-    assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.unique().tolist() == [0, 1]
+    assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.unique().tolist() == [0]
 
 
 def test_shards_end_where_they_would_pass_by_pass(tmp_path: Path) -> None:

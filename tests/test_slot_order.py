@@ -210,7 +210,11 @@ FIRST = {  # table → columns that need first choices
         "next_accuracy_marginal",
         "next_accuracy_null",
     ],
-    "specialization": ["vocabulary_specialization", "vocabulary_specialization_null"],
+    "specialization": [
+        "vocabulary_specialization",
+        "vocabulary_specialization_null",
+        "vocabulary_specialization_p",
+    ],
     "vocabulary": ["first_choice_fraction"],
     "paths": [
         "paths",

@@ -91,6 +91,7 @@ class Intervention:
             trace = replay if isinstance(replay, Trace) else open_trace(replay)
             self.replay = Replay(trace, self.sites)
         self._attachment = _Attachment(model, self)
+        self._attachment.one_thread = self.plan.needs_rows
         self._inputs = PassInputs(
             {name: scope.module for name, scope in self._attachment.scopes.items()},
             None,

@@ -74,6 +74,7 @@ class Attachment:
         } or {"": Scope("", self.model, unknown)}
         self._in_model = False  # a call of the whole model is running
         self._thread = 0  # in which the last forward pass began
+        self.one_thread = True  # passes of several threads are refused
         self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
         sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
@@ -325,7 +326,7 @@ class Attachment:
 
     @not_compiled(NOT_COMPILED)
     def _end(self, output: Any) -> None:
-        if self.paused or self.over or self._thread != get_ident():
+        if self.paused or self.over or (self.one_thread and self._thread != get_ident()):
             return
         if output is None and sys.exc_info()[1] is not self._handled:  # it raised
             self._shut()
@@ -364,6 +365,8 @@ class Attachment:
             self._end_pass()
 
     def _check_caller(self) -> None:
+        if not self.one_thread:
+            return
         running = self._in_model or self._alone is not None
         self._thread = eager.check_caller(self.model, self._thread if running else None)
 

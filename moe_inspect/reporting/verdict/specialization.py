@@ -184,9 +184,9 @@ def token_specialization(data: ReportData) -> Finding | None:
         )
     elif not row["vocabulary_specialization_p"] * len(table) < ALPHA:
         said = (
-            f"Too little data to tell whether the token id determines the expert: at most {share:.0%} "
-            "of first choices are the favourite expert of their token id, in "
-            f"{name_of(data, row)}, and chance may give that ({null:.0%} with the ids shuffled)."
+            "Too little data to tell whether the token id determines the expert: in "
+            f"{name_of(data, row)}, {share:.0%} of first choices are the favourite expert of their "
+            f"token id, which may be chance ({null:.0%} with the ids shuffled)."
         )
     if said is not None:
         return finding("token_specialization", "note", said, row, **values)
