@@ -17,11 +17,19 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from tests.families import build
 from tests.test_cli_trace import save_tokenizer
+
+# as the transformers at hand calls it
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in MoeCausalLMOutputWithPast.__dataclass_fields__
+)
 
 IDS = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 17, 4, 33, 9, 17, 4, 33, 9]])
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -116,7 +124,7 @@ def in_chunks(model: Any) -> Texts:
     """The caller keeps the cache, and feeds three tokens, four, one, and one."""
     cache = None
     for part in IDS.split([3, 4, 1, 1], dim=1):
-        cache = model(input_ids=part, cache=cache, use_cache=True).cache
+        cache = model(input_ids=part, use_cache=True, **{CACHE: cache})[CACHE]
     return ROWS
 
 
@@ -158,9 +166,9 @@ def piped(model: Any) -> Texts:
 def own_drafts(model: Any) -> Texts:
     """Speculative decoding by hand: two of four drafts are kept, then none of one, and one of two
     at the end."""
-    cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
+    cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
     for fed, rejected in (([5, 1, 2, 3, 4], 2), ([7, 8], 1), ([6], 0), ([3, 4, 2], 1)):
-        cache = model(input_ids=torch.tensor([fed]), cache=cache).cache
+        cache = model(input_ids=torch.tensor([fed]), **{CACHE: cache})[CACHE]
         if rejected:
             cache.crop(-rejected)
     return [[*ROWS[0][:4], 5, 1, 2, 7, 6, 3, 4]]
@@ -173,12 +181,12 @@ def in_batches(model: Any) -> Texts:
 
     prompts = [ROWS[0], ROWS[1][:4], ROWS[0][:5], ROWS[1]]
     settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1, "max_new_tokens": 5})
+    config = transformers.ContinuousBatchingConfig
+    page = "page_size" if "page_size" in config.__dataclass_fields__ else "block_size"
     out = model.generate_batch(
         inputs=prompts,
         generation_config=settings,
-        continuous_batching_config=transformers.ContinuousBatchingConfig(
-            num_blocks=8, max_batch_tokens=8, page_size=4
-        ),
+        continuous_batching_config=config(num_blocks=8, max_batch_tokens=8, **{page: 4}),
     )
     assert {tuple(o.prompt_ids) for o in out.values()} == set(map(tuple, prompts))
     texts = [[*o.prompt_ids, *o.generated_tokens[:-1]] for o in out.values()]
@@ -269,9 +277,9 @@ def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
         watched(model, [layer.mlp.gate for layer in model.model.layers]) as fed,
         moe_inspect.record(model, tmp_path / "t"),
     ):
-        cache = model(input_ids=IDS[:1, :4], use_cache=True).cache
+        cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
         for ids in (IDS[:1, 4:7], IDS[1:, 4:8]):
-            model(input_ids=ids, cache=cache)
+            model(input_ids=ids, **{CACHE: cache})
             cache.crop(-ids.shape[1])
     tokens = agreed(tmp_path / "t", fed)
     assert tokens.groupby("sequence").position.apply(list).tolist() == [[*range(7)], [4, 5, 6, 7]]
@@ -401,7 +409,11 @@ def test_of_a_model_with_a_cache_of_its_own(kind: Any, feed: Any, tmp_path: Path
         past = feed(model, torch.tensor([[2]]), 9, past)
     tokens = agreed(tmp_path / "t", fed)
     assert texts_of(tokens) == [*ROWS, *IDS.flip(1).tolist(), [5, 6, 7, 1, 2, 8, 9, 7, 3, 2]]
-    assert tokens.groupby("phase").size().to_dict() == {"prefill": 33, "decode": 13, "draft": 3}
+    assert tokens.groupby(tokens.phase.astype(str)).size().to_dict() == {
+        "prefill": 33,
+        "decode": 13,
+        "draft": 3,
+    }
     whole = model.run(torch.tensor([ROWS[0]]))[0]  # the cache works
     assert whole.shape == (1, 9, 64)
 
