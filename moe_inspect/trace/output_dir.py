@@ -233,7 +233,7 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
         way_out = ", or --resume it" if resumable else ""
         raise MoeInspectError(
             f"there is {'a trace' if is_trace else 'something'} at {path}: choose another "
-            f"directory, or replace a trace with --overwrite{way_out}"
+            f"directory, or replace a trace with --overwrite (overwrite=True){way_out}"
         )
     others = (
         there.strange

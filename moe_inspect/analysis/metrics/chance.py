@@ -169,7 +169,9 @@ def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
     apart_UE = (weight_UE * (ratio_UE - mean_DE[domain_U])) ** 2
     few_D1 = nan_for_zero(documents_D1 - 1)
     variance_DE = member_DU @ apart_UE / weight_DE**2 * documents_D1 / few_D1
-    pooled_E = np.nanmean(variance_DE * weight_DE, axis=0)
+    known_DE = np.isfinite(variance_DE * weight_DE)
+    several_E = nan_for_zero(known_DE.sum(0).astype(float))
+    pooled_E = np.where(known_DE, variance_DE * weight_DE, 0).sum(0) / several_E
     variance_DE = np.maximum(variance_DE, pooled_E / weight_DE)
     error_DE = np.sqrt(variance_DE + _mean_of_others(variance_DE, (D - 1) ** 2))
     t_DE = (mean_DE - _mean_of_others(mean_DE, D - 1)) / nan_for_zero(error_DE)

@@ -98,7 +98,8 @@ def _beyond_chance(data: ReportData, least_used: bool = False) -> Any:
 def _little_used(data: ReportData, row: Any) -> bool:
     """Whether chance hardly makes the least used expert of any router as little used."""
     if data.counts.counts_only:
-        return above_chance(data, row)
+        below = 1 - row["min_over_max"] * row["max_over_mean"]
+        return beyond_documents(below, row["noise_floor"])
     return row["least_used_p"] < ALPHA
 
 
