@@ -111,7 +111,7 @@ def test_the_ending_of_the_file_says_the_format(
 
 def test_the_report_in_words_on_stdout_and_in_a_file(cli_here: Cli, trace: Trace, tmp_path: Path):
     done = cli_here("report", trace.path)
-    assert "• Layer 3 is the worst balanced" in done.stdout
+    assert "• Critical: Layer 3 is the worst balanced" in done.stdout
     assert done.stderr == ""
     assert cli_here("report", trace.path, "-o", "report.txt").stdout == ""
     assert (tmp_path / "report.txt").read_text() == done.stdout

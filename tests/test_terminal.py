@@ -23,9 +23,9 @@ from rich.color import Color, ColorSystem
 
 from moe_inspect.analysis.metrics.registry import listing
 from moe_inspect.cli.report.metrics import print_metrics
-from moe_inspect.reporting.render.console import console_for, on_screen
+from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
-from moe_inspect.reporting.render.one_screen import LINES
+from moe_inspect.reporting.render.one_screen import MOST_FINDINGS, finding_lines
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import open_trace
@@ -33,7 +33,7 @@ from tests.conftest import ROOT
 from tests.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
-HEIGHT = 60
+TALL, LOW = 60, 24
 # draws the report whose number it reads, on a screen that it clears first
 DRAW = """
 import sys, moe_inspect
@@ -46,7 +46,7 @@ for line in sys.stdin:
     print("END", flush=True)
 """
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-Show = Callable[[int, int], list[str]]
+Show = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +98,15 @@ def _tmux(command: list[str]) -> Iterator[Show]:
             time.sleep(0.05)
         raise AssertionError(shown)
 
-    def show(columns: int, number: int) -> list[str]:
-        tmux("resize-window", "-t", "one", "-x", columns, "-y", HEIGHT)
+    def show(columns: int, number: int, height: int = TALL) -> list[str]:
+        tmux("resize-window", "-t", "one", "-x", columns, "-y", height)
         tmux("send-keys", "-R", "-t", "one", str(number), "Enter")
         return lines("END")
 
     try:
-        program = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
-        tmux("new-session", "-d", "-s", "one", "-x", 80, "-y", HEIGHT, program)
+        # pytest imports readline, which sets the size in the environment
+        program = f"env -u LINES -u COLUMNS PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
+        tmux("new-session", "-d", "-s", "one", "-x", 80, "-y", TALL, program)
         lines("READY")
         yield show
     finally:
@@ -119,7 +120,10 @@ def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **{name: at for name, at in os.environ.items() if name not in ("LINES", "COLUMNS")},
+            **{"TERM": "xterm", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
+        },
     )
 
     def read(until: str) -> str:
@@ -128,8 +132,8 @@ def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
             sent += os.read(ours, 65_536)
         return sent.decode()
 
-    def show(columns: int, number: int) -> list[str]:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, columns, 0, 0))
+    def show(columns: int, number: int, height: int = TALL) -> list[str]:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
         os.write(ours, f"{number}\n".encode())
         sent = ESCAPE.sub("", read("END").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
         return [one for line in sent for one in _broken(line, columns)]
@@ -173,7 +177,7 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[s
         shown: dict[int, list[str]] = {}
         for columns in (80, 120, 200):
             lines = shown[columns] = show(columns, number)
-            assert 20 < len(lines) <= LINES, (path, columns, len(lines))
+            assert 20 < len(lines) <= SCREEN_LINES, (path, columns, len(lines))
             new = _words(lines[:-1]) - known
             assert all(word.isdecimal() for word in new), (path, columns, new)
             rows = [line for line in lines if re.match(r"layer +\d", line)]
@@ -183,17 +187,32 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[s
             worst = [float(line.split()[2].rstrip("x")) for line in lines[at:-2]]
             assert worst == sorted(worst, reverse=True)
             assert len(worst) >= min(L, 5)
+            assert sum(line.startswith("• ") for line in lines) <= MOST_FINDINGS < len(
+                [line for line in piped if line.startswith("• ")]
+            )
         assert len(shown[200]) <= len(shown[80])
         first = [line for line in shown[80] if re.match(r"layer +0", line)]
         assert bool(re.search("[▇█]", first[0])) == (E > 8)  # characters where numbers do not fit
+
+
+def test_a_report_fits_a_low_terminal(show: Show, traces: list[str]) -> None:
+    for number in range(len(traces)):
+        lines = show(80, number, LOW)
+        # the line that ends the drawing stands in the last one, as a prompt would
+        assert 15 < len(lines) < LOW, (number, lines)
+        assert lines[-1].startswith("--full adds ")
+        assert any(line.startswith(("• Critical: ", "• Warning: ")) for line in lines)
+        assert sum(bool(re.match(r"layer +\d", line)) for line in lines) >= 4
 
 
 def test_a_file_gets_sentences_in_one_line(traces: list[str]) -> None:
     made, file = report(open_trace(traces[1])), io.StringIO()
     print_report(made, file)
     lines = file.getvalue().splitlines()
-    assert [f"• {finding.text}" for finding in made.verdict()] == lines[2 : 2 + len(made.verdict())]
-    assert len(lines) <= LINES
+    said = [str(line) for one in made.verdict() for line in finding_lines(one, console_for(file))]
+    assert said == lines[2 : 2 + len(made.verdict())]
+    assert said[0].startswith("• Critical: ") and said[-1].startswith("• Judged on")
+    assert len(lines) <= SCREEN_LINES
     assert not any(line.endswith((" ", "…")) for line in lines)
 
 

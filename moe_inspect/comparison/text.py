@@ -88,7 +88,7 @@ def print_comparison(made: PairData, file: TextIO) -> None:
         for name in EXCERPTS
         if len(made.tables[name]) and (name == "agreement" or made.mismatched)
     ]
-    most = rows_that_fit(lines, len(shown)) if console.is_terminal else ROWS
+    most = rows_that_fit(console, lines, len(shown)) if console.is_terminal else ROWS
     for name in shown:
         excerpt, whole = EXCERPTS[name], made.tables[name]
         frame = excerpt.rows(whole, most)

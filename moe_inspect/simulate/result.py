@@ -64,7 +64,7 @@ class Simulation(Shown):
 
         console, names = console_for(file), self.shown or self.in_order[:1]
         lines = print_and_count(self._print_verdict, console)
-        most = rows_that_fit(lines, len(names)) if console.is_terminal else ROWS
+        most = rows_that_fit(console, lines, len(names)) if console.is_terminal else ROWS
         for name in names:
             frame = self.tables[name]
             cut = f": the first {most} of {len(frame):,} rows" if len(frame) > most else ""

@@ -198,7 +198,7 @@ def print_loads(made: LoadData, file: TextIO) -> None:
     excerpts = {"load_shift": "load_shift", "diverged": "most_load_shift", "balance": "max_vio_b"}
     if len(made.steps.first_W) < 2:
         del excerpts["diverged"]
-    most = rows_that_fit(lines, len(excerpts)) if console.is_terminal else ROWS
+    most = rows_that_fit(console, lines, len(excerpts)) if console.is_terminal else ROWS
     for name, worst in excerpts.items():
         whole: Any = made.tables[name]
         frame = whole.nlargest(most, worst) if len(whole) > most else whole

@@ -185,7 +185,7 @@ def print_models(made: ModelData, file: TextIO) -> None:
     title = f"A {made.a.path} · B {made.b.path}"
     lines = print_and_count(partial(print_verdict, findings(made)), console, title)
     there = {name: columns for name, columns in EXCERPTS.items() if not made.why_not(name)}
-    most = rows_that_fit(lines + 2, len(there), 5) // 2 if console.is_terminal else ROWS
+    most = rows_that_fit(console, lines + 2, len(there), 5) // 2 if console.is_terminal else ROWS
     for name, columns in there.items():
         frame: Any = made.tables[name]
         if console.is_terminal:

@@ -16,6 +16,7 @@ from rich.text import Text
 from moe_inspect.text import number, printable
 
 SCREEN_LINES = 45
+LEAST_LINES = 23
 MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
 FILE_WIDTH = 10_000
@@ -90,11 +91,18 @@ def print_and_count(show: Callable[[Console], None], console: Console, title: st
     return captured.get().count("\n")
 
 
-def rows_that_fit(lines: int, tables: int, besides: int = 6) -> int:
+def screen_lines(console: Console) -> int:
+    """The lines of a screen of text: SCREEN_LINES, or what a terminal that is lower has above its
+    prompt."""
+    low = console.is_terminal and not isinstance(console.file, _Screen)
+    return max(LEAST_LINES, min(SCREEN_LINES, console.height - 1)) if low else SCREEN_LINES
+
+
+def rows_that_fit(console: Console, lines: int, tables: int, besides: int = 6) -> int:
     """The rows that each of so many tables can have on what `lines` leave of a screen. `besides`:
     what a table takes besides: an empty line, a title, a line on columns that are the same in
     every row, the names, a rule, a line on what is left out."""
-    return max(2, (SCREEN_LINES - lines) // max(tables, 1) - besides)
+    return max(2, (screen_lines(console) - lines) // max(tables, 1) - besides)
 
 
 def print_frame(

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moe_inspect.reporting.render.console import table_row, wrapped
+from moe_inspect.reporting.render.console import screen_lines, table_row, wrapped
 from moe_inspect.reporting.render.heatmap import heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.summary import notes
@@ -18,23 +18,23 @@ from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
 
-LINES = 45  # of the whole, on a terminal of 80 columns or more
-LEAST_ROWS = 5  # that the table of layers has, where there are so many
-LEAST_MAP = 10  # rows that the map has, where there are so many
+MOST_FINDINGS = 5  # on a terminal
 COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
 
 
 def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
-    """At most LINES lines. The gravest findings come first, then the map and the table have the
-    room that is left; the last line says what is not shown."""
-    head = wrapped(title, console)
+    """What fits the screen, on a terminal of 80 columns and 24 lines or more. The gravest findings
+    come first, then the map and the table have the room that is left; the last line says what is
+    not shown."""
+    head, lines = wrapped(title, console), screen_lines(console)
     routers = len(data.selection.routers)
+    least_rows, least_map = min(routers, lines // 9), min(routers, lines * 2 // 9)
     # empty lines, titles of map and table, the last line
     fixed = len(head) + 4 + len(heatmap_lines(data, console, 1)) - 1 + 2 + 1
-    room = LINES - fixed - min(routers, LEAST_ROWS)
-    said, left_out = _gravest(findings(data), room - min(routers, LEAST_MAP), console)
-    rows_of_map = min(routers, max(LEAST_MAP, room - len(said)))
-    rows = LINES - fixed - len(said) - rows_of_map
+    room = lines - fixed - least_rows
+    said, left_out = _gravest(findings(data), room - least_map, console)
+    rows_of_map = min(routers, max(least_map, room - len(said)))
+    rows = lines - fixed - len(said) - rows_of_map
     parts = [
         head,
         said,
@@ -50,17 +50,22 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
 
 
 def finding_lines(found: Finding, console: Console) -> list[Text]:
-    """A finding as a bullet; a terminal shows its severity by a colour."""
-    colour = COLOUR_OF.get(found.severity, "") if console.is_terminal else ""
-    return wrapped(Text(printable(found.text), style=colour), console, Text("• ", style=colour))
+    """A finding as a bullet: a grave one begins with its severity, and has a colour on a
+    terminal."""
+    colour, said = COLOUR_OF.get(found.severity, ""), printable(found.text)
+    if colour:
+        said = f"{found.severity.capitalize()}: {said}"
+    style = colour if console.is_terminal else ""
+    return wrapped(Text(said, style=style), console, Text("• ", style=style))
 
 
 def _gravest(found: list[Finding], most: int, console: Console) -> tuple[list[Text], int]:
-    """The lines of the first findings that fit, of three at least; and how many do not."""
+    """The lines of the first findings that fit, of one at least; and how many do not."""
     lines = list[Text]()
     for n, one in enumerate(found):
         more = finding_lines(one, console)
-        if n >= 3 and len(lines) + len(more) > most:
+        many = console.is_terminal and n == MOST_FINDINGS
+        if many or (n and len(lines) + len(more) > most):
             return lines, len(found) - n
         lines += more
     return lines, 0
