@@ -105,7 +105,8 @@ def _tmux(command: list[str]) -> Iterator[Show]:
 
     try:
         # pytest imports readline, which sets the size in the environment
-        program = f"env -u LINES -u COLUMNS PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
+        sizes = "env -u LINES -u COLUMNS"
+        program = f"{sizes} PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
         tmux("new-session", "-d", "-s", "one", "-x", 80, "-y", TALL, program)
         lines("READY")
         yield show
@@ -187,8 +188,10 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[s
             worst = [float(line.split()[2].rstrip("x")) for line in lines[at:-2]]
             assert worst == sorted(worst, reverse=True)
             assert len(worst) >= min(L, 5)
-            assert sum(line.startswith("• ") for line in lines) <= MOST_FINDINGS < len(
-                [line for line in piped if line.startswith("• ")]
+            assert (
+                sum(line.startswith("• ") for line in lines)
+                <= MOST_FINDINGS
+                < len([line for line in piped if line.startswith("• ")])
             )
         assert len(shown[200]) <= len(shown[80])
         first = [line for line in shown[80] if re.match(r"layer +0", line)]
@@ -211,7 +214,8 @@ def test_a_file_gets_sentences_in_one_line(traces: list[str]) -> None:
     lines = file.getvalue().splitlines()
     said = [str(line) for one in made.verdict() for line in finding_lines(one, console_for(file))]
     assert said == lines[2 : 2 + len(made.verdict())]
-    assert said[0].startswith("• Critical: ") and said[-1].startswith("• Judged on")
+    assert said[0].startswith("• Critical: ")
+    assert said[-1].startswith("• Judged on")
     assert len(lines) <= SCREEN_LINES
     assert not any(line.endswith((" ", "…")) for line in lines)
 
