@@ -374,6 +374,8 @@ def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):  #
     page = Opened(browser, index, index.read_text())
     view = page.view
 
+    assert page.axe() == []
+
     def ask(text: str) -> list[str]:
         view.locator("#find").fill(text)
         return view.locator("#found li").all_inner_texts()

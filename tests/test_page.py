@@ -153,6 +153,12 @@ class Opened:
             self.view.wait_for_timeout(25)
         raise AssertionError(f"never true: {true}")
 
+    def axe(self, place: str | None = None) -> list[tuple[str, str]]:
+        """What axe complains of: each rule, and the first element that breaks it."""
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        found = axe.run(self.view, place, {"resultTypes": ["violations"]}).response["violations"]
+        return [(one["id"], one["nodes"][0]["html"]) for one in found]
+
     def drawn(self, title: str) -> list[list[dict[str, Any]]]:
         """What is drawn in each panel of a section: its marks."""
         plots = (
