@@ -115,6 +115,8 @@ def test_the_report_in_words_on_stdout_and_in_a_file(cli_here: Cli, trace: Trace
     assert done.stderr == ""
     assert cli_here("report", trace.path, "-o", "report.txt").stdout == ""
     assert (tmp_path / "report.txt").read_text() == done.stdout
+    assert cli_here("report", trace.path, "-o", "-").stdout == done.stdout
+    assert not (tmp_path / "-").exists()
 
 
 def test_selecting_on_the_command_line(cli_here: Cli, trace: Trace):

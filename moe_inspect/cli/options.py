@@ -18,12 +18,19 @@ from typer.core import TyperOption
 
 from moe_inspect.cli.help.command import GroupedCommand
 
+
+def not_stdout(path: Path | None) -> Path | None:
+    """The path; None for "-", which is stdout."""
+    return None if path == Path("-") else path
+
+
 Output = Annotated[
     Path | None,
     typer.Option(
         "-o",
         "--output",
         metavar="FILE",
+        callback=not_stdout,
         help="Write to this file instead of stdout.",
         show_default=False,
     ),
