@@ -23,8 +23,9 @@ SOURCE = "arXiv:2407.01906, eq."
     source=f"{SOURCE} 7",
 )
 def token_score(assignments_DE: np.ndarray) -> np.ndarray:
-    """The mean over a domain's tokens of 1[expert chosen]/k, as the authors publish it: all tokens
-    have equal weight. NaN for a domain without load."""
+    """The expert's share of a domain's assignments: where no slot is empty, the mean over its
+    tokens of 1[expert chosen]/k, as the authors publish it. All tokens have equal weight. NaN for a
+    domain without load."""
     return assignments_DE / nan_for_zero(assignments_DE.sum(1))[:, None]
 
 
@@ -49,7 +50,7 @@ def gate_score(weight_sum_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 def token_score_by_sample(esft_token_DE: np.ndarray, samples_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's samples of the mean over the sample's tokens of 1[expert chosen]/k:
     all samples have equal weight, however long, as the equation is written. Equal to token_score if
-    all samples have the same length."""
+    all samples have the same length and no slot is empty."""
     return esft_token_DE / nan_for_zero(samples_D)[:, None]
 
 

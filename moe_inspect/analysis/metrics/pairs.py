@@ -51,7 +51,7 @@ def together_by_chance(together_EE: np.ndarray) -> np.ndarray:
     """The N_ab expected of decisions with k distinct experts, random but for the loads: the
     probability of a set is the product of a weight of each of its experts (conditional Poisson
     sampling, the distribution of largest entropy with these loads: Chen, Dempster and Liu 1994). If
-    slots are null, k is that of the mean decision. [E, E], 0 on the diagonal."""
+    slots are null, k is 1 + pairs ÷ assignments, rounded. [E, E], 0 on the diagonal."""
     observed_EE = _without_diagonal(together_EE, 0.0)
     row_E, load_E = observed_EE.sum(1), np.diagonal(together_EE).astype(float)
     expected_EE = np.zeros_like(observed_EE)

@@ -113,9 +113,9 @@ def step_floors(
 
 
 def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
-    """A placement for the load of each window: the GPU of each expert. Each GPU gets the same
-    number of experts, or one fewer; the heaviest expert is placed first, each on the least loaded
-    GPU with room. int64 [W, E]"""
+    """A placement for the load of each window: the GPU of each expert. Each GPU has room for
+    ceil(E / ranks) experts; the heaviest expert is placed first, each on the least loaded GPU with
+    room. Of equals the lowest id comes first, and the lowest GPU. int64 [W, E]"""
     W, E = map(int, load_WE.shape)
     order_WE = np.argsort(-load_WE, axis=1, kind="stable")
     heaviest_EW = np.take_along_axis(load_WE, order_WE, 1).T.astype(float)

@@ -1,0 +1,554 @@
+"""The formulas of docs/metrics.md and docs/simulate.md, written out once more in plain NumPy, give
+the columns of the tables: on a trace with empty slots, documents of unequal length, one of which is
+two sequences, and generated tokens.
+
+T tokens, K slots, E experts, U documents, D domains, W windows, S sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moe_inspect
+from moe_inspect.simulate.cache.cache import simulate_cache
+from moe_inspect.simulate.capacity.capacity import simulate_capacity
+from moe_inspect.simulate.decode.decode import simulate_decode
+from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+
+E, K, L, S, WINDOW = 6, 3, 2, 13, 40
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written, in execution order. ids_TK: −1 where a slot is empty, as they then weigh
+    0."""
+
+    trace: Trace
+    counted: Trace
+    ids: list[np.ndarray]
+    weights: list[np.ndarray]
+    token_id: np.ndarray
+    document: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    batch: np.ndarray
+    generated: np.ndarray
+
+    @cached_property
+    def report(self) -> Any:
+        return moe_inspect.report(self.trace, window=WINDOW, top=0)
+
+    @cached_property
+    def domain(self) -> np.ndarray:
+        return self.document % 2
+
+    @cached_property
+    def chosen(self) -> list[np.ndarray]:
+        """float [T, E]: 1 where the token chose the expert."""
+        return [(ids_TK[:, :, None] == np.arange(E)).sum(1).astype(float) for ids_TK in self.ids]
+
+    def by(self, key_T: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.stack([values[key_T == key].sum(0) for key in np.unique(key_T)])
+
+    def windows(self, r: int) -> np.ndarray:
+        return self.by(np.arange(len(self.domain)) // WINDOW, self.chosen[r])
+
+    def whole_windows(self, r: int) -> np.ndarray:
+        tokens_W = np.bincount(np.arange(len(self.domain)) // WINDOW)
+        return self.windows(r)[2 * tokens_W >= tokens_W.max()]
+
+    @cached_property
+    def neighbours(self) -> np.ndarray:
+        """Tokens in the order of their sequences, and whether each follows the one before."""
+        by_T = np.lexsort((self.position, self.sequence))
+        return np.stack([by_T, np.r_[False, np.diff(self.sequence[by_T]) == 0]])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    rng = np.random.default_rng(5)
+    prompt_S, answer_S = rng.integers(9, 32, S), rng.integers(0, 9, S)
+    rows = []  # sequence, position, batch, generated
+    for s in range(S):  # three prompts a pass
+        rows += [(s, p, s // 3, 0) for p in range(prompt_S[s])]
+    for step in range(answer_S.max()):
+        going = np.flatnonzero(answer_S > step)
+        rows += [(s, prompt_S[s] + step, (S + 2) // 3 + step, 1) for s in going]
+    sequence, position, batch, generated = np.array(rows).T
+    document, T = np.maximum(sequence - 1, 0), len(rows)
+    ids, weights = [], []
+    for _ in range(L):
+        taste_UE = rng.gumbel(size=(S, E)) * 0.7
+        order_TE = np.argsort(taste_UE[document] + rng.gumbel(size=(T, E)), axis=1)[:, ::-1]
+        taken_T = np.where(rng.random(T) < 0.2, rng.integers(0, K, T), K)
+        ids.append(np.where(np.arange(K) < taken_T[:, None], order_TE[:, :K], -1))
+        weight_TK = np.sort(rng.integers(1, 64, (T, K)) / 64, axis=1)[:, ::-1]
+        weights.append(np.where(ids[-1] >= 0, weight_TK, 0))
+    token_id = rng.integers(0, 20, T)
+    root = tmp_path_factory.mktemp("formulas")
+    manifest = {"model": {"id": "synthetic"}, "capture": {"weights": True, "mode": "tap"}}
+    with TraceWriter(root / "a", manifest, routers(L, E, K), weights=True) as writer:
+        for b in range(batch.max() + 1):
+            at = batch == b
+            new = np.unique(document[at]) if not generated[at].any() else []
+            columns = (token_id, document, sequence, position, document % 2)
+            writer.write(
+                RoutedBatch(
+                    b,
+                    *(column[at].astype(np.int32) for column in columns),
+                    ["even", "odd"],
+                    [np.where(x < 0, 255, x)[at].astype(np.uint8) for x in ids],
+                    [x[at].astype(np.float32) for x in weights],
+                    documents=[
+                        Document(int(d), ["even", "odd"][d % 2], "", 9) for d in new if d or b == 0
+                    ],
+                    phase="decode" if generated[at].any() else "prefill",
+                )
+            )
+    loads = [rng.integers(40, 90, (2, E)) * K for _ in range(L)]
+    counted = write_counts(root / "b", loads, K, ("even", "odd"))
+    return Made(
+        open_trace(root / "a"),
+        counted,
+        ids,
+        weights,
+        token_id,
+        document,
+        sequence,
+        position,
+        batch,
+        generated.astype(bool),
+    )
+
+
+# --- formulas
+
+
+def share(load: np.ndarray) -> np.ndarray:
+    return load / load.sum(-1, keepdims=True)
+
+
+def design_effect(m: Made, r: int) -> float:
+    load_UE, tokens_U = m.by(m.document, m.chosen[r]), np.bincount(m.document)
+    activation_E = load_UE.sum(0) / tokens_U.sum()
+    beyond_UE = load_UE - tokens_U[:, None] * activation_E
+    between = sum(len(of) * of.var(0, ddof=1).sum() for of in (beyond_UE[::2], beyond_UE[1::2]))
+    return between / (tokens_U.sum() * (activation_E * (1 - activation_E)).sum())
+
+
+def floors(share_E: np.ndarray, tokens_W: np.ndarray, effect: float) -> list[tuple[float, float]]:
+    """Total variation and JSD of each window and the one before."""
+    chosen_E, found = np.minimum(K * share_E, 1), []
+    for before, after in pairwise(tokens_W):
+        spread_E = max(effect, 1) * chosen_E * (1 - chosen_E) / K**2 * (1 / before + 1 / after)
+        tv = np.sqrt(2 * spread_E / math.pi).sum() / 2
+        found.append((min(tv, 1), min((spread_E / share_E).sum() / (8 * math.log(2)), 1)))
+    return found
+
+
+def drift_floors(m: Made, r: int, load_WE: np.ndarray) -> np.ndarray:
+    of_all = floors(share(m.chosen[r].sum(0)), load_WE.sum(1) / K, design_effect(m, r))
+    return np.array(of_all).reshape(-1, 2)
+
+
+def total_variation(load_WE: np.ndarray) -> np.ndarray:
+    return np.abs(np.diff(share(load_WE), axis=0)).sum(1) / 2
+
+
+def chance(tokens: float) -> float:
+    """max_vio of so many tokens that choose at random; between whole numbers in proportion."""
+    low = math.floor(tokens)
+    return chance_of(low) + (tokens - low) * (chance_of(low + 1) - chance_of(low))
+
+
+@cache
+def chance_of(tokens: int) -> float:
+    order = np.random.default_rng(tokens).random((1_000, tokens, E)).argsort(2)[:, :, :K]
+    load = np.stack([(order == e).sum((1, 2)) for e in range(E)])
+    return float(load.max(0).mean() / (K * tokens / E) - 1)
+
+
+def batches(m: Made, r: int) -> tuple[float, float]:
+    """Mean max_vio of the passes of at least half the tokens of the largest, and its floor."""
+    tokens_B, load_BE = np.bincount(m.batch), m.by(m.batch, m.chosen[r])
+    whole = 2 * tokens_B >= tokens_B.max()
+    filled = (m.ids[r] >= 0).mean()
+    vio = (load_BE.max(1) / load_BE.mean(1) - 1)[whole].mean()
+    return vio, float(np.mean([chance(n * filled) for n in tokens_B[whole]]))
+
+
+def packed(load_E: np.ndarray, gpus: int) -> list[int]:
+    """The GPU of each expert."""
+    gpu_of, load_G, room_G = [0] * E, [0.0] * gpus, [-(-E // gpus)] * gpus
+    for e in sorted(range(E), key=lambda e: (-load_E[e], e)):
+        g = min((g for g in range(gpus) if room_G[g]), key=lambda g: (load_G[g], g))
+        gpu_of[e], load_G[g], room_G[g] = g, load_G[g] + load_E[e], room_G[g] - 1
+    return gpu_of
+
+
+def balancedness(load_E: np.ndarray, gpu_of: list[int], gpus: int = E // 2) -> float:
+    load_G = np.bincount(gpu_of, load_E, gpus)
+    return load_G.mean() / load_G.max()
+
+
+def fresh(m: Made, r: int) -> float:
+    return float(np.mean([balancedness(x, packed(x, E // 2)) for x in m.whole_windows(r)]))
+
+
+def stale(m: Made, r: int) -> float:
+    steps = pairwise(m.whole_windows(r))
+    return float(np.mean([balancedness(now, packed(old, E // 2)) for old, now in steps]))
+
+
+def by_sample(m: Made, values_TE: np.ndarray) -> np.ndarray:
+    """Mean over a domain's sequences of the mean over their tokens. [D, E]"""
+    mean_SE = m.by(m.sequence, values_TE) / np.bincount(m.sequence)[:, None]
+    domain_S = np.array([m.domain[m.sequence == s][0] for s in range(S)])
+    return np.stack([mean_SE[domain_S == d].mean(0) for d in (0, 1)])
+
+
+def weighed(m: Made, r: int) -> np.ndarray:
+    """Gate weight of each expert. [T, E]"""
+    return (m.weights[r][:, :, None] * (m.ids[r][:, :, None] == np.arange(E))).sum(1)
+
+
+def together(m: Made, r: int) -> np.ndarray:
+    return m.chosen[r].T @ m.chosen[r]
+
+
+def first_pairs(m: Made) -> np.ndarray:
+    first, after = (ids_TK[:, 0] for ids_TK in m.ids)
+    found, known = np.zeros((E, E)), (first >= 0) & (after >= 0)
+    np.add.at(found, (first[known], after[known]), 1)
+    return found
+
+
+def repeated(m: Made, r: int, any_choice: bool) -> np.ndarray:
+    """Share of a domain's pairs of consecutive tokens that choose alike. [D]"""
+    by_T, follows_T = m.neighbours
+    alike = np.zeros((2, 2))
+    for before, after, follows in zip(by_T, by_T[1:], follows_T[1:], strict=False):
+        a, b = ([x for x in m.ids[r][t] if x >= 0] for t in (before, after))
+        same = bool(set(a) & set(b)) if any_choice else bool(a and b and a[0] == b[0])
+        alike[m.domain[after]] += (same and follows, follows)
+    return alike[:, 0] / alike[:, 1]
+
+
+def best_f(frequency: np.ndarray, m: int, weight: np.ndarray | float = 1.0) -> float:
+    """The best F-measure over thresholds of how many of m tokens choose an expert."""
+    of = np.broadcast_to(weight, frequency.shape)
+    return max(
+        2
+        * (of * frequency)[frequency >= f].sum()
+        / (m * of[frequency >= f].sum() + (of * frequency).sum())
+        for f in range(1, m + 1)
+    )
+
+
+def srp(m: Made, r: int, length: int) -> float:
+    found = []
+    for s in range(S):
+        by_T = np.flatnonzero(m.sequence == s)
+        by_T = by_T[np.argsort(m.position[by_T])]
+        starts = range(len(by_T) - length + 1)
+        found += [m.chosen[r][by_T[t : t + length]].sum(0) for t in starts]
+    return best_f(np.ravel(found), length)
+
+
+def srp_by_load(m: Made, r: int, length: int) -> float:
+    p_E, f_M = m.chosen[r].mean(0)[:, None], np.arange(length + 1)
+    ways_M = np.array([math.comb(length, f) for f in f_M])
+    return best_f(f_M, length, (ways_M * p_E**f_M * (1 - p_E) ** (length - f_M)).sum(0))
+
+
+def frequent(m: Made, r: int, first: bool) -> tuple[float, float]:
+    """Σ over token ids that occur 8 times or more of the favourite's count, and of all counts."""
+    best = of = 0.0
+    for token_id in np.flatnonzero(np.bincount(m.token_id) >= 8):
+        at = m.token_id == token_id
+        firsts = m.ids[r][at, 0]
+        count_E = np.bincount(firsts[firsts >= 0], minlength=E) if first else m.chosen[r][at].sum(0)
+        best, of = best + count_E.max(), of + (count_E.sum() if first else at.sum())
+    return best, of
+
+
+def domain_mi_bits(m: Made, r: int) -> float:
+    share_DE = share(m.by(m.domain, m.chosen[r]))
+    return float((share_DE * np.log2(share_DE / share_DE.mean(0))).sum(1).mean())
+
+
+def signature(m: Made) -> tuple[float, float]:
+    """Accuracy and the lower end of its interval, of all routers together."""
+    share_UX = np.hstack([share(m.by(m.document, chosen_TE)) for chosen_TE in m.chosen])
+    distance_UU = ((share_UX[:, None] - share_UX) ** 2).sum(2) + np.diag([np.inf] * len(share_UX))
+    nearest_U, U = distance_UU.argmin(1), len(share_UX)
+    p = float((nearest_U % 2 == np.arange(U) % 2).mean())
+    n = U / (1 + (nearest_U[nearest_U] == np.arange(U)).mean())
+    z = 1.959964
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return p, max(0.0, (p + z**2 / (2 * n) - half) / (1 + z**2 / n))
+
+
+def entropy_bits(choice_TX: np.ndarray) -> float:
+    _, count = np.unique(choice_TX, axis=0, return_counts=True)
+    return float(-(share(count) * np.log2(share(count))).sum())
+
+
+def confidence(m: Made, r: int) -> np.ndarray:
+    """Mass, entropy in nats and margin of the weights of tokens that have any."""
+    weight_NK = m.weights[r][m.weights[r].sum(1) > 0]
+    p = share(weight_NK)
+    nats = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+    return np.array([weight_NK.sum(1).mean(), nats.mean(), (p[:, 0] - p[:, 1]).mean()])
+
+
+def each(of: Callable[[Made, int], Any]) -> Callable[[Made], np.ndarray]:
+    """Router after router, as the rows of a table are."""
+    return lambda m: np.concatenate([np.ravel(of(m, r)) for r in range(L)])
+
+
+def first(values: np.ndarray) -> np.ndarray:
+    """The first window has none before it."""
+    return np.r_[np.nan, values]
+
+
+EXACT: dict[str, Callable[[Made], Any]] = {
+    "balance.assignments": each(lambda m, r: m.chosen[r].sum()),
+    "balance.tokens": each(lambda m, r: len(m.domain)),
+    "balance.max_vio_batch": each(lambda m, r: batches(m, r)[0]),
+    "balance.design_effect": each(design_effect),
+    "load.share": each(lambda m, r: share(m.chosen[r].sum(0))),
+    "domains.activation": each(
+        lambda m, r: m.by(m.domain, m.chosen[r]) / np.bincount(m.domain)[:, None]
+    ),
+    "specialization.domain_mi_bits": each(domain_mi_bits),
+    "specialization.vocabulary_specialization": each(
+        lambda m, r: np.divide(*frequent(m, r, first=True))
+    ),
+    "specialization.vocabulary_specialization_any": each(
+        lambda m, r: np.divide(*frequent(m, r, first=False))
+    ),
+    "repetition.first_choice": each(lambda m, r: repeated(m, r, any_choice=False)),
+    "repetition.any_choice": each(lambda m, r: repeated(m, r, any_choice=True)),
+    "locality.srp_4": each(lambda m, r: srp(m, r, 4)),
+    "locality.srp_4_by_load": each(lambda m, r: srp_by_load(m, r, 4)),
+    "locality.next_accuracy": lambda m: [
+        first_pairs(m).max(1).sum() / first_pairs(m).sum(),
+        np.nan,
+    ],
+    "router.weight_mass": each(lambda m, r: confidence(m, r)[0]),
+    "router.weight_entropy_nats": each(lambda m, r: confidence(m, r)[1]),
+    "router.weight_margin": each(lambda m, r: confidence(m, r)[2]),
+    "esft.token_score": each(lambda m, r: share(m.by(m.domain, m.chosen[r]))),
+    "esft.gate_score": each(
+        lambda m, r: m.by(m.domain, weighed(m, r)) / np.bincount(m.domain)[:, None]
+    ),
+    "esft.token_score_by_sample": each(lambda m, r: by_sample(m, m.chosen[r] / K)),
+    "esft.gate_score_by_sample": each(lambda m, r: by_sample(m, weighed(m, r))),
+    "windows.total_variation": each(lambda m, r: first(total_variation(m.windows(r)))),
+    "windows.total_variation_floor": each(
+        lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 0])
+    ),
+    "windows.jsd_floor_bits": each(lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 1])),
+    "windows.drop_rate": each(
+        lambda m, r: [
+            np.maximum(x - math.ceil(1.25 * x.mean()), 0).sum() / x.sum() for x in m.windows(r)
+        ]
+    ),
+    "drift.total_variation": each(lambda m, r: total_variation(m.whole_windows(r)).mean()),
+    "drift.total_variation_floor": each(
+        lambda m, r: drift_floors(m, r, m.whole_windows(r))[:, 0].mean()
+    ),
+    "drift.window_jsd_floor_bits": each(
+        lambda m, r: drift_floors(m, r, m.whole_windows(r))[:, 1].mean()
+    ),
+    "drift.first_to_last_floor": each(
+        lambda m, r: drift_floors(m, r, m.whole_windows(r)[[0, -1]])[:, 0]
+    ),
+    "drift.balancedness_fresh": each(fresh),
+    "drift.balancedness_stale": each(stale),
+    "paths.path_entropy_bits": each(
+        lambda m, r: entropy_bits(np.stack([ids_TK[:, 0] for ids_TK in m.ids[: r + 1]], 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("column", EXACT)
+def test_a_column_is_what_its_formula_gives(column: str, made: Made) -> None:
+    table, name = column.split(".")
+    found = made.report.tables[table][name].to_numpy(float)
+    assert found == pytest.approx(np.asarray(EXACT[column](made), float), nan_ok=True, rel=1e-5)
+    assert np.isfinite(found).any()
+
+
+@pytest.mark.parametrize("table", ["coactivation", "transitions"])
+def test_pairs_leave_out_empty_slots(table: str, made: Made) -> None:
+    rows = made.report.tables[table]
+    for r, of in rows.groupby("router"):
+        effect = design_effect(made, r)
+        assert of["lift_sd"].to_numpy() == pytest.approx(np.sqrt(effect / of["expected"]))
+        here, there = made.chosen[r], made.chosen[r if table == "coactivation" else 1]
+        count_EE = here.T @ there
+        pairs = of["expert"], of["other" if table == "coactivation" else "next_expert"]
+        assert of["together"].to_numpy() == pytest.approx(count_EE[pairs])
+        assert of["probability"].to_numpy() == pytest.approx(
+            (count_EE / here.sum(0)[:, None])[pairs]
+        )
+        if table == "transitions":
+            expected_EE = np.outer(count_EE.sum(1), count_EE.sum(0)) / count_EE.sum()
+            assert of["expected"].to_numpy() == pytest.approx(expected_EE[pairs])
+            lift_EE = share(count_EE) / share(count_EE.sum(0))
+            assert of["lift"].to_numpy() == pytest.approx(lift_EE[pairs])
+        else:  # the sums of expected pairs are those of the pairs counted
+            found = of.groupby("expert")["expected"].sum().to_numpy()
+            np.fill_diagonal(count_EE, 0)
+            assert found == pytest.approx(count_EE.sum(1))
+
+
+def test_a_signatures_interval(made: Made) -> None:
+    row = made.report.tables["signature"].iloc[0]
+    found = row["signature_accuracy"], row["signature_accuracy_low"]
+    assert found == pytest.approx(signature(made))
+
+
+def test_the_null_of_the_next_choice_keeps_the_loads(made: Made) -> None:
+    count_EE, rng = first_pairs(made), np.random.default_rng(0)
+    rows, chances = count_EE.sum(1).astype(int), share(count_EE.sum(0))
+    drawn = rng.multinomial(rows, chances, size=(2_000, E)).max(2).sum(1) / count_EE.sum()
+    found = made.report.tables["locality"]["next_accuracy_null"]
+    assert found[0] == pytest.approx(drawn.mean(), abs=4 * drawn.std() / math.sqrt(5))
+    assert np.isnan(found[1])
+
+
+def test_floors_of_max_vio_leave_out_empty_slots(made: Made) -> None:
+    balance, windows = (made.report.tables[name] for name in ("balance", "windows"))
+    for r in range(L):
+        floor, by_pass = balance.loc[r, ["noise_floor", "noise_floor_batch"]]
+        assert floor == pytest.approx(chance(round(made.chosen[r].sum() / K)), rel=0.04)
+        assert by_pass == pytest.approx(batches(made, r)[1], rel=0.04)
+        of_windows = [chance(x.sum() / K) for x in made.windows(r)]
+        found = windows.query("router == @r")["noise_floor"].to_numpy()
+        assert found == pytest.approx(of_windows, rel=0.06)
+
+
+def test_the_floors_of_two_loads_pool_them(made: Made) -> None:
+    table: Any = moe_inspect.compare(made.trace, made.counted).tables["load_shift"]
+    for r in range(L):
+        counted = moe_inspect.report(made.counted).tables["load"].query("router == @r")
+        load_2E = np.stack([made.chosen[r].sum(0), counted["assignments"]])
+        [floor] = floors(share(load_2E.sum(0)), load_2E.sum(1) / K, design_effect(made, r))
+        assert table.loc[r, ["load_shift_floor", "jsd_bits_floor"]].tolist() == pytest.approx(floor)
+        assert table["load_shift"][r] == pytest.approx(total_variation(load_2E)[0])
+
+
+def test_floors_are_at_most_one(made: Made) -> None:
+    many = moe_inspect.report(made.trace, window=1).tables["windows"]
+    assert many["jsd_floor_bits"].max() == 1
+    assert many["total_variation_floor"].max() <= 1
+
+
+def test_the_overlap_is_of_the_larger_set(tmp_path: Path) -> None:
+    rng, sets = np.random.default_rng(3), list[list[set[int]]]()
+    for name in "ab":
+        ids_TK = uniform_ids(rng, 400, E, K)
+        ids_TK[np.arange(K) >= rng.integers(0, K + 1, 400)[:, None]] = np.iinfo(np.uint16).max
+        write_trace(tmp_path / name, [ids_TK], E, token_id=np.arange(400))
+        sets.append([{e for e in row if e < E} for row in ids_TK.tolist()])
+    row = moe_inspect.compare(tmp_path / "a", tmp_path / "b").tables["agreement"].iloc[0]
+    common = sum(len(a & b) for a, b in zip(*sets, strict=True))
+    larger = sum(max(len(a), len(b)) for a, b in zip(*sets, strict=True))
+    assert row["overlap"] == pytest.approx(common / larger)
+    assert row["set_mismatch"] == np.mean([a != b for a, b in zip(*sets, strict=True)])
+
+
+# --- simulations
+
+
+@pytest.mark.parametrize("phase", [None, "prefill"])
+def test_a_decode_step_is_of_one_position(made: Made, phase: str | None) -> None:
+    """Of the tokens generated, the n-th of each sequence; of prompts, the n-th of the sequence."""
+    used = made.generated if phase is None else ~made.generated
+    sizes = (1, 2, 5)
+    table = simulate_decode(made.trace, batches=sizes, phase=phase).tables["decode"]
+    nth = np.array([(used & (made.sequence == s))[:t].sum() for t, s in enumerate(made.sequence)])
+    for row in table.itertuples():
+        steps = []
+        for n in range(nth[used].max() + 1):
+            tokens = np.flatnonzero(used & (nth == n))
+            for at in range(0, len(tokens) - row.batch + 1, row.batch):  # none is begun in vain
+                steps.append(made.chosen[row.router][tokens[at : at + row.batch]].any(0).sum())
+        activation_E = made.chosen[row.router][used].mean(0)
+        assert row.steps == len(steps)
+        assert row.distinct_experts == pytest.approx(np.mean(steps))
+        assert row.from_marginals == pytest.approx((1 - (1 - activation_E) ** row.batch).sum())
+        each = activation_E.sum() * row.batch / np.mean(steps)
+        assert row.tokens_per_expert == pytest.approx(each)
+
+
+def evicted(policy: str, cached: set[int], past: list[int], later: list[set[int]]) -> int:
+    """past: accesses so far. later: the decisions to come."""
+    last = {e: len(past) - past[::-1].index(e) for e in cached}
+    if policy == "belady":  # of equals any, here the highest id
+        wait = {e: next((i for i, w in enumerate(later) if e in w), 10**9) for e in cached}
+        return max(cached, key=lambda e: (wait[e], e))
+    used = {e: past.count(e) if policy == "lfu" else 0 for e in cached}
+    return min(cached, key=lambda e: (used[e], last[e]))
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+@pytest.mark.parametrize("slots", [3, 4])
+def test_ties_in_a_cache(made: Made, policy: str, slots: int) -> None:
+    table = simulate_cache(made.trace, slots=[slots], policies=[policy]).tables["cache"]
+    by_T = np.argsort(made.sequence, kind="stable")
+    for r in range(L):
+        wanted = [[int(e) for e in row if e >= 0] for row in made.ids[r][by_T]]
+        cached, past, hits = set[int](), list[int](), 0
+        for t, now in enumerate(wanted):
+            hits += len(cached & set(now))
+            past += now  # slot by slot: the earlier slot is the less recent
+            for e in now:
+                if e not in cached and len(cached) == slots:
+                    later = [set(w) for w in wanted[t + 1 :]]
+                    cached.remove(evicted(policy, cached - set(now), past, later))
+                cached.add(e)
+        assert table.loc[r, ["hits", "accesses"]].tolist() == [hits, len(past)]
+
+
+def test_a_generated_token_is_a_group_of_its_own_where_sequences_are_groups(made: Made) -> None:
+    factor = 1.25
+    table = simulate_capacity(
+        made.trace, capacity_factors=[factor], group_tokens="sequence"
+    ).tables["capacity"]
+    for r in range(L):
+        group_T = made.sequence * 1_000 + made.batch
+        load_GE, tokens_G = (
+            made.by(group_T, made.chosen[r]),
+            np.unique(group_T, return_counts=True)[1],
+        )
+        room_G = np.ceil(factor * tokens_G * K / E)
+        dropped = np.maximum(load_GE - room_G[:, None], 0).sum()
+        assert len(tokens_G) == S + made.generated.sum()
+        assert not (load_GE > room_G[:, None])[tokens_G == 1].any()
+        made_r = made.chosen[r].sum()
+        unused = 1 - (made_r - dropped) / (room_G.sum() * E)
+        columns = ["groups", "dropped", "drop_rate", "unused_capacity"]
+        expected = [len(tokens_G), dropped, dropped / made_r, unused]
+        assert table.loc[r, columns].tolist() == pytest.approx(expected)
+
+
+def test_the_trace_holds_what_the_formulas_are_about(made: Made) -> None:
+    assert all((ids_TK < 0).all(1).any() for ids_TK in made.ids)  # tokens that routed nowhere
+    assert len(set(np.bincount(made.document))) > 3
+    assert len(made.whole_windows(0)) < len(made.windows(0))
+    assert all(design_effect(made, r) > 1.2 for r in range(L))
