@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import machine, write_results
+from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.chance import REGIMES, Planted, Regime, drawn
+from tests.chance import CLEAN_PAIRS, PAIRED, REGIMES, Planted, Regime, drawn, drawn_pair
+
+PAIRS = "clean pairs"
 
 # kinds whose every sentence claims something of the model; of the others `claims` reads the values
 ALWAYS = {
@@ -38,6 +41,15 @@ ALWAYS = {
     "repeated_rows",
     "missing_ranks",
     "router_ties",
+}
+
+
+# kinds of a comparison that say what was done to the pair
+TRUE_OF_PAIRS = {
+    "rounding": set[str](),
+    "anywhere": {"not_rounding"},
+    "redrawn": {"different"},
+    "other documents": set[str](),
 }
 
 
@@ -63,6 +75,26 @@ def claimed(regime: Regime, planted: Planted | None, seed: int) -> list[str]:
         return claims(made.verdict())
 
 
+def claimed_of_pair(seed: int) -> list[str]:
+    """The claims of the comparison of one clean pair, of all ways and regimes in turn."""
+    how = CLEAN_PAIRS[seed % len(CLEAN_PAIRS)]
+    regime = PAIRED[seed // len(CLEAN_PAIRS) % len(PAIRED)]
+    with tempfile.TemporaryDirectory() as folder:
+        a, b, *noise = drawn_pair(Path(folder), REGIMES[regime], seed, how, bool(seed // 8 % 2))
+        made: Any = compare(a, b, noise=noise[0] if noise else None)
+        return [
+            f"{how}: {one.kind}"
+            for one in made.verdict()
+            if one.kind not in TRUE_OF_PAIRS[how]
+            and (
+                one.severity in ("warning", "critical")
+                or one.kind == "domain"
+                # where decisions were changed whether they are close or not
+                or (how == "anywhere" and one.text.startswith("The same except"))
+            )
+        ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--traces", type=int, default=100)
@@ -71,9 +103,12 @@ def main() -> None:
     asked = parser.parse_args()
     false: dict[str, Any] = {}
     with ProcessPoolExecutor(asked.jobs) as pool:
-        for name in asked.only or REGIMES:
+        for name in asked.only or [*REGIMES, PAIRS]:
             n = asked.traces
-            said = list(pool.map(partial(claimed, REGIMES[name], None), range(n)))
+            if name == PAIRS:
+                said = list(pool.map(claimed_of_pair, range(n)))
+            else:
+                said = list(pool.map(partial(claimed, REGIMES[name], None), range(n)))
             kinds = Counter(kind for kinds in said for kind in set(kinds))
             false[name] = {"traces": n, "false": sum(map(bool, said)), "kinds": dict(kinds)}
             print(f"{name:24s} {false[name]['false']:4d} of {n}  {dict(kinds)}", flush=True)

@@ -82,18 +82,88 @@ class Planted:
     one_domain: bool = False
 
 
+# pairs of traces that nothing tells apart: the same text, decided again with logits that are a
+# little off, or with some decisions changed that are close no more than others, or drawn anew by
+# the same preferences; and other documents, of which the loads are compared
+CLEAN_PAIRS = ("rounding", "anywhere", "redrawn", "other documents")
+ROUNDED, CHANGED = 0.003, 0.002  # deviation of logits; share of decisions
+PAIRED = (
+    *("iid 8/2", "iid 64/8", "clustered 8/2", "clustered 64/8", "clustered 64/1"),
+    *("heavy-tailed lengths", "lengths by domain", "200 tokens", "500 tokens"),
+    *("6 documents", "two domains of five"),
+)
+
+
 def drawn(root: Path, regime: Regime, seed: int, planted: Planted | None = None) -> Trace:
     """A trace of a regime, written to `root`."""
     rng = np.random.default_rng([seed, regime.E, regime.documents])
     length_U, domain_U = _texts(regime, rng)
-    document_T = np.repeat(np.arange(len(length_U)), length_U)
     effect_DE = np.zeros((regime.domains, regime.E))
     if planted is not None:
         at = slice(1, 2) if planted.one_domain else slice(None)
         effect_DE[at, 5] = np.log(planted.times) * regime.E / (regime.E - regime.K)
-    ids = [
-        _routed(regime, rng, document_T, (r == 1) * effect_DE[domain_U]) for r in range(regime.L)
+    document_T = np.repeat(np.arange(len(length_U)), length_U)
+    logits = [
+        _preferred(regime, rng, (r == 1) * effect_DE[domain_U])[document_T]
+        + rng.gumbel(size=(len(document_T), regime.E))
+        for r in range(regime.L)
     ]
+    ids = [_chosen(regime, of_TE) for of_TE in logits]
+    return _written(root, regime, rng, length_U, domain_U, ids)
+
+
+def drawn_pair(
+    root: Path, regime: Regime, seed: int, how: str, with_logits: bool = True
+) -> tuple[Trace, ...]:
+    """A, B and another run of A (for --noise), as CLEAN_PAIRS says. Of other documents A and B:
+    counts, of A decisions where it has no logits."""
+    if how == "other documents":
+        of_a = replace(regime, counts=with_logits)
+        return tuple(
+            drawn(root / name, of, seed + 10_000 * n)
+            for n, (name, of) in enumerate((("a", of_a), ("b", replace(regime, counts=True))))
+        )
+    rng = np.random.default_rng([seed, regime.E, regime.documents])
+    length_U, domain_U = _texts(regime, rng)
+    document_T = np.repeat(np.arange(len(length_U)), length_U)
+    shape, nothing_UE = (len(document_T), regime.E), np.zeros((len(length_U), regime.E))
+    preferred = [_preferred(regime, rng, nothing_UE)[document_T] for _ in range(regime.L)]
+    logits = [of_TE + rng.gumbel(size=shape) for of_TE in preferred]
+    ids = [_chosen(regime, of_TE) for of_TE in logits]
+
+    def again(r: int) -> np.ndarray:
+        if how == "redrawn":
+            return _chosen(regime, preferred[r] + rng.gumbel(size=shape))
+        if how == "rounding":
+            return _chosen(regime, logits[r] + rng.normal(0, ROUNDED, shape))
+        changed_TE = np.where(rng.random(shape[0])[:, None] < CHANGED, rng.gumbel(size=shape), 0)
+        return np.where(changed_TE[:, :1], _chosen(regime, changed_TE), ids[r])
+
+    runs = [ids, *([again(r) for r in range(regime.L)] for _ in range(2))]
+    return tuple(
+        _written(
+            root / name,
+            regime,
+            np.random.default_rng(seed),
+            length_U,
+            domain_U,
+            of_run,
+            logits if with_logits and name == "a" else None,
+        )
+        for name, of_run in zip(("a", "b", "noise"), runs, strict=True)
+    )
+
+
+def _written(
+    root: Path,
+    regime: Regime,
+    rng: np.random.Generator,
+    length_U: np.ndarray,
+    domain_U: np.ndarray,
+    ids: list[np.ndarray],
+    logits: list[np.ndarray] | None = None,
+) -> Trace:
+    document_T = np.repeat(np.arange(len(length_U)), length_U)
     names = [f"domain-{d}" for d in domain_U]
     if regime.counts:
         loads = [
@@ -117,6 +187,7 @@ def drawn(root: Path, regime: Regime, seed: int, planted: Planted | None = None)
         domain_of_document=names,
         token_id=word_T,
         weights=None if regime.by_expert else [_weights(rng, of_TK.shape) for of_TK in ids],
+        logits=None if logits is None else [of_TE.astype(np.float16) for of_TE in logits],
         words=int(word_T.max()) + 1,
         batch_tokens=regime.passes,
     )
@@ -130,13 +201,14 @@ def _texts(regime: Regime, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     return np.maximum(3, weight_U / weight_U.sum() * regime.tokens).astype(int), domain_U
 
 
-def _routed(
-    regime: Regime, rng: np.random.Generator, document_T: np.ndarray, effect_UE: np.ndarray
-) -> np.ndarray:
+def _preferred(regime: Regime, rng: np.random.Generator, effect_UE: np.ndarray) -> np.ndarray:
+    """The logits of documents at a router, [U, E], without the noise of tokens."""
+    return effect_UE + (rng.normal(0, regime.taste, effect_UE.shape) if regime.taste else 0)
+
+
+def _chosen(regime: Regime, logits_TE: np.ndarray) -> np.ndarray:
     """The choices of a router, [T, K]."""
-    T, E, K = len(document_T), regime.E, regime.K
-    taste_UE = rng.normal(0, regime.taste, effect_UE.shape) if regime.taste else 0
-    logits_TE = (effect_UE + taste_UE)[document_T] + rng.gumbel(size=(T, E))
+    (T, E), K = logits_TE.shape, regime.K
     if regime.by_expert:
         return _chosen_by_experts(logits_TE, K)
     if regime.groups > 1:

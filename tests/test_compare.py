@@ -204,24 +204,112 @@ def test_one_flip_in_many_is_found(tmp_path: Path) -> None:
     assert not kinds(made) & MISALIGNED
 
 
-def test_flips_at_the_margin_are_rounding_and_others_are_not(tmp_path: Path) -> None:
-    rng, ids = np.random.default_rng(4), routes()
-    # two smallest weights: nearly equal in a tenth of the decisions
-    weights = [np.sort(rng.dirichlet(np.ones(K), T))[:, ::-1].astype(np.float32) for _ in range(L)]
-    gap = np.stack([np.log(w[:, K - 2] / w[:, K - 1]) for w in weights], 1)
-    for close, kind in ((True, "rounding"), (False, "not_rounding")):
-        other = [x.copy() for x in ids]
-        for r in range(L):
-            order = np.argsort(gap[:, r])
-            for t in order[:20] if close else order[-20:]:
-                other[r][t, -1] = np.setdiff1d(np.arange(E), ids[r][t])[0]
-        a = write_trace(tmp_path / f"a{close}", ids, E, **ALIKE, weights=weights)
-        b = write_trace(tmp_path / f"b{close}", other, E, **ALIKE, weights=weights)
-        made = moe_inspect.compare(a, b)
-        assert made.mismatched == 20 * L
-        assert made.verdict()[0].kind == kind
+def decided(bias_E: np.ndarray | float = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Random logits, and the experts of the largest with the bias added."""
+    rng = np.random.default_rng(4)
+    logits = [rng.normal(size=(T, E)).astype(np.float16).astype(np.float32) for _ in range(L)]
+    return logits, [
+        np.argsort(-(x + bias_E), 1, kind="stable")[:, :K].astype(np.uint16) for x in logits
+    ]
+
+
+def swapped(
+    logits: list[np.ndarray], ids: list[np.ndarray], places: slice, n: int = L
+) -> list[np.ndarray]:
+    """The next best instead of the last expert, at these places of the order of margins, in n
+    routers."""
+    other = [x.copy() for x in ids]
+    for x, of_TK in [*zip(logits, other, strict=True)][:n]:
+        ranked = np.argsort(-x, 1, kind="stable")
+        margin_T = np.take_along_axis(x, ranked, 1)[:, K - 1] - np.sort(x, 1)[:, -K - 1]
+        at = np.argsort(margin_T, kind="stable")[places]
+        of_TK[at, -1] = ranked[at, K]
+    return other
+
+
+@pytest.mark.parametrize(
+    ("places", "n", "kind", "severity", "says"),
+    [
+        (slice(20), L, "rounding", "good", "100% of these are among the 10% of decisions with"),
+        (slice(-20, None), L, "not_rounding", "warning", "only 0% were close decisions"),
+        # a few of many, in as many documents: neither is shown
+        (slice(1), 1, "rounding", "note", "100% of these were close decisions"),
+        (slice(-1, None), 1, "rounding", "note", "in 1 document: too few to tell whether rounding"),
+        (slice(-2, None), 1, "rounding", "note", "in 2 documents: too few to tell whether"),
+    ],
+)
+def test_flips_at_the_margin_are_rounding_and_others_are_not(
+    tmp_path: Path, places: slice, n: int, kind: str, severity: str, says: str
+) -> None:
+    logits, ids = decided()
+    other = swapped(logits, ids, places, n)
+    made = moe_inspect.compare(
+        write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits),
+        write_trace(tmp_path / "b", other, E, **ALIKE, logits=logits),
+    )
+    assert made.mismatched == n * len(range(T)[places])
+    found = made.verdict()[0]
+    assert (found.kind, found.severity) == (kind, severity)
+    assert says in found.text
+    if n == L:
         margins = made.tables["margins"].groupby("decile")["set_mismatch"].mean()
-        assert margins.idxmax() == (0 if close else 9)
+        assert margins.idxmax() == (0 if kind == "rounding" else 9)
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (64, 2)])
+@pytest.mark.parametrize("close", [True, False])
+def test_without_logits_the_margin_is_unknown(
+    tmp_path: Path, shape: tuple[int, int], close: bool
+) -> None:
+    """The gate weights of the chosen say nothing of how close the next expert was: the same
+    sentence, whichever decisions flipped."""
+    (experts, k), rng = shape, np.random.default_rng(4)
+    logits = rng.normal(size=(T, experts))
+    ranked = np.argsort(-logits, 1)
+    gap = np.sort(logits, 1)[:, -k] - np.sort(logits, 1)[:, -k - 1]
+    at = np.argsort(gap if close else -gap)[:20]
+    other = ranked[:, :k].copy()
+    other[at, -1] = ranked[at, k]
+    top = np.exp(np.take_along_axis(logits, ranked[:, :k], 1))
+    weights = [(top / top.sum(1, keepdims=True)).astype(np.float32)]
+    a, b = (
+        write_trace(tmp_path / name, [ids.astype(np.uint16)], experts, **ALIKE, weights=weights)
+        for name, ids in (("a", ranked[:, :k]), ("b", other))
+    )
+    found = moe_inspect.compare(a, b).verdict()[0]
+    assert (found.kind, found.severity) == ("rounding", "note")
+    assert found.text.endswith("Record with --logits to tell whether rounding explains them.")
+    with pytest.raises(
+        MoeInspectError, match=r"has no logits \(trace --logits\): no margins table"
+    ):
+        _ = moe_inspect.compare(a, b).tables["margins"]
+
+
+def test_where_a_bias_chooses_too_logits_tell_no_margin(tmp_path: Path) -> None:
+    logits, ids = decided(np.linspace(-2, 2, E))
+    made = moe_inspect.compare(
+        write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits),
+        write_trace(tmp_path / "b", flipped(ids, 0.01), E, **ALIKE, logits=logits),
+    )
+    assert made.margins is None
+    assert "do not choose by their logits alone" in made.verdict()[0].text
+
+
+def test_a_few_decisions_of_few_are_no_difference_of_the_models(tmp_path: Path) -> None:
+    """Of 40 decisions 1 is 2.5 %, and 2 % make one as often as not; 20 are not chance."""
+    ids = [x[:40] for x in routes()]
+    alike = {"document": np.arange(40) // 5, "token_id": IDS[:40], "batch_tokens": 5}
+    for n, kind in ((1, "rounding"), (20, "different")):
+        other = [x.copy() for x in ids]
+        for t in range(n):
+            other[2][t, -1] = np.setdiff1d(np.arange(E), ids[2][t])[0]
+        a = write_trace(tmp_path / f"a{n}", ids, E, **alike)
+        assert (
+            moe_inspect.compare(a, write_trace(tmp_path / f"b{n}", other, E, **alike))
+            .verdict()[0]
+            .kind
+            == kind
+        )
 
 
 def test_weights_that_differ_are_told(tmp_path: Path) -> None:
@@ -371,10 +459,9 @@ def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
 
 
 def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
-    rng, ids = np.random.default_rng(4), routes()
-    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
+    logits, ids = decided()
     pair(tmp_path, ids, flipped(ids, 0.01))
-    write_trace(tmp_path / "w", ids, E, **ALIKE, weights=weights)
+    write_trace(tmp_path / "w", ids, E, **ALIKE, logits=logits)
     cli_here("compare", "w", "b", "--html", "p.html", "--plots", "plots", "-o", "x.txt")
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     for heading in (

@@ -79,11 +79,20 @@ def test_a_shift_is_found_where_it_was_made_and_chance_is_none(tmp_path: Path) -
         return write_counts(tmp_path / name, loads_of(ids), K)
 
     first = of("a", drawn(0))
-    found = kinds(moe_inspect.compare(first, of("b", moved(drawn(1)))))["load_shift"]
-    assert (found.severity, found.layer, found.values["expert"]) == ("warning", 1, 5)
+    other = of("b", moved(drawn(1)))
+    found = kinds(moe_inspect.compare(first, other))["load_shift"]
+    assert (found.severity, found.layer, found.values["expert"]) == ("note", 1, 5)
     assert found.values["routers"] == 1
+    assert "differs by more than chance of independent tokens: up to" in found.text
     same = kinds(moe_inspect.compare(first, of("c", drawn(2))))["load_shift"]
     assert (same.severity, same.values["routers"]) == ("good", 0)
+    # where documents tell how alike their tokens are, and where no document is so much alike
+    document = np.arange(5_000) // 100
+    known = write_trace(tmp_path / "d", drawn(0), E, document=document)
+    collapsed = [drawn(0)[0], np.tile(np.uint16([5, 6]), (5_000, 1)), *drawn(0)[2:]]
+    for pair in ((known, other), (first, of("e", collapsed))):
+        found = kinds(moe_inspect.compare(*pair))["load_shift"]
+        assert (found.severity, found.layer) == ("warning", 1)
 
 
 def test_the_floor_is_what_traces_that_route_alike_are_apart(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moe_inspect.comparison.loads.shown import loads_page
 from moe_inspect.comparison.models.shown import models_page
 from moe_inspect.comparison.page import checkpoints_page, comparison_page
 from tests.synthetic import write_counts, write_trace
-from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, flipped, routes
+from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, decided, flipped
 from tests.test_compare_models import by_chance, pieces, whole_words
 from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
 
@@ -24,11 +24,13 @@ from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Comparison:
     """Flips in a hundredth of the decisions, in layer 3 in a tenth; a hostile domain."""
-    root, rng, ids = tmp_path_factory.mktemp("pair"), np.random.default_rng(4), routes()
+    root, rng = tmp_path_factory.mktemp("pair"), np.random.default_rng(4)
     weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
+    logits, ids = decided()
     other = flipped(ids, 0.01)
     other[3] = flipped(ids, 0.1)[3]
     settings = ALIKE | {"domain_of_document": [HOSTILE, "law"], "weights": weights}
+    settings |= {"logits": logits}
     compared = moe_inspect.compare(
         write_trace(root / "a", ids, E, **settings),
         write_trace(root / "b", other, E, **settings),

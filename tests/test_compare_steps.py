@@ -109,7 +109,8 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     assert table["since_step"][1] == 51
     assert table[["windows_since", "beyond_chance_since"]].to_numpy().tolist() == [[0, 0], [5, 5]]
     said = found(made)
-    assert (said.severity, said.layer, said.values["since_step"]) == ("warning", 1, 51)
+    assert (said.severity, said.layer, said.values["since_step"]) == ("note", 1, 51)
+    assert "differs by more than chance of independent tokens" in said.text
     assert "from step 51 on in layer 1 (5 of the 5 windows since); not in layer 0" in said.text
     # of two runs that differ from the start, and of two that do not
     again: Any = moe_inspect.compare(
@@ -118,8 +119,9 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     assert "from the first step on in layer 1" in found(again).text
     same: Any = moe_inspect.compare(first, history(tmp_path / "d", loads(3, 100), 10))
     assert found(same).severity == "good"
-    assert "no load differs by more than chance, in 10 windows of steps 1 to 100" in (
-        found(same).text
+    assert (
+        "no load differs by more than chance of independent tokens, in 10 windows of steps 1 to 100"
+        in (found(same).text)
     )
 
 

@@ -29,15 +29,15 @@ def pairs(draw: st.DrawFn) -> dict[str, Any]:
     E, k = draw(st.sampled_from([(4, 1), (6, 2), (9, 3), (300, 2)]))
     T, L = draw(st.integers(1, 40)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    ids = [np.argsort(rng.random((T, L, E)))[..., :k].astype(np.int64) for _ in range(2)]
+    # rounded, so that some are equal
+    logits = [rng.integers(-64, 64, (T, L, E)) / 16 for _ in range(2)]
+    ids = [np.argsort(-of_side)[..., :k].astype(np.int64) for of_side in logits]
     same = rng.random((T, L)) < draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
     ids[1][same] = ids[0][same]
     if draw(st.booleans()):
         for side in ids:
             side[rng.random(side.shape) < 0.1] = -1
-    # rounded, so that some are equal
     weights = [(1 + rng.integers(0, 64, (T, L, k))) / 64 for _ in ids]
-    logits = [rng.integers(-64, 64, (T, L, E)) / 16 for _ in ids]
     return {
         "E": E,
         "ids": ids,
@@ -148,16 +148,11 @@ class Brute:
         return found
 
     def margins(self, r: int) -> np.ndarray:
-        """The margin of each decision of A, NaN where it has none."""
-        k = self.K
-        with np.errstate(all="ignore"):
-            if self.logits is not None:
-                x = np.sort(self.logits[0][:, r].astype(np.float16).astype(np.float32), 1)[:, ::-1]
-                return x[:, k - 1] - x[:, k] if k < self.E else np.full(self.T, np.nan)
-            if self.drawn["weights"] is None or k < 2:
-                return np.full(self.T, np.nan)
-            w = np.nan_to_num(self.weights[0][:, r].astype(np.float32))
-            return np.log(w[:, k - 2] / w[:, k - 1], dtype=np.float32)
+        """The margin of each decision of A, NaN without logits: gate weights do not tell it."""
+        if self.logits is None:
+            return np.full(self.T, np.nan)
+        x = np.sort(self.logits[0][:, r].astype(np.float16).astype(np.float32), 1)[:, ::-1]
+        return x[:, self.K - 1] - x[:, self.K]
 
 
 def same(row: Any, expected: Any) -> None:

@@ -35,7 +35,7 @@ SETS = {
 }
 MARGIN = {
     "margin": "How far A's router was from choosing another expert: the k-th largest logit minus "
-    "the next; without logits, the logarithm of the ratio of the two smallest gate weights.",
+    "the next.",
 }
 
 
@@ -72,13 +72,12 @@ def margin_map(data: PairData) -> Chart | str:
     """Whether decisions flip where the router was undecided."""
     if not data.mismatched:
         return ""
-    source = data.margins.source if data.margins else ""
     return _map(
         data,
         "margins",
         "Where the router was undecided",
         "Share of decisions with different experts, by tenth of A's margins",
-        f"tenth of the margins (by {source}), 0 the least decided",
+        "tenth of the margins, 0 the least decided",
         "Rounding flips only close decisions (leftmost column); a different model flips others "
         "too.",
         MARGIN,

@@ -112,6 +112,15 @@ class PairData:
     def margins(self) -> Margins | None:
         return None if self.alike else margins(self.a, [r for r, _ in self.pairs])
 
+    @property
+    def why_no_margins(self) -> str:
+        """Why it is unknown how close decisions were."""
+        if self.alike:
+            return f"{self.a.path} and {self.b.path} are the same files"
+        if "logits" not in self.a.tables:
+            return f"{self.a.path} has no logits (trace --logits)"
+        return f"the routers of {self.a.path} do not choose by their logits alone"
+
     @cached_property
     def misaligned(self) -> list[Misalignment]:
         return misalignments((self.a, self.b), self.alignment, self.pairs, self.selection.routers)

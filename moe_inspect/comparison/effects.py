@@ -3,10 +3,14 @@ the load of the experts, and which of the two predicts better."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.comparison.data import PairData
+from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import layer_label, plural
 
@@ -23,15 +27,16 @@ def losses(data: PairData) -> Iterator[Finding]:
     if not row["absolute_difference_nats"]:
         yield finding("loss", "good", f"The same loss at each of {of}: {a:.4f} nats per token.")
         return
-    known = low == low
-    between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if known else ""
+    between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if low == low else ""
     text = f"a loss of {b:.4f} nats per token, A {a:.4f} ({change:+.4f}{between}), on {of}"
     severity: Severity = "note"
-    if not known:
+    of_U = {side: data.losses[side][:, data.units].sum(0) for side in "ab"}
+    (p,) = p_over_documents([(of_U["b"] - of_U["a"])[:, None]], lambda sums: np.abs(sums[:, 0]))
+    if np.isnan(p):
         said = f"B has {text}: too few documents to tell whether that is chance."
-    elif low > 0:
+    elif p < ALPHA and change > 0:
         severity, said = "warning", f"B predicts worse than A: it has {text}."
-    elif high < 0:
+    elif p < ALPHA:
         severity, said = "good", f"B predicts better than A: it has {text}."
     else:
         # which does not say that it is the same: the interval is how far apart it may be
@@ -67,12 +72,15 @@ def growth(data: PairData) -> Iterator[Finding]:
 
 
 def load(data: PairData) -> Iterator[Finding]:
-    """Whether the load of the experts changed by more than documents do."""
+    """Whether the load of the experts changed by more than it does between documents, and not by
+    chance among them."""
     if not data.mismatched:
         return
     table: Any = data.tables["load_shift"]
     rows = table.dropna(subset=["load_shift", "load_shift_halves"])
-    beyond = rows[rows["load_shift"] > rows["load_shift_halves"]]
+    moved = [data.of(int(r)).moved_UE[data.units] for r in rows["router"]]
+    p_R = p_over_documents(moved, lambda sums: np.abs(sums).sum(1))
+    beyond = rows[(rows["load_shift"] > rows["load_shift_halves"]) & (p_R < ALPHA)]
     if not len(rows):
         return
     row = rows.loc[rows["load_shift"].idxmax()]
@@ -85,7 +93,7 @@ def load(data: PairData) -> Iterator[Finding]:
         (
             f"The load of {plural(len(beyond), 'router')} differs by more than between documents: "
             if len(beyond)
-            else "The load is the same: "
+            else "The load moves no more than between documents: "
         )
         + f"{where} ({halves}).",
         {"layer": row["layer"], "router": row["router"]},
@@ -93,6 +101,125 @@ def load(data: PairData) -> Iterator[Finding]:
         load_shift_halves=row["load_shift_halves"],
         routers=len(beyond),
     )
+
+
+def collapsed(data: PairData) -> Iterator[Finding]:
+    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
+    other."""
+    cases = list[tuple[float, float, str, int, int]]()
+    apart = list[np.ndarray]()
+    for r, _ in data.pairs:
+        counts = data.of(r)
+        load_2UE = np.stack([counts.load_UE, counts.load_UE + counts.moved_UE])
+        load_2E = load_2UE.sum(1)
+        share_2E = load_2E / max(int(data.decisions_UX(r).sum()), 1)
+        is_2 = (share_2E.max(1) >= COLLAPSED) & (load_2E.max(1) >= 2 * load_2E.mean(1))
+        if is_2[0] != is_2[1]:
+            x = int(is_2[1])
+            e = int(load_2E[x].argmax())
+            cases.append((share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, r))
+            apart.append((load_2UE[x] - load_2UE[1 - x])[data.units, e : e + 1])
+    p_N = p_over_documents(apart, lambda sums: sums[:, 0])
+    cases = [case for case, p in zip(cases, p_N, strict=True) if p < ALPHA]
+    if not cases:
+        return
+    share, other_share, name, e, r = max(cases)
+    cases = [case for case in cases if case[2] == name]
+    where = {"layer": data.router(r).layer, "router": r}
+    yield finding(
+        "collapsed",
+        "critical",
+        f"{name} is collapsed in layer {name_of(data, r)}: expert {e} gets {share:.0%} of its "
+        f"tokens, in {'A' if name == 'B' else 'B'} {other_share:.0%} "
+        f"({len(cases)} of {plural(len(data.pairs), 'router')}).",
+        where,
+        trace=name,
+        expert=e,
+        token_share=share,
+        other_token_share=other_share,
+        routers=len(cases),
+    )
+
+
+def below_chance(data: PairData) -> Iterator[Finding]:
+    """Routers in which the two share fewer experts than if they chose without each other."""
+    if data.misaligned or not data.mismatched:
+        return
+    lacking, shares = list[np.ndarray](), list[tuple[float, float]]()
+    for r, _ in data.pairs:
+        counts, decisions_U = data.of(r), data.decisions_UX(r).sum(1)
+        size_U = data.router(r).top_k * decisions_U - counts.short_UX.sum(1)
+        common_U, size = size_U - counts.missing_UX.sum(1), max(int(size_U.sum()), 1)
+        load_a_E = counts.load_UE.sum(0)
+        load_b_E = load_a_E + counts.moved_UE.sum(0)
+        by_chance = float(load_a_E @ load_b_E) / max(int(decisions_U.sum()), 1) / size
+        lacking.append((by_chance * size_U - common_U)[data.units, None])
+        shares.append((common_U.sum() / size, by_chance))
+    p_R = p_over_documents(lacking, lambda sums: sums[:, 0])
+    below = [i for i in range(len(shares)) if p_R[i] < ALPHA]
+    if not below:
+        return
+    i = min(below, key=lambda i: shares[i][0] - shares[i][1])
+    (overlap, by_chance), r = shares[i], data.pairs[i][0]
+    yield finding(
+        "below_chance",
+        "warning",
+        f"In layer {name_of(data, r)} A and B share {overlap:.1%} of their experts, fewer than "
+        f"independent choices with their loads would ({by_chance:.1%}; {len(below)} of "
+        f"{plural(len(shares), 'router')}): one avoids what the other chooses, as where experts "
+        "are numbered differently.",
+        {"layer": data.router(r).layer, "router": r},
+        overlap=overlap,
+        overlap_by_chance=by_chance,
+        routers=len(below),
+    )
+
+
+def domains(data: PairData) -> Iterator[Finding]:
+    """The domain whose routing changed most, if by more than documents differ by chance."""
+    domain_U, names = data.counts.domain_U[data.units], data.counts.domains
+    if len(names) < 2 or not data.mismatched:
+        return
+    missing_U, size_U = np.zeros((2, len(domain_U)))
+    for r, _ in data.pairs:
+        missing_U += data.of(r).missing_UX.sum(1)[data.units]
+        size_U += data.router(r).top_k * data.decisions_UX(r).sum(1)[data.units]
+        size_U -= data.of(r).short_UX.sum(1)[data.units]
+    lacking_U = missing_U - size_U * missing_U.sum() / size_U.sum()
+    residuals, shares = list[np.ndarray](), list[tuple[float, float]]()
+    for d in range(len(names)):
+        in_U = domain_U == d
+        of, others = size_U[in_U].sum(), size_U[~in_U].sum()
+        # a domain is compared with the others: what these lack counts against it
+        residuals.append((lacking_U * np.where(in_U, 1, -of / max(others, 1)))[:, None])
+        shares.append((missing_U[in_U].sum() / max(of, 1), missing_U[~in_U].sum() / max(others, 1)))
+    p_D = p_over_documents(residuals, lambda sums: sums[:, 0])
+    beyond = [d for d in range(len(names)) if p_D[d] < ALPHA]
+    if not beyond:
+        return
+    d = max(beyond, key=lambda d: shares[d][0] - shares[d][1])
+    share, others = shares[d]
+    yield finding(
+        "domain",
+        "note",
+        f'The routing of "{names[d]}" changed most: {percent(share)} of its assignments go to '
+        f"other experts, {percent(others)} in the other domains.",
+        domain=names[d],
+        share=share,
+        share_of_others=others,
+    )
+
+
+def p_over_documents(
+    residuals: Sequence[np.ndarray], measure: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """P-values of a measure of the sums over documents of each of these residuals, corrected for
+    their number, by random signs of whole documents; NaN with too few documents. residuals: each
+    [U, X]. measure: [B, X] → [B]."""
+    if any(len(residual_UX) < FEWEST_TO_JUDGE for residual_UX in residuals):
+        return np.full(len(residuals), np.nan)
+    observed = [float(measure(x.sum(0, keepdims=True))[0]) for x in residuals]
+    return joint_p(observed, [measure(signed_sums(x)) for x in residuals])
 
 
 def percent(share: float) -> str:

@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.uncertainty import ratio_interval
+from moe_inspect.analysis.metrics.chance import ALPHA
+from moe_inspect.analysis.metrics.uncertainty import log10_tail
 from moe_inspect.comparison.counting.counts import UNIT
 from moe_inspect.comparison.data import TABLES, PairData
-from moe_inspect.comparison.effects import growth, load, losses, name_of, percent
+from moe_inspect.comparison.effects import (
+    below_chance,
+    collapsed,
+    domains,
+    growth,
+    load,
+    losses,
+    name_of,
+    p_over_documents,
+    percent,
+)
 from moe_inspect.comparison.tables.summary import recorded_otherwise
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.loads.data import LoadData
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
+TENTH = 0.1
 CLOSE = 0.8  # share of the flips that lie in the lowest tenth of margins, where rounding makes them
 LAST = 5  # how many times as often last tokens must differ
 FEWEST_LAST = 5
@@ -128,37 +140,29 @@ def _the_same(data: PairData) -> Finding:
 
 
 def _other_experts(data: PairData) -> Finding:
-    share_R = {
-        r: float(data.of(r).mismatch_UX.sum() / max(data.decisions_UX(r).sum(), 1))
-        for r, _ in data.pairs
-    }
+    share_R, differing = dict[int, float](), list[int]()
+    for r, _ in data.pairs:
+        n = max(int(data.decisions_UX(r).sum()), 1)
+        share_R[r] = share = float(data.of(r).mismatch_UX.sum() / n)
+        if share >= DIFFERENT and _apart(share, DIFFERENT, n, tests=len(data.pairs)):
+            differing.append(r)
     worst = max(share_R, key=lambda r: share_R[r])
-    close, at = _close_share(data), _flip_margin(data)
+    (close, documents), at = _close_share(data), _flip_margin(data)
     values = _values(data) | {"worst_set_mismatch": share_R[worst], "flips_in_lowest_tenth": close}
     about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
     worst_of = f"worst: layer {name_of(data, worst)}, {share_R[worst]:.2%}"
-    if share_R[worst] >= DIFFERENT:
-        first = next(r for r, share in share_R.items() if share >= DIFFERENT)
-        n = sum(share >= DIFFERENT for share in share_R.values())
+    if differing:
+        n = len(differing)
         return finding(
             "different",
             "warning",
-            f"Different from layer {name_of(data, first)} on: {_amount(data)} chose different "
-            f"experts; {worst_of}. {n} of {plural(len(share_R), 'router')} "
+            f"Different from layer {name_of(data, differing[0])} on: {_amount(data)} chose "
+            f"different experts; {worst_of}. {n} of {plural(len(share_R), 'router')} "
             f"{'differs' if n == 1 else 'differ'} in {DIFFERENT:.0%} of decisions or more.{at}",
             about,
             **values,
         )
-    if close is None:
-        return finding(
-            "rounding",
-            "note",
-            f"Nearly the same: {_amount(data)} chose different experts; {worst_of}. Without logits "
-            "or weights it is unknown whether these were close decisions, which rounding flips.",
-            about,
-            **values,
-        )
-    if close >= CLOSE:
+    if close is not None and close >= CLOSE and _apart(close, TENTH, documents):
         return finding(
             "rounding",
             "good",
@@ -168,14 +172,36 @@ def _other_experts(data: PairData) -> Finding:
             about,
             **values,
         )
+    if close is not None and close < CLOSE and _apart(close, CLOSE, documents):
+        return finding(
+            "not_rounding",
+            "warning",
+            f"{_amount(data)} chose different experts; {worst_of}. Rounding does not explain them: "
+            f"only {close:.0%} were close decisions (among the 10% with the smallest margins).{at}",
+            about,
+            **values,
+        )
+    untold = "Record with --logits to tell whether rounding explains them."
+    if close is not None:
+        untold = (
+            f"{close:.0%} of these were close decisions (among the 10% with the smallest margins), "
+            f"in {plural(documents, 'document')}: too few to tell whether rounding explains them."
+        )
+    elif "logits" in data.a.tables:
+        untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
     return finding(
-        "not_rounding",
-        "warning",
-        f"{_amount(data)} chose different experts; {worst_of}. Rounding does not explain them: "
-        f"only {close:.0%} were close decisions (among the 10% with the smallest margins).{at}",
+        "rounding",
+        "note",
+        f"Nearly the same: {_amount(data)} chose different experts; {worst_of}. {untold}",
         about,
         **values,
     )
+
+
+def _apart(share: float, expected: float, n: int, tests: int = 1) -> bool:
+    """Whether a share of n independent cases is further from the expected one than chance."""
+    case = (np.array([x * n]) for x in (share, expected, 1.0))
+    return bool(log10_tail(*case)[0] < np.log10(ALPHA / tests))
 
 
 def _amount(data: PairData) -> str:
@@ -197,11 +223,12 @@ def _values(data: PairData) -> dict[str, Any]:
     }
 
 
-def _close_share(data: PairData) -> float | None:
-    """Share of the flips in the lowest tenth of A's margins; None where none is known."""
-    mismatch_M = sum(data.of(r).margin_mismatch_UM.sum(0) for r, _ in data.pairs)
-    total = int(np.sum(mismatch_M))
-    return float(np.atleast_1d(mismatch_M)[0] / total) if total else None
+def _close_share(data: PairData) -> tuple[float | None, int]:
+    """Share of the flips in the lowest tenth of A's margins, None where none is known; and in how
+    many documents they are."""
+    mismatch_UM = np.sum([data.of(r).margin_mismatch_UM for r, _ in data.pairs], axis=0)
+    total, documents = int(mismatch_UM.sum()), int(np.count_nonzero(mismatch_UM.sum(1)))
+    return (float(mismatch_UM[:, 0].sum() / total) if total else None), documents
 
 
 def _flip_margin(data: PairData) -> str:
@@ -211,9 +238,8 @@ def _flip_margin(data: PairData) -> str:
     if data.margins is None or not len(flips):
         return ""
     overall = float(np.median(list(data.margins.medians.values())))
-    unit = "logits" if data.margins.source == "logits" else "logarithm of the weights"
     return (
-        f" Median margin ({unit}): {np.median(flips):.2g} for flips, {overall:.2g} for all "
+        f" Median margin (logits): {np.median(flips):.2g} for flips, {overall:.2g} for all "
         "decisions."
     )
 
@@ -223,20 +249,28 @@ def noise(data: PairData) -> Iterator[Finding]:
     if data.noise is None:
         return
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
-    low = _interval_low(data)
+    (hits_U, of_U), (noise_U, of_noise_U) = _hits(data), _hits(data.noise)
+    both_U = (of_U > 0) & (of_noise_U > 0)
+    beyond_U = (hits_U - noise_U * of_U / np.maximum(of_noise_U, 1))[both_U]
+    (p,) = p_over_documents([beyond_U[:, None]], lambda sums: sums[:, 0])
+    severity, said = "good", "not beyond that noise"
+    if np.isnan(p):
+        severity, said = "note", "with too few documents to tell whether that is beyond the noise"
+    elif p < ALPHA:
+        severity, said = "warning", "beyond that noise"
     text = (
         f"Two runs of A differ in {percent(base)} of decisions: B differs from A in "
-        f"{percent(share)}, {'beyond' if low > base else 'not beyond'} that noise."
+        f"{percent(share)}, {said}."
     )
-    severity = "warning" if low > base else "good"
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
-def _interval_low(data: PairData) -> float:
-    hits_U = np.sum([data.of(r).mismatch_UX.sum(1) for r, _ in data.pairs], axis=0)
-    of_U = np.sum([data.decisions_UX(r).sum(1) for r, _ in data.pairs], axis=0)
-    low, _ = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
-    return low if low == low else float(hits_U.sum() / of_U.sum())
+def _hits(data: PairData) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [U], twice: decisions with another set of experts, and all that are compared, by unit
+    of A's documents."""
+    of_R = [(data.of(r).mismatch_UX.sum(1), data.decisions_UX(r).sum(1)) for r, _ in data.pairs]
+    hits_U, of_U = np.sum(of_R, axis=0)
+    return hits_U, of_U
 
 
 def missing_tokens(data: PairData) -> Iterator[Finding]:
@@ -319,7 +353,10 @@ CHECKS: tuple[Check, ...] = (
     noise,
     losses,
     growth,
+    collapsed,
+    below_chance,
     load,
+    domains,
     missing_tokens,
     missing_layers,
     unchecked,

@@ -109,9 +109,14 @@ def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarr
             left_U1 = np.sqrt(1 - n_U1 / max(n_U1.sum(), 1))
             own_UE = (assignments_UE[of] - n_U1 * share_E) / np.maximum(left_U1, 1e-6)
             residual_UE[of] = own_UE + n_U1 * (load_E / total - 1 / E)
-    residual_UE = _fewer(residual_UE)
-    null_BE = random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
+    null_BE = signed_sums(residual_UE)
     return np.stack([null_BE.max(1), -null_BE.min(1)]) / (total / E)
+
+
+def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
+    """The sum of the units' residuals, each with a random sign. float32 [B, E]"""
+    residual_UE = _fewer(residual_UE)
+    return random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
 
 
 def _fewer(residual_UE: np.ndarray) -> np.ndarray:

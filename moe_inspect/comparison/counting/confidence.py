@@ -11,69 +11,60 @@ import numpy as np
 
 from moe_inspect.comparison.counting.kernels_numpy import Slots
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import Shard
 
 SAMPLE_SHARDS = 4  # at most, and one in four, from which the deciles of the margin are taken
 ROWS = 8192  # of logits at a time
+LOGITS_DECIDE = 0.9  # share of decisions that take the largest logits, from which logits decide
 
 
 @dataclass(frozen=True)
 class Margins:
-    """The margin of a trace's decisions. source: "logits" (the k-th largest minus the next) or
-    "weights" (the logarithm of the ratio of the two smallest gate weights: how far apart logits
-    lie around there). edges: router → the nine limits between deciles; none where the margin
-    cannot be known. medians: router → the median of all decisions."""
+    """The margins of a trace's decisions. edges: router → the nine limits between deciles; none
+    where the margin cannot be known. medians: router → the median of all decisions."""
 
-    source: str
     edges: dict[int, np.ndarray]
     medians: dict[int, float]
 
 
 def margins(trace: Trace, routers: list[int]) -> Margins | None:
-    """The deciles, from shards spread over the trace; None where neither logits nor weights are
-    known."""
-    source = "logits" if "logits" in trace.tables else "weights" if trace.has_weights else ""
-    if not source:
+    """The deciles, from shards spread over the trace; None where they are of no router. The k gate
+    weights do not tell the margin: it is to the best expert that was not chosen."""
+    if "logits" not in trace.tables:
         return None
     shards = [shard for shard in trace.shards if shard.files.tokens]
     step = max(SAMPLE_SHARDS, -(-len(shards) // SAMPLE_SHARDS))
     edges, medians = dict[int, np.ndarray](), dict[int, float]()
     for r in routers:
-        parts = [margin_of(shard, r, source) for shard in shards[::step]]
-        margin_T = np.concatenate([part for part in parts if part is not None] or [np.zeros(0)])
-        margin_T = margin_T[np.isfinite(margin_T)]
-        if len(margin_T):
+        k, E = trace.routers[r].top_k, trace.routers[r].experts
+        if k == E:
+            continue
+        parts = [np.zeros(0, np.float32)]
+        parts += [logit_margin(s.logits(r), s.slots(r)[:k]) for s in shards[::step]]
+        margin_T = np.concatenate(parts)
+        known_T = np.isfinite(margin_T)
+        # else biases or groups of experts decide too
+        if known_T.sum() > LOGITS_DECIDE * len(margin_T):
+            margin_T = margin_T[known_T]
             edges[r] = np.quantile(margin_T, np.arange(1, 10) / 10).astype(np.float32)
             medians[r] = float(np.median(margin_T))
-    return Margins(source, edges, medians) if edges else None
+    return Margins(edges, medians) if edges else None
 
 
-def margin_of(shard: Shard, router: int, source: str) -> np.ndarray | None:
-    """float32 [decisions], NaN where unknown; None where no decision has one (k = E, or k = 1
-    and weights only)."""
-    listed = shard.trace.routers[router]
-    k = listed.top_k
-    if source == "logits":
-        return logit_margin(shard.logits(router), k) if k < listed.experts else None
-    if k < 2 or not listed.first_choice_known:
-        return None
-    return weight_margin(shard.slot_weights(router)[:k])
-
-
-def logit_margin(logits_TE: np.ndarray, k: int) -> np.ndarray:
-    """float32 [T]: the k-th largest logit minus the next."""
-    parts = [np.zeros(0, np.float32)]
+def logit_margin(logits_TE: np.ndarray, slots: Slots) -> np.ndarray:
+    """float32 [T]: the k-th largest logit minus the next; NaN where an expert was chosen whose
+    logit is below that."""
+    k, parts = len(slots), [np.zeros(0, np.float32)]
     for t in range(0, len(logits_TE), ROWS):
-        part_TE = -logits_TE[t : t + ROWS].astype(np.float32)
-        part_TE.partition((k - 1, k), axis=1)
-        parts.append(part_TE[:, k] - part_TE[:, k - 1])
+        part_TE = logits_TE[t : t + ROWS].astype(np.float32)
+        E, lowest_T = part_TE.shape[1], np.full(len(part_TE), np.inf, np.float32)
+        for slot_T in slots:
+            at_T = slot_T[t : t + ROWS].astype(np.int64)
+            of_T = part_TE[np.arange(len(at_T)), np.minimum(at_T, E - 1)]
+            lowest_T = np.minimum(lowest_T, np.where(at_T < E, of_T, np.inf))
+        part_TE.partition((E - k - 1, E - k), axis=1)
+        next_T = part_TE[:, E - k - 1]
+        parts.append(np.where(lowest_T < next_T, np.nan, part_TE[:, E - k] - next_T))
     return np.concatenate(parts)
-
-
-def weight_margin(weights: Slots) -> np.ndarray:
-    """float32 [T]: the logarithm of the ratio of the two smallest gate weights."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(weights[-2] / weights[-1], dtype=np.float32)
 
 
 def decile_of(margin_T: np.ndarray, edges: np.ndarray) -> np.ndarray:

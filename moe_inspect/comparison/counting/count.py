@@ -26,7 +26,6 @@ from moe_inspect.comparison.counting.confidence import (
     decile_of,
     logit_margin,
     logit_shift,
-    weight_margin,
 )
 from moe_inspect.comparison.counting.kernels_numpy import Slots
 from moe_inspect.comparison.counting.router_sums import Decisions, RouterSums
@@ -224,11 +223,10 @@ def _count_router(
     slots_a = rows.of_a(lambda shard: shard.slots(r)[:K], r)
     slots_b = None if rows.alike else rows.of_b(lambda shard: shard.slots(other)[:K], other)
     weights_a = weights_b = None
-    if job.a.has_weights and (job.margins or (job.weights and not rows.alike)):
-        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
     if job.weights and not rows.alike:
+        weights_a = rows.of_a(lambda shard: shard.slot_weights(r)[:K], r)
         weights_b = rows.of_b(lambda shard: shard.slot_weights(other)[:K], other)
-    decile_T, margin_T = _margin(job, rows, r, weights_a)
+    decile_T, margin_T = _margin(job, rows, r, slots_a)
     unit_V, unit_T = rows.units
     decisions = Decisions(
         listed.experts,
@@ -257,18 +255,13 @@ def _count_router(
 
 
 def _margin(
-    job: Job, rows: Rows, r: int, weights_a: Slots | None
+    job: Job, rows: Rows, r: int, slots_a: Slots
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """uint8 [T], float32 [T]: the decile of each margin of A, and the margin; None where the
     router's are not known."""
     if job.margins is None or r not in job.margins.edges:
         return None, None
-    if job.margins.source == "weights":
-        assert weights_a is not None
-        margin_T = weight_margin(weights_a)
-    else:
-        k = job.a.routers[r].top_k
-        margin_T = logit_margin(rows.of_a(lambda shard: (shard.logits(r),), r)[0], k)
+    margin_T = logit_margin(rows.of_a(lambda shard: (shard.logits(r),), r)[0], slots_a)
     return decile_of(margin_T, job.margins.edges[r]), margin_T
 
 

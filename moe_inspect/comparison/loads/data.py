@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.data import TABLES, Options
 from moe_inspect.comparison.loads.steps import StepWindows, step_windows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import LazyTables, Table
+from moe_inspect.reporting.verdict.chance import beyond_documents
 from moe_inspect.reporting.verdict.gate import gated
 from moe_inspect.trace.reader import Trace
 
@@ -76,6 +78,22 @@ class LoadData:
         trace of decisions tells it; else 1."""
         effects = [self.of(side, "balance", router)["design_effect"].iloc[0] for side in SIDES]
         return float(np.nanmax([1.0, *map(float, effects)]))
+
+    @cached_property
+    def documents_known(self) -> bool:
+        """Whether a trace of decisions tells how alike the tokens of a document are."""
+        units = [len(of.counts.units) for of in self.reports.values() if not of.counts.counts_only]
+        return max(units, default=0) >= FEWEST_TO_JUDGE
+
+    def beyond_text(self, shift: float, floor: float) -> bool:
+        """Whether no other text explains that so much of the load moves, where independent tokens
+        move `floor` by chance."""
+        return self.documents_known or beyond_documents(shift, floor)
+
+    @property
+    def chance(self) -> str:
+        """What the floors are of."""
+        return "chance" if self.documents_known else "chance of independent tokens"
 
     @property
     def refused(self) -> list[str]:

@@ -3,7 +3,7 @@ each is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from moe_inspect.comparison.loads.tables import chance_limit
 from moe_inspect.comparison.verdict import missing_layers
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict.checks import verdict_table
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import format_ratio, join_first, layer_label, plural
 
 MOST_NAMED = 4  # layers, or steps, in a sentence
@@ -37,14 +37,16 @@ def shifted(data: LoadData) -> Iterator[Finding]:
     row = rows.loc[rows["load_shift"].idxmax()]
     r = int(row["router"])
     text = (
-        f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than chance: "
+        f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than "
+        f"{data.chance}: "
         if len(beyond)
-        else "No load differs by more than chance: "
+        else f"No load differs by more than {data.chance}: "
     )
     text += (
         f"up to {row['load_shift']:.2%} of it moves, in layer {layer_label(data.a.routers, r)} "
         f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
     )
+    severity = _severity(data, beyond, row["load_shift"], row["load_shift_floor"])
     values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
     if len(beyond):
         of: Any = data.tables["load"]
@@ -53,7 +55,14 @@ def shifted(data: LoadData) -> Iterator[Finding]:
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
-    yield finding("load_shift", "warning" if len(beyond) else "good", text, row, **values)
+    yield finding("load_shift", severity, text, row, **values)
+
+
+def _severity(data: LoadData, beyond: Sized, shift: float, floor: float) -> Severity:
+    """Of loads that differ by more than the floor; of independent tokens, other text exceeds it."""
+    if not len(beyond):
+        return "good"
+    return "warning" if data.beyond_text(shift, floor) else "note"
 
 
 def by_step(data: LoadData) -> Iterator[Finding]:
@@ -67,14 +76,15 @@ def by_step(data: LoadData) -> Iterator[Finding]:
     if W < 2 and not any(steps.left_out):
         return
     parted = rows.dropna(subset=["since_step"]).sort_values("since_step", kind="stable")
-    first = parted.iloc[0] if len(parted) else None
+    first, severity = parted.iloc[0] if len(parted) else None, "good"
     if first is None:
         text = (
-            f"Step by step, no load differs by more than chance, in {plural(W, 'window')} of "
-            f"{steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
+            f"Step by step, no load differs by more than {data.chance}, in "
+            f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
         )
     else:
         most = parted.loc[parted["most_load_shift"].idxmax()]
+        severity = _severity(data, parted, most["most_load_shift"], most["most_load_shift_floor"])
         text = (
             f"Step by step: {_since(data, parted)}. Most in {steps.units} "
             f"{int(most['most_first_step']):,} to {int(most['most_last_step']):,}, where "
@@ -90,7 +100,6 @@ def by_step(data: LoadData) -> Iterator[Finding]:
         )
     values = {"windows": W, "routers": len(parted), "left_out": steps.left_out}
     since = None if first is None else int(first["since_step"])
-    severity = "good" if first is None else "warning"
     yield finding("by_step", severity, text, first, since_step=since, **values)
 
 
@@ -107,7 +116,7 @@ def _since(data: LoadData, parted: Any) -> str:
             f"from {start} on in {layers} ({'at least ' if fewest < most else ''}{fewest:,} of the "
             f"{plural(int(of['windows_since'].iloc[0]), 'window')} since)"
         )
-    text = f"the load differs by more than chance {join_first(said, MOST_NAMED, '; ')}"
+    text = f"the load differs by more than {data.chance} {join_first(said, MOST_NAMED, '; ')}"
     same = [r for r, _ in data.pairs if r not in set(parted["router"])]
     labels = [layer_label(data.a.routers, r) for r in same]
     layers = f"{'layer' if len(same) == 1 else 'layers'} {join_first(labels, MOST_NAMED, ', ')}"

@@ -184,8 +184,7 @@ def margins(data: PairData) -> pd.DataFrame:
     """One row per router and tenth of A's decisions by their margin, from the least decided on."""
     known = data.margins
     if known is None:
-        why = "are the same files" if data.alike else "have neither logits nor weights"
-        raise MoeInspectError(f"{data.a.path} and {data.b.path} {why}: no margins table")
+        raise MoeInspectError(f"{data.why_no_margins}: no margins table")
 
     def parts(r: int) -> Iterator[Part]:
         counts = data.of(r)
@@ -197,5 +196,4 @@ def margins(data: PairData) -> pd.DataFrame:
     at = list(zip(frame["router"], frame["decile"], strict=True))
     frame.insert(3, "margin_from", [float(limits[r][m]) for r, m in at])
     frame.insert(4, "margin_to", [float(limits[r][m + 1]) for r, m in at])
-    frame.insert(5, "margin_of", known.source)
     return frame

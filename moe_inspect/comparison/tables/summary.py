@@ -46,8 +46,6 @@ def facts(data: PairData) -> Iterator[tuple[str, object]]:
         yield "shards_alike", f"{data.counts.shards_alike}: the same files, not compared row by row"
     shifts = {n: getattr(options, n) for n in SHIFTS if getattr(options, n)}
     yield from shifts.items()
-    if data.margins:
-        yield "margin_of", data.margins.source
     for key, values in recorded_otherwise(data).items():
         yield f"differs_{key}", f"{values[0]} | {values[1]}"
 
