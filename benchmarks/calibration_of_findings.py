@@ -12,16 +12,26 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.measuring import machine, write_results
+from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, parse_rule
 from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.chance import CLEAN_PAIRS, PAIRED, REGIMES, Planted, Regime, drawn, drawn_pair
+from moe_inspect.trace.header import TraceHeader
+from moe_inspect.watch.follow import News
+from moe_inspect.watch.piece import Piece
+from moe_inspect.watch.state import Watched
+from tests.chance import CLEAN_PAIRS, PAIRED, REGIMES, Planted, Regime, drawn, drawn_pair, monitored
 
 PAIRS = "clean pairs"
 
@@ -95,6 +105,50 @@ def claimed_of_pair(seed: int) -> list[str]:
         ]
 
 
+# of the monitor and of `watch`: the default ones, and rules that look at the least
+RULES = (
+    *DEFAULT_RULES,
+    "max_vio > 0.1",
+    "max_vio_batch > 0.1 for 2 windows",
+    "dead_experts > 0",
+    "starved_experts > 0 for 3 windows",
+    "entropy < 1",
+    "drift > 0.01",
+)
+ALARMS = ("iid 8/2", "iid 64/8", "clustered 8/2", "clustered 64/8")
+
+
+def alarms(regime: Regime, seed: int, dead: int | None = None) -> list[Alarm]:
+    """The alarms of the monitor of one run, and of `watch` on what it commits."""
+    routers, windows = monitored(regime, seed, dead=dead)
+    rules = [parse_rule(rule) for rule in RULES]
+    seen = Alarms(routers, rules)
+    found = [alarm for window in windows for alarm in seen.see(window)]
+    watched = Watched(4_000, [rule for rule in rules if rule.metric != BATCH])
+    manifest = {"routers": [asdict(router) for router in routers], "tables": ["documents"]}
+    pieces = [
+        Piece(
+            w.first, w.last, int(n := w.tokens_R[0]), n * len(routers), np.array(w.load), w.tokens_R
+        )
+        for w in windows
+    ]
+    watched.take(News("recording", pieces), TraceHeader(Path(), {**manifest, "capture": {}}))
+    return [*found, *watched.raised]
+
+
+def alarmed(regime: Regime, seed: int) -> list[str]:
+    """The rules by which a run raises alarms."""
+    return [alarm.rule for alarm in alarms(regime, seed)]
+
+
+# name → the claims of one draw, by its seed
+CASES: dict[str, Callable[[int], list[str]]] = {
+    **{name: partial(claimed, regime, None) for name, regime in REGIMES.items()},
+    PAIRS: claimed_of_pair,
+    **{f"alarms, {name}": partial(alarmed, REGIMES[name]) for name in ALARMS},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--traces", type=int, default=100)
@@ -103,12 +157,9 @@ def main() -> None:
     asked = parser.parse_args()
     false: dict[str, Any] = {}
     with ProcessPoolExecutor(asked.jobs) as pool:
-        for name in asked.only or [*REGIMES, PAIRS]:
+        for name in asked.only or CASES:
             n = asked.traces
-            if name == PAIRS:
-                said = list(pool.map(claimed_of_pair, range(n)))
-            else:
-                said = list(pool.map(partial(claimed, REGIMES[name], None), range(n)))
+            said = list(pool.map(CASES[name], range(n)))
             kinds = Counter(kind for kinds in said for kind in set(kinds))
             false[name] = {"traces": n, "false": sum(map(bool, said)), "kinds": dict(kinds)}
             print(f"{name:24s} {false[name]['false']:4d} of {n}  {dict(kinds)}", flush=True)

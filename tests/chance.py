@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.alarms.window import Window
 from moe_inspect.trace.reader import Trace
-from tests.synthetic import write_counts, write_trace
+from moe_inspect.trace.schema import Router
+from tests.synthetic import routers, write_counts, write_trace
 
 TASTE = 0.5  # standard deviation of a document's own logits, in the clustered regimes
 
@@ -191,6 +193,37 @@ def _written(
         words=int(word_T.max()) + 1,
         batch_tokens=regime.passes,
     )
+
+
+def monitored(
+    regime: Regime, seed: int, windows: int = 24, dead: int | None = None
+) -> tuple[list[Router], list[Window]]:
+    """A run of chance as the monitor of a training sees it: windows of 8 steps of 4 documents of 60
+    tokens each. `dead`: the expert that router 1 never chooses."""
+    rng = np.random.default_rng([seed, regime.E, windows])
+    L, E, S = regime.L, regime.E, 8
+    document_T = np.repeat(np.arange(windows * S * 4), 60)
+    step_T, loads = document_T // 4, []
+    for r in range(L):
+        effect_UE = np.zeros((document_T[-1] + 1, E))
+        if r == 1 and dead is not None:
+            effect_UE[:, dead] = -np.inf
+        preferred_TE = _preferred(regime, rng, effect_UE)[document_T]
+        ids = _chosen(regime, preferred_TE + rng.gumbel(size=preferred_TE.shape))
+        cell = np.repeat(step_T, regime.K) * E + ids.ravel()
+        loads.append(np.bincount(cell, minlength=windows * S * E).reshape(windows, S, E))
+    tokens_R = np.full(L, S * 4 * 60)
+    return routers(L, E, regime.K), [
+        Window(
+            S * w + 1,
+            S * w + S,
+            [of[w].sum(0) for of in loads],
+            tokens_R,
+            {},
+            [o[w] for o in loads],
+        )
+        for w in range(windows)
+    ]
 
 
 def _texts(regime: Regime, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

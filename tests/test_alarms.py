@@ -8,21 +8,25 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.calibration_of_findings import ALARMS, alarms
 from moe_inspect.alarms.alarms import Alarms
-from moe_inspect.alarms.chance import chance_limit, uniform_loads
-from moe_inspect.alarms.rules import Rule, known_metrics, parse_rule, read_rules
+from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair, uniform_loads
+from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
+from tests.chance import REGIMES, monitored
 
 E, K = 8, 2
 ROUTERS = [Router(layer, f"r{layer}", f"r{layer}", E, K) for layer in (2, 3)]
@@ -38,7 +42,7 @@ def window(n: int, *load: list[int], **values: list[float]) -> Window:
 
 
 def judged(rules: list[str], *windows: Window) -> list[Any]:
-    alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules])
+    alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules], effects={0: 4.0, 1: 4.0})
     return [alarm for w in windows for alarm in alarms.see(w)]
 
 
@@ -182,17 +186,103 @@ def test_chance_alone_raises_nothing(tokens: int) -> None:
     assert blind == 200  # control: without the floor every window breaks "max_vio > 0"
 
 
+@pytest.mark.parametrize("name", ALARMS)
+def test_runs_of_chance_raise_no_alarm(name: str) -> None:
+    """Of 10 runs of a regime, by the monitor and by `watch`, 5 % are 0.5; 3 or more have a
+    probability of 0.01. Control: an expert that is never chosen is found in each."""
+    assert sum(bool(alarms(REGIMES[name], seed)) for seed in range(10)) < 3
+    found = [a for seed in range(3) for a in alarms(REGIMES[name], seed, dead=3)]
+    dead = [a for a in found if a.rule == DEFAULT_RULES[0]]
+    assert len(dead) == 6
+    assert {(a.layer, a.experts) for a in dead} == {(1, (3,))}
+
+
+def test_documents_that_are_alike_are_no_alarm() -> None:
+    """Control: with a design effect of independent tokens, the same runs raise alarms."""
+    routers, windows = monitored(replace(REGIMES["clustered 8/2"], taste=1.0), 0)
+    rules = [parse_rule("max_vio > 0.1")]
+    blind = Alarms(routers, rules, effects=dict.fromkeys(range(len(routers)), 1.0))
+    assert sum(len(blind.see(w)) for w in windows) >= 2
+    told = Alarms(routers, rules)
+    assert not sum(len(told.see(w)) for w in windows)
+    assert all(5 < told.effect(r) < 50 for r in range(len(routers)))
+
+
+def test_windows_are_pooled_until_a_dead_expert_can_be_told() -> None:
+    """512 experts, one per token, 16,384 tokens per window: a mean load of 32."""
+    router, rng = Router(0, "r", "r", 512, 1), np.random.default_rng(5)
+    rules = [parse_rule("dead_experts > 0 for 3 windows"), parse_rule("dead_experts > 0")]
+    share = np.where(np.arange(512) == 7, 0, 1 / 511)
+    for effect, dead, expected in ((4.0, True, 2), (4.0, False, 0), (1e4, True, 0)):
+        alarms = Alarms([router], rules, effects={0: effect})
+        found = [
+            alarm
+            for n in range(12)
+            for load_E in [rng.multinomial(2**14, share if dead else np.full(512, 1 / 512))]
+            for alarm in alarms.see(Window(n, n, [load_E], np.array([2**14])))
+        ]
+        assert [a.experts for a in found] == [(7,)] * expected
+        assert all(2 <= a.step <= 4 for a in found)
+
+
+def test_an_expert_is_dead_in_two_windows_of_three() -> None:
+    one = [1, 1999, *[1000] * (E - 2)]
+    rule = ["dead_experts > 0 for 3 windows"]
+    for middle, found in ((one, 1), (DEAD, 1), (EVEN, 0)):
+        loads = [EVEN, DEAD, middle, DEAD]
+        raised = judged(rule, *(window(n, EVEN, load) for n, load in enumerate(loads)))
+        assert [(a.experts, a.since) for a in raised] == [((0,), 11)] * found
+    other = [2000, 0, *[1000] * (E - 2)]  # another expert is dead in between
+    windows = [window(n, EVEN, load) for n, load in enumerate((DEAD, other, other, DEAD))]
+    assert not judged(["dead_experts > 0 for 6 windows"], *windows)
+
+
+def test_the_expert_is_the_one_most_often_at_fault() -> None:
+    busy = [[9000 if e == at else 1000 for e in range(E)] for at in (5, 5, 2)]
+    (alarm,) = judged(
+        ["max_vio > 1.5 for 3 windows"], *(window(n, EVEN, b) for n, b in enumerate(busy))
+    )
+    assert alarm.experts == (5,)
+
+
+def test_the_max_vio_of_steps_is_against_chance() -> None:
+    """Steps of 16 tokens are uneven by chance, of which their mean over steps is sure."""
+    rng, rule = np.random.default_rng(3), ["max_vio_batch > 0.5"]
+
+    def steps(share_E: np.ndarray) -> Window:
+        recent = [rng.multinomial(32, share_E, 32), rng.multinomial(32, np.full(E, 1 / E), 32)]
+        loads = [load_SE.sum(0) for load_SE in recent]
+        return Window(1, 32, loads, np.full(2, 512), {}, recent)
+
+    even, uneven = np.full(E, 1 / E), np.r_[0.7, np.full(E - 1, 0.3 / (E - 1))]
+    assert bal.max_vio(np.stack(steps(even).recent)).mean() > 0.5
+    assert not judged(rule, steps(even))
+    assert [(a.layer, a.experts) for a in judged(rule, steps(uneven))] == [(2, (0,))]
+
+
 def test_the_limit_is_what_random_choices_give() -> None:
-    limit = chance_limit("max_vio", 4 * 1024, E, K, above=True)
     rng = np.random.default_rng(1)
     ids = rng.random((400, 1024, E)).argsort(2)[..., :K]
     load_WE = np.stack([np.bincount(w.reshape(-1), minlength=E) for w in ids])
     vio_W = bal.max_vio(load_WE)
-    assert np.quantile(vio_W, 0.95) < limit < 1.5 * vio_W.max()
+    for tail, low, high in ((0.05, 0.9, 1.1), (1 / 400, 0.9, 1.3)):
+        limit = chance_limit("max_vio", 4 * 1024, E, K, True, 4.0, tail)
+        assert low < limit / np.quantile(vio_W, 1 - tail) < high
     simulated = bal.max_vio(uniform_loads(1024, E, K)).mean()
     assert simulated == pytest.approx(vio_W.mean(), rel=0.05)
     assert (uniform_loads(1024, E, K).sum(1) == 1024 * K).all()
     assert uniform_loads(1024, E, K).max() <= 1024
+
+
+def test_the_design_effect_of_a_run() -> None:
+    """Tokens that come in fours: 4; one jump of the load does not move it."""
+    rng = np.random.default_rng(2)
+    loads = [4 * rng.multinomial(500, np.full(E, 1 / E)) for _ in range(41)]
+    pairs = [effect_of_pair(a, b, 1) for a, b in pairwise(loads)]
+    assert np.mean(pairs) == pytest.approx(4, rel=0.2)
+    assert 3 < effect_of(pairs, E) < 6
+    assert effect_of([*pairs, 1e6], E) == pytest.approx(effect_of(pairs, E), rel=0.1)
+    assert effect_of([4.0], E) > 10  # one pair hardly tells
 
 
 @pytest.mark.parametrize("metric", known_metrics())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import moe_inspect
+from moe_inspect.alarms.alarms import Alarms
 from moe_inspect.alarms.of_trace import alarms_of, windows_of_trace
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
+from tests.chance import REGIMES, Planted, drawn
 from tests.conftest import ROOT, Cli
 from tests.test_training import loop
 from tests.trained import counted
@@ -66,3 +69,23 @@ def test_a_trace_of_decisions_is_cut_into_windows(cli: Cli, tmp_path: Path) -> N
     assert not alarms_of(balanced, rules, window=2000)
     with pytest.raises(MoeInspectError, match="does not hold aux_loss"):
         alarms_of(trace, [parse_rule("aux_loss > 1")])
+
+
+@pytest.mark.parametrize("name", ["clustered 8/2", "6 documents", "two domains of five"])
+def test_what_may_be_chance_to_the_verdict_is_no_alarm(name: str, tmp_path: Path) -> None:
+    """Documents that each have a taste of their own, as the report knows; six of them tell nothing.
+    Control: the same windows, taken for independent tokens, raise alarms."""
+    trace = drawn(tmp_path / "t", replace(REGIMES[name], L=2, taste=1.0), 1)
+    rules = [parse_rule("max_vio > 0.2"), parse_rule("dead_experts > 0")]
+    (balance,) = [f for f in moe_inspect.report(trace).verdict() if f.kind == "balance"]
+    assert balance.severity in ("good", "note")
+    assert not alarms_of(trace, rules, window=500)
+    windows = list(windows_of_trace(trace, select(trace), window=500))
+    blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
+    assert [alarm for w in windows for alarm in blind.see(w)]
+
+
+def test_what_is_planted_is_an_alarm(tmp_path: Path) -> None:
+    trace = drawn(tmp_path / "t", replace(REGIMES["clustered 64/8"], documents=60), 0, Planted(3.0))
+    found = alarms_of(trace, [parse_rule("max_vio > 0.5 for 2 windows")], window=1000)
+    assert {(a.router, a.experts) for a in found} == {(1, (5,))}

@@ -283,14 +283,15 @@ def test_alarms_judge_windows_and_end_with_the_fault(tmp_path: Path) -> None:
     news = follower.poll()
     watched = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")])
     said = []
-    for n, load in enumerate([[250] * 4, *[[500, 500, 0, 0]] * 3, *[[250] * 4] * CALM]):
+    calm, dead = [[240, 260, 240, 260], [260, 240, 260, 240]] * 2, [[500, 500, 0, 0]] * 3
+    for n, load in enumerate([*calm, *dead, *calm[:CALM]]):
         news.pieces, news.again = [a_piece(load, n)], n == 0
         watched.take(news, follower.header)
         said.append(len(watched.alarms))
-    assert said == [0, 0, 1, 1, *[1] * (CALM - 1), 0]
+    assert said == [0] * 4 + [0, 1, 1] + [1] * (CALM - 1) + [0]
     assert watched.raised[0].experts == (2, 3)
-    assert watched.raised[0].since == 1
-    assert "since pass 1" in watched.raised[0].text
+    assert watched.raised[0].since == 4
+    assert "since pass 4" in watched.raised[0].text
 
 
 def test_a_history_of_training_is_judged_as_it_was_committed(tmp_path: Path) -> None:

@@ -6,30 +6,40 @@ R routers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from moe_inspect.alarms.advice import advice
-from moe_inspect.alarms.chance import DEPENDENCE, chance_limit
-from moe_inspect.alarms.rules import DEFAULT_RULES, DRIFT, OF_MODEL, Rule, parse_rule
+from moe_inspect.alarms.chance import (
+    PAIRS,
+    chance_limit,
+    effect_of,
+    effect_of_pair,
+    far,
+    few_p,
+    tail_of,
+)
+from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, DRIFT, OF_MODEL, Rule, parse_rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
+from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
 
 CALM = 3
-WHICH: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # load_E → the experts at fault
-    "dead_experts": lambda load_E: np.flatnonzero(load_E == 0),
-    "starved_experts": lambda load_E: np.flatnonzero(
-        (load_E > 0) & (load_E < bal.STARVED * load_E.mean())
-    ),
-    "min_over_max": lambda load_E: np.array([load_E.argmin()]),
+At = Callable[[np.ndarray], np.ndarray]
+AT_FAULT: dict[str, At] = {  # load_E → bool [E], the experts at fault
+    "dead_experts": lambda load_E: load_E == 0,
+    "starved_experts": lambda load_E: (load_E > 0) & (load_E < bal.STARVED * load_E.mean()),
+    "min_over_max": lambda load_E: np.arange(len(load_E)) == load_E.argmin(),
 }
+BUSIEST: At = lambda load_E: np.arange(len(load_E)) == load_E.argmax()  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -62,30 +72,62 @@ class Alarm:
 @dataclass
 class _Watched:
     """One rule at one router: how many windows in a row have broken it, since which step, or kept
-    it; the best value seen; and whether the alarm was raised."""
+    it; the best value seen; and whether the alarm was raised. Of each expert since it is at fault:
+    windows_E, of those at_fault_E, and their load_E, tokens_E; missed: in which of the last windows
+    it was not. since_E: the first step."""
 
+    E: int
+    memory: int
     broken: int = 0
     kept: int = 0
     since: int = 0
     best: float = math.nan
     raised: bool = False
 
+    def __post_init__(self) -> None:
+        self.windows_E, self.at_fault_E, self.load_E, self.since_E = np.zeros((4, self.E), np.int64)
+        self.tokens_E = np.zeros(self.E)
+        self.missed: deque[np.ndarray] = deque(maxlen=self.memory)
+
+    def add(self, fault_E: np.ndarray, load_E: np.ndarray, tokens: float, first: int) -> None:
+        """One more window."""
+        begins_E = fault_E & (self.windows_E == 0)
+        self.since_E[begins_E] = first
+        on_E = begins_E | (self.windows_E > 0)
+        self.windows_E += on_E
+        self.at_fault_E += fault_E
+        self.load_E += on_E * load_E
+        self.tokens_E += on_E * tokens
+        self.missed.append(on_E & ~fault_E)
+
+    def forget(self, of_E: np.ndarray) -> None:
+        """Begins anew for these experts."""
+        for values_E in (self.windows_E, self.at_fault_E, self.load_E, self.tokens_E, *self.missed):
+            values_E[of_E] = 0
+
 
 @dataclass
 class Alarms:
     """Judges windows by rules. An alarm is raised once, and can be again after CALM windows in a
     row (or as many as the rule says, if more) that keep the rule. Windows without tokens at a
-    router do not count."""
+    router do not count. `effects`: the design effect of the documents on the load of each router,
+    where it is known; else it is estimated from how much the load moves between windows, and before
+    there are two it is LONG_DOCUMENT."""
 
     routers: Sequence[Router]
     rules: Sequence[Rule] = field(
         default_factory=lambda: [parse_rule(text) for text in DEFAULT_RULES]
     )
     steps: str = "step"  # what first and last of a window number
+    effects: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        self._watched = [[_Watched() for _ in self.routers] for _ in self.rules]
+        self._watched = [
+            [_Watched(router.experts, rule.windows) for router in self.routers]
+            for rule in self.rules
+        ]
         self._before: Window | None = None
+        self._pairs = [deque[float](maxlen=PAIRS) for _ in self.routers]
 
     @property
     def active(self) -> list[tuple[Rule, int]]:
@@ -108,13 +150,37 @@ class Alarms:
                 value = float(values_of[rule.metric][r])
                 if not math.isnan(value):
                     raised += self._judge(rule, r, watched, value, window)
+        if self._before is not None:
+            pairs = zip(self._before.load, window.load, strict=True)
+            for r, (before_E, load_E) in enumerate(pairs):
+                moved = effect_of_pair(before_E, load_E, self.routers[r].top_k)
+                if not math.isnan(moved):
+                    self._pairs[r].append(moved)
         self._before = window
         return raised
+
+    def effect(self, r: int) -> float:
+        """The design effect of the documents on the load of router r."""
+        known = self.effects.get(r, math.nan) if self.effects is not None else math.nan
+        if not math.isnan(known):
+            return known
+        pairs = list(self._pairs[r])
+        return effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
+
+    def chance_of(self, metric: str, r: int, load_E: np.ndarray) -> float:
+        """The highest value of a metric of one window's load that chance explains."""
+        router, tail = self.routers[r], tail_of(len(self.routers), 1)
+        tokens = float(load_E.sum()) / router.top_k
+        return chance_limit(
+            metric, tokens, router.experts, router.top_k, True, self.effect(r), tail
+        )
 
     def values(self, metric: str, window: Window) -> np.ndarray:
         """A metric of each router in a window, float [R]; NaN where it has none."""
         if metric in OF_MODEL:
             return np.asarray(window.values.get(metric, np.full(len(self.routers), np.nan)), float)
+        if metric == BATCH:
+            return max_vio_of_steps(window.recent or [np.zeros((0, 1))] * len(self.routers))
         if metric == DRIFT:
             return drift_R(self._before, window)
         function = metrics()[metric].function
@@ -123,47 +189,80 @@ class Alarms:
     def _judge(
         self, rule: Rule, r: int, watched: _Watched, value: float, window: Window
     ) -> list[Alarm]:
-        reference = watched.best
+        reference, load_E = watched.best, np.asarray(window.load[r])
         best = max if rule.sign == "falling" else min
         watched.best = value if math.isnan(reference) else best(value, reference)
         chance = self._chance(rule, r, window)
-        if not _breaks(rule, value, reference) or (
-            rule.beyond_chance
-            and not math.isnan(chance)
-            and not (value > chance if rule.above else value < chance)
-        ):
+        broken = _breaks(rule, value, reference)
+        if rule.beyond_chance and not math.isnan(chance):
+            broken &= value > chance if rule.above else value < chance
+        fault_E = self._at_fault(rule.metric, r, load_E) & (rule.of_experts | broken)
+        tokens = float(load_E.sum()) / self.routers[r].top_k
+        watched.add(fault_E, load_E, tokens, window.first)
+        if rule.of_experts:
+            watched.forget(sum(watched.missed, np.zeros(len(load_E), int)) > rule.misses)
+            fault_E &= self._stays(rule, r, watched)
+            value = float(fault_E.sum())
+            broken = _breaks(rule, value, reference)
+        if not broken:
             watched.broken, watched.kept = 0, watched.kept + 1
             watched.raised &= watched.kept < max(CALM, rule.windows)
+            if not rule.of_experts:
+                watched.forget(np.ones(len(load_E), bool))
             return []
         watched.broken, watched.kept = watched.broken + 1, 0
         if watched.broken == 1:
             watched.since = window.first
-        if watched.raised or watched.broken < rule.windows:
+        if watched.raised or (watched.broken < rule.windows and not rule.of_experts):
             return []
         watched.raised = True
-        return [self._alarm(rule, r, watched.since, value, reference, chance, window)]
+        if rule.of_experts:
+            experts, since = np.flatnonzero(fault_E), int(watched.since_E[fault_E].min())
+        else:  # the one most often at fault, and of those the one furthest from the mean
+            apart_E = np.abs(watched.load_E - watched.load_E.mean())
+            order = np.lexsort((apart_E, watched.at_fault_E))[-1:]
+            experts, since = order[watched.at_fault_E[order] > 0], watched.since
+        return [self._alarm(rule, r, experts, since, value, reference, chance, window)]
+
+    def _stays(self, rule: Rule, r: int, watched: _Watched) -> np.ndarray:
+        """Which experts have been at fault in as many windows as the rule says, are starved in all
+        of these together, and that beyond chance: the windows since an expert is at fault are
+        pooled. bool [E]"""
+        k = self.routers[r].top_k
+        fair_E = watched.tokens_E * k / len(watched.tokens_E)
+        long_E = watched.windows_E >= rule.windows
+        long_E &= watched.load_E < bal.STARVED * fair_E
+        if not rule.beyond_chance or not long_E.any():
+            return long_E
+        p_E = few_p(watched.load_E, watched.tokens_E, k, self.effect(r))
+        return long_E & (p_E < tail_of(len(self.routers), 1))
 
     def _chance(self, rule: Rule, r: int, window: Window) -> float:
-        """What chance alone would at most (at least) give; NaN where that is not known."""
-        router, tokens = self.routers[r], int(window.tokens_R[r])
-        if rule.metric in OF_MODEL:
+        """What chance alone would at most (at least) give; NaN where that is not known, or experts
+        are judged one by one."""
+        router, effect = self.routers[r], self.effect(r)
+        if rule.metric in OF_MODEL or rule.of_experts:
             return math.nan
         if rule.metric == DRIFT:
-            return _drift_by_chance(self._before, window, r, router.top_k)
-        return chance_limit(rule.metric, tokens, router.experts, router.top_k, rule.above)
+            tail = tail_of(len(self.routers), rule.windows)
+            return _drift_by_chance(self._before, window, r, router.top_k, effect, tail)
+        loads = window.recent[r] if rule.metric == BATCH else np.asarray(window.load[r])[None]
+        tokens = float(np.mean(np.sum(loads, -1))) / router.top_k
+        tail = tail_of(len(self.routers), rule.windows)
+        E, k, of = router.experts, router.top_k, rule.metric
+        return chance_limit(of, tokens, E, k, rule.above, effect, tail, len(loads))
 
     def _alarm(
         self,
         rule: Rule,
         r: int,
+        experts: np.ndarray,
         since: int,
         value: float,
         reference: float,
         chance: float,
         window: Window,
     ) -> Alarm:
-        load_E = np.asarray(window.load[r])
-        experts = self._experts(rule.metric, r, load_E)
         where = f"Layer {layer_label(self.routers, r)}"
         named = join_first([str(e) for e in experts], 6, ", ")
         of = f", expert{'s' if len(experts) > 1 else ''} {named}" if len(experts) else ""
@@ -189,12 +288,22 @@ class Alarms:
             advice(rule.metric),
         )
 
-    def _experts(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
-        if metric in OF_MODEL and metric != "max_vio_batch":
-            return np.zeros(0, np.int64)
+    def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
+        """The experts at fault in a window, bool [E]."""
+        if metric in OF_MODEL:
+            return np.zeros(len(load_E), bool)
         if metric == DRIFT and self._before is not None:
-            return np.array([np.abs(_share(load_E) - _share(self._before.load[r])).argmax()])
-        return WHICH.get(metric, lambda load_E: np.array([load_E.argmax()]))(load_E)
+            load_E = np.abs(_share(load_E) - _share(self._before.load[r]))
+        return AT_FAULT.get(metric, BUSIEST)(load_E)
+
+
+def max_vio_of_steps(recent: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over steps of each router's max_vio, float [R]. recent: int64 [S, E] each."""
+    return np.array([_mean(bal.max_vio(load_SE)) for load_SE in recent])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
 
 
 def drift_R(before: Window | None, window: Window) -> np.ndarray:
@@ -206,13 +315,15 @@ def drift_R(before: Window | None, window: Window) -> np.ndarray:
     return np.array([win.step_total_variation(np.stack(pair))[0] for pair in pairs])
 
 
-def _drift_by_chance(before: Window | None, window: Window, r: int, k: int) -> float:
+def _drift_by_chance(
+    before: Window | None, window: Window, r: int, k: int, effect: float, tail: float
+) -> float:
     if before is None:
         return math.nan
-    load_E = np.asarray(before.load[r]) + np.asarray(window.load[r])
-    tokens_W = np.array([before.tokens_R[r], window.tokens_R[r]], float)
-    floor_W, _ = win.step_floors(_share(load_E), tokens_W, k, DEPENDENCE)
-    return 2 * float(floor_W[0])  # the floor is the mean
+    load_WE = np.stack([before.load[r], window.load[r]])
+    floor_W, _ = win.step_floors(_share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
+    # the floor is the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
+    return float(floor_W[0]) * (1 + far(tail) * 0.756 / math.sqrt(max(len(load_WE[0]) - 1, 1)))
 
 
 def _breaks(rule: Rule, value: float, reference: float) -> bool:

@@ -1,35 +1,89 @@
-"""What chance alone does to the metrics of a window.
+"""What chance alone does to the metrics of a window, and how much more the text does.
 
 T tokens, E experts, k choices per token, W repetitions.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.balance import max_vio
+from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
 WINDOWS = 400  # simulated
-# Tokens of one document choose alike, which counts do not show: a window is compared with one of a
-# fourth of its tokens, whose max_vio by chance is twice as high (as the verdict on counts has it).
-DEPENDENCE = 4
+RUN = 1_000  # windows of a run: one run in 1 / ALPHA may raise a false alarm by a rule
+PAIRS = 64  # windows that a design effect is estimated from, at most
 
 
-def chance_limit(metric: str, T: int, E: int, k: int, above: bool) -> float:
-    """The highest (`above`, else the lowest) value of a metric of the load in 400 windows whose
-    tokens choose k of E experts at random. Beyond it, chance does not explain a value. A window has
-    a fourth of T tokens, for T's dependence on documents, rounded down to a power of 2."""
-    tokens = max(1, int(T) // DEPENDENCE)
-    return _limit(metric, 1 << (tokens.bit_length() - 1), E, k, above)
+def tail_of(routers: int, windows: int) -> float:
+    """The probability by which a window is beyond chance, so that so many in a row are in ALPHA of
+    the runs by chance, at any of the routers."""
+    return (ALPHA / (routers * RUN)) ** (1 / windows)
+
+
+def chance_limit(
+    metric: str, T: float, E: int, k: int, above: bool, effect: float, tail: float, steps: int = 1
+) -> float:
+    """The highest (`above`, else the lowest) value of a metric of the load that chance gives with
+    probability `tail`: a Gumbel tail at the mean and standard deviation of 400 windows whose
+    tokens choose k of E experts at random. A window has T tokens ÷ the design effect of their
+    documents, rounded down to a power of 2. `steps`: of the mean over so many windows."""
+    tokens = int(max(1.0, T / max(effect, 1.0)))
+    mean, sd = _moments(metric, 1 << (tokens.bit_length() - 1), E, k)
+    return mean + (1 if above else -1) * far(tail) * sd / math.sqrt(steps)
+
+
+def far(tail: float) -> float:
+    """How many standard deviations above its mean the tail of a Gumbel distribution begins."""
+    at = -math.log(-math.log1p(-tail)) - float(np.euler_gamma)
+    return max(0.0, at * math.sqrt(6) / math.pi)
 
 
 @lru_cache(maxsize=1024)
-def _limit(metric: str, T: int, E: int, k: int, above: bool) -> float:
-    values_W = metrics()[metric].function(uniform_loads(T, E, k))
-    return float(values_W.max() if above else values_W.min())
+def _moments(metric: str, T: int, E: int, k: int) -> tuple[float, float]:
+    function = max_vio if metric == "max_vio_batch" else metrics()[metric].function
+    values_W = function(uniform_loads(T, E, k))
+    return float(values_W.mean()), float(values_W.std())
+
+
+def few_p(load_E: np.ndarray, tokens_E: np.ndarray, k: int, effect: float) -> np.ndarray:
+    """The probability that chance gives any of the E experts so few of T tokens (for each expert
+    its own T): a binomial tail of loads ÷ design effect, times E. float64 [E]"""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    betainc: Any = special.betainc
+    E, by = len(load_E), max(effect, 1.0)
+    n_E = np.maximum(tokens_E / by, 1e-9)
+    few_E = np.minimum(load_E / by, n_E * (1 - 1e-9))
+    return np.minimum(1, E * betainc(n_E - few_E, few_E + 1, max(1 - k / E, 1e-12)))
+
+
+def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:
+    """How much more the load moved from one window to the next than that of independent tokens
+    does on average: the design effect, as far as documents lie within windows. NaN without load."""
+    T_before, T = before_E.sum() / k, load_E.sum() / k
+    if not (T_before and T):
+        return math.nan
+    chosen_E = np.minimum((before_E + load_E) / (T_before + T), 1)
+    moved_E = (load_E / T - before_E / T_before) ** 2
+    expected = float((chosen_E * (1 - chosen_E)).sum()) * (1 / T_before + 1 / T)
+    return float(moved_E.sum()) / expected if expected > 0 else math.nan
+
+
+def effect_of(pairs: Sequence[float], E: int) -> float:
+    """The design effect of a run, from those of pairs of windows: the upper end of a 95 % interval
+    (one-sided, χ²) of their median, which one change of the load does not move; at least 1."""
+    degrees = len(pairs) * max(E - 1, 1)
+    low = 1 - 2 / (9 * degrees) - z_of(0.05) * math.sqrt(2 / (9 * degrees))  # Wilson and Hilferty
+    lower_median = sorted(pairs)[(len(pairs) - 1) // 2]
+    return max(1.0, lower_median / max(low, 0.1) ** 3)
 
 
 @lru_cache(maxsize=32)

@@ -5,18 +5,21 @@ R routers, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.rules import OF_MODEL, Rule
+from moe_inspect.alarms.rules import BATCH, OF_MODEL, Rule
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
 from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import Selection, select
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -35,15 +38,28 @@ def alarms_of(
     at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
     trace holds."""
     refuse_rules_of_model(rules)
-    selection = selection or select(trace)
-    seen = Alarms(trace.routers, rules, "step" if trace.is_history else "window")
+    selection, effects = selection or select(trace), None
+    if not trace.counts_only:
+        counts = count_trace(trace, selection, BASE)
+        effects = {r: _effect(counts, r) for r in selection.routers}
+    steps = "step" if trace.is_history else "window"
+    seen = Alarms(trace.routers, rules, steps, effects)
     return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
+
+
+def _effect(counts: Counts, r: int) -> float:
+    """The design effect of the documents; without documents enough to tell chance from the model,
+    as for the verdict, no number of tokens is."""
+    if len(counts.units) < FEWEST_TO_JUDGE:
+        return math.inf
+    of_U = counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U
+    return unc.design_effect(*of_U)
 
 
 def refuse_rules_of_model(rules: Sequence[Rule]) -> None:
     """MoeInspectError for a rule on what no trace holds."""
     for rule in rules:
-        if rule.metric in OF_MODEL:
+        if rule.metric in (BATCH, *OF_MODEL):
             raise MoeInspectError(
                 f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "
                 "a training run knows it"

@@ -20,8 +20,11 @@ from moe_inspect.text import no_such
 from moe_inspect.trace.schema import parse_ranges
 
 DRIFT = "drift"
+BATCH = "max_vio_batch"
 # metrics of a router that its load does not tell: only where the model is at hand
-OF_MODEL = ("max_vio_batch", "aux_loss", "z_loss", "bias_range")
+OF_MODEL = ("aux_loss", "z_loss", "bias_range")
+# of experts that get too little: judged expert by expert, over the windows in which it gets that
+OF_EXPERTS = ("dead_experts", "starved_experts")
 DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
 CHANGED = 0.05  # of "falling" and "rising" without a share
 
@@ -44,9 +47,10 @@ _RULE = re.compile(
 @dataclass(frozen=True)
 class Rule:
     """The alarm is raised for a router whose `metric` meets the condition in `windows` consecutive
-    windows. `sign`: ">", ">=", "<", "<=" than `value`, or "falling" ("rising"): by the share
-    `value` below the highest (above the lowest) of its earlier windows. `beyond_chance`: and
-    tokens that choose their experts at random would not give such a value. `layers`: only there."""
+    windows; dead and starved experts: in two thirds of them. `sign`: ">", ">=", "<", "<=" than
+    `value`, or "falling" ("rising"): by the share `value` below the highest (above the lowest) of
+    its earlier windows. `beyond_chance`: and tokens that choose their experts at random would not
+    give such a value. `layers`: only there."""
 
     metric: str
     sign: str
@@ -60,6 +64,16 @@ class Rule:
         """Whether large values raise it."""
         return self.sign in (">", ">=", "rising")
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether it is judged expert by expert."""
+        return self.metric in OF_EXPERTS and self.sign in (">", ">=")
+
+    @property
+    def misses(self) -> int:
+        """In how many of `windows` an expert may get more."""
+        return self.windows // 3 if self.of_experts else 0
+
     def __str__(self) -> str:
         of = f" by {self.value:g}" if self.sign in ("falling", "rising") else f" {self.value:g}"
         chance = "" if self.beyond_chance else " even by chance"
@@ -70,7 +84,7 @@ class Rule:
 
 def known_metrics() -> tuple[str, ...]:
     """What a rule can be on."""
-    return (*metrics_of("balance", {"load_LE"}), DRIFT, *OF_MODEL)
+    return (*metrics_of("balance", {"load_LE"}), DRIFT, BATCH, *OF_MODEL)
 
 
 def _check_limit(metric: str, sign: str, value: float, text: str) -> None:

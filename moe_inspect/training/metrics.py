@@ -1,6 +1,6 @@
 """What a training run logs of its routers, with a bounded number of keys.
 
-R routers, E experts, S steps.
+R routers, E experts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import drift_R
+from moe_inspect.alarms.alarms import drift_R, max_vio_of_steps
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.text import layer_label
@@ -34,14 +34,9 @@ def window_metrics(window: Window, before: Window | None) -> dict[str, np.ndarra
         name: np.array([float(function(load_E[None])[0]) for load_E in window.load])
         for name, function in functions.items()
     }
+    if window.recent:
+        found["max_vio_batch"] = max_vio_of_steps(window.recent)
     return {**found, "drift": drift_R(before, window), **window.values}
-
-
-def max_vio_of_steps(recent: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over steps of each router's max_vio, float [R]. recent: int64 [S, E] each."""
-    return np.array(
-        [_mean(bal.max_vio(load_SE)) if len(load_SE) else math.nan for load_SE in recent]
-    )
 
 
 def logged(
@@ -65,7 +60,3 @@ def logged(
         worst_router = int(np.nanargmax(values["max_vio"]))
         found[f"{prefix}worst_layer"] = float(routers[worst_router].layer)
     return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan

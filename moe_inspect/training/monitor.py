@@ -21,7 +21,7 @@ from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
-from moe_inspect.training.metrics import DETAILS, logged, max_vio_of_steps, window_metrics
+from moe_inspect.training.metrics import DETAILS, logged, window_metrics
 from moe_inspect.training.sums import Sums, Taken
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ class RoutingMonitor:
         first, self._logged = self._logged + 1, self.steps
         if taken is None:
             return {}
-        window = Window(first, self.steps, taken.load, taken.tokens_R, self._values(taken))
+        window = Window(
+            first, self.steps, taken.load, taken.tokens_R, self._values(taken), taken.recent
+        )
         values = window_metrics(window, self._before)
         self.window, self._before = window, window
         self._judge(window)
@@ -252,11 +254,7 @@ class RoutingMonitor:
                 self._to_flush.append(taken)
 
     def _values(self, taken: Taken) -> Mapping[str, np.ndarray]:
-        return {
-            "max_vio_batch": max_vio_of_steps(taken.recent),
-            **_losses(taken),
-            "bias_range": self._sums.bias_range(),
-        }
+        return {**_losses(taken), "bias_range": self._sums.bias_range()}
 
     def _judge(self, window: Window) -> None:
         if not self.rules:

@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.chance import chance_limit
 from moe_inspect.alarms.of_trace import refuse_rules_of_model
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
 from moe_inspect.alarms.window import Window
@@ -173,10 +172,10 @@ class Watched:
 
     def chance(self, r: int) -> float:
         """The highest max_vio of the window that chance explains at router r."""
-        if self.window is None:
+        if self.window is None or self._alarms is None:
             return float("nan")
-        tokens, router = int(self.window.tokens_L[r]), self.routers[r]
-        return chance_limit("max_vio", tokens, router.experts, router.top_k, above=True)
+        load_E = self.window.load_LE[r, : self.routers[r].experts]
+        return self._alarms.chance_of("max_vio", r, load_E)
 
 
 def of_routers(metric: str, load_LE: np.ndarray, routers: Sequence[Router]) -> np.ndarray:

@@ -26,6 +26,9 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 
 ALPHA = 0.01  # p-value under which a sentence claims something
 FEWEST_TO_JUDGE = 8  # documents: half of the arrangements of fewer signs are under 1 / ALPHA
+# a design effect that documents, where they are unknown, are not thought to reach: that of texts of
+# 1,000 tokens that each use one set of experts for all of them
+LONG_DOCUMENT = 1_000
 SIGNS = 499  # the smallest p-value is 1 / 500
 MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
 BLOCK = 2**22  # numbers in memory at a time

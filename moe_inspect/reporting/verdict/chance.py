@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
-
-# the design effect of documents of so many tokens that each use one set of experts for all of them
-LONG_DOCUMENT = 1_000
 
 
 def chance(row: Any) -> float:
