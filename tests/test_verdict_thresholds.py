@@ -122,6 +122,19 @@ BALANCE = {
         stub(near(1.4), documents=4, counts_only=True),
         "Layer 0 is uneven",
     ),
+    "counts, with the design effect assumed": (
+        stub(near(1.4, max_vio_low=math.nan), counts_only=True),
+        "at least 1.2x and beyond chance up to a design effect of 1,000): expert 0 gets 1.40x the mean "
+        "load (no interval from counts alone; expected by chance of independent tokens: 1.01x).",
+    ),
+    "counts, with the one that would explain it": (
+        stub(near(1.15, noise_floor=0.0099), counts_only=True),
+        "expert 0 gets 1.15x the mean load, which documents with a design effect of 230 would explain (",
+    ),
+    "counts within chance": (
+        stub(near(1.15, noise_floor=0.151), counts_only=True),
+        "which chance explains (",
+    ),
     "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at worst"),
     "dead, within chance": (
         stub(near(1.1, dead_experts=1, busiest_p=0.5)),

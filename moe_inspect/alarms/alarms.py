@@ -322,7 +322,7 @@ def _drift_by_chance(
         return math.nan
     load_WE = np.stack([before.load[r], window.load[r]])
     floor_W, _ = win.step_floors(_share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
-    # the floor is the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
+    # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
     return float(floor_W[0]) * (1 + far(tail) * 0.756 / math.sqrt(max(len(load_WE[0]) - 1, 1)))
 
 

@@ -15,7 +15,7 @@ from moe_inspect.reporting.render.texts.documents import Amount
 from moe_inspect.reporting.render.texts.section import text_section
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
-from moe_inspect.reporting.verdict.chance import chance, uneven
+from moe_inspect.reporting.verdict.chance import beyond, chance, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
@@ -161,11 +161,15 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
             f"{worst['max_over_mean']:.2f}×",
             f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst",
         ),
-        Tile("expected by chance", f"{1 + chance(worst):.2f}×", "for documents like these"),
+        Tile(
+            "expected by chance",
+            f"{1 + chance(worst):.2f}×",
+            "for independent tokens" if data.counts.counts_only else "for documents like these",
+        ),
         Tile(
             "uneven routers",
             f"{uneven_routers} of {len(rows)}" if balance_known else "–",
-            f"{1 + data.thresholds.uneven:g}× and beyond chance" if balance_known else few,
+            f"{1 + data.thresholds.uneven:g}× and {beyond(data)}" if balance_known else few,
         ),
         Tile(
             "dead experts" if dead_known else "experts without load",

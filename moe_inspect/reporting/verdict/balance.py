@@ -16,8 +16,11 @@ from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_router
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
+    beyond,
     capital,
     chance,
+    expected_by_chance,
+    explained,
     few_documents,
     name_of,
     uneven,
@@ -53,18 +56,18 @@ def balance(data: ReportData) -> Finding:
 
 
 def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
-    threshold = f"at least {1 + data.thresholds.uneven:g}x and beyond chance"
+    threshold = f"at least {1 + data.thresholds.uneven:g}x and {beyond(data)}"
     where, expert = name_of(data, row), f"expert {int(row['busiest_expert'])}"
     busiest = f"{expert} gets {row['max_over_mean']:.2f}x the mean load"
-    expected = f"expected by chance: {1 + chance(row):.2f}x"
     if few_documents(data):
         return "note", (
-            f"Too little data to judge balance: at worst, in {where}, {busiest} ({expected}), but "
-            f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
+            f"Too little data to judge balance: at worst, in {where}, {busiest} "
+            f"({expected_by_chance(data, row)}), but with fewer than "
+            f"{FEWEST_TO_JUDGE} documents this may be the text, not the model."
         )
     n, routers = sum(uneven(data, r) for r in data.loaded), len(data.loaded)
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
-    evidence = f"({_interval(data, row)}; {expected})"
+    evidence = f"({_interval(data, row)}; {expected_by_chance(data, row)})"
     if uneven(data, row):
         collapsed = (
             _token_share(data, row) >= COLLAPSED
@@ -79,11 +82,14 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
         return "good", f"{fine}: at worst, in {where}, {busiest} {evidence}."
     if chance(row) >= data.thresholds.uneven or row["max_vio"] >= data.thresholds.uneven:
         others = f"; {of}" if n else ""
+        why = explained(data, row)
+        may = "may be chance" if why == "chance explains" else why
         return "note", (
-            f"Too little data to judge balance: at worst, in {where}, {busiest}, which may be "
-            f"chance {evidence}{others}."
+            f"Too little data to judge balance: at worst, in {where}, {busiest}, which {may} "
+            f"{evidence}{others}."
         )
-    return "good", f"{fine}: at worst, in {where}, {busiest}, which chance explains {evidence}."
+    why = explained(data, row)
+    return "good", f"{fine}: at worst, in {where}, {busiest}, which {why} {evidence}."
 
 
 def _any_dead(data: ReportData) -> bool:

@@ -32,6 +32,26 @@ def beyond_documents(excess: float, floor: float) -> bool:
     return design_effect_needed(excess, floor) >= LONG_DOCUMENT
 
 
+def beyond(data: ReportData) -> str:
+    """The words for what is beyond chance: of counts, with the design effect that is assumed."""
+    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.counts_only else ""
+    return f"beyond chance{to}"
+
+
+def expected_by_chance(data: ReportData, row: Any) -> str:
+    """ "expected by chance: 1.02x", and of what where that is not documents like these."""
+    of = " of independent tokens" if data.counts.counts_only else ""
+    return f"expected by chance{of}: {1 + chance(row):.2f}x"
+
+
+def explained(data: ReportData, row: Any) -> str:
+    """The words for a load that is not beyond chance: of counts, with what would explain it."""
+    needed = design_effect_needed(row["max_vio"], row["noise_floor"])
+    if not data.counts.counts_only or needed <= 1:
+        return "chance explains"
+    return f"documents with a design effect of {math.ceil(needed):,} would explain"
+
+
 def design_effect_needed(excess: float, floor: float) -> float:
     """The design effect with which chance alone would explain a load so far above the mean."""
     return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0

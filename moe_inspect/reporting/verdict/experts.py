@@ -15,6 +15,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_flo
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
+    beyond,
     beyond_documents,
     few_documents,
     name_of,
@@ -202,11 +203,12 @@ def overloading_domain(data: ReportData) -> Finding | None:
         )
         if sure:
             together = "the selected" if data.selection.domains else "all"
+            at = f" ({beyond(data)})" if counts.counts_only else ""
             return finding(
                 "overloading_domain",
                 "warning",
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
-                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}; "
+                f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
                 f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
                 row,
                 **values,
