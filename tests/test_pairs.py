@@ -306,7 +306,7 @@ def test_packing_by_hand():
     assert windows.pack(np.array([[5, 4, 3]]), 2).tolist() == [[0, 1, 1]]
     load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
     assert windows.balancedness_fresh(load_WE, 2) == 1
-    assert windows.drop_rate(np.array([[8, 0, 0, 0]]), 1.25).tolist() == [5 / 8]
+    assert windows.simulated_drop_rate(np.array([[8, 0, 0, 0]]), 1.25).tolist() == [5 / 8]
 
 
 @pytest.mark.parametrize("total", [60, 6_000])

@@ -125,22 +125,31 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     )
     made = simulate_capacity(trace, capacity_factors=[1.0], target_drop=0.0)
     row = made.tables["capacity"].iloc[0]
-    assert (row["drop_rate"], row["tokens_hit"], row["tokens_lost"], row["unused_capacity"]) == (
+    assert (
+        row["simulated_drop_rate"],
+        row["tokens_hit"],
+        row["tokens_lost"],
+        row["unused_capacity"],
+    ) == (
         3 / 8,
         3 / 8,
         3 / 8,
         3 / 8,
     )
-    assert made.tables["capacity_by_domain"]["drop_rate"].tolist() == [2 / 4, 1 / 4]
+    assert made.tables["capacity_by_domain"]["simulated_drop_rate"].tolist() == [2 / 4, 1 / 4]
     ends = (
         made.tables["capacity_by_position"]
         .query("position_in == 'document'")
-        .set_index("tenth")["drop_rate"]
+        .set_index("tenth")["simulated_drop_rate"]
         .dropna()
     )
     assert ends.to_dict() == {1: 0.0, 3: 0.0, 6: 0.5, 8: 1.0}
     needed = made.tables["capacity_needed"].iloc[0]
-    assert (needed["capacity_factor"], needed["drop_rate"], needed["unused_capacity"]) == (
+    assert (
+        needed["capacity_factor"],
+        needed["simulated_drop_rate"],
+        needed["unused_capacity"],
+    ) == (
         1.51,
         0.0,
         0.5,
@@ -165,10 +174,10 @@ def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
                 .tables["capacity"]
                 .iloc[0]
             )
-            assert (again["drop_rate"] <= 0.05) == enough
+            assert (again["simulated_drop_rate"] <= 0.05) == enough
             if enough:
-                assert again[["drop_rate", "unused_capacity"]].tolist() == [
-                    row["drop_rate"],
+                assert again[["simulated_drop_rate", "unused_capacity"]].tolist() == [
+                    row["simulated_drop_rate"],
                     row["unused_capacity"],
                 ]
 
@@ -204,7 +213,7 @@ def test_ends_of_documents_suffer_more_where_a_document_is_a_group():
     ends = (
         made.tables["capacity_by_position"]
         .query("position_in == 'document' and capacity_factor == 1.25")
-        .set_index("tenth")["drop_rate"]
+        .set_index("tenth")["simulated_drop_rate"]
     )
     assert ends[10] > 3 * ends[1] > 0
 
@@ -288,7 +297,7 @@ def test_the_command(cli_here: Cli, tmp_path: Path):
     ).stdout
     assert (
         table.splitlines()[0]
-        == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,drop_rate"
+        == "layer,router,capacity_factor,position_in,tenth,assignments,dropped,simulated_drop_rate"
     )
     assert (
         "is not a whole number, batch or sequence"

@@ -107,7 +107,7 @@ def test_capacity_names_the_worst_router():
         {
             "router": [0, 2],
             "capacity_factor": 1.0,
-            "drop_rate": [0.1, 0.101],
+            "simulated_drop_rate": [0.1, 0.101],
             "tokens_hit": 0.2,
             "tokens_lost": 0.05,
         }
@@ -120,7 +120,10 @@ def test_capacity_names_the_worst_router():
         (r, place, t) for r in (0, 2) for place in ("document", "group") for t in range(1, 11)
     ]
     ends = pd.DataFrame(tenths, columns=["router", "position_in", "tenth"])
-    ends["capacity_factor"], ends["drop_rate"] = 1.0, ends["tenth"] / 100 * (ends["router"] == 2)
+    ends["capacity_factor"], ends["simulated_drop_rate"] = (
+        1.0,
+        ends["tenth"] / 100 * (ends["router"] == 2),
+    )
     tables = {
         "capacity": main,
         "capacity_tokens": across,
@@ -146,7 +149,7 @@ def test_capacity_names_the_worst_router():
         for p in ("document", "group")
     ]
     assert len(capacity_text.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
-    nothing = {**tables, "capacity": main.assign(drop_rate=float("nan"))}
+    nothing = {**tables, "capacity": main.assign(simulated_drop_rate=float("nan"))}
     assert capacity_text.verdict(nothing, settings, LABELS) == [
         "Simulated: no router made an assignment, so nothing could be dropped."
     ]

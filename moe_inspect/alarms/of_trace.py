@@ -76,14 +76,14 @@ def windows_of_trace(
         for shard, counts in zip(trace.shards, counted, strict=True):
             first, last = shard.files.first_batch or last + 1, shard.files.last_batch
             load = [_load(counts, r) for r in range(len(trace.routers))]
-            yield _window(counts, first, last, load)
+            yield Window(first, last, load, _tokens(counts))
         return
     window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
     counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
     for w in range(len(counts.first_token_W)):
         load = [_load(counts, r, w) for r in range(len(trace.routers))]
         if any(load_E.any() for load_E in load):
-            yield _window(counts, w, w, load)
+            yield Window(w, w, load, _tokens(counts, w))
 
 
 def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
@@ -96,10 +96,9 @@ def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
     return load_WE[w]
 
 
-def _window(counts: Counts, first: int, last: int, load: list[np.ndarray]) -> Window:
-    # null slots make no load
-    tokens_R = [
-        round(int(load_E.sum()) / router.top_k)
-        for load_E, router in zip(load, counts.routers, strict=True)
-    ]
-    return Window(first, last, load, np.array(tokens_R, np.int64))
+def _tokens(counts: Counts, w: int | None = None) -> np.ndarray:
+    """int64 [R]"""
+    tokens_R = np.zeros(len(counts.routers), np.int64)
+    for r, of in counts.of.items():
+        tokens_R[r] = counts.tokens_of(r) if w is None else of.window_tokens_W[w]  # pyright: ignore[reportOptionalSubscript]
+    return tokens_R

@@ -326,9 +326,8 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     row_of = {d: row for row, d in enumerate(kept)}
     router, expert = table["router"].to_numpy(), table["expert"].to_numpy()
     weighted, ranked = "weight_sum" in table.column_names, table["first_choice"].null_count == 0
-    tokens_LD = []
     for r in selection.routers:
-        E, k = part.routers[r].experts, part.routers[r].top_k
+        E = part.routers[r].experts
         mine = (router == r) & np.isin(code, kept)
         cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
 
@@ -345,24 +344,33 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
         part.of[r] = RouterCounts(
             assignments_DE, known_DE, summed("weight_sum") if weighted else None
         )
-        tokens_LD.append(
-            first_choice_DE.sum(1)
-            if first_choice_DE is not None
-            else np.rint(assignments_DE.sum(1) / k).astype(np.int64)
-        )
-    # a token may have no first choice at one router, but at another: the router that missed fewest
-    # tells how many there were
-    stack_L = [part.routers[r].stack for r in selection.routers]
-    by_stack = {
-        s: np.max([t for t, of in zip(tokens_LD, stack_L, strict=True) if of == s], axis=0)
-        for s in stack_L
-    }
-    part.tokens_U = np.sum(list(by_stack.values()), axis=0).astype(np.int64)
-    part.tokens_SU = {s: tokens_U for s, tokens_U in by_stack.items() if s}
+    tokens_SD = _tokens_counted(shard, table, code, len(domains))
+    part.tokens_U = np.sum([tokens_D[kept] for tokens_D in tokens_SD.values()], axis=0)
+    part.tokens_SU = {s: tokens_D[kept] for s, tokens_D in tokens_SD.items() if s in part.tokens_SU}
     for r in selection.routers:
         part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(
             part.of[r].assignments_UE.sum()
         )
+
+
+def _tokens_counted(
+    shard: Shard, table: Any, code: np.ndarray, domains: int
+) -> dict[str, np.ndarray]:
+    """The tokens of each domain of a counts-only shard, by stack, int64 [D]. The shard states their
+    sum; counts tell how they divide: a token may have no first choice at one router, but at
+    another, so that the router that missed fewest tells the most."""
+    router, first = table["router"].to_numpy(), table["first_choice"].null_count == 0
+    values = table["first_choice" if first else "assignments"].to_numpy()
+    least_SD = dict[str, np.ndarray]()
+    for r, of in enumerate(shard.trace.routers):
+        mine = router == r
+        found_D = np.bincount(code[mine], values[mine], domains) / (1 if first else of.top_k)
+        least_SD[of.stack] = np.maximum(least_SD.get(of.stack, 0), found_D)
+    share = np.concatenate(list(least_SD.values()))
+    share = share if share.any() else np.ones(len(share))
+    ends = np.rint(np.cumsum(share) / share.sum() * shard.files.tokens).astype(np.int64)
+    tokens = np.diff(ends, prepend=0).reshape(len(least_SD), domains)
+    return dict(zip(least_SD, tokens, strict=True))
 
 
 def _windows_of_counted(shard: Shard, part: Counts, windows: Windows) -> None:

@@ -71,7 +71,7 @@ def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | No
 @metric(
     table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668"
 )
-def drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
+def simulated_drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
     """The share of a window's assignments beyond the capacity of their expert, ceil(factor · mean
     load): what a model with this capacity factor would drop. NaN for a window without load."""
     capacity_W = np.ceil(capacity_factor * load_WE.mean(1))

@@ -16,7 +16,7 @@ from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.load import design_effects, of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
-CAPACITY_FACTOR = 1.25  # of drop_rate
+CAPACITY_FACTOR = 1.25  # of simulated_drop_rate
 DRIFT = (
     "windows",
     "total_variation",
@@ -53,7 +53,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],
             "jsd_floor_bits": np.r_[np.nan, floors[1]][: len(tokens_W)],
-            "drop_rate": win.drop_rate(load_WE, CAPACITY_FACTOR),
+            "simulated_drop_rate": win.simulated_drop_rate(load_WE, CAPACITY_FACTOR),
         }
         parts.append(of_router(data, r, columns))
     frame = stacked(parts)

@@ -227,7 +227,7 @@ class RouterDrops:
         dropped = int(self.dropped_at[at])
         return {
             "capacity_factor": (at + 1) / STEP,
-            "drop_rate": dropped / self.assignments,
+            "simulated_drop_rate": dropped / self.assignments,
             "unused_capacity": 1 - (self.assignments - dropped) / int(self.room_at[at]),
         }
 
@@ -338,7 +338,14 @@ def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
         if drops.assignments:
             target = settings.target_drop
             needed.append({**router, "target_drop": target, **drops.needed(target)})
-    columns = ["layer", "router", "target_drop", "capacity_factor", "drop_rate", "unused_capacity"]
+    columns = [
+        "layer",
+        "router",
+        "target_drop",
+        "capacity_factor",
+        "simulated_drop_rate",
+        "unused_capacity",
+    ]
     return {
         "capacity": pd.DataFrame(main),
         "capacity_needed": pd.DataFrame(needed, columns=columns),
@@ -358,7 +365,7 @@ def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
 def _row(drops: RouterDrops, f: int, dropped: int) -> dict[str, float]:
     kept = drops.assignments - dropped
     return {
-        "drop_rate": _share(dropped, drops.assignments),
+        "simulated_drop_rate": _share(dropped, drops.assignments),
         "tokens_hit": _share(int(drops.hit_F[f]), drops.decisions),
         "tokens_lost": _share(int(drops.lost_F[f]), drops.decisions),
         "unused_capacity": 1 - _share(kept, int(drops.room_F[f])),
@@ -373,7 +380,7 @@ def _rate(made: Any, dropped: Any) -> dict[str, float]:
     return {
         "assignments": int(made),
         "dropped": int(dropped),
-        "drop_rate": _share(int(dropped), int(made)),
+        "simulated_drop_rate": _share(int(dropped), int(made)),
     }
 
 

@@ -29,16 +29,16 @@ def verdict(
     main, across, needed = (
         tables[name] for name in ("capacity", "capacity_tokens", "capacity_needed")
     )
-    at = main[main["capacity_factor"] == factor].dropna(subset=["drop_rate"])
+    at = main[main["capacity_factor"] == factor].dropna(subset=["simulated_drop_rate"])
     if at.empty:
         return ["Simulated: no router made an assignment, so nothing could be dropped."]
-    worst = at.loc[at["drop_rate"].idxmax()]
+    worst = at.loc[at["simulated_drop_rate"].idxmax()]
     everywhere = across[across["capacity_factor"] == factor].iloc[0]
     sentences = [
         f"Simulated: at capacity factor {factor:g}, in groups of "
         f"{_group(settings['group_tokens'])}, layer {label_of[worst['router']]} would drop most: "
-        f"{worst['drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its tokens "
-        f"would lose an expert and {worst['tokens_lost']:.1%} all of them.",
+        f"{worst['simulated_drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its "
+        f"tokens would lose an expert and {worst['tokens_lost']:.1%} all of them.",
         f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose an "
         "expert in at least one layer, and "
         f"{everywhere['lost_anywhere']:.1%} all experts of a layer.",
@@ -54,7 +54,7 @@ def verdict(
         "capacity_factor == @factor and router == @worst.router"
     )
     for position in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
-        rate = ends[ends["position_in"] == position].set_index("tenth")["drop_rate"]
+        rate = ends[ends["position_in"] == position].set_index("tenth")["simulated_drop_rate"]
         sentences.append(
             f"Simulated, layer {label_of[worst['router']]}, drop rate by position in the "
             f"{position}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
@@ -66,7 +66,9 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     """What each layer drops; and where in its document and group the worst layer's drops fall."""
     factors, main = settings["capacity_factors"], tables["capacity"]
     routers = list(main["router"].unique())
-    rate_of = main.pivot(index="capacity_factor", columns="router", values="drop_rate")[routers]
+    rate_of = main.pivot(index="capacity_factor", columns="router", values="simulated_drop_rate")[
+        routers
+    ]
     x = np.arange(len(routers), dtype=float)
     by_layer = [
         Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)
@@ -79,7 +81,7 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     by_position = list[Line]()
     for position, colour, dash in zip(POSITIONS, SERIES, DASHES, strict=False):
         at = ends[ends["position_in"] == position]
-        x, y = at["tenth"].to_numpy(float) - 1, at["drop_rate"].to_numpy(float)
+        x, y = at["tenth"].to_numpy(float) - 1, at["simulated_drop_rate"].to_numpy(float)
         by_position.append(Line(x, y, f"tenth of the {position}", colour, dash, True))
     layers = Axis("layer", tuple(label_of[r] for r in routers))
     tenths = Axis("tenth (10 is the end)", tuple(str(i) for i in range(1, 11)))
