@@ -25,6 +25,10 @@ ADVICE: Mapping[str, str] = {
     "min_over_max": _DEAD,
     "drift": _DRIFT,
     "z_loss": _LOGITS,
+    "drop_rate": (
+        "Raise the capacity factor (arXiv:2101.03961), or balance the layer, whose dropped tokens "
+        "skip the experts that they chose; dropless experts drop none (arXiv:2211.15841)."
+    ),
     "bias_range": (
         "Lower the update rate of the selection bias, and check that it is updated once per step "
         "from the load of all ranks (arXiv:2408.15664)."

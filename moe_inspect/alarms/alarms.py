@@ -23,7 +23,15 @@ from moe_inspect.alarms.chance import (
     few_p,
     tail_of,
 )
-from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, DRIFT, OF_MODEL, Rule, parse_rule
+from moe_inspect.alarms.rules import (
+    BATCH,
+    DEFAULT_RULES,
+    DRIFT,
+    DROP_RATE,
+    OF_MODEL,
+    Rule,
+    parse_rule,
+)
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
@@ -33,6 +41,7 @@ from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
 
 CALM = 3
+VALUES = (DROP_RATE, *OF_MODEL)  # that a window states
 At = Callable[[np.ndarray], np.ndarray]
 AT_FAULT: dict[str, At] = {  # load_E → bool [E], the experts at fault
     "dead_experts": lambda load_E: load_E == 0,
@@ -177,7 +186,7 @@ class Alarms:
 
     def values(self, metric: str, window: Window) -> np.ndarray:
         """A metric of each router in a window, float [R]; NaN where it has none."""
-        if metric in OF_MODEL:
+        if metric in VALUES:
             return np.asarray(window.values.get(metric, np.full(len(self.routers), np.nan)), float)
         if metric == BATCH:
             return max_vio_of_steps(window.recent or [np.zeros((0, 1))] * len(self.routers))
@@ -241,7 +250,7 @@ class Alarms:
         """What chance alone would at most (at least) give; NaN where that is not known, or experts
         are judged one by one."""
         router, effect = self.routers[r], self.effect(r)
-        if rule.metric in OF_MODEL or rule.of_experts:
+        if rule.metric in VALUES or rule.of_experts:
             return math.nan
         if rule.metric == DRIFT:
             tail = tail_of(len(self.routers), rule.windows)
@@ -290,7 +299,7 @@ class Alarms:
 
     def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
         """The experts at fault in a window, bool [E]."""
-        if metric in OF_MODEL:
+        if metric in VALUES:
             return np.zeros(len(load_E), bool)
         if metric == DRIFT and self._before is not None:
             load_E = np.abs(_share(load_E) - _share(self._before.load[r]))

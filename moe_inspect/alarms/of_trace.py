@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.rules import BATCH, OF_MODEL, Rule
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.rules import BATCH, DROP_RATE, OF_MODEL, Rule
+from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import WINDOWS, count_trace
@@ -38,6 +38,10 @@ def alarms_of(
     at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
     trace holds."""
     refuse_rules_of_model(rules)
+    if not trace.drops and (of := [rule for rule in rules if rule.metric == DROP_RATE]):
+        raise MoeInspectError(
+            f"the rule {str(of[0])!r}: {trace.path} does not state that its empty slots are drops"
+        )
     selection, effects = selection or select(trace), None
     if not trace.counts_only:
         counts = count_trace(trace, selection, BASE)
@@ -76,14 +80,14 @@ def windows_of_trace(
         for shard, counts in zip(trace.shards, counted, strict=True):
             first, last = shard.files.first_batch or last + 1, shard.files.last_batch
             load = [_load(counts, r) for r in range(len(trace.routers))]
-            yield Window(first, last, load, _tokens(counts))
+            yield _window(first, last, load, _tokens(counts), counts)
         return
     window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
     counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
     for w in range(len(counts.first_token_W)):
         load = [_load(counts, r, w) for r in range(len(trace.routers))]
         if any(load_E.any() for load_E in load):
-            yield Window(w, w, load, _tokens(counts, w))
+            yield _window(w, w, load, _tokens(counts, w), counts)
 
 
 def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
@@ -94,6 +98,13 @@ def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
     load_WE = counts.of[r].window_load_WE
     assert load_WE is not None
     return load_WE[w]
+
+
+def _window(
+    first: int, last: int, load: list[np.ndarray], tokens_R: np.ndarray, counts: Counts
+) -> Window:
+    values = {DROP_RATE: drop_rate_R(load, tokens_R, counts.routers)}
+    return Window(first, last, load, tokens_R, values)
 
 
 def _tokens(counts: Counts, w: int | None = None) -> np.ndarray:

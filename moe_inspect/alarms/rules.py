@@ -23,6 +23,7 @@ DRIFT = "drift"
 BATCH = "max_vio_batch"
 # metrics of a router that its load does not tell: only where the model is at hand
 OF_MODEL = ("aux_loss", "z_loss", "bias_range")
+DROP_RATE = "drop_rate"  # share of the slots that capacity dropped: where that is known
 # of experts that get too little: judged expert by expert, over the windows in which it gets that
 OF_EXPERTS = ("dead_experts", "starved_experts")
 DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
@@ -84,7 +85,7 @@ class Rule:
 
 def known_metrics() -> tuple[str, ...]:
     """What a rule can be on."""
-    return (*metrics_of("balance", {"load_LE"}), DRIFT, BATCH, *OF_MODEL)
+    return (*metrics_of("balance", {"load_LE"}), DRIFT, DROP_RATE, BATCH, *OF_MODEL)
 
 
 def _check_limit(metric: str, sign: str, value: float, text: str) -> None:
@@ -98,7 +99,9 @@ def _check_limit(metric: str, sign: str, value: float, text: str) -> None:
             f"{', below 1' * (sign == 'falling')}: write 0.1 for 10 %"
         )
     known = metrics().get(metric)
-    end = "1" if metric == DRIFT else known.range.rpartition(" to ")[2] if known else ""
+    end = (
+        "1" if metric in (DRIFT, DROP_RATE) else known.range.rpartition(" to ")[2] if known else ""
+    )
     most = float(end) if end.isdecimal() else math.inf
     if not 0 <= value <= most or value == math.inf:
         upward = f"from 0 to {end}" if most < math.inf else "0 or more"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_inspect.trace.schema import Router
+
 
 @dataclass(frozen=True)
 class Window:
@@ -24,3 +26,12 @@ class Window:
     tokens_R: np.ndarray
     values: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     recent: Sequence[np.ndarray] = ()
+
+
+def drop_rate_R(
+    load: Sequence[np.ndarray], tokens_R: np.ndarray, routers: Sequence[Router]
+) -> np.ndarray:
+    """Share of each router's slots that routed nowhere, float [R]; NaN without tokens."""
+    slots_R = tokens_R * np.array([router.top_k for router in routers])
+    load_R = np.array([load_E.sum() for load_E in load])
+    return np.where(slots_R > 0, 1 - load_R / np.maximum(slots_R, 1), np.nan)

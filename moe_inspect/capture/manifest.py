@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moe_inspect.capture.hook.selfcheck.check import Found, device_name, summary
+from moe_inspect.model.routers import Site
 from moe_inspect.trace.files.process import process_start
 
 # model → what an intervention changes in it, while it lasts
@@ -28,6 +30,11 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
         **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def drop_facts(sites: Sequence[Site]) -> dict[str, Any]:
+    """Whether an empty slot is an assignment that a capacity has dropped, at every router."""
+    return {"drops": True} if sites and all(site.drops for site in sites) else {}
 
 
 def selfcheck_facts(found: Found) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from moe_inspect.capture.hook import discovery
 from moe_inspect.capture.hook.selfcheck.check import Found
-from moe_inspect.capture.manifest import ALTERED, capture_facts, selfcheck_facts
+from moe_inspect.capture.manifest import ALTERED, capture_facts, drop_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
@@ -146,6 +146,7 @@ class TraceOpener:
         manifest["capture"] = {
             **capture_facts(self.model, self.mode),
             **selfcheck_facts(self.selfcheck),
+            **drop_facts(self.sites),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
             **({} if options.text else {"text": False}),
         }

@@ -138,6 +138,7 @@ class Adapter:
                   done by replacing the tensors which `choice` returned
     among         (module, args, kwargs, output, dropped_E) → the choice among the other experts,
                   where the router cannot be made to choose among them by masking its logits
+    drops         whether what goes to no expert was dropped by the capacity of one
     by_logits     whether the greatest logits of its router decide which experts run
     fixed         why it cannot be given another choice, and what to do
     """
@@ -155,6 +156,7 @@ class Adapter:
     note: str = ""
     replace: Callable[..., Any] | None = None
     among: Callable[..., Choice] | None = None
+    drops: bool = False
     by_logits: bool = True
     fixed: str = ""
 
@@ -256,6 +258,7 @@ FAMILIES: dict[str, Family] = {
                 top_k=2,
                 note=_NLLB_NOTE,
                 replace=replaced.nllb,
+                drops=True,
                 by_logits=False,
             )
         },
@@ -264,7 +267,7 @@ FAMILIES: dict[str, Family] = {
     "switch_transformers": Family(
         {
             "SwitchTransformersExperts": Adapter(
-                read.switch, at_call=True, top_k=1, replace=replaced.switch
+                read.switch, at_call=True, top_k=1, replace=replaced.switch, drops=True
             )
         },
         gated=False,

@@ -63,6 +63,13 @@ class Site:
         return self.path.split(".", 1)[-1]
 
     @property
+    def drops(self) -> bool:
+        """Whether what goes to no expert was dropped by the capacity of one."""
+        return (
+            self.told.drops if self.told is not None else bool(self.adapter and self.adapter.drops)
+        )
+
+    @property
     def method(self) -> str:
         """The method of `module` whose arguments hold the choice; "" where its call does."""
         name = self.adapter.method if self.adapter is not None else ""

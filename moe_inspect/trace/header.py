@@ -66,6 +66,11 @@ class TraceHeader:
         return "peak" in self.slot_values
 
     @property
+    def drops(self) -> bool:
+        """Whether a slot that routed nowhere is a dropped assignment, at every router."""
+        return self.manifest["capture"].get("drops") is True
+
+    @property
     def blocks(self) -> int:
         """Blocks of the model, those without a recorded router too: as its config states, else up
         to the last router."""

@@ -80,13 +80,14 @@ class History:
         load: Sequence[np.ndarray],
         tokens_R: np.ndarray,
         step: int,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Commits the load of the steps since the last call, up to `step`, and waits until it is on
-        the disk. MoeInspectError where that fails."""
+        the disk. `facts`: for the manifest. MoeInspectError where that fails."""
         if step <= self.last_step:
             return
         if self.writer is None:
-            self.writer = self._open(model, routers)
+            self.writer = self._open(model, routers, facts or {})
         shards = self.writer.next_shard
         self.writer.write(
             CountedBatches(
@@ -107,7 +108,7 @@ class History:
                 raise MoeInspectError(f"{self.path} could not be written in {COMMIT_TIMEOUT_S} s")
             time.sleep(0.0005)
 
-    def _open(self, model: Any, routers: Sequence[Router]) -> TraceWriter:
+    def _open(self, model: Any, routers: Sequence[Router], facts: Mapping[str, Any]) -> TraceWriter:
         if self._resume is not None and len(self._known) != len(routers):
             raise MoeInspectError(
                 f"{self.path} is the history of a model with {len(self._known)} routers, this one "
@@ -121,7 +122,7 @@ class History:
                 "class": type(model).__name__,
                 "config": config_record(config) if hasattr(config, "to_json_string") else {},
             },
-            "capture": {**capture_facts(model, "tap"), "command": [*sys.argv]},
+            "capture": {**capture_facts(model, "tap"), **facts, "command": [*sys.argv]},
             "training": self.settings,
         }
         return TraceWriter(

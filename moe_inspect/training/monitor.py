@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
+from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes, Sinks
+from moe_inspect.capture.manifest import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
@@ -228,7 +229,8 @@ class RoutingMonitor:
         taken = self._sums.read(training=False, group=self.group)
         if taken is None or not taken.passes:
             return {}
-        window = Window(self.steps, self.steps, taken.load, taken.tokens_R, _losses(taken))
+        values = {**_losses(taken), DROP_RATE: self._drop_rate(taken)}
+        window = Window(self.steps, self.steps, taken.load, taken.tokens_R, values)
         values = window_metrics(window, None)
         return logged(values, self.routers, self.detail, f"eval_{PREFIX}")
 
@@ -240,7 +242,10 @@ class RoutingMonitor:
         taken, self._to_flush = _summed(self._to_flush), []
         self._flushed = self.steps
         if self._history is not None and taken is not None:
-            self._history.write(self.model, self.routers, taken.load, taken.tokens_R, self.steps)
+            facts = drop_facts(self._sums.sites)
+            self._history.write(
+                self.model, self.routers, taken.load, taken.tokens_R, self.steps, facts
+            )
 
     def _collect(self) -> None:
         """Reads the sums, once per step: every process is at the same one."""
@@ -254,7 +259,18 @@ class RoutingMonitor:
                 self._to_flush.append(taken)
 
     def _values(self, taken: Taken) -> Mapping[str, np.ndarray]:
-        return {**_losses(taken), "bias_range": self._sums.bias_range()}
+        return {
+            **_losses(taken),
+            "bias_range": self._sums.bias_range(),
+            DROP_RATE: self._drop_rate(taken),
+        }
+
+    def _drop_rate(self, taken: Taken) -> np.ndarray:
+        """Share of each router's slots that its capacity dropped, float [R]; NaN where what goes
+        to no expert may be something else."""
+        drops_R = np.array([site.drops for site in self._sums.sites])
+        rate_R = drop_rate_R(taken.load, taken.tokens_R, self.routers)
+        return np.where(drops_R, rate_R, np.nan)
 
     def _judge(self, window: Window) -> None:
         if not self.rules:

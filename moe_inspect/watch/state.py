@@ -14,8 +14,8 @@ import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.of_trace import refuse_rules_of_model
-from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
+from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.text import layer_label
@@ -144,7 +144,10 @@ class Watched:
     def _judge(self, piece: Piece) -> None:
         assert self._alarms is not None
         load = [row_E[: r.experts] for row_E, r in zip(piece.load_LE, self.routers, strict=True)]
-        for alarm in self._alarms.see(Window(piece.first, piece.last, load, piece.tokens_L)):
+        drops = self.header is not None and self.header.drops
+        values = {DROP_RATE: drop_rate_R(load, piece.tokens_L, self.routers)} if drops else {}
+        window = Window(piece.first, piece.last, load, piece.tokens_L, values)
+        for alarm in self._alarms.see(window):
             self.raised.append(alarm)
             self._last_of[alarm.rule, alarm.router] = alarm
 

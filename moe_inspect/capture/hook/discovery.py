@@ -224,10 +224,11 @@ class Discovery:
         weights: Tensor,
         experts: int | None,
         logits: Tensor | None,
+        dropped: Tensor | None = None,
     ) -> None:
         """A probe in the model's own code."""
         self._probed.add(layer)
-        self.probes(layer, ids, weights, experts, logits)
+        self.probes(layer, ids, weights, experts, logits, dropped)
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
         found = self._caller(sys._getframe())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    # (layer, ids, weights, E or None, logits or None)
-    Seen = Callable[[int, Tensor, Tensor, int | None, Tensor | None], None]
+    # (layer, ids, weights, E or None, logits or None, dropped or None)
+    Seen = Callable[[int, Tensor, Tensor, int | None, Tensor | None, Tensor | None], None]
 
 _recorders: list[Seen] = []  # of the recorders that are open
 
@@ -21,6 +21,7 @@ def probe(
     layer: int,
     experts: int | None = None,
     logits: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> None:
     """Shows the choice of one router to an open recorder. Does nothing while there is none, and
     breaks no graph of torch.compile.
@@ -33,11 +34,13 @@ def probe(
     layer    block index
     experts  E, the number of experts; may be left out where there are `logits`
     logits   router logits, float [..., E], recorded with `logits=True`
+    dropped  bool, of the shape of ids: chosen, but dropped by the capacity of the expert. The slot
+             is empty then, as one of -1 is, and the trace says that its empty slots are drops
 
     Raises MoeInspectError for shapes or dtypes that are not a choice, and for a layer that the
     first forward pass did not show."""
     for seen in _recorders:
-        seen(layer, ids, weights, experts, logits)
+        seen(layer, ids, weights, experts, logits, dropped)
 
 
 def listen(seen: Seen) -> Callable[[], None]:

@@ -46,6 +46,7 @@ class Probes:
         weights: Tensor,
         experts: int | None,
         logits: Tensor | None,
+        dropped: Tensor | None = None,
     ) -> None:
         if not any(scope.open for scope in self.scopes):
             return
@@ -53,7 +54,7 @@ class Probes:
         if not torch.compiler.is_compiling() and self.scopes[0].thread != get_ident():
             return
         if layer not in self.sinks:
-            self.sinks[layer] = self._new(layer, experts, logits)
+            self.sinks[layer] = self._new(layer, experts, logits, dropped is not None)
         if (found := self.sinks[layer]) is None:
             return
         reader, sinks = found
@@ -61,7 +62,7 @@ class Probes:
             raise MoeInspectError(
                 f"{reader.path} was called with experts={experts} and with {reader.experts}"
             )
-        ids, weights = reader.choice((ids, weights))
+        ids, weights = reader.choice((ids, weights), dropped)
         if (tape := sinks[0](ids, weights)) is not None:
             kernels.record(tape, ids, weights)
         if sinks[1] is None or (logits is None and not self.need_logits):
@@ -88,7 +89,7 @@ class Probes:
             )
 
     def _new(
-        self, layer: int, experts: int | None, logits: Tensor | None
+        self, layer: int, experts: int | None, logits: Tensor | None, drops: bool
     ) -> tuple[ChoiceReader, Sinks] | None:
         name = name_of(layer)
         if self.add is None:
@@ -107,7 +108,7 @@ class Probes:
             )
         if not isinstance(experts, Integral) or experts < 1:
             raise MoeInspectError(f"{name} has experts={experts!r}: give it a number of 1 or more")
-        reader = ChoiceReader(name, int(experts), None, "give it ids")
+        reader = ChoiceReader(name, int(experts), None, "give it ids", drops=drops)
         site = Site(self.model, name, int(layer), int(experts), "", 0, told=reader)
         return reader, self.add(site)
 

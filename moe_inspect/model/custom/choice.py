@@ -19,23 +19,33 @@ class ChoiceReader:
     """Reads the choices and logits of the router `path`, which chooses from `experts` experts. K is
     that of its first call. Without `top_k` it takes no bool maps; `where` says where to give it.
     `order` is how rows are ordered, "bs" or "sb"; "" where something else says so. `scope`, of the
-    recorder, says what the current forward pass is fed.
+    recorder, says what the current forward pass is fed. `drops`: what went to no expert was dropped
+    by the capacity of one.
 
     Raises MoeInspectError, which names `path`, for what is no choice, another K, an id that is no
     expert's, an expert twice in a decision, and rows of which the shape says that they are not in
     `order`, or does not say which they are. Ids and bool maps on a GPU are looked at once, in the
     first call, as reading them waits for the GPU."""
 
-    def __init__(self, path: str, experts: int, top_k: int | None, where: str, order: str = "bs"):
+    def __init__(
+        self,
+        path: str,
+        experts: int,
+        top_k: int | None,
+        where: str,
+        order: str = "bs",
+        drops: bool = False,
+    ):
         self.path, self.experts, self.top_k, self.where = path, experts, top_k, where
-        self.order = order
+        self.order, self.drops = order, drops
         self.K: int | None = None
         self.scope: Any = None
         self._looked = False
         self._pass = self._shown = 0  # rows shown so far in the pass of this number
 
-    def choice(self, found: Any) -> tuple[Tensor, Tensor]:
-        """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K]."""
+    def choice(self, found: Any, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K].
+        `dropped`: bool, of that shape: what goes nowhere in spite of being chosen."""
         pair = tuple(found) if isinstance(found, tuple | list) else (found,)
         if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise MoeInspectError(
@@ -60,6 +70,13 @@ class ChoiceReader:
             )
         elif self._may_look(ids) and ids.numel():
             self._check_ids(ids)
+        if dropped is not None:
+            if dropped.shape != pair[0].shape or dropped.dtype != torch.bool:
+                raise MoeInspectError(
+                    f"{self.path} shows dropped {list(dropped.shape)} of {dropped.dtype}, not bool "
+                    f"{list(pair[0].shape)} as ids are"
+                )
+            ids = ids.long().masked_fill(dropped, -1)
         K = ids.shape[-1]
         if self.K is None and not torch.compiler.is_compiling():
             self.K = K

@@ -101,7 +101,7 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
     top_k = spec.top_k(module) if callable(spec.top_k) else spec.top_k
     top_k = top_k if top_k is not None else _stated(module, TOP_K_OF_MODULE)
     order = spec.order if spec.rows is None else ""
-    reader = ChoiceReader(path, int(experts), top_k, "give RouterSpec(top_k=…)", order)
+    reader = ChoiceReader(path, int(experts), top_k, "give RouterSpec(top_k=…)", order, spec.drops)
     return Site(
         module,
         path,

@@ -98,6 +98,7 @@ SPECS = [
         layer=lambda path, router: router.layer_number - 1,
         order="sb",
         rows=megatron_rows,
+        drops=True,
         scoring=lambda router: (
             "sinkhorn" if router.routing_type == "sinkhorn" else router.score_function
         ),
@@ -134,6 +135,7 @@ SPECS = [
         choice=deepspeed,
         experts=lambda gate: gate.wg.out_features,
         scoring="softmax",
+        drops=True,
     ),
     RouterSpec(
         module="litgpt.model.GroupedTopkRouter",

@@ -56,6 +56,7 @@ class RouterSpec:
                     int [T, K] (-1: to no expert) and weights [T, K] in its place; with `before` the
                     (args, kwargs) to run with. `intervene` needs it only where `choice` makes its
                     tensors, instead of returning some of those that the module takes or returns
+    drops           whether -1 is a choice that the capacity of its expert dropped
     note            a caveat for the trace's manifest
     """
 
@@ -71,6 +72,7 @@ class RouterSpec:
     scoring: str | Callable[[Any], str] = ""
     shared_experts: int | Callable[[Any], int | None] | None = None
     replace: Callable[..., Any] | None = None
+    drops: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ BALANCE = tuple(
             "busiest_p",
             "least_used_p",
             "importance_cv",
+            "empty_slots",
+            "drop_rate",
             *(m.column for m in metrics_of("balance", INPUTS).values()),
         ]
     )
@@ -41,12 +43,13 @@ BALANCE = tuple(
 @table(by_router=BALANCE)
 def balance(data: ReportData) -> pd.DataFrame:
     """One row per router: how even its load is, and what is expected by chance."""
-    return balance_of(data.counts, data.thresholds.starved)
+    return balance_of(data.counts, data.thresholds.starved, data.trace.drops)
 
 
-def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
+def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False) -> pd.DataFrame:
     """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
-    below which an expert counts as starved."""
+    below which an expert counts as starved. `drops`: whether slots that routed nowhere are
+    dropped."""
     rows = list[dict[str, float | None]]()
     weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
@@ -72,6 +75,9 @@ def balance_of(counts: Counts, starved: float = bal.STARVED) -> pd.DataFrame:
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
             counts, r, total / max(k * counts.tokens_of(r), 1)
         )
+        slots = k * counts.tokens_of(r)
+        row["empty_slots"] = slots - total
+        row["drop_rate"] = (slots - total) / slots if drops and slots else float("nan")
         rows.append(row)
     _add_p_values(counts, rows)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]

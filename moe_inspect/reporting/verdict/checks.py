@@ -17,6 +17,7 @@ Check = Callable[[Any], Finding | None]
 DATA_CHECKS: tuple[Check, ...] = (
     data_checks.trace_warning,
     data_checks.missing_ranks,
+    data_checks.dropped,
     data_checks.few_tokens,
     data_checks.few_documents_per_domain,
     data_checks.repeated_rows,
@@ -25,6 +26,7 @@ DATA_CHECKS: tuple[Check, ...] = (
 CHECKS: tuple[Check, ...] = (
     data_checks.trace_warning,
     data_checks.missing_ranks,
+    data_checks.dropped,
     balance.balance,
     balance.routers_without_load,
     experts.dead_experts,
@@ -51,7 +53,7 @@ CHECKS: tuple[Check, ...] = (
 )
 # what a missing rank would be blamed for
 OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.idle_gpus)
-DATA_KINDS = frozenset(check.__name__ for check in DATA_CHECKS)
+DATA_KINDS = frozenset(check.__name__ for check in DATA_CHECKS) | {"empty_slots"}
 
 
 @once

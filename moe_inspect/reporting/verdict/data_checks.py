@@ -15,11 +15,12 @@ from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.weights import adapter, quantization
-from moe_inspect.reporting.verdict.chance import capital
+from moe_inspect.reporting.verdict.chance import capital, name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import join_first, plural, printable
 from moe_inspect.trace.runs import run_edges
 
+DROPPED, MANY_DROPPED = 0.01, 0.2  # share of a router's assignments: a warning, and a grave one
 CHANCE = 1e-3  # probability that dead experts fill whole ranks
 RUN = 16  # identical rows in sequence that text does not make
 
@@ -29,6 +30,48 @@ def trace_warning(data: ReportData) -> Finding | None:
     if not data.warning:
         return None
     return finding("trace_warning", "warning", f"{capital(data.warning)}.", dropped=data.dropped)
+
+
+def dropped(data: ReportData) -> Finding | None:
+    """How many assignments the capacity of experts dropped, and where most; where the trace does
+    not state that, how many slots are empty. Imported counts may lack a few of every domain, where
+    the number of tokens is the least that explains them."""
+    rows: list[Any] = [
+        row
+        for row in data.loaded
+        if row["empty_slots"]
+        >= (row["top_k"] * len(data.counts.domains) if data.counts.counts_only else 1)
+    ]
+    if not rows:
+        return None
+    slots = sum(row["tokens"] * row["top_k"] for row in data.loaded)
+    empty = sum(row["empty_slots"] for row in rows)
+    worst = max(rows, key=lambda row: row["empty_slots"] / (row["tokens"] * row["top_k"]))
+    most, share = worst["empty_slots"] / (worst["tokens"] * worst["top_k"]), empty / slots
+    at = f", most in {name_of(data, worst)}: {_percent(most)}" if len(data.loaded) > 1 else ""
+    values = {"assignments": empty, "slots": slots, "share": share, "share_at_worst": most}
+    if not data.trace.drops:
+        return finding(
+            "empty_slots",
+            "note",
+            f"{empty:,} of {slots:,} slots are empty ({_percent(share)}{at}): dropped tokens, "
+            "skipped experts or null experts, which the trace does not tell apart.",
+            worst,
+            **values,
+        )
+    severity = "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note"
+    return finding(
+        "dropped",
+        severity,
+        f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
+        "every load here is what was left, which capacity evens out, and not what routers chose.",
+        worst,
+        **values,
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "under 0.1%"
 
 
 def missing_ranks(data: ReportData) -> Finding | None:
