@@ -216,8 +216,8 @@ SPOKEN = {
     "little used by chance": (experts.least_used_expert, stub(crowd(0.1, least_used_p=0.01)), None),
     "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, least_used_p=0.0099)), "0.40x the mean"),
     "starved by chance": (experts.starved_experts, stub(crowd(0.05, least_used_p=0.01)), None),
-    "counts, little used": (experts.least_used_expert, stub(crowd(0.3), counts_only=True), None),
-    "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.001), counts_only=True), "0.30x the mean"),
+    "counts, little used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.023), counts_only=True), None),
+    "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.022), counts_only=True), "0.30x the mean"),
     "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (
         experts.least_used_expert,
