@@ -21,6 +21,7 @@ from moe_inspect.analysis.counting.select import parse_layers, select
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
+from moe_inspect.reporting.tables.load import design_effects
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 from tests.damage import edit_manifest
@@ -401,6 +402,13 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
         report(made.trace, phase="decode")
     one = report(made.trace, domains="code").tables["balance"]
     assert one["assignments"].tolist() == [80, 80]
+
+
+def test_domains_of_counts_are_no_documents(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    loads = [rng.integers(100, 1_000, (6, 8)) for _ in range(2)]
+    data = report(write_counts(tmp_path / "t", loads, 1, [f"d{d}" for d in range(6)]))
+    assert [bool(np.isnan(effect)) for effect in design_effects(data).values()] == [True, True]
 
 
 def test_counts_only_and_decisions_agree(tmp_path: Path):

@@ -3,6 +3,7 @@ experts, U documents, S sizes of forward passes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -70,8 +71,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(
             counts.of[r].assignments_UE, weights_RU
         )
-        units = (counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U)
-        row["design_effect"] = float("nan") if counts.counts_only else unc.design_effect(*units)
+        row["design_effect"] = _design_effect(counts, r)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
             counts, r, total / max(k * counts.tokens_of(r), 1)
         )
@@ -141,12 +141,16 @@ def load(data: ReportData) -> pd.DataFrame:
 
 @once
 def design_effects(data: ReportData) -> dict[int, float]:
-    """The design effect of documents on the load of each router; NaN with few documents."""
-    counts, strata_U = data.counts, data.counts.domain_of_unit_U
-    return {
-        r: unc.design_effect(counts.of[r].assignments_UE, counts.tokens_U_of(r), strata_U)
-        for r in data.selection.routers
-    }
+    """The design effect of documents on the load of each router; NaN with few documents, and where
+    they are unknown."""
+    return {r: _design_effect(data.counts, r) for r in data.selection.routers}
+
+
+def _design_effect(counts: Counts, router: int) -> float:
+    if counts.counts_only:
+        return math.nan
+    loads_UE, tokens_U = counts.of[router].assignments_UE, counts.tokens_U_of(router)
+    return unc.design_effect(loads_UE, tokens_U, counts.domain_of_unit_U)
 
 
 def of_router(
