@@ -361,7 +361,7 @@ EXACT: dict[str, Callable[[Made], Any]] = {
         lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 0])
     ),
     "windows.jsd_floor_bits": each(lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 1])),
-    "windows.drop_rate": each(
+    "windows.simulated_drop_rate": each(
         lambda m, r: [
             np.maximum(x - math.ceil(1.25 * x.mean()), 0).sum() / x.sum() for x in m.windows(r)
         ]
@@ -542,7 +542,7 @@ def test_a_generated_token_is_a_group_of_its_own_where_sequences_are_groups(made
         assert not (load_GE > room_G[:, None])[tokens_G == 1].any()
         made_r = made.chosen[r].sum()
         unused = 1 - (made_r - dropped) / (room_G.sum() * E)
-        columns = ["groups", "dropped", "drop_rate", "unused_capacity"]
+        columns = ["groups", "dropped", "simulated_drop_rate", "unused_capacity"]
         expected = [len(tokens_G), dropped, dropped / made_r, unused]
         assert table.loc[r, columns].tolist() == pytest.approx(expected)
 
