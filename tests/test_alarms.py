@@ -23,6 +23,7 @@ from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair, u
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
@@ -283,6 +284,15 @@ def test_the_design_effect_of_a_run() -> None:
     assert 3 < effect_of(pairs, E) < 6
     assert effect_of([*pairs, 1e6], E) == pytest.approx(effect_of(pairs, E), rel=0.1)
     assert effect_of([4.0], E) > 10  # one pair hardly tells
+    assert effect_of([1e5] * 9, E) == LONG_DOCUMENT
+
+
+def test_a_model_that_moves_is_still_judged() -> None:
+    """As in the first steps of a training: the load of every window is another one. Chance of
+    documents does not reach that far."""
+    busy = [[4 * 2300 if e == n % 2 else 2300 for e in range(E)] for n in range(5)]
+    found = Alarms(ROUTERS, [parse_rule("max_vio > 1 for 5 windows")])
+    assert [a.layer for n in range(5) for a in found.see(window(n, EVEN, busy[n]))] == [3]
 
 
 @pytest.mark.parametrize("metric", known_metrics())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import max_vio
-from moe_inspect.analysis.metrics.chance import ALPHA, z_of
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
@@ -79,11 +79,12 @@ def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:
 
 def effect_of(pairs: Sequence[float], E: int) -> float:
     """The design effect of a run, from those of pairs of windows: the upper end of a 95 % interval
-    (one-sided, χ²) of their median, which one change of the load does not move; at least 1."""
+    (one-sided, χ²) of their median, which one change of the load does not move; at least 1, and at
+    most LONG_DOCUMENT: a model that is being trained moves by itself."""
     degrees = len(pairs) * max(E - 1, 1)
     low = 1 - 2 / (9 * degrees) - z_of(0.05) * math.sqrt(2 / (9 * degrees))  # Wilson and Hilferty
     lower_median = sorted(pairs)[(len(pairs) - 1) // 2]
-    return max(1.0, lower_median / max(low, 0.1) ** 3)
+    return float(np.clip(lower_median / max(low, 0.1) ** 3, 1, LONG_DOCUMENT))
 
 
 @lru_cache(maxsize=32)
