@@ -37,6 +37,7 @@ def report(
     thresholds: Mapping[str, float] | None = None,
     scheduler: Any = None,
     progress: Callable[[int], None] | None = None,
+    baseline: Trace | str | Path | None = None,
 ) -> Report:
     """The report on a trace, or on a selection of it: layers "0-3,7", domains, phase "prefill",
     "decode", "encode" or "draft".
@@ -45,14 +46,18 @@ def report(
     all. `window`: tokens per window, by default a 64th of the trace. `weights`: the
     directory of the model's safetensors, for AIMER in `worth`. `thresholds`: of the verdict,
     {"uneven": 0.3}. `scheduler`: of a dask.distributed cluster, as `Trace.on` takes it.
-    `progress` is called with the number of decisions read. Raises MoeInspectError where there is no
-    such trace, layer, domain or threshold."""
+    `progress` is called with the number of decisions read. `baseline`: a trace of an untrained or
+    earlier model over the same or similar text; `specialization` and the verdict say what is beyond
+    it. Raises MoeInspectError where there is no such trace, layer, domain or threshold, and where
+    the baseline has other routers or domains."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     if scheduler is not None:
         trace = trace.on(scheduler)
+    selected: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
     return Report(
         trace,
         select(trace, layers, domains, phase),
+        baseline=None if baseline is None else report(baseline, scheduler=scheduler, **selected),
         top=top,
         window=window,
         weights=weights,

@@ -160,8 +160,6 @@ def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
     A document counts by the logarithm of its share of the expert ÷ the share of all, weighted by
     how exactly it tells that. The variance is that between the documents of a domain, at least the
     mean of the domains: few documents are alike by luck. Student's t. float64 [D, E]"""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
     D, E = int(domain_U.max(initial=-1)) + 1, assignments_UE.shape[1]
     documents_D1 = np.bincount(domain_U, minlength=D)[:, None].astype(float)
     if D < 2 or not assignments_UE.any():
@@ -183,8 +181,15 @@ def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
     variance_DE = np.maximum(variance_DE, pooled_E / weight_DE)
     error_DE = np.sqrt(variance_DE + _mean_of_others(variance_DE, (D - 1) ** 2))
     t_DE = (mean_DE - _mean_of_others(mean_DE, D - 1)) / nan_for_zero(error_DE)
+    return student_p(t_DE, max(len(domain_U) - D, 1))
+
+
+def student_p(t: np.ndarray, freedom: int) -> np.ndarray:
+    """The probability that Student's t with so many degrees of freedom exceeds these."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
     stdtr: Any = special.stdtr
-    return stdtr(max(len(domain_U) - D, 1), -t_DE)
+    return stdtr(freedom, -t)
 
 
 def _mean_of_others(values_DE: np.ndarray, by: float) -> np.ndarray:

@@ -14,11 +14,13 @@ from functools import cache
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.analysis.metrics.chance import SIGNS, null_loads
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, SIGNS, null_loads
 from moe_inspect.analysis.metrics.registry import metric
+from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
 FEW_DOMAINS, DRAWN_PAIRS = 500, 100_000  # up to which all pairs are compared; how many else
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
+RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
 
 
@@ -82,6 +84,20 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
             for load_BDE in null_loads(assignments_UE, domain_U)
         ]
     )
+
+
+def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
+    """The standard deviation of `domain_mi_bits` over samples of documents (units), from resamples.
+    NaN with fewer than FEWEST_TO_JUDGE of them, or two domains."""
+    weights_RU = resample_weights(domain_U, RESAMPLES)
+    if len(domain_U) < FEWEST_TO_JUDGE or domain_U.max() < 1 or weights_RU is None:
+        return float("nan")
+    of_D = [domain_U == d for d in range(int(domain_U.max()) + 1)]
+    bits_R = [
+        domain_mi_bits(np.stack([weight_U[of] @ assignments_UE[of] for of in of_D]))
+        for weight_U in weights_RU
+    ]
+    return float(np.nanstd(bits_R))
 
 
 @metric(table="specialization", ideal=0.0, unit="bits", range="0 to 1")

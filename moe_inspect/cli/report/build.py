@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 def phases_of(trace: Trace, request: Request) -> phases.Costs:
     """What the command goes through."""
     from moe_inspect.analysis.counting.select import select
+    from moe_inspect.trace.reader import open_trace
 
     routers = select(trace, request.selection["layers"]).routers
     drawn = phases.drawing(trace, routers)
     found = phases.counting(trace, routers)
+    if request.selection["baseline"]:
+        found += phases.counting(open_trace(request.selection["baseline"]), routers)
     plots, only = request.drawing.plots, request.drawing.only
     if plots:
         found += [*drawn, *(phases.pictures(len(only)) if only else phases.pictures())]

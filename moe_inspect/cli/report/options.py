@@ -77,6 +77,18 @@ class ReportOptions:
     layers: Layers = None
     domain: Domains = None
     phase: OfPhase = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACE",
+            autocompletion=traces,
+            help=(
+                "A trace of an untrained or earlier model over the same text: say what "
+                "specialisation is beyond it."
+            ),
+            show_default=False,
+        ),
+    ] = None
     top: Annotated[
         int,
         typer.Option(

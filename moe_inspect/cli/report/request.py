@@ -67,6 +67,7 @@ def requested(options: ReportOptions) -> Request:
             "layers": options.layers,
             "domains": options.domain,
             "phase": options.phase and options.phase.value,
+            "baseline": options.baseline,
             "top": options.top,
             "window": options.window,
             "weights": options.weights and _checkpoint(options.weights),

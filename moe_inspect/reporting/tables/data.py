@@ -48,6 +48,7 @@ class ReportData:
         weights: str | Path | None = None,
         thresholds: Mapping[str, float] | None = None,
         progress: Callable[[int], None] | None = None,
+        baseline: ReportData | None = None,
     ):
         if top < 0:
             raise MoeInspectError(
@@ -56,7 +57,7 @@ class ReportData:
         if window is not None and window < 1:
             raise MoeInspectError(f"window is {window}: give the tokens per window, 1 or more")
         self.trace, self.selection, self.top, self.progress = trace, selection, top, progress
-        self.window, self.weights = window, weights
+        self.window, self.weights, self.baseline = window, weights, baseline
         self.thresholds: Thresholds = thresholds_with(thresholds)
         self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
         self.made: dict[object, Any] = {}  # function → its result, see `once`

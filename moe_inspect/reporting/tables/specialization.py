@@ -32,6 +32,13 @@ SPECIALIZATION = (
     "vocabulary_specialization_any",
     "vocabulary_specialization_any_null",
 )
+# of what a baseline is subtracted → its unit, the end of its name
+BEYOND = {
+    "domain_mi": "_bits",
+    "domain_mi_given_token": "_bits",
+    "token_mi": "_bits",
+    "vocabulary_specialization": "",
+}
 
 
 @table()
@@ -71,7 +78,8 @@ def specialization(data: ReportData) -> pd.DataFrame:
     """One row per router: the information about the expert that the domain carries, that the token
     id carries, and that the domain carries given the token id; each with its null: documents of
     domains that share one mean, or shuffled labels. domain_mi_p: probability that such documents
-    carry as much at any router."""
+    carry as much at any router. With a baseline: what each is beyond chance in it, and here beyond
+    that (`beyond_baseline`)."""
     by_token_id, counts = data.counts_for("token_ids").by_token_id, data.counts
     judged = not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS
     null_LB = [
@@ -93,9 +101,46 @@ def specialization(data: ReportData) -> pd.DataFrame:
     ]
     for row, p in zip(rows, chance.joint_p(known, null_LB), strict=True):
         row["domain_mi_p"] = p
-    return pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
+    frame = pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
         dict.fromkeys(SPECIALIZATION, float)
     )
+    return frame if data.baseline is None else beyond_baseline(data, frame, data.baseline)
+
+
+def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) -> pd.DataFrame:
+    """The table with columns for the baseline: value − null in it (`…_baseline`), value − null here
+    minus that (`…_beyond_baseline`), and of the domain's information the probability that documents
+    by chance give so much beyond it at any router."""
+    mine, its = ([x.trace.routers[r] for r in x.selection.routers] for x in (data, other))
+    differ = {
+        "routers": [(r.layer, r.stack, r.experts, r.top_k) for r in mine]
+        != [(r.layer, r.stack, r.experts, r.top_k) for r in its],
+        "domains": set(data.counts.domains) != set(other.counts.domains),
+    }
+    if of := [name for name, is_so in differ.items() if is_so]:
+        raise MoeInspectError(
+            f"the baseline {other.trace.path} has other {' and other '.join(of)} than "
+            f"{data.trace.path}: trace the same texts with a model of the same shape"
+        )
+    its_frame, added = other.tables["specialization"], dict[str, pd.Series]()
+    for name, unit in BEYOND.items():
+        here, there = (of[f"{name}{unit}"] - of[f"{name}_null{unit}"] for of in (frame, its_frame))
+        added[f"{name}_baseline{unit}"] = there
+        added[f"{name}_beyond_baseline{unit}"] = here - there
+    error_2L = np.array(
+        [
+            [
+                sp.domain_mi_error(x.counts.of[r].assignments_UE, x.counts.domain_of_unit_U)
+                for r in x.selection.routers
+            ]
+            for x in (data, other)
+        ]
+    )
+    freedom = min(len(x.counts.units) for x in (data, other)) - len(data.counts.domains)
+    beyond = added["domain_mi_beyond_baseline_bits"].to_numpy(float)
+    p_L = chance.student_p(beyond / np.hypot(*error_2L), max(freedom, 1))
+    added["domain_mi_beyond_baseline_p"] = pd.Series(np.minimum(p_L * len(frame), 1))
+    return frame.assign(**added)
 
 
 def _domain_specialization(data: ReportData, router: int, null_B: np.ndarray) -> dict[str, float]:

@@ -42,6 +42,7 @@ def _recording(data: ReportData) -> list[tuple[str, object]]:
     capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     rows: list[tuple[str, object]] = [("status", trace.status)]
     rows += [("warning", data.warning)] if data.warning else []
+    rows += [("baseline", data.baseline.trace.path)] if data.baseline else []
     rows += [
         ("model", model.get("id") or model.get("class")),
         ("capture_mode", capture.get("mode")),

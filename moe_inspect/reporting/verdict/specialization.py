@@ -65,6 +65,8 @@ def domain_specialization(data: ReportData) -> Finding | None:
             **values,
             seed=seed,
         )
+    if data.baseline is not None:
+        return _beyond_baseline(data, real, len(table), values)
     # bits that would name the expert
     named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])
     specialised = int((effect / named >= data.thresholds.specialised).sum())
@@ -91,6 +93,41 @@ def domain_specialization(data: ReportData) -> Finding | None:
         row,
         **values,
     )
+
+
+def _beyond_baseline(data: ReportData, real: Any, routers: int, values: dict[str, Any]) -> Finding:
+    """In how many of the routers that differ by domain that is beyond the baseline, too."""
+    beyond = real[real["domain_mi_beyond_baseline_p"] < ALPHA]
+    among = real if beyond.empty else beyond
+    row = among.loc[among["domain_mi_beyond_baseline_bits"].idxmax()]
+    bits, its = row["domain_mi_bits"] - row["domain_mi_null_bits"], row["domain_mi_baseline_bits"]
+    most = f"{name_of(data, row)} ({bits:.3f} bits beyond chance, {max(its, 0):.3f} in the baseline"
+    values |= {"domain_mi_bits": row["domain_mi_bits"], "domain_mi_baseline_bits": its}
+    values |= {"domain_mi_null_bits": row["domain_mi_null_bits"]}
+    values |= {"specialised_routers": len(beyond), "differing_routers": len(real)}
+    if beyond.empty:
+        return finding(
+            KIND,
+            "note",
+            f"Routing differs by domain in {len(real)} of {routers} routers, but no more than the "
+            f"baseline's as far as these documents tell: most in {most}).",
+            row,
+            **values,
+        )
+    return finding(
+        KIND,
+        "good",
+        f"Experts specialise by domain beyond the baseline in {len(beyond)} of {routers} routers; "
+        f"most in {most} too){_specialist(data, int(row['router']))}.",
+        row,
+        **values,
+    )
+
+
+def _in_baseline(row: Any, name: str, unit: str, form: str) -> str:
+    """ "; in the baseline 0.012 beyond chance", of a row of `specialization` with a baseline." """
+    its = row.get(f"{name}_baseline{unit}", np.nan)
+    return "" if np.isnan(its) else f"; in the baseline {its:{form}} beyond chance"
 
 
 def _cannot_tell(data: ReportData, table: Any) -> str | None:
@@ -145,7 +182,8 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
         "domain_beyond_token",
         "note",
         f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
-        f"{name_of(data, row)} (shuffled documents give {null:.3f}): {share}.",
+        f"{name_of(data, row)} (shuffled documents give {null:.3f}"
+        f"{_in_baseline(row, 'domain_mi_given_token', '_bits', '.3f')}): {share}.",
         row,
         domain_mi_given_token_bits=given,
         domain_mi_given_token_null_bits=null,
@@ -194,7 +232,8 @@ def token_specialization(data: ReportData) -> Finding | None:
         "token_specialization",
         "note",
         f"The token id determines the expert most in {name_of(data, row)}: {share:.0%} of first "
-        f"choices are the favourite expert of their token id ({null:.0%} with the ids shuffled)"
+        f"choices are the favourite expert of their token id ({null:.0%} with the ids shuffled"
+        f"{_in_baseline(row, 'vocabulary_specialization', '', '.0%')})"
         f"{_most_exclusive_token(data, row)}.",
         row,
         **values,
