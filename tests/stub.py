@@ -140,6 +140,7 @@ def stub(
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],
         counts=counts,
         thresholds=thresholds_with(limits),
+        baseline=None,
         selection=SimpleNamespace(routers=chosen, domains=domains_selected),
         trace=SimpleNamespace(
             routers=listed, tables=("routing", "logits"), manifest={}, imported=False
