@@ -233,6 +233,9 @@ def test_an_expert_is_dead_in_two_windows_of_three() -> None:
         loads = [EVEN, DEAD, middle, DEAD]
         raised = judged(rule, *(window(n, EVEN, load) for n, load in enumerate(loads)))
         assert [(a.experts, a.since) for a in raised] == [((0,), 11)] * found
+    loads = [EVEN, DEAD, DEAD, one]  # whichever of the three it is
+    (alarm,) = judged(rule, *(window(n, EVEN, load) for n, load in enumerate(loads)))
+    assert (alarm.experts, alarm.since, alarm.step) == ((0,), 11, 40)
     other = [2000, 0, *[1000] * (E - 2)]  # another expert is dead in between
     windows = [window(n, EVEN, load) for n, load in enumerate((DEAD, other, other, DEAD))]
     assert not judged(["dead_experts > 0 for 6 windows"], *windows)

@@ -210,7 +210,7 @@ class Alarms:
         watched.add(fault_E, load_E, tokens, window.first)
         if rule.of_experts:
             watched.forget(sum(watched.missed, np.zeros(len(load_E), int)) > rule.misses)
-            fault_E &= self._stays(rule, r, watched)
+            fault_E = self._stays(rule, r, watched)
             value = float(fault_E.sum())
             broken = _breaks(rule, value, reference)
         if not broken:
