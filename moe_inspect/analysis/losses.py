@@ -2,19 +2,20 @@
 say: their domain, phase and token id.
 
 S tokens, N assignments of tokens to experts, C cells (tokens of one domain, phase and token id), E
-experts, U clusters of documents.
+experts, U clusters of documents, B random signs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import NormalDist
 
 import numpy as np
 
 from moe_inspect.analysis.counting.samples import TokenLosses
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, random_signs
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 
 CLUSTERS = 1021  # of documents, at most
@@ -24,8 +25,8 @@ P95 = 1.959964
 
 @dataclass(frozen=True)
 class Explained:
-    """The losses of tokens beside those of their cell. cell_S: the cell of each; count_C,
-    variance_C: tokens of a cell, and the variance of their losses (of n − 1)."""
+    """The losses of tokens beside those of their cell. cell_S: the cell of each; count_C: tokens
+    of a cell."""
 
     loss_S: np.ndarray
     entropy_S: np.ndarray
@@ -46,23 +47,21 @@ class Explained:
 
     @cached_property
     def residual_S(self) -> np.ndarray:
-        """Loss − the mean loss of the cell."""
+        """Loss − the mean loss of the others of the cell; 0 where there are none."""
         mean_C = np.bincount(self.cell_S, self.loss_S) / self.count_C
-        return self.loss_S - mean_C[self.cell_S]
-
-    @cached_property
-    def variance_C(self) -> np.ndarray:
-        squares_C = np.bincount(self.cell_S, self.residual_S**2)
-        return squares_C / np.maximum(self.count_C - 1, 1)
+        with_itself_S = self.loss_S - mean_C[self.cell_S]
+        return with_itself_S * (self.count_C / np.maximum(self.count_C - 1, 1))[self.cell_S]
 
 
 @dataclass(frozen=True)
 class ExpertLosses:
     """Of each expert, [E]. `assignments`: those whose loss is known; mean_loss_nats,
     mean_entropy_nats: their means. `compared`: those of tokens whose cell has others.
-    difference_nats: by how much these tokens are harder than their cell, on average; its 95 %
-    interval over documents (linearised, clusters of documents as they are); and what 99 of 100
-    shuffles of the losses within cells stay within, on both sides of 0."""
+    difference_nats: by how much these tokens are harder than the others of their cell, on average;
+    its 95 % interval over documents (linearised, clusters of documents as they are); what 99 of 100
+    such documents stay within by chance, on both sides of 0; and the probability that chance gives
+    any expert of any router as much (`add_p`). largest_B: by chance, the largest difference of all
+    experts, in standard deviations."""
 
     assignments: np.ndarray
     mean_loss_nats: np.ndarray
@@ -72,6 +71,12 @@ class ExpertLosses:
     difference_low: np.ndarray
     difference_high: np.ndarray
     difference_null_p99: np.ndarray
+    difference_p: np.ndarray
+    largest_B: np.ndarray = field(repr=False)
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return {name: of for name, of in vars(self).items() if name != "largest_B"}
 
 
 def by_expert(
@@ -93,10 +98,18 @@ def by_expert(
     token_N, expert_N = token_N[has_others_N], expert_N[has_others_N]
     compared_E = np.bincount(expert_N, minlength=E)
     of_E = nan_for_zero(compared_E)
-    sum_E = np.bincount(expert_N, explained.residual_S[token_N], E)
-    difference_E = sum_E / of_E
-    half_E = P95 * _between_documents(explained, token_N, expert_N, difference_E, E) / of_E
-    null_E = P99 * np.sqrt(_null_variance(explained, token_N, expert_N, E)) / of_E
+    sum_UE, compared_UE = _by_document(explained, token_N, expert_N, E)
+    difference_E, documents = sum_UE.sum(0) / of_E, len(sum_UE)
+    known = np.where(documents >= FEWEST_DOCUMENTS, 1.0, np.nan)
+    beyond_UE = sum_UE - np.nan_to_num(difference_E) * compared_UE
+    between_E = (beyond_UE**2).sum(0) * documents / max(documents - 1, 1)
+    half_E = known * P95 * np.sqrt(between_E) / of_E
+    sd_E = known * np.sqrt((sum_UE**2).sum(0))
+    enough, largest_B = documents >= FEWEST_TO_JUDGE, np.full(1, np.nan)
+    if enough and sum_UE.any():
+        there_E = sd_E > 0
+        scaled_UE = (sum_UE[:, there_E] / sd_E[there_E]).astype(np.float32)
+        largest_B = np.abs(random_signs(documents) @ scaled_UE).max(1)
     return ExpertLosses(
         load_E,
         mean_loss_E,
@@ -105,13 +118,24 @@ def by_expert(
         difference_E,
         difference_E - half_E,
         difference_E + half_E,
-        null_E,
+        P99 * sd_E / of_E,
+        np.full(E, np.nan),
+        largest_B,
     )
 
 
-def most_of(experts: int) -> float:
-    """How many standard deviations none of so many experts is off, in 99 of 100 shuffles."""
-    return NormalDist().inv_cdf(1 - 0.005 / max(experts, 1))
+def add_p(of_L: Sequence[ExpertLosses]) -> None:
+    """Fills difference_p: how often the largest difference of all experts of these routers, in its
+    own standard deviations, is as large by chance."""
+    known = [of for of in of_L if len(of.largest_B) > 1]
+    if not known:
+        return
+    largest_B = np.sort(np.max([of.largest_B for of in known], axis=0))
+    for of in known:
+        standing_E = np.abs(of.difference_nats) * P99 / nan_for_zero(of.difference_null_p99)
+        beyond_E = len(largest_B) - np.searchsorted(largest_B, standing_E - 1e-6)
+        p_E = (1 + beyond_E) / (1 + len(largest_B))
+        of.difference_p[:] = np.where(np.isnan(standing_E), np.nan, p_E)
 
 
 def _assignments(
@@ -127,36 +151,13 @@ def _assignments(
     return np.concatenate(tokens), np.concatenate(experts)
 
 
-def _null_variance(
+def _by_document(
     explained: Explained, token_N: np.ndarray, expert_N: np.ndarray, E: int
-) -> np.ndarray:
-    """The variance of each expert's sum of residuals where the tokens of a cell exchange their
-    losses at random: Σ over cells a·(1 − a/n)·s², of a of its n tokens that go to the expert, drawn
-    without putting back. float64 [E]"""
-    key_N = explained.cell_S[token_N] * E + expert_N
-    pairs, a = np.unique(key_N, return_counts=True)
-    cell, expert = np.divmod(pairs, E)
-    each = a * (1 - a / explained.count_C[cell]) * explained.variance_C[cell]
-    # (an expert that a damaged decision names twice has a > n)
-    return np.maximum(np.bincount(expert, each, E), 0)
-
-
-def _between_documents(
-    explained: Explained,
-    token_N: np.ndarray,
-    expert_N: np.ndarray,
-    difference_E: np.ndarray,
-    E: int,
-) -> np.ndarray:
-    """The standard error of each expert's sum of residuals, by how it varies between documents.
-    NaN with fewer than FEWEST_DOCUMENTS of them. float64 [E]"""
-    unit_N = explained.unit_S[token_N]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of residuals, and of what there are assignments, of each document and expert.
+    [U, E] each"""
+    _, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
     U = int(unit_N.max(initial=-1)) + 1
-    documents = len(np.unique(unit_N))
-    if documents < FEWEST_DOCUMENTS:
-        return np.full(E, np.nan)
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
-    compared_UE = np.bincount(at_N, minlength=U * E).reshape(U, E)
-    beyond_UE = sum_UE - np.nan_to_num(difference_E) * compared_UE
-    return np.sqrt((beyond_UE**2).sum(0) * documents / (documents - 1))
+    return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.samples import TokenLosses, sampled_losses
-from moe_inspect.analysis.losses import ExpertLosses, Explained, by_expert
+from moe_inspect.analysis.losses import ExpertLosses, Explained, add_p, by_expert
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import worth as of_outputs
 from moe_inspect.analysis.metrics.balance import nan_for_zero
@@ -92,28 +92,32 @@ def _with_interval(
 def loss(data: ReportData) -> pd.DataFrame:
     """One row per expert of all tokens (domain and phase are empty), of each domain and of each
     phase: the mean loss of its tokens, and by how much they are harder to continue than other
-    tokens of the same domain, phase and token id, with a 95 % interval over documents and beside
-    what shuffled losses give. Empty for a trace without losses."""
+    tokens of the same domain, phase and token id, with a 95 % interval over documents, beside what
+    documents give by chance. Empty for a trace without losses."""
     data.decisions("loss")
-    names = [field.name for field in fields(ExpertLosses)]
-    parts: list[pd.DataFrame] = []
+    names = [field.name for field in fields(ExpertLosses) if field.name != "largest_B"]
+    parts: list[tuple[dict[str, Any], ExpertLosses]] = []
+    by_group = dict[tuple[str | None, str | None], list[ExpertLosses]]()
     for of in sampled_losses(data.trace, data.selection) if data.trace.has_loss else ():
         explained = Explained.of(of)
         for r in of.routers:
             router = data.trace.routers[r]
             for domain, phase, in_S in _groups(of):
                 values = by_expert(explained, of.slots[r], router.experts, in_S)
-                keys = {"layer": router.layer, "router": r, "expert": np.arange(router.experts)}
-                part = pd.DataFrame({**keys, **vars(values)})
-                part.insert(3, "domain", pd.Series([domain] * len(part), dtype=object))
-                part.insert(4, "phase", pd.Series([phase] * len(part), dtype=object))
-                parts.append(part)
+                E = router.experts
+                keys: dict[str, Any] = {"layer": router.layer, "router": r, "expert": np.arange(E)}
+                keys["domain"] = pd.Series([domain] * E, dtype=object)
+                keys["phase"] = pd.Series([phase] * E, dtype=object)
+                parts.append((keys, values))
+                by_group.setdefault((domain, phase), []).append(values)
     if not parts:
         whole = ("layer", "router", "expert", "assignments", "compared")
         columns = ["layer", "router", "expert", "domain", "phase", *names]
         kinds = {"domain": object, "phase": object, **dict.fromkeys(whole, "int64")}
         return pd.DataFrame(columns=columns).astype({**dict.fromkeys(names, "float64"), **kinds})
-    found = pd.concat(parts, ignore_index=True)
+    for of_routers in by_group.values():
+        add_p(of_routers)
+    found = pd.concat([pd.DataFrame(keys | of.columns) for keys, of in parts], ignore_index=True)
     return found.sort_values("router", kind="stable", ignore_index=True)
 
 

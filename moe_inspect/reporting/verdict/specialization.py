@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from moe_inspect.analysis.losses import P99, most_of
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
@@ -247,11 +246,7 @@ def hard_tokens(data: ReportData) -> Finding | None:
         return None
     table: Any = data.tables["loss"]
     table = table[table["domain"].isna() & table["phase"].isna()]
-    difference, chance = table["difference_nats"], table["difference_null_p99"]
-    # of many experts some exceed their 99th percentile by luck: all of them together rarely do
-    chance = chance * most_of(len(table)) / P99
-    certain = (table["difference_low"] > 0) | (table["difference_high"] < 0)
-    beyond = table[(difference.abs() > chance) & certain]
+    beyond = table[table["difference_p"] < ALPHA]
     if beyond.empty:
         return None
     row = beyond.loc[beyond["difference_nats"].abs().idxmax()]
@@ -262,7 +257,7 @@ def hard_tokens(data: ReportData) -> Finding | None:
         f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
         f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
         f"phase and token id (95% interval over documents {low:.2f} to {high:.2f}; "
-        f"±{row['difference_null_p99']:.2f} with the losses of such tokens shuffled). In all, "
+        f"±{row['difference_null_p99']:.2f} by chance of such documents). In all, "
         f"{len(beyond)} of {plural(len(table), 'expert')} "
         f"{'differs' if len(beyond) == 1 else 'differ'} in this way, harder or easier.",
         row,
