@@ -83,35 +83,32 @@ def documents(
 
 @pytest.mark.parametrize("style", [0.0, 0.7])
 def test_interval_covers_the_truth(style: float):
-    """The truth of every expert is a ratio of 1: of 60 traces at most a few intervals of a fixed
-    expert may miss it, with documents that differ as with ones that do not."""
+    """Where one expert is the busiest and where all are alike: of 60 traces at most a few intervals
+    may miss the truth, with documents that differ as with ones that do not."""
     rng = np.random.default_rng(3)
     strata_U = np.repeat([0, 1], 30)
-    weights_RU = unc.resample_weights(strata_U)
-    missed = beyond = 0
+    missed = missed_even = 0
     for _ in range(60):
         assignments_UE = documents(rng, style)
         busiest = assignments_UE.sum(0).argmax()
         swapped_UE = assignments_UE.copy()
-        # a fixed expert, not the luckiest: make it the busiest by adding the same to each of its
-        # documents
+        # the same in each document
         swapped_UE[:, 0] += 40
-        low, high = unc.max_vio_interval(swapped_UE, weights_RU)
+        low, high = unc.max_vio_interval(swapped_UE, strata_U)
         truth = (25 + 40) * 8 / (8 * 25 + 40) - 1
         missed += not low <= truth <= high
-        low, high = unc.max_vio_interval(assignments_UE, weights_RU)
+        low, high = unc.max_vio_interval(assignments_UE, strata_U)
         sample = assignments_UE[:, busiest].sum() / assignments_UE.sum() * 8 - 1
-        assert low <= sample <= high  # the identity held fixed, so the sample's own value is inside
-        effect = unc.design_effect(assignments_UE, np.full(60, 100), strata_U)
-        beyond += low > unc.noise_floor(6_000, 8, 2) * np.sqrt(max(effect, 1))
+        assert low < sample < high
+        missed_even += low > 0
     assert missed <= 8
-    assert beyond == 0, "balanced traces called unbalanced"
+    assert missed_even <= 8
 
 
 def test_an_interval_of_real_imbalance_excludes_chance():
     assignments_UE = documents(np.random.default_rng(3), 0.7)
     assignments_UE[:, 5] += 30
-    low, high = unc.max_vio_interval(assignments_UE, unc.resample_weights(np.zeros(60, np.int64)))
+    low, high = unc.max_vio_interval(assignments_UE, np.zeros(60, np.int64))
     assert low > unc.noise_floor(6_000, 8, 2) * 5
     assert high < 2
 
@@ -167,7 +164,7 @@ def test_too_few_documents_have_no_interval():
     )
     assert all(np.isnan(unc.interval(np.full(3, np.nan))))
     assert unc.resample_weights(np.zeros(4, np.int64)) is None
-    assert all(np.isnan(unc.max_vio_interval(np.ones((4, 8), np.int64), None)))
+    assert all(np.isnan(unc.max_vio_interval(np.ones((4, 8), np.int64), np.zeros(4, int))))
     assert np.isnan(unc.design_effect(np.ones((4, 8), np.int64), np.ones(4), np.zeros(4, np.int64)))
     assert unc.resample_weights(np.zeros(5, np.int64)) is not None
 

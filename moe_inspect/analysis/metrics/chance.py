@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, residuals
 
 ALPHA = 0.01  # p-value under which a sentence claims something
 FEWEST_TO_JUDGE = 8  # documents: half of the arrangements of fewer signs are under 1 / ALPHA
@@ -104,14 +104,8 @@ def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarr
     E, total = len(load_E), float(load_E.sum())
     residual_UE = assignments_UE - tokens_U[:, None] / E
     if np.bincount(strata_U).min() >= FEWEST_DOCUMENTS:
-        for stratum in np.unique(strata_U):
-            of = np.flatnonzero(strata_U == stratum)
-            n_U1 = tokens_U[of, None]
-            share_E = assignments_UE[of].sum(0) / max(n_U1.sum(), 1)
-            # a document is part of the share it is compared with
-            left_U1 = np.sqrt(1 - n_U1 / max(n_U1.sum(), 1))
-            own_UE = (assignments_UE[of] - n_U1 * share_E) / np.maximum(left_U1, 1e-6)
-            residual_UE[of] = own_UE + n_U1 * (load_E / total - 1 / E)
+        residual_UE = residuals(assignments_UE, strata_U)
+        residual_UE += tokens_U[:, None] * (load_E / total - 1 / E)
     null_BE = signed_sums(residual_UE)
     return np.stack([null_BE.max(1), -null_BE.min(1)]) / (total / E)
 

@@ -19,6 +19,10 @@ SEED = 20_240_815
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 5  # that an interval over documents needs
 FEW_TOKENS = 64  # up to which the noise of every number of tokens is simulated
+RIVALS = 3.0  # errors below the busiest expert within which another may be the busiest
+BELOW = (
+    0.035  # probability that the lower end is too high, with several: the upper never is too low
+)
 GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
 
@@ -111,21 +115,49 @@ def _resampled(strata: bytes, R: int) -> np.ndarray:
     return weights_RU
 
 
-def max_vio_interval(
-    assignments_UE: np.ndarray, weights_RU: np.ndarray | None
-) -> tuple[float, float]:
-    """95 % interval of max_vio: of the load ratio of the sample's busiest expert, the same expert
-    in all resamples, minus 1.
+def residuals(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
+    """What each document (unit) has of each expert beyond the share of its domain (stratum), scaled
+    up as a document is part of the share that it is compared with. float64 [U, E]"""
+    residual_UE = np.empty(assignments_UE.shape)
+    for stratum in np.unique(strata_U):
+        of = np.flatnonzero(strata_U == stratum)
+        n_U1 = assignments_UE[of].sum(1, keepdims=True)
+        total = max(n_U1.sum(), 1)
+        beyond_UE = assignments_UE[of] - n_U1 * (assignments_UE[of].sum(0) / total)
+        residual_UE[of] = beyond_UE / np.maximum(np.sqrt(1 - n_U1 / total), 1e-6)
+    return residual_UE
 
-    A bootstrap of the maximum itself would mostly exclude the sample's own value, because each
-    resample picks a new busiest expert; the noise floor shows the effect of picking the busiest.
-    NaN without `weights_RU` or load."""
-    load_E = assignments_UE.sum(0)
-    if weights_RU is None or not load_E.sum():
+
+def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the max_vio of the texts that these documents are a sample of, whichever
+    expert is their busiest. NaN with fewer than FEWEST_DOCUMENTS units, or no load.
+
+    Logarithms of the load ratios, with the error that documents give, by Student's t of as many
+    documents as theirs of one length would tell as much (Kish). The upper end is that of the
+    sample's busiest expert. The lower end is the highest of all that may be the busiest (those
+    within RIVALS errors of it), each as much lower as their number demands (Šidák): the largest of
+    a sample is larger than it would be by itself."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    stdtrit: Any = special.stdtrit
+    (U, E), load_E = assignments_UE.shape, assignments_UE.sum(0)
+    if U < FEWEST_DOCUMENTS or not load_E.any():
         return float("nan"), float("nan")
-    busiest_R = weights_RU @ assignments_UE[:, load_E.argmax()]
-    mean_R = weights_RU @ assignments_UE.sum(1) / len(load_E)
-    return interval(busiest_R / nan_for_zero(mean_R) - 1)
+    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
+        strata_U = np.zeros_like(strata_U)
+    mean, n_U = load_E.sum() / E, assignments_UE.sum(1).astype(float)
+    ratio_E = load_E / mean
+    error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
+    documents = float(n_U.sum() ** 2 / (n_U**2).sum() - np.count_nonzero(np.bincount(strata_U)))
+    busiest = ratio_E.argmax()
+    reach_E = RIVALS * np.hypot(error_E, error_E[busiest])
+    rival_E = ratio_E >= ratio_E[busiest] - reach_E
+    rivals = int(rival_E.sum())
+    below = 0.025 if rivals == 1 else 1 - (1 - BELOW) ** (1 / rivals)
+    t_low, t_high = stdtrit(max(documents, 1), [1 - below, 0.975])
+    relative_E = error_E / nan_for_zero(ratio_E)
+    low = float(np.max((ratio_E * np.exp(-t_low * relative_E))[rival_E]))
+    return max(low, 1) - 1, float(ratio_E[busiest] * np.exp(t_high * relative_E[busiest])) - 1
 
 
 def ratio_interval(

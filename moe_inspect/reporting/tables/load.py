@@ -52,7 +52,6 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
     below which an expert counts as starved. `drops`: whether slots that routed nowhere are
     dropped."""
     rows = list[dict[str, float | None]]()
-    weights_RU = None if counts.counts_only else unc.resample_weights(counts.domain_of_unit_U)
     for r in counts.indices:
         router, load_E = counts.routers[r], counts.load_E(r)
         E, k, total = router.experts, router.top_k, int(load_E.sum())
@@ -68,8 +67,10 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
         row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load
-        row["max_vio_low"], row["max_vio_high"] = unc.max_vio_interval(
-            counts.of[r].assignments_UE, weights_RU
+        row["max_vio_low"], row["max_vio_high"] = (
+            (float("nan"), float("nan"))
+            if counts.counts_only
+            else unc.max_vio_interval(counts.of[r].assignments_UE, counts.domain_of_unit_U)
         )
         row["design_effect"] = _design_effect(counts, r)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
