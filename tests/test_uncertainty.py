@@ -180,13 +180,6 @@ def test_an_interval_leaves_out_a_fortieth_at_each_end():
     assert unc.interval(np.r_[np.arange(41.0), np.nan]) == (1, 39)
 
 
-def test_permuting_keeps_every_label():
-    labels_U = np.array([0, 0, 1, 2, 2, 2])
-    permuted = unc.permuted_labels(labels_U, 50)
-    assert (np.sort(permuted, axis=1) == np.sort(labels_U)).all()
-    assert (permuted != labels_U).any()
-
-
 def test_chi_square_of_even_routing_has_the_mean_that_distinct_choices_give():
     rng, (E, k, T, runs) = np.random.default_rng(0), (16, 4, 400, 400)
     load_RE = np.array(

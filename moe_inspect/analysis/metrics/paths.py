@@ -3,8 +3,9 @@ first choices, or its sets of experts.
 
 The entropy of the paths is a plug-in estimate, at most log₂ of the number of tokens: with many
 routers almost every token has a path of its own, and it says nothing. So it comes for the routers
-up to each one, beside the same with every router's choices shuffled among the tokens, whose bias is
-that of paths that follow no choice before.
+up to each one, beside the same with every router's choices shuffled among the tokens of each
+document, whose bias is that of paths that follow no choice before. What a document has a taste for
+at one router and at the next stays, and so is not taken for a connection of the two.
 
 S tokens, N tokens that share their path with another, P distinct paths, G groups of documents.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 
@@ -39,8 +41,8 @@ def path_entropy_bits(tokens_P: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Entropy:
     """Of the paths through the routers up to one: how many there are, their entropy in bits with
-    its 95 % interval over documents, the same entropy with each router's choices shuffled, and the
-    sum of the entropies of the routers alone."""
+    its 95 % interval over documents, the same entropy with each router's choices shuffled within
+    documents, and the sum of the entropies of the routers alone."""
 
     paths: int
     value: float
@@ -50,10 +52,12 @@ class Entropy:
     independent: float
 
 
-def entropies(choice_LS: Sequence[np.ndarray | None], group_S: np.ndarray) -> list[Entropy | None]:
+def entropies(
+    choice_LS: Sequence[np.ndarray | None], document_S: np.ndarray, group_S: np.ndarray
+) -> list[Entropy | None]:
     """Of the paths through the first router, the first two, and so on; None from the first router
-    on whose choices are unknown (None). group_S: which group of documents each token is of, −1 for
-    no interval. choice_LS: whole numbers or hashes."""
+    on whose choices are unknown (None). document_S, group_S: which document, and which group of
+    documents, each token is of, −1 for no interval. choice_LS: whole numbers or hashes."""
     S, independent, found = len(group_S), 0.0, list[Entropy | None]()
     path, shuffled, tokens_G = Splitting(S), Splitting(S), np.bincount(group_S[group_S >= 0])
     value = shuffled_value = half = float("nan")
@@ -65,7 +69,7 @@ def entropies(choice_LS: Sequence[np.ndarray | None], group_S: np.ndarray) -> li
             value = path_entropy_bits(path.tokens_P)
             half = half_width(path.tokens_P, path.of_N, group_S[path.shared_N], tokens_G)
         if len(shuffled.shared_N):
-            order_S = np.random.default_rng([SEED, r, S]).permutation(S)
+            order_S = shuffled_within(document_S, np.random.default_rng([SEED, r, S]))
             if shuffled.split(choice_S[order_S[shuffled.shared_N]]):
                 shuffled_value = path_entropy_bits(shuffled.tokens_P)
         if not r:

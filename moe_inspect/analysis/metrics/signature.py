@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, permuted_labels
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 
 PERMUTATIONS = 200
+LENGTHS = 2  # classes of length of documents, from each to its double
 Z = 1.959964  # of 95 %
 
 
@@ -31,7 +33,7 @@ def signature_accuracy(hits_D: np.ndarray, documents_D: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Accuracy:
     """signature_accuracy, its 95 % interval, and its mean and 99th percentile with the labels of
-    the documents shuffled."""
+    documents of like length shuffled."""
 
     value: float
     low: float
@@ -69,8 +71,9 @@ class Nearness:
         np.fill_diagonal(distance_SS, np.inf)
         return distance_SS.argmin(1)
 
-    def accuracy(self, domain_S: np.ndarray) -> Accuracy:
-        """All NaN with fewer than two domains or than FEWEST_DOCUMENTS documents."""
+    def accuracy(self, domain_S: np.ndarray, shuffled_RS: np.ndarray) -> Accuracy:
+        """shuffled_RS: the domains, `shuffled` R times. All NaN with fewer than two domains or than
+        FEWEST_DOCUMENTS documents."""
         S, D = len(domain_S), int(domain_S.max(initial=-1)) + 1
         if S < FEWEST_DOCUMENTS or D < 2:
             return UNKNOWN
@@ -80,9 +83,17 @@ class Nearness:
         # two documents that are nearest to each other are hit or missed together: one case, not two
         mutual = float((nearest_S[nearest_S] == np.arange(S)).mean())
         low, high = wilson(value, S / (1 + mutual))
-        shuffled_RS = permuted_labels(domain_S, PERMUTATIONS)
         null_R = (shuffled_RS[:, nearest_S] == shuffled_RS).mean(1)
         return Accuracy(value, low, high, float(null_R.mean()), float(np.quantile(null_R, 0.99)))
+
+
+def shuffled(domain_S: np.ndarray, assignments_S: np.ndarray) -> np.ndarray:
+    """The domains of documents, shuffled PERMUTATIONS times among those of like length: the nearest
+    of all is often one of the longest, whose shares vary least, and where a domain has long
+    documents, that tells nothing of it. int64 [R, S]"""
+    length_S = np.floor(LENGTHS * np.log2(np.maximum(assignments_S, 1)))
+    rng = np.random.default_rng([SEED, len(domain_S)])
+    return np.stack([domain_S[shuffled_within(length_S, rng)] for _ in range(PERMUTATIONS)])
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -98,8 +109,9 @@ def accuracies(
     """By the signatures of all routers side by side, and by those of each. loads: [S, E] of each
     router."""
     together, each = Nearness(len(domain_S)), list[Accuracy]()
+    shuffled_RS = shuffled(domain_S, np.sum([load_SE.sum(1) for load_SE in loads], axis=0))
     for load_SE in loads:
         alone = Nearness.of(load_SE)
         together.add(alone)
-        each.append(alone.accuracy(domain_S))
-    return together.accuracy(domain_S), each
+        each.append(alone.accuracy(domain_S, shuffled_RS))
+    return together.accuracy(domain_S, shuffled_RS), each

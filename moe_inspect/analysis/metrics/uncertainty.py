@@ -227,20 +227,6 @@ def signed_deviance(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -
     return 2 * np.sign(count - expected) * np.maximum(hit + miss, 0)
 
 
-def permuted_labels(labels_U: np.ndarray, R: int) -> np.ndarray:
-    """R random reorderings of the labels of the units, read-only. int64 [R, U]"""
-    return _permuted(labels_U.astype(np.int64).tobytes(), R)
-
-
-@lru_cache(maxsize=1)  # the units of all routers are the same
-def _permuted(labels: bytes, R: int) -> np.ndarray:
-    labels_U = np.frombuffer(labels, np.int64)
-    rng = np.random.default_rng([SEED, len(labels_U), R])
-    permuted_RU = rng.permuted(np.broadcast_to(labels_U, (R, len(labels_U))), axis=1)
-    permuted_RU.flags.writeable = False
-    return permuted_RU
-
-
 def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np.ndarray) -> float:
     """How many times larger the variance of the load is because tokens come in documents: variance
     between documents ÷ variance of as many independent tokens, summed over experts. About 1 where

@@ -42,13 +42,13 @@ def signature(data: ReportData) -> pd.DataFrame:
 def paths(data: ReportData) -> pd.DataFrame:
     """One row per router: the distinct paths of tokens through the routers up to it, by first
     choices and by sets of experts, and their entropy; beside the same with every router's choices
-    shuffled among the tokens, and the sum of the routers' own entropies."""
+    shuffled among the tokens of each document, and the sum of the routers' own entropies."""
     counts, rows = data.decisions("paths"), list[dict[str, float | None]]()
     for routes in sampled_routes(data.trace, data.selection):
         group_S = pth.groups_of(routes.document_S, routes.domain_S)
         S = len(group_S)
-        first_L = pth.entropies(routes.first_LS, group_S)
-        set_L = pth.entropies(routes.set_LS, group_S)
+        first_L = pth.entropies(routes.first_LS, routes.document_S, group_S)
+        set_L = pth.entropies(routes.set_LS, routes.document_S, group_S)
         for r, first, of_sets in zip(routes.routers, first_L, set_L, strict=True):
             row: dict[str, float | None] = {
                 "layer": counts.routers[r].layer,

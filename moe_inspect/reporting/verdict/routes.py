@@ -19,6 +19,9 @@ from moe_inspect.text import plural
 
 # of a trace for which a pass of its own costs little beside the report
 MOST_DECISIONS = 2**20
+CONNECTED = (
+    0.02  # share of the shuffled entropy by which paths are fewer, under which it is no news
+)
 UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
 
 
@@ -59,8 +62,8 @@ def _at_least(n: int, expected: float) -> float:
 
 
 def signature(data: ReportData) -> Finding | None:
-    """Whether the nearest other document by routing is of the same domain more often than with
-    shuffled domains."""
+    """Whether the nearest other document by routing is of the same domain more often than
+    with the domains of documents of like length shuffled."""
     if not _is_small(data) or len(data.counts.domains) < 2:
         return None
     # of all routers together
@@ -83,15 +86,16 @@ def signature(data: ReportData) -> Finding | None:
 
 
 def paths(data: ReportData) -> Finding | None:
-    """Whether tokens take fewer paths through the layers than layers that choose independently give
-    them, as far as paths are not as many as tokens."""
+    """Whether tokens take fewer paths through the layers than layers that choose independently
+    within a document give them, as far as paths are not as many as tokens."""
     if not _is_small(data):
         return None
     table: Any = data.tables["paths"]
     shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
     # of many routers, some are outside of their 95 % interval by chance
     reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
-    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & (value + reach < shuffled)]
+    beyond = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
+    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
     if told.empty:
         return None
     row = told.loc[(told["path_entropy_shuffled_bits"] - told["path_entropy_bits"]).idxmax()]
@@ -103,8 +107,8 @@ def paths(data: ReportData) -> Finding | None:
         "note",
         f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
         f"{tokens:,} tokens take {distinct:,} distinct routes (entropy {bits:.2f} bits, 95% "
-        f"interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices shuffled). "
-        "A token's earlier choices help predict its later ones.",
+        f"interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices shuffled "
+        "within documents). A token's earlier choices help predict its later ones.",
         row,
         path_entropy_bits=bits,
         path_entropy_shuffled_bits=independent,
