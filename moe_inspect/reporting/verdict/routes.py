@@ -19,9 +19,7 @@ from moe_inspect.text import plural
 
 # of a trace for which a pass of its own costs little beside the report
 MOST_DECISIONS = 2**20
-CONNECTED = (
-    0.02  # share of the shuffled entropy by which paths are fewer, under which it is no news
-)
+CONNECTED = 0.02  # share of the shuffled entropy that is missing, under which it is no news
 UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each has a path of its own
 
 
