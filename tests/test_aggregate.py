@@ -449,7 +449,7 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(
     trace = write_trace(tmp_path / "t", **given_)
     whole = report(trace).tables["specialization"]
     assert not any("most frequent" in note for note in report(trace).notes())
-    monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17 * E)
+    monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17)
     made = report(trace)
     assert any("the 30 most frequent token ids" in note for note in made.notes())
     assert (

@@ -27,7 +27,8 @@ COLUMNS = {
     "domains": "layer router domain expert tokens assignments activation lift",
     "specialization": "layer router domain_mi_bits domain_mi_null_bits domain_mi_null_p99_bits "
     "domain_mi_given_token_bits "
-    "domain_mi_given_token_null_bits token_mi_bits token_mi_null_bits jsd_bits "
+    "domain_mi_given_token_null_bits domain_mi_given_token_p token_mi_bits token_mi_null_bits "
+    "jsd_bits jsd_null_bits "
     "vocabulary_specialization",
     "vocabulary": "layer router expert token_id token count fraction",
     "coactivation": "layer router expert other probability lift",
@@ -41,7 +42,7 @@ COLUMNS = {
     "paths": "layer router tokens most_bits paths path_entropy_bits path_entropy_shuffled_bits",
     "loss": (
         "layer router expert domain phase assignments mean_loss_nats mean_entropy_nats compared "
-        "difference_nats difference_low difference_high difference_null_p99"
+        "difference_nats difference_low difference_high difference_null_p99 difference_p"
     ),
     "verdict": "severity kind layer router text",
 }
@@ -140,8 +141,8 @@ def test_what_is_planted_is_said(made: Report):
     bits = made.tables["specialization"].iloc[2]
     given, null = bits["domain_mi_given_token_bits"], bits["domain_mi_given_token_null_bits"]
     assert (
-        f"the domain still carries {given:.3f} bits about the expert in layer 2 (shuffled "
-        f"documents give {null:.3f})"
+        f"the domain still carries {given:.3f} bits about the expert in layer 2 (documents "
+        f"by chance give {null:.3f})"
     ) in together
     assert "expert 3 takes 8" in together
     assert "The token id determines the expert most in layer 1: 100% of first choices" in together

@@ -357,6 +357,7 @@ def information(**columns: Any) -> dict[str, Any]:
     """A row of that table: 0.5 bits beyond a null of 0.1, whose 99th percentile is 0.12."""
     known = {"domain_mi_bits": 0.6, "domain_mi_null_bits": 0.1, "domain_mi_null_p99_bits": 0.12}
     known |= {"domain_mi_given_token_bits": 0.5, "domain_mi_given_token_null_bits": 0.1}
+    known |= {"domain_mi_given_token_p": 0.002}
     known |= {
         "token_mi_bits": 1.0,
         "token_mi_null_bits": 0.5,
@@ -416,8 +417,8 @@ DOMAINS = {
     "one and one more": (partial(told, beyond(0.6), beyond(0.2), beyond(0.1, domain_mi_p=0.5)), "Experts specialise by domain in 1 of 3 routers, and routing differs by domain in 1 more; most in layer 0"),
     "who": (partial(told, beyond(0.6)), ': expert 0 takes 30% of the tokens of "code", 1.4x its mean over domains.'),
     "untrained": (partial(told, beyond(0.6), seed=3), "This model was never trained (random weights, seed 3), so nothing here is specialisation"),
-    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "Given the token id, the domain still carries 0.266 bits about the expert in layer 0 (shuffled documents give 0.100): most of it is vocabulary."),
-    "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), "it is not vocabulary alone."),
+    "vocabulary": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.266)), "Given the token id, the domain still carries 0.266 bits about the expert in layer 0 (documents by chance give 0.100): most of it is vocabulary."),
+    "topic": (partial(told, beyond(0.6, domain_mi_given_token_bits=0.267)), ": not vocabulary alone."),
 }  # fmt: skip
 
 
@@ -428,13 +429,18 @@ def test_domains(case: str):
     assert (says in said) if says else said == "", said
 
 
-@pytest.mark.parametrize(("null", "says"), [(9.99, True), (10.01, False)])
-def test_vocabulary_and_topic_are_parted_where_the_bias_is_not_all_there_is(
-    null: float, says: bool
-):
-    """0.5 bits of effect are 5 % of 10 bits of bias."""
-    said = told(beyond(0.6, domain_mi_given_token_bits=null, domain_mi_given_token_null_bits=null))
-    assert ("Given the token id" in said) == says
+@pytest.mark.parametrize(
+    ("p", "says"),
+    [
+        (0.0099, ": not vocabulary alone."),
+        (0.01, ": that may be chance, so vocabulary may be all of it."),
+        (math.nan, ""),
+    ],
+)
+def test_what_is_beyond_vocabulary_may_be_chance(p: float, says: str):
+    said = told(beyond(0.6, domain_mi_given_token_p=p))
+    assert says in said
+    assert ("Given the token id" in said) == bool(says)
 
 
 def ids(**columns: Any) -> str | None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, logit_confidence
 from moe_inspect.analysis.metrics.balance import max_vio
+from moe_inspect.analysis.metrics.specialization import Expected
 
 SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
 WANTS = {
@@ -180,11 +181,13 @@ DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.
 
 @dataclass(frozen=True)
 class ByTokenId:
-    """What the routing of each token id comes to at one router. `columns`: metrics by name. Of the
+    """What the routing of each token id comes to at one router. `columns`: metrics by name;
+    `expected`: the load of documents beside what their token ids explain. Of the
     token ids that go to each expert most exclusively, expert by expert, a row each: expert, token
     id, how often it goes there, how often as first choice (None: unknown), how often it occurs."""
 
     columns: dict[str, float]
+    expected: Expected | None
     expert_N: np.ndarray
     token_id_N: np.ndarray
     count_N: np.ndarray

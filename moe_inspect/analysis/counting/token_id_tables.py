@@ -1,7 +1,7 @@
 """What the tables of a router by token id come to: metrics, and the token ids of each expert.
 
-V token ids, X those of them that are counted by domain too, R rows of a table, E experts, D
-domains, N pairs of a token id and an expert.
+V token ids, X those of them that are counted by document too, U units (clusters of documents), E
+experts, D domains, N pairs of a token id and an expert.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from moe_inspect.analysis.counting.router_counts import ByTokenId
 from moe_inspect.analysis.counting.token_ids import TokenIds, TokenTables
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.chance import shuffled_p
+from moe_inspect.analysis.metrics.specialization import Expected
 
 ROUNDING = np.float32(1e-6)
 
 
 def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, listed, first = tables.plan, tables.plan.listed, tables.by_domain.first
-    any_VE, columns = _by_domain(tables)
-    first_VE = None if first is None else first.rows_XE
+    plan, listed, first = tables.plan, tables.plan.listed, tables.by_id.first
+    any_VE, first_VE = tables.by_id.any.rows_XE, None if first is None else first.rows_XE
     judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
-    columns |= _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
+    columns = _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
     expert_N, row_N = top_token_ids(any_VE, listed, top)
     return ByTokenId(
         columns,
+        _expected(tables, any_VE),
         expert_N,
         listed.ids_V[row_N],
         any_VE[row_N, expert_N].astype(np.int64),
@@ -36,23 +37,17 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     )
 
 
-def _by_domain(tables: TokenTables) -> tuple[np.ndarray, dict[str, float]]:
-    """Assignments by listed token id, uint32 [V, E], and what the domain says given the token
-    id."""
-    any_RE, plan = tables.by_domain.any.rows_XE, tables.plan
-    if not tables.shuffled_domains:
-        return any_RE, {}
-    paired_X, D = plan.listed.rows(plan.paired.ids_V), len(plan.domains)
-    counts_XDE = any_RE[plan.start_V[paired_X][:, None] + np.arange(D)]
-    any_VE = any_RE[plan.start_V[:-1]]
-    any_VE[paired_X] = counts_XDE.sum(1)
-    null = _mean(
-        sp.conditional_mi_bits(shuffled.any.rows_XE.reshape(counts_XDE.shape))
-        for shuffled in tables.shuffled_domains
-    )
-    given = sp.conditional_mi_bits(counts_XDE)
-    columns = {"domain_mi_given_token_bits": given, "domain_mi_given_token_null_bits": null}
-    return any_VE, columns
+def _expected(tables: TokenTables, any_VE: np.ndarray) -> Expected | None:
+    """What the token ids of the documents explain; None with one domain, or no ids frequent
+    enough."""
+    plan, D = tables.plan, len(tables.plan.domains)
+    if not plan.tokens_XU.size:
+        return None
+    there_U = plan.tokens_XU.any(0)
+    domain_U = np.repeat(np.arange(D), plan.clusters)[there_U]
+    rows_X = plan.listed.rows(plan.in_units.ids_V)
+    load_UE = tables.by_unit.any.rows_XE[there_U]
+    return Expected.of(load_UE, plan.tokens_XU[:, there_U], any_VE[rows_X], domain_U)
 
 
 def _columns(

@@ -9,16 +9,25 @@ difference means anything.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, SIGNS, null_loads
+from moe_inspect.analysis.metrics.chance import (
+    BLOCK,
+    FEWEST_TO_JUDGE,
+    SIGNS,
+    null_loads,
+    random_signs,
+)
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
 FEW_DOMAINS, DRAWN_PAIRS = 500, 100_000  # up to which all pairs are compared; how many else
+JSD_DRAWS = 20  # by chance: the mean over pairs of domains hardly varies
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
@@ -124,6 +133,18 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
     return float(total / len(first))
 
 
+def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
+    """The mean `jsd_bits` of documents (units) like these whose domains share one mean. NaN with
+    fewer than two domains, or no load."""
+    D = int(domain_U.max(initial=-1)) + 1
+    if D < 2 or not assignments_UE.any():
+        return float("nan")
+    draws = int(np.clip(DRAWN_PAIRS // D**2, 1, JSD_DRAWS))
+    return float(
+        np.mean([jsd_bits(of) for of in next(null_loads(assignments_UE, domain_U))[:draws]])
+    )
+
+
 @metric(
     table="specialization",
     ideal="1 / E",
@@ -168,37 +189,85 @@ def token_mi_bits(any_VE: np.ndarray) -> float:
     return float(np.log2(total) + (_n_log2_n(any_VE).sum() - margins) / total)
 
 
-@metric(
-    table="specialization",
-    column="domain_mi_given_token_bits",
-    ideal=0.0,
-    unit="bits",
-    range="0 to log₂ min(D, E)",
-)
-def conditional_mi_bits(counts_XDE: np.ndarray) -> float:
-    """I(domain; expert | token id): what the domain tells about the expert given the token id:
-    topic beyond vocabulary. Domains equally weighted. counts: assignments of X token ids in each
-    domain. Its bias is large: read it only beside the same with domains shuffled, separately for
-    each token id, among the documents that hold it (domain_mi_given_token_null_bits): every token
-    id keeps the domains it occurs in, on which most of the bias depends. NaN without counts."""
-    load_XD = counts_XDE.sum(2, dtype=np.int64)
-    load_D = load_XD.sum(0)
-    if not load_D.any():
+@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
+def domain_mi_given_token_bits(assignments_DE: np.ndarray, expected_DE: np.ndarray) -> float:
+    """I(domain; expert) that is left where the load which the token ids explain is taken out of
+    each domain: topic beyond vocabulary. `expected`: the load of tokens of a domain's ids, each
+    routed as all tokens of its id are. Domains equally weighted. NaN with fewer than two domains.
+    Domains that route the tokens of an id in different ways, which cancel over the ids, count as
+    none."""
+    if len(assignments_DE) < 2:
         return float("nan")
-    weight_D = 1 / (nan_for_zero(load_D) * np.count_nonzero(load_D))
-    weight_D = np.where(load_D > 0, weight_D, 0)
-    # I(D; E | X) = H(X, D) + H(X, E) - H(X, D, E) - H(X); n log n of counts is looked up
-    n_log2_n_XD = _n_log2_n(counts_XDE.reshape(-1, counts_XDE.shape[2])).reshape(load_XD.shape)
-    domain_bits = -(np.log2(np.where(weight_D > 0, weight_D, 1)) * weight_D * load_D).sum()
-    joint = domain_bits - (n_log2_n_XD * weight_D).sum()
-    p_XD, p_XE = load_XD * weight_D, np.einsum("xde,d->xe", counts_XDE, weight_D)
-    pairs = _entropy_bits(p_XD) + _entropy_bits(p_XE)
-    return float(pairs - joint - _entropy_bits(p_XD.sum(1)))
+    return float(_left_bits(assignments_DE, assignments_DE - expected_DE))
 
 
-def _entropy_bits(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log2(p)).sum())
+def _left_bits(assignments_DE: np.ndarray, left_DE: np.ndarray) -> np.ndarray:
+    """The information of domains with common shares but for what is left; [..., D, E] → [...]"""
+    load_D1, load_E = assignments_DE.sum(1, keepdims=True), assignments_DE.sum(0)
+    common_DE = load_D1 * load_E / nan_for_zero(load_E.sum())
+    beyond_DE = np.maximum(common_DE + left_DE, 0)[..., load_D1[:, 0] > 0, :]
+    return mutual_information_bits(share_by_domain(beyond_DE))
+
+
+def _members(domain_U: np.ndarray) -> np.ndarray:
+    """1 where a unit is of the domain. float64 [D, U]"""
+    return np.eye(int(domain_U.max()) + 1)[domain_U].T
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The load of documents (units) beside what their token ids explain. assignments_UE,
+    expected_UE: of the tokens of some ids; weight_DU: how much a document's residual moves that of
+    a domain: by all of it where it is its own, less what it moves the shares of the token ids that
+    the domain has; scaled up as a document is part of the shares that it is compared with."""
+
+    assignments_UE: np.ndarray
+    expected_UE: np.ndarray
+    weight_DU: np.ndarray
+    domain_U: np.ndarray
+
+    @staticmethod
+    def of(
+        assignments_UE: np.ndarray,
+        tokens_XU: np.ndarray,
+        assignments_XE: np.ndarray,
+        domain_U: np.ndarray,
+    ) -> Expected:
+        from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
+
+        of: Any = sparse.csr_array
+        tokens_XU = of(tokens_XU)
+        tokens_X, tokens_U = tokens_XU.sum(1), tokens_XU.sum(0)
+        part_UX = (tokens_XU / tokens_U).T  # of the tokens of a document, those of an id
+        share_XU = (tokens_XU.T / tokens_X).T  # of the tokens of an id, those in a document
+        member_DU = _members(domain_U)
+        itself_U = np.asarray(part_UX.multiply(share_XU.T).sum(1)).reshape(-1)
+        share_XD = np.asarray(share_XU @ member_DU.T)
+        # the mean over the tokens of a document of (1 or 0 − share of the domain)²
+        weight_DU = member_DU * (1 - 2 * (part_UX @ share_XD).T) + (part_UX @ share_XD**2).T
+        weight_DU = np.sqrt(np.maximum(weight_DU, 0)) * (2 * member_DU - 1)
+        weight_DU /= np.sqrt(np.maximum(1 - itself_U, 1e-3))
+        expected_UE = tokens_XU.T @ (assignments_XE / tokens_X[:, None])
+        weight_DU = weight_DU.astype(np.float32)
+        return Expected(assignments_UE.astype(float), expected_UE, weight_DU, domain_U)
+
+    def by_domain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Assignments, and those expected. float64 [D, E] each"""
+        member_DU = _members(self.domain_U)
+        return member_DU @ self.assignments_UE, member_DU @ self.expected_UE
+
+    def null(self) -> np.ndarray:
+        """`domain_mi_given_token_bits` of documents whose residuals from what their token ids
+        explain have random signs. float64 [B]"""
+        assignments_DE, _ = self.by_domain()
+        residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
+        signs_BU, found = random_signs(len(residual_UE)), list[np.ndarray]()
+        step = max(1, BLOCK // assignments_DE.size)
+        for start in range(0, SIGNS, step):
+            signs = signs_BU[start : start + step]
+            left = [(signs * weight_U) @ residual_UE for weight_U in self.weight_DU]
+            found.append(_left_bits(assignments_DE, np.stack(left, 1)))
+        return np.concatenate(found)
 
 
 @cache

@@ -23,9 +23,11 @@ SPECIALIZATION = (
     "domain_mi_p",
     "domain_mi_given_token_bits",
     "domain_mi_given_token_null_bits",
+    "domain_mi_given_token_p",
     "token_mi_bits",
     "token_mi_null_bits",
     "jsd_bits",
+    "jsd_null_bits",
     "vocabulary_specialization",
     "vocabulary_specialization_null",
     "vocabulary_specialization_p",
@@ -77,30 +79,39 @@ def _overload_p(counts: Counts, router: int) -> np.ndarray:
 def specialization(data: ReportData) -> pd.DataFrame:
     """One row per router: the information about the expert that the domain carries, that the token
     id carries, and that the domain carries given the token id; each with its null: documents of
-    domains that share one mean, or shuffled labels. domain_mi_p: probability that such documents
-    carry as much at any router. With a baseline: what each is beyond chance in it, and here beyond
-    that (`beyond_baseline`)."""
+    domains that share one mean, or shuffled token ids. domain_mi_p, domain_mi_given_token_p:
+    probability that such documents carry as much at any router. With a baseline: what each is
+    beyond chance in it, and here beyond that (`beyond_baseline`)."""
     by_token_id, counts = data.counts_for("token_ids").by_token_id, data.counts
     judged = not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS
-    null_LB = [
-        sp.domain_mi_null(counts.of[r].assignments_UE, counts.domain_of_unit_U)
-        if judged
-        else np.full(1, np.nan)
-        for r in data.selection.routers
-    ]
-    rows = [
-        {
-            **_domain_specialization(data, r, null_B),
-            **(by_token_id[r].columns if by_token_id else {}),
-        }
-        for r, null_B in zip(data.selection.routers, null_LB, strict=True)
-    ]
-    known = [
-        row["domain_mi_bits"] if not np.isnan(null).any() else np.nan
-        for row, null in zip(rows, null_LB, strict=True)
-    ]
-    for row, p in zip(rows, chance.joint_p(known, null_LB), strict=True):
-        row["domain_mi_p"] = p
+    rows, null_LB, given_LB = list[dict[str, float]](), list[np.ndarray](), list[np.ndarray]()
+    for r in data.selection.routers:
+        units = counts.of[r].assignments_UE, counts.domain_of_unit_U
+        null_LB.append(sp.domain_mi_null(*units) if judged else np.full(1, np.nan))
+        of = by_token_id.get(r)
+        expected = None if of is None else of.expected
+        given_LB.append(expected.null() if judged and expected else np.full(1, np.nan))
+        rows.append(
+            {
+                **_domain_specialization(data, r),
+                **(of.columns if of else {}),
+                "domain_mi_null_bits": float(null_LB[-1].mean()),
+                "domain_mi_null_p99_bits": float(np.quantile(null_LB[-1], 0.99)),
+                "jsd_null_bits": sp.jsd_null(*units) if judged else np.nan,
+                "domain_mi_given_token_null_bits": float(given_LB[-1].mean()),
+            }
+        )
+        if expected:
+            rows[-1]["domain_mi_given_token_bits"] = sp.domain_mi_given_token_bits(
+                *expected.by_domain()
+            )
+    for name, nulls in (("domain_mi", null_LB), ("domain_mi_given_token", given_LB)):
+        known = [
+            row.get(f"{name}_bits", np.nan) if not np.isnan(null).any() else np.nan
+            for row, null in zip(rows, nulls, strict=True)
+        ]
+        for row, p in zip(rows, chance.joint_p(known, nulls), strict=True):
+            row[f"{name}_p"] = p
     frame = pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
         dict.fromkeys(SPECIALIZATION, float)
     )
@@ -143,15 +154,13 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
     return frame.assign(**added)
 
 
-def _domain_specialization(data: ReportData, router: int, null_B: np.ndarray) -> dict[str, float]:
+def _domain_specialization(data: ReportData, router: int) -> dict[str, float]:
     counts = data.counts
     assignments_DE = counts.assignments_DE(router)
     return {
         "layer": counts.routers[router].layer,
         "router": router,
         "domain_mi_bits": sp.domain_mi_bits(assignments_DE),
-        "domain_mi_null_bits": float(null_B.mean()),
-        "domain_mi_null_p99_bits": float(np.quantile(null_B, 0.99)),
         "jsd_bits": sp.jsd_bits(assignments_DE),
     }
 

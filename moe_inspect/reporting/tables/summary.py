@@ -211,11 +211,11 @@ def _token_id_notes(data: ReportData) -> list[str]:
     if not data.trace.vocabulary().size:
         notes.append("no vocabulary in the trace: token is missing, give a tokenizer when tracing")
     if len(data.counts.domains) > 1:
-        paired, clusters = tokenids.pair_ids_of(data.counts, widest)
-        if paired.coverage < judged.coverage:
+        counted, clusters = tokenids.unit_ids_of(data.counts)
+        if counted.coverage < judged.coverage:
             notes.append(
-                f"domain_mi_given_token_bits covers the {len(paired.ids_V):,} most frequent token "
-                f"ids ({paired.coverage:.1%} of the tokens), documents in {clusters} clusters per "
+                f"domain_mi_given_token_bits covers the {len(counted.ids_V):,} most frequent token "
+                f"ids ({counted.coverage:.1%} of the tokens), documents in {clusters} clusters per "
                 "domain, to bound its memory"
             )
     return notes

@@ -5,6 +5,7 @@ Each check takes the report's data and returns one Finding or none.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +17,6 @@ from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural
 
 KIND = "domain_specialization"
-# share of the information that shuffled documents carry beyond the token id, under which the
-# effect cannot be split into vocabulary and topic
-BIAS = 0.05
 DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
 
 
@@ -171,21 +169,22 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row = real.loc[effect.idxmax()]
     given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
-    beyond = max(given - null, 0)
-    if not max(beyond, effect.max()) > BIAS * null:  # nor where either is NaN
+    beyond, p = max(given - null, 0), row["domain_mi_given_token_p"]
+    if math.isnan(p):
         return None
-    share = (
-        "most of it is vocabulary" if beyond < effect.max() / 3 else "it is not vocabulary alone"
-    )
+    share = "most of it is vocabulary" if beyond < effect.max() / 3 else "not vocabulary alone"
+    if not p < ALPHA:
+        share = "that may be chance, so vocabulary may be all of it"
     return finding(
         "domain_beyond_token",
         "note",
         f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
-        f"{name_of(data, row)} (shuffled documents give {null:.3f}"
+        f"{name_of(data, row)} (documents by chance give {null:.3f}"
         f"{_in_baseline(row, 'domain_mi_given_token', '_bits', '.3f')}): {share}.",
         row,
         domain_mi_given_token_bits=given,
         domain_mi_given_token_null_bits=null,
+        domain_mi_given_token_p=p,
     )
 
 
