@@ -123,8 +123,8 @@ def balance(data: ReportData) -> Chart | str:
             "chance": "the ratio expected of a router that chooses uniformly at random on the "
             "same number of tokens, widened because tokens of one document are alike (design "
             "effect).",
-            "interval": "95% interval of the busiest expert's load ratio, from resampling "
-            "documents; it needs at least five documents.",
+            "interval": "95% interval over documents of the largest load ratio, whichever "
+            "expert has it; it needs at least five documents.",
             **definitions("cv", "gini", "entropy"),
         },
     )

@@ -80,15 +80,15 @@ TABLES_SHOWN = {
         "signature_accuracy",
         "Does routing identify the domain?",
         "How often the document with the most similar shares of assignments is of the same domain, "
-        "by all routers together (first row) and by each; signature_null: with the domains of the "
-        "documents shuffled.",
+        "by all routers together (first row) and by each; signature_null: with the domains "
+        "shuffled among documents of like length.",
     ),
     "paths": (
         "set_path_entropy_bits",
         "Paths through the layers",
         "Distinct paths of tokens through the routers up to each one, by first choices (path) and "
         "by sets of experts (set_path), and their entropy; shuffled: with every router's choices "
-        "shuffled among the tokens. Near most_bits, almost every token has its own path.",
+        "shuffled among the tokens of each document. Near most_bits, almost every token has its own path.",
     ),
 }
 
