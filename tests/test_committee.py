@@ -293,7 +293,9 @@ def test_the_jackknife_leaves_out_one_group_of_documents_at_a_time():
     error = np.sqrt(19 / 20 * ((left - left.mean()) ** 2).sum())
     want = error * stats.t.ppf(0.975, 19)
     tokens_G = np.bincount(group_S)
-    assert pth.half_width(tokens_P, of_S, group_S, tokens_G) == pytest.approx(want)
+    half, bias = pth.jackknife(tokens_P, of_S, group_S, tokens_G)
+    whole = entropy_bits(pd.Series(path_S).value_counts())
+    assert (half, bias) == pytest.approx((want, 19 * (whole - left.mean())))
 
 
 def test_paths_are_counted_where_none_parts_and_where_all_are_alone():

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.samples import TokenLosses
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, random_signs
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, student
 
 CLUSTERS = 1021  # of documents, at most
 P99 = 2.575829  # standard deviations, on both sides
-P95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,14 @@ def by_expert(
     compared_E = np.bincount(expert_N, minlength=E)
     of_E = nan_for_zero(compared_E)
     sum_UE, compared_UE = _by_document(explained, token_N, expert_N, E)
-    difference_E, documents = sum_UE.sum(0) / of_E, len(sum_UE)
+    sum_E = np.bincount(expert_N, explained.residual_S[token_N], E)
+    difference_E, documents = sum_E / of_E, len(sum_UE)
     known = np.where(documents >= FEWEST_DOCUMENTS, 1.0, np.nan)
     beyond_UE = sum_UE - np.nan_to_num(difference_E) * compared_UE
     between_E = (beyond_UE**2).sum(0) * documents / max(documents - 1, 1)
-    half_E = known * P95 * np.sqrt(between_E) / of_E
+    tokens_U = compared_UE.sum(1).astype(float)
+    t = student(float(tokens_U.sum() ** 2 / max((tokens_U**2).sum(), 1)))
+    half_E = known * t * np.sqrt(between_E) / of_E
     sd_E = known * np.sqrt((sum_UE**2).sum(0))
     enough, largest_B = documents >= FEWEST_TO_JUDGE, np.full(1, np.nan)
     if enough and sum_UE.any():
@@ -154,10 +157,22 @@ def _assignments(
 def _by_document(
     explained: Explained, token_N: np.ndarray, expert_N: np.ndarray, E: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of residuals, and of what there are assignments, of each document and expert.
+    """What each document adds to the sum of an expert's residuals, and its assignments. A residual
+    counts by how much more of the token than of its cell goes to the expert: the sum is the same,
+    as those of a cell sum to 0, and what is hard of a whole document is not the expert's.
     [U, E] each"""
-    _, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
-    U = int(unit_N.max(initial=-1)) + 1
+    from scipy import sparse  # pyright: ignore[reportMissingTypeStubs]
+
+    of: Any = sparse.coo_array
+    units, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
+    U, C = len(units), len(explained.count_C)
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
+    there_S = np.flatnonzero(np.isin(explained.unit_S, units))
+    cell_S = explained.cell_S[there_S]
+    at_S = np.searchsorted(units, explained.unit_S[there_S]), cell_S
+    residual_UC = of((explained.residual_S[there_S], at_S), shape=(U, C)).tocsr()
+    cell_N = explained.cell_S[token_N]
+    share_CE = of((1 / explained.count_C[cell_N], (cell_N, expert_N)), shape=(C, E)).tocsr()
+    sum_UE -= np.asarray((residual_UC @ share_CE).toarray())
     return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -94,4 +94,4 @@ def mass_interval(
         hits_R = weight_RU @ of_UE[:, member_E].sum(1)
         np.divide(hits_R, all_R, out=share_RD[:, d], where=all_R > 0)
     known_R = ~np.isnan(share_RD).all(1)
-    return interval(np.nanmean(share_RD[known_R], axis=1))
+    return interval(np.nanmean(share_RD[known_R], axis=1), len(domain_U))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ import pandas as pd
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, student
 
 GROUPS = 20  # of the jackknife
 
@@ -60,21 +59,22 @@ def entropies(
     documents, each token is of, −1 for no interval. choice_LS: whole numbers or hashes."""
     S, independent, found = len(group_S), 0.0, list[Entropy | None]()
     path, shuffled, tokens_G = Splitting(S), Splitting(S), np.bincount(group_S[group_S >= 0])
-    value = shuffled_value = half = float("nan")
+    value = shuffled_value = half = bias = float("nan")
     for r, choice_S in enumerate(choice_LS):
         if choice_S is None:
             return found + [None] * (len(choice_LS) - r)
         independent += path_entropy_bits(np.bincount(pd.factorize(choice_S)[0]))
         if path.split(choice_S[path.shared_N]) or not r:
             value = path_entropy_bits(path.tokens_P)
-            half = half_width(path.tokens_P, path.of_N, group_S[path.shared_N], tokens_G)
+            half, bias = jackknife(path.tokens_P, path.of_N, group_S[path.shared_N], tokens_G)
         if len(shuffled.shared_N):
             order_S = shuffled_within(document_S, np.random.default_rng([SEED, r, S]))
             if shuffled.split(choice_S[order_S[shuffled.shared_N]]):
                 shuffled_value = path_entropy_bits(shuffled.tokens_P)
         if not r:
             shuffled_value = independent
-        low, high = np.clip([value - half, value + half], 0, np.log2(S)).tolist()
+        # the plug-in estimate is too low, never too high
+        low, high = np.clip([value - half, value + bias + half], 0, np.log2(S)).tolist()
         found.append(Entropy(len(path.tokens_P), value, low, high, shuffled_value, independent))
     return found
 
@@ -133,18 +133,16 @@ def groups_of(document_S: np.ndarray, domain_S: np.ndarray) -> np.ndarray:
     return of_S.reshape(-1) % min(GROUPS, N)
 
 
-def half_width(
+def jackknife(
     tokens_P: np.ndarray, of_N: np.ndarray, group_N: np.ndarray, tokens_G: np.ndarray
-) -> float:
-    """Half the 95 % interval of the entropy: from the jackknife that leaves out a group of
-    documents at a time, by Student's t. of_N, group_N: which shared path and which group the tokens
-    of shared paths are of; tokens_G: all of each group. NaN with fewer than two groups."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    stdtrit: Any = special.stdtrit
+) -> tuple[float, float]:
+    """Half the 95 % interval of the entropy, by Student's t, and by how much the plug-in estimate
+    is too low, 0 or more: from leaving out a group of documents at a time. of_N, group_N: which
+    shared path and which group the tokens of shared paths are of; tokens_G: all of each group. NaN
+    with fewer than two groups."""
     G, S = len(tokens_G), tokens_G.sum()
     if G < 2:
-        return float("nan")
+        return float("nan"), float("nan")
     within = np.bincount(of_N * G + group_N)
     cell = np.flatnonzero(within)
     whole, group, within = np.bincount(of_N)[cell // G], cell % G, within[cell]
@@ -154,7 +152,9 @@ def half_width(
     left_G = S - tokens_G
     value_G = np.log2(left_G) - (_n_log2_n(tokens_P).sum() - less_G) / left_G
     error = np.sqrt((G - 1) / G * ((value_G - value_G.mean()) ** 2).sum())
-    return float(stdtrit(G - 1, 0.975) * error)
+    value = np.log2(S) - _n_log2_n(tokens_P).sum() / S
+    bias = max((G - 1) * (value - value_G.mean()), 0)
+    return float(student(G) * error), float(bias)
 
 
 def _n_log2_n(n: np.ndarray) -> np.ndarray:

@@ -166,15 +166,29 @@ def ratio_interval(
     """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU`, and where Σ of is 0."""
     if weights_RU is None or not of_U.sum():
         return float("nan"), float("nan")
-    return interval(weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U))
+    return interval(weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U), len(of_U))
 
 
-def interval(values_R: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of the values of R resamples; NaN where all are NaN."""
+def interval(values_R: np.ndarray, documents: int | None = None) -> tuple[float, float]:
+    """The middle 95 % of the values of R resamples; NaN where all are NaN. Of few documents, whose
+    variance is known by themselves alone, it is as much wider as Student's t demands, within 0 and
+    1 if all values are."""
     if np.isnan(values_R).all():
         return float("nan"), float("nan")
-    low, high = np.nanquantile(values_R, [0.025, 0.975])
+    low, middle, high = np.nanquantile(values_R, [0.025, 0.5, 0.975])
+    wider = 1.0 if documents is None else student(documents) / student(np.inf)
+    ends = middle + wider * (low - middle), middle + wider * (high - middle)
+    of_share = np.nanmin(values_R) >= 0 and np.nanmax(values_R) <= 1
+    low, high = np.clip(ends, 0, 1) if of_share else ends
     return float(low), float(high)
+
+
+def student(documents: float) -> float:
+    """The 97.5th percentile of Student's t of so many documents."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    stdtrit: Any = special.stdtrit
+    return float(stdtrit(max(documents - 1, 1), 0.975))
 
 
 def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:

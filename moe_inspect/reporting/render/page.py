@@ -88,7 +88,8 @@ TABLES_SHOWN = {
         "Paths through the layers",
         "Distinct paths of tokens through the routers up to each one, by first choices (path) and "
         "by sets of experts (set_path), and their entropy; shuffled: with every router's choices "
-        "shuffled among the tokens of each document. Near most_bits, almost every token has its own path.",
+        "shuffled among the tokens of each document. Near most_bits, almost every token has its "
+        "own path.",
     ),
 }
 

@@ -84,7 +84,10 @@ def _with_interval(
         of_RE = nan_for_zero(weights_RU @ of_UE[:, known_E])
         values_RE = weights_RU @ sums_UE[:, known_E] / of_RE
         quantile = np.nanquantile if np.isnan(values_RE).any() else np.quantile
-        low_E[known_E], high_E[known_E] = quantile(values_RE, [0.025, 0.975], axis=0)
+        low, middle, high = quantile(values_RE, [0.025, 0.5, 0.975], axis=0)
+        wider = unc.student(len(sums_UE)) / unc.student(np.inf)
+        low_E[known_E] = np.maximum(middle + wider * (low - middle), 0)
+        high_E[known_E] = middle + wider * (high - middle)
     return {name: value_E, f"{name}_low": low_E, f"{name}_high": high_E}
 
 

@@ -1,0 +1,155 @@
+"""How often do 95 % intervals hold the truth? Documents are drawn again and again from a known
+distribution, and each statistic is asked for its interval; and how often none is given.
+
+L routers, U documents, E experts, D domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_inspect.analysis.losses import Explained, by_expert
+from moe_inspect.analysis.metrics import paths as pth
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.signature import accuracies
+
+
+@dataclass(frozen=True)
+class Documents:
+    """`taste`: standard deviation of a document's shares ÷ even share. `times`: the load of expert
+    5 ÷ that of others. `spread`: of the logarithm of the documents' lengths. `apart`: of the logits
+    of domains."""
+
+    U: int = 30
+    E: int = 8
+    K: int = 2
+    tokens: int = 200
+    taste: float = 0.3
+    times: float = 1.0
+    spread: float = 0.2
+    apart: float = 0.0
+
+    @property
+    def share_E(self) -> np.ndarray:
+        weight_E = np.where(np.arange(self.E) == 5, self.times, 1.0)
+        return weight_E / weight_E.sum()
+
+    def drawn(self, rng: np.random.Generator) -> np.ndarray:
+        """Assignments by document and expert. int64 [U, E]"""
+        length_U = np.exp(rng.normal(0, self.spread, self.U))
+        tokens_U = np.maximum(3, length_U / length_U.mean() * self.tokens).astype(int)
+        domain_U = np.arange(self.U) % 2
+        apart_DE = np.exp(self.apart * np.random.default_rng(1).normal(size=(2, self.E)))
+        share_DE = self.share_E * apart_DE
+        share_UE = (share_DE / share_DE.sum(1, keepdims=True))[domain_U]
+        if self.taste:
+            concentration = self.E / self.taste**2
+            share_UE = np.stack([rng.dirichlet(concentration * of_E) for of_E in share_UE])
+        return rng.multinomial(self.K * tokens_U, share_UE)
+
+
+REGIMES = {
+    "even, iid": Documents(taste=0),
+    "even, iid, 64/8": Documents(E=64, K=8, taste=0),
+    "even": Documents(),
+    "even, 64/8": Documents(E=64, K=8),
+    "x1.2": Documents(times=1.2),
+    "x2": Documents(times=2),
+    "x2, 64/8": Documents(E=64, K=8, times=2),
+    "x2, heavy-tailed lengths": Documents(times=2, spread=1.5),
+    "x2, 5 documents": Documents(U=5, times=2),
+    "even, 6 documents, 64/8": Documents(U=6, E=64, K=8),
+    "x2, 8 documents": Documents(U=8, times=2),
+    "domains apart": Documents(apart=0.3),
+    "domains far apart": Documents(apart=1.0),
+}
+
+# the value of a sample, and its interval
+Estimate = Callable[[Documents, np.random.Generator], tuple[float, float, float]]
+
+
+def busiest(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    load_UE = of.drawn(rng)
+    load_E = load_UE.sum(0)
+    interval = unc.max_vio_interval(load_UE, np.zeros(of.U, np.int64))
+    return float(load_E.max() / load_E.mean() - 1), *interval
+
+
+def ratio(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    """The share of expert 5: as repetition, committees and what an expert is worth, a ratio of
+    sums over documents."""
+    load_UE = of.drawn(rng)
+    hits_U, of_U = load_UE[:, 5], load_UE.sum(1)
+    weights_RU = unc.resample_weights(np.zeros(of.U, np.int64))
+    return float(hits_U.sum() / of_U.sum()), *unc.ratio_interval(hits_U, of_U, weights_RU)
+
+
+def accuracy(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    made, _ = accuracies([of.drawn(rng)], np.arange(of.U) % 2)
+    return made.value, made.low, made.high
+
+
+def path_entropy(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    load_UE = of.drawn(rng)
+    cell_N, count_N = np.flatnonzero(load_UE), load_UE[load_UE > 0]
+    document_S, path_S = np.divmod(np.repeat(cell_N, count_N), of.E)
+    group_S = pth.groups_of(document_S, 0 * document_S)
+    (made,) = pth.entropies([path_S], document_S, group_S)
+    assert made is not None
+    return made.value, made.low, made.high
+
+
+def loss_difference(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Of expert 5, which serves tokens that are 0.4 nats harder. Documents have a difficulty of
+    their own."""
+    load_UE = of.drawn(rng)
+    cell_N, count_N = np.flatnonzero(load_UE), load_UE[load_UE > 0]
+    document_S, expert_S = np.divmod(np.repeat(cell_N, count_N), of.E)
+    S = len(expert_S)
+    loss_S = rng.normal(0, 1, S) + 0.4 * (expert_S == 5) + rng.normal(0, 0.2, of.U)[document_S]
+    explained = Explained(loss_S, loss_S, rng.integers(0, 20, S), document_S)
+    found = by_expert(explained, (expert_S,), of.E)
+    return tuple(
+        float(of_E[5])
+        for of_E in (  # type: ignore[return-value]
+            found.difference_nats,
+            found.difference_low,
+            found.difference_high,
+        )
+    )
+
+
+STATISTICS: dict[str, Estimate] = {
+    "busiest": busiest,
+    "ratio": ratio,
+    "accuracy": accuracy,
+    "path entropy": path_entropy,
+    "loss difference": loss_difference,
+}
+
+
+def coverage(statistic: str, of: Documents, draws: int) -> tuple[float, float]:
+    """The share of the intervals that hold the truth, of those that are given, and the share of the
+    draws that have none. The truth of accuracy and loss is the mean of samples alike, of as many
+    documents."""
+    found = np.array([STATISTICS[statistic](of, np.random.default_rng([n])) for n in range(draws)])
+    value_N, low_N, high_N = found.T
+    truths = {"busiest": float(of.share_E.max() * of.E - 1), "ratio": float(of.share_E[5])}
+    truths["path entropy"] = float(-(of.share_E * np.log2(of.share_E)).sum())
+    truth = truths.get(statistic, float(np.nanmean(value_N)))
+    given_N = ~np.isnan(low_N)
+    held = (low_N <= truth + 1e-9) & (truth - 1e-9 <= high_N)
+    return float(held[given_N].mean()) if given_N.any() else np.nan, float(1 - given_N.mean())
+
+
+def cases() -> list[tuple[str, str]]:
+    """(statistic, regime): domains that are apart tell something of accuracy alone."""
+    return [
+        (statistic, name)
+        for statistic in STATISTICS
+        for name, of in REGIMES.items()
+        if statistic == "accuracy" or not of.apart
+    ]
