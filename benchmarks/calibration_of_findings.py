@@ -1,6 +1,6 @@
 """How often does a report claim what is only chance? Reports on traces of pure chance, by regime
-(tests/chance.py), and how often each kind of claim was made; and reports in which something is
-planted, and how often it is found.
+(tests/chance.py), and how often each kind of claim was made; reports in which something is planted,
+and how often it is found; and how often 95 % intervals hold the truth (coverage_of_intervals.py).
 
     python -m benchmarks.calibration_of_findings [--traces 100] [--only "clustered 8/2"]
 
@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.coverage_of_intervals import cases, coverage, loss_is_found
 from benchmarks.measuring import machine, write_results
 from moe_inspect.alarms.alarms import Alarm, Alarms
 from moe_inspect.alarms.rules import BATCH, DEFAULT_RULES, parse_rule
+from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
@@ -46,7 +48,6 @@ ALWAYS = {
     "signature",
     "paths",
     "hard_tokens",
-    "domain_beyond_token",
     "unused_in_domain",
     "repeated_rows",
     "missing_ranks",
@@ -73,6 +74,8 @@ def _claims(one: Finding) -> bool:
         return False  # it names the documents as the cause
     if one.kind == "domain_specialization":
         return bool(one.values.get("differing_routers") or one.values.get("specialised_routers"))
+    if one.kind == "domain_beyond_token":
+        return bool(one.values["domain_mi_given_token_p"] < ALPHA)
     if one.kind == "token_specialization":
         return one.text.startswith("The token id determines")
     return one.kind in ALWAYS or one.severity in ("warning", "critical")
@@ -149,6 +152,46 @@ CASES: dict[str, Callable[[int], list[str]]] = {
 }
 
 
+# expert 5 of layer 1, in all text or in one of six domains
+PLANTED = {
+    f"{'one domain' if alone else 'load'} x{times:g}": Planted(times, alone)
+    for alone, of in ((False, (1.2, 1.4, 2)), (True, (1.5, 2)))
+    for times in of
+}
+POWER = Regime(E=64, K=8, documents=60, domains=6, tokens=9_000, taste=0.1)
+
+
+def found(planted: Planted, seed: int) -> bool:
+    """Whether a report finds what is planted, beyond chance."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables = report(drawn(Path(folder) / "trace", POWER, seed, planted)).tables
+        if not planted.one_domain:
+            row: Any = tables["balance"].iloc[1]
+            return bool(row["busiest_expert"] == 5 and row["busiest_p"] < ALPHA)
+        rows: Any = tables["domains"]
+        at = (rows["router"] == 1) & (rows["expert"] == 5) & (rows["domain"] == "domain-1")
+        return bool(rows[at]["overload_p"].iloc[0] < ALPHA)
+
+
+def power(pool: ProcessPoolExecutor, traces: int) -> dict[str, Any]:
+    """How often what is planted is found, of so many traces."""
+    times = {name: list(pool.map(partial(found, PLANTED[name]), range(traces))) for name in PLANTED}
+    times["loss +0.4"] = list(pool.map(loss_is_found, range(traces)))
+    for name, of in times.items():
+        print(f"{name:24s} {sum(of):4d} of {traces} found", flush=True)
+    return {name: {"traces": traces, "found": sum(of)} for name, of in times.items()}
+
+
+def covered(pool: ProcessPoolExecutor, draws: int) -> list[dict[str, Any]]:
+    """How often intervals hold the truth, by statistic and regime."""
+    rows = list[dict[str, Any]]()
+    made = pool.map(partial(coverage, draws=draws), *zip(*cases(), strict=True))
+    for (statistic, name), (held, none) in zip(cases(), made, strict=True):
+        rows.append({"statistic": statistic, "regime": name, "held": held, "none": none})
+        print(f"{statistic:16s} {name:28s} holds {held:.3f}, none {none:.2f}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--traces", type=int, default=100)
@@ -163,8 +206,13 @@ def main() -> None:
             kinds = Counter(kind for kinds in said for kind in set(kinds))
             false[name] = {"traces": n, "false": sum(map(bool, said)), "kinds": dict(kinds)}
             print(f"{name:24s} {false[name]['false']:4d} of {n}  {dict(kinds)}", flush=True)
-    if not asked.only:
-        print(write_results("calibration-of-findings", machine(), {"false": false}))
+        if not asked.only:
+            made = {
+                "false": false,
+                "power": power(pool, 20),
+                "coverage": covered(pool, 10 * asked.traces),
+            }
+            print(write_results("calibration-of-findings", machine(), made))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.analysis.losses import Explained, by_expert
+from moe_inspect.analysis.losses import ExpertLosses, Explained, add_p, by_expert
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.signature import accuracies
 
 
@@ -102,16 +103,19 @@ def path_entropy(of: Documents, rng: np.random.Generator) -> tuple[float, float,
     return made.value, made.low, made.high
 
 
-def loss_difference(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Of expert 5, which serves tokens that are 0.4 nats harder. Documents have a difficulty of
-    their own."""
+def _losses(of: Documents, rng: np.random.Generator) -> ExpertLosses:
+    """Expert 5 serves tokens that are 0.4 nats harder. Documents have a difficulty of their own."""
     load_UE = of.drawn(rng)
     cell_N, count_N = np.flatnonzero(load_UE), load_UE[load_UE > 0]
     document_S, expert_S = np.divmod(np.repeat(cell_N, count_N), of.E)
     S = len(expert_S)
     loss_S = rng.normal(0, 1, S) + 0.4 * (expert_S == 5) + rng.normal(0, 0.2, of.U)[document_S]
     explained = Explained(loss_S, loss_S, rng.integers(0, 20, S), document_S)
-    found = by_expert(explained, (expert_S,), of.E)
+    return by_expert(explained, (expert_S,), of.E)
+
+
+def loss_difference(of: Documents, rng: np.random.Generator) -> tuple[float, float, float]:
+    found = _losses(of, rng)
     return tuple(
         float(of_E[5])
         for of_E in (  # type: ignore[return-value]
@@ -120,6 +124,13 @@ def loss_difference(of: Documents, rng: np.random.Generator) -> tuple[float, flo
             found.difference_high,
         )
     )
+
+
+def loss_is_found(seed: int) -> bool:
+    """Whether the harder tokens of one of 64 experts are found beyond chance."""
+    of = _losses(Documents(E=64, K=8, U=60, tokens=150, taste=0.1), np.random.default_rng(seed))
+    add_p([of])
+    return bool(of.difference_p[5] < ALPHA)
 
 
 STATISTICS: dict[str, Estimate] = {
@@ -131,10 +142,11 @@ STATISTICS: dict[str, Estimate] = {
 }
 
 
-def coverage(statistic: str, of: Documents, draws: int) -> tuple[float, float]:
+def coverage(statistic: str, regime: str, draws: int) -> tuple[float, float]:
     """The share of the intervals that hold the truth, of those that are given, and the share of the
     draws that have none. The truth of accuracy and loss is the mean of samples alike, of as many
     documents."""
+    of = REGIMES[regime]
     found = np.array([STATISTICS[statistic](of, np.random.default_rng([n])) for n in range(draws)])
     value_N, low_N, high_N = found.T
     truths = {"busiest": float(of.share_E.max() * of.E - 1), "ratio": float(of.share_E[5])}

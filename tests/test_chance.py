@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks.calibration_of_findings import claims
+from benchmarks.coverage_of_intervals import REGIMES as INTERVALS
+from benchmarks.coverage_of_intervals import coverage
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.report import report
 from tests.chance import REGIMES, Planted, drawn
 
@@ -112,6 +115,31 @@ def test_what_is_unknown_has_no_p_value():
     assert np.isnan(chance.overload_p(np.ones((4, 3), int), np.zeros(4, int))).all()
     assert np.isnan(chance.overload_p(np.ones((3, 3), int), np.array([0, 0, 1]))[1]).all()
     assert np.isnan(chance.joint_p([float("nan")], [np.zeros(9)])).all()
+
+
+COVERED = ("busiest", "ratio", "accuracy", "loss difference")
+FEW = ("even, iid", "x2", "x2, heavy-tailed lengths", "x2, 5 documents")
+
+
+@pytest.mark.parametrize("statistic", COVERED)
+def test_intervals_hold_the_truth(statistic: str):
+    """95 of 100 in the long run: 86 or fewer have a probability of 0.0003."""
+    for regime in FEW:
+        held, none = coverage(statistic, regime, 100)
+        assert (held >= 0.87, none) == (True, 0), (regime, held)
+
+
+def test_what_few_documents_give_by_resampling_alone_holds_it_less_often():
+    """Positive control: without Student's t."""
+    held = []
+    for n in range(300):
+        load_UE = INTERVALS["x2, 5 documents"].drawn(np.random.default_rng(n))
+        weights_RU = unc.resample_weights(np.zeros(5, np.int64))
+        assert weights_RU is not None
+        share_R = weights_RU @ load_UE[:, 5] / (weights_RU @ load_UE.sum(1))
+        low, high = unc.interval(share_R)
+        held.append(low <= INTERVALS["x2, 5 documents"].share_E[5] <= high)
+    assert np.mean(held) < 0.87
 
 
 CHEAP = [
