@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -327,7 +328,8 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
     tapped = routing(
         model, tmp_path / "t", lambda m: [m(**b) for b in (few, many, few)], capture="tap"
     )
-    assert found.equals(tapped)
+    # the sums of a loop and of ours differ in their last bits: so do weights, kept as float16
+    pd.testing.assert_frame_equal(found, tapped, check_exact=not eager, rtol=1e-3)
 
 
 # --- what is left to the tap
