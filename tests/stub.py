@@ -12,6 +12,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.reporting.tables.thresholds import thresholds_with
 from moe_inspect.trace.schema import Router
 
@@ -34,12 +35,13 @@ def row(
     }
     found |= {
         "tokens": int(load_E.sum()) // k if tokens is None else tokens,
-        "noise_floor": 0.01,
+        "expected_by_chance": 1.01,
         "design_effect": 1.0,
         "busiest_p": 0.002,
         "least_used_p": 0.002,
     }
-    found |= {"max_vio_low": found["max_vio"] - 0.01, "max_vio_high": found["max_vio"] + 0.01}
+    most = found["max_over_mean"]
+    found |= {"max_over_mean_low": most - 0.01, "max_over_mean_high": most + 0.01}
     found |= {
         "max_vio_batch": found["max_vio"],
         "noise_floor_batch": 0.01,
@@ -131,6 +133,12 @@ def stub(
                     "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"],
                     "activation": activation_DE[d, e],
                     "lift": lift_DE[d, e],
+                    "expected_by_chance": 1
+                    + noise_floor(
+                        int(assignments[r][d].sum()) // rows[r]["top_k"],
+                        rows[r]["experts"],
+                        rows[r]["top_k"],
+                    ),
                     "overload_p": overload_p,
                 }
             )

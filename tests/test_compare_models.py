@@ -211,8 +211,8 @@ def test_balance_stands_beside_its_own_chance_and_its_most(tmp_path: Path) -> No
         rows = table[table["trace"] == side]
         alone: Any = moe_inspect.report(trace).tables["balance"]
         assert rows["depth"].tolist() == depth
-        assert (rows["max_vio_most"] == most).all()
-        for column in ("max_vio", "noise_floor", "gini", "dead_experts"):
+        assert (rows["max_over_mean_most"] == most + 1).all()
+        for column in ("max_over_mean", "expected_by_chance", "gini", "dead_experts"):
             assert rows[column].tolist() == alone[column].tolist()
 
 

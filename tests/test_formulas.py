@@ -431,15 +431,21 @@ def test_the_null_of_the_next_choice_keeps_the_loads(made: Made) -> None:
     assert np.isnan(found[1])
 
 
-def test_floors_of_max_vio_leave_out_empty_slots(made: Made) -> None:
-    balance, windows = (made.report.tables[name] for name in ("balance", "windows"))
+def test_what_chance_gives_the_busiest_expert_leaves_out_empty_slots(made: Made) -> None:
+    names = ("balance", "windows", "domains")
+    balance, windows, domains = (made.report.tables[name] for name in names)
     for r in range(L):
-        floor, by_pass = balance.loc[r, ["noise_floor", "noise_floor_batch"]]
-        assert floor == pytest.approx(chance(round(made.chosen[r].sum() / K)), rel=0.04)
+        expected, by_pass = balance.loc[r, ["expected_by_chance", "noise_floor_batch"]]
+        widened = max(1, math.sqrt(design_effect(made, r)))
+        floor = chance(round(made.chosen[r].sum() / K))
+        assert expected - 1 == pytest.approx(floor * widened, rel=0.04)
         assert by_pass == pytest.approx(batches(made, r)[1], rel=0.04)
-        of_windows = [chance(x.sum() / K) for x in made.windows(r)]
-        found = windows.query("router == @r")["noise_floor"].to_numpy()
-        assert found == pytest.approx(of_windows, rel=0.06)
+        of_windows = [chance(x.sum() / K) * widened for x in made.windows(r)]
+        found = windows.query("router == @r")["expected_by_chance"].to_numpy()
+        assert found - 1 == pytest.approx(of_windows, rel=0.06)
+        of_domains = [chance(x / K) * widened for x in made.by(made.domain, made.chosen[r]).sum(1)]
+        found = domains.query("router == @r and expert == 0")["expected_by_chance"].to_numpy()
+        assert found - 1 == pytest.approx(of_domains, rel=0.06)
 
 
 def test_the_floors_of_two_loads_pool_them(made: Made) -> None:

@@ -76,7 +76,7 @@ def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek:
     balance = made.tables["balance"]
     assert balance["max_over_mean"].mean() == pytest.approx(3.5, abs=0.1)
     assert balance["dead_experts"].sum() == 0
-    assert (balance["max_vio_low"] > balance["noise_floor"]).all()
+    assert (balance["max_over_mean_low"] > balance["expected_by_chance"]).all()
     worst = balance.loc[balance["max_vio"].idxmax()]
     assert sentences(made)[0].startswith(
         f"Layer {worst['layer']:.0f} is the worst balanced: expert {worst['busiest_expert']:.0f}"

@@ -46,7 +46,7 @@ def test_csv_and_json_carry_every_digit(cli_here: Cli, trace: Trace, made: Repor
             "report", trace.path, "--table", "balance", "--format", "json"
         ).stdout.splitlines()
     ]
-    assert [line["max_vio_low"] for line in lines] == expected["max_vio_low"].tolist()
+    assert [line["max_over_mean_low"] for line in lines] == expected["max_over_mean_low"].tolist()
     assert [type(line["dead_experts"]) for line in lines] == [int] * 4
 
 

@@ -35,7 +35,7 @@ def near(busiest: float, **columns: Any) -> dict[str, Any]:
         **{
             "max_vio": round(busiest - 1, 9),
             "max_over_mean": busiest,
-            "max_vio_low": busiest - 1.01,
+            "max_over_mean_low": busiest - 0.01,
             **columns,
         },
     )
@@ -73,20 +73,20 @@ BALANCE = {
     "within chance": (stub(near(1.1, busiest_p=0.01)), "which chance explains ("),
     "not known": (stub(near(1.1, busiest_p=math.nan)), "which chance explains ("),
     "and what chance gives": (
-        stub(near(1.1, design_effect=4)),
+        stub(near(1.1, expected_by_chance=1.02)),
         "expected by chance: 1.02x",
     ),
     "or one figure": (stub(near(1.1)), "expected by chance: 1.01x)"),
     "counts, beyond any documents": (
-        stub(near(1.4, noise_floor=0.4 / 31.63), counts_only=True),
+        stub(near(1.4, expected_by_chance=1 + 0.4 / 31.63), counts_only=True),
         "Layer 0 is uneven",
     ),
     "counts, as long documents": (
-        stub(near(1.4, noise_floor=0.4 / 31.62), counts_only=True),
+        stub(near(1.4, expected_by_chance=1 + 0.4 / 31.62), counts_only=True),
         "Too little data to judge balance",
     ),
     "counts have no interval": (
-        stub(near(1.4, max_vio_low=math.nan), counts_only=True),
+        stub(near(1.4, max_over_mean_low=math.nan), counts_only=True),
         "(no interval from counts alone; expected",
     ),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
@@ -97,11 +97,11 @@ BALANCE = {
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
     "chance reaches uneven": (
-        stub(near(1.19, noise_floor=0.2, busiest_p=0.5)),
+        stub(near(1.19, expected_by_chance=1.2, busiest_p=0.5)),
         "Too little data to judge balance: at worst",
     ),
     "chance does not": (
-        stub(near(1.19, noise_floor=0.1999, busiest_p=0.5)),
+        stub(near(1.19, expected_by_chance=1.1999, busiest_p=0.5)),
         "which chance explains (",
     ),
     "uneven or chance": (
@@ -110,7 +110,7 @@ BALANCE = {
     ),
     "even or chance": (stub(near(1.1999, busiest_p=0.5)), "which chance explains ("),
     "the others are known": (
-        stub(near(1.4, busiest_p=0.5, max_vio_low=0.001), near(1.3)),
+        stub(near(1.4, busiest_p=0.5, max_over_mean_low=1.001), near(1.3)),
         "which may be chance (95% interval 1.00-1.41x; expected by chance: 1.01x); 1 of 2 routers is uneven",
     ),
     "few documents": (
@@ -123,16 +123,16 @@ BALANCE = {
         "Layer 0 is uneven",
     ),
     "counts, with the design effect assumed": (
-        stub(near(1.4, max_vio_low=math.nan), counts_only=True),
+        stub(near(1.4, max_over_mean_low=math.nan), counts_only=True),
         "at least 1.2x and beyond chance up to a design effect of 1,000): expert 0 gets 1.40x the mean "
         "load (no interval from counts alone; expected by chance of independent tokens: 1.01x).",
     ),
     "counts, with the one that would explain it": (
-        stub(near(1.15, noise_floor=0.0099), counts_only=True),
+        stub(near(1.15, expected_by_chance=1.0099), counts_only=True),
         "expert 0 gets 1.15x the mean load, which documents with a design effect of 230 would explain (",
     ),
     "counts within chance": (
-        stub(near(1.15, noise_floor=0.151), counts_only=True),
+        stub(near(1.15, expected_by_chance=1.151), counts_only=True),
         "which chance explains (",
     ),
     "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at worst"),
@@ -181,7 +181,7 @@ def of_domains(
         first + second,
         max_over_mean=together,
         max_vio=together - 1,
-        noise_floor=chance,
+        expected_by_chance=1 + chance,
         **given.pop("columns", {}),
     )
     return stub(of, domains=("code", "law"), by_domain=[np.array([first, second])], **given)
@@ -216,8 +216,8 @@ SPOKEN = {
     "little used by chance": (experts.least_used_expert, stub(crowd(0.1, least_used_p=0.01)), None),
     "little used beyond chance": (experts.least_used_expert, stub(crowd(0.4, least_used_p=0.0099)), "0.40x the mean"),
     "starved by chance": (experts.starved_experts, stub(crowd(0.05, least_used_p=0.01)), None),
-    "counts, little used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.023), counts_only=True), None),
-    "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, noise_floor=0.022), counts_only=True), "0.30x the mean"),
+    "counts, little used": (experts.least_used_expert, stub(crowd(0.3, expected_by_chance=1.023), counts_only=True), None),
+    "counts, hardly used": (experts.least_used_expert, stub(crowd(0.3, expected_by_chance=1.022), counts_only=True), "0.30x the mean"),
     "of all routers the least": (experts.least_used_expert, stub(crowd(0.3), crowd(0.2), crowd(0.4)), "Expert 0 of layer 1 is the least used: 0.20x"),
     "the least of the living": (
         experts.least_used_expert,
@@ -282,7 +282,7 @@ def test_counts_know_no_documents_and_a_domain_overloads_only_beyond_any(tokens:
 
 def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
     """Expert 0 is used at 0.3x; the busiest gets 3.67x its load. The domains' loads are `code` and `law`."""
-    of = crowd(0.3, noise_floor=given.pop("chance", 0.01))
+    of = crowd(0.3, expected_by_chance=1 + given.pop("chance", 0.01))
     made = stub(of, domains=("code", "law"), by_domain=[np.array([code, law])], **given)
     said = text(experts.least_used_expert(made))
     assert said is not None

@@ -79,14 +79,15 @@ def max_vio(data: LoadData) -> Chart:
     table: Any = data.tables["balance"]
     x, marks = np.arange(len(table), dtype=float), list[Line]()
     for side in SIDES:
-        vio, floor = (table[f"{c}_{side}"].to_numpy(float) for c in ("max_vio", "noise_floor"))
-        marks.append(Line(x, vio, side.upper(), COLOURS[side], dots=True))
+        names = ("max_over_mean", "expected_by_chance")
+        ratio, floor = (table[f"{name}_{side}"].to_numpy(float) for name in names)
+        marks.append(Line(x, ratio, side.upper(), COLOURS[side], dots=True))
         marks.append(Line(x, floor, f"{side.upper()}: chance", COLOURS[side], dash="dot"))
     return Chart(
         "How even the load is",
-        "MaxVio, the load of the busiest expert above the mean",
-        (Panel(tuple(marks), _layers(data), Axis("(max − mean) / mean", low=0)),),
-        text="0 is even.",
+        "Load of the busiest expert ÷ mean load",
+        (Panel(tuple(marks), _layers(data), Axis("max ÷ mean load", low=1)),),
+        text="1 is even.",
         table=table,
     )
 

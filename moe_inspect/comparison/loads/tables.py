@@ -69,8 +69,8 @@ def _facts(data: LoadData) -> Iterator[tuple[object, ...]]:
     tables=LOAD_TABLES,
 )
 def balance(data: LoadData) -> pd.DataFrame:
-    """One row per router: the balance in A, in B, and B's minus A's, beside the max_vio that chance
-    gives with so many tokens (noise_floor)."""
+    """One row per router: the balance in A, in B, and B's minus A's, beside the max_over_mean
+    that chance gives documents like these (expected_by_chance)."""
     rows = list[dict[str, object]]()
     for r, _ in data.pairs:
         of = {side: data.of(side, "balance", r).iloc[0] for side in SIDES}
@@ -79,7 +79,7 @@ def balance(data: LoadData) -> pd.DataFrame:
         for name in BALANCE:
             a, b = (float(of[side].astype(float)[name]) for side in SIDES)
             row |= {f"{name}_a": a, f"{name}_b": b, f"{name}_difference": b - a}
-        row |= {f"noise_floor_{side}": of[side]["noise_floor"] for side in SIDES}
+        row |= {f"expected_by_chance_{side}": of[side]["expected_by_chance"] for side in SIDES}
         rows.append(row)
     whole = ("layer", "router", "experts", "top_k", *(f"tokens_{side}" for side in SIDES))
     experts = [f"{name}_{x}" for name in NUMBERS for x in (*SIDES, "difference")]

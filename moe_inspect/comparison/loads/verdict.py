@@ -125,21 +125,21 @@ def _since(data: LoadData, parted: Any) -> str:
 
 def balance(data: LoadData) -> Iterator[Finding]:
     """How even the load is in each."""
-    rows: Any = data.tables["balance"].dropna(subset=["max_vio_a", "max_vio_b"])
+    rows: Any = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
     if not len(rows):
         return
     said, values = list[str](), dict[str, Any]()
     for side in SIDES:
-        vio, floor = rows[f"max_vio_{side}"], rows[f"noise_floor_{side}"]
-        worst, dead = rows.loc[vio.idxmax()], int(rows[f"dead_experts_{side}"].sum())
-        values |= {f"max_vio_{side}": vio.median(), f"dead_experts_{side}": dead}
+        ratio, chance = rows[f"max_over_mean_{side}"], rows[f"expected_by_chance_{side}"]
+        worst, dead = rows.loc[ratio.idxmax()], int(rows[f"dead_experts_{side}"].sum())
+        values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
         said.append(
-            f"{side.upper()} has {vio.median():.2f} in the median layer (chance "
-            f"{floor.median():.2f}), {vio.max():.2f} in layer "
+            f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
+            f"{chance.median():.2f}x), {ratio.max():.2f}x in layer "
             f"{layer_label(data.a.routers, int(worst['router']))}, and "
             f"{plural(dead, 'dead expert')}"
         )
-    text = f"Load, as (max − mean) / mean: {'; '.join(said)}."
+    text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}."
     yield finding("balance", "note", text, **values)
 
 

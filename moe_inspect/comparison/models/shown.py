@@ -35,7 +35,15 @@ DEPTH = Axis(
 )
 COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
 EXCERPTS = {
-    "balance": ("layer", "router", "trace", "depth", "max_vio", "noise_floor", "dead_experts"),
+    "balance": (
+        "layer",
+        "router",
+        "trace",
+        "depth",
+        "max_over_mean",
+        "expected_by_chance",
+        "dead_experts",
+    ),
     "specialization": ("layer", "router", "trace", "depth", "explained_by_domain", "jsd_bits"),
     "spans": (
         "layer",
@@ -67,12 +75,13 @@ def _lines(
 def load_by_depth(data: ModelData) -> Chart:
     """How even the load is, by relative depth."""
     table = data.tables["balance"]
-    marks = _lines(table, "max_vio", "max_vio_low", "max_vio_high", "noise_floor")
+    ends = "max_over_mean_low", "max_over_mean_high"
+    marks = _lines(table, "max_over_mean", *ends, "expected_by_chance")
     return Chart(
         "How even the load is",
-        "MaxVio, the load of the busiest expert above the mean, by relative depth",
-        (Panel(marks, DEPTH, Axis("(max − mean) / mean", low=0)),),
-        text="0 is even; at most E/k − 1 is possible. Bars are 95% intervals over documents.",
+        "Load of the busiest expert ÷ mean load, by relative depth",
+        (Panel(marks, DEPTH, Axis("max ÷ mean load", low=1)),),
+        text="1 is even; at most E/k is possible. Bars are 95% intervals over documents.",
         table=table,
     )
 

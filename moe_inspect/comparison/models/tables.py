@@ -22,10 +22,11 @@ BALANCE = (
     "experts",
     "top_k",
     "tokens",
+    "max_over_mean",
+    "max_over_mean_low",
+    "max_over_mean_high",
+    "expected_by_chance",
     "max_vio",
-    "max_vio_low",
-    "max_vio_high",
-    "noise_floor",
     "gini",
     "entropy",
     "dead_experts",
@@ -59,13 +60,13 @@ def _facts(data: ModelData) -> Iterator[tuple[object, ...]]:
 @table(tables=MODEL_TABLES)
 def balance(data: ModelData) -> pd.DataFrame:
     """One row per trace and router: its balance, as its report has it, beside what chance gives
-    with so many tokens and experts (noise_floor) and the most that E and k allow
-    (max_vio_most)."""
+    documents like these (expected_by_chance) and the most that E and k allow
+    (max_over_mean_most)."""
     parts = list[pd.DataFrame]()
     for side in SIDES:
         part = data.of(side, "balance")[["layer", "router", *BALANCE]].copy()
-        part.insert(part.columns.get_loc("max_vio") + 1, "max_vio_most", 0.0)  # type: ignore[operator]
-        part["max_vio_most"] = part["experts"] / part["top_k"] - 1
+        most = part["experts"] / part["top_k"]
+        part.insert(part.columns.get_loc("max_over_mean") + 1, "max_over_mean_most", most)  # type: ignore[operator]
         parts.append(_of_side(data, side, part))
     return pd.concat(parts, ignore_index=True)
 

@@ -76,22 +76,24 @@ def balance(data: ModelData) -> Iterator[Finding]:
     rows: Any = data.tables["balance"]
     said, values = list[str](), dict[str, Any]()
     for side in SIDES:
-        of_side = rows[rows["trace"] == side].dropna(subset=["max_vio"])
+        of_side = rows[rows["trace"] == side].dropna(subset=["max_over_mean"])
         if not len(of_side):
             continue
-        median, floor = (float(of_side[name].median()) for name in ("max_vio", "noise_floor"))
-        worst = of_side.loc[of_side["max_vio"].idxmax()]
+        names = ("max_over_mean", "expected_by_chance")
+        median, chance = (float(of_side[name].median()) for name in names)
+        worst = of_side.loc[of_side["max_over_mean"].idxmax()]
         dead = int(of_side["dead_experts"].sum())
-        values[f"max_vio_{side}"] = median
+        values[f"max_over_mean_{side}"] = median
         said.append(
-            f"{side.upper()} has {median:.2f} in the median layer (chance {floor:.2f}) and "
-            f"{worst['max_vio']:.2f} in layer {name_of(data, side, int(worst['router']))}"
+            f"{side.upper()} has {median:.2f}x in the median layer (expected by chance: "
+            f"{chance:.2f}x) and "
+            f"{worst['max_over_mean']:.2f}x in layer {name_of(data, side, int(worst['router']))}"
             + (f", and {plural(dead, 'dead expert')}" if dead else "")
         )
     yield finding(
         "balance",
         "note",
-        f"Load, as (max − mean) / mean: {'; '.join(said)}. At most E/k − 1 is possible.",
+        f"Load of the busiest expert ÷ mean load: {'; '.join(said)}. At most E/k is possible.",
         **values,
     )
 

@@ -29,7 +29,7 @@ from moe_inspect.reporting.charts.spec import (
     Rule,
     chart,
 )
-from moe_inspect.reporting.verdict.chance import chance, uneven
+from moe_inspect.reporting.verdict.chance import uneven
 from moe_inspect.text import layer_label, plural
 
 if TYPE_CHECKING:
@@ -83,13 +83,13 @@ def balance(data: ReportData) -> Chart | str:
         return "balance: no router made an assignment"
     rows = table.to_dict("records")
     x, value = np.arange(len(table), dtype=float), 1 + table["max_vio"].to_numpy()
-    floor = 1 + np.array([chance(row) for row in rows])
+    floor = table["expected_by_chance"].to_numpy()
     edge = np.r_[-0.5, x, len(x) - 0.5]
     marks: list[Mark] = [
         Band(edge, edge * 0 + 1, np.r_[floor[0], floor, floor[-1]], "expected by chance"),
         Rule(1),
     ]
-    low, high = known_interval(1 + table["max_vio_low"], 1 + table["max_vio_high"])
+    low, high = known_interval(table["max_over_mean_low"], table["max_over_mean_high"])
     name = f"busiest expert, all tokens{', with 95% interval' if low is not None else ''}"
     bad = np.array([row["max_vio"] == row["max_vio"] and uneven(data, row) for row in rows])
     for group, label, colour in ((~bad, name, "c1"), (bad, f"{name}; uneven layer", "bad")):

@@ -48,7 +48,7 @@ def windows(data: ReportData) -> Chart | str:
         return "load over time: the trace is a single window; --window N makes smaller ones"
     ratio_LW, layers, time = _by_window(data, table, "max_over_mean")
     if len(ratio_LW) <= MOST_LINES:
-        chance_W = 1 + table.groupby("window")["noise_floor"].max().to_numpy()
+        chance_W = table.groupby("window")["expected_by_chance"].max().to_numpy()
         panel = _lines(ratio_LW, chance_W, 1, layers, time, log_axis("max ÷ mean load", ratio_LW))
     else:
         scale = amount("max ÷ mean load", 1, ratio_LW, 1.1, log=True)

@@ -26,9 +26,9 @@ COLUMNS = [
     "layer",
     "router",
     "max_over_mean",
-    "max_vio_low",
-    "max_vio_high",
-    "noise_floor",
+    "max_over_mean_low",
+    "max_over_mean_high",
+    "expected_by_chance",
     "dead_experts",
     "busiest_expert",
 ]

@@ -13,7 +13,6 @@ from moe_inspect.reporting.render.console import screen_lines, table_row, wrappe
 from moe_inspect.reporting.render.heatmap import heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.summary import notes
-from moe_inspect.reporting.verdict.chance import chance
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
@@ -93,11 +92,11 @@ def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:
 def _balance(one: dict[str, Any]) -> list[str]:
     if not one["assignments"]:
         return ["–", "no load", "–", "–", "–"]
-    low, high = 1 + one["max_vio_low"], 1 + one["max_vio_high"]
+    low, high = one["max_over_mean_low"], one["max_over_mean_high"]
     return [
         str(one["busiest_expert"]),
         f"{one['max_over_mean']:.2f}x",
-        f"{1 + chance(one):.2f}x",
+        f"{one['expected_by_chance']:.2f}x",
         "–" if np.isnan(low) else f"{low:.2f}-{high:.2f}x",
         f"{one['dead_experts']}",
     ]

@@ -15,7 +15,7 @@ from moe_inspect.reporting.render.texts.documents import Amount
 from moe_inspect.reporting.render.texts.section import text_section
 from moe_inspect.reporting.tables.data import ReportData, worst_router
 from moe_inspect.reporting.tables.summary import facts
-from moe_inspect.reporting.verdict.chance import beyond, chance, uneven
+from moe_inspect.reporting.verdict.chance import beyond, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
@@ -164,7 +164,7 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
         ),
         Tile(
             "expected by chance",
-            f"{1 + chance(worst):.2f}×",
+            f"{worst['expected_by_chance']:.2f}×",
             "for independent tokens" if data.counts.counts_only else "for documents like these",
         ),
         Tile(

@@ -24,9 +24,9 @@ BALANCE = tuple(
         [
             *metrics_of("balance", {"load_LE"}),
             "busiest_expert",
-            "noise_floor",
-            "max_vio_low",
-            "max_vio_high",
+            "expected_by_chance",
+            "max_over_mean_low",
+            "max_over_mean_high",
             "max_vio_batch",
             "noise_floor_batch",
             "design_effect",
@@ -66,13 +66,15 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         row |= values_of(counts, r, "balance")
         row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
         row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
-        row["noise_floor"] = unc.noise_floor(round(total / k), E, k)  # null slots make no load
-        row["max_vio_low"], row["max_vio_high"] = (
+        interval = (
             (float("nan"), float("nan"))
             if counts.counts_only
             else unc.max_vio_interval(counts.of[r].assignments_UE, counts.domain_of_unit_U)
         )
-        row["design_effect"] = _design_effect(counts, r)
+        row["max_over_mean_low"], row["max_over_mean_high"] = (1 + end for end in interval)
+        row["design_effect"] = effect = _design_effect(counts, r)
+        floor = unc.noise_floor(round(total / k), E, k)  # null slots make no load
+        row["expected_by_chance"] = 1 + floor * widened(effect)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
             counts, r, total / max(k * counts.tokens_of(r), 1)
         )
@@ -145,6 +147,12 @@ def design_effects(data: ReportData) -> dict[int, float]:
     """The design effect of documents on the load of each router; NaN with few documents, and where
     they are unknown."""
     return {r: _design_effect(data.counts, r) for r in data.selection.routers}
+
+
+def widened(design_effect: float) -> float:
+    """By how much the tokens of one document, which are alike, raise what chance gives independent
+    ones: √ design effect, at least 1; 1 where it is unknown."""
+    return max(1.0, math.sqrt(design_effect)) if design_effect == design_effect else 1.0
 
 
 def _design_effect(counts: Counts, router: int) -> float:

@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import design_effects, of_router, stacked
+from moe_inspect.reporting.tables.load import design_effects, of_router, stacked, widened
 from moe_inspect.reporting.tables.registry import table
 
 CAPACITY_FACTOR = 1.25  # of simulated_drop_rate
@@ -34,13 +34,15 @@ DRIFT = (
 @table("windows")
 def windows(data: ReportData) -> pd.DataFrame:
     """One row per window of tokens, in the order of execution: its balance and the one expected by
-    chance for as many tokens; the distance of its load from that of the window before and the one
-    expected by chance; the share of assignments that a capacity factor of 1.25 would drop."""
+    chance of as many tokens of documents like these; the distance of its load from that of the
+    window before and the one expected by chance; the share of assignments that a capacity factor of
+    1.25 would drop."""
     counts, parts = data.decisions("windows"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
         floors = _floors(data, r, load_WE)
+        floor_W = unc.noise_of(load_WE.sum(1) / k, E, k)[0]  # null slots make no load
         there_W = load_WE.sum(1) > 0
         columns = {
             "window": index_W,
@@ -48,7 +50,7 @@ def windows(data: ReportData) -> pd.DataFrame:
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
             "busiest_expert": np.where(there_W, bal.busiest_expert(load_WE), -1),
-            "noise_floor": unc.noise_of(load_WE.sum(1) / k, E, k)[0],  # null slots make no load
+            "expected_by_chance": 1 + floor_W * widened(design_effects(data)[r]),
             "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
             "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
             "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],

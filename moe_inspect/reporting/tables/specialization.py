@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import of_router, stacked
+from moe_inspect.reporting.tables.load import design_effects, of_router, stacked, widened
 from moe_inspect.reporting.tables.registry import table
 
 SPECIALIZATION = (
@@ -47,8 +47,10 @@ BEYOND = {
 def domains(data: ReportData) -> pd.DataFrame:
     """One row per expert and domain: activation = assignments ÷ tokens of the domain (sums to k
     over the experts), lift = activation ÷ its mean over the domains, of all where only one is
-    selected. overload_p: probability that documents by chance give a domain so much more of an
-    expert than the others have, corrected for the number of experts, domains and routers."""
+    selected. expected_by_chance: the load ratio (assignments ÷ their mean over the experts) that
+    chance gives the busiest expert of such a domain. overload_p: probability that documents by
+    chance give a domain so much more of an expert than the others have, corrected for the number of
+    experts, domains and routers."""
     every = data.counts_of_all_domains() if len(data.counts.domains) == 1 else data.counts
     counts, parts = data.counts, list[dict[str, np.ndarray]]()
     D, among = len(counts.domains), [every.domains.index(domain) for domain in counts.domains]
@@ -62,10 +64,17 @@ def domains(data: ReportData) -> pd.DataFrame:
             "assignments": assignments_DE.reshape(-1),
             "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
             "lift": sp.lift(every.assignments_DE(r), every.tokens_D_of(r))[among].reshape(-1),
+            "expected_by_chance": np.repeat(_expected_by_chance(data, r, assignments_DE), E),
             "overload_p": _overload_p(every, r)[among].reshape(-1),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)
+
+
+def _expected_by_chance(data: ReportData, router: int, assignments_DE: np.ndarray) -> np.ndarray:
+    k = data.counts.routers[router].top_k
+    floor_D = unc.noise_of(assignments_DE.sum(1) / k, assignments_DE.shape[1], k)[0]
+    return 1 + floor_D * widened(design_effects(data)[router])
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:

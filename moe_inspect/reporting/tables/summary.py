@@ -93,7 +93,7 @@ def _worst(data: ReportData) -> list[tuple[str, object]]:
             ("worst_layer", worst["layer"]),
             ("worst_router", worst["router"]),
             ("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"),
-            ("worst_noise_floor", f"{worst['noise_floor']:.6g}"),
+            ("worst_expected_by_chance", f"{worst['expected_by_chance']:.6g}"),
         ]
     if (pooled := data.pooled_max_over_mean()) is not None:
         rows.append(("pooled_max_over_mean", f"{pooled:.6g}"))

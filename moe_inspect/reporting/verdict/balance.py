@@ -18,7 +18,6 @@ from moe_inspect.reporting.verdict.chance import (
     above_chance,
     beyond,
     capital,
-    chance,
     expected_by_chance,
     explained,
     few_documents,
@@ -46,9 +45,9 @@ def balance(data: ReportData) -> Finding:
         row,
         expert=row["busiest_expert"],
         max_over_mean=row["max_over_mean"],
-        max_over_mean_low=1 + row["max_vio_low"],
-        max_over_mean_high=1 + row["max_vio_high"],
-        expected_by_chance=1 + chance(row),
+        max_over_mean_low=row["max_over_mean_low"],
+        max_over_mean_high=row["max_over_mean_high"],
+        expected_by_chance=row["expected_by_chance"],
         token_share=_token_share(data, row),
         uneven_routers=sum(uneven(data, r) for r in data.loaded),
         routers=len(data.loaded),
@@ -80,7 +79,8 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     fine = "No expert is overloaded" if _any_dead(data) else "Balance is good"
     if above_chance(data, row):
         return "good", f"{fine}: at worst, in {where}, {busiest} {evidence}."
-    if chance(row) >= data.thresholds.uneven or row["max_vio"] >= data.thresholds.uneven:
+    least = data.thresholds.uneven
+    if row["expected_by_chance"] >= 1 + least or row["max_vio"] >= least:
         others = f"; {of}" if n else ""
         why = explained(data, row)
         may = "may be chance" if why == "chance explains" else why
@@ -105,9 +105,9 @@ def _interval(data: ReportData, row: Any) -> str:
     # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
     if row["experts"] > row["top_k"] and _token_share(data, row) == 1:
         return "every token goes to it"
-    if math.isnan(row["max_vio_low"]):
+    if math.isnan(row["max_over_mean_low"]):
         return "no interval from counts alone"
-    return f"95% interval {1 + row['max_vio_low']:.2f}-{1 + row['max_vio_high']:.2f}x"
+    return f"95% interval {row['max_over_mean_low']:.2f}-{row['max_over_mean_high']:.2f}x"
 
 
 def routers_without_load(data: ReportData) -> Finding | None:

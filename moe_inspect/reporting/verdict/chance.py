@@ -10,19 +10,11 @@ from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.text import layer_label
 
 
-def chance(row: Any) -> float:
-    """The max_vio expected by chance of documents like these: the noise floor is that of
-    independent tokens, and tokens of one document raise it by √ design effect. Of counts, whose
-    documents are unknown, that of independent tokens."""
-    effect = row["design_effect"]
-    return row["noise_floor"] * math.sqrt(max(1.0, 1.0 if math.isnan(effect) else effect))
-
-
 def above_chance(data: ReportData, row: Any) -> bool:
     """Whether chance hardly makes the busiest expert of any router as busy: with so few documents
     that their p-value is unknown, nothing is above chance."""
     if data.counts.counts_only:
-        return beyond_documents(row["max_vio"], row["noise_floor"])
+        return beyond_documents(row["max_vio"], row["expected_by_chance"] - 1)
     return row["busiest_p"] < ALPHA
 
 
@@ -41,12 +33,12 @@ def beyond(data: ReportData) -> str:
 def expected_by_chance(data: ReportData, row: Any) -> str:
     """ "expected by chance: 1.02x", and of what where that is not documents like these."""
     of = " of independent tokens" if data.counts.counts_only else ""
-    return f"expected by chance{of}: {1 + chance(row):.2f}x"
+    return f"expected by chance{of}: {row['expected_by_chance']:.2f}x"
 
 
 def explained(data: ReportData, row: Any) -> str:
     """The words for a load that is not beyond chance: of counts, with what would explain it."""
-    needed = design_effect_needed(row["max_vio"], row["noise_floor"])
+    needed = design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
     if not data.counts.counts_only or needed <= 1:
         return "chance explains"
     return f"documents with a design effect of {math.ceil(needed):,} would explain"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
@@ -100,7 +100,7 @@ def _little_used(data: ReportData, row: Any) -> bool:
     """Whether chance hardly makes the least used expert of any router as little used."""
     if data.counts.counts_only:
         below = 1 - row["min_over_max"] * row["max_over_mean"]
-        return beyond_documents(below, row["noise_floor"])
+        return beyond_documents(below, row["expected_by_chance"] - 1)
     return row["least_used_p"] < ALPHA
 
 
@@ -233,9 +233,7 @@ def _overloads(data: ReportData, row: Any, overall: Any, sure: bool) -> bool:
         return False
     if not data.counts.counts_only:
         return row["overload_p"] < ALPHA or not sure
-    T = round(row["tokens"] * overall["assignments"] / (overall["tokens"] * overall["top_k"]))
-    floor = noise_floor(T, int(overall["experts"]), int(overall["top_k"]))
-    return beyond_documents(excess, floor)
+    return beyond_documents(excess, row["expected_by_chance"] - 1)
 
 
 def unused_in_domain(data: ReportData) -> Finding | None:
