@@ -134,7 +134,11 @@ def main(out: Path, steps: int) -> None:
         str(out / "model.pt"), out / "trace", loader=load, max_tokens=20_000, overwrite=True
     )
     balance = moe_inspect.report(out / "trace").tables["balance"]
-    print(balance[["layer", "max_vio", "noise_floor", "dead_experts"]].to_string(index=False))
+    print(
+        balance[["layer", "max_over_mean", "expected_by_chance", "dead_experts"]].to_string(
+            index=False
+        )
+    )
 
     # the same without the line in the forward
     with moe_inspect.record(model, out / "by-spec", routers=ROUTERS, overwrite=True):
