@@ -190,9 +190,11 @@ def in_batches(model: Any) -> Texts:
     )
     assert {tuple(o.prompt_ids) for o in out.values()} == set(map(tuple, prompts))
     texts = [[*o.prompt_ids, *o.generated_tokens[:-1]] for o in out.values()]
-    # of the third prompt a page of four tokens was in the cache when it came, and is not fed again
+    # of the third prompt a page of four tokens was in the cache when it came, and is not fed again;
+    # in transformers 5.17 of the second one too, but for its last token
+    cached = {5: 4, 4: 3 if page == "block_size" else 0}
     return [
-        text[4:] if text[:5] == prompts[2] == o.prompt_ids else text
+        text[cached.get(len(o.prompt_ids), 0) :]
         for text, o in zip(texts, out.values(), strict=True)
     ]
 

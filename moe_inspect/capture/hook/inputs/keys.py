@@ -54,14 +54,17 @@ def slots_of(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | No
     ends, position_S = given["cu_seq_lens_q"].long(), given["position_ids"].reshape(-1)
     is_some = ends[1:] > ends[:-1]
     first_R, size_R = ends[:-1][is_some], (ends[1:] - ends[:-1])[is_some]
-    # of the layers that hold all of a sequence, where there are such
-    kinds = list(given["cu_seq_lens_k"])
+    # of the layers that hold all of a sequence, where there are such; transformers 5.17 gives the
+    # ends alone where all layers are of one kind
+    told = given["cu_seq_lens_k"]
+    ends_of = dict(told) if isinstance(told, Mapping) else {"": told}
+    kinds = list(ends_of)
     kind = kinds.index("full_attention") if "full_attention" in kinds else 0
     read, slot_S = given["read_index"][kind].long(), given["write_index"][kind].long()
     back_S = slot_S.roll(1)
     back_S[first_R] = -1
     if len(read):
-        ends_R = given["cu_seq_lens_k"][kinds[kind]].long()[1:][is_some]
+        ends_R = ends_of[kinds[kind]].long()[1:][is_some]
         back_R = read[(ends_R - size_R - 1).clamp(min=0)]
         back_S[first_R] = torch.where(position_S[first_R] > 0, back_R, -1)
     real_S = torch.arange(len(slot_S), device=slot_S.device) < ends[-1]
