@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,docs]'
 	touch $@
 
-.PHONY: help demo test test-quick test-slow test-families test-ptx test-newest test-oldest test-frameworks test-vllm test-sglang lint docs picture atlas bench fuzz clean
+.PHONY: help demo test test-quick test-slow test-families test-ptx test-whole test-newest test-oldest test-frameworks test-vllm test-sglang lint docs picture atlas bench fuzz clean
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +37,10 @@ NEWEST_PYTHON ?= python3.13
 OLDEST_PYTHON ?= python3.11
 
 test-ptx: $(VENV)/.installed ## Compile every kernel for every target, and execute it as compiled for three, without a GPU
-	PTX=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py tests/test_kernels.py
+	SWEEP=whole $(BIN)/python -m pytest -n auto tests/test_ptx.py tests/test_kernels.py
+
+test-whole: $(VENV)/.installed ## The test suite with all cases of the sweeps of which `make test` runs a sample
+	SWEEP=whole $(PYTEST)
 
 test-newest: ## The suite on the newest Python and the newest release of every dependency (build/venv-newest)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)
@@ -53,7 +56,7 @@ test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/
 
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo
-	$(BIN)/python -m pytest -s tests/test_zoo.py
+	SWEEP=whole $(BIN)/python -m pytest -s tests/test_zoo.py tests/test_shapes.py
 
 FRAMEWORKS := build/venv-frameworks
 FRAMEWORKS_PYTHON ?= python3.13

@@ -1,5 +1,5 @@
-"""Compiles kernel variants ahead of time for one GPU type, which needs no GPU, and prints one JSON
-line per variant: `python -m tests.aot sm_90`, without TRITON_INTERPRET. `sm_90 3`: every third."""
+"""Compiles kernel variants ahead of time for GPU types, which needs no GPU, and prints one JSON
+line per variant: `python -m tests.aot sm_90 sm_80/3`, without TRITON_INTERPRET. /3: every third."""
 
 from __future__ import annotations
 
@@ -234,4 +234,6 @@ def main(gpu: str, every: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    for wanted in sys.argv[1:]:
+        gpu, _, every = wanted.partition("/")
+        main(gpu, int(every or 1))

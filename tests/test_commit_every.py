@@ -30,6 +30,7 @@ from moe_inspect.trace.writer import (
 )
 from tests.conftest import Cli
 from tests.ranks import Ranks
+from tests.sweep import WHOLE
 from tests.test_trace import ROUTERS, a_batch
 
 AT_ONCE = 1e-9  # seconds: after every batch
@@ -269,13 +270,12 @@ def test_killed_at_any_step_it_reads_verifies_and_resumes(tmp_path: Path) -> Non
         found = verify(root)
         assert (found.ok, found.status, found.uncommitted) == (True, "complete", []), step
         assert content(root) == expected, step
-        step += 1
+        step += 1 if WHOLE else 2
     assert content(root) == expected
     # control: it died while early shards were there, and while replaced files were
-    print(step, early, replaced)
     assert step > 60
-    assert early > 20
-    assert replaced > 20
+    assert early > 10
+    assert replaced > 10
 
 
 @pytest.mark.slow

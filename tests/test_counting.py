@@ -167,7 +167,7 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
     st.integers(0, 300),
     st.sampled_from([0, 0.1]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_kernels_count_as_their_references(
     seed: int, shape: tuple[int, int], tokens: int, null: float
 ):
@@ -273,7 +273,7 @@ def test_a_wrong_kernel_would_be_noticed():
 
 
 @given(st.integers(200, T), st.integers(0, 3))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_shards_threads_and_kernels_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, seed: int
 ):

@@ -392,9 +392,7 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capture", "on_gpu"), [("tap", False), ("dispatch", False), ("dispatch", True)], ids=str
-)
+@pytest.mark.parametrize(("capture", "on_gpu"), [("tap", False), ("dispatch", True)], ids=str)
 def test_compiled_whole_it_records_the_same(
     capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -423,8 +421,6 @@ def test_compiled_whole_it_records_the_same(
     assert found.equals(eager)
     assert counters["stats"]["unique_graphs"] == 1
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs.values(), strict=True))
-    if capture == "dispatch" and not on_gpu:  # as on a GPU
-        return
     with torch.no_grad():  # detached, it is compiled anew, and records no more
         assert torch.allclose(compiled(**batches[0]).logits, outputs["eager"][0], atol=1e-5)
     assert len(moe_inspect.open_trace(tmp_path / "c").routing()) == len(eager)
@@ -434,12 +430,12 @@ def test_compiled_whole_it_records_the_same(
 @pytest.mark.parametrize("part", ["model.compile()", "each layer"])
 def test_compiled_in_place_it_records_the_same(part: str, tmp_path: Path) -> None:
     model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)])
+    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)])
     for compiled in [model] if part == "model.compile()" else model.model.layers:
-        compiled.compile(backend="aot_eager")
+        compiled.compile(backend="eager")
         with torch.no_grad():
             model(**inputs)  # it has been compiled before it is recorded
-    assert routing(model, tmp_path / "c", lambda m: [m(**inputs) for _ in range(3)]).equals(eager)
+    assert routing(model, tmp_path / "c", lambda m: [m(**inputs) for _ in range(2)]).equals(eager)
 
 
 @pytest.mark.slow
@@ -448,7 +444,7 @@ def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) ->
 
     model, inputs = build("olmoe"), token_batch(LENGTHS)
     eager = routing(
-        model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)], capture="dispatch"
+        model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)], capture="dispatch"
     )
 
     def run(m: Any) -> None:
@@ -456,8 +452,7 @@ def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) ->
         compiled = m.get_compiled_call(
             CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None)
         )
-        for _ in range(2):
-            compiled(**inputs)
+        compiled(**inputs)
 
     assert routing(model, tmp_path / "c", run, capture="dispatch").equals(eager)
     assert "get_compiled_call" not in vars(model)
@@ -469,18 +464,18 @@ def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_p
     """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing
     goes unseen."""
     model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(3)])
-    before = torch.compile(model, backend="aot_eager")
+    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)])
+    before = torch.compile(model, backend="eager")
     with torch.no_grad():
         before(**inputs)
 
     def run(m: Any) -> None:
         if when == "around a step":
-            called = torch.compile(lambda: m(**inputs).logits.sum(), backend="aot_eager")
+            called = torch.compile(lambda: m(**inputs).logits.sum(), backend="eager")
         else:
-            compiled = before if when == "before" else torch.compile(m, backend="aot_eager")
+            compiled = before if when == "before" else torch.compile(m, backend="eager")
             called = lambda: compiled(**inputs)  # noqa: E731
-        for _ in range(3):
+        for _ in range(2):
             called()
 
     assert routing(model, tmp_path / "c", run).equals(eager)

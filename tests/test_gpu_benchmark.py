@@ -84,7 +84,6 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
 
 
 BREAKAGES = {
-    "a place": ("dispatch_triton", "made.permutation[0] += 1", "dispatch T"),
     "a place, now and then": (
         "dispatch_triton",
         "made.permutation[0] += next(calls) % 2",

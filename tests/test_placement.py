@@ -23,6 +23,7 @@ from moe_inspect.simulate.placement.policies.policies import POLICIES
 from moe_inspect.simulate.placement.policies.search import CLOSE
 from moe_inspect.simulate.placement.ranks_reached import counter, table_of
 from tests.exact import fits_apart
+from tests.sweep import sample
 from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, deepseek, needs_esft, needs_fiddler  # noqa: F401  (a fixture)
 
@@ -114,7 +115,7 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize(("load", "slots", "gpus"), SHARED)
+@pytest.mark.parametrize(("load", "slots", "gpus"), sample(SHARED, 2))
 def test_where_eplb_beats_local_search_no_placement_on_different_gpus_is_lighter(
     load: list[int], slots: int, gpus: int
 ) -> None:
@@ -135,7 +136,7 @@ def test_where_eplb_beats_local_search_no_placement_on_different_gpus_is_lighter
 def test_local_search_is_the_lightest_there_is_where_all_can_be_tried(
     E: int, gpus: int, slots: int
 ) -> None:
-    for seed in range(8):
+    for seed in sample(range(8), 3):
         load_E = zipf(np.random.default_rng(seed), E)
         most = float(
             (load_E @ shares(POLICIES["local-search"](load_E, Layout(slots, gpus)), E, gpus)).max()
@@ -216,7 +217,7 @@ def test_local_search_on_mixtral(model: str) -> None:
         [json.loads(f.read_text())["expert_popularity"] for f in (FIDDLER / model).glob("*.json")],
         axis=0,
     )
-    for load_E in counts_LE:
+    for load_E in sample(counts_LE, 4):
         no_worse(load_E, Layout(12, 4))
         no_worse(load_E, Layout(8, 4))
         no_worse(load_E, Layout(24, 8))

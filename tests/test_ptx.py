@@ -1,5 +1,5 @@
 """The kernels as compiled for GPUs, executed without one (tests/ptx), and the executor itself. Set
-PTX=whole to execute every variant that tests.aot compiles, instead of a sample."""
+SWEEP=whole to execute every variant that tests.aot compiles, instead of a sample."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.ptx.execute import Counts, execute
 from tests.ptx.memory import Memory, bank_cycles
 from tests.ptx.parser import parse
 from tests.ptx.values import LANES, Fault
+from tests.sweep import WHOLE
 
 GPUS = ("sm_80", "sm_90", "sm_100")
 SAMPLE = {
-    "sm_80": ("E60 k4 bf16",),
-    "sm_90": ("E64 k8 fp16", "logits"),
-    "sm_100": ("E8 k2 bf16", "1/1 E256 k8 fp16"),
+    "sm_80": ("E60 k4 bf16(?! block (512|1024)| of 16384)",),
+    "sm_90": ("E64 k8 fp16(?! block (256|1024))", "logits"),
+    "sm_100": ("E8 k2 bf16(?! block (256|512)| of 8192)", "1/1 E256 k8 fp16"),
 }
-WHOLE = os.environ.get("PTX") == "whole"
 
 
 def run_cases(gpu: str, *arguments: str) -> list[dict[str, Any]]:

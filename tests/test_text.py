@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.routed_text import routed_text
 from moe_inspect.text import readable
 from moe_inspect.trace.texts import CHARACTER, as_text
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.synthetic import uniform_ids, write_trace
 from tests.test_page_text import CUT, JOINED, scripts
 
@@ -116,7 +114,9 @@ def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
             ask()
 
 
-def test_characters_cut_by_tokens_are_whole_in_the_concordance(tmp_path: Path) -> None:
+def test_characters_cut_by_tokens_are_whole_in_the_concordance(
+    tmp_path: Path, cli_here: Cli
+) -> None:
     trace = scripts(tmp_path / "t", CUT).trace
     whole = "".join(JOINED)
     for expert in range(8):
@@ -125,9 +125,11 @@ def test_characters_cut_by_tokens_are_whole_in_the_concordance(tmp_path: Path) -
             first = max(n for n in range(at + 1) if JOINED[n])
             assert (row.left, row.text) == ("".join(JOINED[:first]), JOINED[first])
             assert row.left + row.text + row.right == whole
-    shown = run(str(trace.path), "--layer", "0", "--expert", "2", "--context", "20").stdout
+    shown = cli_here(
+        "text", str(trace.path), "--layer", "0", "--expert", "2", "--context", "20"
+    ).stdout
     assert "[क्षि] ␣👩\u200d💻👍🏽🇩🇪" in re.sub(" +", " ", shown)
-    document = run(str(trace.path), "--document", "0").stdout
+    document = cli_here("text", str(trace.path), "--document", "0").stdout
     assert "क्षि[1][2]" in document
     assert "👩\u200d💻" in document
     lines = [_fitted(whole * 3, room, end) for room in (2, 5, 9) for end in (False, True)]
@@ -162,29 +164,24 @@ def test_colours_or_brackets_show_the_expert() -> None:
     assert styles[0] == styles[1] != styles[2] == styles[3]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_inspect", "text", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def test_the_command(tmp_path: Path) -> None:
-    concordance = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3")
+def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
+    concordance = cli_here("text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3")
     assert concordance.stdout.startswith("layer 2, expert 5: 3 of 1,738 tokens\n"), (
         concordance.stderr
     )
     assert len(concordance.stdout.splitlines()) == 4
-    rows = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json")
+    rows = cli_here(
+        "text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json"
+    )
     assert [json.loads(line)["weight"] for line in rows.stdout.splitlines()]
-    every = run(str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "0", "--format", "json")
+    every = cli_here(
+        "text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "0", "--format", "json"
+    )
     assert len(every.stdout.splitlines()) == 1738
-    document = run(str(SAMPLE), "--document", "5", "--layer", "2")
+    document = cli_here("text", str(SAMPLE), "--document", "5", "--layer", "2")
     assert document.stdout.startswith("layer 2, 8 experts\nfirst expert: ")
     out = tmp_path / "routes.csv"
-    assert run(str(SAMPLE), "--document", "5", "-o", str(out)).returncode == 0
+    assert cli_here("text", str(SAMPLE), "--document", "5", "-o", str(out)).returncode == 0
     assert set(pd.read_csv(out)["layer"]) == {0, 1, 2, 3}
     for arguments, error in (
         ((), "give --document N, or --layer L with --expert E"),
@@ -193,7 +190,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--layer", "2", "--expert", "8"), "no expert 8 in layer 2"),
         (("--layer", "9", "--expert", "1"), "no layer 9"),
     ):
-        found = run(str(SAMPLE), *arguments)
+        found = cli_here("text", str(SAMPLE), *arguments, check=None)
         assert error in found.stderr
         assert found.returncode != 0
 

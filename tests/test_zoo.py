@@ -25,6 +25,7 @@ from moe_inspect.model.load import load_config
 from moe_inspect.model.routers import Site
 from tests import zoo
 from tests.conftest import ROOT
+from tests.sweep import sample
 from tests.test_cli_trace import save_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -175,7 +176,7 @@ def version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", sample(BUILT, 3))
 def test_a_choice_is_not_changed_after_it_was_handed_over(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +372,7 @@ def tokens_in_order(trace: moe_inspect.Trace) -> Any:
     )
 
 
-@pytest.mark.parametrize("family", [f for f in BUILT if f not in zoo.ALONE])
+@pytest.mark.parametrize("family", sample((f for f in BUILT if f not in zoo.ALONE), 3))
 def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> None:
     model, inputs = zoo.build(family), zoo.inputs(family, LENGTHS)
     together = recorded(model, tmp_path / "together", inputs, "tap")
@@ -567,7 +568,7 @@ def test_what_is_said_of_the_routers(family: str) -> None:
         assert site.shared_experts or not shared, shared[:1]
 
 
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", sample(BUILT, 3))
 def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
     """Its own trace gives its own logits to the bit, another's trace the other's routing; a dropped
     expert has no part in any token, a forced one in each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -53,7 +54,11 @@ def digest(ptx: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gpu", choices=[gpu for gpu in TARGETS if gpu.startswith("sm_")])
-    parser.add_argument("--match", action="append", help="only the cases whose name contains it")
+    parser.add_argument(
+        "--match",
+        action="append",
+        help="only cases with this regular expression",
+    )
     parser.add_argument(
         "--aot", action="store_true", help="at last, a line with the variants not executed"
     )
@@ -62,7 +67,7 @@ def main() -> None:
     target = GPUTarget(*TARGETS[given.gpu])
     seen = set()
     for name, check in executions():
-        if given.match and not any(text in name for text in given.match):
+        if given.match and not any(re.search(text, name) for text in given.match):
             continue
         row, device = outcome(check, target, without_barriers if given.no_barriers else None)
         seen |= {digest(launch.ptx) for launch in device.seen}
