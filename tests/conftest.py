@@ -30,22 +30,29 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
 LONG_FILES = (
-    "test_zoo",
     "test_experts",
+    "test_zoo",
     "test_kernels",
     "test_gpu_benchmark",
+    "test_selfcheck",
+    "test_prune",
+    "test_placement",
     "test_readme",
     "test_cli_trace",
     "test_ranks",
+    "test_before_call",
+    "test_shapes",
     "test_counting",
     "test_mutations",
     "test_loading",
-    "test_commit_every",
+    "test_wrapped",
     "test_report_cli",
-    "test_ptx",
     "test_mutations_analysis",
     "test_page",
     "test_page_sizes",
+    "test_commit_every",
+    "test_ptx",
+    "test_docs",
     "test_training_ranks",
 )
 

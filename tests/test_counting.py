@@ -29,6 +29,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
+from tests.sweep import WHOLE
 from tests.synthetic import uniform_ids, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
@@ -163,7 +164,8 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
 
 @given(
     st.integers(0, 10_000),
-    st.sampled_from([(4, 1), (8, 3), (130, 6), (20, 8), (12, 11)]),
+    # each k is compiled anew
+    st.sampled_from([(4, 1), (130, 3), (12, 11), *([(130, 6), (20, 8)] if WHOLE else [])]),
     st.integers(0, 300),
     st.sampled_from([0, 0.1]),
 )

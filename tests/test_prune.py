@@ -61,7 +61,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     held_out: HeldOut, three: Trace
 ) -> None:
     others = of_domains(held_out, "c", "german", "russian")
-    done = prune_held_out(others, three, Choice(by="reap", keep=0.75, draws=2))
+    done = prune_held_out(others, three, Choice(by="reap", keep=0.75))
     losses = done.losses.set_index(["plan", "domain"]).loss
     assert losses["reap", "(all)"] > losses["random", "(all)"] + 0.2
     assert "random is better than reap: a loss of 5.4" in said(done, "random")

@@ -31,7 +31,7 @@ def test_every_family_is_described_as_with_torch(tmp_path: Path) -> None:
     """Tiny and at the sizes of its config class, with embeddings tied and not, with its towers: a
     sample, in `make test-families` all."""
     configs: dict[str, Any] = {}
-    families = sample(zoo.FAMILIES, 3)
+    families = sample(zoo.FAMILIES, 5)
     for family in families:
         if family not in zoo.WHY_NOT:
             configs[f"{family}-tiny"] = zoo.config(family)

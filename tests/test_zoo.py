@@ -329,7 +329,8 @@ def assert_first_choice_first(trace: moe_inspect.Trace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "with_towers"), [(f, False) for f in BUILT] + [(f, True) for f in zoo.WITH_TOWERS]
+    ("family", "with_towers"),
+    sample([(f, False) for f in BUILT] + [(f, True) for f in zoo.WITH_TOWERS], 3),
 )
 def test_a_saved_model_routes_as_the_one_that_was_saved(
     family: str, with_towers: bool, tmp_path: Path
@@ -490,7 +491,7 @@ def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
     assert shares(7, 1, 10) == [7]
 
 
-@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("family", sample(BUILT, 3))
 def test_describe_knows_what_is_active(family: str, tmp_path: Path) -> None:
     """Of the routed experts k in E, of the towers nothing, of everything else all."""
     config = zoo.config(family)
