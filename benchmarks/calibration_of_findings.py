@@ -47,6 +47,7 @@ ALWAYS = {
     "committee",
     "signature",
     "paths",
+    "drift",
     "hard_tokens",
     "unused_in_domain",
     "repeated_rows",

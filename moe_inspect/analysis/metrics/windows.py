@@ -8,6 +8,7 @@ floor, the distance expected of two windows of these sizes that draw from the sa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,46 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import mutual_information_bits
 
 RANKS = 8  # GPUs of the placements in the table `drift`
+FEWEST_WINDOWS = 8  # two in each quarter
+
+
+def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
+    """Two-sided p-value of a trend in the share of each expert along the windows, by Student's t:
+    Σ over windows of t·(load − total × share), t from −½ for the first token to ½ for the last one.
+    Its variance under chance is that of the documents (units U) about the mean of their domain
+    (strata). Not corrected for the number of experts. NaN with few windows. float64 [E]"""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    stdtr: Any = special.stdtr
+    W, E = load_WE.shape
+    D, U = int(strata_U.max(initial=-1)) + 1, len(strata_U)
+    if W < FEWEST_WINDOWS or U <= D:
+        return np.full(E, np.nan)
+    total_W = load_WE.sum(1)
+    share_E = load_WE.sum(0) / total_W.sum()
+    trend_E = _along(total_W) @ (load_WE - total_W[:, None] * share_E)
+    member_DU = (strata_U == np.arange(D)[:, None]).astype(float)
+    share_DE = (
+        member_DU @ assignments_UE / nan_for_zero((member_DU @ assignments_UE.sum(1))[:, None])
+    )
+    residual_UE = assignments_UE - assignments_UE.sum(1)[:, None] * share_DE[strata_U]
+    of_one_E = (residual_UE**2).sum(0) / assignments_UE.sum() * U / (U - D)
+    error_E = np.sqrt(of_one_E * (_along(total_W) ** 2 @ total_W))
+    return 2 * stdtr(U - D, -np.abs(trend_E / nan_for_zero(error_E)))
+
+
+def quarter_ratio(load_WE: np.ndarray) -> np.ndarray:
+    """Load of each expert ÷ mean load, in the first quarter of the windows and in the last one.
+    float64 [2, E]"""
+    at_W = _along(load_WE.sum(1))
+    ends_2E = np.stack([load_WE[at_W < -0.25].sum(0), load_WE[at_W > 0.25].sum(0)])
+    return ends_2E / nan_for_zero(ends_2E.mean(1, keepdims=True))
+
+
+def _along(total_W: np.ndarray) -> np.ndarray:
+    """Where the middle of each window lies, from −½ to ½, by assignments."""
+    end_W = np.cumsum(total_W)
+    return (end_W - total_W / 2) / max(end_W[-1], 1) - 0.5
 
 
 @metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")

@@ -12,6 +12,7 @@ from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.load import design_effects, of_router, stacked, widened
 from moe_inspect.reporting.tables.registry import table
@@ -25,6 +26,10 @@ DRIFT = (
     "window_jsd_floor_bits",
     "first_to_last",
     "first_to_last_floor",
+    "trend_expert",
+    "trend_first",
+    "trend_last",
+    "trend_p",
     "gpus",
     "balancedness_fresh",
     "balancedness_stale",
@@ -67,7 +72,10 @@ def windows(data: ReportData) -> pd.DataFrame:
 def drift(data: ReportData) -> pd.DataFrame:
     """One row per router: how far its load moves from one window to the next, how far chance alone
     moves it, and what that costs if experts are placed on GPUs by the load of the window before.
-    Windows with fewer than half the tokens of the largest are left out."""
+    Windows with fewer than half the tokens of the largest are left out. trend_expert: the expert
+    whose share rises or falls most steadily, with its load ÷ mean load in the first quarter of the
+    trace and in the last (trend_first, trend_last), and the probability that documents by chance
+    give any expert of any router such a trend (trend_p)."""
     counts, rows = data.decisions("drift"), list[dict[str, float]]()
     for r in data.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)
@@ -89,12 +97,25 @@ def drift(data: ReportData) -> pd.DataFrame:
                 "window_jsd_floor_bits": _mean(floors[1]),
                 "first_to_last": win.first_to_last(load_WE),
                 "first_to_last_floor": _mean(ends[0]),
+                **_trend(data, r, load_WE),
                 "gpus": gpus,
                 "balancedness_fresh": win.balancedness_fresh(load_WE, gpus, rank_WE),
                 "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
             }
         )
-    return pd.DataFrame(rows, columns=["layer", "router", *DRIFT])
+    return pd.DataFrame(rows, columns=["layer", "router", *DRIFT]).astype({"trend_expert": "Int64"})
+
+
+def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float | None]:
+    counts = data.counts
+    p_E = win.trend_p(load_WE, counts.of[router].assignments_UE, counts.domain_of_unit_U)
+    if np.isnan(p_E).all() or len(counts.units) < FEWEST_TO_JUDGE:
+        names = ("trend_first", "trend_last", "trend_p")
+        return {"trend_expert": None} | dict.fromkeys(names, float("nan"))
+    e = int(np.nanargmin(p_E))
+    first, last = win.quarter_ratio(load_WE)[:, e].tolist()
+    p = min(1.0, float(p_E[e]) * len(p_E) * len(data.selection.routers))
+    return {"trend_expert": e, "trend_first": first, "trend_last": last, "trend_p": p}
 
 
 def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -45,6 +45,7 @@ CHECKS: tuple[Check, ...] = (
     routes.committee,
     routes.signature,
     routes.paths,
+    routes.drift,
     specialization.router_ties,
     data_checks.few_tokens,
     data_checks.few_documents_per_domain,

@@ -20,6 +20,7 @@ KINDS = {
         "starved_experts",
         "least_used_expert",
         "averaging_hides",
+        "drift",
         "overloading_domain",
         "unused_in_domain",
     ),

@@ -114,6 +114,31 @@ def paths(data: ReportData) -> Finding | None:
     )
 
 
+def drift(data: ReportData) -> Finding | None:
+    """An expert whose share rises or falls through the whole trace."""
+    if not _is_small(data):
+        return None
+    table: Any = data.tables["drift"]
+    change = (table["trend_last"] - table["trend_first"]).abs()
+    told = table[(table["trend_p"] < ALPHA) & (change >= data.thresholds.uneven)]
+    if told.empty:
+        return None
+    row = told.loc[change[told.index].idxmax()]
+    expert, first, last = int(row["trend_expert"]), row["trend_first"], row["trend_last"]
+    return finding(
+        "drift",
+        "note",
+        f"Load drifts through the trace in {len(told)} of {plural(len(table), 'router')}, most in "
+        f"{name_of(data, row)}: expert {expert} gets {first:.2f}x the mean load in the first "
+        f"quarter and {last:.2f}x in the last. Text that changes along the trace moves load too.",
+        row,
+        expert=expert,
+        first_quarter=first,
+        last_quarter=last,
+        routers=len(told),
+    )
+
+
 def _is_small(data: ReportData) -> bool:
     """Whether a pass of its own over the trace costs little; and the model is trained, as far as
     the trace says."""
