@@ -405,6 +405,18 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
     assert one["assignments"].tolist() == [80, 80]
 
 
+def test_an_interval_ends_where_every_token_goes_to_the_expert(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    ids = uniform_ids(rng, 200, 8, 2)
+    ids[:150] = [0, 1]
+    row = (
+        report(write_trace(tmp_path / "t", [ids], 8, document=np.arange(200) // 25))
+        .tables["balance"]
+        .iloc[0]
+    )
+    assert row["max_over_mean"] < row["max_over_mean_high"] == 4
+
+
 def test_domains_of_counts_are_no_documents(tmp_path: Path):
     rng = np.random.default_rng(0)
     loads = [rng.integers(100, 1_000, (6, 8)) for _ in range(2)]

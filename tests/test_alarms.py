@@ -116,7 +116,7 @@ def test_an_alarm_names_layer_expert_step_and_help() -> None:
     )
     assert (alarm.layer, alarm.router, alarm.experts) == (3, 1, (0,))
     assert (alarm.since, alarm.step, alarm.value) == (11, 30, 1.0)
-    assert alarm.text.startswith("Layer 3, expert 0: dead_experts above 0 since step 11, now 1")
+    assert alarm.text.startswith("Layer 3, expert 0: dead_experts above 0 since step 11 (rule")
     assert "arXiv:" in alarm.help
     assert json.loads(json.dumps(alarm.record()))["layer"] == 3
 

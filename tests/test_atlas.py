@@ -107,7 +107,7 @@ def test_the_table_is_that_of_the_reports(here: Path):
         "specialization by token, search by token",
     }
     index = (here / "site/index.html").read_text()
-    assert "counts hold no documents to shuffle" in index
+    assert "counts do not tell documents apart" in index
     assert "no other trace has the same text and another checkpoint" in index
 
 

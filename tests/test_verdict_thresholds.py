@@ -153,9 +153,9 @@ def no_load(**columns: Any) -> dict[str, Any]:
     return row([0] * 8, **columns)
 
 
-def dying(tokens: int) -> dict[str, Any]:
+def dying(tokens: int, **columns: Any) -> dict[str, Any]:
     """Eight experts of which the last is dead; each picked by a quarter of the tokens."""
-    return row([tokens * 2 // 7] * 7 + [0], k=2, tokens=tokens, assignments=tokens * 2)
+    return row([tokens * 2 // 7] * 7 + [0], k=2, tokens=tokens, assignments=tokens * 2, **columns)
 
 
 # 8 · (3/4)^T is 0.0101 at 23.2 tokens
@@ -196,6 +196,10 @@ SPOKEN = {
     "no dead": (experts.dead_experts, stub(row([1, *EVEN[1:]])), None),
     "dead": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD)), f"1 dead expert in 1 of 1 routers (layer 0: 7): none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead by chance": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD - 1)), "tokens are too few to call an expert dead: chance alone leaves some"),
+    "dead, alike within documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD * 5 - 1, design_effect=5.0)), "tokens are too few to call an expert dead"),
+    "dead, many alike": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD * 5, design_effect=5.0)), "1 dead expert in 1 of 1 routers"),
+    "dead, counts": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD * 1_000 - 1), counts_only=True), "tokens are too few to call an expert dead"),
+    "dead, many counts": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD * 1_000), counts_only=True), "1 dead expert in 1 of 1 routers"),
     "dead, few documents": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=7), "but with fewer than 8 documents this may be the text"),
     "dead, documents enough": (experts.dead_experts, stub(dying(LEAST_FOR_DEAD), documents=8), f"none of {LEAST_FOR_DEAD} tokens was routed there."),
     "dead in two": (experts.dead_experts, stub(dying(90), dying(90), row(EVEN)), "2 dead experts in 2 of 3 routers (layer 0: 7; layer 1: 7)"),
@@ -231,6 +235,8 @@ SPOKEN = {
     # passes
     "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),
+    "by pass, few documents in each": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5, design_effect=9.0)), "tokens of one document choose alike (design effect 9.0)"),
+    "by pass, documents too few": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5, design_effect=math.nan)), "Whether its documents explain this is unknown"),
     "by pass, as chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.8)), None),
     "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5)), "of a pass gets 1.90x"),
     "a single pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.5, passes={100: (1, 0.5)})), None),
@@ -319,10 +325,10 @@ def test_the_domain_where_the_least_used_is_used_least(case: str):
     assert least_of(*loads, **given) == says
 
 
-def deserted(expert: int, mean: int = 1_000, others: int = 1_000, **given: Any) -> str | None:
+def deserted(expert: int, mean: int = 10_000, others: int = 10_000, **given: Any) -> str | None:
     """Expert 0 has so many assignments in "code", and `others` in "law"; the others are even."""
     code = np.array([expert, *[(8 * mean - expert) // 7] * 7])
-    law = np.array([others, *[1_000] * 7])
+    law = np.array([others, *[10_000] * 7])
     return text(
         experts.unused_in_domain(
             stub(
@@ -336,20 +342,21 @@ def deserted(expert: int, mean: int = 1_000, others: int = 1_000, **given: Any) 
 
 
 def test_a_domain_that_deserts_an_expert():
-    said = deserted(99)
+    said = deserted(990)
     assert said is not None
     assert said.startswith(
         '"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7'
     )
+    assert "(beyond chance up to a design effect of 1,000)" in said
     assert said.endswith("times as much.")
-    assert deserted(101) is None
-    assert deserted(99, counts_only=False) is None  # `domains` says more
-    assert deserted(99, limits={"starved": 0.09}) is None
-    assert deserted(5, others=250) is not None
-    assert deserted(5, others=180) is None  # starved everywhere: not the domain's doing
-    # four standard deviations below a mean of 20 are 2.1, of 18 are 1.0
-    assert deserted(0, mean=17) is not None
-    assert deserted(0, mean=15) is None
+    assert deserted(1_010) is None
+    assert deserted(990, counts_only=False) is None  # `domains` says more
+    assert deserted(990, limits={"starved": 0.09}) is None
+    assert deserted(50, others=2_500) is not None
+    assert deserted(50, others=1_800) is None  # starved everywhere: not the domain's doing
+    # documents with a design effect of 1,000 explain none where chance gives 1.032x
+    assert deserted(0, mean=2_200) is not None
+    assert deserted(0, mean=1_800) is None
     assert experts.unused_in_domain(stub(row(AROUND), counts_only=True)) is None  # a single domain
 
 

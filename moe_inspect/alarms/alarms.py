@@ -48,7 +48,11 @@ AT_FAULT: dict[str, At] = {  # load_E → bool [E], the experts at fault
     "starved_experts": lambda load_E: (load_E > 0) & (load_E < bal.STARVED * load_E.mean()),
     "min_over_max": lambda load_E: np.arange(len(load_E)) == load_E.argmin(),
 }
-BUSIEST: At = lambda load_E: np.arange(len(load_E)) == load_E.argmax()  # noqa: E731
+
+
+def busiest(load_E: np.ndarray) -> np.ndarray:
+    """The busiest expert alone, bool [E]."""
+    return np.arange(len(load_E)) == load_E.argmax()
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Alarms:
     """Judges windows by rules. An alarm is raised once, and can be again after CALM windows in a
     row (or as many as the rule says, if more) that keep the rule. Windows without tokens at a
     router do not count. `effects`: the design effect of the documents on the load of each router,
-    where it is known; else it is estimated from how much the load moves between windows, and before
-    there are two it is LONG_DOCUMENT."""
+    where it is known; else it is estimated from how much the load moves between windows, and for
+    the first two it is LONG_DOCUMENT."""
 
     routers: Sequence[Router]
     rules: Sequence[Rule] = field(
@@ -278,9 +282,10 @@ class Alarms:
         side = "at most" if rule.above else "at least"
         by_chance = f"; by chance {side} {chance:.3g}" if not math.isnan(chance) else ""
         tokens = f"{int(window.tokens_R[r]):,} tokens"
+        now = "" if rule.of_experts else f", now {value:.3g}"
         text = (
-            f"{where}{of}: {rule.metric} {_side(rule, reference)} since {self.steps} {since}, "
-            f"now {value:.3g} (rule: {rule}; {self.steps} {window.first} to {window.last}, "
+            f"{where}{of}: {rule.metric} {_side(rule, reference)} since {self.steps} {since}"
+            f"{now} (rule: {rule}; {self.steps} {window.first} to {window.last}, "
             f"{tokens}{by_chance})."
         )
         return Alarm(
@@ -303,7 +308,7 @@ class Alarms:
             return np.zeros(len(load_E), bool)
         if metric == DRIFT and self._before is not None:
             load_E = np.abs(_share(load_E) - _share(self._before.load[r]))
-        return AT_FAULT.get(metric, BUSIEST)(load_E)
+        return AT_FAULT.get(metric, busiest)(load_E)
 
 
 def max_vio_of_steps(recent: Sequence[np.ndarray]) -> np.ndarray:

@@ -78,9 +78,9 @@ def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:
 
 
 def effect_of(pairs: Sequence[float], E: int) -> float:
-    """The design effect of a run, from those of pairs of windows: the upper end of a 95 % interval
-    (one-sided, χ²) of their median, which one change of the load does not move; at least 1, and at
-    most LONG_DOCUMENT: a model that is being trained moves by itself."""
+    """The design effect of a run, from those of pairs of windows: about the upper end of a
+    95 % interval (one-sided, χ²) of their median, which one change of the load does not move; at
+    least 1, and at most LONG_DOCUMENT: a model that is being trained moves by itself."""
     degrees = len(pairs) * max(E - 1, 1)
     low = 1 - 2 / (9 * degrees) - z_of(0.05) * math.sqrt(2 / (9 * degrees))  # Wilson and Hilferty
     lower_median = sorted(pairs)[(len(pairs) - 1) // 2]

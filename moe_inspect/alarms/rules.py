@@ -48,10 +48,10 @@ _RULE = re.compile(
 @dataclass(frozen=True)
 class Rule:
     """The alarm is raised for a router whose `metric` meets the condition in `windows` consecutive
-    windows; dead and starved experts: in two thirds of them. `sign`: ">", ">=", "<", "<=" than
-    `value`, or "falling" ("rising"): by the share `value` below the highest (above the lowest) of
-    its earlier windows. `beyond_chance`: and tokens that choose their experts at random would not
-    give such a value. `layers`: only there."""
+    windows; dead and starved experts: in at least two thirds of them. `sign`: ">", ">=", "<", "<="
+    than `value`, or "falling" ("rising"): by the share `value` below the highest (above the lowest)
+    of its earlier windows. `beyond_chance`: and tokens that choose their experts at random would
+    not give such a value. `layers`: only there."""
 
     metric: str
     sign: str

@@ -58,10 +58,10 @@ class ExpertLosses:
     """Of each expert, [E]. `assignments`: those whose loss is known; mean_loss_nats,
     mean_entropy_nats: their means. `compared`: those of tokens whose cell has others.
     difference_nats: by how much these tokens are harder than the others of their cell, on average;
-    its 95 % interval over documents (linearised, clusters of documents as they are); what 99 of 100
-    such documents stay within by chance, on both sides of 0; and the probability that chance gives
-    any expert of any router as much (`add_p`). largest_B: by chance, the largest difference of all
-    experts, in standard deviations."""
+    its 95 % interval over documents (linearised, clusters of documents as they are); what the
+    difference stays within in 99 of 100 samples of such documents by chance, on both sides of 0;
+    and the probability that chance gives any expert of any router as much (`add_p`). largest_B: by
+    chance, the largest difference of all experts, in standard deviations."""
 
     assignments: np.ndarray
     mean_loss_nats: np.ndarray

@@ -90,7 +90,7 @@ def _lacks(made: Report, row: dict[str, Any], words: Any) -> dict[str, str]:
     if len(counts.domains) < 2:
         lacks["specialization by domain, committee"] = "the text has one domain"
     elif counts.counts_only:
-        lacks["specialization by domain"] = "counts hold no documents to shuffle"
+        lacks["specialization by domain"] = "counts do not tell documents apart"
     elif row["domain_bits"] != row["domain_bits"]:
         lacks["specialization by domain"] = f"too few documents ({counts.documents})"
     if isinstance(words, str):

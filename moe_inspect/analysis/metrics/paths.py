@@ -73,7 +73,7 @@ def entropies(
                 shuffled_value = path_entropy_bits(shuffled.tokens_P)
         if not r:
             shuffled_value = independent
-        # the plug-in estimate is too low, never too high
+        # the plug-in estimate is too low on average
         low, high = np.clip([value - half, value + bias + half], 0, np.log2(S)).tolist()
         found.append(Entropy(len(path.tokens_P), value, low, high, shuffled_value, independent))
     return found

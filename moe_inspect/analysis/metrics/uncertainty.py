@@ -1,8 +1,8 @@
 """Chance: noise floors, intervals over documents, evidence against chance.
 
 T tokens, E experts, k choices per token, U units (clusters of documents), R repetitions. Tokens of
-one document are not independent, so nothing here resamples tokens: intervals resample documents,
-nulls permute documents. All seeds are fixed: the same trace gives the same report.
+one document are not independent, so nothing here resamples tokens: intervals and nulls are over
+documents. All seeds are fixed: the same trace gives the same report.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     """95 % interval of the max_vio of the texts that these documents are a sample of, whichever
     expert is their busiest. NaN with fewer than FEWEST_DOCUMENTS units, or no load.
 
-    Logarithms of the load ratios, with the error that documents give, by Student's t of as many
-    documents as theirs of one length would tell as much (Kish). The upper end is that of the
+    Logarithms of the load ratios, with the error that documents give, by Student's t with the
+    effective number of documents, (Σn)² ÷ Σn² (Kish). The upper end is that of the
     sample's busiest expert. The lower end is the highest of all that may be the busiest (those
     within RIVALS errors of it), each as much lower as their number demands (Šidák): the largest of
     a sample is larger than it would be by itself."""

@@ -71,7 +71,8 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
             if counts.counts_only
             else unc.max_vio_interval(counts.of[r].assignments_UE, counts.domain_of_unit_U)
         )
-        row["max_over_mean_low"], row["max_over_mean_high"] = (1 + end for end in interval)
+        most = E * counts.tokens_of(r) / total if total else math.nan  # every token goes there
+        row["max_over_mean_low"], row["max_over_mean_high"] = (min(1 + x, most) for x in interval)
         row["design_effect"] = effect = _design_effect(counts, r)
         floor = unc.noise_floor(round(total / k), E, k)  # null slots make no load
         row["expected_by_chance"] = 1 + floor * widened(effect)

@@ -160,16 +160,18 @@ def uneven_batches(data: ReportData) -> Finding | None:
     larger = f"of {whole:,} of {passes:,} passes, the larger ones; " if whole < passes else ""
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
     idle, effect = 1 - 1 / batch, row["design_effect"]
-    of_documents = not _hidden(data, row, effect) > 0
-    cause = (
-        f" Each pass holds few documents, and tokens of one document choose alike (design effect "
-        f"{effect:.1f}): larger or better mixed passes are more even."
-        if of_documents
-        else ""
-    )
+    known, cause = not math.isnan(effect), ""
+    of_documents = known and not _hidden(data, row, effect) > 0
+    if of_documents:
+        cause = (
+            f" Each pass holds few documents, and tokens of one document choose alike (design "
+            f"effect {effect:.1f}): larger or better mixed passes are more even."
+        )
+    elif not known:
+        cause = " Whether its documents explain this is unknown: there are too few of them."
     return finding(
         "uneven_batches",
-        "note" if of_documents else "warning",
+        "note" if cause else "warning",
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
         f"expected by chance: {expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With "

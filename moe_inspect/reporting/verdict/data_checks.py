@@ -34,8 +34,8 @@ def trace_warning(data: ReportData) -> Finding | None:
 
 def dropped(data: ReportData) -> Finding | None:
     """How many assignments the capacity of experts dropped, and where most; where the trace does
-    not state that, how many slots are empty. Imported counts may lack a few of every domain, where
-    the number of tokens is the least that explains them."""
+    not state that, how many slots are empty. Imported counts may lack a few assignments per domain:
+    their number of tokens is the smallest that fits."""
     rows: list[Any] = [
         row
         for row in data.loaded

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import (
@@ -39,7 +39,9 @@ def dead_experts(data: ReportData) -> Finding | None:
         of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
         names.append(f"{name_of(data, row)}: {comma_list(load.loc[of_router, 'expert'].tolist())}")
         picked = min(1.0, row["assignments"] / (row["tokens"] * row["experts"]))
-        likely = max(likely, row["experts"] * (1 - picked) ** row["tokens"])
+        effect = LONG_DOCUMENT if data.counts.counts_only else row["design_effect"]
+        independent = row["tokens"] / (max(effect, 1) if effect == effect else 1)
+        likely = max(likely, row["experts"] * (1 - picked) ** independent)
     n = sum(int(row["dead_experts"]) for row in dead)
     where = f"in {len(dead)} of {len(data.loaded)} routers ({join_first(names, 4, '; ')})"
     tokens = plural(data.counts.tokens, "token")
@@ -248,11 +250,13 @@ def unused_in_domain(data: ReportData) -> Finding | None:
     load: Any = data.tables["load"]
     ratio_of = load.set_index(["router", "expert"])["load_ratio"]
     overall = domains.set_index(["router", "expert"]).index.map(ratio_of).to_numpy()
-    # beyond chance: four standard deviations of a count below its mean
-    few = domains["assignments"] < np.minimum(starved * mean, mean - 4 * np.sqrt(mean))
-    rows = domains.assign(ratio=domains["assignments"] / mean, most=most)[
-        few & (overall >= starved)
+    rows = domains.assign(ratio=domains["assignments"] / mean, most=most)
+    rows = rows[(rows["ratio"] < starved) & (overall >= starved)]
+    by_chance = [
+        not beyond_documents(1 - ratio, expected - 1)
+        for ratio, expected in zip(rows["ratio"], rows["expected_by_chance"], strict=True)
     ]
+    rows = rows[~np.array(by_chance, bool)]
     if not len(rows):
         return None
     row = rows.loc[rows["ratio"].idxmin()]
@@ -268,7 +272,8 @@ def unused_in_domain(data: ReportData) -> Finding | None:
         "unused_in_domain",
         "note",
         f'"{row["domain"]}" leaves expert {row["expert"]} of {name_of(data, row)} nearly unused: '
-        f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{less}{others}.",
+        f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')} "
+        f"({beyond(data)}){less}{others}.",
         row,
         domain=row["domain"],
         expert=row["expert"],

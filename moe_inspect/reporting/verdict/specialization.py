@@ -122,7 +122,7 @@ def _beyond_baseline(data: ReportData, real: Any, routers: int, values: dict[str
 
 
 def _in_baseline(row: Any, name: str, unit: str, form: str) -> str:
-    """ "; in the baseline 0.012 beyond chance", of a row of `specialization` with a baseline." """
+    """ "; in the baseline 0.012 beyond chance": of a row of `specialization`."""
     its = row.get(f"{name}_baseline{unit}", np.nan)
     return "" if np.isnan(its) else f"; in the baseline {its:{form}} beyond chance"
 
@@ -133,8 +133,8 @@ def _cannot_tell(data: ReportData, table: Any) -> str | None:
     known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
     if counts.counts_only:
         return (
-            "Counts alone cannot tell whether experts specialise by domain: they hold no documents "
-            "to shuffle."
+            "Counts alone cannot tell whether experts specialise by domain: they do not tell "
+            "documents apart."
         )
     few = (
         "Too few documents to tell whether experts specialise by domain: "
