@@ -91,7 +91,8 @@ def test_checkpoints_load_in_a_fresh_process_and_give_what_dropping_gives(tmp_pa
     for family, path in zip(families, paths, strict=True):
         assert (found[path] - expected[family]).abs().max() <= ROUNDING, family
         assert (found[path] - whole[family]).abs().max() > 0.1, "control: the model is another"
-    assert torch.equal(found[paths[2]], expected["deepseek_v3"]), "no softmax: equal to the bit"
+    # no softmax over the experts: no more than how a product of another shape rounds
+    assert (found[paths[2]] - expected["deepseek_v3"]).abs().max() <= ROUNDING / 10
 
 
 def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here: Cli) -> None:

@@ -84,9 +84,8 @@ def test_a_terminal_gets_lines_it_can_hold(made: Report):
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     text = " ".join(" ".join(lines).split())
-    for name, left_out in (("balance", 18), ("domains", 3)):
-        assert f"+ {left_out} more columns: moe-inspect report" in text
-        assert f"--table {name}" in text
+    for name in ("balance", "domains"):
+        assert re.search(rf"\+ \d+ more columns: moe-inspect report \S+ --table {name}", text)
 
 
 def test_one_domain_has_nothing_to_compare(tmp_path: Path, made: Report):

@@ -18,11 +18,13 @@ from moe_inspect.reporting.render.console import (
     print_and_count,
     print_frame,
     rows_that_fit,
+    screen_lines,
 )
 from moe_inspect.reporting.render.terminal import print_verdict
 from moe_inspect.text import printable
 
 ROWS = 10  # of a table in a file; --table has them all
+LEAST_OF_TABLE = 8  # lines of a table with two rows
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def print_comparison(made: PairData, file: TextIO) -> None:
         for name in EXCERPTS
         if len(made.tables[name]) and (name == "agreement" or made.mismatched)
     ]
+    if console.is_terminal:  # tables that have room for two rows
+        del shown[max(1, (screen_lines(console) - lines) // LEAST_OF_TABLE) :]
     most = rows_that_fit(console, lines, len(shown)) if console.is_terminal else ROWS
     for name in shown:
         excerpt, whole = EXCERPTS[name], made.tables[name]

@@ -73,7 +73,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         )
         most = E * counts.tokens_of(r) / total if total else math.nan  # every token goes there
         row["max_over_mean_low"], row["max_over_mean_high"] = (min(1 + x, most) for x in interval)
-        row["design_effect"] = effect = _design_effect(counts, r)
+        row["design_effect"] = effect = design_effect(counts, r)
         floor = unc.noise_floor(round(total / k), E, k)  # null slots make no load
         row["expected_by_chance"] = 1 + floor * widened(effect)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
@@ -145,9 +145,8 @@ def load(data: ReportData) -> pd.DataFrame:
 
 @once
 def design_effects(data: ReportData) -> dict[int, float]:
-    """The design effect of documents on the load of each router; NaN with few documents, and where
-    they are unknown."""
-    return {r: _design_effect(data.counts, r) for r in data.selection.routers}
+    """`design_effect` of each router."""
+    return {r: design_effect(data.counts, r) for r in data.selection.routers}
 
 
 def widened(design_effect: float) -> float:
@@ -156,7 +155,9 @@ def widened(design_effect: float) -> float:
     return max(1.0, math.sqrt(design_effect)) if design_effect == design_effect else 1.0
 
 
-def _design_effect(counts: Counts, router: int) -> float:
+def design_effect(counts: Counts, router: int) -> float:
+    """That of documents on the load of a router; NaN with few documents, and where they are
+    unknown."""
     if counts.counts_only:
         return math.nan
     loads_UE, tokens_U = counts.of[router].assignments_UE, counts.tokens_U_of(router)

@@ -13,7 +13,7 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import design_effects, of_router, stacked, widened
+from moe_inspect.reporting.tables.load import design_effect, of_router, stacked, widened
 from moe_inspect.reporting.tables.registry import table
 
 SPECIALIZATION = (
@@ -64,17 +64,17 @@ def domains(data: ReportData) -> pd.DataFrame:
             "assignments": assignments_DE.reshape(-1),
             "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
             "lift": sp.lift(every.assignments_DE(r), every.tokens_D_of(r))[among].reshape(-1),
-            "expected_by_chance": np.repeat(_expected_by_chance(data, r, assignments_DE), E),
+            "expected_by_chance": np.repeat(_expected_by_chance(every, r)[among], E),
             "overload_p": _overload_p(every, r)[among].reshape(-1),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)
 
 
-def _expected_by_chance(data: ReportData, router: int, assignments_DE: np.ndarray) -> np.ndarray:
-    k = data.counts.routers[router].top_k
+def _expected_by_chance(counts: Counts, router: int) -> np.ndarray:
+    assignments_DE, k = counts.assignments_DE(router), counts.routers[router].top_k
     floor_D = unc.noise_of(assignments_DE.sum(1) / k, assignments_DE.shape[1], k)[0]
-    return 1 + floor_D * widened(design_effects(data)[router])
+    return 1 + floor_D * widened(design_effect(counts, router))
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:
