@@ -22,6 +22,7 @@ from tests.conftest import ROOT, Cli, in_one_process
 from tests.damage import edit_manifest
 from tests.families import build, handed_over
 from tests.ranks import Ranks
+from tests.sweep import sample
 
 WORDS = [
     "the",
@@ -243,11 +244,14 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "status"),
-    [
-        (signal.SIGKILL, -9, "recording"),
-        (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 130, "interrupted"),
-    ],
+    sample(
+        [
+            (signal.SIGKILL, -9, "recording"),
+            (signal.SIGINT, 130, "interrupted"),
+            (signal.SIGTERM, 130, "interrupted"),
+        ],
+        2,
+    ),
 )
 def test_killed_and_resumed_is_as_if_nothing_happened(
     how: signal.Signals,

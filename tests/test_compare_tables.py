@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import moe_inspect
 from moe_inspect.trace.reader import Trace
+from tests.sweep import WHOLE
 from tests.synthetic import write_trace
 
 DOCUMENT = 7  # tokens of a document, which is a batch: positions count from its beginning
@@ -162,7 +163,7 @@ def same(row: Any, expected: Any) -> None:
 
 @given(drawn=pairs())
 @settings(
-    max_examples=100,
+    max_examples=300 if WHOLE else 50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -23,6 +23,7 @@ from moe_inspect.capture.mode import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.families import FAMILIES, NO_INTERFACE, build
+from tests.sweep import WHOLE, sample
 from tests.zoo import token_batch
 
 ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)
@@ -56,7 +57,7 @@ def routing(model: Any, path: Path, run: Callable[[Any], Any], **options: Any) -
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["grouped", "copied"])
-@pytest.mark.parametrize("family", ON_INTERFACE)
+@pytest.mark.parametrize("family", sample(ON_INTERFACE, 3))
 def test_through_the_kernels_a_model_computes_what_stock_does(
     family: str, few: bool, on_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -392,7 +393,9 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capture", "on_gpu"), [("tap", False), ("dispatch", True)], ids=str)
+@pytest.mark.parametrize(
+    ("capture", "on_gpu"), [("tap", False), ("dispatch", True)][0 if WHOLE else 1 :], ids=str
+)
 def test_compiled_whole_it_records_the_same(
     capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -459,7 +462,7 @@ def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "within", "around a step"])
+@pytest.mark.parametrize("when", sample(["before", "within", "around a step"], 2))
 def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_path: Path) -> None:
     """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing
     goes unseen."""
