@@ -214,15 +214,20 @@ def decided(bias_E: np.ndarray | float = 0) -> tuple[list[np.ndarray], list[np.n
 
 
 def swapped(
-    logits: list[np.ndarray], ids: list[np.ndarray], places: slice, n: int = L
+    logits: list[np.ndarray],
+    ids: list[np.ndarray],
+    places: slice,
+    n: int = L,
+    documents: Sequence[int] = range(T),
 ) -> list[np.ndarray]:
     """The next best instead of the last expert, at these places of the order of margins, in n
-    routers."""
+    routers, in these documents."""
     other = [x.copy() for x in ids]
     for x, of_TK in [*zip(logits, other, strict=True)][:n]:
         ranked = np.argsort(-x, 1, kind="stable")
         margin_T = np.take_along_axis(x, ranked, 1)[:, K - 1] - np.sort(x, 1)[:, -K - 1]
         at = np.argsort(margin_T, kind="stable")[places]
+        at = at[np.isin(DOCUMENT[at], documents)]
         of_TK[at, -1] = ranked[at, K]
     return other
 
@@ -233,9 +238,9 @@ def swapped(
         (slice(20), L, "rounding", "good", "100% of these are among the 10% of decisions with"),
         (slice(-20, None), L, "not_rounding", "warning", "only 0% were close decisions"),
         # a few of many, in as many documents: neither is shown
-        (slice(1), 1, "rounding", "note", "100% of these were close decisions"),
-        (slice(-1, None), 1, "rounding", "note", "in 1 document: too few to tell whether rounding"),
-        (slice(-2, None), 1, "rounding", "note", "in 2 documents: too few to tell whether"),
+        (slice(1), 1, "rounding_unknown", "note", "100% of these were close decisions"),
+        (slice(-1, None), 1, "rounding_unknown", "note", "in 1 document: too few to tell whether"),
+        (slice(-2, None), 1, "rounding_unknown", "note", "in 2 documents: too few to tell whether"),
     ],
 )
 def test_flips_at_the_margin_are_rounding_and_others_are_not(
@@ -254,6 +259,21 @@ def test_flips_at_the_margin_are_rounding_and_others_are_not(
     if n == L:
         margins = made.tables["margins"].groupby("decile")["set_mismatch"].mean()
         assert margins.idxmax() == (0 if kind == "rounding" else 9)
+
+
+def test_flips_of_one_document_among_others_are_few(tmp_path: Path) -> None:
+    """Most flips are of one document: as many documents with one flip each would tell."""
+    logits, ids = decided()
+    a = write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits)
+    of_one = swapped(logits, ids, slice(T // 11), documents=[0])
+    for name, other, kind in (
+        ("one", swapped(logits, of_one, slice(T // 60), 1, range(1, 11)), "rounding_unknown"),
+        ("each", swapped(logits, ids, slice(T // 60), 1, range(1, 11)), "rounding"),
+    ):
+        b = write_trace(tmp_path / name, other, E, **ALIKE, logits=logits)
+        found = moe_inspect.compare(a, b).verdict()[0]
+        assert (found.kind, found.values["flips_in_lowest_tenth"]) == (kind, 1), name
+        assert ("mostly in 2 documents: too few" in found.text) == (name == "one")
 
 
 @pytest.mark.parametrize("shape", [(8, 2), (64, 2)])
@@ -277,7 +297,7 @@ def test_without_logits_the_margin_is_unknown(
         for name, ids in (("a", ranked[:, :k]), ("b", other))
     )
     found = moe_inspect.compare(a, b).verdict()[0]
-    assert (found.kind, found.severity) == ("rounding", "note")
+    assert (found.kind, found.severity) == ("rounding_unknown", "note")
     assert found.text.endswith("Record with --logits to tell whether rounding explains them.")
     with pytest.raises(
         MoeInspectError, match=r"has no logits \(trace --logits\): no margins table"
@@ -293,23 +313,6 @@ def test_where_a_bias_chooses_too_logits_tell_no_margin(tmp_path: Path) -> None:
     )
     assert made.margins is None
     assert "do not choose by their logits alone" in made.verdict()[0].text
-
-
-def test_a_few_decisions_of_few_are_no_difference_of_the_models(tmp_path: Path) -> None:
-    """Of 40 decisions 1 is 2.5 %, and 2 % make one as often as not; 20 are not chance."""
-    ids = [x[:40] for x in routes()]
-    alike = {"document": np.arange(40) // 5, "token_id": IDS[:40], "batch_tokens": 5}
-    for n, kind in ((1, "rounding"), (20, "different")):
-        other = [x.copy() for x in ids]
-        for t in range(n):
-            other[2][t, -1] = np.setdiff1d(np.arange(E), ids[2][t])[0]
-        a = write_trace(tmp_path / f"a{n}", ids, E, **alike)
-        assert (
-            moe_inspect.compare(a, write_trace(tmp_path / f"b{n}", other, E, **alike))
-            .verdict()[0]
-            .kind
-            == kind
-        )
 
 
 def test_weights_that_differ_are_told(tmp_path: Path) -> None:

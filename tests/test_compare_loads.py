@@ -95,6 +95,29 @@ def test_a_shift_is_found_where_it_was_made_and_chance_is_none(tmp_path: Path) -
         assert (found.severity, found.layer) == ("warning", 1)
 
 
+EVEN, STEEP = np.full(E, 25_000), np.array([97_000, 97_000, *[1_000] * 6])
+# 6 % of the even load moves, which chance or another text explains, and less of the steep one,
+# which they do not
+EVEN_B, STEEP_B = (
+    EVEN + 3_000 * np.repeat([-1, 1], E // 2),
+    STEEP + 11_000 * (np.eye(E)[7] - np.eye(E)[0]).astype(int),
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "severity", "layer", "routers"), [(1_000, "note", 1, 1), (100_000, "warning", 0, 2)]
+)
+def test_the_load_is_judged_by_the_routers_beyond_chance(
+    tmp_path: Path, tokens: int, severity: str, layer: int, routers: int
+) -> None:
+    a, b = (
+        write_counts(tmp_path / name, [load[None] * tokens // 100_000 for load in loads], K)
+        for name, loads in (("a", (EVEN, STEEP)), ("b", (EVEN_B, STEEP_B)))
+    )
+    found = kinds(moe_inspect.compare(a, b))["load_shift"]
+    assert (found.severity, found.layer, found.values["routers"]) == (severity, layer, routers)
+
+
 def test_the_floor_is_what_traces_that_route_alike_are_apart(tmp_path: Path) -> None:
     """Mean over many routers, for loads that are even and for one that is not."""
     L, popular = 300, np.r_[np.full(E // 2, 3.0), np.full(E // 2, 1.0)]

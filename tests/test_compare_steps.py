@@ -17,6 +17,7 @@ from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli
 from tests.synthetic import routers, uniform_ids, write_trace
+from tests.test_compare_loads import EVEN, EVEN_B, STEEP, STEEP_B
 
 E, K, L, TOKENS = 8, 2, 2, 200  # TOKENS of a step
 
@@ -123,6 +124,14 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
         "no load differs by more than chance of independent tokens, in 10 windows of steps 1 to 100"
         in (found(same).text)
     )
+
+
+def test_step_by_step_a_router_whose_load_no_text_explains_is_warned_of(tmp_path: Path) -> None:
+    a, b = (np.stack([np.stack(of)] * 4) for of in ((EVEN, STEEP), (EVEN_B, STEEP_B)))
+    made: Any = moe_inspect.compare(history(tmp_path / "a", a, 1), history(tmp_path / "b", b, 1))
+    assert (found(made).severity, found(made).values["routers"]) == ("warning", 2)
+    assert "in layers 0, 1 (4 of the 4 windows since). Most in steps 1 to 1" in found(made).text
+    assert "6.00% of the load moves in layer 0" in found(made).text
 
 
 def test_what_cannot_be_compared_by_step_says_why(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.comparison.data import PairData
+from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import layer_label, plural
@@ -74,28 +75,31 @@ def growth(data: PairData) -> Iterator[Finding]:
 def load(data: PairData) -> Iterator[Finding]:
     """Whether the load of the experts changed by more than it does between documents, and not by
     chance among them."""
-    if not data.mismatched:
-        return
     table: Any = data.tables["load_shift"]
     rows = table.dropna(subset=["load_shift", "load_shift_halves"])
+    if not data.mismatched or not len(rows):
+        return
     moved = [data.of(int(r)).moved_UE[data.units] for r in rows["router"]]
     p_R = p_over_documents(moved, lambda sums: np.abs(sums).sum(1))
-    beyond = rows[(rows["load_shift"] > rows["load_shift_halves"]) & (p_R < ALPHA)]
-    if not len(rows):
-        return
-    row = rows.loc[rows["load_shift"].idxmax()]
-    where = f"up to {row['load_shift']:.2%} of the load moves, in layer "
-    where += name_of(data, int(row["router"]))
-    halves = f"between two halves of A's documents: {row['load_shift_halves']:.2%}"
+    more_R = rows["load_shift"] > rows["load_shift_halves"]
+    more, beyond = rows[more_R], rows[more_R & (p_R < ALPHA)]
+    severity: Severity = "note"
+    if len(beyond):
+        severity, of = "warning", beyond
+        said = f"The load of {plural(len(beyond), 'router')} differs by more than between documents"
+    elif not len(more):
+        severity, of, said = "good", rows, "The load moves no more than between documents"
+    elif np.isnan(p_R).any():
+        of, said = more, "Too few documents to tell whether the load moved"
+    else:
+        of, said = more, "The load moves more than between documents, which may be chance"
+    row = of.loc[of["load_shift"].idxmax()]
     yield finding(
         "load_shift",
-        "warning" if len(beyond) else "good",
-        (
-            f"The load of {plural(len(beyond), 'router')} differs by more than between documents: "
-            if len(beyond)
-            else "The load moves no more than between documents: "
-        )
-        + f"{where} ({halves}).",
+        severity,
+        f"{said}: up to {row['load_shift']:.2%} of the load moves, in layer "
+        f"{name_of(data, int(row['router']))} (between two halves of A's documents: "
+        f"{row['load_shift_halves']:.2%}).",
         {"layer": row["layer"], "router": row["router"]},
         load_shift=row["load_shift"],
         load_shift_halves=row["load_shift_halves"],
@@ -106,44 +110,43 @@ def load(data: PairData) -> Iterator[Finding]:
 def collapsed(data: PairData) -> Iterator[Finding]:
     """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
     other."""
-    cases = list[tuple[float, float, str, int, int]]()
-    apart = list[np.ndarray]()
+    cases, apart = list[tuple[bool, tuple[float, float, str, int, int]]](), list[np.ndarray]()
     for r, _ in data.pairs:
         counts = data.of(r)
         load_2UE = np.stack([counts.load_UE, counts.load_UE + counts.moved_UE])
         load_2E = load_2UE.sum(1)
         share_2E = load_2E / max(int(data.decisions_UX(r).sum()), 1)
-        is_2 = (share_2E.max(1) >= COLLAPSED) & (load_2E.max(1) >= 2 * load_2E.mean(1))
-        if is_2[0] != is_2[1]:
-            x = int(is_2[1])
-            e = int(load_2E[x].argmax())
-            cases.append((share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, r))
-            apart.append((load_2UE[x] - load_2UE[1 - x])[data.units, e : e + 1])
-    p_N = p_over_documents(apart, lambda sums: sums[:, 0])
-    cases = [case for case, p in zip(cases, p_N, strict=True) if p < ALPHA]
-    if not cases:
+        overloaded_2 = load_2E.max(1) >= Thresholds.overloaded * load_2E.mean(1)
+        is_2 = (share_2E.max(1) >= COLLAPSED) & overloaded_2
+        x, e = (int(i) for i in np.unravel_index(share_2E.argmax(), share_2E.shape))
+        case = share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, r
+        cases.append((bool(is_2[x] and not is_2[1 - x]), case))
+        apart.append((load_2UE[x] - load_2UE[1 - x])[data.units, e : e + 1])
+    p_R = p_over_documents(apart, lambda sums: sums[:, 0])
+    found = [case for (differs, case), p in zip(cases, p_R, strict=True) if differs and p < ALPHA]
+    if not found:
         return
-    share, other_share, name, e, r = max(cases)
-    cases = [case for case in cases if case[2] == name]
+    share, other_share, name, e, r = max(found)
+    found = [case for case in found if case[2] == name]
     where = {"layer": data.router(r).layer, "router": r}
     yield finding(
         "collapsed",
         "critical",
         f"{name} is collapsed in layer {name_of(data, r)}: expert {e} gets {share:.0%} of its "
         f"tokens, in {'A' if name == 'B' else 'B'} {other_share:.0%} "
-        f"({len(cases)} of {plural(len(data.pairs), 'router')}).",
+        f"({len(found)} of {plural(len(data.pairs), 'router')}).",
         where,
         trace=name,
         expert=e,
         token_share=share,
         other_token_share=other_share,
-        routers=len(cases),
+        routers=len(found),
     )
 
 
 def below_chance(data: PairData) -> Iterator[Finding]:
     """Routers in which the two share fewer experts than if they chose without each other."""
-    if data.misaligned or not data.mismatched:
+    if not data.mismatched:
         return
     lacking, shares = list[np.ndarray](), list[tuple[float, float]]()
     for r, _ in data.pairs:
@@ -176,7 +179,8 @@ def below_chance(data: PairData) -> Iterator[Finding]:
 
 
 def domains(data: PairData) -> Iterator[Finding]:
-    """The domain whose routing changed most, if by more than documents differ by chance."""
+    """Whether the routing of a domain changed by more than that of the others, beyond chance among
+    documents."""
     domain_U, names = data.counts.domain_U[data.units], data.counts.domains
     if len(names) < 2 or not data.mismatched:
         return
@@ -202,8 +206,8 @@ def domains(data: PairData) -> Iterator[Finding]:
     yield finding(
         "domain",
         "note",
-        f'The routing of "{names[d]}" changed most: {percent(share)} of its assignments go to '
-        f"other experts, {percent(others)} in the other domains.",
+        f'The routing of "{names[d]}" changed more than that of the other domains: '
+        f"{percent(share)} of its assignments go to other experts, {percent(others)} of theirs.",
         domain=names[d],
         share=share,
         share_of_others=others,

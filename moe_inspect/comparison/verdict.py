@@ -37,16 +37,23 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.loads.data import LoadData
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
-TENTH = 0.1
-CLOSE = 0.8  # share of the flips that lie in the lowest tenth of margins, where rounding makes them
+LOWEST_TENTH = 0.1  # share of decisions that are close: those with the smallest margins
+CLOSE = 0.8  # share of the flips that are close from which rounding explains them
 LAST = 5  # how many times as often last tokens must differ
 FEWEST_LAST = 5
 
 
 def findings(data: PairData) -> list[Finding]:
     """What every check finds, most important first."""
-    found = [one for check in CHECKS for one in check(data)]
+    left_out = OF_ALIGNED if is_misaligned(data) else ()
+    found = [one for check in CHECKS if check not in left_out for one in check(data)]
     return most_important_first(found)
+
+
+def is_misaligned(data: PairData) -> bool:
+    """Whether decisions are compared that do not belong together, so that what differs means
+    nothing."""
+    return any(True for check in (misaligned, zero_filled, last_token) for _ in check(data))
 
 
 def misaligned(data: PairData) -> Iterator[Finding]:
@@ -101,7 +108,7 @@ def last_token(data: PairData) -> Iterator[Finding]:
 
 def same(data: PairData) -> Iterator[Finding]:
     """Whether it is the same routing; the headline."""
-    if any(True for check in (misaligned, zero_filled, last_token) for _ in check(data)):
+    if is_misaligned(data):
         yield finding(
             "misaligned",
             "critical",
@@ -140,17 +147,16 @@ def _the_same(data: PairData) -> Finding:
 
 
 def _other_experts(data: PairData) -> Finding:
-    share_R, differing = dict[int, float](), list[int]()
-    for r, _ in data.pairs:
-        n = max(int(data.decisions_UX(r).sum()), 1)
-        share_R[r] = share = float(data.of(r).mismatch_UX.sum() / n)
-        if share >= DIFFERENT and _apart(share, DIFFERENT, n, tests=len(data.pairs)):
-            differing.append(r)
-    worst = max(share_R, key=lambda r: share_R[r])
+    hits_RU, of_RU = _hits(data)
+    share_R = hits_RU.sum(1) / np.maximum(of_RU.sum(1), 1)
+    beyond_RU = (hits_RU - DIFFERENT * of_RU)[:, data.units]
+    p_R = p_over_documents(list(beyond_RU[..., None]), lambda sums: sums[:, 0])
+    differing = [r for (r, _), p in zip(data.pairs, p_R, strict=True) if p < ALPHA]
+    worst, most = data.pairs[int(share_R.argmax())][0], float(share_R.max())
     (close, documents), at = _close_share(data), _flip_margin(data)
-    values = _values(data) | {"worst_set_mismatch": share_R[worst], "flips_in_lowest_tenth": close}
+    values = _values(data) | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
     about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
-    worst_of = f"worst: layer {name_of(data, worst)}, {share_R[worst]:.2%}"
+    worst_of = f"worst: layer {name_of(data, worst)}, {most:.2%}"
     if differing:
         n = len(differing)
         return finding(
@@ -162,7 +168,16 @@ def _other_experts(data: PairData) -> Finding:
             about,
             **values,
         )
-    if close is not None and close >= CLOSE and _apart(close, TENTH, documents):
+    if most >= DIFFERENT:
+        return finding(
+            "different_unknown",
+            "note",
+            f"{_amount(data)} chose different experts; {worst_of}. Too few documents to tell "
+            f"whether {DIFFERENT:.0%} of decisions or more differ in other text.{at}",
+            about,
+            **values,
+        )
+    if close is not None and close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
         return finding(
             "rounding",
             "good",
@@ -185,12 +200,13 @@ def _other_experts(data: PairData) -> Finding:
     if close is not None:
         untold = (
             f"{close:.0%} of these were close decisions (among the 10% with the smallest margins), "
-            f"in {plural(documents, 'document')}: too few to tell whether rounding explains them."
+            f"mostly in {plural(round(documents), 'document')}: too few to tell whether rounding "
+            "explains them."
         )
     elif "logits" in data.a.tables:
         untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
     return finding(
-        "rounding",
+        "rounding_unknown",
         "note",
         f"Nearly the same: {_amount(data)} chose different experts; {worst_of}. {untold}",
         about,
@@ -198,10 +214,10 @@ def _other_experts(data: PairData) -> Finding:
     )
 
 
-def _apart(share: float, expected: float, n: int, tests: int = 1) -> bool:
+def _apart(share: float, expected: float, n: float) -> bool:
     """Whether a share of n independent cases is further from the expected one than chance."""
     case = (np.array([x * n]) for x in (share, expected, 1.0))
-    return bool(log10_tail(*case)[0] < np.log10(ALPHA / tests))
+    return bool(log10_tail(*case)[0] < np.log10(ALPHA))
 
 
 def _amount(data: PairData) -> str:
@@ -223,12 +239,15 @@ def _values(data: PairData) -> dict[str, Any]:
     }
 
 
-def _close_share(data: PairData) -> tuple[float | None, int]:
-    """Share of the flips in the lowest tenth of A's margins, None where none is known; and in how
-    many documents they are."""
+def _close_share(data: PairData) -> tuple[float | None, float]:
+    """Share of the flips in the lowest tenth of A's margins, None where none is known; and how many
+    documents with equally many flips would tell as much of that share."""
     mismatch_UM = np.sum([data.of(r).margin_mismatch_UM for r, _ in data.pairs], axis=0)
-    total, documents = int(mismatch_UM.sum()), int(np.count_nonzero(mismatch_UM.sum(1)))
-    return (float(mismatch_UM[:, 0].sum() / total) if total else None), documents
+    flips_U = mismatch_UM.sum(1).astype(float)
+    total = flips_U.sum()
+    if not total:
+        return None, 0.0
+    return float(mismatch_UM[:, 0].sum() / total), float(total**2 / (flips_U**2).sum())
 
 
 def _flip_margin(data: PairData) -> str:
@@ -248,8 +267,11 @@ def noise(data: PairData) -> Iterator[Finding]:
     """Two runs of one model, as what is no difference."""
     if data.noise is None:
         return
+    if is_misaligned(data.noise):
+        yield finding("noise", "note", "Unknown noise: the second run of A is misaligned with A.")
+        return
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
-    (hits_U, of_U), (noise_U, of_noise_U) = _hits(data), _hits(data.noise)
+    (hits_U, of_U), (noise_U, of_noise_U) = _hits(data).sum(1), _hits(data.noise).sum(1)
     both_U = (of_U > 0) & (of_noise_U > 0)
     beyond_U = (hits_U - noise_U * of_U / np.maximum(of_noise_U, 1))[both_U]
     (p,) = p_over_documents([beyond_U[:, None]], lambda sums: sums[:, 0])
@@ -265,12 +287,11 @@ def noise(data: PairData) -> Iterator[Finding]:
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
-def _hits(data: PairData) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [U], twice: decisions with another set of experts, and all that are compared, by unit
-    of A's documents."""
+def _hits(data: PairData) -> np.ndarray:
+    """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by router
+    and unit of A's documents."""
     of_R = [(data.of(r).mismatch_UX.sum(1), data.decisions_UX(r).sum(1)) for r, _ in data.pairs]
-    hits_U, of_U = np.sum(of_R, axis=0)
-    return hits_U, of_U
+    return np.stack(of_R, axis=1)
 
 
 def missing_tokens(data: PairData) -> Iterator[Finding]:
@@ -362,6 +383,8 @@ CHECKS: tuple[Check, ...] = (
     unchecked,
     recorded,
 )
+# those that say nothing of misaligned traces
+OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, domains)
 
 
 @table(tables=TABLES)

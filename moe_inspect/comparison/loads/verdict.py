@@ -3,7 +3,7 @@ each is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -34,7 +34,8 @@ def shifted(data: LoadData) -> Iterator[Finding]:
     experts = [data.a.routers[int(r)].experts for r in rows["router"]]
     limit = [chance_limit(f, E) for f, E in zip(rows["load_shift_floor"], experts, strict=True)]
     beyond = rows[rows["load_shift"] > limit]
-    row = rows.loc[rows["load_shift"].idxmax()]
+    of: Any = beyond if len(beyond) else rows
+    row = of.loc[of["load_shift"].idxmax()]
     r = int(row["router"])
     text = (
         f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than "
@@ -46,23 +47,25 @@ def shifted(data: LoadData) -> Iterator[Finding]:
         f"up to {row['load_shift']:.2%} of it moves, in layer {layer_label(data.a.routers, r)} "
         f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
     )
-    severity = _severity(data, beyond, row["load_shift"], row["load_shift_floor"])
+    severity = _severity(data, beyond, "load_shift")
     values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
     if len(beyond):
-        of: Any = data.tables["load"]
-        of = of[of["router"] == r]
-        most = of.loc[of["load_ratio_difference"].abs().idxmax()]
+        load: Any = data.tables["load"]
+        load = load[load["router"] == r]
+        most = load.loc[load["load_ratio_difference"].abs().idxmax()]
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
     yield finding("load_shift", severity, text, row, **values)
 
 
-def _severity(data: LoadData, beyond: Sized, shift: float, floor: float) -> Severity:
-    """Of loads that differ by more than the floor; of independent tokens, other text exceeds it."""
+def _severity(data: LoadData, beyond: Any, shift: str) -> Severity:
+    """Of routers whose load differs by more than the floor; of independent tokens, other text
+    exceeds it. shift: the column that says by how much."""
     if not len(beyond):
         return "good"
-    return "warning" if data.beyond_text(shift, floor) else "note"
+    moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
+    return "warning" if any(data.beyond_text(*of) for of in moved) else "note"
 
 
 def by_step(data: LoadData) -> Iterator[Finding]:
@@ -84,7 +87,7 @@ def by_step(data: LoadData) -> Iterator[Finding]:
         )
     else:
         most = parted.loc[parted["most_load_shift"].idxmax()]
-        severity = _severity(data, parted, most["most_load_shift"], most["most_load_shift_floor"])
+        severity = _severity(data, parted, "most_load_shift")
         text = (
             f"Step by step: {_since(data, parted)}. Most in {steps.units} "
             f"{int(most['most_first_step']):,} to {int(most['most_last_step']):,}, where "
