@@ -39,6 +39,8 @@ def row(
         "design_effect": 1.0,
         "busiest_p": 0.002,
         "least_used_p": 0.002,
+        "dropped": np.nan,
+        "drop_rate": np.nan,
     }
     most = found["max_over_mean"]
     found |= {"max_over_mean_low": most - 0.01, "max_over_mean_high": most + 0.01}
@@ -151,7 +153,11 @@ def stub(
         baseline=None,
         selection=SimpleNamespace(routers=chosen, domains=domains_selected),
         trace=SimpleNamespace(
-            routers=listed, tables=("routing", "logits"), manifest={}, imported=False
+            routers=listed,
+            tables=("routing", "logits"),
+            manifest={},
+            imported=False,
+            has_dropped=False,
         ),
         warning=None,
         top=20,

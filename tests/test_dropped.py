@@ -63,6 +63,9 @@ def test_what_was_dropped_is_said(tmp_path: Path, shares: list[float], severity:
     assert (found.severity, found.router) == (severity, 1)
     assert found.text.startswith(f"{empty:,} of 8,000 assignments were dropped by capacity (")
     assert f"most in layer 1: {shares[1]:.1%})" in found.text
+    headline = of(trace, "balance")
+    assert headline is not None
+    assert ("x the mean load after drops" in headline.text) == (shares[headline.router or 0] > 0)
     table = report(trace).tables["balance"]
     assert table["empty_slots"].tolist() == [round(s * T * K) for s in shares]
     assert table["drop_rate"].tolist() == pytest.approx(shares)

@@ -82,7 +82,7 @@ def test_the_other_views_are_the_tables(view: str, trace: Trace) -> None:
     found = moe_inspect.sql(trace.path, f"from {view.upper()}").sort_values([*expected.columns[:3]])
     assert len(found) == len(expected) > 0
     for name in expected:
-        assert found[name].tolist() == expected[name].tolist(), name
+        np.testing.assert_array_equal(found[name].to_numpy(), expected[name].to_numpy(), name)
 
 
 def test_a_view_is_read_as_often_as_it_is_named(trace: Trace) -> None:

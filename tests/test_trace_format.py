@@ -18,7 +18,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import json_schema, schema
+from moe_inspect.trace import json_schema, parts, schema
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
@@ -160,10 +160,7 @@ def test_the_pages_columns_are_those_of_the_code(table: str) -> None:
     expected = {
         field.name: (
             type_on_the_page(field.type),
-            (
-                field.name.startswith(("expert_", "weight_", "norm_", "peak_", "loss_", "entropy_"))
-                and field.name != "weight_sum"
-            )
+            (field.name.startswith(parts.MAY_BE_NULL) and field.name != "weight_sum")
             or field.name == "first_choice",
         )
         for field in columns_of(table)

@@ -81,6 +81,8 @@ class TraceOpener:
             logits=options.logits,
             norms=options.output_norms,
             peaks=options.output_peaks,
+            dropped_experts=not options.counts_only
+            and any(site.ids_below > site.experts for site in self.sites),
             token_loss=options.token_loss,
             counts_only=options.counts_only,
             vocabulary=self._vocabulary() if options.text else None,

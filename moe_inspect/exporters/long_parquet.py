@@ -45,8 +45,11 @@ def long_schema(trace: Trace) -> pa.Schema:
         ("slot", pa.uint16()),
         ("expert", pa.uint16()),
     ]
-    values = ((value, pa.float32()) for value in trace.slot_values)
-    return pa.schema([*kinds, *values, *_facts(trace)])
+    return pa.schema([*kinds, *((v, pa.float32()) for v in _values(trace)), *_facts(trace)])
+
+
+def _values(trace: Trace) -> list[str]:
+    return [value for value in trace.slot_values if value != schema.DROPPED]
 
 
 def _facts(trace: Trace) -> list[pa.Field]:
@@ -71,8 +74,7 @@ def long_tables(trace: Trace, shard: Shard, routers: Iterable[int]) -> Iterator[
             pa.array(ids_TK[there_TK].astype(np.uint16)),
         ]
         arrays += [
-            pa.array(np.stack(shard.slot_values(r, value)).T[there_TK])
-            for value in trace.slot_values
+            pa.array(np.stack(shard.slot_values(r, value)).T[there_TK]) for value in _values(trace)
         ]
         arrays += [part[f.name] for f in _facts(trace)]
         yield pa.Table.from_arrays(arrays, schema=columns)

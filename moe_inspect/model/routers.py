@@ -70,6 +70,11 @@ class Site:
         )
 
     @property
+    def ids_below(self) -> int:
+        """Ids are below this: E, or 2E where it is known which expert dropped a choice (id + E)."""
+        return self.told.below if self.told is not None else self.experts
+
+    @property
     def method(self) -> str:
         """The method of `module` whose arguments hold the choice; "" where its call does."""
         name = self.adapter.method if self.adapter is not None else ""

@@ -66,6 +66,11 @@ class TraceHeader:
         return "peak" in self.slot_values
 
     @property
+    def has_dropped(self) -> bool:
+        """Whether there are the experts that dropped assignments were meant for."""
+        return schema.DROPPED in self.slot_values
+
+    @property
     def drops(self) -> bool:
         """Whether a slot that routed nowhere is a dropped assignment, at every router."""
         return self.manifest["capture"].get("drops") is True

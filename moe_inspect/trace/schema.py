@@ -34,8 +34,10 @@ TOKENS = pa.schema(
 )
 # of predicting the next token: where capture.token_loss is true
 LOSS = [("loss_nats", pa.float32()), ("entropy_nats", pa.float32())]
-# of a slot, beside its expert: recorded where capture.weights, capture.norms, capture.peaks is true
-SLOT_VALUES = ("weight", "norm", "peak")
+# of an empty slot: the expert that dropped it
+DROPPED = "dropped_expert"
+# of a slot, beside its expert: recorded where capture.weights, capture.norms … is true
+SLOT_VALUES = ("weight", "norm", "peak", DROPPED)
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
@@ -90,10 +92,12 @@ def routing_schema(
     slots = range(max(r.top_k for r in routers))
     keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
     fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
-    fields += [(f"{value}_{j}", pa.float32()) for value in values for j in slots]
+    fields += [(f"{v}_{j}", pa.float32()) for v in values if v != DROPPED for j in slots]
+    dropped = [(f"{DROPPED}_{j}", id_dtype(routers)) for j in slots if DROPPED in values]
     return pa.schema(
         [pa.field(*key, nullable=False) for key in keys]
         + [pa.field(*f, nullable=nullable) for f in fields]
+        + [pa.field(*f) for f in dropped]
     )
 
 
@@ -147,6 +151,7 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
 OPTIONAL_GLOSSARY = {  # where the trace has them
     "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight",
     "peak_j": "largest |value| of that output",
+    "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it",
     "energy": "sum of the squares of the expert's inner activations over its assignments",
     "loss_nats": (
         "negative log-probability, at temperature 1, that the model gave to the next token of the "

@@ -126,11 +126,12 @@ class Shard:
         code_T, phases = codes(self.tokens(["phase"])["phase"])
         return np.array([listed.sees(phase) for phase in phases], bool)[code_T]
 
-    def slots(self, router: int) -> tuple[np.ndarray, ...]:
+    def slots(self, router: int, kind: str = "expert") -> tuple[np.ndarray, ...]:
         """The experts of each decision, an array a slot: uint8 or uint16 [T], the number of experts
-        where a slot routed nowhere. What the file holds is copied only where some did.
+        where a slot routed nowhere. What the file holds is copied only where some did. `kind`: or
+        `schema.DROPPED`, the experts that dropped slots, and their number at all others.
         MoeInspectError for an id out of range."""
-        columns, E = self._slots(router, "expert"), self.trace.routers[router].experts
+        columns, E = self._slots(router, kind), self.trace.routers[router].experts
         if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(
             column.null_count for column in columns
         ):
@@ -217,13 +218,13 @@ def _in_order(
     order_KT = slot_order.descending(weights_KT, nowhere_KT)
     if order_KT is None:
         return table
-    nowhere_KT = np.take_along_axis(nowhere_KT, order_KT, 0)
     for names in (experts, weights, *others):
         values_KT = np.stack([table[name].fill_null(0).to_numpy() for name in names])
-        values_KT = np.take_along_axis(values_KT, order_KT, 0)
-        for name, values_T, nowhere_T in zip(names, values_KT, nowhere_KT, strict=True):
+        null_KT = np.stack([table[name].is_null().to_numpy() for name in names])
+        values_KT, null_KT = (np.take_along_axis(v, order_KT, 0) for v in (values_KT, null_KT))
+        for name, values_T, null_T in zip(names, values_KT, null_KT, strict=True):
             at = table.schema.get_field_index(name)
-            table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=nowhere_T))
+            table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=null_T))
     return table
 
 

@@ -23,7 +23,7 @@ from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts,
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.schema import DROPPED, PHASES
 from moe_inspect.trace.shard import Shard, codes
 
 NEEDS_WEIGHTS = frozenset({"load", "esft", "weights", "worth"})
@@ -299,6 +299,7 @@ def _decisions(
             else None
             for value in ("norm", "peak")
         ),
+        dropped=seen.of(shard.slots(r, DROPPED), r) if shard.trace.has_dropped else None,
     )
 
 

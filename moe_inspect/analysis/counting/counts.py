@@ -9,7 +9,7 @@ for the bootstrap and for permuting document labels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -155,6 +155,22 @@ class Counts:
         """float64 [E]; NaN where the trace holds no weights."""
         sums_DE = self.of[router].weight_sum_DE
         return np.full(self.routers[router].experts, np.nan) if sums_DE is None else sums_DE.sum(0)
+
+    def dropped_E(self, router: int) -> np.ndarray:
+        """int64 [E]: assignments that each expert dropped; NaN where the trace does not say, as of
+        a router with empty slots none of which is known to be dropped."""
+        mine, E = self.of[router], self.routers[router].experts
+        if mine.dropped_UE is None or (mine.null_slots and not mine.dropped_UE.any()):
+            return np.full(E, np.nan)
+        return mine.dropped_UE.sum(0)
+
+    def before_drops(self) -> Counts:
+        """With what is known to be dropped among the assignments."""
+        of = dict(self.of)
+        for r, counts in self.of.items():
+            if counts.dropped_UE is not None and counts.dropped_UE.any():
+                of[r] = replace(counts, assignments_UE=counts.assignments_UE + counts.dropped_UE)
+        return replace(self, of=of)
 
     def windows(self, router: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
         """(window, its first token, tokens the router saw in it, load_E) of every window in which

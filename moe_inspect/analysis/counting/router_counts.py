@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, logit_confidence
+from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, load, logit_confidence
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.specialization import Expected
 
@@ -53,8 +53,9 @@ class RouterCounts:
     """The counts of one router; what was not asked for is None.
 
     assignments_UE, first_choice_DE (None: the source does not say), weight_sum_DE (None without
-    weights); null_slots: slots that routed nowhere. batches[T]: of the forward passes in which the
-    router saw T tokens and routed any, how many there were and the sum of their max_vio.
+    weights); null_slots: slots that routed nowhere; dropped_UE: those that each expert is known to
+    have dropped (None: unknown). batches[T]: of the forward passes in which the router saw T tokens
+    and routed any, how many there were and the sum of their max_vio.
     by_slot_EE: pairs of experts of one decision, that of the earlier slot by that of the later.
     next_EN: of every decision all k·k' pairs (expert here, expert of the same token at the next
     router). next_first_EN: pairs of first choices; None where a router's are unknown.
@@ -79,6 +80,7 @@ class RouterCounts:
     first_choice_DE: np.ndarray | None = field(metadata=_count("load", "DE"))
     weight_sum_DE: np.ndarray | None = field(metadata=_count("load", "DE", float))
     null_slots: int = field(default=0, metadata=SUM)
+    dropped_UE: np.ndarray | None = field(default=None, metadata=_count("load", "UE"))
     batches: dict[int, tuple[int, float]] = field(default_factory=dict[int, tuple[int, float]])
     by_slot_EE: np.ndarray | None = field(default=None, metadata=_count("pairs", "EE"))
     next_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
@@ -230,9 +232,9 @@ class MergedRows:
 @dataclass(frozen=True)
 class Decisions:
     """What one router decided on the selected tokens of a shard. `slots`, `weights` (None: not
-    recorded or not asked for): k arrays [T]; logits_TE, norms and peaks: None likewise. `ranked`:
-    whether slot 0 is the first choice. `kernels`: the module to count with, kernels_numpy or
-    kernels_numba."""
+    recorded or not asked for): k arrays [T]; logits_TE, norms, peaks and `dropped`, the experts
+    that dropped a slot: None likewise. `ranked`: whether slot 0 is the first choice. `kernels`: the
+    module to count with, kernels_numpy or kernels_numba."""
 
     E: int
     k: int
@@ -245,6 +247,7 @@ class Decisions:
     kernels: Any
     norms: Slots | None = None
     peaks: Slots | None = None
+    dropped: Slots | None = None
 
 
 def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
@@ -256,6 +259,8 @@ def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
     if of.weights is not None:
         counts.weight_sum_DE = _weight_sum(of, of.weights)
     counts.null_slots = of.k * len(of.slots[0]) - int(load_BE.sum())
+    if of.dropped is not None:
+        counts.dropped_UE = load(token_rows.unit_T, of.dropped, token_rows.U, E)
     counts.batches = _batches(token_rows.tokens_B, load_BE)
     if "windows" in wants:
         counts.window_load_WE, counts.window_tokens_W = load_WE, token_rows.tokens_W.copy()

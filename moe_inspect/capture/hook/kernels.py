@@ -98,7 +98,7 @@ class Tape:
     enabled: Tensor  # int32 [1]
     lane: int
     K: int  # values per row
-    experts: int
+    experts: int  # ids from this on are none
     base: int  # offset of this router's part within a page, in values
     page_values: int  # values per page, of all routers
     P: int  # rows per page, a power of two of at least 16 (alignment)

@@ -57,7 +57,8 @@ def as_tensors(call: Call | bytes) -> Call:
 
 
 class Group:
-    """Consecutive routers of equal K and E, `first` being the index of the first one. `ids` int
+    """Consecutive routers of equal K and E, `first` being the index of the first one; ids from E on
+    are no expert's. `ids` int
     [R, N, K] (none for one of the extras) and `values` float [R, N, K]: parts of the passes that
     are kept."""
 
@@ -74,15 +75,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 class PassBuffer:
     """`routers`: (K, E) of each, `sites`: the index of its site. `extras`, of `options.EXTRAS`, are
-    kept too."""
+    kept too. `below`: ids from this on are no expert's, of each; None: E."""
 
     def __init__(
         self,
         routers: Sequence[tuple[int, int]],
         sites: Sequence[int],
         extras: Sequence[str] = (),
+        below: Sequence[int] | None = None,
     ):
-        kinds = [(K, E, "") for K, E in routers]
+        ends = below or [E for _, E in routers]
+        kinds = [(K, end, "") for (K, _), end in zip(routers, ends, strict=True)]
         for kind in extras:
             kinds += [(E if kind == "logits" else K, E, kind) for K, E in routers]
         self.groups: list[Group] = []

@@ -35,7 +35,8 @@ def probe(
     experts  E, the number of experts; may be left out where there are `logits`
     logits   router logits, float [..., E], recorded with `logits=True`
     dropped  bool, of the shape of ids: chosen, but dropped by the capacity of the expert. The slot
-             is empty then, as one of -1 is, and the trace says that its empty slots are drops
+             is empty then, as one of -1 is, and the trace says that its empty slots are drops, and
+             of which expert. To be shown from the first pass on
 
     Raises MoeInspectError for shapes or dtypes that are not a choice, and for a layer that the
     first forward pass did not show."""

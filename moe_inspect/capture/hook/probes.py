@@ -109,6 +109,7 @@ class Probes:
         if not isinstance(experts, Integral) or experts < 1:
             raise MoeInspectError(f"{name} has experts={experts!r}: give it a number of 1 or more")
         reader = ChoiceReader(name, int(experts), None, "give it ids", drops=drops)
+        reader.below = (1 + (drops and experts < 2**15)) * int(experts)
         site = Site(self.model, name, int(layer), int(experts), "", 0, told=reader)
         return reader, self.add(site)
 

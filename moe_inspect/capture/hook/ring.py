@@ -77,6 +77,7 @@ class Ring:
                      as float32
     rows             the largest forward pass that must fit
     page_rows        P, a power of two of at least 16; None: PAGE_ROWS or PAGE_ROWS_CPU
+    below            of each router: ids from this on are no expert's; None: E
 
     Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values.
     """
@@ -90,6 +91,7 @@ class Ring:
         extras: Sequence[str] = (),
         rows: int = 1,
         page_rows: int | None = None,
+        below: Sequence[int] | None = None,
     ):
         on_gpu = device.type == "cuda"
         self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
@@ -99,6 +101,7 @@ class Ring:
         ) + 1
         self.side = side_stream(device, self.pages)
         self.slots, self.experts = list(slots), list(experts)
+        self.below = list(below or experts)
         widths = {
             "ids": self.slots,
             "weights": self.slots,
@@ -106,7 +109,7 @@ class Ring:
         }
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {
-            "ids": torch.uint8 if max(experts) < 256 else torch.int16,
+            "ids": torch.uint8 if max(self.below) < 256 else torch.int16,
             "weights": weight_dtype,
             "logits": torch.float16,
             "norms": torch.float32,
@@ -160,7 +163,7 @@ class Ring:
             self.enabled,
             lane=lane + r,
             K=widths[r],
-            experts=self.experts[r],
+            experts=self.below[r],
             base=self.P * sum(widths[:r]),
             page_values=self.P * sum(widths),
             P=self.P,
@@ -259,7 +262,7 @@ class Rings:
 
     routers   (device, K, E) of each router
     sites     the index of its site, of each router
-    weight_dtype, extras, rows   as for Ring, whose errors this raises too
+    weight_dtype, extras, rows, below   as for Ring, whose errors this raises too
 
     On a CPU small passes are kept in `buffer`, and `write_kept` writes them; elsewhere there is
     none. Positions (`head`, `free_rows` …) count them as written.
@@ -272,7 +275,9 @@ class Rings:
         weight_dtype: torch.dtype,
         extras: Sequence[str],
         rows: int,
+        below: Sequence[int] | None = None,
     ):
+        below = below or [E for _, _, E in routers]
         self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
         self._rings: list[Ring] = []
         for device in dict.fromkeys(d for d, _, _ in routers):
@@ -284,6 +289,7 @@ class Rings:
                 weight_dtype,
                 extras,
                 rows,
+                below=[below[r] for r in local],
             )
             self._rings.append(ring)
             for n, r in enumerate(local):
@@ -297,7 +303,7 @@ class Rings:
         self.buffer: PassBuffer | None = None
         first = self._rings[0]
         if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
-            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, extras)
+            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, extras, below)
             tapes = (tape for of_kind in self.extra_tapes.values() for tape in of_kind)
             self._writer = TapeWriter(self.buffer, [*self.tapes, *tapes])
         self.head = 0  # the position at which the next forward pass begins, of each ring

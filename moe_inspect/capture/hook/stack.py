@@ -189,9 +189,10 @@ class Stack:
 
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        self.rings = Rings(
-            self.shape, self.sites_of_routers, weight_dtype, tuple(self.extra_sinks), rows
-        )
+        sites = self.sites_of_routers
+        below = [self.sites[n].ids_below for n in sites]
+        extras = tuple(self.extra_sinks)
+        self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
         self.rings.rewind(self.dropped_rows)
         for sinks, tapes in (
             (self.sinks, self.rings.tapes),

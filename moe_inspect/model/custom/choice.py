@@ -20,7 +20,8 @@ class ChoiceReader:
     that of its first call. Without `top_k` it takes no bool maps; `where` says where to give it.
     `order` is how rows are ordered, "bs" or "sb"; "" where something else says so. `scope`, of the
     recorder, says what the current forward pass is fed. `drops`: what went to no expert was dropped
-    by the capacity of one.
+    by the capacity of one. `below`: what ids are below, `experts`, or twice that where it is known
+    which expert dropped a choice: id + `experts`.
 
     Raises MoeInspectError, which names `path`, for what is no choice, another K, an id that is no
     expert's, an expert twice in a decision, and rows of which the shape says that they are not in
@@ -37,7 +38,7 @@ class ChoiceReader:
         drops: bool = False,
     ):
         self.path, self.experts, self.top_k, self.where = path, experts, top_k, where
-        self.order, self.drops = order, drops
+        self.order, self.drops, self.below = order, drops, experts
         self.K: int | None = None
         self.scope: Any = None
         self._looked = False
@@ -45,7 +46,7 @@ class ChoiceReader:
 
     def choice(self, found: Any, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K].
-        `dropped`: bool, of that shape: what goes nowhere in spite of being chosen."""
+        `dropped`: bool, of that shape: what its expert drops, as id + `experts`."""
         pair = tuple(found) if isinstance(found, tuple | list) else (found,)
         if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise MoeInspectError(
@@ -70,13 +71,15 @@ class ChoiceReader:
             )
         elif self._may_look(ids) and ids.numel():
             self._check_ids(ids)
+        if self.below > self.experts:
+            ids = ids.long().masked_fill(ids >= self.experts, -1)
         if dropped is not None:
             if dropped.shape != pair[0].shape or dropped.dtype != torch.bool:
                 raise MoeInspectError(
                     f"{self.path} shows dropped {list(dropped.shape)} of {dropped.dtype}, not bool "
                     f"{list(pair[0].shape)} as ids are"
                 )
-            ids = ids.long().masked_fill(dropped, -1)
+            ids = torch.where(dropped & (ids >= 0), ids + self.experts, ids.long())
         K = ids.shape[-1]
         if self.K is None and not torch.compiler.is_compiling():
             self.K = K

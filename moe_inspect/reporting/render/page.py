@@ -13,7 +13,8 @@ from moe_inspect.reporting.render.map_data import map_data
 from moe_inspect.reporting.render.python import python_of_report
 from moe_inspect.reporting.render.texts.documents import Amount
 from moe_inspect.reporting.render.texts.section import text_section
-from moe_inspect.reporting.tables.data import ReportData, worst_router
+from moe_inspect.reporting.tables.data import ReportData, worst_of
+from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import beyond, uneven
 from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
@@ -145,11 +146,12 @@ def _subtitle(data: ReportData) -> str:
 def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
     """The key figures. They claim no more than the findings do: with too little data to judge, no
     router is called even and no expert dead."""
-    worst, rows = worst_router(data), data.loaded
+    worst, rows = worst_of(chosen(data)), data.loaded
     if worst is None:
         return []
     severity = {one.kind: one.severity for one in found}
-    pooled, uneven_routers = data.pooled_max_over_mean(), sum(uneven(data, row) for row in rows)
+    pooled, judged = data.pooled_max_over_mean(), chosen(data)
+    uneven_routers = sum(uneven(data, row) for row in judged)
     few = "too little data to judge"
     balance_known = uneven_routers or severity["balance"] != "note"
     without_load, experts = (
@@ -160,7 +162,8 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
         Tile(
             "busiest expert ÷ mean",
             f"{worst['max_over_mean']:.2f}×",
-            f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst",
+            f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst"
+            f"{', before drops' if worst['dropped'] > 0 else ''}",
         ),
         Tile(
             "expected by chance",

@@ -180,7 +180,11 @@ def _loaded(data: ReportData) -> list[dict[str, Any]]:
 
 def worst_router(data: ReportData) -> dict[str, Any] | None:
     """The row of `balance` of the router with the highest max_vio; None where none has load."""
-    return max(data.loaded, key=lambda row: row["max_vio"], default=None)
+    return worst_of(data.loaded)
+
+
+def worst_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    return max(rows, key=lambda row: row["max_vio"], default=None)
 
 
 def whole_batches(batches: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,10 @@ BALANCE = tuple(
             "least_used_p",
             "importance_cv",
             "empty_slots",
+            "dropped",
             "drop_rate",
+            "busiest_expert_before_drops",
+            "max_over_mean_before_drops",
             *(m.column for m in metrics_of("balance", INPUTS).values()),
         ]
     )
@@ -81,15 +85,34 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         )
         slots = k * counts.tokens_of(r)
         row["empty_slots"] = slots - total
-        row["drop_rate"] = (slots - total) / slots if drops and slots else float("nan")
+        dropped_E = counts.dropped_E(r)
+        row["dropped"] = dropped = float(dropped_E.sum())
+        lost = slots - total if drops and math.isnan(dropped) else dropped
+        row["drop_rate"] = lost / slots if slots else float("nan")
+        before_E = load_E + dropped_E
+        known = before_E.sum() > 0
+        row["busiest_expert_before_drops"] = int(before_E.argmax()) if known else None
+        row["max_over_mean_before_drops"] = (
+            float(before_E.max() / before_E.mean()) if known else float("nan")
+        )
         rows.append(row)
     _add_p_values(counts, rows)
     columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
     frame = pd.DataFrame(rows, columns=columns)
     # whole numbers that may be missing
-    return frame.astype(
-        dict.fromkeys(("dead_experts", "starved_experts", "busiest_expert"), "Int64")
-    )
+    whole = ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops")
+    return frame.astype(dict.fromkeys(whole, "Int64"))
+
+
+@once
+def chosen(data: ReportData) -> list[dict[str, Any]]:
+    """The rows of `balance` of what routers chose: before drops, where it is known which expert
+    dropped what."""
+    if not data.trace.has_dropped:
+        return data.loaded
+    before, starved = data.counts.before_drops(), data.thresholds.starved
+    table: Any = balance_of(before, starved, data.trace.drops)
+    return table.dropna(subset=["max_vio"]).to_dict("records")
 
 
 def _add_p_values(counts: Counts, rows: Sequence[dict[str, float | None]]) -> None:
@@ -138,6 +161,7 @@ def load(data: ReportData) -> pd.DataFrame:
             "load_ratio": bal.load_ratio(load_E[None])[0],
             "first_choice": counts.first_choice_E(r),
             "weight_sum": counts.weight_sum_E(r),
+            "dropped": counts.dropped_E(r),
         }
         parts.append(of_router(data, r, columns))
     return stacked(parts)

@@ -13,7 +13,8 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
 from moe_inspect.analysis.metrics.uncertainty import noise_of
-from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_router
+from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_of, worst_router
+from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.verdict.chance import (
     above_chance,
     beyond,
@@ -21,6 +22,7 @@ from moe_inspect.reporting.verdict.chance import (
     expected_by_chance,
     explained,
     few_documents,
+    load_after,
     name_of,
     uneven,
 )
@@ -31,8 +33,9 @@ COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 
 
 def balance(data: ReportData) -> Finding:
-    """The headline: the router with the most uneven load, and whether that is a fault."""
-    row = worst_router(data)
+    """The headline: the router with the most uneven load, and whether that is a fault. Of what
+    routers chose, before drops, where that is known."""
+    row = worst_of(chosen(data))
     if row is None:
         return finding(
             "balance", "critical", "No router made any assignments: there is no load to judge."
@@ -48,29 +51,28 @@ def balance(data: ReportData) -> Finding:
         max_over_mean_low=row["max_over_mean_low"],
         max_over_mean_high=row["max_over_mean_high"],
         expected_by_chance=row["expected_by_chance"],
-        token_share=_token_share(data, row),
-        uneven_routers=sum(uneven(data, r) for r in data.loaded),
-        routers=len(data.loaded),
+        token_share=_token_share(row),
+        uneven_routers=sum(uneven(data, r) for r in chosen(data)),
+        routers=len(chosen(data)),
     )
 
 
 def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     threshold = f"at least {1 + data.thresholds.uneven:g}x and {beyond(data)}"
     where, expert = name_of(data, row), f"expert {int(row['busiest_expert'])}"
-    busiest = f"{expert} gets {row['max_over_mean']:.2f}x the mean load"
+    busiest = f"{expert} gets {row['max_over_mean']:.2f}x the mean load{_drops(data, row)}"
     if few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} "
             f"({expected_by_chance(data, row)}), but with fewer than "
             f"{FEWEST_TO_JUDGE} documents this may be the text, not the model."
         )
-    n, routers = sum(uneven(data, r) for r in data.loaded), len(data.loaded)
+    n, routers = sum(uneven(data, r) for r in chosen(data)), len(chosen(data))
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
     evidence = f"({_interval(data, row)}; {expected_by_chance(data, row)})"
     if uneven(data, row):
         collapsed = (
-            _token_share(data, row) >= COLLAPSED
-            and row["max_over_mean"] >= data.thresholds.overloaded
+            _token_share(row) >= COLLAPSED and row["max_over_mean"] >= data.thresholds.overloaded
         )
         severity: Severity = "critical" if collapsed else "warning"
         if routers == 1:
@@ -96,14 +98,21 @@ def _any_dead(data: ReportData) -> bool:
     return any(row["dead_experts"] for row in data.loaded)
 
 
-def _token_share(data: ReportData, row: Any) -> float:
+def _token_share(row: Any) -> float:
     """Share of the router's tokens that go to its busiest expert."""
-    return int(data.counts.load_E(int(row["router"])).max()) / row["tokens"]
+    return round(row["max_over_mean"] * row["assignments"] / row["experts"]) / row["tokens"]
+
+
+def _drops(data: ReportData, row: Any) -> str:
+    """What the load of the busiest expert is, where assignments were dropped."""
+    if not row["drop_rate"] > 0:
+        return ""
+    return f" before drops, {load_after(data, row)}" if row["dropped"] > 0 else " after drops"
 
 
 def _interval(data: ReportData, row: Any) -> str:
     # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
-    if row["experts"] > row["top_k"] and _token_share(data, row) == 1:
+    if row["experts"] > row["top_k"] and _token_share(row) == 1:
         return "every token goes to it"
     if math.isnan(row["max_over_mean_low"]):
         return "no interval from counts alone"

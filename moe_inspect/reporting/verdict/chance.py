@@ -54,6 +54,12 @@ def uneven(data: ReportData, row: Any) -> bool:
     return row["max_vio"] >= data.thresholds.uneven and above_chance(data, row)
 
 
+def load_after(data: ReportData, row: Any) -> str:
+    """ "1.15x after": the load of the busiest expert of a row of `chosen`, after drops."""
+    load_E = data.counts.load_E(int(row["router"]))
+    return f"{load_E[int(row['busiest_expert'])] / max(load_E.mean(), 1e-9):.2f}x after"
+
+
 def few_documents(data: ReportData) -> bool:
     """Whether there are too few documents to tell the model from the text."""
     return not data.counts.counts_only and len(data.counts.units) < FEWEST_TO_JUDGE

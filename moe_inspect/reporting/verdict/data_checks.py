@@ -13,9 +13,10 @@ import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
-from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.data import ReportData, worst_of
+from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.weights import adapter, quantization
-from moe_inspect.reporting.verdict.chance import capital, name_of
+from moe_inspect.reporting.verdict.chance import capital, load_after, name_of, uneven
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import join_first, plural, printable
 from moe_inspect.trace.runs import run_edges
@@ -44,13 +45,15 @@ def dropped(data: ReportData) -> Finding | None:
     ]
     if not rows:
         return None
+    known = [row for row in rows if data.trace.drops or row["dropped"] > 0]
     slots = sum(row["tokens"] * row["top_k"] for row in data.loaded)
-    empty = sum(row["empty_slots"] for row in rows)
-    worst = max(rows, key=lambda row: row["empty_slots"] / (row["tokens"] * row["top_k"]))
-    most, share = worst["empty_slots"] / (worst["tokens"] * worst["top_k"]), empty / slots
+    all_empty, rows = sum(row["empty_slots"] for row in rows), known or rows
+    empty = sum(_lost(row) for row in rows)
+    worst = max(rows, key=lambda row: _lost(row) / (row["tokens"] * row["top_k"]))
+    most, share = _lost(worst) / (worst["tokens"] * worst["top_k"]), empty / slots
     at = f", most in {name_of(data, worst)}: {_percent(most)}" if len(data.loaded) > 1 else ""
     values = {"assignments": empty, "slots": slots, "share": share, "share_at_worst": most}
-    if not data.trace.drops:
+    if not known:
         return finding(
             "empty_slots",
             "note",
@@ -59,14 +62,36 @@ def dropped(data: ReportData) -> Finding | None:
             worst,
             **values,
         )
+    more = f" Another {all_empty - empty:,} slots are empty." if all_empty > empty else ""
     severity = "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note"
     return finding(
         "dropped",
         severity,
         f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
-        "every load here is what was left, which capacity evens out, and not what routers chose.",
+        f"{_before(data)}.{more}",
         worst,
         **values,
+    )
+
+
+def _lost(row: Any) -> int:
+    """Assignments that a router is known to have dropped, else its empty slots."""
+    return int(row["dropped"] if row["dropped"] > 0 else row["empty_slots"])
+
+
+def _before(data: ReportData) -> str:
+    """What routers chose that dropped some of it."""
+    known = [row for row in chosen(data) if row["dropped"] > 0]
+    if not known:
+        return (
+            "every load here is what was left, which capacity evens out, and not what routers chose"
+        )
+    row = worst_of(row for row in known if uneven(data, row))
+    if row is None:
+        return "only the balance is judged before drops, other loads here are what was left"
+    return (
+        f"before drops expert {int(row['busiest_expert'])} of {name_of(data, row)} got "
+        f"{row['max_over_mean']:.2f}x the mean load, {load_after(data, row)}"
     )
 
 

@@ -32,35 +32,46 @@ def check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> Non
     name = shard.files.paths["routing"]
     for r, start, table in _parts_of_routers(shard, "routing", columns, phase_T):
         router = shard.trace.routers[r]
-        ids = [ids_of(table[f"expert_{j}"]) for j in slots]
-        for j, ids_N in enumerate(ids):
-            wrong_N = ids_N >= (router.experts if j < router.top_k else 0)
-            if wrong_N.any():
-                n = int(wrong_N.argmax())
-                said = (
-                    f"expert_{j} is {ids_N[n]}, router {r} has {router.experts} experts"
-                    if j < router.top_k
-                    else f"expert_{j} is {ids_N[n]}, router {r} takes {router.top_k}"
-                )
+        ids = _experts(name, start, table, slots, "expert", router, r)
+        meant = list(ids)
+        if schema.DROPPED in values:
+            dropped = _experts(name, start, table, slots, schema.DROPPED, router, r)
+            for j, dropped_N in enumerate(dropped):
+                if (wrong_N := (dropped_N >= 0) & (ids[j] >= 0)).any():
+                    n = int(wrong_N.argmax())
+                    said = f"{schema.DROPPED}_{j} is {dropped_N[n]}, expert_{j} is {ids[j][n]}"
+                    raise Violation(name, start + n, f"{said}: a slot is dropped or not")
+                meant[j] = np.where(ids[j] >= 0, ids[j], dropped_N)
+                found.dropped += int((dropped_N >= 0).sum())
+        for (i, one_N), (j, other_N) in itertools.combinations(enumerate(meant), 2):
+            if (twice_N := (one_N == other_N) & (other_N >= 0)).any():
+                n = int(twice_N.argmax())
+                said = f"expert {other_N[n]} is in slots {i} and {j} of one decision of router {r}"
                 raise Violation(name, start + n, said)
-            for i in range(min(j, router.top_k)):
-                twice_N = (ids_N == ids[i]) & (ids_N >= 0)
-                if twice_N.any():
-                    n = int(twice_N.argmax())
-                    raise Violation(
-                        name,
-                        start + n,
-                        f"expert {ids_N[n]} is in slots {i} and {j} of one decision of router {r}",
-                    )
         empty = sum(int((i < 0).sum()) for i in ids[: router.top_k])
         found.decisions += len(table)
         found.empty_slots += empty
         found.assignments += len(table) * router.top_k - empty
         for value in values:
-            _check_values(name, start, table, ids, value)
+            if value != schema.DROPPED:
+                _check_values(name, start, table, ids, value)
         # as the manifest states: what does not state its order is put in order as it is read
         if shard.trace.has_weights and shard.trace.stated_routers[r].first_choice_known:
             _check_descending(name, start, table, ids[: router.top_k])
+
+
+def _experts(
+    name: str, start: int, table: pa.Table, slots: range, kind: str, router: schema.Router, r: int
+) -> list[np.ndarray]:
+    """The columns `kind` of experts, all of them the router's, −1 where null."""
+    ids = [ids_of(table[f"{kind}_{j}"]) for j in slots]
+    for j, ids_N in enumerate(ids):
+        taken = j < router.top_k
+        if (wrong_N := ids_N >= (router.experts if taken else 0)).any():
+            n = int(wrong_N.argmax())
+            has = f"has {router.experts} experts" if taken else f"takes {router.top_k}"
+            raise Violation(name, start + n, f"{kind}_{j} is {ids_N[n]}, router {r} {has}")
+    return ids
 
 
 def _check_values(

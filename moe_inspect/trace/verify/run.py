@@ -119,7 +119,12 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
             *(
                 f"{value}s of outputs finite, not negative, present exactly where an expert is"
                 for value in trace.slot_values
-                if value != "weight"
+                if value not in ("weight", schema.DROPPED)
+            ),
+            *(
+                ["dropped experts < E, only in slots without an expert, none twice in a decision"]
+                if trace.has_dropped
+                else []
             ),
             *(
                 ["losses and entropies not negative, null in both or neither"]

@@ -24,6 +24,7 @@ class Verification:
     violation, file, row: the first violation, the file it is in, and the row (from 0) where there
         is one; all None of a trace that is ok.
     empty_slots: slots that routed nowhere: Σ counts = tokens × k − empty slots, router by router.
+    dropped: of these, those of which it is known which expert dropped them.
     checked: a line per rule that was checked."""
 
     path: str
@@ -38,6 +39,7 @@ class Verification:
     decisions: int = 0
     assignments: int = 0
     empty_slots: int = 0
+    dropped: int = 0
     documents: int = 0
     shards: int = 0
     checked: list[str] = field(default_factory=list)

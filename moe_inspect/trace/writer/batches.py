@@ -1,7 +1,8 @@
 """The input of the writer: decisions of one forward pass, or counts over several.
 
 T tokens of a batch, K slots, E experts, D domains. An expert id is uint8 or uint16; the dtype's
-maximum marks a slot that routed nowhere, which on disk is null.
+maximum marks a slot that routed nowhere, which on disk is null. In a trace of the experts that
+dropped assignments were meant for, e + E is a slot that expert e dropped.
 """
 
 from __future__ import annotations

@@ -113,19 +113,25 @@ def routing_table(
     router, parts = recorded.routers[r], [b.ids[r] for b in batches]
     ids_KT = _slot_major(parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype))
     assert len(ids_KT) == router.top_k
-    nowhere_KT = (
-        ids_KT == np.iinfo(ids_KT.dtype).max if _holds_nowhere(ids_KT, router.experts) else None
-    )
+    nowhere_KT, E = None, router.experts
+    if _holds_nowhere(ids_KT, E):
+        keeps = schema.DROPPED in recorded.values
+        nowhere_KT = ids_KT >= E if keeps else ids_KT == np.iinfo(ids_KT.dtype).max
     experts_KT = ids_KT.astype(schema.id_dtype(recorded.routers).to_pandas_dtype(), copy=False)
     weights_KT = _values(batches, r, "weight")
     order_KT = _slot_order(recorded, r, batches, experts_KT, nowhere_KT, weights_KT)
     if order_KT is not None:
+        ids_KT = np.take_along_axis(ids_KT, order_KT, 0)
         experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
         nowhere_KT = None if nowhere_KT is None else np.take_along_axis(nowhere_KT, order_KT, 0)
     seen = _seen(router, batches, token)
     arrays = [seen, *_router_columns(router, r, len(seen))]
     arrays += _slots(experts_KT, nowhere_KT, columns, "expert")
     for value in recorded.values:
+        if value == schema.DROPPED:
+            null_KT = (ids_KT < E) | (ids_KT >= min(2 * E, np.iinfo(ids_KT.dtype).max))
+            arrays += _slots((ids_KT - E).astype(experts_KT.dtype), null_KT, columns, value)
+            continue
         values_KT = weights_KT if value == "weight" else _values(batches, r, value)
         assert values_KT is not None
         if order_KT is not None:

@@ -54,6 +54,7 @@ class TraceWriter:
         logits: bool = False,
         norms: bool = False,
         peaks: bool = False,
+        dropped_experts: bool = False,
         energy: bool = False,
         token_loss: bool = False,
         counts_only: bool = False,
@@ -72,7 +73,7 @@ class TraceWriter:
         self.routers = [
             self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
         ]
-        held = zip(schema.SLOT_VALUES, (weights, norms, peaks), strict=True)
+        held = zip(schema.SLOT_VALUES, (weights, norms, peaks, dropped_experts), strict=True)
         values = [value for value, on in held if on]
         self._recorded = tables.Recorded(self.routers, values, logits, energy, token_loss)
         self.next_shard = start.shards
