@@ -25,7 +25,7 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, residuals
 
 ALPHA = 0.01  # p-value under which a sentence claims something
-FEWEST_TO_JUDGE = 8  # documents: half of the arrangements of fewer signs are under 1 / ALPHA
+FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too few for p < ALPHA
 # a design effect that documents, where they are unknown, are not thought to reach: that of texts of
 # 1,000 tokens that each use one set of experts for all of them
 LONG_DOCUMENT = 1_000

@@ -42,7 +42,8 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     residual_UE = assignments_UE - assignments_UE.sum(1)[:, None] * share_DE[strata_U]
     of_one_E = (residual_UE**2).sum(0) / assignments_UE.sum() * U / (U - D)
     error_E = np.sqrt(of_one_E * (_along(total_W) ** 2 @ total_W))
-    return 2 * stdtr(U - D, -np.abs(trend_E / nan_for_zero(error_E)))
+    p_E: np.ndarray = 2 * stdtr(U - D, -np.abs(trend_E / nan_for_zero(error_E)))
+    return p_E
 
 
 def quarter_ratio(load_WE: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def drift(data: ReportData) -> pd.DataFrame:
     whose share rises or falls most steadily, with its load ÷ mean load in the first quarter of the
     trace and in the last (trend_first, trend_last), and the probability that documents by chance
     give any expert of any router such a trend (trend_p)."""
-    counts, rows = data.decisions("drift"), list[dict[str, float]]()
+    counts, rows = data.decisions("drift"), list[dict[str, float | None]]()
     for r in data.selection.routers:
         _, _, tokens_W, load_WE = _windows(counts, r)
         whole_W = bal.whole_passes(tokens_W)

@@ -84,13 +84,12 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     least = data.thresholds.uneven
     if row["expected_by_chance"] >= 1 + least or row["max_vio"] >= least:
         others = f"; {of}" if n else ""
-        why = explained(data, row)
-        may = "may be chance" if why == "chance explains" else why
+        may = explained(data, row, sure=False)
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest}, which {may} "
             f"{evidence}{others}."
         )
-    why = explained(data, row)
+    why = explained(data, row, sure=True)
     return "good", f"{fine}: at worst, in {where}, {busiest}, which {why} {evidence}."
 
 

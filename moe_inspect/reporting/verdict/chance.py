@@ -36,11 +36,12 @@ def expected_by_chance(data: ReportData, row: Any) -> str:
     return f"expected by chance{of}: {row['expected_by_chance']:.2f}x"
 
 
-def explained(data: ReportData, row: Any) -> str:
-    """The words for a load that is not beyond chance: of counts, with what would explain it."""
+def explained(data: ReportData, row: Any, sure: bool) -> str:
+    """The words for a load that is not beyond chance, and may be chance where that is not `sure`:
+    of counts, with what would explain it."""
     needed = design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
     if not data.counts.counts_only or needed <= 1:
-        return "chance explains"
+        return "chance explains" if sure else "may be chance"
     return f"documents with a design effect of {math.ceil(needed):,} would explain"
 
 
