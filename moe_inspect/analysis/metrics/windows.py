@@ -28,10 +28,10 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
     stdtr: Any = special.stdtr
-    W, E = load_WE.shape
+    W, E = (int(n) for n in load_WE.shape)
     D, U = int(strata_U.max(initial=-1)) + 1, len(strata_U)
     if W < FEWEST_WINDOWS or U <= D:
-        return np.full(E, np.nan)
+        return np.full((E,), np.nan)
     total_W = load_WE.sum(1)
     share_E = load_WE.sum(0) / total_W.sum()
     trend_E = _along(total_W) @ (load_WE - total_W[:, None] * share_E)
