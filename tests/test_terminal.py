@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from tests.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
 TALL, LOW = 60, 24
-# draws the report whose number it reads, on a screen that it clears first
+# draws the report whose number it reads, on a screen that it clears first, and says which turn it was
 DRAW = """
 import sys, moe_inspect
 from moe_inspect.reporting.render.terminal import print_report
@@ -42,9 +43,11 @@ made = [moe_inspect.report(path) for path in sys.argv[1:]]
 print("READY", flush=True)
 for line in sys.stdin:
     print("\\x1b[2J\\x1b[H", end="")
-    print_report(made[int(line)], sys.stdout)
-    print("END", flush=True)
+    number, turn = line.split()
+    print_report(made[int(number)], sys.stdout)
+    print("END", turn, flush=True)
 """
+TURNS = count()
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 Show = Callable[..., list[str]]
 
@@ -100,8 +103,9 @@ def _tmux(command: list[str]) -> Iterator[Show]:
 
     def show(columns: int, number: int, height: int = TALL) -> list[str]:
         tmux("resize-window", "-t", "one", "-x", columns, "-y", height)
-        tmux("send-keys", "-R", "-t", "one", str(number), "Enter")
-        return lines("END")
+        turn = next(TURNS)
+        tmux("send-keys", "-R", "-t", "one", f"{number} {turn}", "Enter")
+        return lines(f"END {turn}")
 
     try:
         # pytest imports readline, which sets the size in the environment
@@ -135,8 +139,9 @@ def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
 
     def show(columns: int, number: int, height: int = TALL) -> list[str]:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
-        os.write(ours, f"{number}\n".encode())
-        sent = ESCAPE.sub("", read("END").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
+        turn = next(TURNS)
+        os.write(ours, f"{number} {turn}\n".encode())
+        sent = ESCAPE.sub("", read(f"END {turn}").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
         return [one for line in sent for one in _broken(line, columns)]
 
     try:
