@@ -35,16 +35,19 @@ from tests.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
 TALL, LOW = 60, 24
-# draws the report whose number it reads, on a screen that it clears first, and says which turn it was
+# draws the report whose number it reads, on a screen that it clears first, once that has the size
+# that it reads; and says which turn it was
 DRAW = """
-import sys, moe_inspect
+import os, sys, time, moe_inspect
 from moe_inspect.reporting.render.terminal import print_report
 made = [moe_inspect.report(path) for path in sys.argv[1:]]
 print("READY", flush=True)
 for line in sys.stdin:
     print("\\x1b[2J\\x1b[H", end="")
-    number, turn = line.split()
-    print_report(made[int(number)], sys.stdout)
+    number, turn, *size = map(int, line.split())
+    while tuple(os.get_terminal_size()) != tuple(size):
+        time.sleep(0.01)
+    print_report(made[number], sys.stdout)
     print("END", turn, flush=True)
 """
 TURNS = count()
@@ -104,7 +107,7 @@ def _tmux(command: list[str]) -> Iterator[Show]:
     def show(columns: int, number: int, height: int = TALL) -> list[str]:
         tmux("resize-window", "-t", "one", "-x", columns, "-y", height)
         turn = next(TURNS)
-        tmux("send-keys", "-R", "-t", "one", f"{number} {turn}", "Enter")
+        tmux("send-keys", "-R", "-t", "one", f"{number} {turn} {columns} {height}", "Enter")
         return lines(f"END {turn}")
 
     try:
@@ -140,7 +143,7 @@ def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
     def show(columns: int, number: int, height: int = TALL) -> list[str]:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
         turn = next(TURNS)
-        os.write(ours, f"{number} {turn}\n".encode())
+        os.write(ours, f"{number} {turn} {columns} {height}\n".encode())
         sent = ESCAPE.sub("", read(f"END {turn}").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
         return [one for line in sent for one in _broken(line, columns)]
 
