@@ -220,3 +220,10 @@ def test_a_trend_by_chance_of_documents_is_as_rare_as_it_says():
         blind.append(float(win.trend_p(c, each, np.zeros(len(each), int)).min()) * E)
     assert (np.array(smallest) < 0.01).sum() < 6
     assert (np.array(blind) < 0.01).sum() > 20
+    # documents of which a few are most of the trace
+    long = list[float]()
+    for _ in range(TRIES):
+        sizes = np.exp(rng.normal(0, 1.5, 64))
+        [c] = loads(rng, 0.3, np.maximum(3, sizes / sizes.sum() * 3_000).astype(int))[:1]
+        long.append(float(win.trend_p(c, c, domain_U).min()) * E)
+    assert (np.array(long) < 0.01).sum() < 6

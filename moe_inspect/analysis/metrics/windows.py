@@ -36,13 +36,14 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     share_E = load_WE.sum(0) / total_W.sum()
     trend_E = _along(total_W) @ (load_WE - total_W[:, None] * share_E)
     member_DU = (strata_U == np.arange(D)[:, None]).astype(float)
-    share_DE = (
-        member_DU @ assignments_UE / nan_for_zero((member_DU @ assignments_UE.sum(1))[:, None])
-    )
-    residual_UE = assignments_UE - assignments_UE.sum(1)[:, None] * share_DE[strata_U]
+    load_U1 = assignments_UE.sum(1, keepdims=True)
+    share_DE = member_DU @ assignments_UE / nan_for_zero(member_DU @ load_U1)
+    residual_UE = assignments_UE - load_U1 * share_DE[strata_U]
     of_one_E = (residual_UE**2).sum(0) / assignments_UE.sum() * U / (U - D)
     error_E = np.sqrt(of_one_E * (_along(total_W) ** 2 @ total_W))
-    p_E: np.ndarray = 2 * stdtr(U - D, -np.abs(trend_E / nan_for_zero(error_E)))
+    # a long document may be most of a quarter: as few count as their lengths are worth (Kish)
+    degrees = max(float(load_U1.sum() ** 2 / (load_U1**2).sum()) - D, 1)
+    p_E: np.ndarray = 2 * stdtr(degrees, -np.abs(trend_E / nan_for_zero(error_E)))
     return p_E
 
 
