@@ -128,12 +128,19 @@ def residuals(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
     return residual_UE
 
 
+def effective_documents(assignments_UE: np.ndarray) -> float:
+    """How many documents of one length tell as much as these: (Σn)² ÷ Σn² (Kish), of their
+    assignments n."""
+    n_U = assignments_UE.sum(1).astype(float)
+    return float(n_U.sum() ** 2 / (n_U**2).sum())
+
+
 def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[float, float]:
     """95 % interval of the max_vio of the texts that these documents are a sample of, whichever
     expert is their busiest. NaN with fewer than FEWEST_DOCUMENTS units, or no load.
 
     Logarithms of the load ratios, with the error that documents give, by Student's t with the
-    effective number of documents, (Σn)² ÷ Σn² (Kish). The upper end is that of the
+    effective number of documents. The upper end is that of the
     sample's busiest expert. The lower end is the highest of all that may be the busiest (those
     within RIVALS errors of it), each as much lower as their number demands (Šidák): the largest of
     a sample is larger than it would be by itself."""
@@ -145,10 +152,11 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
         return float("nan"), float("nan")
     if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
         strata_U = np.zeros_like(strata_U)
-    mean, n_U = load_E.sum() / E, assignments_UE.sum(1).astype(float)
+    mean = load_E.sum() / E
     ratio_E = load_E / mean
     error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
-    documents = float(n_U.sum() ** 2 / (n_U**2).sum() - np.count_nonzero(np.bincount(strata_U)))
+    strata = np.count_nonzero(np.bincount(strata_U))
+    documents = effective_documents(assignments_UE) - strata
     busiest = ratio_E.argmax()
     reach_E = RIVALS * np.hypot(error_E, error_E[busiest])
     rival_E = ratio_E >= ratio_E[busiest] - reach_E

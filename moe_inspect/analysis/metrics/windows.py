@@ -15,6 +15,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import mutual_information_bits
+from moe_inspect.analysis.metrics.uncertainty import effective_documents, residuals
 
 RANKS = 8  # GPUs of the placements in the table `drift`
 FEWEST_WINDOWS = 8  # two in each quarter
@@ -33,16 +34,11 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     if W < FEWEST_WINDOWS or U <= D:
         return np.full((E,), np.nan)
     total_W = load_WE.sum(1)
-    share_E = load_WE.sum(0) / total_W.sum()
-    trend_E = _along(total_W) @ (load_WE - total_W[:, None] * share_E)
-    member_DU = (strata_U == np.arange(D)[:, None]).astype(float)
-    load_U1 = assignments_UE.sum(1, keepdims=True)
-    share_DE = member_DU @ assignments_UE / nan_for_zero(member_DU @ load_U1)
-    residual_UE = assignments_UE - load_U1 * share_DE[strata_U]
-    of_one_E = (residual_UE**2).sum(0) / assignments_UE.sum() * U / (U - D)
-    error_E = np.sqrt(of_one_E * (_along(total_W) ** 2 @ total_W))
-    # a long document may be most of a quarter: as few count as their lengths are worth (Kish)
-    degrees = max(float(load_U1.sum() ** 2 / (load_U1**2).sum()) - D, 1)
+    at_W, share_E = _along(total_W), load_WE.sum(0) / total_W.sum()
+    trend_E = at_W @ (load_WE - total_W[:, None] * share_E)
+    of_one_E = (residuals(assignments_UE, strata_U) ** 2).sum(0) / assignments_UE.sum()
+    error_E = np.sqrt(of_one_E * (at_W**2 @ total_W))
+    degrees = max(effective_documents(assignments_UE) - D, 1)
     p_E: np.ndarray = 2 * stdtr(degrees, -np.abs(trend_E / nan_for_zero(error_E)))
     return p_E
 

@@ -173,10 +173,10 @@ def design_effects(data: ReportData) -> dict[int, float]:
     return {r: design_effect(data.counts, r) for r in data.selection.routers}
 
 
-def widened(design_effect: float) -> float:
+def widened(effect: float) -> float:
     """By how much the tokens of one document, which are alike, raise what chance gives independent
     ones: √ design effect, at least 1; 1 where it is unknown."""
-    return max(1.0, math.sqrt(design_effect)) if design_effect == design_effect else 1.0
+    return max(1.0, math.sqrt(effect)) if effect == effect else 1.0
 
 
 def design_effect(counts: Counts, router: int) -> float:
