@@ -43,12 +43,13 @@ def alarms_of(
             f"the rule {str(of[0])!r}: {trace.path} does not state that its empty slots are drops"
         )
     selection, effects = selection or select(trace), None
-    if not trace.counts_only:
-        counts = count_trace(trace, selection, BASE)
+    counts = _counted(trace, selection, window)
+    if counts is not None and not trace.counts_only:
         effects = {r: _effect(counts, r) for r in selection.routers}
     steps = "step" if trace.is_history else "window"
     seen = Alarms(trace.routers, rules, steps, effects)
-    return [alarm for w in windows_of_trace(trace, selection, window) for alarm in seen.see(w)]
+    windows = _committed(trace, selection) if counts is None else _cut(counts)
+    return [alarm for w in windows for alarm in seen.see(w)]
 
 
 def _effect(counts: Counts, r: int) -> float:
@@ -74,18 +75,30 @@ def windows_of_trace(
     trace: Trace, selection: Selection, window: int | None = None
 ) -> Iterator[Window]:
     """The windows of a trace in order. Routers that are not selected have no tokens."""
+    counts = _counted(trace, selection, window)
+    return _committed(trace, selection) if counts is None else _cut(counts)
+
+
+def _counted(trace: Trace, selection: Selection, window: int | None) -> Counts | None:
+    """A trace by window; None of a history, whose windows are those that were committed."""
     if trace.is_history and window is None:
-        last = 0
-        counted = by_shard(trace, None, count_shard, selection, BASE)
-        for shard, counts in zip(trace.shards, counted, strict=True):
-            first, last = shard.files.first_batch or last + 1, shard.files.last_batch
-            load = [_load(counts, r) for r in range(len(trace.routers))]
-            yield _window(first, last, load, _tokens(counts), counts)
-        return
+        return None
     window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
-    counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
+    return count_trace(trace, selection, BASE | {"windows"}, window=window)
+
+
+def _committed(trace: Trace, selection: Selection) -> Iterator[Window]:
+    last = 0
+    counted = by_shard(trace, None, count_shard, selection, BASE)
+    for shard, counts in zip(trace.shards, counted, strict=True):
+        first, last = shard.files.first_batch or last + 1, shard.files.last_batch
+        load = [_load(counts, r) for r in range(len(trace.routers))]
+        yield _window(first, last, load, _tokens(counts), counts)
+
+
+def _cut(counts: Counts) -> Iterator[Window]:
     for w in range(len(counts.first_token_W)):
-        load = [_load(counts, r, w) for r in range(len(trace.routers))]
+        load = [_load(counts, r, w) for r in range(len(counts.routers))]
         if any(load_E.any() for load_E in load):
             yield _window(w, w, load, _tokens(counts, w), counts)
 
