@@ -17,7 +17,11 @@ import numpy as np
 from moe_inspect.analysis.counting.samples import TokenLosses
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, random_signs
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, student
+from moe_inspect.analysis.metrics.uncertainty import (
+    FEWEST_DOCUMENTS,
+    effective_documents,
+    student,
+)
 
 CLUSTERS = 1021  # of documents, at most
 P99 = 2.575829  # standard deviations, on both sides
@@ -104,8 +108,7 @@ def by_expert(
     known = np.where(documents >= FEWEST_DOCUMENTS, 1.0, np.nan)
     beyond_UE = sum_UE - np.nan_to_num(difference_E) * compared_UE
     between_E = (beyond_UE**2).sum(0) * documents / max(documents - 1, 1)
-    tokens_U = compared_UE.sum(1).astype(float)
-    t = student(float(tokens_U.sum() ** 2 / max((tokens_U**2).sum(), 1)))
+    t = student(effective_documents(compared_UE.sum(1)))
     half_E = known * t * np.sqrt(between_E) / of_E
     sd_E = known * np.sqrt((sum_UE**2).sum(0))
     enough, largest_B = documents >= FEWEST_TO_JUDGE, np.full(1, np.nan)

@@ -14,7 +14,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.chance import null_loads
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import share_by_domain
-from moe_inspect.analysis.metrics.uncertainty import interval
+from moe_inspect.analysis.metrics.uncertainty import effective_documents, interval
 
 SOURCE = "arXiv:2601.03425"
 nan = float("nan")
@@ -94,4 +94,6 @@ def mass_interval(
         hits_R = weight_RU @ of_UE[:, member_E].sum(1)
         np.divide(hits_R, all_R, out=share_RD[:, d], where=all_R > 0)
     known_R = ~np.isnan(share_RD).all(1)
-    return interval(np.nanmean(share_RD[known_R], axis=1), len(domain_U))
+    documents = effective_documents(assignments_UE.sum(1))
+    low, high = interval(np.nanmean(share_RD[known_R], axis=1), documents)
+    return float(low), float(high)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
 PERMUTATIONS = 200
 LENGTHS = 2  # classes of length of documents, from each to its double
 Z = 1.959964  # of 95 %
+FEW_CASES = 2  # hit or missed: fewer than a normal distribution describes
 
 
 @metric(table="signature", ideal="1 / D", unit="ratio", range="0 to 1")
@@ -97,10 +99,21 @@ def shuffled(domain_S: np.ndarray, assignments_S: np.ndarray) -> np.ndarray:
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927)."""
+    """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927). The
+    end beyond which a case or two lie is that of their Poisson distribution (Brown, Cai and
+    DasGupta 2001)."""
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+    poisson_low: Any = special.gammaincinv
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    hits, missed = share * n, (1 - share) * n
+    if 0 < hits <= FEW_CASES:
+        low = float(poisson_low(hits, 0.05)) / n
+    if 0 < missed <= FEW_CASES:
+        high = 1 - float(poisson_low(missed, 0.05)) / n
+    return low, high
 
 
 def accuracies(

@@ -128,11 +128,10 @@ def residuals(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
     return residual_UE
 
 
-def effective_documents(assignments_UE: np.ndarray) -> float:
+def effective_documents(n_U: np.ndarray) -> float:
     """How many documents of one length tell as much as these: (Σn)² ÷ Σn² (Kish), of their
-    assignments n."""
-    n_U = assignments_UE.sum(1).astype(float)
-    return float(n_U.sum() ** 2 / (n_U**2).sum())
+    assignments n; 0 without any."""
+    return float(n_U.sum() ** 2.0 / max((n_U**2.0).sum(), 1))
 
 
 def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[float, float]:
@@ -156,7 +155,7 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     ratio_E = load_E / mean
     error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
     strata = np.count_nonzero(np.bincount(strata_U))
-    documents = effective_documents(assignments_UE) - strata
+    documents = effective_documents(assignments_UE.sum(1)) - strata
     busiest = ratio_E.argmax()
     reach_E = RIVALS * np.hypot(error_E, error_E[busiest])
     rival_E = ratio_E >= ratio_E[busiest] - reach_E
@@ -174,21 +173,21 @@ def ratio_interval(
     """95 % interval of Σ hits ÷ Σ of. NaN without `weights_RU`, and where Σ of is 0."""
     if weights_RU is None or not of_U.sum():
         return float("nan"), float("nan")
-    return interval(weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U), len(of_U))
-
-
-def interval(values_R: np.ndarray, documents: int | None = None) -> tuple[float, float]:
-    """The middle 95 % of the values of R resamples; NaN where all are NaN. Of few documents, whose
-    variance is known by themselves alone, it is as much wider as Student's t demands, within 0 and
-    1 if all values are."""
-    if np.isnan(values_R).all():
-        return float("nan"), float("nan")
-    low, middle, high = np.nanquantile(values_R, [0.025, 0.5, 0.975])
-    wider = 1.0 if documents is None else student(documents) / student(np.inf)
-    ends = middle + wider * (low - middle), middle + wider * (high - middle)
-    of_share = np.nanmin(values_R) >= 0 and np.nanmax(values_R) <= 1
-    low, high = np.clip(ends, 0, 1) if of_share else ends
+    values_R = weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U)
+    low, high = interval(values_R, effective_documents(of_U))
     return float(low), float(high)
+
+
+def interval(values_R: np.ndarray, documents: float = np.inf, most: float = 1.0) -> np.ndarray:
+    """The middle 95 % of the values of R resamples, or of R rows of them; NaN where all are NaN. Of
+    few documents, whose variance is known by themselves alone, it is as much wider as Student's t
+    demands, within 0 and `most`. float64 [2, …]"""
+    if np.isnan(values_R).all():
+        return np.full((2, *values_R.shape[1:]), np.nan)
+    quantile = np.nanquantile if np.isnan(values_R).any() else np.quantile
+    low, middle, high = quantile(values_R, [0.025, 0.5, 0.975], axis=0)
+    wider = student(documents) / student(np.inf)
+    return np.clip([middle - wider * (middle - low), middle + wider * (high - middle)], 0, most)
 
 
 def student(documents: float) -> float:

@@ -38,7 +38,7 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     trend_E = at_W @ (load_WE - total_W[:, None] * share_E)
     of_one_E = (residuals(assignments_UE, strata_U) ** 2).sum(0) / assignments_UE.sum()
     error_E = np.sqrt(of_one_E * (at_W**2 @ total_W))
-    degrees = max(effective_documents(assignments_UE) - D, 1)
+    degrees = max(effective_documents(assignments_UE.sum(1)) - D, 1)
     p_E: np.ndarray = 2 * stdtr(degrees, -np.abs(trend_E / nan_for_zero(error_E)))
     return p_E
 

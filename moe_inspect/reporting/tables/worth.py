@@ -78,16 +78,13 @@ def _with_interval(
 ) -> dict[str, np.ndarray]:
     """Σ sums ÷ Σ of, of each expert, and its 95 % interval over documents."""
     value_E = sums_UE.sum(0) / nan_for_zero(of_UE.sum(0))
-    low_E, high_E = np.full((2, len(value_E)), np.nan)
-    known_E = np.isfinite(value_E)
+    ends_2E, known_E = np.full((2, len(value_E)), np.nan), np.isfinite(value_E)
     if weights_RU is not None and known_E.any():
-        of_RE = nan_for_zero(weights_RU @ of_UE[:, known_E])
-        values_RE = weights_RU @ sums_UE[:, known_E] / of_RE
-        quantile = np.nanquantile if np.isnan(values_RE).any() else np.quantile
-        low, middle, high = quantile(values_RE, [0.025, 0.5, 0.975], axis=0)
-        wider = unc.student(len(sums_UE)) / unc.student(np.inf)
-        low_E[known_E] = np.maximum(middle + wider * (low - middle), 0)
-        high_E[known_E] = middle + wider * (high - middle)
+        of_UN = of_UE[:, known_E]
+        values_RN = weights_RU @ sums_UE[:, known_E] / nan_for_zero(weights_RU @ of_UN)
+        documents = unc.effective_documents(of_UE.sum(1))
+        ends_2E[:, known_E] = unc.interval(values_RN, documents, most=np.inf)
+    low_E, high_E = ends_2E
     return {name: value_E, f"{name}_low": low_E, f"{name}_high": high_E}
 
 
