@@ -34,6 +34,7 @@ from moe_inspect.watch.screen import cells, sparkline
 from moe_inspect.watch.state import Watched
 from tests.synthetic import encoder_decoder, write_counts
 from tests.test_commit_every import counted
+from tests.test_dropped import trace_of
 from tests.test_trace import ROUTERS
 from tests.watched import batches, writer
 
@@ -317,6 +318,21 @@ def test_a_history_of_training_is_judged_as_it_was_committed(tmp_path: Path) -> 
 def test_rules_on_what_no_trace_holds_are_refused() -> None:
     with pytest.raises(MoeInspectError, match="a trace does not hold z_loss"):
         Watched(rules=[parse_rule("z_loss > 1")])
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_rule_on_drops_needs_a_trace_that_states_them(drops: bool, tmp_path: Path) -> None:
+    """Else it would never be an alarm, however much is dropped."""
+    path = str(trace_of(tmp_path / "t", [0.0, 0.29], drops).path)
+    console = Console(file=(said := io.StringIO()), width=200)
+    options = WatchOptions(rules=[parse_rule("drop_rate > 0.1")], window_tokens=1000)
+    if drops:
+        watch_trace(path, options, console)
+        assert "drop_rate" in said.getvalue()
+        return
+    with pytest.raises(MoeInspectError, match="does not state that its empty slots are drops"):
+        watch_trace(path, options, console)
+    watch_trace(path, WatchOptions(rules=[parse_rule("max_vio > 5")]), console)
 
 
 # --- the terminal

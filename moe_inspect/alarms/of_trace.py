@@ -22,6 +22,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import Trace
 
 FEWEST_TOKENS = 4096
@@ -37,11 +38,7 @@ def alarms_of(
     committed; every other trace is cut into windows of `window` tokens, by default a 64th of it and
     at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
     trace holds."""
-    refuse_rules_of_model(rules)
-    if not trace.drops and (of := [rule for rule in rules if rule.metric == DROP_RATE]):
-        raise MoeInspectError(
-            f"the rule {str(of[0])!r}: {trace.path} does not state that its empty slots are drops"
-        )
+    refuse_rules(rules, trace)
     selection, effects = selection or select(trace), None
     counts = _counted(trace, selection, window)
     if counts is not None and not trace.counts_only:
@@ -61,13 +58,17 @@ def _effect(counts: Counts, r: int) -> float:
     return unc.design_effect(*of_U)
 
 
-def refuse_rules_of_model(rules: Sequence[Rule]) -> None:
-    """MoeInspectError for a rule on what no trace holds."""
+def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None) -> None:
+    """MoeInspectError for a rule on what no trace holds, or that one `of` does not."""
     for rule in rules:
         if rule.metric in (BATCH, *OF_MODEL):
             raise MoeInspectError(
                 f"the rule {str(rule)!r}: a trace does not hold {rule.metric}, only the monitor of "
                 "a training run knows it"
+            )
+        if rule.metric == DROP_RATE and of is not None and not of.drops:
+            raise MoeInspectError(
+                f"the rule {str(rule)!r}: {of.path} does not state that its empty slots are drops"
             )
 
 

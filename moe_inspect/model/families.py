@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from moe_inspect.model.choices import read, replaced
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_inspect.model.choices.read import Args, Choice, Kwargs
 
 
@@ -138,7 +140,9 @@ class Adapter:
                   done by replacing the tensors which `choice` returned
     among         (module, args, kwargs, output, dropped_E) → the choice among the other experts,
                   where the router cannot be made to choose among them by masking its logits
-    drops         whether what goes to no expert was dropped by the capacity of one
+    drops         whether what goes to no expert was dropped by the capacity of one, by the router
+    dropped       (router, output) of a call of the router beside → the expert of each choice that
+                  its capacity dropped, int [T, K], -1 elsewhere; None: its output does not tell
     by_logits     whether the greatest logits of its router decide which experts run
     fixed         why it cannot be given another choice, and what to do
     """
@@ -156,7 +160,8 @@ class Adapter:
     note: str = ""
     replace: Callable[..., Any] | None = None
     among: Callable[..., Choice] | None = None
-    drops: bool = False
+    drops: Callable[[Any], bool] = lambda router: False
+    dropped: Callable[[Any, Any], Tensor] | None = None
     by_logits: bool = True
     fixed: str = ""
 
@@ -258,7 +263,8 @@ FAMILIES: dict[str, Family] = {
                 top_k=2,
                 note=_NLLB_NOTE,
                 replace=replaced.nllb,
-                drops=True,
+                # by the policy "random" a second expert may be left out
+                drops=lambda router: router.second_expert_policy != "random",
                 by_logits=False,
             )
         },
@@ -267,7 +273,12 @@ FAMILIES: dict[str, Family] = {
     "switch_transformers": Family(
         {
             "SwitchTransformersExperts": Adapter(
-                read.switch, at_call=True, top_k=1, replace=replaced.switch, drops=True
+                read.switch,
+                at_call=True,
+                top_k=1,
+                replace=replaced.switch,
+                drops=lambda router: True,
+                dropped=read.switch_dropped,
             )
         },
         gated=False,

@@ -65,14 +65,23 @@ class Site:
     @property
     def drops(self) -> bool:
         """Whether what goes to no expert was dropped by the capacity of one."""
-        return (
-            self.told.drops if self.told is not None else bool(self.adapter and self.adapter.drops)
-        )
+        if self.told is not None:
+            return self.told.drops
+        return self.adapter is not None and self.adapter.drops(self.logits_module)
+
+    @property
+    def dropped(self) -> Callable[[Any, Any], Tensor] | None:
+        """`Adapter.dropped`, where there is a router to ask, and 16 bits hold its ids."""
+        if self.adapter is None or self.logits_module is None or self.experts >= 2**15:
+            return None
+        return self.adapter.dropped
 
     @property
     def ids_below(self) -> int:
         """Ids are below this: E, or 2E where it is known which expert dropped a choice (id + E)."""
-        return self.told.below if self.told is not None else self.experts
+        if self.told is not None:
+            return self.told.below
+        return self.experts * (1 if self.dropped is None else 2)
 
     @property
     def method(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from moe_inspect.alarms.alarms import Alarm, Alarms
-from moe_inspect.alarms.of_trace import refuse_rules_of_model
+from moe_inspect.alarms.of_trace import refuse_rules
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.analysis.metrics.balance import load_ratio
@@ -49,7 +49,7 @@ class Watched:
     ):
         self.window_tokens, self._clock = window_tokens, clock
         self._rules = list(rules) if rules is not None else list(map(parse_rule, DEFAULT_RULES))
-        refuse_rules_of_model(self._rules)
+        refuse_rules(self._rules)
         self.status, self.trouble, self.left_tokens = WAITING, "", 0
         self.header: TraceHeader | None = None
         self._labels_of: TraceHeader | None = None
@@ -98,7 +98,8 @@ class Watched:
 
     def take(self, news: News, header: TraceHeader | None) -> bool:
         """Adds what a poll of the follower has found. Whether any tokens came, or the status is
-        another."""
+        another. MoeInspectError for a rule on what this trace does not hold."""
+        refuse_rules(self._rules, header)
         changed = news.again or bool(news.pieces) or news.status != self.status
         if news.again:
             self._begin()

@@ -30,6 +30,7 @@ from moe_inspect.capture.hook.sink import (
     Sink,
     before_method,
     choice_after_call,
+    dropped_before_call,
     logits_after_call,
 )
 from moe_inspect.capture.mode import takes_implementation
@@ -213,7 +214,11 @@ class Attachment:
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         elif adapter is not None:
-            self._watch_call(r, site, adapter.choice, compiled)
+            choice_of, router = adapter.choice, site.logits_module
+            if router is not None and site.dropped is not None:
+                hook, choice_of = dropped_before_call(site, router, choice_of)
+                self._keep(router.register_forward_hook(hook))
+            self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
         if "logits" in self.extra_sinks and site.logits_module is not None:

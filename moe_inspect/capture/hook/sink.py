@@ -249,6 +249,30 @@ def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Ca
     return hook
 
 
+def dropped_before_call(
+    site: Site, router: Module, choice_of: Callable[..., Choice | None]
+) -> tuple[Callable[..., None], Callable[..., Choice | None]]:
+    """A hook for the `router` of a site, which is called before its experts, and `choice_of` with
+    what that call says was dropped: id + E."""
+    assert site.dropped is not None
+    dropped_of, last = _aside(site.dropped), list[Tensor]()
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is router:  # not a copy of it
+            last[:] = [dropped_of(module, output)]
+
+    def choice(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Choice | None:
+        found, dropped = choice_of(module, args, kwargs, output), last.pop() if last else None
+        if found is None or dropped is None:
+            return found
+        ids_TK, weights_TK = found
+        dropped_TK = dropped.to(ids_TK.device)
+        is_dropped = (ids_TK < 0) & (dropped_TK >= 0)
+        return torch.where(is_dropped, dropped_TK + site.experts, ids_TK), weights_TK
+
+    return hook, choice
+
+
 def _seen(sink: Sink, choice: Choice | None) -> None:
     # without a choice, the completeness check names the module
     if choice is not None and (tape := sink(*choice)) is not None:

@@ -121,6 +121,17 @@ def switch(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice:
     return chosen_T1E.argmax(2).masked_fill(chosen_T1E.sum(2) == 0, -1), weights_T1
 
 
+def switch_dropped(router: Any, output: Any) -> Tensor:
+    # of its choice the output has what capacity left, and all logits: by its own code, roundings
+    # and ties included, they give the choice. (In transformers 5.17 the order is another one.)
+    E = router.num_experts
+    chosen = next(part for part in output if not part.dtype.is_floating_point)
+    logits = next(part for part in output if part.dtype.is_floating_point and part.shape[-1] == E)
+    scores = logits.softmax(-1, dtype=router.dtype).to(router.input_dtype)
+    kept_T = chosen.reshape(-1, E).any(1)
+    return scores.reshape(-1, E).argmax(1).masked_fill(kept_T, -1)[:, None]
+
+
 def nllb(experts: Any, args: Args, kwargs: Kwargs, output: Any) -> Choice | None:
     # Handed a mask of each token's first choice and the gate weights of both, the experts' code
     # takes the mask for ids, a column each: what runs is expert 1 with the weight of the first

@@ -1,0 +1,224 @@
+"""What routers of transformers drop by capacity: of which expert, against the logits that a hook of
+the test's own has seen, before the capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_inspect
+from moe_inspect.model.choices.read import switch_dropped
+from moe_inspect.model.find import find_routers
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.schema import DROPPED
+from tests import zoo
+from tests.test_dropped import of
+
+CAPACITY, E = 4, 8
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, zoo.hf.__version__.split(".")[:2])) < (5, 18),
+    reason="there Switch counts each token by itself, and drops none",
+)
+
+
+def switch(capacity: int = CAPACITY) -> Any:
+    return zoo.build("switch_transformers", expert_capacity=capacity, router_jitter_noise=0.1)
+
+
+def routers_of(model: Any) -> list[Any]:
+    found = [site.logits_module for site in find_routers(model)]
+    assert len(found) == 4
+    return found
+
+
+@contextmanager
+def logits_of(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Of each router in its first call from now on."""
+    seen: list[list[torch.Tensor]] = []
+    logits: list[torch.Tensor] = []
+    hooks = []
+    for router in routers_of(model):
+        seen.append(calls := [])
+        keep = lambda m, a, out, calls=calls: calls.append(out.detach().clone())  # noqa: E731
+        hooks.append(router.classifier.register_forward_hook(keep))
+    yield logits
+    for hook in hooks:
+        hook.remove()
+    logits += [calls[0] for calls in seen]
+
+
+def chosen_and_kept(
+    logits: list[torch.Tensor], inputs: dict[str, torch.Tensor], capacity: int = CAPACITY
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each router the experts that its tokens chose [T], and which had room for them: the first
+    `capacity` of each sequence."""
+    found = []
+    for r, logits_BSE in enumerate(logits):
+        ids_BS = logits_BSE.argmax(-1).numpy()
+        B, S = ids_BS.shape
+        kept_BS = np.zeros((B, S), bool)
+        for b in range(B):
+            for e in range(E):
+                kept_BS[b, np.flatnonzero(ids_BS[b] == e)[:capacity]] = True
+        real_BS = inputs["attention_mask"].bool().numpy() if r < 2 else np.ones((B, S), bool)
+        found.append((ids_BS[real_BS], kept_BS[real_BS]))
+    return found
+
+
+def column(trace: Trace, r: int, name: str) -> np.ndarray:
+    return trace.routing(router=r).sort_values("token")[name].to_numpy(float)
+
+
+def check(trace: Trace, truth: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Each decision and each count."""
+    found, made = moe_inspect.verify(trace.path), moe_inspect.report(trace)
+    assert found.ok, found
+    assert found.dropped == sum((~kept_T).sum() for _, kept_T in truth)
+    for r, (ids_T, kept_T) in enumerate(truth):
+        assert np.array_equal(
+            column(trace, r, "expert_0"), np.where(kept_T, ids_T, np.nan), equal_nan=True
+        )
+        assert np.array_equal(
+            column(trace, r, f"{DROPPED}_0"), np.where(kept_T, np.nan, ids_T), equal_nan=True
+        )
+        before_E = np.bincount(ids_T, minlength=E)
+        rows = made.tables["load"]
+        rows = rows[rows["router"] == r]
+        assert (rows["assignments"] + rows["dropped"]).tolist() == before_E.tolist()
+        assert rows["dropped"].tolist() == np.bincount(ids_T[~kept_T], minlength=E).tolist()
+        row = made.tables["balance"].iloc[r]
+        assert row["dropped"] == row["empty_slots"] == (~kept_T).sum()
+        assert row["max_over_mean_before_drops"] == pytest.approx(before_E.max() / before_E.mean())
+        assert row["busiest_expert_before_drops"] == before_E.argmax()
+
+
+@pytest.mark.parametrize("how", ["eval", "compiled", "checkpointed"])
+def test_switch_says_which_expert_dropped_a_token(how: str, tmp_path: Path) -> None:
+    """Also in training, where the router's logits are of a jittered input."""
+    model, inputs = switch(), zoo.inputs("switch_transformers", [60, 33, 5])
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    with logits_of(model) as logits:
+        run = torch.compile(model, backend="eager") if how == "compiled" else model
+        with moe_inspect.record(run, tmp_path / "t"), torch.set_grad_enabled(how == "checkpointed"):
+            output = run(**inputs)
+            if how == "checkpointed":
+                output.logits.sum().backward()
+    truth = chosen_and_kept(logits, inputs)
+    assert all(20 < (~kept_T).sum() < len(kept_T) - 20 for _, kept_T in truth)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    check(trace, truth)
+    assert "before drops" in of(trace, "dropped").text  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_counts_are_of_what_was_kept(tmp_path: Path) -> None:
+    model, inputs = switch(), zoo.inputs("switch_transformers", [60])
+    recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
+    with logits_of(model) as logits, torch.no_grad(), recording:
+        model(**inputs)
+    load = moe_inspect.report(tmp_path / "t").tables["load"]
+    for r, (ids_T, kept_T) in enumerate(chosen_and_kept(logits, inputs)):
+        got = load[load["router"] == r]["assignments"].tolist()
+        assert got == np.bincount(ids_T[kept_T], minlength=E).tolist()
+
+
+def test_with_room_for_all_nothing_is_dropped(tmp_path: Path) -> None:
+    model, inputs = switch(60), zoo.inputs("switch_transformers", [60])
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**inputs)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.routing()[f"{DROPPED}_0"].isna().all()
+    assert of(trace, "dropped") is None
+
+
+def test_a_family_without_capacity_has_no_such_column(tmp_path: Path) -> None:
+    model = zoo.build("olmoe")
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**zoo.inputs("olmoe", [9]))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert not trace.has_dropped
+    assert not trace.drops
+    assert trace.routing().filter(like=DROPPED).empty
+
+
+def test_it_is_the_routers_own_choice_where_scores_tie() -> None:
+    """In bfloat16 scores are equal whose logits are not. A router that drops all names the experts
+    of one that drops none."""
+    router = routers_of(switch())[0].to(torch.bfloat16)
+    hidden = torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(0)) * 0.02
+    router.expert_capacity = 500
+    chosen, _, logits = router(hidden.bfloat16())
+    router.expert_capacity = 0
+    dropped = switch_dropped(router, router(hidden.bfloat16()))
+    assert torch.equal(dropped[:, 0], chosen[0].argmax(-1))
+    assert not torch.equal(dropped[:, 0], logits[0].argmax(-1)), "control"
+    assert (switch_dropped(router, (chosen, logits)) == -1).all()
+
+
+def test_what_an_intervention_sends_nowhere_is_not_said_to_be_dropped_by_an_expert(
+    tmp_path: Path,
+) -> None:
+    model, inputs = switch(), zoo.inputs("switch_transformers", [60])
+
+    def recorded(name: str) -> Trace:
+        with moe_inspect.record(model, tmp_path / name), torch.no_grad():
+            model(**inputs)
+        return moe_inspect.open_trace(tmp_path / name)
+
+    trace = recorded("a")
+    with moe_inspect.intervene(model, replay=trace):
+        again = recorded("b")
+    assert again.routing().equals(trace.routing())
+    for router in routers_of(model):
+        router.expert_capacity = 60
+    with moe_inspect.intervene(model, replay=trace):
+        kept = recorded("c").routing()
+    assert kept["expert_0"].equals(trace.routing()["expert_0"])
+    assert kept[f"{DROPPED}_0"].isna().all()
+
+
+# --- NLLB: experts 1 and 0 run whatever its routers choose
+
+
+def nllb(**overrides: Any) -> Any:
+    return zoo.build("nllb_moe", moe_eval_capacity_token_fraction=0.1, **overrides)
+
+
+def test_nllb_says_how_many_choices_were_dropped_not_of_which_expert(tmp_path: Path) -> None:
+    """The experts that its routers chose are not those that run."""
+    model, inputs = nllb(), zoo.inputs("nllb_moe", [60])
+    with logits_of(model) as logits, torch.no_grad(), moe_inspect.record(model, tmp_path / "t"):
+        model(**inputs)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    table = moe_inspect.report(trace).tables["balance"]
+    for r, logits_TE in enumerate(logits):
+        ids_TK = logits_TE.topk(2, dim=1).indices.numpy()
+        first_E, both_E = (np.bincount(ids.ravel(), minlength=E) for ids in (ids_TK[:, 0], ids_TK))
+        room = -(-len(ids_TK) // 10)
+        # second choices come after all first ones
+        lost = np.maximum(both_E - room, 0).sum()
+        assert first_E.max() > room
+        assert table["empty_slots"][r] == lost
+        assert table["drop_rate"][r] == pytest.approx(lost / ids_TK.size)
+    assert trace.drops
+    assert not trace.has_dropped
+    assert table["max_over_mean_before_drops"].isna().all()
+    found = of(trace, "dropped")
+    assert found is not None
+    assert "every load here is what was left" in found.text
+
+
+def test_nllb_may_leave_out_second_choices_which_are_no_drops(tmp_path: Path) -> None:
+    model, inputs = nllb(second_expert_policy="random"), zoo.inputs("nllb_moe", [60])
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**inputs)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert not trace.drops
+    assert of(trace, "empty_slots") is not None
