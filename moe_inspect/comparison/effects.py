@@ -4,7 +4,7 @@ the load of the experts, and which of the two predicts better."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import layer_label, plural
+
+if TYPE_CHECKING:
+    from moe_inspect.comparison.loads.data import LoadData
 
 
 def losses(data: PairData) -> Iterator[Finding]:
@@ -54,7 +57,8 @@ def losses(data: PairData) -> Iterator[Finding]:
 
 
 def growth(data: PairData) -> Iterator[Finding]:
-    """Whether a difference makes further ones in later layers."""
+    """How often tokens that have differed differ again: a description of these tokens, of which
+    those near a tie may be so at several layers."""
     pairs = [data.of(r) for r, _ in data.pairs]
     before = sum(c.before for c in pairs)
     decisions = data.decisions
@@ -65,8 +69,8 @@ def growth(data: PairData) -> Iterator[Finding]:
     yield finding(
         "growth",
         "note",
-        f"After a token's first difference, {again:.2%} of its later decisions differ; without "
-        f"one before, {percent(fresh)}.",
+        f"Of the decisions of tokens that differ in an earlier layer, {again:.2%} differ; of the "
+        f"others, {percent(fresh)}.",
         again=again,
         new=fresh,
     )
@@ -110,37 +114,61 @@ def load(data: PairData) -> Iterator[Finding]:
 def collapsed(data: PairData) -> Iterator[Finding]:
     """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
     other."""
-    cases, apart = list[tuple[bool, tuple[float, float, str, int, int]]](), list[np.ndarray]()
+    cases, apart = list[Collapse](), list[np.ndarray]()
     for r, _ in data.pairs:
-        counts = data.of(r)
+        counts, decisions = data.of(r), int(data.decisions_UX(r).sum())
         load_2UE = np.stack([counts.load_UE, counts.load_UE + counts.moved_UE])
-        load_2E = load_2UE.sum(1)
-        share_2E = load_2E / max(int(data.decisions_UX(r).sum()), 1)
+        cases.append(one := Collapse.of(r, load_2UE.sum(1), np.full(2, decisions)))
+        more, less = load_2UE[:: -1 if one.name == "B" else 1]
+        apart.append((more - less)[data.units, one.expert : one.expert + 1])
+    p_R = p_over_documents(apart, lambda sums: sums[:, 0])
+    found = [one for one, p in zip(cases, p_R, strict=True) if one.differs and p < ALPHA]
+    yield from said_of_collapse(data, found)
+
+
+class Collapse(NamedTuple):
+    """The expert with the largest share of a router's tokens in A or B (`name`), the share that it
+    has in the other, and whether the router is collapsed in that one alone."""
+
+    share: float
+    other_share: float
+    name: str
+    expert: int
+    router: int
+    differs: bool
+
+    @staticmethod
+    def of(router: int, load_2E: np.ndarray, tokens_2: np.ndarray) -> Collapse:
+        share_2E = load_2E / np.maximum(tokens_2, 1)[:, None]
         overloaded_2 = load_2E.max(1) >= Thresholds.overloaded * load_2E.mean(1)
         is_2 = (share_2E.max(1) >= COLLAPSED) & overloaded_2
         x, e = (int(i) for i in np.unravel_index(share_2E.argmax(), share_2E.shape))
-        case = share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, r
-        cases.append((bool(is_2[x] and not is_2[1 - x]), case))
-        apart.append((load_2UE[x] - load_2UE[1 - x])[data.units, e : e + 1])
-    p_R = p_over_documents(apart, lambda sums: sums[:, 0])
-    found = [case for (differs, case), p in zip(cases, p_R, strict=True) if differs and p < ALPHA]
+        differs = bool(is_2[x] and not is_2[1 - x])
+        return Collapse(share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, router, differs)
+
+
+def said_of_collapse(
+    data: PairData | LoadData, found: list[Collapse], beyond: str = ""
+) -> Iterator[Finding]:
+    """The finding on routers that are collapsed in one trace, beyond chance; `beyond`: what that
+    takes for granted."""
     if not found:
         return
-    share, other_share, name, e, r = max(found)
-    found = [case for case in found if case[2] == name]
-    where = {"layer": data.router(r).layer, "router": r}
+    worst, routers = max(found), data.a.routers
+    n = sum(one.name == worst.name for one in found)
     yield finding(
         "collapsed",
         "critical",
-        f"{name} is collapsed in layer {name_of(data, r)}: expert {e} gets {share:.0%} of its "
-        f"tokens, in {'A' if name == 'B' else 'B'} {other_share:.0%} "
-        f"({len(found)} of {plural(len(data.pairs), 'router')}).",
-        where,
-        trace=name,
-        expert=e,
-        token_share=share,
-        other_token_share=other_share,
-        routers=len(found),
+        f"{worst.name} is collapsed in layer {layer_label(routers, worst.router)}: expert "
+        f"{worst.expert} gets {worst.share:.0%} of its tokens, in "
+        f"{'A' if worst.name == 'B' else 'B'} {worst.other_share:.0%} "
+        f"({n} of {plural(len(data.pairs), 'router')}{beyond}).",
+        {"layer": routers[worst.router].layer, "router": worst.router},
+        trace=worst.name,
+        expert=worst.expert,
+        token_share=worst.share,
+        other_token_share=worst.other_share,
+        routers=n,
     )
 
 

@@ -68,7 +68,7 @@ def zero_filled(data: PairData) -> Iterator[Finding]:
     to zero."""
     sides = ("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)
     for name, n in sides:
-        if n and _slots(data) >= 4:
+        if n and _zeros_by_chance(data, name, n) < ALPHA:
             yield finding(
                 "zero_filled",
                 "critical",
@@ -81,8 +81,20 @@ def zero_filled(data: PairData) -> Iterator[Finding]:
             )
 
 
-def _slots(data: PairData) -> int:
-    return sum(data.router(r).top_k for r, _ in data.pairs)
+def _zeros_by_chance(data: PairData, name: str, n: int) -> float:
+    """How many tokens would choose expert 0 at every router if these chose independently, each as
+    often as for its other tokens; none where a router has several slots, as it chooses no expert
+    twice. n: the tokens of `name` that have it everywhere."""
+    shares = dict[str, float]()
+    for r, _ in data.pairs:
+        router, counts = data.router(r), data.of(r)
+        decisions = int(data.decisions_UX(r).sum())
+        load = int(counts.load_UE[:, 0].sum() + (name == "B") * counts.moved_UE[:, 0].sum())
+        # one more of each expert: also where no other token is known
+        share = max(load - n + 1, 1) / (max(decisions - n, 0) + router.experts)
+        by_chance = share if router.top_k == 1 else 0.0
+        shares[router.stack] = shares.get(router.stack, 1.0) * min(by_chance, 1.0)
+    return data.counts.tokens * max(shares.values())
 
 
 def last_token(data: PairData) -> Iterator[Finding]:

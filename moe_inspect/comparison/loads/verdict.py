@@ -3,11 +3,15 @@ each is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
+from moe_inspect.comparison.effects import Collapse, said_of_collapse
 from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
 from moe_inspect.comparison.loads.tables import chance_limit
 from moe_inspect.comparison.verdict import missing_layers
@@ -57,6 +61,25 @@ def shifted(data: LoadData) -> Iterator[Finding]:
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
     yield finding("load_shift", severity, text, row, **values)
+
+
+def collapsed(data: LoadData) -> Iterator[Finding]:
+    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
+    other; of counts, where no documents explain such a difference of the shares."""
+    found = list[Collapse]()
+    for r, _ in data.pairs:
+        of = [data.of(side, "balance", r).iloc[0] for side in SIDES]
+        load_2E = np.stack([data.of(side, "load", r)["assignments"] for side in SIDES])
+        tokens_2 = np.array([row["tokens"] for row in of])
+        one = Collapse.of(r, load_2E, tokens_2)
+        if one.differs and tokens_2.all():
+            effect = data.design_effect(r) if data.documents_known else LONG_DOCUMENT
+            share = load_2E[:, one.expert].sum() / tokens_2.sum()
+            error = math.sqrt(effect * share * (1 - share) * (1 / tokens_2).sum())
+            if one.share - one.other_share > z_of(ALPHA / len(data.pairs)) * error:
+                found.append(one)
+    assumed = f"; beyond chance up to a design effect of {LONG_DOCUMENT:,}"
+    yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
 
 
 def _severity(data: LoadData, beyond: Any, shift: str) -> Severity:
@@ -140,7 +163,7 @@ def balance(data: LoadData) -> Iterator[Finding]:
             f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
             f"{chance.median():.2f}x), {ratio.max():.2f}x in layer "
             f"{layer_label(data.a.routers, int(worst['router']))}, and "
-            f"{plural(dead, 'dead expert')}"
+            f"{plural(dead, 'expert')} without load"
         )
     text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}."
     yield finding("balance", "note", text, **values)
@@ -173,6 +196,7 @@ def not_compared(data: LoadData) -> Iterator[Finding]:
 # in the order in which they are read
 CHECKS: tuple[Callable[[LoadData], Iterator[Finding]], ...] = (
     shifted,
+    collapsed,
     by_step,
     balance,
     counts_only,

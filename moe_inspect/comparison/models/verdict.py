@@ -88,7 +88,7 @@ def balance(data: ModelData) -> Iterator[Finding]:
             f"{side.upper()} has {median:.2f}x in the median layer (expected by chance: "
             f"{chance:.2f}x) and "
             f"{worst['max_over_mean']:.2f}x in layer {name_of(data, side, int(worst['router']))}"
-            + (f", and {plural(dead, 'dead expert')}" if dead else "")
+            + (f", and {plural(dead, 'expert')} without load" if dead else "")
         )
     yield finding(
         "balance",
