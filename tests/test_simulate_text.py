@@ -47,11 +47,11 @@ def routed(
 
 
 ROUTING = {
-    "as recorded": (routed(), "As recorded, layer 1/1 is the least balanced: max_vio 1.00 over all tokens."),
-    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to max_vio 1.00 (0.30 per batch), keeping 80%"),
-    "a bias does not": (routed(bias=1.0), "a loss-free bias would not even out layer 1/1: max_vio 1.00"),
+    "as recorded": (routed(), "As recorded, layer 1/1 is the least balanced: its busiest expert gets 2.00x the mean load over all tokens."),
+    "a bias helps": (routed(bias=0.999), "a loss-free bias would bring layer 1/1 to 2.00x the mean load (1.30x per batch), keeping 80%"),
+    "a bias does not": (routed(bias=1.0), "a loss-free bias would not even out layer 1/1: 2.00x the mean load"),
     "judged held out": (routed(bias=0.5), "on the half of the documents held out from fitting the bias."),
-    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "that balance every layer (max_vio below 0.2), hashed keeps the most probability mass: at least 50%"),
+    "balanced": (routed(("hashed", 2, 0.1999, 0.5)), "that balance every layer (no expert gets 1.2x the mean load), hashed keeps the most probability mass: at least 50%"),
     "not balanced": (routed(("hashed", 2, 0.2, 0.5)), "no causal algorithm with the same compute balances every layer"),
     "computes as much": (routed(("x", 2.0099, 0.1, 0.5)), "x keeps the most"),
     "computes more": (routed(("x", 2.0101, 0.1, 0.9)), "no causal algorithm with the same compute"),

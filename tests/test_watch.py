@@ -438,7 +438,7 @@ def test_in_a_pipe_it_is_a_line_for_each_change(session: Session, capsys: Any) -
     console = Console(width=500)
     watch_trace(session.path, WatchOptions(every_s=0.01, window_tokens=512), console)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "complete, 2,560 tokens, layer 3 max_vio" in line
+    assert "complete, 2,560 tokens, busiest expert of layer 3 " in line
     at_once = Session(session.path, session.options)
     at_once.update()
     assert line.split(" ", 1)[1] == status_line(at_once).split(" ", 1)[1]

@@ -1,6 +1,6 @@
 """Rules: when an alarm is raised, as a line of text.
 
-max_vio > 1 for 3 windows
+max_over_mean > 2 for 3 windows
 dead_experts > 0 for 3 windows
 entropy falling by 0.1
 drift > 0.2 in layers 0-3
@@ -31,7 +31,7 @@ CHANGED = 0.05  # of "falling" and "rising" without a share
 
 DEFAULT_RULES = (
     "dead_experts > 0 for 3 windows",
-    "max_vio > 1.5 for 5 windows",
+    "max_over_mean > 2.5 for 5 windows",
 )
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -118,7 +118,7 @@ def parse_rule(text: str) -> Rule:
     if found is None:
         raise MoeInspectError(
             f"cannot read the rule {text.strip()!r}: write it like "
-            '"max_vio > 1.5 for 5 windows" or "entropy falling by 0.1"'
+            '"max_over_mean > 2.5 for 5 windows" or "entropy falling by 0.1"'
         )
     metric = found["metric"]
     if metric not in known_metrics():

@@ -34,7 +34,7 @@ def watch(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Alarm rules, one per line, e.g. max_vio > 1 for 3 windows.",
+            help="Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows.",
             show_default=False,
         ),
     ] = None,

@@ -160,8 +160,9 @@ def status_line(session: Session) -> str:
         parts.append(f"{rates[0]:,.0f} tokens/s")
     if watched.window is not None:
         r = worst_routers(watched)[0]
-        worst = f"layer {watched.labels[r]} max_vio {watched.history[-1][r]:.2f}"
-        parts.append(f"{worst} (by chance at most {watched.chance(r):.2f})")
+        busiest = f"{1 + watched.history[-1][r]:.2f}x the mean load"
+        chance = f"by chance at most {1 + watched.chance(r):.2f}x"
+        parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
     alarms = watched.alarms
     parts.append(
         f"{plural(len(alarms), 'alarm')}: " + " ".join(a.text for a in alarms)

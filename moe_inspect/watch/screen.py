@@ -148,14 +148,14 @@ class Screen:
         vio_L, bars = watched.history[-1], BARS if unicode else PLAIN_BARS
         yield [
             Segment("least balanced layers", BOLD),
-            Segment("  max_vio (at most by chance)", DIM),
+            Segment("  busiest ÷ mean load (at most by chance)", DIM),
         ]
         history_L = np.array(watched.history)
         for r in worst:
             load_E = watched.window.load_LE[r, : watched.routers[r].experts]
             chance = watched.chance(r)
             dead = int((load_E == 0).sum())
-            said = f"layer {watched.labels[r]:<4} {vio_L[r]:6.2f} ({chance:.2f})"
+            said = f"layer {watched.labels[r]:<4} {1 + vio_L[r]:5.2f}x ({1 + chance:.2f}x)"
             said += f"  busiest expert {int(load_E.argmax())}"
             said += f", {dead} dead  " if dead else "  "
             room = max(0, min(60, width - cell_len(said)))
@@ -191,7 +191,7 @@ class Screen:
 
 
 def worst_routers(watched: Watched) -> list[int]:
-    """Routers of an alarm first, then by max_vio of the window."""
+    """Routers of an alarm first, then by the load of the busiest expert in the window."""
     if not watched.history:
         return []
     vio_L = np.nan_to_num(watched.history[-1], nan=-1.0)

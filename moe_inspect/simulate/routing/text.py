@@ -28,8 +28,8 @@ def verdict(
         worst = recorded.loc[recorded["max_vio"].idxmax()]
         layer = label_of[int(worst["router"])]
         sentences.append(
-            f"As recorded, layer {layer} is the least balanced: max_vio {worst['max_vio']:.2f} "
-            "over all tokens."
+            f"As recorded, layer {layer} is the least balanced: its busiest expert gets "
+            f"{1 + worst['max_vio']:.2f}x the mean load over all tokens."
         )
         bias = routing[
             (routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")
@@ -39,8 +39,8 @@ def verdict(
             helps = row["max_vio"] < worst["max_vio"]
             sentences.append(
                 f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
-                f"{layer}{' to' if helps else ':'} max_vio "
-                f"{row['max_vio']:.2f} ({row['max_vio_batch']:.2f} per batch), keeping "
+                f"{layer}{' to' if helps else ':'} {1 + row['max_vio']:.2f}x the mean load "
+                f"({1 + row['max_vio_batch']:.2f}x per batch), keeping "
                 f"{row['mass_retained']:.0%} of the probability mass of the router's own "
                 f"top choices and {row['agreement']:.0%} of the model's choices"
                 + (
@@ -58,13 +58,13 @@ def verdict(
         best = even.loc[even["mass_retained_least"].idxmax()]
         sentences.append(
             "Simulated: of the causal algorithms with the same compute that balance every layer "
-            f"(max_vio below {uneven:g}), {best['algorithm']} keeps the most probability mass: at "
-            f"least {best['mass_retained_least']:.0%}."
+            f"(no expert gets {1 + uneven:g}x the mean load), {best['algorithm']} keeps the most "
+            f"probability mass: at least {best['mass_retained_least']:.0%}."
         )
     else:
         sentences.append(
             "Simulated: no causal algorithm with the same compute balances every layer "
-            f"(max_vio below {uneven:g})."
+            f"(no expert gets {1 + uneven:g}x the mean load)."
         )
     leaking = [
         f"{label} ({ALGORITHMS[label].leaks})"
@@ -95,13 +95,14 @@ def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
     routers = list(routing["router"].unique())
     layers = Axis("layer", tuple(label_of[r] for r in routers))
     panels = list[Panel]()
-    for column, title, least in (
-        ("max_vio", "MaxVio: (max − mean) ÷ mean load", 0.5),
-        ("mass_retained", "Probability mass ÷ that of the router's own top-k", 1.0),
+    routing = routing.assign(max_over_mean=1 + routing["max_vio"])
+    for column, title, even, least in (
+        ("max_over_mean", "Load of the busiest expert ÷ mean load", 1, 1.5),
+        ("mass_retained", "Probability mass ÷ that of the router's own top-k", 0, 1.0),
     ):
         wide = routing.pivot(index="algorithm", columns="router", values=column)
         value_AL = wide.reindex(index=algorithms, columns=routers).to_numpy(float)
-        scale = amount(column, 0, value_AL, least)
+        scale = amount(column, even, value_AL, least)
         heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
         panels.append(Panel((heatmap,), layers, Axis("algorithm", names), title))
     return Chart(
@@ -109,7 +110,7 @@ def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
         "How even the load is under each algorithm, and how much of the router's choice it keeps",
         tuple(panels),
         text=SIMULATED
-        + "0 is even load. An algorithm that is not causal lets later tokens decide, "
+        + "1 is even load. An algorithm that is not causal lets later tokens decide, "
         "which are unknown during generation.",
         name="routing",
     )
