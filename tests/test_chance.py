@@ -114,6 +114,29 @@ def test_many_units_are_judged_as_few():
     assert wide.mean() == pytest.approx(narrow.mean(), rel=0.02)
 
 
+def test_the_token_id_is_judged_within_documents():
+    """One shuffle, with the variance of independent tokens, as of long traces. Documents with a
+    taste and words of their own: shuffled across documents their ids would seem to decide."""
+    small = {"within": 0, "across": 0}
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        document_T = np.repeat(np.arange(60), rng.integers(50, 150, 60))
+        T = len(document_T)
+        word_T = rng.integers(0, 4, T) + 4 * document_T
+        expert_T = (rng.normal(0, 1, (60, E))[document_T] + rng.gumbel(size=(T, E))).argmax(1)
+
+        def share(word_T: np.ndarray, expert_T: np.ndarray = expert_T) -> float:
+            first_VE = np.bincount(word_T * E + expert_T, minlength=4 * 60 * E).reshape(-1, E)
+            return sp.vocabulary_specialization(first_VE)
+
+        orders = {"within": chance.shuffled_within(document_T, rng), "across": rng.permutation(T)}
+        for name, order_T in orders.items():
+            p = chance.shuffled_p(share(word_T), [share(word_T[order_T])], T)
+            small[name] += p < 0.1
+    assert small["within"] <= 8  # of 40, 10 % are 4, of 9 or more 0.02
+    assert small["across"] == 40  # positive control
+
+
 def test_what_is_unknown_has_no_p_value():
     assert np.isnan(chance.overload_p(np.ones((4, 3), int), np.zeros(4, int))).all()
     assert np.isnan(chance.overload_p(np.ones((3, 3), int), np.array([0, 0, 1]))[1]).all()

@@ -53,6 +53,19 @@ def changed(
     return other
 
 
+def collapsing() -> list[np.ndarray]:
+    """Router 1 sends most tokens to expert 5."""
+    return changed(routes(), random(0.7, 1), expert=5)
+
+
+def avoiding(ids: list[np.ndarray]) -> list[np.ndarray]:
+    """None of the experts that these tokens have."""
+    order = np.random.default_rng(1).random((L, T, E))
+    for of_TE, of_TK in zip(order, ids, strict=True):
+        np.put_along_axis(of_TE, of_TK.astype(int), 2, 1)
+    return [np.argsort(of_TE, 1)[:, :K].astype(np.uint16) for of_TE in order]
+
+
 def of_documents(*documents: int) -> np.ndarray:
     """The tokens of these documents. bool [T]"""
     return np.isin(np.arange(T) // (T // DOCUMENTS), documents)
@@ -89,7 +102,7 @@ def test_whether_more_than_2_percent_differ(
 
 def test_that_one_of_the_traces_is_collapsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ids = routes()
-    collapsed = changed(ids, random(0.7, 1), expert=5)
+    collapsed = collapsing()
     for name, runs in (("B", (ids, collapsed)), ("A", (collapsed, ids))):
         found = said(tmp_path / name, *runs)["collapsed"]
         assert (found.severity, found.layer) == ("critical", 1)
@@ -110,15 +123,12 @@ def test_that_one_of_the_traces_is_collapsed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_that_overlap_is_below_chance(tmp_path: Path):
-    ids, rng = routes(), np.random.default_rng(1)
-    avoiding = [x.copy() for x in ids]
-    for r, t in np.ndindex(L, T):
-        avoiding[r][t] = rng.permutation(np.setdiff1d(np.arange(E), ids[r][t]))[:K]
-    found = said(tmp_path / "true", ids, avoiding)["below_chance"]
+    ids = routes()
+    found = said(tmp_path / "true", ids, avoiding(ids))["below_chance"]
     assert (found.severity, found.values["overlap"], found.values["routers"]) == ("warning", 0, L)
     assert found.values["overlap_by_chance"] == pytest.approx(K / E, abs=0.01)
     assert "below_chance" not in said(tmp_path / "independent", ids, routes(9))
-    assert "below_chance" not in said(tmp_path / "few", ids, avoiding, documents=5)
+    assert "below_chance" not in said(tmp_path / "few", ids, avoiding(ids), documents=5)
 
 
 def test_that_a_domain_changed_more_than_the_others(tmp_path: Path):

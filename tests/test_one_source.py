@@ -191,7 +191,5 @@ def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):
     said = simulate_routing(
         encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "loss-free bias"]
     ).verdict
-    assert said[0].startswith(
-        "As recorded, layer 0 (encoder) is the least balanced: its busiest expert gets 2.00x the mean "
-    )
+    assert said[0].startswith("As recorded, layer 0 (encoder) is the least balanced: its busiest ")
     assert "layer 0 (encoder)" in said[1]

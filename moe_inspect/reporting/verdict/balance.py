@@ -168,7 +168,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
     larger = f"of {whole:,} of {passes:,} passes, the larger ones; " if whole < passes else ""
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
     idle, effect = 1 - 1 / batch, row["design_effect"]
-    known, cause = not math.isnan(effect), ""
+    known, cause = not (math.isnan(effect) or few_documents(data)), ""
     of_documents = known and not _hidden(data, row, effect) > 0
     if of_documents:
         cause = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.verdict.chance import name_of
+from moe_inspect.reporting.verdict.chance import few_documents, name_of
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.specialization import untrained_seed
 from moe_inspect.text import plural
@@ -86,7 +86,7 @@ def signature(data: ReportData) -> Finding | None:
 def paths(data: ReportData) -> Finding | None:
     """Whether tokens take fewer paths through the layers than layers that choose independently
     within a document give them, as far as paths are not as many as tokens."""
-    if not _is_small(data):
+    if not _is_small(data) or few_documents(data):
         return None
     table: Any = data.tables["paths"]
     shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
