@@ -261,7 +261,7 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
         s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows")
         for s in warm
     )
-    assert in_runs(np.array([[1], [1], [1], [2], [2]]), 3) == 3
+    assert in_runs(np.repeat([[1], [2], [3]], [16, 15, 17], 0)) == 33
     document = np.arange(1_000) // 100
     trace = write_trace(
         tmp_path / "c",

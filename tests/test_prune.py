@@ -12,13 +12,14 @@ import moe_inspect
 from moe_inspect import MoeInspectError, TraceOptions
 from moe_inspect.analysis.scores import lowest
 from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.interventions.ablation.measure import Progress
 from moe_inspect.interventions.ablation.run import ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning.advise import of_overlap
 from moe_inspect.interventions.pruning.calibration import check_trace
 from moe_inspect.interventions.pruning.choose import check
 from moe_inspect.interventions.pruning.measure import measure
-from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_out
+from moe_inspect.interventions.pruning.run import Choice, Pruning, judged, planned
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace
@@ -52,6 +53,12 @@ def of_domains(whole: HeldOut, *domains: str) -> HeldOut:
     return replace(whole, batches=[batch for batch in rows if batch])
 
 
+def pruned(
+    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
+) -> Pruning:
+    return judged(held_out, trace, planned(held_out, trace, choice, progress), progress)
+
+
 def said(pruning: Pruning, kind: str) -> str:
     found = pruning.findings
     return "\n".join(found.text[found.kind == kind])
@@ -61,7 +68,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     held_out: HeldOut, three: Trace
 ) -> None:
     others = of_domains(held_out, "c", "german", "russian")
-    done = prune_held_out(others, three, Choice(by="reap", keep=0.75))
+    done = pruned(others, three, Choice(by="reap", keep=0.75))
     losses = done.losses.set_index(["plan", "domain"]).loss
     assert losses["reap", "(all)"] > losses["random", "(all)"] + 0.2
     assert "random is better than reap: a loss of 5.4" in said(done, "random")
@@ -71,7 +78,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     assert {layer: len(experts) for layer, experts in done.dropped.items()} == dict.fromkeys(
         range(4), 2
     )
-    same = prune_held_out(
+    same = pruned(
         of_domains(held_out, "english", "metamath", "python"),
         three,
         Choice(by="reap", keep=0.75, draws=2),
@@ -92,7 +99,7 @@ def test_scores_are_those_of_the_report_and_the_least_go(held_out: HeldOut, thre
         "frequency": "assignments",
     }
     for by, column in columns.items():
-        done = prune_held_out(few, three, Choice(by=by, keep=0.75, draws=1))
+        done = pruned(few, three, Choice(by=by, keep=0.75, draws=1))
         assert np.allclose(done.scores.score, table[column]), by
         for layer, gone in done.dropped.items():
             of = table[table.layer == layer].set_index("expert")[column]
@@ -144,14 +151,14 @@ def test_experts_that_were_hardly_seen_and_super_experts_are_named(
 ) -> None:
     few = replace(held_out, batches=held_out.batches[:1])
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=60, output_norms=True)
-    done = prune_held_out(few, short, Choice(by="frequency", keep=0.75, draws=1))
+    done = pruned(few, short, Choice(by="frequency", keep=0.75, draws=1))
     assert "8 dropped experts had fewer than 32 assignments" in said(done, "few tokens")
     assert "record it with --output-peaks" in said(done, "super experts")
 
 
 def test_by_weights_alone(held_out: HeldOut, three: Trace) -> None:
     few = replace(held_out, batches=held_out.batches[:1])
-    done = prune_held_out(few, three, Choice(by="aimer", keep=0.75, draws=1))
+    done = pruned(few, three, Choice(by="aimer", keep=0.75, draws=1))
     table = moe_inspect.describe_weights("demo")["experts"]
     assert np.allclose(1 - done.scores.score, table.aimer)
     assert done.dropped[0] == sorted(table[table.layer == 0].aimer.nlargest(2).index)
@@ -162,17 +169,17 @@ def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> No
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)
     choice = Choice(by="ablation", keep=0.75, draws=1, resume=tmp_path / "kept")
     passes: list[int] = []
-    done = prune_held_out(few, short, choice, lambda n, total: passes.append(total))
+    done = pruned(few, short, choice, lambda n, total: passes.append(total))
     alone = moe_inspect.ablate("demo", max_tokens=300).experts
     assert np.allclose(done.scores.score, alone.difference, atol=0.02)
     again = list[int]()
-    same = prune_held_out(few, short, choice, lambda n, total: again.append(total))
+    same = pruned(few, short, choice, lambda n, total: again.append(total))
     assert same.scores.equals(done.scores)
     assert max(passes) > 32 > max(again), "what was kept is not measured again"
     with pytest.raises(MoeInspectError, match="draws is 0"):
-        prune_held_out(few, short, replace(choice, draws=0))
+        pruned(few, short, replace(choice, draws=0))
     with pytest.raises(MoeInspectError, match="which reap needs: record it with"):
-        prune_held_out(few, short, Choice(by="reap", keep=0.75))
+        pruned(few, short, Choice(by="reap", keep=0.75))
 
 
 def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path: Path) -> None:

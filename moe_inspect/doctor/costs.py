@@ -24,7 +24,7 @@ def measured() -> dict[str, Any]:
     }
 
 
-def narrow_model(layers: int = LAYERS) -> Any:
+def narrow_model() -> Any:
     """A model of many narrow layers on the CPU, in which recording has little to hide behind."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -38,7 +38,7 @@ def narrow_model(layers: int = LAYERS) -> Any:
         **sizes,
         **heads,
         vocab_size=256,
-        num_hidden_layers=layers,
+        num_hidden_layers=LAYERS,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         pad_token_id=0,

@@ -174,7 +174,7 @@ def select_routers(
     return [checked_ids(routed_TBK[:, r.layer], r, f"{where}, layer {r.layer}") for r in routers]
 
 
-def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int = 0) -> np.ndarray:
+def checked_ids(ids_TK: np.ndarray, router: Router, where: str) -> np.ndarray:
     """ids of one router as the writer takes them (uint8, from 256 experts on uint16; its maximum
     where a slot routed nowhere, which is −1 here), contiguous. MoeInspectError names the first
     token with an id beyond E, or twice the same expert."""
@@ -189,9 +189,7 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
     low, high = int(ids_TK.min()), int(ids_TK.max())
     if low < -1 or high >= E:
         t, j = (int(i[0]) for i in np.nonzero((ids_TK < -1) | (ids_TK >= E)))
-        raise MoeInspectError(
-            f"{where}: token {first_row + t} goes to expert {int(ids_TK[t, j])} of {E}"
-        )
+        raise MoeInspectError(f"{where}: token {t} goes to expert {int(ids_TK[t, j])} of {E}")
     ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
     if k > 1 and (twice_T := repeats(ids_TK)).any():
         t = int(twice_T.argmax())
@@ -201,7 +199,7 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str, first_row: int =
             else ""
         )
         raise MoeInspectError(
-            f"{where}: token {first_row + t} goes to one expert twice ({ids_TK[t].tolist()}){hint}"
+            f"{where}: token {t} goes to one expert twice ({ids_TK[t].tolist()}){hint}"
         )
     return ids
 

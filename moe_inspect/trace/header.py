@@ -61,11 +61,6 @@ class TraceHeader:
         return "norm" in self.slot_values
 
     @property
-    def has_peaks(self) -> bool:
-        """Whether there are the largest |values| of the experts' outputs (`--output-peaks`)."""
-        return "peak" in self.slot_values
-
-    @property
     def has_dropped(self) -> bool:
         """Whether there are the experts that dropped assignments were meant for."""
         return schema.DROPPED in self.slot_values

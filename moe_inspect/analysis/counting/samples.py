@@ -195,12 +195,12 @@ class TokenLosses:
     slots: dict[int, tuple[np.ndarray, ...]]
 
 
-def sampled_losses(trace: Trace, selection: Selection, most: int = TOKENS) -> list[TokenLosses]:
-    """Of each stack, for a trace that has losses (`TraceHeader.has_loss`). `most`: tokens of the
-    sample, about; fewer where the model has very many slots."""
+def sampled_losses(trace: Trace, selection: Selection) -> list[TokenLosses]:
+    """Of each stack, for a trace that has losses (`TraceHeader.has_loss`): about TOKENS tokens,
+    fewer where the model has very many slots."""
     stack_of = {r: trace.routers[r].stack for r in selection.routers}
     slots_of_all = sum(trace.routers[r].top_k for r in selection.routers)
-    share_of = _shares(trace, selection, min(most, SLOTS // slots_of_all))
+    share_of = _shares(trace, selection, min(TOKENS, SLOTS // slots_of_all))
     domains, phases = dict[str, int](), dict[str, int]()
     columns = {stack: [list[np.ndarray]() for _ in range(6)] for stack in share_of}
     slots = {r: list[kernels_numpy.Slots]() for r in stack_of}

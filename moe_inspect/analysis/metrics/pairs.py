@@ -196,14 +196,14 @@ def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
     )
 
 
-def next_accuracy_null(next_first_EN: np.ndarray, R: int = 5) -> float:
+def next_accuracy_null(next_first_EN: np.ndarray) -> float:
     """Mean `next_accuracy` of independent choices with these marginals: with few tokens the maximum
     of each row is above the marginal's by chance alone."""
     row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
     if not column_N.sum():
         return float("nan")
     rng = np.random.default_rng([SEED, *next_first_EN.shape])
-    draws = (_independent(row_E, column_N / column_N.sum(), rng) for _ in range(R))
+    draws = (_independent(row_E, column_N / column_N.sum(), rng) for _ in range(5))
     return float(np.mean([next_accuracy(drawn_EN) for drawn_EN in draws]))
 
 

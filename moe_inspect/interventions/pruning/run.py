@@ -156,13 +156,6 @@ def prune(
     return done
 
 
-def prune_held_out(
-    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
-) -> Pruning:
-    """What `prune` finds, of a model that is loaded."""
-    return judged(held_out, trace, planned(held_out, trace, choice, progress), progress)
-
-
 def judged(
     held_out: HeldOut, trace: Trace, plans: Plans, progress: Progress | None = None
 ) -> Pruning:

@@ -214,7 +214,6 @@ def amount(
     values: np.ndarray,
     least: float,
     *,
-    unknown: str = "",
     log: bool = False,
 ) -> Scale:
     """A scale from low to the 99th percentile of the values or to `least`, whichever is more,
@@ -225,7 +224,7 @@ def amount(
     rounded = [f * step for f in (10, 11, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)]
     high = float(f"{next(value for value in rounded if value >= top * 0.9999):.9g}")
     beyond = bool(known.size and known.max() > high)
-    return Scale("amount", title, low, high, unknown, log=log, beyond=beyond)
+    return Scale("amount", title, low, high, log=log, beyond=beyond)
 
 
 @dataclass(frozen=True)

@@ -250,10 +250,10 @@ def repeated_rows(data: ReportData) -> Finding | None:
     )
 
 
-def in_runs(rows_TX: np.ndarray, run: int = RUN) -> int:
-    """How many rows lie in runs of at least `run` identical ones."""
+def in_runs(rows_TX: np.ndarray) -> int:
+    """How many rows lie in runs of at least RUN identical ones."""
     lengths = np.diff(run_edges(rows_TX))
-    return int(lengths[lengths >= run].sum())
+    return int(lengths[lengths >= RUN].sum())
 
 
 def sample(data: ReportData) -> Finding:
