@@ -56,7 +56,7 @@ test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/
 
 test-families: $(VENV)/.installed ## Every MoE family of the installed transformers; writes docs/families.md
 	$(BIN)/python -m tests.test_zoo
-	SWEEP=whole $(BIN)/python -m pytest -s tests/test_zoo.py tests/test_shapes.py
+	SWEEP=whole $(BIN)/python -m pytest -s tests/test_zoo.py tests/test_describe.py
 
 FRAMEWORKS := build/venv-frameworks
 FRAMEWORKS_PYTHON ?= python3.13

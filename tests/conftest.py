@@ -41,7 +41,6 @@ LONG_FILES = (
     "test_cli_trace",
     "test_ranks",
     "test_before_call",
-    "test_shapes",
     "test_counting",
     "test_mutations",
     "test_loading",

@@ -4,6 +4,7 @@ by."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import moe_inspect
 from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.description import PEAK_FLOPS, describe_table
-from tests import own
+from moe_inspect.model.find import find_routers
+from tests import own, zoo
 from tests.conftest import ROOT, Cli
 from tests.families import FAMILIES, build, config
+from tests.sweep import sample
 
 CONFIGS = ROOT / "docs" / "configs"
 # from the safetensors indices of the released models; the active count of Mixtral is Mistral's
@@ -82,6 +85,41 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
     assert made.parameters - made.parameters_active == experts - made.active["routed experts"]
     assert made.total["router"] > 0
     assert made.total["attention"] > 0
+
+
+@pytest.mark.slow
+def test_every_family_is_described(tmp_path: Path) -> None:
+    """With its towers too, where it has some: a sample, in `make test-families` all."""
+    made = {
+        **{family: zoo.build(family) for family in sample(zoo.FAMILIES, 5)},
+        **{
+            f"{family}-towers": zoo.build_with_towers(family)
+            for family in sample(zoo.WITH_TOWERS, 3)
+        },
+    }
+    tied = list[bool]()
+    for name, model in made.items():
+        model.config.save_pretrained(tmp_path / name)
+        described = moe_inspect.describe(str(tmp_path / name))
+        if described.kind == type(model).__name__:
+            assert described.parameters == sum(p.numel() for p in model.parameters()), name
+            assert [e for _, e, _ in described.routers] == [s.experts for s in find_routers(model)]
+            tied.append(described.total["output head"] == 0)
+        lines = str(described).splitlines()
+        assert (len(lines) <= 20, max(map(len, lines)) <= 80) == (True, True), f"{described}"
+    assert len(tied) > 0.8 * len(made)
+
+
+def test_what_needs_no_torch_has_none(cli: Cli, tmp_path: Path) -> None:
+    """What a trace of a model of one's own tells, and that there is no model."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    own.record_once(own.gpt(), tmp_path / "t")
+    assert "4 routers" in cli("describe", "t", env=environment).stdout
+    for model, says in (("./none", "no model at ./none"), ("torch.py", "is not a model's config")):
+        assert says in cli("describe", model, env=environment, check=1).stderr
+    config = CONFIGS / "mixtral-8x7b.json"
+    assert "this needs" in cli("describe", config, env=environment, check=1).stderr
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:

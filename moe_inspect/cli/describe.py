@@ -3,9 +3,10 @@ weights say of its routers and experts."""
 
 from __future__ import annotations
 
+import gc
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -140,21 +141,23 @@ def describe(
             found = describe_weights(model, revision=revision)[table.value]
         emit(found, form, output, safe_csv)
         return
-    from moe_inspect.model.description import describe_table
-    from moe_inspect.model.shapes.ask import describe_without_torch
+    from moe_inspect.model.description import describe_table, of_trace
+    from moe_inspect.model.load import stated_config
 
-    options: dict[str, Any] = {
-        "context": context,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    made = describe_without_torch(model, **options)
+    made = of_trace(model)
     if made is None:
-        need_torch()
-        quiet()
-        from moe_inspect.model.describe import describe as make
+        stated_config(model, revision)  # before torch is imported, whether there is such a model
+        gc.disable()  # imports leave nothing to collect, and to look for it takes a fifth of them
+        try:
+            need_torch()
+            quiet()
+            from moe_inspect.model.describe import describe as make
 
-        made = make(model, **options)
+            made = make(
+                model, context=context, revision=revision, trust_remote_code=trust_remote_code
+            )
+        finally:
+            gc.enable()
     training = (
         made.training(train_tokens, gpu.value, mfu, gpu_hours) if train_tokens is not None else []
     )

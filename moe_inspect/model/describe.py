@@ -1,5 +1,5 @@
 """Parameters, memory and FLOPs of a model, compared with dense models of the same size. The model
-is built without data: no weights are read.
+is built on torch's meta device, without data: no weights are read.
 
 E experts, k chosen per token.
 """
@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.description import PARTS, Description
+from moe_inspect.model.description import PARTS, Description, of_trace
 from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import (
@@ -20,7 +20,6 @@ from moe_inspect.model.load import (
     stated_config,
 )
 from moe_inspect.model.routers import Site, top_k_of
-from moe_inspect.model.shapes.ask import describe_without_torch
 from moe_inspect.text import first_line
 
 # modules of a multimodal model that text tokens do not pass through
@@ -37,22 +36,8 @@ def describe(
 ) -> Description:
     """`model`: a hub id, a directory, a config.json, a trace (by its manifest), or "demo".
     `context`: context length in tokens; default: the model's, at most 4096."""
-    made = describe_without_torch(
-        model, context=context, revision=revision, trust_remote_code=trust_remote_code
-    )
-    return made or describe_built(
-        model, context=context, revision=revision, trust_remote_code=trust_remote_code
-    )
-
-
-def describe_built(
-    model: str,
-    *,
-    context: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Description:
-    """As `describe`, of the model that this process builds on the meta device."""
+    if (of_routers := of_trace(model)) is not None:
+        return of_routers
     import torch
 
     config = _config_of(model, revision, trust_remote_code)

@@ -9,10 +9,13 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural, ranges
+from moe_inspect.trace import schema
+from moe_inspect.trace.reader import open_trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,6 +240,26 @@ class Description:
                 )
             )
         return facts
+
+
+def of_trace(model: str) -> Description | None:
+    """What a trace without a config of the model tells. None for another trace, or no trace."""
+    if not (Path(model) / schema.MANIFEST).is_file():
+        return None
+    trace = open_trace(model)
+    of_model: dict[str, Any] = trace.manifest.get("model", {})
+    config: dict[str, Any] = of_model.get("config") or {}
+    if config.get("model_type"):
+        return None
+    routers = trace.routers
+    return Description(
+        of_model.get("class") or of_model.get("id") or "model",
+        0,
+        0,
+        [(router.layer, router.experts, router.top_k) for router in routers],
+        routers[0].scoring,
+        routers[0].shared_experts,
+    )
 
 
 def describe_table(made: Description, training: list[Fact] | None = None) -> pd.DataFrame:
