@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -309,6 +310,30 @@ def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path
         MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or \.json"
     ):
         export_trace(trace, "sglang", tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("config", "stated"),
+    [
+        ({"num_layers": 28, "num_hidden_layers": 56}, 28),  # LongCat, two attentions per block
+        ({"text_config": {"num_hidden_layers": 5}, "num_hidden_layers": 9}, 5),
+        ({"layers_block_type": ["mamba", "moe", "attention"] * 2}, 6),
+        ({"num_hidden_layers": 2}, 2),  # fewer than were recorded
+        ({}, None),
+    ],
+)
+def test_blocks_are_counted_in_one_way(
+    config: dict[str, Any], stated: int | None, trace: Trace, tmp_path: Path
+):
+    shutil.copytree(trace.path, tmp_path / "t")
+    edit_manifest(tmp_path / "t", model={"config": config})
+    made = moe_inspect.open_trace(tmp_path / "t")
+    assert made.stated_blocks == stated
+    blocks = max(stated or 0, 4)
+    export_trace(made, "sglang", tmp_path / "s.json")
+    assert len(json.loads((tmp_path / "s.json").read_text())["logical_count"]) == blocks
+    placed = moe_inspect.simulate_placement(made, gpus=2, policies=["contiguous"])
+    assert placed.settings["layers"] == made.blocks == blocks
 
 
 def test_sglang_gets_a_row_a_layer_of_the_model(trace: Trace, tmp_path: Path):

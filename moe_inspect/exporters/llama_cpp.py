@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_inspect.analysis.metrics.balance import effective_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.registry import exporter
 from moe_inspect.exporters.sums import sums_by_domain
@@ -29,7 +30,8 @@ def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None
         if router.stack:
             raise MoeInspectError("llama.cpp has no encoder-decoders with experts")
         load_E = np.array([sums["count"] for sums in of_domain.values()]).sum(0)
-        used[router.layer] = used.get(router.layer, 0.0) + effective_experts(load_E)
+        effective = float(np.nan_to_num(effective_experts(load_E[None])[0]))  # NaN without load
+        used[router.layer] = used.get(router.layer, 0.0) + effective
     if gpu_layers > len(used):
         raise MoeInspectError(f"--gpu-layers {gpu_layers}: {len(used)} layers have experts")
     spread_first = sorted(used, key=lambda layer: (-used[layer], layer))
@@ -38,10 +40,3 @@ def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None
     line = rf"-ot blk\.({blocks})\.ffn_(gate_up|gate|up|down)_exps=CPU" if on_cpu else ""
     with draft_of(output) as draft:
         draft.write_text(line + "\n")
-
-
-def effective_experts(load_E: np.ndarray) -> float:
-    """e to the entropy of the load: E where all experts have the same, 1 where one has all; 0
-    without load."""
-    share_E = load_E[load_E > 0] / max(load_E.sum(), 1)
-    return float(np.exp(-(share_E * np.log(share_E)).sum())) if len(share_E) else 0.0

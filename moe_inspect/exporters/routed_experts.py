@@ -18,7 +18,6 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.registry import exporter, need_decisions
-from moe_inspect.exporters.sglang import blocks_of
 from moe_inspect.text import storable
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
@@ -78,7 +77,7 @@ def _routed(trace: Trace, shard: Shard, T: int) -> np.ndarray:
     ids = [shard.ids(r) for r in range(len(trace.routers))]
     nowhere = any((ids_TK < 0).any() for ids_TK in ids)
     dtype = np.int16 if nowhere else np.uint8 if E <= 256 else np.uint16
-    routed_TBK = np.zeros((T, blocks_of(trace), K), dtype)
+    routed_TBK = np.zeros((T, trace.blocks, K), dtype)
     for router, ids_TK in zip(trace.routers, ids, strict=True):
         routed_TBK[:, router.layer] = ids_TK
     return routed_TBK

@@ -34,7 +34,7 @@ def sglang(trace: Trace, output: Path) -> None:
             "SGLang needs one router per layer, all with the same number of experts: "
             "this model differs"
         )
-    load_LE = np.zeros((blocks_of(trace), sizes.pop()), np.int64)
+    load_LE = np.zeros((trace.blocks, sizes.pop()), np.int64)
     for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
         load_LE[router.layer] = sum(sums["count"] for sums in of_domain.values())
     data = (
@@ -44,20 +44,6 @@ def sglang(trace: Trace, output: Path) -> None:
     )
     with draft_of(output) as draft:
         draft.write_bytes(data)
-
-
-def blocks_of(trace: Trace) -> int:
-    """The blocks of the model, dense ones too, as far as the trace says."""
-    config = trace.manifest.get("model", {}).get("config") or {}
-    stated = next(
-        (
-            c["num_hidden_layers"]
-            for c in (config, config.get("text_config") or {})
-            if isinstance(c.get("num_hidden_layers"), int)
-        ),
-        0,
-    )
-    return max(stated, max(r.layer for r in trace.routers) + 1)
 
 
 def _pt(count_1LE: np.ndarray) -> bytes:

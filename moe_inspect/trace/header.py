@@ -71,17 +71,24 @@ class TraceHeader:
         return self.manifest["capture"].get("drops") is True
 
     @property
+    def stated_blocks(self) -> int | None:
+        """Blocks of the model, those without a router too, by its config; None where it states no
+        number."""
+        config = (self.manifest.get("model") or {}).get("config") or {}
+        inner = (config.get(f"{name}_config") for name in ("text", "llm", "language", "thinker"))
+        parts = [*(part for part in inner if isinstance(part, dict)), config]
+        for name in ("num_layers", "num_hidden_layers", "n_layers", "n_layer", "layers_block_type"):
+            # num_layers first: what LongCat calls hidden layers are attentions, two per block
+            for stated in (part.get(name) for part in parts):
+                blocks = len(stated) if isinstance(stated, list) else stated
+                if type(blocks) is int and blocks > 0:
+                    return blocks
+        return None
+
+    @property
     def blocks(self) -> int:
-        """Blocks of the model, those without a recorded router too: as its config states, else up
-        to the last router."""
-        config = self.manifest.get("model", {}).get("config") or {}
-        inner = (config.get(f"{name}_config") for name in ("text", "llm", "language"))
-        parts = [config, *(part for part in inner if isinstance(part, dict))]
-        # (LongCat counts two hidden layers per block)
-        names = ("num_layers", "num_hidden_layers", "n_layers", "n_layer")
-        stated = (part[name] for name in names for part in parts if name in part)
-        blocks = next((n for n in stated if type(n) is int), 0)
-        return max(blocks, 1 + max(router.layer for router in self.routers))
+        """Blocks of the model, as its config states, else up to the last recorded router."""
+        return max(self.stated_blocks or 0, 1 + max(router.layer for router in self.routers))
 
     @property
     def has_energy(self) -> bool:

@@ -70,18 +70,10 @@ def _either(sizes: Sequence[int]) -> str:
 
 def layers_difference(a: Trace, b: Trace) -> str:
     """Another number of layers, dense ones included, as the configs say; "" where they do not."""
-    blocks = [blocks_of(trace) for trace in (a, b)]
+    blocks = [trace.stated_blocks for trace in (a, b)]
     if None in blocks or blocks[0] == blocks[1]:
         return ""
     return f"A has {blocks[0]} layers, B {blocks[1]}"
-
-
-def blocks_of(trace: Trace) -> int | None:
-    """Layers of the model, dense ones included, as its config says; None where none does."""
-    config = (trace.manifest.get("model") or {}).get("config") or {}
-    inner = config.get("text_config")
-    number = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
-    return number if isinstance(number, int) and number > 0 else None
 
 
 def tokenizer_difference(a: Trace, b: Trace) -> str:

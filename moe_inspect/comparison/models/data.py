@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison.aligning.models import (
-    blocks_of,
     layers_difference,
     shape_differences,
     tokenizer_difference,
@@ -86,8 +85,7 @@ class ModelData:
     def depth(self, side: str, router: int) -> float:
         """Where a router is in its model: 0 the first layer, 1 the last."""
         trace = self.traces[side]
-        last = max(router.layer for router in trace.routers)
-        return trace.routers[router].layer / max((blocks_of(trace) or last + 1) - 1, last, 1)
+        return trace.routers[router].layer / max(trace.blocks - 1, 1)
 
     def of(self, side: str, table: str) -> pd.DataFrame:
         """A table of one trace's report."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.aligning.models import blocks_of
 from moe_inspect.comparison.compare import TABLES
 from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
 from moe_inspect.comparison.models.explained import adjusted, jackknife_interval
@@ -45,7 +44,7 @@ def _facts(data: ModelData) -> Iterator[tuple[object, ...]]:
     yield "trace", *(trace.path for trace in both)
     for key in ("id", "revision", "class"):
         yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in both)
-    yield "layers", *(blocks_of(trace) or "unknown" for trace in both)
+    yield "layers", *(trace.stated_blocks or "unknown" for trace in both)
     yield "moe_layers", *(ranges({r.layer for r in trace.routers}) for trace in both)
     for key in ("experts", "top_k"):
         yield (

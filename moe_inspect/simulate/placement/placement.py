@@ -15,7 +15,6 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.sizes import text_config
 from moe_inspect.progress import phase as begun
 from moe_inspect.simulate.placement.layouts import Hardware, Plans, layouts_of
 from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLICIES
@@ -172,15 +171,8 @@ def _shown(settings: Settings, plans: Plans, best: str) -> dict[str, Any]:
         "minimize": settings.minimize,
         "dispatch": settings.dispatch,
         "recommended": best,
-        "layers": model_layers(trace),
+        "layers": trace.blocks,
         "moe_layers": sorted({r.layer for r in trace.routers}),
         "stacks": sorted({trace.routers[r].stack for r in plans.selection.routers}),
         "counts_only": trace.counts_only,
     }
-
-
-def model_layers(trace: Trace) -> int:
-    """All blocks of the model, dense ones too; where the config does not say, as many as there are
-    up to the last router."""
-    known = text_config(trace).get("num_hidden_layers")
-    return max(known if isinstance(known, int) else 0, 1 + max(r.layer for r in trace.routers))
