@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import machine, write_results
-from moe_inspect.demo import train as recipe
-from moe_inspect.demo.balancing import per_layer_balancing_loss
 from moe_inspect.training.device_sums import RECENT, DeviceSums
 from moe_inspect.training.monitor import RoutingMonitor
 from moe_inspect.training.sums import Sums
+from tools.demo import train as recipe
+from tools.demo.balancing import per_layer_balancing_loss
 
 ROUNDS, STEPS = 8, 10  # rounds of each side; steps per round
 EVERY = (1, 10)

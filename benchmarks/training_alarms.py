@@ -28,11 +28,11 @@ import moe_inspect
 from benchmarks.measuring import ROOT, machine, write_results
 from moe_inspect.alarms.of_trace import alarms_of
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, parse_rule
-from moe_inspect.demo import texts
-from moe_inspect.demo import train as recipe
-from moe_inspect.demo.balancing import BALANCING_LOSSES
 from moe_inspect.trace.reader import Trace
 from moe_inspect.training import RoutingCallback, RoutingMonitor
+from tools.demo import texts
+from tools.demo import train as recipe
+from tools.demo.balancing import BALANCING_LOSSES
 
 
 class Windows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_inspect.demo import CORPUS_DIR, MODEL_DIR, balancing, texts, train
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from tools.demo import balancing, texts, train
 
 torch.set_num_threads(1)
 

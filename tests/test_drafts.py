@@ -65,8 +65,6 @@ IN_PLACE = {
     ("exporters.esft", "_esft_shard"): "in a draft",
     ("cli.trace.beside", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",
-    ("demo.texts", "fetch"): "sources of the bundled model",
-    ("demo.train", "build"): "the bundled model",
 }
 
 

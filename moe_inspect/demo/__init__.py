@@ -1,5 +1,5 @@
-"""The bundled toy model, its corpus, and the recipe that made it (`python -m
-moe_inspect.demo.train`)."""
+"""The bundled toy model and its corpus; `tools/demo` in the repository is the recipe that made
+them."""
 
 from pathlib import Path
 

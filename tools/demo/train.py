@@ -1,4 +1,4 @@
-"""Trains the bundled demo model from scratch, on one CPU core: `python -m moe_inspect.demo.train -o
+"""Trains the bundled demo model from scratch, on one CPU core: `python -m tools.demo.train -o
 DIR`.
 
 The model exists to be looked at: it is the smallest Mixture-of-Experts model whose experts visibly
@@ -9,8 +9,6 @@ Legend of shapes: T tokens, K slots, E experts, L layers, D domains, V vocabular
 tokens a window.
 """
 
-# pyright: standard
-# (strict elsewhere in this folder: torch and transformers are partly untyped)
 import argparse
 import math
 import os
@@ -26,9 +24,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moe_inspect.demo import card, texts
-from moe_inspect.demo.balancing import BALANCING_LOSSES
 from moe_inspect.errors import MoeInspectError
+from tools.demo import card, texts
+from tools.demo.balancing import BALANCING_LOSSES
 
 EXPERTS, TOP_K = 8, 2
 VOCABULARY = 3072
@@ -340,7 +338,7 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
             loss_bf16=np.mean(list(evaluation.loss_nats.values())),
             loss_float32=np.mean(list(float32.loss_nats.values())),
             figures=figures,
-            command=f"python -m moe_inspect.demo.train -o DIR{options}",
+            command=f"python -m tools.demo.train -o DIR{options}",
             steps=steps,
             batch=WINDOWS_PER_DOMAIN * len(data.train),
             seed=seed,
@@ -356,7 +354,7 @@ def build(output: Path, balance: str, steps: int, own_texts: Path | None, seed: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m moe_inspect.demo.train", description="Train the demo model."
+        prog="python -m tools.demo.train", description="Train the demo model."
     )
     parser.add_argument(
         "-o",

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers
 
-from moe_inspect.demo import texts
+from tools.demo import texts
 
 CARD = """---
 license: other

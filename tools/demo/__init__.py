@@ -1,0 +1,1 @@
+"""The recipe of the bundled model: its texts, its training, its card."""
