@@ -170,7 +170,7 @@ def decode() -> Rates:
 def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token
     reaches."""
-    from moe_inspect.simulate.placement.kernels_numba import count_windows
+    from moe_inspect.simulate.kernels_numba import count_windows
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.policies.layout import Layout, shares
     from moe_inspect.simulate.placement.policies.policies import POLICIES

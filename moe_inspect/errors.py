@@ -1,5 +1,5 @@
-"""MoeInspectError, the exception for what a user can fix, and the conversion of an OSError to
-it."""
+"""MoeInspectError, the exception for what a user can fix, its kind for a damaged trace, and the
+conversion of an OSError to it."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -20,6 +20,17 @@ class MoeInspectError(Exception):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
+
+
+class Damaged(MoeInspectError):
+    """A file of a trace is not as it was written. `file`: its path within the trace."""
+
+    def __init__(self, where: object, what: str, file: str):
+        super().__init__(f"damaged trace: {where}: {what}")
+        self.where, self.file, self.what = where, file, what
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str]]:
+        return Damaged, (self.where, self.what, self.file)
 
 
 @contextmanager

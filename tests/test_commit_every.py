@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import reader
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import run, verify
 from moe_inspect.trace.writer import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_inspect.capture.hook.inputs.rows import Rows
-from moe_inspect.capture.token_loss import head, losses, next_tokens, places
+from moe_inspect.capture.token_loss import head, losses, next_tokens
 from tests import test_token_loss
 from tests.mutation import fails, mutation
 
@@ -65,7 +65,7 @@ def twice(path: Path) -> None:
     class Cache:
         def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
 
-    watched, cache = places.Places(), Cache()
+    watched, cache = next_tokens.Places(), Cache()
     watched.watch(cache)
     cache.reorder_cache(torch.tensor([1, 2, 0]))
     assert not watched.kept(3).any()
@@ -99,10 +99,10 @@ MUTATIONS = {
     "any head is taken": (losses, "if not head.checked and not head.agrees(logits[:, -1]):", "if False:", another_head),
     "a head that is far off agrees": (head, "<= TOLERANCE * most", "<= most + most", another_head),
     "beams stay where they are": (losses, "kept_B = self._places.kept(B)", "kept_B = np.ones(B, bool)", beams),
-    "all beams change places": (places, "return np.ones(B, bool)", "return np.zeros(B, bool)", following),
+    "all beams change places": (next_tokens, "return np.ones(B, bool)", "return np.zeros(B, bool)", following),
     "beams are said in every step": (losses, "self._told = True", "pass", beams),
-    "the cache keeps what watches it": (places, 'vars(self._cache).pop("reorder_cache", None)', "pass", beams),
-    "rows change places once": (places, "self._from_B = from_B if self._from_B is None else self._from_B[from_B]", "self._from_B = from_B", twice),
+    "the cache keeps what watches it": (next_tokens, 'vars(self._cache).pop("reorder_cache", None)', "pass", beams),
+    "rows change places once": (next_tokens, "self._from_B = from_B if self._from_B is None else self._from_B[from_B]", "self._from_B = from_B", twice),
 }  # fmt: skip
 
 

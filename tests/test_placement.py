@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement import kernels_numba, kernels_numpy
+from moe_inspect.simulate import kernels_numba, kernels_numpy
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.placement.plan import write_plan
 from moe_inspect.simulate.placement.policies.eplb import eplb

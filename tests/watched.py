@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.trace.files.process import process_start
+from moe_inspect.trace.files.lock import process_start
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 

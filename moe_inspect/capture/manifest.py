@@ -14,7 +14,7 @@ import torch
 
 from moe_inspect.capture.hook.selfcheck.check import Found, device_name, summary
 from moe_inspect.model.routers import Site
-from moe_inspect.trace.files.process import process_start
+from moe_inspect.trace.files.lock import process_start
 
 # model → what an intervention changes in it, while it lasts
 ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()

@@ -1,7 +1,8 @@
 """The loops over every assignment, in NumPy: used where a trace is too short to load numba for, and
 the references that kernels_numba.py is tested against. Same names, arguments and results.
 
-T tokens, K slots, E experts, G groups, P positions, B batch sizes, W words of 64 experts.
+T tokens, K slots, E experts, G groups (of a placement: GPUs or nodes), P positions, B batch sizes,
+W words of 64 experts (of a placement: windows).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 from moe_inspect.trace.runs import run_edges
 
 NOWHERE = 255  # level of a slot that routed nowhere
+CHUNK = 16_384  # tokens at a time
 
 
 def queue(
@@ -116,3 +118,21 @@ def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
                 if found == k:
                     break
     return chosen_TE
+
+
+def reached(ids_KT: np.ndarray, share_EG: np.ndarray) -> float:
+    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share).
+    ids_KT: experts, −1 for none; share_EG: of each expert's load, by GPU."""
+    # the last row: −1, a slot that routed nowhere
+    miss_EG = np.vstack([1 - share_EG, np.ones(share_EG.shape[1])])
+    total = 0.0
+    for start in range(0, ids_KT.shape[1], CHUNK):
+        total += float((1 - miss_EG[ids_KT[:, start : start + CHUNK]].prod(0)).sum())
+    return total
+
+
+def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
+    """Adds the assignments of each window to load_WE. ids_KT: experts, −1 for none."""
+    W, E = load_WE.shape
+    cell_N = (window_T * E + ids_KT)[ids_KT >= 0]
+    load_WE += np.bincount(cell_N, minlength=W * E).reshape(W, E)

@@ -11,16 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.files import read_small, why_unread
 from moe_inspect.text import did_you_mean, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
-from moe_inspect.trace.files.lock import settle
-from moe_inspect.trace.files.process import is_running, process_start
+from moe_inspect.trace.files.lock import is_running, process_start, settle
 from moe_inspect.trace.validate import check_manifest, parsed
 
 

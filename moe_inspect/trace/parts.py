@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moe_inspect.errors import Damaged
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.validate import MOST_SHARD_TOKENS

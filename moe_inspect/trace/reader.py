@@ -10,11 +10,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError, reading
+from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
 from moe_inspect.trace import parts, schema, texts
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest

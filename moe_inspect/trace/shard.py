@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import parts, slot_order
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import inside
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import MOST_TOKEN_IDS

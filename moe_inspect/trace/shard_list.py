@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_inspect.errors import Damaged
 from moe_inspect.files import read_small
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.validate import MOST_RANKS, SPAN, check_line, parsed

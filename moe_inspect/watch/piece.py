@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.trace.files.damaged import Damaged
+from moe_inspect.errors import Damaged
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.inputs.given import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.token_loss.head import head_of, logits_in
-from moe_inspect.capture.token_loss.next_tokens import first_tokens, next_tokens
-from moe_inspect.capture.token_loss.places import Places
+from moe_inspect.capture.token_loss.next_tokens import Places, first_tokens, next_tokens
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import is_compiled

@@ -15,7 +15,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.progress import phase
-from moe_inspect.simulate.placement import kernels_numpy
+from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.placement.layouts import Plans
 from moe_inspect.simulate.placement.policies.layout import Layout, shares
 from moe_inspect.simulate.placement.policies.policies import POLICIES
@@ -91,7 +91,7 @@ def counter(share_EG: np.ndarray, small: bool = False) -> Counter:
     compiled code."""
     if small:
         return lambda ids_KT: kernels_numpy.reached(ids_KT, share_EG)
-    from moe_inspect.simulate.placement import kernels_numba
+    from moe_inspect.simulate import kernels_numba
 
     gpus = share_EG.shape[1]
     if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
@@ -149,7 +149,7 @@ def fewer_reached(
 ) -> np.ndarray:
     """A placement with the replicas of `expert_P`, exchanged among GPUs so that the sampled
     decisions reach fewer, no GPU loaded beyond `limit` (or beyond what it was). int64 [P]"""
-    from moe_inspect.simulate.placement.kernels_numba import anneal
+    from moe_inspect.simulate.kernels_numba import anneal
 
     slots_GS = np.ascontiguousarray(expert_P.reshape(gpus, -1))
     if slots_GS.shape[1] > 1 and gpus > 1:

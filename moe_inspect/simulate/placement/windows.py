@@ -15,7 +15,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement import kernels_numpy
+from moe_inspect.simulate import kernels_numpy
 from moe_inspect.simulate.shards import check_length, slots, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -164,7 +164,7 @@ def _loads(shard: Shard, selection: Selection, windows: FitWindows, small: bool)
     if small:
         count_windows = kernels_numpy.count_windows
     else:
-        from moe_inspect.simulate.placement import kernels_numba
+        from moe_inspect.simulate import kernels_numba
 
         count_windows = kernels_numba.count_windows
     found: Loads = {}

@@ -14,9 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.text import first_line
-from moe_inspect.trace.files.damaged import Damaged
 
 BLOCK_BYTES = 2**23  # read at a time, of a file that is hashed
 

@@ -35,7 +35,6 @@ from types import TracebackType
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.process import is_running, process_start
 
 LOCK = ".lock"
 UNIQUE = r"\.\d+(-[0-9a-f]+)?"  # in the name of a draft; earlier versions: the pid alone
@@ -377,3 +376,25 @@ def settle(root: Path | Remote) -> None:
         if time.monotonic() > until:  # it cannot be told, or not be put back
             return
         time.sleep(0.01)
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; with the pid it identifies a process
+    uniquely. None without /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_running(pid: int, start: int | None) -> bool:
+    """Whether the process with this pid runs that started at `start`; None: unknown."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it exists, but belongs to another user
+    now = process_start(pid)
+    # another process may have the pid now
+    return start is None or now is None or start == now

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import parts
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.shard import Shard
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.errors import Damaged, MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, make_folder, sync_directory, write_atomically
-from moe_inspect.trace.files.damaged import Damaged
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import Lock, hold
 from moe_inspect.trace.manifest import read_manifest, write_manifest
