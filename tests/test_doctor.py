@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inspect.cli.progress.phases import examining
 from moe_inspect.doctor import machine, model, traced_speed
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
@@ -85,7 +84,14 @@ def test_what_cannot_be_found_or_written_is_one_line(cli_here: Cli, tmp_path: Pa
 def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None) -> None:
     with phases_begun() as begun:
         facts = json.loads(cli_here("doctor", "demo", "--json").stdout)
-    assert begun == [name for name, _ in examining(model=True, measure=True)]
+    assert begun == [
+        "loading torch",
+        "measuring the disk",
+        "checking kernels",
+        "measuring costs",
+        "loading the model",
+        "measuring the model",
+    ]
     shown = facts["model"]
     assert (shown["id"], shown["routers"], shown["experts"], shown["top_k"]) == ("demo", 4, 8, 2)
     assert [row["phase"].split(",")[0] for row in shown["speed"]] == ["prefill", *["decode"] * 2]

@@ -63,7 +63,7 @@ IN_PLACE = {
     ("interventions.pruning.checkpoint", "_write_json"): "in a draft",
     ("exporters.esft", "esft"): "in a draft",
     ("exporters.esft", "_esft_shard"): "in a draft",
-    ("cli.trace.beside", "__exit__"): "stderr",
+    ("cli.trace", "__exit__"): "stderr",
     ("text", "abandon"): "the null device",
 }
 

@@ -14,8 +14,7 @@ import pytest
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import registry
-from moe_inspect.cli.report.options import Simulated
-from moe_inspect.cli.report.write import simulated_sections
+from moe_inspect.cli.report import Simulated, simulated_sections
 from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.render.map_data import map_data

@@ -23,7 +23,7 @@ import pytest
 from rich.color import Color, ColorSystem
 
 from moe_inspect.analysis.metrics.registry import listing
-from moe_inspect.cli.report.metrics import print_metrics
+from moe_inspect.cli.report import print_metrics
 from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
 from moe_inspect.reporting.render.one_screen import MOST_FINDINGS, finding_lines

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
+from moe_inspect.cli.capture import Device, OfDtype, RandomInit, Revision, TrustRemoteCode, quiet
 from moe_inspect.cli.emit import to_stdout
-from moe_inspect.cli.needs import quiet
+from moe_inspect.cli.options import AsJson
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.progress.phases import examining
-from moe_inspect.cli.trace import Dtype
 from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
@@ -21,54 +21,29 @@ from moe_inspect.text import print_stderr, printable
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help='Also measure this model: a hub id, a directory, or "demo".',
-            show_default=False,
+        Argument(
+            metavar="MODEL", help='Also measure this model: a hub id, a directory, or "demo".'
         ),
     ] = None,
     directory: Annotated[
-        Path, typer.Option(metavar="DIR", help="The directory where traces will be written.")
+        Path, Option(metavar="DIR", help="The directory where traces will be written.")
     ] = Path(),
     measure: Annotated[
-        bool, typer.Option(help="Also check the kernels and measure speeds (takes seconds).")
+        bool, Option(help="Also check the kernels and measure speeds (takes seconds).")
     ] = True,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE", help="Device of the model: auto (cuda if available), cpu, cuda:1, …"
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Dtype of the model; auto: as stored in the checkpoint.")
-    ] = Dtype.auto,
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REVISION", help="Branch, tag or commit on the hub.", show_default=False
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
-    ] = False,
-    random_init: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SEED",
-            help="Initialise the weights at random with this seed instead of reading them.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    device: Device = "auto",
+    dtype: OfDtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    random_init: RandomInit = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what this machine can record, and what that costs.
 
     Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
     model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
     with 1 if a kernel gives a wrong result."""
-    with shown(*examining(model is not None, measure)):
+    with shown():
         phase("loading torch")
         if find_spec("transformers") is not None:
             quiet()
@@ -80,7 +55,7 @@ def doctor(
             directory,
             measure,
             device=device,
-            dtype=str(dtype),
+            dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
             random_init=random_init,

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
-
-import typer
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import abandon, first_line, plural, print_stderr, safe_cell
@@ -31,16 +29,6 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
-SafeCsv = Annotated[
-    bool,
-    typer.Option(
-        "--safe-csv",
-        help=(
-            "In csv, put an apostrophe before text that a spreadsheet would take for a formula "
-            "(= + - @)."
-        ),
-    ),
-]
 ENDINGS = {
     ".csv": Format.csv,
     ".json": Format.json,

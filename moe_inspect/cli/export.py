@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
-import typer
+from typer import Option
 
-from moe_inspect.cli.emit import SafeCsv
-from moe_inspect.cli.experts.options import By
-from moe_inspect.cli.formats import FormatsCommand
-from moe_inspect.cli.help.complete import traces
+from moe_inspect.cli.experts import By
+from moe_inspect.cli.help.command import FormatsCommand
+from moe_inspect.cli.options import TraceArgument
+from moe_inspect.cli.show import SafeCsv
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import print_stderr
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     ExportFormat = StrEnum("ExportFormat", {name: name for name in MODULES})
     # "token" is ESFT's own name of frequency
-    ExportBy = StrEnum("ExportBy", {by: by for by in (*By, "token") if by != By.random})
+    ExportBy = StrEnum("ExportBy", {by: by for by in (*get_args(By), "token") if by != "random"})
 
 
 class ExportCommand(FormatsCommand):
@@ -31,82 +31,46 @@ class ExportCommand(FormatsCommand):
 
 
 def export(
-    trace: Annotated[
-        str,
-        typer.Argument(
-            metavar="TRACE",
-            help="Directory or URL of the trace.",
-            show_default=False,
-            autocompletion=traces,
-        ),
-    ],
-    format: Annotated[
-        ExportFormat, typer.Option(help="What to write: see Formats.", show_default=False)
-    ],
+    trace: TraceArgument,
+    format: Annotated[ExportFormat, Option(help="What to write: see Formats.")],
     output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="PATH",
-            help="File to write; for esft, a folder.",
-            show_default=False,
-        ),
+        Path, Option("-o", "--output", metavar="PATH", help="File to write; for esft, a folder.")
     ],
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help=(
-                "esft: train the fewest experts per layer whose scores sum to this share. "
-                "Default: 0.2."
-            ),
-            show_default=False,
+        Option(
+            help="esft: train the fewest experts per layer whose scores sum to this share. "
+            "Default: 0.2."
         ),
     ] = None,
     by: Annotated[
         ExportBy | None,
-        typer.Option(
+        Option(
             "--by",
             "--score",
-            help=(
-                "esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
-                "for esft, reap for pruning."
-            ),
-            show_default=False,
+            help="esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
+            "for esft, reap for pruning.",
         ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="With --by aimer: the model, a directory or a hub id.",
-            show_default=False,
-        ),
+        Option(metavar="MODEL", help="With --by aimer: the model, a directory or a hub id."),
     ] = None,
     losses: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE",
-            help=(
-                "With --by ablation: a table written by moe-inspect ablate; for esft, its table "
-                "domains."
-            ),
-            show_default=False,
+            help="With --by ablation: a table written by moe-inspect ablate; for esft, its table "
+            "domains.",
         ),
     ] = None,
     gpu_layers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="llama-cpp: how many layers' experts fit on the GPU.",
-            show_default=False,
-        ),
+        int | None, Option(min=0, help="llama-cpp: how many layers' experts fit on the GPU.")
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option(
-            help="pruning: keep at least this share of the experts of each layer. Default: 0.75.",
-            show_default=False,
+        Option(
+            help="pruning: keep at least this share of the experts of each layer. Default: 0.75."
         ),
     ] = None,
     safe_csv: SafeCsv = False,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from moe_inspect.cli.formats import FormatsCommand
-from moe_inspect.cli.options import CommitEvery
+from moe_inspect.cli.help.command import FormatsCommand
+from moe_inspect.cli.options import CommitEvery, NewTrace, Overwrite
 from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
@@ -44,109 +45,67 @@ class ImportCommand(FormatsCommand):
 def import_(
     format: Annotated[
         str,
-        typer.Argument(
-            metavar="FORMAT",
-            help=f"auto (recognise the files), or one of {', '.join(MODULES)}.",
-            show_default=False,
+        Argument(
+            metavar="FORMAT", help=f"auto (recognise the files), or one of {', '.join(MODULES)}."
         ),
     ],
     sources: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SRC...",
-            help="Files or folders. DOMAIN=SRC labels the tokens of one.",
-            show_default=False,
-        ),
+        Argument(metavar="SRC...", help="Files or folders. DOMAIN=SRC labels the tokens of one."),
     ],
-    output: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Directory of the trace to write, or its URL.",
-            show_default=False,
-        ),
-    ],
+    output: NewTrace,
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="MODEL",
-            help=(
-                "Hub id or directory of the model, for what the files lack: number of experts, "
-                "top-k, dense layers, vocabulary."
-            ),
-            show_default=False,
+            help="Hub id or directory of the model, for what the files lack: number of experts, "
+            "top-k, dense layers, vocabulary.",
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The same from a config.json, without transformers.",
-            show_default=False,
-        ),
+        Option(metavar="FILE", help="The same from a config.json, without transformers."),
     ] = None,
     experts: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Experts per layer, where neither the files nor a config give it.",
-            show_default=False,
-        ),
+        Option(min=1, help="Experts per layer, where neither the files nor a config give it."),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Experts per token, where neither the files nor a config give it.",
-            show_default=False,
-        ),
+        Option(min=1, help="Experts per token, where neither the files nor a config give it."),
     ] = None,
     pipeline_stages: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
-            help=(
-                "megatron: pipeline stages of a run whose files number layers from 0 in each "
-                "stage. More than one needs --model or --config."
-            ),
-            show_default=False,
+            help="megatron: pipeline stages of a run whose files number layers from 0 in each "
+            "stage. More than one needs --model or --config.",
         ),
     ] = None,
     map: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="MAP",
-            help=(
-                "counts: names of the columns, if not layer, expert and count: "
-                "layer=block,expert=id,count=hits; in nested JSON: "
-                "count=layers.{layer}.{expert}.hits."
-            ),
-            show_default=False,
+            help="counts: names of the columns, if not layer, expert and count: "
+            "layer=block,expert=id,count=hits; in nested JSON: "
+            "count=layers.{layer}.{expert}.hits.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing trace.")
-    ] = False,
+    overwrite: Overwrite = False,
     commit_every: CommitEvery = None,
     workers: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Processes that parse lines of JSON (default: one per core for large files).",
-            show_default=False,
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="ADDRESS",
-            help=(
-                "Parse lines of JSON on this dask.distributed cluster, whose workers see the files "
-                "at the same path."
-            ),
-            show_default=False,
+            help="Parse lines of JSON on this dask.distributed cluster, whose workers see the "
+            "files at the same path.",
         ),
     ] = None,
 ) -> None:
@@ -165,7 +124,7 @@ def import_(
 
     if workers is not None and scheduler is not None:
         raise typer.BadParameter("--workers and --scheduler exclude each other: give one")
-    with shown(("importing", 1)) as bar, _workers(workers, scheduler, sources) as at:
+    with shown() as bar, _workers(workers, scheduler, sources) as at:
         trace = import_trace(
             format,
             sources,

@@ -1,69 +1,32 @@
-"""Options that are written once: a dataclass holds them, and each command that takes it has an
-option per field."""
+"""Options that commands share. A group of them is a dataclass; in a command that takes one as a
+parameter, typer sees an option per field."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import fields
-from enum import StrEnum
-from functools import partial, wraps
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
-from typer.core import TyperOption
+from typer import Argument, Option
 
-from moe_inspect.cli.help.command import GroupedCommand
+from moe_inspect.cli.help.complete import metrics, traces
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import print_stderr
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.registry import Table
+    from moe_inspect.reporting.verdict.gate import Gate
 
 
 def not_stdout(path: Path | None) -> Path | None:
     """The path; None for "-", which is stdout."""
     return None if path == Path("-") else path
-
-
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="FILE",
-        callback=not_stdout,
-        help="Write to this file instead of stdout.",
-        show_default=False,
-    ),
-]
-Html = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Also write a self-contained page that opens in any browser.",
-        show_default=False,
-    ),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Run on this dask.distributed cluster, whose workers see the trace at the same path.",
-        show_default=False,
-    ),
-]
-Layers = Annotated[
-    list[str] | None,
-    typer.Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.", show_default=False),
-]
-Domains = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--domain",
-        metavar="NAME",
-        help="Only tokens of this domain.",
-        show_default=False,
-    ),
-]
 
 
 def seconds(text: str | float) -> float:
@@ -74,122 +37,158 @@ def seconds(text: str | float) -> float:
     return float(found[1]) * {"ms": 0.001, "m": 60.0, "h": 3600.0}.get(found[2], 1.0)
 
 
+Phase = Literal["prefill", "decode", "encode", "draft"]
+TRACE = Argument(
+    metavar="TRACE", help="The directory of a trace, or its URL (s3://…).", autocompletion=traces
+)
+TraceArgument = Annotated[str, TRACE]
+Output = Annotated[
+    Path | None,
+    Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        callback=not_stdout,
+        help="Write to this file instead of stdout.",
+    ),
+]
+NewTrace = Annotated[
+    str,
+    Option("-o", "--output", metavar="DIR", help="Directory of the trace to write, or its URL."),
+]
+Overwrite = Annotated[bool, Option(help="Replace an existing trace.")]
+Scheduler = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS",
+        help="Run on this dask.distributed cluster, whose workers see the trace at the same path.",
+    ),
+]
+Layers = Annotated[
+    list[str] | None, Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.")
+]
 CommitEvery = Annotated[
     float | None,
-    typer.Option(
-        "--commit-every",
+    Option(
         metavar="TIME",
         parser=seconds,
         help="Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: "
         "when a shard is full).",
-        show_default=False,
     ),
 ]
+AsJson = Annotated[bool, Option("--json", help="Print the result as one JSON object.")]
 
 
-# how a model is loaded, and where its routers are
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group: a field per option."""
 
-Dequantize = Annotated[
-    bool,
-    typer.Option(
-        "--dequantize",
-        help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
-        "reading them.",
-    ),
-]
-RandomInit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="SEED",
-        help="Initialise the weights at random with this seed instead of reading them: the "
-        "untrained baseline.",
-        show_default=False,
-    ),
-]
-Loader = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE.py:FUNCTION",
-        help="Load a custom model: the function returns (model, tokenizer).",
-        show_default=False,
-    ),
-]
-Routers = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE.py:NAME",
-        help="The routers of a custom model: a RouterSpec or a list of them.",
-        show_default=False,
-    ),
-]
+    def keywords(self) -> dict[str, Any]:
+        """The options as keywords of the API."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-class Phase(StrEnum):
-    prefill = "prefill"
-    decode = "decode"
-    encoder = "encode"
-    draft = "draft"
+def names(*groups: type[Options]) -> tuple[str, ...]:
+    """The options of these groups."""
+    return tuple(field.name for group in groups for field in fields(group))
 
 
-OfPhase = Annotated[
-    Phase | None,
-    typer.Option(
-        "--phase",
-        help="Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
-        "rejected drafts (draft).",
-        show_default=False,
-    ),
-]
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it: in place of each parameter that is a group of options stand
+    the fields of the group. All parameters are keywords."""
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+
+    def add(name: str, default: Any, annotation: Any) -> None:
+        default = inspect.Parameter.empty if default is MISSING else default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        if default is False and not annotation.__metadata__[0].param_decls:  # without a --no- form
+            option = copy(annotation.__metadata__[0])
+            option.param_decls = (f"--{name.replace('_', '-')}",)
+            annotation = Annotated[bool, option]
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(group := parameter.annotation) and isinstance(group, type):
+            groups[name] = group
+            types = get_type_hints(group, include_extras=True)
+            for field in fields(group):
+                add(field.name, field.default, types[field.name])
+        else:
+            add(name, parameter.default, parameter.annotation)
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
-def with_options(of: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """For a command with the parameter `options`, of the dataclass `of`: typer sees an option for
-    each of its fields in that place, and the command gets them as one object."""
-    names = [field.name for field in fields(of)]
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(Options):
+    """What of a trace is looked at."""
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def run(**given: Any) -> None:
-            command(options=of(**{name: given.pop(name) for name in names}), **given)
+    layers: Layers = None
+    domain: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Only tokens of this domain.")
+    ] = None
+    phase: Annotated[
+        Phase | None,
+        Option(
+            help="Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
+            "rejected drafts (draft)."
+        ),
+    ] = None
 
-        types = get_type_hints(of, include_extras=True)
-        shared = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=types[field.name],
-            )
-            for field in fields(of)
-        ]
-        parameters: list[inspect.Parameter] = []
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-            parameters += (
-                shared
-                if name == "options"
-                else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-            )
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
-
-    return decorated
+    def keywords(self) -> dict[str, Any]:
+        given = super().keywords()
+        return {"domains": given.pop("domain"), **given}
 
 
-class TableCommand(GroupedCommand, ABC):
-    """Names the tables in the help of --table: looks for them only when it is asked for."""
+def limit(help: str) -> Any:
+    """An option that sets limits of metrics."""
+    return Option(metavar="METRIC=VALUE", autocompletion=metrics, help=help)
 
-    @abstractmethod
-    def tables_help(self) -> str:
-        """The help of --table."""
 
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        for option in self.params:
-            if option.name == "table":
-                table: Any = option
-                table.get_help_record = partial(self._help_record, option)
+@dataclass(frozen=True, kw_only=True)
+class GateOptions(Options):
+    """Limits of metrics, for continuous integration."""
 
-    def _help_record(self, option: Any, ctx: Any) -> tuple[str, str] | None:
-        option.help = self.tables_help()
-        return TyperOption.get_help_record(option, ctx)
+    fail_above: Annotated[
+        list[str] | None, limit("Exit with 3 if the metric of any selected router is above.")
+    ] = None
+    fail_below: Annotated[
+        list[str] | None, limit("Exit with 3 if the metric of any selected router is below.")
+    ] = None
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, as they were given."""
+        texts = [*(self.fail_above or []), *(self.fail_below or [])]
+        return [text.partition("=")[0].strip() for text in texts]
+
+    def gates(self, tables: Mapping[str, Table]) -> list[Gate]:
+        """Raises a usage error for what is no gate on a metric of these tables."""
+        from moe_inspect.reporting.verdict.gate import gate
+
+        found: list[Gate] = []
+        for option, texts in (("--fail-above", self.fail_above), ("--fail-below", self.fail_below)):
+            try:
+                found += [gate(text, option == "--fail-above", tables) for text in texts or []]
+            except MoeInspectError as error:
+                raise typer.BadParameter(f"{option}: {error}") from None
+        return found
+
+
+def exit_if_failed(lines: Sequence[str]) -> None:
+    """Says what failed, if anything did, and exits with 3."""
+    for line in lines:
+        print_stderr(line)
+    if lines:
+        raise typer.Exit(3)

@@ -1,17 +1,18 @@
-"""`moe-inspect text`: the text of a trace with its routes, and an expert's tokens in context."""
+"""`moe-inspect text`: the text of a trace with its routes, and an expert's tokens in context;
+`moe-inspect sql`: a query on a trace."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from moe_inspect.cli.emit import Format, SafeCsv, emit, format_of, text_to
-from moe_inspect.cli.help.complete import traces
-from moe_inspect.cli.options import Output
+from moe_inspect.cli.emit import Format, text_to
+from moe_inspect.cli.options import TraceArgument
+from moe_inspect.cli.show import TableOptions
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -20,66 +21,50 @@ if TYPE_CHECKING:
     from moe_inspect.trace.reader import Trace
 
 
-class Sort(StrEnum):
-    weight = "weight"
-    random = "random"
+Sort = Literal["weight", "random"]
 
 
 def text(
-    trace: Annotated[
-        str,
-        typer.Argument(metavar="TRACE", help="Directory or URL of a trace.", autocompletion=traces),
-    ],
+    *,
+    trace: TraceArgument,
     document: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             metavar="N",
             help="Print this document, each token in the colour of its first expert.",
-            show_default=False,
         ),
     ] = None,
     layer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="L", help="The layer (--document: by default the first).", show_default=False
-        ),
+        int | None, Option(metavar="L", help="The layer (--document: by default the first).")
     ] = None,
     expert: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             metavar="E",
             help="Print the tokens routed to this expert of the layer, in context.",
-            show_default=False,
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="With --expert: how many tokens; 0 is all.")] = 20,
+    top: Annotated[int, Option(min=0, help="With --expert: how many tokens; 0 is all.")] = 20,
     sort: Annotated[
         Sort,
-        typer.Option(
+        Option(
             help="With --expert: the largest gate weights first, or a random sample of its tokens."
         ),
-    ] = Sort.weight,
+    ] = "weight",
     context: Annotated[
-        int, typer.Option(min=0, help="With --expert: tokens of context on each side.")
+        int, Option(min=0, help="With --expert: tokens of context on each side.")
     ] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
-    format: Annotated[
-        Format | None,
-        typer.Option(help="Default: by the ending of the file, else text.", show_default=False),
-    ] = None,
-    output: Output = None,
-    safe_csv: SafeCsv = False,
+    seed: Annotated[int, Option(help="Seed of the sample.")] = 0,
+    write: TableOptions,
 ) -> None:
     """Show a document, or an expert's tokens, with their routes."""
     if (document is None) == (expert is None):
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
         raise typer.BadParameter("--expert needs --layer: each layer has its own experts")
-    form = format or format_of(output)
-    if form is None:
-        raise typer.BadParameter(f"--output {output}: end it in .txt, .csv, .json or .parquet")
+    form = write.form()
     from moe_inspect.trace.reader import open_trace
 
     opened = open_trace(trace)
@@ -87,19 +72,17 @@ def text(
         frame = opened.document(document)
         router = opened.router_index(layer)[0] if layer is not None else 0
         if form is Format.table:
-            _print_document(opened, frame[frame["router"] == router], router, output)
+            _print_document(opened, frame[frame["router"] == router], router, write.output)
             return
         frame = frame if layer is None else frame[frame["layer"] == layer]
     else:
         assert layer is not None
         assert expert is not None
-        frame = opened.tokens_of(
-            layer, expert, context, top=top or None, sort=sort.value, seed=seed
-        )
+        frame = opened.tokens_of(layer, expert, context, top=top or None, sort=sort, seed=seed)
         if form is Format.table:
-            _print_concordance(opened, frame, layer, expert, output)
+            _print_concordance(opened, frame, layer, expert, write.output)
             return
-    emit(frame, form, output, safe_csv)
+    write.emit(frame)
 
 
 def _print_document(trace: Trace, rows: pd.DataFrame, router: int, output: Path | None) -> None:
@@ -174,3 +157,22 @@ def _fitted(text: str, room: int, end: bool = False) -> str:
         return kept.partition(" ")[2] or kept
     kept = "".join(kept)
     return kept.rpartition(" ")[0] or kept
+
+
+def sql(
+    trace: TraceArgument,
+    query: Annotated[
+        str,
+        Argument(
+            metavar="QUERY",
+            help="A DuckDB SELECT over the views routing (a row per assignment), tokens, "
+            "documents, vocabulary and load.",
+        ),
+    ],
+    write: TableOptions,
+) -> None:
+    """Query a trace in SQL (DuckDB), read-only."""
+    write.form()  # a usage error comes before anything is computed
+    from moe_inspect.query import sql as ask
+
+    write.emit(ask(trace, query))

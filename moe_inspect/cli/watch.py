@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from moe_inspect.cli.help.complete import traces
 from moe_inspect.cli.options import seconds
@@ -15,56 +16,38 @@ from moe_inspect.cli.options import seconds
 def watch(
     trace: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="TRACE",
             autocompletion=traces,
             help="Directory or URL (s3://…) of a trace that is being written, or will be.",
-            show_default=False,
         ),
     ],
     window: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Tokens per window, of the view and of the rules.",
-        ),
+        Option(min=1, metavar="TOKENS", help="Tokens per window, of the view and of the rules."),
     ] = 16_384,
     rules: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows.",
-            show_default=False,
+        Option(
+            metavar="FILE", help="Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows."
         ),
     ] = None,
-    counts: Annotated[
-        bool, typer.Option("--counts", help="Show numbers only, no text of the corpus.")
-    ] = False,
-    every: Annotated[
-        float,
-        typer.Option(metavar="TIME", parser=seconds, help="Polling interval."),
-    ] = 1.0,
+    counts: Annotated[bool, Option(help="Show numbers only, no text of the corpus.")] = False,
+    every: Annotated[float, Option(metavar="TIME", parser=seconds, help="Polling interval.")] = 1.0,
     serve: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="[HOST:]PORT",
             help="Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
             "is given.",
-            show_default=False,
         ),
     ] = None,
     per_expert: Annotated[
-        bool,
-        typer.Option("--per-expert", help="With --serve: the load of every expert in /metrics."),
+        bool, Option(help="With --serve: the load of every expert in /metrics.")
     ] = False,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="With --serve: answer requests for this host too.",
-            show_default=False,
-        ),
+        Option(metavar="NAME", help="With --serve: answer requests for this host too."),
     ] = None,
 ) -> None:
     """Show a trace while it is being written, until it is complete.

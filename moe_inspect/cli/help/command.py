@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from moe_inspect.cli.help.pages import COMMANDS, PAGES, Page
 
@@ -71,6 +72,39 @@ class GroupedCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         _write_examples(formatter, self.page.examples)
+
+
+class FormatsCommand(GroupedCommand, ABC):
+    """Adds a section "Formats" to the help. The registry is loaded only when the help is asked
+    for."""
+
+    @abstractmethod
+    def formats(self) -> dict[str, str]:
+        """Name → what it reads or writes."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Formats"):
+            formatter.write_dl(list(self.formats().items()))
+        super().format_epilog(ctx, formatter)
+
+
+class TableCommand(GroupedCommand, ABC):
+    """Names the tables in the help of --table: looks for them only when it is asked for."""
+
+    @abstractmethod
+    def tables_help(self) -> str:
+        """The help of --table."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        for option in self.params:
+            if option.name == "table":
+                table: Any = option
+                table.get_help_record = partial(self._help_record, option)
+
+    def _help_record(self, option: Any, ctx: Any) -> tuple[str, str] | None:
+        option.help = self.tables_help()
+        return TyperOption.get_help_record(option, ctx)
 
 
 class GroupOfCommands(TyperGroup):

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from moe_inspect.cli.capture import ModelOptions, TextOptions
+from moe_inspect.cli.options import GateOptions, SelectionOptions, names
+from moe_inspect.cli.show import ShowOptions, TableOptions
+from moe_inspect.cli.trace import RequestOptions, WriteOptions
+
 
 @dataclass(frozen=True)
 class Page:
@@ -23,35 +28,16 @@ COMMANDS = {
     "Files": ("verify", "merge", "sample", "export"),
 }
 
-_PICTURES = ("plots", "only", "width")
-_OUTPUT = ("full", "table", "format", "output", "safe_csv", *_PICTURES, "html", "simulate", "top")
-_SELECTION = ("layers", "domain", "phase")
-_GATES = ("fail_above", "fail_below", "threshold", "rules")
+_OUTPUT = ("full", *names(ShowOptions), "simulate", "top")
+_SELECTION = names(SelectionOptions)
+_GATES = (*names(GateOptions), "threshold", "rules")
 _SHOWN = {"Selection": _SELECTION, "Output": _OUTPUT}
-_TEXT = (
-    "data",
-    "text_field",
-    "domain_field",
-    "max_tokens",
-    "max_length",
-    "batch_tokens",
-    "special_tokens",
-)
-_HELD_OUT = _TEXT[:-1]
-_LOADED = (
-    "device",
-    "device_map",
-    "dtype",
-    "revision",
-    "trust_remote_code",
-    "dequantize",
-    "random_init",
-    "loader",
-    "routers",
-)
+_HELD_OUT = names(TextOptions)
+_TEXT = (*_HELD_OUT, "special_tokens")
+_LOADED = names(ModelOptions)
 _DECODING = ("generate", "temperature", "seed")
-_TRACE = ("output", "resume", "overwrite", "commit_every", "watch")
-_REQUESTS = ("concurrency", "timeout", "api_key")
+_TRACE = names(WriteOptions)
+_REQUESTS = names(RequestOptions)
 
 # name of a command → its page; "" is moe-inspect itself
 PAGES = {
@@ -66,18 +52,7 @@ PAGES = {
         {
             "Text": _TEXT,
             "Decoding": _DECODING,
-            "Model": (
-                "capture",
-                "device",
-                "device_map",
-                "dtype",
-                "revision",
-                "trust_remote_code",
-                "dequantize",
-                "random_init",
-                "loader",
-                "routers",
-            ),
+            "Model": ("capture", *_LOADED),
             "Record": ("layers", "text", "weights", "logits", "counts_only"),
             "Trace": _TRACE,
             "Server, with --engine": ("engine", "model_config", *_REQUESTS),
@@ -119,10 +94,10 @@ PAGES = {
     "ablate": Page(
         {
             "Experts": ("layers", "experts"),
-            "Text": _HELD_OUT,
+            "Held-out text": _HELD_OUT,
             "Model": _LOADED,
             "Run": ("most_passes", "resume"),
-            "Output": ("table", "format", "output", "safe_csv"),
+            "Output": ("table", *names(TableOptions)),
         },
         (
             "ablate demo --layers 1",
@@ -133,7 +108,7 @@ PAGES = {
     "prune": Page(
         {
             "Experts": ("trace", "by", "keep", "draws", "seed", "resume"),
-            "Text": _HELD_OUT,
+            "Held-out text": _HELD_OUT,
             "Model": _LOADED,
             "Output": ("output", "dry_run", "table", "format", "safe_csv"),
         },
@@ -147,7 +122,7 @@ PAGES = {
         {
             "A document": ("document",),
             "An expert": ("layer", "expert", "top", "sort", "context", "seed"),
-            "Output": ("format", "output", "safe_csv"),
+            "Output": names(TableOptions),
         },
         (
             "text runs/a --document 0 --layer 3",
@@ -159,7 +134,7 @@ PAGES = {
         examples=(
             'sql runs/a "select * from routing limit 20"',
             'sql runs/a "select * from load where layer = 3" -o load.csv',
-        ),
+        )
     ),
     "compare": Page(
         {
@@ -228,20 +203,11 @@ PAGES = {
         )
     ),
     "watch": Page(
-        {
-            "Alarms": ("window", "rules"),
-            "Serve a page": ("serve", "per_expert", "allow_host"),
-        },
-        (
-            "watch runs/a",
-            "watch runs/a --rules rules.txt",
-            "watch runs/a --serve 8000",
-        ),
+        {"Alarms": ("window", "rules"), "Serve a page": ("serve", "per_expert", "allow_host")},
+        ("watch runs/a", "watch runs/a --rules rules.txt", "watch runs/a --serve 8000"),
     ),
     "doctor": Page(
-        {
-            "Model": ("device", "dtype", "revision", "trust_remote_code", "random_init"),
-        },
+        {"Model": ("device", "dtype", "revision", "trust_remote_code", "random_init")},
         ("doctor", "doctor demo", "doctor allenai/OLMoE-1B-7B-0924 --device cuda"),
     ),
     "capacity": Page(_SHOWN, ("simulate capacity runs/a --capacity-factor 1.0,1.25,2.0",)),

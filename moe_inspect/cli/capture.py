@@ -1,0 +1,204 @@
+"""What commands that run a model share: the options of its text and of how it is loaded, and what
+must be there before anything else is done."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from moe_inspect.cli.options import Options
+from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.model.custom.spec import RouterSpec
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ModelArgument = Annotated[
+    str | None,
+    Argument(
+        metavar="MODEL",
+        help='A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for '
+        "your function.",
+    ),
+]
+Revision = Annotated[
+    str | None, Option(metavar="REVISION", help="Branch, tag or commit on the hub.")
+]
+TrustRemoteCode = Annotated[bool, Option(help="Run code from the model's repository.")]
+RandomInit = Annotated[
+    int | None,
+    Option(
+        metavar="SEED",
+        help="Initialise the weights at random with this seed instead of reading them: the "
+        "untrained baseline.",
+    ),
+]
+
+
+BatchTokens = Annotated[
+    int, Option(metavar="N", min=1, help="Tokens per forward pass, padding included.")
+]
+Device = Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
+OfDtype = Annotated[Dtype, Option(help="auto: as stored in the checkpoint.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """The text that is fed to a model."""
+
+    data: Annotated[
+        list[str] | None,
+        Option(
+            metavar="[DOMAIN=]SRC",
+            help="A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
+            "quoted glob, or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
+        ),
+    ] = None
+    text_field: Annotated[str, Option(metavar="FIELD", help="The field that holds the text.")] = (
+        "text"
+    )
+    domain_field: Annotated[
+        str | None,
+        Option(
+            metavar="FIELD", help='The field that holds the domain (default: "domain", if present).'
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None, Option(metavar="N", min=1, help="Stop after this many tokens.")
+    ] = None
+    max_length: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            help="Split longer documents (default: fits the model and an engine, at most 2048).",
+        ),
+    ] = None
+    batch_tokens: BatchTokens = 8192
+
+    def keywords(self) -> dict[str, Any]:
+        return {**super().keywords(), "data": self.data or ()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText(TextOptions):
+    """The text on which a loss is measured."""
+
+    batch_tokens: BatchTokens = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """How a model is loaded, and where its routers are."""
+
+    device: Device = "auto"
+    device_map: Annotated[
+        str | None,
+        Option(
+            metavar="MAP",
+            help="Spread the model over devices: auto, balanced, … (needs accelerate).",
+        ),
+    ] = None
+    dtype: OfDtype = "auto"
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    dequantize: Annotated[
+        bool,
+        Option(
+            help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
+            "reading them."
+        ),
+    ] = False
+    random_init: RandomInit = None
+    loader: Annotated[
+        str | None,
+        Option(
+            metavar="FILE.py:FUNCTION",
+            help="Load a custom model: the function returns (model, tokenizer).",
+        ),
+    ] = None
+    routers: Annotated[
+        str | None,
+        Option(
+            metavar="FILE.py:NAME",
+            help="The routers of a custom model: a RouterSpec or a list of them.",
+        ),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """With the loader and the routers that the options name."""
+        from moe_inspect.model.own import load_object
+
+        loader = load_object(self.loader) if self.loader is not None else None
+        return {**super().keywords(), "loader": loader, "routers": _routers_of(self.routers)}
+
+    def check(self, model: str | None) -> str:
+        """The argument MODEL, which only a loader does without."""
+        if model is None and self.loader is None:
+            raise typer.BadParameter("give a MODEL, or --loader FILE.py:FUNCTION")
+        return model or ""
+
+
+def _routers_of(reference: str | None) -> list[RouterSpec] | None:
+    """Of "FILE.py:NAME", a RouterSpec or several."""
+    from moe_inspect.model.custom.spec import RouterSpec
+    from moe_inspect.model.own import load_object
+
+    if reference is None:
+        return None
+    found = load_object(reference)
+    if isinstance(found, RouterSpec):
+        return [found]
+    if not hasattr(found, "__iter__"):
+        kind = type(found).__name__
+        raise MoeInspectError(f"{reference} is a {kind}, not a RouterSpec or a list of them")
+    return list(found)
+
+
+def ranges_of(given: list[str] | None, what: str = "layers") -> list[int] | None:
+    """["0-3", "7"] → [0, 1, 2, 3, 7]."""
+    from moe_inspect.trace.schema import parse_ranges
+
+    return None if given is None else parse_ranges(",".join(given), what)
+
+
+def need_torch() -> None:
+    """The capture side is an extra: says how to get it."""
+    try:
+        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise MoeInspectError(f"this needs {error.name}: {INSTALL_TRACE}") from None
+
+
+def quiet() -> None:
+    """transformers' own bars and notices would tear ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def stop_cleanly() -> None:
+    """Ctrl-C and a scheduler's SIGTERM close what is being written; a second one does not cut the
+    closing short."""
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def prepare() -> None:
+    """Before a model is loaded."""
+    need_torch()
+    stop_cleanly()
+    quiet()

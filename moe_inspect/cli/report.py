@@ -1,0 +1,365 @@
+"""`moe-inspect report`: what a trace says, as text, tables, pictures or a page; `moe-inspect
+atlas`: the pages of many."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from moe_inspect.cli.emit import Format, emit, format_of, text_to
+from moe_inspect.cli.help.command import TableCommand
+from moe_inspect.cli.help.complete import FOLDERS, tables_in
+from moe_inspect.cli.help.complete import traces as complete
+from moe_inspect.cli.options import TRACE, GateOptions, Scheduler, SelectionOptions, exit_if_failed
+from moe_inspect.cli.progress import shown
+from moe_inspect.cli.show import ShowOptions
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.progress import phase
+from moe_inspect.text import plural, print_stderr
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_inspect.alarms.rules import Rule
+    from moe_inspect.reporting.render.html import Section
+    from moe_inspect.reporting.render.texts.documents import Amount
+    from moe_inspect.reporting.report import Report
+    from moe_inspect.reporting.verdict.gate import Gate
+
+
+class Simulated(StrEnum):
+    capacity = "capacity"
+    placement = "placement"
+    decode = "decode"
+    cache = "cache"
+    routing = "routing"
+
+
+class ReportCommand(TableCommand):
+    def tables_help(self) -> str:
+        return (
+            f"One table instead of the report: {', '.join(sorted(tables_in(*FOLDERS['report'])))}."
+        )
+
+
+def report(
+    *,
+    trace: Annotated[str | None, TRACE] = None,
+    full: Annotated[
+        bool, Option(help="Print every finding and note, and excerpts of the tables.")
+    ] = False,
+    show: ShowOptions,
+    simulate: Annotated[
+        list[Simulated] | None,
+        Option(help="With --html: add a section with this simulation at its defaults."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        Option(
+            metavar="N|all",
+            help="With --html: documents per domain to show in full; 0 is none. Default: those "
+            "that differ most between domains, 1 MB in total.",
+        ),
+    ] = None,
+    selection: SelectionOptions,
+    baseline: Annotated[
+        str | None,
+        Option(
+            metavar="TRACE",
+            autocompletion=complete,
+            help="A trace of an untrained or earlier model over the same text: say what "
+            "specialisation is beyond it.",
+        ),
+    ] = None,
+    top: Annotated[
+        int,
+        Option(
+            min=0,
+            help="Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is "
+            "all.",
+        ),
+    ] = 20,
+    window: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Tokens per window in the tables windows and drift (default: 1/64 of the trace).",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="With --table worth: compute AIMER from these weights, a directory or a hub id.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them).",
+        ),
+    ] = None,
+    limits: GateOptions,
+    rules: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Exit with 3 if any window breaks a rule of this file, one per line, e.g. max_vio "
+            "> 1 for 3 windows.",
+        ),
+    ] = None,
+    list_metrics: Annotated[
+        bool, Option(help="List every metric: definition, range, source.")
+    ] = False,
+    scheduler: Scheduler = None,
+) -> None:
+    """Report load balance and expert specialisation.
+
+    Which layers and experts are out of balance, compared with chance, and what each expert
+    specialises in. Needs neither torch nor the model."""
+    if list_metrics:
+        form = show.of_table or format_of(show.output) or Format.table
+        write_metrics(form, show.output, show.safe_csv)
+        return
+    if trace is None:
+        raise typer.BadParameter("give the directory of a trace", param_hint="TRACE")
+    if simulate and (show.html is None or selection.domain or selection.phase):
+        raise typer.BadParameter(
+            "--simulate takes all tokens and adds to a page: give it with --html, without --domain "
+            "and --phase"
+        )
+    if weights and show.table != "worth":
+        raise typer.BadParameter("--weights adds a column to one table: add --table worth")
+    if text is not None and show.html is None:
+        raise typer.BadParameter("--text is about the page: give it with --html")
+    amount = None if text is None else _amount_of_text(text)
+    # before numpy is imported: with small matrices, threads of a BLAS mostly wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from moe_inspect.reporting.report import TABLES, check_table
+    from moe_inspect.reporting.report import report as make
+    from moe_inspect.trace.reader import open_trace
+
+    table, form = show.chosen(TABLES, None)
+    if table:
+        check_table(table)
+    _check_charts(show.only or [])
+    gates, alarms = limits.gates(TABLES), _rules(rules)
+    settings: dict[str, Any] = {
+        **selection.keywords(),
+        "baseline": baseline,
+        "top": top,
+        "window": window,
+        "weights": weights and _checkpoint(weights),
+        "thresholds": _thresholds(threshold or []),
+        "scheduler": scheduler,
+    }
+    opened = open_trace(trace)
+    with shown():
+        made = make(opened, **settings)
+        _count(made, table, show, gates)
+        failed = _failed(made, gates, alarms, window)
+        if made.warning:
+            print_stderr(f"warning: {made.warning}")
+        sections = simulated_sections(made, simulate or [], selection.layers)
+        show.save(made, lambda: made.page(sections, amount))
+    show.write(made, table, form, **({} if table else {"full": full}))
+    exit_if_failed(failed)
+
+
+def _count(made: Report, table: str | None, show: ShowOptions, gates: Sequence[Gate]) -> None:
+    """Counts everything that is asked for in one pass over the rows."""
+    from moe_inspect.reporting.charts.spec import tables_of_charts
+    from moe_inspect.reporting.verdict.gate import gated
+
+    of_text = ["balance", "specialization", *(["router"] if made.trace.has_weights else [])]
+    tables = [table] if table else of_text
+    drawn = show.html is not None or show.plots is not None
+    of_charts = tables_of_charts(() if show.html else show.only) if drawn else []
+    made.prepare([*tables, *(gated()[gate.metric] for gate in gates), *of_charts])
+    advance = phase("computing", len(tables), "tables")
+    for name in tables:  # what is counted when it is asked for
+        made.tables[name]
+        advance(1)
+
+
+def _failed(
+    made: Report, gates: Sequence[Gate], rules: Sequence[Rule], window: int | None
+) -> list[str]:
+    """A line per gate that failed and per alarm that the rules raise."""
+    from moe_inspect.alarms.of_trace import alarms_of
+    from moe_inspect.reporting.verdict.gate import breaches
+
+    failed = [f"failed: {line}" for line in breaches(made, gates)]
+    if rules:
+        alarms = alarms_of(made.trace, rules, made.selection, window)
+        failed += [f"alarm: {alarm.text}" for alarm in alarms]
+        failed += [f"help: {text}" for text in dict.fromkeys(a.help for a in alarms)]
+    return failed
+
+
+def _check_charts(names: Sequence[str]) -> None:
+    if names:
+        from moe_inspect.reporting.charts.spec import check_chart
+
+        for name in names:
+            check_chart(name)
+
+
+def _checkpoint(model: str) -> Path:
+    from moe_inspect.model.load import checkpoint_dir
+
+    return checkpoint_dir(model)
+
+
+def _thresholds(texts: list[str]) -> dict[str, float]:
+    from moe_inspect.reporting.tables.thresholds import thresholds_with
+
+    of_name: dict[str, float] = {}
+    for text in texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        try:
+            thresholds_with({name: float(value)})
+            wrong = f"{name} is given twice" if name in of_name else None
+        except ValueError:
+            wrong = "expected NAME=VALUE, e.g. uneven=0.3"
+        except MoeInspectError as error:
+            wrong = str(error)
+        if wrong:
+            raise typer.BadParameter(f"--threshold {text}: {wrong}")
+        of_name[name] = float(value)
+    return of_name
+
+
+def _amount_of_text(asked: str) -> Amount:
+    """What --text says: a number of documents, or all."""
+    if asked == "all":
+        return "all"
+    if not (asked.isascii() and asked.isdecimal()):
+        raise typer.BadParameter(f"--text {asked}: give a number of documents, or all")
+    return int(asked)
+
+
+def _rules(path: Path | None) -> list[Rule]:
+    if path is None:
+        return []
+    from moe_inspect.alarms.rules import read_rules
+
+    try:
+        return read_rules(path)
+    except MoeInspectError as error:
+        raise typer.BadParameter(f"--rules: {error}") from None
+
+
+def simulated_sections(
+    made: Report, names: Sequence[Simulated], layers: Any
+) -> Iterator[Section | str]:
+    """A section per simulation, or why the trace has none to give."""
+    import moe_inspect
+
+    for name in dict.fromkeys(names):
+        try:
+            limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
+            simulate = getattr(moe_inspect, f"simulate_{name}")
+            yield simulate(made.trace, layers=layers, **limits).section()
+        except MoeInspectError as error:
+            yield str(error)
+
+
+def write_metrics(form: Format, output: Path | None, safe_csv: bool) -> None:
+    """Writes every metric: on a terminal as a list that fits it, else as a table."""
+    if form is Format.table and output is None and sys.stdout.isatty():
+        from moe_inspect.reporting.render.console import console_for
+
+        with text_to(None) as file:
+            print_metrics(console_for(file))
+        return
+    import pandas as pd
+
+    from moe_inspect.analysis.metrics.registry import listing
+
+    emit(pd.DataFrame(listing()), form, output, safe_csv)
+
+
+def print_metrics(console: Console) -> None:
+    """The metrics of each table under its name, with definition, range, value if everything is even
+    and source."""
+    from rich.text import Text
+
+    from moe_inspect.analysis.metrics.registry import listing
+    from moe_inspect.reporting.render.console import wrapped
+
+    indent, listed = Text("    "), listing()
+    order = {name: n for n, name in enumerate(dict.fromkeys(row["table"] for row in listed))}
+    listed.sort(key=lambda row: order[row["table"]])
+    for table, rows in groupby(listed, lambda row: row["table"]):
+        console.print(Text(f"table {table}", style="bold"))
+        for row in rows:
+            even = f"even {row['even']}" if row["even"] else ""
+            facts = [row["range"], even, row["unit"], row["source"]]
+            said = " · ".join(fact for fact in facts if fact)
+            parts = [(Text("  "), row["metric"], "bold"), (indent, row["definition"], "")]
+            for lead, text, style in [*parts, (indent, said, "dim")]:
+                for line in wrapped(Text(text, style=style), console, lead):
+                    console.print(line, soft_wrap=True)
+
+
+def atlas(
+    traces: Annotated[
+        list[str],
+        Argument(
+            metavar="TRACE...",
+            help="Directories of the traces, in the order of the index.",
+            autocompletion=complete,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Directory of the site; open its index.html, or copy it to any web server.",
+        ),
+    ],
+    text: Annotated[
+        str,
+        Option(
+            metavar="N|all", help="Documents per domain to show in full on each page; 0 is none."
+        ),
+    ] = "1",
+    add: Annotated[
+        bool,
+        Option(
+            help="Keep existing pages. Otherwise, pages of traces that are not named are removed."
+        ),
+    ] = False,
+) -> None:
+    """Build a static site: one page per trace, and an index.
+
+    The index compares their models and can be searched by expert, domain and token. Pages of
+    unchanged traces are kept. Needs neither torch nor a server."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `report`
+    amount = _amount_of_text(text)
+    from moe_inspect.site import atlas as run
+    from moe_inspect.trace.reader import open_trace
+
+    opened = [open_trace(path) for path in traces]
+    for path, trace in zip(traces, opened, strict=True):
+        if trace.status != "complete":
+            print_stderr(f"warning: {path} is not complete (status {trace.status})")
+    with shown():
+        table = run(opened, output, text=amount, add=add)
+    made = int(table["made"].sum())
+    print_stderr(
+        f"wrote {output / 'index.html'}: {plural(len(table), 'trace')}, "
+        f"{plural(made, 'page')} made, {len(table) - made} kept"
+    )

@@ -1,0 +1,416 @@
+"""`moe-inspect trace`: record where a model sends every token of a corpus."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from moe_inspect.cli.capture import (
+    ModelOptions,
+    TextOptions,
+    need_torch,
+    quiet,
+    ranges_of,
+    stop_cleanly,
+)
+from moe_inspect.cli.options import CommitEvery, Options, Overwrite, names
+from moe_inspect.cli.progress import TokenProgress
+from moe_inspect.text import plural, print_stderr
+from moe_inspect.trace.files.location import Remote, output_location
+
+if TYPE_CHECKING:
+    from moe_inspect.trace.reader import Trace
+
+    Progress = Callable[[int, int | None], None]
+
+
+COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
+WAIT_S = 30.0  # for the view to show the end
+
+Capture = Literal["auto", "dispatch", "tap"]
+EngineName = Literal["vllm", "sglang"]
+RecordedLayers = Annotated[
+    list[str] | None, Option(metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedText(TextOptions):
+    """The text, how it goes on, and whether the trace says which token each is."""
+
+    special_tokens: Annotated[
+        bool, Option(help="Add the tokenizer's special tokens to each text (<s> …).")
+    ] = True
+    text: Annotated[
+        bool,
+        Option(
+            help="Record which token each is. Without it, the trace is smaller but not anonymous: "
+            "routes alone reveal most of the text (arXiv:2602.04105)."
+        ),
+    ] = True
+    generate: Annotated[
+        int,
+        Option(
+            min=0,
+            metavar="N",
+            help="Continue each document by N tokens, decoded one at a time, and trace them too; "
+            "an encoder-decoder decodes them after its start token.",
+        ),
+    ] = 0
+    temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedOptions(Options):
+    """What is recorded of a model that runs here."""
+
+    weights: Annotated[bool, Option(help="Record the gate weights.")] = True
+    logits: Annotated[bool, Option(help="Record the router logits too.")] = False
+    output_norms: Annotated[
+        bool,
+        Option(
+            help="Record the norm of each expert's output for its token (with --capture dispatch)."
+        ),
+    ] = False
+    output_peaks: Annotated[
+        bool,
+        Option(
+            help="Record the largest |value| of each expert's output (with --capture dispatch)."
+        ),
+    ] = False
+    token_loss: Annotated[
+        bool, Option(help="Record the loss and the entropy of each next-token prediction.")
+    ] = False
+    counts_only: Annotated[
+        bool, Option(help="Record counts by layer, domain and expert instead of decisions.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(Options):
+    """Where a trace is written, and how."""
+
+    output: Annotated[
+        str,
+        Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="The directory of the trace, or its URL, such as s3://bucket/trace.",
+        ),
+    ]
+    resume: Annotated[
+        bool, Option(help="Resume an interrupted trace of the same corpus, model and options.")
+    ] = False
+    overwrite: Overwrite = False
+    commit_every: CommitEvery = None
+    watch: Annotated[
+        bool,
+        Option(
+            help="Show the trace while it is written, as moe-inspect watch does (commits every 2 s "
+            "unless --commit-every is given)."
+        ),
+    ] = False
+
+    @property
+    def place(self) -> Path | Remote:
+        return output_location(self.output)
+
+    def keywords(self) -> dict[str, Any]:
+        often = self.watch and self.commit_every is None
+        return {
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+            "commit_every": COMMIT_EVERY_S if often else self.commit_every,
+        }
+
+    def check(self) -> None:
+        if self.resume and self.overwrite:
+            raise typer.BadParameter(
+                "--resume keeps the existing trace, --overwrite replaces it: give only one"
+            )
+
+    def say_interrupted(self) -> None:
+        state = (
+            f'{self.output} is readable; continue it with "--resume"'
+            if (self.place / "trace.json").exists()
+            else "nothing was traced yet"
+        )
+        print_stderr(f"interrupted: {state}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions(Options):
+    """How an engine is asked."""
+
+    concurrency: Annotated[int, Option(min=1, help="Sequences in flight at once.")] = 8
+    timeout: Annotated[
+        float,
+        Option(
+            min=0.1, metavar="SECONDS", help="Time limit per request, after which it is sent again."
+        ),
+    ] = 600.0
+    api_key: Annotated[
+        str | None,
+        Option(
+            metavar="KEY",
+            envvar="MOE_INSPECT_API_KEY",
+            help="Sent as a bearer token; never written to a file.",
+        ),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        given = super().keywords()
+        return {"timeout_s": given.pop("timeout"), **given}
+
+
+OF_BOTH = ("revision", "trust_remote_code")
+NOT_OF_ENGINES = {"capture", *names(ModelOptions, RecordedOptions)} - {*OF_BOTH}
+OF_ENGINES = {"model_config", *names(RequestOptions)}
+
+
+def trace(
+    *,
+    context: typer.Context,
+    write: WriteOptions,
+    model: Annotated[
+        str | None,
+        Argument(
+            metavar="MODEL|URL",
+            help='A hub id, a directory, a GGUF file, "demo" (bundled, offline); with --engine, '
+            "the URL of a server; with --loader, the argument for your function.",
+        ),
+    ] = None,
+    text: TracedText,
+    capture: Annotated[
+        Capture,
+        Option(
+            help="tap: record the calls of the model's own experts; dispatch: run and record "
+            "moe-inspect's experts; auto: dispatch where the model would run the stock "
+            "grouped_mm on a GPU, else tap."
+        ),
+    ] = "auto",
+    load: ModelOptions,
+    layers: RecordedLayers = None,
+    recorded: RecordedOptions,
+    engine: Annotated[EngineName | None, Option(help="The serving engine at the URL.")] = None,
+    model_config: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL", help="Hub id or directory of the served model's config and tokenizer."
+        ),
+    ] = None,
+    requests: RequestOptions,
+) -> None:
+    """Record which experts a model sends each token of a corpus to."""
+    write.check()
+    name = load.check(model)
+    check_engine_options(context, name, engine, model_config)
+    common: dict[str, Any] = {
+        **text.keywords(),
+        **write.keywords(),
+        "layers": ranges_of(layers),
+        "revision": load.revision,
+        "trust_remote_code": load.trust_remote_code,
+    }
+    at = name if load.loader is None else None  # the loader decides
+    refuse_early(write, at, load.revision, model_config, requests.api_key)
+
+    def run(progress: Progress) -> Trace:
+        from moe_inspect.api import trace_engine, trace_model
+
+        if engine is not None and model_config is not None:
+            return trace_engine(
+                name,
+                write.output,
+                engine=engine,
+                model_config=model_config,
+                progress=progress,
+                **common,
+                **requests.keywords(),
+            )
+        of_model: dict[str, Any] = {
+            **load.keywords(),
+            **recorded.keywords(),
+            **common,
+            "capture": capture,
+        }
+        return trace_model(name, write.output, progress=progress, **of_model)
+
+    record(run, write, counted=recorded.counts_only)
+
+
+def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False) -> None:
+    """Shows how far `run` is, or the trace while it is written, and says what was recorded."""
+    began, place = time.monotonic(), write.place
+    complete_before = write.resume and _is_complete(place)
+    stop_cleanly()
+    try:
+        with WatchView(place) if write.watch and _is_first() else TokenProgress() as progress:
+            need_torch()
+            quiet()
+            written = run(progress=progress)
+    except KeyboardInterrupt:
+        write.say_interrupted()
+        raise
+    # of a torchrun: the first speaks for all
+    if not _is_first():
+        return
+    size = _stored_bytes(place)
+    stacks = any(r.stack for r in written.routers)  # of which each sees only its own tokens
+    print_stderr(
+        f"{'complete already: ' if complete_before else ''}{plural(written.n_tokens, 'token')} "
+        f"{'at' if stacks else '×'} {plural(len(written.routers), 'router')} = "
+        f"{plural(written.n_decisions, 'decision')}{' counted' if counted else ''} in "
+        f"{write.output} ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.0f} kB'}, "
+        f"{time.monotonic() - began:.1f} s)"
+    )
+
+
+class WatchView:
+    """`trace --watch`: the view of `moe-inspect watch`, by another process, which costs the model's
+    process nothing but the commits. It takes the place of the progress bar. What is written to
+    stderr while it has the terminal is kept, and written when it is gone."""
+
+    def __init__(self, output: Path | Remote):
+        self.output = output
+        self._kept, self._stderr = None, -1
+
+    def __enter__(self) -> WatchView:
+        command = [sys.executable, "-m", "moe_inspect.watch", str(self.output), str(os.getpid())]
+        sys.stderr.flush()
+        self._view = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
+        if os.isatty(2):
+            self._kept = tempfile.TemporaryFile()
+            self._stderr = os.dup(2)
+            os.dup2(self._kept.fileno(), 2)
+        return self
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """The view shows its own progress."""
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if not self._is_over():
+                self._view.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._view.wait(WAIT_S)
+        finally:
+            if self._view.poll() is None:
+                self._view.kill()
+            if self._kept is not None:
+                sys.stderr.flush()
+                os.dup2(self._stderr, 2)
+                os.close(self._stderr)
+                self._kept.seek(0)
+                with open(2, "wb", closefd=False) as stderr:
+                    shutil.copyfileobj(self._kept, stderr)
+                self._kept.close()
+
+    def _is_over(self) -> bool:
+        """Whether this process has closed the trace: then the view ends by itself."""
+        from moe_inspect.errors import MoeInspectError
+        from moe_inspect.trace.manifest import read_manifest
+
+        try:
+            manifest = read_manifest(self.output)
+        except (MoeInspectError, OSError):
+            return False
+        return manifest["status"] != "recording" and manifest["capture"].get("pid") == os.getpid()
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ["RANK"] == "0"
+
+
+def _is_complete(place: Path | Remote) -> bool:
+    """Whether a complete trace is there."""
+    from moe_inspect.trace.manifest import read_manifest
+    from moe_inspect.trace.schema import MANIFEST
+
+    return (place / MANIFEST).exists() and read_manifest(place)["status"] == "complete"
+
+
+def _stored_bytes(place: Path | Remote) -> int:
+    """Of all files of a trace."""
+    if isinstance(place, Path):
+        return sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+    return sum(place.sizes().values())
+
+
+def check_engine_options(
+    context: typer.Context, model: str, engine: str | None, model_config: str | None
+) -> None:
+    """A URL and --engine belong together, and with either only the options that mean something
+    there."""
+    is_url = model.startswith(("http://", "https://"))
+    given = [
+        o
+        for o in context.params
+        if (source := context.get_parameter_source(o)) is not None and source.name == "COMMANDLINE"
+    ]
+    if is_url and engine is None:
+        raise typer.BadParameter("a URL is traced with --engine vllm or --engine sglang")
+    if engine is not None and not is_url:
+        raise typer.BadParameter(
+            f"--engine {engine} takes the URL of a server, like http://HOST:PORT; the model goes "
+            "to --model-config"
+        )
+    if engine is not None and model_config is None:
+        raise typer.BadParameter(
+            "--engine needs --model-config: the hub id or directory of the model that is served"
+        )
+    wrong = [o for o in given if o in (OF_ENGINES if engine is None else NOT_OF_ENGINES)]
+    if wrong:
+        option = f"--{wrong[0].replace('_', '-')}"
+        raise typer.BadParameter(
+            f"{option} needs --engine"
+            if engine is None
+            else f"{option} does not apply with --engine: the engine runs the model, and returns "
+            "no weights or logits"
+        )
+
+
+def refuse_early(
+    write: WriteOptions,
+    model: str | None,
+    revision: str | None,
+    model_config: str | None,
+    api_key: str | None = None,
+) -> None:
+    """What is wrong for certain is said before torch is imported, which takes seconds.
+    `trace_model` and `trace_engine` look again. `model`: None where it is not known yet."""
+    from moe_inspect.trace.files.lock import refuse_while_locked
+    from moe_inspect.trace.output_dir import check_directory
+    from moe_inspect.trace.schema import MANIFEST
+
+    # of a torchrun another process may have begun there
+    alone, place = int(os.environ.get("WORLD_SIZE", 1)) == 1, write.place
+    if alone and write.resume and (place / MANIFEST).exists():
+        refuse_while_locked(place)
+    elif alone:
+        check_directory(place, write.overwrite)
+    if find_spec("torch") is None:  # then the rest of the extra may be missing too
+        return
+    from moe_inspect.model.load import refuse_unless_found
+
+    if (name := model_config or model) is not None:
+        refuse_unless_found(name, revision)
+    if model_config is not None and model is not None:
+        from moe_inspect.capture.server.client import check_server
+
+        check_server(model, api_key)
