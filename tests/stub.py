@@ -87,6 +87,9 @@ def stub(
     assignments = {
         r: np.array(by_domain[r]) if len(by_domain) else rows[r]["load_E"][None] for r in chosen
     }
+    # documents that are alike, but for those that a row names
+    alike = [np.tile(one["load_E"] // max(sum(each), 1), (sum(each), 1)) for one in rows]
+    load_UE = [one.get("load_UE", like) for one, like in zip(rows, alike, strict=True)]
     tokens = max((one["tokens"] for one in rows), default=0)
     counts = SimpleNamespace(
         counts_only=counts_only,
@@ -100,7 +103,10 @@ def stub(
         load_E=lambda r: rows[r]["load_E"],
         assignments_DE=lambda r: assignments[r],
         tokens_of=lambda r: rows[r]["tokens"],
-        of={r: SimpleNamespace(batches=rows[r]["passes"]) for r in chosen},
+        tokens_U_of=lambda r: load_UE[r].sum(1) // rows[r]["top_k"],
+        of={
+            r: SimpleNamespace(batches=rows[r]["passes"], assignments_UE=load_UE[r]) for r in chosen
+        },
     )
     load = [
         {

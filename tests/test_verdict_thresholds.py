@@ -16,6 +16,8 @@ from moe_inspect.reporting.verdict.findings import Finding
 from tests.stub import row, stub
 
 EVEN = [100] * 8
+# a document chooses one expert only
+ONE_EXPERT_EACH_UE = np.eye(8, dtype=int)[np.arange(60) % 8] * 50
 
 
 def text(found: Finding | None) -> str | None:
@@ -235,7 +237,7 @@ SPOKEN = {
     # passes
     "by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.2)), "most in layer 0: the busiest expert of a pass gets 1.20x the mean load on average"),
     "even by pass": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.1999)), None),
-    "by pass, few documents in each": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5, design_effect=9.0)), "tokens of one document choose alike (design effect 9.0)"),
+    "by pass, few documents in each": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5, design_effect=9.0, load_UE=ONE_EXPERT_EACH_UE)), "tokens of one document choose alike (design effect 9.0)"),
     "by pass, documents too few": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5, design_effect=math.nan)), "Whether its documents explain this is unknown"),
     "by pass, as chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.8)), None),
     "by pass, beyond chance": (balance.uneven_batches, stub(near(1.05, max_vio_batch=0.9, noise_floor_batch=0.5)), "of a pass gets 1.90x"),

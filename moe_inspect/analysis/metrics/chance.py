@@ -31,6 +31,7 @@ FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too 
 LONG_DOCUMENT = 1_000
 SIGNS = 499  # the smallest p-value is 1 / 500
 MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
+PASSES = 500  # drawn of documents in random order
 BLOCK = 2**22  # numbers in memory at a time
 SPREAD = 0.05  # variance between documents of the logarithm of a share, as far as a prior goes
 PRIOR = 2.0  # documents' worth of mean share that a log ratio is drawn to 0 by
@@ -144,6 +145,26 @@ def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.
         for d, of in enumerate(of_D):
             load_BDE[:, d] = expected_DE[d] + signs[:, of] @ residual_UE[of]
         yield np.maximum(load_BDE, 0)
+
+
+def passes_of_documents(
+    assignments_UE: np.ndarray, tokens_U: np.ndarray, sizes_S: np.ndarray, passes_S: np.ndarray
+) -> tuple[float, float]:
+    """Mean and standard deviation of the max_vio of a forward pass over these documents in random
+    order, cut anywhere. sizes: tokens of a pass; passes: how many have so many."""
+    U, rng = len(tokens_U), np.random.default_rng([SEED, len(tokens_U)])
+    found = list[float]()
+    for size in rng.choice(sizes_S, PASSES, p=passes_S / passes_S.sum()):
+        order_U = rng.permutation(U)
+        end_U = np.cumsum(tokens_U[order_U])
+        begin = float(rng.uniform(0, max(float(end_U[-1]) - size, 0)))
+        within_U = np.minimum(end_U, begin + size) - np.maximum(end_U - tokens_U[order_U], begin)
+        share_U = np.clip(within_U / np.maximum(tokens_U[order_U], 1), 0, 1)
+        of = np.flatnonzero(share_U)
+        load_E = rng.binomial(assignments_UE[order_U[of]], share_U[of, None]).sum(0)
+        if load_E.any():
+            found.append(float(load_E.max() / load_E.mean() - 1))
+    return (float(np.mean(found)), float(np.std(found))) if found else (np.nan, np.nan)
 
 
 def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
+from moe_inspect.analysis.metrics.chance import (
+    ALPHA,
+    FEWEST_TO_JUDGE,
+    PASSES,
+    passes_of_documents,
+    z_of,
+)
 from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_of, worst_router
 from moe_inspect.reporting.tables.load import chosen
@@ -169,7 +175,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
     idle, effect = 1 - 1 / batch, row["design_effect"]
     known, cause = not (math.isnan(effect) or few_documents(data)), ""
-    of_documents = known and not _hidden(data, row, effect) > 0
+    of_documents = known and not _beyond_documents(data, row)
     if of_documents:
         cause = (
             f" Each pass holds few documents, and tokens of one document choose alike (design "
@@ -192,19 +198,33 @@ def uneven_batches(data: ReportData) -> Finding | None:
     )
 
 
-def _hidden(data: ReportData, row: Any, design_effect: float = 1.0) -> float:
-    """How much less even than their sum passes are, beyond what chance gives passes of such
-    documents; at most 0 where chance explains it."""
-    sizes = whole_batches(data.counts.of[int(row["router"])].batches)
-    passes_S = np.array([n for n, _ in sizes.values()])
+def _hidden(data: ReportData, row: Any) -> float:
+    """How much less even than their sum passes are, beyond what chance gives passes of so many
+    tokens; at most 0 where chance explains it."""
+    tokens_S, passes_S = _passes(data, row)
     if passes_S.sum() < 2:
         return 0.0
     filled = row["assignments"] / (row["tokens"] * row["top_k"])
-    tokens_S = np.array(list(sizes)) * filled
-    _, sd_S = noise_of(tokens_S, int(row["experts"]), int(row["top_k"]))
+    _, sd_S = noise_of(tokens_S * filled, int(row["experts"]), int(row["top_k"]))
     error = np.sqrt((passes_S * sd_S**2).sum()) / passes_S.sum()
     floor = row["noise_floor_batch"] + z_of(ALPHA / len(data.loaded)) * error
-    return row["max_vio_batch"] - row["max_vio"] - floor * math.sqrt(max(design_effect, 1))
+    return row["max_vio_batch"] - row["max_vio"] - floor
+
+
+def _beyond_documents(data: ReportData, row: Any) -> bool:
+    """Whether passes are less even than passes over the same documents in random order."""
+    tokens_S, passes_S = _passes(data, row)
+    counts, r = data.counts, int(row["router"])
+    documents = counts.of[r].assignments_UE, counts.tokens_U_of(r)
+    mean, sd = passes_of_documents(*documents, tokens_S, passes_S)
+    error = sd * math.sqrt(1 / passes_S.sum() + 1 / PASSES)
+    return bool(row["max_vio_batch"] > mean + z_of(ALPHA / len(data.loaded)) * error)
+
+
+def _passes(data: ReportData, row: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the larger passes, and how many passes have so many. [S] each"""
+    sizes = whole_batches(data.counts.of[int(row["router"])].batches)
+    return np.array(list(sizes)), np.array([n for n, _ in sizes.values()])
 
 
 def averaging_hides(data: ReportData) -> Finding | None:
