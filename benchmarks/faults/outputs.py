@@ -253,8 +253,11 @@ class Output:
             if "esft" in self.line:
                 assert not found or same(found, self.new), "a part of it"
         if kept:
-            assert same(held(place / kept[1], self.line), self.new), f"{kept[1]} is not whole"
-            shutil.rmtree(place / kept[1])
+            aside = place / "kept" / self.name  # files are known by the name of their folder too
+            aside.parent.mkdir()
+            (place / kept[1]).rename(aside)
+            assert same(held(aside, self.line), self.new), f"{kept[1]} is not whole"
+            shutil.rmtree(aside.parent)
         if how != "kill":
             # where the fault is in the deletion of the old trace or of a lock, they stay
             left = [p for p in hidden(place) if said or not (".old" in str(p) or p.name == LOCK)]

@@ -154,10 +154,11 @@ def passes_of_documents(
     order, cut anywhere. sizes: tokens of a pass; passes: how many have so many."""
     U, rng = len(tokens_U), np.random.default_rng([SEED, len(tokens_U)])
     found = list[float]()
-    for size in rng.choice(sizes_S, PASSES, p=passes_S / passes_S.sum()):
+    size_R: np.ndarray = rng.choice(sizes_S, PASSES, p=passes_S / passes_S.sum())
+    for size in map(float, size_R):
         order_U = rng.permutation(U)
         end_U = np.cumsum(tokens_U[order_U])
-        begin = float(rng.uniform(0, max(float(end_U[-1]) - size, 0)))
+        begin = rng.uniform(0, max(float(end_U[-1]) - size, 0))
         within_U = np.minimum(end_U, begin + size) - np.maximum(end_U - tokens_U[order_U], begin)
         share_U = np.clip(within_U / np.maximum(tokens_U[order_U], 1), 0, 1)
         of = np.flatnonzero(share_U)

@@ -14,7 +14,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.chance import null_loads
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import share_by_domain
-from moe_inspect.analysis.metrics.uncertainty import effective_documents, interval
+from moe_inspect.analysis.metrics.uncertainty import SHARE, effective_documents, interval
 
 SOURCE = "arXiv:2601.03425"
 nan = float("nan")
@@ -95,5 +95,5 @@ def mass_interval(
         np.divide(hits_R, all_R, out=share_RD[:, d], where=all_R > 0)
     known_R = ~np.isnan(share_RD).all(1)
     documents = effective_documents(assignments_UE.sum(1))
-    low, high = interval(np.nanmean(share_RD[known_R], axis=1), documents)
+    low, high = interval(np.nanmean(share_RD[known_R], axis=1), documents, SHARE)
     return float(low), float(high)

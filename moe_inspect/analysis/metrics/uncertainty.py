@@ -23,6 +23,7 @@ RIVALS = 3.0  # errors below the busiest expert within which another may be the 
 BELOW = (
     0.035  # probability that the lower end is too high, with several: the upper never is too low
 )
+SHARE, ANYWHERE = (0.0, 1.0), (-np.inf, np.inf)  # bounds of what an interval is of
 GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
 
@@ -174,20 +175,23 @@ def ratio_interval(
     if weights_RU is None or not of_U.sum():
         return float("nan"), float("nan")
     values_R = weights_RU @ hits_U / nan_for_zero(weights_RU @ of_U)
-    low, high = interval(values_R, effective_documents(of_U))
+    is_share = ((hits_U >= 0) & (hits_U <= of_U)).all()
+    low, high = interval(values_R, effective_documents(of_U), SHARE if is_share else ANYWHERE)
     return float(low), float(high)
 
 
-def interval(values_R: np.ndarray, documents: float = np.inf, most: float = 1.0) -> np.ndarray:
+def interval(
+    values_R: np.ndarray, documents: float = np.inf, within: tuple[float, float] = ANYWHERE
+) -> np.ndarray:
     """The middle 95 % of the values of R resamples, or of R rows of them; NaN where all are NaN. Of
     few documents, whose variance is known by themselves alone, it is as much wider as Student's t
-    demands, within 0 and `most`. float64 [2, …]"""
+    demands, within these bounds. float64 [2, …]"""
     if np.isnan(values_R).all():
         return np.full((2, *values_R.shape[1:]), np.nan)
     quantile = np.nanquantile if np.isnan(values_R).any() else np.quantile
     low, middle, high = quantile(values_R, [0.025, 0.5, 0.975], axis=0)
     wider = student(documents) / student(np.inf)
-    return np.clip([middle - wider * (middle - low), middle + wider * (high - middle)], 0, most)
+    return np.clip([middle - wider * (middle - low), middle + wider * (high - middle)], *within)
 
 
 def student(documents: float) -> float:

@@ -172,10 +172,9 @@ def locality(data: ReportData) -> pd.DataFrame:
                 if weights_RU is not None
                 else np.array([np.nan])
             )
-            found[f"srp_{m}"] = (
-                value,
-                unc.interval(spread_R, unc.effective_documents(windows_UM.sum(1))),
-            )
+            documents = unc.effective_documents(windows_UM.sum(1))
+            low, high = unc.interval(spread_R, documents, unc.SHARE).tolist()
+            found[f"srp_{m}"] = value, (low, high)
             # NaN also where the trace has no segment of m tokens to compare with it
             row[f"srp_{m}_by_load"] = (
                 pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)

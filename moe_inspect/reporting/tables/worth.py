@@ -83,7 +83,7 @@ def _with_interval(
         of_UN = of_UE[:, known_E]
         values_RN = weights_RU @ sums_UE[:, known_E] / nan_for_zero(weights_RU @ of_UN)
         documents = unc.effective_documents(of_UE.sum(1))
-        ends_2E[:, known_E] = unc.interval(values_RN, documents, most=np.inf)
+        ends_2E[:, known_E] = unc.interval(values_RN, documents, (0.0, np.inf))
     low_E, high_E = ends_2E
     return {name: value_E, f"{name}_low": low_E, f"{name}_high": high_E}
 
