@@ -368,3 +368,10 @@ def test_a_warning_is_shown_without_the_line_it_came_from(caplog: pytest.LogCapt
     ours, another = (record.getMessage() for record in caplog.records)
     assert ours == f"{alarm}\n"
     assert re.match(r"\S+:\d+: UserWarning: another\n", another)
+
+
+def test_no_limit_is_above_what_is_possible() -> None:
+    """Every token chooses the expert: E / k, of few tokens with any design effect."""
+    for metric, most in (("max_over_mean", E / K), ("max_vio", E / K - 1)):
+        assert chance_limit(metric, 40, E, K, True, 1_000.0, 1e-9) == most
+        assert chance_limit(metric, 1e6, E, K, True, 1.0, 1e-9) < most

@@ -57,7 +57,7 @@ def test_counts_are_of_as_many_tokens_as_the_fullest_router_needs(assignments: i
     listed = [Router(layer, "", "", 4, 2) for layer in range(2)]
     loads = [
         np.array([[1, 1, 0, 0], [2, 2, 0, 0]]),
-        np.array([[assignments, 0, 0, 0], [1, 0, 0, 0]]),
+        np.array([np.bincount(np.arange(assignments) % 4), [1, 0, 0, 0]]),
     ]
     assert batch_of_counts(loads, listed, ["a", "b"], 0).tokens == tokens + 2
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.report import report as trace_report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
@@ -214,3 +215,17 @@ def test_no_file_of_pythons_is_left_to_arrows_threads(
     with pytest.raises(MoeInspectError, match="expert is 99999999999, not of 0 to"):
         import_trace("counts", [path], tmp_path / "t", top_k=1)
     assert [type(file) for file in files] == [pa.OSFile]
+
+
+@pytest.mark.parametrize(("counts", "tokens"), [([1], 1), ([100, *[2] * 7], 100), ([4] * 8, 16)])
+def test_tokens_are_as_many_as_explain_the_counts(
+    counts: list[int], tokens: int, tmp_path: Path
+) -> None:
+    """No token chooses an expert twice. Of so few, all is too little to judge."""
+    rows = [{"layer": 0, "expert": e, "count": n} for e, n in enumerate(counts)]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    trace = import_trace("counts", [tmp_path / "c.json"], tmp_path / "t", top_k=2, experts=8)
+    assert trace.n_tokens == tokens
+    said = str(trace_report(trace))
+    assert "nan" not in said
+    assert "Too little data" in said

@@ -111,7 +111,7 @@ MUTATIONS = {
     "least used: within chance": (verdict_experts, 'return row["least_used_p"] < ALPHA', "return True", by_sentence("little used by chance")),
     "dead: chance is taken for death": (verdict_experts, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
     "a domain overloads as all do": (verdict_experts, ' or excess <= 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
-    "passes: no floor": (verdict, ' - floor * math.sqrt(max(design_effect, 1))', "", by_sentence("by pass, as chance")),
+    "passes: no floor": (verdict, ' - floor', "", by_sentence("by pass, as chance")),
     "uneven: by chance": (verdict_chance, 'return row["busiest_p"] < ALPHA', "return True", by(test_verdict_thresholds.test_balance, "within chance")),
     "signs: each router has its own": (analysis_chance, "random_signs(len(residual_UE))", "np.random.permutation(random_signs(len(residual_UE)))", by(test_chance.test_what_is_the_same_at_two_routers_is_one_case)),
     "specialised: by chance": (verdict_routing, 'table[table["domain_mi_p"] < ALPHA]', 'table[table["domain_mi_p"] <= 1]', by(test_verdict_thresholds.test_domains, "within chance")),

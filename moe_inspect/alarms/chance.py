@@ -19,6 +19,7 @@ from moe_inspect.analysis.metrics.uncertainty import SEED
 
 WINDOWS = 400  # simulated
 RUN = 1_000  # windows of a run: one run in 1 / ALPHA may raise a false alarm by a rule
+OFF_RATIO = {"max_over_mean": 0, "max_vio": 1, "max_vio_batch": 1}  # load ratio − metric
 PAIRS = 64  # windows that a design effect is estimated from, at most
 
 
@@ -37,7 +38,9 @@ def chance_limit(
     documents, rounded down to a power of 2. `steps`: of the mean over so many windows."""
     tokens = int(max(1.0, T / max(effect, 1.0)))
     mean, sd = _moments(metric, 1 << (tokens.bit_length() - 1), E, k)
-    return mean + (1 if above else -1) * far(tail) * sd / math.sqrt(steps)
+    limit = mean + (1 if above else -1) * far(tail) * sd / math.sqrt(steps)
+    # not above that of an expert which every token chooses
+    return min(limit, E / k - OFF_RATIO[metric]) if metric in OFF_RATIO else limit
 
 
 def far(tail: float) -> float:

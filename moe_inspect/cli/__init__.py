@@ -78,7 +78,7 @@ _add(simulations, "placement", simulate.placement)
 _add(simulations, "decode", simulate.decode)
 _add(simulations, "cache", simulate.cache)
 _add(simulations, "routing", simulate.routing)
-app.add_typer(simulations)
+app.add_typer(simulations, name="simulate")
 
 
 def _version(asked: bool) -> None:

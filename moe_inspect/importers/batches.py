@@ -135,6 +135,8 @@ def batch_of_counts(
     it is the smallest that explains the load of every router, by domain."""
     tokens_D = np.zeros(len(domains), np.int64)
     for load_DE, router in zip(load_LDE, routers, strict=True):
+        # no token chooses an expert twice
+        tokens_D = np.maximum(tokens_D, load_DE.max(1, initial=0))
         tokens_D = np.maximum(tokens_D, -(-load_DE.sum(1) // router.top_k))
     return CountedBatches(
         batch,

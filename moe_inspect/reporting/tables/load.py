@@ -78,7 +78,8 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
         most = E * counts.tokens_of(r) / total if total else math.nan  # every token goes there
         row["max_over_mean_low"], row["max_over_mean_high"] = (min(1 + x, most) for x in interval)
         row["design_effect"] = effect = design_effect(counts, r)
-        floor = unc.noise_floor(round(total / k), E, k)  # null slots make no load
+        tokens = max(round(total / k), min(total, 1))  # null slots make no load
+        floor = unc.noise_floor(tokens, E, k)
         row["expected_by_chance"] = 1 + floor * widened(effect)
         row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
             counts, r, total / max(k * counts.tokens_of(r), 1)
