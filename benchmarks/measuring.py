@@ -53,12 +53,22 @@ def machine() -> dict[str, Any]:
 
 def write_results(kind: str, facts: dict[str, Any], measured: Any) -> Path:
     """Writes benchmarks/results/<kind>-<processor>.json, and returns its path from the root."""
-    name = f"{kind} {facts['processor']} {facts['cores']} cores".lower().replace("(r)", "")
-    name = "".join(c for c in "-".join(name.split()) if c.isalnum() or c == "-")
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": facts, "measured": measured}, indent=1, ensure_ascii=False)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
-    return (RESULTS / f"{name}.json").relative_to(ROOT)
+    (path := _result(kind, facts)).write_text(text + "\n")
+    return path.relative_to(ROOT)
+
+
+def written(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before; empty where nothing was."""
+    path = _result(kind, facts)
+    return json.loads(path.read_text())["measured"] if path.exists() else {}
+
+
+def _result(kind: str, facts: dict[str, Any]) -> Path:
+    name = f"{kind} {facts['processor']} {facts['cores']} cores".lower().replace("(r)", "")
+    name = "".join(c for c in "-".join(name.split()) if c.isalnum() or c == "-")
+    return RESULTS / f"{name}.json"
 
 
 def peak_memory_mib() -> float:
