@@ -1,5 +1,5 @@
-"""Decode steps on a CPU that are recognised by the step before and kept in a short way: the trace
-is that of steps which the recorder is told of one by one, whatever happens between and in them."""
+"""Decode steps on a CPU, which are written and read together: the trace is that of steps taken one
+by one, call by call, whatever happens between and in them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import decode_steps
 from moe_inspect.capture.hook.counts import counted
-from moe_inspect.capture.hook.decode_steps import DecodeSteps
+from moe_inspect.capture.hook.inputs import call_inputs, pass_inputs
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.pass_buffer import PassBuffer
+from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
 from tests.families import build
@@ -32,20 +31,6 @@ pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build("olmoe")
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one where the recorder is told of a pass."""
-    passes: list[int] = []
-    begin = Recorder._begin
-
-    def counting(self: Recorder) -> None:
-        passes.append(len(passes))
-        begin(self)
-
-    monkeypatch.setattr(Recorder, "_begin", counting)
-    return passes
 
 
 class Text:
@@ -203,20 +188,21 @@ def recorded(
 @pytest.mark.parametrize("options", [{}, {"counts_only": True}], ids=["trace", "counts"])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("scene", SCENES)
-def test_the_trace_is_that_of_steps_told_one_by_one(
+def test_the_trace_is_that_of_steps_taken_one_by_one(
     scene: Callable[..., None],
     B: int,
     options: dict[str, Any],
     model: Any,
-    told: list[int],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    found = recorded(scene, model, tmp_path / "short", B, **options)
-    in_short = len(told)
-    monkeypatch.setattr(DecodeSteps, "begin", lambda *_: False)
-    expected = recorded(scene, model, tmp_path / "told", B, **options)
-    assert in_short < len(told) - in_short  # the short way was gone
+    found = recorded(scene, model, tmp_path / "together", B, **options)
+    monkeypatch.setattr(Rings, "write", lambda *_: False)
+    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    monkeypatch.setattr(counted, "MOST_WAITING", 1)
+    for module in (hand_over, pass_inputs):
+        monkeypatch.setattr(module, "steps_at", lambda fed: [])
+    expected = recorded(scene, model, tmp_path / "one", B, **options)
     assert found.n_tokens == expected.n_tokens
     assert found.documents().equals(expected.documents())
     if options:
@@ -263,7 +249,7 @@ def test_counts_are_written_after_as_many_steps_as_was_asked(model: Any, tmp_pat
 
 
 def test_steps_do_not_wait_longer_than_others(
-    model: Any, told: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
     written: list[int] = []
@@ -351,15 +337,15 @@ def test_another_thread_may_ask_for_the_number_of_tokens(
     assert lengths == [list(range(5 + steps))] * B
 
 
-@pytest.mark.parametrize("where", ["begin", "keep"])
+@pytest.mark.parametrize("where", ["read", "write"])
 def test_a_signal_handler_may_ask_for_the_number_of_tokens(
     where: str, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """While a step is being begun or kept, on the same thread."""
+    """While a step is being read or written, on the same thread."""
     asked: list[int] = []
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
-        owner: Any = decode_steps if where == "begin" else PassBuffer
-        name = "copies_of" if where == "begin" else "keep"
+        owner: Any = call_inputs if where == "read" else Rings
+        name = "copies_of" if where == "read" else "write"
         real = getattr(owner, name)
 
         def and_ask(*args: Any) -> Any:
@@ -402,4 +388,4 @@ def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
         Text(model, 1).step(40)
     found = moe_inspect.open_trace(path)
     assert found.status == "interrupted"
-    assert found.n_tokens == 5 + 2 * 8
+    assert found.n_tokens == 5 + 7 + 8  # the prompt and 7 steps, then 8 steps

@@ -328,9 +328,9 @@ def test_counts_on_the_device_take_the_largest_weight() -> None:
     )
     real = rng.random(T) < 0.9
     zeros = np.zeros(int(real.sum()), np.int32)
-    counts.feed([0], Rows(real, zeros, zeros, zeros, zeros, zeros), 1)
-    counts.add(0, 0, torch.from_numpy(ids_TK), torch.from_numpy(weights_TK))
-    counts.end(0)
+    rows = Rows(real, zeros, zeros, zeros, zeros, zeros)
+    choices = [(torch.from_numpy(ids_TK)[None], torch.from_numpy(weights_TK)[None])]
+    counts.count([0], [rows], [choices], 1, 0)
     taken = counts.take(["text"])
     first = by_hand(np.where(ids_TK < 0, NOWHERE, ids_TK), weights_TK)[real, 0]
     assert taken.first_choice is not None

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook import pass_buffer
 from moe_inspect.capture.hook.stack import Stack, shares
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
@@ -159,18 +158,6 @@ def handed_over(
     return [received.get(r) for r in range(len(sites))]
 
 
-class Noting(list[Any]):
-    """Kept calls, and what is known of their tensors when they are handed over."""
-
-    def __init__(self, handed: list[tuple[torch.Tensor, int | None, torch.Tensor]]):
-        super().__init__()
-        self.handed = handed
-
-    def append(self, call: Any) -> None:
-        self.handed += [(t, version(t), t.clone()) for t in call[1:] if t is not None]
-        super().append(call)
-
-
 def version(tensor: torch.Tensor) -> int | None:
     """Every operation in place counts it up, but tensors made in inference mode have none."""
     return None if tensor.is_inference() else tensor._version
@@ -182,17 +169,14 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
 ) -> None:
     """So that references to it can be kept until the forward pass ends."""
     handed: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
-    # (where numbers are kept, nothing can change)
-    monkeypatch.setattr(pass_buffer, "pack_of", lambda K: None)
-    keep = Stack.keep_pass
+    take = Stack.take
 
-    def noting(stack: Stack, buffer: Any) -> bool:
-        kept = keep(stack, buffer)
-        if kept:
-            stack.scope.kept = Noting(handed)
-        return kept
+    def noting(stack: Stack, kind: str, n: int, values: tuple[torch.Tensor, ...]) -> None:
+        if not stack.is_new:
+            handed.extend((t, version(t), t.clone()) for t in values)
+        take(stack, kind, n, values)
 
-    monkeypatch.setattr(Stack, "keep_pass", noting)
+    monkeypatch.setattr(Stack, "take", noting)
     model, inputs = zoo.build(family), batch(family)
     for capture in ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",):
         handed.clear()
@@ -200,7 +184,7 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
             with torch.no_grad():
                 for _ in range(2):
                     zoo.outputs(model, inputs)
-            assert not any(scope.copies for scope in recorder.attachment.scopes.values())
+            assert not any(stack.copies for stack in recorder.stacks.values())
         assert len(handed) >= 2 * len(recorder.routers)
         assert all(version(tensor) == before for tensor, before, _ in handed)
         assert all(tensor.equal(copy) for tensor, _, copy in handed)

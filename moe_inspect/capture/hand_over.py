@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.decode_steps import Room
 from moe_inspect.capture.hook.forwards import Arrived, Forward, losses_of, numbers_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
@@ -45,14 +44,14 @@ class HandOver:
         self.losses = losses
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
-        # fixed size: as an option, or because a CUDA graph holds the rings' addresses
         # how long a pass waits for others on a CPU
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
+        # whether the rings keep their size: an option says it, or a CUDA graph has their addresses
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
         self._arrived: Arrived | None = None  # the first of them, once its rows have been read
-        self._held_since = 0.0  # it waits
+        self._held_since = 0.0  # when the first of them began to wait
         self._due_at = 0  # the position at which its page is full
         self._torn = False  # passes have left the queue, and are not yet with the writer
 
@@ -61,14 +60,18 @@ class HandOver:
         # always with weights: slots are ordered by them, even in a trace without weights
         stack.make_rings(rows, self.weight_dtype)
 
-    def make_room(self, stack: Stack, fed: Rows | CallInputs) -> bool:
-        """Waits until the stack's rings have room for these rows, unless decisions may be dropped.
-        Returns whether they have."""
+    def feed(self, stack: Stack, fed: Rows | CallInputs) -> None:
+        """A stack is about to run. Waits until its rings have room for these rows, unless decisions
+        may be dropped."""
         rings, T = stack.rings, fed.T
         assert rings is not None
-        if rings.synchronous and rings.free_rows >= T:
-            stack.fed = fed
-            return True
+        if not (rings.synchronous and rings.free_rows >= T):
+            self._make_room(stack, T)
+        stack.fed = fed
+
+    def _make_room(self, stack: Stack, T: int) -> None:
+        rings = stack.rings
+        assert rings is not None
         self.drain()
         too_large = rings.max_rows < T
         while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
@@ -80,33 +83,14 @@ class HandOver:
                     f"({rings.max_rows:,}): record with ring_tokens={T}"
                 )
             self.make_rings(stack, T)
-            rings = stack.rings
-            assert rings is not None
-        stack.fed = fed
-        return rings.free_rows >= T
 
-    def add_staged(self, stack: Stack, rows: Rows | CallInputs) -> None:
-        """Puts what the first forward pass of a stack has shown into its rings."""
-        self.make_rings(stack, self.options.ring_tokens or rows.T)
-        stack.fed = None
-        self.make_room(stack, rows)
-        stack.unstage()
-
-    def feed(self, stack: Stack, fed: Rows | CallInputs, keep: bool) -> None:
-        """A stack is about to run. `keep`: whether its calls may be kept until the pass ends."""
-        has_room = self.make_room(stack, fed)
-        assert stack.rings is not None
-        if not (keep and has_room and stack.keep_pass(stack.rings.buffer)):
-            stack.rings.write_kept()
-
-    def keep_no_more(self, stack: Stack) -> None:
-        """What is kept is written, and the other calls of the current pass when they come."""
-        calls, stack.scope.kept = stack.scope.kept or (), None
-        stack.write_kept(calls)
-
-    def end(self, fed: Sequence[Stack], number: int) -> bool:
+    def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
-        running). Returns whether it was kept as a whole."""
+        running)."""
+        for stack in fed:
+            if stack.rings is None:  # it has run for the first time
+                assert stack.fed is not None
+                self.make_rings(stack, self.options.ring_tokens or stack.fed.T)
         forward = Forward(number, [stack.end() for stack in fed])
         for done in forward.passes:
             assert done.stack.rings is not None
@@ -125,41 +109,12 @@ class HandOver:
             first = forward.passes[0]
             self._begin_to_hold(first.stack, first.start)
         self.inputs.accept()
-        return all(done.cursors is None for done in forward.passes)
+        self._drain_when_due()
 
     def _begin_to_hold(self, stack: Stack, start: int) -> None:
         assert stack.rings is not None
         self._held_since = time.monotonic()
         self._due_at = stack.rings.end_of_page(start)
-
-    def room_for_steps(self, stack: Stack, T: int) -> Room:
-        """The room for decode steps of T rows."""
-        rings = stack.rings
-        assert rings is not None
-        assert rings.buffer is not None
-        if not self._in_flight:
-            self._begin_to_hold(stack, rings.head)
-        free = rings.buffer.max_rows - rings.buffer.rows
-        rows = min(self._due_at - rings.head, rings.free_rows, free)
-        return Room(rings.buffer, rows // max(1, T), self._held_since + self._hold_s)
-
-    def add_steps(self, stack: Stack, fed: list[CallInputs], number: int) -> None:
-        """Queues decode steps that have been kept, and empties the list. `number`: of the first."""
-        rings, T = stack.rings, fed[0].T
-        assert rings is not None
-        forwards = [
-            Forward(number + n, [StackPass(stack, call, rings.head + n * T, T, None)])
-            for n, call in enumerate(fed)
-        ]
-        stack.fed = fed[-1]  # should an interrupt come now, the next pass overwrites them
-        fed.clear()
-        rings.end(len(forwards) * T)
-        self._in_flight.extend(forwards)
-        stack.fed = None
-
-    def resume(self, stack: Stack, fed: CallInputs, number: int) -> None:
-        """A decode step is running, whose calls are kept."""
-        stack.fed = fed
 
     def count_tokens(self) -> int:
         self.inputs.settle()
@@ -199,10 +154,8 @@ class HandOver:
             self.drain(wait=True)
         self._in_flight.clear()
 
-    def drain_when_due(self) -> None:
+    def _drain_when_due(self) -> None:
         """As `drain`, but on a CPU only when a page is full, or its first pass has waited long."""
-        if not self._in_flight:
-            return
         first = self._in_flight[0].passes[0]
         rings = first.stack.rings
         assert rings is not None
@@ -223,9 +176,6 @@ class HandOver:
             self._begin_to_hold(first.stack, first.start)
 
     def _drain(self, wait: bool, once: bool) -> None:
-        for stack in self.stacks.values():
-            if stack.rings is not None:
-                stack.rings.write_kept()
         while self._in_flight:
             assert self.writer is not None
             if self._torn and not self.writer.failed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts.counted import CountedPasses
 from moe_inspect.capture.hook.counts.device_counts import DeviceCounts, Totals
-from moe_inspect.capture.hook.decode_steps import DecodeStep, DecodeSteps, Passes, locked
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
@@ -45,6 +44,17 @@ from moe_inspect.trace.writer import TraceWriter
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of a recorder, run by one thread at a time: another may ask it what there is."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Recorder:
@@ -77,10 +87,8 @@ class Recorder:
             check_directory(output_location(path), options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(None if self.sites else self._add, options)
-        scopes, sinks = self.attachment.scopes, self.attachment.sinks
-        self.stacks = stacks_of(self.model, scopes, self.sites, sinks, self.attachment.extra_sinks)
-        for stack in self.stacks.values():
-            stack.scope.write_kept = partial(self._keep_no_more, stack)
+        scopes = self.attachment.scopes
+        self.stacks = stacks_of(self.model, scopes, self.sites, self.attachment.sinks)
         self._index_of = places_of(self.stacks, self.sites)
         modules = {name: scope.module for name, scope in scopes.items()}
         inputs = inputs_of(self.model, self.sites, options.inputs)
@@ -93,8 +101,7 @@ class Recorder:
         self._balance_of = balance_of
         self._entered, self.lock = False, RLock()
         self._forwards = self.session.resume.next_batch if self.session.resume else 0
-        self._counted: CountedPasses | None = None  # counts_only
-        self._passes: Passes = self._hand_over  # or these
+        self._counted: CountedPasses | None = None  # counts_only, once the routers are known
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
         self._stepped = False  # the current pass was announced by `step`
@@ -108,8 +115,7 @@ class Recorder:
     @locked
     def tokens(self) -> int:
         """Number of tokens recorded so far, without padding."""
-        self._end_steps()
-        return self._passes.count_tokens()
+        return (self._counted or self._hand_over).count_tokens()
 
     @property
     def writer(self) -> TraceWriter | None:
@@ -130,7 +136,6 @@ class Recorder:
         try:
             self.attachment.detach()
             try:
-                self._end_steps(drain=False)
                 if kind is None:
                     self._end_step()
                     self._hand_over.finish()
@@ -173,19 +178,16 @@ class Recorder:
         self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
     ) -> None:
         """Sets the document and the domain of each batch row of the next forward pass."""
-        self._end_steps()
         self.inputs.label(documents, domains)
 
     @locked
     def expect(self, *rows: Rows) -> None:
         """Sets the rows of the next forward pass (for an encoder-decoder, of each stack), for a
         caller that planned it."""
-        self._end_steps()
         self.inputs.expect(*rows)
 
     def end_group(self) -> None:
         """Ends a group of passes: their counts may be committed."""
-        self._end_steps()
         if self._counted is not None:
             self._counted.end_group()
 
@@ -201,7 +203,7 @@ class Recorder:
                 "which one runs: call the model"
             )
         stack = self.stacks[""]
-        if stack.staged is not None or not self.options.takes_graphs:
+        if stack.is_new or not self.options.takes_graphs:
             raise MoeInspectError(
                 "step() needs a forward pass recorded before it, and a trace (not counts_only) "
                 "without token losses"
@@ -213,8 +215,8 @@ class Recorder:
         fed = self.inputs.of_call(stack.name, (), inputs or unknown)
         if tokens != fed.T:
             raise MoeInspectError(f"step({tokens}) with inputs of {fed.T} rows")
-        self._hand_over.make_room(stack, fed)
-        self._stepped = True
+        self._hand_over.feed(stack, fed)
+        self._stepped = stack.scope.to_tapes = True
         self.inputs.returned(stack.name, inputs)
 
     # --- called by the attachment during a forward pass
@@ -234,7 +236,6 @@ class Recorder:
         self._hand_over.rings_fixed = self.stacks[""].replayed = True
 
     def _begin(self) -> None:
-        self._end_steps()
         self._end_step()
         for stack in self.stacks.values():
             stack.begin()
@@ -254,48 +255,40 @@ class Recorder:
                 f"{type(self.model).__name__}: call it by itself"
             )
         fed = of.scope.fed = self.inputs.of_call(stack, args, kwargs)
-        if of.staged is not None:
+        if of.is_new or self._counted is not None:
             of.fed = fed
-        else:
-            self._passes.feed(of, fed, not self.attachment.in_compiled)
-
-    @locked
-    def _keep_no_more(self, stack: Stack) -> None:
-        self._end_steps(drain=False)
-        self._passes.keep_no_more(stack)
-        stack.scope.references = None
+            return
+        self._hand_over.feed(of, fed)
+        assert of.rings is not None
+        of.scope.to_tapes = of.rings.writer is None or self.attachment.in_compiled
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:
             self.inputs.returned(stack, output)
 
-    @not_compiled("what a router has chosen is counted outside compiled code")
+    @not_compiled("what a router has chosen is kept outside compiled code")
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of the router at site r, while it has no tape (in the first forward pass, or
-        with counts_only)."""
+        """One call of the router at site r, unless a kernel writes it."""
+        if self._counted is None or self._counted.is_counted:
+            stack, n = self._index_of[r]
+            stack.take("", n, (ids_TK, weights_TK))
+
+    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
         stack, n = self._index_of[r]
-        row, stack.seen[n] = stack.seen[n], stack.seen[n] + len(ids_TK)
-        if stack.staged is not None:
-            stack.stage(n, ids_TK, weights_TK)
-        elif self._counted is not None:
-            self._counted.add(stack, n, row, ids_TK, weights_TK)
+        stack.take(kind, n, (values,))
 
     def _add(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first forward pass."""
         stack = self.stacks[""]
-        if stack.staged is None:
+        if not stack.is_new:
             raise MoeInspectError(
                 f"{site.path} was not called in the first forward pass: record a pass that calls "
                 "every probe first"
             )
         self.sites.append(site)
         sinks = self.attachment.add()
-        self._index_of.append((stack, stack.add(site, *sinks)))
+        self._index_of.append((stack, stack.add(site, sinks)))
         return sinks
-
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
-        stack, n = self._index_of[r]
-        stack.stage_extra(kind, n, values)
 
     @locked
     def end(self) -> None:
@@ -303,40 +296,12 @@ class Recorder:
             self._capturing = False
             return
         fed = [stack for stack in self.stacks.values() if stack.fed is not None]
-        if new := [stack for stack in fed if stack.staged is not None]:
+        if new := [stack for stack in fed if stack.is_new]:
             self._begin_with(new)
-        is_kept = False
         if fed:  # a stack without routers has nothing to record
-            is_kept = self._passes.end(fed, self._forwards)
+            (self._counted or self._hand_over).end(fed, self._forwards)
             self._forwards += 1
-            self._passes.drain_when_due()
         self.inputs.end()
-        if is_kept and self.inputs.step is not None and not self._has_cuda:
-            self._begin_steps(fed[0], self.inputs.step)
-
-    def _begin_steps(self, stack: Stack, first: DecodeStep) -> None:
-        """The decode steps that follow `first` are kept in a short way, until `_end_steps`."""
-        room = self._passes.room_for_steps(stack, first.call.T)
-        if room is not None and room.passes > 0 and self.attachment.discovery is None:
-            self.attachment.steps = DecodeSteps(
-                first, stack.scope, room, self._end_steps, self.lock
-            )
-
-    @locked
-    def _end_steps(self, drain: bool = True) -> None:
-        """From here on they are passes as any other. Of one that is still running, or has failed,
-        `end` or the next `begin` will be told."""
-        if (steps := self.attachment.steps) is None or steps.busy:
-            return
-        if n := len(steps.fed):
-            self._passes.add_steps(self.stacks[""], steps.fed, self._forwards)
-            self._forwards += n
-        self.attachment.steps, steps.over = None, True
-        if steps.current is not None:
-            self.inputs.resume(steps.current)
-            self._passes.resume(self.stacks[""], steps.current, self._forwards)
-        if drain:
-            self._passes.drain_when_due()
 
     def _end_step(self) -> None:
         """The forward pass that `step` announced is over."""
@@ -347,7 +312,7 @@ class Recorder:
     # --- the first forward pass determines the shapes of rings and tables
 
     def _begin_with(self, new: Sequence[Stack]) -> None:
-        """These stacks have run for the first time: their staged choices are written."""
+        """These stacks have run for the first time."""
         if not self.sites:
             raise no_routers(self.model, self.options.discover)
         dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
@@ -357,9 +322,6 @@ class Recorder:
         else:
             is_bf16 = all(d == torch.bfloat16 for d in dtypes)
             self._open(torch.bfloat16 if is_bf16 else torch.float16)
-        for stack in new:
-            assert stack.fed is not None
-            self._passes.add_staged(stack, stack.fed)
 
     def _open(self, weight_dtype: torch.dtype) -> None:
         self._opened = True
@@ -373,7 +335,7 @@ class Recorder:
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
             counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
-            self._passes = self._counted = CountedPasses(
+            self._counted = CountedPasses(
                 counts, self.inputs, self.options, self.session.shard_tokens, self.writer
             )
             self._counted.begin(self._forwards)
@@ -388,7 +350,6 @@ class Recorder:
             raise MoeInspectError(
                 "no counts yet: record with counts_only=True, and run a forward pass first"
             )
-        self._end_steps()
         self._counted.count_waiting()
         return self._counted.counts.totals(all_ranks)
 

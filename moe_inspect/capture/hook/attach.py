@@ -6,10 +6,10 @@ T tokens, K slots, E experts.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial, wraps
 from threading import get_ident
 from types import MethodType
 from typing import Any
@@ -18,18 +18,18 @@ import torch
 
 from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
-from moe_inspect.capture.hook.decode_steps import DecodeSteps
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
 from moe_inspect.capture.hook.probe import listen
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import (
-    CallReader,
     Records,
     Scope,
     Sink,
+    before_forward,
     before_method,
     choice_after_call,
+    choice_before_call,
     dropped_before_call,
     logits_after_call,
 )
@@ -47,9 +47,9 @@ from moe_inspect.model.wrapped import (
 
 
 class Attachment:
-    """`sinks[r]` and `extra_sinks[kind][r]` belong to `sites[r]`; `extras`: the kinds recorded, of
-    `options.EXTRAS`. A forward pass is a call of the model or, in an encoder-decoder, a call of one
-    stack by itself, as `generate` calls the encoder."""
+    """`sinks[kind][r]` belongs to `sites[r]` and receives its choices (""), or one of `extras`: the
+    kinds recorded, of `options.EXTRAS`. A forward pass is a call of the model or, in an
+    encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
 
     def __init__(
         self,
@@ -64,40 +64,28 @@ class Attachment:
         self.mode, self.records = mode, records
         self.wrappers = wrappers_of(self.outer, self.model)
         self.paused = self.over = False
-        # of the decode steps that these keep, `records` are not told
-        self.steps: DecodeSteps | None = None
         # without sites, probes will show them
-        unknown = not sites or not all(
+        is_known = bool(sites) and all(
             map(is_of_transformers, [self.model, *(s.module for s in sites)])
         )
         self.scopes = {
-            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), unknown) for s in sites
-        } or {"": Scope("", self.model, unknown)}
+            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), is_known) for s in sites
+        } or {"": Scope("", self.model, is_known)}
         self._in_model = False  # a call of the whole model is running
         self._thread = 0  # in which the last forward pass began
         self.one_thread = True  # passes of several threads are refused
         self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
-        sites_of = {stack: [s for s in sites if s.stack == stack] for stack in self.scopes}
-        self.sinks: list[Sink] = []
-        self.extra_sinks: dict[str, list[Sink]] = {kind: [] for kind in extras}
-        for r, site in enumerate(sites):
-            scope, of_stack = self.scopes[site.stack], sites_of[site.stack]
-            n = of_stack.index(site)
-            if site.told is not None:
-                site.told.scope = scope
-            self.sinks.append(Sink(scope, n, functools.partial(records.take, r)))
-            for place, (kind, of_kind) in enumerate(self.extra_sinks.items(), 1):
-                take = functools.partial(records.take_extra, kind, r)
-                of_kind.append(Sink(scope, place * len(of_stack) + n, take))
+        self.sinks: dict[str, list[Sink]] = {kind: [] for kind in ("", *extras)}
+        for site in sites:
+            self._add_sinks(site)
         self.compiled = self.in_compiled = is_compiled(outer)
         self._bracketed = False
-        self._reader = functools.cache(CallReader)
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
-        sizes = {k: of_kind for k, of_kind in self.extra_sinks.items() if k != "logits"}
+        sizes = {k: of_kind for k, of_kind in self.sinks.items() if k not in ("", "logits")}
         called = {
-            site.module: (self.sinks[r], {k: of_kind[r] for k, of_kind in sizes.items()})
+            site.module: (self.sinks[""][r], {k: of_kind[r] for k, of_kind in sizes.items()})
             for r, site in enumerate(sites)
             if site.adapter is None
         }
@@ -118,19 +106,18 @@ class Attachment:
         if options.discover:
             self.discovery = Discovery(self.model, self.probes)
 
-    def add(self) -> tuple[Sink, Sink | None]:
-        """The sinks of one more site, which was added to `sites`: of its choice, and of its router
-        logits where these are recorded."""
-        r, scope = len(self.sinks), self.scopes[""]
-        if (reader := self.sites[r].told) is not None:
-            reader.scope = scope
-        self.sinks.append(Sink(scope, r, functools.partial(self.records.take, r)))
-        if (logit_sinks := self.extra_sinks.get("logits")) is not None:
-            take = functools.partial(self.records.take_extra, "logits", r)
-            logit_sinks.append(Sink(scope, r, take))
-            for n, sink in enumerate(logit_sinks):
-                sink.n = len(self.sinks) + n
-        return self.sinks[-1], logit_sinks[-1] if logit_sinks is not None else None
+    def add(self) -> dict[str, Sink]:
+        """The sinks of one more site, which was added to `sites`, by what they receive."""
+        self._add_sinks(self.sites[-1])
+        return {kind: of_kind[-1] for kind, of_kind in self.sinks.items()}
+
+    def _add_sinks(self, site: Site) -> None:
+        scope, r = self.scopes[site.stack], len(self.sinks[""])
+        if site.told is not None:
+            site.told.scope = scope
+        for kind, of_kind in self.sinks.items():
+            take = partial(self.records.take_extra, kind) if kind else self.records.take
+            of_kind.append(Sink(scope, partial(take, r)))
 
     def attach(self) -> None:
         try:
@@ -185,14 +172,12 @@ class Attachment:
         for scope in stacks:
             self._keep(
                 scope.module.register_forward_pre_hook(
-                    functools.partial(self._before_stack, scope), with_kwargs=True
+                    partial(self._before_stack, scope), with_kwargs=True
                 )
             )
-            self._keep(
-                scope.module.register_forward_hook(functools.partial(self._after_stack, scope))
-            )
+            self._keep(scope.module.register_forward_hook(partial(self._after_stack, scope)))
         for n, module in enumerate([*self.wrappers, self.model]):
-            around = functools.partial(self._around, wrappers=self.wrappers[n:])
+            around = partial(self._around, wrappers=self.wrappers[n:])
             if is_compiled_wrapper(module):
                 self._replace(module, "forward", around)
             if vars(module).get("_compiled_call_impl") is not None:
@@ -209,7 +194,7 @@ class Attachment:
 
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            hook = choice_after_call(self.sinks[r], adapter.choice)
+            hook = choice_after_call(self.sinks[""][r], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
@@ -221,8 +206,8 @@ class Attachment:
             self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
-        if "logits" in self.extra_sinks and site.logits_module is not None:
-            hook = logits_after_call(self.extra_sinks["logits"][r], site)
+        if "logits" in self.sinks and site.logits_module is not None:
+            hook = logits_after_call(self.sinks["logits"][r], site)
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
@@ -234,15 +219,14 @@ class Attachment:
         self, r: int, site: Site, choice_of: Callable[..., Any], compiled: bool
     ) -> None:
         """Reads the choice of site r before each call of its module."""
-        sink, module = self.sinks[r], site.module
-        reader = self._reader(sink.scope, choice_of)
+        module, hook = site.module, choice_before_call(self.sinks[""][r], choice_of)
         if site.method:
-            self._cleanup.callback(before_method(module, site.method, reader.hook(sink)))
+            self._cleanup.callback(before_method(module, site.method, hook))
         # (whoever has put a forward there, as accelerate does, may look for it again)
         elif compiled or "forward" in vars(module):
-            self._keep(module.register_forward_pre_hook(reader.hook(sink), with_kwargs=True))
+            self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            self._cleanup.callback(reader.replace_forward(module, sink))
+            self._cleanup.callback(before_forward(module, hook))
 
     def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
         """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
@@ -270,7 +254,7 @@ class Attachment:
         """A compiled call, wrapped in what the hooks do: hooks do not run in compiled code.
         `wrappers`: from what is called down to the model."""
 
-        @functools.wraps(call)
+        @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             given = None if self._bracketed else call_of_model(wrappers, args, kwargs)
             if given is None:
@@ -293,7 +277,7 @@ class Attachment:
         """The model's forward, wrapped like a compiled call; of a copy of the model its own."""
         around = self._around(call)
 
-        @functools.wraps(type(self.model).forward)
+        @wraps(type(self.model).forward)
         def run(module: Any, *args: Any, **kwargs: Any) -> Any:
             if module is self.model:
                 return around(*args, **kwargs)
@@ -320,9 +304,6 @@ class Attachment:
         self._check_caller()
         self._in_model, self._handled = True, sys.exc_info()[1]
         self._experts.check()
-        steps = self.steps
-        if steps is not None and not has_compiled() and steps.begin(args, kwargs):
-            return
         self._begin_pass()
         if "" in self.scopes:
             self._open(self.scopes[""], args, kwargs)
@@ -339,8 +320,6 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.end()
         self._shut()
-        if (steps := self.steps) is not None and steps.keep():
-            return
         self.records.returned("", output)
         self._end_pass()
 
@@ -380,7 +359,8 @@ class Attachment:
             self._eager.release()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or has_compiled()
-        if self.in_compiled and not (self.sinks and all(sink.tapes for sink in self.sinks)):
+        sinks = self.sinks[""]
+        if self.in_compiled and not (sinks and all(sink.tapes for sink in sinks)):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._eager.hold()
@@ -402,4 +382,4 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.close()
         for scope in self.scopes.values():
-            scope.stop()  # what its sinks have kept is still to be written
+            scope.stop()

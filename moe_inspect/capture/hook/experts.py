@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _grouped_linear
 
 from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
-from moe_inspect.capture.hook.sink import Scope, Sink
+from moe_inspect.capture.hook.sink import Sink
 from moe_inspect.errors import MoeInspectError
 
 NAME = "moe_inspect"
@@ -42,8 +42,6 @@ class Taken:
     """How an experts module that a recorder has taken over runs. (All of it is one attribute: what
     is read in other places of memory costs a decode step more than the code that reads it.)
 
-    scope  of its sinks
-    n      tells its choice's sink apart
     sink   of its choice
     sizes  where the sizes of its experts' outputs go: a field of `Sizes` → its sink
     many   what computes: the implementation that it would run otherwise (tap), or None, ours
@@ -51,8 +49,6 @@ class Taken:
     before the implementation that each config of the model named before
     """
 
-    scope: Scope
-    n: int
     sink: Sink
     sizes: dict[str, Sink]
     many: Implementation | None
@@ -90,14 +86,6 @@ def experts_forward(
         tapped = None if is_compiling() else _TAPPED.get(id(self.config))
         if tapped is not None:
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
-        return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
-    scope = taken.scope
-    if not is_dynamo_compiling() and scope.references is not None:
-        # a small pass on a CPU: what `sink` and the conditions below come to, in fewer steps
-        scope.refer(taken.n, top_k_index, top_k_weights)
-        is_small = scope.pack is not None or top_k_index.numel() <= FEW_SLOTS
-        if (run := taken.few if is_small else taken.many) is not None:
-            return run(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     tape = taken.sink(top_k_index, top_k_weights)
     is_small = top_k_index.numel() <= FEW_SLOTS and not kernels.runs_triton(hidden_TH)
@@ -342,7 +330,7 @@ class Takeover:
             stock = stock_of(module)
             # (grouping few slots without our kernels would only add steps)
             few, many = None if sizes else stock, None if computes else stock
-            setattr(module, TAKEN, Taken(sink.scope, sink.n, sink, sizes, many, few, names))
+            setattr(module, TAKEN, Taken(sink, sizes, many, few, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

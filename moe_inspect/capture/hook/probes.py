@@ -16,7 +16,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.routers import Site
 
-Sinks = tuple[Sink, "Sink | None"]
+Sinks = Mapping[str, Sink]  # by what they receive: choices (""), or "logits"
 
 
 class Probes:
@@ -63,9 +63,9 @@ class Probes:
                 f"{reader.path} was called with experts={experts} and with {reader.experts}"
             )
         ids, weights = reader.choice((ids, weights), dropped)
-        if (tape := sinks[0](ids, weights)) is not None:
+        if (tape := sinks[""](ids, weights)) is not None:
             kernels.record(tape, ids, weights)
-        if sinks[1] is None or (logits is None and not self.need_logits):
+        if "logits" not in sinks or (logits is None and not self.need_logits):
             return
         if logits is None:
             raise MoeInspectError(
@@ -73,7 +73,7 @@ class Probes:
                 "logits=True"
             )
         logits = reader.logits(logits)
-        if (tape := sinks[1](None, logits)) is not None:
+        if (tape := sinks["logits"](None, logits)) is not None:
             kernels.record(tape, None, logits)
 
     def check_layers(self) -> None:

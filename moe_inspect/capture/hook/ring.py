@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.capture.hook.pass_buffer import PassBuffer, TapeWriter
+from moe_inspect.capture.hook.router_calls import Calls, PassShape, TapeWriter
 from moe_inspect.errors import MoeInspectError
 
 PAGE_ROWS = 1024
@@ -264,8 +264,7 @@ class Rings:
     sites     the index of its site, of each router
     weight_dtype, extras, rows, below   as for Ring, whose errors this raises too
 
-    On a CPU small passes are kept in `buffer`, and `write_kept` writes them; elsewhere there is
-    none. Positions (`head`, `free_rows` …) count them as written.
+    On a CPU whole passes are written by `write`; elsewhere kernels write each call.
     """
 
     def __init__(
@@ -300,12 +299,11 @@ class Rings:
         }
         # what the model has written can be read without waiting
         self.synchronous = all(ring.side is None for ring in self._rings)
-        self.buffer: PassBuffer | None = None
+        self.writer: TapeWriter | None = None
         first = self._rings[0]
         if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
-            self.buffer = PassBuffer([(K, E) for _, K, E in routers], sites, extras, below)
-            tapes = (tape for of_kind in self.extra_tapes.values() for tape in of_kind)
-            self._writer = TapeWriter(self.buffer, [*self.tapes, *tapes])
+            shape = PassShape(routers, sites, extras, below)
+            self.writer = TapeWriter(shape, {"": self.tapes, **self.extra_tapes})
         self.head = 0  # the position at which the next forward pass begins, of each ring
         self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
@@ -318,12 +316,10 @@ class Rings:
         return self._end_of_room - self.head
 
     def enable(self, on: bool) -> None:
-        self.write_kept()
         for ring in self._rings:
             ring.enabled.fill_(int(on))
 
     def rewind(self, dropped: int) -> None:
-        self.write_kept()
         for ring in self._rings:
             ring.rewind(dropped)
 
@@ -345,11 +341,15 @@ class Rings:
             ring.release(position)
         self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
-    def write_kept(self) -> None:
-        """Writes the passes that are kept. Before anything else is written or read, or the room for
-        them changes."""
-        if self.buffer is not None:
-            self._writer.write()
+    def write(self, calls: Calls, T: int) -> bool:
+        """Writes the calls of a pass of T rows, if it is whole and there is room for it. Returns
+        whether it did."""
+        if self.writer is None or self.free_rows < T:
+            return False
+        if (whole := self.writer.shape.whole(calls, T)) is None:
+            return False
+        self.writer.write(whole, T)
+        return True
 
     def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
         """Whether every router has seen all rows before position `end`, and so has what else is

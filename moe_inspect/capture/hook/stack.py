@@ -1,6 +1,6 @@
-"""The routers of one stack of a model, and the buffers of their choices: staged during the first
-forward pass, which shows shapes and dtypes, then in rings. An encoder-decoder has two stacks, which
-see different tokens; every other model has one.
+"""The routers of one stack of a model, and what they were called with: the first forward pass shows
+shapes and dtypes, then it goes to rings. An encoder-decoder has two stacks, which see different
+tokens; every other model has one.
 
 T rows a router sees (padding included), K slots, E experts.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.pass_buffer import Call, PassBuffer, as_tensors
 from moe_inspect.capture.hook.ring import Rings
+from moe_inspect.capture.hook.router_calls import Calls
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in, top_k_of
@@ -31,53 +32,53 @@ class StackPass(NamedTuple):
     fed: Rows | CallInputs
     start: int
     kept: int
-    cursors: list[Tensor] | None  # of each ring, after the forward pass; None: it is checked
+    cursors: list[Tensor] | None  # of each ring, after the forward pass; None: it was whole
 
 
 class Stack:
-    """`sites`: of the stack `name` ("" for a model without two), with their sinks."""
+    """`sites`: of the stack `name` ("" for a model without two). `sinks`: theirs, by what they
+    receive: "" for choices, else one of `options.EXTRAS`.
+
+    calls   what its routers were called with in the current pass, unless kernels write that to
+            tapes
+    copies  whether these are copies, because the model changes these tensors in place later in a
+            pass, or uses them again as output buffers; or because nothing is known of the model's
+            code. Of code that is known the first pass tells."""
 
     def __init__(
         self,
         name: str,
         scope: Scope,
         sites: Sequence[Site],
-        sinks: Sequence[Sink],
-        extra_sinks: Mapping[str, Sequence[Sink]],
+        sinks: Mapping[str, Sequence[Sink]],
         model: Any,
     ):
         self.name, self.scope, self.model = name, scope, model
-        self.sites, self.sinks = list(sites), list(sinks)
-        self.extra_sinks = {kind: list(of_kind) for kind, of_kind in extra_sinks.items()}
-        # grouped by site: a layer that runs twice has two. As declared, until the stack has run
+        self.sites = list(sites)
+        self.sinks = {kind: list(of_kind) for kind, of_kind in sinks.items()}
+        # grouped by site: a layer that runs twice has two. From the config until the first pass
         self.routers = (
             [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
         )
         self.routers_of = [[n] for n in range(len(sites))]  # of each site
         self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
-        self.seen = [0] * len(sites)  # rows per site in this forward pass, where there is no tape
-        # first forward pass: calls per site, later per router
-        self.staged: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in sites]
-        self.staged_extras: dict[str, list[list[Tensor]]] = self._no_extras()
-        self.given: list[tuple[Tensor, Tensor]] = []  # meanwhile: a copy, and what was copied
+        self.is_new = True  # it has not run yet, or runs for the first time
+        self.calls: Calls = {kind: [] for kind in self.sinks}
+        self.copies = True
+        self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
+        scope.begin_graph = self.write_calls
 
-    def add(self, site: Site, sink: Sink, logit_sink: Sink | None) -> int:
+    def add(self, site: Site, sinks: Mapping[str, Sink]) -> int:
         """One more site, which the first forward pass has shown. Returns its index."""
-        assert self.staged is not None
         self.routers_of.append([len(self.sites)])
         self.sites.append(site)
-        self.sinks.append(sink)
-        if logit_sink is not None:
-            self.extra_sinks["logits"].append(logit_sink)
-        self.seen.append(0)
-        self.staged.append([])
-        for of_kind in self.staged_extras.values():
-            of_kind.append([])
+        for kind, sink in sinks.items():
+            self.sinks[kind].append(sink)
         return len(self.sites) - 1
 
     @property
@@ -99,50 +100,45 @@ class Stack:
         """Begins a forward pass. If the previous one failed, its rows are overwritten."""
         if self.fed is not None and self.rings is not None:
             self.rings.rewind(self.dropped_rows)
-        self.fed = self.scope.kept = None
+        self.fed = None
         self.scope.passes += 1
-        if self.staged is not None:
-            self.staged = [[] for _ in self.sites]
-            self.staged_extras = self._no_extras()
-            self.given = []
-        if self.staged is not None or self.rings is None:
-            self.seen = [0] * len(self.sites)
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls = {kind: [] for kind in self.sinks}
+        self._copied = []
 
     def enable(self, on: bool) -> None:
         """Whether the rings take what kernels write."""
         if self.rings is not None:
             self.rings.enable(on)
 
-    def stage(self, n: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of the router at site n, in the first forward pass."""
-        assert self.staged is not None
-        self.staged[n].append((self._copied(ids_TK), self._copied(weights_TK)))
-
-    def stage_extra(self, kind: str, n: int, values: Tensor) -> None:
-        self.staged_extras[kind][n].append(self._copied(values))
-
-    def _no_extras(self) -> dict[str, list[list[Tensor]]]:
-        return {kind: [[] for _ in self.sites] for kind in self.extra_sinks}
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        copy = tensor.clone()
-        if tensor.is_cpu and not self.scope.copies:
-            self.given.append((copy, tensor))
-        return copy
+    def take(self, kind: str, n: int, values: tuple[Tensor, ...]) -> None:
+        """One call of the router at site n."""
+        if self.copies:
+            copies = tuple(value.clone() for value in values)
+            if self.is_new and self.scope.is_known:
+                self._copied += zip(copies, values, strict=True)
+            values = copies
+        self.calls[kind].append((n, values))
 
     def fix_shape(self) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
         in the config. Returns the dtype of each router's gate weights."""
-        staged, extras, declared = self.staged, self.staged_extras, self.routers
-        assert staged is not None
-        if not all(torch.equal(copy, tensor) for copy, tensor in self.given):
-            self.scope.copies = True
-        self.given = []
         assert self.fed is not None
-        T = self.fed.T
+        T, declared = self.fed.T, self.routers
+        if self.scope.is_known:
+            self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
+            self._copied = []
+        of_site: dict[str, list[list[tuple[Tensor, ...]]]] = {
+            kind: [[] for _ in self.sites] for kind in self.calls
+        }
+        for kind, calls in self.calls.items():
+            for n, values in calls:
+                of_site[kind][n].append(values)
         times = [
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
-            for calls in staged
+            for calls in of_site[""]
         ]
         for site, t in zip(self.sites, times, strict=True):
             if t > 1 and site.told is not None and stacks_in(self.model):
@@ -151,31 +147,25 @@ class Stack:
                     "encoder and a decoder, which may see different tokens: record one of them at "
                     "a time"
                 )
-        for kind, calls_of in {"": staged, **extras}.items():
-            for site, calls, t in zip(self.sites, calls_of, times, strict=True):
-                if (n := _length(calls)) != t * T:
+        for kind, of_kind in of_site.items():
+            for site, calls, t in zip(self.sites, of_kind, times, strict=True):
+                if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
-                    self.refuse(site.path, n, T, kind, K)
-        for site, calls in zip(self.sites, extras.get("logits", ()), strict=False):
+                    self.refuse(site.path, seen, T, kind, K)
+        for site, calls in zip(self.sites, of_site.get("logits", ()), strict=False):
             if calls:
-                _refuse_probabilities(site.path, calls[0])
+                _refuse_probabilities(site.path, *calls[0])
         runs = [
-            (site, time) for site, t in zip(self.sites, times, strict=True) for time in range(t)
+            (site, time, calls[time])
+            for site, t, calls in zip(self.sites, times, of_site[""], strict=True)
+            for time in range(t)
         ]
-        self.staged = _by_run(staged, times)
-        self.staged_extras = {kind: _by_run(calls, times) for kind, calls in extras.items()}
-        first = [calls[0] for calls in self.staged]
-        self.shape = [
-            (ids.device, ids.shape[1], site.experts)
-            for (site, _), (ids, _) in zip(runs, first, strict=True)
-        ]
-        self.routers_of = [[n for n, (s, _) in enumerate(runs) if s is site] for site in self.sites]
-        self.routers = [
-            _router(site, time, shape[1])
-            for (site, time), shape in zip(runs, self.shape, strict=True)
-        ]
-        self._declared = declared
-        return [weights.dtype for _, weights in first]
+        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
+        ends = np.cumsum(times).tolist()
+        self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
+        self.routers = [_router(site, time, ids.shape[1]) for site, time, (ids, _) in runs]
+        self._declared, self.is_new = declared, False
+        return [weights.dtype for *_, (_, weights) in runs]
 
     def refuse_undeclared(self) -> None:
         """MoeInspectError where the routers, which were written before they had run, differ from
@@ -187,77 +177,49 @@ class Stack:
                     "pass of the whole model first"
                 )
 
-    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
-        """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        sites = self.sites_of_routers
-        below = [self.sites[n].ids_below for n in sites]
-        extras = tuple(self.extra_sinks)
-        self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
-        self.rings.rewind(self.dropped_rows)
-        for sinks, tapes in (
-            (self.sinks, self.rings.tapes),
-            *((of_kind, self.rings.extra_tapes[k]) for k, of_kind in self.extra_sinks.items()),
-        ):
-            for sink, routers in zip(sinks, self.routers_of, strict=False):
-                sink.tapes = [tapes[r] for r in routers]
-
     @property
     def sites_of_routers(self) -> list[int]:
         """The index of each router's site."""
         return [n for n, routers in enumerate(self.routers_of) for _ in routers]
 
-    def keep_pass(self, buffer: PassBuffer | None) -> bool:
-        """Has the sinks keep what the pass that begins shows, if it is small enough for the
-        buffer."""
-        assert self.fed is not None
-        T = self.fed.T
-        if buffer is None or not buffer.fits(T):
-            return False
-        self.scope.kept, self.scope.pack = [], buffer.pack if T == 1 else None
-        return True
-
-    def unstage(self) -> None:
-        """Moves the staged choices into the rings."""
-        assert self.rings is not None
-        staged, self.staged = self.staged, None
-        for tape, calls in zip(self.rings.tapes, staged or (), strict=True):
-            for choice in calls:
-                kernels.record(tape, *choice)
-        for kind, tapes in self.rings.extra_tapes.items():
-            for tape, calls in zip(tapes, self.staged_extras[kind], strict=True):
-                for values in calls:
-                    kernels.record(tape, None, values)
-        self.staged_extras = {}
+    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
+        """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
+        sites, (_, *extras) = self.sites_of_routers, self.sinks
+        below = [self.sites[n].ids_below for n in sites]
+        self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
+        self.rings.rewind(self.dropped_rows)
+        for kind, tapes in {"": self.rings.tapes, **self.rings.extra_tapes}.items():
+            for sink, routers in zip(self.sinks[kind], self.routers_of, strict=False):
+                sink.tapes = [tapes[r] for r in routers]
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
-        rings, fed, calls = self.rings, self.fed, self.scope.kept
+        rings, fed = self.rings, self.fed
         assert rings is not None
         assert fed is not None
         T = fed.T
-        self.scope.kept = None
-        if calls is not None:
-            assert rings.buffer is not None
-            if (stacked := rings.buffer.whole(calls, T)) is not None:
-                rings.buffer.keep(stacked, T)
-                if rings.buffer.is_full:
-                    rings.write_kept()
+        if not self.scope.to_tapes:
+            if rings.write(self.calls, T):
+                self.clear()
                 return StackPass(self, fed, rings.head, T, None)
-            self.write_kept(calls)
+            self.write_calls()
         kept = min(T, max(0, rings.free_rows))
         return StackPass(self, fed, rings.head, kept, rings.read_cursors())
 
-    def write_kept(self, calls: Sequence[Call | bytes]) -> None:
-        """Writes the passes that are kept, and the calls of the current one. One by one, which
-        tells rows that are missing or too many, and those there is no room for."""
-        assert self.rings is not None
-        self.rings.write_kept()
-        sinks = [*self.sinks, *(sink for of in self.extra_sinks.values() for sink in of)]
-        made = [0] * len(sinks)
-        for n, ids, values in map(as_tensors, calls):
-            tapes = sinks[n].tapes
-            kernels.record(tapes[made[n] % len(tapes)], ids, values)
-            made[n] += 1
+    def write_calls(self) -> None:
+        """Writes the calls of the current pass so far to tapes, one by one, which tells rows that
+        are missing or too many, and those there is no room for. Those that follow go to tapes."""
+        if self.rings is None:
+            return
+        for kind, calls in self.calls.items():
+            made = [0] * len(self.sites)
+            for n, values in calls:
+                tapes = self.sinks[kind][n].tapes
+                tape = tapes[made[n] % len(tapes)]
+                kernels.record(tape, *(values if not kind else (None, *values)))
+                made[n] += 1
+        self.scope.to_tapes = True
+        self.clear()
 
     def check(self, done: StackPass) -> None:
         """MoeInspectError unless every router has seen every token exactly once: the trace would be
@@ -274,11 +236,13 @@ class Stack:
                 if n != T:
                     self.refuse(router.path, n, T, kind)
 
-    def check_counted(self) -> None:
-        """The same, where choices are counted."""
+    def check_calls(self) -> None:
+        """The same of choices that no kernel has written."""
         assert self.fed is not None
-        T = self.fed.T
-        runs = zip(self.seen, self.times, strict=True)
+        T, seen = self.fed.T, [0] * len(self.sites)
+        for n, (ids, _) in self.calls[""]:
+            seen[n] += len(ids)
+        runs = zip(seen, self.times, strict=True)
         self.check_seen(T, {"": [share for n, t in runs for share in shares(n, t, T)]})
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
@@ -324,15 +288,14 @@ def stacks_of(
     model: Any,
     scopes: Mapping[str, Scope],
     sites: Sequence[Site],
-    sinks: Sequence[Sink],
-    extra_sinks: Mapping[str, Sequence[Sink]],
+    sinks: Mapping[str, Sequence[Sink]],
 ) -> dict[str, Stack]:
     """The stacks of the model, by name, with the sinks of their routers."""
 
     def of(name: str, scope: Scope) -> Stack:
         mine = [r for r, site in enumerate(sites) if site.stack == name]
-        extras = {kind: [of_kind[r] for r in mine] for kind, of_kind in extra_sinks.items()}
-        return Stack(name, scope, [sites[r] for r in mine], [sinks[r] for r in mine], extras, model)
+        own = {kind: [of_kind[r] for r in mine] for kind, of_kind in sinks.items()}
+        return Stack(name, scope, [sites[r] for r in mine], own, model)
 
     return {name: of(name, scope) for name, scope in scopes.items()}
 
@@ -367,17 +330,3 @@ def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:
         raise MoeInspectError(
             f"{path} returns probabilities where its family declares logits: trace without --logits"
         )
-
-
-def _by_run(calls_of: list[list[Any]], times: list[int]) -> list[list[Any]]:
-    """Calls per site → calls per run of its layer."""
-    return [
-        run
-        for calls, t in zip(calls_of, times, strict=True)
-        for run in ([[c] for c in calls] if t > 1 else [calls])
-    ]
-
-
-def _length(calls: Sequence[Any]) -> int:
-    """Total rows in the calls of one router; a choice is (ids, weights)."""
-    return sum(len(call[0]) if isinstance(call, tuple) else len(call) for call in calls)

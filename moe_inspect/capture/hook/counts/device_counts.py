@@ -1,6 +1,6 @@
 """Counts kept on the device: what a training loop, or --counts-only, records instead of decisions.
 
-T rows (padding included), K slots, E experts, D domains.
+R routers, N rows of forward passes (padding included), K slots, E experts, D domains.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.pass_buffer import PassBuffer
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, Document
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.rows import Rows
+    from moe_inspect.capture.hook.router_calls import Whole
 
 Sums = dict[torch.device, list[torch.Tensor]]
+MOST_SLOTS = 2**20  # counted at once
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class Totals:
 class DeviceCounts:
     """Load by router, domain and expert, summed on each router's device; nothing waits for the
     device before `take`. First choices are by the weights rounded to `weight_dtype`, as a trace of
-    decisions stores them. `weights`: whether gate weights are summed too.
-
-    On a CPU small passes are kept (`buffer`), and many are counted together (`count_kept`)."""
+    decisions stores them. `weights`: whether gate weights are summed too."""
 
     def __init__(
         self,
@@ -64,11 +63,8 @@ class DeviceCounts:
         for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
             self._columns[r] = self._width.get(device, 0)
             self._width[device] = int(self._columns[r]) + router.experts + 1
-        # router → domain code of each row of the forward pass, −1 for padding; on its device
-        self._domain_of_row: dict[int, torch.Tensor] = {}
-        self._buffers: dict[int, PassBuffer] = {}  # by the first router of a stack
+        self.on_cpu = all(device.type == "cpu" for device in self.devices)
         self._sums = self._zeros(1)
-        self.begin()
 
     def _zeros(self, domains: int) -> Sums:
         """Zeroed sums for `domains`: assignments, first choices and weights, [domains, columns]
@@ -86,105 +82,60 @@ class DeviceCounts:
         first = int(self._columns[r])
         return [s[:, first : first + self.routers[r].experts] for s in self._sums[self.devices[r]]]
 
-    def begin(self) -> None:
-        """A forward pass begins. Nothing of it is counted unless `end` follows."""
-        self._pass_sums: Sums = {}
-        self._pass_rows: list[tuple[Rows, Sequence[int]]] = []  # and the routers that saw them
-
-    def feed(self, routers: Sequence[int], rows: Rows, domains: int) -> None:
-        """Sets the rows that these routers see in the forward pass."""
-        self._domains = max(1, domains)  # none is known before the first row
-        self._pass_sums = {d: _padded(sums, domains) for d, sums in self._pass_sums.items()}
-        domain_T = _domain_of(rows)
-        base = {
-            d: torch.from_numpy(domain_T).to(d, non_blocking=True)
-            for d in {self.devices[r] for r in routers}
-        }
-        self._domain_of_row |= {r: base[self.devices[r]] for r in routers}
-        self._pass_rows.append((rows, routers))
-
-    def buffer(self, routers: Sequence[int], sites: Sequence[int]) -> PassBuffer | None:
-        """Keeps small passes of these routers, a stack's, until `count_kept`; None where the calls
-        are to be added one by one. `sites`: the index of each router's site."""
-        if any(self.devices[r].type != "cpu" for r in routers):
-            return None
-        if routers[0] not in self._buffers:
-            sizes = [(self.routers[r].top_k, self.routers[r].experts) for r in routers]
-            self._buffers[routers[0]] = PassBuffer(sizes, sites)
-        return self._buffers[routers[0]]
-
-    def add(self, r: int, row: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """The decisions of one call of router r, for the rows from `row` on."""
-        E, device = self.routers[r].experts, self.devices[r]
-        if not self._pass_sums:
-            self._pass_sums = self._zeros(self._domains)
-        domain_T1 = self._domain_of_row[r][row : row + len(ids_TK), None]
-        outside_TK = (ids_TK < 0) | (ids_TK >= E) | (domain_T1 < 0)
-        slot_TK = (
-            domain_T1.clamp(min=0) * self._width[device]
-            + int(self._columns[r])
-            + ids_TK.long().masked_fill(outside_TK, E)
-        )
-        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._pass_sums[device])
-        assignments.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK).reshape(-1))
-        # the first of equal weights
-        first_T1 = (
-            weights_TK.to(self.weight_dtype)
-            .masked_fill(outside_TK, -torch.inf)
-            .argmax(1, keepdim=True)
-        )
-        first_choice.scatter_add_(
-            0, slot_TK.gather(1, first_T1)[:, 0], torch.ones_like(slot_TK[:, 0])
-        )
-        for sums in weight_sum:
-            sums.scatter_add_(0, slot_TK.reshape(-1), weights_TK.reshape(-1).to(sums.dtype))
-
-    def count_kept(
-        self, routers: Sequence[int], fed: Sequence[Rows], domains: int, batch: int
+    def count(
+        self,
+        routers: Sequence[int],
+        fed: Sequence[Rows],
+        choices: Sequence[Whole],
+        domains: int,
+        batch: int,
     ) -> None:
-        """Counts what the buffer of these routers has kept, as `add` would have, for all of them at
-        once. `fed`: the rows of its passes; `batch`: the number of the last one."""
-        device, buffer = torch.device("cpu"), self._buffers[routers[0]]
+        """Counts forward passes of these routers, a stack's. `fed`: their rows; `choices`: of each
+        pass; `batch`: the number of the last one."""
         self._sums = {d: _padded(sums, domains) for d, sums in self._sums.items()}
-        assignments, first_choice, *weight_sum = (s.view(-1).numpy() for s in self._sums[device])
-        domain_N = np.concatenate([_domain_of(rows) for rows in fed])
-        padded = int(domain_N.min(initial=0)) < 0
-        for group, ids_RNK, values_RNK in buffer.joined():
-            assert ids_RNK is not None
-            rounded_RNK = values_RNK.to(self.weight_dtype).double().numpy()
-            if padded or (ids_RNK.view(np.uint64) >= group.E).any():
-                outside_RNK = (ids_RNK < 0) | (ids_RNK >= group.E) | (domain_N < 0)[:, None]
-                ids_RNK = np.where(outside_RNK, group.E, ids_RNK)
-                rounded_RNK = np.where(outside_RNK, -np.inf, rounded_RNK)
-            first = routers[0] + group.first
-            slot_RNK = ids_RNK + self._columns[first : first + group.routers, None, None]
-            slot_RNK += (domain_N.clip(min=0) * self._width[device])[:, None]
-            first_RN1 = rounded_RNK.argmax(2)[..., None]  # the first of equal weights
-            first_RN = np.take_along_axis(slot_RNK, first_RN1, 2)
-            slots, bins = slot_RNK.reshape(-1), len(assignments)
-            assignments += np.bincount(slots, minlength=bins)
-            first_choice += np.bincount(first_RN.reshape(-1), minlength=bins)
-            for sums in weight_sum:
-                sums += np.bincount(slots, values_RNK.double().numpy().reshape(-1), bins)
-        buffer.clear()
-        self._count_rows(fed, routers, batch)
-
-    def end(self, batch: int) -> None:
-        """The forward pass is over and complete: adds what it counted to the sums."""
-        if self._pass_rows:
-            self._sums = {d: _padded(sums, self._domains) for d, sums in self._sums.items()}
-        for device, sums in self._pass_sums.items():
-            for total, of_pass in zip(self._sums[device], sums, strict=True):
-                total += of_pass
-        for rows, routers in self._pass_rows:
-            self._count_rows([rows], routers, batch)
-
-    def _count_rows(self, fed: Sequence[Rows], routers: Sequence[int], batch: int) -> None:
+        domain_N = torch.from_numpy(np.concatenate([_domain_of(rows) for rows in fed]))
+        domain_of = {d: domain_N.to(d, non_blocking=True) for d in self._width}
+        first = routers[0]
+        for of_group in zip(*choices, strict=True):
+            ids, weights = (
+                parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                for parts in zip(*of_group, strict=True)
+            )
+            at_once = max(1, MOST_SLOTS // max(1, ids[0].numel()))  # routers
+            for part in zip(ids.split(at_once), weights.split(at_once), strict=True):
+                self._count(first, domain_of[ids.device], *part)
+                first += len(part[0])
         n = sum(len(rows.token_id) for rows in fed)
         self.batch = batch
         self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
         self._tokens_R[routers[0] : routers[-1] + 1] += n
         self.documents += [document for rows in fed for document in rows.documents]
+
+    def _count(
+        self, first: int, domain_N: torch.Tensor, ids_RNK: torch.Tensor, weights_RNK: torch.Tensor
+    ) -> None:
+        """The decisions of alike routers of one device, from router `first` on."""
+        E, device = self.routers[first].experts, self.devices[first]
+        column_R = torch.from_numpy(self._columns[first : first + len(ids_RNK)]).to(device)
+        domain_N1 = domain_N[:, None]
+        outside_RNK = (ids_RNK < 0) | (ids_RNK >= E) | (domain_N1 < 0)
+        slot_RNK = (
+            ids_RNK.long().masked_fill(outside_RNK, E)
+            + domain_N1.clamp(min=0) * self._width[device]
+            + column_R[:, None, None]
+        )
+        # the first of equal weights
+        first_RN1 = (
+            weights_RNK.to(self.weight_dtype)
+            .masked_fill(outside_RNK, -torch.inf)
+            .argmax(2, keepdim=True)
+        )
+        slots, first_slots = slot_RNK.view(-1), slot_RNK.gather(2, first_RN1).view(-1)
+        assignments, first_choice, *weight_sum = (s.view(-1) for s in self._sums[device])
+        assignments.scatter_add_(0, slots, torch.ones_like(slots))
+        first_choice.scatter_add_(0, first_slots, torch.ones_like(first_slots))
+        for sums in weight_sum:
+            sums.scatter_add_(0, slots, weights_RNK.reshape(-1).to(sums.dtype))
 
     def take(self, domains: list[str]) -> CountedBatches:
         """The counts since the last `take`, moved to the host."""

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_inspect.capture.hook.decode_steps import DecodeStep
 from moe_inspect.capture.hook.inputs.arguments import InputsOf
 from moe_inspect.capture.hook.inputs.given import cache_among, copies_of, length_of, of_decoder
 from moe_inspect.capture.hook.inputs.keys import (
@@ -30,7 +29,6 @@ from moe_inspect.capture.hook.inputs.keys import (
 from moe_inspect.capture.hook.inputs.places import Pages, Place
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
 from moe_inspect.capture.hook.inputs.rows import (
-    Cached,
     CachedRows,
     CallInputs,
     Keys,
@@ -61,8 +59,7 @@ class RowReader:
         self._labels = {"documents": documents, "domains": domains}
         self._next_labels: dict[str, Sequence[Any] | None] = {}
         # by key-value cache, or by tensor that a pass returned
-        self._cached: MutableMapping[Any, Cached] = WeakIdKeyDictionary()
-        self.step: DecodeStep | None = None  # what was read last, where it is one
+        self._cached: MutableMapping[Any, CachedRows] = WeakIdKeyDictionary()
         # the last encoder passes: their outputs at the first position, [B, C], and rows
         self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
         # of models that keep their cache to themselves: the last pass of each stack
@@ -76,7 +73,6 @@ class RowReader:
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
         """Sets the document and domain of each batch row of the next forward pass."""
         self._next_labels = {"documents": documents, "domains": domains}
-        self.step = None
 
     def read_call(
         self,
@@ -105,8 +101,7 @@ class RowReader:
         B, S = fed.shape[:2]
         given, keys = self._keys(given, B, S)
         cache = cache_among(given.values()) if keys.of_tokens is None else None
-        cached = self._cached.get(cache) if cache is not None else None
-        before = cached.rows if cached is not None else None
+        before = self._cached.get(cache) if cache is not None else None
         past = length_of(cache, before, S) if cache is not None else 0
         before = before if past else None
         if before is None and stack == "decoder":
@@ -136,7 +131,7 @@ class RowReader:
         order = self._row_order(B, S) if self._row_order is not None else None
         T = B * S if order is None else len(order)
         after = CachedRows(past + S, fed=S)
-        call = CallInputs(
+        return CallInputs(
             B,
             S,
             T,
@@ -155,19 +150,6 @@ class RowReader:
             resumes=past > 0 or bool(given.get("resumes")),
             asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
-        self.step = None
-        by_name = not args or (len(args) == 1 and args[0] is ids)
-        is_plain = self._inputs is None and by_name and labels is self._labels and not stack
-        if (
-            is_plain
-            and self._row_order is None
-            and ids is not None
-            and ids.is_cpu
-            and S == 1
-            and cached is not None
-        ):
-            self.step = DecodeStep(call, args, kwargs, cache, cached)
-        return call
 
     def _by_tensors(self, given: Mapping[str, Any], last: CachedRows) -> tuple[CachedRows, int]:
         """Of a model whose cache is tensors, or which keeps it to itself: what a pass goes on from,
@@ -177,7 +159,7 @@ class RowReader:
         if not tensors:
             return last, 0
         is_told = given.get("position_ids") is not None
-        held = {id(c.rows): c.rows for t in tensors if (c := self._cached.get(t)) is not None}
+        held = {id(c): c for t in tensors if (c := self._cached.get(t)) is not None}
         if len(held) == 1:
             (rows,) = held.values()
             return rows, length_by_shape(tensors[0], rows) if is_told else rows.length
@@ -186,8 +168,8 @@ class RowReader:
             return last, past
         # a copy may be of any cache of its length, and of its first positions or of its last
         is_slice = start_of(tensors[0]) in last.starts
-        lengths = {id(c.rows): c.rows.length for c in self._cached.values() if c.rows is not last}
-        is_last = past == last.length and past not in lengths.values()
+        lengths = {c.length for c in self._cached.values() if c is not last}
+        is_last = past == last.length and past not in lengths
         if held or not past or not (is_slice or is_last):
             raise MoeInspectError(
                 f"the cache {list(tensors[0].shape)} given to this forward pass does not go on "
@@ -252,16 +234,13 @@ class RowReader:
         values = _values(output)
         cache = cache_among(values)
         if cache is not None:
-            if (cached := self._cached.get(cache)) is not None:
-                cached.rows = call.after
-            else:
-                self._cached[cache] = Cached(call.after)
+            self._cached[cache] = call.after
         elif call.keys.of_tokens is None:
             self._uncached[call.stack] = call.after
             if self._inputs is not None:
                 tensors = list(tensors_in(output))
                 call.after.starts = [start_of(tensor) for tensor in tensors]
-                self._cached.update((tensor, Cached(call.after)) for tensor in tensors)
+                self._cached.update((tensor, call.after) for tensor in tensors)
         if call.before is not None and call.after.length > call.S:
             call.before.is_continued = True
         if call.stack == "encoder" and values:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_inspect.capture.hook.decode_steps import DecodeStep
 from moe_inspect.capture.hook.inputs.arguments import InputsOf
 from moe_inspect.capture.hook.inputs.call_inputs import RowReader
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
@@ -63,18 +62,6 @@ class PassInputs:
 
     def expect(self, *rows: Rows) -> None:
         self._next_plan = {r.stack: r for r in rows}
-        self._reader.step = None
-
-    @property
-    def step(self) -> DecodeStep | None:
-        """What the last forward pass was fed, where that was a decode step, and the next one may be
-        told by it."""
-        is_known = self._follower is None and not self._plan and "" in self._calls
-        return self._reader.step if is_known else None
-
-    def resume(self, fed: CallInputs) -> None:
-        """A forward pass is running that was read elsewhere."""
-        self._calls, self._outputs = {"": fed}, []
 
     def begin(self) -> int | None:
         """Begins a forward pass. Returns its number if it was planned."""

@@ -76,13 +76,6 @@ class CachedRows:
     is_continued: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class Cached:
-    """What a key-value cache holds now."""
-
-    rows: CachedRows
-
-
 class Keys(NamedTuple):
     """What identifies the sequences of a pass, where that is not their batch row. `of_tokens` int
     [2, B, S]: the key of its sequence before and after each token; None: the batch row. `places`:

@@ -1,5 +1,5 @@
-"""Small passes on a CPU, which are kept until they end: whatever the model does with its tensors
-meanwhile, and however passes are handed over, the trace is that of passes written call by call."""
+"""Calls on a CPU, which are kept until their pass ends: whatever the model does with its tensors
+meanwhile, and however passes are handed over, the trace is that of calls written one by one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import hand_over
-from moe_inspect.capture.hook import pass_buffer, ring
+from moe_inspect.capture.hook import ring
 from moe_inspect.capture.hook.inputs import pass_inputs
-from moe_inspect.capture.hook.pass_buffer import PassBuffer, as_tensors
-from moe_inspect.capture.hook.sink import Scope
+from moe_inspect.capture.hook.ring import Rings
+from moe_inspect.capture.hook.router_calls import Calls, PassShape
+from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
@@ -35,13 +36,6 @@ pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build("olmoe")
-
-
-@pytest.fixture(params=["tensors", "numbers"])
-def kept_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of passes of one row numbers are kept, or tensors as of the others."""
-    if request.param == "tensors":
-        monkeypatch.setattr(pass_buffer, "pack_of", lambda K: None)
 
 
 def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
@@ -61,9 +55,9 @@ def same(a: moe_inspect.Trace, b: moe_inspect.Trace) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(model: Any, tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Trace:
-    """Written call by call: no pass is small enough to be kept."""
+    """Written call by call, as kernels write them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pass_buffer, "BUFFER_BYTES", 0)
+        patch.setattr(Rings, "write", lambda *_: False)
         return traced(model, tmp_path_factory.mktemp("expected") / "t")
 
 
@@ -116,7 +110,6 @@ def reusing_buffers() -> Any:
     return wrap
 
 
-@pytest.mark.usefixtures("kept_as")
 @pytest.mark.parametrize("capture", ["tap", "dispatch", "counts_only"])
 @pytest.mark.parametrize("what", ["changed in place", "used again"])
 def test_what_the_model_does_with_its_tensors_does_not_show(
@@ -149,7 +142,7 @@ def test_keeping_references_would_show(
 ) -> None:
     """Positive control: the same models, where nothing is copied."""
     never = property(lambda self: False, lambda self, value: None)
-    monkeypatch.setattr(Scope, "copies", never, raising=False)
+    monkeypatch.setattr(Stack, "copies", never, raising=False)
     assert same(traced(model, tmp_path / "plain"), expected)
     part, wrap = (
         ("experts", changing_in_place())
@@ -171,7 +164,6 @@ def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
         assert same(traced(model, tmp_path / "unknown"), expected)
 
 
-@pytest.mark.usefixtures("kept_as")
 def test_experts_called_in_parts_are_recorded_whole(
     model: Any, expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
@@ -199,104 +191,28 @@ def test_experts_called_in_parts_are_recorded_whole(
 
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
-@pytest.mark.parametrize("most_rows", [0, 10, 18, 1000])
 @pytest.mark.parametrize("page_rows", [16, 4096])
-def test_kept_or_written_at_once_it_is_the_same(
+def test_written_at_once_or_call_by_call_it_is_the_same(
     page_rows: int,
-    most_rows: int,
     capture: str,
     model: Any,
     expected: moe_inspect.Trace,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    bytes_per_row = 2 * 4 * (8 + 4)  # two routers of four slots
-    monkeypatch.setattr(pass_buffer, "BUFFER_BYTES", most_rows * bytes_per_row)
     monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
     assert same(traced(model, tmp_path / "t", capture=capture), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_numbers_are_the_tensors(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Weights and their sums too, to the bit."""
-    model = build("olmoe").to(dtype)
-    if dtype == torch.float64:  # which grouped products do not take
-        model.set_experts_implementation("eager")
-    kept: list[type] = []
-    whole = PassBuffer.whole
-
-    def noting(buffer: PassBuffer, calls: Any, T: int) -> Any:
-        kept.extend(map(type, calls))
-        return whole(buffer, calls, T)
-
-    monkeypatch.setattr(PassBuffer, "whole", noting)
-    found = []
-    for way, pack_of in (("tensors", lambda K: None), ("numbers", pass_buffer.pack_of)):
-        monkeypatch.setattr(pass_buffer, "pack_of", pack_of)
-        kept.clear()
-        trace = traced(model, tmp_path / way)
-        assert (bytes in kept) == (way == "numbers")
-        with moe_inspect.record(model, None, counts_only=True) as recorder, torch.no_grad():
-            for batch in BATCHES:
-                model(**batch)
-        found.append((trace, recorder.totals().load, recorder.balance()))
-    (by_tensor, load, balance), (by_number, same_load, same_balance) = found
-    assert same(by_tensor, by_number)
-    assert all((a == b).all() for a, b in zip(load, same_load, strict=True))
-    assert balance.equals(same_balance)
+CPU = torch.device("cpu")
 
 
-def kept_of(n: int, ids: torch.Tensor, values: torch.Tensor, K: int | None) -> Any:
-    """A call as a scope keeps it, in a pass of one row of K numbers."""
-    scope = Scope("", torch.nn.Module(), copies=False)
-    scope.kept, scope.pack = [], pass_buffer.pack_of(K) if K else None
-    scope.start()
-    scope.refer(n, ids, values)
-    (call,) = scope.kept
-    return call
-
-
-def test_numbers_are_kept_of_choices_of_one_size() -> None:
-    assert PassBuffer([(8, 64)] * 2, [0, 1]).pack is not None
-    assert PassBuffer([(8, 64), (2, 8)], [0, 1]).pack is None
-    assert PassBuffer([(8, 64)], [0], ["logits"]).pack is None
-
-
-@pytest.mark.parametrize(
-    ("ids", "values"),
-    [
-        (torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 3)),
-        (torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 2)),
-        (torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2)),
-        (torch.zeros(1, 3, dtype=torch.long), torch.rand(1, 1)),
-        (torch.zeros(1, 1, dtype=torch.long), torch.rand(1, 3)),
-        (torch.zeros(4, dtype=torch.long), torch.rand(4)),
-        (torch.zeros(1, dtype=torch.long), torch.rand(1)),
-        (torch.tensor([[1, 2**40]]), torch.rand(1, 2)),
-        (torch.rand(1, 2), torch.rand(1, 2)),
-    ],
-)
-def test_of_any_other_choice_the_tensors_are_kept(ids: torch.Tensor, values: torch.Tensor) -> None:
-    n, kept_ids, kept_values = kept_of(5, ids, values, K=2)
-    assert (n, kept_ids is ids, kept_values is values) == (5, True, True)
-
-
-@pytest.mark.parametrize("of_numbers", [False, True])
-def test_ids_of_no_expert_are_nowhere(of_numbers: bool) -> None:
+def test_ids_of_no_expert_are_nowhere() -> None:
     """Sentinels of other ranks, and anything that a byte cannot hold."""
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
-    rings = ring.Rings([(torch.device("cpu"), 4, 8)] * 2, [0, 1], torch.float16, (), 16)
-    assert rings.buffer is not None
-    for rows in [[0], [1]] if of_numbers else [[0, 1]]:
-        calls = [kept_of(n, ids[rows], weights[rows], 4 if of_numbers else None) for n in range(2)]
-        assert all(isinstance(call, bytes) == of_numbers for call in calls)
-        whole = rings.buffer.whole(calls, len(rows))
-        assert whole is not None
-        rings.buffer.keep(whole, len(rows))
-    rings.write_kept()
+    rings = Rings([(CPU, 4, 8)] * 2, [0, 1], torch.float16, (), 16)
+    assert rings.write({"": [(0, (ids, weights)), (1, (ids, weights))]}, 2)
     for r in range(2):
         nowhere = 255
         assert rings.rows("ids", r, 0, 2, None).tolist() == [
@@ -306,37 +222,33 @@ def test_ids_of_no_expert_are_nowhere(of_numbers: bool) -> None:
         assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
 
 
-@pytest.mark.parametrize(("T", "of_numbers"), [(3, False), (1, False), (1, True)])
-def test_only_a_whole_pass_is_kept(T: int, of_numbers: bool) -> None:
-    def call(n: int, rows: int, K: int = 2) -> Any:
-        ids, weights = torch.full((rows, K), n), torch.rand(rows, K)
-        return kept_of(n, ids, weights, 2 if of_numbers else None)
+@pytest.mark.parametrize("T", [1, 3])
+def test_only_a_whole_pass_is_written(T: int) -> None:
+    def calls(*sizes: tuple[int, int], K: int = 2) -> Calls:
+        """(site, rows) of each."""
+        return {"": [(n, (torch.full((rows, K), n), torch.rand(rows, K))) for n, rows in sizes]}
 
-    buffer = PassBuffer([(2, 8)] * 3, [0, 1, 1])  # the second site is called twice
-    for calls in (
-        [call(0, T), call(1, T), call(1, T)],
-        [call(1, T), call(0, T), call(1, T)],
-        [call(1, T), call(0, T - 1), call(1, T), call(0, 1)],  # in parts
+    shape = PassShape([(CPU, 2, 8)] * 3, [0, 1, 1])  # the second site is called twice
+    for given in (
+        calls((0, T), (1, T), (1, T)),
+        calls((1, T), (0, T), (1, T)),
+        calls((1, T), (0, T - 1), (1, T), (0, 1)),  # in parts
     ):
-        whole = buffer.whole(calls, T)
+        whole = shape.whole(given, T)
         assert whole is not None
-        buffer.clear()
-        buffer.keep(whole, T)
-        ((_, ids, values),) = buffer.joined()
-        assert ids is not None
+        ((ids, weights),) = whole
         assert ids[..., 0].tolist() == [[0] * T, [1] * T, [1] * T]
-        first = [values for n, _, values in map(as_tensors, calls) if n == 0]
-        assert (values[0].float() == torch.cat(first)).all()
-    for calls in (
-        [call(0, T), call(1, T)],
-        [call(0, T), call(1, T), call(1, T), call(1, T)],
-        [call(0, T), call(1, T), call(1, T - 1)],
-        [call(0, T + 1), call(1, T + 1), call(1, T + 1)],
-        [call(0, T), call(0, 1), call(1, T), call(1, T)],
-        [call(0, T, 3), call(1, T, 3), call(1, T, 3)],
+        first = [weights for n, (_, weights) in given[""] if n == 0]
+        assert weights[0].equal(torch.cat(first))
+    for given in (
+        calls((0, T), (1, T)),
+        calls((0, T), (1, T), (1, T), (1, T)),
+        calls((0, T), (1, T), (1, T - 1)),
+        calls((0, T + 1), (1, T + 1), (1, T + 1)),
+        calls((0, T), (0, 1), (1, T), (1, T)),
+        calls((0, T), (1, T), (1, T), K=3),
     ):
-        assert buffer.whole(calls, T) is None
-    assert not buffer.fits(buffer.max_rows + 1)
+        assert shape.whole(given, T) is None
 
 
 # --- handed over together
