@@ -23,6 +23,7 @@ from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.token_loss.losses import TokenLosses
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import EXTRAS, Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
@@ -307,9 +308,7 @@ class HandOver:
         found: list[np.ndarray] = []
         for name, stack in self.stacks.items():
             if name not in places:  # did not run
-                dtype = self._dtype(kind)
-                widths = [r.experts if kind == "logits" else r.top_k for r in stack.routers]
-                found += [np.empty((0, width), dtype) for width in widths]
+                found += [self._no_rows(kind, router) for router in stack.routers]
                 continue
             assert stack.rings is not None
             start, kept = places[name]
@@ -319,10 +318,9 @@ class HandOver:
             ]
         return found
 
-    def _dtype(self, kind: str) -> type:
-        if kind == "ids":
-            return np.uint8
-        if kind in ("norms", "peaks"):
-            return np.float32
-        is_bits = kind == "weights" and self.weight_dtype == torch.bfloat16
-        return np.uint16 if is_bits else np.float16
+    def _no_rows(self, kind: str, router: Router) -> np.ndarray:
+        if kind in EXTRAS:
+            extra = EXTRAS[kind]
+            return np.empty((0, extra.width(router.top_k, router.experts)), extra.dtype)
+        bits = np.uint16 if self.weight_dtype == torch.bfloat16 else np.float16
+        return np.empty((0, router.top_k), bits if kind == "weights" else np.uint8)

@@ -78,9 +78,7 @@ class TraceOpener:
             self._manifest(weight_dtype if options.weights else None, session, options),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
-            logits=options.logits,
-            norms=options.output_norms,
-            peaks=options.output_peaks,
+            **dict.fromkeys(options.extras, True),
             dropped_experts=not options.counts_only
             and any(site.ids_below > site.experts for site in self.sites),
             token_loss=options.token_loss,

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.spec import RouterSpec
+from moe_inspect.trace.schema import EXTRAS
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
-
-# what can be recorded of a decision beside its choice: router logits [E], and per slot the norm and
-# the largest |value| of the expert's output [K]
-EXTRAS = ("logits", "norms", "peaks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +132,8 @@ class RecordOptions:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """What is recorded of a decision beside its choice, of `EXTRAS`."""
-        wanted = (self.logits, self.output_norms, self.output_peaks)
-        return tuple(kind for kind, on in zip(EXTRAS, wanted, strict=True) if on)
+        """What is recorded of a decision beside its choice, of `schema.EXTRAS`."""
+        return tuple(name for name, extra in EXTRAS.items() if getattr(self, extra.option))
 
     @property
     def takes_graphs(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -156,23 +156,11 @@ def _recorder(
         },
         "corpus": corpus_record(run.record, run.plan, run.model.tokenizer),
     }
+    names = vars(options).keys() & {field.name for field in fields(RecordOptions)}
     return Recorder(
         network,
         run.output_dir,
-        RecordOptions(
-            capture=options.capture,
-            layers=options.layers,
-            weights=options.weights,
-            logits=options.logits,
-            output_norms=options.output_norms,
-            output_peaks=options.output_peaks,
-            token_loss=options.token_loss,
-            counts_only=options.counts_only,
-            overwrite=options.overwrite,
-            text=options.text,
-            routers=options.routers,
-            commit_every=options.commit_every,
-        ),
+        RecordOptions(**{name: vars(options)[name] for name in names}),
         tokenizer=run.model.tokenizer,
         session=Session(run.ranks, start, lock, manifest),
     )

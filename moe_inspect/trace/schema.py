@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -72,6 +72,25 @@ class Router:
         """Whether tokens of this phase reach the router: the encoder's see those of "encode", the
         decoder's the others."""
         return not self.stack or (self.stack == "encoder") == (phase == "encode")
+
+
+class Extra(NamedTuple):
+    """What can be recorded of a decision beside its choice: `dtype` [T, K], or [T, E] if
+    `per_expert`, where `option` of `record` and `trace_model` asks for it."""
+
+    option: str
+    dtype: str
+    per_expert: bool = False
+
+    def width(self, K: int, E: int) -> int:
+        return E if self.per_expert else K
+
+
+EXTRAS = {
+    "logits": Extra("logits", "float16", per_expert=True),
+    "norms": Extra("output_norms", "float32"),
+    "peaks": Extra("output_peaks", "float32"),
+}
 
 
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:

@@ -44,11 +44,12 @@ from moe_inspect.model.wrapped import (
     is_compiled_wrapper,
     wrappers_of,
 )
+from moe_inspect.trace.schema import EXTRAS
 
 
 class Attachment:
     """`sinks[kind][r]` belongs to `sites[r]` and receives its choices (""), or one of `extras`: the
-    kinds recorded, of `options.EXTRAS`. A forward pass is a call of the model or, in an
+    kinds recorded, of `schema.EXTRAS`. A forward pass is a call of the model or, in an
     encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
 
     def __init__(
@@ -83,7 +84,7 @@ class Attachment:
         self._bracketed = False
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
-        sizes = {k: of_kind for k, of_kind in self.sinks.items() if k not in ("", "logits")}
+        sizes = {k: self.sinks[k] for k in extras if not EXTRAS[k].per_expert}
         called = {
             site.module: (self.sinks[""][r], {k: of_kind[r] for k, of_kind in sizes.items()})
             for r, site in enumerate(sites)

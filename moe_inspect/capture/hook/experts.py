@@ -39,14 +39,13 @@ Implementation = Callable[..., Tensor]  # of the experts, as transformers' regis
 
 @dataclass(eq=False, slots=True)
 class Taken:
-    """How an experts module that a recorder has taken over runs. (All of it is one attribute: what
-    is read in other places of memory costs a decode step more than the code that reads it.)
+    """How an experts module that a recorder has taken over runs.
 
-    sink   of its choice
-    sizes  where the sizes of its experts' outputs go: a field of `Sizes` → its sink
-    many   what computes: the implementation that it would run otherwise (tap), or None, ours
-    few    and up to FEW_SLOTS slots, without our kernels
-    before the implementation that each config of the model named before
+    sink    receives its choice
+    sizes   receive the sizes of its experts' outputs: a field of `Sizes` → its sink
+    many    computes: the implementation that it would run otherwise (tap), or None, ours
+    few     computes instead for up to FEW_SLOTS slots where our kernels do not run
+    before  the implementation that each config of the model named before
     """
 
     sink: Sink
@@ -64,12 +63,12 @@ class Taken:
 
 
 class Tapped(NamedTuple):
-    """What a tap has found: the implementation that modules of this config ran, those too that it
-    does not record; and how the tap goes on without ours."""
+    """A config in which a tap has put our implementation. All modules with the config run it, those
+    too that the tap does not record."""
 
     config: Any
-    stock: Implementation
-    let_go: Callable[[], None]
+    stock: Implementation  # the one that the config named before
+    let_go: Callable[[], None]  # takes ours out again, and the tap goes on with hooks
 
 
 _TAPPED: dict[int, Tapped] = {}  # by the id of the config

@@ -2,7 +2,7 @@
 
 The n-th row that a router sees, counted from 0, is row n % P of page n // P % pages. A page holds
 the rows of all routers of one device, in one contiguous tensor per kind of value (ids, weights,
-and `options.EXTRAS`), so that a full page needs one copy per kind: event → side stream → pinned
+and `schema.EXTRAS`), so that a full page needs one copy per kind: event → side stream → pinned
 memory. The device writes no row at or beyond the position `limit`, which moves only when a page has
 been released: no row that is still needed is overwritten, also when a CUDA graph is replayed
 without any Python. Rows beyond the limit are dropped, and the device counts them.
@@ -22,6 +22,7 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.capture.hook.router_calls import Calls, PassShape, TapeWriter
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import EXTRAS
 
 PAGE_ROWS = 1024
 PAGE_ROWS_CPU = 4096  # pages are read in place there, and few large ones cost less
@@ -73,8 +74,7 @@ class Ring:
 
     slots, experts   K and E of each router
     weight_dtype     of the recorded gate weights: float16 or bfloat16
-    extras           what is recorded too, of `options.EXTRAS`: logits as float16, norms and peaks
-                     as float32
+    extras           what is recorded too, of `schema.EXTRAS`
     rows             the largest forward pass that must fit
     page_rows        P, a power of two of at least 16; None: PAGE_ROWS or PAGE_ROWS_CPU
     below            of each router: ids from this on are no expert's; None: E
@@ -102,18 +102,14 @@ class Ring:
         self.side = side_stream(device, self.pages)
         self.slots, self.experts = list(slots), list(experts)
         self.below = list(below or experts)
-        widths = {
-            "ids": self.slots,
-            "weights": self.slots,
-            **{kind: self.experts if kind == "logits" else self.slots for kind in extras},
-        }
+        widths = {"ids": self.slots, "weights": self.slots}
+        for kind in extras:
+            widths[kind] = list(map(EXTRAS[kind].width, slots, experts))
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {
             "ids": torch.uint8 if max(self.below) < 256 else torch.int16,
             "weights": weight_dtype,
-            "logits": torch.float16,
-            "norms": torch.float32,
-            "peaks": torch.float32,
+            **{name: getattr(torch, extra.dtype) for name, extra in EXTRAS.items()},
         }
         lanes = len(self.slots) * (1 + len(extras))
         widest = max(map(sum, widths.values()))

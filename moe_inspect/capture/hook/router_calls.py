@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.kernels import Tape
+from moe_inspect.trace.schema import EXTRAS
 
 # index of the site, and what was recorded of its call: (ids [T, K], weights [T, K]), or of one of
-# `options.EXTRAS` (values,)
+# `schema.EXTRAS` (values,)
 Call = tuple[int, tuple[Tensor, ...]]
-# by what is recorded: "" for choices, else one of `options.EXTRAS`
+# by what is recorded: "" for choices, else one of `schema.EXTRAS`
 Calls = dict[str, list[Call]]
 # of each `Group`: ids and weights [R, T, K], or the values of one of the extras
 Whole = list[tuple[Tensor, ...]]
@@ -42,7 +43,7 @@ class Group(NamedTuple):
 
 class PassShape:
     """What a whole pass consists of. `routers`: (device, K, E) of each, `sites`: the index of its
-    site. `extras`: what else is recorded, of `options.EXTRAS`. `below`: ids from this on are no
+    site. `extras`: what else is recorded, of `schema.EXTRAS`. `below`: ids from this on are no
     expert's, of each; None: E."""
 
     def __init__(
@@ -56,7 +57,7 @@ class PassShape:
         self.sites, self.groups = list(sites), list[Group]()
         for kind in ("", *extras):
             alike = [
-                (device, E if kind == "logits" else K, end)
+                (device, EXTRAS[kind].width(K, E) if kind else K, end)
                 for (device, K, E), end in zip(routers, ends, strict=True)
             ]
             first = 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Records(Protocol):
     """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
     inputs and output, and the whole model's output (""); per router its choice, and what else is
-    recorded of it (`options.EXTRAS`), unless these go to a tape; its end."""
+    recorded of it (`schema.EXTRAS`), unless these go to a tape; its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...

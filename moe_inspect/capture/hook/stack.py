@@ -21,7 +21,7 @@ from moe_inspect.capture.hook.router_calls import Calls
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in, top_k_of
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import EXTRAS, Router
 
 
 class StackPass(NamedTuple):
@@ -37,7 +37,7 @@ class StackPass(NamedTuple):
 
 class Stack:
     """`sites`: of the stack `name` ("" for a model without two). `sinks`: theirs, by what they
-    receive: "" for choices, else one of `options.EXTRAS`.
+    receive: "" for choices, else one of `schema.EXTRAS`.
 
     calls   what its routers were called with in the current pass, unless kernels write that to
             tapes
@@ -246,9 +246,9 @@ class Stack:
         self.check_seen(T, {"": [share for n, t in runs for share in shares(n, t, T)]})
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
-        """`kind`: of what was seen, one of `options.EXTRAS`, or "" for a choice."""
+        """`kind`: of what was seen, one of `schema.EXTRAS`, or "" for a choice."""
         if kind:
-            option = "--logits" if kind == "logits" else f"--output-{kind}"
+            option = "--" + EXTRAS[kind].option.replace("_", "-")
             raise MoeInspectError(
                 f"{path} returned {kind} of {n} rows in a forward pass of {T}: "
                 f"trace without {option}"

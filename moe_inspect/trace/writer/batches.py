@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import EXTRAS, Router
 
 OF_TOKENS = ("token_id", "document", "sequence", "position", "domain")
-OF_ROUTERS = ("ids", "weights", "logits", "norms", "peaks")
+OF_ROUTERS = ("ids", "weights", *EXTRAS)
 
 
 @dataclass(frozen=True)
