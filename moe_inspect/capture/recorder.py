@@ -271,6 +271,8 @@ class Recorder:
         """One call of the router at site r, unless a kernel writes it."""
         if self._counted is None or self._counted.is_counted:
             stack, n = self._index_of[r]
+            if self.attachment.in_compiled:  # whose graphs may use their memory again
+                ids_TK, weights_TK = ids_TK.clone(), weights_TK.clone()
             stack.take("", n, (ids_TK, weights_TK))
 
     def take_extra(self, kind: str, r: int, values: Tensor) -> None:

@@ -65,42 +65,39 @@ class PassShape:
                 self.groups.append(Group(kind, first, len(list(same)), K, end))
                 first += self.groups[-1].routers
 
-    def by_router(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]] | None:
-        """One call per router, in their order; None where there are not as many. Where a site was
-        called with some of the rows at a time, these are one call."""
+    def whole(self, calls: Calls, T: int) -> Whole | None:
+        """The calls of a pass of T rows, stacked; None unless every router has seen each of the
+        rows once."""
+        found: Whole = []
+        try:
+            by_router = {kind: self._by_router(of_kind) for kind, of_kind in calls.items()}
+            for kind, first, routers, K, _ in self.groups:
+                of_group = by_router[kind][first : first + routers]
+                stacked = tuple(map(torch.stack, zip(*of_group, strict=True)))
+                if {values.shape for values in stacked} != {(routers, T, K)}:
+                    return None
+                found.append(stacked)
+        except RuntimeError:  # of different sizes
+            return None
+        return found
+
+    def _by_router(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+        """One call per router, in their order; empty where there are not as many."""
         if [n for n, _ in calls] != self.sites:
             calls = list(self._in_order(calls))
             if [n for n, _ in calls] != self.sites:
-                return None
+                return []
         return [values for _, values in calls]
 
     def _in_order(self, calls: Sequence[Call]) -> Iterator[Call]:
+        """The calls by site. Where one was called with some of the rows at a time, these are one
+        call."""
         for n, of_site in groupby(sorted(calls, key=itemgetter(0)), itemgetter(0)):
             parts = list(of_site)
             if len(parts) == self.sites.count(n):
                 yield from parts
             else:
                 yield n, tuple(map(torch.cat, zip(*(values for _, values in parts), strict=True)))
-
-    def whole(self, calls: Calls, T: int) -> Whole | None:
-        """The calls of a pass of T rows, stacked; None unless every router has seen each of the
-        rows once."""
-        by_router = {kind: self.by_router(of_kind) for kind, of_kind in calls.items()}
-        found: Whole = []
-        for kind, first, routers, K, _ in self.groups:
-            if (of_kind := by_router[kind]) is None:
-                return None
-            try:
-                stacked = tuple(
-                    torch.stack(values)
-                    for values in zip(*of_kind[first : first + routers], strict=True)
-                )
-            except RuntimeError:  # of different sizes
-                return None
-            if any(values.shape != (routers, T, K) for values in stacked):
-                return None
-            found.append(stacked)
-        return found
 
 
 class TapeWriter:
