@@ -41,17 +41,18 @@ Implementation = Callable[..., Tensor]  # of the experts, as transformers' regis
 class Taken:
     """How an experts module that a recorder has taken over runs.
 
-    sink    receives its choice
-    sizes   receive the sizes of its experts' outputs: a field of `Sizes` → its sink
-    many    computes: the implementation that it would run otherwise (tap), or None, ours
-    few     computes instead for up to FEW_SLOTS slots where our kernels do not run
-    before  the implementation that each config of the model named before
+    sink      receives its choice
+    sizes     receive the sizes of its experts' outputs: a field of `Sizes` → its sink
+    stock     the implementation that it would run otherwise; None where that is never used
+    computes  whether ours computes (dispatch), but for up to FEW_SLOTS slots where no kernel of
+              ours runs
+    before    the implementation that each config of the model named before
     """
 
     sink: Sink
     sizes: dict[str, Sink]
-    many: Implementation | None
-    few: Implementation | None
+    stock: Implementation | None
+    computes: bool
     before: list[tuple[Any, str | None]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -87,8 +88,10 @@ def experts_forward(
             return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     tape = taken.sink(top_k_index, top_k_weights)
-    is_small = top_k_index.numel() <= FEW_SLOTS and not kernels.runs_triton(hidden_TH)
-    run = taken.few if is_small and not is_compiling() else taken.many
+    run = taken.stock
+    if run is not None and taken.computes:
+        is_small = top_k_index.numel() <= FEW_SLOTS and not kernels.runs_triton(hidden_TH)
+        run = run if is_small and not is_compiling() else None
     if run is None:
         return _computed(self, hidden_TH, top_k_index, top_k_weights, tape)
     if tape is not None:
@@ -328,8 +331,8 @@ class Takeover:
         for module, (sink, sizes) in self.sinks.items():
             stock = stock_of(module)
             # (grouping few slots without our kernels would only add steps)
-            few, many = None if sizes else stock, None if computes else stock
-            setattr(module, TAKEN, Taken(sink, sizes, many, few, names))
+            own = None if sizes and computes else stock
+            setattr(module, TAKEN, Taken(sink, sizes, own, computes, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)
