@@ -169,14 +169,14 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
 ) -> None:
     """So that references to it can be kept until the forward pass ends."""
     handed: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
-    take = Stack.take
+    take = Stack._take
 
-    def noting(stack: Stack, kind: str, n: int, values: tuple[torch.Tensor, ...]) -> None:
+    def noting(stack: Stack, kind: str, n: int, *values: torch.Tensor) -> None:
         if not stack.is_new:
             handed.extend((t, version(t), t.clone()) for t in values)
-        take(stack, kind, n, values)
+        take(stack, kind, n, *values)
 
-    monkeypatch.setattr(Stack, "take", noting)
+    monkeypatch.setattr(Stack, "_take", noting)
     model, inputs = zoo.build(family), batch(family)
     for capture in ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",):
         handed.clear()

@@ -14,9 +14,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from moe_inspect.capture.eager import not_compiled
 from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
@@ -27,7 +25,7 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.probes import Sinks
-from moe_inspect.capture.hook.stack import Stack, places_of, stacks_of
+from moe_inspect.capture.hook.stack import Stack, stacks_of
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
@@ -89,7 +87,6 @@ class Recorder:
         self.attachment.take_probes(None if self.sites else self._add, options)
         scopes = self.attachment.scopes
         self.stacks = stacks_of(self.model, scopes, self.sites, self.attachment.sinks)
-        self._index_of = places_of(self.stacks, self.sites)
         modules = {name: scope.module for name, scope in scopes.items()}
         inputs = inputs_of(self.model, self.sites, options.inputs)
         self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
@@ -243,6 +240,8 @@ class Recorder:
         self._forwards = number if number is not None else self._forwards
         if self._counted is not None:
             self._counted.begin(self._forwards)
+            for stack in self.stacks.values():
+                stack.skips = not self._counted.is_counted
 
     @locked
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -266,19 +265,6 @@ class Recorder:
         if not self._capturing:
             self.inputs.returned(stack, output)
 
-    @not_compiled("what a router has chosen is kept outside compiled code")
-    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of the router at site r, unless a kernel writes it."""
-        if self._counted is None or self._counted.is_counted:
-            stack, n = self._index_of[r]
-            if self.attachment.in_compiled:  # whose graphs may use their memory again
-                ids_TK, weights_TK = ids_TK.clone(), weights_TK.clone()
-            stack.take("", n, (ids_TK, weights_TK))
-
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
-        stack, n = self._index_of[r]
-        stack.take(kind, n, (values,))
-
     def _add(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first forward pass."""
         stack = self.stacks[""]
@@ -289,7 +275,7 @@ class Recorder:
             )
         self.sites.append(site)
         sinks = self.attachment.add()
-        self._index_of.append((stack, stack.add(site, sinks)))
+        stack.add(site, sinks)
         return sinks
 
     @locked

@@ -209,9 +209,6 @@ class Intervention:
             self._inputs.accept()
             self._inputs.end()
 
-    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
-
     # --- called at a router
 
     def changed(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:

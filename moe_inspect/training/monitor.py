@@ -108,6 +108,9 @@ class RoutingMonitor:
         self._sums = Sums(self.model, sites, inputs)
         extras = ("logits",) if logits else ()
         self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
+        for r in range(len(sites)):
+            sinks = {kind: of_kind[r] for kind, of_kind in self._attachment.sinks.items()}
+            self._sums.receive(r, sinks)
         self._attachment.probes = Probes(
             self._attachment.scopes,
             None if sites else self._add,
@@ -135,7 +138,9 @@ class RoutingMonitor:
     def _add(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first pass."""
         self._sums.add_router(site)
-        return self._attachment.add()
+        sinks = self._attachment.add()
+        self._sums.receive(len(self._sums.sites) - 1, sinks)
+        return sinks
 
     # --- attach and detach
 

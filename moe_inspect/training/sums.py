@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of
 from moe_inspect.capture.hook.inputs.given import real_rows
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
+from moe_inspect.capture.hook.probes import Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site, selection_bias
@@ -78,6 +80,12 @@ class Sums:
         self.sites.append(site)
         self._seen.append(0)
         self._seen_logits.append(0)
+
+    def receive(self, r: int, sinks: Sinks) -> None:
+        """Has the sinks of router r pass on what they receive."""
+        sinks[""].take = partial(self.take, r)
+        if "logits" in sinks:
+            sinks["logits"].take = partial(self.take_extra, "logits", r)
 
     # --- a forward pass
 

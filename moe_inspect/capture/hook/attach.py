@@ -113,12 +113,11 @@ class Attachment:
         return {kind: of_kind[-1] for kind, of_kind in self.sinks.items()}
 
     def _add_sinks(self, site: Site) -> None:
-        scope, r = self.scopes[site.stack], len(self.sinks[""])
+        scope = self.scopes[site.stack]
         if site.told is not None:
             site.told.scope = scope
-        for kind, of_kind in self.sinks.items():
-            take = partial(self.records.take_extra, kind) if kind else self.records.take
-            of_kind.append(Sink(scope, partial(take, r)))
+        for of_kind in self.sinks.values():
+            of_kind.append(Sink(scope))
 
     def attach(self) -> None:
         try:

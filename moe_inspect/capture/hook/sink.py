@@ -27,14 +27,11 @@ if TYPE_CHECKING:
 
 class Records(Protocol):
     """Receives the events of a forward pass: its begin; per stack ("" for a model without two) its
-    inputs and output, and the whole model's output (""); per router its choice, and what else is
-    recorded of it (`schema.EXTRAS`), unless these go to a tape; its end."""
+    inputs and output, and the whole model's output (""); its end."""
 
     def begin(self) -> None: ...
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def returned(self, stack: str, output: Any) -> None: ...
-    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None: ...
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None: ...
     def end(self) -> None: ...
 
 
@@ -42,8 +39,8 @@ class Scope:
     """Whether a stack's routers are being recorded: during a call of `module`. A recomputation
     outside it (gradient checkpointing) is not recorded a second time.
 
-    to_tapes     whether kernels write the calls of the current pass to tapes, where there are any;
-                 else `Records` take them
+    to_tapes     whether kernels write the calls of the current pass to tapes, where there are any
+    in_graph     whether what takes the other calls may be part of a graph of torch.compile
     is_known     whether the code is of transformers, which is tested; of other code nothing is
                  known
     begin_graph  called where torch.compile makes a graph in the middle of a pass: from then on the
@@ -52,6 +49,7 @@ class Scope:
     def __init__(self, stack: str, module: torch.nn.Module, is_known: bool):
         self.stack, self.module, self.is_known = stack, module, is_known
         self.open = self.to_tapes = False
+        self.in_graph = True
         self.thread = 0  # in which it was opened
         self.fed: Rows | CallInputs | None = None  # in the current pass
         self.passes = 0  # that have begun
@@ -77,8 +75,10 @@ class Sink:
     """Receives one router's outputs while its scope is open: returns the tape that a kernel is to
     write them to, or passes them to `take`."""
 
-    def __init__(self, scope: Scope, take: Callable[..., None]):
-        self.scope, self.take = scope, take
+    take: Callable[..., None]  # (ids, weights), or of one of `schema.EXTRAS` (values)
+
+    def __init__(self, scope: Scope):
+        self.scope = scope
         self.tapes: list[Tape] = []  # one per run of its layer in a forward pass
         self._calls = self._pass = 0  # in the current forward pass
 
@@ -95,7 +95,11 @@ class Sink:
         # (`to_tapes` is not read while a graph is made: the graph would be guarded by it)
         if not self.tapes or not (is_compiling or scope.to_tapes):
             values = values.detach() if values.requires_grad else values
-            self.take(values) if ids is None else self.take(ids, values)
+            call = (values,) if ids is None else (ids, values)
+            if is_compiling and not scope.in_graph:
+                _take_copies(self.take, *call)
+            else:
+                self.take(*call)
             return None
         if len(self.tapes) == 1:
             return self.tapes[0]
@@ -103,6 +107,12 @@ class Sink:
             self._pass, self._calls = scope.passes, 0
         self._calls += 1
         return self.tapes[(self._calls - 1) % len(self.tapes)]
+
+
+@torch.compiler.disable(reason="what a router has chosen is kept outside compiled code")
+def _take_copies(take: Callable[..., None], *call: Tensor) -> None:
+    """(The graph may use its memory again.)"""
+    take(*(tensor.clone() for tensor in call))
 
 
 def choice_before_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:

@@ -8,6 +8,7 @@ T rows a router sees (padding included), K slots, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -54,13 +55,15 @@ class Stack:
         model: Any,
     ):
         self.name, self.scope, self.model = name, scope, model
-        self.sites = list(sites)
-        self.sinks = {kind: list(of_kind) for kind, of_kind in sinks.items()}
+        self.sites: list[Site] = []
+        self.sinks: dict[str, list[Sink]] = {kind: [] for kind in sinks}
+        self.routers_of: list[list[int]] = []  # of each site
+        for n, site in enumerate(sites):
+            self.add(site, {kind: of_kind[n] for kind, of_kind in sinks.items()})
         # grouped by site: a layer that runs twice has two. From the config until the first pass
         self.routers = (
             [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
         )
-        self.routers_of = [[n] for n in range(len(sites))]  # of each site
         self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.is_new = True  # it has not run yet, or runs for the first time
@@ -71,15 +74,17 @@ class Stack:
         self.rings: Rings | None = None
         self.dropped_rows = 0
         self.replayed = False  # a CUDA graph holds its launches
-        scope.begin_graph = self.write_calls
+        self.skips = False  # nothing of the current pass is recorded
+        scope.begin_graph, scope.in_graph = self.write_calls, False
 
-    def add(self, site: Site, sinks: Mapping[str, Sink]) -> int:
-        """One more site, which the first forward pass has shown. Returns its index."""
-        self.routers_of.append([len(self.sites)])
+    def add(self, site: Site, sinks: Mapping[str, Sink]) -> None:
+        """One more site. `sinks`: its own, by what they receive."""
+        n = len(self.sites)
+        self.routers_of.append([n])
         self.sites.append(site)
         for kind, sink in sinks.items():
             self.sinks[kind].append(sink)
-        return len(self.sites) - 1
+            sink.take = partial(self._take, kind, n)
 
     @property
     def times(self) -> list[int]:
@@ -113,8 +118,10 @@ class Stack:
         if self.rings is not None:
             self.rings.enable(on)
 
-    def take(self, kind: str, n: int, values: tuple[Tensor, ...]) -> None:
+    def _take(self, kind: str, n: int, *values: Tensor) -> None:
         """One call of the router at site n."""
+        if self.skips:
+            return
         if self.copies:
             copies = tuple(value.clone() for value in values)
             if self.is_new and self.scope.is_known:
@@ -298,11 +305,6 @@ def stacks_of(
         return Stack(name, scope, [sites[r] for r in mine], own, model)
 
     return {name: of(name, scope) for name, scope in scopes.items()}
-
-
-def places_of(stacks: Mapping[str, Stack], sites: Sequence[Site]) -> list[tuple[Stack, int]]:
-    """Of each site its stack, and its index there."""
-    return [(stacks[site.stack], stacks[site.stack].sites.index(site)) for site in sites]
 
 
 def shares(n: int, times: int, T: int) -> list[int]:
