@@ -344,7 +344,7 @@ class Rings:
             return False
         if (whole := self.writer.shape.whole(calls, T)) is None:
             return False
-        self.writer.write(whole, T)
+        self.writer.write(whole, self.head, T)
         return True
 
     def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:

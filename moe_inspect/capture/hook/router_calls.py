@@ -14,7 +14,6 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,61 +101,40 @@ class PassShape:
 
 class TapeWriter:
     """Writes whole passes to the tapes of the same routers, as `kernels.record` would have, call by
-    call. `tapes`: by what is recorded, of each router."""
+    call. `tapes`: by what is recorded, of each router. (With torch alone: during decoding NumPy's
+    code is not in the processor's caches.)"""
 
     def __init__(self, shape: PassShape, tapes: Mapping[str, Sequence[Tape]]):
         self.shape = shape
-        self.cursor = tapes[""][0].cursor.numpy()  # the same memory as the tensor
-        self._parts: list[tuple[Tape, list[np.ndarray], list[np.ndarray]]] = []
-        for group in shape.groups:
-            tape = tapes[group.kind][group.first]
-            pages = _pages(group, tape, tape.ids), _pages(group, tape, tape.weights)
-            self._parts.append((tape, *pages))
+        self._tapes = [tapes[group.kind][group.first] for group in shape.groups]
+        with torch.inference_mode(False):  # a view made in it could not be written outside it
+            self._pages = [
+                [_pages(group, tape, t) for t in (tape.ids, tape.weights) if t is not None]
+                for group, tape in zip(shape.groups, self._tapes, strict=True)
+            ]
 
-    def write(self, whole: Whole, T: int) -> None:
-        """There must be room for all of it."""
-        start = int(self.cursor[0])
-        for group, values, (tape, id_pages, pages) in zip(
-            self.shape.groups, whole, self._parts, strict=True
+    def write(self, whole: Whole, start: int, T: int) -> None:
+        """`start`: the position of the first row. There must be room for all of it."""
+        for group, tape, pages, values in zip(
+            self.shape.groups, self._tapes, self._pages, whole, strict=True
         ):
-            if pages:
-                assert tape.weights is not None
-                bits_RTK = _bits(values[-1].to(tape.weights.dtype)).numpy()
-                _write(pages, start, bits_RTK, tape.P)
-            if id_pages:
-                ids_RTK = expert_ids(values[0], group.E, tape.null_id)
-                _write(id_pages, start, ids_RTK, tape.P)
-        self.cursor += T
+            if not group.kind:
+                ids_RTK = values[0]
+                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E)
+                values = ids_RTK.masked_fill(outside_RTK, tape.null_id), values[1]
+            done = 0
+            while done < T:
+                page, row = divmod(start + done, tape.P)
+                n = min(tape.P - row, T - done)
+                for to_pages, values_RTK in zip(pages, values, strict=True):
+                    to_RPK = to_pages[page % tape.pages]
+                    to_RPK[:, row : row + n] = values_RTK[:, done : done + n]
+                done += n
+        self._tapes[0].cursor.add_(T)
 
 
-def expert_ids(ids_RNK: Tensor, E: int, nowhere: int) -> np.ndarray:
-    """Ids as int64, `nowhere` in place of those that are no expert's."""
-    found_RNK = ids_RNK.long().numpy()
-    # (as unsigned numbers, negative ids are the largest)
-    if found_RNK.size and found_RNK.view(np.uint64).max() >= E:
-        found_RNK = np.where((found_RNK < 0) | (found_RNK >= E), nowhere, found_RNK)
-    return found_RNK
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """NumPy has no bfloat16: its bits."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _pages(group: Group, tape: Tape, tensor: Tensor | None) -> list[np.ndarray]:
-    """The group's part of each page, [R, P, K]; bfloat16 as its bits."""
-    if tensor is None:
-        return []
+def _pages(group: Group, tape: Tape, tensor: Tensor) -> list[Tensor]:
+    """The group's part of each page, [R, P, K]."""
     end = tape.base + group.routers * tape.P * group.K
-    parts = _bits(tensor).view(tape.pages, -1)[:, tape.base : end].numpy()
-    return [part.reshape(group.routers, tape.P, group.K) for part in parts]
-
-
-def _write(pages: Sequence[np.ndarray], start: int, values_RTK: np.ndarray, P: int) -> None:
-    """Writes rows to the pages that they are on, from position `start` on."""
-    T, done = values_RTK.shape[1], 0
-    while done < T:
-        page, row = divmod(start + done, P)
-        n = min(P - row, T - done)
-        pages[page % len(pages)][:, row : row + n] = values_RTK[:, done : done + n]
-        done += n
+    parts = tensor.view(tape.pages, -1)[:, tape.base : end]
+    return list(parts.unflatten(1, (group.routers, tape.P, group.K)))
