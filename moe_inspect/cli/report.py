@@ -113,8 +113,8 @@ def report(
         Path | None,
         Option(
             metavar="FILE",
-            help="Exit with 3 if any window breaks a rule of this file, one per line, e.g. max_vio "
-            "> 1 for 3 windows.",
+            help="Exit with 3 if any window breaks a rule of this file, one per line, e.g. "
+            "max_over_mean > 2 for 3 windows.",
         ),
     ] = None,
     list_metrics: Annotated[
