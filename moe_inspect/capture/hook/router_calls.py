@@ -76,6 +76,8 @@ class PassShape:
                 if {values.shape for values in stacked} != {(routers, T, K)}:
                     return None
                 found.append(stacked)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # of different sizes
             return None
         return found
