@@ -1,5 +1,5 @@
 """Is it the same routing under another numbering? Layers shifted or swapped, routes shifted by a
-token, experts numbered otherwise: found on a sample of tokens.
+token, experts numbered otherwise: found on a sample of tokens, beyond chance among them.
 
 T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.metrics.chance import ALPHA, shuffled_p, shuffled_within
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import Alignment
 from moe_inspect.comparison.aligning.rows import Columns, Rows, rows_of_shard
@@ -27,6 +28,7 @@ MATCH = 0.6  # overlap beyond chance that the right numbering must reach …
 GAIN = 0.3  # … and by how much it must be better than the one that was compared
 BY_CHANCE = 0.1  # overlap beyond chance under which two routers have nothing in common
 SHIFTS = (-2, -1, 1, 2)
+SHUFFLES = 20
 Read = Callable[[Callable[[Shard], Columns], int], Columns]
 
 
@@ -75,9 +77,9 @@ def misalignments(
     chosen_a |= {r: chosen(rows.of_a, traces[0], r) for r in others_a}
     chosen_b |= {m: chosen(rows.of_b, traces[1], m) for m in others_b}
     found = (
-        _layers_moved(traces, own, chosen_a, chosen_b)
-        or _experts_renumbered(traces, pairs, own, chosen_a, chosen_b)
-        or _foreign(traces, own)
+        _layers_moved(traces, rows, own, chosen_a, chosen_b)
+        or _experts_renumbered(traces, rows, own, chosen_a, chosen_b)
+        or _foreign(traces, rows, own, chosen_a, chosen_b)
     )
     return [] if found is None else [found]
 
@@ -119,6 +121,21 @@ def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
     return (overlap - chance) / (1 - chance) if chance < 1 else 0.0
 
 
+def beyond_chance(
+    value: float,
+    of_pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    document_T: np.ndarray,
+    tried: int = 1,
+) -> bool:
+    """Whether these routers hardly agree so much on average, in the best of so many pairings, once
+    B's tokens are shuffled within documents: what the tokens of a document have in common stays."""
+    rng, null = np.random.default_rng([SEED, len(document_T)]), list[float]()
+    for _ in range(SHUFFLES):
+        order_T = shuffled_within(document_T, rng)
+        null.append(float(np.mean([agreement(a_TE, b_TE[order_T]) for a_TE, b_TE in of_pairs])))
+    return shuffled_p(value, null, len(document_T)) * tried < ALPHA
+
+
 def half_of(T: int) -> np.ndarray:
     """bool [T]: a random half, since replicas of an expert may take tokens in turn."""
     return np.random.default_rng([SEED, T]).permutation(T) < T // 2
@@ -137,18 +154,18 @@ def _routes_shifted(
 ) -> Misalignment | None:
     """B's routes one or two tokens further on, in the same document."""
     best = (0.0, 0)
-    mean = float(np.mean(list(own.values())))
-    for shift in SHIFTS:
-        values = []
-        for r, m in pairs:
-            a_TE, b_TE = chosen_a[r], chosen_b[m]
-            T = len(a_TE)
-            t = np.arange(max(0, -shift), min(T, T - shift))
-            t = t[rows.document_T[t] == rows.document_T[t + shift]]
-            values.append(agreement(a_TE[t], b_TE[t + shift]))
+    mean, T = float(np.mean(list(own.values()))), len(rows)
+    at_T = {s: np.arange(max(0, -s), min(T, T - s)) for s in SHIFTS}
+    for shift, t in at_T.items():
+        at_T[shift] = t = t[rows.document_T[t] == rows.document_T[t + shift]]
+        values = [agreement(chosen_a[r][t], chosen_b[m][t + shift]) for r, m in pairs]
         best = max(best, (float(np.mean(values)), shift))
     value, shift = best
     if not _better(value, mean):
+        return None
+    t = at_T[shift]
+    shifted = [(chosen_a[r][t], chosen_b[m][t + shift]) for r, m in pairs]
+    if not beyond_chance(value, shifted, rows.document_T[t], len(SHIFTS)):
         return None
     tokens = "token" if abs(shift) == 1 else "tokens"
     return Misalignment(
@@ -162,6 +179,7 @@ def _routes_shifted(
 
 def _layers_moved(
     traces: tuple[Trace, Trace],
+    rows: Rows,
     own: dict[tuple[int, int], float],
     chosen_a: dict[int, np.ndarray],
     chosen_b: dict[int, np.ndarray],
@@ -172,6 +190,7 @@ def _layers_moved(
     paired = dict(own.keys())
     good = {m for (_, m), value in own.items() if value >= GOOD}
     moved = list[tuple[int, int, float, float]]()
+    tried = len(chosen_a) * len(chosen_b)
     for r in sorted(chosen_a):
         before = own[r, paired[r]] if r in paired else 0.0
         if before >= GOOD:
@@ -180,7 +199,8 @@ def _layers_moved(
         value, other = max(
             ((agreement(chosen_a[r], chosen_b[m]), -m) for m in rest), default=(0.0, 0)
         )
-        if _better(value, before):
+        both = [(chosen_a[r], chosen_b[-other])] if _better(value, before) else []
+        if both and beyond_chance(value, both, rows.document_T, tried):
             moved.append((r, -other, value, before))
     if not moved:
         return None
@@ -216,7 +236,7 @@ def _layers_moved(
 
 def _experts_renumbered(
     traces: tuple[Trace, Trace],
-    pairs: Sequence[tuple[int, int]],
+    rows: Rows,
     own: dict[tuple[int, int], float],
     chosen_a: dict[int, np.ndarray],
     chosen_b: dict[int, np.ndarray],
@@ -225,16 +245,18 @@ def _experts_renumbered(
     from scipy.optimize import linear_sum_assignment
 
     moved = list[tuple[int, float, float]]()
-    for r, m in pairs:
+    fit_T = half_of(len(rows))
+    for (r, m), before in own.items():
         a_TE, b_TE = chosen_a[r], chosen_b[m]
-        if own[r, m] >= GOOD:
+        if before >= GOOD:
             continue
-        fit_T = half_of(len(a_TE))
         shared_EE = a_TE[fit_T].astype(np.float32).T @ b_TE[fit_T].astype(np.float32)
         _, match_E = linear_sum_assignment(shared_EE, maximize=True)
-        value = agreement(a_TE[~fit_T], b_TE[~fit_T][:, match_E])
-        if _better(value, own[r, m]):
-            moved.append((r, value, own[r, m]))
+        both = a_TE[~fit_T], b_TE[~fit_T][:, match_E]
+        value = agreement(*both)
+        document_T = rows.document_T[~fit_T]
+        if _better(value, before) and beyond_chance(value, [both], document_T, len(own)):
+            moved.append((r, value, before))
     if not moved:
         return None
     value, before = (float(np.mean([row[i] for row in moved])) for i in (1, 2))
@@ -250,12 +272,23 @@ def _experts_renumbered(
     )
 
 
-def _foreign(traces: tuple[Trace, Trace], own: dict[tuple[int, int], float]) -> Misalignment | None:
+def _foreign(
+    traces: tuple[Trace, Trace],
+    rows: Rows,
+    own: dict[tuple[int, int], float],
+    chosen_a: dict[int, np.ndarray],
+    chosen_b: dict[int, np.ndarray],
+) -> Misalignment | None:
     """Few routers that agree no more than by chance, between others that agree: a model that
-    differs would differ from there on."""
+    differs would differ from there on. Of tokens that would tell an agreement from chance."""
     a = traces[0].routers
     good = [r for (r, _), value in own.items() if value >= GOOD]
-    bad = [r for (r, _), value in own.items() if value < BY_CHANCE]
+    bad = [
+        r
+        for (r, m), value in own.items()
+        if value < BY_CHANCE
+        and beyond_chance(MATCH, [(chosen_a[r], chosen_b[m])], rows.document_T, len(own))
+    ]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
     value = float(np.mean([own[r, m] for r, m in own if r in bad]))

@@ -13,6 +13,7 @@ import numpy as np
 from moe_inspect.comparison.aligning.align import align
 from moe_inspect.comparison.aligning.misaligned import (
     agreement,
+    beyond_chance,
     chosen,
     half_of,
     sample_rows,
@@ -42,14 +43,14 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
     if rows is None:
         return None
     pairs = [(r, m) for r, m in pairs if a.routers[r].stack == stack]
-    values = []
+    fit_T, mapped = half_of(len(rows)), list[tuple[np.ndarray, np.ndarray]]()
     for r, m in pairs[:: -(-len(pairs) // MOST_ROUTERS)]:
         logical_TE, physical_TP = chosen(rows.of_a, a, r), chosen(rows.of_b, b, m)
         if a.routers[r].experts > b.routers[m].experts:
             logical_TE, physical_TP = physical_TP, logical_TE
-        values.append(_agreement_mapped(logical_TE, physical_TP))
-    value = float(np.mean(values))
-    if value < REPLICAS:
+        mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
+    value = float(np.mean([agreement(*both) for both in mapped]))
+    if value < REPLICAS or not beyond_chance(value, mapped, rows.document_T[~fit_T]):
         return None
     in_b = sizes[0][1].experts > sizes[0][0].experts
     counts = [router.experts for router in sizes[0]]
@@ -61,9 +62,8 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
     }
 
 
-def _agreement_mapped(logical_TE: np.ndarray, physical_TP: np.ndarray) -> float:
-    """The map from half of the tokens, judged on the other half."""
-    fit_T = half_of(len(logical_TE))
+def _mapped(logical_TE: np.ndarray, physical_TP: np.ndarray, fit_T: np.ndarray) -> np.ndarray:
+    """The experts that physical ids stand for, by the map of some tokens, of the others."""
     a, b = (x[fit_T].astype(np.float32) for x in (logical_TE, physical_TP))
     shared_EP = a.T @ b
     # of experts that go with it equally often the rarer is meant
@@ -72,4 +72,4 @@ def _agreement_mapped(logical_TE: np.ndarray, physical_TP: np.ndarray) -> float:
     mapped_TE = np.zeros_like(logical_TE[~fit_T])
     t, p = np.nonzero(physical_TP[~fit_T])
     mapped_TE[t, expert_P[p]] = True
-    return agreement(logical_TE[~fit_T], mapped_TE)
+    return mapped_TE
