@@ -363,16 +363,24 @@ MISALIGNED = {
 }
 
 
-def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
-    """The kinds of the findings, and the decisions with other experts; of different models these
-    are not known. What is refused is named by the option that mends it."""
+def compared(a: Trace, b: Trace, **options: Any) -> Any:
+    """The comparison; of different models, that of the models."""
     from moe_inspect.comparison.aligning.models import DifferentModelsError
 
     try:
-        made = moe_inspect.compare(a, b, **options)
+        return moe_inspect.compare(a, b, **options)
     except DifferentModelsError as error:
-        models = moe_inspect.compare_models(a, b, reasons=error.reasons)
-        return {f.kind for f in models.verdict() if f.kind in MISALIGNED}, None
+        return moe_inspect.compare_models(a, b, reasons=error.reasons)
+
+
+def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
+    """The kinds of the findings, and the decisions with other experts; of different models these
+    are not known. What is refused is named by the option that mends it."""
+    try:
+        made = compared(a, b, **options)
     except moe_inspect.MoeInspectError as error:
         return {f"refused: --{str(error).rpartition('--')[2]}"}, None
-    return {finding.kind for finding in made.verdict()}, made.mismatched
+    kinds = {finding.kind for finding in made.verdict()}
+    if isinstance(made, moe_inspect.Comparison):
+        return kinds, made.mismatched
+    return kinds & MISALIGNED, None

@@ -75,20 +75,30 @@ def by_chance(token_id: np.ndarray, E: int, k: int, layer: int) -> np.ndarray:
     return uniform_ids(np.random.default_rng([2, E, layer]), len(token_id), E, k)
 
 
-def whole_words(root: Path, choose: Any = by_word, E: int = 8, k: int = 2, **more: Any) -> Trace:
+def whole_words(
+    root: Path,
+    choose: Any = by_word,
+    E: int = 8,
+    k: int = 2,
+    documents: int = DOCUMENTS,
+    **more: Any,
+) -> Trace:
     """A token per word, with ▁ before it as SentencePiece has it, and <s> in front."""
     vocabulary = [*(f"▁{text}" for text in TEXTS), "<s>"]
-    ids = [[WORDS, *row] for row in WORD.tolist()]
+    ids = [[WORDS, *row] for row in WORD[:documents].tolist()]
     manifest = {"corpus": {"special_tokens": {"before": ["<s>"], "after": []}}}
     return trace_of(root, vocabulary, ids, choose, E, k, manifest=manifest, **more)
 
 
-def pieces(root: Path, choose: Any, E: int = 16, k: int = 4, **more: Any) -> Trace:
+def pieces(
+    root: Path, choose: Any, E: int = 16, k: int = 4, documents: int = DOCUMENTS, **more: Any
+) -> Trace:
     """Two tokens per word, the first of which begins a character that the second ends, and a token
     for the space. Token WORDS + i ends word i."""
     starts = [f"{text[:-1]}<0xC3>" for text in TEXTS]
     vocabulary = [*starts, *(["<0xA9>"] * WORDS), "▁"]
-    ids = [[x for w in row for x in (w, WORDS + w, 2 * WORDS)] for row in WORD.tolist()]
+    words = WORD[:documents].tolist()
+    ids = [[x for w in row for x in (w, WORDS + w, 2 * WORDS)] for row in words]
     return trace_of(root, vocabulary, ids, choose, E, k, **more)
 
 

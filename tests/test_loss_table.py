@@ -156,9 +156,10 @@ def test_the_interval_is_over_documents() -> None:
         assert np.isnan(found.difference_p).all()  # too few to tell
 
 
-def written(path: Path, planted: float) -> moe_inspect.Trace:
+def written(path: Path, planted: float, documents: int = 40) -> moe_inspect.Trace:
     """A trace of `losses_of`."""
     of = losses_of(np.random.default_rng(5), planted)
+    of.document_S[:] %= documents
     S = len(of.loss_S)
     order = np.argsort(of.document_S, kind="stable")
     document = of.document_S[order].astype(np.int32)
@@ -169,8 +170,8 @@ def written(path: Path, planted: float) -> moe_inspect.Trace:
     with TraceWriter(
         path, {"model": {"id": "x"}}, [Router(0, "e", "e", 8, 1)], weights=False, token_loss=True
     ) as writer:
-        documents = [
-            Document(d, "ab"[d % 2], f"{d}", int((document == d).sum())) for d in range(40)
+        listed = [
+            Document(d, "ab"[d % 2], f"{d}", int((document == d).sum())) for d in range(documents)
         ]
         writer.write(
             RoutedBatch(
@@ -183,7 +184,7 @@ def written(path: Path, planted: float) -> moe_inspect.Trace:
                 ["a", "b"],
                 [ids],
                 None,
-                documents=documents,
+                documents=listed,
                 loss=loss,
                 entropy=loss,
             )

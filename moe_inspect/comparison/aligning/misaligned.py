@@ -79,7 +79,7 @@ def misalignments(
     found = (
         _layers_moved(traces, rows, own, chosen_a, chosen_b)
         or _experts_renumbered(traces, rows, own, chosen_a, chosen_b)
-        or _foreign(traces, rows, own, chosen_a, chosen_b)
+        or _foreign(traces, rows, own, chosen_a)
     )
     return [] if found is None else [found]
 
@@ -112,13 +112,14 @@ def chosen(read: Read, trace: Trace, router: int) -> np.ndarray:
 
 
 def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
-    """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal."""
+    """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal, also
+    where every token has the same experts."""
     if a_TE.shape != b_TE.shape or not a_TE.any():
         return 0.0
     size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
     overlap = float((a_TE & b_TE).sum() / size)
     chance = float((a_TE.mean(0) * b_TE.mean(0)).sum() * len(a_TE) / size)
-    return (overlap - chance) / (1 - chance) if chance < 1 else 0.0
+    return (overlap - chance) / (1 - chance) if chance < 1 else 1.0
 
 
 def beyond_chance(
@@ -277,7 +278,6 @@ def _foreign(
     rows: Rows,
     own: dict[tuple[int, int], float],
     chosen_a: dict[int, np.ndarray],
-    chosen_b: dict[int, np.ndarray],
 ) -> Misalignment | None:
     """Few routers that agree no more than by chance, between others that agree: a model that
     differs would differ from there on. Of tokens that would tell an agreement from chance."""
@@ -285,9 +285,9 @@ def _foreign(
     good = [r for (r, _), value in own.items() if value >= GOOD]
     bad = [
         r
-        for (r, m), value in own.items()
+        for (r, _), value in own.items()
         if value < BY_CHANCE
-        and beyond_chance(MATCH, [(chosen_a[r], chosen_b[m])], rows.document_T, len(own))
+        and beyond_chance(MATCH, [(chosen_a[r], chosen_a[r])], rows.document_T, len(own))
     ]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None

@@ -1,0 +1,346 @@
+"""Worlds for the sentences of test_kinds.py: traces, or comparisons of them, in which it is known what
+is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moe_inspect
+from tests import test_compare_models as models
+from tests import test_dropped, test_loss_table
+from tests.chance import REGIMES, drawn_pair
+from tests.damage import edit_manifest
+from tests.misrecorded import FAULTS, Recording, compared, rounded, routed_text
+from tests.planted import DOMAINS, planted, uniform
+from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.test_compare_findings import (
+    DOCUMENTS,
+    avoiding,
+    changed,
+    collapsing,
+    of_documents,
+    random,
+    routes,
+    said,
+)
+from tests.test_compare_loss import worse
+from tests.test_compare_steps import history, loads
+
+T, E, K = 6_000, 8, 2
+
+
+def woven(root: Path, documents: int = 60) -> Any:
+    """Router 0: experts 4 and 5 lead in every domain, expert 6 is starved. Router 1: every pass has
+    an expert of its own. Router 2: expert 3 rises through the trace. Router 3 chooses as 2 did."""
+    rng, at_T = np.random.default_rng(0), np.arange(T)
+    logits = rng.gumbel(size=(4, T, E))
+    logits[0] += [0, 0, 0, 0, 1, 1.1, -4, 0]
+    logits[1, at_T, at_T // 250 % E] += 2
+    logits[2, :, 3] += 3 * at_T / T - 1.5
+    logits[3] = logits[2] + rng.gumbel(size=(T, E)) / 4
+    ids = [np.argsort(-of_TE, 1)[:, :K].astype(np.uint16) for of_TE in logits]
+    document = at_T * documents // T
+    return write_trace(
+        root, ids, E, document=document, domain_of_document=DOMAINS, batch_tokens=250
+    )
+
+
+def opposed(root: Path, tokens: int = T) -> Any:
+    """The busiest expert of router 0 is the least used one of the others: the average is even."""
+    logits = np.random.default_rng(0).gumbel(size=(4, tokens, E))
+    logits[0, :, 0] += 1
+    logits[1:, :, 0] -= 0.3
+    ids = [np.argsort(-of_TE, 1)[:, :K].astype(np.uint16) for of_TE in logits]
+    return write_trace(root, ids, E, document=np.arange(tokens) // 100)
+
+
+def counts(root: Path, *loads: list[list[int]], times: int = 1) -> Any:
+    return write_counts(
+        root, [times * np.array(load) for load in loads], K, ["a", "b", "c"][: len(loads[0])]
+    )
+
+
+def zeros(name: str, k: int, L: int, tokens: int = 3_000) -> Callable[[Path], Any]:
+    """k of 8 experts at L routers; a hundredth of the tokens of B have expert 0 everywhere, if that
+    is its name, else B is routed anew."""
+
+    def made(root: Path) -> Any:
+        rng = np.random.default_rng(4)
+        a, b = ([uniform_ids(rng, tokens, E, k) for _ in range(L)] for _ in range(2))
+        if name == "filled":
+            b, at_T = [x.copy() for x in a], rng.random(tokens) < 0.01
+            for of_TK in b:
+                of_TK[at_T] = 0
+        alike: dict[str, Any] = {"document": np.arange(tokens) // 50, "token_id": np.arange(tokens)}
+        return [write_trace(root / x, ids, E, **alike) for x, ids in (("a", a), ("b", b))]
+
+    return made
+
+
+def misrecorded(
+    fault: str, tokens: int = 600, shape: tuple[int, int, int] = (4, 16, 4)
+) -> Callable[[Path], Any]:
+    """The first tokens of a text, and a second run of it with that fault; L, E, k."""
+
+    def made(root: Path) -> Any:
+        a = routed_text(0, 600, *shape)
+        a = a.take(np.arange(a.T) < tokens)
+        b = FAULTS[fault].b(rounded(a, 0.005), np.random.default_rng(0))
+        return compared(a.written(root / "a"), b.written(root / "b"))
+
+    return made
+
+
+def of_documents_alone(root: Path) -> Any:
+    """In each of three documents every router has an expert of its own, A's and B's by chance."""
+    T, document = 300, np.arange(300) // 100
+    for_D, drawn = np.arange(3), np.random.default_rng(0).permuted(np.tile(np.arange(8), (4, 1)), 1)
+    ids = drawn[:, for_D][:, document, None]
+    position, token_id = np.arange(T) % 100, np.arange(T)
+    a = Recording(E, document, position, token_id, ids[:2], None, range(2), ())
+    return compared(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
+
+
+def other_model(root: Path) -> Any:
+    a, b = (routed_text(seed, 600, 4, 16, 4) for seed in (0, 9))
+    return compared(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
+
+
+def collapsed_alike(root: Path) -> Any:
+    """Router 1 sends every token to the same experts, in both."""
+    a = routed_text(0, 600, 4, 16, 4)
+    a.ids_LTK[1] = np.arange(4)
+    return compared(
+        a.written(root / "a"), rounded(a, 0.005).take(a.position > 0).written(root / "b")
+    )
+
+
+def other_experts(root: Path) -> Any:
+    """Two models of so many experts more that have nothing in common."""
+    a, b = routed_text(0, 600, 4, 16, 4), routed_text(9, 600, 4, 18, 4)
+    return compared(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
+
+
+def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], Any]:
+    """Checkpoints that have so much of the last one's routing."""
+
+    def made(root: Path) -> Any:
+        ids, kept_T = routes(), np.random.default_rng(1).random(len(routes()[0]))
+        document = np.arange(len(kept_T)) * documents // len(kept_T)
+        runs = [
+            [np.where((kept_T < share)[:, None], x, y) for x, y in zip(ids, routes(n), strict=True)]
+            for n, share in enumerate((*shares, 1), 7)
+        ]
+        alike: dict[str, Any] = {"document": document, "token_id": np.arange(len(kept_T))}
+        traces = [write_trace(root / f"{n}", of, E, **alike) for n, of in enumerate(runs)]
+        return moe_inspect.compare_checkpoints(traces)
+
+    return made
+
+
+def histories(steps: int, *moved: int) -> Callable[[Path], Any]:
+    """Two runs, committed every 5 steps; in these, experts of the second are not those of chance."""
+
+    def made(root: Path) -> Any:
+        a, b = loads(0, steps), loads(1, steps, moved)
+        return [history(root / name, of, 5) for name, of in (("a", a), ("b", b))]
+
+    return made
+
+
+def by_words(choose: Any, documents: int) -> Callable[[Path], Any]:
+    """Two models with tokenizers of their own: the experts of A follow the word."""
+
+    def made(root: Path) -> Any:
+        a = models.whole_words(root / "a", documents=documents)
+        return compared(a, models.pieces(root / "b", choose, documents=documents))
+
+    return made
+
+
+def losing(nats: float, documents: int = 40, of: int = 40) -> Callable[[Path], Any]:
+    """A, and the same with these documents harder to predict."""
+
+    def made(root: Path) -> Any:
+        a = test_loss_table.written(root / "a", 0, of)
+        return worse(a, root / "b", nats, documents)
+
+    return made
+
+
+def lacking(root: Path) -> Any:
+    """Router 1 has no load, and the trace is not complete. Token ids are unknown, and router 0
+    sends all of them to expert 0."""
+    ids = [np.full((500, 1), of, np.uint16) for of in (0, NOWHERE)]
+    return write_trace(root, ids, E, token_id=np.full(500, -1), status="interrupted")
+
+
+def padded(rows: int) -> Callable[[Path], Any]:
+    """So many rows of one token come first."""
+
+    def made(root: Path) -> Any:
+        ids = uniform_ids(np.random.default_rng(0), 600, E, K)
+        ids[:rows] = ids[0]
+        return write_trace(root, [ids], E, token_id=np.maximum(np.arange(600) - rows + 1, 0))
+
+    return made
+
+
+def tied(levels: float) -> Callable[[Path], Any]:
+    """Logits in steps of 1 / levels."""
+
+    def made(root: Path) -> Any:
+        logits = np.random.default_rng(0).gumbel(size=(T, E))
+        logits = (np.round(logits * levels) / levels).astype(np.float16)
+        ids = np.argsort(-logits, 1, kind="stable")[:, :K].astype(np.uint16)
+        return write_trace(root, [ids], E, logits=[logits])
+
+    return made
+
+
+def recorded_otherwise(root: Path) -> Any:
+    """Without token ids, in another dtype, and without the last layer."""
+    unknown, other = np.full(len(routes()[0]), -1), changed(routes(), random(0.01, 1))
+    bfloat16 = {"capture": {"weights": False, "mode": "tap", "dtype": "bfloat16"}}
+    return [
+        write_trace(root / "a", routes(), E, token_id=unknown),
+        write_trace(root / "b", other[:2], E, token_id=unknown, manifest=bfloat16),
+    ]
+
+
+def interrupted(root: Path) -> Any:
+    """Two traces of counts, the second not complete."""
+    traces = two_counts(root, EVEN_LOAD, 100)
+    edit_manifest(root / "b", status="interrupted")
+    return traces[0], moe_inspect.open_trace(root / "b")
+
+
+NOWHERE = np.iinfo(np.uint16).max
+EVEN_LOAD, STARVED = [100] * 8, [1, *[114] * 7]
+STEEP, DEAD = [450, *[78] * 7], [100] * 4 + [0] * 4
+# a world: a trace, or two that are compared, or the findings on them
+WORLDS: dict[str, Callable[[Path], Any]] = {
+    "planted": planted,
+    "planted, 5 documents": lambda root: planted(root, document=np.arange(T) * 5 // T),
+    "planted, 20 tokens": lambda root: planted_short(root, 20),
+    "even": uniform,
+    "woven": woven,
+    "woven, 5 documents": lambda root: woven(root, 5),
+    "opposed": opposed,
+    "opposed, few tokens": lambda root: opposed(root, 300),
+    "deserted": lambda root: counts(root, [STARVED, EVEN_LOAD], times=100),
+    "deserted, few tokens": lambda root: counts(root, [STARVED, EVEN_LOAD]),
+    "even counts": lambda root: counts(root, *[[EVEN_LOAD, EVEN_LOAD]] * 4, times=100),
+    "half the ranks": lambda root: counts(root, *[[DEAD]] * 4),
+    "half the ranks, one router": lambda root: counts(root, [DEAD]),
+    # two traces
+    "5% changed": lambda root: said(root, routes(), changed(routes(), random(0.05, 1))),
+    "1% changed": lambda root: said(root, routes(), changed(routes(), random(0.01, 1))),
+    "in two documents": lambda root: said(root, routes(), changed(routes(), of_documents(7, 8))),
+    "noise": lambda root: noisy(root, 0.06),
+    "as noise": lambda root: noisy(root, 0.02),
+    "noise, 5 documents": lambda root: noisy(root, 0.06, 5),
+    "collapsed": lambda root: said(root, routes(), collapsing()),
+    "collapsed, 5 documents": lambda root: said(root, routes(), collapsing(), documents=5),
+    "avoiding": lambda root: said(root, routes(), avoiding(routes())),
+    "avoiding, 5 documents": lambda root: said(root, routes(), avoiding(routes()), documents=5),
+    "redrawn": lambda root: said(root, routes(), routes(9)),
+    "one domain": lambda root: said(root, routes(), changed(routes(), in_one_domain())),
+    "one document of it": lambda root: said(root, routes(), changed(routes(), of_documents(1))),
+    "rounded": lambda root: drawn_pair(root, REGIMES["iid 64/8"], 0, "rounding")[:2],
+    "anywhere": lambda root: drawn_pair(root, REGIMES["iid 64/8"], 0, "anywhere")[:2],
+    "rounded, few": lambda root: drawn_pair(root, REGIMES["200 tokens"], 0, "rounding")[:2],
+    "last tokens": lambda root: last_tokens(root, 60),
+    "last tokens, 4 documents": lambda root: last_tokens(root, 4),
+    "same": lambda root: said(root, routes(), routes()),
+    "10 tokens changed": lambda root: said(
+        root, routes(), changed(routes(), np.arange(3_000) < 10, router=0)
+    ),
+    "recorded otherwise": recorded_otherwise,
+    # misrecorded
+    "routes shifted": misrecorded("routes shifted by one"),
+    "routes shifted, 5 tokens": misrecorded("routes shifted by one", 5),
+    "layers shifted": misrecorded("a dense layer is counted"),
+    "layers shifted, 4 tokens": misrecorded("a dense layer is counted", 4),
+    "layers swapped": misrecorded("two layers swapped"),
+    "layers swapped, 4 tokens": misrecorded("two layers swapped", 4),
+    "layers renumbered": misrecorded("both pipeline stages count from 0"),
+    "layers renumbered, 4 tokens": misrecorded("both pipeline stages count from 0", 4),
+    "experts permuted": misrecorded("experts permuted"),
+    "experts permuted, 8 tokens": misrecorded("experts permuted", 8),
+    "foreign routes": misrecorded("MTP routes fed to a decoder router"),
+    "foreign routes, 2 tokens": misrecorded("MTP routes fed to a decoder router", 2),
+    "physical ids": misrecorded("physical ids of replicas"),
+    "physical ids, 8 tokens": misrecorded("physical ids of replicas", 8, (4, 2, 1)),
+    "shorter": misrecorded("one trace is longer"),
+    "by document": of_documents_alone,
+    "collapsed alike": collapsed_alike,
+    "another model": other_model,
+    "a model of more experts": other_experts,
+    "zeros, k = 2": zeros("filled", 2, 2),
+    "zeros, k = 1": zeros("filled", 1, 12),
+    "zeros, 4 routers": zeros("filled", 1, 4),
+    "no zeros, 2 routers": zeros("routed", 1, 2, 6_000),
+    # models, losses, checkpoints
+    "one follows words": by_words(models.by_chance, 40),
+    "one follows words, 8 documents": by_words(models.by_chance, 8),
+    "both follow words": by_words(models.by_word, 40),
+    "losses": lambda root: test_loss_table.written(root, 0.3),
+    "losses, 5 documents": lambda root: test_loss_table.written(root, 0.3, 5),
+    "even losses": lambda root: test_loss_table.written(root, 0),
+    "worse": losing(0.25),
+    "worse in one document": losing(0.25, 1),
+    "worse, 5 documents": losing(0.25, 5, 5),
+    "settling": checkpoints(0.1, 0.95),
+    "not settling": checkpoints(0.1, 0.5),
+    "settling, 4 documents": checkpoints(0.1, 0.95, documents=4),
+    # what a trace lacks
+    "lacking": lacking,
+    "padded": padded(30),
+    "padded, 15 rows": padded(15),
+    "ties": tied(8),
+    "no ties": tied(1_000),
+    "dropped": lambda root: test_dropped.trace_of(root, [0, 0.03]),
+    "empty slots": lambda root: test_dropped.trace_of(root, [0, 0.03], drops=False),
+    # two traces of counts
+    "moved": histories(40, *range(21, 41)),
+    "moved once": histories(10, *range(6, 11)),
+    "not moved": histories(40),
+    "one interrupted": interrupted,
+    "a steep one": lambda root: two_counts(root, STEEP, 100),
+    "a steep one, few tokens": lambda root: two_counts(root, STEEP, 1),
+    "two even ones": lambda root: two_counts(root, EVEN_LOAD, 100),
+}
+
+
+def planted_short(root: Path, tokens: int) -> Any:
+    """What `planted` has, so short."""
+    first = next(iter(planted(root / "whole").shards))
+    ids = [np.stack(list(first.slots(r)), 1)[:tokens] for r in range(4)]
+    token_id = np.minimum(np.random.default_rng(0).zipf(1.3, T), 499)[:tokens]
+    return write_trace(root / "short", ids, E, document=np.arange(tokens) // 2, token_id=token_id)
+
+
+def noisy(root: Path, share: float, documents: int = DOCUMENTS) -> Any:
+    ids = routes()
+    runs = (changed(ids, random(of, seed)) for seed, of in enumerate((share, 0.02)))
+    return said(root, ids, *runs, documents=documents)
+
+
+def in_one_domain() -> np.ndarray:
+    return random(0.02, 3) | of_documents(*range(1, DOCUMENTS, 3)) & random(0.3, 4)
+
+
+def last_tokens(root: Path, documents: int) -> Any:
+    ids = routes()
+    last_T = np.arange(len(ids[0])) % (len(ids[0]) // documents) == len(ids[0]) // documents - 1
+    other = changed(changed(changed(ids, last_T, router=0), last_T), last_T, router=2)
+    return said(root, ids, other, documents=documents)
+
+
+def two_counts(root: Path, load: list[int], times: int) -> Any:
+    return [counts(root / name, [of], times=times) for name, of in (("a", EVEN_LOAD), ("b", load))]
