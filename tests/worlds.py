@@ -1,9 +1,10 @@
-"""Worlds for the sentences of test_kinds.py: traces, or comparisons of them, in which it is known what
-is true."""
+"""Worlds for the sentences of test_kinds.py: traces, or comparisons of them, in which it is known
+what is true."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,14 @@ def misrecorded(
 def of_documents_alone(root: Path) -> Any:
     """In each of three documents every router has an expert of its own, A's and B's by chance."""
     T, document = 300, np.arange(300) // 100
-    for_D, drawn = np.arange(3), np.random.default_rng(0).permuted(np.tile(np.arange(8), (4, 1)), 1)
-    ids = drawn[:, for_D][:, document, None]
+    ids = np.random.default_rng(0).random((4, 3, E)).argsort(2)[:, document, :1]
     position, token_id = np.arange(T) % 100, np.arange(T)
     a = Recording(E, document, position, token_id, ids[:2], None, range(2), ())
     return compared(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
+
+
+def ten_tokens() -> np.ndarray:
+    return np.arange(len(routes()[0])) < 10
 
 
 def other_model(root: Path) -> Any:
@@ -114,15 +118,15 @@ def collapsed_alike(root: Path) -> Any:
     """Router 1 sends every token to the same experts, in both."""
     a = routed_text(0, 600, 4, 16, 4)
     a.ids_LTK[1] = np.arange(4)
-    return compared(
-        a.written(root / "a"), rounded(a, 0.005).take(a.position > 0).written(root / "b")
-    )
+    b = rounded(a, 0.005).take(a.document < a.document[-1])
+    return compared(a.written(root / "a"), b.written(root / "b"))
 
 
 def other_experts(root: Path) -> Any:
     """Two models of so many experts more that have nothing in common."""
     a, b = routed_text(0, 600, 4, 16, 4), routed_text(9, 600, 4, 18, 4)
-    return compared(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
+    b = replace(a, ids_LTK=b.ids_LTK, E=b.E)
+    return compared(a.written(root / "a"), b.written(root / "b"))
 
 
 def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], Any]:
@@ -143,7 +147,7 @@ def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], 
 
 
 def histories(steps: int, *moved: int) -> Callable[[Path], Any]:
-    """Two runs, committed every 5 steps; in these, experts of the second are not those of chance."""
+    """Two runs, committed every 5 steps; in these, experts of the second are not by chance."""
 
     def made(root: Path) -> Any:
         a, b = loads(0, steps), loads(1, steps, moved)
@@ -258,7 +262,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "last tokens, 4 documents": lambda root: last_tokens(root, 4),
     "same": lambda root: said(root, routes(), routes()),
     "10 tokens changed": lambda root: said(
-        root, routes(), changed(routes(), np.arange(3_000) < 10, router=0)
+        root, routes(), changed(routes(), ten_tokens(), router=0)
     ),
     "recorded otherwise": recorded_otherwise,
     # misrecorded

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.comparison.data import PairData
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.reporting.report import report
@@ -71,6 +72,11 @@ class CheckpointData:
             if settled
             else f"No checkpoint reaches {SETTLED:.0%} of the last"
         )
+        if any(
+            len(made.counts.domain_U[made.units]) < FEWEST_TO_JUDGE for made in self.comparisons
+        ):
+            settled = []
+            when = f"Too few documents to tell when the routing is within {SETTLED:.0%} of the last"
         ends = " → ".join(f"{value:.1%}" for value in mean)
         return finding(
             "saturation",

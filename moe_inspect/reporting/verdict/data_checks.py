@@ -226,7 +226,8 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
 
 def repeated_rows(data: ReportData) -> Finding | None:
     """Runs of the same token id with the same experts, in the first shard of each rank (warm-up
-    comes first) and at the last router (which depends most on the context)."""
+    comes first) and at the last router (which depends most on the context). Of unknown token ids,
+    rows that are the same may be a router that sends all tokens to the same experts."""
     if data.counts.counts_only:
         return None
     trace, router = data.trace, data.selection.routers[-1]
@@ -235,9 +236,9 @@ def repeated_rows(data: ReportData) -> Finding | None:
         if shard.files.index:
             continue
         seen = selected_tokens(shard, data.selection, trace.routers[router].stack)
-        slots = seen.of(shard.slots(router), router)
+        slots, known_T = seen.of(shard.slots(router), router), seen.token_id_T >= 0
         rows += len(seen.token_id_T)
-        repeated += in_runs(np.column_stack([*slots, seen.token_id_T]))
+        repeated += in_runs(np.column_stack([*slots, seen.token_id_T])[known_T])
     if not rows or repeated / rows < data.thresholds.repeated:
         return None
     return finding(
