@@ -23,6 +23,9 @@ os.environ["MOE_INSPECT_SELFCHECK"] = "0"  # test_selfcheck tests it
 
 import pytest
 
+# a shell ignores Ctrl-C in what it starts in the background, and so would all that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -53,6 +56,7 @@ LONG_FILES = (
     "test_ptx",
     "test_docs",
     "test_training_ranks",
+    "test_kinds",
 )
 
 
