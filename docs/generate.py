@@ -32,8 +32,7 @@ def _command(command: Any, name: str) -> Iterator[str]:
             names, text = parameter.get_help_record(context)
             names = names.strip().replace("|", "\\|")  # a cell ends at a bar, even in code
             yield f"| `{names}` | {_text(text)} |"
-        examples = "\n".join(f"moe-inspect {line}" for line in command.page.examples)
-        yield from ("", f"```text\n{examples}\n```", "")
+        yield from ("", f"```text\n{command.epilog}\n```", "")
     for subcommand in subcommands:
         yield from _command(subcommands[subcommand], f"{name} {subcommand}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,7 @@ import pytest
 import typer
 
 from moe_inspect.cli import app
-from moe_inspect.cli.help.complete import metrics, tables, traces
-from moe_inspect.cli.help.pages import COMMANDS, PAGES
+from moe_inspect.cli.help import TABLES, metrics, tables, traces
 from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES
 from moe_inspect.comparison.compare import TABLES as COMPARE_TABLES
 from moe_inspect.comparison.loads.compare import LOAD_TABLES
@@ -39,24 +39,67 @@ def help_of(command: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> list
     return command.get_help(context).splitlines()
 
 
-def test_every_option_of_a_group_exists_and_every_command_has_examples() -> None:
-    known = dict(commands())
-    assert set(PAGES) == set(known) - {"simulate"}
-    for name, page in PAGES.items():
-        there = {parameter.name for parameter in known[name].params}
-        named = {n for title, names in page.groups.items() if title != "Output" for n in names}
-        assert named - {"domain", "phase", "rules", "threshold"} <= there, name
-        assert page.examples
-    assert {n for names in COMMANDS.values() for n in names} >= set(ROOT_COMMAND.commands)
+def test_every_command_has_a_group_and_examples() -> None:
+    assert {command.rich_help_panel for command in ROOT_COMMAND.commands.values()} == {
+        "Record",
+        "Look",
+        "Try",
+        "Files",
+    }
+    assert [name for name, command in commands() if not command.epilog] == ["simulate"]
 
 
-@pytest.mark.parametrize("example", [line for page in PAGES.values() for line in page.examples])
+EXAMPLES = [line for _, command in commands() for line in (command.epilog or "").splitlines()]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_are_read_as_they_stand(example: str) -> None:
-    command, arguments = ROOT_COMMAND, shlex.split(example)
+    program, *arguments = shlex.split(example)
+    assert program == "moe-inspect"
+    command = ROOT_COMMAND
     while hasattr(command, "commands"):
         command = command.commands[arguments.pop(0)]
     command.make_context("moe-inspect", arguments)  # a usage error raises
-    assert len(f"  moe-inspect {example}") <= 80
+    assert len(f"  {example}") <= 80
+
+
+def test_an_option_is_in_the_panel_of_its_dataclass_or_its_own() -> None:
+    known = dict(commands())
+    panels = {
+        name: {p.name: getattr(p, "rich_help_panel", None) for p in known[name].params}
+        for name in ("trace", "ablate", "placement")
+    }
+    assert panels["trace"]["data"] == panels["trace"]["special_tokens"] == "Text"
+    assert panels["trace"]["text"] == panels["trace"]["token_loss"] == "Record"
+    assert panels["ablate"]["data"] == panels["ablate"]["batch_tokens"] == "Held-out text"
+    assert panels["placement"]["output"] == "Plan"
+    assert panels["placement"]["table"] == "Output"
+    assert panels["placement"]["scheduler"] == "Options"
+    assert panels["trace"]["model"] is None
+
+
+def test_help_lists_every_option_once_by_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in commands():
+        _, *sections = sections_of(command, monkeypatch)
+        shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", "\n".join(s for _, s in sections), re.M)
+        options = [p for p in command.params if p.param_type_name == "option"]
+        long = [next(name for name in p.opts if name.startswith("--")) for p in options]
+        assert sorted(shown) == sorted([*long, "--help"]), name
+    assert [title for title, _ in sections_of(dict(commands())["report"], monkeypatch)] == [
+        "",
+        "Arguments",
+        "Selection",
+        "Output",
+        "Checks, exit code 3",
+        "Options",
+        "Examples",
+    ]
+
+
+def sections_of(command: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Title and text of each section of a page of help; what is above the first has no title."""
+    parts = re.split(r"^(\w.*):$", "\n".join(help_of(command, 80, monkeypatch)), flags=re.M)
+    return list(zip(["", *parts[1::2]], parts[::2], strict=True))
 
 
 def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,29 +163,39 @@ def test_a_shell_completes_options_and_traces_once() -> None:
     assert complete("moe-inspect", "trace", "demo", "--dt") == ["--dtype"]
 
 
-def test_tables_are_completed_without_pandas() -> None:
-    code = (
-        "import sys\n"
-        "from moe_inspect.cli.help.complete import tables_in, FOLDERS\n"
-        "assert 'balance' in tables_in(*FOLDERS['report'])\n"
-        "print({'numpy', 'pandas', 'pyarrow'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
+@pytest.mark.parametrize(
+    ("kind", "registry"),
+    [
+        ("report", REPORT_TABLES),
+        ("compare", COMPARE_TABLES),
+        ("checkpoints", CHECKPOINT_TABLES),
+        ("counts", LOAD_TABLES),
+        ("models", MODEL_TABLES),
+    ],
+)
+def test_the_command_line_knows_the_tables_of_every_registry(
+    kind: str, registry: dict[str, Any]
+) -> None:
+    assert TABLES[kind] == ", ".join(sorted(registry))
+
+
+def test_tables_are_named_and_completed_without_pandas(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pandas.py").write_text("raise ImportError('pandas is imported')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("COLUMNS", "300")
+    for command, kinds in (
+        ("report", ["report"]),
+        ("compare", ["compare", "checkpoints", "counts", "models"]),
+    ):
+        said = " ".join(cli(command, "--help", env={**os.environ}).stdout.split())
+        assert all(TABLES[kind] in said for kind in kinds)
     assert complete("moe-inspect", "report", "--table", "bal") == ["balance"]
     assert complete("moe-inspect", "compare", "--table", "fli") == ["flips"]
-
-
-def test_help_names_every_table_without_pandas(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "pandas.py").write_text("raise ImportError('pandas is imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "300"}
-    for command, registries in (
-        ("report", [REPORT_TABLES]),
-        ("compare", [COMPARE_TABLES, CHECKPOINT_TABLES, LOAD_TABLES, MODEL_TABLES]),
-    ):
-        said = " ".join(cli(command, "--help", env=environment).stdout.replace("│", " ").split())
-        for names in registries:
-            assert ", ".join(sorted(names)) in said
+    assert complete("moe-inspect", "simulate", "cache", "--table", "x") == []
+    for command in ("import", "export"):
+        assert "Formats:" in cli(command, "--help", env={**os.environ}).stdout
 
 
 def test_tables_metrics_and_traces_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:

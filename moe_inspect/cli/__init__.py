@@ -23,21 +23,26 @@ from moe_inspect.cli import (
     trace,
     watch,
 )
-from moe_inspect.cli.help.command import GroupedCommand, GroupOfCommands
+from moe_inspect.cli.help import GroupedCommand, GroupOfCommands, page
 from moe_inspect.cli.options import expanded
 
 # of typer's own copy of click, which does not export the name
 UsageError: Any = typer.BadParameter.mro()[2]
 
 
-def _group(name: str, help: str) -> typer.Typer:
+# help is as wide as the terminal
+SETTINGS: dict[str, Any] = {"max_content_width": 1_000}
+
+
+def _group(name: str, text: str) -> typer.Typer:
     return typer.Typer(
         name=name,
-        help=help,
         no_args_is_help=True,
         cls=GroupOfCommands,
+        context_settings=SETTINGS,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
+        **page(text),
     )
 
 
@@ -45,40 +50,52 @@ def _add(
     group: typer.Typer,
     name: str,
     command: Callable[..., None],
+    panel: str | None = None,
     cls: type[GroupedCommand] = GroupedCommand,
     **settings: Any,
 ) -> None:
-    group.command(name, cls=cls, context_settings=settings)(expanded(command))
+    group.command(
+        name,
+        cls=cls,
+        context_settings={**SETTINGS, **settings},
+        rich_help_panel=panel,
+        **page(command.__doc__ or ""),
+    )(expanded(command))
 
 
 app = _group(
     "moe-inspect",
-    "Where do the tokens go? Record and analyse the routing of Mixture-of-Experts models.",
+    """Where do the tokens go? Record and analyse the routing of Mixture-of-Experts models.
+
+    Examples:
+    moe-inspect trace demo -o runs/demo
+    moe-inspect report runs/demo
+    moe-inspect report runs/demo --html report.html""",
 )
-_add(app, "trace", trace.trace)
-_add(app, "serve-trace", serve_trace.serve_trace, allow_interspersed_args=False)
-_add(app, "report", report.report, report.ReportCommand)
-_add(app, "atlas", report.atlas)
-_add(app, "text", text.text)
-_add(app, "sql", text.sql)
-_add(app, "compare", compare.compare, compare.CompareCommand)
-_add(app, "ablate", experts.ablate)
-_add(app, "prune", experts.prune)
-_add(app, "describe", describe.describe)
-_add(app, "import", import_.import_, import_.ImportCommand)
-_add(app, "verify", files.verify)
-_add(app, "merge", files.merge)
-_add(app, "sample", files.sample)
-_add(app, "export", export.export, export.ExportCommand)
-_add(app, "watch", watch.watch)
-_add(app, "doctor", doctor.doctor)
+_add(app, "trace", trace.trace, "Record")
+_add(app, "serve-trace", serve_trace.serve_trace, "Record", allow_interspersed_args=False)
+_add(app, "import", import_.import_, "Record", import_.ImportCommand)
+_add(app, "watch", watch.watch, "Record")
+_add(app, "doctor", doctor.doctor, "Record")
+_add(app, "report", report.report, "Look")
+_add(app, "atlas", report.atlas, "Look")
+_add(app, "text", text.text, "Look")
+_add(app, "sql", text.sql, "Look")
+_add(app, "compare", compare.compare, "Look")
+_add(app, "describe", describe.describe, "Look")
+_add(app, "ablate", experts.ablate, "Try")
+_add(app, "prune", experts.prune, "Try")
 simulations = _group("simulate", "Replay a trace under other assumptions.")
 _add(simulations, "capacity", simulate.capacity)
 _add(simulations, "placement", simulate.placement)
 _add(simulations, "decode", simulate.decode)
 _add(simulations, "cache", simulate.cache)
 _add(simulations, "routing", simulate.routing)
-app.add_typer(simulations, name="simulate")
+app.add_typer(simulations, name="simulate", rich_help_panel="Try")
+_add(app, "verify", files.verify, "Files")
+_add(app, "merge", files.merge, "Files")
+_add(app, "sample", files.sample, "Files")
+_add(app, "export", export.export, "Files", export.ExportCommand)
 
 
 def _version(asked: bool) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from moe_inspect.cli.options import Options
+from moe_inspect.cli.options import Options, in_panel
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 
 if TYPE_CHECKING:
     from moe_inspect.model.custom.spec import RouterSpec
 
 
+model_option = in_panel("Model")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ModelArgument = Annotated[
     str | None,
@@ -27,12 +28,12 @@ ModelArgument = Annotated[
     ),
 ]
 Revision = Annotated[
-    str | None, Option(metavar="REVISION", help="Branch, tag or commit on the hub.")
+    str | None, model_option(metavar="REVISION", help="Branch, tag or commit on the hub.")
 ]
-TrustRemoteCode = Annotated[bool, Option(help="Run code from the model's repository.")]
+TrustRemoteCode = Annotated[bool, model_option(help="Run code from the model's repository.")]
 RandomInit = Annotated[
     int | None,
-    Option(
+    model_option(
         metavar="SEED",
         help="Initialise the weights at random with this seed instead of reading them: the "
         "untrained baseline.",
@@ -43,13 +44,15 @@ RandomInit = Annotated[
 BatchTokens = Annotated[
     int, Option(metavar="N", min=1, help="Tokens per forward pass, padding included.")
 ]
-Device = Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
-OfDtype = Annotated[Dtype, Option(help="auto: as stored in the checkpoint.")]
+Device = Annotated[str, model_option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
+OfDtype = Annotated[Dtype, model_option(help="auto: as stored in the checkpoint.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Options):
     """The text that is fed to a model."""
+
+    panel = "Text"
 
     data: Annotated[
         list[str] | None,
@@ -89,12 +92,16 @@ class TextOptions(Options):
 class HeldOutText(TextOptions):
     """The text on which a loss is measured."""
 
+    panel = "Held-out text"
+
     batch_tokens: BatchTokens = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """How a model is loaded, and where its routers are."""
+
+    panel = "Model"
 
     device: Device = "auto"
     device_map: Annotated[

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from moe_inspect.cli.help.command import TableCommand
-from moe_inspect.cli.help.complete import FOLDERS, tables_in, traces
+from moe_inspect.cli.help import TABLES, traces
 from moe_inspect.cli.options import (
     GateOptions,
     Options,
@@ -20,7 +19,7 @@ from moe_inspect.cli.options import (
     limit,
 )
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions
+from moe_inspect.cli.show import ShowOptions, output_option, table_option
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:
@@ -33,17 +32,16 @@ if TYPE_CHECKING:
     Made = Comparison | LoadComparison | ModelComparison | Checkpoints
 
 
-class CompareCommand(TableCommand):
-    def tables_help(self) -> str:
-        def those(of: str, *folders: str) -> str:
-            return ", ".join(sorted(tables_in(*folders, of=of)))
-
-        return (
-            f"One table instead of the text: {those('TABLES', *FOLDERS['compare'])}; of more than "
-            f"two traces {those('CHECKPOINT_TABLES', 'comparison')}; of traces of counts "
-            f"{those('LOAD_TABLES', 'comparison/loads')}; of two different models "
-            f"{those('MODEL_TABLES', 'comparison/models')}."
-        )
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ShowOptions):
+    table: Annotated[
+        str | None,
+        table_option(
+            f"One table instead of the text: {TABLES['compare']}; of more than two traces "
+            f"{TABLES['checkpoints']}; of traces of counts {TABLES['counts']}; of two different "
+            f"models {TABLES['models']}."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,8 @@ class SelectionOfA(SelectionOptions):
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(Options):
     """How the decisions of two traces belong together."""
+
+    panel = "Alignment"
 
     noise: Annotated[
         str | None,
@@ -118,13 +118,13 @@ def compare(
             help="Further checkpoints, in training order; each is compared with the last.",
         ),
     ] = None,
-    pair: PairOptions,
-    show: ShowOptions,
-    scheduler: Scheduler = None,
     selection: SelectionOfA,
+    pair: PairOptions,
+    show: CompareOptions,
+    scheduler: Scheduler = None,
     top: Annotated[
         int,
-        Option(
+        output_option(
             min=0,
             help="Rows per router in flips, rows in documents and movers, texts per expert in "
             "vocabulary; 0 is all.",
@@ -137,7 +137,13 @@ def compare(
     Shows where they choose different experts, and whether rounding, another model or a misalignment
     explains it. More than two traces are checkpoints in training order; each is compared with the
     last. Traces of counts are compared by the load of their experts, different models side by side.
-    Needs neither torch nor the model."""
+    Needs neither torch nor the model.
+
+    Examples:
+    moe-inspect compare runs/bf16 runs/fp8
+    moe-inspect compare runs/bf16 runs/fp8 --table flips --format csv
+    moe-inspect compare runs/step-1000 runs/step-2000 runs/step-3000
+    moe-inspect compare runs/train runs/serve --fail-above set_mismatch=0.01"""
     if others and pair.given:
         raise typer.BadParameter(
             f"--{pair.given[0].replace('_', '-')} is for two traces, and there are "

@@ -12,11 +12,13 @@ from typer import Argument, Option
 
 from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, quiet
 from moe_inspect.cli.emit import Format, text_to
+from moe_inspect.cli.options import in_panel
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import TableOptions
 
 Gpu = Literal["a100", "h100", "h200", "b200"]
 WeightTable = Literal["routers", "experts"]
+training_option, weights_option = in_panel("Training"), in_panel("Weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,15 @@ def describe(
     ],
     weights: Annotated[
         bool,
-        Option(
+        weights_option(
             help="Show statistics of the weights (safetensors) instead: of each router or expert."
         ),
     ] = False,
     table: Annotated[
         WeightTable,
-        Option(help="With --weights: the geometry of routers, or AIMER and norms of experts."),
+        weights_option(
+            help="With --weights: the geometry of routers, or AIMER and norms of experts."
+        ),
     ] = "routers",
     context: Annotated[
         int | None,
@@ -60,12 +64,16 @@ def describe(
     ] = None,
     train_tokens: Annotated[
         float | None,
-        Option(min=1, help="Also show the FLOPs of training on this many tokens, e.g. 2e12."),
+        training_option(
+            min=1, help="Also show the FLOPs of training on this many tokens, e.g. 2e12."
+        ),
     ] = None,
-    gpu: Annotated[Gpu, Option(help="GPU whose dense bf16 peak is used for training.")] = "h100",
+    gpu: Annotated[
+        Gpu, training_option(help="GPU whose dense bf16 peak is used for training.")
+    ] = "h100",
     mfu: Annotated[
         float | None,
-        Option(
+        training_option(
             min=0.001,
             max=1,
             help="Also show the GPU-hours of training at this model FLOPs utilisation, e.g. 0.4.",
@@ -73,7 +81,9 @@ def describe(
     ] = None,
     gpu_hours: Annotated[
         float | None,
-        Option(min=1, help="Also show the model FLOPs utilisation that this many GPU-hours imply."),
+        training_option(
+            min=1, help="Also show the model FLOPs utilisation that this many GPU-hours imply."
+        ),
     ] = None,
     write: FactsOptions,
     revision: Revision = None,
@@ -83,7 +93,12 @@ def describe(
 
     Needs only a config. Active parameters are those used per token: of each router's experts, the
     top k. With --weights, reads the weights instead, without torch, and shows how similar the rows
-    of each router are, or the AIMER of each expert."""
+    of each router are, or the AIMER of each expert.
+
+    Examples:
+    moe-inspect describe allenai/OLMoE-1B-7B-0924
+    moe-inspect describe config.json --train-tokens 2e12 --mfu 0.4
+    moe-inspect describe demo --weights --table experts"""
     if (mfu or gpu_hours) and train_tokens is None:
         raise typer.BadParameter("--mfu and --gpu-hours are about training: add --train-tokens")
     form = write.form()

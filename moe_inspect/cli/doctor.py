@@ -42,7 +42,12 @@ def doctor(
 
     Prints one page to paste into a bug report: versions, devices, possible captures, speeds. With a
     model, also measures its forward passes traced and untraced. Names no user, host or path. Exits
-    with 1 if a kernel gives a wrong result."""
+    with 1 if a kernel gives a wrong result.
+
+    Examples:
+    moe-inspect doctor
+    moe-inspect doctor demo
+    moe-inspect doctor allenai/OLMoE-1B-7B-0924 --device cuda"""
     with shown():
         phase("loading torch")
         if find_spec("transformers") is not None:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer import Option
 
 from moe_inspect.cli.capture import HeldOutText, ModelArgument, ModelOptions, prepare, ranges_of
 from moe_inspect.cli.emit import Format, emit
-from moe_inspect.cli.help.complete import traces
-from moe_inspect.cli.options import Layers
+from moe_inspect.cli.help import traces
+from moe_inspect.cli.options import Layers, in_panel, selection_option
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import SafeCsv, TableOptions
+from moe_inspect.cli.show import SafeCsv, TableOptions, output_option
 from moe_inspect.text import plural, print_stderr
 
 By = Literal["reap", "gate", "frequency", "ean", "mean-norm", "aimer", "ablation", "random"]
 AblateTable = Literal["experts", "domains"]
 PruneTable = Literal["losses", "scores", "findings"]
+run_option, experts_option = in_panel("Run"), in_panel("Experts")
 
 
 def ablate(
@@ -28,14 +28,11 @@ def ablate(
     layers: Layers = None,
     experts: Annotated[
         list[str] | None,
-        Option(metavar="EXPERTS", help="Only these experts of each layer, e.g. 0-3,7."),
+        selection_option(metavar="EXPERTS", help="Only these experts of each layer, e.g. 0-3,7."),
     ] = None,
-    table: Annotated[
-        AblateTable, Option(help="experts: a row per expert. domains: one per expert and domain.")
-    ] = "experts",
     most_passes: Annotated[
         int | None,
-        Option(
+        run_option(
             metavar="N",
             min=2,
             help="Run at most this many forward passes, so that every expert is judged on less "
@@ -44,11 +41,15 @@ def ablate(
     ] = None,
     resume: Annotated[
         Path | None,
-        Option(
+        run_option(
             metavar="DIR",
             help="Store every loss in this directory, and continue from the losses already there.",
         ),
     ] = None,
+    table: Annotated[
+        AblateTable,
+        output_option(help="experts: a row per expert. domains: one per expert and domain."),
+    ] = "experts",
     write: TableOptions,
     text: HeldOutText,
     load: ModelOptions,
@@ -56,7 +57,12 @@ def ablate(
     """Measure the loss on held-out text without each expert.
 
     Drops each expert in turn; its router chooses among the rest. Differences are in nats per token,
-    with 95 % intervals over documents. Layers below the dropped expert are computed only once."""
+    with 95 % intervals over documents. Layers below the dropped expert are computed only once.
+
+    Examples:
+    moe-inspect ablate demo --layers 1
+    moe-inspect ablate ./model --data held_out.jsonl --resume kept -o worth.csv
+    moe-inspect ablate ./model --data held_out/ --table domains --most-passes 900"""
     write.form()  # a usage error comes before anything is computed
     named = load.check(model)
     prepare()
@@ -96,7 +102,7 @@ def prune(
     *,
     trace: Annotated[
         str,
-        Option(
+        experts_option(
             metavar="TRACE",
             help="A trace of this model on calibration text; for reap, ean and mean-norm one with "
             "--output-norms.",
@@ -106,17 +112,19 @@ def prune(
     model: ModelArgument = None,
     output: Annotated[
         Path | None,
-        Option(
+        output_option(
             "-o",
             "--output",
             metavar="DIR",
             help="Write the pruned checkpoint to this new directory.",
         ),
     ] = None,
-    dry_run: Annotated[bool, Option(help="Score and measure only; write no checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, output_option(help="Score and measure only; write no checkpoint.")
+    ] = False,
     by: Annotated[
         By,
-        Option(
+        experts_option(
             help="Score of an expert; the lowest are dropped. reap: mean of gate weight × output "
             "norm. gate: sum of gate weights. frequency: assignments. ean: sum of output "
             "norms. mean-norm: mean of output norms. aimer: from the weights alone. ablation: "
@@ -124,15 +132,16 @@ def prune(
         ),
     ] = "reap",
     keep: Annotated[
-        float, Option(help="Share of the experts of each layer (or group) to keep, at least.")
+        float,
+        experts_option(help="Share of the experts of each layer (or group) to keep, at least."),
     ] = 0.75,
     draws: Annotated[
-        int, Option(metavar="N", min=1, help="How many random choices to compare with.")
+        int, experts_option(metavar="N", min=1, help="How many random choices to compare with.")
     ] = 5,
-    seed: Annotated[int, Option(metavar="SEED", help="Seed of the random choices.")] = 0,
+    seed: Annotated[int, experts_option(metavar="SEED", help="Seed of the random choices.")] = 0,
     resume: Annotated[
         Path | None,
-        Option(
+        experts_option(
             metavar="DIR",
             help="With --by ablation: store every loss in this directory, and continue from those "
             "already there.",
@@ -140,11 +149,11 @@ def prune(
     ] = None,
     table: Annotated[
         PruneTable,
-        Option(
+        output_option(
             help="losses: by plan and domain. scores: a row per expert. findings: the warnings."
         ),
     ] = "losses",
-    format: Annotated[Format, Option(help="json: one object per line.")] = Format.table,
+    format: Annotated[Format, output_option(help="json: one object per line.")] = Format.table,
     safe_csv: SafeCsv = False,
     text: HeldOutText,
     load: ModelOptions,
@@ -154,7 +163,12 @@ def prune(
     Measures the loss on held-out text without them, by domain, and compares it with dropping the
     same number by frequency and at random; warns about doubtful choices. Every layer loses the same
     number of experts. transformers loads the checkpoint. Only the loss is measured, not other
-    abilities."""
+    abilities.
+
+    Examples:
+    moe-inspect prune demo --trace runs/demo --by gate --dry-run
+    moe-inspect prune ./model --trace runs/a --data held_out/ --keep 0.5 -o pruned
+    moe-inspect prune demo --trace runs/demo --by gate --dry-run --table scores"""
     if (output is None) != dry_run:
         raise typer.BadParameter("give -o DIR for the checkpoint, or --dry-run for none")
     named = load.check(model)

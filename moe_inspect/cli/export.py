@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, get_args
 from typer import Option
 
 from moe_inspect.cli.experts import By
-from moe_inspect.cli.help.command import FormatsCommand
+from moe_inspect.cli.help import GroupedCommand
 from moe_inspect.cli.options import TraceArgument
-from moe_inspect.cli.show import SafeCsv
+from moe_inspect.cli.show import SafeCsv, output_option
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import print_stderr
 
@@ -23,18 +24,16 @@ else:
     ExportBy = StrEnum("ExportBy", {by: by for by in (*get_args(By), "token") if by != "random"})
 
 
-class ExportCommand(FormatsCommand):
-    def formats(self) -> dict[str, str]:
-        from moe_inspect.exporters.registry import exporters
-
-        return {name: exporter.writes for name, exporter in exporters().items()}
+class ExportCommand(GroupedCommand):
+    formats: Mapping[str, str] = {name: writes for name, (_, writes) in MODULES.items()}
 
 
 def export(
     trace: TraceArgument,
-    format: Annotated[ExportFormat, Option(help="What to write: see Formats.")],
+    format: Annotated[ExportFormat, output_option(help="What to write: see Formats.")],
     output: Annotated[
-        Path, Option("-o", "--output", metavar="PATH", help="File to write; for esft, a folder.")
+        Path,
+        output_option("-o", "--output", metavar="PATH", help="File to write; for esft, a folder."),
     ],
     top_p: Annotated[
         float | None,
@@ -75,7 +74,11 @@ def export(
     ] = None,
     safe_csv: SafeCsv = False,
 ) -> None:
-    """Convert a trace to the format of another tool."""
+    """Convert a trace to the format of another tool.
+
+    Examples:
+    moe-inspect export runs/a --format counts -o counts.csv
+    moe-inspect export runs/a --format sglang -o distribution.json"""
     from moe_inspect.exporters.run import export_trace
 
     made = export_trace(

@@ -6,19 +6,25 @@ import json
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from moe_inspect.cli.emit import to_stdout
-from moe_inspect.cli.help.complete import traces as complete
-from moe_inspect.cli.options import AsJson, NewTrace, Overwrite, TraceArgument
+from moe_inspect.cli.help import traces as complete
+from moe_inspect.cli.options import AsJson, NewTrace, Overwrite, TraceArgument, in_panel
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
+
+documents_option = in_panel("Documents")
 
 
 def verify(trace: TraceArgument, as_json: AsJson = False) -> None:
     """Check every file of a trace: checksums, ids, counts, order.
 
-    Names the first violation by file and row, and exits with 1."""
+    Names the first violation by file and row, and exits with 1.
+
+    Examples:
+    moe-inspect verify runs/a
+    moe-inspect verify runs/a --json"""
     from moe_inspect.trace.verify import verify as check
 
     with shown():
@@ -48,7 +54,11 @@ def merge(
 ) -> None:
     """Merge several traces of the same model into one.
 
-    Each is verified first. Documents are renumbered; trace.json records where they came from."""
+    Each is verified first. Documents are renumbered; trace.json records where they came from.
+
+    Examples:
+    moe-inspect merge runs/a runs/b -o runs/all
+    moe-inspect merge runs/a runs/b runs/c -o runs/all --overwrite"""
     from moe_inspect.trace.derived.merge import merge as run
 
     with shown():
@@ -61,18 +71,28 @@ def merge(
 def sample(
     trace: TraceArgument,
     output: NewTrace,
-    documents: Annotated[int | None, Option(min=1, help="How many documents.")] = None,
-    share: Annotated[float | None, Option(help="Share of the documents, above 0 to 1.")] = None,
-    seed: Annotated[int, Option(min=0, help="Seed of the random choice.")] = 0,
-    by_domain: Annotated[bool, Option(help="Apply --documents or --share per domain.")] = False,
+    documents: Annotated[int | None, documents_option(min=1, help="How many documents.")] = None,
+    share: Annotated[
+        float | None, documents_option(help="Share of the documents, above 0 to 1.")
+    ] = None,
+    seed: Annotated[int, documents_option(min=0, help="Seed of the random choice.")] = 0,
+    by_domain: Annotated[
+        bool, documents_option(help="Apply --documents or --share per domain.")
+    ] = False,
     rest: Annotated[
-        bool, Option(help="Take the documents that the same call without --rest leaves out.")
+        bool,
+        documents_option(help="Take the documents that the same call without --rest leaves out."),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a trace of some documents of a trace, chosen at random.
 
-    Documents are kept whole, with all their records and their numbers."""
+    Documents are kept whole, with all their records and their numbers.
+
+    Examples:
+    moe-inspect sample runs/a -o runs/few --documents 100
+    moe-inspect sample runs/a -o runs/tenth --share 0.1 --by-domain
+    moe-inspect sample runs/a -o runs/others --share 0.1 --by-domain --rest"""
     from moe_inspect.trace.derived.sample import sample as run
 
     if (documents is None) == (share is None):

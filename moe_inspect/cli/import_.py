@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from moe_inspect.cli.help.command import FormatsCommand
-from moe_inspect.cli.options import CommitEvery, NewTrace, Overwrite
+from moe_inspect.cli.capture import model_option
+from moe_inspect.cli.help import GroupedCommand
+from moe_inspect.cli.options import CommitEvery, NewTrace, Overwrite, in_panel
 from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
     from moe_inspect.importers.parallel.processes import Workers
+run_option = in_panel("Run")
 
 
 @contextmanager
@@ -35,11 +37,10 @@ def _workers(
         yield at
 
 
-class ImportCommand(FormatsCommand):
-    def formats(self) -> dict[str, str]:
-        from moe_inspect.importers.registry import formats
-
-        return {name: format.reads.replace("`", "") for name, format in formats().items()}
+class ImportCommand(GroupedCommand):
+    formats: Mapping[str, str] = {
+        name: reads.replace("`", "") for name, (_, reads) in MODULES.items()
+    }
 
 
 def import_(
@@ -56,7 +57,7 @@ def import_(
     output: NewTrace,
     model: Annotated[
         str | None,
-        Option(
+        model_option(
             metavar="MODEL",
             help="Hub id or directory of the model, for what the files lack: number of experts, "
             "top-k, dense layers, vocabulary.",
@@ -64,19 +65,23 @@ def import_(
     ] = None,
     config: Annotated[
         Path | None,
-        Option(metavar="FILE", help="The same from a config.json, without transformers."),
+        model_option(metavar="FILE", help="The same from a config.json, without transformers."),
     ] = None,
     experts: Annotated[
         int | None,
-        Option(min=1, help="Experts per layer, where neither the files nor a config give it."),
+        model_option(
+            min=1, help="Experts per layer, where neither the files nor a config give it."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
-        Option(min=1, help="Experts per token, where neither the files nor a config give it."),
+        model_option(
+            min=1, help="Experts per token, where neither the files nor a config give it."
+        ),
     ] = None,
     pipeline_stages: Annotated[
         int | None,
-        Option(
+        model_option(
             min=1,
             help="megatron: pipeline stages of a run whose files number layers from 0 in each "
             "stage. More than one needs --model or --config.",
@@ -95,14 +100,14 @@ def import_(
     commit_every: CommitEvery = None,
     workers: Annotated[
         int | None,
-        Option(
+        run_option(
             min=1,
             help="Processes that parse lines of JSON (default: one per core for large files).",
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
-        Option(
+        run_option(
             metavar="ADDRESS",
             help="Parse lines of JSON on this dask.distributed cluster, whose workers see the "
             "files at the same path.",
@@ -111,7 +116,11 @@ def import_(
 ) -> None:
     """Convert recordings of engines and trainers to a trace.
 
-    Reports read it like any other trace, and state what is missing."""
+    Reports read it like any other trace, and state what is missing.
+
+    Examples:
+    moe-inspect import auto recorded/ -o runs/served --model Qwen/Qwen3-30B-A3B
+    moe-inspect import counts loads.csv -o runs/loads --top-k 8"""
     from moe_inspect.importers.run import import_trace
 
     if format not in (*MODULES, "auto"):

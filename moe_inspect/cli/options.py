@@ -7,15 +7,15 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import MISSING, dataclass, fields
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
 
-from moe_inspect.cli.help.complete import metrics, traces
+from moe_inspect.cli.help import metrics, traces
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
 
@@ -37,6 +37,14 @@ def seconds(text: str | float) -> float:
     return float(found[1]) * {"ms": 0.001, "m": 60.0, "h": 3600.0}.get(found[2], 1.0)
 
 
+def in_panel(title: str) -> Any:
+    """`Option`, listed under this title in --help."""
+    return partial(Option, rich_help_panel=title)
+
+
+gate_option = in_panel("Checks, exit code 3")
+selection_option = in_panel("Selection")
+trace_option = in_panel("Trace")
 Phase = Literal["prefill", "decode", "encode", "draft"]
 TRACE = Argument(
     metavar="TRACE", help="The directory of a trace, or its URL (s3://…).", autocompletion=traces
@@ -54,22 +62,25 @@ Output = Annotated[
 ]
 NewTrace = Annotated[
     str,
-    Option("-o", "--output", metavar="DIR", help="Directory of the trace to write, or its URL."),
+    trace_option(
+        "-o", "--output", metavar="DIR", help="Directory of the trace to write, or its URL."
+    ),
 ]
-Overwrite = Annotated[bool, Option(help="Replace an existing trace.")]
+Overwrite = Annotated[bool, trace_option(help="Replace an existing trace.")]
 Scheduler = Annotated[
     str | None,
     Option(
         metavar="ADDRESS",
         help="Run on this dask.distributed cluster, whose workers see the trace at the same path.",
+        rich_help_panel="Options",
     ),
 ]
 Layers = Annotated[
-    list[str] | None, Option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.")
+    list[str] | None, selection_option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.")
 ]
 CommitEvery = Annotated[
     float | None,
-    Option(
+    trace_option(
         metavar="TIME",
         parser=seconds,
         help="Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: "
@@ -81,7 +92,10 @@ AsJson = Annotated[bool, Option("--json", help="Print the result as one JSON obj
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A group: a field per option."""
+    """A group: a field per option. panel: its title in --help, but for options that have one of
+    their own."""
+
+    panel: ClassVar[str]
 
     def keywords(self) -> dict[str, Any]:
         """The options as keywords of the API."""
@@ -96,24 +110,26 @@ def names(*groups: type[Options]) -> tuple[str, ...]:
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer reads it: in place of each parameter that is a group of options stand
     the fields of the group. All parameters are keywords."""
-    groups: dict[str, type[Any]] = {}
+    groups: dict[str, type[Options]] = {}
     parameters: list[inspect.Parameter] = []
 
-    def add(name: str, default: Any, annotation: Any) -> None:
+    def add(name: str, default: Any, annotation: Any, panel: str | None = None) -> None:
         default = inspect.Parameter.empty if default is MISSING else default
         kind = inspect.Parameter.KEYWORD_ONLY
-        if default is False and not annotation.__metadata__[0].param_decls:  # without a --no- form
+        if get_origin(annotation) is Annotated:
             option = copy(annotation.__metadata__[0])
-            option.param_decls = (f"--{name.replace('_', '-')}",)
-            annotation = Annotated[bool, option]
+            option.rich_help_panel = option.rich_help_panel or panel
+            if default is False and not option.param_decls:  # without a --no- form
+                option.param_decls = (f"--{name.replace('_', '-')}",)
+            annotation = Annotated[annotation.__origin__, option]
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
 
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        if is_dataclass(group := parameter.annotation) and isinstance(group, type):
+        if isinstance(group := parameter.annotation, type) and issubclass(group, Options):
             groups[name] = group
             types = get_type_hints(group, include_extras=True)
             for field in fields(group):
-                add(field.name, field.default, types[field.name])
+                add(field.name, field.default, types[field.name], group.panel)
         else:
             add(name, parameter.default, parameter.annotation)
 
@@ -134,6 +150,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 class SelectionOptions(Options):
     """What of a trace is looked at."""
 
+    panel = "Selection"
+
     layers: Layers = None
     domain: Annotated[
         list[str] | None, Option(metavar="NAME", help="Only tokens of this domain.")
@@ -153,12 +171,14 @@ class SelectionOptions(Options):
 
 def limit(help: str) -> Any:
     """An option that sets limits of metrics."""
-    return Option(metavar="METRIC=VALUE", autocompletion=metrics, help=help)
+    return gate_option(metavar="METRIC=VALUE", autocompletion=metrics, help=help)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions(Options):
     """Limits of metrics, for continuous integration."""
+
+    panel = "Checks, exit code 3"
 
     fail_above: Annotated[
         list[str] | None, limit("Exit with 3 if the metric of any selected router is above.")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +16,18 @@ import typer
 from typer import Argument, Option
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
-from moe_inspect.cli.help.command import TableCommand
-from moe_inspect.cli.help.complete import FOLDERS, tables_in
-from moe_inspect.cli.help.complete import traces as complete
-from moe_inspect.cli.options import TRACE, GateOptions, Scheduler, SelectionOptions, exit_if_failed
+from moe_inspect.cli.help import TABLES
+from moe_inspect.cli.help import traces as complete
+from moe_inspect.cli.options import (
+    TRACE,
+    GateOptions,
+    Scheduler,
+    SelectionOptions,
+    exit_if_failed,
+    gate_option,
+)
 from moe_inspect.cli.progress import shown
-from moe_inspect.cli.show import ShowOptions
+from moe_inspect.cli.show import ShowOptions, output_option, table_option
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.text import plural, print_stderr
@@ -43,23 +50,24 @@ class Simulated(StrEnum):
     routing = "routing"
 
 
-class ReportCommand(TableCommand):
-    def tables_help(self) -> str:
-        return (
-            f"One table instead of the report: {', '.join(sorted(tables_in(*FOLDERS['report'])))}."
-        )
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(ShowOptions):
+    table: Annotated[
+        str | None, table_option(f"One table instead of the report: {TABLES['report']}.")
+    ] = None
 
 
 def report(
     *,
     trace: Annotated[str | None, TRACE] = None,
+    selection: SelectionOptions,
     full: Annotated[
-        bool, Option(help="Print every finding and note, and excerpts of the tables.")
+        bool, output_option(help="Print every finding and note, and excerpts of the tables.")
     ] = False,
-    show: ShowOptions,
+    show: ReportOptions,
     simulate: Annotated[
         list[Simulated] | None,
-        Option(help="With --html: add a section with this simulation at its defaults."),
+        output_option(help="With --html: add a section with this simulation at its defaults."),
     ] = None,
     text: Annotated[
         str | None,
@@ -69,7 +77,6 @@ def report(
             "that differ most between domains, 1 MB in total.",
         ),
     ] = None,
-    selection: SelectionOptions,
     baseline: Annotated[
         str | None,
         Option(
@@ -81,7 +88,7 @@ def report(
     ] = None,
     top: Annotated[
         int,
-        Option(
+        output_option(
             min=0,
             help="Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is "
             "all.",
@@ -103,7 +110,7 @@ def report(
     ] = None,
     threshold: Annotated[
         list[str] | None,
-        Option(
+        gate_option(
             metavar="NAME=VALUE",
             help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them).",
         ),
@@ -111,7 +118,7 @@ def report(
     limits: GateOptions,
     rules: Annotated[
         Path | None,
-        Option(
+        gate_option(
             metavar="FILE",
             help="Exit with 3 if any window breaks a rule of this file, one per line, e.g. "
             "max_over_mean > 2 for 3 windows.",
@@ -125,7 +132,14 @@ def report(
     """Report load balance and expert specialisation.
 
     Which layers and experts are out of balance, compared with chance, and what each expert
-    specialises in. Needs neither torch nor the model."""
+    specialises in. Needs neither torch nor the model.
+
+    Examples:
+    moe-inspect report runs/a
+    moe-inspect report runs/a --html report.html
+    moe-inspect report runs/a --plots figs --only load --width 3.3in --format pdf
+    moe-inspect report runs/a --table load --layers 0-3 --format csv -o load.csv
+    moe-inspect report runs/a --fail-above max_vio=0.5 --fail-above dead_experts=0"""
     if list_metrics:
         form = show.of_table or format_of(show.output) or Format.table
         write_metrics(form, show.output, show.safe_csv)
@@ -346,7 +360,11 @@ def atlas(
     """Build a static site: one page per trace, and an index.
 
     The index compares their models and can be searched by expert, domain and token. Pages of
-    unchanged traces are kept. Needs neither torch nor a server."""
+    unchanged traces are kept. Needs neither torch nor a server.
+
+    Examples:
+    moe-inspect atlas runs/a runs/b -o site
+    moe-inspect atlas runs/c -o site --add"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `report`
     amount = _amount_of_text(text)
     from moe_inspect.site import atlas as run

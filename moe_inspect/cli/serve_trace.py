@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, ranges_of, stop_cleanly
-from moe_inspect.cli.options import seconds
+from moe_inspect.cli.options import in_panel, seconds
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.trace import (
     EngineName,
@@ -28,15 +28,15 @@ from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr
 from moe_inspect.trace.files.location import Remote
 
+engine_option = in_panel("Engine")
+
+
+class ServedRequests(RequestOptions):
+    panel = "Engine"
+
 
 def serve_trace(
     *,
-    write: WriteOptions,
-    text: TracedText,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    layers: RecordedLayers = None,
-    requests: RequestOptions,
     command: Annotated[
         list[str] | None,
         Argument(
@@ -45,11 +45,11 @@ def serve_trace(
         ),
     ] = None,
     engine: Annotated[
-        EngineName | None, Option(help="The serving engine (default: by its command).")
+        EngineName | None, engine_option(help="The serving engine (default: by its command).")
     ] = None,
     model_config: Annotated[
         str | None,
-        Option(
+        engine_option(
             metavar="MODEL",
             help="Hub id or directory of the served model's config and tokenizer (default: the "
             "model of the command).",
@@ -57,7 +57,7 @@ def serve_trace(
     ] = None,
     engine_log: Annotated[
         Path | None,
-        Option(
+        engine_option(
             metavar="FILE",
             help="File to append the engine's output to (default: the trace's name plus "
             ".engine.log, beside it; for a URL, in the current directory).",
@@ -65,15 +65,25 @@ def serve_trace(
     ] = None,
     start_timeout: Annotated[
         float,
-        Option(
+        engine_option(
             metavar="TIME",
             parser=seconds,
             help="How long the engine may take to start (default: 1h).",
             show_default=False,
         ),
     ] = 3600.0,
+    requests: ServedRequests,
+    text: TracedText,
+    layers: RecordedLayers = None,
+    write: WriteOptions,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Start a serving engine, trace the model in it, and stop it."""
+    """Start a serving engine, trace the model in it, and stop it.
+
+    Examples:
+    moe-inspect serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924
+    moe-inspect serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2"""
     from moe_inspect.api import trace_engine
     from moe_inspect.capture.server.engine_command import read_command
     from moe_inspect.capture.server.serve import serve_engine

@@ -13,8 +13,8 @@ import typer
 from typer import Option
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
-from moe_inspect.cli.help.complete import tables
-from moe_inspect.cli.options import Options, Output
+from moe_inspect.cli.help import tables
+from moe_inspect.cli.options import Options, Output, in_panel
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -37,13 +37,19 @@ def inches(text: str | float) -> float:
     return width
 
 
+output_option = in_panel("Output")
 SafeCsv = Annotated[
     bool,
-    Option(
+    output_option(
         help="In csv, put an apostrophe before text that a spreadsheet would take for a formula "
         "(= + - @)."
     ),
 ]
+
+
+def table_option(help: str) -> Any:
+    """The option --table."""
+    return Option(metavar="NAME", autocompletion=tables, help=help)
 
 
 def _no_format(output: Path | None) -> typer.BadParameter:
@@ -55,6 +61,8 @@ def _no_format(output: Path | None) -> typer.BadParameter:
 @dataclass(frozen=True, kw_only=True)
 class TableOptions(Options):
     """Of a command whose result is a table."""
+
+    panel = "Output"
 
     format: Annotated[
         Format | None,
@@ -80,12 +88,9 @@ class TableOptions(Options):
 class ShowOptions(Options):
     """Of a command whose result is text, tables, pictures and a page."""
 
-    table: Annotated[
-        str | None,
-        Option(
-            metavar="NAME", help="Print one table instead of the summary.", autocompletion=tables
-        ),
-    ] = None
+    panel = "Output"
+
+    table: Annotated[str | None, table_option("Print one table instead of the summary.")] = None
     format: Annotated[
         Literal["table", "csv", "json", "parquet", "png", "svg", "pdf"] | None,
         Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 from typer import Option
 
-from moe_inspect.cli.options import Layers, Scheduler, SelectionOptions, TraceArgument
+from moe_inspect.cli.options import Layers, Scheduler, SelectionOptions, TraceArgument, in_panel
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions
 from moe_inspect.text import no_such, print_stderr
@@ -26,6 +26,7 @@ Order = Literal["arrival", "token", "weight"]
 Minimize = Literal["ranks"]
 Dispatch = Literal["even", "lp"]
 Engine = Literal["sglang", "tensorrt-llm", "vllm-ascend"]
+gpu_option, policy_option, plan_option = map(in_panel, ("GPUs", "Policy", "Plan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PlanOptions(SimulateOptions):
 
     output: Annotated[
         Path | None,
-        Option(
+        plan_option(
             "-o",
             "--output",
             help="Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
@@ -65,7 +66,7 @@ class PlanOptions(SimulateOptions):
     ] = None
     plan_for: Annotated[
         Engine | None,
-        Option(help="Engine that -o writes the plan for. Default: by file extension."),
+        plan_option(help="Engine that -o writes the plan for. Default: by file extension."),
     ] = None
 
 
@@ -120,7 +121,10 @@ def capacity(
     """Simulate the drops that a capacity factor would cause.
 
     Reports drops by layer, domain and position, and the smallest factor that meets a target drop
-    rate. The effect of dropped tokens on later layers is not simulated."""
+    rate. The effect of dropped tokens on later layers is not simulated.
+
+    Examples:
+    moe-inspect simulate capacity runs/a --capacity-factor 1.0,1.25,2.0"""
     if group_tokens not in ("batch", "sequence") and not group_tokens.isdecimal():
         raise typer.BadParameter(
             f"--group-tokens: {group_tokens!r} is not a whole number, batch or sequence"
@@ -146,35 +150,37 @@ def placement(
     trace: TraceArgument,
     gpus: Annotated[
         int | None,
-        Option(min=1, metavar="G", help="GPUs that share the experts. Default: up to 8."),
+        gpu_option(min=1, metavar="G", help="GPUs that share the experts. Default: up to 8."),
     ] = None,
-    nodes: Annotated[int, Option(min=1, metavar="N", help="Nodes that the GPUs are on.")] = 1,
+    nodes: Annotated[int, gpu_option(min=1, metavar="N", help="Nodes that the GPUs are on.")] = 1,
     physical_experts: Annotated[
         int | None,
-        Option(
+        gpu_option(
             min=1, metavar="P", help="Slots per layer, replicas included. Default: one per expert."
         ),
     ] = None,
     groups: Annotated[
         int | None,
-        Option(min=1, help="Groups of experts, for EPLB. Default: those of the model's config."),
+        gpu_option(
+            min=1, help="Groups of experts, for EPLB. Default: those of the model's config."
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        Option(
+        policy_option(
             metavar="POLICY",
             help="contiguous, round-robin, greedy, eplb, eplb-global, local-search. Default: all.",
         ),
     ] = None,
     fit_share: Annotated[
         float,
-        Option(
+        policy_option(
             min=0, max=1, help="Fit on this share of the trace, from its start; judge on the rest."
         ),
     ] = 0.5,
     window: Annotated[
         int | None,
-        Option(
+        policy_option(
             min=1,
             metavar="N",
             help="Report the balance per window of N tokens. Default: 16 windows.",
@@ -182,20 +188,20 @@ def placement(
     ] = None,
     minimize: Annotated[
         Minimize | None,
-        Option(
+        policy_option(
             help="ranks: local-search trades its better balance over EPLB for fewer GPUs per token."
         ),
     ] = None,
     slack: Annotated[
         float,
-        Option(
+        policy_option(
             min=0,
             help="With --minimize: how much more a GPU may be loaded than under EPLB, as a share.",
         ),
     ] = 0.0,
     dispatch: Annotated[
         Dispatch,
-        Option(
+        policy_option(
             help="lp: also report the balance under optimal dispatch among the replicas of an "
             "expert (a linear program per window)."
         ),
@@ -209,7 +215,11 @@ def placement(
     of the trace and judged on the rest. -o writes the recommended plan: that of the fastest policy
     on the judged part, with --minimize that of local-search. EPLB matches the published code slot
     for slot, except for equal loads, whose order it leaves open: here the lower number goes
-    first."""
+    first.
+
+    Examples:
+    moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
+    moe-inspect simulate placement runs/a --gpus 8 -o plan.json"""
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
 
@@ -268,7 +278,10 @@ def decode(
 
     Reports them by batch size. Documents stand in for requests: a step is the tokens at one
     position of B documents. On a cluster (--scheduler), each worker simulates whole layers: more
-    workers than layers do not help."""
+    workers than layers do not help.
+
+    Examples:
+    moe-inspect simulate decode runs/a --batch 1,8,32"""
     from moe_inspect.simulate.decode.decode import simulate_decode
 
     with shown():
@@ -317,7 +330,10 @@ def cache(
     Reports the hit rate at batch size 1, and the cost of loading missing experts. Each layer has
     its own cache, empty at first; the experts of a decision are requested together; sequences run
     one after the other. On a cluster (--scheduler), each worker simulates whole layers: more
-    workers than layers do not help."""
+    workers than layers do not help.
+
+    Examples:
+    moe-inspect simulate cache runs/a --slots 2,4 --expert-mb 90 --gb-per-s 25"""
     from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
 
     with shown():
@@ -367,7 +383,10 @@ def routing(
     """Simulate other routing algorithms on the recorded logits.
 
     Needs a trace with --logits. Reports balance, probability mass kept, agreement with the model's
-    own choices, whether a token's routing depends on later tokens, and when to use each."""
+    own choices, whether a token's routing depends on later tokens, and when to use each.
+
+    Examples:
+    moe-inspect simulate routing runs/a --top-k 1,2,4"""
     from moe_inspect.simulate.routing.routing import simulate_routing
 
     with shown():

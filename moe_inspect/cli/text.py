@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from moe_inspect.cli.emit import Format, text_to
-from moe_inspect.cli.options import TraceArgument
+from moe_inspect.cli.options import TraceArgument, in_panel
 from moe_inspect.cli.show import TableOptions
 from moe_inspect.errors import MoeInspectError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Sort = Literal["weight", "random"]
+document_option, expert_option = in_panel("A document"), in_panel("An expert")
 
 
 def text(
@@ -29,37 +30,44 @@ def text(
     trace: TraceArgument,
     document: Annotated[
         int | None,
-        Option(
+        document_option(
             min=0,
             metavar="N",
             help="Print this document, each token in the colour of its first expert.",
         ),
     ] = None,
     layer: Annotated[
-        int | None, Option(metavar="L", help="The layer (--document: by default the first).")
+        int | None, expert_option(metavar="L", help="The layer (--document: by default the first).")
     ] = None,
     expert: Annotated[
         int | None,
-        Option(
+        expert_option(
             min=0,
             metavar="E",
             help="Print the tokens routed to this expert of the layer, in context.",
         ),
     ] = None,
-    top: Annotated[int, Option(min=0, help="With --expert: how many tokens; 0 is all.")] = 20,
+    top: Annotated[
+        int, expert_option(min=0, help="With --expert: how many tokens; 0 is all.")
+    ] = 20,
     sort: Annotated[
         Sort,
-        Option(
+        expert_option(
             help="With --expert: the largest gate weights first, or a random sample of its tokens."
         ),
     ] = "weight",
     context: Annotated[
-        int, Option(min=0, help="With --expert: tokens of context on each side.")
+        int, expert_option(min=0, help="With --expert: tokens of context on each side.")
     ] = 8,
-    seed: Annotated[int, Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, expert_option(help="Seed of the sample.")] = 0,
     write: TableOptions,
 ) -> None:
-    """Show a document, or an expert's tokens, with their routes."""
+    """Show a document, or an expert's tokens, with their routes.
+
+    Examples:
+    moe-inspect text runs/a --document 0 --layer 3
+    moe-inspect text runs/a --layer 2 --expert 5
+    moe-inspect text runs/a --layer 2 --expert 5 --sort random --format csv"""
     if (document is None) == (expert is None):
         raise typer.BadParameter("give --document N, or --layer L with --expert E")
     if expert is not None and layer is None:
@@ -171,7 +179,11 @@ def sql(
     ],
     write: TableOptions,
 ) -> None:
-    """Query a trace in SQL (DuckDB), read-only."""
+    """Query a trace in SQL (DuckDB), read-only.
+
+    Examples:
+    moe-inspect sql runs/a "select * from routing limit 20"
+    moe-inspect sql runs/a "select * from load where layer = 3" -o load.csv"""
     write.form()  # a usage error comes before anything is computed
     from moe_inspect.query import sql as ask
 

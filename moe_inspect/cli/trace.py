@@ -21,12 +21,13 @@ from typer import Argument, Option
 from moe_inspect.cli.capture import (
     ModelOptions,
     TextOptions,
+    model_option,
     need_torch,
     quiet,
     ranges_of,
     stop_cleanly,
 )
-from moe_inspect.cli.options import CommitEvery, Options, Overwrite, names
+from moe_inspect.cli.options import CommitEvery, Options, Overwrite, in_panel, names
 from moe_inspect.cli.progress import TokenProgress
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import Remote, output_location
@@ -40,10 +41,12 @@ if TYPE_CHECKING:
 COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
 WAIT_S = 30.0  # for the view to show the end
 
+SERVER = "Server, with --engine"
+decoding_option, record_option, engine_option = map(in_panel, ("Decoding", "Record", SERVER))
 Capture = Literal["auto", "dispatch", "tap"]
 EngineName = Literal["vllm", "sglang"]
 RecordedLayers = Annotated[
-    list[str] | None, Option(metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.")
+    list[str] | None, record_option(metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.")
 ]
 
 
@@ -56,27 +59,31 @@ class TracedText(TextOptions):
     ] = True
     text: Annotated[
         bool,
-        Option(
+        record_option(
             help="Record which token each is. Without it, the trace is smaller but not anonymous: "
             "routes alone reveal most of the text (arXiv:2602.04105)."
         ),
     ] = True
     generate: Annotated[
         int,
-        Option(
+        decoding_option(
             min=0,
             metavar="N",
             help="Continue each document by N tokens, decoded one at a time, and trace them too; "
             "an encoder-decoder decodes them after its start token.",
         ),
     ] = 0
-    temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
+    temperature: Annotated[
+        float, decoding_option(min=0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0
+    seed: Annotated[int, decoding_option(help="Seed of the sampling.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedOptions(Options):
     """What is recorded of a model that runs here."""
+
+    panel = "Record"
 
     weights: Annotated[bool, Option(help="Record the gate weights.")] = True
     logits: Annotated[bool, Option(help="Record the router logits too.")] = False
@@ -103,6 +110,8 @@ class RecordedOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions(Options):
     """Where a trace is written, and how."""
+
+    panel = "Trace"
 
     output: Annotated[
         str,
@@ -157,6 +166,8 @@ class WriteOptions(Options):
 class RequestOptions(Options):
     """How an engine is asked."""
 
+    panel = SERVER
+
     concurrency: Annotated[int, Option(min=1, help="Sequences in flight at once.")] = 8
     timeout: Annotated[
         float,
@@ -186,7 +197,6 @@ OF_ENGINES = {"model_config", *names(RequestOptions)}
 def trace(
     *,
     context: typer.Context,
-    write: WriteOptions,
     model: Annotated[
         str | None,
         Argument(
@@ -198,7 +208,7 @@ def trace(
     text: TracedText,
     capture: Annotated[
         Capture,
-        Option(
+        model_option(
             help="tap: record the calls of the model's own experts; dispatch: run and record "
             "moe-inspect's experts; auto: dispatch where the model would run the stock "
             "grouped_mm on a GPU, else tap."
@@ -207,16 +217,25 @@ def trace(
     load: ModelOptions,
     layers: RecordedLayers = None,
     recorded: RecordedOptions,
-    engine: Annotated[EngineName | None, Option(help="The serving engine at the URL.")] = None,
+    write: WriteOptions,
+    engine: Annotated[
+        EngineName | None, engine_option(help="The serving engine at the URL.")
+    ] = None,
     model_config: Annotated[
         str | None,
-        Option(
+        engine_option(
             metavar="MODEL", help="Hub id or directory of the served model's config and tokenizer."
         ),
     ] = None,
     requests: RequestOptions,
 ) -> None:
-    """Record which experts a model sends each token of a corpus to."""
+    """Record which experts a model sends each token of a corpus to.
+
+    Examples:
+    moe-inspect trace demo -o runs/demo
+    moe-inspect trace allenai/OLMoE-1B-7B-0924 -o runs/olmoe --data wiki.jsonl
+    moe-inspect trace ./checkpoint -o runs/a --data corpus/ --generate 32 --logits
+    moe-inspect trace http://localhost:8000 --engine vllm -o runs/served"""
     write.check()
     name = load.check(model)
     check_engine_options(context, name, engine, model_config)

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from moe_inspect.cli.help.complete import traces
-from moe_inspect.cli.options import seconds
+from moe_inspect.cli.help import traces
+from moe_inspect.cli.options import in_panel, seconds
+
+alarm_option, page_option = in_panel("Alarms"), in_panel("Serve a page")
 
 
 def watch(
@@ -24,11 +26,13 @@ def watch(
     ],
     window: Annotated[
         int,
-        Option(min=1, metavar="TOKENS", help="Tokens per window, of the view and of the rules."),
+        alarm_option(
+            min=1, metavar="TOKENS", help="Tokens per window, of the view and of the rules."
+        ),
     ] = 16_384,
     rules: Annotated[
         Path | None,
-        Option(
+        alarm_option(
             metavar="FILE", help="Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows."
         ),
     ] = None,
@@ -36,25 +40,30 @@ def watch(
     every: Annotated[float, Option(metavar="TIME", parser=seconds, help="Polling interval.")] = 1.0,
     serve: Annotated[
         str | None,
-        Option(
+        page_option(
             metavar="[HOST:]PORT",
             help="Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
             "is given.",
         ),
     ] = None,
     per_expert: Annotated[
-        bool, Option(help="With --serve: the load of every expert in /metrics.")
+        bool, page_option(help="With --serve: the load of every expert in /metrics.")
     ] = False,
     allow_host: Annotated[
         list[str] | None,
-        Option(metavar="NAME", help="With --serve: answer requests for this host too."),
+        page_option(metavar="NAME", help="With --serve: answer requests for this host too."),
     ] = None,
 ) -> None:
     """Show a trace while it is being written, until it is complete.
 
     Works for every trace: from trace, record, import, a training run or an engine. Record with
     --commit-every 5s; otherwise nothing shows until a shard is full. On a terminal, shows a live
-    view; in a file or a pipe, prints a line per change."""
+    view; in a file or a pipe, prints a line per change.
+
+    Examples:
+    moe-inspect watch runs/a
+    moe-inspect watch runs/a --rules rules.txt
+    moe-inspect watch runs/a --serve 8000"""
     from moe_inspect.alarms.rules import read_rules
     from moe_inspect.cli.emit import to_stdout
     from moe_inspect.reporting.render.console import console_for

@@ -1,12 +1,18 @@
 """One file per format that other tools read. A new format takes its file and a line here."""
 
-# name → module of this package, whose function is registered by `@exporter`
+# name → module of this package, in which `@exporter` registers it, and what it writes
 MODULES = {
-    "sglang": "sglang",
-    "llama-cpp": "llama_cpp",
-    "esft": "esft",
-    "pruning": "pruning",
-    "counts": "counts",
-    "long-parquet": "long_parquet",
-    "routed-experts": "routed_experts",
+    "sglang": (
+        "sglang",
+        "the load, for --init-expert-location of SGLang and ktransformers (.pt, .json)",
+    ),
+    "llama-cpp": ("llama_cpp", "-ot of llama.cpp: which layers' experts stay on the CPU (a line)"),
+    "esft": ("esft", "per domain the expert weights, scores and training configuration (a folder)"),
+    "pruning": ("pruning", "scores of the experts, and the experts to drop (.json)"),
+    "counts": ("counts", "load by expert and domain (.csv, .json, .parquet)"),
+    "long-parquet": ("long_parquet", "one row per assignment"),
+    "routed-experts": (
+        "routed_experts",
+        "a line per sequence with its routed experts, as vLLM returns them (.jsonl)",
+    ),
 }

@@ -34,7 +34,7 @@ COUNTS = pa.schema(
 OPTIONAL = ("first_choice", "weight_sum", "energy")
 
 
-@exporter("counts", writes="load by expert and domain (.csv, .json, .parquet)")
+@exporter("counts")
 def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     """A row per expert, router and domain, also of experts without load: the input of pruning by
     load or by gate weight."""

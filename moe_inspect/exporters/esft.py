@@ -29,10 +29,7 @@ from moe_inspect.trace.shard import Shard
 OF_ESFT = {"frequency": "token", "token": "token", "gate": "gate"}
 
 
-@exporter(
-    "esft",
-    writes="per domain the expert weights, scores and training configuration (a folder)",
-)
+@exporter("esft")
 def esft(
     trace: Trace,
     output: Path,

@@ -19,7 +19,7 @@ from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter("llama-cpp", writes="-ot of llama.cpp: which layers' experts stay on the CPU (a line)")
+@exporter("llama-cpp")
 def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None:
     """A line of options: the experts of all layers but `gpu_layers` on the CPU, the layers with the
     fewest experts in effective use (e to the entropy of their load) first."""

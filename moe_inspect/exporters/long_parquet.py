@@ -20,7 +20,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 
-@exporter("long-parquet", writes="one row per assignment")
+@exporter("long-parquet")
 def long_parquet(trace: Trace, output: Path) -> None:
     """A row per assignment, with all that is known of its token, for a quick look in any tool.
     Several times the trace's size."""

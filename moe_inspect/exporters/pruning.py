@@ -14,7 +14,7 @@ from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter("pruning", writes="scores of the experts, and the experts to drop (.json)")
+@exporter("pruning")
 def pruning(
     trace: Trace,
     output: Path,

@@ -29,11 +29,11 @@ class Exporter:
 _registered: dict[str, Exporter] = {}
 
 
-def exporter(name: str, writes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def exporter(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function of (trace, output, and options with defaults)."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
-        _registered[name] = Exporter(name, writes, run)
+        _registered[name] = Exporter(name, MODULES[name][1], run)
         return run
 
     return register
@@ -41,7 +41,7 @@ def exporter(name: str, writes: str) -> Callable[[Callable[..., None]], Callable
 
 def exporters() -> dict[str, Exporter]:
     """All of MODULES, in their order."""
-    for module in MODULES.values():
+    for module, _ in MODULES.values():
         importlib.import_module(f"moe_inspect.exporters.{module}")
     return {name: _registered[name] for name in MODULES}
 

@@ -25,10 +25,7 @@ from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
 
 
-@exporter(
-    "routed-experts",
-    writes="a line per sequence with its routed experts, as vLLM returns them (.jsonl)",
-)
+@exporter("routed-experts")
 def routed_experts(trace: Trace, output: Path) -> None:
     """JSONL: a line per sequence with `prompt_token_ids`, `token_ids` (generated), `document`,
     `domain` and `routed_experts`, the base64 of a .npy [tokens − 1, blocks, k]: as an engine has

@@ -18,10 +18,7 @@ from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter(
-    "sglang",
-    writes="the load, for --init-expert-location of SGLang and ktransformers (.pt, .json)",
-)
+@exporter("sglang")
 def sglang(trace: Trace, output: Path) -> None:
     """logical_count, by which SGLang's --init-expert-location places replicas: int64 [1, layers,
     experts] as its recorder writes it (.pt, also for ktransformers), or [layers, experts] (.json).

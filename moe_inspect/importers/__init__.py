@@ -1,19 +1,47 @@
 """One file (or folder) per format of another tool. A new format takes its file and a line here."""
 
-# name → module of this package, in which `@importer` registers it; "auto" tries them in this order
+# name → module of this package, in which `@importer` registers it, and what it reads; "auto" tries
+# them in this order
 MODULES = {
-    "imatrix": "llama_cpp.imatrix",
-    "mbolt": "llama_cpp.mbolt",
-    "bigmoeonedge": "rows.bigmoeonedge",
-    "moe-policylang": "rows.policylang",
-    "gpt-oss-fingerprints": "fingerprints",
-    "counts": "counts",
-    "esft": "esft",
-    "fiddler": "fiddler",
-    "megatron": "megatron.importer",
-    "tensorrt-llm-routed": "tensorrt_llm",
-    "vllm-routed": "responses",
-    "sglang-routed": "responses",
-    "sglang": "sglang.importer",
-    "tensorrt-llm": "tensorrt_llm",
+    "imatrix": ("llama_cpp.imatrix", "llama.cpp's importance matrix, `imatrix.gguf`"),
+    "mbolt": ("llama_cpp.mbolt", "mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`"),
+    "bigmoeonedge": ("rows.bigmoeonedge", "BigMoeOnEdge's `--route-trace`, `.csv`"),
+    "moe-policylang": ("rows.policylang", "moe-policylang's trace, `.parquet`"),
+    "gpt-oss-fingerprints": ("fingerprints", "GPT-OSS fingerprints, `<category>/True_True.json`"),
+    "counts": (
+        "counts",
+        "`.csv`, `.json(l)` or `.parquet` of layer, expert, count [, domain, router, top_k]; "
+        "other names by `--map`",
+    ),
+    "esft": ("esft", "folders of `expert_weights_<layer>.txt`"),
+    "fiddler": ("fiddler", "`expert_popularity_<subject>.json`"),
+    "megatron": (
+        "megatron.importer",
+        "JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are "
+        "logits; or its `tokens_per_expert/rank<r>.jsonl`",
+    ),
+    "tensorrt-llm-routed": (
+        "tensorrt_llm",
+        "JSONL of the LLM API's results: `outputs` with `routed_experts` (base64 of a `.npy` "
+        "[tokens, layers with experts, k])",
+    ),
+    "vllm-routed": (
+        "responses",
+        "JSONL of responses with `routed_experts` (base64 of a `.npy`), or `.npy` [tokens, "
+        "layers, k]",
+    ),
+    "sglang-routed": (
+        "responses",
+        "JSONL of responses (`/generate`, OpenAI's routes) with `routed_experts` (base64 of "
+        "raw int32); needs the model's config",
+    ),
+    "sglang": (
+        "sglang.importer",
+        "`expert_distribution_recorder_*.pt` of the modes stat, stat_approx, per_pass, "
+        "per_token; needs torch",
+    ),
+    "tensorrt-llm": (
+        "tensorrt_llm",
+        "a folder of `meta_info.json` and `rank<r>.safetensors` or `rank<r>_raw.safetensors`",
+    ),
 }

@@ -97,10 +97,6 @@ def _has_columns(name: str, head: bytes) -> bool:
 
 @importer(
     "counts",
-    reads=(
-        "`.csv`, `.json(l)` or `.parquet` of layer, expert, count [, domain, router, top_k]; "
-        "other names by `--map`"
-    ),
     gives="counts by domain",
     sniff=_has_columns,
 )

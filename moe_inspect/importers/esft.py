@@ -31,7 +31,6 @@ RANK = re.compile(r"rank_\d+")  # ESFT's script writes a folder per process: <do
 
 @importer(
     "esft",
-    reads="folders of `expert_weights_<layer>.txt`",
     gives=(
         "decisions with weights; a line is a sequence and a document, the name of the folder "
         "(above `rank_<r>`) its domain"

@@ -23,7 +23,6 @@ PREFIX = "expert_popularity_"
 
 @importer(
     "fiddler",
-    reads="`expert_popularity_<subject>.json`",
     gives="counts; the subject is the domain",
     sniff=lambda name, head: b'"expert_popularity"' in head,
 )

@@ -34,7 +34,6 @@ Load = dict[int, dict[int, int]]  # layer → expert → count
 
 @importer(
     "gpt-oss-fingerprints",
-    reads="GPT-OSS fingerprints, `<category>/True_True.json`",
     gives="counts, rounded; category and think or answer are the domain",
     sniff=lambda name, head: b'"think_expert_analytics"' in head and b'"sample_count"' in head,
 )

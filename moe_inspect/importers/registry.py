@@ -39,12 +39,12 @@ _registered: dict[str, Format] = {}
 
 
 def importer(
-    name: str, reads: str, gives: str, sniff: Sniffer
+    name: str, gives: str, sniff: Sniffer
 ) -> Callable[[Callable[[ImportContext], Imported]], Callable[[ImportContext], Imported]]:
     """Registers a function as the importer of a format: see Format."""
 
     def register(run: Callable[[ImportContext], Imported]) -> Callable[[ImportContext], Imported]:
-        _registered[name] = Format(name, reads, gives, run, sniff)
+        _registered[name] = Format(name, MODULES[name][1], gives, run, sniff)
         return run
 
     return register
@@ -52,7 +52,7 @@ def importer(
 
 def formats() -> dict[str, Format]:
     """All formats of MODULES, in their order."""
-    for module in MODULES.values():
+    for module, _ in MODULES.values():
         importlib.import_module(f"moe_inspect.importers.{module}")
     return {name: _registered[name] for name in MODULES}
 

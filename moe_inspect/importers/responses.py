@@ -61,10 +61,6 @@ class Response:
 
 @importer(
     "vllm-routed",
-    reads=(
-        "JSONL of responses with `routed_experts` (base64 of a `.npy`), or `.npy` [tokens, "
-        "layers, k]"
-    ),
     gives=(
         "decisions without weights, prefill and decode; a response is a document unless "
         "`document` says otherwise"
@@ -79,10 +75,6 @@ def vllm_routed(context: ImportContext) -> Imported:
 
 @importer(
     "sglang-routed",
-    reads=(
-        "JSONL of responses (`/generate`, OpenAI's routes) with `routed_experts` (base64 of raw "
-        "int32); needs the model's config"
-    ),
     gives="as vllm-routed",
     sniff=lambda name, head: b'"routed_experts"' in head,
 )

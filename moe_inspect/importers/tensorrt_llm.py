@@ -45,7 +45,6 @@ Keys = dict[int, dict[int, str]]  # iteration → layer → key
 
 @importer(
     "tensorrt-llm",
-    reads="a folder of `meta_info.json` and `rank<r>.safetensors` or `rank<r>_raw.safetensors`",
     gives="counts over time, ranks added up; decisions from the raw variant",
     sniff=lambda name, head: NAME.fullmatch(name) is not None,
 )
@@ -87,10 +86,6 @@ def tensorrt_llm(context: ImportContext) -> Imported:
 
 @importer(
     "tensorrt-llm-routed",
-    reads=(
-        "JSONL of the LLM API's results: `outputs` with `routed_experts` (base64 of a `.npy` "
-        "[tokens, layers with experts, k])"
-    ),
     gives="as vllm-routed",
     sniff=lambda name, head: b'"routed_experts"' in head and b'"outputs"' in head,
 )

@@ -59,7 +59,6 @@ def _is_old(name: str, head: bytes) -> bool:
 
 @importer(
     "imatrix",
-    reads="llama.cpp's importance matrix, `imatrix.gguf`",
     gives="counts by domain, with the energy of activations",
     sniff=_is_imatrix,
 )

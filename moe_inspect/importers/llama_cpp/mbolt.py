@@ -53,7 +53,6 @@ class _File:
 
 @importer(
     "mbolt",
-    reads="mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`",
     gives="decisions without order, weights and token ids",
     sniff=lambda name, head: head[:4] == MAGIC,
 )

@@ -56,10 +56,6 @@ from moe_inspect.trace.writer import RoutedBatch
 
 @importer(
     "megatron",
-    reads=(
-        "JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are "
-        "logits; or its `tokens_per_expert/rank<r>.jsonl`"
-    ),
     gives=(
         "decisions without weights, and logits; pipeline stages are joined; a step of a rank is "
         "a document. Counts of `tokens_per_expert`"

@@ -35,7 +35,6 @@ def _has_columns(name: str, head: bytes) -> bool:
 
 @importer(
     "bigmoeonedge",
-    reads="BigMoeOnEdge's `--route-trace`, `.csv`",
     gives="decisions with weights, without token ids",
     sniff=_has_columns,
 )

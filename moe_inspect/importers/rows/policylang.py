@@ -43,7 +43,6 @@ def _has_columns(name: str, head: bytes) -> bool:
 
 @importer(
     "moe-policylang",
-    reads="moe-policylang's trace, `.parquet`",
     gives="decisions by prompt; its domain_tag is the domain",
     sniff=_has_columns,
 )

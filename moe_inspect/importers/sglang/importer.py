@@ -15,10 +15,6 @@ from moe_inspect.importers.sglang.tokens import per_token
 
 @importer(
     "sglang",
-    reads=(
-        "`expert_distribution_recorder_*.pt` of the modes stat, stat_approx, per_pass, "
-        "per_token; needs torch"
-    ),
     gives="counts over time (stat, per_pass), decisions without weights (per_token)",
     sniff=lambda name, head: name.endswith(".pt"),
 )

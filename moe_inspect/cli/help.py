@@ -1,0 +1,179 @@
+"""What `--help` prints, and what a shell completes besides commands and options."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
+HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
+MOST = 200  # folders looked into
+
+# what --table takes: the registries would import pandas
+TABLES = {
+    "report": "balance, coactivation, committee, domains, drift, esft, load, locality, loss, "
+    "paths, repetition, router, signature, specialization, summary, transitions, verdict, "
+    "vocabulary, windows, worth",
+    "compare": "agreement, depth, documents, domains, flips, load_shift, loss, margins, matched, "
+    "movers, overall, phases, positions, summary, tokens, verdict, worth",
+    "checkpoints": "change, checkpoints, saturation, saturation_by_domain, verdict",
+    "counts": "balance, diverged, load, load_shift, refused, summary, verdict, windows",
+    "models": "balance, refused, spans, specialization, summary, verdict, vocabulary",
+}
+
+
+def page(text: str) -> dict[str, Any]:
+    """help and epilog of a command, whose docstring ends with a paragraph "Examples:"."""
+    help, _, examples = inspect.cleandoc(text).partition("\n\nExamples:\n")
+    return {"help": help, "epilog": inspect.cleandoc(examples)}
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options are listed in the groups that their `rich_help_panel` names, as plain
+    text: the panels of rich take 0.1 s to import, and of 80 columns they leave 26 to the text."""
+
+    formats: Mapping[str, str] = {}  # name → what it reads or writes
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        for option in self.params:
+            if getattr(option, "multiple", False):
+                _take_several(option)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Refuses an output within a trace, and two in one place, before anything is computed for
+        them."""
+        from moe_inspect.trace.manifest import refuse_within_trace
+
+        of_place: dict[Path, str] = {}
+        for option in self.params:
+            given = ctx.params.get(option.name)
+            if option.name in OUTPUTS and isinstance(given, str | Path) and "://" not in str(given):
+                # a trace may replace another
+                refuse_within_trace(Path(given), a_trace=option.metavar == "DIR")
+                place = Path(os.path.realpath(given))
+                if place.exists() and not (place.is_file() or place.is_dir()):
+                    continue  # a pipe or a device takes several
+                if other := of_place.get(place):
+                    raise typer.BadParameter(
+                        f"{other} and {option.opts[-1]} would both write {given}: name two places"
+                    )
+                of_place[place] = option.opts[-1]
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                rows.setdefault(_panel(parameter, rest), []).append(record)
+        rows["Options"] = rows.pop("Options")  # last: --help is among them
+        _write_sections(formatter, rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_sections(formatter, {"Formats": list(self.formats.items())})
+        _write_examples(formatter, self.epilog)
+
+
+class GroupOfCommands(TyperGroup):
+    """Commands in the groups that their `rich_help_panel` names."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        longest = max(map(len, self.commands))
+        for name, command in self.commands.items():
+            said = command.get_short_help_str(formatter.width - 6 - longest)
+            rows.setdefault(_panel(command, "Commands"), []).append((name.ljust(longest), said))
+        _write_sections(formatter, rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_examples(formatter, self.epilog)
+
+
+def _panel(of: Any, otherwise: str) -> str:
+    return getattr(of, "rich_help_panel", None) or otherwise
+
+
+def _take_several(option: Any) -> None:
+    """An option of several values takes them repeated or comma-separated, and says so."""
+    option.help = f"{option.help} Repeated or comma-separated."
+    option.process_value = partial(_split_and, option.process_value)
+
+
+def _split_and(process: Callable[..., Any], ctx: Any, value: Any) -> Any:
+    """["a,b", "c"] → ["a", "b", "c"]. A comma after a backslash belongs to a value."""
+    if value is not None:
+        parts = [part for text in value for part in re.split(r"(?<!\\),", text)]
+        value = [part.strip().replace("\\,", ",") for part in parts]
+    return process(ctx, value)
+
+
+def _write_sections(formatter: Any, rows: Mapping[str, list[tuple[str, str]]]) -> None:
+    for title, records in rows.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl([(name, text.replace("-", HYPHEN)) for name, text in records])
+    formatter.buffer[:] = [part.replace(HYPHEN, "-") for part in formatter.buffer]
+
+
+def _write_examples(formatter: Any, examples: str | None) -> None:
+    if examples:
+        with formatter.section("Examples"):
+            for line in examples.splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def traces(incomplete: str) -> list[str]:
+    """Traces whose path begins so, also one folder further down; where there are none, the shell
+    completes names of files."""
+    begun = incomplete.rpartition("/")[2]
+    start = incomplete[: len(incomplete) - len(begun)]
+    found = list[str]()
+    for entry in _folders(start or "."):
+        if not entry.name.startswith(begun):
+            continue
+        if _is_trace(entry.path):
+            found.append(start + entry.name)
+        else:
+            inside = (one for one in _folders(entry.path) if _is_trace(one.path))
+            found += [f"{start}{entry.name}/{one.name}" for one in inside]
+    return sorted(found)
+
+
+def _folders(path: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            for entry, _ in zip(entries, range(MOST), strict=False):
+                if entry.is_dir():
+                    yield entry
+    except OSError:
+        return
+
+
+def _is_trace(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "trace.json"))
+
+
+def tables(ctx: Any, incomplete: str) -> list[str]:
+    """Tables of the command whose --table this is."""
+    known = TABLES.get(ctx.info_name, "").split(", ")
+    return [name for name in known if name.startswith(incomplete)]
+
+
+def metrics(ctx: Any, incomplete: str) -> list[str]:
+    """Metrics that --fail-above and --fail-below take, each with the = that follows."""
+    from moe_inspect.reporting.verdict.gate import gated
+
+    if ctx.info_name == "compare":
+        from moe_inspect.comparison.compare import TABLES as known
+    else:
+        from moe_inspect.reporting.report import TABLES as known
+    return [f"{name}=" for name in gated(known) if name.startswith(incomplete)]
