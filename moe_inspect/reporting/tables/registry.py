@@ -31,8 +31,8 @@ TABLES: dict[str, Table] = {}
 def table(
     *wants: str, by_router: tuple[str, ...] = (), tables: dict[str, Table] = TABLES
 ) -> Callable[[Maker], Maker]:
-    """Registers a table under the function's name, which --help and completion take from `TABLES` of
-    cli/help.py. `tables`: of what; by default of the report."""
+    """Registers a table under the function's name, which `TABLES` of cli/help.py lists too.
+    `tables`: of what; by default of the report."""
 
     def register(function: Maker) -> Maker:
         tables[function.__name__] = Table(function, frozenset(wants), by_router)
