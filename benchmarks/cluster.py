@@ -81,7 +81,7 @@ def token_ids(trace: Trace, other: Trace) -> Any:
 
 
 def capacity(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.simulate.capacity.capacity import simulate_capacity
+    from moe_inspect.simulate.capacity import simulate_capacity
 
     return simulate_capacity(trace).tables
 
@@ -93,7 +93,7 @@ def placement(trace: Trace, other: Trace) -> Any:
 
 
 def cache(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.simulate.cache.cache import simulate_cache
+    from moe_inspect.simulate.cache import simulate_cache
 
     return simulate_cache(trace, policies=["lru"]).tables
 

@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from benchmarks.measuring import machine, write_results
 from moe_inspect.capture.hook import kernels, launch, ring
-from moe_inspect.doctor.kernels import calls
+from moe_inspect.doctor.costs import calls
 from tests.fake_driver import FakeDriver
 
 ROUNDS, LAUNCHES = 25, 1000

@@ -79,8 +79,8 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 @benchmark
 def capacity() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.capacity.capacity import simulate_capacity
-    from moe_inspect.simulate.capacity.queues import levels
+    from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.queues import levels
     from moe_inspect.simulate.shards import expert_capacity
 
     start_G = np.arange(0, TOKENS + 1, 8192)
@@ -109,8 +109,7 @@ def capacity() -> Rates:
 @benchmark
 def cache() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.cache.cache import simulate_cache
-    from moe_inspect.simulate.cache.policies import POLICIES, CompiledCache
+    from moe_inspect.simulate.cache import POLICIES, CompiledCache, simulate_cache
 
     phase_T = np.zeros(TOKENS, np.uint8)
     for name in POLICIES:
@@ -145,7 +144,7 @@ def cache() -> Rates:
 
 @benchmark
 def decode() -> Rates:
-    from moe_inspect.simulate.decode.decode import Steps, simulate_decode
+    from moe_inspect.simulate.decode import Steps, simulate_decode
 
     position_T = np.arange(TOKENS) % 512
     for E, k in SHAPES:
@@ -171,8 +170,8 @@ def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token
     reaches."""
     from moe_inspect.simulate.kernels_numba import count_windows
+    from moe_inspect.simulate.placement.layouts import Layout, shares
     from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.placement.policies.layout import Layout, shares
     from moe_inspect.simulate.placement.policies.policies import POLICIES
     from moe_inspect.simulate.placement.ranks_reached import counter
 
@@ -205,7 +204,7 @@ def placement() -> Rates:
 @figures
 def plans() -> Figures:
     """58 layers of 256 experts into 288 slots on 32 GPUs in 4 nodes."""
-    from moe_inspect.simulate.placement.policies.layout import Layout
+    from moe_inspect.simulate.placement.layouts import Layout
     from moe_inspect.simulate.placement.policies.policies import POLICIES
 
     load_LE = np.random.default_rng(0).zipf(1.2, (58, 256)).clip(max=10**5)
@@ -236,7 +235,7 @@ def plans() -> Figures:
 def balance() -> Figures:
     """local-search against the better EPLB, on the loads that both are fitted to: 1,000 random
     Zipf loads in random layouts."""
-    from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
+    from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
     from moe_inspect.simulate.placement.policies.policies import POLICIES
     from tests.exact import fits_apart
 
@@ -281,7 +280,7 @@ def drift() -> Figures:
     """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the
     next 32: the mean over windows and layers of busiest ÷ mean GPU."""
     from benchmarks.flashlb import flashlb
-    from moe_inspect.simulate.placement.policies.layout import Layout
+    from moe_inspect.simulate.placement.layouts import Layout
     from moe_inspect.simulate.placement.policies.policies import POLICIES
     from tests.drift import CASES, drifting, mean_over_windows
 

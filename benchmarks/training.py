@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import machine, write_results
-from moe_inspect.training.device_sums import RECENT, DeviceSums
 from moe_inspect.training.monitor import RoutingMonitor
-from moe_inspect.training.sums import Sums
+from moe_inspect.training.sums import RECENT, DeviceSums, Sums
 from tools.demo import train as recipe
 from tools.demo.balancing import per_layer_balancing_loss
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         trace_engine,
         trace_model,
     )
-    from moe_inspect.capture.hook.probe import probe
+    from moe_inspect.capture.hook.probes import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.capture.server.serve import serve_engine
     from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
-    from moe_inspect.interventions.ablation.run import Ablation
+    from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.pruning.run import Pruning
     from moe_inspect.model.custom.spec import RouterSpec, register_router
     from moe_inspect.model.describe import describe
     from moe_inspect.model.description import Description
     from moe_inspect.query import sql
     from moe_inspect.reporting.report import Report, report
-    from moe_inspect.simulate.cache.cache import simulate_cache
-    from moe_inspect.simulate.capacity.capacity import simulate_capacity
-    from moe_inspect.simulate.decode.decode import simulate_decode
+    from moe_inspect.simulate.cache import simulate_cache
+    from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.decode import simulate_decode
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.placement.plan import write_plan
     from moe_inspect.simulate.result import Simulation
-    from moe_inspect.simulate.routing.routing import simulate_routing
+    from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.site.build import atlas
     from moe_inspect.trace.derived.merge import merge
     from moe_inspect.trace.derived.sample import sample
@@ -107,7 +107,7 @@ __all__ = [
 
 # where each name is defined; imported when it is first used
 _HOMES = {
-    "Ablation": "moe_inspect.interventions.ablation.run",
+    "Ablation": "moe_inspect.interventions.ablation",
     "Checkpoints": "moe_inspect.comparison.checkpoints",
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.description",
@@ -134,18 +134,18 @@ _HOMES = {
     "merge": "moe_inspect.trace.derived.merge",
     "mismatch": "moe_inspect.comparison.mismatch",
     "open_trace": "moe_inspect.trace.reader",
-    "probe": "moe_inspect.capture.hook.probe",
+    "probe": "moe_inspect.capture.hook.probes",
     "prune": "moe_inspect.api",
     "register_router": "moe_inspect.model.custom.spec",
     "record": "moe_inspect.api",
     "report": "moe_inspect.reporting.report",
     "sample": "moe_inspect.trace.derived.sample",
     "serve_engine": "moe_inspect.capture.server.serve",
-    "simulate_cache": "moe_inspect.simulate.cache.cache",
-    "simulate_capacity": "moe_inspect.simulate.capacity.capacity",
-    "simulate_decode": "moe_inspect.simulate.decode.decode",
+    "simulate_cache": "moe_inspect.simulate.cache",
+    "simulate_capacity": "moe_inspect.simulate.capacity",
+    "simulate_decode": "moe_inspect.simulate.decode",
     "simulate_placement": "moe_inspect.simulate.placement.placement",
-    "simulate_routing": "moe_inspect.simulate.routing.routing",
+    "simulate_routing": "moe_inspect.simulate.routing",
     "sql": "moe_inspect.query",
     "trace_engine": "moe_inspect.api",
     "trace_model": "moe_inspect.api",

@@ -20,10 +20,10 @@ from moe_inspect.trace.files.location import output_location
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_inspect.capture.hook.counts.device_counts import Totals
+    from moe_inspect.capture.hook.counts import Totals
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
-    from moe_inspect.interventions.ablation.run import Ablation
+    from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.intervene import Intervention
     from moe_inspect.interventions.pruning.run import Pruning
     from moe_inspect.model.custom.spec import RouterSpec
@@ -229,7 +229,7 @@ def ablate(
     progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.interventions.ablation.run import ablate as run
+    from moe_inspect.interventions.ablation import ablate as run
 
     settings = replace(options or TraceOptions(batch_tokens=2048), **changes)
     return run(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.alarms import Window
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests.synthetic import routers, write_counts, write_trace

@@ -71,8 +71,7 @@ def _gguf_files(folder: Path) -> None:
 def _read_gguf(folder: Path, out: Path, model: Path | None) -> None:
     """All that reads the header of a model."""
     from moe_inspect.errors import MoeInspectError
-    from moe_inspect.model.gguf.experts import layer_experts
-    from moe_inspect.model.gguf.load import quantization, refuse_unless_loadable
+    from moe_inspect.model.gguf import layer_experts, quantization, refuse_unless_loadable
 
     said: list[str] = []
     for read in (refuse_unless_loadable, layer_experts, quantization):
@@ -153,8 +152,8 @@ def main() -> None:
         from moe_inspect.importers.registry import formats
 
         formats()
-        importlib.import_module("moe_inspect.model.gguf.experts")
-        importlib.import_module("moe_inspect.model.gguf.load")
+        importlib.import_module("moe_inspect.model.gguf")
+        importlib.import_module("moe_inspect.model.gguf")
     from tests.foreign import config_file
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

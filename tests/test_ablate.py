@@ -17,7 +17,7 @@ from moe_inspect import MoeInspectError, ablate
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.interventions import held_out
-from moe_inspect.interventions.ablation.below import Below
+from moe_inspect.interventions.ablation import Below
 from moe_inspect.interventions.held_out import open_held_out
 from moe_inspect.model.own import load_object
 from tests import own, zoo

@@ -20,8 +20,8 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
-from moe_inspect.importers.parallel import lines
-from moe_inspect.simulate.capacity.capacity import RouterDrops
+from moe_inspect.importers import parallel as lines
+from moe_inspect.simulate.capacity import RouterDrops
 from moe_inspect.simulate.placement import ranks_reached
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router

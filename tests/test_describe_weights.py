@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_inspect
-from moe_inspect.analysis.weights import scaled, stored
+from moe_inspect.analysis.weights import stored
 from moe_inspect.analysis.weights.measure import (
     aimer_and_norm,
     aimer_of,
@@ -137,7 +137,7 @@ def test_random_rows_are_what_chance_gives():
 
 @pytest.mark.parametrize("scales", ["block", "row", "one"])
 def test_fp8_with_its_scales(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(scaled, "PIECE", 1_000)
+    monkeypatch.setattr(stored, "PIECE", 1_000)
     torch.manual_seed(0)
     tensors, want = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}, []
     for e in range(4):
@@ -160,13 +160,13 @@ def test_fp8_with_its_scales(scales: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_byte_of_fp8_is_what_torch_reads():
     codes = torch.arange(256, dtype=torch.uint8)
     want = codes.view(torch.float8_e4m3fn).double().numpy()
-    np.testing.assert_array_equal(scaled._fp8_values(), want)  # pyright: ignore[reportPrivateUsage]
+    np.testing.assert_array_equal(stored._fp8_values(), want)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_mxfp4_is_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    monkeypatch.setattr(scaled, "PIECE", 320)
+    monkeypatch.setattr(stored, "PIECE", 320)
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (4, 24, 2, 16), dtype=torch.uint8)
     scales = torch.randint(118, 126, (4, 24, 2), dtype=torch.uint8)

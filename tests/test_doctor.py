@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inspect.doctor import machine, model, traced_speed
+from moe_inspect.doctor import machine, model
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli, phases_begun
@@ -22,8 +22,8 @@ from tests.families import NO_INTERFACE, build
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traced_speed, "ROUNDS", 1)
-    monkeypatch.setattr(traced_speed, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(model, "ROUNDS", 1)
+    monkeypatch.setattr(model, "BLOCK_SECONDS", 0.0)
 
 
 def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
@@ -112,17 +112,17 @@ def test_the_time_of_a_recorder_is_in_the_traced_time(
 ) -> None:
     """A positive control: with a recorder that is slow on purpose, traced is slower."""
     network = build("qwen3_moe")
-    phase = traced_speed.prefill_phase(network, torch.arange(8).view(2, 4))
-    original = traced_speed.Recorder.begin
+    phase = model.prefill_phase(network, torch.arange(8).view(2, 4))
+    original = model.Recorder.begin
 
     def slow(recorder: Any) -> None:
-        begun = traced_speed.time.process_time()
-        while traced_speed.time.process_time() - begun < 0.2:
+        begun = model.time.process_time()
+        while model.time.process_time() - begun < 0.2:
             pass
         original(recorder)
 
-    monkeypatch.setattr(traced_speed.Recorder, "begin", slow)
-    found = traced_speed.timed(network, phase, ["tap"])
+    monkeypatch.setattr(model.Recorder, "begin", slow)
+    found = model.timed(network, phase, ["tap"])
     assert found["tap"].cpu > 0.2
     assert found["tap"].cpu > found["untraced"].cpu + 0.1
 
@@ -142,8 +142,8 @@ def test_a_model_without_a_cache_has_no_decode(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object) -> None:
         raise MoeInspectError("returns no key-value cache")
 
-    monkeypatch.setattr(traced_speed, "cache_of", refuse)
+    monkeypatch.setattr(model, "cache_of", refuse)
     network = build("qwen3_moe")
-    phase = traced_speed.decode_phase(network, torch.arange(4).view(1, 4))
+    phase = model.decode_phase(network, torch.arange(4).view(1, 4))
     row = model._speed(network, phase, ["tap"])
     assert row["not_measured"] == "returns no key-value cache"

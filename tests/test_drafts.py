@@ -58,7 +58,7 @@ IN_PLACE = {
     ("trace.writer.draft", "_put"): "sets the old trace aside",
     ("trace.writer.upload", "_write"): "an object appears whole",
     ("trace.writer.upload", "_take_back"): "an object appears whole",
-    ("interventions.ablation.store", "_open"): "the line is the commit",
+    ("interventions.ablation", "_open"): "the line is the commit",
     ("interventions.pruning.checkpoint", "flush"): "in a draft",
     ("interventions.pruning.checkpoint", "_write_json"): "in a draft",
     ("exporters.esft", "esft"): "in a draft",

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.simulate.cache.cache import simulate_cache
-from moe_inspect.simulate.capacity.capacity import simulate_capacity
-from moe_inspect.simulate.decode.decode import simulate_decode
+from moe_inspect.simulate.cache import simulate_cache
+from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.synthetic import routers, uniform_ids, write_counts, write_trace

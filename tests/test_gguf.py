@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model import gguf
 from moe_inspect.model.describe import describe
-from moe_inspect.model.gguf import load as gguf_load
-from moe_inspect.model.gguf.load import ARCHITECTURES, refuse_unless_loadable
+from moe_inspect.model.gguf import ARCHITECTURES, refuse_unless_loadable
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.reporting.tables.weights import quantization
 from moe_inspect.trace.reader import Trace
@@ -115,6 +115,6 @@ def test_what_is_no_gguf_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MoeInspectError, match=r"is not a GGUF file: it begins with b'{}{}'"):
         load_config(str(tmp_path / "m.gguf"))
     gguf_file(tmp_path / "m.gguf", {"general.architecture": "qwen3moe"}, {})
-    monkeypatch.setattr(gguf_load, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(MoeInspectError, match=r"needs gguf: pip install 'moe-inspect\[gguf\]'"):
         load_config(str(tmp_path / "m.gguf"))

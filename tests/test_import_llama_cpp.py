@@ -12,7 +12,7 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
-from moe_inspect.model.gguf.header import TYPES, read_gguf
+from moe_inspect.model.gguf import TYPES, read_gguf
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.foreign import gguf_file, write_imatrix, write_mbolt

@@ -14,11 +14,11 @@ import pytest
 
 from moe_inspect import import_trace
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers import parallel as lines
 from moe_inspect.importers import run
 from moe_inspect.importers.context import ImportContext
-from moe_inspect.importers.parallel import lines
-from moe_inspect.importers.parallel.lines import chunks_of
-from moe_inspect.importers.parallel.processes import Processes
+from moe_inspect.importers.parallel import chunks_of
+from moe_inspect.workers import Processes
 from tests import foreign
 from tests.conftest import Cli
 from tests.foreign import FORMAT_OF, MAKERS
@@ -225,7 +225,7 @@ def test_no_more_is_read_ahead_than_keeps_all_at_work(monkeypatch: pytest.Monkey
 
         def shutdown(self, **_: object) -> None: ...
 
-    monkeypatch.setattr("moe_inspect.importers.parallel.processes.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("moe_inspect.workers.ProcessPoolExecutor", Pool)
 
     def tasks() -> Iterator[tuple[int]]:
         for n in range(20):

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.alarms.alarms import Alarms
+from moe_inspect.alarms.alarms import Alarms, Window
 from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, known_metrics, parse_rule
-from moe_inspect.alarms.window import Window
 from moe_inspect.reporting.verdict.findings import Finding
 from tests.chance import REGIMES, monitored
 from tests.synthetic import routers

@@ -22,10 +22,10 @@ from moe_inspect.reporting.render.matplotlib import draw
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.reporting.verdict.gate import breaches, gate
-from moe_inspect.simulate.cache.cache import simulate_cache
-from moe_inspect.simulate.capacity.capacity import simulate_capacity
+from moe_inspect.simulate.cache import simulate_cache
+from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.placement.placement import simulate_placement
-from moe_inspect.simulate.routing.routing import simulate_routing
+from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moe_inspect
-from moe_inspect.capture.hook import probe as probes
+from moe_inspect.capture.hook import probes
 from moe_inspect.errors import MoeInspectError
 from tests import own
 

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba, kernels_numpy
+from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.placement.plan import write_plan
 from moe_inspect.simulate.placement.policies.eplb import eplb
-from moe_inspect.simulate.placement.policies.exact import as_light
-from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
 from moe_inspect.simulate.placement.policies.policies import POLICIES
-from moe_inspect.simulate.placement.policies.search import CLOSE
+from moe_inspect.simulate.placement.policies.search import CLOSE, as_light
 from moe_inspect.simulate.placement.ranks_reached import counter, table_of
 from tests.exact import fits_apart
 from tests.sweep import sample

@@ -8,11 +8,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from moe_inspect.simulate.placement.dispatch import least_busiest
-from moe_inspect.simulate.placement.policies.lasting import busiest, descend_windows
-from moe_inspect.simulate.placement.policies.layout import Layout, colocated, shares
-from moe_inspect.simulate.placement.policies.outlook import MOST, drawn, kriging, merged, variogram
+from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
+from moe_inspect.simulate.placement.policies.lasting import (
+    MOST,
+    busiest,
+    descend_windows,
+    drawn,
+    kriging,
+    merged,
+    variogram,
+)
 from moe_inspect.simulate.placement.policies.policies import POLICIES
+from moe_inspect.simulate.placement.tables import least_busiest
 from tests.drift import CASES, drifting, mean_over_windows
 
 GPUS, SLOTS, EXPERTS = 8, 72, 64

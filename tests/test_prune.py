@@ -12,8 +12,7 @@ import moe_inspect
 from moe_inspect import MoeInspectError, TraceOptions
 from moe_inspect.analysis.scores import lowest
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.interventions.ablation.measure import Progress
-from moe_inspect.interventions.ablation.run import ablate_held_out
+from moe_inspect.interventions.ablation import Progress, ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning.advise import of_overlap
 from moe_inspect.interventions.pruning.calibration import check_trace

@@ -23,8 +23,8 @@ from moe_inspect.analysis.scores import lowest, random_scores
 from moe_inspect.interventions.among import beyond
 from moe_inspect.interventions.pruning import checkpoint, run
 from moe_inspect.interventions.pruning.checkpoint import Pruned
+from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
-from moe_inspect.model.sizes import groups_of
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked
 from tests import zoo
 from tests.conftest import Cli

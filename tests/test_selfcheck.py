@@ -19,7 +19,7 @@ import moe_inspect
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.selfcheck import check, memory, reference
 from moe_inspect.capture.hook.selfcheck.check import SWITCH, SelfCheck, Variant, summary
-from moe_inspect.doctor.kernels import selfchecks_of
+from moe_inspect.doctor.costs import selfchecks_of
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
@@ -306,7 +306,7 @@ def test_doctor_shows_what_is_wrong(
     checked: list[Variant], monkeypatch: pytest.MonkeyPatch, cli_here: Cli
 ) -> None:
     facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
-    monkeypatch.setattr("moe_inspect.doctor.kernels.SHAPES", ((8, 2),))
+    monkeypatch.setattr("moe_inspect.doctor.costs.SHAPES", ((8, 2),))
     right = list(selfchecks_of(CPU))
     assert [(row["kernel"], row["wrong"]) for row in right] == [
         ("record", None), ("dispatch", None), ("combine", None)

@@ -19,7 +19,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.capture.server import client, keeper, serve
-from moe_inspect.capture.server.engine_command import read_command
+from moe_inspect.capture.server.serve import read_command
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
 from tests.engine import KEY

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.cache.cache import simulate_cache
-from moe_inspect.simulate.cache.policies import POLICIES, Cache, CompiledCache, replay
+from moe_inspect.simulate.cache import POLICIES, Cache, CompiledCache, replay, simulate_cache
 from tests.conftest import ROOT, Cli
 from tests.foreign import gguf_file
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba, kernels_numpy
-from moe_inspect.simulate.capacity.capacity import ORDERS, simulate_capacity
-from moe_inspect.simulate.capacity.queues import Groups, dropped, levels
+from moe_inspect.simulate.capacity import ORDERS, simulate_capacity
+from moe_inspect.simulate.queues import Groups, dropped, levels
 from moe_inspect.simulate.shards import document_deciles, expert_capacity
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace

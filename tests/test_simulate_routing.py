@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba, kernels_numpy
-from moe_inspect.simulate.routing.algorithms import (
+from moe_inspect.simulate.routing import simulate_routing
+from moe_inspect.simulate.routing_algorithms import (
     ALGORITHMS,
     BIAS_RATE,
     BIAS_TOKENS,
@@ -23,7 +24,6 @@ from moe_inspect.simulate.routing.algorithms import (
     largest,
     scores_of,
 )
-from moe_inspect.simulate.routing.routing import simulate_routing
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.conftest import ROOT, Cli

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moe_inspect.simulate.cache import text as cache_text
-from moe_inspect.simulate.capacity import text as capacity_text
-from moe_inspect.simulate.decode import text as decode_text
-from moe_inspect.simulate.routing import text as routing_text
+from moe_inspect.simulate import cache as cache_text
+from moe_inspect.simulate import capacity as capacity_text
+from moe_inspect.simulate import decode as decode_text
+from moe_inspect.simulate import routing as routing_text
 
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 

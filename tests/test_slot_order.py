@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.counts.device_counts import DeviceCounts
+from moe_inspect.capture.hook.counts import DeviceCounts
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
@@ -21,7 +21,7 @@ from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
-from moe_inspect.simulate.capacity.capacity import simulate_capacity
+from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router

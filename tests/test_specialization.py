@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_inspect.analysis.counting.token_id_tables import top_token_ids
-from moe_inspect.analysis.counting.token_ids import TokenIds
+from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.reporting.report import report
 from tests.synthetic import uniform_ids, write_trace

@@ -26,8 +26,7 @@ from moe_inspect.analysis.metrics.registry import listing
 from moe_inspect.cli.report import print_metrics
 from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
-from moe_inspect.reporting.render.one_screen import MOST_FINDINGS, finding_lines
-from moe_inspect.reporting.render.terminal import print_report
+from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import open_trace
 from tests.conftest import ROOT

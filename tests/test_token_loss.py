@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import moe_inspect
-from moe_inspect.capture.token_loss import losses
+from moe_inspect.capture import token_loss as losses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.model.own import load_object

@@ -18,8 +18,7 @@ import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
-from moe_inspect.training.device_sums import DeviceSums
-from moe_inspect.training.sums import Sums
+from moe_inspect.training.sums import DeviceSums, Sums
 from tests import own, zoo
 from tests.conftest import ROOT
 from tests.families import FAMILIES, build

@@ -406,7 +406,7 @@ def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_every_expert_of_every_layer(tmp_path: Path) -> None:
-    from moe_inspect.reporting.charts.parts import load_scale
+    from moe_inspect.reporting.charts.spec import load_scale
     from moe_inspect.training import RoutingMonitor
     from tests.test_training import loop
 

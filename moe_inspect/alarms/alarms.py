@@ -1,6 +1,7 @@
-"""Alarms: judges windows one after the other by rules, and says what is wrong where.
+"""Alarms: judges windows one after the other by rules, and says what is wrong where, and what
+helps.
 
-R routers, E experts.
+R routers, E experts, S steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.alarms.advice import advice
 from moe_inspect.alarms.chance import (
     PAIRS,
     chance_limit,
@@ -32,13 +32,74 @@ from moe_inspect.alarms.rules import (
     Rule,
     parse_rule,
 )
-from moe_inspect.alarms.window import Window
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive optimizer steps (or forward passes) `first` to `last`. `load`: assignments of
+    each router's experts, int64 [E] each; `tokens_R`: tokens each router saw. `values`: what the
+    load does not tell, by metric, float [R]; NaN where a router has no such value. `recent`: the
+    loads of the last steps, int64 [S, E] of each router, where they are known."""
+
+    first: int
+    last: int
+    load: Sequence[np.ndarray]
+    tokens_R: np.ndarray
+    values: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    recent: Sequence[np.ndarray] = ()
+
+
+def drop_rate_R(
+    load: Sequence[np.ndarray], tokens_R: np.ndarray, routers: Sequence[Router]
+) -> np.ndarray:
+    """Share of each router's slots that routed nowhere, float [R]; NaN without tokens."""
+    slots_R = tokens_R * np.array([router.top_k for router in routers])
+    load_R = np.array([load_E.sum() for load_E in load])
+    return np.where(slots_R > 0, 1 - load_R / np.maximum(slots_R, 1), np.nan)
+
+
+_BALANCE = (
+    "Balance each layer by itself (a loss pooled over layers lets one collapse) with a higher "
+    "coefficient (arXiv:2101.03961), or by a bias on the selection, without a loss "
+    "(arXiv:2408.15664)."
+)
+_DEAD = (
+    f"{_BALANCE} An expert without tokens gets no gradient and stays dead: add noise to the router "
+    "(arXiv:1701.06538), or raise the capacity factor where tokens are dropped (arXiv:2101.03961)."
+)
+_DRIFT = (
+    "A lower learning rate of the router, or warm-up, keeps the choice stable (arXiv:2202.08906); "
+    "the router's z-loss keeps its logits small (arXiv:2202.08906)."
+)
+_LOGITS = "Raise the coefficient of the router's z-loss, or lower its learning rate \
+(arXiv:2202.08906)."
+ADVICE: Mapping[str, str] = {
+    "dead_experts": _DEAD,
+    "starved_experts": _DEAD,
+    "min_over_max": _DEAD,
+    "drift": _DRIFT,
+    "z_loss": _LOGITS,
+    "drop_rate": (
+        "Raise the capacity factor (arXiv:2101.03961), or balance the layer, whose dropped tokens "
+        "skip the experts that they chose; dropless experts drop none (arXiv:2211.15841)."
+    ),
+    "bias_range": (
+        "Lower the update rate of the selection bias, and check that it is updated once per step "
+        "from the load of all ranks (arXiv:2408.15664)."
+    ),
+}
+
+
+def advice(metric: str) -> str:
+    """One or two sentences on what helps, with a source."""
+    return ADVICE.get(metric, _BALANCE)
+
 
 CALM = 3
 VALUES = (DROP_RATE, *OF_MODEL)  # that a window states

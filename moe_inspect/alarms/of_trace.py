@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.rules import BATCH, DROP_RATE, OF_MODEL, Rule
-from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.engine import WINDOWS, count_trace

@@ -15,12 +15,12 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from moe_inspect.analysis.threads import in_order
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import location
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
+from moe_inspect.workers import in_order
 
 WAIT_S = 10  # for the scheduler to answer, and for its first worker
 ALIKE = ("moe-inspect", "numpy")  # what must be of the same version everywhere
@@ -69,7 +69,7 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
 
 
 class Cluster:
-    """As `threads.Threads`; `width` is the threads of all workers."""
+    """As `workers.Threads`; `width` is the threads of all workers."""
 
     def __init__(self, client: Any, traces: Sequence[Trace]):
         self.client = client

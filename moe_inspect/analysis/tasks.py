@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from typing import Any
 
-from moe_inspect.analysis.threads import Threads, Workers
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
+from moe_inspect.workers import Threads, Workers
 
 WORTH_A_TASK = 100_000_000  # assignments; a second or more
 FEWEST_RUNS, MOST_RUNS = 8, 512  # tasks of a pass, about: no more than twice as many

@@ -21,7 +21,7 @@ from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
 from moe_inspect.capture.hook.inputs.sequences import DRAFT
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.token_loss.losses import PassLosses, TokenLosses
+from moe_inspect.capture.token_loss import PassLosses, TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS, Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter

@@ -18,8 +18,7 @@ import torch
 from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.counts.counted import CountedPasses
-from moe_inspect.capture.hook.counts.device_counts import DeviceCounts, Totals
+from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import inputs_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.row_order import row_order_of
@@ -30,7 +29,7 @@ from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.token_loss.losses import token_losses_of
+from moe_inspect.capture.token_loss import token_losses_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site

@@ -14,8 +14,15 @@ import torch
 
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
 from moe_inspect.capture.corpus.sources import find_sources
-from moe_inspect.capture.feed import Batch, Decoding, decode, encode_decode, end_ids, prefill
-from moe_inspect.capture.feed_own import feed_own
+from moe_inspect.capture.feed import (
+    Batch,
+    Decoding,
+    decode,
+    encode_decode,
+    end_ids,
+    feed_own,
+    prefill,
+)
 from moe_inspect.capture.load import Unloaded, unloaded
 from moe_inspect.capture.open_trace import Session
 from moe_inspect.capture.options import RecordOptions, TraceOptions

@@ -52,8 +52,7 @@ def doctor(
         phase("loading torch")
         if find_spec("transformers") is not None:
             quiet()
-        from moe_inspect.doctor.examine import examine
-        from moe_inspect.doctor.page import page
+        from moe_inspect.doctor.page import examine, page
 
         facts = examine(
             model,

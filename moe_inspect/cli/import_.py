@@ -18,7 +18,8 @@ from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
 
 if TYPE_CHECKING:
-    from moe_inspect.importers.parallel.processes import Workers
+    from moe_inspect.workers import Workers
+
 run_option = in_panel("Run")
 
 

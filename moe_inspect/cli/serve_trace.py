@@ -85,8 +85,7 @@ def serve_trace(
     moe-inspect serve-trace -o runs/a -- vllm serve allenai/OLMoE-1B-7B-0924
     moe-inspect serve-trace -o runs/a -- sglang serve --model-path ./model --tp 2"""
     from moe_inspect.api import trace_engine
-    from moe_inspect.capture.server.engine_command import read_command
-    from moe_inspect.capture.server.serve import serve_engine
+    from moe_inspect.capture.server.serve import read_command, serve_engine
 
     if not command:
         raise typer.BadParameter(

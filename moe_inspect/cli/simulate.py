@@ -129,7 +129,7 @@ def capacity(
         raise typer.BadParameter(
             f"--group-tokens: {group_tokens!r} is not a whole number, batch or sequence"
         )
-    from moe_inspect.simulate.capacity.capacity import simulate_capacity
+    from moe_inspect.simulate.capacity import simulate_capacity
 
     with shown():
         simulation = simulate_capacity(
@@ -282,7 +282,7 @@ def decode(
 
     Examples:
     moe-inspect simulate decode runs/a --batch 1,8,32"""
-    from moe_inspect.simulate.decode.decode import simulate_decode
+    from moe_inspect.simulate.decode import simulate_decode
 
     with shown():
         simulation = simulate_decode(
@@ -334,7 +334,7 @@ def cache(
 
     Examples:
     moe-inspect simulate cache runs/a --slots 2,4 --expert-mb 90 --gb-per-s 25"""
-    from moe_inspect.simulate.cache.cache import POLICIES, simulate_cache
+    from moe_inspect.simulate.cache import POLICIES, simulate_cache
 
     with shown():
         simulation = simulate_cache(
@@ -387,7 +387,7 @@ def routing(
 
     Examples:
     moe-inspect simulate routing runs/a --top-k 1,2,4"""
-    from moe_inspect.simulate.routing.routing import simulate_routing
+    from moe_inspect.simulate.routing import simulate_routing
 
     with shown():
         simulation = simulate_routing(

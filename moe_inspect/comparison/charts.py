@@ -14,7 +14,6 @@ import numpy as np
 
 from moe_inspect.comparison.data import PairData
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.parts import known_interval
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Chart,
@@ -23,6 +22,7 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     amount,
+    known_interval,
 )
 from moe_inspect.text import layer_label
 

@@ -18,8 +18,8 @@ import pyarrow.csv
 
 from moe_inspect.analysis.scores import ALL, Scores, scores_of
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.counts import Sums, sums_by_domain
 from moe_inspect.exporters.registry import exporter, need_decisions
-from moe_inspect.exporters.sums import Sums, sums_by_domain
 from moe_inspect.text import no_such
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.reader import Trace

@@ -13,8 +13,8 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.balance import effective_experts
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.exporters.counts import sums_by_domain
 from moe_inspect.exporters.registry import exporter
-from moe_inspect.exporters.sums import sums_by_domain
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 

@@ -12,12 +12,12 @@ from typing import Any
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line, why_unread
 from moe_inspect.importers.mapping import Map
-from moe_inspect.importers.parallel.lines import Prepare, prepared_lines, too_long
-from moe_inspect.importers.parallel.processes import Workers
+from moe_inspect.importers.parallel import Prepare, prepared_lines, too_long
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
+from moe_inspect.workers import Workers
 
 MOST_JSON_BYTES = 2**28  # of a file that is one JSON value
 

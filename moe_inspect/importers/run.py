@@ -19,7 +19,7 @@ from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.counts import COLUMNS
 from moe_inspect.importers.mapping import parse_map
-from moe_inspect.importers.parallel.processes import Workers, at_work
+from moe_inspect.importers.parallel import at_work
 from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
@@ -30,6 +30,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 from moe_inspect.trace.writer.draft import whole_trace
+from moe_inspect.workers import Workers
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them
 ONE_RANK_TOKENS = 256  # from so many on it is no coincidence that half of the experts are unused

@@ -35,7 +35,7 @@ from moe_inspect.interventions.plan import Layers, planned
 from moe_inspect.interventions.replay import Replay
 from moe_inspect.interventions.substitute import replaced
 from moe_inspect.model.choices.read import called_with
-from moe_inspect.model.custom.candidates import candidates
+from moe_inspect.model.custom.find import candidates
 from moe_inspect.model.find import no_routers, routers_in
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import unwrapped

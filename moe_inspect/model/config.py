@@ -1,5 +1,5 @@
-"""Reads the routers from a model's config.json in plain Python: which blocks have experts, how
-many, and how many are chosen per token.
+"""Reads a model's config.json in plain Python: which blocks have experts, how many, how many are
+chosen per token, in which groups, and the bytes of an expert and of a hidden state.
 
 The keys are those of transformers' configs and of the checkpoints that engines load
 (`model/families.py`); a family that states nothing about dense blocks has experts in all of them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.model.families import (
+    EXPERT_WIDTH,
     EXPERTS,
+    HIDDEN,
     LAYERS,
     ROUTING_BLOCKS,
     SCORING,
     SHARED_EXPERTS,
     TOP_K,
+    family_of,
     language_config,
 )
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
 # far above any real model; a hostile config could state more
@@ -279,3 +284,64 @@ def _by_layer(
 
 def _named(config: dict[str, Any], keys: tuple[str, ...]) -> str:
     return next((key for key in keys if config.get(key) is not None), keys[0])
+
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+GROUPS = ("n_group", "num_expert_group")
+GROUPS_CHOSEN = ("topk_group", "num_limited_groups")
+# of DeepSeek-V2: without groups, and with groups compared by their best expert alone
+UNGROUPED, BY_BEST = "greedy", "group_limited_greedy"
+
+
+def text_config(trace: Trace) -> dict[str, Any]:
+    """The config of the language model; empty where the manifest has none."""
+    config = trace.manifest.get("model", {}).get("config")
+    return language_config(config) if isinstance(config, dict) else {}
+
+
+def hidden_bytes(trace: Trace) -> float | None:
+    """Bytes of a token's hidden state in the dtype the model ran in; None where the manifest does
+    not say."""
+    width, size = _size(text_config(trace), *HIDDEN), _element_bytes(trace)
+    return width * size if width and size else None
+
+
+def expert_bytes(trace: Trace, router: int) -> float | None:
+    """Bytes of one expert's weights: two matrices, three where it has a gate projection; None where
+    the manifest does not say."""
+    config = text_config(trace)
+    stack = trace.routers[router].stack
+    width = _size(config, *([f"{stack}_ffn_dim"] if stack else []), *EXPERT_WIDTH)
+    hidden, size = _size(config, *HIDDEN), _element_bytes(trace)
+    matrices = 3 if family_of(config).gated else 2
+    return matrices * hidden * width * size if hidden and width and size else None
+
+
+def weight_bytes(trace: Trace) -> int:
+    """Bytes of a weight in the dtype the model ran in; 2 where the manifest does not say."""
+    return _element_bytes(trace) or 2
+
+
+def groups_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of a model's config.json: the number of groups (1: none), how many of them a token goes to,
+    and by how many of their best experts they are compared."""
+    of = language_config(dict(config))
+    groups = _size(of, *GROUPS)
+    if groups is None or of.get("topk_method") == UNGROUPED:
+        return 1, 1, 0
+    best = 1 if of.get("topk_method") == BY_BEST else 2
+    return groups, _size(of, *GROUPS_CHOSEN) or groups, best if groups > 1 else 0
+
+
+def _element_bytes(trace: Trace) -> int | None:
+    config = text_config(trace)
+    ran_in = trace.manifest.get("capture", {}).get("dtype")
+    return BYTES.get(str(ran_in)) or BYTES.get(
+        str(config.get("dtype") or config.get("torch_dtype"))
+    )
+
+
+def _size(config: dict[str, Any], *names: str) -> int | None:
+    return next(
+        (config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None
+    )

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.candidates import candidates
-from moe_inspect.model.custom.find import sites_given, sites_registered
+from moe_inspect.model.custom.find import candidates, sites_given, sites_registered
 from moe_inspect.model.custom.frameworks import SPECS
 from moe_inspect.model.custom.spec import RouterSpec, registered
 from moe_inspect.model.routers import Site, called_experts, in_layers, is_of_transformers

@@ -14,13 +14,13 @@ from typing import Any
 
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 from moe_inspect.model.config import read_config
-from moe_inspect.model.gguf.load import (
+from moe_inspect.model.gguf import (
     dequantized,
     is_gguf,
     quantization,
     refuse_unless_loadable,
 )
-from moe_inspect.model.gguf.load import load_config as load_gguf_config
+from moe_inspect.model.gguf import load_config as load_gguf_config
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 

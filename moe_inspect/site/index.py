@@ -12,8 +12,15 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
-from moe_inspect.reporting.charts.parts import definitions
-from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, Scale, amount
+from moe_inspect.reporting.charts.spec import (
+    Axis,
+    Chart,
+    Heatmap,
+    Panel,
+    Scale,
+    amount,
+    definitions,
+)
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.site.directory import FORMAT
 from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, Entry

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.alarms import Window
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.training.metrics import show_picture
 from moe_inspect.training.monitor import RoutingMonitor
-from moe_inspect.training.pictures import show_picture
 
 
 class RoutingCallback(TrainerCallback):

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.alarms.window import Window
+from moe_inspect.alarms.alarms import Window
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.training.metrics import show_picture
 from moe_inspect.training.monitor import RoutingMonitor
-from moe_inspect.training.pictures import show_picture
 
 try:
     from lightning.pytorch.callbacks import Callback as _Found  # pyright: ignore

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
-from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes, Sinks
 from moe_inspect.capture.manifest import drop_facts
@@ -291,7 +290,7 @@ class RoutingMonitor:
 
     def picture(self) -> Any:
         """A matplotlib figure of the last window: the load of every expert of every layer."""
-        from moe_inspect.training.pictures import load_picture
+        from moe_inspect.training.metrics import load_picture
 
         if self.window is None:
             raise MoeInspectError("no window yet: the first picture follows the first log")

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Template
 from markupsafe import Markup
 
-from moe_inspect.reporting.charts.parts import cell_numbers, load_scale
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Band,
@@ -23,6 +22,8 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Rule,
+    cell_numbers,
+    load_scale,
 )
 from moe_inspect.reporting.render.html import (
     asset,

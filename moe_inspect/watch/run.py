@@ -15,7 +15,7 @@ from moe_inspect.alarms.rules import Rule
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, plural, printable
 from moe_inspect.watch.follow import COMPLETE, ENDED, KILLED, WAITING, Follower, News
-from moe_inspect.watch.hot_text import HotText, hot_text
+from moe_inspect.watch.piece import HotText, hot_text
 from moe_inspect.watch.screen import Screen, worst_routers
 from moe_inspect.watch.state import WINDOW_TOKENS, Watched
 

@@ -27,7 +27,7 @@ from moe_inspect.reporting.render.heatmap import (
 )
 from moe_inspect.text import plural, printable
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING
-from moe_inspect.watch.hot_text import HotText
+from moe_inspect.watch.piece import HotText
 from moe_inspect.watch.state import Watched
 
 BARS = "▁▂▃▄▅▆▇█"

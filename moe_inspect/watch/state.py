@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Alarm, Alarms
+from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.of_trace import refuse_rules
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
-from moe_inspect.alarms.window import Window, drop_rate_R
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.text import layer_label

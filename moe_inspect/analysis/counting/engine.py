@@ -13,9 +13,9 @@ from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
 from moe_inspect.analysis.counting.router_groups import count_by_token_id, counting
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
-from moe_inspect.analysis.threads import Threads, Workers
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
+from moe_inspect.workers import Threads, Workers
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers

@@ -18,11 +18,11 @@ from moe_inspect.analysis.counting.count_shard import (
 )
 from moe_inspect.analysis.counting.counts import Counts, empty_like, joined
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.counting.token_id_tables import by_token_id
 from moe_inspect.analysis.counting.token_ids import (
     Plan,
     ShardRows,
     TokenTables,
+    by_token_id,
     plans_of,
 )
 from moe_inspect.analysis.tasks import by_router

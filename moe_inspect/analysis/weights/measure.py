@@ -16,8 +16,7 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.routed import MTP, RoutedPlace, routed_places
-from moe_inspect.analysis.weights.scaled import with_scales
-from moe_inspect.analysis.weights.stored import Stored, tensors_in
+from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.trace.schema import Router

@@ -20,8 +20,7 @@ from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
-from moe_inspect.capture.hook.probe import listen
-from moe_inspect.capture.hook.probes import Probes
+from moe_inspect.capture.hook.probes import Probes, listen
 from moe_inspect.capture.hook.sink import (
     Records,
     Scope,

@@ -11,7 +11,6 @@ import numpy as np
 from moe_inspect.comparison.loads.data import SIDES, LoadData
 from moe_inspect.comparison.loads.tables import chance_limit
 from moe_inspect.comparison.loads.verdict import findings
-from moe_inspect.reporting.charts.parts import look
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -23,6 +22,7 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Scale,
+    look,
 )
 from moe_inspect.reporting.render.console import (
     console_for,

@@ -14,8 +14,7 @@ from rich.text import Text
 from moe_inspect.comparison.models.data import SIDES, ModelData
 from moe_inspect.comparison.models.verdict import findings
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.parts import known_interval
-from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel, known_interval
 from moe_inspect.reporting.render.console import (
     console_for,
     print_and_count,

@@ -18,8 +18,7 @@ from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.capture.corpus.plan import TokenSequence, batches
 from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.interventions.ablation.measure import Progress
-from moe_inspect.interventions.ablation.run import ablate_held_out, pairs
+from moe_inspect.interventions.ablation import Progress, ablate_held_out, pairs
 from moe_inspect.interventions.held_out import HeldOut
 from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.model.routers import Site

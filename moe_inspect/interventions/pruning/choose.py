@@ -11,9 +11,9 @@ from typing import Any
 from moe_inspect.analysis.scores import experts_kept, refuse_too_few
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions.among import SHARED_OUT, how_dropped
+from moe_inspect.model.config import groups_of
 from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import Site, block_of
-from moe_inspect.model.sizes import groups_of
 
 
 def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:

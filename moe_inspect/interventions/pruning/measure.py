@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.uncertainty import interval, resample_weights
-from moe_inspect.interventions.ablation.measure import Progress
+from moe_inspect.interventions.ablation import Progress
 from moe_inspect.interventions.held_out import HeldOut
 from moe_inspect.interventions.intervene import Intervention
 

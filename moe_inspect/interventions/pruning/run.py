@@ -28,7 +28,7 @@ from moe_inspect.analysis.scores import (
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.interventions.ablation.measure import Progress
+from moe_inspect.interventions.ablation import Progress
 from moe_inspect.interventions.among import beyond
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning import advise, checkpoint
@@ -41,7 +41,7 @@ from moe_inspect.interventions.pruning.calibration import (
 )
 from moe_inspect.interventions.pruning.choose import check, config_of
 from moe_inspect.interventions.pruning.measure import EVERYTHING, WHOLE, Drop, Losses, measure
-from moe_inspect.model.sizes import groups_of
+from moe_inspect.model.config import groups_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
 

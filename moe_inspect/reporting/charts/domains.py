@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import cell_numbers, definitions, layer_axis
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -21,7 +20,10 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Scale,
     amount,
+    cell_numbers,
     chart,
+    definitions,
+    layer_axis,
 )
 from moe_inspect.text import cut, layer_label, readable
 

@@ -10,14 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import load_ratio
-from moe_inspect.reporting.charts.parts import (
-    cell_numbers,
-    definitions,
-    known_interval,
-    layer_axis,
-    load_scale,
-    log_axis,
-)
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Band,
@@ -27,7 +19,13 @@ from moe_inspect.reporting.charts.spec import (
     Panel,
     Points,
     Rule,
+    cell_numbers,
     chart,
+    definitions,
+    known_interval,
+    layer_axis,
+    load_scale,
+    log_axis,
 )
 from moe_inspect.reporting.verdict.chance import uneven
 from moe_inspect.text import layer_label, plural

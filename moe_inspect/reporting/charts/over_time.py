@@ -9,13 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import (
-    definitions,
-    layer_axis,
-    log_axis,
-    look,
-    token_axis,
-)
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -30,6 +23,11 @@ from moe_inspect.reporting.charts.spec import (
     Rule,
     amount,
     chart,
+    definitions,
+    layer_axis,
+    log_axis,
+    look,
+    token_axis,
 )
 
 if TYPE_CHECKING:

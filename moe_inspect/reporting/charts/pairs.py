@@ -14,15 +14,8 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.reporting.charts.domains import MOST_DOMAINS
-from moe_inspect.reporting.charts.parts import (
-    INTERVALS,
-    cell_numbers,
-    definitions,
-    known_interval,
-    layer_axis,
-    look,
-)
 from moe_inspect.reporting.charts.spec import (
+    INTERVALS,
     SERIES,
     Axis,
     Chart,
@@ -33,7 +26,12 @@ from moe_inspect.reporting.charts.spec import (
     Points,
     Scale,
     amount,
+    cell_numbers,
     chart,
+    definitions,
+    known_interval,
+    layer_axis,
+    look,
 )
 from moe_inspect.reporting.tables.pairs import (
     ALPHA,

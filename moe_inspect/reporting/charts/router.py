@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import definitions, layer_axis
-from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel, chart
+from moe_inspect.reporting.charts.spec import (
+    SERIES,
+    Axis,
+    Chart,
+    Line,
+    Panel,
+    chart,
+    definitions,
+    layer_axis,
+)
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData

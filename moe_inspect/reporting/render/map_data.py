@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.reporting.charts.domains import UNIFORM, lift_scale
-from moe_inspect.reporting.charts.parts import load_scale
+from moe_inspect.reporting.charts.spec import load_scale
 from moe_inspect.reporting.render.payload import numbers, scale_json
 from moe_inspect.text import layer_label, readable
 

@@ -5,7 +5,6 @@ added here."""
 from moe_inspect.reporting.tables import summary
 from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables import specialization
-from moe_inspect.reporting.tables import committee
 from moe_inspect.reporting.tables import routes
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables import router
@@ -13,7 +12,6 @@ from moe_inspect.reporting.tables import over_time
 from moe_inspect.reporting.tables import worth
 
 __all__ = [
-    "committee",
     "load",
     "over_time",
     "pairs",

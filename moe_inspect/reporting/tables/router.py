@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics import esft as scores
 from moe_inspect.analysis.metrics import router as rt
+from moe_inspect.analysis.metrics import worth as scores
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.load import of_router, stacked
 from moe_inspect.reporting.tables.registry import table

@@ -1,7 +1,7 @@
-"""From the GPUs that were asked for to the layout of each router; and plans: the expert of every
-slot of a layout.
+"""From the GPUs that were asked for to the layout of each router: where the replicas of its experts
+can go, and what a placement of them comes to; and plans: the expert of every slot of a layout.
 
-E experts, W windows, P slots.
+E experts, W windows, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S.
 """
 
 from __future__ import annotations
@@ -13,10 +13,37 @@ import numpy as np
 
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.sizes import text_config
-from moe_inspect.simulate.placement.policies.layout import Layout
+from moe_inspect.model.config import text_config
 from moe_inspect.simulate.placement.windows import FitWindows
 from moe_inspect.trace.reader import Trace
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`slots` in all, the same number on each GPU; the same number of GPUs on each node. `groups`:
+    of experts, which a router with group-limited routing chooses among (DeepSeek-V3)."""
+
+    slots: int
+    gpus: int
+    nodes: int = 1
+    groups: int = 1
+
+
+def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:
+    """The share of each expert's load that each of `parts` equal runs of slots (GPUs, or nodes)
+    gets. float64 [E, parts]"""
+    share_EG = np.zeros((E, parts))
+    np.add.at(share_EG, (expert_P, np.arange(len(expert_P)) * parts // len(expert_P)), 1)
+    return share_EG / share_EG.sum(1, keepdims=True)
+
+
+def colocated(expert_P: np.ndarray, gpus: int) -> int:
+    """Replicas that share a GPU with another of the same expert, of experts with no more replicas
+    than there are GPUs."""
+    slots_GS = np.sort(expert_P.reshape(gpus, -1), axis=1)
+    few_E = np.bincount(expert_P) <= gpus
+    return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())
+
 
 MOST_SLOTS = 2**20  # of a layer
 MOST_GPUS = 8  # where no number is asked for

@@ -16,8 +16,7 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.progress import phase
 from moe_inspect.simulate import kernels_numpy
-from moe_inspect.simulate.placement.layouts import Plans
-from moe_inspect.simulate.placement.policies.layout import Layout, shares
+from moe_inspect.simulate.placement.layouts import Layout, Plans, shares
 from moe_inspect.simulate.placement.policies.policies import POLICIES
 from moe_inspect.simulate.placement.windows import FitWindows, decisions
 from moe_inspect.trace.shard import Shard

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.reporting.charts.parts import log_axis, look, token_axis
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     SERIES,
@@ -20,6 +19,9 @@ from moe_inspect.reporting.charts.spec import (
     Points,
     Rule,
     amount,
+    log_axis,
+    look,
+    token_axis,
 )
 from moe_inspect.simulate.placement.tables import recommended
 from moe_inspect.simulate.result import SIMULATED

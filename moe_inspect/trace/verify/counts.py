@@ -9,8 +9,13 @@ import numpy as np
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.verify.verification import Verification
-from moe_inspect.trace.verify.violation import Violation, codes_of, expect_equal, read_table
+from moe_inspect.trace.verify.verification import (
+    Verification,
+    Violation,
+    codes_of,
+    expect_equal,
+    read_table,
+)
 
 
 def check_counts(shard: Shard, found: Verification) -> None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.verify.verification import Verification
-from moe_inspect.trace.verify.violation import (
+from moe_inspect.trace.verify.verification import (
+    Verification,
     Violation,
     expect_equal,
     ids_of,

@@ -15,8 +15,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles
 from moe_inspect.trace.validate import line_keys
-from moe_inspect.trace.verify.verification import Verification
-from moe_inspect.trace.verify.violation import Violation, open_table
+from moe_inspect.trace.verify.verification import Verification, Violation, open_table
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 

@@ -18,8 +18,7 @@ from moe_inspect.trace.verify.counts import check_counts
 from moe_inspect.trace.verify.decisions import check_logits, check_routing
 from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans
 from moe_inspect.trace.verify.tokens import Documents, Positions, check_tokens
-from moe_inspect.trace.verify.verification import Verification
-from moe_inspect.trace.verify.violation import Violation, violation_of
+from moe_inspect.trace.verify.verification import Verification, Violation, violation_of
 
 
 def verify(

@@ -13,7 +13,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.verify.violation import Violation, codes_of, expect_equal, read_table
+from moe_inspect.trace.verify.verification import Violation, codes_of, expect_equal, read_table
 
 NO_ID = -1
 

@@ -28,13 +28,7 @@ from moe_inspect.capture.hook.inputs.keys import (
 )
 from moe_inspect.capture.hook.inputs.places import Pages, Place
 from moe_inspect.capture.hook.inputs.row_order import RowOrder
-from moe_inspect.capture.hook.inputs.rows import (
-    CachedRows,
-    CallInputs,
-    Keys,
-    Rows,
-    joined,
-)
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Keys, Rows, joined
 from moe_inspect.capture.hook.inputs.sequences import Numbering, check_labels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES

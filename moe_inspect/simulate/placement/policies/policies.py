@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_inspect.simulate.placement.layouts import Layout
 from moe_inspect.simulate.placement.policies import eplb as published
-from moe_inspect.simulate.placement.policies.layout import Layout
 from moe_inspect.simulate.placement.policies.search import search
 
 FEWEST = 4  # windows from which their spread is estimated

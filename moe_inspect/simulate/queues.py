@@ -29,6 +29,7 @@ from moe_inspect.trace.shard import Shard
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
 Order = Literal["arrival", "token", "weight"]
 GroupTokens = int | Literal["batch", "sequence"]
 POSITIONS = ("document", "group")  # what a token's tenth is a tenth of

@@ -1,4 +1,5 @@
-"""Processes of this machine that do tasks, and what any kind of workers is."""
+"""Workers do tasks, several at once: threads or processes of this machine; those of a cluster are
+in `analysis.cluster`. Results come back in the order of their tasks, whoever does them."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from moe_inspect.errors import MoeInspectError
 
 
 class Workers(Protocol):
-    """Who does tasks: processes of this machine, or the workers of a cluster. `each`: what
-    function(*shared, *task) returns for each task, in order."""
+    """`width`: how many tasks they do at once. `each`: what function(*shared, *task) returns for
+    each task, in order; `shared` is sent once."""
+
+    width: int
 
     def each(
         self,
@@ -29,9 +32,42 @@ class Workers(Protocol):
     ) -> Iterator[Any]: ...
 
 
+def in_order(
+    submit: Callable[[tuple[Any, ...]], Any], tasks: Iterable[tuple[Any, ...]], most: int
+) -> Iterator[Any]:
+    """The results of tasks, of which `most` are submitted at a time: what they return waits in
+    memory."""
+    ahead = deque[Any]()
+    for task in tasks:
+        ahead.append(submit(task))
+        if len(ahead) >= most:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+@dataclass
+class Threads:
+    width: int
+
+    def each(
+        self,
+        function: Callable[..., Any],
+        shared: tuple[Any, ...],
+        tasks: Iterable[tuple[Any, ...]],
+    ) -> Iterator[Any]:
+        if self.width == 1:
+            yield from (function(*shared, *task) for task in tasks)
+            return
+        with ThreadPoolExecutor(self.width) as pool:
+            yield from in_order(
+                lambda task: pool.submit(function, *shared, *task), tasks, self.width + 1
+            )
+
+
 class Processes:
-    """`width`: how many at once. They start with the first task, and end with the `with` block or
-    with this process, however it ends."""
+    """They start with the first task, and end with the `with` block or with this process, however
+    it ends. What they are given and return is pickled."""
 
     def __init__(self, width: int):
         self.width = width
@@ -54,28 +90,16 @@ class Processes:
             # not forked: threads of this process may hold locks
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.width, context, _begin)
-        # as few as keep all at work: what they return waits in memory
-        ahead = deque[Future[Any]]()
+        pool = self._pool
         try:
-            for task in tasks:
-                ahead.append(self._pool.submit(function, *shared, *task))
-                if len(ahead) > self.width:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            yield from in_order(
+                lambda task: pool.submit(function, *shared, *task), tasks, self.width + 1
+            )
         except BrokenProcessPool:
             raise MoeInspectError(
                 "a process that parses lines was killed, often out of memory: give fewer "
                 "--workers (workers=)"
             ) from None
-
-
-def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:
-    """So many processes of this machine, or the workers that are given; None: this process reads
-    alone."""
-    if isinstance(workers, int):
-        return Processes(workers) if workers > 1 else nullcontext()
-    return nullcontext(workers)
 
 
 def _begin() -> None:

@@ -7,8 +7,9 @@ router's probability mass that an algorithm keeps shows how far it departs from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,84 @@ from moe_inspect.analysis.metrics.balance import UNEVEN, max_vio, max_vio_batch
 from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
-from moe_inspect.simulate.result import Simulation, need_decisions, repeatable
-from moe_inspect.simulate.routing.algorithms import ALGORITHMS, Algorithm, RouterScores, largest
-from moe_inspect.simulate.routing.decisions import Decisions, halves
-from moe_inspect.simulate.routing.text import added_compute, chart, verdict
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
+from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate.routing_algorithms import (
+    ALGORITHMS,
+    SEED,
+    Algorithm,
+    RouterScores,
+    largest,
+    scores_of,
+)
+from moe_inspect.simulate.shards import check_length, slots
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.shard import Shard
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
+
+
+def halves(trace: Trace) -> pd.Series:
+    """Splits the documents into two halves with the same mix of domains. By document: 0 or 1,
+    alternating within each domain."""
+    listed: Any = (
+        trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
+    )
+    return listed.groupby("domain", observed=True).cumcount() % 2
+
+
+class Decisions:
+    """The decisions of one router in one shard, and the logits that they were made from."""
+
+    def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
+        self.router, seen = shard.trace.routers[r], shard.seen(r)
+        table = shard.tokens(["batch", "token_id", "document"])
+        kept = slice(None) if seen is None else seen
+        self.batch_T, self.token_id_T = (
+            table["batch"].to_numpy()[kept],
+            table["token_id"].to_numpy()[kept],
+        )
+        self.half_T = half_of.reindex(table["document"].to_numpy()[kept]).to_numpy()
+        ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
+        check_length(ids_KT.T, len(self.batch_T), r)
+        check_length(self.logits_TE, len(self.batch_T), r)
+        if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
+            raise MoeInspectError(
+                f"{shard.trace.path}: router {r} has NaN logits, or tokens without any finite logit"
+            )
+        model_TE = np.zeros((len(self.batch_T), self.router.experts + 1), bool)
+        model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # an unused slot, −1: the last column
+        self.model_TE = model_TE[:, :-1]
+
+    def batch(self, part: Any, number: int) -> RouterScores:
+        k, scoring = self.router.top_k, self.router.scoring
+        return scores_of(
+            self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number
+        )
+
+    def tokens(self, half: int | None) -> np.ndarray:
+        """The tokens of one half of the documents, or of all. int64 [T]"""
+        return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
+
+    def batches(self, half: int | None) -> Iterator[RouterScores]:
+        tokens = self.tokens(half)
+        start_G = run_edges(self.batch_T[tokens])
+        for first, last in pairwise(start_G):
+            yield self.batch(
+                tokens[first:last] if half is not None else slice(first, last),
+                int(self.batch_T[tokens[first]]),
+            )
+
+    def sample(self, tokens: np.ndarray) -> RouterScores:
+        """At most SAMPLE of the tokens, drawn uniformly at random."""
+        drawn = np.random.default_rng(SEED).permutation(tokens)[:SAMPLE]
+        return self.batch(np.sort(drawn), -1)
 
 
 @dataclass(frozen=True)
@@ -251,3 +321,110 @@ def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, 
             }
         )
     return {"routing": routing, "routing_algorithms": pd.DataFrame(rows)}
+
+
+SAME_COMPUTE = 0.005  # relative difference in experts per token that counts as none
+
+
+def added_compute(times: float) -> str:
+    """The compute relative to the model's own routing, in words; "" where it is the same."""
+    same = abs(times - 1) <= SAME_COMPUTE
+    return "" if same else f"; computes {times:.3g}x as many experts per token"
+
+
+def verdict(
+    tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
+) -> list[str]:
+    routing, advice = tables["routing"], tables["routing_algorithms"]
+    sentences, uneven = [], settings["uneven"]
+    recorded = routing[routing["algorithm"] == "as recorded"]
+    if len(recorded):
+        worst = recorded.loc[recorded["max_vio"].idxmax()]
+        layer = label_of[int(worst["router"])]
+        sentences.append(
+            f"As recorded, layer {layer} is the least balanced: its busiest expert gets "
+            f"{1 + worst['max_vio']:.2f}x the mean load over all tokens."
+        )
+        bias = routing[
+            (routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")
+        ]
+        if len(bias):
+            row = bias.iloc[0]
+            helps = row["max_vio"] < worst["max_vio"]
+            sentences.append(
+                f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
+                f"{layer}{' to' if helps else ':'} {1 + row['max_vio']:.2f}x the mean load "
+                f"({1 + row['max_vio_batch']:.2f}x per batch), keeping "
+                f"{row['mass_retained']:.0%} of the probability mass of the router's own "
+                f"top choices and {row['agreement']:.0%} of the model's choices"
+                + (
+                    ", on the half of the documents held out from fitting the bias."
+                    if settings["bias_held_out"]
+                    else "."
+                )
+            )
+    same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= SAME_COMPUTE
+    usable = advice[
+        same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
+    ]
+    even = usable[usable["max_vio_worst"] < uneven]
+    if len(even):
+        best = even.loc[even["mass_retained_least"].idxmax()]
+        sentences.append(
+            "Simulated: of the causal algorithms with the same compute that balance every layer "
+            f"(no expert gets {1 + uneven:g}x the mean load), {best['algorithm']} keeps the most "
+            f"probability mass: at least {best['mass_retained_least']:.0%}."
+        )
+    else:
+        sentences.append(
+            "Simulated: no causal algorithm with the same compute balances every layer "
+            f"(no expert gets {1 + uneven:g}x the mean load)."
+        )
+    leaking = [
+        f"{label} ({ALGORITHMS[label].leaks})"
+        for label in advice[advice["leaks_future"] == "yes"]["algorithm"]
+    ]
+    if leaking:
+        sentences.append(
+            f"Not causal: {', '.join(leaking)}. A token's experts depend on later tokens, which "
+            "are unknown during generation."
+        )
+    if any("not stated" in scoring for scoring in settings["scoring"]):
+        sentences.append(
+            "The trace does not state the scoring of some routers: softmax is assumed."
+        )
+    sentences.append(
+        "The effect on the model's quality is not simulated: its experts were trained with its own "
+        "routing."
+    )
+    return sentences
+
+
+def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """Each algorithm at each layer: imbalance, and the probability mass that is kept."""
+    routing = tables["routing"]
+    algorithms = list(routing["algorithm"].unique())
+    leaks = set(routing[routing["leaks_future"]]["algorithm"])
+    names = tuple(f"{name} (not causal)" if name in leaks else name for name in algorithms)
+    routers = list(routing["router"].unique())
+    layers = Axis("layer", tuple(label_of[r] for r in routers))
+    panels = list[Panel]()
+    routing = routing.assign(max_over_mean=1 + routing["max_vio"])
+    for column, title, even, least in (
+        ("max_over_mean", "Load of the busiest expert ÷ mean load", 1, 1.5),
+        ("mass_retained", "Probability mass ÷ that of the router's own top-k", 0, 1.0),
+    ):
+        wide = routing.pivot(index="algorithm", columns="router", values=column)
+        value_AL = wide.reindex(index=algorithms, columns=routers).to_numpy(float)
+        scale = amount(column, even, value_AL, least)
+        heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
+        panels.append(Panel((heatmap,), layers, Axis("algorithm", names), title))
+    return Chart(
+        "Routing algorithms",
+        "How even the load is under each algorithm, and how much of the router's choice it keeps",
+        tuple(panels),
+        text=SIMULATED
+        + "1 is even load. An algorithm that is not causal lets later tokens decide, "
+        "which are unknown during generation.",
+        name="routing",
+    )

@@ -1,5 +1,6 @@
-"""The header of a GGUF file, and its F32 tensors: llama.cpp's models and importance matrices,
-without reading weights. NumPy alone; sizes in a file are believed only as far as it is long.
+"""GGUF models: the header of a file and its F32 tensors, read without weights by NumPy alone (sizes
+in a file are believed only as far as it is long); the sizes of its experts; and which of them
+transformers loads, dequantised.
 
 The format: github.com/ggml-org/ggml, docs/gguf.md.
 """
@@ -7,15 +8,19 @@ The format: github.com/ggml-org/ggml, docs/gguf.md.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import open_regular
+from moe_inspect.files import open_regular, why_unread
+from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
+from moe_inspect.trace.schema import Router
 
 MAGIC = b"GGUF"
 SCALARS = {  # type of a metadata value → struct's letter
@@ -171,3 +176,142 @@ def read_gguf(path: Path) -> Gguf:
     for name, shape, kind, offset in placed:
         made.tensors[name] = GgufTensor(name, shape, kind, base + offset)
     return made
+
+
+EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.(?:weight|bias)")
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model that is split (NAME-00001-of-00003.gguf), else the one file."""
+    found = SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    parts = [
+        path.with_name(f"{found[1]}-{n:05}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1)
+    ]
+    if missing := next((part for part in parts if not part.is_file()), None):
+        raise MoeInspectError(f"{path} is one of {len(parts)} files of a model: no {missing.name}")
+    return parts
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The routed experts of a layer: how many, and the bytes of one, as quantised."""
+
+    experts: int
+    nbytes: int
+
+
+def layer_experts(path: Path) -> dict[int, LayerExperts]:
+    """Layer → its routed experts, by the tensors `blk.N.ffn_{gate,up,down,gate_up}_exps`.
+    MoeInspectError where the model has none."""
+    found: dict[int, LayerExperts] = {}
+    for part in parts_of(path):
+        for tensor in read_gguf(part).tensors.values():
+            match = EXPERT_TENSOR.fullmatch(tensor.name)
+            if match is None:
+                continue
+            layer, experts = int(match[1]), tensor.shape[-1] if tensor.shape else 0
+            before = found.get(layer, LayerExperts(experts, 0))
+            if not 1 <= experts <= MOST_EXPERTS or layer >= MOST_LAYERS:
+                raise MoeInspectError(f"{part}: {tensor.name} is of {experts} experts")
+            if before.experts != experts:
+                raise MoeInspectError(
+                    f"{part}: {tensor.name} is of {experts} experts, another tensor of its layer "
+                    f"of {before.experts}"
+                )
+            found[layer] = LayerExperts(experts, before.nbytes + tensor.nbytes // experts)
+    if not found:
+        raise MoeInspectError(f"{path} has no tensors of experts (blk.N.ffn_…_exps)")
+    return found
+
+
+def expert_mb_of(path: Path, routers: dict[int, Router]) -> dict[int, float]:
+    """Router → the size of one of its experts in 10^6 bytes. MoeInspectError where the model has
+    other experts in one of their layers."""
+    if not path.is_file():
+        raise MoeInspectError(why_unread(path, "file"))
+    found = layer_experts(path)
+    for r, router in routers.items():
+        there = found[router.layer].experts if router.layer in found else 0
+        if there != router.experts:
+            raise MoeInspectError(
+                f"{path} has {there} experts in layer {router.layer}, the trace {router.experts} "
+                f"(router {r}): is it the traced model?"
+            )
+    return {r: found[router.layer].nbytes / 1e6 for r, router in routers.items()}
+
+
+# mixtures of experts that transformers loads from GGUF to the same logits as the original; of
+# gpt-oss transformers 5.24 finds no experts
+ARCHITECTURES = ("qwen2moe", "qwen3moe", "minimax-m2")
+# what transformers leaves at its default → the key of the metadata
+SIZES = {
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+NEEDED = ("gguf", "accelerate")
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file, which may be missing."""
+    return name.endswith(".gguf")
+
+
+def refuse_unless_loadable(path: Path) -> None:
+    """MoeInspectError where transformers cannot load this file, as far as its header says."""
+    if not path.is_file():
+        raise MoeInspectError(why_unread(path, "file"))
+    fields = read_gguf(path).fields
+    kind = str(fields.get("general.architecture"))[:40]
+    if kind not in ARCHITECTURES:
+        raise MoeInspectError(
+            f"{path} is of architecture {kind}, which cannot be loaded from GGUF: only "
+            f"{', '.join(ARCHITECTURES)} can; use the original model"
+        )
+    if isinstance(parts := fields.get("split.count"), int) and parts > 1:
+        raise MoeInspectError(
+            f"{path} is one of {parts} files, and only whole models can be loaded: join them with "
+            "llama-gguf-split --merge"
+        )
+    if (scaling := fields.get(f"{kind}.rope.scaling.type", "none")) != "none":
+        raise MoeInspectError(
+            f"{path} scales positions ({str(scaling)[:40]}), which is not read from GGUF: use the "
+            "original model"
+        )
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
+        raise MoeInspectError(f"a GGUF needs {missing[0]}: pip install 'moe-inspect[gguf]'")
+
+
+def load_config(path: Path) -> Any:
+    """The config, with the sizes of experts that the file states."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    fields = read_gguf(path).fields
+    for name, key in SIZES.items():
+        stated = fields.get(f"{fields['general.architecture']}.{key}")
+        if isinstance(stated, int) and hasattr(config, name):
+            setattr(config, name, stated)
+    return config
+
+
+def dequantized() -> dict[str, Any]:
+    """The option by which transformers keeps no weights in the file's blocks, where it could."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def quantization(path: Path) -> dict[str, Any]:
+    """How the weights are quantised in the file, as a quantization_config; empty where they are
+    not."""
+    counts: dict[str, int] = {}
+    for tensor in read_gguf(path).tensors.values():
+        name = TYPES[tensor.kind].name if tensor.kind in TYPES else str(tensor.kind)
+        if name not in PLAIN:
+            counts[name] = counts.get(name, 0) + 1
+    types = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    return {"quant_method": "gguf", "tensors": types} if types else {}

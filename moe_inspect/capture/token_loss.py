@@ -1,12 +1,15 @@
 """The loss of predicting each token's successor, and the entropy of that prediction, computed in
-the forward passes that are recorded.
+the forward passes that are recorded: which token follows each row, in the same pass or first in the
+next one; and the logits that the model's own code makes of its last hidden states.
 
 B batch rows, S positions, T = B·S rows of a pass, N rows that a token follows, C of them at a time,
-H hidden, V vocabulary.
+H hidden, V vocabulary. −1 stands for no row.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +19,216 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.inputs.given import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.token_loss.head import head_of, logits_in
-from moe_inspect.capture.token_loss.next_tokens import Places, first_tokens, next_tokens
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import is_compiled
 from moe_inspect.text import print_stderr
+
+
+def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
+    """int64 [T]: the token that follows in the same pass. A sequence ends where `RowReader` has
+    another begin: with the batch row, with padding, where a position is not the one before + 1."""
+    next_T = np.full(fed.T, -1, np.int64)
+    if isinstance(fed, Rows):
+        row = np.flatnonzero(fed.real)
+        same = fed.sequence[1:] == fed.sequence[:-1]
+        next_T[row[:-1][same]] = fed.token_id[1:][same]
+        return next_T
+    token_BS, real_BS = _on_host(fed)
+    follows_BS = real_BS[:, 1:] & real_BS[:, :-1]
+    if fed.position is not None:
+        position_BS = np.broadcast_to(fed.position.numpy(), token_BS.shape)
+        follows_BS = follows_BS & (position_BS[:, 1:] == position_BS[:, :-1] + 1)
+    if (keys := fed.keys.of_tokens) is not None:
+        before_BS, key_BS = keys.numpy()
+        follows_BS = follows_BS & (before_BS[:, 1:] == key_BS[:, :-1])
+    next_T.reshape(token_BS.shape)[:, :-1][follows_BS] = token_BS[:, 1:][follows_BS]
+    return next_T
+
+
+def first_tokens(before: Rows | CallInputs, fed: Rows | CallInputs, B: int) -> np.ndarray:
+    """int64 [B]: the token of the pass `fed` that follows the last position of each batch row of
+    the pass `before`."""
+    next_B = np.full(B, -1, np.int64)
+    if isinstance(before, Rows) and isinstance(fed, Rows):
+        if not len(fed.token_id):
+            return next_B
+        last_B = before.real.reshape(B, -1)[:, -1]
+        at_B = (np.cumsum(before.real).reshape(B, -1)[:, -1] - 1)[last_B]
+        sequences, first = np.unique(fed.sequence, return_index=True)
+        found = np.searchsorted(sequences, before.sequence[at_B]).clip(max=len(sequences) - 1)
+        same = (sequences[found] == before.sequence[at_B]) & (
+            fed.position[first[found]] == before.position[at_B] + 1
+        )
+        next_B[np.flatnonzero(last_B)[same]] = fed.token_id[first[found][same]]
+    elif isinstance(before, CallInputs) and isinstance(fed, CallInputs):
+        joins = fed.after.length - fed.S == before.after.length
+        if fed.before is before.after and joins and fed.B == before.B == B and fed.S:
+            token_BS, real_BS = _on_host(fed)
+            _, before_BS = _on_host(before)
+            follows_B = real_BS[:, 0] & before_BS[:, -1]
+            next_B[follows_B] = token_BS[:, 0][follows_B]
+    return next_B
+
+
+def _on_host(call: CallInputs) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens (−1 where unknown) and which of them are no padding, [B, S]. Waits until they have
+    been copied, which is before the call's own forward pass begins."""
+    if call.copied is not None:
+        call.copied.synchronize()
+    shape = call.B, call.S
+    token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full(shape, -1)
+    mask = call.mask_BS
+    real_BS = mask.numpy().astype(bool) if mask is not None else np.ones(shape, bool)
+    return token_BS, real_BS
+
+
+class Places:
+    """Where the batch rows of a key-value cache went between passes: watches the `reorder_cache` of
+    one cache at a time, which transformers calls."""
+
+    def __init__(self) -> None:
+        self._cache: Any = None
+        self._from_B: np.ndarray | None = None  # the place that each row had
+
+    def watch(self, cache: Any) -> None:
+        """From now on."""
+        self._from_B = None
+        if cache is self._cache:
+            return
+        self.release()
+        if hasattr(cache, "reorder_cache"):
+            self._cache, stock = cache, cache.reorder_cache
+
+            def reordered(beam_idx: Any, *args: Any, **kwargs: Any) -> Any:
+                from_B = beam_idx.cpu().numpy()
+                self._from_B = from_B if self._from_B is None else self._from_B[from_B]
+                return stock(beam_idx, *args, **kwargs)
+
+            cache.reorder_cache = reordered
+
+    def kept(self, B: int) -> np.ndarray:
+        """bool [B]: the rows that are where they were."""
+        if self._from_B is None:
+            return np.ones(B, bool)
+        return np.arange(B) == self._from_B if len(self._from_B) == B else np.zeros(B, bool)
+
+    def release(self) -> None:
+        if self._cache is not None:
+            vars(self._cache).pop("reorder_cache", None)
+        self._cache = self._from_B = None
+
+
+# of the largest |logit|: by how much logits of the same hidden states may differ in bfloat16
+TOLERANCE = 2**-5
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Logits [B, S, V] in a model's output: a tensor, `logits`, or the first of several outputs;
+    None where there are none."""
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None:
+        found = output[0] if isinstance(output, tuple | list) and output else output
+    return found if isinstance(found, Tensor) and found.dim() == 3 else None
+
+
+class Head:
+    """The part of a transformers model after its body: the forward of a copy that shares all
+    weights, and whose body returns what it is given. So all that the model does to its logits is
+    done to these."""
+
+    def __init__(self, model: Any, body: str):
+        self.body = model.get_submodule(body)
+        self._given = _Given(self.body)
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, body: self._given}
+        self._forward = type(model).forward
+        takes = inspect.signature(self._forward).parameters
+        self._options = {
+            name: False for name in ("use_cache", "output_router_logits") if name in takes
+        }
+        self.checked = False
+        self._kept: Any = None  # the body's output in this forward pass
+        self._hook: Any = None
+
+    def watch(self) -> None:
+        """Keeps the body's output in the forward pass that begins."""
+        self.release()
+        self._hook = self.body.register_forward_hook(self._keep)
+
+    def release(self) -> None:
+        """Ends the watching of a forward pass."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._kept = self._hook = None
+
+    def _keep(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is self.body:  # and not a copy of it
+            self._kept = output
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The last hidden states [B, S, H] of this forward pass."""
+        if self._kept is None:
+            return None
+        hidden = self._kept if isinstance(self._kept, Tensor) else self._kept[0]
+        return hidden.detach()
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V], of hidden states in the forward pass that `watch` saw."""
+        hidden = hidden_CH[None]
+        kind = type(self._kept)
+        self._given.returned = (
+            hidden
+            if isinstance(self._kept, Tensor)
+            else (hidden,)
+            if kind is tuple
+            else kind(last_hidden_state=hidden)
+        )
+        unknown = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        output = self._forward(self._model, input_ids=unknown, **self._options)
+        logits = logits_in(output)
+        assert logits is not None
+        return logits[0]
+
+    def agrees(self, logits_BV: Tensor) -> bool:
+        """Whether it gives these logits of the last position of each row."""
+        hidden = self.hidden
+        assert hidden is not None
+        own_BV = self.logits(hidden[:, -1])
+        if own_BV.shape != logits_BV.shape:
+            return False
+        most = logits_BV.abs().max().float()
+        return bool((own_BV - logits_BV).abs().max().float() <= TOLERANCE * most)
+
+
+class _Given(torch.nn.Module):
+    """In the body's place: returns what it is given, and otherwise is the body."""
+
+    returned: Any = None
+
+    def __init__(self, body: torch.nn.Module):
+        super().__init__()
+        object.__setattr__(self, "body", body)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["body"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.returned
+
+
+def head_of(model: Any) -> Head | None:
+    """None where the body is no direct part of the model."""
+    children = dict(model.named_children())
+    base = getattr(model, "base_model", None)
+    found = next((name for name, module in children.items() if module is base), None)
+    if found is None:
+        found = "model" if "model" in children and hasattr(model, "get_output_embeddings") else None
+    return Head(model, found) if found is not None and len(children) > 1 else None
+
 
 CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB
 NO_CHANCE = -1e4  # of which the exponential is 0

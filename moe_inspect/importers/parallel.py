@@ -1,17 +1,18 @@
-"""Lines of JSON, parsed and prepared by several processes: a file is cut into chunks of whole
-lines, and what they hold comes back in its order. Errors too: the first that reading line by line
-meets is the one that is raised."""
+"""Lines of JSON, parsed and prepared by several workers: a file is cut into chunks of whole lines,
+and what they hold comes back in its order. Errors too: the first that reading line by line meets is
+the one that is raised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import MOST_LINE_BYTES, next_line
-from moe_inspect.importers.parallel.processes import Workers
 from moe_inspect.importers.values import parsed_object
+from moe_inspect.workers import Processes, Workers
 
 CHUNK_BYTES = 2**22
 
@@ -94,3 +95,11 @@ def _prepared(
         except MoeInspectError as error:
             return values, error
     return values, None
+
+
+def at_work(workers: int | Workers) -> AbstractContextManager[Workers | None]:
+    """So many processes of this machine, or the workers that are given; None: this process reads
+    alone."""
+    if isinstance(workers, int):
+        return Processes(workers) if workers > 1 else nullcontext()
+    return nullcontext(workers)

@@ -1,1 +1,0 @@
-"""Files read by several processes at once, with the result of one."""

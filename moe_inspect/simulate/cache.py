@@ -1,0 +1,524 @@
+"""`simulate cache`: experts in slow memory, `slots` of each layer in fast memory. How often is an
+expert in fast memory when it is wanted?
+
+Each router has its own slots, empty at first and kept from one text to the next. Sequences run one
+after the other, in the order in which they began, token by token (batch size 1), also where the
+trace was prefilled in larger batches; a sequence that goes on in a later shard goes on there. The k
+experts of a decision are wanted together: hits are counted before any is loaded, all that miss are
+loaded, and none of the k evicts another, so slots >= k. The first access to an expert is a cold
+miss under any policy.
+
+T tokens, K slots of a decision, E experts, P phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.tasks import by_router
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.gguf import expert_mb_of
+from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Mark, Panel, Points
+from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate.shards import check_length, is_small
+from moe_inspect.simulate.shards import slots as slots_of
+from moe_inspect.text import layer_label, plural
+from moe_inspect.trace.reader import Trace, open_trace, shards_of
+from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import Shard, codes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+NEVER = 2**62
+
+POLICIES: dict[str, Callable[[int, Past], Any]] = {}
+
+
+class Past:
+    """What a policy may look at: `last[e]` and `count[e]` of the accesses so far; `next[e]`, the
+    next decision that wants e."""
+
+    def __init__(self) -> None:
+        self.last: dict[int, int] = {}
+        self.count: dict[int, int] = {}
+        self.next: dict[int, int] = {}
+
+
+def policy(function: Callable[[int, Past], Any]) -> Callable[[int, Past], Any]:
+    """Registers an eviction policy: the expert with the least value is evicted."""
+    POLICIES[function.__name__] = function
+    return function
+
+
+@policy
+def lru(e: int, past: Past) -> Any:
+    """The least recently used; of one decision the earlier choice."""
+    return past.last[e]
+
+
+@policy
+def lfu(e: int, past: Past) -> Any:
+    """The least used since the trace began; of equals the least recently used."""
+    return past.count[e], past.last[e]
+
+
+@policy
+def belady(e: int, past: Past) -> Any:
+    """Evicts the expert whose next use is furthest away: the upper bound of any policy, which only
+    one that knows the future reaches."""
+    return -past.next[e]
+
+
+def replay(ids_KT: np.ndarray, slots: int, name: str) -> np.ndarray:
+    """Hits of each decision, under the policy `name`. ids_KT: experts, −1 for none. int64 [T]"""
+    wanted_of = [[e for e in row if e >= 0] for row in ids_KT.T.tolist()]
+    upcoming: dict[int, int] = {}
+    next_of: list[list[int]] = []
+    for t, wanted in reversed(list(enumerate(wanted_of))):
+        next_of.append([upcoming.get(e, NEVER) for e in wanted])
+        upcoming.update(dict.fromkeys(wanted, t))
+    next_of.reverse()
+    value, past = POLICIES[name], Past()
+    cached, hits_T, accesses = set[int](), np.zeros(len(wanted_of), np.int64), 0
+    for t, wanted in enumerate(wanted_of):
+        hits_T[t] = sum(e in cached for e in wanted)
+        for e, again in zip(wanted, next_of[t], strict=True):
+            past.last[e], past.count[e], past.next[e] = accesses, past.count.get(e, 0) + 1, again
+            accesses += 1
+        for e in wanted:
+            if e not in cached:
+                if len(cached) == slots:
+                    cached.remove(min(cached.difference(wanted), key=lambda x: value(x, past)))
+                cached.add(e)
+    return hits_T
+
+
+class Cache:
+    """The caches of one router: one for each policy (`names`) and number of slots (`sizes`). All
+    decisions are kept in memory and replayed: for short traces."""
+
+    def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
+        self.sizes, self.names, self.load_E = sizes, names, np.zeros(E, np.int64)
+        self.decisions_P, self.accesses_P, self.cold_P = (
+            np.zeros(len(PHASES), np.int64) for _ in range(3)
+        )
+        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
+        self.run(ids_KT, phase_T)
+
+    def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        there_KT = ids_KT >= 0
+        self.accesses_P += np.bincount(phase_T, there_KT.sum(0), len(PHASES)).astype(np.int64)
+        self.load_E += np.bincount(ids_KT[there_KT], minlength=len(self.load_E))
+        self.parts.append((ids_KT, phase_T))
+
+    def hits(self) -> dict[tuple[str, int], np.ndarray]:
+        """Hits of each (policy, number of slots) by phase, int64 [P]; call it once, after the last
+        shard: it also completes the counts by phase."""
+        if not self.parts:
+            return {
+                (name, size): np.zeros(len(PHASES), np.int64)
+                for name in self.names
+                for size in self.sizes
+            }
+        ids_KT, phase_T = (
+            np.concatenate([part[i] for part in self.parts], axis=-1) for i in (0, 1)
+        )
+        experts, first = np.unique(ids_KT.T.ravel(), return_index=True)
+        self.cold_P = np.bincount(
+            phase_T[first[experts >= 0] // len(ids_KT)], minlength=len(PHASES)
+        )
+        return {
+            (name, size): np.bincount(phase_T, replay(ids_KT, size, name), len(PHASES)).astype(
+                np.int64
+            )
+            for name in self.names
+            for size in self.sizes
+        }
+
+
+class CompiledCache(Cache):
+    """The same with compiled loops, for traces of any length: what a cache holds is carried from
+    shard to shard, in memory for E experts."""
+
+    def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
+        super().__init__(E, sizes, names)
+        kind = np.int8 if E <= 256 else np.int16
+        self.rank_E = (np.arange(E) + np.iinfo(kind).min).astype(kind)
+        self.known, self.at_PE = np.zeros(1, np.int64), np.zeros((len(PHASES), E), np.int64)
+        self.done = {
+            (name, size): np.zeros(len(PHASES), np.int64)
+            for name in names
+            if name != "lru"
+            for size in sizes
+        }
+        fresh: dict[str, Callable[[], tuple[np.ndarray, ...]]] = {
+            "lfu": lambda: (
+                np.zeros(E, np.bool_),
+                np.zeros(E, np.int64),
+                np.zeros(E + 1, np.int64),
+            ),
+            "belady": lambda: (
+                np.zeros(E, np.int16 if E < 2**15 else np.int32),
+                np.zeros(E, np.int64),
+                np.zeros(1, np.int64),
+            ),
+        }
+        self.state = {(name, size): fresh[name]() for name, size in self.done}
+
+    def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[Any, ...]:
+        """The arguments of `kernels_numba.lru`."""
+        return tuple(ids_KT), phase_T, self.rank_E, self.known, self.load_E, self.at_PE, self.cold_P
+
+    def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        from moe_inspect.simulate import kernels_numba
+
+        # also where not asked for: it counts accesses
+        kernels_numba.lru(*self.lru(ids_KT, phase_T))
+        for (name, size), state in self.state.items():
+            getattr(kernels_numba, name)(ids_KT, phase_T, size, *state, self.done[name, size])
+
+    def hits(self) -> dict[tuple[str, int], np.ndarray]:
+        self.accesses_P = self.at_PE.sum(1) + self.cold_P
+        of_lru = {("lru", size): self.at_PE[:, :size].sum(1) for size in self.sizes}
+        return {
+            (name, size): (of_lru | self.done)[name, size]
+            for name in self.names
+            for size in self.sizes
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`sizes`: numbers of slots, ascending. `expert_mb`, by router, and `gb_per_s`: both or
+    neither."""
+
+    sizes: list[int]
+    policies: list[str]
+    expert_mb: dict[int, float] | None
+    gb_per_s: float | None
+
+
+@repeatable
+def simulate_cache(
+    trace: Trace | str | Path,
+    *,
+    slots: Sequence[int] | None = None,
+    policies: Sequence[str] = ("lru", "lfu", "belady"),
+    expert_mb: float | None = None,
+    gb_per_s: float | None = None,
+    gguf: str | Path | None = None,
+    layers: str | int | Iterable[int | str] | None = None,
+) -> Simulation:
+    """How often an expert is in one of a layer's `slots` when it is wanted.
+
+    `slots`: numbers of slots per layer, k or more; default k, 2k and 4k. `policies`: names of
+    POLICIES. `expert_mb` (size of an expert, 10^6 bytes) with `gb_per_s` (bandwidth of the link,
+    10^9 bytes per second): also the tokens per second that transfers allow. `gguf`: a GGUF of the
+    model, which gives the size of each layer's experts as quantised. `layers`: what is selected.
+
+    Tables: cache (a row per router, policy and number of slots), cache_speed (per policy and number
+    of slots, all layers), cache_by_phase. MoeInspectError for settings out of range and for traces
+    without decisions."""
+    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    need_decisions(trace, "simulate cache")
+    chosen = select(trace, layers=layers).routers
+    settings = Settings(
+        _sizes(trace, chosen, slots),
+        list(dict.fromkeys(policies)),
+        _expert_mb(trace, chosen, expert_mb, gguf),
+        gb_per_s,
+    )
+    _check(settings)
+    if not trace.n_tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    times = 4 * len(settings.policies) * len(settings.sizes)
+    kind = Cache if is_small(trace, chosen, times) else CompiledCache
+    caches = by_router(trace, chosen, "simulating cache", _replay, settings, kind)
+    tables = _tables(trace, caches, trace.n_tokens, settings)
+    shown: dict[str, object] = {
+        "slots": settings.sizes,
+        "policies": settings.policies,
+        "expert_mb": settings.expert_mb and float(np.mean([*settings.expert_mb.values()])),
+        "gb_per_s": gb_per_s,
+        "batch_size": 1,
+    }
+    label_of = {r: layer_label(trace.routers, r) for r in chosen}
+    return Simulation(
+        "cache",
+        tables,
+        verdict(tables, shown),
+        shown,
+        chart(tables, shown, label_of),
+        ("cache", "cache_speed"),
+    )
+
+
+def _check(settings: Settings) -> None:
+    unknown = [name for name in settings.policies if name not in POLICIES]
+    if unknown or not settings.policies:
+        raise MoeInspectError(
+            f"no policy {', '.join(unknown) or 'given'}: there are {', '.join(POLICIES)}"
+        )
+    if settings.expert_mb is None and settings.gb_per_s is None:
+        return
+    if settings.expert_mb is None or settings.gb_per_s is None:
+        raise MoeInspectError(
+            "tokens per second need both the size of an expert and the bandwidth of the link: give "
+            "--expert-mb (or --gguf) and --gb-per-s"
+        )
+    for size in settings.expert_mb.values():
+        if not (0 < size < inf and 0 < settings.gb_per_s < inf):
+            raise MoeInspectError(
+                f"expert size {size} MB over {settings.gb_per_s} GB/s: give finite numbers above 0"
+            )
+
+
+def _expert_mb(
+    trace: Trace, chosen: Sequence[int], expert_mb: float | None, gguf: str | Path | None
+) -> dict[int, float] | None:
+    if gguf is None:
+        return None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
+    if expert_mb is not None:
+        raise MoeInspectError("--expert-mb and --gguf exclude each other: give one")
+    return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
+
+
+def _replay(
+    trace: Trace, routers: Sequence[int], settings: Settings, kind: type[Cache]
+) -> dict[int, Cache]:
+    """The caches of these routers after the whole trace."""
+    caches = {r: kind(trace.routers[r].experts, settings.sizes, settings.policies) for r in routers}
+    for shard in shards_of(trace, "simulating cache"):
+        order_of: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+        for r in routers:
+            stack = trace.routers[r].stack
+            if stack not in order_of:
+                order_of[stack] = _order(shard, r)
+            order_T, phase_T = order_of[stack]
+            ids_KT = slots_of(shard, r)
+            check_length(ids_KT.T, len(phase_T), r)
+            if order_T is not None:
+                ids_KT = np.ascontiguousarray(ids_KT[:, order_T])
+            caches[r].feed(ids_KT, phase_T)
+    return caches
+
+
+def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> list[int]:
+    most = max(chosen, key=lambda r: trace.routers[r].top_k)
+    k, E = trace.routers[most].top_k, max(trace.routers[r].experts for r in chosen)
+    sizes = sorted(set(slots)) if slots else sorted({min(n * k, E) for n in (1, 2, 4)})
+    if sizes[0] < k:
+        raise MoeInspectError(
+            f"{plural(sizes[0], 'slot')} {'holds' if sizes[0] == 1 else 'hold'} less than one "
+            f"decision of layer {layer_label(trace.routers, most)}: give at least {k}"
+        )
+    return sizes
+
+
+def _order(shard: Shard, router: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """The order in which batch size 1 runs the tokens that reach the router (None: as they lie),
+    and their phases in that order."""
+    table = shard.tokens(["sequence", "phase"])
+    seen = shard.seen(router)
+    kept = slice(None) if seen is None else seen
+    code_T, labels = codes(table["phase"])
+    phase_T = np.array([PHASES.index(label) for label in labels], np.uint8)[code_T][kept]
+    _, first, of_T = np.unique(
+        table["sequence"].to_numpy()[kept], return_index=True, return_inverse=True
+    )
+    began_T = first[of_T]
+    if (np.diff(began_T) >= 0).all():
+        return None, phase_T
+    order_T = np.argsort(began_T, kind="stable")
+    return order_T, phase_T[order_T]
+
+
+def _tables(
+    trace: Trace, caches: dict[int, Cache], tokens: int, settings: Settings
+) -> dict[str, pd.DataFrame]:
+    import pandas as pd
+
+    rows, by_phase = [], []
+    misses = {(name, size): 0 for name in settings.policies for size in settings.sizes}
+    mb_of, moved_mb = settings.expert_mb or {}, dict.fromkeys(misses, 0.0)
+    for r, cache in caches.items():
+        hits, E = cache.hits(), trace.routers[r].experts
+        hottest_E = np.append(0, np.sort(cache.load_E)[::-1].cumsum())
+        key = {"layer": trace.routers[r].layer, "router": r}
+        for (name, size), hits_P in hits.items():
+            at = {**key, "policy": name, "slots": size}
+            made = int(cache.accesses_P.sum())
+            missed = made - int(hits_P.sum())
+            misses[name, size] += missed
+            moved_mb[name, size] += missed * mb_of.get(r, 0)
+            row = _rates(cache, hits_P, slice(None)) | {
+                "even_share": min(size / E, 1.0),
+                "hot_set_share": int(hottest_E[min(size, E)]) / made if made else float("nan"),
+            }
+            rows.append({**at, **row})
+            by_phase += [
+                {**key, "phase": PHASES[p], **at, **_rates(cache, hits_P, p)}
+                for p in np.flatnonzero(cache.decisions_P).tolist()
+            ]
+    held_mb = {
+        size: sum(min(size, trace.routers[r].experts) * mb_of.get(r, 0) for r in caches)
+        for size in settings.sizes
+    }
+    speed = []
+    for (name, size), count in misses.items():
+        row = {"policy": name, "slots": size, "transfers_per_token": count / tokens}
+        if settings.gb_per_s:
+            mb = moved_mb[name, size] / tokens
+            row |= {
+                "mb_per_token": mb,
+                "tokens_per_s": 1000 * settings.gb_per_s / mb if mb else inf,
+                "held_gb": held_mb[size] / 1000,
+            }
+        speed.append(row)
+    return {
+        "cache": pd.DataFrame(rows),
+        "cache_speed": pd.DataFrame(speed),
+        "cache_by_phase": pd.DataFrame(by_phase),
+    }
+
+
+def _rates(cache: Cache, hits_P: np.ndarray, phases: int | slice) -> dict[str, float]:
+    """What the hits of some phases come to. NaN where there is nothing to divide by."""
+    made, cold, hit, decisions = (
+        int(counts_P[phases].sum())
+        for counts_P in (cache.accesses_P, cache.cold_P, hits_P, cache.decisions_P)
+    )
+    return {
+        "hit_rate": hit / made if made else float("nan"),
+        "hit_rate_warm": hit / (made - cold) if made > cold else float("nan"),
+        "accesses": made,
+        "hits": hit,
+        "cold_misses": cold,
+        "transfers_per_token": (made - hit) / decisions if decisions else float("nan"),
+    }
+
+
+# a hot set is worth caching where it serves this many times the accesses that even load would
+HOT = 1.2
+
+
+def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    main, speed = tables["cache"].dropna(subset=["hit_rate"]), tables["cache_speed"]
+    if main.empty:
+        return ["Simulated: no router made an assignment, so nothing could be cached."]
+    size = settings["slots"][len(settings["slots"]) // 2]
+    at = main[main["slots"] == size]
+    once = at.drop_duplicates("router")
+    sentences = [hot_set(once, size)]
+    for name in settings["policies"]:
+        rate = at[at["policy"] == name]["hit_rate"]
+        bound = " (the upper bound: it knows the future)" if name == "belady" else ""
+        sentences.append(
+            f"Simulated, {plural(size, 'slot')} per layer, {name}{bound}: hit rate "
+            f"{_percents(rate.min(), rate.max())} by layer."
+        )
+    if "tokens_per_s" in speed:
+        real = speed[(speed["slots"] == size) & (speed["policy"] != "belady")]
+        best = (
+            (real if len(real) else speed[speed["slots"] == size])
+            .nlargest(1, "tokens_per_s")
+            .iloc[0]
+        )
+        sentences.append(
+            f"Simulated: {settings['expert_mb']:g} MB per expert over {settings['gb_per_s']:g} "
+            f"GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
+            f"({best['policy']}{'' if len(real) else ', which no real cache reaches'}, "
+            f"{best['slots']:.0f} slots per layer, {best['held_gb']:.2f} GB held), if only "
+            "transfers took time."
+        )
+    cold = once["cold_misses"].sum() / once["accesses"].sum()
+    sentences.append(
+        f"Cold start: caches begin empty; first touches are {cold:.2%} of accesses and count as "
+        "misses (hit_rate_warm leaves them out)."
+    )
+    return sentences
+
+
+def hot_set(once: Any, size: int) -> str:
+    """Whether the busiest experts of each layer get enough accesses to be worth caching. once: one
+    row per router."""
+    if (HOT * once["even_share"] >= 1).all():
+        return (
+            f"A hot set worth caching? {size} slots hold nearly all experts: simulate fewer slots."
+        )
+    hot = int((once["hot_set_share"] >= HOT * once["even_share"]).sum())
+    return (
+        f"A hot set worth caching? {'Yes' if hot == len(once) else 'In part' if hot else 'No'}: "
+        f"in {hot} of {len(once)} layers the {size} busiest "
+        f"experts get at least {HOT:g}x what even load would give them "
+        f"({_percents(once['hot_set_share'].min(), once['hot_set_share'].max())} of "
+        f"accesses; even: {_percents(once['even_share'].min(), once['even_share'].max())})."
+    )
+
+
+def _percents(low: float, high: float) -> str:
+    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+
+
+def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+    """Hit rate by number of slots, over the layers; and by layer, at one number of slots."""
+    main, sizes = tables["cache"], list(settings["slots"])
+    size = sizes[len(sizes) // 2]
+    by_size, by_layer = list[Mark](), list[Mark]()
+    for i, name in enumerate(settings["policies"]):
+        rows = main[main["policy"] == name]
+        rate = rows.groupby("slots")["hit_rate"]
+        mean, low, high = (
+            of.reindex(sizes).to_numpy() for of in (rate.mean(), rate.min(), rate.max())
+        )
+        # beside each other, or the intervals would hide each other
+        x = np.arange(len(sizes)) + 0.08 * (i - (len(settings["policies"]) - 1) / 2)
+        by_size.append(Line(x, mean, name, SERIES[i], DASHES[i % 3], True, low, high))
+        at = rows[rows["slots"] == size]["hit_rate"].to_numpy()
+        by_layer.append(
+            Line(np.arange(len(at), dtype=float), at, name, SERIES[i], DASHES[i % 3], True)
+        )
+    even = main.groupby("slots")["even_share"].mean().reindex(sizes).to_numpy()
+    by_size.append(
+        Line(np.arange(len(sizes), dtype=float), even, "slots ÷ experts", "baseline", "dot")
+    )
+    at = main[(main["policy"] == settings["policies"][0]) & (main["slots"] == size)]
+    hot = Points(
+        np.arange(len(at), dtype=float),
+        at["hot_set_share"].to_numpy(),
+        f"share of the {size} busiest experts",
+        "c6",
+        "tick",
+    )
+    rate = Axis("hit rate", low=0, high=1)
+    layers = Axis("layer", tuple(label_of[r] for r in at["router"]))
+    return Chart(
+        "Cache of experts",
+        "Share of the accesses to experts that a cache serves, by policy",
+        (
+            Panel(
+                tuple(by_size),
+                Axis("slots per layer", tuple(map(str, sizes))),
+                rate,
+                "By number of slots",
+            ),
+            Panel((*by_layer, hot), layers, rate, f"By layer, {size} slots"),
+        ),
+        text=SIMULATED
+        + "By number of slots: the mean over layers, the bars from the lowest layer to the "
+        "highest.",
+        columns=2,
+        name="cache",
+    )
