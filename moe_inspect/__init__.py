@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from moe_inspect.capture.hook.probes import probe
     from moe_inspect.capture.options import EngineOptions, TraceOptions
     from moe_inspect.capture.server.serve import serve_engine
-    from moe_inspect.comparison.checkpoints import Checkpoints, compare_checkpoints
-    from moe_inspect.comparison.compare import Comparison, compare
-    from moe_inspect.comparison.loads.compare import LoadComparison
+    from moe_inspect.comparison.compare import (
+        Checkpoints,
+        Comparison,
+        compare,
+        compare_checkpoints,
+        compare_models,
+    )
     from moe_inspect.comparison.mismatch import mismatch
-    from moe_inspect.comparison.models.compare import ModelComparison, compare_models
     from moe_inspect.exporters.run import export_trace
     from moe_inspect.importers.run import import_trace
     from moe_inspect.interventions.ablation import Ablation
@@ -63,8 +66,6 @@ __all__ = [
     "Comparison",
     "Description",
     "EngineOptions",
-    "LoadComparison",
-    "ModelComparison",
     "MoeInspectError",
     "Pruning",
     "Report",
@@ -108,12 +109,10 @@ __all__ = [
 # where each name is defined; imported when it is first used
 _HOMES = {
     "Ablation": "moe_inspect.interventions.ablation",
-    "Checkpoints": "moe_inspect.comparison.checkpoints",
+    "Checkpoints": "moe_inspect.comparison.compare",
     "Comparison": "moe_inspect.comparison.compare",
     "Description": "moe_inspect.model.description",
     "EngineOptions": "moe_inspect.capture.options",
-    "LoadComparison": "moe_inspect.comparison.loads.compare",
-    "ModelComparison": "moe_inspect.comparison.models.compare",
     "Pruning": "moe_inspect.interventions.pruning.run",
     "RouterSpec": "moe_inspect.model.custom.spec",
     "Report": "moe_inspect.reporting.report",
@@ -124,8 +123,8 @@ _HOMES = {
     "ablate": "moe_inspect.api",
     "atlas": "moe_inspect.site.build",
     "compare": "moe_inspect.comparison.compare",
-    "compare_checkpoints": "moe_inspect.comparison.checkpoints",
-    "compare_models": "moe_inspect.comparison.models.compare",
+    "compare_checkpoints": "moe_inspect.comparison.compare",
+    "compare_models": "moe_inspect.comparison.compare",
     "describe": "moe_inspect.model.describe",
     "describe_weights": "moe_inspect.api",
     "export_trace": "moe_inspect.exporters.run",

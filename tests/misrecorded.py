@@ -363,24 +363,14 @@ MISALIGNED = {
 }
 
 
-def compared(a: Trace, b: Trace, **options: Any) -> Any:
-    """The comparison; of different models, that of the models."""
-    from moe_inspect.comparison.aligning.models import DifferentModelsError
-
-    try:
-        return moe_inspect.compare(a, b, **options)
-    except DifferentModelsError as error:
-        return moe_inspect.compare_models(a, b, reasons=error.reasons)
-
-
 def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:
     """The kinds of the findings, and the decisions with other experts; of different models these
     are not known. What is refused is named by the option that mends it."""
     try:
-        made = compared(a, b, **options)
+        made: Any = moe_inspect.compare(a, b, **options)
     except moe_inspect.MoeInspectError as error:
         return {f"refused: --{str(error).rpartition('--')[2]}"}, None
     kinds = {finding.kind for finding in made.verdict()}
-    if isinstance(made, moe_inspect.Comparison):
+    if made.kind.of == "decisions":
         return kinds, made.mismatched
     return kinds & MISALIGNED, None

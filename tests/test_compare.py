@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.comparison.charts import draw_charts
 from moe_inspect.comparison.counting import count
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -479,7 +478,7 @@ def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
     names = ("set_mismatch", "margin_map", "position_map", "growth", "load_shift")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
     made = moe_inspect.compare(tmp_path / "a", tmp_path / "a")
-    charts, left_out = draw_charts(made)
+    charts, left_out = made.charts()
     assert [chart.name for chart in charts] == ["set_mismatch"]
     assert left_out == []
 

@@ -15,8 +15,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.comparison.data import TABLES
-from moe_inspect.comparison.loads.compare import LOAD_TABLES
+from moe_inspect.comparison.result import LOAD_TABLES, MODEL_TABLES, TABLES
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
@@ -149,7 +148,7 @@ def test_decisions_are_counted_where_the_other_holds_counts(tmp_path: Path) -> N
         assert load["assignments_a"].sum() == 3 * 5_000 * K
         holder = "B" if sides[1] is counts else "A"
         assert kinds(made)["counts_only"].text.startswith(f"{holder} holds counts only: ")
-    assert isinstance(moe_inspect.compare(decisions, decisions), moe_inspect.Comparison)
+    assert moe_inspect.compare(decisions, decisions).kind.of == "decisions"
 
 
 def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
     assert made.tables["refused"]["why"].str.endswith("hold counts only, no decisions").all()
     a, b = (str(trace.path) for trace in pair)
     for arguments, says in (
-        (["--table", "agreement"], "there is no table 'agreement', only summary, balance"),
+        (["--table", "agreement"], "there is no table 'agreement', only verdict, refused, summary"),
         (["--fail-above", "load_shift=1,set_mismatch=0"], "there is no metric 'set_mismatch'"),
         (["--noise", a], "which noise needs"),
         (["--drop-last"], "which drop_last needs"),
@@ -193,8 +192,11 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
 def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_here: Cli) -> None:
     a = write_counts(tmp_path / "a", loads_of(drawn(0)), K)
     b = write_counts(tmp_path / "b", loads_of(drawn(0), experts=16), K)
-    with pytest.raises(MoeInspectError, match="A has 8 experts per layer, B 16"):
-        moe_inspect.compare(a, b)
+    assert moe_inspect.compare(a, b).kind.of == "different models"
+    with pytest.raises(
+        MoeInspectError, match="A has 8 experts per layer, B 16.*which drop_last needs"
+    ):
+        moe_inspect.compare(a, b, drop_last=True)
     result = cli_here("compare", str(a.path), str(b.path))
     assert "Different models: A has 8 experts per layer, B 16" in result.stdout
 
@@ -213,8 +215,6 @@ def test_routers_of_one_trace_alone_are_named(tmp_path: Path) -> None:
 
 
 def test_the_help_names_the_tables_of_every_kind(cli: Cli) -> None:
-    from moe_inspect.comparison.models.compare import MODEL_TABLES
-
     said = " ".join(cli("compare", "--help").stdout.split())
     for of, tables in (("traces of counts", LOAD_TABLES), ("two different models", MODEL_TABLES)):
         assert len(tables) > 5

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.loads.shown import loads_page
-from moe_inspect.comparison.models.shown import models_page
-from moe_inspect.comparison.page import checkpoints_page, comparison_page
 from tests.synthetic import write_counts, write_trace
 from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, decided, flipped
 from tests.test_compare_models import by_chance, pieces, whole_words
@@ -46,7 +43,7 @@ def opened(
     made: moe_inspect.Comparison,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Opened]:
-    page = Opened(browser, tmp_path_factory.mktemp("page") / "p.html", comparison_page(made))
+    page = Opened(browser, tmp_path_factory.mktemp("page") / "p.html", made.page())
     yield page
     page.view.close()
 
@@ -127,7 +124,7 @@ def test_the_page_of_a_trace_and_itself_has_nothing_to_show_and_says_so(
     tmp_path: Path,
 ) -> None:
     same: Any = moe_inspect.compare(made.a, made.a)
-    page = Opened(browser, tmp_path / "same.html", comparison_page(same))
+    page = Opened(browser, tmp_path / "same.html", same.page())
     assert page.complaints == []
     assert "The same to the bit" in page.view.locator("main").inner_text()
     assert read_with_the_keyboard(page) == 1
@@ -136,7 +133,7 @@ def test_the_page_of_a_trace_and_itself_has_nothing_to_show_and_says_so(
 
 def test_the_page_of_checkpoints(browser: Any, made: Any, tmp_path: Path) -> None:  # noqa: F811
     several = moe_inspect.compare_checkpoints([made.noise.b, made.b, made.a])
-    page = Opened(browser, tmp_path / "c.html", checkpoints_page(several))
+    page = Opened(browser, tmp_path / "c.html", several.page())
     assert page.complaints == []
     assert page.foreign() == []
     assert read_with_the_keyboard(page) == 1
@@ -151,7 +148,7 @@ def test_the_page_of_checkpoints(browser: Any, made: Any, tmp_path: Path) -> Non
 def test_the_page_of_two_models(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
     models = moe_inspect.compare_models(a, b)
-    page = Opened(browser, tmp_path / "m.html", models_page(models))
+    page = Opened(browser, tmp_path / "m.html", models.page())
     assert page.complaints == []
     assert page.foreign() == []
     assert read_with_the_keyboard(page) == 3
@@ -189,12 +186,12 @@ def test_pages_of_checkpoints_models_and_loads_give_the_python_of_every_table(
     made: moe_inspect.Comparison, tmp_path: Path
 ) -> None:
     several = moe_inspect.compare_checkpoints([made.b, made.a], layers="1-3")
-    check_python(checkpoints_page(several), several, ["Decisions", "Load and specialization"])
+    check_python(several.page(), several, ["Decisions", "Load and specialization"])
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
     models = moe_inspect.compare_models(a, b, top=3, reasons=["one was pruned"])
-    check_python(models_page(models), models, ["Balance", "Specialization"])
+    check_python(models.page(), models, ["Balance", "Specialization"])
     even, uneven = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
     counts = [write_counts(tmp_path / n, list(x), 2) for n, x in (("c", even), ("d", uneven))]
     loads: Any = moe_inspect.compare(*counts, layers=[0])
     groups = ["Change of the load", "Load of each trace"]
-    check_python(loads_page(loads), loads, groups)
+    check_python(loads.page(), loads, groups)

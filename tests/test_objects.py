@@ -21,7 +21,7 @@ HOSTILE = "<script>alert(1)</script>"
 LINES, WIDE = 45, 80
 
 
-def _loads(folder: Path) -> moe_inspect.Comparison | moe_inspect.LoadComparison:
+def _loads(folder: Path) -> moe_inspect.Comparison:
     a, b = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
     traces = [write_counts(folder / name, list(load), 2) for name, load in (("a", a), ("b", b))]
     return moe_inspect.compare(*traces)
@@ -29,8 +29,8 @@ def _loads(folder: Path) -> moe_inspect.Comparison | moe_inspect.LoadComparison:
 
 MADE: dict[str, Callable[[Path], Shown]] = {
     "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
-    "LoadComparison": _loads,
-    "ModelComparison": lambda _: moe_inspect.compare_models(BALANCED, COLLAPSED),
+    "Comparison of counts": _loads,
+    "Comparison of models": lambda _: moe_inspect.compare_models(BALANCED, COLLAPSED),
     "Checkpoints": lambda _: moe_inspect.compare_checkpoints(
         [SAMPLES / "untrained", COLLAPSED, BALANCED]
     ),

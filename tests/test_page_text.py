@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.page import comparison_page
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts.section import text_section
@@ -281,7 +280,7 @@ def test_two_traces_are_compared_in_the_text(browser: Any, tmp_path: Path) -> No
     traces = [
         write_trace(tmp_path / name, [a, ids], 8, **settings) for name, ids in (("a", a), ("b", b))
     ]
-    page = Opened(browser, tmp_path / "p.html", comparison_page(moe_inspect.compare(*traces)))
+    page = Opened(browser, tmp_path / "p.html", moe_inspect.compare(*traces).page())
     assert page.view.locator("#text-document option").all_text_contents() == [
         "text · document 1 · 100 tokens"
     ]

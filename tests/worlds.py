@@ -15,7 +15,7 @@ from tests import test_compare_models as models
 from tests import test_dropped, test_loss_table
 from tests.chance import REGIMES, drawn_pair
 from tests.damage import edit_manifest
-from tests.misrecorded import FAULTS, Recording, compared, rounded, routed_text
+from tests.misrecorded import FAULTS, Recording, rounded, routed_text
 from tests.planted import DOMAINS, planted, uniform
 from tests.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_compare_findings import (
@@ -91,7 +91,7 @@ def misrecorded(
         a = routed_text(0, 600, *shape)
         a = a.take(np.arange(a.T) < tokens)
         b = FAULTS[fault].b(rounded(a, 0.005), np.random.default_rng(0))
-        return compared(a.written(root / "a"), b.written(root / "b"))
+        return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
 
     return made
 
@@ -102,7 +102,7 @@ def of_documents_alone(root: Path) -> Any:
     ids = np.random.default_rng(0).random((4, 3, E)).argsort(2)[:, document, :1]
     position, token_id = np.arange(T) % 100, np.arange(T)
     a = Recording(E, document, position, token_id, ids[:2], None, range(2), ())
-    return compared(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
+    return moe_inspect.compare(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
 
 
 def ten_tokens() -> np.ndarray:
@@ -111,7 +111,7 @@ def ten_tokens() -> np.ndarray:
 
 def other_model(root: Path) -> Any:
     a, b = (routed_text(seed, 600, 4, 16, 4) for seed in (0, 9))
-    return compared(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
+    return moe_inspect.compare(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
 
 
 def collapsed_alike(root: Path) -> Any:
@@ -119,14 +119,14 @@ def collapsed_alike(root: Path) -> Any:
     a = routed_text(0, 600, 4, 16, 4)
     a.ids_LTK[1] = np.arange(4)
     b = rounded(a, 0.005).take(a.document < a.document[-1])
-    return compared(a.written(root / "a"), b.written(root / "b"))
+    return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
 
 
 def other_experts(root: Path) -> Any:
     """Two models of so many experts more that have nothing in common."""
     a, b = routed_text(0, 600, 4, 16, 4), routed_text(9, 600, 4, 18, 4)
     b = replace(a, ids_LTK=b.ids_LTK, E=b.E)
-    return compared(a.written(root / "a"), b.written(root / "b"))
+    return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
 
 
 def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], Any]:
@@ -161,7 +161,7 @@ def by_words(choose: Any, documents: int) -> Callable[[Path], Any]:
 
     def made(root: Path) -> Any:
         a = models.whole_words(root / "a", documents=documents)
-        return compared(a, models.pieces(root / "b", choose, documents=documents))
+        return moe_inspect.compare(a, models.pieces(root / "b", choose, documents=documents))
 
     return made
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -21,15 +20,6 @@ from moe_inspect.cli.options import (
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, output_option, table_option
 from moe_inspect.errors import MoeInspectError
-
-if TYPE_CHECKING:
-    from moe_inspect.comparison.checkpoints import Checkpoints
-    from moe_inspect.comparison.compare import Comparison, LoadComparison
-    from moe_inspect.comparison.models.compare import ModelComparison
-    from moe_inspect.reporting.tables.registry import Table
-    from moe_inspect.trace.reader import Trace
-
-    Made = Comparison | LoadComparison | ModelComparison | Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,83 +139,30 @@ def compare(
             f"--{pair.given[0].replace('_', '-')} is for two traces, and there are "
             f"{2 + len(others)}"
         )
+    from moe_inspect.comparison.compare import compare as compare_two
+    from moe_inspect.comparison.compare import compare_checkpoints
     from moe_inspect.reporting.tables.registry import check_table
     from moe_inspect.reporting.verdict.gate import breaches
     from moe_inspect.trace.reader import open_trace
 
     opened = [open_trace(path, scheduler=scheduler) for path in (a, b, *(others or []))]
     noise = pair.noise and open_trace(pair.noise, scheduler=scheduler)
-    of_pair = {**pair.keywords(), "noise": noise, "top": top}
+    settings = selection.keywords()
     with shown():
-        made, tables, main = _made(opened, selection, of_pair)
-        _refuse(made, show.table, selection, limits)
-        table, form = show.chosen(tables, main)
-        check_table(table or main, tables)
+        if others:
+            made = compare_checkpoints(opened, **settings)
+        else:
+            settings |= {**pair.keywords(), "noise": noise, "top": top}
+            made = compare_two(*opened, **settings)
+        for name in (show.table, *limits.metrics):
+            if name and (why := made.why_not(name)):
+                raise MoeInspectError(why)
+        tables = made.kind.tables
+        table, form = show.chosen(tables, made.kind.main)
+        check_table(table or made.kind.main, tables)
         gates = limits.gates(tables)
         made.verdict()  # which counts
         show.save(made)
     failed = breaches(made, gates, tables)
     show.write(made, table, form)
     exit_if_failed([f"failed: {line}" for line in failed])
-
-
-def _made(
-    traces: Sequence[Trace], selection: SelectionOptions, of_pair: dict[str, Any]
-) -> tuple[Made, Mapping[str, Table], str]:
-    """What the traces can be compared as, its tables, and the one that a format alone asks for.
-    of_pair: keywords of a comparison of two traces."""
-    from moe_inspect.comparison.aligning.models import DifferentModelsError
-    from moe_inspect.comparison.checkpoints import CHECKPOINT_TABLES, compare_checkpoints
-    from moe_inspect.comparison.compare import TABLES, LoadComparison
-    from moe_inspect.comparison.compare import compare as make
-    from moe_inspect.comparison.loads.data import LOAD_TABLES
-    from moe_inspect.comparison.models.compare import compare_models
-    from moe_inspect.comparison.models.data import MODEL_TABLES
-
-    settings = selection.keywords()
-    if len(traces) > 2:
-        return compare_checkpoints(traces, **settings), CHECKPOINT_TABLES, "saturation"
-    try:
-        made = make(*traces, **settings, **of_pair)
-    except DifferentModelsError as error:
-        top = of_pair.pop("top")
-        if any(of_pair.values()):
-            raise  # which say how decisions belong together
-        del settings["layers"]
-        models = compare_models(*traces, **settings, top=top, reasons=error.reasons)
-        return models, MODEL_TABLES, "verdict"
-    if isinstance(made, LoadComparison):
-        return made, LOAD_TABLES, "load_shift"
-    return made, TABLES, "agreement"
-
-
-def _refuse(
-    made: Made, table: str | None, selection: SelectionOptions, limits: GateOptions
-) -> None:
-    """Says why there is not what was asked for, where another comparison would have it."""
-    from moe_inspect.comparison.compare import Comparison, LoadComparison
-    from moe_inspect.comparison.models.compare import ModelComparison
-    from moe_inspect.comparison.models.data import MODEL_TABLES
-
-    if isinstance(made, Comparison):
-        for name in (table, *limits.metrics):
-            if name and (why := made.why_not(name)):
-                raise MoeInspectError(why)
-    elif isinstance(made, LoadComparison):
-        if table:
-            made.refuse("table", table)
-        for name in limits.metrics:
-            made.refuse("metric", name)
-    elif isinstance(made, ModelComparison):
-        given = {
-            f"table {table!r}": table and table not in MODEL_TABLES,
-            "--layers": selection.layers,
-            "--fail-above": limits.fail_above,
-            "--fail-below": limits.fail_below,
-        }
-        if refused := next((name for name, asked in given.items() if asked), None):
-            raise MoeInspectError(
-                f"{made.a.path} (A) and {made.b.path} (B) are of different models "
-                f"({'; '.join(made.reasons)}), for which there is no {refused}: there are the "
-                f"tables {', '.join(MODEL_TABLES)}"
-            )

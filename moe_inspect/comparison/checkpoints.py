@@ -2,76 +2,222 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
-from moe_inspect.comparison.checkpoints_data import (
-    CHECKPOINT_TABLES,
-    CheckpointData,
-    saturation_chart,
-)
-from moe_inspect.comparison.compare import Comparison
-from moe_inspect.comparison.data import Options
-from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown
-from moe_inspect.trace.reader import Trace, open_trace
+import pandas as pd
 
-if TYPE_CHECKING:
-    from moe_inspect.reporting.charts.spec import Chart
-    from moe_inspect.reporting.render.notebook import Cell
+from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
+from moe_inspect.comparison.decisions.data import Decisions
+from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Excerpt, Kind, Tables
+from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
+from moe_inspect.reporting.report import report
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.text import layer_label, plural
+from moe_inspect.trace.reader import Trace
 
-__all__ = ["CHECKPOINT_TABLES", "Checkpoints", "compare_checkpoints"]
-
-
-class Checkpoints(CheckpointData, Shown):
-    """`tables["saturation"]` and the others are DataFrames, computed when first asked for;
-    `verdict()` is what they come to. `print(checkpoints)` is one screen of it."""
-
-    def __repr__(self) -> str:
-        return f"Checkpoints({self.names}, tables: {', '.join(CHECKPOINT_TABLES)})"
-
-    def write_text(self, file: TextIO) -> None:
-        from moe_inspect.comparison.text import print_checkpoints
-
-        print_checkpoints(self, file)
-
-    def charts(self) -> tuple[list[Chart], list[str]]:
-        return [saturation_chart(self)], []
-
-    def page(self) -> str:
-        from moe_inspect.comparison.page import checkpoints_page
-
-        return checkpoints_page(self)
-
-    def cell(self) -> Cell:
-        from moe_inspect.comparison.cells import checkpoints_cell
-
-        return checkpoints_cell(self)
+SETTLED = 0.9  # overlap with the last checkpoint
+BALANCE = ("max_over_mean", "max_vio", "dead_experts", "entropy")
+SPECIALIZATION = ("domain_mi_bits", "domain_mi_null_bits", "vocabulary_specialization")
 
 
-def compare_checkpoints(
-    traces: Sequence[Trace | str | Path],
-    *,
-    layers: str | int | Iterable[int | str] | None = None,
-    domains: str | Iterable[str] | None = None,
-    phase: str | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Checkpoints:
-    """Compares traces of checkpoints, given in the order of training, each with the last.
+class Checkpoints(Comparison):
+    """Traces of one text, in the order of training, each compared with the last."""
 
-    The traces are of the same text, by models of the same shape. `layers`, `domains`, `phase`: as
-    in `report`. `progress` is called with the number of decisions compared. MoeInspectError where
-    traces cannot be aligned."""
-    if len(traces) < 2:
-        raise MoeInspectError("give two or more checkpoints, in training order")
-    opened = [x if isinstance(x, Trace) else open_trace(x) for x in traces]
-    settings: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
-    for trace in opened:
-        if trace.counts_only:
-            raise MoeInspectError(
-                f"{trace.path} holds counts only, no decisions: give two traces, whose load can be "
-                "compared"
+    function = "compare_checkpoints"
+
+    def __init__(self, comparisons: Sequence[Decisions]):
+        self.comparisons = comparisons
+        self.a, self.b = comparisons[0].a, comparisons[0].b
+        self.given = comparisons[0].options.given
+        self.tables = Tables(self)
+
+    @property
+    def trace(self) -> Trace:
+        return self.b
+
+    @property
+    def why(self) -> str:
+        return "of more than two traces, each is compared with the last"
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [*(made.a for made in self.comparisons), self.b]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [str(trace.path) for trace in self.traces]
+
+    @property
+    def title(self) -> str:
+        return " → ".join(self.names)
+
+    @property
+    def subtitle(self) -> str:
+        many = plural(len(self.names), "checkpoint")
+        return f"{many} · each compared with {self.names[-1]}"
+
+
+@table(by_router=("overlap",), tables=CHECKPOINT_TABLES)
+def saturation(data: Checkpoints) -> pd.DataFrame:
+    """One row per checkpoint but the last and router: the share of experts that are those of the
+    last checkpoint (OLMoE, equation 5), and of first choices that stay."""
+    return _by_checkpoint(
+        data,
+        "agreement",
+        (
+            "layer",
+            "router",
+            "overlap",
+            "overlap_low",
+            "overlap_high",
+            "overlap_by_chance",
+            "set_mismatch",
+            "first_choice",
+        ),
+    )
+
+
+@table(tables=CHECKPOINT_TABLES)
+def saturation_by_domain(data: Checkpoints) -> pd.DataFrame:
+    """The same by domain."""
+    return _by_checkpoint(data, "domains", ("layer", "router", "domain", "overlap", "set_mismatch"))
+
+
+def _by_checkpoint(data: Checkpoints, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    parts = list[pd.DataFrame]()
+    for i, made in enumerate(data.comparisons):
+        part = made.tables[name].loc[:, list(columns)].copy()
+        part.insert(2, "checkpoint", i)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=CHECKPOINT_TABLES)
+def change(data: Checkpoints) -> pd.DataFrame:
+    """One row per checkpoint and router: its balance and specialization, as its report has
+    them."""
+    parts = list[pd.DataFrame]()
+    selection = data.comparisons[0].options
+    for i, trace in enumerate(data.traces):
+        made = report(
+            trace,
+            layers=selection.layers,
+            domains=selection.domains,
+            phase=selection.phase,
+        )
+        made.prepare(["balance", "specialization"])
+        keys = ["layer", "router"]
+        part = made.tables["balance"][[*keys, *BALANCE]].merge(
+            made.tables["specialization"][[*keys, *SPECIALIZATION]], on=keys
+        )
+        part.insert(2, "checkpoint", i)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(tables=CHECKPOINT_TABLES)
+def checkpoints(data: Checkpoints) -> pd.DataFrame:
+    """One row per checkpoint: its trace."""
+    return pd.DataFrame({"checkpoint": range(len(data.names)), "trace": data.names}).astype(
+        {"trace": "str"}
+    )
+
+
+def saturation_curves(data: Checkpoints) -> Chart:
+    """Curves of the overlap with the last checkpoint, a line per layer, or the mean, least and
+    most of many."""
+    rows: Any = data.tables["saturation"]
+    by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
+    x = by_router.index.to_numpy(float)
+    if by_router.shape[1] <= len(SERIES):
+        lines = [
+            Line(
+                x,
+                by_router[r].to_numpy(float),
+                f"layer {data.trace.routers[r].layer}",
+                c,
+                dots=True,
             )
-    made = [Comparison(x, opened[-1], Options(**settings), progress=progress) for x in opened[:-1]]
-    return Checkpoints(made)
+            for r, c in zip(by_router.columns, SERIES, strict=False)
+        ]
+    else:
+        lines = [
+            Line(x, getattr(by_router, of)(axis=1).to_numpy(float), said, c, dots=True)
+            for of, said, c in (
+                ("max", "the layer that agrees most", "c3"),
+                ("mean", "mean of the layers", "c1"),
+                ("min", "the layer that agrees least", "c2"),
+            )
+        ]
+    labels = tuple(Path(name).name for name in data.names[:-1])
+    return Chart(
+        "Router saturation",
+        f"Share of the experts that are those of the last checkpoint, {Path(data.names[-1]).name}",
+        (Panel(tuple(lines), Axis("checkpoint", labels), Axis("overlap", low=0, high=1)),),
+        table=rows,
+    )
+
+
+def misaligned(data: Checkpoints) -> Iterator[Finding]:
+    """What is numbered otherwise in a checkpoint."""
+    for made in data.comparisons:
+        for one in made.misaligned:
+            said = f"{made.a.path} (A) and {made.b.path} (B): {one.text}"
+            yield finding(one.kind, "critical", said, option=one.option)
+
+
+def settling(data: Checkpoints) -> Iterator[Finding]:
+    """When the routing settles."""
+    rows: Any = data.tables["saturation"]
+    mean = rows.groupby("checkpoint")["overlap"].mean()
+    chance = float(rows["overlap_by_chance"].mean())
+    settled = [i for i in mean.index if (mean.loc[i:] >= SETTLED).all()]
+    first = rows[rows["checkpoint"] == 0]
+    least, most = (first.loc[first["overlap"].agg(which)] for which in ("idxmin", "idxmax"))
+    label = [layer_label(data.trace.routers, int(row["router"])) for row in (most, least)]
+    when = (
+        f"From checkpoint {settled[0]} on ({data.names[settled[0]]}) the routing is within "
+        f"{SETTLED:.0%} of the last"
+        if settled
+        else f"No checkpoint reaches {SETTLED:.0%} of the last"
+    )
+    if any(len(made.counts.domain_U[made.units]) < FEWEST_TO_JUDGE for made in data.comparisons):
+        settled = []
+        when = f"Too few documents to tell when the routing is within {SETTLED:.0%} of the last"
+    ends = " → ".join(f"{value:.1%}" for value in mean)
+    yield finding(
+        "saturation",
+        "note",
+        f"{when}: mean overlap {ends} (by chance {chance:.1%}). At the first checkpoint layer "
+        f"{label[0]} agrees most ({most['overlap']:.1%}), layer {label[1]} "
+        f"least ({least['overlap']:.1%}).",
+        overlap=[float(value) for value in mean],
+        settled=settled[0] if settled else None,
+    )
+
+
+def _mean(frame: Any, most: int) -> Any:
+    columns = ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
+    return frame.groupby("checkpoint", as_index=False)[columns].mean().tail(most)
+
+
+Checkpoints.kind = Kind(
+    of="checkpoints",
+    tables=CHECKPOINT_TABLES,
+    main="saturation",
+    checks=(misaligned, settling),
+    title="When does the routing settle?",
+    footer="Overlap is the share of the experts of a decision that the last checkpoint chooses "
+    "too.",
+    charts={saturation_curves: ("Decisions", "saturation")},
+    sections={
+        "saturation_by_domain": ("Decisions", "By domain", ""),
+        "change": ("Load and specialization", "Balance and specialization", ""),
+        "checkpoints": ("", "The checkpoints", ""),
+    },
+    excerpts={"saturation": Excerpt("the mean over the routers", _mean)},
+)

@@ -1,61 +1,27 @@
-"""Comparison: what two traces of the same tokens have in common, as tables and as a verdict."""
+"""Comparing traces: decision by decision where they are of one model, by the load of the experts
+where one holds counts only, side by side where the models differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
-import moe_inspect.comparison.tables as _tables  # noqa: F401 (registers them)
-from moe_inspect.comparison.data import TABLES, Options, PairData
-from moe_inspect.comparison.loads.compare import LoadComparison
-from moe_inspect.comparison.verdict import findings
+# these register the tables, in this order, and how each kind is shown
+import moe_inspect.comparison.decisions.agreement
+import moe_inspect.comparison.decisions.experts
+import moe_inspect.comparison.decisions.shown
+import moe_inspect.comparison.loads.shown
+import moe_inspect.comparison.models.shown  # noqa: F401
+from moe_inspect.comparison.aligning.pairing import DifferentModelsError
+from moe_inspect.comparison.checkpoints import Checkpoints
+from moe_inspect.comparison.decisions.data import OF_DECISIONS, Decisions, Options
+from moe_inspect.comparison.loads.data import Loads
+from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison.result import Comparison
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown
-from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
 
-if TYPE_CHECKING:
-    from moe_inspect.reporting.charts.spec import Chart
-    from moe_inspect.reporting.render.notebook import Cell
-
-__all__ = ["TABLES", "Comparison", "compare"]
-
-
-class Comparison(PairData, Shown):
-    """`tables["agreement"]` and the others are DataFrames, computed when first asked for;
-    `verdict()` is what they come to, in plain sentences. `print(comparison)` is one screen of
-    it."""
-
-    def __repr__(self) -> str:
-        return (
-            f"Comparison({str(self.a.path)!r}, {str(self.b.path)!r}, tables: {', '.join(TABLES)})"
-        )
-
-    def verdict(self) -> list[Finding]:
-        """Whether it is the same routing, where it is not, and what to do: a Finding each, with a
-        plain sentence in `text`; most important first."""
-        return findings(self)
-
-    def write_text(self, file: TextIO) -> None:
-        from moe_inspect.comparison.text import print_comparison
-
-        print_comparison(self, file)
-
-    def charts(self) -> tuple[list[Chart], list[str]]:
-        from moe_inspect.comparison.charts import draw_charts
-
-        return draw_charts(self)
-
-    def page(self) -> str:
-        from moe_inspect.comparison.page import comparison_page
-
-        return comparison_page(self)
-
-    def cell(self) -> Cell:
-        from moe_inspect.comparison.cells import comparison_cell
-
-        return comparison_cell(self)
+__all__ = ["Checkpoints", "Comparison", "compare", "compare_checkpoints", "compare_models"]
 
 
 def compare(
@@ -73,7 +39,7 @@ def compare(
     drop_last: bool = False,
     drop_zero_filled: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Comparison | LoadComparison:
+) -> Comparison:
     """Compares the decisions of two traces, token by token: do they choose the same experts?
 
     Tokens are aligned by document, position and token id, or by the content of sequences where
@@ -87,7 +53,9 @@ def compare(
     MoeInspectError where the traces cannot be aligned.
 
     Where a trace holds counts only (`--counts-only`, the history of a training run), the load of
-    the experts is compared, as a LoadComparison, also while the trace is still being written."""
+    the experts is compared, also while the trace is still being written. Different models are
+    compared side by side, as by `compare_models`. Options on how decisions belong together are
+    refused there."""
     options = Options(
         layers,
         domains,
@@ -100,13 +68,70 @@ def compare(
         drop_zero_filled,
     )
     first, second = opened(a), opened(b)
-    if first.counts_only or second.counts_only:
-        made = LoadComparison(first, second, options, progress)
+    counts = first.counts_only or second.counts_only
+    base = None
+    if noise is not None and not counts:
+        base = Decisions(first, opened(noise), options, progress=progress)
+    try:
+        if not counts:
+            return Decisions(first, second, options, noise=base, progress=progress)
+        made = Loads(first, second, options, progress)
+    except DifferentModelsError as error:
         if noise is not None:
-            raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
-        return made
-    base = None if noise is None else PairData(first, opened(noise), options, progress=progress)
-    return Comparison(first, second, options, noise=base, progress=progress)
+            raise
+        options.refuse((*OF_DECISIONS, "layers", "shift_layers"), str(error))
+        settings = {"domains": domains, "phase": phase, "top": top, "progress": progress}
+        return Models(first, second, **settings, reasons=error.reasons)
+    if noise is not None:
+        raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
+    return made
+
+
+def compare_models(
+    a: Trace | str | Path,
+    b: Trace | str | Path,
+    *,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+    top: int = 20,
+    reasons: Iterable[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Two models of other shapes, or with other tokenizers, side by side: balance, specialization
+    by domain, and how far experts follow the same spans of text, whatever tokens they are cut
+    into. `compare` does so where models differ; this, also where two have one shape.
+
+    `domains`, `phase`: as in `report`. `top`: texts per expert in `vocabulary`, 0 for all.
+    `reasons`: why they are different, beside what their shapes and tokenizers tell. `progress` is
+    called with the number of decisions read. What these two do not have is refused when it is asked
+    for, by MoeInspectError, and listed in the table `refused`."""
+    settings = {"domains": domains, "phase": phase, "top": top, "progress": progress}
+    return Models(opened(a), opened(b), **settings, reasons=reasons)
+
+
+def compare_checkpoints(
+    traces: Sequence[Trace | str | Path],
+    *,
+    layers: str | int | Iterable[int | str] | None = None,
+    domains: str | Iterable[str] | None = None,
+    phase: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Checkpoints:
+    """Compares traces of checkpoints, given in the order of training, each with the last.
+
+    The traces are of the same text, by models of the same shape. `layers`, `domains`, `phase`: as
+    in `report`. `progress` is called with the number of decisions compared. MoeInspectError where
+    traces cannot be aligned."""
+    if len(traces) < 2:
+        raise MoeInspectError("give two or more checkpoints, in training order")
+    every, options = [opened(one) for one in traces], Options(layers, domains, phase)
+    for trace in every:
+        if trace.counts_only:
+            raise MoeInspectError(
+                f"{trace.path} holds counts only, no decisions: give two traces, whose load can be "
+                "compared"
+            )
+    return Checkpoints([Decisions(x, every[-1], options, progress=progress) for x in every[:-1]])
 
 
 def opened(trace: Trace | str | Path) -> Trace:

@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 def saturation(a: Any, b: Any) -> float | str:
     """The mean over routers of the share of experts that trace `a` has as `b` does, for the same
     tokens (0 to 1), or why it cannot be told."""
-    from moe_inspect.comparison.checkpoints import compare_checkpoints
+    from moe_inspect.comparison.compare import compare_checkpoints
 
     try:
         made = compare_checkpoints([a, b])

@@ -6,7 +6,7 @@ T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.chance import ALPHA, shuffled_p, shuffled_within
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.comparison.aligning.align import Alignment
+from moe_inspect.comparison.aligning.align import Alignment, align
+from moe_inspect.comparison.aligning.pairing import same_places
 from moe_inspect.comparison.aligning.rows import Columns, Rows, rows_of_shard
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import join_first, layer_label, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
@@ -303,3 +305,96 @@ def _foreign(
         f"--layers {left}",
         {"routers": bad, "agreement": value, "agreement_elsewhere": others},
     )
+
+
+def matched_overlaps(
+    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, float, float, float]]:
+    """Of each router: its index, the tokens of the sample that are judged, and the overlap as
+    numbered, after matching, and after matching with the tokens of B shuffled, which is what
+    matching finds in nothing. Experts are matched on every other document, and judged on the
+    rest."""
+    stacks = {traces[0].routers[r].stack for r, _ in pairs}
+    sample = {stack: sample_rows(traces, alignment, stack) for stack in sorted(stacks)}
+    for r, m in pairs:
+        rows = sample[traces[0].routers[r].stack]
+        if rows is None:
+            continue
+        a_TE, b_TE = chosen(rows.of_a, traces[0], r), chosen(rows.of_b, traces[1], m)
+        document, at_T = np.unique(rows.document_T, return_inverse=True)
+        fit_T = at_T % 2 == 0 if len(document) > 1 else np.arange(len(a_TE)) % 2 == 0
+        shuffled_TE = np.random.default_rng([SEED, r]).permutation(b_TE)
+        as_matched, by_chance = (
+            overlap(a_TE[~fit_T], side_TE[~fit_T][:, match(a_TE[fit_T], side_TE[fit_T])])
+            for side_TE in (b_TE, shuffled_TE)
+        )
+        as_numbered = overlap(a_TE[~fit_T], b_TE[~fit_T])
+        yield r, int((~fit_T).sum()), as_numbered, as_matched, by_chance
+
+
+def match(a_TE: np.ndarray, b_TE: np.ndarray) -> np.ndarray:
+    """int64 [E]: the expert of B that is each of A's: the assignment that shares most tokens
+    (Hungarian algorithm)."""
+    from scipy.optimize import linear_sum_assignment
+
+    shared_EE = a_TE.astype(np.float32).T @ b_TE.astype(np.float32)
+    return linear_sum_assignment(shared_EE, maximize=True)[1]
+
+
+def overlap(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
+    """The share of the experts that both chose. NaN where none chose any."""
+    size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
+    return float((a_TE & b_TE).sum() / size) if size else float("nan")
+
+
+REPLICAS = 0.9  # overlap beyond chance, once ids are mapped, from which they are physical
+MOST_ROUTERS = 8
+
+
+def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
+    """Which trace has physical ids, "A" or "B", of how many, and how well the two agree once they
+    are mapped: on the tokens of the sample that were not used to find the map. None where nothing
+    of the kind is so."""
+    pairs = same_places(a, b, range(len(a.routers)))
+    sizes = [(a.routers[r], b.routers[m]) for r, m in pairs]
+    if not pairs or any(x.top_k != y.top_k or x.experts == y.experts for x, y in sizes):
+        return None
+    try:
+        alignment = align(a, b)
+    except MoeInspectError:
+        return None
+    stack = sizes[0][0].stack
+    rows = sample_rows((a, b), alignment, stack)
+    if rows is None:
+        return None
+    pairs = [(r, m) for r, m in pairs if a.routers[r].stack == stack]
+    fit_T, mapped = half_of(len(rows)), list[tuple[np.ndarray, np.ndarray]]()
+    for r, m in pairs[:: -(-len(pairs) // MOST_ROUTERS)]:
+        logical_TE, physical_TP = chosen(rows.of_a, a, r), chosen(rows.of_b, b, m)
+        if a.routers[r].experts > b.routers[m].experts:
+            logical_TE, physical_TP = physical_TP, logical_TE
+        mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
+    value = float(np.mean([agreement(*both) for both in mapped]))
+    if value < REPLICAS or not beyond_chance(value, mapped, rows.document_T[~fit_T]):
+        return None
+    in_b = sizes[0][1].experts > sizes[0][0].experts
+    counts = [router.experts for router in sizes[0]]
+    return {
+        "trace": "B" if in_b else "A",
+        "physical": max(counts),
+        "logical": min(counts),
+        "agreement": value,
+    }
+
+
+def _mapped(logical_TE: np.ndarray, physical_TP: np.ndarray, fit_T: np.ndarray) -> np.ndarray:
+    """The experts that physical ids stand for, by the map of some tokens, of the others."""
+    a, b = (x[fit_T].astype(np.float32) for x in (logical_TE, physical_TP))
+    shared_EP = a.T @ b
+    # of experts that go with it equally often the rarer is meant
+    load_E = a.sum(0)
+    expert_P = (shared_EP - (load_E / (load_E.sum() + 1))[:, None]).argmax(0)
+    mapped_TE = np.zeros_like(logical_TE[~fit_T])
+    t, p = np.nonzero(physical_TP[~fit_T])
+    mapped_TE[t, expert_P[p]] = True
+    return mapped_TE

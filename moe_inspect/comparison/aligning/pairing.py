@@ -5,15 +5,12 @@ L routers of A, M routers of B, T tokens of a sample, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from moe_inspect.comparison.aligning.models import (
-    DifferentModelsError,
-    layers_difference,
-    shape_differences,
-)
+import numpy as np
+
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import ranges
+from moe_inspect.text import layer_label, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
@@ -73,3 +70,86 @@ def _places(routers: Sequence[Router]) -> list[tuple[int, str, int]]:
 
 def _layers(routers: Sequence[Router]) -> str:
     return ranges({router.layer for router in routers})
+
+
+PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
+SAME_WORDS = 0.9  # of the token ids of both, that must stand for the same text
+
+
+class DifferentModelsError(MoeInspectError):
+    """The traces are of different models: nothing can be compared decision by decision. reasons:
+    a phrase each, "A has 64 experts per layer, B 128"."""
+
+    def __init__(self, a: Trace, b: Trace, reasons: Sequence[str]):
+        self.reasons = tuple(reasons)
+        super().__init__(
+            f"{a.path} (A) and {b.path} (B) are traces of different models: "
+            f"{'; '.join(self.reasons)}; their decisions cannot be compared one by one"
+            f"{physical_ids(self.reasons)}"
+        )
+
+
+def physical_ids(reasons: Sequence[str]) -> str:
+    """What to do where the number of experts alone differs, as replicas make it; else ""."""
+    alone = len(reasons) == 1 and "experts" in reasons[0] and SIZE_OF_K not in reasons[0]
+    return PHYSICAL if alone else ""
+
+
+def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """How the routers differ in experts and in experts per token; a phrase each. pairs: the
+    routers of A and of B in the same places."""
+    of_a, of_b = a.routers, b.routers
+    found = list[str]()
+    for what, size in SIZES.items():
+        sizes_a, sizes_b = (sorted({size(r) for r in side}) for side in (of_a, of_b))
+        apart = [(r, m) for r, m in pairs if size(of_a[r]) != size(of_b[m])]
+        if len(sizes_a) == len(sizes_b) == 1 and sizes_a != sizes_b:
+            found.append(f"A has {sizes_a[0]} {what}, B {sizes_b[0]}")
+        elif apart:
+            r, m = apart[0]
+            found.append(
+                f"layer {layer_label(of_a, r)} has {size(of_a[r])} {what} in A, {size(of_b[m])} in "
+                "B"
+            )
+        elif not pairs and sizes_a != sizes_b:
+            found.append(f"A has {_either(sizes_a)} {what}, B {_either(sizes_b)}")
+    return found
+
+
+SIZE_OF_K = "experts per token"
+SIZES: dict[str, Callable[[Router], int]] = {
+    "experts per layer": lambda router: router.experts,
+    SIZE_OF_K: lambda router: router.top_k,
+}
+
+
+def _either(sizes: Sequence[int]) -> str:
+    return " or ".join(map(str, sizes))
+
+
+def layers_difference(a: Trace, b: Trace) -> str:
+    """Another number of layers, dense ones included, as the configs say; "" where they do not."""
+    blocks = [trace.stated_blocks for trace in (a, b)]
+    if None in blocks or blocks[0] == blocks[1]:
+        return ""
+    return f"A has {blocks[0]} layers, B {blocks[1]}"
+
+
+def tokenizer_difference(a: Trace, b: Trace) -> str:
+    """How the vocabularies differ, "" where one is not known or most ids mean the same: tokens
+    that were added to one since change nothing."""
+    words = [trace.vocabulary_table["token"].to_numpy(zero_copy_only=False) for trace in (a, b)]
+    common = min(map(len, words))
+    if not common or np.mean(words[0][:common] == words[1][:common]) >= SAME_WORDS:
+        return ""
+    return vocabularies_apart(a, b)
+
+
+def vocabularies_apart(a: Trace, b: Trace) -> str:
+    """How the vocabularies differ at all; "" where they do not, or one is not known."""
+    words = [trace.vocabulary_table for trace in (a, b)]
+    if not all(len(table) for table in words) or words[0].equals(words[1]):
+        return ""
+    if len(words[0]) != len(words[1]):
+        return f"the tokenizers have {len(words[0]):,} tokens in A, {len(words[1]):,} in B"
+    return "the tokenizers map the same token ids to different texts"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.loads.data import SIDES, LoadData
+from moe_inspect.comparison.loads.data import Loads
 from moe_inspect.comparison.loads.tables import chance_limit
-from moe_inspect.comparison.loads.verdict import findings
+from moe_inspect.comparison.loads.verdict import CHECKS
+from moe_inspect.comparison.result import LOAD_TABLES, SIDES, Excerpt, Kind
 from moe_inspect.reporting.charts.spec import (
     MOST_LINES,
     Axis,
@@ -24,38 +24,16 @@ from moe_inspect.reporting.charts.spec import (
     Scale,
     look,
 )
-from moe_inspect.reporting.render.console import (
-    console_for,
-    print_and_count,
-    print_frame,
-    rows_that_fit,
-)
-from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-from moe_inspect.reporting.render.notebook import Cell, verdict_cell
-from moe_inspect.reporting.render.python import python_call, table_of
-from moe_inspect.reporting.render.terminal import print_verdict
-from moe_inspect.text import layer_label, plural
+from moe_inspect.text import layer_label
 
-ROWS = 10  # of a table in a file; --table has them all
-ON_A_TERMINAL = (
-    "layer",
-    "router",
-    "max_vio_a",
-    "max_vio_b",
-    "max_vio_difference",
-    "dead_experts_a",
-    "dead_experts_b",
-    "entropy_a",
-    "entropy_b",
-)
 COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
 
-def _layers(data: LoadData) -> Axis:
+def _layers(data: Loads) -> Axis:
     return Axis("layer", tuple(layer_label(data.a.routers, r) for r, _ in data.pairs))
 
 
-def load_shift(data: LoadData) -> Chart:
+def load_shift(data: Loads) -> Chart:
     """How far the load moves, beside chance."""
     table: Any = data.tables["load_shift"]
     x = np.arange(len(table), dtype=float)
@@ -74,7 +52,7 @@ def load_shift(data: LoadData) -> Chart:
     )
 
 
-def max_vio(data: LoadData) -> Chart:
+def max_vio(data: Loads) -> Chart:
     """How even the load is in each."""
     table: Any = data.tables["balance"]
     x, marks = np.arange(len(table), dtype=float), list[Line]()
@@ -92,11 +70,11 @@ def max_vio(data: LoadData) -> Chart:
     )
 
 
-def by_step(data: LoadData) -> Chart | None:
-    """How far the load moves in every window of steps; None where there are not two of them."""
+def by_step(data: Loads) -> Chart | str:
+    """How far the load moves in every window of steps; none where there are not two of them."""
     table: Any = data.tables["windows"]
     if table["window"].nunique() < 2:
-        return None
+        return ""
     steps, moved = data.steps, "share of the load that moves"
     moved_LW, floor_LW = (
         table[c].to_numpy(float).reshape(len(data.pairs), -1)
@@ -136,75 +114,42 @@ def by_step(data: LoadData) -> Chart | None:
     )
 
 
-def draw_load_charts(data: LoadData) -> list[Chart]:
-    """All charts."""
-    made = ((make, make(data)) for make in (load_shift, by_step, max_vio))
-    return [replace(chart, name=make.__name__) for make, chart in made if chart is not None]
+def _highest(column: str) -> Callable[[Any, int], Any]:
+    def rows(frame: Any, most: int) -> Any:
+        frame = frame.nlargest(most, column) if len(frame) > most else frame
+        return frame.sort_values(["layer", "router"])
+
+    return rows
 
 
-# chart → its group on the page and its table
-CHARTS = {
-    "load_shift": ("Change of the load", "load_shift"),
-    "by_step": ("Change of the load", "diverged"),
-    "max_vio": ("Load of each trace", "balance"),
-}
-# table → its group on the page and its title
-TABLES = {
-    "load": ("Load of each trace", "Experts"),
-    "summary": ("", "About these traces"),
-    "refused": ("", "Not compared"),
-}
+def _excerpt(column: str, *columns: str) -> Excerpt:
+    return Excerpt(f"the highest {column}", _highest(column), columns)
 
 
-def loads_page(made: LoadData) -> str:
-    """The page, as HTML."""
-    sections = list[Section]()
-    for chart in draw_load_charts(made):
-        group, name = CHARTS[chart.name]
-        code = _python(made, name)
-        sections.append(replace(chart_section(chart), group=group, python=code))
-    for name, (group, title) in TABLES.items():
-        code = _python(made, name)
-        table = made.tables[name]
-        sections.append(Section(title, table=table, group=group, name=name, python=code))
-    return page_html(
-        Page(
-            "The load of two traces",
-            f"A {made.a.path} · B {made.b.path}",
-            verdict=findings(made),
-            sections=sections,
-            footer="Counts hold the load of experts, no decisions. Made by moe-inspect.",
-        )
-    )
-
-
-def _python(made: LoadData, table: str) -> str:
-    return table_of(python_call("compare", [made.a, made.b], made.options.given()), table)
-
-
-def loads_cell(made: LoadData) -> Cell:
-    """What a notebook shows: the verdict, how far the load moves, and where the furthest."""
-    whole: Any = made.tables["load_shift"]
-    worst = whole.nlargest(len(whole), "load_shift")
-    title = f"A {made.a.path} · B {made.b.path}"
-    caption = f"load_shift, the highest of {plural(len(whole), 'router')}"
-    return verdict_cell(title, findings(made), made.tables, load_shift(made), worst, caption)
-
-
-def print_loads(made: LoadData, file: TextIO) -> None:
-    """The whole text."""
-    console = console_for(file)
-    title = f"A {made.a.path} · B {made.b.path}"
-    lines = print_and_count(partial(print_verdict, findings(made)), console, title)
-    excerpts = {"load_shift": "load_shift", "diverged": "most_load_shift", "balance": "max_vio_b"}
-    if len(made.steps.first_W) < 2:
-        del excerpts["diverged"]
-    most = rows_that_fit(console, lines, len(excerpts)) if console.is_terminal else ROWS
-    for name, worst in excerpts.items():
-        whole: Any = made.tables[name]
-        frame = whole.nlargest(most, worst) if len(whole) > most else whole
-        if name == "balance" and console.is_terminal:
-            frame = frame[list(ON_A_TERMINAL)]
-        cut = len(frame) < len(whole)
-        title = f"{name}: the highest {worst}, {most} of {len(whole):,} rows" if cut else name
-        print_frame(frame.sort_values(["layer", "router"]), console, title, console.is_terminal)
+OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
+Loads.kind = Kind(
+    of="counts",
+    tables=LOAD_TABLES,
+    main="load_shift",
+    checks=CHECKS,
+    title="The load of two traces",
+    footer="Counts hold the load of experts, no decisions.",
+    charts={
+        load_shift: ("Change of the load", "load_shift"),
+        by_step: ("Change of the load", "diverged"),
+        max_vio: ("Load of each trace", "balance"),
+    },
+    sections={
+        "load": ("Load of each trace", "Experts", ""),
+        "summary": ("", "About these traces", ""),
+        "refused": ("", "Not compared", ""),
+    },
+    excerpts={
+        "load_shift": _excerpt("load_shift"),
+        "diverged": _excerpt("most_load_shift"),
+        "balance": _excerpt(
+            *("max_vio_b", "layer", "router", "max_vio_a", "max_vio_b", "max_vio_difference"),
+            *OF_BOTH,
+        ),
+    },
+)

@@ -16,9 +16,9 @@ from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
-from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
+from moe_inspect.comparison.loads.data import Loads
+from moe_inspect.comparison.result import LOAD_TABLES, SIDES, facts_of_both, said_of_models
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.text import storable
 
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
 NUMBERS = ("dead_experts", "starved_experts")  # whole, and may be missing
@@ -46,18 +46,15 @@ DIVERGED = {
 
 
 @table(tables=LOAD_TABLES)
-def summary(data: LoadData) -> pd.DataFrame:
+def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    rows = [(key, *(storable(str(value)) for value in values)) for key, *values in _facts(data)]
-    return pd.DataFrame(rows, columns=["key", *SIDES]).astype("str")
+    return facts_of_both(_facts(data))
 
 
-def _facts(data: LoadData) -> Iterator[tuple[object, ...]]:
+def _facts(data: Loads) -> Iterator[tuple[object, ...]]:
     both = data.a, data.b
     counts = [data.reports[side].counts for side in SIDES]
-    yield "trace", *(trace.path for trace in both)
-    for key in ("id", "revision", "class"):
-        yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in both)
+    yield from said_of_models(*both)
     yield "holds", *("counts" if trace.counts_only else "decisions" for trace in both)
     yield "status", *(trace.status for trace in both)
     yield "tokens", *(of.tokens for of in counts)
@@ -68,7 +65,7 @@ def _facts(data: LoadData) -> Iterator[tuple[object, ...]]:
     by_router=tuple(f"{name}_{x}" for name in BALANCE for x in (*SIDES, "difference")),
     tables=LOAD_TABLES,
 )
-def balance(data: LoadData) -> pd.DataFrame:
+def balance(data: Loads) -> pd.DataFrame:
     """One row per router: the balance in A, in B, and B's minus A's, beside the max_over_mean
     that chance gives documents like these (expected_by_chance)."""
     rows = list[dict[str, object]]()
@@ -89,7 +86,7 @@ def balance(data: LoadData) -> pd.DataFrame:
 
 
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
-def load_shift(data: LoadData) -> pd.DataFrame:
+def load_shift(data: Loads) -> pd.DataFrame:
     """One row per router: how far apart the load of the two traces is (total variation and
     Jensen–Shannon divergence of the shares), and how far chance alone takes two traces of so many
     tokens that route alike (…_floor): of independent tokens, times the design effect of documents
@@ -116,7 +113,7 @@ def load_shift(data: LoadData) -> pd.DataFrame:
 
 
 @table(tables=LOAD_TABLES)
-def windows(data: LoadData) -> pd.DataFrame:
+def windows(data: Loads) -> pd.DataFrame:
     """One row per router and window of steps that both traces have: how far apart their load is
     and how far chance alone takes it (load_shift_floor), whether that is beyond chance, how even
     each is, and the expert whose load differs most."""
@@ -151,7 +148,7 @@ def windows(data: LoadData) -> pd.DataFrame:
 
 
 @table(by_router=("windows_beyond_chance",), tables=LOAD_TABLES)
-def diverged(data: LoadData) -> pd.DataFrame:
+def diverged(data: Loads) -> pd.DataFrame:
     """One row per router: in how many windows of steps the load differs by more than chance, since
     which step (the first of IN_A_ROW windows in a row that do; empty where there are none), and
     where it differs most."""
@@ -193,7 +190,7 @@ def first_run(true_W: np.ndarray, length: int) -> int | None:
 
 
 @table(tables=LOAD_TABLES)
-def load(data: LoadData) -> pd.DataFrame:
+def load(data: Loads) -> pd.DataFrame:
     """One row per expert of a router: its load in A, in B, and B's minus A's; absolute
     (assignments), as a share of the router's, and relative to the mean (load_ratio)."""
     parts = list[pd.DataFrame]()
@@ -207,10 +204,3 @@ def load(data: LoadData) -> pd.DataFrame:
                 part[f"{name}_difference"] = b - a
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
-
-
-@table(tables=LOAD_TABLES)
-def refused(data: LoadData) -> pd.DataFrame:
-    """One row per table that counts cannot have, and why."""
-    rows = [(name, data.why) for name in data.refused]
-    return pd.DataFrame(rows, columns=["table", "why"]).astype("str")

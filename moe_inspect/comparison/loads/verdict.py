@@ -8,27 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
-from moe_inspect.comparison.effects import Collapse, said_of_collapse
-from moe_inspect.comparison.loads.data import LOAD_TABLES, SIDES, LoadData
+from moe_inspect.comparison.decisions.effects import Collapse, said_of_collapse
+from moe_inspect.comparison.loads.data import Loads
 from moe_inspect.comparison.loads.tables import chance_limit
-from moe_inspect.comparison.verdict import missing_layers
-from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.comparison.result import SIDES, balance_of_both, missing_layers, not_compared
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import format_ratio, join_first, layer_label, plural
 
 MOST_NAMED = 4  # layers, or steps, in a sentence
 
 
-def findings(data: LoadData) -> list[Finding]:
-    """What every check finds, in the order in which it is read."""
-    return [one for check in CHECKS for one in check(data)]
-
-
-def shifted(data: LoadData) -> Iterator[Finding]:
+def shifted(data: Loads) -> Iterator[Finding]:
     """Whether the load differs by more than chance; the headline."""
     every: Any = data.tables["load_shift"]
     rows = every.dropna(subset=["load_shift"])
@@ -63,7 +55,7 @@ def shifted(data: LoadData) -> Iterator[Finding]:
     yield finding("load_shift", severity, text, row, **values)
 
 
-def collapsed(data: LoadData) -> Iterator[Finding]:
+def collapsed(data: Loads) -> Iterator[Finding]:
     """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
     other; of counts, where no documents explain such a difference of the shares."""
     found = list[Collapse]()
@@ -82,7 +74,7 @@ def collapsed(data: LoadData) -> Iterator[Finding]:
     yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
 
 
-def _severity(data: LoadData, beyond: Any, shift: str) -> Severity:
+def _severity(data: Loads, beyond: Any, shift: str) -> Severity:
     """Of routers whose load differs by more than the floor; of independent tokens, other text
     exceeds it. shift: the column that says by how much."""
     if not len(beyond):
@@ -91,7 +83,7 @@ def _severity(data: LoadData, beyond: Any, shift: str) -> Severity:
     return "warning" if any(data.beyond_text(*of) for of in moved) else "note"
 
 
-def by_step(data: LoadData) -> Iterator[Finding]:
+def by_step(data: Loads) -> Iterator[Finding]:
     """Since which step the load differs, and which steps are not compared."""
     steps = data.steps
     if steps.why_none:
@@ -129,7 +121,7 @@ def by_step(data: LoadData) -> Iterator[Finding]:
     yield finding("by_step", severity, text, first, since_step=since, **values)
 
 
-def _since(data: LoadData, parted: Any) -> str:
+def _since(data: Loads, parted: Any) -> str:
     """Since which step which layers differ, the earliest first."""
     steps, said = data.steps, list[str]()
     for since, of in parted.groupby("since_step"):
@@ -149,27 +141,15 @@ def _since(data: LoadData, parted: Any) -> str:
     return f"{text}; not in {layers}" if same else text
 
 
-def balance(data: LoadData) -> Iterator[Finding]:
+def balance(data: Loads) -> Iterator[Finding]:
     """How even the load is in each."""
     rows: Any = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
-    if not len(rows):
-        return
-    said, values = list[str](), dict[str, Any]()
-    for side in SIDES:
-        ratio, chance = rows[f"max_over_mean_{side}"], rows[f"expected_by_chance_{side}"]
-        worst, dead = rows.loc[ratio.idxmax()], int(rows[f"dead_experts_{side}"].sum())
-        values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
-        said.append(
-            f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
-            f"{chance.median():.2f}x), {ratio.max():.2f}x in layer "
-            f"{layer_label(data.a.routers, int(worst['router']))}, and "
-            f"{plural(dead, 'expert')} without load"
-        )
-    text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}."
-    yield finding("balance", "note", text, **values)
+    of_both = ("max_over_mean", "expected_by_chance", "dead_experts")
+    of_side = {side: rows.rename(columns={f"{x}_{side}": x for x in of_both}) for side in SIDES}
+    yield from balance_of_both(of_side, lambda _, r: layer_label(data.a.routers, r))
 
 
-def counts_only(data: LoadData) -> Iterator[Finding]:
+def counts_only(data: Loads) -> Iterator[Finding]:
     """That only the load is compared, and what that leaves open."""
     of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
     holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
@@ -180,21 +160,15 @@ def counts_only(data: LoadData) -> Iterator[Finding]:
     yield finding("counts_only", "note", text)
 
 
-def warnings(data: LoadData) -> Iterator[Finding]:
+def warnings(data: Loads) -> Iterator[Finding]:
     """What to know of a trace before believing its figures."""
     for side in SIDES:
         if said := data.reports[side].warning:
             yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
 
 
-def not_compared(data: LoadData) -> Iterator[Finding]:
-    """The tables that there cannot be."""
-    text = f"Not compared: {', '.join(data.refused)}: {data.why}."
-    yield finding("refused", "note", text, tables=data.refused, why=data.why)
-
-
 # in the order in which they are read
-CHECKS: tuple[Callable[[LoadData], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[Loads], Iterator[Finding]], ...] = (
     shifted,
     collapsed,
     by_step,
@@ -204,9 +178,3 @@ CHECKS: tuple[Callable[[LoadData], Iterator[Finding]], ...] = (
     missing_layers,
     not_compared,
 )
-
-
-@table(tables=LOAD_TABLES)
-def verdict(data: LoadData) -> pd.DataFrame:
-    """One row per finding."""
-    return verdict_table(findings(data))

@@ -10,27 +10,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.aligning.models import (
+from moe_inspect.comparison.aligning.misaligned import replicas
+from moe_inspect.comparison.aligning.pairing import (
     layers_difference,
+    same_places,
     shape_differences,
     tokenizer_difference,
 )
-from moe_inspect.comparison.aligning.pairing import same_places
-from moe_inspect.comparison.models.explained import Explained, explained_by_text, judged_texts
-from moe_inspect.comparison.models.physical import replicas
-from moe_inspect.comparison.models.spans import Spans, common_spans
+from moe_inspect.comparison.models.spans import (
+    Explained,
+    Spans,
+    common_spans,
+    explained_by_text,
+    judged_texts,
+)
+from moe_inspect.comparison.result import SIDES, Comparison, Tables
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.registry import LazyTables, Table
 from moe_inspect.trace.reader import Trace
 
-MODEL_TABLES: dict[str, Table] = {}
-SIDES = ("a", "b")
 WHOLE = ["balance", "specialization"]
 
 
-class ModelData:
+class Models(Comparison):
     """Traces A and B. Nothing is read before it is asked for."""
+
+    function = "compare_models"
 
     def __init__(
         self,
@@ -49,21 +54,22 @@ class ModelData:
             side: report(trace, **settings) for side, trace in zip(SIDES, (a, b), strict=True)
         }
         self._reasons = list(reasons)
-        self.options: dict[str, Any] = {
-            "domains": domains,
-            "phase": phase,
-            "top": None if top == 20 else top,
-            "reasons": self._reasons or None,
-        }
-        self.tables = LazyTables(self, MODEL_TABLES)
+        top_given = None if top == 20 else top
+        given = {"domains": domains, "phase": phase, "top": top_given, "reasons": self._reasons}
+        self.given = {name: value for name, value in given.items() if value}
+        self.tables = Tables(self)
 
     @property
-    def trace(self) -> Trace:
-        return self.a
+    def of_side(self) -> dict[str, Trace]:
+        return dict(zip(SIDES, self.traces, strict=True))
 
     @property
-    def traces(self) -> dict[str, Trace]:
-        return dict(zip(SIDES, (self.a, self.b), strict=True))
+    def why(self) -> str:
+        return "; ".join(self.reasons) or "the models have one shape: compare has it"
+
+    @property
+    def why_in_full(self) -> str:
+        return f"{self.a.path} (A) and {self.b.path} (B) are of different models ({self.why})"
 
     @cached_property
     def reasons(self) -> list[str]:
@@ -82,9 +88,13 @@ class ModelData:
         """Whether it is one model, and one trace has physical ids of replicas."""
         return replicas(self.a, self.b) if self.reasons else None
 
+    @property
+    def shown_tables(self) -> list[str]:
+        return [name for name in self.kind.excerpts if not self.why_not(name)]
+
     def depth(self, side: str, router: int) -> float:
         """Where a router is in its model: 0 the first layer, 1 the last."""
-        trace = self.traces[side]
+        trace = self.of_side[side]
         return trace.routers[router].layer / max(trace.blocks - 1, 1)
 
     def of(self, side: str, table: str) -> pd.DataFrame:
@@ -124,13 +134,13 @@ class ModelData:
                 found[side, r] = explained_by_text(text_S, chosen_S, document_S, V, E)
         for side in SIDES:
             if not any(one == side for one, _ in found):
-                raise MoeInspectError(f"{self.traces[side].path} does not record first choices")
+                raise MoeInspectError(f"{self.of_side[side].path} does not record first choices")
         return found
 
-    def why_not(self, table: str) -> str:
-        """Why a table of MODEL_TABLES cannot be had; "" where it can."""
-        try:
-            self.tables[table]
-        except MoeInspectError as error:
-            return str(error)
-        return ""
+    def why_not(self, name: str) -> str | None:
+        if name in self.kind.sometimes:
+            try:
+                self.tables[name]
+            except MoeInspectError as error:
+                return str(error)
+        return super().why_not(name)

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from rich.text import Text
 
-from moe_inspect.comparison.models.data import SIDES, ModelData
-from moe_inspect.comparison.models.verdict import findings
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison.models.verdict import CHECKS
+from moe_inspect.comparison.result import MODEL_TABLES, SIDES, Excerpt, Kind
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel, known_interval
-from moe_inspect.reporting.render.console import (
-    console_for,
-    print_and_count,
-    print_frame,
-    rows_that_fit,
-)
-from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-from moe_inspect.reporting.render.notebook import Cell, verdict_cell
-from moe_inspect.reporting.render.python import python_call, table_of
-from moe_inspect.reporting.render.terminal import print_verdict
-from moe_inspect.text import printable
 
 STEPS = 100  # of the axis of relative depth
 DEPTH = Axis(
@@ -33,27 +17,6 @@ DEPTH = Axis(
     tuple(f"{i}%" for i in range(STEPS + 1)),
 )
 COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
-EXCERPTS = {
-    "balance": (
-        "layer",
-        "router",
-        "trace",
-        "depth",
-        "max_over_mean",
-        "expected_by_chance",
-        "dead_experts",
-    ),
-    "specialization": ("layer", "router", "trace", "depth", "explained_by_domain", "jsd_bits"),
-    "spans": (
-        "layer",
-        "router",
-        "trace",
-        "depth",
-        "explained_by_text",
-        "explained_by_text_low",
-        "explained_by_text_high",
-    ),
-}
 
 
 def _lines(
@@ -71,7 +34,7 @@ def _lines(
     return tuple(marks)
 
 
-def load_by_depth(data: ModelData) -> Chart:
+def load_by_depth(data: Models) -> Chart:
     """How even the load is, by relative depth."""
     table = data.tables["balance"]
     ends = "max_over_mean_low", "max_over_mean_high"
@@ -85,7 +48,7 @@ def load_by_depth(data: ModelData) -> Chart:
     )
 
 
-def domains_by_depth(data: ModelData) -> Chart:
+def domains_by_depth(data: Models) -> Chart:
     """The share that the domain explains, by relative depth."""
     table = data.tables["specialization"]
     return Chart(
@@ -98,7 +61,7 @@ def domains_by_depth(data: ModelData) -> Chart:
     )
 
 
-def texts_by_depth(data: ModelData) -> Chart:
+def texts_by_depth(data: Models) -> Chart:
     """The share that the text of a span explains, by relative depth."""
     table = data.tables["spans"]
     marks = _lines(table, "explained_by_text", "explained_by_text_low", "explained_by_text_high")
@@ -113,108 +76,48 @@ def texts_by_depth(data: ModelData) -> Chart:
     )
 
 
-CHARTS: tuple[Callable[[ModelData], Chart], ...] = (
-    load_by_depth,
-    domains_by_depth,
-    texts_by_depth,
-)
-
-# chart → its group on the page and its table
-GROUP_AND_TABLE = {
-    "load_by_depth": ("Balance", "balance"),
-    "domains_by_depth": ("Specialization", "specialization"),
-    "texts_by_depth": ("Specialization", "spans"),
-}
-EXPERT = ["trace", "router", "expert"]
-
-
-def draw_model_charts(data: ModelData) -> tuple[list[Chart], list[str]]:
-    """All charts that the two have the data for, and why others are missing."""
-    charts, left_out = list[Chart](), list[str]()
-    for make in CHARTS:
-        try:
-            charts.append(replace(make(data), name=make.__name__))
-        except MoeInspectError as error:
-            left_out.append(str(error))
-    return charts, list(dict.fromkeys(left_out))
-
-
-def models_page(made: ModelData) -> str:
-    """The page, as HTML."""
-    charts, left_out = draw_model_charts(made)
-    sections = list[Section]()
-    for chart in charts:
-        group, name = GROUP_AND_TABLE[chart.name]
-        code = _python(made, name)
-        sections.append(replace(chart_section(chart), group=group, python=code))
-    if not made.why_not("vocabulary"):
-        rows: Any = made.tables["vocabulary"]
-        text = "Spans of text that choose an expert first most exclusively, one per expert."
-        best = rows.groupby(EXPERT, sort=False).head(1)
-        code = f"{_python(made, 'vocabulary')}.groupby({EXPERT}, sort=False).head(1)"
-        section = Section(
-            "Texts of experts",
-            text,
-            table=best,
-            group="Specialization",
-            name="vocabulary",
-            python=code,
-        )
-        sections.append(section)
-    for name, title in (("summary", "About these models"), ("refused", "Not compared")):
-        code = _python(made, name)
-        sections.append(Section(title, table=made.tables[name], name=name, python=code))
-    return page_html(
-        Page(
-            "Two models, side by side",
-            f"A {made.a.path} · B {made.b.path}",
-            verdict=findings(made),
-            sections=sections,
-            left_out=left_out,
-            footer="Figures of two models are comparable if they are shares of what is possible or "
-            "are shown beside chance. Made by moe-inspect.",
-        )
-    )
-
-
-def _python(made: ModelData, table: str) -> str:
-    return table_of(python_call("compare_models", [made.a, made.b], made.options), table)
-
-
-def models_cell(made: ModelData) -> Cell:
-    """What a notebook shows: the verdict, and how even the load of each is."""
-    title = f"A {made.a.path} · B {made.b.path}"
-    return verdict_cell(title, findings(made), made.tables, load_by_depth(made))
-
-
-def print_models(made: ModelData, file: TextIO) -> None:
-    """The whole text."""
-    console = console_for(file)
-    title = f"A {made.a.path} · B {made.b.path}"
-    lines = print_and_count(partial(print_verdict, findings(made)), console, title)
-    there = {name: columns for name, columns in EXCERPTS.items() if not made.why_not(name)}
-    most = rows_that_fit(console, lines + 2, len(there), 5) // 2 if console.is_terminal else ROWS
-    for name, columns in there.items():
-        frame: Any = made.tables[name]
-        if console.is_terminal:
-            frame = frame[list(columns)]
-        shown = _apart(frame, max(most, 1))
-        cut = len(shown) < len(frame)
-        title = f"{name}: {max(most, 1)} routers of each trace at most" if cut else name
-        print_frame(shown, console, title, fitting=console.is_terminal)
-    paths = " ".join(shlex.quote(str(trace.path)) for trace in (made.a, made.b))
-    command = f"experts' texts: moe-inspect compare {paths} --table vocabulary"
-    console.print(Text(printable(command), style="dim"))
-
-
-ROWS = 8  # of a trace in a file; --table has them all
-
-
 def _apart(frame: Any, most: int) -> Any:
-    """At most `most` routers of each trace, spread over its depth."""
+    """At most `most` routers of both traces, spread over their depth."""
     kept = list[Any]()
     for side in SIDES:
         rows = frame[frame["trace"] == side]
-        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(most, len(rows))).round())
+        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(-(-most // 2), len(rows))).round())
         kept += rows.index[at.astype(int)].tolist()
     return frame.loc[kept]
+
+
+SPREAD = "routers of both traces, spread over their depth"
+PLACE = ("layer", "router", "trace", "depth")
+TEXT = "explained_by_text"
+Models.kind = Kind(
+    of="different models",
+    tables=MODEL_TABLES,
+    main="verdict",
+    checks=CHECKS,
+    title="Two models, side by side",
+    footer="Figures of two models are comparable if they are shares of what is possible or are "
+    "shown beside chance.",
+    charts={
+        load_by_depth: ("Balance", "balance"),
+        domains_by_depth: ("Specialization", "specialization"),
+        texts_by_depth: ("Specialization", "spans"),
+    },
+    sections={
+        "vocabulary": (
+            "Specialization",
+            "Texts of experts",
+            "Spans of text that choose an expert first most exclusively, one per expert.",
+        ),
+        "summary": ("", "About these models", ""),
+        "refused": ("", "Not compared", ""),
+    },
+    sometimes=("specialization", "spans", "vocabulary"),
+    firsts={"vocabulary": ["trace", "router", "expert"]},
+    excerpts={
+        "balance": Excerpt(
+            SPREAD, _apart, (*PLACE, "max_over_mean", "expected_by_chance", "dead_experts")
+        ),
+        "specialization": Excerpt(SPREAD, _apart, (*PLACE, "explained_by_domain", "jsd_bits")),
+        "spans": Excerpt(SPREAD, _apart, (*PLACE, TEXT, f"{TEXT}_low", f"{TEXT}_high")),
+    },
+)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.compare import TABLES
-from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
-from moe_inspect.comparison.models.explained import adjusted, jackknife_interval
+from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison.models.spans import adjusted, jackknife_interval
+from moe_inspect.comparison.result import MODEL_TABLES, SIDES, facts_of_both, said_of_models
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.text import layer_label, ranges, readable, storable
+from moe_inspect.text import layer_label, ranges, readable
 
 BALANCE = (
     "experts",
@@ -33,17 +33,14 @@ BALANCE = (
 
 
 @table(tables=MODEL_TABLES)
-def summary(data: ModelData) -> pd.DataFrame:
+def summary(data: Models) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    rows = [(key, *(storable(str(value)) for value in values)) for key, *values in _facts(data)]
-    return pd.DataFrame(rows, columns=["key", *SIDES]).astype("str")
+    return facts_of_both(_facts(data))
 
 
-def _facts(data: ModelData) -> Iterator[tuple[object, ...]]:
+def _facts(data: Models) -> Iterator[tuple[object, ...]]:
     both = data.a, data.b
-    yield "trace", *(trace.path for trace in both)
-    for key in ("id", "revision", "class"):
-        yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in both)
+    yield from said_of_models(*both)
     yield "layers", *(trace.stated_blocks or "unknown" for trace in both)
     yield "moe_layers", *(ranges({r.layer for r in trace.routers}) for trace in both)
     for key in ("experts", "top_k"):
@@ -57,7 +54,7 @@ def _facts(data: ModelData) -> Iterator[tuple[object, ...]]:
 
 
 @table(tables=MODEL_TABLES)
-def balance(data: ModelData) -> pd.DataFrame:
+def balance(data: Models) -> pd.DataFrame:
     """One row per trace and router: its balance, as its report has it, beside what chance gives
     documents like these (expected_by_chance) and the most that E and k allow
     (max_over_mean_most)."""
@@ -71,7 +68,7 @@ def balance(data: ModelData) -> pd.DataFrame:
 
 
 @table(tables=MODEL_TABLES)
-def specialization(data: ModelData) -> pd.DataFrame:
+def specialization(data: Models) -> pd.DataFrame:
     """One row per trace and router: the information that the domain carries about the expert, that
     by chance, and beyond it as a share of the most that D, E and k allow: 0 is chance, 1 all
     (explained_by_domain)."""
@@ -82,7 +79,7 @@ def specialization(data: ModelData) -> pd.DataFrame:
         raise MoeInspectError("the domains are {}: {} in A, {} in B".format(what, *said))
     parts = list[pd.DataFrame]()
     for side in SIDES:
-        routers = data.traces[side].routers
+        routers = data.of_side[side].routers
         part = data.of(side, "specialization")
         part = part[
             [
@@ -104,7 +101,7 @@ def specialization(data: ModelData) -> pd.DataFrame:
 
 
 @table(tables=MODEL_TABLES)
-def spans(data: ModelData) -> pd.DataFrame:
+def spans(data: Models) -> pd.DataFrame:
     """One row per trace and router, on the same spans of text, however the tokenizers cut them:
     the information that a span's text carries about the first choice at its last token, with the
     spans shuffled, and beyond that as a share of the entropy of the first choice: 0 is chance, 1
@@ -114,7 +111,7 @@ def spans(data: ModelData) -> pd.DataFrame:
         low, high = jackknife_interval(explained.share, explained.share_without_G)
         rows.append(
             {
-                "layer": data.traces[side].routers[r].layer,
+                "layer": data.of_side[side].routers[r].layer,
                 "router": r,
                 "spans": int(explained.counts_VE.sum()),
                 "texts": len(explained.counts_VE),
@@ -133,7 +130,7 @@ def spans(data: ModelData) -> pd.DataFrame:
 
 
 @table(tables=MODEL_TABLES)
-def vocabulary(data: ModelData) -> pd.DataFrame:
+def vocabulary(data: Models) -> pd.DataFrame:
     """One row per trace, expert and text: the spans that choose the expert first most exclusively,
     of those that occur eight times or more in the sample; `fraction` of the span's occurrences."""
     texts = np.array([data.spans.texts[i] for i in data.texts], object)
@@ -148,7 +145,7 @@ def vocabulary(data: ModelData) -> pd.DataFrame:
         v, e = v[counts_VE[v, e] > 0], e[counts_VE[v, e] > 0]
         part = pd.DataFrame(
             {
-                "layer": data.traces[side].routers[r].layer,
+                "layer": data.of_side[side].routers[r].layer,
                 "router": r,
                 "expert": e,
                 "text": texts[v],
@@ -161,26 +158,12 @@ def vocabulary(data: ModelData) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-@table(tables=MODEL_TABLES)
-def refused(data: ModelData) -> pd.DataFrame:
-    """One row per table that these two cannot have, and why."""
-    return pd.DataFrame(refusals(data).items(), columns=["table", "why"]).astype("str")
-
-
-def refusals(data: ModelData) -> dict[str, str]:
-    """Table → why these two cannot have it."""
-    why = "; ".join(data.reasons) or "the models have one shape: compare has it"
-    found = {name: why for name in TABLES if name not in ("summary", "verdict")}
-    own = {name: data.why_not(name) for name in ("specialization", "spans", "vocabulary")}
-    return found | {name: reason for name, reason in own.items() if reason}
-
-
-def _of_side(data: ModelData, side: str, part: pd.DataFrame) -> pd.DataFrame:
+def _of_side(data: Models, side: str, part: pd.DataFrame) -> pd.DataFrame:
     """`trace` and the relative depth beside the names of the routers."""
     part.insert(2, "trace", side)
     part.insert(3, "depth", [data.depth(side, r) for r in part["router"].tolist()])
     return part.astype({"trace": "str"})
 
 
-def name_of(data: ModelData, side: str, router: int) -> str:
-    return layer_label(data.traces[side].routers, router)
+def name_of(data: Models, side: str, router: int) -> str:
+    return layer_label(data.of_side[side].routers, router)

@@ -9,23 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.models.data import MODEL_TABLES, SIDES, ModelData
-from moe_inspect.comparison.models.explained import jackknife_interval
-from moe_inspect.comparison.models.tables import name_of, refusals
-from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison.models.spans import jackknife_interval
+from moe_inspect.comparison.models.tables import name_of
+from moe_inspect.comparison.result import SIDES, balance_of_both, not_compared
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural
 
 SHARED = ("balance", "specialization", "spans", "vocabulary")
 
 
-def findings(data: ModelData) -> list[Finding]:
-    """What every check finds, in the order in which it is read."""
-    return [one for check in CHECKS for one in check(data)]
-
-
-def different(data: ModelData) -> Iterator[Finding]:
+def different(data: Models) -> Iterator[Finding]:
     """Why decisions cannot be compared one by one; the headline."""
     if data.replicas is not None:
         found = data.replicas
@@ -49,7 +43,7 @@ def different(data: ModelData) -> Iterator[Finding]:
     yield finding("different_models", "note", text, reasons=list(data.reasons))
 
 
-def text_in_common(data: ModelData) -> Iterator[Finding]:
+def text_in_common(data: Models) -> Iterator[Finding]:
     """Whether both read the same text, without which no figure compares the models."""
     if data.why_not("spans"):
         text = (
@@ -71,34 +65,15 @@ def text_in_common(data: ModelData) -> Iterator[Finding]:
     )
 
 
-def balance(data: ModelData) -> Iterator[Finding]:
+def balance(data: Models) -> Iterator[Finding]:
     """How even the load is in each."""
     rows: Any = data.tables["balance"]
-    said, values = list[str](), dict[str, Any]()
-    for side in SIDES:
-        of_side = rows[rows["trace"] == side].dropna(subset=["max_over_mean"])
-        if not len(of_side):
-            continue
-        names = ("max_over_mean", "expected_by_chance")
-        median, chance = (float(of_side[name].median()) for name in names)
-        worst = of_side.loc[of_side["max_over_mean"].idxmax()]
-        dead = int(of_side["dead_experts"].sum())
-        values[f"max_over_mean_{side}"] = median
-        said.append(
-            f"{side.upper()} has {median:.2f}x in the median layer (expected by chance: "
-            f"{chance:.2f}x) and "
-            f"{worst['max_over_mean']:.2f}x in layer {name_of(data, side, int(worst['router']))}"
-            + (f", and {plural(dead, 'expert')} without load" if dead else "")
-        )
-    yield finding(
-        "balance",
-        "note",
-        f"Load of the busiest expert ÷ mean load: {'; '.join(said)}. At most E/k is possible.",
-        **values,
-    )
+    of_side = {side: rows[rows["trace"] == side] for side in SIDES}
+    more = " At most E/k is possible."
+    yield from balance_of_both(of_side, lambda *of: name_of(data, *of), more)
 
 
-def domains(data: ModelData) -> Iterator[Finding]:
+def domains(data: Models) -> Iterator[Finding]:
     """How much of the choice of experts the domain explains in each."""
     if data.why_not("specialization"):
         return
@@ -118,7 +93,7 @@ def domains(data: ModelData) -> Iterator[Finding]:
         )
 
 
-def texts(data: ModelData) -> Iterator[Finding]:
+def texts(data: Models) -> Iterator[Finding]:
     """How much of the first choice the text of a span explains in each, and whether they differ."""
     if data.why_not("spans"):
         return
@@ -163,18 +138,8 @@ def _spread(values: pd.Series) -> str:
     return f"{middle} in the median layer ({low} to {high})"
 
 
-def not_compared(data: ModelData) -> Iterator[Finding]:
-    """The tables that there cannot be, those with the same reason together."""
-    names = dict[str, list[str]]()
-    for name, why in refusals(data).items():
-        names.setdefault(why, []).append(name)
-    for why, of in names.items():
-        text = f"Not compared: {', '.join(of)}: {why}."
-        yield finding("refused", "note", text, tables=of, why=why)
-
-
 # in the order in which they are read
-CHECKS: tuple[Callable[[ModelData], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[Models], Iterator[Finding]], ...] = (
     different,
     text_in_common,
     balance,
@@ -182,9 +147,3 @@ CHECKS: tuple[Callable[[ModelData], Iterator[Finding]], ...] = (
     texts,
     not_compared,
 )
-
-
-@table(tables=MODEL_TABLES)
-def verdict(data: ModelData) -> pd.DataFrame:
-    """One row per finding."""
-    return verdict_table(findings(data))

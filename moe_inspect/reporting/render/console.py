@@ -19,6 +19,7 @@ SCREEN_LINES = 45
 LEAST_LINES = 23
 MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
+LEAST_OF_TABLE = 8  # lines of a table with two rows
 FILE_WIDTH = 10_000
 # columns that identify a row
 LEAD = (
@@ -96,6 +97,12 @@ def screen_lines(console: Console) -> int:
     prompt."""
     low = console.is_terminal and not isinstance(console.file, _Screen)
     return max(LEAST_LINES, min(SCREEN_LINES, console.height - 1)) if low else SCREEN_LINES
+
+
+def tables_that_fit(console: Console, lines: int) -> int:
+    """How many tables have room for two rows each on what `lines` leave of a screen; at least
+    one."""
+    return max(1, (screen_lines(console) - lines) // LEAST_OF_TABLE)
 
 
 def rows_that_fit(console: Console, lines: int, tables: int, besides: int = 6) -> int:

@@ -4,7 +4,7 @@ full, the tables cut short."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -183,24 +183,34 @@ def print_verdict(findings: list[Finding], console: Console) -> None:
 
 def _print_excerpt(data: ReportData, name: str, excerpt: Excerpt, console: Console) -> None:
     whole: Any = data.tables[name]
-    frame = excerpt.rows(whole)
     what = excerpt.what
     if name == "specialization" and not whole["domain_mi_bits"].notna().any():
         what = "the first routers"
+    several = len({r.layer for r in data.trace.routers}) < len(data.trace.routers)
+    columns = [c for c in excerpt.columns if several or c != "router"]
+    command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
+    print_excerpt(console, name, what, whole, excerpt.rows(whole), columns, command)
+
+
+def print_excerpt(
+    console: Console,
+    name: str,
+    what: str,
+    whole: Any,
+    frame: Any,
+    columns: Sequence[str],
+    command: str,
+) -> None:
+    """Some rows of a table, `what` says which; on a terminal those of these columns that fit, by
+    default of all, and the command that prints the others."""
     title = f"{name}: {what}, {len(frame):,} of {len(whole):,} rows"
-    if console.is_terminal:
-        several = len({r.layer for r in data.trace.routers}) < len(data.trace.routers)
-        frame = frame[[c for c in excerpt.columns if several or c != "router"]]
-    shown = print_frame(
-        frame,
-        console,
-        title if len(frame) < len(whole) else name,
-        fitting=console.is_terminal,
-    )
+    if columns and console.is_terminal:
+        frame = frame[[c for c in columns if c in frame.columns]]
+    cut = len(frame) < len(whole)
+    shown = print_frame(frame, console, title if cut else name, fitting=console.is_terminal)
     if left_out := len(whole.columns) - shown:
-        columns = "column" if left_out == 1 else "columns"
-        command = f"moe-inspect report {shlex.quote(str(data.trace.path))} --table {name}"
-        console.print(Text(printable(f"+ {left_out} more {columns}: {command}"), style="dim"))
+        more = f"+ {plural(left_out, 'more column')}: {command} --table {name}"
+        console.print(Text(printable(more), style="dim"))
 
 
 def _highest(frame: Any, column: str) -> Any:

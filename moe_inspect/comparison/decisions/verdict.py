@@ -7,16 +7,16 @@ Each check takes the comparison and returns its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.uncertainty import log10_tail
 from moe_inspect.comparison.counting.counts import UNIT
-from moe_inspect.comparison.data import TABLES, PairData
-from moe_inspect.comparison.effects import (
+from moe_inspect.comparison.decisions.agreement import recorded_otherwise
+from moe_inspect.comparison.decisions.data import Decisions
+from moe_inspect.comparison.decisions.effects import (
     below_chance,
     collapsed,
     domains,
@@ -27,14 +27,9 @@ from moe_inspect.comparison.effects import (
     p_over_documents,
     percent,
 )
-from moe_inspect.comparison.tables.summary import recorded_otherwise
-from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.checks import verdict_table
+from moe_inspect.comparison.result import missing_layers
 from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
-from moe_inspect.text import join_first, layer_label, plural
-
-if TYPE_CHECKING:
-    from moe_inspect.comparison.loads.data import LoadData
+from moe_inspect.text import join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
 LOWEST_TENTH = 0.1  # share of decisions that are close: those with the smallest margins
@@ -43,27 +38,20 @@ LAST = 5  # how many times as often last tokens must differ
 FEWEST_LAST = 5
 
 
-def findings(data: PairData) -> list[Finding]:
-    """What every check finds, most important first."""
-    left_out = OF_ALIGNED if is_misaligned(data) else ()
-    found = [one for check in CHECKS if check not in left_out for one in check(data)]
-    return most_important_first(found)
-
-
-def is_misaligned(data: PairData) -> bool:
+def is_misaligned(data: Decisions) -> bool:
     """Whether decisions are compared that do not belong together, so that what differs means
     nothing."""
     return any(True for check in (misaligned, zero_filled, last_token) for _ in check(data))
 
 
-def misaligned(data: PairData) -> Iterator[Finding]:
+def misaligned(data: Decisions) -> Iterator[Finding]:
     """The same routing under another numbering."""
     for one in data.misaligned:
         mend = f" Add {one.option}." if one.option else ""
         yield finding(one.kind, "critical", one.text + mend, option=one.option, **one.values)
 
 
-def zero_filled(data: PairData) -> Iterator[Finding]:
+def zero_filled(data: Decisions) -> Iterator[Finding]:
     """Tokens that one trace sends to expert 0 in every slot: not routing, but memory that was set
     to zero."""
     sides = ("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)
@@ -81,7 +69,7 @@ def zero_filled(data: PairData) -> Iterator[Finding]:
             )
 
 
-def _zeros_by_chance(data: PairData, name: str, n: int) -> float:
+def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
     """How many tokens would choose expert 0 at every router if these chose independently, each as
     often as for its other tokens; none where a router has several slots, as it chooses no expert
     twice. n: the tokens of `name` that have it everywhere."""
@@ -97,7 +85,7 @@ def _zeros_by_chance(data: PairData, name: str, n: int) -> float:
     return data.counts.tokens * max(shares.values())
 
 
-def last_token(data: PairData) -> Iterator[Finding]:
+def last_token(data: Decisions) -> Iterator[Finding]:
     """The last token of a sequence, which a generating engine never feeds."""
     routers = len(data.pairs)
     last = data.counts.last_tokens * routers
@@ -118,7 +106,7 @@ def last_token(data: PairData) -> Iterator[Finding]:
         )
 
 
-def same(data: PairData) -> Iterator[Finding]:
+def same(data: Decisions) -> Iterator[Finding]:
     """Whether it is the same routing; the headline."""
     if is_misaligned(data):
         yield finding(
@@ -134,7 +122,7 @@ def same(data: PairData) -> Iterator[Finding]:
         yield _other_experts(data)
 
 
-def _the_same(data: PairData) -> Finding:
+def _the_same(data: Decisions) -> Finding:
     all_of = f"all {plural(data.decisions, 'decision')} of {plural(data.counts.tokens, 'token')}"
     counts = [data.of(r) for r, _ in data.pairs]
     reordered = sum(int(c.reordered_U.sum()) for c in counts)
@@ -158,7 +146,7 @@ def _the_same(data: PairData) -> Finding:
     return finding("same", "good", said + ".", **_values(data), weights_differ=weights)
 
 
-def _other_experts(data: PairData) -> Finding:
+def _other_experts(data: Decisions) -> Finding:
     hits_RU, of_RU = _hits(data)
     share_R = hits_RU.sum(1) / np.maximum(of_RU.sum(1), 1)
     beyond_RU = (hits_RU - DIFFERENT * of_RU)[:, data.units]
@@ -232,7 +220,7 @@ def _apart(share: float, expected: float, n: float) -> bool:
     return bool(log10_tail(*case)[0] < np.log10(ALPHA))
 
 
-def _amount(data: PairData) -> str:
+def _amount(data: Decisions) -> str:
     """ "183 of 37,016 decisions (0.49%; 1.80% of tokens in any layer)" """
     return (
         f"{data.mismatched:,} of {plural(data.decisions, 'decision')} "
@@ -241,7 +229,7 @@ def _amount(data: PairData) -> str:
     )
 
 
-def _values(data: PairData) -> dict[str, Any]:
+def _values(data: Decisions) -> dict[str, Any]:
     return {
         "decisions": data.decisions,
         "mismatches": data.mismatched,
@@ -251,7 +239,7 @@ def _values(data: PairData) -> dict[str, Any]:
     }
 
 
-def _close_share(data: PairData) -> tuple[float | None, float]:
+def _close_share(data: Decisions) -> tuple[float | None, float]:
     """Share of the flips in the lowest tenth of A's margins, None where none is known; and how many
     documents with equally many flips would tell as much of that share."""
     mismatch_UM = np.sum([data.of(r).margin_mismatch_UM for r, _ in data.pairs], axis=0)
@@ -262,7 +250,7 @@ def _close_share(data: PairData) -> tuple[float | None, float]:
     return float(mismatch_UM[:, 0].sum() / total), float(total**2 / (flips_U**2).sum())
 
 
-def _flip_margin(data: PairData) -> str:
+def _flip_margin(data: Decisions) -> str:
     """A sentence on the margins of flips beside those of all decisions."""
     parts = [part for r, _ in data.pairs for _, part in sorted(data.of(r).flip_margins.items())]
     flips = np.concatenate([np.zeros(0), *parts])
@@ -275,7 +263,7 @@ def _flip_margin(data: PairData) -> str:
     )
 
 
-def noise(data: PairData) -> Iterator[Finding]:
+def noise(data: Decisions) -> Iterator[Finding]:
     """Two runs of one model, as what is no difference."""
     if data.noise is None:
         return
@@ -299,14 +287,14 @@ def noise(data: PairData) -> Iterator[Finding]:
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
-def _hits(data: PairData) -> np.ndarray:
+def _hits(data: Decisions) -> np.ndarray:
     """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by router
     and unit of A's documents."""
     of_R = [(data.of(r).mismatch_UX.sum(1), data.decisions_UX(r).sum(1)) for r, _ in data.pairs]
     return np.stack(of_R, axis=1)
 
 
-def missing_tokens(data: PairData) -> Iterator[Finding]:
+def missing_tokens(data: Decisions) -> Iterator[Finding]:
     """Tokens that only one of the traces has, or that come after other token ids."""
     alignment = data.alignment
     beyond = (("A", "B", alignment.a.tokens), ("B", "A", alignment.b.tokens))
@@ -336,23 +324,7 @@ def missing_tokens(data: PairData) -> Iterator[Finding]:
     )
 
 
-def missing_layers(data: PairData | LoadData) -> Iterator[Finding]:
-    """Routers that only one of the traces has."""
-    paired = {r for r, _ in data.pairs}, {m for _, m in data.pairs}
-    for name, trace, seen in (("A", data.a, paired[0]), ("B", data.b, paired[1])):
-        chosen = data.selection.routers if name == "A" else range(len(trace.routers))
-        left = [layer_label(trace.routers, r) for r in chosen if r not in seen]
-        if left and (name == "A" or data.options.layers is None):
-            yield finding(
-                "missing_layers",
-                "note",
-                f"Only {name} has {'layer' if len(left) == 1 else 'layers'} "
-                f"{join_first(left, 6, ', ')}: not compared.",
-                layers=left,
-            )
-
-
-def unchecked(data: PairData) -> Iterator[Finding]:
+def unchecked(data: Decisions) -> Iterator[Finding]:
     """Whether the tokens are the same could not be checked."""
     if not data.alignment.ids_known:
         yield finding(
@@ -363,7 +335,7 @@ def unchecked(data: PairData) -> Iterator[Finding]:
         )
 
 
-def recorded(data: PairData) -> Iterator[Finding]:
+def recorded(data: Decisions) -> Iterator[Finding]:
     """How the two were recorded otherwise."""
     apart = recorded_otherwise(data)
     if apart and data.mismatched:
@@ -376,7 +348,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-Check = Callable[[PairData], Iterator[Finding]]
+Check = Callable[[Decisions], Iterator[Finding]]
 # in the order in which they are read
 CHECKS: tuple[Check, ...] = (
     same,
@@ -399,7 +371,8 @@ CHECKS: tuple[Check, ...] = (
 OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, domains)
 
 
-@table(tables=TABLES)
-def verdict(data: PairData) -> pd.DataFrame:
-    """One row per finding, most important first."""
-    return verdict_table(findings(data))
+def findings(data: Decisions) -> Iterator[Finding]:
+    """What every check finds, most important first."""
+    left_out = OF_ALIGNED if is_misaligned(data) else ()
+    found = [one for check in CHECKS if check not in left_out for one in check(data)]
+    yield from most_important_first(found)

@@ -4,22 +4,19 @@ the load of the experts, and which of the two predicts better."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
-from moe_inspect.comparison.data import PairData
+from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import layer_label, plural
 
-if TYPE_CHECKING:
-    from moe_inspect.comparison.loads.data import LoadData
 
-
-def losses(data: PairData) -> Iterator[Finding]:
+def losses(data: Decisions) -> Iterator[Finding]:
     """Which of the two predicts the same tokens better."""
     table: Any = () if data.alike else data.tables["loss"]
     if not len(table):
@@ -56,7 +53,7 @@ def losses(data: PairData) -> Iterator[Finding]:
     )
 
 
-def growth(data: PairData) -> Iterator[Finding]:
+def growth(data: Decisions) -> Iterator[Finding]:
     """How often tokens that have differed differ again: a description of these tokens, of which
     those near a tie may be so at several layers."""
     pairs = [data.of(r) for r, _ in data.pairs]
@@ -76,7 +73,7 @@ def growth(data: PairData) -> Iterator[Finding]:
     )
 
 
-def load(data: PairData) -> Iterator[Finding]:
+def load(data: Decisions) -> Iterator[Finding]:
     """Whether the load of the experts changed by more than it does between documents, and not by
     chance among them."""
     table: Any = data.tables["load_shift"]
@@ -111,7 +108,7 @@ def load(data: PairData) -> Iterator[Finding]:
     )
 
 
-def collapsed(data: PairData) -> Iterator[Finding]:
+def collapsed(data: Decisions) -> Iterator[Finding]:
     """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
     other."""
     cases, apart = list[Collapse](), list[np.ndarray]()
@@ -147,9 +144,7 @@ class Collapse(NamedTuple):
         return Collapse(share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, router, differs)
 
 
-def said_of_collapse(
-    data: PairData | LoadData, found: list[Collapse], beyond: str = ""
-) -> Iterator[Finding]:
+def said_of_collapse(data: Any, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
     """The finding on routers that are collapsed in one trace, beyond chance; `beyond`: what that
     takes for granted."""
     if not found:
@@ -172,7 +167,7 @@ def said_of_collapse(
     )
 
 
-def below_chance(data: PairData) -> Iterator[Finding]:
+def below_chance(data: Decisions) -> Iterator[Finding]:
     """Routers in which the two share fewer experts than if they chose without each other."""
     if not data.mismatched:
         return
@@ -206,7 +201,7 @@ def below_chance(data: PairData) -> Iterator[Finding]:
     )
 
 
-def domains(data: PairData) -> Iterator[Finding]:
+def domains(data: Decisions) -> Iterator[Finding]:
     """Whether the routing of a domain changed by more than that of the others, beyond chance among
     documents."""
     domain_U, names = data.counts.domain_U[data.units], data.counts.domains
@@ -258,5 +253,5 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if share >= 1e-4 or not share else f"{100 * share:.1g}%"
 
 
-def name_of(data: PairData, r: int) -> str:
+def name_of(data: Decisions, r: int) -> str:
     return layer_label(data.a.routers, r)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison.aligning.rows import rows_of_shard
-from moe_inspect.comparison.data import PairData
+from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.reporting.render.texts.routes import (
     NOWHERE,
@@ -31,7 +31,7 @@ AGREEMENT = (
 )
 
 
-def text_section(made: PairData) -> Section | str:
+def text_section(made: Decisions) -> Section | str:
     """The section, or why there is none: "" where nothing differs."""
     trace, worst = made.a, _worst_documents(made)
     if not len(worst):
@@ -64,7 +64,7 @@ def text_section(made: PairData) -> Section | str:
     )
 
 
-def _worst_documents(made: PairData) -> pd.DataFrame:
+def _worst_documents(made: Decisions) -> pd.DataFrame:
     """document, domain, tokens, shard: the documents with the largest share of other decisions, in
     at most MOST_SHARDS shards of A."""
     names = pd.Index(["document", "domain", "tokens", "all", "other"])
@@ -85,11 +85,11 @@ def _worst_documents(made: PairData) -> pd.DataFrame:
     return found.assign(domain=domains).head(most).reset_index(drop=True)
 
 
-def _most_different(made: PairData) -> int:
+def _most_different(made: Decisions) -> int:
     return int(np.argmax([made.of(r).mismatch_UX.sum() for r, _ in made.pairs]))
 
 
-def _routes_of_b(made: PairData, shards: Sequence[int], tokens: Tokens) -> list[Routes]:
+def _routes_of_b(made: Decisions, shards: Sequence[int], tokens: Tokens) -> list[Routes]:
     """B's routes of the tokens; none for those that are not compared."""
     has_weights = made.b.has_weights and made.a.has_weights
     found = [empty_routes(made.a.routers[r], len(tokens.row_T), has_weights) for r, _ in made.pairs]

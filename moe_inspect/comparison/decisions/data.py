@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.analysis.counting.engine import too_many_pairs
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
-from moe_inspect.comparison.aligning.align import Alignment, align
+from moe_inspect.comparison.aligning.align import Alignment, align, check_tokens
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
 from moe_inspect.comparison.aligning.pairing import routers_of_one_model
-from moe_inspect.comparison.aligning.refused import check_tokens
 from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.confidence import Margins, margins
 from moe_inspect.comparison.counting.count import Job, count_pair
 from moe_inspect.comparison.counting.counts import PairCounts, RouterCounts
-from moe_inspect.comparison.counting.losses import loss_sums
-from moe_inspect.comparison.counting.outputs import OutputSums, output_sums
+from moe_inspect.comparison.counting.values import OutputSums, loss_sums, output_sums
+from moe_inspect.comparison.result import Comparison, Tables
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.registry import LazyTables, Table
+from moe_inspect.text import plural
 from moe_inspect.trace.manifest import refuse_while_written
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
-TABLES: dict[str, Table] = {}
 # table → what both traces must hold for it, as a trace has it and in words
 NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
     "worth": (lambda trace: trace.has_norms, "no norms of outputs (trace --output-norms)"),
@@ -56,13 +53,24 @@ class Options:
     drop_zero_filled: bool = False
     threads: int | None = None
 
+    @property
     def given(self) -> dict[str, Any]:
         """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
         usual, mine = asdict(Options()), asdict(self)
         return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
 
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """MoeInspectError where one of these is given, that the traces have nothing for."""
+        for name in names:
+            if name in self.given:
+                raise MoeInspectError(f"{why}, which {name} needs: leave it out")
 
-class PairData:
+
+# how decisions belong together, which counts and different models do not tell
+OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled")
+
+
+class Decisions(Comparison):
     """Traces A and B, compared. Nothing is counted before it is asked for. `noise`: another run of
     A's model, compared with A: what is no difference."""
 
@@ -72,7 +80,7 @@ class PairData:
         b: Trace,
         options: Options,
         *,
-        noise: PairData | None = None,
+        noise: Decisions | None = None,
         progress: Callable[[int], None] | None = None,
     ):
         if options.top < 0:
@@ -80,6 +88,7 @@ class PairData:
         for trace in (a, b):
             refuse_while_written(trace.path, trace.manifest)  # pyright: ignore[reportArgumentType]
         self.a, self.b, self.options, self.noise = a, b, options, noise
+        self.given = options.given | ({} if noise is None else {"noise": str(noise.b.path)})
         self.selection = select(a, options.layers, options.domains, options.phase)
         shift = options.shift_layers
         self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
@@ -95,13 +104,18 @@ class PairData:
             drop_last=options.drop_last,
         )
         check_tokens(a, b, self.alignment)
-        self.tables: Mapping[str, pd.DataFrame] = LazyTables(self, TABLES)
+        self.tables = Tables(self)
         self._progress = progress
 
     @property
-    def trace(self) -> Trace:
-        """The one whose routers, domains and phases name what is compared."""
-        return self.a
+    def subtitle(self) -> str:
+        size = plural(self.counts.tokens, "token"), plural(len(self.pairs), "router")
+        return " · ".join([self.title, *size])
+
+    @property
+    def shown_tables(self) -> list[str]:
+        of = ("agreement", *(list(self.kind.excerpts) if self.mismatched else []))
+        return [name for name in dict.fromkeys(of) if len(self.tables[name])]
 
     @cached_property
     def alike(self) -> bool:

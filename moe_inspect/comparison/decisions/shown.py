@@ -6,14 +6,14 @@ L routers, C deciles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.data import PairData
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.comparison.decisions.data import Decisions
+from moe_inspect.comparison.decisions.texts import text_section
+from moe_inspect.comparison.decisions.verdict import findings
+from moe_inspect.comparison.result import TABLES, Excerpt, Kind
 from moe_inspect.reporting.charts.spec import (
     Axis,
     Chart,
@@ -24,6 +24,7 @@ from moe_inspect.reporting.charts.spec import (
     amount,
     known_interval,
 )
+from moe_inspect.reporting.render.html import Tile
 from moe_inspect.text import layer_label
 
 INTERVALS = " Bars are 95% intervals over documents."
@@ -39,11 +40,11 @@ MARGIN = {
 }
 
 
-def _layers(data: PairData) -> Axis:
+def _layers(data: Decisions) -> Axis:
     return Axis("layer", tuple(layer_label(data.a.routers, r) for r, _ in data.pairs))
 
 
-def set_mismatch(data: PairData) -> Chart | str:
+def set_mismatch(data: Decisions) -> Chart | str:
     """The share of decisions with different experts, by layer."""
     table: Any = data.tables["agreement"]
     x = np.arange(len(table), dtype=float)
@@ -68,7 +69,7 @@ def set_mismatch(data: PairData) -> Chart | str:
     )
 
 
-def margin_map(data: PairData) -> Chart | str:
+def margin_map(data: Decisions) -> Chart | str:
     """Whether decisions flip where the router was undecided."""
     if not data.mismatched:
         return ""
@@ -84,7 +85,7 @@ def margin_map(data: PairData) -> Chart | str:
     )
 
 
-def position_map(data: PairData) -> Chart | str:
+def position_map(data: Decisions) -> Chart | str:
     """Whether decisions flip at the beginning or the end of sequences."""
     if not data.mismatched:
         return ""
@@ -100,7 +101,7 @@ def position_map(data: PairData) -> Chart | str:
 
 
 def _map(
-    data: PairData,
+    data: Decisions,
     name: str,
     title: str,
     caption: str,
@@ -127,7 +128,7 @@ def _map(
     )
 
 
-def growth(data: PairData) -> Chart | str:
+def growth(data: Decisions) -> Chart | str:
     """Whether tokens that have differed differ again."""
     if not data.mismatched or len(data.pairs) < 2:
         return ""
@@ -153,7 +154,7 @@ def growth(data: PairData) -> Chart | str:
     )
 
 
-def load_shift(data: PairData) -> Chart | str:
+def load_shift(data: Decisions) -> Chart | str:
     """How far the load moved, beside what two halves of the documents differ by."""
     if not data.mismatched:
         return ""
@@ -175,25 +176,109 @@ def load_shift(data: PairData) -> Chart | str:
     )
 
 
-CHARTS: tuple[Callable[[PairData], Chart | str], ...] = (
-    set_mismatch,
-    margin_map,
-    position_map,
-    growth,
-    load_shift,
+def _tiles(made: Decisions) -> list[Tile]:
+    share = {r: made.of(r).mismatch_UX.sum() / made.decisions_UX(r).sum() for r, _ in made.pairs}
+    worst = max(share, key=lambda r: share[r])
+    tiles = [
+        Tile(
+            "decisions with different experts",
+            f"{made.mismatched / made.decisions:.2%}",
+            f"{made.mismatched:,} of {made.decisions:,}",
+        ),
+        Tile("tokens that differ", f"{made.tokens_mismatch:.2%}", "at any layer"),
+        Tile("worst layer", f"{share[worst]:.2%}", f"layer {layer_label(made.a.routers, worst)}"),
+        Tile(
+            "tokens compared",
+            f"{made.counts.tokens:,}",
+            f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}",
+        ),
+    ]
+    losses: Any = made.tables["loss"]
+    if len(losses):
+        whole = losses.iloc[0]
+        beside = f"nats per token, B {whole['mean_loss_nats_b']:.3f}, A "
+        beside += f"{whole['mean_loss_nats_a']:.3f}"
+        tiles.append(Tile("loss, B minus A", f"{whole['difference_nats']:+.4f}", beside))
+    if made.noise is not None:
+        noise = made.noise.mismatched / made.noise.decisions
+        tiles.append(Tile("two runs of A", f"{noise:.2%}", "of decisions differ"))
+    return tiles
+
+
+def _worst(frame: Any, most: int) -> Any:
+    if len(frame) <= most:
+        return frame
+    return frame.nlargest(most, "set_mismatch").sort_values(["layer", "router"])
+
+
+def _first(frame: Any, most: int) -> Any:
+    return frame.head(most)
+
+
+SHARE = "set_mismatch"
+Decisions.kind = Kind(
+    of="decisions",
+    tables=TABLES,
+    main="agreement",
+    checks=(findings,),
+    title="Same routing?",
+    footer="A decision is one call of a router for one token; two decisions are the same where "
+    "they choose the same set of experts. Drag over a chart to zoom in, click a name to hide its "
+    "marks; with the keyboard, Tab to a chart and read it with the arrow keys.",
+    charts={
+        set_mismatch: ("Decisions", "agreement"),
+        margin_map: ("Decisions", "margins"),
+        position_map: ("Decisions", "positions"),
+        growth: ("Decisions", "depth"),
+        load_shift: ("Load", "load_shift"),
+    },
+    tiles=_tiles,
+    text=text_section,
+    sections={
+        "documents": (
+            "Decisions",
+            "Documents that differ most",
+            "Those with the largest share of different decisions.",
+        ),
+        "flips": (
+            "Decisions",
+            "Which expert replaces which",
+            "Pairs of experts, the most frequent of each layer.",
+        ),
+        "tokens": ("Decisions", "Tokens by the number of layers that differ", ""),
+        "movers": (
+            "Load",
+            "Experts whose load changed",
+            "By more than documents explain, in all domains together or in one.",
+        ),
+        "loss": (
+            "Loss",
+            "The loss of the same tokens",
+            "Nats per token in both traces, over all domains and for each, where the same and "
+            "where different experts were chosen; tokens after which the texts diverge are left "
+            "out.",
+        ),
+        "summary": ("", "About these traces", ""),
+    },
+    excerpts={
+        "agreement": Excerpt(
+            "the routers that differ most",
+            _worst,
+            (
+                *("layer", "router", SHARE, f"{SHARE}_low", f"{SHARE}_high", "overlap"),
+                *("first_choice", "weight_l1", f"noise_{SHARE}"),
+            ),
+        ),
+        "tokens": Excerpt("the first rows", _first, ("routers", "tokens", "share", "share_more")),
+        "flips": Excerpt(
+            "the most frequent",
+            lambda frame, most: frame.nlargest(most, "flips"),
+            ("layer", "router", "expert", "other", "flips", "expected", "lift"),
+        ),
+        "documents": Excerpt(
+            "those that differ most",
+            _first,
+            ("document", "domain", "tokens", "mismatches", SHARE),
+        ),
+    },
 )
-
-
-def draw_charts(data: PairData) -> tuple[list[Chart], list[str]]:
-    """All charts that the pair has the data for, and why others are missing."""
-    charts, left_out = list[Chart](), list[str]()
-    for make in CHARTS:
-        try:
-            made = make(data)
-        except MoeInspectError as error:  # a table that these traces cannot give
-            made = str(error)
-        if isinstance(made, Chart):
-            charts.append(replace(made, name=make.__name__))
-        elif made:
-            left_out.append(made)
-    return charts, left_out
