@@ -99,9 +99,9 @@ def cache(trace: Trace, other: Trace) -> Any:
 
 
 def compare(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.comparison.decisions.data import Options, PairData
+    from moe_inspect.comparison.decisions.data import Options, Decisions
 
-    return PairData(trace, other, Options(threads=1)).counts
+    return Decisions(trace, other, Options(threads=1)).counts
 
 
 @dataclass(frozen=True)

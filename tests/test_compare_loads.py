@@ -193,10 +193,8 @@ def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_her
     a = write_counts(tmp_path / "a", loads_of(drawn(0)), K)
     b = write_counts(tmp_path / "b", loads_of(drawn(0), experts=16), K)
     assert moe_inspect.compare(a, b).kind.of == "different models"
-    with pytest.raises(
-        MoeInspectError, match="A has 8 experts per layer, B 16.*which drop_last needs"
-    ):
-        moe_inspect.compare(a, b, drop_last=True)
+    with pytest.raises(MoeInspectError, match=r"8 experts per layer, B 16\), which layers needs"):
+        moe_inspect.compare(a, b, layers=0)
     result = cli_here("compare", str(a.path), str(b.path))
     assert "Different models: A has 8 experts per layer, B 16" in result.stdout
 

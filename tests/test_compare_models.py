@@ -330,7 +330,7 @@ def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
         assert moe_inspect.compare_models(a, b).reasons == [says]
         assert moe_inspect.compare(a, b).reasons == [says]
         with pytest.raises(MoeInspectError, match=says) as error:
-            moe_inspect.compare(a, b, drop_last=True)
+            moe_inspect.compare_checkpoints([a, b])
         assert ("Physical ids" in str(error.value)) == (name == "b")
     assert moe_inspect.compare(a, shaped("e", 8, 2, 6), layers="0-1").mismatched == 0
     assert moe_inspect.compare(a, shaped("f", 8, 2)).mismatched == 0

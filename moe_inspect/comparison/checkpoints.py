@@ -213,7 +213,7 @@ Checkpoints.kind = Kind(
     title="When does the routing settle?",
     footer="Overlap is the share of the experts of a decision that the last checkpoint chooses "
     "too.",
-    charts={saturation_curves: ("Decisions", "saturation")},
+    charts={"saturation": (saturation_curves, "Decisions", "saturation")},
     sections={
         "saturation_by_domain": ("Decisions", "By domain", ""),
         "change": ("Load and specialization", "Balance and specialization", ""),

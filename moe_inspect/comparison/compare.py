@@ -79,9 +79,10 @@ def compare(
     except DifferentModelsError as error:
         if noise is not None:
             raise
-        options.refuse((*OF_DECISIONS, "layers", "shift_layers"), str(error))
         settings = {"domains": domains, "phase": phase, "top": top, "progress": progress}
-        return Models(first, second, **settings, reasons=error.reasons)
+        made = Models(first, second, **settings, reasons=error.reasons)
+        options.refuse((*OF_DECISIONS, "layers", "shift_layers"), made.why_in_full)
+        return made
     if noise is not None:
         raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
     return made

@@ -46,7 +46,7 @@ class Excerpt:
 class Kind:
     """How traces are compared, and how that is shown. of: what they hold, in words. main: the table
     that a format alone asks for. checks: what makes the findings, in the order in which they are
-    read. title, footer: of the page. charts: what makes them → their group on the page and their
+    read. title, footer: of the page. charts: name → what makes it, its group on the page and its
     table. sections: tables of the page → their group, title and text. excerpts: tables of the text.
     sometimes: tables that not all such traces have. firsts: tables of which the page has the first
     row of each group by these columns. tiles, text: what makes the key figures of the page, and its
@@ -58,7 +58,7 @@ class Kind:
     checks: Sequence[Callable[[Any], Any]]
     title: str
     footer: str
-    charts: Mapping[Callable[[Any], Chart | str], tuple[str, str]]
+    charts: Mapping[str, tuple[Callable[[Any], Chart | str], str, str]]
     sections: Mapping[str, tuple[str, str, str]]
     excerpts: Mapping[str, Excerpt]
     sometimes: Sequence[str] = ()
@@ -144,13 +144,13 @@ class Comparison(Shown):
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         charts, left_out = list[Chart](), list[str]()
-        for make in self.kind.charts:
+        for name, (make, _, _) in self.kind.charts.items():
             try:
                 made = make(self)
             except MoeInspectError as error:  # a table that these traces cannot give
                 made = str(error)
             if isinstance(made, Chart):
-                charts.append(replace(made, name=make.__name__))
+                charts.append(replace(made, name=name))
             elif made:
                 left_out.append(made)
         return charts, list(dict.fromkeys(left_out))
@@ -165,7 +165,7 @@ class Comparison(Shown):
         lines, most = render.print_and_count(verdict, console, self.title), ROWS
         if console.is_terminal:
             shown = shown[: render.tables_that_fit(console, lines)]
-            most = render.rows_that_fit(console, lines, len(shown))
+            most = render.rows_that_fit(console, lines, len(shown), 7)
         command = f"moe-inspect compare {shlex.join(str(trace.path) for trace in self.traces)}"
         for name in shown:
             excerpt, whole = self.kind.excerpts[name], self.tables[name]
@@ -181,7 +181,7 @@ class Comparison(Shown):
         rows = excerpt.rows(whole, ROWS)
         rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
         caption = f"{name}: {excerpt.what}, {len(rows):,} of {plural(len(whole), 'row')}"
-        chart = next(iter(self.kind.charts))(self)
+        chart = next(iter(self.kind.charts.values()))[0](self)
         return verdict_cell(self.title, self.verdict(), self.tables, chart, rows, caption)
 
     def page(self) -> str:
@@ -191,11 +191,10 @@ class Comparison(Shown):
         text = self.kind.text(self) if self.kind.text else ""
         sections = [text] if isinstance(text, Section) else []
         left_out += [text] if isinstance(text, str) and text else []
-        of_chart = {make.__name__: place for make, place in self.kind.charts.items()}
         for chart in charts:
-            group, name = of_chart[chart.name]
-            section = replace(chart_section(chart), group=group)
-            sections.append(replace(section, python=self.python(name)))
+            _, group, name = self.kind.charts[chart.name]
+            code = self.python(name)
+            sections.append(replace(chart_section(chart), group=group, python=code))
         for name, (group, title, said) in self.kind.sections.items():
             if self.why_not(name) or not len(self.tables[name]):
                 continue

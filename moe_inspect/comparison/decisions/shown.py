@@ -226,11 +226,11 @@ Decisions.kind = Kind(
     "they choose the same set of experts. Drag over a chart to zoom in, click a name to hide its "
     "marks; with the keyboard, Tab to a chart and read it with the arrow keys.",
     charts={
-        set_mismatch: ("Decisions", "agreement"),
-        margin_map: ("Decisions", "margins"),
-        position_map: ("Decisions", "positions"),
-        growth: ("Decisions", "depth"),
-        load_shift: ("Load", "load_shift"),
+        "set_mismatch": (set_mismatch, "Decisions", "agreement"),
+        "margin_map": (margin_map, "Decisions", "margins"),
+        "position_map": (position_map, "Decisions", "positions"),
+        "growth": (growth, "Decisions", "depth"),
+        "load_shift": (load_shift, "Load", "load_shift"),
     },
     tiles=_tiles,
     text=text_section,

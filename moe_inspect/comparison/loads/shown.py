@@ -135,9 +135,9 @@ Loads.kind = Kind(
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
     charts={
-        load_shift: ("Change of the load", "load_shift"),
-        by_step: ("Change of the load", "diverged"),
-        max_vio: ("Load of each trace", "balance"),
+        "load_shift": (load_shift, "Change of the load", "load_shift"),
+        "by_step": (by_step, "Change of the load", "diverged"),
+        "max_vio": (max_vio, "Load of each trace", "balance"),
     },
     sections={
         "load": ("Load of each trace", "Experts", ""),

@@ -81,7 +81,9 @@ def _apart(frame: Any, most: int) -> Any:
     kept = list[Any]()
     for side in SIDES:
         rows = frame[frame["trace"] == side]
-        at = np.unique(np.linspace(0, max(len(rows) - 1, 0), min(-(-most // 2), len(rows))).round())
+        at = np.unique(
+            np.linspace(0, max(len(rows) - 1, 0), min(max(most // 2, 1), len(rows))).round()
+        )
         kept += rows.index[at.astype(int)].tolist()
     return frame.loc[kept]
 
@@ -98,9 +100,9 @@ Models.kind = Kind(
     footer="Figures of two models are comparable if they are shares of what is possible or are "
     "shown beside chance.",
     charts={
-        load_by_depth: ("Balance", "balance"),
-        domains_by_depth: ("Specialization", "specialization"),
-        texts_by_depth: ("Specialization", "spans"),
+        "load_by_depth": (load_by_depth, "Balance", "balance"),
+        "domains_by_depth": (domains_by_depth, "Specialization", "specialization"),
+        "texts_by_depth": (texts_by_depth, "Specialization", "spans"),
     },
     sections={
         "vocabulary": (

@@ -19,7 +19,7 @@ SCREEN_LINES = 45
 LEAST_LINES = 23
 MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
-LEAST_OF_TABLE = 8  # lines of a table with two rows
+LEAST_OF_TABLE = 9  # lines of a table with two rows
 FILE_WIDTH = 10_000
 # columns that identify a row
 LEAD = (
