@@ -99,7 +99,7 @@ def cache(trace: Trace, other: Trace) -> Any:
 
 
 def compare(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.comparison.decisions.data import Options, Decisions
+    from moe_inspect.comparison.decisions.data import Decisions, Options
 
     return Decisions(trace, other, Options(threads=1)).counts
 

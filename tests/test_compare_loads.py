@@ -15,7 +15,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.comparison.result import LOAD_TABLES, MODEL_TABLES, TABLES
+from moe_inspect.comparison.compare import LOAD_TABLES, MODEL_TABLES, TABLES
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter

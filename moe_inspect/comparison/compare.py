@@ -17,11 +17,27 @@ from moe_inspect.comparison.checkpoints import Checkpoints
 from moe_inspect.comparison.decisions.data import OF_DECISIONS, Decisions, Options
 from moe_inspect.comparison.loads.data import Loads
 from moe_inspect.comparison.models.data import Models
-from moe_inspect.comparison.result import Comparison
+from moe_inspect.comparison.result import (
+    CHECKPOINT_TABLES,
+    LOAD_TABLES,
+    MODEL_TABLES,
+    TABLES,
+    Comparison,
+)
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 
-__all__ = ["Checkpoints", "Comparison", "compare", "compare_checkpoints", "compare_models"]
+__all__ = [
+    "CHECKPOINT_TABLES",
+    "LOAD_TABLES",
+    "MODEL_TABLES",
+    "TABLES",
+    "Checkpoints",
+    "Comparison",
+    "compare",
+    "compare_checkpoints",
+    "compare_models",
+]
 
 
 def compare(
