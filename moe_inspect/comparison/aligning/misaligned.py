@@ -245,17 +245,13 @@ def _experts_renumbered(
     chosen_b: dict[int, np.ndarray],
 ) -> Misalignment | None:
     """Experts matched by the tokens they share in one half of the sample, judged in the other."""
-    from scipy.optimize import linear_sum_assignment
-
     moved = list[tuple[int, float, float]]()
     fit_T = half_of(len(rows))
     for (r, m), before in own.items():
         a_TE, b_TE = chosen_a[r], chosen_b[m]
         if before >= GOOD:
             continue
-        shared_EE = a_TE[fit_T].astype(np.float32).T @ b_TE[fit_T].astype(np.float32)
-        _, match_E = linear_sum_assignment(shared_EE, maximize=True)
-        both = a_TE[~fit_T], b_TE[~fit_T][:, match_E]
+        both = a_TE[~fit_T], b_TE[~fit_T][:, match(a_TE[fit_T], b_TE[fit_T])]
         value = agreement(*both)
         document_T = rows.document_T[~fit_T]
         if _better(value, before) and beyond_chance(value, [both], document_T, len(own)):

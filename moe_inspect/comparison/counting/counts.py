@@ -73,39 +73,20 @@ class RouterCounts:
 
     @classmethod
     def zero(cls, E: int, U: int) -> RouterCounts:
-        def zeros(*shape: int) -> np.ndarray:
-            return np.zeros(shape, np.int64)
-
-        return cls(
-            E,
-            mismatch_UX=zeros(U, CELLS),
-            missing_UX=zeros(U, CELLS),
-            reordered_U=zeros(U),
-            first_differs_U=zeros(U),
-            short_UX=zeros(U, CELLS),
-            l1_U=zeros(U),
-            flips_EE=zeros(E, E),
-            moved_UE=zeros(U, E),
-            load_UE=zeros(U, E),
-            margin_UM=zeros(U, DECILES),
-            margin_mismatch_UM=zeros(U, DECILES),
-        )
+        size = {"U": U, "X": CELLS, "E": E, "M": DECILES}
+        shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in [*BY_UNIT, FLIPS]}
+        made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
+        return cls(E, **made)
 
     def add(self, sums: RouterSums, unit_V: np.ndarray) -> None:
         """The sums of one shard, whose units are `unit_V`."""
-        self.load_UE[unit_V] += sums.load_VE
-        self.margin_UM[unit_V] += sums.margin_VM
         self.l1_U[unit_V] += np.rint(sums.l1_V * UNIT).astype(np.int64)
         self.weights_differ += sums.weights_differ
-        self.short_UX[unit_V] += sums.short_VX
-        if not len(sums.at):
-            return
-        self.mismatch_UX[unit_V] += sums.mismatch_VX
-        self.missing_UX[unit_V] += sums.missing_VX
-        self.reordered_U[unit_V] += sums.reordered_V
-        self.first_differs_U[unit_V] += sums.first_differs_V
-        sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
-        self.margin_mismatch_UM[unit_V] += sums.margin_mismatch_VM
+        for name in BY_UNIT:
+            if name not in ("l1_U", "moved_UE"):
+                getattr(self, name)[unit_V] += getattr(sums, name.replace("_U", "_V"))
+        if len(sums.at):
+            sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
 
     def of_units(self, unit_V: np.ndarray) -> RouterCounts:
         """Of these units only, to be sent."""
@@ -123,6 +104,7 @@ class RouterCounts:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+FLIPS = "flips_EE"
 BY_UNIT = [f.name for f in fields(RouterCounts) if "_U" in f.name]
 
 
