@@ -4,21 +4,32 @@ the first violation by file and row.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.location import Remote, location
+from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
-from moe_inspect.trace.output_dir import contents
+from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.reader import TRIES, Trace, shards_of
-from moe_inspect.trace.verify.counts import check_counts
-from moe_inspect.trace.verify.decisions import check_logits, check_routing
-from moe_inspect.trace.verify.files import check_files, check_lines, check_orphans
-from moe_inspect.trace.verify.tokens import Documents, Positions, check_tokens
-from moe_inspect.trace.verify.verification import Verification, Violation, violation_of
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard_list import ShardFiles
+from moe_inspect.trace.validate import line_keys
+from moe_inspect.trace.verify.rules import (
+    Documents,
+    Positions,
+    check_counts,
+    check_logits,
+    check_routing,
+    check_tokens,
+)
+from moe_inspect.trace.verify.verification import Verification, Violation
+
+CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 
 
 def verify(
@@ -42,25 +53,18 @@ def verify(
         found = Verification(str(path))
         trace = None
         try:
-            trace = _opened(root)
+            trace = Trace(root)
             _verify(trace, found, progress)
-        except Violation as violation:
-            found.ok, found.violation, found.file, found.row = (
-                False,
-                violation.what,
-                violation.file,
-                violation.row,
-            )
+        except Damaged as error:
+            found.ok, found.violation, found.file = False, error.what, error.file
+            found.row = error.row if isinstance(error, Violation) else None
+        except MoeInspectError as error:
+            if trace is not None:
+                raise
+            found.ok, found.violation, found.file = False, str(error), schema.MANIFEST
         if found.ok or trace is None or not trace.is_replaced():
             break
     return found
-
-
-def _opened(root: Path | Remote) -> Trace:
-    try:
-        return Trace(root)
-    except MoeInspectError as error:
-        raise violation_of(error, schema.MANIFEST) from None
 
 
 def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
@@ -81,7 +85,7 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
         "no orphaned files",
         "tokens numbered without a gap",
     ]
-    words = _check_vocabulary(trace)
+    words = len(trace.vocabulary_table) or None
     documents = Documents(trace)
     found.documents = len(documents.number)
     found.checked.append("documents declared once")
@@ -138,21 +142,9 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
 def _status(trace: Trace) -> str:
     if trace.status != "recording" or writer_of(trace.manifest) is not None:
         return trace.status
-    if isinstance(trace.path, Remote):
-        return "interrupted" if is_locked(trace.path) is False else "recording"
-    try:
-        refuse_while_locked(trace.path)
-    except MoeInspectError:  # by a process of another machine
-        return "recording"
-    return "interrupted"
-
-
-def _check_vocabulary(trace: Trace) -> int | None:
-    """How many token ids there are; None where the trace has no vocabulary."""
-    try:
-        return len(trace.vocabulary_table) or None
-    except MoeInspectError as error:
-        raise violation_of(error, schema.VOCABULARY) from None
+    locked = is_locked(trace.path)  # by a process of another machine
+    unknown = locked is None and isinstance(trace.path, Remote)
+    return "recording" if locked or unknown else "interrupted"
 
 
 def _check_totals(trace: Trace, found: Verification) -> None:
@@ -170,3 +162,85 @@ def _check_totals(trace: Trace, found: Verification) -> None:
                 None,
                 f"counts.{name} is {stated.get(name)}, the shards have {value}",
             )
+
+
+# --- files: checksums, numbers of rows, no file that is not listed
+
+
+def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
+    """No unknown keys, and no checksums missing where others are stated: a key may have been
+    renamed."""
+    # whether the line before has checksums: a trace begun without them may be resumed with them
+    checked, known = False, line_keys()
+    for shard in files:
+        for entry in map(json.loads, shard.lines):
+            name = f"shards-{shard.rank}.jsonl"
+            if unknown := set(entry) - known:
+                raise Violation(
+                    name, None, f"the line of {entry['path']} has the unknown key {min(unknown)!r}"
+                )
+            stated = checked or not CHECKSUM_KEYS.isdisjoint(entry)
+            if stated and (missing := (CHECKSUM_KEYS | {"sha256"}) - set(entry)):
+                raise Violation(name, None, f"the line of {entry['path']} has no {min(missing)}")
+            checked = "crc32" in entry
+    manifest = trace.manifest
+    if "digest" not in manifest and (checked or "vocabulary" in manifest):
+        raise Violation(
+            schema.MANIFEST,
+            None,
+            "its digest was removed: lines of the same trace have checksums",
+        )
+    if (
+        "digest" in manifest
+        and "vocabulary" not in manifest
+        and (trace.path / schema.VOCABULARY).exists()
+    ):
+        raise Violation(
+            schema.VOCABULARY, None, "it was added later: trace.json states no vocabulary"
+        )
+
+
+def check_files(shard: Shard) -> int:
+    """Returns the number of files without a stated sha256."""
+    files = shard.files
+    for table, name in files.paths.items():
+        path = inside(shard.trace.path, name)
+        if not path.is_file():
+            raise Violation(name, None, "the file is missing")
+        stated = files.stated[table].sha256
+        if stated is not None and (digest := _sha256(path)) != stated:
+            said = f"sha256 is {digest[:12]}…, its line says {stated[:12]}…"
+            raise Violation(name, None, said)
+        shard.file(table)
+    return sum(stated.sha256 is None for stated in files.stated.values())
+
+
+def check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
+    """No files that no line names. A trace that is being written has some whose lines are to come;
+    one that was interrupted may have kept them."""
+    known = {path for shard in files for path in shard.paths.values()}
+    for table in trace.tables:
+        folder = inside(trace.path, table)
+        for file in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
+            if f"{table}/{file.name}" in known:
+                continue
+            unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
+            if unfinished and OF_A_TABLE.fullmatch(file.name):
+                found.uncommitted.append(f"{table}/{file.name}")
+            else:
+                raise Violation(
+                    f"{table}/{file.name}",
+                    None,
+                    "an orphan: no line of shards-*.jsonl names it (--resume deletes it)",
+                )
+
+
+def _sha256(path: Path | Remote) -> str:
+    with reading(path):
+        if isinstance(path, Remote):
+            digest = hashlib.sha256()
+            for block in path.blocks():
+                digest.update(block)
+            return digest.hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""Verification: what verify found. Violation, and how files are read so that whatever is wrong with
-one becomes a Violation."""
+"""What verify finds: a Verification, or a Violation, the first row of a file that is against a
+rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -11,78 +11,55 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from moe_inspect.errors import Damaged, MoeInspectError
+from moe_inspect.errors import Damaged
 from moe_inspect.text import plural, printable
 from moe_inspect.trace import parts
-from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.shard import Shard, codes
 
 
-class Violation(Exception):
-    """The first rule that is violated; caught by `verify` only."""
+class Violation(Damaged):
+    """The first rule that is violated, and the row of the file where there is one."""
 
     def __init__(self, file: str, row: int | None, what: str):
-        super().__init__(what)
-        self.file, self.row, self.what = file, row, what
+        super().__init__(file, what, file)
+        self.row = row
 
 
-def violation_of(error: MoeInspectError, name: str) -> Violation:
-    return (
-        Violation(error.file, None, error.what)
-        if isinstance(error, Damaged)
-        else Violation(name, None, str(error))
-    )
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a file, from row `start` on, that are checked."""
 
+    file: str
+    start: int = 0
 
-def open_table(shard: Shard, table: str) -> pq.ParquetFile:
-    return or_violation(lambda: shard.file(table))
+    def refuse(self, wrong_N: np.ndarray, what: str, *of_row: np.ndarray) -> None:
+        """Violation at the first row that is wrong. `what`: with a {} for the value that each of
+        the arrays `of_row` has there."""
+        if wrong_N.any():
+            n = int(wrong_N.argmax())
+            said = what.format(*(values_N[n] for values_N in of_row))
+            raise Violation(self.file, self.start + n, said)
+
+    def expect(self, column: str, found_N: np.ndarray, expected_N: np.ndarray) -> None:
+        self.refuse(found_N != expected_N, f"{column} is {{}}, not {{}}", found_N, expected_N)
+
+    def refuse_nulls(self, table: pa.Table, columns: Sequence[str]) -> None:
+        for column in columns:
+            if table[column].null_count:
+                self.refuse(table[column].is_null().to_numpy(), f"{column} is null")
 
 
 def read_table(shard: Shard, table: str, columns: list[str]) -> pa.Table:
-    return or_violation(
-        lambda: parts.read(shard.file(table), shard.files.paths[table], columns, nulls=True)
-    )
+    return parts.read(shard.file(table), shard.files.paths[table], columns, nulls=True)
 
 
-def or_violation(read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Damaged as error:
-        raise violation_of(error, error.file) from None
-
-
-def expect_equal(
-    name: str, column: str, found_N: np.ndarray, expected_N: np.ndarray, start: int = 0
-) -> None:
-    if (wrong_N := found_N != expected_N).any():
-        n = int(wrong_N.argmax())
-        raise Violation(name, start + n, f"{column} is {found_N[n]}, not {expected_N[n]}")
-
-
-def ids_of(column: pa.ChunkedArray) -> np.ndarray:
-    """int64 or narrower, −1 where null."""
-    return (
-        column.cast(pa.int32()).fill_null(-1).to_numpy() if column.null_count else column.to_numpy()
-    )
-
-
-def codes_of(column: pa.ChunkedArray, name: str, title: str, known: dict[str, int]) -> np.ndarray:
+def codes_of(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
     """int64 [T]: codes of the labels in `known`, to which new ones are added."""
-    if column.null_count:
-        raise Violation(name, int(column.is_null().to_numpy().argmax()), f"{title} is null")
-    if not len(column):
-        return np.zeros(0, np.int64)
-    array = (
-        (column if pa.types.is_dictionary(column.type) else column.dictionary_encode())
-        .unify_dictionaries()
-        .combine_chunks()
-    )
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    codes = np.array(
-        [known.setdefault(label, len(known)) for label in array.dictionary.to_pylist()], np.int64
-    )
-    return codes[array.indices.to_numpy()]
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    code_T, labels = codes(column)
+    return np.array([known.setdefault(x, len(known)) for x in labels], np.int64)[code_T]
 
 
 STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
