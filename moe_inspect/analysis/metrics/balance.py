@@ -74,7 +74,7 @@ def entropy(load_LE: np.ndarray) -> np.ndarray:
     expert."""
     share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
     E = load_LE.shape[1]
-    nats_L = -(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1)
+    nats_L = entropy_nats(share_LE)
     return nats_L / np.log(E) if E > 1 else nats_L + 1
 
 
@@ -90,7 +90,7 @@ def effective_experts(load_LE: np.ndarray) -> np.ndarray:
     """Exponential of the entropy of the load: the number of evenly loaded experts with the same
     entropy. E is even."""
     share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
-    return np.exp(-(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1))
+    return np.exp(entropy_nats(share_LE))
 
 
 @metric(table="balance", ideal=0.0, unit="experts", range="0 to E − 1", axes="L")
@@ -129,7 +129,7 @@ def max_vio_batch(vio_sum_S: np.ndarray, passes_S: np.ndarray, tokens_S: np.ndar
     and those with fewer than half the tokens of the largest (`whole_passes`). By size S of the
     passes: the sum of their max_vio, their number, the tokens of each. NaN without any."""
     whole_S = whole_passes(tokens_S)
-    return float(vio_sum_S[whole_S].sum() / nan_for_zero(np.asarray(passes_S[whole_S].sum())))
+    return ratio(vio_sum_S[whole_S].sum(), passes_S[whole_S].sum())
 
 
 def whole_passes(tokens_S: np.ndarray) -> np.ndarray:
@@ -150,6 +150,16 @@ def load_ratio(load_LE: np.ndarray) -> np.ndarray:
 
 def _mean(load_LE: np.ndarray) -> np.ndarray:
     return nan_for_zero(load_LE.mean(1))
+
+
+def entropy_nats(share: np.ndarray) -> np.ndarray:
+    """Entropy of shares along the last axis: [..., E] → [...]"""
+    return -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
+
+
+def ratio(part: float, whole: float) -> float:
+    """NaN for a whole of 0."""
+    return float(part / nan_for_zero(np.asarray(whole, float)))
 
 
 def nan_for_zero(values: np.ndarray) -> np.ndarray:

@@ -17,12 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, residuals
+from moe_inspect.analysis.metrics.uncertainty import (
+    FEWEST_DOCUMENTS,
+    SEED,
+    residuals,
+    special,
+    student_p,
+)
 
 ALPHA = 0.01  # p-value under which a sentence claims something
 FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too few for p < ALPHA
@@ -77,23 +82,17 @@ def shuffled_within(document_T: np.ndarray, rng: np.random.Generator) -> np.ndar
 def shuffled_p(share: float, null_R: Sequence[float], cases: int) -> float:
     """P-value of a share of so many cases among those of R shuffles, by Student's t; of a single
     shuffle, by the variance of independent cases. NaN where one is."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    stdtr: Any = special.stdtr
     R, mean = len(null_R), float(np.mean(null_R))
     variance = float(np.var(null_R, ddof=1)) if R > 1 else mean * (1 - mean) / max(cases, 1)
     error = np.sqrt(variance * (1 + 1 / R))
     if not error > 0:
         return float("nan") if error != error else float(share <= mean)
-    return float(stdtr(R - 1 if R > 1 else max(cases, 1), (mean - share) / error))
+    return float(student_p((share - mean) / error, R - 1 if R > 1 else max(cases, 1)))
 
 
 def z_of(p: float) -> float:
     """The value that a standard normal exceeds with probability p."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    ndtri: Any = special.ndtri
-    return -float(ndtri(p))
+    return -float(special("ndtri")(p))
 
 
 def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
@@ -198,14 +197,6 @@ def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
     error_DE = np.sqrt(variance_DE + _mean_of_others(variance_DE, (D - 1) ** 2))
     t_DE = (mean_DE - _mean_of_others(mean_DE, D - 1)) / nan_for_zero(error_DE)
     return student_p(t_DE, max(len(domain_U) - D, 1))
-
-
-def student_p(t: np.ndarray, freedom: int) -> np.ndarray:
-    """The probability that Student's t with so many degrees of freedom exceeds these."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    stdtr: Any = special.stdtr
-    return stdtr(freedom, -t)
 
 
 def _mean_of_others(values_DE: np.ndarray, by: float) -> np.ndarray:

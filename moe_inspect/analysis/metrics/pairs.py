@@ -13,7 +13,7 @@ from math import comb
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import SEED
 
@@ -182,18 +182,14 @@ def next_accuracy(next_first_EN: np.ndarray) -> float:
     """How often the next MoE layer's first choice is the one that most often follows this layer's
     first choice: Σ_a max_b N_ab ÷ N. Read it beside its marginal (always the most frequent) and its
     null (the accuracy of as many independent choices)."""
-    return float(
-        next_first_EN.max(1, initial=0).sum() / nan_for_zero(np.asarray(next_first_EN.sum()))
-    )
+    return ratio(next_first_EN.max(1, initial=0).sum(), next_first_EN.sum())
 
 
 @metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
     """How often the next MoE layer's first choice is its most frequent one: the accuracy of a
     prediction that ignores this layer."""
-    return float(
-        next_first_EN.sum(0).max(initial=0) / nan_for_zero(np.asarray(next_first_EN.sum()))
-    )
+    return ratio(next_first_EN.sum(0).max(initial=0), next_first_EN.sum())
 
 
 def next_accuracy_null(next_first_EN: np.ndarray) -> float:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.metrics.chance import shuffled_within
 from moe_inspect.analysis.metrics.registry import metric
-from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, special
 
 PERMUTATIONS = 200
 LENGTHS = 2  # classes of length of documents, from each to its double
@@ -29,7 +28,7 @@ def signature_accuracy(hits_D: np.ndarray, documents_D: np.ndarray) -> float:
     """The share of the documents whose nearest other document, by the Euclidean distance of their
     routing signatures, is of their own domain. 1: routing tells the domain. NaN without
     documents."""
-    return float(hits_D.sum() / nan_for_zero(np.asarray(documents_D.sum())))
+    return ratio(hits_D.sum(), documents_D.sum())
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927). The
     end beyond which a case or two lie is that of their Poisson distribution (Brown, Cai and
     DasGupta 2001)."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    poisson_low: Any = special.gammaincinv
+    poisson_low = special("gammaincinv")
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.chance import (
     BLOCK,
     FEWEST_TO_JUDGE,
@@ -157,9 +157,7 @@ def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     Σ_x N_x, in [1/E, 1].
     1: the token id alone decides. Rows: the token ids frequent enough to judge. NaN without any.
     Eq. 8 averaged over occurrences."""
-    return float(
-        first_choice_VE.max(1, initial=0).sum() / nan_for_zero(np.asarray(first_choice_VE.sum()))
-    )
+    return ratio(first_choice_VE.max(1, initial=0).sum(), first_choice_VE.sum())
 
 
 @metric(
@@ -173,7 +171,7 @@ def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray)
     """The share of tokens that reach, with any choice, the expert that most tokens of their id
     reach: Σ_x max_e N_xe ÷ Σ_x N_x. Saturates as k grows: read it beside the first choice's. NaN
     without token ids to judge."""
-    return float(any_VE.max(1, initial=0).sum() / nan_for_zero(np.asarray(occurrences_V.sum())))
+    return ratio(any_VE.max(1, initial=0).sum(), occurrences_V.sum())
 
 
 @metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ E")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.balance import nan_for_zero
+from moe_inspect.analysis.metrics.balance import ratio
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.windows import step_jsd_bits, step_total_variation
 
@@ -17,7 +17,7 @@ from moe_inspect.analysis.metrics.windows import step_jsd_bits, step_total_varia
 def set_mismatch(mismatch_sum: float, decisions: float) -> float:
     """Share of the decisions for which the two traces chose different sets of experts. The order of
     slots does not matter. NaN without decisions."""
-    return _ratio(mismatch_sum, decisions)
+    return ratio(mismatch_sum, decisions)
 
 
 @metric(
@@ -30,42 +30,42 @@ def set_mismatch(mismatch_sum: float, decisions: float) -> float:
 def overlap(common_sum: float, chosen: float) -> float:
     """Share of the experts of a decision that both traces chose; against the last checkpoint,
     router saturation. Of the larger set where one is smaller. NaN where none chose any."""
-    return _ratio(common_sum, chosen)
+    return ratio(common_sum, chosen)
 
 
 @metric(table="agreement", column="first_choice", ideal=1.0, unit="ratio", range="0 to 1")
 def same_first_choice(same_first_sum: float, decisions: float) -> float:
     """Share of the decisions with the same expert of the largest weight. NaN where a trace does not
     know the order of its slots."""
-    return _ratio(same_first_sum, decisions)
+    return ratio(same_first_sum, decisions)
 
 
 @metric(table="agreement", column="order", ideal=1.0, unit="ratio", range="0 to 1")
 def same_order(same_order_sum: float, decisions: float) -> float:
     """Share of the decisions with the same experts slot by slot, in descending weight. NaN where a
     trace does not know the order of its slots."""
-    return _ratio(same_order_sum, decisions)
+    return ratio(same_order_sum, decisions)
 
 
 @metric(table="agreement", ideal=0.0, unit="gate weight", range="0 to the sum of both's weights")
 def weight_l1(weights_apart_sum: float, decisions: float) -> float:
     """Mean over decisions of Σ|weight in A − weight in B| over the experts that both chose. NaN
     without weights in both."""
-    return _ratio(weights_apart_sum, decisions)
+    return ratio(weights_apart_sum, decisions)
 
 
 @metric(table="agreement", ideal=0.0, unit="nats", range="0 and up")
 def kl_nats(kl_sum: float, decisions: float) -> float:
     """Mean over decisions of KL(A ‖ B), the divergence of the routers' probabilities of all
     experts. NaN without logits in both."""
-    return _ratio(kl_sum, decisions)
+    return ratio(kl_sum, decisions)
 
 
 @metric(table="overall", ideal=0.0, unit="ratio", range="0 to 1")
 def tokens_mismatch(differing_sum: float, tokens: float) -> float:
     """Share of the tokens with a different set of experts at any router. Grows with the number of
     routers: compare it only between models of one depth."""
-    return _ratio(differing_sum, tokens)
+    return ratio(differing_sum, tokens)
 
 
 @metric(table="overall", ideal=1.0, unit="ratio", range="0 to 1", source="RSPO")
@@ -73,7 +73,7 @@ def router_shift(gamma_sum: float, tokens: float) -> float:
     """Mean over tokens of γ = exp(−mean over routers and A's experts of |ln r_B − ln r_A|), r the
     routers' probabilities. RSPO leaves tokens under 0.8 out of training. NaN without logits in
     both."""
-    return _ratio(gamma_sum, tokens)
+    return ratio(gamma_sum, tokens)
 
 
 @metric(table="load_shift", ideal=0.0, unit="ratio", range="0 to 1")
@@ -89,7 +89,3 @@ def load_shift_jsd_bits(load_2E: np.ndarray) -> float:
     """Jensen–Shannon divergence of the experts' load shares in the two traces. NaN where one has no
     load."""
     return float(step_jsd_bits(load_2E)[0])
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / nan_for_zero(np.asarray(whole, float)))

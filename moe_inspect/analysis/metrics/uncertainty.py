@@ -95,12 +95,14 @@ def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | N
 
     n−1 of n units are drawn and scaled up, which keeps the variance unbiased at small n (Rao and Wu
     1988). If a domain has too few documents to resample alone, all are resampled together."""
-    U = len(strata_U)
-    if U < FEWEST_DOCUMENTS:
+    if len(strata_U) < FEWEST_DOCUMENTS:
         return None
-    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
-        strata_U = np.zeros(U, np.int64)
-    return _resampled(strata_U.astype(np.int64).tobytes(), R)
+    return _resampled(_large_strata(strata_U).astype(np.int64).tobytes(), R)
+
+
+def _large_strata(strata_U: np.ndarray) -> np.ndarray:
+    """The strata, or one of all units where a stratum has fewer than FEWEST_DOCUMENTS of them."""
+    return strata_U if np.bincount(strata_U).min() >= FEWEST_DOCUMENTS else 0 * strata_U
 
 
 @lru_cache(maxsize=2)  # most tables take those of all units, one those of each domain
@@ -144,14 +146,10 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     sample's busiest expert. The lower end is the highest of all that may be the busiest (those
     within RIVALS errors of it), each as much lower as their number demands (Šidák): the largest of
     a sample is larger than it would be by itself."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    stdtrit: Any = special.stdtrit
     (U, E), load_E = assignments_UE.shape, assignments_UE.sum(0)
     if U < FEWEST_DOCUMENTS or not load_E.any():
         return float("nan"), float("nan")
-    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
-        strata_U = np.zeros_like(strata_U)
+    strata_U = _large_strata(strata_U)
     mean = load_E.sum() / E
     ratio_E = load_E / mean
     error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
@@ -162,7 +160,7 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     rival_E = ratio_E >= ratio_E[busiest] - reach_E
     rivals = int(rival_E.sum())
     below = 0.025 if rivals == 1 else 1 - (1 - BELOW) ** (1 / rivals)
-    t_low, t_high = stdtrit(max(documents, 1), [1 - below, 0.975])
+    t_low, t_high = special("stdtrit")(max(documents, 1), [1 - below, 0.975])
     relative_E = error_E / nan_for_zero(ratio_E)
     low = float(np.max((ratio_E * np.exp(-t_low * relative_E))[rival_E]))
     return max(low, 1) - 1, float(ratio_E[busiest] * np.exp(t_high * relative_E[busiest])) - 1
@@ -194,12 +192,21 @@ def interval(
     return np.clip([middle - wider * (middle - low), middle + wider * (high - middle)], *within)
 
 
-def student(documents: float) -> float:
-    """The 97.5th percentile of Student's t of so many documents."""
+def special(name: str) -> Any:
+    """A function of scipy.special, which is slow to import."""
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-    stdtrit: Any = special.stdtrit
-    return float(stdtrit(max(documents - 1, 1), 0.975))
+    return getattr(special, name)
+
+
+def student_p(t: np.ndarray, freedom: float) -> np.ndarray:
+    """The probability that Student's t with so many degrees of freedom exceeds these."""
+    return special("stdtr")(freedom, -t)
+
+
+def student(documents: float) -> float:
+    """The 97.5th percentile of Student's t of so many documents."""
+    return float(special("stdtrit")(max(documents - 1, 1), 0.975))
 
 
 def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
@@ -217,10 +224,6 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
     real counts, such as counts ÷ design effect. Where the tail is too small for a float, its
     leading term times a geometric series is used: an upper bound that is close so far out. Arrays
     of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    betainc: Any = special.betainc
-    betaln: Any = special.betaln
     count, expected, most = np.broadcast_arrays(
         *(np.asarray(x, float) for x in (count, expected, most))
     )
@@ -229,13 +232,13 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
     # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same formula for the failures
     hits, x = np.where(more, count, most - count), np.where(more, p, 1 - p)
     a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
-    tail: np.ndarray = betainc(a, b, x)
+    tail: np.ndarray = special("betainc")(a, b, x)
     with np.errstate(divide="ignore"):
         leading: np.ndarray = (
             a * np.log(x)
             + b * np.log1p(-x)
             - np.log(a)
-            - betaln(a, b)
+            - special("betaln")(a, b)
             - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
         )
         log_tail = np.where(tail > 1e-250, np.log(tail), leading)
@@ -260,8 +263,7 @@ def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np
     T = tokens_U.sum()
     if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():
         return float("nan")
-    if np.bincount(strata_U).min() < FEWEST_DOCUMENTS:
-        strata_U = np.zeros(len(tokens_U), np.int64)
+    strata_U = _large_strata(strata_U)
     activation_E = assignments_UE.sum(0) / T
     residual_UE = assignments_UE - tokens_U[:, None] * activation_E
     between = 0.0

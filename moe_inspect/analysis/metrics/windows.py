@@ -8,14 +8,13 @@ floor, the distance expected of two windows of these sizes that draw from the sa
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.specialization import mutual_information_bits
-from moe_inspect.analysis.metrics.uncertainty import effective_documents, residuals
+from moe_inspect.analysis.metrics.uncertainty import effective_documents, residuals, student_p
 
 RANKS = 8  # GPUs of the placements in the table `drift`
 FEWEST_WINDOWS = 8  # two in each quarter
@@ -26,9 +25,6 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     Σ over windows of t·(load − total × share), t from −½ for the first token to ½ for the last one.
     Its variance under chance is that of the documents (units U) about the mean of their domain
     (strata). Not corrected for the number of experts. NaN with few windows. float64 [E]"""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    stdtr: Any = special.stdtr
     W, E = (int(n) for n in load_WE.shape)
     D, U = int(strata_U.max(initial=-1)) + 1, len(strata_U)
     if W < FEWEST_WINDOWS or U <= D:
@@ -39,8 +35,7 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     of_one_E = (residuals(assignments_UE, strata_U) ** 2).sum(0) / assignments_UE.sum()
     error_E = np.sqrt(of_one_E * (at_W**2 @ total_W))
     degrees = max(effective_documents(assignments_UE.sum(1)) - D, 1)
-    p_E: np.ndarray = 2 * stdtr(degrees, -np.abs(trend_E / nan_for_zero(error_E)))
-    return p_E
+    return 2 * student_p(np.abs(trend_E / nan_for_zero(error_E)), degrees)
 
 
 def quarter_ratio(load_WE: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.metrics.balance import entropy_nats
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.routed import MTP, RoutedPlace, routed_places
 from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
@@ -192,7 +193,7 @@ def effective_rank(rows_EH: np.ndarray) -> float:
     if not value_N.sum() > 0:
         return float("nan")
     share_N = value_N / value_N.sum()
-    return float(np.exp(-(share_N * np.log(np.where(share_N > 0, share_N, 1))).sum()))
+    return float(np.exp(entropy_nats(share_N)))
 
 
 @lru_cache(maxsize=32)
