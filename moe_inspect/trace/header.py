@@ -106,6 +106,16 @@ class TraceHeader:
         weights, or since a source of counts said it (where it did not, it is null)."""
         return self.has_weights if not self.counts_only else self.imported
 
+    def columns_of(self, table: str) -> pa.Schema:
+        """The columns that a table of it has."""
+        if table == "routing":
+            return schema.routing_schema(self.routers, self.slot_values)
+        if table == "counts":
+            return schema.counts_schema(self.has_weights, self.has_energy)
+        if table == "logits":
+            return schema.logits_schema(max(r.experts for r in self.routers))
+        return {"tokens": schema.tokens_schema(self.has_loss), "documents": schema.DOCUMENTS}[table]
+
     def slots_to_order(self, router: int) -> list[list[str]] | None:
         """The columns of experts, of weights and of what else there is, whose slots have to be
         sorted while they are read; None where the manifest states their order."""

@@ -4,7 +4,7 @@ memory is allocated by them. Anything wrong with a file raises a `Damaged` that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
+from moe_inspect.trace.schema import MOST_TOKEN_IDS
 from moe_inspect.trace.validate import MOST_SHARD_TOKENS
 
 # a file of this size is hashed when it is opened, which takes less than opening it
@@ -199,24 +199,6 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
     return found == expected or (
         pa.types.is_unsigned_integer(expected) and found in (pa.uint8(), pa.uint16())
     )
-
-
-def columns_of(
-    table: str,
-    routers: list[Router],
-    values: Sequence[str],
-    energy: bool = False,
-    loss: bool = False,
-) -> pa.Schema:
-    """The columns of a table of a trace. `values`: of `schema.SLOT_VALUES`. `energy`: whether
-    counts have it; `loss`: whether tokens do."""
-    if table == "routing":
-        return schema.routing_schema(routers, values)
-    if table == "counts":
-        return schema.counts_schema("weight" in values, energy)
-    if table == "logits":
-        return schema.logits_schema(max(r.experts for r in routers))
-    return {"tokens": schema.tokens_schema(loss), "documents": schema.DOCUMENTS}[table]
 
 
 def read(

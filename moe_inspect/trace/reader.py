@@ -142,54 +142,23 @@ class Trace(TraceHeader):
             raise MoeInspectError(f"{self.path} has no logits: trace with --logits")
         chosen = self.router_index(layer, router)
         return self._frame(
-            "logits", [s.rows_of_router("logits", r, None) for r in chosen for s in self.shards]
+            "logits", [s.rows_of_router("logits", r) for r in chosen for s in self.shards]
         )
 
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
         return self.vocabulary_table.to_pandas()
 
-    # --- its text (the functions say more)
+    # --- its text
 
-    def text(self, document: int) -> str:
-        """The text of a document, its sequences one after the other."""
-        return texts.text(self, document)
-
-    def document(self, number: int) -> pd.DataFrame:
-        """The tokens of a document with all their routes: a row per token and router, in the order
-        of the text (`text`, layer, router, expert_0 …, weight_0 …)."""
-        return texts.document(self, number)
-
-    def tokens_of(
-        self,
-        layer: int,
-        expert: int,
-        context: int = 8,
-        *,
-        top: int | None = None,
-        sort: texts.Sort = "weight",
-        seed: int = 0,
-    ) -> pd.DataFrame:
-        """The tokens that an expert of a layer was given, each with the text to its left and right,
-        `context` tokens each. `top`: only so many (None: all), the largest gate weights first or
-        (`sort="random"`) a sample that `seed` determines."""
-        return texts.tokens_of(self, layer, expert, context, top=top, sort=sort, seed=seed)
-
-    def requests(self) -> pd.DataFrame:
-        """A row per document, for traces of a serving engine: document, domain, source,
-        prompt_tokens, generated_tokens."""
-        return texts.requests(self)
+    text = texts.text
+    document = texts.document
+    tokens_of = texts.tokens_of
+    requests = texts.requests
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:
-            empty = {
-                "routing": schema.routing_schema(self.routers, self.slot_values),
-                "tokens": schema.tokens_schema(self.has_loss),
-                "documents": schema.DOCUMENTS,
-                "counts": schema.counts_schema(self.has_weights, self.has_energy),
-                "logits": schema.logits_schema(max(r.experts for r in self.routers)),
-            }
-            return empty[name].empty_table().to_pandas()
+            return self.columns_of(name).empty_table().to_pandas()
         # some shards say that they hold no null
         joined = pa.concat_tables(parts, promote_options="permissive")
         return joined.unify_dictionaries().to_pandas()

@@ -38,12 +38,9 @@ class Shard:
     def file(self, name: str) -> pq.ParquetFile:
         """The Parquet file of a table, checked and opened once."""
         if name not in self._opened:
-            trace = self.trace
-            expected = parts.columns_of(
-                name, trace.routers, trace.slot_values, trace.has_energy, trace.has_loss
-            )
-            path = self.files.paths[name]
-            source = self.held.get(name) or inside(self.trace.path, path)
+            trace, path = self.trace, self.files.paths[name]
+            expected = trace.columns_of(name)
+            source = self.held.get(name) or inside(trace.path, path)
             try:
                 opened = parts.open_part(source, path, expected, self.files.stated[name])
             except Damaged:
@@ -182,7 +179,7 @@ class Shard:
             router, [f"{kind}_{j}" for j in range(self.trace.routers[router].top_k)]
         ).columns
 
-    def rows_of_router(self, name: str, router: int, columns: list[str] | None) -> pa.Table:
+    def rows_of_router(self, name: str, router: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one router in a table, as they are stored."""
         file, path = self.file(name), self.files.paths[name]
         if name not in self._spans:

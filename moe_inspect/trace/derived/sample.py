@@ -13,8 +13,9 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
-from moe_inspect.trace.derived.origin import (
+from moe_inspect.trace.derived.shards import (
     COUNTED,
+    Target,
     begin,
     origin,
     random_weights,
@@ -22,7 +23,6 @@ from moe_inspect.trace.derived.origin import (
     verified,
     written_here,
 )
-from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.files.location import Remote, location, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
@@ -99,8 +99,7 @@ def sample(
         begin(draft, manifest, words if len(words) else None)
         target = Target(draft, None)
         target.add_documents(opened, chosen_D)
-        tokens = sum(target.tokens.values())
-        manifest["counts"] |= {"tokens": tokens, "decisions": target.decisions}
+        manifest["counts"] |= {"tokens": target.copied["tokens"], "decisions": target.decisions}
         write_manifest(draft, manifest)
         _reconcile(verify(draft), target, path)
     return Trace(place)
@@ -134,11 +133,7 @@ def _reconcile(found: Verification, target: Target, path: Path | Remote) -> None
     """MoeInspectError where what is in the sample is not what was copied."""
     if not found.ok:
         raise MoeInspectError(f"{path} was changed meanwhile: {found}")
-    for name, copied in (
-        ("tokens", sum(target.tokens.values())),
-        ("assignments", target.assignments),
-        ("documents", target.documents),
-    ):
+    for name, copied in target.copied.items():
         if copied != (verified := getattr(found, name)):
             raise MoeInspectError(
                 f"{path} was changed meanwhile: {copied:,} {name} were copied, {verified:,} are "

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import parts, schema
+from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import append, sync_directory
+from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.header import TraceHeader
+from moe_inspect.trace.manifest import refuse_while_written, this_process, write_manifest
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.writer.part_file import write_part
+from moe_inspect.trace.verify import Verification, verify
+from moe_inspect.trace.writer.part_file import vocabulary_bytes, write_part
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 Change = Callable[[np.ndarray], np.ndarray]
@@ -144,10 +149,7 @@ class Target:
     def _write(
         self, shard: Shard, table: str, path: Path, change: dict[str, Change], kept: Kept | None
     ) -> dict[str, Any]:
-        trace = shard.trace
-        columns = parts.columns_of(
-            table, trace.routers, trace.slot_values, trace.has_energy, trace.has_loss
-        )
+        trace, columns = shard.trace, shard.trace.columns_of(table)
         if table == "routing" and not any(
             one.nullable for one in shard.file(table).schema_arrow if one.name.startswith("expert_")
         ):
@@ -187,12 +189,18 @@ class Target:
         arrays = [_column(found[one.name], one, change.get(one.name)) for one in columns]
         return pa.Table.from_arrays(arrays, schema=columns).unify_dictionaries()
 
+    @property
+    def copied(self) -> dict[str, int]:
+        """How many tokens, assignments and documents there are, by these names."""
+        tokens = sum(self.tokens.values())
+        return {"tokens": tokens, "assignments": self.assignments, "documents": self.documents}
+
     @staticmethod
     def _rows(shard: Shard, table: str, router: int) -> pa.Table:
         if table == "routing":
             return shard.routing(router)
         if table == "logits":
-            return shard.rows_of_router("logits", router, None)
+            return shard.rows_of_router("logits", router)
         if table == "counts":
             return shard.counts()
         return shard.tokens() if table == "tokens" else shard.table(table)
@@ -230,3 +238,70 @@ def _column(found: pa.ChunkedArray, one: pa.Field, change: Change | None) -> Any
     if pa.types.is_dictionary(one.type):
         return found.cast(pa.string()).dictionary_encode()
     return found.cast(one.type)
+
+
+# what a corpus states of its documents
+COUNTED = ("split_documents", "empty_documents")
+OF_A_PROCESS = {"command", "host", "pid", "process_start"}
+
+
+def same_place(a: Path | Remote, b: Path | Remote) -> bool:
+    """Whether two locations are one: a file's URL is its path."""
+    return output_location(a).resolve() == output_location(b).resolve()
+
+
+def contents(trace: Trace) -> str | None:
+    """A hash of all that a trace holds; None where its lines do not state that of each file."""
+    files = [part.sha256 for shard in trace.shards for part in shard.files.stated.values()]
+    stated = [file for file in files if file is not None]
+    if not files or len(stated) < len(files):
+        return None
+    return sha256(" ".join(stated).encode()).hexdigest()
+
+
+def verified(trace: Trace, path: Path | Remote) -> Verification:
+    """MoeInspectError where the trace is damaged or still written."""
+    refuse_while_written(path, trace.manifest)
+    refuse_while_locked(path)
+    if not (found := verify(path)).ok:
+        raise MoeInspectError(f"{found}")
+    return found
+
+
+def begin(draft: Path, manifest: dict[str, Any], vocabulary: pa.Table | None) -> None:
+    """Writes the vocabulary, a manifest that says "recording" and the folders of the tables. Adds
+    the checksum of the vocabulary to `manifest`."""
+    if vocabulary is not None:
+        data = vocabulary_bytes(vocabulary)
+        write_atomically(draft / schema.VOCABULARY, data)
+        manifest["vocabulary"] = checksums.stated(data)
+    write_manifest(draft, {**manifest, "status": "recording"})
+    for table in manifest["tables"]:
+        (draft / table).mkdir()
+
+
+def origin(trace: Trace, found: Verification) -> dict[str, Any]:
+    """Which trace it was: its name, the digest of its manifest, a hash of its files and what it
+    held."""
+    return {
+        "name": trace.path.resolve().name,
+        "digest": trace.manifest.get("digest") or checksums.digest(trace.manifest),
+        "contents": contents(trace),
+        "status": found.status,
+        "documents": found.documents,
+        "tokens": found.tokens,
+        "decisions": trace.n_decisions,
+    }
+
+
+def written_here(capture: dict[str, Any]) -> dict[str, Any]:
+    """What `capture` states of how was recorded, and which process wrote this trace of it."""
+    how = {k: v for k, v in capture.items() if k not in OF_A_PROCESS}
+    return {**this_process(), **how}
+
+
+def random_weights(corpus: dict[str, Any]) -> dict[str, Any] | None:
+    """Of the plan of a corpus only what reports need of it, that weights were drawn at random: a
+    trace without the whole plan is none that --resume can go on with."""
+    plan = corpus.get("plan") or {}
+    return {k: plan[k] for k in ("random_init",) if plan.get(k) is not None} or None

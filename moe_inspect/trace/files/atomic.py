@@ -20,6 +20,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import (
+    OPEN,
     Lock,
     draft_name,
     flock,
@@ -28,6 +29,7 @@ from moe_inspect.trace.files.lock import (
     is_at,
     is_locked,
     left_of,
+    remove_if_free,
 )
 
 
@@ -79,7 +81,7 @@ def draft_of(path: Path | Remote) -> Iterator[Path]:
         return
     for left in left_of(target):
         with suppress(OSError):
-            _remove_if_left(left)
+            remove_if_free(os.open(left, OPEN), left)
     draft, file = _new(target)
     try:
         yield draft
@@ -188,15 +190,6 @@ def _new(target: Path) -> tuple[Path, int]:
             raise
         os.close(file)
         draft.unlink(missing_ok=True)
-
-
-def _remove_if_left(draft: Path) -> None:
-    file = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if flock(file, exclusive=True) and is_at(file, draft):
-            draft.unlink()
-    finally:
-        os.close(file)
 
 
 def make_folder(path: Path | Remote) -> None:

@@ -30,10 +30,9 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from moe_inspect.errors import MoeInspectError, writing
-from moe_inspect.text import first_line, print_stderr
+from moe_inspect.text import print_stderr
 from moe_inspect.trace.files.location import Remote
 
 LOCK = ".lock"
@@ -42,6 +41,8 @@ OLD = ".old"  # ending of a trace that is set aside while another is put in its 
 PATIENCE_S = 0.5  # a process that only checks whether a trace is locked holds the lock for less
 # pid, host, random id and, on object storage, when the process started
 HOLDER = re.compile(r"(\d{1,9}) ([\w.-]+) \w+(?: (\d{1,18})?)?")
+# not all are known to systems without flock
+OPEN = sum(getattr(os, f"O_{flag}", 0) for flag in ("RDWR", "CLOEXEC", "NONBLOCK", "NOFOLLOW"))
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -61,12 +62,7 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -84,15 +80,10 @@ class FileLock(Lock):
         if self._file is None:
             return
         file, self._file = self._file, None
-        try:
+        with suppress(OSError):  # a leftover lock file is harmless: it is not locked
             # nobody else may hold the file when it is removed: another process could then lock a
             # new one beside them
-            if flock(file, exclusive=True) and is_at(file, self.root / LOCK):
-                (self.root / LOCK).unlink()
-        except OSError:
-            pass  # a leftover lock file is harmless: without its process it is not locked
-        finally:
-            os.close(file)
+            remove_if_free(file, self.root / LOCK)
 
     def close_in_child(self) -> None:
         """A forked process has the open file too, and would keep the lock after its parent has
@@ -186,31 +177,31 @@ def join(root: Path | Remote, holder: str) -> Lock:
 def refuse_while_locked(root: Path | Remote) -> None:
     """MoeInspectError where a writer, of this or of another machine, holds the lock of the trace at
     `root`. Of a writer to object storage only this machine can tell."""
-    if isinstance(root, Remote):
-        with writing(root):
-            if _runs(holder := _named_in(root / LOCK)):
-                raise _refusal(root, holder)
-        return
-    if (file := _existing(root)) is None:
-        return
-    try:
-        if flock(file, exclusive=True) is False:
-            raise _refusal(root, _holder_in(file))
-    finally:
-        os.close(file)
+    with writing(root):
+        locked, holder = _found(root)
+    if locked:
+        raise _refusal(root, holder)
 
 
 def is_locked(root: Path | Remote) -> bool | None:
     """Whether a writer, of this or of another machine, holds the lock of the trace at `root`; None
     where that cannot be told: there is no lock file, its file system has no locks, or a process of
     another machine writes to object storage."""
+    return _found(root)[0]
+
+
+def _found(root: Path | Remote) -> tuple[bool | None, str]:
+    """As `is_locked`, and the holder that the lock names."""
     if isinstance(root, Remote):
-        return _runs(_named_in(root / LOCK))
-    if (file := _existing(root)) is None:
-        return None
+        holder = _named_in(root / LOCK)
+        return _runs(holder), holder
+    try:
+        file = os.open(root / LOCK, OPEN)
+    except OSError:  # missing, or it cannot be opened: the writer will report that
+        return None, ""
     try:
         got = flock(file, exclusive=True)
-        return None if got is None else not got
+        return None if got is None else not got, _holder_in(file)
     finally:
         os.close(file)
 
@@ -221,21 +212,20 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
     while True:
         file = _opened(root)
         try:
-            got = flock(file, exclusive)
-            if got is None:
-                print_stderr(
-                    f"warning: the file system of {root} has no locks: make sure that nothing "
-                    "else writes there"
-                )
-                return file
-            if got and is_at(file, root / LOCK):
-                return file
-            if got is False and not wait and time.monotonic() > until:
-                raise _refusal(root, _holder_in(file))
-        except BaseException as error:
+            with writing(root):
+                got = flock(file, exclusive)
+                if got is None:
+                    print_stderr(
+                        f"warning: the file system of {root} has no locks: make sure that nothing "
+                        "else writes there"
+                    )
+                    return file
+                if got and is_at(file, root / LOCK):
+                    return file
+                if got is False and not wait and time.monotonic() > until:
+                    raise _refusal(root, _holder_in(file))
+        except BaseException:
             os.close(file)
-            if isinstance(error, OSError):
-                raise _cannot_write(root, error) from None
             raise
         os.close(file)
         time.sleep(0.01)
@@ -246,32 +236,18 @@ def _opened(root: Path) -> int:
         raise MoeInspectError(
             "traces are written on Linux, macOS and other systems with flock(2), not on this one"
         )
-    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
-        try:
+        with writing(root):
             settle(root)
             root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(root, error) from None
-        try:
-            file = os.open(root / LOCK, flags, 0o666)
-        except FileNotFoundError:  # the directory was removed meanwhile
-            continue
-        except OSError as error:
-            raise _cannot_write(root, error) from None
+            try:
+                file = os.open(root / LOCK, OPEN | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the directory was removed meanwhile
+                continue
         if stat.S_ISREG(os.fstat(file).st_mode):
             return file
         os.close(file)
         raise MoeInspectError(f"{root / LOCK} is not a regular file: remove it")
-
-
-def _existing(root: Path) -> int | None:
-    if os.name != "posix":
-        return None
-    try:
-        return os.open(root / LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # missing, or it cannot be opened: the writer will report that
-        return None
 
 
 def flock(file: int, exclusive: bool) -> bool | None:
@@ -292,6 +268,15 @@ def flock(file: int, exclusive: bool) -> bool | None:
     return True
 
 
+def remove_if_free(file: int, path: Path) -> None:
+    """Closes the open file, and removes it where it is at `path` and nobody else holds it."""
+    try:
+        if flock(file, exclusive=True) and is_at(file, path):
+            path.unlink()
+    finally:
+        os.close(file)
+
+
 def is_at(file: int, path: Path) -> bool:
     """Whether the open file is the one at `path`: its last holder may have removed it before it was
     locked here."""
@@ -303,10 +288,6 @@ def is_at(file: int, path: Path) -> bool:
 
 def _holder_in(file: int) -> str:
     return os.pread(file, 500, 0).decode(errors="replace")
-
-
-def _cannot_write(root: Path, error: OSError) -> MoeInspectError:
-    return MoeInspectError(f"cannot write {root}: {first_line(error)}")
 
 
 def _named_in(lock: Remote) -> str:

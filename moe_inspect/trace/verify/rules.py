@@ -100,7 +100,7 @@ def check_tokens(
 ) -> np.ndarray:
     """The phase of each token, as an index into PHASES."""
     files, columns = shard.files, schema.TOKENS.names
-    loss = schema.tokens_schema(shard.trace.has_loss).names[len(columns) :]
+    loss = shard.trace.columns_of("tokens").names[len(columns) :]
     rows, table = Rows(files.paths["tokens"]), read_table(shard, "tokens", [*columns, *loss])
     rows.refuse_nulls(table, columns)
     rows.expect(
@@ -292,8 +292,7 @@ def check_counts(shard: Shard, found: Verification) -> None:
     name, routers, tokens = shard.files.paths["counts"], shard.trace.routers, shard.files.tokens
     sums = {"weight_sum": -np.inf} if shard.trace.has_weights else {}
     sums |= {"energy": 0.0} if shard.trace.has_energy else {}
-    columns = schema.counts_schema(shard.trace.has_weights, shard.trace.has_energy).names
-    rows, table = Rows(name), read_table(shard, "counts", columns)
+    rows, table = Rows(name), read_table(shard, "counts", shard.trace.columns_of("counts").names)
     labels: dict[str, int] = {}
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     rows.refuse_nulls(table, ["domain"])

@@ -44,12 +44,7 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     manifest = read_manifest(root)
     committed = [s for s in committed_shards(root, manifest) if s.rank == rank]
     shards = list(takewhile(lambda s: not s.early, committed))
-    if rank == 0 and len(shards) < len(committed):
-        # first, so that it never counts more tokens than the shards have
-        counts = {**_counts(shards), "dropped": 0}
-        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
-    lines = b"".join(line for s in shards for line in s.lines)
-    write_atomically(root / f"shards-{rank}.jsonl", lines)  # without a partial last line
+    _keep(root, manifest, rank, shards, len(committed))
     # then, so that no line names what is not there
     keep = {root / path for s in shards for path in s.paths.values()}
     part = rf"part-{rank}-\d+\.parquet"
@@ -66,8 +61,7 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
         shards=shards[-1].index + 1,
         next_token=shards[-1].last_token + 1,
         next_batch=shards[-1].last_batch + 1,
-        tokens=sum(s.tokens for s in shards),
-        decisions=sum(s.decisions for s in shards),
+        **_counts(shards),
         slot_orders=slot_orders,
     )
 
@@ -79,9 +73,17 @@ def drop_after(root: Path | Remote, batch: int) -> int | None:
     manifest = read_manifest(root)
     shards = committed_shards(root, manifest)
     kept = [s for s in shards if s.last_batch <= batch]
-    if len(kept) < len(shards):
-        # first, so that it never counts more tokens than the shards have
-        counts = {**_counts(kept), "dropped": 0}
-        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
-    write_atomically(root / "shards-0.jsonl", b"".join(line for s in kept for line in s.lines))
+    _keep(root, manifest, 0, kept, len(shards))
     return kept[-1].last_batch if kept else None
+
+
+def _keep(
+    root: Path | Remote, manifest: dict[str, Any], rank: int, shards: list[ShardFiles], before: int
+) -> None:
+    """Lists these shards of a rank alone, without a partial last line. `before`: how many there
+    were."""
+    if rank == 0 and len(shards) < before:
+        # first, so that it never counts more tokens than the shards have
+        counts = {**_counts(shards), "dropped": 0}
+        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+    write_atomically(root / f"shards-{rank}.jsonl", b"".join(x for s in shards for x in s.lines))
