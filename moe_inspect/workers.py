@@ -1,5 +1,5 @@
 """Workers do tasks, several at once: threads or processes of this machine; those of a cluster are
-in `analysis.cluster`. Results come back in the order of their tasks, whoever does them."""
+in `analysis.tasks`. Results come back in the order of their tasks, whoever does them."""
 
 from __future__ import annotations
 

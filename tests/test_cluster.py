@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis import cluster, tasks
+from moe_inspect.analysis import tasks
 from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
@@ -213,10 +213,10 @@ def test_what_goes_wrong_is_said_in_a_line(
     (tmp_path / "damaged" / "routing" / "part-0-0.parquet").unlink()
     with pytest.raises(Damaged, match=r"damaged trace: routing/part-0-0\.parquet"):
         counted(client, damaged)
-    here = cluster.installed()
-    cluster.check_versions({"tcp://w:1": here}, here)
+    here = tasks.installed()
+    tasks.check_versions({"tcp://w:1": here}, here)
     with pytest.raises(MoeInspectError, match=r"tcp://w:1 has moe-inspect 0\.0, this process"):
-        cluster.check_versions({"tcp://w:1": here | {"moe-inspect": "0.0"}}, here)
+        tasks.check_versions({"tcp://w:1": here | {"moe-inspect": "0.0"}}, here)
     for error, said in (
         (
             distributed.scheduler.KilledWorker("part", SimpleNamespace(address="tcp://w:1"), 3),
@@ -224,9 +224,9 @@ def test_what_goes_wrong_is_said_in_a_line(
         ),
         (distributed.client.FutureCancelledError("part", "lost"), "was lost"),
     ):
-        with pytest.raises(MoeInspectError, match=said), cluster.cluster(client, [trace]):
+        with pytest.raises(MoeInspectError, match=said), tasks.cluster(client, [trace]):
             raise error
-    monkeypatch.setattr(cluster, "WAIT_S", 0.1)
+    monkeypatch.setattr(tasks, "WAIT_S", 0.1)
     with (
         distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
         pytest.raises(MoeInspectError, match="has no workers"),

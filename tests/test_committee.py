@@ -159,11 +159,14 @@ def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
         assert stated == pytest.approx(right / 60)
 
 
-def test_a_sample_of_documents_is_the_same_in_any_shards(tmp_path: Path):
+def test_a_sample_of_documents_is_the_same_in_any_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(samples, "DOCUMENTS", 10)
     drawn = []
     for shard_tokens in (100, 500, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
-        drawn.append(samples.document_loads(trace, select(trace), most=10))
+        drawn.append(samples.document_loads(trace, select(trace)))
     assert len(drawn[0].document_S) == 10
     assert len(list(open_trace(tmp_path / "100").shards)) > 10
     for other in drawn[1:]:
@@ -328,11 +331,14 @@ def test_the_interval_of_the_entropy_is_over_documents():
     assert inside >= 50
 
 
-def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path):
+def test_a_sample_of_tokens_is_the_same_in_any_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(samples, "TOKENS", 400)
     drawn = []
     for shard_tokens in (100, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
-        (routes,) = samples.sampled_routes(trace, select(trace), most=400)
+        (routes,) = samples.sampled_routes(trace, select(trace))
         drawn.append(routes)
         assert 320 < len(routes.document_S) < 480
         first = trace.routing(layer=1)["expert_0"].to_numpy()
@@ -341,7 +347,8 @@ def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path):
     for r in range(3):
         assert (drawn[0].first_LS[r] == drawn[1].first_LS[r]).all()
         assert (drawn[0].set_LS[r] == drawn[1].set_LS[r]).all()
-    (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"), most=100)
+    monkeypatch.setattr(samples, "TOKENS", 100)
+    (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"))
     assert set(of_law.document_S % 3) == {0}
     assert 70 < len(of_law.document_S) < 130
 

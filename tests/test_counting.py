@@ -15,7 +15,6 @@ from moe_inspect.analysis.counting import (
     engine,
     kernels_numba,
     kernels_numpy,
-    router_groups,
     token_ids,
 )
 from moe_inspect.analysis.counting.count_shard import count_shard
@@ -289,7 +288,7 @@ def test_shards_threads_and_kernels_change_nothing(
         patch.setattr(engine, "LONG", 0)
         same(count_trace(split, select(split), WANTS, window=100, threads=1), by_numpy)
         same(count_trace(split, select(split), WANTS, window=100, threads=3), by_numpy)
-        patch.setattr(router_groups, "TABLE_BYTES", 1)  # a router at a time
+        patch.setattr(engine, "TABLE_BYTES", 1)  # a router at a time
         narrower = {np.uint32: 2**32, np.uint16: 250, np.uint8: 60}
         patch.setattr(token_ids, "WIDTHS", narrower)
         same(count_trace(split, select(split), WANTS, window=100), by_numpy)

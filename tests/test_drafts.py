@@ -20,7 +20,7 @@ from moe_inspect import merge, open_trace
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.files.atomic import draft_folder_of, draft_of
 from moe_inspect.trace.files.lock import OLD, hold
-from moe_inspect.trace.files.output import output_file
+from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.verify import verify
 from tests.synthetic import uniform_ids, write_trace
 from tests.test_layout import modules
@@ -55,9 +55,9 @@ IN_PLACE = {
     ("trace.files.lock", "_hold_object"): "an object appears whole",
     ("trace.output_dir", "check_directory"): "an empty object, removed at once",
     ("trace.output_dir", "_withdraw_manifest"): "removes a manifest",
-    ("trace.writer.draft", "_put"): "sets the old trace aside",
-    ("trace.writer.upload", "_write"): "an object appears whole",
-    ("trace.writer.upload", "_take_back"): "an object appears whole",
+    ("trace.writer.whole", "_put"): "sets the old trace aside",
+    ("trace.writer.whole", "_write"): "an object appears whole",
+    ("trace.writer.whole", "_take_back"): "an object appears whole",
     ("interventions.ablation", "_open"): "the line is the commit",
     ("interventions.pruning.checkpoint", "flush"): "in a draft",
     ("interventions.pruning.checkpoint", "_write_json"): "in a draft",

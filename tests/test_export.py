@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis.ablated import losses_without
+from moe_inspect.analysis.scores import losses_without
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
 from moe_inspect.exporters.registry import exporters

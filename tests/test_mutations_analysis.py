@@ -30,9 +30,9 @@ from moe_inspect.reporting.verdict import chance as verdict_chance
 from moe_inspect.reporting.verdict import experts as verdict_experts
 from moe_inspect.reporting.verdict import specialization as verdict_routing
 from moe_inspect.trace import (
-    json_schema,
     output_dir,
     parts,
+    schema,
     shard,
     shard_list,
     slot_order,
@@ -123,7 +123,7 @@ MUTATIONS = {
     "signature: pairs are two cases": (signature, "S / (1 + mutual)", "S", by(test_committee.test_the_interval_of_the_accuracy_holds_what_other_documents_give)),
     "paths: a group is left out by halves": (paths, "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "paths: groups split documents": (paths, "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
-    "samples: drawn by the place in a shard": (samples, "np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, share_of[stack]))", "np.flatnonzero(_drawn(seen.number_T, share_of[stack]))", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
+    "samples: drawn by the place in a shard": (samples, "mixed(shard.files.first_token + seen.number_T)", "mixed(seen.number_T)", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
     "weights: experts in reverse": (routed_weights, "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by(test_describe_weights.test_every_family_is_found_and_measured, "gpt_oss")),
     "weights: the mean square, not its root": (measure, "/ np.sqrt(count_E * square_E), np", "/ (count_E * square_E), np", by(test_describe_weights.test_every_family_is_found_and_measured, "olmoe")),
     "weights: bf16 by half": (stored, "<< 16", "<< 15", by(test_describe_weights.test_bf16_fp16_and_several_files_in_pieces)),
@@ -157,7 +157,7 @@ MUTATIONS = {
     "ties: the rank before": (kernels_numpy, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
     "merged: the last part alone": (router_counts, "mine[self.theirs] += theirs", "mine[self.theirs] = theirs", merging),
     "merged: passes of one part": (router_counts, "before + n, sum_before + vio", "n, vio", merging),
-    "an encoder's tokens are the decoder's": (count_shard, '(phase == PHASES[2]) == (stack == "encoder")', '(phase == PHASES[2]) != (stack == "encoder")', two_stacks),
+    "an encoder's tokens are the decoder's": (schema, '(stack == "encoder") == (phase == "encode")', '(stack == "encoder") != (phase == "encode")', two_stacks),
     # writer
     "slots stay as they came": (tables, "experts_KT = np.take_along_axis(experts_KT, order_KT, 0)", "pass", written_in_order),
     "weights stay where they were": (tables, "values_KT = np.take_along_axis(values_KT, order_KT, 0)", "pass", written_in_order),
@@ -186,10 +186,10 @@ MUTATIONS = {
     "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (shard_list, 'data[: data.rfind(b"\\n") + 1]', 'data if data.endswith(b"\\n") else data + b"\\n"', resumed),
     "half a shard is taken": (shard_list, "if set(shard.paths) != tables:", "if False:", resumed),
-    "paths lead elsewhere": (json_schema, "if isinstance(value, str) and find(value) is None:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
-    "numbers out of range are taken": (json_schema, "if type(value) is int and not least <= value <= most:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
-    "keys of a router that there are not": (json_schema, "elif closed:", "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),
-    "true is a number": (json_schema, "if type(value) not in kinds:", "if not isinstance(value, tuple(kinds)):", by(test_trace_format.test_a_value_that_looks_like_another_is_refused, "trace_json", ("routers", 0, "top_k"), True)),
+    "paths lead elsewhere": (validate, "if isinstance(value, str) and find(value) is None:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
+    "numbers out of range are taken": (validate, "if type(value) is int and not least <= value <= most:", "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
+    "keys of a router that there are not": (validate, "elif closed:", "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),
+    "true is a number": (validate, "if type(value) not in kinds:", "if not isinstance(value, tuple(kinds)):", by(test_trace_format.test_a_value_that_looks_like_another_is_refused, "trace_json", ("routers", 0, "top_k"), True)),
     "paths of another rank": (validate, 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path of another rank")),
     "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
     "any expert is taken": (shard, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),

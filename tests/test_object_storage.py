@@ -25,7 +25,7 @@ from moe_inspect.trace.output_dir import check_directory, contents
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from moe_inspect.trace.writer.upload import _Upload, upload
+from moe_inspect.trace.writer.whole import _Upload, upload
 from tests.synthetic import routers, uniform_ids, write_trace
 
 fsspec = pytest.importorskip("fsspec")

@@ -18,7 +18,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import json_schema, parts, schema
+from moe_inspect.trace import parts, schema, validate
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
@@ -190,12 +190,12 @@ def keys_of(one: dict[str, Any], root: dict[str, Any], before: str = "") -> dict
 )
 def test_the_pages_keys_are_those_of_the_schema(title: str, name: str) -> None:
     found = {cells[0].strip("`"): cells[2] == "yes" for cells in rows(title)}
-    read = json_schema.read_schema(name)
+    read = validate.read_schema(name)
     assert found == keys_of(read, read)
 
 
 def test_a_router_has_the_keys_of_the_schema() -> None:
-    stated = json_schema.read_schema("trace_json")["$defs"]["router"]
+    stated = validate.read_schema("trace_json")["$defs"]["router"]
     assert set(stated["properties"]) == set(Router.__dataclass_fields__)
     assert stated["properties"]["slot_order"]["enum"] == ["", "weight", "unknown"]
 
@@ -215,10 +215,10 @@ def test_the_schemas_know_every_key_that_is_written(tmp_path: Path) -> None:
     imported = moe_inspect.import_trace("counts", [tmp_path / "c.csv"], tmp_path / "imported")
     assert imported.counts_only
     for root in [*SAMPLES, tmp_path / "imported"]:
-        assert unknown_keys(read_manifest(root), json_schema.read_schema("trace_json")) == []
+        assert unknown_keys(read_manifest(root), validate.read_schema("trace_json")) == []
         for path in root.glob("shards-*.jsonl"):
             for line in path.read_text().splitlines():
-                assert unknown_keys(json.loads(line), json_schema.read_schema("shard_line")) == []
+                assert unknown_keys(json.loads(line), validate.read_schema("shard_line")) == []
 
 
 # --- the check
@@ -279,7 +279,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
     """The reference implementation and ours accept and refuse the same, but 2.0, an integer
     to JSON Schema."""
     jsonschema = pytest.importorskip("jsonschema")
-    stated = json_schema.read_schema(name)
+    stated = validate.read_schema(name)
     jsonschema.Draft202012Validator.check_schema(stated)
     reference = jsonschema.Draft202012Validator(stated)
     if name == "trace_json":
@@ -293,7 +293,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
         if re.search(r"\b2\.0\b", json.dumps(made)):
             continue
         try:
-            json_schema.checker(name)(made)
+            validate.checker(name)(made)
             said = None
         except ValueError as error:
             said = str(error)
@@ -322,15 +322,15 @@ def test_a_value_that_looks_like_another_is_refused(
     right = read_manifest(SAMPLES[0])
     if name == "shard_line":
         right = json.loads((SAMPLES[0] / "shards-0.jsonl").read_text().splitlines()[0])
-    json_schema.checker(name)(right)
+    validate.checker(name)(right)
     at: Any = right
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = value
     with pytest.raises(ValueError, match=re.escape(str(path[-1]))):
-        json_schema.checker(name)(right)
+        validate.checker(name)(right)
 
 
 def test_a_keyword_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="multipleOf"):
-        json_schema.compiled({"multipleOf": 2})
+        validate.compiled({"multipleOf": 2})

@@ -64,7 +64,7 @@ def emit(frame: pd.DataFrame, form: Format, output: Path | None, safe_csv: bool 
         with to_stdout():
             write(frame, sys.stdout.buffer)
         return
-    from moe_inspect.trace.files.output import output_file
+    from moe_inspect.trace.output_dir import output_file
 
     with output_file(output) as draft, open(draft, "wb") as file:
         write(frame, file)
@@ -77,7 +77,7 @@ def text_to(output: Path | None) -> Iterator[TextIO]:
         with to_stdout():
             yield sys.stdout
         return
-    from moe_inspect.trace.files.output import output_file
+    from moe_inspect.trace.output_dir import output_file
 
     with output_file(output) as draft, open(draft, "w", encoding="utf-8") as file:
         yield file

@@ -32,7 +32,7 @@ def _workers(
     if scheduler is None:
         yield workers or default_workers(sources)
         return
-    from moe_inspect.analysis.cluster import cluster
+    from moe_inspect.analysis.tasks import cluster
 
     with cluster(scheduler, []) as at:
         yield at

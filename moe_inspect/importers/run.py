@@ -29,7 +29,7 @@ from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
-from moe_inspect.trace.writer.draft import whole_trace
+from moe_inspect.trace.writer.whole import whole_trace
 from moe_inspect.workers import Workers
 
 WORTH_BYTES = 2**26  # of files, from which on more processes are started to parse them

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.atomic import sync_directory
+from moe_inspect.trace.files.atomic import draft_of, sync_directory
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import (
     LOCK,
@@ -256,3 +257,23 @@ def _readable_manifest(path: Path | Remote) -> dict[str, Any] | None:
         return read_manifest(path)
     except MoeInspectError:  # damaged or of another format: no process is writing it
         return None
+
+
+@contextmanager
+def output_file(path: str | Path) -> Iterator[Path]:
+    """A draft of a file (see `draft_of`). MoeInspectError where it would be within a trace, or
+    cannot be written."""
+    path = Path(path)
+    with writing(path):
+        refuse_within_trace(path)
+        with draft_of(path) as draft:
+            yield draft
+
+
+def output_folder(path: str | Path) -> Path:
+    """A folder for such files, made where there is none."""
+    path = Path(path)
+    with writing(path):
+        refuse_within_trace(path)
+        path.mkdir(parents=True, exist_ok=True)
+    return path

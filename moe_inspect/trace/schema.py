@@ -69,9 +69,14 @@ class Router:
         return self.slot_order == "weight"
 
     def sees(self, phase: str) -> bool:
-        """Whether tokens of this phase reach the router: the encoder's see those of "encode", the
-        decoder's the others."""
-        return not self.stack or (self.stack == "encoder") == (phase == "encode")
+        """Whether tokens of this phase reach the router."""
+        return sees(self.stack, phase)
+
+
+def sees(stack: str, phase: str) -> bool:
+    """Whether tokens of this phase reach the routers of a stack: the encoder's see those of
+    "encode", the decoder's the others."""
+    return not stack or (stack == "encoder") == (phase == "encode")
 
 
 class Extra(NamedTuple):

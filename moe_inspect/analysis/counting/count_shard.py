@@ -10,7 +10,7 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts,
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import DROPPED, PHASES
+from moe_inspect.trace.schema import DROPPED, sees
 from moe_inspect.trace.shard import Shard, codes
 
 NEEDS_WEIGHTS = frozenset({"load", "esft", "weights", "worth"})
@@ -47,6 +47,7 @@ class SelectedTokens:
     of a router's R decisions are theirs, None where all are; the other arrays are of the tokens
     kept, in token order."""
 
+    stack: str
     keep_R: np.ndarray | None
     rows: int
     number_T: np.ndarray
@@ -81,56 +82,42 @@ def selected_tokens(
 ) -> SelectedTokens:
     """Reads the tokens table of a shard and drops what the selection leaves out or the stack's
     routers do not see."""
-    names = ["token_id", "document", "batch", "domain"] + (
-        ["phase"] if selection.phase or stack else []
-    )
+    names = ["token_id", "document", "batch", "domain"]
+    names += ["phase"] if selection.phase or stack else []
     table = shard.tokens(names + (["sequence", "position"] if order else []))
     code_T, domains = codes(table["domain"])
-    labels = {domains[d] for d in np.flatnonzero(np.bincount(code_T))}
-    keep_T = seen_T = None
+    keep_T = seen_T = np.ones(len(table), bool)
     if selection.domains is not None:
-        keep_T = np.isin(
-            code_T, [d for d, domain in enumerate(domains) if domain in selection.domains]
-        )
+        keep_T = _those(domains, selection.domains)[code_T]
     if "phase" in names:
         phase_T, phases = codes(table["phase"])
-        if stack:
-            seen_T = np.isin(
-                phase_T,
-                [
-                    p
-                    for p, phase in enumerate(phases)
-                    if (phase == PHASES[2]) == (stack == "encoder")
-                ],
-            )
+        seen_T = np.array([sees(stack, phase) for phase in phases], bool)[phase_T]
         if selection.phase:
-            match_T = np.isin(
-                phase_T, [p for p, phase in enumerate(phases) if phase == selection.phase]
-            )
-            keep_T = match_T if keep_T is None else keep_T & match_T
-    rows = len(table) if seen_T is None else int(seen_T.sum())
-    keep_R = keep_T if seen_T is None or keep_T is None else keep_T[seen_T]
-    taken_T = keep_T if seen_T is None else seen_T if keep_T is None else seen_T & keep_T
+            keep_T = keep_T & _those(phases, {selection.phase})[phase_T]
+    taken_T, keep_R = keep_T & seen_T, keep_T[seen_T]
 
-    def taken(values: np.ndarray) -> np.ndarray:
-        return values if taken_T is None else values[taken_T]
+    def taken(name: str) -> np.ndarray:
+        return table[name].to_numpy()[taken_T]
 
-    sequence_T, position_T = (
-        taken(table[n].to_numpy()) if order else None for n in ("sequence", "position")
-    )
     return SelectedTokens(
-        keep_R,
-        rows,
-        taken(np.arange(len(table))),
-        taken(code_T),
+        stack,
+        None if keep_R.all() else keep_R,
+        len(keep_R),
+        np.flatnonzero(taken_T),
+        code_T[taken_T],
         domains,
-        taken(table["document"].to_numpy()),
-        taken(table["token_id"].to_numpy()),
-        taken(table["batch"].to_numpy()),
-        sequence_T,
-        position_T,
-        labels,
+        taken("document"),
+        taken("token_id"),
+        taken("batch"),
+        taken("sequence") if order else None,
+        taken("position") if order else None,
+        {domains[d] for d in np.flatnonzero(np.bincount(code_T))},
     )
+
+
+def _those(labels: list[str], wanted: Container[str]) -> np.ndarray:
+    """Which of the labels are wanted. bool"""
+    return np.array([label in wanted for label in labels], bool)
 
 
 @dataclass(frozen=True)
@@ -326,24 +313,22 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     part.units = [(domain, 0) for domain in part.domains]
     row_of = {d: row for row, d in enumerate(kept)}
     router, expert = table["router"].to_numpy(), table["expert"].to_numpy()
-    weighted, ranked = "weight_sum" in table.column_names, table["first_choice"].null_count == 0
+    names = ["assignments", *(["first_choice"] if table["first_choice"].null_count == 0 else [])]
+    names += ["weight_sum"] if "weight_sum" in table.column_names else []
+    values = {name: table[name].to_numpy() for name in names}
     for r in selection.routers:
         E = part.routers[r].experts
         mine = (router == r) & np.isin(code, kept)
         cell = np.array([row_of[d] for d in code[mine]], np.int64) * E + expert[mine]
-
-        def summed(
-            name: str, mine: np.ndarray = mine, cell: np.ndarray = cell, E: int = E
-        ) -> np.ndarray:
-            return np.bincount(cell, table[name].to_numpy()[mine], len(kept) * E).reshape(
-                len(kept), E
-            )
-
-        assignments_DE = summed("assignments").astype(np.int64)
-        first_choice_DE = summed("first_choice").astype(np.int64) if ranked else None
-        known_DE = first_choice_DE if part.routers[r].first_choice_known else None
+        sums = {
+            name: np.bincount(cell, of[mine], len(kept) * E).reshape(len(kept), E)
+            for name, of in values.items()
+        }
+        first_choice_DE = sums["first_choice"].astype(np.int64) if "first_choice" in sums else None
         part.of[r] = RouterCounts(
-            assignments_DE, known_DE, summed("weight_sum") if weighted else None
+            sums["assignments"].astype(np.int64),
+            first_choice_DE if part.routers[r].first_choice_known else None,
+            sums.get("weight_sum"),
         )
     tokens_SD = _tokens_counted(shard, table, code, len(domains))
     part.tokens_U = np.sum([tokens_D[kept] for tokens_D in tokens_SD.values()], axis=0)
@@ -390,6 +375,4 @@ def _documents(shard: Shard, selection: Selection) -> int:
     if selection.domains is None:
         return shard.files.rows["documents"]
     code, domains = codes(shard.table("documents", ["domain"])["domain"])
-    return int(
-        np.isin(code, [d for d, domain in enumerate(domains) if domain in selection.domains]).sum()
-    )
+    return int(_those(domains, selection.domains)[code].sum())

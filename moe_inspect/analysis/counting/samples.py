@@ -13,9 +13,10 @@ of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import chain
+from typing import cast
 
 import numpy as np
 
@@ -35,6 +36,9 @@ CHOICES = 2**23  # of tokens × routers, 12 bytes each
 SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 
+Columns = dict[str, np.ndarray]
+Labels = dict[str, list[str]]
+
 # --- documents
 
 
@@ -49,10 +53,10 @@ class DocumentLoads:
     load_SE: dict[int, np.ndarray]
 
 
-def document_loads(trace: Trace, selection: Selection, most: int = DOCUMENTS) -> DocumentLoads:
-    """`most`: documents of the sample; fewer where the model has very many experts."""
+def document_loads(trace: Trace, selection: Selection) -> DocumentLoads:
+    """Of at most DOCUMENTS documents, fewer where the model has very many experts."""
     cells = sum(trace.routers[r].experts for r in selection.routers)
-    document_S, domain_S, domains = _documents(trace, selection, min(most, LOADS // cells))
+    document_S, domain_S, domains = _documents(trace, selection, min(DOCUMENTS, LOADS // cells))
     load_SE = {
         r: np.zeros((len(document_S), trace.routers[r].experts), np.int32)
         for r in selection.routers
@@ -125,56 +129,31 @@ class Routes:
     domain_S: np.ndarray
 
 
-def sampled_routes(trace: Trace, selection: Selection, most: int = TOKENS) -> list[Routes]:
-    """Of each stack. `most`: tokens of the sample, about; fewer where the model has very many
-    routers."""
-    stack_of = {r: trace.routers[r].stack for r in selection.routers}
-    share_of = _shares(trace, selection, min(most, CHOICES // len(stack_of)))
-    first = {r: list[np.ndarray]() for r in stack_of}
-    sets = {r: list[np.ndarray]() for r in stack_of}
-    places = {stack: list[tuple[np.ndarray, np.ndarray]]() for stack in share_of}
-    labels = dict[str, int]()
-    for parts in by_shard(trace, "reading routes", _routes_of, selection, share_of):
-        for stack, document_S, domain_S, domains, slots_of in parts:
-            code = np.array([labels.setdefault(domain, len(labels)) for domain in domains])
-            places[stack].append((document_S, code[domain_S]))
-            for r, (first_S, set_S) in slots_of.items():
-                first[r].append(first_S)
-                sets[r].append(set_S)
+def sampled_routes(trace: Trace, selection: Selection) -> list[Routes]:
+    """Of each stack: about TOKENS tokens, fewer where the model has very many routers."""
+    most = min(TOKENS, CHOICES // len(selection.routers))
     return [
         Routes(
-            routers := tuple(r for r in stack_of if stack_of[r] == stack),
+            tuple(found.of_router),
             [
-                # gives back the parts of each router in turn
-                np.concatenate(first.pop(r)) if trace.routers[r].first_choice_known else None
-                for r in routers
+                first_S if trace.routers[r].first_choice_known else None
+                for r, (first_S, _) in found.of_router.items()
             ],
-            [np.concatenate(sets.pop(r)) for r in routers],
-            *(np.concatenate(values) for values in zip(*found, strict=True)),
+            [set_S for _, set_S in found.of_router.values()],
+            **found.columns,
         )
-        for stack, found in places.items()
-        if found
+        for found in _sampled(trace, selection, "reading routes", most, _places_of, _routes_of)
     ]
 
 
-def _routes_of(
-    shard: Shard, selection: Selection, share_of: dict[str, float]
-) -> list[tuple[str, np.ndarray, np.ndarray, list[str], dict[int, tuple[np.ndarray, np.ndarray]]]]:
-    """By stack: document and domain of the sample's tokens in a shard, the domains, and by router
-    the first choice and the hash of the set of each."""
-    found = list[Any]()
-    for seen, routers in _by_stack(shard, selection):
-        stack = shard.trace.routers[routers[0]].stack
-        at_N = np.flatnonzero(_drawn(shard.files.first_token + seen.number_T, share_of[stack]))
-        slots_of = dict[int, tuple[np.ndarray, np.ndarray]]()
-        for r in routers:
-            slots = _of(at_N, seen.of(shard.slots(r), r))
-            # of an expert; the last where a slot routed nowhere
-            hash_E = mixed(np.arange(shard.trace.routers[r].experts + 1))
-            set_N = np.sum([hash_E.take(slot_N) for slot_N in slots], axis=0)
-            slots_of[r] = slots[0].astype(np.uint16), set_N
-        found.append((stack, seen.document_T[at_N], seen.domain_T[at_N], seen.domains, slots_of))
-    return found
+def _places_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
+    return {"document_S": seen.document_T, "domain_S": seen.domain_T}, {"domain_S": seen.domains}
+
+
+def _routes_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
+    """The first choice and the hash of the set of each token."""
+    hash_E = mixed(np.arange(E + 1))  # the last where a slot routed nowhere
+    return slots[0].astype(np.uint16), np.sum([hash_E.take(ids) for ids in slots], axis=0)
 
 
 @dataclass(frozen=True)
@@ -198,80 +177,106 @@ class TokenLosses:
 def sampled_losses(trace: Trace, selection: Selection) -> list[TokenLosses]:
     """Of each stack, for a trace that has losses (`TraceHeader.has_loss`): about TOKENS tokens,
     fewer where the model has very many slots."""
-    stack_of = {r: trace.routers[r].stack for r in selection.routers}
-    slots_of_all = sum(trace.routers[r].top_k for r in selection.routers)
-    share_of = _shares(trace, selection, min(TOKENS, SLOTS // slots_of_all))
-    domains, phases = dict[str, int](), dict[str, int]()
-    columns = {stack: [list[np.ndarray]() for _ in range(6)] for stack in share_of}
-    slots = {r: list[kernels_numpy.Slots]() for r in stack_of}
-    for parts in by_shard(trace, "reading losses", _losses_of, selection, share_of):
-        for stack, of_tokens, labels, names, slots_of in parts:
-            *others, domain_S, phase_S = of_tokens
-            domain = np.array([domains.setdefault(label, len(domains)) for label in labels])
-            phase = np.array([phases.setdefault(name, len(phases)) for name in names])
-            of_tokens = *others, domain[domain_S], phase[phase_S]
-            for column, values_S in zip(columns[stack], of_tokens, strict=True):
-                column.append(values_S)
-            for r, of in slots_of.items():
-                slots[r].append(of)
-    made: list[TokenLosses] = []
-    for stack, parts in columns.items():
-        routers = tuple(r for r in stack_of if stack_of[r] == stack)
-        if not parts[0]:
-            continue
-        loss_S, entropy_S, *others = (np.concatenate(column) for column in parts)
-        token_id_S, document_S, domain_S, phase_S = others
-        of = {
-            r: tuple(np.concatenate(column) for column in zip(*slots[r], strict=True))
-            for r in routers
-        }
-        made.append(
-            TokenLosses(
-                routers,
-                loss_S,
-                entropy_S,
-                token_id_S,
-                document_S,
-                domain_S,
-                phase_S,
-                list(domains),
-                list(phases),
-                of,
-            )
+    most = min(TOKENS, SLOTS // sum(trace.routers[r].top_k for r in selection.routers))
+    return [
+        TokenLosses(
+            tuple(found.of_router),
+            **found.columns,
+            domains=found.labels["domain_S"],
+            phases=found.labels["phase_S"],
+            slots=found.of_router,
         )
-    return made
+        for found in _sampled(trace, selection, "reading losses", most, _losses_of, _experts_of)
+    ]
 
 
-def _losses_of(
-    shard: Shard, selection: Selection, share_of: dict[str, float]
-) -> list[tuple[str, tuple[np.ndarray, ...], list[str], list[str], dict[int, kernels_numpy.Slots]]]:
-    """By stack: loss, entropy, token id, document, domain and phase of the sample's tokens in a
-    shard, the domains, the phases, and by router the experts of each."""
-    found = list[Any]()
+def _losses_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
+    table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
+    loss_T, entropy_T = (
+        cast("np.ndarray", table[name].to_numpy())[seen.number_T].astype(np.float64)
+        for name in ("loss_nats", "entropy_nats")
+    )
+    phase_T, phases = codes(table["phase"])
+    columns, labels = _places_of(shard, seen)
+    columns |= {"loss_S": loss_T, "entropy_S": entropy_T, "token_id_S": seen.token_id_T}
+    return columns | {"phase_S": phase_T[seen.number_T]}, labels | {"phase_S": phases}
+
+
+def _experts_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
+    return tuple(slot_S.astype(np.uint16) for slot_S in slots)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of the sample that the routers of a stack see. `columns`: arrays [S] by name; those in
+    `labels` are indices into these. of_router: what is read of the slots of each."""
+
+    stack: str
+    columns: Columns
+    labels: Labels
+    of_router: dict[int, tuple[np.ndarray, ...]]
+
+
+def _sampled(
+    trace: Trace,
+    selection: Selection,
+    name: str,
+    most: int,
+    columns_of: Callable[[Shard, SelectedTokens], tuple[Columns, Labels]],
+    slots_of: Callable[[kernels_numpy.Slots, int], tuple[np.ndarray, ...]],
+) -> list[Sample]:
+    """About `most` tokens of each stack. `name`: of the phase of reading. `columns_of`: of all
+    tokens of a shard; those whose loss is not known are left out."""
+    share_of = _shares(trace, selection, most)
+    found: dict[str, list[Sample]] = {stack: [] for stack in share_of}
+    labels = dict[str, dict[str, int]]()
+    asked = selection, share_of, columns_of, slots_of
+    for part in chain.from_iterable(by_shard(trace, name, _samples_of, *asked)):
+        for column, mine in part.labels.items():
+            known = labels.setdefault(column, {})
+            code = np.array([known.setdefault(label, len(known)) for label in mine])
+            part.columns[column] = code[part.columns[column]]
+        found[part.stack].append(part)
+    return [
+        Sample(
+            stack,
+            {column: np.concatenate([p.columns[column] for p in parts]) for column in names},
+            {column: list(known) for column, known in labels.items()},
+            {
+                # gives back the parts of each router in turn
+                r: tuple(
+                    map(np.concatenate, zip(*(p.of_router.pop(r) for p in parts), strict=True))
+                )
+                for r in [*parts[0].of_router]
+            },
+        )
+        for stack, parts in found.items()
+        for names in [part.columns for part in parts[:1]]
+    ]
+
+
+def _samples_of(
+    shard: Shard,
+    selection: Selection,
+    share_of: dict[str, float],
+    columns_of: Callable[[Shard, SelectedTokens], tuple[Columns, Labels]],
+    slots_of: Callable[[kernels_numpy.Slots, int], tuple[np.ndarray, ...]],
+) -> list[Sample]:
+    """Of a shard, by stack."""
+    found = list[Sample]()
     for seen, routers in _by_stack(shard, selection):
-        stack = shard.trace.routers[routers[0]].stack
-        table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
-        loss_T, entropy_T = (
-            cast("np.ndarray", table[name].to_numpy())[seen.number_T].astype(np.float64)
-            for name in ("loss_nats", "entropy_nats")
-        )
-        phase_T, names = codes(table["phase"])
-        drawn_T = _drawn(shard.files.first_token + seen.number_T, share_of[stack])
-        at_N = np.flatnonzero(drawn_T & np.isfinite(loss_T))
-        of_tokens = (
-            loss_T,
-            entropy_T,
-            seen.token_id_T,
-            seen.document_T,
-            seen.domain_T,
-            phase_T[seen.number_T],
-        )
-        slots_of = {
-            r: tuple(slot_S.astype(np.uint16) for slot_S in _of(at_N, seen.of(shard.slots(r), r)))
+        columns, labels = columns_of(shard, seen)
+        hash_T = mixed(shard.files.first_token + seen.number_T)
+        drawn_T = (hash_T >> np.uint64(11)) < np.uint64(share_of[seen.stack] * 2**53)
+        if "loss_S" in columns:
+            drawn_T &= np.isfinite(columns["loss_S"])
+        at_N = np.flatnonzero(drawn_T)
+        of_router = {
+            r: slots_of(_of(at_N, seen.of(shard.slots(r), r)), shard.trace.routers[r].experts)
             for r in routers
         }
-        of_sample = tuple(values_T[at_N] for values_T in of_tokens)
-        found.append((stack, of_sample, seen.domains, names, slots_of))
+        columns = {name: values_T[at_N] for name, values_T in columns.items()}
+        found.append(Sample(seen.stack, columns, labels, of_router))
     return found
 
 
@@ -287,10 +292,6 @@ def _shares(trace: Trace, selection: Selection, most: int) -> dict[str, float]:
 
 def _sizes(shard: Shard, selection: Selection, stacks: list[str]) -> dict[str, int]:
     return {stack: len(selected_tokens(shard, selection, stack).number_T) for stack in stacks}
-
-
-def _drawn(token_T: np.ndarray, share: float) -> np.ndarray:
-    return (mixed(token_T) >> np.uint64(11)) < np.uint64(share * 2**53)
 
 
 # --- both

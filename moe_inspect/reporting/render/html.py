@@ -27,7 +27,7 @@ from moe_inspect.reporting.charts.spec import PALETTE, Chart
 from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural, readable
-from moe_inspect.trace.files.output import output_file
+from moe_inspect.trace.output_dir import output_file
 
 if TYPE_CHECKING:
     import pandas as pd

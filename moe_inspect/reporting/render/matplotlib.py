@@ -38,7 +38,7 @@ from moe_inspect.reporting.render.marks import (
     vertical_range,
     write_cells,
 )
-from moe_inspect.trace.files.output import output_file, output_folder
+from moe_inspect.trace.output_dir import output_file, output_folder
 
 DPI = 200
 WIDTH = 9.8  # of a picture, where no other is asked for

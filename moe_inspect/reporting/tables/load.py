@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.inputs import INPUTS, values_of
+from moe_inspect.analysis.counting.counts import INPUTS, Counts, values_of
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp

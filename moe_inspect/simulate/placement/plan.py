@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.result import Simulation
-from moe_inspect.trace.files.output import output_file
+from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 

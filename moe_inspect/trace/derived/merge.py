@@ -31,7 +31,7 @@ from moe_inspect.trace.manifest import holds_samples, write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import Verification
-from moe_inspect.trace.writer.draft import whole_trace
+from moe_inspect.trace.writer.whole import whole_trace
 
 # entries of a config that say how the weights are run or who wrote the file, not what the model is
 OF_A_RUN = {

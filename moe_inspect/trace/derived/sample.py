@@ -28,7 +28,7 @@ from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import Verification, verify
-from moe_inspect.trace.writer.draft import whole_trace
+from moe_inspect.trace.writer.whole import whole_trace
 
 
 def sample(

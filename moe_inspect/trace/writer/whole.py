@@ -1,16 +1,22 @@
-"""Puts a finished trace of this machine on object storage, where nothing is renamed: its manifest
-is the commit. Of a trace that is replaced everything stays until then, and is deleted last.
+"""A trace that is there whole or not at all: written in a temporary directory beside the output,
+which is renamed when it is complete.
 
-The new one's objects have names that the old one does not use, but for the lists of shards. These
-hold the lines of both meanwhile: a line counts for the manifest that states the same `generation`.
-Whenever it is stopped, readers find the old trace or the new one."""
+One for object storage, where nothing is renamed, is written on this machine and then uploaded: its
+manifest is the commit. Of a trace that is replaced everything stays until then, and is deleted
+last. The new one's objects have names that the old one does not use, but for the lists of shards.
+These hold the lines of both meanwhile: a line counts for the manifest that states the same
+`generation`. Whenever it is stopped, readers find the old trace or the new one."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import secrets
+from collections.abc import Generator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +24,65 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.atomic import draft_folder_of, put_folder
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import LOCK, Lock, hold
+from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
 from moe_inspect.trace.manifest import manifest_bytes, read_manifest
 from moe_inspect.trace.output_dir import OVERWRITTEN, check_directory, clear_trace, contents
+
+
+@contextlib.contextmanager
+def whole_trace(out: Path | Remote, overwrite: bool, nothing: str) -> Generator[tuple[Path, Lock]]:
+    """A temporary directory, and its lock. On success it becomes `out`, where a trace is replaced
+    with `overwrite`; on an exception it is removed. `nothing` ends the message where the disk
+    fails: "nothing was imported"."""
+    put = partial(_put, overwrite=overwrite)
+    if isinstance(out, Remote):
+        put = partial(upload, out=out, overwrite=overwrite)
+    with draft_folder_of(out, put, _remove) as (draft, lock), _told(out, nothing):
+        yield draft, lock
+    for old in left_of(followed(out), OLD) if isinstance(out, Path) else ():
+        try:
+            _remove(old)
+        except (OSError, MoeInspectError) as error:  # the next one tries again
+            print_stderr(f"warning: the old trace stays at {old}: {first_line(error)}")
+
+
+@contextlib.contextmanager
+def _told(out: Path | Remote, nothing: str) -> Generator[None]:
+    """Where the disk or the network fails, the message says so and ends with `nothing`."""
+    try:
+        yield
+    except (OSError, MoeInspectError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        # the message of the writer suggests --resume, which there is not here
+        if isinstance(cause, OSError):
+            raise MoeInspectError(f"cannot write {out}: {first_line(cause)}; {nothing}") from None
+        raise
+
+
+def _put(draft: Path, target: Path, overwrite: bool) -> None:
+    """Puts a finished trace at `target`, and sets aside what is there. On an exception that is
+    there again; after a kill `settle` puts it back."""
+    aside = draft.with_suffix(OLD)
+    with hold(target) as lock:
+        check_directory(target, overwrite, resumable=False, locked=True)
+        os.rename(target, aside)
+        lock.root = aside
+        try:
+            put_folder(draft, target)
+        except BaseException:
+            os.rename(aside, target)
+            lock.root = target
+            raise
+
+
+def _remove(draft: Path) -> None:
+    """Removes the directory of a trace, its lock file too; nothing where it has other files."""
+    clear_trace(draft)
+    (draft / LOCK).unlink(missing_ok=True)
+    draft.rmdir()
+
 
 NUMBER = re.compile(r"(?<=-)\d+(?=\.parquet$)")  # of a part
 
