@@ -6,6 +6,9 @@ Two ways to cut a pass: by shards, or, where one shard needs what came of those 
 routers.
 """
 
+# distributed has no types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json
@@ -35,7 +38,6 @@ def workers(*traces: Trace, threads: int = 1) -> AbstractContextManager[Workers]
     scheduler = next((t.scheduler for t in traces if t.scheduler is not None), None)
     if scheduler is None:
         return nullcontext(Threads(threads))
-
     return cluster(scheduler, traces)
 
 
@@ -127,6 +129,9 @@ def by_router(
 
 WAIT_S = 10  # for the scheduler to answer, and for its first worker
 ALIKE = ("moe-inspect", "numpy")  # what must be of the same version everywhere
+
+
+# --- the workers of a cluster, who see the traces at the same path
 
 
 @contextmanager

@@ -1,13 +1,18 @@
-"""The functions of counting.py compiled by numba, for traces long enough to be worth loading it:
+"""The functions of kernels_numpy compiled by numba, for traces long enough to be worth loading it:
 same names, arguments and results (those with float sums to rounding), an order of magnitude faster,
-without the GIL. Their NumPy references are in counting.py.
+without the GIL.
 
 T tokens, K slots, J slots of the next router, E experts here, N experts of the next router, G runs
-of tokens, U units, B batches, W windows, D domains, X rows. slots: K arrays [T], as they were
-decoded; their number is part of the type, so that the compiler unrolls. A slot that routed nowhere
-holds E, and tables have one more column for it, which is cut off: no branch. What bounds most of
-these is one store a cycle.
+of tokens, U units, B batches, W windows, D domains, X rows, M + 1 frequencies. slots: K arrays [T],
+as they were decoded; their number is part of the type, so that the compiler unrolls. A slot that
+routed nowhere holds E, and tables have one more column for it, which is cut off: no branch. What
+bounds most of these is one store a cycle.
 """
+
+# numba infers the types of what it compiles
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -18,20 +23,6 @@ import numpy as np
 from numba import njit
 
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, Visits
-
-__all__ = [
-    "accumulate",
-    "by_slot",
-    "by_token",
-    "load",
-    "loads",
-    "repetition",
-    "sorted_rows",
-    "srp",
-    "transitions",
-    "weight_confidence",
-    "weight_sum",
-]
 
 ONE = np.uint32(1)
 # bytes; of which the lower address bits say where in the nearest cache something goes
