@@ -23,11 +23,12 @@ class MoeInspectError(Exception):
 
 
 class Damaged(MoeInspectError):
-    """A file of a trace is not as it was written. `file`: its path within the trace."""
+    """A file of a trace is not as it was written. `file`: its path within the trace, where that is
+    not `where`."""
 
-    def __init__(self, where: object, what: str, file: str):
+    def __init__(self, where: object, what: str, file: str = ""):
         super().__init__(f"damaged trace: {where}: {what}")
-        self.where, self.file, self.what = where, file, what
+        self.where, self.file, self.what = where, file or str(where), what
 
     def __reduce__(self) -> tuple[type[Damaged], tuple[object, str, str]]:
         return Damaged, (self.where, self.what, self.file)

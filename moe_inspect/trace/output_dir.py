@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
@@ -248,15 +247,11 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
             f"{path} is {'more than' if is_trace else 'not'} a trace (it holds {named}{more}): "
             "not overwritten"
         )
-    if (manifest := _readable_manifest(path)) is not None:
-        refuse_while_written(path, manifest)
-
-
-def _readable_manifest(path: Path | Remote) -> dict[str, Any] | None:
     try:
-        return read_manifest(path)
+        manifest = read_manifest(path)
     except MoeInspectError:  # damaged or of another format: no process is writing it
-        return None
+        return
+    refuse_while_written(path, manifest)
 
 
 @contextmanager

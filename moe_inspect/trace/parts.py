@@ -54,9 +54,9 @@ def reading(name: str) -> Iterator[None]:
     except Damaged:
         raise
     except FileNotFoundError:
-        raise Damaged(name, "it is missing", name) from None
+        raise Damaged(name, "it is missing") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        raise Damaged(name, first_line(error), name) from None
+        raise Damaged(name, first_line(error)) from None
 
 
 def held(path: Path | Remote, name: str) -> pa.Buffer:
@@ -76,7 +76,7 @@ def open_part(
         opened = _parquet(file)
         rows = opened.metadata.num_rows
         if stated.rows is not None and rows != stated.rows:
-            raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}", name)
+            raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}")
         _check_size(opened, name)
         if text := _plain_labels(opened.schema_arrow, columns):
             opened = _parquet(_source(path), read_dictionary=text)
@@ -124,14 +124,12 @@ def _source(path: Path | Remote | pa.Buffer) -> pa.NativeFile:
 def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
     size = file.size()
     if stated.bytes is not None and size != stated.bytes:
-        raise Damaged(name, f"it has {size:,} bytes, {stated.bytes:,} were written", name)
+        raise Damaged(name, f"it has {size:,} bytes, {stated.bytes:,} were written")
     if stated.sha256 is not None and (size <= SMALL_BYTES or name == schema.VOCABULARY):
         check_sha256(checksums.file_sha256(file), name, stated)
     elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
         raise Damaged(
-            name,
-            "its footer was changed after it was written (its footer_crc32 differs)",
-            name,
+            name, "its footer was changed after it was written (its footer_crc32 differs)"
         )
 
 
@@ -141,7 +139,7 @@ def check_sha256(found: str, name: str, stated: Stated) -> None:
             f"it was changed after it was written: sha256 is {found[:12]}…, "
             f"{str(stated.sha256)[:12]}… was written"
         )
-        raise Damaged(name, said, name)
+        raise Damaged(name, said)
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:
@@ -164,14 +162,13 @@ def _check_size(file: pq.ParquetFile, name: str) -> None:
                 name,
                 f"a row group of it has {group.num_rows:,} rows: at most {most_rows:,} are "
                 "possible",
-                name,
             )
         if not 0 <= group.total_byte_size <= 2 * width * group.num_rows + TEXT_BYTES:
             said = (
                 f"a row group of {group.num_rows:,} rows decompresses to "
                 f"{group.total_byte_size:,} bytes, more than {table} can take"
             )
-            raise Damaged(name, said, name)
+            raise Damaged(name, said)
 
 
 def _width(kind: pa.DataType) -> int:
@@ -186,9 +183,9 @@ def _width(kind: pa.DataType) -> int:
 def _check_columns(found: pa.Schema, name: str, columns: pa.Schema) -> None:
     for field in columns:
         if (at := found.get_field_index(field.name)) < 0:
-            raise Damaged(name, f"it has no column {field.name}", name)
+            raise Damaged(name, f"it has no column {field.name}")
         if not _alike(found.types[at], field.type):
-            raise Damaged(name, f"{field.name} is of {found.types[at]}, not {field.type}", name)
+            raise Damaged(name, f"{field.name} is of {found.types[at]}, not {field.type}")
 
 
 def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
@@ -218,10 +215,10 @@ def read(
             rows = sum(file.metadata.row_group(g).num_rows for g in groups)
         _check_text(table)
     if len(table) != rows:
-        raise Damaged(name, f"{len(table)} rows could be read, it has {rows}", name)
+        raise Damaged(name, f"{len(table)} rows could be read, it has {rows}")
     for title, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count and not nulls and not title.startswith(MAY_BE_NULL):
-            raise Damaged(name, f"{title} is null in {column.null_count:,} rows", name)
+            raise Damaged(name, f"{title} is null in {column.null_count:,} rows")
     return table
 
 
@@ -253,15 +250,14 @@ def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
                 name,
                 f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text: at most "
                 f"{TEXT_BYTES:,} are possible",
-                name,
             )
         for column in schema.VOCABULARY_SCHEMA.names:
             if words[column].null_count:
-                raise Damaged(name, f"{column} is null", name)
+                raise Damaged(name, f"{column} is null")
         ids = words["token_id"].to_numpy()
         if (wrong := ids != np.arange(len(ids))).any():
             row = int(wrong.argmax())
-            raise Damaged(name, f"row {row}: token_id is {ids[row]}, not {row}", name)
+            raise Damaged(name, f"row {row}: token_id is {ids[row]}, not {row}")
         return words.set_column(
             words.column_names.index("token"), "token", words["token"].cast(pa.string())
         ).select(schema.VOCABULARY_SCHEMA.names)

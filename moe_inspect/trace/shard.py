@@ -98,7 +98,7 @@ class Shard:
         return table
 
     def _damaged(self, table: str, what: str) -> Damaged:
-        return Damaged(self.files.paths[table], what, self.files.paths[table])
+        return Damaged(self.files.paths[table], what)
 
     def routing(self, router: int, columns: list[str] | None = None) -> pa.Table:
         """The decisions of one router, in token order: only its row groups are read. Slots are in

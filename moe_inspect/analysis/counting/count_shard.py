@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting import kernels_numpy
-from moe_inspect.analysis.counting.counts import CLUSTERS, Counts
+from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
 from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts, count_router
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
@@ -165,13 +165,8 @@ def kernels(fast: bool) -> Any:
 def prepare_shard(
     shard: Shard, selection: Selection, wants: frozenset[str], windows: Windows | None = None
 ) -> PreparedShard:
-    part = Counts(
-        shard.trace.routers,
-        selection.routers,
-        wants=wants,
-        window_tokens=windows.tokens if windows else 0,
-        first_token_W=np.full(windows.count if windows else 0, -1, np.int64),
-    )
+    sizes = (windows.tokens, windows.count) if windows else (0, 0)
+    part = no_counts(shard.trace.routers, selection.routers, wants, sizes)
     part.documents = _documents(shard, selection)
     prepared = PreparedShard(shard, part, {})
     if shard.trace.counts_only:

@@ -216,14 +216,17 @@ def joined(parts: Iterable[Counts]) -> Counts:
 
 def empty_like(part: Counts) -> Counts:
     """No counts, of the same selection and wants: the neutral element of the addition."""
-    nothing_W = np.full(len(part.first_token_W), -1, np.int64)
-    return Counts(
-        part.routers,
-        part.indices,
-        wants=part.wants,
-        window_tokens=part.window_tokens,
-        first_token_W=nothing_W,
-    )
+    windows = part.window_tokens, len(part.first_token_W)
+    return no_counts(part.routers, part.indices, part.wants, windows)
+
+
+def no_counts(
+    routers: list[Router], indices: tuple[int, ...], wants: frozenset[str], windows: tuple[int, int]
+) -> Counts:
+    """What counts are added to. `windows`: tokens of one, and how many there are."""
+    tokens, W = windows
+    nothing_W = np.full(W, -1, np.int64)
+    return Counts(routers, indices, wants=wants, window_tokens=tokens, first_token_W=nothing_W)
 
 
 def by_domain(values_U: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarray:

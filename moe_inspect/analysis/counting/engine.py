@@ -8,8 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from moe_inspect.analysis.counting.count_shard import (
     PreparedShard,
     Windows,
@@ -18,7 +16,7 @@ from moe_inspect.analysis.counting.count_shard import (
     kernels,
     prepare_shard,
 )
-from moe_inspect.analysis.counting.counts import Counts, empty_like, joined, merge
+from moe_inspect.analysis.counting.counts import Counts, empty_like, joined, merge, no_counts
 from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.counting.token_ids import (
@@ -64,14 +62,8 @@ def count_trace(
     asked = frozenset(wants)
     assert asked <= set(WANTS), f"no such counts: {asked - set(WANTS)}"
     windows = windows_of(trace, selection, window) if "windows" in asked else None
-    nothing_W = np.full(windows.count if windows else 0, -1, np.int64)
-    total = Counts(
-        trace.routers,
-        selection.routers,
-        wants=asked,
-        window_tokens=windows.tokens if windows else 0,
-        first_token_W=nothing_W,
-    )
+    sizes = (windows.tokens, windows.count) if windows else (0, 0)
+    total = no_counts(trace.routers, selection.routers, asked, sizes)
     arguments = (selection, asked, windows, is_long(trace, selection, asked))
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     if not arguments[-1]:

@@ -309,11 +309,11 @@ def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(any_XE, first_XE, by_N, row_N, first_row_N, ids_TK, slots):  # type: ignore[no-untyped-def]
+def _accumulate(any_XE, first_XE, by_N, row_N, ids_TK, slots):  # type: ignore[no-untyped-def]
     for i in range(len(by_N)):
         ids_K, row_E = ids_TK[by_N[i]], any_XE[row_N[i]]
         if first_XE is not None:
-            first_XE[first_row_N[i], np.uint64(ids_K[0])] += ONE
+            first_XE[row_N[i], np.uint64(ids_K[0])] += ONE
         for j in range(len(slots)):
             row_E[np.uint64(ids_K[j])] += ONE
 
@@ -324,7 +324,7 @@ def accumulate(
     """Adds to tables of unsigned integers in place."""
     if len(visits.by_N):
         slots = (0,) * ids_TK.shape[1]  # their number is part of the type
-        _accumulate(any_XE, first_XE, visits.by_N, visits.row_N, visits.first_row_N, ids_TK, slots)
+        _accumulate(any_XE, first_XE, visits.by_N, visits.row_N, ids_TK, slots)
 
 
 BLOCK = 4096  # tokens at a time, whose slots stay in the nearest cache

@@ -147,24 +147,23 @@ def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Visits:
-    """Tokens in the order of their rows in a table: `by_N` which they are, row_N the row of each,
-    first_row_N that in the table of first choices. uint32"""
+    """Tokens in the order of their rows in a table: `by_N` which they are, row_N the row of each.
+    uint32"""
 
     by_N: np.ndarray
     row_N: np.ndarray
-    first_row_N: np.ndarray
 
 
 def accumulate(
     any_XE: np.ndarray, first_XE: np.ndarray | None, visits: Visits, ids_TK: np.ndarray
 ) -> None:
     """Adds the assignments of tokens to their rows of a table, in place, and their first choices to
-    their rows of another (None: not counted). Unsigned integers [X, E + 1]: the last column takes
+    those of another (None: not counted). Unsigned integers [X, E + 1]: the last column takes
     what routed nowhere."""
     ids_NK = ids_TK[visits.by_N]
     _add_cells(any_XE, visits.row_N[:, None], ids_NK)
     if first_XE is not None:
-        _add_cells(first_XE, visits.first_row_N, ids_NK[:, 0])
+        _add_cells(first_XE, visits.row_N, ids_NK[:, 0])
 
 
 def _add_cells(table_XE: np.ndarray, row: np.ndarray, ids: np.ndarray) -> None:

@@ -213,40 +213,40 @@ def _visits(by: Any, row_T: np.ndarray, sizes: np.ndarray) -> list[Visits]:
     by_N, row_N = by.sorted_rows(row_T, int(sizes.sum()))
     before = np.cumsum(sizes) - sizes
     cuts = [*np.searchsorted(row_N, before), len(row_N)]
-    visits = list[Visits]()
-    for i, (start, end) in enumerate(itertools.pairwise(cuts)):
-        within_N = row_N[start:end] - np.uint32(before[i])
-        visits.append(Visits(by_N[start:end], within_N, within_N))
-    return visits
+    return [
+        Visits(by_N[start:end], row_N[start:end] - np.uint32(before[i]))
+        for i, (start, end) in enumerate(itertools.pairwise(cuts))
+    ]
 
 
 class Counters:
-    """Assignments by row and expert; a column more than there are experts takes what routed
-    nowhere. `sizes`: rows of each of WIDTHS."""
+    """Assignments by row and expert and, where they are known and asked for, first choices. A table
+    for each of WIDTHS, of so many rows (`sizes`); a column more than there are experts takes what
+    routed nowhere."""
 
-    def __init__(self, sizes: np.ndarray, experts: int):
-        self.tables = [
-            np.zeros((rows, experts + 1), width)
-            for rows, width in zip(sizes.tolist(), WIDTHS, strict=True)
-        ]
+    def __init__(self, sizes: np.ndarray, experts: int, first: bool):
+        def tables() -> list[np.ndarray]:
+            rows = zip(sizes.tolist(), WIDTHS, strict=True)
+            return [np.zeros((n, experts + 1), width) for n, width in rows]
 
-    @property
-    def rows_XE(self) -> np.ndarray:
-        """uint32"""
-        return np.concatenate([table[:, :-1] for table in self.tables], dtype=np.uint32)
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Assignments by row and, where that is known and asked for, first choices."""
-
-    any: Counters
-    first: Counters | None
+        self._any, self._first = tables(), tables() if first else None
 
     def add(self, visits: list[Visits], ids_TK: np.ndarray, by: Any) -> None:
-        first = [None] * len(WIDTHS) if self.first is None else self.first.tables
-        for any_XE, first_XE, of in zip(self.any.tables, first, visits, strict=True):
+        first = self._first or [None] * len(WIDTHS)
+        for any_XE, first_XE, of in zip(self._any, first, visits, strict=True):
             by.accumulate(any_XE, first_XE, of, ids_TK)
+
+    @property
+    def any_XE(self) -> np.ndarray:
+        """uint32"""
+        return np.concatenate([table[:, :-1] for table in self._any], dtype=np.uint32)
+
+    @property
+    def first_XE(self) -> np.ndarray | None:
+        """uint32"""
+        if self._first is None:
+            return None
+        return np.concatenate([table[:, :-1] for table in self._first], dtype=np.uint32)
 
 
 class TokenTables:
@@ -254,14 +254,10 @@ class TokenTables:
     id with these shuffled."""
 
     def __init__(self, plan: Plan, router: Router):
-        def counted(sizes: np.ndarray, first: bool = router.first_choice_known) -> Counted:
-            counters = Counters(sizes, router.experts) if first else None
-            return Counted(Counters(sizes, router.experts), counters)
-
-        self.plan = plan
-        self.by_id = counted(plan.listed.sizes)
-        self.by_unit = counted(unit_sizes(plan), False)
-        self.shuffled_ids = [counted(plan.judged.sizes) for _ in range(plan.shuffles)]
+        self.plan, E, first = plan, router.experts, router.first_choice_known
+        self.by_id = Counters(plan.listed.sizes, E, first)
+        self.by_unit = Counters(unit_sizes(plan), E, first=False)
+        self.shuffled_ids = [Counters(plan.judged.sizes, E, first) for _ in range(plan.shuffles)]
 
     def add(self, rows: ShardRows, slots: Slots, by: Any) -> None:
         """Counts the decisions of a shard. `by`: the kernels."""
@@ -279,8 +275,8 @@ ROUNDING = np.float32(1e-6)
 
 def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     """What the tables of a router come to. `top`: token ids per expert, 0 for all."""
-    plan, listed, first = tables.plan, tables.plan.listed, tables.by_id.first
-    any_VE, first_VE = tables.by_id.any.rows_XE, None if first is None else first.rows_XE
+    plan, listed = tables.plan, tables.plan.listed
+    any_VE, first_VE = tables.by_id.any_XE, tables.by_id.first_XE
     judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
     columns = _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
     expert_N, row_N = top_token_ids(any_VE, listed, top)
@@ -304,7 +300,7 @@ def _expected(tables: TokenTables, any_VE: np.ndarray) -> Expected | None:
     there_U = plan.tokens_XU.any(0)
     domain_U = np.repeat(np.arange(D), plan.clusters)[there_U]
     rows_X = plan.listed.rows(plan.in_units.ids_V)
-    load_UE = tables.by_unit.any.rows_XE[there_U]
+    load_UE = tables.by_unit.any_XE[there_U]
     return Expected.of(load_UE, plan.tokens_XU[:, there_U], any_VE[rows_X], domain_U)
 
 
@@ -313,7 +309,7 @@ def _columns(
 ) -> dict[str, float]:
     """The metrics of token ids, each beside its mean with the token ids shuffled."""
     occurrences_V = tables.plan.judged.occurrences_V
-    shuffled_any = [shuffled.any.rows_XE for shuffled in tables.shuffled_ids]
+    shuffled_any = [shuffled.any_XE for shuffled in tables.shuffled_ids]
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
         "token_mi_null_bits": _mean(map(sp.token_mi_bits, shuffled_any)),
@@ -325,9 +321,9 @@ def _columns(
     if first_VE is not None:
         columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
         null_R = [
-            sp.vocabulary_specialization(shuffled.first.rows_XE)
+            sp.vocabulary_specialization(shuffled_VE)
             for shuffled in tables.shuffled_ids
-            if shuffled.first is not None
+            if (shuffled_VE := shuffled.first_XE) is not None
         ]
         columns["vocabulary_specialization_null"] = _mean(null_R)
         columns["vocabulary_specialization_p"] = shuffled_p(

@@ -22,7 +22,7 @@ class Violation(Damaged):
     """The first rule that is violated, and the row of the file where there is one."""
 
     def __init__(self, file: str, row: int | None, what: str):
-        super().__init__(file, what, file)
+        super().__init__(file, what)
         self.row = row
 
 

@@ -120,17 +120,13 @@ class EarlyShards:
         """The next early shard is due `every_s` from now."""
         self._last = time.monotonic()
 
-    def append(self, lines: bytes) -> None:
-        """Adds lines to the list of shards. On disk when this returns."""
-        append(self.shard_list, lines)
-
     def add(
         self, lines: bytes, files: list[Path | Remote], batches: int, tokens: int, decisions: int
     ) -> None:
         """Commits an early shard."""
         if not self.batches:
             self._list_bytes = len(self.shard_list.read_bytes())
-        self.append(lines)
+        append(self.shard_list, lines)
         self._files += files
         self.batches += batches
         self.tokens += tokens
@@ -145,7 +141,7 @@ class EarlyShards:
             self.batches = self.tokens = self.decisions = 0
             self._files = []
         else:
-            self.append(lines)
+            append(self.shard_list, lines)
         self.tried()
 
     def remove_replaced(self, older_than_s: float = KEPT_SECONDS) -> None:
