@@ -6,9 +6,10 @@ T tokens, N of them that were asked for, K slots.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,9 @@ import pyarrow as pa
 import regex
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
-
-if TYPE_CHECKING:
-    from moe_inspect.trace.reader import Trace
 
 # as its reader sees it: an extended grapheme cluster (Unicode, UAX 29)
 CHARACTER = regex.compile(r"\X")
@@ -32,6 +32,24 @@ ROUTES_TELL = (
     "selections (arXiv:2602.04105). Keep this trace as private as the text."
 )
 Sort = Literal["weight", "random"]
+
+
+class Trace(Protocol):
+    """What is read of a `moe_inspect.Trace`."""
+
+    path: Path | Remote
+    routers: list[Router]
+
+    @property
+    def has_weights(self) -> bool: ...
+    @property
+    def counts_only(self) -> bool: ...
+    @property
+    def vocabulary_table(self) -> pa.Table: ...
+    @property
+    def shards(self) -> Iterator[Shard]: ...
+    def documents(self) -> pd.DataFrame: ...
+    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]: ...
 
 
 def as_text(pieces: Sequence[str | None]) -> list[str]:
