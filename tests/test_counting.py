@@ -209,7 +209,7 @@ def test_kernels_count_as_their_references(
             np.argsort(unit_T, kind="stable")[(unit_T == 0).sum() :].tolist(),
             np.sort(unit_T[unit_T > 0] - 1).tolist(),
         )
-        visits = kernels_numpy.Visits(by_N, row_N, row_N + np.uint32(1))
+        visits = kernels_numpy.Visits(by_N, row_N)
         kernels.accumulate(tables[n], first[n], visits, kernels.by_token(slots))
         kernels.accumulate(tables[n], None, visits, kernels.by_token(slots))
     assert tables[0].tolist() == tables[1].tolist()
