@@ -109,7 +109,7 @@ def capacity() -> Rates:
 @benchmark
 def cache() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.cache import POLICIES, CompiledCache, simulate_cache
+    from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 
     phase_T = np.zeros(TOKENS, np.uint8)
     for name in POLICIES:
@@ -119,7 +119,7 @@ def cache() -> Rates:
             def sweep(
                 ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name
             ) -> None:
-                held = CompiledCache(E, [2 * k], [name])
+                held = Cache(E, [2 * k], [name])
                 if name == "lru":
                     kernels_numba.lru(*held.lru(ids_KT, phase_T))
                 else:
@@ -150,7 +150,7 @@ def decode() -> Rates:
     for E, k in SHAPES:
         ids_KT = np.ascontiguousarray(zipf(TOKENS, E, k).T)
         sweep = partial(
-            lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T, small=False),
+            lambda ids_KT, E: Steps(E, [1, 8, 32, 128]).add(ids_KT, position_T),
             ids_KT,
             E,
         )

@@ -21,8 +21,8 @@ from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.importers import parallel as lines
-from moe_inspect.simulate.capacity import RouterDrops
 from moe_inspect.simulate.placement import ranks_reached
+from moe_inspect.simulate.queues import Drops
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
@@ -167,12 +167,12 @@ def test_what_is_sent_is_narrow_and_the_same(values: list[int], kind: type):
     assert sent.tolist() == values
     assert narrowed(np.array([0.5])).dtype == np.float64
     assert narrowed(None) is None
-    drops = RouterDrops(Router(0, "gate", "0", E, K), (1.0,))
-    drops.dropped_at += values[1]
-    arrived = pickle.loads(pickle.dumps(drops))
-    assert arrived.dropped_at.itemsize < 8 or values[1] >= 2**32
+    drops = Drops(Router(0, "gate", "0", E, K), 1, 1, *[np.full(1_000, values[1])] * 9)
+    sent_bytes = pickle.dumps(drops)
+    assert len(sent_bytes) < 7 * 9 * 1_000 or values[1] >= 2**32
+    arrived = pickle.loads(sent_bytes)
     assert (arrived.dropped_at == drops.dropped_at).all()
-    assert drops.dropped_at.dtype == np.int64
+    assert arrived.dropped_at.dtype == np.int64  # others are added to it
 
 
 def test_the_commands(trace: Trace, client: Any, cli_here: Cli):

@@ -51,11 +51,10 @@ def test_steps_equal_a_brute_force_however_the_trace_is_cut(
         for start in range(0, len(chosen) - batch + 1, batch):
             steps += 1
             distinct += len(set.union(*chosen[start : start + batch]))
-    for small in (True, False):
-        of = Steps(E, [batch])
-        for part in np.array_split(np.arange(T), parts):
-            of.add(np.ascontiguousarray(ids_KT[:, part]), position_T[part], small)
-        assert (of.steps_B[0], of.distinct_B[0]) == (steps, distinct)
+    of = Steps(E, [batch])
+    for part in np.array_split(np.arange(T), parts):
+        of.add(np.ascontiguousarray(ids_KT[:, part]), position_T[part])
+    assert (of.steps_B[0], of.distinct_B[0]) == (steps, distinct)
 
 
 def test_only_generated_tokens_count_where_there_are_some(tmp_path: Path) -> None:

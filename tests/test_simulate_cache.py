@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.cache import POLICIES, Cache, CompiledCache, replay, simulate_cache
+from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 from tests.conftest import ROOT, Cli
 from tests.foreign import gguf_file
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
@@ -81,14 +81,33 @@ def best_of_all(ids_KT: np.ndarray, slots: int) -> int:
     return max(most.values())
 
 
-NAIVE = {"lru": naive_lru, "lfu": naive_lfu, "belady": best_of_all}
+def naive_belady(ids_KT: np.ndarray, slots: int) -> int:
+    """Evicts what is used again last."""
+    rows = [[e for e in row if e >= 0] for row in ids_KT.T.tolist()]
+    held, hits = set[int](), 0
+    for t, wanted in enumerate(rows):
+        hits += sum(e in held for e in wanted)
+        held |= set(wanted)
+        again = {
+            e: next((n for n, row in enumerate(rows[t + 1 :]) if e in row), 2**62) for e in held
+        }
+        while len(held) > slots:
+            held.remove(max(held.difference(wanted), key=again.__getitem__))
+    return hits
 
 
-def compiled_hits(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 3) -> np.ndarray:
-    cache = CompiledCache(E, [slots], [name])
-    for part in np.array_split(ids_KT, cuts, axis=1):  # carried from shard to shard
+NAIVE = {"lru": naive_lru, "lfu": naive_lfu, "belady": naive_belady}
+
+
+def hits_so_far(
+    ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int | None = None
+) -> np.ndarray:
+    """After each of so many parts of the stream, by default each decision."""
+    cache, found = Cache(E, [slots], [name]), []
+    for part in np.array_split(ids_KT, cuts or ids_KT.shape[1], axis=1):  # carried on
         cache.feed(np.ascontiguousarray(part), np.zeros(part.shape[1], np.uint8))
-    return cache.hits()[name, slots]
+        found.append(cache.hits()[name, slots].sum())
+    return np.array(found)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -96,27 +115,27 @@ def compiled_hits(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int =
 @given(case=streams(most_experts=6, most_tokens=40))
 def test_hits_equal_a_naive_implementation(name: str, case: tuple[np.ndarray, int, int]):
     ids_KT, E, slots = case
-    expected = NAIVE[name](ids_KT, slots)
-    assert replay(ids_KT, slots, name).sum() == expected
-    assert compiled_hits(ids_KT, E, slots, name).sum() == expected
+    assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == NAIVE[name](ids_KT, slots)
+    if name == "belady":
+        assert naive_belady(ids_KT, slots) == best_of_all(ids_KT, slots)
 
 
 @settings(max_examples=100, deadline=None)
 @given(case=streams(most_experts=30, most_tokens=200))
 def test_belady_hits_at_least_as_often_as_any_policy(case: tuple[np.ndarray, int, int]):
     ids_KT, E, slots = case
-    hits = {name: replay(ids_KT, slots, name) for name in POLICIES}
+    hits = {name: hits_so_far(ids_KT, E, slots, name) for name in POLICIES}
     for name in POLICIES:
         # at every moment, not only in the end
-        assert (hits["belady"].cumsum() >= hits[name].cumsum()).all()
-        assert compiled_hits(ids_KT, E, slots, name).sum() == hits[name].sum()
+        assert (hits["belady"] >= hits[name]).all()
+        assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == hits[name][-1]
 
 
 def test_a_stream_by_hand():
     ids_KT = np.array([[0, 1, 2, 0, 1, 2]], np.int16)  # in a circle: the worst there is for LRU
-    assert replay(ids_KT, 2, "lru").tolist() == [0, 0, 0, 0, 0, 0]
-    assert replay(ids_KT, 2, "belady").tolist() == [0, 0, 0, 1, 0, 1]
-    assert replay(ids_KT, 3, "lru").tolist() == [0, 0, 0, 1, 1, 1]
+    assert hits_so_far(ids_KT, 3, 2, "lru").tolist() == [0, 0, 0, 0, 0, 0]
+    assert hits_so_far(ids_KT, 3, 2, "belady").tolist() == [0, 0, 0, 1, 1, 2]
+    assert hits_so_far(ids_KT, 3, 3, "lru").tolist() == [0, 0, 0, 1, 2, 3]
 
 
 def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
@@ -209,15 +228,9 @@ def test_experts_are_of_the_size_that_a_gguf_has_them_in(tmp_path: Path):
         simulate_cache(trace, gguf=part, **options)
 
 
-def test_the_compiled_path_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch):
-    trace = ROOT / "sample_traces/collapsed"
-    monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 10**9)
-    plain = simulate_cache(trace, slots=[3, 5], layers="2-3")
-    monkeypatch.setattr("moe_inspect.simulate.shards.SMALL", 0)
-    compiled = simulate_cache(trace, slots=[3, 5], layers="2-3")
-    for name, table in plain.tables.items():
-        assert table.equals(compiled.tables[name]), name
-    hit = compiled.tables["cache"].pivot_table(
+def test_belady_hits_most_on_a_real_trace():
+    made = simulate_cache(ROOT / "sample_traces/collapsed", slots=[3, 5], layers="2-3")
+    hit = made.tables["cache"].pivot_table(
         index=["router", "slots"], columns="policy", values="hit_rate"
     )
     assert (hit["belady"] > hit[["lru", "lfu"]].max(axis=1)).all()
@@ -227,7 +240,8 @@ def test_a_router_of_over_256_experts(tmp_path: Path):
     ids = uniform_ids(np.random.default_rng(1), 400, 300, 4)
     ids_KT = np.ascontiguousarray(ids.T.astype(np.int16))
     for name in POLICIES:
-        assert compiled_hits(ids_KT, 300, 200, name).sum() == replay(ids_KT, 200, name).sum() > 0
+        found = hits_so_far(ids_KT, 300, 200, name, cuts=3)[-1]
+        assert found == NAIVE[name](ids_KT, 200) > 0
 
 
 def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
@@ -252,7 +266,7 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_cache(trace, gguf="a.gguf", gb_per_s=1)
 
 
-def test_the_plain_cache_of_no_token_has_no_hits():
+def test_the_cache_of_no_token_has_no_hits():
     assert Cache(4, [2], ["lru"]).hits()["lru", 2].sum() == 0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,9 @@ from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.gguf import expert_mb_of
 from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Mark, Panel, Points
+from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
-from moe_inspect.simulate.shards import check_length, is_small
-from moe_inspect.simulate.shards import slots as slots_of
+from moe_inspect.simulate.shards import Seen, routed
 from moe_inspect.text import layer_label, plural
 from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.schema import PHASES
@@ -38,130 +39,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-NEVER = 2**62
-
-POLICIES: dict[str, Callable[[int, Past], Any]] = {}
-
-
-class Past:
-    """What a policy may look at: `last[e]` and `count[e]` of the accesses so far; `next[e]`, the
-    next decision that wants e."""
-
-    def __init__(self) -> None:
-        self.last: dict[int, int] = {}
-        self.count: dict[int, int] = {}
-        self.next: dict[int, int] = {}
-
-
-def policy(function: Callable[[int, Past], Any]) -> Callable[[int, Past], Any]:
-    """Registers an eviction policy: the expert with the least value is evicted."""
-    POLICIES[function.__name__] = function
-    return function
-
-
-@policy
-def lru(e: int, past: Past) -> Any:
-    """The least recently used; of one decision the earlier choice."""
-    return past.last[e]
-
-
-@policy
-def lfu(e: int, past: Past) -> Any:
-    """The least used since the trace began; of equals the least recently used."""
-    return past.count[e], past.last[e]
-
-
-@policy
-def belady(e: int, past: Past) -> Any:
-    """Evicts the expert whose next use is furthest away: the upper bound of any policy, which only
-    one that knows the future reaches."""
-    return -past.next[e]
-
-
-def replay(ids_KT: np.ndarray, slots: int, name: str) -> np.ndarray:
-    """Hits of each decision, under the policy `name`. ids_KT: experts, −1 for none. int64 [T]"""
-    wanted_of = [[e for e in row if e >= 0] for row in ids_KT.T.tolist()]
-    upcoming: dict[int, int] = {}
-    next_of: list[list[int]] = []
-    for t, wanted in reversed(list(enumerate(wanted_of))):
-        next_of.append([upcoming.get(e, NEVER) for e in wanted])
-        upcoming.update(dict.fromkeys(wanted, t))
-    next_of.reverse()
-    value, past = POLICIES[name], Past()
-    cached, hits_T, accesses = set[int](), np.zeros(len(wanted_of), np.int64), 0
-    for t, wanted in enumerate(wanted_of):
-        hits_T[t] = sum(e in cached for e in wanted)
-        for e, again in zip(wanted, next_of[t], strict=True):
-            past.last[e], past.count[e], past.next[e] = accesses, past.count.get(e, 0) + 1, again
-            accesses += 1
-        for e in wanted:
-            if e not in cached:
-                if len(cached) == slots:
-                    cached.remove(min(cached.difference(wanted), key=lambda x: value(x, past)))
-                cached.add(e)
-    return hits_T
+POLICIES = {
+    "lru": "evicts the least recently used; of one decision the earlier choice",
+    "lfu": "evicts the least used since the trace began; of equals the least recently used",
+    "belady": "evicts what is used again last: the upper bound of any policy, which only one that "
+    "knows the future reaches",
+}
 
 
 class Cache:
-    """The caches of one router: one for each policy (`names`) and number of slots (`sizes`). All
-    decisions are kept in memory and replayed: for short traces."""
+    """The caches of one router: one for each policy (`names`) and number of slots (`sizes`). What a
+    cache holds is carried from shard to shard, in memory for E experts."""
 
     def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
+        P = len(PHASES)
         self.sizes, self.names, self.load_E = sizes, names, np.zeros(E, np.int64)
-        self.decisions_P, self.accesses_P, self.cold_P = (
-            np.zeros(len(PHASES), np.int64) for _ in range(3)
-        )
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
-        self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
-        self.run(ids_KT, phase_T)
-
-    def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
-        there_KT = ids_KT >= 0
-        self.accesses_P += np.bincount(phase_T, there_KT.sum(0), len(PHASES)).astype(np.int64)
-        self.load_E += np.bincount(ids_KT[there_KT], minlength=len(self.load_E))
-        self.parts.append((ids_KT, phase_T))
-
-    def hits(self) -> dict[tuple[str, int], np.ndarray]:
-        """Hits of each (policy, number of slots) by phase, int64 [P]; call it once, after the last
-        shard: it also completes the counts by phase."""
-        if not self.parts:
-            return {
-                (name, size): np.zeros(len(PHASES), np.int64)
-                for name in self.names
-                for size in self.sizes
-            }
-        ids_KT, phase_T = (
-            np.concatenate([part[i] for part in self.parts], axis=-1) for i in (0, 1)
-        )
-        experts, first = np.unique(ids_KT.T.ravel(), return_index=True)
-        self.cold_P = np.bincount(
-            phase_T[first[experts >= 0] // len(ids_KT)], minlength=len(PHASES)
-        )
-        return {
-            (name, size): np.bincount(phase_T, replay(ids_KT, size, name), len(PHASES)).astype(
-                np.int64
-            )
-            for name in self.names
-            for size in self.sizes
-        }
-
-
-class CompiledCache(Cache):
-    """The same with compiled loops, for traces of any length: what a cache holds is carried from
-    shard to shard, in memory for E experts."""
-
-    def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
-        super().__init__(E, sizes, names)
+        self.decisions_P, self.cold_P = np.zeros((2, P), np.int64)
         kind = np.int8 if E <= 256 else np.int16
         self.rank_E = (np.arange(E) + np.iinfo(kind).min).astype(kind)
-        self.known, self.at_PE = np.zeros(1, np.int64), np.zeros((len(PHASES), E), np.int64)
+        self.known, self.at_PE = np.zeros(1, np.int64), np.zeros((P, E), np.int64)
         self.done = {
-            (name, size): np.zeros(len(PHASES), np.int64)
-            for name in names
-            if name != "lru"
-            for size in sizes
+            (name, size): np.zeros(P, np.int64) for name in names if name != "lru" for size in sizes
         }
         fresh: dict[str, Callable[[], tuple[np.ndarray, ...]]] = {
             "lfu": lambda: (
@@ -181,16 +79,19 @@ class CompiledCache(Cache):
         """The arguments of `kernels_numba.lru`."""
         return tuple(ids_KT), phase_T, self.rank_E, self.known, self.load_E, self.at_PE, self.cold_P
 
-    def run(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
-        from moe_inspect.simulate import kernels_numba
-
+    def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
         # also where not asked for: it counts accesses
         kernels_numba.lru(*self.lru(ids_KT, phase_T))
         for (name, size), state in self.state.items():
             getattr(kernels_numba, name)(ids_KT, phase_T, size, *state, self.done[name, size])
 
+    @property
+    def accesses_P(self) -> np.ndarray:
+        return self.at_PE.sum(1) + self.cold_P
+
     def hits(self) -> dict[tuple[str, int], np.ndarray]:
-        self.accesses_P = self.at_PE.sum(1) + self.cold_P
+        """Hits of each (policy, number of slots) by phase, int64 [P]."""
         of_lru = {("lru", size): self.at_PE[:, :size].sum(1) for size in self.sizes}
         return {
             (name, size): (of_lru | self.done)[name, size]
@@ -243,9 +144,7 @@ def simulate_cache(
     _check(settings)
     if not trace.n_tokens:
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
-    times = 4 * len(settings.policies) * len(settings.sizes)
-    kind = Cache if is_small(trace, chosen, times) else CompiledCache
-    caches = by_router(trace, chosen, "simulating cache", _replay, settings, kind)
+    caches = by_router(trace, chosen, "simulating cache", _replay, settings)
     tables = _tables(trace, caches, trace.n_tokens, settings)
     shown: dict[str, object] = {
         "slots": settings.sizes,
@@ -295,20 +194,12 @@ def _expert_mb(
     return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
 
 
-def _replay(
-    trace: Trace, routers: Sequence[int], settings: Settings, kind: type[Cache]
-) -> dict[int, Cache]:
+def _replay(trace: Trace, routers: Sequence[int], settings: Settings) -> dict[int, Cache]:
     """The caches of these routers after the whole trace."""
-    caches = {r: kind(trace.routers[r].experts, settings.sizes, settings.policies) for r in routers}
+    experts_of = {r: trace.routers[r].experts for r in routers}
+    caches = {r: Cache(E, settings.sizes, settings.policies) for r, E in experts_of.items()}
     for shard in shards_of(trace, "simulating cache"):
-        order_of: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
-        for r in routers:
-            stack = trace.routers[r].stack
-            if stack not in order_of:
-                order_of[stack] = _order(shard, r)
-            order_T, phase_T = order_of[stack]
-            ids_KT = slots_of(shard, r)
-            check_length(ids_KT.T, len(phase_T), r)
+        for r, (order_T, phase_T), ids_KT in routed(shard, routers, partial(_order, shard)):
             if order_T is not None:
                 ids_KT = np.ascontiguousarray(ids_KT[:, order_T])
             caches[r].feed(ids_KT, phase_T)
@@ -327,16 +218,14 @@ def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> 
     return sizes
 
 
-def _order(shard: Shard, router: int) -> tuple[np.ndarray | None, np.ndarray]:
-    """The order in which batch size 1 runs the tokens that reach the router (None: as they lie),
-    and their phases in that order."""
+def _order(shard: Shard, router: int, seen: Seen) -> tuple[np.ndarray | None, np.ndarray]:
+    """The order in which batch size 1 runs these tokens (None: as they lie), and their phases in
+    that order."""
     table = shard.tokens(["sequence", "phase"])
-    seen = shard.seen(router)
-    kept = slice(None) if seen is None else seen
     code_T, labels = codes(table["phase"])
-    phase_T = np.array([PHASES.index(label) for label in labels], np.uint8)[code_T][kept]
+    phase_T = np.array([PHASES.index(label) for label in labels], np.uint8)[code_T][seen]
     _, first, of_T = np.unique(
-        table["sequence"].to_numpy()[kept], return_index=True, return_inverse=True
+        table["sequence"].to_numpy()[seen], return_index=True, return_inverse=True
     )
     began_T = first[of_T]
     if (np.diff(began_T) >= 0).all():

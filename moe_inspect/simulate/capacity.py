@@ -11,13 +11,13 @@ document, in the group), N tenths.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.tasks import summed
 from moe_inspect.errors import MoeInspectError
@@ -28,14 +28,14 @@ from moe_inspect.simulate.queues import (
     Groups,
     GroupTokens,
     Order,
+    at_least,
     drops_of,
     groups_of,
 )
 from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
-from moe_inspect.simulate.shards import is_small
+from moe_inspect.simulate.shards import Seen, routed
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
-from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
 
 if TYPE_CHECKING:
@@ -48,15 +48,15 @@ ORDERS = {
     "token": "token after token, each with all its choices (Switch)",
     "weight": "the highest gate weight first",
 }
-STEP = 100  # the least factor is searched for in hundredths
 MOST_FACTORS = 50
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`factors`: ascending. `target_drop`: the drop rate for which the least factor is sought."""
+    """`capacity_factors`: ascending. `target_drop`: the drop rate for which the least factor is
+    sought."""
 
-    factors: tuple[float, ...]
+    capacity_factors: tuple[float, ...]
     group_tokens: GroupTokens
     order: Order
     target_drop: float
@@ -97,12 +97,7 @@ def simulate_capacity(
     _check(trace, settings, ranked)
     counted = _count(trace, chosen, settings)
     tables = _tables(counted, settings)
-    shown = {
-        "capacity_factors": list(settings.factors),
-        "group_tokens": group_tokens,
-        "order": settings.order,
-        "target_drop": target_drop,
-    }
+    shown = vars(settings)
     label_of = {r: layer_label(trace.routers, r) for r in chosen}
     return Simulation(
         "capacity",
@@ -115,7 +110,7 @@ def simulate_capacity(
 
 
 def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
-    factors, group, order = settings.factors, settings.group_tokens, settings.order
+    factors, group, order = settings.capacity_factors, settings.group_tokens, settings.order
     if not factors or len(factors) > MOST_FACTORS or not all(0 < f < 1e6 for f in factors):
         raise MoeInspectError(
             f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0"
@@ -138,125 +133,24 @@ def _check(trace: Trace, settings: Settings, ranked: bool) -> None:
         raise MoeInspectError(f"target drop {settings.target_drop}: give a share from 0 to below 1")
 
 
-SUMS = (
-    "decisions",
-    "groups",
-    "made_PN",
-    "last_FPN",
-    "room_F",
-    "hit_F",
-    "lost_F",
-    "dropped_at",
-    "room_at",
-)
-
-
-@dataclass
-class RouterDrops:
-    """The drops of one router, summed over shards (fields as in `queues.Drops`). dropped_at,
-    room_at: what factors of 1/STEP, 2/STEP, … drop and have room for."""
-
-    router: Router
-    factors: tuple[float, ...]
-    decisions: int = 0
-    groups: int = 0
-    made_D: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    made_PN: np.ndarray = field(default_factory=lambda: np.zeros((2, 10), np.int64))
-    room_F: np.ndarray = field(init=False)
-    hit_F: np.ndarray = field(init=False)
-    lost_F: np.ndarray = field(init=False)
-    last_FD: np.ndarray = field(init=False)
-    last_FPN: np.ndarray = field(init=False)
-    dropped_at: np.ndarray = field(init=False)
-    room_at: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        F, most = len(self.factors), -(-STEP * self.router.experts // self.router.top_k)
-        self.room_F, self.hit_F, self.lost_F = (np.zeros(F, np.int64) for _ in range(3))
-        self.last_FD, self.last_FPN = np.zeros((F, 0), np.int64), np.zeros((F, 2, 10), np.int64)
-        self.dropped_at, self.room_at = np.zeros(most, np.int64), np.zeros(most, np.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As it is sent to be added to others: in narrow types, nothing can be added to it."""
-        return {name: narrowed(value) for name, value in self.__dict__.items()}
-
-    @property
-    def assignments(self) -> int:
-        return int(self.made_D.sum())
-
-    def add(self, shard: Drops) -> None:
-        """Those of the first shard; `merge` adds those of others."""
-        F = len(self.factors)
-        self.made_D, self.last_FD = shard.made_D, shard.last_FD
-        self.decisions += len(shard.worst_T)
-        self.groups += len(shard.size_G)
-        self.made_PN += shard.made_PN
-        self.last_FPN += shard.last_FPN
-        self.room_F += shard.room_F
-        self.hit_F += _at_least(shard.worst_T, F)
-        self.lost_F += _at_least(shard.best_T, F)
-        self._add_hundredths(shard.size_G, shard.load_GE)
-
-    def merge(self, other: RouterDrops, row_D: np.ndarray, D: int) -> None:
-        """`row_D`: which of our D domains each of the other's is."""
-        more = D - len(self.made_D)
-        self.made_D = np.pad(self.made_D, (0, more))
-        self.last_FD = np.pad(self.last_FD, ((0, 0), (0, more)))
-        self.made_D[row_D] += other.made_D
-        self.last_FD[:, row_D] += other.last_FD
-        for name in SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def _add_hundredths(self, size_G: np.ndarray, load_GE: np.ndarray) -> None:
-        """What every hundredth of a factor would drop: Σ max(0, load − capacity), exact, in memory
-        that no trace makes grow."""
-        k, E = self.router.top_k, self.router.experts
-        n = np.arange(1, len(self.dropped_at) + 1)
-        for size in np.unique(size_G):
-            at_G = size_G == size
-            load_C = np.bincount(load_GE[at_G].ravel(), minlength=size + 1)
-            above_C = np.cumsum(load_C[::-1])[::-1] - load_C  # experts with more than c
-            excess_C = np.append(np.cumsum(above_C[::-1])[::-1], 0)
-            capacity_n = -(-n * int(size) * k // (STEP * E))
-            self.dropped_at += excess_C[np.minimum(capacity_n, size + 1)]
-            self.room_at += capacity_n * E * int(at_G.sum())
-
-    def needed(self, target: float) -> dict[str, float]:
-        """The least factor, in hundredths, that drops at most `target`; what it drops; the share of
-        capacity it leaves unused."""
-        at = int(np.argmax(self.dropped_at <= target * self.assignments))
-        dropped = int(self.dropped_at[at])
-        return {
-            "capacity_factor": (at + 1) / STEP,
-            "simulated_drop_rate": dropped / self.assignments,
-            "unused_capacity": 1 - (self.assignments - dropped) / int(self.room_at[at]),
-        }
-
-
 @dataclass
 class Counted:
     """The drops of every router; the domains that made_D and last_FD count by; and the tokens of
     the trace, with those that lose an assignment in any layer (hit_F) and all of some layer's
     (lost_F)."""
 
-    of: dict[int, RouterDrops]
+    of: dict[int, Drops]
     domains: list[str]
     tokens: int
     hit_F: np.ndarray
     lost_F: np.ndarray
-
-    @classmethod
-    def zero(cls, routers: list[Router], chosen: Sequence[int], settings: Settings) -> Counted:
-        of = {r: RouterDrops(routers[r], settings.factors) for r in chosen}
-        F = len(settings.factors)
-        return cls(of, [], 0, np.zeros(F, np.int64), np.zeros(F, np.int64))
 
     def add(self, other: Counted) -> Counted:
         """Adds `other` in place."""
         self.domains += [label for label in other.domains if label not in self.domains]
         row_D = np.array([self.domains.index(label) for label in other.domains], np.int64)
         for r, drops in other.of.items():
-            self.of[r].merge(drops, row_D, len(self.domains))
+            self.of[r].add(drops, row_D, len(self.domains))
         self.tokens += other.tokens
         self.hit_F += other.hit_F
         self.lost_F += other.lost_F
@@ -264,36 +158,28 @@ class Counted:
 
 
 def _count(trace: Trace, chosen: Sequence[int], settings: Settings) -> Counted:
-    counted, small = Counted.zero(trace.routers, chosen, settings), is_small(trace, chosen)
-    asked = chosen, settings, small
-    for part in summed(trace, "simulating capacity", Counted.add, _count_shard, *asked):
-        counted.add(part)
-    if not counted.tokens:
+    if not trace.n_tokens:
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
-    return counted
+    parts = summed(trace, "simulating capacity", Counted.add, _count_shard, chosen, settings)
+    return reduce(Counted.add, parts)
 
 
-def _count_shard(shard: Shard, chosen: Sequence[int], settings: Settings, small: bool) -> Counted:
-    routers, F = shard.trace.routers, len(settings.factors)
-    counted = Counted.zero(routers, chosen, settings)
+def _count_shard(shard: Shard, chosen: Sequence[int], settings: Settings) -> Counted:
+    factors, order = settings.capacity_factors, settings.order
     table = shard.tokens(["document", "sequence", "batch", "domain"])
-    domain_T, counted.domains = _domains(table)
+    domain_T, domains = _domains(table)
     hit_T, lost_T = np.zeros(len(domain_T), np.uint8), np.zeros(len(domain_T), np.uint8)
-    of_stack: dict[str, Groups] = {}
-    for r in chosen:
-        stack = routers[r].stack
-        if stack not in of_stack:
-            of_stack[stack] = groups_of(
-                table, shard.seen(r), settings.group_tokens, domain_T, len(counted.domains)
-            )
-        groups = of_stack[stack]
-        drops = drops_of(shard, r, groups, settings.factors, settings.order, small)
-        counted.of[r].add(drops)
-        hit_T[groups.seen] = np.maximum(hit_T[groups.seen], drops.worst_T)
-        lost_T[groups.seen] = np.maximum(lost_T[groups.seen], drops.best_T)
-    counted.tokens = len(domain_T)
-    counted.hit_F, counted.lost_F = _at_least(hit_T, F), _at_least(lost_T, F)
-    return counted
+
+    def groups_before(_: int, seen: Seen) -> Groups:
+        return groups_of(table, seen, settings.group_tokens, domain_T, len(domains))
+
+    of = dict[int, Drops]()
+    for r, groups, ids_KT in routed(shard, chosen, groups_before):
+        of[r], worst_T, best_T = drops_of(shard, r, groups, ids_KT, factors, order)
+        hit_T[groups.seen] = np.maximum(hit_T[groups.seen], worst_T)
+        lost_T[groups.seen] = np.maximum(lost_T[groups.seen], best_T)
+    F = len(factors)
+    return Counted(of, domains, len(domain_T), at_least(hit_T, F), at_least(lost_T, F))
 
 
 def _domains(table: pa.Table) -> tuple[np.ndarray, list[str]]:
@@ -301,11 +187,6 @@ def _domains(table: pa.Table) -> tuple[np.ndarray, list[str]]:
     code_T, labels = codes(table["domain"])
     used, domain_T = np.unique(code_T, return_inverse=True)
     return domain_T.astype(np.int64), [labels[code] for code in used]
-
-
-def _at_least(level_T: np.ndarray, F: int) -> np.ndarray:
-    """How many tokens each factor meets: those whose level is above its index. int64 [F]"""
-    return np.array([np.count_nonzero(level_T > f) for f in range(F)])
 
 
 def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
@@ -318,7 +199,7 @@ def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
         dropped_FD, dropped_FPN = (
             last[::-1].cumsum(0)[::-1] for last in (drops.last_FD, drops.last_FPN)
         )
-        for f, factor in enumerate(drops.factors):
+        for f, factor in enumerate(settings.capacity_factors):
             at = {**router, "capacity_factor": factor}
             main.append({**at, **_row(drops, f, int(dropped_FD[f].sum()))})
             by_domain += [
@@ -352,7 +233,7 @@ def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
         "capacity_needed": pd.DataFrame(needed, columns=columns),
         "capacity_tokens": pd.DataFrame(
             {
-                "capacity_factor": settings.factors,
+                "capacity_factor": settings.capacity_factors,
                 "tokens": counted.tokens,
                 "hit_anywhere": counted.hit_F / counted.tokens,
                 "lost_anywhere": counted.lost_F / counted.tokens,
@@ -363,7 +244,7 @@ def _tables(counted: Counted, settings: Settings) -> dict[str, pd.DataFrame]:
     }
 
 
-def _row(drops: RouterDrops, f: int, dropped: int) -> dict[str, float]:
+def _row(drops: Drops, f: int, dropped: int) -> dict[str, float]:
     kept = drops.assignments - dropped
     return {
         "simulated_drop_rate": _share(dropped, drops.assignments),

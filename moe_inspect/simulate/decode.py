@@ -10,6 +10,7 @@ T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 expe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
-from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.kernels_numba import fill_steps
 from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
-from moe_inspect.simulate.shards import check_domains, check_length, is_small, slots, taken
+from moe_inspect.simulate.shards import Seen, check_domains, routed, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.shard import Shard
@@ -48,7 +49,7 @@ class Steps:
         )
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
-    def add(self, ids_KT: np.ndarray, position_T: np.ndarray, small: bool) -> None:
+    def add(self, ids_KT: np.ndarray, position_T: np.ndarray) -> None:
         if not len(position_T):
             return
         more = int(position_T.max()) + 1 - self.tokens_BP.shape[1]
@@ -56,7 +57,8 @@ class Steps:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        held = (
+        fill_steps(
+            tuple(ids_KT),
             position_T,
             self.batch_B,
             self.there_BPW,
@@ -65,12 +67,6 @@ class Steps:
             self.distinct_B,
             self.load_E,
         )
-        if small:
-            kernels_numpy.fill_steps(ids_KT, *held)
-        else:
-            from moe_inspect.simulate import kernels_numba
-
-            kernels_numba.fill_steps(tuple(ids_KT), *held)
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -114,8 +110,7 @@ def simulate_decode(
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
-    small = is_small(trace, chosen.routers, len(sizes))
-    asked = chosen, decoded, sizes, small
+    asked = chosen, decoded, sizes
     steps = by_router(trace, chosen.routers, "simulating decode", _steps, *asked)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
@@ -141,26 +136,15 @@ def _steps(
     selection: Selection,
     decoded: bool,
     sizes: Sequence[int],
-    small: bool,
 ) -> dict[int, Steps]:
     """The steps of these routers after the whole trace."""
     steps = {r: Steps(trace.routers[r].experts, sizes) for r in routers}
     first_of = dict[tuple[str, int, int], int]()
     for shard in shards_of(trace, "simulating decode"):
-        of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for r in routers:
-            if (stack := trace.routers[r].stack) not in of_stack:
-                of_stack[stack] = _selected_positions(
-                    shard, r, selection, first_of if decoded else None
-                )
-            taken_N, position_T = of_stack[stack]
-            ids_KT = slots(shard, r)
-            check_length(ids_KT.T, len(taken_N), r)
-            steps[r].add(
-                ids_KT if taken_N.all() else np.ascontiguousarray(ids_KT[:, taken_N]),
-                position_T,
-                small,
-            )
+        positions = partial(_selected_positions, shard, selection, first_of if decoded else None)
+        for r, (taken_N, position_T), ids_KN in routed(shard, routers, positions):
+            whole = taken_N.all()
+            steps[r].add(ids_KN if whole else np.ascontiguousarray(ids_KN[:, taken_N]), position_T)
     return steps
 
 
@@ -183,22 +167,20 @@ def _takes_any(shard: Shard, selection: Selection) -> bool:
 
 def _selected_positions(
     shard: Shard,
-    router: int,
     selection: Selection,
     first_of: dict[tuple[str, int, int], int] | None,
+    router: int,
+    seen: Seen,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of the N tokens that the router sees in the shard are selected, bool [N], and the
     positions of those, int64 [T]. With `first_of`, positions count from the first selected token of
     the sequence, the end of its prompt; it maps (stack, rank, sequence) to that token's position
     and is kept from shard to shard."""
-    table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)
-    sequence_N, position_N = (
-        table["sequence"].to_numpy(),
-        table["position"].to_numpy().astype(np.int64),
+    table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)[seen]
+    sequence_T, position_T = (
+        table[name].to_numpy()[seen][taken_N] for name in ("sequence", "position")
     )
-    if (seen := shard.seen(router)) is not None:
-        sequence_N, position_N, taken_N = sequence_N[seen], position_N[seen], taken_N[seen]
-    sequence_T, position_T = sequence_N[taken_N], position_N[taken_N]
+    position_T = position_T.astype(np.int64)
     if first_of is None:
         return taken_N, position_T
     stack, rank = shard.trace.routers[router].stack, shard.files.rank

@@ -1,6 +1,4 @@
-"""The loops over every assignment, compiled by numba, for traces long enough to be worth loading it
-(`shards.is_small`). Their NumPy references, with the same arguments and results, are in
-kernels_numpy.py and, for the cache policies, in cache.py.
+"""The loops over every assignment, compiled by numba.
 
 T tokens, K slots, E experts, G groups, F capacity factors, P phases or positions, B batch sizes, W
 words of 64 experts. Of a placement: G GPUs (or nodes), S slots of a GPU, C (expert, GPU) pairs, M
@@ -13,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate import kernels_numpy
-from moe_inspect.simulate.kernels_numpy import NOWHERE
+NOWHERE = 255  # level of a slot that routed nowhere
 
 
 @njit(nogil=True, cache=True)
@@ -28,7 +25,11 @@ def queue(
     load_GE: np.ndarray,
     level_KT: np.ndarray,
 ) -> None:
-    """The compiled form of `kernels_numpy.queue`, in one sweep."""
+    """How many assignments are ahead of each in the queue of its expert and group. ids_KT:
+    experts, −1 for none. start_G: the first token of each group, and the end. of_G: the row of
+    level_SC for each group. visit_N: indices into the flat ids_KT in the order of service; where
+    empty, token after token (`by_token`) or slot after slot. Adds to load_GE; level_KT becomes how
+    many of the capacity factors drop each assignment, NOWHERE where there is none."""
     K, T = ids_KT.shape
     for g in range(len(start_G) - 1):
         first, last, load_E, level_C = start_G[g], start_G[g + 1], load_GE[g], level_SC[of_G[g]]
@@ -234,11 +235,13 @@ def belady(
 
 @njit(nogil=True, cache=True)
 def fill_steps(slots, position_T, batch_B, there_BPW, tokens_BP, steps_B, distinct_B, load_E):  # type: ignore[no-untyped-def]
-    """Each token goes into the step of its position; a step of B tokens is full, is counted, and
-    begins anew. slots: K arrays [T], −1 for none. Sets of experts are words of 64 bits. The last
-    five arrays change in place."""
+    """Adds tokens to the decode steps of their positions. A step of B tokens is full: it is counted
+    and the next begins. slots: K arrays [T], −1 for none; batch_B: the batch sizes B. The last five
+    arrays change in place: there_BPW, the experts of the steps that are filling up, as bits;
+    tokens_BP, their tokens; steps_B and distinct_B, full steps and the sum of their distinct
+    experts; load_E."""
     W = there_BPW.shape[2]
-    # two, so that no slot waits for the one before
+    # two sets that slots take in turn: with one, each slot would wait for the one before
     even_W, odd_W = np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for t in range(len(position_T)):
         p = position_T[t]
@@ -276,14 +279,33 @@ def _bits(word):
     return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-serve_in_turn = njit(nogil=True, cache=True)(kernels_numpy.serve_in_turn)
+@njit(nogil=True, cache=True)
+def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
+    """Token by token, each takes its k best experts that have room. order_TE: each token's experts,
+    best first; `capacity`: tokens that an expert takes.
+    bool [T, E]"""
+    T, E = order_TE.shape
+    left_E = np.full(E, capacity)
+    chosen_TE = np.zeros((T, E), np.bool_)
+    for t in range(T):
+        found = 0
+        for i in range(E):
+            e = order_TE[t, i]
+            if left_E[e] > 0:
+                left_E[e] -= 1
+                chosen_TE[t, e] = True
+                found += 1
+                if found == k:
+                    break
+    return chosen_TE
 
 
 @njit(nogil=True, cache=True)
 def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
-    """The compiled form of `kernels_numpy.reached`, for miss_EG = 1 − share, float32, with a row of
-    ones for slots that routed nowhere. Goes through all GPUs without a branch: faster on few GPUs,
-    and on more where experts are replicated."""
+    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share).
+    ids_KT: experts, −1 for none; miss_EG: 1 − the share of each expert's load, by GPU, float32, and
+    a last row of ones for slots that routed nowhere. Goes through all GPUs without a branch: faster
+    on few GPUs, and on more where experts are replicated."""
     K, T = ids_KT.shape
     nowhere, gpus = len(miss_EG) - 1, miss_EG.shape[1]
     miss_G, missed_G = np.empty(gpus, np.float32), np.zeros(gpus)
@@ -350,7 +372,7 @@ def reached_sparse(
 
 @njit(nogil=True, cache=True)
 def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray) -> None:
-    """The compiled form of `kernels_numpy.count_windows`."""
+    """Adds the assignments of each window to load_WE. ids_KT: experts, −1 for none."""
     K, T = ids_KT.shape
     for k in range(K):
         for t in range(T):

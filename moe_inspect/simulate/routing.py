@@ -30,7 +30,7 @@ from moe_inspect.simulate.routing_algorithms import (
     largest,
     scores_of,
 )
-from moe_inspect.simulate.shards import check_length, slots
+from moe_inspect.simulate.shards import Seen, check_length, routed
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.runs import run_edges
@@ -56,16 +56,15 @@ class Decisions:
     """The decisions of one router in one shard, and the logits that they were made from."""
 
     def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
-        self.router, seen = shard.trace.routers[r], shard.seen(r)
-        table = shard.tokens(["batch", "token_id", "document"])
-        kept = slice(None) if seen is None else seen
-        self.batch_T, self.token_id_T = (
-            table["batch"].to_numpy()[kept],
-            table["token_id"].to_numpy()[kept],
-        )
-        self.half_T = half_of.reindex(table["document"].to_numpy()[kept]).to_numpy()
-        ids_KT, self.logits_TE = slots(shard, r), shard.logits(r)
-        check_length(ids_KT.T, len(self.batch_T), r)
+        self.router, self.logits_TE = shard.trace.routers[r], shard.logits(r)
+
+        def columns(_: int, seen: Seen) -> list[np.ndarray]:
+            table = shard.tokens(["batch", "token_id", "document"])
+            return [column.to_numpy()[seen] for column in table.columns]
+
+        ((_, columns_T, ids_KT),) = routed(shard, [r], columns)
+        self.batch_T, self.token_id_T, document_T = columns_T
+        self.half_T = half_of.reindex(document_T).to_numpy()
         check_length(self.logits_TE, len(self.batch_T), r)
         if np.isnan(self.logits_TE).any() or not np.isfinite(self.logits_TE).any(1).all():
             raise MoeInspectError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.kernels_numba import serve_in_turn
 from moe_inspect.simulate.shards import expert_capacity
 
 BIAS_RATE = 0.001  # step size of the bias updates (Wang et al. 2024)
@@ -164,13 +164,7 @@ def next_best(batch: RouterScores, value: float, state: dict[str, Any]) -> np.nd
     tokens."""
     T, E = batch.scores_TE.shape
     order_TE = np.argsort(-batch.scores_TE, axis=1, kind="stable")
-    if order_TE.size < 200_000:
-        serve = kernels_numpy.serve_in_turn
-    else:
-        from moe_inspect.simulate import kernels_numba
-
-        serve = kernels_numba.serve_in_turn
-    return serve(order_TE, batch.k, expert_capacity(value, T, batch.k, E))
+    return serve_in_turn(order_TE, batch.k, expert_capacity(value, T, batch.k, E))
 
 
 def _fitted_bias(sample: RouterScores) -> dict[str, Any]:

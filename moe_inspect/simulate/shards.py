@@ -5,9 +5,10 @@ T tokens that the routers see, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,18 +18,28 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
 
-# assignments: below this plain numpy is done before numba has been imported and its code loaded
-SMALL = 3_000_000
+Tokens = TypeVar("Tokens")
+Seen = slice | np.ndarray  # the tokens of a shard that reach a router
 
 
-def is_small(trace: Trace, routers: Iterable[int], times: int = 1) -> bool:
-    """Whether the NumPy references are faster. `times`: how often each assignment is read."""
-    return trace.n_tokens * sum(trace.routers[r].top_k for r in routers) * times < SMALL
-
-
-def slots(shard: Shard, router: int) -> np.ndarray:
-    """int16 [K, T]: the experts of each decision, slot by slot, −1 where one routed nowhere."""
-    return np.ascontiguousarray(shard.ids(router).T)
+def routed(
+    shard: Shard, routers: Iterable[int], tokens_of: Callable[[int, Seen], Tokens]
+) -> Iterator[tuple[int, Tokens, np.ndarray]]:
+    """Of each router its number, what tokens_of(router, the tokens that reach it) returns, which
+    is called once for all routers of a stack, and the experts of its decisions: int16 [K, T], slot
+    by slot, −1 where one routed nowhere."""
+    of_stack: dict[str, tuple[int, Tokens]] = {}
+    for r in routers:
+        stack = shard.trace.routers[r].stack
+        if stack not in of_stack:
+            mask = shard.seen(r)
+            seen = slice(None) if mask is None else np.flatnonzero(mask)
+            T = shard.files.tokens if isinstance(seen, slice) else len(seen)
+            of_stack[stack] = T, tokens_of(r, seen)
+        T, tokens = of_stack[stack]
+        ids_TK = shard.ids(r)
+        check_length(ids_TK, T, r)
+        yield r, tokens, np.ascontiguousarray(ids_TK.T)
 
 
 def check_length(values: np.ndarray, tokens: int, router: int) -> None:

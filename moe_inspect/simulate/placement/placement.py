@@ -23,7 +23,7 @@ from moe_inspect.simulate.placement.tables import plan_table, recommended, table
 from moe_inspect.simulate.placement.text import chart, verdict
 from moe_inspect.simulate.placement.windows import fit_windows_of, loads_of, loads_of_counts
 from moe_inspect.simulate.result import Simulation, repeatable
-from moe_inspect.simulate.shards import check_domains, is_small
+from moe_inspect.simulate.shards import check_domains
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
@@ -93,12 +93,11 @@ def simulate_placement(
     layouts = layouts_of(trace, selection, settings.hardware)
     _check(trace, settings)
     check_domains(trace, selection)
-    small = is_small(trace, selection.routers)
     if trace.counts_only:
         windows, loads = loads_of_counts(trace, selection)
     else:
         windows = fit_windows_of(trace, selection, fit_share, window)
-        loads = loads_of(trace, selection, windows, small)
+        loads = loads_of(trace, selection, windows)
     of, advance = dict[tuple[int, str], np.ndarray](), begun("placing", len(layouts), "routers")
     for r in selection.routers:
         for name in settings.policies:
@@ -107,7 +106,7 @@ def simulate_placement(
     plans = Plans(trace, selection, windows, layouts, loads, of)
     if settings.fewer_ranks:
         reach_fewer(plans, "local-search", slack)
-    reached = {} if trace.counts_only else ranks_reached(plans, small)
+    reached = {} if trace.counts_only else ranks_reached(plans)
     tables = tables_of(plans, reached, dispatch == "lp")
     best = "local-search" if settings.fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)

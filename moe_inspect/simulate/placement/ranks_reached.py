@@ -15,7 +15,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.progress import phase
-from moe_inspect.simulate import kernels_numpy
+from moe_inspect.simulate.kernels_numba import anneal, reached_dense, reached_sparse
 from moe_inspect.simulate.placement.layouts import Layout, Plans, shares
 from moe_inspect.simulate.placement.policies.policies import POLICIES
 from moe_inspect.simulate.placement.windows import FitWindows, decisions
@@ -31,10 +31,10 @@ DENSE = 128
 Counter = Callable[[np.ndarray], float]  # ids_KT → the sum over decisions of the GPUs reached
 
 
-def ranks_reached(plans: Plans, small: bool) -> dict[tuple[int, str], tuple[float, float]]:
+def ranks_reached(plans: Plans) -> dict[tuple[int, str], tuple[float, float]]:
     """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
     (router, policy)."""
-    asked = plans.selection, plans.windows, plans.layouts, plans.of, small
+    asked = plans.selection, plans.windows, plans.layouts, plans.of
     parts = summed(plans.trace, "counting ranks", _add_reached, _reached, *asked)
     sums: Reached = reduce(_add_reached, parts, {})
     return {
@@ -63,7 +63,6 @@ def _reached(
     windows: FitWindows,
     layouts: dict[int, Layout],
     plans: dict[tuple[int, str], np.ndarray],
-    small: bool,
 ) -> Reached:
     """Of the judged part of a shard."""
     found: Reached = {}
@@ -72,8 +71,7 @@ def _reached(
         for key, expert_P in plans.items():
             if key[0] == r:
                 of_gpus, of_nodes = (
-                    counter(shares(expert_P, E, parts), small)
-                    for parts in (layout.gpus, layout.nodes)
+                    counter(shares(expert_P, E, parts)) for parts in (layout.gpus, layout.nodes)
                 )
                 nodes = (of_nodes if layout.nodes > 1 else _routed)(ids_KT)
                 found[key] = ids_KT.shape[1], of_gpus(ids_KT), nodes
@@ -85,24 +83,19 @@ def _routed(ids_KT: np.ndarray) -> float:
     return int((ids_KT >= 0).any(0).sum())
 
 
-def counter(share_EG: np.ndarray, small: bool = False) -> Counter:
-    """Counts as `kernels_numpy.reached` does, the quickest way. `small`: for few decisions, without
-    compiled code."""
-    if small:
-        return lambda ids_KT: kernels_numpy.reached(ids_KT, share_EG)
-    from moe_inspect.simulate import kernels_numba
-
+def counter(share_EG: np.ndarray) -> Counter:
+    """The quicker of two ways to count."""
     gpus = share_EG.shape[1]
     if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
         # the last row: a slot that routed nowhere
         miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(np.float32)
-        return lambda ids_KT: kernels_numba.reached_dense(ids_KT, miss_EG)
+        return lambda ids_KT: reached_dense(ids_KT, miss_EG)
     table = table_of(share_EG)
-    return lambda ids_KT: kernels_numba.reached_sparse(ids_KT, *table, gpus)
+    return lambda ids_KT: reached_sparse(ids_KT, *table, gpus)
 
 
 def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For `kernels_numba.reached_sparse`: sole_E int64 (the one GPU that has the expert, else −1),
+    """For `reached_sparse`: sole_E int64 (the one GPU that has the expert, else −1),
     and the GPUs of the others: start_E [E + 1], gpu_C, share_C."""
     sole_E = np.where((share_EG > 0).sum(1) == 1, share_EG.argmax(1), -1)
     expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
@@ -148,8 +141,6 @@ def fewer_reached(
 ) -> np.ndarray:
     """A placement with the replicas of `expert_P`, exchanged among GPUs so that the sampled
     decisions reach fewer, no GPU loaded beyond `limit` (or beyond what it was). int64 [P]"""
-    from moe_inspect.simulate.kernels_numba import anneal
-
     slots_GS = np.ascontiguousarray(expert_P.reshape(gpus, -1))
     if slots_GS.shape[1] > 1 and gpus > 1:
         anneal(ids_KM, slots_GS, load_E.astype(np.float64), limit, PROPOSALS, HEAT, 0)

@@ -15,8 +15,8 @@ import numpy as np
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate import kernels_numpy
-from moe_inspect.simulate.shards import check_length, slots, taken
+from moe_inspect.simulate.kernels_numba import count_windows
+from moe_inspect.simulate.shards import Seen, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -110,38 +110,29 @@ def decisions(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(router, ids int16 [K, T], window of each token int64 [T]) of a shard. What lies before the
     window `since` is not read."""
-    trace, rank, taken_T = shard.trace, shard.files.rank, taken(shard, selection)
+    rank, taken_T = shard.files.rank, taken(shard, selection)
     index_T = windows.before[rank, shard.files.index] + np.cumsum(taken_T) - 1
     share_T = index_T / max(1, windows.of_rank[rank])
     window_T = np.searchsorted(windows.edge_W, share_T, side="right") - 1
     wanted_T = taken_T & (window_T >= since)
-    of_stack: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for r in selection.routers if wanted_T.any() else ():
-        if (stack := trace.routers[r].stack) not in of_stack:
-            seen_T = shard.seen(r)
-            of_stack[stack] = (
-                (wanted_T, window_T) if seen_T is None else (wanted_T[seen_T], window_T[seen_T])
-            )
-        kept_N, window_N = of_stack[stack]
-        ids_KN = slots(shard, r)
-        check_length(ids_KN.T, len(window_N), r)
-        yield (
-            (r, ids_KN, window_N)
-            if kept_N.all()
-            else (r, np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N])
-        )
+
+    def wanted(_: int, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        return wanted_T[seen], window_T[seen]
+
+    routers = selection.routers if wanted_T.any() else ()
+    for r, (kept_N, window_N), ids_KN in routed(shard, routers, wanted):
+        if not kept_N.all():
+            ids_KN, window_N = np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N]
+        yield r, ids_KN, window_N
 
 
-def loads_of(
-    trace: Trace, selection: Selection, windows: FitWindows, small: bool
-) -> dict[int, np.ndarray]:
+def loads_of(trace: Trace, selection: Selection, windows: FitWindows) -> dict[int, np.ndarray]:
     """Assignments of each expert in each window, int64 [W, E], a router."""
     loads = {
         r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64)
         for r in selection.routers
     }
-    asked = selection, windows, small
-    for part in summed(trace, "counting loads", _add_loads, _loads, *asked):
+    for part in summed(trace, "counting loads", _add_loads, _loads, selection, windows):
         for (r, window), load_E in part.items():
             loads[r][window] += load_E
     return loads
@@ -152,21 +143,12 @@ Loads = dict[tuple[int, int], np.ndarray]  # of each expert, by (router, window)
 
 def _add_loads(total: Loads, other: Loads) -> Loads:
     for key, load_E in other.items():
-        if key in total:
-            total[key] += load_E
-        else:
-            total[key] = load_E
+        total[key] = total[key] + load_E if key in total else load_E
     return total
 
 
-def _loads(shard: Shard, selection: Selection, windows: FitWindows, small: bool) -> Loads:
+def _loads(shard: Shard, selection: Selection, windows: FitWindows) -> Loads:
     """The assignments in a shard."""
-    if small:
-        count_windows = kernels_numpy.count_windows
-    else:
-        from moe_inspect.simulate import kernels_numba
-
-        count_windows = kernels_numba.count_windows
     found: Loads = {}
     for r, ids_KT, window_T in decisions(shard, selection, windows):
         if not len(window_T):
