@@ -54,7 +54,7 @@ class Recipe:
 def timed_inside(spent: list[float]) -> Iterator[None]:
     """Adds up, in `spent`, the CPU time of the monitor's own functions on the training thread."""
     methods: list[tuple[type, str]] = [
-        (Sums, n) for n in ("begin", "feed", "take", "take_extra", "end")
+        (Sums, n) for n in ("begin", "feed", "take", "take_logits", "end")
     ]
     methods.append((RoutingMonitor, "step"))
     kept = {(owner, name): getattr(owner, name) for owner, name in methods}

@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from moe_inspect.alarms.alarms import Window
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.metrics import show_picture
-from moe_inspect.training.monitor import RoutingMonitor
+from moe_inspect.training.monitor import OfTrainer
 
 
-class RoutingCallback(TrainerCallback):
+class RoutingCallback(OfTrainer, TrainerCallback):
     """Watches the routers of the model that a Trainer trains:
 
         Trainer(model, args, train_dataset=…, callbacks=[RoutingCallback("runs/a/routing")])
@@ -29,11 +28,8 @@ class RoutingCallback(TrainerCallback):
     each checkpoint is saved, and a training that is resumed from one goes on in it."""
 
     def __init__(self, path: str | Path | None = None, *, picture_logs: int = 10, **options: Any):
-        self.path, self.picture_logs, self.options = path, picture_logs, options
-        self.monitor: RoutingMonitor | None = None
+        super().__init__(path, picture_logs, options)
         self._metrics: dict[str, float] = {}
-        self._logs = 0
-        self._pictured: Window | None = None  # in the last picture
         self._trainer: Trainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,16 +44,9 @@ class RoutingCallback(TrainerCallback):
             callbacks = self._trainer.callback_handler.callbacks
             callbacks.remove(self)
             callbacks.insert(min(1, len(callbacks)), self)  # after what decides when to log
-        self._end("interrupted")
-        self.monitor = RoutingMonitor(
-            kwargs["model"],
-            self.path,
-            log_steps=sys.maxsize,  # when the Trainer logs
-            resume_step=state.global_step,
-            **{"flush_steps": sys.maxsize, **self.options},
-        )
-        self.monitor.__enter__()
-        self._metrics, self._logs, self._pictured = {}, 0, None
+        self._end(KeyboardInterrupt)
+        self._begin(kwargs["model"], state.global_step)
+        self._metrics = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         monitor = self.monitor
@@ -67,8 +56,7 @@ class RoutingCallback(TrainerCallback):
             self._metrics = monitor.log()
             if "flush_steps" not in self.options:
                 monitor.flush()
-            self._logs += 1
-            if self.picture_logs and self._logs % self.picture_logs == 1 % self.picture_logs:
+            if self._shows_log():
                 self._show(args, state)
         if control.should_save:
             monitor.flush()
@@ -96,18 +84,12 @@ class RoutingCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.picture_logs:
             self._show(args, state)  # what a run ended with, however few its logs
-        self._end("complete")
-
-    def _end(self, status: str) -> None:
-        if self.monitor is not None:
-            monitor, self.monitor = self.monitor, None
-            monitor.__exit__(None if status == "complete" else KeyboardInterrupt, None, None)
+        self._end(None)
 
     def _show(self, args: Any, state: Any) -> None:
         monitor = self.monitor
-        if not state.is_world_process_zero or monitor is None or monitor.window is self._pictured:
+        if not state.is_world_process_zero or monitor is None or not self._has_new_window():
             return
-        self._pictured = monitor.window
         writers = [
             writer
             for callback in (self._trainer.callback_handler.callbacks if self._trainer else [])

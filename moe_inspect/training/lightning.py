@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.alarms.alarms import Window
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.metrics import show_picture
-from moe_inspect.training.monitor import RoutingMonitor
+from moe_inspect.training.monitor import OfTrainer
 
 try:
     from lightning.pytorch.callbacks import Callback as _Found  # pyright: ignore
@@ -18,7 +16,7 @@ except ImportError:
 Callback: Any = _Found
 
 
-class LightningRoutingCallback(Callback):
+class LightningRoutingCallback(OfTrainer, Callback):
     """Watches the routers of the model that Lightning trains:
 
         Trainer(callbacks=[LightningRoutingCallback("runs/a/routing")])
@@ -39,20 +37,11 @@ class LightningRoutingCallback(Callback):
             raise MoeInspectError(
                 'Lightning is not installed: run pip install "moe-inspect[lightning]"'
             )
-        self.path, self.model, self.picture_logs, self.options = path, model, picture_logs, options
-        self.monitor: RoutingMonitor | None = None
-        self._logs = 0
-        self._pictured: Window | None = None  # in the last picture
+        super().__init__(path, picture_logs, options)
+        self.model = model
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.monitor = RoutingMonitor(
-            getattr(pl_module, self.model),
-            self.path,
-            log_steps=sys.maxsize,
-            resume_step=trainer.global_step,
-            **{"flush_steps": sys.maxsize, **self.options},
-        )
-        self.monitor.__enter__()
+        self._begin(getattr(pl_module, self.model), trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         monitor = self.monitor
@@ -63,8 +52,7 @@ class LightningRoutingCallback(Callback):
             metrics = monitor.log()
             monitor.flush()
             self._report(trainer, metrics)
-            self._logs += 1
-            if self.picture_logs and self._logs % self.picture_logs == 1 % self.picture_logs:
+            if self._shows_log():
                 self._show(trainer)
         if monitor.should_stop:
             trainer.should_stop = True
@@ -85,20 +73,14 @@ class LightningRoutingCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end(type(exception))
 
-    def _end(self, kind: type[BaseException] | None) -> None:
-        if self.monitor is not None:
-            monitor, self.monitor = self.monitor, None
-            monitor.__exit__(kind, None, None)
-
     def _report(self, trainer: Any, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def _show(self, trainer: Any) -> None:
         monitor = self.monitor
-        if not trainer.is_global_zero or monitor is None or monitor.window is self._pictured:
+        if not trainer.is_global_zero or monitor is None or not self._has_new_window():
             return
-        self._pictured = monitor.window
         boards = [
             logger.experiment
             for logger in trainer.loggers

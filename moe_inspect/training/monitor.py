@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -295,6 +296,44 @@ class RoutingMonitor:
         if self.window is None:
             raise MoeInspectError("no window yet: the first picture follows the first log")
         return load_picture(self.window, self.routers)
+
+
+class OfTrainer:
+    """The monitor of a callback, whose steps and logs are a trainer's. It shows a picture at every
+    `picture_logs`-th log and at the end, 0 for never; `options`: of the monitor."""
+
+    def __init__(self, path: str | Path | None, picture_logs: int, options: dict[str, Any]):
+        self.path, self.picture_logs, self.options = path, picture_logs, options
+        self.monitor: RoutingMonitor | None = None
+        self._logs = 0
+        self._pictured: Window | None = None  # in the last picture
+
+    def _begin(self, model: Any, step: int) -> None:
+        self.monitor = RoutingMonitor(
+            model,
+            self.path,
+            log_steps=sys.maxsize,  # when the trainer logs
+            resume_step=step,
+            **{"flush_steps": sys.maxsize, **self.options},
+        )
+        self.monitor.__enter__()
+        self._logs, self._pictured = 0, None
+
+    def _shows_log(self) -> bool:
+        """Whether the log that was just written comes with a picture."""
+        self._logs += 1
+        return self.picture_logs > 0 and self._logs % self.picture_logs == 1 % self.picture_logs
+
+    def _has_new_window(self) -> bool:
+        """Whether there is a window that no picture has shown; from now on one has."""
+        window = self.monitor.window if self.monitor is not None else None
+        before, self._pictured = self._pictured, window
+        return window is not before
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        if self.monitor is not None:
+            monitor, self.monitor = self.monitor, None
+            monitor.__exit__(kind, None, None)
 
 
 def _rank() -> int:

@@ -9,7 +9,7 @@ nowhere.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
 
 
 class DeviceSums:
-    """The sums of the routers of one device. `modes`: one set for training, one for evaluation."""
+    """The sums of the routers of one device."""
 
     def __init__(self, device: torch.device, experts: Sequence[int]):
         self.device, self.R = device, len(experts)
@@ -47,7 +47,7 @@ class DeviceSums:
             self.load_C = torch.zeros(self.C, dtype=torch.int64)
             self.probability_C = torch.zeros(self.C)
             self.z_R = torch.zeros(self.R)
-            # of the step, of the steps before, and since `read`: training, evaluation
+            # of the step, of the steps before, and since `read`: evaluation, training
             self.step_C = torch.zeros(self.C, dtype=torch.int64)
             self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int32)
             self.total_C = [torch.zeros(self.C, dtype=torch.int64) for _ in range(2)]
@@ -62,8 +62,7 @@ class DeviceSums:
         """Adds the pass. Its auxiliary loss is E · Σ f · P of each router: f the share of the
         assignments, P the mean probability of an expert; 1 for a uniform router
         (arXiv:2101.03961)."""
-        mode = 0 if training else 1
-        (self.step_C if training else self.total_C[mode]).add_(self.load_C)
+        (self.step_C if training else self.total_C[False]).add_(self.load_C)
         if not logits:
             return
         sums_R = [
@@ -75,23 +74,23 @@ class DeviceSums:
             )
         ]
         load_R, tokens_R, product_R = sums_R
-        self.losses_2R[mode][0] += self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
-        self.losses_2R[mode][1] += self.z_R / tokens_R.clamp(min=1)
+        self.losses_2R[training][0] += (
+            self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
+        )
+        self.losses_2R[training][1] += self.z_R / tokens_R.clamp(min=1)
 
     def end_step(self, n: int) -> None:
-        self.total_C[0] += self.step_C
+        self.total_C[True] += self.step_C
         self.recent_SC[n % RECENT] = self.step_C
         self.step_C.zero_()
 
     def parts(self, training: bool, steps: int) -> list[Tensor]:
-        mode = 0 if training else 1
-        recent = self.recent_SC[: steps if training else 0]
-        return [self.total_C[mode], recent.reshape(-1), self.losses_2R[mode].reshape(-1)]
+        recent = self.recent_SC[:steps]
+        return [self.total_C[training], recent.reshape(-1), self.losses_2R[training].reshape(-1)]
 
     def clear(self, training: bool) -> None:
-        mode = 0 if training else 1
-        self.total_C[mode].zero_()
-        self.losses_2R[mode].zero_()
+        self.total_C[training].zero_()
+        self.losses_2R[training].zero_()
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,10 @@ class Sums:
         }
         self._on: dict[torch.device, DeviceSums] = {}
         self._place: list[tuple[DeviceSums, int]] = []  # of each router
-        self._early: list[tuple[int, Tensor]] = []  # ids and logits of the first pass
-        self._early_logits: list[tuple[int, Tensor]] = []
+        # of the first pass: what adds them, and router, first row, ids or logits of each call
+        self._early: list[tuple[Callable[[int, int, Tensor], None], int, int, Tensor]] = []
         self._steps = 0  # since the last `read`
-        self._passes = [0, 0]
+        self._passes = [0, 0]  # in evaluation, in training
         self._tokens: list[dict[str, Any]] = [dict.fromkeys(stacks, 0) for _ in range(2)]
         self._step_tokens: dict[str, Any] = dict.fromkeys(stacks, 0)
         self._step_passes = 0
@@ -154,7 +153,7 @@ class Sums:
         """Has the sinks of router r pass on what they receive."""
         sinks[""].take = partial(self.take, r)
         if "logits" in sinks:
-            sinks["logits"].take = partial(self.take_extra, "logits", r)
+            sinks["logits"].take = partial(self.take_logits, r)
 
     # --- a forward pass
 
@@ -166,7 +165,7 @@ class Sums:
         self._masks: dict[tuple[str, torch.device], Tensor] = {}
         self._seen = [0] * len(self.sites)
         self._seen_logits = [0] * len(self.sites)
-        self._early, self._early_logits = [], []
+        self._early = []
         for on in self._on.values() if self._counting else ():
             on.begin()
 
@@ -189,25 +188,21 @@ class Sums:
 
     def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """One call of router r, for the rows after those it has seen in this pass."""
-        if not self._counting:
-            return
-        row, self._seen[r] = self._seen[r], self._seen[r] + len(ids_TK)
-        if not self._place:
-            self._early.append((r, ids_TK.clone()))
-            return
-        self._add(r, row, ids_TK)
+        self._take(self._add, self._seen, r, ids_TK)
 
-    def take_extra(self, kind: str, r: int, values: Tensor) -> None:
-        assert kind == "logits"
-        logits_TE = values
+    def take_logits(self, r: int, logits_TE: Tensor) -> None:
+        self._take(self._add_logits, self._seen_logits, r, logits_TE)
+
+    def _take(
+        self, add: Callable[[int, int, Tensor], None], seen: list[int], r: int, values: Tensor
+    ) -> None:
         if not self._counting:
             return
-        row, self._seen_logits[r] = self._seen_logits[r], self._seen_logits[r] + len(logits_TE)
-        self._shows_logits.add(r)
-        if not self._place:
-            self._early_logits.append((r, logits_TE.clone()))
-            return
-        self._add_logits(r, row, logits_TE)
+        row, seen[r] = seen[r], seen[r] + len(values)
+        if self._place:
+            add(r, row, values)
+        else:
+            self._early.append((add, r, row, values.clone()))
 
     @torch.no_grad()
     def _add(self, r: int, row: int, ids_TK: Tensor) -> None:
@@ -221,6 +216,7 @@ class Sums:
 
     @torch.no_grad()
     def _add_logits(self, r: int, row: int, logits_TE: Tensor) -> None:
+        self._shows_logits.add(r)
         on, n = self._place[r]
         site, logits_TE = self.sites[r], logits_TE.float()
         log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
@@ -263,20 +259,20 @@ class Sums:
             self._lay_out()
         for on in self._on.values():
             on.end(self.training, bool(self._shows_logits))
-        tokens = self._step_tokens if self.training else self._tokens[1]
+        tokens = self._step_tokens if self.training else self._tokens[False]
         for stack, T in self._rows.items():
             real_T = self._real[stack]
             tokens[stack] = tokens[stack] + (T if real_T is None else real_T.sum())
         if self.training:
             self._step_passes += 1
         else:
-            self._passes[1] += 1
+            self._passes[False] += 1
 
     def _lay_out(self) -> None:
         """The first pass has shown the devices and the top-k: makes the sums, and counts it."""
         if not self.sites:
             raise no_routers(self.model)
-        early = dict(self._early)
+        early = {r: ids for add, r, _, ids in self._early if add == self._add}
         if missing := [s.path for r, s in enumerate(self.sites) if r not in early]:
             raise MoeInspectError(
                 f"{missing[0]} did not run in the first forward pass: begin with one of the whole "
@@ -304,12 +300,9 @@ class Sums:
             )
             for r, site in enumerate(self.sites)
         ]
-        for calls, add in ((self._early, self._add), (self._early_logits, self._add_logits)):
-            row = [0] * len(self.sites)
-            for r, values in calls:
-                add(r, row[r], values)
-                row[r] += len(values)
-        self._early, self._early_logits = [], []
+        for add, r, row, values in self._early:
+            add(r, row, values)
+        self._early = []
 
     # --- steps
 
@@ -321,9 +314,9 @@ class Sums:
         for on in self._on.values():
             on.end_step(self._steps)
         self._steps += 1
-        self._passes[0] += self._step_passes
+        self._passes[True] += self._step_passes
         for stack, n in self._step_tokens.items():
-            self._tokens[0][stack] = self._tokens[0][stack] + n
+            self._tokens[True][stack] = self._tokens[True][stack] + n
         self._step_tokens, self._step_passes = dict.fromkeys(self._step_tokens, 0), 0
 
     @torch.no_grad()
@@ -333,22 +326,22 @@ class Sums:
         first pass."""
         if not self._place:
             return None
-        mode, S = (0 if training else 1), min(self._steps, RECENT)
+        S = min(self._steps, RECENT) if training else 0
         device = self._place[0][0].device
-        tokens = [torch.as_tensor(n, device=device) for n in self._tokens[mode].values()]
+        tokens = [torch.as_tensor(n, device=device) for n in self._tokens[training].values()]
         parts = [
             *(part for on in self._on.values() for part in on.parts(training, S)),
             *tokens,
-            torch.tensor(self._passes[mode], device=device),
+            torch.tensor(self._passes[training], device=device),
         ]
         flat = torch.cat([part.reshape(-1).to(device, torch.float64) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat, group=group)
-        taken = self._unpacked(flat.cpu(), S if training else 0)
+        taken = self._unpacked(flat.cpu(), S)
         for on in self._on.values():
             on.clear(training)
-        self._passes[mode] = 0
-        self._tokens[mode] = dict.fromkeys(self._tokens[mode], 0)
+        self._passes[training] = 0
+        self._tokens[training] = dict.fromkeys(self._tokens[training], 0)
         if training:
             self._steps = 0
         return taken
@@ -361,18 +354,19 @@ class Sums:
             at += size
             return flat[at - size : at]
 
-        by_device: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for on in self._on.values():
-            by_device[id(on)] = (
+        by_device = {
+            on: (
                 next_part(on.C),
                 next_part(S * on.C).reshape(S, on.C),
                 next_part(2 * on.R).reshape(2, on.R),
             )
+            for on in self._on.values()
+        }
         tokens = dict(zip(self._names, next_part(len(self._names)).tolist(), strict=True))
         passes = int(next_part(1))
         load, recent, losses = [], [], []
         for n_site, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
-            total_C, recent_SC, losses_2R = by_device[id(on)]
+            total_C, recent_SC, losses_2R = by_device[on]
             mine = slice(on.first[n], on.first[n] + site.experts)
             load.append(total_C[mine].long().numpy())
             recent.append(recent_SC[:, mine].long().numpy())
