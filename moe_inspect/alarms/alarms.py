@@ -77,8 +77,9 @@ _DRIFT = (
     "A lower learning rate of the router, or warm-up, keeps the choice stable (arXiv:2202.08906); "
     "the router's z-loss keeps its logits small (arXiv:2202.08906)."
 )
-_LOGITS = "Raise the coefficient of the router's z-loss, or lower its learning rate \
-(arXiv:2202.08906)."
+_LOGITS = (
+    "Raise the coefficient of the router's z-loss, or lower its learning rate (arXiv:2202.08906)."
+)
 ADVICE: Mapping[str, str] = {
     "dead_experts": _DEAD,
     "starved_experts": _DEAD,
@@ -243,11 +244,17 @@ class Alarms:
 
     def chance_of(self, metric: str, r: int, load_E: np.ndarray) -> float:
         """The highest value of a metric of one window's load that chance explains."""
-        router, tail = self.routers[r], tail_of(len(self.routers), 1)
-        tokens = float(load_E.sum()) / router.top_k
-        return chance_limit(
-            metric, tokens, router.experts, router.top_k, True, self.effect(r), tail
+        return self._limit(metric, r, load_E[None], above=True, windows=1)
+
+    def _limit(self, metric: str, r: int, load_SE: np.ndarray, above: bool, windows: int) -> float:
+        """`chance_limit` of a metric of the mean over steps, for so many windows in a row."""
+        E, k, tail = (
+            self.routers[r].experts,
+            self.routers[r].top_k,
+            tail_of(len(self.routers), windows),
         )
+        tokens = float(np.mean(np.sum(load_SE, -1))) / k
+        return chance_limit(metric, tokens, E, k, above, self.effect(r), tail, len(load_SE))
 
     def values(self, metric: str, window: Window) -> np.ndarray:
         """A metric of each router in a window, float [R]; NaN where it has none."""
@@ -314,17 +321,13 @@ class Alarms:
     def _chance(self, rule: Rule, r: int, window: Window) -> float:
         """What chance alone would at most (at least) give; NaN where that is not known, or experts
         are judged one by one."""
-        router, effect = self.routers[r], self.effect(r)
         if rule.metric in VALUES or rule.of_experts:
             return math.nan
         if rule.metric == DRIFT:
-            tail = tail_of(len(self.routers), rule.windows)
-            return _drift_by_chance(self._before, window, r, router.top_k, effect, tail)
-        loads = window.recent[r] if rule.metric == BATCH else np.asarray(window.load[r])[None]
-        tokens = float(np.mean(np.sum(loads, -1))) / router.top_k
-        tail = tail_of(len(self.routers), rule.windows)
-        E, k, of = router.experts, router.top_k, rule.metric
-        return chance_limit(of, tokens, E, k, rule.above, effect, tail, len(loads))
+            k, tail = self.routers[r].top_k, tail_of(len(self.routers), rule.windows)
+            return _drift_by_chance(self._before, window, r, k, self.effect(r), tail)
+        load_SE = window.recent[r] if rule.metric == BATCH else np.asarray(window.load[r])[None]
+        return self._limit(rule.metric, r, load_SE, rule.above, rule.windows)
 
     def _alarm(
         self,

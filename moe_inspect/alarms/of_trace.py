@@ -53,8 +53,8 @@ def _effect(counts: Counts, r: int) -> float:
     as for the verdict, no number of tokens is."""
     if len(counts.units) < FEWEST_TO_JUDGE:
         return math.inf
-    of_U = counts.of[r].assignments_UE, counts.tokens_U_of(r), counts.domain_of_unit_U
-    return unc.design_effect(*of_U)
+    assignments_UE, tokens_U = counts.of[r].assignments_UE, counts.tokens_U_of(r)
+    return unc.design_effect(assignments_UE, tokens_U, counts.domain_of_unit_U)
 
 
 def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None) -> None:
@@ -92,37 +92,25 @@ def _committed(trace: Trace, selection: Selection) -> Iterator[Window]:
     counted = by_shard(trace, None, count_shard, selection, BASE)
     for shard, counts in zip(trace.shards, counted, strict=True):
         first, last = shard.files.first_batch or last + 1, shard.files.last_batch
-        load = [_load(counts, r) for r in range(len(trace.routers))]
-        yield _window(first, last, load, _tokens(counts), counts)
+        yield _window(counts, first, last)
 
 
 def _cut(counts: Counts) -> Iterator[Window]:
     for w in range(len(counts.first_token_W)):
-        load = [_load(counts, r, w) for r in range(len(counts.routers))]
-        if any(load_E.any() for load_E in load):
-            yield _window(w, w, load, _tokens(counts, w), counts)
+        window = _window(counts, w, w, w)
+        if any(load_E.any() for load_E in window.load):
+            yield window
 
 
-def _load(counts: Counts, r: int, w: int | None = None) -> np.ndarray:
-    if r not in counts.of:
-        return np.zeros(counts.routers[r].experts, np.int64)
-    if w is None:
-        return counts.load_E(r)
-    load_WE = counts.of[r].window_load_WE
-    assert load_WE is not None
-    return load_WE[w]
-
-
-def _window(
-    first: int, last: int, load: list[np.ndarray], tokens_R: np.ndarray, counts: Counts
-) -> Window:
+def _window(counts: Counts, first: int, last: int, w: int | None = None) -> Window:
+    """All that was counted, or window w of it. Routers that were not counted have no load."""
+    load = [np.zeros(router.experts, np.int64) for router in counts.routers]
+    tokens_R = np.zeros(len(load), np.int64)
+    for r, of in counts.of.items():
+        if w is None:
+            load[r], tokens_R[r] = counts.load_E(r), counts.tokens_of(r)
+        else:
+            assert of.window_load_WE is not None and of.window_tokens_W is not None
+            load[r], tokens_R[r] = of.window_load_WE[w], of.window_tokens_W[w]
     values = {DROP_RATE: drop_rate_R(load, tokens_R, counts.routers)}
     return Window(first, last, load, tokens_R, values)
-
-
-def _tokens(counts: Counts, w: int | None = None) -> np.ndarray:
-    """int64 [R]"""
-    tokens_R = np.zeros(len(counts.routers), np.int64)
-    for r, of in counts.of.items():
-        tokens_R[r] = counts.tokens_of(r) if w is None else of.window_tokens_W[w]  # pyright: ignore[reportOptionalSubscript]
-    return tokens_R

@@ -107,11 +107,11 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
 
 def launch_us() -> dict[str, float]:
     """Call → microseconds of the host's time, on the first GPU; empty without one."""
-    found = {}
-    for device in gpus()[:1]:
-        for name, call in calls(device).items():
-            found[name] = min(_host_us(call, device) for _ in range(ROUNDS))
-    return found
+    return {
+        name: min(_host_us(call, device) for _ in range(ROUNDS))
+        for device in gpus()[:1]
+        for name, call in calls(device).items()
+    }
 
 
 def _host_us(call: Callable[[], object], device: torch.device) -> float:
@@ -125,7 +125,6 @@ def _host_us(call: Callable[[], object], device: torch.device) -> float:
     return took / LAUNCHES * 1e6
 
 
-LAYERS, EXPERTS, TOP_K = 24, 16, 8
 COPY_BYTES = 64 << 20
 
 
@@ -146,18 +145,16 @@ def narrow_model() -> Any:
         "hidden_size": 32,
         "intermediate_size": 32,
         "moe_intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 256,
+        "num_hidden_layers": 24,
+        "num_experts": 16,
+        "num_experts_per_tok": 8,
+        "pad_token_id": 0,
     }
-    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    config = Qwen3MoeConfig(
-        **sizes,
-        **heads,
-        vocab_size=256,
-        num_hidden_layers=LAYERS,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        pad_token_id=0,
-    )
-    return Qwen3MoeForCausalLM(config).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
 
 
 def record_on_cpu() -> dict[str, float]:
@@ -165,7 +162,10 @@ def record_on_cpu() -> dict[str, float]:
     network = narrow_model()
     found = timed(network, decode_phase(network, torch.arange(16).view(1, 16)))
     untraced = found["untraced"].cpu
-    return {name: (found[name].cpu - untraced) / LAYERS * 1e6 for name in CAPTURES}
+    return {
+        name: (found[name].cpu - untraced) / network.config.num_hidden_layers * 1e6
+        for name in CAPTURES
+    }
 
 
 def copy_bandwidth() -> float | None:

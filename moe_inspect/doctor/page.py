@@ -24,9 +24,10 @@ def examine(
     measure    whether to check the kernels and to measure speeds too, which takes seconds
     options    of the model: device, dtype, revision, trust_remote_code, random_init
     """
-    able = missing_for_capture() is None
+    missing = missing_for_capture()
+    able = missing is None
     if model is not None and not able:
-        raise MoeInspectError(f"this needs {missing_for_capture()}: {INSTALL_TRACE}")
+        raise MoeInspectError(f"this needs {missing}: {INSTALL_TRACE}")
     if measure:
         phase("measuring the disk")
     facts = {
@@ -37,25 +38,18 @@ def examine(
         "devices": devices() if able else [],
         "captures": captures(),
     }
-    if able:
-        facts |= _of_recording(measure)
+    if able and measure:
+        from moe_inspect.doctor import costs
+
+        phase("checking kernels")
+        facts["selfcheck"] = costs.selfchecks()
+        phase("measuring costs")
+        facts["costs"] = costs.measured()
     if model is not None:
         from moe_inspect.doctor.model import examined
 
         facts["model"] = examined(model, measure=measure, **options)
     return facts
-
-
-def _of_recording(measure: bool) -> dict[str, Any]:
-    """What needs torch."""
-    if not measure:
-        return {}
-    from moe_inspect.doctor import costs
-
-    phase("checking kernels")
-    checked = costs.selfchecks()
-    phase("measuring costs")
-    return {"selfcheck": checked, "costs": costs.measured()}
 
 
 Line = tuple[str, str]

@@ -35,23 +35,16 @@ from moe_inspect.trace.manifest import refuse_within_trace
 Progress = Callable[[int, int], None]  # (passes done, passes in all)
 
 
-@dataclass
-class Measured:
-    """`batches`: those measured with every expert. `passes`: forward passes of this run."""
-
-    batches: list[int]
-    passes: int
-
-
 def measure(
     held_out: HeldOut,
     asked: Sequence[tuple[int, int]],
     store: Store,
     most_passes: int | None = None,
     progress: Progress | None = None,
-) -> Measured:
+) -> tuple[list[int], int]:
     """Measures each batch without each of the (router, expert) `asked`. With `most_passes` it stops
-    before the batch that would exceed them."""
+    before the batch that would exceed them. Returns the batches that were measured with every
+    expert, and the forward passes of this run."""
     sites = held_out.sites
     below = Below(held_out.network, [sites[r] for r in sorted({r for r, _ in asked})])
     order = sorted(asked)
@@ -59,11 +52,10 @@ def measure(
         b: [pair for pair in order if not store.has(b, *pair)] for b in range(len(held_out.batches))
     }
     total = sum(len(pairs) + 1 for pairs in left.values() if pairs)
-    done = Measured([], 0)
-    checked = False
+    batches, passes, checked = list[int](), 0, False
     for b, pairs in left.items():
-        if pairs and most_passes is not None and done.passes + len(pairs) + 1 > most_passes:
-            if not done.batches:
+        if pairs and most_passes is not None and passes + len(pairs) + 1 > most_passes:
+            if not batches:
                 raise MoeInspectError(
                     f"--most-passes {most_passes} is not enough for one batch, which takes "
                     f"{len(pairs) + 1}: ask for fewer experts or layers, or allow more"
@@ -76,18 +68,18 @@ def measure(
                 checked = True
                 _check_below(below, held_out, b, pairs, whole)
             store.add(b, *WHOLE, whole.tolist())
-            done.passes += 1
+            passes += 1
         for r, expert in pairs:
             dropped = Intervention(
                 held_out.network, drop={sites[r].path: expert}, routers=held_out.routers
             )
             with dropped, below.skipped(sites[r]):
                 store.add(b, r, expert, held_out.losses(b).tolist())
-            done.passes += 1
+            passes += 1
             if progress is not None:
-                progress(done.passes, total)
-        done.batches.append(b)
-    return done
+                progress(passes, total)
+        batches.append(b)
+    return batches, passes
 
 
 def _check_below(
@@ -361,12 +353,12 @@ def ablate_held_out(
 ) -> Ablation:
     store = Store(resume, held_out.record)
     try:
-        done = measure(held_out, asked, store, most_passes, progress)
+        batches, passes = measure(held_out, asked, store, most_passes, progress)
     finally:
         store.close()
-    of = {b: held_out.batches[b] for b in done.batches}
+    of = {b: held_out.batches[b] for b in batches}
     by_expert, by_domain = tables(of, held_out.sites, asked, store)
-    return Ablation(by_expert, by_domain, len(done.batches), len(held_out.batches), done.passes)
+    return Ablation(by_expert, by_domain, len(batches), len(held_out.batches), passes)
 
 
 def pairs(

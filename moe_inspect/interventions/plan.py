@@ -57,16 +57,8 @@ def planned(
     """MoeInspectError for a layer without a router or whose router's choice is fixed, an expert
     that it does not have, a layer with nothing left to choose, and for interventions that
     contradict each other."""
-    given = [
-        name
-        for name, is_given in (
-            ("drop", drop is not None),
-            ("force", force is not None),
-            ("replay", replay),
-            ("shuffle", shuffle is not None),
-        )
-        if is_given
-    ]
+    asked = {"drop": drop, "force": force, "replay": replay or None, "shuffle": shuffle}
+    given = [name for name, value in asked.items() if value is not None]
     if not given:
         raise MoeInspectError("intervene does nothing: give it drop, force, replay or shuffle")
     if len(given) > 1 and set(given) != {"drop", "force"}:

@@ -9,7 +9,7 @@ T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 expe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -43,10 +43,7 @@ class Steps:
         self.E, self.batch_B = E, np.array(batches, np.int64)
         self.there_BPW = np.zeros((len(batches), 0, -(-E // 64)), np.uint64)
         self.tokens_BP = np.zeros((len(batches), 0), np.int64)
-        self.steps_B, self.distinct_B = (
-            np.zeros(len(batches), np.int64),
-            np.zeros(len(batches), np.int64),
-        )
+        self.steps_B, self.distinct_B = np.zeros((2, len(batches)), np.int64)
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray) -> None:
@@ -207,16 +204,10 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
                     "batch": B,
                     "steps": of.steps_B[b],
                     "distinct_experts": distinct,
-                }
-                | {
                     "independent": independent(router.experts, router.top_k, B),
                     "from_marginals": from_marginals(activation_E, B),
-                }
-                | {
                     "share_of_experts": distinct / router.experts,
                     "tokens_per_expert": activation_E.sum() * B / distinct,
-                }
-                | {
                     "experts_per_token": distinct / B,
                     "bytes_per_token": distinct * size / B if size else np.nan,
                 }
@@ -232,30 +223,27 @@ def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any
     for r, of in steps.items():
         activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
         E = int((of.load_E > 0).sum())
-        full = (
-            _least(lambda B, a=activation_E, E=E: from_marginals(a, B) >= SATURATED * E)
-            if E
-            else None
-        )
-        bound = (
-            _least(lambda B, a=activation_E, k=k: B * k >= intensity * from_marginals(a, B))
-            if E
-            else None
-        )
+
+        def reads_all(B: int, a_E: np.ndarray = activation_E, E: int = E) -> bool:
+            return from_marginals(a_E, B) >= SATURATED * E
+
+        def is_bound(B: int, a_E: np.ndarray = activation_E, k: float = k) -> bool:
+            return B * k >= intensity * from_marginals(a_E, B)
+
         rows.append(
             {
                 "layer": trace.routers[r].layer,
                 "router": r,
                 "reached_experts": E,
-                "reads_all_from": full,
-                "compute_bound_from": bound,
+                "reads_all_from": _least(reads_all) if E else None,
+                "compute_bound_from": _least(is_bound) if E else None,
             }
         )
     made: Any = pd.DataFrame(rows)
     return made.astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
 
 
-def _least(holds: Any) -> int | None:
+def _least(holds: Callable[[int], bool]) -> int | None:
     """The smallest batch size for which `holds` is true; None if it is not at LARGEST."""
     if not holds(LARGEST):
         return None
@@ -318,10 +306,8 @@ def chart(tables: dict[str, Any]) -> Chart | None:
         return None
     by_batch = table.groupby("batch")
     mean = by_batch[["distinct_experts", "independent", "from_marginals"]].mean()
-    low, high = (
-        of.to_numpy()
-        for of in (by_batch["distinct_experts"].min(), by_batch["distinct_experts"].max())
-    )
+    distinct = by_batch["distinct_experts"]
+    low, high = distinct.min().to_numpy(), distinct.max().to_numpy()
     x = np.arange(len(mean), dtype=float)
     experts, chance, popular = (mean[name].to_numpy() for name in mean)
     marks = (

@@ -17,7 +17,6 @@ from moe_inspect.reporting.charts.spec import (
     Chart,
     Heatmap,
     Panel,
-    Scale,
     amount,
     definitions,
 )
@@ -98,32 +97,13 @@ def index_page(entries: Sequence[Entry]) -> str:
             definitions=MEANINGS,
             links=[entry["page"] for entry in entries],
         ),
-        *(
-            chart_section(chart)
-            for chart in (
-                _layers(
-                    entries,
-                    "balance",
-                    "Balance by layer",
-                    "Busiest expert ÷ mean load, by router",
-                    "max_over_mean",
-                ),
-                _layers(
-                    entries,
-                    "bits",
-                    "Specialization by layer",
-                    "What the domain tells about the expert, beyond chance, by router",
-                    "domain_mi_bits",
-                ),
-            )
-            if chart is not None
-        ),
-        *(
-            [Section("What is missing", "What the table leaves empty, and why.", table=lacking)]
-            if len(lacking)
-            else []
-        ),
     ]
+    for name in ("balance", "bits"):
+        if (chart := _layers(entries, name)) is not None:
+            sections.append(chart_section(chart))
+    if len(lacking):
+        why = "What the table leaves empty, and why."
+        sections.append(Section("What is missing", why, table=lacking))
     return page_html(
         Page(
             f"Atlas of {plural(len(entries), 'trace')}",
@@ -173,10 +153,9 @@ def _tiles(table: pd.DataFrame, entries: Sequence[Entry]) -> list[Tile]:
     return tiles
 
 
-def _layers(
-    entries: Sequence[Entry], name: str, title: str, caption: str, metric: str
-) -> Chart | None:
-    """A heatmap of traces × routers of one list of the entries; None where all of it is empty."""
+def _layers(entries: Sequence[Entry], name: str) -> Chart | None:
+    """A heatmap of traces × routers of one list of the entries, "balance" or "bits"; None where all
+    of it is empty."""
     drawn = entries[:DRAWN]
     width = max(len(entry[name]) for entry in drawn)
     values_MR = np.full((len(drawn), width), np.nan)
@@ -186,11 +165,14 @@ def _layers(
         notes_MR[m, : len(entry[name])] = [f"layer {label}" for label, _ in entry["layers"]]
     if np.isnan(values_MR).all():
         return None
-    scale: Scale = (
-        amount("busiest expert ÷ mean", 1.0, values_MR, 2.0, log=True)
-        if name == "balance"
-        else amount("bits", 0.0, values_MR, 0.1)
-    )
+    if name == "balance":
+        title, metric = "Balance by layer", "max_over_mean"
+        caption = "Busiest expert ÷ mean load, by router"
+        scale = amount("busiest expert ÷ mean", 1.0, values_MR, 2.0, log=True)
+    else:
+        title, metric = "Specialization by layer", "domain_mi_bits"
+        caption = "What the domain tells about the expert, beyond chance, by router"
+        scale = amount("bits", 0.0, values_MR, 0.1)
     labels = tuple(cut(entry["name"]) for entry in drawn)
     panel = Panel(
         (Heatmap(values_MR, scale, notes=notes_MR),),

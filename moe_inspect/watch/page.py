@@ -25,11 +25,7 @@ from moe_inspect.reporting.charts.spec import (
     cell_numbers,
     load_scale,
 )
-from moe_inspect.reporting.render.html import (
-    asset,
-    palette_css,
-    script_hash,
-)
+from moe_inspect.reporting.render.html import asset, palette_css, script_hash
 from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import readable
 from moe_inspect.watch.follow import RECORDING
@@ -67,10 +63,8 @@ def snapshot(session: Session) -> str:
 
 def _key_figures(watched: Watched) -> dict[str, Any]:
     assert watched.window is not None
-    worst, dead_L = (
-        worst_routers(watched)[0],
-        of_routers("dead_experts", watched.window.load_LE, watched.routers),
-    )
+    worst = worst_routers(watched)[0]
+    dead_L = of_routers("dead_experts", watched.window.load_LE, watched.routers)
     value = float(watched.history[-1][worst])
     return {
         "worst": {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.control import Control
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 
 from moe_inspect.alarms.rules import Rule
 from moe_inspect.errors import MoeInspectError
@@ -104,7 +104,7 @@ def watch(
                         whole.update(session.screen())
                 else:  # a hundredth of the work
                     head = session.screen().head(console.width)
-                    console.print(_Parts([Control.home().segment, *head]), end="")
+                    console.print(Segments([Control.home().segment, *head]), end="")
         console.print(_Last(session.screen()))
     else:
         for changed in session.updates():
@@ -125,14 +125,6 @@ def _refuse_unless_complete(session: Session) -> None:
         raise MoeInspectError(
             f"{session.path} was closed before its end; it holds {plural(watched.tokens, 'token')}"
         )
-
-
-class _Parts:
-    def __init__(self, segments: list[Segment]):
-        self.segments = segments
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.segments
 
 
 class _Last:

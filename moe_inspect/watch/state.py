@@ -51,8 +51,7 @@ class Watched:
         refuse_rules(self._rules)
         self.status, self.trouble, self.left_tokens = WAITING, "", 0
         self.header: TraceHeader | None = None
-        self._labels_of: TraceHeader | None = None
-        self._labels: list[str] = []
+        self.labels: list[str] = []  # of each router: its name after the word "layer"
         self._changed = clock()
         self._begin()
 
@@ -72,14 +71,6 @@ class Watched:
     @property
     def routers(self) -> list[Router]:
         return self.header.routers if self.header is not None else []
-
-    @property
-    def labels(self) -> list[str]:
-        """The name of each router after the word "layer"."""
-        if self._labels_of is not self.header:
-            self._labels_of = self.header
-            self._labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
-        return self._labels
 
     @property
     def _is_history(self) -> bool:
@@ -103,7 +94,9 @@ class Watched:
         if news.again:
             self._begin()
         self.status, self.trouble, self.left_tokens = news.status, news.trouble, news.left_tokens
-        self.header = header
+        if header is not self.header:
+            self.header = header
+            self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
         for piece in news.pieces:
             self._add(piece)
         if news.pieces:
@@ -116,11 +109,8 @@ class Watched:
     def _add(self, piece: Piece) -> None:
         if not self.tokens:
             self.total_LE = np.zeros_like(piece.load_LE)
-            self._alarms = Alarms(
-                self.routers,
-                self._rules,
-                steps="step" if self._is_history else "pass",
-            )
+            steps = "step" if self._is_history else "pass"
+            self._alarms = Alarms(self.routers, self._rules, steps)
         self.tokens += piece.tokens
         self.decisions += piece.decisions
         self.total_LE += piece.load_LE

@@ -202,22 +202,18 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
     }
     of_experts = [name for name, at in places.items() if at is not None]
     stack = _pruned_stack(of_experts, pruned, source)
-    beyond = {
-        _block(name)
-        for name in of_experts
-        if _stack(name) == stack and _layer(name) not in pruned.drop
-    }
+    beyond = {(of, n) for of, n in map(_block, of_experts) if of == stack and n not in pruned.drop}
     for file in files:
         with _weights_in(file) as opened:
             names = list(opened.keys())
             for name in names:
-                if name not in places or _block(name) in beyond:
+                (of, layer), at = _block(name), places.get(name)
+                if name not in places or (of, layer) in beyond:
                     continue
-                at = places[name]
-                if at is None or _stack(name) != stack:
+                if at is None or of != stack:
                     yield name, opened.get_tensor(name)
                     continue
-                kept = pruned.kept(_layer(name))
+                kept = pruned.kept(layer)
                 if isinstance(at, Rows):
                     # what is behind the experts stays
                     rows_E = torch.arange(pruned.experts * at.width).view(pruned.experts, at.width)
@@ -246,7 +242,8 @@ def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> st
     beside the model that reads, stay as they are."""
     layers: dict[str, set[int]] = {}
     for name in of_experts:
-        layers.setdefault(_stack(name), set()).add(_layer(name))
+        stack, layer = _block(name)
+        layers.setdefault(stack, set()).add(layer)
     able = [stack for stack, of in layers.items() if of >= set(pruned.drop)]
     if not able:
         best = max(layers.values(), key=lambda of: len(of & set(pruned.drop)), default=set[int]())
@@ -283,21 +280,11 @@ def place(name: str, shape: Sequence[int], E: int, beyond: int = 0) -> re.Match[
     return None
 
 
-def _layer(name: str) -> int:
+def _block(name: str) -> tuple[str, int]:
+    """The path of the stack of blocks that a tensor is in, and the number of its block; "" and −1
+    for one in none."""
     found = LAYER.search(name)
-    return int(found.group(1)) if found is not None else -1
-
-
-def _stack(name: str) -> str:
-    """The path of the blocks that a tensor is in one of; "" for one in none."""
-    found = LAYER.search(name)
-    return name[: found.start(1) - 1] if found is not None else ""
-
-
-def _block(name: str) -> str:
-    """The path of the block that a tensor is in; "" for one in none."""
-    found = LAYER.search(name)
-    return name[: found.end(1)] if found is not None else ""
+    return (name[: found.start(1) - 1], int(found.group(1))) if found else ("", -1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -50,17 +50,6 @@ MOST_GPUS = 8  # where no number is asked for
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What was asked for; None is the default. `slots`: physical experts of a layer, replicas
-    included. `groups`: of experts."""
-
-    gpus: int | None = None
-    nodes: int = 1
-    slots: int | None = None
-    groups: int | None = None
-
-
-@dataclass(frozen=True)
 class Plans:
     """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
     `loads`: assignments of each router's experts by window, int64 [W, E]."""
@@ -73,42 +62,45 @@ class Plans:
     of: dict[tuple[int, str], np.ndarray]
 
 
-def layouts_of(trace: Trace, selection: Selection, wanted: Hardware) -> dict[int, Layout]:
-    """The layout of each router. MoeInspectError where the numbers do not divide."""
+def layouts_of(
+    trace: Trace,
+    selection: Selection,
+    gpus: int | None,
+    nodes: int,
+    physical: int | None,
+    groups: int | None,
+) -> dict[int, Layout]:
+    """The layout of each router. `physical`: experts of a layer, replicas included; None: as many
+    as there are. MoeInspectError where the numbers do not divide."""
     experts = {trace.routers[r].experts for r in selection.routers}
-    if wanted.slots is not None:
-        _check_slots(wanted.slots, max(experts))
-    slots = experts if wanted.slots is None else {wanted.slots}
-    gpus = _default_gpus(slots, wanted.nodes) if wanted.gpus is None else wanted.gpus
-    if gpus < 1 or wanted.nodes < 1 or gpus % wanted.nodes:
+    if physical is not None and physical < (E := max(experts)):
         raise MoeInspectError(
-            f"{gpus} GPUs on {wanted.nodes} nodes: the number of GPUs must be a multiple of the "
+            f"{physical} physical experts for {E} experts: each needs a slot, use at least {E}"
+        )
+    if physical is not None and physical > MOST_SLOTS:
+        raise MoeInspectError(f"{physical:,} physical experts: use at most {MOST_SLOTS:,}")
+    slots = experts if physical is None else {physical}
+    gpus = _default_gpus(slots, nodes) if gpus is None else gpus
+    if gpus < 1 or nodes < 1 or gpus % nodes:
+        raise MoeInspectError(
+            f"{gpus} GPUs on {nodes} nodes: the number of GPUs must be a multiple of the "
             "number of nodes"
         )
     if uneven := sorted(n for n in slots if n % gpus):
-        kind = "experts" if wanted.slots is None else "physical experts"
+        kind = "experts" if physical is None else "physical experts"
         raise MoeInspectError(
             f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
             f"{-(-max(slots) // gpus) * gpus}"
         )
-    groups = _default_groups(trace, experts) if wanted.groups is None else wanted.groups
+    groups = _default_groups(trace, experts) if groups is None else groups
     if groups < 1 or any(E % groups for E in experts):
         raise MoeInspectError(
             f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"
         )
     return {
-        r: Layout(wanted.slots or trace.routers[r].experts, gpus, wanted.nodes, groups)
+        r: Layout(physical or trace.routers[r].experts, gpus, nodes, groups)
         for r in selection.routers
     }
-
-
-def _check_slots(slots: int, E: int) -> None:
-    if slots < E:
-        raise MoeInspectError(
-            f"{slots} physical experts for {E} experts: each needs a slot, use at least {E}"
-        )
-    if slots > MOST_SLOTS:
-        raise MoeInspectError(f"{slots:,} physical experts: use at most {MOST_SLOTS:,}")
 
 
 def _default_gpus(slots: set[int], nodes: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase as begun
-from moe_inspect.simulate.placement.layouts import Hardware, Plans, layouts_of
+from moe_inspect.simulate.placement.layouts import Plans, layouts_of
 from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLICIES
 from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fewer
 from moe_inspect.simulate.placement.tables import plan_table, recommended, tables_of
@@ -32,11 +32,11 @@ DISPATCHES = ("even", "lp")
 
 @dataclass(frozen=True)
 class Settings:
-    """`hardware`: as asked for. `window`: tokens; None is 16 windows. `minimize`: for fewer ranks,
-    the plans of local-search may load a GPU by `slack` more than EPLB would."""
+    """`window`: tokens; None is 16 windows. `minimize`: for fewer ranks, the plans of local-search
+    may load a GPU by `slack` more than EPLB would."""
 
     policies: tuple[str, ...]
-    hardware: Hardware
+    physical_experts: int | None
     fit_share: float
     window: int | None
     minimize: str | None
@@ -83,14 +83,14 @@ def simulate_placement(
     selection = select(trace, layers, domains, phase)
     settings = Settings(
         tuple(FORMER_NAMES.get(name, name) for name in policies or POLICIES),
-        Hardware(gpus, nodes, physical_experts, groups),
+        physical_experts,
         fit_share,
         window,
         minimize,
         slack,
         dispatch,
     )
-    layouts = layouts_of(trace, selection, settings.hardware)
+    layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
     _check(trace, settings)
     check_domains(trace, selection)
     if trace.counts_only:
@@ -163,7 +163,7 @@ def _shown(settings: Settings, plans: Plans, best: str) -> dict[str, Any]:
         "gpus": layout.gpus,
         "nodes": layout.nodes,
         "groups": layout.groups,
-        "physical_experts": settings.hardware.slots,
+        "physical_experts": settings.physical_experts,
         "policies": list(settings.policies),
         "fit_share": None if trace.counts_only else settings.fit_share,
         "window": None if trace.counts_only else -(-windows.tokens // (len(windows.edge_W) - 1)),

@@ -2,13 +2,13 @@
 
 E experts, W windows, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy
 is called with the load of each expert, [E], or that of each window, [W, E], and a Layout, and
-returns the expert of each slot, int64 [P]. What @policy decorates gets the sum over the windows,
-what @window_policy decorates gets them all.
+returns the expert of each slot, int64 [P].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -23,19 +23,15 @@ POLICIES: dict[str, Policy] = {}
 FORMER_NAMES = {"ours": "local-search"}  # still accepted
 
 
-def policy(function: Policy) -> Policy:
-    """Registers a policy of the whole load under the function's name, with hyphens."""
-    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(
-        np.atleast_2d(load).sum(0), layout
-    )
-    return function
+def policy(function: Policy, of_windows: bool = False) -> Policy:
+    """Registers a policy under the function's name, with hyphens. It gets the sum over the windows,
+    or with `of_windows` them all."""
 
+    def registered(load: np.ndarray, layout: Layout) -> np.ndarray:
+        load_WE = np.atleast_2d(load)
+        return function(load_WE if of_windows else load_WE.sum(0), layout)
 
-def window_policy(function: Policy) -> Policy:
-    """Registers a policy of the loads of windows."""
-    POLICIES[function.__name__.replace("_", "-")] = lambda load, layout: function(
-        np.atleast_2d(load), layout
-    )
+    POLICIES[function.__name__.replace("_", "-")] = registered
     return function
 
 
@@ -80,7 +76,7 @@ def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
     return published.eplb(load_E, layout.slots, 1, 1, layout.gpus)
 
 
-@window_policy
+@partial(policy, of_windows=True)
 def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
     """A local search from EPLB's placements that keeps the replicas of an expert on different GPUs.
     With at least FEWEST windows, the placement is fitted to windows drawn from a forecast."""
