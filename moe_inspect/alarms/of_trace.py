@@ -110,7 +110,8 @@ def _window(counts: Counts, first: int, last: int, w: int | None = None) -> Wind
         if w is None:
             load[r], tokens_R[r] = counts.load_E(r), counts.tokens_of(r)
         else:
-            assert of.window_load_WE is not None and of.window_tokens_W is not None
+            assert of.window_load_WE is not None
+            assert of.window_tokens_W is not None
             load[r], tokens_R[r] = of.window_load_WE[w], of.window_tokens_W[w]
     values = {DROP_RATE: drop_rate_R(load, tokens_R, counts.routers)}
     return Window(first, last, load, tokens_R, values)

@@ -161,11 +161,8 @@ def record_on_cpu() -> dict[str, float]:
     """Capture → microseconds of CPU time per router call, in a decode step of `narrow_model`."""
     network = narrow_model()
     found = timed(network, decode_phase(network, torch.arange(16).view(1, 16)))
-    untraced = found["untraced"].cpu
-    return {
-        name: (found[name].cpu - untraced) / network.config.num_hidden_layers * 1e6
-        for name in CAPTURES
-    }
+    untraced, layers = found["untraced"].cpu, network.config.num_hidden_layers
+    return {name: (found[name].cpu - untraced) / layers * 1e6 for name in CAPTURES}
 
 
 def copy_bandwidth() -> float | None:
