@@ -236,7 +236,7 @@ def test_the_loops_equal_their_references() -> None:
     assert counter(share_EG)(ids_KT) == pytest.approx(expected)
     miss_EG = np.vstack([1 - share_EG, np.ones(8)])
     assert kernels_numba.reached_dense(ids_KT, miss_EG) == pytest.approx(expected)
-    alone_EG = np.eye(12)[:, np.arange(12) % 6]
+    alone_EG = np.eye(20)[np.arange(12) % 6]  # each expert on one GPU of many: the sparse way
     gpus_T = [{e % 6 for e in ids_KT[:, t] if e >= 0} for t in range(300)]
     assert counter(alone_EG)(ids_KT) == sum(map(len, gpus_T))
     window_T, load_WE = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64)
