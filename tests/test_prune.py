@@ -16,9 +16,8 @@ from moe_inspect.interventions.ablation import Progress, ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning.advise import of_overlap
 from moe_inspect.interventions.pruning.calibration import check_trace
-from moe_inspect.interventions.pruning.choose import check
 from moe_inspect.interventions.pruning.measure import measure
-from moe_inspect.interventions.pruning.run import Choice, Pruning, judged, planned
+from moe_inspect.interventions.pruning.run import Choice, Pruning, check, judged, planned
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace

@@ -264,8 +264,7 @@ class Alarms:
             return max_vio_of_steps(window.recent or [np.zeros((0, 1))] * len(self.routers))
         if metric == DRIFT:
             return drift_R(self._before, window)
-        function = metrics()[metric].function
-        return np.array([float(function(load_E[None])[0]) for load_E in window.load])
+        return of_load(metric, window.load)
 
     def _judge(
         self, rule: Rule, r: int, watched: _Watched, value: float, window: Window
@@ -373,6 +372,12 @@ class Alarms:
         if metric == DRIFT and self._before is not None:
             load_E = np.abs(_share(load_E) - _share(self._before.load[r]))
         return AT_FAULT.get(metric, busiest)(load_E)
+
+
+def of_load(metric: str, load: Sequence[np.ndarray]) -> np.ndarray:
+    """A metric of the load of each router, float [R]."""
+    function = metrics()[metric].function
+    return np.array([float(function(load_E[None])[0]) for load_E in load])
 
 
 def max_vio_of_steps(recent: Sequence[np.ndarray]) -> np.ndarray:

@@ -25,7 +25,7 @@ from moe_inspect.model.config import expert_bytes, weight_bytes
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
 from moe_inspect.simulate.kernels_numba import fill_steps
 from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
-from moe_inspect.simulate.shards import Seen, check_domains, routed, taken
+from moe_inspect.simulate.shards import Seen, check_domains, count_taken, routed, taken
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace, open_trace, shards_of
 from moe_inspect.trace.shard import Shard
@@ -151,15 +151,11 @@ def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
     if selection.phase is not None:
         return selection, selection.phase == "decode"
     decoded = Selection(selection.routers, phase="decode")
-    if any(by_shard(trace, None, _takes_any, decoded)):
+    if any(by_shard(trace, None, count_taken, decoded)):
         routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
         if routers:
             return Selection(routers, selection.domains, "decode"), True
     return selection, False
-
-
-def _takes_any(shard: Shard, selection: Selection) -> bool:
-    return bool(taken(shard, selection).any())
 
 
 def _selected_positions(

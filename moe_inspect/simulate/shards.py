@@ -76,6 +76,10 @@ def taken(shard: Shard, selection: Selection) -> np.ndarray:
     return taken_T
 
 
+def count_taken(shard: Shard, selection: Selection) -> int:
+    return int(taken(shard, selection).sum())
+
+
 def cut(start_G: np.ndarray, size: int) -> np.ndarray:
     """Runs cut into pieces of at most `size` tokens. int64 [G + 1]"""
     T = int(start_G[-1])

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Window, drift_R, max_vio_of_steps
-from moe_inspect.analysis.metrics import balance as bal
+from moe_inspect.alarms.alarms import Window, drift_R, max_vio_of_steps, of_load
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 
 DETAILS = ("summary", "layers")
+OF_LOAD = ("max_vio", "dead_experts", "starved_experts", "entropy")
 WORST_IS_LOW = ("entropy",)
 
 
@@ -31,16 +31,7 @@ def window_metrics(window: Window, before: Window | None) -> dict[str, np.ndarra
     """Metric → its value at each router, float [R]: max_vio of the window, max_vio_batch (mean over
     its steps), dead and starved experts, entropy of the load ÷ ln E, drift (total variation from
     the window before), and what the model shows of aux_loss, z_loss and bias_range."""
-    functions = {
-        "max_vio": bal.max_vio,
-        "dead_experts": bal.dead_experts,
-        "starved_experts": bal.starved_experts,
-        "entropy": bal.entropy,
-    }
-    found = {
-        name: np.array([float(function(load_E[None])[0]) for load_E in window.load])
-        for name, function in functions.items()
-    }
+    found = {name: of_load(name, window.load) for name in OF_LOAD}
     if window.recent:
         found["max_vio_batch"] = max_vio_of_steps(window.recent)
     return {**found, "drift": drift_R(before, window), **window.values}

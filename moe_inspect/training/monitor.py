@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -201,13 +201,9 @@ class RoutingMonitor:
         self._sums.end_step()
         self.steps = self.steps + 1 if step is None else step
         self._choose()
-        if self.steps - self._flushed >= self.flush_steps and self._flushes:
+        if self.steps - self._flushed >= self.flush_steps and self.path is not None:
             self.flush()
         return self.log() if self.steps - self._logged >= self.log_steps else {}
-
-    @property
-    def _flushes(self) -> bool:
-        return self.path is not None
 
     def log(self) -> dict[str, float]:
         """Ends the window now: its metrics, by key ("routing/max_vio/worst" …). Empty where nothing
@@ -217,9 +213,8 @@ class RoutingMonitor:
         first, self._logged = self._logged + 1, self.steps
         if taken is None:
             return {}
-        window = Window(
-            first, self.steps, taken.load, taken.tokens_R, self._values(taken), taken.recent
-        )
+        values = self._values(taken, training=True)
+        window = Window(first, self.steps, taken.load, taken.tokens_R, values, taken.recent)
         values = window_metrics(window, self._before)
         self.window, self._before = window, window
         self._judge(window)
@@ -234,14 +229,14 @@ class RoutingMonitor:
         taken = self._sums.read(training=False, group=self.group)
         if taken is None or not taken.passes:
             return {}
-        values = {**_losses(taken), DROP_RATE: self._drop_rate(taken)}
+        values = self._values(taken, training=False)
         window = Window(self.steps, self.steps, taken.load, taken.tokens_R, values)
         values = window_metrics(window, None)
         return logged(values, self.routers, self.detail, f"eval_{PREFIX}")
 
     def flush(self) -> None:
         """Commits the steps so far to the history: what is saved by a checkpoint now is in it."""
-        if not self._flushes or self.steps == self._flushed:
+        if self.path is None or self.steps == self._flushed:
             return
         self._collect()
         taken, self._to_flush = _summed(self._to_flush), []
@@ -260,22 +255,19 @@ class RoutingMonitor:
         taken = self._sums.read(group=self.group)
         if taken is not None and taken.passes:
             self._to_log.append(taken)
-            if self._flushes:
+            if self.path is not None:
                 self._to_flush.append(taken)
 
-    def _values(self, taken: Taken) -> Mapping[str, np.ndarray]:
-        return {
-            **_losses(taken),
-            "bias_range": self._sums.bias_range(),
-            DROP_RATE: self._drop_rate(taken),
-        }
-
-    def _drop_rate(self, taken: Taken) -> np.ndarray:
-        """Share of each router's slots that its capacity dropped, float [R]; NaN where what goes
-        to no expert may be something else."""
+    def _values(self, taken: Taken, training: bool) -> dict[str, np.ndarray]:
+        """What the load does not tell, by metric, float [R]. The share of a router's slots that its
+        capacity dropped is NaN where what goes to no expert may be something else."""
         drops_R = np.array([site.drops for site in self._sums.sites])
         rate_R = drop_rate_R(taken.load, taken.tokens_R, self.routers)
-        return np.where(drops_R, rate_R, np.nan)
+        rate_R = np.where(drops_R, rate_R, np.nan)
+        found = {"aux_loss": taken.aux_loss_R, "z_loss": taken.z_loss_R}
+        if training:
+            found["bias_range"] = self._sums.bias_range()
+        return {**found, DROP_RATE: rate_R}
 
     def _judge(self, window: Window) -> None:
         if not self.rules:
@@ -340,10 +332,6 @@ def _rank() -> int:
     distributed = torch.distributed
     there = distributed.is_available() and distributed.is_initialized()
     return distributed.get_rank() if there else 0
-
-
-def _losses(taken: Taken) -> dict[str, np.ndarray]:
-    return {"aux_loss": taken.aux_loss_R, "z_loss": taken.z_loss_R}
 
 
 def _summed(parts: Sequence[Taken]) -> Taken | None:

@@ -38,7 +38,7 @@ class Losses:
         """Loss of a plan minus that of another in nats per token, of the mean of their draws, and
         its 95 % interval over documents, and draws if they are five or more (NaN where there are
         fewer than five documents)."""
-        of = np.ones(len(self.tokens_U), bool) if domain is None else self._of(domain)
+        of = self._of(domain)
         tokens_U, total = self.tokens_U[of], self.tokens_U[of].sum()
         weights_RU = resample_weights(np.unique(self.domain_U[of], return_inverse=True)[1])
         value, resampled = 0.0, np.zeros(1)
@@ -55,18 +55,19 @@ class Losses:
 
     def loss(self, plan: str, domain: str | None = None) -> list[float]:
         """Nats per token, of each draw."""
-        of = np.ones(len(self.tokens_U), bool) if domain is None else self._of(domain)
+        of = self._of(domain)
         return [float(nats_U[of].sum() / self.tokens_U[of].sum()) for nats_U in self.nats[plan]]
 
-    def _of(self, domain: str) -> np.ndarray:
-        return self.domain_U == self.domains.index(domain)
+    def _of(self, domain: str | None) -> np.ndarray:
+        """bool [U]: the documents of a domain, all for None."""
+        all_U = np.ones(len(self.tokens_U), bool)
+        return all_U if domain is None else self.domain_U == self.domains.index(domain)
 
     def table(self) -> pd.DataFrame:
         """A row per plan, and per plan and domain."""
         rows: list[dict[str, Any]] = []
         for domain in (None, *self.domains):
-            of = slice(None) if domain is None else self._of(domain)
-            tokens_U = self.tokens_U[of]
+            tokens_U = self.tokens_U[self._of(domain)]
             for plan in self.nats:
                 draws = self.loss(plan, domain)
                 change = self.change(plan, WHOLE, domain)

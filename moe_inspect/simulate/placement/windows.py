@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.kernels_numba import count_windows
-from moe_inspect.simulate.shards import Seen, routed, taken
+from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -92,17 +92,13 @@ def _selected(
     tokens_of = (
         (shard.files.tokens for shard in trace.shards)
         if selection.domains is None and not selection.phase
-        else by_shard(trace, None, _taken, selection)
+        else by_shard(trace, None, count_taken, selection)
     )
     for shard, tokens in zip(trace.shards, tokens_of, strict=True):
         rank = shard.files.rank
         before[rank, shard.files.index] = of_rank.get(rank, 0)
         of_rank[rank] = of_rank.get(rank, 0) + tokens
     return of_rank, before
-
-
-def _taken(shard: Shard, selection: Selection) -> int:
-    return int(taken(shard, selection).sum())
 
 
 def decisions(
