@@ -248,11 +248,8 @@ class Alarms:
 
     def _limit(self, metric: str, r: int, load_SE: np.ndarray, above: bool, windows: int) -> float:
         """`chance_limit` of a metric of the mean over steps, for so many windows in a row."""
-        E, k, tail = (
-            self.routers[r].experts,
-            self.routers[r].top_k,
-            tail_of(len(self.routers), windows),
-        )
+        E, k = self.routers[r].experts, self.routers[r].top_k
+        tail = tail_of(len(self.routers), windows)
         tokens = float(np.mean(np.sum(load_SE, -1))) / k
         return chance_limit(metric, tokens, E, k, above, self.effect(r), tail, len(load_SE))
 

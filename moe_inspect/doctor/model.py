@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ BLOCK_SECONDS = 0.1  # of passes that are timed together
 MOST_STEPS = 64
 PROMPT = 16  # positions before the first decoded one
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,9 @@ def prefill_phase(network: Any, ids_BS: Tensor) -> Phase:
     if getattr(network.config, "is_encoder_decoder", False):
         options = {"decoder_input_ids": ids_BS}
 
-    def start() -> Step:
-        return lambda: network(input_ids=ids_BS, **options)
-
     B, S = ids_BS.shape
-    return Phase(f"prefill, {B} × {S}", B * S, start)
+    step = partial(network, input_ids=ids_BS, **options)
+    return Phase(f"prefill, {B} × {S}", B * S, lambda: step)
 
 
 def decode_phase(network: Any, prompt_BS: Tensor) -> Phase:
@@ -160,16 +159,15 @@ def _wait_for(network: Any) -> Callable[[], None]:
 
 @contextmanager
 def _recording(network: Any, capture: str) -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as scratch, _recorder(network, capture, Path(scratch)):
-        yield
-
-
-def _recorder(network: Any, capture: str, scratch: Path) -> Any:
-    if capture == "untraced":
-        return nullcontext()
-    if capture == "counts only":
-        return Recorder(network, options=RecordOptions(counts_only=True))
-    return Recorder(network, scratch / "trace", RecordOptions(capture=capture))
+    with tempfile.TemporaryDirectory() as scratch:
+        if capture == "untraced":
+            recorder = nullcontext()
+        elif capture == "counts only":
+            recorder = Recorder(network, options=RecordOptions(counts_only=True))
+        else:
+            recorder = Recorder(network, Path(scratch) / "trace", RecordOptions(capture=capture))
+        with recorder:
+            yield
 
 
 @contextmanager

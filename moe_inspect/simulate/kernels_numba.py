@@ -96,16 +96,8 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
                 moved += e >= 0
             for k in range(len(slots) - first, 8):
                 rank_8[k] = front
-            a, b, c, d, f, g, h, j = (
-                rank_8[0],
-                rank_8[1],
-                rank_8[2],
-                rank_8[3],
-                rank_8[4],
-                rank_8[5],
-                rank_8[6],
-                rank_8[7],
-            )
+            a, b, c, d = rank_8[0], rank_8[1], rank_8[2], rank_8[3]
+            f, g, h, j = rank_8[4], rank_8[5], rank_8[6], rank_8[7]
             for i in range(len(rank_E)):
                 here = rank_E[i]
                 # one further back for each that was behind it
@@ -332,12 +324,8 @@ def reached_sparse(
     """The same from a table of the GPUs of each expert (`ranks_reached.table_of`): quicker where
     each expert is on one GPU, or there are very many GPUs."""
     K, T = ids_KT.shape
-    sure_G, maybe_G, miss_G = (
-        np.full(gpus, -1, np.int64),
-        np.full(gpus, -1, np.int64),
-        np.zeros(gpus),
-    )
-    total = 0.0
+    sure_G, maybe_G = np.full(gpus, -1, np.int64), np.full(gpus, -1, np.int64)
+    miss_G, total = np.zeros(gpus), 0.0
     for t in range(T):
         count = split = 0
         for k in range(K):

@@ -61,15 +61,8 @@ def scores_of(
     else:
         scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
         scores_TE /= scores_TE.sum(1, keepdims=True)
-    return RouterScores(
-        logits_TE,
-        scores_TE,
-        scores_TE / scores_TE.sum(1, keepdims=True),
-        model_TE,
-        token_id_T,
-        k,
-        number,
-    )
+    share_TE = scores_TE / scores_TE.sum(1, keepdims=True)
+    return RouterScores(logits_TE, scores_TE, share_TE, model_TE, token_id_T, k, number)
 
 
 @dataclass(frozen=True)
@@ -211,10 +204,8 @@ def sinkhorn(batch: RouterScores, value: float, state: dict[str, Any]) -> np.nda
     price_E = np.zeros(logits_TE.shape[1])
     for _ in range(100):
         token_T1 = _logsumexp(logits_TE - price_E, 1)
-        before, price_E = (
-            price_E,
-            _logsumexp(logits_TE - token_T1, 0)[0] - np.log(len(logits_TE) / logits_TE.shape[1]),
-        )
+        before, even = price_E, np.log(len(logits_TE) / logits_TE.shape[1])
+        price_E = _logsumexp(logits_TE - token_T1, 0)[0] - even
         if np.abs(price_E - before).max() < 1e-4:
             break
     return largest(logits_TE - price_E, batch.k)

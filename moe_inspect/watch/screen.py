@@ -73,14 +73,12 @@ class Screen:
         # what is left of the height goes to the map
         rows_of_worst = min(len(worst), max(3, height // 8))
         rows_of_alarms = min(max(1, len(alarms)), max(2, height // 10))
-        text = self._text_lines(width, 2 if height < 40 else 4) if self.text is not None else []
-        fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + (len(text) and 1 + len(text))
+        text = [] if self.text is None else self._text(self.text, width, 2 if height < 40 else 4)
+        fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + len(text)
         yield from self._map(width, max(1, height - fixed), unicode)
         yield from self._worst(worst[:rows_of_worst], width, unicode)
         yield from _alarm_lines(alarms, rows_of_alarms)
-        if text:
-            yield self._text_title()
-            yield from text
+        yield from text
 
     # --- what is said of the whole
 
@@ -167,19 +165,16 @@ class Screen:
 
     # --- the text
 
-    def _text_title(self) -> Line:
-        assert self.text is not None
-        layer = self.watched.labels[self.text.router]
-        return [
-            Segment(f"last text for expert {self.text.expert} of layer {layer}", BOLD),
+    def _text(self, text: HotText, width: int, most: int) -> list[Line]:
+        """A title, and the last lines of the text."""
+        layer = self.watched.labels[text.router]
+        title = [
+            Segment(f"last text for expert {text.expert} of layer {layer}", BOLD),
             Segment("  (its tokens are marked)", DIM),
         ]
-
-    def _text_lines(self, width: int, most: int) -> list[Line]:
-        assert self.text is not None
         lines: list[Line] = [[]]
         room = width
-        for word, hot in self.text.words:
+        for word, hot in text.words:
             if cell_len(word) > room:
                 lines.append([])
                 room = width
@@ -187,7 +182,7 @@ class Screen:
                 Segment(f"[{word}]" if hot and not word.strip() else word, HOT if hot else NONE)
             )
             room -= cell_len(lines[-1][-1].text)
-        return lines[-most:]
+        return [title, *lines[-most:]]
 
 
 def worst_routers(watched: Watched) -> list[int]:

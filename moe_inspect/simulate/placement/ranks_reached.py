@@ -70,17 +70,13 @@ def _reached(
         E, layout = shard.trace.routers[r].experts, layouts[r]
         for key, expert_P in plans.items():
             if key[0] == r:
-                of_gpus, of_nodes = (
-                    counter(shares(expert_P, E, parts)) for parts in (layout.gpus, layout.nodes)
-                )
-                nodes = (of_nodes if layout.nodes > 1 else _routed)(ids_KT)
-                found[key] = ids_KT.shape[1], of_gpus(ids_KT), nodes
+                gpus = counter(shares(expert_P, E, layout.gpus))(ids_KT)
+                if layout.nodes > 1:
+                    nodes = counter(shares(expert_P, E, layout.nodes))(ids_KT)
+                else:  # it is reached by every decision that routes anywhere
+                    nodes = int((ids_KT >= 0).any(0).sum())
+                found[key] = ids_KT.shape[1], gpus, nodes
     return found
-
-
-def _routed(ids_KT: np.ndarray) -> float:
-    """One node is reached by every decision that routes anywhere."""
-    return int((ids_KT >= 0).any(0).sum())
 
 
 def counter(share_EG: np.ndarray) -> Counter:

@@ -110,16 +110,9 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
     by_window: Any = tables["windows"]
-    mine = (
-        by_window[by_window["policy"] == policy]
-        .groupby(["window", "part"], sort=True)["max_over_mean"]
-        .mean()
-        .reset_index()
-    )
-    fit, judged = (
-        mine[mine["part"] == "fit"]["max_over_mean"],
-        mine[mine["part"] == "judged"]["max_over_mean"],
-    )
+    by_part = by_window[by_window["policy"] == policy].groupby(["part", "window"])["max_over_mean"]
+    mean: Any = by_part.mean()
+    fit, judged = (mean[mean.index.get_level_values("part") == part] for part in ("fit", "judged"))
     if not len(judged):
         return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
     row = next(row for row in tables["policies"].to_dict("records") if row["policy"] == policy)

@@ -139,10 +139,8 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
         found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
     tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
     for slots_GS in list(tried.values()):
-        exchanged_GS, replicas_E = (
-            slots_GS.copy(),
-            np.bincount(slots_GS.ravel(), minlength=len(load_E)),
-        )
+        exchanged_GS = slots_GS.copy()
+        replicas_E = np.bincount(slots_GS.ravel(), minlength=len(load_E))
         descend_windows(exchanged_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
         tried[exchanged_GS.tobytes()] = exchanged_GS
     best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))

@@ -200,10 +200,8 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     rng = np.random.default_rng(0)
     # crowds only where a start is still better: what so many replicas gain is lost on other loads
     for crowds in (False, True):
-        best, few = (
-            State(load_E, best.slots_GS, crowds),
-            0 if crowds else max(LEAST_PERTURBATIONS, SLOT_PERTURBATIONS // slots),
-        )
+        best = State(load_E, best.slots_GS, crowds)
+        few = 0 if crowds else max(LEAST_PERTURBATIONS, SLOT_PERTURBATIONS // slots)
         for n in range(MOST_PERTURBATIONS):
             ahead = best.most > target * (1 + SMALLEST)
             if not ahead and (n >= few or best.most <= bound * (1 + CLOSE)):
@@ -320,10 +318,8 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
     GPU: more replicas of what the busiest GPU holds, or a replicated expert leaves it."""
     S = state.slots_GS.shape[1]
     h, on_GE = int(state.load_G.argmax()), state.copies_GE > 0
-    p_M, y_M = (
-        m.reshape(-1)
-        for m in np.meshgrid(_spare(state), np.arange(len(state.load_E)), indexing="ij")
-    )
+    spare_P, E = _spare(state), len(state.load_E)
+    p_M, y_M = np.repeat(spare_P, E), np.tile(np.arange(E), len(spare_P))
     g_M, x_M = p_M // S, state.slots_GS.reshape(-1)[p_M]
     helps_M = (on_GE[h, y_M] | (g_M == h)) & state.grows_GE[g_M, y_M] & (x_M != y_M)
     p_M, y_M, g_M, x_M = p_M[helps_M], y_M[helps_M], g_M[helps_M], x_M[helps_M]
