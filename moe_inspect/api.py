@@ -229,11 +229,17 @@ def ablate(
     progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.interventions.ablation import ablate as run
+    from moe_inspect.interventions.ablation import ablate_held_out, pairs
+    from moe_inspect.interventions.held_out import open_held_out
 
     settings = replace(options or TraceOptions(batch_tokens=2048), **changes)
-    return run(
-        model, settings, experts=experts, most_passes=most_passes, resume=resume, progress=progress
+    held_out = open_held_out(model, settings)
+    return ablate_held_out(
+        held_out,
+        pairs(held_out.sites, settings.layers, experts),
+        most_passes=most_passes,
+        resume=Path(resume) if resume is not None else None,
+        progress=progress,
     )
 
 

@@ -22,10 +22,9 @@ from torch.nn import Module, ModuleList
 
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.capture.corpus.plan import TokenSequence
-from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.interventions.among import how_dropped
-from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.held_out import HeldOut
 from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.model.families import LAYER
 from moe_inspect.model.routers import Site, in_layers
@@ -323,26 +322,6 @@ class Ablation:
         return {"experts": self.experts, "domains": self.domains}
 
 
-def ablate(
-    model: str,
-    options: TraceOptions,
-    *,
-    experts: Sequence[int] | None = None,
-    most_passes: int | None = None,
-    resume: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Ablation:
-    """See `moe_inspect.ablate`."""
-    held_out = open_held_out(model, options)
-    return ablate_held_out(
-        held_out,
-        pairs(held_out.sites, options.layers, experts),
-        most_passes=most_passes,
-        resume=Path(resume) if resume is not None else None,
-        progress=progress,
-    )
-
-
 def ablate_held_out(
     held_out: HeldOut,
     asked: Sequence[tuple[int, int]],
@@ -351,6 +330,7 @@ def ablate_held_out(
     resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
+    """See `moe_inspect.ablate`; `asked`: (router, expert) pairs."""
     store = Store(resume, held_out.record)
     try:
         batches, passes = measure(held_out, asked, store, most_passes, progress)

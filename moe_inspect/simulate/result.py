@@ -94,7 +94,8 @@ class Simulation(Shown):
         return super().plot(name or self.name)
 
     def page(self) -> str:
-        from moe_inspect.reporting.render.html import Page, page_html
+        from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
+        from moe_inspect.reporting.render.python import table_of
 
         assumed = "; ".join(
             f"{name.replace('_', ' ')}: {_text(value)}"
@@ -102,18 +103,11 @@ class Simulation(Shown):
             if name not in HIDDEN and _text(value)
         )
         title = f"moe-inspect simulate {self.name}"
-        return page_html(Page(title, assumed, verdict=self.verdict, sections=self._sections()))
-
-    def _sections(self) -> list[Section]:
-        """The picture, then the tables."""
-        from moe_inspect.reporting.render.html import Section, chart_section
-        from moe_inspect.reporting.render.python import table_of
-
-        found = [chart_section(chart) for chart in self.charts()[0]]
+        sections = [chart_section(chart) for chart in self.charts()[0]]
         for name in self.in_order:
             code = table_of(self.python, name)
-            found.append(Section(name, table=self.tables[name], name=name, python=code))
-        return found
+            sections.append(Section(name, table=self.tables[name], name=name, python=code))
+        return page_html(Page(title, assumed, verdict=self.verdict, sections=sections))
 
     def section(self) -> Section:
         """A section for the page of a report: what it says, its picture and its first table."""

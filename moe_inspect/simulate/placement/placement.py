@@ -7,9 +7,8 @@ Replicas of an expert share its load evenly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -28,24 +27,6 @@ from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """`window`: tokens; None is 16 windows. `minimize`: for fewer ranks, the plans of local-search
-    may load a GPU by `slack` more than EPLB would."""
-
-    policies: tuple[str, ...]
-    physical_experts: int | None
-    fit_share: float
-    window: int | None
-    minimize: str | None
-    slack: float
-    dispatch: str
-
-    @property
-    def fewer_ranks(self) -> bool:
-        return bool(self.minimize) and "local-search" in self.policies
 
 
 @repeatable
@@ -81,17 +62,10 @@ def simulate_placement(
     policy's). MoeInspectError for settings out of range and numbers that do not divide."""
     trace = trace if isinstance(trace, Trace) else open_trace(trace)
     selection = select(trace, layers, domains, phase)
-    settings = Settings(
-        tuple(FORMER_NAMES.get(name, name) for name in policies or POLICIES),
-        physical_experts,
-        fit_share,
-        window,
-        minimize,
-        slack,
-        dispatch,
-    )
+    names = [FORMER_NAMES.get(name, name) for name in policies or POLICIES]
+    fewer_ranks = bool(minimize) and "local-search" in names
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
-    _check(trace, settings)
+    _check(trace, names, fit_share, window, minimize, slack, dispatch)
     check_domains(trace, selection)
     if trace.counts_only:
         windows, loads = loads_of_counts(trace, selection)
@@ -100,17 +74,33 @@ def simulate_placement(
         loads = loads_of(trace, selection, windows)
     of, advance = dict[tuple[int, str], np.ndarray](), begun("placing", len(layouts), "routers")
     for r in selection.routers:
-        for name in settings.policies:
+        for name in names:
             of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
         advance(1)
     plans = Plans(trace, selection, windows, layouts, loads, of)
-    if settings.fewer_ranks:
+    if fewer_ranks:
         reach_fewer(plans, "local-search", slack)
     reached = {} if trace.counts_only else ranks_reached(plans)
     tables = tables_of(plans, reached, dispatch == "lp")
-    best = "local-search" if settings.fewer_ranks else recommended(tables["policies"])
+    best = "local-search" if fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)
-    shown = _shown(settings, plans, best)
+    layout, counted = next(iter(layouts.values())), trace.counts_only
+    shown = {
+        "gpus": layout.gpus,
+        "nodes": layout.nodes,
+        "groups": layout.groups,
+        "physical_experts": physical_experts,
+        "policies": names,
+        "fit_share": None if counted else fit_share,
+        "window": None if counted else -(-windows.tokens // (len(windows.edge_W) - 1)),
+        "minimize": minimize,
+        "dispatch": dispatch,
+        "recommended": best,
+        "layers": trace.blocks,
+        "moe_layers": sorted({r.layer for r in trace.routers}),
+        "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
+        "counts_only": counted,
+    }
     label_of = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
     return Simulation(
         "placement",
@@ -122,56 +112,29 @@ def simulate_placement(
     )
 
 
-def _check(trace: Trace, settings: Settings) -> None:
-    if unknown := [name for name in settings.policies if name not in POLICIES]:
+def _check(
+    trace: Trace,
+    policies: Sequence[str],
+    fit_share: float,
+    window: int | None,
+    minimize: str | None,
+    slack: float,
+    dispatch: str,
+) -> None:
+    if unknown := [name for name in policies if name not in POLICIES]:
         raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
-    for name, value, fits, rule in (
-        (
-            "dispatch",
-            settings.dispatch,
-            settings.dispatch in DISPATCHES,
-            f"one of {', '.join(DISPATCHES)}",
-        ),
-        (
-            "fit share",
-            settings.fit_share,
-            0 < settings.fit_share <= 1,
-            "a share of the trace above 0 and at most 1",
-        ),
-        ("slack", settings.slack, settings.slack >= 0, "a share of a GPU's load from 0 up"),
-        (
-            "window",
-            settings.window,
-            settings.window is None or settings.window >= 1,
-            "a number of tokens from 1 up",
-        ),
-    ):
-        if not fits:
-            raise MoeInspectError(f"{name} {value}: give {rule}")
-    if trace.counts_only and (settings.minimize or settings.window is not None):
-        asked = "--minimize" if settings.minimize else "--window"
+    if dispatch not in DISPATCHES:
+        raise MoeInspectError(f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}")
+    if not 0 < fit_share <= 1:
+        rule = "a share of the trace above 0 and at most 1"
+        raise MoeInspectError(f"fit share {fit_share}: give {rule}")
+    if not slack >= 0:
+        raise MoeInspectError(f"slack {slack}: give a share of a GPU's load from 0 up")
+    if window is not None and window < 1:
+        raise MoeInspectError(f"window {window}: give a number of tokens from 1 up")
+    if trace.counts_only and (minimize or window is not None):
+        asked = "--minimize" if minimize else "--window"
         raise MoeInspectError(
             f"{trace.path} holds counts only, no tokens, which {asked} needs: "
             f"{trace.more_than_counts}"
         )
-
-
-def _shown(settings: Settings, plans: Plans, best: str) -> dict[str, Any]:
-    """What was assumed, as told to the user and to plan files."""
-    trace, windows, layout = plans.trace, plans.windows, next(iter(plans.layouts.values()))
-    return {
-        "gpus": layout.gpus,
-        "nodes": layout.nodes,
-        "groups": layout.groups,
-        "physical_experts": settings.physical_experts,
-        "policies": list(settings.policies),
-        "fit_share": None if trace.counts_only else settings.fit_share,
-        "window": None if trace.counts_only else -(-windows.tokens // (len(windows.edge_W) - 1)),
-        "minimize": settings.minimize,
-        "dispatch": settings.dispatch,
-        "recommended": best,
-        "layers": trace.blocks,
-        "moe_layers": sorted({r.layer for r in trace.routers}),
-        "stacks": sorted({trace.routers[r].stack for r in plans.selection.routers}),
-        "counts_only": trace.counts_only,
-    }

@@ -74,9 +74,8 @@ def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str,
         router, layout, load_WE = plans.trace.routers[r], plans.layouts[r], plans.loads[r]
         share_EG = shares(expert_P, router.experts, layout.gpus)
         load_WG = load_WE @ share_EG
-        mean_W, least_W = load_WE.sum(1) / layout.gpus, None
-        if linear_program:
-            least_W = least_busiest(load_WE, share_EG)
+        mean_W = load_WE.sum(1) / layout.gpus
+        least_W = least_busiest(load_WE, share_EG) if linear_program else None
         key = {"layer": router.layer, "router": r, "policy": name}
         ranks, nodes = reached.get((r, name), (np.nan, np.nan))
         sent = 2 * ranks * (1 - 1 / layout.gpus)  # there and back, but to the token's own GPU

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
@@ -46,16 +46,8 @@ class FitWindows:
 def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dict[int, np.ndarray]]:
     """The loads of a trace of counts only. Counts know no order: one window, which plans are both
     fitted on and judged by."""
-    table: Any = trace.counts()
-    if selection.domains is not None:
-        table = table[table["domain"].astype(str).isin(sorted(selection.domains))]
-    loads = {}
-    for r in selection.routers:
-        mine = table[table["router"] == r]
-        load_E = np.bincount(
-            mine["expert"].to_numpy(), mine["assignments"].to_numpy(), trace.routers[r].experts
-        )
-        loads[r] = load_E[None].astype(np.int64)
+    counts = count_trace(trace, selection)
+    loads = {r: counts.load_E(r)[None] for r in selection.routers}
     return FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
 
 
