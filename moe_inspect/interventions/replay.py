@@ -225,11 +225,11 @@ class Sequences:
     def _beginning_like(self, ids: np.ndarray) -> Sequence[int]:
         if len(ids) >= START and self._has_text:
             of_start = self._start.get(ids[:START].astype(np.int32).tobytes(), [])
-            return of_start or self._shorter()
+            # else those that are shorter themselves
+            return of_start or [
+                s for start, of in self._start.items() if len(start) < 4 * START for s in of
+            ]
         return range(len(self._used))
-
-    def _shorter(self) -> list[int]:
-        return [s for start, of in self._start.items() if len(start) < 4 * START for s in of]
 
     def _begins(self, one: np.ndarray, other: np.ndarray) -> bool:
         n = min(len(one), len(other))

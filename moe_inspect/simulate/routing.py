@@ -200,7 +200,7 @@ def _run(
     algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
     k, E = trace.routers[router].top_k, trace.routers[router].experts
     found = [
-        Run(ALGORITHMS[name], value)
+        Run(ALGORITHMS[name], value, np.zeros(E, np.int64))
         for name in settings.algorithms
         for value in _values(ALGORITHMS[name], settings.values, k, E)
     ]
@@ -235,9 +235,9 @@ class Run:
 
     algorithm: Algorithm
     value: float
+    load_E: np.ndarray
     state: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
-    load_E: np.ndarray | None = None
     mass: float = 0.0
     own: float = 0.0  # mass that the top-k of the scores has
     agreed: int = 0
@@ -264,7 +264,7 @@ class Run:
         load_E = chosen_TE.sum(0)
         self.tokens += len(chosen_TE)
         self.own += own
-        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+        self.load_E += load_E
         self.mass += float(batch.share_TE[chosen_TE].sum(dtype=np.float64))
         self.agreed += int((chosen_TE & batch.model_TE).sum())
         self.recorded += int(batch.model_TE.sum())
@@ -272,7 +272,6 @@ class Run:
         self.batches.append((len(chosen_TE), _max_vio(load_E)))
 
     def row(self) -> dict[str, object]:
-        assert self.load_E is not None
         tokens_B, vio_B = np.array(self.batches).T
         known_B = ~np.isnan(vio_B)
         return {

@@ -150,16 +150,13 @@ def _by_policy(table: Any) -> Any:
         }
         for how in ("by_window", "lp"):
             if f"{how}_max_over_mean" in mine:
-                row[f"{how}_slowdown"] = _weighted(mine, f"{how}_max_over_mean")
+                # the mean over layers, each weighing as its load
+                weighted = mine[f"{how}_max_over_mean"] * mine["mean_load"]
+                row[f"{how}_slowdown"] = float(weighted.sum() / mine["mean_load"].sum())
         rows.append(row)
     if not rows:
         raise MoeInspectError("no router made an assignment in the judged part: lower --fit-share")
     return pd.DataFrame(rows)
-
-
-def _weighted(mine: Any, column: str) -> float:
-    """Mean of a ratio over layers, each weighing as its load."""
-    return float((mine[column] * mine["mean_load"]).sum() / mine["mean_load"].sum())
 
 
 def recommended(by_policy: Any) -> str:
