@@ -37,6 +37,7 @@ from benchmarks.calls import qwen
 from benchmarks.measuring import machine, write_results
 from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, score_DE, score_E
 from moe_inspect.analysis.weights.measure import weight_tables
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
 from moe_inspect.interventions.pruning.calibration import ablation_scores
@@ -241,8 +242,7 @@ def pruning() -> dict[str, Any]:
             for half in texts
         ]
         judged = [
-            open_held_out("demo", moe_inspect.TraceOptions(data=[str(half)], **options))
-            for half in texts
+            open_held_out("demo", TraceOptions(data=[str(half)], **options)) for half in texts
         ]
         for shown, on in ((0, 1), (1, 0)):
             name = f"calibrated on {texts[shown].name} texts, judged on {texts[on].name} ones"

@@ -30,7 +30,7 @@ def main() -> None:
     (DOCS / "pictures").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
         trace = moe_inspect.trace_model("demo", Path(place) / "demo", logits=True)
-        placed = moe_inspect.simulate_placement(trace, gpus=4).section()
+        placed = trace.simulate.placement(gpus=4).section()
         page = Path(place) / "report.html"
         page.write_text(report_page(moe_inspect.report(trace), [placed]), encoding="utf-8")
         browser = tool.chromium.launch(

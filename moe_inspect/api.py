@@ -300,7 +300,7 @@ def prune(
     Raises MoeInspectError for errors the caller can fix."""
     from moe_inspect.interventions.pruning.run import Choice
     from moe_inspect.interventions.pruning.run import prune as run
-    from moe_inspect.trace.reader import Trace, open_trace
+    from moe_inspect.trace.reader import open_trace
 
     choice = Choice(
         by=by, keep=keep, draws=draws, seed=seed, resume=Path(resume) if resume else None
@@ -308,7 +308,7 @@ def prune(
     return run(
         model,
         replace(options or TraceOptions(batch_tokens=2048), **changes),
-        trace if isinstance(trace, Trace) else open_trace(trace),
+        open_trace(trace),
         choice,
         Path(output) if output is not None else None,
         progress,

@@ -73,7 +73,7 @@ def sql(trace: Trace | str | Path, query: str) -> pd.DataFrame:
     except ImportError:
         raise MoeInspectError("sql needs duckdb: pip install 'moe-inspect[sql]'") from None
 
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     with TemporaryDirectory(prefix="moe-inspect-") as spill, duckdb.connect() as connection:
         failures: list[Exception] = []
         try:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import moe_inspect
 from moe_inspect import MoeInspectError
+from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
 from moe_inspect.site import words
@@ -94,7 +94,7 @@ def test_the_table_is_that_of_the_reports(here: Path):
     assert table.loc["a", "domain_bits"] == pytest.approx(bits)
     assert bits > 0.1
     assert table.loc["a", "committee_experts"] == a.tables["committee"]["committee_experts"].mean()
-    compared = moe_inspect.compare_checkpoints(paths[:2]).tables["saturation"]
+    compared = compare_checkpoints(paths[:2]).tables["saturation"]
     assert table.loc["a", "saturation"] == pytest.approx(compared["overlap"].mean())
     assert table.loc["a", "saturation_with"] == "b"
     assert table.loc[["b", "counts"], "saturation"].isna().all()

@@ -113,9 +113,9 @@ def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["capacity", "placement", "decode", "cache", "routing"])
 def test_a_simulation(name: str, trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks_reached, "PROPOSALS", 100)
-    simulate = getattr(moe_inspect, f"simulate_{name}")
     options: dict[str, Any] = {"minimize": "ranks"} if name == "placement" else {}
-    same_tables(simulate(trace.on(client), **options), simulate(trace, **options))
+    there, here = (getattr(of.simulate, name)(**options) for of in (trace.on(client), trace))
+    same_tables(there, here)
 
 
 def test_a_comparison(trace: Trace, client: Any, tmp_path: Path):
@@ -141,8 +141,8 @@ def test_many_shards_are_added_up_in_runs(
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
     assert tasks.runs_of(trace) == [range(3)]
     by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
-    for simulate in (moe_inspect.simulate_capacity, moe_inspect.simulate_placement):
-        same_tables(simulate(by_url), simulate(trace))
+    same_tables(by_url.simulate.capacity(), trace.simulate.capacity())
+    same_tables(by_url.simulate.placement(), trace.simulate.placement())
     asked = trace, None, operator.add, _tokens_in
     assert list(tasks.summed(*asked)) == [BATCHES * BATCH]
     assert list(tasks.summed(by_url, *asked[1:])) == [BATCHES * BATCH]

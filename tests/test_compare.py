@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
+from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.comparison.counting import count
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
@@ -375,7 +376,7 @@ def test_what_cannot_be_aligned_is_refused_in_a_line(tmp_path: Path) -> None:
     assert "the tokenizers have 600 tokens in A, 700" in moe_inspect.compare(*words).why
     wider = write_trace(tmp_path / "e", routes(), E + 2, **ALIKE)
     with pytest.raises(MoeInspectError, match=r"A has 16 experts per layer, B 18; .* Physical ids"):
-        moe_inspect.compare_checkpoints([a, wider])
+        compare_checkpoints([a, wider])
     far = write_trace(tmp_path / "f", routes(), E, **ALIKE, layers=range(50, 50 + L))
     with pytest.raises(MoeInspectError, match="no common layer"):
         moe_inspect.compare(a, far)
@@ -399,7 +400,7 @@ def test_ids_of_an_engine_are_compared_as_sets(tmp_path: Path) -> None:
 def test_exported_routes_come_back_as_the_same(tmp_path: Path) -> None:
     """What an engine would return of a trace: equal sets, and their order is told as unknown."""
     a = write_trace(tmp_path / "a", routes(), E, **ALIKE)
-    moe_inspect.export_trace(a, "routed-experts", tmp_path / "r.jsonl")
+    a.export("routed-experts", tmp_path / "r.jsonl")
     lines = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert len(lines) == T // 50
     assert [i for line in lines for i in line["prompt_token_ids"]] == IDS.tolist()
@@ -409,7 +410,7 @@ def test_exported_routes_come_back_as_the_same(tmp_path: Path) -> None:
     assert made.mismatched == 0
     assert "at least one trace does not record the order of slots" in made.verdict()[0].text
     dense = write_trace(tmp_path / "d", routes(), E, **ALIKE, layers=range(1, L + 1))
-    moe_inspect.export_trace(dense, "routed-experts", tmp_path / "d.jsonl")
+    dense.export("routed-experts", tmp_path / "d.jsonl")
     first = json.loads((tmp_path / "d.jsonl").read_text().splitlines()[0])
     found = np.load(io.BytesIO(base64.b64decode(first["routed_experts"])))
     assert not found[:, 0].any()
@@ -506,7 +507,7 @@ def test_checkpoints_are_compared_with_the_last(cli_here: Cli, tmp_path: Path) -
         write_trace(tmp_path / name, flipped(last, share), E, **ALIKE)
     write_trace(tmp_path / "c3", last, E, **ALIKE)
     names = [f"c{i}" for i in range(4)]
-    made = moe_inspect.compare_checkpoints([tmp_path / name for name in names])
+    made = compare_checkpoints([tmp_path / name for name in names])
     mean = made.tables["saturation"].groupby("checkpoint")["overlap"].mean()
     np.testing.assert_allclose(mean, [1 - share / K for share in (0.8, 0.3, 0.05)], atol=0.01)
     (settled,) = [f for f in made.verdict() if f.kind == "saturation"]
@@ -521,7 +522,7 @@ def test_checkpoints_are_compared_with_the_last(cli_here: Cli, tmp_path: Path) -
     wrong = cli_here("compare", *names, "--shift-layers", "1", check=2)
     assert "is for two traces, and there are 4" in wrong.stderr
     with pytest.raises(MoeInspectError, match="two or more checkpoints"):
-        moe_inspect.compare_checkpoints([tmp_path / "c0"])
+        compare_checkpoints([tmp_path / "c0"])
 
 
 def test_the_compiled_load_is_that_of_numpy(

@@ -15,7 +15,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.comparison.compare import LOAD_TABLES, MODEL_TABLES, TABLES
+from moe_inspect.comparison.compare import LOAD_TABLES, MODEL_TABLES, TABLES, compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
@@ -186,7 +186,7 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
         assert "counts only" in result.stderr
         assert result.stderr.count("\n") == 1
     with pytest.raises(MoeInspectError, match="give two traces, whose load"):
-        moe_inspect.compare_checkpoints([*pair, pair[0]])
+        compare_checkpoints([*pair, pair[0]])
 
 
 def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_here: Cli) -> None:

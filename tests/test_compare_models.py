@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
+from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.comparison.models.spans import (
     adjusted,
     explained_by_text,
@@ -108,7 +109,7 @@ def kinds(made: Any) -> dict[str, Any]:
 
 def test_spans_are_the_words_of_both_however_they_are_cut(tmp_path: Path) -> None:
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance)
-    made = moe_inspect.compare_models(a, b)
+    made = moe_inspect.compare(a, b, side_by_side=True)
     spans = made.spans
     assert spans.common == 1
     assert len(spans.at_a) == DOCUMENTS * WORDS_EACH
@@ -120,7 +121,7 @@ def test_spans_are_the_words_of_both_however_they_are_cut(tmp_path: Path) -> Non
 def test_what_the_text_tells_is_found_in_both_and_chance_is_not(tmp_path: Path) -> None:
     a = whole_words(tmp_path / "a")
     for name, choose in (("word", by_word), ("chance", by_chance)):
-        made = moe_inspect.compare_models(a, pieces(tmp_path / name, choose))
+        made = moe_inspect.compare(a, pieces(tmp_path / name, choose), side_by_side=True)
         table: Any = made.tables["spans"].set_index(["trace", "layer"])
         assert table.loc[("a", 0), "text_mi_bits"] == pytest.approx(3, abs=0.01)
         planted = [("a", 0), *([("b", 0)] if choose is by_word else [])]
@@ -144,14 +145,14 @@ def test_few_documents_do_not_tell_whose_experts_follow_the_text(
         monkeypatch.setitem(globals(), "WORD", whole[:documents])
         a = whole_words(tmp_path / f"a{documents}")
         b = pieces(tmp_path / f"b{documents}", by_chance)
-        said = kinds(moe_inspect.compare_models(a, b))["vocabulary"].text
+        said = kinds(moe_inspect.compare(a, b, side_by_side=True))["vocabulary"].text
         assert ("There are too few documents for an interval" in said) == (documents < 10)
         assert ("A's experts follow the text more than B's" in said) == (documents >= 10)
 
 
 def test_the_texts_of_an_expert_are_those_that_were_sent_to_it(tmp_path: Path) -> None:
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_word)
-    table: Any = moe_inspect.compare_models(a, b, top=0).tables["vocabulary"]
+    table: Any = moe_inspect.compare(a, b, top=0, side_by_side=True).tables["vocabulary"]
     for side, E, of_word in (("a", 8, 0), ("b", 16, WORDS)):
         rows = table[(table["trace"] == side) & (table["layer"] == 0)]
         assert (rows["fraction"] == 1).all()
@@ -218,16 +219,16 @@ def test_documents_numbered_otherwise_and_text_cut_short_are_found(tmp_path: Pat
     starts = [*(f"▁{text}" for text in TEXTS), "▁other"]
     ids = [[*row[: WORDS_EACH // 2], *([WORDS] * 3)] for row in WORD[order].tolist()]
     b = trace_of(tmp_path / "b", starts, ids, by_word, 8, 2)
-    spans = moe_inspect.compare_models(a, b).spans
+    spans = moe_inspect.compare(a, b, side_by_side=True).spans
     assert spans.documents == DOCUMENTS
     assert len(spans.at_a) == DOCUMENTS * WORDS_EACH // 2
     assert (spans.a.token_id[spans.at_a] == spans.b.token_id[spans.at_b]).all()
-    assert kinds(moe_inspect.compare_models(a, b))["text"].severity == "warning"
+    assert kinds(moe_inspect.compare(a, b, side_by_side=True))["text"].severity == "warning"
 
 
 def test_balance_stands_beside_its_own_chance_and_its_most(tmp_path: Path) -> None:
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
-    made = moe_inspect.compare_models(a, b)
+    made = moe_inspect.compare(a, b, side_by_side=True)
     table: Any = made.tables["balance"]
     assert table.columns[:4].tolist() == ["layer", "router", "trace", "depth"]
     for side, trace, depth, most in (("a", a, [0, 1], 3), ("b", b, [0, 0.5, 1], 3)):
@@ -249,11 +250,11 @@ def test_domains_are_told_as_a_share_of_what_is_possible(tmp_path: Path) -> None
         return (ids + (document % 2)[:, None] * (E // 2)).astype(np.uint16)
 
     a, b = whole_words(tmp_path / "a", choose), pieces(tmp_path / "b", choose)
-    table: Any = moe_inspect.compare_models(a, b).tables["specialization"]
+    table: Any = moe_inspect.compare(a, b, side_by_side=True).tables["specialization"]
     np.testing.assert_allclose(table["domain_mi_bits"], 1)
     assert (table["explained_by_domain"] > 0.9).all()
     c = whole_words(tmp_path / "c", choose, status="complete")
-    assert moe_inspect.compare_models(a, c).why_not("specialization") is None
+    assert moe_inspect.compare(a, c, side_by_side=True).why_not("specialization") is None
 
 
 def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_the_command_says_what_applies_and_refuses_the_rest(cli_here: Cli, tmp_p
 def test_what_cannot_be_had_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     a = whole_words(tmp_path / "a")
     bare = write_trace(tmp_path / "b", [np.zeros((50, 1), np.uint8)], 4)
-    made = moe_inspect.compare_models(a, bare)
+    made = moe_inspect.compare(a, bare, side_by_side=True)
     why = dict(made.tables["refused"].to_numpy().tolist())
     assert why["spans"] == why["vocabulary"] == f"{bare.path} was recorded without a vocabulary"
     assert why["specialization"] == "the domains are not the same: code, law in A, text in B"
@@ -306,11 +307,11 @@ def test_what_cannot_be_had_is_named_and_the_rest_is_shown(tmp_path: Path) -> No
     other = trace_of(
         tmp_path / "c", [f"▁x{i}" for i in range(WORDS)], WORD.tolist(), by_word, 16, 2
     )
-    assert "of the bytes" in moe_inspect.compare_models(a, other).why_not("spans")
+    assert "of the bytes" in moe_inspect.compare(a, other, side_by_side=True).why_not("spans")
     unknown = pieces(tmp_path / "d", by_chance, slot_order="unknown")
-    assert "does not record first choices" in moe_inspect.compare_models(a, unknown).why_not(
-        "spans"
-    )
+    assert "does not record first choices" in moe_inspect.compare(
+        a, unknown, side_by_side=True
+    ).why_not("spans")
 
 
 def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
@@ -327,10 +328,10 @@ def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
         ("d", (8, 2, 6), "A has 4 layers, B 6"),
     ):
         b = shaped(name, *sizes)
-        assert moe_inspect.compare_models(a, b).reasons == [says]
+        assert moe_inspect.compare(a, b, side_by_side=True).reasons == [says]
         assert moe_inspect.compare(a, b).reasons == [says]
         with pytest.raises(MoeInspectError, match=says) as error:
-            moe_inspect.compare_checkpoints([a, b])
+            compare_checkpoints([a, b])
         assert ("Physical ids" in str(error.value)) == (name == "b")
     assert moe_inspect.compare(a, shaped("e", 8, 2, 6), layers="0-1").mismatched == 0
     assert moe_inspect.compare(a, shaped("f", 8, 2)).mismatched == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.comparison.compare import compare_checkpoints
 from tests.synthetic import write_counts, write_trace
 from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, decided, flipped
 from tests.test_compare_models import by_chance, pieces, whole_words
@@ -132,7 +133,7 @@ def test_the_page_of_a_trace_and_itself_has_nothing_to_show_and_says_so(
 
 
 def test_the_page_of_checkpoints(browser: Any, made: Any, tmp_path: Path) -> None:  # noqa: F811
-    several = moe_inspect.compare_checkpoints([made.noise.b, made.b, made.a])
+    several = compare_checkpoints([made.noise.b, made.b, made.a])
     page = Opened(browser, tmp_path / "c.html", several.page())
     assert page.complaints == []
     assert page.foreign() == []
@@ -147,7 +148,7 @@ def test_the_page_of_checkpoints(browser: Any, made: Any, tmp_path: Path) -> Non
 
 def test_the_page_of_two_models(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
-    models = moe_inspect.compare_models(a, b)
+    models = moe_inspect.compare(a, b, side_by_side=True)
     page = Opened(browser, tmp_path / "m.html", models.page())
     assert page.complaints == []
     assert page.foreign() == []
@@ -185,10 +186,10 @@ def check_python(page: str, made: Any, groups: list[str]) -> None:
 def test_pages_of_checkpoints_models_and_loads_give_the_python_of_every_table(
     made: moe_inspect.Comparison, tmp_path: Path
 ) -> None:
-    several = moe_inspect.compare_checkpoints([made.b, made.a], layers="1-3")
+    several = moe_inspect.compare(made.noise.b, made.b, made.a, layers="1-3")
     check_python(several.page(), several, ["Decisions", "Load and specialization"])
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_chance, L=3)
-    models = moe_inspect.compare_models(a, b, top=3, reasons=["one was pruned"])
+    models = moe_inspect.compare(a, b, top=3, side_by_side=True)
     check_python(models.page(), models, ["Balance", "Specialization"])
     even, uneven = np.full((2, 1, 8), 500), np.array([[range(100, 900, 100)]] * 2)
     counts = [write_counts(tmp_path / n, list(x), 2) for n, x in (("c", even), ("d", uneven))]

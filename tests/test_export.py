@@ -332,7 +332,7 @@ def test_blocks_are_counted_in_one_way(
     blocks = max(stated or 0, 4)
     export_trace(made, "sglang", tmp_path / "s.json")
     assert len(json.loads((tmp_path / "s.json").read_text())["logical_count"]) == blocks
-    placed = moe_inspect.simulate_placement(made, gpus=2, policies=["contiguous"])
+    placed = made.simulate.placement(gpus=2, policies=["contiguous"])
     assert placed.settings["layers"] == made.blocks == blocks
 
 

@@ -13,12 +13,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from moe_inspect import merge, sample
+from moe_inspect import merge
 from moe_inspect.api import trace_model
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.derived.merge import _reconcile
+from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace

@@ -81,9 +81,9 @@ def test_replicas_are_named_before_the_models_are_called_different(
     b = FAULTS["physical ids of replicas"].b(a, np.random.default_rng(0))
     first, second = a.written(tmp_path / "a"), b.written(tmp_path / "b")
     for pair, name in (((first, second), "B"), ((second, first), "A")):
-        text = moe_inspect.compare_models(*pair).verdict()[0].text
+        text = moe_inspect.compare(*pair, side_by_side=True).verdict()[0].text
         assert text.startswith(f"The 18 ids of {name} are physical ids of 16 experts")
     other = replace(routed_text(9, T, L, 18, K), token_id=a.token_id, document=a.document)
     other = replace(other, position=a.position)
-    made = moe_inspect.compare_models(first, other.written(tmp_path / "c"))
+    made = moe_inspect.compare(first, other.written(tmp_path / "c"), side_by_side=True)
     assert made.verdict()[0].kind == "different_models"

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect import import_trace, merge, open_trace, sample
+from moe_inspect import import_trace, merge, open_trace
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked, join
 from moe_inspect.trace.manifest import read_manifest

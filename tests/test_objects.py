@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
+from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
 from tests.conftest import ROOT
@@ -30,14 +31,12 @@ def _loads(folder: Path) -> moe_inspect.Comparison:
 MADE: dict[str, Callable[[Path], Shown]] = {
     "Comparison": lambda _: moe_inspect.compare(BALANCED, COLLAPSED),
     "Comparison of counts": _loads,
-    "Comparison of models": lambda _: moe_inspect.compare_models(BALANCED, COLLAPSED),
-    "Checkpoints": lambda _: moe_inspect.compare_checkpoints(
-        [SAMPLES / "untrained", COLLAPSED, BALANCED]
-    ),
-    "capacity": lambda _: moe_inspect.simulate_capacity(BALANCED),
-    "placement": lambda _: moe_inspect.simulate_placement(BALANCED, gpus=4),
-    "decode": lambda _: moe_inspect.simulate_decode(BALANCED),
-    "cache": lambda _: moe_inspect.simulate_cache(BALANCED),
+    "Comparison of models": lambda _: moe_inspect.compare(BALANCED, COLLAPSED, side_by_side=True),
+    "Checkpoints": lambda _: compare_checkpoints([SAMPLES / "untrained", COLLAPSED, BALANCED]),
+    "capacity": lambda _: moe_inspect.open_trace(BALANCED).simulate.capacity(),
+    "placement": lambda _: moe_inspect.open_trace(BALANCED).simulate.placement(gpus=4),
+    "decode": lambda _: moe_inspect.open_trace(BALANCED).simulate.decode(),
+    "cache": lambda _: moe_inspect.open_trace(BALANCED).simulate.cache(),
 }
 
 

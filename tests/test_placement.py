@@ -16,7 +16,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
 from moe_inspect.simulate.placement.placement import simulate_placement
-from moe_inspect.simulate.placement.plan import write_plan
 from moe_inspect.simulate.placement.policies.eplb import eplb
 from moe_inspect.simulate.placement.policies.policies import POLICIES
 from moe_inspect.simulate.placement.policies.search import CLOSE, as_light
@@ -295,16 +294,16 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
         manifest={"model": {"config": {"num_hidden_layers": 5}}},
     )
     made = simulate_placement(trace, gpus=4, physical_experts=12)
-    write_plan(made, tmp_path / "plan.json")
+    made.write_plan(tmp_path / "plan.json")
     rows = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
     assert [len(row) for row in rows] == [12] * 5
     assert all(set(row) == set(range(8)) for row in rows)
-    write_plan(made, tmp_path / "plan.yaml")
+    made.write_plan(tmp_path / "plan.yaml")
     plan = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     assert set(plan) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
     assert plan["num_slots"] == 12
     assert plan["initial_global_assignments"] == {1: rows[1], 3: rows[3]}
-    write_plan(made, tmp_path / "ascend.json", "vllm-ascend")
+    made.write_plan(tmp_path / "ascend.json", "vllm-ascend")
     layers = json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
     assert json.loads((tmp_path / "ascend.json").read_text())["moe_layer_count"] == 2
     # MoE layers, where SGLang counts every block
@@ -317,7 +316,7 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
         ] == rows[block]
     # the other MoE layer keeps its place, experts in order
     one = simulate_placement(trace, gpus=4, physical_experts=12, layers=3)
-    write_plan(one, tmp_path / "ascend.json", "vllm-ascend")
+    one.write_plan(tmp_path / "ascend.json", "vllm-ascend")
     first, second = (
         layer["device_list"]
         for layer in json.loads((tmp_path / "ascend.json").read_text())["layer_list"]
@@ -332,11 +331,11 @@ def test_plans_are_what_engines_read(tmp_path: Path) -> None:
         "plan"
     ]["expert"].tolist()
     with pytest.raises(MoeInspectError, match=r"plan\.txt"):
-        write_plan(made, tmp_path / "plan.txt")
+        made.write_plan(tmp_path / "plan.txt")
     with pytest.raises(
         MoeInspectError, match="no plan for vllm: there are sglang, tensorrt-llm, vllm-ascend"
     ):
-        write_plan(made, tmp_path / "plan.json", "vllm")
+        made.write_plan(tmp_path / "plan.json", "vllm")
 
 
 def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
@@ -357,7 +356,7 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     two = simulate_placement(trace, gpus=2, policies=["contiguous", "round-robin"])
     assert set(two.tables["plan"]["policy"]) == {"round-robin"}
     assert two.tables["plan"]["expert"].tolist() == [0, 2, 1, 3]
-    assert write_plan(two, tmp_path / "plan.json").startswith("round-robin,")
+    assert two.write_plan(tmp_path / "plan.json").startswith("round-robin,")
     assert any("round-robin has max/mean" in message for message in two.verdict)
     assert "Fitted" not in "".join(two.verdict)
     asked = simulate_placement(

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_inspect import MoeInspectError, progress, simulate_cache, simulate_placement, verify
+from moe_inspect import MoeInspectError, progress, verify
 from moe_inspect.__main__ import main
 from moe_inspect.cli import progress as bars
 from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.charts.spec import draw_charts
 from moe_inspect.reporting.report import report
+from moe_inspect.simulate.cache import simulate_cache
+from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT
 from tests.synthetic import uniform_ids, write_trace
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect import MoeInspectError, TraceOptions
+from moe_inspect import MoeInspectError
 from moe_inspect.analysis.scores import lowest
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.interventions.ablation import Progress, ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out

@@ -14,6 +14,7 @@ from typing import get_type_hints
 import pytest
 
 import moe_inspect
+from moe_inspect.capture.options import EngineOptions
 
 # expression → the type that a type checker must see
 TYPES = {
@@ -28,7 +29,12 @@ TYPES = {
     "moe_inspect.describe_weights(path)": "dict[str, DataFrame]",
     "moe_inspect.verify(path)": "Verification",
     "moe_inspect.trace_model(path, path, batch_tokens=500)": "Trace",
-    "moe_inspect.simulate_cache(trace)": "Simulation",
+    "trace.simulate.cache(slots=[2])": "Simulation",
+    "trace.report()": "Report",
+    "trace.compare(path)": "Comparison",
+    "trace.sql(path)": "DataFrame",
+    "trace.verify()": "Verification",
+    "trace.sample(path, share=0.1)": "Trace",
 }
 # what a type checker must refuse: it would be accepted where the types were Any
 WRONG = (
@@ -105,4 +111,4 @@ def test_each_setting_of_a_trace_is_a_typed_keyword(options: str, keywords: str)
 def test_settings_of_a_trace_are_checked_by_name() -> None:
     with pytest.raises(TypeError, match="batch_token'"):
         moe_inspect.trace_model("demo", "t", batch_token=5)  # pyright: ignore
-    assert "sesame" not in repr(moe_inspect.EngineOptions(api_key="sesame"))
+    assert "sesame" not in repr(EngineOptions(api_key="sesame"))

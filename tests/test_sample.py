@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_inspect import sample
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.derived.sample import _reconcile
+from moe_inspect.trace.derived.sample import _reconcile, sample
 from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify

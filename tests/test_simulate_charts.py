@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect import simulate_cache, simulate_capacity, simulate_placement
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Line, Points
+from moe_inspect.simulate.cache import simulate_cache
+from moe_inspect.simulate.capacity import simulate_capacity
+from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.reader import Trace
 from tests.synthetic import uniform_ids, write_trace
@@ -71,6 +73,6 @@ def test_the_python_of_a_simulation_names_the_trace_as_it_was_given(
     monkeypatch.chdir(tmp_path)
     skewed(Path("t"), 2)
     by_place, by_name = simulate_cache("t", slots=[2]), simulate_cache(trace="t", slots=[2])
-    expected = "import moe_inspect\n\nmade = moe_inspect.simulate_cache('t', slots=[2])"
+    expected = "import moe_inspect\n\nmade = moe_inspect.open_trace('t').simulate.cache(slots=[2])"
     assert by_place.python == by_name.python == expected
     assert str(tmp_path) not in by_place.page()

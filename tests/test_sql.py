@@ -61,7 +61,7 @@ def long(trace: Trace) -> pd.DataFrame:
 
 
 def test_routing_is_a_row_per_assignment(trace: Trace) -> None:
-    found = moe_inspect.sql(trace, "select * from routing order by router, token, slot")
+    found = trace.sql("select * from routing order by router, token, slot")
     expected = long(trace)
     assert len(found) == 2 * T * K - len(range(0, T, 7))
     assert len([*trace.shards]) == 3
@@ -79,15 +79,18 @@ def test_the_other_views_are_the_tables(view: str, trace: Trace) -> None:
         "vocabulary": trace.vocabulary,
         "load": lambda: moe_inspect.report(trace).tables["load"],
     }[view]()
-    found = moe_inspect.sql(trace.path, f"from {view.upper()}").sort_values([*expected.columns[:3]])
+    found = (
+        moe_inspect.open_trace(trace.path)
+        .sql(f"from {view.upper()}")
+        .sort_values([*expected.columns[:3]])
+    )
     assert len(found) == len(expected) > 0
     for name in expected:
         np.testing.assert_array_equal(found[name].to_numpy(), expected[name].to_numpy(), name)
 
 
 def test_a_view_is_read_as_often_as_it_is_named(trace: Trace) -> None:
-    pairs = moe_inspect.sql(
-        trace,
+    pairs = trace.sql(
         "select count(*) n from routing a join routing b using (router, token) "
         "where a.slot = 0 and b.slot = 1",
     )
@@ -98,17 +101,16 @@ def test_only_the_routers_asked_for_are_read(trace: Trace, monkeypatch: pytest.M
     read: list[int] = []
     ids = Shard.ids
     monkeypatch.setattr(Shard, "ids", lambda shard, r: read.append(r) or ids(shard, r))
-    found = moe_inspect.sql(trace, "select distinct layer from routing where layer = 3")
+    found = trace.sql("select distinct layer from routing where layer = 3")
     assert (found["layer"].tolist(), {*read}) == ([3], {1})
-    moe_inspect.sql(trace, "select count(*) from tokens")
+    trace.sql("select count(*) from tokens")
     assert len(read) == 3, "and none before it is asked for"
-    moe_inspect.sql(trace, "select count(*) from routing")
+    trace.sql("select count(*) from routing")
     assert {*read} == {0, 1}, "control"
 
 
 def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
-    found = moe_inspect.sql(
-        encoder_decoder(tmp_path / "t"),
+    found = encoder_decoder(tmp_path / "t").sql(
         "select router, phase = 'encode' as encode, count(*) n from routing group by all",
     )
     assert found.groupby("router")["encode"].nunique().tolist() == [1] * found["router"].nunique()
@@ -150,7 +152,7 @@ def test_a_query_reads_the_trace_alone(
     secret.write_text("a,b\n1,2\n")
     asked = asked.format(file=secret, folder=tmp_path)
     with pytest.raises(MoeInspectError, match=r"^(the query fails: |give one select statement)"):
-        moe_inspect.sql(trace, asked)
+        trace.sql(asked)
     done = cli_here("sql", trace.path, asked, check=1)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -200,8 +202,7 @@ def test_what_does_not_fit_in_memory_goes_to_the_directory_given(tmp_path: Path)
 
 
 def test_values_keep_their_types(trace: Trace) -> None:
-    found = moe_inspect.sql(
-        trace,
+    found = trace.sql(
         "select sum(slot) s, count(*) n, 1.5 d, null x, true b, 'ü' t, any_value(domain) g, "
         "2::hugeint ** 100 h from routing",
     )
@@ -210,14 +211,14 @@ def test_values_keep_their_types(trace: Trace) -> None:
     assert found["b"].tolist() == [True]
     assert found["t"].tolist() == ["ü"]
     assert found["h"].tolist() == [2.0**100]
-    gaps = moe_inspect.sql(trace, "select * from (values (1), (9007199254740993), (null)) t(x)")
+    gaps = trace.sql("select * from (values (1), (9007199254740993), (null)) t(x)")
     assert gaps["x"].tolist() == [1, 9007199254740993, pd.NA]
     assert str(gaps["x"].dtype) == "Int64"
-    assert moe_inspect.sql(trace, "select layer from routing where false")["layer"].tolist() == []
+    assert trace.sql("select layer from routing where false")["layer"].tolist() == []
     with pytest.raises(MoeInspectError, match=r"column x is of type list.*cast it to varchar"):
-        moe_inspect.sql(trace, "select list(token) x from tokens")
+        trace.sql("select list(token) x from tokens")
     with pytest.raises(MoeInspectError, match="two columns are called a: rename one"):
-        moe_inspect.sql(trace, "select * from (select 1 a) cross join (select 2 a)")
+        trace.sql("select * from (select 1 a) cross join (select 2 a)")
 
 
 def test_damage_is_told_as_elsewhere(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
@@ -230,15 +231,15 @@ def test_damage_is_told_as_elsewhere(trace: Trace, tmp_path: Path, cli_here: Cli
     assert done.stderr.startswith("error: ")
     assert part.name in done.stderr.splitlines()[0]
     assert "Traceback" not in done.stderr
-    assert len(moe_inspect.sql(tmp_path / "t", "from tokens")) == T
+    assert len(moe_inspect.open_trace(tmp_path / "t").sql("from tokens")) == T
 
 
 def test_a_trace_of_counts_has_the_views_that_it_can(tmp_path: Path) -> None:
     trace = write_counts(tmp_path / "t", [np.arange(8)[None] + 10] * 2, 2)
-    assert moe_inspect.sql(trace, "select sum(assignments) n from load")["n"].tolist() == [216]
+    assert trace.sql("select sum(assignments) n from load")["n"].tolist() == [216]
     for view in ("routing", "tokens"):
         with pytest.raises(MoeInspectError, match=f"Table with name {view} .* holds counts only: "):
-            moe_inspect.sql(trace, f"select * from {view}")
+            trace.sql(f"select * from {view}")
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet", "txt"])
@@ -267,7 +268,7 @@ def test_the_command_writes_what_it_finds(
 def test_without_duckdb_it_says_what_to_install(trace: Trace) -> None:
     program = (
         "import sys; sys.modules['duckdb'] = None; import moe_inspect; "
-        f"moe_inspect.sql({str(trace.path)!r}, 'select 1')"
+        f"moe_inspect.open_trace({str(trace.path)!r}).sql('select 1')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "MoeInspectError: sql needs duckdb: pip install 'moe-inspect[sql]'" in done.stderr

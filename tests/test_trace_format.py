@@ -72,9 +72,9 @@ def test_the_example_is_reported_and_simulated(written: Path) -> None:
     tables = moe_inspect.report(trace).tables
     assert tables["balance"]["assignments"].tolist() == [1000, 1000]
     assert tables["load"]["first_choice"].sum() == 1000
-    assert len(moe_inspect.simulate_capacity(trace).tables)
-    assert len(moe_inspect.simulate_cache(trace).tables)
-    assert len(moe_inspect.simulate_decode(trace).tables)
+    assert len(trace.simulate.capacity().tables)
+    assert len(trace.simulate.cache().tables)
+    assert len(trace.simulate.decode().tables)
 
 
 @pytest.mark.parametrize("writer", ["plain text", "polars", "duckdb"])
@@ -123,7 +123,8 @@ def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path:
         "from documents order by document",
     ):
         pd.testing.assert_frame_equal(
-            moe_inspect.sql(tmp_path / "t", asked), moe_inspect.sql(SAMPLES[0], asked)
+            moe_inspect.open_trace(tmp_path / "t").sql(asked),
+            moe_inspect.open_trace(SAMPLES[0]).sql(asked),
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import moe_inspect
+from moe_inspect.comparison.compare import compare_checkpoints
 from tests import test_compare_models as models
 from tests import test_dropped, test_loss_table
 from tests.chance import REGIMES, drawn_pair
@@ -141,7 +142,7 @@ def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], 
         ]
         alike: dict[str, Any] = {"document": document, "token_id": np.arange(len(kept_T))}
         traces = [write_trace(root / f"{n}", of, E, **alike) for n, of in enumerate(runs)]
-        return moe_inspect.compare_checkpoints(traces)
+        return compare_checkpoints(traces)
 
     return made
 

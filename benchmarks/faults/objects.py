@@ -20,7 +20,7 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.outputs import prepared
 from benchmarks.faults.traces import rows_of
 from benchmarks.object_storage import s3_server
-from moe_inspect import sample
+from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify

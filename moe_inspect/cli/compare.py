@@ -139,8 +139,7 @@ def compare(
             f"--{pair.given[0].replace('_', '-')} is for two traces, and there are "
             f"{2 + len(others)}"
         )
-    from moe_inspect.comparison.compare import compare as compare_two
-    from moe_inspect.comparison.compare import compare_checkpoints
+    from moe_inspect.comparison.compare import compare as compare_traces
     from moe_inspect.reporting.tables.registry import check_table
     from moe_inspect.reporting.verdict.gate import breaches
     from moe_inspect.trace.reader import open_trace
@@ -149,11 +148,9 @@ def compare(
     noise = pair.noise and open_trace(pair.noise, scheduler=scheduler)
     settings = selection.keywords()
     with shown():
-        if others:
-            made = compare_checkpoints(opened, **settings)
-        else:
+        if not others:
             settings |= {**pair.keywords(), "noise": noise, "top": top}
-            made = compare_two(*opened, **settings)
+        made = compare_traces(*opened, **settings)
         for name in (show.table, *limits.metrics):
             if name and (why := made.why_not(name)):
                 raise MoeInspectError(why)

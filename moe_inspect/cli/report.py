@@ -277,13 +277,11 @@ def simulated_sections(
     made: Report, names: Sequence[Simulated], layers: Any
 ) -> Iterator[Section | str]:
     """A section per simulation, or why the trace has none to give."""
-    import moe_inspect
-
     for name in dict.fromkeys(names):
         try:
             limits = {"uneven": made.thresholds.uneven} if name is Simulated.routing else {}
-            simulate = getattr(moe_inspect, f"simulate_{name}")
-            yield simulate(made.trace, layers=layers, **limits).section()
+            simulate = getattr(made.trace.simulate, name)
+            yield simulate(layers=layers, **limits).section()
         except MoeInspectError as error:
             yield str(error)
 

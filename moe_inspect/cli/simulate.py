@@ -221,7 +221,7 @@ def placement(
     moe-inspect simulate placement runs/a --gpus 8 --physical-experts 72
     moe-inspect simulate placement runs/a --gpus 8 -o plan.json"""
     from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.placement.plan import ENDINGS, write_plan
+    from moe_inspect.simulate.placement.plan import ENDINGS
 
     with shown():
         simulation = simulate_placement(
@@ -245,7 +245,7 @@ def placement(
     if output is not None and (
         plan_for or (ending in ENDINGS and (show.table is None or ending != ".json"))
     ):
-        print_stderr(f"wrote {output}: {write_plan(simulation, output, plan_for)}")
+        print_stderr(f"wrote {output}: {simulation.write_plan(output, plan_for)}")
         show = replace(show, output=None)
     show.simulation(simulation)
 

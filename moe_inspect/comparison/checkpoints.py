@@ -27,8 +27,6 @@ SPECIALIZATION = ("domain_mi_bits", "domain_mi_null_bits", "vocabulary_specializ
 class Checkpoints(Comparison):
     """Traces of one text, in the order of training, each compared with the last."""
 
-    function = "compare_checkpoints"
-
     def __init__(self, comparisons: Sequence[Decisions]):
         self.comparisons = comparisons
         self.a, self.b = comparisons[0].a, comparisons[0].b

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 # these register the tables, in this order, and how each kind is shown
 import moe_inspect.comparison.decisions.agreement
@@ -36,14 +37,17 @@ __all__ = [
     "Comparison",
     "compare",
     "compare_checkpoints",
-    "compare_models",
 ]
+
+
+NOT_OF_MODELS = (*OF_DECISIONS, "layers", "shift_layers")
 
 
 def compare(
     a: Trace | str | Path,
     b: Trace | str | Path,
-    *,
+    *more: Trace | str | Path,
+    side_by_side: bool = False,
     noise: Trace | str | Path | None = None,
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
@@ -69,9 +73,11 @@ def compare(
     MoeInspectError where the traces cannot be aligned.
 
     Where a trace holds counts only (`--counts-only`, the history of a training run), the load of
-    the experts is compared, also while the trace is still being written. Different models are
-    compared side by side, as by `compare_models`. Options on how decisions belong together are
-    refused there."""
+    the experts is compared, also while the trace is still being written. Models of other shapes, or
+    with other tokenizers, are compared side by side: balance, specialization by domain, and how far
+    experts follow the same spans of text, whatever tokens they are cut into; `side_by_side`: also
+    two of one shape. Three traces or more are of checkpoints, in the order of training, each
+    compared with the last. Options that do not apply are refused."""
     options = Options(
         layers,
         domains,
@@ -83,11 +89,24 @@ def compare(
         drop_last,
         drop_zero_filled,
     )
-    first, second = opened(a), opened(b)
+    settings: dict[str, Any] = {"domains": domains, "phase": phase, "progress": progress}
+    if more:
+        if noise is not None or side_by_side:
+            raise MoeInspectError(
+                f"there are {2 + len(more)} traces: noise and side_by_side are for two"
+            )
+        rest = [name for name in options.given if name not in ("layers", *settings)]
+        options.refuse(rest, f"there are {2 + len(more)} traces, not two")
+        return compare_checkpoints([a, b, *more], layers=layers, **settings)
+    first, second = open_trace(a), open_trace(b)
+    if side_by_side:
+        asked = Models(first, second, **settings, top=top, asked=True)
+        options.refuse(NOT_OF_MODELS, "models are compared side by side, without decisions")
+        return asked
     counts = first.counts_only or second.counts_only
     base = None
     if noise is not None and not counts:
-        base = Decisions(first, opened(noise), options, progress=progress)
+        base = Decisions(first, open_trace(noise), options, progress=progress)
     try:
         if not counts:
             return Decisions(first, second, options, noise=base, progress=progress)
@@ -95,35 +114,12 @@ def compare(
     except DifferentModelsError as error:
         if noise is not None:
             raise
-        settings = {"domains": domains, "phase": phase, "top": top, "progress": progress}
-        made = Models(first, second, **settings, reasons=error.reasons)
-        options.refuse((*OF_DECISIONS, "layers", "shift_layers"), made.why_in_full)
+        made = Models(first, second, **settings, top=top, reasons=error.reasons)
+        options.refuse(NOT_OF_MODELS, made.why_in_full)
         return made
     if noise is not None:
         raise MoeInspectError(f"{made.why}, which noise needs: leave it out")
     return made
-
-
-def compare_models(
-    a: Trace | str | Path,
-    b: Trace | str | Path,
-    *,
-    domains: str | Iterable[str] | None = None,
-    phase: str | None = None,
-    top: int = 20,
-    reasons: Iterable[str] = (),
-    progress: Callable[[int], None] | None = None,
-) -> Comparison:
-    """Two models of other shapes, or with other tokenizers, side by side: balance, specialization
-    by domain, and how far experts follow the same spans of text, whatever tokens they are cut
-    into. `compare` does so where models differ; this, also where two have one shape.
-
-    `domains`, `phase`: as in `report`. `top`: texts per expert in `vocabulary`, 0 for all.
-    `reasons`: why they are different, beside what their shapes and tokenizers tell. `progress` is
-    called with the number of decisions read. What these two do not have is refused when it is asked
-    for, by MoeInspectError, and listed in the table `refused`."""
-    settings = {"domains": domains, "phase": phase, "top": top, "progress": progress}
-    return Models(opened(a), opened(b), **settings, reasons=reasons)
 
 
 def compare_checkpoints(
@@ -141,7 +137,7 @@ def compare_checkpoints(
     traces cannot be aligned."""
     if len(traces) < 2:
         raise MoeInspectError("give two or more checkpoints, in training order")
-    every, options = [opened(one) for one in traces], Options(layers, domains, phase)
+    every, options = [open_trace(one) for one in traces], Options(layers, domains, phase)
     for trace in every:
         if trace.counts_only:
             raise MoeInspectError(
@@ -149,7 +145,3 @@ def compare_checkpoints(
                 "compared"
             )
     return Checkpoints([Decisions(x, every[-1], options, progress=progress) for x in every[:-1]])
-
-
-def opened(trace: Trace | str | Path) -> Trace:
-    return trace if isinstance(trace, Trace) else open_trace(trace)

@@ -77,8 +77,7 @@ class Comparison(Shown):
     a: Trace
     b: Trace
     tables: Mapping[str, pd.DataFrame]
-    # the function of this package that made it, and its keywords that are not as by default
-    function = "compare"
+    # the keywords of `compare` that are not as by default
     given: Mapping[str, Any]
 
     @property
@@ -104,9 +103,7 @@ class Comparison(Shown):
         """Python that gives a table."""
         from moe_inspect.reporting.render.python import python_call, table_of
 
-        several = self.function == "compare_checkpoints"  # which takes one list
-        traces = [self.traces] if several else self.traces
-        return table_of(python_call(self.function, traces, self.given), table)
+        return table_of(python_call("compare", self.traces, self.given), table)
 
     def __repr__(self) -> str:
         paths = ", ".join(repr(str(trace.path)) for trace in self.traces)

@@ -9,7 +9,7 @@ from moe_inspect.exporters.registry import exporters
 from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.text import no_such
 from moe_inspect.trace.manifest import refuse_within_trace
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, open_trace
 
 
 def export_trace(
@@ -72,7 +72,7 @@ def export_trace(
         )
     if weights is not None:
         options["weights"] = checkpoint_dir(str(weights))
-    opened = trace if isinstance(trace, Trace) else Trace(trace)
+    opened = open_trace(trace)
     output = Path(output)
     with writing(output):
         refuse_within_trace(output)

@@ -183,7 +183,7 @@ class Intervention:
         self.done = [Done() for _ in self.sites]
         self.replay = None
         if replay is not None:
-            trace = replay if isinstance(replay, Trace) else open_trace(replay)
+            trace = open_trace(replay)
             self.replay = Replay(trace, self.sites)
         self._attachment = _Attachment(model, self)
         self._attachment.one_thread = self.plan.needs_rows

@@ -50,9 +50,7 @@ def report(
     earlier model over the same or similar text; `specialization` and the verdict say what is beyond
     it. Raises MoeInspectError where there is no such trace, layer, domain or threshold, and where
     the baseline has other routers or domains."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
-    if scheduler is not None:
-        trace = trace.on(scheduler)
+    trace = open_trace(trace, scheduler=scheduler)
     selected: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
     return Report(
         trace,

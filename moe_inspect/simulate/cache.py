@@ -132,7 +132,7 @@ def simulate_cache(
     Tables: cache (a row per router, policy and number of slots), cache_speed (per policy and number
     of slots, all layers), cache_by_phase. MoeInspectError for settings out of range and for traces
     without decisions."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     need_decisions(trace, "simulate cache")
     chosen = select(trace, layers=layers).routers
     settings = Settings(

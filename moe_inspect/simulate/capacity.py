@@ -84,7 +84,7 @@ def simulate_capacity(
     Tables: capacity (a row per router and factor), capacity_needed (per router), capacity_tokens
     (per factor, all layers), capacity_by_domain, capacity_by_position. MoeInspectError for settings
     out of range, and for traces without decisions or without the weights that `order` needs."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     need_decisions(trace, "simulate capacity")
     chosen = select(trace, layers=layers).routers
     ranked = all(trace.routers[r].first_choice_known for r in chosen)

@@ -92,7 +92,7 @@ def simulate_decode(
     """Counts the distinct experts that a decode step reads, by batch size. `expert_mb`: size of one
     expert in 10⁶ bytes; default from the model's config. `flops_per_byte`: arithmetic intensity at
     which the GPU is compute-bound."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     need_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:

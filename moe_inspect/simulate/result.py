@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TextIO
 
 from moe_inspect.errors import MoeInspectError
@@ -93,6 +94,16 @@ class Simulation(Shown):
         where there is nothing to draw."""
         return super().plot(name or self.name)
 
+    def write_plan(self, path: str | Path, engine: str | None = None) -> str:
+        """Writes the plan of a placement for an engine: "sglang", "tensorrt-llm" or "vllm-ascend",
+        by default the one of the path's ending. Returns what was written, in words. MoeInspectError
+        where no engine reads such a plan, or this simulates something else."""
+        from moe_inspect.simulate.placement.plan import write_plan
+
+        if "plan" not in self.tables:
+            raise MoeInspectError(f"simulate {self.name} makes no plan: simulate placement does")
+        return write_plan(self.tables["plan"], dict(self.settings), path, engine)
+
     def page(self) -> str:
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
         from moe_inspect.reporting.render.python import table_of
@@ -150,7 +161,7 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
 
         made = simulate(*trace, **options)
         given = signature(simulate).bind(*trace, **options).arguments
-        lines = python_call(simulate.__name__, [given.pop("trace")], given)
+        lines = python_call(simulate.__name__.replace("_", "."), [given.pop("trace")], given)
         return replace(made, python=lines)
 
     return simulated

@@ -128,7 +128,7 @@ def simulate_routing(
 
     Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
     MoeInspectError for a trace without logits, and for values out of range."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     need_decisions(trace, "simulate routing")
     settings = Settings(
         tuple(algorithms or ALGORITHMS),

@@ -15,14 +15,13 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.render.python import address
 from moe_inspect.reporting.report import report
 from moe_inspect.site.directory import FORMAT, UP, Directory
 from moe_inspect.site.entry import LONGEST, Entry, entry_of, saturation
 from moe_inspect.site.index import index_page, table_of
 from moe_inspect.text import cut, readable, storable
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace, address, open_trace
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.texts.documents import Amount
@@ -51,7 +50,7 @@ def atlas(
     Returns the table of the index, a row per trace; its column `page` is the file, and `made` says
     whether that was made by this call. Raises MoeInspectError where there is no such trace, or
     something else is in the directory."""
-    opened = [one if isinstance(one, Trace) else open_trace(one) for one in traces]
+    opened = [open_trace(one) for one in traces]
     if not opened:
         raise MoeInspectError("give at least one trace")
     where = [str(trace.path.resolve()) for trace in opened]

@@ -14,6 +14,7 @@ from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
 from moe_inspect.trace import parts, schema, texts
+from moe_inspect.trace.answers import Answers
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
@@ -23,7 +24,7 @@ from moe_inspect.trace.shard_list import ShardFiles, are_replaced, committed_sha
 TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
-class Trace(TraceHeader):
+class Trace(Answers, TraceHeader):
     """A trace on disk. Tables are pandas DataFrames; read large ones by router (`routing(layer=3)`)
     or by shard (`for shard in trace.shards`), which keeps memory independent of the trace's
     length. `scheduler`: of the dask.distributed cluster that passes over it run on, see `on`."""
@@ -164,11 +165,22 @@ class Trace(TraceHeader):
         return joined.unify_dictionaries().to_pandas()
 
 
-def open_trace(path: str | Path, *, scheduler: Any = None) -> Trace:
+def open_trace(path: str | Path | Trace, *, scheduler: Any = None) -> Trace:
     """Opens a trace directory, of this machine or by a URL that fsspec can read
-    (`s3://bucket/trace`). `scheduler`: as `Trace.on` takes it. MoeInspectError where there is none,
-    or it is damaged or of a newer format."""
-    return Trace(path).on(scheduler)
+    (`s3://bucket/trace`); a Trace is one already. `scheduler`: as `Trace.on` takes it.
+    MoeInspectError where there is none, or it is damaged or of a newer format."""
+    trace = path if isinstance(path, Trace) else Trace(path)
+    return trace if scheduler is None else trace.on(scheduler)
+
+
+def address(trace: Any) -> str:
+    """Where a trace is, as it was given: a page that is shared must not say more. `trace`: a Trace,
+    or its path."""
+    return str(trace.path if isinstance(trace, Trace) else trace)
+
+
+def place_of(trace: Trace | str | Path | Remote) -> Path | Remote:
+    return trace.path if isinstance(trace, Trace) else location(trace)
 
 
 def shards_of(trace: Trace, name: str) -> Iterator[Shard]:

@@ -33,9 +33,8 @@ WHOLE = ["balance", "specialization"]
 
 
 class Models(Comparison):
-    """Traces A and B. Nothing is read before it is asked for."""
-
-    function = "compare_models"
+    """Traces A and B. Nothing is read before it is asked for. `reasons`: why they are different,
+    beside what their shapes and tokenizers tell. `asked`: by the option `side_by_side`."""
 
     def __init__(
         self,
@@ -46,6 +45,7 @@ class Models(Comparison):
         phase: str | None = None,
         top: int = 20,
         reasons: Iterable[str] = (),
+        asked: bool = False,
         progress: Callable[[int], None] | None = None,
     ):
         self.a, self.b, self.top = a, b, top
@@ -55,7 +55,7 @@ class Models(Comparison):
         }
         self._reasons = list(reasons)
         top_given = None if top == 20 else top
-        given = {"domains": domains, "phase": phase, "top": top_given, "reasons": self._reasons}
+        given = {"domains": domains, "phase": phase, "top": top_given, "side_by_side": asked}
         self.given = {name: value for name, value in given.items() if value}
         self.tables = Tables(self)
 

@@ -9,20 +9,18 @@ from typing import Any
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.thresholds import Thresholds
 from moe_inspect.text import ranges
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, address
 
 
-def python_call(
-    function: str, traces: Sequence[Trace | list[Trace]], options: Mapping[str, Any]
-) -> str:
+def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, Any]) -> str:
     """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
-    `made` is the result. A trace may be a list of them, which is one argument."""
-    given = [
-        repr([address(one) for one in trace] if isinstance(trace, list) else address(trace))
-        for trace in traces
-    ]
+    `made` is the result. A function of `simulate` is called on the one trace."""
+    given = [repr(address(trace)) for trace in traces]
     given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
-    return f"import moe_inspect\n\nmade = moe_inspect.{function}({', '.join(given)})"
+    called = f"{function}("
+    if function.startswith("simulate."):
+        called = f"open_trace({given.pop(0)}).{called}"
+    return f"import moe_inspect\n\nmade = moe_inspect.{called}{', '.join(given)})"
 
 
 def table_of(lines: str, table: str) -> str:
@@ -45,9 +43,3 @@ def python_of_report(data: ReportData, table: str) -> str:
         "thresholds": changed or None,
     }
     return table_of(python_call("report", [trace], options), table)
-
-
-def address(trace: Any) -> str:
-    """Where a trace is, as it was given: a page that is shared must not say more. `trace`: a Trace,
-    or its path."""
-    return str(trace.path if isinstance(trace, Trace) else trace)

@@ -60,7 +60,7 @@ def simulate_placement(
 
     Tables: placement (a row per router and policy), policies, windows, plan (the recommended
     policy's). MoeInspectError for settings out of range and numbers that do not divide."""
-    trace = trace if isinstance(trace, Trace) else open_trace(trace)
+    trace = open_trace(trace)
     selection = select(trace, layers, domains, phase)
     names = [FORMER_NAMES.get(name, name) for name in policies or POLICIES]
     fewer_ranks = bool(minimize) and "local-search" in names

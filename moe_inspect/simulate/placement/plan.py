@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
 
-def write_plan(simulation: Simulation, path: str | Path, engine: str | None = None) -> str:
-    """Writes the plan (the table "plan") for an engine of ENGINES, by default the one of the path's
-    ending. Returns what was written, in words."""
+def write_plan(
+    table: Any, settings: dict[str, Any], path: str | Path, engine: str | None = None
+) -> str:
+    """Writes the table "plan" of a simulation for an engine of ENGINES, by default the one of the
+    path's ending. Returns what was written, in words."""
     path = Path(path)
-    table: Any = simulation.tables["plan"]
     engine = engine or ENDINGS.get(path.suffix.lower())
     if engine is None:
         raise MoeInspectError(
@@ -41,13 +41,13 @@ def write_plan(simulation: Simulation, path: str | Path, engine: str | None = No
             "a plan has one router per layer, with the same number of slots: choose such layers "
             "with --layers"
         )
-    text = ENGINES[engine](slots, int(table["expert"].max()) + 1, simulation.settings)
+    text = ENGINES[engine](slots, int(table["expert"].max()) + 1, settings)
     with output_file(path) as draft:
         draft.write_text(text)
     P = len(next(iter(slots.values())))
     return (
         f"{table['policy'].iloc[0]}, {len(slots)} MoE layers of {P} slots on "
-        f"{simulation.settings['gpus']} GPUs, for {engine}"
+        f"{settings['gpus']} GPUs, for {engine}"
     )
 
 

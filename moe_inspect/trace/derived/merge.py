@@ -26,10 +26,10 @@ from moe_inspect.trace.derived.shards import (
     written_here,
 )
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.location import location, output_location
+from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import holds_samples, write_manifest
 from moe_inspect.trace.output_dir import check_directory
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, place_of
 from moe_inspect.trace.verify import Verification
 from moe_inspect.trace.writer.whole import whole_trace
 
@@ -156,7 +156,9 @@ def united_vocabulary(traces: Sequence[Trace]) -> pa.Table | None:
     return words if len(words) else None
 
 
-def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Trace:
+def merge(
+    traces: Sequence[Trace | str | Path], out: str | Path, *, overwrite: bool = False
+) -> Trace:
     """Writes one trace at `out` that holds what all `traces` hold, and returns it.
 
     Every part is verified first. Documents are numbered from 0, tokens and forward passes follow
@@ -172,7 +174,7 @@ def merge(traces: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
         MoeInspectError: a part is damaged or still written, or two are not alike. Nothing is left
             at `out`.
     """
-    place, paths = output_location(out), [location(path) for path in traces]
+    place, paths = output_location(out), [place_of(trace) for trace in traces]
     if len(paths) < 2:
         raise MoeInspectError("give two or more traces to merge")
     check_directory(place, overwrite, resumable=False)

@@ -23,16 +23,16 @@ from moe_inspect.trace.derived.shards import (
     verified,
     written_here,
 )
-from moe_inspect.trace.files.location import Remote, location, output_location
+from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, place_of
 from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer.whole import whole_trace
 
 
 def sample(
-    trace: str | Path,
+    trace: Trace | str | Path,
     out: str | Path,
     *,
     documents: int | None = None,
@@ -65,7 +65,7 @@ def sample(
             documents, or the trace holds counts only, is damaged or still written. Nothing is left
             at `out`.
     """
-    path, place = location(trace), output_location(out)
+    path, place = place_of(trace), output_location(out)
     if (documents is None) == (share is None):
         raise MoeInspectError("give the size of the sample: documents or share")
     for name, number in (("documents", documents), ("seed", seed)):

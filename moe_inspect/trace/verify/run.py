@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.trace import schema
-from moe_inspect.trace.files.location import Remote, inside, location
+from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
@@ -33,13 +33,13 @@ CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and
 
 
 def verify(
-    path: str | Path | Remote, progress: Callable[[int], None] | None = None
+    trace: Trace | str | Path | Remote, progress: Callable[[int], None] | None = None
 ) -> Verification:
     """Checks a trace by every rule of its format (docs/trace-format.md), every byte of it.
 
     A damaged file is a violation like any other. MoeInspectError where there is no trace.
     `progress` is called with the number of tokens of each shard that is done."""
-    root = location(path)
+    root = place_of(trace)
     settle(root)
     if not (root / schema.MANIFEST).is_file():
         if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
@@ -50,8 +50,8 @@ def verify(
             )
         raise no_trace(root)
     for _ in range(TRIES):
-        found = Verification(str(path))
-        trace = None
+        found = Verification(address(trace))
+        opened = None
         try:
             trace = Trace(root)
             _verify(trace, found, progress)

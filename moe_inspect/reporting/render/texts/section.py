@@ -18,7 +18,6 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.html import Section
-from moe_inspect.reporting.render.python import address
 from moe_inspect.reporting.render.texts.documents import (
     Amount,
     choose,
@@ -36,7 +35,7 @@ from moe_inspect.reporting.render.texts.routes import (
     tokens_of_documents,
 )
 from moe_inspect.text import layer_label, legible, plural, readable
-from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.texts import ROUTES_TELL, as_text, pieces_of
 
