@@ -15,7 +15,7 @@ from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
 from moe_inspect.trace.manifest import no_trace, writer_of
 from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
-from moe_inspect.trace.reader import TRIES, Trace, shards_of
+from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles
 from moe_inspect.trace.validate import line_keys
@@ -53,16 +53,16 @@ def verify(
         found = Verification(address(trace))
         opened = None
         try:
-            trace = Trace(root)
-            _verify(trace, found, progress)
+            opened = Trace(root)
+            _verify(opened, found, progress)
         except Damaged as error:
             found.ok, found.violation, found.file = False, error.what, error.file
             found.row = error.row if isinstance(error, Violation) else None
         except MoeInspectError as error:
-            if trace is not None:
+            if opened is not None:
                 raise
             found.ok, found.violation, found.file = False, str(error), schema.MANIFEST
-        if found.ok or trace is None or not trace.is_replaced():
+        if found.ok or opened is None or not opened.is_replaced():
             break
     return found
 
