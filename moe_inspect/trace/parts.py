@@ -126,20 +126,13 @@ def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
     if stated.bytes is not None and size != stated.bytes:
         raise Damaged(name, f"it has {size:,} bytes, {stated.bytes:,} were written")
     if stated.sha256 is not None and (size <= SMALL_BYTES or name == schema.VOCABULARY):
-        check_sha256(checksums.file_sha256(file), name, stated)
+        if (found := checksums.file_sha256(file)) != stated.sha256:
+            said = f"sha256 is {found[:12]}…, {stated.sha256[:12]}… was written"
+            raise Damaged(name, f"it was changed after it was written: {said}")
     elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
         raise Damaged(
             name, "its footer was changed after it was written (its footer_crc32 differs)"
         )
-
-
-def check_sha256(found: str, name: str, stated: Stated) -> None:
-    if found != stated.sha256:
-        said = (
-            f"it was changed after it was written: sha256 is {found[:12]}…, "
-            f"{str(stated.sha256)[:12]}… was written"
-        )
-        raise Damaged(name, said)
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:

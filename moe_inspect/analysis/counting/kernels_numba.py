@@ -177,43 +177,18 @@ def _staggered(slots: Slots) -> Slots:
 
 @njit(nogil=True, cache=True)
 def _by_slot(slots, total_EE):  # type: ignore[no-untyped-def]
-    in_fours = len(slots) - len(slots) % 4
     for t in range(len(slots[0])):
-        for i in range(0, in_fours, 4):
-            b, c, d = (
-                np.uint64(slots[i + 1][t]),
-                np.uint64(slots[i + 2][t]),
-                np.uint64(slots[i + 3][t]),
-            )
-            a_E, b_E, c_E, d_E = (
-                total_EE[np.uint64(slots[i][t])],
-                total_EE[b],
-                total_EE[c],
-                total_EE[d],
-            )
-            a_E[b] += ONE
-            a_E[c] += ONE
-            b_E[c] += ONE
-            a_E[d] += ONE
-            b_E[d] += ONE
-            c_E[d] += ONE
-            for j in range(i + 4, len(slots)):
-                e = np.uint64(slots[j][t])
-                a_E[e] += ONE
-                b_E[e] += ONE
-                c_E[e] += ONE
-                d_E[e] += ONE
-        for j in range(in_fours + 1, len(slots)):
-            e = np.uint64(slots[j][t])
-            for i in range(in_fours, j):
-                total_EE[np.uint64(slots[i][t]), e] += ONE
+        for i in range(len(slots)):
+            row_E = total_EE[np.uint64(slots[i][t])]
+            for j in range(i + 1, len(slots)):
+                row_E[np.uint64(slots[j][t])] += ONE
 
 
 def by_slot(slots: Slots, E: int) -> np.ndarray:
     """uint16 or uint32 [E, E]"""
-    return _pairs(_by_slot, (slots,), len(slots[0]) * len(slots) * (len(slots) - 1) // 2, [(E, E)])[
-        0
-    ]
+    pairs = len(slots[0]) * len(slots) * (len(slots) - 1) // 2
+    [total_EE] = _pairs(_by_slot, (slots,), pairs, [(E, E)])
+    return total_EE
 
 
 @njit(nogil=True, cache=True)

@@ -29,7 +29,7 @@ from moe_inspect.trace.manifest import refuse_while_written, this_process, write
 from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import Verification, verify
-from moe_inspect.trace.writer.part_file import vocabulary_bytes, write_part
+from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 Change = Callable[[np.ndarray], np.ndarray]

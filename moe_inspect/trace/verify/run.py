@@ -22,12 +22,13 @@ from moe_inspect.trace.validate import line_keys
 from moe_inspect.trace.verify.rules import (
     Documents,
     Positions,
+    Verification,
+    Violation,
     check_counts,
     check_logits,
     check_routing,
     check_tokens,
 )
-from moe_inspect.trace.verify.verification import Verification, Violation
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 

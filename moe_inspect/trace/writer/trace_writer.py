@@ -24,9 +24,9 @@ from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.writer import tables
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch, summed
-from moe_inspect.trace.writer.part_file import vocabulary_bytes, write_part
 from moe_inspect.trace.writer.pending import SHARD_SECONDS, SHARD_TOKENS, EarlyShards, PendingShard
 from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
+from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
 
 QUEUE_BATCHES = 2
 
