@@ -244,3 +244,25 @@ def test_the_command_writes_text_tables_a_page_and_gates(
         assert len(pd.read_parquet(out)) == len(made.tables[name])
     cli_here("compare", a, b, "--fail-above", "load_shift=0.01", check=3)
     cli_here("compare", a, b, "--fail-above", "load_shift=0.9,dead_experts_b=0")
+
+
+def test_few_experts_with_load_differ_more_by_chance(tmp_path: Path) -> None:
+    """Two experts of eight have all load: their distance varies as one normal variable does."""
+    rng, routers = np.random.default_rng(0), 40
+
+    def found(name: str, a: np.ndarray, b: np.ndarray) -> Any:
+        sides = []
+        for side, of in (("a", a), ("b", b)):
+            load = [np.array([[x, tokens - x, *[0] * 6]]) for x, tokens in of.tolist()]
+            sides.append(write_counts(tmp_path / f"{name}-{side}", load, 1))
+        return kinds(moe_inspect.compare(*sides))["load_shift"]
+
+    def drawn(tokens: int, share: float) -> np.ndarray:
+        of_R = rng.binomial(tokens, share, routers)
+        return np.column_stack([of_R, np.full(routers, tokens)])
+
+    same = [found(f"same{n}", drawn(1_000, 0.5), drawn(1_000, 0.5)) for n in range(3)]
+    assert [one.values["routers"] for one in same] == [0, 0, 0]
+    assert found("other", drawn(1_000, 0.5), drawn(1_000, 0.8)).values["routers"] == routers
+    few = found("few", np.array([[2, 2]]), np.array([[0, 2]]))
+    assert few.severity == "good", "two tokens tell nothing"

@@ -329,6 +329,8 @@ def test_what_makes_models_different_is_named(tmp_path: Path) -> None:
     ):
         b = shaped(name, *sizes)
         assert moe_inspect.compare(a, b, side_by_side=True).reasons == [says]
+        with pytest.raises(MoeInspectError, match=r"side by side, .* which noise needs"):
+            moe_inspect.compare(a, b, side_by_side=True, noise=a)
         assert moe_inspect.compare(a, b).reasons == [says]
         with pytest.raises(MoeInspectError, match=says) as error:
             compare_checkpoints([a, b])

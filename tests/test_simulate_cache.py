@@ -254,6 +254,11 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         MoeInspectError, match="1 slot holds less than one decision of layer 0: give at least 2"
     ):
         simulate_cache(trace, slots=[1, 4])
+    with pytest.raises(MoeInspectError, match="0 slots hold less than one decision of layer 0"):
+        simulate_cache(trace, slots=0)
+    with pytest.raises(MoeInspectError, match="slots is empty"):
+        simulate_cache(trace, slots=[])
+    assert len(simulate_cache(trace, slots=2).tables["cache"]["slots"].unique()) == 1
     with pytest.raises(MoeInspectError, match="no policy fifo: there are lru, lfu, belady"):
         simulate_cache(trace, policies=["fifo"])
     with pytest.raises(MoeInspectError, match=r"give --expert-mb \(or --gguf\) and --gb-per-s"):

@@ -186,13 +186,17 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
     if any(len(made.counts.domain_U[made.units]) < FEWEST_TO_JUDGE for made in data.comparisons):
         settled = []
         when = f"Too few documents to tell when the routing is within {SETTLED:.0%} of the last"
+    apart = (
+        f" At the first checkpoint layer {label[0]} agrees most ({most['overlap']:.1%}), layer "
+        f"{label[1]} least ({least['overlap']:.1%})."
+        if most["overlap"] > least["overlap"]
+        else ""
+    )
     ends = " → ".join(f"{value:.1%}" for value in mean)
     yield finding(
         "saturation",
         "note",
-        f"{when}: mean overlap {ends} (by chance {chance:.1%}). At the first checkpoint layer "
-        f"{label[0]} agrees most ({most['overlap']:.1%}), layer {label[1]} "
-        f"least ({least['overlap']:.1%}).",
+        f"{when}: mean overlap {ends} (by chance {chance:.1%}).{apart}",
         overlap=[float(value) for value in mean],
         settled=settled[0] if settled else None,
     )

@@ -101,7 +101,10 @@ def compare(
     first, second = open_trace(a), open_trace(b)
     if side_by_side:
         asked = Models(first, second, **settings, top=top, asked=True)
-        options.refuse(NOT_OF_MODELS, "models are compared side by side, without decisions")
+        why = "models are compared side by side, without decisions"
+        options.refuse(NOT_OF_MODELS, why)
+        if noise is not None:
+            raise MoeInspectError(f"{why}, which noise needs: leave it out")
         return asked
     counts = first.counts_only or second.counts_only
     base = None

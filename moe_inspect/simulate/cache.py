@@ -115,7 +115,7 @@ class Settings:
 def simulate_cache(
     trace: Trace | str | Path,
     *,
-    slots: Sequence[int] | None = None,
+    slots: int | Sequence[int] | None = None,
     policies: Sequence[str] = ("lru", "lfu", "belady"),
     expert_mb: float | None = None,
     gb_per_s: float | None = None,
@@ -206,10 +206,13 @@ def _replay(trace: Trace, routers: Sequence[int], settings: Settings) -> dict[in
     return caches
 
 
-def _sizes(trace: Trace, chosen: Iterable[int], slots: Sequence[int] | None) -> list[int]:
+def _sizes(trace: Trace, chosen: Iterable[int], slots: int | Sequence[int] | None) -> list[int]:
     most = max(chosen, key=lambda r: trace.routers[r].top_k)
     k, E = trace.routers[most].top_k, max(trace.routers[r].experts for r in chosen)
-    sizes = sorted(set(slots)) if slots else sorted({min(n * k, E) for n in (1, 2, 4)})
+    given = [min(n * k, E) for n in (1, 2, 4)] if slots is None else slots
+    sizes = sorted({given} if isinstance(given, int) else set(given))
+    if not sizes:
+        raise MoeInspectError("slots is empty: give the number of slots")
     if sizes[0] < k:
         raise MoeInspectError(
             f"{plural(sizes[0], 'slot')} {'holds' if sizes[0] == 1 else 'hold'} less than one "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.comparison.loads.data import Loads
-from moe_inspect.comparison.loads.tables import chance_limit
+from moe_inspect.comparison.loads.tables import times_floor
 from moe_inspect.comparison.loads.verdict import CHECKS
 from moe_inspect.comparison.result import LOAD_TABLES, SIDES, Excerpt, Kind
 from moe_inspect.reporting.charts.spec import (
@@ -80,12 +80,7 @@ def by_step(data: Loads) -> Chart | str:
         table[c].to_numpy(float).reshape(len(data.pairs), -1)
         for c in ("load_shift", "load_shift_floor")
     )
-    limit_LW = np.stack(
-        [
-            chance_limit(floor_W, data.a.routers[r].experts)
-            for (r, _), floor_W in zip(data.pairs, floor_LW, strict=True)
-        ]
-    )
+    limit_LW = floor_LW * np.array([[times_floor(data, r)] for r, _ in data.pairs])
     time = Axis(f"first {steps.unit} of the window", tuple(f"{step:,}" for step in steps.first_W))
     x = np.arange(len(steps.first_W), dtype=float)
     if len(moved_LW) <= MOST_LINES:
@@ -109,7 +104,7 @@ def by_step(data: Loads) -> Chart | str:
         table=data.tables["diverged"],
         definitions={
             "may be chance": "up to twice the total variation expected between two windows of this "
-            "many tokens with equal routers; more with fewer than 8 experts."
+            "many tokens with equal routers; more where few experts have most of the load."
         },
     )
 

@@ -14,7 +14,9 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
+from moe_inspect.analysis.metrics.chance import ALPHA
 from moe_inspect.analysis.metrics.registry import metrics_of
+from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.comparison.loads.data import Loads
 from moe_inspect.comparison.result import LOAD_TABLES, SIDES, facts_of_both, said_of_models
@@ -136,7 +138,7 @@ def windows(data: Loads) -> pd.DataFrame:
             "tokens_b": np.rint(tokens_2W[1]),
             "load_shift": moved_W,
             "load_shift_floor": floor_W,
-            "beyond_chance": moved_W > chance_limit(floor_W, router.experts),
+            "beyond_chance": moved_W > floor_W * times_floor(data, r),
             "max_vio_a": max_vio(load_2WE[0]),
             "max_vio_b": max_vio(load_2WE[1]),
             "expert": expert_W,
@@ -173,12 +175,20 @@ def diverged(data: Loads) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(DIVERGED)).astype(DIVERGED)
 
 
-def chance_limit(floor: Any, experts: int) -> Any:
-    """The total variation up to which two loads may be alike, from the one that is expected of
-    chance. The total variation of two random loads has a standard deviation of
-    √((π/2 − 1) / (E − 1)) of its mean: the limit is 3.5 of them above it, and at least BEYOND times
-    the mean."""
-    return floor * max(BEYOND, 1 + 3.5 * math.sqrt((math.pi / 2 - 1) / max(1, experts - 1)))
+def times_floor(data: Loads, r: int) -> float:
+    """How many times its floor the total variation of two loads of a router of A must be to be
+    beyond chance, at ALPHA for all routers together; at least BEYOND. The fewer experts its load
+    varies over, the more the distance itself varies: over n of them (counted by how much each
+    varies, as of two that share all tokens), it is taken for a chi variable of n − 1 degrees of
+    freedom."""
+    k = data.a.routers[r].top_k
+    load_E = sum(data.of(side, "load", r)["assignments"].to_numpy(float) for side in SIDES)
+    chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
+    error_E = np.sqrt(chosen_E * (1 - chosen_E))
+    n = error_E.sum() ** 2 / max((error_E**2).sum(), 1e-12)
+    half = max(1.0, n - 1) / 2
+    highest = math.sqrt(special("gammainccinv")(half, ALPHA / len(data.pairs)))
+    return max(BEYOND, highest * math.exp(math.lgamma(half) - math.lgamma(half + 0.5)))
 
 
 def first_run(true_W: np.ndarray, length: int) -> int | None:

@@ -12,7 +12,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.comparison.decisions.effects import Collapse, said_of_collapse
 from moe_inspect.comparison.loads.data import Loads
-from moe_inspect.comparison.loads.tables import chance_limit
+from moe_inspect.comparison.loads.tables import times_floor
 from moe_inspect.comparison.result import SIDES, balance_of_both, missing_layers, not_compared
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import format_ratio, join_first, layer_label, plural
@@ -27,8 +27,7 @@ def shifted(data: Loads) -> Iterator[Finding]:
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
-    experts = [data.a.routers[int(r)].experts for r in rows["router"]]
-    limit = [chance_limit(f, E) for f, E in zip(rows["load_shift_floor"], experts, strict=True)]
+    limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
     beyond = rows[rows["load_shift"] > limit]
     of: Any = beyond if len(beyond) else rows
     row = of.loc[of["load_shift"].idxmax()]

@@ -111,7 +111,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
     by_window: Any = tables["windows"]
     by_part = by_window[by_window["policy"] == policy].groupby(["part", "window"])["max_over_mean"]
-    mean: Any = by_part.mean()
+    mean: Any = by_part.mean().dropna()  # windows without load
     fit, judged = (mean[mean.index.get_level_values("part") == part] for part in ("fit", "judged"))
     if not len(judged):
         return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
