@@ -4,39 +4,60 @@ imported when it is first asked for."""
 from __future__ import annotations
 
 import importlib
-from functools import partial
+from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from moe_inspect.comparison.compare import compare as _compare
+    from moe_inspect.exporters.run import export_trace
+    from moe_inspect.query import sql as _sql
+    from moe_inspect.reporting.report import report as _report
+    from moe_inspect.simulate.cache import simulate_cache
+    from moe_inspect.simulate.capacity import simulate_capacity
+    from moe_inspect.simulate.decode import simulate_decode
+    from moe_inspect.simulate.placement.placement import simulate_placement
+    from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.trace.derived.sample import sample as _sample
+    from moe_inspect.trace.verify import verify as _verify
+
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
 
-class _Answer:
+class Answer(Generic[Options, Result]):
     """A method: the function `name` of the module `home`, called with the trace."""
 
     def __init__(self, home: str, name: str):
         self.home, self.name = home, name
 
-    def __get__(self, trace: Any, owner: type | None = None) -> Any:
+    def __get__(self, asked: Any, owner: type | None = None) -> Callable[Options, Result]:
         function = getattr(importlib.import_module(f"moe_inspect.{self.home}"), self.name)
-        return function if trace is None else MethodType(function, trace)
+        return function if asked is None else MethodType(function, getattr(asked, "trace", asked))
+
+
+def of(function: Callable[Concatenate[Any, Options], Result]) -> Answer[Options, Result]:
+    """A function as type checkers see it: with its options, and without the trace."""
+    return Answer(function.__module__.removeprefix("moe_inspect."), function.__name__)
 
 
 class Answers:
     """The functions of these names, of this trace."""
 
-    if TYPE_CHECKING:  # type checkers see the functions, and so their options
-        from moe_inspect.comparison.compare import compare
-        from moe_inspect.exporters.run import export_trace as export
-        from moe_inspect.query import sql
-        from moe_inspect.reporting.report import report
-        from moe_inspect.trace.derived.sample import sample
-        from moe_inspect.trace.verify import verify
+    if TYPE_CHECKING:
+        compare = of(_compare)
+        export = of(export_trace)
+        report = of(_report)
+        sample = of(_sample)
+        sql = of(_sql)
+        verify = of(_verify)
     else:
-        compare = _Answer("comparison.compare", "compare")
-        export = _Answer("exporters.run", "export_trace")
-        report = _Answer("reporting.report", "report")
-        sample = _Answer("trace.derived.sample", "sample")
-        sql = _Answer("query", "sql")
-        verify = _Answer("trace.verify", "verify")
+        compare = Answer("comparison.compare", "compare")
+        export = Answer("exporters.run", "export_trace")
+        report = Answer("reporting.report", "report")
+        sample = Answer("trace.derived.sample", "sample")
+        sql = Answer("query", "sql")
+        verify = Answer("trace.verify", "verify")
 
     @property
     def simulate(self) -> Simulations:
@@ -46,37 +67,20 @@ class Answers:
 
 
 class Simulations:
-    """`trace.simulate`: each is the function of `moe_inspect.simulate`, of this trace."""
+    """`trace.simulate`: the functions of these names of `moe_inspect.simulate`, of this trace."""
 
     def __init__(self, trace: Any):
         self.trace = trace
 
-    @property
-    def cache(self):
-        from moe_inspect.simulate.cache import simulate_cache
-
-        return partial(simulate_cache, self.trace)
-
-    @property
-    def capacity(self):
-        from moe_inspect.simulate.capacity import simulate_capacity
-
-        return partial(simulate_capacity, self.trace)
-
-    @property
-    def decode(self):
-        from moe_inspect.simulate.decode import simulate_decode
-
-        return partial(simulate_decode, self.trace)
-
-    @property
-    def placement(self):
-        from moe_inspect.simulate.placement.placement import simulate_placement
-
-        return partial(simulate_placement, self.trace)
-
-    @property
-    def routing(self):
-        from moe_inspect.simulate.routing import simulate_routing
-
-        return partial(simulate_routing, self.trace)
+    if TYPE_CHECKING:
+        cache = of(simulate_cache)
+        capacity = of(simulate_capacity)
+        decode = of(simulate_decode)
+        placement = of(simulate_placement)
+        routing = of(simulate_routing)
+    else:
+        cache = Answer("simulate.cache", "simulate_cache")
+        capacity = Answer("simulate.capacity", "simulate_capacity")
+        decode = Answer("simulate.decode", "simulate_decode")
+        placement = Answer("simulate.placement.placement", "simulate_placement")
+        routing = Answer("simulate.routing", "simulate_routing")
