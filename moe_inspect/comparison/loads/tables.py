@@ -182,7 +182,8 @@ def times_floor(data: Loads, r: int) -> float:
     varies, as of two that share all tokens), it is taken for a chi variable of n − 1 degrees of
     freedom."""
     k = data.a.routers[r].top_k
-    load_E = sum(data.of(side, "load", r)["assignments"].to_numpy(float) for side in SIDES)
+    of_both = [data.of(side, "load", r)["assignments"].to_numpy(float) for side in SIDES]
+    load_E = np.sum(of_both, axis=0)
     chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
     n = error_E.sum() ** 2 / max((error_E**2).sum(), 1e-12)
