@@ -372,6 +372,18 @@ def test_the_plan_written_is_the_one_recommended(tmp_path: Path) -> None:
     assert any(f"Recommended: local-search, {reason}" in message for message in asked.verdict)
 
 
+def test_what_is_no_faster_is_not_recommended(tmp_path: Path) -> None:
+    """All load is on one expert: wherever it goes, its GPU has all of it."""
+    trace = write_counts(tmp_path / "t", [np.array([[100, 0, 0, 0]])], 1)
+    made = simulate_placement(trace, gpus=2)
+    assert made.tables["policies"]["slowdown"].nunique() == 1, "control"
+    said = (
+        "Recommended: keep contiguous. -o FILE saves local-search, which is less than 1% faster on "
+        "the counts."
+    )
+    assert said in made.verdict
+
+
 def test_dispatch_by_a_linear_program_is_reported_beside_even(tmp_path: Path) -> None:
     """Without replicas there is nothing to choose among; with them a dispatcher can only help."""
     ids = np.repeat(np.array([0, 1] * 8, np.uint16), 100)[:, None]  # each window is one expert's

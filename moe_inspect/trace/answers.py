@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from moe_inspect.trace.derived.sample import sample as _sample
     from moe_inspect.trace.verify import verify as _verify
 
+    def of(function: Callable[Concatenate[Any, Options], Result]) -> Answer[Options, Result]:
+        """A function as type checkers see it: with its options, and without the trace."""
+        ...
+
+
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
@@ -34,11 +39,6 @@ class Answer(Generic[Options, Result]):
     def __get__(self, asked: Any, owner: type | None = None) -> Callable[Options, Result]:
         function = getattr(importlib.import_module(f"moe_inspect.{self.home}"), self.name)
         return function if asked is None else MethodType(function, getattr(asked, "trace", asked))
-
-
-def of(function: Callable[Concatenate[Any, Options], Result]) -> Answer[Options, Result]:
-    """A function as type checkers see it: with its options, and without the trace."""
-    return Answer(function.__module__.removeprefix("moe_inspect."), function.__name__)
 
 
 class Answers:

@@ -131,11 +131,11 @@ def texts(data: Models) -> Iterator[Finding]:
 
 
 def _spread(values: pd.Series) -> str:
-    """ "31% in the median layer (14% to 45%)" """
+    """ "31% in the median layer (14% to 45% over the layers)" """
     middle, low, high = (
         f"{round(float(x), 2) + 0.0:.0%}" for x in (values.median(), values.min(), values.max())
     )
-    return f"{middle} in the median layer ({low} to {high})"
+    return f"{middle} in the median layer ({low} to {high} over the layers)"
 
 
 # in the order in which they are read

@@ -92,20 +92,25 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "With optimal dispatch among replicas (a linear program per window), the slowdown "
             f"would be at least (in brackets: with even sharing): {least}."
         )
-    sentences.append(
-        f"Recommended: {settings['recommended']}, "
-        + (
-            "the fastest on the judged part"
-            if settings["recommended"] == best["policy"]
-            else "chosen by --minimize"
-        )
-        + " (save with -o FILE)."
-    )
+    sentences.append(_recommended(settings, best, first, saved))
     sentences.append(
         "Simulated: replicas of an expert share its load evenly and at random; the time of a "
         "layer is that of its busiest GPU."
     )
     return sentences
+
+
+def _recommended(settings: dict[str, Any], best: Any, first: Any, saved: float) -> str:
+    """Nothing is recommended that is not WORTH the change."""
+    name, on = settings["recommended"], "counts" if settings["counts_only"] else "judged part"
+    if name != best["policy"]:
+        return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+    if best is not first and saved < WORTH and not settings["minimize"]:
+        return (
+            f"Recommended: keep {first['policy']}. -o FILE saves {name}, which is less than "
+            f"{WORTH:.0%} faster on the {on}."
+        )
+    return f"Recommended: {name}, the fastest on the {on} (save with -o FILE)."
 
 
 def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
