@@ -10,7 +10,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarms
-from moe_inspect.alarms.of_trace import alarms_of, windows_of_trace
+from moe_inspect.alarms.of_trace import alarms_of, windows_of
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
@@ -60,7 +60,7 @@ def test_the_command_exits_with_3_where_there_are_any(
 
 def test_a_trace_of_decisions_is_cut_into_windows(cli: Cli, tmp_path: Path) -> None:
     trace = moe_inspect.open_trace(ROOT / "sample_traces/collapsed")
-    windows = list(windows_of_trace(trace, select(trace), window=2000))
+    windows = list(windows_of(trace, select(trace), window=2000)[0])
     assert sum(int(w.tokens_R[0]) for w in windows) == trace.n_tokens
     rules = [parse_rule("max_vio > 1.8 for 2 windows")]
     found = alarms_of(trace, rules, window=2000)
@@ -80,7 +80,7 @@ def test_what_may_be_chance_to_the_verdict_is_no_alarm(name: str, tmp_path: Path
     (balance,) = [f for f in moe_inspect.report(trace).verdict() if f.kind == "balance"]
     assert balance.severity in ("good", "note")
     assert not alarms_of(trace, rules, window=500)
-    windows = list(windows_of_trace(trace, select(trace), window=500))
+    windows = list(windows_of(trace, select(trace), window=500)[0])
     blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
     assert [alarm for w in windows for alarm in blind.see(w)]
 

@@ -18,7 +18,7 @@ import transformers as hf
 
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarm
-from moe_inspect.alarms.of_trace import windows_of_trace
+from moe_inspect.alarms.of_trace import windows_of
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.training import RoutingCallback
 from tests.conftest import ROOT
@@ -141,7 +141,7 @@ def test_a_training_resumed_from_a_checkpoint_has_no_step_twice(tmp_path: Path) 
     it.train()
     last = moe_inspect.open_trace(tmp_path / "h")
     assert [s.files.last_batch for s in last.shards] == [2, 3, 4, 6]
-    kept = sum(np.stack(list(w.load)) for w in windows_of_trace(last, select(last)) if w.last <= 3)
+    kept = sum(np.stack(list(w.load)) for w in windows_of(last, select(last))[0] if w.last <= 3)
     again = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-3"))
     assert again.model.steps_passes == 3

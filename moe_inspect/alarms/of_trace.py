@@ -38,13 +38,8 @@ def alarms_of(
     at least FEWEST_TOKENS: a few documents are no trend. MoeInspectError for a rule on what no
     trace holds."""
     refuse_rules(rules, trace)
-    selection, effects = selection or select(trace), None
-    counts = _counted(trace, selection, window)
-    if counts is not None and not trace.counts_only:
-        effects = {r: _effect(counts, r) for r in selection.routers}
-    steps = "step" if trace.is_history else "window"
-    seen = Alarms(trace.routers, rules, steps, effects)
-    windows = _committed(trace, selection) if counts is None else _cut(counts)
+    windows, effects = windows_of(trace, selection or select(trace), window)
+    seen = Alarms(trace.routers, rules, "step" if trace.is_history else "window", effects)
     return [alarm for w in windows for alarm in seen.see(w)]
 
 
@@ -71,20 +66,17 @@ def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None) -> None:
             )
 
 
-def windows_of_trace(
+def windows_of(
     trace: Trace, selection: Selection, window: int | None = None
-) -> Iterator[Window]:
-    """The windows of a trace in order. Routers that are not selected have no tokens."""
-    counts = _counted(trace, selection, window)
-    return _committed(trace, selection) if counts is None else _cut(counts)
-
-
-def _counted(trace: Trace, selection: Selection, window: int | None) -> Counts | None:
-    """A trace by window; None of a history, whose windows are those that were committed."""
+) -> tuple[Iterator[Window], dict[int, float] | None]:
+    """The windows of a trace in order, and the design effect of each router where decisions tell
+    it. Routers that are not selected have no tokens."""
     if trace.is_history and window is None:
-        return None
+        return _committed(trace, selection), None
     window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
-    return count_trace(trace, selection, BASE | {"windows"}, window=window)
+    counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
+    known = () if trace.counts_only else selection.routers
+    return _cut(counts), {r: _effect(counts, r) for r in known} or None
 
 
 def _committed(trace: Trace, selection: Selection) -> Iterator[Window]:
