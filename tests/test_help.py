@@ -118,14 +118,22 @@ SEVERAL = [
 ]
 
 
+NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("batches", "slots", "top_k"), int),
+    **dict.fromkeys(("capacity_factors", "top_p", "capacity_factor"), float),
+}
+
+
 @pytest.mark.parametrize(("command", "name"), SEVERAL)
 def test_several_values_are_repeated_or_comma_separated(command: str, name: str) -> None:
     """Of every option that takes them, those with a list of choices too."""
     option = next(p for p in dict(commands())[command].params if p.name == name)
-    a, b = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
+    texts = ("placement", "cache") if name == "simulate" else ("a", "b\\,c")
+    a, b = ("1", "2") if name in NUMBERS else texts
     given = (a, b), (f"{a}, {b}",)
     repeated, separated = (option.process_value(None, values) for values in given)
-    assert list(repeated) == list(separated) == [a, b.replace("\\", "")]
+    read = NUMBERS.get(name, str)
+    assert list(repeated) == list(separated) == [read(a), read(b.replace("\\", ""))]
     assert option.help.endswith("Repeated or comma-separated.")
     assert option.help.lower().count("repeat") == 1
 
