@@ -1,66 +1,114 @@
-"""The command line: a file per command. Commands import what is heavy when they run, so that --help
-is quick."""
+"""The command line: a file per command. A command is imported when it runs, or when its help is
+asked for, and imports what is heavy when it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-from moe_inspect.cli import (
-    compare,
-    describe,
-    doctor,
-    experts,
-    export,
-    files,
-    import_,
-    report,
-    serve_trace,
-    simulate,
-    text,
-    trace,
-    watch,
-)
 from moe_inspect.cli.help import GroupedCommand, GroupOfCommands, page
-from moe_inspect.cli.options import expanded
 
 # of typer's own copy of click, which does not export the name
 UsageError: Any = typer.BadParameter.mro()[2]
-
-
 # help is as wide as the terminal
 SETTINGS: dict[str, Any] = {"max_content_width": 1_000}
+# title in --help → name of a command → "module function" of this folder
+SIMULATIONS = {
+    "Commands": {
+        name: f"simulate {name}" for name in ("capacity", "placement", "decode", "cache", "routing")
+    }
+}
+COMMANDS = {
+    "Record": {
+        "trace": "trace trace",
+        "serve-trace": "serve_trace serve_trace",
+        "import": "import_ import_",
+        "watch": "watch watch",
+        "doctor": "doctor doctor",
+    },
+    "Look": {
+        "report": "report report",
+        "atlas": "report atlas",
+        "text": "text text",
+        "sql": "text sql",
+        "compare": "compare compare",
+        "describe": "describe describe",
+    },
+    "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": ""},
+    "Files": {
+        "verify": "files verify",
+        "merge": "files merge",
+        "sample": "files sample",
+        "export": "export export",
+    },
+}
 
 
-def _group(name: str, text: str) -> typer.Typer:
+class Commands(Mapping[str, Any]):
+    """Commands by name, each made when it is asked for."""
+
+    def __init__(self, listed: Mapping[str, Mapping[str, str]]):
+        self.makers: dict[str, Callable[[], Any]] = {
+            name: cache(partial(_made, name, place, panel))
+            for panel, places in listed.items()
+            for name, place in places.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def _made(name: str, place: str, panel: str) -> Any:
+    """A command or a group, as typer makes it of a program that has no other."""
+    if name == "simulate":
+        alone = _group(name, "Replay a trace under other assumptions.", SIMULATIONS)
+        alone.callback()(lambda: None)
+        made: Any = typer.main.get_command(alone)
+    else:
+        from moe_inspect.cli.options import expanded
+
+        module_name, function_name = place.split()
+        module = import_module(f"moe_inspect.cli.{module_name}")
+        function: Callable[..., None] = getattr(module, function_name)
+        settings = {**SETTINGS, **getattr(module, "PARSING", {})}
+        alone = typer.Typer(
+            add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+        )
+        alone.command(
+            name, cls=GroupedCommand, context_settings=settings, **page(function.__doc__ or "")
+        )(expanded(function))
+        made = typer.main.get_command(alone)
+        made.formats = getattr(module, "FORMATS", {})
+    made.rich_help_panel = panel
+    return made
+
+
+def _group(name: str, text: str, listed: Mapping[str, Mapping[str, str]]) -> typer.Typer:
+    class Group(GroupOfCommands):
+        def __init__(self, **settings: Any):
+            super().__init__(**settings)
+            self.commands: Any = Commands(listed)
+
     return typer.Typer(
         name=name,
         no_args_is_help=True,
-        cls=GroupOfCommands,
+        cls=Group,
         context_settings=SETTINGS,
+        add_completion=listed is COMMANDS,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         **page(text),
     )
-
-
-def _add(
-    group: typer.Typer,
-    name: str,
-    command: Callable[..., None],
-    panel: str | None = None,
-    cls: type[GroupedCommand] = GroupedCommand,
-    **settings: Any,
-) -> None:
-    group.command(
-        name,
-        cls=cls,
-        context_settings={**SETTINGS, **settings},
-        rich_help_panel=panel,
-        **page(command.__doc__ or ""),
-    )(expanded(command))
 
 
 app = _group(
@@ -71,31 +119,8 @@ app = _group(
     moe-inspect trace demo -o runs/demo
     moe-inspect report runs/demo
     moe-inspect report runs/demo --html report.html""",
+    COMMANDS,
 )
-_add(app, "trace", trace.trace, "Record")
-_add(app, "serve-trace", serve_trace.serve_trace, "Record", allow_interspersed_args=False)
-_add(app, "import", import_.import_, "Record", import_.ImportCommand)
-_add(app, "watch", watch.watch, "Record")
-_add(app, "doctor", doctor.doctor, "Record")
-_add(app, "report", report.report, "Look")
-_add(app, "atlas", report.atlas, "Look")
-_add(app, "text", text.text, "Look")
-_add(app, "sql", text.sql, "Look")
-_add(app, "compare", compare.compare, "Look")
-_add(app, "describe", describe.describe, "Look")
-_add(app, "ablate", experts.ablate, "Try")
-_add(app, "prune", experts.prune, "Try")
-simulations = _group("simulate", "Replay a trace under other assumptions.")
-_add(simulations, "capacity", simulate.capacity)
-_add(simulations, "placement", simulate.placement)
-_add(simulations, "decode", simulate.decode)
-_add(simulations, "cache", simulate.cache)
-_add(simulations, "routing", simulate.routing)
-app.add_typer(simulations, name="simulate", rich_help_panel="Try")
-_add(app, "verify", files.verify, "Files")
-_add(app, "merge", files.merge, "Files")
-_add(app, "sample", files.sample, "Files")
-_add(app, "export", export.export, "Files", export.ExportCommand)
 
 
 def _version(asked: bool) -> None:

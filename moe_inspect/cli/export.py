@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, get_args
 from typer import Option
 
 from moe_inspect.cli.experts import By
-from moe_inspect.cli.help import GroupedCommand
 from moe_inspect.cli.options import TraceArgument
 from moe_inspect.cli.show import SafeCsv, output_option
 from moe_inspect.exporters import MODULES
@@ -24,8 +22,7 @@ else:
     ExportBy = StrEnum("ExportBy", {by: by for by in (*get_args(By), "token") if by != "random"})
 
 
-class ExportCommand(GroupedCommand):
-    formats: Mapping[str, str] = {name: writes for name, (_, writes) in MODULES.items()}
+FORMATS = {name: writes for name, (_, writes) in MODULES.items()}
 
 
 def export(

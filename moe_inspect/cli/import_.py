@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,6 @@ import typer
 from typer import Argument, Option
 
 from moe_inspect.cli.capture import model_option
-from moe_inspect.cli.help import GroupedCommand
 from moe_inspect.cli.options import CommitEvery, NewTrace, Overwrite, in_panel
 from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
@@ -38,10 +37,7 @@ def _workers(
         yield at
 
 
-class ImportCommand(GroupedCommand):
-    formats: Mapping[str, str] = {
-        name: reads.replace("`", "") for name, (_, reads) in MODULES.items()
-    }
+FORMATS = {name: reads.replace("`", "") for name, (_, reads) in MODULES.items()}
 
 
 def import_(

@@ -29,6 +29,7 @@ from moe_inspect.text import print_stderr
 from moe_inspect.trace.files.location import Remote
 
 engine_option = in_panel("Engine")
+PARSING = {"allow_interspersed_args": False}  # what follows -- is the engine's
 
 
 class ServedRequests(RequestOptions):
