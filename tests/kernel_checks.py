@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_inspect.capture.hook.selfcheck import reference as checks
-from moe_inspect.capture.hook.selfcheck.reference import (
+from moe_inspect.capture.hook import kernel_reference as checks
+from moe_inspect.capture.hook.kernel_reference import (
     POISON,
     Case,
     assert_close,
     check_tape,
     choice,
-    rows_of,
     tape_for,
 )
 from tests.sweep import WHOLE
@@ -127,16 +126,16 @@ def check_combine(kernels: ModuleType, case: Case, reference: bool) -> None:
         grouped = kernels.dispatch_torch(ids, None, case.E)
         sorted_weights = weights.reshape(-1)[grouped.permutation.long()].unsqueeze(-1)
         want = (y_SH * sorted_weights)[grouped.inverse.long()].view(case.T, case.K, H).sum(1)
-        assert torch.equal(kernels.combine_torch(y_SH, weights, grouped.inverse), want)
+        assert torch.equal(kernels.weighted_sum(y_SH, weights, grouped.inverse), want)
         slots = y_SH.double()[grouped.inverse.long()].view(case.T, case.K, H)
         sizes = kernels.sizes_torch(y_SH, case.K, grouped.inverse, peaks=True)
         checks.check_sizes(sizes, slots)
         return
     for in_order in (True,) if full else (False, True):
-        rows = rows_of(kernels, case, not in_order, H, weights.dtype)
         # half of the cases measure their rows, too
         sizes = (checks.SIZES if in_order else ("norms",)) if case.T % 2 else ()
-        checks.check_combine(kernels, case, kernels.combine_triton, rows, torch.float32, sizes)
+        kind = not in_order, H, weights.dtype, torch.float32, sizes
+        checks.check_combine(kernels, case, kernels.combine_triton, *kind)
 
 
 CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_combine}

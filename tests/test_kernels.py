@@ -96,27 +96,20 @@ def test_program_sizes() -> None:
 # --- as operators
 
 
-def arguments(tape: Any) -> tuple[Any, ...]:
-    return (*kernels._tensors(tape), kernels._numbers(tape))
-
-
 @pytest.mark.parametrize("on_triton", [False, True], ids=["reference", "kernel"])
 def test_operators_pass_opcheck(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_triton)
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    ops = torch.ops.moe_inspect
     for op, args in (
-        (torch.ops.moe_inspect.dispatch, (ids, 60)),
-        (torch.ops.moe_inspect.record, (ids, weights, *arguments(tape_for(kernels, case)))),
-        (
-            torch.ops.moe_inspect.dispatch_recording,
-            (ids, weights, 60, *arguments(tape_for(kernels, case))),
-        ),
+        (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
+        (ops.dispatch, (ids, weights, 60, *kernels._parts(tape_for(kernels, case)))),
+        (ops.record, (ids, weights, *kernels._parts(tape_for(kernels, case)))),
     ):
-        assert set(torch.library.opcheck(op.default, args, test_utils=tests).values()) == {
-            "SUCCESS"
-        }
+        found = torch.library.opcheck(op.default, args, test_utils=tests)
+        assert set(found.values()) == {"SUCCESS"}
 
 
 # --- compiled ahead of time

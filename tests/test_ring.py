@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import moe_inspect
 from moe_inspect.capture.hook import kernels, ring
-from moe_inspect.capture.hook.inputs import call_inputs
+from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.families import build
@@ -427,9 +427,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         model(**batch)
         model(**batch)
         capturing[0] = True
-        monkeypatch.setattr(
-            call_inputs.RowReader, "read_call", lambda *a: pytest.fail("looked at the inputs")
-        )
+        monkeypatch.setattr(PassInputs, "of_call", lambda *a: pytest.fail("looked at the inputs"))
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
         model(**batch)

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.selfcheck import check, memory, reference
-from moe_inspect.capture.hook.selfcheck.check import SWITCH, SelfCheck, Variant, summary
+from moe_inspect.capture.hook import kernel_reference as reference
+from moe_inspect.capture.hook import kernels, selfcheck
+from moe_inspect.capture.hook.selfcheck import SWITCH, SelfCheck, Variant, summary
 from moe_inspect.doctor.costs import selfchecks_of
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
@@ -40,13 +40,13 @@ E, K = CASE.E, CASE.K
 def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Variant]:
     """As on a GPU where nothing is checked yet. The variants that the check runs."""
     ran: list[Variant] = []
-    run = check.run
+    wrong_with = selfcheck.wrong_with
 
-    def seen(kernels: Any, variant: Variant, by_torch: bool) -> None:
+    def seen(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
         ran.append(variant)
-        run(kernels, variant, by_torch)
+        return wrong_with(kernels, variant, by_torch)
 
-    monkeypatch.setattr(check, "run", seen)
+    monkeypatch.setattr(selfcheck, "wrong_with", seen)
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -100,22 +100,22 @@ def test_it_can_be_switched_off(checked: list[Variant], monkeypatch: pytest.Monk
 
 
 def test_another_device_or_version_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = memory.environment_of(kernels, CPU)
-    for name in (torch.__version__, kernels.triton.__version__, memory.version("moe-inspect")):
+    place = selfcheck.environment_of(kernels, CPU)
+    for name in (torch.__version__, kernels.triton.__version__, selfcheck.version("moe-inspect")):
         assert name in place
-    monkeypatch.setattr(memory, "driver_version", lambda: "550.54.14")
-    assert memory.environment_of(kernels, CPU) != place
+    monkeypatch.setattr(selfcheck, "driver_version", lambda: "550.54.14")
+    assert selfcheck.environment_of(kernels, CPU) != place
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 3}', "\x00\xff", '{"a": {"b": null}}'])
 def test_a_damaged_file_is_no_error(text: str, checked: list[Variant], tmp_path: Path) -> None:
-    file = memory.cache_file()
+    file = selfcheck.cache_file()
     assert file == tmp_path / "cache/moe-inspect/selfcheck.json"
     file.parent.mkdir(parents=True)
-    file.write_text(text.replace("a", memory.environment_of(kernels, CPU)), encoding="latin-1")
+    file.write_text(text.replace("a", selfcheck.environment_of(kernels, CPU)), encoding="latin-1")
     record()
     assert len(checked) == 1
-    assert str(checked[0]) in json.loads(file.read_text())[memory.environment_of(kernels, CPU)]
+    assert str(checked[0]) in json.loads(file.read_text())[selfcheck.environment_of(kernels, CPU)]
 
 
 def test_an_unwritable_cache_is_no_error(
@@ -128,7 +128,7 @@ def test_an_unwritable_cache_is_no_error(
     monkeypatch.setattr(Path, "home", _no_home)
     anew(monkeypatch)
     record()
-    assert memory.cache_file() is None
+    assert selfcheck.cache_file() is None
 
 
 def _no_home() -> Path:
@@ -136,12 +136,12 @@ def _no_home() -> Path:
 
 
 def test_the_file_is_small_and_private_to_nobody(checked: list[Variant]) -> None:
-    for n in range(3 * memory.MOST):
-        memory.remember(f"place {n}", {"a", "b"})
-    file = memory.cache_file()
+    for n in range(3 * selfcheck.MOST):
+        selfcheck.remember(f"place {n}", {"a", "b"})
+    file = selfcheck.cache_file()
     assert file is not None
-    assert len(json.loads(file.read_text())) == memory.MOST
-    assert memory.passed(f"place {3 * memory.MOST - 1}") == {"a", "b"}
+    assert len(json.loads(file.read_text())) == selfcheck.MOST
+    assert selfcheck.passed(f"place {3 * selfcheck.MOST - 1}") == {"a", "b"}
     assert [f.name for f in file.parent.iterdir()] == [file.name], "no temporary file is left"
     assert stat.S_ISREG(file.stat().st_mode)
 
@@ -254,7 +254,7 @@ def test_cases_reach_pages_ring_and_limit() -> None:
         assert all((c.T * 8 > kernels.RECORD_BLOCK) == (launches == 2) for c in cases)
         assert all(c.invalid_ids for c in cases)
         tapes = {c.tape for c in cases}
-        assert tapes >= set(check.EDGES), tapes
+        assert tapes >= set(selfcheck.EDGES), tapes
     sizes = Variant("dispatch", CPU, 64, 8, torch.int64, None, None, 0, 2, 256).cases(kernels)
     assert [case.T for case in sizes] == [1, 7, 371]
 
@@ -264,13 +264,12 @@ def test_cases_reach_pages_ring_and_limit() -> None:
 
 @pytest.mark.parametrize("case", list(small_cases()), ids=str)
 def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
-    reference.check_record(kernels, case, kernels.record_on_device)
-    reference.check_dispatch(kernels, case, kernels.dispatch_on_device)
+    reference.check_record(kernels, case, kernels.record_torch)
+    reference.check_dispatch(kernels, case, kernels.dispatch_torch)
     if case.T * case.K <= kernels.RECORD_BLOCK:
         for grouped in (True, False):
-            rows = reference.rows_of(kernels, case, grouped, 6, torch.float32)
-            combine, sizes = kernels.combine_on_device, reference.SIZES
-            reference.check_combine(kernels, case, combine, rows, torch.float32, sizes)
+            kind = grouped, 6, torch.float32, torch.float32, reference.SIZES
+            reference.check_combine(kernels, case, kernels.combine_torch, *kind)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_replaced(
@@ -286,7 +285,7 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
     assert said.count("\n") == 1, "it is said once"
     assert said.startswith("warning: record on cpu: the kernel cannot be run: Failed to find C")
     assert "done by torch" in summary(kernels.SELF_CHECK.found)["record"]
-    assert memory.passed(memory.environment_of(kernels, CPU)) == set(), (
+    assert selfcheck.passed(selfcheck.environment_of(kernels, CPU)) == set(), (
         "and checked again next time"
     )
 
@@ -294,7 +293,7 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
 def test_where_torch_is_wrong_too_nothing_is_recorded(
     checked: list[Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("record_triton", "record_on_device"):
+    for name in ("record_triton", "record_torch"):
         monkeypatch.setattr(kernels, name, lambda tape, ids, weights: None)
     with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
         record()

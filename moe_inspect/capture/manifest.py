@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from moe_inspect.capture.hook.selfcheck.check import Found, device_name, summary
+from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.model.routers import Site
 from moe_inspect.trace.files.lock import process_start
 

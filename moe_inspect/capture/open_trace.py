@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from moe_inspect.capture.hook import discovery
-from moe_inspect.capture.hook.selfcheck.check import Found
+from moe_inspect.capture.hook.selfcheck import Found
 from moe_inspect.capture.manifest import ALTERED, capture_facts, drop_facts, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks

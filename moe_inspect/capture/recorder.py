@@ -19,9 +19,8 @@ from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
-from moe_inspect.capture.hook.inputs.arguments import inputs_of
+from moe_inspect.capture.hook.inputs.arguments import inputs_of, row_order_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.probes import Sinks
 from moe_inspect.capture.hook.stack import Stack, stacks_of

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.given import cache_among, host_copy
+from moe_inspect.capture.hook.inputs.call_arguments import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers
@@ -26,7 +26,7 @@ from moe_inspect.text import print_stderr
 
 
 def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
-    """int64 [T]: the token that follows in the same pass. A sequence ends where `RowReader` has
+    """int64 [T]: the token that follows in the same pass. A sequence ends where `PassInputs` has
     another begin: with the batch row, with padding, where a position is not the one before + 1."""
     next_T = np.full(fed.T, -1, np.int64)
     if isinstance(fed, Rows):

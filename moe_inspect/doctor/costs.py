@@ -12,7 +12,7 @@ import torch
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.ring import PAGE_ROWS, Ring
-from moe_inspect.capture.hook.selfcheck.check import Variant, device_name, wrong_with
+from moe_inspect.capture.hook.selfcheck import Variant, device_name, wrong_with
 from moe_inspect.doctor.model import CAPTURES, decode_phase, timed
 
 SHAPES = ((64, 8), (256, 8))  # E, K

@@ -34,7 +34,7 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, then each GPU."""
     import torch
 
-    from moe_inspect.capture.hook.selfcheck.memory import driver_version
+    from moe_inspect.capture.hook.selfcheck import driver_version
 
     found: list[dict[str, Any]] = [{"device": "cpu", "threads": torch.get_num_threads()}]
     for n in range(torch.cuda.device_count()):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_inspect.capture.feed import cache_of, last_logits
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.selfcheck.check import summary
+from moe_inspect.capture.hook.selfcheck import summary
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.recorder import Recorder

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of
+from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of, row_order_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.row_order import row_order_of
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.manifest import ALTERED
 from moe_inspect.errors import MoeInspectError

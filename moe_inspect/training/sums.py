@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of
-from moe_inspect.capture.hook.inputs.given import real_rows
-from moe_inspect.capture.hook.inputs.row_order import row_order_of
+from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of, row_order_of
+from moe_inspect.capture.hook.inputs.call_arguments import real_rows
 from moe_inspect.capture.hook.probes import Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers

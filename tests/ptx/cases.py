@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.selfcheck.reference import check_sizes
+from moe_inspect.capture.hook.kernel_reference import check_sizes
 from tests.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES
 from tests.kernel_checks import Case, check_dispatch, check_record, choice, tape_for
 

@@ -25,12 +25,11 @@ from moe_inspect.capture.hook.sink import (
     Records,
     Scope,
     Sink,
-    before_forward,
     before_method,
-    choice_after_call,
-    choice_before_call,
     dropped_before_call,
-    logits_after_call,
+    logits_read,
+    replaced,
+    watching,
 )
 from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.capture.options import RecordOptions
@@ -167,7 +166,7 @@ class Attachment:
             always = bool(stacks) or not self.sites
             self._keep(self.model.register_forward_hook(self._after, always_call=always))
         else:  # PEFT calls the model's forward, not the model
-            self._replace(self.model, "forward", self._around_forward)
+            self._cleanup.callback(replaced(self.model, "forward", self._around_forward))
         for scope in stacks:
             self._keep(
                 scope.module.register_forward_pre_hook(
@@ -178,22 +177,19 @@ class Attachment:
         for n, module in enumerate([*self.wrappers, self.model]):
             around = partial(self._around, wrappers=self.wrappers[n:])
             if is_compiled_wrapper(module):
-                self._replace(module, "forward", around)
+                self._cleanup.callback(replaced(module, "forward", around))
             if vars(module).get("_compiled_call_impl") is not None:
-                self._replace(module, "_compiled_call_impl", around)
+                self._cleanup.callback(replaced(module, "_compiled_call_impl", around))
         if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
-            self._replace(
-                self.model,
-                "get_compiled_call",
-                lambda get: lambda *args, **kwargs: self._around(get(*args, **kwargs)),
-            )
+            around_got = lambda get: lambda *a, **k: self._around(get(*a, **k))  # noqa: E731
+            self._cleanup.callback(replaced(self.model, "get_compiled_call", around_got))
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
 
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            hook = choice_after_call(self.sinks[""][r], adapter.choice)
+            hook = watching(self.sinks[""][r], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
@@ -206,7 +202,7 @@ class Attachment:
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
         if "logits" in self.sinks and site.logits_module is not None:
-            hook = logits_after_call(self.sinks["logits"][r], site)
+            hook = watching(self.sinks["logits"][r], logits_read(site))
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
@@ -218,34 +214,12 @@ class Attachment:
         self, r: int, site: Site, choice_of: Callable[..., Any], compiled: bool
     ) -> None:
         """Reads the choice of site r before each call of its module."""
-        module, hook = site.module, choice_before_call(self.sinks[""][r], choice_of)
-        if site.method:
-            self._cleanup.callback(before_method(module, site.method, hook))
+        module, hook = site.module, watching(self.sinks[""][r], choice_of)
         # (whoever has put a forward there, as accelerate does, may look for it again)
-        elif compiled or "forward" in vars(module):
+        if not site.method and (compiled or "forward" in vars(module)):
             self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            self._cleanup.callback(before_forward(module, hook))
-
-    def _replace(self, owner: Any, name: str, made_of: Callable[[Any], Any]) -> None:
-        """Replaces an attribute of `owner` by `made_of` it, until detached. If another recorder has
-        replaced ours by then, that one restores the original."""
-        made = made_of(getattr(owner, name))
-        vars(getattr(made, "__func__", made)).update(attachment=self, before=vars(owner).get(name))
-        setattr(owner, name, made)
-
-        def put_back() -> None:
-            if vars(owner)[name] is not made:
-                return
-            before = made.before
-            while (other := getattr(before, "attachment", None)) is not None and other.over:
-                before = before.before
-            if before is not None:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-
-        self._cleanup.callback(put_back)
+            self._cleanup.callback(before_method(module, site.method or "forward", hook))
 
     # --- around a forward pass
 
@@ -341,7 +315,7 @@ class Attachment:
     ) -> None:
         if self.paused or self.over or not scope.open or module is not scope.module:
             return
-        scope.stop()
+        scope.open = False
         self.records.returned(scope.stack, output)
         if self._alone is scope:
             self._shut()
@@ -381,4 +355,4 @@ class Attachment:
         if self.discovery is not None:
             self.discovery.close()
         for scope in self.scopes.values():
-            scope.stop()
+            scope.open = False

@@ -56,17 +56,14 @@ class DeviceCounts:
         weight_dtype: torch.dtype,
         weights: bool,
     ):
-        self.routers, self.devices, self.weight_dtype, self.weights = (
-            list(routers),
-            list(devices),
-            weight_dtype,
-            weights,
-        )
-        self.tokens = self.batch = self.taken_tokens = 0
+        self.routers, self.devices = list(routers), list(devices)
+        self.weight_dtype, self.weights = weight_dtype, weights
+        # since the last `take`
+        self.tokens = self.decisions = self.batch = 0
         self.documents: list[Document] = []
+        # since the recording began; of the load, what was taken
+        self._all_tokens, self._tokens_R = 0, np.zeros(len(self.routers), np.int64)
         self._taken_load = [np.zeros(r.experts, np.int64) for r in routers]
-        self.decisions = 0
-        self._tokens_R = np.zeros(len(self.routers), np.int64)  # seen since the recording began
         # a device's routers lie side by side in its sums: E + 1 columns each, from here on
         self._columns = np.zeros(len(self.routers), np.int64)
         self._width: dict[torch.device, int] = {}
@@ -117,7 +114,9 @@ class DeviceCounts:
                 first += len(part[0])
         n = sum(len(rows.token_id) for rows in fed)
         self.batch = batch
-        self.tokens, self.decisions = self.tokens + n, self.decisions + n * len(routers)
+        self.tokens += n
+        self.decisions += n * len(routers)
+        self._all_tokens += n
         self._tokens_R[routers[0] : routers[-1] + 1] += n
         self.documents += [document for rows in fed for document in rows.documents]
 
@@ -153,16 +152,18 @@ class DeviceCounts:
         host = [
             [s.cpu().numpy().copy() for s in self._of_router(r)] for r in range(len(self.routers))
         ]
-        self._taken_load = [t + h[0].sum(0) for t, h in zip(self._taken_load, host, strict=True)]
-        self.taken_tokens += self.tokens
-        known = len(host[0][0])
+        load, first_choices, *weight_sums = map(list, zip(*host, strict=True))
+        self._taken_load = [
+            sum_E + new_DE.sum(0) for sum_E, new_DE in zip(self._taken_load, load, strict=True)
+        ]
+        known = len(load[0])
         counted = CountedBatches(
             self.batch,
             self.tokens,
             domains[:known],
-            [h[0] for h in host],
-            [h[1] for h in host],
-            [h[2] for h in host] if self.weights else None,
+            load,
+            first_choices,
+            weight_sums[0] if self.weights else None,
             self.documents,
             self.decisions,
         )
@@ -177,7 +178,7 @@ class DeviceCounts:
             torch.from_numpy(taken).to(self.devices[r]) + self._of_router(r)[0].sum(0)
             for r, taken in enumerate(self._taken_load)
         ]
-        tokens = torch.tensor(self.taken_tokens + self.tokens, device=load[0].device)
+        tokens = torch.tensor(self._all_tokens, device=load[0].device)
         tokens_R = torch.from_numpy(self._tokens_R.copy()).to(tokens.device)
         if all_ranks:
             for tensor in [*load, tokens, tokens_R]:
@@ -317,10 +318,11 @@ class CountedPasses:
             self._write()
 
     def _write(self) -> None:
-        if self.writer is None:
-            self.count_waiting()
-        elif counted := self._take():
-            self.writer.write(counted)
+        self.count_waiting()
+        numbers, self._numbers, self._taken = self._numbers, [], monotonic()
+        if self.writer is not None and self.counts.tokens:
+            counted = self.counts.take(list(self.inputs.domains))
+            self.writer.write(replace(counted, first_batch=numbers[0]))
 
     def _is_due(self) -> bool:
         """Whether the counts since the last write are to be committed now."""
@@ -329,11 +331,3 @@ class CountedPasses:
         every_s = self.options.commit_every
         is_early = every_s is not None and monotonic() - self._taken >= every_s
         return is_early or self.counts.tokens + self._waiting_rows >= self.shard_tokens
-
-    def _take(self) -> CountedBatches | None:
-        """The counts since the last write; None where these passes had no tokens."""
-        self.count_waiting()
-        numbers, self._numbers, self._taken = self._numbers, [], monotonic()
-        if not self.counts.tokens:
-            return None
-        return replace(self.counts.take(list(self.inputs.domains)), first_batch=numbers[0])

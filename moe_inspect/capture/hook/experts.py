@@ -206,11 +206,9 @@ def _combined(
         inverse_S = grouped.inverse if grouped is not None else None
         if sinks:
             sizes = kernels.sizes_torch(y_SH, ids_TK.shape[1], inverse_S, **wanted)
-        sum_TH = kernels.combine_torch(y_SH, weights_TK, inverse_S).to(dtype)
+        sum_TH = kernels.weighted_sum(y_SH, weights_TK, inverse_S).to(dtype)
     for kind, sink in sinks.items():
-        size_TK = getattr(sizes, kind)
-        if (size_tape := sink(None, size_TK)) is not None:
-            kernels.record(size_tape, None, size_TK)
+        sink.record(None, getattr(sizes, kind))
     return sum_TH
 
 

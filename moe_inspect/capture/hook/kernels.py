@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.selfcheck.check import SelfCheck
+from moe_inspect.capture.hook.selfcheck import SelfCheck
 
 try:
     import triton
@@ -179,51 +179,24 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
     if weights_TK is not None and weights_TK.requires_grad:
         weights_TK = weights_TK.detach()
     if torch.compiler.is_compiling():
-        torch.ops.moe_inspect.record(ids_TK, weights_TK, *_tensors(tape), _numbers(tape))
+        torch.ops.moe_inspect.record(ids_TK, weights_TK, *_parts(tape))
     else:
         _record(tape, ids_TK, weights_TK)
 
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    if not runs_triton(tape.cursor):
-        (record_on_device if tape.cursor.is_cuda else record_torch)(tape, ids_TK, weights_TK)
-        return
-    fed = ids_TK if ids_TK is not None else weights_TK
-    launches = 1 if fed.numel() <= RECORD_BLOCK else 2
-    if SELF_CHECK.record(tape, ids_TK, weights_TK, launches):
-        record_triton(tape, ids_TK, weights_TK)
-    else:
-        record_on_device(tape, ids_TK, weights_TK)
+    code = record_torch
+    if runs_triton(tape.cursor):
+        fed = ids_TK if ids_TK is not None else weights_TK
+        launches = 1 if fed.numel() <= RECORD_BLOCK else 2
+        if SELF_CHECK.record(tape, ids_TK, weights_TK, launches):
+            code = record_triton
+    code(tape, ids_TK, weights_TK)
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    if not int(tape.enabled):
-        return
-    T = len(ids_TK if ids_TK is not None else weights_TK)
-    first = int(tape.cursor[tape.lane])
-    room = max(0, min(T, int(tape.limit) - first))
-    done = 0
-    while done < room:
-        page, row = divmod(first + done, tape.P)
-        n = min(tape.P - row, room - done)
-        if tape.ids is not None and ids_TK is not None:
-            written, ids = (
-                tape.part(tape.ids, page % tape.pages)[row : row + n],
-                ids_TK[done : done + n],
-            )
-            written.copy_(ids)
-            written.masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
-        if tape.weights is not None and weights_TK is not None:
-            tape.part(tape.weights, page % tape.pages)[row : row + n] = weights_TK[done : done + n]
-        done += n
-    tape.cursor[tape.lane] += T
-    if room < T:
-        tape.dropped[tape.lane] += T - room
-
-
-def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """`record_torch` for a GPU: the host reads nothing from it, and so does not wait, and a CUDA
-    graph can hold it."""
+    """The host reads nothing from the device, and so does not wait, and a CUDA graph can hold
+    it."""
     T = len(ids_TK if ids_TK is not None else weights_TK)
     if T == 0:
         return
@@ -359,13 +332,7 @@ def dispatch(
         weights_TK = weights_TK.detach()
     if not torch.compiler.is_compiling():
         return _dispatch(ids_TK, weights_TK, experts, tape)
-    if tape is None:
-        return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, experts))
-    return Dispatch(
-        *torch.ops.moe_inspect.dispatch_recording(
-            ids_TK, weights_TK, experts, *_tensors(tape), _numbers(tape)
-        )
-    )
+    return Dispatch(*torch.ops.moe_inspect.dispatch(ids_TK, weights_TK, experts, *_parts(tape)))
 
 
 def _dispatch(
@@ -377,13 +344,11 @@ def _dispatch(
 ) -> Dispatch:
     if not runs_triton(ids_TK):
         here = dispatch_numpy if ids_TK.is_cpu else dispatch_torch
-        if ids_TK.is_cuda:
-            here = dispatch_on_device
         return here(ids_TK, weights_TK, experts, tape)
     launches, block = dispatch_plan(ids_TK.numel(), experts)
     if SELF_CHECK.dispatch(ids_TK, weights_TK, experts, tape, launches, block):
         return dispatch_triton(ids_TK, weights_TK, experts, tape, launches, block, out)
-    return dispatch_on_device(ids_TK, weights_TK, experts, tape)
+    return dispatch_torch(ids_TK, weights_TK, experts, tape)
 
 
 def dispatch_plan(slots: int, experts: int) -> tuple[int, int]:
@@ -401,19 +366,6 @@ def dispatch_torch(
 ) -> Dispatch:
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
-    return _sorted(ids_TK, experts)
-
-
-def dispatch_on_device(
-    ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
-) -> Dispatch:
-    """`dispatch_torch` for a GPU, without waiting for it."""
-    if tape is not None:
-        record_on_device(tape, ids_TK, weights_TK)
-    return _sorted(ids_TK, experts)
-
-
-def _sorted(ids_TK: Tensor, experts: int) -> Dispatch:
     flat = ids_TK.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = torch.sort(flat, stable=True)
@@ -688,7 +640,7 @@ def empty_dispatch(ids_TK: Tensor, experts: int, apart: bool = False) -> Dispatc
 # --- combine: weights the experts' outputs and sums them over a token's slots
 
 
-def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> Tensor:
+def weighted_sum(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> Tensor:
     """out[t] = Σ_k weight[t, k] · y[place of slot (t, k)], [T, H], in the type that y and weight
     promote to. `inverse_S` None: y is in slot order. Differentiable."""
     T, K = weights_TK.shape
@@ -702,7 +654,7 @@ def combine_torch(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) ->
 def sizes_torch(
     y_SH: Tensor, K: int, inverse_S: Tensor | None, norms: bool = True, peaks: bool = False
 ) -> Sizes:
-    """The sizes of the experts' outputs, by the rows of `combine_torch`. Without a gradient."""
+    """The sizes of the experts' outputs, by the rows of `weighted_sum`. Without a gradient."""
     y_SH = y_SH.detach()
 
     def of_slots(order: float) -> Tensor:
@@ -801,7 +753,7 @@ if triton is not None:
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None, sizes: Sizes | None = None,
     ) -> Tensor:  # fmt: skip
-        """`combine_torch` in one launch and one pass over y, with product and sum rounded as there
+        """`weighted_sum` in one launch and one pass over y, with product and sum rounded as there
         (on a GPU torch adds more than four slots in another order). Places without an expert count
         as zero. With `grouped` None, y is in slot order, and with `tape` the same launch also
         records the call, of at most RECORD_BLOCK slots. Fills `sizes`, in the same pass."""
@@ -834,10 +786,10 @@ def combine(
     in_groups = grouped is not None
     if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, in_groups, dtype, experts, tape, sizes):
         return combine_triton(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
-    return combine_on_device(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
+    return combine_torch(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
 
 
-def combine_on_device(
+def combine_torch(
     y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
     tape: Tape | None = None, sizes: Sizes | None = None,
 ) -> Tensor:  # fmt: skip
@@ -848,29 +800,30 @@ def combine_on_device(
         y_SH = y_SH.masked_fill((place >= grouped.offsets[-1]).unsqueeze(1), 0.0)
         inverse = grouped.inverse
     if tape is not None:
-        record_on_device(tape, ids_TK, weights_TK)
+        record_torch(tape, ids_TK, weights_TK)
     if sizes is not None:
         found = sizes_torch(y_SH, ids_TK.shape[1], inverse, *(s is not None for s in sizes))
         for to, size_TK in zip(sizes, found, strict=True):
             if to is not None and size_TK is not None:
                 to.copy_(size_TK)
-    return combine_torch(y_SH, weights_TK, inverse).to(dtype)
+    return weighted_sum(y_SH, weights_TK, inverse).to(dtype)
 
 
 # --- the same as custom operators, which torch.compile does not trace into
 
 
-def _tensors(tape: Tape) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    return tape.ids, tape.weights, tape.cursor, tape.dropped, tape.limit, tape.enabled
-
-
-def _numbers(tape: Tape) -> list[int]:
-    return [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
+def _parts(tape: Tape | None) -> tuple[Any, ...]:
+    """The arguments of an operator in place of a tape."""
+    if tape is None:
+        return (*[None] * 6, [])
+    tensors = tape.ids, tape.weights, tape.cursor, tape.dropped, tape.limit, tape.enabled
+    numbers = [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
+    return *tensors, numbers
 
 
 _TAPE = (
-    "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!) cursor, Tensor(d!) dropped, "
-    "Tensor limit, Tensor enabled, int[] numbers"
+    "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor(d!)? dropped, "
+    "Tensor? limit, Tensor? enabled, int[] numbers"
 )
 _MUTATED = ("tape_ids", "tape_weights", "cursor", "dropped")
 
@@ -880,49 +833,30 @@ _MUTATED = ("tape_ids", "tape_weights", "cursor", "dropped")
     mutates_args=_MUTATED,
     schema=f"(Tensor? ids, Tensor? weights, {_TAPE}) -> ()",
 )
-def _record_op(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
-    _record(Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers), ids, weights)
+def _record_op(ids, weights, *tape):  # type: ignore[no-untyped-def]
+    *tensors, numbers = tape
+    _record(Tape(*tensors, *numbers), ids, weights)
 
 
 @_record_op.register_fake
-def _(ids, weights, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+def _(ids, weights, *tape):  # type: ignore[no-untyped-def]
     return None
 
 
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-
 @torch.library.custom_op(
-    "moe_inspect::dispatch", mutates_args=(), schema=f"(Tensor ids, int experts) -> {_FIVE}"
+    "moe_inspect::dispatch",
+    mutates_args=_MUTATED,
+    schema=(
+        f"(Tensor ids, Tensor? weights, int experts, {_TAPE}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
-def _dispatch_op(ids, experts):  # type: ignore[no-untyped-def]
-    return tuple(_dispatch(ids, None, experts, None, empty_dispatch(ids, experts, apart=True)))
+def _dispatch_op(ids, weights, experts, *tape):  # type: ignore[no-untyped-def]
+    *tensors, numbers = tape
+    taped = Tape(*tensors, *numbers) if numbers else None
+    return tuple(_dispatch(ids, weights, experts, taped, empty_dispatch(ids, experts, apart=True)))
 
 
 @_dispatch_op.register_fake
-def _(ids, experts):  # type: ignore[no-untyped-def]
-    return tuple(empty_dispatch(ids, experts, apart=True))
-
-
-@torch.library.custom_op(
-    "moe_inspect::dispatch_recording",
-    mutates_args=_MUTATED,
-    schema=f"(Tensor ids, Tensor? weights, int experts, {_TAPE}) -> {_FIVE}",
-)
-def _dispatch_recording_op(
-    ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers
-):  # type: ignore[no-untyped-def]
-    return tuple(
-        _dispatch(
-            ids,
-            weights,
-            experts,
-            Tape(tape_ids, tape_weights, cursor, dropped, limit, enabled, *numbers),
-            empty_dispatch(ids, experts, apart=True),
-        )
-    )
-
-
-@_dispatch_recording_op.register_fake
-def _(ids, weights, experts, tape_ids, tape_weights, cursor, dropped, limit, enabled, numbers):  # type: ignore[no-untyped-def]
+def _(ids, weights, experts, *tape):  # type: ignore[no-untyped-def]
     return tuple(empty_dispatch(ids, experts, apart=True))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.sink import Scope, Sink
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -110,8 +109,7 @@ class Probes:
                 f"{reader.path} was called with experts={experts} and with {reader.experts}"
             )
         ids, weights = reader.choice((ids, weights), dropped)
-        if (tape := sinks[""](ids, weights)) is not None:
-            kernels.record(tape, ids, weights)
+        sinks[""].record(ids, weights)
         if "logits" not in sinks or (logits is None and not self.need_logits):
             return
         if logits is None:
@@ -119,9 +117,7 @@ class Probes:
                 f"{reader.path} shows no router logits: give it logits=, or record without "
                 "logits=True"
             )
-        logits = reader.logits(logits)
-        if (tape := sinks["logits"](None, logits)) is not None:
-            kernels.record(tape, None, logits)
+        sinks["logits"].record(None, reader.logits(logits))
 
     def check_layers(self) -> None:
         """MoeInspectError where the first forward pass has shown no probe in a layer that is to be

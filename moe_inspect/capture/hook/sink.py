@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from threading import get_ident
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -46,7 +45,7 @@ class Scope:
     begin_graph  called where torch.compile makes a graph in the middle of a pass: from then on the
                  pass goes to tapes, as the graph writes to them"""
 
-    def __init__(self, stack: str, module: torch.nn.Module, is_known: bool):
+    def __init__(self, stack: str, module: Module, is_known: bool):
         self.stack, self.module, self.is_known = stack, module, is_known
         self.open = self.to_tapes = False
         self.in_graph = True
@@ -61,9 +60,6 @@ class Scope:
     def start(self) -> None:
         """A call of the stack begins."""
         self.open, self.thread = True, get_ident()
-
-    def stop(self) -> None:
-        self.open = False
 
     @torch.compiler.assume_constant_result  # runs while a graph is made, and is no part of it
     def compiled(self) -> None:
@@ -108,6 +104,11 @@ class Sink:
         self._calls += 1
         return self.tapes[(self._calls - 1) % len(self.tapes)]
 
+    def record(self, ids: Tensor | None, values: Tensor) -> None:
+        """As a call of it, and writes to the tape."""
+        if (tape := self(ids, values)) is not None:
+            kernels.record(tape, ids, values)
+
 
 @torch.compiler.disable(reason="what a router has chosen is kept outside compiled code")
 def _take_copies(take: Callable[..., None], *call: Tensor) -> None:
@@ -115,64 +116,19 @@ def _take_copies(take: Callable[..., None], *call: Tensor) -> None:
     take(*(tensor.clone() for tensor in call))
 
 
-def choice_before_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    """A forward pre-hook with kwargs."""
-    choice_of = choice_of if choice_of is called_with else _aside(choice_of)
+def watching(sink: Sink, read: Callable[..., Any]) -> Callable[..., None]:
+    """A hook before or after a module's call, with kwargs, that passes on what `read` finds in it:
+    (ids, weights), or (None, values); None where there is nothing: the completeness check names the
+    module then."""
+    read = read if read is called_with else _aside(read)
 
-    def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _seen(sink, choice_of(module, args, kwargs, None))
+    def hook(
+        module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None
+    ) -> None:
+        if (found := read(module, args, kwargs, out)) is not None:
+            sink.record(*found)
 
     return hook
-
-
-def before_forward(module: Module, hook: Callable[..., None]) -> Callable[[], None]:
-    """Calls `hook` by a `forward` of the instance, until what this returns is called. It costs a
-    call some 5 µs less than a hook: once there is one, `Module.__call__` goes a long way."""
-    inner = type(module).forward
-
-    def forward(self: Module, /, *args: Any, **kwargs: Any) -> Any:
-        hook(self, args, kwargs)
-        return inner(self, *args, **kwargs)
-
-    # (a deep copy of it belongs to the copy of the module)
-    ours = module.forward = functools.partial(forward, module)
-
-    def put_back() -> None:
-        if vars(module).get("forward") is ours:  # else it is wrapped by now, and reads no more
-            del module.forward
-
-    return put_back
-
-
-def before_method(
-    module: torch.nn.Module, name: str, hook: Callable[..., None]
-) -> Callable[[], None]:
-    """`register_forward_pre_hook(hook, with_kwargs=True)` for another method of `module`. Returns
-    what removes the hook."""
-    hooks = getattr(vars(module).get(name), "hooks", None)
-    if hooks is None:
-        hooks, own, of_class = [], vars(module).get(name), getattr(type(module), name)
-
-        def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            for before in hooks:
-                before(self, args, kwargs)
-            return own(*args, **kwargs) if own is not None else of_class(self, *args, **kwargs)
-
-        run.__dict__.update(hooks=hooks, own=own)
-        # bound, so that a copy of the module runs the copy
-        setattr(module, name, MethodType(run, module))
-    hooks.append(hook)
-
-    def remove() -> None:
-        hooks.remove(hook)
-        if hooks or getattr(vars(module).get(name), "hooks", None) is not hooks:
-            return  # another recorder's hook is left, or somebody has replaced the method since
-        if (own := getattr(module, name).own) is not None:
-            setattr(module, name, own)
-        else:
-            delattr(module, name)
-
-    return remove
 
 
 def _aside(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,15 +137,58 @@ def _aside(read: Callable[..., Any]) -> Callable[..., Any]:
     return torch.no_grad()(read)
 
 
-def choice_after_call(sink: Sink, choice_of: Callable[..., Choice | None]) -> Callable[..., None]:
-    choice_of = _aside(choice_of)
+def logits_read(site: Site) -> Callable[..., tuple[None, Tensor] | None]:
+    def read(module: Module, args: Any, kwargs: Any, output: Any) -> tuple[None, Tensor] | None:
+        if site.logits_of is not None:
+            logits_TE = site.logits_of(module, args, kwargs, output)
+        else:
+            logits_TE = logits_among(output, site)
+        return (None, logits_TE) if logits_TE is not None else None
 
-    def hook(
-        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        _seen(sink, choice_of(module, args, kwargs, output))
+    return read
 
-    return hook
+
+def replaced(owner: Any, name: str, made_of: Callable[[Any], Any]) -> Callable[[], None]:
+    """Puts `made_of` the attribute `name` into its place, on this object alone, until what this
+    returns is called. Recorders may end in any order: the last one puts the original back. What
+    somebody else has put there since then stays."""
+    before, made = vars(owner).get(name), made_of(getattr(owner, name))
+    state = vars(getattr(made, "__func__", made))
+    state.update(before=before, over=False)
+    setattr(owner, name, made)
+
+    def put_back() -> None:
+        state["over"] = True
+        if vars(owner).get(name) is not made:
+            return
+        original = before
+        while getattr(original, "over", False):
+            original = original.before
+        if original is not None:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+    return put_back
+
+
+def before_method(module: Module, name: str, hook: Callable[..., None]) -> Callable[[], None]:
+    """`register_forward_pre_hook(hook, with_kwargs=True)` for any method of `module`. Returns what
+    removes it. It costs a call of `forward` some 5 µs less than a hook: once there is one,
+    `Module.__call__` goes a long way."""
+    own = vars(module).get(name)
+    inner = getattr(type(module), name)
+    if hasattr(own, "over"):  # another recorder's
+        inner = own.func
+    elif own is not None:
+        inner = lambda self, /, *args, **kwargs: own(*args, **kwargs)  # noqa: E731
+
+    def run(self: Module, /, *args: Any, **kwargs: Any) -> Any:
+        hook(self, args, kwargs)
+        return inner(self, *args, **kwargs)
+
+    # (a deep copy of it belongs to the copy of the module)
+    return replaced(module, name, lambda _: functools.partial(run, module))
 
 
 def dropped_before_call(
@@ -200,11 +199,11 @@ def dropped_before_call(
     assert site.dropped is not None
     dropped_of, last = _aside(site.dropped), list[Tensor]()
 
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: Module, args: tuple[Any, ...], output: Any) -> None:
         if module is router:  # not a copy of it
             last[:] = [dropped_of(module, output)]
 
-    def choice(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Choice | None:
+    def choice(module: Module, args: Any, kwargs: Any, output: Any) -> Choice | None:
         found, dropped = choice_of(module, args, kwargs, output), last.pop() if last else None
         if found is None or dropped is None:
             return found
@@ -214,25 +213,3 @@ def dropped_before_call(
         return torch.where(is_dropped, dropped_TK + site.experts, ids_TK), weights_TK
 
     return hook, choice
-
-
-def _seen(sink: Sink, choice: Choice | None) -> None:
-    # without a choice, the completeness check names the module
-    if choice is not None and (tape := sink(*choice)) is not None:
-        kernels.record(tape, *choice)
-
-
-def logits_after_call(sink: Sink, site: Site) -> Callable[..., None]:
-    logits_of = _aside(site.logits_of) if site.logits_of is not None else None
-
-    def hook(
-        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if logits_of is not None:
-            logits_TE = logits_of(module, args, kwargs, output)
-        else:
-            logits_TE = logits_among(output, site)
-        if logits_TE is not None and (tape := sink(None, logits_TE)) is not None:
-            kernels.record(tape, None, logits_TE)
-
-    return hook

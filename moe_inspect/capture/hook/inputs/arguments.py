@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,44 +25,18 @@ from moe_inspect.model.routers import Site, stacks_in
 #   documents, domains  a label for each row of the batch
 #   sequences       a value for each row of the batch, or int [B, S]: the sequence of each token
 InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
-KEYS = (
-    "input_ids",
-    "inputs_embeds",
-    "position_ids",
-    "attention_mask",
-    "documents",
-    "domains",
-    "sequences",
-)
+KEYS = "input_ids inputs_embeds position_ids attention_mask documents domains sequences".split()
 
 TOKENS = ("input_ids", "tokens", "idx")
 # where in the model's own cache a pass begins: a number, or the position of each token
 IN_CACHE = ("input_pos", "cache_position", "start_pos")
 POSITIONS = ("position_ids", "positions", *IN_CACHE)
-CACHES = (
-    "past_key_values",
-    "past_key_value",
-    "past_kv",
-    "past",
-    "layer_past",
-    "kv_caches",
-    "cache",
-)
+CACHES = "past_key_values past_key_value past_kv past layer_past kv_caches cache".split()
 PADDING = ("padding_mask", "key_padding_mask")  # true for padding
 LABELS = ("labels", "targets", "target")
+OTHERS = "attention_mask mask loss_mask doc_lens cu_seqlens segment_ids token_type_ids".split()
 # tensors of integers that are no token ids, which a later pipeline stage is given without them
-NOT_TOKENS = {
-    *POSITIONS,
-    *PADDING,
-    *LABELS,
-    "attention_mask",
-    "mask",
-    "loss_mask",
-    "doc_lens",
-    "cu_seqlens",
-    "segment_ids",
-    "token_type_ids",
-}
+NOT_TOKENS = {*POSITIONS, *PADDING, *LABELS, *OTHERS}
 OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
 SAY = "inputs=…, a function of the forward's arguments, must say what its routers are fed"
 
@@ -249,3 +224,47 @@ def _since_start(bounds: Tensor, S: int) -> Tensor:
     at = torch.arange(S, device=bounds.device).expand(len(bounds), S).contiguous()
     document = torch.searchsorted(bounds.long().contiguous(), at, right=True) - 1
     return at - bounds.long().gather(1, document)
+
+
+# (B, S) → int [T]: the token b·S + s of each row; None: row b·S + s, all of them
+RowOrder = Callable[[int, int], "np.ndarray | None"]
+
+
+def row_order_of(sites: Sequence[Site]) -> RowOrder | None:
+    """The order of the rows as the specs of these routers state it; None for all batch-first.
+    MoeInspectError where they differ: a forward pass has its rows in one order."""
+    if not sites or all(site.order == "bs" and site.rows is None for site in sites):
+        return None
+    first = sites[0]
+    other = next((s for s in sites if (s.order, s.rows) != (first.order, first.rows)), None)
+    if other is not None:
+        raise MoeInspectError(
+            f"{first.path} and {other.path} have their rows in different orders: record them "
+            "one after the other"
+        )
+    if first.rows is None:
+        return _sequence_first
+    rows, module = first.rows, first.module
+
+    def of_part(B: int, S: int) -> np.ndarray | None:
+        part = rows(module, B, S)
+        if part is None:
+            return _sequence_first(B, S) if first.order == "sb" else None
+        order = np.asarray(part)
+        if (
+            order.ndim != 1
+            or not np.issubdtype(order.dtype, np.integer)
+            or len(np.unique(order)) < len(order)
+            or (len(order) and not 0 <= order.min() <= order.max() < B * S)
+        ):
+            raise MoeInspectError(
+                f"RouterSpec(rows=…) of {first.path} must return different token numbers from 0 "
+                f"to {B * S - 1}, one for each row"
+            )
+        return order
+
+    return of_part
+
+
+def _sequence_first(B: int, S: int) -> np.ndarray | None:
+    return np.arange(B * S).reshape(B, S).T.reshape(-1) if B > 1 and S > 1 else None

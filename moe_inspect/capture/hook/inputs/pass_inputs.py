@@ -1,18 +1,38 @@
-"""The inputs of the current forward pass: as planned by the caller, else by the arguments of the
-model's calls."""
+"""What forward passes are fed: as planned by the caller, else as the arguments of the model's calls
+say it. Each row's document, sequence, position and domain are read once the pass has run.
+
+B batch rows, S positions, T = B·S rows a router sees (padding included), N tokens (without it).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_inspect.capture.hook.inputs.arguments import InputsOf
-from moe_inspect.capture.hook.inputs.call_inputs import RowReader
-from moe_inspect.capture.hook.inputs.row_order import RowOrder
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
+from moe_inspect.capture.hook.inputs import call_arguments
+from moe_inspect.capture.hook.inputs.arguments import InputsOf, RowOrder
+from moe_inspect.capture.hook.inputs.call_arguments import cache_among
+from moe_inspect.capture.hook.inputs.rows import (
+    CachedRows,
+    CallInputs,
+    Keys,
+    Pages,
+    Place,
+    Rows,
+    joined,
+    steps_at,
+)
+from moe_inspect.capture.hook.inputs.sequences import Numbering, check_labels
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.schema import PHASES
 
 
 class Follower(Protocol):
@@ -26,7 +46,7 @@ class Follower(Protocol):
 class PassInputs:
     """`modules`: stack → its module. `documents`, `domains`: labels of each batch row, unless
     `label` sets others. `inputs`: reads the arguments of a call in place of their names.
-    `row_order`: see `RowOrder`. `follower`: is told of each pass."""
+    `row_order`: see `RowOrder`; None is batch-first. `follower`: is told of each pass."""
 
     def __init__(
         self,
@@ -37,69 +57,326 @@ class PassInputs:
         row_order: RowOrder | None = None,
         follower: Follower | None = None,
     ):
-        self._follower = follower
-        names = {
+        self._inputs, self._row_order, self._follower = inputs, row_order, follower
+        self._argument_names = {
             stack: list(inspect.signature(module.forward).parameters)
             for stack, module in modules.items()
         }
-        self._reader = RowReader(names, documents, domains, inputs, row_order)
+        self._numbering = Numbering()
+        self.domains = self._numbering.domains  # labels by code
+        self.domain_code = self._numbering.domain_code
+        self.accept = self._numbering.accept  # the rows read so far have been recorded
+        self._labels = {"documents": documents, "domains": domains}
+        self._next_labels: dict[str, Sequence[Any]] = {}
         self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
         self._plan: dict[str, Rows] = {}  # of the current one
         self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned
         self._outputs: list[tuple[CallInputs, Any]] = []
+        # by key-value cache, or by tensor that a pass returned
+        self._cached: MutableMapping[Any, CachedRows] = WeakIdKeyDictionary()
+        # the last encoder passes: their outputs at the first position, [B, C], and rows
+        self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
+        # of models that keep their cache to themselves: the last pass of each stack
+        self._uncached: dict[str, CachedRows] = {}
+        self._pages: WeakKeyDictionary[Any, Pages] = WeakKeyDictionary()  # by cache
+        self._told: dict[int, tuple[Place, ...]] = {}  # by what `inputs` called the sequence
+        self._told_codes: dict[Any, int] = {}
+        # passes of which tokens may be taken back before the next one, and their caches
+        self._unsettled: list[tuple[CallInputs, Any]] = []
 
-    @property
-    def domains(self) -> list[str]:
-        """Domain labels by code."""
-        return self._reader.numbering.domains
-
-    def domain_code(self, label: str) -> int:
-        """The code of a domain label, new or known."""
-        return self._reader.numbering.domain_code(label)
+    # --- the caller describes the next pass
 
     def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
-        self._reader.label(documents, domains)
+        """Sets the document and domain of each batch row."""
+        given = {"documents": documents, "domains": domains}
+        self._next_labels = {name: of_B for name, of_B in given.items() if of_B is not None}
 
     def expect(self, *rows: Rows) -> None:
         self._next_plan = {r.stack: r for r in rows}
 
+    # --- a forward pass
+
     def begin(self) -> int | None:
         """Begins a forward pass. Returns its number if it was planned."""
-        self._reader.numbering.discard()  # of the previous forward pass, if it failed
-        self._reader.settle_caches()
+        self._numbering.discard()  # of the previous forward pass, if it failed
+        self._settle_caches()
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
         if self._follower is not None:
             self._follower.begin()
-        for rows in self._plan.values():
-            if rows.number is not None:
-                return rows.number
-        return None
+        return next((r.number for r in self._plan.values() if r.number is not None), None)
 
     def of_call(
         self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Rows | CallInputs:
-        """The inputs of the next call of a stack."""
+        """The inputs of the next call of a stack. Raises MoeInspectError where the call has neither
+        input_ids nor inputs_embeds, or labels of another number of rows."""
         if stack in self._plan:
             fed: Rows | CallInputs = self._plan[stack]
         else:
-            encoder = self._calls.get("encoder") if stack == "decoder" else None
-            fed = self._calls[stack] = self._reader.read_call(args, kwargs, stack, encoder)
-        self._reader.settle(fed)
+            fed = self._calls[stack] = self._read(stack, args, kwargs)
+        self._settle(fed)
         if self._follower is not None:
             self._follower.feed(fed)
         return fed
 
+    def returned(self, stack: str, output: Any) -> None:
+        """A stack's output, or ("") the whole model's. Until the next pass begins, tokens may be
+        taken back from its cache."""
+        if (call := self._calls.get(stack)) is not None:
+            self._outputs.append((call, output))
+            if call.S > 1 and (cache := cache_among(_values(output))) is not None:
+                # nothing else may hold it any more once drafts have been taken back for the last
+                # time; a prompt's is not kept alive
+                may_be_drafts = call.after.length > call.S or call.asked > 1
+                self._unsettled.append((call, cache if may_be_drafts else ref(cache)))
+                call.is_settled = False
+            elif call.S > 1 and call.is_guess:
+                self._unsettled.append((call, None))
+                call.is_settled = False
+        if self._follower is not None and not stack:
+            self._follower.returned(output)
+
+    def end(self) -> None:
+        """Ends a launched forward pass: remembers that the key-value caches in its outputs hold the
+        rows they were given."""
+        for call, output in self._outputs:
+            values = _values(output)
+            if (cache := cache_among(values)) is not None:
+                self._cached[cache] = call.after
+            elif call.keys.of_tokens is None:
+                self._uncached[call.stack] = call.after
+                if self._inputs is not None:
+                    tensors = list(call_arguments.tensors_in(output))
+                    call.after.starts = list(map(call_arguments.start_of, tensors))
+                    self._cached.update((tensor, call.after) for tensor in tensors)
+            if call.before is not None and call.after.length > call.S:
+                call.before.is_continued = True
+            if call.stack == "encoder" and values:
+                first_BSC = next(iter(values))
+                self._encoded.append((first_BSC[:, 0].detach().clone(), call.after))
+        self._outputs.clear()
+
     def settle(self) -> None:
         """No pass follows: what was taken back from the caches so far is what the trace says."""
-        self._reader.settle_caches()
-        self._reader.settle(None)
+        self._settle_caches()
+        self._settle(None)
+
+    def _settle_caches(self) -> None:
+        """Another pass begins, or none follows: notes how many tokens were taken back from each
+        cache."""
+        unsettled, self._unsettled = self._unsettled, []
+        for call, held in unsettled:
+            if held is None:
+                self._unsettled.append((call, None))
+                continue
+            cache = held() if isinstance(held, ref) else held
+            length = cache.get_seq_length() if cache is not None else None
+            if length is not None and not getattr(length, "is_cuda", False):
+                taken = call.after.length - int(length)
+                call.after.taken = taken if 0 < taken < call.S else 0
+            call.is_settled = True
+
+    def _settle(self, following: Rows | CallInputs | None) -> None:
+        """The next pass was read, or there is none."""
+        for call, _ in self._unsettled:
+            if isinstance(following, CallInputs) and following.before is call.after:
+                call.following = following
+            call.is_settled = True
+        self._unsettled = []
+
+    # --- the arguments of a call
+
+    def _read(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInputs:
+        given: Mapping[str, Any] = kwargs
+        if self._inputs is not None:
+            given = self._inputs(args, kwargs)
+        elif args:
+            given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
+        if stack == "decoder":
+            given = {**given, **call_arguments.of_decoder(given)}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        fed = ids if ids is not None else embeds
+        if fed is None:
+            raise MoeInspectError(
+                "record saw a forward pass with neither input_ids nor inputs_embeds: give the "
+                "model one of them, or inputs=… a function that returns it"
+            )
+        B, S = fed.shape[:2]
+        given, keys = self._keys(given, B, S)
+        cache = cache_among(given.values()) if keys.of_tokens is None else None
+        before = self._cached.get(cache) if cache is not None else None
+        past = call_arguments.length_of(cache, before, S) if cache is not None else 0
+        before = before if past else None
+        is_guess = False
+        if before is None and stack == "decoder":
+            before = self._encoder_rows(given.get("encoder_hidden_states"))
+        if before is None and cache is None and keys.of_tokens is None and stack != "encoder":
+            is_guess = True
+            if (last := self._uncached.get(stack)) is not None:
+                before, past = self._by_tensors(given, last)
+        labels: dict[str, Any] = {**self._labels, **self._next_labels}
+        self._next_labels = {}
+        if self._inputs is not None:
+            labels = {name: given.get(name, value) for name, value in labels.items()}
+        if before is None or is_guess or stack != "decoder":
+            check_labels(labels, B)
+        token_BS, mask_BS, position = call_arguments.copies_of(ids, given, B, S, past)
+        copied = None
+        if fed.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(fed.device))
+        order = self._row_order(B, S) if self._row_order is not None else None
+        return CallInputs(
+            B,
+            S,
+            B * S if order is None else len(order),
+            token_BS,
+            mask_BS,
+            position,
+            labels,
+            before,
+            CachedRows(past + S, fed=S),
+            stack,
+            copied,
+            order,
+            keys,
+            is_guess=is_guess,
+            is_branch=is_guess and before is not None and before.is_continued,
+            resumes=past > 0 or bool(given.get("resumes")),
+            asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
+        )
+
+    def _keys(self, given: Mapping[str, Any], B: int, S: int) -> tuple[Mapping[str, Any], Keys]:
+        """The arguments of a call, with the mask of a packed one; and what identifies its
+        sequences."""
+        if (told := given.get("sequences")) is not None:
+            return given, Keys(call_arguments.keys_told(told, self._told_codes, B, S), self._told)
+        if (found := call_arguments.slots_of(given)) is not None:
+            slots, real_1S = found
+            if (pages := self._pages.get(given["cache"])) is None:
+                pages = self._pages[given["cache"]] = Pages()
+            return {**given, "attention_mask": real_1S}, Keys(slots, pages.places, pages)
+        return given, Keys()
+
+    def _by_tensors(self, given: Mapping[str, Any], last: CachedRows) -> tuple[CachedRows, int]:
+        """Of a model whose cache is tensors, or which keeps it to itself: what a pass goes on from,
+        and how many positions that holds, 0 where positions must tell. `last`: what the pass before
+        has left. MoeInspectError where nothing tells."""
+        held_by_cache = call_arguments.tensors_in(given.get("past_key_values"))
+        tensors = [t for t in held_by_cache if t.numel()]
+        if not tensors:
+            return last, 0
+        is_told = given.get("position_ids") is not None
+        held = {id(c): c for t in tensors if (c := self._cached.get(t)) is not None}
+        if len(held) == 1:
+            (rows,) = held.values()
+            by_shape = call_arguments.length_by_shape(tensors[0], rows)
+            return rows, by_shape if is_told else rows.length
+        past = call_arguments.length_by_shape(tensors[0], last)
+        if is_told:
+            return last, past
+        # a copy may be of any cache of its length, and of its first positions or of its last
+        is_slice = call_arguments.start_of(tensors[0]) in last.starts
+        lengths = {c.length for c in self._cached.values() if c is not last}
+        is_last = past == last.length and past not in lengths
+        if held or not past or not (is_slice or is_last):
+            raise MoeInspectError(
+                f"the cache {list(tensors[0].shape)} given to this forward pass does not go on "
+                "from a pass that was recorded: give inputs=…, a function of the forward's "
+                "arguments that returns the `sequences` and `position_ids` of each row"
+            )
+        return last, past
+
+    def _encoder_rows(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
+        """The rows of the encoder pass that a decoder reads: that of the same forward pass, else
+        the one that returned these values. Since then they may have been copied, and each row
+        repeated. None where no recorded pass returned them."""
+        if (encoder := self._calls.get("encoder")) is not None:
+            return encoder.after
+        if hidden_BSC is None:
+            return None
+        for first_BC, cached in reversed(self._encoded):
+            repeats, rest = divmod(len(hidden_BSC), len(first_BC))
+            if repeats and not rest:
+                candidate_BC = hidden_BSC[::repeats, 0].to(first_BC)
+                if torch.equal(candidate_BC, first_BC):
+                    return cached
+        return None
+
+    # --- rows, to be read in the order of the passes; then `accept`, or `discard` undoes it
 
     def rows(self, fed: Rows | CallInputs) -> Rows:
-        return fed if isinstance(fed, Rows) else self._reader.rows(fed)
+        """The rows of a forward pass, or of one stack of an encoder-decoder in it."""
+        if isinstance(fed, Rows):
+            return fed
+        call = fed
+        call.wait()
+        real_BS, position_BS = call.real_BS(), call.position_BS()
+        if call.keys.of_tokens is not None and call.position is None:
+            position_BS = call_arguments.positions_told(call)
+        numbers_4N, new = self._numbering.number(call, real_BS, position_BS)
+        token_BS = np.full((call.B, call.S), -1) if call.token_BS is None else call.token_BS.numpy()
+        of_tokens_6N = np.stack([token_BS[real_BS], position_BS[real_BS], *numbers_4N])
+        real_T = real_BS.reshape(-1)
+        if call.order is not None:  # the routers see them in another one, or a part of them
+            at_T = real_T.cumsum()[call.order] - 1
+            real_T = real_T[call.order]
+            of_tokens_6N = of_tokens_6N[:, at_T[real_T]]
+            sizes = Counter(of_tokens_6N[2].tolist())
+            new = [replace(d, tokens=min(d.tokens, sizes[d.document])) for d in new]
+        token, position, document, sequence, domain, phase = of_tokens_6N.astype(np.int32)
+        is_one = not len(phase) or bool((phase == phase[0]).all())
+        return Rows(
+            real_T,
+            token,
+            document,
+            sequence,
+            position,
+            domain,
+            documents=new,
+            phase=PHASES[phase[0] if len(phase) else 0] if is_one else "",
+            stack=call.stack,
+            phases=None if is_one else phase,
+        )
 
-    def rows_of_steps(self, steps: Sequence[Any]) -> Rows:
-        """The rows of passes that `steps_at` found, one after the other."""
-        return self._reader.rows_of_steps(steps)
+    def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
+        """The rows of n passes that `steps_at` found, one after the other."""
+        first, n = steps[0], len(steps)
+        assert first.before is not None
+        state = first.before.state
+        assert state is not None
+        for call in steps:
+            call.wait()
+
+        def of_steps(tensors: list[torch.Tensor | None], otherwise: np.ndarray) -> np.ndarray:
+            """[n, B], from one row for all or one per batch row."""
+            given = [t.reshape(-1) for t in tensors if t is not None]
+            found = torch.stack(given).numpy() if given else otherwise
+            return np.broadcast_to(found, (n, first.B))
+
+        lengths_N1 = np.array([[call.after.length] for call in steps])
+        real = of_steps([c.mask_BS for c in steps], np.ones((1, 1), bool)).astype(bool)
+        token = of_steps([c.token_BS for c in steps], np.full((1, 1), -1))
+        position = of_steps([c.position for c in steps], lengths_N1 - 1)
+        last = state.last_B + real.cumsum(0)
+        if (state.numbers_B3 < 0).any() or (last != position)[real].any():
+            return joined([self.rows(call) for call in steps])
+        for call, last_B in zip(steps, last, strict=True):
+            call.after.state = state._replace(last_B=last_B)
+        numbers = [np.broadcast_to(numbers_B, (n, first.B)) for numbers_B in state.numbers_B3.T]
+        document, sequence, domain, token, position = (
+            values[real].astype(np.int32) for values in (*numbers, token, position)
+        )
+        return Rows(
+            real.reshape(-1),
+            token,
+            document,
+            sequence,
+            position,
+            domain,
+            phase="decode",
+            stack=first.stack,
+        )
 
     def rows_of_all(self, fed: Sequence[Rows | CallInputs]) -> list[Rows]:
         """The rows of passes in their order, those of consecutive decode steps as one."""
@@ -111,20 +388,9 @@ class PassInputs:
             at += max(1, len(steps))
         return found
 
-    def returned(self, stack: str, output: Any) -> None:
-        """A stack's output, or ("") the whole model's."""
-        if stack in self._calls:
-            self._outputs.append((self._calls[stack], output))
-            self._reader.returned(self._calls[stack], output)
-        if self._follower is not None and not stack:
-            self._follower.returned(output)
 
-    def accept(self) -> None:
-        """Commits the document and sequence numbers of the rows read, which have been recorded."""
-        self._reader.numbering.accept()
-
-    def end(self) -> None:
-        """Ends a launched forward pass: remembers what its key-value caches hold."""
-        for call, output in self._outputs:
-            self._reader.remember(call, output)
-        self._outputs.clear()
+def _values(output: Any) -> Collection[Any]:
+    """What a model has returned, one by one."""
+    if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
+        return output.values()
+    return output if isinstance(output, tuple) else ()

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.hook.inputs.places import Place
-from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, State
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Place, State
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.writer import Document
 
 PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode", "draft"))
-
-
-class Numbered(NamedTuple):
-    """int [N] each, and the documents that are new. `phase`: indices into PHASES."""
-
-    document: np.ndarray
-    sequence: np.ndarray
-    domain: np.ndarray
-    phase: np.ndarray
-    new: list[Document]
 
 
 class Numbering:
@@ -49,11 +38,6 @@ class Numbering:
             self.domains.append(label)
         return self.domains.index(label)
 
-    def begin(self) -> None:
-        """What is numbered from here on can be undone."""
-        if self._undo is None:
-            self._undo = (self._documents, self._sequences, [])
-
     def discard(self) -> None:
         """Undoes what was numbered since `accept`, as its forward pass failed: the next one takes
         its numbers."""
@@ -70,44 +54,53 @@ class Numbering:
         """Keeps what was numbered since: it was recorded."""
         self._undo = None
 
-    def number(self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray) -> Numbered:
+    def number(
+        self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray
+    ) -> tuple[np.ndarray, list[Document]]:
         """Numbers the tokens of a pass, and notes in `call.after` how far its sequences have
-        come. A position that is not the one before + 1 begins a sequence, or goes on with one that
-        its cache holds; one that is not above the one before begins a document too."""
+        come. Returns the document, sequence, domain and phase (an index into PHASES) of each token,
+        int [4, N], and the documents that are new. A position that is not the one before + 1 begins
+        a sequence, or goes on with one that its cache holds; one that is not above the one before
+        begins a document too."""
+        if self._undo is None:
+            self._undo = (self._documents, self._sequences, [])
         position_N = position_BS[real_BS]
         row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
         of_tokens, by_key, pages = call.keys
-        keys_2N = None if of_tokens is None else of_tokens.numpy()[:, real_BS]
         starts_N = np.ones(len(row_N), bool)
         starts_N[1:] = (row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)
-        if keys_2N is not None:
+        keys_2N = np.zeros((2, len(row_N)), np.int64)
+        if of_tokens is not None:
+            keys_2N = of_tokens.numpy()[:, real_BS]
             starts_N[1:] |= keys_2N[0, 1:] != keys_2N[1, :-1]
             if pages is not None and call.token_BS is not None:
                 token_N = call.token_BS.numpy()[real_BS]
                 keys_2N = pages.keys(keys_2N, token_N, starts_N)
-        places = _places_before(call)
-        after = call.after.state = _extents(call.B, row_N, position_N, starts_N, places)
+        state = _state_before(call)
+        after = call.after.state = _state_after(state, row_N, position_N, starts_N)
         draft_N = _drafts(call, real_BS, row_N, position_N)
         starts_N[1:] |= draft_N[1:] & ~draft_N[:-1]
-        is_resumed = _rolls_back(call.before, call, _first_positions(call))
+        is_resumed = _rolled_back_to(call.before, call) is not None
         new: dict[int, Document] = {}
-        found: list[tuple[int, int, int, int]] = []  # of each segment, as in `Numbered`
+        found: list[tuple[int, int, int, int]] = []  # the four numbers of each segment
         first_N = np.flatnonzero(starts_N)
+        end_N = np.append(first_N, len(row_N))[1:] - 1
         has_drafts = bool(draft_N.any())
         row, before = -1, None  # the segment before, where it is of the same row
         for b, p, last, is_draft, key, key_after in zip(
             row_N[first_N].tolist(),
             position_N[first_N].tolist(),
-            position_N[_ends(first_N, len(row_N))].tolist(),
+            position_N[end_N].tolist(),
             draft_N[first_N].tolist(),
-            *_keys_of_segments(keys_2N, first_N),
+            keys_2N[0, first_N].tolist(),  # before the segment's first token
+            keys_2N[1, end_N].tolist(),  # after its last one
             strict=True,
         ):
             before = before if b == row else None
             if by_key is not None:
                 origin, of_document = self._take(by_key, key), True
             elif before is None:
-                origin = places[b]
+                origin = state.place(b)
                 of_document = not call.is_guess or is_draft or (call.is_branch and p > 0)
             else:
                 origin, of_document = before, is_draft or p > before.last
@@ -116,7 +109,7 @@ class Numbering:
                 and origin is not before
                 and not is_draft
                 and not call.is_branch
-                and _follows(origin, p, is_resumed)
+                and (p == origin.last + 1 or (is_resumed and origin.first < p <= origin.last))
             )
             if origin is not None and goes_on:
                 document, sequence, domain = origin[:3]
@@ -137,12 +130,10 @@ class Numbering:
             found.append((document, sequence, domain, phase))
         if call.stack == "encoder":
             after.last_B[:] = -1  # its decoder's positions begin at 0
-        sizes = _ends(first_N, len(row_N)) + 1 - first_N
-        numbers_4G = np.array(found, np.int32).reshape(-1, 4).T
-        numbers = [np.repeat(values_G, sizes) for values_G in numbers_4G]
-        tokens = np.bincount(numbers[0][~draft_N], minlength=self._documents)
-        documents = [replace(d, tokens=int(tokens[n])) for n, d in new.items()]
-        return Numbered(numbers[0], numbers[1], numbers[2], numbers[3], documents)
+        of_segments_4G = np.array(found, np.int32).reshape(-1, 4).T
+        numbers_4N = np.repeat(of_segments_4G, end_N + 1 - first_N, axis=1)
+        tokens = np.bincount(numbers_4N[0, ~draft_N], minlength=self._documents)
+        return numbers_4N, [replace(d, tokens=int(tokens[n])) for n, d in new.items()]
 
     def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
         """The number and domain of the document that begins in batch row b: that of its label,
@@ -174,12 +165,6 @@ class Numbering:
         values[key] = value
 
 
-def _follows(place: Place, p: int, is_resumed: bool) -> bool:
-    """Whether position p goes on with a sequence: behind its last position, or (`is_resumed`)
-    within the pass that fed it last."""
-    return p == place.last + 1 or (is_resumed and place.first < p <= place.last)
-
-
 def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int:
     """The phase of a segment that has `steps` tokens after its first: decode if it continues a
     sequence by one token, or by several that the model was to verify."""
@@ -190,63 +175,36 @@ def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int
     return DECODE if is_on and (is_one or call.verifies or has_drafts) else PREFILL
 
 
-def _ends(first_G: np.ndarray, N: int) -> np.ndarray:
-    """The last token of each segment, of which the first is given."""
-    return np.append(first_G, N)[1:] - 1
-
-
-def _keys_of_segments(
-    keys_2N: np.ndarray | None, first_N: np.ndarray
-) -> tuple[list[int], list[int]]:
-    """The key of each segment before its first token and after its last one; 0 without keys."""
-    if keys_2N is None:
-        return [0] * len(first_N), [0] * len(first_N)
-    ends_N = _ends(first_N, keys_2N.shape[1])
-    return keys_2N[0, first_N].tolist(), keys_2N[1, ends_N].tolist()
-
-
-def _places_before(call: CallInputs) -> list[Place | None]:
-    """How far the sequence of each batch row had come before the pass; None where it had none."""
-    places: list[Place | None] = [None] * call.B
+def _state_before(call: CallInputs) -> State:
+    """How far the sequence of each batch row had come before the pass."""
     state = call.before.state if call.before is not None else None
+    nowhere = State(np.full((call.B, 3), -1), np.full(call.B, -1), np.full(call.B, -1))
     if call.before is None or state is None or not len(state.last_B):
-        return places
+        return nowhere
     # transformers repeats a row of an encoder's output for each of its beams
     repeats, rest = divmod(call.B, len(state.last_B))
     if rest or (repeats > 1 and call.stack != "decoder"):
-        return places
-    rows = zip(
-        state.numbers_B3.tolist(), state.first_B.tolist(), state.last_B.tolist(), strict=True
-    )
-    found = [Place._make((*numbers, first, last)) for numbers, first, last in rows]
-    for b in range(call.B):
-        place = found[b // repeats]
-        if place.document >= 0:
-            # the beams after the first are sequences of their own
-            last = -2 if b % repeats else place.last - call.before.taken
-            places[b] = place._replace(last=last)
-    return places
+        return nowhere
+    numbers_B3, first_B, last_B = (values_B.repeat(repeats, axis=0) for values_B in state)
+    last_B -= call.before.taken
+    if repeats > 1:  # the beams after the first are sequences of their own
+        last_B[np.arange(call.B) % repeats > 0] = -2
+    return State(numbers_B3, first_B, last_B)
 
 
-def _extents(
-    B: int,
-    row_N: np.ndarray,
-    position_N: np.ndarray,
-    starts_N: np.ndarray,
-    places: Sequence[Place | None],
+def _state_after(
+    before: State, row_N: np.ndarray, position_N: np.ndarray, starts_N: np.ndarray
 ) -> State:
-    """The first and last position of the pass in each batch row; its numbers are those of before
-    until they are known."""
-    numbers_B3, first_B, last_B = np.full((B, 3), -1), np.full(B, -1), np.full(B, -1)
-    for b, place in enumerate(places):
-        if place is not None:
-            numbers_B3[b], last_B[b] = place[:3], place.last
+    """How far each batch row has come with the pass; its numbers are those of before until they are
+    known."""
+    B = len(before.last_B)
+    last_B = np.where(before.numbers_B3[:, 0] >= 0, before.last_B, -1)
     last_B[row_N] = position_N  # of several for one row, the last one is kept
     first_N = np.flatnonzero(starts_N)
-    is_single_B = np.bincount(row_N[first_N], minlength=B) == 1
+    first_B = np.full(B, -1)
     first_B[row_N[first_N]] = position_N[first_N]
-    first_B[~is_single_B] = -1
-    return State(numbers_B3, first_B, last_B)
+    first_B[np.bincount(row_N[first_N], minlength=B) != 1] = -1
+    return State(before.numbers_B3.copy(), first_B, last_B)
 
 
 def _drafts(
@@ -255,33 +213,28 @@ def _drafts(
     """bool [N]: the tokens that were taken back from the cache before the next pass."""
     if call.after.taken > 0:
         return np.nonzero(real_BS)[1] >= call.S - call.after.taken
-    following = call.following
-    if following is not None:
-        first_B = _first_positions(following)
-        if _rolls_back(call.after, following, first_B):
+    if call.following is not None:
+        first_B = _rolled_back_to(call.after, call.following)
+        if first_B is not None:
             return position_N >= first_B[row_N]
     return np.zeros(len(row_N), bool)
 
 
-def _rolls_back(before: CachedRows | None, call: CallInputs, first_B: np.ndarray) -> bool:
-    """Whether a model that keeps its cache to itself is told to go on before the end of what the
-    pass before has fed: each row within that pass, or behind it."""
+def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray | None:
+    """[B]: the first position of each row, where a model that keeps its cache to itself is told to
+    go on before the end of what the pass before has fed: each row within that pass, or behind it.
+    None elsewhere."""
     state = before.state if before is not None else None
-    if not (call.is_guess and call.resumes) or state is None or len(state.last_B) != len(first_B):
-        return False
-    is_within_B = (state.first_B >= 0) & (state.first_B < first_B) & (first_B <= state.last_B + 1)
-    return bool(is_within_B.all())
-
-
-def _first_positions(call: CallInputs) -> np.ndarray:
-    """[B]: the position of the first token of each row, −1 where it has none."""
+    if not (call.is_guess and call.resumes) or state is None or len(state.last_B) != call.B:
+        return None
     call.wait()
-    real_BS, position_BS = call.real_BS(), call.position_BS()
+    real_BS, rows = call.real_BS(), np.arange(call.B)
     if not call.S:
-        return np.full(call.B, -1)
-    first_B = real_BS.argmax(1)
-    rows = np.arange(call.B)
-    return np.where(real_BS[rows, first_B], position_BS[rows, first_B], -1)
+        return None
+    at_B = real_BS.argmax(1)
+    first_B = np.where(real_BS[rows, at_B], call.position_BS()[rows, at_B], -1)
+    is_within_B = (state.first_B >= 0) & (state.first_B < first_B) & (first_B <= state.last_B + 1)
+    return first_B if is_within_B.all() else None
 
 
 def check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:

@@ -1,6 +1,7 @@
-"""The self-check: the first time that a variant of a kernel is to run on a device, its results are
-compared with the reference there, on awkward small cases. Where they differ, or the variant cannot
-be compiled, torch does its work, checked in the same way.
+"""The self-check: the first time that a variant of a kernel is to run on a user's device, its
+results are compared with the reference there, on awkward small cases. Where they differ, or the
+variant cannot be compiled, torch does its work, checked in the same way. What a device has passed
+is kept between runs, in a small file of the user's cache directory.
 
 MOE_INSPECT_SELFCHECK=0 checks nothing, =always checks in every process what an earlier one has
 checked; the default is 1.
@@ -10,32 +11,40 @@ T tokens, K slots, E experts, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import os
+import re
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from moe_inspect.capture.hook.selfcheck import memory
-from moe_inspect.capture.hook.selfcheck.reference import (
+from moe_inspect.capture.hook.kernel_reference import (
     SIZES,
     Case,
     Mismatch,
     check_combine,
     check_dispatch,
     check_record,
-    rows_of,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, plural, print_stderr
+from moe_inspect.trace.files.atomic import draft_of
 
 SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
 COMBINED = (1, 7, 37)  # as H multiplies them
 WIDTHS = (1040, 1037)  # H: of two programs, a multiple of 16 or not
+FINE = ("ok", "not checked")
+MOST = 16  # devices × versions that are remembered
 # of other numbers of tokens:
 TAPES = {1: ("in one page",), 7: ("across the ring's end", "disabled")}
 EDGES = ("across pages", "beyond the limit")
@@ -97,24 +106,15 @@ class Variant:
         limit."""
         weights = "none"
         if self.recorded is not None or self.kernel == "combine":
-            recorded = self.recorded if self.recorded is not None else self.given
-            weights = f"{_name(self.given)} as {_name(recorded)}"
+            weights = f"{_name(self.given)} as {_name(self.recorded or self.given)}"
+        # whether the type of the ids holds −1 and E
+        limits = torch.iinfo(self.ids) if self.ids is not None else None
+        invalid_ids = limits is not None and limits.min < 0 and limits.max >= self.E
+        kind = self.E, self.K
+        how = invalid_ids, self.block, self.P, self.shifted, self.device
         for T in self._tokens(kernels):
             for tape in TAPES.get(T, EDGES) if self.P else ("none",):
-                yield Case(
-                    self.E,
-                    self.K,
-                    T,
-                    "uniform",
-                    self.launches,
-                    self.ids,
-                    weights,
-                    tape,
-                    self._holds_invalid_ids(),
-                    self.block,
-                    self.P,
-                    self.shifted,
-                )
+                yield Case(*kind, T, "uniform", self.launches, self.ids, weights, tape, *how)
 
     @property
     def width(self) -> int:
@@ -133,13 +133,6 @@ class Variant:
             most = kernels.RECORD_BLOCK // self.K
         wanted = COMBINED if self.kernel == "combine" else TOKENS
         return sorted({min(T, most) for T in wanted})
-
-    def _holds_invalid_ids(self) -> bool:
-        """Whether the type of the ids holds −1 and E."""
-        if self.ids is None:
-            return False
-        limits = torch.iinfo(self.ids)
-        return limits.min < 0 and limits.max >= self.E
 
 
 Found = dict[Variant, str]  # "ok", "not checked", or what is wrong
@@ -161,26 +154,30 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(kernels: Any, variant: Variant, by_torch: bool) -> None:
-    """Raises Mismatch where the kernel, or with `by_torch` the torch code in its place, differs
-    from the reference."""
-    device, name = variant.device, variant.kernel
-    code = getattr(kernels, f"{name}_on_device" if by_torch else f"{name}_triton")
+def wrong_with(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
+    """How the results of the kernel, or with `by_torch` of the torch code in its place, differ from
+    the reference, or why there are none; None where they are right."""
+    name = variant.kernel
+    code = getattr(kernels, f"{name}_torch" if by_torch else f"{name}_triton")
     if name == "dispatch" and not by_torch:
         code = functools.partial(code, launches=variant.launches, block=variant.block)
-    for case in variant.cases(kernels):
-        try:
-            if name == "record":
-                check_record(kernels, case, code, device)
-            elif name == "dispatch":
-                check_dispatch(kernels, case, code, device)
-            else:
-                assert variant.y is not None
-                assert variant.out is not None
-                rows = rows_of(kernels, case, variant.grouped, variant.width, variant.y, device)
-                check_combine(kernels, case, code, rows, variant.out, variant.sizes)
-        except Mismatch as error:
-            raise Mismatch(f"{error} of {plural(case.T, 'token')}, {case.tape}") from error
+    try:
+        for case in variant.cases(kernels):
+            try:
+                if name == "record":
+                    check_record(kernels, case, code)
+                elif name == "dispatch":
+                    check_dispatch(kernels, case, code)
+                else:
+                    types = variant.y, variant.out
+                    shape = variant.grouped, variant.width
+                    check_combine(kernels, case, code, *shape, *types, variant.sizes)
+            except Mismatch as error:
+                of = f"of {plural(case.T, 'token')}, {case.tape}"
+                return f"gives a wrong result: {error} {of}"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"cannot be run: {first_line(error)}"
+    return None
 
 
 class SelfCheck:
@@ -206,31 +203,31 @@ class SelfCheck:
     # --- asked at every call: the keys hold what a variant is made from, and no more
 
     def record(self, tape: Any, ids_TK: Any, weights_TK: Any, launches: int) -> bool:
-        ids = ids_TK.dtype if tape.ids is not None else None
+        ids_TK = ids_TK if tape.ids is not None else None
+        ids = ids_TK.dtype if ids_TK is not None else None
         weights = weights_TK.dtype if weights_TK is not None else None
         shifted = shifted_among(ids_TK, weights_TK)
         key = tape.kind, ids, weights, launches, shifted
         found = self._trusted.get(key)
         if found is None:
-            variant = _of_tape("record", tape, ids, weights_TK)
-            found = self._first_use(key, variant(launches=launches, shifted=shifted))
+            made = _variant("record", tape, ids_TK, weights_TK, launches=launches, shifted=shifted)
+            found = self._first_use(key, made)
         return found
 
     def dispatch(
         self, ids_TK: Any, weights_TK: Any, E: int, tape: Any, launches: int, block: int
     ) -> bool:
-        ids = ids_TK.dtype
-        key: tuple[Hashable, ...]
+        weights = where = None
         if tape is None:
-            shifted = shifted_among(ids_TK, None)
-            key = ids_TK.get_device(), E, ids_TK.size(1), ids, launches, block, shifted
+            weights_TK, where = None, (ids_TK.get_device(), E, ids_TK.size(1))
         else:
-            shifted = shifted_among(ids_TK, weights_TK)
-            key = tape.kind, ids, weights_TK.dtype, launches, block, shifted
+            weights, where = weights_TK.dtype, tape.kind
+        shifted = shifted_among(ids_TK, weights_TK)
+        key = where, ids_TK.dtype, weights, launches, block, shifted
         found = self._trusted.get(key)
         if found is None:
-            variant = _of_call("dispatch", ids_TK, weights_TK if tape else None, E, tape)
-            made = variant(launches=launches, block=block, shifted=shifted)
+            how = {"launches": launches, "block": block, "shifted": shifted}
+            made = _variant("dispatch", tape, ids_TK, weights_TK, E, **how)
             found = self._first_use(key, made)
         return found
 
@@ -240,31 +237,33 @@ class SelfCheck:
         ids_TK: Any,
         weights_TK: Any,
         grouped: bool,
-        dtype: Any,
+        out: Any,
         E: int,
         tape: Any,
         sizes: Any = None,
     ) -> bool:
-        H = y_SH.size(1)
-        shifted = shifted_among(ids_TK, weights_TK, y_SH)
+        y, H = y_SH.dtype, y_SH.size(1)
+        aligned, shifted = not H % 16, shifted_among(ids_TK, weights_TK, y_SH)
         written: tuple[bool, ...] = ()
         columns = 0
         if sizes is not None:
             written = tuple(size is not None for size in sizes)
             columns = sys.modules[self._kernels].combine_columns(H, True)
-        kinds = (
-            (ids_TK.dtype, weights_TK.dtype, y_SH.dtype, dtype, grouped, not H % 16, shifted),
-            (written, columns),
-        )
-        key = (y_SH.get_device(), E, ids_TK.size(1), kinds) if tape is None else (tape.kind, kinds)
+        where = (y_SH.get_device(), E, ids_TK.size(1)) if tape is None else tape.kind
+        types = ids_TK.dtype, weights_TK.dtype, y, out
+        key = where, types, grouped, aligned, shifted, written, columns
         found = self._trusted.get(key)
         if found is None:
-            variant = _of_call("combine", ids_TK, weights_TK, E, tape)
-            made = variant(
-                y=y_SH.dtype,
-                out=dtype,
+            made = _variant(
+                "combine",
+                tape,
+                ids_TK,
+                weights_TK,
+                E,
+                y=y,
+                out=out,
                 grouped=grouped,
-                aligned=not H % 16,
+                aligned=aligned,
                 sizes=tuple(n for n, on in zip(SIZES, written, strict=False) if on),
                 columns=columns,
                 shifted=shifted,
@@ -297,12 +296,12 @@ class SelfCheck:
         if wanted == "0":
             return "not checked"
         kernels = sys.modules[self._kernels]
-        environment, name = memory.environment_of(kernels, variant.device), str(variant)
-        if wanted == "1" and name in memory.passed(environment):
+        environment, name = environment_of(kernels, variant.device), str(variant)
+        if wanted == "1" and name in passed(environment):
             return "ok"
         wrong = wrong_with(kernels, variant, by_torch=False)
         if wrong is None:
-            memory.remember(environment, {name})
+            remember(environment, {name})
             return "ok"
         where = f"{variant.kernel} on {device_name(variant.device)}"
         if (also := wrong_with(kernels, variant, by_torch=True)) is not None:
@@ -329,9 +328,6 @@ def summary(found: Found) -> dict[str, str]:
     return told
 
 
-FINE = ("ok", "not checked")
-
-
 def switch() -> str:
     """The value of MOE_INSPECT_SELFCHECK."""
     wanted = os.environ.get(SWITCH) or "1"
@@ -344,29 +340,91 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _of_tape(kernel: str, tape: Any, ids: Any, weights_TK: Any) -> Any:
-    """A Variant of these, but for what differs between kernels."""
-    given = weights_TK.dtype if tape.weights is not None else None
-    recorded = tape.weights.dtype if tape.weights is not None else None
-    device, E, K = tape.cursor.device, tape.experts, tape.K
-    return functools.partial(Variant, kernel, device, E, K, ids, given, recorded, tape.P)
-
-
-def _of_call(kernel: str, ids_TK: Any, weights_TK: Any, E: int, tape: Any) -> Any:
-    """The same; `tape` may be None."""
-    if tape is not None:
-        return _of_tape(kernel, tape, ids_TK.dtype, weights_TK)
+def _variant(
+    kernel: str, tape: Any, ids_TK: Any, weights_TK: Any, E: int = 0, **more: Any
+) -> Variant:
+    """`more`: what differs between kernels. `E`: of a call without a tape."""
+    ids = ids_TK.dtype if ids_TK is not None else None
     given = weights_TK.dtype if weights_TK is not None else None
-    device, K = ids_TK.device, ids_TK.size(1)
-    return functools.partial(Variant, kernel, device, E, K, ids_TK.dtype, given, None, 0)
+    if tape is None:
+        return Variant(kernel, ids_TK.device, E, ids_TK.size(1), ids, given, None, 0, **more)
+    recorded = tape.weights.dtype if tape.weights is not None else None
+    given = given if recorded is not None else None
+    device = tape.cursor.device
+    return Variant(kernel, device, tape.experts, tape.K, ids, given, recorded, tape.P, **more)
 
 
-def wrong_with(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
-    """What is wrong with the results, or why there are none; None where they are right."""
+# --- what a device has passed. What failed is checked again
+
+
+def cache_file() -> Path | None:
+    """$XDG_CACHE_HOME/moe-inspect/selfcheck.json; None for a user without a home."""
     try:
-        run(kernels, variant, by_torch)
-    except Mismatch as error:
-        return f"gives a wrong result: {error}"
-    except Exception as error:  # whatever a compiler or a driver raises
-        return f"cannot be run: {first_line(error)}"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return home / "moe-inspect" / "selfcheck.json"
+
+
+def passed(environment: str) -> set[str]:
+    """The variants that have passed in an environment, as `environment_of` names it. A file that is
+    missing or damaged holds none."""
+    found = _read().get(environment, [])
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+
+
+def remember(environment: str, variants: set[str]) -> None:
+    """Adds variants to the file. Where it cannot be written they are checked again next time."""
+    file = cache_file()
+    if file is None:
+        return
+    known = _read()
+    names = sorted(passed(environment) | variants)
+    known = {**{k: v for k, v in known.items() if k != environment}, environment: names}
+    text = json.dumps(dict(list(known.items())[-MOST:]))
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with draft_of(file) as draft:
+            draft.write_text(text)
+
+
+def _read() -> dict[str, object]:
+    file = cache_file()
+    try:
+        found = json.loads(file.read_text()) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def environment_of(kernels: ModuleType, device: torch.device) -> str:
+    """What a result depends on: the device, its driver, torch, Triton, and our kernels."""
+    name = device.type
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        name = f"{of.name} {getattr(of, 'gcnArchName', '') or f'sm_{of.major}{of.minor}'}"
+    parts = {
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "triton": kernels.triton.__version__ if kernels.triton is not None else None,
+        "moe-inspect": f"{version('moe-inspect')} {_digest(kernels.__file__ or '')}",
+    }
+    return ", ".join([name, *(f"{key} {value}" for key, value in parts.items())])
+
+
+@functools.cache
+def driver_version() -> str | None:
+    """The version of the GPU's kernel driver: NVIDIA's, else AMD's."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\b\d{3,}\.\d[\d.]*", Path("/proc/driver/nvidia/version").read_text())
+        if found:
+            return found[0]
+    with contextlib.suppress(OSError):
+        return Path("/sys/module/amdgpu/version").read_text().strip()
     return None
+
+
+@functools.cache
+def _digest(file: str) -> str:
+    """Of the kernels' source: two checkouts may have the same version."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]

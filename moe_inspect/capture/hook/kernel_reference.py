@@ -7,7 +7,7 @@ T tokens, K slots, E experts, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +50,9 @@ class Case:
     invalid_ids: bool
     block: int | None = None  # slots per program
     P: int = 256  # rows per page
-    shifted: tuple[
-        str, ...
-    ] = ()  # of ids, weights and y: what begins beside a multiple of 16 bytes
+    # of ids, weights and y: what begins beside a multiple of 16 bytes
+    shifted: tuple[str, ...] = ()
+    device: Any = "cpu"
 
     def shift(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, or where it is one of `shifted` a copy that begins beside such an address."""
@@ -80,10 +80,10 @@ class Case:
         return None if name == "none" else getattr(torch, name)
 
 
-def choice(case: Case, seed: int = 0, device: Any = "cpu") -> tuple[Any, Tensor | None]:
+def choice(case: Case) -> tuple[Any, Tensor | None]:
     """(ids, weights) [T, K] as a router of this kind makes them; ids None where the case has
     none."""
-    generator = torch.Generator("cpu").manual_seed(seed + case.T * case.E + case.K)
+    generator = torch.Generator("cpu").manual_seed(case.T * case.E + case.K)
 
     def drawn(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device="cpu")
@@ -99,10 +99,10 @@ def choice(case: Case, seed: int = 0, device: Any = "cpu") -> tuple[Any, Tensor 
         if case.invalid_ids:
             at = drawn(case.T, case.K)
             ids[at < 0.1], ids[at > 0.95] = case.E, -1
-        ids = case.shift("ids", ids.to(device))
+        ids = case.shift("ids", ids.to(case.device))
     if case.given is None:
         return ids, None
-    return ids, case.shift("weights", drawn(case.T, case.K).to(case.given).to(device))
+    return ids, case.shift("weights", drawn(case.T, case.K).to(case.given).to(case.device))
 
 
 # --- record
@@ -121,7 +121,7 @@ def _pages(case: Case) -> int:
     return -(-case.T // case.P) + 2
 
 
-def tape_for(kernels: ModuleType, case: Case, device: Any = "cpu") -> Any:
+def tape_for(kernels: ModuleType, case: Case) -> Any:
     """A tape filled with POISON, one value longer than needed, to detect a write past the end; None
     where the case has none."""
     if case.tape == "none":
@@ -131,10 +131,10 @@ def tape_for(kernels: ModuleType, case: Case, device: Any = "cpu") -> Any:
     values = pages * P * LANES * case.K
 
     def poisoned(dtype: torch.dtype) -> Tensor:
-        return torch.full((values + 1,), POISON, dtype=dtype, device=device)
+        return torch.full((values + 1,), POISON, dtype=dtype, device=case.device)
 
     def state(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, device=case.device)
 
     return kernels.Tape(
         None if case.ids is None else poisoned(torch.uint8 if case.E < 256 else torch.int16),
@@ -179,9 +179,9 @@ def check_tape(case: Case, tape: Any, ids_TK: Tensor | None, weights_TK: Tensor 
 Record = Callable[[Any, "Tensor | None", "Tensor | None"], None]  # tape, ids, weights
 
 
-def check_record(kernels: ModuleType, case: Case, record: Record, device: Any = "cpu") -> None:
-    ids, weights = choice(case, device=device)
-    tape = tape_for(kernels, case, device)
+def check_record(kernels: ModuleType, case: Case, record: Record) -> None:
+    ids, weights = choice(case)
+    tape = tape_for(kernels, case)
     if tape is not None:
         record(tape, ids, weights)
         check_tape(case, tape, ids, weights)
@@ -213,9 +213,9 @@ def check_grouping(case: Case, found: Any, ids_TK: Tensor) -> None:
 Group = Callable[[Tensor, "Tensor | None", int, Any], Any]  # ids, weights, experts, tape
 
 
-def check_dispatch(kernels: ModuleType, case: Case, dispatch: Group, device: Any = "cpu") -> None:
-    ids, weights = choice(case, device=device)
-    tape = tape_for(kernels, case, device)
+def check_dispatch(kernels: ModuleType, case: Case, dispatch: Group) -> None:
+    ids, weights = choice(case)
+    tape = tape_for(kernels, case)
     poison = [t.fill_(POISON * 1000) for t in kernels.empty_dispatch(ids, case.E)]
     del poison  # a GPU's allocator hands out the same memory again: what is not written shows
     found = dispatch(ids, weights, case.E, tape)
@@ -227,42 +227,6 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Group, device: Any
 # --- combine
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Outputs of experts, and what their weighted sum must be."""
-
-    y_SH: Tensor
-    ids: Tensor
-    weights: Tensor
-    grouped: Any  # None: y is in slot order
-    want_TH: Tensor  # float64
-    slots_TKH: Tensor  # float64: the rows of y as they count, in slot order
-
-
-def rows_of(
-    kernels: ModuleType, case: Case, grouped: bool, H: int, dtype: torch.dtype, device: Any = "cpu"
-) -> Rows:
-    """Where `grouped`, rows of slots without an expert hold NaN and count as zero."""
-    ids, weights = choice(case, device="cpu")
-    assert weights is not None
-    generator = torch.Generator("cpu").manual_seed(1)
-    y_SH = torch.randn(case.T * case.K, H, generator=generator, device="cpu").to(dtype)
-    order = kernels.dispatch_torch(ids, None, case.E)
-    slots = y_SH.double()
-    if grouped:
-        y_SH[int(order.offsets[-1]) :] = float("nan")
-        inside = ((ids >= 0) & (ids < case.E)).reshape(-1, 1)
-        slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
-    slots = slots.view(case.T, case.K, H)
-    want = (slots * weights.double().unsqueeze(-1)).sum(1)
-    groups = type(order)(*(t.to(device) for t in order)) if grouped else None
-    y_SH, ids, weights = (
-        case.shift(name, tensor.to(device))
-        for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
-    )
-    return Rows(y_SH, ids, weights, groups, want, slots)
-
-
 SIZES = ("norms", "peaks")
 # y, ids, weights, grouped, dtype of the result, experts, tape, sizes → [T, H]
 Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any, Any], Tensor]
@@ -272,27 +236,47 @@ def check_combine(
     kernels: ModuleType,
     case: Case,
     combine: Combine,
-    rows: Rows,
-    dtype: torch.dtype,
+    grouped: bool,
+    H: int,
+    kind: torch.dtype,
+    out: torch.dtype,
     sizes: tuple[str, ...] = (),
 ) -> None:
-    """A weighted sum against float64; `dtype`: of the result. The tape of the case is written too,
-    where the rows are in slot order, and so are `sizes` of the outputs."""
-    device = rows.y_SH.device
-    tape = tape_for(kernels, case, device) if rows.grouped is None else None
+    """A weighted sum of outputs of a `kind` against float64; `out`: the type of the result. Where
+    the rows are `grouped`, those of slots without an expert hold NaN and count as zero; where they
+    are in slot order, the tape of the case is written too. And so are `sizes` of the outputs."""
+    # the same ids and weights for every device, and so the same outputs
+    ids, weights = choice(replace(case, shifted=(), device="cpu"))
+    generator = torch.Generator("cpu").manual_seed(1)
+    y_SH = torch.randn(case.T * case.K, H, generator=generator, device="cpu").to(kind)
+    order = kernels.dispatch_torch(ids, None, case.E)
+    slots = y_SH.double()
+    if grouped:
+        y_SH[int(order.offsets[-1]) :] = float("nan")
+        inside = ((ids >= 0) & (ids < case.E)).reshape(-1, 1)
+        slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
+    slots_TKH = slots.view(case.T, case.K, H)
+    assert weights is not None
+    want_TH = (slots_TKH * weights.double().unsqueeze(-1)).sum(1)
+    groups = type(order)(*(t.to(case.device) for t in order)) if grouped else None
+    y_SH, ids, weights = (
+        case.shift(name, tensor.to(case.device))
+        for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
+    )
+    tape = None if grouped else tape_for(kernels, case)
     wanted = {name: name in sizes for name in SIZES}
-    measured = kernels.empty_sizes(rows.ids, **wanted) if sizes else None
+    measured = kernels.empty_sizes(ids, **wanted) if sizes else None
     for size in measured or ():
         if size is not None:
             size.fill_(POISON)
-    got = combine(rows.y_SH, rows.ids, rows.weights, rows.grouped, dtype, case.E, tape, measured)
-    require(got.dtype == dtype, "the type of the sum")
-    coarsest = max((rows.y_SH.dtype, rows.weights.dtype, dtype), key=lambda d: torch.finfo(d).eps)
-    assert_close(got.cpu(), rows.want_TH, coarsest)
+    got = combine(y_SH, ids, weights, groups, out, case.E, tape, measured)
+    require(got.dtype == out, "the type of the sum")
+    coarsest = max((kind, weights.dtype, out), key=lambda d: torch.finfo(d).eps)
+    assert_close(got.cpu(), want_TH, coarsest)
     if measured is not None:
-        check_sizes(measured, rows.slots_TKH)
+        check_sizes(measured, slots_TKH)
     if tape is not None:
-        check_tape(case, tape, rows.ids, rows.weights)
+        check_tape(case, tape, ids, weights)
 
 
 def check_sizes(found: Any, slots_TKH: Tensor) -> None:
