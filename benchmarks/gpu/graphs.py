@@ -171,7 +171,7 @@ def compiled(fed: Fed, path: Path) -> None:
 def check_copies(bench: Bench, way: str, recorder: Any, run: Callable[[], Any]) -> None:
     """No launch of a step may take half as long as a copy of the ring's ids, its smaller part,
     would."""
-    ids = recorder.attachment.sinks[""][0].tapes[0].ids
+    ids = recorder.attachment.sinks[0][""].tapes[0].ids
     a = torch.empty(ids.nbytes, dtype=torch.uint8, device=bench.device.type)
     b = torch.empty_like(a)
     copy_us = median_us(bench, lambda: b.copy_(a))

@@ -22,8 +22,8 @@ from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import inputs_of, row_order_of
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
-from moe_inspect.capture.hook.probes import Sinks
-from moe_inspect.capture.hook.stack import Stack, stacks_of
+from moe_inspect.capture.hook.sink import Sinks
+from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Session, TraceOpener
@@ -84,7 +84,10 @@ class Recorder:
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(None if self.sites else self._add, options)
         scopes = self.attachment.scopes
-        self.stacks = stacks_of(self.model, scopes, self.sites, self.attachment.sinks)
+        kinds = self.attachment.kinds
+        self.stacks = {name: Stack(name, of, kinds, self.model) for name, of in scopes.items()}
+        for site, sinks in zip(self.sites, self.attachment.sinks, strict=True):
+            self.stacks[site.stack].add(site, sinks)
         modules = {name: scope.module for name, scope in scopes.items()}
         inputs = inputs_of(self.model, self.sites, options.inputs)
         self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
@@ -272,7 +275,7 @@ class Recorder:
                 "every probe first"
             )
         self.sites.append(site)
-        sinks = self.attachment.add()
+        sinks = self.attachment.add(site)
         stack.add(site, sinks)
         return sinks
 
@@ -301,11 +304,8 @@ class Recorder:
         """These stacks have run for the first time."""
         if not self.sites:
             raise no_routers(self.model, self.options.discover)
-        dtypes = [dtype for stack in new for dtype in stack.fix_shape()]
-        if self._opened:
-            for stack in new:
-                stack.refuse_undeclared()
-        else:
+        dtypes = [dtype for stack in new for dtype in stack.fix_shape(self._opened)]
+        if not self._opened:
             is_bf16 = all(d == torch.bfloat16 for d in dtypes)
             self._open(torch.bfloat16 if is_bf16 else torch.float16)
 

@@ -15,7 +15,8 @@ import torch
 from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.probes import Probes, Sinks
+from moe_inspect.capture.hook.probes import Probes
+from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.capture.manifest import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
@@ -108,8 +109,7 @@ class RoutingMonitor:
         self._sums = Sums(self.model, sites, inputs)
         extras = ("logits",) if logits else ()
         self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
-        for r in range(len(sites)):
-            sinks = {kind: of_kind[r] for kind, of_kind in self._attachment.sinks.items()}
+        for r, sinks in enumerate(self._attachment.sinks):
             self._sums.receive(r, sinks)
         self._attachment.probes = Probes(
             self._attachment.scopes,
@@ -138,7 +138,7 @@ class RoutingMonitor:
     def _add(self, site: Site) -> Sinks:
         """One more router, which a probe shows in the first pass."""
         self._sums.add_router(site)
-        sinks = self._attachment.add()
+        sinks = self._attachment.add(site)
         self._sums.receive(len(self._sums.sites) - 1, sinks)
         return sinks
 

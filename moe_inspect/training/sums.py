@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of, row_order_of
 from moe_inspect.capture.hook.inputs.call_arguments import real_rows
-from moe_inspect.capture.hook.probes import Sinks
+from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site, selection_bias

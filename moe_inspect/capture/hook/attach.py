@@ -25,6 +25,7 @@ from moe_inspect.capture.hook.sink import (
     Records,
     Scope,
     Sink,
+    Sinks,
     before_method,
     dropped_before_call,
     logits_read,
@@ -42,12 +43,11 @@ from moe_inspect.model.wrapped import (
     is_compiled_wrapper,
     wrappers_of,
 )
-from moe_inspect.trace.schema import EXTRAS
 
 
 class Attachment:
-    """`sinks[kind][r]` belongs to `sites[r]` and receives its choices (""), or one of `extras`: the
-    kinds recorded, of `schema.EXTRAS`. A forward pass is a call of the model or, in an
+    """`sinks[r]` belong to `sites[r]` and receive its choices (""), and `extras`: what else is
+    recorded, of `schema.EXTRAS`. A forward pass is a call of the model or, in an
     encoder-decoder, a call of one stack by itself, as `generate` calls the encoder."""
 
     def __init__(
@@ -75,17 +75,16 @@ class Attachment:
         self.one_thread = True  # passes of several threads are refused
         self._handled: BaseException | None = None  # what was being handled when it began
         self._alone: Scope | None = None  # or a call of this stack by itself
-        self.sinks: dict[str, list[Sink]] = {kind: [] for kind in ("", *extras)}
+        self.kinds, self.sinks = ("", *extras), list[Sinks]()
         for site in sites:
-            self._add_sinks(site)
+            self.add(site)
         self.compiled = self.in_compiled = is_compiled(outer)
         self._bracketed = False
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
-        sizes = {k: self.sinks[k] for k in extras if not EXTRAS[k].per_expert}
         called = {
-            site.module: (self.sinks[""][r], {k: of_kind[r] for k, of_kind in sizes.items()})
-            for r, site in enumerate(sites)
+            site.module: sinks
+            for site, sinks in zip(sites, self.sinks, strict=True)
             if site.adapter is None
         }
         self._experts = Takeover(self.model, called, self._watch_experts)
@@ -105,17 +104,13 @@ class Attachment:
         if options.discover:
             self.discovery = Discovery(self.model, self.probes)
 
-    def add(self) -> dict[str, Sink]:
-        """The sinks of one more site, which was added to `sites`, by what they receive."""
-        self._add_sinks(self.sites[-1])
-        return {kind: of_kind[-1] for kind, of_kind in self.sinks.items()}
-
-    def _add_sinks(self, site: Site) -> None:
+    def add(self, site: Site) -> Sinks:
+        """The sinks of one more site."""
         scope = self.scopes[site.stack]
         if site.told is not None:
             site.told.scope = scope
-        for of_kind in self.sinks.values():
-            of_kind.append(Sink(scope))
+        self.sinks.append({kind: Sink(scope) for kind in self.kinds})
+        return self.sinks[-1]
 
     def attach(self) -> None:
         try:
@@ -189,7 +184,7 @@ class Attachment:
 
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            hook = watching(self.sinks[""][r], adapter.choice)
+            hook = watching(self.sinks[r][""], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
@@ -201,8 +196,8 @@ class Attachment:
             self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
-        if "logits" in self.sinks and site.logits_module is not None:
-            hook = watching(self.sinks["logits"][r], logits_read(site))
+        if "logits" in self.kinds and site.logits_module is not None:
+            hook = watching(self.sinks[r]["logits"], logits_read(site))
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
@@ -214,7 +209,7 @@ class Attachment:
         self, r: int, site: Site, choice_of: Callable[..., Any], compiled: bool
     ) -> None:
         """Reads the choice of site r before each call of its module."""
-        module, hook = site.module, watching(self.sinks[""][r], choice_of)
+        module, hook = site.module, watching(self.sinks[r][""], choice_of)
         # (whoever has put a forward there, as accelerate does, may look for it again)
         if not site.method and (compiled or "forward" in vars(module)):
             self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -332,8 +327,8 @@ class Attachment:
             self._eager.release()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or has_compiled()
-        sinks = self.sinks[""]
-        if self.in_compiled and not (sinks and all(sink.tapes for sink in sinks)):
+        have_tapes = bool(self.sinks) and all(sinks[""].tapes for sinks in self.sinks)
+        if self.in_compiled and not have_tapes:
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._eager.hold()

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear
 from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
-from moe_inspect.capture.hook.sink import Sink
+from moe_inspect.capture.hook.sink import Sink, Sinks
 from moe_inspect.errors import MoeInspectError
 
 NAME = "moe_inspect"
@@ -254,14 +254,14 @@ def register() -> None:
 
 
 class Takeover:
-    """Has experts modules of a model run our implementation, for a recorder. `sinks`: of each its
-    choice's sink, and those of its outputs' sizes. `instead`: begins to record them in another way,
-    where they can run another implementation while a tap goes on."""
+    """Has experts modules of a model run our implementation, for a recorder. `sinks`: of each,
+    those of its outputs' sizes too. `instead`: begins to record them in another way, where they can
+    run another implementation while a tap goes on."""
 
     def __init__(
         self,
         model: Any,
-        sinks: Mapping[Any, tuple[Sink, dict[str, Sink]]],
+        sinks: Mapping[Any, Sinks],
         instead: Callable[[], None],
     ):
         self.model, self.sinks, self.instead = model, sinks, instead
@@ -326,11 +326,12 @@ class Takeover:
             if any(map(_runs_ours, self.sinks)):
                 self.model.set_experts_implementation(before)
 
-        for module, (sink, sizes) in self.sinks.items():
+        for module, sinks in self.sinks.items():
             stock = stock_of(module)
+            sizes = {kind: sinks[kind] for kind in Sizes._fields if kind in sinks}
             # (grouping few slots without our kernels would only add steps)
             own = None if sizes and computes else stock
-            setattr(module, TAKEN, Taken(sink, sizes, own, computes, names))
+            setattr(module, TAKEN, Taken(sinks[""], sizes, own, computes, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

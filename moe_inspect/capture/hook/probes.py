@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.sink import Scope, Sink
+from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.routers import Site
@@ -60,9 +60,6 @@ def listen(seen: Seen) -> Callable[[], None]:
     """Passes the probes to `seen` until the function returned is called."""
     _recorders.append(seen)
     return lambda: _recorders.remove(seen)
-
-
-Sinks = Mapping[str, Sink]  # by what they receive: choices (""), or "logits"
 
 
 class Probes:

@@ -6,7 +6,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -114,6 +114,9 @@ class Sink:
 def _take_copies(take: Callable[..., None], *call: Tensor) -> None:
     """(The graph may use its memory again.)"""
     take(*(tensor.clone() for tensor in call))
+
+
+Sinks = Mapping[str, Sink]  # of a router, by what they receive: choices (""), or `schema.EXTRAS`
 
 
 def watching(sink: Sink, read: Callable[..., Any]) -> Callable[..., None]:

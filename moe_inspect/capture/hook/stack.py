@@ -19,7 +19,7 @@ from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.router_calls import Calls
-from moe_inspect.capture.hook.sink import Scope, Sink
+from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in, top_k_of
 from moe_inspect.trace.schema import EXTRAS, Router
@@ -37,8 +37,8 @@ class StackPass(NamedTuple):
 
 
 class Stack:
-    """`sites`: of the stack `name` ("" for a model without two). `sinks`: theirs, by what they
-    receive: "" for choices, else one of `schema.EXTRAS`.
+    """The routers of the stack `name` ("" for a model without two): see `add`. `kinds`: what is
+    recorded of each, "" for choices, else one of `schema.EXTRAS`.
 
     calls   what its routers were called with in the current pass, unless kernels write that to
             tapes
@@ -46,28 +46,17 @@ class Stack:
             pass, or uses them again as output buffers; or because nothing is known of the model's
             code. Of code that is known the first pass tells."""
 
-    def __init__(
-        self,
-        name: str,
-        scope: Scope,
-        sites: Sequence[Site],
-        sinks: Mapping[str, Sequence[Sink]],
-        model: Any,
-    ):
-        self.name, self.scope, self.model = name, scope, model
+    def __init__(self, name: str, scope: Scope, kinds: Sequence[str], model: Any):
+        self.name, self.scope, self.kinds, self.model = name, scope, kinds, model
         self.sites: list[Site] = []
-        self.sinks: dict[str, list[Sink]] = {kind: [] for kind in sinks}
+        self.sinks: list[Sinks] = []  # of each site
         self.routers_of: list[list[int]] = []  # of each site
-        for n, site in enumerate(sites):
-            self.add(site, {kind: of_kind[n] for kind, of_kind in sinks.items()})
         # grouped by site: a layer that runs twice has two. From the config until the first pass
-        self.routers = (
-            [] if not name else [_router(site, 0, top_k_of(site, model)) for site in sites]
-        )
+        self.routers: list[Router] = []
         self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.is_new = True  # it has not run yet, or runs for the first time
-        self.calls: Calls = {kind: [] for kind in self.sinks}
+        self.calls: Calls = {kind: [] for kind in kinds}
         self.copies = True
         self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
@@ -77,18 +66,16 @@ class Stack:
         self.skips = False  # nothing of the current pass is recorded
         scope.begin_graph, scope.in_graph = self.write_calls, False
 
-    def add(self, site: Site, sinks: Mapping[str, Sink]) -> None:
-        """One more site. `sinks`: its own, by what they receive."""
+    def add(self, site: Site, sinks: Sinks) -> None:
+        """One more site, and where its outputs go."""
         n = len(self.sites)
-        self.routers_of.append([n])
         self.sites.append(site)
+        self.sinks.append(sinks)
+        self.routers_of.append([n])
+        if self.name:
+            self.routers.append(_router(site, 0, top_k_of(site, self.model)))
         for kind, sink in sinks.items():
-            self.sinks[kind].append(sink)
             sink.take = partial(self._take, kind, n)
-
-    @property
-    def times(self) -> list[int]:
-        return [len(routers) for routers in self.routers_of]
 
     @property
     def router_range(self) -> range:
@@ -110,7 +97,7 @@ class Stack:
         self.clear()
 
     def clear(self) -> None:
-        self.calls = {kind: [] for kind in self.sinks}
+        self.calls = {kind: [] for kind in self.kinds}
         self._copied = []
 
     def enable(self, on: bool) -> None:
@@ -129,24 +116,49 @@ class Stack:
             values = copies
         self.calls[kind].append((n, values))
 
-    def fix_shape(self) -> list[torch.dtype]:
+    def fix_shape(self, is_declared: bool) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
-        in the config. Returns the dtype of each router's gate weights."""
+        in the config. Returns the dtype of each router's gate weights. MoeInspectError where the
+        routers `is_declared`, which were written before they had run, differ from that."""
         assert self.fed is not None
         T, declared = self.fed.T, self.routers
         if self.scope.is_known:
             self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
             self._copied = []
-        of_site: dict[str, list[list[tuple[Tensor, ...]]]] = {
+        calls_of: dict[str, list[list[tuple[Tensor, ...]]]] = {
             kind: [[] for _ in self.sites] for kind in self.calls
         }
         for kind, calls in self.calls.items():
             for n, values in calls:
-                of_site[kind][n].append(values)
+                calls_of[kind][n].append(values)
         times = [
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
-            for calls in of_site[""]
+            for calls in calls_of[""]
         ]
+        self._check_first(calls_of, times, T)
+        runs = [
+            (site, time, *calls[time])
+            for site, t, calls in zip(self.sites, times, calls_of[""], strict=True)
+            for time in range(t)
+        ]
+        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, ids, _ in runs]
+        self.routers = [_router(site, time, ids.shape[1]) for site, time, ids, _ in runs]
+        ends = np.cumsum(times).tolist()
+        self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
+        self.is_new = False
+        for shown, told in zip(self.routers, declared if is_declared else (), strict=False):
+            if shown != told or len(self.routers) != len(declared):
+                raise MoeInspectError(
+                    f"{shown.path} does not route as declared ({told}): record a forward pass of "
+                    "the whole model first"
+                )
+        return [weights.dtype for *_, weights in runs]
+
+    def _check_first(
+        self, calls_of: dict[str, list[list[tuple[Tensor, ...]]]], times: Sequence[int], T: int
+    ) -> None:
+        """MoeInspectError unless each site was called for every row, as many `times` as its layer
+        ran."""
         for site, t in zip(self.sites, times, strict=True):
             if t > 1 and site.told is not None and stacks_in(self.model):
                 raise MoeInspectError(
@@ -154,35 +166,14 @@ class Stack:
                     "encoder and a decoder, which may see different tokens: record one of them at "
                     "a time"
                 )
-        for kind, of_kind in of_site.items():
+        for kind, of_kind in calls_of.items():
             for site, calls, t in zip(self.sites, of_kind, times, strict=True):
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
-        for site, calls in zip(self.sites, of_site.get("logits", ()), strict=False):
+        for site, calls in zip(self.sites, calls_of.get("logits", ()), strict=False):
             if calls:
                 _refuse_probabilities(site.path, *calls[0])
-        runs = [
-            (site, time, calls[time])
-            for site, t, calls in zip(self.sites, times, of_site[""], strict=True)
-            for time in range(t)
-        ]
-        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
-        ends = np.cumsum(times).tolist()
-        self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
-        self.routers = [_router(site, time, ids.shape[1]) for site, time, (ids, _) in runs]
-        self._declared, self.is_new = declared, False
-        return [weights.dtype for *_, (_, weights) in runs]
-
-    def refuse_undeclared(self) -> None:
-        """MoeInspectError where the routers, which were written before they had run, differ from
-        what was declared."""
-        for shown, declared in zip(self.routers, self._declared, strict=False):
-            if shown != declared or len(self.routers) != len(self._declared):
-                raise MoeInspectError(
-                    f"{shown.path} does not route as declared ({declared}): record a forward "
-                    "pass of the whole model first"
-                )
 
     @property
     def sites_of_routers(self) -> list[int]:
@@ -191,13 +182,14 @@ class Stack:
 
     def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
-        sites, (_, *extras) = self.sites_of_routers, self.sinks
+        sites, (_, *extras) = self.sites_of_routers, self.kinds
         below = [self.sites[n].ids_below for n in sites]
         self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
         self.rings.rewind(self.dropped_rows)
-        for kind, tapes in {"": self.rings.tapes, **self.rings.extra_tapes}.items():
-            for sink, routers in zip(self.sinks[kind], self.routers_of, strict=False):
-                sink.tapes = [tapes[r] for r in routers]
+        tapes = {"": self.rings.tapes, **self.rings.extra_tapes}
+        for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
+            for kind, sink in sinks.items():
+                sink.tapes = [tapes[kind][r] for r in routers]
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
@@ -221,7 +213,7 @@ class Stack:
         for kind, calls in self.calls.items():
             made = [0] * len(self.sites)
             for n, values in calls:
-                tapes = self.sinks[kind][n].tapes
+                tapes = self.sinks[n][kind].tapes
                 tape = tapes[made[n] % len(tapes)]
                 kernels.record(tape, *(values if not kind else (None, *values)))
                 made[n] += 1
@@ -249,7 +241,7 @@ class Stack:
         T, seen = self.fed.T, [0] * len(self.sites)
         for n, (ids, _) in self.calls[""]:
             seen[n] += len(ids)
-        runs = zip(seen, self.times, strict=True)
+        runs = zip(seen, map(len, self.routers_of), strict=True)
         self.check_seen(T, {"": [share for n, t in runs for share in shares(n, t, T)]})
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
@@ -289,22 +281,6 @@ class Stack:
             f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be "
             f"recorded ({why})"
         )
-
-
-def stacks_of(
-    model: Any,
-    scopes: Mapping[str, Scope],
-    sites: Sequence[Site],
-    sinks: Mapping[str, Sequence[Sink]],
-) -> dict[str, Stack]:
-    """The stacks of the model, by name, with the sinks of their routers."""
-
-    def of(name: str, scope: Scope) -> Stack:
-        mine = [r for r, site in enumerate(sites) if site.stack == name]
-        own = {kind: [of_kind[r] for r in mine] for kind, of_kind in sinks.items()}
-        return Stack(name, scope, [sites[r] for r in mine], own, model)
-
-    return {name: of(name, scope) for name, scope in scopes.items()}
 
 
 def shares(n: int, times: int, T: int) -> list[int]:

@@ -17,26 +17,34 @@ from torch import Tensor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in
 
-# (args, kwargs) of the model's call → any of
-#   input_ids       int [B, S], or [S] where a batch is one packed row
-#   inputs_embeds   [B, S, ...], where there are no token ids
-#   position_ids    int [B, S] or [S]; a position that is not above the one before begins a document
-#   attention_mask  [B, S], true for tokens and false for padding
-#   documents, domains  a label for each row of the batch
-#   sequences       a value for each row of the batch, or int [B, S]: the sequence of each token
+# (args, kwargs) of the model's call → any of KEYS
 InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
-KEYS = "input_ids inputs_embeds position_ids attention_mask documents domains sequences".split()
+KEYS = (
+    "input_ids",  # int [B, S], or [S] where a batch is one packed row
+    "inputs_embeds",  # [B, S, ...], where there are no token ids
+    "position_ids",  # int [B, S] or [S]; one that is not above the one before begins a document
+    "attention_mask",  # [B, S], true for tokens and false for padding
+    "documents",  # a label for each row of the batch
+    "domains",  # the same
+    "sequences",  # a value for each row of the batch, or int [B, S]: the sequence of each token
+)
 
 TOKENS = ("input_ids", "tokens", "idx")
 # where in the model's own cache a pass begins: a number, or the position of each token
 IN_CACHE = ("input_pos", "cache_position", "start_pos")
 POSITIONS = ("position_ids", "positions", *IN_CACHE)
-CACHES = "past_key_values past_key_value past_kv past layer_past kv_caches cache".split()
+CACHES = (
+    *("past_key_values", "past_key_value", "past_kv", "past", "layer_past"),
+    *("kv_caches", "cache"),
+)
 PADDING = ("padding_mask", "key_padding_mask")  # true for padding
 LABELS = ("labels", "targets", "target")
-OTHERS = "attention_mask mask loss_mask doc_lens cu_seqlens segment_ids token_type_ids".split()
 # tensors of integers that are no token ids, which a later pipeline stage is given without them
-NOT_TOKENS = {*POSITIONS, *PADDING, *LABELS, *OTHERS}
+NOT_TOKENS = {
+    *(*POSITIONS, *PADDING, *LABELS),
+    *("attention_mask", "mask", "loss_mask", "token_type_ids"),
+    *("doc_lens", "cu_seqlens", "segment_ids"),
+}
 OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
 SAY = "inputs=…, a function of the forward's arguments, must say what its routers are fed"
 
