@@ -167,8 +167,8 @@ def test_an_id_beyond_the_experts_is_no_dropped_one() -> None:
 def test_each_router_has_its_own_ids() -> None:
     sizes = [(torch.device("cpu"), K, E)] * 2
     rings = Rings(sizes, [0, 1], torch.float16, ("logits",), 16, below=[E, 2 * E])
-    assert [tape.experts for tape in rings.tapes] == [E, 2 * E]
-    assert [tape.K for tape in rings.extra_tapes["logits"]] == [E, E]
+    assert [tape.experts for tape in rings.tapes[""]] == [E, 2 * E]
+    assert [tape.K for tape in rings.tapes["logits"]] == [E, E]
     assert rings.writer is not None
     assert [group.E for group in rings.writer.shape.groups][:2] == [E, 2 * E]
 

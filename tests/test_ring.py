@@ -72,7 +72,7 @@ def follow(
         kept = min(T, max(0, held.free_rows))
         assert drop or kept == T
         for r, (K, E) in enumerate(((2, 8), (5, 300))):
-            kernels.record_torch(held.tapes[r], *decisions(held.head, T, K, E))
+            kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
         waiting.append((held.head, T, kept))
         lost += T - kept
         held.end(T)
@@ -186,7 +186,7 @@ def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
     """As when a graph is replayed and replayed: the kernel stops at the limit by itself."""
     held = ring.Ring(CPU, [2], [8], torch.float16, rows=32, page_rows=16)
     for n in range(10):
-        kernels.record_torch(held.tapes[0], *decisions(n * 16, 16, 2, 8))
+        kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
     kept = held.capacity
     assert (
         np.concatenate(held.rows("ids", 0, 0, kept)).tolist()
@@ -329,7 +329,7 @@ class Replay:
     tensors, and not a line of the model's Python."""
 
     def __init__(self, rec: Any, choices: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.launches = list(zip(rec.stacks[""].rings.tapes, choices, strict=True))
+        self.launches = list(zip(rec.stacks[""].rings.tapes[""], choices, strict=True))
 
     def replay(self) -> None:
         for tape, choice in self.launches:
@@ -431,7 +431,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         launched: list[Any] = []
         monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
         model(**batch)
-        assert launched == rec.stacks[""].rings.tapes
+        assert launched == rec.stacks[""].rings.tapes[""]
         capturing[0] = False
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 8
 

@@ -40,7 +40,7 @@ def dispatch_runs(bench: Bench, T: int, E: int, K: int) -> dict[str, list[Callab
     pages = ring.Ring(torch.device(bench.device.type), [K], [E], torch.bfloat16, rows=T)
     pages.limit.fill_(2**62)  # nothing reads its pages
     tape, sets = (
-        pages.tapes[0],
+        pages.tapes[""][0],
         [a_choice(bench, T, E, K) for _ in range(min(4, bench.sizes.calls))],
     )
     runs: dict[str, list[Callable[[], Any]]] = {

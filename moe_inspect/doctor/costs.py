@@ -84,7 +84,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     """What the hooks call on a GPU, with a decode step's 8 tokens or, in several launches, with
     8192."""
     E, K, H = 64, 8, 2048
-    tape = Ring(device, [K], [E], torch.bfloat16, rows=8192).tapes[0]
+    tape = Ring(device, [K], [E], torch.bfloat16, rows=8192).tapes[""][0]
 
     def choice(T: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.randint(0, E, (T, K), device=device)

@@ -80,6 +80,8 @@ class Ring:
     below            of each router: ids from this on are no expert's; None: E
 
     Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values.
+
+    tapes            of each router, by what is written: choices (""), and each of the extras
     """
 
     def __init__(
@@ -93,25 +95,20 @@ class Ring:
         page_rows: int | None = None,
         below: Sequence[int] | None = None,
     ):
-        on_gpu = device.type == "cuda"
+        on_gpu, below = device.type == "cuda", list(below or experts)
         self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
+        passes = FORWARD_PASSES if on_gpu and "logits" not in extras else 1
         # one more, since a forward pass may begin at the end of a page
-        self.pages = (FORWARD_PASSES if on_gpu and "logits" not in extras else 1) * -(
-            -rows // self.P
-        ) + 1
+        self.pages = passes * -(-rows // self.P) + 1
         self.side = side_stream(device, self.pages)
-        self.slots, self.experts = list(slots), list(experts)
-        self.below = list(below or experts)
-        widths = {"ids": self.slots, "weights": self.slots}
+        widths = {"ids": list(slots), "weights": list(slots)}
+        # one value marks slots without an expert, so 256 experts need the wider type
+        kinds = {"ids": torch.uint8 if max(below) < 256 else torch.int16, "weights": weight_dtype}
         for kind in extras:
             widths[kind] = list(map(EXTRAS[kind].width, slots, experts))
-        # one value marks slots without an expert, so 256 experts need the wider type
-        kinds = {
-            "ids": torch.uint8 if max(self.below) < 256 else torch.int16,
-            "weights": weight_dtype,
-            **{name: getattr(torch, extra.dtype) for name, extra in EXTRAS.items()},
-        }
-        lanes = len(self.slots) * (1 + len(extras))
+            kinds[kind] = getattr(torch, EXTRAS[kind].dtype)
+        self.R = len(slots)
+        lanes = self.R * (1 + len(extras))
         widest = max(map(sum, widths.values()))
         if self.capacity * widest >= 2**31:  # the kernels compute offsets in 32 bits
             most = 2**31 // widest // self.P // 2 * self.P
@@ -133,12 +130,12 @@ class Ring:
             self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         self._made = made
-        self.tapes = [self._tape(r, self.slots, "ids", "weights") for r in range(len(slots))]
-        self.extra_tapes = {
+        tensors = {"": ("ids", "weights"), **{kind: ("", kind) for kind in extras}}
+        self.tapes = {
             kind: [
-                self._tape(r, widths[kind], None, kind, n * len(slots)) for r in range(len(slots))
+                self._tape(*of, widths[of[1]], r, n * self.R + r, below[r]) for r in range(self.R)
             ]
-            for n, kind in enumerate(extras, 1)
+            for n, (kind, of) in enumerate(tensors.items())
         }
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
@@ -148,18 +145,18 @@ class Ring:
         self.released = 0  # pages that may be written again, since the beginning
 
     def _tape(
-        self, r: int, widths: list[int], ids: str | None, weights: str, lane: int = 0
+        self, ids: str, weights: str, widths: Sequence[int], r: int, lane: int, below: int
     ) -> Tape:
         return Tape(
-            self._made.get(ids) if ids else None,
+            self._made.get(ids),
             self._made.get(weights),
             self.cursor,
             self.dropped,
             self.limit,
             self.enabled,
-            lane=lane + r,
+            lane,
             K=widths[r],
-            experts=self.below[r],
+            experts=below,
             base=self.P * sum(widths[:r]),
             page_values=self.P * sum(widths),
             P=self.P,
@@ -228,7 +225,7 @@ class Ring:
         """Rows [start, start + count) of router r on the host, as one view per page: [n, K], or
         [n, E] for logits. `kind`: ids, weights or one of the extras. Ids are uint8 or uint16, their
         maximum where a slot has no expert; bfloat16 values are given as their bits, uint16."""
-        tape, tensor = self.extra_tapes.get(kind, self.tapes)[r], self.host[kind]
+        tape, tensor = self.tapes.get(kind, self.tapes[""])[r], self.host[kind]
         if tensor.dtype in (torch.int16, torch.bfloat16):
             tensor = tensor.view(torch.uint16)
         found: list[np.ndarray] = []
@@ -273,7 +270,7 @@ class Rings:
         below: Sequence[int] | None = None,
     ):
         below = below or [E for _, _, E in routers]
-        self._of: list[tuple[Ring, int]] = [None] * len(routers)  # type: ignore[list-item]
+        of: dict[int, tuple[Ring, int]] = {}
         self._rings: list[Ring] = []
         for device in dict.fromkeys(d for d, _, _ in routers):
             local = [r for r, (d, _, _) in enumerate(routers) if d == device]
@@ -287,19 +284,17 @@ class Rings:
                 below=[below[r] for r in local],
             )
             self._rings.append(ring)
-            for n, r in enumerate(local):
-                self._of[r] = (ring, n)
-        self.tapes = [ring.tapes[n] for ring, n in self._of]
-        self.extra_tapes = {
-            kind: [ring.extra_tapes[kind][n] for ring, n in self._of] for kind in extras
-        }
+            of |= {r: (ring, n) for n, r in enumerate(local)}
+        self._of = [of[r] for r in range(len(routers))]  # the ring of each, and its place there
+        self.kinds = ("", *extras)
+        self.tapes = {kind: [ring.tapes[kind][n] for ring, n in self._of] for kind in self.kinds}
         # what the model has written can be read without waiting
         self.synchronous = all(ring.side is None for ring in self._rings)
         self.writer: TapeWriter | None = None
         first = self._rings[0]
         if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
             shape = PassShape(routers, sites, extras, below)
-            self.writer = TapeWriter(shape, {"": self.tapes, **self.extra_tapes})
+            self.writer = TapeWriter(shape, self.tapes)
         self.head = 0  # the position at which the next forward pass begins, of each ring
         self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
@@ -368,8 +363,8 @@ class Rings:
             for ring, cursor in zip(self._rings, cursors, strict=True)
         }
         return {
-            kind: [rows_of[id(ring)][place * len(ring.tapes) + n] for ring, n in self._of]
-            for place, kind in enumerate(("", *self.extra_tapes))
+            kind: [rows_of[id(ring)][place * ring.R + n] for ring, n in self._of]
+            for place, kind in enumerate(self.kinds)
         }
 
     def dropped(self) -> list[int]:

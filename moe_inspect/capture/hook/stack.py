@@ -186,10 +186,9 @@ class Stack:
         below = [self.sites[n].ids_below for n in sites]
         self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
         self.rings.rewind(self.dropped_rows)
-        tapes = {"": self.rings.tapes, **self.rings.extra_tapes}
         for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
             for kind, sink in sinks.items():
-                sink.tapes = [tapes[kind][r] for r in routers]
+                sink.tapes = [self.rings.tapes[kind][r] for r in routers]
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
