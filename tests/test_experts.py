@@ -53,6 +53,14 @@ def routing(model: Any, path: Path, run: Callable[[Any], Any], **options: Any) -
     return moe_inspect.open_trace(path).routing()
 
 
+def fed(model: Any, batches: Any, outputs: list[torch.Tensor] | None = None) -> None:
+    """Runs the batches, and keeps the logits."""
+    for batch in batches:
+        logits = model(**batch).logits
+        if outputs is not None:
+            outputs.append(logits)
+
+
 # --- whole models
 
 
@@ -67,15 +75,9 @@ def test_through_the_kernels_a_model_computes_what_stock_does(
     with torch.no_grad():
         stock = model(**inputs).logits
     ours: list[torch.Tensor] = []
-    tapped = routing(
-        model, tmp_path / "tap", lambda m: [m(**inputs) for _ in range(2)], capture="tap"
-    )
-    dispatched = routing(
-        model,
-        tmp_path / "dispatch",
-        lambda m: ours.extend(m(**inputs).logits for _ in range(2)),
-        capture="dispatch",
-    )
+    twice = [inputs, inputs]
+    tapped = routing(model, tmp_path / "tap", lambda m: fed(m, twice), capture="tap")
+    dispatched = routing(model, tmp_path / "d", lambda m: fed(m, twice, ours), capture="dispatch")
     assert all(torch.equal(o, stock) for o in ours)
     assert tapped.equals(dispatched)
     assert len(tapped) == 2 * sum(LENGTHS) * len(find_routers(model))
@@ -203,6 +205,14 @@ def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tenso
     ]
 
 
+def assert_as_stock(made: Any, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    """Without a gradient: the fused sum."""
+    with torch.no_grad():
+        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
+            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
+            assert torch.equal(experts.experts_forward(made, *given), stock(made, *given))
+
+
 @pytest.mark.parametrize("T", [0, 1, 7, 50])
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_are_those_of_stock(
@@ -214,12 +224,7 @@ def test_output_and_gradients_are_those_of_stock(
     )
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    with torch.no_grad():  # the fused sum
-        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
-            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
-            assert torch.equal(
-                experts.experts_forward(made, *arguments(T)), stock(made, *arguments(T))
-            )
+    assert_as_stock(made, monkeypatch, arguments(T))
     if T:
         assert not torch.equal(ours[0], ours[0] + 1e-6)
 
@@ -236,43 +241,30 @@ def test_other_ranks_slots_take_no_part(
     )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert all(a.isfinite().all() for a in ours)
-    given = arguments(20, sentinels=True)
-    with torch.no_grad():
-        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
-            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
-            assert torch.equal(experts.experts_forward(made, *given), stock(made, *given))
+    assert_as_stock(made, monkeypatch, arguments(20, sentinels=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("weights", "given", "result", "slack"),
+    [
+        (torch.float16, torch.float16, torch.float16, 0.0),
+        # (the interpreter rounds float32 to bfloat16 otherwise than torch)
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, 0.02),
+        # autocast: the norm before the experts gives float32
+        (torch.bfloat16, torch.float32, torch.float32, 0.0),
+    ],
+)
 def test_in_other_types(
-    dtype: torch.dtype, on_triton: None, monkeypatch: pytest.MonkeyPatch
+    weights: Any, given: Any, result: Any, slack: float, on_triton: None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
-    made, given = module("plain", dtype), arguments(20, dtype)
-    with torch.no_grad():
+    made, fed_with = module("plain", weights), arguments(20, given)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=given != weights):
         ours, theirs = (
-            experts.experts_forward(made, *given),
-            grouped_mm_experts_forward(made, *given),
+            f(made, *fed_with) for f in (experts.experts_forward, grouped_mm_experts_forward)
         )
-    assert ours.dtype == theirs.dtype == dtype
-    # (the interpreter rounds float32 to bfloat16 otherwise than torch)
-    assert (
-        torch.equal(ours, theirs)
-        if dtype != torch.bfloat16
-        else (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
-    )
-
-
-def test_autocast(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
-    made, (hidden, ids, weights) = module("plain", torch.bfloat16), arguments(20)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # the norm before it gives float32
-        ours, theirs = (
-            f(made, hidden, ids, weights)
-            for f in (experts.experts_forward, grouped_mm_experts_forward)
-        )
-    assert ours.dtype == theirs.dtype == torch.float32
-    assert torch.equal(ours, theirs)
+    assert ours.dtype == theirs.dtype == result
+    assert (ours - theirs).abs().max() <= slack * theirs.abs().max()
 
 
 def test_copies_are_made_for_few_slots_without_a_gradient(
@@ -282,12 +274,8 @@ def test_copies_are_made_for_few_slots_without_a_gradient(
     need."""
     made = module("plain")
     monkeypatch.setattr(experts, "_copied", lambda *given: "copied")
-    assert [experts.are_few(s, e) for s, e in ((64, 64), (65, 128), (16, 8), (8, 8))] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    sizes = ((64, 64), (65, 128), (16, 8), (8, 8))
+    assert [experts.are_few(*size) for size in sizes] == [True, False, False, True]
     with torch.no_grad():
         assert experts.experts_forward(made, *arguments(2)) == "copied"
         # 9 slots of 6 experts
@@ -312,12 +300,8 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
     with torch.no_grad():
         bare = model(**few).logits
     outputs: list[torch.Tensor] = []
-    found = routing(
-        model,
-        tmp_path / "d",
-        lambda m: outputs.extend(m(**b).logits for b in (few, many, few)),
-        capture="dispatch",
-    )
+    in_turn = (few, many, few)
+    found = routing(model, tmp_path / "d", lambda m: fed(m, in_turn, outputs), capture="dispatch")
     eager = implementation == "eager"  # its loop is no entry of the registry
     assert [slots <= experts.FEW_SLOTS for slots in grouped].count(True) == (4 if eager else 0)
     assert len(grouped) == (6 if eager else 2)
@@ -325,9 +309,7 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
         assert all(torch.equal(bare, outputs[n]) for n in (0, 2))
     assert set(model.get_experts_implementation().values()) == {implementation}
     assert not any(hasattr(s.module, experts.TAKEN) for s in find_routers(model))
-    tapped = routing(
-        model, tmp_path / "t", lambda m: [m(**b) for b in (few, many, few)], capture="tap"
-    )
+    tapped = routing(model, tmp_path / "t", lambda m: fed(m, in_turn), capture="tap")
     # the sums of a loop and of ours differ in their last bits: so do weights, kept as float16
     pd.testing.assert_frame_equal(found, tapped, check_exact=not eager, rtol=1e-3)
 
@@ -339,19 +321,17 @@ def test_what_dispatch_cannot_take_over_is_tapped() -> None:
     model = build("olmoe")
     sites = find_routers(model)
     assert mode_of(model, sites, "dispatch") == "dispatch"
+
+    def refuses(why: str) -> None:
+        assert mode_of(model, sites, "auto") == "tap"
+        with pytest.raises(MoeInspectError, match=f"OlmoeForCausalLM {why}: use --capture tap"):
+            mode_of(model, sites, "dispatch")
+
     sites[1].module._is_expert_parallel = True
-    assert mode_of(model, sites, "auto") == "tap"
-    with pytest.raises(
-        MoeInspectError, match="OlmoeForCausalLM runs expert-parallel: use --capture tap"
-    ):
-        mode_of(model, sites, "dispatch")
+    refuses("runs expert-parallel")
     sites[1].module._is_expert_parallel = False
     sites[1].module.__class__ = type("FP8Experts", (type(sites[1].module),), {})
-    assert mode_of(model, sites, "auto") == "tap"
-    with pytest.raises(
-        MoeInspectError, match="OlmoeForCausalLM has FP8 experts: use --capture tap"
-    ):
-        mode_of(model, sites, "dispatch")
+    refuses("has FP8 experts")
 
 
 def test_a_release_that_hands_over_local_ids_is_refused() -> None:
@@ -400,88 +380,78 @@ def test_compiled_whole_it_records_the_same(
     capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """fullgraph: a graph break would raise. dynamic: other lengths need no other graph."""
-    batches = [
-        token_batch(lengths, n)
-        for n, lengths in enumerate([[9, 5, 12], [7, 20, 3], [31, 2, 4], [9, 5, 12]])
-    ]
+    lengths = [[9, 5, 12], [7, 20, 3], [31, 2, 4], [9, 5, 12]]
+    batches = [token_batch(of_rows, n) for n, of_rows in enumerate(lengths)]
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_gpu)
     model = build("olmoe")
-    outputs: dict[str, list[torch.Tensor]] = {"eager": [], "compiled": []}
-    eager = routing(
-        model,
-        tmp_path / "e",
-        lambda m: outputs["eager"].extend(m(**b).logits for b in batches),
-        capture=capture,
-    )
+    wanted, outputs = list[torch.Tensor](), list[torch.Tensor]()
+    eager = routing(model, tmp_path / "e", lambda m: fed(m, batches, wanted), capture=capture)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     counters.clear()
-    found = routing(
-        compiled,
-        tmp_path / "c",
-        lambda m: outputs["compiled"].extend(m(**b).logits for b in batches),
-        capture=capture,
-    )
+    found = routing(compiled, tmp_path / "c", lambda m: fed(m, batches, outputs), capture=capture)
     assert found.equals(eager)
     assert counters["stats"]["unique_graphs"] == 1
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs.values(), strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, outputs, strict=True))
     with torch.no_grad():  # detached, it is compiled anew, and records no more
-        assert torch.allclose(compiled(**batches[0]).logits, outputs["eager"][0], atol=1e-5)
+        assert torch.allclose(compiled(**batches[0]).logits, wanted[0], atol=1e-5)
     assert len(moe_inspect.open_trace(tmp_path / "c").routing()) == len(eager)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["model.compile()", "each layer"])
-def test_compiled_in_place_it_records_the_same(part: str, tmp_path: Path) -> None:
-    model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)])
-    for compiled in [model] if part == "model.compile()" else model.model.layers:
-        compiled.compile(backend="eager")
-        with torch.no_grad():
-            model(**inputs)  # it has been compiled before it is recorded
-    assert routing(model, tmp_path / "c", lambda m: [m(**inputs) for _ in range(2)]).equals(eager)
+INPUTS = token_batch(LENGTHS)
 
 
-@pytest.mark.slow
-def test_what_generate_compiles_for_decoding_records_the_same(tmp_path: Path) -> None:
+def in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def layer_by_layer(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def for_decoding(model: Any) -> Any:
+    """As `generate` compiles a model."""
     from transformers.generation.configuration_utils import CompileConfig
 
-    model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(
-        model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)], capture="dispatch"
-    )
+    how = CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None)
+    return lambda **inputs: model.get_compiled_call(how)(**inputs)
 
-    def run(m: Any) -> None:
-        m(**inputs)
-        compiled = m.get_compiled_call(
-            CompileConfig(fullgraph=True, dynamic=True, backend="aot_eager", mode=None)
-        )
-        compiled(**inputs)
 
-    assert routing(model, tmp_path / "c", run, capture="dispatch").equals(eager)
-    assert "get_compiled_call" not in vars(model)
+def from_outside(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def around_a_step(model: Any) -> Any:
+    return torch.compile(lambda **inputs: model(**inputs).logits.sum(), backend="eager")
+
+
+OUTSIDE = [(from_outside, True), (from_outside, False), (around_a_step, False)]
+COMPILED = [(in_place, True), (layer_by_layer, True), (for_decoding, False), *sample(OUTSIDE, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", sample(["before", "within", "around a step"], 2))
-def test_compiled_behind_the_recorders_back_it_records_the_same(when: str, tmp_path: Path) -> None:
-    """record(model) where torch.compile(model) is called: at the cost of a graph break, nothing
-    goes unseen."""
-    model, inputs = build("olmoe"), token_batch(LENGTHS)
-    eager = routing(model, tmp_path / "e", lambda m: [m(**inputs) for _ in range(2)])
-    before = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        before(**inputs)
+@pytest.mark.parametrize(("compiled", "before"), COMPILED)
+def test_compiled_in_part_or_behind_the_recorders_back_it_records_the_same(
+    compiled: Callable[[Any], Any], before: bool, tmp_path: Path
+) -> None:
+    """`before`: it has been compiled before it is recorded. Where torch.compile is called from
+    outside, at the cost of a graph break, nothing goes unseen."""
+    model, capture = build("olmoe"), "dispatch" if compiled is for_decoding else "auto"
+    eager = routing(model, tmp_path / "e", lambda m: fed(m, [INPUTS, INPUTS]), capture=capture)
+    called = compiled(model) if before else None
+    if called is not None:
+        with torch.no_grad():
+            called(**INPUTS)
 
     def run(m: Any) -> None:
-        if when == "around a step":
-            called = torch.compile(lambda: m(**inputs).logits.sum(), backend="eager")
-        else:
-            compiled = before if when == "before" else torch.compile(m, backend="eager")
-            called = lambda: compiled(**inputs)  # noqa: E731
+        now = called or compiled(m)
         for _ in range(2):
-            called()
+            now(**INPUTS)
 
-    assert routing(model, tmp_path / "c", run).equals(eager)
+    assert routing(model, tmp_path / "c", run, capture=capture).equals(eager)
+    assert "get_compiled_call" not in vars(model)
 
 
 def test_recordings_may_end_in_the_order_they_began(tmp_path: Path) -> None:
@@ -525,14 +495,8 @@ def test_generate_records_prefill_and_decode(capture: str, on_triton: None, tmp_
         "attention_mask": torch.ones(1, 6, dtype=torch.long),
     }
     text: list[torch.Tensor] = []
-
-    def run(m: Any) -> None:
-        text.append(
-            m.generate(
-                **prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1
-            )
-        )
-
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 8}
+    run = lambda m: text.append(m.generate(**prompt, **greedy))  # noqa: E731
     found = routing(model, tmp_path / "t", run, capture=capture)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.tokens().phase.value_counts().to_dict() == {"decode": 7, "prefill": 6}

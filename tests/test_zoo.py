@@ -45,8 +45,15 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     return zoo.inputs(family, LENGTHS[:1] if family in zoo.ALONE else LENGTHS)
 
 
+def made(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The model and a batch for it."""
+    if family not in BUILT:
+        pytest.skip(f"no {family} in this release, or it crashes")
+    return zoo.build(family), batch(family)
+
+
 def recorded(
-    model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: str, **options: Any
+    model: Any, path: Path, inputs: dict[str, torch.Tensor], capture: str = "tap", **options: Any
 ) -> moe_inspect.Trace:
     with moe_inspect.record(model, path, capture=capture, **options), torch.no_grad():
         model(**inputs)
@@ -54,11 +61,9 @@ def recorded(
 
 
 def slots(trace: moe_inspect.Trace, router: int, prefix: str) -> np.ndarray:
-    table = trace.routing()
-    table = table[table.router == router]
-    return table[
-        [c for c in table if c.startswith(prefix)][: trace.routers[router].top_k]
-    ].to_numpy(np.float64)
+    table = trace.routing(router=router)
+    names = [c for c in table if c.startswith(prefix)][: trace.routers[router].top_k]
+    return table[names].to_numpy(np.float64)
 
 
 def fed_to(site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
@@ -72,15 +77,11 @@ def fed_to(site: Site, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 def last_matrices(owner: torch.nn.Module, experts: int) -> list[torch.Tensor]:
     """The last matrix of each expert."""
     if isinstance(owner, torch.nn.ModuleDict):
-        return [
-            [p for p in expert.parameters() if p.dim() == 2][-1].detach()
-            for name, expert in owner.items()
-            if name.startswith("expert_")
-        ]
-    stacked = [p for p in owner.parameters() if (p.dim() == 3 and len(p) >= experts)]
-    stacked = stacked or [
-        p.view(experts, -1, p.shape[1]) for p in owner.parameters() if p.dim() == 2
-    ]
+        of_experts = [expert for name, expert in owner.items() if name.startswith("expert_")]
+        return [[p for p in e.parameters() if p.dim() == 2][-1].detach() for e in of_experts]
+    parameters = list(owner.parameters())
+    stacked = [p for p in parameters if p.dim() == 3 and len(p) >= experts]
+    stacked = stacked or [p.view(experts, -1, p.shape[1]) for p in parameters if p.dim() == 2]
     return list(stacked[-1].detach())
 
 
@@ -96,14 +97,13 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
 
     def watch(name: str) -> Any:
-        return lambda m, a, out: seen[name].append(
-            (out[0] if isinstance(out, tuple) else out).reshape(T, -1)
-        )
+        def hook(module: Any, args: Any, out: Any) -> None:
+            seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
 
-    hooks = [
-        m.register_forward_hook(watch(n))
-        for n, m in (("block", parent), ("layer", model.get_submodule(inside[0])))
-    ]
+        return hook
+
+    watched = {"block": parent, "layer": model.get_submodule(inside[0])}
+    hooks = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
     try:
         with torch.no_grad():
             model(**inputs)
@@ -131,12 +131,9 @@ def handed_over(
             tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
             ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
             if ids is not None:
-                weights = next(
-                    t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape
-                ).float()
-                received[r] = weights.masked_fill(
-                    (ids < 0) | (ids >= sites[r].experts), -torch.inf
-                ).numpy()
+                fits = (t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape)
+                nowhere = (ids < 0) | (ids >= sites[r].experts)
+                received[r] = next(fits).float().masked_fill(nowhere, -torch.inf).numpy()
             return forward(*args, **kwargs)
 
         return watched
@@ -177,7 +174,7 @@ def test_a_choice_is_not_changed_after_it_was_handed_over(
         take(stack, kind, n, *values)
 
     monkeypatch.setattr(Stack, "_take", noting)
-    model, inputs = zoo.build(family), batch(family)
+    model, inputs = made(family)
     for capture in ("tap", "dispatch") if found(family)[1] == "dispatch, tap" else ("tap",):
         handed.clear()
         with moe_inspect.record(model, tmp_path / capture, capture=capture) as recorder:
@@ -245,25 +242,21 @@ def test_none_is_skipped() -> None:
 
 @pytest.mark.parametrize("family", BUILT)
 def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
-    model, inputs = zoo.build(family), batch(family)
+    model, inputs = made(family)
     with torch.no_grad():
         bare = zoo.outputs(model, inputs)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
         assert torch.equal(bare, zoo.outputs(model, inputs))
     trace = moe_inspect.open_trace(tmp_path / "t")
     sites = find_routers(model)
-    assert trace.n_tokens == sum(
-        fed_to(site, inputs).sum() for site in {s.stack: s for s in sites}.values()
-    )
+    stacks = {s.stack: s for s in sites}
+    assert trace.n_tokens == sum(fed_to(site, inputs).sum() for site in stacks.values())
     assert len(trace.routers) >= len(sites)
     assert {r.layer for r in trace.routers} == {s.layer for s in sites}
     assert_first_choice_first(trace)
-    experts = [c for c in trace.routing() if c.startswith("expert_")]
-    assert (
-        recorded(model, tmp_path / "ids", inputs, "tap", weights=False)
-        .routing()[experts]
-        .equals(trace.routing()[experts])
-    )
+    experts = trace.routing().filter(like="expert_")
+    without = recorded(model, tmp_path / "ids", inputs, weights=False)
+    assert without.routing()[list(experts)].equals(experts)
     if found(family)[1] == "dispatch, tap":
         with moe_inspect.record(model, tmp_path / "d", capture="dispatch"), torch.no_grad():
             assert torch.allclose(bare, zoo.outputs(model, inputs), atol=1e-5)
@@ -271,35 +264,26 @@ def test_recorded_is_what_executed(family: str, tmp_path: Path) -> None:
         assert dispatched.n_tokens == trace.n_tokens
         assert dispatched.routing().equals(trace.routing())
         assert_first_choice_first(dispatched)
-        assert (
-            recorded(model, tmp_path / "dids", inputs, "dispatch", weights=False)
-            .routing()[experts]
-            .equals(trace.routing()[experts])
-        )
+        without = recorded(model, tmp_path / "dids", inputs, "dispatch", weights=False)
+        assert without.routing()[list(experts)].equals(experts)
     if family in UNDISTURBED:
         return
     executed = handed_over(model, sites, inputs)
     assert any(w is not None for w in executed) or found(family)[1].startswith("adapter")
     for r, site in enumerate(sites):
-        ids, weights, real = (
-            slots(trace, r, "expert_"),
-            slots(trace, r, "weight_"),
-            fed_to(site, inputs),
-        )
+        ids, weights = (slots(trace, r, prefix) for prefix in ("expert_", "weight_"))
+        real = fed_to(site, inputs)
         if (w := executed[r]) is not None:
             there, ordered = ~np.isnan(ids), -np.sort(-w[real], axis=1)
             # 2^-25 is half the step of the smallest half-precision numbers
-            assert (
-                np.abs(weights - ordered)[there] <= 2**-10 * np.abs(ordered)[there] + 2**-25
-            ).all()
+            slack = 2**-10 * np.abs(ordered) + 2**-25
+            assert (np.abs(weights - ordered) <= slack)[there].all()
         chosen = np.zeros((len(ids), site.experts), bool)
         # a weight of zero leaves no trace in the output
         row, slot = np.nonzero(~np.isnan(ids) & (weights != 0))
         chosen[row, ids[row, slot].astype(int)] = True
         changed = disturbed(model, site, inputs)[real]
-        assert (chosen == changed).all(), (
-            f"{site.path}: {(chosen != changed).sum()} of {changed.sum()}"
-        )
+        assert (chosen == changed).all(), f"{site.path}: {(chosen != changed).sum()}"
         assert np.isnan(ids).sum() == 0 or family in ("zaya", "longcat_flash")
 
 
@@ -338,10 +322,8 @@ def test_a_saved_model_routes_as_the_one_that_was_saved(
         for batch in [[row] for row in rows] if family in zoo.ALONE else [rows]:
             longest = max(map(len, batch))
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
-            model(
-                input_ids=torch.tensor([row + [0] * (longest - len(row)) for row in batch]),
-                attention_mask=mask,
-            )
+            padded = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
+            model(input_ids=padded, attention_mask=mask)
     again = moe_inspect.open_trace(tmp_path / "t").routing()
     assert len(again) == len(routing)
     ids = [c for c in routing if c.startswith("expert_")]
@@ -360,7 +342,7 @@ def tokens_in_order(trace: moe_inspect.Trace) -> Any:
 @pytest.mark.parametrize("family", sample((f for f in BUILT if f not in zoo.ALONE), 3))
 def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> None:
     model, inputs = zoo.build(family), zoo.inputs(family, LENGTHS)
-    together = recorded(model, tmp_path / "together", inputs, "tap")
+    together = recorded(model, tmp_path / "together", inputs)
     with moe_inspect.record(model, tmp_path / "alone", capture="tap"), torch.no_grad():
         for row, length in enumerate(LENGTHS):
             model(**zoo.alone(inputs, row, length))
@@ -377,21 +359,17 @@ def test_a_document_routes_alone_as_in_a_batch(family: str, tmp_path: Path) -> N
 
 
 def test_a_skipped_token_is_routed_nowhere(tmp_path: Path) -> None:
-    if "zaya" not in BUILT:
-        pytest.skip("no zaya in this release")
-    trace = recorded(zoo.build("zaya"), tmp_path / "t", zoo.inputs("zaya", [200]), "tap")
-    ids, weights = trace.routing().expert_0, trace.routing().weight_0
+    model, _ = made("zaya")
+    table = recorded(model, tmp_path / "t", zoo.inputs("zaya", [200])).routing()
+    ids, weights = table.expert_0, table.weight_0
     assert 0 < ids.isna().sum() < len(ids)
     assert (ids.isna() == weights.isna()).all()
     assert (weights.dropna() > 0).all()
 
 
 def test_identity_experts_are_no_experts(tmp_path: Path) -> None:
-    if "longcat_flash" not in BUILT:
-        pytest.skip("no longcat_flash in this release")
-    trace = recorded(
-        zoo.build("longcat_flash"), tmp_path / "t", zoo.inputs("longcat_flash", [100]), "tap"
-    )
+    model, _ = made("longcat_flash")
+    trace = recorded(model, tmp_path / "t", zoo.inputs("longcat_flash", [100]))
     assert {r.experts for r in trace.routers} == {8}
     ids = slots(trace, 0, "expert_")
     assert np.isnan(ids).any()
@@ -399,36 +377,27 @@ def test_identity_experts_are_no_experts(tmp_path: Path) -> None:
 
 
 def test_doge_looks_up_what_is_recorded(tmp_path: Path) -> None:
-    if "doge" not in BUILT:
-        pytest.skip("doge crashes in this release")
-    model, inputs = zoo.build("doge"), batch("doge")
-    looked_up: dict[str, list[np.ndarray]] = {}
-    for path, m in model.named_modules():
+    model, inputs = made("doge")
+    looked_up: list[np.ndarray] = []
+    for path, module in model.named_modules():
         if path.endswith("down_embed"):
-            m.register_forward_hook(
-                lambda m, a, out, path=path: looked_up.setdefault(path, []).append(
-                    a[0].numpy().copy()
-                )
-            )
-    trace = recorded(model, tmp_path / "t", inputs, "tap")
+            module.register_forward_hook(lambda m, a, out: looked_up.append(a[0].numpy().copy()))
+    trace = recorded(model, tmp_path / "t", inputs)
     assert len(trace.routers) == len(looked_up) == 4
-    for r, calls in enumerate(looked_up.values()):
-        assert (
-            slots(trace, r, "expert_") == calls[0].reshape(len(calls[0].reshape(-1)) // 3, 3)
-        ).all()
+    for r, ids in enumerate(looked_up):
+        assert (slots(trace, r, "expert_") == ids.reshape(-1, 3)).all()
 
 
 def test_two_routers_in_a_block(tmp_path: Path) -> None:
-    trace = recorded(zoo.build("jetmoe"), tmp_path / "t", batch("jetmoe"), "tap")
+    model, inputs = made("jetmoe")
+    trace = recorded(model, tmp_path / "t", inputs)
     assert [r.layer for r in trace.routers] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert ["self_attention" in r.path for r in trace.routers] == [True, False] * 4
     assert (slots(trace, 0, "expert_") != slots(trace, 1, "expert_")).any()
 
 
 def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
-    if "inkling2_loop" not in BUILT:
-        pytest.skip("no inkling2_loop in this release")
-    model, inputs = zoo.build("inkling2_loop"), batch("inkling2_loop")
+    model, inputs = made("inkling2_loop")
     seen: dict[str, list[np.ndarray]] = {}
     sites = find_routers(model)
     for site in sites:
@@ -448,24 +417,15 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     with moe_inspect.record(model, counts_only=True) as recorder, torch.no_grad():
         model(**inputs)
         balance = recorder.balance()
-    trace, real = (
-        moe_inspect.open_trace(tmp_path / "t"),
-        inputs["attention_mask"].flatten().bool().numpy(),
-    )
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    real = inputs["attention_mask"].flatten().bool().numpy()
     runs = [(site.path, time) for site in sites for time in range(len(first[site.path]))]
     assert len(trace.routers) == len(balance) == len(runs) > len(sites)
-    assert [r.path for r in trace.routers] == [
-        path + (f" (run {time + 1})" if time else "") for path, time in runs
-    ]
+    names = [path + (f" (run {time + 1})" if time else "") for path, time in runs]
+    assert [r.path for r in trace.routers] == names
     for r, (path, time) in enumerate(runs):
-        assert (
-            np.sort(slots(trace, r, "expert_")[: real.sum()], 1)
-            == np.sort(first[path][time][real], 1)
-        ).all()
-        assert (
-            np.sort(slots(trace, r, "expert_")[real.sum() :], 1)
-            == np.sort(first[path][time][real], 1)
-        ).all()
+        both = np.sort(slots(trace, r, "expert_"), 1).reshape(2, real.sum(), -1)  # two passes
+        assert (both == np.sort(first[path][time][real], 1)).all()
 
 
 def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
@@ -481,34 +441,26 @@ def test_describe_knows_what_is_active(family: str, tmp_path: Path) -> None:
     config = zoo.config(family)
     config.architectures = [zoo.model_class(family).__name__]
     config.save_pretrained(tmp_path)
-    made = moe_inspect.describe(str(tmp_path))
-    assert made.kind == found(family)[0]
-    idle = made.total["vision and audio"]
-    assert made.active["vision and audio"] == 0
-    assert (
-        made.parameters - made.parameters_active - idle
-        == made.total["routed experts"] - made.active["routed experts"]
-        > 0
-    )
-    assert (idle > 0) == any(
-        "vision_config" in vars(part) for part in (config, load_config(str(tmp_path)))
-    ), family
-    k_of = {k / experts for _, experts, k in made.routers}
-    assert (
-        min(k_of) - 0.01
-        <= made.active["routed experts"] / made.total["routed experts"]
-        <= max(k_of) + 0.01
-    )
-    assert made.total["router"] > 0
+    said = moe_inspect.describe(str(tmp_path))
+    assert said.kind == found(family)[0]
+    total, active = (of["routed experts"] for of in (said.total, said.active))
+    idle = said.total["vision and audio"]
+    assert said.active["vision and audio"] == 0
+    assert said.parameters - said.parameters_active - idle == total - active > 0
+    parts = (config, load_config(str(tmp_path)))
+    assert (idle > 0) == any("vision_config" in vars(part) for part in parts), family
+    k_of = {k / experts for _, experts, k in said.routers}
+    assert min(k_of) - 0.01 <= active / total <= max(k_of) + 0.01
+    assert said.total["router"] > 0
 
 
 def test_what_an_expert_has_no_room_for_is_routed_nowhere(tmp_path: Path) -> None:
-    model, inputs = zoo.build("switch_transformers"), zoo.inputs("switch_transformers", [60])
+    model, inputs = made("switch_transformers")[0], zoo.inputs("switch_transformers", [60])
     capacity = 4
     for module in model.modules():
         if hasattr(module, "expert_capacity"):
             module.expert_capacity = capacity
-    trace = recorded(model, tmp_path / "t", inputs, "tap")
+    trace = recorded(model, tmp_path / "t", inputs)
     load = trace.routing(router=0).expert_0.value_counts()
     if hf_version() >= (5, 18):  # before, no token was ever left out: each was counted by itself
         assert load.max() == capacity
@@ -526,12 +478,12 @@ def hf_version() -> tuple[int, ...]:
 
 def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
     """And runs experts 1 and 0 whatever they are, which disturbing them shows above."""
-    model, inputs = zoo.build("nllb_moe"), batch("nllb_moe")
+    model, inputs = made("nllb_moe")
     logits: list[torch.Tensor] = []
     router = find_routers(model)[0].logits_module
     assert router is not None
     router.register_forward_hook(lambda m, a, out: logits.append(out[2]))
-    trace = recorded(model, tmp_path / "t", inputs, "tap")
+    trace = recorded(model, tmp_path / "t", inputs)
     two = logits[0].softmax(1).topk(2, dim=1).values
     expected = (two / two.sum(1, keepdim=True)).numpy()
     assert np.abs(slots(trace, 0, "weight_") - expected).max() < 2**-10
@@ -557,20 +509,20 @@ def test_what_is_said_of_the_routers(family: str) -> None:
 def test_each_is_intervened_in(family: str, tmp_path: Path) -> None:
     """Its own trace gives its own logits to the bit, another's trace the other's routing; a dropped
     expert has no part in any token, a forced one in each."""
-    model, inputs = zoo.build(family), batch(family)
+    model, inputs = made(family)
     paths = [site.path for site in find_routers(model)]
     before = zoo.outputs(model, inputs)
-    trace = recorded(model, tmp_path / "a", inputs, "tap")
+    trace = recorded(model, tmp_path / "a", inputs)
     with moe_inspect.intervene(model, replay=trace):
         assert torch.equal(zoo.outputs(model, inputs), before)
     other = zoo.build(family, seed=1)
     with moe_inspect.intervene(other, replay=trace):
-        again = recorded(other, tmp_path / "b", inputs, "tap")
+        again = recorded(other, tmp_path / "b", inputs)
     assert moe_inspect.compare(trace, again).tables["agreement"].set_mismatch.max() == 0
     with moe_inspect.intervene(model, drop={path: [0, 1] for path in paths}):
-        without = recorded(model, tmp_path / "d", inputs, "tap")
+        without = recorded(model, tmp_path / "d", inputs)
     with moe_inspect.intervene(model, force=dict.fromkeys(paths, 2)):
-        forced = recorded(model, tmp_path / "f", inputs, "tap")
+        forced = recorded(model, tmp_path / "f", inputs)
     for r in range(len(trace.routers)):
         ids, weights = slots(without, r, "expert_"), slots(without, r, "weight_")
         assert not (np.isin(ids, [0, 1]) & (weights > 0)).any()

@@ -23,7 +23,7 @@ import transformers as hf
 
 from moe_inspect.interventions.among import how_dropped
 from moe_inspect.model.find import find_routers
-from moe_inspect.text import comma_list
+from moe_inspect.text import comma_list, first_line
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
@@ -31,14 +31,13 @@ PACKAGE = Path(hf.__file__).parent / "models"
 ROUTED = re.compile(r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE)
 
 
-def _find_families() -> list[str]:
-    files = sorted(PACKAGE.glob("*/modeling_*.py"))
-    return sorted(
-        {file.parent.name for file in files if ROUTED.search(file.read_text(encoding="utf-8"))}
-    )
-
-
-FAMILIES: list[str] = _find_families()
+FAMILIES: list[str] = sorted(
+    {
+        file.parent.name
+        for file in PACKAGE.glob("*/modeling_*.py")
+        if ROUTED.search(file.read_text(encoding="utf-8"))
+    }
+)
 
 # Which class of a family: the first of these that it has. All run on text alone. A family without a
 # text-only language model is built with its towers, which its inputs leave idle.
@@ -71,128 +70,67 @@ WHY_NOT: dict[str, str] = {
 # anything
 ALONE = {"doge", "nllb_moe"}
 
+
+def of(value: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
 # A value for every field of a config, or of a config in it, that has the name.
 SMALL: dict[str, Any] = {
     # tokens
-    "vocab_size": VOCABULARY,
-    "unpadded_vocab_size": VOCABULARY,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "max_position_embeddings": 256,
-    "max_seq_len": 256,
+    **of(VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
+    **of(0, "bos_token_id"),
+    **of(1, "pad_token_id eos_token_id"),
+    **of(256, "max_position_embeddings max_seq_len"),
     # layers: one dense, then sparse ones, where a family knows the difference
-    **dict.fromkeys(
-        (
-            "num_hidden_layers",
-            "num_layers",
-            "n_layers",
-            "encoder_layers",
-            "decoder_layers",
-            "num_decoder_layers",
-        ),
-        4,
-    ),
-    **dict.fromkeys(("num_dense_layers", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 2),
-    **dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 2),
+    **of(4, "num_hidden_layers num_layers n_layers"),
+    **of(4, "encoder_layers decoder_layers num_decoder_layers"),
+    **of(1, "num_dense_layers first_k_dense_replace"),
+    **of(2, "encoder_sparse_step decoder_sparse_step"),
+    **of(2, "num_sparse_encoder_layers num_sparse_decoder_layers"),
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     "n_layers_per_attn_res_block": 1,
     # experts
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 3),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **of(8, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    **of(3, "num_experts_per_tok moe_k moe_topk moe_top_k top_k_experts"),
+    **of(1, "n_shared_experts num_shared_experts moe_num_shared_experts"),
     "n_group": 4,
     "topk_group": 2,
     # widths
-    **dict.fromkeys(("hidden_size", "d_model"), 32),
-    **dict.fromkeys(
-        (
-            "intermediate_size",
-            "dense_intermediate_size",
-            "intermediate_size_mlp",
-            "encoder_ffn_dim",
-            "decoder_ffn_dim",
-            "d_ff",
-        ),
-        48,
-    ),
-    **dict.fromkeys(
-        (
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "shared_intermediate_size",
-            "ffn_hidden_size",
-        ),
-        24,
-    ),
-    **dict.fromkeys(
-        ("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "share_expert_dim"), 24
-    ),
-    "shared_experts_intermediate_size": 24,
-    "moe_hidden_size": 16,
-    "router_hidden_size": 16,
-    "hidden_size_per_layer_input": 8,
-    "initializer_range": 0.3,
-    "init_std": 0.3,
+    **of(32, "hidden_size d_model"),
+    **of(48, "intermediate_size dense_intermediate_size intermediate_size_mlp"),
+    **of(48, "encoder_ffn_dim decoder_ffn_dim d_ff"),
+    **of(24, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
+    **of(24, "expert_ffn_hidden_size moe_shared_expert_intermediate_size share_expert_dim"),
+    **of(24, "ffn_hidden_size shared_experts_intermediate_size"),
+    **of(16, "moe_hidden_size router_hidden_size"),
+    **of(8, "hidden_size_per_layer_input"),
+    **of(0.3, "initializer_range init_std"),
     # attention
-    **dict.fromkeys(
-        (
-            "num_attention_heads",
-            "num_heads",
-            "n_heads",
-            "encoder_attention_heads",
-            "decoder_attention_heads",
-        ),
-        4,
-    ),
-    **dict.fromkeys(
-        (
-            "num_key_value_heads",
-            "kv_n_heads",
-            "swa_num_key_value_heads",
-            "index_n_heads",
-            "o_groups",
-        ),
-        2,
-    ),
-    "swa_num_attention_heads": 4,
-    **dict.fromkeys(
-        (
-            "head_dim",
-            "swa_head_dim",
-            "qk_rope_head_dim",
-            "qk_nope_head_dim",
-            "v_head_dim",
-            "index_head_dim",
-        ),
-        8,
-    ),
-    **dict.fromkeys(("kv_channels", "d_kv"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
-    **dict.fromkeys(("sliding_window", "sliding_window_size"), 8),
+    **of(4, "num_attention_heads num_heads n_heads swa_num_attention_heads"),
+    **of(4, "encoder_attention_heads decoder_attention_heads"),
+    **of(2, "num_key_value_heads kv_n_heads swa_num_key_value_heads index_n_heads o_groups"),
+    **of(8, "head_dim swa_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim"),
+    **of(8, "kv_channels d_kv"),
+    **of(16, "q_lora_rank kv_lora_rank o_lora_rank"),
+    **of(8, "sliding_window sliding_window_size"),
     # all: the scores of so few index heads are often tied at zero, and the padding would break the
     # ties
     "index_topk": 64,
     "rel_extent": 16,
     "hc_lowrank": 8,
     # linear attention and state spaces
-    **dict.fromkeys(
-        ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_head_dim"), 8
-    ),
-    **dict.fromkeys(
-        ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads"), 4
-    ),
-    **dict.fromkeys(("linear_num_key_heads", "n_groups"), 2),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
+    **of(8, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim"),
+    **of(4, "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads"),
+    **of(2, "linear_num_key_heads n_groups"),
+    **of(8, "mamba_d_state ssm_state_size chunk_size mamba_chunk_size"),
     # towers
     "depth": 1,
     "image_size": 28,
     "max_image_size": 32,
     "num_position_embeddings": 16,
-    **dict.fromkeys(("out_hidden_size", "output_dim", "output_channels"), 32),
-    **dict.fromkeys(("projector_hidden_size", "projection_intermediate_size"), 32),
+    **of(32, "out_hidden_size output_dim output_channels"),
+    **of(32, "projector_hidden_size projection_intermediate_size"),
     "mlp_dim": 48,
     "downsample_channels": [32, 32],
     "hidden_sizes": [8, 8, 8, 8],
@@ -205,7 +143,18 @@ TOWER = {
     "num_attention_heads": 4,
     "head_dim": 8,
 }
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+
+
+def mrope(section: list[int]) -> dict[str, Any]:
+    default = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    return {"rope_parameters": {**default, "mrope_section": section}}
+
+
+def tower(model_type: str, **fields: Any) -> dict[str, Any]:
+    return {**TOWER, "model_type": model_type, **fields}
+
+
+GEMMA4_VISION = tower("gemma4_vision", position_embedding_size=16)
 LINEAR_THEN_FULL = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 
 # What no name tells: fields that must fit each other, switches that are off by default, names of
@@ -219,30 +168,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hc_mult": 2,
     },
     "diffusion_gemma": {
-        "text_config": {
-            "global_head_dim": 8,
-            "sliding_window": 64,
-        },  # the canvas sees what the cache keeps: nothing but padding, if short
-        "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
+        # the canvas sees what the cache keeps: nothing but padding, if short
+        "text_config": {"global_head_dim": 8, "sliding_window": 64},
+        "vision_config": GEMMA4_VISION,
         "canvas_length": 5,
     },
     "doge": {"is_moe": True, "num_experts": 16},  # a product of two sets of keys: a square number
     "dots3_note": {
-        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
-        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim"), 16),
-        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 8),
+        **of(4, "swa_num_attention_heads swa_num_key_value_heads"),
+        **of(16, "swa_q_lora_rank swa_kv_lora_rank swa_head_dim"),
+        **of(8, "swa_qk_nope_head_dim swa_v_head_dim"),
     },
-    "ernie4_5_vl_moe": {
-        "text_config": {
-            "moe_intermediate_size": [24, 16],
-            "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]},
-        }
-    },
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [24, 16], **mrope([1, 1, 2])}},
     "gemma4": {"enable_moe_block": True, "global_head_dim": 8},
-    "glm4v_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
+    "glm4v_moe": {"text_config": mrope([2, 1, 1])},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2}},
     "granitemoehybrid": {"layer_types": LINEAR_THEN_FULL, "mamba_expand": 1},
-    "hy_v4_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}},
+    "hy_v4_vl": {"text_config": mrope([2, 1, 1])},
     "inkling2_loop": {
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 3,
@@ -254,7 +196,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "llama4": {"interleave_moe_layer_step": 2},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 4},
-    "mistral_large4": {"vision_config": TOWER | {"model_type": "pixtral"}},
+    "mistral_large4": {"vision_config": tower("pixtral")},
     "qwen3_omni_moe": {"vision_start_token_id": 151652},
     "qwen4_exp": {
         "indexer_n_heads": 2,
@@ -271,17 +213,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": (
         "AriaForConditionalGeneration",
-        {
-            "vision_config": TOWER
-            | {"model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}
-        },
+        {"vision_config": tower("idefics3_vision", image_size=28, patch_size=14)},
     ),
     "gemma4": (
         "Gemma4ForConditionalGeneration",
         {
             "text_config": OVERRIDES["gemma4"],
-            "vision_config": TOWER | {"model_type": "gemma4_vision", "position_embedding_size": 16},
-            "audio_config": TOWER | {"model_type": "gemma4_audio"},
+            "vision_config": GEMMA4_VISION,
+            "audio_config": tower("gemma4_audio"),
         },
     ),
     "inkling2": ("Inkling2ForConditionalGeneration", {"vision_config": {"text_hidden_size": 32}}),
@@ -291,10 +230,7 @@ WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax_m3_vl": (
         "MiniMaxM3SparseForConditionalGeneration",
-        {
-            "vision_config": TOWER
-            | {"model_type": "minimax_m3_vl_vision", "patch_size": 14, "image_size": 28}
-        },
+        {"vision_config": tower("minimax_m3_vl_vision", patch_size=14, image_size=28)},
     ),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
@@ -531,10 +467,7 @@ def main() -> int:
             verdict = "ok" if logits.isfinite().all() else "outputs that are not finite"
         except Exception as error:
             # a family of a newer release may fail in any way, and the others still get their line
-            print(
-                f"{family:<22} {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            )
+            print(f"{family:<22} {type(error).__name__}: {first_line(error)}")
             failures += 1
             continue
         failures += verdict != "ok"
