@@ -3,6 +3,7 @@ line per variant: `python -m tests.aot sm_90 sm_80/3`, without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -13,11 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.launch import Launch
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -29,8 +32,8 @@ SHAPES = ((8, 2), (60, 4), (64, 8), (256, 8), (512, 10))  # E, k
 BLOCKS = (256, 512, 1024)  # every value of kernels.slots_per_program
 COLUMNS = {"fp16": (2048,), "bf16": (8192, 16384)}  # of hidden sizes up to these
 PAGE_ROWS = 4096
-# name, kernel, types (an ":16" marks a multiple of 16), constants, options
-Variant = tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, int]]
+# name, launch, types (an ":16" marks a multiple of 16; None: absent)
+Variant = tuple[str, Launch, dict[str, Any]]
 NUMBERS = ("T", "E", "H", "blocks", "lane", "base", "page_values", "ring_rows")
 # multiples of 16 by construction (H: in the models there are)
 ALIGNED = ("base", "page_values", "ring_rows", "H")
@@ -48,129 +51,60 @@ def type_of(name: str) -> str:
     return "i32" if name in NUMBERS else "*i64" if name in WIDE else "*i32"
 
 
-NO_SIZES = {"norms": None, "peaks": None}
 NO_TAPE = kernels.TapeArguments(*("constexpr",) * len(kernels.TapeArguments._fields))
+OFF = {"tape": NO_TAPE, "weights": None}
+IN_ORDER = {"inverse": None, "offsets": None}
+NO_SIZES = {"norms": None, "peaks": None}
 
 
 def variants() -> Iterator[Variant]:
     """Everything that is launched."""
     for E, K in SHAPES:
         number = {"E": "i32" if E % 16 else "i32:16"}
-        for name, kernel, types, constants, options in _variants_of(E, K):
-            yield name, kernel, {**number, **types}, constants, options
-    logits = tape_types(None, "*fp16")
-    yield (
-        "record logits E64",
-        kernels._record_kernel,
-        {"weights": "*fp32", "tape": logits, "E": "i32:16"},
-        {"BLOCK": kernels.RECORD_BLOCK, "K": 64, "ALONE": False, "ids": None},
-        kernels.REGISTERS,
-    )
-    yield "advance", kernels._advance_kernel, {"tape": logits}, {}, {"num_warps": 1}
+        for name, launch, types in _variants_of(E, K):
+            yield name, launch, {**number, **types}
+    logits = {"weights": "*fp32", "tape": tape_types(None, "*fp16"), "ids": None}
+    yield "record logits E64", kernels._record_launch(64, False), {"E": "i32:16", **logits}
+    yield "advance", kernels._advance_launch(), logits
 
 
 def _variants_of(E: int, K: int) -> Iterator[Variant]:
-    block, one = {"BLOCK": kernels.RECORD_BLOCK}, {"BLOCK": kernels.ONE_LAUNCH}
-    shape = {"K": K, "BINS": max(16, triton.next_power_of_2(E))}
-    chunk, ranking = {"CHUNK": kernels.ranking_chunk(shape["BINS"])}, kernels.RANKING
-    ids = "*u8" if E < 256 else "*i16"
-    off = {"tape": NO_TAPE}
-    for weight in ("fp16", "bf16"):
-        weights = {"weights": "*fp32" if weight == "fp16" else "*bf16"}
-        taped = {**weights, "tape": tape_types(ids, "*" + weight)}
-        name = f"E{E} k{K} {weight}"
-        yield (
-            f"record {name}",
-            kernels._record_kernel,
-            taped,
-            {**block, "K": K, "ALONE": False},
-            kernels.REGISTERS,
-        )
-        yield (
-            f"dispatch 1/1 {name}",
-            kernels._one_kernel,
-            taped,
-            {**shape, **one, **chunk},
-            ranking,
-        )
+    ids, of_shape = "*u8" if E < 256 else "*i16", f"E{E} k{K}"
+    taped: dict[str, Any] = {}
+    for kind, given in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        weight, own = ("bf16", "*bf16") if kind == torch.bfloat16 else ("fp16", "*fp32")
+        taped = {"weights": own, "tape": tape_types(ids, "*" + weight)}
+        name = f"{of_shape} {weight}"
+        yield f"record {name}", kernels._record_launch(K, False), taped
+        yield f"dispatch 1/1 {name}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), taped
         for size in BLOCKS:
-            yield (
-                f"dispatch 1/2 {name} block {size}",
-                kernels._count_kernel,
-                taped,
-                {**shape, "BLOCK": size},
-                {"num_warps": kernels.record_warps(size)},
-            )
+            yield f"dispatch 1/2 {name} block {size}", kernels._count_launch(K, E, size), taped
         y = {"y": "*bf16", "out": "*bf16"}
-        combine = {**block, "ROUND": weight == "bf16", "COLUMNS": 1024, "K": K}
-        yield (
-            f"combine {name}",
-            kernels._combine_kernel,
-            {**weights, **off, **y},
-            {**combine, **NO_SIZES},
-            {},
-        )
-        yield (
-            f"combine + record {name}",
-            kernels._combine_kernel,
-            {**taped, **y},
-            {**combine, **NO_SIZES, "inverse": None, "offsets": None},
-            {},
-        )
+        combine = functools.partial(kernels._combine_launch, K, y=torch.bfloat16, weights=given)
+        one = combine(columns=kernels.COMBINE_COLUMNS)
+        yield f"combine {name}", one, {**taped, **y, "tape": NO_TAPE, **NO_SIZES}
+        yield f"combine + record {name}", one, {**taped, **y, **NO_SIZES, **IN_ORDER}
         for columns in COLUMNS[weight]:
-            measured = {"norms": "*fp32", "peaks": "*fp32"}
-            yield (
-                f"combine + sizes {name} of {columns}",
-                kernels._combine_kernel,
-                {**weights, **off, **y, **measured},
-                {**combine, "COLUMNS": columns},
-                {"num_warps": kernels.combine_warps(columns)},
-            )
-    name, rows = f"E{E} k{K}", {"ROWS": max(1, min(64, 1024 // shape["BINS"]))}
-    yield (
-        f"record alone {name}",
-        kernels._record_kernel,
-        taped,
-        {**block, "K": K, "ALONE": True},
-        kernels.REGISTERS,
-    )
-    unweighted = {"weights": None}
-    yield (
-        f"dispatch 1/1 off {name}",
-        kernels._one_kernel,
-        off,
-        {**shape, **one, **chunk, **unweighted},
-        ranking,
-    )
-    yield (
-        f"dispatch 1/2 off {name}",
-        kernels._count_kernel,
-        off,
-        {**shape, **block, **unweighted},
-        {},
-    )
-    for scanned in (False, True):
+            measured = {**taped, **y, "tape": NO_TAPE, "norms": "*fp32", "peaks": "*fp32"}
+            yield f"combine + sizes {name} of {columns}", combine(columns=columns), measured
+    yield f"record alone {of_shape}", kernels._record_launch(K, True), taped
+    yield f"dispatch 1/1 off {of_shape}", kernels._one_launch(K, E, kernels.ONE_LAUNCH), OFF
+    yield f"dispatch 1/2 off {of_shape}", kernels._count_launch(K, E, BLOCKS[-1]), OFF
+    for scanned, turn in ((False, "2/2"), (True, "3/3")):
         for size in BLOCKS:
-            yield (
-                f"dispatch {'3/3' if scanned else '2/2'} {name} block {size}",
-                kernels._scatter_kernel,
-                taped,
-                {**shape, **chunk, **rows, "BLOCK": size, "SCANNED": scanned},
-                ranking,
-            )
-    yield f"dispatch 2/3 {name}", kernels._scan_kernel, {}, {"ROWS": 64, "COLUMNS": 16}, {}
+            launch = kernels._scatter_launch(K, E, scanned, size)
+            yield f"dispatch {turn} {of_shape} block {size}", launch, taped
+    yield f"dispatch 2/3 {of_shape}", kernels._scan_launch(), {}
 
 
-def compiled(
-    kernel: Any,
-    types: dict[str, Any],
-    constants: dict[str, Any],
-    target: GPUTarget,
-    options: dict[str, int],
-) -> Any:
-    """`kernel` for one GPU. `types`: of its arguments, of a tape a tuple; `constants`: by name."""
+def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:
+    """A kernel for one GPU. `types`: of its arguments, of a tape a tuple."""
     signature: dict[str, Any] = {}
     attributes = {}
+    kernel = launch.kernel
+    absent = {name: None for name, kind in types.items() if kind is None}
+    constants = {k: v for k, v in (absent | launch.named).items() if k in kernel.arg_names}
+    options = {k: v for k, v in launch.named.items() if k not in kernel.arg_names}
     values: dict[Any, Any] = dict(constants)
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else types.get(name, type_of(name))
@@ -214,23 +148,13 @@ def resources(found: Any) -> dict[str, int]:
 def main(gpu: str, every: int = 1) -> None:
     backend, arch, warp = TARGETS[gpu]
     target = GPUTarget(backend, arch, warp)
-    for name, kernel, types, constants, options in islice(variants(), 0, None, every):
-        found = compiled(kernel, types, constants, target, options)
+    for name, launch, types in islice(variants(), 0, None, every):
+        found = compiled(launch, types, target)
         stores = sorted(
             set(re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", "")))
         )
-        print(
-            json.dumps(
-                {
-                    "kernel": name,
-                    "gpu": gpu,
-                    **resources(found),
-                    "shared_bytes": found.metadata.shared,
-                    "stores": stores,
-                }
-            ),
-            flush=True,
-        )
+        row = {"kernel": name, "gpu": gpu, **resources(found), "stores": stores}
+        print(json.dumps({**row, "shared_bytes": found.metadata.shared}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import torch
 import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import ring
-from moe_inspect.capture.hook.inputs import pass_inputs
 from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.router_calls import Calls, PassShape
+from moe_inspect.capture.hook.router_calls import PassShape
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
@@ -110,18 +109,17 @@ def reusing_buffers() -> Any:
     return wrap
 
 
+# part of each block → what it does with tensors
+MISUSES = {"experts": changing_in_place, "gate": reusing_buffers}
+
+
 @pytest.mark.parametrize("capture", ["tap", "dispatch", "counts_only"])
-@pytest.mark.parametrize("what", ["changed in place", "used again"])
+@pytest.mark.parametrize("part", MISUSES)
 def test_what_the_model_does_with_its_tensors_does_not_show(
-    what: str, capture: str, model: Any, expected: moe_inspect.Trace, tmp_path: Path
+    part: str, capture: str, model: Any, expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
-    part, wrap = (
-        ("experts", changing_in_place())
-        if what == "changed in place"
-        else ("gate", reusing_buffers())
-    )
     options = {"counts_only": True} if capture == "counts_only" else {"capture": capture}
-    with replaced(model, part, wrap):
+    with replaced(model, part, MISUSES[part]()):
         found = traced(model, tmp_path / "t", **options)
     if capture != "counts_only":
         assert same(found, expected)
@@ -132,24 +130,15 @@ def test_what_the_model_does_with_its_tensors_does_not_show(
         assert load.loc[router].tolist() == np.bincount(ids, minlength=8).tolist()
 
 
-@pytest.mark.parametrize("what", ["changed in place", "used again"])
+@pytest.mark.parametrize("part", MISUSES)
 def test_keeping_references_would_show(
-    what: str,
-    model: Any,
-    expected: moe_inspect.Trace,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    part: str, model: Any, expected: moe_inspect.Trace, monkeypatch: Any, tmp_path: Path
 ) -> None:
     """Positive control: the same models, where nothing is copied."""
     never = property(lambda self: False, lambda self, value: None)
     monkeypatch.setattr(Stack, "copies", never, raising=False)
     assert same(traced(model, tmp_path / "plain"), expected)
-    part, wrap = (
-        ("experts", changing_in_place())
-        if what == "changed in place"
-        else ("gate", reusing_buffers())
-    )
-    with replaced(model, part, wrap):
+    with replaced(model, part, MISUSES[part]()):
         assert not same(traced(model, tmp_path / "t"), expected)
 
 
@@ -224,31 +213,30 @@ def test_ids_of_no_expert_are_nowhere() -> None:
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_only_a_whole_pass_is_written(T: int) -> None:
-    def calls(*sizes: tuple[int, int], K: int = 2) -> Calls:
-        """(site, rows) of each."""
-        return {"": [(n, (torch.full((rows, K), n), torch.rand(rows, K))) for n, rows in sizes]}
-
     shape = PassShape([(CPU, 2, 8)] * 3, [0, 1, 1])  # the second site is called twice
-    for given in (
-        calls((0, T), (1, T), (1, T)),
-        calls((1, T), (0, T), (1, T)),
-        calls((1, T), (0, T - 1), (1, T), (0, 1)),  # in parts
+
+    def found(*sizes: tuple[int, int], K: int = 2) -> Any:
+        """The ids and weights of a pass of calls of these (site, rows); and its calls."""
+        calls = [(n, (torch.full((rows, K), n), torch.rand(rows, K))) for n, rows in sizes]
+        return shape.whole({"": calls}, T), calls
+
+    for sizes in (
+        [(0, T), (1, T), (1, T)],
+        [(1, T), (0, T), (1, T)],
+        [(1, T), (0, T - 1), (1, T), (0, 1)],  # in parts
     ):
-        whole = shape.whole(given, T)
-        assert whole is not None
-        ((ids, weights),) = whole
+        [(ids, weights)], calls = found(*sizes)
         assert ids[..., 0].tolist() == [[0] * T, [1] * T, [1] * T]
-        first = [weights for n, (_, weights) in given[""] if n == 0]
-        assert weights[0].equal(torch.cat(first))
-    for given in (
-        calls((0, T), (1, T)),
-        calls((0, T), (1, T), (1, T), (1, T)),
-        calls((0, T), (1, T), (1, T - 1)),
-        calls((0, T + 1), (1, T + 1), (1, T + 1)),
-        calls((0, T), (0, 1), (1, T), (1, T)),
-        calls((0, T), (1, T), (1, T), K=3),
+        assert weights[0].equal(torch.cat([weights for n, (_, weights) in calls if n == 0]))
+    for sizes in (
+        [(0, T), (1, T)],
+        [(0, T), (1, T), (1, T), (1, T)],
+        [(0, T), (1, T), (1, T - 1)],
+        [(0, T + 1), (1, T + 1), (1, T + 1)],
+        [(0, T), (0, 1), (1, T), (1, T)],
     ):
-        assert shape.whole(given, T) is None
+        assert found(*sizes)[0] is None
+    assert found((0, T), (1, T), (1, T), K=3)[0] is None
 
 
 # --- handed over together
@@ -289,44 +277,6 @@ def test_decode_steps_are_handed_over_together(
     tokens = found.tokens()
     assert tokens.groupby("batch").size().tolist() == ([12] + [2] * 30) * 2
     assert tokens.groupby("document").position.apply(list).tolist() == [list(range(36))] * 4
-
-
-@pytest.mark.parametrize("options", [{}, {"counts_only": True}])
-@pytest.mark.parametrize("padded", [True, False])
-def test_steps_read_together_are_the_steps_read_one_by_one(
-    padded: bool,
-    options: dict[str, Any],
-    model: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """Prompts of several lengths, and positions and masks as `generate` makes them."""
-    prompt = torch.arange(18).view(3, 6)
-    mask = torch.ones_like(prompt)
-    if padded:
-        mask[0, :4] = mask[1, :1] = 0
-
-    def recorded(name: str) -> moe_inspect.Trace:
-        with moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options):
-            for n in range(2):
-                model.generate(
-                    prompt,
-                    attention_mask=mask,
-                    max_new_tokens=9 + n,
-                    do_sample=False,
-                    eos_token_id=-1,
-                )
-        return moe_inspect.open_trace(tmp_path / name)
-
-    found = recorded("together")
-    for module in (hand_over, pass_inputs):
-        monkeypatch.setattr(module, "steps_at", lambda fed: [])
-    one_by_one = recorded("one")
-    if options:
-        assert found.counts().equals(one_by_one.counts())
-        assert found.n_tokens == one_by_one.n_tokens
-    else:
-        assert same(found, one_by_one)
 
 
 def test_a_page_that_is_full_is_handed_over(
