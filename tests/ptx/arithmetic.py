@@ -52,6 +52,7 @@ def computes(
     return lambda warp, on: write(warp, f(*(read(warp) for read in reads)), on)
 
 
+UNARY: dict[str, Any] = {"neg": operator.neg, "abs": np.abs, "sqrt": np.sqrt}
 BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -73,19 +74,16 @@ def arithmetic(ins: Instruction, registers: Registers) -> Execute:
         return _floats(ins, registers, kind)
     if ins.opcode[0] == "mul":
         return multiply(ins, registers)
-    if ins.opcode[0] in ("neg", "abs"):
-        return computes(
-            ins, registers, (kind,), {"neg": operator.neg, "abs": np.abs}[ins.opcode[0]]
-        )
+    if ins.opcode[0] in UNARY:
+        return computes(ins, registers, (kind,), UNARY[ins.opcode[0]])
     return computes(ins, registers, (kind, kind), BINARY[ins.opcode[0]])
 
 
 def _float_operation(name: str, kind: str) -> Callable[..., Array]:
     """Of float64 for the 16-bit types, whose products it holds exactly, and for a fused product and
     sum (rounded twice where float64 is not exact); else of the type itself."""
-    unary: dict[str, Any] = {"neg": operator.neg, "abs": np.abs, "sqrt": np.sqrt}
-    if name in unary:
-        return unary[name]
+    if name in UNARY:
+        return UNARY[name]
     if name == "fma":
         return lambda a, b, c: a.astype(np.float64) * b + c
     two = BINARY[name]
@@ -168,25 +166,6 @@ def divide(ins: Instruction, registers: Registers) -> Execute:
     return execute
 
 
-@opcode("and", "or", "xor")
-def bitwise(ins: Instruction, registers: Registers) -> Execute:
-    kind = ins.opcode[-1]
-    return computes(ins, registers, (kind, kind), BINARY[ins.opcode[0]])
-
-
-@opcode("not")
-def invert(ins: Instruction, registers: Registers) -> Execute:
-    return computes(ins, registers, (ins.opcode[-1],), operator.invert)
-
-
-@opcode("popc")
-def count_bits(ins: Instruction, registers: Registers) -> Execute:
-    def count(a: Array) -> Array:
-        return np.array([int(x).bit_count() for x in a], np.uint32)
-
-    return computes(ins, registers, (ins.opcode[-1],), count)
-
-
 @opcode("clz")
 def leading_zeros(ins: Instruction, registers: Registers) -> Execute:
     bits = width(ins.opcode[-1])
@@ -219,16 +198,9 @@ def funnel_shift(ins: Instruction, registers: Registers) -> Execute:
     def shifted(low: Array, high: Array, n: Array) -> Array:
         both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
         n = (n & 31 if mode == "wrap" else np.minimum(n, 32)).astype(np.uint64)
-        return both << n >> np.uint64(32) if direction == "l" else both >> n
+        return (both << n >> np.uint64(32) if direction == "l" else both >> n).astype(np.uint32)
 
-    write = registers.writer(ins.operands[0])
-    reads = [registers.reader(o, "u32") for o in ins.operands[1:]]
-
-    def execute(warp: Any, on: Array) -> None:
-        half = shifted(*(read(warp) for read in reads)) & np.uint64(0xFFFFFFFF)
-        write(warp, half.astype(np.uint32), on)
-
-    return execute
+    return computes(ins, registers, ("u32",) * 3, shifted)
 
 
 @opcode("bfe")
@@ -239,53 +211,51 @@ def extract_bits(ins: Instruction, registers: Registers) -> Execute:
         at, n = (np.minimum(x & 255, bits).astype(np.int64) for x in (at, n))
         value = [int(x) >> int(p) & (1 << int(m)) - 1 for x, p, m in zip(a, at, n, strict=True)]
         if kind[0] == "s":
-            value = [
-                v - (1 << int(m)) if m and v >> int(m) - 1 else v
-                for v, m in zip(value, n, strict=True)
-            ]
+            sizes = zip(value, n.tolist(), strict=True)
+            value = [v - (1 << m) if m and v >> m - 1 else v for v, m in sizes]
         return np.array(value).astype(a.dtype)
 
     return computes(ins, registers, (kind, "u32", "u32"), extract)
 
 
-@opcode("prmt")
-def permute_bytes(ins: Instruction, registers: Registers) -> Execute:
-    def permute(a: Array, b: Array, selector: Array) -> Array:
-        from_ = np.stack([a, b], 1).astype("<u4").view(np.uint8)  # [LANES, 8]
-        nibble = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
-        byte = np.take_along_axis(from_, (nibble & 7).astype(np.int64), 1)
-        sign = np.where(byte & 128, 255, 0)
-        chosen = np.where(nibble & 8, sign, byte).astype(np.uint8)
-        return np.ascontiguousarray(chosen).view(np.uint32)[:, 0]
-
-    return computes(ins, registers, ("b32", "b32", "b32"), permute)
+def _permuted_bytes(a: Array, b: Array, selector: Array) -> Array:
+    from_ = np.stack([a, b], 1).astype("<u4").view(np.uint8)  # [LANES, 8]
+    nibble = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+    byte = np.take_along_axis(from_, (nibble & 7).astype(np.int64), 1)
+    sign = np.where(byte & 128, 255, 0)
+    chosen = np.where(nibble & 8, sign, byte).astype(np.uint8)
+    return np.ascontiguousarray(chosen).view(np.uint32)[:, 0]
 
 
-@opcode("lop3")
-def logic_of_three(ins: Instruction, registers: Registers) -> Execute:
+def _by_table(a: Array, b: Array, c: Array, table: Array) -> Array:
     """Any function of three bits, by the table in the last operand."""
+    result = np.zeros(LANES, np.uint32)
+    for n in range(8):
+        term = (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
+        result |= np.where(table >> np.uint32(n) & 1, term, 0).astype(np.uint32)
+    return result
 
-    def look_up(a: Array, b: Array, c: Array, table: Array) -> Array:
-        result = np.zeros(LANES, np.uint32)
-        for n in range(8):
-            term = (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
-            result |= np.where(table >> np.uint32(n) & 1, term, 0).astype(np.uint32)
-        return result
 
-    return computes(ins, registers, ("b32",) * 4, look_up)
+# of which kinds the operands are (None: of the instruction's), and what is computed of them
+PLAIN: dict[str, tuple[tuple[str | None, ...], Callable[..., Array]]] = {
+    **{name: ((None, None), BINARY[name]) for name in ("and", "or", "xor")},
+    "not": ((None,), operator.invert),
+    "popc": ((None,), lambda a: np.array([int(x).bit_count() for x in a], np.uint32)),
+    "prmt": (("b32",) * 3, _permuted_bytes),
+    "lop3": (("b32",) * 4, _by_table),
+    "selp": ((None, None, "pred"), lambda a, b, p: np.where(p, a, b)),
+}
+
+
+@opcode(*PLAIN)
+def plain(ins: Instruction, registers: Registers) -> Execute:
+    kinds, f = PLAIN[ins.opcode[0]]
+    return computes(ins, registers, tuple(kind or ins.opcode[-1] for kind in kinds), f)
 
 
 COMPARE: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "lo": operator.lt,
-    "ls": operator.le,
-    "hi": operator.gt,
-    "hs": operator.ge,
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge},
     "neu": operator.ne,
 }
 
@@ -298,18 +268,8 @@ def compare(ins: Instruction, registers: Registers) -> Execute:
     if not is_float(kind):
         return computes(ins, registers, (kind, kind), COMPARE[name])
     bits = f"b{width(kind)}"
-    return computes(
-        ins,
-        registers,
-        (bits, bits),
-        lambda a, b: COMPARE[name](as_float(a, kind), as_float(b, kind)),
-    )
-
-
-@opcode("selp")
-def select(ins: Instruction, registers: Registers) -> Execute:
-    kind = ins.opcode[-1]
-    return computes(ins, registers, (kind, kind, "pred"), lambda a, b, p: np.where(p, a, b))
+    f = lambda a, b: COMPARE[name](as_float(a, kind), as_float(b, kind))  # noqa: E731
+    return computes(ins, registers, (bits, bits), f)
 
 
 @opcode("mov")

@@ -6,7 +6,7 @@ T tokens of a forward pass, S positions, K slots, E experts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -51,7 +51,7 @@ class Found(NamedTuple):
         return self.ids.shape[-1]
 
 
-class Discovery:
+class Discovery(TorchFunctionMode):
     """Shows `probes` the choices of topk in a model's forward. Of several calls in the forward of
     one module, that over the most values counts: grouped routers choose groups first. A layer that
     has a probe already is left to it.
@@ -61,6 +61,7 @@ class Discovery:
     were chosen."""
 
     def __init__(self, model: torch.nn.Module, probes: Probes):
+        super().__init__()
         self.model, self.probes = model, probes
         self._path_of = {id(module): path for path, module in model.named_modules()}
         self._lists = lists_in_blocks(model)
@@ -84,7 +85,7 @@ class Discovery:
         self._watching.close()
         self._found, self._slots = [], {}
         self._given = {path: [(0, 0)] * len(modules) for path, modules in self._lists.items()}
-        self._watching.enter_context(_Watch(self._seen, self._indexed))
+        self._watching.enter_context(self)
         self._watching.callback(register_module_forward_pre_hook(self._count).remove)
 
     def close(self) -> None:
@@ -98,8 +99,7 @@ class Discovery:
         for found in self._found:
             if found.layer not in self._probed:
                 calls.setdefault(found.path, []).append(found)
-        chosen = [self._widest(of_module) for of_module in calls.values()]
-        self._found = []
+        chosen, self._found = [self._widest(of_module) for of_module in calls.values()], []
         self._refuse_two(chosen)
         for found in chosen:
             self._check(found)
@@ -216,29 +216,38 @@ class Discovery:
             n, not_0 = self._given[path][e]
             self._given[path][e] = n + len(rows), not_0 + int((rows != 0).any(1).sum())
 
-    def probed(
-        self,
-        layer: int,
-        ids: Tensor,
-        weights: Tensor,
-        experts: int | None,
-        logits: Tensor | None,
-        dropped: Tensor | None = None,
-    ) -> None:
+    def probed(self, layer: int, *shown: Any) -> None:
         """A probe in the model's own code."""
         self._probed.add(layer)
-        self.probes(layer, ids, weights, experts, logits, dropped)
+        self.probes(layer, *shown)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Sees every choice of K of E values by topk, E > K, and every part that is taken of its
+        ids."""
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "topk":
+            given = args[0] if args else (kwargs or {})["input"]
+            E, K = given.shape[-1], output[1].shape[-1]
+            if output[1].dim() > 1 and E > K and given.shape[:-1] == output[1].shape[:-1]:
+                self._seen(output[1], output[0], E)
+        elif name == "__getitem__" and any(args[0] is found.ids for found in self._found):
+            ids, part = args[0], output
+            if part.dim() == ids.dim() and part.shape[:-1] == ids.shape[:-1]:
+                self._slots[id(ids)] = self._slots.get(id(ids), 0) + part.shape[-1]
+        return output
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
         found = self._caller(sys._getframe())
         # elsewhere than in a block it is the sampling of a token
         if found is not None and layer_path(found[0]) is not None:
             self._found.append(Found(found[0], layer_of(found[0]), E, ids, values, found[1]))
-
-    def _indexed(self, given: Any, part: Tensor) -> None:
-        is_ids = any(given is found.ids for found in self._found)
-        if is_ids and part.dim() == given.dim() and part.shape[:-1] == given.shape[:-1]:
-            self._slots[id(given)] = self._slots.get(id(given), 0) + part.shape[-1]
 
     def _caller(self, frame: FrameType | None) -> tuple[str, str] | None:
         """Path of the module of this model whose method is running, and the line it is at; where
@@ -281,34 +290,3 @@ def _refuse(path: str, what: str, unknown: str) -> NoReturn:
         f"{path} {what}: discover=True cannot tell {unknown}. After the line that makes the final "
         "choice, call moe_inspect.probe(ids, weights, layer=…, experts=…)"
     )
-
-
-class _Watch(TorchFunctionMode):
-    """Calls `seen` (ids, values, E) with every choice of K of E values by topk, E > K, and
-    `indexed` (tensor, part) with every part that is taken of a tensor."""
-
-    def __init__(
-        self,
-        seen: Callable[[Tensor, Tensor, int], None],
-        indexed: Callable[[Any, Tensor], None],
-    ):
-        super().__init__()
-        self.seen, self.indexed = seen, indexed
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name == "topk":
-            given = args[0] if args else (kwargs or {})["input"]
-            E, K = given.shape[-1], output[1].shape[-1]
-            if output[1].dim() > 1 and E > K and given.shape[:-1] == output[1].shape[:-1]:
-                self.seen(output[1], output[0], E)
-        elif name == "__getitem__":
-            self.indexed(args[0], output)
-        return output

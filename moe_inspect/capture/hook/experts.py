@@ -280,9 +280,9 @@ class Takeover:
                 )
         self._take(computes=True)
 
-    def tap(self) -> bool:
+    def tap(self) -> None:
         """Ours records, and has the model's own compute: on a CPU, where that is one of the
-        registry. (A call costs less than by a forward of the instance.) Returns whether it does."""
+        registry. (A call costs less than by a forward of the instance.) `taps`: whether it does."""
         self.taps = bool(self.sinks) and all(
             all(parameter.is_cpu for parameter in module.parameters())
             and getattr(module, TAKEN, None) is None
@@ -295,7 +295,6 @@ class Takeover:
             # (the model may refuse, or a part of it)
             if not all(map(_runs_ours, self.sinks)):
                 self.release()
-        return self.taps
 
     def check(self) -> None:
         """Lets a tap's modules go where they have been given another implementation."""

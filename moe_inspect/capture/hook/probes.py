@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,9 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.routers import Site
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    # (layer, ids, weights, E or None, logits or None, dropped or None)
-    Seen = Callable[[int, Tensor, Tensor, int | None, Tensor | None, Tensor | None], None]
-
-
-_recorders: list[Seen] = []  # of the recorders that are open
+# (layer, ids, weights, E or None, logits or None, dropped or None), of each recorder that is open
+Seen = Callable[[int, Tensor, Tensor, "int | None", "Tensor | None", "Tensor | None"], None]
+_recorders: list[Seen] = []
 
 
 def probe(
