@@ -73,36 +73,32 @@ class Given:
 @contextmanager
 def watched(model: Any) -> Iterator[Given]:
     """Watches the input of each expert; a row is known by its bits."""
-    given, hooks = Given(), []
-    for layer, block in enumerate(model.blocks):
+    given = Given()
+
+    def watch(layer: int, experts: Any) -> Iterator[Any]:
         now: dict[str, Any] = {}
 
-        def before(module: Any, args: tuple[Tensor], now: dict[str, Any] = now) -> None:
-            now["rows"] = [r.numpy().tobytes() for r in args[0].detach().flatten(0, -2)]
-            now["of"] = {}
+        def before(module: Any, args: tuple[Tensor]) -> None:
+            rows = [r.numpy().tobytes() for r in args[0].detach().flatten(0, -2)]
+            now.update(rows=rows, of={})
 
-        def of_expert(
-            module: Any, args: tuple[Tensor], e: int = 0, now: dict[str, Any] = now
-        ) -> None:
-            for row in args[0].detach():
-                now["of"].setdefault(row.numpy().tobytes(), set()).add(e)
+        def given_to(e: int) -> Any:
+            def hook(module: Any, args: tuple[Tensor]) -> None:
+                for row in args[0].detach():
+                    now["of"].setdefault(row.numpy().tobytes(), set()).add(e)
 
-        def after(
-            module: Any, args: Any, output: Any, layer: int = layer, now: dict[str, Any] = now
-        ) -> None:
+            return hook
+
+        def after(module: Any, args: Any, output: Any) -> None:
             found = [frozenset(now["of"].get(row, ())) for row in now["rows"]]
             given.sets.setdefault(layer, []).append(found)
 
-        hooks.append(block.experts.register_forward_pre_hook(before))
-        hooks.append(block.experts.register_forward_hook(after))
-        for e, mlp in enumerate(block.experts.mlps):
+        yield experts.register_forward_pre_hook(before)
+        yield experts.register_forward_hook(after)
+        for e, mlp in enumerate(experts.mlps):
+            yield mlp.register_forward_pre_hook(given_to(e))
 
-            def hook(
-                module: Any, args: tuple[Tensor], e: int = e, of_expert: Any = of_expert
-            ) -> None:
-                of_expert(module, args, e)
-
-            hooks.append(mlp.register_forward_pre_hook(hook))
+    hooks = [hook for n, block in enumerate(model.blocks) for hook in watch(n, block.experts)]
     try:
         yield given
     finally:

@@ -240,24 +240,6 @@ def test_counts_are_written_after_as_many_steps_as_was_asked(model: Any, tmp_pat
     assert [(f.first_batch, f.last_batch) for f in files] == [(0, 3), (4, 7), (8, 11), (12, 12)]
 
 
-def test_steps_do_not_wait_longer_than_others(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
-    written: list[int] = []
-    write = hand_over.HandOver._write
-
-    def spy(self: Any, writer: Any, batch: Any) -> None:
-        written.append(len(batch))
-        write(self, writer, batch)
-
-    monkeypatch.setattr(hand_over.HandOver, "_write", spy)
-    with moe_inspect.record(model, tmp_path / "t"), torch.inference_mode():
-        text = Text(model, 1)
-        text.step(8)
-        assert written == [1] * 9
-
-
 def test_the_cache_is_not_kept_alive(model: Any, tmp_path: Path) -> None:
     with moe_inspect.record(model, tmp_path / "t"), torch.inference_mode():
         text = Text(model, 1)

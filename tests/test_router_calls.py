@@ -179,20 +179,6 @@ def test_experts_called_in_parts_are_recorded_whole(
     assert (np.sort(a, 1) == np.sort(b, 1)).mean() > 0.97
 
 
-@pytest.mark.parametrize("capture", ["tap", "dispatch"])
-@pytest.mark.parametrize("page_rows", [16, 4096])
-def test_written_at_once_or_call_by_call_it_is_the_same(
-    page_rows: int,
-    capture: str,
-    model: Any,
-    expected: moe_inspect.Trace,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
-    assert same(traced(model, tmp_path / "t", capture=capture), expected)
-
-
 CPU = torch.device("cpu")
 
 
@@ -289,16 +275,6 @@ def test_a_page_that_is_full_is_handed_over(
     assert 2 + 2 * (60 + 60) / 64 < len(batches) < 30
     monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
     assert same(found, generated(model, tmp_path / "one"))
-
-
-def test_how_many_tokens_are_recorded_is_known_at_once(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
-    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
-        for n in range(1, 4):
-            model(**token_batch([4]))
-            assert recorder.tokens == 4 * n
 
 
 def test_what_was_held_is_written_after_an_exception(

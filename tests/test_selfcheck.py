@@ -169,65 +169,37 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
 
 
 @pytest.mark.parametrize("shifted", [("ids",), ("weights",), ("ids", "weights"), ("y",)])
-def test_tensors_at_an_odd_address_are_a_variant_of_their_own(
-    shifted: tuple[str, ...], checked: list[Variant], monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
+    shifted: tuple[str, ...], checked: list[Variant], monkeypatch: Any, capsys: Any
 ) -> None:
-    """Triton compiles another kernel for them: it is checked with such tensors."""
-    addresses: dict[str, set[bool]] = {}
+    """Triton compiles another kernel for such tensors: it is a variant of its own, which is checked
+    with them. (Of a call whose y is shifted: a sum.)"""
     record_triton, combine_triton = kernels.record_triton, kernels.combine_triton
 
-    def seen(**tensors: torch.Tensor) -> None:
-        for name, tensor in tensors.items():
-            addresses.setdefault(name, set()).add(tensor.data_ptr() % 16 != 0)
+    def is_so(**tensors: torch.Tensor) -> bool:
+        return tuple(n for n, t in tensors.items() if t.data_ptr() % 16) == shifted
 
-    def recording(tape: Any, ids: Any, weights: Any) -> None:
-        seen(ids=ids, weights=weights)
-        record_triton(tape, ids, weights)
+    def record_wrong(tape: Any, ids: Any, weights: Any) -> None:
+        record_triton(tape, ids + is_so(ids=ids, weights=weights), weights)
 
-    def combining(y_SH: Any, ids: Any, weights: Any, *more: Any) -> Any:
-        seen(y=y_SH, ids=ids, weights=weights)
-        return combine_triton(y_SH, ids, weights, *more)
+    def combine_wrong(y_SH: Any, ids: Any, weights: Any, *more: Any) -> Any:
+        return combine_triton(y_SH, ids, weights, *more) + is_so(ids=ids, weights=weights, y=y_SH)
 
-    monkeypatch.setattr(kernels, "record_triton", recording)
-    monkeypatch.setattr(kernels, "combine_triton", combining)
-    case = dataclasses.replace(CASE, shifted=shifted)
-
-    def use(case: reference.Case) -> None:
-        ids, weights = choice(case)
+    monkeypatch.setattr(kernels, "record_triton", record_wrong)
+    monkeypatch.setattr(kernels, "combine_triton", combine_wrong)
+    for of_case in ((), shifted):
+        assert capsys.readouterr().err == "", "control"
+        case = dataclasses.replace(CASE, shifted=of_case)
         if "y" in shifted:
-            y_SH = case.shift("y", torch.randn(CASE.T * K, 6))
-            kernels.combine(y_SH, ids, weights, None, torch.float32, E)
+            case, kind = dataclasses.replace(case, tape="none"), (6, torch.float32, torch.float32)
+            reference.check_combine(kernels, case, kernels.combine, False, *kind)
         else:
-            kernels.record(tape_for(kernels, CASE), ids, weights)
-
-    use(CASE)
-    assert all(odd == {False} for odd in addresses.values()), "control"
-    addresses.clear()
-    use(case)
-    assert [v.shifted for v in checked] == [(), shifted]
-    assert {name for name, odd in addresses.items() if odd == {True}} == set(shifted)
-    assert len(set(map(str, checked))) == 2
-
-
-def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
-    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = kernels.record_triton
-
-    def wrong(tape: Any, ids: Any, weights: Any) -> None:
-        right(tape, ids + 1 if ids.data_ptr() % 16 else ids, weights)
-
-    monkeypatch.setattr(kernels, "record_triton", wrong)
-    record()
-    assert capsys.readouterr().err == ""
-    case = dataclasses.replace(CASE, shifted=("ids",))
-    ids, weights = choice(case)
-    tape = tape_for(kernels, case)
-    kernels.record(tape, ids, weights)
-    reference.check_tape(case, tape, ids, weights)
+            reference.check_record(kernels, case, kernels.record)
     said = capsys.readouterr().err
-    assert "the kernel gives a wrong result: recorded ids of 1 token" in said
-    assert "ids at an odd address" in said
+    assert "the kernel gives a wrong result: " in said
+    assert all(f"{name} at an odd address" in said for name in shifted)
+    assert [v.shifted for v in checked] == [(), shifted, shifted]  # at last what stands in
+    assert len(set(map(str, checked))) == 2
 
 
 def test_a_recording_tells_of_the_kernels_that_it_used(checked: list[Variant]) -> None:
