@@ -79,8 +79,8 @@ class Variant:
     P: int
     launches: int = 1
     block: int | None = None
-    y: torch.dtype | None = None
-    out: torch.dtype | None = None
+    y: torch.dtype = torch.float32
+    out: torch.dtype = torch.float32
     grouped: bool = False
     aligned: bool = True
     sizes: tuple[str, ...] = ()
@@ -344,8 +344,7 @@ def _variant(
     kernel: str, tape: Any, ids_TK: Any, weights_TK: Any, E: int = 0, **more: Any
 ) -> Variant:
     """`more`: what differs between kernels. `E`: of a call without a tape."""
-    ids = ids_TK.dtype if ids_TK is not None else None
-    given = weights_TK.dtype if weights_TK is not None else None
+    ids, given = (getattr(tensor, "dtype", None) for tensor in (ids_TK, weights_TK))
     if tape is None:
         return Variant(kernel, ids_TK.device, E, ids_TK.size(1), ids, given, None, 0, **more)
     recorded = tape.weights.dtype if tape.weights is not None else None

@@ -179,7 +179,7 @@ def before_method(module: Module, name: str, hook: Callable[..., None]) -> Calla
     """`register_forward_pre_hook(hook, with_kwargs=True)` for any method of `module`. Returns what
     removes it. It costs a call of `forward` some 5 µs less than a hook: once there is one,
     `Module.__call__` goes a long way."""
-    own = vars(module).get(name)
+    own: Any = vars(module).get(name)
     inner = getattr(type(module), name)
     if hasattr(own, "over"):  # another recorder's
         inner = own.func

@@ -137,12 +137,12 @@ class Stack:
         ]
         self._check_first(calls_of, times, T)
         runs = [
-            (site, time, *calls[time])
+            (site, time, calls[time])
             for site, t, calls in zip(self.sites, times, calls_of[""], strict=True)
             for time in range(t)
         ]
-        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, ids, _ in runs]
-        self.routers = [_router(site, time, ids.shape[1]) for site, time, ids, _ in runs]
+        self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
+        self.routers = [_router(site, time, ids.shape[1]) for site, time, (ids, _) in runs]
         ends = np.cumsum(times).tolist()
         self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
         self.is_new = False
@@ -152,7 +152,7 @@ class Stack:
                     f"{shown.path} does not route as declared ({told}): record a forward pass of "
                     "the whole model first"
                 )
-        return [weights.dtype for *_, weights in runs]
+        return [weights.dtype for *_, (_, weights) in runs]
 
     def _check_first(
         self, calls_of: dict[str, list[list[tuple[Tensor, ...]]]], times: Sequence[int], T: int
