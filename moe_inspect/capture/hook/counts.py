@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from moe_inspect.trace.writer import TraceWriter
 
 
-Sums = dict[torch.device, list[torch.Tensor]]
 MOST_SLOTS = 2**20  # counted at once
 
 
@@ -73,7 +72,7 @@ class DeviceCounts:
         self.on_cpu = all(device.type == "cpu" for device in self.devices)
         self._sums = self._zeros(1)
 
-    def _zeros(self, domains: int) -> Sums:
+    def _zeros(self, domains: int) -> dict[torch.device, list[torch.Tensor]]:
         """Zeroed sums for `domains`: assignments, first choices and weights, [domains, columns]
         each. Padding and slots that routed nowhere are counted as expert E, which is left out in
         the end."""
@@ -99,8 +98,14 @@ class DeviceCounts:
     ) -> None:
         """Counts forward passes of these routers, a stack's. `fed`: their rows; `choices`: of each
         pass; `batch`: the number of the last one."""
-        self._sums = {d: _padded(sums, domains) for d, sums in self._sums.items()}
-        domain_N = torch.from_numpy(np.concatenate([_domain_of(rows) for rows in fed]))
+        missing = domains - len(self._of_router(0)[0])
+        if missing > 0:
+            for device, sums in self._sums.items():
+                self._sums[device] = [torch.nn.functional.pad(s, (0, 0, 0, missing)) for s in sums]
+        real_N = np.concatenate([rows.real for rows in fed])
+        code_N = np.full(len(real_N), -1, np.int64)  # −1 for padding
+        code_N[real_N] = np.concatenate([rows.domain for rows in fed])
+        domain_N = torch.from_numpy(code_N)
         domain_of = {d: domain_N.to(d, non_blocking=True) for d in self._width}
         first = routers[0]
         for of_group in zip(*choices, strict=True):
@@ -186,18 +191,6 @@ class DeviceCounts:
         return Totals(
             self.routers, [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
         )
-
-
-def _domain_of(rows: Rows) -> np.ndarray:
-    """The domain code of each row, int64 [T], −1 for padding."""
-    domain_T = np.full(len(rows.real), -1, np.int64)
-    domain_T[rows.real] = rows.domain
-    return domain_T
-
-
-def _padded(sums: list[torch.Tensor], domains: int) -> list[torch.Tensor]:
-    missing = domains - len(sums[0])
-    return [torch.nn.functional.pad(s, (0, 0, 0, missing)) for s in sums] if missing > 0 else sums
 
 
 MOST_WAITING = 256  # forward passes

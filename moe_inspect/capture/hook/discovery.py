@@ -36,7 +36,7 @@ NOTE = (
 )
 
 
-class Found(NamedTuple):
+class TopkCall(NamedTuple):
     """A call of topk over E values, in a module's forward, at a line of a file."""
 
     path: str
@@ -73,7 +73,7 @@ class Discovery(TorchFunctionMode):
         }
         # in the current pass: path of a list → for each module, rows given and rows that are not 0
         self._given: dict[str, list[tuple[int, int]]] = {}
-        self._found: list[Found] = []
+        self._found: list[TopkCall] = []
         self._slots: dict[int, int] = {}  # by `id` of ids found, the slots in slices of them
         self._sequence_first: dict[str, bool] = {}  # modules that are given [S, B, D]: True
         self._probed: set[int] = set()  # layers with a probe of the model's own
@@ -95,7 +95,7 @@ class Discovery(TorchFunctionMode):
     def end(self) -> None:
         """The model's forward has returned."""
         self._watching.close()
-        calls: dict[str, list[Found]] = {}
+        calls: dict[str, list[TopkCall]] = {}
         for found in self._found:
             if found.layer not in self._probed:
                 calls.setdefault(found.path, []).append(found)
@@ -108,7 +108,7 @@ class Discovery(TorchFunctionMode):
             self._told = True
             self._tell(chosen)
 
-    def _widest(self, calls: list[Found]) -> Found:
+    def _widest(self, calls: list[TopkCall]) -> TopkCall:
         """MoeInspectError where there are several."""
         E = max(found.E for found in calls)
         widest = [found for found in calls if found.E == E]
@@ -121,10 +121,10 @@ class Discovery(TorchFunctionMode):
             )
         return widest[0]
 
-    def _refuse_two(self, chosen: list[Found]) -> None:
+    def _refuse_two(self, chosen: list[TopkCall]) -> None:
         """MoeInspectError where two modules of a layer choose: one may be a sparse attention, or
         another stack's."""
-        first: dict[int, Found] = {}
+        first: dict[int, TopkCall] = {}
         for found in chosen:
             if (other := first.setdefault(found.layer, found)) is not found:
                 _refuse(
@@ -134,7 +134,7 @@ class Discovery(TorchFunctionMode):
                     "which chooses experts",
                 )
 
-    def _check(self, found: Found) -> None:
+    def _check(self, found: TopkCall) -> None:
         """MoeInspectError where the choice is not what the experts are given, or may be of no
         experts."""
         nearest = next((p for p in _up(found.path) if p in self._sequence_first), "")
@@ -165,7 +165,7 @@ class Discovery(TorchFunctionMode):
                 "whether it chooses experts or tokens, before a pass of another number of tokens",
             )
 
-    def _lists_of(self, found: Found) -> list[str]:
+    def _lists_of(self, found: TopkCall) -> list[str]:
         """The lists of E modules nearest to the module that chooses, in its layer."""
         for path in _up(found.path):
             beside = [p for p in self._lists if p.startswith(f"{path}.")]
@@ -174,7 +174,7 @@ class Discovery(TorchFunctionMode):
                 return [p for p in of_experts if not p.startswith(inner)]
         return []
 
-    def _compare(self, found: Found, what: str, path: str) -> bool:
+    def _compare(self, found: TopkCall, what: str, path: str) -> bool:
         """Whether the rows given to the modules of a list show that `found` chooses among them.
         MoeInspectError where these are other rows than were chosen: the message says `what` the
         module chooses."""
@@ -247,7 +247,7 @@ class Discovery(TorchFunctionMode):
         found = self._caller(sys._getframe())
         # elsewhere than in a block it is the sampling of a token
         if found is not None and layer_path(found[0]) is not None:
-            self._found.append(Found(found[0], layer_of(found[0]), E, ids, values, found[1]))
+            self._found.append(TopkCall(found[0], layer_of(found[0]), E, ids, values, found[1]))
 
     def _caller(self, frame: FrameType | None) -> tuple[str, str] | None:
         """Path of the module of this model whose method is running, and the line it is at; where
@@ -263,9 +263,9 @@ class Discovery(TorchFunctionMode):
             frame = frame.f_back
         return None
 
-    def _tell(self, chosen: list[Found]) -> None:
+    def _tell(self, chosen: list[TopkCall]) -> None:
         """The lines that make the discovery unnecessary."""
-        lines: dict[tuple[str, str], Found] = {}
+        lines: dict[tuple[str, str], TopkCall] = {}
         for found in chosen:
             lines.setdefault((NUMBER.sub(".*", found.path), found.line), found)
         for (pattern, line), found in lines.items():

@@ -38,7 +38,7 @@ Implementation = Callable[..., Tensor]  # of the experts, as transformers' regis
 
 
 @dataclass(eq=False, slots=True)
-class Taken:
+class TakenOver:
     """How an experts module that a recorder has taken over runs.
 
     sink      receives its choice
@@ -81,7 +81,7 @@ def experts_forward(
     """Replaces transformers' `grouped_mm` and, for few tokens on a GPU, the `batched_mm` that
     `generate` decodes with; the flags on `self` (has_gate, has_bias …) describe the family's
     experts."""
-    taken: Taken | None = getattr(self, TAKEN, None)
+    taken: TakenOver | None = getattr(self, TAKEN, None)
     if taken is None:
         tapped = None if is_compiling() else _TAPPED.get(id(self.config))
         if tapped is not None:
@@ -214,7 +214,7 @@ def _combined(
 
 def _measured(self: Any) -> dict[str, Sink]:
     """Where the sizes of this module's outputs go now; empty where nobody wants them."""
-    taken: Taken | None = getattr(self, TAKEN, None)
+    taken: TakenOver | None = getattr(self, TAKEN, None)
     if taken is None or not any(sink.scope.open for sink in taken.sizes.values()):
         return {}
     return taken.sizes
@@ -330,7 +330,7 @@ class Takeover:
             sizes = {kind: sinks[kind] for kind in Sizes._fields if kind in sinks}
             # (grouping few slots without our kernels would only add steps)
             own = None if sizes and computes else stock
-            setattr(module, TAKEN, Taken(sinks[""], sizes, own, computes, names))
+            setattr(module, TAKEN, TakenOver(sinks[""], sizes, own, computes, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
                 _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)

@@ -210,10 +210,10 @@ def check_grouping(case: Case, found: Any, ids_TK: Tensor) -> None:
         require(got.tolist() == want.tolist(), name)
 
 
-Group = Callable[[Tensor, "Tensor | None", int, Any], Any]  # ids, weights, experts, tape
+Dispatching = Callable[[Tensor, "Tensor | None", int, Any], Any]  # ids, weights, experts, tape
 
 
-def check_dispatch(kernels: ModuleType, case: Case, dispatch: Group) -> None:
+def check_dispatch(kernels: ModuleType, case: Case, dispatch: Dispatching) -> None:
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
     poison = [t.fill_(POISON * 1000) for t in kernels.empty_dispatch(ids, case.E)]

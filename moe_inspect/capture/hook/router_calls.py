@@ -25,11 +25,11 @@ from moe_inspect.trace.schema import EXTRAS
 Call = tuple[int, tuple[Tensor, ...]]
 # by what is recorded: "" for choices, else one of `schema.EXTRAS`
 Calls = dict[str, list[Call]]
-# of each `Group`: ids and weights [R, T, K], or the values of one of the extras
+# of each `AlikeRouters`: ids and weights [R, T, K], or the values of one of the extras
 Whole = list[tuple[Tensor, ...]]
 
 
-class Group(NamedTuple):
+class AlikeRouters(NamedTuple):
     """Consecutive routers of one device and of equal K and E, `first` being the index of the first
     one; ids from E on are no expert's. `kind`: "" for choices, else one of the extras."""
 
@@ -53,7 +53,7 @@ class PassShape:
         below: Sequence[int] | None = None,
     ):
         ends = below or [E for *_, E in routers]
-        self.sites, self.groups = list(sites), list[Group]()
+        self.sites, self.groups = list(sites), list[AlikeRouters]()
         for kind in ("", *extras):
             alike = [
                 (device, EXTRAS[kind].width(K, E) if kind else K, end)
@@ -61,7 +61,7 @@ class PassShape:
             ]
             first = 0
             for (_, K, end), same in groupby(alike):
-                self.groups.append(Group(kind, first, len(list(same)), K, end))
+                self.groups.append(AlikeRouters(kind, first, len(list(same)), K, end))
                 first += self.groups[-1].routers
 
     def whole(self, calls: Calls, T: int) -> Whole | None:
@@ -135,7 +135,7 @@ class TapeWriter:
         self._tapes[0].cursor.add_(T)
 
 
-def _pages(group: Group, tape: Tape, tensor: Tensor) -> list[Tensor]:
+def _pages(group: AlikeRouters, tape: Tape, tensor: Tensor) -> list[Tensor]:
     """The group's part of each page, [R, P, K]."""
     end = tape.base + group.routers * tape.P * group.K
     parts = tensor.view(tape.pages, -1)[:, tape.base : end]

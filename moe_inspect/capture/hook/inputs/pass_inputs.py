@@ -30,12 +30,12 @@ from moe_inspect.capture.hook.inputs.rows import (
     joined,
     steps_at,
 )
-from moe_inspect.capture.hook.inputs.sequences import Numbering, check_labels
+from moe_inspect.capture.hook.inputs.sequences import SequenceNumbers, check_labels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 
 
-class Follower(Protocol):
+class PassFollower(Protocol):
     """Is told of each forward pass: its begin, what each stack is fed, the model's output."""
 
     def begin(self) -> None: ...
@@ -55,14 +55,14 @@ class PassInputs:
         domains: Sequence[str] | None,
         inputs: InputsOf | None = None,
         row_order: RowOrder | None = None,
-        follower: Follower | None = None,
+        follower: PassFollower | None = None,
     ):
         self._inputs, self._row_order, self._follower = inputs, row_order, follower
         self._argument_names = {
             stack: list(inspect.signature(module.forward).parameters)
             for stack, module in modules.items()
         }
-        self._numbering = Numbering()
+        self._numbering = SequenceNumbers()
         self.domains = self._numbering.domains  # labels by code
         self.domain_code = self._numbering.domain_code
         self.accept = self._numbering.accept  # the rows read so far have been recorded

@@ -59,7 +59,7 @@ class Pages:
 class Rows:
     """What one forward pass is fed. `real` bool [T] is False for padding, in the order in which the
     routers see the rows; the other arrays have one entry per real row, `domain` as codes into
-    `Numbering.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
+    `PassInputs.domains`. `stack` says which stack of an encoder-decoder is fed. `phases`: indices
     into PHASES, where they are of several."""
 
     real: np.ndarray
@@ -90,7 +90,7 @@ class Rows:
     S = T
 
 
-class State(NamedTuple):
+class Places(NamedTuple):
     """The `Place` of each batch row: document, sequence and domain int [B, 3], all −1 where there
     is none; and the positions."""
 
@@ -113,7 +113,7 @@ class CachedRows:
     the tensors that the pass returned begin in memory. `is_continued`: a pass went on from here."""
 
     length: int
-    state: State | None = None
+    state: Places | None = None
     fed: int = 0
     taken: int = 0
     starts: Collection[Any] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Place, State
+from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs, Place, Places
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.writer import Document
@@ -20,7 +20,7 @@ from moe_inspect.trace.writer import Document
 PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode", "draft"))
 
 
-class Numbering:
+class SequenceNumbers:
     """Numbers documents and sequences as they come and keeps the domain labels
     (`domains[code]`)."""
 
@@ -175,10 +175,10 @@ def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int
     return DECODE if is_on and (is_one or call.verifies or has_drafts) else PREFILL
 
 
-def _state_before(call: CallInputs) -> State:
+def _state_before(call: CallInputs) -> Places:
     """How far the sequence of each batch row had come before the pass."""
     state = call.before.state if call.before is not None else None
-    nowhere = State(np.full((call.B, 3), -1), np.full(call.B, -1), np.full(call.B, -1))
+    nowhere = Places(np.full((call.B, 3), -1), np.full(call.B, -1), np.full(call.B, -1))
     if call.before is None or state is None or not len(state.last_B):
         return nowhere
     # transformers repeats a row of an encoder's output for each of its beams
@@ -189,12 +189,12 @@ def _state_before(call: CallInputs) -> State:
     last_B -= call.before.taken
     if repeats > 1:  # the beams after the first are sequences of their own
         last_B[np.arange(call.B) % repeats > 0] = -2
-    return State(numbers_B3, first_B, last_B)
+    return Places(numbers_B3, first_B, last_B)
 
 
 def _state_after(
-    before: State, row_N: np.ndarray, position_N: np.ndarray, starts_N: np.ndarray
-) -> State:
+    before: Places, row_N: np.ndarray, position_N: np.ndarray, starts_N: np.ndarray
+) -> Places:
     """How far each batch row has come with the pass; its numbers are those of before until they are
     known."""
     B = len(before.last_B)
@@ -204,7 +204,7 @@ def _state_after(
     first_B = np.full(B, -1)
     first_B[row_N[first_N]] = position_N[first_N]
     first_B[np.bincount(row_N[first_N], minlength=B) != 1] = -1
-    return State(before.numbers_B3.copy(), first_B, last_B)
+    return Places(before.numbers_B3.copy(), first_B, last_B)
 
 
 def _drafts(
