@@ -156,8 +156,8 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
         kernels.record(tape, ids.int(), given)
     kernels.combine(y_SH, ids, weights, grouped, torch.float32, E)
     kernels.combine(y_SH, ids, weights, None, torch.float32, E, tape)
-    for wanted in ({"norms": True}, {"norms": True, "peaks": True}):
-        sizes = kernels.empty_sizes(ids, **wanted)
+    for wanted in (("norms",), ("norms", "peaks")):
+        sizes = kernels.empty_sizes(ids, wanted)
         kernels.combine(y_SH, ids, weights, grouped, torch.float32, E, None, sizes)
     assert [v.kernel for v in checked] == [
         "dispatch",
@@ -240,7 +240,7 @@ def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
     reference.check_dispatch(kernels, case, kernels.dispatch_torch)
     if case.T * case.K <= kernels.RECORD_BLOCK:
         for grouped in (True, False):
-            kind = grouped, 6, torch.float32, torch.float32, reference.SIZES
+            kind = grouped, 6, torch.float32, torch.float32, tuple(kernels.SIZES)
             reference.check_combine(kernels, case, kernels.combine_torch, *kind)
 
 

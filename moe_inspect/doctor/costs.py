@@ -64,7 +64,7 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
         types: dict[str, Any] = {"y": torch.bfloat16, "out": torch.bfloat16}
         yield made(**types)
         for sizes in ((), ("norms",)):
-            columns = kernels.combine_columns(2048, measured=True) if sizes else 0
+            columns = kernels.measuring_columns(2048) if sizes else 0
             yield Variant(
                 kernel,
                 device,

@@ -113,14 +113,13 @@ def check_combine(case: Case, grouped: bool, H: int = H, sizes: bool = False) ->
     y_SH = y_SH.bfloat16()
     places = kernels.dispatch_torch(ids, None, case.E) if grouped else None
     tape = None if grouped else tape_for(kernels, case)
-    made = kernels.empty_sizes(ids, peaks=True) if sizes else None
+    made = kernels.empty_sizes(ids, kernels.SIZES if sizes else ())
     found = kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, case.E, tape, made)
     rows = y_SH if places is None else y_SH[places.inverse.long()]
     rows = rows.view(case.T, case.K, H).float()
     if grouped:  # places without an expert count as zero
         rows[(ids < 0) | (ids >= case.E)] = 0
-    if made is not None:
-        check_sizes(made, rows.double())
+    check_sizes(made, rows.double())
     total = torch.zeros(case.T, H)
     for k in range(case.K):
         product = rows[:, k] * weights[:, k : k + 1].float()

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear
 
 from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
+from moe_inspect.capture.hook.kernels import SIZES, Dispatch, Tape
 from moe_inspect.capture.hook.sink import Sink, Sinks
 from moe_inspect.errors import MoeInspectError
 
@@ -42,7 +42,7 @@ class TakenOver:
     """How an experts module that a recorder has taken over runs.
 
     sink      receives its choice
-    sizes     receive the sizes of its experts' outputs: a field of `Sizes` → its sink
+    sizes     receive the sizes of its experts' outputs: one of `SIZES` → its sink
     stock     the implementation that it would run otherwise; None where that is never used
     computes  whether ours computes (dispatch), but for up to FEW_SLOTS slots where no kernel of
               ours runs
@@ -193,10 +193,9 @@ def _combined(
 ) -> Tensor:
     """The weighted sum of the experts' outputs. Records their sizes, where that was asked for, and
     on `tape` the choice."""
-    sinks, dtype, sizes = _measured(self), hidden_TH.dtype, None
-    wanted = {kind: kind in sinks for kind in Sizes._fields}
+    sinks, dtype = _measured(self), hidden_TH.dtype
     if _in_one_pass(hidden_TH):
-        sizes = kernels.empty_sizes(ids_TK, **wanted) if sinks else None
+        sizes = kernels.empty_sizes(ids_TK, sinks)
         sum_TH = kernels.combine(
             y_SH, ids_TK, weights_TK, grouped, dtype, self.num_experts, tape, sizes
         )
@@ -204,11 +203,10 @@ def _combined(
         if tape is not None:
             kernels.record(tape, ids_TK, weights_TK)
         inverse_S = grouped.inverse if grouped is not None else None
-        if sinks:
-            sizes = kernels.sizes_torch(y_SH, ids_TK.shape[1], inverse_S, **wanted)
+        sizes = kernels.sizes_torch(y_SH, ids_TK.shape[1], inverse_S, sinks)
         sum_TH = kernels.weighted_sum(y_SH, weights_TK, inverse_S).to(dtype)
     for kind, sink in sinks.items():
-        sink.record(None, getattr(sizes, kind))
+        sink.record(None, sizes[kind])
     return sum_TH
 
 
@@ -327,7 +325,7 @@ class Takeover:
 
         for module, sinks in self.sinks.items():
             stock = stock_of(module)
-            sizes = {kind: sinks[kind] for kind in Sizes._fields if kind in sinks}
+            sizes = {kind: sinks[kind] for kind in SIZES if kind in sinks}
             # (grouping few slots without our kernels would only add steps)
             own = None if sizes and computes else stock
             setattr(module, TAKEN, TakenOver(sinks[""], sizes, own, computes, names))

@@ -227,7 +227,6 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Dispatching) -> No
 # --- combine
 
 
-SIZES = ("norms", "peaks")
 # y, ids, weights, grouped, dtype of the result, experts, tape, sizes → [T, H]
 Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any, Any], Tensor]
 
@@ -264,30 +263,25 @@ def check_combine(
         for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
     )
     tape = None if grouped else tape_for(kernels, case)
-    wanted = {name: name in sizes for name in SIZES}
-    measured = kernels.empty_sizes(ids, **wanted) if sizes else None
-    for size in measured or ():
-        if size is not None:
-            size.fill_(POISON)
+    measured = kernels.empty_sizes(ids, sizes)
+    for size in measured.values():
+        size.fill_(POISON)
     got = combine(y_SH, ids, weights, groups, out, case.E, tape, measured)
     require(got.dtype == out, "the type of the sum")
     coarsest = max((kind, weights.dtype, out), key=lambda d: torch.finfo(d).eps)
     assert_close(got.cpu(), want_TH, coarsest)
-    if measured is not None:
-        check_sizes(measured, slots_TKH)
+    check_sizes(measured, slots_TKH)
     if tape is not None:
         check_tape(case, tape, ids, weights)
 
 
-def check_sizes(found: Any, slots_TKH: Tensor) -> None:
+def check_sizes(found: dict[str, Tensor], slots_TKH: Tensor) -> None:
     """Requires that the sizes are those of the rows: the peaks exactly, the norms but for the
     roundings of their sums in float32."""
     want_TK = {"norms": slots_TKH.norm(dim=2), "peaks": slots_TKH.abs().amax(2)}
-    for name, want in want_TK.items():
-        if (size_TK := getattr(found, name)) is None:
-            continue
-        error, slack = (size_TK.cpu().double() - want).abs(), 1e-5 if name == "norms" else 0.0
-        require((error <= slack * want).all(), f"the {name} of the outputs")
+    for name, size_TK in found.items():
+        error, slack = (size_TK.cpu().double() - want_TK[name]).abs(), 1e-5 * (name == "norms")
+        require((error <= slack * want_TK[name]).all(), f"the {name} of the outputs")
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -153,12 +153,11 @@ class Dispatch(NamedTuple):
     token: Tensor  # [S]: the token at each place, permutation // K
 
 
-class Sizes(NamedTuple):
-    """How large the output of each slot's expert is, before the gate weight: float32 [T, K]. None:
-    not wanted. 0 for a slot without an expert, where rows are grouped."""
-
-    norms: Tensor | None = None  # ‖f(x)‖₂, summed in float32
-    peaks: Tensor | None = None  # the largest |value|
+# How large the output of each slot's expert is, before the gate weight, float32 [T, K], by what it
+# is: a vector norm of an order. 0 for a slot without an expert, where rows are grouped.
+# norms: ‖f(x)‖₂, summed in float32; peaks: the largest |value|
+SIZES = {"norms": 2.0, "peaks": math.inf}
+Sizes = dict[str, Tensor]
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -651,33 +650,25 @@ def weighted_sum(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> 
     return (y_SH * weights_TK.reshape(-1, 1)).view(T, K, y_SH.shape[1]).sum(1)
 
 
-def sizes_torch(
-    y_SH: Tensor, K: int, inverse_S: Tensor | None, norms: bool = True, peaks: bool = False
-) -> Sizes:
+def sizes_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None, wanted: Collection[str]) -> Sizes:
     """The sizes of the experts' outputs, by the rows of `weighted_sum`. Without a gradient."""
-    y_SH = y_SH.detach()
 
-    def of_slots(order: float) -> Tensor:
-        size_S = torch.linalg.vector_norm(y_SH, order, dim=1, dtype=torch.float32)
+    def of_slots(kind: str) -> Tensor:
+        y = y_SH.detach()
+        size_S = torch.linalg.vector_norm(y, SIZES[kind], dim=1, dtype=torch.float32)
         size_S = size_S if inverse_S is None else size_S[inverse_S.long()]
         return size_S.view(-1, K)
 
-    return Sizes(of_slots(2.0) if norms else None, of_slots(math.inf) if peaks else None)
+    return {kind: of_slots(kind) for kind in wanted}
 
 
-def empty_sizes(ids_TK: Tensor, norms: bool = True, peaks: bool = False) -> Sizes:
+def empty_sizes(ids_TK: Tensor, wanted: Collection[str]) -> Sizes:
     """Sizes for `combine` to fill."""
-
-    def empty() -> Tensor:
-        return ids_TK.new_empty(ids_TK.shape, dtype=torch.float32)
-
-    return Sizes(empty() if norms else None, empty() if peaks else None)
+    return {kind: ids_TK.new_empty(ids_TK.shape, dtype=torch.float32) for kind in wanted}
 
 
-def combine_columns(H: int, measured: bool) -> int:
-    """Columns per program. One that measures rows sees all of them."""
-    if not measured:
-        return COMBINE_COLUMNS
+def measuring_columns(H: int) -> int:
+    """Columns per program where outputs are measured: it sees all of them."""
     return max(COMBINE_COLUMNS, 1 << (H - 1).bit_length())
 
 
@@ -767,10 +758,9 @@ if triton is not None:
             return out
         y, ids, weights = y_SH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
         order = (grouped.inverse, grouped.offsets) if grouped is not None else (None, None)
-        if sizes is None:
-            columns, measured = COMBINE_COLUMNS, (None, None)
-        else:
-            columns, measured = combine_columns(H, measured=True), sizes
+        columns, measured = COMBINE_COLUMNS, (None, None)
+        if sizes:
+            columns, measured = measuring_columns(H), tuple(map(sizes.get, SIZES))
         _combine_launch(K, columns, kind, weights.dtype, ids.dtype, dtype)(
             y.get_device(), (T, -(-H // columns)), S * H, (*order, *measured), (y, ids, weights, out),
             (experts, H), (T,), NO_TAPE if tape is None else _arguments(tape, K, ids, weights),
@@ -801,11 +791,8 @@ def combine_torch(
         inverse = grouped.inverse
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
-    if sizes is not None:
-        found = sizes_torch(y_SH, ids_TK.shape[1], inverse, *(s is not None for s in sizes))
-        for to, size_TK in zip(sizes, found, strict=True):
-            if to is not None and size_TK is not None:
-                to.copy_(size_TK)
+    for kind, size_TK in sizes_torch(y_SH, ids_TK.shape[1], inverse, sizes or ()).items():
+        sizes[kind].copy_(size_TK)
     return weighted_sum(y_SH, weights_TK, inverse).to(dtype)
 
 

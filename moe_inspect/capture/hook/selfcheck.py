@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from moe_inspect.capture.hook.kernel_reference import (
-    SIZES,
     Case,
     Mismatch,
     check_combine,
@@ -244,11 +243,9 @@ class SelfCheck:
     ) -> bool:
         y, H = y_SH.dtype, y_SH.size(1)
         aligned, shifted = not H % 16, shifted_among(ids_TK, weights_TK, y_SH)
-        written: tuple[bool, ...] = ()
-        columns = 0
-        if sizes is not None:
-            written = tuple(size is not None for size in sizes)
-            columns = sys.modules[self._kernels].combine_columns(H, True)
+        written, columns = tuple(sizes or ()), 0
+        if written:
+            columns = sys.modules[self._kernels].measuring_columns(H)
         where = (y_SH.get_device(), E, ids_TK.size(1)) if tape is None else tape.kind
         types = ids_TK.dtype, weights_TK.dtype, y, out
         key = where, types, grouped, aligned, shifted, written, columns
@@ -264,7 +261,7 @@ class SelfCheck:
                 out=out,
                 grouped=grouped,
                 aligned=aligned,
-                sizes=tuple(n for n, on in zip(SIZES, written, strict=False) if on),
+                sizes=written,
                 columns=columns,
                 shifted=shifted,
             )

@@ -181,7 +181,7 @@ def before_method(module: Module, name: str, hook: Callable[..., None]) -> Calla
     `Module.__call__` goes a long way."""
     own: Any = vars(module).get(name)
     inner = getattr(type(module), name)
-    if hasattr(own, "over"):  # another recorder's
+    if own is not None and hasattr(own, "over"):  # another recorder's
         inner = own.func
     elif own is not None:
         inner = lambda self, /, *args, **kwargs: own(*args, **kwargs)  # noqa: E731
