@@ -327,8 +327,7 @@ class Attachment:
             self._eager.release()
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or has_compiled()
-        have_tapes = bool(self.sinks) and all(sinks[""].tapes for sinks in self.sinks)
-        if self.in_compiled and not have_tapes:
+        if self.in_compiled and not (self.sinks and all(of[""].tapes for of in self.sinks)):
             # until the first forward pass has shown the shapes there are no tapes, and the sinks
             # are plain Python
             self._eager.hold()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -101,7 +102,8 @@ class Probes:
                 f"{reader.path} was called with experts={experts} and with {reader.experts}"
             )
         ids, weights = reader.choice((ids, weights), dropped)
-        sinks[""].record(ids, weights)
+        if (tape := sinks[""](ids, weights)) is not None:
+            kernels.record(tape, ids, weights)
         if "logits" not in sinks or (logits is None and not self.need_logits):
             return
         if logits is None:
