@@ -791,7 +791,8 @@ def combine_torch(
         inverse = grouped.inverse
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
-    for kind, size_TK in sizes_torch(y_SH, ids_TK.shape[1], inverse, sizes or ()).items():
+    sizes = sizes or {}
+    for kind, size_TK in sizes_torch(y_SH, ids_TK.shape[1], inverse, sizes).items():
         sizes[kind].copy_(size_TK)
     return weighted_sum(y_SH, weights_TK, inverse).to(dtype)
 
