@@ -27,13 +27,10 @@ BREAKS = {
 def load(broken: str, place: Path) -> None:
     """Puts broken kernels, whose source is written to `place`, where the package's are."""
     spec = importlib.util.find_spec(NAME)
-    assert spec is not None
     source: Any = SimpleNamespace(__file__=spec.origin, __name__=NAME)
     file = place / "kernels.py"
     file.write_text(changed_source(source, *BREAKS[broken]))
     spec = importlib.util.spec_from_file_location(NAME, file)
-    assert spec is not None
-    assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = sys.modules["moe_inspect.capture.hook"].kernels = module
     spec.loader.exec_module(module)

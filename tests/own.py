@@ -28,8 +28,6 @@ def example() -> Any:
     """The module, imported once: its classes are the same in every test."""
     if "your_own_moe" not in sys.modules:
         spec = importlib.util.spec_from_file_location("your_own_moe", EXAMPLE)
-        assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["your_own_moe"] = module
         spec.loader.exec_module(module)

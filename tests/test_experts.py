@@ -194,8 +194,6 @@ def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tenso
     made.zero_grad()
     output = forward(made, hidden, ids, weights)
     (output * torch.linspace(-1, 1, 16)).sum().backward()
-    assert hidden.grad is not None
-    assert weights.grad is not None
     # nobody grouped: no parameter has a part in an empty output
     return [
         output.detach(),

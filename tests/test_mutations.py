@@ -90,8 +90,6 @@ def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
         )
     )
     spec = importlib.util.spec_from_file_location("mutated", file)
-    assert spec is not None
-    assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     sys.modules["mutated"] = made  # dataclasses look their module up
     spec.loader.exec_module(made)

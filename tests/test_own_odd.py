@@ -239,7 +239,6 @@ class OfSwitches(nn.Module):
 
 def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
     found = candidates(OfSwitches())
-    assert found is not None
     assert found.routers == {"layers.*": "Switch, with gate_w"}
     assert found.experts_lists == {"layers.*": "Switch of 6"}
     assert found.experts == 6
@@ -388,7 +387,6 @@ def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
         return nn.ModuleDict({str(n): nn.Linear(8, 8) for n in range(4)})
 
     found = candidates(OfLists())
-    assert found is not None
     assert found.pattern == "layers.*"
 
 

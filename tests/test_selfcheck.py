@@ -139,7 +139,6 @@ def test_the_file_is_small_and_private_to_nobody(checked: list[Variant]) -> None
     for n in range(3 * selfcheck.MOST):
         selfcheck.remember(f"place {n}", {"a", "b"})
     file = selfcheck.cache_file()
-    assert file is not None
     assert len(json.loads(file.read_text())) == selfcheck.MOST
     assert selfcheck.passed(f"place {3 * selfcheck.MOST - 1}") == {"a", "b"}
     assert [f.name for f in file.parent.iterdir()] == [file.name], "no temporary file is left"

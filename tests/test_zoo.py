@@ -92,7 +92,6 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     parent = model.get_submodule(site.path.rpartition(".")[0])
     owner = parent if site.adapter is not None and not site.adapter.at_call else site.module
     inside = re.match(r".*?(?:layers|blocks|block|h)\.\d+(?=\.)", site.path)
-    assert inside is not None
     last = last_matrices(owner, site.experts)
     seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
 
@@ -481,7 +480,6 @@ def test_nllb_weighs_by_its_two_first_choices(tmp_path: Path) -> None:
     model, inputs = made("nllb_moe")
     logits: list[torch.Tensor] = []
     router = find_routers(model)[0].logits_module
-    assert router is not None
     router.register_forward_hook(lambda m, a, out: logits.append(out[2]))
     trace = recorded(model, tmp_path / "t", inputs)
     two = logits[0].softmax(1).topk(2, dim=1).values
@@ -537,7 +535,6 @@ def test_the_page_says_what_the_tests_found() -> None:
     """docs/families.md, written by `make test-families`."""
     page = (ROOT / "docs" / "families.md").read_text()
     version = re.search(r"transformers (\S+)", page)
-    assert version is not None
     if version[1] == zoo.hf.__version__:
         assert page == families_page(), "docs/families.md is stale: run make test-families"
 
