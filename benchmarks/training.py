@@ -53,9 +53,7 @@ class Recipe:
 @contextlib.contextmanager
 def timed_inside(spent: list[float]) -> Iterator[None]:
     """Adds up, in `spent`, the CPU time of the monitor's own functions on the training thread."""
-    methods: list[tuple[type, str]] = [
-        (Sums, n) for n in ("begin", "feed", "take", "take_logits", "end")
-    ]
+    methods: list[tuple[type, str]] = [(Sums, n) for n in ("begin", "feed", "take", "end")]
     methods.append((RoutingMonitor, "step"))
     kept = {(owner, name): getattr(owner, name) for owner, name in methods}
 

@@ -19,7 +19,7 @@ from moe_inspect.capture.hand_over import HandOver
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
-from moe_inspect.capture.hook.inputs.arguments import inputs_of, row_order_of
+from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.sink import Sinks
@@ -88,12 +88,9 @@ class Recorder:
         self.stacks = {name: Stack(name, of, kinds, self.model) for name, of in scopes.items()}
         for site, sinks in zip(self.sites, self.attachment.sinks, strict=True):
             self.stacks[site.stack].add(site, sinks)
-        modules = {name: scope.module for name, scope in scopes.items()}
-        inputs = inputs_of(self.model, self.sites, options.inputs)
         self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
-        self.inputs = PassInputs(
-            modules, documents, domains, inputs, row_order_of(self.sites), self.losses
-        )
+        reader = CallReader(self.model, self.sites, options.inputs)
+        self.inputs = PassInputs(reader, documents, domains, self.losses)
         self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
         self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
         self._balance_of = balance_of

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.attach import Attachment
-from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of, row_order_of
+from moe_inspect.capture.hook.inputs.arguments import CallReader, InputsOf
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.manifest import ALTERED
@@ -186,13 +186,7 @@ class Intervention:
             self.replay = Replay(trace, self.sites)
         self._attachment = _Attachment(model, self)
         self._attachment.one_thread = self.plan.needs_rows
-        self._inputs = PassInputs(
-            {name: scope.module for name, scope in self._attachment.scopes.items()},
-            None,
-            None,
-            inputs_of(self.model, self.sites, inputs),
-            row_order_of(self.sites),
-        )
+        self._inputs = PassInputs(CallReader(self.model, self.sites, inputs))
         self._passes = 0
         self._now = _Now()
         self._counting = threading.Lock()

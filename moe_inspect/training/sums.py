@@ -8,8 +8,7 @@ nowhere.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.arguments import InputsOf, inputs_of, row_order_of
-from moe_inspect.capture.hook.inputs.call_arguments import real_rows
+from moe_inspect.capture.hook.inputs.arguments import CallReader, InputsOf
+from moe_inspect.capture.hook.inputs.call_arguments import mask_of
 from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
@@ -115,26 +114,21 @@ class Sums:
 
     def __init__(self, model: Any, sites: list[Site], inputs: InputsOf | None = None):
         self.model, self.sites = model, sites
-        self._inputs = inputs_of(model, sites, inputs)
-        self._row_order = row_order_of(sites)
+        self._reader = CallReader(model, sites, inputs)
         self.routers: list[Router] = []  # once a pass has shown their top-k
         self.is_counted = True
-        stacks = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
-        self._names = {
-            stack: list(inspect.signature(module.forward).parameters)
-            for stack, module in stacks.items()
-        }
+        stacks = dict.fromkeys([s.stack for s in sites] or [""])
         self._on: dict[torch.device, DeviceSums] = {}
         self._place: list[tuple[DeviceSums, int]] = []  # of each router
-        # of the first pass: what adds them, and router, first row, ids or logits of each call
-        self._early: list[tuple[Callable[[int, int, Tensor], None], int, int, Tensor]] = []
+        # of the first pass: kind, router, first row, and ids or logits of each call
+        self._early: list[tuple[str, int, int, Tensor]] = []
         self._steps = 0  # since the last `read`
         self._passes = [0, 0]  # in evaluation, in training
         self._tokens: list[dict[str, Any]] = [dict.fromkeys(stacks, 0) for _ in range(2)]
         self._step_tokens: dict[str, Any] = dict.fromkeys(stacks, 0)
         self._step_passes = 0
         self._counting = False
-        self._seen, self._seen_logits = [0] * len(sites), [0] * len(sites)
+        self._seen = self._nothing_seen()  # rows, by kind and router
         self._shows_logits: set[int] = set()  # routers that do
 
     def add_router(self, site: Site) -> None:
@@ -145,14 +139,16 @@ class Sums:
                 "every probe"
             )
         self.sites.append(site)
-        self._seen.append(0)
-        self._seen_logits.append(0)
+        for of_kind in self._seen.values():
+            of_kind.append(0)
 
     def receive(self, r: int, sinks: Sinks) -> None:
         """Has the sinks of router r pass on what they receive."""
-        sinks[""].take = partial(self.take, r)
-        if "logits" in sinks:
-            sinks["logits"].take = partial(self.take_logits, r)
+        for kind, sink in sinks.items():
+            sink.take = partial(self.take, kind, r)
+
+    def _nothing_seen(self) -> dict[str, list[int]]:
+        return {kind: [0] * len(self.sites) for kind in ("", "logits")}
 
     # --- a forward pass
 
@@ -162,8 +158,7 @@ class Sums:
         self._rows: dict[str, int] = {}
         self._real: dict[str, Tensor | None] = {}
         self._masks: dict[tuple[str, torch.device], Tensor] = {}
-        self._seen = [0] * len(self.sites)
-        self._seen_logits = [0] * len(self.sites)
+        self._seen = self._nothing_seen()
         self._early = []
         for on in self._on.values() if self._counting else ():
             on.begin()
@@ -171,12 +166,10 @@ class Sums:
     def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counting:
             return
-        if self._inputs is not None:
-            given = self._inputs(args, kwargs)
-        else:
-            given = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
-        B, S, mask_BS = real_rows(given, stack)
-        order_T = self._row_order(B, S) if self._row_order is not None else None
+        given, fed = self._reader.read(stack, args, kwargs)
+        B, S = fed.shape[:2]
+        mask_BS = mask_of(given.get("attention_mask"), B, S, 0)
+        order_T = self._reader.row_order(B, S)
         real_T = None if mask_BS is None else mask_BS.reshape(-1) != 0
         if real_T is not None and order_T is not None:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
@@ -185,26 +178,23 @@ class Sums:
     def returned(self, stack: str, output: Any) -> None:
         pass
 
-    def take(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """One call of router r, for the rows after those it has seen in this pass."""
-        self._take(self._add, self._seen, r, ids_TK)
-
-    def take_logits(self, r: int, logits_TE: Tensor) -> None:
-        self._take(self._add_logits, self._seen_logits, r, logits_TE)
-
-    def _take(
-        self, add: Callable[[int, int, Tensor], None], seen: list[int], r: int, values: Tensor
-    ) -> None:
+    def take(self, kind: str, r: int, values: Tensor, *_: Tensor) -> None:
+        """One call of router r, for the rows after those it has seen in this pass: of its choices
+        (""; `values` are the ids) or its logits."""
         if not self._counting:
             return
-        row, seen[r] = seen[r], seen[r] + len(values)
+        row = self._seen[kind][r]
+        self._seen[kind][r] += len(values)
         if self._place:
-            add(r, row, values)
+            self._add(kind, r, row, values)
         else:
-            self._early.append((add, r, row, values.clone()))
+            self._early.append((kind, r, row, values.clone()))
+
+    def _add(self, kind: str, r: int, row: int, values: Tensor) -> None:
+        (self._add_logits if kind else self._add_ids)(r, row, values)
 
     @torch.no_grad()
-    def _add(self, r: int, row: int, ids_TK: Tensor) -> None:
+    def _add_ids(self, r: int, row: int, ids_TK: Tensor) -> None:
         on, n = self._place[r]
         E = self.sites[r].experts
         outside_TK = (ids_TK < 0) | (ids_TK >= E)
@@ -249,10 +239,11 @@ class Sums:
             return
         self._counting = False
         for r, site in enumerate(self.sites):
-            if site.stack in self._rows and self._seen[r] != self._rows[site.stack]:
+            seen, T = self._seen[""][r], self._rows.get(site.stack)
+            if T is not None and seen != T:
                 raise MoeInspectError(
-                    f"{site.path} routed {self._seen[r]} rows in a forward pass of "
-                    f"{self._rows[site.stack]}: this model's routing cannot be watched in training"
+                    f"{site.path} routed {seen} rows in a forward pass of {T}: this model's "
+                    "routing cannot be watched in training"
                 )
         if not self._place:
             self._lay_out()
@@ -271,7 +262,7 @@ class Sums:
         """The first pass has shown the devices and the top-k: makes the sums, and counts it."""
         if not self.sites:
             raise no_routers(self.model)
-        early = {r: ids for add, r, _, ids in self._early if add == self._add}
+        early = {r: ids for kind, r, _, ids in self._early if not kind}
         if missing := [s.path for r, s in enumerate(self.sites) if r not in early]:
             raise MoeInspectError(
                 f"{missing[0]} did not run in the first forward pass: begin with one of the whole "
@@ -299,8 +290,8 @@ class Sums:
             )
             for r, site in enumerate(self.sites)
         ]
-        for add, r, row, values in self._early:
-            add(r, row, values)
+        for call in self._early:
+            self._add(*call)
         self._early = []
 
     # --- steps
@@ -361,7 +352,8 @@ class Sums:
             )
             for on in self._on.values()
         }
-        tokens = dict(zip(self._names, next_part(len(self._names)).tolist(), strict=True))
+        stacks = list(self._step_tokens)
+        tokens = dict(zip(stacks, next_part(len(stacks)).tolist(), strict=True))
         passes = int(next_part(1))
         load, recent, losses = [], [], []
         for n_site, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):

@@ -1,4 +1,5 @@
-"""The inputs of a model that is not transformers', under the names that transformers gives them.
+"""The arguments of a model's calls, and of a model that is not transformers' under the names that
+transformers gives them.
 
 B batch rows, S positions.
 """
@@ -49,7 +50,50 @@ OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
 SAY = "inputs=…, a function of the forward's arguments, must say what its routers are fed"
 
 
-def inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
+class CallReader:
+    """Reads what a model is fed, or a stack of it, from the arguments of its calls. `told`: what
+    says it in place of their names (`inputs`). `sites`: of its routers; none where probes will show
+    them. Raises MoeInspectError where the routers' rows are in different orders, and as
+    `_inputs_of`."""
+
+    def __init__(self, model: Any, sites: Sequence[Site], told: InputsOf | None = None):
+        self.inputs, self._row_order = _inputs_of(model, sites, told), _row_order_of(sites)
+        modules = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
+        self._names = {
+            stack: list(inspect.signature(module.forward).parameters)
+            for stack, module in modules.items()
+        }
+
+    def read(
+        self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Mapping[str, Any], Tensor]:
+        """The arguments by name, and the token ids [B, S] or, where there are none, the embeddings
+        [B, S, …]. MoeInspectError where there is neither."""
+        given: Mapping[str, Any] = kwargs
+        if self.inputs is not None:
+            given = self.inputs(args, kwargs)
+        elif args:
+            given = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
+        if stack == "decoder":  # some models call it with the names of their own arguments
+            prefix = "decoder_"
+            own = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+            given = {**given, **own}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        fed = ids if ids is not None else embeds
+        if fed is None:
+            raise MoeInspectError(
+                "record saw a forward pass with neither input_ids nor inputs_embeds: give the "
+                "model one of them, or inputs=… a function that returns it"
+            )
+        return given, fed
+
+    def row_order(self, B: int, S: int) -> np.ndarray | None:
+        """int [T]: the token b·S + s of each row that the routers see; None: row b·S + s, all of
+        them."""
+        return self._row_order(B, S) if self._row_order is not None else None
+
+
+def _inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
     """How the arguments of a model's calls are read: as a caller told; None for a model of
     transformers, by its names. MoeInspectError for the decoder of a model that has an encoder too
     and that we do not know, and where probes will show which of them routes."""
@@ -234,11 +278,7 @@ def _since_start(bounds: Tensor, S: int) -> Tensor:
     return at - bounds.long().gather(1, document)
 
 
-# (B, S) → int [T]: the token b·S + s of each row; None: row b·S + s, all of them
-RowOrder = Callable[[int, int], "np.ndarray | None"]
-
-
-def row_order_of(sites: Sequence[Site]) -> RowOrder | None:
+def _row_order_of(sites: Sequence[Site]) -> Callable[[int, int], np.ndarray | None] | None:
     """The order of the rows as the specs of these routers state it; None for all batch-first.
     MoeInspectError where they differ: a forward pass has its rows in one order."""
     if not sites or all(site.order == "bs" and site.rows is None for site in sites):

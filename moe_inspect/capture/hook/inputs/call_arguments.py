@@ -47,7 +47,7 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copies_of(
-    ids: torch.Tensor | None, given: Mapping[str, Any], B: int, S: int, past: int
+    given: Mapping[str, Any], B: int, S: int, past: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Copies on the host, each None where there is none: token ids [B, S], the mask [B, S] (see
     `mask_of`) and positions [B, S] or [S]."""
@@ -60,33 +60,11 @@ def copies_of(
     mask = given.get("attention_mask")
     if mask is not None:
         mask = mask_of(mask, B, S, past)
-    return (
-        host_copy(ids) if ids is not None else None,
-        host_copy(mask) if mask is not None else None,
-        host_copy(position) if position is not None else None,
+    ids, mask, position = (
+        host_copy(tensor) if tensor is not None else None
+        for tensor in (given.get("input_ids"), mask, position)
     )
-
-
-def real_rows(given: Mapping[str, Any], stack: str = "") -> tuple[int, int, torch.Tensor | None]:
-    """B, S and the mask [B, S] of a call with these arguments, on its own device: not 0 except for
-    padding; None where there is no padding. Nothing is copied."""
-    if stack == "decoder":
-        given = {**given, **of_decoder(given)}
-    ids = given.get("input_ids")
-    fed = ids if ids is not None else given.get("inputs_embeds")
-    if fed is None:
-        raise MoeInspectError("a forward pass had neither input_ids nor inputs_embeds")
-    B, S = fed.shape[:2]
-    return B, S, mask_of(given.get("attention_mask"), B, S, 0)
-
-
-def of_decoder(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder that some models call with the names of their own arguments."""
-    return {
-        name.removeprefix("decoder_"): value
-        for name, value in given.items()
-        if name.startswith("decoder_")
-    }
+    return ids, mask, position
 
 
 def mask_of(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_inspect.capture.hook.inputs import call_arguments
-from moe_inspect.capture.hook.inputs.arguments import InputsOf, RowOrder
+from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.call_arguments import cache_among
 from moe_inspect.capture.hook.inputs.rows import (
     CachedRows,
@@ -44,24 +43,17 @@ class PassFollower(Protocol):
 
 
 class PassInputs:
-    """`modules`: stack → its module. `documents`, `domains`: labels of each batch row, unless
-    `label` sets others. `inputs`: reads the arguments of a call in place of their names.
-    `row_order`: see `RowOrder`; None is batch-first. `follower`: is told of each pass."""
+    """`documents`, `domains`: labels of each batch row, unless `label` sets others. `follower`: is
+    told of each pass."""
 
     def __init__(
         self,
-        modules: Mapping[str, torch.nn.Module],
-        documents: Sequence[Any] | None,
-        domains: Sequence[str] | None,
-        inputs: InputsOf | None = None,
-        row_order: RowOrder | None = None,
+        reader: CallReader,
+        documents: Sequence[Any] | None = None,
+        domains: Sequence[str] | None = None,
         follower: PassFollower | None = None,
     ):
-        self._inputs, self._row_order, self._follower = inputs, row_order, follower
-        self._argument_names = {
-            stack: list(inspect.signature(module.forward).parameters)
-            for stack, module in modules.items()
-        }
+        self._reader, self._follower = reader, follower
         self._numbering = SequenceNumbers()
         self.domains = self._numbering.domains  # labels by code
         self.domain_code = self._numbering.domain_code
@@ -145,7 +137,7 @@ class PassInputs:
                 self._cached[cache] = call.after
             elif call.keys.of_tokens is None:
                 self._uncached[call.stack] = call.after
-                if self._inputs is not None:
+                if self._reader.inputs is not None:
                     tensors = list(call_arguments.tensors_in(output))
                     call.after.starts = list(map(call_arguments.start_of, tensors))
                     self._cached.update((tensor, call.after) for tensor in tensors)
@@ -187,20 +179,7 @@ class PassInputs:
     # --- the arguments of a call
 
     def _read(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInputs:
-        given: Mapping[str, Any] = kwargs
-        if self._inputs is not None:
-            given = self._inputs(args, kwargs)
-        elif args:
-            given = {**dict(zip(self._argument_names[stack], args, strict=False)), **kwargs}
-        if stack == "decoder":
-            given = {**given, **call_arguments.of_decoder(given)}
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        fed = ids if ids is not None else embeds
-        if fed is None:
-            raise MoeInspectError(
-                "record saw a forward pass with neither input_ids nor inputs_embeds: give the "
-                "model one of them, or inputs=… a function that returns it"
-            )
+        given, fed = self._reader.read(stack, args, kwargs)
         B, S = fed.shape[:2]
         given, keys = self._keys(given, B, S)
         cache = cache_among(given.values()) if keys.of_tokens is None else None
@@ -216,16 +195,16 @@ class PassInputs:
                 before, past = self._by_tensors(given, last)
         labels: dict[str, Any] = {**self._labels, **self._next_labels}
         self._next_labels = {}
-        if self._inputs is not None:
+        if self._reader.inputs is not None:
             labels = {name: given.get(name, value) for name, value in labels.items()}
         if before is None or is_guess or stack != "decoder":
             check_labels(labels, B)
-        token_BS, mask_BS, position = call_arguments.copies_of(ids, given, B, S, past)
+        token_BS, mask_BS, position = call_arguments.copies_of(given, B, S, past)
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
-        order = self._row_order(B, S) if self._row_order is not None else None
+        order = self._reader.row_order(B, S)
         return CallInputs(
             B,
             S,
