@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.coverage_of_intervals import cases, coverage, loss_is_found
 from benchmarks.measuring import machine, write_results, written
 from moe_inspect.alarms.alarms import Alarm, Alarms
@@ -31,8 +29,7 @@ from moe_inspect.comparison.compare import compare
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.header import TraceHeader
-from moe_inspect.watch.follow import News
-from moe_inspect.watch.piece import Piece
+from moe_inspect.watch.follow import News, Piece
 from moe_inspect.watch.state import Watched
 from tests.chance import CLEAN_PAIRS, PAIRED, REGIMES, Planted, Regime, drawn, drawn_pair, monitored
 
@@ -132,10 +129,9 @@ def alarms(regime: Regime, seed: int, dead: int | None = None) -> list[Alarm]:
     watched = Watched(4_000, [rule for rule in rules if rule.metric != BATCH])
     manifest = {"routers": [asdict(router) for router in routers], "tables": ["documents"]}
     pieces = [
-        Piece(
-            w.first, w.last, int(n := w.tokens_R[0]), n * len(routers), np.array(w.load), w.tokens_R
-        )
+        Piece(w.first, w.last, w.load, w.tokens_R, tokens=int(n), decisions=int(n) * len(routers))
         for w in windows
+        for n in w.tokens_R[:1]
     ]
     watched.take(News("recording", pieces), TraceHeader(Path(), {**manifest, "capture": {}}))
     return [*found, *watched.raised]

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from moe_inspect.simulate.placement.policies.eplb import replicate
+from moe_inspect.simulate.placement.policies import replicate
 
 Z = NormalDist().inv_cdf(0.75)
 GROUPS, AROUND = 4, 8

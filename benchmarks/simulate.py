@@ -79,8 +79,7 @@ def on_disk(root: Path, E: int, k: int) -> Path:
 @benchmark
 def capacity() -> Rates:
     from moe_inspect.simulate import kernels_numba
-    from moe_inspect.simulate.capacity import simulate_capacity
-    from moe_inspect.simulate.queues import levels
+    from moe_inspect.simulate.capacity import levels, simulate_capacity
     from moe_inspect.simulate.shards import expert_capacity
 
     start_G = np.arange(0, TOKENS + 1, 8192)
@@ -108,7 +107,6 @@ def capacity() -> Rates:
 
 @benchmark
 def cache() -> Rates:
-    from moe_inspect.simulate import kernels_numba
     from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 
     phase_T = np.zeros(TOKENS, np.uint8)
@@ -119,13 +117,7 @@ def cache() -> Rates:
             def sweep(
                 ids_KT: np.ndarray = ids_KT, E: int = E, k: int = k, name: str = name
             ) -> None:
-                held = Cache(E, [2 * k], [name])
-                if name == "lru":
-                    kernels_numba.lru(*held.lru(ids_KT, phase_T))
-                else:
-                    getattr(kernels_numba, name)(
-                        ids_KT, phase_T, 2 * k, *held.state[name, 2 * k], held.done[name, 2 * k]
-                    )
+                Cache(E, [2 * k], [name]).feed(ids_KT, phase_T)
 
             yield (
                 f"cache, {name}, kernel, {k} of {E}",
@@ -170,10 +162,9 @@ def placement() -> Rates:
     """Evaluation: the load of every expert in every window, and the GPUs that every token
     reaches."""
     from moe_inspect.simulate.kernels_numba import count_windows
-    from moe_inspect.simulate.placement.layouts import Layout, shares
-    from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.placement.policies.policies import POLICIES
-    from moe_inspect.simulate.placement.ranks_reached import counter
+    from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
+    from moe_inspect.simulate.placement.policies import Layout, shares
+    from moe_inspect.simulate.placement.windows import counter
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
@@ -204,8 +195,8 @@ def placement() -> Rates:
 @figures
 def plans() -> Figures:
     """58 layers of 256 experts into 288 slots on 32 GPUs in 4 nodes."""
-    from moe_inspect.simulate.placement.layouts import Layout
-    from moe_inspect.simulate.placement.policies.policies import POLICIES
+    from moe_inspect.simulate.placement.placement import POLICIES
+    from moe_inspect.simulate.placement.policies import Layout
 
     load_LE = np.random.default_rng(0).zipf(1.2, (58, 256)).clip(max=10**5)
     spent = {}
@@ -235,8 +226,8 @@ def plans() -> Figures:
 def balance() -> Figures:
     """local-search against the better EPLB, on the loads that both are fitted to: 1,000 random
     Zipf loads in random layouts."""
-    from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
-    from moe_inspect.simulate.placement.policies.policies import POLICIES
+    from moe_inspect.simulate.placement.placement import POLICIES
+    from moe_inspect.simulate.placement.policies import Layout, colocated, shares
     from tests.exact import fits_apart
 
     rng = np.random.default_rng(2026)
@@ -280,8 +271,8 @@ def drift() -> Figures:
     """Placements of 256 experts in 288 slots on 32 GPUs, fitted to 32 windows and judged on the
     next 32: the mean over windows and layers of busiest ÷ mean GPU."""
     from benchmarks.flashlb import flashlb
-    from moe_inspect.simulate.placement.layouts import Layout
-    from moe_inspect.simulate.placement.policies.policies import POLICIES
+    from moe_inspect.simulate.placement.placement import POLICIES
+    from moe_inspect.simulate.placement.policies import Layout
     from tests.drift import CASES, drifting, mean_over_windows
 
     layers, windows, gpus, layout, spent = 60, 32, 32, Layout(288, 32), 0.0

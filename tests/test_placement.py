@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba
-from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
-from moe_inspect.simulate.placement.placement import simulate_placement
-from moe_inspect.simulate.placement.policies.eplb import eplb
-from moe_inspect.simulate.placement.policies.policies import POLICIES
-from moe_inspect.simulate.placement.policies.search import CLOSE, as_light
-from moe_inspect.simulate.placement.ranks_reached import counter, table_of
+from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
+from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, shares
+from moe_inspect.simulate.placement.search import CLOSE, as_light
+from moe_inspect.simulate.placement.windows import counter, table_of
 from tests.exact import fits_apart
 from tests.sweep import sample
 from tests.synthetic import uniform_ids, write_counts, write_trace
@@ -76,10 +74,10 @@ def some_layout(rng: np.random.Generator, E: int) -> Layout:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_eplb_places_as_published(layer: int) -> None:
     load_E = WEIGHT_LE[layer]
-    placed_P = eplb(load_E, 16, 4, 2, 8)
+    placed_P = eplb(load_E, Layout(16, 8, 2, 4))
     assert placed_P.tolist() == PLACED_LP[layer]
     assert (load_E @ shares(placed_P, 12, 8)).tolist() == LOAD_LG[layer]
-    assert ratio(load_E, eplb(load_E, 16, 1, 1, 8), 8) == pytest.approx(
+    assert ratio(load_E, eplb(load_E, Layout(16, 8)), 8) == pytest.approx(
         [1.0726, 1.1903][layer], abs=5e-5
     )
     no_worse(load_E, Layout(16, 8, 2, 4))
@@ -225,7 +223,7 @@ def test_the_loops_equal_their_references() -> None:
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1
-    share_EG = shares(eplb(WEIGHT_LE[0], 16, 4, 2, 8), 12, 8)
+    share_EG = shares(eplb(WEIGHT_LE[0], Layout(16, 8, 2, 4)), 12, 8)
     expected = sum(
         1 - np.prod([1 - share_EG[e, g] for e in ids_KT[:, t] if e >= 0])
         for t in range(300)

@@ -8,8 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from moe_inspect.simulate.placement.layouts import Layout, colocated, shares
-from moe_inspect.simulate.placement.policies.lasting import (
+from moe_inspect.simulate.placement.forecast import (
     MOST,
     busiest,
     descend_windows,
@@ -18,7 +17,8 @@ from moe_inspect.simulate.placement.policies.lasting import (
     merged,
     variogram,
 )
-from moe_inspect.simulate.placement.policies.policies import POLICIES
+from moe_inspect.simulate.placement.placement import POLICIES
+from moe_inspect.simulate.placement.policies import Layout, colocated, shares
 from moe_inspect.simulate.placement.tables import least_busiest
 from tests.drift import CASES, drifting, mean_over_windows
 

@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate import kernels_numba
-from moe_inspect.simulate.capacity import ORDERS, simulate_capacity
-from moe_inspect.simulate.queues import Groups, dropped, levels
-from moe_inspect.simulate.shards import document_deciles, expert_capacity
+from moe_inspect.simulate.capacity import (
+    ORDERS,
+    Groups,
+    document_deciles,
+    dropped,
+    levels,
+    simulate_capacity,
+)
+from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT, Cli
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
@@ -77,7 +83,7 @@ def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarra
     kernels_numba.queue(
         ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT
     )
-    groups = Groups(slice(None), start_G, domain_T, decile_PT, domains=2)
+    groups = Groups(slice(None), start_G, domain_T, decile_PT, ["a", "b"])
     last_FD, last_FPN, worst_T, best_T = dropped(level_KT, groups, len(FACTORS))
     for f in range(len(FACTORS)):
         lost = {

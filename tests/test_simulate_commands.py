@@ -237,7 +237,7 @@ def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
 
 def test_where_replicas_need_not_share_a_gpu_the_search_finds_it() -> None:
     """Found by looking for loads where EPLB, whose replicas do share, was ahead."""
-    from moe_inspect.simulate.placement.layouts import Layout
+    from moe_inspect.simulate.placement.policies import Layout
     from tests.test_placement import no_worse
 
     no_worse(np.array([29404, 17494, 12788, 6333, 8838, 7713, 10430, 7000]), Layout(64, 32, 2, 4))

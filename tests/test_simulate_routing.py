@@ -22,7 +22,6 @@ from moe_inspect.simulate.routing_algorithms import (
     Algorithm,
     RouterScores,
     largest,
-    scores_of,
 )
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
@@ -34,9 +33,8 @@ VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 
 def batch(logits_TE: np.ndarray, k: int = 2, scoring: str = "softmax") -> RouterScores:
     logits_TE = logits_TE.astype(np.float16)
-    return scores_of(
-        logits_TE, largest(logits_TE, k), np.arange(len(logits_TE)) % 17, k, scoring, 0
-    )
+    chosen_TE, token_id_T = largest(logits_TE, k), np.arange(len(logits_TE)) % 17
+    return RouterScores(logits_TE, chosen_TE, token_id_T, k, scoring, 0)
 
 
 def skewed(seed: int = 0, T: int = 200, E: int = 8) -> np.ndarray:

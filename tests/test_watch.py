@@ -26,12 +26,18 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import extremes
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
-from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Follower
-from moe_inspect.watch.piece import Piece
-from moe_inspect.watch.run import Session, WatchOptions, status_line
-from moe_inspect.watch.run import watch as watch_trace
-from moe_inspect.watch.screen import cells, sparkline
-from moe_inspect.watch.state import Watched
+from moe_inspect.watch.follow import (
+    COMPLETE,
+    INTERRUPTED,
+    KILLED,
+    RECORDING,
+    WAITING,
+    Follower,
+    Piece,
+)
+from moe_inspect.watch.state import Session, Watched, WatchOptions
+from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
+from moe_inspect.watch.terminal import watch as watch_trace
 from tests.synthetic import encoder_decoder, write_counts
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
@@ -83,10 +89,10 @@ def test_what_is_counted_on_the_way_is_what_the_trace_holds(tmp_path: Path, ever
             if n % every == 0:
                 assert polled(follower, watched).status == RECORDING
                 assert watched.tokens == n * 256
-                assert np.array_equal(watched.total_LE, load_of(root))
+                assert np.array_equal(watched.total.load, load_of(root))
     news = polled(follower, watched)
     assert (news.status, news.left_tokens, watched.tokens) == (COMPLETE, 0, 12 * 256)
-    assert np.array_equal(watched.total_LE, load_of(root))
+    assert np.array_equal(watched.total.load, load_of(root))
     assert watched.decisions == 12 * 256 * L
     assert polled(follower, watched).pieces == []
 
@@ -105,7 +111,7 @@ def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
         np.bincount(np.concatenate([b.ids[r] for b in rows[7:]]).ravel(), minlength=E)
         for r in range(L)
     ]
-    assert np.array_equal(watched.window.load_LE, expected)
+    assert np.array_equal(watched.window.load, expected)
     # a shard a sample, of which the last is that of the window
     assert len(watched.history) == 9
     busiest = np.array(expected).max(1) / np.array(expected).mean(1) - 1
@@ -130,17 +136,17 @@ def test_counts_are_followed_too(tmp_path: Path) -> None:
                 polled(follower, watched)
                 assert watched.tokens == 100 * (n + 1)
     polled(follower, watched)
-    for r, router in enumerate(ROUTERS):
+    for r in range(len(ROUTERS)):
         expected = sum(counted(n, 2).assignments[r].sum(0) for n in range(5))
-        assert np.array_equal(watched.total_LE[r, : router.experts], expected)
+        assert np.array_equal(watched.total.load[r], expected)
     assert (watched.tokens, watched.status) == (500, COMPLETE)
 
 
 def test_two_stacks_see_their_own_tokens(tmp_path: Path) -> None:
     encoder_decoder(tmp_path / "t")
     (piece,) = Follower(tmp_path / "t").poll().pieces
-    assert piece.tokens_L.tolist() == [6, 4]
-    assert piece.load_LE.tolist() == [[6, 0], [2, 2]]
+    assert piece.tokens_R.tolist() == [6, 4]
+    assert np.array(piece.load).tolist() == [[6, 0], [2, 2]]
 
 
 def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) -> None:
@@ -165,13 +171,13 @@ def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) 
             second.write(batch)
     polled(follower, watched)
     assert watched.tokens == 6 * 256
-    assert np.array_equal(watched.total_LE, load_of(root))
+    assert np.array_equal(watched.total.load, load_of(root))
     shutil.rmtree(root)
     assert polled(follower, watched).status == WAITING
     with writer(root, 2, 4) as third:
         third.write(next(batches(2, 4, 1)))
     polled(follower, watched)
-    assert (watched.tokens, watched.total_LE.shape) == (256, (2, 4))
+    assert (watched.tokens, np.shape(watched.total.load)) == (256, (2, 4))
 
 
 def test_by_a_url(tmp_path: Path) -> None:
@@ -190,7 +196,7 @@ def test_by_a_url(tmp_path: Path) -> None:
             assert watched.tokens == n * 256
     files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
     assert polled(follower, watched).status == COMPLETE
-    assert np.array_equal(watched.total_LE, load_of(tmp_path / "t"))
+    assert np.array_equal(watched.total.load, load_of(tmp_path / "t"))
 
 
 def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
     process.wait()
     waited(lambda: polled(follower, watched).status == KILLED)
     assert follower.writer == f"process {process.pid}"
-    assert np.array_equal(watched.total_LE, load_of(root))
+    assert np.array_equal(watched.total.load, load_of(root))
     console = Console(file=io.StringIO(), width=80)
     with pytest.raises(MoeInspectError, match=f"process {process.pid} is gone: it was stopped"):
         watch_trace(root, WatchOptions(every_s=0.01), console)
@@ -246,9 +252,9 @@ def test_only_the_trace_of_a_process_is_waited_for(tmp_path: Path) -> None:
 
 
 def a_piece(load: list[int], first: int = 0, tokens: int | None = None) -> Piece:
-    load_LE = np.array([load])
-    tokens = int(load_LE.sum()) if tokens is None else tokens
-    return Piece(first, first, tokens, tokens, load_LE, np.array([tokens]))
+    tokens = sum(load) if tokens is None else tokens
+    whole = {"tokens": tokens, "decisions": tokens}
+    return Piece(first, first, [np.array(load)], np.array([tokens]), **whole)
 
 
 class Clock:
@@ -341,7 +347,7 @@ def test_a_rule_on_drops_needs_a_trace_that_states_them(drops: bool, tmp_path: P
 def shown(session: Session, width: int, height: int, **options: Any) -> list[str]:
     settings: dict[str, Any] = {"force_terminal": True, "color_system": None, **options}
     console = Console(file=io.StringIO(), width=width, height=height, **settings)
-    lines = console.render_lines(session.screen(), console.options.update(height=height), pad=False)
+    lines = console.render_lines(Screen(session), console.options.update(height=height), pad=False)
     return ["".join(segment.text for segment in line) for line in lines]
 
 
@@ -404,7 +410,7 @@ def test_without_colour_and_without_unicode_it_can_be_read(
     monkeypatch.setenv("NO_COLOR", "1")
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     console = Console(file=file, width=40, height=24, force_terminal=True)
-    lines = console.render_lines(session.screen(), console.options.update(height=24), pad=False)
+    lines = console.render_lines(Screen(session), console.options.update(height=24), pad=False)
     of_map = ["".join(s.text for s in line) for line in lines[4 : 4 + L]]
     assert all(line.isascii() for line in of_map)
     assert of_map[3].split()[1][1:3] == "*x"
@@ -412,7 +418,7 @@ def test_without_colour_and_without_unicode_it_can_be_read(
     def printed() -> str:
         file = io.StringIO()
         size: dict[str, Any] = {"width": 80, "height": 24, "force_terminal": True}
-        Console(file=file, color_system="truecolor", **size).print(session.screen())
+        Console(file=file, color_system="truecolor", **size).print(Screen(session))
         return file.getvalue()
 
     assert "8;2;" not in printed()

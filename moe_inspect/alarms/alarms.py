@@ -14,15 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.alarms.chance import (
-    PAIRS,
-    chance_limit,
-    effect_of,
-    effect_of_pair,
-    far,
-    few_p,
-    tail_of,
-)
+from moe_inspect.alarms import chance
 from moe_inspect.alarms.rules import (
     BATCH,
     DEFAULT_RULES,
@@ -55,6 +47,9 @@ class Window:
     recent: Sequence[np.ndarray] = ()
 
 
+VALUES = (DROP_RATE, *OF_MODEL)  # metrics that a window states
+
+
 def drop_rate_R(
     load: Sequence[np.ndarray], tokens_R: np.ndarray, routers: Sequence[Router]
 ) -> np.ndarray:
@@ -62,6 +57,25 @@ def drop_rate_R(
     slots_R = tokens_R * np.array([router.top_k for router in routers])
     load_R = np.array([load_E.sum() for load_E in load])
     return np.where(slots_R > 0, 1 - load_R / np.maximum(slots_R, 1), np.nan)
+
+
+def metric_R(metric: str, window: Window, before: Window | None = None) -> np.ndarray:
+    """A metric of each router in a window, float [R]; NaN where it has none. "drift": the total
+    variation between the load shares of the window `before` and this one, 0 to 1;
+    "max_vio_batch": the mean over the last steps of max_vio; else one of the load."""
+    none_R = np.full(len(window.load), np.nan)
+    if metric in VALUES:
+        return np.asarray(window.values.get(metric, none_R), float)
+    if metric == DRIFT and before is not None:
+        pairs = zip(before.load, window.load, strict=True)
+        return np.array([win.step_total_variation(np.stack(pair))[0] for pair in pairs])
+    if metric == BATCH and window.recent:
+        vio_RS = [bal.max_vio(load_SE) for load_SE in window.recent]
+        return np.array([np.nan if np.isnan(s).all() else np.nanmean(s) for s in vio_RS])
+    if metric in (DRIFT, BATCH):
+        return none_R
+    function = metrics()[metric].function
+    return np.array([float(function(load_E[None])[0]) for load_E in window.load])
 
 
 _BALANCE = (
@@ -103,7 +117,6 @@ def advice(metric: str) -> str:
 
 
 CALM = 3
-VALUES = (DROP_RATE, *OF_MODEL)  # that a window states
 At = Callable[[np.ndarray], np.ndarray]
 AT_FAULT: dict[str, At] = {  # load_E → bool [E], the experts at fault
     "dead_experts": lambda load_E: load_E == 0,
@@ -144,25 +157,18 @@ class Alarm:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in known.items()}
 
 
-@dataclass
-class _Watched:
-    """One rule at one router: how many windows in a row have broken it, since which step, or kept
-    it; the best value seen; and whether the alarm was raised. Of each expert since it is at fault:
-    windows_E, of those at_fault_E, and their load_E, tokens_E; missed: in which of the last windows
-    it was not. since_E: the first step."""
+class _Standing:
+    """How a rule stands at one router: how many windows in a row have broken it, since which step,
+    or kept it; the best value seen; and whether the alarm was raised. Of each expert since it is at
+    fault: windows_E, of those at_fault_E, and their load_E, tokens_E; missed: in which of the last
+    windows it was not. since_E: the first step."""
 
-    E: int
-    memory: int
-    broken: int = 0
-    kept: int = 0
-    since: int = 0
-    best: float = math.nan
-    raised: bool = False
-
-    def __post_init__(self) -> None:
-        self.windows_E, self.at_fault_E, self.load_E, self.since_E = np.zeros((4, self.E), np.int64)
-        self.tokens_E = np.zeros(self.E)
-        self.missed: deque[np.ndarray] = deque(maxlen=self.memory)
+    def __init__(self, E: int, memory: int) -> None:
+        self.broken = self.kept = self.since = 0
+        self.best, self.raised = math.nan, False
+        self.windows_E, self.at_fault_E, self.load_E, self.since_E = np.zeros((4, E), np.int64)
+        self.tokens_E = np.zeros(E)
+        self.missed: deque[np.ndarray] = deque(maxlen=memory)
 
     def add(self, fault_E: np.ndarray, load_E: np.ndarray, tokens: float, first: int) -> None:
         """One more window."""
@@ -175,7 +181,7 @@ class _Watched:
         self.tokens_E += on_E * tokens
         self.missed.append(on_E & ~fault_E)
 
-    def forget(self, of_E: np.ndarray) -> None:
+    def forget(self, of_E: np.ndarray | slice = slice(None)) -> None:
         """Begins anew for these experts."""
         for values_E in (self.windows_E, self.at_fault_E, self.load_E, self.tokens_E, *self.missed):
             values_E[of_E] = 0
@@ -197,40 +203,33 @@ class Alarms:
     effects: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        self._watched = [
-            [_Watched(router.experts, rule.windows) for router in self.routers]
+        self._standings = [
+            (rule, r, _Standing(router.experts, rule.windows))
             for rule in self.rules
+            for r, router in enumerate(self.routers)
+            if rule.layers is None or router.layer in rule.layers
         ]
         self._before: Window | None = None
-        self._pairs = [deque[float](maxlen=PAIRS) for _ in self.routers]
+        self._pairs = [deque[float](maxlen=chance.PAIRS) for _ in self.routers]
 
     @property
     def active(self) -> list[tuple[Rule, int]]:
         """Rules that are broken now, with the router."""
-        return [
-            (rule, r)
-            for rule, of_rule in zip(self.rules, self._watched, strict=True)
-            for r, watched in enumerate(of_rule)
-            if watched.raised
-        ]
+        return [(rule, r) for rule, r, standing in self._standings if standing.raised]
 
     def see(self, window: Window) -> list[Alarm]:
         """The alarms that the next window raises."""
-        raised = list[Alarm]()
-        values_of = {rule.metric: self.values(rule.metric, window) for rule in self.rules}
-        for rule, of_rule in zip(self.rules, self._watched, strict=True):
-            for r, watched in enumerate(of_rule):
-                if rule.layers is not None and self.routers[r].layer not in rule.layers:
-                    continue
-                value = float(values_of[rule.metric][r])
-                if not math.isnan(value):
-                    raised += self._judge(rule, r, watched, value, window)
-        if self._before is not None:
-            pairs = zip(self._before.load, window.load, strict=True)
-            for r, (before_E, load_E) in enumerate(pairs):
-                moved = effect_of_pair(before_E, load_E, self.routers[r].top_k)
-                if not math.isnan(moved):
-                    self._pairs[r].append(moved)
+        values_of = {m: metric_R(m, window, self._before) for m in {r.metric for r in self.rules}}
+        raised = [
+            alarm
+            for rule, r, standing in self._standings
+            if not math.isnan(value := float(values_of[rule.metric][r]))
+            if (alarm := self._judge(rule, r, standing, value, window))
+        ]
+        for r, before_E in enumerate(self._before.load if self._before is not None else ()):
+            moved = chance.effect_of_pair(before_E, window.load[r], self.routers[r].top_k)
+            if not math.isnan(moved):
+                self._pairs[r].append(moved)
         self._before = window
         return raised
 
@@ -240,126 +239,100 @@ class Alarms:
         if not math.isnan(known):
             return known
         pairs = list(self._pairs[r])
-        return effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
+        return chance.effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
 
-    def chance_of(self, metric: str, r: int, load_E: np.ndarray) -> float:
-        """The highest value of a metric of one window's load that chance explains."""
-        return self._limit(metric, r, load_E[None], above=True, windows=1)
-
-    def _limit(self, metric: str, r: int, load_SE: np.ndarray, above: bool, windows: int) -> float:
-        """`chance_limit` of a metric of the mean over steps, for so many windows in a row."""
+    def chance(
+        self, metric: str, r: int, window: Window, above: bool = True, windows: int = 1
+    ) -> float:
+        """The highest (`above`, else the lowest) value of a metric that chance explains at router
+        r, in so many windows in a row; NaN where that is not known."""
         E, k = self.routers[r].experts, self.routers[r].top_k
-        tail = tail_of(len(self.routers), windows)
+        effect, tail = self.effect(r), chance.tail_of(len(self.routers), windows)
+        if metric == DRIFT and self._before is not None:
+            return chance.drift_limit(self._before.load[r], window.load[r], k, effect, tail)
+        if metric in (DRIFT, *VALUES):
+            return math.nan
+        load_SE = window.recent[r] if metric == BATCH else np.asarray(window.load[r])[None]
         tokens = float(np.mean(np.sum(load_SE, -1))) / k
-        return chance_limit(metric, tokens, E, k, above, self.effect(r), tail, len(load_SE))
-
-    def values(self, metric: str, window: Window) -> np.ndarray:
-        """A metric of each router in a window, float [R]; NaN where it has none."""
-        if metric in VALUES:
-            return np.asarray(window.values.get(metric, np.full(len(self.routers), np.nan)), float)
-        if metric == BATCH:
-            return max_vio_of_steps(window.recent or [np.zeros((0, 1))] * len(self.routers))
-        if metric == DRIFT:
-            return drift_R(self._before, window)
-        return of_load(metric, window.load)
+        return chance.chance_limit(metric, tokens, E, k, above, effect, tail, len(load_SE))
 
     def _judge(
-        self, rule: Rule, r: int, watched: _Watched, value: float, window: Window
-    ) -> list[Alarm]:
-        reference, load_E = watched.best, np.asarray(window.load[r])
+        self, rule: Rule, r: int, at: _Standing, value: float, window: Window
+    ) -> Alarm | None:
+        reference, load_E = at.best, np.asarray(window.load[r])
         best = max if rule.sign == "falling" else min
-        watched.best = value if math.isnan(reference) else best(value, reference)
-        chance = self._chance(rule, r, window)
+        at.best = value if math.isnan(reference) else best(value, reference)
+        # experts that are judged one by one are so over all their windows
+        by_chance = (
+            math.nan
+            if rule.of_experts
+            else self.chance(rule.metric, r, window, rule.above, rule.windows)
+        )
         broken = _breaks(rule, value, reference)
-        if rule.beyond_chance and not math.isnan(chance):
-            broken &= value > chance if rule.above else value < chance
+        if rule.beyond_chance and not math.isnan(by_chance):
+            broken &= value > by_chance if rule.above else value < by_chance
         fault_E = self._at_fault(rule.metric, r, load_E) & (rule.of_experts | broken)
-        tokens = float(load_E.sum()) / self.routers[r].top_k
-        watched.add(fault_E, load_E, tokens, window.first)
+        at.add(fault_E, load_E, float(load_E.sum()) / self.routers[r].top_k, window.first)
         if rule.of_experts:
-            watched.forget(sum(watched.missed, np.zeros(len(load_E), int)) > rule.misses)
-            fault_E = self._stays(rule, r, watched)
+            at.forget(sum(at.missed, np.zeros(len(load_E), int)) > rule.misses)
+            fault_E = self._stays(rule, r, at)
             value = float(fault_E.sum())
             broken = _breaks(rule, value, reference)
         if not broken:
-            watched.broken, watched.kept = 0, watched.kept + 1
-            watched.raised &= watched.kept < max(CALM, rule.windows)
+            at.broken, at.kept = 0, at.kept + 1
+            at.raised &= at.kept < max(CALM, rule.windows)
             if not rule.of_experts:
-                watched.forget(np.ones(len(load_E), bool))
-            return []
-        watched.broken, watched.kept = watched.broken + 1, 0
-        if watched.broken == 1:
-            watched.since = window.first
-        if watched.raised or (watched.broken < rule.windows and not rule.of_experts):
-            return []
-        watched.raised = True
+                at.forget()
+            return None
+        at.broken, at.kept = at.broken + 1, 0
+        if at.broken == 1:
+            at.since = window.first
+        if at.raised or (at.broken < rule.windows and not rule.of_experts):
+            return None
+        at.raised = True
         if rule.of_experts:
-            experts, since = np.flatnonzero(fault_E), int(watched.since_E[fault_E].min())
+            experts, since = np.flatnonzero(fault_E), int(at.since_E[fault_E].min())
         else:  # the one most often at fault, and of those the one furthest from the mean
-            apart_E = np.abs(watched.load_E - watched.load_E.mean())
-            order = np.lexsort((apart_E, watched.at_fault_E))[-1:]
-            experts, since = order[watched.at_fault_E[order] > 0], watched.since
-        return [self._alarm(rule, r, experts, since, value, reference, chance, window)]
+            apart_E = np.abs(at.load_E - at.load_E.mean())
+            order = np.lexsort((apart_E, at.at_fault_E))[-1:]
+            experts, since = order[at.at_fault_E[order] > 0], at.since
+        named = tuple(int(e) for e in experts)
+        text = self._text(rule, r, named, since, value, reference, by_chance, window)
+        of = str(rule), rule.metric, self.routers[r].layer, r, named
+        return Alarm(*of, since, window.last, value, by_chance, text, advice(rule.metric))
 
-    def _stays(self, rule: Rule, r: int, watched: _Watched) -> np.ndarray:
+    def _stays(self, rule: Rule, r: int, at: _Standing) -> np.ndarray:
         """Which experts have been at fault in as many windows as the rule says, are starved in all
         of these together, and that beyond chance: the windows since an expert is at fault are
         pooled. bool [E]"""
         k = self.routers[r].top_k
-        fair_E = watched.tokens_E * k / len(watched.tokens_E)
-        long_E = watched.windows_E >= rule.windows
-        long_E &= watched.load_E < bal.STARVED * fair_E
+        fair_E = at.tokens_E * k / len(at.tokens_E)
+        long_E = (at.windows_E >= rule.windows) & (at.load_E < bal.STARVED * fair_E)
         if not rule.beyond_chance or not long_E.any():
             return long_E
-        p_E = few_p(watched.load_E, watched.tokens_E, k, self.effect(r))
-        return long_E & (p_E < tail_of(len(self.routers), 1))
+        p_E = chance.few_p(at.load_E, at.tokens_E, k, self.effect(r))
+        return long_E & (p_E < chance.tail_of(len(self.routers), 1))
 
-    def _chance(self, rule: Rule, r: int, window: Window) -> float:
-        """What chance alone would at most (at least) give; NaN where that is not known, or experts
-        are judged one by one."""
-        if rule.metric in VALUES or rule.of_experts:
-            return math.nan
-        if rule.metric == DRIFT:
-            k, tail = self.routers[r].top_k, tail_of(len(self.routers), rule.windows)
-            return _drift_by_chance(self._before, window, r, k, self.effect(r), tail)
-        load_SE = window.recent[r] if rule.metric == BATCH else np.asarray(window.load[r])[None]
-        return self._limit(rule.metric, r, load_SE, rule.above, rule.windows)
-
-    def _alarm(
+    def _text(
         self,
         rule: Rule,
         r: int,
-        experts: np.ndarray,
+        experts: tuple[int, ...],
         since: int,
         value: float,
         reference: float,
-        chance: float,
+        by_chance: float,
         window: Window,
-    ) -> Alarm:
-        where = f"Layer {layer_label(self.routers, r)}"
+    ) -> str:
         named = join_first([str(e) for e in experts], 6, ", ")
-        of = f", expert{'s' if len(experts) > 1 else ''} {named}" if len(experts) else ""
-        side = "at most" if rule.above else "at least"
-        by_chance = f"; by chance {side} {chance:.3g}" if not math.isnan(chance) else ""
-        tokens = f"{int(window.tokens_R[r]):,} tokens"
+        of = f", expert{'s' if len(experts) > 1 else ''} {named}" if experts else ""
+        most = "at most" if rule.above else "at least"
+        limit = f"; by chance {most} {by_chance:.3g}" if not math.isnan(by_chance) else ""
         now = "" if rule.of_experts else f", now {value:.3g}"
-        text = (
-            f"{where}{of}: {rule.metric} {_side(rule, reference)} since {self.steps} {since}"
-            f"{now} (rule: {rule}; {self.steps} {window.first} to {window.last}, "
-            f"{tokens}{by_chance})."
-        )
-        return Alarm(
-            str(rule),
-            rule.metric,
-            self.routers[r].layer,
-            r,
-            tuple(int(e) for e in experts),
-            since,
-            window.last,
-            value,
-            chance,
-            text,
-            advice(rule.metric),
+        return (
+            f"Layer {layer_label(self.routers, r)}{of}: {rule.metric} {_side(rule, reference)} "
+            f"since {self.steps} {since}{now} (rule: {rule}; {self.steps} {window.first} to "
+            f"{window.last}, {int(window.tokens_R[r]):,} tokens{limit})."
         )
 
     def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
@@ -367,43 +340,8 @@ class Alarms:
         if metric in VALUES:
             return np.zeros(len(load_E), bool)
         if metric == DRIFT and self._before is not None:
-            load_E = np.abs(_share(load_E) - _share(self._before.load[r]))
+            load_E = np.abs(chance.share(load_E) - chance.share(self._before.load[r]))
         return AT_FAULT.get(metric, busiest)(load_E)
-
-
-def of_load(metric: str, load: Sequence[np.ndarray]) -> np.ndarray:
-    """A metric of the load of each router, float [R]."""
-    function = metrics()[metric].function
-    return np.array([float(function(load_E[None])[0]) for load_E in load])
-
-
-def max_vio_of_steps(recent: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over steps of each router's max_vio, float [R]. recent: int64 [S, E] each."""
-    return np.array([_mean(bal.max_vio(load_SE)) for load_SE in recent])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
-
-
-def drift_R(before: Window | None, window: Window) -> np.ndarray:
-    """Total variation between the load shares of a window and the one before, 0 to 1, of each
-    router, [R]. NaN without load in both."""
-    if before is None:
-        return np.full(len(window.load), np.nan)
-    pairs = zip(before.load, window.load, strict=True)
-    return np.array([win.step_total_variation(np.stack(pair))[0] for pair in pairs])
-
-
-def _drift_by_chance(
-    before: Window | None, window: Window, r: int, k: int, effect: float, tail: float
-) -> float:
-    if before is None:
-        return math.nan
-    load_WE = np.stack([before.load[r], window.load[r]])
-    floor_W, _ = win.step_floors(_share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
-    # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
-    return float(floor_W[0]) * (1 + far(tail) * 0.756 / math.sqrt(max(len(load_WE[0]) - 1, 1)))
 
 
 def _breaks(rule: Rule, value: float, reference: float) -> bool:
@@ -427,7 +365,3 @@ def _side(rule: Rule, reference: float) -> str:
         return f"{'down' if rule.sign == 'falling' else 'up'} from {reference:.3g}"
     words = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
     return f"{words[rule.sign]} {rule.value:g}"
-
-
-def _share(load_E: np.ndarray) -> np.ndarray:
-    return np.asarray(load_E) / max(int(np.sum(load_E)), 1)

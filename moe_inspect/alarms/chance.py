@@ -16,6 +16,7 @@ from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics
 from moe_inspect.analysis.metrics.uncertainty import SEED
+from moe_inspect.analysis.metrics.windows import step_floors
 
 WINDOWS = 400  # simulated
 RUN = 1_000  # windows of a run: one run in 1 / ALPHA may raise a false alarm by a rule
@@ -41,6 +42,20 @@ def chance_limit(
     limit = mean + (1 if above else -1) * far(tail) * sd / math.sqrt(steps)
     # not above that of an expert which every token chooses
     return min(limit, E / k - OFF_RATIO[metric]) if metric in OFF_RATIO else limit
+
+
+def drift_limit(
+    before_E: np.ndarray, load_E: np.ndarray, k: int, effect: float, tail: float
+) -> float:
+    """The highest drift between two windows that chance gives with probability `tail`."""
+    load_WE = np.stack([before_E, load_E])
+    floor_W, _ = step_floors(share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
+    # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
+    return float(floor_W[0]) * (1 + far(tail) * 0.756 / math.sqrt(max(len(load_E) - 1, 1)))
+
+
+def share(load_E: np.ndarray) -> np.ndarray:
+    return np.asarray(load_E) / max(int(np.sum(load_E)), 1)
 
 
 def far(tail: float) -> float:

@@ -67,8 +67,8 @@ def watch(
     from moe_inspect.alarms.rules import read_rules
     from moe_inspect.cli.emit import to_stdout
     from moe_inspect.reporting.render.console import console_for
-    from moe_inspect.watch.run import WatchOptions
-    from moe_inspect.watch.run import watch as watch_trace
+    from moe_inspect.watch.state import WatchOptions
+    from moe_inspect.watch.terminal import watch as watch_trace
 
     options = WatchOptions(
         every_s=every,

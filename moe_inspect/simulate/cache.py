@@ -14,7 +14,6 @@ T tokens, K slots of a decision, E experts, P phases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -47,42 +46,38 @@ POLICIES = {
 }
 
 
+# what a cache of E experts holds at first, the arguments of its kernel: as that describes them
+FRESH: dict[str, Callable[[int], tuple[np.ndarray, ...]]] = {
+    "lfu": lambda E: (np.zeros(E, np.bool_), np.zeros(E, np.int64), np.zeros(E + 1, np.int64)),
+    "belady": lambda E: (
+        np.zeros(E, np.int16 if E < 2**15 else np.int32),
+        np.zeros(E, np.int64),
+        np.zeros(1, np.int64),
+    ),
+}
+
+
 class Cache:
     """The caches of one router: one for each policy (`names`) and number of slots (`sizes`). What a
     cache holds is carried from shard to shard, in memory for E experts."""
 
     def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
         P = len(PHASES)
-        self.sizes, self.names, self.load_E = sizes, names, np.zeros(E, np.int64)
-        self.decisions_P, self.cold_P = np.zeros((2, P), np.int64)
         kind = np.int8 if E <= 256 else np.int16
+        self.keys = [(name, size) for name in names for size in sizes]
+        self.decisions_P, self.cold_P = np.zeros((2, P), np.int64)
+        # of LRU, also where it is not asked for: it counts accesses
+        self.load_E, self.at_PE = np.zeros(E, np.int64), np.zeros((P, E), np.int64)
+        self.known = np.zeros(1, np.int64)
         self.rank_E = (np.arange(E) + np.iinfo(kind).min).astype(kind)
-        self.known, self.at_PE = np.zeros(1, np.int64), np.zeros((P, E), np.int64)
-        self.done = {
-            (name, size): np.zeros(P, np.int64) for name in names if name != "lru" for size in sizes
-        }
-        fresh: dict[str, Callable[[], tuple[np.ndarray, ...]]] = {
-            "lfu": lambda: (
-                np.zeros(E, np.bool_),
-                np.zeros(E, np.int64),
-                np.zeros(E + 1, np.int64),
-            ),
-            "belady": lambda: (
-                np.zeros(E, np.int16 if E < 2**15 else np.int32),
-                np.zeros(E, np.int64),
-                np.zeros(1, np.int64),
-            ),
-        }
-        self.state = {(name, size): fresh[name]() for name, size in self.done}
-
-    def lru(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> tuple[Any, ...]:
-        """The arguments of `kernels_numba.lru`."""
-        return tuple(ids_KT), phase_T, self.rank_E, self.known, self.load_E, self.at_PE, self.cold_P
+        # of the others
+        self.state = {(name, size): FRESH[name](E) for name, size in self.keys if name != "lru"}
+        self.done = {key: np.zeros(P, np.int64) for key in self.state}
 
     def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
         self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
-        # also where not asked for: it counts accesses
-        kernels_numba.lru(*self.lru(ids_KT, phase_T))
+        counts = self.load_E, self.at_PE, self.cold_P
+        kernels_numba.lru(tuple(ids_KT), phase_T, self.rank_E, self.known, *counts)
         for (name, size), state in self.state.items():
             getattr(kernels_numba, name)(ids_KT, phase_T, size, *state, self.done[name, size])
 
@@ -92,23 +87,10 @@ class Cache:
 
     def hits(self) -> dict[tuple[str, int], np.ndarray]:
         """Hits of each (policy, number of slots) by phase, int64 [P]."""
-        of_lru = {("lru", size): self.at_PE[:, :size].sum(1) for size in self.sizes}
         return {
-            (name, size): (of_lru | self.done)[name, size]
-            for name in self.names
-            for size in self.sizes
+            (name, size): self.at_PE[:, :size].sum(1) if name == "lru" else self.done[name, size]
+            for name, size in self.keys
         }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """`sizes`: numbers of slots, ascending. `expert_mb`, by router, and `gb_per_s`: both or
-    neither."""
-
-    sizes: list[int]
-    policies: list[str]
-    expert_mb: dict[int, float] | None
-    gb_per_s: float | None
 
 
 @repeatable
@@ -135,21 +117,31 @@ def simulate_cache(
     trace = open_trace(trace)
     need_decisions(trace, "simulate cache")
     chosen = select(trace, layers=layers).routers
-    settings = Settings(
-        _sizes(trace, chosen, slots),
-        list(dict.fromkeys(policies)),
-        _expert_mb(trace, chosen, expert_mb, gguf),
-        gb_per_s,
-    )
-    _check(settings)
+    sizes, names = _sizes(trace, chosen, slots), list(dict.fromkeys(policies))
+    mb_of = _mb_of(trace, chosen, expert_mb, gguf)
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown or not names:
+        raise MoeInspectError(
+            f"no policy {', '.join(unknown) or 'given'}: there are {', '.join(POLICIES)}"
+        )
+    if (mb_of is None) != (gb_per_s is None):
+        raise MoeInspectError(
+            "tokens per second need both the size of an expert and the bandwidth of the link: give "
+            "--expert-mb (or --gguf) and --gb-per-s"
+        )
+    for size in (mb_of or {}).values():
+        if not (0 < size < inf and 0 < (gb_per_s or 0) < inf):
+            raise MoeInspectError(
+                f"expert size {size} MB over {gb_per_s} GB/s: give finite numbers above 0"
+            )
     if not trace.n_tokens:
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
-    caches = by_router(trace, chosen, "simulating cache", _replay, settings)
-    tables = _tables(trace, caches, trace.n_tokens, settings)
+    caches = by_router(trace, chosen, "simulating cache", _replay, sizes, names)
+    tables = _tables(trace, caches, mb_of, gb_per_s)
     shown: dict[str, object] = {
-        "slots": settings.sizes,
-        "policies": settings.policies,
-        "expert_mb": settings.expert_mb and float(np.mean([*settings.expert_mb.values()])),
+        "slots": sizes,
+        "policies": names,
+        "expert_mb": mb_of and float(np.mean([*mb_of.values()])),
         "gb_per_s": gb_per_s,
         "batch_size": 1,
     }
@@ -164,29 +156,10 @@ def simulate_cache(
     )
 
 
-def _check(settings: Settings) -> None:
-    unknown = [name for name in settings.policies if name not in POLICIES]
-    if unknown or not settings.policies:
-        raise MoeInspectError(
-            f"no policy {', '.join(unknown) or 'given'}: there are {', '.join(POLICIES)}"
-        )
-    if settings.expert_mb is None and settings.gb_per_s is None:
-        return
-    if settings.expert_mb is None or settings.gb_per_s is None:
-        raise MoeInspectError(
-            "tokens per second need both the size of an expert and the bandwidth of the link: give "
-            "--expert-mb (or --gguf) and --gb-per-s"
-        )
-    for size in settings.expert_mb.values():
-        if not (0 < size < inf and 0 < settings.gb_per_s < inf):
-            raise MoeInspectError(
-                f"expert size {size} MB over {settings.gb_per_s} GB/s: give finite numbers above 0"
-            )
-
-
-def _expert_mb(
+def _mb_of(
     trace: Trace, chosen: Sequence[int], expert_mb: float | None, gguf: str | Path | None
 ) -> dict[int, float] | None:
+    """The size of an expert of each router, where it is asked for."""
     if gguf is None:
         return None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
     if expert_mb is not None:
@@ -194,10 +167,11 @@ def _expert_mb(
     return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
 
 
-def _replay(trace: Trace, routers: Sequence[int], settings: Settings) -> dict[int, Cache]:
+def _replay(
+    trace: Trace, routers: Sequence[int], sizes: Sequence[int], names: Sequence[str]
+) -> dict[int, Cache]:
     """The caches of these routers after the whole trace."""
-    experts_of = {r: trace.routers[r].experts for r in routers}
-    caches = {r: Cache(E, settings.sizes, settings.policies) for r, E in experts_of.items()}
+    caches = {r: Cache(trace.routers[r].experts, sizes, names) for r in routers}
     for shard in shards_of(trace, "simulating cache"):
         for r, (order_T, phase_T), ids_KT in routed(shard, routers, partial(_order, shard)):
             if order_T is not None:
@@ -238,45 +212,39 @@ def _order(shard: Shard, router: int, seen: Seen) -> tuple[np.ndarray | None, np
 
 
 def _tables(
-    trace: Trace, caches: dict[int, Cache], tokens: int, settings: Settings
+    trace: Trace, caches: dict[int, Cache], mb_of: dict[int, float] | None, gb_per_s: float | None
 ) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
     rows, by_phase = [], []
-    misses = {(name, size): 0 for name in settings.policies for size in settings.sizes}
-    mb_of, moved_mb = settings.expert_mb or {}, dict.fromkeys(misses, 0.0)
+    missed = dict[tuple[str, int], dict[int, int]]()
     for r, cache in caches.items():
-        hits, E = cache.hits(), trace.routers[r].experts
         hottest_E = np.append(0, np.sort(cache.load_E)[::-1].cumsum())
+        made, E = int(cache.accesses_P.sum()), trace.routers[r].experts
         key = {"layer": trace.routers[r].layer, "router": r}
-        for (name, size), hits_P in hits.items():
+        for (name, size), hits_P in cache.hits().items():
+            missed.setdefault((name, size), {})[r] = made - int(hits_P.sum())
             at = {**key, "policy": name, "slots": size}
-            made = int(cache.accesses_P.sum())
-            missed = made - int(hits_P.sum())
-            misses[name, size] += missed
-            moved_mb[name, size] += missed * mb_of.get(r, 0)
-            row = _rates(cache, hits_P, slice(None)) | {
+            shares = {
                 "even_share": min(size / E, 1.0),
                 "hot_set_share": int(hottest_E[min(size, E)]) / made if made else float("nan"),
             }
-            rows.append({**at, **row})
+            rows.append(at | _rates(cache, hits_P, slice(None)) | shares)
             by_phase += [
                 {**key, "phase": PHASES[p], **at, **_rates(cache, hits_P, p)}
                 for p in np.flatnonzero(cache.decisions_P).tolist()
             ]
-    held_mb = {
-        size: sum(min(size, trace.routers[r].experts) * mb_of.get(r, 0) for r in caches)
-        for size in settings.sizes
-    }
     speed = []
-    for (name, size), count in misses.items():
-        row = {"policy": name, "slots": size, "transfers_per_token": count / tokens}
-        if settings.gb_per_s:
-            mb = moved_mb[name, size] / tokens
+    for (name, size), misses in missed.items():
+        per_token = sum(misses.values()) / trace.n_tokens
+        row = {"policy": name, "slots": size, "transfers_per_token": per_token}
+        if mb_of and gb_per_s:
+            mb = sum(n * mb_of[r] for r, n in misses.items()) / trace.n_tokens
+            held = sum(min(size, trace.routers[r].experts) * mb_of[r] for r in misses)
             row |= {
                 "mb_per_token": mb,
-                "tokens_per_s": 1000 * settings.gb_per_s / mb if mb else inf,
-                "held_gb": held_mb[size] / 1000,
+                "tokens_per_s": 1000 * gb_per_s / mb if mb else inf,
+                "held_gb": held / 1000,
             }
         speed.append(row)
     return {
@@ -322,12 +290,9 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             f"{_percents(rate.min(), rate.max())} by layer."
         )
     if "tokens_per_s" in speed:
-        real = speed[(speed["slots"] == size) & (speed["policy"] != "belady")]
-        best = (
-            (real if len(real) else speed[speed["slots"] == size])
-            .nlargest(1, "tokens_per_s")
-            .iloc[0]
-        )
+        speed = speed[speed["slots"] == size]
+        real = speed[speed["policy"] != "belady"]
+        best = (real if len(real) else speed).nlargest(1, "tokens_per_s").iloc[0]
         sentences.append(
             f"Simulated: {settings['expert_mb']:g} MB per expert over {settings['gb_per_s']:g} "
             f"GB/s allow at most {best['tokens_per_s']:,.1f} tokens/s "
@@ -366,47 +331,34 @@ def _percents(low: float, high: float) -> str:
 
 def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
     """Hit rate by number of slots, over the layers; and by layer, at one number of slots."""
-    main, sizes = tables["cache"], list(settings["slots"])
-    size = sizes[len(sizes) // 2]
+    main, sizes, names = tables["cache"], list(settings["slots"]), settings["policies"]
+    size, x_S = sizes[len(sizes) // 2], np.arange(len(sizes), dtype=float)
+    at = main[main["slots"] == size].set_index("policy")
+    routers = at.loc[[names[0]], "router"]
+    x_L = np.arange(len(routers), dtype=float)
     by_size, by_layer = list[Mark](), list[Mark]()
-    for i, name in enumerate(settings["policies"]):
-        rows = main[main["policy"] == name]
-        rate = rows.groupby("slots")["hit_rate"]
+    for i, name in enumerate(names):
+        look = SERIES[i], DASHES[i % 3], True
+        rate = main[main["policy"] == name].groupby("slots")["hit_rate"]
         mean, low, high = (
             of.reindex(sizes).to_numpy() for of in (rate.mean(), rate.min(), rate.max())
         )
         # beside each other, or the intervals would hide each other
-        x = np.arange(len(sizes)) + 0.08 * (i - (len(settings["policies"]) - 1) / 2)
-        by_size.append(Line(x, mean, name, SERIES[i], DASHES[i % 3], True, low, high))
-        at = rows[rows["slots"] == size]["hit_rate"].to_numpy()
-        by_layer.append(
-            Line(np.arange(len(at), dtype=float), at, name, SERIES[i], DASHES[i % 3], True)
-        )
+        beside_S = x_S + 0.08 * (i - (len(names) - 1) / 2)
+        by_size.append(Line(beside_S, mean, name, *look, low, high))
+        by_layer.append(Line(x_L, at.loc[[name], "hit_rate"].to_numpy(), name, *look))
     even = main.groupby("slots")["even_share"].mean().reindex(sizes).to_numpy()
-    by_size.append(
-        Line(np.arange(len(sizes), dtype=float), even, "slots ÷ experts", "baseline", "dot")
-    )
-    at = main[(main["policy"] == settings["policies"][0]) & (main["slots"] == size)]
-    hot = Points(
-        np.arange(len(at), dtype=float),
-        at["hot_set_share"].to_numpy(),
-        f"share of the {size} busiest experts",
-        "c6",
-        "tick",
-    )
-    rate = Axis("hit rate", low=0, high=1)
-    layers = Axis("layer", tuple(label_of[r] for r in at["router"]))
+    by_size.append(Line(x_S, even, "slots ÷ experts", "baseline", "dot"))
+    hot, said = at.loc[[names[0]], "hot_set_share"], f"share of the {size} busiest experts"
+    by_layer.append(Points(x_L, hot.to_numpy(), said, "c6", "tick"))
+    slots, rate = Axis("slots per layer", tuple(map(str, sizes))), Axis("hit rate", low=0, high=1)
+    layers = Axis("layer", tuple(label_of[r] for r in routers))
     return Chart(
         "Cache of experts",
         "Share of the accesses to experts that a cache serves, by policy",
         (
-            Panel(
-                tuple(by_size),
-                Axis("slots per layer", tuple(map(str, sizes))),
-                rate,
-                "By number of slots",
-            ),
-            Panel((*by_layer, hot), layers, rate, f"By layer, {size} slots"),
+            Panel(tuple(by_size), slots, rate, "By number of slots"),
+            Panel(tuple(by_layer), layers, rate, f"By layer, {size} slots"),
         ),
         text=SIMULATED
         + "By number of slots: the mean over layers, the bars from the lowest layer to the "

@@ -9,6 +9,7 @@ T tokens, K slots, E experts, B the batch sizes, P positions, W words of 64 expe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
@@ -40,10 +41,11 @@ class Steps:
     number of positions, experts and batch sizes, not with the number of tokens."""
 
     def __init__(self, E: int, batches: Sequence[int]):
-        self.E, self.batch_B = E, np.array(batches, np.int64)
-        self.there_BPW = np.zeros((len(batches), 0, -(-E // 64)), np.uint64)
-        self.tokens_BP = np.zeros((len(batches), 0), np.int64)
-        self.steps_B, self.distinct_B = np.zeros((2, len(batches)), np.int64)
+        B = len(batches)
+        self.batch_B = np.array(batches, np.int64)
+        self.there_BPW = np.zeros((B, 0, -(-E // 64)), np.uint64)
+        self.tokens_BP = np.zeros((B, 0), np.int64)
+        self.steps_B, self.distinct_B = np.zeros((2, B), np.int64)
         self.load_E, self.tokens = np.zeros(E, np.int64), 0
 
     def add(self, ids_KT: np.ndarray, position_T: np.ndarray) -> None:
@@ -54,16 +56,9 @@ class Steps:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        fill_steps(
-            tuple(ids_KT),
-            position_T,
-            self.batch_B,
-            self.there_BPW,
-            self.tokens_BP,
-            self.steps_B,
-            self.distinct_B,
-            self.load_E,
-        )
+        filling = self.there_BPW, self.tokens_BP
+        full = self.steps_B, self.distinct_B, self.load_E
+        fill_steps(tuple(ids_KT), position_T, self.batch_B, *filling, *full)
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -107,13 +102,13 @@ def simulate_decode(
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
     chosen, decoded = _with_phase(trace, selection)
-    asked = chosen, decoded, sizes
-    steps = by_router(trace, chosen.routers, "simulating decode", _steps, *asked)
+    steps = by_router(trace, chosen.routers, "simulating decode", _steps, chosen, decoded, sizes)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
-    table = _table(trace, steps, expert_mb)
-    needed = _needed(trace, steps, flops_per_byte)
-    tables = {"decode": table, "batch_needed": needed}
+    tables = {
+        "decode": _table(trace, steps, expert_mb),
+        "batch_needed": _needed(trace, steps, flops_per_byte),
+    }
     settings = {
         "batches": sizes,
         "phase": chosen.phase,
@@ -127,6 +122,17 @@ def simulate_decode(
     )
 
 
+def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
+    """Selects the generated tokens, if there are any and no phase was given. Returns the selection,
+    and whether it is of generated tokens."""
+    if selection.phase is None:
+        decoded = Selection(selection.routers, phase="decode")
+        routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
+        if any(by_shard(trace, None, count_taken, decoded)) and routers:
+            return Selection(routers, selection.domains, "decode"), True
+    return selection, selection.phase == "decode"
+
+
 def _steps(
     trace: Trace,
     routers: Sequence[int],
@@ -134,55 +140,34 @@ def _steps(
     decoded: bool,
     sizes: Sequence[int],
 ) -> dict[int, Steps]:
-    """The steps of these routers after the whole trace."""
+    """The steps of these routers after the whole trace. Positions of generated tokens count from
+    the first selected token of the sequence, the end of its prompt."""
     steps = {r: Steps(trace.routers[r].experts, sizes) for r in routers}
-    first_of = dict[tuple[str, int, int], int]()
+    first_of = dict[tuple[str, int, int], int]()  # (stack, rank, sequence) → its position
+
+    def selected(shard: Shard, r: int, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the N tokens that the router sees in the shard are selected, bool [N], and the
+        positions of those, int64 [T]."""
+        table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)[seen]
+        sequence_T, position_T = (
+            table[name].to_numpy()[seen][taken_N] for name in ("sequence", "position")
+        )
+        position_T = position_T.astype(np.int64)
+        if not decoded:
+            return taken_N, position_T
+        sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
+        place = trace.routers[r].stack, shard.files.rank
+        first_S = [
+            first_of.setdefault((*place, int(s)), int(first))
+            for s, first in zip(sequence_S, position_T[at_S], strict=True)
+        ]
+        return taken_N, position_T - np.array(first_S, np.int64)[of_T]
+
     for shard in shards_of(trace, "simulating decode"):
-        positions = partial(_selected_positions, shard, selection, first_of if decoded else None)
-        for r, (taken_N, position_T), ids_KN in routed(shard, routers, positions):
+        for r, (taken_N, position_T), ids_KN in routed(shard, routers, partial(selected, shard)):
             whole = taken_N.all()
             steps[r].add(ids_KN if whole else np.ascontiguousarray(ids_KN[:, taken_N]), position_T)
     return steps
-
-
-def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
-    """Selects the generated tokens, if there are any and no phase was given. Returns the selection,
-    and whether it is of generated tokens."""
-    if selection.phase is not None:
-        return selection, selection.phase == "decode"
-    decoded = Selection(selection.routers, phase="decode")
-    if any(by_shard(trace, None, count_taken, decoded)):
-        routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
-        if routers:
-            return Selection(routers, selection.domains, "decode"), True
-    return selection, False
-
-
-def _selected_positions(
-    shard: Shard,
-    selection: Selection,
-    first_of: dict[tuple[str, int, int], int] | None,
-    router: int,
-    seen: Seen,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the N tokens that the router sees in the shard are selected, bool [N], and the
-    positions of those, int64 [T]. With `first_of`, positions count from the first selected token of
-    the sequence, the end of its prompt; it maps (stack, rank, sequence) to that token's position
-    and is kept from shard to shard."""
-    table, taken_N = shard.tokens(["sequence", "position"]), taken(shard, selection)[seen]
-    sequence_T, position_T = (
-        table[name].to_numpy()[seen][taken_N] for name in ("sequence", "position")
-    )
-    position_T = position_T.astype(np.int64)
-    if first_of is None:
-        return taken_N, position_T
-    stack, rank = shard.trace.routers[router].stack, shard.files.rank
-    sequence_S, at_S, of_T = np.unique(sequence_T, return_index=True, return_inverse=True)
-    first_S = [
-        first_of.setdefault((stack, rank, int(s)), int(position_T[at]))
-        for s, at in zip(sequence_S, at_S, strict=True)
-    ]
-    return taken_N, position_T - np.array(first_S, np.int64)[of_T]
 
 
 def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> Any:
@@ -191,14 +176,14 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
         router = trace.routers[r]
         size = expert_mb * 1e6 if expert_mb is not None else expert_bytes(trace, r)
         activation_E = of.load_E / max(1, of.tokens)
-        for b, B in enumerate(of.batch_B.tolist()):
-            distinct = of.distinct_B[b] / of.steps_B[b] if of.steps_B[b] else np.nan
+        for B, count, reads in zip(of.batch_B.tolist(), of.steps_B, of.distinct_B, strict=True):
+            distinct = reads / count if count else np.nan
             rows.append(
                 {
                     "layer": router.layer,
                     "router": r,
                     "batch": B,
-                    "steps": of.steps_B[b],
+                    "steps": count,
                     "distinct_experts": distinct,
                     "independent": independent(router.experts, router.top_k, B),
                     "from_marginals": from_marginals(activation_E, B),
@@ -215,39 +200,31 @@ def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any
     """The batch size from which a step reads almost all experts, and the one from which it is
     compute-bound; both from the measured activations. Each weight costs 2 FLOPs per token, so an
     expert is compute-bound from flops_per_byte × (bytes per weight) / 2 tokens on."""
-    rows, intensity = [], flops_per_byte * weight_bytes(trace) / 2
-    for r, of in steps.items():
-        activation_E, k = of.load_E / max(1, of.tokens), of.load_E.sum() / max(1, of.tokens)
-        E = int((of.load_E > 0).sum())
-
-        def reads_all(B: int, a_E: np.ndarray = activation_E, E: int = E) -> bool:
-            return from_marginals(a_E, B) >= SATURATED * E
-
-        def is_bound(B: int, a_E: np.ndarray = activation_E, k: float = k) -> bool:
-            return B * k >= intensity * from_marginals(a_E, B)
-
-        rows.append(
-            {
-                "layer": trace.routers[r].layer,
-                "router": r,
-                "reached_experts": E,
-                "reads_all_from": _least(reads_all) if E else None,
-                "compute_bound_from": _least(is_bound) if E else None,
-            }
-        )
+    intensity = flops_per_byte * weight_bytes(trace) / 2
+    rows = [
+        {"layer": trace.routers[r].layer, "router": r} | _needed_of(of, intensity)
+        for r, of in steps.items()
+    ]
     made: Any = pd.DataFrame(rows)
     return made.astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
+
+
+def _needed_of(of: Steps, intensity: float) -> dict[str, int | None]:
+    E, activation_E = int((of.load_E > 0).sum()), of.load_E / max(1, of.tokens)
+    k = of.load_E.sum() / max(1, of.tokens)
+    reads = partial(from_marginals, activation_E)
+    return {
+        "reached_experts": E,
+        "reads_all_from": _least(lambda B: reads(B) >= SATURATED * E) if E else None,
+        "compute_bound_from": _least(lambda B: B * k >= intensity * reads(B)) if E else None,
+    }
 
 
 def _least(holds: Callable[[int], bool]) -> int | None:
     """The smallest batch size for which `holds` is true; None if it is not at LARGEST."""
     if not holds(LARGEST):
         return None
-    low, high = 0, LARGEST
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return bisect_left(range(LARGEST), True, lo=1, key=holds)
 
 
 SATURATED = 0.95  # this share of the experts counts as almost all of them

@@ -28,7 +28,6 @@ from moe_inspect.simulate.routing_algorithms import (
     Algorithm,
     RouterScores,
     largest,
-    scores_of,
 )
 from moe_inspect.simulate.shards import Seen, check_length, routed
 from moe_inspect.text import layer_label
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# by setting of an algorithm, the values that it is run with; None is the default
+ValuesOf = dict[str, Sequence[float] | None]
 SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
@@ -52,8 +53,9 @@ def halves(trace: Trace) -> pd.Series:
     return listed.groupby("domain", observed=True).cumcount() % 2
 
 
-class Decisions:
-    """The decisions of one router in one shard, and the logits that they were made from."""
+class ScoredTokens:
+    """The tokens of one shard that reach a router: the logits of each, what the model chose, and
+    which half of the documents it is in."""
 
     def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
         self.router, self.logits_TE = shard.trace.routers[r], shard.logits(r)
@@ -75,37 +77,23 @@ class Decisions:
         self.model_TE = model_TE[:, :-1]
 
     def batch(self, part: Any, number: int) -> RouterScores:
-        k, scoring = self.router.top_k, self.router.scoring
-        return scores_of(
-            self.logits_TE[part], self.model_TE[part], self.token_id_T[part], k, scoring, number
-        )
+        of_tokens = self.logits_TE[part], self.model_TE[part], self.token_id_T[part]
+        return RouterScores(*of_tokens, self.router.top_k, self.router.scoring, number)
 
-    def tokens(self, half: int | None) -> np.ndarray:
+    def of_half(self, half: int | None) -> np.ndarray:
         """The tokens of one half of the documents, or of all. int64 [T]"""
         return np.arange(len(self.half_T)) if half is None else np.flatnonzero(self.half_T == half)
 
     def batches(self, half: int | None) -> Iterator[RouterScores]:
-        tokens = self.tokens(half)
-        start_G = run_edges(self.batch_T[tokens])
-        for first, last in pairwise(start_G):
-            yield self.batch(
-                tokens[first:last] if half is not None else slice(first, last),
-                int(self.batch_T[tokens[first]]),
-            )
+        tokens = self.of_half(half)
+        for first, last in pairwise(run_edges(self.batch_T[tokens])):
+            part = slice(first, last) if half is None else tokens[first:last]
+            yield self.batch(part, int(self.batch_T[tokens[first]]))
 
-    def sample(self, tokens: np.ndarray) -> RouterScores:
+    def sample(self, half: int | None) -> RouterScores:
         """At most SAMPLE of the tokens, drawn uniformly at random."""
-        drawn = np.random.default_rng(SEED).permutation(tokens)[:SAMPLE]
+        drawn = np.random.default_rng(SEED).permutation(self.of_half(half))[:SAMPLE]
         return self.batch(np.sort(drawn), -1)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """`algorithms`: names of ALGORITHMS. `values`: by setting, the values that algorithms are run
-    with; None is the default."""
-
-    algorithms: tuple[str, ...]
-    values: dict[str, Sequence[float] | None]
 
 
 @repeatable
@@ -130,16 +118,14 @@ def simulate_routing(
     MoeInspectError for a trace without logits, and for values out of range."""
     trace = open_trace(trace)
     need_decisions(trace, "simulate routing")
-    settings = Settings(
-        tuple(algorithms or ALGORITHMS),
-        {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor},
-    )
-    _check(trace, settings)
+    names = tuple(algorithms or ALGORITHMS)
+    values_of = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
+    _check(trace, names, values_of)
     chosen = select(trace, layers=layers).routers
     half_of = halves(trace)
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
-    asked = settings, half_of, held_out
+    asked = names, values_of, half_of, held_out
     runs_of = by_router(trace, chosen, "simulating routing", _runs_of, *asked)
     if not any(run.tokens for found in runs_of.values() for run in found):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
@@ -149,7 +135,7 @@ def simulate_routing(
         "batch": "a forward pass",
         "bias_held_out": held_out,
         "experts_per_token": k,
-        **settings.values,
+        **values_of,
         "uneven": uneven,
         "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
     }
@@ -164,69 +150,66 @@ def simulate_routing(
     )
 
 
-def _check(trace: Trace, settings: Settings) -> None:
+def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
     if "logits" not in trace.tables:
         raise MoeInspectError(
             f"{trace.path} has no logits, which simulate routing needs: trace with --logits"
         )
-    if unknown := [name for name in settings.algorithms if name not in ALGORITHMS]:
+    if unknown := [name for name in names if name not in ALGORITHMS]:
         raise MoeInspectError(
             f"no algorithm {', '.join(unknown)}: there are {', '.join(ALGORITHMS)}"
         )
-    for name, fits, rule in (
-        ("top_k", lambda k: k >= 1, "at least 1"),
-        ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        ("capacity_factor", lambda f: 0 < f < 1e6, "above 0"),
+    for name, option, fits, rule in (
+        ("top_k", "top-k", lambda k: k >= 1, "at least 1"),
+        ("top_p", "top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ("capacity_factor", "capacity factor", lambda f: 0 < f < 1e6, "above 0"),
     ):
-        if wrong := [value for value in settings.values[name] or () if not fits(value)]:
-            option = {"top_k": "top-k", "top_p": "top-p"}.get(name, "capacity factor")
+        if wrong := [value for value in values_of[name] or () if not fits(value)]:
             raise MoeInspectError(f"{option} {wrong[0]:g}: give a number {rule}")
 
 
 def _runs_of(
-    trace: Trace, routers: Sequence[int], settings: Settings, half_of: pd.Series, held_out: bool
+    trace: Trace,
+    routers: Sequence[int],
+    names: Sequence[str],
+    values_of: ValuesOf,
+    half_of: pd.Series,
+    held_out: bool,
 ) -> dict[int, list[Run]]:
+    """Each algorithm, with each value of its setting, on the decisions of each router. `held_out`:
+    algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
     advance, found = phase("simulating routing", len(routers), "routers"), dict[int, list[Run]]()
+    fit, judged = (0, 1) if held_out else (None, None)
     for r in routers:
-        found[r] = _run(trace, r, settings, half_of, held_out)
+        k, E = trace.routers[r].top_k, trace.routers[r].experts
+        found[r] = [
+            Run(ALGORITHMS[name], value, np.zeros(E, np.int64))
+            for name in names
+            for value in _values(ALGORITHMS[name], values_of, k, E)
+        ]
+        learning = [run for run in found[r] if run.algorithm.prepare]
+        others = [run for run in found[r] if not run.algorithm.prepare]
+        for shard in trace.shards:
+            tokens = ScoredTokens(shard, r, half_of)
+            for run in learning:
+                if run.algorithm.prepare and not run.state and len(tokens.of_half(fit)):
+                    run.state = run.algorithm.prepare(tokens.sample(fit))
+            for running, half in ((others, None), (learning, judged)):
+                for batch in tokens.batches(half) if running else ():
+                    own_TE = largest(batch.scores_TE, batch.k)
+                    own = float(batch.share_TE[own_TE].sum(dtype=np.float64))
+                    for run in running:
+                        run.add(batch, own)
         advance(1)
     return found
 
 
-def _run(
-    trace: Trace, router: int, settings: Settings, half_of: pd.Series, held_out: bool
-) -> list[Run]:
-    """Runs each algorithm, with each value of its setting, on one router's decisions. `held_out`:
-    algorithms that learn are fitted on half 0 of the documents and evaluated on half 1."""
-    k, E = trace.routers[router].top_k, trace.routers[router].experts
-    found = [
-        Run(ALGORITHMS[name], value, np.zeros(E, np.int64))
-        for name in settings.algorithms
-        for value in _values(ALGORITHMS[name], settings.values, k, E)
-    ]
-    learning = [run for run in found if run.algorithm.prepare]
-    others = [run for run in found if not run.algorithm.prepare]
-    for shard in trace.shards:
-        decisions = Decisions(shard, router, half_of)
-        for run in learning:
-            run.warm_up(decisions, 0 if held_out else None)
-        for running, half in ((others, None), (learning, 1 if held_out else None)):
-            for batch in decisions.batches(half) if running else ():
-                own = float(batch.share_TE[largest(batch.scores_TE, batch.k)].sum(dtype=np.float64))
-                for run in running:
-                    run.add(batch, own)
-    return found
-
-
-def _values(
-    algorithm: Algorithm, values_of: dict[str, Sequence[float] | None], k: int, E: int
-) -> list[float]:
+def _values(algorithm: Algorithm, values_of: ValuesOf, k: int, E: int) -> list[float]:
+    """The values that an algorithm is run with."""
     if not algorithm.setting:
         return [0]
     values = values_of[algorithm.setting] or (1, k, 2 * k)
-    return (
-        sorted({min(v, E) for v in values}) if algorithm.setting == "top_k" else sorted(set(values))
-    )
+    return sorted({min(v, E) if algorithm.setting == "top_k" else v for v in values})
 
 
 @dataclass
@@ -247,17 +230,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return (
-            f"{self.algorithm.name} {self.value:g}"
-            if self.algorithm.setting
-            else self.algorithm.name
-        )
-
-    def warm_up(self, decisions: Decisions, half: int | None) -> None:
-        """Prepares an algorithm that learns, on the first shard with tokens of that half."""
-        prepare = self.algorithm.prepare
-        if prepare and not self.state and len(tokens := decisions.tokens(half)):
-            self.state = prepare(decisions.sample(tokens))
+        return self.algorithm.name + (f" {self.value:g}" if self.algorithm.setting else "")
 
     def add(self, batch: RouterScores, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,42 +28,35 @@ SEED = 20_240_815
 class RouterScores:
     """A batch of tokens, with what the model's router computed for them.
 
-    scores_TE: softmax or sigmoid of the logits, as in the model. share_TE: the scores, normalised
-    so that each token's sum is 1. model_TE: bool, the experts that the model chose.
-    k: experts per token. number: of the batch in the trace."""
+    model_TE: bool, the experts that the model chose. k: experts per token. scoring: the router's
+    activation. number: of the batch in the trace."""
 
     logits_TE: np.ndarray
-    scores_TE: np.ndarray
-    share_TE: np.ndarray
     model_TE: np.ndarray
     token_id_T: np.ndarray
     k: int
+    scoring: str
     number: int
+
+    @cached_property
+    def scores_TE(self) -> np.ndarray:
+        """Sigmoid of the logits as in the model, or softmax, also where the trace does not say."""
+        logits_TE = self.logits_TE.astype(np.float32)
+        if self.scoring == "sigmoid":
+            return 1 / (1 + np.exp(-logits_TE))
+        scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
+        return scores_TE / scores_TE.sum(1, keepdims=True)
+
+    @cached_property
+    def share_TE(self) -> np.ndarray:
+        """The scores, normalised so that each token's sum is 1."""
+        return self.scores_TE / self.scores_TE.sum(1, keepdims=True)
 
     @property
     def capacity(self) -> int:
         """The assignments of each expert if load were even, rounded up."""
-        T, E = self.scores_TE.shape
+        T, E = self.logits_TE.shape
         return -(-T * self.k // E)
-
-
-def scores_of(
-    logits_TE: np.ndarray,
-    model_TE: np.ndarray,
-    token_id_T: np.ndarray,
-    k: int,
-    scoring: str,
-    number: int,
-) -> RouterScores:
-    """Applies the router's activation to the logits: softmax where the trace does not say."""
-    logits_TE = logits_TE.astype(np.float32)
-    if scoring == "sigmoid":
-        scores_TE = 1 / (1 + np.exp(-logits_TE))
-    else:
-        scores_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
-        scores_TE /= scores_TE.sum(1, keepdims=True)
-    share_TE = scores_TE / scores_TE.sum(1, keepdims=True)
-    return RouterScores(logits_TE, scores_TE, share_TE, model_TE, token_id_T, k, number)
 
 
 @dataclass(frozen=True)

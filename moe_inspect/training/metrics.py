@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_inspect.alarms.alarms import Window, drift_R, max_vio_of_steps, of_load
+from moe_inspect.alarms.alarms import Window, metric_R
+from moe_inspect.alarms.rules import BATCH, DRIFT
 from moe_inspect.analysis.metrics.balance import load_ratio
 from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
@@ -31,10 +32,8 @@ def window_metrics(window: Window, before: Window | None) -> dict[str, np.ndarra
     """Metric → its value at each router, float [R]: max_vio of the window, max_vio_batch (mean over
     its steps), dead and starved experts, entropy of the load ÷ ln E, drift (total variation from
     the window before), and what the model shows of aux_loss, z_loss and bias_range."""
-    found = {name: of_load(name, window.load) for name in OF_LOAD}
-    if window.recent:
-        found["max_vio_batch"] = max_vio_of_steps(window.recent)
-    return {**found, "drift": drift_R(before, window), **window.values}
+    names = (*OF_LOAD, BATCH, DRIFT) if window.recent else (*OF_LOAD, DRIFT)
+    return {name: metric_R(name, window, before) for name in names} | dict(window.values)
 
 
 def logged(

@@ -12,7 +12,8 @@ import time
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.console import console_for
 from moe_inspect.text import print_stderr
-from moe_inspect.watch.run import WatchOptions, watch
+from moe_inspect.watch.state import WatchOptions
+from moe_inspect.watch.terminal import watch
 
 
 def main(trace: str, pid: str) -> None:

@@ -1,15 +1,22 @@
-"""Follows a trace that is being written, by the lines of its lists of shards."""
+"""Follows a trace that is being written, by the lines of its lists of shards, and counts the load
+of what is new.
+
+L routers, E experts, N assignments of a router.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_inspect.errors import MoeInspectError, reading
+import numpy as np
+
+from moe_inspect.alarms.alarms import Window
+from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.location import Remote, location
@@ -18,7 +25,6 @@ from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, stored_manifest, writer_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles, ShardLists
-from moe_inspect.watch.piece import Piece, piece_of
 
 WAITING, RECORDING = "waiting", "recording"  # there is no trace yet; its writer is at work
 COMPLETE, INTERRUPTED, KILLED = "complete", "interrupted", "killed"
@@ -26,6 +32,84 @@ ENDED = (COMPLETE, INTERRUPTED, KILLED)
 AT_ONCE_S = 0.5  # of counting in a poll: what a trace holds already is counted in parts
 SURE_POLLS = 2  # that find no writer: between two of them it may have closed the trace
 TRIES = 5  # polls that fail: a file may be replaced while it is read, a network may be down
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(Window):
+    """The load of a piece of a trace: a shard, or the part of it that was not counted before. It
+    holds so many `tokens` and `decisions`."""
+
+    tokens: int
+    decisions: int
+
+    def without(self, early: Sequence[Piece]) -> Piece:
+        """What it holds beside these pieces of it, which follow each other from its beginning."""
+        if not early:
+            return self
+        counted = joined(early)
+        return Piece(
+            max(self.first, counted.last + 1),
+            self.last,
+            [mine_E - E for mine_E, E in zip(self.load, counted.load, strict=True)],
+            self.tokens_R - counted.tokens_R,
+            tokens=self.tokens - counted.tokens,
+            decisions=self.decisions - counted.decisions,
+        )
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """The sum of consecutive pieces."""
+    return Piece(
+        pieces[0].first,
+        pieces[-1].last,
+        [np.sum(load, axis=0) for load in zip(*(piece.load for piece in pieces), strict=True)],
+        np.sum([piece.tokens_R for piece in pieces], axis=0),
+        tokens=sum(piece.tokens for piece in pieces),
+        decisions=sum(piece.decisions for piece in pieces),
+    )
+
+
+def piece_of(shard: Shard) -> Piece:
+    """What a shard holds. Damaged where it names an expert that its router does not have."""
+    routers, files = shard.trace.routers, shard.files
+    if shard.trace.counts_only:
+        table = shard.counts()
+        load_LE = np.zeros((len(routers), max(router.experts for router in routers)), np.int64)
+        at = table["router"].to_numpy(), table["expert"].to_numpy()
+        np.add.at(load_LE, at, table["assignments"].to_numpy())
+        load = [load_E[: router.experts] for load_E, router in zip(load_LE, routers, strict=True)]
+        # of two stacks counts do not say which tokens reach a router: as many as its load takes
+        tokens = [
+            -(-int(load_E.sum()) // router.top_k) if router.stack else files.tokens
+            for load_E, router in zip(load, routers, strict=True)
+        ]
+    else:
+        load, tokens = zip(*(_load(shard, r) for r in range(len(routers))), strict=True)
+        if sum(tokens) != (rows := shard.file("routing").metadata.num_rows):
+            name = files.paths["routing"]
+            said = f"{sum(tokens):,} of its {rows:,} rows are of a router of the manifest"
+            raise Damaged(name, said, name)
+    first = files.last_batch if files.first_batch is None else files.first_batch
+    whole = {"tokens": files.tokens, "decisions": files.decisions}
+    return Piece(first, files.last_batch, load, np.array(tokens, np.int64), **whole)
+
+
+def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:
+    """The load_E of a router and its decisions; null slots are not counted. A router and a slot at
+    a time: what is read then stays in the processor's caches."""
+    router = shard.trace.routers[r]
+    table = shard.rows_of_router("routing", r, [f"expert_{j}" for j in range(router.top_k)])
+    load_E = np.zeros(router.experts, np.int64)
+    for column in table.columns:
+        for chunk in column.chunks:
+            ids_N = (chunk.drop_null() if chunk.null_count else chunk).to_numpy()
+            found_E = np.bincount(ids_N, minlength=router.experts)
+            if len(found_E) > router.experts:
+                name = shard.files.paths["routing"]
+                said = f"it has an assignment to expert {len(found_E) - 1} of layer {router.layer},"
+                raise Damaged(name, f"{said} which has {router.experts} experts", name)
+            load_E += found_E
+    return load_E, len(table)
 
 
 @dataclass
@@ -123,7 +207,7 @@ class Follower:
         if files.early:
             rank.early.append((files, piece))
         else:
-            piece = piece.minus([early for _, early in rank.early])
+            piece = piece.without([early for _, early in rank.early])
             rank.full.append(files)
             rank.early = []
         if piece.tokens:

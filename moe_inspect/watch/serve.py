@@ -10,21 +10,39 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import json
 import logging
 import math
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Template
+from markupsafe import Markup
 
+from moe_inspect.alarms.alarms import metric_R
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import first_line, print_stderr
-from moe_inspect.watch.follow import ENDED, RECORDING, WAITING
-from moe_inspect.watch.page import page, snapshot
-from moe_inspect.watch.run import Session, WatchOptions
-from moe_inspect.watch.state import Watched, of_routers
+from moe_inspect.reporting.charts.spec import (
+    Axis,
+    Band,
+    Heatmap,
+    Line,
+    Mark,
+    Panel,
+    Points,
+    Rule,
+    cell_numbers,
+    load_scale,
+)
+from moe_inspect.reporting.render.html import asset, palette_css, script_hash
+from moe_inspect.reporting.render.payload import panel_json, without_numpy
+from moe_inspect.text import first_line, print_stderr, readable
+from moe_inspect.watch.follow import ENDED, RECORDING, WAITING, Piece
+from moe_inspect.watch.state import Session, Watched, WatchOptions
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -91,6 +109,120 @@ class _OnlyOwnHosts:
                 await PlainTextResponse(said, 421)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+# --- the page
+
+
+SCRIPTS = ("chart.js", "page.js")
+
+
+def snapshot(session: Session) -> str:
+    """What the page shows now, as JSON."""
+    watched, window = session.watched, session.watched.window
+    rates = watched.rates() if watched.status == RECORDING else None
+    shown: dict[str, Any] = {
+        "path": readable(session.path),
+        "status": watched.status,
+        "writer": readable(session.follower.writer),
+        "trouble": readable(watched.trouble),
+        "tokens": watched.tokens,
+        "decisions": watched.decisions,
+        "left_tokens": watched.left_tokens,
+        "rates": None if rates is None else [round(rate, 1) for rate in rates],
+        "changed_s": round(watched.changed_s, 1),
+        "window_tokens": window.tokens if window is not None else 0,
+        "alarms": [readable(alarm.text) + " " + alarm.help for alarm in watched.alarms],
+        "panels": None,
+    }
+    if window is not None:
+        r, text = watched.worst_routers[0], session.text
+        value = float(watched.history[-1][r])
+        shown["worst"] = {
+            "layer": watched.labels[r],
+            "max_over_mean": None if np.isnan(value) else round(1 + value, 2),
+            "chance": round(1 + watched.chance(r), 2),
+        }
+        shown["dead"] = int(np.nansum(metric_R("dead_experts", window)))
+        shown["experts"] = sum(router.experts for router in watched.routers)
+        shown["panels"] = [panel_json(panel) for panel in panels(watched, window)]
+        shown["text"] = text and {
+            "layer": watched.labels[text.router],
+            "expert": text.expert,
+            "words": [list(word) for word in text.words],
+        }
+    return json.dumps(shown, default=without_numpy, allow_nan=False)
+
+
+def panels(watched: Watched, window: Piece) -> list[Panel]:
+    """The map of the last window, the balance of each layer in it and of all tokens, and how the
+    balance has moved."""
+    layers, ratio_LE = Axis("layer", tuple(watched.labels)), watched.ratios()
+    heatmap = Heatmap(
+        ratio_LE, load_scale(watched.routers, "load ÷ mean load"), cell_numbers(ratio_LE)
+    )
+    return [
+        Panel((heatmap,), Axis("expert"), layers),
+        Panel(_balance(watched), layers, Axis("max ÷ mean load", low=1)),
+        _over_time(watched),
+    ]
+
+
+def _balance(watched: Watched) -> tuple[Mark, ...]:
+    L = len(watched.routers)
+    x, now = np.arange(L, dtype=float), 1 + watched.history[-1]
+    chance = 1 + np.array([watched.chance(r) for r in range(L)])
+    edge = np.r_[-0.5, x, L - 0.5]
+    alarmed = np.isin(np.arange(L), [alarm.router for alarm in watched.alarms])
+    in_all = 1 + metric_R("max_vio", watched.total) if watched.total else x * np.nan
+    explained = np.nan_to_num(np.r_[chance[0], chance, chance[-1]], nan=1.0)
+    return (
+        Band(edge, edge * 0 + 1, explained, "explained by chance"),
+        Rule(1),
+        Points(x, in_all, "all tokens", "c2", "tick"),
+        Points(x, np.where(alarmed, np.nan, now), "last window", "c1"),
+        Points(x, np.where(alarmed, now, np.nan), "last window, with an alarm", "bad"),
+    )
+
+
+def _over_time(watched: Watched) -> Panel:
+    history_HL = 1 + np.array(watched.history)
+    known_H = ~np.isnan(history_HL).all(1)
+    worst_H, middle_H = np.full((2, len(history_HL)), np.nan)
+    worst_H[known_H] = np.nanmax(history_HL[known_H], axis=1)
+    middle_H[known_H] = np.nanmedian(history_HL[known_H], axis=1)
+    x = np.arange(len(history_HL), dtype=float)
+    back = tuple(str(int(n)) for n in x - len(x) + 1)
+    marks = (
+        Rule(1),
+        Line(x, worst_H, "least balanced layer", "c1"),
+        Line(x, middle_H, "median of the layers", "c2", "dash"),
+    )
+    return Panel(marks, Axis("shards before the last", back), Axis("max ÷ mean load", low=1))
+
+
+@cache
+def page() -> tuple[str, str]:
+    """The page, without what it shows, and its Content-Security-Policy."""
+    script = "".join(asset(name) for name in SCRIPTS) + _own("live.js")
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{script_hash(script)}'; connect-src 'self'; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    made = Template(_own("live.html"), autoescape=True).render(
+        palette=Markup(palette_css()),
+        style=Markup(asset("page.css") + _own("live.css")),
+        script=Markup(script),
+    )
+    return made, policy
+
+
+def _own(name: str) -> str:
+    return (files("moe_inspect.watch") / "templates" / name).read_text(encoding="utf-8")
+
+
+# --- the server
 
 
 class Live:
@@ -302,7 +434,7 @@ class Collector:
         yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", watched.window.tokens)
         names = [[label, str(r)] for r, label in enumerate(watched.labels)]
         for metric, said in OF_ROUTERS.items():
-            values_L = of_routers(metric, watched.window.load_LE, watched.routers)
+            values_L = metric_R(metric, watched.window)
             yield _filled(Gauge(f"moe_inspect_{metric}", said, labels=LABELS), names, values_L)
         chance_L = [watched.chance(r) for r in range(len(names))]
         said = "The highest max_vio of the last window that chance explains"
@@ -315,9 +447,11 @@ class Collector:
         if self.per_expert:
             said = "Assignments of each expert"
             experts = Counter("moe_inspect_expert_assignments", said, labels=[*LABELS, "expert"])
-            for r, router in enumerate(watched.routers):
-                for e, load in enumerate(watched.total_LE[r, : router.experts].tolist()):
-                    experts.add_metric([*names[r], str(e)], load)
+            for name, load_E in zip(
+                names, watched.total.load if watched.total else (), strict=True
+            ):
+                for e, load in enumerate(load_E.tolist()):
+                    experts.add_metric([*name, str(e)], load)
             yield experts
 
 

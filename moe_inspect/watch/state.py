@@ -1,27 +1,31 @@
-"""What is shown of a trace while it is written: totals, the last window of tokens, alarms.
+"""What is shown of a trace while it is written: totals, the last window of tokens, alarms, and the
+text that made an expert busy.
 
-L routers, E experts of the widest.
+L routers, E experts of the widest, T tokens of a shard.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
+from moe_inspect.alarms.alarms import Alarm, Alarms, drop_rate_R, metric_R
 from moe_inspect.alarms.of_trace import refuse_rules
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.analysis.metrics.balance import load_ratio
-from moe_inspect.analysis.metrics.registry import metrics
-from moe_inspect.text import layer_label
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.text import first_line, layer_label, printable
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
-from moe_inspect.watch.follow import WAITING, News
-from moe_inspect.watch.piece import Piece, joined
+from moe_inspect.trace.shard import Shard
+from moe_inspect.trace.texts import as_text
+from moe_inspect.watch.follow import ENDED, WAITING, Follower, News, Piece, joined
 
 WINDOW_TOKENS = 16_384
 PARTS = 16  # that a window moves on by, at most
@@ -36,9 +40,9 @@ class Watched:
     overlap: of a history of training its shards, which are windows of steps. MoeInspectError for a
     rule on what no trace holds.
 
-    window: its load_LE and tokens_L; None without tokens. total_LE: int64 [L, E], of all tokens.
-    history: max_vio of the window by router, float [L], after each shard. alarms: those that hold
-    now; raised: all of them. `changed_s`: since when nothing came, by the clock."""
+    window: None without tokens; `total`: the same of all tokens. history: max_vio of the window by
+    router, float [L], after each shard. alarms: those that hold now; raised: all of them.
+    `changed_s`: since when nothing came, by the clock."""
 
     def __init__(
         self,
@@ -56,8 +60,7 @@ class Watched:
         self._begin()
 
     def _begin(self) -> None:
-        self.tokens = self.decisions = 0
-        self.total_LE = np.zeros((0, 0), np.int64)
+        self.total: Piece | None = None
         self.window: Piece | None = None
         self.history: deque[np.ndarray] = deque(maxlen=HISTORY)
         self.raised: deque[Alarm] = deque(maxlen=MOST_RAISED)
@@ -69,12 +72,16 @@ class Watched:
         self._last_step = 0
 
     @property
-    def routers(self) -> list[Router]:
-        return self.header.routers if self.header is not None else []
+    def tokens(self) -> int:
+        return self.total.tokens if self.total is not None else 0
 
     @property
-    def _is_history(self) -> bool:
-        return self.header is not None and self.header.is_history
+    def decisions(self) -> int:
+        return self.total.decisions if self.total is not None else 0
+
+    @property
+    def routers(self) -> list[Router]:
+        return self.header.routers if self.header is not None else []
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -97,8 +104,9 @@ class Watched:
         if header is not self.header:
             self.header = header
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
-        for piece in news.pieces:
-            self._add(piece)
+        if header is not None:
+            for piece in news.pieces:
+                self._add(piece, header)
         if news.pieces:
             self._changed = self._clock()
             if news.left_tokens:  # what was there already says nothing of the speed
@@ -106,14 +114,11 @@ class Watched:
             self._came.append((self._changed, self.tokens, self.decisions))
         return changed
 
-    def _add(self, piece: Piece) -> None:
-        if not self.tokens:
-            self.total_LE = np.zeros_like(piece.load_LE)
-            steps = "step" if self._is_history else "pass"
+    def _add(self, piece: Piece, header: TraceHeader) -> None:
+        if self._alarms is None:
+            steps = "step" if header.is_history else "pass"
             self._alarms = Alarms(self.routers, self._rules, steps)
-        self.tokens += piece.tokens
-        self.decisions += piece.decisions
-        self.total_LE += piece.load_LE
+        self.total = piece if self.total is None else joined([self.total, piece])
         if self._pieces and self._pieces[-1].tokens + piece.tokens <= self.window_tokens / PARTS:
             self._pieces[-1] = joined([self._pieces[-1], piece])
         else:
@@ -121,25 +126,20 @@ class Watched:
         in_all = sum(part.tokens for part in self._pieces)
         while in_all - self._pieces[0].tokens >= self.window_tokens:
             in_all -= self._pieces.popleft().tokens
-        self.window = joined(list(self._pieces))
-        self.history.append(of_routers("max_vio", self.window.load_LE, self.routers))
-        if self._is_history:  # counts do not say where they begin
+        self.window = joined(self._pieces)
+        self.history.append(metric_R("max_vio", self.window))
+        if header.is_history:  # counts do not say where they begin
             piece = replace(piece, first=self._last_step + 1)
             self._last_step = piece.last
         self._to_judge.append(piece)
-        if self._is_history or sum(p.tokens for p in self._to_judge) >= self.window_tokens:
-            self._judge(joined(self._to_judge))
-            self._to_judge = []
-
-    def _judge(self, piece: Piece) -> None:
-        assert self._alarms is not None
-        load = [row_E[: r.experts] for row_E, r in zip(piece.load_LE, self.routers, strict=True)]
-        drops = self.header is not None and self.header.drops
-        values = {DROP_RATE: drop_rate_R(load, piece.tokens_L, self.routers)} if drops else {}
-        window = Window(piece.first, piece.last, load, piece.tokens_L, values)
-        for alarm in self._alarms.see(window):
-            self.raised.append(alarm)
-            self._last_of[alarm.rule, alarm.router] = alarm
+        if header.is_history or sum(p.tokens for p in self._to_judge) >= self.window_tokens:
+            window, self._to_judge = joined(self._to_judge), []
+            if header.drops:
+                rate_R = drop_rate_R(window.load, window.tokens_R, self.routers)
+                window = replace(window, values={DROP_RATE: rate_R})
+            for alarm in self._alarms.see(window):
+                self.raised.append(alarm)
+                self._last_of[alarm.rule, alarm.router] = alarm
 
     def rates(self) -> tuple[float, float] | None:
         """Tokens and decisions per second over the last minute, or since the two last times that
@@ -157,30 +157,125 @@ class Watched:
     def ratios(self) -> np.ndarray:
         """Load ÷ mean load of the window, float [L, E]; NaN beyond the experts of a router and
         without load."""
-        ratio_LE = np.full(self.total_LE.shape, np.nan)
-        if self.window is not None:
-            for rows, E in by_width(self.routers):
-                ratio_LE[rows, :E] = load_ratio(self.window.load_LE[rows, :E])
+        load = self.window.load if self.window is not None else ()
+        ratio_LE = np.full((len(load), max(map(len, load), default=0)), np.nan)
+        for ratio_E, load_E in zip(ratio_LE, load, strict=True):
+            ratio_E[: len(load_E)] = load_ratio(load_E[None])[0]
         return ratio_LE
 
     def chance(self, r: int) -> float:
         """The highest max_vio of the window that chance explains at router r."""
         if self.window is None or self._alarms is None:
             return float("nan")
-        load_E = self.window.load_LE[r, : self.routers[r].experts]
-        return self._alarms.chance_of("max_vio", r, load_E)
+        return self._alarms.chance("max_vio", r, self.window)
+
+    @property
+    def worst_routers(self) -> list[int]:
+        """Routers of an alarm first, then by the load of the busiest expert in the window."""
+        if not self.history:
+            return []
+        vio_L = np.nan_to_num(self.history[-1], nan=-1.0)
+        alarmed = {alarm.router for alarm in self.alarms}
+        return sorted(range(len(vio_L)), key=lambda r: (r not in alarmed, -vio_L[r]))
 
 
-def of_routers(metric: str, load_LE: np.ndarray, routers: Sequence[Router]) -> np.ndarray:
-    """A metric of the load, float [L]; NaN where a router has no load."""
-    value_L = np.full(len(routers), np.nan)
-    function = metrics()[metric].function
-    for rows, E in by_width(routers):
-        value_L[rows] = function(load_LE[rows, :E])
-    return value_L
+BEFORE, AFTER = 40, 10  # tokens that are shown around it
 
 
-def by_width(routers: Sequence[Router]) -> list[tuple[np.ndarray, int]]:
-    """The indices of routers with the same number of experts, and that number."""
-    experts_L = np.array([router.experts for router in routers])
-    return [(np.flatnonzero(experts_L == E), int(E)) for E in np.unique(experts_L)]
+@dataclass(frozen=True)
+class HotText:
+    """`words`: consecutive tokens of a sequence, and whether each was sent to the expert."""
+
+    router: int
+    expert: int
+    words: list[tuple[str, bool]]
+
+
+def hot_text(shard: Shard, router: int, expert: int, vocabulary: pa.Table) -> HotText | None:
+    """None where the shard sends the expert nothing, or the trace has no vocabulary."""
+    if shard.trace.counts_only or not len(vocabulary):
+        return None
+    hot_T = np.zeros(shard.files.tokens, bool)
+    seen = shard.seen(router)
+    chosen = np.logical_or.reduce([slot == expert for slot in shard.slots(router)])
+    hot_T[slice(None) if seen is None else seen] = chosen
+    if not hot_T.any():
+        return None
+    last = int(np.flatnonzero(hot_T)[-1])
+    tokens = shard.tokens(["token_id", "sequence"])
+    sequence_T = tokens["sequence"].to_numpy()
+    # a decoded sequence has one token in each pass: its tokens lie apart
+    of_sequence = np.flatnonzero(sequence_T == sequence_T[last])
+    at = int(np.searchsorted(of_sequence, last))
+    shown = of_sequence[max(0, at - BEFORE) : at + AFTER]
+    ids = tokens["token_id"].to_numpy()[shown]
+    if (ids < 0).any() or (ids >= len(vocabulary)).any():
+        return None
+    texts = as_text(vocabulary["token"].take(pa.array(ids)).to_pylist())
+    words = [(printable(word), bool(hot)) for word, hot in zip(texts, hot_T[shown], strict=True)]
+    return HotText(router, expert, words)
+
+
+EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """`every_s`: between two looks at the trace. `window_tokens`: of the map and of a window that
+    rules judge; `rules`: None for the default ones. `texts`: show text of the tokens.
+    `of_process`: only the trace that this process writes."""
+
+    every_s: float = EVERY_S
+    window_tokens: int = WINDOW_TOKENS
+    rules: Sequence[Rule] | None = None
+    texts: bool = True
+    of_process: int | None = None
+
+
+class Session:
+    """A follower, what it has found, and the last text of the least balanced layer."""
+
+    def __init__(self, path: str | Path, options: WatchOptions):
+        self.path, self.options = str(path), options
+        self.follower = Follower(path, options.of_process)
+        self.watched = Watched(options.window_tokens, options.rules)
+        self.text: HotText | None = None
+
+    def update(self) -> bool:
+        """Looks at the trace. Whether anything is new."""
+        news = self.follower.poll()
+        changed = self.watched.take(news, self.follower.header)
+        if news.again:
+            self.text = None
+        if news.shards and self.options.texts:
+            try:
+                self.text = self._text_of(news) or self.text
+            except MoeInspectError as error:  # its shard may have been replaced by now
+                self.watched.trouble = first_line(error)
+        return changed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the writer is done, and all that it wrote is counted."""
+        watched = self.watched
+        return watched.status in ENDED and not (watched.left_tokens or watched.trouble)
+
+    def _text_of(self, news: News) -> HotText | None:
+        header, window = self.follower.header, self.watched.window
+        if header is None or window is None or header.counts_only:
+            return None
+        r = self.watched.worst_routers[0]
+        expert = int(window.load[r].argmax())
+        return hot_text(news.shards[-1], r, expert, header.vocabulary_table)
+
+    def updates(self) -> Iterator[bool]:
+        """Looks again and again, until the trace is over: whether anything was new."""
+        while True:
+            began = time.monotonic()
+            yield self.update()
+            if self.is_over:
+                return
+            behind = self.watched.left_tokens > 0
+            time.sleep(
+                max(0.0, (0.0 if behind else self.options.every_s) - time.monotonic() + began)
+            )

@@ -6,27 +6,50 @@ Replicas of an expert share its load evenly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.config import text_config
 from moe_inspect.progress import phase as begun
-from moe_inspect.simulate.placement.layouts import Plans, layouts_of
-from moe_inspect.simulate.placement.policies.policies import FORMER_NAMES, POLICIES
-from moe_inspect.simulate.placement.ranks_reached import ranks_reached, reach_fewer
-from moe_inspect.simulate.placement.tables import plan_table, recommended, tables_of
+from moe_inspect.simulate.placement import policies as policy
+from moe_inspect.simulate.placement import windows as read
+from moe_inspect.simulate.placement.forecast import local_search
+from moe_inspect.simulate.placement.plan import plan_table
+from moe_inspect.simulate.placement.policies import Layout
+from moe_inspect.simulate.placement.tables import recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
-from moe_inspect.simulate.placement.windows import fit_windows_of, loads_of, loads_of_counts
 from moe_inspect.simulate.result import Simulation, repeatable
 from moe_inspect.simulate.shards import check_domains
 from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
+MOST_SLOTS = 2**20  # of a layer
+MOST_GPUS = 8  # where no number is asked for
+
+# from the load of each expert, [E], or that of each window, [W, E], to the expert of each slot
+Policy = Callable[[np.ndarray, Layout], np.ndarray]
+FORMER_NAMES = {"ours": "local-search"}  # still accepted
+
+
+def of_sum(place: Policy) -> Policy:
+    """A policy that looks at the sum over the windows."""
+    return lambda load, layout: place(np.atleast_2d(load).sum(0), layout)
+
+
+POLICIES: dict[str, Policy] = {
+    "contiguous": of_sum(policy.contiguous),
+    "round-robin": of_sum(policy.round_robin),
+    "greedy": of_sum(policy.greedy),
+    "eplb": of_sum(policy.eplb),
+    "eplb-global": of_sum(policy.eplb_global),
+    "local-search": lambda load, layout: local_search(np.atleast_2d(load), layout),
+}
 
 
 @repeatable
@@ -63,24 +86,24 @@ def simulate_placement(
     trace = open_trace(trace)
     selection = select(trace, layers, domains, phase)
     names = [FORMER_NAMES.get(name, name) for name in policies or POLICIES]
-    fewer_ranks = bool(minimize) and "local-search" in names
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
     _check(trace, names, fit_share, window, minimize, slack, dispatch)
     check_domains(trace, selection)
     if trace.counts_only:
-        windows, loads = loads_of_counts(trace, selection)
+        windows, loads = read.loads_of_counts(trace, selection)
     else:
-        windows = fit_windows_of(trace, selection, fit_share, window)
-        loads = loads_of(trace, selection, windows)
-    of, advance = dict[tuple[int, str], np.ndarray](), begun("placing", len(layouts), "routers")
+        windows = read.fit_windows_of(trace, selection, fit_share, window)
+        loads = read.loads_of(trace, selection, windows)
+    plans = read.Plans(trace, selection, windows, layouts, loads, {})
+    advance = begun("placing", len(layouts), "routers")
     for r in selection.routers:
         for name in names:
-            of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
+            plans.of[r, name] = POLICIES[name](loads[r][: windows.fit], layouts[r])
         advance(1)
-    plans = Plans(trace, selection, windows, layouts, loads, of)
+    fewer_ranks = bool(minimize) and "local-search" in names
     if fewer_ranks:
-        reach_fewer(plans, "local-search", slack)
-    reached = {} if trace.counts_only else ranks_reached(plans)
+        read.reach_fewer(plans, "local-search", slack)
+    reached = {} if trace.counts_only else read.ranks_reached(plans)
     tables = tables_of(plans, reached, dispatch == "lp")
     best = "local-search" if fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)
@@ -138,3 +161,68 @@ def _check(
             f"{trace.path} holds counts only, no tokens, which {asked} needs: "
             f"{trace.more_than_counts}"
         )
+
+
+def layouts_of(
+    trace: Trace,
+    selection: Selection,
+    gpus: int | None,
+    nodes: int,
+    physical: int | None,
+    groups: int | None,
+) -> dict[int, Layout]:
+    """The layout of each router. `physical`: experts of a layer, replicas included; None: as many
+    as there are. MoeInspectError where the numbers do not divide."""
+    experts = {trace.routers[r].experts for r in selection.routers}
+    if physical is not None and physical < (E := max(experts)):
+        raise MoeInspectError(
+            f"{physical} physical experts for {E} experts: each needs a slot, use at least {E}"
+        )
+    if physical is not None and physical > MOST_SLOTS:
+        raise MoeInspectError(f"{physical:,} physical experts: use at most {MOST_SLOTS:,}")
+    slots = experts if physical is None else {physical}
+    gpus = _default_gpus(slots, nodes) if gpus is None else gpus
+    if gpus < 1 or nodes < 1 or gpus % nodes:
+        raise MoeInspectError(
+            f"{gpus} GPUs on {nodes} nodes: the number of GPUs must be a multiple of the "
+            "number of nodes"
+        )
+    if uneven := sorted(n for n in slots if n % gpus):
+        kind = "experts" if physical is None else "physical experts"
+        raise MoeInspectError(
+            f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
+            f"{-(-max(slots) // gpus) * gpus}"
+        )
+    groups = _default_groups(trace, experts) if groups is None else groups
+    if groups < 1 or any(E % groups for E in experts):
+        raise MoeInspectError(
+            f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"
+        )
+    return {
+        r: Layout(physical or trace.routers[r].experts, gpus, nodes, groups)
+        for r in selection.routers
+    }
+
+
+def _default_gpus(slots: set[int], nodes: int) -> int:
+    """The largest number up to MOST_GPUS that divides the slots. At least two slots per GPU: with
+    one there is nothing to choose."""
+    most = max(1, min(MOST_GPUS, min(slots) // 2))
+    for gpus in range(most, 0, -1):
+        if not any(n % gpus for n in slots) and gpus % nodes == 0:
+            return gpus
+    raise MoeInspectError(
+        f"no number of GPUs up to {most} divides {_listed(slots)} slots and is a multiple of "
+        f"{nodes} nodes: give --gpus"
+    )
+
+
+def _default_groups(trace: Trace, experts: set[int]) -> int:
+    known = text_config(trace).get("n_group")
+    if isinstance(known, int) and known > 0 and not any(E % known for E in experts):
+        return known
+    return 1
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(values)))

@@ -1,4 +1,4 @@
-"""Plan files: the placement of `simulate placement` as engines read it.
+"""The plan of `simulate placement`: its table, and the files that engines read.
 
 sglang (.json): --init-expert-location, {"physical_to_logical_map": [layers, slots]}; the rows are
 all blocks of the model, as SGLang counts them, and a block without a placement has its experts in
@@ -13,10 +13,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.simulate.placement.windows import Plans
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
+
+
+def plan_table(plans: Plans, policy: str) -> Any:
+    """The plan of one policy: a row per router and slot."""
+    parts = []
+    for r in plans.selection.routers:
+        expert_P, layout = plans.of[r, policy], plans.layouts[r]
+        slot_P = np.arange(layout.slots)
+        gpu_P = slot_P * layout.gpus // layout.slots
+        part = {
+            "layer": plans.trace.routers[r].layer,
+            "router": r,
+            "policy": policy,
+            "slot": slot_P,
+            "gpu": gpu_P,
+            "node": gpu_P * layout.nodes // layout.gpus,
+            "expert": expert_P,
+            "replicas": np.bincount(expert_P)[expert_P],
+        }
+        parts.append(pd.DataFrame(part))
+    return pd.concat(parts, ignore_index=True)
 
 
 def write_plan(

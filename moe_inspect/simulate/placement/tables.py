@@ -17,7 +17,8 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import hidden_bytes
-from moe_inspect.simulate.placement.layouts import Plans, colocated, shares
+from moe_inspect.simulate.placement.policies import colocated, shares
+from moe_inspect.simulate.placement.windows import Plans
 
 AT_ONCE = 64  # windows
 
@@ -26,18 +27,16 @@ def least_busiest(load_WE: np.ndarray, share_EG: np.ndarray) -> np.ndarray:
     """The least possible load of the busiest GPU in each window, float64 [W]; 0 where a window has
     no load. share_EG: positive where the GPU has a replica of the expert."""
     several_E = (share_EG > 0).sum(1) > 1
-    fixed_WG, free_WE = (load_WE * ~several_E) @ share_EG, load_WE[:, several_E]
+    fixed_WG = (load_WE * ~several_E) @ share_EG
     if not several_E.any():
         return fixed_WG.max(1)
-    total_W = np.maximum(load_WE.sum(1), 1)[:, None]
-    parts = np.arange(AT_ONCE, len(load_WE), AT_ONCE)
-    pieces = zip(
-        np.split(fixed_WG / total_W, parts), np.split(free_WE / total_W, parts), strict=True
-    )
-    return (
-        np.concatenate([_solved(fixed, free, share_EG[several_E] > 0) for fixed, free in pieces])
-        * total_W[:, 0]
-    )
+    total_W = np.maximum(load_WE.sum(1), 1)
+    fixed_WG, free_WE = fixed_WG / total_W[:, None], load_WE[:, several_E] / total_W[:, None]
+    solved = [
+        _solved(fixed_WG[w : w + AT_ONCE], free_WE[w : w + AT_ONCE], share_EG[several_E] > 0)
+        for w in range(0, len(load_WE), AT_ONCE)
+    ]
+    return np.concatenate(solved) * total_W
 
 
 def _solved(fixed_WG: np.ndarray, free_WE: np.ndarray, on_EG: np.ndarray) -> np.ndarray:
@@ -67,19 +66,18 @@ def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str,
     """`placement`: a row per router and policy; `policies`: a row per policy; `windows`: a row per
     window, router and policy. `linear_program`: with what the best dispatch could reach."""
     windows, size = plans.windows, hidden_bytes(plans.trace)
-    rows: list[dict[str, Any]] = []
-    by_window: list[dict[str, Any]] = []
+    fit, judged = slice(windows.fit), windows.judged
+    rows, by_window = list[dict[str, Any]](), list[dict[str, Any]]()
     first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
     for (r, name), expert_P in plans.of.items():
         router, layout, load_WE = plans.trace.routers[r], plans.layouts[r], plans.loads[r]
         share_EG = shares(expert_P, router.experts, layout.gpus)
-        load_WG = load_WE @ share_EG
-        mean_W = load_WE.sum(1) / layout.gpus
+        most_W, mean_W = (load_WE @ share_EG).max(1), load_WE.sum(1) / layout.gpus
         least_W = least_busiest(load_WE, share_EG) if linear_program else None
         key = {"layer": router.layer, "router": r, "policy": name}
         ranks, nodes = reached.get((r, name), (np.nan, np.nan))
         sent = 2 * ranks * (1 - 1 / layout.gpus)  # there and back, but to the token's own GPU
-        load_G = load_WE[windows.judged].sum(0) @ share_EG
+        load_G = load_WE[judged].sum(0) @ share_EG
         ratio = _ratio(load_G)
         row = key | {
             "max_over_mean": ratio,
@@ -89,14 +87,14 @@ def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str,
             "nodes_per_token": nodes,
             "activations_per_token": sent,
             "moved_bytes_per_token": sent * size if size else np.nan,
-            "fit_max_over_mean": _ratio(load_WE[: windows.fit].sum(0) @ share_EG),
+            "fit_max_over_mean": _ratio(load_WE[fit].sum(0) @ share_EG),
             "colocated": colocated(expert_P, layout.gpus),
             "max_load": load_G.max(),
             "mean_load": load_G.mean(),
-            "by_window_max_over_mean": _over(load_WG.max(1), mean_W, windows.judged),
+            "by_window_max_over_mean": _over(most_W, mean_W, judged),
         }
         if least_W is not None:
-            row["lp_max_over_mean"] = _over(least_W, mean_W, windows.judged)
+            row["lp_max_over_mean"] = _over(least_W, mean_W, judged)
         rows.append(row)
         for w, load_E in enumerate(load_WE):
             ratio = _ratio(load_E @ share_EG)
@@ -113,11 +111,8 @@ def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str,
                 row["lp_max_over_mean"] = _over(least_W, mean_W, slice(w, w + 1))
             by_window.append(row)
     table = pd.DataFrame(rows)
-    return {
-        "placement": table,
-        "policies": _by_policy(table),
-        "windows": pd.DataFrame(by_window),
-    }
+    windows_table = pd.DataFrame(by_window)
+    return {"placement": table, "policies": _by_policy(table), "windows": windows_table}
 
 
 def _ratio(load_G: np.ndarray) -> float:
@@ -134,17 +129,17 @@ def _by_policy(table: Any) -> Any:
     """One row per policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ
     mean ÷ Σ max."""
     rows = []
+    means = ("fit_max_over_mean", "ranks_per_token", "nodes_per_token")
     for name, mine in table.dropna(subset=["max_over_mean"]).groupby("policy", sort=False):
-        vllm = mine["mean_load"].sum() / mine["max_load"].sum()
+        load = mine["mean_load"].sum()
+        vllm = load / mine["max_load"].sum()
         row = {
             "policy": name,
             "balancedness_sglang": mine["balancedness"].mean(),
             "balancedness_vllm": vllm,
             "slowdown": 1 / vllm,
             "worst_max_over_mean": mine["max_over_mean"].max(),
-            "fit_max_over_mean": mine["fit_max_over_mean"].mean(),
-            "ranks_per_token": mine["ranks_per_token"].mean(),
-            "nodes_per_token": mine["nodes_per_token"].mean(),
+            **{column: mine[column].mean() for column in means},
             "moved_bytes_per_token": mine["moved_bytes_per_token"].sum(min_count=1),
             "colocated": mine["colocated"].sum(),
         }
@@ -152,7 +147,7 @@ def _by_policy(table: Any) -> Any:
             if f"{how}_max_over_mean" in mine:
                 # the mean over layers, each weighing as its load
                 weighted = mine[f"{how}_max_over_mean"] * mine["mean_load"]
-                row[f"{how}_slowdown"] = float(weighted.sum() / mine["mean_load"].sum())
+                row[f"{how}_slowdown"] = float(weighted.sum() / load)
         rows.append(row)
     if not rows:
         raise MoeInspectError("no router made an assignment in the judged part: lower --fit-share")
@@ -166,26 +161,3 @@ def recommended(by_policy: Any) -> str:
     return min(rows, key=lambda row: (round(row["slowdown"], 9), row["policy"] != "local-search"))[
         "policy"
     ]
-
-
-def plan_table(plans: Plans, policy: str) -> Any:
-    """The plan of one policy: a row per router and slot."""
-    rows = []
-    for r in plans.selection.routers:
-        expert_P, layout, router = plans.of[r, policy], plans.layouts[r], plans.trace.routers[r]
-        replicas_E = np.bincount(expert_P, minlength=router.experts)
-        for p, e in enumerate(expert_P.tolist()):
-            gpu = p * layout.gpus // layout.slots
-            rows.append(
-                {
-                    "layer": router.layer,
-                    "router": r,
-                    "policy": policy,
-                    "slot": p,
-                    "gpu": gpu,
-                    "node": gpu * layout.nodes // layout.gpus,
-                    "expert": e,
-                    "replicas": replicas_E[e],
-                }
-            )
-    return pd.DataFrame(rows)

@@ -1,13 +1,20 @@
-"""How `simulate placement` reads a trace: in windows of tokens, of which plans are fitted on the
-first.
+"""What `simulate placement` reads of a trace: the loads of windows of tokens, of which plans are
+fitted on the first; how many GPUs (or nodes) a token reaches under a plan; and plans that reach
+fewer.
 
-T tokens, K slots of a decision, N decisions of a router, E experts, W windows.
+Of each chosen expert one replica is used, any with the same chance and independently: GPU g is
+reached with probability 1 − Π (1 − its share of the expert).
+
+T tokens, K slots of a decision, N decisions of a router, E experts, W windows, G GPUs, P physical
+slots, M decisions of a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,13 +22,28 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.kernels_numba import count_windows
+from moe_inspect.progress import phase
+from moe_inspect.simulate.kernels_numba import (
+    anneal,
+    count_windows,
+    reached_dense,
+    reached_sparse,
+)
+from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, shares
 from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 WINDOWS = 16  # by default
 MOST_WINDOWS = 4_096
+SAMPLE = 8_192  # decisions of a router by which an exchange is judged
+PROPOSALS = 60_000  # exchanges tried
+HEAT = 0.02  # the first temperature, in reached GPUs per decision that chose the expert
+# GPUs up to which going through all of them beats looking up those that have a replica; an eighth,
+# where no expert has several
+DENSE = 128
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,19 @@ class FitWindows:
         return slice(self.fit if self.fit < whole else 0, whole)
 
 
+@dataclass(frozen=True)
+class Plans:
+    """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
+    `loads`: assignments of each router's experts by window, int64 [W, E]."""
+
+    trace: Trace
+    selection: Selection
+    windows: FitWindows
+    layouts: dict[int, Layout]
+    loads: dict[int, np.ndarray]
+    of: dict[tuple[int, str], np.ndarray]
+
+
 def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dict[int, np.ndarray]]:
     """The loads of a trace of counts only. Counts know no order: one window, which plans are both
     fitted on and judged by."""
@@ -54,7 +89,18 @@ def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dic
 def fit_windows_of(
     trace: Trace, selection: Selection, fit_share: float, window: int | None
 ) -> FitWindows:
-    of_rank, before = _selected(trace, selection)
+    """`fit_share`: of the tokens. `window`: tokens of a window. MoeInspectError where nothing is
+    selected, or windows are too many."""
+    of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
+    selected = (
+        (shard.files.tokens for shard in trace.shards)
+        if selection.domains is None and not selection.phase
+        else by_shard(trace, None, count_taken, selection)
+    )
+    for shard, n in zip(trace.shards, selected, strict=True):
+        rank = shard.files.rank
+        before[rank, shard.files.index] = of_rank.get(rank, 0)
+        of_rank[rank] = of_rank.get(rank, 0) + n
     tokens = sum(of_rank.values())
     if not tokens:
         raise MoeInspectError(
@@ -70,27 +116,8 @@ def fit_windows_of(
         )
     fit = max(1, round(whole * fit_share))
     rest = 0 if fit_share == 1 else max(1, whole - fit)
-    edge_W = np.concatenate(
-        [np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)[1:]]
-    )
-    return FitWindows(edge_W, fit, tokens, of_rank, before)
-
-
-def _selected(
-    trace: Trace, selection: Selection
-) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
-    """The tokens selected of each rank, and before each shard."""
-    of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
-    tokens_of = (
-        (shard.files.tokens for shard in trace.shards)
-        if selection.domains is None and not selection.phase
-        else by_shard(trace, None, count_taken, selection)
-    )
-    for shard, tokens in zip(trace.shards, tokens_of, strict=True):
-        rank = shard.files.rank
-        before[rank, shard.files.index] = of_rank.get(rank, 0)
-        of_rank[rank] = of_rank.get(rank, 0) + tokens
-    return of_rank, before
+    fitted_W, rest_W = np.linspace(0, fit_share, fit + 1), np.linspace(fit_share, 1, rest + 1)
+    return FitWindows(np.append(fitted_W, rest_W[1:]), fit, tokens, of_rank, before)
 
 
 def decisions(
@@ -114,35 +141,122 @@ def decisions(
         yield r, ids_KN, window_N
 
 
+def _added(total: dict[Key, np.ndarray], other: dict[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+    for key, values in other.items():
+        total[key] = total[key] + values if key in total else values
+    return total
+
+
 def loads_of(trace: Trace, selection: Selection, windows: FitWindows) -> dict[int, np.ndarray]:
     """Assignments of each expert in each window, int64 [W, E], a router."""
-    loads = {
-        r: np.zeros((len(windows.edge_W) - 1, trace.routers[r].experts), np.int64)
-        for r in selection.routers
-    }
-    for part in summed(trace, "counting loads", _add_loads, _loads, selection, windows):
+    W = len(windows.edge_W) - 1
+    loads = {r: np.zeros((W, trace.routers[r].experts), np.int64) for r in selection.routers}
+    for part in summed(trace, "counting loads", _added, _loads, selection, windows):
         for (r, window), load_E in part.items():
             loads[r][window] += load_E
     return loads
 
 
-Loads = dict[tuple[int, int], np.ndarray]  # of each expert, by (router, window)
-
-
-def _add_loads(total: Loads, other: Loads) -> Loads:
-    for key, load_E in other.items():
-        total[key] = total[key] + load_E if key in total else load_E
-    return total
-
-
-def _loads(shard: Shard, selection: Selection, windows: FitWindows) -> Loads:
-    """The assignments in a shard."""
-    found: Loads = {}
+def _loads(
+    shard: Shard, selection: Selection, windows: FitWindows
+) -> dict[tuple[int, int], np.ndarray]:
+    """The assignments of each expert in a shard, by (router, window)."""
+    found = dict[tuple[int, int], np.ndarray]()
     for r, ids_KT, window_T in decisions(shard, selection, windows):
-        if not len(window_T):
-            continue
-        first, last = int(window_T[0]), int(window_T[-1])
-        load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
-        count_windows(ids_KT, window_T - first, load_WE)
-        found |= {(r, first + w): load_E for w, load_E in enumerate(load_WE)}
+        if len(window_T):
+            first, last = int(window_T[0]), int(window_T[-1])
+            load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
+            count_windows(ids_KT, window_T - first, load_WE)
+            found |= {(r, first + w): load_E for w, load_E in enumerate(load_WE)}
     return found
+
+
+def ranks_reached(plans: Plans) -> dict[tuple[int, str], tuple[float, float]]:
+    """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
+    (router, policy)."""
+    asked = plans.selection, plans.windows, plans.layouts, plans.of
+    parts = summed(plans.trace, "counting ranks", _added, _reached, *asked)
+    return {
+        key: (float(gpus / tokens), float(nodes / tokens))
+        for key, (tokens, gpus, nodes) in reduce(_added, parts, {}).items()
+        if tokens
+    }
+
+
+def _reached(
+    shard: Shard,
+    selection: Selection,
+    windows: FitWindows,
+    layouts: dict[int, Layout],
+    plans: dict[tuple[int, str], np.ndarray],
+) -> dict[tuple[int, str], np.ndarray]:
+    """Tokens of the judged part of a shard, and the GPUs and nodes that they reach, by (router,
+    policy). float64 [3]"""
+    found = dict[tuple[int, str], np.ndarray]()
+    for r, ids_KT, _ in decisions(shard, selection, windows, windows.judged.start):
+        E, layout = shard.trace.routers[r].experts, layouts[r]
+        # one node is reached by every decision that routes anywhere
+        nodes = float((ids_KT >= 0).any(0).sum())
+        for key, expert_P in plans.items():
+            if key[0] == r:
+                gpus = counter(shares(expert_P, E, layout.gpus))(ids_KT)
+                if layout.nodes > 1:
+                    nodes = counter(shares(expert_P, E, layout.nodes))(ids_KT)
+                found[key] = np.array([ids_KT.shape[1], gpus, nodes])
+    return found
+
+
+def counter(share_EG: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The quicker of two ways to count: from ids_KT to the sum over decisions of the GPUs
+    reached."""
+    gpus = share_EG.shape[1]
+    if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
+        # the last row: a slot that routed nowhere
+        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(np.float32)
+        return lambda ids_KT: reached_dense(ids_KT, miss_EG)
+    table = table_of(share_EG)
+    return lambda ids_KT: reached_sparse(ids_KT, *table, gpus)
+
+
+def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For `reached_sparse`: sole_E int64 (the one GPU that has the expert, else −1),
+    and the GPUs of the others: start_E [E + 1], gpu_C, share_C."""
+    sole_E = np.where((share_EG > 0).sum(1) == 1, share_EG.argmax(1), -1)
+    expert_C, gpu_C = np.nonzero(share_EG * (sole_E < 0)[:, None])
+    start_E = np.searchsorted(expert_C, np.arange(len(share_EG) + 1))
+    return sole_E, start_E, gpu_C, share_EG[expert_C, gpu_C]
+
+
+def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
+    """Replaces the plans of a policy by ones that reach fewer GPUs, by exchanges of replicas, on a
+    sample of the decisions they were fitted on. No GPU is loaded more than the best EPLB's heaviest
+    × (1 + slack), or than it was."""
+    windows = plans.windows
+    step = max(1, int(windows.tokens * windows.edge_W[windows.fit]) // SAMPLE)
+    samples: dict[int, list[np.ndarray]] = {r: [] for r in plans.selection.routers}
+    for part in by_shard(plans.trace, "sampling", _sampled, plans.selection, windows, step):
+        for r, ids_KM in part:
+            samples[r].append(ids_KM)
+    advance = phase("exchanging", len(samples), "routers")
+    for r, parts in samples.items():
+        layout, load_E = plans.layouts[r], plans.loads[r][: windows.fit].sum(0)
+        best = min(
+            (load_E @ shares(place(load_E, layout), len(load_E), layout.gpus)).max()
+            for place in (eplb, eplb_global)
+        )
+        slots_GS = np.ascontiguousarray(plans.of[r, policy].reshape(layout.gpus, -1))
+        if slots_GS.shape[1] > 1 and layout.gpus > 1:
+            ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
+            limit, load_E = best * (1 + slack), load_E.astype(np.float64)
+            anneal(ids_KM, slots_GS, load_E, limit, PROPOSALS, HEAT, 0)
+        plans.of[r, policy] = slots_GS.reshape(-1)
+        advance(1)
+
+
+def _sampled(
+    shard: Shard, selection: Selection, windows: FitWindows, step: int
+) -> list[tuple[int, np.ndarray]]:
+    return [
+        (r, ids_KT[:, window_T < windows.fit][:, ::step])
+        for r, ids_KT, window_T in decisions(shard, selection, windows)
+    ]

@@ -17,7 +17,7 @@ from math import comb, gcd
 
 import numpy as np
 
-from moe_inspect.simulate.placement.policies.eplb import replicate
+from moe_inspect.simulate.placement.policies import replicate
 
 MOST_SETS = 1_000
 MOST_WAYS = 400_000

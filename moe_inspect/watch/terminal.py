@@ -1,4 +1,5 @@
-"""The view of the terminal: as many lines as it has, none wider than it.
+"""Watches a trace in the terminal until its writer is done: a view of as many lines as it has, none
+wider than it; in a file or a pipe a line for each change.
 
 L routers, E experts of the widest, R rows of the map.
 """
@@ -6,16 +7,20 @@ L routers, E experts of the widest, R rows of the map.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.segment import Segment
+from rich.control import Control
+from rich.segment import Segment, Segments
 from rich.style import Style
 
 from moe_inspect.alarms.alarms import Alarm
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import (
     NUMBER,
     RAMP,
@@ -26,9 +31,8 @@ from moe_inspect.reporting.render.heatmap import (
     style,
 )
 from moe_inspect.text import plural, printable
-from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING
-from moe_inspect.watch.piece import HotText
-from moe_inspect.watch.state import Watched
+from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Piece
+from moe_inspect.watch.state import HotText, Session, WatchOptions
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*#@"
@@ -40,11 +44,10 @@ Line = list[Segment]
 
 
 class Screen:
-    """Draws what is watched, and a text below it where there is one."""
+    """Draws what a session has found now, and a text below it where there is one."""
 
-    def __init__(self, watched: Watched, path: str, writer: str, text: HotText | None = None):
-        self.watched, self.path, self.writer = watched, printable(path), printable(writer)
-        self.text = text
+    def __init__(self, session: Session):
+        self.session, self.watched = session, session.watched
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         unicode = (console.encoding or "").lower().startswith("utf")
@@ -65,35 +68,35 @@ class Screen:
         return found
 
     def _lines(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
-        watched = self.watched
         yield from self._head(width)
-        if watched.window is None:
+        window, text = self.watched.window, self.session.text
+        if window is None:
             return
-        worst, alarms = worst_routers(watched), watched.alarms
+        worst, alarms = self.watched.worst_routers, self.watched.alarms
         # what is left of the height goes to the map
         rows_of_worst = min(len(worst), max(3, height // 8))
         rows_of_alarms = min(max(1, len(alarms)), max(2, height // 10))
-        text = [] if self.text is None else self._text(self.text, width, 2 if height < 40 else 4)
-        fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + len(text)
-        yield from self._map(width, max(1, height - fixed), unicode)
-        yield from self._worst(worst[:rows_of_worst], width, unicode)
+        of_text = [] if text is None else self._text(text, width, 2 if height < 40 else 4)
+        fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + len(of_text)
+        yield from self._map(window, width, max(1, height - fixed), unicode)
+        yield from self._worst(window, worst[:rows_of_worst], width, unicode)
         yield from _alarm_lines(alarms, rows_of_alarms)
-        yield from text
+        yield from of_text
 
     # --- what is said of the whole
 
     def _head(self, width: int) -> Iterator[Line]:
         watched = self.watched
+        path, writer = printable(self.session.path), printable(self.session.follower.writer)
         said, look = {
             WAITING: ("waiting for a trace", DIM),
-            RECORDING: (f"recording by {self.writer}", NONE),
+            RECORDING: (f"recording by {writer}", NONE),
             COMPLETE: ("complete", Style.parse("green")),
             INTERRUPTED: ("interrupted: closed before its end", BAD),
-            KILLED: (f"{self.writer} is gone: it was stopped before its end", BAD),
+            KILLED: (f"{writer} is gone: it was stopped before its end", BAD),
         }[watched.status]
         room = max(12, width - cell_len(f"watch   {said}"))
-        # of a long path its end
-        path = self.path if cell_len(self.path) <= room else "…" + self.path[1 - room :]
+        path = path if cell_len(path) <= room else "…" + path[1 - room :]  # of a long path its end
         yield [Segment(f"watch {path}  ", BOLD), Segment(said, look)]
         if not watched.tokens:
             what = watched.trouble or "no tokens yet" * (watched.status != WAITING)
@@ -112,16 +115,15 @@ class Screen:
 
     # --- the map
 
-    def _map(self, width: int, height: int, unicode: bool) -> Iterator[Line]:
-        watched, routers = self.watched, self.watched.routers
-        assert watched.window is not None
-        ratio_LE, names = watched.ratios(), watched.labels
-        together = -(-len(routers) // height)
-        labels = [row_label(names[n : n + together]) for n in range(0, len(routers), together)]
+    def _map(self, window: Piece, width: int, height: int, unicode: bool) -> Iterator[Line]:
+        ratio_LE, names = self.watched.ratios(), self.watched.labels
+        together = -(-len(names) // height)
+        rows = [names[n : n + together] for n in range(0, len(names), together)]
+        labels = [row[0] if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in rows]
         indent = max(map(cell_len, labels)) + 1
         per_cell = -(-ratio_LE.shape[1] // max(1, width - indent))
         as_numbers = together == 1 and ratio_LE.shape[1] * NUMBER <= width - indent
-        title = f"load ÷ mean, last {watched.window.tokens:,} tokens"
+        title = f"load ÷ mean, last {window.tokens:,} tokens"
         if together > 1 or per_cell > 1:
             shape = [
                 f"{n} {what}" for n, what in ((together, "layers"), (per_cell, "experts")) if n > 1
@@ -140,18 +142,16 @@ class Screen:
 
     # --- the least balanced layers
 
-    def _worst(self, worst: list[int], width: int, unicode: bool) -> Iterator[Line]:
-        watched = self.watched
-        assert watched.window is not None
-        vio_L, bars = watched.history[-1], BARS if unicode else PLAIN_BARS
+    def _worst(self, window: Piece, worst: list[int], width: int, unicode: bool) -> Iterator[Line]:
+        watched, bars = self.watched, BARS if unicode else PLAIN_BARS
+        vio_L = watched.history[-1]
         yield [
             Segment("least balanced layers", BOLD),
             Segment("  busiest ÷ mean load (at most by chance)", DIM),
         ]
         history_L = np.array(watched.history)
         for r in worst:
-            load_E = watched.window.load_LE[r, : watched.routers[r].experts]
-            chance = watched.chance(r)
+            load_E, chance = window.load[r], watched.chance(r)
             dead = int((load_E == 0).sum())
             said = f"layer {watched.labels[r]:<4} {1 + vio_L[r]:5.2f}x ({1 + chance:.2f}x)"
             said += f"  busiest expert {int(load_E.argmax())}"
@@ -183,19 +183,6 @@ class Screen:
             )
             room -= cell_len(lines[-1][-1].text)
         return [title, *lines[-most:]]
-
-
-def worst_routers(watched: Watched) -> list[int]:
-    """Routers of an alarm first, then by the load of the busiest expert in the window."""
-    if not watched.history:
-        return []
-    vio_L = np.nan_to_num(watched.history[-1], nan=-1.0)
-    alarmed = {alarm.router for alarm in watched.alarms}
-    return sorted(range(len(vio_L)), key=lambda r: (r not in alarmed, -vio_L[r]))
-
-
-def row_label(layers: list[str]) -> str:
-    return layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
@@ -251,3 +238,62 @@ def _fitted(line: Line, width: int) -> Iterator[Segment]:
             return
         yield segment
         left -= size
+
+
+def watch(
+    path: str | Path, options: WatchOptions, console: Console, *, endings: bool = True
+) -> None:
+    """Shows the trace until its writer is done. With `endings`, MoeInspectError unless it is
+    complete then."""
+    session = Session(path, options)
+    watched, screen = session.watched, Screen(session)
+    if console.is_terminal:
+        with console.screen() as whole:
+            size = None
+            for changed in session.updates():
+                if changed or console.size != size:
+                    size = console.size
+                    with console:  # one write: nothing of the old view shows in between
+                        console.control(Control.home())
+                        whole.update(screen)
+                else:  # a hundredth of the work
+                    head = screen.head(console.width)
+                    console.print(Segments([Control.home().segment, *head]), end="")
+        # left on the terminal, with a line for the prompt
+        console.print(screen, height=max(2, console.height - 2))
+        console.line()
+    else:
+        for changed in session.updates():
+            if changed:
+                console.print(status_line(session), soft_wrap=True)
+    if endings and watched.status == KILLED:
+        raise MoeInspectError(
+            f"{session.follower.writer} is gone: it was stopped before the end of {session.path}, "
+            f"which holds {plural(watched.tokens, 'token')}"
+        )
+    if endings and watched.status != COMPLETE:
+        raise MoeInspectError(
+            f"{session.path} was closed before its end; it holds {plural(watched.tokens, 'token')}"
+        )
+
+
+def status_line(session: Session) -> str:
+    """What is new, in a line of a file: status, tokens, the least balanced layer, alarms."""
+    watched = session.watched
+    if watched.status == WAITING:
+        return printable(f"waiting for a trace at {session.path}")
+    parts = [f"{time.strftime('%H:%M:%S')} {watched.status}", plural(watched.tokens, "token")]
+    if (rates := watched.rates()) is not None:
+        parts.append(f"{rates[0]:,.0f} tokens/s")
+    if watched.window is not None:
+        r = watched.worst_routers[0]
+        busiest = f"{1 + watched.history[-1][r]:.2f}x the mean load"
+        chance = f"by chance at most {1 + watched.chance(r):.2f}x"
+        parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
+    alarms = watched.alarms
+    parts.append(
+        f"{plural(len(alarms), 'alarm')}: " + " ".join(a.text for a in alarms)
+        if alarms
+        else "no alarm"
+    )
+    return printable(", ".join(parts))

@@ -1,5 +1,5 @@
-"""The policy local-search where the loads of several windows are known: fitted to a forecast of the
-windows to come, not to the sum of those seen.
+"""The policy local-search. Where the loads of several windows are known, it is fitted to a forecast
+of the windows to come, not to the sum of those seen.
 
 The best placement for the sum of the windows does not stay the best: it gives few replicas to the
 busiest experts, whose load varies most. This search lowers the mean, over windows drawn from the
@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from moe_inspect.simulate.placement.policies.eplb import replicate
-from moe_inspect.simulate.placement.policies.search import (
+from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, replicate
+from moe_inspect.simulate.placement.search import (
     SMALLEST,
     State,
     descend,
@@ -36,6 +36,69 @@ from moe_inspect.simulate.placement.policies.search import (
 MOST = 256
 # correlations of a window with the next that are tried
 RHOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+
+
+FEWEST = 4  # windows from which their spread is estimated
+# windows drawn to fit to, and others drawn to compare the results
+DRAWN, JUDGED = 768, 1024
+# standard deviations above its mean at which an expert's load is taken when replicas are counted
+# out
+CAUTION = 2.0
+SWEEPS = 20  # over all pairs of GPUs, at most
+GAIN = 1e-6  # relative; less is no gain
+ENOUGH = 1e-4  # relative gain of a sweep below which the next is not worth its time
+
+
+def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
+    """From EPLB's placements, replicas of an expert on different GPUs. With at least FEWEST windows
+    it is fitted to windows drawn from a forecast."""
+    load_E, load_WE = load_WE.sum(0), load_WE[load_WE.any(axis=1)]
+    starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
+    if len(load_WE) < FEWEST or layout.slots // layout.gpus >= len(load_E):
+        return search(load_E, layout.slots, layout.gpus, starts)
+    return lasting(load_WE, layout.slots, layout.gpus, starts)
+
+
+def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
+    """The expert of each slot, int64 [P]; see `search` for `starts` and for what it keeps. load_WE:
+    at least two windows, none empty."""
+    load_E = load_WE.sum(0).astype(np.float64)
+    drawn_EM, judged_EM = (
+        np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
+    )
+    limit = min(State(load_E, start.reshape(gpus, -1)).most for start in starts)
+    cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
+    found = [
+        state
+        for start in (*starts, packed(load_E, cautious_E, gpus))
+        if (state := _light(load_E, start.reshape(gpus, -1), limit))
+    ]
+    if not found:
+        found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
+    tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
+    for slots_GS in list(tried.values()):
+        exchanged_GS = slots_GS.copy()
+        replicas_E = np.bincount(slots_GS.ravel(), minlength=len(load_E))
+        descend_windows(exchanged_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
+        tried[exchanged_GS.tobytes()] = exchanged_GS
+    best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))
+    return best_GS.reshape(-1).astype(np.int64)
+
+
+def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> State | None:
+    """The placement with replicas on different GPUs, improved by exchanges; None where its busiest
+    GPU stays above the limit."""
+    state = separated(State(load_E, slots_GS))
+    if state is None:
+        return None
+    descend(state)
+    return state if state.most <= limit * (1 + SMALLEST) else None
+
+
+def busiest(slots_GS: np.ndarray, load_EM: np.ndarray) -> float:
+    """The mean over windows of the load of the busiest GPU."""
+    each_EM = load_EM / np.bincount(slots_GS.ravel(), minlength=len(load_EM))[:, None]
+    return float(np.max([each_EM[experts_S].sum(0) for experts_S in slots_GS], axis=0).mean())
 
 
 def drawn(load_WE: np.ndarray, windows: int, seed: int = 0) -> np.ndarray:
@@ -109,58 +172,6 @@ def kriging(
         sill + nugget - 2 * (solved * ahead_HW.T).sum(0) + (solved * (seen_WW @ solved)).sum(0)
     )
     return solved.T, np.maximum(variance_H, 0)
-
-
-# windows drawn to fit to, and others drawn to compare the results
-DRAWN, JUDGED = 768, 1024
-# standard deviations above its mean at which an expert's load is taken when replicas are counted
-# out
-CAUTION = 2.0
-SWEEPS = 20  # over all pairs of GPUs, at most
-GAIN = 1e-6  # relative; less is no gain
-ENOUGH = 1e-4  # relative gain of a sweep below which the next is not worth its time
-
-
-def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The expert of each slot, int64 [P]; see `search` for `starts` and for what it keeps. load_WE:
-    at least two windows, none empty."""
-    load_E = load_WE.sum(0).astype(np.float64)
-    drawn_EM, judged_EM = (
-        np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
-    )
-    limit = min(State(load_E, start.reshape(gpus, -1)).most for start in starts)
-    cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
-    found = [
-        state
-        for start in (*starts, packed(load_E, cautious_E, gpus))
-        if (state := _light(load_E, start.reshape(gpus, -1), limit))
-    ]
-    if not found:
-        found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
-    tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
-    for slots_GS in list(tried.values()):
-        exchanged_GS = slots_GS.copy()
-        replicas_E = np.bincount(slots_GS.ravel(), minlength=len(load_E))
-        descend_windows(exchanged_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
-        tried[exchanged_GS.tobytes()] = exchanged_GS
-    best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))
-    return best_GS.reshape(-1).astype(np.int64)
-
-
-def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> State | None:
-    """The placement with replicas on different GPUs, improved by exchanges; None where its busiest
-    GPU stays above the limit."""
-    state = separated(State(load_E, slots_GS))
-    if state is None:
-        return None
-    descend(state)
-    return state if state.most <= limit * (1 + SMALLEST) else None
-
-
-def busiest(slots_GS: np.ndarray, load_EM: np.ndarray) -> float:
-    """The mean over windows of the load of the busiest GPU."""
-    each_EM = load_EM / np.bincount(slots_GS.ravel(), minlength=len(load_EM))[:, None]
-    return float(np.max([each_EM[experts_S].sum(0) for experts_S in slots_GS], axis=0).mean())
 
 
 @njit(nogil=True, cache=True)

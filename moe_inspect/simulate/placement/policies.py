@@ -1,0 +1,137 @@
+"""Layouts of a router's slots on GPUs, and the policies that fill them at once; local-search is a
+file of its own.
+
+EPLB is the expert-parallel load balancer that DeepSeek published with V3
+(github.com/deepseek-ai/EPLB), written from the description of the algorithm. Slot for slot what the
+published code gives where no two loads that it compares are equal: here ties go to the lower
+number, there to whichever its unstable sort puts first.
+
+E experts, P slots, G GPUs, S = P / G slots of a GPU; slot p is on GPU p // S. A policy goes from
+the load of each of one router's experts to the expert of each slot, int64 [P].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`slots` in all, the same number on each GPU; the same number of GPUs on each node. `groups`:
+    of experts, which a router with group-limited routing chooses among (DeepSeek-V3)."""
+
+    slots: int
+    gpus: int
+    nodes: int = 1
+    groups: int = 1
+
+
+def shares(expert_P: np.ndarray, E: int, parts: int) -> np.ndarray:
+    """The share of each expert's load that each of `parts` equal runs of slots (GPUs, or nodes)
+    gets. float64 [E, parts]"""
+    share_EG = np.zeros((E, parts))
+    np.add.at(share_EG, (expert_P, np.arange(len(expert_P)) * parts // len(expert_P)), 1)
+    return share_EG / share_EG.sum(1, keepdims=True)
+
+
+def colocated(expert_P: np.ndarray, gpus: int) -> int:
+    """Replicas that share a GPU with another of the same expert, of experts with no more replicas
+    than there are GPUs."""
+    slots_GS = np.sort(expert_P.reshape(gpus, -1), axis=1)
+    few_E = np.bincount(expert_P) <= gpus
+    return int(((slots_GS[:, 1:] == slots_GS[:, :-1]) & few_E[slots_GS[:, 1:]]).sum())
+
+
+def contiguous(load_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """Experts in order, then from the first again: what SGLang does without a plan."""
+    return np.arange(layout.slots) % len(load_E)
+
+
+def round_robin(load_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """Expert e on GPU e mod G, then from the first again (vLLM's round_robin)."""
+    gpu_P, position_P = np.divmod(np.arange(layout.slots), layout.slots // layout.gpus)
+    return (position_P * layout.gpus + gpu_P) % len(load_E)
+
+
+def greedy(load_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """One more replica for each of the busiest experts, as far as the slots go; then the heaviest
+    first, each to the lightest GPU."""
+    E = len(load_E)
+    expert_P = np.concatenate(
+        [np.arange(E), np.resize(np.argsort(-load_E, kind="stable"), layout.slots - E)]
+    )
+    each_P = (load_E / np.bincount(expert_P, minlength=E))[expert_P]
+    gpu_P, position_P = pack(each_P, layout.gpus)
+    placed_P = np.empty(layout.slots, np.int64)
+    placed_P[gpu_P * (layout.slots // layout.gpus) + position_P] = expert_P
+    return placed_P
+
+
+def eplb(load_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """EPLB as DeepSeek published it, ties aside: groups of experts are packed onto nodes, experts
+    replicated within their node, replicas packed onto its GPUs. Where the groups do not divide
+    among the nodes, all GPUs are one node."""
+    E, slots, gpus = len(load_E), layout.slots, layout.gpus
+    groups, nodes = layout.groups, layout.nodes
+    if groups % nodes:
+        groups, nodes = 1, 1
+    size, of_node, room = E // groups, E // nodes, slots // nodes
+    node_of_group, position = pack(load_E.reshape(groups, size).sum(1).astype(np.float64), nodes)
+    # experts in the order of their nodes
+    start_of_group = (node_of_group * (groups // nodes) + position) * size
+    expert_of = np.empty(E, np.int64)
+    expert_of[(start_of_group[:, None] + np.arange(size)).ravel()] = np.arange(E)
+    expert_P = np.empty(slots, np.int64)
+    for node in range(nodes):
+        experts = expert_of[node * of_node : (node + 1) * of_node]
+        replica_of, replicas = replicate(load_E[experts], room)
+        gpu, position = pack((load_E[experts] / replicas)[replica_of], gpus // nodes)
+        expert_P[node * room + gpu * (slots // gpus) + position] = experts[replica_of]
+    return expert_P
+
+
+def eplb_global(load_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """EPLB without regard to groups and nodes."""
+    return eplb(load_E, Layout(layout.slots, layout.gpus))
+
+
+def pack(weight_I: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items into packs of equally many: the heaviest first, each to the lightest pack with room.
+
+    Returns the pack of each item and its position within the pack, int64 [I]. One item a pack stays
+    where it is."""
+    items = len(weight_I)
+    room = items // packs
+    if room == 1:
+        return np.arange(items), np.zeros(items, np.int64)
+    pack_I, position_I = np.zeros(items, np.int64), np.zeros(items, np.int64)
+    weight, filled = [0.0] * packs, [0] * packs
+    weights = weight_I.tolist()
+    for item in np.argsort(-weight_I, kind="stable").tolist():
+        lightest = min((p for p in range(packs) if filled[p] < room), key=weight.__getitem__)
+        pack_I[item], position_I[item] = lightest, filled[lightest]
+        weight[lightest] += weights[item]
+        filled[lightest] += 1
+    return pack_I, position_I
+
+
+def replicate(
+    load_E: np.ndarray, slots: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each further slot to the expert whose replicas carry most, which makes the heaviest replica
+    as light as can be.
+
+    Returns the expert of each replica, the first E in order, int64 [slots], and the replicas of
+    each expert, int64 [E].
+    `most`: replicas that an expert may have at most."""
+    expert_P, replicas_E = np.arange(slots), np.ones(len(load_E), np.int64)
+    each_E = load_E.astype(np.float64)
+    for p in range(len(load_E), slots):
+        busiest = int(each_E.argmax())
+        expert_P[p] = busiest
+        replicas_E[busiest] += 1
+        full = most is not None and replicas_E[busiest] >= most
+        each_E[busiest] = -1 if full else load_E[busiest] / replicas_E[busiest]
+    return expert_P, replicas_E
