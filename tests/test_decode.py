@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.decode import Steps, independent, simulate_decode
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import uniform_ids, write_trace
 
 UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256, 8, 57.4, 163.3)]
 
@@ -24,14 +23,10 @@ def test_uniform_routing_reads_what_the_formula_says(
     assert independent(E, k, 8) == pytest.approx(of_8, abs=0.06)
     assert independent(E, k, 32) == pytest.approx(of_32, abs=0.06)
     ids = uniform_ids(np.random.default_rng(0), 64 * 240, E, k)
-    trace = write_trace(
-        tmp_path / "t", [ids], E, document=np.repeat(np.arange(64), 240), batch_tokens=240
-    )
-    found = (
-        simulate_decode(trace, batches=[8, 32])
-        .tables["decode"]
-        .set_index("batch")["distinct_experts"]
-    )
+    document = np.repeat(np.arange(64), 240)
+    trace = write_trace(tmp_path / "t", [ids], E, document=document, batch_tokens=240)
+    table = simulate_decode(trace, batches=[8, 32]).tables["decode"]
+    found = table.set_index("batch")["distinct_experts"]
     assert found[8] == pytest.approx(of_8, rel=0.01)
     assert found[32] == pytest.approx(of_32, rel=0.01)
 
@@ -75,21 +70,8 @@ def test_only_generated_tokens_count_where_there_are_some(tmp_path: Path) -> Non
 def test_bytes_a_token(tmp_path: Path) -> None:
     config = {"hidden_size": 10, "moe_intermediate_size": 4}
     manifest = {"model": {"config": config}, "capture": {"weights": False, "dtype": "bfloat16"}}
-    trace = write_trace(
-        tmp_path / "t", [uniform_ids(np.random.default_rng(0), 50, 4, 2)], 4, manifest=manifest
-    )
-    assert (
-        simulate_decode(trace, batches=[1]).tables["decode"]["bytes_per_token"].item()
-        == 2 * 3 * 10 * 4 * 2
-    )
-    assert (
-        simulate_decode(trace, batches=[1], expert_mb=1.5)
-        .tables["decode"]["bytes_per_token"]
-        .item()
-        == 3e6
-    )
-
-
-def test_counts_alone_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MoeInspectError, match="simulate decode needs"):
-        simulate_decode(write_counts(tmp_path / "t", [np.array([[4, 4]])], 1))
+    ids = uniform_ids(np.random.default_rng(0), 50, 4, 2)
+    trace = write_trace(tmp_path / "t", [ids], 4, manifest=manifest)
+    for expert_mb, expected in ((None, 2 * 3 * 10 * 4 * 2), (1.5, 3e6)):
+        table = simulate_decode(trace, batches=[1], expert_mb=expert_mb).tables["decode"]
+        assert table["bytes_per_token"].item() == expected

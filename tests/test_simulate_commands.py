@@ -28,22 +28,23 @@ def run(*arguments: object, exit_code: int = 0) -> Result:
 
 
 COLUMNS = {
-    (
-        "placement",
-        "placement",
-    ): "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per_token,nodes_per_token",
-    ("placement", "policies"): "policy,balancedness_sglang,balancedness_vllm,slowdown",
-    ("placement", "windows"): "window,first_token,tokens,part,layer,router,policy,max_over_mean",
-    ("placement", "plan"): "layer,router,policy,slot,gpu,node,expert,replicas",
-    ("decode", "decode"): "layer,router,batch,steps,distinct_experts,independent,from_marginals",
-    ("decode", "batch_needed"): "layer,router,reached_experts,reads_all_from,compute_bound_from",
+    "placement placement": "layer,router,policy,max_over_mean,balancedness,slowdown,ranks_per",
+    "placement policies": "policy,balancedness_sglang,balancedness_vllm,slowdown",
+    "placement windows": "window,first_token,tokens,part,layer,router,policy,max_over_mean",
+    "placement plan": "layer,router,policy,slot,gpu,node,expert,replicas",
+    "decode decode": "layer,router,batch,steps,distinct_experts,independent,from_marginals",
+    "decode batch_needed": "layer,router,reached_experts,reads_all_from,compute_bound_from",
+    "capacity capacity_by_position": "layer,router,capacity_factor,position_in,tenth,assignments",
+    "cache cache_by_phase": "layer,router,phase,policy,slots,hit_rate,hit_rate_warm,accesses",
+    "routing routing": "layer,router,algorithm,experts_per_token,max_vio,max_vio_batch,mass,",
 }
 
 
-@pytest.mark.parametrize(("command", "table"), COLUMNS)
-def test_every_table_in_every_format(command: str, table: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", COLUMNS)
+def test_every_table_in_every_format(names: str, tmp_path: Path) -> None:
+    command, table = names.split()
     text = run(command, TRACE, "--table", table, "--format", "csv").stdout
-    assert text.startswith(COLUMNS[command, table])
+    assert text.startswith(COLUMNS[names])
     rows = text.count("\n") - 1
     lines = run(command, TRACE, "--table", table, "--format", "json").stdout.splitlines()
     assert len(lines) == rows > 0
@@ -52,66 +53,48 @@ def test_every_table_in_every_format(command: str, table: str, tmp_path: Path) -
     assert len(pd.read_parquet(tmp_path / "t.parquet")) == rows
 
 
+SAID = {
+    "decode --batch 1,8 --expert-mb 10": "1 sequence reads 2.0 experts per layer and step",
+    "capacity --capacity-factor 1,1.5 --group-tokens sequence": "1.5, in groups of a sequence",
+    "cache --slots 2,4 --policy lru,belady --expert-mb 90 --gb-per-s 25": "tokens/s",
+    "routing --layers 3 --top-k 1,2": "Simulated: a loss-free bias would bring layer 3 to 1.",
+}
+
+
+@pytest.mark.parametrize("line", SAID)
+def test_a_verdict_a_picture_and_a_page(line: str, tmp_path: Path) -> None:
+    command, *options = line.split()
+    page = tmp_path / "page.html"
+    assert SAID[line] in run(command, TRACE, *options, "--plots", tmp_path, "--html", page).stdout
+    assert (tmp_path / f"{command}.png").stat().st_size > 10_000
+    assert f"<title>moe-inspect simulate {command}" in page.read_text()
+
+
 def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
-    options = ("--gpus", 4, "--physical-experts", 12, "--policy", "contiguous,eplb,local-search")
-    done = run(
-        "placement",
-        TRACE,
-        *options,
-        "-o",
-        tmp_path / "plan.json",
-        "--plots",
-        tmp_path,
-        "--html",
-        tmp_path / "page.html",
-    )
+    def placed(*more: object) -> Result:
+        options = ["--gpus", 4, "--physical-experts", 12]
+        options += ["--policy", "contiguous,eplb,local-search"]
+        return run("placement", TRACE, *options, *more)
+
+    page, plan_json = tmp_path / "page.html", tmp_path / "plan.json"
+    done = placed("-o", plan_json, "--plots", tmp_path, "--html", page)
     assert "by vLLM's convention" in done.stdout
     assert "local-search, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
-    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    plan = json.loads(plan_json.read_text())["physical_to_logical_map"]
     assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4
     assert (tmp_path / "placement.png").stat().st_size > 10_000
-    page = (tmp_path / "page.html").read_text()
-    assert "<title>moe-inspect simulate placement" in page
-    assert "counts only" not in page  # a setting that does not apply
-    run("placement", TRACE, *options, "-o", tmp_path / "plan.yaml")
-    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())[
-        "initial_global_assignments"
-    ] == dict(enumerate(plan))
-    done = run(
-        "placement",
-        TRACE,
-        *options,
-        "--dispatch",
-        "lp",
-        "--plan-for",
-        "vllm-ascend",
-        "-o",
-        tmp_path / "map.json",
-    )
+    assert "<title>moe-inspect simulate placement" in page.read_text()
+    assert "counts only" not in page.read_text()  # a setting that does not apply
+    placed("-o", tmp_path / "plan.yaml")
+    of_layers = yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"]
+    assert of_layers == dict(enumerate(plan))
+    done = placed("--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", tmp_path / "map.json")
     assert "for vllm-ascend" in done.stderr
     assert "linear program" in done.stdout
     first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
     assert [device["device_expert"] for device in first] == [
         plan[0][start : start + 3] for start in (0, 3, 6, 9)
     ]
-
-
-def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
-    done = run(
-        "decode",
-        TRACE,
-        "--batch",
-        "1,8",
-        "--expert-mb",
-        10,
-        "--plots",
-        tmp_path,
-        "--html",
-        tmp_path / "page.html",
-    )
-    assert "1 sequence reads 2.0 experts per layer and step" in done.stdout
-    assert (tmp_path / "decode.png").stat().st_size > 10_000
-    assert "<title>moe-inspect simulate decode" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -123,6 +106,7 @@ def test_decode_draws_and_writes_a_page(tmp_path: Path) -> None:
         (("placement", TRACE, "--dispatch", "odd"), "'odd' is not"),
         (("placement", TRACE, "--plan-for", "sglang"), "give the file with -o"),
         (("decode", TRACE, "--batch", "1,x"), "'--batch': Input should be a valid integer"),
+        (("capacity", TRACE, "--group-tokens", "x"), "is not a whole number, batch or sequence"),
         (("decode", TRACE, "--phase", "later"), "'later' is not"),
     ],
 )
@@ -135,37 +119,28 @@ def test_bad_usage_exits_2_and_names_what_is_wrong(
 
 def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> None:
     counts = write_counts(tmp_path / "counts", [np.full((1, 8), 200)], 2).path
-    for arguments, line in (
-        (
-            ("placement", TRACE, "--gpus", 3),
-            "cannot split 8 experts over 3 GPUs: use --physical-experts 9",
-        ),
-        (
-            ("placement", TRACE, "--physical-experts", 4 * 10**10),
-            "40,000,000,000 physical experts: use at most 1,048,576",
-        ),
-        (("decode", TRACE, "--batch", 0), "batch size 0: give numbers from 1 to 16,777,216"),
-        (
-            ("placement", TRACE, "--fit-share", 0),
-            "fit share 0.0: give a share of the trace above 0 and at most 1",
-        ),
-        (("placement", TRACE, "--fit-share", 0.99999), "lower --fit-share"),
-        (
-            ("placement", counts, "--minimize", "ranks"),
-            "no tokens, which --minimize needs: trace without --counts-only",
-        ),
-        (("placement", counts, "--window", 10), "no tokens, which --window needs"),
-        (
-            ("decode", TRACE, "--flops-per-byte", 0),
-            "0.0 FLOPs per byte: give finite numbers above 0",
-        ),
-        (("decode", TRACE, "--expert-mb", 0), "expert size 0.0 MB"),
-        (("cache", TRACE, "--expert-mb", "inf", "--gb-per-s", 25), "expert size inf MB"),
-        (("routing", TRACE, "--top-p", "0.5,0"), "top-p 0: give a number above 0 and at most 1"),
+    no_order = "holds counts only, no order of tokens, which simulate"
+    for trace, line, said in (
+        (TRACE, "placement --gpus 3", "8 experts over 3 GPUs: use --physical-experts 9"),
+        (TRACE, f"placement --physical-experts {4 * 10**10}", "experts: use at most 1,048,576"),
+        (TRACE, "placement --fit-share 0", "give a share of the trace above 0 and at most 1"),
+        (TRACE, "placement --fit-share 0.99999", "lower --fit-share"),
+        (counts, "placement --minimize ranks", "--minimize needs: trace without --counts-only"),
+        (counts, "placement --window 10", "no tokens, which --window needs"),
+        (counts, "decode", f"{no_order} decode needs"),
+        (counts, "cache", f"{no_order} cache needs"),
+        (counts, "capacity", f"{no_order} capacity needs"),
+        (counts, "routing", f"{no_order} routing needs"),
+        (TRACE, "decode --flops-per-byte 0", "0.0 FLOPs per byte: give finite numbers above 0"),
+        (TRACE, "decode --expert-mb 0", "expert size 0.0 MB"),
+        (TRACE, "cache --expert-mb inf --gb-per-s 25", "expert size inf MB"),
+        (TRACE, "routing --top-p 0.5,0", "top-p 0: give a number above 0 and at most 1"),
+        (TRACE, "decode --batch 0", "batch size 0: give numbers from 1 to 16,777,216"),
     ):
-        said = cli_here("simulate", *arguments, check=1).stderr
-        assert line in said
-        assert said.count("\n") == 1
+        command, *options = line.split()
+        error = cli_here("simulate", command, trace, *options, check=1).stderr
+        assert said in error
+        assert error.count("\n") == 1
 
 
 def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Path) -> None:
@@ -181,11 +156,8 @@ def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Pa
 
 
 def test_an_encoder_decoders_steps_are_of_the_tokens_a_router_sees(tmp_path: Path) -> None:
-    table = (
-        simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1])
-        .tables["decode"]
-        .set_index("router")
-    )
+    made = simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1])
+    table = made.tables["decode"].set_index("router")
     assert table["steps"].to_dict() == {0: 6, 1: 4}
     assert table["from_marginals"].to_dict() == {0: 1.0, 1: 1.0}
 
@@ -204,11 +176,8 @@ def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Pa
 def test_slots_that_route_nowhere_load_no_gpu_and_read_no_expert(tmp_path: Path) -> None:
     ids = np.tile(np.array([[0, 65535], [65535, 65535]], np.uint16), (50, 1))
     trace = write_trace(tmp_path / "t", [ids], 2)
-    row = (
-        simulate_placement(trace, gpus=2, policies=["contiguous"], fit_share=1.0)
-        .tables["placement"]
-        .iloc[0]
-    )
+    made = simulate_placement(trace, gpus=2, policies=["contiguous"], fit_share=1.0)
+    row = made.tables["placement"].iloc[0]
     assert (row["max_load"], row["ranks_per_token"]) == (50, 0.5)
     assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 0.5
 
@@ -228,16 +197,5 @@ def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
         tmp_path / "t", [np.array([[40, 30, 20, 10]]), np.array([[10, 10, 10, 70]])], 2
     )
     run("placement", trace.path, "--gpus", 2, "--physical-experts", 6, "-o", tmp_path / "plan.json")
-    assert [
-        len(row)
-        for row in json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
-    ] == [6, 6]
-    assert "holds counts only" in str(run("decode", trace.path, exit_code=1).exception)
-
-
-def test_where_replicas_need_not_share_a_gpu_the_search_finds_it() -> None:
-    """Found by looking for loads where EPLB, whose replicas do share, was ahead."""
-    from moe_inspect.simulate.placement.policies import Layout
-    from tests.test_placement import no_worse
-
-    no_worse(np.array([29404, 17494, 12788, 6333, 8838, 7713, 10430, 7000]), Layout(64, 32, 2, 4))
+    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
+    assert [len(row) for row in plan] == [6, 6]

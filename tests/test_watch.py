@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from tests.synthetic import encoder_decoder, write_counts
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
 from tests.test_trace import ROUTERS
-from tests.watched import batches, writer
+from tests.watched import batches, committed, waited, writer
 
 AT_ONCE = 1e-9
 L, E = 5, 8
@@ -51,26 +50,17 @@ L, E = 5, 8
 def load_of(root: Path) -> np.ndarray:
     """int64 [L, E], counted from the tables."""
     trace = open_trace(root)
-    load_LE = np.zeros((len(trace.routers), max(r.experts for r in trace.routers)), np.int64)
+    load = [np.zeros(router.experts, np.int64) for router in trace.routers]
     for r, router in enumerate(trace.routers):
         table = trace.routing(router=r)[[f"expert_{j}" for j in range(router.top_k)]]
-        for expert in table.to_numpy(float).ravel():
-            if not np.isnan(expert):
-                load_LE[r, int(expert)] += 1
-    return load_LE
+        np.add.at(load[r], table.to_numpy().ravel(), 1)
+    return np.array(load)
 
 
 def polled(follower: Follower, watched: Watched) -> Any:
     news = follower.poll()
     watched.take(news, follower.header)
     return news
-
-
-def waited(until: Callable[[], bool], most_s: float = 60) -> None:
-    end = time.monotonic() + most_s
-    while not until():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 # --- the follower
@@ -83,9 +73,7 @@ def test_what_is_counted_on_the_way_is_what_the_trace_holds(tmp_path: Path, ever
     follower, watched = Follower(root), Watched(window_tokens=600)
     assert polled(follower, watched).status == WAITING
     with writer(root, L, E, shard_tokens=600, commit_every=AT_ONCE) as open_writer:
-        for n, batch in enumerate(batches(L, E, 12), 1):
-            open_writer.write(batch)
-            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+        for n in committed(root, open_writer, batches(L, E, 12)):
             if n % every == 0:
                 assert polled(follower, watched).status == RECORDING
                 assert watched.tokens == n * 256
@@ -101,9 +89,7 @@ def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
     root, rows = tmp_path / "t", list(batches(L, E, 9))
     watched, follower = Watched(window_tokens=512), Follower(root)
     with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
-        for n, batch in enumerate(rows, 1):
-            open_writer.write(batch)
-            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+        for _ in committed(root, open_writer, rows):
             polled(follower, watched)
     assert watched.window is not None
     assert (watched.window.first, watched.window.last) == (7, 8)
@@ -153,9 +139,7 @@ def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) 
     root, rows = tmp_path / "t", list(batches(L, E, 6))
     follower, watched = Follower(root), Watched()
     first = writer(root, L, E, shard_tokens=512, commit_every=AT_ONCE)
-    for batch in rows[:5]:
-        first.write(batch)
-    waited(lambda: open_trace(root).n_tokens == 5 * 256)
+    assert list(committed(root, first, rows[:5])) == [1, 2, 3, 4, 5]
     polled(follower, watched)
     assert watched.tokens == 5 * 256
     # as after a kill: the early shard is there, its writer is not
@@ -188,9 +172,7 @@ def test_by_a_url(tmp_path: Path) -> None:
     follower, watched = Follower(url), Watched()
     assert polled(follower, watched).status == WAITING
     with writer(tmp_path / "t", L, E, commit_every=AT_ONCE) as open_writer:
-        for n, batch in enumerate(batches(L, E, 3), 1):
-            open_writer.write(batch)
-            waited(lambda n=n: open_trace(tmp_path / "t").n_tokens == n * 256)
+        for n in committed(tmp_path / "t", open_writer, batches(L, E, 3)):
             files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
             assert polled(follower, watched).status == RECORDING
             assert watched.tokens == n * 256
@@ -203,10 +185,9 @@ def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
     draft, target = tmp_path / f".t.{os.getpid()}-ab12.tmp", tmp_path / "t"
     follower, watched = Follower(target), Watched()
     with writer(draft, L, E, commit_every=AT_ONCE) as open_writer:
-        open_writer.write(next(batches(L, E, 1)))
-        waited(lambda: open_trace(draft).n_tokens == 256)
-        assert polled(follower, watched).status == RECORDING
-        assert watched.tokens == 256
+        for _ in committed(draft, open_writer, batches(L, E, 1)):
+            assert polled(follower, watched).status == RECORDING
+            assert watched.tokens == 256
     os.replace(draft, target)
     assert polled(follower, watched).status == COMPLETE
     assert watched.tokens == 256
@@ -356,9 +337,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     root = tmp_path_factory.mktemp("watch") / "t"
     session = Session(root, WatchOptions(window_tokens=512))
     with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
-        for n, batch in enumerate(batches(L, E, 10), 1):
-            open_writer.write(batch)
-            waited(lambda n=n: open_trace(root).n_tokens == n * 256)
+        for _ in committed(root, open_writer, batches(L, E, 10)):
             session.update()
     session.update()
     return session

@@ -12,9 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,11 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.watch.serve import address, hosts_of, is_loopback
 from tests.conftest import ROOT
 from tests.test_page import CHROMIUM
-from tests.watched import batches, writer
+from tests.watched import batches, waited, writer
 
 L, E = 5, 8
 for name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason="the extra watch")
-
-
-def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
-    end = time.monotonic() + most_s
-    while not (found := until()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return found
 
 
 class Server:
@@ -141,16 +132,8 @@ def test_metrics_are_in_the_format_that_is_asked_for(server: Server) -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
     text = (ROOT / "docs/grafana-dashboard.json").read_text(encoding="utf-8")
-    asked = set(
-        re.findall(
-            r"moe_inspect_\w+",
-            " ".join(
-                target["expr"]
-                for panel in json.loads(text)["panels"]
-                for target in panel["targets"]
-            ),
-        )
-    )
+    queries = [q["expr"] for panel in json.loads(text)["panels"] for q in panel["targets"]]
+    asked = set(re.findall(r"moe_inspect_\w+", " ".join(queries)))
     served = {name.partition("{")[0] for name in server.metrics()}
     assert len(asked) >= 8
     assert asked <= served

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_inspect.trace.files.lock import process_start
+from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
@@ -76,6 +77,23 @@ def writer(root: Path, layers: int, experts: int, **options: Any) -> TraceWriter
         vocabulary=vocabulary,
         **options,
     )
+
+
+def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
+    """What `until` returns, once that is true."""
+    end = time.monotonic() + most_s
+    while not (found := until()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def committed(root: Path, writer: TraceWriter, batches: Iterable[RoutedBatch]) -> Iterator[int]:
+    """Writes batches of TOKENS, and gives how many are written once these can be read."""
+    for n, batch in enumerate(batches, 1):
+        writer.write(batch)
+        waited(lambda n=n: open_trace(root).n_tokens == n * TOKENS)
+        yield n
 
 
 def main(root: str, layers: str, experts: str, n: str, seconds: str) -> None:
