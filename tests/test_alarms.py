@@ -19,10 +19,11 @@ import pytest
 
 from benchmarks.calibration_of_findings import ALARMS, alarms
 from moe_inspect.alarms.alarms import Alarms, Window
-from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair, uniform_loads
+from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
+from moe_inspect.analysis.metrics.uncertainty import random_loads
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
@@ -120,34 +121,34 @@ def test_an_alarm_names_layer_expert_step_and_help() -> None:
     assert json.loads(json.dumps(alarm.record()))["layer"] == 3
 
 
-def test_it_is_raised_once_and_again_after_the_rule_was_kept_for_a_while() -> None:
-    loads = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
+NONE = [0] * E
+AGAIN = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
+
+
+@pytest.mark.parametrize(
+    ("rule", "loads", "steps"),
+    [
+        ("dead_experts > 0", AGAIN, [10, 90]),  # again after the rule was kept for a while
+        ("dead_experts > 0 for 2 windows", AGAIN, [20]),
+        ("dead_experts > 0 for 4 windows", AGAIN, []),
+        ("dead_experts > 0 in layers 2", [DEAD], []),
+        ("dead_experts > 0 in layers 3", [DEAD], [10]),
+        ("dead_experts > 0", [NONE], []),
+        ("dead_experts > 0 for 2 windows", [DEAD, NONE, DEAD], [30]),  # none is left out
+    ],
+)
+def test_when_a_rule_raises_an_alarm(rule: str, loads: list[list[int]], steps: list[int]) -> None:
     windows = [window(n, EVEN, load) for n, load in enumerate(loads)]
-    assert [a.step for a in judged(["dead_experts > 0"], *windows)] == [10, 90]
-    assert [a.step for a in judged(["dead_experts > 0 for 2 windows"], *windows)] == [20]
-    assert not judged(["dead_experts > 0 for 4 windows"], *windows)
-
-
-def test_only_in_the_layers_asked_for() -> None:
-    assert not judged(["dead_experts > 0 in layers 2"], window(0, EVEN, DEAD))
-    assert judged(["dead_experts > 0 in layers 3"], window(0, EVEN, DEAD))
-
-
-def test_windows_without_tokens_are_left_out() -> None:
-    none = [0] * E
-    assert not judged(["dead_experts > 0"], window(0, none, none))
-    broken = [window(0, EVEN, DEAD), window(1, EVEN, none), window(2, EVEN, DEAD)]
-    assert judged(["dead_experts > 0 for 2 windows"], *broken)
+    assert [a.step for a in judged([rule], *windows)] == steps
 
 
 def test_falling_is_below_the_best_so_far() -> None:
     uneven = [4000, *[571] * 7]
-    found = judged(["entropy falling by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven))
+    windows = window(0, uneven, EVEN), window(1, uneven, uneven)
+    found = judged(["entropy falling by 0.05"], *windows)
     assert [(a.router, a.metric) for a in found] == [(1, "entropy")]
     assert "down from 1 since" in found[0].text
-    assert not judged(
-        ["entropy rising by 0.05"], window(0, uneven, EVEN), window(1, uneven, uneven)
-    )
+    assert not judged(["entropy rising by 0.05"], *windows)
 
 
 def test_drift_is_from_the_window_before() -> None:
@@ -271,10 +272,10 @@ def test_the_limit_is_what_random_choices_give() -> None:
     for tail, low, high in ((0.05, 0.9, 1.1), (1 / 400, 0.9, 1.3)):
         limit = chance_limit("max_vio", 4 * 1024, E, K, True, 4.0, tail)
         assert low < limit / np.quantile(vio_W, 1 - tail) < high
-    simulated = bal.max_vio(uniform_loads(1024, E, K)).mean()
-    assert simulated == pytest.approx(vio_W.mean(), rel=0.05)
-    assert (uniform_loads(1024, E, K).sum(1) == 1024 * K).all()
-    assert uniform_loads(1024, E, K).max() <= 1024
+    drawn_WE = random_loads(1024, E, K, 400)
+    assert bal.max_vio(drawn_WE).mean() == pytest.approx(vio_W.mean(), rel=0.05)
+    assert (drawn_WE.sum(1) == 1024 * K).all()
+    assert drawn_WE.max() <= 1024
 
 
 def test_the_design_effect_of_a_run() -> None:

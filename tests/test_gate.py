@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe_inspect.analysis.metrics.registry import METRICS, metrics
@@ -28,27 +30,14 @@ def trace(root: Path) -> Path:
 
 def test_a_breach_is_named_and_exits_with_3(cli_here: Cli, tmp_path: Path):
     trace(tmp_path / "t")
-    done = cli_here(
-        "report",
-        "t",
-        "--table",
-        "load",
-        "--format",
-        "csv",
-        "--fail-above",
-        "max_vio=0.5",
-        "--fail-below",
-        "gini=0",
-        check=3,
-    )
+    load = ("report", "t", "--table", "load", "--format", "csv", "--fail-above", "max_vio=0.5")
+    done = cli_here(*load, "--fail-below", "gini=0", check=3)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("failed: layer 1: max_vio is 1.")
     assert lines[0].endswith(", above 0.5")
     assert len(done.stdout.splitlines()) == 1 + 2 * E  # the table all the same
-    cli_here(
-        "report", "t", "--table", "load", "--layers", "0", "--fail-above", "max_vio=0.5", check=0
-    )
+    cli_here(*load, "--layers", "0", check=0)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +91,8 @@ def test_thresholds_move_the_verdict_and_are_listed(tmp_path: Path):
 
 
 def test_the_list_of_metrics_needs_no_trace(cli_here: Cli):
-    import io
-
-    import pandas as pd
-
-    listed = pd.read_csv(
-        io.StringIO(cli_here("report", "--list-metrics", "--format", "csv").stdout)
-    )
+    said = cli_here("report", "--list-metrics", "--format", "csv").stdout
+    listed = pd.read_csv(io.StringIO(said))
     assert listed["metric"].tolist() == [m.column for m in metrics().values()]
     assert len(METRICS) > 30
     assert "TRACE" in cli_here("report", check=2).stderr

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics
-from moe_inspect.analysis.metrics.uncertainty import SEED
+from moe_inspect.analysis.metrics.uncertainty import random_loads, special
 from moe_inspect.analysis.metrics.windows import step_floors
 
 WINDOWS = 400  # simulated
@@ -64,23 +63,26 @@ def far(tail: float) -> float:
     return max(0.0, at * math.sqrt(6) / math.pi)
 
 
+@lru_cache(maxsize=32)
+def _windows(T: int, E: int, k: int) -> np.ndarray:
+    return random_loads(T, E, k, WINDOWS)
+
+
 @lru_cache(maxsize=1024)
 def _moments(metric: str, T: int, E: int, k: int) -> tuple[float, float]:
     function = max_vio if metric == "max_vio_batch" else metrics()[metric].function
-    values_W = function(uniform_loads(T, E, k))
+    values_W = function(_windows(T, E, k))
     return float(values_W.mean()), float(values_W.std())
 
 
 def few_p(load_E: np.ndarray, tokens_E: np.ndarray, k: int, effect: float) -> np.ndarray:
     """The probability that chance gives any of the E experts so few of T tokens (for each expert
     its own T): a binomial tail of loads ÷ design effect, times E. float64 [E]"""
-    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
-    betainc: Any = special.betainc
     E, by = len(load_E), max(effect, 1.0)
     n_E = np.maximum(tokens_E / by, 1e-9)
     few_E = np.minimum(load_E / by, n_E * (1 - 1e-9))
-    return np.minimum(1, E * betainc(n_E - few_E, few_E + 1, max(1 - k / E, 1e-12)))
+    p_E = special("betainc")(n_E - few_E, few_E + 1, max(1 - k / E, 1e-12))
+    return np.minimum(1, E * p_E)
 
 
 def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:
@@ -103,22 +105,3 @@ def effect_of(pairs: Sequence[float], E: int) -> float:
     low = 1 - 2 / (9 * degrees) - z_of(0.05) * math.sqrt(2 / (9 * degrees))  # Wilson and Hilferty
     lower_median = sorted(pairs)[(len(pairs) - 1) // 2]
     return float(np.clip(lower_median / max(low, 0.1) ** 3, 1, LONG_DOCUMENT))
-
-
-@lru_cache(maxsize=32)
-def uniform_loads(T: int, E: int, k: int) -> np.ndarray:
-    """The loads of windows of T tokens that choose k of E experts at random, int64 [W, E]. For one
-    expert after another: of the tokens that still have j picks among the e experts left,
-    Binomial(·, j/e) pick this one."""
-    rng = np.random.default_rng([SEED, T, E, k])
-    left_JW = np.zeros((k + 1, WINDOWS), np.int64)
-    left_JW[k] = T
-    picks_J1 = np.arange(k + 1)[:, None]
-    load_WE = np.zeros((WINDOWS, E), np.int64)
-    for e in range(E):
-        took_JW = rng.binomial(left_JW, np.minimum(picks_J1 / (E - e), 1))
-        load_WE[:, e] = took_JW.sum(0)
-        left_JW -= took_JW
-        left_JW[:-1] += took_JW[1:]
-    load_WE.flags.writeable = False
-    return load_WE

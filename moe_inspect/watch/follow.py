@@ -90,8 +90,14 @@ def piece_of(shard: Shard) -> Piece:
             said = f"{sum(tokens):,} of its {rows:,} rows are of a router of the manifest"
             raise Damaged(name, said, name)
     first = files.last_batch if files.first_batch is None else files.first_batch
-    whole = {"tokens": files.tokens, "decisions": files.decisions}
-    return Piece(first, files.last_batch, load, np.array(tokens, np.int64), **whole)
+    return Piece(
+        first,
+        files.last_batch,
+        load,
+        np.array(tokens, np.int64),
+        tokens=files.tokens,
+        decisions=files.decisions,
+    )
 
 
 def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:

@@ -38,31 +38,36 @@ def noise(T: int, E: int, k: int) -> tuple[float, float]:
     """Mean and standard deviation of the max_vio of T tokens that each pick k of E experts
     uniformly at random. NaN without tokens, 0 when k = E.
 
-    Simulated exactly, at a cost that does not depend on T: for one expert after another, of the
-    tokens that still have j picks among the e experts left, Binomial(·, j/e) pick this one. For a
-    large mean load the loads are treated as Gaussian, with the covariance of distinct picks:
-    variance kT/E·(1−k/E), correlation −1/(E−1)."""
+    Simulated exactly (`random_loads`). For a large mean load the loads are treated as Gaussian,
+    with the covariance of distinct picks: variance kT/E·(1−k/E), correlation −1/(E−1)."""
     if T <= 0:
         return float("nan"), float("nan")
     if k >= E:
         return 0.0, 0.0
-    rng = np.random.default_rng([SEED, T % 2**32, E, k])
     mean_load = k * T / E
     if mean_load >= GAUSSIAN_FROM:
         mean, sd = _maximum(E)
         scale = float(np.sqrt((1 - k / E) / mean_load * E / (E - 1)))
         return mean * scale, sd * scale
     R = int(np.clip(300_000 // (E * (k + 1)), 200, 4_000))
+    busiest_R = random_loads(T, E, k, R).max(1)
+    return float(busiest_R.mean() / mean_load - 1), float(busiest_R.std() / mean_load)
+
+
+def random_loads(T: int, E: int, k: int, R: int) -> np.ndarray:
+    """The loads of T tokens that choose k of E experts at random, R times, at a cost that does not
+    depend on T: for one expert after another, of the tokens that still have j picks among the e
+    experts left, Binomial(·, j/e) pick this one. int64 [R, E]"""
+    rng, load_RE = np.random.default_rng([SEED, T % 2**32, E, k]), np.zeros((R, E), np.int64)
     left_JR = np.zeros((k + 1, R), np.int64)
     left_JR[k] = T  # tokens by the number of picks they have left
-    picks_J = np.arange(k + 1)[:, None]
-    busiest_R = np.zeros(R, np.int64)
-    for experts_left in range(E, 0, -1):
-        took_JR = rng.binomial(left_JR, np.minimum(picks_J / experts_left, 1))
-        busiest_R = np.maximum(busiest_R, took_JR.sum(0))
+    picks_J1 = np.arange(k + 1)[:, None]
+    for e in range(E):
+        took_JR = rng.binomial(left_JR, np.minimum(picks_J1 / (E - e), 1))
+        load_RE[:, e] = took_JR.sum(0)
         left_JR -= took_JR
         left_JR[:-1] += took_JR[1:]
-    return float(busiest_R.mean() / mean_load - 1), float(busiest_R.std() / mean_load)
+    return load_RE
 
 
 @lru_cache(maxsize=64)
