@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,6 +13,8 @@ from moe_inspect.simulate import cache as cache_text
 from moe_inspect.simulate import capacity as capacity_text
 from moe_inspect.simulate import decode as decode_text
 from moe_inspect.simulate import routing as routing_text
+from moe_inspect.simulate.capacity import simulate_capacity
+from tests.conftest import ROOT
 
 LABELS = {0: "0", 1: "1/1", 2: "1/2"}
 
@@ -103,54 +106,33 @@ def test_a_hot_set_of_nearly_all(even: float, asks: bool):
 
 
 def test_capacity_names_the_worst_router():
-    main = pd.DataFrame(
-        {
-            "router": [0, 2],
-            "capacity_factor": 1.0,
-            "simulated_drop_rate": [0.1, 0.101],
-            "tokens_hit": 0.2,
-            "tokens_lost": 0.05,
-        }
+    made = simulate_capacity(ROOT / "sample_traces/collapsed", capacity_factors=[1.0])
+    main, needed = (
+        made.tables[name].set_index("router") for name in ("capacity", "capacity_needed")
     )
-    across = pd.DataFrame({"capacity_factor": [1.0], "hit_anywhere": 0.3, "lost_anywhere": 0.07})
-    needed = pd.DataFrame(
-        {"router": [0, 1], "capacity_factor": [1.5, 1.51], "unused_capacity": 0.33}
-    )
-    tenths = [
-        (r, place, t) for r in (0, 2) for place in ("document", "group") for t in range(1, 11)
+    r, most = main["simulated_drop_rate"].idxmax(), needed["capacity_factor"].idxmax()
+    worst, across = main.loc[r], made.tables["capacity_tokens"].iloc[0]
+    ends = made.tables["capacity_by_position"].set_index(["router", "position_in", "tenth"])
+    expected = [
+        f"layer {r} would drop most: {worst['simulated_drop_rate']:.1%} of its assignments; "
+        f"{worst['tokens_hit']:.1%} of its tokens would lose an expert and "
+        f"{worst['tokens_lost']:.1%} all",
+        f"{across['hit_anywhere']:.1%} of tokens would lose an expert in at least one layer, and "
+        f"{across['lost_anywhere']:.1%} all experts of a layer",
+        "at most 1% of every layer's assignments takes a factor of "
+        f"{needed['capacity_factor'][most]:.2f} (layer {most}), which leaves "
+        f"{needed['unused_capacity'][most]:.0%}",
+        *(
+            f"layer {r}, drop rate by position in the {p}: first tenth {rate[r, p, 1]:.1%}, "
+            f"last tenth {rate[r, p, 10]:.1%}."
+            for rate in [ends["simulated_drop_rate"]]
+            for p in ("document", "group")
+        ),
     ]
-    ends = pd.DataFrame(tenths, columns=["router", "position_in", "tenth"])
-    ends["capacity_factor"], ends["simulated_drop_rate"] = (
-        1.0,
-        ends["tenth"] / 100 * (ends["router"] == 2),
-    )
-    tables = {
-        "capacity": main,
-        "capacity_tokens": across,
-        "capacity_needed": needed,
-        "capacity_by_position": ends,
-    }
-    settings = {"capacity_factors": [1.0], "group_tokens": "batch", "target_drop": 0.01}
-    sentences = capacity_text.verdict(tables, settings, LABELS)
-    assert (
-        "layer 1/2 would drop most: 10.1% of its assignments; 20.0% of its tokens would lose an expert and 5.0% all"
-        in sentences[0]
-    )
-    assert (
-        "30.0% of tokens would lose an expert in at least one layer, and 7.0% all experts of a layer"
-        in sentences[1]
-    )
-    assert (
-        "at most 1% of every layer's assignments takes a factor of 1.51 (layer 1/1), which leaves 33%"
-        in sentences[2]
-    )
-    assert sentences[3:] == [
-        f"Simulated, layer 1/2, drop rate by position in the {p}: first tenth 1.0%, last tenth 10.0%."
-        for p in ("document", "group")
-    ]
-    assert len(capacity_text.verdict(tables, settings | {"group_tokens": "sequence"}, LABELS)) == 4
-    nothing = {**tables, "capacity": main.assign(simulated_drop_rate=float("nan"))}
-    assert capacity_text.verdict(nothing, settings, LABELS) == [
+    for sentence, said in zip(made.verdict, expected, strict=True):
+        assert said in sentence
+    nothing = {**made.tables, "capacity": main.reset_index().assign(simulated_drop_rate=np.nan)}
+    assert capacity_text.verdict(nothing, dict(made.settings), {}) == [
         "Simulated: no router made an assignment, so nothing could be dropped."
     ]
 

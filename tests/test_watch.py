@@ -34,7 +34,7 @@ from moe_inspect.watch.follow import (
     Follower,
     Piece,
 )
-from moe_inspect.watch.state import Session, Watched, WatchOptions
+from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
 from tests.synthetic import encoder_decoder, write_counts
@@ -325,7 +325,7 @@ def test_a_rule_on_drops_needs_a_trace_that_states_them(drops: bool, tmp_path: P
 # --- the terminal
 
 
-def shown(session: Session, width: int, height: int, **options: Any) -> list[str]:
+def shown(session: WatchSession, width: int, height: int, **options: Any) -> list[str]:
     settings: dict[str, Any] = {"force_terminal": True, "color_system": None, **options}
     console = Console(file=io.StringIO(), width=width, height=height, **settings)
     lines = console.render_lines(Screen(session), console.options.update(height=height), pad=False)
@@ -333,9 +333,9 @@ def shown(session: Session, width: int, height: int, **options: Any) -> list[str
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+def session(tmp_path_factory: pytest.TempPathFactory) -> WatchSession:
     root = tmp_path_factory.mktemp("watch") / "t"
-    session = Session(root, WatchOptions(window_tokens=512))
+    session = WatchSession(root, WatchOptions(window_tokens=512))
     with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
         for _ in committed(root, open_writer, batches(L, E, 10)):
             session.update()
@@ -344,14 +344,14 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 10), (20, 5)])
-def test_the_view_fits_the_terminal(session: Session, width: int, height: int) -> None:
+def test_the_view_fits_the_terminal(session: WatchSession, width: int, height: int) -> None:
     lines = shown(session, width, height)
     assert len(lines) <= height
     assert all(cell_len(line) <= width for line in lines)
     assert lines[0].startswith("watch ")
 
 
-def test_the_view_says_what_there_is(session: Session) -> None:
+def test_the_view_says_what_there_is(session: WatchSession) -> None:
     lines = shown(session, 100, 24)
     text = "\n".join(lines)
     assert "complete" in lines[0]
@@ -375,16 +375,8 @@ def test_the_view_says_what_there_is(session: Session) -> None:
     assert r"\x1b[31m" in text
 
 
-def test_counts_show_no_text(session: Session) -> None:
-    quiet = Session(session.path, WatchOptions(texts=False))
-    quiet.update()
-    text = "\n".join(shown(quiet, 100, 24))
-    assert "last text" not in text
-    assert " mat" not in text
-
-
 def test_without_colour_and_without_unicode_it_can_be_read(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: WatchSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
@@ -419,12 +411,12 @@ def test_a_sparkline_is_flat_where_chance_explains_it() -> None:
     assert sparkline(values, 0.0, "12345678") == "58 5"
 
 
-def test_in_a_pipe_it_is_a_line_for_each_change(session: Session, capsys: Any) -> None:
+def test_in_a_pipe_it_is_a_line_for_each_change(session: WatchSession, capsys: Any) -> None:
     console = Console(width=500)
     watch_trace(session.path, WatchOptions(every_s=0.01, window_tokens=512), console)
     (line,) = capsys.readouterr().out.splitlines()
     assert "complete, 2,560 tokens, busiest expert of layer 3 " in line
-    at_once = Session(session.path, session.options)
+    at_once = WatchSession(session.path, session.options)
     at_once.update()
     assert line.split(" ", 1)[1] == status_line(at_once).split(" ", 1)[1]
 

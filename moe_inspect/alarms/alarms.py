@@ -15,15 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.alarms import chance
-from moe_inspect.alarms.rules import (
-    BATCH,
-    DEFAULT_RULES,
-    DRIFT,
-    DROP_RATE,
-    OF_MODEL,
-    Rule,
-    parse_rule,
-)
+from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, Rule
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
@@ -196,9 +188,7 @@ class Alarms:
     the first two it is LONG_DOCUMENT."""
 
     routers: Sequence[Router]
-    rules: Sequence[Rule] = field(
-        default_factory=lambda: [parse_rule(text) for text in DEFAULT_RULES]
-    )
+    rules: Sequence[Rule]
     steps: str = "step"  # what first and last of a window number
     effects: Mapping[int, float] | None = None
 
@@ -219,13 +209,13 @@ class Alarms:
 
     def see(self, window: Window) -> list[Alarm]:
         """The alarms that the next window raises."""
-        values_of = {m: metric_R(m, window, self._before) for m in {r.metric for r in self.rules}}
-        raised = [
-            alarm
-            for rule, r, standing in self._standings
-            if not math.isnan(value := float(values_of[rule.metric][r]))
-            if (alarm := self._judge(rule, r, standing, value, window))
-        ]
+        metrics_judged = {rule.metric for rule in self.rules}
+        values_of = {name: metric_R(name, window, self._before) for name in metrics_judged}
+        raised = list[Alarm]()
+        for rule, r, standing in self._standings:
+            value = float(values_of[rule.metric][r])
+            if not math.isnan(value) and (alarm := self._judge(rule, r, standing, value, window)):
+                raised.append(alarm)
         for r, before_E in enumerate(self._before.load if self._before is not None else ()):
             moved = chance.effect_of_pair(before_E, window.load[r], self.routers[r].top_k)
             if not math.isnan(moved):

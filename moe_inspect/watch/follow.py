@@ -134,11 +134,11 @@ class News:
 
 @dataclass
 class _Rank:
-    """The shards of a rank that were counted: first those that stay, then the early ones, with what
-    they held."""
+    """The shards of a rank that were counted: first those that stay, then the early ones; and what
+    the early ones held."""
 
-    full: list[ShardFiles] = field(default_factory=list[ShardFiles])
-    early: list[tuple[ShardFiles, Piece]] = field(default_factory=list[tuple[ShardFiles, Piece]])
+    counted: list[ShardFiles] = field(default_factory=list[ShardFiles])
+    early: list[Piece] = field(default_factory=list[Piece])
 
 
 class Follower:
@@ -196,26 +196,28 @@ class Follower:
         of_rank: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
         for shard in files:
             of_rank.setdefault(shard.rank, []).append(shard)
-        news.again |= any(_was_taken_back(self._ranks.get(r, _Rank()), of_rank[r]) for r in of_rank)
-        if news.again:
-            self._ranks = {}
+        new_of = {
+            r: _beyond(self._ranks.get(r, _Rank()).counted, listed) for r, listed in of_rank.items()
+        }
+        if news.again or None in new_of.values():
+            news.again, self._ranks = True, {}
         until = self._clock() + AT_ONCE_S
         for r, listed in of_rank.items():
             rank = self._ranks.setdefault(r, _Rank())
-            for shard in _not_counted(rank, listed):
+            for shard in listed if news.again else new_of[r] or ():
                 if self._clock() > until and news.pieces:
                     news.left_tokens += shard.tokens
                 else:
                     self._count(Shard(header, shard), rank, news)
 
     def _count(self, shard: Shard, rank: _Rank, news: News) -> None:
-        files, piece = shard.files, piece_of(shard)
-        if files.early:
-            rank.early.append((files, piece))
+        piece = piece_of(shard)
+        if shard.files.early:
+            rank.early.append(piece)
         else:
-            piece = piece.without([early for _, early in rank.early])
-            rank.full.append(files)
-            rank.early = []
+            piece = piece.without(rank.early)
+            rank.counted, rank.early = [files for files in rank.counted if not files.early], []
+        rank.counted.append(shard.files)
         if piece.tokens:
             news.pieces.append(piece)
             news.shards.append(shard)
@@ -268,30 +270,25 @@ class Follower:
         )
 
 
-def _was_taken_back(rank: _Rank, listed: list[ShardFiles]) -> bool:
-    """Whether shards that were counted are gone without a successor: the trace was begun again, or
-    resumed before them."""
-    full, early = len(rank.full), [files for files, _ in rank.early]
-    if not _same(listed[:full], rank.full):
-        return True
-    rest = listed[full:]
-    if not early or _same(rest[: len(early)], early):
-        return False
-    return not (
-        rest
+def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFiles] | None:
+    """What is listed beyond the shards that were counted. None where some of these are gone without
+    a successor: the trace was begun again, or resumed before them."""
+    if _begins_with(listed, counted):
+        return listed[len(counted) :]
+    full = [files for files in counted if not files.early]
+    rest, last = listed[len(full) :], counted[-1]
+    succeeds = (
+        last.early
+        and rest
         and not rest[0].early
-        and rest[0].index > early[-1].index
-        and rest[0].last_token >= early[-1].last_token
+        and rest[0].index > last.index
+        and rest[0].last_token >= last.last_token
     )
+    return rest if succeeds and _begins_with(listed, full) else None
 
 
-def _not_counted(rank: _Rank, listed: list[ShardFiles]) -> list[ShardFiles]:
-    rest, early = listed[len(rank.full) :], [files for files, _ in rank.early]
-    return rest[len(early) :] if _same(rest[: len(early)], early) else rest
-
-
-def _same(some: list[ShardFiles], others: list[ShardFiles]) -> bool:
-    return len(some) == len(others) and all(
+def _begins_with(listed: list[ShardFiles], others: list[ShardFiles]) -> bool:
+    return len(listed) >= len(others) and all(
         a is b or (a.index == b.index and a.lines == b.lines)
-        for a, b in zip(some, others, strict=True)
+        for a, b in zip(listed, others, strict=False)
     )

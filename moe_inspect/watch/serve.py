@@ -42,7 +42,7 @@ from moe_inspect.reporting.render.html import asset, palette_css, script_hash
 from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import first_line, print_stderr, readable
 from moe_inspect.watch.follow import ENDED, RECORDING, WAITING, Piece
-from moe_inspect.watch.state import Session, Watched, WatchOptions
+from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -117,7 +117,7 @@ class _OnlyOwnHosts:
 SCRIPTS = ("chart.js", "page.js")
 
 
-def snapshot(session: Session) -> str:
+def snapshot(session: WatchSession) -> str:
     """What the page shows now, as JSON."""
     watched, window = session.watched, session.watched.window
     rates = watched.rates() if watched.status == RECORDING else None
@@ -228,7 +228,7 @@ def _own(name: str) -> str:
 class Live:
     """The newest snapshot, for all who wait for it."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: WatchSession):
         self.session = session
         self.text = snapshot(session)
         self.number = 0
@@ -280,7 +280,9 @@ class Live:
                         await self._news.wait()
 
 
-def application(session: Session, hosts: frozenset[str], per_expert: bool = False) -> Starlette:
+def application(
+    session: WatchSession, hosts: frozenset[str], per_expert: bool = False
+) -> Starlette:
     """GET / (the page), /events, /state (what the page shows, as JSON) and /metrics."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
@@ -363,7 +365,7 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise MoeInspectError(f"--serve needs {error.name}: {INSTALL}") from None
-    app = application(Session(path, options), hosts_of(host, allow_hosts), per_expert)
+    app = application(WatchSession(path, options), hosts_of(host, allow_hosts), per_expert)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

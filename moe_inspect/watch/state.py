@@ -232,7 +232,7 @@ class WatchOptions:
     of_process: int | None = None
 
 
-class Session:
+class WatchSession:
     """A follower, what it has found, and the last text of the least balanced layer."""
 
     def __init__(self, path: str | Path, options: WatchOptions):

@@ -32,7 +32,7 @@ from moe_inspect.reporting.render.heatmap import (
 )
 from moe_inspect.text import plural, printable
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Piece
-from moe_inspect.watch.state import HotText, Session, WatchOptions
+from moe_inspect.watch.state import HotText, WatchOptions, WatchSession
 
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*#@"
@@ -46,7 +46,7 @@ Line = list[Segment]
 class Screen:
     """Draws what a session has found now, and a text below it where there is one."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: WatchSession):
         self.session, self.watched = session, session.watched
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -245,7 +245,7 @@ def watch(
 ) -> None:
     """Shows the trace until its writer is done. With `endings`, MoeInspectError unless it is
     complete then."""
-    session = Session(path, options)
+    session = WatchSession(path, options)
     watched, screen = session.watched, Screen(session)
     if console.is_terminal:
         with console.screen() as whole:
@@ -277,7 +277,7 @@ def watch(
         )
 
 
-def status_line(session: Session) -> str:
+def status_line(session: WatchSession) -> str:
     """What is new, in a line of a file: status, tokens, the least balanced layer, alarms."""
     watched = session.watched
     if watched.status == WAITING:

@@ -25,7 +25,7 @@ from numba import njit
 from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, replicate
 from moe_inspect.simulate.placement.search import (
     SMALLEST,
-    State,
+    Placement,
     descend,
     packed,
     search,
@@ -66,7 +66,7 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
     drawn_EM, judged_EM = (
         np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
     )
-    limit = min(State(load_E, start.reshape(gpus, -1)).most for start in starts)
+    limit = min(Placement(load_E, start.reshape(gpus, -1)).most for start in starts)
     cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
     found = [
         state
@@ -74,7 +74,7 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
         if (state := _light(load_E, start.reshape(gpus, -1), limit))
     ]
     if not found:
-        found = [State(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
+        found = [Placement(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
     tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
     for slots_GS in list(tried.values()):
         exchanged_GS = slots_GS.copy()
@@ -85,10 +85,10 @@ def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndar
     return best_GS.reshape(-1).astype(np.int64)
 
 
-def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> State | None:
+def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> Placement | None:
     """The placement with replicas on different GPUs, improved by exchanges; None where its busiest
     GPU stays above the limit."""
-    state = separated(State(load_E, slots_GS))
+    state = separated(Placement(load_E, slots_GS))
     if state is None:
         return None
     descend(state)

@@ -94,7 +94,7 @@ def simulate_placement(
     else:
         windows = read.fit_windows_of(trace, selection, fit_share, window)
         loads = read.loads_of(trace, selection, windows)
-    plans = read.Plans(trace, selection, windows, layouts, loads, {})
+    plans = read.PlacementPlans(trace, selection, windows, layouts, loads, {})
     advance = begun("placing", len(layouts), "routers")
     for r in selection.routers:
         for name in names:

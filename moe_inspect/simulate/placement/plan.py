@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.placement.windows import Plans
+from moe_inspect.simulate.placement.windows import PlacementPlans
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 
 
-def plan_table(plans: Plans, policy: str) -> Any:
+def plan_table(plans: PlacementPlans, policy: str) -> Any:
     """The plan of one policy: a row per router and slot."""
     parts = []
     for r in plans.selection.routers:

@@ -125,7 +125,7 @@ CANDIDATES = 20_000  # replica moves looked at in a round
 SMALLEST = 1e-9  # relative; below this a gain is rounding
 
 
-class State:
+class Placement:
     """A placement under search. slots_GS: expert of each slot; copies_GE: replicas of an expert on
     a GPU. `crowds`: whether the search may give an expert more replicas than there are GPUs."""
 
@@ -191,8 +191,10 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     packings = [
         packed(load_E, n_E, gpus) for n_E in (replicas_E, *_fewest_replicas(load_E, slots, gpus))
     ]
-    target = min((State(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf)
-    begun = [separated(State(load_E, start.reshape(gpus, S))) for start in (*starts, *packings)]
+    target = min(
+        (Placement(load_E, start.reshape(gpus, S)).most for start in starts), default=np.inf
+    )
+    begun = [separated(Placement(load_E, start.reshape(gpus, S))) for start in (*starts, *packings)]
     states = [state for state in begun if state is not None]
     for state in states:
         improve(state, bound)
@@ -200,14 +202,14 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
     rng = np.random.default_rng(0)
     # crowds only where a start is still better: what so many replicas gain is lost on other loads
     for crowds in (False, True):
-        best = State(load_E, best.slots_GS, crowds)
+        best = Placement(load_E, best.slots_GS, crowds)
         few = 0 if crowds else max(LEAST_PERTURBATIONS, SLOT_PERTURBATIONS // slots)
         for n in range(MOST_PERTURBATIONS):
             ahead = best.most > target * (1 + SMALLEST)
             if not ahead and (n >= few or best.most <= bound * (1 + CLOSE)):
                 break
             if n == few and (found := as_light(load_E, slots, gpus, target, crowds)) is not None:
-                best = State(load_E, found.reshape(gpus, S), crowds)
+                best = Placement(load_E, found.reshape(gpus, S), crowds)
                 improve(best, bound)
                 break
             state = perturbed(best, rng)
@@ -246,7 +248,7 @@ def packed(load_E: np.ndarray, replicas_E: np.ndarray, gpus: int) -> np.ndarray:
     return np.array(placed, np.int64).reshape(-1)
 
 
-def separated(state: State) -> State | None:
+def separated(state: Placement) -> Placement | None:
     """Exchanges replicas that share a GPU for others, at the least cost to the heavier of the two
     GPUs. Each exchange leaves one pair fewer. None where one is left: only where an expert that has
     more replicas than there are GPUs, which may share one, is in the way."""
@@ -272,7 +274,7 @@ def separated(state: State) -> State | None:
     return state
 
 
-def descend(state: State) -> None:
+def descend(state: Placement) -> None:
     """Exchanges a slot of the busiest GPU for that of another, the best exchange first, as long as
     it helps."""
     S, free_E = state.slots_GS.shape[1], state.free_E
@@ -296,13 +298,13 @@ def descend(state: State) -> None:
         state.swap(h, i, g, j)
 
 
-def improve(state: State, bound: float) -> None:
+def improve(state: Placement, bound: float) -> None:
     """Exchanges, then moves of a replica with exchanges after each, as long as either helps."""
     descend(state)
     while state.most > bound * (1 + CLOSE):
         trials = []
         for gpu, slot, expert in replica_moves(state):
-            trial = State(state.load_E, state.slots_GS, state.crowds)
+            trial = Placement(state.load_E, state.slots_GS, state.crowds)
             trial.put(gpu, slot, expert)
             trial.weigh()
             descend(trial)
@@ -313,7 +315,7 @@ def improve(state: State, bound: float) -> None:
         state.__dict__.update(best.__dict__)
 
 
-def replica_moves(state: State) -> list[tuple[int, int, int]]:
+def replica_moves(state: Placement) -> list[tuple[int, int, int]]:
     """(GPU, slot, expert that it gets) of the moves of a replica that leave the lightest heaviest
     GPU: more replicas of what the busiest GPU holds, or a replicated expert leaves it."""
     S = state.slots_GS.shape[1]
@@ -340,7 +342,7 @@ def replica_moves(state: State) -> list[tuple[int, int, int]]:
     return [(int(g_M[m]), int(p_M[m] % S), int(y_M[m])) for m in first]
 
 
-def _spare(state: State) -> np.ndarray:
+def _spare(state: Placement) -> np.ndarray:
     """Slots of experts that can do without one: where one replica fewer leaves as many as there are
     GPUs, they must then be on different ones."""
     G, S = state.slots_GS.shape
@@ -350,10 +352,10 @@ def _spare(state: State) -> np.ndarray:
     return np.flatnonzero((replicas_P > 1) & ((replicas_P != G + 1) | separate_P))
 
 
-def perturbed(state: State, rng: np.random.Generator) -> State:
+def perturbed(state: Placement, rng: np.random.Generator) -> Placement:
     """A few slots exchanged at random, one of them on the busiest GPU, after perhaps some replicas
     moved at random."""
-    new = State(state.load_E, state.slots_GS, state.crowds)
+    new = Placement(state.load_E, state.slots_GS, state.crowds)
     G, S = state.slots_GS.shape
     moves = (0, 0, 1, int(rng.integers(2, MOVES + 1)))[int(rng.integers(4))]
     for _ in range(moves):

@@ -18,7 +18,7 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import hidden_bytes
 from moe_inspect.simulate.placement.policies import colocated, shares
-from moe_inspect.simulate.placement.windows import Plans
+from moe_inspect.simulate.placement.windows import PlacementPlans
 
 AT_ONCE = 64  # windows
 
@@ -62,7 +62,7 @@ def _solved(fixed_WG: np.ndarray, free_WE: np.ndarray, on_EG: np.ndarray) -> np.
 Reached = dict[tuple[int, str], tuple[float, float]]  # ranks and nodes, by (router, policy)
 
 
-def tables_of(plans: Plans, reached: Reached, linear_program: bool) -> dict[str, Any]:
+def tables_of(plans: PlacementPlans, reached: Reached, linear_program: bool) -> dict[str, Any]:
     """`placement`: a row per router and policy; `policies`: a row per policy; `windows`: a row per
     window, router and policy. `linear_program`: with what the best dispatch could reach."""
     windows, size = plans.windows, hidden_bytes(plans.trace)

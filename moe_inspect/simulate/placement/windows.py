@@ -66,7 +66,7 @@ class FitWindows:
 
 
 @dataclass(frozen=True)
-class Plans:
+class PlacementPlans:
     """The expert of every slot, int64 [P], by (router, policy), with what the plans were made from.
     `loads`: assignments of each router's experts by window, int64 [W, E]."""
 
@@ -171,7 +171,7 @@ def _loads(
     return found
 
 
-def ranks_reached(plans: Plans) -> dict[tuple[int, str], tuple[float, float]]:
+def ranks_reached(plans: PlacementPlans) -> dict[tuple[int, str], tuple[float, float]]:
     """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
     (router, policy)."""
     asked = plans.selection, plans.windows, plans.layouts, plans.of
@@ -227,7 +227,7 @@ def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return sole_E, start_E, gpu_C, share_EG[expert_C, gpu_C]
 
 
-def reach_fewer(plans: Plans, policy: str, slack: float) -> None:
+def reach_fewer(plans: PlacementPlans, policy: str, slack: float) -> None:
     """Replaces the plans of a policy by ones that reach fewer GPUs, by exchanges of replicas, on a
     sample of the decisions they were fitted on. No GPU is loaded more than the best EPLB's heaviest
     × (1 + slack), or than it was."""
