@@ -129,7 +129,7 @@ MUTATIONS = {
     "weights: bf16 by half": (stored, "<< 16", "<< 15", by(test_describe_weights.test_bf16_fp16_and_several_files_in_pieces)),
     "design effect without n/(n − 1)": (uncertainty, ".sum()) * n / (n - 1)", ".sum())", by(test_uncertainty.test_the_design_effect_by_hand)),
     "Gaussian floor without E/(E − 1)": (uncertainty, "/ mean_load * E / (E - 1))", "/ mean_load)", by(test_uncertainty.test_the_gaussian_floor_by_hand)),
-    "floor of independent picks": (uncertainty, "picks_J / experts_left", "k / E + 0 * picks_J", by(test_uncertainty.test_noise_floor_is_what_drawing_gives, 20, 16, 4)),
+    "floor of independent picks": (uncertainty, "picks_J1 / (E - e)", "k / E + 0 * picks_J1", by(test_uncertainty.test_noise_floor_is_what_drawing_gives, 20, 16, 4)),
     "n of n documents are drawn": (uncertainty, "rng.multinomial(n - 1, np.full(n, 1 / n), size=R) * (n / (n - 1))", "rng.multinomial(n, np.full(n, 1 / n), size=R) * 1.0", by(test_uncertainty.test_resampling_keeps_the_variance_of_a_mean)),
     "a 90 % interval": (uncertainty, "[0.025, 0.5, 0.975]", "[0.05, 0.5, 0.95]", by(test_uncertainty.test_an_interval_leaves_out_a_fortieth_at_each_end)),
     # pairs
