@@ -16,9 +16,9 @@ import transformers
 
 from moe_inspect import MoeInspectError, intervene
 from moe_inspect.analysis.scores import lowest, random_scores
-from moe_inspect.interventions.among import beyond
 from moe_inspect.interventions.pruning import checkpoint
 from moe_inspect.interventions.pruning.run import check, config_of
+from moe_inspect.interventions.rules import beyond
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of

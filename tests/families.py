@@ -1,5 +1,4 @@
-"""Tiny random models of the main families, of two layers, and what routes where in them, found
-without the hook under test."""
+"""Tiny random models of the main families, of two layers, and what their experts are handed."""
 
 from __future__ import annotations
 
@@ -51,30 +50,6 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
 
 def moe_layers(family: str) -> list[int]:
     return [1] if family in DENSE_FIRST else [0, 1]
-
-
-def causal_routing(model: Any, layer: int, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """bool [T, E]: whether expert e of this layer had a part in a position's output, found by
-    disturbing one expert's down projection at a time and seeing which positions change. No router
-    and no experts call is looked at."""
-    block = model.model.layers[layer]
-    down = next(p for n, p in block.named_parameters() if n.endswith("experts.down_proj"))
-    seen: list[torch.Tensor] = []
-    hook = block.register_forward_hook(
-        lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
-    try:
-        with torch.no_grad():
-            model(**inputs)
-            for e in range(len(down)):
-                kept = down[e].clone()
-                down[e] *= -3
-                model(**inputs)
-                down[e] = kept
-    finally:
-        hook.remove()
-    undisturbed = seen[0].flatten(0, 1)
-    return np.stack([(x.flatten(0, 1) != undisturbed).any(-1).numpy() for x in seen[1:]], 1)
 
 
 def handed_over(

@@ -1,4 +1,4 @@
-"""The loss without an expert: against the model that really has none of its rows."""
+"""The loss without an expert: against that of each text alone under an intervention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.interventions import held_out
 from moe_inspect.interventions.ablation import Below
-from moe_inspect.interventions.held_out import open_held_out
 from moe_inspect.model.own import load_object
 from tests import own, zoo
 from tests.conftest import Cli
@@ -55,27 +54,8 @@ def test_losses_are_those_of_each_text_alone_without_the_expert(opened: held_out
         return np.array([float(network(input_ids=x, labels=x).loss) for x in labels])
 
     whole = np.average(loss(), weights=predicted)
-    # by hand: of the scores of the router, those of expert 5 are never the largest
-    gate = network.get_submodule("model.layers.2.mlp.gate")
-    stock = type(gate).forward
-
-    def without(self: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self is not gate:
-            return stock(self, hidden)
-        logits = hidden.reshape(-1, hidden.shape[-1]).float() @ gate.weight.float().T
-        kept = [0, 1, 2, 3, 4, 6, 7]
-        top = logits[:, kept].softmax(-1).topk(2)
-        return (
-            logits,
-            top.values / top.values.sum(-1, keepdim=True),
-            torch.tensor(kept)[top.indices],
-        )
-
-    type(gate).forward = without
-    try:
+    with moe_inspect.intervene(network, drop={2: 5}):
         by_document = loss()
-    finally:
-        type(gate).forward = stock
     row: Any = done.experts.set_index("expert").loc[5]
     assert row.loss == pytest.approx(whole, abs=1e-5)
     assert row.loss_without == pytest.approx(np.average(by_document, weights=predicted), abs=1e-5)
@@ -148,26 +128,26 @@ def test_what_cannot_be_ablated_is_said(tmp_path: Path) -> None:
         held_out._loss(torch.zeros(9, 8), row, "Labels")
 
 
+def of_loader(root: Path, tokens: int) -> tuple[list[object], held_out.HeldOut]:
+    """A model of one's own: the arguments of commands about it, and what they measure."""
+    torch.save(own.gpt().state_dict(), root / "model.pt")
+    (root / "routers.py").write_text(ROUTERS)
+    loader, routers = f"{own.EXAMPLE}:load", f"{root}/routers.py:ROUTERS"
+    arguments = [root / "model.pt", "--loader", loader, "--routers", routers]
+    options = TraceOptions(loader=load_object(loader), routers=[load_object(routers)])
+    options = replace(options, max_tokens=tokens, batch_tokens=2048)
+    opened = held_out.open_held_out(str(root / "model.pt"), options)
+    return [*arguments, "--max-tokens", tokens], opened
+
+
 def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
     """Of a loader, fed a text at a time; against the loss with one expert's logit masked."""
-    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "routers.py").write_text(ROUTERS)
-    arguments = ["--loader", f"{own.EXAMPLE}:load", "--routers", "routers.py:ROUTERS"]
-    arguments += ["--max-tokens", 600, "--layers", 2, "--experts", 5, "--format", "json"]
-    row = json.loads(cli_here("ablate", "model.pt", *arguments).stdout)
+    arguments, opened = of_loader(tmp_path, 600)
+    arguments += ["--layers", 2, "--experts", 5, "--format", "json"]
+    row = json.loads(cli_here("ablate", *arguments).stdout)
     assert row["how"] == "chose among the rest"
-
     model = own.gpt().eval()
-    plan = open_held_out(
-        str(tmp_path / "model.pt"),
-        TraceOptions(
-            loader=load_object(f"{own.EXAMPLE}:load"),
-            routers=[load_object(f"{tmp_path}/routers.py:ROUTERS")],
-            max_tokens=600,
-            batch_tokens=2048,
-        ),
-    )
-    rows = [row for batch in plan.batches for row in batch]
+    rows = [row for batch in opened.batches for row in batch]
 
     def loss() -> float:
         nats = 0.0
@@ -190,11 +170,9 @@ def test_a_model_of_ones_own(tmp_path: Path, cli_here: Cli) -> None:
 
 
 def test_a_model_of_ones_own_is_pruned_without_a_checkpoint(tmp_path: Path, cli_here: Cli) -> None:
-    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "routers.py").write_text(ROUTERS)
-    model = ["model.pt", "--loader", f"{own.EXAMPLE}:load", "--routers", "routers.py:ROUTERS"]
-    cli_here("trace", *model, "--max-tokens", 300, "-o", "t")
-    given = ["--trace", "t", "--max-tokens", 300, "--by", "frequency", "--draws", 1]
+    model, of = of_loader(tmp_path, 300)
+    cli_here("trace", *model, "-o", "t")
+    given = ["--trace", "t", "--by", "frequency", "--draws", 1]
     plan, whole = [
         json.loads(line)
         for line in cli_here(
@@ -204,9 +182,6 @@ def test_a_model_of_ones_own_is_pruned_without_a_checkpoint(tmp_path: Path, cli_
     ][1::-1]
     load = moe_inspect.report(tmp_path / "t").tables["load"]
     experts = load.loc[load.groupby("layer").assignments.idxmin()]
-    options = TraceOptions(loader=load_object(f"{own.EXAMPLE}:load"), max_tokens=300)
-    options = replace(options, routers=[load_object(f"{tmp_path}/routers.py:ROUTERS")])
-    of = open_held_out(str(tmp_path / "model.pt"), options)
     with moe_inspect.intervene(
         of.network, drop=dict(zip(experts.layer, experts.expert, strict=True)), routers=of.routers
     ):

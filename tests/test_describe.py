@@ -17,7 +17,7 @@ import transformers
 import moe_inspect
 from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.description import PEAK_FLOPS, describe_table
+from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from moe_inspect.model.find import find_routers
 from tests import own, zoo
 from tests.conftest import ROOT, Cli

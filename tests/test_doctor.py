@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_inspect.doctor import machine, model
-from moe_inspect.doctor.page import page
+from moe_inspect.doctor import costs
+from moe_inspect.doctor.page import page, version_of
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli, phases_begun
 from tests.families import NO_INTERFACE, build
@@ -22,14 +22,14 @@ from tests.families import NO_INTERFACE, build
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "ROUNDS", 1)
-    monkeypatch.setattr(model, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "BLOCK_SECONDS", 0.0)
 
 
 def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
     text = cli_here("doctor", "--no-measure").stdout
     for name in ("moe-inspect", "torch", "transformers", "pyarrow"):
-        assert f"  {name:<28}{machine.version_of(name)}\n" in text
+        assert f"  {name:<28}{version_of(name)}\n" in text
     assert "tap                         yes" in text
     if not torch.cuda.is_available():
         assert "Triton kernels              no: " in text
@@ -112,38 +112,38 @@ def test_the_time_of_a_recorder_is_in_the_traced_time(
 ) -> None:
     """A positive control: with a recorder that is slow on purpose, traced is slower."""
     network = build("qwen3_moe")
-    phase = model.prefill_phase(network, torch.arange(8).view(2, 4))
-    original = model.Recorder.begin
+    phase = costs.prefill_phase(network, torch.arange(8).view(2, 4))
+    original = costs.Recorder.begin
 
     def slow(recorder: Any) -> None:
-        begun = model.time.process_time()
-        while model.time.process_time() - begun < 0.2:
+        begun = costs.time.process_time()
+        while costs.time.process_time() - begun < 0.2:
             pass
         original(recorder)
 
-    monkeypatch.setattr(model.Recorder, "begin", slow)
-    found = model.timed(network, phase, ["tap"])
+    monkeypatch.setattr(costs.Recorder, "begin", slow)
+    found = costs.timed(network, phase, ["tap"])
     assert found["tap"].cpu > 0.2
     assert found["tap"].cpu > found["untraced"].cpu + 0.1
 
 
 def test_what_a_model_cannot_record_has_its_reason() -> None:
     network = build(next(iter(NO_INTERFACE)))  # transformers' experts interface
-    rows = {r["capture"]: r for r in model.captures_of(network, model.find_routers(network))}
+    rows = {r["capture"]: r for r in costs.captures_of(network, costs.find_routers(network))}
     assert rows["tap"]["possible"]
     assert not rows["dispatch"]["possible"]
     assert "use --capture tap" in rows["dispatch"]["note"]
     network.get_submodule("model").layers = torch.nn.ModuleList()
     with pytest.raises(MoeInspectError, match="no routers"):
-        model.find_routers(network)
+        costs.find_routers(network)
 
 
 def test_a_model_without_a_cache_has_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise MoeInspectError("returns no key-value cache")
 
-    monkeypatch.setattr(model, "cache_of", refuse)
+    monkeypatch.setattr(costs, "cache_of", refuse)
     network = build("qwen3_moe")
-    phase = model.decode_phase(network, torch.arange(4).view(1, 4))
-    row = model._speed(network, phase, ["tap"])
+    phase = costs.decode_phase(network, torch.arange(4).view(1, 4))
+    row = costs._speed(network, phase, ["tap"])
     assert row["not_measured"] == "returns no key-value cache"

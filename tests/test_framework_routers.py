@@ -14,8 +14,8 @@ from torch import nn
 
 from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.model.custom import frameworks
-from moe_inspect.model.custom.find import sites_given
 from moe_inspect.model.custom.spec import RouterSpec
+from moe_inspect.model.find import sites_given
 
 IDS = torch.tensor([[2, 0], [1, 3]])
 WEIGHTS = torch.tensor([[0.25, 0.75], [0.5, 0.5]])

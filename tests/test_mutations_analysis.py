@@ -16,7 +16,6 @@ from moe_inspect.analysis.counting import count_shard, kernels_numpy, router_cou
 from moe_inspect.analysis.metrics import balance, committee, pairs, paths, signature, uncertainty
 from moe_inspect.analysis.metrics import chance as analysis_chance
 from moe_inspect.analysis.weights import measure, stored
-from moe_inspect.analysis.weights import routed as routed_weights
 from moe_inspect.capture.corpus import plan as capture_plan
 from moe_inspect.importers import batches, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
@@ -124,8 +123,8 @@ MUTATIONS = {
     "paths: a group is left out by halves": (paths, "np.sqrt((G - 1) / G *", "np.sqrt(1 / G *", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "paths: groups split documents": (paths, "of_S.reshape(-1) % min(GROUPS, N)", "np.arange(len(document_S)) % min(GROUPS, N)", by(test_committee.test_the_jackknife_leaves_out_one_group_of_documents_at_a_time)),
     "samples: drawn by the place in a shard": (samples, "mixed(shard.files.first_token + seen.number_T)", "mixed(seen.number_T)", by(test_committee.test_a_sample_of_tokens_is_the_same_in_any_shards)),
-    "weights: experts in reverse": (routed_weights, "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by(test_describe_weights.test_every_family_is_found_and_measured, "gpt_oss")),
-    "weights: the mean square, not its root": (measure, "/ np.sqrt(count_E * square_E), np", "/ (count_E * square_E), np", by(test_describe_weights.test_every_family_is_found_and_measured, "olmoe")),
+    "weights: experts in reverse": (measure, "(t, e * (t.size // E)", "(t, (E - 1 - e) * (t.size // E)", by(test_describe_weights.test_every_family_is_found_and_measured, "gpt_oss")),
+    "weights: the mean square, not its root": (measure, "/ np.sqrt(place.weights_E * square_E), np", "/ (place.weights_E * square_E), np", by(test_describe_weights.test_every_family_is_found_and_measured, "olmoe")),
     "weights: bf16 by half": (stored, "<< 16", "<< 15", by(test_describe_weights.test_bf16_fp16_and_several_files_in_pieces)),
     "design effect without n/(n − 1)": (uncertainty, ".sum()) * n / (n - 1)", ".sum())", by(test_uncertainty.test_the_design_effect_by_hand)),
     "Gaussian floor without E/(E − 1)": (uncertainty, "/ mean_load * E / (E - 1))", "/ mean_load)", by(test_uncertainty.test_the_gaussian_floor_by_hand)),

@@ -14,8 +14,7 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom import spec as specs
 from moe_inspect.model.custom.choice import in_map
-from moe_inspect.model.custom.find import candidates
-from moe_inspect.model.find import find_routers
+from moe_inspect.model.find import candidates, find_routers
 from tests import own
 
 B, S = 3, 16

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
-from moe_inspect.model.custom.find import candidates
+from moe_inspect.model.find import candidates
 from tests import own
 from tests.families import build
 from tests.own import record_once, record_twice

@@ -13,12 +13,16 @@ from moe_inspect import MoeInspectError
 from moe_inspect.analysis.scores import lowest
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.interventions.ablation import Progress, ablate_held_out
+from moe_inspect.interventions.ablation import ablate_held_out
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
-from moe_inspect.interventions.pruning.advise import of_overlap
-from moe_inspect.interventions.pruning.calibration import check_trace
-from moe_inspect.interventions.pruning.measure import measure
-from moe_inspect.interventions.pruning.run import Choice, Pruning, check, judged, planned
+from moe_inspect.interventions.pruning.measure import measure, of_overlap
+from moe_inspect.interventions.pruning.run import (
+    Choice,
+    Pruning,
+    check,
+    check_trace,
+    prune_held_out,
+)
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace
@@ -47,15 +51,15 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     return trace_of(tmp_path_factory.mktemp("three") / "t", "english", "metamath", "python")
 
 
+@pytest.fixture
+def few(held_out: HeldOut) -> HeldOut:
+    """Six documents."""
+    return replace(held_out, batches=[held_out.batches[0][:6]])
+
+
 def of_domains(whole: HeldOut, *domains: str) -> HeldOut:
     rows = [[row for row in batch if row.domain in domains] for batch in whole.batches]
     return replace(whole, batches=[batch for batch in rows if batch])
-
-
-def pruned(
-    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
-) -> Pruning:
-    return judged(held_out, trace, planned(held_out, trace, choice, progress), progress)
 
 
 def said(pruning: Pruning, kind: str) -> str:
@@ -67,7 +71,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     held_out: HeldOut, three: Trace
 ) -> None:
     others = of_domains(held_out, "c", "german", "russian")
-    done = pruned(others, three, Choice(by="reap", keep=0.75))
+    done = prune_held_out(others, three, Choice(by="reap", keep=0.75))
     losses = done.losses.set_index(["plan", "domain"]).loss
     assert losses["reap", "(all)"] > losses["random", "(all)"] + 0.2
     assert "random is better than reap: a loss of 5.4" in said(done, "random")
@@ -77,7 +81,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     assert {layer: len(experts) for layer, experts in done.dropped.items()} == dict.fromkeys(
         range(4), 2
     )
-    same = pruned(
+    same = prune_held_out(
         of_domains(held_out, "english", "metamath", "python"),
         three,
         Choice(by="reap", keep=0.75, draws=2),
@@ -87,8 +91,7 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     assert "30 of 30 held-out documents are in the calibration trace" in said(same, "overlap")
 
 
-def test_scores_are_those_of_the_report_and_the_least_go(held_out: HeldOut, three: Trace) -> None:
-    few = replace(held_out, batches=held_out.batches[:1])
+def test_scores_are_those_of_the_report_and_the_least_go(few: HeldOut, three: Trace) -> None:
     table = moe_inspect.report(three).tables["worth"]
     columns = {
         "reap": "reap",
@@ -98,15 +101,14 @@ def test_scores_are_those_of_the_report_and_the_least_go(held_out: HeldOut, thre
         "frequency": "assignments",
     }
     for by, column in columns.items():
-        done = pruned(few, three, Choice(by=by, keep=0.75, draws=1))
+        done = prune_held_out(few, three, Choice(by=by, keep=0.75, draws=1))
         assert np.allclose(done.scores.score, table[column]), by
         for layer, gone in done.dropped.items():
             of = table[table.layer == layer].set_index("expert")[column]
             assert set(gone) == set(of.nsmallest(2).index)
 
 
-def test_a_loss_is_that_of_the_model_without_the_experts(held_out: HeldOut) -> None:
-    few = replace(held_out, batches=held_out.batches[:1])
+def test_a_loss_is_that_of_the_model_without_the_experts(few: HeldOut) -> None:
     losses = measure(
         few, {"one": [[[], [3], [], []]], "two": [[[], [], [2], []], [[], [], [5], []]]}
     )
@@ -129,13 +131,13 @@ def test_text_that_was_calibrated_on_is_found_however_it_is_cut(
     rows = [row for batch in held_out.batches for row in batch]
     cut = moe_inspect.trace_model("demo", tmp_path / "t", max_length=100, max_tokens=250)
     fed, documents = cut.tokens().document.nunique(), len({row.document for row in rows})
-    [found] = of_overlap(cut, held_out)
-    assert found.text.startswith(f"{fed} of {documents} held-out documents are in the")
+    [(_, text)] = of_overlap(cut, held_out)
+    assert text.startswith(f"{fed} of {documents} held-out documents are in the")
     others = [replace(row, ids=row.ids[::-1].copy()) for row in rows]
     assert not list(of_overlap(cut, replace(held_out, batches=[others]))), "control: other text"
     counted = moe_inspect.trace_model("demo", tmp_path / "c", max_tokens=150, counts_only=True)
-    [found] = of_overlap(counted, held_out)
-    assert "does not hold its text" in found.text
+    [(_, text)] = of_overlap(counted, held_out)
+    assert "does not hold its text" in text
 
 
 def test_as_many_go_of_each_group() -> None:
@@ -146,39 +148,36 @@ def test_as_many_go_of_each_group() -> None:
 
 
 def test_experts_that_were_hardly_seen_and_super_experts_are_named(
-    held_out: HeldOut, tmp_path: Path
+    few: HeldOut, tmp_path: Path
 ) -> None:
-    few = replace(held_out, batches=held_out.batches[:1])
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=60, output_norms=True)
-    done = pruned(few, short, Choice(by="frequency", keep=0.75, draws=1))
+    done = prune_held_out(few, short, Choice(by="frequency", keep=0.75, draws=1))
     assert "8 dropped experts had fewer than 32 assignments" in said(done, "few tokens")
     assert "record it with --output-peaks" in said(done, "super experts")
 
 
-def test_by_weights_alone(held_out: HeldOut, three: Trace) -> None:
-    few = replace(held_out, batches=held_out.batches[:1])
-    done = pruned(few, three, Choice(by="aimer", keep=0.75, draws=1))
+def test_by_weights_alone(few: HeldOut, three: Trace) -> None:
+    done = prune_held_out(few, three, Choice(by="aimer", keep=0.75, draws=1))
     table = moe_inspect.describe_weights("demo")["experts"]
     assert np.allclose(1 - done.scores.score, table.aimer)
     assert done.dropped[0] == sorted(table[table.layer == 0].aimer.nlargest(2).index)
 
 
-def test_what_is_worth_most_alone_stays(held_out: HeldOut, tmp_path: Path) -> None:
-    few = replace(held_out, batches=held_out.batches[:1])
+def test_what_is_worth_most_alone_stays(few: HeldOut, tmp_path: Path) -> None:
     short = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300)
     choice = Choice(by="ablation", keep=0.75, draws=1, resume=tmp_path / "kept")
     passes: list[int] = []
-    done = pruned(few, short, choice, lambda n, total: passes.append(total))
+    done = prune_held_out(few, short, choice, lambda n, total: passes.append(total))
     alone = moe_inspect.ablate("demo", max_tokens=300).experts
     assert np.allclose(done.scores.score, alone.difference, atol=0.02)
     again = list[int]()
-    same = pruned(few, short, choice, lambda n, total: again.append(total))
+    same = prune_held_out(few, short, choice, lambda n, total: again.append(total))
     assert same.scores.equals(done.scores)
     assert max(passes) > 32 > max(again), "what was kept is not measured again"
     with pytest.raises(MoeInspectError, match="draws is 0"):
-        pruned(few, short, replace(choice, draws=0))
+        prune_held_out(few, short, replace(choice, draws=0))
     with pytest.raises(MoeInspectError, match="which reap needs: record it with"):
-        pruned(few, short, Choice(by="reap", keep=0.75))
+        prune_held_out(few, short, Choice(by="reap", keep=0.75))
 
 
 def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import moe_inspect
 from moe_inspect import MoeInspectError, intervene
 from moe_inspect.analysis.scores import lowest, random_scores
-from moe_inspect.interventions.among import beyond
 from moe_inspect.interventions.pruning import checkpoint, run
 from moe_inspect.interventions.pruning.checkpoint import Pruned
+from moe_inspect.interventions.rules import beyond
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked

@@ -1,9 +1,9 @@
 """Every Mixture-of-Experts family that the installed transformers ships, as a tiny random model on
 the CPU.
 
-`python -m tests.zoo` builds and runs each and prints one line per family. The list of families is
-read from the installed package, so what a newer release brings is in it by itself: it is built by
-the generic part, or fails by name until it gets a line in `OVERRIDES` or `WHY_NOT`.
+The list of families is read from the installed package, so what a newer release brings is in it by
+itself: it is built by the generic part, or fails by name until it gets a line in `OVERRIDES` or
+`WHY_NOT`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import copy
 import importlib
 import inspect
 import re
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,10 @@ import numpy as np
 import torch
 import transformers as hf
 
-from moe_inspect.interventions.among import how_dropped
+import moe_inspect
+from moe_inspect.interventions.rules import how_dropped
 from moe_inspect.model.find import find_routers
-from moe_inspect.text import comma_list, first_line
+from moe_inspect.text import comma_list
 
 VOCABULARY = 300
 PACKAGE = Path(hf.__file__).parent / "models"
@@ -366,24 +365,19 @@ def alone(batch: dict[str, torch.Tensor], row: int, length: int) -> dict[str, to
     return one
 
 
+def recorded(
+    model: Any, path: Path, batch: dict[str, torch.Tensor], **options: Any
+) -> moe_inspect.Trace:
+    """The trace of one forward pass."""
+    with moe_inspect.record(model, path, **options), torch.no_grad():
+        model(**batch)
+    return moe_inspect.open_trace(path)
+
+
 def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits [B, S, C]."""
     with torch.no_grad():
         return model(**batch).logits
-
-
-def routed_layers(model: Any) -> str:
-    """Which layers have routed experts, by the names of their classes: "1 2 3", or a list for each
-    stack of layers."""
-    stacks: dict[str, set[int]] = {}
-    for path, module in model.named_modules():
-        found = re.match(r"(.*?)\.?(?:layers|blocks|block|h)\.(\d+)\.", path)
-        if found and ROUTED.match(f"class {type(module).__name__}"):
-            stacks.setdefault(found[1], set()).add(int(found[2]))
-    return ", ".join(
-        (f"{stack}: " if len(stacks) > 1 else "") + " ".join(map(str, sorted(layers)))
-        for stack, layers in stacks.items()
-    )
 
 
 def dropped(model: Any) -> str:
@@ -451,37 +445,3 @@ def page(
         ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    warnings.simplefilter("ignore")
-    hf.logging.set_verbosity_error()
-    failures = 0
-    for family in FAMILIES:
-        if family in WHY_NOT:
-            print(f"{family:<22} not built: {WHY_NOT[family]}")
-            continue
-        try:
-            model = build(family)
-            logits = outputs(model, inputs(family, [5] if family in ALONE else [5, 3]))
-            verdict = "ok" if logits.isfinite().all() else "outputs that are not finite"
-        except Exception as error:
-            # a family of a newer release may fail in any way, and the others still get their line
-            print(f"{family:<22} {type(error).__name__}: {first_line(error)}")
-            failures += 1
-            continue
-        failures += verdict != "ok"
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"{family:<22} {type(model).__name__:<46} {parameters:>8,} parameters  layers "
-            f"{routed_layers(model):<28} {verdict}"
-        )
-    print(
-        f"transformers {hf.__version__}: {len(FAMILIES)} families, {failures} failed, "
-        f"{len(WHY_NOT.keys() & set(FAMILIES))} not built"
-    )
-    return int(failures > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

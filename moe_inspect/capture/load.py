@@ -11,7 +11,7 @@ import torch
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.custom.find import checked, named
+from moe_inspect.model.find import checked, named
 from moe_inspect.model.load import (
     dequantizing,
     load_config,

@@ -113,19 +113,17 @@ def describe(
             found = describe_weights(model, revision=revision)[table]
         write.emit(found)
         return
-    from moe_inspect.model.description import describe_table, of_trace
+    from moe_inspect.model import describe as description
     from moe_inspect.model.load import stated_config
 
-    made = of_trace(model)
+    made = description.of_trace(model)
     if made is None:
         stated_config(model, revision)  # before torch is imported, whether there is such a model
         gc.disable()  # imports leave nothing to collect, and to look for it takes a fifth of them
         try:
             need_torch()
             quiet()
-            from moe_inspect.model.describe import describe as make
-
-            made = make(
+            made = description.describe(
                 model, context=context, revision=revision, trust_remote_code=trust_remote_code
             )
         finally:
@@ -137,5 +135,5 @@ def describe(
             for n, (_, _, text) in enumerate(training):
                 print(f"{'' if n else 'train':<8}{text}", file=file)
         return
-    facts = describe_table(made, training)
+    facts = description.describe_table(made, training)
     write.emit(facts.drop(columns="value") if form is Format.table else facts)

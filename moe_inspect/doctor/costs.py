@@ -1,23 +1,263 @@
-"""What recording costs the host on this machine, whatever the model: a launch of each Triton
-kernel, a router call on the CPU, a copy to pinned memory. And the self-check of the kernels on each
-GPU."""
+"""What recording costs: the host on this machine, whatever the model (a launch of each Triton
+kernel, a router call on the CPU, a copy to pinned memory), with the self-check of the kernels on
+each GPU; and of one model traced ÷ untraced, the time of its forward passes with and without a
+recorder, in turn.
+
+B rows, S positions, T tokens, K slots, E experts, H hidden width.
+"""
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from moe_inspect.capture.feed import cache_of, last_logits
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.ring import PAGE_ROWS, Ring
-from moe_inspect.capture.hook.selfcheck import Variant, device_name, wrong_with
-from moe_inspect.doctor.model import CAPTURES, decode_phase, timed
+from moe_inspect.capture.hook.selfcheck import Variant, device_name, summary, wrong_with
+from moe_inspect.capture.mode import mode_of
+from moe_inspect.capture.options import RecordOptions
+from moe_inspect.capture.recorder import Recorder
+from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.load import load_config, load_model, load_tokenizer
+from moe_inspect.model.routers import Site, top_k_of
+from moe_inspect.progress import phase
+
+CAPTURES = ("tap", "dispatch", "counts only")
+ROUNDS = 9  # in each, every capture has its turn; the least of them counts
+BLOCK_SECONDS = 0.1  # of passes that are timed together
+MOST_STEPS = 64
+PROMPT = 16  # positions before the first decoded one
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`start` prepares and returns what runs a forward pass of `tokens` tokens."""
+
+    name: str
+    tokens: int
+    start: Callable[[], Step]
+
+
+class Seconds(NamedTuple):
+    """Of one forward pass: by the clock, and of the processor, all threads together."""
+
+    wall: float
+    cpu: float
+
+
+def phases(network: Any, ids_N: Tensor) -> list[Phase]:
+    """Prefill of 4 × 512 tokens, or as many as the model takes, and decode steps of 1 and of 8
+    rows. `ids_N`: a text."""
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 512
+    S = min(512, longest)
+    found = [prefill_phase(network, _rows(ids_N, 4, S))]
+    if not getattr(network.config, "is_encoder_decoder", False):
+        found += [decode_phase(network, _rows(ids_N, B, min(PROMPT, S // 2))) for B in (1, 8)]
+    return found
+
+
+def _rows(ids_N: Tensor, B: int, S: int) -> Tensor:
+    return ids_N.repeat(-(-B * S // len(ids_N)))[: B * S].view(B, S)
+
+
+def prefill_phase(network: Any, ids_BS: Tensor) -> Phase:
+    """Forward passes over the same rows."""
+    ids_BS = ids_BS.to(next(network.parameters()).device)
+    options = {"use_cache": False, **last_logits(network)}
+    if getattr(network.config, "is_encoder_decoder", False):
+        options = {"decoder_input_ids": ids_BS}
+
+    B, S = ids_BS.shape
+    step = partial(network, input_ids=ids_BS, **options)
+    return Phase(f"prefill, {B} × {S}", B * S, lambda: step)
+
+
+def decode_phase(network: Any, prompt_BS: Tensor) -> Phase:
+    """Steps of one token per row, each with the cache of the step before."""
+    prompt_BS = prompt_BS.to(next(network.parameters()).device)
+    B = len(prompt_BS)
+    options = {"use_cache": True, **last_logits(network)}
+
+    def start() -> Step:
+        kept = cache_of(network, network(input_ids=prompt_BS, **options))
+
+        def step() -> None:
+            nonlocal kept
+            kept = cache_of(network, network(input_ids=prompt_BS[:, -1:], **options, **kept))
+
+        return step
+
+    return Phase(f"decode, {B} × 1", B, start)
+
+
+def timed(network: Any, phase: Phase, captures: Sequence[str] = CAPTURES) -> dict[str, Seconds]:
+    """ "untraced", and each capture → time per forward pass: the least of ROUNDS, in turn. Not in
+    it is what is written when a trace is closed. On a CPU one thread computes."""
+    found: dict[str, list[Seconds]] = {name: [] for name in ("untraced", *captures)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # idle threads spin, and count as CPU time
+    try:
+        with torch.inference_mode():
+            _block(network, phase, 1)
+            once = _block(network, phase, 1).wall
+            steps = max(1, min(MOST_STEPS, math.ceil(BLOCK_SECONDS / once)))
+            for _ in range(ROUNDS):
+                for name, times in found.items():
+                    with _recording(network, name):
+                        times.append(_block(network, phase, steps))
+    except torch.OutOfMemoryError as error:
+        raise MoeInspectError(
+            f"{next(network.parameters()).device} is out of memory in a forward pass: give another "
+            "--device or --dtype"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+    return {name: _least(times) for name, times in found.items()}
+
+
+def _block(network: Any, phase: Phase, steps: int) -> Seconds:
+    """Time per pass of `steps` passes, after one that is not timed: the first of a recording is
+    staged. On a GPU, which runs behind the host, all of them together; on a CPU the
+    least of them."""
+    step = phase.start()
+    step()
+    gpus = {p.device for p in network.parameters() if p.device.type == "cuda"}
+
+    def wait() -> None:
+        """Until every GPU of the model has done its work."""
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+
+    if not gpus:
+        return _least([_elapsed(step) for _ in range(steps)])
+    wait()
+    together = _elapsed(lambda: [*(step() for _ in range(steps)), wait()])
+    return Seconds(together.wall / steps, together.cpu / steps)
+
+
+def _least(times: Sequence[Seconds]) -> Seconds:
+    return Seconds(*map(min, zip(*times, strict=True)))
+
+
+def _elapsed(call: Callable[[], object]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+@contextmanager
+def _recording(network: Any, capture: str) -> Iterator[None]:
+    if capture == "untraced":
+        yield
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if capture == "counts only":
+            recorder = Recorder(network, options=RecordOptions(counts_only=True))
+        else:
+            recorder = Recorder(network, Path(scratch) / "trace", RecordOptions(capture=capture))
+        with recorder:
+            yield
+
+
+def examined(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_init: int | None = None,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Facts about the model, the captures that are possible on it, and with `measure` what each
+    costs."""
+    phase("loading the model")
+    of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config, tokenizer = load_config(name, **of_hub), load_tokenizer(name, **of_hub)
+    network = load_model(
+        name, config, device=device, dtype=dtype, random_init=random_init, **of_hub
+    )
+    sites = find_routers(network)
+    possible = captures_of(network, sites)
+    parameter = next(network.parameters())
+    facts = {
+        "id": None if Path(name).exists() else name,  # a path may name its owner
+        "class": type(network).__name__,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "device": str(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "routers": len(sites),
+        "experts": max(site.experts for site in sites),
+        "top_k": max(top_k_of(site, network) for site in sites),
+        "auto": mode_of(network, sites, "auto"),
+        "captures": possible,
+        "selfcheck": {},
+    }
+    if not measure:
+        return facts
+    able = [row["capture"] for row in possible if row["possible"] and row["capture"] != "logits"]
+    text = "\n".join(file.read_text("utf-8") for file in sorted(CORPUS_DIR.rglob("*.txt")))
+    ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    listed = phases(network, ids_N)
+    advance, speed = phase("measuring the model", len(listed), "shapes"), list[Any]()
+    for shape in listed:
+        speed.append(_speed(network, shape, able))
+        advance(1)
+    return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
+
+
+def captures_of(network: Any, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """{capture, possible, note} of each capture."""
+    notes = dict.fromkeys((*CAPTURES, "logits"), "")
+    try:
+        mode_of(network, sites, "dispatch")
+    except MoeInspectError as error:
+        notes["dispatch"] = str(error)
+    if any(site.logits_module is None for site in sites):
+        notes["logits"] = "the model does not expose its router logits"
+    return [{"capture": n, "possible": not note, "note": note} for n, note in notes.items()]
+
+
+def _speed(network: Any, phase: Phase, captures: Sequence[str]) -> dict[str, Any]:
+    """Seconds per pass, untraced and traced, and the ratios; or why they were not measured."""
+    shape = {"phase": phase.name, "tokens": phase.tokens}
+    try:
+        found = timed(network, phase, captures)
+    except MoeInspectError as error:
+        return {**shape, "not_measured": str(error)}
+    untraced = found["untraced"]
+    return {
+        **shape,
+        "seconds": {name: seconds._asdict() for name, seconds in found.items()},
+        "traced_over_untraced": {
+            name: {"wall": untraced.wall / s.wall, "cpu": untraced.cpu / s.cpu}
+            for name, s in found.items()
+            if name != "untraced"
+        },
+    }
+
+
+# --- what recording costs the host, whatever the model
 
 SHAPES = ((64, 8), (256, 8))  # E, K
 LAUNCHES = 200  # the queue of a GPU holds more
-ROUNDS = 5
+REPEATS = 5
+COPY_BYTES = 64 << 20
 
 
 def gpus() -> list[torch.device]:
@@ -49,35 +289,19 @@ def selfchecks_of(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Variant]:
     """Those of a bfloat16 model."""
-    kinds = torch.int64, torch.bfloat16, torch.bfloat16, PAGE_ROWS
-
-    def made(**more: Any) -> Variant:
-        return Variant(kernel, device, E, K, *kinds, **more)
-
+    of = partial(Variant, kernel, device, E, K, torch.int64, torch.bfloat16)
     if kernel == "record":
-        yield from (made(launches=n) for n in (1, 2))
+        yield from (of(torch.bfloat16, PAGE_ROWS, launches=n) for n in (1, 2))
     elif kernel == "dispatch":
         for slots in (64, 2048, 4096 * K):  # in 1, 1, 2 or 3 launches
             launches, block = kernels.dispatch_plan(slots, E)
-            yield made(launches=launches, block=block)
+            yield of(torch.bfloat16, PAGE_ROWS, launches=launches, block=block)
     else:
-        types: dict[str, Any] = {"y": torch.bfloat16, "out": torch.bfloat16}
-        yield made(**types)
-        for sizes in ((), ("norms",)):
-            columns = kernels.measuring_columns(2048) if sizes else 0
-            yield Variant(
-                kernel,
-                device,
-                E,
-                K,
-                *kinds[:2],
-                None,
-                0,
-                grouped=True,
-                sizes=sizes,
-                columns=columns,
-                **types,
-            )
+        of = partial(of, y=torch.bfloat16, out=torch.bfloat16)
+        yield of(torch.bfloat16, PAGE_ROWS)
+        yield of(None, 0, grouped=True, sizes=(), columns=0)
+        columns = kernels.measuring_columns(2048)
+        yield of(None, 0, grouped=True, sizes=("norms",), columns=columns)
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -105,12 +329,17 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
-def launch_us() -> dict[str, float]:
-    """Call → microseconds of the host's time, on the first GPU; empty without one."""
+def measured() -> dict[str, Any]:
+    """Microseconds per launch by kernel, on the first GPU, and per router call on the CPU by
+    capture; bytes per second of a copy. What needs a GPU is empty or None without one."""
     return {
-        name: min(_host_us(call, device) for _ in range(ROUNDS))
-        for device in gpus()[:1]
-        for name, call in calls(device).items()
+        "record_on_cpu_us": record_on_cpu(),
+        "launch_us": {
+            name: min(_host_us(call, device) for _ in range(REPEATS))
+            for device in gpus()[:1]
+            for name, call in calls(device).items()
+        },
+        "copy_bytes_per_s": copy_bandwidth(),
     }
 
 
@@ -123,18 +352,6 @@ def _host_us(call: Callable[[], object], device: torch.device) -> float:
     took = time.perf_counter() - began
     torch.cuda.synchronize(device)
     return took / LAUNCHES * 1e6
-
-
-COPY_BYTES = 64 << 20
-
-
-def measured() -> dict[str, Any]:
-    """All of them; what needs a GPU is empty or None without one."""
-    return {
-        "record_on_cpu_us": record_on_cpu(),
-        "launch_us": launch_us(),
-        "copy_bytes_per_s": copy_bandwidth(),
-    }
 
 
 def narrow_model() -> Any:
@@ -172,7 +389,7 @@ def copy_bandwidth() -> float | None:
     device = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     least = float("inf")
-    for _ in range(5):
+    for _ in range(REPEATS):
         torch.cuda.synchronize()
         began = time.perf_counter()
         host.copy_(device, non_blocking=True)

@@ -5,7 +5,7 @@ B rows, S positions, V vocabulary, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,13 +43,40 @@ class HeldOut:
     def sites(self) -> list[Site]:
         return find_routers(self.network, self.routers)
 
+    @torch.inference_mode()
     def losses(self, batch: int) -> np.ndarray:
         """The loss of each sequence of a batch: the sum, in nats, of predicting each of its tokens
         but the first. float64 [B]"""
         sequences = self.batches[batch]
         if self.own is not None and not self.own.is_of_transformers:
-            return np.concatenate([_own_loss(self.own, row) for row in sequences])
-        return row_losses(self.network, sequences, self.tokenizer)
+            return np.array([self._own_loss(self.own, row) for row in sequences])
+        ids_BS, mask_BS = padded(list(sequences), self.tokenizer, self.network)
+        device = next(self.network.parameters()).device
+        mask = torch.from_numpy(mask_BS.astype(np.int64)).to(device)
+        ids = torch.from_numpy(ids_BS)
+        logits = forward(self.network, ids, attention_mask=mask, use_cache=False).logits
+        name = type(self.network).__name__
+        # of the logits only one row at a time is held in float32
+        return np.array([_loss(logits[b], row, name) for b, row in enumerate(sequences)])
+
+    def _own_loss(self, own: OwnModel, row: TokenSequence) -> float:
+        output = forward_own(own, torch.from_numpy(row.ids.astype(np.int64))[None])
+        return _loss(logits_of(own, output, "its loss cannot be measured")[0], row, own.name)
+
+
+def documents_of(
+    batches: Iterable[Sequence[TokenSequence]],
+) -> tuple[list[str], dict[int, int], np.ndarray, np.ndarray]:
+    """The labels of domains; document → its number u, in order; of each document the number of its
+    domain, and the tokens predicted. int64 [D] each"""
+    rows = [row for batch in batches for row in batch]
+    domains = sorted({row.domain for row in rows})
+    number = {document: u for u, document in enumerate(sorted({row.document for row in rows}))}
+    domain_D, tokens_D = np.zeros((2, len(number)), np.int64)
+    for row in rows:
+        domain_D[number[row.document]] = domains.index(row.domain)
+        tokens_D[number[row.document]] += len(row.ids) - 1
+    return domains, number, domain_D, tokens_D
 
 
 def open_held_out(model: str, options: TraceOptions) -> HeldOut:
@@ -73,24 +100,6 @@ def open_held_out(model: str, options: TraceOptions) -> HeldOut:
     if any(s.adapter is not None and s.adapter.alone for s in sites):
         batches = [[row] for batch in batches for row in batch]
     return HeldOut(network, found.tokenizer, batches, record, source, found.own, options.routers)
-
-
-@torch.inference_mode()
-def row_losses(network: Any, sequences: Sequence[TokenSequence], tokenizer: Any) -> np.ndarray:
-    """See `HeldOut.losses`. Of the logits only one row at a time is held in float32."""
-    ids_BS, mask_BS = padded(list(sequences), tokenizer, network)
-    device = next(network.parameters()).device
-    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(device)
-    output = forward(network, torch.from_numpy(ids_BS), attention_mask=mask, use_cache=False)
-    name = type(network).__name__
-    return np.array([_loss(output.logits[b], row, name) for b, row in enumerate(sequences)])
-
-
-@torch.inference_mode()
-def _own_loss(own: OwnModel, row: TokenSequence) -> np.ndarray:
-    output = forward_own(own, torch.from_numpy(row.ids.astype(np.int64))[None])
-    logits_BSV = logits_of(own, output, "its loss cannot be measured")
-    return np.array([_loss(logits_BSV[0], row, own.name)])
 
 
 def _loss(logits_SV: torch.Tensor, row: TokenSequence, name: str) -> float:

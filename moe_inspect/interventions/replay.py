@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,6 @@ from moe_inspect.model.routers import Site
 from moe_inspect.trace.reader import Trace
 
 
-@dataclass
 class Replay:
     """The decisions of `trace`, for a model with the routers `sites`. They are held in memory.
 
@@ -30,21 +28,19 @@ class Replay:
     Raises MoeInspectError where a router of the trace has no counterpart, and for a sequence that
     is not in the trace."""
 
-    trace: Trace
-    sites: Sequence[Site]
-    _routes: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.trace.counts_only:
-            raise MoeInspectError(f"{self.trace.path} holds counts only, no decisions to replay")
-        self._router_of = self._routers()
-        tokens = self.trace.tokens()
+    def __init__(self, trace: Trace, sites: Sequence[Site]):
+        if trace.counts_only:
+            raise MoeInspectError(f"{trace.path} holds counts only, no decisions to replay")
+        self.trace = trace
+        self._router_of = _counterparts(trace, sites)
+        self._routes: dict[int, tuple[Tensor, Tensor | None]] = {}
+        tokens = trace.tokens()
         encoded = (tokens["phase"] == "encode").to_numpy()
         self._of = {
             stack: Sequences(
-                self.trace.path, tokens[encoded == (stack == "encoder")] if stack else tokens
+                trace.path, tokens[encoded == (stack == "encoder")] if stack else tokens
             )
-            for stack in sorted({site.stack for site in self.sites})
+            for stack in sorted({site.stack for site in sites})
         }
 
     @property
@@ -74,63 +70,55 @@ class Replay:
         n_T = at_T.clamp(min=0)
         return ids_NK[n_T].long(), weights_NK[n_T] if weights_NK is not None else None
 
-    def _routers(self) -> dict[tuple[int, int], int]:
-        """Site and run of its layer → the trace's router: by path, else by its place in its
-        layer."""
-        found: dict[tuple[int, int], int] = {}
-        by_path = {router.path: n for n, router in enumerate(self.trace.routers)}
-        for r, site in enumerate(self.sites):
-            time = 0
-            while (
-                n := by_path.get(site.path + (f" (run {time + 1})" if time else ""))
-            ) is not None:
-                found[r, time], time = n, time + 1
-        if not found:
-            for n, router in enumerate(self.trace.routers):
-                place = sum(o.layer == router.layer for o in self.trace.routers[:n])
-                like = [r for r, site in enumerate(self.sites) if site.layer == router.layer]
-                if place < len(like):
-                    found[like[place], 0] = n
-        for n, router in enumerate(self.trace.routers):
-            r = next((r for (r, _), m in found.items() if m == n), None)
-            if r is not None and self.sites[r].stack != router.stack:
-                raise MoeInspectError(
-                    f"{router.path} of {self.trace.path} is in "
-                    f"{f'the {router.stack}' if router.stack else 'a model of one stack'}, and in "
-                    f"{self.sites[r].stack or 'one stack'} here: a trace is replayed on the model "
-                    "it is of"
-                )
-            if r is None or self.sites[r].experts != router.experts:
-                has = f"{self.sites[r].experts}" if r is not None else "no router there"
-                raise MoeInspectError(
-                    f"{router.path} of {self.trace.path} has {router.experts} experts in layer "
-                    f"{router.layer}, this model {has}: a trace is replayed on the model it is of"
-                )
-        return found
-
     def _load(self, router: int) -> tuple[Tensor, Tensor | None]:
-        table = self.trace.routing(router=router)
-        token_N = self._of[self.trace.routers[router].stack].token_N
-        table = table.set_index("token").reindex(token_N)
-        K = self.trace.routers[router].top_k
-        ids = np.stack([table[f"expert_{k}"].fillna(-1).to_numpy(np.int32) for k in range(K)], 1)
-        if not self.trace.has_weights:
-            return torch.from_numpy(ids), None
-        weights = np.stack(
-            [table[f"weight_{k}"].fillna(0).to_numpy(np.float32) for k in range(K)], 1
-        )
-        return torch.from_numpy(ids), torch.from_numpy(weights)
+        of = self.trace.routers[router]
+        table = self.trace.routing(router=router).set_index("token")
+        table = table.reindex(self._of[of.stack].token_N)
+
+        def slots(name: str, none: int, kind: type[np.generic]) -> Tensor:
+            columns = [table[f"{name}_{k}"].fillna(none).to_numpy(kind) for k in range(of.top_k)]
+            return torch.from_numpy(np.stack(columns, 1))
+
+        ids_NK = slots("expert", -1, np.int32)
+        return ids_NK, slots("weight", 0, np.float32) if self.trace.has_weights else None
+
+
+def _counterparts(trace: Trace, sites: Sequence[Site]) -> dict[tuple[int, int], int]:
+    """Site and run of its layer → the trace's router: by path, else by its place in its layer.
+    MoeInspectError where a router of the trace has none."""
+    found: dict[tuple[int, int], int] = {}
+    by_path = {router.path: n for n, router in enumerate(trace.routers)}
+    for r, site in enumerate(sites):
+        time, path = 0, site.path
+        while path in by_path:
+            found[r, time], time = by_path[path], time + 1
+            path = f"{site.path} (run {time + 1})"
+    if not found:
+        left = defaultdict[int, list[int]](list)
+        for r, site in enumerate(sites):
+            left[site.layer].append(r)
+        for n, router in enumerate(trace.routers):
+            if left[router.layer]:
+                found[left[router.layer].pop(0), 0] = n
+    site_of = {n: sites[r] for (r, _), n in found.items()}
+    for n, router in enumerate(trace.routers):
+        site = site_of.get(n)
+        if site is not None and site.stack != router.stack:
+            raise MoeInspectError(
+                f"{router.path} of {trace.path} is in "
+                f"{f'the {router.stack}' if router.stack else 'a model of one stack'}, and in "
+                f"{site.stack or 'one stack'} here: a trace is replayed on the model it is of"
+            )
+        if site is None or site.experts != router.experts:
+            has = f"{site.experts}" if site is not None else "no router there"
+            raise MoeInspectError(
+                f"{router.path} of {trace.path} has {router.experts} experts in layer "
+                f"{router.layer}, this model {has}: a trace is replayed on the model it is of"
+            )
+    return found
 
 
 START = 8  # tokens by which sequences are looked up that are not fed whole
-
-
-@dataclass
-class Fed:
-    """A sequence that is being fed: the trace's sequence, and the position of its first token."""
-
-    sequence: int
-    first: int
 
 
 class Sequences:
@@ -152,7 +140,8 @@ class Sequences:
         self._number = sequence_N[order][starts].tolist()
         self._bounds = [*starts.tolist(), len(order)]
         self._used = [0] * len(starts)
-        self._fed: dict[int, Fed] = {}
+        # sequence that is being fed → the trace's sequence, and the position of its first token
+        self._fed: dict[int, tuple[int, int]] = {}
         self._whole: dict[bytes | int, list[int]] = defaultdict(list)
         self._start: dict[bytes, list[int]] = defaultdict(list)
         for s in range(len(starts)):
@@ -163,7 +152,7 @@ class Sequences:
     @property
     def found(self) -> dict[int, int]:
         """Sequence that is being fed → its number in the trace."""
-        return {number: self._number[fed.sequence] for number, fed in self._fed.items()}
+        return {number: self._number[s] for number, (s, _) in self._fed.items()}
 
     def at(self, rows: Rows, read: Mapping[int, int]) -> np.ndarray:
         """For each real row of a forward pass the place of its token, int64; -1 where it is beyond
@@ -173,18 +162,17 @@ class Sequences:
         for number in np.unique(rows.sequence).tolist():
             of = np.flatnonzero(rows.sequence == number)
             ids, position = rows.token_id[of], rows.position[of]
-            known = self._fed.get(number)
-            if known is None:
-                first = int(position[0])
-                known = self._fed[number] = Fed(self._match(ids, read.get(number)), first)
-            here = position - known.first
-            start, end = self._bounds[known.sequence], self._bounds[known.sequence + 1]
+            if number not in self._fed:
+                self._fed[number] = self._match(ids, read.get(number)), int(position[0])
+            sequence, first = self._fed[number]
+            here = position - first
+            start, end = self._bounds[sequence], self._bounds[sequence + 1]
             inside = (here >= 0) & (here < end - start)
             of, ids, here = of[inside], ids[inside], here[inside] + start
             if self._has_text and (wrong := np.flatnonzero(self._ids_N[here] != ids)).size:
                 n = wrong[0]
                 raise MoeInspectError(
-                    f"position {int(here[n]) - start} of sequence {known.sequence} is token "
+                    f"position {int(here[n]) - start} of sequence {sequence} is token "
                     f"{self._ids_N[here[n]]} in {self._path}, but the model is fed {ids[n]}: only "
                     "the text of the trace can be replayed"
                 )
@@ -202,9 +190,18 @@ class Sequences:
         """The trace's sequence of these tokens, the first of a sequence that is being fed: the
         whole of it, or else a beginning, of one or of the other. Where several are alike, that of
         the number `read`."""
-        found = self._whole.get(self._key(ids)) or [
-            s for s in self._beginning_like(ids) if self._begins(self._sequence(s), ids)
-        ]
+        like = range(len(self._used))
+        if self._has_text and len(ids) >= START:  # else those that are shorter themselves
+            like = self._start.get(ids[:START].astype(np.int32).tobytes()) or [
+                s for start, of in self._start.items() if len(start) < 4 * START for s in of
+            ]
+
+        def begins(s: int) -> bool:
+            own = self._sequence(s)
+            n = min(len(own), len(ids))
+            return not self._has_text or bool((own[:n] == ids[:n]).all())
+
+        found = self._whole.get(self._key(ids)) or [s for s in like if begins(s)]
         if not found:
             shown = ", ".join(map(str, ids[:6].tolist()))
             raise MoeInspectError(
@@ -221,16 +218,3 @@ class Sequences:
             )
         self._used[best] += 1
         return best
-
-    def _beginning_like(self, ids: np.ndarray) -> Sequence[int]:
-        if len(ids) >= START and self._has_text:
-            of_start = self._start.get(ids[:START].astype(np.int32).tobytes(), [])
-            # else those that are shorter themselves
-            return of_start or [
-                s for start, of in self._start.items() if len(start) < 4 * START for s in of
-            ]
-        return range(len(self._used))
-
-    def _begins(self, one: np.ndarray, other: np.ndarray) -> bool:
-        n = min(len(one), len(other))
-        return not self._has_text or bool((one[:n] == other[:n]).all())

@@ -1,15 +1,125 @@
-"""Choices made other than the router made them. All functions keep a gate weight to the bit where
-they keep its expert, and slots in their order.
+"""How decisions are made other than the router made them: by a router that chooses among fewer
+experts, by its own code, as its logits are masked while it runs; or by changing its choice, and
+putting that into its experts' call or into its own output. Of a choice that is changed, a gate
+weight stays the same to the bit where its expert stays, and slots keep their order.
 
-T rows, K slots, E experts. Ids are int [T, K]; one outside 0…E−1 goes to no expert.
+T rows, K slots, E experts, C logits (of experts, then of what is no routed expert). Ids are int
+[T, K]; one outside 0…E−1 goes to no expert.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.families import BEYOND
+from moe_inspect.model.routers import Site
+
+if TYPE_CHECKING:
+    from moe_inspect.model.choices.read import Choice
+
+RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
+PRODUCTS = {"linear", "matmul", "mm", "addmm", "__matmul__"}
+
+
+def logits_seen(site: Site) -> Module | None:
+    """The module that makes the router logits of this site by one matrix with a row per expert, so
+    that they can be masked; None where there is none."""
+    module = site.logits_module
+    # a table of token ids chooses, and logits only weigh (the hashed layers of DeepSeek-V4)
+    if module is not None and any(
+        b.dim() == 2 and not b.dtype.is_floating_point for b in module.buffers()
+    ):
+        return None
+    if module is None and site.told and site.adapter is not None and not site.adapter.at_call:
+        module = site.module
+    if module is None or (site.adapter is not None and not site.adapter.by_logits):
+        return None
+    C = site.experts + beyond(module)
+    rows = [p for p in module.parameters() if p.dim() == 2 and len(p) == C]
+    return module if len(rows) == 1 else None
+
+
+def beyond(router: Module | None) -> int:
+    """How many logits a router has behind those of its routed experts."""
+    of = BEYOND.get(type(router).__name__)
+    return of(router) if of is not None else 0
+
+
+def how_dropped(site: Site) -> str:
+    """How experts are dropped at this site."""
+    among = site.adapter is not None and site.adapter.among is not None
+    return RESELECTED if among or logits_seen(site) is not None else SHARED_OUT
+
+
+class Among(TorchFunctionMode):
+    """While it is active, what is computed as router logits is the lowest number for the experts of
+    `dropped_E` (bool [E]), and no `topk` chooses them, whatever a selection bias adds. `beyond`:
+    how many logits are behind those of the experts."""
+
+    def __init__(self, dropped_E: Tensor, beyond: int = 0):
+        super().__init__()
+        self.dropped_E = dropped_E
+        self.dropped_C = torch.cat([dropped_E, dropped_E.new_zeros(beyond)])
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "topk":
+            return self._top_k(func, *args, **kwargs)
+        output = func(*args, **kwargs)
+        if name not in PRODUCTS:
+            return output
+        # (a finite number: sparsemixer divides by it)
+        return _masked(output, self.dropped_C, torch.finfo(output.dtype).min)
+
+    def _top_k(
+        self, top_k: Any, input: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`torch.topk`, which chooses no dropped expert while there are others."""
+        grouped = input.dim() > 2 and input.shape[-2] * input.shape[-1] == len(self.dropped_E)
+        if grouped:
+            return top_k(self._of_groups(input, k), k, dim, *args, **kwargs)
+        of_C = input.shape[-1:] == self.dropped_C.shape
+        dropped = self.dropped_C if of_C else self.dropped_E
+        output = top_k(_masked(input, dropped, float("-inf")), k, dim, *args, **kwargs)
+        if input.shape[-1:] != dropped.shape or dim not in (-1, input.dim() - 1):
+            return output
+        # with fewer than k left, a dropped expert has its own score, which its logit made 0: a
+        # weight of -inf would be one that no sum of weights survives
+        return type(output)((input.gather(-1, output.indices), output.indices))
+
+    def _of_groups(self, values: Tensor, k: int) -> Tensor:
+        """Values [T, groups, E / groups], as grouped routers look at them to compare groups by
+        their k best. Where fewer than k of a group are left, a dropped expert adds nothing to
+        it."""
+        dropped_GE = self.dropped_E.to(values.device).view(values.shape[-2:])
+        left_G = (~dropped_GE).sum(1)
+        few_G1 = ((left_G > 0) & (left_G < k)).unsqueeze(1)
+        return values.masked_fill(dropped_GE & ~few_G1, float("-inf")).masked_fill(
+            dropped_GE & few_G1, 0
+        )
+
+
+def _masked(values: Tensor, dropped: Tensor, fill: float) -> Tensor:
+    """Values [T, C] or [T, E], where they are as many as `dropped` says."""
+    if not values.dtype.is_floating_point or values.shape[-1:] != dropped.shape:
+        return values
+    return values.masked_fill(dropped.to(values.device), fill)
+
+
+# --- of a choice
 
 
 class Changed(NamedTuple):
@@ -115,3 +225,100 @@ def exchanged(ids_TK: Tensor, weights_TK: Tensor, row_T: Tensor) -> Changed:
     moved_TK = ~same_TKK.any(2)
     given_TK = moved_TK | (own_TK != new_weights_TK)
     return Changed(new_TK, new_weights_TK, moved_TK.sum(1), given_TK.sum(1))
+
+
+# --- in the place of a router's choice
+
+
+def replaced(
+    site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, own: Choice, new: Choice
+) -> Any:
+    """(args, kwargs) of a call that is read before it runs, else its output, with the choice `new`
+    instead of `own`. MoeInspectError where the site does not show how."""
+    adapter, at_call = site.adapter, site.adapter is None or site.adapter.at_call
+    if adapter is not None and adapter.replace is not None:
+        return adapter.replace(site.module, args, kwargs, output, *new)
+    if at_call:
+        values = [*args, *kwargs.values()]
+    else:
+        values: list[Any] = list(output) if isinstance(output, tuple | list) else [output]
+    ids_TK, weights_TK = new
+    nowhere = ids_TK < 0  # which experts take as expert 0 with weight 0
+    new = ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0)
+    found = _with_tensors(values, own, new) or _with_map(values, site.experts, *new)
+    if found is None:
+        raise _not_shown(site)
+    if at_call:
+        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+    kind: Any = type(output)
+    return kind(*found) if hasattr(output, "_fields") else kind(found)
+
+
+def _with_tensors(values: list[Any], own: Choice, new: Choice) -> list[Any] | None:
+    """`values` with the tensors of `own` replaced; None where they are not among them."""
+    tensors = {n: v for n, v in enumerate(values) if isinstance(v, Tensor)}
+
+    def place(part: Tensor) -> int | None:
+        same = (
+            n
+            for n, v in tensors.items()
+            if v is part
+            or (
+                (v.dtype, v.numel()) == (part.dtype, part.numel())
+                and v.data_ptr() == part.data_ptr()
+            )
+        )
+        return next(same, None)
+
+    of_ids, of_weights = map(place, own)
+    if of_ids is None:  # an adapter marks the slots that go nowhere in a copy of the ids
+        like = [
+            n
+            for n, v in tensors.items()
+            if v.shape == own[0].shape and not v.is_floating_point() and v.element_size() > 1
+        ]
+        of_ids = like[0] if len(like) == 1 else None
+    if of_ids is None or of_weights is None:
+        return None
+    found = list(values)
+    for n, part in zip((of_ids, of_weights), new, strict=True):
+        found[n] = part.to(found[n].dtype).reshape(found[n].shape)
+    return found
+
+
+def _with_map(values: list[Any], E: int, ids_TK: Tensor, weights_TK: Tensor) -> list[Any] | None:
+    """`values` with a bool map of the experts chosen [..., E] and their weights [..., E]
+    replaced."""
+    of_E = {
+        n: v
+        for n, v in enumerate(values)
+        if isinstance(v, Tensor) and v.dim() > 1 and v.shape[-1] == E
+    }
+    maps = [n for n, v in of_E.items() if v.dtype == torch.bool]
+    weights = [
+        n
+        for n, v in of_E.items()
+        if v.is_floating_point() and maps and v.shape == of_E[maps[0]].shape
+    ]
+    if (len(maps), len(weights)) != (1, 1):
+        return None
+    zeros_TE = of_E[weights[0]].new_zeros((len(ids_TK), E))
+    weights_TE = zeros_TE.scatter_add(1, ids_TK, weights_TK.to(zeros_TE.dtype))
+    chosen_TE = zeros_TE.scatter_add(1, ids_TK, (weights_TK != 0).to(zeros_TE.dtype)) > 0
+    found, shape = list(values), of_E[maps[0]].shape
+    found[weights[0]], found[maps[0]] = weights_TE.view(shape), chosen_TE.view(shape)
+    return found
+
+
+def _not_shown(site: Site) -> MoeInspectError:
+    kind = type(site.module).__name__
+    if site.told:
+        return MoeInspectError(
+            f"the choice of {site.path} cannot be replaced, as what RouterSpec(choice=…) returns "
+            f"is not a part of what {kind} takes or returns: give RouterSpec(replace=…), or a "
+            "RouterSpec of the module in it that makes the logits"
+        )
+    return MoeInspectError(
+        f"{site.path}: the experts that {kind} runs cannot be replaced in its call, so nothing can "
+        "be dropped, forced or replayed there"
+    )

@@ -152,10 +152,35 @@ def facts_of(
     """The facts in a config that has been read; MoeInspectError names `where` and the key that
     is missing or impossible."""
     inner = language_config(config)
-    layers = _number(inner, LAYERS, where, MOST_LAYERS)
+
+    def number(key: str, value: Any, most: int) -> int:
+        if value is None:
+            raise MoeInspectError(
+                f"{where} lacks {key}: is it a Mixture-of-Experts model's config?"
+            )
+        if type(value) is not int or not 1 <= value <= most:
+            raise MoeInspectError(
+                f"{where}: {key} is {value!r}, expected an integer from 1 to {most:,}"
+            )
+        return value
+
+    def named(keys: tuple[str, ...]) -> tuple[str, Any]:
+        return next(((k, inner[k]) for k in keys if inner.get(k) is not None), (keys[0], None))
+
+    layers = number(*named(LAYERS), MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
-    experts = _by_layer(inner, EXPERTS, sparse, layers, where, MOST_EXPERTS)
-    top_k = _by_layer(inner, TOP_K, sparse, layers, where, MOST_EXPERTS)
+
+    def by_layer(keys: tuple[str, ...]) -> dict[int, int]:
+        """One number for all blocks, or (Hunyuan) a list with one per block."""
+        key, value = named(keys)
+        if isinstance(value, list) and len(value) == layers:
+            return {i: number(keys[0], value[i], MOST_EXPERTS) for i in sparse}
+        # ERNIE-VL: of text and of images
+        if isinstance(value, list) and len({json.dumps(v) for v in value}) == 1:
+            value = value[0]
+        return dict.fromkeys(sparse, number(key, value, MOST_EXPERTS))
+
+    experts, top_k = by_layer(EXPERTS), by_layer(TOP_K)
     for layer in sparse:
         if top_k[layer] > experts[layer]:
             raise MoeInspectError(
@@ -231,7 +256,7 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
         if config.get(key) is None:
             continue
         try:
-            sparse &= set(filter(rule(config, config[key]), every))
+            sparse &= {i for i in every if rule(config, config[key], i)}
         except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
             raise MoeInspectError(
                 f"{where}: {key} is {str(config[key])[:60]!r}, which does not say which "
@@ -247,43 +272,6 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
 
 def _stated(config: dict[str, Any], keys: tuple[str, ...], default: Any = None) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), default)
-
-
-def _number(config: dict[str, Any], keys: tuple[str, ...], where: object, most: int) -> int:
-    value = _stated(config, keys)
-    if value is None:
-        raise MoeInspectError(
-            f"{where} lacks {keys[0]}: is it a Mixture-of-Experts model's config?"
-        )
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise MoeInspectError(
-            f"{where}: {_named(config, keys)} is {value!r}, expected an integer from 1 to {most:,}"
-        )
-    return value
-
-
-def _by_layer(
-    config: dict[str, Any],
-    keys: tuple[str, ...],
-    sparse: list[int],
-    layers: int,
-    where: object,
-    most: int,
-) -> dict[int, int]:
-    """One number for all blocks, or (Hunyuan) a list with one per block."""
-    value = _stated(config, keys)
-    if isinstance(value, list) and len(value) == layers:
-        return {i: _number({keys[0]: value[i]}, keys[:1], where, most) for i in sparse}
-    # ERNIE-VL: of text and of images
-    if isinstance(value, list) and len({json.dumps(v) for v in value}) == 1:
-        value = value[0]
-    return dict.fromkeys(
-        sparse, _number({**config, _named(config, keys): value}, keys, where, most)
-    )
-
-
-def _named(config: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if config.get(key) is not None), keys[0])
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}

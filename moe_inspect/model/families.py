@@ -11,7 +11,7 @@ T tokens, K slots, E experts. Imports no torch: configs are read without it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -62,49 +62,33 @@ LANGUAGE_MODEL = ("text_config", "llm_config", "language_config", "thinker_confi
 
 # --- keys that state which blocks have experts
 
-Rule = Callable[[int], bool]
-
-
-def _frequency(config: dict[str, Any], value: Any) -> Rule:
-    """DeepSeek: every n-th block; MiMo, Megatron: a 0 or 1 for each."""
-    if isinstance(value, list):
-        return lambda i: bool(value[i])
-    return lambda i: i % int(value) == 0
-
 
 def _listed(value: Any) -> set[int]:
     """[3, 4] or "3,4"."""
     return {int(part) for part in (value.split(",") if isinstance(value, str) else value)}
 
 
-def _mixed(config: dict[str, Any], value: Any) -> Rule:
-    step = int(config.get("decoder_sparse_step") or 1)
-    return lambda i: i not in _listed(value) and (i + 1) % step == 0
-
-
-def _period(config: dict[str, Any], value: Any) -> Rule:
-    return lambda i: i % int(value) == int(config.get("expert_layer_offset") or 0)
-
-
-# key → which blocks have a router by it; a block must satisfy every key that the config states
-ROUTING_BLOCKS: dict[str, Callable[[dict[str, Any], Any], Rule]] = {
-    "mlp_layer_types": lambda c, v: lambda i: v[i] not in ("dense", "mlp"),
-    "mlp_only_layers": _mixed,
-    "decoder_sparse_step": lambda c, v: lambda i: (i + 1) % int(v) == 0,
-    "first_k_dense_replace": lambda c, v: lambda i: i >= int(v),
-    "moe_layer_freq": _frequency,
-    "num_dense_layers": lambda c, v: lambda i: i >= int(v),
-    "expert_layer_period": _period,
-    "interleave_moe_layer_step": lambda c, v: (
-        (lambda i: (i + 1) % int(v) == 0) if not c.get("moe_layers") else lambda i: True
+# key → whether block i has a router, by the config and the key's value; a block must satisfy every
+# key that the config states
+ROUTING_BLOCKS: dict[str, Callable[[dict[str, Any], Any, int], bool]] = {
+    "mlp_layer_types": lambda c, v, i: v[i] not in ("dense", "mlp"),
+    "mlp_only_layers": lambda c, v, i: (
+        i not in _listed(v) and (i + 1) % int(c.get("decoder_sparse_step") or 1) == 0
     ),
-    "moe_layers": lambda c, v: (lambda i: i in _listed(v)) if v else lambda i: True,
-    "moe_layers_enum": lambda c, v: lambda i: i in _listed(v),
-    "moe_layer_start_index": lambda c, v: lambda i: i >= int(v),
-    "moe_layer_end_index": lambda c, v: lambda i: int(v) < 0 or i <= int(v),
-    "moe_layer_interval": lambda c, v: lambda i: (i + 1) % int(v) == 0,
-    "hybrid_override_pattern": lambda c, v: lambda i: v[i] == "E",
-    "layers_block_type": lambda c, v: lambda i: v[i] == "moe" if "moe" in v else True,
+    "decoder_sparse_step": lambda c, v, i: (i + 1) % int(v) == 0,
+    "first_k_dense_replace": lambda c, v, i: i >= int(v),
+    # DeepSeek: every n-th block; MiMo, Megatron: a 0 or 1 for each
+    "moe_layer_freq": lambda c, v, i: bool(v[i]) if isinstance(v, list) else i % int(v) == 0,
+    "num_dense_layers": lambda c, v, i: i >= int(v),
+    "expert_layer_period": lambda c, v, i: i % int(v) == int(c.get("expert_layer_offset") or 0),
+    "interleave_moe_layer_step": lambda c, v, i: bool(c.get("moe_layers")) or (i + 1) % int(v) == 0,
+    "moe_layers": lambda c, v, i: not v or i in _listed(v),
+    "moe_layers_enum": lambda c, v, i: i in _listed(v),
+    "moe_layer_start_index": lambda c, v, i: i >= int(v),
+    "moe_layer_end_index": lambda c, v, i: int(v) < 0 or i <= int(v),
+    "moe_layer_interval": lambda c, v, i: (i + 1) % int(v) == 0,
+    "hybrid_override_pattern": lambda c, v, i: v[i] == "E",
+    "layers_block_type": lambda c, v, i: v[i] == "moe" if "moe" in v else True,
 }
 
 
@@ -292,6 +276,16 @@ FAMILIES: dict[str, Family] = {
 ADAPTERS = {name: a for family in FAMILIES.values() for name, a in family.adapters.items()}
 NOT_ROUTED = {name for family in FAMILIES.values() for name in family.not_routed}
 BEYOND = {name: f for family in FAMILIES.values() for name, f in family.beyond.items()}
+
+
+def stated_size(owners: Iterable[Any], names: Iterable[str]) -> int | None:
+    """The first of these sizes that a module or a config states."""
+    for owner in owners:
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

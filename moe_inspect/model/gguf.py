@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,8 +29,8 @@ SCALARS = {  # type of a metadata value → struct's letter
 }
 STRING, ARRAY = 8, 9
 MOST_DEPTH, MOST_DIMENSIONS = 4, 4
-# ggml's types of tensors: name, elements and bytes of a block
-_LISTED = {
+# ggml's types of tensors, which are stored in blocks: name, elements and bytes of a block
+TYPES = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20)},
     **{6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40)},
     **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144)},
@@ -43,17 +44,6 @@ _LISTED = {
 }
 PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # not quantised
 F32 = 0
-
-
-class TensorType(NamedTuple):
-    """ggml's type of a tensor, which is stored in blocks of so many elements and bytes."""
-
-    name: str
-    elements: int
-    nbytes: int
-
-
-TYPES = {kind: TensorType(*listed) for kind, listed in _LISTED.items()}
 
 
 @dataclass(frozen=True)
@@ -71,8 +61,8 @@ class GgufTensor:
         """Its size in bytes. MoeInspectError where its type is unknown."""
         if self.kind not in TYPES:
             raise MoeInspectError(f"tensor {self.name[:60]!r} is of unknown type {self.kind}")
-        kind = TYPES[self.kind]
-        return math.prod(self.shape) // kind.elements * kind.nbytes
+        _, elements, nbytes = TYPES[self.kind]
+        return math.prod(self.shape) // elements * nbytes
 
 
 @dataclass
@@ -308,10 +298,9 @@ def dequantized() -> dict[str, Any]:
 def quantization(path: Path) -> dict[str, Any]:
     """How the weights are quantised in the file, as a quantization_config; empty where they are
     not."""
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for tensor in read_gguf(path).tensors.values():
-        name = TYPES[tensor.kind].name if tensor.kind in TYPES else str(tensor.kind)
-        if name not in PLAIN:
-            counts[name] = counts.get(name, 0) + 1
-    types = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+        name = TYPES[tensor.kind][0] if tensor.kind in TYPES else str(tensor.kind)
+        counts[name] += name not in PLAIN
+    types = dict(sorted((+counts).items(), key=lambda pair: (-pair[1], pair[0])))
     return {"quant_method": "gguf", "tensors": types} if types else {}

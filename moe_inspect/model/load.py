@@ -6,21 +6,17 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
+from moe_inspect.model import gguf
 from moe_inspect.model.config import read_config
-from moe_inspect.model.gguf import (
-    dequantized,
-    is_gguf,
-    quantization,
-    refuse_unless_loadable,
-)
-from moe_inspect.model.gguf import load_config as load_gguf_config
+from moe_inspect.model.gguf import is_gguf
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
@@ -34,6 +30,16 @@ def model_location(name: str) -> str:
     return str(MODEL_DIR)
 
 
+@contextmanager
+def blamed(said: str) -> Iterator[None]:
+    """Whatever the block raises is for the user to mend, as transformers raises anything for a
+    broken config or weights that do not fit: a MoeInspectError that says so, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise MoeInspectError(f"{said}: {first_line(error)}") from error
+
+
 HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
 
 
@@ -42,7 +48,7 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     transformers and the network."""
     location = model_location(name)
     if is_gguf(location):
-        refuse_unless_loadable(Path(location))
+        gguf.refuse_unless_loadable(Path(location))
         return
     if Path(location).is_dir():
         return
@@ -105,7 +111,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     location = model_location(name)
     try:
         if is_gguf(location):
-            return load_gguf_config(Path(location))
+            return gguf.load_config(Path(location))
         # before transformers builds anything from it
         read_config(Path(cached_file(location, "config.json", revision=revision) or ""))
         return of_the_text_model(
@@ -166,14 +172,10 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     location, of_gguf = _pretrained(name)
-    try:
+    with blamed(f"cannot load the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code, **of_gguf
         )
-    except Exception as error:  # as above
-        raise MoeInspectError(
-            f"cannot load the tokenizer of {name!r}: {first_line(error)}"
-        ) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise MoeInspectError(
             f"the tokenizer of {name!r} gives no tokens for a text: are its files complete?"
@@ -236,9 +238,6 @@ def load_model(
     weights are initialised with that seed instead of read: the untrained baseline."""
     import torch
 
-    if random_init is not None:
-        config = _without_quantization(config)
-
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is not None and (device != "auto" or random_init is not None):
         raise MoeInspectError("--device-map cannot be combined with --device or --random-init")
@@ -251,33 +250,32 @@ def load_model(
     # torch asserts where it was built without that device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MoeInspectError(f"device {target!r} is not available: {first_line(error)}") from error
-    try:
+    code, missing = {"trust_remote_code": trust_remote_code}, set[str]()
+    with blamed(f"cannot load model {name!r}"):
         if random_init is not None:
-            torch.manual_seed(random_init)
+            config = copy.deepcopy(config)
+            if hasattr(config, "quantization_config"):  # which is of the weights that are not read
+                del config.quantization_config
             wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = auto_class(config, trust_remote_code).from_config(
-                config, dtype=wanted, trust_remote_code=trust_remote_code
-            )
-            missing: set[str] = set()
+            torch.manual_seed(random_init)
+            model: Any = auto_class(config, **code).from_config(config, dtype=wanted, **code)
         else:
-            location, of_gguf = _pretrained(name)
-            of_gguf |= dequantized() if of_gguf else {}
-            both: Any = auto_class(config, trust_remote_code).from_pretrained(
+            location, options = _pretrained(name)
+            of_gguf = bool(options)
+            options |= gguf.dequantized() if of_gguf else {}
+            options |= {"device_map": device_map} if device_map is not None else {}
+            model, loaded = auto_class(config, **code).from_pretrained(
                 location,
                 config=config,
                 revision=revision,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **({"device_map": device_map} if device_map is not None else {}),
-                **of_gguf,
+                **code,
+                **options,
             )
-            model, loaded = both
             if of_gguf and hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config  # its weights are not quantised any more
             missing = set(loaded["missing_keys"])
-    except Exception as error:  # as above: the weights are the user's
-        raise MoeInspectError(f"cannot load model {name!r}: {first_line(error)}") from error
     if missing:  # transformers would initialise them at random, and the trace would be meaningless
         raise MoeInspectError(
             f"the weights of {name!r} lack {len(missing)} parameters (first: {min(missing)}): not "
@@ -295,7 +293,7 @@ def quantization_of(config: Any) -> dict[str, Any]:
 def stored_quantization(name: str, config: Any) -> dict[str, Any]:
     """How a model's weights are quantised where they are stored; empty where they are not."""
     if is_gguf(name):
-        return quantization(Path(name))
+        return gguf.quantization(Path(name))
     return quantization_of(config)
 
 
@@ -315,14 +313,6 @@ def dequantizing(name: str, config: Any) -> Any:
         )
     config = copy.deepcopy(config)
     config.quantization_config = {**stated, "dequantize": True}
-    return config
-
-
-def _without_quantization(config: Any) -> Any:
-    """The config of an untrained model, whose weights are not quantised."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     return config
 
 

@@ -14,20 +14,14 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.families import stated_size
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
 # names that configs give to the number of positions a model can take
 POSITIONS = (
-    "max_position_embeddings",
-    "block_size",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_length",
-    "context_length",
-    "n_positions",
-    "n_ctx",
+    *("max_position_embeddings", "block_size", "max_seq_len", "max_sequence_length"),
+    *("max_seq_length", "seq_length", "context_length", "n_positions", "n_ctx"),
 )
 BYTES_PER_TENSOR = 2**16  # at its beginning and at its end, which identify it
 
@@ -108,8 +102,7 @@ def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
             f"the loader of {name} must return (model, tokenizer) or (model, tokenizer, forward), "
             f"not a {_kind(loaded)}"
         )
-    model, tokenizer = loaded[:2]
-    forward = loaded[2] if len(loaded) == 3 else None
+    model, tokenizer, forward = (*loaded, None)[:3]
     if forward is not None and not callable(forward):
         raise MoeInspectError(
             f"the loader of {name} returned a {_kind(forward)} in place of a function "
@@ -128,10 +121,8 @@ def _kind(value: Any) -> str:
 def positions_of(config: Any) -> int | None:
     """The number of positions that a model can take, as its config states it under one of the usual
     names."""
-    found = (getattr(config, name, None) for name in POSITIONS)
-    return next(
-        (n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None
-    )
+    found = (stated_size([config], [name]) or 0 for name in POSITIONS)
+    return next((n for n in found if n > 0), None)
 
 
 def state_fingerprint(model: Any) -> str:
@@ -158,9 +149,7 @@ def as_tokenizer(tokenizer: Any) -> Any:
     `decode` (token ids → text), as those of tiktoken and tokenizers have."""
     if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens"):
         return tokenizer
-    if callable(getattr(tokenizer, "encode", None)) and callable(
-        getattr(tokenizer, "decode", None)
-    ):
+    if all(callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         return PlainTokenizer(tokenizer)
     raise MoeInspectError(
         f"a {_kind(tokenizer)} is not a tokenizer: it needs encode(text) → token ids and "
@@ -179,16 +168,14 @@ class PlainTokenizer:
 
     def __init__(self, plain: Any):
         self.plain = plain
-        ends = (getattr(plain, name, None) for name in ("eos_token_id", "eot_token"))
-        self.eos_token_id = next((e for e in ends if isinstance(e, int)), None)
+        self.eos_token_id = stated_size([plain], ("eos_token_id", "eot_token"))
 
     def __len__(self) -> int:
         count: Any = getattr(self.plain, "get_vocab_size", None)
         if callable(count):
             size: Any = count()
             return int(size)
-        sizes = (getattr(self.plain, name, None) for name in ("n_vocab", "vocab_size"))
-        return next((n for n in sizes if isinstance(n, int)), 0)
+        return stated_size([self.plain], ("n_vocab", "vocab_size")) or 0
 
     def __call__(self, text: str | Sequence[str], **_: Any) -> dict[str, Any]:
         if isinstance(text, str):
@@ -199,10 +186,8 @@ class PlainTokenizer:
         return [self._token(i) for i in ids]
 
     def get_vocab(self) -> dict[str, int]:
-        return {f"{i} {token}": i for i, token in enumerate(self._all()) if token is not None}
-
-    def _all(self) -> list[str | None]:
-        return self.convert_ids_to_tokens(range(len(self)))
+        tokens = self.convert_ids_to_tokens(range(len(self)))
+        return {f"{i} {token}": i for i, token in enumerate(tokens) if token is not None}
 
     def _encode(self, text: str) -> list[int]:
         # that of tiktoken refuses texts with special tokens in them, and has another that does not

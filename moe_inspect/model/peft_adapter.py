@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
-from moe_inspect.model.load import commit_of, weights_fingerprint
+from moe_inspect.model.load import blamed, commit_of, weights_fingerprint
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
@@ -65,17 +65,11 @@ class PeftAdapter:
         peft: Any = import_module("peft")
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
-        try:
+        device = str(next(model.parameters()).device)
+        with blamed(f"cannot load adapter {self.name!r}"):
             adapted: Any = peft.PeftModel.from_pretrained(
-                model,
-                self.name,
-                revision=self.revision,
-                torch_device=str(next(model.parameters()).device),
+                model, self.name, revision=self.revision, torch_device=device
             )
-        except Exception as error:  # whatever it raises, the files are the user's
-            raise MoeInspectError(
-                f"cannot load adapter {self.name!r}: {first_line(error)}"
-            ) from error
         return adapted.get_base_model().eval()
 
 
@@ -86,16 +80,14 @@ def adapter_in(model: Any) -> dict[str, Any] | None:
     if not isinstance(configs, dict) or not configs:
         return None
     config = next(iter(configs.values()))
-    stated = config.to_dict()
+    plain = json.dumps(
+        config.to_dict(), default=lambda v: list(map(str, v)) if isinstance(v, set) else str(v)
+    )
     return {
         "kind": str(getattr(config.peft_type, "value", config.peft_type)),
         "base": config.base_model_name_or_path or None,
         "base_revision": config.revision,
-        "config": json.loads(
-            json.dumps(
-                stated, default=lambda v: list(map(str, v)) if isinstance(v, set) else str(v)
-            )
-        ),
+        "config": json.loads(plain),
     }
 
 

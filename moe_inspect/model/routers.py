@@ -25,6 +25,7 @@ from moe_inspect.model.families import (
     TOP_K,
     TOWER,
     Adapter,
+    stated_size,
 )
 
 if TYPE_CHECKING:
@@ -195,17 +196,15 @@ def experts_of(module: Module, config: Any) -> int:
     """E of a module, as stated: the largest id seen would miss dead experts. Under expert
     parallelism the module holds only some of them, and the config states how many there are."""
     if is_expert_parallel(module):
-        for name in EXPERTS:
-            if isinstance(getattr(config, name, None), int):
-                return getattr(config, name)
-        raise MoeInspectError(
-            f"{type(module).__name__} is expert-parallel, and its config does not say how many "
-            "experts there are"
-        )
-    for name in ("total_experts", "num_experts", "n_routed_experts"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
+        if (experts := stated_size([config], EXPERTS)) is None:
+            raise MoeInspectError(
+                f"{type(module).__name__} is expert-parallel, and its config does not say how many "
+                "experts there are"
+            )
+        return experts
+    names = ("total_experts", "num_experts", "n_routed_experts")
+    if (experts := stated_size([module], names)) is not None:
+        return experts
     stacked = next((p for p in module.parameters() if p.dim() == 3), None)
     if stacked is not None:
         return int(stacked.shape[0])
@@ -223,20 +222,13 @@ def top_k_of(site: Site, model: Any) -> int:
     contradict."""
     if site.adapter is not None and site.adapter.top_k is not None:
         return site.adapter.top_k
-    block = model.get_submodule(block_of(site.path))
-    for owner in (
-        site.logits_module,
-        site.module,
-        block,
-        getattr(site.module, "config", None),
-        text_config(model),
-    ):
-        for name in ("top_k", *TOP_K):
-            if isinstance(value := getattr(owner, name, None), int) and not isinstance(value, bool):
-                return value
-    raise MoeInspectError(
-        f"cannot tell the top-k of {site.path}: no module and no config states it"
-    )
+    block, config = model.get_submodule(block_of(site.path)), getattr(site.module, "config", None)
+    owners = site.logits_module, site.module, block, config, text_config(model)
+    if (top_k := stated_size(owners, ("top_k", *TOP_K))) is None:
+        raise MoeInspectError(
+            f"cannot tell the top-k of {site.path}: no module and no config states it"
+        )
+    return top_k
 
 
 def is_of_transformers(module: Any) -> bool:
@@ -274,9 +266,7 @@ def scoring_of(config: Any, router: Module) -> str:
     """The scoring function of the router logits: as the config states it, else by the source code
     of the router (or of its block)."""
     stated = getattr(config, "scoring_func", None)
-    if isinstance(stated, str):
-        return stated
-    return _scoring_in_code(type(router))
+    return stated if isinstance(stated, str) else _scoring_in_code(type(router))
 
 
 @cache
@@ -325,10 +315,8 @@ def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
         for name, _ in model.get_submodule(owner).named_children()
     ):
         return 0
-    for name in SHARED_EXPERTS:
-        if isinstance(value := getattr(config, name, None), int) and value > 0:
-            return value
-    return 1
+    stated = (stated_size([config], [name]) or 0 for name in SHARED_EXPERTS)
+    return next((n for n in stated if n > 0), 1)
 
 
 def logits_among(output: Any, site: Site) -> Tensor | None:
@@ -361,10 +349,8 @@ def _declared_logits(model: Any) -> dict[type, int]:
 def _router_beside(model: Any, experts_path: str) -> Module | None:
     """The router module among the siblings of these experts."""
     block = model.get_submodule(block_of(experts_path))
-    return next(
-        (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__)),
-        None,
-    )
+    routers = (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__))
+    return next(routers, None)
 
 
 def _linear_beside(model: Any, experts_path: str, E: int) -> Module | None:
@@ -373,16 +359,12 @@ def _linear_beside(model: Any, experts_path: str, E: int) -> Module | None:
     block = model.get_submodule(block_of(experts_path))
     if any(name in SELECTION_BIAS for name, _ in block.named_buffers(recurse=False)):
         return None
-    return next(
-        (
-            m
-            for name, m in block.named_children()
-            if name in ("router", "gate")
-            and type(_adapted(m)).__name__ == "Linear"
-            and getattr(_adapted(m), "out_features", 0) == E
-        ),
-        None,
-    )
+    for name, module in block.named_children():
+        linear = _adapted(module)
+        is_router = name in ("router", "gate") and type(linear).__name__ == "Linear"
+        if is_router and getattr(linear, "out_features", 0) == E:
+            return module
+    return None
 
 
 def block_of(experts_path: str) -> str:

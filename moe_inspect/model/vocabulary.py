@@ -4,6 +4,7 @@ holds."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
             f"{path}: token ids up to {highest} for a vocabulary of at most "
             f"{schema.MOST_TOKEN_IDS:,}"
         )
-    if '"ByteLevel"' in json.dumps(written.get("decoder") or {}):
+    if _is_byte_level(written):
         pieces = {i: readable(piece) for i, piece in pieces.items()}
     pieces |= added
     size = max(size, highest + 1)
-    tokens: list[Any] = [pieces.get(i) for i in range(size)]
-    return pa.table(
-        {"token_id": pa.array(range(size), pa.int32()), "token": pa.array(tokens, pa.string())},
-        schema=schema.VOCABULARY_SCHEMA,
-    )
+    return _table([pieces.get(i) for i in range(size)])
+
+
+def _table(tokens: Sequence[str | None]) -> pa.Table:
+    columns = {"token_id": np.arange(len(tokens), dtype=np.int32), "token": tokens}
+    return pa.table(columns, schema=schema.VOCABULARY_SCHEMA)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -91,20 +93,13 @@ def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
     where the tokenizer has no such id."""
     size = max(size, len(tokenizer))
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    if _is_byte_level(tokenizer):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and _is_byte_level(json.loads(backend.to_str())):
         special = set(tokenizer.all_special_tokens)
         pieces = [p if p is None or p in special else readable(p) for p in pieces]
-    pieces += [None] * (size - len(pieces))
-    return pa.table(
-        {
-            "token_id": pa.array(np.arange(size, dtype=np.int32)),
-            "token": pa.array(pieces, pa.string()),
-        }
-    )
+    return _table([*pieces, *[None] * (size - len(pieces))])
 
 
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and '"ByteLevel"' in json.dumps(
-        json.loads(backend.to_str()).get("decoder") or {}
-    )
+def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+    """Of a tokenizer.json."""
+    return '"ByteLevel"' in json.dumps(tokenizer.get("decoder") or {})

@@ -1,12 +1,17 @@
 """What the weights of a model say of its routers and experts, without running it: tables `routers`
-(the geometry of each router's rows) and `experts`.
+(the geometry of each router's rows) and `experts`. Which tensors of a checkpoint are the rows of a
+router, and which those of its experts, is told by their names and shapes: the config is not needed,
+and what transformers renames when it loads does not matter.
 
 L routers, E experts, H hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,23 +21,115 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.balance import entropy_nats
 from moe_inspect.analysis.metrics.uncertainty import SEED
-from moe_inspect.analysis.weights.routed import MTP, RoutedPlace, routed_places
 from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.trace.schema import Router
 
+LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
+TOWER = re.compile(r"(?:^|\.)(?:vision|visual|audio)")
+ROUTER = re.compile(r"^(?P<place>.*?)\.?(?<![\w])(?:gate|router)\.(?:\w+\.)*weight$")
+NUMBERED = re.compile(r"^(?P<place>.*?)\.?(?<![\w])experts?\.(?:expert_)?(?P<e>\d+)\.")
+FUSED = re.compile(r"^(?P<place>.*?)\.?(?<![\w])experts\.(?!\d|expert_|router|gate\.)")
+# blocks that predict further tokens: they have experts of their own, which no trace shows
+MTP = re.compile(r"(?:^|[._])mtp(?:[._]|$)")
+ATTENTION = re.compile(r"att(?:n|ention)")
 DRAWS = 5  # of random rows
-GEOMETRY = (
-    "cosine_mean",
-    "cosine_max",
-    "cosine_max_random",
-    "effective_rank",
-    "effective_rank_random",
-    "row_norm_mean",
-    "row_norm_min",
-    "row_norm_max",
-)
+GEOMETRY = [
+    *("cosine_mean", "cosine_max", "cosine_max_random", "effective_rank", "effective_rank_random"),
+    *("row_norm_mean", "row_norm_min", "row_norm_max"),
+]
+
+
+@dataclass
+class RoutedPlace:
+    """One router of a checkpoint and its experts. `place`: what their names begin with. `rows`: of
+    the router, [E, H]; None where there is no such matrix. of_expert[e]: the matrices of an expert,
+    each (tensor, first value, how many)."""
+
+    place: str
+    layer: int
+    rows: Stored | None
+    of_expert: list[list[tuple[Stored, int, int]]]
+
+    @property
+    def experts(self) -> int:
+        return len(self.of_expert)
+
+    @property
+    def weights_E(self) -> np.ndarray:
+        """The number of weights of each expert. int64 [E]"""
+        return np.array([sum(n for _, _, n in of) for of in self.of_expert], np.int64)
+
+    @property
+    def blocks(self) -> str:
+        """The path of the blocks that it is in one of."""
+        found = LAYER.search(f"{self.place}.")
+        return self.place[: found.start(1) - 1] if found else ""
+
+    @property
+    def stack(self) -> str:
+        """ "encoder" or "decoder" where its name says so."""
+        parts = self.place.split(".")
+        return next((stack for stack in ("encoder", "decoder") if stack in parts), "")
+
+
+def routed_places(tensors: Mapping[str, Stored]) -> list[RoutedPlace]:
+    """In the order of a forward pass: the encoder first, layer by layer, attention before the
+    rest; blocks that predict further tokens last."""
+    # by place: matrices of routers, matrices of single experts by number, and of all at once
+    rows, fused = defaultdict[str, list[Stored]](list), defaultdict[str, list[Stored]](list)
+    numbered = defaultdict[str, dict[int, list[Stored]]](dict)
+    for name, tensor in sorted(tensors.items()):
+        if TOWER.search(name) or len(tensor.shape) < 2:
+            continue
+        if of_one := NUMBERED.match(name):
+            numbered[of_one["place"]].setdefault(int(of_one["e"]), []).append(tensor)
+        elif (of_router := ROUTER.match(name)) and len(tensor.shape) == 2:
+            rows[of_router["place"]].append(tensor)
+        elif (of_all := FUSED.match(name)) and not name.endswith("bias"):
+            fused[of_all["place"]].append(tensor)
+    found = list[RoutedPlace]()
+    # experts beside their router may be called so themselves
+    for place in {*rows, *numbered, *(p for p in fused if f"{p}.experts" not in rows)}:
+        layer, routers = LAYER.search(f"{place}."), rows.get(place, [])
+        router = routers[0] if len(routers) == 1 else None  # of several matrices none is its rows
+        if (experts := numbered.get(place)) is not None:
+            whole = sorted(experts) == list(range(len(experts)))  # no number is missing
+            parts = [[(t, 0, t.size) for t in experts[e]] for e in sorted(experts) if whole]
+        else:
+            E = router.shape[0] if router else 0
+            parts = _of_fused(fused.get(place) or _beside(tensors, place, E), E)
+        if layer and len(parts) > 1:
+            rowed = router if router and router.shape[0] >= len(parts) else None
+            found.append(RoutedPlace(place, int(layer[1]), rowed, parts))
+
+    def turn(p: RoutedPlace) -> tuple[bool, bool, int, bool, str]:
+        of_mtp, attends = bool(MTP.search(p.place)), bool(ATTENTION.search(p.place))
+        return of_mtp, p.stack == "decoder", p.layer, not attends, p.place
+
+    return sorted(found, key=turn)
+
+
+def _of_fused(tensors: list[Stored], rows: int) -> list[list[tuple[Stored, int, int]]]:
+    """Each tensor holds the experts one after the other: [E, …], or [E · width, H] where the router
+    tells E. `rows`: of the router, 0 where that is not known."""
+    mine = [t for t in tensors if len(t.shape) >= 3]
+    E = mine[0].shape[0] if mine else rows
+    mine = mine or [t for t in tensors if E and t.shape[0] > E and t.shape[0] % E == 0]
+    if not mine or any(t.shape[0] % E for t in mine):
+        return []
+    return [[(t, e * (t.size // E), t.size // E) for t in mine] for e in range(E)]
+
+
+def _beside(tensors: Mapping[str, Stored], place: str, E: int) -> list[Stored]:
+    """Tensors of E right beside the router: experts that no name tells."""
+    inside = re.compile(rf"{re.escape(place)}\.\w+(?:\.weight)?")
+    return [
+        t
+        for name, t in tensors.items()
+        if len(t.shape) == 3 and t.shape[0] == E and inside.fullmatch(name)
+    ]
 
 
 def places_in(directory: str | Path) -> list[RoutedPlace]:
@@ -67,7 +164,7 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
         aimer_E, norm_E = aimer_and_norm(place)
         of_experts: dict[str, Any] = {
             "expert": np.arange(place.experts),
-            "weights": np.where(np.isnan(aimer_E), np.nan, counts_of(place)),
+            "weights": np.where(np.isnan(aimer_E), np.nan, place.weights_E),
             "aimer": aimer_E,
             "weight_norm": norm_E,
             **_rows_by_expert(rows_EH, place.experts),
@@ -130,18 +227,12 @@ def aimer_and_norm(place: RoutedPlace) -> tuple[np.ndarray, np.ndarray]:
     known here. AIMER is in (0, 1]: 1 where all are equally large, √(2/π) = 0.798 where they are
     Gaussian, less where few stand out. arXiv:2603.18492."""
     sums_E2 = np.full((place.experts, 2), np.nan)
-    count_E = counts_of(place)
     for e, parts in enumerate(place.of_expert):
         if all(tensor.readable for tensor, _, _ in parts):
             sums_E2[e] = np.sum([_sums(*part) for part in parts], axis=0)
     absolute_E, square_E = sums_E2.T
     square_E = np.where(square_E > 0, square_E, np.nan)
-    return absolute_E / np.sqrt(count_E * square_E), np.sqrt(square_E)
-
-
-def counts_of(place: RoutedPlace) -> np.ndarray:
-    """The weights of each expert. int64 [E]"""
-    return np.array([sum(n for _, _, n in of) for of in place.of_expert], np.int64)
+    return absolute_E / np.sqrt(place.weights_E * square_E), np.sqrt(square_E)
 
 
 def _sums(tensor: Stored, first: int, count: int) -> tuple[float, float]:
@@ -166,17 +257,11 @@ def geometry_of(rows_EH: np.ndarray) -> dict[str, float]:
     cosine_max, rank = random_geometry(*rows_EH.shape)
     norm_E = np.sqrt((rows_EH**2).sum(1))
     cosine_P = cosines(rows_EH)[np.triu_indices(len(rows_EH), 1)]
-    known = bool(np.isfinite(cosine_P).any())
-    return {
-        "cosine_mean": float(np.nanmean(cosine_P)) if known else float("nan"),
-        "cosine_max": float(np.nanmax(cosine_P)) if known else float("nan"),
-        "cosine_max_random": cosine_max,
-        "effective_rank": effective_rank(rows_EH),
-        "effective_rank_random": rank,
-        "row_norm_mean": float(norm_E.mean()),
-        "row_norm_min": float(norm_E.min()),
-        "row_norm_max": float(norm_E.max()),
-    }
+    known = np.isfinite(cosine_P).any()
+    mean, most = (np.nanmean(cosine_P), np.nanmax(cosine_P)) if known else (np.nan, np.nan)
+    found = [mean, most, cosine_max, effective_rank(rows_EH), rank]
+    found += [norm_E.mean(), norm_E.min(), norm_E.max()]
+    return dict(zip(GEOMETRY, map(float, found), strict=True))
 
 
 def cosines(rows_EH: np.ndarray) -> np.ndarray:

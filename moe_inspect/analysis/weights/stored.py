@@ -117,14 +117,18 @@ GROUP = 32  # values of MXFP4 that have one scale
 
 
 @dataclass(frozen=True)
-class Fp8(Stored):
-    """[R, C], a byte per value. `scale`: one, one per row, or one per block of BLOCK × BLOCK."""
+class Scaled(Stored):
+    """Weights in few bits, beside their scales."""
 
     scale: Stored
 
     @property
     def readable(self) -> bool:
         return True
+
+
+class Fp8(Scaled):
+    """[R, C], a byte per value. `scale`: one, one per row, or one per block of BLOCK × BLOCK."""
 
     def pieces(self, first: int, count: int) -> Iterator[np.ndarray]:
         R, C = self.shape
@@ -142,15 +146,8 @@ class Fp8(Stored):
             yield (_fp8_values()[codes].reshape(-1, C) * scale_RC).reshape(-1)
 
 
-@dataclass(frozen=True)
-class Mxfp4(Stored):
+class Mxfp4(Scaled):
     """[E, R, C], half a byte per value. `scale`: the power of two of each GROUP, biased by 127."""
-
-    scale: Stored
-
-    @property
-    def readable(self) -> bool:
-        return True
 
     def pieces(self, first: int, count: int) -> Iterator[np.ndarray]:
         for start in range(first, first + count, PIECE):
@@ -170,8 +167,7 @@ def with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
             beside = (found.get(name + ending) for ending in SCALE_NAMES)
             scale = next((s for s in beside if s is not None), None)
             if scale is not None and scale.readable and _fits(tensor, scale):
-                place = tensor.file, tensor.dtype, tensor.shape, tensor.begin
-                found[name] = Fp8(*place, scale)
+                found[name] = Fp8(tensor.file, tensor.dtype, tensor.shape, tensor.begin, scale)
         elif name.endswith(BLOCKS) and tensor.dtype == "U8" and len(tensor.shape) == 4:
             bare, (*outer, half) = name.removesuffix(BLOCKS), tensor.shape
             scale = tensors.get(bare + SCALES)

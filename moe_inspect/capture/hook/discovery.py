@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import is_sequence_first
-from moe_inspect.model.custom.find import NUMBER, lists_in_blocks, states_experts
+from moe_inspect.model.find import NUMBER, lists_in_blocks, states_experts
 from moe_inspect.model.routers import layer_of, layer_path
 from moe_inspect.text import print_stderr
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from moe_inspect.analysis.weights.routed import MTP
+from moe_inspect.analysis.weights.measure import MTP
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
 from moe_inspect.model.load import checkpoint_dir, model_location
@@ -60,13 +60,6 @@ class Pruned:
     def kept(self, layer: int) -> list[int]:
         gone = set(self.drop[layer])
         return [e for e in range(self.experts) if e not in gone]
-
-
-class Rows(NamedTuple):
-    """The experts are along this axis of a tensor, `width` rows each."""
-
-    axis: int
-    width: int = 1
 
 
 def directory_of(model: str, revision: str | None) -> Path:
@@ -120,26 +113,22 @@ def write(
 def with_experts(config: Mapping[str, Any], pruned: Pruned) -> dict[str, Any]:
     """The config.json of the model without them: the language model's number of experts, under
     whatever name. MoeInspectError where it is not stated."""
-    made, found = _with_experts(config, pruned)
-    if not found:
+    stated: list[str] = []
+
+    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
+        here = [name for name in EXPERTS if part.get(name) == pruned.experts]
+        stated.extend(here)
+        inner = {n: changed(part[n]) for n in LANGUAGE_MODEL if isinstance(part.get(n), dict)}
+        without_mtp = dict.fromkeys((name for name in MTP_LAYERS if name in part), 0)
+        return {**part, **dict.fromkeys(here, pruned.left), **inner, **without_mtp}
+
+    made = changed(config)
+    if not stated:
         raise MoeInspectError(
             f"config.json does not state the number of experts ({pruned.experts}) as any of "
             f"{', '.join(EXPERTS)}: not pruned"
         )
     return made
-
-
-def _with_experts(config: Mapping[str, Any], pruned: Pruned) -> tuple[dict[str, Any], bool]:
-    made, found = dict(config), False
-    for name in EXPERTS:
-        if made.get(name) == pruned.experts:
-            made[name], found = pruned.left, True
-    for name in LANGUAGE_MODEL:
-        if isinstance(made.get(name), dict):
-            made[name], inside = _with_experts(made[name], pruned)
-            found |= inside
-    made |= dict.fromkeys((name for name in MTP_LAYERS if name in made), 0)
-    return made, found
 
 
 def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
@@ -169,9 +158,7 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
         held_bytes, total = held_bytes + size, total + size
     flush()
     n = len(files)
-    names = (
-        [WEIGHTS] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    )
+    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [WEIGHTS]
     for i, name in enumerate(names):
         os.rename(draft / f"{i}.part", draft / name)
         shutil.copymode(draft / "config.json", draft / name)  # safetensors lets only its user read
@@ -200,13 +187,12 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
         for name, shape in shapes.items()
         if not MTP.search(name)
     }
-    of_experts = [name for name, at in places.items() if at is not None]
+    of_experts = [_block(name) for name, at in places.items() if at is not None]
     stack = _pruned_stack(of_experts, pruned, source)
-    beyond = {(of, n) for of, n in map(_block, of_experts) if of == stack and n not in pruned.drop}
+    beyond = {(of, n) for of, n in of_experts if of == stack and n not in pruned.drop}
     for file in files:
         with _weights_in(file) as opened:
-            names = list(opened.keys())
-            for name in names:
+            for name in opened.keys():  # noqa: SIM118
                 (of, layer), at = _block(name), places.get(name)
                 if name not in places or (of, layer) in beyond:
                     continue
@@ -214,12 +200,13 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
                     yield name, opened.get_tensor(name)
                     continue
                 kept = pruned.kept(layer)
-                if isinstance(at, Rows):
+                if isinstance(at, tuple):
+                    axis, width = at
+                    rows_E = torch.arange(pruned.experts * width).view(pruned.experts, width)
                     # what is behind the experts stays
-                    rows_E = torch.arange(pruned.experts * at.width).view(pruned.experts, at.width)
-                    behind = torch.arange(rows_E.numel(), shapes[name][at.axis])
+                    behind = torch.arange(rows_E.numel(), shapes[name][axis])
                     index = torch.cat([rows_E[kept].flatten(), behind])
-                    yield name, opened.get_tensor(name).index_select(at.axis, index)
+                    yield name, opened.get_tensor(name).index_select(axis, index)
                 elif (e := int(at.group(1))) in kept or e >= pruned.experts:
                     start, end = at.span(1)
                     now = kept.index(e) if e in kept else e - pruned.experts + pruned.left
@@ -237,12 +224,11 @@ def _weights_in(file: Path) -> Iterator[Any]:
         raise MoeInspectError(f"cannot read {file}: {first_line(error)}") from error
 
 
-def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> str:
+def _pruned_stack(of_experts: Sequence[tuple[str, int]], pruned: Pruned, source: Path) -> str:
     """The stack of blocks that has experts in all layers where some go. Others, as of a talker
-    beside the model that reads, stay as they are."""
+    beside the model that reads, stay as they are. `of_experts`: stack and layer of tensors."""
     layers: dict[str, set[int]] = {}
-    for name in of_experts:
-        stack, layer = _block(name)
+    for stack, layer in of_experts:
         layers.setdefault(stack, set()).add(layer)
     able = [stack for stack, of in layers.items() if of >= set(pruned.drop)]
     if not able:
@@ -259,10 +245,12 @@ def _pruned_stack(of_experts: Sequence[str], pruned: Pruned, source: Path) -> st
     return able[0]
 
 
-def place(name: str, shape: Sequence[int], E: int, beyond: int = 0) -> re.Match[str] | Rows | None:
+def place(
+    name: str, shape: Sequence[int], E: int, beyond: int = 0
+) -> re.Match[str] | tuple[int, int] | None:
     """Where the experts are in a tensor of a checkpoint: the match of the number in its name, if
-    it is of one expert; the axis along which they are; None where it is of none. `beyond`: see
-    `Pruned`."""
+    it is of one expert; the axis along which they are, and how many rows each has; None where it
+    is of none. `beyond`: see `Pruned`."""
     if LAYER.search(name) is None or TOWER.search(name):
         return None
     if found := EXPERT.search(name):
@@ -270,13 +258,13 @@ def place(name: str, shape: Sequence[int], E: int, beyond: int = 0) -> re.Match[
     if SHARED.search(name) or OF_CHANNELS.search(name):
         return None
     if FLAT.search(name):
-        return Rows(0, shape[0] // E)
+        return 0, shape[0] // E
     if shape[0] == E and (len(shape) == 3 or ".experts." in name):
-        return Rows(0)
+        return 0, 1
     # a selection bias may be of the experts alone
     for C in (E + beyond, E) if BIAS.search(name) else (E + beyond,):
         if ROUTER.search(name) and C in shape:
-            return Rows(list(shape).index(C))
+            return list(shape).index(C), 1
     return None
 
 

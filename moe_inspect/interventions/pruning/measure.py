@@ -1,26 +1,39 @@
 """The loss of a model without several experts at once, on held-out text, for several choices of
-them.
+them; and warnings about the choice.
 
-U documents, P plans, R resamples.
+U documents, P plans, R resamples, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.uncertainty import interval, resample_weights
+from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, interval, resample_weights
+from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
+from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.interventions.ablation import Progress
-from moe_inspect.interventions.held_out import HeldOut
+from moe_inspect.interventions.held_out import HeldOut, documents_of
 from moe_inspect.interventions.intervene import Intervention
+from moe_inspect.text import plural
+from moe_inspect.trace.reader import Trace
 
-WHOLE, RANDOM, EVERYTHING = "whole", "random", "(all)"
+WHOLE, RANDOM, FREQUENCY, EVERYTHING = "whole", "random", "frequency", "(all)"
+BEGINNING = 32  # tokens by which texts are compared; shorter ones are compared whole
+NAMED = 6  # experts or domains listed in a sentence
+COLUMNS = [
+    *("plan", "domain", "documents", "tokens", "draws", "loss", "least_loss", "greatest_loss"),
+    *("difference", "difference_low", "difference_high"),
+]
 # of a plan: the experts that go, of each router
 Drop = Sequence[Sequence[int]]
+Finding = tuple[str, str]  # kind of a warning, and its text
 
 
 @dataclass(frozen=True)
@@ -65,28 +78,15 @@ class Losses:
 
     def table(self) -> pd.DataFrame:
         """A row per plan, and per plan and domain."""
-        rows: list[dict[str, Any]] = []
+        rows: list[list[Any]] = []
         for domain in (None, *self.domains):
             tokens_U = self.tokens_U[self._of(domain)]
             for plan in self.nats:
                 draws = self.loss(plan, domain)
-                change = self.change(plan, WHOLE, domain)
-                rows.append(
-                    {
-                        "plan": plan,
-                        "domain": domain or EVERYTHING,
-                        "documents": len(tokens_U),
-                        "tokens": int(tokens_U.sum()),
-                        "draws": len(draws),
-                        "loss": float(np.mean(draws)),
-                        "least_loss": min(draws),
-                        "greatest_loss": max(draws),
-                        "difference": change[0],
-                        "difference_low": change[1],
-                        "difference_high": change[2],
-                    }
-                )
-        return pd.DataFrame(rows)
+                row = [plan, domain or EVERYTHING, len(tokens_U), int(tokens_U.sum()), len(draws)]
+                row += [float(np.mean(draws)), min(draws), max(draws)]
+                rows.append([*row, *self.change(plan, WHOLE, domain)])
+        return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def measure(
@@ -97,14 +97,8 @@ def measure(
     """Losses of the whole model and without the experts of each plan, each router choosing among
     the rest. `plans`: name → one or more draws (of "random": several), each the experts that go, of
     each router of the model in its order."""
-    made = {WHOLE: [[]], **plans}
-    rows = [row for batch in held_out.batches for row in batch]
-    domains = sorted({row.domain for row in rows})
-    number = {document: u for u, document in enumerate(sorted({row.document for row in rows}))}
-    domain_U, tokens_U = np.zeros((2, len(number)), np.int64)
-    for row in rows:
-        domain_U[number[row.document]] = domains.index(row.domain)
-        tokens_U[number[row.document]] += len(row.ids) - 1
+    made: dict[str, Sequence[Drop]] = {WHOLE: [[]], **plans}
+    domains, number, domain_U, tokens_U = documents_of(held_out.batches)
     nats = {name: [np.zeros(len(number)) for _ in draws] for name, draws in made.items()}
     total, done = len(held_out.batches) * sum(map(len, made.values())), 0
     for b, batch in enumerate(held_out.batches):
@@ -116,8 +110,7 @@ def measure(
                 if progress is not None:
                     progress(done, total)
     known = tokens_U > 0
-    if not known.all():
-        nats = {name: [sums_U[known] for sums_U in of] for name, of in nats.items()}
+    nats = {name: [sums_U[known] for sums_U in of] for name, of in nats.items()}
     return Losses(domains, domain_U[known], tokens_U[known], nats)
 
 
@@ -130,3 +123,137 @@ def without(held_out: HeldOut, drop: Drop, batch: int) -> np.ndarray:
         return held_out.losses(batch)
     with Intervention(held_out.network, drop=by_path, routers=held_out.routers):
         return held_out.losses(batch)
+
+
+# --- warnings about a choice of experts to drop
+
+
+def of_calibration(
+    trace: Trace, routers: Sequence[int], counts: Counts, held_out: HeldOut, drop: Drop
+) -> Iterator[Finding]:
+    """What the calibration text did not show. `routers`: the trace's, of each router of the model;
+    `counts`: of the trace."""
+    known = {counts.domains[d] for d in np.flatnonzero(counts.tokens_D)}
+    asked = {row.domain for batch in held_out.batches for row in batch}
+    if missing := sorted(asked - known):
+        yield (
+            "coverage",
+            f"the calibration text lacks {_list(missing)}: the value of experts for it is unknown "
+            f"({trace.path} has {_list(sorted(known))})",
+        )
+    few = _names(held_out, drop, [counts.load_E(r) < JUDGED for r in routers])
+    if few:
+        yield (
+            "few tokens",
+            f"{plural(len(few), 'dropped expert')} had fewer than {JUDGED} assignments in the "
+            f"calibration text: {_list(few)}",
+        )
+
+
+def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
+    """Held-out text that was calibrated on, whole or cut elsewhere; or that the trace does not tell
+    its text."""
+    fed = defaultdict[bytes, list[np.ndarray]](list)
+    for row in sequences_of(trace):
+        fed[row.ids[:BEGINNING].tobytes()].append(row.ids)
+    if not fed:
+        yield "overlap", f"{trace.path} does not hold its text: it may include the held-out text"
+    rows = [row for batch in held_out.batches for row in batch]
+    again = {
+        row.document
+        for row in rows
+        for other in fed.get(row.ids[:BEGINNING].astype(np.int32).tobytes(), [])
+        if np.array_equal(row.ids[: len(other)], other[: len(row.ids)])
+    }
+    if again:
+        documents = plural(len({row.document for row in rows}), "held-out document")
+        yield (
+            "overlap",
+            f"{len(again)} of {documents} are in the calibration trace: their loss says nothing "
+            "about unseen text",
+        )
+
+
+def of_super_experts(
+    trace: Trace, routers: Sequence[int], counts: Counts, held_out: HeldOut, drop: Drop
+) -> Iterator[Finding]:
+    """Super experts that would go; or that the trace does not tell which they are."""
+    peak_LE = [peak_E for r in routers if (peak_E := counts.of[r].peak_E) is not None]
+    if len(peak_LE) < len(routers):
+        yield (
+            "super experts",
+            f"{trace.path} does not show which experts are super experts: record it with "
+            "--output-peaks",
+        )
+        return
+    layers = np.array([site.layer for site in held_out.sites])
+    if gone := _names(held_out, drop, super_experts(peak_LE, layers, trace.blocks)):
+        yield (
+            "super experts",
+            f"{plural(len(gone), 'super expert')} would be dropped ({_list(gone)}): they produce "
+            "the largest activations of the model",
+        )
+
+
+def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
+    """Where choosing at random, or by frequency, is as good."""
+    if (documents := len(losses.tokens_U)) < FEWEST_DOCUMENTS:
+        text = f"{plural(documents, 'held-out document')}: too few to judge chance"
+        yield "few documents", text
+    if by != RANDOM and RANDOM in losses.nats:
+        yield from _beside(losses, by, RANDOM)
+        worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
+        if worse and len(losses.domains) > 1:
+            yield RANDOM, f"random is as good as {by} or better in {_list(worse)}"
+    if by not in (RANDOM, FREQUENCY) and FREQUENCY in losses.nats:
+        yield from _beside(losses, by, FREQUENCY)
+
+
+def _beside(losses: Losses, by: str, other: str) -> Iterator[Finding]:
+    value, low, high = losses.change(by, other)
+    draws = losses.loss(other)
+    a, b = np.mean(losses.loss(by)), np.mean(draws)
+    of_draws = (
+        f", the mean of {plural(len(draws), 'draw')} from {min(draws):.3f} to {max(draws):.3f}"
+        if other == RANDOM
+        else ""
+    )
+    between = f", 95 % {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
+    numbers = (
+        f"a loss of {a:.3f} nats per token, against {b:.3f}{of_draws} "
+        f"(difference {value:+.3f}{between})"
+    )
+    if low > 0:
+        yield other, f"{other} is better than {by}: {numbers}"
+    elif value >= 0 and other == RANDOM:
+        yield other, f"random is as good as {by}: {numbers}"
+    elif value >= 0 or high >= 0:
+        yield other, f"{by} is not clearly better than {other}: {numbers}"
+
+
+def _names(held_out: HeldOut, drop: Drop, is_LE: Iterable[np.ndarray]) -> list[str]:
+    """The dropped experts of which this is true (bool [E] of each router)."""
+    return [
+        f"L{site.layer}E{e}"
+        for site, gone, is_E in zip(held_out.sites, drop, is_LE, strict=True)
+        for e in gone
+        if is_E[e]
+    ]
+
+
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def sequences_of(trace: Trace) -> Iterator[TokenSequence]:
+    """The sequences that a trace was recorded of, as they were fed, without decoded tokens; none
+    where it does not hold its text."""
+    columns = ["token_id", "document", "sequence", "position", "domain", "phase"]
+    for shard in () if trace.counts_only else trace.shards:
+        frame = shard.tokens(columns).to_pandas()
+        frame = frame[(frame.phase == "prefill") & (frame.token_id >= 0)]
+        for (document, sequence), of in frame.groupby(["document", "sequence"], sort=False):
+            ids = of.sort_values("position").token_id.to_numpy(np.int32)
+            label, source = str(of.domain.iloc[0]), str(trace.path)
+            yield TokenSequence(document, sequence, label, source, ids, len(ids), 1)

@@ -7,7 +7,8 @@ E experts, K slots.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.scores import (
-    ABLATION,
-    AIMER,
-    SCORES,
-    counted,
-    experts_kept,
-    lowest,
-    random_scores,
-    refuse_too_few,
-    score_E,
-)
+from moe_inspect.analysis import scores
+from moe_inspect.analysis.weights.measure import aimer_of
+from moe_inspect.capture.corpus.plan import batches
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
+from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.interventions.ablation import Progress
-from moe_inspect.interventions.among import SHARED_OUT, beyond, how_dropped
+from moe_inspect.interventions.ablation import Progress, ablate_held_out, pairs
 from moe_inspect.interventions.held_out import HeldOut, open_held_out
-from moe_inspect.interventions.pruning import advise, checkpoint
-from moe_inspect.interventions.pruning.calibration import (
-    BY,
-    RANDOM,
-    ablation_scores,
-    aimer_of_model,
-    check_trace,
-)
-from moe_inspect.interventions.pruning.measure import EVERYTHING, WHOLE, Drop, Losses, measure
+from moe_inspect.interventions.pruning import checkpoint, measure
+from moe_inspect.interventions.pruning.measure import EVERYTHING, FREQUENCY, RANDOM, WHOLE, Drop
+from moe_inspect.interventions.rules import SHARED_OUT, beyond, how_dropped
 from moe_inspect.model.config import groups_of
-from moe_inspect.model.load import config_record
+from moe_inspect.model.load import checkpoint_dir, config_record
 from moe_inspect.model.routers import Site, block_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
 
-FREQUENCY = advise.FREQUENCY
+BY = (*scores.ALL, RANDOM)
 # of the loss: a router's scores may be summed in another order, and two that are close then change
 # places
 ROUNDING_NATS = 0.01
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# config entries that say how weights are stored or run, not what the model is
+OF_A_RUN = {"dtype", "torch_dtype", "use_cache", "output_router_logits"}
 
 
 @dataclass(frozen=True)
@@ -102,22 +91,6 @@ class Choice:
     resume: Path | None = None
 
 
-@dataclass(frozen=True)
-class Plans:
-    """What goes by each way to choose. `score_LE`: of the one asked for, float64 [E] of each
-    router; `routers`: the trace's router of each router of the model; `counts`: of the trace."""
-
-    by: str
-    score_LE: list[np.ndarray]
-    drops: dict[str, list[Drop]]
-    routers: list[int]
-    counts: Counts
-
-    @property
-    def drop(self) -> Drop:
-        return self.drops[self.by][0]
-
-
 def prune(
     model: str,
     options: TraceOptions,
@@ -142,8 +115,7 @@ def prune(
                 )
         source = checkpoint.directory_of(model, options.revision)
     held_out = open_held_out(model, options)
-    plans = planned(held_out, trace, choice, progress)
-    done = judged(held_out, trace, plans, progress)
+    done = prune_held_out(held_out, trace, choice, progress)
     if output is None or source is None:
         return done
     site = held_out.sites[0]
@@ -152,23 +124,87 @@ def prune(
     held_out = replace(held_out, network=None)
 
     def loads(draft: Path) -> dict[str, Any]:
+        """What its pruning.json says; docs/prune.md describes it."""
         check_loss(draft, held_out, options, done.loss)
-        return record(done, model, trace, choice, pruned)
+        rows = done.losses.to_dict("records")
+        return {
+            "format": 1,
+            "model": model,
+            "trace": str(trace.path),
+            "by": choice.by,
+            "keep": choice.keep,
+            "experts": pruned.experts,
+            "experts_kept": pruned.left,
+            "dropped": {str(layer): experts for layer, experts in done.dropped.items()},
+            "losses": [{k: None if v != v else v for k, v in row.items()} for row in rows],
+            "findings": done.findings.to_dict("records"),
+        }
 
     checkpoint.write(source, output, pruned, loads)
     return done
 
 
-def judged(
-    held_out: HeldOut, trace: Trace, plans: Plans, progress: Progress | None = None
+def prune_held_out(
+    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
 ) -> Pruning:
-    losses = measure(held_out, plans.drops, progress)
-    found = [vars(finding) for finding in findings(held_out, plans, trace, losses)]
+    """What goes by the score asked for, beside frequency and chance, and what is lost with it."""
+    if choice.draws < 1:
+        raise MoeInspectError(f"draws is {choice.draws}: compare with 1 or more")
+    routers = check_trace(trace, held_out)
+    # which the trace knows of a model of one's own too
+    most = max(trace.routers[r].top_k for r in routers)
+    check(held_out.network, held_out.sites, choice.keep, most)
+    groups, _, _ = groups_of(config_of(held_out.network))
+    by, scored = choice.by, choice.by != RANDOM
+    counts = scores.counted(trace, by if by in scores.SCORES else FREQUENCY)
+
+    def gone(score_LE: list[np.ndarray]) -> Drop:
+        return scores.lowest(score_LE, choice.keep, groups)
+
+    def counted(by: str) -> list[np.ndarray]:
+        return [scores.score_E(counts, r, by) for r in routers]
+
+    def at_random(draw: int) -> list[np.ndarray]:
+        return scores.random_scores([site.experts for site in held_out.sites], choice.seed + draw)
+
+    if by == RANDOM:
+        score_LE = at_random(0)
+    elif by == scores.ABLATION:
+        score_LE = ablation_scores(held_out, trace, choice.resume, progress)
+    elif by == scores.AIMER:
+        name, revision = held_out.record["model"], held_out.record["revision"]
+        aimer = aimer_of(checkpoint_dir(name, revision), trace.routers, routers)
+        score_LE = scores.aimer_scores(aimer, routers, name)
+    else:
+        score_LE = counted(by)
+    drops = {by: [gone(score_LE)]}
+    drops.setdefault(FREQUENCY, [gone(counted(FREQUENCY))])
+    drops.setdefault(RANDOM, [gone(at_random(draw)) for draw in range(choice.draws)])
+    losses = measure.measure(held_out, drops, progress)
+    drop = drops[by][0]
+    of = trace, routers, counts, held_out, drop
+    findings = [
+        *(measure.of_calibration(*of) if scored else ()),
+        *measure.of_overlap(trace, held_out),
+        *(measure.of_super_experts(*of) if scored else ()),
+        *measure.of_losses(losses, by),
+    ]
+    experts = [
+        {
+            "layer": site.layer,
+            "router": r,
+            "expert": np.arange(site.experts),
+            "score": score_LE[r],
+            "assignments": counts.load_E(routers[r]),
+            "dropped": np.isin(np.arange(site.experts), drop[r]),
+        }
+        for r, site in enumerate(held_out.sites)
+    ]
     return Pruning(
-        plans.by,
+        by,
         losses.table(),
-        score_table(held_out, plans),
-        pd.DataFrame(found, columns=["kind", "text"]),
+        pd.concat(map(pd.DataFrame, experts), ignore_index=True),
+        pd.DataFrame(findings, columns=["kind", "text"]),
     )
 
 
@@ -185,7 +221,7 @@ def check_loss(draft: Path, held_out: HeldOut, options: TraceOptions, expected: 
             f"without its experts does not load, and was not kept ({first_line(error)})"
         ) from error
     written = replace(held_out, network=network)
-    found = measure(written, {}).loss(WHOLE)[0]
+    found = measure.measure(written, {}).loss(WHOLE)[0]
     if abs(found - expected) > ROUNDING_NATS:
         raise MoeInspectError(
             f"the checkpoint has a loss of {found:.4f} nats per token, and {expected:.4f} was "
@@ -193,88 +229,86 @@ def check_loss(draft: Path, held_out: HeldOut, options: TraceOptions, expected: 
         )
 
 
-def record(
-    done: Pruning, model: str, trace: Trace, choice: Choice, pruned: checkpoint.Pruned
-) -> dict[str, Any]:
-    """What the checkpoint's pruning.json says; docs/prune.md describes it."""
-    return {
-        "format": 1,
-        "model": model,
-        "trace": str(trace.path),
-        "by": choice.by,
-        "keep": choice.keep,
-        "experts": pruned.experts,
-        "experts_kept": pruned.left,
-        "dropped": {str(layer): experts for layer, experts in done.dropped.items()},
-        "losses": [
-            {k: None if v != v else v for k, v in row.items()}
-            for row in done.losses.to_dict("records")
-        ],
-        "findings": done.findings.to_dict("records"),
-    }
+def ablation_scores(
+    held_out: HeldOut, trace: Trace, resume: Path | None, progress: Progress | None
+) -> list[np.ndarray]:
+    """What the model loses on the text of the trace without each expert alone, in nats per token.
+    float64 [E] of each router"""
+    most = max(sum(len(row.ids) for row in batch) for batch in held_out.batches)
+    found = list(batches(measure.sequences_of(trace), most))
+    if not found:
+        raise MoeInspectError(f"{trace.path} does not hold its text, which {scores.ABLATION} needs")
+    calibration = replace(
+        held_out,
+        batches=found,
+        record={**held_out.record, "sources": str(trace.manifest.get("digest"))},
+    )
+    asked = pairs(held_out.sites, None, None)
+    table = ablate_held_out(calibration, asked, resume=resume, progress=progress).experts
+    by_router = table.sort_values(["router", "expert"]).groupby("router").difference
+    return [of.to_numpy(np.float64) for _, of in by_router]
 
 
-def planned(
-    held_out: HeldOut, trace: Trace, choice: Choice, progress: Progress | None = None
-) -> Plans:
-    """What goes by the score asked for, by frequency, and at random."""
-    if choice.draws < 1:
-        raise MoeInspectError(f"draws is {choice.draws}: compare with 1 or more")
-    routers = check_trace(trace, held_out)
-    # which the trace knows of a model of one's own too
-    most = max(trace.routers[r].top_k for r in routers)
-    check(held_out.network, held_out.sites, choice.keep, most)
-    groups, _, _ = groups_of(config_of(held_out.network))
-    counts = counted(trace, choice.by if choice.by in SCORES else FREQUENCY)
-
-    def gone(score_LE: list[np.ndarray]) -> Drop:
-        return lowest(score_LE, choice.keep, groups)
-
-    def at_random(draw: int) -> list[np.ndarray]:
-        return random_scores([site.experts for site in held_out.sites], choice.seed + draw)
-
-    if choice.by == RANDOM:
-        score_LE = at_random(0)
-    elif choice.by == ABLATION:
-        score_LE = ablation_scores(held_out, trace, choice.resume, progress)
-    elif choice.by == AIMER:
-        score_LE = aimer_of_model(held_out, trace, routers)
-    else:
-        score_LE = [score_E(counts, r, choice.by) for r in routers]
-    drops = {choice.by: [gone(score_LE)]}
-    drops.setdefault(FREQUENCY, [gone([score_E(counts, r, FREQUENCY) for r in routers])])
-    drops.setdefault(RANDOM, [gone(at_random(draw)) for draw in range(choice.draws)])
-    return Plans(choice.by, score_LE, drops, routers, counts)
+# --- what is refused
 
 
-def findings(
-    held_out: HeldOut, plans: Plans, trace: Trace, losses: Losses
-) -> Sequence[advise.Finding]:
-    scored = plans.by != RANDOM
-    of = (trace, plans.routers, plans.counts, held_out, plans.drop)
-    return [
-        *(advise.of_coverage(*of) if scored else ()),
-        *advise.of_overlap(trace, held_out),
-        *(advise.of_super_experts(*of) if scored else ()),
-        *advise.of_losses(losses, plans.by),
-    ]
-
-
-def score_table(held_out: HeldOut, plans: Plans) -> pd.DataFrame:
-    parts = [
-        pd.DataFrame(
-            {
-                "layer": site.layer,
-                "router": r,
-                "expert": np.arange(site.experts),
-                "score": plans.score_LE[r],
-                "assignments": plans.counts.load_E(plans.routers[r]),
-                "dropped": np.isin(np.arange(site.experts), plans.drop[r]),
-            }
+def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
+    """The trace's router of each router of the model. MoeInspectError where the trace is of
+    another model."""
+    plan = (trace.manifest.get("corpus") or {}).get("plan") or {}
+    model, name = trace.manifest.get("model") or {}, held_out.record["model"]
+    for key, has in (("adapter", "an adapter"), ("random_init", "random weights")):
+        if plan and plan.get(key) != held_out.record[key]:
+            not_it = "" if plan.get(key) is None else f", of {has}"
+            raise MoeInspectError(f"{trace.path} is of a different model than {name}{not_it}")
+    if "intervention" in str(model.get("note", "")):
+        raise MoeInspectError(f"{trace.path} was recorded during an {model['note']}")
+    then, now = model.get("config"), comparable(getattr(held_out.network, "config", None))
+    if isinstance(then, dict) and (key := _difference(then, now)):
+        raise MoeInspectError(
+            f"{trace.path} is of a different model than {name}: its config has a different {key}"
         )
-        for r, site in enumerate(held_out.sites)
-    ]
-    return pd.concat(parts, ignore_index=True)
+    before, weights = plan.get("weights_hash"), held_out.record["weights_hash"]
+    if (
+        before
+        and weights
+        and before != weights
+        and bool(COMMIT.fullmatch(before)) == bool(COMMIT.fullmatch(weights))
+    ):
+        raise MoeInspectError(
+            f"{trace.path} was recorded with different weights than {name} has now: record it again"
+        )
+    return [_router(trace, site, name) for site in held_out.sites]
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first entry that two configs state differently, with its value in each; "" for none. What
+    only one of them states is as it is by default."""
+    for key in sorted(set(then) & set(now) - OF_A_RUN):
+        before, after = then[key], now[key]
+        if before == after or key.startswith("_"):
+            continue
+        if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+            return f"{key} ({before!r}, not {after!r})"
+        if inner := _difference(before, after):
+            return inner
+    return ""
+
+
+def _router(trace: Trace, site: Site, name: str) -> int:
+    by_path = [r for r, router in enumerate(trace.routers) if router.path == site.path]
+    by_layer = [r for r, router in enumerate(trace.routers) if router.layer == site.layer]
+    found = by_path or by_layer
+    if len(found) != 1:
+        raise MoeInspectError(
+            f"{trace.path} has {len(found) or 'no'} routers in layer {site.layer}: record all "
+            f"layers of {name}"
+        )
+    if (E := trace.routers[found[0]].experts) != site.experts:
+        raise MoeInspectError(
+            f"{trace.path} has {E} experts in layer {site.layer}, {name} has {site.experts}"
+        )
+    return found[0]
 
 
 def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
@@ -308,12 +342,12 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
             )
     E = sizes[0]
     groups, _, _ = of_groups = groups_of(config_of(network))
-    if experts_kept(E, keep, groups) == E:
+    if scores.experts_kept(E, keep, groups) == E:
         within = f" in each of {groups} groups" if groups > 1 else ""
         raise MoeInspectError(
             f"--keep {keep:g} drops none of {E // groups} experts{within}: lower it"
         )
-    refuse_too_few(E, K, keep, of_groups)
+    scores.refuse_too_few(E, K, keep, of_groups)
 
 
 def config_of(network: Any) -> dict[str, Any]:
