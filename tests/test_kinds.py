@@ -17,6 +17,7 @@ import pytest
 import moe_inspect
 from moe_inspect.alarms.alarms import Alarms, Window
 from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, known_metrics, parse_rule
+from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import Finding
 from tests.chance import REGIMES, monitored
 from tests.synthetic import routers
@@ -111,12 +112,13 @@ CASES = {
     "text": Case("good: ", "one follows words", "another model", None),
 }  # fmt: skip
 
-CALLS = ("finding", "_crowd", "Misalignment")
+CALLS = ("finding", "Misalignment")
 
 
 def kinds_of_sentences() -> set[str]:
-    """The first argument of every such call in the package, where it is a constant."""
-    found = set[str]()
+    """The checks of a report, and the first argument of every such call in the package, where it is
+    a constant."""
+    found = {check.__name__ for _, checks in CHECKS for check in checks}
     for path in (ROOT / "moe_inspect").rglob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -124,8 +126,6 @@ def kinds_of_sentences() -> set[str]:
                 kind = node.args[0] if node.args else None
                 if isinstance(kind, ast.Constant):
                     found.add(str(kind.value))
-                elif isinstance(kind, ast.Name) and kind.id == "KIND":
-                    found.add("domain_specialization")
     return found
 
 

@@ -118,7 +118,7 @@ def test_findings_carry_their_numbers_and_come_most_important_first():
     first = found[0]
     assert (first.kind, first.severity, first.layer, first.router) == ("balance", "critical", 3, 3)
     assert f"{first.values['max_over_mean']:.2f}x the mean load" in first.text
-    assert {f.kind for f in found} <= {check.__name__ for check in CHECKS}
+    assert {f.kind for f in found} <= {check.__name__ for _, of in CHECKS for check in of}
     assert len({f.kind for f in found}) == len(found)
 
 
@@ -129,7 +129,7 @@ def test_a_check_runs_once_per_report(monkeypatch: pytest.MonkeyPatch):
         asked.append(1)
         return missing_ranks(data)
 
-    monkeypatch.setattr(checks, "CHECKS", (counting,))
+    monkeypatch.setattr(checks, "CHECKS", (("", (counting,)),))
     made = report(ROOT / "sample_traces" / "collapsed")
     assert made.verdict() == made.verdict() == []
     assert made.tables["verdict"].empty

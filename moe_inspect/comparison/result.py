@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
-from moe_inspect.reporting.shown import Shown
+from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.reporting.tables.registry import LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
@@ -22,24 +21,12 @@ from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section, Tile
-    from moe_inspect.reporting.render.notebook import Cell
 
 # of traces of decisions, of which one holds counts only, of different models, of checkpoints
 TABLES: dict[str, Table] = {}
 LOAD_TABLES: dict[str, Table] = {}
 MODEL_TABLES: dict[str, Table] = {}
 CHECKPOINT_TABLES: dict[str, Table] = {}
-ROWS = 10  # of a table of the text in a file; --table has them all
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """What the text shows of a table. what, rows: those worth reading first, of a table and the
-    number that there is room for. columns: on a terminal; by default all."""
-
-    what: str
-    rows: Callable[[Any, int], Any]
-    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +63,6 @@ class Comparison(Shown):
     kind: ClassVar[Kind]
     a: Trace
     b: Trace
-    tables: Mapping[str, pd.DataFrame]
     # the keywords of `compare` that are not as by default
     given: Mapping[str, Any]
 
@@ -130,6 +116,25 @@ class Comparison(Shown):
         return f"A {self.a.path} · B {self.b.path}"
 
     @property
+    def heading(self) -> str:
+        return self.title
+
+    @property
+    def command(self) -> str:
+        return f"moe-inspect compare {shlex.join(str(trace.path) for trace in self.traces)}"
+
+    @property
+    def said(self) -> list[Finding]:
+        return self.verdict()
+
+    @property
+    def excerpts(self) -> dict[str, Excerpt]:
+        return {name: self.kind.excerpts[name] for name in self.shown_tables}
+
+    def first_chart(self) -> Chart | str:
+        return next(iter(self.kind.charts.values()))[0](self)
+
+    @property
     def subtitle(self) -> str:
         """Below the title of the page."""
         return self.title
@@ -151,35 +156,6 @@ class Comparison(Shown):
             elif made:
                 left_out.append(made)
         return charts, list(dict.fromkeys(left_out))
-
-    def write_text(self, file: TextIO) -> None:
-        """The verdict, then the tables cut short; on a terminal as much as fits a screen."""
-        from moe_inspect.reporting.render import console as render
-        from moe_inspect.reporting.render.terminal import print_excerpt, print_verdict
-
-        console, shown = render.console_for(file), self.shown_tables
-        verdict = partial(print_verdict, self.verdict())
-        lines, most = render.print_and_count(verdict, console, self.title), ROWS
-        if console.is_terminal:
-            shown = shown[: render.tables_that_fit(console, lines)]
-            most = render.rows_that_fit(console, lines, len(shown), 7)
-        command = f"moe-inspect compare {shlex.join(str(trace.path) for trace in self.traces)}"
-        for name in shown:
-            excerpt, whole = self.kind.excerpts[name], self.tables[name]
-            frame = excerpt.rows(whole, most)
-            print_excerpt(console, name, excerpt.what, whole, frame, excerpt.columns, command)
-
-    def cell(self) -> Cell:
-        """The verdict, the first chart, and the first rows of the text's first table."""
-        from moe_inspect.reporting.render.notebook import ROWS, verdict_cell
-
-        name = next(iter(self.shown_tables))
-        excerpt, whole = self.kind.excerpts[name], self.tables[name]
-        rows = excerpt.rows(whole, ROWS)
-        rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
-        caption = f"{name}: {excerpt.what}, {len(rows):,} of {plural(len(whole), 'row')}"
-        chart = next(iter(self.kind.charts.values()))[0](self)
-        return verdict_cell(self.title, self.verdict(), self.tables, chart, rows, caption)
 
     def page(self) -> str:
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html

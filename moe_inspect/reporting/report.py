@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown
+from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, check_table
 from moe_inspect.reporting.tables.summary import facts, notes
@@ -19,7 +20,6 @@ from moe_inspect.trace.reader import Trace, open_trace
 if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.html import Section
-    from moe_inspect.reporting.render.notebook import Cell
     from moe_inspect.reporting.render.texts.documents import Amount
 
 __all__ = ["TABLES", "Report", "check_table", "report"]  # whoever imports these has every table
@@ -78,6 +78,24 @@ class Report(ReportData, Shown):
 
         print_report(self, file, full)
 
+    @property
+    def title(self) -> str:
+        return dict(facts(self))["model"]
+
+    @property
+    def said(self) -> list[Finding]:
+        return [one for one in findings(self) if one.kind != "trace_warning"]
+
+    @property
+    def excerpts(self) -> Mapping[str, Excerpt]:
+        from moe_inspect.reporting.render.terminal import excerpts_of
+
+        return excerpts_of(self)
+
+    @property
+    def command(self) -> str:
+        return f"moe-inspect report {shlex.quote(str(self.trace.path))}"
+
     def charts(self) -> tuple[list[Chart], list[str]]:
         from moe_inspect.reporting.charts.spec import draw_charts
 
@@ -91,10 +109,10 @@ class Report(ReportData, Shown):
 
         return report_page(self, more, text)
 
-    def cell(self) -> Cell:
-        from moe_inspect.reporting.render.notebook import report_cell
+    def first_chart(self) -> Chart | str:
+        from moe_inspect.reporting.charts.spec import chart_of
 
-        return report_cell(self)
+        return chart_of(self, "load")
 
     def chart_named(self, name: str) -> Chart:
         from moe_inspect.reporting.charts.spec import chart_of, check_chart

@@ -1,34 +1,81 @@
-"""What the results of this package have in common: each is text, pictures, a page, and a cell of a
-notebook. The commands call the same methods."""
+"""What the results of this package have in common: findings, tables and charts, and how these are
+shown: as text, pictures, a page, and a cell of a notebook. The commands call the same methods."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import no_such
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from moe_inspect.reporting.charts.spec import Chart
-    from moe_inspect.reporting.render.notebook import Cell
+    from moe_inspect.reporting.verdict.findings import Finding
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What the text shows of a table. what, rows: those worth reading first, of the table and the
+    number that there is room for. columns: on a terminal, as many as fit, the most informative
+    first; by default all."""
+
+    what: str
+    rows: Callable[[Any, int], Any]
+    columns: tuple[str, ...] = ()
+
+    def title(self, name: str, rows: Any, whole: Any) -> str:
+        """Above these rows of the table of that name."""
+        if len(rows) == len(whole):
+            return name
+        return f"{name}: {self.what}, {len(rows):,} of {len(whole):,} rows"
 
 
 class Shown(ABC):
     """A result. `str()` and `print` give its text, at most a screen of it; a notebook shows a cell
     of as much."""
 
+    rows: ClassVar[int] = 10  # of a table in a text that is no screen
+    tables: Mapping[str, pd.DataFrame]
+
+    @property
     @abstractmethod
-    def write_text(self, file: TextIO) -> None:
-        """Writes the text as the command prints it: with colours and as wide as the terminal where
-        `file` is one, without and unbroken otherwise."""
+    def title(self) -> str:
+        """What it is of."""
+
+    @property
+    def heading(self) -> str:
+        """Above the text."""
+        return ""
+
+    @property
+    def warning(self) -> str | None:
+        """What to know before believing any of it."""
+        return None
+
+    @property
+    def command(self) -> str:
+        """What prints a table, with --table."""
+        return ""
+
+    @property
+    @abstractmethod
+    def said(self) -> Sequence[Finding | str]:
+        """What it comes to, most important first."""
+
+    @property
+    @abstractmethod
+    def excerpts(self) -> Mapping[str, Excerpt]:
+        """Of the tables that the text shows; the first is that of a notebook."""
 
     @abstractmethod
     def page(self) -> str:
@@ -39,8 +86,16 @@ class Shown(ABC):
         """Its charts, and why others are missing."""
 
     @abstractmethod
-    def cell(self) -> Cell:
-        """What a notebook shows of it."""
+    def first_chart(self) -> Chart | str | None:
+        """The chart that a notebook shows, or why there is none."""
+
+    def write_text(self, file: TextIO) -> None:
+        """Writes the text as the command prints it: with colours and as wide as the terminal where
+        `file` is one, without and unbroken otherwise. What it comes to, then the tables cut short;
+        on a terminal as much as fits a screen."""
+        from moe_inspect.reporting.render.terminal import print_shown
+
+        print_shown(self, file)
 
     def __str__(self) -> str:
         from moe_inspect.reporting.render.console import on_screen
@@ -50,7 +105,7 @@ class Shown(ABC):
     def _repr_html_(self) -> str:
         from moe_inspect.reporting.render.notebook import cell_html
 
-        return cell_html(self.cell())
+        return cell_html(self)
 
     def show(self) -> None:
         """Shows it: printed as the command prints it, or as a cell where this is a notebook."""

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TextIO
+from typing import TYPE_CHECKING, ClassVar, ParamSpec
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Shown
-from moe_inspect.text import plural, printable
+from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from rich.console import Console
 
     from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.html import Section
-    from moe_inspect.reporting.render.notebook import Cell
 
 Options = ParamSpec("Options")
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
-ROWS = 20  # of a table in a file; --table has them all
+FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
 HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 
 
@@ -37,8 +34,10 @@ class Simulation(Shown):
     draw. `shown`: the tables that the text shows; by default the main one. `python`: lines that
     simulate the same again, as `made`. `print(simulation)` is one screen of it."""
 
+    rows: ClassVar[int] = 20
+
     name: str
-    tables: dict[str, pd.DataFrame]
+    tables: Mapping[str, pd.DataFrame]
     verdict: list[str]
     settings: dict[str, object] = field(default_factory=dict)
     chart: Chart | None = None
@@ -53,38 +52,20 @@ class Simulation(Shown):
         """The tables, those first that the text shows."""
         return list(dict.fromkeys([*self.shown, *self.tables]))
 
-    def write_text(self, file: TextIO) -> None:
-        from rich.text import Text
+    @property
+    def title(self) -> str:
+        return f"simulate {self.name}"
 
-        from moe_inspect.reporting.render.console import (
-            console_for,
-            print_and_count,
-            print_frame,
-            rows_that_fit,
-        )
+    @property
+    def said(self) -> list[str]:
+        return self.verdict
 
-        console, names = console_for(file), self.shown or self.in_order[:1]
-        lines = print_and_count(self._print_verdict, console)
-        most = rows_that_fit(console, lines, len(names)) if console.is_terminal else ROWS
-        for name in names:
-            frame = self.tables[name]
-            cut = f": the first {most} of {len(frame):,} rows" if len(frame) > most else ""
-            head, title = frame.head(most), f"{name}{cut}"
-            shown = print_frame(head, console, title, fitting=console.is_terminal)
-            left = ["all rows"] if cut else []
-            if columns := len(frame.columns) - shown:
-                left.append(plural(columns, "more column"))
-            if left:
-                console.print(Text(f"+ {' and '.join(left)}: --table {name}", style="dim"))
+    @property
+    def excerpts(self) -> dict[str, Excerpt]:
+        return dict.fromkeys(self.shown or self.in_order[:1], FIRST_ROWS)
 
-    def _print_verdict(self, console: Console) -> None:
-        from rich.text import Text
-
-        from moe_inspect.reporting.render.console import wrapped
-
-        for sentence in self.verdict:
-            for line in wrapped(Text(printable(sentence)), console, Text("• ")):
-                console.print(line, soft_wrap=True)
+    def first_chart(self) -> Chart | None:
+        return self.chart
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         return [] if self.chart is None else [self.chart], []
@@ -134,15 +115,6 @@ class Simulation(Shown):
             group="Serving",
             python=table_of(self.python, name),
         )
-
-    def cell(self) -> Cell:
-        from moe_inspect.reporting.render.notebook import Cell, chart_picture
-
-        title, first = f"simulate {self.name}", self.in_order[0]
-        picture = None if self.chart is None else chart_picture(self.chart)
-        table = self.tables[first]
-        caption = f"{first}, the first rows of {len(table):,}" if len(table) > ROWS else first
-        return Cell(title, self.verdict, list(self.tables), None, picture, table, caption)
 
 
 def _text(value: object) -> str:

@@ -105,11 +105,11 @@ def tables_that_fit(console: Console, lines: int) -> int:
     return max(1, (screen_lines(console) - lines) // LEAST_OF_TABLE)
 
 
-def rows_that_fit(console: Console, lines: int, tables: int, besides: int = 6) -> int:
-    """The rows that each of so many tables can have on what `lines` leave of a screen. `besides`:
-    what a table takes besides: an empty line, a title, a line on columns that are the same in
-    every row, the names, a rule, a line on what is left out."""
-    return max(2, (screen_lines(console) - lines) // max(tables, 1) - besides)
+def rows_that_fit(console: Console, lines: int, tables: int, left_out: int) -> int:
+    """The rows that each of so many tables can have on what `lines` leave of a screen. Besides rows
+    a table takes an empty line, a title, a line on columns that are the same in every row, the
+    names, a rule, and so many lines on what is left out."""
+    return max(2, (screen_lines(console) - lines) // max(tables, 1) - 5 - left_out)
 
 
 def print_frame(

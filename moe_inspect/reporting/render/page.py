@@ -17,7 +17,7 @@ from moe_inspect.reporting.tables.data import ReportData, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.summary import facts
 from moe_inspect.reporting.verdict.chance import beyond, uneven
-from moe_inspect.reporting.verdict.checks import DATA_KINDS, findings
+from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural
 
@@ -115,7 +115,7 @@ def _section(data: ReportData, chart: Chart) -> Section:
 
 def _of_data(finding: Finding) -> bool:
     """Whether the trace is not fit to be judged: said above everything else."""
-    return finding.kind in DATA_KINDS and finding.severity in ("critical", "warning")
+    return not finding.group and finding.severity in ("critical", "warning")
 
 
 def _link(data: ReportData, finding: Finding) -> str:

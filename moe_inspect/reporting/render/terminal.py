@@ -3,10 +3,10 @@ full, the tables cut short."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TextIO
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from rich.cells import cell_len
@@ -15,17 +15,24 @@ from rich.text import Text
 
 from moe_inspect.reporting.render.console import (
     console_for,
+    print_and_count,
     print_frame,
+    rows_that_fit,
     screen_lines,
     table_row,
+    tables_that_fit,
     wrapped,
 )
 from moe_inspect.reporting.render.heatmap import heatmap_lines, print_heatmap
+from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.summary import facts, notes
+from moe_inspect.reporting.tables.summary import notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.report import Report
 
 MOST_FINDINGS = 5  # on a terminal
 COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
@@ -58,9 +65,11 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def finding_lines(found: Finding, console: Console) -> list[Text]:
+def finding_lines(found: Finding | str, console: Console) -> list[Text]:
     """A finding as a bullet: a grave one begins with its severity, and has a colour on a
     terminal."""
+    if isinstance(found, str):
+        return wrapped(Text(printable(found)), console, Text("• "))
     colour, said = COLOUR_OF.get(found.severity, ""), printable(found.text)
     if colour:
         said = f"{found.severity.capitalize()}: {said}"
@@ -124,24 +133,22 @@ def _more(findings_left: int, notes_left: int) -> str:
     )
 
 
-ROWS = 10  # of a table in the report; --table has them all
+def print_shown(made: Shown, file: TextIO) -> None:
+    """What a result comes to, then its tables cut short; on a terminal as much as fits a screen."""
+    console, excerpts, most = console_for(file), made.excerpts, made.rows
+    lines = print_and_count(partial(print_verdict, made.said), console, made.heading)
+    if console.is_terminal:
+        excerpts = dict([*excerpts.items()][: tables_that_fit(console, lines)])
+        most = rows_that_fit(console, lines, len(excerpts), 2 if made.command else 1)
+    for name, excerpt in excerpts.items():
+        print_excerpt(made, name, excerpt, most, console)
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """What the report shows of a table. columns: on a terminal, as many as fit, the most
-    informative first. rows: those worth reading first, which `what` describes."""
-
-    columns: tuple[str, ...]
-    what: str
-    rows: Callable[[Any], Any]
-
-
-def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
+def print_report(data: Report, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console, model = console_for(file), dict(facts(data))["model"]
+    console = console_for(file)
     title = Text(
-        printable(f"{model} · {data.trace.path} · {data.trace.status}"),
+        printable(f"{data.title} · {data.trace.path} · {data.trace.status}"),
         style="bold",
     )
     if not full:
@@ -152,14 +159,17 @@ def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     console.print()
     print_verdict(findings(data), console)
     print_heatmap(data, console)
-    for name, excerpt in EXCERPTS.items():
+    for name, excerpt in data.excerpts.items():
         alone = len(data.counts.domains) < 2 and data.selection.domains is None
         if name == "domains" and alone:
             labels = ", ".join(map(repr, data.counts.domains))
             console.print()
             console.print(Text(f"domains: only one, {labels}: nothing to compare it with"))
-        elif _has(data, name):
-            _print_excerpt(data, name, excerpt, console)
+            continue
+        if name == "specialization" and not data.tables[name]["domain_mi_bits"].notna().any():
+            excerpt = replace(excerpt, what="the first routers")
+        if _has(data, name):
+            print_excerpt(data, name, excerpt, data.rows, console)
     if notes(data):
         console.print()
     for note in notes(data):
@@ -174,141 +184,117 @@ def _has(data: ReportData, name: str) -> bool:
     return name != "router" or data.trace.has_weights or "logits" in data.trace.tables
 
 
-def print_verdict(findings: list[Finding], console: Console) -> None:
+def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
     """A bullet per finding."""
-    for found in findings:
+    for found in said:
         for line in finding_lines(found, console):
             console.print(line, soft_wrap=True)
 
 
-def _print_excerpt(data: ReportData, name: str, excerpt: Excerpt, console: Console) -> None:
-    whole: Any = data.tables[name]
-    what = excerpt.what
-    if name == "specialization" and not whole["domain_mi_bits"].notna().any():
-        what = "the first routers"
-    several = len({r.layer for r in data.trace.routers}) < len(data.trace.routers)
-    columns = [c for c in excerpt.columns if several or c != "router"]
-    command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
-    print_excerpt(console, name, what, whole, excerpt.rows(whole), columns, command)
-
-
-def print_excerpt(
-    console: Console,
-    name: str,
-    what: str,
-    whole: Any,
-    frame: Any,
-    columns: Sequence[str],
-    command: str,
-) -> None:
-    """Some rows of a table, `what` says which; on a terminal those of these columns that fit, by
-    default of all, and the command that prints the others."""
-    title = f"{name}: {what}, {len(frame):,} of {len(whole):,} rows"
-    if columns and console.is_terminal:
-        frame = frame[[c for c in columns if c in frame.columns]]
-    cut = len(frame) < len(whole)
-    shown = print_frame(frame, console, title if cut else name, fitting=console.is_terminal)
-    if left_out := len(whole.columns) - shown:
-        more = f"+ {plural(left_out, 'more column')}: {command} --table {name}"
+def print_excerpt(made: Shown, name: str, excerpt: Excerpt, most: int, console: Console) -> None:
+    """At most so many rows of a table; on a terminal those columns that fit; and the command that
+    prints the others."""
+    whole: Any = made.tables[name]
+    frame = excerpt.rows(whole, most)
+    title = excerpt.title(name, frame, whole)
+    if excerpt.columns and console.is_terminal:
+        frame = frame[[c for c in excerpt.columns if c in frame.columns]]
+    shown = print_frame(frame, console, title, fitting=console.is_terminal)
+    left_out = ["all rows"] if len(frame) < len(whole) else []
+    if columns := len(whole.columns) - shown:
+        left_out.append(plural(columns, "more column"))
+    if left_out:
+        command = f"{made.command} --table {name}".strip()
+        more = f"+ {' and '.join(left_out)}: {command}"
         console.print(Text(printable(more), style="dim"))
 
 
-def _highest(frame: Any, column: str) -> Any:
+def _highest(frame: Any, most: int, column: str) -> Any:
     """The rows with the highest values of a column, in the order of layers; the first rows where it
     has no values."""
-    if len(frame) <= ROWS:
+    if len(frame) <= most:
         return frame
     if not frame[column].notna().any():
-        return frame.head(ROWS)
-    return frame.nlargest(ROWS, column).sort_values(["layer", "router"])
+        return frame.head(most)
+    return frame.nlargest(most, column).sort_values(["layer", "router"])
 
 
-def _most_and_least_loaded(frame: Any) -> Any:
-    if len(frame) <= ROWS:
+def _most_and_least_loaded(frame: Any, most: int) -> Any:
+    if len(frame) <= most:
         return frame
     ordered = frame.sort_values("load_ratio", ascending=False, kind="stable")
     ordered = ordered.dropna(subset="load_ratio")
-    half = ROWS // 2
-    return ordered.iloc[[*range(half), *range(half - ROWS, 0)]] if len(ordered) > ROWS else ordered
+    half = most // 2
+    return ordered.iloc[[*range(half), *range(half - most, 0)]] if len(ordered) > most else ordered
 
 
-def _furthest_above_mean(frame: Any) -> Any:
+def _furthest_above_mean(frame: Any, most: int) -> Any:
     rise = frame["activation"] - frame["activation"] / frame["lift"]
-    return frame.loc[rise.nlargest(ROWS).index]
+    return frame.loc[rise.nlargest(most).index]
 
 
-def _least_confident(frame: Any) -> Any:
+def _least_confident(frame: Any, most: int) -> Any:
     known = frame["gate_entropy_nats"].notna().any()
-    return _highest(frame, "gate_entropy_nats" if known else "weight_entropy_nats")
+    return _highest(frame, most, "gate_entropy_nats" if known else "weight_entropy_nats")
 
 
-def _most_exclusive(frame: Any) -> Any:
+def _most_exclusive(frame: Any, most: int) -> Any:
     # first choices may be unknown
     fraction = frame["first_choice_fraction"].fillna(frame["fraction"])
-    return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(ROWS).index]
+    return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(most).index]
 
 
-# table → what of it, in the order of the report
+# table → what of it, in the order of the report: which rows, in words and chosen, and which columns
 EXCERPTS = {
-    "balance": Excerpt(
+    name: Excerpt(what, rows, ("layer", "router", *columns.split()))
+    for name, what, rows, columns in (
         (
-            "layer",
-            "router",
-            "max_over_mean",
-            "expected_by_chance",
-            "max_over_mean_low",
-            "max_over_mean_high",
-            "busiest_expert",
-            "dead_experts",
-            "cv",
-            "gini",
-            "max_vio_batch",
+            "balance",
+            "the least balanced routers",
+            partial(_highest, column="max_vio"),
+            "max_over_mean expected_by_chance max_over_mean_low max_over_mean_high busiest_expert "
+            "dead_experts cv gini max_vio_batch",
         ),
-        "the least balanced routers",
-        lambda frame: _highest(frame, "max_vio"),
-    ),
-    "load": Excerpt(
-        ("layer", "router", "expert", "assignments", "share", "load_ratio", "first_choice"),
-        "the most and the least loaded experts",
-        _most_and_least_loaded,
-    ),
-    "domains": Excerpt(
-        ("layer", "router", "domain", "expert", "tokens", "activation", "lift"),
-        "furthest above the mean over the domains, by activation minus that mean",
-        _furthest_above_mean,
-    ),
-    "specialization": Excerpt(
         (
-            "layer",
-            "router",
-            "domain_mi_bits",
-            "domain_mi_null_bits",
-            "token_mi_bits",
-            "token_mi_null_bits",
-            "jsd_bits",
+            "load",
+            "the most and the least loaded experts",
+            _most_and_least_loaded,
+            "expert assignments share load_ratio first_choice",
+        ),
+        (
+            "domains",
+            "furthest above the mean over the domains, by activation minus that mean",
+            _furthest_above_mean,
+            "domain expert tokens activation lift",
+        ),
+        (
+            "specialization",
+            "the routers that separate domains best",
+            partial(_highest, column="domain_mi_bits"),
+            "domain_mi_bits domain_mi_null_bits token_mi_bits token_mi_null_bits jsd_bits "
             "vocabulary_specialization",
         ),
-        "the routers that separate domains best",
-        lambda frame: _highest(frame, "domain_mi_bits"),
-    ),
-    "router": Excerpt(
         (
-            "layer",
             "router",
-            "weight_mass",
-            "weight_entropy_nats",
-            "aux_loss",
-            "z_loss",
-            "gate_entropy_nats",
-            "top_k_mass",
-            "tie_rate",
+            "the least confident routers",
+            _least_confident,
+            "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
         ),
-        "the least confident routers",
-        _least_confident,
-    ),
-    "vocabulary": Excerpt(
-        ("layer", "router", "expert", "token", "count", "fraction", "first_choice_fraction"),
-        "the token ids that go to one expert most exclusively",
-        _most_exclusive,
-    ),
+        (
+            "vocabulary",
+            "the token ids that go to one expert most exclusively",
+            _most_exclusive,
+            "expert token count fraction first_choice_fraction",
+        ),
+    )
 }
+
+
+def excerpts_of(data: ReportData) -> dict[str, Excerpt]:
+    """EXCERPTS of a trace: the router is named where a layer has several."""
+    if len({r.layer for r in data.trace.routers}) < len(data.trace.routers):
+        return EXCERPTS
+    return {
+        name: replace(of, columns=tuple(c for c in of.columns if c != "router"))
+        for name, of in EXCERPTS.items()
+    }

@@ -32,7 +32,7 @@ from moe_inspect.reporting.verdict.chance import (
     name_of,
     uneven,
 )
-from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
+from moe_inspect.reporting.verdict.findings import Finding, Severity, critical, found, note
 from moe_inspect.text import join_first
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
@@ -43,12 +43,9 @@ def balance(data: ReportData) -> Finding:
     routers chose, before drops, where that is known."""
     row = worst_of(chosen(data))
     if row is None:
-        return finding(
-            "balance", "critical", "No router made any assignments: there is no load to judge."
-        )
+        return critical("No router made any assignments: there is no load to judge.")
     severity, text = _judged(data, row)
-    return finding(
-        "balance",
+    return found(
         severity,
         text,
         row,
@@ -131,9 +128,7 @@ def routers_without_load(data: ReportData) -> Finding | None:
     if not silent or len(silent) == len(table):
         return None
     names = join_first([name_of(data, row) for row in silent], 6, ", ")
-    return finding(
-        "routers_without_load",
-        "critical",
+    return critical(
         f"{len(silent)} of {len(table)} routers made no assignments: {names}.",
         silent[0] if len(silent) == 1 else None,
         routers_without_load=[int(row["router"]) for row in silent],
@@ -152,9 +147,7 @@ def idle_gpus(data: ReportData) -> Finding | None:
     )
     there = 1 - worst["balancedness"]
     alone = f" ({there:.0%} at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
-    return finding(
-        "idle_gpus",
-        "note",
+    return note(
         f"With one GPU per expert, GPUs would idle {share:.0%} of the time{alone}.",
         worst,
         idle_share=share,
@@ -183,8 +176,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
         )
     elif not known:
         cause = " Whether its documents explain this is unknown: there are too few of them."
-    return finding(
-        "uneven_batches",
+    return found(
         "note" if cause else "warning",
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
@@ -242,9 +234,7 @@ def averaging_hides(data: ReportData) -> Finding | None:
         if len(chosen) == len(data.trace.routers)
         else f"average of the {len(chosen)} {of}s selected"
     )
-    return finding(
-        "averaging_hides",
-        "note",
+    return note(
         f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}.",
         row,
         pooled_max_over_mean=pooled,

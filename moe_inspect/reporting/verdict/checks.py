@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -13,60 +14,37 @@ from moe_inspect.reporting.verdict import balance, data_checks, experts, routes,
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 
 Check = Callable[[Any], Finding | None]
-# whether the trace is fit to be judged: the page puts these above the verdict
-DATA_CHECKS: tuple[Check, ...] = (
-    data_checks.trace_warning,
-    data_checks.missing_ranks,
-    data_checks.dropped,
-    data_checks.few_tokens,
-    data_checks.few_documents_per_domain,
-    data_checks.repeated_rows,
+# in the order in which they are read, the most important first, each with the group of the page
+# that its finding stands in; those without are about the data: whether it is fit to be judged
+CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
+    ("", (data_checks.trace_warning, data_checks.missing_ranks, data_checks.dropped)),
+    ("Balance", (balance.balance, balance.routers_without_load)),
+    ("Balance", (experts.dead_experts, experts.overloaded_experts, experts.starved_experts)),
+    ("Balance", (experts.least_used_expert,)),
+    ("Serving", (balance.idle_gpus, balance.uneven_batches)),
+    ("Balance", (balance.averaging_hides, experts.overloading_domain, experts.unused_in_domain)),
+    ("Specialization", (specialization.domain_specialization, specialization.domain_beyond_token)),
+    ("Specialization", (specialization.token_specialization, specialization.hard_tokens)),
+    ("Specialization", (routes.committee, routes.signature, routes.paths)),
+    ("Balance", (routes.drift,)),
+    ("Router", (specialization.router_ties,)),
+    ("", (data_checks.few_tokens, data_checks.few_documents_per_domain)),
+    ("", (data_checks.repeated_rows, data_checks.sample)),
 )
-# in the order in which they are read; the first are the most important
-CHECKS: tuple[Check, ...] = (
-    data_checks.trace_warning,
-    data_checks.missing_ranks,
-    data_checks.dropped,
-    balance.balance,
-    balance.routers_without_load,
-    experts.dead_experts,
-    experts.overloaded_experts,
-    experts.starved_experts,
-    experts.least_used_expert,
-    balance.idle_gpus,
-    balance.uneven_batches,
-    balance.averaging_hides,
-    experts.overloading_domain,
-    experts.unused_in_domain,
-    specialization.domain_specialization,
-    specialization.domain_beyond_token,
-    specialization.token_specialization,
-    specialization.hard_tokens,
-    routes.committee,
-    routes.signature,
-    routes.paths,
-    routes.drift,
-    specialization.router_ties,
-    data_checks.few_tokens,
-    data_checks.few_documents_per_domain,
-    data_checks.repeated_rows,
-    data_checks.sample,
-)
-# what a missing rank would be blamed for
+# these would say of experts and GPUs what is true of a rank that is missing
 OF_ALL_RANKS: tuple[Check, ...] = (experts.dead_experts, balance.idle_gpus)
-DATA_KINDS = frozenset(check.__name__ for check in DATA_CHECKS) | {"empty_slots"}
 
 
 @once
 def findings(data: ReportData) -> list[Finding]:
     """What every check finds, most important first."""
     found, partial = list[Finding](), False
-    for check in CHECKS:
+    for group, check in ((group, check) for group, checks in CHECKS for check in checks):
         if partial and check in OF_ALL_RANKS:
             continue
         if (one := check(data)) is None:
             continue
-        found.append(one)
+        found.append(replace(one, kind=one.kind or check.__name__, group=group))
         if check is data_checks.missing_ranks:
             # what `trace` itself wrote of a token is whole
             partial = data.trace.imported or data.counts.counts_only

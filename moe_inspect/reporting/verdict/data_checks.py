@@ -17,7 +17,7 @@ from moe_inspect.reporting.tables.data import ReportData, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.reporting.verdict.chance import capital, load_after, name_of, uneven
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, critical, finding, found, note, warning
 from moe_inspect.text import join_first, plural, printable
 from moe_inspect.trace.runs import run_edges
 
@@ -30,7 +30,7 @@ def trace_warning(data: ReportData) -> Finding | None:
     """The trace is not complete, decisions were dropped, or its model has a quirk."""
     if not data.warning:
         return None
-    return finding("trace_warning", "warning", f"{capital(data.warning)}.", dropped=data.dropped)
+    return warning(f"{capital(data.warning)}.", dropped=data.dropped)
 
 
 def dropped(data: ReportData) -> Finding | None:
@@ -64,8 +64,7 @@ def dropped(data: ReportData) -> Finding | None:
         )
     more = f" Another {all_empty - empty:,} slots are empty." if all_empty > empty else ""
     severity = "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note"
-    return finding(
-        "dropped",
+    return found(
         severity,
         f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
         f"{_before(data)}.{more}",
@@ -119,9 +118,7 @@ def missing_ranks(data: ReportData) -> Finding | None:
         else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
     )
     routers = ", in every router" if len(load_of) > 1 else ""
-    return finding(
-        "missing_ranks",
-        "critical",
+    return critical(
         f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
         "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids.",
         ranks_seen=len(seen),
@@ -182,9 +179,7 @@ def few_tokens(data: ReportData) -> Finding | None:
         return None
     T, E = counts.tokens_of(r), counts.routers[r].experts
     enough = _rounded(T * (floor / uneven) ** 2)  # the floor falls with the root of the tokens
-    return finding(
-        "few_tokens",
-        "note",
+    return note(
         f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
         f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
         f"that under {1 + uneven:g}x.",
@@ -214,9 +209,7 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
     if not few:
         return None
     names = join_first([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
-    return finding(
-        "few_documents_per_domain",
-        "note",
+    return note(
         f"Domains of fewer than {FEWEST_DOCUMENTS} documents reflect single texts as much as the "
         f"domain: {names}.",
         documents_needed=FEWEST_DOCUMENTS,
@@ -241,9 +234,7 @@ def repeated_rows(data: ReportData) -> Finding | None:
         repeated += in_runs(np.column_stack([*slots, seen.token_id_T])[known_T])
     if not rows or repeated / rows < data.thresholds.repeated:
         return None
-    return finding(
-        "repeated_rows",
-        "warning",
+    return warning(
         f"{repeated:,} of the first {rows:,} tokens are in runs of {RUN} or more identical rows "
         "(same token id, same experts): warm-up or padding rows count as load.",
         repeated=repeated,
@@ -264,9 +255,7 @@ def sample(data: ReportData) -> Finding:
     domains = f" in {plural(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
     routers, manifest = len(data.selection.routers), data.trace.manifest
     weights = [printable(said) for said in (quantization(manifest), adapter(manifest)) if said]
-    return finding(
-        "sample",
-        "note",
+    return note(
         f"Judged on {plural(counts.tokens, 'token')}{documents}{domains}, "
         f"{plural(routers, 'router')}{'; weights: ' if weights else ''}{', '.join(weights)}.",
         tokens=counts.tokens,

@@ -20,7 +20,7 @@ from moe_inspect.reporting.verdict.chance import (
     few_documents,
     name_of,
 )
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, found, note, warning
 from moe_inspect.text import comma_list, format_ratio, join_first, plural, verb_for
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named
@@ -48,9 +48,7 @@ def dead_experts(data: ReportData) -> Finding | None:
     about = dead[0] if len(dead) == 1 else None
     values = {"experts": n, "routers": len(dead), "tokens": data.counts.tokens}
     if likely > 0.01:
-        return finding(
-            "dead_experts",
-            "note",
+        return note(
             f"{plural(n, 'expert')} without load {where}, but {tokens} "
             f"{'is' if data.counts.tokens == 1 else 'are'} too few to call an expert dead: chance "
             "alone leaves some without load.",
@@ -59,22 +57,19 @@ def dead_experts(data: ReportData) -> Finding | None:
         )
     said = f"{plural(n, 'dead expert')} {where}: none of {tokens} was routed there"
     if few_documents(data):
-        return finding(
-            "dead_experts",
-            "note",
+        return note(
             f"{said}, but with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not "
             "the model.",
             about,
             **values,
         )
-    return finding("dead_experts", "warning", f"{said}.", about, **values)
+    return warning(f"{said}.", about, **values)
 
 
 def overloaded_experts(data: ReportData) -> Finding | None:
     """Experts from the threshold `overloaded` up, in routers beyond chance."""
     ratio, load = data.thresholds.overloaded, _beyond_chance(data)
     return _crowd(
-        "overloaded_experts",
         load[load["load_ratio"] >= ratio],
         f"at least {ratio:g}x the mean load",
     )
@@ -84,7 +79,6 @@ def starved_experts(data: ReportData) -> Finding | None:
     """Experts with some load, but under the threshold `starved`, in routers beyond chance."""
     ratio, load = data.thresholds.starved, _beyond_chance(data, least_used=True)
     return _crowd(
-        "starved_experts",
         load[(load["load_ratio"] < ratio) & (load["assignments"] > 0)],
         f"under {ratio:.0%} of the mean load",
     )
@@ -106,12 +100,11 @@ def _little_used(data: ReportData, row: Any) -> bool:
     return row["least_used_p"] < ALPHA
 
 
-def _crowd(kind: str, rows: Any, load: str) -> Finding | None:
+def _crowd(rows: Any, load: str) -> Finding | None:
     n, routers = len(rows), rows["router"].nunique()
     if not n:
         return None
-    return finding(
-        kind,
+    return found(
         "warning",
         f"{plural(n, 'expert')} in {plural(routers, 'router')} {verb_for(rows, 'get')} {load}.",
         rows.iloc[0] if routers == 1 else None,
@@ -141,9 +134,7 @@ def least_used_expert(data: ReportData) -> Finding | None:
             if math.isfinite(found[0])
             else f' (on "{found[1]}", expert {expert} is never chosen)'
         )
-    return finding(
-        "least_used_expert",
-        "note",
+    return note(
         f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
         f"{format_ratio(ratio)}x the mean load. That layer's busiest expert gets {times:,.1f} "
         f"times as much{in_domain}.",
@@ -206,18 +197,14 @@ def overloading_domain(data: ReportData) -> Finding | None:
         if sure:
             together = "the selected" if data.selection.domains else "all"
             at = f" ({beyond(data)})" if counts.counts_only else ""
-            return finding(
-                "overloading_domain",
-                "warning",
+            return warning(
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
                 f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
                 f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
                 row,
                 **values,
             )
-        unsure = unsure or finding(
-            "overloading_domain",
-            "note",
+        unsure = unsure or note(
             f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the "
             f'{row["tokens"]:,} tokens of "{row["domain"]}", but with fewer than '
             f"{FEWEST_DOCUMENTS} documents this may be their text, not the domain.",
@@ -268,9 +255,7 @@ def unused_in_domain(data: ReportData) -> Finding | None:
         if len(rows) > 1
         else ""
     )
-    return finding(
-        "unused_in_domain",
-        "note",
+    return note(
         f'"{row["domain"]}" leaves expert {row["expert"]} of {name_of(data, row)} nearly unused: '
         f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')} "
         f"({beyond(data)}){less}{others}.",

@@ -6,37 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-# group of a page → the kinds that stand in it; the others are about the data
-KINDS = {
-    "Balance": (
-        "balance",
-        "routers_without_load",
-        "dead_experts",
-        "overloaded_experts",
-        "starved_experts",
-        "least_used_expert",
-        "averaging_hides",
-        "drift",
-        "overloading_domain",
-        "unused_in_domain",
-    ),
-    "Specialization": (
-        "domain_specialization",
-        "domain_beyond_token",
-        "token_specialization",
-        "hard_tokens",
-        "committee",
-        "signature",
-        "paths",
-    ),
-    "Serving": ("idle_gpus", "uneven_batches"),
-    "Router": ("router_ties",),
-}
-GROUP_OF = {kind: group for group, kinds in KINDS.items() for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -48,7 +22,8 @@ class Finding:
     load, dead experts), "note" (to know when reading the rest; also: too little data to tell),
     "good" (checked, nothing wrong). layer, router: what it is about, None where that is the whole
     trace. text: a sentence or two in plain English. values: the numbers of the text, by name; None
-    where one has no value."""
+    where one has no value. group: the part of a report's page that it stands in; "" where it is
+    about the data."""
 
     kind: str
     severity: Severity
@@ -56,11 +31,7 @@ class Finding:
     router: int | None
     text: str
     values: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
-
-    @property
-    def group(self) -> str:
-        """The group of the page that it stands in; "" where it is about the data."""
-        return GROUP_OF.get(self.kind, "")
+    group: str = field(default="", repr=False)
 
 
 def finding(
@@ -70,6 +41,11 @@ def finding(
     NumPy's; NaN becomes None."""
     layer, router = (None, None) if about is None else (int(about["layer"]), int(about["router"]))
     return Finding(kind, severity, layer, router, text, {k: _plain(v) for k, v in values.items()})
+
+
+# what the checks of a report return; `findings` adds the kind, which is the name of the check
+found = partial(finding, "")
+critical, warning, note, good = (partial(found, severity) for severity in SEVERITIES)
 
 
 def most_important_first(found: list[Finding]) -> list[Finding]:

@@ -13,7 +13,7 @@ from typing import Any
 from moe_inspect.analysis.metrics.chance import ALPHA, z_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import few_documents, name_of
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, note
 from moe_inspect.reporting.verdict.specialization import untrained_seed
 from moe_inspect.text import plural
 
@@ -37,9 +37,7 @@ def committee(data: ReportData) -> Finding | None:
     experts, size = row["experts"].split(), int(row["committee_experts"])
     low, high = row["committee_mass_low"], row["committee_mass_high"]
     verb = "carries" if size == 1 else "carry"
-    return finding(
-        "committee",
-        "note",
+    return note(
         f"In {len(standing)} of {plural(len(table), 'router')} the same experts lead in all "
         f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
         f"({', '.join(experts)}) {verb} {row['committee_mass']:.0%} of a domain's assignments "
@@ -70,9 +68,7 @@ def signature(data: ReportData) -> Finding | None:
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
-    return finding(
-        "signature",
-        "note",
+    return note(
         f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
         f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
         f"{high:.0%}; {row['signature_null']:.0%} by chance). Untrained routers show part of this "
@@ -100,9 +96,7 @@ def paths(data: ReportData) -> Finding | None:
     bits, independent = row["path_entropy_bits"], row["path_entropy_shuffled_bits"]
     low, high = row["path_entropy_low"], row["path_entropy_high"]
     tokens, distinct = int(row["tokens"]), int(row["paths"])
-    return finding(
-        "paths",
-        "note",
+    return note(
         f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
         f"{tokens:,} tokens take {distinct:,} distinct routes (entropy {bits:.2f} bits, 95% "
         f"interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices shuffled "
@@ -125,9 +119,7 @@ def drift(data: ReportData) -> Finding | None:
         return None
     row = told.loc[change[told.index].idxmax()]
     expert, first, last = int(row["trend_expert"]), row["trend_first"], row["trend_last"]
-    return finding(
-        "drift",
-        "note",
+    return note(
         f"Load drifts through the trace in {len(told)} of {plural(len(table), 'router')}, most in "
         f"{name_of(data, row)}: expert {expert} gets {first:.2f}x the mean load in the first "
         f"quarter and {last:.2f}x in the last. Text that changes along the trace moves load too.",

@@ -13,10 +13,9 @@ import numpy as np
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.chance import name_of
-from moe_inspect.reporting.verdict.findings import Finding, finding
+from moe_inspect.reporting.verdict.findings import Finding, good, note, warning
 from moe_inspect.text import plural
 
-KIND = "domain_specialization"
 DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
 
 
@@ -28,12 +27,10 @@ def domain_specialization(data: ReportData) -> Finding | None:
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
     if (untold := _cannot_tell(data, table)) is not None:
-        return finding(KIND, "note", untold)
+        return note(untold)
     real = _beyond_chance(table)
     if real.empty:
-        return finding(
-            KIND,
-            "note",
+        return note(
             "No expert specialises by domain: routing carries no more information about it than "
             "documents give by chance.",
             specialised_routers=0,
@@ -52,9 +49,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
     }
     seed = untrained_seed(data)
     if seed is not None:
-        return finding(
-            KIND,
-            "note",
+        return note(
             f"This model was never trained (random weights, seed {seed}), so nothing here is "
             f"specialisation: the information that the domain carries about the expert, {most}, "
             "comes from the text alone. It is the baseline that a trained model must exceed.",
@@ -70,9 +65,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
     values |= {"specialised_routers": specialised, "differing_routers": len(real)}
     most += _specialist(data, int(row["router"]))
     if not specialised:
-        return finding(
-            KIND,
-            "note",
+        return note(
             f"Routing differs by domain in {len(real)} of {len(table)} routers, {most}. An "
             "untrained router can show as much: a trace with --random-init is the baseline.",
             row,
@@ -83,9 +76,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
         if len(real) > specialised
         else ""
     )
-    return finding(
-        KIND,
-        "good",
+    return good(
         f"Experts specialise by domain in {specialised} of {len(table)} routers{less}; {most}.",
         row,
         **values,
@@ -103,17 +94,13 @@ def _beyond_baseline(data: ReportData, real: Any, routers: int, values: dict[str
     values |= {"domain_mi_null_bits": row["domain_mi_null_bits"]}
     values |= {"specialised_routers": len(beyond), "differing_routers": len(real)}
     if beyond.empty:
-        return finding(
-            KIND,
-            "note",
+        return note(
             f"Routing differs by domain in {len(real)} of {routers} routers, but no more than the "
             f"baseline's as far as these documents tell: most in {most}).",
             row,
             **values,
         )
-    return finding(
-        KIND,
-        "good",
+    return good(
         f"Experts specialise by domain beyond the baseline in {len(beyond)} of {routers} routers; "
         f"most in {most} too){_specialist(data, int(row['router']))}.",
         row,
@@ -175,9 +162,7 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
     share = "most of it is vocabulary" if beyond < effect.max() / 3 else "not vocabulary alone"
     if not p < ALPHA:
         share = "that may be chance, so vocabulary may be all of it"
-    return finding(
-        "domain_beyond_token",
-        "note",
+    return note(
         f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
         f"{name_of(data, row)} (documents by chance give {null:.3f}"
         f"{_in_baseline(row, 'domain_mi_given_token', '_bits', '.3f')}): {share}.",
@@ -225,10 +210,8 @@ def token_specialization(data: ReportData) -> Finding | None:
             f"token id, which may be chance ({null:.0%} with the ids shuffled)."
         )
     if said is not None:
-        return finding("token_specialization", "note", said, row, **values)
-    return finding(
-        "token_specialization",
-        "note",
+        return note(said, row, **values)
+    return note(
         f"The token id determines the expert most in {name_of(data, row)}: {share:.0%} of first "
         f"choices are the favourite expert of their token id ({null:.0%} with the ids shuffled"
         f"{_in_baseline(row, 'vocabulary_specialization', '', '.0%')})"
@@ -250,9 +233,7 @@ def hard_tokens(data: ReportData) -> Finding | None:
         return None
     row = beyond.loc[beyond["difference_nats"].abs().idxmax()]
     nats, low, high = (row[f"difference_{name}"] for name in ("nats", "low", "high"))
-    return finding(
-        "hard_tokens",
-        "note",
+    return note(
         f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
         f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
         f"phase and token id (95% interval over documents {low:.2f} to {high:.2f}; "
@@ -301,9 +282,7 @@ def router_ties(data: ReportData) -> Finding | None:
     if tied.empty:
         return None
     row = tied.loc[tied["tie_rate"].idxmax()]
-    return finding(
-        "router_ties",
-        "warning",
+    return warning(
         f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert "
         f"chosen and the first not chosen have equal logits ({plural(len(tied), 'router')} with "
         f"{data.thresholds.tie:.1%} or more): the order of the experts decides these, not the "
