@@ -13,7 +13,7 @@ import pandas as pd
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
-from moe_inspect.reporting.tables.thresholds import thresholds_with
+from moe_inspect.reporting.tables.data import thresholds_with
 from moe_inspect.trace.schema import Router
 
 

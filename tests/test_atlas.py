@@ -20,7 +20,7 @@ from moe_inspect import MoeInspectError
 from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import report
-from moe_inspect.site import words
+from moe_inspect.site import entry
 from moe_inspect.site.build import atlas
 from moe_inspect.site.directory import DATA, UP
 from moe_inspect.site.index import index_page
@@ -122,7 +122,7 @@ def test_a_page_is_that_of_the_report(here: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_experts_of_tokens_are_those_of_the_decisions(made: Path):
     trace = open_trace(made / "a")
-    found = words.words_of(trace)
+    found = entry.words_of(trace)
     assert not isinstance(found, str)
     routing, tokens = trace.routing(), trace.tokens()
     times = tokens["token_id"].value_counts()
@@ -136,7 +136,7 @@ def test_experts_of_tokens_are_those_of_the_decisions(made: Path):
         for j in range(at.start, at.stop)
     ]
     assert ranked[0][:3] == (1, 3, 1000)
-    assert 1 <= len(ranked) <= words.EXPERTS
+    assert 1 <= len(ranked) <= entry.EXPERTS_OF_TOKEN
     chosen = routing.merge(tokens[["token", "token_id"]], on="token")
     for row, expert, share, lift in ranked:
         of = chosen[chosen["router"] == row]
@@ -189,7 +189,7 @@ def test_why_there_is_no_saturation_is_of_the_traces_that_are_named(here: Path):
 
 
 def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(words, "TOKENS", 3)
+    monkeypatch.setattr(entry, "TOKENS", 3)
     monkeypatch.setattr("moe_inspect.site.index.TOKENS", 3)
     monkeypatch.setattr("moe_inspect.site.entry.CELLS", 7)
     monkeypatch.setattr("moe_inspect.site.entry.DOMAINS", 1)

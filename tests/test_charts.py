@@ -35,7 +35,7 @@ from moe_inspect.reporting.render.marks import colour_map, named_ticks
 from moe_inspect.reporting.render.matplotlib import DPI, draw, letters
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
-from moe_inspect.reporting.verdict.chance import uneven
+from moe_inspect.reporting.verdict.findings import uneven
 from tests.conftest import ROOT
 from tests.sweep import WHOLE
 from tests.synthetic import uniform_ids, write_trace

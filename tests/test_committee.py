@@ -16,7 +16,7 @@ from moe_inspect.analysis.metrics import committee as com
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics.signature import Nearness, accuracies, wilson
 from moe_inspect.reporting.report import report
-from moe_inspect.reporting.verdict import routes
+from moe_inspect.reporting.verdict import specialization
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.synthetic import uniform_ids, write_trace
 
@@ -439,5 +439,5 @@ def test_the_verdict_of_the_sample_traces(monkeypatch: pytest.MonkeyPatch) -> No
     assert "take 843 distinct routes (entropy 8.02 bits" in found["paths"].text
     assert {one.group for one in found.values()} == {"Specialization"}
     assert not notes(report(SAMPLES / "untrained"))
-    monkeypatch.setattr(routes, "MOST_DECISIONS", 9254 * 4 - 1)
+    monkeypatch.setattr(specialization, "MOST_DECISIONS", 9254 * 4 - 1)
     assert not notes(report(SAMPLES / "balanced"))

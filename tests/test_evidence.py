@@ -13,7 +13,7 @@ from scipy import stats
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.charts.pairs import coactivation, strongest_pairs, supported_lift
-from moe_inspect.reporting.render.map_data import map_data
+from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import ALPHA, PairCounts, chosen_together
 from tests.synthetic import uniform_ids, write_trace

@@ -18,7 +18,7 @@ from moe_inspect.model import gguf
 from moe_inspect.model.describe import describe
 from moe_inspect.model.gguf import ARCHITECTURES, refuse_unless_loadable
 from moe_inspect.model.load import load_config, load_model
-from moe_inspect.reporting.tables.weights import quantization
+from moe_inspect.reporting.tables.summary import quantization
 from moe_inspect.trace.reader import Trace
 from tests import zoo
 from tests.conftest import Cli

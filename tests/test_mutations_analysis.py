@@ -25,8 +25,8 @@ from moe_inspect.importers.sglang import counts as sglang_counts
 from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
 from moe_inspect.reporting.verdict import balance as verdict
-from moe_inspect.reporting.verdict import chance as verdict_chance
 from moe_inspect.reporting.verdict import experts as verdict_experts
+from moe_inspect.reporting.verdict import findings as verdict_chance
 from moe_inspect.reporting.verdict import specialization as verdict_routing
 from moe_inspect.trace import (
     output_dir,

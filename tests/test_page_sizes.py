@@ -15,7 +15,7 @@ import pytest
 
 from moe_inspect.reporting.render.html import GROUPS, packed
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.render.texts.section import TEXT_BYTES, text_section
+from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.text import number
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ import pytest
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.page import report_page
-from moe_inspect.reporting.render.texts.section import text_section
+from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
 from tests.damage import edit_manifest
@@ -262,7 +262,7 @@ def test_a_trace_without_text_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert text_section(report(counts)) == "text: counts alone hold no tokens"
     words = write_trace(tmp_path / "c", ids, 8, words=5)
     assert told not in report_page(report(words))
-    monkeypatch.setattr("moe_inspect.reporting.render.texts.section.MOST_BYTES", 100)
+    monkeypatch.setattr("moe_inspect.reporting.render.texts.MOST_BYTES", 100)
     with pytest.raises(MoeInspectError, match="ask for fewer documents or layers"):
         text_section(report(words), "all")
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import moe_inspect
-from moe_inspect.reporting.tables.weights import adapter, quantization
+from moe_inspect.reporting.tables.summary import adapter, quantization
 from tests.conftest import Cli
 from tests.planted import uniform
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_inspect.alarms.rules import Rule
+    from moe_inspect.reporting.render.documents import Amount
     from moe_inspect.reporting.render.html import Section
-    from moe_inspect.reporting.render.texts.documents import Amount
     from moe_inspect.reporting.report import Report
     from moe_inspect.reporting.verdict.gate import Gate
 
@@ -235,7 +235,7 @@ def _checkpoint(model: str) -> Path:
 
 
 def _thresholds(texts: list[str]) -> dict[str, float]:
-    from moe_inspect.reporting.tables.thresholds import thresholds_with
+    from moe_inspect.reporting.tables.data import thresholds_with
 
     of_name: dict[str, float] = {}
     for text in texts:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
-from moe_inspect.reporting.shown import Excerpt, Shown
+from moe_inspect.reporting.shown import Excerpt, Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
@@ -87,9 +87,7 @@ class Comparison(Shown):
 
     def python(self, table: str) -> str:
         """Python that gives a table."""
-        from moe_inspect.reporting.render.python import python_call, table_of
-
-        return table_of(python_call("compare", self.traces, self.given), table)
+        return python_of_table(python_call("compare", self.traces, self.given), table)
 
     def __repr__(self) -> str:
         paths = ", ".join(repr(str(trace.path)) for trace in self.traces)

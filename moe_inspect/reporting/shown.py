@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import no_such
+from moe_inspect.trace.reader import Trace, address
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,6 +157,22 @@ class Shown(ABC):
 
         charts = [self.chart_named(name) for name in only] if only else self.charts()[0]
         return write_charts(charts, directory, width_inches, formats)
+
+
+def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, Any]) -> str:
+    """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
+    `made` is the result. A function of `simulate` is called on the one trace."""
+    given = [repr(address(trace)) for trace in traces]
+    given += [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    called = f"{function}("
+    if function.startswith("simulate."):
+        called = f"open_trace({given.pop(0)}).{called}"
+    return f"import moe_inspect\n\nmade = moe_inspect.{called}{', '.join(given)})"
+
+
+def python_of_table(lines: str, table: str) -> str:
+    """The lines, and one that gives a table of what they made."""
+    return f"{lines}\nmade.tables[{table!r}]" if lines else ""
 
 
 def displayed(figure: Figure) -> Figure:

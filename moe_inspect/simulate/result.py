@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, ParamSpec
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Excerpt, Shown
+from moe_inspect.reporting.shown import Excerpt, Shown, python_call, python_of_table
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ class Simulation(Shown):
 
     def page(self) -> str:
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
-        from moe_inspect.reporting.render.python import table_of
 
         assumed = "; ".join(
             f"{name.replace('_', ' ')}: {_text(value)}"
@@ -97,14 +96,13 @@ class Simulation(Shown):
         title = f"moe-inspect simulate {self.name}"
         sections = [chart_section(chart) for chart in self.charts()[0]]
         for name in self.in_order:
-            code = table_of(self.python, name)
+            code = python_of_table(self.python, name)
             sections.append(Section(name, table=self.tables[name], name=name, python=code))
         return page_html(Page(title, assumed, verdict=self.verdict, sections=sections))
 
     def section(self) -> Section:
         """A section for the page of a report: what it says, its picture and its first table."""
         from moe_inspect.reporting.render.html import Section
-        from moe_inspect.reporting.render.python import table_of
 
         name = self.in_order[0]
         return Section(
@@ -113,7 +111,7 @@ class Simulation(Shown):
             self.chart,
             table=self.tables[name],
             group="Serving",
-            python=table_of(self.python, name),
+            python=python_of_table(self.python, name),
         )
 
 
@@ -129,8 +127,6 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
 
     @wraps(simulate)
     def simulated(*trace: Options.args, **options: Options.kwargs) -> Simulation:
-        from moe_inspect.reporting.render.python import python_call
-
         made = simulate(*trace, **options)
         given = signature(simulate).bind(*trace, **options).arguments
         lines = python_call(simulate.__name__.replace("_", "."), [given.pop("trace")], given)

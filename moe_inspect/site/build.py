@@ -24,7 +24,7 @@ from moe_inspect.trace import schema
 from moe_inspect.trace.reader import Trace, address, open_trace
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.render.texts.documents import Amount
+    from moe_inspect.reporting.render.documents import Amount
 
 
 def atlas(

@@ -22,9 +22,7 @@ from moe_inspect.reporting.charts.spec import (
 )
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.site.directory import FORMAT
-from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, Entry
-from moe_inspect.site.words import EXPERTS as EXPERTS_OF_TOKEN
-from moe_inspect.site.words import TOKENS
+from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, EXPERTS_OF_TOKEN, TOKENS, Entry
 from moe_inspect.text import cut, join_first, plural
 
 DRAWN = 60  # traces in the chart of layers

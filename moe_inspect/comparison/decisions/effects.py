@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.reporting.tables.thresholds import Thresholds
+from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
 from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
 from moe_inspect.text import layer_label, plural

@@ -12,8 +12,7 @@ import pandas as pd
 
 from moe_inspect.comparison.aligning.rows import rows_of_shard
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.reporting.render.html import Section
-from moe_inspect.reporting.render.texts.routes import (
+from moe_inspect.reporting.render.documents import (
     NOWHERE,
     Routes,
     Tokens,
@@ -21,7 +20,8 @@ from moe_inspect.reporting.render.texts.routes import (
     read_routes,
     tokens_of_documents,
 )
-from moe_inspect.reporting.render.texts.section import TITLE, page_data, sizes, without_text
+from moe_inspect.reporting.render.html import Section
+from moe_inspect.reporting.render.texts import TITLE, page_data, sizes, without_text
 from moe_inspect.text import plural
 
 MOST_SHARDS = 4  # that the documents are in

@@ -20,7 +20,7 @@ from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.decisions.data import OF_DECISIONS, Options
 from moe_inspect.comparison.result import SIDES, Comparison, Tables
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.verdict.chance import beyond_documents
+from moe_inspect.reporting.verdict.findings import beyond_documents
 from moe_inspect.trace.reader import Trace
 
 

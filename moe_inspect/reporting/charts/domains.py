@@ -38,7 +38,7 @@ MOST_DOMAINS = 24  # rows drawn
 NAMED, LISTED = 3, 8
 
 
-@chart("domains")
+@chart("domains", group="Specialization")
 def domains(data: ReportData) -> Chart | str:
     """Lift: the activation of each expert in each domain ÷ its mean over all domains; a panel per
     layer."""
@@ -88,7 +88,7 @@ def domains(data: ReportData) -> Chart | str:
     )
 
 
-@chart("specialization")
+@chart("specialization", group="Specialization")
 def specialization(data: ReportData) -> Chart | str:
     """The information about the expert that domain and token id carry, in bits, by layer, each
     beside its value by chance."""
@@ -138,7 +138,7 @@ def specialization(data: ReportData) -> Chart | str:
     )
 
 
-@chart("esft")
+@chart("esft", group="Specialization")
 def esft(data: ReportData) -> Chart | str:
     """The share of each domain's assignments that its k most used experts take, by layer, and which
     experts these are."""

@@ -61,7 +61,7 @@ LOG10_P = (
 LIFT_SD = "the standard deviation of lift by chance, for tokens that come in documents."
 
 
-@chart("repetition")
+@chart("repetition", group="Serving")
 def repetition(data: ReportData) -> Chart | str:
     """How often the next token has the same first choice, by layer and domain."""
     if data.counts.counts_only:
@@ -125,7 +125,7 @@ def _as_heatmap(data: ReportData, table: Any) -> tuple[Panel, str]:
     return panel, f"the {len(names)} of {len(pairs_of)} longest domains" if fewer else ""
 
 
-@chart("locality", "repetition")
+@chart("locality", "repetition", group="Serving")
 def locality(data: ReportData) -> Chart | str:
     """How well a choice can be predicted from the token before, the segment and the layer before,
     by layer, each beside what chance gives."""
@@ -193,7 +193,7 @@ def locality(data: ReportData) -> Chart | str:
     )
 
 
-@chart("coactivation")
+@chart("coactivation", group="Serving")
 def coactivation(data: ReportData) -> Chart | str:
     """Which experts one decision chooses together, against chance."""
     if data.counts.counts_only:
@@ -220,7 +220,7 @@ def coactivation(data: ReportData) -> Chart | str:
     return _with_evidence(drawn, data, table)
 
 
-@chart("transitions")
+@chart("transitions", group="Serving")
 def transitions(data: ReportData) -> Chart | str:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
     if data.counts.counts_only:

@@ -291,22 +291,17 @@ class Chart:
 Maker = Callable[["ReportData"], "Chart | str"]
 CHARTS: dict[str, Maker] = {}
 TABLES_OF: dict[str, tuple[str, ...]] = {}  # chart → the tables that it is drawn from
-# file → the group of its charts, in the order of the page; any other files come after these
-GROUPS = {
-    "load": "Balance",
-    "over_time": "Balance",
-    "domains": "Specialization",
-    "pairs": "Serving",
-    "router": "Router",
-}
-ORDER = tuple(GROUPS)
+GROUP_OF: dict[str, str] = {}  # chart → the part of the page that it stands in
+GROUPS = ("Balance", "Specialization", "Serving", "Router", "")  # in the order of the page
 
 
-def chart(*tables: str) -> Callable[[Maker], Maker]:
-    """Registers a chart under the function's name, with the tables that it is drawn from."""
+def chart(*tables: str, group: str = "") -> Callable[[Maker], Maker]:
+    """Registers a chart under the function's name, with the tables that it is drawn from and its
+    group, one of GROUPS."""
 
     def register(function: Maker) -> Maker:
-        CHARTS[function.__name__], TABLES_OF[function.__name__] = function, tables
+        name = function.__name__
+        CHARTS[name], TABLES_OF[name], GROUP_OF[name] = function, tables, group
         return function
 
     return register
@@ -315,14 +310,9 @@ def chart(*tables: str) -> Callable[[Maker], Maker]:
 def every_chart() -> dict[str, Maker]:
     """CHARTS with every file of this folder read, in the order of the page."""
     package = importlib.import_module(__package__ or "")
-    files = [found.name for found in pkgutil.iter_modules(package.__path__)]
-    files.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    modules = [f"{package.__name__}.{name}" for name in files]
-    for module in modules:
-        importlib.import_module(module)
-    position = {module: i for i, module in enumerate(modules)}
-    last = len(modules)
-    return dict(sorted(CHARTS.items(), key=lambda item: position.get(item[1].__module__, last)))
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(found.name)
+    return dict(sorted(CHARTS.items(), key=lambda item: GROUPS.index(GROUP_OF[item[0]])))
 
 
 def check_chart(name: str) -> None:
@@ -355,13 +345,11 @@ def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
 
 def chart_of(data: ReportData, name: str) -> Chart | str:
     """One chart by its name."""
-    make = every_chart()[name]
     try:
-        made = make(data)
+        made = every_chart()[name](data)
     except MoeInspectError as error:  # a table that this trace cannot give
         return str(error)
-    group = GROUPS.get(make.__module__.rpartition(".")[2], "")
-    return replace(made, name=name, group=group) if isinstance(made, Chart) else made
+    return replace(made, name=name, group=GROUP_OF[name]) if isinstance(made, Chart) else made
 
 
 INTERVALS = " Bars are 95% intervals over documents."

@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.progress import phase
-from moe_inspect.reporting.charts.spec import PALETTE, Chart
+from moe_inspect.reporting.charts.spec import GROUPS, PALETTE, Chart
 from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural, readable
@@ -47,7 +47,6 @@ IDS = (
     "now",
 )
 GRAVEST = 3  # findings on the first screen
-GROUPS = ("Balance", "Specialization", "Serving", "Router")
 SCRIPTS = (
     "chart.js",
     "card.js",

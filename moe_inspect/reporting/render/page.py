@@ -1,25 +1,35 @@
-"""The page of a report: verdict, key figures, charts and tables."""
+"""The page of a report: verdict, key figures, charts and tables, and the data of its map, its chart
+of domains and its cards of experts (templates/map.js).
+
+L routers, E experts of a router, D domains.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts
+from moe_inspect.reporting.charts.domains import UNIFORM, lift_scale
+from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts, load_scale
+from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
-from moe_inspect.reporting.render.map_data import map_data
-from moe_inspect.reporting.render.python import python_of_report
-from moe_inspect.reporting.render.texts.documents import Amount
-from moe_inspect.reporting.render.texts.section import text_section
-from moe_inspect.reporting.tables.data import ReportData, worst_of
+from moe_inspect.reporting.render.payload import numbers, scale_json
+from moe_inspect.reporting.render.texts import text_section
+from moe_inspect.reporting.shown import python_call, python_of_table
+from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.summary import facts
-from moe_inspect.reporting.verdict.chance import beyond, uneven
 from moe_inspect.reporting.verdict.checks import findings
-from moe_inspect.reporting.verdict.findings import Finding
-from moe_inspect.text import layer_label, plural
+from moe_inspect.reporting.verdict.findings import Finding, beyond, uneven
+from moe_inspect.text import layer_label, plural, ranges, readable
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.tables.data import ReportData
 
 
 def report_page(
@@ -113,6 +123,23 @@ def _section(data: ReportData, chart: Chart) -> Section:
     return replace(chart_section(chart), python=code)
 
 
+def python_of_report(data: ReportData, table: str) -> str:
+    """Lines that make the same report and give one of its tables."""
+    selection, trace = data.selection, data.trace
+    whole = len(selection.routers) == len(trace.routers)
+    usual = asdict(Thresholds())
+    changed = {k: v for k, v in asdict(data.thresholds).items() if v != usual[k]}
+    options = {
+        "layers": None if whole else ranges({trace.routers[r].layer for r in selection.routers}),
+        "domains": sorted(selection.domains) if selection.domains else None,
+        "phase": selection.phase,
+        "top": None if data.top == 20 else data.top,
+        "window": data.window,
+        "thresholds": changed or None,
+    }
+    return python_of_table(python_call("report", [trace], options), table)
+
+
 def _of_data(finding: Finding) -> bool:
     """Whether the trace is not fit to be judged: said above everything else."""
     return not finding.group and finding.severity in ("critical", "warning")
@@ -185,3 +212,139 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
         hides = "hides uneven layers" if "averaging_hides" in severity else ""
         tiles.append(Tile("averaged over layers", f"{pooled:.2f}×", hides))
     return tiles
+
+
+# most numbers of the load by domain, router and expert: the domains with the fewest tokens are left
+# out
+CELLS = 800_000
+ENTRIES = 160_000  # most entries of each list that cards show, over all experts
+
+
+def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
+    """The data, None for a trace without load; and a text for each thing left out of it.
+
+    load: [domain][router][expert] assignments; tokens: [domain][router]. The lists of the experts
+    (words, partners, nexts) are columns, one after another: the entries of expert e of row l of
+    `layers` are those from start[first[l] + e] to before start[first[l] + e + 1]."""
+    tables: Any = data.tables
+    if not data.loaded:
+        return None, []
+    chosen, short, table = data.selection.routers, list[str](), tables["domains"]
+    sizes = np.array([data.trace.routers[r].experts for r in chosen])
+    first = np.r_[0, np.cumsum(sizes)]
+    labels = sorted(
+        data.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max())
+    )
+    most = max(1, CELLS // int(first[-1]))
+    if len(labels) > most:
+        short.append(
+            f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on "
+            "the map"
+        )
+    kept = [d for d in data.counts.domains if d in set(labels[:most])]
+    load, tokens = list[list[list[int]]](), list[list[int]]()
+    for name in kept:
+        rows = dict(iter(table[table["domain"] == name].groupby("router")))
+        load.append([rows[r]["assignments"].tolist() for r in chosen])
+        tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
+    of_router = dict(iter(tables["load"].groupby("router")))
+    entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
+    position = {r: i for i, r in enumerate(chosen)}
+    bits = tables["specialization"]["domain_mi_bits"]
+    routers = (data.trace.routers[r] for r in chosen)
+    drawn: dict[str, Any] = {
+        "scale": scale_json(load_scale(routers, "× the mean load")),
+        "lift_scale": scale_json(lift_scale(len(kept), "× the mean over domains")),
+        "layers": [
+            {
+                "label": layer_label(data.trace.routers, r),
+                "experts": int(E),
+                "k": data.trace.routers[r].top_k,
+            }
+            for r, E in zip(chosen, sizes, strict=True)
+        ],
+        "first": first.tolist(),
+        "domains": [readable(d) for d in kept],
+        "uniform": UNIFORM,
+        "all": [of_router[r]["assignments"].tolist() for r in chosen],
+        "load": load if len(data.counts.domains) > 1 else [],
+        "tokens": tokens,
+        "choices": [
+            numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
+        ],
+        "weights": [
+            numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float))
+            for r in chosen
+        ]
+        if data.trace.has_weights
+        else None,
+        "telling": int(bits.argmax()) if bits.notna().any() else 0,
+        "words": _words(data, first, position, entries),
+        "partners": None,
+        "nexts": None,
+    }
+    if not (data.counts.counts_only or data.without_pairs):
+        pairs: Any = tables["coactivation"]
+        drawn["partners"] = _pairs(pairs, "other", first, position, entries)
+        links: Any = tables["transitions"]
+        drawn["nexts"] = _pairs(links, "next_expert", first, position, entries)
+        next_of = links.drop_duplicates("router").set_index("router")["next_router"]
+        drawn["next"] = [position.get(next_of.get(r)) for r in chosen]
+    return drawn, short
+
+
+def _words(
+    data: ReportData, first: np.ndarray, position: dict[int, int], entries: int
+) -> dict[str, Any] | None:
+    if data.counts.counts_only or not data.top:
+        return None
+    table: Any = data.tables["vocabulary"]
+    table, start = _by_expert(table, first, position, entries)
+    id_of_row: np.ndarray = table["token_id"].to_numpy()
+    codes, ids = pd.factorize(id_of_row)
+    text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
+    return {
+        "start": start,
+        "texts": [
+            f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i])
+            for i in ids
+        ],
+        "text": codes.tolist(),
+        "count": table["count"].tolist(),
+        "share": _thousandths(table["fraction"]),
+        "choice": _thousandths(table["first_choice_fraction"]),
+    }
+
+
+def _pairs(
+    table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int
+) -> dict[str, Any]:
+    """The supported partners above chance, in the order of the table, which is that of the
+    evidence."""
+    table, start = _by_expert(
+        table[table["supported"] & (table["lift"] > 1)], first, position, entries
+    )
+    return {
+        "start": start,
+        "other": table[other].tolist(),
+        "share": _thousandths(table["probability"]),
+        "lift": numbers(table["lift"].round(2)),
+    }
+
+
+def _by_expert(
+    table: Any, first: np.ndarray, position: dict[int, int], entries: int
+) -> tuple[Any, list[int]]:
+    """The first `entries` rows of each expert, in the order of experts, and where each begins."""
+    table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
+    flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
+    order = np.argsort(flat, kind="stable")
+    experts = np.arange(int(first[-1]) + 1)
+    return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
+
+
+def _thousandths(values: Any) -> list[int | None]:
+    share = values.to_numpy(float)
+    known, whole = ~np.isnan(share), np.empty(len(share), object)
+    whole[known] = np.rint(share[known] * 1000).astype(int).tolist()
+    return whole.tolist()

@@ -5,19 +5,7 @@ added here."""
 from moe_inspect.reporting.tables import summary
 from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables import specialization
-from moe_inspect.reporting.tables import routes
 from moe_inspect.reporting.tables import pairs
 from moe_inspect.reporting.tables import router
-from moe_inspect.reporting.tables import over_time
-from moe_inspect.reporting.tables import worth
 
-__all__ = [
-    "load",
-    "over_time",
-    "pairs",
-    "router",
-    "routes",
-    "specialization",
-    "summary",
-    "worth",
-]
+__all__ = ["load", "pairs", "router", "specialization", "summary"]

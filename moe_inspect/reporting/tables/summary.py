@@ -1,6 +1,11 @@
-"""The table `summary`: what was traced and how, the main results, and why columns are empty."""
+"""The table `summary`: what was traced and how, how the weights are quantised, the main results,
+and why columns are empty."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
 
 import pandas as pd
 
@@ -8,7 +13,6 @@ from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, worst_router
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.tables.weights import adapter, quantization
 from moe_inspect.text import plural, ranges, storable
 from moe_inspect.trace.manifest import holds_samples
 from moe_inspect.trace.texts import ROUTES_TELL
@@ -219,3 +223,58 @@ def _token_id_notes(data: ReportData) -> list[str]:
                 "domain, to bound its memory"
             )
     return notes
+
+
+# what quantisers call the number of bits
+BITS = ("bits", "w_bit", "nbits", "weight_bits", "num_bits")
+NUMBER = re.compile(r"(u?int|float|fp)_?(\d+)", re.IGNORECASE)
+
+
+def quantization(manifest: Mapping[str, Any]) -> str:
+    """E.g. "mxfp4", "bitsandbytes 4 bit", "torchao int8"; "" where the weights are not
+    quantised, or the trace does not say."""
+    model = _mapping(manifest.get("model"))
+    if stored := _mapping(model.get("dequantized_from")):
+        dtype = _mapping(manifest.get("capture")).get("dtype")
+        return f"{_named(stored)} dequantized" + (f" to {dtype}" if dtype else "")
+    config = _mapping(model.get("config"))
+    found = config.get("quantization_config")
+    for inner in config.values():  # of a multimodal model's language model
+        found = found or _mapping(inner).get("quantization_config")
+    return _named(_mapping(found))
+
+
+def adapter(manifest: Mapping[str, Any]) -> str:
+    """E.g. "LORA adapter of allenai/OLMoE-1B-7B-0924"; "" where there is none."""
+    about = _mapping(_mapping(manifest.get("model")).get("adapter"))
+    if not about:
+        return ""
+    base = about.get("base")
+    return f"{about.get('kind') or 'PEFT'} adapter" + (f" of {base}" if base else "")
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    method = str(config.get("quant_method") or config.get("quant_algo") or "").lower()
+    if method == "gguf":
+        return " ".join([method, *(kind.lower() for kind in _mapping(config.get("tensors")))])
+    if config.get("load_in_4bit") is True or config.get("_load_in_4bit") is True:
+        return f"{method or 'bitsandbytes'} 4 bit"
+    if config.get("load_in_8bit") is True or config.get("_load_in_8bit") is True:
+        return f"{method or 'bitsandbytes'} 8 bit"
+    if method == "torchao":
+        # Int8DynamicActivationInt4WeightConfig: the weights come last
+        stated = config.get("quant_type")
+        kind = _mapping(_mapping(stated).get("default", stated)).get("_type", stated)
+        kinds = NUMBER.findall(str(kind))
+        return " ".join([method, *("".join(kind).lower() for kind in kinds[-1:])])
+    weights = config
+    for group in _mapping(config.get("config_groups")).values():  # compressed-tensors
+        weights = _mapping(_mapping(group).get("weights")) or weights
+    bits = next((weights[b] for b in BITS if type(weights.get(b)) is int), None)
+    if bits is None or not method:
+        return method
+    return f"{method} {weights['type']}{bits}" if weights.get("type") else f"{method} {bits} bit"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}

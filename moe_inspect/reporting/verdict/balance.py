@@ -21,18 +21,22 @@ from moe_inspect.analysis.metrics.chance import (
 from moe_inspect.analysis.metrics.uncertainty import noise_of
 from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_of, worst_router
 from moe_inspect.reporting.tables.load import chosen
-from moe_inspect.reporting.verdict.chance import (
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    Severity,
     above_chance,
     beyond,
     capital,
+    critical,
     expected_by_chance,
     explained,
     few_documents,
+    found,
     load_after,
     name_of,
+    note,
     uneven,
 )
-from moe_inspect.reporting.verdict.findings import Finding, Severity, critical, found, note
 from moe_inspect.text import join_first
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert

@@ -10,7 +10,7 @@ import pandas as pd
 
 from moe_inspect.reporting.tables.data import ReportData, once
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict import balance, data_checks, experts, routes, specialization
+from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 
 Check = Callable[[Any], Finding | None]
@@ -25,8 +25,8 @@ CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("Balance", (balance.averaging_hides, experts.overloading_domain, experts.unused_in_domain)),
     ("Specialization", (specialization.domain_specialization, specialization.domain_beyond_token)),
     ("Specialization", (specialization.token_specialization, specialization.hard_tokens)),
-    ("Specialization", (routes.committee, routes.signature, routes.paths)),
-    ("Balance", (routes.drift,)),
+    ("Specialization", (specialization.committee, specialization.signature, specialization.paths)),
+    ("Balance", (specialization.drift,)),
     ("Router", (specialization.router_ties,)),
     ("", (data_checks.few_tokens, data_checks.few_documents_per_domain)),
     ("", (data_checks.repeated_rows, data_checks.sample)),

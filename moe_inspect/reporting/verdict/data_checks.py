@@ -15,9 +15,19 @@ from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.tables.data import ReportData, worst_of
 from moe_inspect.reporting.tables.load import chosen
-from moe_inspect.reporting.tables.weights import adapter, quantization
-from moe_inspect.reporting.verdict.chance import capital, load_after, name_of, uneven
-from moe_inspect.reporting.verdict.findings import Finding, critical, finding, found, note, warning
+from moe_inspect.reporting.tables.summary import adapter, quantization
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    capital,
+    critical,
+    finding,
+    found,
+    load_after,
+    name_of,
+    note,
+    uneven,
+    warning,
+)
 from moe_inspect.text import join_first, plural, printable
 from moe_inspect.trace.runs import run_edges
 

@@ -13,14 +13,17 @@ import numpy as np
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.verdict.chance import (
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
     above_chance,
     beyond,
     beyond_documents,
     few_documents,
+    found,
     name_of,
+    note,
+    warning,
 )
-from moe_inspect.reporting.verdict.findings import Finding, found, note, warning
 from moe_inspect.text import comma_list, format_ratio, join_first, plural, verb_for
 
 LITTLE_USED = 0.5  # load ratio under which the least used expert is named

@@ -1,5 +1,6 @@
 """What a check of the report finds: one sentence, how serious it is, which router it is about, and
-the numbers it was made from."""
+the numbers it was made from; and the words for what chance explains. A row is one of the table
+`balance`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast, get_args
+
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
+from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.text import layer_label
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -58,3 +63,69 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in cast("list[Any]", value)]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def above_chance(data: ReportData, row: Any) -> bool:
+    """Whether chance hardly makes the busiest expert of any router as busy: with so few documents
+    that their p-value is unknown, nothing is above chance."""
+    if data.counts.counts_only:
+        return beyond_documents(row["max_vio"], row["expected_by_chance"] - 1)
+    return row["busiest_p"] < ALPHA
+
+
+def beyond_documents(excess: float, floor: float) -> bool:
+    """Of counts, whose documents are unknown: whether no documents explain a load so far above the
+    mean, where independent tokens give `floor` by chance."""
+    return design_effect_needed(excess, floor) >= LONG_DOCUMENT
+
+
+def beyond(data: ReportData) -> str:
+    """The words for what is beyond chance: of counts, with the design effect that is assumed."""
+    to = f" up to a design effect of {LONG_DOCUMENT:,}" if data.counts.counts_only else ""
+    return f"beyond chance{to}"
+
+
+def expected_by_chance(data: ReportData, row: Any) -> str:
+    """ "expected by chance: 1.02x", and of what where that is not documents like these."""
+    of = " of independent tokens" if data.counts.counts_only else ""
+    return f"expected by chance{of}: {row['expected_by_chance']:.2f}x"
+
+
+def explained(data: ReportData, row: Any, sure: bool) -> str:
+    """The words for a load that is not beyond chance, and may be chance where that is not `sure`:
+    of counts, with what would explain it."""
+    needed = design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
+    if not data.counts.counts_only or needed <= 1:
+        return "chance explains" if sure else "may be chance"
+    return f"documents with a design effect of {math.ceil(needed):,} would explain"
+
+
+def design_effect_needed(excess: float, floor: float) -> float:
+    """The design effect with which chance alone would explain a load so far above the mean."""
+    return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0
+
+
+def uneven(data: ReportData, row: Any) -> bool:
+    """Whether max_vio reaches the threshold `uneven` and is above chance."""
+    return row["max_vio"] >= data.thresholds.uneven and above_chance(data, row)
+
+
+def load_after(data: ReportData, row: Any) -> str:
+    """ "1.15x after": the load of the busiest expert of a row of `chosen`, after drops."""
+    load_E = data.counts.load_E(int(row["router"]))
+    return f"{load_E[int(row['busiest_expert'])] / max(load_E.mean(), 1e-9):.2f}x after"
+
+
+def few_documents(data: ReportData) -> bool:
+    """Whether there are too few documents to tell the model from the text."""
+    return not data.counts.counts_only and len(data.counts.units) < FEWEST_TO_JUDGE
+
+
+def name_of(data: ReportData, row: Any) -> str:
+    """ "layer 3": the router of a table's row."""
+    return f"layer {layer_label(data.trace.routers, int(row['router']))}"
+
+
+def capital(text: str) -> str:
+    """The text at the beginning of a sentence."""
+    return text[:1].upper() + text[1:]

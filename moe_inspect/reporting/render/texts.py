@@ -17,23 +17,21 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.html import Section
-from moe_inspect.reporting.render.texts.documents import (
-    Amount,
-    choose,
-    find_documents,
-    shards_to_read,
-    telling_router,
-)
-from moe_inspect.reporting.render.texts.routes import (
+from moe_inspect.reporting.render.documents import (
     NOWHERE,
+    Amount,
     Routes,
     Tokens,
+    choose,
     contexts,
+    find_documents,
     mixed_order,
     read_routes,
+    shards_to_read,
+    telling_router,
     tokens_of_documents,
 )
+from moe_inspect.reporting.render.html import Section
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.schema import Router
@@ -41,6 +39,7 @@ from moe_inspect.trace.texts import ROUTES_TELL, as_text, pieces_of
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.data import ReportData
+
 
 TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them was asked for
 MOST_BYTES = 64_000_000  # beyond which a browser has trouble
