@@ -4,7 +4,7 @@ and why columns are empty."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import pandas as pd
@@ -28,201 +28,134 @@ def summary(data: ReportData) -> pd.DataFrame:
 @once
 def facts(data: ReportData) -> list[tuple[str, str]]:
     """The rows of `summary`."""
-    rows = [
-        *_recording(data),
-        *_amounts(data),
-        *_worst(data),
-        *data.thresholds.facts(),
-        *(("note", note) for note in notes(data)),
-    ]
     return [
-        (storable(key), "unknown" if value is None else storable(str(value))) for key, value in rows
+        (storable(key), "unknown" if value is None else storable(str(value)))
+        for key, value in _facts(data)
     ]
 
 
-def _recording(data: ReportData) -> list[tuple[str, object]]:
-    """What was traced and how, and the selection."""
-    trace, selection = data.trace, data.selection
+def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
+    trace, selection, counts = data.trace, data.selection, data.counts
+    routers = selection.routers
+    yield "status", trace.status
+    if data.warning:
+        yield "warning", data.warning
+    if data.baseline:
+        yield "baseline", data.baseline.trace.path
     capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
-    rows: list[tuple[str, object]] = [("status", trace.status)]
-    rows += [("warning", data.warning)] if data.warning else []
-    rows += [("baseline", data.baseline.trace.path)] if data.baseline else []
-    rows += [
-        ("model", model.get("id") or model.get("class")),
-        ("capture_mode", capture.get("mode")),
-        ("device", capture.get("device")),
-        ("dtype", capture.get("dtype")),
-        *(
-            (key, said)
-            for key, said in (
-                ("quantization", quantization(trace.manifest)),
-                ("adapter", adapter(trace.manifest)),
-            )
-            if said
-        ),
-        ("layers", ranges({trace.routers[r].layer for r in selection.routers})),
-        ("routers", len(selection.routers)),
-    ]
+    yield "model", model.get("id") or model.get("class")
+    yield "capture_mode", capture.get("mode")
+    yield "device", capture.get("device")
+    yield "dtype", capture.get("dtype")
+    if said := quantization(trace.manifest):
+        yield "quantization", said
+    if said := adapter(trace.manifest):
+        yield "adapter", said
+    yield "layers", ranges({trace.routers[r].layer for r in routers})
+    yield "routers", len(routers)
     if selection.domains:
-        rows.append(("domains_selected", ", ".join(sorted(selection.domains))))
+        yield "domains_selected", ", ".join(sorted(selection.domains))
     if selection.phase:
-        rows.append(("phase_selected", selection.phase))
-    return rows
-
-
-def _amounts(data: ReportData) -> list[tuple[str, object]]:
-    """Tokens, documents, decisions and assignments."""
-    counts, routers = data.counts, data.selection.routers
-    return [
-        ("tokens", counts.tokens),
-        ("documents", counts.documents),
-        *(
-            (f"tokens_in_{domain}", int(n))
-            for domain, n in zip(counts.domains, counts.tokens_D, strict=True)
-        ),
-        ("decisions", counts.decisions),
-        ("assignments", sum(int(counts.load_E(r).sum()) for r in routers)),
-        ("null_slots", sum(counts.of[r].null_slots for r in routers)),
-        ("dropped", data.dropped),
-    ]
-
-
-def _worst(data: ReportData) -> list[tuple[str, object]]:
-    """Dead experts, the router with the most uneven load, and the load summed over routers."""
-    rows: list[tuple[str, object]] = [
-        ("dead_experts", sum(int(row["dead_experts"]) for row in data.loaded))
-    ]
+        yield "phase_selected", selection.phase
+    yield "tokens", counts.tokens
+    yield "documents", counts.documents
+    for domain, n in zip(counts.domains, counts.tokens_D.tolist(), strict=True):
+        yield f"tokens_in_{domain}", n
+    yield "decisions", counts.decisions
+    yield "assignments", sum(int(counts.load_E(r).sum()) for r in routers)
+    yield "null_slots", sum(counts.of[r].null_slots for r in routers)
+    yield "dropped", data.dropped
+    yield "dead_experts", sum(int(row["dead_experts"]) for row in data.loaded)
     if worst := worst_router(data):
-        rows += [
-            ("worst_layer", worst["layer"]),
-            ("worst_router", worst["router"]),
-            ("worst_max_over_mean", f"{worst['max_over_mean']:.6g}"),
-            ("worst_expected_by_chance", f"{worst['expected_by_chance']:.6g}"),
-        ]
+        yield "worst_layer", worst["layer"]
+        yield "worst_router", worst["router"]
+        yield "worst_max_over_mean", f"{worst['max_over_mean']:.6g}"
+        yield "worst_expected_by_chance", f"{worst['expected_by_chance']:.6g}"
     if (pooled := data.pooled_max_over_mean()) is not None:
-        rows.append(("pooled_max_over_mean", f"{pooled:.6g}"))
-    return rows
+        yield "pooled_max_over_mean", f"{pooled:.6g}"
+    yield from data.thresholds.facts()
+    for note in notes(data):
+        yield "note", note
 
 
 @once
 def notes(data: ReportData) -> list[str]:
     """Why columns are NaN, and what numbers are limited to."""
-    found = (
-        ROUTES_TELL if data.trace.without_text else None,
-        _few_documents(data),
-        _one_domain(data),
-        _no_weights(data),
-        _unknown_first_choices(data),
-        _no_load(data),
-        _no_logits(data),
-        _sampled(data),
-        _partial_batches(data),
-    )
-    return [note for note in found if note] + (
-        [] if data.counts.counts_only else _token_id_notes(data)
-    )
+    return [*_of_trace(data), *([] if data.counts.counts_only else _of_token_ids(data))]
 
 
-def _few_documents(data: ReportData) -> str | None:
-    if data.counts.counts_only:
-        return (
+def _of_trace(data: ReportData) -> Iterator[str]:
+    trace, counts, routers = data.trace, data.counts, data.selection.routers
+    if trace.without_text:
+        yield ROUTES_TELL
+    if counts.counts_only:
+        yield (
             "counts only: no intervals, batches, nulls or token ids; "
-            f"{data.trace.more_than_counts} for those"
+            f"{trace.more_than_counts} for those"
         )
-    n = len(data.counts.units)
-    if n >= FEWEST_DOCUMENTS:
-        return None
-    return (
-        f"{plural(n, 'document')}: intervals, design effect and domain nulls need "
-        f"{FEWEST_DOCUMENTS}"
-    )
-
-
-def _one_domain(data: ReportData) -> str | None:
-    if len(data.counts.domains) > 1:
-        return None
-    way_out = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
-    return f"one domain: domain_mi_*, jsd_bits, committee and signature need two{way_out}"
-
-
-def _no_weights(data: ReportData) -> str | None:
-    if data.trace.has_weights:
-        return None
-    return "no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN"
-
-
-def _unknown_first_choices(data: ReportData) -> str | None:
-    routers = data.selection.routers
-    unknown = sum(not data.trace.routers[r].first_choice_known for r in routers)
-    if not unknown:
-        return None
-    which = "" if unknown == len(routers) else f" of {plural(unknown, 'router')}"
-    return (
-        f"first choices{which} are unknown: no gate weights say which expert came first; columns "
-        "that need them are NaN"
-    )
-
-
-def _no_load(data: ReportData) -> str | None:
-    if all(data.counts.load_E(r).any() for r in data.selection.routers):
-        return None
-    return "a router without any assignments has no balance"
-
-
-def _no_logits(data: ReportData) -> str | None:
-    if "logits" in data.trace.tables:
-        return None
-    way_out = "" if data.trace.imported else "; trace with --logits for those"
-    return f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{way_out}"
-
-
-def _sampled(data: ReportData) -> str | None:
-    if not (sample := data.trace.manifest.get("sample")):
-        if not holds_samples(data.trace.manifest):
-            return None
-        return "merged from samples of other traces: batches hold only the sampled documents"
-    documents, of = data.trace.manifest["corpus"]["documents"], sample["of"]["documents"]
-    return (
-        f"a sample of {documents:,} of {plural(of, 'document')}: batches hold only these documents"
-    )
-
-
-def _partial_batches(data: ReportData) -> str | None:
-    sizes = max((data.counts.of[r].batches for r in data.selection.routers), key=len)
+    elif (n := len(counts.units)) < FEWEST_DOCUMENTS:
+        yield (
+            f"{plural(n, 'document')}: intervals, design effect and domain nulls need "
+            f"{FEWEST_DOCUMENTS}"
+        )
+    if len(counts.domains) < 2:
+        label = "" if data.selection.domains else "; label sources as DOMAIN=SRC when tracing"
+        yield f"one domain: domain_mi_*, jsd_bits, committee and signature need two{label}"
+    if not trace.has_weights:
+        yield "no weights recorded: weight_sum, importance_cv, gate_score, weight_* are NaN"
+    if unknown := sum(not trace.routers[r].first_choice_known for r in routers):
+        which = "" if unknown == len(routers) else f" of {plural(unknown, 'router')}"
+        yield (
+            f"first choices{which} are unknown: no gate weights say which expert came first; "
+            "columns that need them are NaN"
+        )
+    if not all(counts.load_E(r).any() for r in routers):
+        yield "a router without any assignments has no balance"
+    if "logits" not in trace.tables:
+        record = "" if trace.imported else "; trace with --logits for those"
+        yield f"no logits recorded: aux_loss, z_loss, gate entropy and margins are NaN{record}"
+    if sample := trace.manifest.get("sample"):
+        documents, of = trace.manifest["corpus"]["documents"], sample["of"]["documents"]
+        yield (
+            f"a sample of {documents:,} of {plural(of, 'document')}: batches hold only these "
+            "documents"
+        )
+    elif holds_samples(trace.manifest):
+        yield "merged from samples of other traces: batches hold only the sampled documents"
+    sizes = max((counts.of[r].batches for r in routers), key=len)
     batches, whole = (sum(n for n, _ in of.values()) for of in (sizes, whole_batches(sizes)))
-    if batches - whole <= 1:
-        return None
-    return (
-        f"max_vio_batch covers {whole:,} of {batches:,} batches: the others have under half the "
-        "tokens of the largest; --phase decode selects decode steps alone"
-    )
+    if batches - whole > 1:
+        yield (
+            f"max_vio_batch covers {whole:,} of {batches:,} batches: the others have under half "
+            "the tokens of the largest; --phase decode selects decode steps alone"
+        )
 
 
-def _token_id_notes(data: ReportData) -> list[str]:
+def _of_token_ids(data: ReportData) -> Iterator[str]:
     widest = max(data.trace.routers[r].experts for r in data.selection.routers)
     judged = tokenids.frequent(data.counts, tokenids.MIN_COUNT, tokenids.CELLS // widest)
     if not len(judged.ids_V):
-        return [
+        yield (
             f"no token id occurs {tokenids.MIN_COUNT} times: token_mi_*, domain_mi_given_token_*, "
             "vocabulary_specialization are NaN"
-        ]
-    notes = [
+        )
+        return
+    yield (
         f"token ids are judged from {tokenids.MIN_COUNT} occurrences: "
         f"{plural(len(judged.ids_V), 'id')}, {judged.coverage:.1%} of the tokens"
-    ]
-    if data.trace.vocabulary().size and not data.trace.manifest.get("vocabulary"):
-        notes.append("trace.json states no checksum of vocabulary.parquet: its text is not checked")
+    )
     if not data.trace.vocabulary().size:
-        notes.append("no vocabulary in the trace: token is missing, give a tokenizer when tracing")
+        yield "no vocabulary in the trace: token is missing, give a tokenizer when tracing"
+    elif not data.trace.manifest.get("vocabulary"):
+        yield "trace.json states no checksum of vocabulary.parquet: its text is not checked"
     if len(data.counts.domains) > 1:
         counted, clusters = tokenids.unit_ids_of(data.counts)
         if counted.coverage < judged.coverage:
-            notes.append(
+            yield (
                 f"domain_mi_given_token_bits covers the {len(counted.ids_V):,} most frequent token "
                 f"ids ({counted.coverage:.1%} of the tokens), documents in {clusters} clusters per "
                 "domain, to bound its memory"
             )
-    return notes
 
 
 # what quantisers call the number of bits
