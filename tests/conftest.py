@@ -13,6 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_inspect.reporting.report import Report
+    from moe_inspect.trace.reader import Trace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -150,6 +155,20 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def planted_trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    from tests.planted import planted
+
+    return planted(tmp_path_factory.mktemp("planted") / "t")
+
+
+@pytest.fixture(scope="session")
+def planted_report(planted_trace: Trace) -> Report:
+    from moe_inspect.reporting.report import report
+
+    return report(planted_trace)
 
 
 @contextmanager

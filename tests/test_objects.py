@@ -81,6 +81,10 @@ def test_a_report_is_text_a_page_and_figures(
     assert max(map(len, text)) <= WIDE
     assert "\x1b" not in str(made)
     assert made.plot("load").axes
+    cell = made._repr_html_()
+    assert "Layer 3 is the worst balanced" in cell
+    assert 'src="data:image/png;base64,' in cell
+    assert "<script" not in cell
     with pytest.raises(MoeInspectError, match=r"no chart 'laod' \(did you mean load\?\): "):
         made.plot("laod")
     assert "Layer 3 is the worst balanced" in made.to_html(tmp_path / "r.html").read_text()

@@ -202,29 +202,6 @@ def test_one_pass_counts_what_is_prepared(tmp_path: Path):
     assert sum(told) == 1_000
 
 
-def test_counts_alone_say_what_they_can(tmp_path: Path):
-    made = report(write_counts(tmp_path / "t", [np.full((1, 8), 100)] * 2, 2))
-    assert made.tables["esft"]["token_score"].to_numpy() == pytest.approx(1 / 8)
-    assert made.tables["router"]["weight_mass"].isna().all()
-    from moe_inspect.errors import MoeInspectError
-
-    for name in ("coactivation", "transitions", "repetition", "locality"):
-        with pytest.raises(MoeInspectError, match=f"counts only, no decisions: no {name} table"):
-            made.tables[name]
-
-
-def test_one_ranks_counts_are_not_dead_experts(tmp_path: Path):
-    load = np.zeros((1, 16), np.int64)
-    load[0, 4:8] = 500
-    assert sentences(report(write_counts(tmp_path / "a", [load, load], 2)))[0].startswith(
-        "Only experts 4-7 of 16 have any load"
-    )
-    load[0, 12] = 10  # positive control
-    assert not any(
-        "ranks under" in s for s in sentences(report(write_counts(tmp_path / "b", [load, load], 2)))
-    )
-
-
 def test_ranks_that_are_missing(tmp_path: Path):
     def said(name: str, loads: list[np.ndarray], k: int = 8, **asked: Any) -> str:
         return " ".join(sentences(report(write_counts(tmp_path / name, loads, k), **asked))[:2])

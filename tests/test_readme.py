@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT, Cli
 from tests.test_cli_trace import save, write_jsonl
-from tests.test_report_text import on_a_terminal
+from tests.test_terminal import on_a_terminal
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]

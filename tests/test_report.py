@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.reporting.tables.registry import Table
+from moe_inspect.reporting.verdict import checks
+from moe_inspect.reporting.verdict.checks import CHECKS
+from moe_inspect.reporting.verdict.data_checks import missing_ranks
+from moe_inspect.reporting.verdict.findings import SEVERITIES, Finding
 from moe_inspect.trace.reader import Trace
-from tests.planted import DOCUMENT, E, K, T, planted, sentences, uniform
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.conftest import ROOT, Cli
+from tests.planted import K, T, planted, sentences, uniform
+from tests.synthetic import uniform_ids, write_trace
 
 COLUMNS = {
     "summary": "key value",
@@ -47,29 +55,19 @@ COLUMNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    return planted(tmp_path_factory.mktemp("planted") / "t")
-
-
-@pytest.fixture(scope="module")
-def made(trace: Trace) -> Report:
-    return report(trace)
-
-
 # --- tables
 
 
-def test_every_table_has_its_columns(made: Report):
+def test_every_table_has_its_columns(planted_report: Report):
     assert set(COLUMNS) <= set(TABLES)
     for name in TABLES:
-        columns = list(made.tables[name].columns)
+        columns = list(planted_report.tables[name].columns)
         assert set(COLUMNS.get(name, "").split()) <= set(columns)
         assert name in ("summary", "verdict") or columns[:2] == ["layer", "router"]
 
 
-def test_tables_are_made_when_asked_for(trace: Trace, monkeypatch: pytest.MonkeyPatch):
-    fresh = report(trace)
+def test_tables_are_made_when_asked_for(planted_trace: Trace, monkeypatch: pytest.MonkeyPatch):
+    fresh = report(planted_trace)
     unasked = Table(lambda _: pytest.fail("not asked for"), frozenset(), ())
     monkeypatch.setitem(TABLES, "specialization", unasked)
     assert len(fresh.tables["balance"]) == 4
@@ -81,13 +79,8 @@ def test_tables_are_made_when_asked_for(trace: Trace, monkeypatch: pytest.Monkey
         fresh.tables["gini"]
 
 
-def test_the_package_is_the_function(trace: Trace):
-    assert moe_inspect.report(trace, layers="2").tables["load"]["layer"].unique().tolist() == [2]  # type: ignore[operator]
-    assert moe_inspect.report(str(trace.path)).trace.n_tokens == T  # type: ignore[operator]
-
-
-def test_tables_agree_with_each_other(made: Report):
-    balance, load, domains = (made.tables[n] for n in ("balance", "load", "domains"))
+def test_tables_agree_with_each_other(planted_report: Report):
+    balance, load, domains = (planted_report.tables[n] for n in ("balance", "load", "domains"))
     assert (
         load.groupby("router")["assignments"].sum().tolist()
         == balance["assignments"].tolist()
@@ -106,7 +99,7 @@ def test_tables_agree_with_each_other(made: Report):
     assert domains.groupby(["router", "domain"])["activation"].sum().tolist() == pytest.approx(
         [K] * 16
     )
-    facts = dict(made.facts())
+    facts = dict(planted_report.facts())
     assert facts["assignments"] == str(T * K * 4)
     assert facts["decisions"] == str(T * 4)
     assert facts["documents"] == "60"
@@ -118,16 +111,16 @@ def test_tables_agree_with_each_other(made: Report):
 # --- the verdict
 
 
-def test_what_is_planted_is_said(made: Report):
-    said = sentences(made)
-    worst = made.tables["balance"].iloc[3]["max_over_mean"]
+def test_what_is_planted_is_said(planted_report: Report):
+    said = sentences(planted_report)
+    worst = planted_report.tables["balance"].iloc[3]["max_over_mean"]
     assert said[0].startswith(
         f"Layer 3 is the worst balanced: expert 5 gets {worst:.2f}x the mean load (95% interval"
     )
     assert re.search(
         r"; [1-4] of 4 routers (is|are) uneven \(at least 1.2x and beyond chance\)\.$", said[0]
     )
-    row = made.tables["balance"].iloc[3]
+    row = planted_report.tables["balance"].iloc[3]
     assert f"expected by chance: {row['expected_by_chance']:.2f}x" in said[0]
     assert (
         "1 dead expert in 1 of 4 routers (layer 3: 6): none of 6,000 tokens was routed there."
@@ -137,7 +130,7 @@ def test_what_is_planted_is_said(made: Report):
     assert "veraged" not in together  # 1.3x is not fine either
     assert '"code" overloads expert 3 of layer 2' in together
     assert "most in layer 2 (" in together
-    bits = made.tables["specialization"].iloc[2]
+    bits = planted_report.tables["specialization"].iloc[2]
     given, null = bits["domain_mi_given_token_bits"], bits["domain_mi_given_token_null_bits"]
     assert (
         f"the domain still carries {given:.3f} bits about the expert in layer 2 (documents "
@@ -157,21 +150,6 @@ def test_nothing_wrong_is_said_plainly(tmp_path: Path):
     assert not any(word in " ".join(said) for word in ("dead", "overloads", "uneven", "hides"))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_chance_is_never_called_a_fault(tmp_path: Path, seed: int):
-    said = sentences(uniform(tmp_path / "t", T=600, E=16, K=2, L=12, seed=seed))
-    assert not any(
-        word in " ".join(said)
-        for word in ("worst balanced", "overloads", "uneven", "specialises by domain in")
-    )
-
-
-def test_too_few_tokens_are_too_few(tmp_path: Path):
-    said = sentences(uniform(tmp_path / "t", T=40, E=64, K=2))
-    assert said[0].startswith("Too little data to judge balance")
-    assert "too few to call an expert dead" in said[1]
-
-
 @pytest.mark.parametrize(
     ("status", "word"), [("recording", "still being recorded"), ("interrupted", "interrupted")]
 )
@@ -184,148 +162,96 @@ def test_an_unfinished_trace_warns(tmp_path: Path, status: str, word: str):
     assert len(made.tables["load"]) == 32
 
 
-def test_counts_only_has_a_verdict(tmp_path: Path):
-    load = np.full((1, 8), 100)
-    load[0, 3] = 900
-    said = sentences(report(write_counts(tmp_path / "t", [load, np.full((1, 8), 200)], 2)))
-    assert said[0].startswith("Layer 0 is the worst balanced: expert 3 gets 4.50x")
-    assert "no interval from counts alone" in said[0]
-    two = sentences(
-        report(
-            write_counts(
-                tmp_path / "two", [np.vstack([load, load[:, ::-1]])], 2, domains=("law", "math")
-            )
-        )
-    )
-    assert any(
-        s.startswith("Counts alone cannot tell whether experts specialise by domain") for s in two
-    )
-
-
-def styled(root: Path, documents: int, domains: list[str]) -> Report:
-    """Every document has one favourite expert of its own, whatever its domain."""
-    rng = np.random.default_rng(4)
-    document = np.arange(documents * 100) // 100
-    ids = uniform_ids(rng, len(document), E, K)
-    first = (document * 3 + 1) % E
-    ids = np.where(
-        rng.random(len(document))[:, None] < 0.7, np.stack([first, (first + 1) % E], axis=1), ids
-    ).astype(np.uint16)
-    return report(write_trace(root, [ids], E, document=document, domain_of_document=domains))
-
-
 @pytest.mark.parametrize(
-    ("documents", "domains"), [(4, "abcd"), (5, "abcda"), (8, "abcdefab"), (4, "aabb")]
+    ("name", "says", "never"),
+    [
+        ("balanced", "Experts specialise by domain in 2 of 4 routers, and", "never trained"),
+        ("collapsed", "Layer 3 is the worst balanced: expert 6 gets 2.87x", "never trained"),
+        ("untrained", "never trained (random weights, seed 0), so", "Experts specialise"),
+    ],
 )
-def test_too_few_documents_say_neither_yes_nor_no(tmp_path: Path, documents: int, domains: str):
-    said = sentences(styled(tmp_path / "t", documents, list(domains)))
+def test_the_sample_traces_are_judged_right(name: str, says: str, never: str):
+    said = "\n".join(sentences(report(ROOT / "sample_traces" / name)))
+    assert says in said
+    assert never not in said
+
+
+def test_specialised_routers_are_counted_by_the_threshold_stated():
+    made = report(ROOT / "sample_traces" / "balanced", thresholds={"specialised": 0.185})
+    table = made.tables["specialization"]
+    share = (table["domain_mi_bits"] - table["domain_mi_null_bits"]) / 3  # log₂ of 8 experts
+    assert (share >= 0.185).sum() == 1
     assert any(
-        s.startswith(
-            f"Too few documents to tell whether experts specialise by domain: {documents} documents"
-        )
-        for s in said
-    )
-    assert not any(
-        word in " ".join(said)
-        for word in (
-            "No expert",
-            "Experts specialise",
-            "overloads",
-            "uneven",
-            "is the worst",
-            "is good",
-        )
+        f.text.startswith("Experts specialise by domain in 1 of 4 routers") for f in made.verdict()
     )
 
 
-def test_few_documents_are_not_blamed_on_the_model(tmp_path: Path):
-    said = sentences(styled(tmp_path / "few", 3, ["a"]))
-    assert said[0].startswith("Too little data to judge balance")
-    assert "with fewer than 8 documents this may be the text, not the model" in said[0]
-    ids = np.tile([[1, 2]], (4_000, 1)).astype(np.uint16)
-    one, many = (
-        sentences(
-            report(write_trace(tmp_path / str(n), [ids], E, document=np.arange(4_000) * n // 4_000))
-        )
-        for n in (1, 40)
+def test_what_moves_from_pass_to_pass_is_told_though_the_sum_is_even(tmp_path: Path):
+    rng, T = np.random.default_rng(3), 20_000
+    even, moved = (uniform_ids(rng, T, E, 2) for E in (8, 4))
+    moved[T // 2 :] += 4
+    document = np.arange(T) * 60 // T
+    made = {
+        n: report(write_trace(tmp_path / n, [ids], 8, document=document))
+        for n, ids in (("even", even), ("moved", moved))
+    }
+    said = {
+        name: [f.text for f in one.verdict() if f.kind == "uneven_batches"]
+        for name, one in made.items()
+    }
+    assert said["even"] == []
+    load_BE = np.array(
+        [np.bincount(pass_TK.reshape(-1), minlength=8) for pass_TK in np.split(moved, 40)]
     )
-    assert one[0].startswith("2,000 of the first 2,000 tokens are in runs")
-    assert one[1].startswith("Too little data to judge balance")
-    assert "this may be the text, not the model" in one[2]
-    assert many[0].startswith(
-        "Layer 0 is uneven (at least 1.2x and beyond chance): expert 1 gets 4.00x"
-    )
-    assert many[1].endswith("none of 4,000 tokens was routed there.")
+    each = (load_BE.max(1) / load_BE.mean(1)).mean()
+    together = load_BE.sum(0).max() / load_BE.sum(0).mean()
+    assert each > 2 > 1.1 > together
+    assert f"a pass gets {each:.2f}x the mean load on average (" in said["moved"][0]
+    assert f", over all passes {together:.2f}x." in said["moved"][0]
+    assert f"GPUs would idle {1 - 1 / each:.0%} of the time in that layer" in said["moved"][0]
 
 
-def test_a_domain_of_few_documents_overloads_nothing(tmp_path: Path):
-    rng = np.random.default_rng(5)
-    ids, document = uniform_ids(rng, T, E, K), DOCUMENT
-    for few, says in (
-        ([7], "this may be their text, not the domain"),
-        ([1, 7, 20, 33, 41, 50], '"law" overloads expert 3 of layer 0'),
-    ):
-        labels = ["law" if d in few else "prose" for d in range(60)]
-        routed = np.where(np.isin(document, few)[:, None], [[3, 5]], ids).astype(np.uint16)
-        said = "\n".join(
-            sentences(
-                report(
-                    write_trace(
-                        tmp_path / str(len(few)),
-                        [routed],
-                        E,
-                        document=document,
-                        domain_of_document=labels,
-                    )
-                )
-            )
-        )
-        assert says in said
-        assert ("overloads" in said) == (len(few) >= 5)
+def test_findings_carry_their_numbers_and_come_most_important_first():
+    found = report(ROOT / "sample_traces" / "collapsed").verdict()
+    order = [min(SEVERITIES.index(f.severity), 2) for f in found]
+    assert order == sorted(order)
+    first = found[0]
+    assert (first.kind, first.severity, first.layer, first.router) == ("balance", "critical", 3, 3)
+    assert f"{first.values['max_over_mean']:.2f}x the mean load" in first.text
+    assert {f.kind for f in found} <= {check.__name__ for _, of in CHECKS for check in of}
+    assert len({f.kind for f in found}) == len(found)
 
 
-def test_what_pooling_hides_is_said_of_the_layers_looked_at(tmp_path: Path):
-    rng = np.random.default_rng(6)
-    ids = [uniform_ids(rng, T, E, K) for _ in range(3)]
-    for r in (0, 1):  # each the other's complement
-        ids[r] = np.where(
-            rng.random(T)[:, None] < 0.4,
-            np.argsort(rng.random((T, 4)), axis=1)[:, :2] + 4 * r,
-            ids[r],
-        ).astype(np.uint16)
-    trace = write_trace(tmp_path / "t", ids, E, document=DOCUMENT)
-    assert any(s.startswith("The layer average") for s in sentences(report(trace)))
-    assert any(
-        s.startswith("The average of the 2 layers selected")
-        for s in sentences(report(trace, layers="0-1"))
-    )
-    # there it shows
-    assert not any(s.startswith("Averaged") for s in sentences(report(trace, layers="0,2")))
+def test_a_check_runs_once_per_report(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def counting(data: Any) -> Finding | None:
+        asked.append(1)
+        return missing_ranks(data)
+
+    monkeypatch.setattr(checks, "CHECKS", (("", (counting,)),))
+    made = report(ROOT / "sample_traces" / "collapsed")
+    assert made.verdict() == made.verdict() == []
+    assert made.tables["verdict"].empty
+    assert len(asked) == 1
 
 
-def test_the_least_used_expert_is_named_with_the_domain_that_shuns_it(tmp_path: Path):
-    load = np.full((2, 8), 40_000)
-    load[:, 3] = 10_000, 2_000
-    load[1, 5] = 78_000
-    said = sentences(
-        report(
-            write_counts(
-                tmp_path / "t", [np.full((2, 8), 40_000), load], 2, domains=("law", "math")
-            )
-        )
-    )
-    # the mean over both domains is (640 - 68 + 38) / 8 thousand, expert 5 has 118 of it
-    least = (
-        "Expert 3 of layer 1 is the least used: 0.16x the mean load. That layer's busiest expert "
-        'gets 9.8 times as much (39.0 times on "math").'
-    )
-    assert least in said
-    load[:, 3] = 38_000
-    none = sentences(
-        report(
-            write_counts(
-                tmp_path / "n", [np.full((2, 8), 40_000), load], 2, domains=("law", "math")
-            )
-        )
-    )
-    assert not any("least used" in s for s in none)
+def test_the_verdict_is_a_table_and_json_has_its_numbers(cli_here: Cli):
+    trace = ROOT / "sample_traces" / "collapsed"
+    lines = cli_here("report", trace, "--table", "verdict", "--format", "json").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [list(row) for row in rows] == [
+        ["severity", "kind", "layer", "router", "text", "values"]
+    ] * len(rows)
+    found = report(trace).verdict()
+    assert [row["text"] for row in rows] == [f.text for f in found]
+    assert [row["values"] for row in rows] == [f.values for f in found]
+    assert rows[-1]["layer"] is None
+    text = cli_here("report", trace, "--table", "verdict", "--format", "csv").stdout
+    assert list(pd.read_csv(io.StringIO(text)).columns) == [
+        "severity",
+        "kind",
+        "layer",
+        "router",
+        "text",
+    ]

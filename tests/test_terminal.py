@@ -1,4 +1,4 @@
-"""What a terminal shows: a real one (tmux), or a pseudo-terminal where there is no tmux."""
+"""The report as text: in a file, and on a terminal of so many columns and lines."""
 
 from __future__ import annotations
 
@@ -7,57 +7,64 @@ import io
 import os
 import pty
 import re
-import shlex
-import shutil
 import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.color import Color, ColorSystem
 
 from moe_inspect.analysis.metrics.registry import listing
 from moe_inspect.cli.report import print_metrics
+from moe_inspect.reporting.render import console, terminal
 from moe_inspect.reporting.render.console import SCREEN_LINES, console_for, on_screen
 from moe_inspect.reporting.render.heatmap import style
 from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, print_report
-from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import open_trace
-from tests.conftest import ROOT
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.trace.reader import Trace
+from tests.conftest import Cli
+from tests.planted import planted, sentences, text_of
 from tests.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
 TALL, LOW = 60, 24
-# draws the report whose number it reads, on a screen that it clears first, once that has the size
-# that it reads; and says which turn it was
-DRAW = """
-import os, sys, time, moe_inspect
-from moe_inspect.reporting.render.terminal import print_report
-made = [moe_inspect.report(path) for path in sys.argv[1:]]
-print("READY", flush=True)
-for line in sys.stdin:
-    print("\\x1b[2J\\x1b[H", end="")
-    number, turn, *size = map(int, line.split())
-    while tuple(os.get_terminal_size()) != tuple(size):
-        time.sleep(0.01)
-    print_report(made[number], sys.stdout)
-    print("END", turn, flush=True)
-"""
-TURNS = count()
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+class Screen(io.StringIO):
+    """Takes what is printed as a terminal would."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 Show = Callable[..., list[str]]
 
 
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch) -> Show:
+    """The lines of a report on a screen of so many columns and lines, as a terminal breaks them."""
+
+    def lines(made: Report, columns: int, height: int = TALL, full: bool = False) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", str(height))
+        monkeypatch.setenv("TERM", "xterm")
+        print_report(made, file := Screen(), full)
+        printed = ESCAPE.sub("", file.getvalue()).splitlines()
+        return [one for line in printed for one in _broken(line, columns)]
+
+    return lines
+
+
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Relative paths in the current directory: titles are as long as a user's."""
-    place, names = tmp_path_factory.mktemp("shapes"), list[str]()
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    """Of relative paths in the current directory: titles are as long as a user's."""
+    place, made = tmp_path_factory.mktemp("shapes"), list[Report]()
     os.chdir(place)
     for L, E, k in SHAPES:
         rng, T = np.random.default_rng(0), 400
@@ -65,7 +72,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for r in range(0, L, 3):  # some layers prefer experts 0 to k - 1, in one domain or in all
             ids[r][r % 2 * 100 : 200] = np.arange(k)
         weights = [np.sort(rng.random((T, k)).astype(np.float32))[:, ::-1] for _ in ids]
-        write_trace(
+        trace = write_trace(
             Path(f"{L}x{E}"),
             ids,
             E,
@@ -75,83 +82,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             weights=weights,
             words=30,
         )
-        names.append(f"{L}x{E}")
-    return names
-
-
-@pytest.fixture(scope="module")
-def show(traces: list[str]) -> Iterator[Show]:
-    """The lines on a screen of so many columns, of the report of a trace."""
-    command = [sys.executable, "-c", DRAW, *traces]
-    here = _tmux(command) if shutil.which("tmux") else _pseudo_terminal(command)
-    yield next(here)
-    next(here, None)
-
-
-def _tmux(command: list[str]) -> Iterator[Show]:
-    server = ["tmux", "-L", f"moe-inspect-{os.getpid()}", "-f", os.devnull]
-
-    def tmux(*arguments: object) -> str:
-        made = [*server, *map(str, arguments)]
-        return subprocess.run(made, capture_output=True, text=True, check=True).stdout
-
-    def lines(until: str) -> list[str]:
-        for _ in range(3_000):
-            shown = tmux("capture-pane", "-p", "-t", "one").rstrip("\n").split("\n")
-            if shown[-1] == until:
-                return shown[:-1]
-            time.sleep(0.05)
-        raise AssertionError(shown)
-
-    def show(columns: int, number: int, height: int = TALL) -> list[str]:
-        tmux("resize-window", "-t", "one", "-x", columns, "-y", height)
-        turn = next(TURNS)
-        tmux("send-keys", "-R", "-t", "one", f"{number} {turn} {columns} {height}", "Enter")
-        return lines(f"END {turn}")
-
-    try:
-        # pytest imports readline, which sets the size in the environment
-        sizes = "env -u LINES -u COLUMNS"
-        program = f"{sizes} PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join(command)}"
-        tmux("new-session", "-d", "-s", "one", "-x", 80, "-y", TALL, program)
-        lines("READY")
-        yield show
-    finally:
-        tmux("kill-server")
-
-
-def _pseudo_terminal(command: list[str]) -> Iterator[Show]:
-    ours, theirs = pty.openpty()
-    running = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={
-            **{name: at for name, at in os.environ.items() if name not in ("LINES", "COLUMNS")},
-            **{"TERM": "xterm", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)},
-        },
-    )
-
-    def read(until: str) -> str:
-        sent = b""
-        while not sent.endswith(f"{until}\r\n".encode()):
-            sent += os.read(ours, 65_536)
-        return sent.decode()
-
-    def show(columns: int, number: int, height: int = TALL) -> list[str]:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
-        turn = next(TURNS)
-        os.write(ours, f"{number} {turn} {columns} {height}\n".encode())
-        sent = ESCAPE.sub("", read(f"END {turn}").rpartition("\x1b[H")[2]).split("\r\n")[:-2]
-        return [one for line in sent for one in _broken(line, columns)]
-
-    try:
-        read("READY")
-        yield show
-    finally:
-        running.kill()
-        running.wait()
+        made.append(report(trace))
+    return made
 
 
 def _broken(line: str, columns: int) -> list[str]:
@@ -168,26 +100,23 @@ def _words(lines: list[str]) -> set[str]:
     return set(" ".join(kept).split())
 
 
-def _in_a_file(path: str) -> list[str]:
-    file = io.StringIO()
-    print_report(report(open_trace(path)), file, full=True)
-    whole = file.getvalue().splitlines()
-    file = io.StringIO()
-    print_report(report(open_trace(path)), file)
-    return whole + file.getvalue().splitlines()
+def _in_a_file(made: Report) -> list[str]:
+    print_report(made, file := io.StringIO(), full=True)
+    print_report(made, file)
+    return file.getvalue().splitlines()
 
 
-def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[str]) -> None:
-    for number, (path, (L, E, _)) in enumerate(zip(traces, SHAPES, strict=True)):
-        piped = _in_a_file(path)
+def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, reports: list[Report]) -> None:
+    for made, (L, E, _) in zip(reports, SHAPES, strict=True):
+        piped = _in_a_file(made)
         known = _words(piped)
         assert not _words([one for line in piped for one in _broken(line, 80)]) <= known  # control
         shown: dict[int, list[str]] = {}
         for columns in (80, 120, 200):
-            lines = shown[columns] = show(columns, number)
-            assert 20 < len(lines) <= SCREEN_LINES, (path, columns, len(lines))
+            lines = shown[columns] = show(made, columns)
+            assert 20 < len(lines) <= SCREEN_LINES, (E, columns, len(lines))
             new = _words(lines[:-1]) - known
-            assert all(word.isdecimal() for word in new), (path, columns, new)
+            assert all(word.isdecimal() for word in new), (E, columns, new)
             rows = [line for line in lines if re.match(r"layer +\d", line)]
             assert len(rows) == L or 10 <= len(rows) < L
             assert lines[-1].startswith("--full adds ")
@@ -205,18 +134,17 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, traces: list[s
         assert bool(re.search("[▇█]", first[0])) == (E > 8)  # characters where numbers do not fit
 
 
-def test_a_report_fits_a_low_terminal(show: Show, traces: list[str]) -> None:
-    for number in range(len(traces)):
-        lines = show(80, number, LOW)
-        # the line that ends the drawing stands in the last one, as a prompt would
-        assert 15 < len(lines) < LOW, (number, lines)
+def test_a_report_fits_a_low_terminal(show: Show, reports: list[Report]) -> None:
+    for made in reports:
+        lines = show(made, 80, LOW)
+        assert 15 < len(lines) < LOW, lines  # the prompt stands in the last one
         assert lines[-1].startswith("--full adds ")
         assert any(line.startswith(("• Critical: ", "• Warning: ")) for line in lines)
         assert sum(bool(re.match(r"layer +\d", line)) for line in lines) >= 4
 
 
-def test_a_file_gets_sentences_in_one_line(traces: list[str]) -> None:
-    made, file = report(open_trace(traces[1])), io.StringIO()
+def test_a_file_gets_sentences_in_one_line(reports: list[Report]) -> None:
+    made, file = reports[1], io.StringIO()
     print_report(made, file)
     lines = file.getvalue().splitlines()
     said = [str(line) for one in made.verdict() for line in finding_lines(one, console_for(file))]
@@ -251,3 +179,147 @@ def test_loads_below_at_and_above_the_mean_have_colours_that_differ(colours: Col
     assert above[0] - above[2] > 60  # red
     assert far[1] < above[1] - 30
     assert farther[1] < far[1] - 30
+
+
+def test_text_in_a_file_keeps_every_column_and_number(planted_report: Report):
+    text = text_of(planted_report)
+    for name in ("balance", "load", "domains", "specialization", "vocabulary"):
+        head = next(
+            line
+            for line in text.splitlines()
+            if line.split()[:2] == ["layer", "router"]
+            and line.split() == list(planted_report.tables[name].columns)
+        )
+        assert head
+    assert "…" not in text
+    assert not any(line.endswith(" ") for line in text.splitlines())
+    assert "more columns" not in text
+    lines = text[text.index("•") : text.index("\n\nload of")].splitlines()
+    assert [re.sub("• ((Critical|Warning): )?", "", line) for line in lines] == sentences(
+        planted_report
+    )
+    assert lines[0].startswith("• Critical: ")
+    assert "\x1b" not in text
+    ratio = planted_report.tables["load"]["load_ratio"].to_numpy()
+    row = "".join(f"{v:5.2f}" if v else "    0" for v in ratio[24:])
+    assert f"layer 3  {row}" in text
+
+
+def test_wide_models_fit_their_line(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    ids = uniform_ids(rng, 2_000, 300, 8)
+    ids[:, 0] = 299
+    made = report(write_trace(tmp_path / "t", [ids], 300, document=np.arange(2_000) // 100))
+    text = text_of(made)
+    row = next(line for line in text.splitlines() if line.startswith("layer 0 "))
+    assert len(row) == len("layer 0  ") + 100
+    assert row.endswith("█")  # the busiest expert shows through its neighbours
+    assert "each character: most extreme of 3 experts" in text
+
+
+def test_a_terminal_gets_lines_it_can_hold(planted_report: Report, show: Show):
+    lines = show(planted_report, 80, full=True)
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for name in ("balance", "domains"):
+        assert re.search(rf"\d+ more columns: moe-inspect report \S+ --table {name}", text)
+
+
+def test_one_domain_has_nothing_to_compare(tmp_path: Path, planted_report: Report):
+    """Selected from several it has: all of them."""
+    ids = uniform_ids(np.random.default_rng(0), 500, 8, 2)
+    trace = write_trace(tmp_path / "t", [ids], 8)
+    one, law = text_of(report(trace)), report(planted(tmp_path / "u"), domains="law")
+    assert "domains: only one, 'text': nothing to compare it with" in one
+    assert " lift" not in one
+    assert " lift" in text_of(law)
+    every = planted_report.tables["domains"]
+    of_law = every[every["domain"] == "law"].reset_index(drop=True)
+    assert law.tables["domains"].equals(of_law)
+    assert of_law["lift"].max() > 1.1
+
+
+def test_the_domains_shown_are_in_the_order_said(planted_report: Report):
+    shown = terminal.EXCERPTS["domains"].rows(planted_report.tables["domains"], 10)
+    above = shown["activation"] - shown["activation"] / shown["lift"]
+    assert "by activation minus that mean" in terminal.EXCERPTS["domains"].what
+    assert above.is_monotonic_decreasing
+    assert len(shown) == 10
+
+
+def test_an_encoding_that_lacks_a_character_loses_that_character_only(
+    cli: Cli, planted_trace: Trace
+):
+    done = cli("report", planted_trace.path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout.isascii()
+    assert "? Critical: Layer 3 is the worst balanced" in done.stdout
+
+
+def test_tokens_that_look_like_markup_are_text():
+    frame = pd.DataFrame({"layer": [0, 0], "router": [0, 0], "token": ["[/bold]\n", ":smile:"]})
+    file = io.StringIO()
+    console.print_table(frame, file)
+    assert "[/bold]\\n" in file.getvalue()
+    assert ":smile:" in file.getvalue()
+
+
+def on_a_terminal(columns: int, *arguments: object, height: int = 50) -> list[str]:
+    """The lines that a terminal of this size is sent, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR")
+    }
+    command = [sys.executable, "-m", "moe_inspect", *map(str, arguments)]
+    running = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**environment, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    sent = b""
+    while True:
+        try:
+            part = os.read(ours, 65_536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        sent += part
+    os.close(ours)
+    assert running.wait() == 0
+    assert b"\x1b[" in sent
+    return ESCAPE.sub("", sent.decode()).replace("\r\n", "\n").splitlines()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_part_of_a_wide_table_says_which_rows_it_has(planted_trace: Trace, columns: int):
+    lines = on_a_terminal(
+        columns, "report", planted_trace.path, "--table", "windows", "--layers", 0
+    )
+    assert max(map(len, lines)) <= columns
+    heads = [line.split() for line in lines if line.split()[:1] == ["window"]]
+    said = " ".join(lines[: lines.index(next(line for line in lines if "window " in line))])
+    constant = [part.split()[0] for part in said.removeprefix("every row: ").split(" · ")]
+    assert {name for head in heads for name in head} | {*constant, "router"} == {
+        *report(planted_trace).tables["windows"].columns
+    }
+    assert "layer" in constant
+    assert len(heads) > 1 or columns == 120
+
+
+def test_long_facts_are_broken_not_cut(planted_trace: Trace):
+    lines = on_a_terminal(60, "report", planted_trace.path, "--table", "summary")
+    assert max(map(len, lines)) <= 60
+    text = " ".join(" ".join(lines).split())
+    assert all(note in text for note in report(planted_trace).notes())
+
+
+def test_the_size_is_that_of_the_terminal(planted_trace: Trace):
+    assert len(on_a_terminal(80, "report", planted_trace.path, height=LOW)) < LOW
+    assert len(on_a_terminal(80, "report", planted_trace.path)) > LOW

@@ -44,105 +44,41 @@ def near(busiest: float, **columns: Any) -> dict[str, Any]:
 
 
 BALANCE = {
-    "nothing": (
-        stub(row([0] * 8)),
-        "No router made any assignments: there is no load to judge.",
-    ),
-    "uneven": (
-        stub(near(1.2)),
-        "Layer 0 is uneven (at least 1.2x and beyond chance): expert 0 gets 1.20x the mean load",
-    ),
-    "not uneven": (
-        stub(near(1.1999)),
-        "Balance is good: at worst, in layer 0, expert 0 gets 1.20x",
-    ),
-    "uneven, by its threshold": (
-        stub(near(1.31), limits={"uneven": 0.31}),
-        "Layer 0 is uneven (at least 1.31x",
-    ),
+    "nothing": (stub(row([0] * 8)), "No router made any assignments: there is no load to judge."),
+    "uneven": (stub(near(1.2)), "Layer 0 is uneven (at least 1.2x and beyond chance): expert 0 gets 1.20x the mean load"),
+    "not uneven": (stub(near(1.1999)), "Balance is good: at worst, in layer 0, expert 0 gets 1.20x"),
+    "uneven, by its threshold": (stub(near(1.31), limits={"uneven": 0.31}), "Layer 0 is uneven (at least 1.31x"),
     "not uneven, by its threshold": (stub(near(1.31), limits={"uneven": 0.32}), "Balance is good"),
-    "the worst of two": (
-        stub(row(EVEN), near(1.2)),
-        "Layer 1 is the worst balanced: expert 0 gets 1.20x",
-    ),
-    "one of two": (
-        stub(row(EVEN), near(1.2)),
-        "; 1 of 2 routers is uneven (at least 1.2x and beyond chance).",
-    ),
+    "the worst of two": (stub(row(EVEN), near(1.2)), "Layer 1 is the worst balanced: expert 0 gets 1.20x"),
+    "one of two": (stub(row(EVEN), near(1.2)), "; 1 of 2 routers is uneven (at least 1.2x and beyond chance)."),
     "both": (stub(near(1.3), near(1.2)), "; 2 of 2 routers are uneven"),
     "one of two, just": (stub(near(1.3), near(1.1999)), "; 1 of 2 routers is uneven"),
     "beyond chance": (stub(near(1.1, busiest_p=0.0099)), "Balance is good: at worst"),
     "within chance": (stub(near(1.1, busiest_p=0.01)), "which chance explains ("),
     "not known": (stub(near(1.1, busiest_p=math.nan)), "which chance explains ("),
-    "and what chance gives": (
-        stub(near(1.1, expected_by_chance=1.02)),
-        "expected by chance: 1.02x",
-    ),
+    "and what chance gives": (stub(near(1.1, expected_by_chance=1.02)), "expected by chance: 1.02x"),
     "or one figure": (stub(near(1.1)), "expected by chance: 1.01x)"),
-    "counts, beyond any documents": (
-        stub(near(1.4, expected_by_chance=1 + 0.4 / 31.63), counts_only=True),
-        "Layer 0 is uneven",
-    ),
-    "counts, as long documents": (
-        stub(near(1.4, expected_by_chance=1 + 0.4 / 31.62), counts_only=True),
-        "Too little data to judge balance",
-    ),
-    "counts have no interval": (
-        stub(near(1.4, max_over_mean_low=math.nan), counts_only=True),
-        "(no interval from counts alone; expected",
-    ),
+    "counts, beyond any documents": (stub(near(1.4, expected_by_chance=1 + 0.4 / 31.63), counts_only=True), "Layer 0 is uneven"),
+    "counts, as long documents": (stub(near(1.4, expected_by_chance=1 + 0.4 / 31.62), counts_only=True), "Too little data to judge balance"),
+    "counts have no interval": (stub(near(1.4, max_over_mean_low=math.nan), counts_only=True), "(no interval from counts alone; expected"),
     "an interval": (stub(near(1.2)), "(95% interval 1.19-"),
-    "at the ceiling": (
-        stub(row([500] + [0] * 7)),
-        "expert 0 gets 8.00x the mean load (every token goes to it; expected",
-    ),
+    "at the ceiling": (stub(row([500] + [0] * 7)), "expert 0 gets 8.00x the mean load (every token goes to it; expected"),
     "a token short of it": (stub(row([499, 1] + [0] * 6)), "(95% interval 7.97-"),
     "k of k experts are no ceiling": (stub(row([50, 50], k=2)), "95% interval"),
-    "chance reaches uneven": (
-        stub(near(1.19, expected_by_chance=1.2, busiest_p=0.5)),
-        "Too little data to judge balance: at worst",
-    ),
-    "chance does not": (
-        stub(near(1.19, expected_by_chance=1.1999, busiest_p=0.5)),
-        "which chance explains (",
-    ),
-    "uneven or chance": (
-        stub(near(1.2, busiest_p=0.5)),
-        "Too little data to judge balance: at worst, in layer 0",
-    ),
+    "chance reaches uneven": (stub(near(1.19, expected_by_chance=1.2, busiest_p=0.5)), "Too little data to judge balance: at worst"),
+    "chance does not": (stub(near(1.19, expected_by_chance=1.1999, busiest_p=0.5)), "which chance explains ("),
+    "uneven or chance": (stub(near(1.2, busiest_p=0.5)), "Too little data to judge balance: at worst, in layer 0"),
     "even or chance": (stub(near(1.1999, busiest_p=0.5)), "which chance explains ("),
-    "the others are known": (
-        stub(near(1.4, busiest_p=0.5, max_over_mean_low=1.001), near(1.3)),
-        "which may be chance (95% interval 1.00-1.41x; expected by chance: 1.01x); 1 of 2 routers is uneven",
-    ),
-    "few documents": (
-        stub(near(1.3), documents=7),
-        "Too little data to judge balance: at worst, in layer 0, expert 0 gets 1.30x",
-    ),
+    "the others are known": (stub(near(1.4, busiest_p=0.5, max_over_mean_low=1.001), near(1.3)), "which may be chance (95% interval 1.00-1.41x; expected by chance: 1.01x); 1 of 2 routers is uneven"),
+    "few documents": (stub(near(1.3), documents=7), "Too little data to judge balance: at worst, in layer 0, expert 0 gets 1.30x"),
     "documents enough": (stub(near(1.3), documents=8), "Layer 0 is uneven"),
-    "counts know no documents": (
-        stub(near(1.4), documents=4, counts_only=True),
-        "Layer 0 is uneven",
-    ),
-    "counts, with the design effect assumed": (
-        stub(near(1.4, max_over_mean_low=math.nan), counts_only=True),
-        "at least 1.2x and beyond chance up to a design effect of 1,000): expert 0 gets 1.40x the mean "
-        "load (no interval from counts alone; expected by chance of independent tokens: 1.01x).",
-    ),
-    "counts, with the one that would explain it": (
-        stub(near(1.15, expected_by_chance=1.0099), counts_only=True),
-        "expert 0 gets 1.15x the mean load, which documents with a design effect of 230 would explain (",
-    ),
-    "counts within chance": (
-        stub(near(1.15, expected_by_chance=1.151), counts_only=True),
-        "which chance explains (",
-    ),
+    "counts know no documents": (stub(near(1.4), documents=4, counts_only=True), "Layer 0 is uneven"),
+    "counts, with the design effect assumed": (stub(near(1.4, max_over_mean_low=math.nan), counts_only=True), "at least 1.2x and beyond chance up to a design effect of 1,000): expert 0 gets 1.40x the mean load (no interval from counts alone; expected by chance of independent tokens: 1.01x)."),
+    "counts, with the one that would explain it": (stub(near(1.15, expected_by_chance=1.0099), counts_only=True), "expert 0 gets 1.15x the mean load, which documents with a design effect of 230 would explain ("),
+    "counts within chance": (stub(near(1.15, expected_by_chance=1.151), counts_only=True), "which chance explains ("),
     "dead, over chance": (stub(near(1.1, dead_experts=1)), "No expert is overloaded: at worst"),
-    "dead, within chance": (
-        stub(near(1.1, dead_experts=1, busiest_p=0.5)),
-        "No expert is overloaded: at worst",
-    ),
-}
+    "dead, within chance": (stub(near(1.1, dead_experts=1, busiest_p=0.5)), "No expert is overloaded: at worst"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BALANCE)
@@ -307,18 +243,10 @@ LEAST_IN = {
     "never": (([0] + [1_200] * 7, LAW), {}, ' (on "code", expert 0 is never chosen).'),
     "load enough": (([0] + [114] * 6 + [116], LAW), {}, ' (on "code", expert 0 is never chosen).'),
     "too little load": (([0] + [114] * 6 + [115], LAW), {}, "."),
-    "documents enough": (
-        ([0] + [1_200] * 7, LAW),
-        {"documents": (5, 60)},
-        ' (on "code", expert 0 is never chosen).',
-    ),
+    "documents enough": (([0] + [1_200] * 7, LAW), {"documents": (5, 60)}, ' (on "code", expert 0 is never chosen).'),
     "few documents": (([0] + [1_200] * 7, LAW), {"documents": (4, 60)}, "."),
-    "counts know none": (
-        ([0] + [1_200] * 7, LAW),
-        {"documents": (4, 60), "counts_only": True, "chance": 0.001},
-        ' (on "code", expert 0 is never chosen).',
-    ),
-}
+    "counts know none": (([0] + [1_200] * 7, LAW), {"documents": (4, 60), "counts_only": True, "chance": 0.001}, ' (on "code", expert 0 is never chosen).'),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LEAST_IN)
