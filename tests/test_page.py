@@ -1,5 +1,5 @@
 """The page in a browser: Chromium, headless, started once. Hostile corpora, the mouse, the
-keyboard, both themes, large models."""
+keyboard, both themes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +72,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
     pq.write_table(pa.table(words), root / "vocabulary.parquet")
     edit_manifest(root, vocabulary=None)  # its hash was of another
     return report(root)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """58 × 256 × 8, four domains. k distinct experts by steps from a first one, which sorting lots
-    would take too long for."""
-    L, E, k, T, rng = 58, 256, 8, 2_000, np.random.default_rng(0)
-    token_id = np.minimum(rng.zipf(1.2, T), 499)
-    ids = [
-        ((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E).astype(
-            np.uint16
-        )
-        for _ in range(L)
-    ]
-    settings: dict[str, Any] = {
-        "document": np.arange(T) // 100,
-        "domain_of_document": LABELS,
-        "token_id": token_id,
-        "words": 500,
-    }
-    return report(
-        write_trace(tmp_path_factory.mktemp("large") / "t", ids, E, shard_tokens=T, **settings)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -240,15 +217,7 @@ def test_a_click_opens_the_card_of_the_expert(opened: Opened):
 def test_the_keyboard_alone_is_enough(opened: Opened):
     opened.view.locator("[data-widget=map] .plot").focus()
     opened.view.keyboard.press("Home")
-    for key in (
-        "ArrowUp",
-        "ArrowUp",
-        "ArrowUp",
-        "ArrowUp",
-        "ArrowDown",
-        "ArrowRight",
-        "ArrowRight",
-    ):
+    for key in (*["ArrowUp"] * 4, "ArrowDown", "ArrowRight", "ArrowRight"):
         opened.view.keyboard.press(key)
     assert opened.view.locator("#now").inner_text().startswith("Layer 1, expert 2: ")
     opened.view.keyboard.press("Enter")
@@ -444,62 +413,6 @@ def test_the_policy_stops_scripts_and_requests(browser: Any, opened: Opened):
     view.close()
 
 
-@pytest.fixture(scope="module")
-def opened_large(
-    browser: Any, large: Report, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Opened]:
-    file = tmp_path_factory.mktemp("page") / "large.html"
-    page = Opened(browser, file, report_page(large), color_scheme="dark")
-    yield page
-    page.view.close()
-
-
-def test_a_large_model_fits(opened_large: Opened):
-    page = opened_large
-    assert (
-        Path(page.address.removeprefix("file://")).stat().st_size <= 3_000_000
-    )  # a megabyte of text
-    assert len(page.map(57)) == 256
-    assert page.map(58) == []
-    with page.view.expect_download() as download:  # all of it, more than a table shows
-        sheet(page, "load").get_by_role("button", name="Download csv").click()
-    assert len(download.value.path().read_text().splitlines()) == 1 + 58 * 256
-    ticks = page.view.evaluate(
-        """[...document.querySelectorAll('[data-widget=map] .ytick')]
-          .map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"""
-    )
-    ticks.sort()
-    assert len(ticks) > 20
-    assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
-    assert page.drawn("Drift")[0][0]["rows"] == 58
-    by_layer = page.drawn("Drift")[1:] + page.drawn("Locality")
-    assert [len(marks[0]["x"]) for marks in by_layer] == [58] * 6
-    heatmap = page.drawn("Experts of a domain")[0][0]
-    assert (heatmap["rows"], heatmap["columns"]) == (4, 58)
-    entries = (
-        "[...document.querySelectorAll('.plot')].map((plot) => "
-        "plot.querySelectorAll('.legend button').length)"
-    )
-    assert max(page.view.evaluate(entries)) <= 12
-    crowded = """[...document.querySelectorAll('.panels .plot')].filter((plot) => {
-      const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect());
-      ends.sort((a, b) => a.left - b.left);
-      return ends.some((end, i) => i && end.left < ends[i - 1].right);
-    }).length"""
-    assert page.view.evaluate(crowded) == 0
-    page.view.evaluate(
-        "document.querySelector('.panels .xtick').textContent = 'wide enough for the next two'"
-    )
-    assert page.view.evaluate(crowded) == 1
-    page.view.locator("[data-widget=map] .plot").focus()
-    for key in ("End", "ArrowDown", "Enter"):
-        page.view.keyboard.press(key)
-    assert page.title() == "Layer 1 · expert 255"
-    page.view.keyboard.press("Escape")
-    assert page.complaints == []
-    assert page.foreign() == []
-
-
 def test_every_chart_is_read_with_the_keyboard_and_zoomed_with_the_mouse(opened: Opened):
     plots = opened.view.locator("[data-panel]")
     for i in range(plots.count()):
@@ -527,12 +440,6 @@ def test_every_chart_is_read_with_the_keyboard_and_zoomed_with_the_mouse(opened:
     assert named.get_attribute("aria-pressed") == "false"
     named.click()
     assert balance.locator(".canvas circle").count() == before
-
-
-def test_a_narrow_window_does_not_scroll_sideways(opened: Opened):
-    opened.view.set_viewport_size({"width": 390, "height": 800})
-    opened.until("document.documentElement.scrollWidth <= 390")
-    opened.view.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_ids_are_unique_and_every_figure_is_named(opened: Opened):
@@ -604,28 +511,6 @@ def test_what_a_trace_lacks_is_left_out_and_said(browser: Any, tmp_path: Path):
         in text_of["one choice, no words"]
     )
     assert all(text.count("Not shown:") == 1 for text in text_of.values())
-
-
-def test_the_first_screen_has_the_figures_the_map_and_the_gravest_findings(
-    opened_large: Opened, large: Report
-):
-    page = opened_large
-    page.view.set_viewport_size({"width": 1440, "height": 900})
-    bottom = "(q) => [...document.querySelectorAll(q)].map((e) => e.getBoundingClientRect().bottom)"
-    for query in (".facts > div", "#findings li", "[data-widget=map] .canvas"):
-        ends = page.view.evaluate(bottom, query)
-        assert ends, query
-        assert max(ends) <= 900, query
-    found = large.verdict()
-    assert page.view.locator("#findings li").count() == 3
-    assert page.view.locator("#more-findings li").count() == len(found) - 3
-    said = page.view.locator("#findings li").all_inner_texts()
-    for shown, one in zip(said, found, strict=False):
-        assert shown.lower().startswith(one.severity)
-        assert one.text in shown
-    titles = page.view.locator(".group > h2:not(.unseen)").all_inner_texts()
-    assert titles == ["Balance", "Specialization", "Serving"]
-    page.view.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_colour_is_for_what_is_wrong(opened: Opened):
@@ -781,24 +666,6 @@ def test_copy_as_python_copies_the_lines(opened: Opened):
     opened.until("window.copied !== undefined")
     assert opened.view.evaluate("window.copied") == place.get_attribute("data-python")
     assert place.get_by_role("status").inner_text() == "Copied."
-
-
-def test_the_menu_works_on_a_phone(opened: Opened):
-    opened.view.set_viewport_size({"width": 390, "height": 800})
-    opened.view.get_by_role("button", name="Sections").click()
-    menu = opened.view.locator("#menu")
-    assert menu.is_visible()
-    box = menu.bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 390
-    menu.get_by_role("link", name="Locality").click()
-    assert not menu.is_visible()
-    top = "document.getElementById('locality').getBoundingClientRect().top"
-    opened.until(f"{top} >= 0 && {top} < 300")
-    bar = opened.view.locator(".bar").bounding_box()
-    assert bar["y"] == 0  # it stays
-    assert opened.view.locator("#find").is_visible()
-    opened.view.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_on_paper_it_is_light_and_without_controls(browser: Any, opened: Opened, tmp_path: Path):

@@ -3,10 +3,10 @@ its first screen, menu, search, links and tables, the text with its routes, cont
 
 from __future__ import annotations
 
-import csv
 import re
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from moe_inspect.reporting.render.html import GROUPS, packed
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.text import number
 from tests.conftest import ROOT
 from tests.synthetic import write_trace
 from tests.test_page import (  # noqa: F401 (a fixture, a mark)
@@ -121,6 +120,50 @@ def test_the_first_screen_has_figures_map_and_the_gravest_findings(shown: Shown)
     view.set_viewport_size({"width": 1280, "height": 900})
 
 
+def test_a_large_model_fits(shown: Shown) -> None:
+    page = shown.page
+    if len(shown.of.trace.routers) < 58:
+        pytest.skip("the demo is small")
+    assert shown.size <= 3_000_000  # a megabyte of text
+    assert len(page.map(57)) == 256
+    assert page.map(58) == []
+    with page.view.expect_download() as download:  # all of it, more than a table shows
+        sheet(page, "load").get_by_role("button", name="Download csv").click()
+    assert len(download.value.path().read_text().splitlines()) == 1 + 58 * 256
+    ticks = page.view.evaluate(
+        """[...document.querySelectorAll('[data-widget=map] .ytick')]
+          .map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"""
+    )
+    ticks.sort()
+    assert len(ticks) > 20
+    assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
+    assert page.drawn("Drift")[0][0]["rows"] == 58
+    by_layer = page.drawn("Drift")[1:] + page.drawn("Locality")
+    assert [len(marks[0]["x"]) for marks in by_layer] == [58] * 6
+    heatmap = page.drawn("Experts of a domain")[0][0]
+    assert (heatmap["rows"], heatmap["columns"]) == (2, 58)
+    entries = (
+        "[...document.querySelectorAll('.plot')].map((plot) => "
+        "plot.querySelectorAll('.legend button').length)"
+    )
+    assert max(page.view.evaluate(entries)) <= 12
+    crowded = """[...document.querySelectorAll('.panels .plot')].filter((plot) => {
+      const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect());
+      ends.sort((a, b) => a.left - b.left);
+      return ends.some((end, i) => i && end.left < ends[i - 1].right);
+    }).length"""
+    assert page.view.evaluate(crowded) == 0
+    page.view.evaluate(
+        "document.querySelector('.panels .xtick').textContent = 'wide enough for the next two'"
+    )
+    assert page.view.evaluate(crowded) == 1
+    page.view.locator("[data-widget=map] .plot").focus()
+    for key in ("End", "ArrowDown", "Enter"):
+        page.view.keyboard.press(key)
+    assert page.title() == "Layer 1 · expert 255"
+    page.view.keyboard.press("Escape")
+
+
 def test_the_header_stays_and_its_menu_works_on_a_phone(shown: Shown) -> None:
     view = shown.page.view
     view.set_viewport_size({"width": 390, "height": 844})
@@ -136,55 +179,6 @@ def test_the_header_stays_and_its_menu_works_on_a_phone(shown: Shown) -> None:
     shown.page.until(f"{top} >= 0 && {top} < 300")
     assert view.locator(".bar").bounding_box()["y"] == 0
     view.set_viewport_size({"width": 1280, "height": 900})
-
-
-def test_search_and_links_lead_to_experts_tokens_domains_and_sections(shown: Shown) -> None:
-    page, of = shown.page, shown.of
-    expert = busiest(of)
-    address, title = names(of, expert)
-    assert asked(page, address) == [f"{title.replace(' ·', ',')}\nexpert"]
-    page.view.keyboard.press("Enter")
-    assert page.title() == title
-    assert page.view.evaluate("location.hash") == f"#{address}"
-    page.view.mouse.click(20, 450)  # outside
-    assert page.title() is None
-    page.view.evaluate(f"location.hash = '#{address}'")
-    page.until("!document.getElementById('card').hidden")
-    assert page.title() == title
-    page.view.keyboard.press("Escape")
-    word = next(text for text in of.tables["vocabulary"]["token"] if re.fullmatch("[▁ ]\\w+", text))
-    assert any(text.endswith("token") for text in asked(page, word[1:]))
-    page.view.keyboard.press("Escape")
-    domain = of.counts.domains[0]
-    assert f"{domain}\ndomain" in asked(page, domain)
-    page.view.keyboard.press("Escape")
-    assert "Locality\nsection" in asked(page, "local")
-    page.view.keyboard.press("Enter")
-    assert page.view.evaluate("location.hash") == "#locality"
-    page.view.locator("#find").fill("")
-
-
-def test_tables_sort_download_and_give_their_python(shown: Shown, tmp_path: Path) -> None:
-    of, place = shown.of, sheet(shown.page, "balance")
-    column: Any = list(of.tables["balance"].columns).index("max_over_mean")
-    place.get_by_role("button", name="max_over_mean", exact=True).click()
-    values = of.tables["balance"]["max_over_mean"].sort_values(ascending=False, kind="stable")
-    cells = place.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
-    assert cells == [number(value) for value in values][: len(cells)]
-    load = sheet(shown.page, "load")
-    with shown.page.view.expect_download() as download:
-        load.get_by_role("button", name="Download csv").click()
-    download.value.save_as(tmp_path / "load.csv")
-    with open(tmp_path / "load.csv", newline="", encoding="utf-8") as file:
-        columns, *got = csv.reader(file)
-    table = of.tables["load"]
-    assert columns == list(table.columns)
-    rows = table.itertuples(index=False, name=None)
-    assert [tuple(map(csv_cell, row)) for row in got] == [tuple(map(csv_cell, row)) for row in rows]
-    *lines, last = place.get_attribute("data-python").splitlines()
-    made: dict[str, Any] = {}
-    exec("\n".join([*lines, f"table = {last}"]), made)
-    assert made["table"].equals(of.tables["balance"])
 
 
 def test_tokens_have_the_colours_and_routes_of_the_trace(shown: Shown) -> None:

@@ -134,57 +134,6 @@ def test_a_token_shows_its_route_through_all_layers(opened: Opened, demo: Report
     assert opened.complaints == []
 
 
-def test_colours_follow_the_first_expert_the_weight_the_margin_and_a_chosen_expert(
-    opened: Opened, demo: Report
-) -> None:
-    number = opened.view.locator("#text-document option").first.text_content()
-    rows = demo.trace.document(int(re.search(r"document (\d+)", number)[1]))
-    rows = rows[rows["router"] == 2].reset_index()
-    colours: dict[str, list[str]] = {}
-    opened.view.locator("#text-layer").fill("2")
-    for mode in ("first", "weight", "margin"):
-        opened.view.locator("#text-mode").select_option(mode)
-        colours[mode] = [opened.view.evaluate(COLOUR, n) for n in range(len(spans(opened)))]
-    assert len(colours["first"]) == len(rows)
-    by_expert = dict(zip(rows["expert_0"], colours["first"], strict=True))
-    assert colours["first"] == [by_expert[e] for e in rows["expert_0"]]
-    assert len(set(by_expert.values())) == len(by_expert) > 2
-    # from light to dark
-    light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours["weight"]]
-    assert np.corrcoef(light, rows["weight_0"])[0, 1] < -0.95
-    decided = np.log(rows["weight_0"] / rows["weight_1"])
-    light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours["margin"]]
-    assert light[int(decided.argmin())] > light[int(decided.argmax())]
-    opened.view.locator("#text-mode").select_option("expert")
-    opened.view.locator("#text-expert").fill("4")
-    reached = opened.view.locator(".routed .body .reached").count()
-    assert reached == (rows[["expert_0", "expert_1"]] == 4).any(axis=1).sum() > 0
-    opened.view.locator("#text-mode").select_option("first")
-
-
-def test_a_card_has_contexts_from_the_trace_and_leads_to_the_text(
-    opened: Opened, demo: Report
-) -> None:
-    opened.view.evaluate("location.hash = '#L2E5'")
-    opened.until("document.querySelectorAll('#card .context').length > 3")
-    found = opened.view.locator("#card .context")
-    mine = demo.trace.tokens_of(2, 5)
-    texts = {text.replace("\n", "↵") for text in mine["text"]}
-    weights = mine["weight"].round(2).tolist()
-    domains = set()
-    for i in range(found.count()):
-        weight, domain = found.nth(i).locator("small").text_content().split(" · ")
-        assert found.nth(i).locator("mark").text_content() in texts
-        assert min(abs(float(weight) - w) for w in weights) < 0.02
-        domains.add(domain)
-    assert len(domains) > 1
-    opened.view.get_by_text("Show its tokens in the text").click()
-    assert opened.title() is None
-    assert opened.view.locator("#text-expert").input_value() == "5"
-    assert opened.view.locator("#text-layer").input_value() == "2"
-    opened.view.locator("#text-mode").select_option("first")
-
-
 def test_words_are_whole_in_every_script_and_what_is_hostile_is_text(
     browser: Any,  # noqa: F811
     tmp_path: Path,
