@@ -148,7 +148,7 @@ def test_selecting_on_the_command_line(cli_here: Cli, planted_trace: Trace):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--format", "csv"], 2, "summary, balance, load, domains, specialization, vocabulary"),
+        (["--format", "csv"], 2, "add --table summary, balance, load, windows, drift, domains"),
         (["--format", "yaml", "--table", "load"], 2, "yaml"),
         (["-o", "load.csv"], 2, "-o load.csv needs one table: add --table summary"),
         (
