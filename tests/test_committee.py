@@ -229,21 +229,6 @@ def test_long_documents_of_a_domain_are_no_signature():
 # --- paths
 
 
-def test_paths_are_as_many_as_measured_before(balanced: Any, untrained: Any):
-    """An independent script gave 843 paths of 4,096 and 8.02 against 11.75 bits for the bundled
-    model, 10.32 against 11.44 for an untrained one."""
-    last = balanced["paths"].iloc[-1]
-    assert last["paths"] == 843
-    assert last["path_entropy_bits"] == pytest.approx(8.02, abs=0.005)
-    assert last["path_entropy_independent_bits"] == pytest.approx(11.75, abs=0.005)
-    assert last["path_entropy_low"] < last["path_entropy_bits"] < last["path_entropy_high"]
-    # much of what is common to layers is common to a document
-    assert 9.5 < last["path_entropy_shuffled_bits"] < 9.7
-    last = untrained["paths"].iloc[-1]
-    assert last["path_entropy_bits"] == pytest.approx(10.32, abs=0.005)
-    assert last["path_entropy_independent_bits"] == pytest.approx(11.44, abs=0.005)
-
-
 def test_paths_are_what_pandas_finds(untrained: Any):
     rows: Any = frame_of(open_trace(SAMPLES / "untrained"))
     rows["set"] = [frozenset(pair) for pair in rows[["expert_0", "expert_1"]].to_numpy()]

@@ -245,22 +245,6 @@ def named(traces: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(trace for trace in traces if trace.get("name") == name)
 
 
-def test_sections_come_in_order_of_their_files(opened: Opened):
-    titles = opened.view.locator("main section h3").evaluate_all(
-        "(all) => all.map((h) => h.firstChild.textContent.trim())"
-    )
-    shown = [
-        "Load over time",
-        "Drift",
-        "Domains and experts",
-        "Experts of a domain",
-        "Repetition",
-        "Locality",
-        "Chosen together",
-    ]
-    assert [title for title in titles if title in shown] == shown
-
-
 def test_drift_shows_distances_beside_their_floor_and_what_an_old_placement_costs(
     opened: Opened, small: Report
 ):

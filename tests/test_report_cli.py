@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,55 +24,43 @@ from tests.conftest import Cli
 from tests.planted import planted
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
+Printed = Callable[..., str]
 
-def test_csv_and_json_carry_every_digit(
-    cli_here: Cli, planted_trace: Trace, planted_report: Report
-):
+
+@pytest.fixture
+def printed(cli_here: Cli, planted_trace: Trace) -> Printed:
+    """What `report` prints of a table."""
+
+    def text(table: str, form: str, *more: object, of: object = planted_trace.path) -> str:
+        return cli_here("report", of, "--table", table, "--format", form, *more).stdout
+
+    return text
+
+
+def test_csv_and_json_carry_every_digit(printed: Printed, planted_report: Report):
     expected = planted_report.tables["balance"]
-    text = cli_here("report", planted_trace.path, "--table", "balance", "--format", "csv").stdout
-    csv = pd.read_csv(io.StringIO(text), float_precision="round_trip")
+    csv = pd.read_csv(io.StringIO(printed("balance", "csv")), float_precision="round_trip")
     assert list(csv.columns) == list(expected.columns)
     assert csv["cv"].tolist() == expected["cv"].tolist()
-    lines = [
-        json.loads(line)
-        for line in cli_here(
-            "report", planted_trace.path, "--table", "balance", "--format", "json"
-        ).stdout.splitlines()
-    ]
+    lines = [json.loads(line) for line in printed("balance", "json").splitlines()]
     assert [line["max_over_mean_low"] for line in lines] == expected["max_over_mean_low"].tolist()
     assert [type(line["dead_experts"]) for line in lines] == [int] * 4
 
 
-def test_nan_is_null_in_json(cli_here: Cli, tmp_path: Path):
+def test_nan_is_null_in_json(printed: Printed, tmp_path: Path):
     write_trace(tmp_path / "t", [np.array([[0, 1]] * 20, np.uint16)], 4)
-    line = json.loads(
-        cli_here("report", "t", "--table", "specialization", "--format", "json").stdout
-    )
+    line = json.loads(printed("specialization", "json", of="t"))
     assert line["domain_mi_bits"] is None
     assert line["layer"] == 0
-    summary = [
-        json.loads(s)
-        for s in cli_here(
-            "report", "t", "--table", "summary", "--format", "json"
-        ).stdout.splitlines()
-    ]
+    summary = [json.loads(s) for s in printed("summary", "json", of="t").splitlines()]
     assert any(s["key"] == "note" and "one domain" in s["value"] for s in summary)
 
 
 def test_parquet_into_a_pipe_and_a_file(
     planted_trace: Trace, tmp_path: Path, planted_report: Report
 ):
-    command = [
-        sys.executable,
-        "-m",
-        "moe_inspect",
-        "report",
-        str(planted_trace.path),
-        "--table",
-        "load",
-        "--format",
-        "parquet",
-    ]
+    asked = f"report {planted_trace.path} --table load --format parquet"
+    command = [sys.executable, "-m", "moe_inspect", *asked.split()]
     piped = subprocess.run(command, capture_output=True, check=True).stdout
     subprocess.run([*command, "-o", str(tmp_path / "load.parquet")], check=True)
     for source in (io.BytesIO(piped), tmp_path / "load.parquet"):
@@ -117,31 +106,12 @@ def test_the_report_in_words_on_stdout_and_in_a_file(
     assert not (tmp_path / "-").exists()
 
 
-def test_selecting_on_the_command_line(cli_here: Cli, planted_trace: Trace):
-    out = cli_here(
-        "report",
-        planted_trace.path,
-        "--table",
-        "domains",
-        "--format",
-        "csv",
-        "--layers",
-        "1,3",
-        "--domain",
-        "law,code",
-        "--domain",
-        "math",
-    ).stdout
-    frame = pd.read_csv(io.StringIO(out))
+def test_selecting_on_the_command_line(printed: Printed):
+    asked = "--layers 1,3 --domain law,code --domain math"
+    frame = pd.read_csv(io.StringIO(printed("domains", "csv", *asked.split())))
     assert frame["layer"].unique().tolist() == [1, 3]
     assert sorted(frame["domain"].unique()) == ["code", "law", "math"]
-    words = pd.read_csv(
-        io.StringIO(
-            cli_here(
-                "report", planted_trace.path, "--table", "vocabulary", "--format", "csv", "--top", 2
-            ).stdout
-        )
-    )
+    words = pd.read_csv(io.StringIO(printed("vocabulary", "csv", "--top", 2)))
     assert words.groupby(["router", "expert"]).size().max() == 2
 
 

@@ -64,52 +64,22 @@ def some_null(T: int, E: int, k: int) -> np.ndarray:
 
 # trace → a part of what its report says
 ODD: dict[str, tuple[Callable[[Path], Trace], str]] = {
-    "counts": (
-        lambda root: write_counts(root, [np.full((1, 8), 200)], 2),
-        "trace without --counts-only for those",
-    ),
+    "counts": (lambda root: write_counts(root, [np.full((1, 8), 200)], 2), "trace without --counts-only for those"),
     "imported counts": (imported_counts, "import a recording of every token for those"),
-    "neither weights nor vocabulary": (
-        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8),
-        "no weights recorded",
-    ),
-    "one token": (
-        of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]),
-        "1 token is too few",
-    ),
-    "one document": (
-        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5),
-        "Too little data to judge",
-    ),
-    "one domain": (
-        of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]),
-        "domains: only one, 'a'",
-    ),
+    "neither weights nor vocabulary": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8), "no weights recorded"),
+    "one token": (of([np.array([[0, 1]], np.uint16)], 8, 1, weights=[np.full((1, 2), 0.5, np.float32)]), "1 token is too few"),
+    "one document": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, 1, words=5), "Too little data to judge"),
+    "one domain": (of([uniform_ids(RNG, 300, 8, 2)] * 2, 8, domain_of_document=["a"]), "domains: only one, 'a'"),
     "an encoder and a decoder": (encoder_decoder, "Judged on 10 tokens"),
-    "two routers in a layer": (
-        of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]),
-        "layer 3/",
-    ),
-    "one choice": (
-        of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2),
-        "Judged on 300 tokens",
-    ),
+    "two routers in a layer": (of([uniform_ids(RNG, 300, 16, 4), uniform_ids(RNG, 300, 4, 1)], [16, 4], layers=[3, 3]), "layer 3/"),
+    "one choice": (of([uniform_ids(RNG, 300, 8, 1)] * 2, 8, weights=[np.ones((300, 1), np.float32)] * 2), "Judged on 300 tokens"),
     "one expert": (of([np.zeros((300, 1), np.uint16)] * 2, 1), "Balance is good"),
     "every expert every time": (of([uniform_ids(RNG, 200, 4, 4)], 4), "Balance is good"),
     "null slots": (of([some_null(400, 8, 3)] * 2, 8), "Judged on 400 tokens"),
-    "a router without load": (
-        of([uniform_ids(RNG, 500, 8, 2), np.full((500, 2), NOWHERE, np.uint16)], 8),
-        "1 of 2 routers made no assignments",
-    ),
-    "more experts than a byte": (
-        of([uniform_ids(RNG, 500, 512, 10)], 512),
-        "Too little data to judge",
-    ),
-    "a large model": (
-        of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3),
-        "40 tokens are few for 256 experts",
-    ),
-}
+    "a router without load": (of([uniform_ids(RNG, 500, 8, 2), np.full((500, 2), NOWHERE, np.uint16)], 8), "1 of 2 routers made no assignments"),
+    "more experts than a byte": (of([uniform_ids(RNG, 500, 512, 10)], 512), "Too little data to judge"),
+    "a large model": (of([uniform_ids(RNG, 40, 256, 8) for _ in range(61)], 256, words=3), "40 tokens are few for 256 experts"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ODD)
