@@ -31,8 +31,7 @@ from moe_inspect.reporting.charts.spec import (
     every_chart,
 )
 from moe_inspect.reporting.render import html, payload
-from moe_inspect.reporting.render.marks import colour_map, named_ticks
-from moe_inspect.reporting.render.matplotlib import DPI, draw, letters
+from moe_inspect.reporting.render.matplotlib import DPI, colour_map, draw, letters, named_ticks
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.findings import uneven
