@@ -126,8 +126,12 @@ def print_frame(
         for name in frame.columns
     }
     if fitting:
+        most = console.width // 3
         cells = {
-            name: [_clipped(cell, console.width // 3) for cell in column]
+            name: [
+                cell if cell_len(cell) <= most else set_cell_size(cell, most - 1) + "…"
+                for cell in column
+            ]
             for name, column in cells.items()
         }
     constant = _constant(frame, cells) if console.is_terminal else {}
@@ -228,10 +232,6 @@ def table_row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str
         blanks = " " * (width - cell_len(cell))
         padded.append(blanks + cell if to_the_right else cell + blanks)
     return (" " * GAP).join(padded).rstrip(" ")
-
-
-def _clipped(cell: str, most: int) -> str:
-    return cell if cell_len(cell) <= most else set_cell_size(cell, most - 1) + "…"
 
 
 def _cell(value: Any) -> str:

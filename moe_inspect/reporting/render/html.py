@@ -146,7 +146,13 @@ def page_html(page: Page) -> str:
         if one.chart is not None and not one.chart.interactive:
             panels += map(panel_json, one.chart.panels)
         advance(1)
-    script, said = "".join(map(asset, [*SCRIPTS, *page.scripts])), _said(page)
+    script = "".join(map(asset, [*SCRIPTS, *page.scripts]))
+    said = [
+        Said(one.severity, one.text, one.group, page.link_of(one))
+        if isinstance(one, Finding)
+        else Said("", one)
+        for one in page.verdict
+    ]
     # beside a lead there is room for few; without one they all stand in columns
     gravest, others = (said[:GRAVEST], said[GRAVEST:]) if page.lead else (said, [])
     written = template("page.html").render(
@@ -217,15 +223,6 @@ class Said(NamedTuple):
     text: str
     group: str = ""
     link: str = ""
-
-
-def _said(page: Page) -> list[Said]:
-    return [
-        Said(one.severity, one.text, one.group, page.link_of(one))
-        if isinstance(one, Finding)
-        else Said("", one)
-        for one in page.verdict
-    ]
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

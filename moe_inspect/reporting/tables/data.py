@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,10 +192,11 @@ class ReportData:
         quirk = self.trace.manifest.get("model", {}).get("note")
         return "; ".join(s for s in (STATUS.get(self.trace.status), lost, quirk) if s) or None
 
-    @property
+    @cached_property
     def loaded(self) -> list[dict[str, Any]]:
         """The rows of `balance` of the routers that have any load."""
-        return _loaded(self)
+        table: Any = self.tables["balance"]
+        return table.dropna(subset=["max_vio"]).to_dict("records")
 
     def pooled_max_over_mean(self) -> float | None:
         """max_over_mean of the load summed over all routers; None where they have different
@@ -218,12 +219,6 @@ def once(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
         return data.made[function]
 
     return kept
-
-
-@once
-def _loaded(data: ReportData) -> list[dict[str, Any]]:
-    table: Any = data.tables["balance"]
-    return table.dropna(subset=["max_vio"]).to_dict("records")
 
 
 def worst_router(data: ReportData) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
         }
         parts.append(by_evidence(of_router(data, r, columns)))
     if not parts:  # only the last MoE layer is selected
-        integers = [
+        whole = [
             "layer",
             "router",
             "next_layer",
@@ -96,11 +96,9 @@ def transitions(data: ReportData) -> pd.DataFrame:
             "next_expert",
             "together",
         ]
-        kinds = dict.fromkeys(integers, np.int64) | dict.fromkeys(
-            ["probability", "lift", "expected", "lift_sd", "log10_p"], float
-        )
-        kinds["supported"] = bool
-        return pd.DataFrame({name: np.zeros(0, kind) for name, kind in kinds.items()})
+        real = ["probability", "lift", "expected", "lift_sd", "log10_p"]
+        kinds = dict.fromkeys(whole, "int64") | dict.fromkeys(real, float) | {"supported": bool}
+        return pd.DataFrame(columns=[*kinds]).astype(kinds)
     return stacked(parts)
 
 

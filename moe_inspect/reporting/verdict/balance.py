@@ -49,15 +49,13 @@ def balance(data: ReportData) -> Finding:
     if row is None:
         return critical("No router made any assignments: there is no load to judge.")
     severity, text = _judged(data, row)
+    ratio = ("max_over_mean", "max_over_mean_low", "max_over_mean_high", "expected_by_chance")
     return found(
         severity,
         text,
         row,
         expert=row["busiest_expert"],
-        max_over_mean=row["max_over_mean"],
-        max_over_mean_low=row["max_over_mean_low"],
-        max_over_mean_high=row["max_over_mean_high"],
-        expected_by_chance=row["expected_by_chance"],
+        **{name: row[name] for name in ratio},
         token_share=_token_share(row),
         uneven_routers=sum(uneven(data, r) for r in chosen(data)),
         routers=len(chosen(data)),
@@ -85,7 +83,8 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
         if routers == 1:
             return severity, f"{capital(where)} is uneven ({threshold}): {busiest} {evidence}."
         return severity, f"{capital(where)} is the worst balanced: {busiest} {evidence}; {of}."
-    fine = "No expert is overloaded" if _any_dead(data) else "Balance is good"
+    dead = any(row["dead_experts"] for row in data.loaded)
+    fine = "No expert is overloaded" if dead else "Balance is good"
     if above_chance(data, row):
         return "good", f"{fine}: at worst, in {where}, {busiest} {evidence}."
     least = data.thresholds.uneven
@@ -98,10 +97,6 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
         )
     why = explained(data, row, sure=True)
     return "good", f"{fine}: at worst, in {where}, {busiest}, which {why} {evidence}."
-
-
-def _any_dead(data: ReportData) -> bool:
-    return any(row["dead_experts"] for row in data.loaded)
 
 
 def _token_share(row: Any) -> float:

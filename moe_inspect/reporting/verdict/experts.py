@@ -187,16 +187,9 @@ def overloading_domain(data: ReportData) -> Finding | None:
         sure = counts.counts_only or documents[row["domain"]] >= FEWEST_DOCUMENTS
         if not _overloads(data, row, overall, sure):
             continue
-        where, values = (
-            name_of(data, row),
-            {
-                "domain": row["domain"],
-                "expert": row["expert"],
-                "load_ratio": row["ratio"],
-                "tokens": row["tokens"],
-                "max_over_mean": overall["max_over_mean"],
-            },
-        )
+        where = name_of(data, row)
+        values = {"domain": row["domain"], "expert": row["expert"], "load_ratio": row["ratio"]}
+        values |= {"tokens": row["tokens"], "max_over_mean": overall["max_over_mean"]}
         if sure:
             together = "the selected" if data.selection.domains else "all"
             at = f" ({beyond(data)})" if counts.counts_only else ""
