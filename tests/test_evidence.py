@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.charts.pairs import coactivation, strongest_pairs, supported_lift
 from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report, report
-from moe_inspect.reporting.tables.pairs import ALPHA, PairCounts, chosen_together
+from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together
 from tests.synthetic import uniform_ids, write_trace
 
 
@@ -182,7 +182,7 @@ def test_the_number_of_pairs_is_that_of_the_trace(made: Report):
 def test_one_pair_in_so_many_is_chance():
     at = np.array([0]), np.array([0])
     for tested, supported in ((100, True), (130, False)):  # p is 0.000444
-        met = PairCounts(np.array([[9]]), np.array([[2.0]]), np.array([[1_000]]), tested, 1.0)
+        met = PairEvidence(np.array([[9]]), np.array([[2.0]]), np.array([[1_000]]), tested, 1.0)
         found = met.evidence(at)
         assert 10 ** found["log10_p"][0] == pytest.approx(
             2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6
@@ -193,5 +193,5 @@ def test_one_pair_in_so_many_is_chance():
             == (10 ** found["log10_p"][0] * tested <= ALPHA)
         )
     # of tokens that come in documents, three times the counts are worth as much
-    met = PairCounts(np.array([[27]]), np.array([[6.0]]), np.array([[3_000]]), 100, 3.0)
+    met = PairEvidence(np.array([[27]]), np.array([[6.0]]), np.array([[3_000]]), 100, 3.0)
     np.testing.assert_allclose(met.evidence(at)["log10_p"], found["log10_p"], rtol=1e-9)

@@ -14,8 +14,8 @@ from moe_inspect.comparison.aligning.rows import rows_of_shard
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.reporting.render.documents import (
     NOWHERE,
-    Routes,
-    Tokens,
+    DrawnRoutes,
+    DrawnTokens,
     empty_routes,
     read_routes,
     tokens_of_documents,
@@ -89,7 +89,7 @@ def _most_different(made: Decisions) -> int:
     return int(np.argmax([made.of(r).mismatch_UX.sum() for r, _ in made.pairs]))
 
 
-def _routes_of_b(made: Decisions, shards: Sequence[int], tokens: Tokens) -> list[Routes]:
+def _routes_of_b(made: Decisions, shards: Sequence[int], tokens: DrawnTokens) -> list[DrawnRoutes]:
     """B's routes of the tokens; none for those that are not compared."""
     has_weights = made.b.has_weights and made.a.has_weights
     found = [empty_routes(made.a.routers[r], len(tokens.row_T), has_weights) for r, _ in made.pairs]

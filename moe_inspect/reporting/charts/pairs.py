@@ -37,7 +37,7 @@ from moe_inspect.reporting.tables.pairs import (
     ALPHA,
     BOUNDS,
     LENGTHS,
-    PairCounts,
+    PairEvidence,
     chosen_next,
     chosen_together,
 )
@@ -266,7 +266,7 @@ def _has_interval(marks: Any) -> bool:
 def _matrices(
     data: ReportData,
     table: Any,
-    pair_counts: Callable[[ReportData, int], PairCounts | None],
+    pair_counts: Callable[[ReportData, int], PairEvidence | None],
     xlabel: str,
 ) -> tuple[Panel, ...]:
     """Heatmaps of the lift of pairs of experts [E, N], for each of the routers that are furthest
@@ -317,7 +317,7 @@ def _with_evidence(chart: Chart, data: ReportData, table: Any) -> Chart:
     )
 
 
-def supported_lift(counted: PairCounts) -> np.ndarray:
+def supported_lift(counted: PairEvidence) -> np.ndarray:
     """The lift of each pair with evidence, NaN for the others. [E, N]"""
     lift_EN = np.full(counted.count_EN.shape, np.nan)
     possible = np.nonzero(counted.expected_EN > 0)

@@ -145,7 +145,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Tokens:
+class DrawnTokens:
     """The tokens of documents, one document after the other, each in the order of its text.
     shard_T, row_T: where they are; token_id_T; document_T: which of the documents. rank_T: the
     place in the document."""
@@ -158,7 +158,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Routes:
+class DrawnRoutes:
     """Of one router: ids int32 [K, T], NOWHERE for a slot without an expert or a token that does
     not reach the router; weights float32 [K, T], None where the trace has none."""
 
@@ -168,7 +168,7 @@ class Routes:
 
 def tokens_of_documents(
     shards: Sequence[Shard], selection: Selection, numbers: np.ndarray, most: np.ndarray
-) -> Tokens:
+) -> DrawnTokens:
     """The first `most` tokens of each of these documents, as far as they are in the shards."""
     order = np.argsort(numbers)
     parts = list[pd.DataFrame]()
@@ -195,12 +195,12 @@ def tokens_of_documents(
     shard_T, row_T, token_id_T, document_T = (
         found[name].to_numpy() for name in ("shard", "row", "token_id", "document")
     )
-    return Tokens(shard_T, row_T, token_id_T, document_T, rank.to_numpy())
+    return DrawnTokens(shard_T, row_T, token_id_T, document_T, rank.to_numpy())
 
 
 def read_routes(
-    trace: Trace, shards: Sequence[Shard], routers: Sequence[int], tokens: Tokens
-) -> list[Routes]:
+    trace: Trace, shards: Sequence[Shard], routers: Sequence[int], tokens: DrawnTokens
+) -> list[DrawnRoutes]:
     """The routes of the tokens through each router. Memory: the routes, and one router of one
     shard."""
     T = len(tokens.row_T)
@@ -215,16 +215,16 @@ def read_routes(
     return found
 
 
-def empty_routes(router: Router, tokens: int, weights: bool) -> Routes:
+def empty_routes(router: Router, tokens: int, weights: bool) -> DrawnRoutes:
     """The routes of so many tokens, all NOWHERE."""
     shape = router.top_k, tokens
-    return Routes(
+    return DrawnRoutes(
         np.full(shape, NOWHERE, np.int32), np.zeros(shape, np.float32) if weights else None
     )
 
 
 def fill_routes(
-    routes: Routes, shard: Shard, router: int, rows: np.ndarray, at: np.ndarray
+    routes: DrawnRoutes, shard: Shard, router: int, rows: np.ndarray, at: np.ndarray
 ) -> None:
     """Writes the decisions on these rows of a shard into columns `at`."""
     seen, E = shard.seen(router), shard.trace.routers[router].experts
@@ -247,7 +247,7 @@ def mixed_order(pool: np.ndarray, domain_P: np.ndarray) -> np.ndarray:
 
 
 def contexts(
-    routes: Routes, experts: int, order: np.ndarray, most: int
+    routes: DrawnRoutes, experts: int, order: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The first `most` tokens of `order` that each expert was given. n_E: int64 [E], how many these
     are; token_N, the tokens, expert after expert; weight_N, their gate weights."""

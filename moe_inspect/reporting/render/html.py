@@ -175,7 +175,7 @@ def page_html(page: Page) -> str:
     return written
 
 
-class Group(NamedTuple):
+class SectionGroup(NamedTuple):
     """Sections under one heading of the page and of its menu; without a title they stand last."""
 
     id: str
@@ -183,7 +183,7 @@ class Group(NamedTuple):
     sections: list[Section]
 
 
-def _grouped(page: Page) -> list[Group]:
+def _grouped(page: Page) -> list[SectionGroup]:
     """The groups in the order of GROUPS, then those of the page's own as they come; each section
     with an id of its own."""
     names = _in_order(section.group for section in page.sections)
@@ -191,7 +191,7 @@ def _grouped(page: Page) -> list[Group]:
     if page.lead:
         taken.add(page.lead.name or slug(page.lead.title))
     return [
-        Group(
+        SectionGroup(
             f"group-{slug(name)}" if name else "",
             name,
             [_placed(section, taken) for section in page.sections if section.group == name],

@@ -17,20 +17,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.documents import (
-    NOWHERE,
-    Amount,
-    Routes,
-    Tokens,
-    choose,
-    contexts,
-    find_documents,
-    mixed_order,
-    read_routes,
-    shards_to_read,
-    telling_router,
-    tokens_of_documents,
-)
+from moe_inspect.reporting.render import documents as docs
 from moe_inspect.reporting.render.html import Section
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace, address
@@ -61,7 +48,7 @@ COLOURS = {
 }
 
 
-def text_section(data: ReportData, amount: Amount = None) -> Section | str:
+def text_section(data: ReportData, amount: docs.Amount = None) -> Section | str:
     """The section, or why there is none. `amount`: documents of each domain, "all", 0 for no text;
     by default as many as TEXT_BYTES hold."""
     trace = data.trace
@@ -71,29 +58,31 @@ def text_section(data: ReportData, amount: Amount = None) -> Section | str:
         return "text: counts alone hold no tokens"
     if not len(trace.vocabulary_table):
         return Section(TITLE, without_text(trace), group="Specialization", name="text")
-    shards = shards_to_read(trace, data.selection.routers, amount)
-    found = find_documents(data, shards)
+    shards = docs.shards_to_read(trace, data.selection.routers, amount)
+    found = docs.find_documents(data, shards)
     if not len(found):
         return "text: no token is selected"
     listed = [trace.routers[r] for r in data.selection.routers]
     budget, longest = sizes(listed, trace.has_weights, len(set(found["domain"])))
-    shown = choose(found, amount, budget, longest)
+    shown = docs.choose(found, amount, budget, longest)
     _check_size(int(shown["shown"].sum()), budget)
-    pooled = choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
+    pooled = docs.choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
     both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
-    tokens = tokens_of_documents(
+    tokens = docs.tokens_of_documents(
         shards, data.selection, both["document"].to_numpy(), both["shown"].to_numpy()
     )
-    routes = read_routes(trace, shards, data.selection.routers, tokens)
+    routes = docs.read_routes(trace, shards, data.selection.routers, tokens)
     pool = np.isin(tokens.document_T, np.flatnonzero(both["document"].isin(pooled["document"])))
     pool = np.flatnonzero(pool & (tokens.rank_T < POOL_LONGEST))
     T = int((tokens.document_T < len(shown)).sum())
     drawn = page_data(trace, data.selection.routers, both, tokens, routes, T)
     drawn["domainOf"] = [document["domain"] for document in drawn["documents"]]
     drawn["documents"] = drawn["documents"][: len(shown)]
-    router = telling_router(data)
+    router = docs.telling_router(data)
     drawn["row"] = 0 if router is None else data.selection.routers.index(router)
-    drawn["contexts"] = _contexts(data, routes, mixed_order(pool, _domains(both, tokens)[pool]))
+    drawn["contexts"] = _contexts(
+        data, routes, docs.mixed_order(pool, _domains(both, tokens)[pool])
+    )
     drawn["pool"] = len(pool)
     return Section(
         TITLE,
@@ -133,7 +122,7 @@ def _check_size(tokens: int, budget: int) -> None:
 
 def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> str:
     """How the documents were chosen, and how many are left out."""
-    of, router = data.counts.documents, telling_router(data)
+    of, router = data.counts.documents, docs.telling_router(data)
     cut = shown.loc[shown["shown"] < shown["tokens"], "shown"]
     if len(shown) == of and not len(cut):
         return f"{READING} Shown in full: {plural(of, 'document')}."
@@ -156,10 +145,10 @@ def page_data(
     trace: Trace,
     routers: Sequence[int],
     documents: pd.DataFrame,
-    tokens: Tokens,
-    routes: Sequence[Routes],
+    tokens: docs.DrawnTokens,
+    routes: Sequence[docs.DrawnRoutes],
     shown: int,
-    of_b: Sequence[Routes] = (),
+    of_b: Sequence[docs.DrawnRoutes] = (),
 ) -> dict[str, Any]:
     """What text.js draws from, with the routes of the first `shown` tokens; `of_b`: those in
     another trace. words: of each token the index in `texts` (`packed_numbers`)."""
@@ -197,10 +186,10 @@ def page_data(
     }
 
 
-def packed_routes(route: Routes, experts: int, shown: int, most: float) -> dict[str, str]:
+def packed_routes(route: docs.DrawnRoutes, experts: int, shown: int, most: float) -> dict[str, str]:
     """ids, weights: slot after slot, the first `shown` tokens. A slot without an expert has the id
     `experts`. most: the largest gate weight."""
-    ids = np.where(route.ids == NOWHERE, experts, route.ids)[:, :shown]
+    ids = np.where(route.ids == docs.NOWHERE, experts, route.ids)[:, :shown]
     levels = None if route.weights is None or not most else _levels(route.weights[:, :shown], most)
     return {
         "ids": packed_numbers(ids),
@@ -221,7 +210,7 @@ def _levels(weights_KT: np.ndarray, most: float) -> np.ndarray:
     return np.diff(level_KT, axis=0, prepend=0) % (LEVELS + 1)
 
 
-def _words(trace: Trace, tokens: Tokens) -> tuple[np.ndarray, list[str]]:
+def _words(trace: Trace, tokens: docs.DrawnTokens) -> tuple[np.ndarray, list[str]]:
     """Of each token the index in the texts, and the texts."""
     texts = list[str]()
     pieces = pieces_of(trace, tokens.token_id_T)
@@ -232,18 +221,20 @@ def _words(trace: Trace, tokens: Tokens) -> tuple[np.ndarray, list[str]]:
     return codes, [str(text) for text in unique]
 
 
-def _domains(documents: pd.DataFrame, tokens: Tokens) -> np.ndarray:
+def _domains(documents: pd.DataFrame, tokens: docs.DrawnTokens) -> np.ndarray:
     codes, _ = pd.factorize(documents["domain"])
     return codes[tokens.document_T]
 
 
-def _contexts(data: ReportData, routes: Sequence[Routes], order: np.ndarray) -> dict[str, Any]:
+def _contexts(
+    data: ReportData, routes: Sequence[docs.DrawnRoutes], order: np.ndarray
+) -> dict[str, Any]:
     """count: of each expert, router after router; token, level: of each context."""
     sizes = [data.trace.routers[r].experts for r in data.selection.routers]
     most = int(np.clip(CONTEXTS // sum(sizes), 4, 12))
     n, token, level = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for route, E in zip(routes, sizes, strict=True):
-        n_E, token_N, weight_N = contexts(route, E, order, most)
+        n_E, token_N, weight_N = docs.contexts(route, E, order, most)
         n.append(n_E)
         token.append(token_N)
         if weight_N is not None and route.weights is not None:

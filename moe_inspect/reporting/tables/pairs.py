@@ -41,7 +41,7 @@ def coactivation(data: ReportData) -> pd.DataFrame:
     given expert chosen) in one decision, over all pairs of slots; that probability and that number
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
     the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
-    the evidence against chance (log10_p, supported: see PairCounts)."""
+    the evidence against chance (log10_p, supported: see PairEvidence)."""
     counts, parts = data.decisions("coactivation"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
@@ -67,7 +67,7 @@ def transitions(data: ReportData) -> pd.DataFrame:
     the number expected by chance at these loads (expected); P(next_expert chosen there, given
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
     (lift), the standard deviation of lift under chance, given the design effect of documents
-    (lift_sd), and the evidence against chance (log10_p, supported: see PairCounts)."""
+    (lift_sd), and the evidence against chance (log10_p, supported: see PairEvidence)."""
     counts, parts = data.decisions("transitions"), list[dict[str, np.ndarray]]()
     for r in data.selection.routers:
         after, both = counts.next_router(r), chosen_next(data, r)
@@ -196,7 +196,7 @@ def locality(data: ReportData) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class PairCounts:
+class PairEvidence:
     """How often each pair of experts is chosen together, and how often it would be by chance at
     these loads. count_EN, expected_EN: the two numbers. most_EN: the most they could be. tested:
     pairs of the whole trace. effect: the design effect.
@@ -246,7 +246,7 @@ class PairCounts:
         }
 
 
-def chosen_together(data: ReportData, r: int) -> PairCounts:
+def chosen_together(data: ReportData, r: int) -> PairEvidence:
     """Pairs of experts of one decision. With k = 1 there are none."""
     counts = data.decisions("coactivation")
     together_EE = _counted(counts.of[r].together_EE)
@@ -260,7 +260,7 @@ def chosen_together(data: ReportData, r: int) -> PairCounts:
     )
 
 
-def chosen_next(data: ReportData, r: int) -> PairCounts | None:
+def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     """Pairs of an expert of router r and one of the next router that the same token chooses; None
     for the last router."""
     counts = data.decisions("transitions")
@@ -293,10 +293,10 @@ def _against_chance(
     load_E: np.ndarray,
     load_N: np.ndarray,
     tested: int,
-) -> PairCounts:
+) -> PairEvidence:
     """load_E, load_N: how often each expert of the two sides was chosen."""
     most_EN = np.minimum(load_E[:, None], load_N[None, :])
-    return PairCounts(
+    return PairEvidence(
         count_EN,
         expected_EN,
         np.maximum(most_EN, np.maximum(count_EN, 1)),
