@@ -57,6 +57,7 @@ def drawn(sample: str) -> dict[str, Chart]:
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_every_chart_of_a_sample_is_drawn_in_the_order_of_the_page(sample: str):
     assert list(drawn(sample)) == list(every_chart())
+    assert drawn(sample)["drift"].panels[2].y.title == "mean ÷ max load of 4 GPUs"
     assert {table for tables in spec.TABLES_OF.values() for table in tables} <= set(TABLES)
 
 
@@ -96,6 +97,74 @@ def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
             assert image.get_array().shape == (R, C)  # type: ignore[union-attr]
             page_mark = on_page["marks"][0]
             assert (page_mark["rows"], page_mark["columns"]) == (R, C)
+
+
+# chart, panel and mark → the column that it shows, of the table below the chart
+SHOWN = {
+    ("specialization", 0, "domain"): "domain_mi_bits",
+    ("specialization", 0, "domain: by chance"): "domain_mi_null_bits",
+    ("specialization", 0, "token id"): "token_mi_bits",
+    ("specialization", 0, "token id: by chance"): "token_mi_null_bits",
+    ("drift", 1, "to the next window"): "total_variation",
+    ("drift", 1, "to the next window: chance"): "total_variation_floor",
+    ("drift", 1, "first to last window"): "first_to_last",
+    ("drift", 1, "first to last window: chance"): "first_to_last_floor",
+    ("drift", 2, "placed for the window itself"): "balancedness_fresh",
+    ("drift", 2, "placed for the window before"): "balancedness_stale",
+    ("locality", 0, "the same again"): "first_choice_repetition",
+    ("locality", 1, "an expert in common"): "any_choice_repetition",
+    ("locality", 2, "segments of 16 tokens"): "srp_16",
+    ("locality", 2, "segments of 16 tokens: at these loads"): "srp_16_by_load",
+    ("locality", 3, "predicted"): "next_accuracy",
+    ("locality", 3, "predicted: chance"): "next_accuracy_null",
+    ("locality", 3, "always the most frequent"): "next_accuracy_marginal",
+}
+
+
+def marks_of(chart: Chart, panel: int) -> dict[str, Any]:
+    return {mark.name: mark for mark in chart.panels[panel].marks if hasattr(mark, "name")}
+
+
+@pytest.mark.parametrize(("name", "panel", "mark"), SHOWN)
+def test_a_mark_shows_a_column_with_its_interval(name: str, panel: int, mark: str):
+    chart, column = drawn("balanced")[name], SHOWN[name, panel, mark]
+    table: Any = chart.table
+    found = marks_of(chart, panel)[mark]
+    for end, of in (("", found.y), ("_low", found.low), ("_high", found.high)):
+        if f"{column}{end}" in table:
+            assert of == pytest.approx(table[f"{column}{end}"].to_numpy(), nan_ok=True)
+
+
+def test_repetition_is_that_of_each_domain_and_its_reference_that_of_all():
+    table: Any = of("balanced").tables["repetition"]
+    lines = marks_of(drawn("balanced")["repetition"], 0)
+    for domain, rows in table.groupby("domain"):
+        for end, shown in (("", "y"), ("_low", "low"), ("_high", "high")):
+            values = rows[f"first_choice{end}"].to_numpy()
+            assert getattr(lines[domain], shown) == pytest.approx(values)
+    rows = table[table["router"] == 2]
+    by_load = np.average(rows["first_choice_by_load"], weights=rows["pairs"])
+    dots = marks_of(drawn("balanced")["locality"], 0)
+    assert dots["the same again: chance at these loads"].y[2] == pytest.approx(by_load)
+    shared = marks_of(drawn("balanced")["locality"], 1)["an expert in common: chance"]
+    assert shared.y == pytest.approx([0.4643] * 4, abs=1e-4)
+
+
+def test_the_experts_of_a_domain_are_its_top_k():
+    heatmap = drawn("balanced")["esft"].panels[0].heatmap
+    assert heatmap is not None
+    table: Any = of("balanced").tables["esft"]
+    most = of("balanced").counts.tokens_D.argmax()
+    rows = table[(table["router"] == 2) & (table["domain"] == of("balanced").counts.domains[most])]
+    best = rows.sort_values("token_score", ascending=False, kind="stable").head(2)
+    assert heatmap.values[most, 2] == pytest.approx(best["token_score"].sum())
+    assert heatmap.cells is not None
+    assert heatmap.cells[most, 2] == ", ".join(map(str, best["expert"]))
+    assert heatmap.notes is not None
+    said = [
+        f"expert {e}: {s:.3f}" for e, s in zip(best["expert"], best["token_score"], strict=True)
+    ]
+    assert heatmap.notes[most, 2].splitlines() == said
 
 
 @pytest.mark.parametrize("name", every_chart())
