@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
@@ -54,15 +55,15 @@ def find_documents(data: ReportData, shards: list[Shard]) -> pd.DataFrame:
     of_domain = {name: d for d, name in enumerate(data.counts.domains)}
     parts = list[pd.DataFrame]()
     for shard in shards:
-        rows, document_T, domain_T = selected_rows(shard, data.selection)
-        score_T = np.zeros(len(rows))
+        seen = selected_tokens(shard, data.selection)
+        score_T = np.zeros(len(seen.number_T))
         if router is not None and lift_DE is not None:
-            domain_N = np.array([of_domain.get(name, 0) for name in domain_T.categories])
-            score_T = _scores(shard, router, lift_DE, rows, domain_N[domain_T.codes])
-        number_N, first_N, at_T = np.unique(document_T, return_index=True, return_inverse=True)
+            domain_T = np.array([of_domain.get(name, 0) for name in seen.domains])[seen.domain_T]
+            score_T = _scores(shard, router, lift_DE, seen.number_T, domain_T)
+        number_N, first_N, at_T = np.unique(seen.document_T, return_index=True, return_inverse=True)
         found = {
             "document": number_N,
-            "domain": domain_T.take(first_N).astype(object),
+            "domain": np.array(seen.domains, object)[seen.domain_T[first_N]],
             "tokens": np.bincount(at_T, minlength=len(number_N)),
             "bits": np.bincount(at_T, score_T, minlength=len(number_N)),
         }
@@ -93,22 +94,6 @@ def choose(documents: pd.DataFrame, amount: Amount, tokens: int, longest: int) -
         ordered = ordered[ordered["rank"] < amount]
     ordered = ordered.assign(shown=shown.loc[ordered.index])
     return ordered.drop(columns=["spread", "rank", "size"]).reset_index(drop=True)
-
-
-def selected_rows(shard: Shard, selection: Selection) -> tuple[np.ndarray, np.ndarray, Any]:
-    """The rows of a shard's tokens that are selected, with the document and the domain (a
-    pandas.Categorical) of each."""
-    table = shard.tokens(["document", "domain", "phase"])
-    code_T, labels = codes(table["domain"])
-    phase_T, phases = codes(table["phase"])
-    keep_T = np.ones(len(code_T), bool)
-    if selection.domains is not None:
-        keep_T &= np.array([name in selection.domains for name in labels], bool)[code_T]
-    if selection.phase is not None:
-        keep_T &= np.array([name == selection.phase for name in phases], bool)[phase_T]
-    rows = np.flatnonzero(keep_T)
-    domain_T = pd.Categorical.from_codes(code_T[rows], pd.Index(labels))
-    return rows, table["document"].to_numpy()[rows], domain_T
 
 
 def telling_router(data: ReportData) -> int | None:
@@ -173,7 +158,8 @@ def tokens_of_documents(
     order = np.argsort(numbers)
     parts = list[pd.DataFrame]()
     for s, shard in enumerate(shards):
-        rows, document_T, _ = selected_rows(shard, selection)
+        seen = selected_tokens(shard, selection)
+        rows, document_T = seen.number_T, seen.document_T
         at_T = order[np.minimum(np.searchsorted(numbers, document_T, sorter=order), len(order) - 1)]
         mine = numbers[at_T] == document_T
         if not mine.any():
