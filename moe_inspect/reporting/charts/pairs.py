@@ -283,10 +283,7 @@ def _matrices(
     panels = list[Panel]()
     for r, lift_EN in lifts.items():
         known_EN = np.isfinite(lift_EN)
-        rows, columns = (
-            np.arange(E) if E <= MANY_EXPERTS else np.flatnonzero(known_EN.any(1 - side))
-            for side, E in enumerate(lift_EN.shape)
-        )
+        rows, columns = (_with_supported(np.atleast_1d(known_EN.any(axis))) for axis in (1, 0))
         shown_EN = lift_EN[np.ix_(rows, columns)]
         of_chart = Heatmap(shown_EN, scale, cell_numbers(shown_EN))
         x, y = (
@@ -301,6 +298,11 @@ def _matrices(
             title += f": the {len(rows)} × {len(columns)} experts with a supported pair"
         panels.append(Panel((of_chart,), x, y, title))
     return tuple(panels)
+
+
+def _with_supported(supported_E: np.ndarray) -> np.ndarray:
+    """The experts to show: of many, those with a supported pair."""
+    return np.arange(E) if (E := len(supported_E)) <= MANY_EXPERTS else np.nonzero(supported_E)[0]
 
 
 def _with_evidence(chart: Chart, data: ReportData, table: Any) -> Chart:
