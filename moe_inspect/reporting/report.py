@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -91,10 +90,6 @@ class Report(ReportData, Shown):
         from moe_inspect.reporting.render.terminal import excerpts_of
 
         return excerpts_of(self)
-
-    @property
-    def command(self) -> str:
-        return f"moe-inspect report {shlex.quote(str(self.trace.path))}"
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         from moe_inspect.reporting.charts.spec import draw_charts

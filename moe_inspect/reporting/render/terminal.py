@@ -3,10 +3,11 @@ full, the tables cut short."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from rich.cells import cell_len
@@ -26,13 +27,10 @@ from moe_inspect.reporting.render.console import (
 from moe_inspect.reporting.render.heatmap import heatmap_lines, print_heatmap
 from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.summary import notes
+from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import layer_label, plural, printable
-
-if TYPE_CHECKING:
-    from moe_inspect.reporting.report import Report
 
 MOST_FINDINGS = 5  # on a terminal
 COLOUR_OF = {"critical": "red", "warning": "yellow"}  # of a finding; others have none
@@ -141,16 +139,13 @@ def print_shown(made: Shown, file: TextIO) -> None:
         excerpts = dict([*excerpts.items()][: tables_that_fit(console, lines)])
         most = rows_that_fit(console, lines, len(excerpts), 2 if made.command else 1)
     for name, excerpt in excerpts.items():
-        print_excerpt(made, name, excerpt, most, console)
+        _print_excerpt(made.tables[name], name, excerpt, most, made.command, console)
 
 
-def print_report(data: Report, file: TextIO, full: bool = False) -> None:
+def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console = console_for(file)
-    title = Text(
-        printable(f"{data.title} · {data.trace.path} · {data.trace.status}"),
-        style="bold",
-    )
+    console, model = console_for(file), dict(facts(data))["model"]
+    title = Text(printable(f"{model} · {data.trace.path} · {data.trace.status}"), style="bold")
     if not full:
         print_one_screen(data, title, console)
         return
@@ -159,7 +154,8 @@ def print_report(data: Report, file: TextIO, full: bool = False) -> None:
     console.print()
     print_verdict(findings(data), console)
     print_heatmap(data, console)
-    for name, excerpt in data.excerpts.items():
+    command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
+    for name, excerpt in excerpts_of(data).items():
         alone = len(data.counts.domains) < 2 and data.selection.domains is None
         if name == "domains" and alone:
             labels = ", ".join(map(repr, data.counts.domains))
@@ -169,7 +165,7 @@ def print_report(data: Report, file: TextIO, full: bool = False) -> None:
         if name == "specialization" and not data.tables[name]["domain_mi_bits"].notna().any():
             excerpt = replace(excerpt, what="the first routers")
         if _has(data, name):
-            print_excerpt(data, name, excerpt, data.rows, console)
+            _print_excerpt(data.tables[name], name, excerpt, Shown.rows, command, console)
     if notes(data):
         console.print()
     for note in notes(data):
@@ -191,10 +187,11 @@ def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def print_excerpt(made: Shown, name: str, excerpt: Excerpt, most: int, console: Console) -> None:
+def _print_excerpt(
+    whole: Any, name: str, excerpt: Excerpt, most: int, command: str, console: Console
+) -> None:
     """At most so many rows of a table; on a terminal those columns that fit; and the command that
     prints the others."""
-    whole: Any = made.tables[name]
     frame = excerpt.rows(whole, most)
     title = excerpt.title(name, frame, whole)
     if excerpt.columns and console.is_terminal:
@@ -204,8 +201,7 @@ def print_excerpt(made: Shown, name: str, excerpt: Excerpt, most: int, console: 
     if columns := len(whole.columns) - shown:
         left_out.append(plural(columns, "more column"))
     if left_out:
-        command = f"{made.command} --table {name}".strip()
-        more = f"+ {' and '.join(left_out)}: {command}"
+        more = f"+ {' and '.join(left_out)}: {f'{command} --table {name}'.strip()}"
         console.print(Text(printable(more), style="dim"))
 
 
