@@ -11,8 +11,8 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Chart
-from moe_inspect.reporting.shown import Excerpt, Shown, python_call, python_of_table
-from moe_inspect.reporting.tables.registry import LazyTables, Table, table
+from moe_inspect.reporting.shown import Shown, python_call, python_of_table
+from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.gate import gated

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Excerpt, Shown
+from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.registry import TABLES, check_table
+from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding

@@ -3,16 +3,17 @@ shown: as text, pictures, a page, and a cell of a notebook. The commands call th
 
 from __future__ import annotations
 
+import base64
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace, address
 
@@ -23,29 +24,14 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.verdict.findings import Finding
 
-
-@dataclass(frozen=True)
-class Excerpt:
-    """What the text shows of a table. what, rows: those worth reading first, of the table and the
-    number that there is room for. columns: on a terminal, as many as fit, the most informative
-    first; by default all."""
-
-    what: str
-    rows: Callable[[Any, int], Any]
-    columns: tuple[str, ...] = ()
-
-    def title(self, name: str, rows: Any, whole: Any) -> str:
-        """Above these rows of the table of that name."""
-        if len(rows) == len(whole):
-            return name
-        return f"{name}: {self.what}, {len(rows):,} of {len(whole):,} rows"
+CELL_SENTENCES, CELL_ROWS, CELL_COLUMNS = 5, 5, 8  # of a notebook's cell
 
 
 class Shown(ABC):
     """A result. `str()` and `print` give its text, at most a screen of it; a notebook shows a cell
     of as much."""
 
-    rows: ClassVar[int] = 10  # of a table in a text that is no screen
+    rows: ClassVar[int] = ROWS
     tables: Mapping[str, pd.DataFrame]
 
     @property
@@ -94,9 +80,17 @@ class Shown(ABC):
         """Writes the text as the command prints it: with colours and as wide as the terminal where
         `file` is one, without and unbroken otherwise. What it comes to, then the tables cut short;
         on a terminal as much as fits a screen."""
-        from moe_inspect.reporting.render.terminal import print_shown
+        from moe_inspect.reporting.render import console as text
+        from moe_inspect.reporting.render import terminal
 
-        print_shown(self, file)
+        console, excerpts, most = text.console_for(file), self.excerpts, self.rows
+        verdict = partial(terminal.print_verdict, self.said)
+        lines = text.print_and_count(verdict, console, self.heading)
+        if console.is_terminal:
+            excerpts = dict([*excerpts.items()][: text.tables_that_fit(console, lines)])
+            most = text.rows_that_fit(console, lines, len(excerpts), 2 if self.command else 1)
+        for name, excerpt in excerpts.items():
+            terminal.print_excerpt(self.tables[name], name, excerpt, most, self.command, console)
 
     def __str__(self) -> str:
         from moe_inspect.reporting.render.console import on_screen
@@ -104,9 +98,32 @@ class Shown(ABC):
         return on_screen(self.write_text)
 
     def _repr_html_(self) -> str:
-        from moe_inspect.reporting.render.notebook import cell_html
+        """A cell of a notebook: what it comes to, its first chart and the first rows of its first
+        table; without scripts, so that it is seen before the notebook is trusted."""
+        from moe_inspect.reporting.charts.spec import Chart
+        from moe_inspect.reporting.render.html import template
+        from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 
-        return cell_html(self)
+        name, excerpt = next(iter(self.excerpts.items()))
+        whole: Any = self.tables[name]
+        rows = excerpt.rows(whole, CELL_ROWS)
+        rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
+        caption = excerpt.title(name, rows, whole)
+        if (left := len(rows.columns) - CELL_COLUMNS) > 0:
+            caption += f" (+ {left} more columns)"
+        chart, png = self.first_chart(), b""
+        if isinstance(chart, Chart):
+            with letters():
+                png = picture(draw(chart), "png", dpi=100)
+        return template("notebook.html").render(
+            made=self,
+            verdict=[one if isinstance(one, str) else one.text for one in self.said],
+            most=CELL_SENTENCES,
+            chart=chart if png else None,
+            png=base64.b64encode(png).decode(),
+            table=rows.iloc[:CELL_ROWS, :CELL_COLUMNS],
+            caption=caption,
+        )
 
     def show(self) -> None:
         """Shows it: printed as the command prints it, or as a cell where this is a notebook."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, ParamSpec
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.shown import Excerpt, Shown, python_call, python_of_table
+from moe_inspect.reporting.shown import Shown, python_call, python_of_table
+from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:

@@ -16,17 +16,14 @@ from rich.text import Text
 
 from moe_inspect.reporting.render.console import (
     console_for,
-    print_and_count,
     print_frame,
-    rows_that_fit,
     screen_lines,
     table_row,
-    tables_that_fit,
     wrapped,
 )
 from moe_inspect.reporting.render.heatmap import heatmap_lines, print_heatmap
-from moe_inspect.reporting.shown import Excerpt, Shown
 from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding
@@ -131,17 +128,6 @@ def _more(findings_left: int, notes_left: int) -> str:
     )
 
 
-def print_shown(made: Shown, file: TextIO) -> None:
-    """What a result comes to, then its tables cut short; on a terminal as much as fits a screen."""
-    console, excerpts, most = console_for(file), made.excerpts, made.rows
-    lines = print_and_count(partial(print_verdict, made.said), console, made.heading)
-    if console.is_terminal:
-        excerpts = dict([*excerpts.items()][: tables_that_fit(console, lines)])
-        most = rows_that_fit(console, lines, len(excerpts), 2 if made.command else 1)
-    for name, excerpt in excerpts.items():
-        _print_excerpt(made.tables[name], name, excerpt, most, made.command, console)
-
-
 def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
     console, model = console_for(file), dict(facts(data))["model"]
@@ -165,7 +151,7 @@ def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
         if name == "specialization" and not data.tables[name]["domain_mi_bits"].notna().any():
             excerpt = replace(excerpt, what="the first routers")
         if _has(data, name):
-            _print_excerpt(data.tables[name], name, excerpt, Shown.rows, command, console)
+            print_excerpt(data.tables[name], name, excerpt, ROWS, command, console)
     if notes(data):
         console.print()
     for note in notes(data):
@@ -187,7 +173,7 @@ def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _print_excerpt(
+def print_excerpt(
     whole: Any, name: str, excerpt: Excerpt, most: int, command: str, console: Console
 ) -> None:
     """At most so many rows of a table; on a terminal those columns that fit; and the command that

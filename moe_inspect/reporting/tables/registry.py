@@ -12,6 +12,7 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import no_such
 
+ROWS = 10  # of a table in a text that is no screen
 Maker = TypeVar("Maker", bound=Callable[[Any], pd.DataFrame])
 
 
@@ -67,3 +68,20 @@ class LazyTables(Mapping[str, pd.DataFrame]):
 
     def __len__(self) -> int:
         return len(self._tables)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What the text shows of a table. what, rows: those worth reading first, of the table and the
+    number that there is room for. columns: on a terminal, as many as fit, the most informative
+    first; by default all."""
+
+    what: str
+    rows: Callable[[Any, int], Any]
+    columns: tuple[str, ...] = ()
+
+    def title(self, name: str, rows: Any, whole: Any) -> str:
+        """Above these rows of the table of that name."""
+        if len(rows) == len(whole):
+            return name
+        return f"{name}: {self.what}, {len(rows):,} of {len(whole):,} rows"
