@@ -34,7 +34,6 @@ MOST_GPUS = 8  # where no number is asked for
 
 # from the load of each expert, [E], or that of each window, [W, E], to the expert of each slot
 Policy = Callable[[np.ndarray, Layout], np.ndarray]
-FORMER_NAMES = {"ours": "local-search"}  # still accepted
 
 
 def of_sum(place: Policy) -> Policy:
@@ -85,7 +84,7 @@ def simulate_placement(
     policy's). MoeInspectError for settings out of range and numbers that do not divide."""
     trace = open_trace(trace)
     selection = select(trace, layers, domains, phase)
-    names = [FORMER_NAMES.get(name, name) for name in policies or POLICIES]
+    names = list(policies or POLICIES)
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
     _check(trace, names, fit_share, window, minimize, slack, dispatch)
     check_domains(trace, selection)
