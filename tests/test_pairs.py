@@ -3,6 +3,7 @@ against the values known for them."""
 
 from __future__ import annotations
 
+import io
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,16 @@ import moe_inspect
 from moe_inspect.analysis.metrics import pairs, specialization, windows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.planted import sentences
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
+SHARED = [(8, 2, 0.4643), (64, 8, 0.6791), (128, 8, 0.4123), (256, 8, 0.2271), (60, 4, 0.2468)]
 
-@pytest.mark.parametrize(
-    ("E", "k", "known"),
-    [
-        (8, 2, 0.4643),
-        (64, 8, 0.6791),
-        (128, 8, 0.4123),
-        (256, 8, 0.2271),
-        (64, 6, 0.4601),
-        (60, 4, 0.2468),
-    ],
-)
+
+@pytest.mark.parametrize(("E", "k", "known"), SHARED)
 def test_random_choices_share_an_expert_as_often_as_is_known(E: int, k: int, known: float):
     assert pairs.any_choice_random(E, k) == pytest.approx(known, abs=5e-5)
 
@@ -38,14 +32,11 @@ def test_random_choices_share_an_expert_as_often_as_is_known(E: int, k: int, kno
 def test_coactivation_by_hand():
     # decisions {0,1} twice, {0,2} once
     together = np.array([[3, 2, 1], [2, 2, 0], [1, 0, 1]])
-    probability = pairs.coactivation(together)
-    np.testing.assert_allclose(
-        probability, [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]]
-    )
+    expected = [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]]
+    np.testing.assert_allclose(pairs.coactivation(together), expected)
     # given the loads, chance has no other choice than these pairs
-    np.testing.assert_allclose(
-        pairs.coactivation_lift(together)[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02
-    )
+    lift = pairs.coactivation_lift(together)
+    np.testing.assert_allclose(lift[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02)
 
 
 def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
@@ -53,15 +44,13 @@ def test_chance_keeps_the_loads_and_is_exact_for_two_choices():
     w = np.array([5.0, 3, 2, 2, 1, 1])
     p = np.outer(w, w) * (1 - np.eye(6))  # two distinct experts, with these preferences
     together = p / p.sum() * 10_000
-    np.testing.assert_allclose(
-        pairs.together_by_chance(together + np.diag(together.sum(1))), together, rtol=1e-6
-    )
+    found = pairs.together_by_chance(together + np.diag(together.sum(1)))
+    np.testing.assert_allclose(found, together, rtol=1e-6)
     uneven = rng.integers(1, 90, (6, 6))
     uneven = uneven + uneven.T
     np.fill_diagonal(uneven, 0)
-    np.testing.assert_allclose(
-        pairs.together_by_chance(uneven + np.diag(uneven.sum(1))).sum(1), uneven.sum(1), rtol=1e-6
-    )
+    found = pairs.together_by_chance(uneven + np.diag(uneven.sum(1)))
+    np.testing.assert_allclose(found.sum(1), uneven.sum(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("E", "k"), [(6, 2), (9, 3), (14, 10)])
@@ -75,9 +64,8 @@ def test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions(
     share_S = np.where(member_SE, weight_E, 1).prod(1)
     together_EE = 1e6 * (member_SE.T * share_S / share_S.sum()) @ member_SE
     expected_EE = pairs.together_by_chance(together_EE)
-    np.testing.assert_allclose(
-        expected_EE, together_EE - np.diag(np.diagonal(together_EE)), rtol=1e-8
-    )
+    apart_EE = together_EE - np.diag(np.diagonal(together_EE))
+    np.testing.assert_allclose(expected_EE, apart_EE, rtol=1e-8)
     assert (expected_EE == expected_EE.T).all()
 
 
@@ -103,16 +91,8 @@ def test_random_choices_have_the_values_of_chance(tmp_path: Path):
     rng = np.random.default_rng(1)
     T, E, k = 12_000, 8, 2
     ids = [uniform_ids(rng, T, E, k) for _ in range(2)]
-    made = report(
-        write_trace(
-            tmp_path / "t",
-            ids,
-            E,
-            document=np.arange(T) // 200,
-            domain_of_document=["a", "b"],
-            shard_tokens=4_000,
-        )
-    )
+    of = {"document": np.arange(T) // 200, "domain_of_document": ["a", "b"]}
+    made = report(write_trace(tmp_path / "t", ids, E, shard_tokens=4_000, **of))
     assert made.tables["coactivation"]["probability"].to_numpy() == pytest.approx(1 / 7, abs=0.02)
     assert len(made.tables["coactivation"]) == 2 * E * (E - 1)
     assert made.tables["transitions"]["probability"].to_numpy() == pytest.approx(k / E, abs=0.03)
@@ -130,60 +110,38 @@ def test_random_choices_have_the_values_of_chance(tmp_path: Path):
         lift = made.tables[name]
         assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
     for name in ("first_choice", "any_choice"):
-        assert (repetition[f"{name}_low"] < repetition[name]).all()
-        assert (repetition[name] < repetition[f"{name}_high"]).all()
+        low, value, random, high = (
+            repetition[name + of] for of in ("_low", "", "_random", "_high")
+        )
+        assert ((low < value) & (value < high)).all()
         # independent choices of even load: the interval holds the value of chance, but for one in
         # twenty
-        held = (repetition[f"{name}_low"] < repetition[f"{name}_random"]) & (
-            repetition[f"{name}_random"] < repetition[f"{name}_high"]
-        )
-        assert held.mean() >= 0.5
-    for name in (
-        "first_choice_repetition",
-        "any_choice_repetition",
-        "srp_4",
-        "srp_16",
-        "srp_64",
-        "next_accuracy",
-    ):
-        assert (
-            locality[f"{name}_low"]
-            < locality[name]
-            < locality[f"{name}_high"]
-            < 1.3 * locality[f"{name}_low"]
-        )
+        assert ((low < random) & (random < high)).mean() >= 0.5
+    repetitions = ["first_choice_repetition", "any_choice_repetition"]
+    for name in (*repetitions, "srp_4", "srp_16", "srp_64", "next_accuracy"):
+        low, value, high = (locality[name + of] for of in ("_low", "", "_high"))
+        assert low < value < high < 1.3 * low
 
 
 def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_few(tmp_path: Path):
     """Half of the documents repeat every choice, half none; or every document does both."""
     rng = np.random.default_rng(5)
     T, E, each = 4_000, 8, 100
-    fresh, held = (
-        uniform_ids(rng, T, E, 2),
-        np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0),
-    )
+    fresh = uniform_ids(rng, T, E, 2)
+    held = np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0)
     document = np.arange(T) // each
     ids = {
         "apart": np.where((document % 2 == 0)[:, None], held, fresh),
         "mixed": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh),
         "few": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh)[: 4 * each],
     }
-    row_of = {}
+    value_of, width_of = {}, {}
     for name, chosen in ids.items():
-        made = report(
-            write_trace(
-                tmp_path / name,
-                [chosen],
-                E,
-                document=document[: len(chosen)],
-                domain_of_document=["a"],
-            )
-        )
-        row_of[name] = made.tables["repetition"].iloc[0]
-    width_of = {
-        name: row["any_choice_high"] - row["any_choice_low"] for name, row in row_of.items()
-    }
-    assert row_of["apart"]["any_choice"] == pytest.approx(row_of["mixed"]["any_choice"], abs=0.02)
+        trace = write_trace(tmp_path / name, [chosen], E, document=document[: len(chosen)])
+        row = report(trace).tables["repetition"].iloc[0]
+        value_of[name] = row["any_choice"]
+        width_of[name] = row["any_choice_high"] - row["any_choice_low"]
+    assert value_of["apart"] == pytest.approx(value_of["mixed"], abs=0.02)
     assert width_of["apart"] > 5 * width_of["mixed"]
     assert np.isnan(width_of["few"])
 
@@ -191,9 +149,8 @@ def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_f
 def test_one_pass_counts_what_is_prepared(tmp_path: Path):
     told: list[int] = []
     rng = np.random.default_rng(2)
-    made = report(
-        write_trace(tmp_path / "t", [uniform_ids(rng, 500, 8, 2)], 8), progress=told.append
-    )
+    trace = write_trace(tmp_path / "t", [uniform_ids(rng, 500, 8, 2)], 8)
+    made = report(trace, progress=told.append)
     made.prepare(["coactivation", "drift", "balance"])
     for name in ("coactivation", "drift", "balance", "load"):
         assert made.tables[name].size
@@ -234,39 +191,20 @@ def test_warm_up_rows_are_noticed(tmp_path: Path):
     ids[:64], token_id[:64] = [1, 2], 0
     warm = sentences(report(write_trace(tmp_path / "b", [ids], 8, token_id=token_id)))
     assert not any("warm-up" in s for s in plain)
-    assert any(
-        s.startswith("64 of the first 1,000 tokens are in runs of 16 or more identical rows")
-        for s in warm
-    )
+    said = "64 of the first 1,000 tokens are in runs of 16 or more identical rows"
+    assert any(s.startswith(said) for s in warm)
     assert in_runs(np.repeat([[1], [2], [3]], [16, 15, 17], 0)) == 33
-    document = np.arange(1_000) // 100
-    trace = write_trace(
-        tmp_path / "c",
-        [ids],
-        8,
-        document=document,
-        domain_of_document=["a", *"bbbbbbbbb"],
-        token_id=token_id,
-    )
-    assert [
-        any("identical rows" in s for s in sentences(report(trace, domains=d))) for d in "ab"
-    ] == [True, False]
+    of = {"document": np.arange(1_000) // 100, "domain_of_document": ["a", *"bbbbbbbbb"]}
+    trace = write_trace(tmp_path / "c", [ids], 8, token_id=token_id, **of)
+    for domain, warm in (("a", True), ("b", False)):
+        said = sentences(report(trace, domains=domain))
+        assert any("identical rows" in sentence for sentence in said) == warm
 
 
 def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
-    import io
-
-    from moe_inspect.reporting.render.terminal import print_report
-
-    rng = np.random.default_rng(4)
-    hostile = "\x1b[31mred\x07"
-    trace = write_trace(
-        tmp_path / "t",
-        [uniform_ids(rng, 900, 8, 2)],
-        8,
-        document=np.arange(900) // 300,
-        domain_of_document=[hostile, "b", "c"],
-    )
+    ids = uniform_ids(np.random.default_rng(4), 900, 8, 2)
+    of = {"document": np.arange(900) // 300, "domain_of_document": ["\x1b[31mred\x07", "b", "c"]}
+    trace = write_trace(tmp_path / "t", [ids], 8, **of)
     file = io.StringIO()
     print_report(report(trace), file)
     print_report(report(trace), file, full=True)
