@@ -85,6 +85,16 @@ def test_what_may_be_chance_to_the_verdict_is_no_alarm(name: str, tmp_path: Path
     assert [alarm for w in windows for alarm in blind.see(w)]
 
 
+def test_drift_is_no_alarm_where_documents_are_too_few_to_tell(tmp_path: Path) -> None:
+    """Six documents. Control: the same windows, taken for independent tokens, raise alarms."""
+    trace = drawn(tmp_path / "t", replace(REGIMES["6 documents"], L=2, taste=1.0), 1)
+    rules = [parse_rule("drift > 0.01")]
+    assert not alarms_of(trace, rules, window=64)
+    windows = list(windows_of(trace, select(trace), window=64)[0])
+    blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
+    assert [alarm for w in windows for alarm in blind.see(w)]
+
+
 def test_what_is_planted_is_an_alarm(tmp_path: Path) -> None:
     trace = drawn(tmp_path / "t", replace(REGIMES["clustered 64/8"], documents=60), 0, Planted(3.0))
     found = alarms_of(trace, [parse_rule("max_vio > 0.5 for 2 windows")], window=1000)

@@ -238,6 +238,8 @@ class Alarms:
         r, in so many windows in a row; NaN where that is not known."""
         E, k = self.routers[r].experts, self.routers[r].top_k
         effect, tail = self.effect(r), chance.tail_of(len(self.routers), windows)
+        if metric == DRIFT and above and math.isinf(effect):
+            return math.inf  # documents are too few to tell
         if metric == DRIFT and self._before is not None:
             return chance.drift_limit(self._before.load[r], window.load[r], k, effect, tail)
         if metric in (DRIFT, *VALUES):
