@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.analysis.losses import ExpertLosses, Explained, add_p, by_expert
+from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.chance import ALPHA
@@ -110,7 +110,7 @@ def _losses(of: Documents, rng: np.random.Generator) -> ExpertLosses:
     document_S, expert_S = np.divmod(np.repeat(cell_N, count_N), of.E)
     S = len(expert_S)
     loss_S = rng.normal(0, 1, S) + 0.4 * (expert_S == 5) + rng.normal(0, 0.2, of.U)[document_S]
-    explained = Explained(loss_S, loss_S, rng.integers(0, 20, S), document_S)
+    explained = CellLosses(loss_S, loss_S, rng.integers(0, 20, S), document_S)
     return by_expert(explained, (expert_S,), of.E)
 
 

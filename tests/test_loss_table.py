@@ -12,7 +12,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.counting.samples import TokenLosses
-from moe_inspect.analysis.losses import Explained, add_p, by_expert
+from moe_inspect.analysis.losses import CellLosses, add_p, by_expert
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
@@ -86,7 +86,7 @@ def test_a_token_is_compared_with_the_others_not_with_itself() -> None:
     S = 400
     harder_S = np.arange(S) % 2
     of = losses_of(np.random.default_rng(0), 0, S)
-    explained = Explained(0.87 * harder_S, 0 * of.loss_S, np.arange(S) // 2, of.document_S)
+    explained = CellLosses(0.87 * harder_S, 0 * of.loss_S, np.arange(S) // 2, of.document_S)
     found = by_expert(explained, (3 * harder_S,), 8)
     assert found.difference_nats[[3, 0]] == pytest.approx([0.87, -0.87])
 
@@ -97,7 +97,7 @@ def smallest_p(rng: np.random.Generator, planted: float, difficulty: float) -> n
     of.loss_S[:] += difficulty * rng.normal(size=40)[of.document_S]
     favours_S = rng.random(len(of.loss_S)) < 0.3
     of.slots[0][0][favours_S] = rng.integers(0, 8, 40)[of.document_S[favours_S]]
-    found = by_expert(Explained.of(of), of.slots[0], 8)
+    found = by_expert(CellLosses.of(of), of.slots[0], 8)
     add_p([found])
     return found.difference_p
 
@@ -113,13 +113,13 @@ def test_a_p_value_is_of_documents_and_of_all_experts(difficulty: float) -> None
 
 def test_what_is_planted_is_found_and_nothing_else() -> None:
     of = losses_of(np.random.default_rng(2), 0.3)
-    found = by_expert(Explained.of(of), of.slots[0], 8)
+    found = by_expert(CellLosses.of(of), of.slots[0], 8)
     assert found.difference_nats[3] > 2 * found.difference_null_p99[3]
     assert found.difference_low[3] > 0.1
     beyond = 0
     for seed in range(50):
         of = losses_of(np.random.default_rng(seed), 0)
-        found = by_expert(Explained.of(of), of.slots[0], 8)
+        found = by_expert(CellLosses.of(of), of.slots[0], 8)
         beyond += int((np.abs(found.difference_nats) > found.difference_null_p99).sum())
     assert beyond <= 12  # of 400 four are expected
     # token ids alone make the experts differ: that is explained
@@ -134,10 +134,10 @@ def test_the_interval_is_over_documents() -> None:
         of = losses_of(rng, 0)
         at_3_S = of.slots[0][0] == 3
         of.loss_S[:] += at_3_S * rng.normal(size=40)[of.document_S]
-        found.append(by_expert(Explained.of(of), of.slots[0], 8))
+        found.append(by_expert(CellLosses.of(of), of.slots[0], 8))
         of = losses_of(rng, 0)
         of.loss_S[:] += rng.normal(size=40)[of.document_S]
-        hard.append(by_expert(Explained.of(of), of.slots[0], 8))
+        hard.append(by_expert(CellLosses.of(of), of.slots[0], 8))
     difference_N3, low, high = (
         np.array([getattr(one, f"difference_{name}") for one in found])[:, 3]
         for name in ("nats", "low", "high")
@@ -148,7 +148,7 @@ def test_the_interval_is_over_documents() -> None:
     assert width < np.mean(high - low) / 2
     for documents, known in ((4, False), (7, True)):
         few = TokenLosses(**{**vars(of), "document_S": of.document_S % documents})
-        found = by_expert(Explained.of(few), few.slots[0], 8)
+        found = by_expert(CellLosses.of(few), few.slots[0], 8)
         add_p([found])
         assert np.isfinite(found.difference_low).all() == known
         assert np.isnan(found.difference_p).all()  # too few to tell

@@ -28,7 +28,7 @@ P99 = 2.575829  # standard deviations, on both sides
 
 
 @dataclass(frozen=True)
-class Explained:
+class CellLosses:
     """The losses of tokens beside those of their cell. cell_S: the cell of each; count_C: tokens
     of a cell."""
 
@@ -38,12 +38,12 @@ class Explained:
     unit_S: np.ndarray
 
     @staticmethod
-    def of(losses: TokenLosses) -> Explained:
+    def of(losses: TokenLosses) -> CellLosses:
         key_S = losses.token_id_S.astype(np.int64) * len(losses.phases) + losses.phase_S
         key_S = key_S * len(losses.domains) + losses.domain_S
         _, cell_S = np.unique(key_S, return_inverse=True)
         _, document_S = np.unique(losses.document_S, return_inverse=True)
-        return Explained(losses.loss_S, losses.entropy_S, cell_S, document_S % CLUSTERS)
+        return CellLosses(losses.loss_S, losses.entropy_S, cell_S, document_S % CLUSTERS)
 
     @cached_property
     def count_C(self) -> np.ndarray:
@@ -84,7 +84,7 @@ class ExpertLosses:
 
 
 def by_expert(
-    explained: Explained,
+    explained: CellLosses,
     slots: tuple[np.ndarray, ...],
     E: int,
     in_S: np.ndarray | None = None,
@@ -158,7 +158,7 @@ def _assignments(
 
 
 def _by_document(
-    explained: Explained, token_N: np.ndarray, expert_N: np.ndarray, E: int
+    explained: CellLosses, token_N: np.ndarray, expert_N: np.ndarray, E: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each document adds to the sum of an expert's residuals, and its assignments. A residual
     counts by how much more of the token than of its cell goes to the expert: the sum is the same,

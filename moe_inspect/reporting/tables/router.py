@@ -15,7 +15,7 @@ import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.samples import TokenLosses, sampled_losses
-from moe_inspect.analysis.losses import ExpertLosses, Explained, add_p, by_expert
+from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
 from moe_inspect.analysis.metrics import router as rt
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import worth as of_outputs
@@ -180,7 +180,7 @@ def loss(data: ReportData) -> pd.DataFrame:
     parts: list[tuple[dict[str, Any], ExpertLosses]] = []
     by_group = dict[tuple[str | None, str | None], list[ExpertLosses]]()
     for of in sampled_losses(data.trace, data.selection) if data.trace.has_loss else ():
-        explained = Explained.of(of)
+        explained = CellLosses.of(of)
         for r in of.routers:
             router = data.trace.routers[r]
             for domain, phase, in_S in _groups(of):

@@ -200,7 +200,8 @@ def search(load_E: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarra
         improve(state, bound)
     best = min(states, key=lambda state: state.most)
     rng = np.random.default_rng(0)
-    # crowds only where a start is still better: what so many replicas gain is lost on other loads
+    # more replicas of an expert than there are GPUs only where a start is still better: what they
+    # gain on this load they lose on others
     for crowds in (False, True):
         best = Placement(load_E, best.slots_GS, crowds)
         few = 0 if crowds else max(LEAST_PERTURBATIONS, SLOT_PERTURBATIONS // slots)
