@@ -125,9 +125,8 @@ def test_characters_cut_by_tokens_are_whole_in_the_concordance(
             first = max(n for n in range(at + 1) if JOINED[n])
             assert (row.left, row.text) == ("".join(JOINED[:first]), JOINED[first])
             assert row.left + row.text + row.right == whole
-    shown = cli_here(
-        "text", str(trace.path), "--layer", "0", "--expert", "2", "--context", "20"
-    ).stdout
+    asked = ["--layer", "0", "--expert", "2", "--context", "20"]
+    shown = cli_here("text", trace.path, *asked).stdout
     assert "[क्षि] ␣👩\u200d💻👍🏽🇩🇪" in re.sub(" +", " ", shown)
     document = cli_here("text", str(trace.path), "--document", "0").stdout
     assert "क्षि[1][2]" in document
@@ -165,34 +164,35 @@ def test_colours_or_brackets_show_the_expert() -> None:
 
 
 def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
-    concordance = cli_here("text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3")
-    assert concordance.stdout.startswith("layer 2, expert 5: 3 of 1,738 tokens\n"), (
-        concordance.stderr
-    )
-    assert len(concordance.stdout.splitlines()) == 4
-    rows = cli_here(
-        "text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "3", "--format", "json"
-    )
-    assert [json.loads(line)["weight"] for line in rows.stdout.splitlines()]
-    every = cli_here(
-        "text", str(SAMPLE), "--layer", "2", "--expert", "5", "--top", "0", "--format", "json"
-    )
-    assert len(every.stdout.splitlines()) == 1738
-    document = cli_here("text", str(SAMPLE), "--document", "5", "--layer", "2")
-    assert document.stdout.startswith("layer 2, 8 experts\nfirst expert: ")
-    out = tmp_path / "routes.csv"
-    assert cli_here("text", str(SAMPLE), "--document", "5", "-o", str(out)).returncode == 0
-    assert set(pd.read_csv(out)["layer"]) == {0, 1, 2, 3}
-    for arguments, error in (
-        ((), "give --document N, or --layer L with --expert E"),
-        (("--expert", "3"), "--expert needs --layer"),
-        (("--document", "999"), "no document 999"),
-        (("--layer", "2", "--expert", "8"), "no expert 8 in layer 2"),
-        (("--layer", "9", "--expert", "1"), "no layer 9"),
-    ):
-        found = cli_here("text", str(SAMPLE), *arguments, check=None)
-        assert error in found.stderr
-        assert found.returncode != 0
+    def printed(options: str) -> str:
+        return cli_here("text", SAMPLE, *options.split()).stdout
+
+    concordance = printed("--layer 2 --expert 5 --top 3")
+    assert concordance.startswith("layer 2, expert 5: 3 of 1,738 tokens\n")
+    assert len(concordance.splitlines()) == 4
+    rows = printed("--layer 2 --expert 5 --top 3 --format json").splitlines()
+    assert [json.loads(line)["weight"] for line in rows]
+    assert len(printed("--layer 2 --expert 5 --top 0 --format json").splitlines()) == 1738
+    document = printed("--document 5 --layer 2")
+    assert document.startswith("layer 2, 8 experts\nfirst expert: ")
+    printed(f"--document 5 -o {tmp_path / 'routes.csv'}")
+    assert set(pd.read_csv(tmp_path / "routes.csv")["layer"]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("", "give --document N, or --layer L with --expert E"),
+        ("--expert 3", "--expert needs --layer"),
+        ("--document 999", "no document 999"),
+        ("--layer 2 --expert 8", "no expert 8 in layer 2"),
+        ("--layer 9 --expert 1", "no layer 9"),
+    ],
+)
+def test_the_command_says_what_there_is_not(cli_here: Cli, options: str, error: str) -> None:
+    found = cli_here("text", SAMPLE, *options.split(), check=None)
+    assert error in found.stderr
+    assert found.returncode != 0
 
 
 def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
