@@ -43,10 +43,31 @@ class ShardFiles:
         return {table: stated.rows or 0 for table, stated in self.stated.items()}
 
 
-def committed_shards(root: Path | Remote, manifest: dict[str, Any]) -> list[ShardFiles]:
+Known = dict[tuple[int, bytes], dict[str, Any]]  # (rank, a line that was checked) → what it says
+
+
+def committed_shards(
+    root: Path | Remote, manifest: dict[str, Any], known: Known | None = None
+) -> list[ShardFiles]:
     """Every shard with a line for each table, by rank and index. A last line without a line feed is
-    not committed; any other that is not possible is damage."""
-    return ShardLists(root).read(manifest)
+    not committed; any other that is not possible is damage. `known`: lines of the same trace that
+    need no check any more; the others are added."""
+    shards: list[ShardFiles] = []
+    ranks = {
+        int(m[1]): p
+        for p in root.iterdir()
+        if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))
+    }
+    for rank, path in sorted(ranks.items()):
+        try:
+            if rank >= MOST_RANKS:
+                raise ValueError(f"there are at most {MOST_RANKS:,} ranks")
+            at = inside(root, path.name)
+            data = at.read_bytes() if isinstance(at, Remote) else read_small(at, MOST_BYTES)
+            shards += _shards_in(data, rank, manifest, {} if known is None else known)
+        except ValueError as error:
+            raise Damaged(path, str(error), path.name) from None
+    return shards
 
 
 def are_replaced(root: Path | Remote, manifest: dict[str, Any], shards: list[ShardFiles]) -> bool:
@@ -56,87 +77,36 @@ def are_replaced(root: Path | Remote, manifest: dict[str, Any], shards: list[Sha
     return any(listed.get((s.rank, s.index)) != s.lines for s in shards)
 
 
-class ShardLists:
-    """The lists of all ranks, which grow while the trace is written: of a list that was read before
-    only the new lines are checked."""
-
-    def __init__(self, root: Path | Remote):
-        self.root = root
-        self._of_rank: dict[int, _RankList] = {}
-
-    def read(self, manifest: dict[str, Any]) -> list[ShardFiles]:
-        """As `committed_shards`, of what the lists hold now."""
-        shards: list[ShardFiles] = []
-        ranks = {
-            int(m[1]): p
-            for p in self.root.iterdir()
-            if (m := re.fullmatch(r"shards-(\d{1,18})\.jsonl", p.name, re.ASCII))
-        }
-        for rank, path in sorted(ranks.items()):
-            if rank >= MOST_RANKS:
-                raise Damaged(path, f"there are at most {MOST_RANKS:,} ranks", path.name)
-            at = inside(self.root, path.name)
-            try:
-                data = at.read_bytes() if isinstance(at, Remote) else read_small(at, MOST_BYTES)
-            except ValueError as error:
-                raise Damaged(path, str(error), path.name) from None
-            before = self._of_rank.get(rank)
-            generation = manifest.get("generation")
-            if (
-                before is None
-                or before.generation != generation
-                or not data.startswith(before.data)
-            ):
-                before = self._of_rank[rank] = _RankList(rank, path, generation)
-            shards += before.read(data, manifest)
-        return shards
-
-
-class _RankList:
-    """A list of shards. `data`: the whole lines that were read."""
-
-    def __init__(self, rank: int, path: Path | Remote, generation: str | None):
-        self.rank, self.path, self.data = rank, path, b""
-        self.generation = generation
-        self._lines = 0
-        self._found: dict[int, ShardFiles] = {}
-        self._taken: set[str] = set()
-
-    def read(self, data: bytes, manifest: dict[str, Any]) -> list[ShardFiles]:
-        """Its shards, where the file holds `data`, which begins with what was read before."""
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole[len(self.data) :].split(b"\n")[:-1]:
-            self._lines += 1
-            try:
-                entry = parsed(line)
-                if isinstance(entry, dict) and entry.get("generation") != self.generation:
-                    continue  # of a trace that is being replaced
-                check_line(entry, line, self.rank, len(manifest["routers"]), manifest["tables"])
-                _list(entry, line + b"\n", self.rank, len(manifest["routers"]), self._found)
-                if entry["path"] in self._taken:
-                    raise ValueError(f"{entry['path']} is listed twice")
-                self._taken.add(entry["path"])
-            except ValueError as error:
-                said = f"line {self._lines}: {error}"
-                raise Damaged(self.path, said, self.path.name) from None
-        self.data = whole
-        return self._whole_shards(set(manifest["tables"]))
-
-    def _whole_shards(self, tables: set[str]) -> list[ShardFiles]:
-        shards: list[ShardFiles] = []
-        ended = self.rank * schema.RANK_STRIDE
-        for index, shard in sorted(self._found.items()):
-            if set(shard.paths) != tables:
-                continue
-            if shard.first_token != ended:
-                said = (
-                    f"shard {index} has tokens {shard.first_token} to {shard.last_token}, "
-                    f"{ended} is the next"
-                )
-                raise Damaged(self.path, said, self.path.name)
-            ended = shard.last_token + 1
-            shards.append(shard)
-        return shards
+def _shards_in(data: bytes, rank: int, manifest: dict[str, Any], known: Known) -> list[ShardFiles]:
+    """The shards of a list that holds `data`. ValueError for what is not possible."""
+    found, taken = dict[int, ShardFiles](), set[str]()
+    tables, routers = manifest["tables"], len(manifest["routers"])
+    for n, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            entry = known[rank, line] if (rank, line) in known else parsed(line)
+            if isinstance(entry, dict) and entry.get("generation") != manifest.get("generation"):
+                continue  # of a trace that is being replaced
+            if (rank, line) not in known:
+                check_line(entry, line, rank, routers, tables)
+                known[rank, line] = entry
+            _list(entry, line + b"\n", rank, routers, found)
+            if entry["path"] in taken:
+                raise ValueError(f"{entry['path']} is listed twice")
+            taken.add(entry["path"])
+        except ValueError as error:
+            raise ValueError(f"line {n}: {error}") from None
+    shards, ended = list[ShardFiles](), rank * schema.RANK_STRIDE
+    for index, shard in sorted(found.items()):
+        if set(shard.paths) != set(tables):
+            continue
+        if shard.first_token != ended:
+            raise ValueError(
+                f"shard {index} has tokens {shard.first_token} to {shard.last_token}, {ended} is "
+                "the next"
+            )
+        ended = shard.last_token + 1
+        shards.append(shard)
+    return shards
 
 
 def _list(

@@ -4,16 +4,14 @@ Both are untrusted input. The JSON Schemas of this folder say what types and ran
 `check_manifest` and `check_line` check conditions on several values. All before memory is allocated
 by them.
 
-A JSON Schema (draft 2020-12) is compiled to functions once: a manifest may list 65,536 routers, a
-trace has a line per file. The keywords that our two schemas use are known, others are refused, so
-that none is passed over. Stricter than the standard in one point: 5.0 is no integer.
+Of JSON Schema (draft 2020-12) the keywords that our two schemas use are known, others are refused,
+so that none is passed over. Stricter than the standard in one point: 5.0 is no integer.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ def parsed(data: bytes) -> Any:
 def check_manifest(manifest: Any) -> None:
     """ValueError for the first value that is missing or impossible, with the full path of its
     key."""
-    checker("trace_json")(manifest)
+    check_schema("trace_json", manifest)
     if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
         raise ValueError(
             "it was changed after it was written (its digest differs): restore it, or delete the "
@@ -60,16 +58,11 @@ def check_manifest(manifest: Any) -> None:
         )
 
 
-def line_keys() -> set[str]:
-    """The keys that a line of shards-<rank>.jsonl may have."""
-    return set(read_schema("shard_line")["properties"])
-
-
 def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[str]) -> None:
     """ValueError for what a line of shards-<rank>.jsonl cannot say."""
     if isinstance(entry, dict) and "crc32" in entry and not checksums.is_intact(line):
         raise ValueError("it was changed after it was written (its crc32 differs)")
-    checker("shard_line")(entry)
+    check_schema("shard_line", entry)
     table, path = entry["table"], entry["path"]
     if table not in tables:
         raise ValueError(f"table is {shown(table)}, not one of {', '.join(tables)}")
@@ -101,38 +94,70 @@ def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[st
         )
 
 
-Check = Callable[[Any, str], None]  # (value, its path); ValueError for the first violation
 TYPES = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "boolean": bool,
-    "null": type(None),
+    "object": (dict, "an object"),
+    "array": (list, "a list"),
+    "string": (str, "text"),
+    "integer": (int, "a whole number"),
+    "boolean": (bool, "true or false"),
+    "null": (type(None), ""),
 }
-NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    int: "a whole number",
-    bool: "true or false",
-}
-ANNOTATIONS = {"$schema", "$id", "$defs", "title", "description", "examples"}
-
-
-@cache
-def checker(name: str) -> Callable[[Any], None]:
-    """The check of a schema beside this file, e.g. "trace_json". ValueError in one line, which
-    names the value by its path from the root (`capture.weights`, `routers[3].top_k`)."""
-    schema = read_schema(name)
-    check = compiled(schema, schema)
-    return lambda value: check(value, "")
+KEYWORDS = {"type", "const", "enum", "minimum", "maximum", "pattern", "examples", "items"}
+KEYWORDS |= {"minItems", "maxItems", "properties", "required", "additionalProperties"}
+KEYWORDS |= {"$schema", "$id", "$defs", "title", "description"}
 
 
 @cache
 def read_schema(name: str) -> dict[str, Any]:
     """The JSON Schema of "trace_json" or "shard_line"."""
     return json.loads(Path(__file__).with_name(f"{name}.schema.json").read_text(encoding="utf-8"))
+
+
+def check_schema(name: str, value: Any) -> None:
+    """ValueError in one line where a value does not follow a schema (see `read_schema`). It names
+    what is wrong by its path from the root (`capture.weights`, `routers[3].top_k`)."""
+    check_value(value, read_schema(name), read_schema(name))
+
+
+def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: str = "") -> None:
+    """As `check_schema`, by a part of a schema. `root`: the schema, which `$ref` refers to."""
+    if "$ref" in rule:
+        rule = root["$defs"][rule["$ref"].removeprefix("#/$defs/")]
+    if unknown := rule.keys() - KEYWORDS:
+        raise NotImplementedError(f"JSON Schema's {min(unknown)}")
+    if "type" in rule:
+        names = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+        if type(value) not in [TYPES[name][0] for name in names]:  # a bool is an int to isinstance
+            wanted = " or ".join(TYPES[name][1] for name in names if name != "null")
+            raise ValueError(f"{path or 'it'} is {shown(value)}, not {wanted}")
+    allowed = [rule["const"]] if "const" in rule else rule.get("enum")
+    if allowed and (value not in allowed or isinstance(value, (bool, float))):
+        said = "; " if isinstance(allowed[0], list) else ", "
+        said = said.join(", ".join(a) if isinstance(a, list) else str(a) for a in allowed if a != "")
+        raise ValueError(f"{path} is {shown(value)}, not {'one of ' * (len(allowed) > 1)}{said}")
+    if "minimum" in rule and type(value) is int:
+        least, most = rule["minimum"], rule["maximum"]
+        if not least <= value <= most:
+            raise ValueError(f"{path} is {shown(value)}: {least} to {most} are possible")
+    if "pattern" in rule and isinstance(value, str):
+        if not re.search(rule["pattern"].replace("$", r"\Z"), value, re.ASCII):
+            raise ValueError(f"{path} is {shown(value)}, not like {rule['examples'][0]}")
+    if "items" in rule and isinstance(value, list):
+        least, most = rule["minItems"], rule["maxItems"]
+        if not least <= len(value) <= most:
+            raise ValueError(f"{path} lists {len(value):,}: {least:,} to {most:,} are possible")
+        for n, item in enumerate(value):
+            check_value(item, rule["items"], root, f"{path}[{n}]")
+    if "properties" in rule and isinstance(value, dict):
+        before = f"{path}." if path else ""
+        for name in rule.get("required", []):
+            if name not in value:
+                raise ValueError(f"{before}{name} is missing")
+        for name, one in value.items():
+            if name in rule["properties"]:
+                check_value(one, rule["properties"][name], root, before + name)
+            elif rule.get("additionalProperties") is False:
+                raise ValueError(f"{before}{shown(name)} is not a known key")
 
 
 def shown(value: Any) -> str:
@@ -143,122 +168,3 @@ def shown(value: Any) -> str:
         return "a number of over 30 digits"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def compiled(schema: dict[str, Any], root: dict[str, Any] | None = None) -> Check:
-    """The check of a schema. `root`: the schema that `$ref` refers to."""
-    root = schema if root is None else root
-    if "$ref" in schema:
-        return compiled(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
-    checks: list[Check] = []
-    for keyword, argument in schema.items():
-        if keyword in _KEYWORDS:
-            checks.append(_KEYWORDS[keyword](argument, schema, root))
-        elif keyword not in ANNOTATIONS | _WITH_OTHERS:
-            raise NotImplementedError(f"JSON Schema's {keyword}")
-    if len(checks) == 1:
-        return checks[0]
-
-    def check(value: Any, path: str) -> None:
-        for one in checks:
-            one(value, path)
-
-    return check
-
-
-def _type(names: str | list[str], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    kinds = [TYPES[name] for name in ([names] if isinstance(names, str) else names)]
-    wanted = " or ".join(NAMES[kind] for kind in kinds if kind in NAMES)
-
-    def check(value: Any, path: str) -> None:
-        if type(value) not in kinds:  # a bool is an int to isinstance
-            raise ValueError(f"{path or 'it'} is {shown(value)}, not {wanted}")
-
-    return check
-
-
-def _const(constant: Any, schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    return _enum([constant], schema, root)
-
-
-def _enum(allowed: list[Any], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    said = (
-        "; ".join(", ".join(a) for a in allowed)
-        if isinstance(allowed[0], list)
-        else ", ".join(str(a) for a in allowed if a != "")
-    )
-
-    def check(value: Any, path: str) -> None:
-        if value not in allowed or isinstance(value, (bool, float)):
-            raise ValueError(
-                f"{path} is {shown(value)}, not {'one of ' * (len(allowed) > 1)}{said}"
-            )
-
-    return check
-
-
-def _range(least: int, schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    most = schema["maximum"]
-
-    def check(value: Any, path: str) -> None:
-        if type(value) is int and not least <= value <= most:
-            raise ValueError(f"{path} is {shown(value)}: {least} to {most} are possible")
-
-    return check
-
-
-def _pattern(pattern: str, schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    example = schema["examples"][0]
-    find = re.compile(pattern.replace("$", r"\Z"), re.ASCII).search
-
-    def check(value: Any, path: str) -> None:
-        if isinstance(value, str) and find(value) is None:
-            raise ValueError(f"{path} is {shown(value)}, not like {example}")
-
-    return check
-
-
-def _items(schema_of: dict[str, Any], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    item, least, most = compiled(schema_of, root), schema["minItems"], schema["maxItems"]
-
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, list):
-            return
-        if not least <= len(value) <= most:
-            raise ValueError(f"{path} lists {len(value):,}: {least:,} to {most:,} are possible")
-        for n, one in enumerate(value):
-            item(one, f"{path}[{n}]")
-
-    return check
-
-
-def _properties(properties: dict[str, Any], schema: dict[str, Any], root: dict[str, Any]) -> Check:
-    checks = {name: compiled(one, root) for name, one in properties.items()}
-    required, closed = schema.get("required", []), schema.get("additionalProperties") is False
-
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, dict):
-            return
-        before = f"{path}." if path else ""
-        for name in required:
-            if name not in value:
-                raise ValueError(f"{before}{name} is missing")
-        for name, one in value.items():
-            if name in checks:
-                checks[name](one, before + name)
-            elif closed:
-                raise ValueError(f"{before}{shown(name)} is not a known key")
-
-    return check
-
-
-_KEYWORDS: dict[str, Callable[[Any, dict[str, Any], dict[str, Any]], Check]] = {
-    "type": _type,
-    "const": _const,
-    "enum": _enum,
-    "minimum": _range,
-    "pattern": _pattern,
-    "items": _items,
-    "properties": _properties,
-}
-_WITH_OTHERS = {"maximum", "minItems", "maxItems", "required", "additionalProperties"}

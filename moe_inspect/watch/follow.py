@@ -24,7 +24,7 @@ from moe_inspect.trace.files.lock import is_locked, left_of
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, stored_manifest, writer_of
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.shard_list import ShardFiles, ShardLists
+from moe_inspect.trace.shard_list import Known, ShardFiles, committed_shards
 
 WAITING, RECORDING = "waiting", "recording"  # there is no trace yet; its writer is at work
 COMPLETE, INTERRUPTED, KILLED = "complete", "interrupted", "killed"
@@ -158,7 +158,7 @@ class Follower:
         self._clock = clock
         self._at = self.path  # an import is written beside it
         self._manifest = b""
-        self._lists = ShardLists(self._at)
+        self._lines: Known = {}
         self._ranks: dict[int, _Rank] = {}
         self._no_writer = self._failed = 0
 
@@ -192,7 +192,7 @@ class Follower:
         header, news.again = self._opened()
         # before the shards: of a trace that is complete by now all of them are listed
         news.status = self._status(header)
-        files = self._lists.read(header.manifest)
+        files = committed_shards(self._at, header.manifest, self._lines)
         of_rank: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
         for shard in files:
             of_rank.setdefault(shard.rank, []).append(shard)
@@ -237,7 +237,7 @@ class Follower:
         before, self.header = self.header, header
         again = before is not None and before.routers != header.routers
         if at != self._at or again:
-            self._lists = ShardLists(at)
+            self._lines = {}
         self._at, self._manifest = at, data
         return header, again
 

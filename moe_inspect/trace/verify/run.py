@@ -18,7 +18,7 @@ from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.shard_list import ShardFiles
-from moe_inspect.trace.validate import line_keys
+from moe_inspect.trace.validate import read_schema
 from moe_inspect.trace.verify.rules import (
     Documents,
     Positions,
@@ -172,7 +172,7 @@ def check_lines(trace: Trace, files: list[ShardFiles]) -> None:
     """No unknown keys, and no checksums missing where others are stated: a key may have been
     renamed."""
     # whether the line before has checksums: a trace begun without them may be resumed with them
-    checked, known = False, line_keys()
+    checked, known = False, read_schema("shard_line")["properties"].keys()
     for shard in files:
         for entry in map(json.loads, shard.lines):
             name = f"shards-{shard.rank}.jsonl"
