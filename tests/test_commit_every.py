@@ -19,8 +19,9 @@ import pytest
 
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.trace import reader
+from moe_inspect.trace import verify as verifying
 from moe_inspect.trace.reader import open_trace
-from moe_inspect.trace.verify import run, verify
+from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import (
     CountedBatches,
     RoutedBatch,
@@ -166,7 +167,7 @@ def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> 
     [
         (open_trace, (reader, "committed_shards")),
         (verify, (reader, "committed_shards")),
-        (verify, (run, "check_lines")),
+        (verify, (verifying, "_check_lines")),
     ],
 )
 def test_shards_replaced_between_listing_and_opening_are_no_damage(

@@ -18,7 +18,7 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.verify.run import verify
+from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import ROOT
 from tests.foreign import E

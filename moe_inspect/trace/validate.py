@@ -125,27 +125,9 @@ def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: st
         rule = root["$defs"][rule["$ref"].removeprefix("#/$defs/")]
     if unknown := rule.keys() - KEYWORDS:
         raise NotImplementedError(f"JSON Schema's {min(unknown)}")
-    if "type" in rule:
-        names = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
-        if type(value) not in [TYPES[name][0] for name in names]:  # a bool is an int to isinstance
-            wanted = " or ".join(TYPES[name][1] for name in names if name != "null")
-            raise ValueError(f"{path or 'it'} is {shown(value)}, not {wanted}")
-    allowed = [rule["const"]] if "const" in rule else rule.get("enum")
-    if allowed and (value not in allowed or isinstance(value, (bool, float))):
-        said = "; " if isinstance(allowed[0], list) else ", "
-        said = said.join(", ".join(a) if isinstance(a, list) else str(a) for a in allowed if a != "")
-        raise ValueError(f"{path} is {shown(value)}, not {'one of ' * (len(allowed) > 1)}{said}")
-    if "minimum" in rule and type(value) is int:
-        least, most = rule["minimum"], rule["maximum"]
-        if not least <= value <= most:
-            raise ValueError(f"{path} is {shown(value)}: {least} to {most} are possible")
-    if "pattern" in rule and isinstance(value, str):
-        if not re.search(rule["pattern"].replace("$", r"\Z"), value, re.ASCII):
-            raise ValueError(f"{path} is {shown(value)}, not like {rule['examples'][0]}")
+    if said := _refusal(value, rule):
+        raise ValueError(f"{path or 'it'} {said}")
     if "items" in rule and isinstance(value, list):
-        least, most = rule["minItems"], rule["maxItems"]
-        if not least <= len(value) <= most:
-            raise ValueError(f"{path} lists {len(value):,}: {least:,} to {most:,} are possible")
         for n, item in enumerate(value):
             check_value(item, rule["items"], root, f"{path}[{n}]")
     if "properties" in rule and isinstance(value, dict):
@@ -158,6 +140,31 @@ def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: st
                 check_value(one, rule["properties"][name], root, before + name)
             elif rule.get("additionalProperties") is False:
                 raise ValueError(f"{before}{shown(name)} is not a known key")
+
+
+def _refusal(value: Any, rule: dict[str, Any]) -> str:
+    """What is wrong with a value, but for what is in it: "" where nothing is."""
+    kinds = rule.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and type(value) not in [TYPES[kind][0] for kind in kinds]:  # a bool is no int
+        wanted = " or ".join(TYPES[kind][1] for kind in kinds if kind != "null")
+        return f"is {shown(value)}, not {wanted}"
+    allowed = [rule["const"]] if "const" in rule else rule.get("enum")
+    if allowed and (value not in allowed or isinstance(value, (bool, float))):
+        names = [", ".join(a) if isinstance(a, list) else str(a) for a in allowed if a != ""]
+        said = ("; " if isinstance(allowed[0], list) else ", ").join(names)
+        return f"is {shown(value)}, not {'one of ' * (len(allowed) > 1)}{said}"
+    if type(value) is int and "minimum" in rule:
+        if not rule["minimum"] <= value <= rule["maximum"]:
+            return f"is {shown(value)}: {rule['minimum']} to {rule['maximum']} are possible"
+    elif isinstance(value, str) and "pattern" in rule:
+        if not re.search(rule["pattern"].replace("$", r"\Z"), value, re.ASCII):
+            return f"is {shown(value)}, not like {rule['examples'][0]}"
+    elif isinstance(value, list) and "items" in rule:
+        least, most = rule["minItems"], rule["maxItems"]
+        if not least <= len(value) <= most:
+            return f"lists {len(value):,}: {least:,} to {most:,} are possible"
+    return ""
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.text import first_line
@@ -98,11 +98,10 @@ class Remote:
         with _told():
             return self.filesystem.cat_file(self.path)
 
-    def blocks(self) -> Iterator[bytes]:
-        """Its bytes, in order."""
-        with _told(), self.filesystem.open(self.path, "rb", block_size=BLOCK_BYTES) as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
+    @contextmanager
+    def open(self, mode: Literal["rb"]) -> Iterator[BinaryIO]:
+        with _told(), self.filesystem.open(self.path, mode, block_size=BLOCK_BYTES) as file:
+            yield file
 
     def iterdir(self) -> Iterator[Remote]:
         """What is directly below it; nothing where nothing is."""

@@ -1,0 +1,599 @@
+"""verify: checks a trace by the rules of its format, a shard and a row group at a time, and names
+the first violation by file and row.
+
+T tokens, K slots, D domains, E experts, N rows of a table or of a row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from itertools import combinations, pairwise, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import Damaged, MoeInspectError, reading
+from moe_inspect.text import plural, printable
+from moe_inspect.trace import parts, schema
+from moe_inspect.trace.files.location import Remote, inside
+from moe_inspect.trace.files.lock import is_locked, refuse_while_locked, settle
+from moe_inspect.trace.manifest import no_trace, writer_of
+from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
+from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
+from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.shard import Shard, codes
+from moe_inspect.trace.shard_list import ShardFiles
+from moe_inspect.trace.validate import read_schema
+
+CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
+STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
+COUNTED = ("tokens", "decisions", "assignments")
+
+
+class Violation(Damaged):
+    """The first rule that is violated, and the row of the file where there is one."""
+
+    def __init__(self, file: str, row: int | None, what: str):
+        super().__init__(file, what)
+        self.row = row
+
+
+@dataclass(repr=False)
+class Verification:
+    """The result of `verify`.
+
+    ok: no rule is violated. An interrupted trace may be ok.
+    status: "complete", "recording" (its writer is at work) or "interrupted".
+    resumable: --resume can continue it.
+    uncommitted: files that its writer was stopped in. Readers ignore them, --resume deletes them.
+    violation, file, row: the first violation, the file it is in, and the row (from 0) where there
+        is one; all None of a trace that is ok.
+    empty_slots: slots that routed nowhere: Σ counts = tokens × k − empty slots, router by router.
+    dropped: of these, those of which it is known which expert dropped them.
+    checked: a line per rule that was checked."""
+
+    path: str
+    ok: bool = True
+    status: str | None = None
+    resumable: bool = False
+    uncommitted: list[str] = field(default_factory=list)
+    violation: str | None = None
+    file: str | None = None
+    row: int | None = None
+    tokens: int = 0
+    decisions: int = 0
+    assignments: int = 0
+    empty_slots: int = 0
+    dropped: int = 0
+    documents: int = 0
+    shards: int = 0
+    checked: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        """What the command prints: the state of the trace and what was checked, or the first
+        violation."""
+        if not self.ok:
+            row = "" if self.row is None else f" row {self.row}"
+            return printable(f"{Path(self.path) / (self.file or '')}{row}: {self.violation}")
+        counts = (plural(getattr(self, name), name[:-1]) for name in COUNTED)
+        first = f"{self.path} {self.state}: {', '.join(counts)} in {plural(self.shards, 'shard')}"
+        return "\n".join([printable(first), *(f"  {line}" for line in self.checked)])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+    @property
+    def state(self) -> str:
+        """How a trace is that violates no rule, in words."""
+        resumed = " and can be resumed" if self.resumable else ""
+        interrupted = f"was interrupted{resumed}; what is committed is fine"
+        return STATE.get(self.status or "complete", interrupted)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(
+    trace: Trace | str | Path | Remote, progress: Callable[[int], None] | None = None
+) -> Verification:
+    """Checks a trace by every rule of its format (docs/trace-format.md), every byte of it.
+
+    A damaged file is a violation like any other. MoeInspectError where there is no trace.
+    `progress` is called with the number of tokens of each shard that is done."""
+    root = place_of(trace)
+    settle(root)
+    if not (root / schema.MANIFEST).is_file():
+        if root.is_dir() and any(root.iterdir()) and contents(root).is_free:
+            refuse_while_locked(root)
+            raise MoeInspectError(
+                f"no trace at {root} yet: its writer was stopped before anything was committed; "
+                "--resume starts it again"
+            )
+        raise no_trace(root)
+    for _ in range(TRIES):
+        found = Verification(address(trace))
+        opened = None
+        try:
+            opened = Trace(root)
+            _verify(opened, found, progress)
+        except Damaged as error:
+            found.ok, found.violation, found.file = False, error.what, error.file
+            found.row = error.row if isinstance(error, Violation) else None
+        except MoeInspectError as error:
+            if opened is not None:
+                raise
+            found.ok, found.violation, found.file = False, str(error), schema.MANIFEST
+        if found.ok or opened is None or not opened.is_replaced():
+            break
+    return found
+
+
+def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
+    files, stated = [shard.files for shard in trace.shards], trace.manifest.get("counts")
+    found.status = _status(trace)
+    plan = (trace.manifest.get("corpus") or {}).get("plan")
+    found.resumable = found.status == "interrupted" and plan is not None
+    _check_lines(trace, files)
+    unhashed = sum(_check_files(shard) for shard in shards_of(trace, "checksums"))
+    _check_orphans(trace, files, found)
+    found.checked += [
+        "sha256 and rows of every file are those of its line"
+        if not unhashed
+        else f"rows of every file are those of its line; {unhashed:,} files state no sha256: "
+        "a changed byte may go unseen in them",
+        "no orphaned files",
+        "tokens numbered without a gap",
+    ]
+    words = len(trace.vocabulary_table) or None
+    documents = Documents(trace)
+    found.documents = len(documents.number)
+    found.checked.append("documents declared once")
+    positions = Positions(bool((stated or {}).get("dropped")))
+    for shard in shards_of(trace, "checking rows"):
+        if trace.counts_only:
+            _check_counts(shard, found)
+        else:
+            phase_T = _check_tokens(shard, words, documents, positions)
+            _check_routing(shard, phase_T, found)
+            if "logits" in trace.tables:
+                _check_logits(shard, phase_T)
+        found.shards += 1
+        found.tokens += shard.files.tokens
+        if progress:
+            progress(shard.files.tokens)
+    if trace.status == "complete" and isinstance(stated, dict):
+        for name in ("tokens",) if trace.counts_only else ("tokens", "decisions"):
+            if stated.get(name) != (value := getattr(found, name)):
+                said = f"counts.{name} is {stated.get(name)}, the shards have {value}"
+                raise Violation(schema.MANIFEST, None, said)
+    found.checked += _rules_of_rows(trace, positions.strict)
+
+
+def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
+    """What was checked of the rows. `positions`: whether they were."""
+    last = "the manifest's totals are those of the shards"
+    if trace.counts_only:
+        return [
+            "every expert of every router listed once",
+            "Σ counts ≤ tokens × k for each router, none negative, sums finite",
+            last,
+        ]
+    rules = [
+        "token ids within the vocabulary",
+        "positions follow each other within a sequence"
+        if positions
+        else "positions: not checked, decisions were dropped",
+        "each router saw each of its tokens once, in order",
+        "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots",
+        "weights finite, present exactly where an expert is, descending where stated"
+        if trace.has_weights
+        else "no weights recorded",
+    ]
+    rules += [
+        f"{value}s of outputs finite, not negative, present exactly where an expert is"
+        for value in trace.slot_values
+        if value not in ("weight", schema.DROPPED)
+    ]
+    if trace.has_dropped:
+        rules += ["dropped experts < E, only in slots without an expert, none twice in a decision"]
+    if trace.has_loss:
+        rules += ["losses and entropies not negative, null in both or neither"]
+    if "logits" in trace.tables:
+        rules += ["logits of each decision, none NaN"]
+    return [*rules, last]
+
+
+def _status(trace: Trace) -> str:
+    if trace.status != "recording" or writer_of(trace.manifest) is not None:
+        return trace.status
+    locked = is_locked(trace.path)  # by a process of another machine
+    unknown = locked is None and isinstance(trace.path, Remote)
+    return "recording" if locked or unknown else "interrupted"
+
+
+# --- files: checksums, numbers of rows, no file that is not listed
+
+
+def _check_lines(trace: Trace, files: list[ShardFiles]) -> None:
+    """No unknown keys, and no checksums missing where others are stated: a key may have been
+    renamed."""
+    # whether the line before has checksums: a trace begun without them may be resumed with them
+    checked, known = False, read_schema("shard_line")["properties"].keys()
+    for shard in files:
+        for entry in map(json.loads, shard.lines):
+            stated = checked or not CHECKSUM_KEYS.isdisjoint(entry)
+            said = ""
+            if unknown := set(entry) - known:
+                said = f"the unknown key {min(unknown)!r}"
+            elif stated and (missing := (CHECKSUM_KEYS | {"sha256"}) - set(entry)):
+                said = f"no {min(missing)}"
+            if said:
+                name = f"shards-{shard.rank}.jsonl"
+                raise Violation(name, None, f"the line of {entry['path']} has {said}")
+            checked = "crc32" in entry
+    manifest = trace.manifest
+    if "digest" not in manifest and (checked or "vocabulary" in manifest):
+        said = "its digest was removed: lines of the same trace have checksums"
+        raise Violation(schema.MANIFEST, None, said)
+    stated = "vocabulary" in manifest or "digest" not in manifest
+    if not stated and (trace.path / schema.VOCABULARY).exists():
+        said = "it was added later: trace.json states no vocabulary"
+        raise Violation(schema.VOCABULARY, None, said)
+
+
+def _check_files(shard: Shard) -> int:
+    """Returns the number of files without a stated sha256."""
+    for table, name in shard.files.paths.items():
+        path, stated = inside(shard.trace.path, name), shard.files.stated[table].sha256
+        if not path.is_file():
+            raise Violation(name, None, "the file is missing")
+        if stated is not None:
+            with reading(path), path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != stated:
+                said = f"sha256 is {found[:12]}…, its line says {stated[:12]}…"
+                raise Violation(name, None, said)
+        shard.file(table)
+    return sum(stated.sha256 is None for stated in shard.files.stated.values())
+
+
+def _check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
+    """No files that no line names. A trace that is being written has some whose lines are to come;
+    one that was interrupted may have kept them."""
+    known = {path for shard in files for path in shard.paths.values()}
+    for table in trace.tables:
+        folder = inside(trace.path, table)
+        for file in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
+            name = f"{table}/{file.name}"
+            if name in known:
+                continue
+            unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
+            if not (unfinished and OF_A_TABLE.fullmatch(file.name)):
+                said = "an orphan: no line of shards-*.jsonl names it (--resume deletes it)"
+                raise Violation(name, None, said)
+            found.uncommitted.append(name)
+
+
+# --- rows: documents and tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a file, from row `start` on, that are checked."""
+
+    file: str
+    start: int = 0
+
+    def refuse(self, wrong_N: np.ndarray, what: str, *of_row: np.ndarray) -> None:
+        """Violation at the first row that is wrong. `what`: with a {} for the value that each of
+        the arrays `of_row` has there."""
+        if wrong_N.any():
+            n = int(wrong_N.argmax())
+            said = what.format(*(values_N[n] for values_N in of_row))
+            raise Violation(self.file, self.start + n, said)
+
+    def expect(self, column: str, found_N: np.ndarray, expected_N: np.ndarray) -> None:
+        self.refuse(found_N != expected_N, f"{column} is {{}}, not {{}}", found_N, expected_N)
+
+    def refuse_nulls(self, table: pa.Table, columns: Sequence[str]) -> None:
+        for column in columns:
+            if table[column].null_count:
+                self.refuse(table[column].is_null().to_numpy(), f"{column} is null")
+
+
+def _read(shard: Shard, table: str, columns: list[str]) -> tuple[Rows, pa.Table]:
+    name = shard.files.paths[table]
+    return Rows(name), parts.read(shard.file(table), name, columns, nulls=True)
+
+
+def _codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
+    """int64 [T]: codes of the labels in `known`, to which new ones are added."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    code_T, labels = codes(column)
+    return np.array([known.setdefault(x, len(known)) for x in labels], np.int64)[code_T]
+
+
+class Documents:
+    """The documents of all shards: number → domain. Violation where one is declared twice."""
+
+    def __init__(self, trace: Trace):
+        numbers, codes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        self.labels: dict[str, int] = {}
+        for shard in trace.shards:
+            rows, table = _read(shard, "documents", ["document", "domain"])
+            rows.refuse_nulls(table, ["domain"])
+            numbers.append(table["document"].to_numpy())
+            codes.append(_codes(table["domain"], self.labels))
+            rows.refuse(numbers[-1] < 0, "document is {}", numbers[-1])
+        number = np.concatenate(numbers)
+        order = np.argsort(number, kind="stable")
+        self.number, self.code = number[order], np.concatenate(codes)[order]
+        twice = np.zeros(len(number), bool)
+        twice[order[1:]] = self.number[1:] == self.number[:-1]
+        ends = np.cumsum([len(part) for part in numbers])
+        for shard, start, end in zip(trace.shards, ends[:-1], ends[1:], strict=True):
+            rows = Rows(shard.files.paths["documents"])
+            rows.refuse(twice[start:end], "document {} is declared a second time", number[start:])
+
+    def check(self, rows: Rows, document_T: np.ndarray, code_T: np.ndarray) -> None:
+        at_T = np.searchsorted(self.number, document_T)
+        known_T = np.isin(document_T, self.number)
+        rows.refuse(~known_T, "document {} is not declared in any shard", document_T)
+        label, expected_T = np.array([*map(repr, self.labels)], object), self.code[at_T]
+        said = "domain is {}, document {} is of {}"
+        rows.refuse(expected_T != code_T, said, label[code_T], document_T, label[expected_T])
+
+
+class Positions:
+    """The last position of each sequence of the shard before: a sequence may continue in the next
+    shard, and its positions with it."""
+
+    def __init__(self, dropped: bool):
+        self.strict = not dropped  # what was dropped leaves gaps
+        self.last: dict[int, int] = {}
+
+    def check(
+        self, rows: Rows, sequence_T: np.ndarray, encoded_T: np.ndarray, position_T: np.ndarray
+    ) -> None:
+        if not self.strict or not len(sequence_T):
+            return
+        # what an encoder reads has positions of its own
+        key_T = sequence_T.astype(np.int64) * 2 + encoded_T
+        order_T = np.argsort(key_T, kind="stable")
+        sorted_T, at_T = key_T[order_T], position_T[order_T]
+        wrong_T = np.zeros(len(key_T), bool)
+        wrong_T[order_T[1:]] = (sorted_T[1:] == sorted_T[:-1]) & (at_T[1:] != at_T[:-1] + 1)
+        edges = run_edges(sorted_T)
+        for i in edges[:-1]:
+            before = self.last.get(int(sorted_T[i]))
+            wrong_T[order_T[i]] = before is not None and at_T[i] != before + 1
+        said = "position is {} in sequence {}, not the position before + 1"
+        rows.refuse(wrong_T, said, position_T, sequence_T)
+        ends = edges[1:] - 1
+        self.last = dict(zip(sorted_T[ends].tolist(), at_T[ends].tolist(), strict=True))
+
+
+def _check_tokens(
+    shard: Shard, words: int | None, documents: Documents, positions: Positions
+) -> np.ndarray:
+    """The phase of each token, as an index into PHASES."""
+    names, columns = shard.trace.columns_of("tokens").names, schema.TOKENS.names
+    rows, table = _read(shard, "tokens", names)
+    rows.refuse_nulls(table, columns)
+    of = {name: table[name].to_numpy() for name in columns if name not in ("phase", "domain")}
+    expected_T = np.arange(shard.files.first_token, shard.files.last_token + 1)
+    rows.expect("token", of["token"], expected_T)
+    wrong_T = (of["token_id"] < -1) | (of["token_id"] >= (2**31 if words is None else words))
+    rows.refuse(wrong_T, f"token_id is {{}}, of a vocabulary of {words}", of["token_id"])
+    for column in ("document", "sequence", "position", "batch"):
+        rows.refuse(of[column] < 0, f"{column} is {{}}", of[column])
+    labels = {label: code for code, label in enumerate(schema.PHASES)}
+    phase_T = _codes(table["phase"], labels)
+    said = f"phase is {{!r}}, not one of {', '.join(schema.PHASES)}"
+    rows.refuse(phase_T >= len(schema.PHASES), said, np.array([*labels], object)[phase_T])
+    documents.check(rows, of["document"], _codes(table["domain"], documents.labels))
+    if loss := names[len(columns) :]:
+        _check_loss(rows, table.select(loss))
+    encoded_T = phase_T == schema.PHASES.index("encode")
+    positions.check(rows, of["sequence"], encoded_T, of["position"])
+    return phase_T
+
+
+def _check_loss(rows: Rows, values: pa.Table) -> None:
+    """A loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
+    none. (A loss is infinite where the model gave the token no probability.)"""
+    null_of = {name: values[name].is_null().to_numpy() for name in values.column_names}
+    for (one, one_T), (other, other_T) in permutations(null_of.items(), 2):
+        rows.refuse(one_T & ~other_T, f"{one} is null where {other} is not")
+    for column in values.column_names:
+        values_T = values[column].fill_null(0).to_numpy()
+        rows.refuse(np.isnan(values_T) | (values_T < -1e-3), f"{column} is {{}}", values_T)
+
+
+# --- decisions: one per router and token that reaches it; possible ids, weights and logits
+
+
+def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> None:
+    slots = range(max(r.top_k for r in shard.trace.routers))
+    values = shard.trace.slot_values
+    columns = [f"{name}_{j}" for name in ("expert", *values) for j in slots]
+    for r, rows, table in _parts_of_routers(shard, "routing", columns, phase_T):
+        router = shard.trace.routers[r]
+        ids = _experts(rows, table, slots, "expert", router, r)
+        meant = list(ids)
+        if schema.DROPPED in values:
+            dropped = _experts(rows, table, slots, schema.DROPPED, router, r)
+            for j, dropped_N in enumerate(dropped):
+                both_N = (dropped_N >= 0) & (ids[j] >= 0)
+                said = f"{schema.DROPPED}_{j} is {{}}, expert_{j} is {{}}: a slot is dropped or not"
+                rows.refuse(both_N, said, dropped_N, ids[j])
+                meant[j] = np.where(ids[j] >= 0, ids[j], dropped_N)
+                found.dropped += int((dropped_N >= 0).sum())
+        for (i, one_N), (j, other_N) in combinations(enumerate(meant), 2):
+            said = f"expert {{}} is in slots {i} and {j} of one decision of router {r}"
+            rows.refuse((one_N == other_N) & (other_N >= 0), said, other_N)
+        empty = sum(int((i < 0).sum()) for i in ids[: router.top_k])
+        found.decisions += len(table)
+        found.empty_slots += empty
+        found.assignments += len(table) * router.top_k - empty
+        for value in values:
+            if value != schema.DROPPED:
+                _check_values(rows, table, ids, value)
+        # as the manifest states: what does not state its order is put in order as it is read
+        if shard.trace.has_weights and shard.trace.stated_routers[r].first_choice_known:
+            _check_descending(rows, table, ids[: router.top_k])
+
+
+def _experts(
+    rows: Rows, table: pa.Table, slots: range, kind: str, router: schema.Router, r: int
+) -> list[np.ndarray]:
+    """The columns `kind` of experts, all of them the router's, −1 where null."""
+    ids = list[np.ndarray]()
+    for j in slots:
+        column, taken = table[f"{kind}_{j}"], j < router.top_k
+        if column.null_count:
+            column = column.cast(pa.int32()).fill_null(-1)
+        ids.append(column.to_numpy())
+        has = f"has {router.experts} experts" if taken else f"takes {router.top_k}"
+        wrong_N = ids[j] >= (router.experts if taken else 0)
+        rows.refuse(wrong_N, f"{kind}_{j} is {{}}, router {r} {has}", ids[j])
+    return ids
+
+
+def _check_values(rows: Rows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
+    """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
+    and peaks not negative."""
+    for j, ids_N in enumerate(ids):
+        column, wanted_N = table[f"{value}_{j}"], ids_N >= 0
+        there_N = column.is_valid().to_numpy()
+        rows.refuse(wanted_N & ~there_N, f"{value}_{j} is null, expert_{j} is there")
+        rows.refuse(there_N & ~wanted_N, f"{value}_{j} is there, expert_{j} is null")
+        least = -np.inf if value == "weight" else 0
+        _check_size(rows, f"{value}_{j}", column.fill_null(0).to_numpy(), least)
+
+
+def _check_size(rows: Rows, column: str, values_N: np.ndarray, least: float) -> None:
+    wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
+    rows.refuse(wrong_N, f"{column} is {{}}", values_N)
+
+
+def _check_descending(rows: Rows, table: pa.Table, ids: list[np.ndarray]) -> None:
+    """Slots are in descending weight, those that routed nowhere last."""
+    weights = [
+        np.where(ids_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf)
+        for j, ids_N in enumerate(ids)
+    ]
+    for j, (before_N, after_N) in enumerate(pairwise(weights)):
+        said = f"weight_{j} is {{:.6g}}, weight_{j + 1} is {{:.6g}}: the manifest says that weights"
+        rows.refuse(before_N < after_N, f"{said} descend", before_N, after_N)
+
+
+def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
+    for r, rows, table in _parts_of_routers(shard, "logits", ["logits"], phase_T):
+        column = table["logits"].combine_chunks()
+        width, E = getattr(column.type, "list_size", 0), shard.trace.routers[r].experts
+        if width < E or column.null_count:
+            said = f"logits are {width} wide, router {r} has {E} experts"
+            raise Violation(rows.file, rows.start, said)
+        values_NE = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)[:, :E]
+        rows.refuse(np.isnan(values_NE).any(1), f"a router logit of router {r} is NaN")
+
+
+def _parts_of_routers(
+    shard: Shard, table: str, columns: list[str], phase_T: np.ndarray
+) -> Iterator[tuple[int, Rows, pa.Table]]:
+    """(router, its rows, decisions) of each part of a row group that is of one router. Checks that
+    each router has the tokens that reach it, once and in order."""
+    name, routers, file = shard.files.paths[table], shard.trace.routers, shard.file(table)
+    sees_rP = [np.array([router.sees(phase) for phase in schema.PHASES]) for router in routers]
+    done, before = [0] * len(routers), 0
+    for g in range(file.metadata.num_row_groups):
+        group = parts.read(file, name, ["token", "layer", "router", *columns], [g])
+        router_N = group["router"].to_numpy()
+        for start, end in pairwise(run_edges(router_N).tolist()):
+            r, part, rows = int(router_N[start]), group[start:end], Rows(name, before + start)
+            _check_routers(rows, part, routers)
+            token_N = shard.files.first_token + np.flatnonzero(sees_rP[r][phase_T])
+            if done[r] + len(part) > len(token_N):
+                said = (
+                    f"router {r} (layer {routers[r].layer}) has more decisions than the "
+                    f"{len(token_N)} tokens that reach it"
+                )
+                raise Violation(name, rows.start + len(token_N) - done[r], said)
+            expected_N = token_N[done[r] : done[r] + len(part)]
+            rows.expect("token", part["token"].to_numpy(), expected_N)
+            done[r] += len(part)
+            yield r, rows, part
+        before += len(group)
+    for r, n in enumerate(done):
+        if n != (tokens := int(sees_rP[r][phase_T].sum())):
+            said = (
+                f"router {r} (layer {routers[r].layer}) has {n} decisions for the {tokens} tokens "
+                "that reach it"
+            )
+            raise Violation(name, before, said)
+
+
+def _check_routers(rows: Rows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
+    """The routers are those of the manifest, of the layers that it states. Returns them."""
+    router_N = table["router"].to_numpy()
+    strange_N = router_N >= len(routers)
+    rows.refuse(strange_N, f"router is {{}}, the manifest lists {len(routers)}", router_N)
+    layer_L = np.array([r.layer for r in routers])
+    rows.expect("layer", table["layer"].to_numpy(), layer_L[router_N])
+    return router_N
+
+
+# --- counts: every expert of every router once, sums within what the tokens allow
+
+
+def _check_counts(shard: Shard, found: Verification) -> None:
+    routers, tokens = shard.trace.routers, shard.files.tokens
+    rows, table = _read(shard, "counts", shard.trace.columns_of("counts").names)
+    labels: dict[str, int] = {}
+    rows.refuse_nulls(table, ["domain"])
+    domain_N = _codes(table["domain"], labels)
+    router_N, expert_N = _check_routers(rows, table, routers), table["expert"].to_numpy()
+    load_N, first_N = (
+        table[column].fill_null(0).to_numpy() for column in ("assignments", "first_choice")
+    )
+    rows.refuse(load_N < 0, "assignments is {}", load_N)
+    rows.refuse(first_N < 0, "first_choice is {}", first_N)
+    rows.refuse_nulls(table, ["assignments"])
+    said = "first_choice is {} of {} assignments"
+    rows.refuse(first_N > load_N, said, first_N, load_N)
+    experts_N = np.array([router.experts for router in routers])[router_N]
+    said = "expert is {}, router {} has {} experts"
+    rows.refuse(expert_N >= experts_N, said, expert_N, router_N, experts_N)
+    for r, router in enumerate(routers):
+        of_router = np.flatnonzero(router_N == r)
+        row = int(of_router[0]) if len(of_router) else 0
+        times_DE = np.zeros((len(labels), router.experts), np.int64)
+        np.add.at(times_DE, (domain_N[of_router], expert_N[of_router]), 1)
+        times_DE = times_DE[np.unique(domain_N)]
+        if (times_DE != 1).any():
+            d, e = (int(i[0]) for i in np.nonzero(times_DE != 1))
+            said = f"router {r} lists expert {e} {times_DE[d, e]} times in one domain"
+            raise Violation(rows.file, row, said)
+        total, firsts = int(load_N[of_router].sum()), int(first_N[of_router].sum())
+        most = tokens * router.top_k
+        if total > most or firsts > tokens:
+            said = f"router {r} has {total} assignments and {firsts} first choices of {tokens}"
+            raise Violation(rows.file, row, f"{said} tokens × {router.top_k}")
+        found.assignments += total
+        found.empty_slots += most - total
+        found.decisions += tokens
+    if shard.trace.has_weights:
+        _check_size(rows, "weight_sum", table["weight_sum"].to_numpy(), -np.inf)
+    if shard.trace.has_energy:
+        _check_size(rows, "energy", table["energy"].to_numpy(), 0.0)
