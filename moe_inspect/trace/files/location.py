@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.text import first_line
@@ -99,7 +100,7 @@ class Remote:
             return self.filesystem.cat_file(self.path)
 
     @contextmanager
-    def open(self, mode: Literal["rb"]) -> Iterator[BinaryIO]:
+    def open(self, mode: Literal["rb"]) -> Iterator[BufferedIOBase]:
         with _told(), self.filesystem.open(self.path, mode, block_size=BLOCK_BYTES) as file:
             yield file
 
