@@ -104,6 +104,11 @@ def _of_run(
     return gather(function(trace.shard(number), *arguments) for number in run)
 
 
+def shares(routers: Sequence[int], n: int) -> list[Sequence[int]]:
+    """The routers in n consecutive parts of about one size."""
+    return [routers[len(routers) * i // n : len(routers) * (i + 1) // n] for i in range(n)]
+
+
 def by_router(
     trace: Trace,
     routers: Sequence[int],
@@ -115,12 +120,12 @@ def by_router(
     something of each of the routers. Here it is called once."""
     with workers(trace) as at:
         n = min(at.width, len(routers))
-        shares = [routers[len(routers) * i // n : len(routers) * (i + 1) // n] for i in range(n)]
+        parts = shares(routers, n)
         # a function that is called here tells of its shards
         advance = phase(name, len(routers), "routers") if trace.scheduler is not None else None
         whole = dict[int, Any]()
-        tasks = ((share, *arguments) for share in shares)
-        for share, part in zip(shares, at.each(function, (trace,), tasks), strict=True):
+        tasks = ((share, *arguments) for share in parts)
+        for share, part in zip(parts, at.each(function, (trace,), tasks), strict=True):
             whole |= part
             if advance:
                 advance(len(share))

@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
-from moe_inspect.analysis.counting.router_counts import Decisions, RouterCounts, count_router
+from moe_inspect.analysis.counting.router_counts import RouterCounts, RouterDecisions, count_router
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.runs import run_edges
@@ -27,6 +27,7 @@ from moe_inspect.trace.schema import DROPPED, sees
 from moe_inspect.trace.shard import Shard, codes
 
 NEEDS_WEIGHTS = frozenset({"load", "esft", "weights", "worth"})
+NEEDS_SIZES = frozenset({"worth"})
 NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
 
 
@@ -39,6 +40,10 @@ class Windows:
     tokens: int
     count: int
     before: dict[tuple[int, int], int]
+
+    def of(self, shard: Shard, number_T: Any = 0) -> Any:
+        """The windows of the shard's tokens of these numbers, which begin with 0."""
+        return (self.before[shard.files.rank, shard.files.index] + number_T) // self.tokens
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,7 @@ def prepare_shard(
     part.domains = [every.domains[d] for d in domain_U]
     part.token_ids_V = _occurrences(every)
     if windows:
-        first_T = windows.before[shard.files.rank, shard.files.index] + every.number_T
-        window_T = first_T // windows.tokens
+        window_T = windows.of(shard, every.number_T)
         at_W = run_edges(window_T)[:-1]
         part.first_token_W[window_T[at_W]] = shard.files.first_token + every.number_T[at_W]
     for stack in sorted({part.routers[r].stack for r in part.indices}):
@@ -195,7 +199,18 @@ def prepare_shard(
             of_seen_T = np.searchsorted(key_U, _unit(seen))
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(of_seen_T, minlength=len(key_U))
-        token_rows = _token_rows(seen, of_seen_T, len(key_U), domain_of_U, windows, shard)
+        batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
+        token_rows = kernels_numpy.TokenRows(
+            of_seen_T,
+            domain_of_U[of_seen_T],
+            batch_T,
+            windows.of(shard, seen.number_T) if windows else np.zeros_like(of_seen_T),
+            len(key_U),
+            len(part.domains),
+            len(batch_B),
+            windows.count if windows else 1,
+            seen.order,
+        )
         prepared.stacks[stack] = seen, token_rows
     return prepared
 
@@ -206,8 +221,8 @@ def count_routers(
     by: Any,
     visit: Callable[[int, kernels_numpy.Slots], None] | None = None,
 ) -> dict[int, RouterCounts]:
-    """The counts of routers of a shard. `by`: the kernels. `visit` is given the decisions of each
-    too."""
+    """The counts of routers of a shard, none where token ids alone are counted. `by`: the kernels.
+    `visit` is given the decisions of each too."""
     part, shard, counts = prepared.part, prepared.shard, dict[int, RouterCounts]()
     for stack, (seen, token_rows) in prepared.stacks.items():
         chosen = [r for r in routers if part.routers[r].stack == stack]
@@ -217,8 +232,9 @@ def count_routers(
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
-                decisions = _decisions(shard, r, slots, seen, token_rows, by, part.wants)
-                counts[r] = count_router(decisions, part.wants)
+                if part.wants != frozenset({"token_ids"}):
+                    decisions = _decisions(shard, r, slots, seen, token_rows, by, part.wants)
+                    counts[r] = count_router(decisions, part.wants)
                 if visit:
                     visit(r, slots)
             if before is not None and r in reached:
@@ -231,26 +247,6 @@ def count_routers(
     return counts
 
 
-def _token_rows(
-    seen: SelectedTokens,
-    unit_T: np.ndarray,
-    U: int,
-    domain_of_U: np.ndarray,
-    windows: Windows | None,
-    shard: Shard,
-) -> kernels_numpy.TokenRows:
-    """The rows that each token of a shard is counted in, the same for all routers of a stack."""
-    batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
-    first = windows.before[shard.files.rank, shard.files.index] if windows else 0
-    window_T = (
-        (first + seen.number_T) // windows.tokens if windows else np.zeros(len(unit_T), np.int64)
-    )
-    sizes = U, int(domain_of_U.max()) + 1, len(batch_B), windows.count if windows else 1
-    return kernels_numpy.TokenRows(
-        unit_T, domain_of_U[unit_T], batch_T, window_T, *sizes, seen.order
-    )
-
-
 def _decisions(
     shard: Shard,
     r: int,
@@ -259,29 +255,26 @@ def _decisions(
     token_rows: kernels_numpy.TokenRows,
     kernels: Any,
     wants: frozenset[str],
-) -> Decisions:
-    router, weights, logits_TE = shard.trace.routers[r], None, None
-    if shard.trace.has_weights and wants & NEEDS_WEIGHTS:
-        weights = seen.of(shard.slot_weights(r), r)
-    if "logits" in wants and "logits" in shard.trace.tables:
+) -> RouterDecisions:
+    trace, logits_TE = shard.trace, None
+
+    def values(name: str, needed_by: frozenset[str]) -> kernels_numpy.Slots | None:
+        if wants.isdisjoint(needed_by) or name not in trace.slot_values:
+            return None
+        return seen.of(shard.slot_values(r, name), r)
+
+    if "logits" in wants and "logits" in trace.tables:
         (logits_TE,) = seen.of((shard.logits(r),), r)
-    return Decisions(
-        router.experts,
-        router.top_k,
-        router.first_choice_known,
-        router.scoring,
+    return RouterDecisions(
+        trace.routers[r],
         slots,
-        weights,
-        logits_TE,
         token_rows,
         kernels,
-        *(
-            seen.of(shard.slot_values(r, value), r)
-            if "worth" in wants and value in shard.trace.slot_values
-            else None
-            for value in ("norm", "peak")
-        ),
-        dropped=seen.of(shard.slots(r, DROPPED), r) if shard.trace.has_dropped else None,
+        weights=values("weight", NEEDS_WEIGHTS),
+        norms=values("norm", NEEDS_SIZES),
+        peaks=values("peak", NEEDS_SIZES),
+        logits_TE=logits_TE,
+        dropped=seen.of(shard.slots(r, DROPPED), r) if trace.has_dropped else None,
     )
 
 
@@ -356,7 +349,7 @@ def _tokens_counted(
 
 def _windows_of_counted(shard: Shard, part: Counts, windows: Windows) -> None:
     """Counts know no order within a shard: all of it is in the window in which it begins."""
-    w = windows.before[shard.files.rank, shard.files.index] // windows.tokens
+    w = windows.of(shard)
     part.first_token_W[w] = shard.files.first_token
     for r, counts in part.of.items():
         counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
+from moe_inspect.analysis.counting import token_ids
 from moe_inspect.analysis.counting.count_shard import (
     PreparedShard,
     Windows,
@@ -17,25 +17,20 @@ from moe_inspect.analysis.counting.count_shard import (
     prepare_shard,
 )
 from moe_inspect.analysis.counting.counts import Counts, empty_like, joined, merge, no_counts
+from moe_inspect.analysis.counting.kernels_numpy import Slots
 from moe_inspect.analysis.counting.router_counts import BASE, SRP_LENGTHS, WANTS
 from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.analysis.counting.token_ids import (
-    Plan,
-    ShardRows,
-    TokenTables,
-    by_token_id,
-    plans_of,
-)
-from moe_inspect.analysis.tasks import by_router, runs_of, workers
+from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import Advance, phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
-from moe_inspect.workers import Threads, Workers
+from moe_inspect.workers import Threads
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
+TABLE_BYTES = 84 * 2**20  # of the tables by token id of the routers that are counted together
 Arguments = tuple[Selection, frozenset[str], Windows | None, bool]  # of count_shard
 # assignments from which the compiled kernels are worth the second that loading them takes
 LONG = 20_000_000
@@ -69,24 +64,10 @@ def count_trace(
     if not arguments[-1]:
         threads = 1  # what numpy counts holds the GIL
     if "token_ids" in asked:
-        total = count_by_token_id(
-            trace,
-            arguments,
-            total,
-            base=asked != frozenset({"token_ids"}),
-            top=top,
-            threads=threads,
-            progress=progress,
-        )
+        total = _with_token_ids(trace, arguments, total, top, threads, progress)
     else:
-        advance, runs = counting(trace, selection.routers), runs_of(trace)
-        with workers(trace, threads=threads) as at:
-            for run, part in zip(runs, _parts(trace, arguments, at, runs), strict=True):
-                total.add(part)
-                tokens = sum(trace.shard(number).files.tokens for number in run)
-                advance(tokens * len(selection.routers))
-                if progress:
-                    progress(tokens * len(selection.routers))
+        for part in _of_runs(trace, arguments, threads, progress):
+            total.add(part)
     missing = (selection.domains or frozenset[str]()) - total.labels
     if missing:
         raise MoeInspectError(
@@ -115,47 +96,6 @@ def is_long(trace: Trace, selection: Selection, wants: frozenset[str] = BASE) ->
     return trace.n_tokens * (sum(r.top_k for r in routers) + cells / 2) >= LONG
 
 
-def _parts(
-    trace: Trace, arguments: Arguments, at: Workers, runs: Sequence[range]
-) -> Iterator[Counts]:
-    """The counts of every run of shards, in order. The routers of the last runs are shared out
-    among threads, so that none is left with a whole run while others have nothing."""
-    routers, width = arguments[0].routers, at.width
-    here = isinstance(at, Threads)
-    splits = here and not trace.counts_only
-    pieces_of = [
-        min(width, len(routers)) if splits and len(runs) - i <= width else 1
-        for i in range(len(runs))
-    ]
-    tasks = (
-        (run, routers[j * len(routers) // n : (j + 1) * len(routers) // n])
-        for run, n in zip(runs, pieces_of, strict=True)
-        for j in range(n)
-    )
-    found = at.each(_counts_of, (trace, *arguments, not here), tasks)
-    for n in pieces_of:
-        yield joined(next(found) for _ in range(n))
-
-
-def _counts_of(
-    trace: Trace,
-    selection: Selection,
-    wants: frozenset[str],
-    windows: Windows | None,
-    fast: bool,
-    sent: bool,
-    run: range,
-    routers: tuple[int, ...],
-) -> Counts:
-    """The counts of a run of shards at some routers. `sent`: to another process."""
-    asked = selection, wants, windows, fast, routers
-    parts = (count_shard(trace.shard(number), *asked) for number in run)
-    counts = merge(parts) if len(run) > 1 else next(parts)
-    for of in counts.of.values() if sent else ():
-        of.narrow()
-    return counts
-
-
 def windows_of(trace: Trace, selection: Selection, window: int | None) -> Windows:
     """Windows of `window` tokens of the trace in execution order (of those, the selection's are
     counted). The ranks of a distributed run worked side by side: each fills its share of a
@@ -179,27 +119,84 @@ def windows_of(trace: Trace, selection: Selection, window: int | None) -> Window
     return Windows(tokens, count, before)
 
 
-TABLE_BYTES = 84 * 2**20  # of the tables of the routers that are counted together
+def _counting(
+    trace: Trace, routers: Sequence[int], progress: Callable[[int], None] | None
+) -> Advance:
+    """Begins the phase in which the decisions of these routers are counted. What it returns is
+    called with the number of decisions done, and tells `progress` too."""
+    advance = phase("counting", trace.n_tokens * len(routers), "decisions")
+
+    def told(decisions: int) -> None:
+        advance(decisions)
+        if progress:
+            progress(decisions)
+
+    return told
+
+
+# --- by runs of shards
+
+
+def _of_runs(
+    trace: Trace, arguments: Arguments, threads: int, progress: Callable[[int], None] | None
+) -> Iterator[Counts]:
+    """The counts of every run of shards, in order. The routers of the last runs are shared out
+    among threads, so that none is left with a whole run while others have nothing."""
+    routers, runs = arguments[0].routers, runs_of(trace)
+    told = _counting(trace, routers, progress)
+    with workers(trace, threads=threads) as at:
+        here = isinstance(at, Threads)
+        most = min(at.width, len(routers)) if here and not trace.counts_only else 1
+        pieces_of = [most if len(runs) - i <= at.width else 1 for i in range(len(runs))]
+        tasks = (
+            (run, share)
+            for run, n in zip(runs, pieces_of, strict=True)
+            for share in shares(routers, n)
+        )
+        found = at.each(_counts_of, (trace, *arguments, not here), tasks)
+        for run, n in zip(runs, pieces_of, strict=True):
+            yield joined(next(found) for _ in range(n))
+            told(sum(trace.shard(number).files.tokens for number in run) * len(routers))
+
+
+def _counts_of(
+    trace: Trace,
+    selection: Selection,
+    wants: frozenset[str],
+    windows: Windows | None,
+    fast: bool,
+    sent: bool,
+    run: range,
+    routers: tuple[int, ...],
+) -> Counts:
+    """The counts of a run of shards at some routers. `sent`: to another process."""
+    asked = selection, wants, windows, fast, routers
+    parts = (count_shard(trace.shard(number), *asked) for number in run)
+    counts = merge(parts) if len(run) > 1 else next(parts)
+    for of in counts.of.values() if sent else ():
+        of.narrow()
+    return counts
+
+
+# --- by groups of routers, whose tables by token id fit in memory
 
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """What is counted of any group of routers. `base`: also what is not by token id. `top`: token
-    ids per expert that are listed."""
+    """What is counted of any group of routers. `top`: token ids per expert that are listed."""
 
     selection: Selection
     wants: frozenset[str]
     windows: Windows | None
     fast: bool
-    base: bool
-    plans: Mapping[str, Plan]
+    plans: Mapping[str, token_ids.TokenIdPlan]
     top: int
 
-    def prepared(self, shard: Shard) -> tuple[PreparedShard, dict[str, ShardRows]]:
+    def prepared(self, shard: Shard) -> tuple[PreparedShard, dict[str, token_ids.ShardRows]]:
         """What is read of a shard once for all routers."""
         prepared = prepare_shard(shard, self.selection, self.wants, self.windows)
         rows = {
-            stack: ShardRows.of(shard, seen, self.plans[stack], kernels(self.fast))
+            stack: token_ids.ShardRows.of(shard, seen, self.plans[stack], kernels(self.fast))
             for stack, (seen, _) in prepared.stacks.items()
         }
         return prepared, rows
@@ -208,70 +205,55 @@ class GroupRequest:
 class RouterGroup:
     """The counts of some routers while shards are added, in their order."""
 
-    def __init__(self, trace: Trace, request: GroupRequest, empty: Counts, routers: list[int]):
+    def __init__(self, trace: Trace, request: GroupRequest, empty: Counts, routers: Sequence[int]):
         self.request, self.routers, self.counts = request, tuple(routers), empty_like(empty)
         self.by = kernels(request.fast)
         self.tables = {
-            r: TokenTables(request.plans[trace.routers[r].stack], trace.routers[r]) for r in routers
+            r: token_ids.TokenTables(request.plans[trace.routers[r].stack], trace.routers[r])
+            for r in routers
         }
 
-    def add(self, prepared: PreparedShard, rows: Mapping[str, ShardRows]) -> None:
-        def visit(r: int, slots: Any) -> None:
+    def add(self, prepared: PreparedShard, rows: Mapping[str, token_ids.ShardRows]) -> None:
+        part = replace(prepared.part, of={})
+
+        def visit(r: int, slots: Slots) -> None:
             self.tables[r].add(rows[part.routers[r].stack], slots, self.by)
 
-        part = replace(prepared.part, of={})
-        if self.request.base:
-            part.of = count_routers(prepared, self.routers, self.by, visit)
-        else:
-            for stack, (seen, _) in prepared.stacks.items():
-                for r in self.routers:
-                    if part.routers[r].stack == stack:
-                        visit(r, seen.of(prepared.shard.slots(r), r))
+        part.of = count_routers(prepared, self.routers, self.by, visit)
         self.counts.add(part)
 
     def result(self) -> Counts:
         """Tables are given back one by one."""
         for r in self.routers:
-            self.counts.by_token_id[r] = by_token_id(self.tables.pop(r), self.request.top)
+            tables = self.tables.pop(r)
+            self.counts.by_token_id[r] = token_ids.by_token_id(tables, self.request.top)
         return self.counts
 
 
-def count_by_token_id(
+def _with_token_ids(
     trace: Trace,
-    arguments: tuple[Selection, frozenset[str], Windows | None, bool],
+    arguments: Arguments,
     empty: Counts,
-    *,
-    base: bool,
     top: int,
     threads: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None,
 ) -> Counts:
-    """The counts of a trace with those by token id. `arguments`: of count_shard. `empty`: what is
-    added to."""
+    """`empty`: what is added to."""
     selection, *_ = arguments
-    request = GroupRequest(*arguments, base, plans_of(trace, selection, every=not top), top)
-    routers = list(selection.routers)
+    plans = token_ids.plans_of(trace, selection, every=not top)
+    request, routers = GroupRequest(*arguments, plans, top), list(selection.routers)
     if trace.scheduler is not None:
         found = by_router(trace, routers, "counting", _on_a_worker, request, empty)
         if progress:
             progress(trace.n_tokens * len(routers))
         return joined(found.values())
-    advance = counting(trace, routers)
-
-    def told(decisions: int) -> None:
-        advance(decisions)
-        if progress:
-            progress(decisions)
-
-    parts = list[Counts]()
-    for group in _groups(trace, request, routers):
-        parts += _on_threads(trace, request, empty, group, threads, told)
-    return joined(parts)
-
-
-def counting(trace: Trace, routers: Sequence[int]) -> Advance:
-    """Begins the phase in which the decisions of these routers are counted."""
-    return phase("counting", trace.n_tokens * len(routers), "decisions")
+    told = _counting(trace, routers, progress)
+    groups = _groups(trace, request, routers)
+    return joined(
+        part
+        for group in groups
+        for part in _on_threads(trace, request, empty, group, threads, told)
+    )
 
 
 def _groups(trace: Trace, request: GroupRequest, routers: list[int]) -> Iterator[list[int]]:
@@ -293,22 +275,19 @@ def _on_threads(
     empty: Counts,
     routers: list[int],
     threads: int,
-    progress: Advance,
+    told: Advance,
 ) -> list[Counts]:
     """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
     n = min(threads, len(routers))
-    shares = [routers[i * len(routers) // n : (i + 1) * len(routers) // n] for i in range(n)]
-    groups = [RouterGroup(trace, request, empty, share) for share in shares]
+    groups = [RouterGroup(trace, request, empty, share) for share in shares(routers, n)]
     with ThreadPoolExecutor(n) as pool:
-        running = list[Future[None]]()
+        running: Iterable[None] = ()
         for shard in trace.shards:
-            prepared = request.prepared(shard)
-            for share in running:
-                share.result()
-            running = [pool.submit(group.add, *prepared) for group in groups]
-            progress(shard.files.tokens * len(routers))
-        for share in running:
-            share.result()
+            prepared, rows = request.prepared(shard)
+            list(running)  # waits for them, and raises what they raise
+            running = pool.map(RouterGroup.add, groups, [prepared] * n, [rows] * n)
+            told(shard.files.tokens * len(routers))
+        list(running)
     # one after the other: numpy holds the GIL, and each takes the memory that the last gave back
     return [group.result() for group in groups]
 

@@ -11,7 +11,7 @@ frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, load, logit_confidence
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.specialization import Expected
+from moe_inspect.trace.schema import Router
 
 SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
 WANTS = {
@@ -135,11 +136,15 @@ class RouterCounts:
             return None
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Sets fields by name."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
     def narrow(self) -> None:
         """Holds its tables in the narrowest types there are for them, to be sent and added to
         others; nothing can be added to them."""
-        for name in DECLARED:
-            setattr(self, name, narrowed(getattr(self, name)))
+        self.put({name: narrowed(getattr(self, name)) for name in DECLARED})
 
     def add(self, other: RouterCounts, rows: dict[str, MergedRows]) -> None:
         """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
@@ -230,37 +235,48 @@ class MergedRows:
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """What one router decided on the selected tokens of a shard. `slots`, `weights` (None: not
-    recorded or not asked for): k arrays [T]; logits_TE, norms, peaks and `dropped`, the experts
-    that dropped a slot: None likewise. `ranked`: whether slot 0 is the first choice. `kernels`: the
-    module to count with, kernels_numpy or kernels_numba."""
+class RouterDecisions:
+    """What one router decided on the selected tokens of a shard. `slots`, `weights`, norms, peaks:
+    k arrays [T]; `dropped`: the experts that dropped a slot. All but the slots are None where they
+    are not recorded, or not asked for. `kernels`: the module to count with, kernels_numpy or
+    kernels_numba."""
 
-    E: int
-    k: int
-    ranked: bool
-    scoring: str
+    router: Router
     slots: Slots
-    weights: Slots | None
-    logits_TE: np.ndarray | None
     token_rows: TokenRows
     kernels: Any
+    weights: Slots | None = None
     norms: Slots | None = None
     peaks: Slots | None = None
+    logits_TE: np.ndarray | None = None
     dropped: Slots | None = None
 
+    @property
+    def E(self) -> int:
+        return self.router.experts
 
-def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
+    def sums_DE(self, values: Slots) -> np.ndarray:
+        """Values of each expert's assignments, summed by domain. float64 [D, E]"""
+        rows = self.token_rows
+        return self.kernels.weight_sum(rows.domain_T, self.slots, values, rows.D, self.E)
+
+    def sums_UE(self, values: Slots) -> np.ndarray:
+        """The same by unit. float64 [U, E]"""
+        rows = self.token_rows
+        return self.kernels.weight_sum(rows.unit_T, self.slots, values, rows.U, self.E)
+
+
+def count_router(of: RouterDecisions, wants: frozenset[str]) -> RouterCounts:
     """The counts of one router in one shard; those of transitions need the next router too and are
     filled by count_shard."""
-    E, token_rows = of.E, of.token_rows
-    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, token_rows, E)
-    counts = RouterCounts(assignments_UE, first_DE if of.ranked else None, None)
+    ranked, token_rows = of.router.first_choice_known, of.token_rows
+    assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, token_rows, of.E)
+    counts = RouterCounts(assignments_UE, first_DE if ranked else None, None)
     if of.weights is not None:
-        counts.weight_sum_DE = _weight_sum(of, of.weights)
-    counts.null_slots = of.k * len(of.slots[0]) - int(load_BE.sum())
+        counts.weight_sum_DE = of.sums_DE(of.weights)
+    counts.null_slots = of.router.top_k * len(of.slots[0]) - int(load_BE.sum())
     if of.dropped is not None:
-        counts.dropped_UE = load(token_rows.unit_T, of.dropped, token_rows.U, E)
+        counts.dropped_UE = load(token_rows.unit_T, of.dropped, token_rows.U, of.E)
     counts.batches = _batches(token_rows.tokens_B, load_BE)
     if "windows" in wants:
         counts.window_load_WE, counts.window_tokens_W = load_WE, token_rows.tokens_W.copy()
@@ -268,10 +284,6 @@ def count_router(of: Decisions, wants: frozenset[str]) -> RouterCounts:
         if want in wants:
             fill(of, counts)
     return counts
-
-
-def _weight_sum(of: Decisions, weights: Slots) -> np.ndarray:
-    return of.kernels.weight_sum(of.token_rows.domain_T, of.slots, weights, of.token_rows.D, of.E)
 
 
 def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
@@ -283,39 +295,38 @@ def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, 
     return found
 
 
-def _pairs(of: Decisions, counts: RouterCounts) -> None:
+def _pairs(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.by_slot_EE = of.kernels.by_slot(of.slots, of.E)
 
 
-def _repetition(of: Decisions, counts: RouterCounts) -> None:
+def _repetition(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.pairs_U = of.token_rows.pairs_U.copy()
     nowhere = of.E if counts.null_slots else 2**16
     first_same_U, counts.any_same_U = of.kernels.repetition(of.slots, of.token_rows, nowhere)
-    counts.first_same_U = first_same_U if of.ranked else None
+    counts.first_same_U = first_same_U if of.router.first_choice_known else None
 
 
-def _srp(of: Decisions, counts: RouterCounts) -> None:
+def _srp(of: RouterDecisions, counts: RouterCounts) -> None:
     counts.srp = {m: of.kernels.srp(of.slots, of.token_rows, of.E, m) for m in SRP_LENGTHS}
 
 
-def _esft(of: Decisions, counts: RouterCounts) -> None:
-    order, D = of.token_rows.order, of.token_rows.D
+def _esft(of: RouterDecisions, counts: RouterCounts) -> None:
+    order, k = of.token_rows.order, of.router.top_k
     assert order is not None, "tokens were read without their order"
     mean_T = 1 / order.size_S[order.sample_T]  # a token's part of its sample's mean
     first_S = of.token_rows.domain_T[order.first_S]
-    counts.samples_D = np.bincount(first_S, minlength=D).astype(np.int64)
-    counts.esft_token_DE = _weight_sum(of, (mean_T / of.k,) * of.k)
+    counts.samples_D = np.bincount(first_S, minlength=of.token_rows.D).astype(np.int64)
+    counts.esft_token_DE = of.sums_DE((mean_T / k,) * k)
     if of.weights is not None:
-        counts.esft_gate_DE = _weight_sum(of, tuple(weight_T * mean_T for weight_T in of.weights))
+        counts.esft_gate_DE = of.sums_DE(tuple(weight_T * mean_T for weight_T in of.weights))
 
 
-def _worth(of: Decisions, counts: RouterCounts) -> None:
-    unit_T, U = of.token_rows.unit_T, len(counts.assignments_UE)
+def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
     if of.norms is not None:
-        counts.norm_UE = of.kernels.weight_sum(unit_T, of.slots, of.norms, U, of.E)
+        counts.norm_UE = of.sums_UE(of.norms)
         if of.weights is not None:
             gated = tuple(w * n for w, n in zip(of.weights, of.norms, strict=True))
-            counts.gated_norm_UE = of.kernels.weight_sum(unit_T, of.slots, gated, U, of.E)
+            counts.gated_norm_UE = of.sums_UE(gated)
     if of.peaks is not None:
         peak_E = np.zeros(of.E + 1, np.float32)  # the last: slots that routed nowhere
         for ids_T, peak_T in zip(of.slots, of.peaks, strict=True):
@@ -323,19 +334,17 @@ def _worth(of: Decisions, counts: RouterCounts) -> None:
         counts.peak_E = peak_E[: of.E]
 
 
-def _weights(of: Decisions, counts: RouterCounts) -> None:
+def _weights(of: RouterDecisions, counts: RouterCounts) -> None:
     if of.weights is not None:
-        for name, value in of.kernels.weight_confidence(of.weights).items():
-            setattr(counts, name, value)
+        counts.put(of.kernels.weight_confidence(of.weights))
 
 
-def _logits(of: Decisions, counts: RouterCounts) -> None:
+def _logits(of: RouterDecisions, counts: RouterCounts) -> None:
     if of.logits_TE is not None:
-        for name, value in logit_confidence(of.logits_TE, of.k, of.scoring).items():
-            setattr(counts, name, value)
+        counts.put(logit_confidence(of.logits_TE, of.router.top_k, of.router.scoring))
 
 
-FILLS: dict[str, Callable[[Decisions, RouterCounts], None]] = {
+FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {
     "pairs": _pairs,
     "repetition": _repetition,
     "srp": _srp,

@@ -99,7 +99,7 @@ def unit_ids_of(counts: Counts, router: int | None = None) -> tuple[TokenIds, in
 
 
 @dataclass(frozen=True)
-class Plan:
+class TokenIdPlan:
     """What is counted by token id at the routers of one stack. `listed`: the token ids of the
     tables; `judged`: those of them that metrics are of; `in_units`: those of these whose tokens are
     counted by document too. tokens_XU: how often each of these occurs in each unit."""
@@ -119,7 +119,7 @@ class Plan:
         return int(rows @ [np.dtype(width).itemsize for width in WIDTHS]) * (E + 1)
 
 
-def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, Plan]:
+def plans_of(trace: Trace, selection: Selection, every: bool) -> dict[str, TokenIdPlan]:
     """Reads the tokens, no decisions. `every`: lists every token id that occurs. By stack."""
     counts = Counts(trace.routers, selection.routers)
     for part in by_shard(trace, "reading tokens", _tokens_of, selection):
@@ -132,7 +132,9 @@ def _tokens_of(shard: Shard, selection: Selection) -> Counts:
     return count_shard(shard, selection, frozenset(), routers=())
 
 
-def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every: bool) -> Plan:
+def _plan(
+    trace: Trace, selection: Selection, counts: Counts, router: int, every: bool
+) -> TokenIdPlan:
     widest = max(trace.routers[r].experts for r in selection.routers)
     judged = frequent(counts, MIN_COUNT, CELLS // widest, router)
     listed = frequent(counts, 1, len(counts.token_ids_V_of(router)), router) if every else judged
@@ -144,7 +146,7 @@ def _plan(trace: Trace, selection: Selection, counts: Counts, router: int, every
     for cells, tokens in by_shard(trace, None, _cells, *asked) if tokens_XU.size else ():
         tokens_XU.reshape(-1)[cells] += tokens
     shuffles = SHUFFLES if counts.tokens < SHORT else 1
-    return Plan(listed, judged, in_units, shuffles, counts.domains, clusters, tokens_XU)
+    return TokenIdPlan(listed, judged, in_units, shuffles, counts.domains, clusters, tokens_XU)
 
 
 def _cells(
@@ -185,7 +187,7 @@ class ShardRows:
     shuffled_ids: list[list[Visits]]
 
     @staticmethod
-    def of(shard: Shard, seen: SelectedTokens, plan: Plan, by: Any) -> ShardRows:
+    def of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: Any) -> ShardRows:
         listed_T = plan.listed.rows(seen.token_id_T)
         judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
         unit_T = _units(seen, plan.domains, plan.clusters).astype(np.int32)
@@ -203,7 +205,7 @@ class ShardRows:
         )
 
 
-def unit_sizes(plan: Plan) -> np.ndarray:
+def unit_sizes(plan: TokenIdPlan) -> np.ndarray:
     """Of the table by unit: rows of each of WIDTHS."""
     return np.array([plan.tokens_XU.shape[1], 0, 0]) * bool(plan.tokens_XU.size)
 
@@ -253,7 +255,7 @@ class TokenTables:
     """The tables of one router: assignments by token id with first choices, by unit, and by token
     id with these shuffled."""
 
-    def __init__(self, plan: Plan, router: Router):
+    def __init__(self, plan: TokenIdPlan, router: Router):
         self.plan, E, first = plan, router.experts, router.first_choice_known
         self.by_id = Counters(plan.listed.sizes, E, first)
         self.by_unit = Counters(unit_sizes(plan), E, first=False)

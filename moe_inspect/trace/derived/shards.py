@@ -32,30 +32,8 @@ from moe_inspect.trace.verify import Verification, verify
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
 
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
+NONE = np.zeros(0, np.int32)  # documents
 Change = Callable[[np.ndarray], np.ndarray]
-
-
-class Kept:
-    """The documents of a shard that are copied. document_D: their numbers. keep_T: bool, which of
-    the shard's tokens are theirs. place_T: where each of those stands among them."""
-
-    def __init__(self, document_D: np.ndarray, keep_T: np.ndarray, first_token: int):
-        self.document_D, self.keep_T, self.first_token = document_D, keep_T, first_token
-        self.place_T = np.cumsum(keep_T) - 1
-
-    def of(self, table: pa.Table) -> pa.Table:
-        """The rows of these documents. Labels become text: what none of them has is not to stay in
-        a dictionary."""
-        if "token" in table.column_names:
-            rows = self.keep_T[table["token"].to_numpy() - self.first_token]
-        else:
-            rows = np.isin(table["document"].to_numpy(), self.document_D)
-        kept = table.filter(pa.array(rows))
-        labels = [f.name for f in kept.schema if pa.types.is_dictionary(f.type)]
-        for name in labels:
-            at = kept.schema.get_field_index(name)
-            kept = kept.set_column(at, name, kept[name].cast(pa.string()))
-        return kept
 
 
 @dataclass
@@ -78,9 +56,7 @@ class Target:
 
     def add(self, trace: Trace) -> None:
         """Copies a trace behind what is there, each rank behind the same rank."""
-        document_D = np.sort(
-            np.concatenate([np.zeros(0, np.int32), *map(_documents, trace.shards)])
-        )
+        document_D = np.sort(np.concatenate([NONE, *map(_documents, trace.shards)]))
         batches = 1 + max((shard.files.last_batch for shard in trace.shards), default=-1)
         _check_number(trace, self.documents + len(document_D), "documents")
         _check_number(trace, self.batches + batches, "forward passes")
@@ -92,7 +68,7 @@ class Target:
             "batch": lambda batch_T: batch_T + before,
         }
         for shard in shards_of(trace, "merging"):
-            self._copy(shard, change, before, None)
+            self._copy(shard, change, before)
         self.documents += len(document_D)
         self.batches += batches
 
@@ -100,94 +76,96 @@ class Target:
         """Copies the documents of these numbers, which they keep, as sequences and forward passes
         do; only tokens are numbered anew. For a target that holds nothing yet."""
         for shard in shards_of(trace, "sampling"):
-            keep_T = np.isin(shard.tokens(["document"])["document"].to_numpy(), document_D)
-            if keep_T.any() or np.isin(_documents(shard), document_D).any():
-                self._copy(shard, {}, 0, Kept(document_D, keep_T, shard.files.first_token))
+            kept = KeptDocuments(shard, document_D)
+            if kept.tokens or np.isin(_documents(shard), document_D).any():
+                self._copy(shard, {}, 0, kept)
         self.documents = len(document_D)
 
     def _copy(
-        self, shard: Shard, change: dict[str, Change], batches: int, kept: Kept | None
+        self,
+        shard: Shard,
+        change: dict[str, Change],
+        batches: int,
+        kept: KeptDocuments | None = None,
     ) -> None:
         """`batches`: added to the numbers of forward passes. `kept`: None for the whole shard."""
-        files = shard.files
+        files, trace = shard.files, shard.trace
         rank, number = files.rank, self.shards[files.rank]
         first_token = rank * schema.RANK_STRIDE + self.tokens[rank]
-        tokens = files.tokens if kept is None else int(kept.keep_T.sum())
+        tokens = files.tokens if kept is None else kept.tokens
 
         def renumbered(token_T: np.ndarray) -> np.ndarray:
             place_T = token_T - files.first_token
             return first_token + (place_T if kept is None else kept.place_T[place_T])
 
-        written = {
-            table: self._write(
-                shard,
-                table,
-                self.root / table / f"part-{rank}-{number}.parquet",
-                {**change, "token": renumbered},
-                kept,
-            )
-            for table in shard.trace.tables
-        }
+        bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
+        lines: list[dict[str, Any]] = []
+        for table in trace.tables:
+            path, columns = f"{table}/part-{rank}-{number}.parquet", _columns(shard, table)
+            of_routers = len(trace.routers) if table in ("routing", "logits") else 1
+            asked = shard, table, columns, {**change, "token": renumbered}, kept
+            groups = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
+            written = write_part(self.root / path, columns, groups, bf16)
+            lines.append({"table": table, "path": path, **written})
+        rows = {line["table"]: line["rows"] for line in lines}
         span = {
             "shard": number,
             "first_token": first_token,
             "last_token": first_token + tokens - 1,
-            "decisions": files.decisions if kept is None else written["routing"]["rows"],
+            "decisions": files.decisions if kept is None else rows["routing"],
             "first_batch": None if files.first_batch is None else files.first_batch + batches,
             "last_batch": files.last_batch + batches,
         }
-        lines = b""
-        for table, stated in written.items():
-            path = f"{table}/part-{rank}-{number}.parquet"
-            lines += checksums.sealed({"table": table, "path": path, **stated, **span})
+        for table in trace.tables:
             sync_directory(self.root / table)
-        append(self.root / f"shards-{rank}.jsonl", lines)
+        text = b"".join(checksums.sealed({**line, **span}) for line in lines)
+        append(self.root / f"shards-{rank}.jsonl", text)
         self.tokens[rank] += tokens
         self.decisions += span["decisions"]
         self.shards[rank] += 1
 
-    def _write(
-        self, shard: Shard, table: str, path: Path, change: dict[str, Change], kept: Kept | None
-    ) -> dict[str, Any]:
-        trace, columns = shard.trace, shard.trace.columns_of(table)
-        if table == "routing" and not any(
-            one.nullable for one in shard.file(table).schema_arrow if one.name.startswith("expert_")
-        ):
-            columns = schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
-        of_routers = table in ("routing", "logits")
-        groups = [
-            partial(self._renumbered, shard, table, r, columns, change, kept)
-            for r in (range(len(trace.routers)) if of_routers else [0])
-        ]
-        bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
-        return write_part(path, columns, groups, bf16)
-
     def _renumbered(
         self,
+        router: int,
         shard: Shard,
         table: str,
-        router: int,
         columns: pa.Schema,
         change: dict[str, Change],
-        kept: Kept | None,
+        kept: KeptDocuments | None,
     ) -> pa.Table:
         """A table of the shard, or the rows of a router, with the new numbers."""
-        found = self._rows(shard, table, router)
+        read: dict[str, Callable[[], pa.Table]] = {
+            "routing": lambda: shard.routing(router),
+            "logits": lambda: shard.rows_of_router("logits", router),
+            "counts": shard.counts,
+            "tokens": shard.tokens,
+            "documents": lambda: shard.table("documents"),
+        }
+        found = read[table]()
         if kept is not None:
             found = kept.of(found)
         if table == "routing":
-            self.assignments += sum(
-                len(found) - found[name].null_count
-                for name in found.column_names
-                if name.startswith("expert_")
-            )
+            experts = [name for name in found.column_names if name.startswith("expert_")]
+            self.assignments += sum(len(found) - found[name].null_count for name in experts)
         elif table == "counts":
             self.assignments += pc.sum(found["assignments"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
         elif table == "tokens":
-            self._check_words(shard, found)
-            self._count_sequences(shard, found)
+            self._check_tokens(shard.trace, found)
         arrays = [_column(found[one.name], one, change.get(one.name)) for one in columns]
         return pa.Table.from_arrays(arrays, schema=columns).unify_dictionaries()
+
+    def _check_tokens(self, trace: TraceHeader, tokens: pa.Table) -> None:
+        """Their ids are within the vocabulary; their sequences are counted."""
+        token_id, sequence = (
+            int(tokens[name].to_numpy().max(initial=-1)) for name in ("token_id", "sequence")
+        )
+        if self.words is not None and token_id >= self.words:
+            raise MoeInspectError(
+                f"{trace.path} has token id {token_id}, the vocabulary of the others "
+                f"{self.words:,} tokens"
+            )
+        self.sequences = max(self.sequences, self._sequences_before + sequence + 1)
+        _check_number(trace, self.sequences, "sequences")
 
     @property
     def copied(self) -> dict[str, int]:
@@ -195,28 +173,38 @@ class Target:
         tokens = sum(self.tokens.values())
         return {"tokens": tokens, "assignments": self.assignments, "documents": self.documents}
 
-    @staticmethod
-    def _rows(shard: Shard, table: str, router: int) -> pa.Table:
-        if table == "routing":
-            return shard.routing(router)
-        if table == "logits":
-            return shard.rows_of_router("logits", router)
-        if table == "counts":
-            return shard.counts()
-        return shard.tokens() if table == "tokens" else shard.table(table)
 
-    def _check_words(self, shard: Shard, tokens: pa.Table) -> None:
-        highest = int(tokens["token_id"].to_numpy().max(initial=-1))
-        if self.words is not None and highest >= self.words:
-            raise MoeInspectError(
-                f"{shard.trace.path} has token id {highest}, the vocabulary of the others "
-                f"{self.words:,} tokens"
-            )
+class KeptDocuments:
+    """The documents of a shard that are copied. `tokens`: how many they have in it. keep_T: bool,
+    which of the shard's tokens these are. place_T: where each of them stands among them."""
 
-    def _count_sequences(self, shard: Shard, tokens: pa.Table) -> None:
-        highest = int(tokens["sequence"].to_numpy().max(initial=-1))
-        self.sequences = max(self.sequences, self._sequences_before + highest + 1)
-        _check_number(shard.trace, self.sequences, "sequences")
+    def __init__(self, shard: Shard, document_D: np.ndarray):
+        self.document_D, self.first_token = document_D, shard.files.first_token
+        self.keep_T = np.isin(shard.tokens(["document"])["document"].to_numpy(), document_D)
+        self.place_T, self.tokens = np.cumsum(self.keep_T) - 1, int(self.keep_T.sum())
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The rows of these documents. Labels become text: what none of them has is not to stay in
+        a dictionary."""
+        if "token" in table.column_names:
+            rows = self.keep_T[table["token"].to_numpy() - self.first_token]
+        else:
+            rows = np.isin(table["document"].to_numpy(), self.document_D)
+        text = [
+            pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
+            for f in table.schema
+        ]
+        return table.filter(pa.array(rows)).cast(pa.schema(text))
+
+
+def _columns(shard: Shard, table: str) -> pa.Schema:
+    """Those of a table; not nullable where they are not in the shard."""
+    trace = shard.trace
+    if table != "routing" or any(
+        one.nullable for one in shard.file(table).schema_arrow if one.name.startswith("expert_")
+    ):
+        return trace.columns_of(table)
+    return schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
 
 
 def _check_number(trace: TraceHeader, highest: int, what: str) -> None:
