@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import moe_inspect
-from moe_inspect.analysis.counting.samples import TokenLosses
+from moe_inspect.analysis.counting.samples import SampledLosses
 from moe_inspect.analysis.losses import CellLosses, add_p, by_expert
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
@@ -56,7 +56,7 @@ def test_it_is_what_pandas_computes(traced: moe_inspect.Trace) -> None:
     assert table["domain"].nunique() == 6
 
 
-def losses_of(rng: np.random.Generator, planted: float, S: int = 4000, E: int = 8) -> TokenLosses:
+def losses_of(rng: np.random.Generator, planted: float, S: int = 4000, E: int = 8) -> SampledLosses:
     """Token ids of their own difficulty, in 40 documents of two domains. The experts of a token
     depend on its id, and on nothing else but for expert 3, which takes the harder of them."""
     token_id_S, document_S = rng.integers(0, 60, S), rng.integers(0, 40, S)
@@ -67,7 +67,7 @@ def losses_of(rng: np.random.Generator, planted: float, S: int = 4000, E: int = 
     slot_S[takes_S & (loss_S > token_id_S / 10 + 1)] = 3
     slot_S[rng.random(S) < 0.01] = E
     zero_S = np.zeros(S, np.int64)
-    return TokenLosses(
+    return SampledLosses(
         (0,),
         loss_S,
         loss_S,
@@ -147,7 +147,7 @@ def test_the_interval_is_over_documents() -> None:
     width = np.mean([one.difference_high[3] - one.difference_low[3] for one in hard])
     assert width < np.mean(high - low) / 2
     for documents, known in ((4, False), (7, True)):
-        few = TokenLosses(**{**vars(of), "document_S": of.document_S % documents})
+        few = SampledLosses(**{**vars(of), "document_S": of.document_S % documents})
         found = by_expert(CellLosses.of(few), few.slots[0], 8)
         add_p([found])
         assert np.isfinite(found.difference_low).all() == known

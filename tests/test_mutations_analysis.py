@@ -29,16 +29,17 @@ from moe_inspect.reporting.verdict import experts as verdict_experts
 from moe_inspect.reporting.verdict import findings as verdict_chance
 from moe_inspect.reporting.verdict import specialization as verdict_routing
 from moe_inspect.trace import (
+    manifest,
     output_dir,
     parts,
     schema,
     shard,
     shard_list,
     slot_order,
-    validate,
 )
 from moe_inspect.trace.files import atomic, lock
-from moe_inspect.trace.writer import pending, resume, tables, trace_writer
+from moe_inspect.trace.writer import batches as writer_batches
+from moe_inspect.trace.writer import tables, trace_writer
 from tests import (
     test_aggregate,
     test_balance,
@@ -163,12 +164,12 @@ MUTATIONS = {
     "nowhere comes first": (slot_order, "np.float32(-np.inf)", "np.float32(np.inf)", written_in_order),
     "equal weights are turned round": (slot_order, 'np.argsort(-key_KT, axis=0, kind="stable")', 'np.argsort(key_KT, axis=0, kind="stable")[::-1]', written_in_order),
     "in order as a whole, not each": (slot_order, "(key_KT[:-1] >= key_KT[1:]).all()", "(key_KT[:-1] >= key_KT[1:]).any()", by(test_slot_order.test_what_is_in_order_is_left_alone)),
-    "resumed from a token twice": (resume, "next_token=shards[-1].last_token + 1", "next_token=shards[-1].last_token", resumed),
-    "resumed from a batch twice": (resume, "next_batch=shards[-1].last_batch + 1", "next_batch=shards[-1].last_batch", resumed),
+    "resumed from a token twice": (trace_writer, "next_token=shards[-1].last_token + 1", "next_token=shards[-1].last_token", resumed),
+    "resumed from a batch twice": (trace_writer, "next_batch=shards[-1].last_batch + 1", "next_batch=shards[-1].last_batch", resumed),
     "the next shard begins where this one does": (trace_writer, "self.next_token += tokens", "self.next_token += 0", by(test_trace.test_manifest_counts_and_lines_agree)),
-    "a group is cut in two": (pending, "if batch.group is not None and batch.group ==", "if False and batch.group ==", by(test_trace.test_a_group_is_committed_together_or_not_at_all, True)),
-    "half a group is kept": (pending, "if b.group != group]", "]", by(test_trace.test_a_group_is_committed_together_or_not_at_all, False)),
-    "sequences are cut": (pending, "return not continued or", "return True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
+    "a group is cut in two": (writer_batches, "if batch.group is not None and batch.group ==", "if False and batch.group ==", by(test_trace.test_a_group_is_committed_together_or_not_at_all, True)),
+    "half a group is kept": (writer_batches, "if b.group != group]", "]", by(test_trace.test_a_group_is_committed_together_or_not_at_all, False)),
+    "sequences are cut": (writer_batches, "return not continued or", "return True or", by(test_counting.test_a_generated_sequence_stays_in_one_shard, 20)),
     "directories are not synchronised": (trace_writer, "sync_directory(self.root / table)", "pass", on_disk),
     "nor is the manifest's": (atomic, "sync_directory(path.parent)", "pass", on_disk),
     "nor files": (atomic, "os.fsync(file) os.replace(draft, target)", "os.replace(draft, target)", on_disk),
@@ -185,15 +186,15 @@ MUTATIONS = {
     "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (shard_list, 'data[: data.rfind(b"\\n") + 1]', 'data if data.endswith(b"\\n") else data + b"\\n"', resumed),
     "half a shard is taken": (shard_list, "if set(shard.paths) != set(tables):", "if False:", resumed),
-    "paths lead elsewhere": (validate, 'elif isinstance(value, str) and "pattern" in rule:', "elif False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
-    "numbers out of range are taken": (validate, 'if not rule["minimum"] <= value <= rule["maximum"]:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
-    "keys of a router that there are not": (validate, 'elif rule.get("additionalProperties") is False:', "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),
-    "true is a number": (validate, "type(value) not in [TYPES[kind][0] for kind in kinds]:", "not isinstance(value, tuple(TYPES[kind][0] for kind in kinds)):", by(test_trace_format.test_a_value_that_looks_like_another_is_refused, "trace_json", ("routers", 0, "top_k"), True)),
-    "paths of another rank": (validate, 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path of another rank")),
-    "a digest is not looked at": (validate, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
+    "paths lead elsewhere": (schema, 'elif isinstance(value, str) and "pattern" in rule:', "elif False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
+    "numbers out of range are taken": (schema, 'if not rule["minimum"] <= value <= rule["maximum"]:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
+    "keys of a router that there are not": (schema, 'elif rule.get("additionalProperties") is False:', "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),
+    "true is a number": (schema, "type(value) not in [TYPES[kind][0] for kind in kinds]:", "not isinstance(value, tuple(TYPES[kind][0] for kind in kinds)):", by(test_trace_format.test_a_value_that_looks_like_another_is_refused, "trace_json", ("routers", 0, "top_k"), True)),
+    "paths of another rank": (shard_list, 'if not path.startswith(f"{table}/part-{rank}-"):', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path of another rank")),
+    "a digest is not looked at": (manifest, 'if "digest" in manifest and manifest["digest"]', 'if False and manifest["digest"]', by(test_damage.test_free_text_may_be_edited_and_nothing_else)),
     "any expert is taken": (shard, "for column in columns)) >= E:", "for column in columns)) > E:", by(test_damage.test_what_a_file_holds_is_checked, "an expert that there is not")),
     "nulls are taken": (parts, "if column.null_count and not nulls and", "if False and", by(test_damage.test_what_a_file_holds_is_checked, "a null id")),
-    "changed lines are taken": (validate, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
+    "changed lines are taken": (shard_list, "not checksums.is_intact(line)", "False", by(test_damage.test_a_line_changed_to_another_that_is_possible_is_found)),
     "changed footers are taken": (parts, "elif stated.footer_crc32 is not None and", "elif False and", changed),
     "changed pages are taken": (parts, "read_dictionary=read_dictionary, page_checksum_verification=True, pre_buffer", "read_dictionary=read_dictionary, pre_buffer", changed),
     # importers

@@ -18,7 +18,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace import parts, schema, validate
+from moe_inspect.trace import parts, schema
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
@@ -191,12 +191,12 @@ def keys_of(one: dict[str, Any], root: dict[str, Any], before: str = "") -> dict
 )
 def test_the_pages_keys_are_those_of_the_schema(title: str, name: str) -> None:
     found = {cells[0].strip("`"): cells[2] == "yes" for cells in rows(title)}
-    read = validate.read_schema(name)
+    read = schema.read_schema(name)
     assert found == keys_of(read, read)
 
 
 def test_a_router_has_the_keys_of_the_schema() -> None:
-    stated = validate.read_schema("trace_json")["$defs"]["router"]
+    stated = schema.read_schema("trace_json")["$defs"]["router"]
     assert set(stated["properties"]) == set(Router.__dataclass_fields__)
     assert stated["properties"]["slot_order"]["enum"] == ["", "weight", "unknown"]
 
@@ -216,10 +216,10 @@ def test_the_schemas_know_every_key_that_is_written(tmp_path: Path) -> None:
     imported = moe_inspect.import_trace("counts", [tmp_path / "c.csv"], tmp_path / "imported")
     assert imported.counts_only
     for root in [*SAMPLES, tmp_path / "imported"]:
-        assert unknown_keys(read_manifest(root), validate.read_schema("trace_json")) == []
+        assert unknown_keys(read_manifest(root), schema.read_schema("trace_json")) == []
         for path in root.glob("shards-*.jsonl"):
             for line in path.read_text().splitlines():
-                assert unknown_keys(json.loads(line), validate.read_schema("shard_line")) == []
+                assert unknown_keys(json.loads(line), schema.read_schema("shard_line")) == []
 
 
 # --- the check
@@ -280,7 +280,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
     """The reference implementation and ours accept and refuse the same, but 2.0, an integer
     to JSON Schema."""
     jsonschema = pytest.importorskip("jsonschema")
-    stated = validate.read_schema(name)
+    stated = schema.read_schema(name)
     jsonschema.Draft202012Validator.check_schema(stated)
     reference = jsonschema.Draft202012Validator(stated)
     if name == "trace_json":
@@ -294,7 +294,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
         if re.search(r"\b2\.0\b", json.dumps(made)):
             continue
         try:
-            validate.check_schema(name, made)
+            schema.check_schema(name, made)
             said = None
         except ValueError as error:
             said = str(error)
@@ -323,15 +323,15 @@ def test_a_value_that_looks_like_another_is_refused(
     right = read_manifest(SAMPLES[0])
     if name == "shard_line":
         right = json.loads((SAMPLES[0] / "shards-0.jsonl").read_text().splitlines()[0])
-    validate.check_schema(name, right)
+    schema.check_schema(name, right)
     at: Any = right
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = value
     with pytest.raises(ValueError, match=re.escape(str(path[-1]))):
-        validate.check_schema(name, right)
+        schema.check_schema(name, right)
 
 
 def test_a_keyword_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="multipleOf"):
-        validate.check_value(1, {"multipleOf": 2}, {})
+        schema.check_value(1, {"multipleOf": 2}, {})

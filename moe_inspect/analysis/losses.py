@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.samples import TokenLosses
+from moe_inspect.analysis.counting.samples import SampledLosses
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, random_signs
 from moe_inspect.analysis.metrics.uncertainty import (
@@ -38,7 +38,7 @@ class CellLosses:
     unit_S: np.ndarray
 
     @staticmethod
-    def of(losses: TokenLosses) -> CellLosses:
+    def of(losses: SampledLosses) -> CellLosses:
         key_S = losses.token_id_S.astype(np.int64) * len(losses.phases) + losses.phase_S
         key_S = key_S * len(losses.domains) + losses.domain_S
         _, cell_S = np.unique(key_S, return_inverse=True)

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from moe_inspect.simulate.placement.placement import simulate_placement
     from moe_inspect.simulate.routing import simulate_routing
     from moe_inspect.trace.derived.sample import sample as _sample
+    from moe_inspect.trace.texts import document as _document
+    from moe_inspect.trace.texts import requests as _requests
+    from moe_inspect.trace.texts import text as _text
+    from moe_inspect.trace.texts import tokens_of as _tokens_of
     from moe_inspect.trace.verify import verify as _verify
 
-    def of(function: Callable[Concatenate[Any, Options], Result]) -> Answer[Options, Result]:
+    def of(function: Callable[Concatenate[Any, Options], Result]) -> TraceMethod[Options, Result]:
         """A function as type checkers see it: with its options, and without the trace."""
         ...
 
@@ -30,7 +34,7 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 
-class Answer(Generic[Options, Result]):
+class TraceMethod(Generic[Options, Result]):
     """A method: the function `name` of the module `home`, called with the trace."""
 
     def __init__(self, home: str, name: str):
@@ -46,18 +50,26 @@ class Answers:
 
     if TYPE_CHECKING:
         compare = of(_compare)
+        document = of(_document)
         export = of(export_trace)
         report = of(_report)
+        requests = of(_requests)
         sample = of(_sample)
         sql = of(_sql)
+        text = of(_text)
+        tokens_of = of(_tokens_of)
         verify = of(_verify)
     else:
-        compare = Answer("comparison.compare", "compare")
-        export = Answer("exporters.run", "export_trace")
-        report = Answer("reporting.report", "report")
-        sample = Answer("trace.derived.sample", "sample")
-        sql = Answer("query", "sql")
-        verify = Answer("trace.verify", "verify")
+        compare = TraceMethod("comparison.compare", "compare")
+        document = TraceMethod("trace.texts", "document")
+        export = TraceMethod("exporters.run", "export_trace")
+        report = TraceMethod("reporting.report", "report")
+        requests = TraceMethod("trace.texts", "requests")
+        sample = TraceMethod("trace.derived.sample", "sample")
+        sql = TraceMethod("query", "sql")
+        text = TraceMethod("trace.texts", "text")
+        tokens_of = TraceMethod("trace.texts", "tokens_of")
+        verify = TraceMethod("trace.verify", "verify")
 
     @property
     def simulate(self) -> Simulations:
@@ -79,8 +91,8 @@ class Simulations:
         placement = of(simulate_placement)
         routing = of(simulate_routing)
     else:
-        cache = Answer("simulate.cache", "simulate_cache")
-        capacity = Answer("simulate.capacity", "simulate_capacity")
-        decode = Answer("simulate.decode", "simulate_decode")
-        placement = Answer("simulate.placement.placement", "simulate_placement")
-        routing = Answer("simulate.routing", "simulate_routing")
+        cache = TraceMethod("simulate.cache", "simulate_cache")
+        capacity = TraceMethod("simulate.capacity", "simulate_capacity")
+        decode = TraceMethod("simulate.decode", "simulate_decode")
+        placement = TraceMethod("simulate.placement.placement", "simulate_placement")
+        routing = TraceMethod("simulate.routing", "simulate_routing")

@@ -19,7 +19,9 @@ from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import is_running, process_start, settle
-from moe_inspect.trace.validate import check_manifest, parsed
+from moe_inspect.trace.schema import check_schema, parsed
+
+MOST_EXPERTS_IN_ALL = 2**24  # of all routers together
 
 
 def read_manifest(root: Path | Remote) -> dict[str, Any]:
@@ -47,6 +49,29 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     except RecursionError:
         raise Damaged(path, "it is nested too deeply", schema.MANIFEST) from None
     return manifest
+
+
+def check_manifest(manifest: Any) -> None:
+    """ValueError for the first value that is missing or impossible, with the full path of its
+    key."""
+    check_schema("trace_json", manifest)
+    if "digest" in manifest and manifest["digest"] != checksums.digest(manifest):
+        raise ValueError(
+            "it was changed after it was written (its digest differs): restore it, or delete the "
+            "key digest to accept the change. "
+            f"These values may be edited: {', '.join(checksums.FREE_TEXT)}"
+        )
+    experts = 0
+    for r, router in enumerate(manifest["routers"]):
+        if router["top_k"] > router["experts"]:
+            raise ValueError(
+                f"routers[{r}].top_k is {router['top_k']}: 1 to {router['experts']} are possible"
+            )
+        experts += router["experts"]
+    if experts > MOST_EXPERTS_IN_ALL:
+        raise ValueError(
+            f"routers have {experts:,} experts in all: at most {MOST_EXPERTS_IN_ALL:,} are possible"
+        )
 
 
 def stored_manifest(root: Path | Remote) -> bytes:

@@ -20,8 +20,7 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.schema import MOST_TOKEN_IDS
-from moe_inspect.trace.validate import MOST_SHARD_TOKENS
+from moe_inspect.trace.schema import MOST_SHARD_TOKENS, MOST_TOKEN_IDS
 
 # a file of this size is hashed when it is opened, which takes less than opening it
 SMALL_BYTES = 2**20

@@ -13,7 +13,7 @@ import pyarrow as pa
 from moe_inspect.errors import Damaged, MoeInspectError, reading
 from moe_inspect.progress import phase
 from moe_inspect.text import plural
-from moe_inspect.trace import parts, schema, texts
+from moe_inspect.trace import parts, schema
 from moe_inspect.trace.answers import Answers
 from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
@@ -149,13 +149,6 @@ class Trace(Answers, TraceHeader):
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
         return self.vocabulary_table.to_pandas()
-
-    # --- its text
-
-    text = texts.text
-    document = texts.document
-    tokens_of = texts.tokens_of
-    requests = texts.requests
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:

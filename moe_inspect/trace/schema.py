@@ -1,11 +1,15 @@
-"""The trace format's tables, columns and routers, as docs/trace-format.md specifies them."""
+"""The trace format's tables, columns and routers, as docs/trace-format.md specifies them; and the
+check of trace.json and of the lines of shards-*.jsonl against the JSON Schemas of this folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -41,6 +45,7 @@ SLOT_VALUES = ("weight", "norm", "peak", DROPPED)
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
+MOST_SHARD_TOKENS = 2**24  # our shards hold at most 2**19 tokens, or one batch
 MOST_TOKEN_IDS = 2**22  # no vocabulary is near; what a hostile file could ask for
 VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
 
@@ -211,3 +216,101 @@ def parse_ranges(text: str, what: str = "layers") -> list[int]:
 def vocabulary_file(manifest: dict[str, Any]) -> str:
     """Name of the file of the vocabulary, which need not exist."""
     return (manifest.get("vocabulary") or {}).get("path", VOCABULARY)
+
+
+# --- JSON, which is untrusted input: of JSON Schema (draft 2020-12) the keywords that our two
+# schemas use are known, others are refused, so that none is passed over. Stricter than the standard
+# in one point: 5.0 is no integer
+
+
+def parsed(data: bytes) -> Any:
+    """Parses JSON. ValueError, in one line, if it is invalid or nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+TYPES = {
+    "object": (dict, "an object"),
+    "array": (list, "a list"),
+    "string": (str, "text"),
+    "integer": (int, "a whole number"),
+    "boolean": (bool, "true or false"),
+    "null": (type(None), ""),
+}
+KEYWORDS = {"type", "const", "enum", "minimum", "maximum", "pattern", "examples", "items"}
+KEYWORDS |= {"minItems", "maxItems", "properties", "required", "additionalProperties"}
+KEYWORDS |= {"$schema", "$id", "$defs", "title", "description"}
+
+
+@cache
+def read_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema of "trace_json" or "shard_line"."""
+    return json.loads(Path(__file__).with_name(f"{name}.schema.json").read_text(encoding="utf-8"))
+
+
+def check_schema(name: str, value: Any) -> None:
+    """ValueError in one line where a value does not follow a schema (see `read_schema`). It names
+    what is wrong by its path from the root (`capture.weights`, `routers[3].top_k`)."""
+    check_value(value, read_schema(name), read_schema(name))
+
+
+def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: str = "") -> None:
+    """As `check_schema`, by a part of a schema. `root`: the schema, which `$ref` refers to."""
+    if "$ref" in rule:
+        rule = root["$defs"][rule["$ref"].removeprefix("#/$defs/")]
+    if unknown := rule.keys() - KEYWORDS:
+        raise NotImplementedError(f"JSON Schema's {min(unknown)}")
+    if said := _refusal(value, rule):
+        raise ValueError(f"{path or 'it'} {said}")
+    if "items" in rule and isinstance(value, list):
+        for n, item in enumerate(value):
+            check_value(item, rule["items"], root, f"{path}[{n}]")
+    if "properties" in rule and isinstance(value, dict):
+        before = f"{path}." if path else ""
+        for name in rule.get("required", []):
+            if name not in value:
+                raise ValueError(f"{before}{name} is missing")
+        for name, one in value.items():
+            if name in rule["properties"]:
+                check_value(one, rule["properties"][name], root, before + name)
+            elif rule.get("additionalProperties") is False:
+                raise ValueError(f"{before}{shown(name)} is not a known key")
+
+
+def _refusal(value: Any, rule: dict[str, Any]) -> str:
+    """What is wrong with a value, but for what is in it: "" where nothing is."""
+    kinds = rule.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and type(value) not in [TYPES[kind][0] for kind in kinds]:  # a bool is no int
+        wanted = " or ".join(TYPES[kind][1] for kind in kinds if kind != "null")
+        return f"is {shown(value)}, not {wanted}"
+    allowed = [rule["const"]] if "const" in rule else rule.get("enum")
+    if allowed and (value not in allowed or isinstance(value, (bool, float))):
+        names = [", ".join(a) if isinstance(a, list) else str(a) for a in allowed if a != ""]
+        said = ("; " if isinstance(allowed[0], list) else ", ").join(names)
+        return f"is {shown(value)}, not {'one of ' * (len(allowed) > 1)}{said}"
+    if type(value) is int and "minimum" in rule:
+        if not rule["minimum"] <= value <= rule["maximum"]:
+            return f"is {shown(value)}: {rule['minimum']} to {rule['maximum']} are possible"
+    elif isinstance(value, str) and "pattern" in rule:
+        if not re.search(rule["pattern"].replace("$", r"\Z"), value, re.ASCII):
+            return f"is {shown(value)}, not like {rule['examples'][0]}"
+    elif isinstance(value, list) and "items" in rule:
+        least, most = rule["minItems"], rule["maxItems"]
+        if not least <= len(value) <= most:
+            return f"lists {len(value):,}: {least:,} to {most:,} are possible"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """A value of unknown size and content, short and in one line."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value):,}"
+    if type(value) is int and abs(value) >= 10**30:
+        return "a number of over 30 digits"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

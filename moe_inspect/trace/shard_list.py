@@ -10,11 +10,14 @@ from typing import Any
 from moe_inspect.errors import Damaged
 from moe_inspect.files import read_small
 from moe_inspect.trace import schema
+from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.parts import Stated
-from moe_inspect.trace.validate import MOST_RANKS, SPAN, check_line, parsed
+from moe_inspect.trace.schema import MOST_SHARD_TOKENS, check_schema, parsed, shown
 
+MOST_RANKS = 2**20
 MOST_BYTES = 2**30  # of a list: a million shards
+SPAN = ("first_token", "last_token", "first_batch", "last_batch")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,42 @@ def _shards_in(data: bytes, rank: int, manifest: dict[str, Any], known: Known) -
         ended = shard.last_token + 1
         shards.append(shard)
     return shards
+
+
+def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[str]) -> None:
+    """ValueError for what a line of shards-<rank>.jsonl cannot say."""
+    if isinstance(entry, dict) and "crc32" in entry and not checksums.is_intact(line):
+        raise ValueError("it was changed after it was written (its crc32 differs)")
+    check_schema("shard_line", entry)
+    table, path = entry["table"], entry["path"]
+    if table not in tables:
+        raise ValueError(f"table is {shown(table)}, not one of {', '.join(tables)}")
+    if not path.startswith(f"{table}/part-{rank}-"):
+        raise ValueError(f"path is {shown(path)}, not {table}/part-{rank}-<n>.parquet")
+    start = rank * schema.RANK_STRIDE
+    first, last = entry["first_token"], entry["last_token"]
+    if not start <= first < start + schema.RANK_STRIDE:
+        raise ValueError(
+            f"first_token is {first}: {start} to {start + schema.RANK_STRIDE - 1} are possible"
+        )
+    if not first - 1 <= last < start + schema.RANK_STRIDE:
+        raise ValueError(
+            f"last_token is {last}: {first - 1} to {start + schema.RANK_STRIDE - 1} are possible"
+        )
+    tokens = last - first + 1
+    if "routing" in tables and tokens > MOST_SHARD_TOKENS:
+        raise ValueError(
+            f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}"
+        )
+    everywhere = tokens * routers  # every router saw every token
+    decisions = entry.get("decisions", everywhere)
+    if "routing" in tables and decisions > everywhere:
+        raise ValueError(f"decisions is {decisions}: 0 to {everywhere} are possible")
+    expected = {"tokens": tokens, "routing": decisions, "logits": decisions}.get(table)
+    if expected is not None and entry["rows"] != expected:
+        raise ValueError(
+            f"rows of {path} is {entry['rows']}, of tokens {first} to {last} there are {expected}"
+        )
 
 
 def _list(

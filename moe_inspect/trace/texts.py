@@ -6,10 +6,9 @@ T tokens, N of them that were asked for, K slots.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,7 @@ import pyarrow as pa
 import regex
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 # as its reader sees it: an extended grapheme cluster (Unicode, UAX 29)
@@ -32,24 +30,6 @@ ROUTES_TELL = (
     "selections (arXiv:2602.04105). Keep this trace as private as the text."
 )
 Sort = Literal["weight", "random"]
-
-
-class Trace(Protocol):
-    """What is read of a `moe_inspect.Trace`."""
-
-    path: Path | Remote
-    routers: list[Router]
-
-    @property
-    def has_weights(self) -> bool: ...
-    @property
-    def counts_only(self) -> bool: ...
-    @property
-    def vocabulary_table(self) -> pa.Table: ...
-    @property
-    def shards(self) -> Iterator[Shard]: ...
-    def documents(self) -> pd.DataFrame: ...
-    def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]: ...
 
 
 def as_text(pieces: Sequence[str | None]) -> list[str]:

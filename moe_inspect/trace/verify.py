@@ -29,7 +29,6 @@ from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
 from moe_inspect.trace.shard_list import ShardFiles
-from moe_inspect.trace.validate import read_schema
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
@@ -227,7 +226,7 @@ def _check_lines(trace: Trace, files: list[ShardFiles]) -> None:
     """No unknown keys, and no checksums missing where others are stated: a key may have been
     renamed."""
     # whether the line before has checksums: a trace begun without them may be resumed with them
-    checked, known = False, read_schema("shard_line")["properties"].keys()
+    checked, known = False, schema.read_schema("shard_line")["properties"].keys()
     for shard in files:
         for entry in map(json.loads, shard.lines):
             stated = checked or not CHECKSUM_KEYS.isdisjoint(entry)
@@ -287,7 +286,7 @@ def _check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -
 
 
 @dataclass(frozen=True)
-class Rows:
+class FileRows:
     """Consecutive rows of a file, from row `start` on, that are checked."""
 
     file: str
@@ -310,9 +309,9 @@ class Rows:
                 self.refuse(table[column].is_null().to_numpy(), f"{column} is null")
 
 
-def _read(shard: Shard, table: str, columns: list[str]) -> tuple[Rows, pa.Table]:
+def _read(shard: Shard, table: str, columns: list[str]) -> tuple[FileRows, pa.Table]:
     name = shard.files.paths[table]
-    return Rows(name), parts.read(shard.file(table), name, columns, nulls=True)
+    return FileRows(name), parts.read(shard.file(table), name, columns, nulls=True)
 
 
 def _codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
@@ -342,10 +341,10 @@ class Documents:
         twice[order[1:]] = self.number[1:] == self.number[:-1]
         ends = np.cumsum([len(part) for part in numbers])
         for shard, start, end in zip(trace.shards, ends[:-1], ends[1:], strict=True):
-            rows = Rows(shard.files.paths["documents"])
+            rows = FileRows(shard.files.paths["documents"])
             rows.refuse(twice[start:end], "document {} is declared a second time", number[start:])
 
-    def check(self, rows: Rows, document_T: np.ndarray, code_T: np.ndarray) -> None:
+    def check(self, rows: FileRows, document_T: np.ndarray, code_T: np.ndarray) -> None:
         at_T = np.searchsorted(self.number, document_T)
         known_T = np.isin(document_T, self.number)
         rows.refuse(~known_T, "document {} is not declared in any shard", document_T)
@@ -363,7 +362,11 @@ class Positions:
         self.last: dict[int, int] = {}
 
     def check(
-        self, rows: Rows, sequence_T: np.ndarray, encoded_T: np.ndarray, position_T: np.ndarray
+        self,
+        rows: FileRows,
+        sequence_T: np.ndarray,
+        encoded_T: np.ndarray,
+        position_T: np.ndarray,
     ) -> None:
         if not self.strict or not len(sequence_T):
             return
@@ -409,7 +412,7 @@ def _check_tokens(
     return phase_T
 
 
-def _check_loss(rows: Rows, values: pa.Table) -> None:
+def _check_loss(rows: FileRows, values: pa.Table) -> None:
     """A loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
     none. (A loss is infinite where the model gave the token no probability.)"""
     null_of = {name: values[name].is_null().to_numpy() for name in values.column_names}
@@ -455,7 +458,7 @@ def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> No
 
 
 def _experts(
-    rows: Rows, table: pa.Table, slots: range, kind: str, router: schema.Router, r: int
+    rows: FileRows, table: pa.Table, slots: range, kind: str, router: schema.Router, r: int
 ) -> list[np.ndarray]:
     """The columns `kind` of experts, all of them the router's, −1 where null."""
     ids = list[np.ndarray]()
@@ -470,7 +473,7 @@ def _experts(
     return ids
 
 
-def _check_values(rows: Rows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
+def _check_values(rows: FileRows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
     """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
     and peaks not negative."""
     for j, ids_N in enumerate(ids):
@@ -482,12 +485,12 @@ def _check_values(rows: Rows, table: pa.Table, ids: list[np.ndarray], value: str
         _check_size(rows, f"{value}_{j}", column.fill_null(0).to_numpy(), least)
 
 
-def _check_size(rows: Rows, column: str, values_N: np.ndarray, least: float) -> None:
+def _check_size(rows: FileRows, column: str, values_N: np.ndarray, least: float) -> None:
     wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
     rows.refuse(wrong_N, f"{column} is {{}}", values_N)
 
 
-def _check_descending(rows: Rows, table: pa.Table, ids: list[np.ndarray]) -> None:
+def _check_descending(rows: FileRows, table: pa.Table, ids: list[np.ndarray]) -> None:
     """Slots are in descending weight, those that routed nowhere last."""
     weights = [
         np.where(ids_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf)
@@ -511,7 +514,7 @@ def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
 
 def _parts_of_routers(
     shard: Shard, table: str, columns: list[str], phase_T: np.ndarray
-) -> Iterator[tuple[int, Rows, pa.Table]]:
+) -> Iterator[tuple[int, FileRows, pa.Table]]:
     """(router, its rows, decisions) of each part of a row group that is of one router. Checks that
     each router has the tokens that reach it, once and in order."""
     name, routers, file = shard.files.paths[table], shard.trace.routers, shard.file(table)
@@ -521,7 +524,11 @@ def _parts_of_routers(
         group = parts.read(file, name, ["token", "layer", "router", *columns], [g])
         router_N = group["router"].to_numpy()
         for start, end in pairwise(run_edges(router_N).tolist()):
-            r, part, rows = int(router_N[start]), group[start:end], Rows(name, before + start)
+            r, part, rows = (
+                int(router_N[start]),
+                group[start:end],
+                FileRows(name, before + start),
+            )
             _check_routers(rows, part, routers)
             token_N = shard.files.first_token + np.flatnonzero(sees_rP[r][phase_T])
             if done[r] + len(part) > len(token_N):
@@ -544,7 +551,7 @@ def _parts_of_routers(
             raise Violation(name, before, said)
 
 
-def _check_routers(rows: Rows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
+def _check_routers(rows: FileRows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
     """The routers are those of the manifest, of the layers that it states. Returns them."""
     router_N = table["router"].to_numpy()
     strange_N = router_N >= len(routers)

@@ -117,7 +117,7 @@ def _documents_of(shard: Shard, selection: Selection) -> tuple[np.ndarray, list[
 
 
 @dataclass(frozen=True)
-class Routes:
+class SampledRoutes:
     """The choices of the sample's tokens at the routers of one stack, in their order. first_LS: the
     first choice, uint16, E where it routed nowhere; None: unknown at a router. set_LS: a hash of
     the set of experts, uint64. document_S, domain_S: of each token."""
@@ -129,11 +129,11 @@ class Routes:
     domain_S: np.ndarray
 
 
-def sampled_routes(trace: Trace, selection: Selection) -> list[Routes]:
+def sampled_routes(trace: Trace, selection: Selection) -> list[SampledRoutes]:
     """Of each stack: about TOKENS tokens, fewer where the model has very many routers."""
     most = min(TOKENS, CHOICES // len(selection.routers))
     return [
-        Routes(
+        SampledRoutes(
             tuple(found.of_router),
             [
                 first_S if trace.routers[r].first_choice_known else None
@@ -157,7 +157,7 @@ def _routes_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
 
 
 @dataclass(frozen=True)
-class TokenLosses:
+class SampledLosses:
     """The sample's tokens whose loss is known, of those that the routers of one stack see.
     loss_S, entropy_S: nats, float64. phase_S, domain_S: indices into `phases` and `domains`. slots:
     the experts of each token, by router: uint16 [S] each slot, E where it routed nowhere."""
@@ -174,12 +174,12 @@ class TokenLosses:
     slots: dict[int, tuple[np.ndarray, ...]]
 
 
-def sampled_losses(trace: Trace, selection: Selection) -> list[TokenLosses]:
+def sampled_losses(trace: Trace, selection: Selection) -> list[SampledLosses]:
     """Of each stack, for a trace that has losses (`TraceHeader.has_loss`): about TOKENS tokens,
     fewer where the model has very many slots."""
     most = min(TOKENS, SLOTS // sum(trace.routers[r].top_k for r in selection.routers))
     return [
-        TokenLosses(
+        SampledLosses(
             tuple(found.of_router),
             **found.columns,
             domains=found.labels["domain_S"],

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.counts import Counts
-from moe_inspect.analysis.counting.samples import TokenLosses, sampled_losses
+from moe_inspect.analysis.counting.samples import SampledLosses, sampled_losses
 from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
 from moe_inspect.analysis.metrics import router as rt
 from moe_inspect.analysis.metrics import uncertainty as unc
@@ -202,7 +202,7 @@ def loss(data: ReportData) -> pd.DataFrame:
     return found.sort_values("router", kind="stable", ignore_index=True)
 
 
-def _groups(of: TokenLosses) -> list[tuple[str | None, str | None, np.ndarray | None]]:
+def _groups(of: SampledLosses) -> list[tuple[str | None, str | None, np.ndarray | None]]:
     """(domain, phase, bool [S]: its tokens) of all, of each domain and of each phase, where there
     are several."""
     found: list[tuple[str | None, str | None, np.ndarray | None]] = [(None, None, None)]

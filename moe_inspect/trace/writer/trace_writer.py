@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,98 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, make_folder, sync_directory, write_atomically
-from moe_inspect.trace.files.location import Remote, output_location
-from moe_inspect.trace.files.lock import Lock, hold
+from moe_inspect.trace.files.location import Remote, inside, output_location
+from moe_inspect.trace.files.lock import Lock, drafts_of, hold
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
+from moe_inspect.trace.shard_list import ShardFiles, committed_shards
 from moe_inspect.trace.writer import tables
-from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch, summed
-from moe_inspect.trace.writer.pending import SHARD_SECONDS, SHARD_TOKENS, EarlyShards, PendingShard
-from moe_inspect.trace.writer.resume import ResumePoint, committed_counts
+from moe_inspect.trace.writer.batches import (
+    SHARD_SECONDS,
+    SHARD_TOKENS,
+    CountedBatches,
+    Document,
+    EarlyShards,
+    PendingShard,
+    RoutedBatch,
+    summed,
+)
 from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a rank has committed, and the numbers of the next shard, token and batch. `slot_orders`:
+    router → the order of its slots in what is written."""
+
+    shards: int = 0
+    next_token: int = 0
+    next_batch: int = 0
+    tokens: int = 0
+    decisions: int = 0
+    slot_orders: dict[int, str] = field(default_factory=dict)
+
+
+def committed_counts(root: Path | Remote, manifest: dict[str, Any]) -> dict[str, int]:
+    """Tokens and decisions in the committed shards of all ranks."""
+    return _counts(committed_shards(root, manifest))
+
+
+def _counts(shards: list[ShardFiles]) -> dict[str, int]:
+    return {"tokens": sum(s.tokens for s in shards), "decisions": sum(s.decisions for s in shards)}
+
+
+def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
+    """Where rank `rank` of the trace at `root` continues: after its last shard that was not
+    committed early. Deletes the rank's files that no line names, and its early shards. The caller
+    holds the lock."""
+    manifest = read_manifest(root)
+    committed = [s for s in committed_shards(root, manifest) if s.rank == rank]
+    shards = list(takewhile(lambda s: not s.early, committed))
+    _keep(root, manifest, rank, shards, len(committed))
+    # then, so that no line names what is not there
+    keep = {root / path for s in shards for path in s.paths.values()}
+    part = rf"part-{rank}-\d+\.parquet"
+    own = re.compile(rf"{part}|{drafts_of(part)}")
+    for table in manifest["tables"]:
+        inside(root, table)
+        for file in (root / table).iterdir() if (root / table).is_dir() else ():
+            if own.fullmatch(file.name) and file not in keep and not file.is_dir():
+                file.unlink()
+    slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
+    if not shards:
+        return ResumePoint(slot_orders=slot_orders)
+    return ResumePoint(
+        shards=shards[-1].index + 1,
+        next_token=shards[-1].last_token + 1,
+        next_batch=shards[-1].last_batch + 1,
+        **_counts(shards),
+        slot_orders=slot_orders,
+    )
+
+
+def drop_after(root: Path | Remote, batch: int) -> int | None:
+    """Takes from the list of rank 0 the shards that hold any batch after `batch`; their files
+    are deleted by `resume_point`. For traces of one rank. Returns the last batch that is left, None
+    where none is. The caller holds the lock."""
+    manifest = read_manifest(root)
+    shards = committed_shards(root, manifest)
+    kept = [s for s in shards if s.last_batch <= batch]
+    _keep(root, manifest, 0, kept, len(shards))
+    return kept[-1].last_batch if kept else None
+
+
+def _keep(
+    root: Path | Remote, manifest: dict[str, Any], rank: int, shards: list[ShardFiles], before: int
+) -> None:
+    """Lists these shards of a rank alone, without a partial last line. `before`: how many there
+    were."""
+    if rank == 0 and len(shards) < before:
+        # first, so that it never counts more tokens than the shards have
+        counts = {**_counts(shards), "dropped": 0}
+        write_manifest(root, {**manifest, "status": "recording", "counts": counts})
+    write_atomically(root / f"shards-{rank}.jsonl", b"".join(x for s in shards for x in s.lines))
+
 
 QUEUE_BATCHES = 2
 
@@ -254,7 +339,8 @@ class TraceWriter:
                     return self._queue.get(timeout=wait_s)
             except queue.Empty:
                 pass
-            self._commit_routing_early()
+            self._commit_routing(early=True)
+            self._early.tried()
 
     def _take(self, batch: RoutedBatch) -> None:
         # where a shard ends must not depend on how many passes came together
@@ -266,76 +352,59 @@ class TraceWriter:
 
     def _take_counts(self, counted: CountedBatches) -> None:
         self._counted.append(counted)
-        if (
-            self._early.every_s is None
-            or sum(c.tokens for c in self._counted) >= self._pending.shard_tokens
-        ):
-            self._commit_counts()
+        tokens = sum(c.tokens for c in self._counted)
+        is_full = self._early.every_s is None or tokens >= self._pending.shard_tokens
+        self._commit_counts(early=not is_full)
+
+    # --- commits: documents, tokens, routing, then the shard's lines in one write. An early shard
+    # holds what is not committed yet, which stays pending
+
+    def _commit_routing(self, early: bool = False) -> None:
+        pending, first_token = self._pending, self.next_token
+        if early:
+            batches = pending.batches[self._early.batches : pending.of_closed_groups()]
+            first_token += self._early.tokens
         else:
-            self._commit_counts(early=True)
-
-    # --- commits: documents, tokens, routing, then the shard's lines in one write
-
-    def _commit_routing_early(self) -> None:
-        """Commits the pending batches that are not committed yet, but keeps them pending."""
-        early = self._early
-        self._write_routing(
-            self._pending.batches[early.batches : self._pending.of_closed_groups()],
-            self.next_token + early.tokens,
-            early=True,
-        )
-        early.tried()
-
-    def _commit_routing(self) -> None:
-        self._write_routing(self._pending.take(), self.next_token)
-
-    def _write_routing(
-        self, batches: list[RoutedBatch], first_token: int, early: bool = False
-    ) -> None:
-        recorded, T = self._recorded, sum(len(b.token_id) for b in batches)
+            batches = pending.take()
+        T, recorded, routers = sum(len(b.token_id) for b in batches), self._recorded, self.routers
         token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
         tokens = tables.tokens_table(batches, token, recorded)
-        columns = tables.routing_columns(recorded, batches)
-        routers = range(len(self.routers))
-        lines = [
-            self._write_documents([d for b in batches for d in b.documents]),
-            self._write_part("tokens", tokens.schema, [lambda: tokens]),
-            self._write_part(
-                "routing",
-                columns,
-                [
-                    partial(tables.routing_table, recorded, r, batches, token, columns)
-                    for r in routers
-                ],
-                bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
-            ),
-        ]
-        decisions = lines[-1]["rows"]
+        columns = {"tokens": tokens.schema, "routing": tables.routing_columns(recorded, batches)}
         if self.logits:
-            columns = schema.logits_schema(max(r.experts for r in self.routers))
-            groups = [
-                partial(tables.logits_table, recorded, r, batches, token, columns) for r in routers
+            columns["logits"] = schema.logits_schema(max(r.experts for r in routers))
+        of_routers = {"routing": tables.routing_table, "logits": tables.logits_table}
+        groups = {
+            table: [
+                partial(of_routers[table], recorded, r, batches, token, columns[table])
+                for r in range(len(routers))
             ]
-            lines.append(self._write_part("logits", columns, groups))
+            for table in columns
+            if table in of_routers
+        }
+        lines = self._write_parts(
+            [d for b in batches for d in b.documents],
+            columns,
+            {"tokens": [lambda: tokens], **groups},
+            bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
+        )
         span = {
             "first_token": first_token,
             "last_token": first_token + T - 1,
-            "decisions": decisions,
+            "decisions": lines[2]["rows"],
             "first_batch": batches[0].first_batch,
             "last_batch": batches[-1].batch,
         }
         self._commit(lines, span, len(batches) if early else 0)
 
     def _commit_counts(self, early: bool = False) -> None:
-        """Commits the counts that are not committed yet, or `early` those that came last."""
         counted = self._counted[-1] if early else summed(self._counted)
         first_token = self.next_token + (self._early.tokens if early else 0)
-        routers = range(len(self.routers))
-        groups = [partial(tables.counts_table, self._recorded, r, counted) for r in routers]
-        lines = [
-            self._write_documents(counted.documents),
-            self._write_part("counts", self._recorded.counts_columns, groups),
+        groups = [
+            partial(tables.counts_table, self._recorded, r, counted)
+            for r in range(len(self.routers))
         ]
+        columns = {"counts": self._recorded.counts_columns}
+        lines = self._write_parts(counted.documents, columns, {"counts": groups})
         everywhere = counted.tokens * len(self.routers)
         span = {
             "first_token": first_token,
@@ -348,20 +417,24 @@ class TraceWriter:
         if not early:
             self._counted = []
 
-    def _write_documents(self, documents: list[Document]) -> dict[str, Any]:
-        table = tables.documents_table(documents)
-        return self._write_part("documents", schema.DOCUMENTS, [lambda: table])
-
-    def _write_part(
+    def _write_parts(
         self,
-        table: str,
-        columns: pa.Schema,
-        groups: Sequence[Callable[[], pa.Table]],
+        documents: list[Document],
+        columns: dict[str, pa.Schema],
+        groups: dict[str, Sequence[Callable[[], pa.Table]]],
         bf16: bool = False,
-    ) -> dict[str, Any]:
-        """Writes a table of the next shard. Returns its line for shards-<rank>.jsonl."""
-        path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
-        return {"table": table, "path": path} | write_part(self.root / path, columns, groups, bf16)
+    ) -> list[dict[str, Any]]:
+        """Writes the tables of the next shard, documents first: of each its columns and its row
+        groups. Returns their lines for shards-<rank>.jsonl."""
+        listed = tables.documents_table(documents)
+        lines: list[dict[str, Any]] = []
+        for table, parts in {"documents": [lambda: listed], **groups}.items():
+            path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
+            written = write_part(
+                self.root / path, columns.get(table, schema.DOCUMENTS), parts, bf16
+            )
+            lines.append({"table": table, "path": path, **written})
+        return lines
 
     def _commit(self, lines: list[dict[str, Any]], span: dict[str, Any], early: int = 0) -> None:
         """Commits a shard. `early`: how many of the pending batches it holds, which stay pending;
