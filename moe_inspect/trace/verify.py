@@ -74,9 +74,6 @@ class Verification:
     shards: int = 0
     checked: list[str] = field(default_factory=list)
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def __str__(self) -> str:
         """What the command prints: the state of the trace and what was checked, or the first
         violation."""
@@ -86,6 +83,8 @@ class Verification:
         counts = (plural(getattr(self, name), name[:-1]) for name in COUNTED)
         first = f"{self.path} {self.state}: {', '.join(counts)} in {plural(self.shards, 'shard')}"
         return "\n".join([printable(first), *(f"  {line}" for line in self.checked)])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
@@ -519,6 +518,7 @@ def _parts_of_routers(
     each router has the tokens that reach it, once and in order."""
     name, routers, file = shard.files.paths[table], shard.trace.routers, shard.file(table)
     sees_rP = [np.array([router.sees(phase) for phase in schema.PHASES]) for router in routers]
+    named = [f"router {r} (layer {router.layer})" for r, router in enumerate(routers)]
     done, before = [0] * len(routers), 0
     for g in range(file.metadata.num_row_groups):
         group = parts.read(file, name, ["token", "layer", "router", *columns], [g])
@@ -532,11 +532,8 @@ def _parts_of_routers(
             _check_routers(rows, part, routers)
             token_N = shard.files.first_token + np.flatnonzero(sees_rP[r][phase_T])
             if done[r] + len(part) > len(token_N):
-                said = (
-                    f"router {r} (layer {routers[r].layer}) has more decisions than the "
-                    f"{len(token_N)} tokens that reach it"
-                )
-                raise Violation(name, rows.start + len(token_N) - done[r], said)
+                said = f"has more decisions than the {len(token_N)} tokens that reach it"
+                raise Violation(name, rows.start + len(token_N) - done[r], f"{named[r]} {said}")
             expected_N = token_N[done[r] : done[r] + len(part)]
             rows.expect("token", part["token"].to_numpy(), expected_N)
             done[r] += len(part)
@@ -544,11 +541,8 @@ def _parts_of_routers(
         before += len(group)
     for r, n in enumerate(done):
         if n != (tokens := int(sees_rP[r][phase_T].sum())):
-            said = (
-                f"router {r} (layer {routers[r].layer}) has {n} decisions for the {tokens} tokens "
-                "that reach it"
-            )
-            raise Violation(name, before, said)
+            said = f"has {n} decisions for the {tokens} tokens that reach it"
+            raise Violation(name, before, f"{named[r]} {said}")
 
 
 def _check_routers(rows: FileRows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
