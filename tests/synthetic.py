@@ -3,9 +3,10 @@ on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +116,30 @@ def write_trace(
     return open_trace(root)
 
 
+def a_pass(
+    number: int, ids: Sequence[np.ndarray], T: int | None = None, **given: Any
+) -> RoutedBatch:
+    """A forward pass of T tokens, as many as the first router decides on: of token id 0, document 0
+    and domain "text", at positions from 0 on, without weights; but for the fields that are given.
+    A sequence is a document."""
+    T = len(ids[0]) if T is None else T
+    zeros, document = np.zeros(T, np.int32), given.get("document", np.zeros(T, np.int32))
+    usual = {"token_id": zeros, "document": document, "sequence": document, "domain": zeros}
+    usual |= {"position": np.arange(T, dtype=np.int32), "domains": ["text"], "weights": None}
+    return RoutedBatch(number, ids=list(ids), **usual | given)
+
+
+def write_passes(
+    root: Path, listed: Sequence[Router], passes: Iterable[RoutedBatch], **options: Any
+) -> Trace:
+    """A trace of these passes, without weights."""
+    manifest = {"model": {"id": "synthetic"}, "capture": {}, **options.pop("manifest", {})}
+    with TraceWriter(root, manifest, listed, **{"weights": False} | options) as writer:
+        for one in passes:
+            writer.write(one)
+    return open_trace(root)
+
+
 def write_counts(
     root: Path, loads: Sequence[np.ndarray], k: int, domains: Sequence[str] = ("text",)
 ) -> Trace:
@@ -144,24 +169,8 @@ def encoder_decoder(root: Path) -> Trace:
         Router(0, "gate", "encoder.0", 2, 1, "softmax", stack="encoder"),
         Router(0, "gate", "decoder.0", 2, 1, "softmax", stack="decoder"),
     ]
-    manifest = {"model": {"id": "synthetic"}, "capture": {"weights": False}}
     ids = [np.zeros((6, 1), np.uint8), np.arange(4, dtype=np.uint8)[:, None] % 2]
     logits = [np.where(np.arange(2) == i, 2, 0).astype(np.float16) for i in ids]
-    zeros, place = np.zeros(10, np.int32), np.r_[:6, :4].astype(np.int32)
-    with TraceWriter(root, manifest, listed, weights=False, logits=True) as writer:
-        batch = RoutedBatch(
-            0,
-            zeros,
-            zeros,
-            zeros,
-            place,
-            zeros,
-            ["text"],
-            ids,
-            None,
-            logits,
-            [Document(0, "text", "synthetic", 10)],
-            encoded=6,
-        )
-        writer.write(batch)
-    return open_trace(root)
+    place, documents = np.r_[:6, :4].astype(np.int32), [Document(0, "text", "synthetic", 10)]
+    one = a_pass(0, ids, 10, position=place, logits=logits, documents=documents, encoded=6)
+    return write_passes(root, listed, [one], logits=True)

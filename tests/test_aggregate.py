@@ -13,19 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.analysis.counting import token_ids
-from moe_inspect.analysis.counting.count_shard import count_shard
-from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, merge
+from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.engine import count_trace as count
-from moe_inspect.analysis.counting.router_counts import BASE
 from moe_inspect.analysis.counting.select import parse_layers, select
 from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.load import design_effects
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import a_pass, routers, uniform_ids, write_counts, write_passes, write_trace
+from tests.test_counting import same
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 3_000, 8, 2
@@ -45,29 +43,6 @@ def arguments(seed: int = 0, L: int = 2, null: float = 0.0) -> dict:
         "weights": [rng.random((T, K)).astype(np.float32) for _ in range(L)],
         "batch_tokens": 250,
         "shard_tokens": 1_000,
-    }
-
-
-def sorted_counts(counts: Counts) -> dict:
-    """Everything in a Counts in an order of its own."""
-    units = sorted(range(len(counts.units)), key=lambda u: counts.units[u])
-    domains = sorted(range(len(counts.domains)), key=lambda d: counts.domains[d])
-    return {
-        "units": [counts.units[u] for u in units],
-        "tokens": counts.tokens_U[units].tolist(),
-        "assignments": {r: c.assignments_UE[units].tolist() for r, c in counts.of.items()},
-        "first": {r: c.first_choice_DE[domains].tolist() for r, c in counts.of.items()},
-        "weights": {
-            r: None if c.weight_sum_DE is None else c.weight_sum_DE[domains].round(6).tolist()
-            for r, c in counts.of.items()
-        },
-        "null": {r: c.null_slots for r, c in counts.of.items()},
-        "batches": {
-            r: {size: (n, round(vio, 9)) for size, (n, vio) in sorted(c.batches.items())}
-            for r, c in counts.of.items()
-        },
-        "token_ids": counts.token_ids_V.tolist(),
-        "documents": counts.documents,
     }
 
 
@@ -132,7 +107,7 @@ def test_shards_and_their_order_change_nothing(
     split = write_trace(
         root / "split", **given_ | {"shard_tokens": shard_tokens, "batch_order": order}
     )
-    assert sorted_counts(count(whole, select(whole))) == sorted_counts(count(split, select(split)))
+    same(count(whole, select(whole)), count(split, select(split)))
     a, b = report(whole).tables, report(split).tables
     for name in ("load", "domains", "balance", "vocabulary"):
         pd.testing.assert_frame_equal(a[name], b[name], check_exact=False, rtol=1e-6)
@@ -144,21 +119,6 @@ def test_shards_and_their_order_change_nothing(
     pd.testing.assert_frame_equal(
         a["specialization"][known], b["specialization"][known], check_exact=False, rtol=0.3
     )
-
-
-def test_merging_is_associative_and_leaves_the_parts_alone(tmp_path: Path):
-    trace = write_trace(tmp_path / "t", **arguments(null=0.05))
-    a, b, c = (count_shard(shard, select(trace), BASE) for shard in trace.shards)
-    before = sorted_counts(a)
-    left, right, turned = merge([merge([a, b]), c]), merge([a, merge([b, c])]), merge([c, a, b])
-    assert (
-        sorted_counts(left)
-        == sorted_counts(right)
-        == sorted_counts(turned)
-        == sorted_counts(count(trace, select(trace)))
-    )
-    assert sorted_counts(a) == before
-    assert sorted_counts(merge([a, b])) != sorted_counts(left)  # positive control
 
 
 def test_renumbering_experts_renumbers_the_load_and_nothing_else(tmp_path: Path):
@@ -264,18 +224,11 @@ def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: P
 
 def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
     rng = np.random.default_rng(0)
-    listed = [Router(0, "gate", "layers.0", 8, 2)]
-    with TraceWriter(
-        tmp_path / "t", {"model": {}, "capture": {"weights": False}}, listed, weights=False
-    ) as writer:
-        for b, size in enumerate([200, 200, 4, 4, 4]):
-            zeros = np.zeros(size, np.int32)
-            ids = [uniform_ids(rng, size, 8, 2)]
-            phase = "prefill" if size == 200 else "decode"
-            writer.write(
-                RoutedBatch(b, zeros, zeros, zeros, zeros, zeros, ["text"], ids, None, phase=phase)
-            )
-    made = report(tmp_path / "t")
+    passes = [
+        a_pass(b, [uniform_ids(rng, T, 8, 2)], phase="prefill" if T == 200 else "decode")
+        for b, T in enumerate([200, 200, 4, 4, 4])
+    ]
+    made = report(write_passes(tmp_path / "t", routers(1, 8, 2), passes))
     assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
         noise_floor(200, 8, 2), rel=0.05
     )
@@ -289,31 +242,12 @@ def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_sai
 
 def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
     rng = np.random.default_rng(0)
-    listed, loads = [Router(0, "gate", "layers.0", 8, 2)], []
+    loads = []
     for rank in range(2):
         ids = uniform_ids(rng, 300, 8, 2)
         loads.append(np.bincount(ids.reshape(-1), minlength=8))
-        with TraceWriter(
-            tmp_path / "t",
-            {"model": {}, "capture": {"weights": False}},
-            listed,
-            weights=False,
-            rank=rank,
-        ) as writer:
-            zeros = np.zeros(300, np.int32)
-            writer.write(
-                RoutedBatch(
-                    0,
-                    zeros,
-                    np.arange(300) // 30 + 10 * rank,
-                    zeros,
-                    zeros,
-                    zeros,
-                    ["text"],
-                    [ids],
-                    None,
-                )
-            )
+        one = a_pass(0, [ids], document=np.arange(300) // 30 + 10 * rank)
+        write_passes(tmp_path / "t", routers(1, 8, 2), [one], rank=rank)
     made = report(tmp_path / "t")
     assert made.tables["load"]["assignments"].tolist() == (loads[0] + loads[1]).tolist()
     # batch 0 of either rank is a forward pass of its own

@@ -3,6 +3,7 @@ all of it whatever the shards."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 from tests.sweep import WHOLE
-from tests.synthetic import uniform_ids, write_trace
+from tests.synthetic import a_pass, routers, uniform_ids, write_passes, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3
@@ -321,15 +321,19 @@ def test_a_slot_that_routes_nowhere_among_256_experts(
     same(count_trace(trace, select(trace), wants), expected)
 
 
-def test_merging_everything_is_associative_and_commutative(tmp_path: Path):
+def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_path: Path):
     trace = made(tmp_path / "t")
     windows = windows_of(trace, select(trace), 300)
     a, b, c = (
         count_shard(shard, select(trace), frozenset(WANTS), windows) for shard in trace.shards
     )
+    before = deepcopy(a)
     left = merge([merge([a, b]), c])
     same(left, merge([a, merge([b, c])]))
     same(left, merge([c, b, a]))
+    same(a, before)
+    counted = count_trace(trace, select(trace), set(WANTS) - {"token_ids"}, window=300)
+    same(left, counted)
     with pytest.raises(AssertionError):
         same(left, merge([a, b]))
 
@@ -427,22 +431,12 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
         Router(layer, "gate", f"layers.{layer}", 4, 2, stack=stack)
         for layer, stack in enumerate(stacks)
     ]
-    rng = np.random.default_rng(0)
-    fed = {}
-    with TraceWriter(
-        tmp_path / "t", {"model": {}, "capture": {"weights": False}}, routers, weights=False
-    ) as writer:
-        for b, (phase, size) in enumerate((("encode", 60), ("prefill", 20))):
-            zeros = np.zeros(size, np.int32)
-            ids = [uniform_ids(rng, size if r.sees(phase) else 0, 4, 2) for r in routers]
-            fed[phase] = [i for i in ids if len(i)]
-            position_T, encoded = np.arange(size, dtype=np.int32), size if phase == "encode" else 0
-            writer.write(
-                RoutedBatch(
-                    b, zeros, zeros, zeros, position_T, zeros, ["text"], ids, None, encoded=encoded
-                )
-            )
-    trace = open_trace(tmp_path / "t")
+    rng, fed, passes = np.random.default_rng(0), {}, []
+    for b, (phase, size) in enumerate((("encode", 60), ("prefill", 20))):
+        ids = [uniform_ids(rng, size if r.sees(phase) else 0, 4, 2) for r in routers]
+        fed[phase] = [i for i in ids if len(i)]
+        passes.append(a_pass(b, ids, size, encoded=size if phase == "encode" else 0))
+    trace = write_passes(tmp_path / "t", routers, passes)
     counts = count_trace(
         trace, select(trace), {"pairs", "transitions", "repetition", "windows", "srp"}
     )
@@ -499,16 +493,10 @@ def by_stack(root: Path) -> Trace:
     routers = [
         Router(0, "gate", f"{stack}.0", 2, 1, stack=stack) for stack in ("encoder", "decoder")
     ]
-    zeros, token_id = np.zeros(10, np.int32), np.array([1] * 8 + [2] * 2, np.int32)
+    token_id, place = np.array([1] * 8 + [2] * 2, np.int32), np.r_[:6, :4].astype(np.int32)
     ids = [np.zeros((n, 1), np.uint8) for n in (6, 4)]
-    with TraceWriter(
-        root, {"model": {}, "capture": {"weights": False}}, routers, weights=False
-    ) as writer:
-        place = np.r_[:6, :4].astype(np.int32)
-        writer.write(
-            RoutedBatch(0, token_id, zeros, zeros, place, zeros, ["text"], ids, None, encoded=6)
-        )
-    return open_trace(root)
+    one = a_pass(0, ids, 10, token_id=token_id, position=place, encoded=6)
+    return write_passes(root, routers, [one])
 
 
 def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -529,25 +517,16 @@ def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
     """Two prompts of 5 tokens and a pass a generated token, as a generation loop of one's own under
     `record` leaves them; twice."""
     rng = np.random.default_rng(0)
-    listed = [Router(layer, "gate", f"layers.{layer}", E, K) for layer in range(2)]
-    with TraceWriter(
-        root,
-        {"model": {}, "capture": {"weights": False}},
-        listed,
-        weights=False,
-        shard_tokens=shard_tokens,
-    ) as writer:
-        for b in range(2 * steps):
-            turn, step = divmod(b, steps)
-            each = 5 if step == 0 else 1
-            rows = np.repeat(np.arange(2, dtype=np.int32) + 2 * turn, each)
-            place = np.tile(np.arange(each, dtype=np.int32) + (step + 4 if step else 0), 2)
-            ids = [uniform_ids(rng, 2 * each, E, K) for _ in listed]
-            domain, phase = rows * 0, "decode" if step else "prefill"
-            writer.write(
-                RoutedBatch(b, rows, rows, rows, place, domain, ["text"], ids, None, phase=phase)
-            )
-    return open_trace(root)
+    passes = []
+    for b in range(2 * steps):
+        turn, step = divmod(b, steps)
+        each = 5 if step == 0 else 1
+        rows = np.repeat(np.arange(2, dtype=np.int32) + 2 * turn, each)
+        place = np.tile(np.arange(each, dtype=np.int32) + (step + 4 if step else 0), 2)
+        ids = [uniform_ids(rng, 2 * each, E, K) for _ in range(2)]
+        phase = "decode" if step else "prefill"
+        passes.append(a_pass(b, ids, token_id=rows, document=rows, position=place, phase=phase))
+    return write_passes(root, routers(2, E, K), passes, shard_tokens=shard_tokens)
 
 
 @pytest.mark.parametrize("shard_tokens", [8, 20, 50])

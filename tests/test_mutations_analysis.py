@@ -95,7 +95,7 @@ def by_format(name: str) -> Check:
 
 by_hand = by(test_aggregate.test_counts_are_those_of_counting_by_hand)
 sums = by(test_counting.test_sums_that_must_hold)
-merging = by(test_aggregate.test_merging_is_associative_and_leaves_the_parts_alone)
+merging = by(test_counting.test_merging_is_associative_and_commutative_and_leaves_the_parts_alone)
 two_stacks = by(test_counting.test_an_encoder_and_a_decoder_have_tokens_of_their_own)
 in_sequences = by(test_counting.test_repetition_and_segments_follow_a_sequence_across_batches)
 logits = by(test_counting.test_what_logits_and_weights_say_by_hand)
