@@ -24,10 +24,18 @@ from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document
 from tests.conftest import Cli
 from tests.damage import edit_lines, edit_manifest, without_checksums
-from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
+from tests.synthetic import (
+    a_pass,
+    encoder_decoder,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_passes,
+    write_trace,
+)
 
 E, K, L = 8, 2, 2
 PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))
@@ -185,22 +193,13 @@ def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
 
 def two_ranks(root: Path, seed: int) -> None:
     """A pass of 10 tokens, a document, on each of two ranks."""
-    rng, zeros, T = np.random.default_rng(seed), np.zeros(10, np.int32), 10
-    manifest = {"model": {"id": "synthetic"}, "capture": {}}
+    rng = np.random.default_rng(seed)
     with hold(root) as lock:
         for rank in (1, 0):
-            with TraceWriter(
-                root, manifest, routers(L, E, K), weights=False, rank=rank, lock=lock
-            ) as writer:
-                ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
-                text = zeros + rank
-                position = np.arange(T, dtype=np.int32)
-                documents = [Document(rank, "x", "here", T)]
-                writer.write(
-                    RoutedBatch(
-                        0, zeros, text, text, position, zeros, ["x"], ids, None, None, documents
-                    )
-                )
+            ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
+            documents = [Document(rank, "text", "here", 10)]
+            one = a_pass(0, ids, document=np.full(10, rank, np.int32), documents=documents)
+            write_passes(root, routers(L, E, K), [one], rank=rank, lock=lock)
 
 
 def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
@@ -248,17 +247,15 @@ def test_a_part_that_was_interrupted_makes_the_whole_so(tmp_path: Path) -> None:
 
 def test_numbers_end_at_those_of_the_format(tmp_path: Path) -> None:
     trace = made(tmp_path / "a", 0)
-    target = Target(tmp_path / "m", None, sequences=MOST_NUMBER - 3)
     for table in trace.tables:
         (tmp_path / "m" / table).mkdir(parents=True)
-    with pytest.raises(MoeInspectError, match="numbers of sequences go beyond 2,147,483,647"):
-        target.add(trace)
-    target = Target(tmp_path / "m", None, documents=MOST_NUMBER - 8)
-    with pytest.raises(MoeInspectError, match="numbers of documents go beyond"):
-        target.add(trace)
-    target = Target(tmp_path / "m", None, batches=MOST_NUMBER - 8)
-    with pytest.raises(MoeInspectError, match="numbers of forward passes go beyond"):
-        target.add(trace)
+    for what, held in (
+        ("sequences", {"sequences": MOST_NUMBER - 3}),
+        ("documents", {"documents": MOST_NUMBER - 8}),
+        ("forward passes", {"batches": MOST_NUMBER - 8}),
+    ):
+        with pytest.raises(MoeInspectError, match=f"numbers of {what} go beyond 2,147,483,647"):
+            Target(tmp_path / "m", None, **held).add(trace)
 
 
 def refused(root: Path, says: str, *names: str) -> None:

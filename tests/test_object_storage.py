@@ -27,7 +27,7 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from moe_inspect.trace.writer.whole import _Upload, upload
-from tests.synthetic import routers, uniform_ids, write_trace
+from tests.synthetic import a_pass, routers, uniform_ids, write_trace
 
 fsspec = pytest.importorskip("fsspec")
 E, K, T = 8, 2, 50
@@ -46,14 +46,10 @@ def there(tmp_path: Path) -> Iterator[str]:
 
 def batches(n: int) -> Iterator[RoutedBatch]:
     rng = np.random.default_rng(3)
-    zeros, position = np.zeros(T, np.int32), np.arange(T, dtype=np.int32)
     for b in range(n):
-        document = zeros + b
         ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
-        documents = [Document(b, "x", "here", T)]
-        yield RoutedBatch(
-            b, zeros, document, document, position, zeros, ["x"], ids, None, None, documents
-        )
+        document, documents = np.full(T, b, np.int32), [Document(b, "x", "here", T)]
+        yield a_pass(b, ids, document=document, domains=["x"], documents=documents)
 
 
 def written(place: str | Path, start: int = 0, end: int = 6, **how: Any) -> None:

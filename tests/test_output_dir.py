@@ -26,7 +26,7 @@ from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.damage import edit_lines, edit_manifest
-from tests.synthetic import routers, uniform_ids, write_trace
+from tests.synthetic import a_pass, routers, uniform_ids, write_trace
 
 
 def a_trace(root: Path) -> Path:
@@ -39,22 +39,8 @@ def a_trace(root: Path) -> Path:
 
 
 def a_batch() -> RoutedBatch:
-    ids, row = (
-        [uniform_ids(np.random.default_rng(r), 20, 8, 2).astype(np.uint8) for r in range(2)],
-        np.arange(20, dtype=np.int32),
-    )
-    return RoutedBatch(
-        0,
-        row * 0,
-        row * 0,
-        row * 0,
-        row,
-        row * 0,
-        ["x"],
-        ids,
-        None,
-        documents=[Document(0, "x", "made", 20)],
-    )
+    ids = [uniform_ids(np.random.default_rng(r), 20, 8, 2).astype(np.uint8) for r in range(2)]
+    return a_pass(0, ids, domains=["x"], documents=[Document(0, "x", "made", 20)])
 
 
 def a_writer(root: Path, **options: Any) -> TraceWriter:

@@ -27,9 +27,9 @@ from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document, ResumePoint, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
 from tests.planted import sentences
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import a_pass, uniform_ids, write_counts, write_passes, write_trace
 
 E, K, T = 8, 4, 600
 NOWHERE = 65_535
@@ -70,32 +70,14 @@ def written(
     options |= {"weights": keep == "weights", "logits": keep == "logits"}
     weights, logits = (None, key) if keep == "logits" else (key, None)
     manifest = {"model": {"id": "made"}, "capture": {"mode": "tap"}}
-    with TraceWriter(
-        root,
-        manifest,
-        [Router(3, "gate", "layers.3", E, K, slot_order=known)],
-        shard_tokens=400,
-        **options,
-    ) as writer:
-        for b, part in enumerate((slice(300), slice(300, T))):
-            row = np.arange(300, dtype=np.int32)
-            given = [None if values is None else [values[part]] for values in (weights, logits)]
-            document = [Document(b, "text", "made", 300)]
-            writer.write(
-                RoutedBatch(
-                    b,
-                    row % 20,
-                    row * 0 + b,
-                    row * 0 + b,
-                    row,
-                    row * 0,
-                    ["text"],
-                    [ids[part]],
-                    *given,
-                    document,
-                )
-            )
-    return open_trace(root)
+    passes, row = [], np.arange(300, dtype=np.int32)
+    for b, part in enumerate((slice(300), slice(300, T))):
+        of = [None if values is None else [values[part]] for values in (weights, logits)]
+        given = {"weights": of[0], "logits": of[1], "document": row * 0 + b}
+        documents = [Document(b, "text", "made", 300)]
+        passes.append(a_pass(b, [ids[part]], 300, token_id=row % 20, documents=documents, **given))
+    listed = [Router(3, "gate", "layers.3", E, K, slot_order=known)]
+    return write_passes(root, listed, passes, manifest=manifest, shard_tokens=400, **options)
 
 
 def experts_of(trace: Trace) -> np.ndarray:
@@ -108,11 +90,8 @@ def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path
     ids, weights, logits = drawn(null=null)
     key = weights
     if kind == "bfloat16":
-        trace = written(
-            tmp_path / "t",
-            ids,
-            (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
-        )
+        bits = weights.astype(np.float32).view(np.uint32) >> 16
+        trace = written(tmp_path / "t", ids, bits.astype(np.uint16))
     elif kind == "weights not kept":
         trace = written(tmp_path / "t", ids, weights, keep=None, known="weight")
     elif kind == "logits":

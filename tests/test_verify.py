@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,8 +199,6 @@ def test_a_corruption_is_found_and_named(name: str, fine: Path, tmp_path: Path):
     found = verify(tmp_path / "t")
     assert not found.ok
     assert (found.file, found.row) == (file, row), found
-    import re
-
     assert re.search(said, found.violation or ""), found
 
 
@@ -210,20 +209,17 @@ def test_rewriting_alone_corrupts_nothing(fine: Path, tmp_path: Path):
     assert verify(tmp_path / "t").ok
 
 
+def more_than(column: str) -> Change:
+    """One more than the assignments there are."""
+    return lambda c: put(column, 2, c["assignments"][2] + 1)(c)
+
+
 COUNTS: dict[str, tuple[Change, int | None, str]] = {
-    "an assignment too many": (
-        lambda c: put("assignments", 2, c["assignments"][2] + 1)(c),
-        0,
-        "assignments and",
-    ),
+    "an assignment too many": (more_than("assignments"), 0, "assignments and"),
     "below zero": (put("assignments", 2, -1), 2, "assignments is -1"),
     "an expert twice": (put("expert", 2, 1), 0, "lists expert 1 2 times"),
     "an expert beyond": (put("expert", 2, 8), 2, "expert is 8"),
-    "first choices beyond": (
-        lambda c: put("first_choice", 2, c["assignments"][2] + 1)(c),
-        2,
-        "first_choice is",
-    ),
+    "first choices beyond": (more_than("first_choice"), 2, "first_choice is"),
     "another layer": (put("layer", 9, 9), 9, "layer is 9, not 1"),
 }
 
@@ -294,16 +290,13 @@ def test_the_commands(cli_here: Cli, fine: Path, tmp_path: Path):
 
 
 def test_traces_of_the_demo_model_are_fine(tmp_path: Path):
-    pytest.importorskip("torch")
-    import moe_inspect
-
     options = {"max_tokens": 600, "batch_tokens": 256}
     for name, more in {
         "generated": {"generate": 4, "max_tokens": 200},
         "logits": {"logits": True},
         "counts": {"counts_only": True},
     }.items():
-        moe_inspect.trace_model("demo", tmp_path / name, **{**options, **more})
+        trace_model("demo", tmp_path / name, **{**options, **more})
         found = verify(tmp_path / name)
         assert found.ok, (name, found)
         assert found.empty_slots == 0
