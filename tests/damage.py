@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
@@ -35,16 +37,28 @@ def edit_lines(
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def without_checksums(source: Path, root: Path) -> None:
+def restate(root: Path, name: str, **more: Any) -> None:
+    """Makes the line of a file that was changed fit what it holds now; and sets other values."""
+    file = pa.memory_map(str(root / name))
+    facts = {
+        "rows": pq.read_metadata(root / name).num_rows,
+        "bytes": file.size(),
+        "footer_crc32": checksums.footer_crc32(file),
+        "sha256": checksums.file_sha256(file),
+    }
+    edit_lines(
+        root, [line | (facts | more if line["path"] == name else {}) for line in edit_lines(root)]
+    )
+
+
+def without_checksums(source: Path, root: Path, hashes: bool = True) -> None:
     """Copies a trace as it would be had it been written before there were checksums in lines and
-    manifest."""
+    manifest; `hashes`: but for the sha256 of files."""
     shutil.copytree(source, root)
+    gone = {"crc32", "bytes", "footer_crc32", *(() if hashes else ("sha256",))}
     for path in root.glob("shards-*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [
-            {k: v for k, v in line.items() if k not in ("crc32", "bytes", "footer_crc32")}
-            for line in lines
-        ]
+        kept = [{k: v for k, v in line.items() if k not in gone} for line in lines]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     manifest = json.loads((root / schema.MANIFEST).read_text())
     text = json.dumps(

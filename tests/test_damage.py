@@ -19,13 +19,12 @@ import pytest
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace import parts, schema
-from moe_inspect.trace.files import checksums
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT
-from tests.damage import changed_bytes, edit_lines, edit_manifest, without_checksums
+from tests.damage import changed_bytes, edit_lines, edit_manifest, restate, without_checksums
 from tests.synthetic import routers, uniform_ids, write_counts, write_trace
 from tests.test_trace import ROUTERS, a_batch
 
@@ -406,24 +405,9 @@ def replace_part(
     root: Path, table: str, change: Callable[[pa.Table], pa.Table], **options: Any
 ) -> None:
     """A table of the first shard, changed, its line with it."""
-    path = root / table / "part-0-0.parquet"
-    made = change(pq.read_table(path))
-    pq.write_table(made, path, **options)
-    with open(path, "rb") as file:
-        footer_crc32, sha256 = (
-            checksums.footer_crc32(pa.PythonFile(file)),
-            checksums.file_sha256(pa.PythonFile(file)),
-        )
-    lines = edit_lines(root)
-    for line in lines:
-        if line["path"] == f"{table}/part-0-0.parquet":
-            line |= {
-                "rows": len(made),
-                "bytes": path.stat().st_size,
-                "footer_crc32": footer_crc32,
-                "sha256": sha256,
-            }
-    edit_lines(root, lines)
+    name = f"{table}/part-0-0.parquet"
+    pq.write_table(change(pq.read_table(root / name)), root / name, **options)
+    restate(root, name)
 
 
 def put(name: str, value: pa.Array | pa.ChunkedArray) -> Callable[[pa.Table], pa.Table]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,26 +81,19 @@ def test_the_example_is_reported_and_simulated(written: Path) -> None:
 @pytest.mark.parametrize("writer", ["plain text", "polars", "duckdb"])
 def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path: Path) -> None:
     polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
-    without_checksums(SAMPLES[0], tmp_path / "t")
-    manifest = json.loads((tmp_path / "t/trace.json").read_text())
-    manifest["tables"] = ["documents", "tokens", "routing"]  # logits need Arrow's schema
-    (tmp_path / "t/trace.json").write_text(json.dumps(manifest))
-    for path in (tmp_path / "t").glob("shards-*.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines = [
-            {k: v for k, v in line.items() if k != "sha256"}
-            for line in lines
-            if line["table"] != "logits"
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for path in (tmp_path / "t").glob("*/*.parquet"):
-        if path.parent.name == "logits":
-            continue
+    root = tmp_path / "t"
+    without_checksums(SAMPLES[0], root, hashes=False)
+    # logits need Arrow's schema
+    manifest = json.loads((root / "trace.json").read_text())
+    manifest["tables"].remove("logits")
+    (root / "trace.json").write_text(json.dumps(manifest))
+    shutil.rmtree(root / "logits")
+    lines = (root / "shards-0.jsonl").read_text().splitlines(keepends=True)
+    (root / "shards-0.jsonl").write_text("".join(x for x in lines if '"logits"' not in x))
+    for path in root.glob("*/*.parquet"):
         if writer == "polars":
-            table = polars.read_parquet(path)
-            table.with_columns(polars.col(polars.Categorical).cast(polars.String)).write_parquet(
-                path
-            )
+            text = polars.col(polars.Categorical).cast(polars.String)
+            polars.read_parquet(path).with_columns(text).write_parquet(path)
         elif writer == "duckdb":
             duckdb.sql(f"copy (select * from '{path}') to '{path}.new' (format parquet)")
             Path(f"{path}.new").replace(path)
@@ -110,22 +104,17 @@ def test_files_of_programs_without_arrows_schema_are_read(writer: str, tmp_path:
                 for f in table.schema
             ]
             pq.write_table(table.cast(pa.schema(plain)), path, store_schema=False)
-    found = verify(tmp_path / "t")
+    found = verify(root)
     assert found.ok, found
+    here, there = (moe_inspect.open_trace(path) for path in (root, SAMPLES[0]))
     for table in ("balance", "domains"):
-        pd.testing.assert_frame_equal(
-            moe_inspect.report(tmp_path / "t").tables[table],
-            moe_inspect.report(SAMPLES[0]).tables[table],
-        )
+        pd.testing.assert_frame_equal(here.report().tables[table], there.report().tables[table])
     for asked in (
         "select domain, phase, expert, count(*) n from routing group by all order by all",
         "from tokens order by token",
         "from documents order by document",
     ):
-        pd.testing.assert_frame_equal(
-            moe_inspect.open_trace(tmp_path / "t").sql(asked),
-            moe_inspect.open_trace(SAMPLES[0]).sql(asked),
-        )
+        pd.testing.assert_frame_equal(here.sql(asked), there.sql(asked))
 
 
 # --- columns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,11 +15,10 @@ import pytest
 
 from moe_inspect.api import trace_model
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.files import checksums
 from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import ROOT, Cli
-from tests.damage import edit_lines, edit_manifest
+from tests.damage import edit_lines, edit_manifest, restate
 from tests.synthetic import uniform_ids, write_counts, write_trace
 
 T, E, K, L = 300, 8, 2, 3
@@ -55,35 +53,19 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
     """Changes the columns of a part, row group by row group, and its line with it: only what it says is wrong."""
-    path = root / table / f"part-0-{shard}.parquet"
-    file = pq.ParquetFile(path)
-    schema, sizes = (
-        file.schema_arrow,
-        [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)],
-    )
+    name = f"{table}/part-0-{shard}.parquet"
+    file = pq.ParquetFile(root / name)
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+    schema = pa.schema([f.with_nullable(True) for f in file.schema_arrow])
     columns = file.read().to_pydict()
-    before = len(columns[schema.names[0]])
     change(columns)
-    after = len(columns[schema.names[0]])
-    schema = pa.schema([f.with_nullable(True) for f in schema])
-    made = pa.table(columns, schema=schema)
-    with pq.ParquetWriter(path, schema) as writer:
-        at = 0
-        for size in [*sizes[:-1], sizes[-1] + after - before]:
+    made, at = pa.table(columns, schema=schema), 0
+    sizes[-1] += len(made) - sum(sizes)
+    with pq.ParquetWriter(root / name, schema) as writer:
+        for size in sizes:
             writer.write_table(made.slice(at, size), row_group_size=max(size, 1))
             at += size
-    with open(path, "rb") as written:
-        footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
-    facts = {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "footer_crc32": footer_crc32,
-        "bytes": path.stat().st_size,
-    }
-    lines = edit_lines(root)
-    for line in lines:
-        if line["path"] == f"{table}/part-0-{shard}.parquet":
-            line |= {**facts, "rows": after, **({"decisions": after} if table == "routing" else {})}
-    edit_lines(root, lines)
+    restate(root, name, **({"decisions": len(made)} if table == "routing" else {}))
 
 
 def put(column: str, row: int, value: object) -> Change:
