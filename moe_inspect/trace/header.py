@@ -12,7 +12,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace import parts, schema, slot_order
 from moe_inspect.trace.files.location import Remote, inside
-from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.schema import Router
 
 
@@ -122,9 +121,8 @@ class TraceHeader:
         listed = self.stated_routers[router]
         if listed.slot_order or not self.has_weights or listed.top_k == 1:
             return None
-        return [
-            [f"{name}_{j}" for j in range(listed.top_k)] for name in ("expert", *self.slot_values)
-        ]
+        names, slots = ("expert", *self.slot_values), range(listed.top_k)
+        return [[f"{name}_{j}" for j in slots] for name in names]
 
     @cached_property
     def vocabulary_table(self) -> pa.Table:
@@ -133,18 +131,16 @@ class TraceHeader:
         stated = self.manifest.get("vocabulary")
         if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()
-        return parts.read_vocabulary(
-            path, Stated(**{key: (stated or {}).get(key) for key in ("bytes", "sha256")})
-        )
+        stated = stated or {}
+        facts = parts.Stated(bytes=stated.get("bytes"), sha256=stated.get("sha256"))
+        return parts.read_vocabulary(path, facts)
 
     @property
     def without_text(self) -> bool:
         """Whether it has decisions but no token ids, which were left out (`--no-text`)."""
         plan = (self.manifest.get("corpus") or {}).get("plan") or {}  # of earlier versions
-        return not self.counts_only and False in (
-            self.manifest["capture"].get("text"),
-            plan.get("text"),
-        )
+        stated = self.manifest["capture"].get("text"), plan.get("text")
+        return not self.counts_only and False in stated
 
     @property
     def imported(self) -> bool:
@@ -153,9 +149,8 @@ class TraceHeader:
     @property
     def more_than_counts(self) -> str:
         """For error messages: how to make a trace with decisions instead of this one of counts."""
-        return (
-            "import a recording of every token" if self.imported else "trace without --counts-only"
-        )
+        recorded = "trace without --counts-only"
+        return "import a recording of every token" if self.imported else recorded
 
     def router_index(self, layer: int | None = None, router: int | None = None) -> list[int]:
         """Indices of all routers, of those of a layer, or of one."""

@@ -89,19 +89,18 @@ def no_trace(root: Path | Remote) -> MoeInspectError:
     in the way."""
     if isinstance(root, Remote):
         return MoeInspectError(f"no trace at {root}")
+    near, place = "", root
     if root.is_dir():
         if inside := _traces_in(root):
-            return MoeInspectError(
-                f"no trace at {root}, but in it: {join_first([str(p) for p in inside], 6, ', ')}"
-            )
-        return MoeInspectError(
-            f'no trace at {root}: make one with "moe-inspect trace MODEL -o {root / "NAME"}"'
-        )
-    if root.exists() and not root.is_file():
+            listed = join_first([str(p) for p in inside], 6, ", ")
+            return MoeInspectError(f"no trace at {root}, but in it: {listed}")
+        place = root / "NAME"
+    elif root.exists() and not root.is_file():
         return MoeInspectError(why_unread(root))
-    near = did_you_mean(str(root), map(str, _traces_in(root.parent)))
+    else:
+        near = did_you_mean(str(root), map(str, _traces_in(root.parent)))
     return MoeInspectError(
-        f'no trace at {root}{near}: make one with "moe-inspect trace MODEL -o {root}"'
+        f'no trace at {root}{near}: make one with "moe-inspect trace MODEL -o {place}"'
     )
 
 
@@ -153,12 +152,8 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
     """The process that is writing this trace, as far as this machine can tell: None where it is
     done or gone."""
     capture = manifest["capture"]
-    pid = capture.get("pid")
-    if (
-        manifest["status"] != "recording"
-        or capture.get("host") != socket.gethostname()
-        or pid in (None, os.getpid())
-    ):
+    pid, here = capture.get("pid"), capture.get("host") == socket.gethostname()
+    if manifest["status"] != "recording" or not here or pid in (None, os.getpid()):
         return None
     return pid if is_running(pid, capture.get("process_start")) else None
 

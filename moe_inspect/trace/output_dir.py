@@ -158,9 +158,8 @@ def check_directory(
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MoeInspectError(
-                f"cannot write {path}: no directory can be made {_why_none(path, error)}"
-            ) from None
+            said = f"no directory can be made {_why_none(path, error)}"
+            raise MoeInspectError(f"cannot write {path}: {said}") from None
         tempfile.TemporaryFile(dir=path).close()
         with suppress(OSError):  # another trace may have begun in one of them
             for made in new:  # if no trace is written, no directory is left behind
@@ -191,10 +190,8 @@ def clear_trace(root: Path | Remote) -> None:
     try:
         if schema.MANIFEST in there.files:
             _withdraw_manifest(root)
-        for name in sorted(
-            set(there.files) - {schema.MANIFEST, OVERWRITTEN},
-            key=lambda name: not re.fullmatch(LIST, name),
-        ):
+        others = set(there.files) - {schema.MANIFEST, OVERWRITTEN}
+        for name in sorted(others, key=lambda name: not re.fullmatch(LIST, name)):
             (root / name).unlink()
         if isinstance(root, Path):
             for name in there.folders:
@@ -219,10 +216,8 @@ def _why_none(path: Path, error: OSError) -> str:
     if not parent.is_dir():
         return f"below {parent}, which is a file"
     # as Linux says in /proc
-    return (
-        f"in {parent}: "
-        f"{'its file system takes none' if error.errno == errno.ENOENT else error.strerror}"
-    )
+    none = error.errno == errno.ENOENT
+    return f"in {parent}: {'its file system takes none' if none else error.strerror}"
 
 
 def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True) -> None:
@@ -235,11 +230,9 @@ def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True)
             f"there is {'a trace' if is_trace else 'something'} at {path}: choose another "
             f"directory, or replace a trace with --overwrite (overwrite=True){way_out}"
         )
-    others = (
-        there.strange
-        if is_trace
-        else [*there.strange, *(name for name in there.files if name == schema.MANIFEST)]
-    )
+    others = list(there.strange)
+    if not is_trace and schema.MANIFEST in there.files:
+        others.append(schema.MANIFEST)
     if others or not is_trace:
         named = ", ".join(sorted(others or there.files)[:TO_NAME])
         more = f" and {len(others) - TO_NAME:,} more" if len(others) > TO_NAME else ""

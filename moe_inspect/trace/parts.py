@@ -129,38 +129,26 @@ def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
             said = f"sha256 is {found[:12]}…, {stated.sha256[:12]}… was written"
             raise Damaged(name, f"it was changed after it was written: {said}")
     elif stated.footer_crc32 is not None and checksums.footer_crc32(file) != stated.footer_crc32:
-        raise Damaged(
-            name, "its footer was changed after it was written (its footer_crc32 differs)"
-        )
+        said = "its footer was changed after it was written (its footer_crc32 differs)"
+        raise Damaged(name, said)
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:
     """Refuses row groups that decompress to more than their rows can take, as the footer states:
     a few kilobytes can become gigabytes."""
-    metadata = file.metadata
     table = name.partition("/")[0]
-    most_rows = (
-        MOST_COUNT_ROWS
-        if table == "counts"
-        else MOST_TOKEN_IDS
-        if name == schema.VOCABULARY
-        else MOST_SHARD_TOKENS
-    )
+    most = {"counts": MOST_COUNT_ROWS, schema.VOCABULARY: MOST_TOKEN_IDS}
+    most_rows = most.get(table, MOST_SHARD_TOKENS)
     width = sum(_width(kind) for kind in file.schema_arrow.types)
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        if not 0 <= group.num_rows <= most_rows:
-            raise Damaged(
-                name,
-                f"a row group of it has {group.num_rows:,} rows: at most {most_rows:,} are "
-                "possible",
-            )
-        if not 0 <= group.total_byte_size <= 2 * width * group.num_rows + TEXT_BYTES:
-            said = (
-                f"a row group of {group.num_rows:,} rows decompresses to "
-                f"{group.total_byte_size:,} bytes, more than {table} can take"
-            )
+    for g in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(g)
+        rows, size = group.num_rows, group.total_byte_size
+        if not 0 <= rows <= most_rows:
+            said = f"a row group of it has {rows:,} rows: at most {most_rows:,} are possible"
             raise Damaged(name, said)
+        if not 0 <= size <= 2 * width * rows + TEXT_BYTES:
+            said = f"a row group of {rows:,} rows decompresses to {size:,} bytes, more than {table}"
+            raise Damaged(name, f"{said} can take")
 
 
 def _width(kind: pa.DataType) -> int:
@@ -232,17 +220,12 @@ def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
     name = schema.VOCABULARY
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):
-        words = pq.ParquetFile(
-            _source(path), read_dictionary=["token"], page_checksum_verification=True
-        ).read(use_threads=False)
+        words = _parquet(_source(path), read_dictionary=["token"]).read(use_threads=False)
         _check_text(words)
         total = sum(_text_bytes(chunk) for chunk in words["token"].chunks)
         if total > TEXT_BYTES:
-            raise Damaged(
-                name,
-                f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text: at most "
-                f"{TEXT_BYTES:,} are possible",
-            )
+            said = f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text"
+            raise Damaged(name, f"{said}: at most {TEXT_BYTES:,} are possible")
         for column in schema.VOCABULARY_SCHEMA.names:
             if words[column].null_count:
                 raise Damaged(name, f"{column} is null")

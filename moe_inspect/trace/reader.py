@@ -48,11 +48,9 @@ class Trace(Answers, TraceHeader):
 
     def _hold(self, files: ShardFiles) -> dict[str, pa.Buffer]:
         """The files of an early shard, which its writer deletes when a full one replaces it."""
-        if not files.early or isinstance(self.path, Remote):
-            return {}
-        return {
-            table: parts.held(inside(self.path, name), name) for table, name in files.paths.items()
-        }
+        held = files.early and isinstance(self.path, Path)
+        names = files.paths if held else {}
+        return {table: parts.held(inside(self.path, name), name) for table, name in names.items()}
 
     def is_replaced(self) -> bool:
         """Whether its writer has replaced shards since the trace was opened."""
@@ -62,11 +60,8 @@ class Trace(Answers, TraceHeader):
         """Damaged where lines were lost: the manifest is written after the lines that it counts."""
         stated = (self.manifest.get("counts") or {}).get("tokens", 0)
         if self.n_tokens < stated:
-            raise Damaged(
-                self.path / schema.MANIFEST,
-                f"counts.tokens is {stated}, the shards have {self.n_tokens}",
-                schema.MANIFEST,
-            )
+            said = f"counts.tokens is {stated}, the shards have {self.n_tokens}"
+            raise Damaged(self.path / schema.MANIFEST, said, schema.MANIFEST)
 
     def __repr__(self) -> str:
         return (
@@ -113,18 +108,12 @@ class Trace(Answers, TraceHeader):
 
     def routing(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         """The routing table, of all routers, one layer or one router."""
-        if self.counts_only:
-            raise MoeInspectError(
-                f"{self.path} holds counts only, no decisions: {self.more_than_counts}"
-            )
+        self._refuse_counts("decisions")
         chosen = self.router_index(layer, router)
         return self._frame("routing", [s.routing(r) for r in chosen for s in self.shards])
 
     def tokens(self) -> pd.DataFrame:
-        if self.counts_only:
-            raise MoeInspectError(
-                f"{self.path} holds counts only, no tokens: {self.more_than_counts}"
-            )
+        self._refuse_counts("tokens")
         return self._frame("tokens", [s.tokens() for s in self.shards])
 
     def documents(self) -> pd.DataFrame:
@@ -141,14 +130,18 @@ class Trace(Answers, TraceHeader):
     def logits(self, layer: int | None = None, router: int | None = None) -> pd.DataFrame:
         if "logits" not in self.tables:
             raise MoeInspectError(f"{self.path} has no logits: trace with --logits")
-        chosen = self.router_index(layer, router)
-        return self._frame(
-            "logits", [s.rows_of_router("logits", r) for r in chosen for s in self.shards]
-        )
+        found = [(s, r) for r in self.router_index(layer, router) for s in self.shards]
+        return self._frame("logits", [s.rows_of_router("logits", r) for s, r in found])
 
     def vocabulary(self) -> pd.DataFrame:
         """token_id, token; empty where the trace was recorded without a tokenizer."""
         return self.vocabulary_table.to_pandas()
+
+    def _refuse_counts(self, what: str) -> None:
+        if self.counts_only:
+            raise MoeInspectError(
+                f"{self.path} holds counts only, no {what}: {self.more_than_counts}"
+            )
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
         if not parts:

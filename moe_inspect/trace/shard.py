@@ -63,13 +63,10 @@ class Shard:
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens of this shard, in token order."""
         table = self.table("tokens", columns)
-        if (
-            "token_id" in table.column_names
-            and (highest := _highest(table["token_id"])) >= MOST_TOKEN_IDS
-        ):
-            raise self._damaged(
-                "tokens", f"token_id is {highest}: vocabularies have at most {MOST_TOKEN_IDS:,}"
-            )
+        highest = _highest(table["token_id"]) if "token_id" in table.column_names else 0
+        if highest >= MOST_TOKEN_IDS:
+            said = f"token_id is {highest}: vocabularies have at most {MOST_TOKEN_IDS:,}"
+            raise self._damaged("tokens", said)
         return table
 
     def counts(self) -> pa.Table:
@@ -79,22 +76,17 @@ class Shard:
         router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
         experts_L = np.array([router.experts for router in routers])
         if (router_N >= len(routers)).any():
-            raise self._damaged(
-                "counts", f"router is {router_N.max()}, the manifest lists {len(routers)}"
-            )
+            said = f"router is {router_N.max()}, the manifest lists {len(routers)}"
+            raise self._damaged("counts", said)
         if (wrong_N := expert_N >= experts_L[router_N]).any():
-            n = int(wrong_N.argmax())
-            raise self._damaged(
-                "counts",
-                f"expert is {expert_N[n]}, router {router_N[n]} has {experts_L[router_N[n]]} "
-                "experts",
-            )
+            expert, router = expert_N[wrong_N][0], router_N[wrong_N][0]
+            said = f"expert is {expert}, router {router} has {experts_L[router]} experts"
+            raise self._damaged("counts", said)
         for name in ("assignments", "first_choice"):
             lowest = pc.min(table[name]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
             if (lowest or 0) < 0 or (name == "assignments" and table[name].null_count):
-                raise self._damaged(
-                    "counts", f"{name} is {lowest if lowest is not None else 'null'}"
-                )
+                said = f"{name} is {'null' if lowest is None else lowest}"
+                raise self._damaged("counts", said)
         return table
 
     def _damaged(self, table: str, what: str) -> Damaged:
@@ -105,11 +97,10 @@ class Shard:
         descending weight where that can be known: those of a trace that does not state its order
         are put in order here."""
         slots = self.trace.slots_to_order(router)
-        if not slots or (
-            columns is not None and not {*columns}.intersection(itertools.chain(*slots))
-        ):
+        needed = [*itertools.chain(*slots or ())]
+        if not slots or (columns is not None and {*columns}.isdisjoint(needed)):
             return self.rows_of_router("routing", router, columns)
-        wanted = None if columns is None else [*dict.fromkeys([*columns, *itertools.chain(*slots)])]
+        wanted = None if columns is None else [*dict.fromkeys([*columns, *needed])]
         table = _in_order(self.rows_of_router("routing", router, wanted), *slots)
         return table if columns is None else table.select(columns)
 
@@ -128,14 +119,12 @@ class Shard:
         `schema.DROPPED`, the experts that dropped slots, and their number at all others.
         MoeInspectError for an id out of range."""
         columns, E = self._slots(router, kind), self.trace.routers[router].experts
-        if np.iinfo(columns[0].type.to_pandas_dtype()).max < E and any(
-            column.null_count for column in columns
-        ):
+        narrow = np.iinfo(columns[0].type.to_pandas_dtype()).max < E
+        if narrow and any(column.null_count for column in columns):
             columns = [column.cast(pa.uint16()) for column in columns]
         if (highest := max(_highest(column) for column in columns)) >= E:
-            raise self._damaged(
-                "routing", f"router {router} has {E} experts and an assignment to expert {highest}"
-            )
+            said = f"router {router} has {E} experts and an assignment to expert {highest}"
+            raise self._damaged("routing", said)
         return tuple(
             (column.fill_null(E) if column.null_count else column).to_numpy() for column in columns
         )
@@ -175,9 +164,8 @@ class Shard:
         return flat.reshape(-1, width)[:, : self.trace.routers[router].experts]
 
     def _slots(self, router: int, kind: str) -> list[pa.ChunkedArray]:
-        return self.routing(
-            router, [f"{kind}_{j}" for j in range(self.trace.routers[router].top_k)]
-        ).columns
+        slots = range(self.trace.routers[router].top_k)
+        return self.routing(router, [f"{kind}_{j}" for j in slots]).columns
 
     def rows_of_router(self, name: str, router: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one router in a table, as they are stored."""
@@ -231,9 +219,6 @@ def _highest(column: pa.ChunkedArray) -> int:
 
 def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
     """The first and last router in each row group, any where the file does not say."""
-    index = file.schema_arrow.get_field_index("router")
-    found = [
-        file.metadata.row_group(g).column(index).statistics
-        for g in range(file.metadata.num_row_groups)
-    ]
+    index, groups = file.schema_arrow.get_field_index("router"), range(file.metadata.num_row_groups)
+    found = [file.metadata.row_group(g).column(index).statistics for g in groups]
     return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]

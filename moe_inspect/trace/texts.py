@@ -36,7 +36,7 @@ def as_text(pieces: Sequence[str | None]) -> list[str]:
     """What consecutive tokens write: ▁ is a space, and a character that is spread over several
     tokens, with the marks that change it or the emoji that it is joined to, stands at the first of
     them. Bytes that are no UTF-8 become "�"."""
-    raw = [_bytes("" if piece is None else piece) for piece in pieces]
+    raw = [_bytes(piece or "") for piece in pieces]
     ends = list(accumulate(map(len, raw)))
     texts = [""] * len(raw)
     token = at = 0
@@ -132,8 +132,6 @@ def tokens_of(
             f"no expert {expert} in layer {layer} of {trace.path}: it has "
             f"{trace.routers[routers[0]].experts}"
         )
-    if trace.counts_only:
-        raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
     _need_tokens(trace)
     hits, given = _hits(trace, routers, expert, top, sort == "weight" and trace.has_weights, seed)
     words = _context(trace, hits, routers, context)
@@ -154,12 +152,10 @@ def _hits(
         rows, router, slot, weight = (np.concatenate(of) for of in zip(*found, strict=True))
         given += len(rows)
         order = -weight if by_weight else rng.random(len(rows))
+        of = pd.DataFrame({"router": router, "slot": slot, "weight": weight, "order": order})
         first = np.argsort(order, kind="stable")[:top]
         place = shard.tokens(PLACE[:-1]).take(pa.array(rows[first])).to_pandas()
-        new = place.assign(
-            router=router[first], slot=slot[first], weight=weight[first], order=order[first]
-        )
-        parts.append(new)
+        parts.append(place.join(of.iloc[first].reset_index(drop=True)))
         if top is not None:
             parts = [_in_order(parts).iloc[:top]]
     return _in_order(parts), given
@@ -225,8 +221,6 @@ def _sequences(trace: Trace, hits: pd.DataFrame, routers: Sequence[int]) -> pd.D
 
 def _of_document(trace: Trace, number: int) -> pd.DataFrame:
     """The tokens of a document in the order of its text."""
-    if trace.counts_only:
-        raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
     _need_tokens(trace)
     parts = []
     for shard in trace.shards:
@@ -246,5 +240,7 @@ def _of_document(trace: Trace, number: int) -> pd.DataFrame:
 
 
 def _need_tokens(trace: Trace) -> None:
+    if trace.counts_only:
+        raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
     if not any(shard.files.tokens for shard in trace.shards):
         raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")

@@ -292,11 +292,8 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     table = shard.counts()
     code, domains = codes(table["domain"])
     part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
-    kept = [
-        d
-        for d, domain in enumerate(domains)
-        if domain in part.labels and (not selection.domains or domain in selection.domains)
-    ]
+    wanted = part.labels & (selection.domains or part.labels)
+    kept = [d for d, domain in enumerate(domains) if domain in wanted]
     part.domains = [domains[d] for d in kept]
     part.units = [(domain, 0) for domain in part.domains]
     row_of = {d: row for row, d in enumerate(kept)}
@@ -321,10 +318,9 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     tokens_SD = _tokens_counted(shard, table, code, len(domains))
     part.tokens_U = np.sum([tokens_D[kept] for tokens_D in tokens_SD.values()], axis=0)
     part.tokens_SU = {s: tokens_D[kept] for s, tokens_D in tokens_SD.items() if s in part.tokens_SU}
-    for r in selection.routers:
-        part.of[r].null_slots = part.tokens_of(r) * part.routers[r].top_k - int(
-            part.of[r].assignments_UE.sum()
-        )
+    for r, counts in part.of.items():
+        slots = part.tokens_of(r) * part.routers[r].top_k
+        counts.null_slots = slots - int(counts.assignments_UE.sum())
 
 
 def _tokens_counted(

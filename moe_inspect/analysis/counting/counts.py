@@ -64,11 +64,8 @@ class Counts:
 
     def _zero(self, r: int) -> RouterCounts:
         """What the counts of router r are added to."""
-        sizes, after = (
-            {"E": self.routers[r].experts, "W": len(self.first_token_W)},
-            self.next_router(r),
-        )
-        if after is not None:
+        sizes = {"E": self.routers[r].experts, "W": len(self.first_token_W)}
+        if (after := self.next_router(r)) is not None:
             sizes["N"] = self.routers[after].experts
         return RouterCounts.zero(self.wants, sizes)
 
@@ -154,23 +151,23 @@ class Counts:
 
     def first_choice_E(self, router: int) -> np.ndarray:
         """int64 [E]; NaN where the source does not say."""
-        first_DE = self.of[router].first_choice_DE
-        return (
-            np.full(self.routers[router].experts, np.nan) if first_DE is None else first_DE.sum(0)
-        )
+        return self._over_domains(router, self.of[router].first_choice_DE)
 
     def weight_sum_E(self, router: int) -> np.ndarray:
         """float64 [E]; NaN where the trace holds no weights."""
-        sums_DE = self.of[router].weight_sum_DE
-        return np.full(self.routers[router].experts, np.nan) if sums_DE is None else sums_DE.sum(0)
+        return self._over_domains(router, self.of[router].weight_sum_DE)
 
     def dropped_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments that each expert dropped; NaN where the trace does not say, as of
         a router with empty slots none of which is known to be dropped."""
-        mine, E = self.of[router], self.routers[router].experts
-        if mine.dropped_UE is None or (mine.null_slots and not mine.dropped_UE.any()):
-            return np.full(E, np.nan)
-        return mine.dropped_UE.sum(0)
+        mine = self.of[router]
+        unknown = mine.dropped_UE is not None and mine.null_slots and not mine.dropped_UE.any()
+        return self._over_domains(router, None if unknown else mine.dropped_UE)
+
+    def _over_domains(self, router: int, values_DE: np.ndarray | None) -> np.ndarray:
+        """[E], NaN where nothing is known"""
+        E = self.routers[router].experts
+        return np.full(E, np.nan) if values_DE is None else values_DE.sum(0)
 
     def before_drops(self) -> Counts:
         """With what is known to be dropped among the assignments."""
@@ -187,12 +184,8 @@ class Counts:
         assert mine.window_load_WE is not None, "windows were not asked for"
         assert mine.window_tokens_W is not None
         for w in np.flatnonzero(mine.window_tokens_W):
-            yield (
-                int(w),
-                int(self.first_token_W[w]),
-                int(mine.window_tokens_W[w]),
-                mine.window_load_WE[w],
-            )
+            first, tokens = int(self.first_token_W[w]), int(mine.window_tokens_W[w])
+            yield int(w), first, tokens, mine.window_load_WE[w]
 
 
 def merge(parts: Iterable[Counts]) -> Counts:

@@ -121,9 +121,8 @@ def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
 
 def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) -> np.ndarray:
     """Weights of each expert's assignments by row. float64 [X, E]"""
-    return np.bincount(_cells(row_T, slots, E), np.concatenate(weights), X * (E + 1)).reshape(
-        X, E + 1
-    )[:, :E]
+    cells, size = _cells(row_T, slots, E), X * (E + 1)
+    return np.bincount(cells, np.concatenate(weights), size).reshape(X, E + 1)[:, :E]
 
 
 def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
@@ -192,10 +191,8 @@ def pairs(slots: Slots, next_slots: Slots, E: int, N: int) -> np.ndarray:
 def by_slot(slots: Slots, E: int) -> np.ndarray:
     """Pairs of experts of one decision: that of the earlier slot by that of the later. int64 [E,
     E]"""
-    return sum(
-        (pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1)),
-        np.zeros((E, E), np.int64),
-    )
+    parts = (pairs((slot_T,), slots[j:], E, E) for j, slot_T in enumerate(slots, 1))
+    return sum(parts, np.zeros((E, E), np.int64))
 
 
 def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray, np.ndarray]:
@@ -235,15 +232,12 @@ def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
         # one more column takes what is no expert of this block
         chosen = np.zeros((T + 1, width + 1), np.int32)
         inside_TK = (sorted_TK >= first_expert) & (sorted_TK < first_expert + width)
-        chosen[
-            index_T[:, None] + 1,
-            np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width),
-        ] = 1
+        column_TK = np.where(inside_TK, sorted_TK.astype(np.int64) - first_expert, width)
+        chosen[index_T[:, None] + 1, column_TK] = 1
         cumulative = chosen[:, :width].cumsum(0)
         f = cumulative[last + 1] - cumulative[last + 1 - m]
-        histogram += np.bincount(
-            (unit_last[:, None] * (m + 1) + f).reshape(-1), minlength=len(histogram)
-        )
+        cells = (unit_last[:, None] * (m + 1) + f).reshape(-1)
+        histogram += np.bincount(cells, minlength=len(histogram))
     return histogram.reshape(token_rows.U, m + 1)
 
 

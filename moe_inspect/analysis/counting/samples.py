@@ -132,18 +132,14 @@ class SampledRoutes:
 def sampled_routes(trace: Trace, selection: Selection) -> list[SampledRoutes]:
     """Of each stack: about TOKENS tokens, fewer where the model has very many routers."""
     most = min(TOKENS, CHOICES // len(selection.routers))
-    return [
-        SampledRoutes(
-            tuple(found.of_router),
-            [
-                first_S if trace.routers[r].first_choice_known else None
-                for r, (first_S, _) in found.of_router.items()
-            ],
-            [set_S for _, set_S in found.of_router.values()],
-            **found.columns,
-        )
-        for found in _sampled(trace, selection, "reading routes", most, _places_of, _routes_of)
-    ]
+    routes = list[SampledRoutes]()
+    for found in _sampled(trace, selection, "reading routes", most, _places_of, _routes_of):
+        read = found.of_router
+        known = {r for r in read if trace.routers[r].first_choice_known}
+        first_LS = [first_S if r in known else None for r, (first_S, _) in read.items()]
+        set_LS = [set_S for _, set_S in read.values()]
+        routes.append(SampledRoutes(tuple(read), first_LS, set_LS, **found.columns))
+    return routes
 
 
 def _places_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
@@ -192,14 +188,13 @@ def sampled_losses(trace: Trace, selection: Selection) -> list[SampledLosses]:
 
 def _losses_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
     table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
-    loss_T, entropy_T = (
-        cast("np.ndarray", table[name].to_numpy())[seen.number_T].astype(np.float64)
-        for name in ("loss_nats", "entropy_nats")
-    )
     phase_T, phases = codes(table["phase"])
     columns, labels = _places_of(shard, seen)
-    columns |= {"loss_S": loss_T, "entropy_S": entropy_T, "token_id_S": seen.token_id_T}
-    return columns | {"phase_S": phase_T[seen.number_T]}, labels | {"phase_S": phases}
+    columns |= {"token_id_S": seen.token_id_T, "phase_S": phase_T[seen.number_T]}
+    for name, column in (("loss_S", "loss_nats"), ("entropy_S", "entropy_nats")):
+        values_T = cast("np.ndarray", table[column].to_numpy())
+        columns[name] = values_T[seen.number_T].astype(np.float64)
+    return columns, labels | {"phase_S": phases}
 
 
 def _experts_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
@@ -237,22 +232,18 @@ def _sampled(
             code = np.array([known.setdefault(label, len(known)) for label in mine])
             part.columns[column] = code[part.columns[column]]
         found[part.stack].append(part)
-    return [
-        Sample(
-            stack,
-            {column: np.concatenate([p.columns[column] for p in parts]) for column in names},
-            {column: list(known) for column, known in labels.items()},
-            {
-                # gives back the parts of each router in turn
-                r: tuple(
-                    map(np.concatenate, zip(*(p.of_router.pop(r) for p in parts), strict=True))
-                )
-                for r in [*parts[0].of_router]
-            },
-        )
-        for stack, parts in found.items()
-        for names in [part.columns for part in parts[:1]]
-    ]
+    listed = {column: list(known) for column, known in labels.items()}
+    return [_joined(stack, parts, listed) for stack, parts in found.items() if parts]
+
+
+def _joined(stack: str, parts: list[Sample], labels: Labels) -> Sample:
+    """The sample of the whole. Gives back the parts of each router in turn."""
+    columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns}
+    of_router = {
+        r: tuple(map(np.concatenate, zip(*(p.of_router.pop(r) for p in parts), strict=True)))
+        for r in [*parts[0].of_router]
+    }
+    return Sample(stack, columns, labels, of_router)
 
 
 def _samples_of(

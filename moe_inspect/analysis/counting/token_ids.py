@@ -14,8 +14,9 @@ tables, and how their labels are shuffled, are settled before the first decision
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,14 +195,11 @@ class ShardRows:
         unit_T[plan.in_units.rows(seen.token_id_T) < 0] = -1
         # one order for all routers and for a whole decision: its k distinct experts stay together
         rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
-        shuffled_ids = [
-            _visits(by, judged_T[shuffled_within(seen.document_T, rng)], plan.judged.sizes)
-            for _ in range(plan.shuffles)
-        ]
+        orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
         return ShardRows(
             _visits(by, listed_T, plan.listed.sizes),
             _visits(by, unit_T, unit_sizes(plan)),
-            shuffled_ids,
+            [_visits(by, judged_T[order_T], plan.judged.sizes) for order_T in orders],
         )
 
 
@@ -241,14 +239,16 @@ class Counters:
     @property
     def any_XE(self) -> np.ndarray:
         """uint32"""
-        return np.concatenate([table[:, :-1] for table in self._any], dtype=np.uint32)
+        return _whole(self._any)
 
     @property
     def first_XE(self) -> np.ndarray | None:
         """uint32"""
-        if self._first is None:
-            return None
-        return np.concatenate([table[:, :-1] for table in self._first], dtype=np.uint32)
+        return None if self._first is None else _whole(self._first)
+
+
+def _whole(tables: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([table[:, :-1] for table in tables], dtype=np.uint32)
 
 
 class TokenTables:
@@ -312,30 +312,25 @@ def _columns(
     """The metrics of token ids, each beside its mean with the token ids shuffled."""
     occurrences_V = tables.plan.judged.occurrences_V
     shuffled_any = [shuffled.any_XE for shuffled in tables.shuffled_ids]
+    special_any = partial(sp.vocabulary_specialization_any, occurrences_V=occurrences_V)
+
+    def null(metric: Callable[[np.ndarray], float]) -> float:
+        return float(np.mean([metric(shuffled_VE) for shuffled_VE in shuffled_any]))
+
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
-        "token_mi_null_bits": _mean(map(sp.token_mi_bits, shuffled_any)),
-        "vocabulary_specialization_any": sp.vocabulary_specialization_any(any_VE, occurrences_V),
-        "vocabulary_specialization_any_null": _mean(
-            sp.vocabulary_specialization_any(s_VE, occurrences_V) for s_VE in shuffled_any
-        ),
+        "token_mi_null_bits": null(sp.token_mi_bits),
+        "vocabulary_specialization_any": special_any(any_VE),
+        "vocabulary_specialization_any_null": null(special_any),
     }
     if first_VE is not None:
-        columns["vocabulary_specialization"] = sp.vocabulary_specialization(first_VE)
-        null_R = [
-            sp.vocabulary_specialization(shuffled_VE)
-            for shuffled in tables.shuffled_ids
-            if (shuffled_VE := shuffled.first_XE) is not None
-        ]
-        columns["vocabulary_specialization_null"] = _mean(null_R)
-        columns["vocabulary_specialization_p"] = shuffled_p(
-            columns["vocabulary_specialization"], null_R, int(occurrences_V.sum())
-        )
+        firsts = [of.first_XE for of in tables.shuffled_ids]
+        null_R = [sp.vocabulary_specialization(of_VE) for of_VE in firsts if of_VE is not None]
+        found, occurrences = sp.vocabulary_specialization(first_VE), int(occurrences_V.sum())
+        columns["vocabulary_specialization"] = found
+        columns["vocabulary_specialization_null"] = float(np.mean(null_R))
+        columns["vocabulary_specialization_p"] = shuffled_p(found, null_R, occurrences)
     return columns
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
 
 
 def top_token_ids(any_VE: np.ndarray, listed: TokenIds, top: int) -> tuple[np.ndarray, np.ndarray]:

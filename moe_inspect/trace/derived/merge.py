@@ -54,10 +54,8 @@ def check_alike(traces: Sequence[Trace]) -> None:
             if of_a != of_b:
                 free = name in checksums.FREE_TEXT
                 edit = "; if they are the same, edit trace.json" if free else ""
-                raise MoeInspectError(
-                    f"{a.path} and {b.path} are of different models: {name} is "
-                    f"{cut(str(of_a), 60)} and {cut(str(of_b), 60)}{edit}"
-                )
+                differs = f"{name} is {cut(str(of_a), 60)} and {cut(str(of_b), 60)}{edit}"
+                raise MoeInspectError(f"{a.path} and {b.path} are of different models: {differs}")
 
 
 def _check_tables(a: Trace, b: Trace) -> None:
@@ -75,17 +73,10 @@ def _check_tables(a: Trace, b: Trace) -> None:
 
 def _columns(trace: Trace) -> list[str]:
     """What a trace may hold or not: columns, and the table of logits."""
-    if trace.counts_only:
-        weights, values = ["weight_sum"] if trace.has_weights else [], []
-    else:
-        weights, values = [], [f"{value}_j" for value in trace.slot_values]
-    return [
-        *weights,
-        *values,
-        *(["energy"] if trace.has_energy else []),
-        *(["loss_nats"] if trace.has_loss else []),
-        *(["logits"] if "logits" in trace.tables else []),
-    ]
+    there = {f"{value}_j": not trace.counts_only for value in trace.slot_values}
+    there |= {"weight_sum": trace.counts_only and trace.has_weights, "energy": trace.has_energy}
+    there |= {"loss_nats": trace.has_loss, "logits": "logits" in trace.tables}
+    return [name for name, holds in there.items() if holds]
 
 
 def _check_columns(a: Trace, b: Trace) -> None:
@@ -107,31 +98,23 @@ def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, Any, Any]]:
         }
         for trace in (a, b)
     ]
-    for section, key in (
-        ("model", "id"),
-        ("model", "revision"),
-        ("model", "class"),
-        ("capture", "dtype"),
-        ("capture", "weight_dtype"),
-    ):
+    may_lack = (
+        "model.id",
+        "model.revision",
+        "model.class",
+        "capture.dtype",
+        "capture.weight_dtype",
+    )
+    always = ("model.adapter", "model.dequantized_from", "model.note", "plan.random_init")
+    for name in (*may_lack, *always):
+        section, key = name.split(".")
         of_a, of_b = (each[section].get(key) for each in sections)
-        if of_a is not None and of_b is not None:
-            yield f"{section}.{key}", of_a, of_b
-    for section, key in (
-        ("model", "adapter"),
-        ("model", "dequantized_from"),
-        ("model", "note"),
-        ("plan", "random_init"),
-    ):
-        yield f"{section}.{key}", *(each[section].get(key) for each in sections)
+        if name in always or (of_a is not None and of_b is not None):
+            yield name, of_a, of_b
     configs = [each["model"].get("config") or {} for each in sections]
     for key in sorted(configs[0].keys() & configs[1].keys() - OF_A_RUN):
         yield f"config.{key}", *(config[key] for config in configs)
-    yield (
-        "the routers",
-        plural(len(a.routers), "router"),
-        plural(len(b.routers), "router"),
-    )
+    yield "the routers", *(plural(len(each.routers), "router") for each in (a, b))
     for r, (of_a, of_b) in enumerate(zip(a.routers, b.routers, strict=True)):
         for key, value in asdict(of_a).items():
             yield f"routers[{r}].{key}", value, getattr(of_b, key)
@@ -279,9 +262,7 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
         "counts": {
             "tokens": sum(trace.n_tokens for trace in traces),
             "decisions": sum(trace.n_decisions for trace in traces),
-            "dropped": sum(
-                (trace.manifest.get("counts") or {}).get("dropped", 0) for trace in traces
-            ),
+            "dropped": sum((t.manifest.get("counts") or {}).get("dropped", 0) for t in traces),
         },
         "parts": _parts(traces, found),
     }
