@@ -19,6 +19,7 @@ from moe_inspect.trace.derived.shards import (
     Target,
     begin,
     contents,
+    of_text,
     origin,
     random_weights,
     same_place,
@@ -114,7 +115,7 @@ def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, Any, Any]]:
     configs = [each["model"].get("config") or {} for each in sections]
     for key in sorted(configs[0].keys() & configs[1].keys() - OF_A_RUN):
         yield f"config.{key}", *(config[key] for config in configs)
-    yield "the routers", *(plural(len(each.routers), "router") for each in (a, b))
+    yield "the routers", plural(len(a.routers), "router"), plural(len(b.routers), "router")
     for r, (of_a, of_b) in enumerate(zip(a.routers, b.routers, strict=True)):
         for key, value in asdict(of_a).items():
             yield f"routers[{r}].{key}", value, getattr(of_b, key)
@@ -233,25 +234,17 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
     first = traces[0]
     captures = [trace.manifest["capture"] for trace in traces]
     corpora = [trace.manifest.get("corpus") or {} for trace in traces]
-    no_more = ("plan_hash", *COUNTED)
     columns = {k: v for trace in traces for k, v in trace.manifest.get("columns", {}).items()}
+    models = [trace.manifest.get("model") or {} for trace in reversed(traces)]
+    counted = [name for name in COUNTED if all(isinstance(c.get(name), int) for c in corpora)]
     return {
         "format": schema.FORMAT,
         "status": "complete" if all(p.status == "complete" for p in found) else "interrupted",
-        "model": {
-            key: value
-            for trace in reversed(traces)
-            for key, value in (trace.manifest.get("model") or {}).items()
-            if value is not None
-        },
+        "model": {k: v for model in models for k, v in model.items() if v is not None},
         "corpus": {
-            **_shared([{k: v for k, v in c.items() if k not in no_more} for c in corpora]),
+            **_shared([of_text(corpus) for corpus in corpora]),
             "documents": sum(part.documents for part in found),
-            **{
-                name: sum(c[name] for c in corpora)
-                for name in COUNTED
-                if all(isinstance(c.get(name), int) for c in corpora)
-            },
+            **{name: sum(c[name] for c in corpora) for name in counted},
             "notes": list(dict.fromkeys(note for c in corpora for note in c.get("notes") or [])),
             "plan": random_weights(corpora[0]),
         },

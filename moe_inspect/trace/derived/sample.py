@@ -14,9 +14,9 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
 from moe_inspect.trace.derived.shards import (
-    COUNTED,
     Target,
     begin,
+    of_text,
     origin,
     random_weights,
     same_place,
@@ -147,8 +147,7 @@ def _manifest(
     """That of the trace, but for what is of the sample."""
     own = ("digest", "vocabulary", "generation")
     manifest = {k: v for k, v in trace.manifest.items() if k not in own}
-    no_more = ("plan_hash", *COUNTED)
-    corpus = {k: v for k, v in (manifest.get("corpus") or {}).items() if k not in no_more}
+    corpus = of_text(manifest.get("corpus") or {})
     return {
         **manifest,
         "status": "complete" if found.status == "complete" else "interrupted",

@@ -288,6 +288,11 @@ def written_here(capture: dict[str, Any]) -> dict[str, Any]:
     return {**this_process(), **how}
 
 
+def of_text(corpus: dict[str, Any]) -> dict[str, Any]:
+    """What a corpus states of its text, whichever documents of it there are."""
+    return {k: v for k, v in corpus.items() if k not in ("plan_hash", *COUNTED)}
+
+
 def random_weights(corpus: dict[str, Any]) -> dict[str, Any] | None:
     """Of the plan of a corpus only what reports need of it, that weights were drawn at random: a
     trace without the whole plan is none that --resume can go on with."""

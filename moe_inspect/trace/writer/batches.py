@@ -20,7 +20,7 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import EXTRAS, Router
 
-OF_TOKENS = ("token_id", "document", "sequence", "position", "domain")
+OF_TOKENS = ("token_id", "document", "sequence", "position", "domain", "loss", "entropy", "phases")
 OF_ROUTERS = ("ids", "weights", *EXTRAS)
 
 
@@ -79,9 +79,8 @@ class RoutedBatch:
             return
         edges = [int(n) for n in run_edges(self.batches)]
         # of the first pass of each document
-        number_of = dict(
-            zip(reversed(self.document.tolist()), reversed(self.batches.tolist()), strict=True)
-        )
+        of_each = zip(self.document[::-1].tolist(), self.batches[::-1].tolist(), strict=True)
+        number_of = dict(of_each)
         last = int(self.batches[-1])
         for start, end in pairwise(edges):
             number, rows = int(self.batches[start]), slice(start, end)
@@ -90,15 +89,11 @@ class RoutedBatch:
                 batch=self.batch if number == last else number,
                 batches=None,
                 documents=[d for d in self.documents if number_of.get(d.document, last) == number],
+                **{n: of[rows] for n in OF_TOKENS if (of := getattr(self, n)) is not None},
                 **{
-                    name: getattr(self, name)[rows]
-                    for name in (*OF_TOKENS, "loss", "entropy", "phases")
-                    if getattr(self, name) is not None
-                },
-                **{
-                    name: [a[rows] for a in getattr(self, name)]
-                    for name in OF_ROUTERS
-                    if getattr(self, name) is not None
+                    n: [a[rows] for a in of]
+                    for n in OF_ROUTERS
+                    if (of := getattr(self, n)) is not None
                 },
             )
 

@@ -225,14 +225,10 @@ class TraceWriter:
     def write(self, batch: RoutedBatch | CountedBatches) -> None:
         self._raise()
         assert self._thread.is_alive(), "written to after close"
-        if (
-            isinstance(batch, RoutedBatch)
-            and (highest := int(batch.token_id.max(initial=0))) >= MOST_TOKEN_IDS
-        ):
-            raise MoeInspectError(
-                f"token id {highest} cannot be recorded: vocabularies have at most "
-                f"{MOST_TOKEN_IDS:,} tokens"
-            )
+        highest = int(batch.token_id.max(initial=0)) if isinstance(batch, RoutedBatch) else 0
+        if highest >= MOST_TOKEN_IDS:
+            said = f"vocabularies have at most {MOST_TOKEN_IDS:,} tokens"
+            raise MoeInspectError(f"token id {highest} cannot be recorded: {said}")
         self._queue.put(batch)
 
     def close(self, status: str = "complete", quiet: bool = False) -> None:
@@ -283,10 +279,8 @@ class TraceWriter:
         known."""
         if written is not None:
             return replace(router, slot_order=written)
-        known = router.first_choice_known or (
-            not self.counts_only and (self.weights or self.logits)
-        )
-        return slot_order.stated(router, known)
+        by_values = not self.counts_only and (self.weights or self.logits)
+        return slot_order.stated(router, router.first_choice_known or by_values)
 
     def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
         """Writes the vocabulary, before the manifest, which states its checksum."""
@@ -296,11 +290,8 @@ class TraceWriter:
         if path.exists():
             found = checksums.stated(path.read_bytes())
             if resumed and read_manifest(self.root).get("vocabulary", found) != found:
-                raise Damaged(
-                    path,
-                    "it was changed after it was written (trace.json states another sha256)",
-                    schema.VOCABULARY,
-                )
+                said = "it was changed after it was written (trace.json states another sha256)"
+                raise Damaged(path, said, schema.VOCABULARY)
             self.manifest["vocabulary"] = found
 
     def _write_manifest(self) -> None:
@@ -309,11 +300,9 @@ class TraceWriter:
 
     def _raise(self) -> None:
         if isinstance(self._error, OSError):
-            raise MoeInspectError(
-                f"cannot write {self.root}: {first_line(self._error)}; {self.tokens:,} tokens "
-                "are safe there: "
-                "mend it and go on with --resume"
-            ) from self._error
+            safe = f"{self.tokens:,} tokens are safe there: mend it and go on with --resume"
+            said = f"cannot write {self.root}: {first_line(self._error)}; {safe}"
+            raise MoeInspectError(said) from self._error
         if self._error is not None:
             raise self._error
 
@@ -461,9 +450,6 @@ class TraceWriter:
         self.next_shard += 1
         self.tokens += tokens
         self.decisions += decisions
-        self.manifest["counts"] = {
-            "tokens": self.tokens,
-            "decisions": self.decisions,
-            "dropped": self.dropped,
-        }
+        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions}
+        self.manifest["counts"]["dropped"] = self.dropped
         self._write_manifest()

@@ -162,10 +162,8 @@ class _Upload:
                 (self.out / name).unlink(missing_ok=True)
             (self.out / OVERWRITTEN).unlink(missing_ok=True)
         except OSError as error:
-            print_stderr(
-                f"warning: what {self.out} held before could not all be deleted: "
-                f"{first_line(error)}"
-            )
+            said = f"what {self.out} held before could not all be deleted: {first_line(error)}"
+            print_stderr(f"warning: {said}")
 
     def _renamed(self, name: str) -> str:
         return NUMBER.sub(lambda found: str(int(found[0]) + self.shift), name)
@@ -173,12 +171,9 @@ class _Upload:
     def _lines(self, data: bytes) -> bytes:
         """A list of shards, with the new names of the parts and the generation."""
         entries = [json.loads(line) for line in data.splitlines()]
-        return b"".join(
-            checksums.sealed(
-                {**one, "path": self._renamed(one["path"]), "generation": self.generation}
-            )
-            for one in entries
-        )
+        for one in entries:
+            one |= {"path": self._renamed(one["path"]), "generation": self.generation}
+        return b"".join(map(checksums.sealed, entries))
 
     def _whole_lines(self, name: str) -> bytes:
         data = (self.out / name).read_bytes()
