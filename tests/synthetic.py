@@ -116,6 +116,19 @@ def write_trace(
     return open_trace(root)
 
 
+def thirty_documents(root: Path, L: int = 3, weights: bool = True, **more: Any) -> Trace:
+    """30 documents of 10 tokens, a pass each, in three shards: L routers of 8 experts, k = 2, a
+    vocabulary of 50; one slot of router 1 routed nowhere."""
+    rng = np.random.default_rng(0)
+    ids = [uniform_ids(rng, 300, 8, 2) for _ in range(L)]
+    ids[1][5, 1] = np.iinfo(np.uint16).max
+    usual = {"document": np.repeat(np.arange(30), 10), "domain_of_document": ("a", "b")}
+    usual |= {"token_id": rng.integers(0, 50, 300), "words": 50}
+    if weights:
+        usual["weights"] = [rng.random((300, 2)).astype(np.float32) for _ in range(L)]
+    return write_trace(root, ids, 8, batch_tokens=10, shard_tokens=100, **usual | more)
+
+
 def a_pass(
     number: int, ids: Sequence[np.ndarray], T: int | None = None, **given: Any
 ) -> RoutedBatch:

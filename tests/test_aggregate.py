@@ -429,15 +429,11 @@ def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_
     assert made.counts.of[0].batches == {500: (39, pytest.approx(39 * row["max_vio_batch"]))}
 
 
-def test_all_token_ids_are_all(tmp_path: Path):
-    # more than the default's memory has room for with 256 experts
-    rng, V = np.random.default_rng(0), 70_000
-    trace = write_trace(
-        tmp_path / "t",
-        [uniform_ids(rng, V, 256, 2)],
-        256,
-        token_id=np.arange(V),
-        batch_tokens=5_000,
-        shard_tokens=60_000,
-    )
+def test_all_token_ids_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """More than those that have room by default."""
+    rng, V = np.random.default_rng(0), 700
+    ids = [uniform_ids(rng, 10 * V, 8, 2)]
+    trace = write_trace(tmp_path / "t", ids, 8, token_id=np.arange(10 * V) % V)
+    monkeypatch.setattr(token_ids, "CELLS", 64 * 8)
+    assert report(trace, top=10**6).tables["vocabulary"]["token_id"].nunique() == 64
     assert report(trace, top=0).tables["vocabulary"]["token_id"].nunique() == V

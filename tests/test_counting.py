@@ -23,10 +23,9 @@ from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, RouterCounts
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from tests.sweep import WHOLE
 from tests.synthetic import a_pass, routers, uniform_ids, write_passes, write_trace
@@ -546,26 +545,6 @@ def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: i
         # the whole of a turn is more than writer.CONTINUED such shards: two sequences, two pairs at
         # each of the two edges
         assert counts[1].of[0].pairs_U.sum() == 4 * 33 - 4
-
-
-def test_a_trace_elsewhere_is_read_by_its_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    fsspec = pytest.importorskip("fsspec")
-    trace = made(tmp_path / "t")
-    memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "t"), "/somewhere/t", recursive=True)
-    try:
-        for url in ("memory://somewhere/t", f"file://{tmp_path / 't'}"):
-            there = open_trace(url)
-            assert str(there.path) == url
-            same(count_trace(there, select(there), WANTS), count_trace(trace, select(trace), WANTS))
-            app(["report", url, "--table", "balance", "--format", "csv"], standalone_mode=False)
-            assert capsys.readouterr().out.startswith("layer,router")
-        with pytest.raises(MoeInspectError, match="no trace at memory://nowhere"):
-            open_trace("memory://nowhere")
-        with pytest.raises(MoeInspectError, match="cannot open strange://t"):
-            open_trace("strange://t")
-    finally:
-        memory.rm("/somewhere", recursive=True)
 
 
 @pytest.mark.parametrize("threads", [2, 5])

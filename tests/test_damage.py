@@ -25,33 +25,16 @@ from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT
 from tests.damage import changed_bytes, edit_lines, edit_manifest, restate, without_checksums
-from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+from tests.synthetic import routers, thirty_documents, write_counts
 from tests.test_trace import ROUTERS, a_batch
 
-T, E, K, L = 300, 8, 2, 3
+E, K, L = 8, 2, 3
 TABLES = ("load", "vocabulary", "repetition")
 MEMORY_BYTES = 2**30  # more than any of this may take
 
 
 def a_sound_trace(root: Path) -> Path:
-    """Three shards, two domains, weights, a vocabulary."""
-    rng = np.random.default_rng(0)
-    weights = [-np.sort(-rng.random((T, K)).astype(np.float32)) for _ in range(L)]
-    more = {
-        "document": np.repeat(np.arange(30), 10),
-        "domain_of_document": ("a", "b"),
-        "words": 50,
-        "token_id": rng.integers(0, 50, T),
-    }
-    write_trace(
-        root,
-        [uniform_ids(rng, T, E, K) for _ in range(L)],
-        E,
-        weights=weights,
-        batch_tokens=10,
-        shard_tokens=100,
-        **more,
-    )
+    thirty_documents(root)
     return root
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from moe_inspect import import_trace, merge, open_trace
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import report
 from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked, join
@@ -81,6 +82,17 @@ def test_written_as_on_a_disk(there: str, tmp_path: Path) -> None:
     assert set(place.sizes()) == names
     for name in names - {"trace.json"}:
         assert files.cat_file((place / name).path) == (tmp_path / "t" / name).read_bytes(), name
+
+
+def test_it_is_reported_by_its_url(there: str, tmp_path: Path) -> None:
+    written(f"{there}/t")
+    written(tmp_path / "t")
+    expected = report(tmp_path / "t").tables["load"]
+    for url in (f"{there}/t", f"file://{tmp_path / 't'}"):
+        assert str(open_trace(url).path) == url
+        assert report(url).tables["load"].equals(expected)
+    with pytest.raises(MoeInspectError, match="cannot open strange://t"):
+        open_trace("strange://t")
 
 
 def test_every_moment_is_a_readable_trace(there: str, monkeypatch: pytest.MonkeyPatch) -> None:

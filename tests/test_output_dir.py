@@ -323,28 +323,15 @@ def test_names_lead_nowhere_else(tmp_path: Path) -> None:
     of the trace."""
     other = a_trace(tmp_path / "other")
     before = {p: (other / p).read_bytes() for p in listing(other)}
-    for tables in (
-        ["../other/routing", "tokens", "documents"],
-        ["/etc"],
-        [".."],
-        [{}],
-        ["documents"],
-        "routing",
-    ):
+    for tables in (["../other/routing", "tokens", "documents"], [{}], "routing"):
         shutil.rmtree(root := tmp_path / "t", ignore_errors=True)
         edit_manifest(a_trace(root), tables=tables)
         for use in (open_trace, resume_point):
             with pytest.raises(MoeInspectError, match="damaged trace"):
                 use(root)
         assert not verify(root).ok
-    for path in (
-        "../other/routing/part-0-0.parquet",
-        "/etc/passwd",
-        "routing/../../other/routing/part-0-0.parquet",
-        "routing/part-1-0.parquet",
-        "tokens/part-0-0.parquet",
-        3,
-    ):
+    beyond = "../../other/routing/part-0-0.parquet"
+    for path in (beyond, f"routing/{beyond}", "tokens/part-0-0.parquet", 3):
         shutil.rmtree(root)
         rename(a_trace(root), path=path)
         for use in (open_trace, resume_point):

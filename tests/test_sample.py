@@ -14,28 +14,16 @@ from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
-from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.synthetic import encoder_decoder, thirty_documents, write_counts
 
 E, K = 8, 2
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Trace:
-    """30 documents of 10 tokens in three shards; documents 0, 3, 6 … are of domain "a", the others
-    of "b"; one slot routed nowhere."""
-    rng = np.random.default_rng(0)
-    ids = [uniform_ids(rng, 300, E, K) for _ in range(2)]
-    ids[1][5, 1] = np.iinfo(np.uint16).max
-    return write_trace(
-        tmp_path / "whole",
-        ids,
-        E,
-        document=np.repeat(np.arange(30), 10),
-        domain_of_document=("a", "b", "b"),
-        token_id=rng.integers(0, 50, 300),
-        batch_tokens=10,
-        shard_tokens=100,
-        words=50,
+    """Documents 0, 3, 6 … are of domain "a", the others of "b"."""
+    return thirty_documents(
+        tmp_path / "whole", L=2, weights=False, domain_of_document=("a", "b", "b")
     )
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
-from moe_inspect.trace.schema import Router, parse_ranges
+from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from tests.damage import edit_manifest
@@ -312,22 +312,6 @@ def test_damage_is_named(tmp_path: Path, damage: Any, says: str) -> None:
     with pytest.raises(MoeInspectError, match=says) as caught:
         open_trace(tmp_path).routing(router=0)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_layers_are_named(tmp_path: Path) -> None:
-    written(tmp_path, [a_batch(np.random.default_rng(0), 0, 20, ROUTERS)], ROUTERS)
-    assert len(open_trace(tmp_path).routing(layer=1)) == 40
-    with pytest.raises(MoeInspectError, match=r"no layer 2 .* layers 1,3"):
-        open_trace(tmp_path).routing(layer=2)
-
-
-def test_ranges() -> None:
-    assert parse_ranges("0-3,7") == [0, 1, 2, 3, 7]
-    for bad in ("", "a", "1,,2", "-1"):
-        with pytest.raises(MoeInspectError, match="write them like"):
-            parse_ranges(bad)
-    with pytest.raises(MoeInspectError, match="'3-1': a range goes from low to high"):
-        parse_ranges("3-1")
 
 
 @pytest.mark.parametrize("bf16", [False, True])

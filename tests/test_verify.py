@@ -19,35 +19,16 @@ from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import ROOT, Cli
 from tests.damage import edit_lines, edit_manifest, restate
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.synthetic import thirty_documents, write_counts
 
-T, E, K, L = 300, 8, 2, 3
+T, K, L = 300, 2, 3
 Change = Callable[[dict[str, list]], None]
 
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards of 100 tokens, ten documents in two domains, weights, a vocabulary, an empty slot."""
-    rng = np.random.default_rng(0)
-    ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
-    ids[1][5, 1] = np.iinfo(np.uint16).max
     root = tmp_path_factory.mktemp("fine") / "t"
-    document = np.repeat(np.arange(30), 10)
-    write_trace(
-        root,
-        ids,
-        E,
-        document=document,
-        domain_of_document=("a", "b"),
-        token_id=rng.integers(0, 50, T),
-        weights=[rng.random((T, K)).astype(np.float32) for _ in range(L)],
-        batch_tokens=10,
-        shard_tokens=100,
-        words=50,
-    )
-    # the writer of the tests numbers positions by batch: here each batch is a document
-    for shard in range(3):
-        assert (root / f"tokens/part-0-{shard}.parquet").exists()
+    thirty_documents(root)
     return root
 
 
