@@ -21,6 +21,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
+from moe_inspect.trace.verify import verify
 from tests import foreign
 from tests.conftest import Cli
 from tests.foreign import FORMAT_OF, MAKERS, ROUTED
@@ -70,6 +71,7 @@ def test_every_format_has_a_file_made_for_it():
 def test_what_was_written_comes_back(name: str, tmp_path: Path):
     trace, made, said = imported(name, tmp_path)
     assert trace.status == "complete"
+    assert (found := verify(trace.path)).ok, found
     assert [r.layer for r in trace.routers] == (ROUTED if name != "fiddler" else [0, 1])
     assert {(r.experts, r.top_k) for r in trace.routers} == {(foreign.E, foreign.K)}
     assert trace.manifest["capture"]["mode"] == "import"

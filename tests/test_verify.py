@@ -16,7 +16,6 @@ import pytest
 from moe_inspect.api import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.verify import verify
-from tests import foreign
 from tests.conftest import ROOT, Cli
 from tests.damage import edit_lines, edit_manifest, restate
 from tests.synthetic import thirty_documents, write_counts
@@ -207,11 +206,18 @@ LOSSES = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_losses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("losses") / "t"
+    trace_model("demo", root, max_tokens=200, token_loss=True)
+    assert verify(root).ok
+    return root
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_verified(name: str, tmp_path: Path):
+def test_losses_are_verified(name: str, with_losses: Path, tmp_path: Path):
     column, value, said = LOSSES[name]
-    trace_model("demo", tmp_path / "t", max_tokens=200, token_loss=True)
-    assert verify(tmp_path / "t").ok
+    shutil.copytree(with_losses, tmp_path / "t")
     rewrite(tmp_path / "t", "tokens", 0, put(column, 7, value))
     found = verify(tmp_path / "t")
     assert (found.ok, found.file, found.row) == (False, "tokens/part-0-0.parquet", 7)
@@ -223,15 +229,6 @@ def test_the_sample_traces_are_fine(name: str):
     found = verify(ROOT / "sample_traces" / name)
     assert found.ok, found
     assert any("logits" in line for line in found.checked)
-
-
-@pytest.mark.parametrize("name", foreign.MAKERS)
-def test_what_is_imported_is_fine(name: str, tmp_path: Path):
-    from tests.test_import import imported
-
-    trace, _, _ = imported(name, tmp_path)
-    found = verify(trace.path)
-    assert found.ok, found
 
 
 def test_the_commands(cli_here: Cli, fine: Path, tmp_path: Path):
