@@ -312,17 +312,9 @@ def _array(values_T: np.ndarray, null_T: np.ndarray | None, kind: pa.DataType) -
     return pa.Array.from_buffers(kind, len(values_T), [None, pa.py_buffer(values_T)])
 
 
-DICTIONARY = {
-    "layer",
-    "router",
-    "token_id",
-    "document",
-    "sequence",
-    "position",
-    "domain",
-    "source",
-    "phase",
-    "batch",
+DICTIONARY = {"layer", "router", *schema.TOKENS.names, *schema.DOCUMENTS.names} - {
+    "token",
+    "tokens",
 }
 STATISTICS = {"token", "layer", "router", "document", "batch"}
 
