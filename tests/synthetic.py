@@ -147,7 +147,8 @@ def write_passes(
 ) -> Trace:
     """A trace of these passes, without weights."""
     manifest = {"model": {"id": "synthetic"}, "capture": {}, **options.pop("manifest", {})}
-    with TraceWriter(root, manifest, listed, **{"weights": False} | options) as writer:
+    options = {"weights": False, **options}
+    with TraceWriter(root, manifest, listed, **options) as writer:
         for one in passes:
             writer.write(one)
     return open_trace(root)

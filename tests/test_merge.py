@@ -24,7 +24,7 @@ from moe_inspect.trace.derived.shards import MOST_NUMBER, Target
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
-from moe_inspect.trace.writer import Document
+from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
 from tests.damage import edit_manifest, without_checksums
 from tests.synthetic import (
@@ -33,11 +33,11 @@ from tests.synthetic import (
     routers,
     uniform_ids,
     write_counts,
-    write_passes,
     write_trace,
 )
 
 E, K, L = 8, 2, 2
+MADE = {"model": {"id": "synthetic"}, "capture": {}}
 PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))
 
 
@@ -199,7 +199,10 @@ def two_ranks(root: Path, seed: int) -> None:
             ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
             documents = [Document(rank, "text", "here", 10)]
             one = a_pass(0, ids, document=np.full(10, rank, np.int32), documents=documents)
-            write_passes(root, routers(L, E, K), [one], rank=rank, lock=lock)
+            with TraceWriter(
+                root, MADE, routers(L, E, K), weights=False, rank=rank, lock=lock
+            ) as w:
+                w.write(one)
 
 
 def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
