@@ -312,10 +312,8 @@ def _array(values_T: np.ndarray, null_T: np.ndarray | None, kind: pa.DataType) -
     return pa.Array.from_buffers(kind, len(values_T), [None, pa.py_buffer(values_T)])
 
 
-DICTIONARY = {"layer", "router", *schema.TOKENS.names, *schema.DOCUMENTS.names} - {
-    "token",
-    "tokens",
-}
+DICTIONARY = {"layer", "router", *schema.TOKENS.names, *schema.DOCUMENTS.names}
+DICTIONARY -= {"token", "tokens"}  # all different, or nearly so
 STATISTICS = {"token", "layer", "router", "document", "batch"}
 
 
