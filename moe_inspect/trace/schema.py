@@ -177,16 +177,24 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     ),
     "weight_j": "gate weight handed to the expert in slot j",
 }
-OPTIONAL_GLOSSARY = {  # where the trace has them
-    "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight",
-    "peak_j": "largest |value| of that output",
-    "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it",
-    "energy": "sum of the squares of the expert's inner activations over its assignments",
-    "loss_nats": (
-        "negative log-probability, at temperature 1, that the model gave to the next token of the "
-        "sequence; null at its end"
-    ),
-    "entropy_nats": "entropy of the model's prediction of that token; null at the end",
+OPTIONAL_GLOSSARY = {  # by what capture states
+    "norms": {
+        "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight"
+    },
+    "peaks": {"peak_j": "largest |value| of that output"},
+    "dropped_experts": {
+        "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it"
+    },
+    "energy": {
+        "energy": "sum of the squares of the expert's inner activations over its assignments"
+    },
+    "token_loss": {
+        "loss_nats": (
+            "negative log-probability, at temperature 1, that the model gave to the next token of "
+            "the sequence; null at its end"
+        ),
+        "entropy_nats": "entropy of the model's prediction of that token; null at the end",
+    },
 }
 
 

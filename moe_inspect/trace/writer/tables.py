@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +21,18 @@ from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.files.location import Remote
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBatch
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the shards of a trace hold: decisions of these routers, with `values` of each slot (of
-    `schema.SLOT_VALUES`), with router logits, of tokens with their `loss`; or counts, with
-    `energy`."""
-
-    routers: list[Router]
-    values: list[str]
-    logits: bool
-    energy: bool = False
-    loss: bool = False
-
-    @property
-    def weights(self) -> bool:
-        return "weight" in self.values
-
-    @property
-    def facts(self) -> dict[str, bool]:
-        """What the manifest's section `capture` says of it; of weights in any case."""
-        others = {f"{value}s": True for value in self.values if value != "weight"}
-        others |= {"energy": True} if self.energy else {}
-        others |= {"token_loss": True} if self.loss else {}
-        return {"weights": self.weights, **others}
-
-    @property
-    def glossary(self) -> dict[str, str]:
-        """What the manifest says of the columns."""
-        more = [f"{value}_j" for value in self.values if value != "weight"]
-        more += ["energy"] if self.energy else []
-        more += [column for column, _ in schema.LOSS] if self.loss else []
-        return schema.GLOSSARY | {column: schema.OPTIONAL_GLOSSARY[column] for column in more}
-
-    @property
-    def counts_columns(self) -> pa.Schema:
-        return schema.counts_schema(self.weights, self.energy)
-
 
 # --- tokens and documents
 
 
-def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded) -> pa.Table:
+def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader) -> pa.Table:
     domains = list(max((b.domains for b in batches), key=len))
     phase_T = np.concatenate([_phases(b) for b in batches])
-    known = max(2 + any(r.stack for r in recorded.routers), int(phase_T.max(initial=0)) + 1)
-    loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if recorded.loss else {}
+    known = max(2 + any(r.stack for r in trace.stated_routers), int(phase_T.max(initial=0)) + 1)
+    loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if trace.has_loss else {}
     return pa.table(
         {
             "token": token,
@@ -83,7 +45,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, recorded: Recorded
             "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
             **{column: _or_null(batches, name) for column, name in loss.items()},
         },
-        schema=schema.tokens_schema(recorded.loss),
+        schema=schema.tokens_schema(trace.has_loss),
     )
 
 
@@ -103,31 +65,31 @@ def documents_table(documents: list[Document]) -> pa.Table:
 # --- decisions
 
 
-def routing_columns(recorded: Recorded, batches: list[RoutedBatch]) -> pa.Schema:
+def routing_columns(trace: TraceHeader, batches: list[RoutedBatch]) -> pa.Schema:
     """The columns of the routing table, nullable only where a slot of these batches is null."""
-    slots = max(r.top_k for r in recorded.routers)
-    nullable = any(r.top_k < slots for r in recorded.routers) or any(
+    slots = max(r.top_k for r in trace.stated_routers)
+    nullable = any(r.top_k < slots for r in trace.stated_routers) or any(
         _holds_nowhere(ids, r.experts)
         for b in batches
-        for ids, r in zip(b.ids, recorded.routers, strict=True)
+        for ids, r in zip(b.ids, trace.stated_routers, strict=True)
     )
-    return schema.routing_schema(recorded.routers, recorded.values, nullable=nullable)
+    return schema.routing_schema(trace.stated_routers, trace.slot_values, nullable=nullable)
 
 
 def routing_table(
-    recorded: Recorded, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
+    trace: TraceHeader, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
 ) -> pa.Table:
     """The decisions of router r, its slots in the order that the manifest states."""
-    router, parts = recorded.routers[r], [b.ids[r] for b in batches]
+    router, parts = trace.stated_routers[r], [b.ids[r] for b in batches]
     ids_KT = _slot_major(parts, max((p.dtype for p in parts if len(p)), default=parts[0].dtype))
     assert len(ids_KT) == router.top_k
     nowhere_KT, E = None, router.experts
     if _holds_nowhere(ids_KT, E):
-        keeps = schema.DROPPED in recorded.values
+        keeps = schema.DROPPED in trace.slot_values
         nowhere_KT = ids_KT >= E if keeps else ids_KT == np.iinfo(ids_KT.dtype).max
-    experts_KT = ids_KT.astype(schema.id_dtype(recorded.routers).to_pandas_dtype(), copy=False)
+    experts_KT = ids_KT.astype(schema.id_dtype(trace.stated_routers).to_pandas_dtype(), copy=False)
     weights_KT = _values(batches, r, "weight")
-    order_KT = _slot_order(recorded, r, batches, experts_KT, nowhere_KT, weights_KT)
+    order_KT = _slot_order(trace, r, batches, experts_KT, nowhere_KT, weights_KT)
     if order_KT is not None:
         ids_KT = np.take_along_axis(ids_KT, order_KT, 0)
         experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
@@ -135,7 +97,7 @@ def routing_table(
     seen = _seen(router, batches, token)
     arrays = [seen, *_router_columns(router, r, len(seen))]
     arrays += _slots(experts_KT, nowhere_KT, columns, "expert")
-    for value in recorded.values:
+    for value in trace.slot_values:
         if value == schema.DROPPED:
             null_KT = (ids_KT < E) | (ids_KT >= min(2 * E, np.iinfo(ids_KT.dtype).max))
             arrays += _slots((ids_KT - E).astype(experts_KT.dtype), null_KT, columns, value)
@@ -166,7 +128,7 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
 
 
 def _slot_order(
-    recorded: Recorded,
+    trace: TraceHeader,
     r: int,
     batches: list[RoutedBatch],
     experts_KT: np.ndarray,
@@ -175,11 +137,11 @@ def _slot_order(
 ) -> np.ndarray | None:
     """The permutation of each decision's slots (see `slot_order.descending`); None where they are
     in order already."""
-    if not recorded.routers[r].first_choice_known:
+    if not trace.stated_routers[r].first_choice_known:
         return None
     if weights_KT is not None:
         return slot_order.descending(weights_KT, nowhere_KT)
-    if not recorded.logits:
+    if "logits" not in trace.tables:
         return None
     logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
     return slot_order.descending(
@@ -188,7 +150,7 @@ def _slot_order(
 
 
 def logits_table(
-    recorded: Recorded, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
+    trace: TraceHeader, r: int, batches: list[RoutedBatch], token: pa.Array, columns: pa.Schema
 ) -> pa.Table:
     """The router logits of router r. One of fewer experts than the widest is padded with NaN: a
     table has one width."""
@@ -197,15 +159,15 @@ def logits_table(
     logits_TE = logits_TE.astype(np.float16, copy=False)
     padded_TE = np.pad(logits_TE, ((0, 0), (0, width - logits_TE.shape[1])), constant_values=np.nan)
     values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), width)
-    seen = _seen(recorded.routers[r], batches, token)
-    arrays = [seen, *_router_columns(recorded.routers[r], r, len(seen)), values]
+    seen = _seen(trace.stated_routers[r], batches, token)
+    arrays = [seen, *_router_columns(trace.stated_routers[r], r, len(seen)), values]
     return pa.Table.from_arrays(arrays, schema=columns)
 
 
 # --- counts
 
 
-def counts_table(recorded: Recorded, r: int, counted: CountedBatches) -> pa.Table:
+def counts_table(trace: TraceHeader, r: int, counted: CountedBatches) -> pa.Table:
     D, E = counted.assignments[r].shape
 
     def int64(values_DE: np.ndarray) -> pa.Array:
@@ -213,7 +175,7 @@ def counts_table(recorded: Recorded, r: int, counted: CountedBatches) -> pa.Tabl
 
     first, weight = counted.first_choice, counted.weight_sum
     arrays = [
-        *_router_columns(recorded.routers[r], r, D * E),
+        *_router_columns(trace.stated_routers[r], r, D * E),
         _labels(np.repeat(np.arange(D), E), list(counted.domains)),
         pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
         int64(counted.assignments[r]),
@@ -221,7 +183,7 @@ def counts_table(recorded: Recorded, r: int, counted: CountedBatches) -> pa.Tabl
     ]
     for sums in (weight, counted.energy):
         arrays += [] if sums is None else [pa.array(sums[r].reshape(-1))]
-    return pa.Table.from_arrays(arrays, schema=recorded.counts_columns)
+    return pa.Table.from_arrays(arrays, schema=trace.columns_of("counts"))
 
 
 # --- columns

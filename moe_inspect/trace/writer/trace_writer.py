@@ -22,6 +22,7 @@ from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, make_folder, sync_directory, write_atomically
 from moe_inspect.trace.files.location import Remote, inside, output_location
 from moe_inspect.trace.files.lock import Lock, drafts_of, hold
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest, write_manifest
 from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
 from moe_inspect.trace.shard_list import ShardFiles, committed_shards
@@ -156,9 +157,12 @@ class TraceWriter:
         self.routers = [
             self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
         ]
-        held = zip(schema.SLOT_VALUES, (weights, norms, peaks, dropped_experts), strict=True)
-        values = [value for value, on in held if on]
-        self._recorded = tables.Recorded(self.routers, values, logits, energy, token_loss)
+        asked = {"norms": norms, "peaks": peaks, "dropped_experts": dropped_experts}
+        asked |= {"energy": energy, "token_loss": token_loss}
+        facts = [name for name, on in asked.items() if on]
+        columns = dict(schema.GLOSSARY)
+        for name in facts:
+            columns |= schema.OPTIONAL_GLOSSARY[name]
         self.next_shard = start.shards
         self.next_token = start.next_token or rank * schema.RANK_STRIDE
         self.tokens, self.decisions = start.tokens, start.decisions
@@ -173,12 +177,17 @@ class TraceWriter:
             "format": schema.FORMAT,
             "status": "recording",
             **manifest,
-            "capture": {**manifest.get("capture", {}), **self._recorded.facts},
+            "capture": {
+                **manifest.get("capture", {}),
+                "weights": weights,
+                **dict.fromkeys(facts, True),
+            },
             "routers": [asdict(r) for r in self.routers],
             "tables": self.tables,
-            "columns": self._recorded.glossary,
+            "columns": columns,
             "counts": {"tokens": self.tokens, "decisions": self.decisions, "dropped": 0},
         }
+        self.header = TraceHeader(self.root, self.manifest)
         self._pending = PendingShard(shard_tokens, shard_seconds)
         self._counted: list[CountedBatches] = []  # of the next shard, all committed early
         self._early = EarlyShards(self.root / f"shards-{rank}.jsonl", commit_every)
@@ -355,16 +364,16 @@ class TraceWriter:
             first_token += self._early.tokens
         else:
             batches = pending.take()
-        T, recorded, routers = sum(len(b.token_id) for b in batches), self._recorded, self.routers
+        T, trace, routers = sum(len(b.token_id) for b in batches), self.header, self.routers
         token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
-        tokens = tables.tokens_table(batches, token, recorded)
-        columns = {"tokens": tokens.schema, "routing": tables.routing_columns(recorded, batches)}
+        tokens = tables.tokens_table(batches, token, trace)
+        columns = {"tokens": tokens.schema, "routing": tables.routing_columns(trace, batches)}
         if self.logits:
-            columns["logits"] = schema.logits_schema(max(r.experts for r in routers))
+            columns["logits"] = trace.columns_of("logits")
         of_routers = {"routing": tables.routing_table, "logits": tables.logits_table}
         groups = {
             table: [
-                partial(of_routers[table], recorded, r, batches, token, columns[table])
+                partial(of_routers[table], trace, r, batches, token, columns[table])
                 for r in range(len(routers))
             ]
             for table in columns
@@ -389,10 +398,9 @@ class TraceWriter:
         counted = self._counted[-1] if early else summed(self._counted)
         first_token = self.next_token + (self._early.tokens if early else 0)
         groups = [
-            partial(tables.counts_table, self._recorded, r, counted)
-            for r in range(len(self.routers))
+            partial(tables.counts_table, self.header, r, counted) for r in range(len(self.routers))
         ]
-        columns = {"counts": self._recorded.counts_columns}
+        columns = {"counts": self.header.columns_of("counts")}
         lines = self._write_parts(counted.documents, columns, {"counts": groups})
         everywhere = counted.tokens * len(self.routers)
         span = {
