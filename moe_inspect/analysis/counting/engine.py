@@ -196,7 +196,7 @@ class GroupRequest:
         """What is read of a shard once for all routers."""
         prepared = prepare_shard(shard, self.selection, self.wants, self.windows)
         rows = {
-            stack: token_ids.ShardRows.of(shard, seen, self.plans[stack], kernels(self.fast))
+            stack: token_ids.rows_of(shard, seen, self.plans[stack], kernels(self.fast))
             for stack, (seen, _) in prepared.stacks.items()
         }
         return prepared, rows

@@ -178,29 +178,24 @@ def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
 # --- while they are
 
 
-@dataclass(frozen=True)
-class ShardRows:
-    """The rows of a shard's tokens in the tables of any router of a stack, in each of WIDTHS: by
-    token id; by unit; with the token ids shuffled."""
+# of each table of a router, in the order of `TokenTables`, in each of WIDTHS
+ShardRows = list[list[Visits]]
 
-    by_id: list[Visits]
-    by_unit: list[Visits]
-    shuffled_ids: list[list[Visits]]
 
-    @staticmethod
-    def of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: Any) -> ShardRows:
-        listed_T = plan.listed.rows(seen.token_id_T)
-        judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
-        unit_T = _units(seen, plan.domains, plan.clusters).astype(np.int32)
-        unit_T[plan.in_units.rows(seen.token_id_T) < 0] = -1
-        # one order for all routers and for a whole decision: its k distinct experts stay together
-        rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
-        orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
-        return ShardRows(
-            _visits(by, listed_T, plan.listed.sizes),
-            _visits(by, unit_T, unit_sizes(plan)),
-            [_visits(by, judged_T[order_T], plan.judged.sizes) for order_T in orders],
-        )
+def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: Any) -> ShardRows:
+    """The rows of a shard's tokens in the tables of any router of a stack."""
+    listed_T = plan.listed.rows(seen.token_id_T)
+    judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
+    unit_T = _units(seen, plan.domains, plan.clusters).astype(np.int32)
+    unit_T[plan.in_units.rows(seen.token_id_T) < 0] = -1
+    # one order for all routers and for a whole decision: its k distinct experts stay together
+    rng = np.random.default_rng([SEED, shard.files.rank, shard.files.index])
+    orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
+    return [
+        _visits(by, listed_T, plan.listed.sizes),
+        _visits(by, unit_T, unit_sizes(plan)),
+        *(_visits(by, judged_T[order_T], plan.judged.sizes) for order_T in orders),
+    ]
 
 
 def unit_sizes(plan: TokenIdPlan) -> np.ndarray:
@@ -263,12 +258,8 @@ class TokenTables:
 
     def add(self, rows: ShardRows, slots: Slots, by: Any) -> None:
         """Counts the decisions of a shard. `by`: the kernels."""
-        ids_TK = by.by_token(slots)
-        for counted, visits in (
-            (self.by_id, rows.by_id),
-            (self.by_unit, rows.by_unit),
-            *zip(self.shuffled_ids, rows.shuffled_ids, strict=True),
-        ):
+        ids_TK, tables = by.by_token(slots), (self.by_id, self.by_unit, *self.shuffled_ids)
+        for counted, visits in zip(tables, rows, strict=True):
             counted.add(visits, ids_TK, by)
 
 

@@ -192,12 +192,6 @@ def _new(target: Path) -> tuple[Path, int]:
         draft.unlink(missing_ok=True)
 
 
-def make_folder(path: Path | Remote) -> None:
-    """The folder of a table; object storage has none."""
-    if isinstance(path, Path):
-        path.mkdir(exist_ok=True)
-
-
 def sync_directory(path: Path | Remote) -> None:
     if isinstance(path, Path):
         sync(path)

@@ -19,7 +19,7 @@ from moe_inspect.errors import Damaged, MoeInspectError, writing
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
-from moe_inspect.trace.files.atomic import append, make_folder, sync_directory, write_atomically
+from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
 from moe_inspect.trace.files.location import Remote, inside, output_location
 from moe_inspect.trace.files.lock import Lock, drafts_of, hold
 from moe_inspect.trace.header import TraceHeader
@@ -208,8 +208,9 @@ class TraceWriter:
         if self.rank == 0:
             self._write_vocabulary(vocabulary)
         self._write_manifest()
-        for table in self.tables:
-            make_folder(self.root / table)
+        for folder in (self.root / table for table in self.tables):
+            if isinstance(folder, Path):  # objects need none
+                folder.mkdir(exist_ok=True)
         append(self._early.shard_list, b"")  # it is there, if empty
 
     def _unlock(self) -> None:
