@@ -551,6 +551,8 @@ def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> 
         str(tmp_path / "t"),
         "--data",
         str(corpus),
+        "--batch-tokens",
+        "64",
     ]
     process = subprocess.Popen(
         command,

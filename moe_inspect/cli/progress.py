@@ -17,9 +17,9 @@ AFTER_S = 0.5  # a command that is done by then shows no bar
 
 
 class Bar:
-    """The phase that a command is in, as one line: how much of it is done, the time since the
-    command began, and the time that is left of the phase. A phase whose total is not known has a
-    bar that moves to and fro."""
+    """The phase that a command is in, as one line: how much of it is done and how fast, the time
+    since the command began, and the time that is left of the phase. A phase whose total is not
+    known has a bar that moves to and fro."""
 
     def __init__(self):
         from rich.console import Console
@@ -54,7 +54,7 @@ class Bar:
             task = self.now = self.rich.add_task(name, total=total or None, unit=unit)
         return lambda done: self.rich.advance(task, done)
 
-    def counted(self, name: str, unit: str) -> Callable[[int, int], None]:
+    def counted(self, name: str, unit: str) -> Callable[[int, int | None], None]:
         """The same for what tells (done, in all) itself."""
         self.phase(name, 0, unit)
         task = self.now
@@ -77,12 +77,16 @@ def _columns(began: float) -> list[Any]:
             unit = task.fields["unit"]
             return Text(f"{task.completed:,.0f} of {task.total:,.0f} {unit}" if task.total else "")
 
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else "")
+
     class Clock(ProgressColumn):
         def render(self, task: Any) -> Text:
             said, left = _clock(time.monotonic() - began), task.time_remaining
             return Text(f"{said}, {_clock(left)} left" if left else said)
 
-    return [column(Column(no_wrap=True)) for column in (Count, Clock)]
+    return [column(Column(no_wrap=True)) for column in (Count, Rate, Clock)]
 
 
 def _clock(seconds: float) -> str:
@@ -108,40 +112,3 @@ def shown() -> Generator[Bar | None]:
 
 def _piped() -> bool:
     return stat.S_ISFIFO(os.fstat(1).st_mode)
-
-
-class TokenProgress:
-    """Shows tokens, tokens/s and time left."""
-
-    bar: Any = None
-    began: float | None = None
-
-    def __enter__(self) -> TokenProgress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} tokens"),
-                TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("starting", total=None, rate=0)
-        return self
-
-    def __call__(self, done: int, total: int | None) -> None:
-        if self.bar is None:
-            return
-        if self.began is None:  # the first forward pass pays for set-up
-            self.began, self.first = time.monotonic(), done
-        elapsed = time.monotonic() - self.began
-        rate = (done - self.first) / elapsed if elapsed > 0 else 0
-        self.bar.update(self.task, description="tracing", completed=done, total=total, rate=rate)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

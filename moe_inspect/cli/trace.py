@@ -28,14 +28,14 @@ from moe_inspect.cli.capture import (
     stop_cleanly,
 )
 from moe_inspect.cli.options import CommitEvery, Options, Overwrite, in_panel, names
-from moe_inspect.cli.progress import TokenProgress
+from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import Remote, output_location
 
 if TYPE_CHECKING:
     from moe_inspect.trace.reader import Trace
 
-    Progress = Callable[[int, int | None], None]
+    Progress = Callable[[int, int | None], None] | None
 
 
 COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
@@ -279,10 +279,10 @@ def record(run: Callable[..., Trace], write: WriteOptions, counted: bool = False
     complete_before = write.resume and _is_complete(place)
     stop_cleanly()
     try:
-        with WatchView(place) if write.watch and _is_first() else TokenProgress() as progress:
+        with WatchView(place) if write.watch and _is_first() else shown() as bar:
             need_torch()
             quiet()
-            written = run(progress=progress)
+            written = run(progress=bar.counted("tracing", "tokens") if bar else None)
     except KeyboardInterrupt:
         write.say_interrupted()
         raise
@@ -309,7 +309,7 @@ class WatchView:
         self.output = output
         self._kept, self._stderr = None, -1
 
-    def __enter__(self) -> WatchView:
+    def __enter__(self) -> None:
         command = [sys.executable, "-m", "moe_inspect.watch", str(self.output), str(os.getpid())]
         sys.stderr.flush()
         self._view = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
@@ -317,10 +317,6 @@ class WatchView:
             self._kept = tempfile.TemporaryFile()
             self._stderr = os.dup(2)
             os.dup2(self._kept.fileno(), 2)
-        return self
-
-    def __call__(self, done: int, total: int | None) -> None:
-        """The view shows its own progress."""
 
     def __exit__(self, *_: object) -> None:
         try:
