@@ -48,7 +48,7 @@ EVEN: dict[str, object] = {
     "any_VE": np.full((6, E), 10),
     "first_choice_VE": np.full((6, E), 10),
     "occurrences_V": np.full(6, 10 * E // K),
-    "decisions": DECISIONS,
+    **dict.fromkeys(("decisions", "logit_decisions", "weight_decisions"), DECISIONS),
     "z_sum": DECISIONS * math.log(E) ** 2,
     "entropy_sum": DECISIONS * math.log(E),
     "top1_margin_sum": 0.0,
@@ -75,7 +75,13 @@ EVEN: dict[str, object] = {
     "tokens_P": np.full(E**2, 7),
     "capacity_factor": 1.25,
 }
-WHOLE = ("decisions", "tokens", "chosen")  # of what a sum is a share
+WHOLE = (
+    "decisions",
+    "logit_decisions",
+    "weight_decisions",
+    "tokens",
+    "chosen",
+)  # of what a sum is a share
 
 
 def axes_of(parameter: str) -> str:

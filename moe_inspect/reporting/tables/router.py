@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.counts import Counts, values_of
 from moe_inspect.analysis.counting.samples import SampledLosses, sampled_losses
 from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
-from moe_inspect.analysis.metrics import router as rt
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.analysis.metrics import worth as of_outputs
-from moe_inspect.analysis.metrics import worth as scores
+from moe_inspect.analysis.metrics import worth as metrics
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.weights.measure import aimer_of
 from moe_inspect.reporting.tables.data import ReportData
@@ -47,28 +45,10 @@ def router(data: ReportData) -> pd.DataFrame:
     from all logits (NaN otherwise); the balancing losses computed from the logits."""
     counts, rows = data.counts_for("weights", "logits"), list[dict[str, float]]()
     for r in data.selection.routers:
-        of = counts.of[r]
-        n, weighted = of.logit_decisions, of.weight_decisions
-        row: dict[str, float] = {
-            "layer": counts.routers[r].layer,
-            "router": r,
-            "logit_decisions": n,
-        }
-        if of.probability_sum_E is not None and n:
-            row["aux_loss"] = rt.aux_loss(counts.load_E(r), of.probability_sum_E)
-        row |= {
-            "weight_mass": rt.weight_mass(of.weight_mass_sum, weighted),
-            "weight_entropy_nats": rt.weight_entropy_nats(of.weight_entropy_sum, weighted),
-            "weight_margin": rt.weight_margin(of.weight_margin_sum, weighted)
-            if counts.routers[r].top_k > 1
-            else np.nan,
-            "z_loss": rt.z_loss(of.z_sum, n),
-            "gate_entropy_nats": rt.gate_entropy_nats(of.entropy_sum, n),
-            "top_k_mass": rt.top_k_mass(of.topk_mass_sum, n),
-            "top1_margin": rt.top1_margin(of.top1_margin_sum, n),
-            "boundary_margin": rt.boundary_margin(of.boundary_margin_sum, n),
-            "tie_rate": rt.tie_rate(of.ties, n),
-        }
+        row = {"layer": counts.routers[r].layer, "router": r, **values_of(counts, r, "router")}
+        row["logit_decisions"] = counts.of[r].logit_decisions
+        if counts.routers[r].top_k == 1:
+            row["weight_margin"] = np.nan
         rows.append(row)
     frame = pd.DataFrame(rows, columns=["layer", "router", *ROUTER])
     return frame.astype({name: float for name in ROUTER if name != "logit_decisions"})
@@ -94,10 +74,10 @@ def esft(data: ReportData) -> pd.DataFrame:
         columns = {
             "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
-            "token_score": scores.token_score(assignments_DE).reshape(-1),
-            "gate_score": scores.gate_score(weight_sum_DE, counts.tokens_D_of(r)).reshape(-1),
-            "token_score_by_sample": scores.token_score_by_sample(token_DE, samples_D).reshape(-1),
-            "gate_score_by_sample": scores.gate_score_by_sample(gate_DE, samples_D).reshape(-1),
+            "token_score": metrics.token_score(assignments_DE).reshape(-1),
+            "gate_score": metrics.gate_score(weight_sum_DE, counts.tokens_D_of(r)).reshape(-1),
+            "token_score_by_sample": metrics.token_score_by_sample(token_DE, samples_D).reshape(-1),
+            "gate_score_by_sample": metrics.gate_score_by_sample(gate_DE, samples_D).reshape(-1),
             "samples": np.repeat(samples_D.astype(np.int64), E),
         }
         parts.append(of_router(data, r, columns))
@@ -119,7 +99,7 @@ def worth(data: ReportData) -> pd.DataFrame:
     found["super_expert"] = pd.array([pd.NA] * len(found), dtype="boolean")
     if known and len(known) == len(peak_LE):
         layers = np.array([counts.routers[r].layer for r in counts.indices])
-        is_super = of_outputs.super_experts(known, layers, data.trace.blocks)
+        is_super = metrics.super_experts(known, layers, data.trace.blocks)
         found["super_expert"] = pd.array(np.concatenate(is_super), dtype="boolean")
     found["aimer"] = np.nan
     if data.weights is not None:
@@ -148,7 +128,7 @@ def _of_router(counts: Counts, r: int, weights_RU: np.ndarray | None) -> dict[st
         **_with_interval("mean_norm", norm_UE, load_UE, weights_RU),
         **_with_interval("share", gated_UE, total_UE, weights_RU),
         "peak": np.full(E, np.nan) if of.peak_E is None else of.peak_E,
-        "domains_judged": (assignments_DE >= of_outputs.JUDGED).sum(0),
+        "domains_judged": (assignments_DE >= metrics.JUDGED).sum(0),
         "domains": len(assignments_DE),
     }
     return made

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.counts import Counts
+from moe_inspect.analysis.counting.counts import Counts, values_of
 from moe_inspect.analysis.counting.samples import document_loads, sampled_routes
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import committee as com
@@ -111,7 +111,9 @@ def specialization(data: ReportData) -> pd.DataFrame:
         given_LB.append(expected.null() if judged and expected else np.full(1, np.nan))
         rows.append(
             {
-                **_domain_specialization(data, r),
+                "layer": counts.routers[r].layer,
+                "router": r,
+                **values_of(counts, r, "specialization"),
                 **(of.columns if of else {}),
                 "domain_mi_null_bits": float(null_LB[-1].mean()),
                 "domain_mi_null_p99_bits": float(np.quantile(null_LB[-1], 0.99)),
@@ -170,17 +172,6 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
     p_L = chance.student_p(beyond / np.hypot(*error_2L), max(freedom, 1))
     added["domain_mi_beyond_baseline_p"] = pd.Series(np.minimum(p_L * len(frame), 1))
     return frame.assign(**added)
-
-
-def _domain_specialization(data: ReportData, router: int) -> dict[str, float]:
-    counts = data.counts
-    assignments_DE = counts.assignments_DE(router)
-    return {
-        "layer": counts.routers[router].layer,
-        "router": router,
-        "domain_mi_bits": sp.domain_mi_bits(assignments_DE),
-        "jsd_bits": sp.jsd_bits(assignments_DE),
-    }
 
 
 @table("token_ids")
