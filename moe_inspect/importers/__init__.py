@@ -1,20 +1,13 @@
 """One file (or folder) per format of another tool. A new format takes its file and a line here."""
 
+from moe_inspect.importers.tables.presets import PRESETS
+
 # name → module of this package, in which `@importer` registers it, and what it reads; "auto" tries
 # them in this order
 MODULES = {
     "imatrix": ("llama_cpp.imatrix", "llama.cpp's importance matrix, `imatrix.gguf`"),
     "mbolt": ("llama_cpp.mbolt", "mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`"),
-    "bigmoeonedge": ("rows.bigmoeonedge", "BigMoeOnEdge's `--route-trace`, `.csv`"),
-    "moe-policylang": ("rows.policylang", "moe-policylang's trace, `.parquet`"),
-    "gpt-oss-fingerprints": ("fingerprints", "GPT-OSS fingerprints, `<category>/True_True.json`"),
-    "counts": (
-        "counts",
-        "`.csv`, `.json(l)` or `.parquet` of layer, expert, count [, domain, router, top_k]; "
-        "other names by `--map`",
-    ),
     "esft": ("esft", "folders of `expert_weights_<layer>.txt`"),
-    "fiddler": ("fiddler", "`expert_popularity_<subject>.json`"),
     "megatron": (
         "megatron.importer",
         "JSONL of Megatron-Core's router trace, with `logits_rank<r>.bin` where there are "
@@ -44,4 +37,5 @@ MODULES = {
         "tensorrt_llm",
         "a folder of `meta_info.json` and `rank<r>.safetensors` or `rank<r>_raw.safetensors`",
     ),
+    **{name: ("tables.importer", preset.reads) for name, preset in PRESETS.items()},
 }

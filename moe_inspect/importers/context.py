@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line, why_unread
-from moe_inspect.importers.mapping import Map
 from moe_inspect.importers.parallel import Prepare, prepared_lines, too_long
+from moe_inspect.importers.tables.presets import Preset
 from moe_inspect.importers.values import parsed, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
@@ -37,7 +39,7 @@ class ImportContext:
     facts: what the config says of the model, if the user gave one.
     experts, top_k, pipeline_stages: options of the user, for what neither the files nor a config
         give.
-    map: of counts: our column → where it is.
+    map: of tables whose form the user gives.
     warn: called with one line per warning.
     read: called with the number of bytes read since the last call.
     workers: who parses lines of JSON; None: this process."""
@@ -47,7 +49,7 @@ class ImportContext:
     experts: int | None = None
     top_k: int | None = None
     pipeline_stages: int | None = None
-    map: Map | None = None
+    map: Preset | None = None
     warn: Callable[[str], None] = print
     read: Callable[[int], None] = lambda n: None
     workers: Workers | None = None
@@ -172,7 +174,7 @@ class ImportContext:
 @dataclass(frozen=True)
 class Imported:
     """What an importer gives back. `batches`: in the order of the trace. `notes`: for the
-    manifest, what the source leaves out."""
+    manifest, what the source leaves out. vocabulary: token_id, token, where the source says."""
 
     routers: list[Router]
     batches: Iterator[RoutedBatch | CountedBatches]
@@ -181,3 +183,4 @@ class Imported:
     energy: bool = False
     counts_only: bool = False
     notes: list[str] = field(default_factory=list)
+    vocabulary: pa.Table | None = None

@@ -17,10 +17,9 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.counts import COLUMNS
-from moe_inspect.importers.mapping import parse_map
 from moe_inspect.importers.parallel import at_work
 from moe_inspect.importers.registry import formats, sniff
+from moe_inspect.importers.tables.presets import parse_map
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote, output_location
@@ -97,9 +96,8 @@ def import_trace(
                 raise MoeInspectError(
                     f"--pipeline-stages is an option of the format megatron, not of {format}"
                 )
-            if map is not None and format != "counts":
-                raise MoeInspectError(f"--map is an option of the format counts, not of {format}")
-            where = parse_map(map, COLUMNS) if map is not None else None
+            if map is not None and format not in ("table", "counts"):
+                raise MoeInspectError(f"--map is an option of the format table, not of {format}")
             facts = read_facts(model) if model is not None else None
             context = ImportContext(
                 listed,
@@ -107,13 +105,15 @@ def import_trace(
                 experts,
                 top_k,
                 pipeline_stages,
-                where,
+                parse_map(map) if map is not None else None,
                 warn,
                 _progress(listed, progress),
                 at,
             )
             imported = formats()[format].run(context)
-            vocabulary = context.facts.vocabulary() if context.facts is not None else None
+            vocabulary = imported.vocabulary
+            if vocabulary is None and context.facts is not None:
+                vocabulary = context.facts.vocabulary()
             batches = watched(imported, vocabulary, warn)
             first = next(batches, None)
             if first is None:

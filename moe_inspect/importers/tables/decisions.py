@@ -1,0 +1,339 @@
+"""Rows of decisions, or of their assignments, in any order → the decisions of each router.
+
+What the rows say is written to a temporary file as they come; then the tokens are known, and it is
+put in its place: so memory grows with the number of tokens, by a few bytes of each, alone.
+N rows, T tokens, L layers, K slots.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.batches import NO_ID, Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.context import ImportContext, Imported
+from moe_inspect.importers.registry import named
+from moe_inspect.importers.routed import checked_ids
+from moe_inspect.importers.tables.presets import Preset
+from moe_inspect.importers.tables.read import TableChunk
+from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
+from moe_inspect.model.vocabulary import readable
+from moe_inspect.text import plural, ranges
+from moe_inspect.trace.schema import MOST_TOKEN_IDS, Router
+from moe_inspect.trace.slot_order import stated
+from moe_inspect.trace.writer import RoutedBatch
+
+BATCH_TOKENS = 16_384
+PIECE = 2**20  # of rows
+MOST_EMPTY = 2**20  # slots without a row, besides as many as there are rows
+MOST_WEIGHT = float(np.finfo(np.float16).max)
+MOST_NUMBER = 2**31 - 1
+UNSTATED = -2  # of a token's id or phase, so far
+PHASES = {"prefill": 0, "0": 0, "": 0, "decode": 1, "1": 1}
+
+
+class Spool:
+    """The rows of all files, in a temporary file. layers: of each group of rows, which is a file,
+    or the files of a folder that name a layer each. documents: (group, name) → number; domains: of
+    each document."""
+
+    def __init__(self, preset: Preset):
+        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
+        self.dtype, self.rows = np.dtype([("ids", "<i4", (0,))]), 0
+        self.layers: dict[Path, set[int]] = {}
+        self.documents: dict[tuple[Path, str], int] = {}
+        self.domains: list[str] = []
+        self.stated: dict[str, set[int]] = {"experts": set(), "top_k": set()}
+        self.weighted = self.ordered = True
+        self.by_slot = self.has_weights = False
+        self.texts: dict[int, str] = {}
+        self.notes = [preset.note] * bool(preset.note)
+        self._codes: dict[str, int] = {}  # text → number, of tokens without one
+        self._seen: Counter[int] = Counter()  # (document, layer) → its rows so far
+
+    @property
+    def pieces(self) -> Iterator[np.ndarray]:
+        self.file.seek(0)
+        while len(rows := np.fromfile(self.file, self.dtype, PIECE)):
+            yield rows
+
+    def add(self, chunk: TableChunk) -> None:
+        for name in ("layer", *(("position", "expert") if "slot" in chunk else ())):
+            if name not in chunk:
+                raise chunk.lacks(name)
+        layer_N = chunk.numbers("layer", 0, MOST_LAYERS - 1)
+        group = chunk.path.parent if "layer" in chunk.said else chunk.path
+        self.layers.setdefault(group, set()).update(np.unique(layer_N).tolist())
+        self._state(chunk)
+        experts, top_k = (max(self.stated[name], default=0) for name in ("experts", "top_k"))
+        most, known = (experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
+        self.by_slot |= "slot" in chunk
+        self.has_weights |= "weight" in chunk or "weights" in chunk
+        if self.by_slot:
+            ids_NK = chunk.numbers("expert", -1, most)[:, None]
+        else:
+            ids_NK = chunk.lists("experts", -1, most, known)
+        K = ids_NK.shape[1]
+        if not known:
+            numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
+            lists = [("ids", "<i4", (K,)), ("weights", "<f2", (K,))]
+            self.dtype = np.dtype([(name, "<i4") for name in numbers] + lists)
+        rows = np.zeros(len(chunk), self.dtype)
+        rows["layer"], rows["document"] = layer_N, self._documents(chunk, group)
+        rows["position"] = (
+            chunk.numbers("position", 0, MOST_NUMBER)
+            if "position" in chunk
+            else self._row_numbers(rows["document"] * np.int64(MOST_LAYERS) + layer_N)
+        )
+        if "slot" in chunk:
+            rows["slot"] = chunk.numbers("slot", 0, (top_k or MOST_EXPERTS) - 1)
+        if "dropped" in chunk:
+            dropped_N = chunk.numbers("dropped", 0, MOST_NUMBER, empty=0) != 0
+            ids_NK = np.where(dropped_N[:, None], -1, ids_NK)
+            if n := int(dropped_N.sum()):
+                self.notes.append(f"{chunk.path.name}: {plural(n, 'choice')} dropped")
+        rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
+        if "phase" in chunk:
+            rows["decoded"] = _decoded(chunk)
+        weights = (
+            chunk.lists("weights", -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
+            if "weights" in chunk
+            else chunk.numbers("weight", -MOST_WEIGHT, MOST_WEIGHT, np.nan, real=True)[:, None]
+            if "weight" in chunk
+            else np.full(ids_NK.shape, np.nan)
+        )
+        self.weighted &= not np.isnan(weights).any()
+        rows["weights"] = weights
+        self.ordered &= "order" in chunk and bool(
+            (np.diff(chunk.lists("order", -np.inf, np.inf, K, real=True)) <= 0).all()
+        )
+        rows.tofile(self.file)
+        self.rows += len(rows)
+
+    def _state(self, chunk: TableChunk) -> None:
+        """Takes E and k where the rows say them."""
+        for name, found in self.stated.items():
+            if name in chunk and (name == "top_k" or "expert" in chunk):
+                found |= {*np.unique(chunk.numbers(name, 1, MOST_EXPERTS)).tolist()}
+        if "per_expert" in chunk:
+            first = chunk.table["per_expert"][0].as_py()
+            self.stated["experts"].add(len(first) if isinstance(first, list) else 0)
+        if any(len(found) > 1 for found in self.stated.values()):
+            raise MoeInspectError(f"{chunk.path} is of {self.stated}: of one model?")
+
+    def _documents(self, chunk: TableChunk, group: Path) -> np.ndarray:
+        names = chunk.texts("document") if "document" in chunk else [""] * len(chunk)
+        domains = chunk.texts("domain") if "domain" in chunk else [None] * len(chunk)
+        default = chunk.said.get("domain") or named(group)
+        numbers: list[int] = []
+        for name, domain in zip(names, domains, strict=True):
+            numbers.append(self.documents.setdefault((group, name or ""), len(self.documents)))
+            if numbers[-1] == len(self.domains):
+                self.domains.append(chunk.source.domain or domain or default)
+        return np.array(numbers)
+
+    def _row_numbers(self, of_N: np.ndarray) -> np.ndarray:
+        """How many rows of the same document and layer there are before each."""
+        found, at_N, times = np.unique(of_N, return_inverse=True, return_counts=True)
+        order = np.argsort(at_N, kind="stable")
+        number_N = np.empty(len(of_N), np.int64)
+        number_N[order] = np.arange(len(of_N)) - np.repeat(times.cumsum() - times, times)
+        number_N += np.array([self._seen[one] for one in found.tolist()])[at_N]
+        self._seen.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+        return number_N
+
+    def _token_ids(self, chunk: TableChunk) -> np.ndarray | int:
+        texts = [t or "" for t in chunk.texts("token_text")] if "token_text" in chunk else []
+        if "token_id" in chunk:
+            ids_N = chunk.numbers("token_id", NO_ID, MOST_TOKEN_IDS - 1, empty=NO_ID)
+            self.texts |= {i: t for i, t in zip(ids_N.tolist(), texts, strict=False) if i >= 0}
+            return ids_N
+        if not texts:
+            return NO_ID
+        ids = [self._codes.setdefault(text, len(self._codes)) for text in texts]
+        if len(self._codes) > MOST_TOKEN_IDS:
+            raise MoeInspectError(f"{chunk.path} has over {MOST_TOKEN_IDS:,} different tokens")
+        self.texts |= dict(zip(ids, texts, strict=True))
+        return np.array(ids)
+
+    def vocabulary(self) -> pa.Table | None:
+        """token_id, token, where the rows have texts; byte-level ones (Ġ) decoded."""
+        if not self.texts:
+            return None
+        byte_level = any("Ġ" in text for text in self.texts.values())
+        tokens = [self.texts.get(i) for i in range(max(self.texts) + 1)]
+        return pa.table(
+            {
+                "token_id": pa.array(range(len(tokens)), pa.int32()),
+                "token": [readable(t) if t is not None and byte_level else t for t in tokens],
+            }
+        )
+
+    def order(self) -> np.ndarray:
+        """The place of each document: by groups as they came, in one by number, else as they
+        came."""
+        groups = [*self.layers]
+
+        def place(item: tuple[tuple[Path, str], int]) -> tuple[int, int, int]:
+            (group, name), n = item
+            is_number = name.isdecimal() and len(name) < 19
+            return groups.index(group), int(name) if is_number else 2**63, n
+
+        rank_D = np.empty(len(self.documents), np.int64)
+        rank_D[[n for _, n in sorted(self.documents.items(), key=place)]] = np.arange(len(rank_D))
+        return rank_D
+
+
+def _decoded(chunk: TableChunk) -> np.ndarray:
+    said = [(text or "").strip().lower() for text in chunk.texts("phase")]
+    if odd := next((n for n, text in enumerate(said) if text not in PHASES), None):
+        raise chunk.error(odd, "phase", f"is {said[odd][:40]!r}, not prefill or decode")
+    return np.array([PHASES[text] for text in said])
+
+
+def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
+    spool = Spool(preset)
+    for chunk in chunks:
+        spool.add(chunk)
+    (where, first), *others = spool.layers.items()
+    if odd := next((group for group, layers in others if layers != first), None):
+        raise MoeInspectError(
+            f"{odd} has layers {ranges(spool.layers[odd])}, {where} {ranges(first)}: of one model?"
+        )
+    experts = max(spool.stated["experts"], default=0)
+    if not experts:
+        known = None if context.facts or context.experts else preset.experts
+        experts = known or context.known_experts(where)
+    top_k = max(spool.stated["top_k"], default=0)
+    if not top_k:
+        top_k = context.known_top_k(where) if spool.by_slot else spool.dtype["ids"].shape[0]
+    routers = context.routers_of(first, experts, top_k, where)
+    if spool.has_weights and not spool.weighted:
+        context.warn(f"{where}: weights are unknown in some rows: imported without weights")
+    routers = [stated(router, known=spool.weighted or spool.ordered) for router in routers]
+    placed = Placed(spool, where, routers)
+    return Imported(
+        routers,
+        placed.batches(),
+        weights=spool.weighted,
+        notes=spool.notes,
+        vocabulary=spool.vocabulary(),
+    )
+
+
+class Placed:
+    """The decisions by document and position. key_T: both, document × 2^32 + position; ids_LTK and
+    weights_LTK: in temporary files."""
+
+    def __init__(self, spool: Spool, where: Path, routers: list[Router]):
+        rank_D = spool.order()
+        document_D = np.argsort(rank_D)
+        names = [*spool.documents]
+        self.documents = [(names[d], spool.domains[d]) for d in document_D]
+        self.routers, self.by_slot = routers, spool.by_slot
+        self.key_T = np.zeros(0, np.int64)
+        for rows in spool.pieces:
+            self.key_T = np.union1d(self.key_T, _key(rows, rank_D))
+        L, T, K = shape = len(routers), len(self.key_T), routers[0].top_k
+        stated = spool.rows * spool.dtype["ids"].shape[0]
+        if 2 * stated + MOST_EMPTY < L * T * K:
+            raise MoeInspectError(
+                f"{where}: {spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots: most are "
+                "missing"
+            )
+        self.ids_LTK = _scratch("<u4", shape)
+        self.weights_LTK = _scratch("<f2", shape) if spool.weighted else None
+        self.of_token = {name: np.full(T, UNSTATED, np.int32) for name in ("token_id", "decoded")}
+        layers = [router.layer for router in routers]
+        for rows in spool.pieces:
+            token_N = np.searchsorted(self.key_T, _key(rows, rank_D))
+            self._put(rows, np.searchsorted(layers, rows["layer"]) * T + token_N)
+            for name, value_T in self.of_token.items():
+                before_N = value_T[token_N]
+                value_T[token_N] = rows[name]
+                differs = (before_N != UNSTATED) & (before_N != rows[name])
+                if (differs | (value_T[token_N] != rows[name])).any():
+                    raise MoeInspectError(f"{where}: rows of one token with different {name}")
+        found = sum(int(np.count_nonzero(ids_TK.any(1))) for ids_TK in self.ids_LTK)
+        if missing := L * T - found:
+            spool.notes.append(
+                f"{where.name}: {plural(missing, 'decision')} without rows: of a prompt some "
+                "engines route the last token alone in the last layer"
+            )
+
+    def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:
+        """Puts rows in their decisions, of which no two are the same."""
+        K = self.ids_LTK.shape[2]
+        cell_N = decision_N * K + rows["slot"] if self.by_slot else decision_N
+        ids = self.ids_LTK.reshape((-1,) if self.by_slot else (-1, K))
+        order = np.argsort(cell_N, kind="stable")
+        again = np.diff(cell_N[order], prepend=-1) == 0
+        again |= ids[cell_N[order]].reshape(len(rows), -1).any(1)
+        if again.any():
+            t = int(decision_N[order[again.argmax()]]) % len(self.key_T)
+            (_, name), _ = self.documents[self.key_T[t] >> 32]
+            raise MoeInspectError(
+                f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'} has two rows "
+                "of one layer" + " and slot" * self.by_slot
+            )
+        ids[cell_N] = (rows["ids"][:, 0] if self.by_slot else rows["ids"]) + 2
+        if self.weights_LTK is not None:
+            weights = rows["weights"]
+            self.weights_LTK.reshape(ids.shape)[cell_N] = weights[:, 0] if self.by_slot else weights
+
+    def batches(self) -> Iterator[RoutedBatch]:
+        """Of one document and phase, in the order of positions; a gap begins a new sequence."""
+        numbers, T = Numbering(), len(self.key_T)
+        document_T, position_T = self.key_T >> 32, self.key_T & MOST_NUMBER
+        new_T = np.diff(document_T, prepend=-1) != 0
+        gap_T = new_T | (np.diff(position_T, prepend=-1) != 1)
+        sequence_T = gap_T.cumsum() - 1 + numbers.sequence(int(gap_T.sum()))
+        decoded_T, token_id_T = self.of_token["decoded"], self.of_token["token_id"]
+        starts = np.flatnonzero(new_T | (np.diff(decoded_T, prepend=0) != 0))
+        number = -1
+        for start, end in pairwise([*starts.tolist(), T]):
+            (group, _), domain = self.documents[document_T[start]]
+            documents = []
+            if new_T[start]:
+                tokens = int(np.searchsorted(document_T, document_T[start], "right")) - start
+                number, documents = numbers.document(domain, str(group), tokens)
+            for first in range(start, end, BATCH_TOKENS):
+                part = slice(first, min(first + BATCH_TOKENS, end))
+                ids_LTK = self.ids_LTK[:, part].astype(np.int64) - 2
+                yield batch_of_decisions(
+                    numbers,
+                    Tokens(
+                        number,
+                        numbers.domain(domain),
+                        sequence_T[part],
+                        position_T[part],
+                        token_id_T[part],
+                    ),
+                    [
+                        checked_ids(np.maximum(ids_TK, -1), r, f"{group}, layer {r.layer}")
+                        for ids_TK, r in zip(ids_LTK, self.routers, strict=True)
+                    ],
+                    weights=None
+                    if self.weights_LTK is None
+                    else [np.array(weights_TK) for weights_TK in self.weights_LTK[:, part]],
+                    documents=documents,
+                    phase="decode" if decoded_T[start] else "prefill",
+                )
+                documents = []
+
+
+def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:
+    return rank_D[rows["document"]] << 32 | rows["position"]
+
+
+def _scratch(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros in a temporary file, which takes no space where they stay zeros."""
+    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)

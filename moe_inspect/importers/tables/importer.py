@@ -1,0 +1,299 @@
+"""Tables of any origin, by a map of their columns: counts, here, or decisions (decisions.py).
+
+N rows, D domains, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.batches import MOST_COUNT, MOST_DOMAINS, batch_of_counts
+from moe_inspect.importers.context import ImportContext, Imported
+from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.tables.decisions import decisions
+from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
+from moe_inspect.importers.tables.read import TableChunk, chunks_of
+from moe_inspect.model.config import MOST_EXPERTS
+from moe_inspect.text import ranges
+from moe_inspect.trace.schema import Router
+from moe_inspect.trace.slot_order import stated
+from moe_inspect.trace.writer import CountedBatches
+
+MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
+MOST_LAYER = 2**16 - 1
+ROW = {"layer", "expert"}
+CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
+SUMS = ("count", "first_choice", "weight_sum", "energy")
+KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
+
+
+def _fits(name: str, file: str, head: bytes) -> bool:
+    """By the texts that the format's files hold, else their names; `counts` and `table`: by the
+    columns, or the fields of the first JSON object."""
+    preset = PRESETS[name]
+    if preset.map is not OWN:
+        if preset.marks:
+            return all(mark.encode() in head for mark in preset.marks)
+        return preset.said_by(Path(file)) is not None
+    columns = _columns_of(file, head)
+    if name == "table":
+        return "layer" in columns and bool(columns & {"experts", "expert_0"})
+    is_counts = columns >= ROW and bool(columns & {"count", "assignments"})
+    return is_counts or (columns == ROW and file.endswith(CSV))
+
+
+def _columns_of(file: str, head: bytes) -> set[str]:
+    if head[:4] == b"PAR1":
+        # in the schema at its end a name stands behind its length
+        names = (*COLUMNS, "assignments", "expert_0")
+        return {name for name in names if bytes([len(name)]) + name.encode() in head}
+    text = head.decode("utf-8", "replace").lstrip("\ufeff\r\n ")
+    if file.endswith(CSV):
+        header = text.partition("\n")[0]
+        return {column.strip(' "\r') for column in re.split("[,\t]", header)}
+    if not file.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")):
+        return set()
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
+        return set(first) if isinstance(first, dict) else set()
+    except (ValueError, RecursionError):  # an object of columns that goes on behind the head
+        found = re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text)
+        return set(found) if text.startswith("{") else set()
+
+
+def run(context: ImportContext, name: str) -> Imported:
+    preset = context.map or PRESETS[name]
+    chunks = chunks_of(context, preset)
+    first = next(chunks, None)
+    if first is None:
+        raise MoeInspectError(f"{context.sources[0].path} holds no rows")
+    read = decisions if _is_decision(first) else _counts
+    return read(context, preset, chain([first], chunks))
+
+
+for name, preset in PRESETS.items():
+    importer(name, preset.gives, partial(_fits, name))(partial(run, name=name))
+
+
+def _is_decision(chunk: TableChunk) -> bool:
+    return "slot" in chunk or ("experts" in chunk and "expert" not in chunk)
+
+
+def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
+    where, notes = context.sources[0].path, [preset.note] * bool(preset.note)
+    total, every, some, by_document = None, set(SUMS), set[str](), False
+    for chunk in chunks:
+        columns = _columns(chunk, preset)
+        every &= set(columns)
+        some |= set(columns)
+        by_document |= "document" in chunk
+        total = _added(total, columns, chunk)
+    assert total is not None
+    if lost := [name for name in SUMS if name in some - every]:
+        context.warn(f"{where}: {' and '.join(lost)} left out: not all of the rows have it")
+    if by_document:
+        notes.append("counts are summed over documents")
+    of = {name: total[name].to_numpy(False) for name in (*KEYS, *SUMS) if name != "domain"}
+    domains, of["domain"] = np.unique(
+        total["domain"].to_numpy(False).astype(str), return_inverse=True
+    )
+    of = _without_unused_layers(context, of, where, notes)
+    keys = sorted({*zip(of["layer"].tolist(), of["router"].tolist(), strict=True)})
+    parts = [
+        {name: of[name][(of["layer"] == layer) & (of["router"] == router)] for name in of}
+        for layer, router in keys
+    ]
+    experts = _experts(context, preset, parts, of, where)
+    routers = [
+        _router(context, preset, part, n, where) for part, n in zip(parts, experts, strict=True)
+    ]
+    if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
+        raise MoeInspectError(
+            f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
+            f"{MOST_CELLS:,}: import it in parts"
+        )
+
+    def dense(name: str) -> list[np.ndarray] | None:
+        if name not in every:
+            return None
+        made: list[np.ndarray] = []
+        for router, part in zip(routers, parts, strict=True):
+            sums_DE = np.zeros((len(domains), router.experts), part[name].dtype)
+            np.add.at(sums_DE, (part["domain"], part["expert"]), part[name])
+            made.append(sums_DE)
+        return made
+
+    def batches() -> Iterator[CountedBatches]:
+        load_LDE, first_choice, weight_sum, energy = (dense(name) for name in SUMS)
+        yield batch_of_counts(
+            load_LDE or [], routers, domains.tolist(), 0, first_choice, weight_sum, energy
+        )
+
+    return Imported(
+        [stated(router, known="first_choice" in every) for router in routers],
+        batches(),
+        weights="weight_sum" in every,
+        energy="energy" in every,
+        counts_only=True,
+        notes=notes,
+    )
+
+
+def _columns(chunk: TableChunk, preset: Preset) -> dict[str, np.ndarray | list[str]]:
+    """KEYS and SUMS, as far as the rows have them."""
+    N = len(chunk)
+    if missing := [name for name in ("layer", "expert") if name not in chunk]:
+        raise chunk.lacks(missing[0])
+    layer_N = chunk.numbers("layer", 0, MOST_LAYER if not preset.layers else len(preset.layers) - 1)
+    layer_N = np.array(preset.layers)[layer_N] if preset.layers else layer_N
+    domains = [named(chunk.path)] * N
+    if label := chunk.source.domain or chunk.said.get("domain"):
+        domains = [label] * N
+    if "domain" in chunk:
+        of_rows = [text or "" for text in chunk.texts("domain")]
+        domains = [f"{label}/{text}" for text in of_rows] if "domain" in chunk.said else of_rows
+    made: dict[str, np.ndarray | list[str]] = {
+        "layer": layer_N,
+        "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
+        "domain": domains,
+        "expert": chunk.numbers("expert", 0, MOST_EXPERTS - 1),
+    }
+    for name in ("experts", "top_k"):
+        made[name] = (
+            chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else np.zeros(N, np.int64)
+        )
+    count_N = made["count"] = _count(chunk, preset)
+    if "first_choice" in chunk:
+        first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
+        if (wrong := first_N > count_N).any():
+            row = int(wrong.argmax())
+            raise chunk.error(
+                row, "first_choice", f"is {first_N[row]:,} of {count_N[row]:,} assignments"
+            )
+        made["first_choice"] = first_N
+    for name, low in (("weight_sum", -np.inf), ("energy", 0)):
+        if name in chunk:
+            made[name] = chunk.numbers(name, low, 2**53, real=True)
+    return made
+
+
+def _count(chunk: TableChunk, preset: Preset) -> np.ndarray:
+    """int64 [N]: the assignments of each row."""
+    if "count" in chunk:
+        return chunk.numbers("count", 0, MOST_COUNT)
+    if "share" in chunk:
+        count_N = chunk.numbers("share", 0, 1, real=True)
+        for name in ("tokens", "samples"):
+            if name in chunk:
+                count_N = count_N * chunk.numbers(name, 0, MOST_COUNT, real=True)
+        if (count_N > MOST_COUNT).any():
+            row = int(count_N.argmax())
+            raise chunk.error(row, "share", f"makes {count_N[row]:,.0f} assignments")
+        return np.rint(count_N).astype(np.int64)
+    if preset.map is OWN and {*chunk.names} != ROW:
+        raise chunk.lacks("count")
+    return np.ones(len(chunk), np.int64)
+
+
+def _added(
+    total: pa.Table | None, columns: dict[str, np.ndarray | list[str]], chunk: TableChunk
+) -> pa.Table:
+    """The sums by KEYS, with those of more rows, which are added in their order."""
+    zeros = {name: np.zeros(len(chunk), np.int64 if name in SUMS[:2] else float) for name in SUMS}
+    rows = pa.table(zeros | columns)
+    table = pa.concat_tables([total, rows]) if total else rows
+    sums = table.group_by([*KEYS], use_threads=False).aggregate([(name, "sum") for name in SUMS])
+    total = sums.rename_columns({f"{name}_sum": name for name in SUMS}).select(rows.column_names)
+    count_N = total["count"].to_numpy()
+    if len(total) and int(count_N.max()) > MOST_COUNT:
+        row = total.slice(int(count_N.argmax()), 1).to_pylist()[0]
+        raise MoeInspectError(
+            f"{chunk.path}: the rows of expert {row['expert']} of layer {row['layer']} sum to a "
+            f"count of {row['count']:,}: at most {MOST_COUNT:,} are possible"
+        )
+    if len(total) > MOST_CELLS or len(total["domain"].unique()) > MOST_DOMAINS:
+        raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
+    return total
+
+
+def _without_unused_layers(
+    context: ImportContext, of: dict[str, np.ndarray], where: object, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Without the layers that have no count, unless the config has experts in them."""
+    used = {*of["layer"][of["count"] > 0].tolist()}
+    known = set(context.facts.experts) if context.facts else set[int]()
+    unused = {*of["layer"].tolist()} - used - known
+    if not unused or not used:
+        return of
+    if context.facts is None:
+        note = f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
+        context.warn(f"{where}: {note}")
+        notes.append(note)
+    kept = ~np.isin(of["layer"], [*unused])
+    return {name: values_N[kept] for name, values_N in of.items()}
+
+
+def _experts(
+    context: ImportContext,
+    preset: Preset,
+    parts: list[dict[str, np.ndarray]],
+    of: dict[str, np.ndarray],
+    where: object,
+) -> list[int]:
+    """E of each router: by the config or the user, the table, or what the preset says; else what
+    the rows list, if some domain has all from 0 on (an expert without a row may be a dead one)."""
+    found: list[int] = []
+    for part in parts:
+        layer, said = int(part["layer"][0]), {*part["experts"].tolist()} - {0}
+        listing = parts if preset.omits_unused else [part]
+        most = max(int(one["expert"].max()) for one in listing) + 1
+        if context.experts:
+            experts = context.experts
+        elif context.facts:
+            experts = context.facts.experts.get(layer, 0) or most
+        elif len(said) == 1:
+            experts = int(said.pop())
+        elif preset.experts:
+            experts = preset.experts
+        elif any(_lists_all(one, most) for one in listing):
+            experts = most
+        else:
+            experts = context.known_experts(
+                f"{where}: no layer lists every expert, and it"
+                if preset.omits_unused
+                else f"{where}: layer {layer} does not list every expert and"
+            )
+        if (largest := int(part["expert"].max())) >= experts:
+            raise MoeInspectError(f"{where}: layer {layer} has expert {largest} of {experts}")
+        found.append(experts)
+    return found
+
+
+def _lists_all(part: dict[str, np.ndarray], experts: int) -> bool:
+    """Whether a domain has rows of so many experts."""
+    pairs = np.unique(part["domain"] * MOST_EXPERTS + part["expert"])
+    return bool((np.bincount(pairs // MOST_EXPERTS) == experts).any())
+
+
+def _router(
+    context: ImportContext, preset: Preset, part: dict[str, np.ndarray], experts: int, where: object
+) -> Router:
+    layer, said = int(part["layer"][0]), {*part["top_k"].tolist()} - {0}
+    if context.top_k:
+        top_k = context.top_k
+    elif context.facts:
+        top_k = context.facts.top_k.get(layer) or context.known_top_k(where)
+    elif len(said) == 1:
+        top_k = int(said.pop())
+    else:
+        top_k = min(preset.top_k, experts) if preset.top_k else context.known_top_k(where)
+    return context.routers_of([layer], experts, top_k, where)[0]

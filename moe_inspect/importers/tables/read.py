@@ -1,0 +1,374 @@
+"""Tables in files, some rows at a time: CSV, TSV, Parquet, JSON and lines of JSON, each also
+compressed by gzip or zstd. N rows, K experts of a decision."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import next_line
+from moe_inspect.importers.context import ImportContext, ImportSource
+from moe_inspect.importers.registry import CODECS
+from moe_inspect.importers.tables.paths import Row, mapped_rows
+from moe_inspect.importers.tables.presets import OWN, Preset, pattern
+from moe_inspect.text import first_line
+
+ROWS = 2**16  # of a chunk
+MOST_PREAMBLE = 2**20  # of a line of comments before a table
+KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+BAD = (pa.ArrowException, UnicodeError, OverflowError, TypeError)  # of values no column holds
+
+
+@dataclass(frozen=True)
+class TableChunk:
+    """Rows of a file. table: by our columns, of any type; called: what the file calls them; names:
+    all of the file's; said: what the file's name and head say; first: the number of the first
+    row."""
+
+    path: Path
+    source: ImportSource
+    table: pa.Table
+    called: dict[str, str]
+    names: list[str]
+    said: dict[str, str]
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table.column_names
+
+    def error(self, row: int, name: str, why: str) -> MoeInspectError:
+        return MoeInspectError(f"{self.path} row {self.first + row}: {self.called[name]} {why}")
+
+    def lacks(self, name: str) -> MoeInspectError:
+        return MoeInspectError(f"{self.path} has no column {name}: it has {listed(self.names)}")
+
+    def numbers(
+        self,
+        name: str,
+        low: float,
+        high: float,
+        empty: float | None = None,
+        *,
+        real: bool = False,
+    ) -> np.ndarray:
+        """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be."""
+        column = self._cast(name, self.table[name], pa.float64() if real else pa.int64())
+        missing_N = pc.is_null(column, nan_is_null=True).to_numpy()
+        if missing_N.any() and empty is None:
+            raise self.error(int(missing_N.argmax()), name, "is empty")
+        values_N = column.fill_null(empty or 0).to_numpy()
+        return self._within(name, values_N, low, high, ~missing_N)
+
+    def texts(self, name: str) -> list[str | None]:
+        return self._cast(name, self.table[name], pa.string()).to_pylist()
+
+    def lists(
+        self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
+    ) -> np.ndarray:
+        """int64 or float64 [N, K] from `low` to `high`; where a list has no value, −1 or NaN."""
+        column = self.table[name].combine_chunks()
+        if _is_text(column.type):  # of JSON or Python, or numbers with spaces between them
+            bare = pc.replace_substring_regex(column, r"^[\s(\[]+|[\s)\],]+$", "")
+            column = pc.split_pattern_regex(bare, r"[\s,]+")
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.list_(column.type.value_type))
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            raise self.error(0, name, f"is of {column.type}, not a list")
+        length_N = pc.list_value_length(column).fill_null(0).to_numpy(False)
+        K = K or int(length_N[0])
+        if (wrong_N := (length_N != K) | (length_N == 0)).any():
+            row = int(wrong_N.argmax())
+            raise self.error(row, name, f"has {length_N[row]} values, not {K}, as the first row")
+        flat = self._cast(name, column.flatten(), pa.float64() if real else pa.int64(), K)
+        values_NK = flat.fill_null(np.nan if real else -1).to_numpy(False).reshape(-1, K)
+        return self._within(name, values_NK, low, high, ~np.isnan(values_NK))
+
+    def _within(
+        self, name: str, values: np.ndarray, low: float, high: float, known: np.ndarray
+    ) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            wrong = ~((values >= low) & (values <= high)) & known
+        if wrong.any():
+            row = int(wrong.argmax()) // (values.size // len(values))
+            raise self.error(row, name, f"is {values[wrong][0]}, not of {low} to {high:,}")
+        return values
+
+    def _cast(self, name: str, column: Any, kind: pa.DataType, each: int = 1) -> Any:
+        """each: values of a row."""
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        is_text = _is_text(column.type)
+        if kind == pa.string() and not is_text and not pa.types.is_null(column.type):
+            return column.cast(kind)
+        if is_text and kind != pa.string():
+            column = pc.utf8_trim_whitespace(column)
+            column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+        for through in (kind, pa.float64()):
+            try:
+                return column.cast(through).cast(kind)
+            except pa.ArrowException:
+                continue
+        for n, value in enumerate(column.to_pylist()):  # which is it?
+            try:
+                pa.scalar(value).cast(pa.float64()).cast(kind)
+            except BAD:
+                what = "number" if kind == pa.float64() else "whole number"
+                raise self.error(n // each, name, f"is {str(value)[:40]!r}, not a {what}") from None
+        raise self.error(0, name, f"is not of {kind}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
+    """The rows of all files, in order."""
+    ends = "|".join(one.rpartition("/")[2] for one in preset.file.split("|"))
+    inside = "|".join(pattern(end, "[^/]").pattern for end in ends.split("|"))
+    for path, source in context.files(rf"(?:{inside})(?:\.gz|\.zst)?", ends.replace("|", ", ")):
+        of_name = preset.said_by(path) or {}
+        with uncompressed(path) as file:
+            head, skipped = _head(file, preset)
+            said, first = of_name | head, 0
+            for table, names in _tables(context, file, path, preset, skipped):
+                table = table.drop_columns(
+                    [
+                        name
+                        for name in table.column_names
+                        if preset.map.get(name, "").endswith("?")
+                        and table[name].null_count == len(table)
+                    ]
+                )
+                called = {name: preset.map.get(name, name) for name in table.column_names}
+                if preset.map is OWN:
+                    called = dict(zip(table.column_names, table.column_names, strict=True))
+                for name, text in (_constants(preset) | said).items():
+                    if name not in table.column_names and name != "domain":
+                        value = pa.repeat(pa.scalar(text, pa.string()), len(table))
+                        table, called[name] = table.append_column(name, value), name
+                if not len(table):
+                    continue
+                yield TableChunk(path, source, table, called, names, said, first)
+                first += len(table)
+
+
+@contextmanager
+def uncompressed(path: Path) -> Iterator[Path]:
+    """The file; where its name ends in .gz or .zst a copy that is there meanwhile."""
+    if path.suffix not in CODECS:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="moe-inspect-") as folder:
+        copy = Path(folder) / path.stem
+        try:
+            with (
+                pa.OSFile(os.fsencode(path)) as raw,
+                pa.CompressedInputStream(raw, CODECS[path.suffix]) as stream,
+                open(copy, "wb") as out,
+            ):
+                shutil.copyfileobj(stream, out)
+            yield copy
+        except (OSError, pa.ArrowException) as error:
+            raise MoeInspectError(f"{path}: {first_line(error)}") from None
+        except MoeInspectError as error:
+            raise MoeInspectError(str(error).replace(str(copy), str(path))) from None
+
+
+def _constants(preset: Preset) -> dict[str, str]:
+    return {n: p[1:-1] for n, p in preset.map.items() if p[0] in "'\"" and p[-1] == p[0]}
+
+
+def _head(path: Path, preset: Preset) -> tuple[dict[str, str], int]:
+    """What lines of comments before a table say, and how many there are."""
+    said: dict[str, str] = {}
+    skipped = 0
+    if preset.head:
+        with open(path, "rb") as file:
+            while (line := file.readline(MOST_PREAMBLE)).startswith(b"#"):
+                found = pattern(preset.head).fullmatch(line.decode("utf-8", "replace").strip())
+                said |= found.groupdict() if found else {}
+                skipped += 1
+    return said, skipped
+
+
+def _tables(
+    context: ImportContext, file: Path, path: Path, preset: Preset, skipped: int
+) -> Iterator[tuple[pa.Table, list[str]]]:
+    """Tables with our columns, and the names of the file's. path: as the user gave it."""
+    kind = file.suffix if file.suffix in KINDS else Path(preset.file.split("|")[0]).suffix
+    try:
+        if kind == ".parquet":
+            with open(file, "rb") as opened, pq.ParquetFile(opened) as parquet:
+                names = parquet.schema_arrow.names
+                places = _located(names, preset, path)
+                wanted = [*dict.fromkeys(chain.from_iterable(places.values()))]
+                for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
+                    yield _renamed(pa.table(batch), places), names
+        elif kind in (".json", ".jsonl"):
+            own = preset.map is OWN
+            for rows in _row_lists(_json(context, file, None if own else preset.map)):
+                table = rows if isinstance(rows, pa.Table) else _of_rows(rows)
+                names = table.column_names
+                yield (_renamed(table, _located(names, preset, path)) if own else table), names
+        else:
+            yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
+    except BAD as error:
+        raise MoeInspectError(f"{file}: {first_line(error)}") from None
+    if kind not in (".json", ".jsonl"):
+        context.read(path.stat().st_size)
+
+
+def _csv(
+    file: Path, path: Path, preset: Preset, delimiter: str, skipped: int
+) -> Iterator[tuple[pa.Table, list[str]]]:
+    read = pyarrow.csv.ReadOptions(skip_rows=skipped)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    # not a file of Python's: Arrow's thread, which reads ahead, would call Python while it exits,
+    # and abort the process
+    with pa.OSFile(os.fsencode(file)) as opened:
+        names = pyarrow.csv.open_csv(opened, read, parse).schema.names
+    places = _located(names, preset, path)
+    wanted = [*dict.fromkeys(chain.from_iterable(places.values()))]
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted
+    )
+    with (
+        pa.OSFile(os.fsencode(file)) as opened,
+        pyarrow.csv.open_csv(opened, read, parse, convert) as reader,
+    ):
+        for batch in reader:
+            yield _renamed(pa.table(batch), places), names
+
+
+def _located(names: list[str], preset: Preset, path: Path) -> dict[str, list[str]]:
+    """Our column → the table's, several where it is a pattern of columns."""
+    found: dict[str, list[str]] = {}
+    for name, place in preset.map.items():
+        if name in _constants(preset):
+            continue
+        for one in place.removesuffix("?").split("|"):
+            if match := [one] * names.count(one) or fnmatch.filter(names, one):
+                is_pattern = one not in names
+                found[name] = sorted(match, key=_number) if is_pattern else match
+                if len({*match}) != len(match):
+                    raise MoeInspectError(f"{path} has several columns {one}")
+                break
+        else:
+            if not place.endswith("?"):
+                raise MoeInspectError(f"{path} has no column {place}: it has {listed(names)}")
+    return found
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + ", …" * (len(names) > 8)
+
+
+def _number(name: str) -> tuple[int, str]:
+    digits = re.search(r"\d+$", name)
+    return int(digits[0][:9]) if digits else -1, name
+
+
+def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
+    made: dict[str, Any] = {}
+    for name, theirs in places.items():
+        if name in ("experts", "weights") and (len(theirs) > 1 or theirs[0][-1:].isdigit()):
+            nothing = "-1" if name == "experts" else "0"
+            made[name] = pc.binary_join_element_wise(
+                *(
+                    pc.replace_substring_regex(
+                        table[one].cast(pa.string()).fill_null(""), r"^\s*$", nothing
+                    )
+                    for one in theirs
+                ),
+                ",",
+            )
+        else:
+            made[name] = table[theirs[0]]
+    return pa.table(made)
+
+
+def _json(
+    context: ImportContext, path: Path, by_map: dict[str, str] | None
+) -> Iterator[list[Row] | pa.Table]:
+    """The rows of each line, or of the whole."""
+    if path.suffix == ".jsonl" or _has_lines(path):
+        yield from context.prepared(path, partial(_of_line, by_map))
+        return
+    value = context.json(path)
+    if by_map is not None:
+        yield mapped_rows(by_map, str(path), value)
+    elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        yield value
+    elif isinstance(value, dict):
+        columns = all(isinstance(column, list) for column in value.values())
+        yield pa.table(value) if columns else [value]
+    else:
+        raise MoeInspectError(
+            f"{path} is not a list of objects with layer, expert and count: "
+            f"{json.dumps(value)[:40]}"
+        )
+
+
+def _of_line(by_map: dict[str, str] | None, where: str, fields: Row) -> list[Row]:
+    return [fields] if by_map is None else mapped_rows(by_map, where, fields)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether a .json has an object on its first line, and more lines."""
+    with open(path, "rb") as file:
+        line = next_line(file)
+        if line is None or not line.lstrip().startswith(b"{") or not file.read(1):
+            return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _row_lists(parts: Iterable[list[Row] | pa.Table]) -> Iterator[list[Row] | pa.Table]:
+    """At most about ROWS rows at a time."""
+    waiting: list[Row] = []
+    for part in parts:
+        if isinstance(part, pa.Table):
+            yield from (pa.table(batch) for batch in part.to_batches(ROWS))
+            continue
+        waiting += part
+        while len(waiting) >= ROWS:
+            yield waiting[:ROWS]
+            del waiting[:ROWS]
+    if waiting:
+        yield waiting
+
+
+def _of_rows(rows: list[Row]) -> pa.Table:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
+
+
+def _array(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except BAD:  # of several types: looked at one by one
+        text = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+        return pa.array(text, pa.string())
