@@ -77,6 +77,14 @@ def importers() -> str:
     )
 
 
+def import_columns() -> str:
+    """A row per column of ours that a table may have."""
+    from moe_inspect.importers.tables.presets import COLUMNS
+
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in COLUMNS.items()]
+    return "\n".join(["| column | is |\n|---|---|", *rows])
+
+
 def columns() -> str:
     """A row per table of a report, with its columns, from the report on a sample trace."""
     from moe_inspect.reporting.report import report
@@ -93,6 +101,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
     "importers": importers,
+    "import_columns": import_columns,
     "columns": columns,
 }
 

@@ -6,14 +6,17 @@ T tokens, K slots, L layers with experts.
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tests.synthetic import uniform_ids
 
@@ -38,6 +41,9 @@ class Made:
     load: list[np.ndarray] | None = None
     config: bool = True
     weights: np.ndarray | None = None  # [T, K] of every router
+    layers: tuple[int, ...] = tuple(ROUTED)
+    experts: int = E
+    top_k: int = K
 
 
 MAKERS: dict[str, Callable[[Path], Made]] = {}
@@ -403,12 +409,107 @@ def esft(root: Path) -> Made:
     return Made(folder, ids, weights=weights)
 
 
+def by_layer(
+    root: Path,
+    name: str,
+    of_layers: Callable[[list[list[int]]], object],
+    layers: tuple[int, int] = (0, 1),
+    experts: int = E,
+    top_k: int = K,
+) -> Made:
+    """A JSON file of the counts [L, E]."""
+    load = [np.bincount(i.reshape(-1), minlength=experts) for i in drawn(30, 8)]
+    (root / name).write_text(json.dumps(of_layers([load_E.tolist() for load_E in load])))
+    return Made(root, None, load, False, None, layers, experts, top_k)
+
+
 @maker("fiddler")
 def fiddler(root: Path) -> Made:
-    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 8)]
-    written = {"total_input_tokens": 11, "expert_popularity": [i.tolist() for i in load]}
-    (root / "expert_popularity_law.json").write_text(json.dumps(written))
-    return Made(root, load=load, config=False)
+    name = "expert_popularity_law.json"
+    return by_layer(root, name, lambda of: {"total_input_tokens": 11, "expert_popularity": of})
+
+
+@maker("sglang-json")
+def sglang_json(root: Path) -> Made:
+    """With a dense layer, which has no counts."""
+    made = by_layer(root, "decode.json", lambda of: {"logical_count": [[0.0] * E, *of]}, (1, 2))
+    return replace(made, config=True)
+
+
+@maker("experts4bit")
+def experts4bit(root: Path) -> Made:
+    def line(of: list[list[int]]) -> object:
+        sets = ([[e, n] for e, n in enumerate(load_E) if n] for load_E in of)
+        return {"example_index": 0, "routed": dict(zip(map(str, ROUTED), sets, strict=True))}
+
+    made = by_layer(root, "x.jsonl", line, (1, 2))
+    return replace(made, config=True)
+
+
+@maker("glm-merged")
+def glm_merged(root: Path) -> Made:
+    def layer(load_E: list[int]) -> object:
+        return {"cnt": load_E, "gate": [n / 4 for n in load_E], "sal": [n / 2 for n in load_E]}
+
+    made = by_layer(
+        root,
+        "merged_law.json",
+        lambda of: {"n_expert": E, "layers": dict(zip(ROUTED, map(layer, of), strict=True))},
+        (1, 2),
+    )
+    return replace(made, config=True)
+
+
+def sparse(of: list[list[int]]) -> list[dict[str, int]]:
+    return [{str(e): n for e, n in enumerate(load_E) if n} for load_E in of]
+
+
+@maker("olmoe-counts")
+def olmoe_counts(root: Path) -> Made:
+    return by_layer(root, "olmoe_expert_counts_law.json", sparse, (0, 7), 64, 8)
+
+
+@maker("mixtral-counts")
+def mixtral_counts(root: Path) -> Made:
+    return by_layer(root, "mistral_expert_counts_law.json", sparse, (0, 15))
+
+
+@maker("moe-beyond")
+def moe_beyond(root: Path) -> Made:
+    ids = drawn(9, 61)
+    rows = [
+        f'{layer},0,t{t},"{ids_TK[t].tolist()}"\n'
+        for layer, ids_TK in zip(ROUTED, ids, strict=True)
+        for t in range(9)
+    ]
+    header = "Layer ID,Batch Number,Token,Activated Expert IDs\n"
+    (root / "prompt_3_data.csv").write_text(header + "".join(rows))
+    return Made(root, ids)
+
+
+@maker("flame-moe")
+def flame_moe(root: Path) -> Made:
+    """A file for each layer, as the repository describes them."""
+    ids, weights = drawn(10, 62), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(10)])
+    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        lists = {"scores": (weights, pa.float16()), "indices": (ids_TK, pa.int16())}
+        columns = {name: pa.array([*map(list, of)], pa.list_(k)) for name, (of, k) in lists.items()}
+        pq.write_table(pa.table(columns), root / f"layer_{layer:02}.parquet")
+    return Made(root, ids, weights=weights)
+
+
+@maker("table")
+def table(root: Path) -> Made:
+    """Decisions under our names, compressed."""
+    ids, weights = drawn(9, 63), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(9)])
+    rows = [
+        {"layer": layer, "position": t, "experts": ids_TK[t].tolist(), "weights": [*weights[t]]}
+        for t in range(9)
+        for layer, ids_TK in zip(ROUTED, ids, strict=True)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "t.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return Made(root / "t.jsonl.gz", ids, weights=weights)
 
 
 @maker("counts")
@@ -563,9 +664,6 @@ def bigmoeonedge(root: Path) -> Made:
 @maker("moe-policylang")
 def policylang(root: Path) -> Made:
     """Two prompts, layer by layer, as its recorder's hooks append them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     ids, rows = drawn(9, 70), []
     for prompt, tokens in ((0, range(5)), (1, range(5, 9))):
         for layer, ids_TK in zip(ROUTED, ids, strict=True):

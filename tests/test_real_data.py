@@ -3,8 +3,11 @@ beside the project."""
 
 from __future__ import annotations
 
+import gzip
 import json
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +163,74 @@ def test_the_experts_to_train_are_those_that_esfts_authors_published(tmp_path: P
     assert {layer: sorted(experts) for layer, experts in ours["experts"].items()} == {
         layer: sorted(experts) for layer, experts in published["experts"].items()
     }
+
+
+def real(folder: str, format: str, root: Path, **how: Any) -> Trace:
+    if not (REAL / folder).exists():
+        pytest.skip(f"no {REAL / folder}")
+    return import_trace(format, [REAL / folder], root, warn=lambda line: None, **how)
+
+
+def test_deepseek_v3_has_58_layers_with_experts(tmp_path: Path):
+    trace = real("deepseek_loads", "sglang-json", tmp_path / "t", top_k=8)
+    assert [(r.layer, r.experts) for r in trace.routers] == [(n, 256) for n in range(3, 61)]
+    files = sorted((REAL / "deepseek_loads").iterdir())
+    load_DLE = np.array([json.loads(f.read_text())["logical_count"] for f in files])
+    counts = trace.counts().sort_values(["domain", "layer", "expert"])
+    assert np.array_equal(counts["assignments"], load_DLE[:, 3:].ravel())
+
+
+def test_glm_52_has_the_counts_and_gate_sums_of_its_files(tmp_path: Path):
+    trace = real("glm52", "glm-merged", tmp_path / "t")
+    counts = trace.counts().sort_values(["domain", "layer", "expert"])
+    files = sorted((REAL / "glm52").glob("merged_*"))
+    layers = [json.loads(f.read_text())["layers"].values() for f in files]
+    for name, ours in (("cnt", "assignments"), ("gate", "weight_sum")):
+        theirs = np.array([[layer[name] for layer in of] for of in layers])
+        assert np.array_equal(counts[ours].to_numpy(), theirs.ravel())
+
+
+def test_olmoe_and_mixtral_by_domain_are_as_published(tmp_path: Path):
+    """arXiv:2409.02060, figures 19 ff."""
+    for name, domain, expected in (
+        ("olmoe-counts", "arxiv", 7.2),
+        ("olmoe-counts", "c4", 2.7),
+        ("mixtral-counts", "github", 1.29),
+    ):
+        trace = real("olmoe_paper", name, tmp_path / name, overwrite=True)
+        counts = trace.counts()
+        of_layer = counts[counts["domain"] == domain].groupby("layer")["assignments"]
+        assert (of_layer.max() / of_layer.mean()).mean() == pytest.approx(expected, abs=0.05)
+        assert (of_layer.sum() == 208_896 * trace.routers[0].top_k).all()
+
+
+def test_olmoe_quantised_has_as_many_tokens_as_its_examples(tmp_path: Path):
+    folder, name = REAL / "olmoe_quantised", "null1024_olmoe_nf4_resident"
+    if not folder.exists():
+        pytest.skip(f"no {folder}")
+    with gzip.open(folder / f"{name}.jsonl.gz") as file:
+        (tmp_path / "x.jsonl").write_bytes(b"".join(islice(file, 60)))
+    lines = (folder / f"{name}.rows.jsonl").read_text().splitlines()[:60]
+    tokens = sum(json.loads(line)["n_tokens"] for line in lines)
+    trace = import_trace("auto", [tmp_path / "x.jsonl"], tmp_path / "t", warn=lambda line: None)
+    assert trace.n_tokens == tokens
+    assert (trace.counts().groupby("layer")["assignments"].sum() == tokens * 8).all()
+
+
+def test_deepseek_v2_lite_by_token_shares_experts_as_published(tmp_path: Path):
+    """L tokens in a row use so many × k experts; the text of tokens is there."""
+    trace = real("deepseek_v2_lite_tokens", "moe-beyond", tmp_path / "t")
+    shapes = [(r.layer, r.experts, r.top_k) for r in trace.routers]
+    assert shapes == [(layer, 64, 6) for layer in range(1, 27)]
+    assert trace.vocabulary()["token"].tolist()[:3] == [
+        "<｜begin▁of▁sentence｜>",
+        "something",
+        "▁to",
+    ]
+    ids_LTK = np.array([trace.routing(layer=n).filter(like="expert_") for n in range(1, 27)])
+    document_T = trace.tokens()["document"].to_numpy()
+    for length, expected in ((2, 1.73), (4, 2.91), (8, 4.65), (16, 6.74)):
+        starts = np.arange(0, len(document_T) - length + 1)
+        starts = starts[document_T[starts] == document_T[starts + length - 1]][::7]
+        used = [len(np.unique(ids_TK[t : t + length])) for ids_TK in ids_LTK for t in starts]
+        assert np.mean(used) / 6 == pytest.approx(expected, rel=0.015)

@@ -123,6 +123,10 @@ def test_repeats_are_found_wherever_they_are(k: int):
     assert not routed.repeats(np.array([[-1] * k])).any()
 
 
+def test_no_token_is_no_padding():
+    assert routed.unrouted_ends(np.zeros((0, 3, 2), np.int32)) == (0, 0)
+
+
 def test_the_longest_run_of_identical_rows():
     ids_TBK = layered(30, 2, 64, 4)
     assert routed.identical_run(ids_TBK) == 1

@@ -88,9 +88,9 @@ def import_(
         list[str] | None,
         Option(
             metavar="MAP",
-            help="counts: names of the columns, if not layer, expert and count: "
+            help="table, counts: where our columns are, if they have other names: "
             "layer=block,expert=id,count=hits; in nested JSON: "
-            "count=layers.{layer}.{expert}.hits.",
+            "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -126,7 +126,7 @@ def import_(
         raise typer.BadParameter("--model and --config exclude each other: give one")
 
     def warn(line: str) -> None:
-        print_stderr(line if line.startswith("taken for") else f"warning: {line}")
+        print_stderr(line if line.startswith("recognised as") else f"warning: {line}")
 
     if workers is not None and scheduler is not None:
         raise typer.BadParameter("--workers and --scheduler exclude each other: give one")

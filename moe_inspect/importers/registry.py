@@ -89,7 +89,10 @@ def _head(file: Path) -> bytes:
     """The first HEAD_BYTES of what the file holds uncompressed, and the last of a Parquet file."""
     if file.suffix in CODECS:
         try:
-            with pa.input_stream(os.fsencode(file), CODECS[file.suffix]) as stream:
+            with (
+                pa.OSFile(os.fsencode(file)) as raw,
+                pa.CompressedInputStream(raw, CODECS[file.suffix]) as stream,
+            ):
                 return stream.read(HEAD_BYTES)
         except (OSError, pa.ArrowException):
             return b""

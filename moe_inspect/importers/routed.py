@@ -236,8 +236,8 @@ def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
     """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every
     block: padding. With several experts per token no router writes zeros in all slots; with one, a
     row of zeros may also be a token that went to expert 0 in every block."""
-    T = len(routed_TBK)
-    flat = routed_TBK.reshape(T, -1)
+    T, B, K = routed_TBK.shape
+    flat = routed_TBK.reshape(T, B * K)
 
     def run(rows: Iterable[int]) -> int:
         count = 0

@@ -41,11 +41,14 @@ PHASES = {"prefill": 0, "0": 0, "": 0, "decode": 1, "1": 1}
 
 
 class Spool:
-    """The rows of all files, in a temporary file. layers: of each group of rows, which is a file,
+    """The rows of all files, in a temporary file. experts: of the largest layer, 0 where the files
+    alone can say it. layers: of each group of rows, which is a file,
     or the files of a folder that name a layer each. documents: (group, name) → number; domains: of
     each document."""
 
-    def __init__(self, preset: Preset):
+    def __init__(self, context: ImportContext, preset: Preset):
+        known = max(context.facts.experts.values(), default=0) if context.facts else 0
+        self.experts = context.experts or known or preset.experts
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
         self.dtype, self.rows = np.dtype([("ids", "<i4", (0,))]), 0
         self.layers: dict[Path, set[int]] = {}
@@ -74,7 +77,7 @@ class Spool:
         self.layers.setdefault(group, set()).update(np.unique(layer_N).tolist())
         self._state(chunk)
         experts, top_k = (max(self.stated[name], default=0) for name in ("experts", "top_k"))
-        most, known = (experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
+        most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
         self.by_slot |= "slot" in chunk
         self.has_weights |= "weight" in chunk or "weights" in chunk
         if self.by_slot:
@@ -121,7 +124,9 @@ class Spool:
     def _state(self, chunk: TableChunk) -> None:
         """Takes E and k where the rows say them."""
         for name, found in self.stated.items():
-            if name in chunk and (name == "top_k" or "expert" in chunk):
+            if name in chunk.said:
+                found.add(int(chunk.said[name]))
+            elif name in chunk and (name == "top_k" or "expert" in chunk):
                 found |= {*np.unique(chunk.numbers(name, 1, MOST_EXPERTS)).tolist()}
         if "per_expert" in chunk:
             first = chunk.table["per_expert"][0].as_py()
@@ -200,7 +205,7 @@ def _decoded(chunk: TableChunk) -> np.ndarray:
 
 
 def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
-    spool = Spool(preset)
+    spool = Spool(context, preset)
     for chunk in chunks:
         spool.add(chunk)
     (where, first), *others = spool.layers.items()
@@ -264,9 +269,11 @@ class Placed:
                     raise MoeInspectError(f"{where}: rows of one token with different {name}")
         found = sum(int(np.count_nonzero(ids_TK.any(1))) for ids_TK in self.ids_LTK)
         if missing := L * T - found:
+            without = f"{where.name}: {plural(missing, 'decision')} without rows: "
+            if where.is_dir():
+                raise MoeInspectError(f"{without}the files of its layers have other rows")
             spool.notes.append(
-                f"{where.name}: {plural(missing, 'decision')} without rows: of a prompt some "
-                "engines route the last token alone in the last layer"
+                f"{without}of a prompt some engines route the last token alone in the last layer"
             )
 
     def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:

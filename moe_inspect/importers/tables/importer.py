@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
@@ -75,7 +76,7 @@ def run(context: ImportContext, name: str) -> Imported:
     chunks = chunks_of(context, preset)
     first = next(chunks, None)
     if first is None:
-        raise MoeInspectError(f"{context.sources[0].path} holds no rows")
+        raise MoeInspectError(f"{context.sources[0].path} holds no decisions or counts")
     read = decisions if _is_decision(first) else _counts
     return read(context, preset, chain([first], chunks))
 
@@ -102,19 +103,22 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         context.warn(f"{where}: {' and '.join(lost)} left out: not all of the rows have it")
     if by_document:
         notes.append("counts are summed over documents")
-    of = {name: total[name].to_numpy(False) for name in (*KEYS, *SUMS) if name != "domain"}
-    domains, of["domain"] = np.unique(
-        total["domain"].to_numpy(False).astype(str), return_inverse=True
-    )
-    of = _without_unused_layers(context, of, where, notes)
-    keys = sorted({*zip(of["layer"].tolist(), of["router"].tolist(), strict=True)})
-    parts = [
-        {name: of[name][(of["layer"] == layer) & (of["router"] == router)] for name in of}
-        for layer, router in keys
-    ]
-    experts = _experts(context, preset, parts, of, where)
+    frame = total.to_pandas()
+    of_layer = frame.groupby("layer")["count"].sum()
+    known = context.facts.experts if context.facts else {}
+    unused = [layer for layer in of_layer.index[of_layer == 0] if layer not in known]
+    if unused and len(unused) < len(of_layer):
+        frame = frame[~frame["layer"].isin(unused)]
+        if context.facts is None:
+            note = f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
+            context.warn(f"{where}: {note}")
+            notes.append(note)
+    domains = sorted(frame["domain"].unique())
+    frame["domain"] = pd.Categorical(frame["domain"], domains).codes
+    parts = [part for _, part in frame.groupby(["layer", "router"])]
     routers = [
-        _router(context, preset, part, n, where) for part, n in zip(parts, experts, strict=True)
+        _router(context, preset, part, frame if preset.omits_unused else part, where)
+        for part in parts
     ]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
         raise MoeInspectError(
@@ -122,21 +126,17 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
             f"{MOST_CELLS:,}: import it in parts"
         )
 
-    def dense(name: str) -> list[np.ndarray] | None:
-        if name not in every:
-            return None
+    def dense(name: str) -> list[np.ndarray]:
         made: list[np.ndarray] = []
         for router, part in zip(routers, parts, strict=True):
             sums_DE = np.zeros((len(domains), router.experts), part[name].dtype)
-            np.add.at(sums_DE, (part["domain"], part["expert"]), part[name])
+            np.add.at(sums_DE, (part["domain"].to_numpy(), part["expert"].to_numpy()), part[name])
             made.append(sums_DE)
         return made
 
     def batches() -> Iterator[CountedBatches]:
-        load_LDE, first_choice, weight_sum, energy = (dense(name) for name in SUMS)
-        yield batch_of_counts(
-            load_LDE or [], routers, domains.tolist(), 0, first_choice, weight_sum, energy
-        )
+        first_choice, weight_sum, energy = (dense(n) if n in every else None for n in SUMS[1:])
+        yield batch_of_counts(dense("count"), routers, domains, 0, first_choice, weight_sum, energy)
 
     return Imported(
         [stated(router, known="first_choice" in every) for router in routers],
@@ -146,6 +146,34 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
         counts_only=True,
         notes=notes,
     )
+
+
+def _router(
+    context: ImportContext, preset: Preset, part: pd.DataFrame, listing: pd.DataFrame, where: object
+) -> Router:
+    """E and k are what the user, the config, the table or the preset says. Else E is what the rows
+    of `listing` list, if a layer of a domain has all from 0 on (an expert without a row may be a
+    dead one)."""
+    layer = int(part["layer"].iloc[0])
+
+    def said(name: str) -> int:
+        found = {*part[name].tolist()} - {0}
+        by_config = getattr(context.facts, name).get(layer, 0) if context.facts else 0
+        by_table = found.pop() if len(found) == 1 and not context.facts else 0
+        return getattr(context, name) or by_config or by_table
+
+    experts, most = said("experts") or preset.experts, int(listing["expert"].max()) + 1
+    if not experts and (listing.groupby(["layer", "domain"])["expert"].nunique() == most).any():
+        experts = most
+    if not experts:
+        which = "no layer lists every expert, and it"
+        if listing is part:
+            which = f"layer {layer} does not list every expert and"
+        experts = context.known_experts(f"{where}: {which}")
+    if (largest := int(part["expert"].max())) >= experts:
+        raise MoeInspectError(f"{where}: layer {layer} has expert {largest} of {experts}")
+    top_k = said("top_k") or min(preset.top_k, experts) or context.known_top_k(where)
+    return context.routers_of([layer], experts, top_k, where)[0]
 
 
 def _columns(chunk: TableChunk, preset: Preset) -> dict[str, np.ndarray | list[str]]:
@@ -209,91 +237,17 @@ def _added(
 ) -> pa.Table:
     """The sums by KEYS, with those of more rows, which are added in their order."""
     zeros = {name: np.zeros(len(chunk), np.int64 if name in SUMS[:2] else float) for name in SUMS}
-    rows = pa.table(zeros | columns)
-    table = pa.concat_tables([total, rows]) if total else rows
-    sums = table.group_by([*KEYS], use_threads=False).aggregate([(name, "sum") for name in SUMS])
-    total = sums.rename_columns({f"{name}_sum": name for name in SUMS}).select(rows.column_names)
-    count_N = total["count"].to_numpy()
-    if len(total) and int(count_N.max()) > MOST_COUNT:
-        row = total.slice(int(count_N.argmax()), 1).to_pylist()[0]
+    rows = pa.table(zeros | columns).select([*KEYS, *SUMS])
+    both = rows if total is None else pa.concat_tables([total, rows])
+    sums = both.group_by([*KEYS], use_threads=False).aggregate([(name, "sum") for name in SUMS])
+    summed = sums.rename_columns({f"{name}_sum": name for name in SUMS}).select([*KEYS, *SUMS])
+    count_N = summed["count"].to_numpy()
+    if len(summed) and int(count_N.max()) > MOST_COUNT:
+        row = summed.slice(int(count_N.argmax()), 1).to_pylist()[0]
         raise MoeInspectError(
             f"{chunk.path}: the rows of expert {row['expert']} of layer {row['layer']} sum to a "
             f"count of {row['count']:,}: at most {MOST_COUNT:,} are possible"
         )
-    if len(total) > MOST_CELLS or len(total["domain"].unique()) > MOST_DOMAINS:
+    if len(summed) > MOST_CELLS or len(summed["domain"].unique()) > MOST_DOMAINS:
         raise MoeInspectError(f"{chunk.path} has over {MOST_DOMAINS:,} domains")
-    return total
-
-
-def _without_unused_layers(
-    context: ImportContext, of: dict[str, np.ndarray], where: object, notes: list[str]
-) -> dict[str, np.ndarray]:
-    """Without the layers that have no count, unless the config has experts in them."""
-    used = {*of["layer"][of["count"] > 0].tolist()}
-    known = set(context.facts.experts) if context.facts else set[int]()
-    unused = {*of["layer"].tolist()} - used - known
-    if not unused or not used:
-        return of
-    if context.facts is None:
-        note = f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
-        context.warn(f"{where}: {note}")
-        notes.append(note)
-    kept = ~np.isin(of["layer"], [*unused])
-    return {name: values_N[kept] for name, values_N in of.items()}
-
-
-def _experts(
-    context: ImportContext,
-    preset: Preset,
-    parts: list[dict[str, np.ndarray]],
-    of: dict[str, np.ndarray],
-    where: object,
-) -> list[int]:
-    """E of each router: by the config or the user, the table, or what the preset says; else what
-    the rows list, if some domain has all from 0 on (an expert without a row may be a dead one)."""
-    found: list[int] = []
-    for part in parts:
-        layer, said = int(part["layer"][0]), {*part["experts"].tolist()} - {0}
-        listing = parts if preset.omits_unused else [part]
-        most = max(int(one["expert"].max()) for one in listing) + 1
-        if context.experts:
-            experts = context.experts
-        elif context.facts:
-            experts = context.facts.experts.get(layer, 0) or most
-        elif len(said) == 1:
-            experts = int(said.pop())
-        elif preset.experts:
-            experts = preset.experts
-        elif any(_lists_all(one, most) for one in listing):
-            experts = most
-        else:
-            experts = context.known_experts(
-                f"{where}: no layer lists every expert, and it"
-                if preset.omits_unused
-                else f"{where}: layer {layer} does not list every expert and"
-            )
-        if (largest := int(part["expert"].max())) >= experts:
-            raise MoeInspectError(f"{where}: layer {layer} has expert {largest} of {experts}")
-        found.append(experts)
-    return found
-
-
-def _lists_all(part: dict[str, np.ndarray], experts: int) -> bool:
-    """Whether a domain has rows of so many experts."""
-    pairs = np.unique(part["domain"] * MOST_EXPERTS + part["expert"])
-    return bool((np.bincount(pairs // MOST_EXPERTS) == experts).any())
-
-
-def _router(
-    context: ImportContext, preset: Preset, part: dict[str, np.ndarray], experts: int, where: object
-) -> Router:
-    layer, said = int(part["layer"][0]), {*part["top_k"].tolist()} - {0}
-    if context.top_k:
-        top_k = context.top_k
-    elif context.facts:
-        top_k = context.facts.top_k.get(layer) or context.known_top_k(where)
-    elif len(said) == 1:
-        top_k = int(said.pop())
-    else:
-        top_k = min(preset.top_k, experts) if preset.top_k else context.known_top_k(where)
-    return context.routers_of([layer], experts, top_k, where)[0]
+    return summed

@@ -60,13 +60,14 @@ def _rows(of: dict[str, str], where: str, value: Any, anchor: str, path: str) ->
         yield row
 
 
-def _steps(path: str) -> list[re.Pattern[str]]:
-    return [pattern(key) for key in path.removesuffix("?").split(".")]
+def _steps(path: str) -> list[str | re.Pattern[str]]:
+    keys = path.removesuffix("?").split(".")
+    return [pattern(key) if PLACE.search(key) else key for key in keys]
 
 
 def _walk(
     value: Any,
-    steps: list[re.Pattern[str]],
+    steps: list[str | re.Pattern[str]],
     where: str,
     found: dict[str, str] | None = None,
     passed: tuple[Any, ...] = (),
@@ -77,23 +78,29 @@ def _walk(
     if not steps:
         yield found, passed, value
         return
-    step = steps[0]
-    if isinstance(value, list):
-        is_place = step.pattern.isdigit() and not any(isinstance(v, dict | list) for v in value)
-        if not (is_place or step.groups or step.pattern == ".*"):
+    step, rest, beside = steps[0], steps[1:], (value, *passed)
+    if isinstance(value, list) and isinstance(step, str):
+        if not step.isdigit() or any(isinstance(one, dict | list) for one in value):
             for one in value:
                 yield from _walk(one, steps, where, found, passed)
-            return
-    elif not isinstance(value, dict):
-        raise MoeInspectError(f"{where}: {str(value)[:40]!r} where {step.pattern} should be")
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if match := step.fullmatch(str(key)):
-            said = {**found, **match.groupdict()}
-            yield from _walk(inner, steps[1:], where, said, (value, *passed))
+        elif int(step) < len(value):
+            yield from _walk(value[int(step)], rest, where, found, beside)
+    elif not isinstance(value, list | dict):
+        name = step if isinstance(step, str) else step.pattern
+        raise MoeInspectError(f"{where}: {str(value)[:40]!r} where {name} should be")
+    elif isinstance(step, str):
+        if isinstance(value, dict) and step in value:
+            yield from _walk(value[step], rest, where, found, beside)
+    else:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if match := step.fullmatch(str(key)):
+                yield from _walk(inner, rest, where, {**found, **match.groupdict()}, beside)
 
 
 def _field(place: str, found: dict[str, str], passed: tuple[Any, ...], where: str) -> Any:
-    name = PLACE.sub(lambda match: found.get(match[1] or "", match[0]), place).removesuffix("?")
+    name = place.removesuffix("?")
+    if "{" in name:
+        name = PLACE.sub(lambda match: found.get(match[1] or "", match[0]), name)
     for one in passed:
         if isinstance(one, dict) and name in one:
             return one[name]
@@ -101,4 +108,4 @@ def _field(place: str, found: dict[str, str], passed: tuple[Any, ...], where: st
             return one[int(name)]
     if place.endswith("?"):
         return None
-    raise MoeInspectError(f"{where} has no field {name} beside {min(found, default='a row')}")
+    raise MoeInspectError(f"{where} has no field {name} beside what the map leads to")

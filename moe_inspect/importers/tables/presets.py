@@ -1,13 +1,15 @@
-"""Formats that are tables: where each of our columns is in them. `--map` says the same of any
-other table, `--map FILE.yaml` with all the fields of a Preset."""
+"""Formats that are tables: where each of our columns is in them. Those that we know are in
+presets.yaml; `--map` says the same of any other table, and `--map FILE.yaml` all of a Preset."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
@@ -41,7 +43,9 @@ COLUMNS = {
     "phase": "prefill (or 0) or decode (or 1)",
 }
 ALIASES = {"assignments": "count", "gate_sum": "weight_sum"}
-PLACES = {"layer": r"(?<!\d)\d+", "router": r"\d+", "expert": r"\d+"}  # else any text
+# else any text
+PLACES = {"layer": r"(?<!\d)\d+", **dict.fromkeys(("router", "expert"), r"\d+")}
+PLACES |= dict.fromkeys(("experts", "top_k"), r"\d{1,6}")
 PLACE = re.compile(r"\{(\w+)(?::([^{}]*))?\}|\*")
 # a table with names of ours; ? may be missing
 OWN = {name: f"{name}?" for name in COLUMNS} | {
@@ -64,7 +68,7 @@ class Preset:
         part, {domain:[a-z]+} for one of this regular expression; `a|b` for either.
     head: such a pattern of a line of comments (#) before the table, of {experts} and {top_k}.
     marks: texts that the first bytes of a file of this form all hold.
-    experts, top_k: of the model, where neither the table nor the user says.
+    experts, top_k: of the model, where neither the table nor the user says (0: not known).
     layers: the model's layers, where the table numbers those that it has from 0.
     omits_unused: an expert without a row was not chosen, and all layers have as many experts.
     note: for the manifest."""
@@ -75,8 +79,8 @@ class Preset:
     gives: str = ""
     head: str = ""
     marks: tuple[str, ...] = ()
-    experts: int | None = None
-    top_k: int | None = None
+    experts: int = 0
+    top_k: int = 0
     layers: tuple[int, ...] = ()
     omits_unused: bool = False
     note: str = ""
@@ -86,7 +90,7 @@ class Preset:
         for name, path in self.map.items():
             if name not in COLUMNS:
                 raise MoeInspectError(f"--map: {no_such('column', name, COLUMNS)}")
-            if not path:
+            if not path.strip("?"):
                 raise MoeInspectError(f"--map: {name} is nowhere")
             for key in path.split("."):
                 parts = [match[1] for match in PLACE.finditer(key) if match[1]]
@@ -114,14 +118,14 @@ class Preset:
         return None if found is None else found.groupdict()
 
 
-def pattern(text: str, any: str = ".") -> re.Pattern[str]:
+def pattern(text: str, any: str = ".", named: bool = True) -> re.Pattern[str]:
     """Of "layer_{layer}" one that finds the layer; `*` stands for any text. any: what a character
     of a text is."""
     made, at = "", 0
     for match in PLACE.finditer(text):
         made += re.escape(text[at : match.start()])
-        name = match[1]
-        made += f"(?P<{name}>{match[2] or PLACES.get(name, f'{any}+')})" if name else f"{any}*"
+        one = match[2] or PLACES.get(match[1], f"{any}+") if match[1] else f"{any}*"
+        made += f"(?P<{match[1]}>{one})" if match[1] and named else f"(?:{one})"
         at = match.end()
     try:
         return re.compile(made + re.escape(text[at:]), re.DOTALL)
@@ -144,158 +148,31 @@ def parse_map(text: str) -> Preset:
 
 
 def _from_yaml(path: Path) -> Preset:
-    import yaml
-
-    try:
-        written: Any = yaml.safe_load(read_small(path))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
-    kinds = {one.name: str(one.type).removesuffix(" | None") for one in fields(Preset)}
-    if not isinstance(written, dict) or not isinstance(written.get("map"), dict):
+    written, like = _read(path), Preset()
+    if not isinstance(written.get("map"), dict):
         raise MoeInspectError(f"{path} has no map, of columns → where they are")
     for name, value in written.items():
-        if name not in kinds:
-            raise MoeInspectError(f"{path}: {no_such('field', str(name), kinds)}")
-        kind: Any = {"str": str, "int": int, "bool": bool, "tuple[int, ...]": list}.get(
-            kinds[name], list if name == "marks" else dict
-        )
-        if not isinstance(value, kind):
+        if name not in vars(like):
+            raise MoeInspectError(f"{path}: {no_such('field', name, vars(like))}")
+        written[name] = tuple(value) if isinstance(value, list) else value
+        if type(written[name]) is not (kind := type(vars(like)[name])):
             raise MoeInspectError(f"{path}: {name} is {str(value)[:40]!r}, not of {kind.__name__}")
-        if isinstance(value, list):
-            written[name] = tuple(value)
     written["map"] = {
         ALIASES.get(str(name), str(name)): str(place) for name, place in written["map"].items()
     }
     return Preset(**written)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        written: Any = yaml.load(read_small(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
+    if not isinstance(written, dict):
+        raise MoeInspectError(f"{path} has no map, of columns → where they are")
+    return {str(name): value for name, value in written.items()}
+
+
 PRESETS = {
-    "bigmoeonedge": Preset(
-        {
-            "document": "turn",
-            "phase": "phase",
-            "position": "step",
-            "layer": "layer",
-            "slot": "slot",
-            "expert": "expert",
-            "weight": "weight",
-            "dropped": "dropped?",
-        },
-        file="*.csv",
-        reads="BigMoeOnEdge's `--route-trace`, `.csv`",
-        gives="decisions with weights, without token ids",
-        # github.com/Helldez/BigMoeOnEdge, docs/telemetry.md (route_trace v1)
-        head="# model=* n_expert={experts} n_expert_used={top_k}",
-        marks=("turn,phase,step,layer,slot,expert,",),
-    ),
-    "moe-policylang": Preset(
-        {
-            "document": "prompt_id",
-            "position": "token_idx",
-            "layer": "layer_idx",
-            "experts": "selected_experts",
-            "order": "router_scores?",
-            "per_expert": "router_softmax|router_logits?",
-            "token_id": "token_id?",
-            "phase": "phase?",
-            "domain": "domain_tag?",
-        },
-        file="*.parquet",
-        reads="moe-policylang's trace, `.parquet`",
-        gives="decisions by prompt; its domain_tag is the domain",
-        # 1.15, integrations/trace_recorder.py: router_scores are the softmax of the router logits
-        # before they are normalised, so no gate weights, but in their order
-        marks=("PAR1", "selected_experts", "prompt_id"),
-        note="choices were computed anew from the softmax of the router logits",
-    ),
-    "gpt-oss-fingerprints": Preset(
-        {
-            "share": "{domain}_expert_analytics.layer_{layer}.{expert}.count_frequency",
-            "tokens": "num_{domain}_tokens",
-            "samples": "sample_count",
-        },
-        file="|".join(f"{{domain}}/{a}_{b}.json" for a in (True, False) for b in (True, False)),
-        reads="GPT-OSS fingerprints, `<category>/True_True.json`",
-        gives="counts, rounded; category and think or answer are the domain",
-        # github.com/AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting
-        marks=('"think_expert_analytics"', '"sample_count"'),
-        top_k=4,
-        omits_unused=True,
-        note="counts are mean frequencies over samples, times their tokens: rounded, not exact",
-    ),
-    "fiddler": Preset(
-        {"count": "expert_popularity.{layer}.{expert}"},
-        file="expert_popularity_{domain}.json",
-        reads="`expert_popularity_<subject>.json`",
-        gives="counts; the subject is the domain",
-        marks=('"expert_popularity"',),
-        top_k=2,  # of Mixtral
-    ),
-    "sglang-json": Preset(
-        {"count": "logical_count.*.{layer}.{expert}|logical_count.{layer}.{expert}"},
-        file="*.json",
-        reads="SGLang's `logical_count` as JSON, as `--init-expert-location` takes it",
-        gives="counts; the name of a file is its domain",
-        marks=('"logical_count"',),
-    ),
-    "experts4bit": Preset(
-        {"count": "routed.{layer}.1", "expert": "0", "document": "example_index"},
-        file="*.jsonl",
-        reads="experts4bit-qlora's JSONL of `example_index` and `routed`",
-        gives="counts, summed over the examples",
-        marks=('"example_index"', '"routed"'),
-        experts=64,  # of OLMoE
-        top_k=8,
-    ),
-    "moe-beyond": Preset(
-        {
-            "layer": "Layer ID",
-            "document": "Batch Number",
-            "token_text": "Token",
-            "experts": "Activated Expert IDs",
-            "domain": "'prompts'",
-        },
-        file="prompt_*_data.csv",
-        reads="MoE-Beyond's `prompt_<n>_data.csv`",
-        gives="decisions with the text of tokens; a prompt is a document",
-        marks=("Layer ID,Batch Number,Token,Activated Expert IDs",),
-        experts=64,  # of DeepSeek-V2-Lite
-    ),
-    "glm-merged": Preset(
-        {"count": "layers.{layer}.cnt.{expert}", "weight_sum": "layers.{layer}.gate.{expert}"},
-        file="merged_{domain}.json|blend_{domain}.json",
-        reads="glm-expert-pruning's `merged_<domain>.json`",
-        gives="counts and sums of gate weights by domain",
-        marks=('"glm-dsa"', '"n_expert"', '"layers"'),
-        top_k=8,  # of GLM-5.2
-    ),
-    "olmoe-counts": Preset(
-        {"count": "{layer}.{expert}"},
-        file="olmoe*expert_counts_{domain:[a-z0-9]+}.json",
-        reads="OLMoE's `olmoe_expert_counts_<domain>.json`, from its authors' pickles",
-        gives="counts of three layers by domain",
-        experts=64,
-        top_k=8,
-        layers=(0, 7, 15),
-        omits_unused=True,
-    ),
-    "flame-moe": Preset(
-        {"experts": "indices", "weights": "scores"},
-        file="*{layer}.parquet",
-        reads="FLAME-MoE's traces, a `.parquet` of `indices` and `scores` for each layer",
-        gives="decisions with weights, in the order of the rows",
-        marks=("PAR1", "indices", "scores"),
-        experts=64,
-    ),
-    "counts": Preset(
-        reads="`.csv`, `.tsv`, `.json(l)` or `.parquet` of layer, expert, count [, domain, router, "
-        "top_k]; other names by `--map`",
-        gives="counts by domain",
-        marks=("layer", "expert", "count"),
-    ),
-    "table": Preset(
-        reads="any table, each row a decision, an assignment or a count, by `--map`; all of these "
-        "also as `.gz` and `.zst`",
-        gives="decisions or counts: what its columns say",
-    ),
+    name: Preset(**of) for name, of in _read(Path(__file__).with_name("presets.yaml")).items()
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -31,6 +31,7 @@ from moe_inspect.importers.tables.paths import Row, mapped_rows
 from moe_inspect.importers.tables.presets import OWN, Preset, pattern
 from moe_inspect.text import first_line
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: type checkers see few
 ROWS = 2**16  # of a chunk
 MOST_PREAMBLE = 2**20  # of a line of comments before a table
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -144,9 +145,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
     """The rows of all files, in order."""
-    ends = "|".join(one.rpartition("/")[2] for one in preset.file.split("|"))
-    inside = "|".join(pattern(end, "[^/]").pattern for end in ends.split("|"))
-    for path, source in context.files(rf"(?:{inside})(?:\.gz|\.zst)?", ends.replace("|", ", ")):
+    ends = [one.rpartition("/")[2] for one in preset.file.split("|")]
+    names = "|".join(pattern(end, "[^/]", named=False).pattern for end in ends)
+    for path, source in context.files(rf"(?:{names})(?:\.gz|\.zst)?", ", ".join(ends)):
         of_name = preset.said_by(path) or {}
         with uncompressed(path) as file:
             head, skipped = _head(file, preset)
@@ -160,11 +161,12 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
                         and table[name].null_count == len(table)
                     ]
                 )
-                called = {name: preset.map.get(name, name) for name in table.column_names}
-                if preset.map is OWN:
-                    called = dict(zip(table.column_names, table.column_names, strict=True))
-                for name, text in (_constants(preset) | said).items():
-                    if name not in table.column_names and name != "domain":
+                ours: list[str] = table.column_names
+                places = {} if preset.map is OWN else preset.map
+                called = {name: places.get(name, name).removesuffix("?") for name in ours}
+                beside = {name: text for name, text in said.items() if name != "domain"}
+                for name, text in (_constants(preset) | beside).items():
+                    if name not in table.column_names:
                         value = pa.repeat(pa.scalar(text, pa.string()), len(table))
                         table, called[name] = table.append_column(name, value), name
                 if not len(table):
@@ -228,8 +230,8 @@ def _tables(
         elif kind in (".json", ".jsonl"):
             own = preset.map is OWN
             for rows in _row_lists(_json(context, file, None if own else preset.map)):
-                table = rows if isinstance(rows, pa.Table) else _of_rows(rows)
-                names = table.column_names
+                table = _of_rows(rows)
+                names: list[str] = table.column_names
                 yield (_renamed(table, _located(names, preset, path)) if own else table), names
         else:
             yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
@@ -305,12 +307,12 @@ def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
             )
         else:
             made[name] = table[theirs[0]]
-    return pa.table(made)
+    renamed = pa.table(made)
+    renamed.validate(full=True)
+    return renamed
 
 
-def _json(
-    context: ImportContext, path: Path, by_map: dict[str, str] | None
-) -> Iterator[list[Row] | pa.Table]:
+def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> Iterator[list[Row]]:
     """The rows of each line, or of the whole."""
     if path.suffix == ".jsonl" or _has_lines(path):
         yield from context.prepared(path, partial(_of_line, by_map))
@@ -320,9 +322,12 @@ def _json(
         yield mapped_rows(by_map, str(path), value)
     elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
         yield value
+    elif isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        if len({*map(len, value.values())}) > 1:
+            raise MoeInspectError(f"{path} has columns of different lengths")
+        yield [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     elif isinstance(value, dict):
-        columns = all(isinstance(column, list) for column in value.values())
-        yield pa.table(value) if columns else [value]
+        yield [value]
     else:
         raise MoeInspectError(
             f"{path} is not a list of objects with layer, expert and count: "
@@ -346,13 +351,10 @@ def _has_lines(path: Path) -> bool:
         return False
 
 
-def _row_lists(parts: Iterable[list[Row] | pa.Table]) -> Iterator[list[Row] | pa.Table]:
-    """At most about ROWS rows at a time."""
+def _row_lists(parts: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """About ROWS rows at a time."""
     waiting: list[Row] = []
     for part in parts:
-        if isinstance(part, pa.Table):
-            yield from (pa.table(batch) for batch in part.to_batches(ROWS))
-            continue
         waiting += part
         while len(waiting) >= ROWS:
             yield waiting[:ROWS]

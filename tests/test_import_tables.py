@@ -1,0 +1,497 @@
+"""Tables: counts and decisions under other names (`--map`), in every form, and presets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers.run import import_trace
+from moe_inspect.reporting.report import report as trace_report
+from moe_inspect.trace.reader import Trace
+from moe_inspect.trace.verify import verify
+from tests.conftest import Cli
+from tests.foreign import MAKERS, write_fingerprint, write_route_trace
+from tests.test_hostile import JSON, fresh, quick
+
+LOAD = {3: [5, 0, 2, 1], 7: [1, 1, 4, 2]}
+NESTED = {f"layer_{n}": {str(e): {"n": c} for e, c in enumerate(of)} for n, of in LOAD.items()}
+RECORDS = [
+    {"block": n, "id": str(e), "hits": c, "text": "law"}
+    for n, of in LOAD.items()
+    for e, c in enumerate(of)
+]
+
+
+def mapped(value: Any, map: str, root: Path, name: str = "c.json") -> Trace:
+    (root / name).write_text(json.dumps(value))
+    return import_trace("counts", [root / name], root / "t", map=map, top_k=2)
+
+
+def load_of(trace: Trace) -> dict[int, list[int]]:
+    table = trace.counts()
+    return {int(n): of["assignments"].tolist() for n, of in table.groupby("layer")}
+
+
+@pytest.mark.parametrize(
+    ("value", "map"),
+    [
+        (RECORDS, "layer=block,expert=id,count=hits"),
+        ({"rows": RECORDS}, "layer=block, expert=id, count=rows.hits"),
+        ({"analytics": NESTED, "n": 8}, "count=analytics.layer_{layer}.{expert}.n"),
+        ([{"analytics": NESTED}], "count=analytics.layer_{layer}.{expert}.n"),
+        ({str(n): of for n, of in LOAD.items()}, "count={layer}.{expert}"),
+        (
+            [
+                {"n": n, "experts": [{"e": e, "c": c} for e, c in enumerate(of)]}
+                for n, of in LOAD.items()
+            ],
+            "layer=n,expert=e,count=experts.c",
+        ),
+        ({"a.b": {"x": NESTED}}, "count=*.x.layer_{layer}.{expert}.n"),
+    ],
+)
+def test_a_map_leads_to_the_counts(value: Any, map: str, tmp_path: Path):
+    # a key with a dot in it is not split where * stands for it
+    trace = mapped(value, map, tmp_path)
+    assert load_of(trace) == LOAD
+    assert verify(tmp_path / "t").ok
+
+
+def test_a_map_gives_domains_and_names_of_columns(tmp_path: Path):
+    of_domain = {"law": NESTED, "code": NESTED}
+    trace = mapped(of_domain, "count={domain}.layer_{layer}.{expert}.n", tmp_path)
+    assert set(trace.counts()["domain"]) == {"law", "code"}
+    for name in ("c.csv", "c.parquet"):
+        table = pd.DataFrame(RECORDS).astype({"id": int})
+        if name == "c.csv":
+            table.to_csv(tmp_path / name, index=False)
+        else:
+            table.to_parquet(tmp_path / name)
+        trace = import_trace(
+            "counts",
+            [tmp_path / name],
+            tmp_path / name[-3:],
+            map="layer=block,expert=id,count=hits,domain=text",
+            top_k=2,
+        )
+        assert load_of(trace) == LOAD
+        assert set(trace.counts()["domain"]) == {"law"}
+
+
+def test_a_column_that_is_not_everywhere_is_left_out_and_told(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("layer,expert,count,weight_sum\n0,0,2,1\n0,1,3,1.5\n")
+    (tmp_path / "b.csv").write_text("layer,expert,count\n0,0,2\n0,1,3\n")
+    sources, said = [tmp_path / "a.csv", tmp_path / "b.csv"], list[str]()
+    trace = import_trace("counts", sources, tmp_path / "t", top_k=1, warn=said.append)
+    assert not trace.has_weights
+    assert said == [f"{sources[0]}: weight_sum left out: not all of the rows have it"]
+
+
+@pytest.mark.parametrize(
+    ("map", "said"),
+    [
+        ("layer=block,count=hits", "--map does not say where the expert is"),
+        ("count=hits,expert=id", "--map does not say where the layer is"),
+        ("layer", "write it like layer=block,expert=id,count=hits"),
+        ("slut=block,count=hits", "no column 'slut' (did you mean slot?)"),
+        (
+            "count={floor}.{layer}.{expert}",
+            "{floor} is no column of ours",
+        ),
+        ("layer=block,expert=id,count=misses", "has nothing at misses"),
+        ("layer=floor,expert=id,count=hits", "has no field floor beside what the map leads to"),
+        ("layer=block,expert=text,count=hits", "row 0: text is 'law', not a whole number"),
+        ("layer=block,expert=id,count=hits.n", "where n should be"),
+        ("count={layer}_{layer}.{expert}", "{layer} stands twice in {layer}_{layer}"),
+    ],
+)
+def test_a_map_that_leads_nowhere_is_one_line(map: str, said: str, tmp_path: Path):
+    with pytest.raises(MoeInspectError) as raised:
+        mapped(RECORDS, map, tmp_path)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_map_is_of_counts_alone(cli_here: Cli, tmp_path: Path):
+    (tmp_path / "c.json").write_text(json.dumps(RECORDS))
+    options = ["c.json", "--top-k", "2", "--map", "layer=block,expert=id,count=hits", "-o"]
+    cli_here("import", "counts", *options, "t")
+    result = cli_here("import", "esft", *options, "u", check=1)
+    assert "--map is an option of the format table, not of esft" in result.stderr
+
+
+MAPS = ["count={layer}.{expert}", "layer=a,expert=b,count=c", "count=*.{layer}.{expert}.n"]
+
+
+@quick
+@given(value=JSON, map=st.sampled_from(MAPS))
+def test_any_json_under_a_map_is_a_trace_or_one_line(
+    value: Any, map: str, tmp_path_factory: pytest.TempPathFactory
+):
+    root = fresh(tmp_path_factory.getbasetemp() / "mapped")
+    try:
+        mapped(value, map, root)
+    except MoeInspectError as error:
+        said = str(error)
+    else:
+        said = "" if verify(root / "t").ok else "not\nfine"
+    assert "\n" not in said
+    assert (root / "t").exists() == (not said)
+
+
+def test_a_row_per_assignment_is_counted(tmp_path: Path):
+    """The form of llama.cpp's moe-trace (pull request 28544)."""
+    rng = np.random.default_rng(0)
+    expert = rng.integers(0, 8, 4000)
+    table = pd.DataFrame({"layer": np.arange(4000) % 2, "expert": expert})
+    table.to_csv(tmp_path / "moe_trace.csv", index=False)
+    said: list[str] = []
+    trace = import_trace(
+        "auto", [tmp_path / "moe_trace.csv"], tmp_path / "t", top_k=2, warn=said.append
+    )
+    assert load_of(trace) == {n: np.bincount(expert[n::2], minlength=8).tolist() for n in (0, 1)}
+    assert said[0].startswith("recognised as counts")
+
+
+def test_thinking_and_answering_are_domains_of_a_category(tmp_path: Path):
+    load = {"think": [np.array([5, 3, 0, 8])] * 2, "answer": [np.array([1, 0, 2, 1])] * 2}
+    whole, folder = {"think": 4.0, "answer": 1.0}, tmp_path / "law"
+    write_fingerprint(folder / "False_True.json", 1, {"think": 8.0}, {"think": load["think"]})
+    write_fingerprint(folder / "True_True.json", 2, whole | {"think": 2.5}, load)
+    with pytest.raises(MoeInspectError, match=r"count_frequency is 1\.6, not of 0 to 1"):
+        import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t", experts=4)
+    write_fingerprint(folder / "True_True.json", 2, whole, load)
+    with pytest.raises(MoeInspectError, match="no layer lists every expert"):
+        import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t")
+    trace = import_trace("gpt-oss-fingerprints", [folder], tmp_path / "t", experts=4)
+    table = trace.counts().groupby(["domain", "expert"], observed=True)["assignments"].first()
+    assert table["law/think"].tolist() == [10, 6, 0, 16]
+    assert table["law/answer"].tolist() == [1, 0, 2, 1]
+    assert {r.top_k for r in trace.routers} == {4}
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ("5,2\n0,1,3,4", "row 1: first_choice is 4 of 3 assignments"),
+        (f"{2**53},0", "row 0: count is 9007199254740992, not of 0 to 1,099,511,627,776"),
+        (
+            "\n0,0,".join([f"{2**40},0"] * 3),
+            "the rows of expert 0 of layer 0 sum to a count of 3,298,534,883,328: at most 1,099,",
+        ),
+        (
+            "\n".join(f"{'0,' * bool(e)}{f'{e},' if e else ''}{2**40},0" for e in range(3)),
+            "over 1,099,511,627,776 tokens, more than a trace can number",
+        ),
+    ],
+)
+def test_counts_that_no_router_makes_are_refused(rows: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(f"layer,expert,count,first_choice\n0,0,{rows}\n")
+    with pytest.raises(MoeInspectError, match=re.escape(why)):
+        import_trace("counts", [tmp_path / "c.csv"], tmp_path / "t", top_k=1, experts=4)
+    assert not (tmp_path / "t").exists()
+
+
+def test_no_file_of_pythons_is_left_to_arrows_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads ahead through Python aborts the process where an error ends it."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.csv")  # a name that Arrow does not take as text
+    path.write_text("layer,expert,count\n0,99999999999,1\n")
+    read, files = pyarrow.csv.open_csv, list[Any]()
+    monkeypatch.setattr(
+        pyarrow.csv, "open_csv", lambda file, *how: files.append(file) or read(file, *how)
+    )
+    with pytest.raises(MoeInspectError, match="expert is 99999999999, not of 0 to"):
+        import_trace("counts", [path], tmp_path / "t", top_k=1)
+    assert {type(file) for file in files} == {pa.OSFile}
+
+
+@pytest.mark.parametrize(("counts", "tokens"), [([1], 1), ([100, *[2] * 7], 100), ([4] * 8, 16)])
+def test_tokens_are_as_many_as_explain_the_counts(
+    counts: list[int], tokens: int, tmp_path: Path
+) -> None:
+    """No token chooses an expert twice. Of so few, all is too little to judge."""
+    rows = [{"layer": 0, "expert": e, "count": n} for e, n in enumerate(counts)]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    trace = import_trace("counts", [tmp_path / "c.json"], tmp_path / "t", top_k=2, experts=8)
+    assert trace.n_tokens == tokens
+    said = str(trace_report(trace))
+    assert "nan" not in said
+    assert "Too little data" in said
+
+
+Row = list[int | float]
+
+
+def row(step: int, layer: int, slot: int, expert: int, phase: int = 0, **more: float) -> Row:
+    return [
+        *(int(more.get("turn", 0)), phase, step, layer, slot, expert),
+        *(more.get("weight", 0.5), 0, 0, int(more.get("dropped", 0))),
+    ]
+
+
+def imported(rows: list[Row], root: Path, dropped: bool = True) -> Trace:
+    write_route_trace(root / "route.csv", rows, dropped)
+    trace = import_trace("bigmoeonedge", [root / "route.csv"], root / "t", overwrite=True)
+    assert verify(root / "t").ok
+    return trace
+
+
+def experts(trace: Trace, router: int) -> list[list[int | None]]:
+    table = trace.routing(router=router)[["expert_0", "expert_1"]]
+    return [[None if np.isnan(e) else int(e) for e in row] for row in table.to_numpy(float)]
+
+
+def test_what_a_turn_lacks_is_nowhere_and_noted(tmp_path: Path):
+    """A prompt of two tokens, whose last alone reaches the last layer; a decoded token, whose
+    experts of one layer were dropped while they were cold."""
+    rows = [row(t, 1, j, 2 * t + j, weight=0.6 - 0.2 * j) for t in range(2) for j in range(2)]
+    rows += [row(1, 2, j, 4 + j, weight=0.6 - 0.2 * j) for j in range(2)]
+    rows += [
+        row(2, n, j, 6 + j, 1, weight=0.6 - 0.2 * j, dropped=n == 2)
+        for n in (1, 2)
+        for j in range(2)
+    ]
+    trace = imported(rows, tmp_path)
+    assert experts(trace, 0) == [[0, 1], [2, 3], [6, 7]]
+    assert experts(trace, 1) == [[None, None], [4, 5], [None, None]]
+    assert trace.tokens()["phase"].tolist() == ["prefill", "prefill", "decode"]
+    assert trace.tokens()["position"].tolist() == [0, 1, 2]
+    assert trace.tokens()["sequence"].nunique() == 1
+    assert trace.manifest["corpus"]["notes"] == [
+        "route.csv: 2 choices dropped",
+        "route.csv: 1 decision without rows: of a prompt some engines route the last token alone "
+        "in the last layer",
+    ]
+
+
+def test_turns_are_documents_and_gaps_begin_sequences(tmp_path: Path):
+    steps = [(0, 0), (0, 1), (0, 5), (1, 7), (1, 8)]
+    rows = [row(step, 1, j, j, turn=turn) for turn, step in steps for j in range(2)]
+    tokens = imported(rows, tmp_path, dropped=False).tokens()
+    assert tokens["document"].tolist() == [0, 0, 0, 1, 1]
+    assert tokens["sequence"].tolist() == [0, 0, 1, 2, 2]
+    assert tokens["position"].tolist() == [0, 1, 5, 7, 8]
+
+
+def test_unknown_weights_are_no_weights(tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"route.csv: weights are unknown in some rows"):
+        trace = imported([row(0, 1, j, j, weight=np.nan) for j in range(2)], tmp_path)
+    assert not trace.has_weights
+    assert trace.routers[0].slot_order == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row(0, 1, 0, 3), row(0, 1, 0, 4)], "position 0 of 0 has two rows of one layer and slot"),
+        ([row(-1, 1, 0, 3)], "row 0: step is -1, not of 0 to"),
+        ([row(0, 1, 2, 3)], "slot is 2, not of 0 to 1"),
+        ([row(0, 1, 0, 8)], "expert is 8, not of -1 to 7"),
+        ([row(0, 1, 0, 1), row(0, 1, 1, 1)], "token 0 goes to one expert twice"),
+        ([row(0, 1, 0, 1), row(0, 1, 1, 2, 1)], "rows of one token with different decoded"),
+        ([row(0, 1, 0, 1, weight=np.inf)], "weight is inf"),
+        ([], "holds no decisions"),
+    ],
+)
+def test_rows_that_cannot_be(rows: list[Row], said: str, tmp_path: Path):
+    with pytest.raises(MoeInspectError, match=said):
+        imported(rows, tmp_path)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_prompts_tag_is_its_domain_and_scores_are_no_weights(tmp_path: Path):
+    source = MAKERS["moe-policylang"](tmp_path).source
+    trace = import_trace("moe-policylang", [source], tmp_path / "t")
+    tokens = trace.tokens()
+    assert tokens["domain"].tolist() == ["code"] * 5 + ["chat"] * 4
+    assert tokens["position"].tolist() == [*range(5), *range(4)]
+    assert tokens["token_id"].tolist() == [*range(9)]
+    phases = ["prefill"] * 3 + ["decode"] * 2 + ["prefill"] * 3 + ["decode"]
+    assert tokens["phase"].tolist() == phases
+    assert not trace.has_weights
+    assert {r.slot_order for r in trace.routers} == {"weight"}
+    given = import_trace("moe-policylang", [f"mine={source}"], tmp_path / "u")
+    assert set(given.tokens()["domain"]) == {"mine"}
+
+
+def test_a_trace_without_softmax_does_not_say_how_many_experts_there_are(tmp_path: Path):
+    source = MAKERS["moe-policylang"](tmp_path).source
+    table = pq.read_table(source).drop_columns(["router_softmax", "router_scores"])
+    pq.write_table(table, source)
+    with pytest.raises(MoeInspectError, match="does not say how many experts there are"):
+        import_trace("moe-policylang", [source], tmp_path / "t")
+    trace = import_trace("moe-policylang", [source], tmp_path / "t", experts=8)
+    assert {r.slot_order for r in trace.routers} == {"unknown"}
+    ragged = table.set_column(
+        3, "selected_experts", pa.array([[0], *[[0, 1]] * (len(table) - 1)], pa.list_(pa.int32()))
+    )
+    pq.write_table(ragged, source)
+    with pytest.raises(MoeInspectError, match=r"row 1: selected_experts has 2 values, not 1"):
+        import_trace("moe-policylang", [source], tmp_path / "v", experts=8)
+
+
+def test_a_header_that_is_no_text_is_one_line(tmp_path: Path):
+    write_route_trace(tmp_path / "route.csv", [row(0, 1, j, j) for j in range(2)])
+    data = (tmp_path / "route.csv").read_bytes()
+    (tmp_path / "route.csv").write_bytes(data.replace(b"residency", b"resid\xffncy"))
+    with pytest.raises(MoeInspectError, match="can't decode byte 0xff"):
+        import_trace("bigmoeonedge", [tmp_path / "route.csv"], tmp_path / "t")
+
+
+DECISIONS = [
+    {"block": layer, "at": t, "ids": [t, (t + layer) % 8], "w": [0.5, 0.25], "who": f"doc {t // 3}"}
+    for layer in (1, 4)
+    for t in range(6)
+]
+
+
+def written(form: str, root: Path) -> Path:
+    """DECISIONS in a file, lists as JSON has them, or in columns."""
+    path = root / f"d.{form}"
+    table = pd.DataFrame(DECISIONS)
+    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if plain.suffix == ".parquet":
+        table.to_parquet(plain)
+    elif plain.suffix in (".json", ".jsonl"):
+        plain.write_text(table.to_json(orient="records", lines=plain.suffix == ".jsonl"))
+    else:
+        table.to_csv(plain, index=False, sep="\t" if plain.suffix == ".tsv" else ",")
+    if plain != path:
+        with pa.CompressedOutputStream(
+            str(path), {"gz": "gzip", "zst": "zstd"}[path.suffix[1:]]
+        ) as to:
+            to.write(plain.read_bytes())
+        plain.unlink()
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv.gz", "json", "jsonl.zst", "parquet", "parquet.zst"])
+def test_decisions_are_read_in_every_form(form: str, tmp_path: Path):
+    trace = import_trace(
+        "table",
+        [written(form, tmp_path)],
+        tmp_path / "t",
+        map="layer=block,position=at,experts=ids,weights=w,document=who,domain='law'",
+        experts=8,
+    )
+    assert verify(tmp_path / "t").ok
+    assert [r.layer for r in trace.routers] == [1, 4]
+    assert trace.routing(layer=4)["expert_1"].tolist() == [(t + 4) % 8 for t in range(6)]
+    assert trace.routing(layer=1)["weight_1"].tolist() == [0.25] * 6
+    assert trace.tokens()["document"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert set(trace.tokens()["domain"]) == {"law"}
+
+
+def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
+    rows = "".join(
+        f"{n},{t},{t},{(t + n) % 8 if t else ''},.5,.25\n" for n in (1, 4) for t in range(6)
+    )
+    path = tmp_path / "e.csv"
+    path.write_text("layer,position,expert_0,expert_1,weight_0,weight_1\n" + rows)
+    said: list[str] = []
+    trace = import_trace("auto", [path], tmp_path / "t", experts=8, warn=said.append)
+    assert said[0].startswith("recognised as table")
+    assert trace.routing(layer=4)["expert_1"].isna().tolist() == [True, *[False] * 5]
+    assert trace.routing(layer=4)["expert_1"].tolist()[1:] == [(t + 4) % 8 for t in range(1, 6)]
+    assert trace.has_weights
+
+
+PRESET = """
+file: "{domain}/layer_{layer}.csv"
+head: "# of {experts} experts"
+note: made for a test
+map: {experts: chosen, token_text: text}
+"""
+
+
+def test_a_users_preset_joins_the_files_of_layers(tmp_path: Path):
+    (tmp_path / "law").mkdir()
+    for layer in (3, 12):
+        rows = "".join(f'Ġt{t},"({t}, {layer % 8})"\n' for t in range(3))
+        (tmp_path / f"law/layer_{layer}.csv").write_text(f"# of 9 experts\ntext,chosen\n{rows}")
+    (tmp_path / "form.yaml").write_text(PRESET)
+    trace = import_trace(
+        "table", [tmp_path / "law"], tmp_path / "t", map=str(tmp_path / "form.yaml")
+    )
+    assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [(3, 9, 2), (12, 9, 2)]
+    assert trace.routing(layer=12)["expert_1"].tolist() == [4] * 3
+    assert set(trace.tokens()["domain"]) == {"law"}
+    assert trace.vocabulary()["token"].tolist() == ["▁t0", "▁t1", "▁t2"]
+    assert trace.manifest["corpus"]["notes"] == ["made for a test"]
+    with (tmp_path / "law/layer_12.csv").open("a") as file:
+        file.write('t3,"(1, 2)"\n')
+    with pytest.raises(MoeInspectError, match=r"law: 1 decision without rows: the files of its"):
+        import_trace("table", [tmp_path / "law"], tmp_path / "u", map=str(tmp_path / "form.yaml"))
+    for text, why in (
+        (PRESET.replace("note", "nota"), r"no field 'nota' \(did you mean note"),
+        (PRESET.replace('"# of', '7 # "'), "head is '7', not of str"),
+        ("[1]", "has no map"),
+        ("a: [", "cannot read"),
+    ):
+        (tmp_path / "form.yaml").write_text(text)
+        with pytest.raises(MoeInspectError, match=why):
+            import_trace(
+                "table", [tmp_path / "law"], tmp_path / "u", map=str(tmp_path / "form.yaml")
+            )
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ('1,6,"[1, 9]",law', r"d\.csv row 6: ids is 9, not of -1 to 7"),
+        ('1,6,"[1]",law', r"d\.csv row 6: ids has 1 values, not 2, as the first row"),
+        ('1,6,"[1, x]",law', r"d\.csv row 6: ids is 'x', not a whole number"),
+        ('one,6,"[1, 2]",law', r"d\.csv row 6: block is 'one', not a whole number"),
+        ('1,,"[1, 2]",law', r"d\.csv row 6: at is empty"),
+        ('1,6.5,"[1, 2]",law', r"d\.csv row 6: at is '6\.5', not a whole number"),
+        ('1,5,"[1, 2]",law', "position 5 of law has two rows of one layer"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_row_and_column(row: str, why: str, tmp_path: Path):
+    rows = "".join(f'1,{t},"[{t}, 7]",law\n' for t in range(6))
+    (tmp_path / "d.csv").write_text(f"block,at,ids,of\n{rows}{row}\n")
+    (tmp_path / "form.yaml").write_text(
+        "{map: {layer: block, position: at, experts: ids, document: of}, head: '# {experts}'}"
+    )
+    with pytest.raises(MoeInspectError, match=why):
+        import_trace(
+            "table",
+            [tmp_path / "d.csv"],
+            tmp_path / "t",
+            map=str(tmp_path / "form.yaml"),
+            experts=8,
+        )
+    assert not (tmp_path / "t").exists()
+
+
+def test_layers_without_counts_are_left_out_and_named(tmp_path: Path):
+    rows = [(n, e, 0 if n < 3 else e + 1) for n in range(5) for e in range(4)]
+    pd.DataFrame(rows, columns=["layer", "expert", "count"]).to_csv(tmp_path / "c.csv", index=False)
+    said: list[str] = []
+    trace = import_trace("counts", [tmp_path / "c.csv"], tmp_path / "t", top_k=2, warn=said.append)
+    assert [r.layer for r in trace.routers] == [3, 4]
+    assert "layers 0-2 hold no assignments: dense layers, or not recorded" in said[0]
+    assert int(trace.counts()["assignments"].sum()) == 20  # as the file has
+
+
+def test_auto_says_what_a_file_looks_like(tmp_path: Path):
+    (tmp_path / "x.json").write_text('{"sample_count": 3, "answers": {}}')
+    with pytest.raises(
+        MoeInspectError, match='looks like gpt-oss-fingerprints, but lacks "think_expert_analytics"'
+    ):
+        import_trace("auto", [tmp_path / "x.json"], tmp_path / "t")
