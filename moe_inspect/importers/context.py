@@ -112,30 +112,21 @@ class ImportContext:
     def known_top_k(self, where: object) -> int:
         """The top-k by the user or the config, for a file that does not give it. MoeInspectError
         unless all routers have the same."""
-        stated = (
-            {self.top_k} if self.top_k else set(self.facts.top_k.values()) if self.facts else set()
-        )
-        if len(stated) != 1:
-            raise MoeInspectError(
-                f"{where} does not say how many experts each token uses: give --model, --config or "
-                "--top-k"
-            )
-        return stated.pop()
+        return self._known("top_k", "many experts each token uses", where)
 
     def known_experts(self, where: object) -> int:
-        stated = (
-            {self.experts}
-            if self.experts
-            else set(self.facts.experts.values())
-            if self.facts
-            else set()
-        )
-        if len(stated) != 1:
+        """The same of the number of experts."""
+        return self._known("experts", "many experts there are", where)
+
+    def _known(self, name: str, what: str, where: object) -> int:
+        stated = getattr(self, name)
+        by_config = set(getattr(self.facts, name).values()) if self.facts else set[int]()
+        if not stated and len(by_config) != 1:
             raise MoeInspectError(
-                f"{where} does not say how many experts there are: give --model, --config or "
-                "--experts"
+                f"{where} does not say how {what}: give --model, --config or "
+                f"--{name.replace('_', '-')}"
             )
-        return stated.pop()
+        return stated or by_config.pop()
 
     def routers_of(
         self, layers: Iterable[int], experts: int, top_k: int, where: object

@@ -22,11 +22,10 @@ from moe_inspect.importers.registry import formats, sniff
 from moe_inspect.importers.tables.presets import parse_map
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
-from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import this_process
 from moe_inspect.trace.output_dir import check_directory
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter
 from moe_inspect.trace.writer.whole import whole_trace
 from moe_inspect.workers import Workers
@@ -92,16 +91,17 @@ def import_trace(
                 raise MoeInspectError(
                     f"no format {format!r}: there are {', '.join(formats())}, auto"
                 )
-            if pipeline_stages is not None and format != "megatron":
-                raise MoeInspectError(
-                    f"--pipeline-stages is an option of the format megatron, not of {format}"
-                )
-            if map is not None and format not in ("table", "counts"):
-                raise MoeInspectError(f"--map is an option of the format table, not of {format}")
-            facts = read_facts(model) if model is not None else None
+            for option, value, of in (
+                ("pipeline-stages", pipeline_stages, ("megatron",)),
+                ("map", map, ("table", "counts")),
+            ):
+                if value is not None and format not in of:
+                    raise MoeInspectError(
+                        f"--{option} is an option of the format {of[0]}, not of {format}"
+                    )
             context = ImportContext(
                 listed,
-                facts,
+                read_facts(model) if model is not None else None,
                 experts,
                 top_k,
                 pipeline_stages,
@@ -114,21 +114,31 @@ def import_trace(
             vocabulary = imported.vocabulary
             if vocabulary is None and context.facts is not None:
                 vocabulary = context.facts.vocabulary()
-            batches = watched(imported, vocabulary, warn)
+            batches = _read(watched(imported, vocabulary, warn), listed)
             first = next(batches, None)
-            if first is None:
-                raise MoeInspectError(f"{listed[0].path} holds no decisions")
         except OSError as error:
             raise _unread(error, listed) from None
-        _write(
-            target,
-            overwrite,
-            commit_every,
-            _read(chain([first], batches), listed),
-            imported,
-            vocabulary,
-            _manifest(format, context, imported),
-        )
+        if first is None:
+            raise MoeInspectError(f"{listed[0].path} holds no decisions")
+        with (
+            whole_trace(target, overwrite, "nothing was imported") as (draft, lock),
+            TraceWriter(
+                draft,
+                _manifest(format, context, imported),
+                imported.routers,
+                weights=imported.weights,
+                logits=imported.logits,
+                energy=imported.energy,
+                counts_only=imported.counts_only,
+                vocabulary=vocabulary,
+                shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
+                # counts are committed as they come: a shard is a window of a report
+                commit_every=None if imported.counts_only else commit_every,
+                lock=lock,
+            ) as writer,
+        ):
+            for batch in chain([first], batches):
+                writer.write(batch)
     return Trace(target)
 
 
@@ -204,36 +214,6 @@ def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[s
     }
 
 
-def _write(
-    out: Path | Remote,
-    overwrite: bool,
-    commit_every: float | None,
-    batches: Iterator[RoutedBatch | CountedBatches],
-    imported: Imported,
-    vocabulary: pa.Table | None,
-    manifest: dict[str, Any],
-) -> None:
-    with (
-        whole_trace(out, overwrite, "nothing was imported") as (draft, lock),
-        TraceWriter(
-            draft,
-            manifest,
-            imported.routers,
-            weights=imported.weights,
-            logits=imported.logits,
-            energy=imported.energy,
-            counts_only=imported.counts_only,
-            vocabulary=vocabulary,
-            shard_seconds=float("inf"),  # no shards by age: the same files give the same trace
-            # counts are committed as they come: a shard is a window of a report
-            commit_every=None if imported.counts_only else commit_every,
-            lock=lock,
-        ) as writer,
-    ):
-        for batch in batches:
-            writer.write(batch)
-
-
 def watched(
     imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]
 ) -> Iterator[RoutedBatch | CountedBatches]:
@@ -258,8 +238,10 @@ def watched(
                     f"{len(vocabulary):,}: is it the config of this model?"
                 )
             tokens += len(batch.token_id)
-            for r, ids_TK in enumerate(batch.ids):
-                _mark(there[r], ids_TK, routers[r])
+            for there_E, ids_TK in zip(there, batch.ids, strict=True):
+                if not there_E.all():
+                    E = len(there_E)
+                    there_E |= np.bincount(ids_TK.reshape(-1), minlength=E)[:E] > 0
         yield batch
     if (
         len({r.experts for r in routers}) == 1
@@ -270,8 +252,3 @@ def watched(
             f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one "
             "rank's own? give the files of all ranks"
         )
-
-
-def _mark(there_E: np.ndarray, ids_TK: np.ndarray, router: Router) -> None:
-    if not there_E.all():
-        there_E |= np.bincount(ids_TK.reshape(-1), minlength=router.experts)[: router.experts] > 0
