@@ -29,7 +29,7 @@ MODULES = {
         "raw int32); needs the model's config",
     ),
     "sglang": (
-        "sglang.importer",
+        "sglang.tokens",
         "`expert_distribution_recorder_*.pt` of the modes stat, stat_approx, per_pass, "
         "per_token; needs torch",
     ),

@@ -31,7 +31,6 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, batch_of_decisions, tokens_without_order
 from moe_inspect.importers.context import ImportContext, Imported
-from moe_inspect.importers.megatron.calls import checked, logits_of, logits_shape
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
     EmptyFile,
@@ -42,8 +41,11 @@ from moe_inspect.importers.megatron.layers import (
 from moe_inspect.importers.megatron.passes import (
     NO_CALL,
     File,
+    checked,
     columns_of,
     joined_passes,
+    logits_of,
+    logits_shape,
     passes_of,
     written_by_hook,
 )

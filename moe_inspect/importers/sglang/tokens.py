@@ -1,7 +1,7 @@
-"""Mode per_token of SGLang's recorder: decisions. Physical experts are mapped to logical ones.
+"""SGLang's expert distribution recorder: its modes, of which stat, stat_approx and per_pass are in
+counts.py, and per_token here: decisions. Physical experts are mapped to logical ones.
 
-T tokens, K slots, B blocks of the model, P physical experts, E logical experts.
-"""
+T tokens, K slots, B blocks of the model, P physical experts, E logical experts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
+from moe_inspect.importers.registry import importer
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, dense_blocks
-from moe_inspect.importers.sglang.archive import File, array_of, records
-from moe_inspect.importers.sglang.counts import logical_experts, stated_experts
+from moe_inspect.importers.sglang.counts import (
+    File,
+    array_of,
+    load,
+    logical_experts,
+    per_pass,
+    records,
+    stat,
+    stated_experts,
+)
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
@@ -261,3 +270,33 @@ def _list(value: Any, where: str, length: int | None) -> np.ndarray:
     if hasattr(value, "numpy"):
         return array_of(value, where, (length,), 0, 2**31 - 1).astype(np.int64)
     return integers(value, where, (length,))
+
+
+@importer(
+    "sglang",
+    gives="counts over time (stat, per_pass), decisions without weights (per_token)",
+    sniff=lambda name, head: name.endswith(".pt"),
+)
+def sglang(context: ImportContext) -> Imported:
+    files = [(path, source, load(path)) for path, source in context.files(r".*\.pt", ".pt")]
+    modes = {_mode(path, content) for path, _, content in files}
+    if len(modes) > 1:
+        raise MoeInspectError(
+            f"{context.sources[0].path} holds files of the modes {' and '.join(sorted(modes))}: "
+            "import them separately"
+        )
+    return {"stat": stat, "per_pass": per_pass, "per_token": per_token}[modes.pop()](context, files)
+
+
+def _mode(path: Path, content: dict[str, Any]) -> str:
+    if "logical_count" in content:
+        return "stat"
+    records = content.get("records")
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise MoeInspectError(
+            f"{path} has neither logical_count nor records: is it of the expert distribution "
+            "recorder?"
+        )
+    if not records:
+        raise MoeInspectError(f"{path}: records is empty")
+    return "per_token" if "topk_ids_of_layer" in records[0] else "per_pass"

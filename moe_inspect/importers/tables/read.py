@@ -27,8 +27,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line
 from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.registry import CODECS
-from moe_inspect.importers.tables.paths import Row, mapped_rows
-from moe_inspect.importers.tables.presets import OWN, Preset, pattern
+from moe_inspect.importers.tables.presets import OWN, Preset, Row, mapped_rows, pattern
 from moe_inspect.text import first_line
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: type checkers see few
