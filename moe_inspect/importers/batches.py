@@ -5,7 +5,7 @@ T tokens, K slots, L routers, E experts, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,6 +147,15 @@ def batch_of_counts(
         weight_sum,
         energy=energy,
     )
+
+
+def batches_of_windows(
+    load_WLE: np.ndarray, routers: Sequence[Router], domain: str
+) -> Iterator[CountedBatches]:
+    """Batches of the counts of each window that has any."""
+    for w, load_LE in enumerate(load_WLE):
+        if load_LE.any():
+            yield batch_of_counts([load_E[None] for load_E in load_LE], routers, [domain], w)
 
 
 def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:

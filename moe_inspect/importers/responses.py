@@ -98,12 +98,12 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
     if first is None:
         raise MoeInspectError(f"{context.sources[0].path} holds no routed token")
     routers = context.facts.routers() if context.facts else _stated_routers(context, first)
+    responses = chain([first], arrived)
 
     def batches() -> Iterator[RoutedBatch]:
         numbers, identical, forgotten = Numbering(), 0, 0
         blocks = context.facts.layers if context.facts else None
-        assert first is not None
-        for response in _chained(first, arrived):
+        for response in responses:
             run = identical_run(response.routed_TBK)
             identical += run if run >= WARM_UP else 0
             runs = recorded_runs(response.routed_TBK)
@@ -119,22 +119,8 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
                 "or more at a time: warm-up rows?"
             )
 
-    return Imported(
-        routers,
-        batches(),
-        notes=[
-            (
-                "a batch is the prompt of a response, or what was generated: the source does not "
-                "say "
-                "the passes"
-            )
-        ],
-    )
-
-
-def _chained(first: Response, rest: Iterator[Response]) -> Iterator[Response]:
-    yield first
-    yield from rest
+    passes = "a batch is the prompt of a response, or what was generated: the source does not say "
+    return Imported(routers, batches(), notes=[passes + "the passes"])
 
 
 def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
@@ -157,8 +143,7 @@ def _arriving(
     padded, rows, without = 0, 0, 0
     for path, source in files:
         if path.suffix == ".npy":
-            fields = _bare(context, path)
-            lines = iter([[_response(str(path), fields, fields["array"], path, source)]])
+            lines = iter([[_of_npy(context, path, source)]])
         else:
             lines = context.prepared(path, partial(_of_line, decode, path, source))
         for response in chain.from_iterable(lines):
@@ -225,43 +210,28 @@ def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | N
         yield fields | {name: value for name, value in beside.items() if fields.get(name) is None}
 
 
-def _bare(context: ImportContext, path: Path) -> dict[str, Any]:
-    """The array of a `.npy`, which is a prompt. Its token ids may be beside it, in
-    `NAME.token_ids.npy`, with or without that of the last token, which is never fed."""
+def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Response:
+    """An array, which is a prompt. Its token ids may be beside it, in `NAME.token_ids.npy`, with or
+    without that of the last token, which is never fed."""
     context.read(path.stat().st_size)
-    fields: dict[str, Any] = {"array": array_of_npy_file(path)}
-    beside, rows = path.with_suffix(".token_ids.npy"), len(fields["array"])
+    routed_TBK = array_of_npy_file(path)
+    beside, rows, ids_T = path.with_suffix(".token_ids.npy"), len(routed_TBK), None
     if beside.is_file():
-        fields["ids"] = ids_of_npy_file(beside)
-        if len(fields["ids"]) not in (rows, rows + 1):
-            raise MoeInspectError(
-                f"{beside} has {len(fields['ids'])} token ids, {path} {rows} tokens"
-            )
-    return fields
+        ids_T = ids_of_npy_file(beside)
+        if len(ids_T) not in (rows, rows + 1):
+            raise MoeInspectError(f"{beside} has {len(ids_T)} token ids, {path} {rows} tokens")
+    expected = rows if ids_T is not None and len(ids_T) > rows else None
+    begin, end = _padding(routed_TBK, expected, str(path))
+    part = slice(begin, rows - end)
+    fed = None if ids_T is None else ids_T[part]
+    kept = routed_TBK[part]
+    return Response(str(path), {}, kept, begin + end, path, source, 0, len(kept), fed)
 
 
 def _response(
     where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: ImportSource
 ) -> Response:
     rows = len(routed_TBK)
-    named = {name: fields.get(name) for name in ("domain", "document")}
-    if path.suffix == ".npy":
-        ids_T = fields.get("ids")
-        begin, end = _padding(
-            routed_TBK, rows if ids_T is not None and len(ids_T) > rows else None, where
-        )
-        part = slice(begin, rows - end)
-        return Response(
-            where,
-            named,
-            routed_TBK[part],
-            begin + end,
-            path,
-            source,
-            0,
-            rows - begin - end,
-            None if ids_T is None else ids_T[part],
-        )
     name = next((name for name in STARTS if fields.get(name) is not None), STARTS[0])
     start = integer(fields.get(name) or 0, f"{where}: {name}")
     prompt_ids, generated = _token_ids(fields, where)
@@ -278,8 +248,9 @@ def _response(
             f"and the {len(generated)} generated, the last of which is never "
             f"fed{_mismatch(fields, rows, expected)}"
         )
+    said = {name: fields.get(name) for name in ("domain", "document")}
     out = rows - len(kept)
-    return Response(where, named, kept, out, path, source, start, len(prompt_ids), fed)
+    return Response(where, said, kept, out, path, source, start, len(prompt_ids), fed)
 
 
 def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[int, int]:
@@ -341,7 +312,7 @@ def _sequences(
     cut = T if response.prompt is None else min(max(response.prompt - start, 0), T)
     token_id = None if response.fed is None else response.fed[start : start + T]
     ids = select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
-    domain, name = response.named["domain"], response.named["document"]
+    domain, name = response.named.get("domain"), response.named.get("document")
     domain = domain if isinstance(domain, str) and domain else named(response.path)
     domain = response.source.domain or domain
     document, documents = numbers.document(

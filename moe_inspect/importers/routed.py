@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import binascii
-import os
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import mapped, open_regular
+from moe_inspect.files import mapped
 from moe_inspect.importers.batches import NO_ID
 from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
@@ -46,77 +47,80 @@ def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarr
     return np.frombuffer(data, "<i4").reshape(-1, blocks, top_k)
 
 
-def array_of_npy(data: bytes, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K] in memory."""
-    return _array(data, _npy(data[:HEAD_BYTES], len(data), where))
+def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int) -> np.ndarray:
+    """`routed_experts` of TensorRT-LLM, the base64 of a `.npy` with the layers with experts alone,
+    which are `layers` of the model's `blocks`: [T, B, K], −1 in dense blocks."""
+    routed_TLK = decode_vllm(text, where)
+    T, L, K = routed_TLK.shape
+    if len(layers) != L:
+        raise MoeInspectError(
+            f"{where} has {L} layers with experts, the model's config {len(layers)}: "
+            "is it the config of this model?"
+        )
+    routed_TBK = np.full((T, blocks, K), -1, np.promote_types(routed_TLK.dtype, np.int8))
+    routed_TBK[:, layers] = routed_TLK
+    return routed_TBK
 
 
-def array_of_npy_file(path: Path) -> np.ndarray:
-    """The same of a file, which is mapped."""
-    return _array(*_mapped(path, _npy))
-
-
-def ids_of_npy_file(path: Path) -> np.ndarray:
-    """A `.npy` file of token ids, integers [T]."""
-    ids_T = _array(*_mapped(path, _npy_of_ids))
-    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
-    return ids_T
-
-
-class Npy(NamedTuple):
-    """What the header of a `.npy` says, and where its data starts."""
-
-    dtype: np.dtype
-    fortran: bool
-    shape: tuple[int, ...]
-    start: int
-
-
-def _mapped(path: Path, check: Callable[[bytes, int, str], Npy]) -> tuple[bytes | mmap, Npy]:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        header = check(file.read(HEAD_BYTES), size, str(path))
-    return mapped(path), header
-
-
-def _array(data: bytes | mmap, header: Npy) -> np.ndarray:
-    dtype, fortran, shape, start = header
-    flat = np.frombuffer(data, dtype, offset=start)
-    return flat.reshape(shape[::-1]).transpose() if fortran else flat.reshape(shape)
-
-
-def _npy(head: bytes, size: int, where: str) -> Npy:
-    """The header of an array [T, B, K] of `size` bytes. What it declares must be what there is, and
-    what a response may have: nothing is read or allocated before."""
-    dtype, fortran, shape, start = npy_header(head, where)
+def array_of_npy(data: bytes | mmap, where: str) -> np.ndarray:
+    """A `.npy` of integers [T, B, K]. What its header declares must be what there is, and what a
+    response may have: nothing is read or allocated before."""
+    header = npy_header(data[:HEAD_BYTES], where)
+    shape, size = header.shape, len(data)
     if len(shape) != 3 or 0 in shape[1:]:
         raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
-    if npy_bytes(dtype, shape) != size - start:
+    if header.nbytes != size - header.start:
         raise MoeInspectError(
-            f"{where} declares {shape} of {dtype}, {npy_bytes(dtype, shape):,} bytes, and holds "
-            f"{size - start:,}"
+            f"{where} declares {shape} of {header.dtype}, {header.nbytes:,} bytes, and holds "
+            f"{size - header.start:,}"
         )
     if shape[0] > MOST_TOKENS or size > MOST_NPY_BYTES:
         raise MoeInspectError(
             f"{where} has {shape[0]:,} tokens in {size:,} bytes, more than any response "
             f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
         )
-    return Npy(dtype, fortran, shape, start)
+    return header.array(data)
 
 
-def _npy_of_ids(head: bytes, size: int, where: str) -> Npy:
-    dtype, fortran, shape, start = npy_header(head, where)
-    if len(shape) != 1 or npy_bytes(dtype, shape) != size - start:
+def array_of_npy_file(path: Path) -> np.ndarray:
+    """The same of a file, which is mapped."""
+    return array_of_npy(mapped(path), str(path))
+
+
+def ids_of_npy_file(path: Path) -> np.ndarray:
+    """A `.npy` file of token ids, integers [T]."""
+    data = mapped(path)
+    header = npy_header(data[:HEAD_BYTES], str(path))
+    if len(header.shape) != 1 or header.nbytes != len(data) - header.start:
         raise MoeInspectError(
-            f"{where} is not a list of token ids: it declares {shape} of {dtype} and holds "
-            f"{size - start:,} bytes"
+            f"{path} is not a list of token ids: it declares {header.shape} of {header.dtype} and "
+            f"holds {len(data) - header.start:,} bytes"
         )
-    return Npy(dtype, fortran, shape, start)
+    ids_T = header.array(data)
+    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
+    return ids_T
 
 
-def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
-    """dtype (an integer's, at most 64 bits), whether in Fortran's order, shape, and where the data
+class Npy(NamedTuple):
+    """What the header of a `.npy` says (of integers of at most 64 bits), and where its data
     starts."""
+
+    dtype: np.dtype
+    fortran: bool
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        # in Python's integers: a hostile shape overflows NumPy's
+        return math.prod(self.shape, start=self.dtype.itemsize)
+
+    def array(self, data: bytes | mmap) -> np.ndarray:
+        flat = np.frombuffer(data, self.dtype, offset=self.start)
+        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def npy_header(head: bytes, where: str) -> Npy:
     version = head[6:8]
     if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
         raise MoeInspectError(f"{where} is not a .npy file: it begins with {head[:8]!r}")
@@ -141,14 +145,7 @@ def npy_header(head: bytes, where: str) -> tuple[np.dtype, bool, tuple[int, ...]
         raise MoeInspectError(
             f"{where} is not a .npy file of integers: its header is {found[0][:120]!r}"
         )
-    return dtype, found[2] == b"True", shape, end
-
-
-def npy_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    total = dtype.itemsize  # in Python's integers: a hostile shape overflows NumPy's
-    for extent in shape:
-        total *= extent
-    return total
+    return Npy(dtype, found[2] == b"True", shape, end)
 
 
 def select_routers(
@@ -206,19 +203,13 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str) -> np.ndarray:
 
 def repeats(ids_TK: np.ndarray) -> np.ndarray:
     """bool [T]: whether a decision has an expert twice; slots of −1 are ignored."""
-    twice_T = np.zeros(len(ids_TK), bool)
     if ids_TK.shape[1] <= 12:  # pairs of columns beat sorting so few
+        twice_T = np.zeros(len(ids_TK), bool)
         columns = [np.ascontiguousarray(ids_TK[:, j]) for j in range(ids_TK.shape[1])]
-        for a, first in enumerate(columns):
-            for second in columns[a + 1 :]:
-                twice_T |= first == second
-        if twice_T.any() and ids_TK.dtype.kind == "i" and (ids_TK < 0).any():
-            return _repeats_by_sorting(ids_TK)
-        return twice_T
-    return _repeats_by_sorting(ids_TK)
-
-
-def _repeats_by_sorting(ids_TK: np.ndarray) -> np.ndarray:
+        for first, second in combinations(columns, 2):
+            twice_T |= first == second
+        if not (twice_T.any() and ids_TK.dtype.kind == "i" and (ids_TK < 0).any()):
+            return twice_T
     sorted_TK = np.sort(ids_TK, axis=1)
     return ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != -1)).any(1)
 
@@ -249,23 +240,6 @@ def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
 
     end = run(range(T - 1, -1, -1))
     return (run(range(T)) if end < T else 0), end
-
-
-def with_dense_blocks(
-    routed_TLK: np.ndarray, layers: Sequence[int], blocks: int, where: str
-) -> np.ndarray:
-    """[T, B, K], −1 in dense blocks, of an array that has only the layers with experts, which are
-    `layers` of the model's `blocks`."""
-    T, L, K = routed_TLK.shape
-    if len(layers) != L:
-        raise MoeInspectError(
-            f"{where} has {L} layers with experts, the model's config {len(layers)}: "
-            "is it the config of this model?"
-        )
-    signed = np.promote_types(routed_TLK.dtype, np.int8)
-    routed_TBK = np.full((T, blocks, K), -1, signed)
-    routed_TBK[:, layers] = routed_TLK
-    return routed_TBK
 
 
 def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:

@@ -21,16 +21,15 @@ from moe_inspect.files import read_small
 from moe_inspect.importers.batches import (
     MOST_COUNT,
     Numbering,
-    batch_of_counts,
     batch_of_decisions,
-    one_ranks_experts,
+    batches_of_windows,
     tokens_without_order,
     windows_of,
 )
 from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.responses import read_responses
-from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, decode_vllm, with_dense_blocks
+from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, decode_tensorrt, decode_vllm
 from moe_inspect.importers.values import integer, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
@@ -99,14 +98,9 @@ def tensorrt_llm_routed(context: ImportContext) -> Imported:
             "TensorRT-LLM returns no rows for dense layers: without --model or --config, layers "
             "are numbered from 0 on"
         )
-
         return read_responses(context, decode_vllm)
     layers = [router.layer for router in facts.routers()]
-    return read_responses(context, partial(_with_dense_blocks, layers, facts.layers))
-
-
-def _with_dense_blocks(layers: list[int], blocks: int, text: object, where: str) -> np.ndarray:
-    return with_dense_blocks(decode_vllm(text, where), layers, blocks, where)
+    return read_responses(context, partial(decode_tensorrt, layers=layers, blocks=facts.layers))
 
 
 def _opened(path: Path) -> tuple[Any, Keys]:
@@ -162,21 +156,13 @@ def _counts(
     window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
     load_WLE = np.zeros((max(window_of.values()) + 1, len(routers), E), np.int64)
     for path, file, keys in opened:
-        before_LE = load_WLE.sum(0)
         for iteration, of_layer in keys.items():
             for layer, name in of_layer.items():
                 load_WLE[window_of[iteration], row_of[layer]] += _tensor(
                     file, path, name, (E,), MOST_COUNT
                 )
         context.read(path.stat().st_size)
-        if (block := one_ranks_experts(load_WLE.sum(0) - before_LE)) and len(opened) == 1:
-            context.warn(
-                f"{path} counts only experts {block[0]}-{block[1]} of {E}: one rank's own? give "
-                "the files of all ranks"
-            )
-    for w, load_LE in enumerate(load_WLE):
-        if load_LE.any():
-            yield batch_of_counts([load_E[None] for load_E in load_LE], routers, [domain], w)
+    yield from batches_of_windows(load_WLE, routers, domain)
 
 
 def _decisions(

@@ -18,7 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import (
     MOST_COUNT,
     WINDOWS,
-    batch_of_counts,
+    batches_of_windows,
     one_ranks_experts,
     windows_of,
 )
@@ -28,7 +28,6 @@ from moe_inspect.importers.values import integer
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import CountedBatches
 
 NEEDS_TORCH = "SGLang's .pt files need torch: pip install 'moe-inspect[trace]'"
 File = tuple[Path, ImportSource, dict[str, Any]]
@@ -137,10 +136,22 @@ def records(files: list[File]) -> Iterator[tuple[str, Path, ImportSource, dict[s
             yield f"{path}: record {n}", path, source, record
 
 
-def _routing_layers(
-    context: ImportContext, load_BE: np.ndarray, where: Path, top_k: int
-) -> list[Router]:
+def _imported(
+    context: ImportContext,
+    load_WBE: np.ndarray,
+    where: Path,
+    domain: str,
+    notes: Sequence[str] = (),
+) -> Imported:
+    routers = _routing_layers(context, load_WBE.sum(0), where)
+    load_WLE = load_WBE[:, [router.layer for router in routers]]
+    batches = batches_of_windows(load_WLE, routers, domain)
+    return Imported(routers, batches, counts_only=True, notes=notes)
+
+
+def _routing_layers(context: ImportContext, load_BE: np.ndarray, where: Path) -> list[Router]:
     """The routers of a counts dump: the config's, or every layer that has counts."""
+    top_k = context.known_top_k(where)
     B, E = load_BE.shape
     if not 1 <= B <= MOST_LAYERS or not 1 <= E <= MOST_EXPERTS:
         raise MoeInspectError(f"{where} has {B} layers of {E} experts, which is not possible")
@@ -167,12 +178,6 @@ def _routing_layers(
     return context.routers_of(context.facts.experts, E, top_k, where)
 
 
-def _windows(load_WBE: np.ndarray, routers: list[Router], domain: str) -> Iterator[CountedBatches]:
-    for w, load_BE in enumerate(load_WBE):
-        if load_BE.any():
-            yield batch_of_counts([load_BE[None, r.layer] for r in routers], routers, [domain], w)
-
-
 def stat(context: ImportContext, files: list[File]) -> Imported:
     """`logical_count` [S, B, E], already summed over ranks; a row of zeros was never written. The
     rows are a ring: where the last one is filled, later passes may have overwritten earlier ones,
@@ -195,7 +200,6 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
     for s, w in enumerate(window_S):
         load_WBE[w] += count_SBE[s]
     context.read(path.stat().st_size)
-    routers = _routing_layers(context, load_WBE.sum(0), path, context.known_top_k(path))
     rate = content.get("average_utilization_rate_over_window")
     notes = [f"average_utilization_rate_over_window {rate}"] if isinstance(rate, float) else []
     if wrapped:
@@ -210,12 +214,7 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
             "logical_count is full: earlier passes may be lost; the order of its rows is not "
             "that of the passes, so it is one window"
         )
-    return Imported(
-        routers,
-        _windows(load_WBE, routers, source.domain or named(path)),
-        counts_only=True,
-        notes=notes,
-    )
+    return _imported(context, load_WBE, path, source.domain or named(path), notes)
 
 
 def logical_experts(path: Path, content: dict[str, Any], experts: int | None) -> np.ndarray:
@@ -304,7 +303,4 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
             "rank's own? give the files of all ranks"
         )
     context.read(sum(p.stat().st_size for p, _, _ in files))
-    routers = _routing_layers(context, load_WBE.sum(0), path, context.known_top_k(path))
-    return Imported(
-        routers, _windows(load_WBE, routers, source.domain or named(files[0][0])), counts_only=True
-    )
+    return _imported(context, load_WBE, path, source.domain or named(files[0][0]), [])

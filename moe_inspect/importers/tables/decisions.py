@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
@@ -42,9 +43,8 @@ PHASES = {"prefill": 0, "0": 0, "": 0, "decode": 1, "1": 1}
 
 class Spool:
     """The rows of all files, in a temporary file. experts: of the largest layer, 0 where the files
-    alone can say it. layers: of each group of rows, which is a file,
-    or the files of a folder that name a layer each. documents: (group, name) → number; domains: of
-    each document."""
+    alone can say it. layers: of each group of rows, which is a file, or the files of a folder that
+    name a layer each. documents: (group, name) → number; domains: of each document."""
 
     def __init__(self, context: ImportContext, preset: Preset):
         known = max(context.facts.experts.values(), default=0) if context.facts else 0
@@ -147,13 +147,10 @@ class Spool:
 
     def _row_numbers(self, of_N: np.ndarray) -> np.ndarray:
         """How many rows of the same document and layer there are before each."""
-        found, at_N, times = np.unique(of_N, return_inverse=True, return_counts=True)
-        order = np.argsort(at_N, kind="stable")
-        number_N = np.empty(len(of_N), np.int64)
-        number_N[order] = np.arange(len(of_N)) - np.repeat(times.cumsum() - times, times)
-        number_N += np.array([self._seen[one] for one in found.tolist()])[at_N]
-        self._seen.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
-        return number_N
+        of = pd.Series(of_N)
+        number_N = of.groupby(of_N).cumcount() + of.map(self._seen)
+        self._seen.update(of.value_counts().to_dict())
+        return number_N.to_numpy()
 
     def _token_ids(self, chunk: TableChunk) -> np.ndarray | int:
         texts = [t or "" for t in chunk.texts("token_text")] if "token_text" in chunk else []

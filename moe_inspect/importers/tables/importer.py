@@ -24,7 +24,7 @@ from moe_inspect.importers.tables.decisions import decisions
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of
 from moe_inspect.model.config import MOST_EXPERTS
-from moe_inspect.text import ranges
+from moe_inspect.text import ranges, storable
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import CountedBatches
@@ -108,7 +108,7 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     known = context.facts.experts if context.facts else {}
     unused = [layer for layer in of_layer.index[of_layer == 0] if layer not in known]
     if unused and len(unused) < len(of_layer):
-        frame = frame[~frame["layer"].isin(unused)]
+        frame = frame[~frame["layer"].isin(unused)].copy()
         if context.facts is None:
             note = f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
             context.warn(f"{where}: {note}")
@@ -183,12 +183,13 @@ def _columns(chunk: TableChunk, preset: Preset) -> dict[str, np.ndarray | list[s
         raise chunk.lacks(missing[0])
     layer_N = chunk.numbers("layer", 0, MOST_LAYER if not preset.layers else len(preset.layers) - 1)
     layer_N = np.array(preset.layers)[layer_N] if preset.layers else layer_N
-    domains = [named(chunk.path)] * N
-    if label := chunk.source.domain or chunk.said.get("domain"):
-        domains = [label] * N
+    label = chunk.source.domain or chunk.said.get("domain")
+    domains = [storable(label or named(chunk.path))] * N
     if "domain" in chunk:
         of_rows = [text or "" for text in chunk.texts("domain")]
-        domains = [f"{label}/{text}" for text in of_rows] if "domain" in chunk.said else of_rows
+        domains = (
+            [f"{domains[0]}/{text}" for text in of_rows] if "domain" in chunk.said else of_rows
+        )
     made: dict[str, np.ndarray | list[str]] = {
         "layer": layer_N,
         "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
