@@ -141,7 +141,7 @@ def _imported(
     load_WBE: np.ndarray,
     where: Path,
     domain: str,
-    notes: Sequence[str] = (),
+    notes: list[str],
 ) -> Imported:
     routers = _routing_layers(context, load_WBE.sum(0), where)
     load_WLE = load_WBE[:, [router.layer for router in routers]]

@@ -149,7 +149,7 @@ class Spool:
         """How many rows of the same document and layer there are before each."""
         of = pd.Series(of_N)
         number_N = of.groupby(of_N).cumcount() + of.map(self._seen)
-        self._seen.update(of.value_counts().to_dict())
+        self._seen.update(of_N.tolist())
         return number_N.to_numpy()
 
     def _token_ids(self, chunk: TableChunk) -> np.ndarray | int:
