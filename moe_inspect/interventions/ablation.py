@@ -23,7 +23,6 @@ from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.interventions.held_out import HeldOut, documents_of
-from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.interventions.rules import how_dropped
 from moe_inspect.model.families import LAYER
 from moe_inspect.model.routers import Site, in_layers
@@ -126,11 +125,8 @@ def measure(
             losses[b, *WHOLE] = whole.tolist()
             passes += 1
         for r, expert in pairs:
-            dropped = Intervention(
-                held_out.network, drop={sites[r].path: expert}, routers=held_out.routers
-            )
-            with dropped, below.skipped(sites[r]):
-                losses[b, r, expert] = held_out.losses(b).tolist()
+            with below.skipped(sites[r]):
+                losses[b, r, expert] = held_out.losses(b, {sites[r].path: [expert]}).tolist()
             passes += 1
             if progress is not None:
                 progress(passes, total)

@@ -5,7 +5,7 @@ B rows, S positions, V vocabulary, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from moe_inspect.capture.feed import forward, forward_own, logits_of, padded
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.model.custom.spec import RouterSpec
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.own import OwnModel
@@ -44,9 +45,12 @@ class HeldOut:
         return find_routers(self.network, self.routers)
 
     @torch.inference_mode()
-    def losses(self, batch: int) -> np.ndarray:
+    def losses(self, batch: int, drop: Mapping[str, Sequence[int]] | None = None) -> np.ndarray:
         """The loss of each sequence of a batch: the sum, in nats, of predicting each of its tokens
-        but the first. float64 [B]"""
+        but the first. `drop`: path of a router → experts that it does without. float64 [B]"""
+        if drop:
+            with Intervention(self.network, drop={**drop}, routers=self.routers):
+                return self.losses(batch)
         sequences = self.batches[batch]
         if self.own is not None and not self.own.is_of_transformers:
             return np.array([self._own_loss(self.own, row) for row in sequences])

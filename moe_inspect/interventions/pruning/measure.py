@@ -20,7 +20,6 @@ from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.interventions.ablation import Progress
 from moe_inspect.interventions.held_out import HeldOut, documents_of
-from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
@@ -105,24 +104,15 @@ def measure(
         place = [number[row.document] for row in batch]
         for name, draws in made.items():
             for draw, sums_U in zip(draws, nats[name], strict=True):
-                np.add.at(sums_U, place, without(held_out, draw, b))
+                of = zip(held_out.sites, draw, strict=False)
+                drop = {site.path: experts for site, experts in of if len(experts)}
+                np.add.at(sums_U, place, held_out.losses(b, drop))
                 done += 1
                 if progress is not None:
                     progress(done, total)
     known = tokens_U > 0
     nats = {name: [sums_U[known] for sums_U in of] for name, of in nats.items()}
     return Losses(domains, domain_U[known], tokens_U[known], nats)
-
-
-def without(held_out: HeldOut, drop: Drop, batch: int) -> np.ndarray:
-    """The losses of a batch without these experts; see `HeldOut.losses`."""
-    by_path: dict[int | str, Sequence[int]] = {
-        s.path: e for s, e in zip(held_out.sites, drop, strict=False) if len(e)
-    }
-    if not by_path:
-        return held_out.losses(batch)
-    with Intervention(held_out.network, drop=by_path, routers=held_out.routers):
-        return held_out.losses(batch)
 
 
 # --- warnings about a choice of experts to drop
