@@ -21,6 +21,7 @@ from torch.nn import ModuleList
 
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.capture.corpus.plan import TokenSequence
+from moe_inspect.capture.hook.sink import replaced
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.interventions.held_out import HeldOut, documents_of
 from moe_inspect.interventions.rules import how_dropped
@@ -183,18 +184,11 @@ class Below:
         if not self.usable or n - 1 not in self._outputs:
             yield
             return
-        output, below = self._outputs[n - 1], self._blocks[:n]
-        before = [vars(block).get("forward") for block in below]
-        for block in below:
-            block.forward = lambda *args, **kwargs: output
-        try:
+        output = self._outputs[n - 1]
+        with ExitStack() as undo:
+            for block in self._blocks[:n]:
+                undo.callback(replaced(block, "forward", lambda own: lambda *a, **k: output))
             yield
-        finally:
-            for block, own in zip(below, before, strict=True):
-                if own is not None:
-                    block.forward = own
-                else:
-                    del block.forward
 
 
 class KeptLosses(dict[tuple[int, int, int], list[float]]):
