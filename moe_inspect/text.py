@@ -115,6 +115,12 @@ def join_first(items: list[str], most: int, between: str) -> str:
     )
 
 
+def and_more(names: Sequence[str], most: int) -> str:
+    """ "a, b and 3 more": the first `most` names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def comma_list(ids: list[int]) -> str:
     """ "1, 2, 3": the first six ids, and how many more there are."""
     return join_first([str(i) for i in ids], 6, ", ")

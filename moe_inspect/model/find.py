@@ -24,6 +24,7 @@ from moe_inspect.model.routers import (
     layer_of,
     layer_path,
 )
+from moe_inspect.text import and_more
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,9 +142,12 @@ class Candidates:
         return path.rpartition(".")[0] if TIMES in kind else path
 
     def described(self) -> str:
-        parts = [f"{_listed(self.routers)} may be one"] if self.routers else []
-        parts += [f"{_listed(self.experts_lists)} may be its experts"] if self.experts_lists else []
-        return " and ".join(parts)
+        said = {"may be one": self.routers, "may be its experts": self.experts_lists}
+        listed = {
+            what: and_more([f"{path} ({kind})" for path, kind in found.items()], MOST_SHOWN)
+            for what, found in said.items()
+        }
+        return " and ".join(f"{names} {what}" for what, names in listed.items() if names)
 
 
 def candidates(model: Any) -> Candidates | None:
@@ -185,12 +189,6 @@ def candidates(model: Any) -> Candidates | None:
     if not routers and not lists:
         return None
     return Candidates(routers, lists, sizes[0] if len(set(sizes)) == 1 else None)
-
-
-def _listed(found: dict[str, str]) -> str:
-    shown: Iterable[str] = [f"{path} ({kind})" for path, kind in list(found.items())[:MOST_SHOWN]]
-    more = len(found) - MOST_SHOWN
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 # --- of specs

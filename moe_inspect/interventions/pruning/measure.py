@@ -20,7 +20,7 @@ from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.interventions.ablation import Progress
 from moe_inspect.interventions.held_out import HeldOut, documents_of
-from moe_inspect.text import plural
+from moe_inspect.text import and_more, plural
 from moe_inspect.trace.reader import Trace
 
 WHOLE, RANDOM, FREQUENCY, EVERYTHING = "whole", "random", "frequency", "(all)"
@@ -128,15 +128,15 @@ def of_calibration(
     if missing := sorted(asked - known):
         yield (
             "coverage",
-            f"the calibration text lacks {_list(missing)}: the value of experts for it is unknown "
-            f"({trace.path} has {_list(sorted(known))})",
+            f"the calibration text lacks {and_more(missing, NAMED)}: the value of experts for it "
+            f"is unknown ({trace.path} has {and_more(sorted(known), NAMED)})",
         )
     few = _names(held_out, drop, [counts.load_E(r) < JUDGED for r in routers])
     if few:
         yield (
             "few tokens",
             f"{plural(len(few), 'dropped expert')} had fewer than {JUDGED} assignments in the "
-            f"calibration text: {_list(few)}",
+            f"calibration text: {and_more(few, NAMED)}",
         )
 
 
@@ -180,8 +180,8 @@ def of_super_experts(
     if gone := _names(held_out, drop, super_experts(peak_LE, layers, trace.blocks)):
         yield (
             "super experts",
-            f"{plural(len(gone), 'super expert')} would be dropped ({_list(gone)}): they produce "
-            "the largest activations of the model",
+            f"{plural(len(gone), 'super expert')} would be dropped ({and_more(gone, NAMED)}): they "
+            "produce the largest activations of the model",
         )
 
 
@@ -194,7 +194,7 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
         yield from _beside(losses, by, RANDOM)
         worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
         if worse and len(losses.domains) > 1:
-            yield RANDOM, f"random is as good as {by} or better in {_list(worse)}"
+            yield RANDOM, f"random is as good as {by} or better in {and_more(worse, NAMED)}"
     if by not in (RANDOM, FREQUENCY) and FREQUENCY in losses.nats:
         yield from _beside(losses, by, FREQUENCY)
 
@@ -229,11 +229,6 @@ def _names(held_out: HeldOut, drop: Drop, is_LE: Iterable[np.ndarray]) -> list[s
         for e in gone
         if is_E[e]
     ]
-
-
-def _list(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def sequences_of(trace: Trace) -> Iterator[TokenSequence]:
