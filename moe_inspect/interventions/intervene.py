@@ -379,9 +379,10 @@ class _Attachment(Attachment):
             return None
         adapter = site.adapter
         choice_of = adapter.choice if adapter is not None else called_with
-        own = chosen = choice_of(module, args, kwargs, output)
-        if own is None or chosen is None:
+        own = choice_of(module, args, kwargs, output)
+        if own is None:
             return None
+        chosen = own
         if r in self.of.dropped and adapter is not None and adapter.among is not None:
             dropped_E = self.of.dropped[r].to(own[0].device)
             chosen = adapter.among(module, args, kwargs, output, dropped_E)
