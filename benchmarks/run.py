@@ -59,8 +59,8 @@ def overhead(name: str, rounds: int, times: int) -> dict[str, float]:
     without `record` in turn; in a process of its own."""
     import torch
 
+    from moe_inspect.capture.corpus.documents import find_sources
     from moe_inspect.capture.corpus.plan import Plan
-    from moe_inspect.capture.corpus.sources import find_sources
     from moe_inspect.capture.feed import Batch, prefill
     from moe_inspect.capture.options import RecordOptions
     from moe_inspect.capture.recorder import Recorder

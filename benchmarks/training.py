@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measuring import machine, write_results
 from moe_inspect.training.monitor import RoutingMonitor
-from moe_inspect.training.sums import RECENT, DeviceSums, Sums
+from moe_inspect.training.sums import RECENT, DeviceSums, RoutingSums
 from tools.demo import train as recipe
 from tools.demo.balancing import per_layer_balancing_loss
 
@@ -53,7 +53,7 @@ class Recipe:
 @contextlib.contextmanager
 def timed_inside(spent: list[float]) -> Iterator[None]:
     """Adds up, in `spent`, the CPU time of the monitor's own functions on the training thread."""
-    methods: list[tuple[type, str]] = [(Sums, n) for n in ("begin", "feed", "take", "end")]
+    methods: list[tuple[type, str]] = [(RoutingSums, n) for n in ("begin", "feed", "take", "end")]
     methods.append((RoutingMonitor, "step"))
     kept = {(owner, name): getattr(owner, name) for owner, name in methods}
 

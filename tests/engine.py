@@ -27,34 +27,15 @@ import numpy as np
 LAYERS, EXPERTS, K, DENSE, VOCABULARY, END = 2, 8, 3, 0, 300, 1  # of the tiny DeepSeek-V3
 KEY = "sesame"
 MODEL_LENGTH = 200
-SAMPLING = {
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-}
+SAMPLING = "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty"
+OF_VLLM = "model prompt max_tokens return_token_ids routed_experts_prompt_start cache_salt seed"
+OF_SGLANG = (
+    "input_ids sampling_params return_routed_experts routed_experts_start_len "
+    "return_prompt_token_ids extra_key"
+)
 FIELDS = {
-    "/v1/completions": {
-        "model",
-        "prompt",
-        "max_tokens",
-        "return_token_ids",
-        "routed_experts_prompt_start",
-        "cache_salt",
-        "seed",
-        *SAMPLING,
-    },
-    "/generate": {
-        "input_ids",
-        "sampling_params",
-        "return_routed_experts",
-        "routed_experts_start_len",
-        "return_prompt_token_ids",
-        "extra_key",
-    },
+    "/v1/completions": {*OF_VLLM.split(), *SAMPLING.split()},
+    "/generate": {*OF_SGLANG.split()},
 }
 
 
@@ -97,7 +78,7 @@ class Server:
             return 400, {"error": {"message": f"unknown field {strange}"}}
         vllm = path == "/v1/completions"
         sampling = body if vllm else body["sampling_params"]
-        if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING}:
+        if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING.split()}:
             return 400, {"error": {"message": "unknown sampling parameter"}}
         prompt, most = (
             (body["prompt"], body["max_tokens"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,28 +25,8 @@ from tests.families import build, handed_over
 from tests.ranks import Ranks
 from tests.sweep import sample
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "two",
-    "dogs",
-    "ran",
-    "home",
-    "again",
-    "and",
-    "the",
-    "old",
-    "moon",
-    "rose",
-    "over",
-    "every",
-    "roof",
-]
+TEXT = "the cat sat on a mat while two dogs ran home again and the old moon rose over every roof"
+WORDS = TEXT.split()
 
 
 def save_tokenizer(path: Path) -> None:
@@ -63,7 +44,7 @@ def save_tokenizer(path: Path) -> None:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -99,31 +80,35 @@ def corpus(tmp_path_factory: Any) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=40, words=120)
 
 
+@pytest.fixture
+def trace(cli_here: Cli, model: Path, corpus: Path) -> Any:
+    """Runs `moe-inspect trace` of the model over the corpus, with more options."""
+
+    def run(*options: object, out: object = "t", data: object = corpus, check: int = 0) -> Any:
+        return cli_here("trace", model, "-o", out, "--data", data, *options, check=check)
+
+    return run
+
+
 def test_a_saved_model_is_traced_exactly(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+    trace: Any, tmp_path: Path, model: Path, corpus: Path
 ) -> None:
     """The ids and weights that the experts of the same model receive for the same documents, one at
     a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = cli_here(
-        "trace", model, "-o", "t", "--data", corpus, "--max-length", 64, "--batch-tokens", 600
-    )
+    done = trace("--max-length", 64, "--batch-tokens", 600)
     assert done.stdout == ""
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    assert (
-        f"{trace.n_tokens:,} tokens × 2 routers = {trace.n_tokens * 2:,} decisions in t"
-        in done.stderr
-    )
-    network, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model).eval(),
-        AutoTokenizer.from_pretrained(model),
-    )
+    made = moe_inspect.open_trace(tmp_path / "t")
+    n = made.n_tokens
+    assert f"{n:,} tokens × 2 routers = {n * 2:,} decisions in t" in done.stderr
+    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
-    tokens = trace.tokens()
+    tokens = made.tokens()
     assert set(tokens["domain"]) == {"x", "y"}
-    documents = trace.documents().set_index("document")
-    routing = {layer: trace.routing(layer=layer).set_index("token") for layer in (0, 1)}
+    documents = made.documents().set_index("document")
+    routing = {layer: made.routing(layer=layer).set_index("token") for layer in (0, 1)}
     for number, row in enumerate(rows):
         own = tokens[tokens["document"] == number].sort_values(["sequence", "position"])
         plain = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
@@ -136,20 +121,16 @@ def test_a_saved_model_is_traced_exactly(
             for layer in (0, 1):
                 ids, weights = handed_over(network, layer, {"input_ids": torch.tensor([piece])})
                 got = routing[layer].loc[part["token"]]
-                assert (np.sort(got[[f"expert_{j}" for j in range(4)]], 1) == np.sort(ids, 1)).all()
+                chosen, seen = (got.filter(like=name).to_numpy() for name in ("expert_", "weight_"))
+                assert (np.sort(chosen, 1) == np.sort(ids, 1)).all()
                 expected = np.take_along_axis(weights, np.argsort(ids, 1), 1)
-                order = np.argsort(got[[f"expert_{j}" for j in range(4)]].to_numpy(), 1)
-                seen = np.take_along_axis(
-                    got[[f"weight_{j}" for j in range(4)]].to_numpy(), order, 1
-                )
+                seen = np.take_along_axis(seen, np.argsort(chosen, 1), 1)
                 np.testing.assert_allclose(seen, expected, rtol=2**-10)
 
 
-def test_dispatch_and_tap_give_the_same_rows(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
-) -> None:
+def test_dispatch_and_tap_give_the_same_rows(trace: Any, tmp_path: Path) -> None:
     for capture in ("tap", "dispatch"):
-        cli_here("trace", model, "-o", capture, "--data", corpus, "--capture", capture)
+        trace("--capture", capture, out=capture)
     a, b = (moe_inspect.open_trace(tmp_path / c) for c in ("tap", "dispatch"))
     assert a.routing().equals(b.routing())
     assert (a.manifest["capture"]["mode"], b.manifest["capture"]["mode"]) == ("tap", "dispatch")
@@ -176,12 +157,8 @@ def test_options(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> No
     assert "▁the" in set(vocabulary["token"])
 
 
-def test_the_manifest_says_how_it_was_made(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
-) -> None:
-    cli_here(
-        "trace", model, "-o", "t", "--data", corpus, "--max-tokens", 300, "--dtype", "bfloat16"
-    )
+def test_the_manifest_says_how_it_was_made(trace: Any, tmp_path: Path) -> None:
+    trace("--max-tokens", 300, "--dtype", "bfloat16")
     manifest = json.loads((tmp_path / "t/trace.json").read_text())
     assert manifest["format"] == 1
     assert manifest["status"] == "complete"
@@ -200,13 +177,8 @@ def test_the_manifest_says_how_it_was_made(
         "stack": "",
         "slot_order": "weight",
     }
-    assert set(manifest["capture"]["versions"]) == {
-        "moe-inspect",
-        "python",
-        "torch",
-        "transformers",
-        "triton",
-    }
+    packages = {"moe-inspect", "python", "torch", "transformers", "triton"}
+    assert set(manifest["capture"]["versions"]) == packages
 
 
 # --- interrupted, killed, resumed
@@ -265,7 +237,9 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
 ) -> None:
     run = start(model, long_corpus, tmp_path / "t")
     wait_for_a_shard(run, tmp_path / "t")
-    run.signal(how)
+    for _ in range(5 if how == signal.SIGINT else 1):  # more do not cut the closing short
+        run.signal(how)
+        time.sleep(0.005)
     assert run.wait() == [code], run.errors
     said = run.errors
     if how != signal.SIGKILL:
@@ -293,18 +267,15 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
         pd.testing.assert_frame_equal(half.tokens(), uninterrupted.tokens())
 
 
-def test_resume_refuses_other_data(cli_here: Cli, tmp_path: Path, model: Path) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", documents=5, words=10)
-    cli_here("trace", model, "-o", "t", "--data", corpus)
-    assert cli_here("trace", model, "-o", "t", "--data", corpus, "--resume").stderr.startswith(
-        "complete already: "
-    )
-    write_jsonl(corpus, documents=5, words=10, seed=1)
-    done = cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1)
-    assert done.stderr == (
-        f"error: t was made with other data (see {corpus}): resume with the same, or --overwrite\n"
-    )
-    cli_here("trace", model, "-o", "t", "--data", corpus, "--overwrite")
+def test_resume_refuses_other_data(trace: Any, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "c.jsonl", documents=5, words=10)
+    trace(data=data)
+    assert trace("--resume", data=data).stderr.startswith("complete already: ")
+    write_jsonl(data, documents=5, words=10, seed=1)
+    said = trace("--resume", data=data, check=1).stderr
+    other = f"other data (see {data}): resume with the same, or --overwrite"
+    assert said == f"error: t was made with {other}\n"
+    trace("--overwrite", data=data)
 
 
 def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Path) -> None:
@@ -312,44 +283,19 @@ def test_resume_refuses_other_weights(cli_here: Cli, tmp_path: Path, corpus: Pat
     cli_here("trace", model, "-o", "t", "--data", corpus)
     edit_manifest(tmp_path / "t", status="interrupted")
     build("mixtral", seed=1).save_pretrained(model)
-    assert (
-        "was made with weights hash"
-        in cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
-    )
-
-
-def test_a_second_ctrl_c_does_not_cut_the_closing_short(
-    tmp_path: Path, model: Path, long_corpus: Path
-) -> None:
-    run = start(model, long_corpus, tmp_path / "t")
-    wait_for_a_shard(run, tmp_path / "t")
-    for _ in range(5):
-        run.signal(signal.SIGINT)
-        time.sleep(0.005)
-    assert run.wait() == [130]
-    assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
+    said = cli_here("trace", model, "-o", "t", "--data", corpus, "--resume", check=1).stderr
+    assert "was made with weights hash" in said
 
 
 def test_two_writers_are_kept_apart(
-    cli_here: Cli, tmp_path: Path, model: Path, long_corpus: Path
+    trace: Any, tmp_path: Path, model: Path, long_corpus: Path
 ) -> None:
     run = start(model, long_corpus, tmp_path / "t")
     try:
         wait_for_a_shard(run, tmp_path / "t")
         run.signal(signal.SIGSTOP)
         for option in ("--resume", "--overwrite"):
-            done = cli_here(
-                "trace",
-                model,
-                "-o",
-                "t",
-                "--data",
-                long_corpus,
-                "--batch-tokens",
-                4000,
-                option,
-                check=1,
-            )
+            done = trace("--batch-tokens", 4000, option, data=long_corpus, check=1)
             assert f"process {run.processes[0].pid} is still writing t" in done.stderr
     finally:
         run.signal(signal.SIGKILL)
@@ -362,55 +308,40 @@ def test_two_writers_are_kept_apart(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("/no/such/model", "-o", "t"), "error: no model at /no/such/model"),
-        (("./nomodel", "-o", "t"), "error: no model at ./nomodel"),
+        ("/no/such/model -o t", "error: no model at /no/such/model"),
+        ("./nomodel -o t", "error: no model at ./nomodel"),
         (
-            ("no-such-model", "-o", "t"),
-            (
-                "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached or can be "
-                "reached, "
-                "or demo"
-            ),
+            "no-such-model -o t",
+            "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached or can be reached, "
+            "or demo",
         ),
         (
-            ("no such model", "-o", "t"),
-            "error: cannot load model 'no such model': Repo id must use",
+            "no_such:model -o t",
+            "error: cannot load model 'no_such:model': Repo id must use",
         ),
-        (("MODEL", "-o", "t/a/b", "--data", "nothing.txt"), "error: no text at nothing.txt"),
-        (("MODEL", "-o", "t", "--data", "blank.txt"), "error: the corpus is empty"),
-        (("MODEL", "-o", "t", "--data", "title.jsonl"), "choose one with --text-field from title"),
+        ("MODEL -o t/a/b --data nothing.txt", "error: no text at nothing.txt"),
+        ("MODEL -o t --data blank.txt", "error: the corpus is empty"),
+        ("MODEL -o t --data title.jsonl", "choose one with --text-field from title"),
         (
-            ("MODEL", "-o", "t", "--data", "blank.txt", "--max-length", "9999"),
+            "MODEL -o t --data blank.txt --max-length 9999",
             "error: --max-length 9999 is beyond the 256 positions",
         ),
-        (("MODEL", "-o", "blank.txt", "--data", "blank.txt"), "error: blank.txt is a file"),
+        ("MODEL -o blank.txt --data blank.txt", "error: blank.txt is a file"),
         (
-            ("MODEL", "-o", "blank.txt/t", "--data", "blank.txt"),
+            "MODEL -o blank.txt/t --data blank.txt",
             "error: cannot write blank.txt/t: no directory can be made below blank.txt",
         ),
-        (
-            ("MODEL", "-o", "t", "--data", "title.jsonl", "--layers", "x"),
-            "error: cannot read layers 'x'",
-        ),
-        (
-            ("MODEL", "-o", "t", "--data", "text.txt", "--layers", "5"),
-            "error: no router in layer 5",
-        ),
-        (
-            ("MODEL", "-o", "t", "--data", "text.txt", "--device", "cuda:9"),
-            "error: device 'cuda:9' is not available",
-        ),
-        (
-            ("MODEL", "-o", "t", "--data", "text.txt", "--device", "meta"),
-            "error: device 'meta' is not available",
-        ),
+        ("MODEL -o t --data title.jsonl --layers x", "error: cannot read layers 'x'"),
+        ("MODEL -o t --data text.txt --layers 5", "error: no router in layer 5"),
+        ("MODEL -o t --data text.txt --device cuda:9", "error: device 'cuda:9' is not available"),
+        ("MODEL -o t --data text.txt --device meta", "error: device 'meta' is not available"),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    cli_here: Cli, tmp_path: Path, model: Path, arguments: tuple[str, ...], says: str
+    cli_here: Cli, tmp_path: Path, model: Path, arguments: str, says: str
 ) -> None:
     write_bad_corpora(tmp_path)
-    named = [str(model) if a == "MODEL" else a for a in arguments]
+    named = arguments.replace("MODEL", str(model)).split()
     is_one_clear_line(cli_here("trace", *named, check=1), says, tmp_path)
 
 
@@ -426,9 +357,8 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(
         broken / "odd": "error: cannot load model",
         broken / "wordless": "tokenizer of",
     }
-    runs = in_one_process(
-        tmp_path, *(("trace", path, "-o", "t", "--data", "text.txt") for path in says)
-    )
+    commands = [("trace", path, "-o", "t", "--data", "text.txt") for path in says]
+    runs = in_one_process(tmp_path, *commands)
     for done, expected in zip(runs, says.values(), strict=True):
         assert done.returncode == 1
         is_one_clear_line(done, expected, tmp_path)
@@ -462,22 +392,15 @@ def test_a_place_that_takes_no_directory_is_named(cli_here: Cli) -> None:
 def broken(tmp_path_factory: Any, model: Path) -> Path:
     """The model with experts missing, with a torn weights file, with an odd config, without its
     tokenizer."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     place = tmp_path_factory.mktemp("broken")
     for name in ("lacking", "torn", "odd", "wordless"):
         shutil.copytree(model, place / name)
-    weights = load_file(model / "model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if "experts" not in k},
-        place / "lacking/model.safetensors",
-        {"format": "pt"},
-    )
-    (place / "torn/model.safetensors").write_bytes(
-        (model / "model.safetensors").read_bytes()[:5000]
-    )
+    stored = model / "model.safetensors"
+    weights = {k: v for k, v in load_file(stored).items() if "experts" not in k}
+    save_file(weights, place / "lacking/model.safetensors", {"format": "pt"})
+    (place / "torn/model.safetensors").write_bytes(stored.read_bytes()[:5000])
     config = json.loads((model / "config.json").read_text())
     (place / "odd/config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
     for file in (place / "wordless").glob("tokenizer*"):
@@ -487,20 +410,13 @@ def broken(tmp_path_factory: Any, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: Any, model: Path) -> Path:
-    import shutil
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, path / name)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=300,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=300)
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
@@ -541,21 +457,10 @@ def test_help_is_light(cli: Cli, cli_here: Cli) -> None:
 
 def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> None:
     leader, follower = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "moe_inspect",
-        "trace",
-        str(model),
-        "-o",
-        str(tmp_path / "t"),
-        "--data",
-        str(corpus),
-        "--batch-tokens",
-        "64",
-    ]
+    options = f"trace {model} -o {tmp_path / 't'} --data {corpus} --batch-tokens 64"
+    command = ["-m", "moe_inspect", *options.split()]
     process = subprocess.Popen(
-        command,
+        [sys.executable, *command],
         stderr=follower,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
@@ -573,48 +478,30 @@ def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> 
 
 
 def test_overwrite_keeps_the_old_trace_until_there_is_a_new_one(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
+    cli_here: Cli, trace: Any, tmp_path: Path, corpus: Path
 ) -> None:
-    cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
+    trace("--max-tokens", 100)
     cli_here("trace", "no-such-model", "-o", "t", "--data", corpus, "--overwrite", check=1)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 100
-    cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 50, "--overwrite")
+    trace("--max-tokens", 50, "--overwrite")
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 50
 
 
-def test_resume_completes_a_trace_that_lacks_only_its_status(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
-) -> None:
-    cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100)
-    path = tmp_path / "t/trace.json"
+def test_resume_completes_a_trace_that_lacks_only_its_status(trace: Any, tmp_path: Path) -> None:
+    trace("--max-tokens", 100)
+    path, nothing = tmp_path / "t/trace.json", {"tokens": 0, "decisions": 0, "dropped": 0}
     whole = json.loads(path.read_text())
-    edit_manifest(
-        tmp_path / "t", status="recording", counts={"tokens": 0, "decisions": 0, "dropped": 0}
-    )
-    cli_here("trace", model, "-o", "t", "--data", corpus, "--max-tokens", 100, "--resume")
+    edit_manifest(tmp_path / "t", status="recording", counts=nothing)
+    trace("--max-tokens", 100, "--resume")
     assert json.loads(path.read_text()) == whole
 
 
-def test_a_device_map_spreads_the_model(
-    cli_here: Cli, tmp_path: Path, model: Path, corpus: Path
-) -> None:
-    cli_here("trace", model, "-o", "a", "--data", corpus)
-    cli_here("trace", model, "-o", "b", "--data", corpus, "--device-map", "auto")
+def test_a_device_map_spreads_the_model(trace: Any, tmp_path: Path) -> None:
+    trace(out="a")
+    trace("--device-map", "auto", out="b")
     a, b = (moe_inspect.open_trace(tmp_path / name) for name in "ab")
     assert a.routing().equals(b.routing())
-    error = cli_here(
-        "trace",
-        model,
-        "-o",
-        "c",
-        "--data",
-        corpus,
-        "--device-map",
-        "auto",
-        "--device",
-        "cpu",
-        check=1,
-    ).stderr
+    error = trace("--device-map", "auto", "--device", "cpu", out="c", check=1).stderr
     assert error == "error: --device-map cannot be combined with --device or --random-init\n"
 
 
@@ -622,26 +509,20 @@ def test_a_device_map_spreads_the_model(
 def test_in_every_dtype(dtype: str, tmp_path: Path, model: Path, corpus: Path) -> None:
     trace = moe_inspect.trace_model(str(model), tmp_path / "t", data=[str(corpus)], dtype=dtype)
     assert trace.manifest["capture"]["dtype"] == dtype
-    assert trace.manifest["capture"]["weight_dtype"] == (
-        "bfloat16" if dtype == "bfloat16" else "float16"
-    )
+    stored = "bfloat16" if dtype == "bfloat16" else "float16"
+    assert trace.manifest["capture"]["weight_dtype"] == stored
     # Qwen3's are renormalised
     assert trace.routing().filter(like="weight_").sum(axis=1).between(0.98, 1.02).all()
 
 
-def test_a_trace_by_its_url(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
-    url = f"memory://{tmp_path.name}/t"
-    how = ("--data", corpus, "--batch-tokens", 100)
-    said = cli_here("trace", model, "-o", url, *how, "--max-tokens", 200).stderr
-    assert f" in {url} (" in said
-    cli_here("trace", model, "-o", "t", *how, "--max-tokens", 200)
+def test_a_trace_by_its_url(cli_here: Cli, trace: Any, tmp_path: Path) -> None:
+    url, how = f"memory://{tmp_path.name}/t", ("--batch-tokens", 100, "--max-tokens", 200)
+    assert f" in {url} (" in trace(*how, out=url).stderr
+    trace(*how)
     ours, theirs = moe_inspect.open_trace(url), moe_inspect.open_trace(tmp_path / "t")
     pd.testing.assert_frame_equal(ours.routing(), theirs.routing())
-    assert "there is a trace at memory://" in cli_here("trace", model, "-o", url, check=1).stderr
-    again = cli_here("trace", model, "-o", url, *how, "--max-tokens", 200, "--resume").stderr
-    assert again.startswith("complete already")
-    cli_here("trace", model, "-o", url, *how, "--max-tokens", 100, "--overwrite")
+    assert "there is a trace at memory://" in trace(out=url, check=1).stderr
+    assert trace(*how, "--resume", out=url).stderr.startswith("complete already")
+    trace("--max-tokens", 100, "--overwrite", out=url)
     assert f"{url} is fine: 100 tokens" in cli_here("verify", url).stdout
-    assert (
-        "cannot open strange://t" in cli_here("trace", model, "-o", "strange://t", check=1).stderr
-    )
+    assert "cannot open strange://t" in trace(out="strange://t", check=1).stderr

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.capture.corpus import tokenize
-from moe_inspect.capture.corpus.documents import CorpusStats, interleaved
+from moe_inspect.capture.corpus.documents import CorpusStats, find_sources, interleaved
 from moe_inspect.capture.corpus.plan import (
     Frame,
     Plan,
@@ -29,7 +29,6 @@ from moe_inspect.capture.corpus.plan import (
     special_frame,
     with_documents,
 )
-from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT
 
@@ -53,9 +52,8 @@ class Characters:
 def documents(
     data: list[Any], text_field: str = "text", domain_field: str | None = None
 ) -> list[tuple[str, str]]:
-    found = interleaved(
-        find_sources([str(d) for d in data]), text_field, domain_field, CorpusStats()
-    )
+    sources = find_sources([str(d) for d in data])
+    found = interleaved(sources, text_field, domain_field, CorpusStats())
     return [(domain, text) for domain, _, text in found]
 
 
@@ -76,14 +74,8 @@ def test_every_format(tmp_path: Path) -> None:
 
 
 def test_labels_and_folders(tmp_path: Path) -> None:
-    for place in (
-        "de/1.txt",
-        "de/deep/2.txt",
-        "en/3.txt",
-        "4.txt",
-        ".hidden/5.txt",
-        "en/readme.md",
-    ):
+    places = ["de/1.txt", "de/deep/2.txt", "en/3.txt", "4.txt", ".hidden/5.txt", "en/readme.md"]
+    for place in places:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(place)
     assert set(documents([tmp_path])) == {
@@ -118,22 +110,15 @@ def test_the_trace_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "run/routing").mkdir(parents=True)
     (tmp_path / "run/routing/part-0-0.parquet").write_text("not text")
     assert len(find_sources([str(tmp_path)])) == 2
-    assert [
-        Path(s.path).name for s in find_sources([str(tmp_path)], leave_out=tmp_path / "run")
-    ] == ["a.txt"]
+    found = find_sources([str(tmp_path)], leave_out=tmp_path / "run")
+    assert [Path(s.path).name for s in found] == ["a.txt"]
 
 
 def test_domains_take_turns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{n}"}}\n' for n in range(4)))
     (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "b{n}"}}\n' for n in range(2)))
-    assert [t for _, t in documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])] == [
-        "a0",
-        "b0",
-        "a1",
-        "b1",
-        "a2",
-        "a3",
-    ]
+    found = [text for _, text in documents([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])]
+    assert found == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
 def test_an_fsspec_url() -> None:
@@ -227,13 +212,13 @@ def test_every_token_is_fed_once(
     frame = Frame((0,), (1,)) if framed else Frame()
     tokenizer = Characters([0], [1])
     stats = CorpusStats()
-    rows = list(
-        sequences((("d", "s", t) for t in texts), tokenizer, frame, max_length, max_tokens, stats)
-    )
+
+    def made(max_tokens: int | None) -> list[TokenSequence]:
+        of = (("d", "s", text) for text in texts)
+        return list(sequences(of, tokenizer, frame, max_length, max_tokens, stats))
+
+    rows = made(max_tokens)
     assert all(0 < len(r.ids) <= max_length for r in rows)
-    fed = sum(len(r.ids) for r in rows)
-    if max_tokens is not None:
-        assert fed <= max_tokens
     if max_tokens is None:
         for number, text in enumerate(texts):
             own = [r for r in rows if r.document == number]
@@ -241,15 +226,8 @@ def test_every_token_is_fed_once(
             assert {r.document_tokens for r in own} == {sum(len(r.ids) for r in own)}
             assert {r.document_sequences for r in own} == {len(own)}
     else:
-        assert fed == min(
-            max_tokens,
-            sum(
-                len(r.ids)
-                for r in sequences(
-                    (("d", "s", t) for t in texts), tokenizer, frame, max_length, None, stats
-                )
-            ),
-        )
+        cut, whole = (sum(len(r.ids) for r in of) for of in (rows, made(None)))
+        assert cut == min(max_tokens, whole)
     packed = list(batches(rows, batch_tokens))
     assert sorted(r.sequence for b in packed for r in b) == [r.sequence for r in rows]
     fed: set[int] = set()
@@ -266,23 +244,19 @@ def test_packing_wastes_little() -> None:
         TokenSequence(n, n, "d", "s", np.zeros(rng.integers(1, 512), np.int32), 1, 1)
         for n in range(2000)
     ]
-    packed = list(batches(rows, 4096))
-    padded = sum(len(b) * max(len(r.ids) for r in b) for b in packed)
-    in_order = [rows[at : at + 8] for at in range(0, len(rows), 8)]
-    assert sum(len(r.ids) for r in rows) / padded > 0.9
-    assert (
-        sum(len(r.ids) for r in rows) / sum(len(b) * max(len(r.ids) for r in b) for b in in_order)
-        < 0.7
-    )
+
+    def filled(planned: list[list[TokenSequence]]) -> float:
+        padded = sum(len(batch) * max(len(r.ids) for r in batch) for batch in planned)
+        return sum(len(r.ids) for r in rows) / padded
+
+    assert filled(list(batches(rows, 4096))) > 0.9
+    assert filled([rows[at : at + 8] for at in range(0, len(rows), 8)]) < 0.7  # in order
 
 
 def test_no_room_beside_the_special_tokens() -> None:
+    frame, text = Frame((0,), (1,)), [("d", "s", "x")]
     with pytest.raises(MoeInspectError, match="--max-length 2"):
-        list(
-            sequences(
-                [("d", "s", "x")], Characters([0], [1]), Frame((0,), (1,)), 2, None, CorpusStats()
-            )
-        )
+        list(sequences(text, Characters([0], [1]), frame, 2, None, CorpusStats()))
 
 
 def test_the_plan_sees_changed_data(tmp_path: Path) -> None:
@@ -318,29 +292,17 @@ def tokenizer_of(kind: str) -> Any:
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     )
     if kind == "bytes":
-        return fast(
-            models.BPE(),
-            trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet()),
-            pre.ByteLevel(),
-        )
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet())
+        return fast(models.BPE(), trainer, pre.ByteLevel())
     if kind == "wordpiece":
-        trainer = trainers.WordPieceTrainer(**unknown)
-        return fast(
-            models.WordPiece(unk_token="<unk>"),
-            trainer,
-            pre.BertPreTokenizer(),
-            tokenizers.normalizers.BertNormalizer(),
-        )
+        model, trainer = models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(**unknown)
+        normalizer = tokenizers.normalizers.BertNormalizer()
+        return fast(model, trainer, pre.BertPreTokenizer(), normalizer)
     if kind == "unigram":
-        return fast(
-            models.Unigram(), trainers.UnigramTrainer(**unknown, unk_token="<unk>"), pre.Metaspace()
-        )
-    return fast(
-        models.BPE(unk_token="<unk>"),
-        trainers.BpeTrainer(**unknown, max_token_length=12),
-        None,
-        sentencepiece,
-    )
+        trainer = trainers.UnigramTrainer(**unknown, unk_token="<unk>")
+        return fast(models.Unigram(), trainer, pre.Metaspace())
+    trainer = trainers.BpeTrainer(**unknown, max_token_length=12)
+    return fast(models.BPE(unk_token="<unk>"), trainer, None, sentencepiece)
 
 
 def long_text(characters: int) -> str:
@@ -372,11 +334,8 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
     monkeypatch.setattr(tokenize, "PIECE", 4000)
     monkeypatch.setattr(tokenize, "OVERLAP", 300)
     assert tokenize.token_ids(["short", text], tokenizer)[1].tolist() == whole.tolist()
-    cut = tokenizer(
-        [text[at : at + 4000] for at in range(0, len(text), 4000)],
-        add_special_tokens=False,
-        verbose=False,
-    )["input_ids"]
+    pieces = [text[at : at + 4000] for at in range(0, len(text), 4000)]
+    cut = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
     # control: cut anywhere, the tokens are others
     assert [i for ids in cut for i in ids] != whole.tolist()
 
@@ -404,8 +363,7 @@ def test_memory_does_not_grow_with_a_document(monkeypatch: pytest.MonkeyPatch) -
             return inner(texts, **options)
 
     texts = [long_text(9_000), *["a few words"] * 300]
-    assert [len(ids) for ids in tokenize.token_ids(texts, Watched())] == [
-        len(ids) for ids in inner(texts)["input_ids"]
-    ]
+    found, whole = tokenize.token_ids(texts, Watched()), inner(texts)["input_ids"]
+    assert [*map(len, found)] == [*map(len, whole)]
     assert sum(given) > 9_000 + 300 * len("a few words")  # control: all of it was given
     assert max(given) <= 2000

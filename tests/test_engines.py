@@ -170,16 +170,10 @@ def test_an_engine_takes_the_longest_prompt(
     text = write_jsonl(tmp_path / "c.jsonl", documents=1, words=900)
     usual = {"max_length": longest, "max_tokens": longest, "generate": generate}
     with serving(server) as url:
+        of = (url, tmp_path / "t", model, str(text), engine)
         with pytest.raises(MoeInspectError, match=f"beyond the {longest} positions"):
-            traced(
-                url,
-                tmp_path / "t",
-                model,
-                str(text),
-                engine,
-                **{**usual, "max_length": longest + 1},
-            )
-        traced(url, tmp_path / "t", model, str(text), engine, **usual)
+            traced(*of, **{**usual, "max_length": longest + 1})
+        traced(*of, **usual)
 
 
 def test_concurrency_is_bounded_and_changes_nothing(
@@ -192,17 +186,10 @@ def test_concurrency_is_bounded_and_changes_nothing(
         server.delay_s = lambda n, first=first: (
             first.wait(60) * 0.0 if n < first.parties else 0.002 * (n % 5)
         )
+        options: dict[str, Any] = {"generate": 2, "concurrency": concurrency}
         with serving(server) as url:
-            found[concurrency] = rows(
-                traced(
-                    url,
-                    tmp_path / f"{concurrency}",
-                    model,
-                    corpus,
-                    generate=2,
-                    concurrency=concurrency,
-                )
-            )
+            trace = traced(url, tmp_path / f"{concurrency}", model, corpus, **options)
+        found[concurrency] = rows(trace)
         assert server.most == concurrency
     assert found[1].equals(found[8])
 
@@ -269,134 +256,75 @@ def test_a_server_that_stays_away_is_one_line_and_resume_goes_on(
         assert len(server.requests) == again
 
 
-def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+Lie = tuple[str, str, Any, str]  # engine, what of the server is otherwise, how, what is said
+
+
+def says(engine: str, path: str, value: object, said: str) -> Lie:
     def edit(answer: dict[str, Any]) -> None:
         *parents, last = path.split(".")
         for name in parents:
             answer = answer[int(name)] if isinstance(answer, list) else answer[name]
         answer[last] = value
 
-    return edit
+    return engine, "edit", edit, said
 
 
-def _changed(change: Callable[[np.ndarray], object]) -> Callable[[np.ndarray], np.ndarray]:
+def routes(engine: str, change: Callable[[np.ndarray], object], said: str) -> Lie:
     def routed(array: np.ndarray) -> np.ndarray:
         changed = array.copy()
         result = change(changed)
         return changed if result is None else np.asarray(result)
 
-    return routed
+    return engine, "routed", routed, said
 
 
-LIES: dict[str, tuple[str, str, Any, str]] = {
-    "the flag is not set (vllm)": (
-        "vllm",
-        "edit",
-        _set("choices.0.routed_experts", None),
-        "start the server with --enable-return-routed-experts",
+def answers(engine: str, status: int, headers: dict[str, str], body: bytes, said: str) -> Lie:
+    return engine, "behave", lambda *_: (status, headers, body), said
+
+
+def put(at: Any, expert: int) -> Callable[[np.ndarray], object]:
+    return lambda routed: routed.__setitem__(at, expert)
+
+
+IDS, OF_VLLM, OF_SGLANG = (
+    "choices.0.token_ids",
+    "choices.0.routed_experts",
+    "meta_info.routed_experts",
+)
+NO_FLAG = "start the server with --enable-return-routed-experts"
+BOMB = b" " * 2**22
+LIES: dict[str, Lie] = {
+    "the flag is not set (vllm)": says("vllm", OF_VLLM, None, NO_FLAG),
+    "the flag is not set (sglang)": says("sglang", OF_SGLANG, None, NO_FLAG),
+    "cut base64": says("vllm", OF_VLLM, "k05VTVB", "base64"),
+    "no array": says("vllm", OF_VLLM, "AAAA", "not a .npy"),
+    "cut array": says("sglang", OF_SGLANG, "AAAAAA==", "no whole number of tokens"),
+    "another prompt": says("vllm", "choices.0.prompt_token_ids", [5], "ran another prompt"),
+    "a cut prompt": says("sglang", "meta_info.prompt_tokens", 1, "ran another prompt"),
+    "ids beyond the vocabulary": says("vllm", IDS, [VOCABULARY], "not a list of ids below 300"),
+    "no token ids": says("sglang", "output_ids", None, "not a list of ids"),
+    "aborted": says("sglang", "meta_info.finish_reason", {"type": "abort"}, "ended by 'abort'"),
+    "too many tokens": says("vllm", IDS, [3, 4], "2 of 1 tokens were generated"),
+    "rows of a cached prefix left out": routes(
+        "vllm", lambda a: a[1:], "0.33 return them, and do not start with --no-enable"
     ),
-    "the flag is not set (sglang)": (
-        "sglang",
-        "edit",
-        _set("meta_info.routed_experts", None),
-        "start the server with --enable-return-",
+    "rows of a cached prefix left out (sglang)": routes(
+        "sglang", lambda a: a[1:], "start the server with --disable-radix"
     ),
-    "cut base64": ("vllm", "edit", _set("choices.0.routed_experts", "k05VTVB"), "base64"),
-    "no array": ("vllm", "edit", _set("choices.0.routed_experts", "AAAA"), "not a .npy"),
-    "cut array": (
-        "sglang",
-        "edit",
-        _set("meta_info.routed_experts", "AAAAAA=="),
-        "no whole number of tokens",
+    "too many rows": routes("sglang", lambda a: np.concatenate([a, a[:1]]), "rows"),
+    "a layer too few": routes("vllm", lambda a: a[:, 1:], "1 layers, the model's config 2"),
+    "another top-k": routes("vllm", lambda a: a[:, :, :2], "2 experts per token"),
+    "an expert beyond E": routes("vllm", put((0, 1, 0), EXPERTS), "expert 8 of 8"),
+    "an expert twice": routes(
+        "sglang", lambda a: put((0, 1, 0), a[0, 1, 1])(a), "one expert twice"
     ),
-    "another prompt": (
-        "vllm",
-        "edit",
-        _set("choices.0.prompt_token_ids", [5]),
-        "ran another prompt",
-    ),
-    "a cut prompt": ("sglang", "edit", _set("meta_info.prompt_tokens", 1), "ran another prompt"),
-    "ids beyond the vocabulary": (
-        "vllm",
-        "edit",
-        _set("choices.0.token_ids", [VOCABULARY]),
-        "not a list of ids below 300",
-    ),
-    "no token ids": ("sglang", "edit", _set("output_ids", None), "not a list of ids"),
-    "aborted": (
-        "sglang",
-        "edit",
-        _set("meta_info.finish_reason", {"type": "abort"}),
-        "ended by 'abort'",
-    ),
-    "too many tokens": (
-        "vllm",
-        "edit",
-        _set("choices.0.token_ids", [3, 4]),
-        "2 of 1 tokens were generated",
-    ),
-    "rows of a cached prefix left out": (
-        "vllm",
-        "routed",
-        _changed(lambda a: a[1:]),
-        "0.33 return them, and do not start with --no-enable",
-    ),
-    "rows of a cached prefix left out (sglang)": (
-        "sglang",
-        "routed",
-        _changed(lambda a: a[1:]),
-        "start the server with --disable-radix",
-    ),
-    "too many rows": ("sglang", "routed", _changed(lambda a: np.concatenate([a, a[:1]])), "rows"),
-    "a layer too few": (
-        "vllm",
-        "routed",
-        _changed(lambda a: a[:, 1:]),
-        "1 layers, the model's config 2",
-    ),
-    "another top-k": ("vllm", "routed", _changed(lambda a: a[:, :, :2]), "2 experts per token"),
-    "an expert beyond E": (
-        "vllm",
-        "routed",
-        _changed(lambda a: a.__setitem__((0, 1, 0), EXPERTS)),
-        "expert 8 of 8",
-    ),
-    "an expert twice": (
-        "sglang",
-        "routed",
-        _changed(lambda a: a.__setitem__((0, 1, 0), a[0, 1, 1])),
-        "one expert twice",
-    ),
-    "a layer that was not recorded": (
-        "vllm",
-        "routed",
-        _changed(lambda a: a.__setitem__(slice(None), 0)),
-        "one expert twice",
-    ),
-    "a dense layer that routes": (
-        "vllm",
-        "routed",
-        _changed(lambda a: a.__setitem__((0, 0, 0), 4)),
-        "no router in layer 0",
-    ),
-    "no JSON": (
-        "vllm",
-        "behave",
-        lambda *_: (200, {}, b"<html>"),
-        "expected a JSON object, got b'<html>'",
-    ),
-    "endless": (
-        "vllm",
-        "behave",
-        lambda *_: (200, {}, b" " * 2**22),
-        "more than any valid response has",
-    ),
-    "a redirect": ("vllm", "behave", lambda *_: (307, {"Location": "/elsewhere"}, b""), "HTTP 307"),
-    "a refusal": (
-        "sglang",
-        "behave",
-        lambda *_: (400, {}, b'{"error": {"message": "too long"}}'),
-        "HTTP 400.: too long",
+    "a layer that was not recorded": routes("vllm", put(slice(None), 0), "one expert twice"),
+    "a dense layer that routes": routes("vllm", put((0, 0, 0), 4), "no router in layer 0"),
+    "no JSON": answers("vllm", 200, {}, b"<html>", "expected a JSON object, got b'<html>'"),
+    "endless": answers("vllm", 200, {}, BOMB, "more than any valid response has"),
+    "a redirect": answers("vllm", 307, {"Location": "/elsewhere"}, b"", "HTTP 307"),
+    "a refusal": answers(
+        "sglang", 400, {}, b'{"error": {"message": "too long"}}', "HTTP 400.: too long"
     ),
 }
 
@@ -440,16 +368,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     server = Server()
     server.key = KEY
     with serving(server) as url:
-        usual = (
-            "--engine",
-            "sglang",
-            "--model-config",
-            model,
-            "--data",
-            corpus,
-            "--max-tokens",
-            200,
-        )
+        usual = f"--engine sglang --model-config {model} --data {corpus} --max-tokens 200".split()
         refused = cli_here("trace", url, "-o", "t", *usual, check=1)
         assert "--api-key or MOE_INSPECT_API_KEY" in refused.stderr
         done = cli_here("trace", url + "/v1", "-o", "t", *usual, "--api-key", KEY)
@@ -459,37 +378,21 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
         KEY.encode() not in f.read_bytes() for f in (tmp_path / "t").rglob("*") if f.is_file()
     )
     url = "http://user:secret@host:1/v1"
-    hidden = _without_secrets(
-        ["x/moe-inspect", "trace", url, "--api-key=a", "--api-key", "b", "--seed", "3"], url
-    )
-    assert hidden == [
-        "moe-inspect",
-        "trace",
-        "http://host:1",
-        "--api-key=…",
-        "--api-key",
-        "…",
-        "--seed",
-        "3",
-    ]
+    command = f"x/moe-inspect trace {url} --api-key=a --api-key b --seed 3"
+    hidden = "moe-inspect trace http://host:1 --api-key=… --api-key … --seed 3"
+    assert _without_secrets(command.split(), url) == hidden.split()
 
 
-def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path, monkeypatch: Any) -> None:
-    server = Server()
-
+def test_ctrl_c_closes_the_trace(model: str, corpus: str, tmp_path: Path) -> None:
     def interrupted(done: int, total: int | None) -> None:
         if done > 300:
             raise KeyboardInterrupt
 
-    with serving(server) as url:
-        with pytest.raises(KeyboardInterrupt):
-            traced(url, tmp_path / "t", model, corpus, progress=interrupted)
-        cut = moe_inspect.open_trace(tmp_path / "t")
-        assert cut.manifest["status"] == "interrupted"
-        check_rows(cut)
-        trace = traced(url, tmp_path / "t", model, corpus, resume=True)
-        expected = traced(url, tmp_path / "whole", model, corpus)
-    assert rows(trace).equals(rows(expected))
+    with serving(Server()) as url, pytest.raises(KeyboardInterrupt):
+        traced(url, tmp_path / "t", model, corpus, progress=interrupted)
+    cut = moe_inspect.open_trace(tmp_path / "t")
+    assert cut.manifest["status"] == "interrupted"
+    check_rows(cut)
 
 
 def test_usage(cli_here: Cli) -> None:
@@ -526,9 +429,8 @@ def test_a_server_that_is_not_up_is_one_line_at_once(
             listening.close()
         else:
             monkeypatch.setattr(engine_http, "FIRST_CONTACT_S", 0.3)
-        done = cli_here(
-            "trace", url, "-o", "t", "--engine", "vllm", "--model-config", "demo", check=1
-        )
+        usual = ["-o", "t", "--engine", "vllm", "--model-config", "demo"]
+        done = cli_here("trace", url, *usual, check=1)
         with pytest.raises(MoeInspectError, match="no server is ready at"):
             moe_inspect.trace_engine(url, tmp_path / "t", engine="vllm", model_config="demo")
     why = {
@@ -651,23 +553,8 @@ def test_what_a_server_says_steers_no_terminal(
     said = {0: (503, {}, hostile.encode()), 1: (400, {}, json.dumps({"error": hostile}).encode())}
     server.behave = lambda n, *_: said[n]
     with serving(server) as url:
-        done = cli_here(
-            "trace",
-            url,
-            "-o",
-            "t",
-            "--engine",
-            "vllm",
-            "--model-config",
-            model,
-            "--data",
-            corpus,
-            "--max-length",
-            40,
-            "--concurrency",
-            1,
-            check=1,
-        )
+        usual = f"--engine vllm --model-config {model} --data {corpus} --max-length 40".split()
+        done = cli_here("trace", url, "-o", "t", *usual, "--concurrency", 1, check=1)
     waiting, error = done.stderr.splitlines()
     spelled = r"\x1b[2J\x1b]0;mine\x07\x9b31m\u202egnp"
     assert f"HTTP 503: {spelled}; retrying" in waiting

@@ -14,9 +14,8 @@ import torch
 
 import moe_inspect
 from moe_inspect.capture import feed, run
-from moe_inspect.capture.corpus.documents import CorpusStats
+from moe_inspect.capture.corpus.documents import CorpusStats, find_sources
 from moe_inspect.capture.corpus.plan import Frame, Plan, batches, sequences
-from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
@@ -37,22 +36,14 @@ def corpus(tmp_path_factory: Any) -> str:
 
 
 def traced(model: str, corpus: str, out: Path, **options: Any) -> moe_inspect.Trace:
-    return moe_inspect.trace_model(
-        model,
-        out,
-        data=[corpus],
-        **{"generate": N, "max_length": 24, "batch_tokens": 200, **options},
-    )
+    usual = {"generate": N, "max_length": 24, "batch_tokens": 200}
+    return moe_inspect.trace_model(model, out, data=[corpus], **{**usual, **options})
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
     facts = trace.tokens().drop(columns="batch")
-    return (
-        trace.routing()
-        .merge(facts, on="token")
-        .sort_values(["router", "sequence", "position"])
-        .drop(columns="token")
-    )
+    found = trace.routing().merge(facts, on="token").drop(columns="token")
+    return found.sort_values(["router", "sequence", "position"]).reset_index(drop=True)
 
 
 def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
@@ -61,9 +52,8 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
     trace = traced(model, corpus, tmp_path / "t")
     tokens = trace.tokens()
     decoded = tokens[tokens.phase == "decode"]
-    a_document = (
-        decoded.groupby("document").size().reindex(trace.documents().document, fill_value=0)
-    )
+    of_documents = decoded.groupby("document").size()
+    a_document = of_documents.reindex(trace.documents().document, fill_value=0)
     ends = a_document < N  # it met </s>, which is not fed
     assert (a_document[~ends] == N).all()
     assert (~ends).sum() > 20
@@ -79,9 +69,8 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
     network = load_model(model, load_config(model))
     with moe_inspect.record(network, tmp_path / "replay"), torch.inference_mode():
         for _, text in tokens.sort_values(["sequence", "position"]).groupby("sequence"):
-            logits = network(
-                input_ids=torch.from_numpy(text.token_id.to_numpy(np.int64))[None]
-            ).logits[0]
+            ids = torch.from_numpy(text.token_id.to_numpy(np.int64))
+            logits = network(input_ids=ids[None]).logits[0]
             fed = text[text.phase == "decode"]
             likeliest = logits.argmax(1).numpy()[fed.position.to_numpy() - 1]
             assert (likeliest == fed.token_id.to_numpy()).all()
@@ -96,9 +85,7 @@ def test_sampling_goes_by_its_seed(model: str, corpus: str, tmp_path: Path) -> N
         for n, seed in enumerate((1, 1, 2))
     )
     assert rows(a).equals(rows(b))
-    assert (
-        not rows(a).token_id.reset_index(drop=True).equals(rows(c).token_id.reset_index(drop=True))
-    )
+    assert not rows(a).token_id.equals(rows(c).token_id)
 
 
 @pytest.mark.parametrize("counts_only", [False, True])
@@ -125,7 +112,7 @@ def test_cut_short_and_resumed_is_as_if_nothing_happened(
     assert again.status == "complete"
     assert again.n_tokens == whole.n_tokens
     if not counts_only:
-        assert rows(again).reset_index(drop=True).equals(rows(whole).reset_index(drop=True))
+        assert rows(again).equals(rows(whole))
 
 
 def test_counts_are_those_of_the_decisions(model: str, corpus: str, tmp_path: Path) -> None:
@@ -142,64 +129,36 @@ def test_the_plan() -> None:
             return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
     texts = [("x", "s", text) for text in ("abcdefgh", "abc", "xyz", "abcd", "ab")]
-    made = list(
-        sequences(texts, Letters(), Frame((1,), (2,)), 6, None, CorpusStats(), generate=True)
-    )
-    assert [(len(s.ids), s.continued) for s in made] == [
-        (6, False),
-        (5, True),
-        (4, True),
-        (4, True),
-        (5, True),
-        (3, True),
-    ]
+    frame, stats = Frame((1,), (2,)), CorpusStats()
+    made = list(sequences(texts, Letters(), frame, 6, None, stats, generate=True))
+    assert [len(s.ids) for s in made] == [6, 5, 4, 4, 5, 3]
+    assert [s.continued for s in made] == [False, *[True] * 5]
     # nothing ends what is to be continued
     assert all((s.ids[-1] == 2) != s.continued for s in made)
-    for batch_tokens, planned in (
-        (18, [[6], [3], [4, 4], [5, 5]]),
-        (17, [[6], [3], [4, 4], [5], [5]]),
-    ):
-        # one length a batch, and room for what follows: two of 5 and 4 take 18
-        assert [
-            [len(s.ids) for s in batch] for batch in batches(made, batch_tokens, generate=4)
-        ] == planned
+    # one length a batch, and room for what follows: two of 5 and 4 take 18
+    for room, planned in ((18, [[6], [3], [4, 4], [5, 5]]), (17, [[6], [3], [4, 4], [5], [5]])):
+        found = batches(made, room, generate=4)
+        assert [[len(s.ids) for s in batch] for batch in found] == planned
 
 
 def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        MoeInspectError,
-        match=(
-            "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens "
-            "leave"
-        ),
-    ):
+    says = (
+        "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens leave"
+    )
+    with pytest.raises(MoeInspectError, match=says):
         traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
     with pytest.raises(MoeInspectError, match="generating 256 tokens leaves no room for a prompt"):
         traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
-    cli_here(
-        "trace",
-        "demo",
-        "-o",
-        "t",
-        "--generate",
-        "2",
-        "--max-tokens",
-        "1000",
-        "--temperature",
-        "0.5",
-        "--seed",
-        "3",
-    )
+    options = "--generate 2 --max-tokens 1000 --temperature 0.5 --seed 3"
+    cli_here("trace", "demo", "-o", "t", *options.split())
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert (tokens[tokens.phase == "decode"].groupby("document").size() <= 2).all()
     assert tokens[tokens.phase == "decode"].document.nunique() > 3
-    summary = cli_here(
-        "report", "t", "--phase", "decode", "--table", "balance", "--format", "csv"
-    ).stdout
-    assert summary.count("\n") == 5
+    shown = ("--phase", "decode", "--table", "balance", "--format", "csv")
+    assert cli_here("report", "t", *shown).stdout.count("\n") == 5
 
 
 def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> None:
@@ -227,8 +186,6 @@ def test_out_of_memory_says_what_to_do() -> None:
         def forward(self, **_: Any) -> Any:
             raise torch.OutOfMemoryError("no room")
 
-    with pytest.raises(
-        MoeInspectError,
-        match="cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens",
-    ):
+    says = "cpu is out of memory in a forward pass of 6 tokens: lower --batch-tokens"
+    with pytest.raises(MoeInspectError, match=says):
         feed.forward(Full(1, 1), torch.zeros(2, 3, dtype=torch.long))

@@ -82,7 +82,7 @@ another_head = test_token_loss.test_a_head_that_does_not_give_the_models_logits_
 MUTATIONS = {
     "a token predicts itself": (token_loss, "= token_BS[:, 1:][follows_BS]", "= token_BS[:, :-1][follows_BS]", padded),
     "padding follows": (token_loss, "follows_BS = real_BS[:, 1:] & real_BS[:, :-1]", "follows_BS = real_BS[:, :-1]", padded),
-    "the next packed sequence follows": (token_loss, "(position_BS[:, 1:] == position_BS[:, :-1] + 1)", "(position_BS[:, 1:] != position_BS[:, :-1])", following),
+    "the next packed sequence follows": (token_loss, "position_BS[:, 1:] == position_BS[:, :-1] + 1", "position_BS[:, 1:] != position_BS[:, :-1]", following),
     "the next planned sequence follows": (token_loss, "same = fed.sequence[1:] == fed.sequence[:-1]", "same = fed.sequence[1:] >= fed.sequence[:-1]", planned),
     "padding ends no planned row": (token_loss, "row = np.flatnonzero(fed.real)", "row = np.arange(len(fed.token_id))", planned),
     "a planned row goes on from anywhere": (token_loss, "== before.position[at_B] + 1", ">= before.position[at_B] + 1", planned),
@@ -96,7 +96,7 @@ MUTATIONS = {
     "the entropy with the other sign": (token_loss, "sum_C.log() - mean_C", "sum_C.log() + mean_C", padded),
     "what cannot follow makes no number": (token_loss, "below_CV.clamp_(min=NO_CHANCE)", "pass", masked),
     "the end of a sequence has a loss of 0": (token_loss, "np.full((2, self.T), np.nan, np.float32)", "np.zeros((2, self.T), np.float32)", padded),
-    "any head is taken": (token_loss, "if not head.checked and not head.agrees(logits[:, -1]):", "if False:", another_head),
+    "any head is taken": (token_loss, "if not head.checked and not head.agrees(hidden, logits[:, -1]):", "if False:", another_head),
     "a head that is far off agrees": (token_loss, "<= TOLERANCE * most", "<= most + most", another_head),
     "beams stay where they are": (token_loss, "kept_B = self._places.kept(B)", "kept_B = np.ones(B, bool)", beams),
     "all beams change places": (token_loss, "return np.ones(B, bool)", "return np.zeros(B, bool)", following),

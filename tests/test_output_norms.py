@@ -101,9 +101,12 @@ def test_the_kernel_records_what_its_twin_does(
     twin = recorded(model, tmp_path / "twin").routing()
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
     copied = [False]
-    monkeypatch.setattr(
-        experts, "are_few", lambda slots, E: copied.append(slots < 64) or slots < 64
-    )
+
+    def are_few(slots: int, E: int) -> bool:
+        copied.append(slots < 64)
+        return slots < 64
+
+    monkeypatch.setattr(experts, "are_few", are_few)
     ours = recorded(model, tmp_path / "kernel").routing()
     assert set(copied) == {False, True}
     assert ours.equals(twin)
@@ -183,9 +186,8 @@ def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -
 
 @pytest.mark.parametrize("value", ["norm", "peak"])
 def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None:
-    moe_inspect.trace_model(
-        "demo", tmp_path / "t", max_tokens=300, output_norms=True, output_peaks=True
-    )
+    options = {"output_norms": True, "output_peaks": True}
+    moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **options)
     for wrong, said in ((-0.5, "is -0.5"), (float("inf"), "is inf"), (None, "is null, expert_1")):
         shutil.copytree(tmp_path / "t", tmp_path / "wrong", dirs_exist_ok=True)
         rewrite(tmp_path / "wrong", "routing", 0, put(f"{value}_1", 17, wrong))
@@ -245,9 +247,8 @@ def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path
     """Two dtypes, and of one trace a part of the text: each figure from the rows of both."""
     options: dict[str, Any] = {"output_norms": True, "batch_tokens": 512}
     a = moe_inspect.trace_model("demo", tmp_path / "a", max_tokens=3000, **options)
-    b = moe_inspect.trace_model(
-        "demo", tmp_path / "b", max_tokens=2000, dtype="float32", random_init=0, **options
-    )
+    other = {**options, "dtype": "float32", "random_init": 0}
+    b = moe_inspect.trace_model("demo", tmp_path / "b", max_tokens=2000, **other)
     made: Any = moe_inspect.compare(a, b)
     table = made.tables["worth"]
     assert len(table) == 4 * 8

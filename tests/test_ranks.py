@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,22 +23,14 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--standalone",
-    ]
-    command += ["-m", "moe_inspect", "trace", "demo", *arguments]
+    command = f"-m torch.distributed.run --nproc-per-node {ranks} --standalone -m moe_inspect"
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command,
+        [sys.executable, *command.split(), "trace", "demo", *arguments],
         cwd=path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
-        env={**os.environ},
     )
 
 
@@ -49,9 +40,7 @@ def traced(path: Path, ranks: int, *arguments: str) -> Ranks:
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
-    facts = trace.tokens()[
-        ["token", "document", "position", "sequence", "token_id", "domain", "batch"]
-    ]
+    facts = trace.tokens().drop(columns="phase")
     found = trace.routing().merge(facts, on="token").drop(columns="token")
     return found.sort_values(["router", "sequence", "position"]).reset_index(drop=True)
 
@@ -71,10 +60,8 @@ def test_two_ranks_write_the_rows_of_one(alone: moe_inspect.Trace, tmp_path: Pat
     assert trace.status == "complete"
     assert trace.manifest["counts"] == alone.manifest["counts"]
     assert rows(trace).equals(rows(alone))
-    documents = [
-        t.documents().sort_values("document").reset_index(drop=True) for t in (trace, alone)
-    ]
-    assert documents[0].equals(documents[1])
+    a, b = (t.documents().set_index("document").sort_index() for t in (trace, alone))
+    assert a.equals(b)
     tokens = trace.tokens().token
     assert tokens.is_unique
     assert (tokens >= 2**40).any()
@@ -99,15 +86,12 @@ def test_killed_and_resumed_it_ends_with_the_same_rows(
         time.sleep(0.01)
     run.signal(signal.SIGTERM)
     assert 0 not in run.wait()
-    assert json.loads((tmp_path / "t" / "trace.json").read_text())["status"] in (
-        "interrupted",
-        "recording",
-    )
+    status = json.loads((tmp_path / "t" / "trace.json").read_text())["status"]
+    assert status in ("interrupted", "recording")
     run = traced(tmp_path, 2, "-o", "t", *arguments, "--resume")
     assert run.wait() == [0, 0], run.errors
-    whole = moe_inspect.trace_model(
-        "demo", tmp_path / "whole", batch_tokens=500, data=[f"a={slow(tmp_path)}"], max_length=100
-    )
+    options = {"batch_tokens": 500, "data": [f"a={slow(tmp_path)}"], "max_length": 100}
+    whole = moe_inspect.trace_model("demo", tmp_path / "whole", **options)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert rows(trace).equals(rows(whole))
@@ -139,9 +123,8 @@ def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
 ) -> None:
     assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500").wait() == [0, 0]
     (tmp_path / "t" / "shards-1.jsonl").write_text("")
-    edit_manifest(
-        tmp_path / "t", status="interrupted", counts={"tokens": 0, "decisions": 0, "dropped": 0}
-    )
+    nothing = {"tokens": 0, "decisions": 0, "dropped": 0}
+    edit_manifest(tmp_path / "t", status="interrupted", counts=nothing)
     assert traced(tmp_path, 2, "-o", "t", "--batch-tokens", "500", "--resume").wait() == [0, 0]
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
@@ -152,9 +135,8 @@ def test_what_one_rank_lacks_is_resumed_though_the_first_has_all(
 def test_half_a_launcher_is_none(cli_here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     error = cli_here("trace", "demo", "-o", "t", check=1).stderr
-    assert (
-        error == "error: WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun\n"
-    )
+    says = "WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun"
+    assert error == f"error: {says}\n"
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("RANK", "1")
     cli_here("trace", "demo", "-o", "u", "--max-tokens", "100")

@@ -27,22 +27,26 @@ def model() -> Any:
     return build("mixtral")
 
 
+@torch.no_grad()
+def fed(model: Any, path: Path, *batches: dict[str, Any], **options: Any) -> moe_inspect.Trace:
+    """The trace of these forward passes."""
+    with moe_inspect.record(model, path, **options):
+        for batch in batches:
+            model(**batch)
+    return moe_inspect.open_trace(path)
+
+
 def routed(path: Path, layer: int = 1) -> np.ndarray:
     return moe_inspect.open_trace(path).routing(layer=layer)[["expert_0", "expert_1"]].to_numpy()
 
 
 def test_rows_are_sequences_of_their_own_documents(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**token_batch(LENGTHS))
-        model(**token_batch([4]))
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = fed(model, tmp_path / "t", token_batch(LENGTHS), token_batch([4]))
     tokens = trace.tokens()
-    assert tokens.groupby("document").size().tolist() == [*LENGTHS, 4]
     assert trace.documents()["tokens"].tolist() == [*LENGTHS, 4]
     assert tokens["batch"].tolist() == [0] * sum(LENGTHS) + [1] * 4
-    assert (tokens.groupby("document")["position"].apply(list).tolist()) == [
-        list(range(n)) for n in [*LENGTHS, 4]
-    ]
+    positions = tokens.groupby("document")["position"].apply(list).tolist()
+    assert positions == [list(range(n)) for n in [*LENGTHS, 4]]
     assert (tokens["sequence"] == tokens["document"]).all()
     assert len(trace.routing()) == 2 * len(tokens) == trace.manifest["counts"]["decisions"]
 
@@ -69,16 +73,12 @@ def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
         recorder.label(documents=["same", "same"], domains=["z", "z"])
         model(**token_batch([3, 3]))
         recorder.label(domains=["one too few"])
-        with pytest.raises(
-            MoeInspectError, match="domains has 1 values, the forward pass has 3 rows"
-        ):
+        says = "domains has 1 values, the forward pass has 3 rows"
+        with pytest.raises(MoeInspectError, match=says):
             model(**token_batch(LENGTHS))
     trace = moe_inspect.open_trace(tmp_path / "t")
-    assert trace.tokens().groupby("domain", observed=True).size().to_dict() == {
-        "x": 21,
-        "y": 5,
-        "z": 6,
-    }
+    sizes = trace.tokens().groupby("domain", observed=True).size()
+    assert sizes.to_dict() == {"x": 21, "y": 5, "z": 6}
     assert trace.documents()["domain"].tolist() == ["x", "y", "x", "z"]
     assert trace.documents()["tokens"].tolist() == [*LENGTHS, 6]
     assert trace.tokens()["sequence"].nunique() == 5
@@ -91,20 +91,16 @@ def test_left_padding_is_no_token(model: Any, tmp_path: Path) -> None:
         for k, v in right.items()
     }
     position = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    for name, batch in (("right", right), ("left", {**left, "position_ids": position})):
-        with moe_inspect.record(model, tmp_path / name), torch.no_grad():
-            model(**batch)
-    a, b = (moe_inspect.open_trace(tmp_path / name).tokens() for name in ("right", "left"))
-    assert a.equals(b)
+    a = fed(model, tmp_path / "right", right)
+    b = fed(model, tmp_path / "left", {**left, "position_ids": position})
+    assert a.tokens().equals(b.tokens())
     assert (routed(tmp_path / "right") == routed(tmp_path / "left")).mean() > 0.95
 
 
 def test_packed_rows_are_split_where_positions_start_again(model: Any, tmp_path: Path) -> None:
     ids = token_batch([12])["input_ids"]
     position = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(input_ids=ids, position_ids=position)
-    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
+    tokens = fed(model, tmp_path / "t", {"input_ids": ids, "position_ids": position}).tokens()
     assert tokens["sequence"].tolist() == [0] * 5 + [1] * 3 + [2] * 4
     assert tokens["position"].tolist() == position[0].tolist()
 
@@ -133,11 +129,8 @@ def test_training_with_checkpointing_records_each_token_once(tmp_path: Path) -> 
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == 18
     assert len(trace.routing()) == 36
-    assert any(
-        p.grad is not None and p.grad.abs().sum() > 0
-        for n, p in model.named_parameters()
-        if "gate.weight" in n
-    )
+    gates = [p.grad for name, p in model.named_parameters() if "gate.weight" in name]
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in gates)
 
 
 def test_dispatch_has_the_gradients_of_stock(tmp_path: Path) -> None:
@@ -167,9 +160,7 @@ def test_inference_mode_may_begin_and_end(model: Any, tmp_path: Path) -> None:
 
 
 def test_only_some_layers(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "t", layers=[1], weights=False), torch.no_grad():
-        model(**token_batch(LENGTHS))
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = fed(model, tmp_path / "t", token_batch(LENGTHS), layers=[1], weights=False)
     assert [r.layer for r in trace.routers] == [1]
     assert "weight_0" not in trace.routing()
     with pytest.raises(MoeInspectError, match="no router in layer 7: the MoE layers are 0, 1"):
@@ -178,14 +169,9 @@ def test_only_some_layers(model: Any, tmp_path: Path) -> None:
 
 def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
     batches = [token_batch(LENGTHS, seed) for seed in range(5)]
-    for name, options in (("full", {}), ("counts", {"counts_only": True})):
-        with (
-            moe_inspect.record(model, tmp_path / name, domains=["x", "y", "x"], **options),
-            torch.no_grad(),
-        ):
-            for batch in batches:
-                model(**batch)
-    full, counts = (moe_inspect.open_trace(tmp_path / name) for name in ("full", "counts"))
+    domains = ["x", "y", "x"]
+    full = fed(model, tmp_path / "full", *batches, domains=domains)
+    counts = fed(model, tmp_path / "counts", *batches, domains=domains, counts_only=True)
     assert counts.n_tokens == full.n_tokens
     assert counts.documents().equals(full.documents())
     rows = full.routing().merge(full.tokens(), on="token")
@@ -249,18 +235,14 @@ def test_counts_are_committed_after_so_many_counted_passes(
         table = shard.counts().to_pandas()
         for r, load_E in enumerate(load):
             assert table[table["router"] == r]["assignments"].tolist() == load_E.tolist()
-    with moe_inspect.record(model, tmp_path / "one", **options), torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    one, several = (moe_inspect.open_trace(path).counts() for path in (tmp_path / "one", root))
+    one = fed(model, tmp_path / "one", *batches, **options).counts()
+    several = moe_inspect.open_trace(root).counts()
     key = ["router", "expert"]
     assert several.groupby(key)["assignments"].sum().equals(one.groupby(key)["assignments"].sum())
     # they are windows in the report, and a single shard is one (control)
-    windows = moe_inspect.report(root, window=1).tables["windows"]
-    assert windows.groupby("router")["window"].count().tolist() == [len(spans)] * 2
-    assert (
-        moe_inspect.report(root, window=1).tables["drift"]["windows"].tolist() == [len(spans)] * 2
-    )
+    tables = moe_inspect.report(root, window=1).tables
+    assert tables["windows"].groupby("router")["window"].count().tolist() == [len(spans)] * 2
+    assert tables["drift"]["windows"].tolist() == [len(spans)] * 2
     alone = moe_inspect.report(tmp_path / "one", window=1).tables["windows"]
     assert alone.groupby("router")["window"].count().tolist() == [1, 1]
 
@@ -274,10 +256,8 @@ def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) ->
         # as a fused block that never calls its experts
         kept, block.forward = block.forward, lambda hidden: hidden
         try:
-            with pytest.raises(
-                MoeInspectError,
-                match=r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4",
-            ):
+            says = r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"
+            with pytest.raises(MoeInspectError, match=says):
                 model(**token_batch([4]))
         finally:
             block.forward = kept
@@ -289,18 +269,10 @@ def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) ->
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dense = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=10,
-        )
-    )
-    with pytest.raises(
-        MoeInspectError, match="LlamaForCausalLM is a dense model: it has no routers"
-    ):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 10}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    says = "LlamaForCausalLM is a dense model: it has no routers"
+    with pytest.raises(MoeInspectError, match=says):
         moe_inspect.record(dense, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
@@ -310,9 +282,8 @@ def test_what_is_there_is_not_overwritten(model: Any, tmp_path: Path) -> None:
     (tmp_path / "t/thesis.tex").write_text("years")
     with pytest.raises(MoeInspectError, match="there is something at"):
         moe_inspect.record(model, tmp_path / "t")
-    with pytest.raises(
-        MoeInspectError, match=r"is not a trace \(it holds thesis.tex\): not overwritten"
-    ):
+    says = r"is not a trace \(it holds thesis.tex\): not overwritten"
+    with pytest.raises(MoeInspectError, match=says):
         moe_inspect.record(model, tmp_path / "t", overwrite=True)
     assert (tmp_path / "t/thesis.tex").read_text() == "years"
     with pytest.raises(MoeInspectError, match="cannot write"):
@@ -328,7 +299,7 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
         ({"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
         (
             {"flush_steps": 3, "counts_only": True, "commit_every": 5.0},
-            "flush_steps and commit_every both set when counts are committed",
+            "flush_steps and commit_every both",
         ),
     ):
         with pytest.raises(MoeInspectError, match=says):
@@ -340,6 +311,10 @@ def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
 def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
     """An interrupt between two layers: what the first one routed is in no count, and the sums
     still agree."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     block = model.model.layers[1]
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
@@ -347,9 +322,7 @@ def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> 
         torch.no_grad(),
     ):
         model(**token_batch(LENGTHS))
-        hook = block.register_forward_pre_hook(
-            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
-        )
+        hook = block.register_forward_pre_hook(interrupt)
         try:
             model(**token_batch(LENGTHS))
         finally:
@@ -387,9 +360,7 @@ def test_a_trace_begun_meanwhile_is_not_replaced(model: Any, tmp_path: Path) -> 
     with pytest.raises(MoeInspectError, match="there is a trace at"), second, torch.no_grad():
         model(**token_batch([9]))
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
-    with moe_inspect.record(model, tmp_path / "t", overwrite=True), torch.no_grad():
-        model(**token_batch([9]))
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 9
+    assert fed(model, tmp_path / "t", token_batch([9]), overwrite=True).n_tokens == 9
 
 
 def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
@@ -426,9 +397,9 @@ def test_labels_given_for_one_pass_keep_the_others(model: Any, tmp_path: Path) -
     with moe_inspect.record(model, tmp_path / "t", domains=["x", "y"]) as recorder, torch.no_grad():
         recorder.label(documents=["a", "b"])
         model(**token_batch([4, 5]))
-    assert moe_inspect.open_trace(tmp_path / "t").documents()[
-        ["domain", "source"]
-    ].to_numpy().tolist() == [["x", "a"], ["y", "b"]]
+    documents = moe_inspect.open_trace(tmp_path / "t").documents()
+    assert documents["domain"].tolist() == ["x", "y"]
+    assert documents["source"].tolist() == ["a", "b"]
 
 
 def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
@@ -445,11 +416,8 @@ def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
 def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) -> None:
     inputs = token_batch([4, 2])
     inputs["attention_mask"] = torch.ones(2, 4, 4, dtype=torch.bool).tril()
-    with (
-        pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"),
-        moe_inspect.record(model, tmp_path / "t"),
-    ):
-        model(**inputs)
+    with pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"):
+        fed(model, tmp_path / "t", inputs)
 
 
 @pytest.mark.parametrize("kind", [bool, float])
@@ -459,12 +427,9 @@ def test_a_mask_of_what_each_position_sees_shows_the_padding(
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     seen[1, :, :, :2] = False  # the second row is padded on the left
     mask = seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(input_ids=token_batch([4, 4])["input_ids"], attention_mask=mask)
-    assert moe_inspect.open_trace(tmp_path / "t").tokens().groupby("document").size().tolist() == [
-        4,
-        2,
-    ]
+    inputs = {**token_batch([4, 4]), "attention_mask": mask}
+    tokens = fed(model, tmp_path / "t", inputs).tokens()
+    assert tokens.groupby("document").size().tolist() == [4, 2]
 
 
 def test_of_masks_by_layer_the_full_one_tells() -> None:
@@ -495,14 +460,8 @@ def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Pa
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     with moe_inspect.record(model, tmp_path / "t"):
-        model.generate(
-            ids,
-            attention_mask=mask,
-            cache_implementation="static",
-            max_new_tokens=4,
-            do_sample=False,
-            eos_token_id=None,
-        )
+        usual = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        model.generate(ids, attention_mask=mask, cache_implementation="static", **usual)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert tokens.groupby(["document", "phase"]).size().to_dict() == {
         (0, "prefill"): 6, (0, "decode"): 3, (1, "prefill"): 3, (1, "decode"): 3,
@@ -512,17 +471,13 @@ def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Pa
 
 def test_probabilities_are_not_taken_for_logits(model: Any, tmp_path: Path) -> None:
     """Refused before anything is written: the trace that is there stays."""
-    with moe_inspect.record(model, tmp_path / "t", logits=True), torch.no_grad():
-        model(**token_batch(LENGTHS))
+    fed(model, tmp_path / "t", token_batch(LENGTHS), logits=True)
     gate = model.model.layers[1].mlp.gate
     hook = gate.register_forward_hook(lambda m, args, output: (output[0].softmax(-1), *output[1:]))
     try:
-        with (
-            pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts returns probabilities"),
-            moe_inspect.record(model, tmp_path / "t", logits=True, overwrite=True),
-            torch.no_grad(),
-        ):
-            model(**token_batch([4]))
+        says = r"layers\.1\.mlp\.experts returns probabilities"
+        with pytest.raises(MoeInspectError, match=says):
+            fed(model, tmp_path / "t", token_batch([4]), logits=True, overwrite=True)
     finally:
         hook.remove()
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)

@@ -101,13 +101,8 @@ def test_the_engine_is_started_traced_and_stopped(
     assert log == f"called with {' '.join(map(str, command[1:]))} {added}\n"
     assert nobody_is_left(tmp_path)
     assert KEY not in (tmp_path / "runs/t/trace.json").read_text() + done.stderr
-    assert trace.manifest["capture"]["command"][-5:] == [
-        "--api-key",
-        "…",
-        "…",
-        "--max-model-len",
-        "200",
-    ]
+    shown = " ".join(trace.manifest["capture"]["command"])
+    assert shown.endswith(" --api-key … … --max-model-len 200")
 
 
 def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(
@@ -144,9 +139,8 @@ def test_an_engine_that_does_not_start_says_why(
     assert nobody_is_left(tmp_path)
     assert not (tmp_path / "t").exists()
     does(starts_s=100)
-    late = cli_here(
-        "serve-trace", "-o", "t", "--start-timeout", "200ms", "--", "vllm", "serve", model, check=1
-    )
+    soon = ("--start-timeout", "200ms")
+    late = cli_here("serve-trace", "-o", "t", *soon, "--", "vllm", "serve", model, check=1)
     assert late.stderr.endswith("error: vllm does not answer after 0 s\n")
     assert nobody_is_left(tmp_path)
 
@@ -209,10 +203,10 @@ def test_the_engine_ends_with_its_keeper_even_by_kill_9(
 
 def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log, lines = tmp_path / "log", [f"line {n}\n" for n in range(1000)]
-    with serve._appended(log) as said, open(log, "ab", buffering=0) as engine:
+    with open(log, "a+b", buffering=0) as said, open(log, "ab", buffering=0) as engine:
         for line in lines:
             engine.write(line.encode())
-            keeper.bound_log(said, 1000)
+            keeper.bound_log(said.fileno(), 1000)
             assert log.stat().st_size <= 1000
     found = log.read_text().splitlines(keepends=True)
     assert found[0] == keeper.DROPPED.decode()
@@ -225,30 +219,21 @@ def test_the_log_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "give the command that starts the engine after --, like -- vllm serve MODEL"),
-        (["--"], 2, "give the command that starts the engine after --"),
-        (["--", "nosuch", "serve", "m"], 1, "no program nosuch: activate the environment"),
-        (["--", "true", "serve", "m"], 1, "cannot tell the engine of true serve m: give --engine"),
-        (["--", "vllm", "serve", "--tp", "2"], 2, "names no model: give --model-config MODEL"),
-        (["--", "vllm", "serve", "./nowhere"], 1, "./nowhere"),
-        (["--", "vllm", "serve", "demo", "--port=x"], 1, "--port x of the engine is no port"),
-        (
-            ["--resume", "--overwrite", "--", "vllm", "serve", "demo"],
-            2,
-            "--overwrite replaces it: give only one",
-        ),
-        (["--device", "cpu", "--", "vllm", "serve", "demo"], 2, "No such option: --device"),
+        ("", 2, "give the command that starts the engine after --, like -- vllm serve MODEL"),
+        ("--", 2, "give the command that starts the engine after --"),
+        ("-- nosuch serve m", 1, "no program nosuch: activate the environment"),
+        ("-- true serve m", 1, "cannot tell the engine of true serve m: give --engine"),
+        ("-- vllm serve --tp 2", 2, "names no model: give --model-config MODEL"),
+        ("-- vllm serve ./nowhere", 1, "./nowhere"),
+        ("-- vllm serve demo --port=x", 1, "--port x of the engine is no port"),
+        ("--resume --overwrite -- vllm serve demo", 2, "--overwrite replaces it: give only one"),
+        ("--device cpu -- vllm serve demo", 2, "No such option: --device"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_started(
-    arguments: list[str],
-    code: int,
-    says: str,
-    does: Callable[..., None],
-    cli_here: Cli,
-    tmp_path: Path,
+    arguments: str, code: int, says: str, does: Callable[..., None], cli_here: Cli, tmp_path: Path
 ) -> None:
-    done = cli_here("serve-trace", "-o", "t", *arguments, check=code)
+    done = cli_here("serve-trace", "-o", "t", *arguments.split(), check=code)
     assert says in done.stderr
     assert code == 2 or done.stderr.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"bin"}

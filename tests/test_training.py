@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,8 @@ import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
-from moe_inspect.training.sums import DeviceSums, Sums
+from moe_inspect.training.sums import DeviceSums, RoutingSums
 from tests import own, zoo
-from tests.conftest import ROOT
 from tests.families import FAMILIES, build
 from tests.trained import EXPERTS, LAYERS, counted, reset
 from tests.zoo import token_batch
@@ -67,11 +62,8 @@ def test_counts_are_those_of_the_batches(
     assert len(logs) == 2
     trace = moe_inspect.open_trace(tmp_path / "h")
     assert trace.n_tokens == 5 * accumulate * (9 + 5 + 12 + 1)  # without padding
-    assert [(s.files.first_batch, s.files.last_batch) for s in trace.shards] == [
-        (1, 2),
-        (3, 4),
-        (5, 5),
-    ]
+    spans = [(s.files.first_batch, s.files.last_batch) for s in trace.shards]
+    assert spans == [(1, 2), (3, 4), (5, 5)]
     assert moe_inspect.verify(tmp_path / "h").ok
     model.load[0, 0] += 1  # control
     assert not (history(tmp_path / "h") == model.load).all()
@@ -138,6 +130,7 @@ def test_metrics_are_those_of_the_window() -> None:
     assert "routing/drift/worst" not in first
     shares = [load / load.sum(1, keepdims=True) for load in (load_LE, model.load)]
     drift_L = np.abs(shares[0] - shares[1]).sum(1) / 2
+    assert len(second) < 20 + 10 * LAYERS  # however many experts
     assert second["routing/drift/layer_1"] == pytest.approx(drift_L[1])
 
 
@@ -181,35 +174,11 @@ def test_the_range_of_a_selection_bias_is_logged() -> None:
         assert monitor.step()["routing/bias_range/worst"] == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("detail", ["summary", "layers"])
-def test_the_number_of_keys_does_not_depend_on_the_number_of_experts(detail: str) -> None:
-    def keys(**config: Any) -> set[str]:
-        model = counted(**config).train()
-        with RoutingMonitor(model, log_steps=1, detail=detail) as monitor:
-            (metrics,) = loop(model, monitor, 1)
-        return set(metrics)
-
-    few = keys()
-    assert len(few) < 20 + 10 * LAYERS * (detail == "layers")
-    assert "routing/max_vio/median" in few
-
-
 def test_a_compiled_model_is_counted(tmp_path: Path) -> None:
     model = counted().train()
     with RoutingMonitor(torch.compile(model, backend="eager"), tmp_path / "h") as monitor:
         loop(model, monitor, 2)
     assert (history(tmp_path / "h") == model.load).all()
-
-
-def test_a_wrapped_model_is_found() -> None:
-    class DistributedDataParallel(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module):
-            super().__init__()
-            self.module = module
-
-    model = counted()
-    assert RoutingMonitor(DistributedDataParallel(model)).model is model
-    assert RoutingMonitor(torch.compile(DistributedDataParallel(model))).model is model
 
 
 def test_gradients_and_outputs_are_untouched() -> None:
@@ -249,13 +218,13 @@ WAITING = {"_local_scalar_dense", "nonzero", "bincount", "_unique2", "equal", "m
 def test_nothing_waits_for_the_device_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Operations()
     for name in ("begin", "feed", "take", "end", "end_step"):
-        function = getattr(Sums, name)
+        function = getattr(RoutingSums, name)
 
         def watched(*args: Any, function: Any = function, **kwargs: Any) -> Any:
             with seen:
                 return function(*args, **kwargs)
 
-        monkeypatch.setattr(Sums, name, watched)
+        monkeypatch.setattr(RoutingSums, name, watched)
     model = counted().train()
     with RoutingMonitor(model, log_steps=100) as monitor:
         loop(model, monitor, 3, accumulate=2)
@@ -268,12 +237,7 @@ def test_nothing_waits_for_the_device_between_logs(monkeypatch: pytest.MonkeyPat
 
 def test_the_sums_of_a_large_model_are_small() -> None:
     sums = DeviceSums(torch.device("cpu"), [256] * 61)
-    tensors = [
-        tensor
-        for value in vars(sums).values()
-        for tensor in (value if isinstance(value, list) else [value])
-        if isinstance(tensor, torch.Tensor)
-    ]
+    tensors = [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
     assert 1e6 < sum(tensor.numel() * tensor.element_size() for tensor in tensors) < 4e6
 
 
@@ -452,47 +416,3 @@ def test_a_trace_that_is_no_history_is_not_resumed(tmp_path: Path) -> None:
         model(**batch(0))
     with pytest.raises(MoeInspectError, match="not the history of a training run"):
         RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
-
-
-KILLED = """
-import sys, torch
-from pathlib import Path
-from moe_inspect.training import RoutingMonitor
-from tests.test_training import loop
-from tests.trained import counted
-model = counted().train()
-with RoutingMonitor(model, sys.argv[1], log_steps=2) as monitor:
-    for step in range(1000):
-        loop(model, monitor, 1, first=step)
-        print(step + 1, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_no_step_twice(tmp_path: Path) -> None:
-    path = tmp_path / "h"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= 7:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    trace = moe_inspect.open_trace(path)
-    assert trace.status == "recording"
-    assert trace.n_tokens >= 6 * 27  # steps 1 to 6 were committed
-    model = counted().train()
-    with RoutingMonitor(model, log_steps=2) as monitor:  # the same steps again, up to a checkpoint
-        loop(model, monitor, 4)
-    with RoutingMonitor(model, path, log_steps=2, resume_step=4) as monitor:
-        loop(model, monitor, 4, first=4)
-    assert (history(path) == model.load).all()
-    trace = moe_inspect.open_trace(path)
-    assert (trace.status, trace.n_tokens) == ("complete", 8 * 27)
-    assert moe_inspect.verify(path).ok

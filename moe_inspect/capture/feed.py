@@ -8,7 +8,9 @@ B rows, S positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,19 +50,18 @@ class Decoding:
     end_ids: frozenset[int]
 
 
-# --- the passes; each returns the number of tokens fed, without padding
+# --- the passes; each function returns the number of tokens fed, without padding
 
 
 def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> int:
     """One forward pass over right-padded rows."""
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
-    fed = Announcer(recorder, batch)(ids_BS, mask_BS, documents=batch.documents)
-    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
+    fed = _announce(recorder, batch, ids_BS, mask_BS)
     # neither key-value cache nor logits of all positions: not needed
     forward(
         network,
         torch.from_numpy(ids_BS),
-        attention_mask=mask,
+        attention_mask=_attention(mask_BS, network),
         use_cache=False,
         **last_logits(network, recorder),
     )
@@ -70,31 +71,13 @@ def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> i
 def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
     """Prefill of rows of equal length, then one token per row and step, with a key-value cache and
     without padding. A row is no longer recorded after its end token."""
-    announce = Announcer(recorder, batch, group=batch.number)
-    generator = torch.Generator().manual_seed(decoding.seed)
-    ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
-    running_B = np.ones(len(ids_BS), bool)
-    usual, cache = {"use_cache": True, **last_logits(network, recorder)}, {}
-    fed = position = 0
-    for step in range(decoding.tokens + 1):
-        fed += announce(
-            ids_BS.numpy(),
-            np.broadcast_to(running_B[:, None], tuple(ids_BS.shape)),
-            position=position,
-            step=step,
-            phase="decode" if step else "prefill",
-            documents=[] if step else batch.documents,
-        )
-        output = forward(network, ids_BS, **usual, **cache)
-        position += ids_BS.shape[1]
-        cache = cache_of(network, output)
-        next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
-        running_B = running_B & ~np.isin(next_B.numpy(), list(decoding.end_ids))
-        if not running_B.any():
-            break
-        ids_BS = next_B[:, None]
-    recorder.end_group()
-    return fed
+    return _steps(
+        recorder,
+        batch,
+        decoding,
+        np.stack([s.ids for s in batch.sequences]),
+        _with_cache(network, "input_ids", last_logits(network, recorder)),
+    )
 
 
 def encode_decode(
@@ -103,84 +86,121 @@ def encode_decode(
     """The encoder on right-padded rows, then the decoder: its start tokens, then up to
     `decoding.tokens` one per step, with a key-value cache. A row is no longer recorded after its
     end token."""
-    announce = Announcer(recorder, batch, group=batch.number)
-    generator = torch.Generator().manual_seed(decoding.seed)
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
-    mask = torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
-    fed = announce(ids_BS, mask_BS, phase="encode", stack="encoder", documents=batch.documents)
-    usual: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
-    usual |= last_logits(network, recorder)
-    usual["encoder_outputs"] = forward(
+    of_pass = {"phase": "encode", "stack": "encoder", "group": batch.number}
+    fed = _announce(recorder, batch, ids_BS, mask_BS, **of_pass)
+    mask = _attention(mask_BS, network)
+    encoded = forward(
         network.get_encoder(), torch.from_numpy(ids_BS), attention_mask=mask, return_dict=True
     )
-    decoded_BS = torch.tensor([start_ids(network)] * len(ids_BS))
-    running_B, cache, position = np.ones(len(ids_BS), bool), {}, 0
+    usual = {**last_logits(network, recorder), "attention_mask": mask, "encoder_outputs": encoded}
+    calls = _with_cache(network, "decoder_input_ids", usual)
+    started_BS = np.array([start_ids(network)] * len(ids_BS))
+    return fed + _steps(recorder, batch, decoding, started_BS, calls, "decoder", first=1)
+
+
+def feed_own(own: OwnModel, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
+    """A forward pass over a sequence, then up to `decoding.tokens` decoded tokens. For each of them
+    the model reads the whole sequence again, and only the last row of that pass is recorded."""
+
+    def logits(output: Any) -> Tensor:
+        return logits_of(own, output, "trace it without --generate")
+
+    ids_BS = np.stack([s.ids for s in batch.sequences])
+    calls = partial(forward_own, own), logits
+    return _steps(recorder, batch, decoding, ids_BS, calls, whole=True)
+
+
+# what runs a pass over token ids, and the logits [B, S, V] of what it returns
+Calls = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+def _steps(
+    recorder: Recorder,
+    batch: Batch,
+    decoding: Decoding,
+    ids_BS: np.ndarray,
+    calls: Calls,
+    stack: str = "",
+    first: int = 0,
+    whole: bool = False,
+) -> int:
+    """A pass over `ids_BS`, then one over a decoded token of each row per step. `first`: the number
+    of the first pass, from that of the batch on. `whole`: each pass reads all positions again."""
+    call, logits = calls
+    generator = torch.Generator().manual_seed(decoding.seed)
+    running_B = np.ones(len(ids_BS), bool)
+    row_BS, fed, known = torch.from_numpy(ids_BS.astype(np.int64)), 0, 0
     for step in range(decoding.tokens + 1):
-        fed += announce(
-            decoded_BS.numpy(),
-            np.broadcast_to(running_B[:, None], tuple(decoded_BS.shape)),
-            position=position,
-            step=1 + step,
+        begin, end = 0 if whole else known, row_BS.shape[1]
+        given_BS = row_BS[:, begin:].contiguous()
+        fed += _announce(
+            recorder,
+            batch,
+            given_BS.numpy(),
+            running_B[:, None] & (np.arange(begin, end) >= known),
+            begin,
+            first + step,
             phase="decode" if step else "prefill",
-            stack="decoder",
+            stack=stack,
+            group=batch.number if first + decoding.tokens else None,
         )
-        output = forward(network, decoded_BS, "decoder_input_ids", **usual, **cache)
-        position += decoded_BS.shape[1]
+        output, known = call(given_BS), end
         if step == decoding.tokens:
             break
-        cache = cache_of(network, output)
-        next_B = chosen(output.logits[:, -1].float().cpu(), decoding.temperature, generator)
+        last_BV = logits(output)[:, -1].float().cpu()
+        next_B = chosen(last_BV, decoding.temperature, generator)
         running_B = running_B & ~np.isin(next_B.numpy(), list(decoding.end_ids))
         if not running_B.any():
             break
-        decoded_BS = next_B[:, None]
+        row_BS = torch.cat([row_BS, next_B[:, None]], 1)
     recorder.end_group()
     return fed
 
 
-class Announcer:
-    """Passes the rows of the next forward pass to the recorder; returns the number of tokens."""
+def _with_cache(network: Any, name: str, usual: dict[str, Any]) -> Calls:
+    """Each goes on with the cache of the one before. `name`: of the argument that takes the token
+    ids; `usual`: what each call has too."""
+    cache: dict[str, Any] = {}
 
-    def __init__(self, recorder: Recorder, batch: Batch, group: int | None = None):
-        self.recorder, self.number, self.group = recorder, batch.number, group
-        sequences = batch.sequences
-        self.document_B = np.array([s.document for s in sequences], np.int32)
-        self.sequence_B = np.array([s.sequence for s in sequences], np.int32)
-        codes = [recorder.inputs.domain_code(s.domain) for s in sequences]
-        self.domain_B = np.array(codes, np.int32)
+    def logits(output: Any) -> Tensor:
+        cache.update(cache_of(network, output))
+        return output.logits
 
-    def __call__(
-        self,
-        ids_BS: np.ndarray,
-        real_BS: np.ndarray,
-        *,
-        position: int = 0,
-        step: int = 0,
-        phase: str = "prefill",
-        stack: str = "",
-        documents: list[Document] | None = None,
-    ) -> int:
-        B, S = ids_BS.shape
-        position_S = np.arange(position, position + S, dtype=np.int32)
+    return lambda ids: forward(network, ids, name, use_cache=True, **usual, **cache), logits
 
-        def of_real(values: np.ndarray) -> np.ndarray:
-            return np.broadcast_to(values, (B, S))[real_BS]
 
-        rows = Rows(
+def _announce(
+    recorder: Recorder,
+    batch: Batch,
+    ids_BS: np.ndarray,
+    real_BS: np.ndarray,
+    position: int = 0,
+    step: int = 0,
+    **of_pass: Any,
+) -> int:
+    """Tells the recorder the rows of the next forward pass: number `step` of the batch, from
+    `position` on. `of_pass`: phase, group and stack, as of `Rows`. Returns how many rows are no
+    padding."""
+    row_N, place_N = np.nonzero(real_BS)
+
+    def of_rows(value_B: list[int]) -> np.ndarray:
+        return np.array(value_B, np.int32)[row_N]
+
+    recorder.expect(
+        Rows(
             real=real_BS.reshape(-1),
             token_id=ids_BS[real_BS].astype(np.int32),
-            document=of_real(self.document_B[:, None]),
-            sequence=of_real(self.sequence_B[:, None]),
-            position=of_real(position_S),
-            domain=of_real(self.domain_B[:, None]),
-            documents=documents or [],
-            phase=phase,
-            number=self.number + step,
-            group=self.group,
-            stack=stack,
+            document=of_rows([s.document for s in batch.sequences]),
+            sequence=of_rows([s.sequence for s in batch.sequences]),
+            position=(position + place_N).astype(np.int32),
+            domain=of_rows([recorder.inputs.domain_code(s.domain) for s in batch.sequences]),
+            documents=[] if step else batch.documents,
+            number=batch.number + step,
+            **of_pass,
         )
-        self.recorder.expect(rows)
-        return len(rows.token_id)
+    )
+    return len(row_N)
 
 
 # --- a model's call
@@ -210,7 +230,11 @@ def embeddings(network: Any) -> int | None:
         return None
 
 
-def forward(network: Any, ids_BS: torch.Tensor, name: str = "input_ids", **options: Any) -> Any:
+def _attention(mask_BS: np.ndarray, network: Any) -> Tensor:
+    return torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
+
+
+def forward(network: Any, ids_BS: Tensor, name: str = "input_ids", **options: Any) -> Any:
     """The model's output for these tokens; MoeInspectError where the device runs out of memory or
     an id has no embedding."""
     if (known := embeddings(network)) is not None and (highest := int(ids_BS.max())) >= known:
@@ -253,7 +277,7 @@ def cache_of(network: Any, output: Any) -> dict[str, Any]:
 # --- decoding
 
 
-def chosen(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+def chosen(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """The next token of each row, [B]."""
     if not temperature:
         return logits_BV.argmax(1)
@@ -285,38 +309,6 @@ def start_ids(network: Any) -> list[int]:
             "start decoding"
         )
     return [start, forced] if isinstance(forced, int) else [start]
-
-
-def feed_own(own: OwnModel, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
-    """A forward pass over a sequence, then up to `decoding.tokens` decoded tokens. For each of them
-    the model reads the whole sequence again, and only the last row of that pass is recorded.
-    Returns the number of tokens recorded."""
-    steps = decoding.tokens
-    announce = Announcer(recorder, batch, group=batch.number if steps else None)
-    generator = torch.Generator().manual_seed(decoding.seed)
-    ids_BS = torch.from_numpy(np.stack([s.ids for s in batch.sequences]).astype(np.int64))
-    fed = 0
-    for step in range(steps + 1):
-        real_BS = np.ones(tuple(ids_BS.shape), bool)
-        real_BS[:, : -1 if step else 0] = False
-        fed += announce(
-            ids_BS.numpy(),
-            real_BS,
-            step=step,
-            phase="decode" if step else "prefill",
-            documents=[] if step else batch.documents,
-        )
-        output = forward_own(own, ids_BS)
-        if step == steps:
-            break
-        last_BV = logits_of(own, output, "trace it without --generate")[:, -1].float().cpu()
-        next_B = chosen(last_BV, decoding.temperature, generator)
-        if int(next_B[0]) in decoding.end_ids:
-            break
-        ids_BS = torch.cat([ids_BS, next_B[:, None]], 1)
-    if steps:
-        recorder.end_group()
-    return fed
 
 
 def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, steps_at
+from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined, steps_at
 from moe_inspect.capture.hook.inputs.sequences import DRAFT
+from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.token_loss import PassLosses, TokenLosses
@@ -31,21 +33,19 @@ HELD_SECONDS = 10.0  # a shard that is not full waits longer
 
 class Forward(NamedTuple):
     """A forward pass on its way to the writer. `passes`: one per stack that ran; the encoder comes
-    before the decoder. `losses`: of the tokens of the last stack."""
+    before the decoder. `losses`: of the tokens of the last stack. `since`: when it was queued."""
 
     number: int
     passes: list[StackPass]
-    losses: PassLosses | None = None
+    losses: PassLosses | None
+    since: float
 
     def arrived(self, wait: bool) -> bool:
         if self.losses is not None and not self.losses.complete:
             return False  # the next pass completes them
         if not all(isinstance(p.fed, Rows) or p.fed.is_settled for p in self.passes):
             return False
-        return all(
-            p.stack.rings is not None and p.stack.rings.is_on_host(p.start + p.fed.T, wait)
-            for p in self.passes
-        )
+        return all(p.rings.is_on_host(p.start + p.fed.T, wait) for p in self.passes)
 
 
 class Arrived(NamedTuple):
@@ -70,10 +70,15 @@ class Arrived(NamedTuple):
         )
 
 
+# stack → its first pass of a batch, and which of the rows from there on are no padding
+Places = dict[str, tuple[StackPass, list[np.ndarray]]]
+
+
 class HandOver:
     """`weight_dtype`: of the gate weights in the rings, known after the first forward pass;
     `writer`: None until then. `losses`: of the passes' tokens. `tokens`: passed to the writer so
-    far."""
+    far. `rings_fixed`: whether the rings keep their size, because an option says it or a CUDA graph
+    has their addresses."""
 
     def __init__(
         self,
@@ -82,82 +87,69 @@ class HandOver:
         options: RecordOptions,
         losses: TokenLosses | None = None,
     ):
-        self.stacks, self.inputs, self.options = stacks, inputs, options
-        self.losses = losses
+        self.stacks, self.inputs, self.options, self.losses = stacks, inputs, options, losses
         self.writer: TraceWriter | None = None
         self.weight_dtype = torch.float16
         # how long a pass waits for others on a CPU
         self._hold_s = min(HELD_SECONDS, options.commit_every or HELD_SECONDS)
-        # whether the rings keep their size: an option says it, or a CUDA graph has their addresses
         self.rings_fixed = options.ring_tokens is not None
         self.tokens = 0
         self._in_flight: deque[Forward] = deque()
         self._arrived: Arrived | None = None  # the first of them, once its rows have been read
-        self._held_since = 0.0  # when the first of them began to wait
-        self._due_at = 0  # the position at which its page is full
         self._torn = False  # passes have left the queue, and are not yet with the writer
 
-    def make_rings(self, stack: Stack, rows: int) -> None:
-        assert not any(p.stack is stack for forward in self._in_flight for p in forward.passes)
-        # always with weights: slots are ordered by them, even in a trace without weights
-        stack.make_rings(rows, self.weight_dtype)
-
-    def feed(self, stack: Stack, fed: Rows | CallInputs) -> None:
-        """A stack is about to run. Waits until its rings have room for these rows, unless decisions
-        may be dropped."""
-        rings, T = stack.rings, fed.T
-        assert rings is not None
+    def feed(self, stack: Stack, fed: Rows | CallInputs) -> Rings:
+        """A stack is about to run. Waits until its rings, which it returns, have room for these
+        rows, unless decisions may be dropped."""
+        T = fed.T
+        rings = stack.rings or self._make_rings(stack, self.options.ring_tokens or T)
         if not (rings.synchronous and rings.free_rows >= T):
-            self._make_room(stack, T)
+            self.drain()
+            too_large = rings.max_rows < T
+            while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
+                self.drain(wait=True, once=True)
+            if rings.free_rows < T and too_large:
+                if self.rings_fixed:
+                    raise MoeInspectError(
+                        f"a forward pass of {T:,} rows exceeds the room on the device "
+                        f"({rings.max_rows:,}): record with ring_tokens={T}"
+                    )
+                rings = self._make_rings(stack, T)
         stack.fed = fed
+        return rings
 
-    def _make_room(self, stack: Stack, T: int) -> None:
-        rings = stack.rings
-        assert rings is not None
-        self.drain()
-        too_large = rings.max_rows < T
-        while rings.free_rows < T and self._in_flight and (too_large or not self.options.drop):
-            self.drain(wait=True, once=True)
-        if rings.free_rows < T and too_large:
-            if self.rings_fixed:
-                raise MoeInspectError(
-                    f"a forward pass of {T:,} rows exceeds the room on the device "
-                    f"({rings.max_rows:,}): record with ring_tokens={T}"
-                )
-            self.make_rings(stack, T)
+    def _make_rings(self, stack: Stack, rows: int) -> Rings:
+        """Rings for passes of `rows` rows, while none of the stack is in flight. They always hold
+        weights, by which slots are ordered, even in a trace without weights."""
+        return stack.make_rings(rows, self.weight_dtype)
 
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
         running)."""
         for stack in fed:
-            if stack.rings is None:  # it has run for the first time
-                assert stack.fed is not None
-                self.make_rings(stack, self.options.ring_tokens or stack.fed.T)
+            if stack.rings is None and stack.fed is not None:  # it has run for the first time
                 self.feed(stack, stack.fed)
-        forward = Forward(number, [stack.end() for stack in fed])
-        for done in forward.passes:
-            assert done.stack.rings is not None
-            # (if not synchronous, checked on arrival)
-            if done.cursors is not None and done.stack.rings.synchronous:
+        passes = [stack.end() for stack in fed]
+        for done in passes:  # (of a GPU, checked on arrival)
+            if done.rings.synchronous:
                 done.stack.check(done)
-        for done in forward.passes:
-            assert done.stack.rings is not None
-            done.stack.rings.end(done.fed.T)
+        for done in passes:
+            done.rings.end(done.fed.T)
             done.stack.dropped_rows += done.fed.T - done.kept
             done.stack.fed = None
-        if self.losses is not None:
-            forward = forward._replace(losses=self.losses.take())
-        self._in_flight.append(forward)
-        if len(self._in_flight) == 1:
-            first = forward.passes[0]
-            self._begin_to_hold(first.stack, first.start)
+        losses = self.losses.take(passes[-1].fed.T) if self.losses is not None else None
+        self._in_flight.append(Forward(number, passes, losses, time.monotonic()))
         self.inputs.accept()
-        self._drain_when_due()
-
-    def _begin_to_hold(self, stack: Stack, start: int) -> None:
-        assert stack.rings is not None
-        self._held_since = time.monotonic()
-        self._due_at = stack.rings.end_of_page(start)
+        # on a CPU, passes wait until a page is full, or the first of them has waited long
+        first = self._in_flight[0]
+        rings, start = first.passes[0].rings, first.passes[0].start
+        waited_s = time.monotonic() - first.since
+        if (
+            not rings.synchronous
+            or rings.head >= rings.end_of_page(start)
+            or waited_s > self._hold_s
+        ):
+            self.drain()
 
     def count_tokens(self) -> int:
         self.inputs.settle()
@@ -168,15 +160,13 @@ class HandOver:
         """Passes everything left to the writer. Device and host must agree on the number of dropped
         rows."""
         self.inputs.settle()
-        for stack in self.stacks.values():
-            if stack.rings is not None:
-                stack.rings.synchronize()
+        in_use = [(stack, stack.rings) for stack in self.stacks.values() if stack.rings is not None]
+        for _, rings in in_use:
+            rings.synchronize()
         if self.losses is not None:
             self.losses.close()
         self.drain(wait=True)
-        for stack in self.stacks.values():
-            if (rings := stack.rings) is None:
-                continue
+        for stack, rings in in_use:
             if stack.fed is not None:  # the last forward pass failed
                 rings.rewind(stack.dropped_rows)
             # `dropped` waits for the device, and so for the copy that `read_cursors` began
@@ -197,45 +187,23 @@ class HandOver:
             self.drain(wait=True)
         self._in_flight.clear()
 
-    def _drain_when_due(self) -> None:
-        """As `drain`, but on a CPU only when a page is full, or its first pass has waited long."""
-        first = self._in_flight[0].passes[0]
-        rings = first.stack.rings
-        assert rings is not None
-        if (
-            not rings.synchronous
-            or rings.head >= self._due_at
-            or time.monotonic() - self._held_since > self._hold_s
-        ):
-            self.drain()
-
     def drain(self, wait: bool = False, once: bool = False) -> None:
         """Passes arrived forward passes to the writer; `wait` blocks until they have arrived and
         the writer accepts them; `once`: at most one batch."""
-        before = self._in_flight[0] if self._in_flight else None
-        self._drain(wait, once)
-        if self._in_flight and self._in_flight[0] is not before:
-            first = self._in_flight[0].passes[0]
-            self._begin_to_hold(first.stack, first.start)
-
-    def _drain(self, wait: bool, once: bool) -> None:
-        while self._in_flight:
-            assert self.writer is not None
-            if self._torn and not self.writer.failed:
+        while self._in_flight and (writer := self.writer) is not None:
+            if self._torn and not writer.failed:
                 raise MoeInspectError(
                     "an earlier forward pass could not be handed over: this recording is over"
                 )
-            if self.options.drop and not wait and self.writer.full:
+            if self.options.drop and not wait and writer.full:
                 return
             batch = self._next_batch(wait)
             if not batch:
                 return
-            self._write(self.writer, batch)
+            self._write(writer, batch)
             self._torn = False
-            for arrived in batch:
-                for done in arrived.forwards[-1].passes:
-                    assert done.stack.rings is not None
-                    done.stack.rings.release(done.start + done.fed.T)
+            for done in (done for arrived in batch for done in arrived.forwards[-1].passes):
+                done.rings.release(done.start + done.fed.T)
             if once:
                 return
 
@@ -244,11 +212,8 @@ class HandOver:
         the first."""
         batch: list[Arrived] = []
         while self._in_flight:
-            if self._arrived is None:
-                self._arrived = self._read(wait and not batch)
-                if self._arrived is None:
-                    break
-            if batch and not self._arrived.continues(batch[-1]):
+            self._arrived = self._arrived or self._read(wait and not batch)
+            if self._arrived is None or (batch and not self._arrived.continues(batch[-1])):
                 break
             self._torn = True
             batch.append(self._arrived)
@@ -266,7 +231,7 @@ class HandOver:
         steps = len(steps_at(done.fed for done in self._whole_passes()))
         forwards = list(islice(self._in_flight, max(1, steps)))
         for done in (done for forward in forwards for done in forward.passes):
-            if done.stack.rings is not None and not done.stack.rings.synchronous:
+            if not done.rings.synchronous:
                 done.stack.check(done)
         if steps > 1:
             rows = [self.inputs.rows_of_steps([forward.passes[0].fed for forward in forwards])]
@@ -286,77 +251,67 @@ class HandOver:
             yield done
 
     def _write(self, writer: TraceWriter, batch: list[Arrived]) -> None:
-        parts = [
-            (stack, [forward.passes[n] for forward in arrived.forwards], rows)
-            for arrived in batch
-            for n, rows in enumerate(arrived.rows)
-            for stack in [arrived.forwards[0].passes[n].stack]
-        ]
-        # of these rows, those that are in the rings; and how many are no padding
-        kept = [rows.real[: sum(done.kept for done in passes)] for _, passes, rows in parts]
-        sizes = [int(real.sum()) for real in kept]
-        self.tokens += sum(sizes)
-        for (stack, _, rows), size in zip(parts, sizes, strict=True):
-            writer.dropped += (len(rows.token_id) - size) * len(stack.routers)
-
-        def of_tokens(name: str) -> np.ndarray:
-            arrays = [getattr(rows, name)[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
-            return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-        # stack → its first position, and which of the rows from there on are no padding
-        places: dict[str, tuple[int, np.ndarray]] = {}
-        for name in {stack.name for stack, _, _ in parts}:
-            own = [n for n, (stack, _, _) in enumerate(parts) if stack.name == name]
-            places[name] = parts[own[0]][1][0].start, np.concatenate([kept[n] for n in own])
-        last = batch[-1].rows[-1]
-        token_id = of_tokens("token_id")
-        phases = None
-        if len({rows.phase for *_, rows in parts if rows.phase != "encode"} | {last.phase}) > 1 or (
-            last.phases is not None
-        ):
-            codes = [rows.phase_codes()[:n] for (*_, rows), n in zip(parts, sizes, strict=True)]
-            phases = np.concatenate(codes)
+        parts: list[Rows] = []  # those that are in the rings
+        losses: list[np.ndarray] = []
+        numbers: list[np.ndarray] = []  # of the forward pass that each token is of
+        places: Places = {}
+        encoded = 0
+        for arrived in batch:
+            forwards = arrived.forwards
+            for n, rows in enumerate(arrived.rows):
+                passes = [forward.passes[n] for forward in forwards]
+                stack, there = passes[0].stack, first_rows(rows, sum(p.kept for p in passes))
+                parts.append(there)
+                tokens = len(there.token_id)
+                writer.dropped += (len(rows.token_id) - tokens) * len(stack.routers)
+                places.setdefault(stack.name, (passes[0], []))[1].append(there.real)
+                encoded += tokens if stack.name == "encoder" else 0
+                if self.options.token_loss:
+                    of_last = (
+                        [f.losses for f in forwards if f.losses] if rows is arrived.rows[-1] else []
+                    )
+                    losses.append(losses_of(of_last, rows)[:, :tokens])
+                sizes = there.real.reshape(len(forwards), -1).sum(1)
+                numbers.append(np.repeat(np.array([f.number for f in forwards], np.int32), sizes))
+        fed = joined(parts)
+        self.tokens += len(fed.token_id)
         extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
-        if self.options.token_loss:
-            extras["loss"], extras["entropy"] = losses_of(batch, sizes)
+        if losses:
+            extras["loss"], extras["entropy"] = np.concatenate(losses, 1)
+        is_one = len(batch) == len(batch[0].forwards) == 1
         writer.write(
             RoutedBatch(
                 batch[-1].forwards[-1].number,
-                token_id if self.options.text else np.full_like(token_id, -1),
-                of_tokens("document"),
-                of_tokens("sequence"),
-                of_tokens("position"),
-                of_tokens("domain"),
+                fed.token_id if self.options.text else np.full_like(fed.token_id, -1),
+                fed.document,
+                fed.sequence,
+                fed.position,
+                fed.domain,
                 list(self.inputs.domains),
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
                 **extras,
-                documents=[document for *_, rows in parts for document in rows.documents],
-                phase=last.phase or "decode",
-                phases=phases,
-                group=last.group,
-                encoded=sum(
-                    n
-                    for (stack, _, _), n in zip(parts, sizes, strict=True)
-                    if stack.name == "encoder"
-                ),
-                batches=numbers_of(batch, kept),
+                documents=fed.documents,
+                phases=fed.phase_codes(),
+                group=batch[-1].rows[-1].group,
+                encoded=encoded,
+                batches=None if is_one else np.concatenate(numbers),
             )
         )
 
-    def _of_routers(self, places: Mapping[str, tuple[int, np.ndarray]], kind: str) -> list[Any]:
-        """Per router a copy of its rows in the rings, without padding. `places`: stack → position
-        of the first row, and bool [rows], which rows are no padding."""
+    def _of_routers(self, places: Places, kind: str) -> list[np.ndarray]:
+        """Per router a copy of its rows in the rings, without padding."""
         found: list[np.ndarray] = []
         for name, stack in self.stacks.items():
             if name not in places:  # did not run
                 found += [self._no_rows(kind, router) for router in stack.routers]
                 continue
-            assert stack.rings is not None
-            start, kept = places[name]
-            keep = None if kept.all() else np.flatnonzero(kept)
+            first, parts = places[name]
+            real = np.concatenate(parts)
+            keep = None if real.all() else np.flatnonzero(real)
             found += [
-                stack.rings.rows(kind, r, start, len(kept), keep) for r in range(len(stack.routers))
+                first.rings.rows(kind, r, first.start, len(real), keep)
+                for r in range(len(stack.routers))
             ]
         return found
 
@@ -368,38 +323,27 @@ class HandOver:
         return np.empty((0, router.top_k), bits if kind == "weights" else np.uint8)
 
 
-def losses_of(batch: Sequence[Arrived], sizes: Sequence[int]) -> np.ndarray:
-    """Losses and entropies of the tokens, float32 [2, tokens], NaN where there is none. `sizes`:
-    how many tokens there are of each stack's rows."""
-    found: list[np.ndarray] = []
-    for arrived in batch:
-        for rows in arrived.rows[:-1]:  # an encoder's
-            found.append(np.full((2, len(rows.token_id)), np.nan, np.float32))
-        found.append(
-            np.concatenate(
-                [
-                    forward.losses.values()
-                    if forward.losses is not None
-                    else np.full((2, forward.passes[-1].fed.T), np.nan, np.float32)
-                    for forward in arrived.forwards
-                ],
-                axis=1,
-            )[:, arrived.rows[-1].real]
-        )
-        # what follows the last token before a rejected draft was not known when it was fed
-        is_draft = arrived.rows[-1].phase_codes() == DRAFT
-        found[-1][:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan
-    return np.concatenate([v[:, :n] for v, n in zip(found, sizes, strict=True)], axis=1)
+def first_rows(rows: Rows, kept: int) -> Rows:
+    """The first `kept` of the rows, padding included."""
+    if kept == rows.T:
+        return rows
+    n = int(rows.real[:kept].sum())
+    names = ("token_id", "document", "sequence", "position", "domain")
+    return replace(
+        rows,
+        real=rows.real[:kept],
+        **{name: getattr(rows, name)[:n] for name in names},
+        phases=rows.phases[:n] if rows.phases is not None else None,
+    )
 
 
-def numbers_of(batch: Sequence[Arrived], kept: Sequence[np.ndarray]) -> np.ndarray | None:
-    """The number of the forward pass that each token is of, int32; None where all are of one.
-    `kept`: per pass, or consecutive steps, which rows are no padding."""
-    if len(batch) == len(batch[0].forwards) == 1:
-        return None
-    numbers: list[int] = []
-    sizes: list[int] = []
-    for arrived, real in zip(batch, kept, strict=True):
-        numbers += [forward.number for forward in arrived.forwards]
-        sizes += real.reshape(len(arrived.forwards), -1).sum(1).tolist()
-    return np.repeat(np.array(numbers, np.int32), sizes)
+def losses_of(passes: Sequence[PassLosses], rows: Rows) -> np.ndarray:
+    """Losses and entropies of the tokens of these passes, float32 [2, tokens], NaN where there is
+    none; of no passes, an encoder's."""
+    if not passes:
+        return np.full((2, len(rows.token_id)), np.nan, np.float32)
+    found = np.concatenate([of_pass.values() for of_pass in passes], 1)[:, rows.real]
+    # what follows the last token before a rejected draft was not known when it was fed
+    is_draft = rows.phase_codes() == DRAFT
+    found[:, :-1][:, is_draft[1:] & ~is_draft[:-1]] = np.nan
+    return found

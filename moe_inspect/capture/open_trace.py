@@ -1,18 +1,21 @@
-"""Creates the trace that a recorder writes: locks the directory and builds the manifest."""
+"""Creates the trace that a recorder writes: locks the directory and builds the manifest, of whose
+facts about process and model others have need too."""
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import pyarrow as pa
 import torch
 
 from moe_inspect.capture.hook import discovery
-from moe_inspect.capture.hook.selfcheck import Found
-from moe_inspect.capture.manifest import ALTERED, capture_facts, drop_facts, selfcheck_facts
+from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
@@ -23,18 +26,18 @@ from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import slot_order
 from moe_inspect.trace.files.location import Remote, output_location
-from moe_inspect.trace.files.lock import Lock, join
+from moe_inspect.trace.files.lock import Lock, join, process_start
 from moe_inspect.trace.output_dir import claim_directory
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import SHARD_TOKENS, ResumePoint, TraceWriter
 
 
 @dataclass(frozen=True)
-class Session:
-    """Settings of a caller that plans the batches. `manifest`: sections to add; `lock`: of the
-    trace to resume, held by the caller."""
+class Planned:
+    """What a caller that plans the batches knows of the trace. `ranks`: that share it; `manifest`:
+    sections to add; `lock`: of the trace to resume, held by the caller."""
 
-    ranks: Ranks | None = None
+    ranks: Ranks
     resume: ResumePoint | None = None
     lock: Lock | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +45,8 @@ class Session:
 
 
 class TraceOpener:
-    """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace."""
+    """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace.
+    `selfcheck`: what was found of the kernels used so far."""
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class TraceOpener:
         self.path = output_location(path) if path is not None else None
         self.model, self.sites, self.mode = model, sites, mode
         self.tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
-        self.selfcheck: Found = {}  # of the kernels used so far
+        self.selfcheck: Found = {}
         self._own_lock: Lock | None = None
 
     def open(
@@ -63,19 +67,27 @@ class TraceOpener:
         routers: Sequence[Router],
         weight_dtype: torch.dtype,
         options: RecordOptions,
-        session: Session,
+        planned: Planned,
     ) -> TraceWriter | None:
         """The writer; None without a path. Each rank has its own; rank 0 clears the directory
-        first."""
+        first, and then publishes its lock's holder."""
         if self.path is None:
             return None
-        ranks = session.ranks
-        # rank 0 publishes its lock's holder once the directory is cleared
-        holder = ranks.wait_for("open") if ranks is not None and ranks.rank else None
-        lock = session.lock or self._take(self.path, options, ranks, holder)
+        ranks, lock = planned.ranks, planned.lock
+        holder = ranks.wait_for("open") if ranks.rank else None
+        if lock is None:
+            lock = self._own_lock = (
+                join(self.path, holder)
+                if holder is not None
+                else claim_directory(self.path, options.overwrite, shared=ranks.world > 1)
+            )
+        vocabulary = None
+        if options.text and self.tokenizer is not None:
+            size = getattr(text_config(self.model), "vocab_size", 0) or 0
+            vocabulary = vocabulary_table(self.tokenizer, size)
         writer = TraceWriter(
             self.path,
-            self._manifest(weight_dtype if options.weights else None, session, options),
+            self._manifest(weight_dtype if options.weights else None, planned, options),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             **dict.fromkeys(options.extras, True),
@@ -83,16 +95,15 @@ class TraceOpener:
             and any(site.ids_below > site.experts for site in self.sites),
             token_loss=options.token_loss,
             counts_only=options.counts_only,
-            vocabulary=self._vocabulary() if options.text else None,
-            rank=ranks.rank if ranks is not None else 0,
-            resume=session.resume,
-            shard_tokens=session.shard_tokens,
+            vocabulary=vocabulary,
+            rank=ranks.rank,
+            resume=planned.resume,
+            shard_tokens=planned.shard_tokens,
             commit_every=options.commit_every,
             lock=lock,
         )
-        if ranks is not None:
-            ranks.publish("open", lock.holder)
-            writer.others = ranks.status
+        ranks.publish("open", lock.holder)
+        writer.others = ranks.status
         return writer
 
     def tell_unused(self) -> None:
@@ -108,52 +119,85 @@ class TraceOpener:
         if self._own_lock is not None:
             self._own_lock.release()
 
-    def _take(
-        self, path: Path | Remote, options: RecordOptions, ranks: Ranks | None, holder: str | None
-    ) -> Lock:
-        if holder is not None:
-            self._own_lock = join(path, holder)
-        else:
-            shared = ranks is not None and ranks.world > 1
-            self._own_lock = claim_directory(path, options.overwrite, shared=shared)
-        return self._own_lock
-
     def _manifest(
-        self, weight_dtype: torch.dtype | None, session: Session, options: RecordOptions
+        self, weight_dtype: torch.dtype | None, planned: Planned, options: RecordOptions
     ) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
-        own = {
+        model = planned.manifest.get("model") or {
             "id": getattr(config, "_name_or_path", ""),
             "revision": None,
             "class": type(self.model).__name__,
         }
-        manifest = {"model": own, **session.manifest}
-        manifest["model"]["config"] = config_record(config)
-        if "adapter" not in manifest["model"] and (adapter := adapter_in(self.model)) is not None:
-            manifest["model"]["adapter"] = adapter
-        notes = {site.adapter.note for site in self.sites if site.adapter is not None} - {""}
-        if options.discover:
-            notes.add(discovery.NOTE)
-        if self.model in ALTERED:
-            notes.add(ALTERED[self.model])
+        model["config"] = config_record(config)
+        if "adapter" not in model and (adapter := adapter_in(self.model)) is not None:
+            model["adapter"] = adapter
+        notes = {site.adapter.note for site in self.sites if site.adapter is not None}
+        notes |= {discovery.NOTE if options.discover else "", ALTERED.get(self.model, "")}
         if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
             notes.add(
                 "a selection bias is added to the scores that experts are chosen by, and not to "
                 "their weights"
             )
-        if notes:
-            manifest["model"]["note"] = "; ".join(sorted(notes))
-        manifest["capture"] = {
+        if any(notes):
+            model["note"] = "; ".join(sorted(notes - {""}))
+        capture = {
             **capture_facts(self.model, self.mode),
             **selfcheck_facts(self.selfcheck),
             **drop_facts(self.sites),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
             **({} if options.text else {"text": False}),
         }
-        return manifest
+        return {"model": model, **planned.manifest, "capture": capture}
 
-    def _vocabulary(self) -> pa.Table | None:
-        if self.tokenizer is None:
-            return None
-        text = text_config(self.model)
-        return vocabulary_table(self.tokenizer, getattr(text, "vocab_size", 0) or 0)
+
+# model → what an intervention changes in it, while it lasts
+ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def capture_facts(model: Any, mode: str) -> dict[str, Any]:
+    """The manifest's section `capture`: mode, device, dtype, versions and command."""
+    parameters = [*model.parameters()]  # a model need not have any, nor buffers
+    tensors = parameters or [*model.buffers()] or [torch.empty(0, device="cpu")]
+    return {
+        "mode": mode,
+        "device": ", ".join(dict.fromkeys(device_name(t.device) for t in tensors)),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+        **process_facts([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def drop_facts(sites: Sequence[Site]) -> dict[str, Any]:
+    """Whether an empty slot is an assignment that a capacity has dropped, at every router."""
+    return {"drops": True} if sites and all(site.drops for site in sites) else {}
+
+
+def selfcheck_facts(found: Found) -> dict[str, Any]:
+    """What the self-check has found of the kernels that a recording used, if any."""
+    return {"selfcheck": summary(found)} if found else {}
+
+
+def process_facts(command: list[str]) -> dict[str, Any]:
+    """Versions, command line, process id and host."""
+    import transformers
+
+    from moe_inspect.capture.hook.kernels import triton
+
+    return {
+        "versions": {
+            "moe-inspect": _own_version(),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "triton": triton.__version__ if triton is not None else None,
+        },
+        "command": command,
+        "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
+        "host": socket.gethostname(),
+    }
+
+
+def _own_version() -> str:
+    from importlib.metadata import version
+
+    return version("moe-inspect")

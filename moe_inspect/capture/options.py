@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.spec import RouterSpec
+from moe_inspect.trace.schema import EXTRAS
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
@@ -132,9 +133,12 @@ class RecordOptions:
     @property
     def extras(self) -> tuple[str, ...]:
         """What is recorded of a decision beside its choice, of `schema.EXTRAS`."""
-        from moe_inspect.trace.schema import EXTRAS
-
         return tuple(name for name, extra in EXTRAS.items() if getattr(self, extra.option))
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether some of it is of what the experts return."""
+        return self.extras not in ((), ("logits",))
 
     @property
     def takes_graphs(self) -> bool:
@@ -163,13 +167,8 @@ class RecordOptions:
                     "flush_steps and commit_every both set when counts are committed: give one"
                 )
         if self.counts_only and (self.extras or self.token_loss):
-            kind = (
-                "logits"
-                if self.logits
-                else "output norms or peaks"
-                if self.extras
-                else "token losses"
-            )
+            kind = "output norms or peaks" if self.extras else "token losses"
+            kind = "logits" if self.logits else kind
             raise MoeInspectError(f"counts_only keeps no {kind}: drop one of the two")
         if self.discover and (self.routers is not None or self.extras):
             raise MoeInspectError(

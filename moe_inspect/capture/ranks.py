@@ -12,18 +12,15 @@ from moe_inspect.errors import MoeInspectError
 
 
 class Ranks:
-    """`rank` of `world`; 0 of 1 without a launcher."""
+    """`rank` of `world`; 0 of 1 without a launcher, or `alone`."""
 
-    def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, alone: bool = False) -> None:
+        self.world = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0)) if self.world > 1 else 0
         self._store: Any = None
         if self.world > 1:
-            if missing := [
-                name
-                for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-                if name not in os.environ
-            ]:
+            needed = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+            if missing := [name for name in needed if name not in os.environ]:
                 raise MoeInspectError(
                     f"WORLD_SIZE is {self.world}, but {missing[0]} is not set: start the "
                     "processes with torchrun"
@@ -32,9 +29,8 @@ class Ranks:
             from torch.distributed.rendezvous import rendezvous
 
             store, _, _ = next(rendezvous("env://"))
-            self._store = PrefixStore(
-                f"moe-inspect-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            self._store = PrefixStore(f"moe-inspect-{restart}", store)
 
     def takes(self, batch: int) -> bool:
         """Whether batch number `batch` is for this rank."""
@@ -79,8 +75,5 @@ class Ranks:
         """On rank 0 the values of all ranks, in order; on the others only their own, without
         waiting."""
         self.publish(f"{key}-{self.rank}", value)
-        return (
-            [value, *(self.wait_for(f"{key}-{r}") for r in range(1, self.world))]
-            if self.rank == 0
-            else [value]
-        )
+        others = range(1, self.world) if self.rank == 0 else ()
+        return [value, *(self.wait_for(f"{key}-{r}") for r in others)]

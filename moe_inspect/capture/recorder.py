@@ -24,11 +24,11 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.capture.hook.stack import Stack
-from moe_inspect.capture.manifest import selfcheck_facts
 from moe_inspect.capture.mode import mode_of
-from moe_inspect.capture.open_trace import Session, TraceOpener
+from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions
-from moe_inspect.capture.token_loss import token_losses_of
+from moe_inspect.capture.ranks import Ranks
+from moe_inspect.capture.token_loss import TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
 from moe_inspect.model.routers import Site
@@ -57,7 +57,7 @@ class Recorder:
     """Records every forward pass of `model` within its `with` block. The public function
     `moe_inspect.record` describes the options, `documents` and `domains`.
 
-    `session` is for callers that plan the batches (`trace_model`). `balance_of` computes the table
+    `planned` is of callers that plan the batches (`trace_model`). `balance_of` computes the table
     that `balance()` returns from the counts."""
 
     def __init__(
@@ -69,17 +69,17 @@ class Recorder:
         tokenizer: Any = None,
         documents: Sequence[Any] | None = None,
         domains: Sequence[str] | None = None,
-        session: Session | None = None,
+        planned: Planned | None = None,
         balance_of: Callable[[Totals], pd.DataFrame] | None = None,
     ):
         self.options = options = options or RecordOptions()
-        self.session = session or Session()
+        self._is_planned = planned is not None
+        self._planned = planned or Planned(Ranks(alone=True))
         options.check(path is not None)
         self.model = unwrapped(model, by_path=bool(options.specs))
         self.sites = recordable(self.model, options.specs, options.layers, options.logits)
-        outputs = options.output_norms or options.output_peaks
-        self.mode = mode_of(self.model, self.sites, options.capture, outputs)
-        if path is not None and self.session.resume is None and self.session.ranks is None:
+        self.mode = mode_of(self.model, self.sites, options.capture, options.of_outputs)
+        if path is not None and planned is None:
             check_directory(output_location(path), options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(None if self.sites else self._add, options)
@@ -88,14 +88,15 @@ class Recorder:
         self.stacks = {name: Stack(name, of, kinds, self.model) for name, of in scopes.items()}
         for site, sinks in zip(self.sites, self.attachment.sinks, strict=True):
             self.stacks[site.stack].add(site, sinks)
-        self.losses = token_losses_of(model, self.model, self.sites) if options.token_loss else None
+        self.losses = TokenLosses(model, self.model, self.sites) if options.token_loss else None
         reader = CallReader(self.model, self.sites, options.inputs)
         self.inputs = PassInputs(reader, documents, domains, self.losses)
         self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
         self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
         self._balance_of = balance_of
         self._entered, self.lock = False, RLock()
-        self._forwards = self.session.resume.next_batch if self.session.resume else 0
+        resume = self._planned.resume
+        self._forwards = resume.next_batch if resume is not None else 0
         self._counted: CountedPasses | None = None  # counts_only, once the routers are known
         self._opened = False  # the routers and the shapes of their rings are known
         self._has_cuda = torch.cuda.is_available()
@@ -135,7 +136,7 @@ class Recorder:
                     self._end_step()
                     self._hand_over.finish()
                     status = "complete"
-                    if not self._opened and not self.session.manifest:
+                    if not self._opened and not self._is_planned:
                         self._opener.tell_unused()
             finally:
                 self._hand_over.abandon()
@@ -255,9 +256,8 @@ class Recorder:
         if of.is_new or self._counted is not None:
             of.fed = fed
             return
-        self._hand_over.feed(of, fed)
-        assert of.rings is not None
-        of.scope.to_tapes = of.rings.writer is None or self.attachment.in_compiled
+        rings = self._hand_over.feed(of, fed)
+        of.scope.to_tapes = rings.writer is None or self.attachment.in_compiled
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:
@@ -313,13 +313,13 @@ class Recorder:
         for stack in self.stacks.values():
             stack.first_router, first = first, first + len(stack.routers)
         self._hand_over.writer = self._opener.open(
-            self.routers, weight_dtype, self.options, self.session
+            self.routers, weight_dtype, self.options, self._planned
         )
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
             counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)
             self._counted = CountedPasses(
-                counts, self.inputs, self.options, self.session.shard_tokens, self.writer
+                counts, self.inputs, self.options, self._planned.shard_tokens, self.writer
             )
             self._counted.begin(self._forwards)
 

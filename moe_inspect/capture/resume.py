@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_inspect.capture.corpus.plan import Frame, Plan, special_frame
+from moe_inspect.capture.corpus.plan import Plan
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.model.load import config_record
@@ -30,25 +30,6 @@ def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
 def comparable(config: Any) -> dict[str, Any]:
     """A model's config without the version of transformers that wrote it."""
     return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
-
-
-def sampling_record(options: CorpusOptions) -> dict[str, Any]:
-    return {"temperature": options.temperature, "seed": options.seed} if options.generate else {}
-
-
-def corpus_record(record: dict[str, Any], plan: Plan, tokenizer: Any) -> dict[str, Any]:
-    """The manifest's section `corpus`."""
-    max_tokens = plan.options.max_tokens
-    frame = special_frame(tokenizer) if plan.options.special_tokens else Frame()
-    names = tokenizer.convert_ids_to_tokens
-    return {
-        "plan": record,
-        "plan_hash": schema.fingerprint(record),
-        "special_tokens": {"before": names(list(frame.before)), "after": names(list(frame.after))},
-        "truncation": "none: longer documents are split"
-        if max_tokens is None
-        else f"the corpus is cut at {max_tokens} tokens",
-    }
 
 
 def resume_from(output_dir: Path | Remote, record: dict[str, Any], rank: int) -> ResumePoint:
@@ -84,7 +65,5 @@ def complete_now(output_dir: Path | Remote, plan: Plan) -> None:
 def _difference(key: str, then: Any, now: Any) -> str:
     if key != "sources":
         return f"{key.replace('_', ' ')} {then!r}, not {now!r}"
-    changed = [b["path"] for a, b in zip(then or [], now, strict=False) if a != b] or [
-        s["path"] for s in (then or now)[-1:]
-    ]
-    return f"other data (see {changed[0]})"
+    changed = [b for a, b in zip(then or [], now, strict=False) if a != b] or (then or now)[-1:]
+    return f"other data (see {changed[0]['path']})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,14 +34,12 @@ def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
         same = fed.sequence[1:] == fed.sequence[:-1]
         next_T[row[:-1][same]] = fed.token_id[1:][same]
         return next_T
-    token_BS, real_BS = _on_host(fed)
+    token_BS, real_BS, position_BS = _tokens(fed), fed.real_BS(), fed.position_BS()
     follows_BS = real_BS[:, 1:] & real_BS[:, :-1]
-    if fed.position is not None:
-        position_BS = np.broadcast_to(fed.position.numpy(), token_BS.shape)
-        follows_BS = follows_BS & (position_BS[:, 1:] == position_BS[:, :-1] + 1)
+    follows_BS &= position_BS[:, 1:] == position_BS[:, :-1] + 1
     if (keys := fed.keys.of_tokens) is not None:
         before_BS, key_BS = keys.numpy()
-        follows_BS = follows_BS & (before_BS[:, 1:] == key_BS[:, :-1])
+        follows_BS &= before_BS[:, 1:] == key_BS[:, :-1]
     next_T.reshape(token_BS.shape)[:, :-1][follows_BS] = token_BS[:, 1:][follows_BS]
     return next_T
 
@@ -64,23 +62,17 @@ def first_tokens(before: Rows | CallInputs, fed: Rows | CallInputs, B: int) -> n
     elif isinstance(before, CallInputs) and isinstance(fed, CallInputs):
         joins = fed.after.length - fed.S == before.after.length
         if fed.before is before.after and joins and fed.B == before.B == B and fed.S:
-            token_BS, real_BS = _on_host(fed)
-            _, before_BS = _on_host(before)
-            follows_B = real_BS[:, 0] & before_BS[:, -1]
+            token_BS = _tokens(fed)
+            follows_B = fed.real_BS()[:, 0] & before.real_BS()[:, -1]
             next_B[follows_B] = token_BS[:, 0][follows_B]
     return next_B
 
 
-def _on_host(call: CallInputs) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (−1 where unknown) and which of them are no padding, [B, S]. Waits until they have
-    been copied, which is before the call's own forward pass begins."""
-    if call.copied is not None:
-        call.copied.synchronize()
-    shape = call.B, call.S
-    token_BS = call.token_BS.numpy() if call.token_BS is not None else np.full(shape, -1)
-    mask = call.mask_BS
-    real_BS = mask.numpy().astype(bool) if mask is not None else np.ones(shape, bool)
-    return token_BS, real_BS
+def _tokens(call: CallInputs) -> np.ndarray:
+    """[B, S], −1 where unknown, once all of the call has been copied to the host, which is before
+    its own forward pass begins."""
+    call.wait()
+    return call.token_BS.numpy() if call.token_BS is not None else np.full((call.B, call.S), -1)
 
 
 class Places:
@@ -137,15 +129,14 @@ def logits_in(output: Any) -> Tensor | None:
 class Head:
     """The part of a transformers model after its body: the forward of a copy that shares all
     weights, and whose body returns what it is given. So all that the model does to its logits is
-    done to these."""
+    done to these. `body`: the name of the body among the model's children."""
 
     def __init__(self, model: Any, body: str):
         self.body = model.get_submodule(body)
         self._given = _Given(self.body)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, body: self._given}
-        self._forward = type(model).forward
-        takes = inspect.signature(self._forward).parameters
+        takes = inspect.signature(type(model).forward).parameters
         self._options = {
             name: False for name in ("use_cache", "output_router_logits") if name in takes
         }
@@ -173,30 +164,21 @@ class Head:
         """The last hidden states [B, S, H] of this forward pass."""
         if self._kept is None:
             return None
-        hidden = self._kept if isinstance(self._kept, Tensor) else self._kept[0]
-        return hidden.detach()
+        return (self._kept if isinstance(self._kept, Tensor) else self._kept[0]).detach()
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """[C, V], of hidden states in the forward pass that `watch` saw."""
-        hidden = hidden_CH[None]
-        kind = type(self._kept)
-        self._given.returned = (
-            hidden
-            if isinstance(self._kept, Tensor)
-            else (hidden,)
-            if kind is tuple
-            else kind(last_hidden_state=hidden)
-        )
+        hidden, kind = hidden_CH[None], type(self._kept)
+        if isinstance(self._kept, Tensor):
+            self._given.returned = hidden
+        else:
+            self._given.returned = (hidden,) if kind is tuple else kind(last_hidden_state=hidden)
         unknown = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        output = self._forward(self._model, input_ids=unknown, **self._options)
-        logits = logits_in(output)
-        assert logits is not None
-        return logits[0]
+        output = type(self._model).forward(self._model, input_ids=unknown, **self._options)
+        return cast(Tensor, logits_in(output))[0]
 
-    def agrees(self, logits_BV: Tensor) -> bool:
+    def agrees(self, hidden: Tensor, logits_BV: Tensor) -> bool:
         """Whether it gives these logits of the last position of each row."""
-        hidden = self.hidden
-        assert hidden is not None
         own_BV = self.logits(hidden[:, -1])
         if own_BV.shape != logits_BV.shape:
             return False
@@ -224,10 +206,11 @@ def head_of(model: Any) -> Head | None:
     """None where the body is no direct part of the model."""
     children = dict(model.named_children())
     base = getattr(model, "base_model", None)
-    found = next((name for name, module in children.items() if module is base), None)
-    if found is None:
-        found = "model" if "model" in children and hasattr(model, "get_output_embeddings") else None
-    return Head(model, found) if found is not None and len(children) > 1 else None
+    named = ["model"] if hasattr(model, "get_output_embeddings") else []
+    bodies = [name for name, module in children.items() if module is base] or named
+    return (
+        Head(model, bodies[0]) if bodies and bodies[0] in children and len(children) > 1 else None
+    )
 
 
 CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB
@@ -240,8 +223,8 @@ class PassLosses:
     """Those of one forward pass of T rows, on their way to the host. `complete`: no later pass adds
     any."""
 
-    def __init__(self, T: int):
-        self.T, self.complete = T, False
+    def __init__(self, T: int, complete: bool = False):
+        self.T, self.complete = T, complete
         self._parts: list[tuple[np.ndarray, Tensor, Any]] = []
 
     def add(self, rows_N: np.ndarray, values_2N: Tensor) -> None:
@@ -279,8 +262,18 @@ class TokenLosses:
     next pass that has the same cache: `pass_losses` of it are complete by then. A row of it that
     another row goes on with (beam search) has none."""
 
-    def __init__(self, outer: Any, model: Any):
-        """`outer`: the model as it is called; `model`: the one with the routers in it."""
+    def __init__(self, outer: Any, model: Any, sites: Sequence[Site]):
+        """`outer`: the model as it is called; `model`: the one with the routers, at `sites`, in
+        it. MoeInspectError where its logits are not of the token that follows, or cannot be told
+        apart by token."""
+        name = type(model).__name__
+        if is_of_transformers(model) and name.endswith(OTHER_TASKS):
+            raise MoeInspectError(f"{name} does not predict the next token: it has no token losses")
+        if any(site.order != "bs" or site.rows is not None for site in sites):
+            raise MoeInspectError(
+                f"the routers of {name} see their rows in a different order than its logits: "
+                "record it without token losses"
+            )
         self._model = model
         self.head = None if is_compiled(outer) else head_of(model)
         self._fed: Rows | CallInputs | None = None
@@ -307,10 +300,11 @@ class TokenLosses:
         if self.head is not None:
             self.head.release()
 
-    def take(self) -> PassLosses | None:
-        """Those of the forward pass that ends; None where it fed the encoder alone."""
+    def take(self, T: int) -> PassLosses:
+        """Those of the forward pass of T rows that ends; it has none where it fed the encoder
+        alone."""
         losses, self._current = self._current, None
-        return losses
+        return losses or PassLosses(T, complete=True)
 
     @torch.no_grad()
     def returned(self, output: Any) -> None:
@@ -328,8 +322,11 @@ class TokenLosses:
         losses = self._current = PassLosses(fed.T)
         if fed.T:
             self._within(fed, logits, losses)
-        cache = _cache_of(output) if isinstance(fed, CallInputs) else None
+        cache = None
+        if isinstance(fed, CallInputs) and not isinstance(output, Tensor):
+            cache = cache_among(output.values() if isinstance(output, Mapping) else output)
         if fed.T and (cache is not None or (isinstance(fed, Rows) and fed.group is not None)):
+            # another pass may feed what follows
             self._places.watch(cache)
             last_BV = logits[:, -1]
             # (not a view of the logits of all positions)
@@ -370,7 +367,7 @@ class TokenLosses:
                 f"{type(self._model).__name__} returned logits of {B * S} positions in a forward "
                 f"pass of {fed.T}: call it without logits_to_keep, or record without token losses"
             )
-        if not head.checked and not head.agrees(logits[:, -1]):
+        if not head.checked and not head.agrees(hidden, logits[:, -1]):
             raise MoeInspectError(
                 f"the logits of {type(self._model).__name__} are not those of its last hidden "
                 "states alone: call it without logits_to_keep, or record without token losses"
@@ -416,24 +413,3 @@ def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     sum_C = share_CV.sum(1)
     mean_C = torch.linalg.vecdot(share_CV, below_CV) / sum_C
     return torch.stack([loss_C + sum_C.log(), sum_C.log() - mean_C])
-
-
-def _cache_of(output: Any) -> Any:
-    """The key-value cache with which another pass may feed what follows; None where there is
-    none."""
-    values = output.values() if isinstance(output, Mapping) else output
-    return cache_among(values) if not isinstance(values, Tensor) else None
-
-
-def token_losses_of(outer: Any, model: Any, sites: Sequence[Site]) -> TokenLosses:
-    """MoeInspectError where a model's logits are not of the token that follows, or cannot be told
-    apart by token."""
-    name = type(model).__name__
-    if is_of_transformers(model) and name.endswith(OTHER_TASKS):
-        raise MoeInspectError(f"{name} does not predict the next token: it has no token losses")
-    if any(site.order != "bs" or site.rows is not None for site in sites):
-        raise MoeInspectError(
-            f"the routers of {name} see their rows in a different order than its logits: record "
-            "it without token losses"
-        )
-    return TokenLosses(outer, model)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.corpus.sources import find_sources
 from moe_inspect.capture.feed import forward, forward_own, logits_of, padded
 from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions

@@ -60,21 +60,15 @@ class Webhook:
     def _run(self) -> None:
         while True:
             alarm = self._queue.get()
+            text = json.dumps({"text": str(alarm), **alarm.record()}).encode()
+            headers = {"Content-Type": "application/json", "User-Agent": "moe-inspect"}
             try:
-                self._post(alarm)
+                request = urllib.request.Request(self.url, text, headers)
+                urllib.request.urlopen(request, timeout=self.timeout_s).close()
             except (OSError, ValueError) as error:
                 LOGGER.warning("webhook: could not post to %s: %s", self.url, error)
             finally:
                 self._queue.task_done()
-
-    def _post(self, alarm: Alarm) -> None:
-        request = urllib.request.Request(
-            self.url,
-            data=json.dumps({"text": str(alarm), **alarm.record()}).encode(),
-            headers={"Content-Type": "application/json", "User-Agent": "moe-inspect"},
-        )
-        with urllib.request.urlopen(request, timeout=self.timeout_s):
-            pass
 
 
 def actions_of(on_alarm: str | Action | Sequence[str | Action]) -> list[str | Action]:

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.training.metrics import show_picture
 from moe_inspect.training.monitor import OfTrainer
 
 
@@ -49,15 +48,14 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self._metrics = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        monitor = self.monitor
-        assert monitor is not None
+        if (monitor := self.monitor) is None:
+            return control
         monitor.step(state.global_step)
         if control.should_log:
             self._metrics = monitor.log()
             if "flush_steps" not in self.options:
                 monitor.flush()
-            if self._shows_log():
-                self._show(args, state)
+            self._picture(args, state)
         if control.should_save:
             monitor.flush()
         if monitor.should_stop:
@@ -82,22 +80,14 @@ class RoutingCallback(OfTrainer, TrainerCallback):
             self._metrics = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.picture_logs:
-            self._show(args, state)  # what a run ended with, however few its logs
+        self._picture(args, state, end=True)  # what a run ended with, however few its logs
         self._end(None)
 
-    def _show(self, args: Any, state: Any) -> None:
-        monitor = self.monitor
-        if not state.is_world_process_zero or monitor is None or not self._has_new_window():
-            return
-        writers = [
-            writer
-            for callback in (self._trainer.callback_handler.callbacks if self._trainer else [])
-            if (writer := getattr(callback, "tb_writer", None)) is not None
-        ]
-        reporters = set(args.report_to or ())
-        if writers or reporters & {"wandb", "mlflow"}:
-            show_picture(monitor.picture(), state.global_step, reporters, *writers[:1])
+    def _picture(self, args: Any, state: Any, end: bool = False) -> None:
+        callbacks = self._trainer.callback_handler.callbacks if self._trainer else []
+        boards = [getattr(callback, "tb_writer", None) for callback in callbacks]
+        if state.is_world_process_zero:
+            self._show(state.global_step, args.report_to or (), [b for b in boards if b], end)
 
 
 def _trainer_that_calls() -> Trainer | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.manifest import capture_facts
+from moe_inspect.capture.open_trace import capture_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import config_record
 from moe_inspect.text import print_stderr
@@ -80,19 +80,21 @@ class History:
         load: Sequence[np.ndarray],
         tokens_R: np.ndarray,
         step: int,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any],
     ) -> None:
         """Commits the load of the steps since the last call, up to `step`, and waits until it is on
         the disk. `facts`: for the manifest. MoeInspectError where that fails."""
         if step <= self.last_step:
             return
         if self.writer is None:
-            self.writer = self._open(model, routers, facts or {})
+            self.writer = self._open(model, routers, facts)
+        # an encoder-decoder's stacks see different tokens
+        of_stack = {router.stack: int(n) for router, n in zip(routers, tokens_R, strict=True)}
         shards = self.writer.next_shard
         self.writer.write(
             CountedBatches(
                 step,
-                _tokens(routers, tokens_R),
+                sum(of_stack.values()),
                 [""],
                 [load_E[None] for load_E in load],
                 None,
@@ -141,9 +143,3 @@ class History:
                 self.writer.close(status, quiet=status != "complete")
         finally:
             self._lock.release()
-
-
-def _tokens(routers: Sequence[Router], tokens_R: np.ndarray) -> int:
-    """Tokens of all stacks: an encoder-decoder's see different ones."""
-    of_stack = {router.stack: int(n) for router, n in zip(routers, tokens_R, strict=True)}
-    return sum(of_stack.values())

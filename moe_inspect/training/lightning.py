@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.training.metrics import show_picture
 from moe_inspect.training.monitor import OfTrainer
 
 try:
@@ -52,8 +51,7 @@ class LightningRoutingCallback(OfTrainer, Callback):
             metrics = monitor.log()
             monitor.flush()
             self._report(trainer, metrics)
-            if self._shows_log():
-                self._show(trainer)
+            self._picture(trainer)
         if monitor.should_stop:
             trainer.should_stop = True
 
@@ -66,8 +64,7 @@ class LightningRoutingCallback(OfTrainer, Callback):
             self.monitor.flush()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.picture_logs:
-            self._show(trainer)
+        self._picture(trainer, end=True)
         self._end(None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -77,13 +74,8 @@ class LightningRoutingCallback(OfTrainer, Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _show(self, trainer: Any) -> None:
-        monitor = self.monitor
-        if not trainer.is_global_zero or monitor is None or not self._has_new_window():
-            return
-        boards = [
-            logger.experiment
-            for logger in trainer.loggers
-            if hasattr(logger.experiment, "add_image")
-        ]
-        show_picture(monitor.picture(), trainer.global_step, ("wandb", "mlflow"), *boards[:1])
+    def _picture(self, trainer: Any, end: bool = False) -> None:
+        boards = [logger.experiment for logger in trainer.loggers]
+        boards = [board for board in boards if hasattr(board, "add_image")]
+        if trainer.is_global_zero:
+            self._show(trainer.global_step, ("wandb", "mlflow"), boards, end)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,23 @@ from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.sink import Sinks
-from moe_inspect.capture.manifest import drop_facts
+from moe_inspect.capture.open_trace import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
-from moe_inspect.training.metrics import DETAILS, logged, window_metrics
-from moe_inspect.training.sums import Sums, Taken
+from moe_inspect.training.metrics import (
+    DETAILS,
+    load_picture,
+    logged,
+    show_picture,
+    window_metrics,
+)
+from moe_inspect.training.sums import RoutingSums, WindowSums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
@@ -106,7 +111,7 @@ class RoutingMonitor:
         sites = recordable(self.model, routers, layers)
         # without sites, probes will show them
         logits = not sites or any(site.logits_module is not None for site in sites)
-        self._sums = Sums(self.model, sites, inputs)
+        self._sums = RoutingSums(self.model, sites, inputs)
         extras = ("logits",) if logits else ()
         self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
         for r, sinks in enumerate(self._attachment.sinks):
@@ -123,12 +128,11 @@ class RoutingMonitor:
         self.should_stop = False
         self.raised: list[Alarm] = []
         self.window: Window | None = None  # the last one
-        self._before: Window | None = None
         self._alarms: Alarms | None = None
         self._history: History | None = None
         self._collected = self._logged = self._flushed = resume_step  # the last step of each
-        self._to_log: list[Taken] = []
-        self._to_flush: list[Taken] = []
+        self._to_log: WindowSums | None = None
+        self._to_flush: WindowSums | None = None
 
     @property
     def routers(self) -> list[Any]:
@@ -172,8 +176,8 @@ class RoutingMonitor:
         for action in self.actions:
             if not isinstance(action, str) and hasattr(action, "close"):
                 action.close()  # pyright: ignore[reportFunctionMemberAccess]
-        if self._history is not None:
-            history, self._history = self._history, None
+        history, self._history = self._history, None
+        if history is not None:
             history.close(status)
 
     def _choose(self) -> None:
@@ -209,14 +213,13 @@ class RoutingMonitor:
         """Ends the window now: its metrics, by key ("routing/max_vio/worst" …). Empty where nothing
         was counted since the last one. Waits for the device, and for the other processes."""
         self._collect()
-        taken, self._to_log = _summed(self._to_log), []
+        taken, self._to_log = self._to_log, None
         first, self._logged = self._logged + 1, self.steps
         if taken is None:
             return {}
         values = self._values(taken, training=True)
         window = Window(first, self.steps, taken.load, taken.tokens_R, values, taken.recent)
-        values = window_metrics(window, self._before)
-        self.window, self._before = window, window
+        values, self.window = window_metrics(window, self.window), window
         self._judge(window)
         metrics = logged(values, self.routers, self.detail, PREFIX)
         metrics[f"{PREFIX}tokens"] = float(taken.tokens_R.max())
@@ -239,7 +242,7 @@ class RoutingMonitor:
         if self.path is None or self.steps == self._flushed:
             return
         self._collect()
-        taken, self._to_flush = _summed(self._to_flush), []
+        taken, self._to_flush = self._to_flush, None
         self._flushed = self.steps
         if self._history is not None and taken is not None:
             facts = drop_facts(self._sums.sites)
@@ -254,11 +257,11 @@ class RoutingMonitor:
         self._collected = self.steps
         taken = self._sums.read(group=self.group)
         if taken is not None and taken.passes:
-            self._to_log.append(taken)
+            self._to_log = self._to_log.plus(taken) if self._to_log else taken
             if self.path is not None:
-                self._to_flush.append(taken)
+                self._to_flush = self._to_flush.plus(taken) if self._to_flush else taken
 
-    def _values(self, taken: Taken, training: bool) -> dict[str, np.ndarray]:
+    def _values(self, taken: WindowSums, training: bool) -> dict[str, np.ndarray]:
         """What the load does not tell, by metric, float [R]. The share of a router's slots that its
         capacity dropped is NaN where what goes to no expert may be something else."""
         drops_R = np.array([site.drops for site in self._sums.sites])
@@ -272,8 +275,7 @@ class RoutingMonitor:
     def _judge(self, window: Window) -> None:
         if not self.rules:
             return
-        if self._alarms is None:
-            self._alarms = Alarms(self.routers, self.rules)
+        self._alarms = self._alarms or Alarms(self.routers, self.rules)
         for alarm in self._alarms.see(window):
             self.raised.append(alarm)
             if _rank() == 0:
@@ -283,8 +285,6 @@ class RoutingMonitor:
 
     def picture(self) -> Any:
         """A matplotlib figure of the last window: the load of every expert of every layer."""
-        from moe_inspect.training.metrics import load_picture
-
         if self.window is None:
             raise MoeInspectError("no window yet: the first picture follows the first log")
         return load_picture(self.window, self.routers)
@@ -311,16 +311,18 @@ class OfTrainer:
         self.monitor.__enter__()
         self._logs, self._pictured = 0, None
 
-    def _shows_log(self) -> bool:
-        """Whether the log that was just written comes with a picture."""
-        self._logs += 1
-        return self.picture_logs > 0 and self._logs % self.picture_logs == 1 % self.picture_logs
-
-    def _has_new_window(self) -> bool:
-        """Whether there is a window that no picture has shown; from now on one has."""
-        window = self.monitor.window if self.monitor is not None else None
-        before, self._pictured = self._pictured, window
-        return window is not before
+    def _show(self, step: int, reporters: Iterable[str], boards: Sequence[Any], end: bool) -> None:
+        """Shows a picture of the window, if none has shown it and one is due: at a log, or at the
+        `end`. `boards`: summary writers of TensorBoard."""
+        self._logs += 0 if end else 1
+        every = self.picture_logs
+        if self.monitor is None or not every or not (end or self._logs % every == 1 % every):
+            return
+        window, before = self.monitor.window, self._pictured
+        self._pictured = window
+        reporters = {"wandb", "mlflow"}.intersection(reporters)
+        if window is not before and (boards or reporters):
+            show_picture(self.monitor.picture(), step, reporters, *boards[:1])
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if self.monitor is not None:
@@ -332,22 +334,3 @@ def _rank() -> int:
     distributed = torch.distributed
     there = distributed.is_available() and distributed.is_initialized()
     return distributed.get_rank() if there else 0
-
-
-def _summed(parts: Sequence[Taken]) -> Taken | None:
-    """What consecutive reads come to together; None where there are none."""
-    if not parts:
-        return None
-    total = parts[0]
-    for part in parts[1:]:
-        n, m = total.passes, part.passes
-        total = replace(
-            part,
-            load=[a + b for a, b in zip(total.load, part.load, strict=True)],
-            recent=[np.concatenate(p) for p in zip(total.recent, part.recent, strict=True)],
-            tokens_R=total.tokens_R + part.tokens_R,
-            passes=n + m,
-            aux_loss_R=(n * total.aux_loss_R + m * part.aux_loss_R) / (n + m),
-            z_loss_R=(n * total.z_loss_R + m * part.z_loss_R) / (n + m),
-        )
-    return total

@@ -9,26 +9,30 @@ nowhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.inputs.arguments import CallReader, InputsOf
 from moe_inspect.capture.hook.inputs.call_arguments import mask_of
 from moe_inspect.capture.hook.sink import Sinks
+from moe_inspect.capture.hook.stack import router_at
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site, selection_bias
 from moe_inspect.trace.schema import Router
 
 RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
+# what is summed apart; the passes of a step are training once it has ended
+EVALUATION, TRAINING, STEP = range(3)
 
 
 class DeviceSums:
-    """The sums of the routers of one device."""
+    """The sums of the routers of one device: of the pass, and since `read` by what it was."""
 
     def __init__(self, device: torch.device, experts: Sequence[int]):
         self.device, self.R = device, len(experts)
@@ -41,15 +45,12 @@ class DeviceSums:
             self.is_expert_C = torch.ones(self.C, dtype=torch.bool)
             self.is_expert_C[[f + E for f, E in zip(self.first, experts, strict=True)]] = False
             self.experts_R = torch.tensor(experts, dtype=torch.float32)
-            # of the pass
             self.load_C = torch.zeros(self.C, dtype=torch.int64)
             self.probability_C = torch.zeros(self.C)
             self.z_R = torch.zeros(self.R)
-            # of the step, of the steps before, and since `read`: evaluation, training
-            self.step_C = torch.zeros(self.C, dtype=torch.int64)
+            self.total_3C = torch.zeros(3, self.C, dtype=torch.int64)
             self.recent_SC = torch.zeros(RECENT, self.C, dtype=torch.int32)
-            self.total_C = [torch.zeros(self.C, dtype=torch.int64) for _ in range(2)]
-            self.losses_2R = [torch.zeros(2, self.R) for _ in range(2)]
+            self.losses_22R = torch.zeros(2, 2, self.R)  # evaluation, training; auxiliary and z
 
     def begin(self) -> None:
         self.load_C.zero_()
@@ -60,53 +61,63 @@ class DeviceSums:
         """Adds the pass. Its auxiliary loss is E · Σ f · P of each router: f the share of the
         assignments, P the mean probability of an expert; 1 for a uniform router
         (arXiv:2101.03961)."""
-        (self.step_C if training else self.total_C[False]).add_(self.load_C)
+        self.total_3C[STEP if training else EVALUATION] += self.load_C
         if not logits:
             return
-        sums_R = [
+        load_R, tokens_R, product_R = (
             torch.zeros(self.R, device=self.device).index_add_(0, self.router_C, values_C)
             for values_C in (
                 self.load_C * self.is_expert_C * 1.0,
                 self.probability_C,
                 self.load_C * self.probability_C,
             )
-        ]
-        load_R, tokens_R, product_R = sums_R
-        self.losses_2R[training][0] += (
-            self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
         )
-        self.losses_2R[training][1] += self.z_R / tokens_R.clamp(min=1)
+        aux_R = self.experts_R * product_R / (load_R * tokens_R).clamp(min=1e-20)
+        losses_2R = self.losses_22R[int(training)]
+        losses_2R += torch.stack([aux_R, self.z_R / tokens_R.clamp(min=1)])
 
     def end_step(self, n: int) -> None:
-        self.total_C[True] += self.step_C
-        self.recent_SC[n % RECENT] = self.step_C
-        self.step_C.zero_()
+        self.total_3C[TRAINING] += self.total_3C[STEP]
+        self.recent_SC[n % RECENT] = self.total_3C[STEP]
+        self.total_3C[STEP].zero_()
 
-    def parts(self, training: bool, steps: int) -> list[Tensor]:
-        recent = self.recent_SC[:steps]
-        return [self.total_C[training], recent.reshape(-1), self.losses_2R[training].reshape(-1)]
+    def parts(self, of: int, steps: int) -> list[Tensor]:
+        """What was summed: load, that of each recent step, and the losses."""
+        return [self.total_3C[of], self.recent_SC[:steps], self.losses_22R[of]]
 
-    def clear(self, training: bool) -> None:
-        self.total_C[training].zero_()
-        self.losses_2R[training].zero_()
+    def clear(self, of: int) -> None:
+        self.total_3C[of].zero_()
+        self.losses_22R[of].zero_()
 
 
 @dataclass(frozen=True)
-class Taken:
+class WindowSums:
     """What was summed, on the host. `load`: assignments, int64 [E] of each router. `recent`: those
     of each of the last steps, at most RECENT, int64 [S, E] of each router. `tokens_R`; `passes`:
     forward passes, of all ranks; `aux_loss_R`, `z_loss_R`: means over passes, NaN where the model
     shows no logits."""
 
-    load: list[Any]
-    recent: list[Any]
-    tokens_R: Any
+    load: list[np.ndarray]
+    recent: list[np.ndarray]
+    tokens_R: np.ndarray
     passes: int
-    aux_loss_R: Any
-    z_loss_R: Any
+    aux_loss_R: np.ndarray
+    z_loss_R: np.ndarray
+
+    def plus(self, later: WindowSums) -> WindowSums:
+        """The sums of both, of which the other's steps come later."""
+        n, m = self.passes, later.passes
+        return WindowSums(
+            [a + b for a, b in zip(self.load, later.load, strict=True)],
+            [np.concatenate(both) for both in zip(self.recent, later.recent, strict=True)],
+            self.tokens_R + later.tokens_R,
+            n + m,
+            (n * self.aux_loss_R + m * later.aux_loss_R) / (n + m),
+            (n * self.z_loss_R + m * later.z_loss_R) / (n + m),
+        )
 
 
-class Sums:
+class RoutingSums:
     """Receives the events of an Attachment (its `Records`). A pass in which the model is in
     training mode and gradients are on is training; every other is evaluation. `is_counted`:
     whether training passes are, until it is changed. `sites`: without any, probes show them in the
@@ -116,20 +127,25 @@ class Sums:
         self.model, self.sites = model, sites
         self._reader = CallReader(model, sites, inputs)
         self.routers: list[Router] = []  # once a pass has shown their top-k
-        self.is_counted = True
-        stacks = dict.fromkeys([s.stack for s in sites] or [""])
+        self.is_counted, self.is_training = True, False
+        self._stacks = list(dict.fromkeys([s.stack for s in sites] or [""]))
         self._on: dict[torch.device, DeviceSums] = {}
         self._place: list[tuple[DeviceSums, int]] = []  # of each router
-        # of the first pass: kind, router, first row, and ids or logits of each call
-        self._early: list[tuple[str, int, int, Tensor]] = []
-        self._steps = 0  # since the last `read`
-        self._passes = [0, 0]  # in evaluation, in training
-        self._tokens: list[dict[str, Any]] = [dict.fromkeys(stacks, 0) for _ in range(2)]
-        self._step_tokens: dict[str, Any] = dict.fromkeys(stacks, 0)
-        self._step_passes = 0
-        self._counting = False
-        self._seen = self._nothing_seen()  # rows, by kind and router
         self._shows_logits: set[int] = set()  # routers that do
+        self._steps = 0  # since the last `read`
+        self._passes = [0, 0, 0]
+        self._tokens: list[dict[str, Any]] = [dict.fromkeys(self._stacks, 0) for _ in range(3)]
+        self._counting = False
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._rows: dict[str, int] = {}  # of each stack that was fed
+        self._real: dict[str, Tensor | None] = {}
+        self._masks: dict[tuple[str, torch.device], Tensor] = {}
+        # rows seen of each router: of its choices, and of its logits
+        self._seen: dict[str, list[int]] = {kind: [0] * len(self.sites) for kind in ("", "logits")}
+        # calls in the first pass: "" or "logits", router, first row, and ids or logits
+        self._early: list[tuple[str, int, int, Tensor]] = []
 
     def add_router(self, site: Site) -> None:
         """One more router, which a probe shows in the first pass."""
@@ -139,27 +155,20 @@ class Sums:
                 "every probe"
             )
         self.sites.append(site)
-        for of_kind in self._seen.values():
-            of_kind.append(0)
+        for seen in self._seen.values():
+            seen.append(0)
 
     def receive(self, r: int, sinks: Sinks) -> None:
         """Has the sinks of router r pass on what they receive."""
         for kind, sink in sinks.items():
             sink.take = partial(self.take, kind, r)
 
-    def _nothing_seen(self) -> dict[str, list[int]]:
-        return {kind: [0] * len(self.sites) for kind in ("", "logits")}
-
     # --- a forward pass
 
     def begin(self) -> None:
-        self.training = self.model.training and torch.is_grad_enabled()
-        self._counting = self.is_counted or not self.training
-        self._rows: dict[str, int] = {}
-        self._real: dict[str, Tensor | None] = {}
-        self._masks: dict[tuple[str, torch.device], Tensor] = {}
-        self._seen = self._nothing_seen()
-        self._early = []
+        self.is_training = self.model.training and torch.is_grad_enabled()
+        self._counting = self.is_counted or not self.is_training
+        self._begin_pass()
         for on in self._on.values() if self._counting else ():
             on.begin()
 
@@ -178,49 +187,27 @@ class Sums:
     def returned(self, stack: str, output: Any) -> None:
         pass
 
+    @torch.no_grad()
     def take(self, kind: str, r: int, values: Tensor, *_: Tensor) -> None:
-        """One call of router r, for the rows after those it has seen in this pass: of its choices
-        (""; `values` are the ids) or its logits."""
+        """One call of router r, for the rows after those it has seen in this pass: its choices
+        (""), or its logits."""
         if not self._counting:
             return
-        row = self._seen[kind][r]
-        self._seen[kind][r] += len(values)
+        seen = self._seen[kind]
+        row, seen[r] = seen[r], seen[r] + len(values)
         if self._place:
             self._add(kind, r, row, values)
         else:
             self._early.append((kind, r, row, values.clone()))
 
     def _add(self, kind: str, r: int, row: int, values: Tensor) -> None:
-        (self._add_logits if kind else self._add_ids)(r, row, values)
-
-    @torch.no_grad()
-    def _add_ids(self, r: int, row: int, ids_TK: Tensor) -> None:
         on, n = self._place[r]
-        E = self.sites[r].experts
-        outside_TK = (ids_TK < 0) | (ids_TK >= E)
-        if (real_T := self._mask(r, on.device)) is not None:
-            outside_TK |= ~real_T[row : row + len(ids_TK), None]
-        slot_N = (ids_TK.long().masked_fill(outside_TK, E) + on.first[n]).reshape(-1)
-        on.load_C.scatter_add_(0, slot_N, torch.ones_like(slot_N))
-
-    @torch.no_grad()
-    def _add_logits(self, r: int, row: int, logits_TE: Tensor) -> None:
-        self._shows_logits.add(r)
-        on, n = self._place[r]
-        site, logits_TE = self.sites[r], logits_TE.float()
-        log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
-        if site.scoring == "sigmoid":
-            score_TE = logits_TE.sigmoid()
-            score_TE = score_TE / score_TE.sum(1, keepdim=True)
-        else:
-            score_TE = (logits_TE - log_sum_T1).exp()
-        z_T = log_sum_T1[:, 0] ** 2
-        if (real_T := self._mask(r, on.device)) is not None:
-            real_T = real_T[row : row + len(logits_TE)]
-            score_TE, z_T = score_TE * real_T[:, None], z_T * real_T
-        first = on.first[n]
-        on.probability_C[first : first + site.experts] += score_TE.sum(0)
-        on.z_R[n] += z_T.sum()
+        real_T = self._mask(r, on.device)
+        real_T = real_T[row : row + len(values)] if real_T is not None else None
+        add_to = _add_logits if kind else _add_choices
+        add_to(on, n, self.sites[r], values, real_T)
+        if kind:
+            self._shows_logits.add(r)
 
     def _mask(self, r: int, device: torch.device) -> Tensor | None:
         """Which rows are no padding, bool [T] on the router's device; None: all."""
@@ -238,25 +225,22 @@ class Sums:
         if not self._counting:
             return
         self._counting = False
-        for r, site in enumerate(self.sites):
-            seen, T = self._seen[""][r], self._rows.get(site.stack)
-            if T is not None and seen != T:
+        for site, seen in zip(self.sites, self._seen[""], strict=True):
+            if site.stack in self._rows and seen != self._rows[site.stack]:
                 raise MoeInspectError(
-                    f"{site.path} routed {seen} rows in a forward pass of {T}: this model's "
-                    "routing cannot be watched in training"
+                    f"{site.path} routed {seen} rows in a forward pass of "
+                    f"{self._rows[site.stack]}: this model's routing cannot be watched in training"
                 )
         if not self._place:
             self._lay_out()
         for on in self._on.values():
-            on.end(self.training, bool(self._shows_logits))
-        tokens = self._step_tokens if self.training else self._tokens[False]
+            on.end(self.is_training, bool(self._shows_logits))
+        of = STEP if self.is_training else EVALUATION
         for stack, T in self._rows.items():
             real_T = self._real[stack]
-            tokens[stack] = tokens[stack] + (T if real_T is None else real_T.sum())
-        if self.training:
-            self._step_passes += 1
-        else:
-            self._passes[False] += 1
+            n = T if real_T is None else real_T.sum()
+            self._tokens[of][stack] = self._tokens[of][stack] + n
+        self._passes[of] += 1
 
     def _lay_out(self) -> None:
         """The first pass has shown the devices and the top-k: makes the sums, and counts it."""
@@ -270,24 +254,14 @@ class Sums:
             )
         devices = [early[r].device for r in range(len(self.sites))]
         for device in dict.fromkeys(devices):
-            mine = [r for r, d in enumerate(devices) if d == device]
-            self._on[device] = DeviceSums(device, [self.sites[r].experts for r in mine])
-        order = dict.fromkeys(self._on, 0)
-        for device in devices:
-            self._place.append((self._on[device], order[device]))
-            order[device] += 1
+            mine = [
+                site.experts for site, d in zip(self.sites, devices, strict=True) if d == device
+            ]
+            self._on[device] = DeviceSums(device, mine)
+        for r, device in enumerate(devices):
+            self._place.append((self._on[device], devices[:r].count(device)))
         self.routers = [
-            Router(
-                site.layer,
-                site.path.split(".", 1)[-1],
-                site.path,
-                site.experts,
-                early[r].shape[1],
-                site.scoring,
-                site.shared_experts,
-                site.stack,
-                "unknown",
-            )
+            replace(router_at(site, early[r].shape[1]), slot_order="unknown")
             for r, site in enumerate(self.sites)
         ]
         for call in self._early:
@@ -299,80 +273,93 @@ class Sums:
     @torch.no_grad()
     def end_step(self) -> None:
         """The training passes since the last call are one step."""
-        if not self.is_counted or not self._step_passes:
+        if not self.is_counted or not self._passes[STEP]:
             return
         for on in self._on.values():
             on.end_step(self._steps)
         self._steps += 1
-        self._passes[True] += self._step_passes
-        for stack, n in self._step_tokens.items():
-            self._tokens[True][stack] = self._tokens[True][stack] + n
-        self._step_tokens, self._step_passes = dict.fromkeys(self._step_tokens, 0), 0
+        self._passes[TRAINING] += self._passes[STEP]
+        for stack, n in self._tokens[STEP].items():
+            self._tokens[TRAINING][stack] = self._tokens[TRAINING][stack] + n
+        self._clear(STEP)
+
+    def _clear(self, of: int) -> None:
+        self._passes[of], self._tokens[of] = 0, dict.fromkeys(self._stacks, 0)
 
     @torch.no_grad()
-    def read(self, training: bool = True, group: Any = None) -> Taken | None:
+    def read(self, training: bool = True, group: Any = None) -> WindowSums | None:
         """What was summed since the last `read`, of training or of evaluation; summed over the
         processes of torch.distributed in one all-reduce. Waits for the devices. None before the
         first pass."""
         if not self._place:
             return None
-        S = min(self._steps, RECENT) if training else 0
+        of, S = TRAINING if training else EVALUATION, min(self._steps, RECENT) if training else 0
         device = self._place[0][0].device
-        tokens = [torch.as_tensor(n, device=device) for n in self._tokens[training].values()]
-        parts = [
-            *(part for on in self._on.values() for part in on.parts(training, S)),
-            *tokens,
-            torch.tensor(self._passes[training], device=device),
-        ]
+        counted = [self._passes[of], *self._tokens[of].values()]
+        parts = [part for on in self._on.values() for part in on.parts(of, S)]
+        parts += [torch.as_tensor(n, device=device) for n in counted]
         flat = torch.cat([part.reshape(-1).to(device, torch.float64) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat, group=group)
-        taken = self._unpacked(flat.cpu(), S)
+        sizes = [part.numel() for part in parts]
+        found = self._of_routers([part.numpy() for part in flat.cpu().split(sizes)], S)
         for on in self._on.values():
-            on.clear(training)
-        self._passes[training] = 0
-        self._tokens[training] = dict.fromkeys(self._tokens[training], 0)
+            on.clear(of)
+        self._clear(of)
         if training:
             self._steps = 0
-        return taken
+        return found
 
-    def _unpacked(self, flat: Tensor, S: int) -> Taken:
-        at = 0
-
-        def next_part(size: int) -> Tensor:
-            nonlocal at
-            at += size
-            return flat[at - size : at]
-
-        by_device = {
-            on: (
-                next_part(on.C),
-                next_part(S * on.C).reshape(S, on.C),
-                next_part(2 * on.R).reshape(2, on.R),
-            )
-            for on in self._on.values()
-        }
-        stacks = list(self._step_tokens)
-        tokens = dict(zip(stacks, next_part(len(stacks)).tolist(), strict=True))
-        passes = int(next_part(1))
-        load, recent, losses = [], [], []
-        for n_site, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
-            total_C, recent_SC, losses_2R = by_device[on]
+    def _of_routers(self, parts: list[np.ndarray], S: int) -> WindowSums:
+        """`parts`: what `DeviceSums.parts` gives of each device, then the passes, and the tokens of
+        each stack."""
+        of_device = {id(on): parts[3 * n : 3 * n + 3] for n, on in enumerate(self._on.values())}
+        passes, *tokens = (round(float(n[0])) for n in parts[3 * len(of_device) :])
+        tokens_of = dict(zip(self._stacks, tokens, strict=True))
+        load, recent = list[np.ndarray](), list[np.ndarray]()
+        losses_R2 = np.full((len(self.sites), 2), np.nan)
+        for r, ((on, n), site) in enumerate(zip(self._place, self.sites, strict=True)):
+            total_C, recent_S, losses = of_device[id(on)]
             mine = slice(on.first[n], on.first[n] + site.experts)
-            load.append(total_C[mine].long().numpy())
-            recent.append(recent_SC[:, mine].long().numpy())
-            known = n_site in self._shows_logits and passes
-            losses.append(losses_2R[:, n] / passes if known else torch.full((2,), torch.nan))
-        losses_2R = torch.stack(losses, 1).double().numpy()
-        tokens_R = torch.tensor([round(tokens[s.stack]) for s in self.sites]).numpy()
-        return Taken(load, recent, tokens_R, passes, losses_2R[0], losses_2R[1])
+            load.append(total_C[mine].astype(np.int64))
+            recent.append(recent_S.reshape(S, on.C)[:, mine].astype(np.int64))
+            if r in self._shows_logits and passes:
+                losses_R2[r] = losses.reshape(2, on.R)[:, n] / passes
+        tokens_R = np.array([tokens_of[site.stack] for site in self.sites])
+        return WindowSums(load, recent, tokens_R, passes, losses_R2[:, 0], losses_R2[:, 1])
 
-    def bias_range(self) -> Any:
+    def bias_range(self) -> np.ndarray:
         """The range of each router's selection bias, float [R]; NaN where it has none. Waits for
         the devices."""
         biases = [selection_bias(site, self.model) for site in self.sites]
-        ranges = [
-            torch.full((), torch.nan) if b is None else (b.max() - b.min()).detach().float().cpu()
-            for b in biases
-        ]
-        return torch.stack(ranges).double().numpy()
+        return np.array(
+            [np.nan if b is None else float((b.max() - b.min()).float()) for b in biases]
+        )
+
+
+def _add_choices(on: DeviceSums, n: int, site: Site, ids_TK: Tensor, real_T: Tensor | None) -> None:
+    """To the sums of the n-th router of a device."""
+    E = site.experts
+    outside_TK = (ids_TK < 0) | (ids_TK >= E)
+    if real_T is not None:
+        outside_TK |= ~real_T[:, None]
+    slot_N = (ids_TK.long().masked_fill(outside_TK, E) + on.first[n]).reshape(-1)
+    on.load_C.scatter_add_(0, slot_N, torch.ones_like(slot_N))
+
+
+def _add_logits(
+    on: DeviceSums, n: int, site: Site, logits_TE: Tensor, real_T: Tensor | None
+) -> None:
+    logits_TE = logits_TE.float()
+    log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
+    if site.scoring == "sigmoid":
+        score_TE = logits_TE.sigmoid()
+        score_TE = score_TE / score_TE.sum(1, keepdim=True)
+    else:
+        score_TE = (logits_TE - log_sum_T1).exp()
+    z_T = log_sum_T1[:, 0] ** 2
+    if real_T is not None:
+        score_TE, z_T = score_TE * real_T[:, None], z_T * real_T
+    first = on.first[n]
+    on.probability_C[first : first + site.experts] += score_TE.sum(0)
+    on.z_R[n] += z_T.sum()

@@ -1,23 +1,173 @@
-"""Reads the files of a corpus as documents (text and domain), streamed, in a fixed order."""
+"""The files of a corpus, found by the values of `--data`, and their documents (text and domain),
+streamed in a fixed order."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import lzma
+import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moe_inspect.capture.corpus.sources import Source, kind_of, opened
+from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
+from moe_inspect.trace.files.location import Remote
 
+READERS = (".txt", ".jsonl", ".csv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz")
+BUNDLED = "demo:"  # replaces the folder of the bundled corpus in the name of a source
 DOMAIN_FIELD = "domain"
 MOST_ROW_BYTES = 2**28  # of a line of JSON
 SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer accepts it
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the corpus. `fixed`: the domain was given with DOMAIN=SRC, and a domain field
+    does not override it."""
+
+    path: str
+    domain: str
+    fixed: bool
+    bytes: int | None
+    sha256: str
+
+
+def find_sources(data: Sequence[str], leave_out: Path | Remote | None = None) -> list[Source]:
+    """`--data` values → files, in a fixed order; without values the bundled corpus. Each value: a
+    file, a folder (subfolders are domains), a glob or an fsspec URL, optionally behind `DOMAIN=`.
+    Files below `leave_out` (the trace) are skipped."""
+    found: list[Source] = []
+    for value in data or [str(CORPUS_DIR)]:
+        label, equals, location = value.partition("=")
+        is_label = equals and location and re.fullmatch(r"[^/\\:*?\[\]]+", label)
+        if not is_label or Path(value).exists():
+            label, location = "", value
+        files = [
+            Source(_shown(fs, path), label or domain, bool(label), *_identity(fs, path))
+            for fs, path, domain in _expand(location)
+            if not _is_below(fs, path, leave_out)
+        ]
+        if not files:
+            reached = " (or it cannot be reached)" if "://" in location else ""
+            raise MoeInspectError(
+                f"no text at {location}{reached}: give a file, folder or glob of "
+                f"{', '.join(READERS)}"
+            )
+        found += files
+    return found
+
+
+def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
+    """(filesystem, path, domain by folder or file name) of each file at `location`."""
+    try:
+        filesystem, path = _resolved(location)
+        if any(c in path for c in "*?[") and not filesystem.exists(path):
+            for match in sorted(filesystem.glob(path)):
+                if filesystem.isfile(match) and kind_of(match):
+                    yield filesystem, match, _stem(match)
+        elif filesystem.isdir(path):
+            root = path.rstrip("/")
+            for match in sorted(filesystem.find(root)):
+                inside = match[len(root) + 1 :].split("/")
+                if kind_of(match) and not any(part.startswith(".") for part in inside):
+                    domain = inside[0] if len(inside) > 1 else root.rsplit("/", 1)[-1]
+                    yield filesystem, match, domain
+        elif filesystem.exists(path):
+            if not kind_of(path):
+                raise MoeInspectError(
+                    f"cannot read {location}: its name must end in {', '.join(READERS)}"
+                )
+            yield filesystem, path, _stem(path)
+    # fsspec does not know the protocol, or lacks a package for it
+    except (ImportError, ValueError) as error:
+        raise MoeInspectError(f"cannot open {location}: {first_line(error)}") from None
+    except OSError as error:
+        raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None
+
+
+def _resolved(name: str) -> tuple[Any, str]:
+    """The filesystem and the path of a file, a folder or a glob."""
+    import fsspec
+
+    if "://" in name:
+        return fsspec.core.url_to_fs(name)
+    return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(name))
+
+
+def kind_of(path: str) -> str | None:
+    """Which of `READERS` reads a file, by its name; None where none does."""
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return next((k for k in READERS if name.endswith(k)), None)
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].split(".")[0]
+
+
+def _shown(filesystem: Any, path: str) -> str:
+    """The name of a source in the trace: that of the bundled corpus does not depend on where it is
+    installed."""
+    if not _is_local(filesystem):
+        return filesystem.unstrip_protocol(path)
+    if Path(path).is_relative_to(CORPUS_DIR):
+        return BUNDLED + str(Path(path).relative_to(CORPUS_DIR))
+    return path
+
+
+def _is_below(filesystem: Any, path: str, place: Path | Remote | None) -> bool:
+    if place is None:
+        return False
+    if isinstance(place, Path):
+        return _is_local(filesystem) and Path(path).is_relative_to(place.resolve())
+    return type(filesystem) is type(place.filesystem) and path.startswith(f"{place.path}/")
+
+
+def _is_local(filesystem: Any) -> bool:
+    protocol = filesystem.protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
+    """(size, hash of the content). A remote file is not downloaded: the hash is that of its store's
+    unique key (ETag, modification time …)."""
+    if not _is_local(filesystem):
+        key = str(filesystem.ukey(path)).encode()
+        return filesystem.size(path), hashlib.sha256(key).hexdigest()
+    try:
+        with open_regular(path) as file:
+            return Path(path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """A file of the corpus for reading, decompressed. MoeInspectError where that fails."""
+    is_bundled = path.startswith(BUNDLED)
+    name = str(CORPUS_DIR / path.removeprefix(BUNDLED)) if is_bundled else path
+    try:
+        filesystem, location = _resolved(name)
+        with filesystem.open(location, "rb", compression="infer") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
+
+
+# --- documents
 
 
 @dataclass
@@ -59,25 +209,17 @@ def read_documents(
             )
         label = row.get(wanted)
         if label is None and domain_field is not None and not source.fixed:
-            why = (
-                f"field {wanted!r} is null"
-                if wanted in row
-                else f"no domain field {wanted!r}: its fields are {_fields(row)}"
-            )
+            why = f"no domain field {wanted!r}: its fields are {_fields(row)}"
+            why = f"field {wanted!r} is null" if wanted in row else why
             raise MoeInspectError(f"{source.path} row {number}: {why}")
         yield source.domain if source.fixed or label is None else str(label), row[text_field], size
 
 
 def _no_text(path: str, number: int, row: dict[str, Any], text_field: str) -> str:
+    why = f"no text field {text_field!r}: choose one with --text-field from {_fields(row)}"
     if text_field in row:
-        return (
-            f"{path} row {number}: field {text_field!r} holds {type(row[text_field]).__name__}, "
-            "not text"
-        )
-    return (
-        f"{path} row {number}: no text field {text_field!r}: choose one with --text-field from "
-        f"{_fields(row)}"
-    )
+        why = f"field {text_field!r} holds {type(row[text_field]).__name__}, not text"
+    return f"{path} row {number}: {why}"
 
 
 def _fields(row: dict[str, Any]) -> str:
@@ -160,10 +302,17 @@ def interleaved(
 ) -> Iterator[tuple[str, str, str]]:
     """(domain, source, text), round-robin over domains, so that `--max-tokens` cuts all domains
     alike and a forward pass mixes them. Documents of white space only are skipped and counted."""
+
+    def documents_of(files: list[Source]) -> Iterator[tuple[str, str, str]]:
+        for source in files:
+            for domain, text, size in read_documents(source, text_field, domain_field):
+                stats.bytes_read += size
+                yield domain, source.path, text
+
     files_of: dict[str, list[Source]] = {}
     for source in sources:
         files_of.setdefault(source.domain, []).append(source)
-    turns = [_documents_of(files, text_field, domain_field, stats) for files in files_of.values()]
+    turns = [documents_of(files) for files in files_of.values()]
     while turns:
         for turn in list(turns):
             document = next(turn, None)
@@ -173,12 +322,3 @@ def interleaved(
                 yield document
             else:
                 stats.empty_documents += 1
-
-
-def _documents_of(
-    sources: Sequence[Source], text_field: str, domain_field: str | None, stats: CorpusStats
-) -> Iterator[tuple[str, str, str]]:
-    for source in sources:
-        for domain, text, size in read_documents(source, text_field, domain_field):
-            stats.bytes_read += size
-            yield domain, source.path, text

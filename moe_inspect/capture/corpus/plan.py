@@ -6,17 +6,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 
-from moe_inspect.capture.corpus.documents import CorpusStats, interleaved
-from moe_inspect.capture.corpus.sources import COMPRESSED, Source
+from moe_inspect.capture.corpus.documents import COMPRESSED, CorpusStats, Source, interleaved
 from moe_inspect.capture.corpus.tokenize import token_ids
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import positions_of
+from moe_inspect.trace import schema
 from moe_inspect.trace.writer import Document
 
 MAX_LENGTH = 2048
@@ -37,16 +37,45 @@ class Plan:
     stats: CorpusStats = field(default_factory=CorpusStats)
 
     def record(self) -> dict[str, Any]:
-        """What determines the batches, for the manifest."""
-        keys = "text_field", "domain_field", "max_tokens"
-        later = "batch_tokens", "special_tokens", "generate"
+        """What determines the batches, and the tokens that are decoded."""
+        asked = self.options
+        sampling = {"temperature": asked.temperature, "seed": asked.seed}
         return {
-            **{k: getattr(self.options, k) for k in keys},
+            "text_field": asked.text_field,
+            "domain_field": asked.domain_field,
+            "max_tokens": asked.max_tokens,
             "max_length": self.max_length,
-            **{k: getattr(self.options, k) for k in later},
+            "batch_tokens": asked.batch_tokens,
+            "special_tokens": asked.special_tokens,
+            "generate": asked.generate,
             "sources": [asdict(s) for s in self.sources],
-            **({} if self.options.text else {"text": False}),
+            **({} if asked.text else {"text": False}),
+            **(sampling if asked.generate else {}),
         }
+
+    def manifest(self, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """The manifest's section `corpus`. `record`: the settings that a resumed run must share."""
+        max_tokens, frame = self.options.max_tokens, self.frame(tokenizer)
+        names = tokenizer.convert_ids_to_tokens
+        return {
+            "plan": record,
+            "plan_hash": schema.fingerprint(record),
+            "special_tokens": {
+                "before": names(list(frame.before)),
+                "after": names(list(frame.after)),
+            },
+            "truncation": "none: longer documents are split"
+            if max_tokens is None
+            else f"the corpus is cut at {max_tokens} tokens",
+        }
+
+    def frame(self, tokenizer: Any) -> Frame:
+        return special_frame(tokenizer) if self.options.special_tokens else Frame()
+
+    @property
+    def named(self) -> str:
+        """The corpus, for messages."""
+        return ", ".join(self.options.data) or "the bundled corpus"
 
     def estimated_tokens(self) -> int | None:
         """Tokens of the whole corpus, extrapolated from the bytes read so far; None where file
@@ -61,12 +90,10 @@ class Plan:
     def batches(self, tokenizer: Any) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
         """Each batch, with the documents whose first sequence it contains."""
         asked = self.options
-        documents = interleaved(self.sources, asked.text_field, asked.domain_field, self.stats)
-        frame = special_frame(tokenizer) if asked.special_tokens else Frame()
         rows = sequences(
-            documents,
+            interleaved(self.sources, asked.text_field, asked.domain_field, self.stats),
             tokenizer,
-            frame,
+            self.frame(tokenizer),
             self.max_length,
             asked.max_tokens,
             self.stats,
@@ -183,7 +210,8 @@ def sequences(
             ]
             if generate and not whole and pieces and frame.after:
                 pieces[-1] = pieces[-1][: -len(frame.after)]
-            pieces = list(_cut(pieces, left))
+            starts = accumulate(map(len, pieces), initial=0)
+            pieces = [p[: left - at] for p, at in zip(pieces, starts, strict=False) if at < left]
             total = sum(map(len, pieces))
             if not pieces:  # a text of no tokens
                 stats.empty_documents += 1
@@ -200,14 +228,6 @@ def sequences(
             document, left = document + 1, left - total
             if left == 0:
                 return
-
-
-def _cut(pieces: list[np.ndarray], left: int) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        if left <= 0:
-            return
-        yield piece[:left]
-        left -= len(piece)
 
 
 def batches(

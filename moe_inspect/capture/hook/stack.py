@@ -30,6 +30,7 @@ class StackPass(NamedTuple):
     are in the rings, from position `start` on."""
 
     stack: Stack
+    rings: Rings
     fed: Rows | CallInputs
     start: int
     kept: int
@@ -73,7 +74,7 @@ class Stack:
         self.sinks.append(sinks)
         self.routers_of.append([n])
         if self.name:
-            self.routers.append(_router(site, 0, top_k_of(site, self.model)))
+            self.routers.append(router_at(site, top_k_of(site, self.model)))
         for kind, sink in sinks.items():
             sink.take = partial(self._take, kind, n)
 
@@ -142,7 +143,7 @@ class Stack:
             for time in range(t)
         ]
         self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
-        self.routers = [_router(site, time, ids.shape[1]) for site, time, (ids, _) in runs]
+        self.routers = [router_at(site, ids.shape[1], time) for site, time, (ids, _) in runs]
         ends = np.cumsum(times).tolist()
         self.routers_of = [list(range(end - t, end)) for end, t in zip(ends, times, strict=True)]
         self.is_new = False
@@ -180,15 +181,16 @@ class Stack:
         """The index of each router's site."""
         return [n for n, routers in enumerate(self.routers_of) for _ in routers]
 
-    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> None:
+    def make_rings(self, rows: int, weight_dtype: torch.dtype) -> Rings:
         """Makes rings for forward passes of `rows` rows. Earlier rings must be empty."""
         sites, (_, *extras) = self.sites_of_routers, self.kinds
         below = [self.sites[n].ids_below for n in sites]
-        self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
-        self.rings.rewind(self.dropped_rows)
+        rings = self.rings = Rings(self.shape, sites, weight_dtype, extras, rows, below)
+        rings.rewind(self.dropped_rows)
         for sinks, routers in zip(self.sinks, self.routers_of, strict=True):
             for kind, sink in sinks.items():
-                sink.tapes = [self.rings.tapes[kind][r] for r in routers]
+                sink.tapes = [rings.tapes[kind][r] for r in routers]
+        return rings
 
     def end(self) -> StackPass:
         """Ends a launched forward pass (on a GPU it may still be running)."""
@@ -199,10 +201,10 @@ class Stack:
         if not self.scope.to_tapes:
             if rings.write(self.calls, T):
                 self.clear()
-                return StackPass(self, fed, rings.head, T, None)
+                return StackPass(self, rings, fed, rings.head, T, None)
             self.write_calls()
         kept = min(T, max(0, rings.free_rows))
-        return StackPass(self, fed, rings.head, kept, rings.read_cursors())
+        return StackPass(self, rings, fed, rings.head, kept, rings.read_cursors())
 
     def write_calls(self) -> None:
         """Writes the calls of the current pass so far to tapes, one by one, which tells rows that
@@ -222,10 +224,9 @@ class Stack:
     def check(self, done: StackPass) -> None:
         """MoeInspectError unless every router has seen every token exactly once: the trace would be
         silently wrong."""
-        assert self.rings is not None
-        if done.cursors is None or self.rings.all_have_seen(done.cursors, done.start + done.fed.T):
-            return
-        self.check_seen(done.fed.T, self.rings.rows_seen(done.cursors, done.start))
+        rings, T = done.rings, done.fed.T
+        if done.cursors is not None and not rings.all_have_seen(done.cursors, done.start + T):
+            self.check_seen(T, rings.rows_seen(done.cursors, done.start))
 
     def check_seen(self, T: int, seen: Mapping[str, Sequence[int]]) -> None:
         """`seen`: rows of each router, by what was recorded of them ("": its choices)."""
@@ -291,7 +292,8 @@ def shares(n: int, times: int, T: int) -> list[int]:
     ]
 
 
-def _router(site: Site, time: int, top_k: int) -> Router:
+def router_at(site: Site, top_k: int, time: int = 0) -> Router:
+    """The router of a site, in the run number `time` of its layer."""
     again = f" (run {time + 1})" if time else ""
     name, path = site.name + again, site.path + again
     return Router(

@@ -11,10 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import numpy as np
 
+from moe_inspect.capture.hook.stack import router_at
+from moe_inspect.capture.server.client import MODELS, ask, list_models, root_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import decode_sglang, decode_vllm, select_routers
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.routers import top_k_of
+from moe_inspect.text import first_line, ranges
 from moe_inspect.trace.schema import Router
 
 FLAG = "--enable-return-routed-experts"  # of both engines
@@ -26,7 +32,6 @@ class Request:
     `salt` gives it its own entries in the engine's prefix cache, so that each of its tokens is
     computed."""
 
-    name: str
     ids: np.ndarray
     max_tokens: int
     temperature: float
@@ -36,10 +41,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Served:
-    """The model by its config. `blocks`: number of layers, dense ones included; `chosen`: indices
-    of the `routers` that are recorded."""
+    """The model by its config. `name`: as the server calls it; `blocks`: number of layers, dense
+    ones included; `chosen`: indices of the `routers` that are recorded."""
 
-    name: str  # as the server calls it
+    name: str
     blocks: int
     top_k: int
     vocabulary: int
@@ -48,7 +53,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RoutedAnswer:
     """`token_ids`: what was generated; `ids`: of each router that is recorded the decisions of the
     T = prompt + generated − 1 tokens that were fed, [T, K]."""
 
@@ -202,7 +207,7 @@ ENGINES = {
 
 def read_answer(
     engine: EngineProtocol, answer: dict[str, Any], request: Request, served: Served
-) -> Answer:
+) -> RoutedAnswer:
     """The checked content of a response; MoeInspectError where it is inconsistent."""
     reply, P = engine.read(answer, served), len(request.ids)
     # older servers do not repeat the prompt, but all say how long it was
@@ -249,7 +254,7 @@ def read_answer(
                 f"the config has no router in layer {block}, where the server routed tokens: is "
                 "it this model's config?"
             )
-    return Answer(np.array(made, np.int32), [ids[r] for r in served.chosen])
+    return RoutedAnswer(np.array(made, np.int32), [ids[r] for r in served.chosen])
 
 
 def most_bytes(request: Request, served: Served) -> int:
@@ -257,3 +262,80 @@ def most_bytes(request: Request, served: Served) -> int:
     ids."""
     tokens = len(request.ids) + request.max_tokens
     return 2**20 + tokens * (6 * served.blocks * served.top_k + 128)
+
+
+def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[Router]]:
+    """The model's class, and its routers as a local trace lists them. No weight is read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    # transformers raises anything for a broken config, which is the user's
+    except Exception as error:
+        raise MoeInspectError(
+            f"cannot build a causal language model of the config: {first_line(error)}"
+        ) from error
+    sites = find_routers(built)
+    layers, blocks = [s.layer for s in sites], config.get_text_config().num_hidden_layers
+    if len(set(layers)) < len(layers) or max(layers) >= blocks:
+        raise MoeInspectError(
+            f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines return "
+            "one per layer"
+        )
+    routers = [router_at(site, top_k_of(site, built)) for site in sites]
+    return type(built).__name__, routers
+
+
+def served_model(
+    name: str, config: Any, routers: Sequence[Router], layers: Sequence[int] | None
+) -> Served:
+    """The model that the server calls `name`, recorded in `layers` (None: all)."""
+    there, top_k = [r.layer for r in routers], sorted({r.top_k for r in routers})
+    if unknown := sorted(set(layers or ()) - set(there)):
+        raise MoeInspectError(
+            f"no router in layer {unknown[0]}: the MoE layers are {ranges(there)}"
+        )
+    if len(top_k) > 1:
+        raise MoeInspectError(
+            f"its routers choose {top_k} experts per token: engines return the same number for "
+            "all layers"
+        )
+    chosen = [n for n, layer in enumerate(there) if layers is None or layer in layers]
+    text = config.get_text_config()
+    return Served(name, text.num_hidden_layers, top_k[0], text.vocab_size, routers, chosen)
+
+
+async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Any) -> dict[str, Any]:
+    """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
+    its model is not the config's."""
+    root, models = root_of(http), await list_models(http)
+    listed = models.get("data") if models is not None else None
+    listed = listed if isinstance(listed, list) else []
+    # a card with a parent is an adapter
+    cards = [c for c in listed if isinstance(c, dict) and not c.get("parent")]
+    if not cards or not isinstance(cards[0].get("id"), str):
+        raise MoeInspectError(
+            f"{root}{MODELS} names no model: is it the engine that --engine names?"
+        )
+    info = await ask(http, engine.about) if engine.about != MODELS else {}
+    version = (await ask(http, engine.version_at) or {}).get("version")
+    length = cards[0].get("max_model_len")
+    about = {
+        "model": cards[0]["id"],
+        "path": (info or {}).get("model_path") or cards[0].get("root"),
+        "version": version if isinstance(version, str) else None,
+        "protocol_read_from": engine.read_from,
+        "max_model_len": length if isinstance(length, int) and length > 1 else None,
+    }
+    for key, own in (("model_type", config.model_type), ("architectures", config.architectures)):
+        told = (info or {}).get(key)
+        if told and own and told != own:
+            raise MoeInspectError(
+                f"the server's model is {told} ({key}), that of --model-config {own}: give the "
+                f"config of {about['model']}"
+            )
+    return about

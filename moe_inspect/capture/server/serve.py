@@ -76,14 +76,14 @@ def read_command(command: Sequence[str], engine: str | None = None) -> EngineCom
             f"cannot tell the engine of {shlex.join(command)[:80]}: give --engine "
             f"{' or '.join(ENGINES)}"
         )
-    added: list[str] = [] if _has(command, FLAG) else [FLAG]
-    host = _value(command, "--host")
-    if host is None:  # nobody else needs it
-        added += ["--host", host := LOCAL]
-    given = _value(command, "--port")
+    at, given = _value(command, "--host"), _value(command, "--port")
+    host = LOCAL if at is None else at  # nobody else needs it
     port = _free_port(host, given)
-    if given is None:
-        added += ["--port", str(port)]
+    added = [
+        *([] if _has(command, FLAG) else [FLAG]),
+        *(["--host", host] if at is None else []),
+        *(["--port", str(port)] if given is None else []),
+    ]
     environment = {k: v for k, v in ENVIRONMENT[engine].items() if k not in os.environ}
     api_key = _value(command, "--api-key")
     if api_key is None and engine == "vllm":
@@ -189,9 +189,20 @@ def serve_engine(
     log is then on stderr."""
     read = command if isinstance(command, EngineCommand) else read_command(command, engine)
     log = Path(log)
-    with _appended(log) as said:
-        began_at = os.fstat(said).st_size
-        kept = _start(read, said)
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        said = log.open("a+b", buffering=0)  # the keeper also reads it: it drops what is old
+    with said:
+        began_at = os.fstat(said.fileno()).st_size
+        kept = subprocess.Popen(
+            [sys.executable, "-m", keeper.__name__, str(GRACE_S), *read.arguments],
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **read.environment},
+            # Ctrl-C in a terminal goes to its whole process group
+            start_new_session=True,
+        )
         before = server_ended.set(lambda: kept.poll() is not None)
         try:
             _wait(kept, read, api_key or read.api_key, start_timeout_s, waiting)
@@ -200,39 +211,15 @@ def serve_engine(
             if kept.poll() is None:
                 raise
             _show_end(log, began_at)
-            ended = f"{read.name} ended with {_code(kept.returncode)}"
-            if kept.returncode < 0:  # a signal to the command is 128 + n
+            code = kept.returncode
+            by = {128 + n: n.name for n in signal.Signals}.get(code, f"exit code {code}")
+            ended = f"{read.name} ended with {by}"
+            if code < 0:  # a signal to the command is 128 + n
                 ended = f"a process that keeps {read.name} was killed, and {read.name} is stopped"
             raise MoeInspectError(f"{ended}: the end of {log} is above") from error
         finally:
             server_ended.reset(before)
-            assert kept.stdin is not None
-            kept.stdin.close()
-            kept.wait()
-
-
-@contextmanager
-def _appended(log: Path) -> Generator[int]:
-    """A file descriptor of the log, which the keeper also reads: it drops what is old."""
-    with writing(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        said = os.open(log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        yield said
-    finally:
-        os.close(said)
-
-
-def _start(command: EngineCommand, said: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", keeper.__name__, str(GRACE_S), *command.arguments],
-        stdin=subprocess.PIPE,
-        stdout=said,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **command.environment},
-        # Ctrl-C in a terminal goes to its whole process group
-        start_new_session=True,
-    )
+            kept.communicate()  # closes its stdin, and waits
 
 
 def _wait(
@@ -267,11 +254,3 @@ def _show_end(log: Path, began_at: int) -> None:
         text = file.read().decode(errors="replace")
     for line in COLOURS.sub("", text).splitlines()[-TAIL_LINES:]:
         print_stderr(line)
-
-
-def _code(code: int) -> str:
-    """An exit code as a shell has it, in words."""
-    try:
-        return signal.Signals(code - 128).name
-    except ValueError:
-        return f"exit code {code}"
