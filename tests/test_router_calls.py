@@ -20,7 +20,7 @@ from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.router_calls import PassShape
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import PHASES, Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.families import build
 from tests.zoo import token_batch
@@ -254,7 +254,8 @@ def test_decode_steps_are_handed_over_together(
     monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
     batches = handed_over(monkeypatch)
     found = generated(model, tmp_path / "t")
-    assert [b.phase for b in batches] == ["prefill", "decode"] * 2
+    phases = [set(b.phases) for b in batches]
+    assert phases == [{PHASES.index("prefill")}, {PHASES.index("decode")}] * 2
     assert [(b.first_batch, b.batch) for b in batches] == [(0, 0), (1, 30), (31, 31), (32, 61)]
     monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
     batches.clear()
