@@ -151,8 +151,10 @@ def stub(
                 }
             )
     made = {"balance": balance, "load": load, "domains": spread, **tables}
+    frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(
-        tables={name: pd.DataFrame(of) for name, of in made.items()},
+        tables=frames,
+        frame=frames.__getitem__,
         loaded=[one for one in balance if not np.isnan(one["max_vio"])],
         counts=counts,
         thresholds=thresholds_with(limits),

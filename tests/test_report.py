@@ -79,26 +79,11 @@ def test_tables_are_made_when_asked_for(planted_trace: Trace, monkeypatch: pytes
         fresh.tables["gini"]
 
 
-def test_tables_agree_with_each_other(planted_report: Report):
-    balance, load, domains = (planted_report.tables[n] for n in ("balance", "load", "domains"))
-    assert (
-        load.groupby("router")["assignments"].sum().tolist()
-        == balance["assignments"].tolist()
-        == [T * K] * 4
-    )
-    assert load.groupby("router")["share"].sum().tolist() == pytest.approx([1] * 4)
-    assert load.groupby("router")["load_ratio"].max().tolist() == pytest.approx(
-        balance["max_over_mean"].tolist()
-    )
-    # the weights of a token sum to 1
-    assert load["weight_sum"].sum() == pytest.approx(T * 4, rel=1e-3)
-    assert (
-        domains.groupby(["router", "expert"])["assignments"].sum().to_numpy()
-        == load["assignments"].to_numpy()
-    ).all()
-    assert domains.groupby(["router", "domain"])["activation"].sum().tolist() == pytest.approx(
-        [K] * 16
-    )
+def test_facts_and_tables_agree(planted_report: Report):
+    balance, load = (planted_report.tables[name] for name in ("balance", "load"))
+    largest = load.groupby("router")["load_ratio"].max().to_numpy()
+    assert largest == pytest.approx(balance["max_over_mean"].to_numpy())
+    assert load["weight_sum"].sum() == pytest.approx(T * 4, rel=1e-3)  # those of a token sum to 1
     facts = dict(planted_report.facts())
     assert facts["assignments"] == str(T * K * 4)
     assert facts["decisions"] == str(T * 4)

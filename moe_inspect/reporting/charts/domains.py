@@ -45,7 +45,7 @@ def domains(data: ReportData) -> Chart | str:
     counts, D = data.counts, len(data.counts.domains)
     if D < 2:
         return "domains: there is only one"
-    table: Any = data.tables["domains"]
+    table = data.frame("domains")
     names = tuple(cut(readable(name)) for name in counts.domains)
     rows_of = dict(iter(table.groupby("router")))
     spread = {r: _spread(rows_of[r]) for r in data.selection.routers}
@@ -92,7 +92,7 @@ def domains(data: ReportData) -> Chart | str:
 def specialization(data: ReportData) -> Chart | str:
     """The information about the expert that domain and token id carry, in bits, by layer, each
     beside its value by chance."""
-    table: Any = data.tables["specialization"]
+    table = data.frame("specialization")
     x = np.arange(len(table), dtype=float)
     kinds = (
         ("domain", "domain_mi_bits", "domain_mi_null_bits", "c1"),
@@ -142,7 +142,7 @@ def specialization(data: ReportData) -> Chart | str:
 def esft(data: ReportData) -> Chart | str:
     """The share of each domain's assignments that its k most used experts take, by layer, and which
     experts these are."""
-    table: Any = data.tables["esft"]
+    table = data.frame("esft")
     if not table["token_score"].notna().any():
         return "experts of a domain: no router made an assignment"
     chosen, counts, D = data.selection.routers, data.counts, len(data.counts.domains)

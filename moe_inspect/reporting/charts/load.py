@@ -84,7 +84,7 @@ def load(data: ReportData) -> Chart | str:
 @chart("balance", group="Balance")
 def balance(data: ReportData) -> Chart | str:
     """max/mean of the load by layer, with its interval, against what is expected by chance."""
-    table: Any = data.tables["balance"]
+    table = data.frame("balance")
     if not table["max_vio"].notna().any():
         return "balance: no router made an assignment"
     rows = table.to_dict("records")
@@ -142,7 +142,7 @@ MOVED = "From one window to the next"
 @chart("windows", group="Balance")
 def windows(data: ReportData) -> Chart | str:
     """max/mean of each router in windows of the trace, in execution order."""
-    table: Any = data.tables["windows"]
+    table = data.frame("windows")
     if table["window"].nunique() < 2:
         if data.counts.counts_only:
             return "load over time and drift: counts written at once have no order"
@@ -169,12 +169,12 @@ def windows(data: ReportData) -> Chart | str:
 def drift(data: ReportData) -> Chart | str:
     """How far the load moves, by window and by layer, and what that costs a placement made for the
     window before."""
-    table: Any = data.tables["drift"]
+    table = data.frame("drift")
     if not table["total_variation"].notna().any():
         if data.counts.counts_only:
             return ""  # windows says so
         return "drift: no router has load in two whole windows; --window N makes smaller ones"
-    over_time: Any = data.tables["windows"]
+    over_time = data.frame("windows")
     moved_LW, layers, time = _by_window(data, over_time, "total_variation")
     if len(moved_LW) <= MOST_LINES:
         chance_W = over_time.groupby("window")["total_variation_floor"].max().to_numpy()
@@ -268,7 +268,7 @@ def router(data: ReportData) -> Chart | str:
     or else from its gate weights; a panel per metric."""
     if data.counts.counts_only:
         return "router confidence: counts alone have no weights"
-    table: Any = data.tables["router"]
+    table = data.frame("router")
     known = [name for name in CONFIDENCE if name in table and table[name].notna().any()]
     if not known:
         return "router confidence: neither logits nor weights were recorded"

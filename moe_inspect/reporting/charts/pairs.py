@@ -66,7 +66,7 @@ def repetition(data: ReportData) -> Chart | str:
     """How often the next token has the same first choice, by layer and domain."""
     if data.counts.counts_only:
         return "repetition and locality: counts alone have no order"
-    table: Any = data.tables["repetition"]
+    table = data.frame("repetition")
     if table["first_choice"].isna().all():
         return "repetition: first choices are unknown, or no token follows another"
     chosen = data.selection.routers
@@ -131,7 +131,7 @@ def locality(data: ReportData) -> Chart | str:
     by layer, each beside what chance gives."""
     if data.counts.counts_only:
         return ""  # repetition says so
-    table: Any = data.tables["locality"]
+    table = data.frame("locality")
     x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
     lengths = [
         (f"srp_{m}", f"segments of {m} tokens", f"srp_{m}_by_load", "at these loads")
@@ -198,7 +198,7 @@ def coactivation(data: ReportData) -> Chart | str:
     """Which experts one decision chooses together, against chance."""
     if data.counts.counts_only:
         return "co-activation and transitions: counts alone have no decisions"
-    table: Any = data.tables["coactivation"]
+    table = data.frame("coactivation")
     if table.empty:
         return "co-activation: with one expert per token there are no pairs"
     if not _above_chance(table).any():
@@ -225,7 +225,7 @@ def transitions(data: ReportData) -> Chart | str:
     """Which experts of the next layer the tokens of an expert go to, against chance."""
     if data.counts.counts_only:
         return ""  # coactivation says so
-    table: Any = data.tables["transitions"]
+    table = data.frame("transitions")
     if table.empty:
         return "transitions: no two layers follow each other"
     if not _above_chance(table).any():
@@ -250,7 +250,7 @@ def transitions(data: ReportData) -> Chart | str:
 def _references(data: ReportData, table: Any) -> dict[str, np.ndarray]:
     """The references of repetition over all domains, per router; all pairs of tokens have equal
     weight."""
-    rows: Any = data.tables["repetition"]
+    rows = data.frame("repetition")
     by_router = rows.assign(expected=rows["first_choice_by_load"] * rows["pairs"]).groupby("router")
     by_load = by_router["expected"].sum() / by_router["pairs"].sum()
     return {

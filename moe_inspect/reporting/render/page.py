@@ -298,7 +298,7 @@ def _words(
 ) -> dict[str, Any] | None:
     if data.counts.counts_only or not data.top:
         return None
-    table: Any = data.tables["vocabulary"]
+    table = data.frame("vocabulary")
     table, start = _by_expert(table, first, position, entries)
     id_of_row: np.ndarray = table["token_id"].to_numpy()
     codes, ids = pd.factorize(id_of_row)

@@ -111,6 +111,10 @@ class ReportData:
         self.made: dict[object, Any] = {}  # function → its result, see `once`
         self._counts: Counts | None = None
 
+    def frame(self, name: str) -> Any:
+        """A table, for code whose checker knows too little of pandas."""
+        return self.tables[name]
+
     @property
     def counts(self) -> Counts:
         return self.counts_for()
@@ -195,8 +199,7 @@ class ReportData:
     @cached_property
     def loaded(self) -> list[dict[str, Any]]:
         """The rows of `balance` of the routers that have any load."""
-        table: Any = self.tables["balance"]
-        return table.dropna(subset=["max_vio"]).to_dict("records")
+        return self.frame("balance").dropna(subset=["max_vio"]).to_dict("records")
 
     def pooled_max_over_mean(self) -> float | None:
         """max_over_mean of the load summed over all routers; None where they have different

@@ -122,7 +122,7 @@ def _interval(data: ReportData, row: Any) -> str:
 
 def routers_without_load(data: ReportData) -> Finding | None:
     """Routers that made no assignments, where others did."""
-    table: Any = data.tables["balance"]
+    table = data.frame("balance")
     silent: list[dict[str, Any]] = table[table["assignments"] == 0].to_dict("records")
     if not silent or len(silent) == len(table):
         return None

@@ -36,7 +36,7 @@ def dead_experts(data: ReportData) -> Finding | None:
     dead = [row for row in data.loaded if row["dead_experts"]]
     if not dead:
         return None
-    load: Any = data.tables["load"]
+    load = data.frame("load")
     names, likely = list[str](), 0.0
     for row in dead:
         of_router = (load["router"] == row["router"]) & (load["assignments"] == 0)
@@ -90,7 +90,7 @@ def starved_experts(data: ReportData) -> Finding | None:
 def _beyond_chance(data: ReportData, least_used: bool = False) -> Any:
     """The rows of `load` of the routers whose busiest expert, or least used one, chance does not
     explain."""
-    load: Any = data.tables["load"]
+    load = data.frame("load")
     beyond = _little_used if least_used else above_chance
     return load[load["router"].isin([r["router"] for r in data.loaded if beyond(data, r)])]
 
@@ -119,7 +119,7 @@ def _crowd(rows: Any, load: str) -> Finding | None:
 def least_used_expert(data: ReportData) -> Finding | None:
     """The expert with the smallest load ratio of all routers, if that is less than half the mean
     load and beyond chance. Dead experts are another check's."""
-    load: Any = data.tables["load"]
+    load = data.frame("load")
     balance = {row["router"]: row for row in data.loaded if _little_used(data, row)}
     alive = load[(load["assignments"] > 0) & load["router"].isin(balance.keys())]
     few = alive[alive["load_ratio"] < LITTLE_USED]
@@ -172,7 +172,7 @@ def _worst_domain(
 def overloading_domain(data: ReportData) -> Finding | None:
     """The domain that overloads an expert most: beyond the threshold `uneven`, twice chance, and
     half as much again as all domains together; of few documents only where no other does."""
-    domains: Any = data.tables["domains"]
+    domains = data.frame("domains")
     if domains["domain"].nunique() < 2:
         return None
     mean = domains.groupby(["router", "domain"])["assignments"].transform("mean")
@@ -224,13 +224,13 @@ def _overloads(data: ReportData, row: Any, overall: Any, sure: bool) -> bool:
 def unused_in_domain(data: ReportData) -> Finding | None:
     """An expert that one domain hardly uses and the others do. Of counts alone: where documents
     tell, `domain_specialization` says more."""
-    domains: Any = data.tables["domains"]
+    domains = data.frame("domains")
     if not data.counts.counts_only or domains["domain"].nunique() < 2:
         return None
     starved = data.thresholds.starved
     of_router = domains.groupby(["router", "domain"])["assignments"]
     mean, most = of_router.transform("mean"), of_router.transform("max")
-    load: Any = data.tables["load"]
+    load = data.frame("load")
     ratio_of = load.set_index(["router", "expert"])["load_ratio"]
     overall = domains.set_index(["router", "expert"]).index.map(ratio_of).to_numpy()
     rows = domains.assign(ratio=domains["assignments"] / mean, most=most)

@@ -30,7 +30,7 @@ DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the i
 def domain_specialization(data: ReportData) -> Finding | None:
     """Whether the domain carries information about the expert beyond what documents give by chance,
     in how many routers, and what that comes to in the router where it is most."""
-    table: Any = data.tables["specialization"]
+    table = data.frame("specialization")
     counts = data.counts
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
@@ -153,7 +153,7 @@ def _beyond_chance(table: Any) -> Any:
 
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
-    table: Any = data.tables["specialization"]
+    table = data.frame("specialization")
     if len(data.counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
     if _cannot_tell(data, table) is not None or untrained_seed(data) is not None:
@@ -183,7 +183,7 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
 
 def _specialist(data: ReportData, router: int) -> str:
     """The expert whose activation rises most above its mean over domains, in which domain."""
-    rows: Any = data.tables["domains"]
+    rows = data.frame("domains")
     rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
     if rows.empty:
         return ""
@@ -196,7 +196,7 @@ def _specialist(data: ReportData, router: int) -> str:
 
 def token_specialization(data: ReportData) -> Finding | None:
     """Whether the token id determines the expert, and the token id that does most."""
-    table: Any = data.tables["specialization"]
+    table = data.frame("specialization")
     table = table.dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
     # with a single token id there is nothing to tell
     if table.empty or not table["token_mi_null_bits"].max() > 0:
@@ -234,7 +234,7 @@ def hard_tokens(data: ReportData) -> Finding | None:
     domain, phase and token id; none where that is not beyond chance in any."""
     if not data.trace.has_loss:
         return None
-    table: Any = data.tables["loss"]
+    table = data.frame("loss")
     table = table[table["domain"].isna() & table["phase"].isna()]
     beyond = table[table["difference_p"] < ALPHA]
     if beyond.empty:
@@ -259,7 +259,7 @@ def _most_exclusive_token(data: ReportData, row: Any) -> str:
     """The token id that goes to one expert most exclusively, of those that are frequent."""
     if not data.top:
         return ""
-    words: Any = data.tables["vocabulary"]
+    words = data.frame("vocabulary")
     words = words[(words["router"] == row["router"]) & words["token"].notna()]
     if words.empty:
         return ""
@@ -284,7 +284,7 @@ def router_ties(data: ReportData) -> Finding | None:
     """Decisions in which logits tie at the boundary of the chosen, where logits are recorded."""
     if "logits" not in data.trace.tables:
         return None
-    table: Any = data.tables["router"]
+    table = data.frame("router")
     table = table.dropna(subset=["tie_rate"])
     tied = table[table["tie_rate"] >= data.thresholds.tie]
     if tied.empty:
@@ -312,7 +312,7 @@ def committee(data: ReportData) -> Finding | None:
     hardly agree by chance, and that carry more than their even share."""
     if data.counts.counts_only or untrained_seed(data) is not None:
         return None
-    table: Any = data.tables["committee"]
+    table = data.frame("committee")
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
     expected = float(table["committee_by_chance"].sum())
     if standing.empty or _at_least(len(standing), expected) > ALPHA:
@@ -347,7 +347,7 @@ def signature(data: ReportData) -> Finding | None:
     if not _is_small(data) or len(data.counts.domains) < 2:
         return None
     # of all routers together
-    row: Any = data.tables["signature"].drop(columns=["layer", "router"]).iloc[0]
+    row = data.frame("signature").drop(columns=["layer", "router"]).iloc[0]
     documents = int(row["documents"])
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
@@ -368,7 +368,7 @@ def paths(data: ReportData) -> Finding | None:
     within a document give them, as far as paths are not as many as tokens."""
     if not _is_small(data) or few_documents(data):
         return None
-    table: Any = data.tables["paths"]
+    table = data.frame("paths")
     shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
     # of many routers, some are outside of their 95 % interval by chance
     reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
@@ -396,7 +396,7 @@ def drift(data: ReportData) -> Finding | None:
     """An expert whose share rises or falls through the whole trace."""
     if not _is_small(data):
         return None
-    table: Any = data.tables["drift"]
+    table = data.frame("drift")
     change = (table["trend_last"] - table["trend_first"]).abs()
     told = table[(table["trend_p"] < ALPHA) & (change >= data.thresholds.uneven)]
     if told.empty:
