@@ -23,6 +23,7 @@ from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_o
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.verdict.findings import (
     Finding,
+    Row,
     Severity,
     above_chance,
     beyond,
@@ -62,7 +63,7 @@ def balance(data: ReportData) -> Finding:
     )
 
 
-def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
+def _judged(data: ReportData, row: Row) -> tuple[Severity, str]:
     threshold = f"at least {1 + data.thresholds.uneven:g}x and {beyond(data)}"
     where, expert = name_of(data, row), f"expert {int(row['busiest_expert'])}"
     busiest = f"{expert} gets {row['max_over_mean']:.2f}x the mean load{_drops(data, row)}"
@@ -99,19 +100,19 @@ def _judged(data: ReportData, row: Any) -> tuple[Severity, str]:
     return "good", f"{fine}: at worst, in {where}, {busiest}, which {why} {evidence}."
 
 
-def _token_share(row: Any) -> float:
+def _token_share(row: Row) -> float:
     """Share of the router's tokens that go to its busiest expert."""
     return round(row["max_over_mean"] * row["assignments"] / row["experts"]) / row["tokens"]
 
 
-def _drops(data: ReportData, row: Any) -> str:
+def _drops(data: ReportData, row: Row) -> str:
     """What the load of the busiest expert is, where assignments were dropped."""
     if not row["drop_rate"] > 0:
         return ""
     return f" before drops, {load_after(data, row)}" if row["dropped"] > 0 else " after drops"
 
 
-def _interval(data: ReportData, row: Any) -> str:
+def _interval(data: ReportData, row: Row) -> str:
     # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
     if row["experts"] > row["top_k"] and _token_share(row) == 1:
         return "every token goes to it"
@@ -189,7 +190,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
     )
 
 
-def _hidden(data: ReportData, row: Any) -> float:
+def _hidden(data: ReportData, row: Row) -> float:
     """How much less even than their sum passes are, beyond what chance gives passes of so many
     tokens; at most 0 where chance explains it."""
     tokens_S, passes_S = _passes(data, row)
@@ -202,7 +203,7 @@ def _hidden(data: ReportData, row: Any) -> float:
     return row["max_vio_batch"] - row["max_vio"] - floor
 
 
-def _beyond_documents(data: ReportData, row: Any) -> bool:
+def _beyond_documents(data: ReportData, row: Row) -> bool:
     """Whether passes are less even than passes over the same documents in random order."""
     tokens_S, passes_S = _passes(data, row)
     counts, r = data.counts, int(row["router"])
@@ -212,7 +213,7 @@ def _beyond_documents(data: ReportData, row: Any) -> bool:
     return bool(row["max_vio_batch"] > mean + z_of(ALPHA / len(data.loaded)) * error)
 
 
-def _passes(data: ReportData, row: Any) -> tuple[np.ndarray, np.ndarray]:
+def _passes(data: ReportData, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the larger passes, and how many passes have so many. [S] each"""
     sizes = whole_batches(data.counts.of[int(row["router"])].batches)
     return np.array(list(sizes)), np.array([n for n, _ in sizes.values()])

@@ -18,6 +18,7 @@ from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.summary import adapter, quantization
 from moe_inspect.reporting.verdict.findings import (
     Finding,
+    Row,
     capital,
     critical,
     finding,
@@ -83,7 +84,7 @@ def dropped(data: ReportData) -> Finding | None:
     )
 
 
-def _lost(row: Any) -> int:
+def _lost(row: Row) -> int:
     """Assignments that a router is known to have dropped, else its empty slots."""
     return int(row["dropped"] if row["dropped"] > 0 else row["empty_slots"])
 

@@ -15,6 +15,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.findings import (
     Finding,
+    Row,
     above_chance,
     beyond,
     beyond_documents,
@@ -95,7 +96,7 @@ def _beyond_chance(data: ReportData, least_used: bool = False) -> Any:
     return load[load["router"].isin([r["router"] for r in data.loaded if beyond(data, r)])]
 
 
-def _little_used(data: ReportData, row: Any) -> bool:
+def _little_used(data: ReportData, row: Row) -> bool:
     """Whether chance hardly makes the least used expert of any router as little used."""
     if data.counts.counts_only:
         below = 1 - row["min_over_max"] * row["max_over_mean"]
@@ -151,7 +152,7 @@ def least_used_expert(data: ReportData) -> Finding | None:
 
 
 def _worst_domain(
-    data: ReportData, row: Any, expert: int, times: float
+    data: ReportData, row: Row, expert: int, times: float
 ) -> tuple[float, str] | None:
     """Load of the busiest expert ÷ load of `expert` in the domain where that is highest, among
     domains with enough text, and the domain; None where it is below 1.5 × `times`."""
@@ -210,7 +211,7 @@ def overloading_domain(data: ReportData) -> Finding | None:
     return unsure
 
 
-def _overloads(data: ReportData, row: Any, overall: Any, sure: bool) -> bool:
+def _overloads(data: ReportData, row: Row, overall: Row, sure: bool) -> bool:
     """Whether the busiest expert of a domain is beyond what the threshold, all domains together and
     chance explain; chance is not asked where there are too few documents to be `sure`."""
     excess = row["ratio"] - 1

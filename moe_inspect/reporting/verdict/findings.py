@@ -18,6 +18,9 @@ Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
+Row = Mapping[str, Any]  # of a table about routers
+
+
 @dataclass(frozen=True)
 class Finding:
     """One result of one check.
@@ -65,7 +68,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def above_chance(data: ReportData, row: Any) -> bool:
+def above_chance(data: ReportData, row: Row) -> bool:
     """Whether chance hardly makes the busiest expert of any router as busy: with so few documents
     that their p-value is unknown, nothing is above chance."""
     if data.counts.counts_only:
@@ -85,13 +88,13 @@ def beyond(data: ReportData) -> str:
     return f"beyond chance{to}"
 
 
-def expected_by_chance(data: ReportData, row: Any) -> str:
+def expected_by_chance(data: ReportData, row: Row) -> str:
     """ "expected by chance: 1.02x", and of what where that is not documents like these."""
     of = " of independent tokens" if data.counts.counts_only else ""
     return f"expected by chance{of}: {row['expected_by_chance']:.2f}x"
 
 
-def explained(data: ReportData, row: Any, sure: bool) -> str:
+def explained(data: ReportData, row: Row, sure: bool) -> str:
     """The words for a load that is not beyond chance, and may be chance where that is not `sure`:
     of counts, with what would explain it."""
     needed = design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
@@ -105,12 +108,12 @@ def design_effect_needed(excess: float, floor: float) -> float:
     return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0
 
 
-def uneven(data: ReportData, row: Any) -> bool:
+def uneven(data: ReportData, row: Row) -> bool:
     """Whether max_vio reaches the threshold `uneven` and is above chance."""
     return row["max_vio"] >= data.thresholds.uneven and above_chance(data, row)
 
 
-def load_after(data: ReportData, row: Any) -> str:
+def load_after(data: ReportData, row: Row) -> str:
     """ "1.15x after": the load of the busiest expert of a row of `chosen`, after drops."""
     load_E = data.counts.load_E(int(row["router"]))
     return f"{load_E[int(row['busiest_expert'])] / max(load_E.mean(), 1e-9):.2f}x after"
@@ -121,7 +124,7 @@ def few_documents(data: ReportData) -> bool:
     return not data.counts.counts_only and len(data.counts.units) < FEWEST_TO_JUDGE
 
 
-def name_of(data: ReportData, row: Any) -> str:
+def name_of(data: ReportData, row: Row) -> str:
     """ "layer 3": the router of a table's row."""
     return f"layer {layer_label(data.trace.routers, int(row['router']))}"
 

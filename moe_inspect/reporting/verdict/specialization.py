@@ -16,6 +16,7 @@ from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.verdict.findings import (
     Finding,
+    Row,
     few_documents,
     good,
     name_of,
@@ -116,7 +117,7 @@ def _beyond_baseline(data: ReportData, real: Any, routers: int, values: dict[str
     )
 
 
-def _in_baseline(row: Any, name: str, unit: str, form: str) -> str:
+def _in_baseline(row: Row, name: str, unit: str, form: str) -> str:
     """ "; in the baseline 0.012 beyond chance": of a row of `specialization`."""
     its = row.get(f"{name}_baseline{unit}", np.nan)
     return "" if np.isnan(its) else f"; in the baseline {its:{form}} beyond chance"
@@ -255,7 +256,7 @@ def hard_tokens(data: ReportData) -> Finding | None:
     )
 
 
-def _most_exclusive_token(data: ReportData, row: Any) -> str:
+def _most_exclusive_token(data: ReportData, row: Row) -> str:
     """The token id that goes to one expert most exclusively, of those that are frequent."""
     if not data.top:
         return ""
