@@ -228,13 +228,13 @@ class HandOver:
         first = self._in_flight[0]
         if not first.arrived(wait):
             return None
-        steps = len(steps_at(done.fed for done in self._whole_passes()))
-        forwards = list(islice(self._in_flight, max(1, steps)))
+        steps = steps_at(done.fed for done in self._whole_passes())
+        forwards = list(islice(self._in_flight, max(1, len(steps))))
         for done in (done for forward in forwards for done in forward.passes):
             if not done.rings.synchronous:
                 done.stack.check(done)
-        if steps > 1:
-            rows = [self.inputs.rows_of_steps([forward.passes[0].fed for forward in forwards])]
+        if len(steps) > 1:
+            rows = [self.inputs.rows_of_steps(steps)]
         else:
             rows = [self.inputs.rows(done.fed) for done in first.passes]
         self.inputs.accept()
