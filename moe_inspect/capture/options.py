@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.spec import RouterSpec
-from moe_inspect.trace.schema import EXTRAS
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import InputsOf
@@ -133,6 +132,8 @@ class RecordOptions:
     @property
     def extras(self) -> tuple[str, ...]:
         """What is recorded of a decision beside its choice, of `schema.EXTRAS`."""
+        from moe_inspect.trace.schema import EXTRAS  # which needs pyarrow
+
         return tuple(name for name, extra in EXTRAS.items() if getattr(self, extra.option))
 
     @property
