@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported
 
-from tests.mutation import changed_source
+from tests.mutation import changed_source, load_file
 
 NAME = "moe_inspect.capture.hook.kernels"
 # what is broken → a fragment of the kernels' source, and the wrong one
@@ -30,10 +30,7 @@ def load(broken: str, place: Path) -> None:
     source: Any = SimpleNamespace(__file__=spec.origin, __name__=NAME)
     file = place / "kernels.py"
     file.write_text(changed_source(source, *BREAKS[broken]))
-    spec = importlib.util.spec_from_file_location(NAME, file)
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = sys.modules["moe_inspect.capture.hook"].kernels = module
-    spec.loader.exec_module(module)
+    module = sys.modules["moe_inspect.capture.hook"].kernels = load_file(NAME, file)
     module.runs_triton = lambda tensor: True
 
 

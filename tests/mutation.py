@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import multiprocessing
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -38,6 +40,14 @@ def changed_source(module: ModuleType, old: str, new: str) -> str:
     assert len(found) == 1, f"{len(found)} times in {module.__name__}: {old}"
     ((start, end),) = found
     return source[:start] + new.strip() + source[end:]
+
+
+def load_file(name: str, file: Path) -> Any:
+    """The module `name`, run from a file."""
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:

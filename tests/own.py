@@ -6,7 +6,6 @@ B batch rows, S positions, K slots.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +19,14 @@ from torch import Tensor
 import moe_inspect
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT
+from tests.mutation import load_file
 
 EXAMPLE = ROOT / "examples" / "your_own_moe.py"
 
 
 def example() -> Any:
     """The module, imported once: its classes are the same in every test."""
-    if "your_own_moe" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("your_own_moe", EXAMPLE)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["your_own_moe"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["your_own_moe"]
+    return sys.modules.get("your_own_moe") or load_file("your_own_moe", EXAMPLE)
 
 
 def gpt(probes: bool = True) -> Any:

@@ -4,8 +4,6 @@ Those of analysis, writer, reader and importers are in test_mutations_analysis."
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,7 @@ import pytest
 from moe_inspect.capture.hook import kernels, ring
 from tests import test_ring
 from tests.kernel_checks import check_combine, check_dispatch, check_record, small_cases
-from tests.mutation import changed_source, fails
+from tests.mutation import changed_source, fails, load_file
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
@@ -89,11 +87,7 @@ def mutated(module: ModuleType, old: str, new: str, path: Path) -> ModuleType:
             '"moe_inspect::', f'"mutated_{abs(hash((old, new)))}::'
         )
     )
-    spec = importlib.util.spec_from_file_location("mutated", file)
-    made = importlib.util.module_from_spec(spec)
-    sys.modules["mutated"] = made  # dataclasses look their module up
-    spec.loader.exec_module(made)
-    return made
+    return load_file("mutated", file)
 
 
 def run_kernel_checks(module: ModuleType) -> None:

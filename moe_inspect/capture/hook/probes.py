@@ -128,7 +128,7 @@ class Probes:
     def _new(
         self, layer: int, experts: int | None, logits: Tensor | None, drops: bool
     ) -> tuple[ChoiceReader, Sinks] | None:
-        name = name_of(layer)
+        name = f"probe(layer={layer})"
         if self.add is None:
             raise MoeInspectError(
                 f"{name} was called in {type(self.model).__name__}, whose routers record finds "
@@ -149,7 +149,3 @@ class Probes:
         reader.below = (1 + (drops and experts < 2**15)) * int(experts)
         site = Site(self.model, name, int(layer), int(experts), "", 0, told=reader)
         return reader, self.add(site)
-
-
-def name_of(layer: int) -> str:
-    return f"probe(layer={layer})"
