@@ -67,16 +67,19 @@ class Fed:
 
 
 @contextmanager
-def watched(model: Any, routers: list[Any]) -> Iterator[Fed]:
+def traced(model: Any, path: Path, **options: Any) -> Iterator[Fed]:
+    """Recorded, and watched by hooks of our own on the model and its routers."""
     fed = Fed()
     hooks = [model.register_forward_pre_hook(fed.call, with_kwargs=True)]
-    for layer, router in enumerate(routers):
+    own = getattr(model, "gates", None)
+    for n, router in enumerate(own or [layer.mlp.gate for layer in model.model.layers]):
 
-        def after(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+        def after(module: Any, args: Any, output: Any, layer: int = n) -> None:
             fed.routed(layer, output[0] if isinstance(output, tuple) else output)
 
         hooks.append(router.register_forward_hook(after))
-    yield fed
+    with moe_inspect.record(model, path, **options):
+        yield fed
     for hook in hooks:
         hook.remove()
 
@@ -242,8 +245,7 @@ WAYS: dict[str, Callable[[Any], Texts]] = {
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_of_a_model_of_transformers(way: str, model: Any, tmp_path: Path) -> None:
-    routers = [layer.mlp.gate for layer in model.model.layers]
-    with watched(model, routers) as fed, moe_inspect.record(model, tmp_path / "t"):
+    with traced(model, tmp_path / "t") as fed:
         texts = WAYS[way](model)
     tokens = agreed(tmp_path / "t", fed)
     assert sorted(texts_of(tokens)) == sorted(texts or texts_of(tokens))
@@ -275,10 +277,7 @@ def test_embeddings_in_place_of_ids(model: Any, tmp_path: Path) -> None:
 def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
     """Two texts that begin alike: the second one goes on from the first one's cache. Nothing was
     rejected, so nothing is a draft."""
-    with (
-        watched(model, [layer.mlp.gate for layer in model.model.layers]) as fed,
-        moe_inspect.record(model, tmp_path / "t"),
-    ):
+    with traced(model, tmp_path / "t") as fed:
         cache = model(input_ids=IDS[:1, :4], use_cache=True)[CACHE]
         for ids in (IDS[:1, 4:7], IDS[1:, 4:8]):
             model(input_ids=ids, **{CACHE: cache})
@@ -362,12 +361,18 @@ class StartPos(Own):
     def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
         return self.run(tokens, torch.arange(start_pos, start_pos + tokens.shape[1]))[0]
 
+    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
+        self(ids, at)
+
 
 class InputPos(Own):
     """As gpt-fast."""
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
         return self.run(idx, input_pos)[0]
+
+    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
+        self(ids, input_pos=torch.arange(at, at + ids.shape[1]))
 
 
 class Tuples(Own):
@@ -376,48 +381,31 @@ class Tuples(Own):
     def forward(self, idx: Tensor, past_kv: Any = None) -> tuple[Tensor, Any]:
         return self.run(idx, None, past_kv)
 
-
-def feed_start(model: Any, ids: Tensor, at: int, past: Any) -> Any:
-    model(ids, at)
-
-
-def feed_input_pos(model: Any, ids: Tensor, at: int, past: Any) -> Any:
-    model(ids, input_pos=torch.arange(at, at + ids.shape[1]))
+    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
+        past = [[kept[:, :, :at] for kept in kv] for kv in past] if at else None
+        return self(ids, past_kv=past)[1]
 
 
-def feed_tuples(model: Any, ids: Tensor, at: int, past: Any) -> Any:
-    if at and past is not None:
-        past = [[kept[:, :, :at] for kept in kv] for kv in past]
-    return model(ids, past_kv=past if at else None)[1]
-
-
-OWN = [(StartPos, feed_start), (InputPos, feed_input_pos), (Tuples, feed_tuples)]
-
-
-@pytest.mark.parametrize(("kind", "feed"), OWN)
+@pytest.mark.parametrize("kind", [StartPos, InputPos, Tuples])
 @torch.no_grad()
-def test_of_a_model_with_a_cache_of_its_own(kind: Any, feed: Any, tmp_path: Path) -> None:
+def test_of_a_model_with_a_cache_of_its_own(kind: Any, tmp_path: Path) -> None:
     """Two texts of two rows each, in parts, one token of each in the end, then the rejected drafts
     of a single row."""
     model, past = kind().eval(), None
-    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+    steps = ((0, [5, 6, 7]), (3, [1, 2, 3, 4]), (5, [8, 9]), (7, [7]), (8, [3, 3]), (9, [2]))
+    with traced(model, tmp_path / "t") as fed:
         for text in (IDS, IDS.flip(1)):
             at = 0
             for part in text.split([4, 3, 1, 1], dim=1):
-                past = feed(model, part, at, past)
+                past = model.feed(part, at, past)
                 at += part.shape[1]
-        for at, ids in ((0, [5, 6, 7]), (3, [1, 2, 3, 4]), (5, [8, 9]), (7, [7]), (8, [3, 3])):
-            past = feed(model, torch.tensor([ids]), at, past)
-        past = feed(model, torch.tensor([[2]]), 9, past)
+        for at, ids in steps:
+            past = model.feed(torch.tensor([ids]), at, past)
     tokens = agreed(tmp_path / "t", fed)
     assert texts_of(tokens) == [*ROWS, *IDS.flip(1).tolist(), [5, 6, 7, 1, 2, 8, 9, 7, 3, 2]]
-    assert tokens.groupby(tokens.phase.astype(str)).size().to_dict() == {
-        "prefill": 33,
-        "decode": 13,
-        "draft": 3,
-    }
-    whole = model.run(torch.tensor([ROWS[0]]))[0]  # the cache works
-    assert whole.shape == (1, 9, 64)
+    found = tokens.groupby(tokens.phase.astype(str)).size().to_dict()
+    assert found == {"prefill": 33, "decode": 13, "draft": 3}
+    assert model.run(torch.tensor([ROWS[0]]))[0].shape == (1, 9, 64)  # the cache works
 
 
 @torch.no_grad()
@@ -430,7 +418,7 @@ def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
             return self.run(idx)[0]
 
     model = Positioned()
-    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+    with traced(model, tmp_path / "t") as fed:
         for first in (8, 8, 11, 9):
             model(IDS, position_ids=torch.arange(first, first + 9).expand(2, 9))
     tokens = agreed(tmp_path / "t", fed)
@@ -459,10 +447,7 @@ def test_a_caller_says_which_sequence_a_token_is_of(tmp_path: Path) -> None:
                 "sequences": [[names[n] for n in row] for row in of] if named else of,
             }
 
-        with (
-            watched(model, list(model.gates)) as fed,
-            moe_inspect.record(model, path, inputs=inputs),
-        ):
+        with traced(model, path, inputs=inputs) as fed:
             for ids, of in passes:
                 model(torch.tensor([ids]), torch.tensor(of))
         assert texts_of(agreed(path, fed)) == [[5, 6, 7, 8, 42], [9, 17, 33, 4], [40, 41]]
@@ -521,7 +506,7 @@ def test_a_cache_of_tensors_is_known_again(turns: str, tmp_path: Path) -> None:
     model = Returned()
     model.window = 8 if turns == "a window" else 64
     caches: list[Any] = []
-    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+    with traced(model, tmp_path / "t") as fed:
         for ids, of, *_ in TURNS[turns]:
             past = caches[of] if of is not None else None
             caches.append(model(torch.tensor([ids]), past_kv=past)["kept"])
@@ -576,10 +561,7 @@ def test_a_cache_that_is_not_known_again_is_refused(
     match = r"the cache \[1, 1, \d, 16\] given .* `sequences` and `position_ids`"
     with pytest.raises(MoeInspectError, match=match), moe_inspect.record(model, tmp_path / "t"):
         decode()
-    with (
-        watched(model, list(model.gates)) as fed,
-        moe_inspect.record(model, tmp_path / "u", inputs=told),
-    ):
+    with traced(model, tmp_path / "u", inputs=told) as fed:
         decode()
     texts = [[*range(n)] for n in lengths]
     texts[of].append(9)
@@ -591,7 +573,7 @@ def test_a_copied_cache_goes_on_from_the_pass_before(tmp_path: Path) -> None:
     """As where beams are put in order. The first pass is given a cache that is still empty."""
     model = Returned()
     kept = [(torch.zeros(1, 1, 0, 16),) * 2] * 2
-    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+    with traced(model, tmp_path / "t") as fed:
         for ids in ([1, 2, 3], [4], [5]):
             kept = copied(model(torch.tensor([ids]), past_kv=kept)["kept"], slice(None))
     assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]
@@ -602,7 +584,7 @@ def test_a_preallocated_cache_begins_at_0(tmp_path: Path) -> None:
     model = Own()
     model.forward = lambda idx, kv_caches: (model.run(idx)[0], kv_caches)  # pyright: ignore
     kept = [torch.zeros(2, 1, 1, 32, 16) for _ in range(2)]
-    with watched(model, list(model.gates)) as fed, moe_inspect.record(model, tmp_path / "t"):
+    with traced(model, tmp_path / "t") as fed:
         for ids in ([1, 2, 3], [4], [5]):
             kept = model(torch.tensor([ids]), kept)[1]
     assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]
