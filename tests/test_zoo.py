@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.stack import Stack, shares
+from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import Site
@@ -416,13 +416,6 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     for r, (path, time) in enumerate(runs):
         both = np.sort(slots(trace, r, "expert_"), 1).reshape(2, real.sum(), -1)  # two passes
         assert (both == np.sort(first[path][time][real], 1)).all()
-
-
-def test_too_many_rows_of_a_layer_that_runs_twice_are_seen() -> None:
-    assert shares(20, 2, 10) == [10, 10]
-    assert shares(21, 2, 10) == [10, 11]
-    assert shares(10, 2, 10) == [10, 0]
-    assert shares(7, 1, 10) == [7]
 
 
 def test_what_an_expert_has_no_room_for_is_routed_nowhere(tmp_path: Path) -> None:

@@ -262,9 +262,10 @@ class CountedPasses:
         if stack.name not in self._shapes:
             self._shapes[stack.name] = PassShape(stack.shape, stack.sites_of_routers)
         assert stack.fed is not None
-        found = self._shapes[stack.name].whole(stack.calls, stack.fed.T)
+        T = stack.fed.T
+        found = self._shapes[stack.name].whole(stack.calls, T)
         if found is None:
-            stack.check_calls()
+            stack.check_calls(T)
             raise MoeInspectError(
                 f"a router of {type(stack.model).__name__} chose another number of experts than in "
                 "the first forward pass: record without counts_only"

@@ -126,17 +126,12 @@ class Stack:
         if self.scope.is_known:
             self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
             self._copied = []
-        calls_of: dict[str, list[list[tuple[Tensor, ...]]]] = {
-            kind: [[] for _ in self.sites] for kind in self.calls
-        }
-        for kind, calls in self.calls.items():
-            for n, values in calls:
-                calls_of[kind][n].append(values)
+        calls_of = self._calls_of_sites()
         times = [
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
             for calls in calls_of[""]
         ]
-        self._check_first(calls_of, times, T)
+        self._check(calls_of, times, T)
         runs = [
             (site, time, calls[time])
             for site, t, calls in zip(self.sites, times, calls_of[""], strict=True)
@@ -155,11 +150,21 @@ class Stack:
                 )
         return [weights.dtype for *_, (_, weights) in runs]
 
-    def _check_first(
+    def _calls_of_sites(self) -> dict[str, list[list[tuple[Tensor, ...]]]]:
+        """What each site was called with in the current pass."""
+        found: dict[str, list[list[tuple[Tensor, ...]]]] = {
+            kind: [[] for _ in self.sites] for kind in self.calls
+        }
+        for kind, calls in self.calls.items():
+            for n, values in calls:
+                found[kind][n].append(values)
+        return found
+
+    def _check(
         self, calls_of: dict[str, list[list[tuple[Tensor, ...]]]], times: Sequence[int], T: int
     ) -> None:
         """MoeInspectError unless each site was called for every row, as many `times` as its layer
-        ran."""
+        runs."""
         for site, t in zip(self.sites, times, strict=True):
             if t > 1 and site.told is not None and stacks_in(self.model):
                 raise MoeInspectError(
@@ -235,14 +240,9 @@ class Stack:
                 if n != T:
                     self.refuse(router.path, n, T, kind)
 
-    def check_calls(self) -> None:
-        """The same of choices that no kernel has written."""
-        assert self.fed is not None
-        T, seen = self.fed.T, [0] * len(self.sites)
-        for n, (ids, _) in self.calls[""]:
-            seen[n] += len(ids)
-        runs = zip(seen, map(len, self.routers_of), strict=True)
-        self.check_seen(T, {"": [share for n, t in runs for share in shares(n, t, T)]})
+    def check_calls(self, T: int) -> None:
+        """The same of the calls of the current pass, that no kernel has written."""
+        self._check(self._calls_of_sites(), [len(routers) for routers in self.routers_of], T)
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
         """`kind`: of what was seen, one of `schema.EXTRAS`, or "" for a choice."""
@@ -281,15 +281,6 @@ class Stack:
             f"{path} routed {n} rows in a forward pass of {T}: this model's routing cannot be "
             f"recorded ({why})"
         )
-
-
-def shares(n: int, times: int, T: int) -> list[int]:
-    """Splits n rows seen at a site over the `times` runs of its layer; surplus rows count for the
-    last."""
-    return [
-        min(T, max(0, n - time * T)) if time < times - 1 else max(0, n - time * T)
-        for time in range(times)
-    ]
 
 
 def router_at(site: Site, top_k: int, time: int = 0) -> Router:
