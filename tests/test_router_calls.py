@@ -16,8 +16,7 @@ import torch
 import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import ring
-from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.router_calls import PassShape
+from moe_inspect.capture.hook.ring import PassShape, Rings
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES, Router

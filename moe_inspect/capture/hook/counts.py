@@ -18,7 +18,7 @@ import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.router_calls import PassShape, Whole
+from moe_inspect.capture.hook.ring import PassShape, Whole
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router

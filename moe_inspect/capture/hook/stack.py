@@ -17,8 +17,7 @@ from torch import Tensor
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-from moe_inspect.capture.hook.ring import Rings
-from moe_inspect.capture.hook.router_calls import Calls
+from moe_inspect.capture.hook.ring import Calls, Rings
 from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in, top_k_of
