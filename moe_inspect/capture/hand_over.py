@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
-from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows, joined, steps_at
-from moe_inspect.capture.hook.inputs.sequences import DRAFT
+from moe_inspect.capture.hook.inputs.rows import DRAFT, CallInputs, Rows, joined, steps_at
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions

@@ -26,10 +26,11 @@ from moe_inspect.capture.hook.inputs.rows import (
     Pages,
     Place,
     Rows,
+    SequenceNumbers,
+    check_labels,
     joined,
     steps_at,
 )
-from moe_inspect.capture.hook.inputs.sequences import SequenceNumbers, check_labels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 
