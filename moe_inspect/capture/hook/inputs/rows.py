@@ -1,8 +1,8 @@
 """What forward passes are fed, as it is read, and as rows; and the numbering of the documents and
 sequences that their tokens belong to.
 
-B batch rows, S positions, T = B·S rows a router sees (padding included), N tokens of a pass (without
-it), in segments: tokens of one batch row whose positions follow each other.
+B batch rows, S positions, T = B·S rows a router sees (padding included), N tokens of a pass
+(without it), in segments: tokens of one batch row whose positions follow each other.
 """
 
 from __future__ import annotations
@@ -186,14 +186,8 @@ class CallInputs:
     @property
     def shape(self) -> tuple[Any, ...]:
         """Of its tensors."""
-        return (
-            self.B,
-            self.S,
-            *(
-                t.shape if t is not None else None
-                for t in (self.token_BS, self.mask_BS, self.position)
-            ),
-        )
+        tensors = self.token_BS, self.mask_BS, self.position
+        return self.B, self.S, *(t.shape if t is not None else None for t in tensors)
 
 
 def steps_at(fed: Iterable[Rows | CallInputs]) -> list[CallInputs]:
