@@ -79,45 +79,28 @@ def test_compiled_probes_break_no_graph(tmp_path: Path, compiled: str) -> None:
     torch.compiler.reset()
 
 
-def test_mistakes_in_probes_are_named(tmp_path: Path) -> None:
-    def failing(match: str, probing: Any, **options: Any) -> None:
-        with pytest.raises(MoeInspectError, match=match):
-            own.record_twice(Probing(probing), tmp_path / "t", overwrite=True, **options)
+probe, IDS, ONES = moe_inspect.probe, torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1)
+# what is said of it → the probe of the n-th pass
+MISTAKES: dict[str, Any] = {
+    r"probe\(layer=0\) does not say how many experts": lambda n: probe(IDS, ONES, layer=0),
+    "both need the same shape": lambda n: probe(IDS, ONES[:, 0], layer=0, experts=2),
+    "ids of dtype float32, not integers": lambda n: probe(ONES, ONES, layer=0, experts=2),
+    r"probe\(layer=0\) showed the choices of 24 rows in a forward pass of 48 tokens": (
+        lambda n: probe(IDS[:24], ONES[:24], layer=0, experts=2)
+    ),
+    r"probe\(layer=1\) was not called in the first forward pass": (
+        lambda n: probe(IDS, ONES, layer=n, experts=2)
+    ),
+    r"probe\(layer=0\) shows no router logits": lambda n: probe(IDS, ONES, layer=0, experts=2),
+}
 
-    ids, weights = torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1)
-    failing(
-        r"probe\(layer=0\) does not say how many experts",
-        lambda n: moe_inspect.probe(ids, weights, layer=0),
-    )
-    failing(
-        r"both need the same shape",
-        lambda n: moe_inspect.probe(ids, weights[:, 0], layer=0, experts=2),
-    )
-    failing(
-        r"ids of dtype float32, not integers",
-        lambda n: moe_inspect.probe(weights, weights, layer=0, experts=2),
-    )
-    failing(
-        r"probe\(layer=0\) showed the choices of 24 rows in a forward pass of 48 tokens",
-        lambda n: moe_inspect.probe(ids[:24], weights[:24], layer=0, experts=2),
-    )
-    failing(
-        r"probe\(layer=0\) chose expert 2 but is declared with 2 experts",
-        lambda n: moe_inspect.probe(ids + 2, weights, layer=0, experts=2),
-    )
-    failing(
-        r"probe\(layer=1\) was not called in the first forward pass",
-        lambda n: moe_inspect.probe(ids, weights, layer=n, experts=2),
-    )
-    failing(
-        r"probe\(layer=0\) shows no router logits",
-        lambda n: moe_inspect.probe(ids, weights, layer=0, experts=2),
-        logits=True,
-    )
-    # control: as it should be
-    model = Probing(lambda n: moe_inspect.probe(ids, weights, layer=0, experts=2))
-    with moe_inspect.record(model, tmp_path / "t", overwrite=True):
-        model(own.tokens())
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_mistakes_in_probes_are_named(said: str, tmp_path: Path) -> None:
+    with pytest.raises(MoeInspectError, match=said):
+        own.record_twice(Probing(MISTAKES[said]), tmp_path / "t", logits="logits" in said)
+    if "logits" in said:  # control: without them it is as it should be
+        own.record_twice(Probing(MISTAKES[said]), tmp_path / "u")
 
 
 @pytest.mark.parametrize(

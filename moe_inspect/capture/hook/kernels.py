@@ -194,8 +194,8 @@ def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> Non
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """The host reads nothing from the device, and so does not wait, and a CUDA graph can hold
-    it."""
+    """`record` in torch. The host reads nothing from the device, and so does not wait, and a CUDA
+    graph can hold it."""
     T = len(ids_TK if ids_TK is not None else weights_TK)
     if T == 0:
         return

@@ -34,27 +34,23 @@ TOKENS = ("input_ids", "tokens", "idx")
 # where in the model's own cache a pass begins: a number, or the position of each token
 IN_CACHE = ("input_pos", "cache_position", "start_pos")
 POSITIONS = ("position_ids", "positions", *IN_CACHE)
-CACHES = (
-    *("past_key_values", "past_key_value", "past_kv", "past", "layer_past"),
-    *("kv_caches", "cache"),
-)
+PAST = ("past_key_values", "past_key_value", "past_kv", "past", "layer_past")
+CACHES = (*PAST, "kv_caches", "cache")
 PADDING = ("padding_mask", "key_padding_mask")  # true for padding
+MASKS = ("attention_mask", "mask", "loss_mask")
 LABELS = ("labels", "targets", "target")
+PACKED = ("doc_lens", "cu_seqlens", "segment_ids", "token_type_ids")
 # tensors of integers that are no token ids, which a later pipeline stage is given without them
-NOT_TOKENS = {
-    *(*POSITIONS, *PADDING, *LABELS),
-    *("attention_mask", "mask", "loss_mask", "token_type_ids"),
-    *("doc_lens", "cu_seqlens", "segment_ids"),
-}
+NOT_TOKENS = {*POSITIONS, *PADDING, *MASKS, *LABELS, *PACKED}
 OF_DECODER = re.compile(r"decoder|tgt|trg")  # in the name of an argument
 SAY = "inputs=…, a function of the forward's arguments, must say what its routers are fed"
 
 
 class CallReader:
     """Reads what a model is fed, or a stack of it, from the arguments of its calls. `told`: what
-    says it in place of their names (`inputs`). `sites`: of its routers; none where probes will show
-    them. Raises MoeInspectError where the routers' rows are in different orders, and as
-    `_inputs_of`."""
+    says it in place of their names. `sites`: of its routers; none where probes will show them.
+    Raises MoeInspectError where the routers' rows are in different orders, and for an encoder with
+    a decoder in code that we do not know."""
 
     def __init__(self, model: Any, sites: Sequence[Site], told: InputsOf | None = None):
         self.inputs, self._row_order = _inputs_of(model, sites, told), _row_order_of(sites)
