@@ -235,7 +235,7 @@ def test_cases_reach_pages_ring_and_limit() -> None:
 
 @pytest.mark.parametrize("case", list(small_cases()), ids=str)
 def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
-    reference.check_record(kernels, case, kernels.record_torch)
+    reference.check_record(kernels, case, kernels.record_on_device)
     reference.check_dispatch(kernels, case, kernels.dispatch_torch)
     if case.T * case.K <= kernels.RECORD_BLOCK:
         for grouped in (True, False):

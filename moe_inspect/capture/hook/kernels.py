@@ -194,8 +194,36 @@ def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> Non
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """`record` in torch. The host reads nothing from the device, and so does not wait, and a CUDA
-    graph can hold it."""
+    code = record_on_device if tape.cursor.is_cuda else record_on_host
+    code(tape, ids_TK, weights_TK)
+
+
+def record_on_host(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    """On a CPU a quarter of the operators of `record_on_device`, and of its time."""
+    if not int(tape.enabled):
+        return
+    T = len(ids_TK if ids_TK is not None else weights_TK)
+    first = int(tape.cursor[tape.lane])
+    room = max(0, min(T, int(tape.limit) - first))
+    done = 0
+    while done < room:
+        page, row = divmod(first + done, tape.P)
+        n = min(tape.P - row, room - done)
+        if tape.ids is not None and ids_TK is not None:
+            written = tape.part(tape.ids, page % tape.pages)[row : row + n]
+            ids = ids_TK[done : done + n]
+            written.copy_(ids).masked_fill_((ids < 0) | (ids >= tape.experts), tape.null_id)
+        if tape.weights is not None and weights_TK is not None:
+            tape.part(tape.weights, page % tape.pages)[row : row + n] = weights_TK[done : done + n]
+        done += n
+    tape.cursor[tape.lane] += T
+    if room < T:
+        tape.dropped[tape.lane] += T - room
+
+
+def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+    """The host reads nothing from the device, and so does not wait, and a CUDA graph can hold
+    it."""
     T = len(ids_TK if ids_TK is not None else weights_TK)
     if T == 0:
         return
