@@ -319,7 +319,7 @@ class PassInputs:
             phases=None if is_one else phase,
         )
 
-    def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
+    def rows_of_steps(self, steps: Sequence[Any]) -> Rows:
         """The rows of n passes that `steps_at` found, one after the other."""
         first, n = steps[0], len(steps)
         assert first.before is not None
