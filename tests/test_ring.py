@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
-from moe_inspect.capture.hook import kernels, ring
+from moe_inspect.capture.hook import attach, kernels, ring
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
@@ -401,6 +401,7 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     """While a stream captures, the host must not look at anything, and nothing has run."""
     model, batch = build("olmoe"), token_batch([4])
     capturing = [False]
+    monkeypatch.setattr(attach, "has_compiled", lambda: True)  # kernels write, as on a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
