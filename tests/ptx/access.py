@@ -41,7 +41,7 @@ def load(ins: Instruction, registers: Registers) -> Execute:
         values = np.zeros((LANES, size), np.uint8)
         for buffer, offset, lanes in places(warp, address(warp), on, shared):
             values[lanes] = buffer.load(offset, size, warp.visitor)
-            count(warp, buffer, offset, size, "read", shared)
+            count(warp, buffer, offset, size, "read")
         values = values.view(to)
         for n, write in enumerate(writes):
             write(warp, values[:, n], on)
@@ -62,7 +62,7 @@ def store(ins: Instruction, registers: Registers) -> Execute:
         given = values.view(np.uint8)
         for buffer, offset, lanes in places(warp, address(warp), on, shared):
             buffer.store(offset, given[lanes], warp.visitor)
-            count(warp, buffer, offset, size, "written", shared)
+            count(warp, buffer, offset, size, "written")
 
     return execute
 
@@ -99,7 +99,7 @@ def atomic(ins: Instruction, registers: Registers) -> Execute:
                 return new.view(np.uint8)
 
             old[lanes] = buffer.atomic(offset, size, operate, warp.visitor)
-            count(warp, buffer, offset, size, "written", shared, atomic=True)
+            count(warp, buffer, offset, size, "written", atomic=True)
         write(warp, old.view(to)[:, 0], on)
 
     return execute
@@ -120,16 +120,10 @@ def places(warp: Any, address: Array, on: Array, shared: bool) -> list[tuple[Buf
 
 
 def count(
-    warp: Any,
-    buffer: Buffer,
-    offset: Array,
-    size: int,
-    how: str,
-    shared: bool,
-    atomic: bool = False,
+    warp: Any, buffer: Buffer, offset: Array, size: int, how: str, atomic: bool = False
 ) -> None:
     counts = warp.block.counts
-    if shared:
+    if buffer is warp.block.shared:
         taken, least = bank_cycles(offset, size, atomic)
         counts["shared_cycles"] += taken
         counts["bank_conflicts"] += taken - least
@@ -206,20 +200,22 @@ def vote(ins: Instruction, registers: Registers) -> Execute:
     return execute
 
 
+def _turned(matrix: Array, ins: Instruction) -> Array:
+    """An 8 × 8 matrix of 16-bit values, transposed where the instruction says so."""
+    return np.ascontiguousarray(matrix.T if "trans" in ins.opcode else matrix)
+
+
 @opcode("ldmatrix")
 def load_matrix(ins: Instruction, registers: Registers) -> Execute:
-    """8 × 8 matrices of 16-bit values, whose rows' addresses eight lanes each give."""
+    """Matrices whose rows' addresses eight lanes each give."""
     targets = [registers.writer(p) for p in parts(ins.operands[0])]
-    address, transposed = registers.address(ins.operands[1]), "trans" in ins.opcode
+    address = registers.address(ins.operands[1])
 
     def execute(warp: Any, on: Array) -> None:
-        rows = address(warp)
-        for n, write in enumerate(targets):
-            of_matrix = rows[8 * n : 8 * n + 8]
-            matrix = warp.block.shared.load(of_matrix, 16, warp.visitor).view(np.uint16)
-            count(warp, warp.block.shared, of_matrix, 16, "read", shared=True)
-            matrix = np.ascontiguousarray(matrix.T if transposed else matrix)
-            write(warp, matrix.view(np.uint32).reshape(LANES), on)
+        for rows, write in zip(np.split(address(warp), LANES // 8), targets, strict=False):
+            matrix = warp.block.shared.load(rows, 16, warp.visitor).view(np.uint16)
+            count(warp, warp.block.shared, rows, 16, "read")
+            write(warp, _turned(matrix, ins).view(np.uint32).reshape(LANES), on)
 
     return execute
 
@@ -227,16 +223,13 @@ def load_matrix(ins: Instruction, registers: Registers) -> Execute:
 @opcode("stmatrix")
 def store_matrix(ins: Instruction, registers: Registers) -> Execute:
     sources = [registers.reader(p, "b32") for p in parts(ins.operands[1])]
-    address, transposed = registers.address(ins.operands[0]), "trans" in ins.opcode
+    address = registers.address(ins.operands[0])
 
     def execute(warp: Any, on: Array) -> None:
-        rows = address(warp)
-        for n, read in enumerate(sources):
+        for rows, read in zip(np.split(address(warp), LANES // 8), sources, strict=False):
             matrix = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(8, 8)
-            matrix = np.ascontiguousarray(matrix.T if transposed else matrix)
-            of_matrix = rows[8 * n : 8 * n + 8]
-            warp.block.shared.store(of_matrix, matrix.view(np.uint8), warp.visitor)
-            count(warp, warp.block.shared, of_matrix, 16, "written", shared=True)
+            warp.block.shared.store(rows, _turned(matrix, ins).view(np.uint8), warp.visitor)
+            count(warp, warp.block.shared, rows, 16, "written")
 
     return execute
 
