@@ -178,7 +178,7 @@ class RoutingSums:
         given, fed = self._reader.read(stack, args, kwargs)
         B, S = fed.shape[:2]
         mask_BS = mask_of(given.get("attention_mask"), B, S, 0)
-        order_T = self._reader.row_order(B, S)
+        order_T = None if (order_of := self._reader.row_order) is None else order_of(B, S)
         real_T = None if mask_BS is None else mask_BS.reshape(-1) != 0
         if real_T is not None and order_T is not None:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]

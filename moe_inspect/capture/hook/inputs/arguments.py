@@ -50,10 +50,13 @@ class CallReader:
     """Reads what a model is fed, or a stack of it, from the arguments of its calls. `told`: what
     says it in place of their names. `sites`: of its routers; none where probes will show them.
     Raises MoeInspectError where the routers' rows are in different orders, and for an encoder with
-    a decoder in code that we do not know."""
+    a decoder in code that we do not know.
+
+    row_order   see `RowOrder`; None is batch-first"""
 
     def __init__(self, model: Any, sites: Sequence[Site], told: InputsOf | None = None):
-        self.inputs, self._row_order = _inputs_of(model, sites, told), _row_order_of(sites)
+        self.inputs = _inputs_of(model, sites, told)
+        self.row_order = _row_order_of(sites)
         modules = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
         self._names = {
             stack: list(inspect.signature(module.forward).parameters)
@@ -82,11 +85,6 @@ class CallReader:
                 "model one of them, or inputs=… a function that returns it"
             )
         return given, fed
-
-    def row_order(self, B: int, S: int) -> np.ndarray | None:
-        """int [T]: the token b·S + s of each row that the routers see; None: row b·S + s, all of
-        them."""
-        return self._row_order(B, S) if self._row_order is not None else None
 
 
 def _inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
@@ -274,7 +272,11 @@ def _since_start(bounds: Tensor, S: int) -> Tensor:
     return at - bounds.long().gather(1, document)
 
 
-def _row_order_of(sites: Sequence[Site]) -> Callable[[int, int], np.ndarray | None] | None:
+# (B, S) → int [T]: the token b·S + s of each row; None: row b·S + s, all of them
+RowOrder = Callable[[int, int], "np.ndarray | None"]
+
+
+def _row_order_of(sites: Sequence[Site]) -> RowOrder | None:
     """The order of the rows as the specs of these routers state it; None for all batch-first.
     MoeInspectError where they differ: a forward pass has its rows in one order."""
     if not sites or all(site.order == "bs" and site.rows is None for site in sites):

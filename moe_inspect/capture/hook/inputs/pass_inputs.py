@@ -96,7 +96,10 @@ class PassInputs:
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
         if self._follower is not None:
             self._follower.begin()
-        return next((r.number for r in self._plan.values() if r.number is not None), None)
+        for rows in self._plan.values():
+            if rows.number is not None:
+                return rows.number
+        return None
 
     def of_call(
         self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -205,7 +208,7 @@ class PassInputs:
         if fed.is_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(fed.device))
-        order = self._reader.row_order(B, S)
+        order = None if (order_of := self._reader.row_order) is None else order_of(B, S)
         return CallInputs(
             B,
             S,
