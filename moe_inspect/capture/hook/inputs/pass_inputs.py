@@ -110,7 +110,8 @@ class PassInputs:
             fed: Rows | CallInputs = self._plan[stack]
         else:
             fed = self._calls[stack] = self._read(stack, args, kwargs)
-        self._settle(fed)
+        if self._unsettled:
+            self._settle(fed)
         if self._follower is not None:
             self._follower.feed(fed)
         return fed
