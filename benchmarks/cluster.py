@@ -99,9 +99,9 @@ def cache(trace: Trace, other: Trace) -> Any:
 
 
 def compare(trace: Trace, other: Trace) -> Any:
-    from moe_inspect.comparison.decisions.data import Decisions, Options
+    from moe_inspect.comparison.compare import Decisions, PairSettings
 
-    return Decisions(trace, other, Options(threads=1)).counts
+    return Decisions(trace, other, PairSettings(threads=1)).counts
 
 
 @dataclass(frozen=True)

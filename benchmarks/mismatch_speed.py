@@ -76,13 +76,13 @@ def _routes(batches: int, changed: bool) -> Iterator[np.ndarray]:
 def ours(a: str, b: str, threads: int) -> dict[str, Any]:
     """Every table but those of single experts' load, and their load."""
     import moe_inspect
-    from moe_inspect.comparison.decisions.data import Decisions, Options
+    from moe_inspect.comparison.compare import Decisions, PairSettings
 
     first, second = moe_inspect.open_trace(a), moe_inspect.open_trace(b)
     spent = []
     for _ in range(ROUNDS):
         began, cpu = time.perf_counter(), time.process_time()
-        data = Decisions(first, second, Options(threads=threads))
+        data = Decisions(first, second, PairSettings(threads=threads))
         mismatched = data.mismatched
         spent.append((time.perf_counter() - began, time.process_time() - cpu))
     wall, cpu = (min(column) for column in zip(*spent, strict=True))

@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
-from moe_inspect.comparison.counting import count
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -32,15 +29,6 @@ ALIKE = {
     "domain_of_document": ["a", "b"],
     "batch_tokens": 50,  # a batch per document: positions count from its beginning
     "shard_tokens": 1_000,
-}
-MISALIGNED = {
-    "layers_shifted",
-    "layers_swapped",
-    "routes_shifted",
-    "experts_renumbered",
-    "zero_filled",
-    "last_token",
-    "misaligned",
 }
 
 
@@ -72,60 +60,6 @@ def pair(
     return first, write_trace(root / "b", b, E, **ALIKE | (b_settings or {}))
 
 
-def kinds(made: Any) -> set[str]:
-    return {finding.kind for finding in made.verdict()}
-
-
-# --- the numbers
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    """Random routes [T, L, K] of two traces, that agree in part; some slots route nowhere."""
-    experts, k = draw(st.sampled_from([(4, 1), (6, 2), (9, 3), (300, 2)]))
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    tokens, layers = draw(st.integers(1, 40)), draw(st.integers(1, 3))
-    a, b = (
-        np.argsort(rng.random((tokens, layers, experts)))[..., :k].astype(np.int64)
-        for _ in range(2)
-    )
-    same = rng.random((tokens, layers)) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-    b[same] = a[same]
-    if draw(st.booleans()):
-        a[rng.random(a.shape) < 0.1] = -1
-        b[rng.random(b.shape) < 0.1] = -1
-    return a, b, experts
-
-
-def brute_force(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    tokens, layers, _ = a.shape
-    other, common, size = np.zeros((tokens, layers), bool), np.zeros(layers), np.zeros(layers)
-    for t in range(tokens):
-        for layer in range(layers):
-            x, y = ({int(e) for e in side[t, layer] if e >= 0} for side in (a, b))
-            other[t, layer] = x != y
-            common[layer] += len(x & y)
-            size[layer] += max(len(x), len(y))
-    return {
-        "set_mismatch": other.mean(0),
-        "overlap": np.divide(common, size, out=np.full(layers, np.nan), where=size > 0),
-        "tokens_mismatch": other.any(1).mean(),
-    }
-
-
-@given(drawn=pairs())
-@settings(max_examples=100, deadline=None)
-def test_mismatch_of_arrays_is_what_brute_force_gives(drawn: Any) -> None:
-    a, b, _ = drawn
-    expected, found = brute_force(a, b), moe_inspect.mismatch(a, b)
-    np.testing.assert_allclose(found["set_mismatch_by_layer"], expected["set_mismatch"])
-    np.testing.assert_allclose(found["overlap_by_layer"], expected["overlap"])
-    assert found["set_mismatch"] == pytest.approx(expected["set_mismatch"].mean())
-    assert found["tokens_mismatch"] == pytest.approx(expected["tokens_mismatch"])
-    assert moe_inspect.mismatch(a, a)["order"] == 1
-
-
 def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
     a = np.zeros((4, 2, 1), np.int32)
     b = a.copy()
@@ -146,7 +80,6 @@ def test_uniform_sets_overlap_by_k_of_E(tmp_path: Path) -> None:
     table = made.tables["agreement"]
     np.testing.assert_allclose(table["overlap"], K / E, atol=0.01)
     np.testing.assert_allclose(table["overlap_by_chance"], K / E)
-    assert kinds(made) & MISALIGNED == set()
     assert made.verdict()[0].text.startswith("Different from layer 0 on: ")
 
 
@@ -201,7 +134,6 @@ def test_one_flip_in_many_is_found(tmp_path: Path) -> None:
     assert made.tables["agreement"]["set_mismatch"][3] == 1 / T
     assert made.tables["documents"]["document"].tolist() == [1234 // 50]
     assert "1 of 15,000 decisions (0.007%; 0.03% of tokens in any layer)" in made.verdict()[0].text
-    assert not kinds(made) & MISALIGNED
 
 
 def decided(bias_E: np.ndarray | float = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -421,12 +353,9 @@ def test_noise_is_what_two_runs_differ_by(tmp_path: Path) -> None:
     ids = routes()
     a, b = pair(tmp_path, ids, flipped(ids, 0.01))
     again = write_trace(tmp_path / "n", flipped(ids, 0.01, seed=2), E, **ALIKE)
-    far = write_trace(tmp_path / "m", flipped(ids, 0.001, seed=2), E, **ALIKE)
-    of = {f.kind: f for f in moe_inspect.compare(a, b, noise=far).verdict()}
-    assert "beyond that noise" in of["noise"].text
-    assert of["noise"].severity == "warning"
     made = moe_inspect.compare(a, b, noise=again)
-    assert "noise_set_mismatch" in made.tables["agreement"]
+    of_two_runs = moe_inspect.compare(a, again).tables["agreement"]["set_mismatch"]
+    assert made.tables["agreement"]["noise_set_mismatch"].tolist() == of_two_runs.tolist()
     assert made.tables["overall"]["noise_tokens_mismatch"][0] == pytest.approx(0.05, abs=0.02)
 
 
@@ -523,15 +452,3 @@ def test_checkpoints_are_compared_with_the_last(cli_here: Cli, tmp_path: Path) -
     assert "is for two traces, and there are 4" in wrong.stderr
     with pytest.raises(MoeInspectError, match="two or more checkpoints"):
         compare_checkpoints([tmp_path / "c0"])
-
-
-def test_the_compiled_load_is_that_of_numpy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b = pair(tmp_path, routes(), flipped(routes(), 0.01))
-    plain = moe_inspect.compare(a, b)
-    monkeypatch.setattr(count, "LONG", 0)
-    fast = moe_inspect.compare(a, b)
-    for r in range(L):
-        assert (plain.of(r).load_UE == fast.of(r).load_UE).all()
-    assert plain.of(0).load_UE.sum() == T * K

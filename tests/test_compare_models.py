@@ -137,19 +137,6 @@ def test_what_the_text_tells_is_found_in_both_and_chance_is_not(tmp_path: Path) 
         assert ("A's experts follow the text more than B's" in said) == (choose is by_chance)
 
 
-def test_few_documents_do_not_tell_whose_experts_follow_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = WORD
-    for documents in (9, 10):
-        monkeypatch.setitem(globals(), "WORD", whole[:documents])
-        a = whole_words(tmp_path / f"a{documents}")
-        b = pieces(tmp_path / f"b{documents}", by_chance)
-        said = kinds(moe_inspect.compare(a, b, side_by_side=True))["vocabulary"].text
-        assert ("There are too few documents for an interval" in said) == (documents < 10)
-        assert ("A's experts follow the text more than B's" in said) == (documents >= 10)
-
-
 def test_the_texts_of_an_expert_are_those_that_were_sent_to_it(tmp_path: Path) -> None:
     a, b = whole_words(tmp_path / "a"), pieces(tmp_path / "b", by_word)
     table: Any = moe_inspect.compare(a, b, top=0, side_by_side=True).tables["vocabulary"]

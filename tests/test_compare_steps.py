@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.loads.data import _windows
-from moe_inspect.comparison.loads.tables import first_run
+from moe_inspect.comparison.loads.tables import _windows
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli
@@ -213,11 +212,3 @@ def test_windows_by_hand() -> None:
                 assert [w] == (inside or [-1])
         several += len(first_W) > 1
     assert several > 20
-
-
-@pytest.mark.parametrize(
-    ("row", "length", "start"),
-    [("0110111", 3, 4), ("0110", 3, None), ("11", 2, 0), ("", 0, None), ("0111", 3, 1)],
-)
-def test_the_first_run_of_windows(row: str, length: int, start: int | None) -> None:
-    assert first_run(np.array([c == "1" for c in row], bool), length) == start

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moe_inspect
+from moe_inspect.comparison.counting import count
 from moe_inspect.trace.reader import Trace
 from tests.sweep import WHOLE
 from tests.synthetic import write_trace
@@ -26,7 +28,7 @@ PHASES = ["prefill", "decode"]
 @st.composite
 def pairs(draw: st.DrawFn) -> dict[str, Any]:
     """Random routes [T, L, K] of two traces that agree in part; some slots route nowhere. With or
-    without weights and logits."""
+    without weights and logits; compared by NumPy or by the compiled kernels."""
     E, k = draw(st.sampled_from([(4, 1), (6, 2), (9, 3), (300, 2)]))
     T, L = draw(st.integers(1, 40)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -44,6 +46,7 @@ def pairs(draw: st.DrawFn) -> dict[str, Any]:
         "ids": ids,
         "weights": weights if draw(st.booleans()) else None,
         "logits": logits if draw(st.booleans()) else None,
+        "compiled": draw(st.booleans()),
     }
 
 
@@ -170,6 +173,8 @@ def same(row: Any, expected: Any) -> None:
 def test_every_table_is_what_brute_force_gives(drawn: Any, tmp_path_factory: Any) -> None:
     both = written(tmp_path_factory.mktemp("pair"), drawn)
     made, brute = moe_inspect.compare(*both, top=0), Brute(both, drawn)
+    with patch.object(count, "LONG", 0 if drawn["compiled"] else count.LONG):
+        assert made.decisions == brute.T * brute.L
     T, L, E = brute.T, brute.L, brute.E
     tables: dict[str, list[dict[str, Any]]] = {
         name: made.tables[name].to_dict("records")  # type: ignore[misc]
@@ -193,6 +198,16 @@ def test_every_table_is_what_brute_force_gives(drawn: Any, tmp_path_factory: Any
             of = [t for t in range(T) if part_of[t] == row[column]]
             same(row, brute.row(row["router"], of))
 
+    # the same of arrays
+    by_arrays = moe_inspect.mismatch(*drawn["ids"])
+    for r in range(L):
+        of = brute.row(r, [*brute.tokens])
+        found = {name: by_arrays[f"{name}_by_layer"][r] for name in ("set_mismatch", "overlap")}
+        same(found, {name: of[name] for name in found})
+    same(by_arrays, {"set_mismatch": brute.differs.mean()})
+    same(by_arrays, {"tokens_mismatch": brute.differs.any(1).mean()})
+    same(by_arrays, {"order": np.mean([brute.agreement(r)["order"] for r in range(L)])})
+
     # tokens and documents
     at = brute.differs.sum(1)
     for row in tables["tokens"]:
@@ -206,9 +221,9 @@ def test_every_table_is_what_brute_force_gives(drawn: Any, tmp_path_factory: Any
     same(tables["overall"][0], shares | {"decisions_mismatch": brute.differs.mean()})
     gamma = brute.gamma() if brute.logits is not None else [math.nan]
     same(tables["overall"][0], {"router_shift": np.mean(gamma)})
-    found = {row["document"]: row["mismatches"] for row in tables["documents"]}
+    mismatches = {row["document"]: row["mismatches"] for row in tables["documents"]}
     wrong = Counter({d: int(at[[x == d for x in document]].sum()) for d in {*document}})
-    assert found == {d: n for d, n in wrong.items() if n}
+    assert mismatches == {d: n for d, n in wrong.items() if n}
     for r, row in enumerate(tables["depth"]):
         before, here = brute.differs[:, :r].any(1), brute.differs[:, r]
         with np.errstate(all="ignore"):

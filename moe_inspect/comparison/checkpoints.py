@@ -7,16 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Excerpt, Kind, Tables
+from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Kind, Tables
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.reporting.report import report
-from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.tables.registry import Excerpt, table
 from moe_inspect.reporting.verdict.findings import Finding, finding
-from moe_inspect.text import layer_label, plural
+from moe_inspect.text import plural
 from moe_inspect.trace.reader import Trace
 
 SETTLED = 0.9  # overlap with the last checkpoint
@@ -63,66 +64,49 @@ class Checkpoints(Comparison):
 def saturation(data: Checkpoints) -> pd.DataFrame:
     """One row per checkpoint but the last and router: the share of experts that are those of the
     last checkpoint (OLMoE, equation 5), and of first choices that stay."""
-    return _by_checkpoint(
-        data,
-        "agreement",
-        (
-            "layer",
-            "router",
-            "overlap",
-            "overlap_low",
-            "overlap_high",
-            "overlap_by_chance",
-            "set_mismatch",
-            "first_choice",
-        ),
-    )
+    overlap = ("overlap", "overlap_low", "overlap_high", "overlap_by_chance")
+    return _by_checkpoint(data, "agreement", (*overlap, "set_mismatch", "first_choice"))
 
 
 @table(tables=CHECKPOINT_TABLES)
 def saturation_by_domain(data: Checkpoints) -> pd.DataFrame:
     """The same by domain."""
-    return _by_checkpoint(data, "domains", ("layer", "router", "domain", "overlap", "set_mismatch"))
+    return _by_checkpoint(data, "domains", ("domain", "overlap", "set_mismatch"))
 
 
 def _by_checkpoint(data: Checkpoints, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    parts = list[pd.DataFrame]()
-    for i, made in enumerate(data.comparisons):
-        part = made.tables[name].loc[:, list(columns)].copy()
-        part.insert(2, "checkpoint", i)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    parts = [made.tables[name][["layer", "router", *columns]] for made in data.comparisons]
+    return _numbered(parts)
+
+
+def _numbered(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of the checkpoints one after the other, their number beside the router."""
+    whole = pd.concat(parts, ignore_index=True)
+    whole.insert(2, "checkpoint", np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+    return whole
 
 
 @table(tables=CHECKPOINT_TABLES)
 def change(data: Checkpoints) -> pd.DataFrame:
     """One row per checkpoint and router: its balance and specialization, as its report has
     them."""
-    parts = list[pd.DataFrame]()
-    selection = data.comparisons[0].options
-    for i, trace in enumerate(data.traces):
-        made = report(
-            trace,
-            layers=selection.layers,
-            domains=selection.domains,
-            phase=selection.phase,
-        )
+    parts, options = list[pd.DataFrame](), data.comparisons[0].options
+    selection: dict[str, Any] = {"domains": options.domains, "phase": options.phase}
+    for trace in data.traces:
+        made = report(trace, layers=options.layers, **selection)
         made.prepare(["balance", "specialization"])
         keys = ["layer", "router"]
-        part = made.tables["balance"][[*keys, *BALANCE]].merge(
-            made.tables["specialization"][[*keys, *SPECIALIZATION]], on=keys
-        )
-        part.insert(2, "checkpoint", i)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+        balance = made.tables["balance"][[*keys, *BALANCE]]
+        special = made.tables["specialization"][[*keys, *SPECIALIZATION]]
+        parts.append(balance.merge(special, on=keys))
+    return _numbered(parts)
 
 
 @table(tables=CHECKPOINT_TABLES)
 def checkpoints(data: Checkpoints) -> pd.DataFrame:
     """One row per checkpoint: its trace."""
-    return pd.DataFrame({"checkpoint": range(len(data.names)), "trace": data.names}).astype(
-        {"trace": "str"}
-    )
+    frame = pd.DataFrame({"checkpoint": range(len(data.names)), "trace": data.names})
+    return frame.astype({"trace": "str"})
 
 
 def saturation_curves(data: Checkpoints) -> Chart:
@@ -132,25 +116,19 @@ def saturation_curves(data: Checkpoints) -> Chart:
     by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
     x = by_router.index.to_numpy(float)
     if by_router.shape[1] <= len(SERIES):
-        lines = [
-            Line(
-                x,
-                by_router[r].to_numpy(float),
-                f"layer {data.trace.routers[r].layer}",
-                c,
-                dots=True,
-            )
-            for r, c in zip(by_router.columns, SERIES, strict=False)
-        ]
+        of = [(f"layer {data.trace.routers[r].layer}", by_router[r]) for r in by_router.columns]
+        colours = SERIES
     else:
-        lines = [
-            Line(x, getattr(by_router, of)(axis=1).to_numpy(float), said, c, dots=True)
-            for of, said, c in (
-                ("max", "the layer that agrees most", "c3"),
-                ("mean", "mean of the layers", "c1"),
-                ("min", "the layer that agrees least", "c2"),
-            )
+        of = [
+            ("the layer that agrees most", by_router.max(axis=1)),
+            ("mean of the layers", by_router.mean(axis=1)),
+            ("the layer that agrees least", by_router.min(axis=1)),
         ]
+        colours = ("c3", "c1", "c2")
+    lines = [
+        Line(x, values.to_numpy(float), said, colour, dots=True)
+        for (said, values), colour in zip(of, colours, strict=False)
+    ]
     labels = tuple(Path(name).name for name in data.names[:-1])
     return Chart(
         "Router saturation",
@@ -176,7 +154,7 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
     settled = [i for i in mean.index if (mean.loc[i:] >= SETTLED).all()]
     first = rows[rows["checkpoint"] == 0]
     least, most = (first.loc[first["overlap"].agg(which)] for which in ("idxmin", "idxmax"))
-    label = [layer_label(data.trace.routers, int(row["router"])) for row in (most, least)]
+    label = [data.label(int(row["router"])) for row in (most, least)]
     when = (
         f"From checkpoint {settled[0]} on ({data.names[settled[0]]}) the routing is within "
         f"{SETTLED:.0%} of the last"

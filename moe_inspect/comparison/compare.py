@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 # these register the tables, in this order, and how each kind is shown
-import moe_inspect.comparison.decisions.agreement
-import moe_inspect.comparison.decisions.experts
 import moe_inspect.comparison.decisions.shown
 import moe_inspect.comparison.loads.shown
 import moe_inspect.comparison.models.shown  # noqa: F401
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError
 from moe_inspect.comparison.checkpoints import Checkpoints
-from moe_inspect.comparison.decisions.data import OF_DECISIONS, Decisions, Options
-from moe_inspect.comparison.loads.data import Loads
-from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison.decisions.data import OF_DECISIONS, Decisions, PairSettings
+from moe_inspect.comparison.loads.tables import Loads
+from moe_inspect.comparison.models.tables import Models
 from moe_inspect.comparison.result import (
     CHECKPOINT_TABLES,
     LOAD_TABLES,
@@ -78,7 +76,7 @@ def compare(
     experts follow the same spans of text, whatever tokens they are cut into; `side_by_side`: also
     two of one shape. Three traces or more are of checkpoints, in the order of training, each
     compared with the last. Options that do not apply are refused."""
-    options = Options(
+    options = PairSettings(
         layers,
         domains,
         phase,
@@ -140,7 +138,7 @@ def compare_checkpoints(
     traces cannot be aligned."""
     if len(traces) < 2:
         raise MoeInspectError("give two or more checkpoints, in training order")
-    every, options = [open_trace(one) for one in traces], Options(layers, domains, phase)
+    every, options = [open_trace(one) for one in traces], PairSettings(layers, domains, phase)
     for trace in every:
         if trace.counts_only:
             raise MoeInspectError(

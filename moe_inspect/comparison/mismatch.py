@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.counting.router_sums import nowhere_in_both, sets, unequal
+from moe_inspect.comparison.counting.kernels_numpy import nowhere_in_both, sets, unequal
 from moe_inspect.errors import MoeInspectError
 
 

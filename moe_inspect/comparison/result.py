@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import Chart
+from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, table
 from moe_inspect.reporting.verdict.checks import verdict_table
@@ -74,6 +75,10 @@ class Comparison(Shown):
     @property
     def traces(self) -> list[Trace]:
         return [self.a, self.b]
+
+    def label(self, r: int) -> str:
+        """The layer of a router of it, in words."""
+        return layer_label(self.trace.routers, r)
 
     @property
     def why(self) -> str:
@@ -247,7 +252,8 @@ def missing_layers(made: Any) -> Iterator[Finding]:
             )
 
 
-SIDES = ("a", "b")
+SIDES: tuple[str, str] = ("a", "b")
+COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
 
 def balance_of_both(
@@ -273,6 +279,32 @@ def balance_of_both(
         yield finding("balance", "note", text, **values)
 
 
+def layers_axis(data: Any) -> Axis:
+    return Axis("layer", tuple(data.label(r) for r, _ in data.pairs))
+
+
+def share_axis(of: str, top: float) -> Axis:
+    return Axis(f"share of {of}", low=0, high=1.1 * top or 1)
+
+
+def load_that_moves(data: Any, floor: str, name: str, text: str, limited: bool = True) -> Chart:
+    """How far the load moved, beside another column of the table `load_shift`, `floor`."""
+    table: Any = data.tables["load_shift"]
+    x = np.arange(len(table), dtype=float)
+    moved, beside = (table[column].to_numpy(float) for column in ("load_shift", floor))
+    marks = Points(x, moved, "B against A", "c1"), Points(x, beside, name, "c1", shape="tick")
+    share = Axis("share of the load", low=0)
+    if limited:
+        share = share_axis("the load", float(np.nanmax([moved, beside])))
+    return Chart(
+        "Load that moves",
+        "Total variation of the experts' load between A and B",
+        (Panel(marks, layers_axis(data), share),),
+        text=text,
+        table=table,
+    )
+
+
 def said_of_models(a: Trace, b: Trace) -> Iterator[tuple[object, ...]]:
     """Rows of a table of facts: key, and its value of A and of B."""
     yield "trace", a.path, b.path
@@ -280,7 +312,7 @@ def said_of_models(a: Trace, b: Trace) -> Iterator[tuple[object, ...]]:
         yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in (a, b))
 
 
-def facts_of_both(facts: Iterator[tuple[object, ...]]) -> pd.DataFrame:
-    """A table of facts: key, and its value in A and in B (text)."""
+def facts_table(facts: Iterator[tuple[object, ...]], columns: Sequence[str]) -> pd.DataFrame:
+    """A table of facts: key, and a value of each column (text)."""
     rows = [(key, *(storable(str(value)) for value in values)) for key, *values in facts]
-    return pd.DataFrame(rows, columns=["key", *SIDES]).astype("str")
+    return pd.DataFrame(rows, columns=["key", *columns]).astype("str")

@@ -1,6 +1,6 @@
 """One file per format that other tools read. A new format takes its file and a line here."""
 
-# name → module of this package, in which `@exporter` registers it, and what it writes
+# name → module of this package, whose function of that name writes it, and what it writes
 MODULES = {
     "sglang": (
         "sglang",

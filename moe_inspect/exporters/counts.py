@@ -17,15 +17,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.registry import exporter
 from moe_inspect.text import safe_cell
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
-FLOATS = ("weight_sum", "energy")
 # of one router: domain → column → [E]
 Sums = dict[str, dict[str, np.ndarray]]
+OPTIONAL = ("first_choice", "weight_sum", "energy")
 
 
 def sums_by_domain(trace: Trace) -> list[Sums]:
@@ -44,57 +43,41 @@ def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
     domain_T = np.array(shard.tokens(["domain"])["domain"].to_pylist(), object)
     labels, code_T = np.unique(domain_T.astype(str), return_inverse=True)
     for r, router in enumerate(shard.trace.routers):
-        E, seen_T = router.experts, shard.seen(r)
-        code = code_T if seen_T is None else code_T[seen_T]
-        ids_TK = shard.ids(r).astype(np.int64)
-        weights_TK = shard.weights(r) if shard.trace.has_weights else None
-        cells_TK = code[:, None] * E + ids_TK
+        E, seen_T, ids_TK = router.experts, shard.seen(r), shard.ids(r).astype(np.int64)
+        cell_TK = (code_T if seen_T is None else code_T[seen_T])[:, None] * E + ids_TK
         there_TK = ids_TK >= 0
-
-        def sums_of(cells: np.ndarray, weights: np.ndarray | None = None, E: int = E) -> np.ndarray:
-            return np.bincount(cells, weights, len(labels) * E).reshape(-1, E)
-
-        count_DE = sums_of(cells_TK[there_TK])
-        first_DE = sums_of(cells_TK[:, 0][there_TK[:, 0]]) if router.first_choice_known else None
-        weight_DE = (
-            None if weights_TK is None else sums_of(cells_TK[there_TK], weights_TK[there_TK])
-        )
+        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
+            "count": (cell_TK[there_TK], None)
+        }
+        if router.first_choice_known:
+            parts["first_choice"] = cell_TK[:, 0][there_TK[:, 0]], None
+        if shard.trace.has_weights:
+            parts["weight_sum"] = cell_TK[there_TK], shard.weights(r)[there_TK]
+        sums = {
+            name: np.bincount(*part, len(labels) * E).reshape(-1, E) for name, part in parts.items()
+        }
         for d, label in enumerate(labels):
-            made = {"count": count_DE, "first_choice": first_DE, "weight_sum": weight_DE}
-            yield (
-                r,
-                str(label),
-                {name: values_DE[d] for name, values_DE in made.items() if values_DE is not None},
-            )
+            yield r, str(label), {name: of_DE[d] for name, of_DE in sums.items()}
 
 
 def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
     table = shard.counts()
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     domain_N = np.array(table["domain"].to_pylist(), object)
-    columns = {"count": "assignments"} | {n: n for n in ("first_choice", "weight_sum", "energy")}
     there = {
-        name: table[c].to_numpy()
-        for name, c in columns.items()
-        if c in table.column_names and not table[c].null_count
+        name: table[column].to_numpy()
+        for name, column in (("count", "assignments"), *((name, name) for name in OPTIONAL))
+        if column in table.column_names and not table[column].null_count
     }
     for r, router in enumerate(shard.trace.routers):
-        known = {
-            name: values
-            for name, values in there.items()
-            if name != "first_choice" or router.first_choice_known
-        }
         for domain in dict.fromkeys(domain_N[router_N == r]):
-            rows = (router_N == r) & (domain_N == domain)
-            weigh = {
-                name: np.bincount(expert_N[rows], values[rows], router.experts)
-                for name, values in known.items()
-            }
-            yield (
-                r,
-                domain,
-                {n: v if n in FLOATS else v.astype(np.int64) for n, v in weigh.items()},
-            )
+            rows, made = (router_N == r) & (domain_N == domain), dict[str, np.ndarray]()
+            for name, values_N in there.items():
+                if name != "first_choice" or router.first_choice_known:
+                    sum_E = np.bincount(expert_N[rows], values_N[rows], router.experts)
+                    whole = name in ("count", "first_choice")
+                    made[name] = sum_E.astype(np.int64) if whole else sum_E
+            yield r, domain, made
 
 
 COUNTS = pa.schema(
@@ -111,13 +94,13 @@ COUNTS = pa.schema(
         ("top_k", pa.int32()),
     ]
 )
-OPTIONAL = ("first_choice", "weight_sum", "energy")
 
 
-@exporter("counts")
 def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     """A row per expert, router and domain, also of experts without load: the input of pruning by
     load or by gate weight."""
+    if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
+        raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
     columns: dict[str, list[Any]] = {name: [] for name in COUNTS.names}
     for r, (router, of_domain) in enumerate(zip(trace.routers, sums_by_domain(trace), strict=True)):
         for domain, sums in sorted(of_domain.items()):
@@ -135,17 +118,11 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
                 columns[name] += sums[name].tolist() if name in sums else [None] * router.experts
     table = pa.table(columns, schema=COUNTS)
     table = table.drop_columns([n for n in OPTIONAL if table[n].null_count == len(table)])
-    with draft_of(output) as draft:
+    with draft_of(output) as draft, open(draft, "wb") as file:
         if output.suffix == ".csv":
-            with open(draft, "wb") as file:
-                pyarrow.csv.write_csv(table, file)
+            pyarrow.csv.write_csv(table, file)
         elif output.suffix == ".parquet":
-            with open(draft, "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-        elif output.suffix in (".json", ".jsonl"):
-            draft.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()),
-                encoding="utf-8",
-            )
+            pq.write_table(table, file, compression="zstd")
         else:
-            raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+            file.write("".join(lines).encode())

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from moe_inspect.analysis.scores import ALL, Scores, scores_of
+from moe_inspect.analysis.scores import ALL, scores_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.counts import Sums, sums_by_domain
-from moe_inspect.exporters.registry import exporter, need_decisions
+from moe_inspect.exporters.registry import need_decisions
 from moe_inspect.text import no_such
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.reader import Trace
@@ -29,7 +29,6 @@ from moe_inspect.trace.shard import Shard
 OF_ESFT = {"frequency": "token", "token": "token", "gate": "gate"}
 
 
-@exporter("esft")
 def esft(
     trace: Trace,
     output: Path,
@@ -69,7 +68,7 @@ def esft(
             scores = _scores(trace, summed, domain)
             name = f"{OF_ESFT.get(by, by)}_scores"
             if others is not None:
-                scores[name] = _others(trace, others, domain)
+                scores[name] = _by_layer(trace, others.of_domain(domain))
             (folder / "summary.json").write_text(json.dumps(scores))
             (folder / "expert_cfg.json").write_text(json.dumps(_config(scores[name], top_p)))
 
@@ -132,22 +131,23 @@ def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
-def _others(trace: Trace, scores: Scores, domain: str) -> dict[str, dict[str, float]]:
+def _scores(
+    trace: Trace, summed: list[Sums], domain: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens."""
+    sums = [of_domain[domain] for of_domain in summed]
+    load_LE, weight_LE = ([of[name] for of in sums] for name in ("count", "weight_sum"))
+    tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
+    gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]
+    token_LE = [load_E / load_E.sum() for load_E in load_LE]
     return {
-        str(router.layer): {str(e): value for e, value in enumerate(score_E.tolist())}
-        for router, score_E in zip(trace.routers, scores.of_domain(domain), strict=True)
+        "token_scores": _by_layer(trace, token_LE),
+        "gate_scores": _by_layer(trace, gate_LE),
     }
 
 
-def _scores(trace: Trace, summed: list[Sums], domain: str) -> dict[str, Any]:
-    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens."""
-    scores: dict[str, Any] = {"token_scores": {}, "gate_scores": {}}
-    for router, of_domain in zip(trace.routers, summed, strict=True):
-        load_E, weight_E = of_domain[domain]["count"], of_domain[domain]["weight_sum"]
-        tokens = load_E.sum() / router.top_k
-        for name, values_E in (
-            ("token_scores", load_E / load_E.sum()),
-            ("gate_scores", weight_E / tokens),
-        ):
-            scores[name][str(router.layer)] = {str(e): float(v) for e, v in enumerate(values_E)}
-    return scores
+def _by_layer(trace: Trace, score_LE: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    return {
+        str(router.layer): {str(e): value for e, value in enumerate(score_E.tolist())}
+        for router, score_E in zip(trace.routers, score_LE, strict=True)
+    }

@@ -14,12 +14,10 @@ import numpy as np
 from moe_inspect.analysis.metrics.balance import effective_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.counts import sums_by_domain
-from moe_inspect.exporters.registry import exporter
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter("llama-cpp")
 def llama_cpp(trace: Trace, output: Path, gpu_layers: int | None = None) -> None:
     """A line of options: the experts of all layers but `gpu_layers` on the CPU, the layers with the
     fewest experts in effective use (e to the entropy of their load) first."""

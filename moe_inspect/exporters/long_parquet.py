@@ -6,46 +6,40 @@ T tokens, K slots, N assignments.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.exporters.registry import exporter, need_decisions
+from moe_inspect.exporters.registry import need_decisions
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 
-@exporter("long-parquet")
 def long_parquet(trace: Trace, output: Path) -> None:
     """A row per assignment, with all that is known of its token, for a quick look in any tool.
     Several times the trace's size."""
     need_decisions(trace, "long-parquet")
-    with draft_of(output) as draft, ExitStack() as stack:
-        file = stack.enter_context(open(draft, "wb"))
-        writer = stack.enter_context(
-            pq.ParquetWriter(file, long_schema(trace), compression="zstd", compression_level=1)
-        )
+    routers, settings = range(len(trace.routers)), {"compression": "zstd", "compression_level": 1}
+    with (
+        draft_of(output) as draft,
+        open(draft, "wb") as file,
+        pq.ParquetWriter(file, long_schema(trace), **settings) as writer,
+    ):
         for shard in trace.shards:
-            for table in long_tables(trace, shard, range(len(trace.routers))):
+            for table in long_tables(trace, shard, routers):
                 writer.write_table(table)
 
 
 def long_schema(trace: Trace) -> pa.Schema:
     """Columns of a row per assignment: its key, its expert, what was recorded of the slot, and the
     facts of its token."""
-    kinds = [
-        ("token", pa.int64()),
-        ("layer", pa.uint16()),
-        ("router", pa.uint16()),
-        ("slot", pa.uint16()),
-        ("expert", pa.uint16()),
-    ]
-    return pa.schema([*kinds, *((v, pa.float32()) for v in _values(trace)), *_facts(trace)])
+    kinds = [(name, pa.uint16()) for name in ("layer", "router", "slot", "expert")]
+    values = [(value, pa.float32()) for value in _values(trace)]
+    return pa.schema([("token", pa.int64()), *kinds, *values, *_facts(trace)])
 
 
 def _values(trace: Trace) -> list[str]:

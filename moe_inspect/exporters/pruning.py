@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_inspect.analysis.scores import lowest, refuse_too_few, scores_of
-from moe_inspect.exporters.registry import exporter
 from moe_inspect.model.config import groups_of, text_config
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter("pruning")
 def pruning(
     trace: Trace,
     output: Path,

@@ -17,7 +17,6 @@ class Exporter:
     """`run(trace, output, **options)` writes the trace as `output`. `writes`: what that is, for
     help and documentation. `options`: the names of its keyword arguments."""
 
-    name: str
     writes: str
     run: Callable[..., None]
 
@@ -26,24 +25,13 @@ class Exporter:
         return list(inspect.signature(self.run).parameters)[2:]
 
 
-_registered: dict[str, Exporter] = {}
-
-
-def exporter(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function of (trace, output, and options with defaults)."""
-
-    def register(run: Callable[..., None]) -> Callable[..., None]:
-        _registered[name] = Exporter(name, MODULES[name][1], run)
-        return run
-
-    return register
-
-
 def exporters() -> dict[str, Exporter]:
     """All of MODULES, in their order."""
-    for module, _ in MODULES.values():
-        importlib.import_module(f"moe_inspect.exporters.{module}")
-    return {name: _registered[name] for name in MODULES}
+    made = dict[str, Exporter]()
+    for name, (module, writes) in MODULES.items():
+        loaded = importlib.import_module(f"moe_inspect.exporters.{module}")
+        made[name] = Exporter(writes, getattr(loaded, module))
+    return made
 
 
 def need_decisions(trace: Trace, format: str) -> None:

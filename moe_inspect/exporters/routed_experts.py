@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.registry import exporter, need_decisions
+from moe_inspect.exporters.registry import need_decisions
 from moe_inspect.text import storable
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
@@ -25,7 +25,6 @@ from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
 
 
-@exporter("routed-experts")
 def routed_experts(trace: Trace, output: Path) -> None:
     """JSONL: a line per sequence with `prompt_token_ids`, `token_ids` (generated), `document`,
     `domain` and `routed_experts`, the base64 of a .npy [tokens − 1, blocks, k]: as an engine has

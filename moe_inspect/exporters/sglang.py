@@ -13,12 +13,10 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.counts import sums_by_domain
-from moe_inspect.exporters.registry import exporter
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
 
 
-@exporter("sglang")
 def sglang(trace: Trace, output: Path) -> None:
     """logical_count, by which SGLang's --init-expert-location places replicas: int64 [1, layers,
     experts] as its recorder writes it (.pt, also for ktransformers), or [layers, experts] (.json).

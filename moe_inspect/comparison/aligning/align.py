@@ -1,31 +1,178 @@
 """Which rows of two traces are the same token: by document, position and token id, or by the
 content of sequences where documents are numbered otherwise.
 
-G sequences of a trace, P pairs of sequences, R runs, S segments, T tokens.
+T tokens of a shard, R runs and G sequences of a trace, P pairs of sequences, S segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 
+from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
-from moe_inspect.comparison.aligning.runs import PREFIX, Runs, read_runs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
+from moe_inspect.trace.schema import PHASES
+from moe_inspect.trace.shard import Shard, codes
 
+PREFIX = 16  # tokens by whose ids a sequence is found that has another length in the other trace
 LINE = 2**32  # positions of a pair of sequences, on one line with those of all others
 MARGIN = 2**20  # so that shifted positions stay on their line
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Where each sequence of a trace is, in the order of its shards. Arrays [R].
+
+    A run lies in one shard, from row `row` on, and is `length` tokens of one sequence at positions
+    `position`, `position` + 1, …. `group`: its sequence, an index into the arrays [G]. `content_G`
+    and `prefix_G`: hashes of the token ids and positions of all of a sequence, and of its first
+    PREFIX. A sequence that is fed twice is two sequences. `known`: whether the trace knows token
+    ids. `domains`: the labels of the trace."""
+
+    position: np.ndarray
+    length: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    group: np.ndarray
+    key_G: np.ndarray  # [G, 4]: document, sequence within it, encoder or not, repetition
+    content_G: np.ndarray
+    prefix_G: np.ndarray
+    known: bool
+    domains: tuple[str, ...]
+
+    @cached_property
+    def tokens_G(self) -> np.ndarray:
+        return _sums(self.group, self.length, len(self.key_G))
+
+    @cached_property
+    def last_G(self) -> np.ndarray:
+        """int64 [G]: the last position of each sequence."""
+        last_G = np.zeros(len(self.key_G), np.int64)
+        np.maximum.at(last_G, self.group, self.position + self.length - 1)
+        return last_G
+
+    @property
+    def tokens(self) -> int:
+        return int(self.length.sum())
+
+
+def read_runs(trace: Trace) -> Runs:
+    """Reads the tokens tables of a trace. Memory grows with its sequences, not with its
+    decisions, unless tokens of many sequences follow each other in turn (decoding)."""
+    if trace.counts_only:
+        raise MoeInspectError(
+            f"{trace.path} holds counts only, which cannot be compared token by token: "
+            f"{trace.more_than_counts}"
+        )
+    found = list(by_shard(trace, None, _runs_of))
+    sizes = [part.shape[1] for part, _, _ in found]
+    if not sum(sizes):
+        raise MoeInspectError(f"{trace.path} holds no tokens: nothing to compare")
+    document, sequence, encoder, position, length, row, content, prefix = np.concatenate(
+        [part for part, _, _ in found], axis=1
+    )
+    key_G, group = _unique_rows(_keys(document, sequence, encoder, position, position + length))
+    return Runs(
+        position,
+        length,
+        np.repeat(np.arange(len(sizes)), sizes),
+        row,
+        group,
+        key_G,
+        *(_sums(group, hashes, len(key_G)) for hashes in (content, prefix)),
+        known=any(known for _, _, known in found),
+        domains=tuple(sorted({label for _, labels, _ in found for label in labels})),
+    )
+
+
+def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
+    """int64 [8, R]: the runs of a shard, a row per column that `read_runs` reads; the domains;
+    whether ids are known."""
+    names = ["document", "sequence", "position", "token_id"]
+    table = shard.tokens([*names, "domain", "phase"])
+    code_T, labels = codes(table["domain"])
+    phase_T, phases = codes(table["phase"])
+    document_T, sequence_T, position_T, id_T = (
+        table[name].to_numpy().astype(np.int64) for name in names
+    )
+    encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
+    place_T = position_T - np.arange(len(position_T))
+    edges = run_edges(document_T, sequence_T, encoder_T, place_T)
+    first = edges[:-1]
+    hash_T = token_hash(id_T, position_T)
+    early_T = np.where(position_T < PREFIX, hash_T, 0)
+    keys = (column_T[first] for column_T in (document_T, sequence_T, encoder_T, position_T))
+    hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
+    part = np.stack([*keys, np.diff(edges), first, *hashes])
+    return part, [labels[d] for d in np.unique(code_T)], bool((id_T >= 0).any())
+
+
+def token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
+    """int64 [T]: a hash of each token id at its position, whose sum over a sequence is a hash of
+    it (splitmix64)."""
+    x_T = (id_T.astype(np.uint64) << np.uint64(32)) ^ position_T.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        x_T += np.uint64(0x9E3779B97F4A7C15)
+        x_T = (x_T ^ (x_T >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x_T = (x_T ^ (x_T >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x_T ^ (x_T >> np.uint64(31))).view(np.int64)
+
+
+def _keys(
+    document: np.ndarray,
+    sequence: np.ndarray,
+    encoder: np.ndarray,
+    position: np.ndarray,
+    end: np.ndarray,
+) -> np.ndarray:
+    """What names the sequence of each run, int64 [R, 4]. Sequences are numbered within their
+    document: how a program numbers them overall is its own affair. A run that begins no later than
+    the one before it ended is of another repetition of the sequence."""
+    pairs, of_run = _unique_rows(np.stack([document, sequence], axis=1))
+    first_of_document = np.searchsorted(pairs[:, 0], pairs[:, 0])
+    ordinal = (np.arange(len(pairs)) - first_of_document)[of_run]
+    key = np.stack([document, ordinal, encoder], axis=1)
+    _, group = _unique_rows(key)
+    order = np.argsort(group, kind="stable")  # in execution order within a sequence
+    edges = run_edges(group[order])
+    again = np.zeros(len(order), np.int64)
+    again[1:] = position[order][1:] < end[order][:-1]
+    again[edges[:-1]] = 0
+    total = np.cumsum(again)
+    repetition = np.empty_like(again)
+    repetition[order] = total - np.repeat(total[edges[:-1]], np.diff(edges))
+    return np.column_stack([key, repetition])
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows in ascending order, and which of them each row is."""
+    order = np.lexsort(rows.T[::-1])
+    edges = run_edges(rows[order])
+    which = np.empty(len(rows), np.int64)
+    which[order] = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+    return rows[order[edges[:-1]]], which
+
+
+def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:
+    """int64 [G], modulo 2⁶⁴."""
+    total_G = np.zeros(G, np.int64)
+    np.add.at(total_G, group, values)
+    return total_G
+
+
+@dataclass(frozen=True)
 class Segments:
     """Rows that are the same tokens in both traces: `length` rows from `row_a` of A's shard
-    `shard_a` on, and from `row_b` of B's. Arrays [S], in the order of A's rows."""
+    `shard_a` on, and from `row_b` of B's. Arrays [S], in the order of A's rows. `pair`, `position`:
+    the pair of sequences, and where in it they begin; `size`, `last`: the tokens of the sequence in
+    A, and the last position that both traces have."""
 
     pair: np.ndarray
     position: np.ndarray
@@ -34,9 +181,11 @@ class Segments:
     row_a: np.ndarray
     shard_b: np.ndarray
     row_b: np.ndarray
+    size: np.ndarray
+    last: np.ndarray
 
     def take(self, which: np.ndarray) -> Segments:
-        return Segments(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+        return Segments(*(getattr(self, field.name)[which] for field in fields(self)))
 
     @property
     def tokens(self) -> int:
@@ -48,13 +197,14 @@ class Segments:
         start_S = self.pair * LINE + self.position + MARGIN
         return self.take(np.flatnonzero(~np.isin(start_S + self.length, start_S)))
 
+    @cached_property
+    def shards(self) -> list[int]:
+        """The shards of A that have a token in common with B."""
+        return np.unique(self.shard_a).tolist()
+
     def in_shard(self, shard_a: int) -> Segments:
         first, last = np.searchsorted(self.shard_a, [shard_a, shard_a + 1])
         return self.take(np.arange(first, last))
-
-    def by_shard_b(self) -> Iterator[tuple[int, Segments]]:
-        for shard in np.unique(self.shard_b).tolist():
-            yield shard, self.take(np.flatnonzero(self.shard_b == shard))
 
 
 def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -66,15 +216,13 @@ def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Alignment:
     """a, b: the sequences of both. segments: the tokens that are compared. by: "document" (their
-    numbers and positions) or "content". pairs: int64 [P, 2], sequences of A and of B. matched:
-    tokens that both have. diverged: pairs of sequences that go on with other token
-    ids; other_ids: tokens left out since then."""
+    numbers and positions) or "content". matched: tokens that both have. diverged: pairs of
+    sequences that go on with other token ids; other_ids: tokens left out since then."""
 
     a: Runs
     b: Runs
     segments: Segments
     by: str
-    pairs: np.ndarray
     matched: int
     diverged: int
     other_ids: int
@@ -83,34 +231,6 @@ class Alignment:
     def ids_known(self) -> bool:
         """Whether it was checked that the tokens are the same."""
         return self.a.known and self.b.known
-
-    @cached_property
-    def last_P(self) -> np.ndarray:
-        """int64 [P]: the last position of each pair that both traces have."""
-        return np.minimum(self.a.last_G[self.pairs[:, 0]], self.b.last_G[self.pairs[:, 1]])
-
-    @cached_property
-    def shards(self) -> list[int]:
-        """The shards of A that have a token in common with B."""
-        return np.unique(self.segments.shard_a).tolist()
-
-    def of_shard(self, number: int) -> AlignedShard:
-        s = self.segments.in_shard(number)
-        tokens_S = self.a.tokens_G[self.pairs[s.pair, 0]]
-        return AlignedShard(number, s, tokens_S, self.last_P[s.pair], self.a.domains)
-
-
-@dataclass(frozen=True)
-class AlignedShard:
-    """The tokens of a shard of A that are compared. tokens_S, last_S: of the sequence that each
-    segment is of, its tokens in A and the last position that both traces have. `domains`: of
-    A."""
-
-    number: int
-    segments: Segments
-    tokens_S: np.ndarray
-    last_S: np.ndarray
-    domains: tuple[str, ...]
 
 
 def align(
@@ -127,24 +247,29 @@ def align(
     if (shift := max(abs(shift_positions), abs(shift_routes))) >= MARGIN:
         raise MoeInspectError(f"a shift by {shift:,} tokens: at most {MARGIN - 1:,} are possible")
     a, b = read_runs(trace_a), read_runs(trace_b)
-    by, pairs = "document", pairs_by_number(a, b)
+    by, pairs = "document", _paired(a.key_G, b.key_G)
     if a.known and b.known and not shift_positions:
         by_content = _pairs_by_content(a, b)
         if _alike(a, b, pairs) < 0.999 * _alike(a, b, by_content):
             by, pairs = "content", by_content
     found = segments_of(a, b, pairs, shift_positions)
-    first_P = np.full(len(pairs), LINE)
+    first_P = np.full(len(pairs), LINE)  # the first position at which token ids differ
     if a.known and b.known:
-        at = np.flatnonzero(~_same_content(a, b, pairs) | bool(shift_positions))
-        first_P = _first_difference(trace_a, trace_b, found, at, len(pairs))
-    diverged, other = int((first_P < LINE).sum()), found.tokens - _cut(found, first_P).tokens
+        suspect_P = ~_same_content(a, b, pairs) | bool(shift_positions)
+        suspects = found.take(np.flatnonzero(suspect_P[found.pair]))
+        for s, ids_a, ids_b in _token_ids((trace_a, trace_b), suspects):
+            differs = np.flatnonzero(ids_a != ids_b)
+            of_segment = np.repeat(np.arange(len(s.length)), s.length)[differs]
+            begins = np.cumsum(s.length) - s.length
+            position = s.position[of_segment] + differs - begins[of_segment]
+            np.minimum.at(first_P, s.pair[of_segment], position)
+    diverged = int((first_P < LINE).sum())
+    other = found.tokens - _cut(found, first_P[found.pair]).tokens
     if shift_routes:
         found = segments_of(a, b, pairs, shift_routes)
-    found = _cut(found, first_P)
-    alignment = Alignment(a, b, found, by, pairs, found.tokens, diverged, other)
-    if drop_last:
-        alignment = replace(alignment, segments=_cut(alignment.segments, alignment.last_P))
-    return alignment
+    found = _cut(found, first_P[found.pair])
+    kept = _cut(found, found.last) if drop_last else found
+    return Alignment(a, b, kept, by, found.tokens, diverged, other)
 
 
 def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments:
@@ -159,15 +284,18 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
     both = (of_a >= 0) & (of_b >= 0)
     both[both] = (start[both] < end_a[of_a[both]]) & (start[both] < end_b[of_b[both]])
     start, length, of_a, of_b = start[both], length[both], of_a[both], of_b[both]
-    run_a, run_b = at_a[of_a], at_b[of_b]
+    run_a, run_b, pair = at_a[of_a], at_b[of_b], start // LINE
+    group_a, group_b = pairs[pair].T
     found = Segments(
-        start // LINE,
+        pair,
         start % LINE - MARGIN,
         length,
         a.shard[run_a],
         a.row[run_a] + start - start_a[of_a],
         b.shard[run_b],
         b.row[run_b] + start - start_b[of_b],
+        a.tokens_G[group_a],
+        np.minimum(a.last_G[group_a], b.last_G[group_b]),
     )
     return _joined(found.take(np.lexsort([found.row_a, found.shard_a])))
 
@@ -195,42 +323,42 @@ def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray,
     return at[order], start[order]
 
 
-def pairs_by_number(a: Runs, b: Runs) -> np.ndarray:
-    """int64 [P, 2]: sequences with the same document, number within it and repetition."""
-    both = np.concatenate([a.key_G, b.key_G])
+def _cut(segments: Segments, end_S: np.ndarray) -> Segments:
+    """What lies before a position of each."""
+    length = np.clip(end_S - segments.position, 0, segments.length)
+    return replace(segments, length=length).take(np.flatnonzero(length))
+
+
+def _paired(key_a: np.ndarray, key_b: np.ndarray) -> np.ndarray:
+    """int64 [P, 2]: the rows of A and of B that are the same, ascending. key_a, key_b: [G, X],
+    distinct rows."""
+    both = np.concatenate([key_a, key_b])
     order = np.lexsort(both.T[::-1])
     same = np.flatnonzero((both[order[1:]] == both[order[:-1]]).all(axis=1))
-    first, second = order[same], order[same + 1]
-    return np.column_stack([first, second - len(a.key_G)])
+    return np.column_stack([order[same], order[same + 1] - len(key_a)])
 
 
 def _pairs_by_content(a: Runs, b: Runs) -> np.ndarray:
-    """int64 [P, 2]: sequences of the same token ids; of the others those whose first PREFIX are
-    the same, where no other begins so."""
-    pairs = _pairs_by_key(a.content_G, b.content_G, repeated=True)
-    left_a = np.setdiff1d(np.arange(len(a.key_G)), pairs[:, 0])
-    left_b = np.setdiff1d(np.arange(len(b.key_G)), pairs[:, 1])
-    left_a, left_b = left_a[a.tokens_G[left_a] >= PREFIX], left_b[b.tokens_G[left_b] >= PREFIX]
-    more = _pairs_by_key(a.prefix_G[left_a], b.prefix_G[left_b], repeated=False)
-    return np.concatenate([pairs, np.column_stack([left_a[more[:, 0]], left_b[more[:, 1]]])])
+    """int64 [P, 2]: sequences of the same token ids, the n-th of A with the n-th of B; of the
+    others those whose first PREFIX are the same, where no other begins so."""
+    pairs = _paired(*(_numbered(runs.content_G) for runs in (a, b)))
+    places, keys = list[np.ndarray](), list[np.ndarray]()
+    for runs, paired in ((a, pairs[:, 0]), (b, pairs[:, 1])):
+        left = np.setdiff1d(np.flatnonzero(runs.tokens_G >= PREFIX), paired)
+        key, first, times = np.unique(runs.prefix_G[left], return_index=True, return_counts=True)
+        places.append(left[first[times == 1]])
+        keys.append(key[times == 1, None])
+    more = _paired(*keys)
+    return np.concatenate([pairs, np.column_stack([places[i][more[:, i]] for i in (0, 1)])])
 
 
-def _pairs_by_key(key_a: np.ndarray, key_b: np.ndarray, repeated: bool) -> np.ndarray:
-    """int64 [P, 2]: those with the same key, the n-th of A with the n-th of B; or only the keys
-    that one of each has."""
-    keys = np.unique(np.concatenate([key_a, key_b]))
-    sides = []
-    for key in (key_a, key_b):
-        order = np.argsort(key, kind="stable")
-        edges = run_edges(key[order])
-        size = np.diff(edges)
-        which = np.searchsorted(keys, key[order])
-        nth = np.arange(len(key)) - np.repeat(edges[:-1], size)
-        kept = np.ones(len(key), bool) if repeated else np.repeat(size == 1, size)
-        sides.append((order[kept], (which * max(len(key_a), len(key_b), 1) + nth)[kept]))
-    (order_a, name_a), (order_b, name_b) = sides
-    _, at_a, at_b = np.intersect1d(name_a, name_b, assume_unique=True, return_indices=True)
-    return np.column_stack([order_a[at_a], order_b[at_b]])
+def _numbered(key_G: np.ndarray) -> np.ndarray:
+    """[G, 2]: each key, and which of those that are equal it is."""
+    order = np.argsort(key_G, kind="stable")
+    edges = run_edges(key_G[order])
+    nth_G = np.empty(len(key_G), np.int64)
+    nth_G[order] = np.arange(len(key_G)) - np.repeat(edges[:-1], np.diff(edges))
+    return np.column_stack([key_G, nth_G])
 
 
 def _same_content(a: Runs, b: Runs, pairs: np.ndarray) -> np.ndarray:
@@ -246,35 +374,21 @@ def _alike(a: Runs, b: Runs, pairs: np.ndarray) -> int:
     return int(np.minimum(a.tokens_G[of_a], b.tokens_G[of_b])[same].sum())
 
 
-def _first_difference(
-    trace_a: Trace, trace_b: Trace, segments: Segments, at: np.ndarray, P: int
-) -> np.ndarray:
-    """int64 [P]: the first position at which the token ids of a pair differ; LINE where none
-    does. `at`: the pairs to look at."""
-    first_P = np.full(P, LINE)
-    suspects = segments.take(np.flatnonzero(np.isin(segments.pair, at)))
+def _token_ids(
+    traces: tuple[Trace, Trace], segments: Segments
+) -> Iterator[tuple[Segments, np.ndarray, np.ndarray]]:
+    """The segments that lie in one shard of A and one of B, and the token ids of both, [T]."""
 
     @lru_cache(maxsize=4)
-    def ids(in_b: bool, number: int) -> np.ndarray:
-        shard = (trace_b if in_b else trace_a).shard(number)
-        return shard.tokens(["token_id"])["token_id"].to_numpy()
+    def ids(side: int, number: int) -> np.ndarray:
+        return traces[side].shard(number).tokens(["token_id"])["token_id"].to_numpy()
 
-    for shard_a in np.unique(suspects.shard_a).tolist():
-        for shard_b, s in suspects.in_shard(shard_a).by_shard_b():
-            ids_a = ids(False, shard_a)[rows_of(s.row_a, s.length)]
-            ids_b = ids(True, shard_b)[rows_of(s.row_b, s.length)]
-            differs = np.flatnonzero(ids_a != ids_b)
-            of_segment = np.repeat(np.arange(len(s.length)), s.length)[differs]
-            begins = np.cumsum(s.length) - s.length
-            position = s.position[of_segment] + differs - begins[of_segment]
-            np.minimum.at(first_P, s.pair[of_segment], position)
-    return first_P
-
-
-def _cut(segments: Segments, first_P: np.ndarray) -> Segments:
-    """What lies before the first difference of each pair."""
-    length = np.clip(first_P[segments.pair] - segments.position, 0, segments.length)
-    return replace(segments, length=length).take(np.flatnonzero(length))
+    s = segments.take(np.lexsort([segments.shard_b, segments.shard_a]))
+    edges = run_edges(s.shard_a, s.shard_b)
+    for first, end in pairwise(edges.tolist()):
+        part = s.take(np.arange(first, end))
+        ids_a = ids(0, int(part.shard_a[0]))[rows_of(part.row_a, part.length)]
+        yield part, ids_a, ids(1, int(part.shard_b[0]))[rows_of(part.row_b, part.length)]
 
 
 LEAST = 0.5  # of the tokens that could be compared
@@ -289,7 +403,7 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
     if alignment.matched >= LEAST * possible or (alignment.matched and not alignment.ids_known):
         return
     if alignment.ids_known:
-        shift, share = _shift_of_positions(a, b, alignment)
+        share, shift = max(_share_shifted((a, b), alignment, shift) for shift in SHIFTS)
         if share > LEAST:
             raise MoeInspectError(
                 f"{share:.1%} of the tokens at position n of {a.path} are at n{shift:+d} of "
@@ -304,23 +418,12 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
     )
 
 
-def _shift_of_positions(a: Trace, b: Trace, alignment: Alignment) -> tuple[int, float]:
-    """By how many positions B's token ids are further on, and the share of the tokens for which
-    they are, in the first sequences with the same numbers."""
-    best = (0.0, 0)
-    pairs = pairs_by_number(alignment.a, alignment.b)[:SAMPLE]
-    for shift in SHIFTS:
-        s = segments_of(alignment.a, alignment.b, pairs, shift)
-        same = total = 0
-        for shard_a in np.unique(s.shard_a).tolist():
-            for shard_b, part in s.in_shard(shard_a).by_shard_b():
-                ids_a, ids_b = (
-                    trace.shard(n).tokens(["token_id"])["token_id"].to_numpy()[rows]
-                    for trace, n, rows in (
-                        (a, shard_a, rows_of(part.row_a, part.length)),
-                        (b, shard_b, rows_of(part.row_b, part.length)),
-                    )
-                )
-                same, total = same + int((ids_a == ids_b).sum()), total + len(ids_a)
-        best = max(best, (same / max(total, 1), shift))
-    return best[1], best[0]
+def _share_shifted(
+    traces: tuple[Trace, Trace], alignment: Alignment, shift: int
+) -> tuple[float, int]:
+    """The share of the tokens whose ids are so many positions further on in B, in the first
+    sequences with the same numbers; and the shift."""
+    a, b = alignment.a, alignment.b
+    segments = segments_of(a, b, _paired(a.key_G, b.key_G)[:SAMPLE], shift)
+    same = sum(int((ids_a == ids_b).sum()) for _, ids_a, ids_b in _token_ids(traces, segments))
+    return same / max(segments.tokens, 1), shift

@@ -6,8 +6,9 @@ T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from moe_inspect.analysis.metrics.chance import ALPHA, shuffled_p, shuffled_with
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import Alignment, align
 from moe_inspect.comparison.aligning.pairing import same_places
-from moe_inspect.comparison.aligning.rows import Columns, Rows, rows_of_shard
+from moe_inspect.comparison.aligning.rows import AlignedRows, rows_of_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import join_first, layer_label, ranges
 from moe_inspect.trace.reader import Trace
@@ -31,7 +32,6 @@ GAIN = 0.3  # … and by how much it must be better than the one that was compar
 BY_CHANCE = 0.1  # overlap beyond chance under which two routers have nothing in common
 SHIFTS = (-2, -1, 1, 2)
 SHUFFLES = 20
-Read = Callable[[Callable[[Shard], Columns], int], Columns]
 
 
 @dataclass(frozen=True)
@@ -47,70 +47,98 @@ class Misalignment:
     values: dict[str, Any]
 
 
+Pair = tuple[int, int]  # a router of A and one of B
+
+
+@dataclass
+class SampledRows:
+    """Tokens in a row of one shard, which reach the routers of a stack: shifted rows are looked for
+    beside them. pairs: the routers of the stack that are compared."""
+
+    traces: tuple[Trace, Trace]
+    rows: AlignedRows
+    pairs: list[Pair]
+    _chosen: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def document_T(self) -> np.ndarray:
+        return self.rows.document_T
+
+    def chosen(self, side: int, router: int) -> np.ndarray:
+        """bool [T, E]: the experts that a router of A (side 0) or of B (side 1) chose."""
+        if (side, router) not in self._chosen:
+            E = self.traces[side].routers[router].experts
+            chosen_TE = np.zeros((len(self), E + 1), bool)
+            for slot in self.rows.read(side, Shard.slots, router):
+                chosen_TE[np.arange(len(slot)), slot] = True
+            self._chosen[side, router] = chosen_TE[:, :E]
+        return self._chosen[side, router]
+
+    def both(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        return self.chosen(0, pair[0]), self.chosen(1, pair[1])
+
+    @cached_property
+    def own(self) -> dict[Pair, float]:
+        """The agreement of the routers as they are compared."""
+        return {pair: agreement(*self.both(pair)) for pair in self.pairs}
+
+    @cached_property
+    def good(self) -> list[Pair]:
+        """Those that are not looked at further."""
+        return [pair for pair, value in self.own.items() if value >= GOOD]
+
+
+def samples(
+    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
+) -> Iterator[SampledRows]:
+    """Of each stack, tokens of the shard of A with the most of those that are compared; none where
+    there are none."""
+    s = alignment.segments
+    if not len(s.length):
+        return
+    shards, at = np.unique(s.shard_a, return_inverse=True)
+    segments = s.in_shard(int(shards[np.bincount(at, s.length).argmax()]))
+    cells = sum(r.experts for trace in traces for r in trace.routers)
+    for stack in sorted({traces[0].routers[r].stack for r, _ in pairs}):
+        rows = rows_of_shard(traces, segments, alignment.a.domains, stack, Selection(()))
+        T = min(len(rows), MOST_TOKENS, max(SAMPLE_CELLS // cells, 256))
+        if T:
+            at_T = np.arange(len(rows)) - (len(rows) - T) // 2
+            of_stack = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
+            yield SampledRows(traces, rows.take((at_T >= 0) & (at_T < T)), of_stack)
+
+
 def misalignments(
     traces: tuple[Trace, Trace],
     alignment: Alignment,
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[Pair],
     routers: Sequence[int],
 ) -> list[Misalignment]:
-    """What is numbered otherwise in B; nothing where the routing is alike as it is compared.
-    routers: those of A that are selected, also those that no router of B is compared with."""
+    """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
+    is alike as it is compared. routers: those of A that are selected, also those that no router of
+    B is compared with."""
     stack = traces[0].routers[pairs[0][0]].stack
-    pairs = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
-    rows = sample_rows(traces, alignment, stack)
-    if rows is None or rows.alike:
+    of_stack = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
+    sample = next(samples(traces, alignment, of_stack), None)
+    if sample is None or sample.rows.alike:
         return []
-    chosen_a = {r: chosen(rows.of_a, traces[0], r) for r, _ in pairs}
-    chosen_b = {m: chosen(rows.of_b, traces[1], m) for _, m in pairs}
-    own = {pair: agreement(chosen_a[pair[0]], chosen_b[pair[1]]) for pair in pairs}
-    others_a, others_b = (
-        [r for r in of if trace.routers[r].stack == stack and r not in known]
-        for trace, of, known in (
-            (traces[0], routers, chosen_a),
-            (traces[1], range(len(traces[1].routers)), chosen_b),
-        )
+    of_a, of_b = (
+        [r for r in of if trace.routers[r].stack == stack]
+        for trace, of in zip(traces, (routers, range(len(traces[1].routers))), strict=True)
     )
-    alike = all(value >= GOOD for value in own.values())
-    if alike and not (others_a and others_b):
+    alike = len(sample.good) == len(of_stack)
+    if alike and (len(of_a) == len(of_stack) or len(of_b) == len(of_stack)):
         return []
-    shift = None if alike else _routes_shifted(rows, pairs, own, chosen_a, chosen_b)
-    if shift is not None:
-        return [shift]
-    chosen_a |= {r: chosen(rows.of_a, traces[0], r) for r in others_a}
-    chosen_b |= {m: chosen(rows.of_b, traces[1], m) for m in others_b}
     found = (
-        _layers_moved(traces, rows, own, chosen_a, chosen_b)
-        or _experts_renumbered(traces, rows, own, chosen_a, chosen_b)
-        or _foreign(traces, rows, own, chosen_a)
+        (None if alike else _routes_shifted(sample))
+        or _layers_moved(sample, of_a, of_b)
+        or _experts_renumbered(sample)
+        or _foreign(sample)
     )
     return [] if found is None else [found]
-
-
-def sample_rows(traces: tuple[Trace, Trace], alignment: Alignment, stack: str) -> Rows | None:
-    """Tokens of the shard of A with the most of those that are compared, in a row: shifted rows
-    are looked for beside them."""
-    s = alignment.segments
-    if not len(s.length):
-        return None
-    shards, at = np.unique(s.shard_a, return_inverse=True)
-    number = int(shards[np.bincount(at, s.length).argmax()])
-    rows = rows_of_shard(traces, alignment.of_shard(number), stack, Selection(()))
-    cells = sum(r.experts for trace in traces for r in trace.routers)
-    T = min(len(rows), MOST_TOKENS, max(SAMPLE_CELLS // cells, 256))
-    if not T:
-        return None
-    at_T = np.arange(len(rows)) - (len(rows) - T) // 2
-    return rows.take((at_T >= 0) & (at_T < T))
-
-
-def chosen(read: Read, trace: Trace, router: int) -> np.ndarray:
-    """bool [T, E]"""
-    K, E = trace.routers[router].top_k, trace.routers[router].experts
-    slots = read(lambda shard: shard.slots(router)[:K], router)
-    chosen_TE = np.zeros((len(slots[0]), E + 1), bool)
-    for slot in slots:
-        chosen_TE[np.arange(len(slot)), slot] = True
-    return chosen_TE[:, :E]
 
 
 def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
@@ -148,27 +176,21 @@ def _better(value: float, own: float) -> bool:
     return value >= MATCH and value >= own + GAIN
 
 
-def _routes_shifted(
-    rows: Rows,
-    pairs: Sequence[tuple[int, int]],
-    own: dict[tuple[int, int], float],
-    chosen_a: dict[int, np.ndarray],
-    chosen_b: dict[int, np.ndarray],
-) -> Misalignment | None:
+def _routes_shifted(sample: SampledRows) -> Misalignment | None:
     """B's routes one or two tokens further on, in the same document."""
-    best = (0.0, 0)
-    mean, T = float(np.mean(list(own.values()))), len(rows)
-    at_T = {s: np.arange(max(0, -s), min(T, T - s)) for s in SHIFTS}
-    for shift, t in at_T.items():
-        at_T[shift] = t = t[rows.document_T[t] == rows.document_T[t + shift]]
-        values = [agreement(chosen_a[r][t], chosen_b[m][t + shift]) for r, m in pairs]
-        best = max(best, (float(np.mean(values)), shift))
-    value, shift = best
-    if not _better(value, mean):
-        return None
-    t = at_T[shift]
-    shifted = [(chosen_a[r][t], chosen_b[m][t + shift]) for r, m in pairs]
-    if not beyond_chance(value, shifted, rows.document_T[t], len(SHIFTS)):
+    mean, T, document_T = float(np.mean(list(sample.own.values()))), len(sample), sample.document_T
+
+    def shifted(shift: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        t = np.arange(max(0, -shift), min(T, T - shift))
+        t = t[document_T[t] == document_T[t + shift]]
+        both = [sample.both(pair) for pair in sample.pairs]
+        return [(a_TE[t], b_TE[t + shift]) for a_TE, b_TE in both], document_T[t]
+
+    value, shift = max(
+        (float(np.mean([agreement(*both) for both in shifted(shift)[0]])), shift)
+        for shift in SHIFTS
+    )
+    if not (_better(value, mean) and beyond_chance(value, *shifted(shift), len(SHIFTS))):
         return None
     tokens = "token" if abs(shift) == 1 else "tokens"
     return Misalignment(
@@ -181,29 +203,23 @@ def _routes_shifted(
 
 
 def _layers_moved(
-    traces: tuple[Trace, Trace],
-    rows: Rows,
-    own: dict[tuple[int, int], float],
-    chosen_a: dict[int, np.ndarray],
-    chosen_b: dict[int, np.ndarray],
+    sample: SampledRows, routers_a: list[int], routers_b: list[int]
 ) -> Misalignment | None:
     """Routers of A whose decisions are those of another layer of B than is compared with it, if
     any is."""
-    a, b = (trace.routers for trace in traces)
-    paired = dict(own.keys())
-    good = {m for (_, m), value in own.items() if value >= GOOD}
+    a, b = (trace.routers for trace in sample.traces)
+    paired, own, good = dict(sample.pairs), sample.own, {m for _, m in sample.good}
     moved = list[tuple[int, int, float, float]]()
-    tried = len(chosen_a) * len(chosen_b)
-    for r in sorted(chosen_a):
+    for r in routers_a:
         before = own[r, paired[r]] if r in paired else 0.0
         if before >= GOOD:
             continue
-        rest = [m for m in chosen_b if m not in good and m != paired.get(r)]
-        value, other = max(
-            ((agreement(chosen_a[r], chosen_b[m]), -m) for m in rest), default=(0.0, 0)
-        )
-        both = [(chosen_a[r], chosen_b[-other])] if _better(value, before) else []
-        if both and beyond_chance(value, both, rows.document_T, tried):
+        rest = [m for m in routers_b if m not in good and m != paired.get(r)]
+        value, other = max(((agreement(*sample.both((r, m))), -m) for m in rest), default=(0.0, 0))
+        tried = len(routers_a) * len(routers_b)
+        if _better(value, before) and beyond_chance(
+            value, [sample.both((r, -other))], sample.document_T, tried
+        ):
             moved.append((r, -other, value, before))
     if not moved:
         return None
@@ -237,29 +253,21 @@ def _layers_moved(
     )
 
 
-def _experts_renumbered(
-    traces: tuple[Trace, Trace],
-    rows: Rows,
-    own: dict[tuple[int, int], float],
-    chosen_a: dict[int, np.ndarray],
-    chosen_b: dict[int, np.ndarray],
-) -> Misalignment | None:
+def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
     """Experts matched by the tokens they share in one half of the sample, judged in the other."""
-    moved = list[tuple[int, float, float]]()
-    fit_T = half_of(len(rows))
-    for (r, m), before in own.items():
-        a_TE, b_TE = chosen_a[r], chosen_b[m]
+    moved, own = list[tuple[int, float, float]](), sample.own
+    fit_T = half_of(len(sample))
+    for pair, before in own.items():
         if before >= GOOD:
             continue
-        both = a_TE[~fit_T], b_TE[~fit_T][:, match(a_TE[fit_T], b_TE[fit_T])]
-        value = agreement(*both)
-        document_T = rows.document_T[~fit_T]
+        both = matched(*sample.both(pair), fit_T)
+        value, document_T = agreement(*both), sample.document_T[~fit_T]
         if _better(value, before) and beyond_chance(value, [both], document_T, len(own)):
-            moved.append((r, value, before))
+            moved.append((pair[0], value, before))
     if not moved:
         return None
     value, before = (float(np.mean([row[i] for row in moved])) for i in (1, 2))
-    layers = [layer_label(traces[0].routers, r) for r, *_ in moved]
+    layers = [layer_label(sample.traces[0].routers, r) for r, *_ in moved]
     return Misalignment(
         "experts_renumbered",
         f"Experts are numbered differently in {'layer' if len(layers) == 1 else 'layers'} "
@@ -271,26 +279,20 @@ def _experts_renumbered(
     )
 
 
-def _foreign(
-    traces: tuple[Trace, Trace],
-    rows: Rows,
-    own: dict[tuple[int, int], float],
-    chosen_a: dict[int, np.ndarray],
-) -> Misalignment | None:
+def _foreign(sample: SampledRows) -> Misalignment | None:
     """Few routers that agree no more than by chance, between others that agree: a model that
     differs would differ from there on. Of tokens that would tell an agreement from chance."""
-    a = traces[0].routers
-    good = [r for (r, _), value in own.items() if value >= GOOD]
-    bad = [
-        r
-        for (r, _), value in own.items()
-        if value < BY_CHANCE
-        and beyond_chance(MATCH, [(chosen_a[r], chosen_a[r])], rows.document_T, len(own))
-    ]
+    a, own, good = sample.traces[0].routers, sample.own, [r for r, _ in sample.good]
+
+    def told(chosen_TE: np.ndarray) -> bool:
+        return beyond_chance(MATCH, [(chosen_TE, chosen_TE)], sample.document_T, len(own))
+
+    bad = [r for (r, _), value in own.items() if value < BY_CHANCE and told(sample.chosen(0, r))]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
-    value = float(np.mean([own[r, m] for r, m in own if r in bad]))
-    others = float(np.mean([own[r, m] for r, m in own if r in good]))
+    value, others = (
+        float(np.mean([own[pair] for pair in own if pair[0] in of])) for of in (bad, good)
+    )
     names = join_first([layer_label(a, r) for r in bad], 6, ", ")
     left = ranges({a[r].layer for r, _ in own if r not in bad})
     return Misalignment(
@@ -304,37 +306,37 @@ def _foreign(
 
 
 def matched_overlaps(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[tuple[int, int]]
+    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
 ) -> Iterator[tuple[int, int, float, float, float]]:
     """Of each router: its index, the tokens of the sample that are judged, and the overlap as
     numbered, after matching, and after matching with the tokens of B shuffled, which is what
     matching finds in nothing. Experts are matched on every other document, and judged on the
     rest."""
-    stacks = {traces[0].routers[r].stack for r, _ in pairs}
-    sample = {stack: sample_rows(traces, alignment, stack) for stack in sorted(stacks)}
-    for r, m in pairs:
-        rows = sample[traces[0].routers[r].stack]
-        if rows is None:
+    sample_of = {
+        pair: sample for sample in samples(traces, alignment, pairs) for pair in sample.pairs
+    }
+    for pair in pairs:
+        if (sample := sample_of.get(pair)) is None:
             continue
-        a_TE, b_TE = chosen(rows.of_a, traces[0], r), chosen(rows.of_b, traces[1], m)
-        document, at_T = np.unique(rows.document_T, return_inverse=True)
+        a_TE, b_TE = sample.both(pair)
+        document, at_T = np.unique(sample.document_T, return_inverse=True)
         fit_T = at_T % 2 == 0 if len(document) > 1 else np.arange(len(a_TE)) % 2 == 0
-        shuffled_TE = np.random.default_rng([SEED, r]).permutation(b_TE)
+        shuffled_TE = np.random.default_rng([SEED, pair[0]]).permutation(b_TE)
         as_matched, by_chance = (
-            overlap(a_TE[~fit_T], side_TE[~fit_T][:, match(a_TE[fit_T], side_TE[fit_T])])
-            for side_TE in (b_TE, shuffled_TE)
+            overlap(*matched(a_TE, side_TE, fit_T)) for side_TE in (b_TE, shuffled_TE)
         )
         as_numbered = overlap(a_TE[~fit_T], b_TE[~fit_T])
-        yield r, int((~fit_T).sum()), as_numbered, as_matched, by_chance
+        yield pair[0], int((~fit_T).sum()), as_numbered, as_matched, by_chance
 
 
-def match(a_TE: np.ndarray, b_TE: np.ndarray) -> np.ndarray:
-    """int64 [E]: the expert of B that is each of A's: the assignment that shares most tokens
-    (Hungarian algorithm)."""
+def matched(a_TE: np.ndarray, b_TE: np.ndarray, fit_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both at the tokens that are not fitted, B's experts in the order of A's: by the assignment
+    that shares most of the tokens fitted (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
 
-    shared_EE = a_TE.astype(np.float32).T @ b_TE.astype(np.float32)
-    return linear_sum_assignment(shared_EE, maximize=True)[1]
+    shared_EE = a_TE[fit_T].astype(np.float32).T @ b_TE[fit_T].astype(np.float32)
+    order_E = linear_sum_assignment(shared_EE, maximize=True)[1]
+    return a_TE[~fit_T], b_TE[~fit_T][:, order_E]
 
 
 def overlap(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
@@ -360,20 +362,18 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
     except MoeInspectError:
         return None
     stack = sizes[0][0].stack
-    rows = sample_rows((a, b), alignment, stack)
-    if rows is None:
-        return None
-    pairs = [(r, m) for r, m in pairs if a.routers[r].stack == stack]
-    fit_T, mapped = half_of(len(rows)), list[tuple[np.ndarray, np.ndarray]]()
-    for r, m in pairs[:: -(-len(pairs) // MOST_ROUTERS)]:
-        logical_TE, physical_TP = chosen(rows.of_a, a, r), chosen(rows.of_b, b, m)
-        if a.routers[r].experts > b.routers[m].experts:
-            logical_TE, physical_TP = physical_TP, logical_TE
-        mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
-    value = float(np.mean([agreement(*both) for both in mapped]))
-    if value < REPLICAS or not beyond_chance(value, mapped, rows.document_T[~fit_T]):
+    of_stack = [(r, m) for r, m in pairs if a.routers[r].stack == stack]
+    sample = next(samples((a, b), alignment, of_stack), None)
+    if sample is None:
         return None
     in_b = sizes[0][1].experts > sizes[0][0].experts
+    fit_T, mapped = half_of(len(sample)), list[tuple[np.ndarray, np.ndarray]]()
+    for pair in of_stack[:: -(-len(of_stack) // MOST_ROUTERS)]:
+        logical_TE, physical_TP = sorted(sample.both(pair), key=lambda x_TE: x_TE.shape[1])
+        mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
+    value = float(np.mean([agreement(*both) for both in mapped]))
+    if value < REPLICAS or not beyond_chance(value, mapped, sample.document_T[~fit_T]):
+        return None
     counts = [router.experts for router in sizes[0]]
     return {
         "trace": "B" if in_b else "A",

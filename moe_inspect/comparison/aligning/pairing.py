@@ -15,28 +15,21 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
 
-def router_pairs(
-    a: Trace, b: Trace, routers: Iterable[int], shift_layers: int = 0
+def routers_of_one_model(
+    a: Trace, b: Trace, routers: Iterable[int], shift_layers: int, layers: object
 ) -> tuple[tuple[int, int], ...]:
-    """`same_places`, checked: DifferentModelsError where two have other experts or another k,
-    MoeInspectError where no layer is in both."""
+    """`same_places`, checked. DifferentModelsError where two have other experts or another k, or
+    where the models have another number of layers and the caller does not say which belong
+    together, by `layers` or by a shift; MoeInspectError where no layer is in both."""
     pairs = same_places(a, b, routers, shift_layers)
     if reasons := shape_differences(a, b, pairs):
         raise DifferentModelsError(a, b, reasons)
     if not pairs:
+        of_a, of_b = (ranges({router.layer for router in trace.routers}) for trace in (a, b))
         raise MoeInspectError(
-            f"no common layer: {a.path} has layers {_layers(a.routers)}, {b.path} has "
-            f"{_layers(b.routers)}: use --shift-layers if they are numbered differently"
+            f"no common layer: {a.path} has layers {of_a}, {b.path} has {of_b}: use --shift-layers "
+            "if they are numbered differently"
         )
-    return pairs
-
-
-def routers_of_one_model(
-    a: Trace, b: Trace, routers: Iterable[int], shift_layers: int, layers: object
-) -> tuple[tuple[int, int], ...]:
-    """`router_pairs`; DifferentModelsError also where the models have another number of layers,
-    unless the caller says which belong together: by `layers`, or by a shift."""
-    pairs = router_pairs(a, b, routers, shift_layers)
     if layers is None and not shift_layers and (difference := layers_difference(a, b)):
         raise DifferentModelsError(a, b, [difference])
     return pairs
@@ -68,10 +61,6 @@ def _places(routers: Sequence[Router]) -> list[tuple[int, str, int]]:
     return places
 
 
-def _layers(routers: Sequence[Router]) -> str:
-    return ranges({router.layer for router in routers})
-
-
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
 SAME_WORDS = 0.9  # of the token ids of both, that must stand for the same text
 
@@ -82,17 +71,20 @@ class DifferentModelsError(MoeInspectError):
 
     def __init__(self, a: Trace, b: Trace, reasons: Sequence[str]):
         self.reasons = tuple(reasons)
+        # replicas make the number of experts alone differ
+        alone = len(reasons) == 1 and "experts" in reasons[0] and SIZE_OF_K not in reasons[0]
         super().__init__(
             f"{a.path} (A) and {b.path} (B) are traces of different models: "
-            f"{'; '.join(self.reasons)}; their decisions cannot be compared one by one"
-            f"{physical_ids(self.reasons)}"
+            f"{'; '.join(reasons)}; their decisions cannot be compared one by one"
+            f"{PHYSICAL if alone else ''}"
         )
 
 
-def physical_ids(reasons: Sequence[str]) -> str:
-    """What to do where the number of experts alone differs, as replicas make it; else ""."""
-    alone = len(reasons) == 1 and "experts" in reasons[0] and SIZE_OF_K not in reasons[0]
-    return PHYSICAL if alone else ""
+SIZE_OF_K = "experts per token"
+SIZES: dict[str, Callable[[Router], int]] = {
+    "experts per layer": lambda router: router.experts,
+    SIZE_OF_K: lambda router: router.top_k,
+}
 
 
 def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
@@ -103,28 +95,16 @@ def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> l
     for what, size in SIZES.items():
         sizes_a, sizes_b = (sorted({size(r) for r in side}) for side in (of_a, of_b))
         apart = [(r, m) for r, m in pairs if size(of_a[r]) != size(of_b[m])]
-        if len(sizes_a) == len(sizes_b) == 1 and sizes_a != sizes_b:
-            found.append(f"A has {sizes_a[0]} {what}, B {sizes_b[0]}")
+        if sizes_a != sizes_b and (len(sizes_a) == len(sizes_b) == 1 or not pairs):
+            a_has, b_has = (" or ".join(map(str, sizes)) for sizes in (sizes_a, sizes_b))
+            found.append(f"A has {a_has} {what}, B {b_has}")
         elif apart:
             r, m = apart[0]
             found.append(
                 f"layer {layer_label(of_a, r)} has {size(of_a[r])} {what} in A, {size(of_b[m])} in "
                 "B"
             )
-        elif not pairs and sizes_a != sizes_b:
-            found.append(f"A has {_either(sizes_a)} {what}, B {_either(sizes_b)}")
     return found
-
-
-SIZE_OF_K = "experts per token"
-SIZES: dict[str, Callable[[Router], int]] = {
-    "experts per layer": lambda router: router.experts,
-    SIZE_OF_K: lambda router: router.top_k,
-}
-
-
-def _either(sizes: Sequence[int]) -> str:
-    return " or ".join(map(str, sizes))
 
 
 def layers_difference(a: Trace, b: Trace) -> str:

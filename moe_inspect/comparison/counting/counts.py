@@ -7,7 +7,6 @@ position decile), M margin deciles, E experts, L routers.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,21 +15,10 @@ import numpy as np
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.comparison.aligning.rows import CELLS, DECILES
-from moe_inspect.comparison.counting.router_sums import RouterSums
 
 UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
 MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
 GAMMA_FLOOR = 0.8
-SUMS = (  # of PairCounts
-    "layers_N",
-    "shards_alike",
-    "gamma",
-    "gamma_below",
-    "gamma_tokens",
-    "last_tokens",
-    "zero_filled_a",
-    "zero_filled_b",
-)
 
 
 def fixed(value: float) -> int:
@@ -39,30 +27,31 @@ def fixed(value: float) -> int:
 
 
 @dataclass
-class RouterCounts:
-    """Of one router. missing_UX: assignments that the other trace did not make; mismatch_UX:
-    decisions with another set of experts. reordered_U, first_differs_U: decisions with another
-    order of slots, another first choice. short_UX: slots that route nowhere in both. l1_U: Σ of
-    weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of an
-    expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
+class PairRouterCounts:
+    """Of one router, in some units. missing_UX: assignments that the other trace did not make;
+    mismatch_UX: decisions with another set of experts. reordered_U, first_differs_U: decisions with
+    another order of slots, another first choice. short_UX: slots that route nowhere in both. l1_U:
+    Σ of weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of
+    an expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
     and those with another set, by A's margin. new, again, before: tokens whose set differs first
     here; that differ here and did in an earlier layer; that did in an earlier layer. last_mismatch:
     of the last tokens of sequences, those with another set. weights_differ: decisions in which a
-    weight of an expert that both chose is not the same."""
+    weight of an expert that both chose is not the same. flip_margins: of decisions with another
+    set, A's margins, by shard."""
 
     E: int
     mismatch_UX: np.ndarray
     missing_UX: np.ndarray
+    short_UX: np.ndarray
     reordered_U: np.ndarray
     first_differs_U: np.ndarray
-    short_UX: np.ndarray
     l1_U: np.ndarray
-    flips_EE: np.ndarray
-    moved_UE: np.ndarray
     load_UE: np.ndarray
+    moved_UE: np.ndarray
     margin_UM: np.ndarray
     margin_mismatch_UM: np.ndarray
-    flip_margins: dict[int, np.ndarray] = field(default_factory=dict)  # by shard
+    flips_EE: np.ndarray
+    flip_margins: dict[int, np.ndarray] = field(default_factory=dict)
     last_mismatch: int = 0
     weights_differ: int = 0
     new: int = 0
@@ -72,44 +61,35 @@ class RouterCounts:
     logit_decisions: int = 0
 
     @classmethod
-    def zero(cls, E: int, U: int) -> RouterCounts:
+    def zero(cls, E: int, U: int) -> PairRouterCounts:
         size = {"U": U, "X": CELLS, "E": E, "M": DECILES}
         shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in [*BY_UNIT, FLIPS]}
         made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
         return cls(E, **made)
 
-    def add(self, sums: RouterSums, unit_V: np.ndarray) -> None:
-        """The sums of one shard, whose units are `unit_V`."""
-        self.l1_U[unit_V] += np.rint(sums.l1_V * UNIT).astype(np.int64)
-        self.weights_differ += sums.weights_differ
-        for name in BY_UNIT:
-            if name not in ("l1_U", "moved_UE"):
-                getattr(self, name)[unit_V] += getattr(sums, name.replace("_U", "_V"))
-        if len(sums.at):
-            sums.add_moves(unit_V, self.moved_UE, self.flips_EE)
-
-    def of_units(self, unit_V: np.ndarray) -> RouterCounts:
+    def of_units(self, unit_V: np.ndarray) -> PairRouterCounts:
         """Of these units only, to be sent."""
         tables = {name: getattr(self, name)[unit_V] for name in BY_UNIT}
         tables["flips_EE"] = self.flips_EE
         return replace(self, **{name: narrowed(table) for name, table in tables.items()})
 
-    def merge(self, other: RouterCounts, unit_V: np.ndarray) -> None:
+    def merge(self, other: PairRouterCounts, unit_V: np.ndarray) -> None:
         """Those of other shards, whose units are `unit_V`."""
         self.flip_margins |= other.flip_margins
-        for name in [f.name for f in fields(self) if f.name not in ("E", "flip_margins")]:
-            if name in BY_UNIT:
-                getattr(self, name)[unit_V] += getattr(other, name)
-            else:
-                setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in BY_UNIT:
+            getattr(self, name)[unit_V] += getattr(other, name)
+        for name in SUMS_OF_ROUTER:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 FLIPS = "flips_EE"
-BY_UNIT = [f.name for f in fields(RouterCounts) if "_U" in f.name]
+BY_UNIT = [f.name for f in fields(PairRouterCounts) if "_U" in f.name]
+SUMS_OF_ROUTER = [f.name for f in fields(PairRouterCounts) if f.type == "int" and f.name != "E"]
+SUMS_OF_ROUTER += [FLIPS]
 
 
 @dataclass
-class PairCounts:
+class ComparisonCounts:
     """Of two traces. `domains`: A's labels; a unit is domain · CLUSTERS + document % CLUSTERS.
     decisions_UX: tokens compared that reach the routers of a stack, by stack. layers_N: tokens by
     the number of routers at which their sets differ. documents: rows (document, domain, tokens,
@@ -119,7 +99,7 @@ class PairCounts:
     expert 0 in one trace."""
 
     domains: tuple[str, ...]
-    of: dict[int, RouterCounts]
+    of: dict[int, PairRouterCounts]
     decisions_UX: dict[str, np.ndarray]
     layers_N: np.ndarray
     documents: dict[int, np.ndarray] = field(default_factory=dict)
@@ -130,26 +110,21 @@ class PairCounts:
     last_tokens: int = 0
     zero_filled_a: int = 0
     zero_filled_b: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def zero(
         cls, domains: tuple[str, ...], experts: dict[int, int], stacks: set[str]
-    ) -> PairCounts:
+    ) -> ComparisonCounts:
         """experts: router → number of experts."""
         U = len(domains) * CLUSTERS
         return cls(
             domains,
-            {r: RouterCounts.zero(E, U) for r, E in experts.items()},
+            {r: PairRouterCounts.zero(E, U) for r, E in experts.items()},
             {stack: np.zeros((U, CELLS), np.int64) for stack in stacks},
             np.zeros(len(experts) + 1, np.int64),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock: what a worker of a cluster sends is added to others."""
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def of_units(self, unit_V: np.ndarray) -> PairCounts:
+    def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
         """Of these units only, to be sent: what a shard has any of is a few of all."""
         return replace(
             self,
@@ -157,14 +132,14 @@ class PairCounts:
             decisions_UX={stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()},
         )
 
-    def merge(self, other: PairCounts, unit_V: np.ndarray) -> None:
+    def merge(self, other: ComparisonCounts, unit_V: np.ndarray) -> None:
         """Those of other shards, whose units are `unit_V`."""
         for r, counts in other.of.items():
             self.of[r].merge(counts, unit_V)
         for stack, decisions_UX in other.decisions_UX.items():
             self.decisions_UX[stack][unit_V] += decisions_UX
         self.documents |= other.documents
-        for name in SUMS:
+        for name in SUMS_OF_PAIR:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
@@ -184,8 +159,6 @@ class PairCounts:
     def document_rows(self) -> np.ndarray:
         """int64 [documents, 5], ascending."""
         rows = np.concatenate([np.zeros((0, 5), np.int64), *self.documents.values()])
-        if not len(rows):
-            return rows
         names, at = np.unique(rows[:, 0], return_inverse=True)
         total = np.zeros((len(names), 5), np.int64)
         np.add.at(total, at, rows)
@@ -193,7 +166,4 @@ class PairCounts:
         return total
 
 
-def add_cells(total_UX: np.ndarray, unit_T: np.ndarray, cell_T: np.ndarray) -> None:
-    """Counts each (unit, cell); in place."""
-    U, X = total_UX.shape
-    total_UX += np.bincount(unit_T * X + cell_T, minlength=U * X).reshape(U, X)
+SUMS_OF_PAIR = [f.name for f in fields(ComparisonCounts) if f.type == "int"] + ["layers_N"]

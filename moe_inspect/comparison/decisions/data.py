@@ -17,10 +17,10 @@ from moe_inspect.comparison.aligning.align import Alignment, align, check_tokens
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
 from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.aligning.rows import all_alike
-from moe_inspect.comparison.counting.confidence import Margins, margins
 from moe_inspect.comparison.counting.count import Job, count_pair
-from moe_inspect.comparison.counting.counts import PairCounts, RouterCounts
-from moe_inspect.comparison.counting.values import OutputSums, loss_sums, output_sums
+from moe_inspect.comparison.counting.counts import ComparisonCounts, PairRouterCounts
+from moe_inspect.comparison.counting.logits import Margins, margins
+from moe_inspect.comparison.counting.values import Sums, loss_sums, output_sums
 from moe_inspect.comparison.result import Comparison, Tables
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
@@ -38,7 +38,7 @@ METRICS_OF = {"loss_difference_nats": "loss", "loss_absolute_difference_nats": "
 
 
 @dataclass(frozen=True)
-class Options:
+class PairSettings:
     """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
     shift_routes, drop_last: as `align` takes them."""
 
@@ -56,7 +56,7 @@ class Options:
     @property
     def given(self) -> dict[str, Any]:
         """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
-        usual, mine = asdict(Options()), asdict(self)
+        usual, mine = asdict(PairSettings()), asdict(self)
         return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
 
     def refuse(self, names: Iterable[str], why: str) -> None:
@@ -78,7 +78,7 @@ class Decisions(Comparison):
         self,
         a: Trace,
         b: Trace,
-        options: Options,
+        options: PairSettings,
         *,
         noise: Decisions | None = None,
         progress: Callable[[int], None] | None = None,
@@ -154,14 +154,14 @@ class Decisions(Comparison):
         )
 
     @cached_property
-    def outputs(self) -> dict[int, OutputSums]:
-        """By router of A, of two traces with the norms of outputs."""
-        return output_sums(self._job, self.alignment)
+    def outputs(self) -> dict[int, Sums]:
+        """As `output_sums`, of two traces with the norms of outputs."""
+        return output_sums(self._job, self.alignment.segments)
 
     @cached_property
-    def losses(self) -> dict[str, np.ndarray]:
+    def losses(self) -> Sums:
         """As `loss_sums`, of two traces with the losses of tokens."""
-        return loss_sums(self._job, self.alignment)
+        return loss_sums(self._job, self.alignment.segments)
 
     def why_not(self, name: str) -> str | None:
         """Why these two traces cannot have a table, or a metric; None where they can."""
@@ -180,8 +180,9 @@ class Decisions(Comparison):
         return None
 
     @cached_property
-    def counts(self) -> PairCounts:
-        counts = count_pair(self._job, self.alignment, self.options.threads, self._progress)
+    def counts(self) -> ComparisonCounts:
+        segments, threads = self.alignment.segments, self.options.threads
+        counts = count_pair(self._job, segments, threads, self._progress)
         if not counts.tokens:
             raise MoeInspectError(
                 f"{self.a.path} and {self.b.path} have no token in common that is selected: "
@@ -196,13 +197,31 @@ class Decisions(Comparison):
         """int64 [U, X]: decisions of a router that are compared, by unit and cell."""
         return self.counts.decisions_UX[self.router(r).stack]
 
-    def of(self, r: int) -> RouterCounts:
+    def of(self, r: int) -> PairRouterCounts:
         return self.counts.of[r]
+
+    def slots_U(self, r: int) -> np.ndarray:
+        """int64 [U]: slots of a router that route somewhere in either trace."""
+        return self.router(r).top_k * self.decisions_UX(r).sum(1) - self.of(r).short_UX.sum(1)
+
+    def hits(self) -> np.ndarray:
+        """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by
+        router and unit of A's documents."""
+        of_R = [(self.of(r).mismatch_UX.sum(1), self.decisions_UX(r).sum(1)) for r, _ in self.pairs]
+        return np.stack(of_R, axis=1)
 
     @cached_property
     def units(self) -> np.ndarray:
         """The units (clusters of documents) that have any token, over which intervals go."""
         return self.counts.units
+
+    @property
+    def in_domains(self) -> list[tuple[str, np.ndarray]]:
+        """All domains together, named "", and each where there are several, with which of the units
+        are theirs."""
+        domain_U, names = self.counts.domain_U[self.units], self.counts.domains
+        each = [(name, domain_U == d) for d, name in enumerate(names)]
+        return [("", np.ones(len(domain_U), bool)), *(each if len(names) > 1 else [])]
 
     @cached_property
     def weights_RU(self) -> np.ndarray | None:

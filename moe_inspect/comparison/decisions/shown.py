@@ -1,78 +1,69 @@
-"""Charts of a comparison: how much differs by layer, at which margins and positions, whether it
-grows, whose load it moves.
+"""Charts and key figures of two traces of decisions: how much differs by layer, at which margins
+and positions, whether it grows, whose load it moves; and the text of the documents whose routes
+differ most.
 
-L routers, C deciles.
+L routers, C deciles, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from moe_inspect.comparison import result
+from moe_inspect.comparison.aligning.rows import DECILES, rows_of_shard
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.decisions.texts import text_section
 from moe_inspect.comparison.decisions.verdict import findings
-from moe_inspect.comparison.result import TABLES, Excerpt, Kind
-from moe_inspect.reporting.charts.spec import (
-    Axis,
-    Chart,
-    Heatmap,
-    Line,
-    Panel,
-    Points,
-    amount,
-    known_interval,
+from moe_inspect.comparison.result import TABLES
+from moe_inspect.reporting.charts import spec
+from moe_inspect.reporting.render.documents import (
+    NOWHERE,
+    DrawnRoutes,
+    DrawnTokens,
+    empty_routes,
+    read_routes,
+    tokens_of_documents,
 )
-from moe_inspect.reporting.render.html import Tile
-from moe_inspect.text import layer_label
+from moe_inspect.reporting.render.html import Section, Tile
+from moe_inspect.reporting.render.texts import TITLE, page_data, sizes, without_text
+from moe_inspect.reporting.tables.registry import Excerpt
+from moe_inspect.text import plural
+from moe_inspect.trace.shard import Shard
 
-INTERVALS = " Bars are 95% intervals over documents."
-SETS = {
-    "set mismatch": (
-        "The share of decisions for which the two traces chose different sets of experts."
-    ),
-    "overlap": "The share of the experts of a decision that both traces chose.",
-}
-MARGIN = {
-    "margin": "How far A's router was from choosing another expert: the k-th largest logit minus "
-    "the next.",
-}
+MOST_SHARDS = 4  # that the documents are in
 
 
-def _layers(data: Decisions) -> Axis:
-    return Axis("layer", tuple(layer_label(data.a.routers, r) for r, _ in data.pairs))
-
-
-def set_mismatch(data: Decisions) -> Chart | str:
+def set_mismatch(data: Decisions) -> spec.Chart:
     """The share of decisions with different experts, by layer."""
     table: Any = data.tables["agreement"]
     x = np.arange(len(table), dtype=float)
-    low, high = known_interval(table["set_mismatch_low"], table["set_mismatch_high"])
+    low, high = spec.known_interval(table["set_mismatch_low"], table["set_mismatch_high"])
     share = table["set_mismatch"].to_numpy(float)
-    marks = [Line(x, share, "B against A", "c1", dots=True, low=low, high=high)]
+    marks = [spec.Line(x, share, "B against A", "c1", dots=True, low=low, high=high)]
     if "noise_set_mismatch" in table:
         noise = table["noise_set_mismatch"].to_numpy(float)
-        marks.append(Line(x, noise, "a second run of A against A", "baseline", dash="dot"))
+        marks.append(spec.Line(x, noise, "a second run of A against A", "baseline", dash="dot"))
     top = float(np.nanmax([mark.y.max(initial=0) for mark in marks]))
-    return Chart(
+    return spec.Chart(
         "Decisions with different experts",
         "Share of each layer's decisions for which A and B chose different sets of experts",
-        (
-            Panel(
-                tuple(marks), _layers(data), Axis("share of decisions", low=0, high=1.1 * top or 1)
-            ),
-        ),
-        text="How often the two traces chose different experts, by layer." + INTERVALS,
+        (spec.Panel(tuple(marks), result.layers_axis(data), result.share_axis("decisions", top)),),
+        text="How often the two traces chose different experts, by layer. Bars are 95% intervals "
+        "over documents.",
         table=table,
-        definitions=SETS,
+        definitions={
+            "set mismatch": "The share of decisions for which the two traces chose different sets "
+            "of experts.",
+            "overlap": "The share of the experts of a decision that both traces chose.",
+        },
     )
 
 
-def margin_map(data: Decisions) -> Chart | str:
+def margin_map(data: Decisions) -> spec.Chart | str:
     """Whether decisions flip where the router was undecided."""
-    if not data.mismatched:
-        return ""
     return _map(
         data,
         "margins",
@@ -81,14 +72,15 @@ def margin_map(data: Decisions) -> Chart | str:
         "tenth of the margins, 0 the least decided",
         "Rounding flips only close decisions (leftmost column); a different model flips others "
         "too.",
-        MARGIN,
+        {
+            "margin": "How far A's router was from choosing another expert: the k-th largest logit "
+            "minus the next."
+        },
     )
 
 
-def position_map(data: Decisions) -> Chart | str:
+def position_map(data: Decisions) -> spec.Chart | str:
     """Whether decisions flip at the beginning or the end of sequences."""
-    if not data.mismatched:
-        return ""
     return _map(
         data,
         "positions",
@@ -97,6 +89,7 @@ def position_map(data: Decisions) -> Chart | str:
         "tenth of the sequence, 0 its beginning",
         "A difference that grows along the sequence comes from its context; one only at its end "
         "comes from tokens that were never fed.",
+        {},
     )
 
 
@@ -107,77 +100,64 @@ def _map(
     caption: str,
     axis: str,
     text: str,
-    definitions: dict[str, str] | None = None,
-) -> Chart | str:
+    definitions: dict[str, str],
+) -> spec.Chart | str:
+    if not data.mismatched:
+        return ""
     table: Any = data.tables[name]
     if not len(table):
         return f"{title}: no decisions with a known margin"
     at = {r: i for i, (r, _) in enumerate(data.pairs)}
-    values_LC = np.full((len(at), 10), np.nan)
+    values_LC = np.full((len(at), DECILES), np.nan)
     values_LC[table["router"].map(at), table["decile"]] = table["set_mismatch"]
     top = float(np.nanmax(values_LC)) or 1.0
-    scale = amount("share of decisions with different experts", 0.0, values_LC, top)
-    columns = Axis(axis, tuple(str(i) for i in range(10)))
-    return Chart(
-        title,
-        caption,
-        (Panel((Heatmap(values_LC, scale),), columns, _layers(data)),),
-        text=text,
-        table=table,
-        definitions=definitions or {},
-    )
+    scale = spec.amount("share of decisions with different experts", 0.0, values_LC, top)
+    columns = spec.Axis(axis, tuple(str(i) for i in range(DECILES)))
+    panel = spec.Panel((spec.Heatmap(values_LC, scale),), columns, result.layers_axis(data))
+    return spec.Chart(title, caption, (panel,), text=text, table=table, definitions=definitions)
 
 
-def growth(data: Decisions) -> Chart | str:
+def growth(data: Decisions) -> spec.Chart | str:
     """Whether tokens that have differed differ again."""
     if not data.mismatched or len(data.pairs) < 2:
         return ""
     table: Any = data.tables["depth"]
     x = np.arange(len(table), dtype=float)
-    lines = {
-        "differ here or in an earlier layer": ("differ_so_far", "c1"),
-        "differ here": ("set_mismatch", "c2"),
-        "differ here for the first time": ("new", "c3"),
-    }
     marks = tuple(
-        Line(x, table[column].to_numpy(float), said, colour, dots=True)
-        for said, (column, colour) in lines.items()
+        spec.Line(x, table[column].to_numpy(float), said, colour, dots=True)
+        for said, column, colour in (
+            ("differ here or in an earlier layer", "differ_so_far", "c1"),
+            ("differ here", "set_mismatch", "c2"),
+            ("differ here for the first time", "new", "c3"),
+        )
     )
     top = float(table["differ_so_far"].max())
-    return Chart(
+    return spec.Chart(
         "Does a difference grow?",
         "Share of tokens with different experts, layer by layer",
-        (Panel(marks, _layers(data), Axis("share of tokens", low=0, high=1.1 * top or 1)),),
+        (spec.Panel(marks, result.layers_axis(data), result.share_axis("tokens", top)),),
         text="Where most differences are new, each layer adds its own; where few are, early "
         "differences persist.",
         table=table,
     )
 
 
-def load_shift(data: Decisions) -> Chart | str:
+def load_shift(data: Decisions) -> spec.Chart | str:
     """How far the load moved, beside what two halves of the documents differ by."""
     if not data.mismatched:
         return ""
-    table: Any = data.tables["load_shift"]
-    x = np.arange(len(table), dtype=float)
-    moved, halves = (table[c].to_numpy(float) for c in ("load_shift", "load_shift_halves"))
-    marks = (
-        Points(x, moved, "B against A", "c1"),
-        Points(x, halves, "two halves of A's documents", "c1", shape="tick"),
-    )
-    top = float(np.nanmax([moved, halves]))
-    return Chart(
-        "Load that moves",
-        "Total variation of the experts' load between A and B",
-        (Panel(marks, _layers(data), Axis("share of the load", low=0, high=1.1 * top or 1)),),
-        text="The share of the assignments that go to different experts, over all tokens. Below "
-        "the dash, it is less than between two halves of A's documents.",
-        table=table,
+    return result.load_that_moves(
+        data,
+        "load_shift_halves",
+        "two halves of A's documents",
+        "The share of the assignments that go to different experts, over all tokens. Below the "
+        "dash, it is less than between two halves of A's documents.",
     )
 
 
 def _tiles(made: Decisions) -> list[Tile]:
-    share = {r: made.of(r).mismatch_UX.sum() / made.decisions_UX(r).sum() for r, _ in made.pairs}
+    hits_R, of_R = made.hits().sum(2)
+    share = dict(zip((r for r, _ in made.pairs), hits_R / of_R, strict=True))
     worst = max(share, key=lambda r: share[r])
     tiles = [
         Tile(
@@ -186,7 +166,7 @@ def _tiles(made: Decisions) -> list[Tile]:
             f"{made.mismatched:,} of {made.decisions:,}",
         ),
         Tile("tokens that differ", f"{made.tokens_mismatch:.2%}", "at any layer"),
-        Tile("worst layer", f"{share[worst]:.2%}", f"layer {layer_label(made.a.routers, worst)}"),
+        Tile("worst layer", f"{share[worst]:.2%}", f"layer {made.label(worst)}"),
         Tile(
             "tokens compared",
             f"{made.counts.tokens:,}",
@@ -205,6 +185,92 @@ def _tiles(made: Decisions) -> list[Tile]:
     return tiles
 
 
+def text_section(made: Decisions) -> Section | str:
+    """The section, or why there is none: "" where nothing differs."""
+    trace, worst = made.a, _worst_documents(made)
+    if not len(worst):
+        return ""
+    if not len(trace.vocabulary_table):
+        return Section(TITLE, without_text(trace), group="Decisions", name="text")
+    routers = [r for r, _ in made.pairs]
+    shards = sorted(set(worst["shard"]))
+    listed = [trace.routers[r] for r in routers]
+    budget, longest = sizes(listed * 2, trace.has_weights, len(worst))
+    shown = np.minimum(worst["tokens"].to_numpy(), longest)
+    kept = (shown.cumsum() <= budget) | (np.arange(len(shown)) == 0)
+    worst, shown = worst[kept], shown[kept]
+    tokens = tokens_of_documents(
+        [trace.shard(n) for n in shards], made.selection, worst["document"].to_numpy(), shown
+    )
+    of_a = read_routes(trace, [trace.shard(n) for n in shards], routers, tokens)
+    documents = worst.assign(shown=shown)
+    of_b, T = _routes_of_b(made, shards, tokens), len(tokens.row_T)
+    drawn = page_data(trace, routers, documents, tokens, of_a, T, of_b)
+    differ = int((made.counts.document_rows()[:, 4] > 0).sum())
+    return Section(
+        TITLE,
+        "Each token in the colour of how many of its experts differ in B, at one layer; point at a "
+        "token for its route in both traces through all layers. "
+        f"Shown: {len(worst):,} of {plural(differ, 'document')} that differ, those "
+        f"with the largest share of different decisions, at most {longest:,} tokens each.",
+        group="Decisions",
+        name="text",
+        widget="text",
+        data=drawn | {"row": int(made.hits()[0].sum(1).argmax())},
+    )
+
+
+def _worst_documents(made: Decisions) -> pd.DataFrame:
+    """document, domain, tokens, shard: the documents with the largest share of other decisions, in
+    at most MOST_SHARDS shards of A."""
+    names = pd.Index(["document", "domain", "tokens", "all", "other"])
+    parts = [
+        pd.DataFrame(rows, columns=names).assign(shard=number)
+        for number, rows in made.counts.documents.items()
+    ]
+    found = pd.concat(parts, ignore_index=True)
+    found = found[found["other"] > 0]
+    if not len(found):
+        return found
+    found = found.assign(share=found["other"] / found["all"])
+    found = found.sort_values(["share", "document"], ascending=[False, True])
+    shards = list(dict.fromkeys(found["shard"]))[:MOST_SHARDS]
+    found = found[found["shard"].isin(shards)].drop_duplicates("document")
+    domains = [made.counts.domains[d] for d in found["domain"]]
+    most = made.options.top or len(found)
+    return found.assign(domain=domains).head(most).reset_index(drop=True)
+
+
+def _routes_of_b(made: Decisions, shards: Sequence[int], tokens: DrawnTokens) -> list[DrawnRoutes]:
+    """B's routes of the tokens; none for those that are not compared."""
+    has_weights = made.b.has_weights and made.a.has_weights
+    found = [empty_routes(made.a.routers[r], len(tokens.row_T), has_weights) for r, _ in made.pairs]
+    traces, domains = (made.a, made.b), made.alignment.a.domains
+    for s, number in enumerate(shards):
+        mine = np.flatnonzero(tokens.shard_T == s)
+        order = np.argsort(tokens.row_T[mine])
+        segments = made.alignment.segments.in_shard(number)
+        for stack in sorted({made.router(r).stack for r, _ in made.pairs}):
+            rows = rows_of_shard(traces, segments, domains, stack, made.selection)
+            rows = rows.take(np.isin(rows.row_T, tokens.row_T[mine]))
+            if not len(rows):
+                continue
+            at = mine[order[np.searchsorted(tokens.row_T[mine], rows.row_T, sorter=order)]]
+            for routes, (r, other) in zip(found, made.pairs, strict=True):
+                if made.router(r).stack != stack:
+                    continue
+                E = made.router(r).experts
+                slots = rows.read(1, Shard.slots, other)
+                for ids_T, slot in zip(routes.ids, slots, strict=False):
+                    ids_T[at] = np.where(slot == E, NOWHERE, slot.astype(np.int32))
+                if routes.weights is None:
+                    continue
+                weights = rows.read(1, Shard.slot_weights, other)
+                for weights_T, slot in zip(routes.weights, weights, strict=False):
+                    weights_T[at] = slot
+    return found
+
+
 def _worst(frame: Any, most: int) -> Any:
     if len(frame) <= most:
         return frame
@@ -216,7 +282,7 @@ def _first(frame: Any, most: int) -> Any:
 
 
 SHARE = "set_mismatch"
-Decisions.kind = Kind(
+Decisions.kind = result.Kind(
     of="decisions",
     tables=TABLES,
     main="agreement",

@@ -1,34 +1,31 @@
 """What a comparison comes to: the same to the bit, the same but for rounding, different from some
-layer on, or misaligned, with what to do.
+layer on, or misaligned, with what to do; and what a difference brings with it: whether it grows
+from layer to layer, moves the load of the experts, and which of the two predicts better.
 
 Each check takes the comparison and returns its findings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.chance import ALPHA
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.analysis.metrics.uncertainty import log10_tail
 from moe_inspect.comparison.counting.counts import UNIT
-from moe_inspect.comparison.decisions.agreement import recorded_otherwise
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.decisions.effects import (
-    below_chance,
-    collapsed,
-    domains,
-    growth,
-    load,
-    losses,
-    name_of,
-    p_over_documents,
-    percent,
-)
+from moe_inspect.comparison.decisions.tables import recorded_otherwise
 from moe_inspect.comparison.result import missing_layers
-from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
+from moe_inspect.reporting.tables.data import Thresholds
+from moe_inspect.reporting.verdict.balance import COLLAPSED
+from moe_inspect.reporting.verdict.findings import (
+    Finding,
+    Severity,
+    finding,
+    most_important_first,
+)
 from moe_inspect.text import join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
@@ -147,55 +144,43 @@ def _the_same(data: Decisions) -> Finding:
 
 
 def _other_experts(data: Decisions) -> Finding:
-    hits_RU, of_RU = _hits(data)
+    hits_RU, of_RU = data.hits()
     share_R = hits_RU.sum(1) / np.maximum(of_RU.sum(1), 1)
     beyond_RU = (hits_RU - DIFFERENT * of_RU)[:, data.units]
-    p_R = p_over_documents(list(beyond_RU[..., None]), lambda sums: sums[:, 0])
+    p_R = p_over_documents(list(beyond_RU))
     differing = [r for (r, _), p in zip(data.pairs, p_R, strict=True) if p < ALPHA]
     worst, most = data.pairs[int(share_R.argmax())][0], float(share_R.max())
     (close, documents), at = _close_share(data), _flip_margin(data)
     values = _values(data) | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
-    about: dict[str, Any] = {"layer": data.router(worst).layer, "router": worst}
-    worst_of = f"worst: layer {name_of(data, worst)}, {most:.2%}"
+    differ = (
+        f"{_amount(data)} chose different experts; worst: layer {data.label(worst)}, {most:.2%}."
+    )
+    about = {"layer": data.router(worst).layer, "router": worst}
     if differing:
-        n = len(differing)
-        return finding(
-            "different",
-            "warning",
-            f"Different from layer {name_of(data, differing[0])} on: {_amount(data)} chose "
-            f"different experts; {worst_of}. {n} of {plural(len(share_R), 'router')} "
-            f"{'differs' if n == 1 else 'differ'} in {DIFFERENT:.0%} of decisions or more.{at}",
-            about,
-            **values,
+        n, of = len(differing), plural(len(share_R), "router")
+        said = (
+            f"Different from layer {data.label(differing[0])} on: {differ} {n} of {of} "
+            f"{'differs' if n == 1 else 'differ'} in {DIFFERENT:.0%} of decisions or more.{at}"
         )
+        return finding("different", "warning", said, about, **values)
     if most >= DIFFERENT:
-        return finding(
-            "different_unknown",
-            "note",
-            f"{_amount(data)} chose different experts; {worst_of}. Too few documents to tell "
-            f"whether {DIFFERENT:.0%} of decisions or more differ in other text.{at}",
-            about,
-            **values,
+        said = (
+            f"{differ} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
+            f"differ in other text.{at}"
         )
+        return finding("different_unknown", "note", said, about, **values)
     if close is not None and close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
-        return finding(
-            "rounding",
-            "good",
-            f"The same except for ties and rounding: {_amount(data)} chose different experts; "
-            f"{worst_of}. {close:.0%} of these are among the 10% of decisions with the smallest "
-            f"margins.{at}",
-            about,
-            **values,
+        said = (
+            f"The same except for ties and rounding: {differ} {close:.0%} of these are among the "
+            f"10% of decisions with the smallest margins.{at}"
         )
+        return finding("rounding", "good", said, about, **values)
     if close is not None and close < CLOSE and _apart(close, CLOSE, documents):
-        return finding(
-            "not_rounding",
-            "warning",
-            f"{_amount(data)} chose different experts; {worst_of}. Rounding does not explain them: "
-            f"only {close:.0%} were close decisions (among the 10% with the smallest margins).{at}",
-            about,
-            **values,
+        said = (
+            f"{differ} Rounding does not explain them: only {close:.0%} were close decisions "
+            f"(among the 10% with the smallest margins).{at}"
         )
+        return finding("not_rounding", "warning", said, about, **values)
     untold = "Record with --logits to tell whether rounding explains them."
     if close is not None:
         untold = (
@@ -205,13 +190,8 @@ def _other_experts(data: Decisions) -> Finding:
         )
     elif "logits" in data.a.tables:
         untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
-    return finding(
-        "rounding_unknown",
-        "note",
-        f"Nearly the same: {_amount(data)} chose different experts; {worst_of}. {untold}",
-        about,
-        **values,
-    )
+    said = f"Nearly the same: {differ} {untold}"
+    return finding("rounding_unknown", "note", said, about, **values)
 
 
 def _apart(share: float, expected: float, n: float) -> bool:
@@ -271,10 +251,10 @@ def noise(data: Decisions) -> Iterator[Finding]:
         yield finding("noise", "note", "Unknown noise: the second run of A is misaligned with A.")
         return
     share, base = (x.mismatched / x.decisions for x in (data, data.noise))
-    (hits_U, of_U), (noise_U, of_noise_U) = _hits(data).sum(1), _hits(data.noise).sum(1)
+    (hits_U, of_U), (noise_U, of_noise_U) = data.hits().sum(1), data.noise.hits().sum(1)
     both_U = (of_U > 0) & (of_noise_U > 0)
     beyond_U = (hits_U - noise_U * of_U / np.maximum(of_noise_U, 1))[both_U]
-    (p,) = p_over_documents([beyond_U[:, None]], lambda sums: sums[:, 0])
+    (p,) = p_over_documents([beyond_U])
     severity, said = "good", "not beyond that noise"
     if np.isnan(p):
         severity, said = "note", "with too few documents to tell whether that is beyond the noise"
@@ -287,11 +267,216 @@ def noise(data: Decisions) -> Iterator[Finding]:
     yield finding("noise", severity, text, set_mismatch=share, noise_set_mismatch=base)
 
 
-def _hits(data: Decisions) -> np.ndarray:
-    """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by router
-    and unit of A's documents."""
-    of_R = [(data.of(r).mismatch_UX.sum(1), data.decisions_UX(r).sum(1)) for r, _ in data.pairs]
-    return np.stack(of_R, axis=1)
+def losses(data: Decisions) -> Iterator[Finding]:
+    """Which of the two predicts the same tokens better."""
+    table: Any = () if data.alike else data.tables["loss"]
+    if not len(table):
+        return
+    row = table.iloc[0]
+    ends = row[["difference_nats", "difference_nats_low", "difference_nats_high"]]
+    change, low, high = ends
+    b, a, n = row["mean_loss_nats_b"], row["mean_loss_nats_a"], int(row["tokens"])
+    of = f"the {plural(n, 'token')} with the same next token in both"
+    if not row["absolute_difference_nats"]:
+        yield finding("loss", "good", f"The same loss at each of {of}: {a:.4f} nats per token.")
+        return
+    between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if low == low else ""
+    text = f"a loss of {b:.4f} nats per token, A {a:.4f} ({change:+.4f}{between}), on {of}"
+    severity: Severity = "note"
+    of_U = {side: data.losses[side][:, data.units].sum(0) for side in "ab"}
+    (p,) = p_over_documents([(of_U["b"] - of_U["a"])[:, None]], lambda sums: np.abs(sums[:, 0]))
+    if np.isnan(p):
+        said = f"B has {text}: too few documents to tell whether that is chance."
+    elif p < ALPHA and change > 0:
+        severity, said = "warning", f"B predicts worse than A: it has {text}."
+    elif p < ALPHA:
+        severity, said = "good", f"B predicts better than A: it has {text}."
+    else:
+        # which does not say that it is the same: the interval is how far apart it may be
+        said = f"These documents do not show which predicts better: B has {text}."
+    yield finding("loss", severity, said, **ends, tokens=n)
+
+
+def growth(data: Decisions) -> Iterator[Finding]:
+    """How often tokens that have differed differ again: a description of these tokens, of which
+    those near a tie may be so at several layers."""
+    pairs = [data.of(r) for r, _ in data.pairs]
+    before = sum(c.before for c in pairs)
+    decisions = data.decisions
+    if len(pairs) < 2 or before < 30 or not data.mismatched:
+        return
+    again = sum(c.again for c in pairs) / before
+    fresh = sum(c.new for c in pairs) / max(decisions - before, 1)
+    yield finding(
+        "growth",
+        "note",
+        f"Of the decisions of tokens that differ in an earlier layer, {again:.2%} differ; of the "
+        f"others, {percent(fresh)}.",
+        again=again,
+        new=fresh,
+    )
+
+
+def load(data: Decisions) -> Iterator[Finding]:
+    """Whether the load of the experts changed by more than it does between documents, and not by
+    chance among them."""
+    table: Any = data.tables["load_shift"]
+    rows = table.dropna(subset=["load_shift", "load_shift_halves"])
+    if not data.mismatched or not len(rows):
+        return
+    moved = [data.of(int(r)).moved_UE[data.units] for r in rows["router"]]
+    p_R = p_over_documents(moved, lambda sums: np.abs(sums).sum(1))
+    more_R = rows["load_shift"] > rows["load_shift_halves"]
+    more, beyond = rows[more_R], rows[more_R & (p_R < ALPHA)]
+    severity: Severity = "note"
+    if len(beyond):
+        severity, of = "warning", beyond
+        said = f"The load of {plural(len(beyond), 'router')} differs by more than between documents"
+    elif not len(more):
+        severity, of, said = "good", rows, "The load moves no more than between documents"
+    elif np.isnan(p_R).any():
+        of, said = more, "Too few documents to tell whether the load moved"
+    else:
+        of, said = more, "The load moves more than between documents, which may be chance"
+    row = of.loc[of["load_shift"].idxmax()]
+    yield finding(
+        "load_shift",
+        severity,
+        f"{said}: up to {row['load_shift']:.2%} of the load moves, in layer "
+        f"{data.label(int(row['router']))} (between two halves of A's documents: "
+        f"{row['load_shift_halves']:.2%}).",
+        row,
+        **row[["load_shift", "load_shift_halves"]],
+        routers=len(beyond),
+    )
+
+
+def collapsed(data: Decisions) -> Iterator[Finding]:
+    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
+    other."""
+    cases, apart = list[Collapse](), list[np.ndarray]()
+    for r, _ in data.pairs:
+        counts, decisions = data.of(r), int(data.decisions_UX(r).sum())
+        load_2UE = np.stack([counts.load_UE, counts.load_UE + counts.moved_UE])
+        cases.append(one := Collapse.of(r, load_2UE.sum(1), np.full(2, decisions)))
+        more, less = load_2UE[:: -1 if one.name == "B" else 1]
+        apart.append((more - less)[data.units, one.expert])
+    p_R = p_over_documents(apart)
+    found = [one for one, p in zip(cases, p_R, strict=True) if one.differs and p < ALPHA]
+    yield from said_of_collapse(data, found)
+
+
+class Collapse(NamedTuple):
+    """The expert with the largest share of a router's tokens in A or B (`name`), the share that it
+    has in the other, and whether the router is collapsed in that one alone."""
+
+    share: float
+    other_share: float
+    name: str
+    expert: int
+    router: int
+    differs: bool
+
+    @staticmethod
+    def of(router: int, load_2E: np.ndarray, tokens_2: np.ndarray) -> Collapse:
+        share_2E = load_2E / np.maximum(tokens_2, 1)[:, None]
+        overloaded_2 = load_2E.max(1) >= Thresholds.overloaded * load_2E.mean(1)
+        is_2 = (share_2E.max(1) >= COLLAPSED) & overloaded_2
+        x, e = (int(i) for i in np.unravel_index(share_2E.argmax(), share_2E.shape))
+        differs = bool(is_2[x] and not is_2[1 - x])
+        return Collapse(share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, router, differs)
+
+
+def said_of_collapse(data: Any, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
+    """The finding on routers that are collapsed in one trace, beyond chance; `beyond`: what that
+    takes for granted."""
+    if not found:
+        return
+    worst = max(found)
+    n = sum(one.name == worst.name for one in found)
+    yield finding(
+        "collapsed",
+        "critical",
+        f"{worst.name} is collapsed in layer {data.label(worst.router)}: expert "
+        f"{worst.expert} gets {worst.share:.0%} of its tokens, in "
+        f"{'A' if worst.name == 'B' else 'B'} {worst.other_share:.0%} "
+        f"({n} of {plural(len(data.pairs), 'router')}{beyond}).",
+        {"layer": data.a.routers[worst.router].layer, "router": worst.router},
+        trace=worst.name,
+        expert=worst.expert,
+        token_share=worst.share,
+        other_token_share=worst.other_share,
+        routers=n,
+    )
+
+
+def below_chance(data: Decisions) -> Iterator[Finding]:
+    """Routers in which the two share fewer experts than if they chose without each other."""
+    if not data.mismatched:
+        return
+    lacking, shares = list[np.ndarray](), list[tuple[float, float]]()
+    for r, _ in data.pairs:
+        counts, size_U = data.of(r), data.slots_U(r)
+        common_U, size = size_U - counts.missing_UX.sum(1), max(int(size_U.sum()), 1)
+        load_a_E = counts.load_UE.sum(0)
+        load_b_E = load_a_E + counts.moved_UE.sum(0)
+        decisions = max(int(data.decisions_UX(r).sum()), 1)
+        by_chance = float(load_a_E @ load_b_E) / decisions / size
+        lacking.append((by_chance * size_U - common_U)[data.units])
+        shares.append((common_U.sum() / size, by_chance))
+    p_R = p_over_documents(lacking)
+    below = [i for i in range(len(shares)) if p_R[i] < ALPHA]
+    if not below:
+        return
+    i = min(below, key=lambda i: shares[i][0] - shares[i][1])
+    (overlap, by_chance), r = shares[i], data.pairs[i][0]
+    yield finding(
+        "below_chance",
+        "warning",
+        f"In layer {data.label(r)} A and B share {overlap:.1%} of their experts, fewer than "
+        f"independent choices with their loads would ({by_chance:.1%}; {len(below)} of "
+        f"{plural(len(shares), 'router')}): one avoids what the other chooses, as where experts "
+        "are numbered differently.",
+        {"layer": data.router(r).layer, "router": r},
+        overlap=overlap,
+        overlap_by_chance=by_chance,
+        routers=len(below),
+    )
+
+
+def domains(data: Decisions) -> Iterator[Finding]:
+    """Whether the routing of a domain changed by more than that of the others, beyond chance among
+    documents."""
+    domain_U, names = data.counts.domain_U[data.units], data.counts.domains
+    if len(names) < 2 or not data.mismatched:
+        return
+    missing_U, size_U = np.zeros((2, len(domain_U)))
+    for r, _ in data.pairs:
+        missing_U += data.of(r).missing_UX.sum(1)[data.units]
+        size_U += data.slots_U(r)[data.units]
+    lacking_U = missing_U - size_U * missing_U.sum() / size_U.sum()
+    residuals, shares = list[np.ndarray](), list[tuple[float, float]]()
+    for d in range(len(names)):
+        in_U = domain_U == d
+        of, others = size_U[in_U].sum(), size_U[~in_U].sum()
+        # a domain is compared with the others: what these lack counts against it
+        residuals.append(lacking_U * np.where(in_U, 1, -of / max(others, 1)))
+        shares.append((missing_U[in_U].sum() / max(of, 1), missing_U[~in_U].sum() / max(others, 1)))
+    p_D = p_over_documents(residuals)
+    beyond = [d for d in range(len(names)) if p_D[d] < ALPHA]
+    if not beyond:
+        return
+    d = max(beyond, key=lambda d: shares[d][0] - shares[d][1])
+    share, others = shares[d]
+    yield finding(
+        "domain",
+        "note",
+        f'The routing of "{names[d]}" changed more than that of the other domains: '
+        f"{percent(share)} of its assignments go to other experts, {percent(others)} of theirs.",
+        domain=names[d],
+        share=share,
+        share_of_others=others,
+    )
 
 
 def missing_tokens(data: Decisions) -> Iterator[Finding]:
@@ -346,6 +531,24 @@ def recorded(data: Decisions) -> Iterator[Finding]:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def p_over_documents(
+    residuals: Sequence[np.ndarray], measure: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """P-values of a measure of the sums over documents of each of these residuals, corrected for
+    their number, by random signs of whole documents; NaN with too few documents. residuals: each
+    [U], or [U, X] with a measure: [B, X] → [B]."""
+    if any(len(residual) < FEWEST_TO_JUDGE for residual in residuals):
+        return np.full(len(residuals), np.nan)
+    if measure is None:
+        residuals, measure = [x[:, None] for x in residuals], lambda sums: sums[:, 0]
+    observed = [float(measure(x.sum(0, keepdims=True))[0]) for x in residuals]
+    return joint_p(observed, [measure(signed_sums(x)) for x in residuals])
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 1e-4 or not share else f"{100 * share:.1g}%"
 
 
 Check = Callable[[Decisions], Iterator[Finding]]

@@ -1,76 +1,205 @@
-"""The load of two traces as charts by layer, as text and as a page."""
+"""What the load of two traces comes to: whether it differs by more than chance, where, and how even
+each is; as findings and as charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from moe_inspect.comparison.loads.data import Loads
-from moe_inspect.comparison.loads.tables import times_floor
-from moe_inspect.comparison.loads.verdict import CHECKS
-from moe_inspect.comparison.result import LOAD_TABLES, SIDES, Excerpt, Kind
-from moe_inspect.reporting.charts.spec import (
-    MOST_LINES,
-    Axis,
-    Band,
-    Chart,
-    Heatmap,
-    Line,
-    Mark,
-    Panel,
-    Points,
-    Scale,
-    look,
-)
-from moe_inspect.text import layer_label
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
+from moe_inspect.comparison import result
+from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
+from moe_inspect.comparison.loads.tables import Loads, times_floor
+from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES
+from moe_inspect.reporting.charts import spec
+from moe_inspect.reporting.tables.registry import Excerpt
+from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
+from moe_inspect.text import format_ratio, join_first, plural
 
-COLOURS = dict(zip(SIDES, ("c1", "c2"), strict=True))
+MOST_NAMED = 4  # layers, or steps, in a sentence
 
 
-def _layers(data: Loads) -> Axis:
-    return Axis("layer", tuple(layer_label(data.a.routers, r) for r, _ in data.pairs))
+def shifted(data: Loads) -> Iterator[Finding]:
+    """Whether the load differs by more than chance; the headline."""
+    every: Any = data.tables["load_shift"]
+    rows = every.dropna(subset=["load_shift"])
+    if not len(rows):
+        yield finding("load_shift", "warning", "No router has load in both traces.")
+        return
+    limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
+    beyond = rows[rows["load_shift"] > limit]
+    of: Any = beyond if len(beyond) else rows
+    row = of.loc[of["load_shift"].idxmax()]
+    r = int(row["router"])
+    text = (
+        f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than "
+        f"{data.chance}: "
+        if len(beyond)
+        else f"No load differs by more than {data.chance}: "
+    )
+    text += (
+        f"up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
+        f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
+    )
+    severity = _severity(data, beyond, "load_shift")
+    values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
+    if len(beyond):
+        load: Any = data.tables["load"]
+        load = load[load["router"] == r]
+        most = load.loc[load["load_ratio_difference"].abs().idxmax()]
+        a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
+        text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
+        values["expert"] = int(most["expert"])
+    yield finding("load_shift", severity, text, row, **values)
 
 
-def load_shift(data: Loads) -> Chart:
+def collapsed(data: Loads) -> Iterator[Finding]:
+    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
+    other; of counts, where no documents explain such a difference of the shares."""
+    found = list[Collapse]()
+    for r, _ in data.pairs:
+        load_2E = data.load_2E(r)
+        tokens_2 = np.array([data.of(side, "balance", r)["tokens"].iloc[0] for side in SIDES])
+        one = Collapse.of(r, load_2E, tokens_2)
+        if one.differs and tokens_2.all():
+            effect = data.design_effect(r) if data.documents_known else LONG_DOCUMENT
+            share = load_2E[:, one.expert].sum() / tokens_2.sum()
+            error = math.sqrt(effect * share * (1 - share) * (1 / tokens_2).sum())
+            if one.share - one.other_share > z_of(ALPHA / len(data.pairs)) * error:
+                found.append(one)
+    assumed = f"; beyond chance up to a design effect of {LONG_DOCUMENT:,}"
+    yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
+
+
+def _severity(data: Loads, beyond: Any, shift: str) -> Severity:
+    """Of routers whose load differs by more than the floor; of independent tokens, other text
+    exceeds it. shift: the column that says by how much."""
+    if not len(beyond):
+        return "good"
+    moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
+    return "warning" if any(data.beyond_text(*of) for of in moved) else "note"
+
+
+def by_step(data: Loads) -> Iterator[Finding]:
+    """Since which step the load differs, and which steps are not compared."""
+    steps = data.steps
+    if steps.why_none:
+        yield finding("by_step", "note", f"Not compared step by step: {steps.why_none}.")
+        return
+    rows: Any = data.tables["diverged"]
+    W = len(steps.first_W)
+    if W < 2 and not any(steps.left_out):
+        return
+    parted = rows.dropna(subset=["since_step"]).sort_values("since_step", kind="stable")
+    first, severity = parted.iloc[0] if len(parted) else None, "good"
+    if first is None:
+        text = (
+            f"Step by step, no load differs by more than {data.chance}, in "
+            f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
+        )
+    else:
+        most = parted.loc[parted["most_load_shift"].idxmax()]
+        severity = _severity(data, parted, "most_load_shift")
+        text = (
+            f"Step by step: {_since(data, parted)}. Most in {steps.units} "
+            f"{int(most['most_first_step']):,} to {int(most['most_last_step']):,}, where "
+            f"{most['most_load_shift']:.2%} of the load moves in layer "
+            f"{data.label(int(most['router']))} (chance alone: "
+            f"{most['most_load_shift_floor']:.2%})."
+        )
+    lacking = [f"{left} of {name}" for name, left in zip("AB", steps.left_out, strict=True) if left]
+    if lacking:
+        text += (
+            f" Left out: {steps.units} {' and '.join(lacking)}, missing in the other; the totals "
+            "include them."
+        )
+    values = {"windows": W, "routers": len(parted), "left_out": steps.left_out}
+    since = None if first is None else int(first["since_step"])
+    yield finding("by_step", severity, text, first, since_step=since, **values)
+
+
+def _since(data: Loads, parted: Any) -> str:
+    """Since which step which layers differ, the earliest first."""
+    steps, said = data.steps, list[str]()
+    for since, of in parted.groupby("since_step"):
+        first = since == steps.first_W[0]
+        start = f"the first {steps.unit}" if first else f"{steps.unit} {since:,}"
+        fewest, most = of["beyond_chance_since"].min(), of["beyond_chance_since"].max()
+        layers = _layers(data, of["router"].astype(int).tolist())
+        said.append(
+            f"from {start} on in {layers} ({'at least ' if fewest < most else ''}{fewest:,} of the "
+            f"{plural(int(of['windows_since'].iloc[0]), 'window')} since)"
+        )
+    text = f"the load differs by more than {data.chance} {join_first(said, MOST_NAMED, '; ')}"
+    same = [r for r, _ in data.pairs if r not in set(parted["router"])]
+    return f"{text}; not in {_layers(data, same)}" if same else text
+
+
+def _layers(data: Loads, routers: list[int]) -> str:
+    labels = [data.label(r) for r in routers]
+    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first(labels, MOST_NAMED, ', ')}"
+
+
+def balance(data: Loads) -> Iterator[Finding]:
+    """How even the load is in each."""
+    rows: Any = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
+    of_both = ("max_over_mean", "expected_by_chance", "dead_experts")
+    of_side = {side: rows.rename(columns={f"{x}_{side}": x for x in of_both}) for side in SIDES}
+    yield from result.balance_of_both(of_side, lambda _, r: data.label(r))
+
+
+def counts_only(data: Loads) -> Iterator[Finding]:
+    """That only the load is compared, and what that leaves open."""
+    of = [name for name, x in (("A", data.a), ("B", data.b)) if x.counts_only]
+    holds = f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only"
+    text = (
+        f"{holds}: only loads are compared, not decisions. It is unknown whether both saw the "
+        "same text; different text changes the load too."
+    )
+    yield finding("counts_only", "note", text)
+
+
+def warnings(data: Loads) -> Iterator[Finding]:
+    """What to know of a trace before believing its figures."""
+    for side in SIDES:
+        if said := data.reports[side].warning:
+            yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
+
+
+def shift_chart(data: Loads) -> spec.Chart:
     """How far the load moves, beside chance."""
-    table: Any = data.tables["load_shift"]
-    x = np.arange(len(table), dtype=float)
-    moved, floor = (table[c].to_numpy(float) for c in ("load_shift", "load_shift_floor"))
-    marks = (
-        Points(x, moved, "B against A", "c1"),
-        Points(x, floor, "chance", "c1", shape="tick"),
-    )
-    return Chart(
-        "Load that moves",
-        "Total variation of the experts' load between A and B",
-        (Panel(marks, _layers(data), Axis("share of the load", low=0)),),
-        text="The share of the assignments that go to different experts. The dash is what chance "
-        "alone moves between two traces of this many tokens.",
-        table=table,
+    return result.load_that_moves(
+        data,
+        "load_shift_floor",
+        "chance",
+        "The share of the assignments that go to different experts. The dash is what chance alone "
+        "moves between two traces of this many tokens.",
+        limited=False,
     )
 
 
-def max_vio(data: Loads) -> Chart:
+def balance_chart(data: Loads) -> spec.Chart:
     """How even the load is in each."""
     table: Any = data.tables["balance"]
-    x, marks = np.arange(len(table), dtype=float), list[Line]()
+    x, marks = np.arange(len(table), dtype=float), list[spec.Line]()
     for side in SIDES:
         names = ("max_over_mean", "expected_by_chance")
         ratio, floor = (table[f"{name}_{side}"].to_numpy(float) for name in names)
-        marks.append(Line(x, ratio, side.upper(), COLOURS[side], dots=True))
-        marks.append(Line(x, floor, f"{side.upper()}: chance", COLOURS[side], dash="dot"))
-    return Chart(
+        marks.append(spec.Line(x, ratio, side.upper(), COLOURS[side], dots=True))
+        marks.append(spec.Line(x, floor, f"{side.upper()}: chance", COLOURS[side], dash="dot"))
+    return spec.Chart(
         "How even the load is",
         "Load of the busiest expert ÷ mean load",
-        (Panel(tuple(marks), _layers(data), Axis("max ÷ mean load", low=1)),),
+        (spec.Panel(tuple(marks), result.layers_axis(data), spec.Axis("max ÷ mean load", low=1)),),
         text="1 is even.",
         table=table,
     )
 
 
-def by_step(data: Loads) -> Chart | str:
+def step_chart(data: Loads) -> spec.Chart | str:
     """How far the load moves in every window of steps; none where there are not two of them."""
     table: Any = data.tables["windows"]
     if table["window"].nunique() < 2:
@@ -81,20 +210,26 @@ def by_step(data: Loads) -> Chart | str:
         for c in ("load_shift", "load_shift_floor")
     )
     limit_LW = floor_LW * np.array([[times_floor(data, r)] for r, _ in data.pairs])
-    time = Axis(f"first {steps.unit} of the window", tuple(f"{step:,}" for step in steps.first_W))
+    time = spec.Axis(
+        f"first {steps.unit} of the window", tuple(f"{step:,}" for step in steps.first_W)
+    )
     x = np.arange(len(steps.first_W), dtype=float)
-    if len(moved_LW) <= MOST_LINES:
+    if len(moved_LW) <= spec.MOST_LINES:
         chance_W = np.nan_to_num(limit_LW).max(0)
-        marks: list[Mark] = [Band(x, 0 * x, chance_W, "may be chance")]
-        for i, (label, moved_W) in enumerate(zip(_layers(data).labels, moved_LW, strict=True)):
-            marks.append(Line(x, moved_W, f"layer {label}", *look(i)))
-        panel = Panel(tuple(marks), time, Axis(moved, low=0))
+        marks: list[spec.Mark] = [spec.Band(x, 0 * x, chance_W, "may be chance")]
+        for i, (label, moved_W) in enumerate(
+            zip(result.layers_axis(data).labels, moved_LW, strict=True)
+        ):
+            marks.append(spec.Line(x, moved_W, f"layer {label}", *spec.look(i)))
+        panel = spec.Panel(tuple(marks), time, spec.Axis(moved, low=0))
     else:
         beyond_LW = np.maximum(moved_LW - limit_LW, 0)
         high = float(np.nanmax(np.nan_to_num(beyond_LW))) or 1.0
-        heatmap = Heatmap(beyond_LW, Scale("amount", f"{moved}, beyond chance", 0.0, high))
-        panel = Panel((heatmap,), time, _layers(data))
-    return Chart(
+        heatmap = spec.Heatmap(
+            beyond_LW, spec.Scale("amount", f"{moved}, beyond chance", 0.0, high)
+        )
+        panel = spec.Panel((heatmap,), time, result.layers_axis(data))
+    return spec.Chart(
         "Since which step",
         f"How far the load of B is from that of A in the same {steps.units}, by layer",
         (panel,),
@@ -121,8 +256,19 @@ def _excerpt(column: str, *columns: str) -> Excerpt:
     return Excerpt(f"the highest {column}", _highest(column), columns)
 
 
+# in the order in which they are read
+CHECKS: tuple[Callable[[Loads], Iterator[Finding]], ...] = (
+    shifted,
+    collapsed,
+    by_step,
+    balance,
+    counts_only,
+    warnings,
+    result.missing_layers,
+    result.not_compared,
+)
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
-Loads.kind = Kind(
+Loads.kind = result.Kind(
     of="counts",
     tables=LOAD_TABLES,
     main="load_shift",
@@ -130,9 +276,9 @@ Loads.kind = Kind(
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
     charts={
-        "load_shift": (load_shift, "Change of the load", "load_shift"),
-        "by_step": (by_step, "Change of the load", "diverged"),
-        "max_vio": (max_vio, "Load of each trace", "balance"),
+        "load_shift": (shift_chart, "Change of the load", "load_shift"),
+        "by_step": (step_chart, "Change of the load", "diverged"),
+        "max_vio": (balance_chart, "Load of each trace", "balance"),
     },
     sections={
         "load": ("Load of each trace", "Experts", ""),

@@ -1,26 +1,223 @@
-"""The tables on the load of two traces. `layer, router` are A's.
+"""Two traces of which one holds counts only, compared by the load of the experts: the report of
+each, which router goes with which, and the tables. `layer, router` are A's.
 
-E experts. An axis of 2 is the two traces.
+E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.count_shard import count_shard
+from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
+from moe_inspect.analysis.counting.router_counts import BASE
+from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
-from moe_inspect.analysis.metrics.chance import ALPHA
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
-from moe_inspect.comparison.loads.data import Loads
-from moe_inspect.comparison.result import LOAD_TABLES, SIDES, facts_of_both, said_of_models
+from moe_inspect.analysis.tasks import by_shard
+from moe_inspect.comparison import result
+from moe_inspect.comparison.aligning.pairing import routers_of_one_model
+from moe_inspect.comparison.decisions.data import OF_DECISIONS, PairSettings
+from moe_inspect.comparison.result import LOAD_TABLES, SIDES
+from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
+from moe_inspect.reporting.verdict.findings import beyond_documents
+from moe_inspect.trace.reader import Trace
+
+
+class Loads(result.Comparison):
+    """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
+    is counted before it is asked for. DifferentModelsError where the routers have other experts
+    or another k."""
+
+    def __init__(
+        self,
+        a: Trace,
+        b: Trace,
+        options: PairSettings,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.a, self.b, self.options = a, b, options
+        options.refuse(OF_DECISIONS, self.why)
+        self.given = options.given
+        self.selection = select(a, options.layers, options.domains, options.phase)
+        shift = options.shift_layers
+        self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
+        self.reports: dict[str, Report] = {}
+        for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
+            self.reports[side] = report(
+                trace,
+                layers=sorted({trace.routers[r].layer for r in routers}),
+                domains=options.domains,
+                phase=options.phase,
+                progress=progress,
+            )
+        self.tables = result.Tables(self)
+
+    @property
+    def shown_tables(self) -> list[str]:
+        several = len(self.steps.first_W) > 1
+        return [name for name in self.kind.excerpts if several or name != "diverged"]
+
+    @property
+    def why(self) -> str:
+        """Why decisions cannot be compared."""
+        of = [str(trace.path) for trace in (self.a, self.b) if trace.counts_only]
+        names = " and ".join(dict.fromkeys(of))
+        return f"{names} {'hold' if len(set(of)) > 1 else 'holds'} counts only, no decisions"
+
+    @cached_property
+    def steps(self) -> StepWindows:
+        """The load of both in windows of the same steps."""
+        selections = [self.reports[side].selection for side in SIDES]
+        return step_windows(self.traces, self.pairs, selections)
+
+    def load_2E(self, router: int) -> np.ndarray:
+        """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
+        of = (self.of(side, "load", router)["assignments"] for side in SIDES)
+        return np.stack([assignments.to_numpy(float) for assignments in of])
+
+    def design_effect(self, router: int) -> float:
+        """How much more than with independent tokens the load of a router of A varies, where a
+        trace of decisions tells it; else 1."""
+        effects = [self.of(side, "balance", router)["design_effect"].iloc[0] for side in SIDES]
+        return float(np.nanmax([1.0, *map(float, effects)]))
+
+    @cached_property
+    def documents_known(self) -> bool:
+        """Whether a trace of decisions tells how alike the tokens of a document are."""
+        units = [len(of.counts.units) for of in self.reports.values() if not of.counts.counts_only]
+        return max(units, default=0) >= FEWEST_TO_JUDGE
+
+    def beyond_text(self, shift: float, floor: float) -> bool:
+        """Whether no other text explains that so much of the load moves, where independent tokens
+        move `floor` by chance."""
+        return self.documents_known or beyond_documents(shift, floor)
+
+    @property
+    def chance(self) -> str:
+        """What the floors are of."""
+        return "chance" if self.documents_known else "chance of independent tokens"
+
+    def of(self, side: str, table: str, router: int) -> Any:
+        """The rows of a table of one trace's report that are about a router of A, or the one of B
+        that goes with it."""
+        r = dict(self.pairs)[router] if side == "b" else router
+        rows: Any = self.reports[side].tables[table]
+        return rows[rows["router"] == r]
+
+
+STEP, PASS = "step", "forward pass"
+UNITS = {STEP: "steps", PASS: "forward passes"}
+
+
+@dataclass(frozen=True)
+class StepWindows:
+    """first_W, last_W: int64 [W], the first and last step of each window. load_2WE: by router of A,
+    int64 [2, W, E]. `unit`: what a step is. `left_out`: of A and of B, the steps in no window, as
+    text. `why_none`: why there is no window, "" where there are."""
+
+    first_W: np.ndarray
+    last_W: np.ndarray
+    load_2WE: dict[int, np.ndarray]
+    unit: str
+    left_out: tuple[str, ...]
+    why_none: str
+
+    @property
+    def units(self) -> str:
+        return UNITS[self.unit]
+
+
+def step_windows(
+    traces: Sequence[Trace],
+    pairs: Sequence[tuple[int, int]],
+    selections: Sequence[Selection],
+) -> StepWindows:
+    """The steps that both traces have, cut wherever both were committed at the same step: one shard
+    of a trace may be several of the other. Windows of which a trace has a part only are left out;
+    where there are very many, neighbours are put together. `pairs`: routers of A and of B."""
+    units, why_none = [STEP if trace.is_history else PASS for trace in traces], ""
+    decisions = [name for name, trace in zip("AB", traces, strict=True) if not trace.counts_only]
+    if decisions:
+        units, why_none = [PASS], f"{decisions[0]} holds decisions, not counts by step"
+    elif units[0] != units[1]:
+        of = {STEP: "steps of a training run", PASS: "forward passes"}
+        why_none = f"A counts {of[units[0]]}, B {of[units[1]]}"
+    spans = [] if why_none else [_spans(trace) for trace in traces]
+    first_W, last_W, windows = _windows(spans)
+    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
+    if spans and not len(first_W):
+        why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
+    sizes = {r: traces[0].routers[r].experts for r, _ in pairs}
+    W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
+    joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
+    start_W = np.searchsorted(joined_W, np.arange(W))
+    end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
+    load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
+    for side, window_N in enumerate(windows):
+        found = by_shard(traces[side], None, count_shard, selections[side], BASE)
+        for w, counts in zip(window_N, found, strict=True):
+            for pair in pairs if w >= 0 else ():
+                load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
+    return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
+
+
+def _spans(trace: Trace) -> np.ndarray:
+    """The first and last step of every shard, and its rank. int64 [N, 3]"""
+    spans, following = list[tuple[int, int, int]](), dict[int, int]()
+    for shard in trace.shards:
+        files = shard.files
+        first = files.first_batch
+        if first is None:  # counts need not say it: after the shard before
+            first = min(following.get(files.rank, int(trace.is_history)), files.last_batch)
+        spans.append((first, files.last_batch, files.rank))
+        following[files.rank] = files.last_batch + 1
+    return np.array(spans, np.int64).reshape(-1, 3)
+
+
+def _windows(spans: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """first_W, last_W, and of each trace the window of every shard, −1 for none. [N]"""
+    every = np.concatenate([np.zeros((0, 3), np.int64), *spans])
+    edges = np.unique(np.r_[every[:, 0], every[:, 1] + 1])
+    # an edge that lies within a shard of either trace is none of both
+    within = np.zeros(len(edges) + 1, np.int64)
+    np.add.at(within, np.searchsorted(edges, every[:, 0], "right"), 1)
+    np.add.at(within, np.searchsorted(edges, every[:, 1], "right"), -1)
+    edges = edges[within.cumsum()[:-1] == 0]
+    steps_W = np.diff(edges)
+    whole_W, windows = np.ones(len(steps_W), bool), list[np.ndarray]()
+    for of in spans:
+        window_N = np.searchsorted(edges, of[:, 0], "right") - 1
+        found_W = np.zeros(len(steps_W), np.int64)
+        np.add.at(found_W, window_N, of[:, 1] - of[:, 0] + 1)
+        whole_W &= found_W == steps_W * len(np.unique(of[:, 2]))  # every rank has all steps
+        windows.append(window_N)
+    number_W = np.where(whole_W, whole_W.cumsum() - 1, -1)
+    return edges[:-1][whole_W], edges[1:][whole_W] - 1, [number_W[of] for of in windows]
+
+
+def _steps(spans: np.ndarray) -> str:
+    """The steps of shards as text, neighbours together: "1 to 20, 41 to 60"; "" without any."""
+    runs = list[list[int]]()
+    for first, last, _ in sorted(spans.tolist()):
+        if runs and first <= runs[-1][1] + 1:
+            runs[-1][1] = max(last, runs[-1][1])
+        else:
+            runs.append([first, last])
+    return ", ".join(f"{a:,} to {b:,}" if a < b else f"{a:,}" for a, b in runs)
+
 
 BALANCE = tuple(metrics_of("balance", {"load_LE"}))
 NUMBERS = ("dead_experts", "starved_experts")  # whole, and may be missing
@@ -30,15 +227,7 @@ OF_EXPERT = ("assignments", "share", "load_ratio")
 BEYOND = 2
 IN_A_ROW = 3  # windows beyond chance from which on two runs differ: a single one may be chance
 STEPS = ("first_step", "last_step")
-WINDOWS = {
-    **dict.fromkeys(("layer", "router", "window", *STEPS, "tokens_a", "tokens_b"), "int64"),
-    **dict.fromkeys(("load_shift", "load_shift_floor"), "float64"),
-    "beyond_chance": "bool",
-    **dict.fromkeys(("max_vio_a", "max_vio_b"), "float64"),
-    "expert": "int64",
-    **dict.fromkeys(("load_ratio_a", "load_ratio_b"), "float64"),
-}
-DIVERGED = {
+DIVERGED_TYPES = {
     **dict.fromkeys(("layer", "router", "windows", "windows_beyond_chance"), "int64"),
     "since_step": "Int64",
     **dict.fromkeys(("windows_since", "beyond_chance_since"), "int64"),
@@ -50,13 +239,13 @@ DIVERGED = {
 @table(tables=LOAD_TABLES)
 def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    return facts_of_both(_facts(data))
+    return result.facts_table(_facts(data), SIDES)
 
 
 def _facts(data: Loads) -> Iterator[tuple[object, ...]]:
     both = data.a, data.b
     counts = [data.reports[side].counts for side in SIDES]
-    yield from said_of_models(*both)
+    yield from result.said_of_models(*both)
     yield "holds", *("counts" if trace.counts_only else "decisions" for trace in both)
     yield "status", *(trace.status for trace in both)
     yield "tokens", *(of.tokens for of in counts)
@@ -70,21 +259,20 @@ def _facts(data: Loads) -> Iterator[tuple[object, ...]]:
 def balance(data: Loads) -> pd.DataFrame:
     """One row per router: the balance in A, in B, and B's minus A's, beside the max_over_mean
     that chance gives documents like these (expected_by_chance)."""
-    rows = list[dict[str, object]]()
-    for r, _ in data.pairs:
-        of = {side: data.of(side, "balance", r).iloc[0] for side in SIDES}
-        row = {name: of["a"][name] for name in ("layer", "router", "experts", "top_k")}
-        row |= {f"tokens_{side}": of[side]["tokens"] for side in SIDES}
-        for name in BALANCE:
-            a, b = (float(of[side].astype(float)[name]) for side in SIDES)
-            row |= {f"{name}_a": a, f"{name}_b": b, f"{name}_difference": b - a}
-        row |= {f"expected_by_chance_{side}": of[side]["expected_by_chance"] for side in SIDES}
-        rows.append(row)
-    whole = ("layer", "router", "experts", "top_k", *(f"tokens_{side}" for side in SIDES))
-    experts = [f"{name}_{x}" for name in NUMBERS for x in (*SIDES, "difference")]
-    return pd.DataFrame(rows).astype(
-        {**dict.fromkeys(whole, "int64"), **dict.fromkeys(experts, "Int64")}
-    )
+    of_side = dict[str, Any]()
+    for side, routers in zip(SIDES, zip(*data.pairs, strict=True), strict=True):
+        of_side[side] = data.reports[side].tables["balance"].set_index("router").loc[[*routers]]
+    frame = of_side["a"].reset_index()[["layer", "router", "experts", "top_k"]].astype("int64")
+    for side in SIDES:
+        frame[f"tokens_{side}"] = of_side[side]["tokens"].to_numpy("int64")
+    for name in BALANCE:
+        a, b = (of_side[side][name].to_numpy(float, na_value=np.nan) for side in SIDES)
+        kind = "Int64" if name in NUMBERS else "float64"
+        for column, values in ((f"{name}_a", a), (f"{name}_b", b), (f"{name}_difference", b - a)):
+            frame[column] = pd.Series(values).astype(kind)
+    for side in SIDES:
+        frame[f"expected_by_chance_{side}"] = of_side[side]["expected_by_chance"].to_numpy()
+    return frame
 
 
 @table(by_router=("load_shift", "jsd_bits"), tables=LOAD_TABLES)
@@ -96,8 +284,7 @@ def load_shift(data: Loads) -> pd.DataFrame:
     rows = list[dict[str, float]]()
     for r, _ in data.pairs:
         router = data.a.routers[r]
-        load_2E = np.stack([data.of(s, "load", r)["assignments"].to_numpy(float) for s in SIDES])
-        effect = data.design_effect(r)
+        load_2E, effect = data.load_2E(r), data.design_effect(r)
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
         floors = step_floors(share_E, load_2E.sum(1) / router.top_k, router.top_k, effect)
@@ -119,23 +306,24 @@ def windows(data: Loads) -> pd.DataFrame:
     """One row per router and window of steps that both traces have: how far apart their load is
     and how far chance alone takes it (load_shift_floor), whether that is beyond chance, how even
     each is, and the expert whose load differs most."""
-    steps, parts = data.steps, [pd.DataFrame(columns=list(WINDOWS)).astype(WINDOWS)]
+    steps, W, parts = data.steps, len(data.steps.first_W), list[pd.DataFrame]()
     for r, load_2WE in steps.load_2WE.items():
-        router, W = data.a.routers[r], len(steps.first_W)
+        router = data.a.routers[r]
         tokens_2W = load_2WE.sum(2) / router.top_k  # null slots make no load
         share_WE = load_2WE.sum(0) / nan_for_zero(load_2WE.sum((0, 2)))[:, None]
         moved_W = step_total_variation(load_2WE)[0]
         floor_W = step_floors(share_WE, tokens_2W, router.top_k, data.design_effect(r))[0][0]
         ratio_2WE = load_2WE / nan_for_zero(load_2WE.mean(2))[..., None]
         expert_W = np.abs(np.nan_to_num(ratio_2WE[1] - ratio_2WE[0])).argmax(1)
-        columns: dict[str, object] = {
-            "layer": router.layer,
-            "router": r,
+        tokens_a_W, tokens_b_W = np.rint(tokens_2W).astype(np.int64)
+        columns = {
+            "layer": np.full(W, router.layer),
+            "router": np.full(W, r),
             "window": np.arange(W),
             "first_step": steps.first_W,
             "last_step": steps.last_W,
-            "tokens_a": np.rint(tokens_2W[0]),
-            "tokens_b": np.rint(tokens_2W[1]),
+            "tokens_a": tokens_a_W,
+            "tokens_b": tokens_b_W,
             "load_shift": moved_W,
             "load_shift_floor": floor_W,
             "beyond_chance": moved_W > floor_W * times_floor(data, r),
@@ -145,7 +333,7 @@ def windows(data: Loads) -> pd.DataFrame:
             "load_ratio_a": ratio_2WE[0, np.arange(W), expert_W],
             "load_ratio_b": ratio_2WE[1, np.arange(W), expert_W],
         }
-        parts.append(pd.DataFrame(columns).astype(WINDOWS))
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -155,24 +343,24 @@ def diverged(data: Loads) -> pd.DataFrame:
     which step (the first of IN_A_ROW windows in a row that do; empty where there are none), and
     where it differs most."""
     rows, every = list[dict[str, object]](), cast(Any, data.tables["windows"])
+    most_of = (*STEPS, "load_shift", "load_shift_floor")
     for _, of in every.groupby("router", sort=False):
-        beyond_W = of["beyond_chance"].to_numpy(bool)
-        start = first_run(beyond_W, min(IN_A_ROW, len(of)))
-        most = of.loc[of["load_shift"].fillna(-1).idxmax()]
+        beyond_W, most = of["beyond_chance"].to_numpy(bool), of["load_shift"].fillna(-1).idxmax()
+        since = first_run(beyond_W, min(IN_A_ROW, len(of)))
+        start = len(of) if since is None else since
         rows.append(
             {
-                "layer": most["layer"],
-                "router": most["router"],
+                "layer": of["layer"].iloc[0],
+                "router": of["router"].iloc[0],
                 "windows": len(of),
                 "windows_beyond_chance": int(beyond_W.sum()),
-                "since_step": pd.NA if start is None else of["first_step"].iloc[start],
-                "windows_since": 0 if start is None else len(of) - start,
-                "beyond_chance_since": 0 if start is None else int(beyond_W[start:].sum()),
-                **{f"most_{name}": most[name] for name in ("first_step", "last_step")},
-                **{f"most_{name}": most[name] for name in ("load_shift", "load_shift_floor")},
+                "since_step": pd.NA if since is None else of["first_step"].iloc[since],
+                "windows_since": len(of) - start,
+                "beyond_chance_since": int(beyond_W[start:].sum()),
+                **{f"most_{name}": of.loc[most, name] for name in most_of},
             }
         )
-    return pd.DataFrame(rows, columns=list(DIVERGED)).astype(DIVERGED)
+    return pd.DataFrame(rows, columns=list(DIVERGED_TYPES)).astype(DIVERGED_TYPES)
 
 
 def times_floor(data: Loads, r: int) -> float:
@@ -182,8 +370,7 @@ def times_floor(data: Loads, r: int) -> float:
     varies, as of two that share all tokens), it is taken for a chi variable of n − 1 degrees of
     freedom."""
     k = data.a.routers[r].top_k
-    of_both = [data.of(side, "load", r)["assignments"].to_numpy(float) for side in SIDES]
-    load_E = np.sum(of_both, axis=0)
+    load_E = data.load_2E(r).sum(0)
     chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
     n = error_E.sum() ** 2 / max((error_E**2).sum(), 1e-12)
@@ -204,14 +391,13 @@ def first_run(true_W: np.ndarray, length: int) -> int | None:
 def load(data: Loads) -> pd.DataFrame:
     """One row per expert of a router: its load in A, in B, and B's minus A's; absolute
     (assignments), as a share of the router's, and relative to the mean (load_ratio)."""
-    parts = list[pd.DataFrame]()
-    for r, _ in data.pairs:
-        of = {side: data.of(side, "load", r).reset_index(drop=True) for side in SIDES}
-        part = of["a"][["layer", "router", "expert"]].copy()
-        for name in OF_EXPERT:
-            a, b = (of[side][name] for side in SIDES)
-            part[f"{name}_a"], part[f"{name}_b"] = a, b
-            if name != "assignments":  # which also differ with the number of tokens
-                part[f"{name}_difference"] = b - a
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    a, b = (
+        pd.concat([data.of(side, "load", r) for r, _ in data.pairs], ignore_index=True)
+        for side in SIDES
+    )
+    frame = a[["layer", "router", "expert"]].copy()
+    for name in OF_EXPERT:
+        frame[f"{name}_a"], frame[f"{name}_b"] = a[name], b[name]
+        if name != "assignments":  # which also differ with the number of tokens
+            frame[f"{name}_difference"] = b[name] - a[name]
+    return frame

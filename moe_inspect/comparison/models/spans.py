@@ -8,9 +8,9 @@ T tokens of a document, S spans, V texts or token ids, E experts, G groups of do
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,7 @@ STUDENT = 2.262  # two-sided 95 % at GROUPS − 1 degrees of freedom
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplainedByText:
     """mi_bits: I(text; first choice), with null_bits for shuffled spans; entropy_bits: of the first
     choice, the most that can be explained. share: `adjusted` of these; share_without_G: the same
     without each group of documents, NaN with too few documents. counts_VE: int64, first choices by
@@ -56,29 +56,29 @@ def judged_texts(text_S: np.ndarray) -> np.ndarray:
 
 def explained_by_text(
     text_S: np.ndarray, expert_S: np.ndarray, document_S: np.ndarray, V: int, E: int
-) -> Explained:
+) -> ExplainedByText:
     """text_S: int64, in 0…V − 1. expert_S: the first choice of each span, E where it has none."""
     known_S = expert_S < E
     text_S, expert_S, document_S = (x[known_S] for x in (text_S, expert_S, document_S))
-    code_S = text_S * E + expert_S
-    counts_VE = np.bincount(code_S, minlength=V * E).reshape(V, E)
+
+    def counts(expert_S: np.ndarray, which: slice | np.ndarray = slice(None)) -> np.ndarray:
+        code_S = (text_S * E + expert_S)[which]
+        return np.bincount(code_S, minlength=V * E).reshape(V, E)
+
+    counts_VE = counts(expert_S)
     rng = np.random.default_rng([SEED, V, E])
-    shuffled = [
-        token_mi_bits(
-            np.bincount(text_S * E + rng.permutation(expert_S), minlength=V * E).reshape(V, E)
-        )
-        for _ in range(SHUFFLES)
-    ]
+    shuffled = [token_mi_bits(counts(rng.permutation(expert_S))) for _ in range(SHUFFLES)]
     null = float(np.mean(shuffled))
     share_without_G = np.full(GROUPS, np.nan)
     documents = np.unique(document_S)
     if len(documents) >= max(FEWEST_DOCUMENTS, GROUPS):
         group_S = np.searchsorted(documents, document_S) % GROUPS
         for g in range(GROUPS):
-            of_g = np.bincount(code_S[group_S == g], minlength=V * E).reshape(V, E)
-            share_without_G[g] = adjusted(*_information(counts_VE - of_g), null)
+            without_VE = counts_VE - counts(expert_S, group_S == g)
+            share_without_G[g] = adjusted(*_information(without_VE), null)
     mi, entropy = _information(counts_VE)
-    return Explained(mi, null, entropy, adjusted(mi, entropy, null), share_without_G, counts_VE)
+    share = adjusted(mi, entropy, null)
+    return ExplainedByText(mi, null, entropy, share, share_without_G, counts_VE)
 
 
 def _information(counts_VE: np.ndarray) -> tuple[float, float]:
@@ -128,9 +128,9 @@ class Side:
         ]
         found = {r: np.empty(len(at), np.int32) for r in known}
         shard_S, row_S = self.shard[at], self.row[at]
-        for number, shard in enumerate(self.trace.shards):
-            of_shard = np.flatnonzero(shard_S == number)
-            for r in known if len(of_shard) else ():
+        for number in np.unique(shard_S).tolist():
+            shard, of_shard = self.trace.shard(number), np.flatnonzero(shard_S == number)
+            for r in known:
                 rows, seen = row_S[of_shard], shard.seen(r)
                 rows = rows if seen is None else (np.cumsum(seen) - 1)[rows]
                 found[r][of_shard] = shard.slots(r)[0][rows]
@@ -156,35 +156,76 @@ class Spans:
     of: int
 
 
-@dataclass(frozen=True)
-class Words:
-    """What each token id of a vocabulary writes, without white space; nothing for special
-    tokens."""
+class TokenBytes:
+    """The selected tokens of a trace that a decoder reads, and what each token id writes, without
+    white space; nothing for special tokens. MoeInspectError where the trace has no vocabulary."""
 
-    of: list[bytes]
-
-    @cached_property
-    def size_V(self) -> np.ndarray:
-        return np.array([len(word) for word in self.of] or [0], np.int64)
+    def __init__(self, trace: Trace, selection: Selection):
+        self.trace, self.selection, table = trace, selection, trace.vocabulary_table
+        if not len(table):
+            raise MoeInspectError(f"{trace.path} was recorded without a vocabulary")
+        frame = (trace.manifest.get("corpus") or {}).get("special_tokens") or {}
+        special = {name for part in ("before", "after") for name in frame.get(part) or []}
+        words = [b"" if text in special else _bytes(text) for text in table["token"].to_pylist()]
+        config = (trace.manifest.get("model") or {}).get("config") or {}
+        ids: list[Any] = [config.get(name) for name in SPECIAL_IDS]
+        for i in [one for some in ids for one in (some if isinstance(some, list) else [some])]:
+            if isinstance(i, int) and 0 <= i < len(words):
+                words[i] = b""
+        self.words, self.size_V = words, np.array([len(word) for word in words], np.int64)
 
     def text(self, token_id: np.ndarray) -> bytes:
-        return b"".join([self.of[i] for i in token_id.tolist()])
+        return b"".join([self.words[i] for i in token_id.tolist()])
 
+    def shards(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each shard its number, int64 [4, T]: document, sequence, position and token id; and
+        which rows these are."""
+        names = ["document", "sequence", "position", "token_id"]
+        wanted, phase = self.selection.domains, self.selection.phase
+        for number, shard in enumerate(self.trace.shards):
+            table = shard.tokens([*names, "phase", "domain"])
+            phase_T, phases = codes(table["phase"])
+            code_T, labels = codes(table["domain"])
+            read = [x != PHASES[2] and phase in (None, x) for x in phases]
+            among = [wanted is None or label in wanted for label in labels]
+            rows = np.flatnonzero(np.array(read, bool)[phase_T] & np.array(among, bool)[code_T])
+            part = np.stack([table[name].to_numpy()[rows].astype(np.int64) for name in names])
+            if part[3].min(initial=0) < 0 or part[3].max(initial=0) >= len(self.words):
+                path = self.trace.path
+                raise MoeInspectError(f"{path} has token ids that its vocabulary does not have")
+            yield number, part, rows
 
-def words_of(trace: Trace) -> Words:
-    """MoeInspectError where the trace has no vocabulary."""
-    table = trace.vocabulary_table
-    if not len(table):
-        raise MoeInspectError(f"{trace.path} was recorded without a vocabulary")
-    frame = (trace.manifest.get("corpus") or {}).get("special_tokens") or {}
-    special = {name for part in ("before", "after") for name in frame.get(part) or []}
-    words = [b"" if text in special else _bytes(text) for text in table["token"].to_pylist()]
-    config = (trace.manifest.get("model") or {}).get("config") or {}
-    ids: list[Any] = [config.get(name) for name in SPECIAL_IDS]
-    for i in [one for some in ids for one in (some if isinstance(some, list) else [some])]:
-        if isinstance(i, int) and 0 <= i < len(words):
-            words[i] = b""
-    return Words(words)
+    def starts(self) -> dict[tuple[bytes, int], tuple[int, int]]:
+        """How each document begins (and which of those that begin so it is) → its number of tokens,
+        and its number. In the order of the documents' numbers."""
+        early, sizes = [np.zeros((4, 0), np.int64)], Counter[int]()
+        for _, part, _ in self.shards():
+            early.append(part[:, part[2] < KEY_TOKENS])
+            sizes.update(dict(np.stack(np.unique(part[0], return_counts=True), 1).tolist()))
+        first = np.concatenate(early, axis=1)
+        first = first[:, np.lexsort(first[2::-1])]
+        found, seen = dict[tuple[bytes, int], tuple[int, int]](), Counter[bytes]()
+        for begin, end in pairwise(run_edges(first[0]).tolist()):
+            document = int(first[0, begin])
+            key = self.text(first[3, begin : min(end, begin + KEY_TOKENS)])[:KEY_BYTES]
+            seen[key] += 1
+            found[key, seen[key]] = sizes[document], document
+        return found
+
+    def side(self, documents: list[int]) -> Side:
+        """The tokens of these documents, the first of each where a sequence was fed twice."""
+        index_of = {document: i for i, document in enumerate(documents)}
+        known = np.array(sorted(index_of), np.int64)
+        parts = [np.zeros((6, 0), np.int64)]
+        for number, part, rows in self.shards():
+            kept = np.isin(part[0], known)
+            at = np.array([index_of[d] for d in part[0, kept].tolist()], np.int64)
+            shard = np.full(len(at), number)
+            parts.append(np.stack([at, *part[1:3, kept], shard, rows[kept], part[3, kept]]))
+        whole = np.concatenate(parts, axis=1)
+        whole = whole[:, np.lexsort(whole[4::-1])]
+        whole = whole[:, run_edges(*whole[:3])[:-1]]
+        return Side(self.trace, whole[0], *whole[3:])
 
 
 def _bytes(text: str | None) -> bytes:
@@ -197,112 +238,44 @@ def _bytes(text: str | None) -> bytes:
     return b"".join(raw.split())
 
 
-def common_spans(a: Trace, b: Trace, selection: Selection) -> Spans:
+def common_spans(trace_a: Trace, trace_b: Trace, selection: Selection) -> Spans:
     """The spans of a sample of the documents that are in both, found by how they begin.
     MoeInspectError where a vocabulary is missing, or the texts are others."""
-    words_a, words_b = words_of(a), words_of(b)
-    starts_a, starts_b = _starts(a, words_a, selection), _starts(b, words_b, selection)
-    both = [(tokens, document, starts_b[key][1]) for key, (tokens, document) in starts_a.items()
-            if key in starts_b]  # fmt: skip
-    total = sum(tokens for tokens, _, _ in both)
-    step = max(1, -(-total // MOST_TOKENS))
-    sample = [(document, other) for _, document, other in both[::step]]
-    side_a, side_b = (
-        _side(trace, [pair[i] for pair in sample], selection) for i, trace in enumerate((a, b))
-    )
-    return _spans(side_a, side_b, words_a, words_b, len(sample), len(starts_a))
-
-
-def _tokens(
-    trace: Trace, words: int, selection: Selection
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Of each shard its number, and its rows that are selected and that a decoder reads: int64
-    [4, T], document, sequence, position and token id; and which rows these are."""
-    for number, shard in enumerate(trace.shards):
-        columns = ["document", "sequence", "position", "token_id", "phase", "domain"]
-        table = shard.tokens(columns)
-        phase_T, phases = codes(table["phase"])
-        code_T, labels = codes(table["domain"])
-        read = [phase != PHASES[2] and selection.phase in (None, phase) for phase in phases]
-        among = [selection.domains is None or label in selection.domains for label in labels]
-        keep_T = np.array(read, bool)[phase_T] & np.array(among, bool)[code_T]
-        rows = np.flatnonzero(keep_T)
-        part = np.stack([table[name].to_numpy()[rows].astype(np.int64) for name in columns[:4]])
-        if part[3].min(initial=0) < 0 or part[3].max(initial=0) >= words:
-            raise MoeInspectError(f"{trace.path} has token ids that its vocabulary does not have")
-        yield number, part, rows
-
-
-def _starts(
-    trace: Trace, words: Words, selection: Selection
-) -> dict[tuple[bytes, int], tuple[int, int]]:
-    """How each document begins (and which of those that begin so it is) → its number of tokens, and
-    its number. In the order of the documents' numbers."""
-    early, sizes = [np.zeros((4, 0), np.int64)], dict[int, int]()
-    for _, part, _ in _tokens(trace, len(words.of), selection):
-        early.append(part[:, part[2] < KEY_TOKENS])
-        for document, size in zip(*np.unique(part[0], return_counts=True), strict=True):
-            sizes[int(document)] = sizes.get(int(document), 0) + int(size)
-    first = np.concatenate(early, axis=1)
-    first = first[:, np.lexsort(first[2::-1])]
-    edges = run_edges(first[0])
-    found, seen = dict[tuple[bytes, int], tuple[int, int]](), dict[bytes, int]()
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        document = int(first[0, begin])
-        key = words.text(first[3, begin : min(end, begin + KEY_TOKENS)])[:KEY_BYTES]
-        seen[key] = seen.get(key, 0) + 1
-        found[key, seen[key]] = sizes[document], document
-    return found
-
-
-def _side(trace: Trace, documents: list[int], selection: Selection) -> Side:
-    """The tokens of these documents, the first of each where a sequence was fed twice."""
-    index_of = {document: i for i, document in enumerate(documents)}
-    known = np.array(sorted(index_of), np.int64)
-    parts = [np.zeros((6, 0), np.int64)]
-    for number, part, rows in _tokens(trace, len(trace.vocabulary_table), selection):
-        kept = np.isin(part[0], known)
-        at = np.array([index_of[d] for d in part[0, kept].tolist()], np.int64)
-        shard = np.full(len(at), number)
-        parts.append(np.stack([at, *part[1:3, kept], shard, rows[kept], part[3, kept]]))
-    whole = np.concatenate(parts, axis=1)
-    whole = whole[:, np.lexsort(whole[4::-1])]
-    if whole.shape[1]:
-        whole = whole[:, run_edges(*whole[:3])[:-1]]
-    return Side(trace, whole[0], *whole[3:])
-
-
-def _spans(a: Side, b: Side, words_a: Words, words_b: Words, documents: int, of: int) -> Spans:
-    at_a, at_b, text, document = (list[np.ndarray]() for _ in range(4))
+    bytes_a, bytes_b = TokenBytes(trace_a, selection), TokenBytes(trace_b, selection)
+    starts_a, starts_b = bytes_a.starts(), bytes_b.starts()
+    both = [key for key in starts_a if key in starts_b]
+    step = max(1, -(-sum(starts_a[key][0] for key in both) // MOST_TOKENS))
+    sample = both[::step]
+    a = bytes_a.side([starts_a[key][1] for key in sample])
+    b = bytes_b.side([starts_b[key][1] for key in sample])
+    at_a, at_b, text, document = ([np.zeros(0, np.int64)] for _ in range(4))
     names, common, total = dict[bytes, int](), 0, 0
-    edges_a, edges_b = (np.searchsorted(x.document, np.arange(documents + 1)) for x in (a, b))
-    for d in range(documents):
+    edges_a, edges_b = (np.searchsorted(x.document, np.arange(len(sample) + 1)) for x in (a, b))
+    for d in range(len(sample)):
         begin_a, begin_b = int(edges_a[d]), int(edges_b[d])
         ids_a, ids_b = a.token_id[begin_a : edges_a[d + 1]], b.token_id[begin_b : edges_b[d + 1]]
-        text_a, text_b = words_a.text(ids_a), words_b.text(ids_b)
+        text_a, text_b = bytes_a.text(ids_a), bytes_b.text(ids_b)
         same = _common_prefix(text_a, text_b)
         common, total = common + same, total + min(len(text_a), len(text_b))
-        end_a, end_b = np.cumsum(words_a.size_V[ids_a]), np.cumsum(words_b.size_V[ids_b])
+        end_a, end_b = np.cumsum(bytes_a.size_V[ids_a]), np.cumsum(bytes_b.size_V[ids_b])
         cuts = np.intersect1d(end_a, end_b)
         cuts = cuts[(cuts > 0) & (cuts <= same)]
         # the first token that ends there; others that do write nothing
         at_a.append(begin_a + np.searchsorted(end_a, cuts))
         at_b.append(begin_b + np.searchsorted(end_b, cuts))
-        starts = [0, *cuts.tolist()]
-        spans = [text_a[i:j] for i, j in pairwise(starts)]
+        spans = [text_a[i:j] for i, j in pairwise([0, *cuts.tolist()])]
         text.append(np.array([names.setdefault(span, len(names)) for span in spans], np.int64))
         document.append(np.full(len(cuts), d))
     share = common / total if total else 0.0
     if share < LEAST_COMMON:
         raise MoeInspectError(
-            f"A and B have {share:.0%} of the bytes of {documents:,} common documents in common: "
+            f"A and B have {share:.0%} of the bytes of {len(sample):,} common documents in common: "
             "trace the same text with both"
         )
-    at_a_S, at_b_S, text_S, document_S = (
-        np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (at_a, at_b, text, document)
-    )
+    at_a_S, at_b_S, text_S, document_S = map(np.concatenate, (at_a, at_b, text, document))
     texts = [name.decode("utf-8", "backslashreplace") for name in names]
-    return Spans(a, b, at_a_S, at_b_S, text_S, texts, document_S, share, documents, of)
+    of = len(starts_a)
+    return Spans(a, b, at_a_S, at_b_S, text_S, texts, document_S, share, len(sample), of)
 
 
 def _common_prefix(a: bytes, b: bytes) -> int:

@@ -1,46 +1,164 @@
-"""The tables on two different models: what means the same in both, side by side.
+"""Two models that cannot be compared decision by decision, side by side: the report of each, the
+spans of text that they have in common, and the tables.
 
-E experts, k experts per token, D domains, V texts.
+E experts, k experts per token, D domains, S spans, V texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.comparison.models.data import Models
+from moe_inspect.comparison import result
+from moe_inspect.comparison.aligning import pairing
+from moe_inspect.comparison.aligning.misaligned import replicas
+from moe_inspect.comparison.models import spans as of_spans
 from moe_inspect.comparison.models.spans import adjusted, jackknife_interval
-from moe_inspect.comparison.result import MODEL_TABLES, SIDES, facts_of_both, said_of_models
+from moe_inspect.comparison.result import MODEL_TABLES, SIDES
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.text import layer_label, ranges, readable
+from moe_inspect.text import ranges, readable
+from moe_inspect.trace.reader import Trace
 
-BALANCE = (
-    "experts",
-    "top_k",
-    "tokens",
-    "max_over_mean",
-    "max_over_mean_low",
-    "max_over_mean_high",
-    "expected_by_chance",
-    "max_vio",
-    "gini",
-    "entropy",
-    "dead_experts",
-)
+WHOLE = ["balance", "specialization"]
+
+
+class Models(result.Comparison):
+    """Traces A and B. Nothing is read before it is asked for. `reasons`: why they are different,
+    beside what their shapes and tokenizers tell. `asked`: by the option `side_by_side`."""
+
+    def __init__(
+        self,
+        a: Trace,
+        b: Trace,
+        *,
+        domains: str | Iterable[str] | None = None,
+        phase: str | None = None,
+        top: int = 20,
+        reasons: Iterable[str] = (),
+        asked: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.a, self.b, self.top = a, b, top
+        settings: dict[str, Any] = {"domains": domains, "phase": phase, "progress": progress}
+        self.reports: dict[str, Report] = {
+            side: report(trace, **settings) for side, trace in zip(SIDES, (a, b), strict=True)
+        }
+        self._reasons = list(reasons)
+        top_given = None if top == 20 else top
+        given = {"domains": domains, "phase": phase, "top": top_given, "side_by_side": asked}
+        self.given = {name: value for name, value in given.items() if value}
+        self.tables = result.Tables(self)
+
+    @property
+    def of_side(self) -> dict[str, Trace]:
+        return dict(zip(SIDES, self.traces, strict=True))
+
+    def of_sides(self, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """The rows of each trace of a table."""
+        return {side: rows[rows["trace"] == side] for side in SIDES}
+
+    @property
+    def why(self) -> str:
+        return "; ".join(self.reasons) or "the models have one shape: compare has it"
+
+    @property
+    def why_in_full(self) -> str:
+        return f"{self.a.path} (A) and {self.b.path} (B) are of different models ({self.why})"
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why they are different models, a phrase each; none where nothing tells them apart."""
+        pairs = pairing.same_places(self.a, self.b, range(len(self.a.routers)))
+        found = (
+            *pairing.shape_differences(self.a, self.b, pairs),
+            pairing.layers_difference(self.a, self.b),
+            pairing.tokenizer_difference(self.a, self.b),
+            *self._reasons,
+        )
+        return [reason for reason in dict.fromkeys(found) if reason]
+
+    @cached_property
+    def replicas(self) -> dict[str, Any] | None:
+        """Whether it is one model, and one trace has physical ids of replicas."""
+        return replicas(self.a, self.b) if self.reasons else None
+
+    @property
+    def shown_tables(self) -> list[str]:
+        return [name for name in self.kind.excerpts if not self.why_not(name)]
+
+    def depth(self, side: str, router: int) -> float:
+        """Where a router is in its model: 0 the first layer, 1 the last."""
+        trace = self.of_side[side]
+        return trace.routers[router].layer / max(trace.blocks - 1, 1)
+
+    def of(self, side: str, table: str) -> pd.DataFrame:
+        """A table of one trace's report."""
+        made = self.reports[side]
+        made.prepare(WHOLE)
+        return made.tables[table]
+
+    @cached_property
+    def spans(self) -> of_spans.Spans:
+        """MoeInspectError where there is no text that both cut."""
+        for trace in (self.a, self.b):
+            if trace.counts_only:
+                raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
+        return of_spans.common_spans(self.a, self.b, self.reports["a"].selection)
+
+    @cached_property
+    def texts(self) -> np.ndarray:
+        """int64 [V]: the texts of spans that occur often enough to be judged."""
+        texts = of_spans.judged_texts(self.spans.text)
+        if not len(texts):
+            raise MoeInspectError("no span of text occurs eight times in the sample")
+        return texts
+
+    @cached_property
+    def explained(self) -> dict[tuple[str, int], of_spans.ExplainedByText]:
+        """(side, router) → what the text explains; routers whose first choice is known."""
+        spans, V = self.spans, len(self.texts)
+        index_of = np.full(len(spans.texts), -1)
+        index_of[self.texts] = np.arange(V)
+        of_S = np.flatnonzero(index_of[spans.text] >= 0)
+        text_S, document_S = index_of[spans.text[of_S]], spans.document[of_S]
+        found = dict[tuple[str, int], of_spans.ExplainedByText]()
+        for side, tokens, at_S in (("a", spans.a, spans.at_a), ("b", spans.b, spans.at_b)):
+            for r, chosen_S in tokens.first_choices(at_S[of_S]).items():
+                E = tokens.trace.routers[r].experts
+                found[side, r] = of_spans.explained_by_text(text_S, chosen_S, document_S, V, E)
+        for side in SIDES:
+            if not any(one == side for one, _ in found):
+                raise MoeInspectError(f"{self.of_side[side].path} does not record first choices")
+        return found
+
+    def why_not(self, name: str) -> str | None:
+        if name in self.kind.sometimes:
+            try:
+                self.tables[name]
+            except MoeInspectError as error:
+                return str(error)
+        return super().why_not(name)
+
+
+BALANCE = ("experts", "top_k", "tokens", "max_over_mean", "max_over_mean_low", "max_over_mean_high")
+BALANCE += ("expected_by_chance", "max_vio", "gini", "entropy", "dead_experts")
 
 
 @table(tables=MODEL_TABLES)
 def summary(data: Models) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    return facts_of_both(_facts(data))
+    return result.facts_table(_facts(data), SIDES)
 
 
 def _facts(data: Models) -> Iterator[tuple[object, ...]]:
     both = data.a, data.b
-    yield from said_of_models(*both)
+    yield from result.said_of_models(*both)
     yield "layers", *(trace.stated_blocks or "unknown" for trace in both)
     yield "moe_layers", *(ranges({r.layer for r in trace.routers}) for trace in both)
     for key in ("experts", "top_k"):
@@ -58,13 +176,14 @@ def balance(data: Models) -> pd.DataFrame:
     """One row per trace and router: its balance, as its report has it, beside what chance gives
     documents like these (expected_by_chance) and the most that E and k allow
     (max_over_mean_most)."""
-    parts = list[pd.DataFrame]()
-    for side in SIDES:
-        part = data.of(side, "balance")[["layer", "router", *BALANCE]].copy()
-        most = part["experts"] / part["top_k"]
-        part.insert(part.columns.get_loc("max_over_mean") + 1, "max_over_mean_most", most)  # type: ignore[operator]
-        parts.append(_of_side(data, side, part))
-    return pd.concat(parts, ignore_index=True)
+    of_side = {side: data.of(side, "balance")[["layer", "router", *BALANCE]] for side in SIDES}
+    frame = _of_both(data, of_side)
+    most = frame["experts"] / frame["top_k"]
+    frame.insert(frame.columns.get_loc("max_over_mean") + 1, "max_over_mean_most", most)  # type: ignore[operator]
+    return frame
+
+
+OF_DOMAINS = ("domain_mi_bits", "domain_mi_null_bits", "domain_mi_null_p99_bits", "jsd_bits")
 
 
 @table(tables=MODEL_TABLES)
@@ -77,27 +196,15 @@ def specialization(data: Models) -> pd.DataFrame:
         said = (", ".join(map(readable, sorted(of_side))) for of_side in names)
         what = "not the same" if names[0] != names[1] else "fewer than two"
         raise MoeInspectError("the domains are {}: {} in A, {} in B".format(what, *said))
-    parts = list[pd.DataFrame]()
-    for side in SIDES:
-        routers = data.of_side[side].routers
-        part = data.of(side, "specialization")
-        part = part[
-            [
-                "layer",
-                "router",
-                "domain_mi_bits",
-                "domain_mi_null_bits",
-                "domain_mi_null_p99_bits",
-                "jsd_bits",
-            ]
-        ].copy()
+    of_side = dict[str, pd.DataFrame]()
+    for side, trace in data.of_side.items():
+        part = data.of(side, "specialization")[["layer", "router", *OF_DOMAINS]]
         # the k experts of a token are distinct: no domain can narrow them down to fewer
-        most = [routers[r].experts / routers[r].top_k for r in part["router"].tolist()]
-        most_bits = np.log2(np.minimum(most, len(names[0])))
-        bits = part["domain_mi_bits"], most_bits, part["domain_mi_null_bits"]
-        part["explained_by_domain"] = [adjusted(*row) for row in zip(*bits, strict=True)]
-        parts.append(_of_side(data, side, part))
-    return pd.concat(parts, ignore_index=True)
+        of_R = [trace.routers[r] for r in part["router"].tolist()]
+        most_bits = np.log2(np.minimum([of.experts / of.top_k for of in of_R], len(names[0])))
+        bits = zip(part["domain_mi_bits"], most_bits, part["domain_mi_null_bits"], strict=True)
+        of_side[side] = part.assign(explained_by_domain=[adjusted(*row) for row in bits])
+    return _of_both(data, of_side)
 
 
 @table(tables=MODEL_TABLES)
@@ -106,10 +213,10 @@ def spans(data: Models) -> pd.DataFrame:
     the information that a span's text carries about the first choice at its last token, with the
     spans shuffled, and beyond that as a share of the entropy of the first choice: 0 is chance, 1
     all (explained_by_text, with a 95 % interval over documents)."""
-    rows = list[dict[str, object]]()
+    rows = dict[str, list[dict[str, object]]]()
     for (side, r), explained in data.explained.items():
         low, high = jackknife_interval(explained.share, explained.share_without_G)
-        rows.append(
+        rows.setdefault(side, []).append(
             {
                 "layer": data.of_side[side].routers[r].layer,
                 "router": r,
@@ -123,10 +230,7 @@ def spans(data: Models) -> pd.DataFrame:
                 "explained_by_text_high": high,
             }
         )
-    frame = pd.DataFrame(rows)
-    sides = np.array([side for side, _ in data.explained])
-    parts = [_of_side(data, side, frame[sides == side].copy()) for side in SIDES]
-    return pd.concat(parts, ignore_index=True)
+    return _of_both(data, {side: pd.DataFrame(of) for side, of in rows.items()})
 
 
 @table(tables=MODEL_TABLES)
@@ -134,36 +238,34 @@ def vocabulary(data: Models) -> pd.DataFrame:
     """One row per trace, expert and text: the spans that choose the expert first most exclusively,
     of those that occur eight times or more in the sample; `fraction` of the span's occurrences."""
     texts = np.array([data.spans.texts[i] for i in data.texts], object)
-    parts = list[pd.DataFrame]()
+    parts = {side: list[pd.DataFrame]() for side in SIDES}
     for (side, r), explained in data.explained.items():
         counts_VE = explained.counts_VE
         occurrences_V = np.maximum(counts_VE.sum(1), 1)
         fraction_VE = counts_VE / occurrences_V[:, None]
-        order_VE = np.lexsort((-counts_VE, -fraction_VE), axis=0)
-        order_VE = order_VE[: data.top] if data.top else order_VE
+        order_VE = np.lexsort((-counts_VE, -fraction_VE), axis=0)[: data.top or None]
         v, e = order_VE.T.reshape(-1), np.repeat(np.arange(counts_VE.shape[1]), len(order_VE))
         v, e = v[counts_VE[v, e] > 0], e[counts_VE[v, e] > 0]
-        part = pd.DataFrame(
-            {
-                "layer": data.of_side[side].routers[r].layer,
-                "router": r,
-                "expert": e,
-                "text": texts[v],
-                "count": counts_VE[v, e],
-                "fraction": fraction_VE[v, e],
-                "occurrences": occurrences_V[v],
-            }
-        )
-        parts.append(_of_side(data, side, part))
+        columns = {
+            "layer": data.of_side[side].routers[r].layer,
+            "router": r,
+            "expert": e,
+            "text": texts[v],
+            "count": counts_VE[v, e],
+            "fraction": fraction_VE[v, e],
+            "occurrences": occurrences_V[v],
+        }
+        parts[side].append(pd.DataFrame(columns))
+    return _of_both(data, {side: pd.concat(of, ignore_index=True) for side, of in parts.items()})
+
+
+def _of_both(data: Models, of_side: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of both, with `trace` and the relative depth beside the names of the routers."""
+    parts = list[pd.DataFrame]()
+    for side, part in of_side.items():
+        depth = [data.depth(side, r) for r in part["router"].tolist()]
+        part = part.copy()
+        part.insert(2, "trace", side)
+        part.insert(3, "depth", depth)
+        parts.append(part.astype({"trace": "str"}))
     return pd.concat(parts, ignore_index=True)
-
-
-def _of_side(data: Models, side: str, part: pd.DataFrame) -> pd.DataFrame:
-    """`trace` and the relative depth beside the names of the routers."""
-    part.insert(2, "trace", side)
-    part.insert(3, "depth", [data.depth(side, r) for r in part["router"].tolist()])
-    return part.astype({"trace": "str"})
-
-
-def name_of(data: Models, side: str, router: int) -> str:
-    return layer_label(data.of_side[side].routers, router)

@@ -1,0 +1,497 @@
+"""The tables of two traces of decisions: how far they agree, by router, domain, phase, position,
+margin and document; which expert is chosen instead of which, and whose load changes.
+
+U units (clusters of documents), P parts of a router's decisions, E experts, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_inspect.analysis.metrics import two_traces as tt
+from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
+from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, ratio_interval
+from moe_inspect.comparison.aligning.misaligned import matched_overlaps
+from moe_inspect.comparison.aligning.rows import DECILES
+from moe_inspect.comparison.counting.counts import UNIT
+from moe_inspect.comparison.counting.values import OF_LOSSES, Sums
+from moe_inspect.comparison.decisions.data import METRICS_OF, Decisions
+from moe_inspect.comparison.result import TABLES, facts_table
+from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.registry import table
+from moe_inspect.text import ranges
+from moe_inspect.trace.schema import PHASES, Router
+
+AGREEMENT = ("set_mismatch", "overlap", "first_choice", "order", "weight_l1", "kl_nats")
+HALVES = 40  # ways of parting A's documents in two
+CONFIDENCE = 0.05
+Row = dict[str, object]
+
+
+@table(by_router=AGREEMENT, tables=TABLES)
+def agreement(data: Decisions) -> pd.DataFrame:
+    """One row per router: the share of decisions with another set of experts, the share of their
+    experts that both chose, and what is known of order and weights; with 95 % intervals over
+    documents."""
+    noise = {}
+    if data.noise is not None:
+        of_R, routers = (
+            data.noise.hits().sum(2),
+            [data.noise.router(r) for r, _ in data.noise.pairs],
+        )
+        shares = (of_R[0] / np.maximum(of_R[1], 1)).tolist()
+        noise = {_place(router): share for router, share in zip(routers, shares, strict=True)}
+    rows = list[Row]()
+    for r, _ in data.pairs:
+        listed, counts = data.router(r), data.of(r)
+        n_U, slots_U = data.decisions_UX(r).sum(1), data.slots_U(r)
+        sums = {
+            "set_mismatch": (tt.set_mismatch, counts.mismatch_UX.sum(1), n_U),
+            "overlap": (tt.overlap, slots_U - counts.missing_UX.sum(1), slots_U),
+            "first_choice": (tt.same_first_choice, n_U - counts.first_differs_U, n_U),
+            "order": (tt.same_order, n_U - counts.reordered_U, n_U),
+            "weight_l1": (tt.weight_l1, counts.l1_U / UNIT, n_U),
+        }
+        ordered, weighed = data.first_choice_known[r], data.a.has_weights and data.b.has_weights
+        known = {"first_choice": ordered, "order": ordered, "weight_l1": weighed}
+        row: Row = {"layer": listed.layer, "router": r, "decisions": int(n_U.sum())}
+        for name, of in sums.items():
+            row |= _share(data, name, *of, known=known.get(name, True))
+            if name == "overlap":
+                row["overlap_by_chance"] = listed.top_k / listed.experts
+        row["kl_nats"] = tt.kl_nats(counts.kl / UNIT, counts.logit_decisions)
+        if data.noise is not None:
+            row["noise_set_mismatch"] = noise.get(_place(listed), np.nan)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _place(router: Router) -> tuple[int, str, str]:
+    return router.layer, router.stack, router.path
+
+
+def _share(
+    data: Decisions,
+    name: str,
+    measure: Callable[[float, float], float],
+    hits_U: np.ndarray,
+    of_U: np.ndarray,
+    known: bool = True,
+) -> Row:
+    """A metric of two sums, and the ends of its interval."""
+    total = of_U.sum()
+    if not known or not total:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+    low, high = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
+    value = measure(float(hits_U.sum()), float(total))
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _by(
+    data: Decisions,
+    column: str,
+    names: Sequence[object],
+    parts: Callable[[int], Sequence[np.ndarray]],
+) -> pd.DataFrame:
+    """A row per router and part that has any decision. names: of the parts. parts: of a router,
+    int64 [U, P] each: decisions, those with another set of experts, and, where these are known,
+    assignments that the other trace did not make and slots that route nowhere in both."""
+    rows = list[Row]()
+    for r, _ in data.pairs:
+        listed = data.router(r)
+        n_UP, mismatch_UP, *more = parts(r)
+        for p in np.flatnonzero(n_UP.sum(0)).tolist():
+            n = int(n_UP[:, p].sum())
+            row: Row = {"layer": listed.layer, "router": r, column: names[p], "decisions": n}
+            row |= _share(data, "set_mismatch", tt.set_mismatch, mismatch_UP[:, p], n_UP[:, p])
+            if more:
+                missing, short = (int(of_UP[:, p].sum()) for of_UP in more)
+                size = n * listed.top_k - short
+                row["overlap"] = tt.overlap(size - missing, size)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _cells(data: Decisions, r: int) -> list[np.ndarray]:
+    """What `_by` takes, by phase and position: [U, phases, deciles]."""
+    counts = data.of(r)
+    sums = data.decisions_UX(r), counts.mismatch_UX, counts.missing_UX, counts.short_UX
+    return [of_UX.reshape(len(of_UX), len(PHASES), DECILES) for of_UX in sums]
+
+
+@table(tables=TABLES)
+def domains(data: Decisions) -> pd.DataFrame:
+    """One row per router and domain."""
+    names = data.counts.domains
+    of_UD = data.counts.domain_U[:, None] == np.arange(len(names))
+    return _by(
+        data, "domain", names, lambda r: [x.sum((1, 2))[:, None] * of_UD for x in _cells(data, r)]
+    )
+
+
+@table(tables=TABLES)
+def phases(data: Decisions) -> pd.DataFrame:
+    """One row per router and phase: prompt tokens, generated ones, those of an encoder."""
+    return _by(data, "phase", PHASES, lambda r: [x.sum(2) for x in _cells(data, r)])
+
+
+@table(tables=TABLES)
+def positions(data: Decisions) -> pd.DataFrame:
+    """One row per router and tenth of the sequence: 0 is its beginning."""
+    return _by(data, "decile", range(DECILES), lambda r: [x.sum(1) for x in _cells(data, r)])
+
+
+@table(tables=TABLES)
+def margins(data: Decisions) -> pd.DataFrame:
+    """One row per router and tenth of A's decisions by their margin, from the least decided on."""
+    known = data.margins
+    if known is None:
+        raise MoeInspectError(f"{data.why_no_margins}: no margins table")
+    frame = _by(
+        data,
+        "decile",
+        range(DECILES),
+        lambda r: (data.of(r).margin_UM, data.of(r).margin_mismatch_UM),
+    )
+    limits = {r: np.r_[-np.inf, edges, np.inf] for r, edges in known.edges.items()}
+    at = list(zip(frame["router"], frame["decile"], strict=True))
+    frame.insert(3, "margin_from", [float(limits[r][m]) for r, m in at])
+    frame.insert(4, "margin_to", [float(limits[r][m + 1]) for r, m in at])
+    return frame
+
+
+@table(by_router=("tokens_mismatch", *METRICS_OF), tables=TABLES)
+def overall(data: Decisions) -> pd.DataFrame:
+    """One row: all routers together; the differences of the losses are NaN where the traces have
+    none."""
+    counts = data.counts
+    row = {
+        "tokens": counts.tokens,
+        "tokens_mismatch": data.tokens_mismatch,
+        "decisions": data.decisions,
+        "decisions_mismatch": data.mismatched / data.decisions,
+        "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
+        "router_shift_below_floor": ratio(counts.gamma_below, counts.gamma_tokens),
+    }
+    losses: Any = data.tables["loss"]
+    for name in METRICS_OF:
+        row[name] = losses[name.removeprefix("loss_")].iloc[0] if len(losses) else np.nan
+    if data.noise is not None:
+        row["noise_tokens_mismatch"] = data.noise.tokens_mismatch
+    return pd.DataFrame([row])
+
+
+@table(tables=TABLES)
+def tokens(data: Decisions) -> pd.DataFrame:
+    """One row per number of routers: tokens whose sets differ at exactly so many, and the share
+    of those with more."""
+    layers_N = data.counts.layers_N
+    last = int(np.flatnonzero(layers_N).max(initial=0))
+    share_N = layers_N[: last + 1] / layers_N.sum()
+    return pd.DataFrame(
+        {
+            "routers": np.arange(last + 1),
+            "tokens": layers_N[: last + 1],
+            "share": share_N,
+            "share_more": np.maximum(1 - np.cumsum(share_N), 0),
+        }
+    )
+
+
+@table(tables=TABLES)
+def depth(data: Decisions) -> pd.DataFrame:
+    """One row per router: does a difference grow? The share of tokens that differ here or before,
+    that differ here first, and the share that differs here of those that did and did not before."""
+    rows, differ, stack = list[Row](), 0, ""
+    for r, _ in data.pairs:
+        counts, listed = data.of(r), data.router(r)
+        if listed.stack != stack:
+            differ, stack = 0, listed.stack
+        n = int(data.decisions_UX(r).sum())
+        differ += counts.new
+        rows.append(
+            {
+                "layer": listed.layer,
+                "router": r,
+                "set_mismatch": ratio(counts.new + counts.again, n),
+                "differ_so_far": ratio(differ, n),
+                "new": ratio(counts.new, n),
+                "again_after_difference": ratio(counts.again, counts.before),
+                "new_without_difference": ratio(counts.new, n - counts.before),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@table(tables=TABLES)
+def documents(data: Decisions) -> pd.DataFrame:
+    """One row per document with any difference, those with the largest share first."""
+    rows = data.counts.document_rows()
+    document, domain, n_tokens, decisions, mismatch = rows[rows[:, 4] > 0].T
+    frame = pd.DataFrame(
+        {
+            "document": document,
+            "domain": pd.Series([data.counts.domains[d] for d in domain], dtype="str"),
+            "tokens": n_tokens,
+            "decisions": decisions,
+            "mismatches": mismatch,
+            "set_mismatch": mismatch / np.maximum(decisions, 1),
+        }
+    )
+    frame = frame.sort_values(["set_mismatch", "document"], ascending=[False, True])
+    return frame.reset_index(drop=True).head(data.options.top or len(frame))
+
+
+SHIFTS = ("shift_layers", "shift_positions", "shift_routes", "drop_last")
+
+
+@table(tables=TABLES)
+def summary(data: Decisions) -> pd.DataFrame:
+    """One row per fact: key, value (text)."""
+    return facts_table(_facts(data), ["value"])
+
+
+def _facts(data: Decisions) -> Iterator[tuple[str, object]]:
+    alignment, options = data.alignment, data.options
+    yield from (("a", data.a.path), ("b", data.b.path))
+    if data.noise is not None:
+        yield "noise", data.noise.b.path
+    yield from (
+        ("tokens_a", alignment.a.tokens),
+        ("tokens_b", alignment.b.tokens),
+        ("tokens_compared", data.counts.tokens),
+        ("decisions_compared", data.decisions),
+        ("layers", ranges({data.router(r).layer for r, _ in data.pairs})),
+        ("aligned_by", alignment.by),
+        ("token_ids", "checked" if alignment.ids_known else "unknown, not checked"),
+        ("sequences_diverged", alignment.diverged),
+        ("tokens_after_divergence", alignment.other_ids),
+    )
+    if data.counts.shards_alike:
+        yield "shards_alike", f"{data.counts.shards_alike}: the same files, not compared row by row"
+    yield from ((name, getattr(options, name)) for name in SHIFTS if getattr(options, name))
+    for key, (of_a, of_b) in recorded_otherwise(data).items():
+        yield f"differs_{key}", f"{of_a} | {of_b}"
+
+
+# of the manifest: what makes two runs of one model differ
+RECORDED = {
+    "model": ("id", "revision", "class"),
+    "capture": ("mode", "device", "dtype", "experts_implementation", "engine", "versions"),
+    "plan": ("max_length", "batch_tokens", "special_tokens", "generate", "random_init"),
+}
+
+
+def recorded_otherwise(data: Decisions) -> dict[str, tuple[Any, Any]]:
+    """What the manifests say differently of how the two were recorded: dtype → ("float32",
+    "bfloat16")."""
+    found = dict[str, tuple[Any, Any]]()
+    for part, names in RECORDED.items():
+        of_a, of_b = (
+            ((trace.manifest.get("corpus") or {}) if part == "plan" else trace.manifest).get(part)
+            or {}
+            for trace in (data.a, data.b)
+        )
+        for name in names:
+            if of_a.get(name) != of_b.get(name):
+                found[name] = (of_a.get(name), of_b.get(name))
+    return found
+
+
+@table(tables=TABLES)
+def flips(data: Decisions) -> pd.DataFrame:
+    """One row per pair of experts: how often `other` is chosen in B where A chose `expert`, and
+    how often it would be if which expert is dropped said nothing of which is taken; the most
+    frequent of a router first."""
+    parts = list[pd.DataFrame]()
+    for r, _ in data.pairs:
+        flips_EE = data.of(r).flips_EE
+        expert, other = np.nonzero(flips_EE)
+        count = flips_EE[expert, other]
+        order = np.lexsort([other, expert, -count])[: data.options.top or None]
+        expert, other, count = expert[order], other[order], count[order]
+        expected_EE = np.outer(flips_EE.sum(1), flips_EE.sum(0)) / max(flips_EE.sum(), 1)
+        expected = expected_EE[expert, other]
+        columns = {"expert": expert, "other": other, "flips": count, "expected": expected}
+        place = {"layer": data.router(r).layer, "router": r}
+        parts.append(pd.DataFrame({**place, **columns, "lift": count / expected}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table(by_router=("load_shift",), tables=TABLES)
+def load_shift(data: Decisions) -> pd.DataFrame:
+    """One row per router: how far apart the load of the two traces is (total variation and
+    Jensen–Shannon divergence of the shares), and two halves of A's documents on average."""
+    rows, U = list[Row](), len(data.units)
+    rng = np.random.default_rng([SEED, U])
+    # random halves of the units, bool [U]; none with too few of them
+    sides = [rng.permutation(U) < U // 2 for _ in range(HALVES if U >= FEWEST_DOCUMENTS else 0)]
+    measures = {"load_shift": tt.load_shift, "jsd_bits": tt.load_shift_jsd_bits}
+    for r, _ in data.pairs:
+        load_UE, moved_UE = data.of(r).load_UE[data.units], data.of(r).moved_UE[data.units]
+        both = np.stack([load_UE.sum(0), (load_UE + moved_UE).sum(0)])
+        halves = [np.stack([load_UE[side].sum(0), load_UE[~side].sum(0)]) for side in sides]
+        row: Row = {"layer": data.router(r).layer, "router": r}
+        for name, measure in measures.items():
+            of_halves = [x for half in halves if not np.isnan(x := measure(half))]
+            # of the same files the load is not counted
+            row[name] = 0.0 if data.alike else measure(both)
+            row[f"{name}_halves"] = float(np.mean(of_halves)) if of_halves else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+MOVERS = ("layer", "router", "domain", "expert", "load_a", "load_b", "change", "low", "high")
+
+
+@table(tables=TABLES)
+def movers(data: Decisions) -> pd.DataFrame:
+    """One row per expert whose load changed by more than chance among documents explains, in all
+    domains together (`domain` is empty) or in one; the largest changes first. The intervals, over
+    documents, are widened for the number of experts that are looked at."""
+    from scipy.stats import t as student
+
+    rows = list[Row]()
+    for r, _ in data.pairs:
+        counts, layer = data.of(r), data.router(r).layer
+        tests = len(data.in_domains) * counts.E * len(data.pairs)
+        for domain, in_U in data.in_domains:
+            of_U = data.units[in_U]
+            n, moved_UE, load_E = len(of_U), counts.moved_UE[of_U], counts.load_UE[of_U].sum(0)
+            if n < FEWEST_DOCUMENTS:
+                continue
+            # the change of a sum over n documents: √n times the deviation between documents
+            error_E = np.sqrt(n) * moved_UE.std(0, ddof=1)
+            reach_E = error_E * float(student.ppf(1 - CONFIDENCE / 2 / tests, n - 1))
+            moved_E = moved_UE.sum(0)
+            for e in np.flatnonzero((np.abs(moved_E) > reach_E) & (load_E > 0)).tolist():
+                moved, load, reach = moved_E[e], load_E[e], reach_E[e]
+                change = moved / load, (moved - reach) / load, (moved + reach) / load
+                row = layer, r, domain, e, load, load + moved, *change
+                rows.append(dict(zip(MOVERS, row, strict=True)))
+    frame = pd.DataFrame(rows, columns=list(MOVERS)).astype({"domain": "str"})
+    order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order].reset_index(drop=True).head(data.options.top or len(frame))
+
+
+@table(tables=TABLES)
+def matched(data: Decisions) -> pd.DataFrame:
+    """One row per router, for two seeds of one architecture, which number their experts by chance:
+    the overlap as numbered, after B's experts were matched with A's by the tokens they share, and
+    what matching finds when B's tokens are shuffled. On a sample of tokens."""
+    columns = ["router", "tokens", "overlap", "overlap_matched", "overlap_matched_by_chance"]
+    rows = matched_overlaps((data.a, data.b), data.alignment, data.pairs)
+    frame = pd.DataFrame(list(rows), columns=columns)
+    frame.insert(0, "layer", [data.router(r).layer for r in frame["router"].tolist()])
+    return frame
+
+
+OF_PAIR = ("assignments", "reap", "mean_norm", "share")
+COLUMNS = (
+    *("layer", "router", "expert"),
+    *(f"{name}_{side}" for name in OF_PAIR for side in "ab"),
+    *(f"{name}{end}" for name in ("reap_change", "norm_change") for end in ("", "_low", "_high")),
+    *("both", "norm_difference"),
+)
+
+
+@table(tables=TABLES)
+def worth(data: Decisions) -> pd.DataFrame:
+    """One row per expert, where both traces have the norms of outputs (`--output-norms`), over the
+    tokens compared: REAP, mean norm and share (of the layer's gate weight × norm) in each, how
+    REAP and mean norm change from A to B (relative, with 95 % intervals over documents), and of
+    the assignments that both made, the mean |difference| of their norms, relative to A's."""
+    if data.why_not("worth"):
+        return pd.DataFrame(columns=list(COLUMNS))
+    parts = [_worth_of(data, r, sums) for r, sums in data.outputs.items()]
+    return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
+
+
+def _worth_of(data: Decisions, r: int, sums: Sums) -> pd.DataFrame:
+    load, norm, gated = (sums[name][:, data.units] for name in ("load", "norm", "gated"))
+    made: dict[str, Any] = {"layer": data.router(r).layer, "router": r}
+    made["expert"] = np.arange(load.shape[2])
+    for side, name in enumerate("ab"):
+        load_E = nan_for_zero(load[side].sum(0))
+        made[f"assignments_{name}"] = load[side].sum(0).astype(np.int64)
+        made[f"reap_{name}"] = gated[side].sum(0) / load_E
+        made[f"mean_norm_{name}"] = norm[side].sum(0) / load_E
+        made[f"share_{name}"] = gated[side].sum(0) / nan_for_zero(gated[side].sum())
+    for name, values in (("reap", gated), ("norm", norm)):
+        made |= _change(f"{name}_change", values, load, data.weights_RU)
+    made["both"] = sums["both"].astype(np.int64)
+    made["norm_difference"] = sums["both_change"] / nan_for_zero(sums["both_norm"])
+    return pd.DataFrame(made)
+
+
+def _change(
+    name: str, values: np.ndarray, load: np.ndarray, weights_RU: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Mean of B ÷ mean of A − 1 of each expert, and its 95 % interval over documents. values, load:
+    [2, U, E]."""
+
+    def ratio(sums: np.ndarray, of: np.ndarray) -> np.ndarray:
+        mean = sums / nan_for_zero(of)
+        return mean[1] / nan_for_zero(mean[0]) - 1
+
+    change_E = ratio(values.sum(1), load.sum(1))
+    low_E, high_E = np.full((2, len(change_E)), np.nan)
+    known_E = np.isfinite(change_E)
+    if weights_RU is not None and known_E.any():
+        values, load = (weights_RU @ x[:, :, known_E] for x in (values, load))
+        low_E[known_E], high_E[known_E] = np.nanquantile(ratio(values, load), [0.025, 0.975], 0)
+    return {name: change_E, f"{name}_low": low_E, f"{name}_high": high_E}
+
+
+ROUTES = {"": slice(None), "same": slice(0, 1), "different": slice(1, 2)}
+ENTROPY = "entropy_difference_nats"
+VALUES = (
+    *("mean_loss_nats_a", "mean_loss_nats_b"),
+    *("difference_nats", "difference_nats_low", "difference_nats_high"),
+    "absolute_difference_nats",
+    *("mean_entropy_nats_a", "mean_entropy_nats_b"),
+    *(ENTROPY, f"{ENTROPY}_low", f"{ENTROPY}_high"),
+)
+
+
+@table(tables=TABLES)
+def loss(data: Decisions) -> pd.DataFrame:
+    """Where both traces have losses (`--token-loss`), a row for the tokens of all domains (`domain`
+    is empty) and of each, of any routes (`routes` is empty), of the same experts at every router,
+    and of different ones at any: the mean loss in each trace, B's minus A's with a 95 % interval
+    over documents, and the mean of its absolute value; and the same of the entropy of the
+    prediction, how undecided the model was."""
+    rows, units = list[Row](), data.units
+    losses = {} if data.why_not("loss") else data.losses
+    for domain, in_U in data.in_domains if losses else ():
+        for routes, which in ROUTES.items():
+            sums = [losses[name][which, units].sum(0) * in_U for name in OF_LOSSES]
+            if sums[0].any():
+                rows.append({"domain": domain, "routes": routes, **_values(data, *sums)})
+    labels = {"domain": "str", "routes": "str", "tokens": "int64"}
+    frame = pd.DataFrame(rows, columns=[*labels, *VALUES])
+    return frame.astype(labels | dict.fromkeys(VALUES, "float64"))
+
+
+def _values(
+    data: Decisions,
+    tokens: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    apart: np.ndarray,
+    *entropies: np.ndarray,
+) -> Row:
+    """Of sums [U], as `loss_sums` has them."""
+    n = tokens.sum()
+    weights_RU = data.weights_RU if np.count_nonzero(tokens) >= FEWEST_DOCUMENTS else None
+
+    def both(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
+        ends = ratio_interval(b - a, tokens, weights_RU)
+        return a.sum() / n, b.sum() / n, (b - a).sum() / n, *ends
+
+    of = (*both(a, b), apart.sum() / n, *both(*entropies))
+    return {"tokens": n, **dict(zip(VALUES, of, strict=True))}
