@@ -6,7 +6,7 @@ L routers, E experts of a router, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +250,15 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
     of_router = dict(iter(tables["load"].groupby("router")))
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
+
+    def by_expert(table: Any) -> tuple[Any, list[int]]:
+        """The first `entries` rows of each expert, in the order of experts; where each begins."""
+        table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
+        flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
+        order = np.argsort(flat, kind="stable")
+        experts = np.arange(int(first[-1]) + 1)
+        return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
+
     bits = tables["specialization"]["domain_mi_bits"]
     routers = (data.trace.routers[r] for r in chosen)
     drawn: dict[str, Any] = {
@@ -279,27 +288,28 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
         if data.trace.has_weights
         else None,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
-        "words": _words(data, first, position, entries),
+        "words": _words(data, by_expert),
         "partners": None,
         "nexts": None,
     }
     if not (data.counts.counts_only or data.without_pairs):
         pairs: Any = tables["coactivation"]
-        drawn["partners"] = _pairs(pairs, "other", first, position, entries)
+        drawn["partners"] = _pairs(pairs, "other", by_expert)
         links: Any = tables["transitions"]
-        drawn["nexts"] = _pairs(links, "next_expert", first, position, entries)
+        drawn["nexts"] = _pairs(links, "next_expert", by_expert)
         next_of = links.drop_duplicates("router").set_index("router")["next_router"]
         drawn["next"] = [position.get(next_of.get(r)) for r in chosen]
     return drawn, short
 
 
-def _words(
-    data: ReportData, first: np.ndarray, position: dict[int, int], entries: int
-) -> dict[str, Any] | None:
+ByExpert = Callable[[Any], tuple[Any, list[int]]]
+
+
+def _words(data: ReportData, by_expert: ByExpert) -> dict[str, Any] | None:
     if data.counts.counts_only or not data.top:
         return None
     table = data.frame("vocabulary")
-    table, start = _by_expert(table, first, position, entries)
+    table, start = by_expert(table)
     id_of_row: np.ndarray = table["token_id"].to_numpy()
     codes, ids = pd.factorize(id_of_row)
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
@@ -316,31 +326,16 @@ def _words(
     }
 
 
-def _pairs(
-    table: Any, other: str, first: np.ndarray, position: dict[int, int], entries: int
-) -> dict[str, Any]:
+def _pairs(table: Any, other: str, by_expert: ByExpert) -> dict[str, Any]:
     """The supported partners above chance, in the order of the table, which is that of the
     evidence."""
-    table, start = _by_expert(
-        table[table["supported"] & (table["lift"] > 1)], first, position, entries
-    )
+    table, start = by_expert(table[table["supported"] & (table["lift"] > 1)])
     return {
         "start": start,
         "other": table[other].tolist(),
         "share": _thousandths(table["probability"]),
         "lift": numbers(table["lift"].round(2)),
     }
-
-
-def _by_expert(
-    table: Any, first: np.ndarray, position: dict[int, int], entries: int
-) -> tuple[Any, list[int]]:
-    """The first `entries` rows of each expert, in the order of experts, and where each begins."""
-    table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
-    flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
-    order = np.argsort(flat, kind="stable")
-    experts = np.arange(int(first[-1]) + 1)
-    return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
 
 
 def _thousandths(values: Any) -> list[int | None]:
