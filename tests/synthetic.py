@@ -93,25 +93,15 @@ def write_trace(
         part = slice(starts[b], starts[b] + batch_tokens)
         new = [int(d) for d in np.unique(document[part]) if d not in seen]
         seen.update(new)
-        writer.write(
-            RoutedBatch(
-                b,
-                token_id[part],
-                document[part],
-                document[part],
-                np.arange(len(document[part]), dtype=np.int32),
-                code_of[document[part]],
-                labels,
-                [i[part] for i in ids],
-                None if weights is None else [w[part] for w in weights],
-                None if logits is None else [x[part] for x in logits],
-                documents=[
-                    Document(d, labels[code_of[d]], "synthetic", int((document == d).sum()))
-                    for d in new
-                ],
-                phase=phases[b % len(phases)],
-            )
-        )
+        documents = [
+            Document(d, labels[code_of[d]], "synthetic", int((document == d).sum())) for d in new
+        ]
+        given = {"token_id": token_id[part], "document": document[part]}
+        given |= {"domain": code_of[document[part]], "domains": labels, "documents": documents}
+        for name, of_routers in (("weights", weights), ("logits", logits)):
+            given |= {} if of_routers is None else {name: [of[part] for of in of_routers]}
+        phase = phases[b % len(phases)]
+        writer.write(a_pass(b, [i[part] for i in ids], len(document[part]), phase=phase, **given))
     writer.close(status)
     return open_trace(root)
 

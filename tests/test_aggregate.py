@@ -60,14 +60,11 @@ def test_counts_are_those_of_counting_by_hand(tmp_path: Path):
         assert sums_DE is not None
         for d, domain in enumerate(counts.domains):
             mine = (domain_T == domain)[:, None] & there
-            assert (
-                counts.assignments_DE(r)[d].tolist()
-                == np.bincount(ids_TK[mine], minlength=E).tolist()
-            )
+            expected_E = np.bincount(ids_TK[mine], minlength=E)
+            assert counts.assignments_DE(r)[d].tolist() == expected_E.tolist()
             # the writer keeps weights to fp16 precision
-            np.testing.assert_allclose(
-                sums_DE[d], np.bincount(ids_TK[mine], given_["weights"][r][mine], E), rtol=1e-3
-            )
+            expected_E = np.bincount(ids_TK[mine], given_["weights"][r][mine], E)
+            np.testing.assert_allclose(sums_DE[d], expected_E, rtol=1e-3)
         heaviest = np.where(there, given_["weights"][r].astype(np.float16), -1).argmax(1)[:, None]
         first = np.take_along_axis(ids_TK, heaviest, 1)[there.any(1)]
         assert counts.first_choice_E(r).tolist() == np.bincount(first[:, 0], minlength=E).tolist()
@@ -125,19 +122,16 @@ def test_renumbering_experts_renumbers_the_load_and_nothing_else(tmp_path: Path)
     given_ = arguments()
     order = np.random.default_rng(1).permutation(E)
     plain = report(write_trace(tmp_path / "a", **given_)).tables
-    turned = report(
-        write_trace(
-            tmp_path / "b", **given_ | {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]}
-        )
-    ).tables
+    given_ |= {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]}
+    turned = report(write_trace(tmp_path / "b", **given_)).tables
     metrics = plain["balance"].drop(columns=["busiest_expert"])
     pd.testing.assert_frame_equal(metrics, turned["balance"].drop(columns=["busiest_expert"]))
     pd.testing.assert_frame_equal(plain["specialization"], turned["specialization"])
-    load = turned["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
-    assert (
-        load[:, order]
-        == plain["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
-    ).all()
+    before, after = (
+        of["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
+        for of in (plain, turned)
+    )
+    assert (after[:, order] == before).all()
 
 
 def test_selecting_domains_layers_and_phase(tmp_path: Path):
@@ -149,10 +143,8 @@ def test_selecting_domains_layers_and_phase(tmp_path: Path):
     keep_T = np.isin(domain_T, ["law", "code"]) & decode_T
     assert list(counts.of) == [0, 1]
     assert counts.tokens == keep_T.sum()
-    assert (
-        counts.load_E(1).tolist()
-        == np.bincount(given_["ids"][1][keep_T].reshape(-1), minlength=E).tolist()
-    )
+    expected_E = np.bincount(given_["ids"][1][keep_T].reshape(-1), minlength=E)
+    assert counts.load_E(1).tolist() == expected_E.tolist()
     assert counts.domains == ["code", "law"]
     facts = dict(report(trace, layers=4, domains="law", phase="prefill").facts())
     assert facts["layers"] == "4"
@@ -216,10 +208,8 @@ def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: P
     assert row["noise_floor_batch"] == pytest.approx(noise_floor(400, 16, 2), rel=0.05)
     assert row["max_vio_batch"] == pytest.approx(row["noise_floor_batch"], rel=0.15)
     ids[:400] = [0, 1]  # positive control: a whole batch is not left out
-    control = (
-        report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"].iloc[0]
-    )
-    assert control["max_vio_batch"] > row["max_vio_batch"] + 0.5
+    control = report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"]
+    assert control["max_vio_batch"].iloc[0] > row["max_vio_batch"] + 0.5
 
 
 def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
@@ -229,14 +219,11 @@ def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_sai
         for b, T in enumerate([200, 200, 4, 4, 4])
     ]
     made = report(write_passes(tmp_path / "t", routers(1, 8, 2), passes))
-    assert made.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
-        noise_floor(200, 8, 2), rel=0.05
-    )
     assert any("max_vio_batch covers 2 of 5 batches" in note for note in made.notes())
     decode = report(tmp_path / "t", phase="decode")
-    assert decode.tables["balance"]["noise_floor_batch"].iloc[0] == pytest.approx(
-        noise_floor(4, 8, 2), rel=0.05
-    )
+    for of, T in ((made, 200), (decode, 4)):
+        floor = of.tables["balance"]["noise_floor_batch"].iloc[0]
+        assert floor == pytest.approx(noise_floor(T, 8, 2), rel=0.05)
     assert not any("max_vio_batch" in note for note in decode.notes())
 
 
@@ -260,12 +247,8 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
     made = report(write_trace(tmp_path / "t", **given_))
     assert made.tables["vocabulary"].empty
     special = made.tables["specialization"]
-    assert (
-        special[["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]]
-        .isna()
-        .all()
-        .all()
-    )
+    unknown = ["token_mi_bits", "vocabulary_specialization", "domain_mi_given_token_bits"]
+    assert special[unknown].isna().all(axis=None)
     assert special["domain_mi_bits"].notna().all()
     assert any("no token id occurs 8 times" in note for note in made.notes())
     assert made.verdict()
@@ -310,25 +293,16 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
     balance = made.tables["balance"]
     assert balance["max_over_mean"].tolist() == [60 * 4 / 160, 1]
     assert balance["tokens"].tolist() == [80, 80]
-    assert (
-        balance[["max_over_mean_low", "max_over_mean_high", "max_vio_batch", "design_effect"]]
-        .isna()
-        .all()
-        .all()
-    )
+    unknown = ["max_over_mean_low", "max_over_mean_high", "max_vio_batch", "design_effect"]
+    assert balance[unknown].isna().all(axis=None)
     assert made.tables["load"]["assignments"].tolist() == [60, 40, 40, 20, 40, 40, 40, 40]
-    assert (
-        made.tables["domains"].groupby(["router", "domain"])["activation"].sum().tolist() == [2] * 4
-    )
+    activation = made.tables["domains"].groupby(["router", "domain"])["activation"]
+    assert activation.sum().tolist() == [2] * 4
     special = made.tables["specialization"]
     assert special["domain_mi_bits"].iloc[0] > 0
     assert special["domain_mi_bits"].iloc[1] == pytest.approx(0)
-    assert (
-        special[["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]]
-        .isna()
-        .all()
-        .all()
-    )
+    unknown = ["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]
+    assert special[unknown].isna().all(axis=None)
     assert any("counts only" in note for note in made.notes())
     assert made.verdict()
     with pytest.raises(MoeInspectError, match="counts only"):
@@ -343,11 +317,8 @@ def test_an_interval_ends_where_every_token_goes_to_the_expert(tmp_path: Path):
     rng = np.random.default_rng(1)
     ids = uniform_ids(rng, 200, 8, 2)
     ids[:150] = [0, 1]
-    row = (
-        report(write_trace(tmp_path / "t", [ids], 8, document=np.arange(200) // 25))
-        .tables["balance"]
-        .iloc[0]
-    )
+    trace = write_trace(tmp_path / "t", [ids], 8, document=np.arange(200) // 25)
+    row = report(trace).tables["balance"].iloc[0]
     assert row["max_over_mean"] < row["max_over_mean_high"] == 4
 
 
@@ -374,9 +345,8 @@ def test_damage_is_named(tmp_path: Path):
     manifest = json.loads((trace.path / "trace.json").read_text())
     manifest["routers"][0]["experts"] = 5
     edit_manifest(trace.path, **manifest)
-    with pytest.raises(
-        MoeInspectError, match="router 0 has 5 experts and an assignment to expert 7"
-    ):
+    said = "router 0 has 5 experts and an assignment to expert 7"
+    with pytest.raises(MoeInspectError, match=said):
         report(trace.path).tables["load"]
 
 
@@ -399,13 +369,9 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(
     monkeypatch.setattr(token_ids, "CELLS", 30 * 3 * 17)
     made = report(trace)
     assert any("the 30 most frequent token ids" in note for note in made.notes())
-    assert (
-        made.tables["specialization"]["domain_mi_given_token_bits"]
-        != whole["domain_mi_given_token_bits"]
-    ).all()
-    pd.testing.assert_series_equal(
-        made.tables["specialization"]["token_mi_bits"], whole["token_mi_bits"]
-    )
+    fewer, given_bits = made.tables["specialization"], "domain_mi_given_token_bits"
+    assert (fewer[given_bits] != whole[given_bits]).all()
+    pd.testing.assert_series_equal(fewer["token_mi_bits"], whole["token_mi_bits"])
 
 
 def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_behind(

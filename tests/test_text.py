@@ -25,14 +25,8 @@ SAMPLE = ROOT / "sample_traces" / "collapsed"
 
 
 def test_tokens_become_text() -> None:
-    assert as_text(["▁caf", "<0xC3>", "<0xA9>", "▁", None, "au"]) == [
-        " caf",
-        "é",
-        "",
-        " ",
-        "",
-        "au",
-    ]
+    found = as_text(["▁caf", "<0xC3>", "<0xA9>", "▁", None, "au"])
+    assert found == [" caf", "é", "", " ", "", "au"]
     assert as_text(["a<0xE2><0x82>", "<0xAC>b"]) == ["a€", "b"]
     assert as_text(["<0xFF>", "x", "<0xC3>"]) == ["�", "x", "�"]
     assert as_text([]) == []
@@ -89,15 +83,9 @@ def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
     T, rng = 900, np.random.default_rng(0)
     weight = np.float32(rng.integers(1, 5, (T, 2))) / 8  # with many ties
     written: dict[str, Any] = {"document": np.arange(T) // 100, "words": 5, "batch_tokens": 300}
-    trace = write_trace(
-        tmp_path / "t",
-        [uniform_ids(rng, T, 4, 2)],
-        4,
-        weights=[-np.sort(-weight, axis=1)],
-        shard_tokens=300,
-        token_id=rng.integers(0, 5, T),
-        **written,
-    )
+    written |= {"weights": [-np.sort(-weight, axis=1)], "shard_tokens": 300}
+    ids, token_id = [uniform_ids(rng, T, 4, 2)], rng.integers(0, 5, T)
+    trace = write_trace(tmp_path / "t", ids, 4, token_id=token_id, **written)
     assert sum(1 for _ in trace.shards) == 3
     found = trace.tokens_of(0, 2)
     assert len(found) == (trace.routing(0)[["expert_0", "expert_1"]] == 2).to_numpy().sum()
@@ -106,9 +94,8 @@ def test_the_first_of_many_shards_are_the_first_of_all(tmp_path: Path) -> None:
     assert drawn["document"].nunique() == 9
     mixed = trace.tokens_of(0, 2, sort="random")
     assert drawn["token"].tolist() == mixed["token"].tolist()[:40]
-    empty = write_trace(
-        tmp_path / "e", [np.zeros((0, 2), np.uint16)], 4, document=np.zeros(1), words=5
-    )
+    nothing = [np.zeros((0, 2), np.uint16)]
+    empty = write_trace(tmp_path / "e", nothing, 4, document=np.zeros(1), words=5)
     for ask in (lambda: empty.tokens_of(0, 2), lambda: empty.document(0)):
         with pytest.raises(MoeInspectError, match="nothing is committed"):
             ask()
