@@ -94,12 +94,8 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
             x, y = getattr(by_id, f.name), getattr(b.by_token_id[r], f.name)
             assert x is not None
             assert x.tolist() == y.tolist(), f.name
-    assert (a.domains, a.units, a.tokens, a.documents) == (
-        b.domains,
-        b.units,
-        b.tokens,
-        b.documents,
-    )
+    for name in ("domains", "units", "tokens", "documents"):
+        assert getattr(a, name) == getattr(b, name), name
     assert a.first_token_W.tolist() == b.first_token_W.tolist()
     for r, mine in a.of.items():
         for name in (f.name for f in fields(RouterCounts)):

@@ -14,18 +14,7 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import cut, plural
 from moe_inspect.trace import schema
-from moe_inspect.trace.derived.shards import (
-    COUNTED,
-    Target,
-    begin,
-    contents,
-    of_text,
-    origin,
-    random_weights,
-    same_place,
-    verified,
-    written_here,
-)
+from moe_inspect.trace.derived import shards
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import holds_samples, write_manifest
@@ -162,17 +151,17 @@ def merge(
     if len(paths) < 2:
         raise MoeInspectError("give two or more traces to merge")
     check_directory(place, overwrite, resumable=False)
-    if any(same_place(place, path) for path in paths):
+    if any(shards.same_place(place, path) for path in paths):
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
     _check_once(opened)
     vocabulary = united_vocabulary(opened)
-    found = [verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
+    found = [shards.verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
     with whole_trace(place, overwrite, "nothing was merged") as (draft, _):
         manifest = _manifest(opened, found)
-        begin(draft, manifest, vocabulary)
-        target = Target(draft, None if vocabulary is None else len(vocabulary))
+        shards.begin(draft, manifest, vocabulary)
+        target = shards.Target(draft, None if vocabulary is None else len(vocabulary))
         for trace in opened:
             target.add(trace)
         _reconcile(target, found)
@@ -193,7 +182,7 @@ def _held(trace: Trace) -> _Held:
     sample, parts = trace.manifest.get("sample"), trace.manifest.get("parts") or []
     merged = {_contents_in(part) for part in parts} if sample is None else set[str | None]()
     of = _contents_in(sample.get("of")) if isinstance(sample, dict) else None
-    return _Held(trace, {contents(trace), *merged} - {None}, of)
+    return _Held(trace, {shards.contents(trace), *merged} - {None}, of)
 
 
 def _check_once(traces: list[Trace]) -> None:
@@ -219,12 +208,12 @@ def _contents_in(stated: object) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _reconcile(target: Target, found: list[Verification]) -> None:
+def _reconcile(target: shards.Target, found: list[Verification]) -> None:
     """MoeInspectError where what was copied is not what was verified."""
     for name, copied in target.copied.items():
-        if copied != (verified := sum(getattr(part, name) for part in found)):
+        if copied != (checked := sum(getattr(part, name) for part in found)):
             raise MoeInspectError(
-                f"the traces have {verified:,} {name}, {copied:,} were merged: one was changed "
+                f"the traces have {checked:,} {name}, {copied:,} were merged: one was changed "
                 "meanwhile"
             )
 
@@ -236,19 +225,19 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
     corpora = [trace.manifest.get("corpus") or {} for trace in traces]
     columns = {k: v for trace in traces for k, v in trace.manifest.get("columns", {}).items()}
     models = [trace.manifest.get("model") or {} for trace in reversed(traces)]
-    counted = [name for name in COUNTED if all(isinstance(c.get(name), int) for c in corpora)]
+    counted = [n for n in shards.COUNTED if all(isinstance(c.get(n), int) for c in corpora)]
     return {
         "format": schema.FORMAT,
         "status": "complete" if all(p.status == "complete" for p in found) else "interrupted",
         "model": {k: v for model in models for k, v in model.items() if v is not None},
         "corpus": {
-            **_shared([of_text(corpus) for corpus in corpora]),
+            **_shared([shards.of_text(corpus) for corpus in corpora]),
             "documents": sum(part.documents for part in found),
             **{name: sum(c[name] for c in corpora) for name in counted},
             "notes": list(dict.fromkeys(note for c in corpora for note in c.get("notes") or [])),
-            "plan": random_weights(corpora[0]),
+            "plan": shards.random_weights(corpora[0]),
         },
-        "capture": written_here(_shared(captures)),
+        "capture": shards.written_here(_shared(captures)),
         "routers": [asdict(router) for router in first.routers],
         "tables": first.tables,
         "columns": columns,
@@ -278,6 +267,6 @@ def _parts(traces: list[Trace], found: list[Verification]) -> list[dict[str, Any
             k: v for k, v in trace.manifest["capture"].items() if k not in ("command", "host")
         }
         about = {"sampled": holds_samples(trace.manifest), "capture": capture}
-        listed.append({**origin(trace, part), "first_document": documents, **about})
+        listed.append({**shards.origin(trace, part), "first_document": documents, **about})
         documents += part.documents
     return listed

@@ -13,16 +13,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
-from moe_inspect.trace.derived.shards import (
-    Target,
-    begin,
-    of_text,
-    origin,
-    random_weights,
-    same_place,
-    verified,
-    written_here,
-)
+from moe_inspect.trace.derived import shards
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
@@ -76,14 +67,14 @@ def sample(
     if share is not None and not 0 < share <= 1:
         raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
     check_directory(place, overwrite, resumable=False)
-    if same_place(place, path):
+    if shards.same_place(place, path):
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
     opened = Trace(path)
     if opened.counts_only:
         raise MoeInspectError(
             f"{path} holds counts only, no documents to sample: {opened.more_than_counts}"
         )
-    found = verified(opened, path)
+    found = shards.verified(opened, path)
     listed = opened.documents()
     chosen_D = _chosen(path, listed, documents, share, seed, by_domain)
     if rest:
@@ -92,12 +83,12 @@ def sample(
         raise MoeInspectError(f"no document of {path} is left: the sample holds all of them")
     size: dict[str, Any] = {"share": share} if documents is None else {"documents": int(documents)}
     stated = {**size, "seed": int(seed), "by_domain": by_domain, "rest": rest}
-    stated["of"] = origin(opened, found)
+    stated["of"] = shards.origin(opened, found)
     with whole_trace(place, overwrite, "no sample was taken") as (draft, _):
         manifest = _manifest(opened, len(chosen_D), stated, found)
         words = opened.vocabulary_table
-        begin(draft, manifest, words if len(words) else None)
-        target = Target(draft, None)
+        shards.begin(draft, manifest, words if len(words) else None)
+        target = shards.Target(draft, None)
         target.add_documents(opened, chosen_D)
         manifest["counts"] |= {"tokens": target.copied["tokens"], "decisions": target.decisions}
         write_manifest(draft, manifest)
@@ -129,14 +120,14 @@ def _chosen(
     return np.sort(np.concatenate([np.zeros(0, np.int32), *parts]))
 
 
-def _reconcile(found: Verification, target: Target, path: Path | Remote) -> None:
+def _reconcile(found: Verification, target: shards.Target, path: Path | Remote) -> None:
     """MoeInspectError where what is in the sample is not what was copied."""
     if not found.ok:
         raise MoeInspectError(f"{path} was changed meanwhile: {found}")
     for name, copied in target.copied.items():
-        if copied != (verified := getattr(found, name)):
+        if copied != (checked := getattr(found, name)):
             raise MoeInspectError(
-                f"{path} was changed meanwhile: {copied:,} {name} were copied, {verified:,} are "
+                f"{path} was changed meanwhile: {copied:,} {name} were copied, {checked:,} are "
                 "in the sample"
             )
 
@@ -147,12 +138,12 @@ def _manifest(
     """That of the trace, but for what is of the sample."""
     own = ("digest", "vocabulary", "generation")
     manifest = {k: v for k, v in trace.manifest.items() if k not in own}
-    corpus = of_text(manifest.get("corpus") or {})
+    corpus = shards.of_text(manifest.get("corpus") or {})
     return {
         **manifest,
         "status": "complete" if found.status == "complete" else "interrupted",
-        "capture": written_here(manifest["capture"]),
-        "corpus": {**corpus, "documents": documents, "plan": random_weights(corpus)},
+        "capture": shards.written_here(manifest["capture"]),
+        "corpus": {**corpus, "documents": documents, "plan": shards.random_weights(corpus)},
         "counts": dict(manifest.get("counts") or {}),
         "sample": stated,
     }
