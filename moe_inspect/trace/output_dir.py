@@ -17,16 +17,9 @@ from moe_inspect.errors import MoeInspectError, writing
 from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
+from moe_inspect.trace.files import lock
 from moe_inspect.trace.files.atomic import draft_of, sync_directory
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import (
-    LOCK,
-    Lock,
-    drafts_of,
-    hold,
-    refuse_while_locked,
-    settle,
-)
 from moe_inspect.trace.manifest import (
     read_manifest,
     refuse_while_written,
@@ -38,13 +31,13 @@ from moe_inspect.trace.manifest import (
 OVERWRITTEN = ".overwritten.tmp"
 LIST = r"shards-\d+\.jsonl"
 PART = r"part-\d+-\d+\.parquet"
-DRAFT = drafts_of(rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}")
+DRAFT = lock.drafts_of(rf"{re.escape(schema.MANIFEST)}|{re.escape(schema.VOCABULARY)}|{LIST}")
 CHECK = ".check.tmp"  # on object storage: written and removed to see whether that can be done
 OF_A_TRACE = re.compile(
     rf"{re.escape(schema.MANIFEST)}|vocabulary(-[0-9a-f]+)?\.parquet|{LIST}|{DRAFT}"
-    rf"|{re.escape(OVERWRITTEN)}|{re.escape(LOCK)}|{re.escape(CHECK)}"
+    rf"|{re.escape(OVERWRITTEN)}|{re.escape(lock.LOCK)}|{re.escape(CHECK)}"
 )
-OF_A_TABLE = re.compile(rf"{PART}|{drafts_of(PART)}")
+OF_A_TABLE = re.compile(rf"{PART}|{lock.drafts_of(PART)}")
 TO_NAME = 3  # file names listed in a message
 
 
@@ -115,7 +108,7 @@ def contents(root: Path | Remote) -> Contents:
             table, _, part = name.rpartition("/")
             of_a_trace = OF_A_TABLE.fullmatch(part) if table else OF_A_TRACE.fullmatch(name)
             known = of_a_trace and table in ("", *schema.TABLES)
-            if name != LOCK:
+            if name != lock.LOCK:
                 (found.files if known else found.strange).append(name)
         return found
     for entry in os.scandir(root):
@@ -125,7 +118,7 @@ def contents(root: Path | Remote) -> Contents:
                 name = f"{entry.name}/{part.name}"
                 known = OF_A_TABLE.fullmatch(part.name) and part.is_file(follow_symlinks=False)
                 (found.files if known else found.strange).append(name)
-        elif entry.name != LOCK:
+        elif entry.name != lock.LOCK:
             known = OF_A_TRACE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
             (found.files if known else found.strange).append(entry.name)
     return found
@@ -141,19 +134,19 @@ def check_directory(
         with writing(path):
             _refuse_to_replace(contents(path), overwrite, resumable)
             if not locked:
-                refuse_while_locked(path)
+                lock.refuse_while_locked(path)
                 (path / CHECK).write_bytes(b"")
                 (path / CHECK).unlink()
         return
     try:
-        settle(path)
+        lock.settle(path)
         refuse_within_trace(path, a_trace=True)
         if path.exists() and not path.is_dir():
             raise MoeInspectError(f"{path} is a file: give a directory for the trace")
         if path.is_dir():
             _refuse_to_replace(contents(path), overwrite, resumable)
             if not locked:
-                refuse_while_locked(path)
+                lock.refuse_while_locked(path)
         new = [p for p in (path, *path.parents) if not p.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -168,18 +161,18 @@ def check_directory(
         raise MoeInspectError(f"cannot write {path}: {first_line(error)}") from None
 
 
-def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) -> Lock:
+def claim_directory(path: Path | Remote, overwrite: bool, shared: bool = False) -> lock.Lock:
     """Locks `path` for a new trace and removes a trace that is to be overwritten. The caller
     releases the lock."""
-    lock = hold(path, shared=shared)
+    held = lock.hold(path, shared=shared)
     try:
         # another trace may have begun there meanwhile
         check_directory(path, overwrite, locked=True)
         clear_trace(path)
     except BaseException:
-        lock.release()
+        held.release()
         raise
-    return lock
+    return held
 
 
 def clear_trace(root: Path | Remote) -> None:

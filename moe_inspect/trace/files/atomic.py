@@ -18,19 +18,8 @@ from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line
+from moe_inspect.trace.files import lock
 from moe_inspect.trace.files.location import Remote
-from moe_inspect.trace.files.lock import (
-    OPEN,
-    Lock,
-    draft_name,
-    flock,
-    followed,
-    hold,
-    is_at,
-    is_locked,
-    left_of,
-    remove_if_free,
-)
 
 
 def write_atomically(path: Path | Remote, data: bytes) -> None:
@@ -79,9 +68,9 @@ def draft_of(path: Path | Remote) -> Iterator[Path]:
     if target is None:
         yield path
         return
-    for left in left_of(target):
+    for left in lock.left_of(target):
         with suppress(OSError):
-            remove_if_free(os.open(left, OPEN), left)
+            lock.remove_if_free(os.open(left, lock.OPEN), left)
     draft, file = _new(target)
     try:
         yield draft
@@ -109,29 +98,29 @@ def draft_folder_of(
     path: Path | Remote,
     put: Callable[[Path, Path], object] = put_folder,
     remove: Callable[[Path], object] = shutil.rmtree,
-) -> Iterator[tuple[Path, Lock]]:
+) -> Iterator[tuple[Path, lock.Lock]]:
     """A folder to write to, and its lock. On success it is flushed to disk and `put` at `path`. On
     an exception it is removed; but where it is whole and cannot be put there it stays, and a
     MoeInspectError names it. A link is followed. For object storage it is a temporary folder."""
     scratch = Path(tempfile.mkdtemp(prefix="moe-inspect-")) if isinstance(path, Remote) else None
-    target = followed(path) if isinstance(path, Path) else Path(str(scratch)) / path.name
-    for left in left_of(target):
-        if left.is_dir() and not left.is_symlink() and not is_locked(left):
-            with suppress(OSError, MoeInspectError), hold(left):
+    target = lock.followed(path) if isinstance(path, Path) else Path(str(scratch)) / path.name
+    for left in lock.left_of(target):
+        if left.is_dir() and not left.is_symlink() and not lock.is_locked(left):
+            with suppress(OSError, MoeInspectError), lock.hold(left):
                 remove(left)
-    draft = draft_name(target)
+    draft = lock.draft_name(target)
     try:
         # another process may hold the lock while it checks whether this one is running
-        lock = hold(draft, wait=True)
+        held = lock.hold(draft, wait=True)
     except BaseException:
         with suppress(OSError):
             draft.rmdir()
         if scratch is not None:
             shutil.rmtree(scratch)
         raise
-    with lock:
+    with held:
         try:
-            yield draft, lock
+            yield draft, held
             for file in (draft, *draft.rglob("*")):
                 sync(file)
         except BaseException:
@@ -151,7 +140,7 @@ def draft_folder_of(
         if scratch is not None:
             shutil.rmtree(scratch)
             return
-        lock.root = target.absolute()
+        held.root = target.absolute()
 
 
 def _file_at(path: Path) -> Path | None:
@@ -173,11 +162,11 @@ def _new(target: Path) -> tuple[Path, int]:
     if old is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
     while True:
-        draft = draft_name(target)
+        draft = lock.draft_name(target)
         file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             # another process may have taken it for a left one, before it was locked
-            if flock(file, exclusive=True) is not False and is_at(file, draft):
+            if lock.flock(file, exclusive=True) is not False and lock.is_at(file, draft):
                 if old is not None:
                     with suppress(OSError):
                         os.fchown(file, old.st_uid, old.st_gid)
