@@ -58,7 +58,6 @@ IN_PLACE = {
     ("trace.writer.whole", "_put"): "sets the old trace aside",
     ("trace.writer.whole", "_write"): "an object appears whole",
     ("trace.writer.whole", "_take_back"): "an object appears whole",
-    ("interventions.ablation", "kept_losses"): "the line is the commit",
     ("interventions.pruning.checkpoint", "flush"): "in a draft",
     ("interventions.pruning.checkpoint", "_write_json"): "in a draft",
     ("exporters.esft", "esft"): "in a draft",
