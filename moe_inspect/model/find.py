@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
-from moe_inspect.model.custom.frameworks import SPECS
-from moe_inspect.model.custom.spec import RouterSpec, registered
+from moe_inspect.model.custom.spec import SPECS, RouterSpec, registered
 from moe_inspect.model.families import EXPERTS, TOP_K, TOWER, Adapter, stated_size
 from moe_inspect.model.routers import (
     Site,

@@ -15,7 +15,7 @@ pytest.importorskip("megatron.core", reason="make test-frameworks installs it")
 import torch.distributed as dist
 
 import moe_inspect
-from moe_inspect.model.custom import frameworks
+from moe_inspect.model.custom import spec as frameworks
 from tests.frameworks import ranks
 from tests.frameworks.conftest import Check, free_port
 from tests.frameworks.megatron_models import (
