@@ -16,6 +16,7 @@ from moe_inspect import MoeInspectError, intervene, open_trace, record
 from moe_inspect.interventions import rules
 from tests import families
 from tests.sweep import sample
+from tests.zoo import recorded
 
 
 def batch(seed: int = 0, rows: int = 3, length: int = 13) -> dict[str, torch.Tensor]:
@@ -32,12 +33,6 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
     return model(**inputs).logits
 
 
-def traced(model: Any, path: Path, **inputs: Any) -> moe_inspect.Trace:
-    with record(model, path, overwrite=True):
-        logits(model, **inputs)
-    return open_trace(path)
-
-
 def mismatch(a: moe_inspect.Trace, b: moe_inspect.Trace) -> float:
     return moe_inspect.compare(a, b).tables["agreement"]["set_mismatch"].max()
 
@@ -51,14 +46,14 @@ def load(trace: moe_inspect.Trace, layer: int) -> np.ndarray:
 def test_a_replayed_model_routes_as_the_trace_says(family: str, tmp_path: Path) -> None:
     model, inputs = families.build(family), batch()
     before = logits(model, **inputs)
-    trace = traced(model, tmp_path / "a", **inputs)
+    trace = recorded(model, tmp_path / "a", inputs)
     with intervene(model, replay=trace) as done:
         assert torch.equal(logits(model, **inputs), before)
     assert done.table()[["decisions", "assignments", "weights"]].to_numpy().sum() == 0
 
     other = families.build(family, seed=1)
     with intervene(other, replay=trace) as done:
-        as_recorded = traced(other, tmp_path / "b", **inputs)
+        as_recorded = recorded(other, tmp_path / "b", inputs)
     assert mismatch(trace, as_recorded) == 0
     counted = done.table()
     assert 0 < counted.weights.sum() == counted.assignments.sum(), "control: it chose otherwise"
@@ -68,7 +63,7 @@ def test_a_replayed_model_routes_as_the_trace_says(family: str, tmp_path: Path) 
     assert load(trace, layer)[busiest].all(), "control"
     with intervene(model, drop={layer: busiest}) as done:
         assert not torch.equal(logits(model, **inputs), before)
-        dropped = load(traced(model, tmp_path / "d", **inputs), layer)
+        dropped = load(recorded(model, tmp_path / "d", inputs), layer)
     assert dropped[busiest].tolist() == [0, 0]
     assert done.table().set_index("layer").how[layer] == "chose among the rest"
     assert done.table().assignments.sum() == 0, "control: no dropped expert was chosen"
@@ -113,7 +108,7 @@ def test_text_is_recognised_in_any_order_and_in_generated_steps(tmp_path: Path) 
 
 def test_a_training_step_under_replay_has_the_gradient_of_its_own_weights(tmp_path: Path) -> None:
     model, inputs = families.build("qwen3_moe"), {"input_ids": batch()["input_ids"]}
-    trace = traced(model, tmp_path / "a", **inputs)
+    trace = recorded(model, tmp_path / "a", inputs)
     router = model.get_submodule("model.layers.0.mlp.gate").weight
 
     def gradient(checkpointed: bool = False) -> torch.Tensor:
@@ -137,16 +132,16 @@ def test_a_training_step_under_replay_has_the_gradient_of_its_own_weights(tmp_pa
 
 def test_forced_experts_are_in_every_decision_and_a_shuffle_keeps_the_load(tmp_path: Path) -> None:
     model, inputs = families.build("olmoe"), batch()
-    own = load(traced(model, tmp_path / "a", **inputs), 0)
+    own = load(recorded(model, tmp_path / "a", inputs), 0)
     tokens = int(inputs["attention_mask"].sum())
     with intervene(model, force={0: [2, 5]}) as done:
-        forced = load(traced(model, tmp_path / "b", **inputs), 0)
+        forced = load(recorded(model, tmp_path / "b", inputs), 0)
     assert forced[[2, 5]].tolist() == [tokens, tokens]
     assert forced.sum() == own.sum()
     assert done.table().how.tolist() == ["forced", ""]
     before = logits(model, **inputs)
     with intervene(model, shuffle=3):
-        shuffled = traced(model, tmp_path / "c", **inputs)
+        shuffled = recorded(model, tmp_path / "c", inputs)
         one = logits(model, **inputs)
     assert (load(shuffled, 0) == own).all()
     assert not torch.equal(one, before)

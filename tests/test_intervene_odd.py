@@ -15,7 +15,8 @@ from moe_inspect import MoeInspectError, intervene, open_trace, record
 from moe_inspect.interventions import rules
 from moe_inspect.model.find import find_routers
 from tests import families, own, zoo
-from tests.test_intervene import batch, logits, traced
+from tests.test_intervene import batch, logits
+from tests.zoo import recorded
 
 SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 DROPPED = [1, 5, 10, 15]  # of 16: one in each of four groups
@@ -73,9 +74,9 @@ def test_dropping_is_what_a_model_without_these_experts_does(family: str) -> Non
 def test_fewer_experts_than_slots_have_the_whole_weight(family: str, tmp_path: Path) -> None:
     model, inputs = families.build(family), batch()
     layer = families.moe_layers(family)[-1]
-    own_sum = traced(model, tmp_path / "a", **inputs).routing(layer=layer).filter(like="weight")
+    own_sum = recorded(model, tmp_path / "a", inputs).routing(layer=layer).filter(like="weight")
     with intervene(model, drop={layer: range(7)}):
-        trace = traced(model, tmp_path / "b", **inputs)
+        trace = recorded(model, tmp_path / "b", inputs)
     table: Any = trace.routing(layer=layer)
     ids, weights = (table.filter(like=f"{name}_").to_numpy() for name in ("expert", "weight"))
     assert (weights[ids != 7] == 0).all()
@@ -108,7 +109,7 @@ def test_a_layer_that_routes_by_token_id_shares_weights_out(capsys: Any) -> None
 
 def test_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
     model, inputs = families.build("olmoe"), batch(rows=2, length=30)
-    trace = traced(model, tmp_path / "a", **inputs)
+    trace = recorded(model, tmp_path / "a", inputs)
     with intervene(model, drop={0: [0, 3], 1: 2}):
         expected = logits(model, **inputs)
     found: list[Any] = []
@@ -202,9 +203,9 @@ def test_nllb_runs_the_experts_it_is_given(tmp_path: Path) -> None:
     experts = model.get_submodule(path)
     seen: list[Any] = []
     hook = experts.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
-    trace = traced(model, tmp_path / "a", **inputs)
+    trace = recorded(model, tmp_path / "a", inputs)
     with intervene(model, force={path: [5, 6]}):
-        forced = traced(model, tmp_path / "b", **inputs)
+        forced = recorded(model, tmp_path / "b", inputs)
     with intervene(model, drop={path: 1}):
         logits(model, **inputs)
     hook.remove()

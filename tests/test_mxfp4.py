@@ -51,10 +51,8 @@ def recorded(frame: pd.DataFrame) -> list[dict[int, float]]:
     ]
 
 
-def routing(model: Any, path: Path, **options: Any) -> pd.DataFrame:
-    with moe_inspect.record(model, path, **options), torch.no_grad():
-        model(**INPUTS)
-    return moe_inspect.open_trace(path).routing()
+def routing(model: Any, path: Path) -> pd.DataFrame:
+    return zoo.recorded(model, path, INPUTS).routing()
 
 
 def test_every_decision_is_what_the_experts_were_given(
