@@ -201,7 +201,7 @@ MUTATIONS = {
     "counts: a token too few": (batches, "-(-load_DE.sum(1) // router.top_k)", "load_DE.sum(1) // router.top_k", by(test_import.test_counts_are_of_as_many_tokens_as_the_fullest_router_needs, 5, 3)),
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
     "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", "checked_ids(routed_TBK[:, r.layer - 1], r,", by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
-    "vllm: dense layers route": (responses, "if dense := dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),
+    "vllm: dense layers route": (responses, "if dense := routed.dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),
     "vllm: what was generated was fed as a prompt": (responses, "else min(max(response.prompt - start, 0), T)", "else T", by(test_import.test_positions_phases_and_documents_of_responses)),
     "vllm: padding is tokens": (responses, "kept = routed_TBK[begin : rows - end]", "kept = routed_TBK[:expected]", by(test_import_responses.test_padding_on_both_sides_is_left_out)),
     "sglang: physical experts": (sglang_tokens, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),

@@ -16,21 +16,10 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.importers import routed
 from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import importer, named
-from moe_inspect.importers.routed import (
-    NPY_MAGIC,
-    array_of_npy_file,
-    decode_sglang,
-    decode_vllm,
-    dense_blocks,
-    identical_run,
-    ids_of_npy_file,
-    recorded_runs,
-    select_routers,
-    unrouted_ends,
-)
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
@@ -66,11 +55,11 @@ class Response:
         "`document` says otherwise"
     ),
     sniff=lambda name, head: (
-        head.startswith(NPY_MAGIC) or (b'"routed_experts"' in head and NPY_BASE64 in head)
+        head.startswith(routed.NPY_MAGIC) or (b'"routed_experts"' in head and NPY_BASE64 in head)
     ),
 )
 def vllm_routed(context: ImportContext) -> Imported:
-    return read_responses(context, decode_vllm)
+    return read_responses(context, routed.decode_vllm)
 
 
 @importer(
@@ -84,7 +73,7 @@ def sglang_routed(context: ImportContext) -> Imported:
             "SGLang's routed experts do not say how many layers there are: give --model or --config"
         )
     blocks, top_k = context.facts.layers, context.known_top_k(context.facts.id)
-    return read_responses(context, partial(decode_sglang, blocks=blocks, top_k=top_k))
+    return read_responses(context, partial(routed.decode_sglang, blocks=blocks, top_k=top_k))
 
 
 def read_responses(context: ImportContext, decode: Decode) -> Imported:
@@ -104,9 +93,9 @@ def read_responses(context: ImportContext, decode: Decode) -> Imported:
         numbers, identical, forgotten = Numbering(), 0, 0
         blocks = context.facts.layers if context.facts else None
         for response in responses:
-            run = identical_run(response.routed_TBK)
+            run = routed.identical_run(response.routed_TBK)
             identical += run if run >= WARM_UP else 0
-            runs = recorded_runs(response.routed_TBK)
+            runs = routed.recorded_runs(response.routed_TBK)
             forgotten += len(response.routed_TBK) - sum(r.stop - r.start for r in runs)
             yield from _sequences(numbers, response, runs, routers, blocks)
         if forgotten:
@@ -128,7 +117,7 @@ def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
     dense."""
     where, routed_TBK = first.where, first.routed_TBK
     experts = context.known_experts(where)
-    if dense := dense_blocks(routed_TBK):
+    if dense := routed.dense_blocks(routed_TBK):
         raise MoeInspectError(
             f"{where}: all {len(routed_TBK)} tokens go to one expert in layer {dense[0]}, as a "
             "dense layer reads: give --model or --config"
@@ -214,10 +203,10 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
     """An array, which is a prompt. Its token ids may be beside it, in `NAME.token_ids.npy`, with or
     without that of the last token, which is never fed."""
     context.read(path.stat().st_size)
-    routed_TBK = array_of_npy_file(path)
+    routed_TBK = routed.array_of_npy_file(path)
     beside, rows, ids_T = path.with_suffix(".token_ids.npy"), len(routed_TBK), None
     if beside.is_file():
-        ids_T = ids_of_npy_file(beside)
+        ids_T = routed.ids_of_npy_file(beside)
         if len(ids_T) not in (rows, rows + 1):
             raise MoeInspectError(f"{beside} has {len(ids_T)} token ids, {path} {rows} tokens")
     expected = rows if ids_T is not None and len(ids_T) > rows else None
@@ -258,7 +247,7 @@ def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[
     to a batch's longest response, where the engine returns tokens − 1 rows: with zeros, −1, or the
     experts 0 to k−1. `expected`: how many rows there should be."""
     rows, K = len(routed_TBK), routed_TBK.shape[2]
-    begin, end = unrouted_ends(routed_TBK)
+    begin, end = routed.unrouted_ends(routed_TBK)
     if K == 1 and end and not routed_TBK[-1].any():
         if expected is None:
             raise MoeInspectError(
@@ -311,7 +300,7 @@ def _sequences(
     T = len(response.routed_TBK)
     cut = T if response.prompt is None else min(max(response.prompt - start, 0), T)
     token_id = None if response.fed is None else response.fed[start : start + T]
-    ids = select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
+    ids = routed.select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
     domain, name = response.named.get("domain"), response.named.get("document")
     domain = domain if isinstance(domain, str) and domain else named(response.path)
     domain = response.source.domain or domain

@@ -65,15 +65,13 @@ def _is_old(name: str, head: bytes) -> bool:
 def imatrix(context: ImportContext) -> Imported:
     files = _last(context, context.files(r".*\.(gguf|dat)(\.at_\d+)?", "imatrix.gguf"))
     found = [_read(context, path, source) for path, source in files]
-    where, layers = found[0].path, sorted({layer for f in found for layer in f.load})
-    top_k = _top_k(context, found)
-    routers = [_router(context, layer, found, top_k) for layer in layers]
+    where, routers = found[0].path, _routers(context, found)
     _warn(context, found, {r.layer: r.top_k for r in routers})
     domains = sorted({f.domain for f in found})
     load = [np.zeros((len(domains), r.experts), np.int64) for r in routers]
     energy = [np.zeros((len(domains), r.experts)) for r in routers]
     for f in found:
-        for n, layer in enumerate(layers):
+        for n, layer in enumerate(router.layer for router in routers):
             if layer not in f.load:
                 raise MoeInspectError(f"{f.path} has no counts of layer {layer}, and {where} has")
             load[n][domains.index(f.domain)] += f.load[layer]
@@ -171,25 +169,23 @@ def _energy(made: Gguf, layer: int, experts: int) -> np.ndarray | None:
     return energy_E
 
 
-def _top_k(context: ImportContext, found: list[_Matrix]) -> int | None:
-    """What the user or the config says, else the k of most layers; None: each layer's own."""
-    if context.facts is not None and context.top_k is None:
-        return None
-    votes = Counter(k for f in found for layer in f.load if (k := f.top_k(layer)) is not None)
-    if context.top_k is None and votes:
-        return votes.most_common(1)[0][0]
-    return context.known_top_k(found[0].path)
-
-
-def _router(context: ImportContext, layer: int, found: list[_Matrix], top_k: int | None) -> Router:
-    sizes = {len(f.load[layer]) for f in found if layer in f.load}
-    where = next(f.path for f in found if layer in f.load)
-    if len(sizes) > 1:
-        raise MoeInspectError(f"{where}: layer {layer} has {sorted(sizes)} experts: of one model?")
-    if top_k is None and context.facts is not None:
-        top_k = context.facts.top_k.get(layer, 1)
-    assert top_k is not None
-    return context.routers_of([layer], sizes.pop(), top_k, where)[0]
+def _routers(context: ImportContext, found: list[_Matrix]) -> list[Router]:
+    """k is what the user or the config says, else that of most layers."""
+    top_k, votes = context.top_k, Counter(f.top_k(layer) for f in found for layer in f.load)
+    del votes[None]
+    if not top_k and not context.facts:
+        top_k = votes.most_common(1)[0][0] if votes else context.known_top_k(found[0].path)
+    routers: list[Router] = []
+    for layer in sorted({layer for f in found for layer in f.load}):
+        having = [f for f in found if layer in f.load]
+        sizes, where = {len(f.load[layer]) for f in having}, having[0].path
+        if len(sizes) > 1:
+            raise MoeInspectError(
+                f"{where}: layer {layer} has {sorted(sizes)} experts: of one model?"
+            )
+        k = top_k or (context.facts.top_k.get(layer, 1) if context.facts else 1)
+        routers.append(context.routers_of([layer], sizes.pop(), k, where)[0])
+    return routers
 
 
 def _warn(context: ImportContext, found: list[_Matrix], top_k: dict[int, int]) -> None:

@@ -68,9 +68,7 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
     domains = list(dict.fromkeys(str(f.source.domain) for f in files))
     iterations = sorted({i for f in files for i in f.load})
     window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
-    load_WDLE = np.zeros((max(window_of.values()) + 1, len(domains), len(spots), E), np.int64)
-    for d, stage in _stages(files, domains, parallel):
-        _add_stage(load_WDLE[:, d], stage, spots, window_of, parallel)
+    load_WDLE = _summed(files, spots, domains, window_of, parallel)
     _halve_recomputed(context, files, spots, load_WDLE)
     decoder = [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
     total_WDL = load_WDLE[:, :, decoder].sum(3)
@@ -116,36 +114,33 @@ def _read_all(
     return files, empty
 
 
-def _stages(
-    files: list[RankCounts], domains: list[str], parallel: int
-) -> Iterator[tuple[int, list[RankCounts]]]:
-    """(domain, files) of each pipeline stage, whole groups of expert-parallel ranks."""
+def _summed(
+    files: list[RankCounts],
+    spots: list[Spot],
+    domains: list[str],
+    window_of: dict[int, int],
+    parallel: int,
+) -> np.ndarray:
+    """int64 [W, D, L, E]: the counts of all ranks, each at the experts that its rank holds. The
+    ranks of a pipeline stage make whole groups of `parallel` ones."""
+    n, row = files[0].held, {spot: r for r, spot in enumerate(spots)}
+    shape = (max(window_of.values()) + 1, len(domains), len(spots), n * parallel)
+    load_WDLE = np.zeros(shape, np.int64)
     stages: dict[tuple[str, frozenset[Spot]], list[RankCounts]] = {}
     for f in files:
         stages.setdefault((str(f.source.domain), frozenset(f.spots)), []).append(f)
     for (domain, _), stage in stages.items():
         if len(stage) % parallel:
             raise MoeInspectError(
-                f"{stage[0].path} counts {stage[0].held} of {stage[0].held * parallel} experts: "
-                f"{len(stage)} ranks do not make whole groups of {parallel}; give the files of all "
-                "ranks"
+                f"{stage[0].path} counts {n} of {n * parallel} experts: {len(stage)} ranks do not "
+                f"make whole groups of {parallel}; give the files of all ranks"
             )
-        yield domains.index(domain), stage
-
-
-def _add_stage(
-    load_WLE: np.ndarray,
-    stage: list[RankCounts],
-    spots: list[Spot],
-    window_of: dict[int, int],
-    parallel: int,
-) -> None:
-    """Adds the counts of a stage's ranks, each at the experts that its rank holds."""
-    row = {spot: r for r, spot in enumerate(spots)}
-    for number, f in enumerate(stage):
-        first, rows = number % parallel * f.held, [row[spot] for spot in f.spots]
-        for i, load_Sn in f.load.items():
-            load_WLE[window_of[i], rows, first : first + f.held] += load_Sn
+        for number, f in enumerate(stage):
+            first, rows = number % parallel * n, [row[spot] for spot in f.spots]
+            load_WLn = load_WDLE[:, domains.index(domain), :, first : first + n]
+            for i, load_Sn in f.load.items():
+                load_WLn[window_of[i], rows] += load_Sn
+    return load_WDLE
 
 
 def _halve_recomputed(

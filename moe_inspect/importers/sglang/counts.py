@@ -101,9 +101,15 @@ def _tensor_bytes(value: Any) -> int:
 
 
 def array_of(
-    value: Any, where: str, shape: Sequence[int | None], low: int, high: int
+    fields: dict[str, Any],
+    name: str,
+    where: object,
+    shape: Sequence[int | None],
+    low: int,
+    high: int,
 ) -> np.ndarray:
-    """An integer tensor of that shape (None: any), mapped."""
+    """A field that is an integer tensor of that shape (None: any), mapped."""
+    value, where = fields.get(name), f"{where}: {name}"
     found = list(getattr(value, "shape", ()))
     if (
         not hasattr(value, "numpy")
@@ -187,9 +193,7 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
         raise MoeInspectError(
             f"{files[1][0]}: a stat dump holds the sum over all ranks: import one"
         )
-    count_SBE = array_of(
-        content["logical_count"], f"{path}: logical_count", (None, None, None), 0, MOST_COUNT
-    )
+    count_SBE = array_of(content, "logical_count", path, (None, None, None), 0, MOST_COUNT)
     # so many layers and experts as one likes, of which the file need hold none
     if not count_SBE.size:
         raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
@@ -217,13 +221,25 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
     return _imported(context, load_WBE, path, source.domain or named(path), notes)
 
 
-def logical_experts(path: Path, content: dict[str, Any], experts: int | None) -> np.ndarray:
+def logical_maps(context: ImportContext, files: list[File]) -> dict[Path, np.ndarray]:
+    """The logical expert of each physical one by file, all of one shape."""
+    experts = context.known_experts("") if context.facts or context.experts else None
+    maps = {path: _logical_experts(path, content, experts) for path, _, content in files}
+    first, shape = next((path, list(map_BP.shape)) for path, map_BP in maps.items())
+    for path, map_BP in maps.items():
+        if list(map_BP.shape) != shape:
+            raise MoeInspectError(
+                f"{path}: last_physical_to_logical_map is {list(map_BP.shape)}, {shape} in {first}"
+            )
+    return maps
+
+
+def _logical_experts(path: Path, content: dict[str, Any], experts: int | None) -> np.ndarray:
     """int64 [B, P]: the logical expert of each physical one. Every logical expert occurs, so that
     the number of experts is known."""
-    where = f"{path}: last_physical_to_logical_map"
-    map_BP = array_of(
-        content.get("last_physical_to_logical_map"), where, (None, None), 0, MOST_EXPERTS - 1
-    ).astype(np.int64)
+    name, shape = "last_physical_to_logical_map", (None, None)
+    where = f"{path}: {name}"
+    map_BP = array_of(content, name, path, shape, 0, MOST_EXPERTS - 1).astype(np.int64)
     B, P = map_BP.shape
     if not 1 <= B <= MOST_LAYERS or not 1 <= P <= MOST_EXPERTS:
         raise MoeInspectError(f"{where} is of {B} layers and {P} physical experts")
@@ -238,16 +254,10 @@ def logical_experts(path: Path, content: dict[str, Any], experts: int | None) ->
     return map_BP
 
 
-def stated_experts(context: ImportContext) -> int | None:
-    return context.known_experts("") if context.facts or context.experts else None
-
-
 def per_pass(context: ImportContext, files: list[File]) -> Imported:
     """Counts of physical experts: one record per pass and rank, which holds that rank's share.
     Summed over ranks."""
-    maps = {
-        path: logical_experts(path, content, stated_experts(context)) for path, _, content in files
-    }
+    maps = logical_maps(context, files)
     passes = sorted(
         {
             integer(r.get("forward_pass_id"), f"{where}: forward_pass_id", 0, 2**62)
@@ -263,18 +273,7 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
     seen: set[tuple[int, bytes]] = set()
     alike = 0
     for where, path, _, record in records(files):
-        if maps[path].shape != (B, P):
-            raise MoeInspectError(
-                f"{path}: last_physical_to_logical_map is {list(maps[path].shape)}, [{B}, {P}] "
-                f"in {files[0][0]}"
-            )
-        count_BP = array_of(
-            record.get("global_physical_count"),
-            f"{where}: global_physical_count",
-            (B, P),
-            0,
-            MOST_COUNT,
-        )
+        count_BP = array_of(record, "global_physical_count", where, (B, P), 0, MOST_COUNT)
         key = (
             record["forward_pass_id"],
             blake2b(
@@ -286,10 +285,9 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
             continue
         seen.add(key)
         physical_BP += count_BP
-        rows = np.arange(B)[:, None]
         np.add.at(
             load_WBE[window_of[record["forward_pass_id"]]],
-            (np.broadcast_to(rows, (B, P)), maps[path]),
+            (np.broadcast_to(np.arange(B)[:, None], (B, P)), maps[path]),
             count_BP,
         )
     if alike:

@@ -22,11 +22,10 @@ from moe_inspect.importers.sglang.counts import (
     File,
     array_of,
     load,
-    logical_experts,
+    logical_maps,
     per_pass,
     records,
     stat,
-    stated_experts,
 )
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
@@ -37,18 +36,9 @@ EXTEND, DECODE, MIXED, VERIFY = 1, 2, 3, 5  # forward_mode; 4 is idle, which has
 
 
 def per_token(context: ImportContext, files: list[File]) -> Imported:
-    maps = {
-        path: logical_experts(path, content, stated_experts(context)) for path, _, content in files
-    }
-    path = files[0][0]
-    shape = maps[path].shape
-    for other, map_BP in maps.items():
-        if map_BP.shape != shape:
-            raise MoeInspectError(
-                f"{other}: last_physical_to_logical_map is {list(map_BP.shape)}, {list(shape)} "
-                f"in {path}"
-            )
-    routers = _routers_of_tokens(context, files, shape[0], int(maps[path].max()) + 1)
+    maps = logical_maps(context, files)
+    B, E = len(maps[files[0][0]]), int(maps[files[0][0]].max()) + 1
+    routers = _routers_of_tokens(context, files, B, E)
     notes = [
         (
             "which request a decoded token belongs to is not in the source: each is its own "
@@ -62,13 +52,8 @@ def _routers_of_tokens(context: ImportContext, files: list[File], B: int, E: int
     """By the config, or by the first record with tokens: there, layers without a router and slots
     beyond k are −1 throughout."""
     for where, _, _, record in records(files):
-        topk_BTK = array_of(
-            record.get("topk_ids_of_layer"),
-            f"{where}: topk_ids_of_layer",
-            (B, None, None),
-            -1,
-            MOST_EXPERTS,
-        )
+        shape = (B, None, None)
+        topk_BTK = array_of(record, "topk_ids_of_layer", where, shape, -1, MOST_EXPERTS)
         if not topk_BTK.shape[1]:
             continue
         if context.facts is not None:
@@ -80,15 +65,8 @@ def _routers_of_tokens(context: ImportContext, files: list[File], B: int, E: int
             return context.facts.routers()
         routes_B = np.any(topk_BTK >= 0, axis=(1, 2))
         k = context.top_k or int((topk_BTK >= 0).any((0, 1)).sum())
-        dense = (
-            [
-                b
-                for b in dense_blocks(topk_BTK.transpose(1, 0, 2)[:, :, :k])
-                if b in set(np.nonzero(routes_B)[0].tolist())
-            ]
-            if k > 1
-            else []
-        )
+        alike = dense_blocks(topk_BTK.transpose(1, 0, 2)[:, :, :k]) if k > 1 else []
+        dense = [b for b in alike if routes_B[b]]
         if dense:
             raise MoeInspectError(
                 f"{where}: all tokens go to one expert in layer {dense[0]}, as a dense layer "
@@ -163,9 +141,8 @@ def _pass_of(
 ) -> Pass | None:
     """The record, checked; None where it has no tokens. `shape`: that of the file's map [B, P]."""
     B, P = shape
-    physical_BTK = array_of(
-        record.get("topk_ids_of_layer"), f"{where}: topk_ids_of_layer", (B, None, None), -1, P - 1
-    )
+    topk = (B, None, None)
+    physical_BTK = array_of(record, "topk_ids_of_layer", where, topk, -1, P - 1)
     T, K = physical_BTK.shape[1:]
     if T == 0:
         return None
@@ -183,7 +160,7 @@ def _pass_of(
     lengths = (
         [1] * T
         if mode in (DECODE, VERIFY)
-        else _list(record.get("extend_seq_lens"), f"{where}: extend_seq_lens", None).tolist()
+        else _list(record, "extend_seq_lens", where, None).tolist()
     )
     if sum(lengths) != T:
         raise MoeInspectError(
@@ -196,8 +173,8 @@ def _pass_of(
         source.domain or "sglang",
         (pass_id, str(record.get("gatherer_key"))),
         mode,
-        _list(record.get("input_ids"), f"{where}: input_ids", T),
-        _list(record.get("positions"), f"{where}: positions", T),
+        _list(record, "input_ids", where, T),
+        _list(record, "positions", where, T),
         physical_BTK,
         lengths,
     )
@@ -265,11 +242,11 @@ def _requests(
         )
 
 
-def _list(value: Any, where: str, length: int | None) -> np.ndarray:
-    """int64 of a list or a tensor of numbers from 0 on."""
-    if hasattr(value, "numpy"):
-        return array_of(value, where, (length,), 0, 2**31 - 1).astype(np.int64)
-    return integers(value, where, (length,))
+def _list(record: dict[str, Any], name: str, where: str, length: int | None) -> np.ndarray:
+    """int64 of a field that is a list or a tensor of numbers from 0 on."""
+    if hasattr(record.get(name), "numpy"):
+        return array_of(record, name, where, (length,), 0, 2**31 - 1).astype(np.int64)
+    return integers(record.get(name), f"{where}: {name}", (length,))
 
 
 @importer(

@@ -79,11 +79,8 @@ class Spool:
         experts, top_k = (max(self.stated[name], default=0) for name in ("experts", "top_k"))
         most, known = (experts or self.experts or MOST_EXPERTS) - 1, self.dtype["ids"].shape[0]
         self.by_slot |= "slot" in chunk
-        self.has_weights |= "weight" in chunk or "weights" in chunk
-        if self.by_slot:
-            ids_NK = chunk.numbers("expert", -1, most)[:, None]
-        else:
-            ids_NK = chunk.lists("experts", -1, most, known)
+        end = "" if self.by_slot else "s"
+        ids_NK = chunk.lists(f"expert{end}", -1, most, known)
         K = ids_NK.shape[1]
         if not known:
             numbers = ("document", "position", "layer", "slot", "token_id", "decoded")
@@ -106,13 +103,10 @@ class Spool:
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
             rows["decoded"] = _decoded(chunk)
-        weights = (
-            chunk.lists("weights", -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
-            if "weights" in chunk
-            else chunk.numbers("weight", -MOST_WEIGHT, MOST_WEIGHT, np.nan, real=True)[:, None]
-            if "weight" in chunk
-            else np.full(ids_NK.shape, np.nan)
-        )
+        weights = np.full(ids_NK.shape, np.nan)
+        if f"weight{end}" in chunk:
+            self.has_weights = True
+            weights = chunk.lists(f"weight{end}", -MOST_WEIGHT, MOST_WEIGHT, K, real=True)
         self.weighted &= not np.isnan(weights).any()
         rows["weights"] = weights
         self.ordered &= "order" in chunk and bool(

@@ -32,7 +32,7 @@ from moe_inspect.trace.writer import CountedBatches
 MOST_CELLS = 2**27  # (layer, domain, expert), 1 GiB of sums: no model comes near
 MOST_LAYER = 2**16 - 1
 ROW = {"layer", "expert"}
-CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
+CSV = (".csv", ".tsv")
 SUMS = ("count", "first_choice", "weight_sum", "energy")
 KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
 
@@ -45,6 +45,7 @@ def _fits(name: str, file: str, head: bytes) -> bool:
         if preset.marks:
             return all(mark.encode() in head for mark in preset.marks)
         return preset.said_by(Path(file)) is not None
+    file = file.removesuffix(".gz").removesuffix(".zst")
     columns = _columns_of(file, head)
     if name == "table":
         return "layer" in columns and bool(columns & {"experts", "expert_0"})
@@ -61,7 +62,7 @@ def _columns_of(file: str, head: bytes) -> set[str]:
     if file.endswith(CSV):
         header = text.partition("\n")[0]
         return {column.strip(' "\r') for column in re.split("[,\t]", header)}
-    if not file.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")):
+    if not file.endswith((".json", ".jsonl")):
         return set()
     try:
         first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
@@ -77,16 +78,12 @@ def run(context: ImportContext, name: str) -> Imported:
     first = next(chunks, None)
     if first is None:
         raise MoeInspectError(f"{context.sources[0].path} holds no decisions or counts")
-    read = decisions if _is_decision(first) else _counts
-    return read(context, preset, chain([first], chunks))
+    is_decision = "slot" in first or ("experts" in first and "expert" not in first)
+    return (decisions if is_decision else _counts)(context, preset, chain([first], chunks))
 
 
 for name, preset in PRESETS.items():
     importer(name, preset.gives, partial(_fits, name))(partial(run, name=name))
-
-
-def _is_decision(chunk: TableChunk) -> bool:
-    return "slot" in chunk or ("experts" in chunk and "expert" not in chunk)
 
 
 def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:

@@ -15,38 +15,25 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.text import first_line, no_such
 
-COLUMNS = {
-    "layer": "the layer",
-    "router": "the router, where a layer has several",
-    "expert": "the expert, of rows that are an assignment or a count",
-    "experts": "the experts of a decision: a list, or the columns of a pattern as `expert_*`; "
-    "beside `expert`: how many there are",
-    "top_k": "how many experts each token uses",
-    "slot": "the place of an assignment in its decision, from 0",
-    "dropped": "not 0 where an assignment was dropped",
-    "weight": "the gate weight of an assignment",
-    "weights": "the gate weights of a decision",
-    "order": "scores of a decision by which its experts are in order, if they are",
-    "per_expert": "a list with a value for each expert",
-    "count": "how many assignments (also `assignments`); without it a row is one",
-    "share": "the share of the tokens that chose the expert, of `tokens` × `samples`",
-    "tokens": "see `share`",
-    "samples": "see `share`",
-    "first_choice": "how many of the assignments were first choices",
-    "weight_sum": "the sum of their gate weights (also `gate_sum`)",
-    "energy": "the sum of the squares of the expert's neurons",
-    "document": "the document: a number or a name",
-    "position": "the token's place in its document; by default the number of its row there",
-    "token_id": "the token's number in the vocabulary",
-    "token_text": "the token's text",
-    "domain": "the domain",
-    "phase": "prefill (or 0) or decode (or 1)",
-}
 ALIASES = {"assignments": "count", "gate_sum": "weight_sum"}
 # else any text
 PLACES = {"layer": r"(?<!\d)\d+", **dict.fromkeys(("router", "expert"), r"\d+")}
 PLACES |= dict.fromkeys(("experts", "top_k"), r"\d{1,6}")
 PLACE = re.compile(r"\{(\w+)(?::([^{}]*))?\}|\*")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        written: Any = yaml.load(read_small(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
+    if not isinstance(written, dict):
+        raise MoeInspectError(f"{path} has no map, of columns → where they are")
+    return {str(name): value for name, value in written.items()}
+
+
+KNOWN = _read(Path(__file__).with_name("presets.yaml"))
+COLUMNS: dict[str, str] = KNOWN.pop("columns")
 # a table with names of ours; ? may be missing
 OWN = {name: f"{name}?" for name in COLUMNS} | {
     "count": "count|assignments?",
@@ -163,26 +150,12 @@ def _from_yaml(path: Path) -> Preset:
     return Preset(**written)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        written: Any = yaml.load(read_small(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
-    if not isinstance(written, dict):
-        raise MoeInspectError(f"{path} has no map, of columns → where they are")
-    return {str(name): value for name, value in written.items()}
-
-
-PRESETS = {
-    name: Preset(**of) for name, of in _read(Path(__file__).with_name("presets.yaml")).items()
-}
-
+PRESETS = {name: Preset(**fields) for name, fields in KNOWN.items()}
 
 ANCHORS = ("count", "share", "experts", "expert")
 Row = dict[str, Any]
-Found = tuple[
-    dict[str, str], tuple[Any, ...], Any
-]  # what keys said, the objects on the way, the value
+# what keys said, the objects on the way, the value
+Found = tuple[dict[str, str], tuple[Any, ...], Any]
 
 
 def mapped_rows(of: dict[str, str], where: str, value: Any) -> list[Row]:

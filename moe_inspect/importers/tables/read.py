@@ -39,14 +39,13 @@ BAD = (pa.ArrowException, UnicodeError, OverflowError, TypeError)  # of values n
 
 @dataclass(frozen=True)
 class TableChunk:
-    """Rows of a file. table: by our columns, of any type; called: what the file calls them; names:
-    all of the file's; said: what the file's name and head say; first: the number of the first
-    row."""
+    """Rows of a file. table: by our columns, of any type; names: the file's; said: what the file's
+    name and head say; first: the number of the first row."""
 
     path: Path
     source: ImportSource
     table: pa.Table
-    called: dict[str, str]
+    preset: Preset
     names: list[str]
     said: dict[str, str]
     first: int
@@ -58,7 +57,9 @@ class TableChunk:
         return name in self.table.column_names
 
     def error(self, row: int, name: str, why: str) -> MoeInspectError:
-        return MoeInspectError(f"{self.path} row {self.first + row}: {self.called[name]} {why}")
+        places = {} if self.preset.map is OWN else self.preset.map
+        called = name if name in self.said else places.get(name, name).removesuffix("?")
+        return MoeInspectError(f"{self.path} row {self.first + row}: {called} {why}")
 
     def lacks(self, name: str) -> MoeInspectError:
         return MoeInspectError(f"{self.path} has no column {name}: it has {listed(self.names)}")
@@ -86,7 +87,8 @@ class TableChunk:
     def lists(
         self, name: str, low: float, high: float, K: int = 0, *, real: bool = False
     ) -> np.ndarray:
-        """int64 or float64 [N, K] from `low` to `high`; where a list has no value, −1 or NaN."""
+        """int64 or float64 [N, K] from `low` to `high`; where a list has no value, −1 or NaN. A
+        number is a list of one."""
         column = self.table[name].combine_chunks()
         if _is_text(column.type):  # of JSON or Python, or numbers with spaces between them
             bare = pc.replace_substring_regex(column, r"^[\s(\[]+|[\s)\],]+$", "")
@@ -94,7 +96,7 @@ class TableChunk:
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise self.error(0, name, f"is of {column.type}, not a list")
+            return self.numbers(name, low, high, np.nan if real else -1, real=real)[:, None]
         length_N = pc.list_value_length(column).fill_null(0).to_numpy(False)
         K = K or int(length_N[0])
         if (wrong_N := (length_N != K) | (length_N == 0)).any():
@@ -151,26 +153,17 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
         with uncompressed(path) as file:
             head, skipped = _head(file, preset)
             said, first = of_name | head, 0
+            beside = _constants(preset) | {n: t for n, t in said.items() if n != "domain"}
             for table, names in _tables(context, file, path, preset, skipped):
-                table = table.drop_columns(
-                    [
-                        name
-                        for name in table.column_names
-                        if preset.map.get(name, "").endswith("?")
-                        and table[name].null_count == len(table)
-                    ]
-                )
-                ours: list[str] = table.column_names
-                places = {} if preset.map is OWN else preset.map
-                called = {name: places.get(name, name).removesuffix("?") for name in ours}
-                beside = {name: text for name, text in said.items() if name != "domain"}
-                for name, text in (_constants(preset) | beside).items():
-                    if name not in table.column_names:
-                        value = pa.repeat(pa.scalar(text, pa.string()), len(table))
-                        table, called[name] = table.append_column(name, value), name
-                if not len(table):
-                    continue
-                yield TableChunk(path, source, table, called, names, said, first)
+                for name in table.column_names:  # what may be missing, and has no value
+                    optional = preset.map.get(name, "").endswith("?")
+                    if optional and table[name].null_count == len(table):
+                        table = table.drop_columns(name)
+                for name in beside.keys() - {*table.column_names}:
+                    value = pa.repeat(pa.scalar(beside[name], pa.string()), len(table))
+                    table = table.append_column(name, value)
+                if len(table):
+                    yield TableChunk(path, source, table, preset, names, said, first)
                 first += len(table)
 
 
