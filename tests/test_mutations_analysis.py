@@ -20,7 +20,6 @@ from moe_inspect.capture.corpus import plan as capture_plan
 from moe_inspect.importers import batches, esft, responses, routed
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers
-from moe_inspect.importers.megatron import passes as megatron_passes
 from moe_inspect.importers.sglang import counts as sglang_counts
 from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
@@ -208,10 +207,10 @@ MUTATIONS = {
     "sglang: physical counts": (sglang_counts, "(np.broadcast_to(rows, (B, P)), maps[path])", "(np.broadcast_to(rows, (B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
     "sglang: prompts of one token are decoded": (sglang_tokens, "return mode != EXTEND and length == 1 and", "return length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
     "sglang: in mixed passes prompts of one token are decoded": (sglang_tokens, "(mode != MIXED or self.position[start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    "sglang: a full ring is read as time": (sglang_counts, "1 if wrapped else WINDOWS", "WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
+    "sglang: a full ring is read as time": (sglang_counts, "1 if wrapped else batches.WINDOWS", "batches.WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
     "megatron: layers one too high": (megatron_layers, "from_one = [replace(f, offset=-1) for f in files]", "from_one = [replace(f, offset=0) for f in files]", by_format("megatron-pipeline")),
     "megatron: ranks by name": (megatron_layers, "sorted(files, key=lambda f: f.rank)", "sorted(files, key=lambda f: str(f.path))", by_format("megatron-pipeline")),
-    "megatron: a pass of one token is a repetition": (megatron_passes, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
+    "megatron: a pass of one token is a repetition": (megatron, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: one token of several ranks is taken once": (megatron, " and T > 1:", ":", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: tensor-parallel ranks add up": (megatron, "seen[source.domain, step].add(digest.digest())", "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
     "esft: weights of another token": (esft, "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),

@@ -18,14 +18,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
-from moe_inspect.importers.batches import (
-    MOST_COUNT,
-    Numbering,
-    batch_of_decisions,
-    batches_of_windows,
-    tokens_without_order,
-    windows_of,
-)
+from moe_inspect.importers import batches
 from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.registry import importer
 from moe_inspect.importers.responses import read_responses
@@ -153,22 +146,22 @@ def _counts(
 ) -> Iterator[CountedBatches]:
     E, row_of = routers[0].experts, {r.layer: row for row, r in enumerate(routers)}
     iterations = sorted({i for _, _, keys in opened for i in keys})
-    window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
+    window_of = dict(zip(iterations, batches.windows_of(len(iterations)), strict=True))
     load_WLE = np.zeros((max(window_of.values()) + 1, len(routers), E), np.int64)
     for path, file, keys in opened:
         for iteration, of_layer in keys.items():
             for layer, name in of_layer.items():
                 load_WLE[window_of[iteration], row_of[layer]] += _tensor(
-                    file, path, name, (E,), MOST_COUNT
+                    file, path, name, (E,), batches.MOST_COUNT
                 )
         context.read(path.stat().st_size)
-    yield from batches_of_windows(load_WLE, routers, domain)
+    yield from batches.batches_of_windows(load_WLE, routers, domain)
 
 
 def _decisions(
     context: ImportContext, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
 ) -> Iterator[RoutedBatch]:
-    numbers = Numbering()
+    numbers = batches.Numbering()
     code = numbers.domain(domain)
     iterations = {i: n for n, i in enumerate(sorted({i for _, _, keys in opened for i in keys}))}
     for path, file, keys in opened:
@@ -197,9 +190,9 @@ def _decisions(
             T = len(ids[0])
             if T == 0:
                 continue
-            yield batch_of_decisions(
+            yield batches.batch_of_decisions(
                 numbers,
-                tokens_without_order(numbers, T, document, code),
+                batches.tokens_without_order(numbers, T, document, code),
                 ids,
                 documents=documents,
                 batch=iterations[iteration],

@@ -25,26 +25,19 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, windows_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.megatron.layers import (
-    EmptyFile,
-    RankFile,
-    Spot,
-    by_rank,
-    located,
-    routers_of,
-)
+from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.writer import CountedBatches
 
 
 @dataclass(frozen=True)
-class RankCounts(RankFile):
+class RankCounts(layers.RankFile):
     """`load`: iteration → int64 [S, n], routers as in `numbered`. `once`: routers with a line whose
     microbatches are not all there twice."""
 
     load: dict[int, np.ndarray] = field(kw_only=True)
-    once: set[Spot] = field(kw_only=True)
+    once: set[layers.Spot] = field(kw_only=True)
 
     @property
     def held(self) -> int:
@@ -62,9 +55,9 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
         )
     parallel = E // n  # ranks of expert parallelism
     distinct = _distinct(context, files, parallel)
-    files = located(context, distinct, empty, by_name=True, together=parallel)
+    files = layers.located(context, distinct, empty, by_name=True, together=parallel)
     spots = sorted({spot for f in files for spot in f.spots})
-    routers = routers_of(context, spots, E, top_k, where)
+    routers = layers.routers_of(context, spots, E, top_k, where)
     domains = list(dict.fromkeys(str(f.source.domain) for f in files))
     iterations = sorted({i for f in files for i in f.load})
     window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
@@ -96,10 +89,10 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
 
 def _read_all(
     context: ImportContext, found: list[tuple[Path, ImportSource]]
-) -> tuple[list[RankCounts], list[EmptyFile]]:
+) -> tuple[list[RankCounts], list[layers.EmptyFile]]:
     """Files with counts, all of the same number of experts, and files without a line."""
     files: list[RankCounts] = []
-    empty: list[EmptyFile] = []
+    empty: list[layers.EmptyFile] = []
     for path, source in found:
         run = ImportSource(source.path, source.domain or _run_name(path))
         if counts := _read(context, path, run):
@@ -116,7 +109,7 @@ def _read_all(
 
 def _summed(
     files: list[RankCounts],
-    spots: list[Spot],
+    spots: list[layers.Spot],
     domains: list[str],
     window_of: dict[int, int],
     parallel: int,
@@ -126,7 +119,7 @@ def _summed(
     n, row = files[0].held, {spot: r for r, spot in enumerate(spots)}
     shape = (max(window_of.values()) + 1, len(domains), len(spots), n * parallel)
     load_WDLE = np.zeros(shape, np.int64)
-    stages: dict[tuple[str, frozenset[Spot]], list[RankCounts]] = {}
+    stages: dict[tuple[str, frozenset[layers.Spot]], list[RankCounts]] = {}
     for f in files:
         stages.setdefault((str(f.source.domain), frozenset(f.spots)), []).append(f)
     for (domain, _), stage in stages.items():
@@ -144,7 +137,7 @@ def _summed(
 
 
 def _halve_recomputed(
-    context: ImportContext, files: list[RankCounts], spots: list[Spot], load_WDLE: np.ndarray
+    context: ImportContext, files: list[RankCounts], spots: list[layers.Spot], load_WDLE: np.ndarray
 ) -> None:
     """Under activation recomputation experts are called again for the backward, and every count is
     written twice."""
@@ -169,8 +162,8 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     """None of a file without a line."""
     if (rank := re.fullmatch(r"\D*(\d{1,9})\.jsonl", path.name)) is None:
         raise MoeInspectError(f"{path} is not named rank<r>.jsonl: which rank is it from?")
-    lines: dict[int, dict[Spot, np.ndarray]] = {}
-    once: set[Spot] = set()
+    lines: dict[int, dict[layers.Spot, np.ndarray]] = {}
+    once: set[layers.Spot] = set()
     held: int | None = None
     for where, fields in context.json_lines(path):
         if "tpe" not in fields:
@@ -215,7 +208,7 @@ def _distinct(context: ImportContext, files: list[RankCounts], parallel: int) ->
     the files of all ranks."""
     kept: list[RankCounts] = []
     for run in dict.fromkeys(f.source.domain for f in files):
-        mine = by_rank(f for f in files if f.source.domain == run)
+        mine = layers.by_rank(f for f in files if f.source.domain == run)
         for a, b in pairwise(mine):
             if b.rank != a.rank + 1:
                 raise MoeInspectError(

@@ -1,7 +1,7 @@
 """The router trace of Megatron-Core: one JSONL file per rank with one line per router call; logits,
 if any, are in `logits_rank{r}.bin` (bfloat16).
 
-T tokens, K slots, E experts.
+The passes of a file are joined over pipeline stages. T tokens, K slots, E experts.
 
 Two parts of Megatron write it. The training hook reads the map of chosen experts: ids ascend, and
 the gate weights' order is not in them. The inference engine writes the router's own ids. They
@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,23 +36,16 @@ from moe_inspect.importers.context import ImportContext, Imported
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
     EmptyFile,
+    RankFile,
     Spot,
+    by_rank,
+    listed,
     located,
     routers_of,
 )
-from moe_inspect.importers.megatron.passes import (
-    NO_CALL,
-    File,
-    checked,
-    columns_of,
-    joined_passes,
-    logits_of,
-    logits_shape,
-    passes_of,
-    written_by_hook,
-)
 from moe_inspect.importers.registry import importer, named
-from moe_inspect.importers.values import integer, parsed_object
+from moe_inspect.importers.routed import checked_ids, repeats
+from moe_inspect.importers.values import integer, integers, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
@@ -186,3 +181,259 @@ def _batches(
             f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
             "is counted once"
         )
+
+
+SURE = 20  # different decisions in ascending order: by chance once in a million
+NO_CALL = (
+    "Megatron's tracer writes no call of a router when a capacity factor "
+    "(moe_expert_capacity_factor) drops tokens"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A line: one call of a router. `where`: file and line."""
+
+    where: str
+    fields: dict[str, Any]
+    ids_TK: np.ndarray
+
+
+Pass = dict[Spot, Call]  # in the order of its calls
+
+
+@dataclass(frozen=True)
+class File(RankFile):
+    """A file of one rank, by its first pass."""
+
+    first: Call = field(kw_only=True)
+
+
+def written_by_hook(context: ImportContext, files: list[File]) -> bool:
+    """Whether the training hook has certainly written these files. Reads only as much as it
+    needs."""
+    if any(name in f.first.fields for f in files for name in ("hs_offset", "logit_offset")):
+        return True
+    different: set[tuple[Spot, bytes]] = set()
+    for file in files:
+        for calls in passes_of(context, file.path):
+            for spot, call in calls.items():
+                if call.ids_TK.shape[1] < 2 or not _ascend(call.ids_TK):
+                    return False
+                different |= {
+                    (spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]
+                }
+                if len(different) >= SURE:
+                    return True
+    return False
+
+
+def _ascend(ids_TK: np.ndarray) -> bool:
+    return bool((ids_TK[:, 1:] > ids_TK[:, :-1]).all())
+
+
+def columns_of(files: list[File]) -> list[list[File]]:
+    """Groups of files that belong together: one of each stage, in the order of layers."""
+    stages: dict[frozenset[Spot], File] = {}  # routers → the first file that has them
+    holder: dict[Spot, File] = {}
+    for file in files:
+        if (spots := frozenset(file.spots)) in stages:
+            continue
+        if both := min(spots & holder.keys(), default=None):
+            raise MoeInspectError(
+                f"{file.path} has layer {both[2]} (from 0) and so has {holder[both].path}, but "
+                "not the same layers in all, as a pipeline stage has: are calls missing? If "
+                "each stage numbers its layers from 0, give --pipeline-stages and --model or "
+                "--config"
+            )
+        stages[spots] = file
+        holder |= dict.fromkeys(spots, file)
+    if len(stages) == 1:
+        return [[file] for file in files]
+    columns: list[list[File]] = []
+    for run in dict.fromkeys(f.source.domain for f in files):
+        mine = by_rank(f for f in files if f.source.domain == run)
+        ranks = {
+            spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
+        }
+        if len({len(stage) for stage in ranks.values()}) > 1:
+            counts = "; ".join(
+                f"{len(stage)} of {_listed(spots)}, as in {stages[spots].path}"
+                for spots, stage in ranks.items()
+            )
+            raise MoeInspectError(
+                f"pipeline stages have different numbers of ranks: {counts}: give the files of "
+                "all ranks"
+            )
+        for a, b in pairwise(stage[0] for stage in ranks.values()):
+            if a.rank > b.rank:
+                raise MoeInspectError(
+                    f"{a.path} is of rank {a.rank} with {_listed(a.spots)}, {b.path} of {b.rank} "
+                    f"with {_listed(b.spots)}: later pipeline stages have higher ranks. If each "
+                    "stage numbers its layers from 0, give --pipeline-stages and --model or "
+                    "--config"
+                )
+        columns += map(list, zip(*ranks.values(), strict=True))
+    return columns
+
+
+def _listed(spots: Iterable[Spot]) -> str:
+    layers = [layer for _, _, layer in sorted(spots)]
+    return f"layer{'s' * (len(layers) > 1)} {listed(layers)} (from 0)"
+
+
+def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
+    """The calls of each pass: a new one begins with another step or rank, or when a router is
+    called again."""
+    calls: Pass = {}
+    current: tuple[int, int] | None = None
+    for step, spot, call in context.prepared(path, _call):
+        if calls and (step != current or spot in calls):
+            yield calls
+            calls = {}
+        current = step
+        calls[spot] = call
+    if calls:
+        yield calls
+
+
+def _call(where: str, fields: dict[str, Any]) -> tuple[tuple[int, int], Spot, Call]:
+    """Step and rank, the router, and its call, of a line."""
+    if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
+        raise MoeInspectError(f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known")
+    if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
+        raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
+    step = (
+        integer(fields.get("step"), f"{where}: step"),
+        integer(fields.get("rank"), f"{where}: rank"),
+    )
+    layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
+    index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
+    ids_TK = integers(
+        fields.pop("top_indices", None), f"{where}: top_indices", (None, None), -1, MOST_EXPERTS
+    )
+    return step, (block, index if block == "mtp" else 0, layer), Call(where, fields, ids_TK)
+
+
+def _own(
+    context: ImportContext, file: File, staged: bool, left_out: Counter[str]
+) -> Iterator[Pass]:
+    """The passes of a file, by block index. All must call the same routers as the first. `staged`:
+    they will be paired with those of other stages."""
+    done: dict[Spot, set[bytes]] = {}
+    current: tuple[int, int] | None = None  # step and rank of what is done
+    for numbered in passes_of(context, file.path):
+        calls = {file.spot(spot): call for spot, call in numbered.items()}
+        first = next(iter(calls.values()))
+        step = first.fields["step"], first.fields["rank"]
+        done, current = done if step == current else {spot: set() for spot in file.spots}, step
+        here = f"{first.where}: step {step[0]} of rank {step[1]}"
+        digests = {
+            spot: blake2b(call.ids_TK.tobytes(), digest_size=16).digest()
+            for spot, call in calls.items()
+        }
+        odd = calls.keys() ^ set(file.spots)
+        # a router that is called again with the same input chooses the same; so may another single
+        # token
+        if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
+            odd or len(first.ids_TK) > 1
+        ):
+            left_out["again"] += 1
+            continue
+        if odd:
+            how = "has" if (spot := min(odd)) in calls else "lacks"
+            raise MoeInspectError(
+                f"{here} {how} layer {spot[2]} (from 0), the first pass does not agree: calls "
+                "are missing, or those of interleaved pipeline stages, which cannot be told "
+                f"apart. {NO_CALL}"
+            )
+        for spot, digest in digests.items():
+            done[spot].add(digest)
+        if staged and step[1] != file.rank:
+            raise MoeInspectError(
+                f"{here} in a file of rank {file.rank}: with pipeline stages it takes "
+                "one file per rank"
+            )
+        if list(calls) != file.spots:
+            raise MoeInspectError(
+                f"{here} calls its routers in another order than the first pass: does it mix "
+                "calls of several passes?"
+            )
+        yield calls
+
+
+def joined_passes(
+    context: ImportContext, column: list[File], left_out: Counter[str]
+) -> Iterator[Pass]:
+    """The calls of each pass at all stages, which must agree on its step and tokens."""
+    for stages in zip_longest(*(_own(context, file, len(column) > 1, left_out) for file in column)):
+        heads = [next(iter(calls.values())) if calls else None for calls in stages]
+        said = [
+            f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
+            if h
+            else "no further pass"
+            for h in heads
+        ]
+        if other := next((i for i, words in enumerate(said) if words != said[0]), None):
+            places = [
+                h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)
+            ]
+            raise MoeInspectError(
+                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both "
+                "files whole, and of one run?"
+            )
+        yield {spot: call for calls in stages for spot, call in calls.items()}
+
+
+def checked(call: Call, T: int, router: Router, first: Call) -> np.ndarray:
+    """The ids of a call as the writer takes them."""
+    where, fields, ids_TK = f"{call.where}: top_indices", call.fields, call.ids_TK
+    if integer(fields.get("num_tokens"), f"{call.where}: num_tokens") != T:
+        raise MoeInspectError(
+            f"{call.where}: num_tokens is {fields['num_tokens']}, {T} in {first.where}"
+        )
+    if integer(fields.get("topk"), f"{call.where}: topk") != router.top_k:
+        raise MoeInspectError(
+            f"{call.where}: topk is {fields['topk']}, {router.top_k} in the first pass"
+        )
+    if ids_TK.shape != (T, router.top_k) and (ids_TK.size or T):
+        raise MoeInspectError(f"{where} has shape {list(ids_TK.shape)}, not {[T, router.top_k]}")
+    load_E = np.bincount(ids_TK[ids_TK >= 0], minlength=router.experts)
+    if ids_TK.size and load_E.min() == load_E.max() and repeats(ids_TK).any():
+        raise MoeInspectError(
+            f"{where} gives every expert {load_E[0]:,} assignments and tokens the same expert "
+            "twice: the run filled experts up to their "
+            "capacity (moe_pad_expert_input_to_capacity), and Megatron's tracer then writes no "
+            "token's own experts"
+        )
+    return checked_ids(ids_TK, router, where)
+
+
+def logits_shape(where: str, call: dict[str, Any]) -> tuple[int, int]:
+    shape = integers(call.get("logit_shape"), f"{where}: logit_shape", (2,), 0, 2**26)
+    return int(shape[0]), integer(int(shape[1]), f"{where}: logit_shape", 1, MOST_EXPERTS)
+
+
+def logits_of(where: str, call: dict[str, Any], T: int, E: int) -> np.ndarray:
+    """float16 [T, E], from the sidecar. What the line declares must fit the tokens and the file
+    before anything is read."""
+    if logits_shape(where, call) != (T, E):
+        raise MoeInspectError(f"{where}: logit_shape is {call['logit_shape']}, not [{T}, {E}]")
+    offset = integer(call.get("logit_offset"), f"{where}: logit_offset", 0, 2**62)
+    size = integer(call.get("logit_bytes"), f"{where}: logit_bytes", 0, 2**62)
+    path = Path(where.rpartition(" line ")[0]).parent / f"logits_rank{call['rank']}.bin"
+    if not path.is_file():
+        raise MoeInspectError(f"{where}: its logits are not there: no {path}")
+    if size != 2 * T * E or offset + size > path.stat().st_size:
+        raise MoeInspectError(
+            f"{where}: logit_bytes is {size:,} at {offset:,}: [{T}, {E}] of bfloat16 is "
+            f"{2 * T * E:,}, {path} has {path.stat().st_size:,}"
+        )
+    bits = np.fromfile(path, "<u2", T * E, offset=offset)
+    with np.errstate(over="ignore"):
+        values_TE = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).reshape(T, E)
+    if np.isnan(values_TE).any():
+        raise MoeInspectError(
+            f"{where}: a router logit of token {int(np.isnan(values_TE).any(1).argmax())} is NaN"
+        )
+    return values_TE

@@ -15,13 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import (
-    MOST_COUNT,
-    WINDOWS,
-    batches_of_windows,
-    one_ranks_experts,
-    windows_of,
-)
+from moe_inspect.importers import batches
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.registry import named
 from moe_inspect.importers.values import integer
@@ -151,8 +145,8 @@ def _imported(
 ) -> Imported:
     routers = _routing_layers(context, load_WBE.sum(0), where)
     load_WLE = load_WBE[:, [router.layer for router in routers]]
-    batches = batches_of_windows(load_WLE, routers, domain)
-    return Imported(routers, batches, counts_only=True, notes=notes)
+    windows = batches.batches_of_windows(load_WLE, routers, domain)
+    return Imported(routers, windows, counts_only=True, notes=notes)
 
 
 def _routing_layers(context: ImportContext, load_BE: np.ndarray, where: Path) -> list[Router]:
@@ -193,13 +187,13 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
         raise MoeInspectError(
             f"{files[1][0]}: a stat dump holds the sum over all ranks: import one"
         )
-    count_SBE = array_of(content, "logical_count", path, (None, None, None), 0, MOST_COUNT)
+    count_SBE = array_of(content, "logical_count", path, (None, None, None), 0, batches.MOST_COUNT)
     # so many layers and experts as one likes, of which the file need hold none
     if not count_SBE.size:
         raise MoeInspectError(f"{path}: logical_count is {list(count_SBE.shape)}: no counts")
     last = int(np.nonzero(count_SBE.any((1, 2)))[0].max(initial=0))
     wrapped = 0 < last == len(count_SBE) - 1
-    window_S = windows_of(last + 1, 1 if wrapped else WINDOWS)
+    window_S = batches.windows_of(last + 1, 1 if wrapped else batches.WINDOWS)
     load_WBE = np.zeros((int(window_S.max()) + 1, *count_SBE.shape[1:]), np.int64)
     for s, w in enumerate(window_S):
         load_WBE[w] += count_SBE[s]
@@ -264,7 +258,7 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
             for where, _, _, r in records(files)
         }
     )
-    window_of = dict(zip(passes, windows_of(len(passes)), strict=True))
+    window_of = dict(zip(passes, batches.windows_of(len(passes)), strict=True))
     path, source, _ = files[0]
     B, P = maps[path].shape
     E = int(maps[path].max()) + 1
@@ -273,7 +267,7 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
     seen: set[tuple[int, bytes]] = set()
     alike = 0
     for where, path, _, record in records(files):
-        count_BP = array_of(record, "global_physical_count", where, (B, P), 0, MOST_COUNT)
+        count_BP = array_of(record, "global_physical_count", where, (B, P), 0, batches.MOST_COUNT)
         key = (
             record["forward_pass_id"],
             blake2b(
@@ -295,7 +289,7 @@ def per_pass(context: ImportContext, files: list[File]) -> Imported:
             f"{alike:,} records repeat one of another rank (tensor parallelism): each is "
             "counted once"
         )
-    if block := one_ranks_experts(physical_BP):
+    if block := batches.one_ranks_experts(physical_BP):
         context.warn(
             f"{files[0][0]} counts only physical experts {block[0]}-{block[1]} of {P}: one "
             "rank's own? give the files of all ranks"
