@@ -55,16 +55,8 @@ def dump(
 def config_of(root: Path, layers: int, dense: int = 0) -> Path:
     """The config of a model whose first `dense` layers have no experts."""
     path = root / f"{layers}.json"
-    path.write_text(
-        json.dumps(
-            {
-                "num_hidden_layers": layers,
-                "num_experts": E,
-                "num_experts_per_tok": K,
-                "first_k_dense_replace": dense,
-            }
-        )
-    )
+    sizes = {"num_hidden_layers": layers, "num_experts": E, "num_experts_per_tok": K}
+    path.write_text(json.dumps(sizes | {"first_k_dense_replace": dense}))
     return path
 
 
@@ -141,29 +133,14 @@ def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path)
     """1F1B: the first stage meets forward 0, forward 1, again 0, again 1; the last one forward 0,
     again 0, forward 1, again 1."""
     (_, a), (_, b) = passes_of(4, steps=1)
-    place = tmp_path / "in"
-    place.mkdir()
-    backwards = lambda ids, i, j: {j: ids[j], i: ids[i]}  # noqa: E731
-    megatron_rank(
-        place,
-        0,
-        [
-            (0, {0: a[0], 1: a[1]}),
-            (0, {0: b[0], 1: b[1]}),
-            (0, backwards(a, 0, 1)),
-            (0, backwards(b, 0, 1)),
-        ],
-    )
-    megatron_rank(
-        place,
-        1,
-        [
-            (0, {2: a[2], 3: a[3]}),
-            (0, backwards(a, 2, 3)),
-            (0, {2: b[2], 3: b[3]}),
-            (0, backwards(b, 2, 3)),
-        ],
-    )
+    (place := tmp_path / "in").mkdir()
+    for rank, order in enumerate(([a, b, a, b], [a, a, b, b])):
+        first, calls = 2 * rank, list[tuple[int, dict[int, np.ndarray]]]()
+        for n, ids in enumerate(order):
+            again = any(ids is before for before in order[:n])
+            layers = (first + 1, first) if again else (first, first + 1)  # the backward's order
+            calls.append((0, {layer: ids[layer] for layer in layers}))
+        megatron_rank(place, rank, calls)
     trace, said = taken(tmp_path, place, model=config_of(tmp_path, 4))
     for layer in range(4):
         assert np.array_equal(decisions(trace, layer), np.concatenate([a[layer], b[layer]]))
@@ -176,20 +153,12 @@ def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path)
 def test_stages_with_the_block_of_multi_token_prediction(tmp_path: Path):
     columns = [passes_of(3)]
     place = dump(tmp_path / "in", columns, [[0], [1, 2]])
-    for row in (
-        rows := [
-            json.loads(line)
-            for line in (place / "router_trace_rank1.jsonl").read_text().splitlines()
-        ]
-    ):
-        row |= {"block": "mtp", "mtp_idx": 0, "layer": 1} if row["layer"] == 3 else {}
-    lines(place / "router_trace_rank1.jsonl", rows)
+    mtp = {"block": "mtp", "mtp_idx": 0, "layer": 1}
+    last = place / "router_trace_rank1.jsonl"
+    changed(last, lambda rows: [row | (mtp if row["layer"] == 3 else {}) for row in rows])
     trace, _ = taken(tmp_path, place, experts=E)
-    assert [(r.layer, r.path) for r in trace.routers] == [
-        (0, "layers.0"),
-        (1, "layers.1"),
-        (2, "mtp.0.layers.0"),
-    ]
+    paths = ["layers.0", "layers.1", "mtp.0.layers.0"]
+    assert [(r.layer, r.path) for r in trace.routers] == [*enumerate(paths)]
     assert np.array_equal(decisions(trace, 2), whole(columns, 2))
 
 
@@ -497,19 +466,12 @@ def test_so_many_ascending_decisions_are_the_hooks(
 def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
     place = numbered(tmp_path / "in", [1, 2, 3], ascending)
     line = r"in has layers 1, 2, 3 \(from 0\), .*3\.json has experts in 0, 1, 2: "
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 3),
-        match=line + "for a run with pipeline parallelism give --pipeline-stages",
-    )
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 3),
-        pipeline_stages=1,
-        match=line + "is it the config of this model",
-    )
+    for stages, hint in (
+        (None, "for a run with pipeline parallelism give --pipeline-stages"),
+        (1, "is it the config of this model"),
+    ):
+        model = config_of(tmp_path, 3)
+        refused(tmp_path, place, model=model, pipeline_stages=stages, match=line + hint)
 
 
 def test_first_choices_are_in_the_logits(tmp_path: Path):
@@ -556,51 +518,21 @@ def test_stages_are_joined_by_rank_and_config(
 def test_stages_without_what_joins_them_are_refused(tmp_path: Path):
     """They were pooled into one stage of three layers."""
     place = dump(tmp_path / "in", [passes_of(6)], [[0, 1, 2], [3, 4, 5]], hook=True)
-    refused(tmp_path, place, match=r"there are files of 2 ranks: give --pipeline-stages \(1 if")
-    refused(
-        tmp_path,
-        place,
-        pipeline_stages=2,
-        match="--pipeline-stages 2: .* takes the model's config: give --model or --config",
-    )
-    six = config_of(tmp_path, 6)
-    refused(
-        tmp_path,
-        place,
-        model=six,
-        match=(
-            "has experts in 0, 1, 2, 3, 4, 5: for a run with pipeline parallelism give "
-            "--pipeline-stages"
+    for config, stages, line in (
+        (None, None, r"there are files of 2 ranks: give --pipeline-stages \(1 if"),
+        (None, 2, "--pipeline-stages 2: .* takes the model's config: give --model or --config"),
+        (
+            (6, 0),
+            None,
+            "3, 4, 5: for a run with pipeline parallelism give --pipeline-stages",
         ),
-    )
-    refused(
-        tmp_path,
-        place,
-        model=six,
-        pipeline_stages=3,
-        match="files of 2 ranks do not make 3 pipeline stages: give the files of all ranks",
-    )
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 7),
-        pipeline_stages=2,
-        match="2 pipeline stages have 3 . 3 layers .* has 7: .* Interleaved",
-    )
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 3),
-        pipeline_stages=2,
-        match="--pipeline-stages is 2, by their layers .* of 1",
-    )
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 8, dense=2),
-        pipeline_stages=2,
-        match="stage 0 cannot be blocks 2, 3, 4",
-    )
+        ((6, 0), 3, "files of 2 ranks do not make 3 pipeline stages: give the files of all ranks"),
+        ((7, 0), 2, "2 pipeline stages have 3 . 3 layers .* has 7: .* Interleaved"),
+        ((3, 0), 2, "--pipeline-stages is 2, by their layers .* of 1"),
+        ((8, 2), 2, "stage 0 cannot be blocks 2, 3, 4"),
+    ):
+        model = {"model": config_of(tmp_path, *config)} if config else {}
+        refused(tmp_path, place, pipeline_stages=stages, match=line, **model)
     pooled = taken(tmp_path / "x", place, pipeline_stages=1)[0]
     assert ([r.layer for r in pooled.routers], pooled.n_tokens) == ([0, 1, 2], 48)
 
@@ -641,15 +573,8 @@ def test_pipeline_stages_of_another_format_are_refused(tmp_path: Path):
 
 def test_the_command_takes_pipeline_stages(cli_here: Cli, tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4)], [[0, 1], [2, 3]], hook=True)
-    command = (
-        "import",
-        "megatron",
-        place,
-        "-o",
-        tmp_path / "t",
-        "--config",
-        config_of(tmp_path, 4),
-    )
+    config = config_of(tmp_path, 4)
+    command = ("import", "megatron", place, "-o", tmp_path / "t", "--config", config)
     assert "give --pipeline-stages" in cli_here(*command, check=1).stderr
     cli_here(*command, "--pipeline-stages", 2)
     assert len(Trace(tmp_path / "t").routers) == 4
@@ -713,22 +638,8 @@ def test_a_capacity_factor_is_named_where_calls_are_missing(tmp_path: Path):
 def test_experts_filled_up_to_their_capacity_are_refused(tmp_path: Path):
     """The hook reshapes the map's true entries to [T, K], though tokens have more or fewer than
     K."""
-    ids = np.array(
-        [
-            [0, 1],
-            [2, 3],
-            [0, 0],
-            [1, 2],
-            [4, 5],
-            [6, 7],
-            [3, 4],
-            [5, 6],
-            [7, 1],
-            [2, 3],
-            [4, 5],
-            [6, 7],
-        ]
-    )
+    pairs = "01 23 00 12 45 67 34 56 71 23 45 67"
+    ids = np.array([[int(e) for e in pair] for pair in pairs.split()])
     refused(
         tmp_path,
         numbered(tmp_path / "in", [1], lambda n: ids),
@@ -767,12 +678,13 @@ def tpe_of(
     }
 
 
-def load_of(*runs: dict[int, dict[int, np.ndarray]], layer: int) -> list[int]:
-    return (
-        np.concatenate([of_layer[layer] for run in runs for of_layer in run.values()])
-        .sum(0)
-        .tolist()
-    )
+def counted_as(trace: Trace, *runs: dict[int, dict[int, np.ndarray]], first: int = 0) -> bool:
+    """Whether the trace has the load of the runs at each layer from `first` on."""
+    expected = [
+        np.concatenate([of_layer[layer] for run in runs for of_layer in run.values()]).sum(0)
+        for layer in range(first, first + len(trace.routers))
+    ]
+    return np.array_equal(loads(trace), expected)
 
 
 def test_counts_of_expert_parallel_ranks_are_joined_and_data_parallel_ones_added(tmp_path: Path):
@@ -785,9 +697,7 @@ def test_counts_of_expert_parallel_ranks_are_joined_and_data_parallel_ones_added
     trace, said = taken(tmp_path, tmp_path / "runs", top_k=K, pipeline_stages=1)
     assert said == []
     assert [r.layer for r in trace.routers] == [0, 1]
-    assert [load.tolist() for load in loads(trace)] == [
-        load_of(*runs, layer=layer) for layer in range(2)
-    ]
+    assert counted_as(trace, *runs)
     assert set(trace.counts()["domain"]) == {"runs"}
     assert trace.n_tokens == 2 * 2 * 3 * 100 // K
 
@@ -796,10 +706,8 @@ def test_one_group_of_expert_parallel_ranks_needs_no_word_of_stages(tmp_path: Pa
     run = tpe_of(0)
     megatron_tpe(tmp_path / "in", dict(enumerate(parallel(run, 4))))
     trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
-    assert (said, [load.tolist() for load in loads(trace)]) == (
-        [],
-        [load_of(run, layer=layer) for layer in range(2)],
-    )
+    assert said == []
+    assert counted_as(trace, run)
 
 
 def test_counts_of_expert_tensor_parallel_ranks_are_taken_once(tmp_path: Path):
@@ -811,9 +719,7 @@ def test_counts_of_expert_tensor_parallel_ranks_are_taken_once(tmp_path: Path):
     trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
     assert len(said) == 1
     assert "2 ranks in a row count alike (expert tensor parallelism)" in said[0]
-    assert [load.tolist() for load in loads(trace)] == [
-        load_of(run, layer=layer) for layer in range(2)
-    ]
+    assert counted_as(trace, run)
 
 
 def test_counts_of_pipeline_stages_are_joined(tmp_path: Path):
@@ -830,9 +736,7 @@ def test_counts_of_pipeline_stages_are_joined(tmp_path: Path):
         tmp_path, tmp_path / "in", model=config_of(tmp_path, 5, dense=1), pipeline_stages=2
     )
     assert [r.layer for r in trace.routers] == [1, 2, 3, 4]
-    assert [load.tolist() for load in loads(trace)] == [
-        load_of(run, layer=layer) for layer in (1, 2, 3, 4)
-    ]
+    assert counted_as(trace, run, first=1)
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [0]])
@@ -852,9 +756,7 @@ def test_recomputed_counts_are_halved(layers: list[int], tmp_path: Path):
         f"every count of {len(layers)} of 2 layers is there twice (activations recomputed)"
         in said[0]
     )
-    assert [load.tolist() for load in loads(trace)] == [
-        load_of(run, layer=layer) for layer in range(2)
-    ]
+    assert counted_as(trace, run)
 
 
 def test_dropped_or_padded_tokens_are_told(tmp_path: Path):
@@ -996,11 +898,8 @@ def test_real_files_that_cannot_say_are_refused(name: str, line: str, tmp_path: 
 @needs_megatron
 def test_real_counts_of_one_rank(tmp_path: Path):
     trace, said = taken(tmp_path, MEGATRON / "tpe", experts=2, top_k=1)
-    assert (said, [r.layer for r in trace.routers], loads(trace)[0].tolist()) == (
-        [],
-        [3],
-        [224, 144],
-    )
+    assert (said, [r.layer for r in trace.routers]) == ([], [3])
+    assert loads(trace)[0].tolist() == [224, 144]
     refused(
         tmp_path / "x",
         MEGATRON / "tpe",
