@@ -69,7 +69,7 @@ def _link(source: str) -> str:
 
 def importers() -> str:
     """A row per format that `import` reads."""
-    from moe_inspect.importers.registry import formats
+    from moe_inspect.importers.context import formats
 
     head = "| format | reads | gives |\n|---|---|---|"
     return "\n".join(

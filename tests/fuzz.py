@@ -149,7 +149,7 @@ def main() -> None:
     with atheris.instrument_imports(
         include=["moe_inspect.importers", "moe_inspect.model", "moe_inspect.trace"]
     ):
-        from moe_inspect.importers.registry import formats
+        from moe_inspect.importers.context import formats
 
         formats()
         importlib.import_module("moe_inspect.model.gguf")

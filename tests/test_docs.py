@@ -14,7 +14,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics.registry import listing
-from moe_inspect.importers.registry import formats
+from moe_inspect.importers.context import formats
 from tests.conftest import ROOT
 
 pytest.importorskip("sphinx", reason="the extra docs")

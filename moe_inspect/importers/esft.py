@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
-from moe_inspect.importers.context import ImportContext, Imported
-from moe_inspect.importers.registry import importer
+from moe_inspect.importers.context import ImportContext, Imported, importer
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch

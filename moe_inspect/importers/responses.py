@@ -18,8 +18,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import routed
 from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
 from moe_inspect.importers.values import integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch

@@ -19,8 +19,7 @@ import numpy as np
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
 from moe_inspect.importers import batches
-from moe_inspect.importers.context import ImportContext, Imported
-from moe_inspect.importers.registry import importer
+from moe_inspect.importers.context import ImportContext, Imported, importer
 from moe_inspect.importers.responses import read_responses
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, decode_tensorrt, decode_vllm
 from moe_inspect.importers.values import integer, parsed_object

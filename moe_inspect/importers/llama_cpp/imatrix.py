@@ -18,8 +18,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
 from moe_inspect.model.config import MOST_LAYERS
 from moe_inspect.model.gguf import MAGIC, Gguf, read_gguf
 from moe_inspect.text import plural, ranges

@@ -16,8 +16,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, batch_of_decisions, tokens_without_order
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.text import plural

@@ -32,7 +32,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, batch_of_decisions, tokens_without_order
-from moe_inspect.importers.context import ImportContext, Imported
+from moe_inspect.importers.context import ImportContext, Imported, importer, named
 from moe_inspect.importers.megatron.counts import tokens_per_expert
 from moe_inspect.importers.megatron.layers import (
     EmptyFile,
@@ -43,7 +43,6 @@ from moe_inspect.importers.megatron.layers import (
     located,
     routers_of,
 )
-from moe_inspect.importers.registry import importer, named
 from moe_inspect.importers.routed import checked_ids, repeats
 from moe_inspect.importers.values import integer, integers, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS

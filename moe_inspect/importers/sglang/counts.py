@@ -16,8 +16,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import batches
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.registry import named
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, named
 from moe_inspect.importers.values import integer
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.text import first_line

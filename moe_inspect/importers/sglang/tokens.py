@@ -15,8 +15,7 @@ import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
-from moe_inspect.importers.context import ImportContext, Imported, ImportSource
-from moe_inspect.importers.registry import importer
+from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, dense_blocks
 from moe_inspect.importers.sglang.counts import (
     File,

@@ -20,8 +20,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import NO_ID, Numbering, Tokens, batch_of_decisions
-from moe_inspect.importers.context import ImportContext, Imported
-from moe_inspect.importers.registry import named
+from moe_inspect.importers.context import ImportContext, Imported, named
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.importers.tables.presets import Preset
 from moe_inspect.importers.tables.read import TableChunk

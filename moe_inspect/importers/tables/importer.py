@@ -18,8 +18,7 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import MOST_COUNT, MOST_DOMAINS, batch_of_counts
-from moe_inspect.importers.context import ImportContext, Imported
-from moe_inspect.importers.registry import importer, named
+from moe_inspect.importers.context import ImportContext, Imported, importer, named
 from moe_inspect.importers.tables.decisions import decisions
 from moe_inspect.importers.tables.presets import COLUMNS, OWN, PRESETS, Preset
 from moe_inspect.importers.tables.read import TableChunk, chunks_of

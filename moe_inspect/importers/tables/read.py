@@ -25,8 +25,7 @@ import pyarrow.parquet as pq
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line
-from moe_inspect.importers.context import ImportContext, ImportSource
-from moe_inspect.importers.registry import CODECS
+from moe_inspect.importers.context import CODECS, ImportContext, ImportSource
 from moe_inspect.importers.tables.presets import OWN, Preset, Row, mapped_rows, pattern
 from moe_inspect.text import first_line
 
