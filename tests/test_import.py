@@ -235,30 +235,20 @@ def test_a_table_of_texts_is_not_taken_for_counts(tmp_path: Path):
 def test_auto_knows_counts_in_every_form(form: str, tmp_path: Path):
     n = 70_000 if form.startswith("long") else 4
     table = pd.DataFrame({"layer": 0, "expert": np.arange(n) % 4, "count": 1})
-    path = tmp_path / {"parquet": "c.parquet", "long parquet": "c.parquet", "csv": "c.csv"}.get(
-        form, "c.json"
-    )
-    if path.suffix == ".parquet":
+    kind = form.split()[-1] if form.split()[-1] in ("parquet", "csv") else "json"
+    path = tmp_path / f"c.{kind}"
+    text = {
+        "csv": "\ufeff" + table.rename(columns={"count": "assignments"}).to_csv(index=False),
+        "list": table[:4].to_json(orient="records"),
+        "lines": table[:4].to_json(orient="records", lines=True),
+    }
+    columns = {name: of.tolist() for name, of in table[:4].items()}
+    text["columns"] = json.dumps(columns)
+    text["long columns"] = json.dumps(columns | {"domain": ["a" * n] * 4})
+    if kind == "parquet":
         table.assign(note=[f"note {i}" for i in range(n)]).to_parquet(path, compression="none")
-    elif form == "csv":
-        path.write_text(
-            "\ufeff" + table.rename(columns={"count": "assignments"}).to_csv(index=False)
-        )
-    elif form in ("list", "lines"):
-        path.write_text(table.to_json(orient="records", lines=form == "lines"))
     else:
-        path.write_text(
-            json.dumps(
-                {"layer": [0, 0], "expert": [0, 1], "count": [n, n]}
-                if form == "columns"
-                else {
-                    "layer": [0] * 8,
-                    "expert": [*range(4)] * 2,
-                    "count": [1] * 8,
-                    "domain": ["a" * n] * 8,
-                }
-            )
-        )
+        path.write_text(text[form])
     said: list[str] = []
     import_trace("auto", [path], tmp_path / "t", top_k=1, warn=said.append)
     assert said[0].startswith("recognised as counts")

@@ -102,7 +102,8 @@ def array_of(
     high: int,
 ) -> np.ndarray:
     """A field that is an integer tensor of that shape (None: any), mapped."""
-    value, where = fields.get(name), f"{where}: {name}"
+    value: Any = fields.get(name)
+    where = f"{where}: {name}"
     found = list(getattr(value, "shape", ()))
     if (
         not hasattr(value, "numpy")
