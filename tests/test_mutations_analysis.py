@@ -204,7 +204,7 @@ MUTATIONS = {
     "vllm: what was generated was fed as a prompt": (responses, "else min(max(response.prompt - start, 0), T)", "else T", by(test_import.test_positions_phases_and_documents_of_responses)),
     "vllm: padding is tokens": (responses, "kept = routed_TBK[begin : rows - end]", "kept = routed_TBK[:expected]", by(test_import_responses.test_padding_on_both_sides_is_left_out)),
     "sglang: physical experts": (sglang_tokens, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
-    "sglang: physical counts": (sglang_counts, "(np.broadcast_to(rows, (B, P)), maps[path])", "(np.broadcast_to(rows, (B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
+    "sglang: physical counts": (sglang_counts, "(B, P)), maps[path])", "(B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
     "sglang: prompts of one token are decoded": (sglang_tokens, "return mode != EXTEND and length == 1 and", "return length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
     "sglang: in mixed passes prompts of one token are decoded": (sglang_tokens, "(mode != MIXED or self.position[start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
     "sglang: a full ring is read as time": (sglang_counts, "1 if wrapped else batches.WINDOWS", "batches.WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),

@@ -200,6 +200,7 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
     context.read(path.stat().st_size)
     rate = content.get("average_utilization_rate_over_window")
     notes = [f"average_utilization_rate_over_window {rate}"] if isinstance(rate, float) else []
+    imported = _imported(context, load_WBE, path, source.domain or named(path), notes)
     if wrapped:
         context.warn(
             f"{path}: all {len(count_SBE):,} rows of logical_count are filled. The recorder "
@@ -208,11 +209,11 @@ def stat(context: ImportContext, files: list[File]) -> Imported:
             "passes may be lost, and the order of the rows "
             "is not read as time"
         )
-        notes.append(
+        imported.notes.append(
             "logical_count is full: earlier passes may be lost; the order of its rows is not "
             "that of the passes, so it is one window"
         )
-    return _imported(context, load_WBE, path, source.domain or named(path), notes)
+    return imported
 
 
 def logical_maps(context: ImportContext, files: list[File]) -> dict[Path, np.ndarray]:

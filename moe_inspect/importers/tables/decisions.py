@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -32,7 +33,7 @@ from moe_inspect.trace.slot_order import stated
 from moe_inspect.trace.writer import RoutedBatch
 
 BATCH_TOKENS = 16_384
-PIECE = 2**20  # of rows
+PIECE = 2**18  # of rows
 MOST_EMPTY = 2**20  # slots without a row, besides as many as there are rows
 MOST_WEIGHT = float(np.finfo(np.float16).max)
 MOST_NUMBER = 2**31 - 1
@@ -225,8 +226,9 @@ def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChun
 
 
 class Placed:
-    """The decisions by document and position. key_T: both, document × 2^32 + position; ids_LTK and
-    weights_LTK: in temporary files."""
+    """The decisions by document and position. key_T: both, document × 2^32 + position. ids and
+    weights, [L, T, K], are in temporary files: each is mapped anew for a piece, so that what is
+    written does not stay in memory. An id is 0 where there is no row, 1 where it is −1."""
 
     def __init__(self, spool: Spool, where: Path, routers: list[Router]):
         rank_D = spool.order()
@@ -244,8 +246,9 @@ class Placed:
                 f"{where}: {spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots: most are "
                 "missing"
             )
-        self.ids_LTK = _scratch("<u4", shape)
-        self.weights_LTK = _scratch("<f2", shape) if spool.weighted else None
+        self.shape, self.weighted = shape, spool.weighted
+        self.ids = _scratch("<u4", shape)
+        self.weights = _scratch("<f2", shape)
         self.of_token = {name: np.full(T, UNSTATED, np.int32) for name in ("token_id", "decoded")}
         layers = [router.layer for router in routers]
         for rows in spool.pieces:
@@ -257,7 +260,7 @@ class Placed:
                 differs = (before_N != UNSTATED) & (before_N != rows[name])
                 if (differs | (value_T[token_N] != rows[name])).any():
                     raise MoeInspectError(f"{where}: rows of one token with different {name}")
-        found = sum(int(np.count_nonzero(ids_TK.any(1))) for ids_TK in self.ids_LTK)
+        found = sum(int(np.count_nonzero(self.ids()[n].any(1))) for n in range(L))
         if missing := L * T - found:
             without = f"{where.name}: {plural(missing, 'decision')} without rows: "
             if where.is_dir():
@@ -268,9 +271,9 @@ class Placed:
 
     def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:
         """Puts rows in their decisions, of which no two are the same."""
-        K = self.ids_LTK.shape[2]
+        K = self.shape[2]
         cell_N = decision_N * K + rows["slot"] if self.by_slot else decision_N
-        ids = self.ids_LTK.reshape((-1,) if self.by_slot else (-1, K))
+        ids = self.ids().reshape((-1,) if self.by_slot else (-1, K))
         order = np.argsort(cell_N, kind="stable")
         again = np.diff(cell_N[order], prepend=-1) == 0
         again |= ids[cell_N[order]].reshape(len(rows), -1).any(1)
@@ -282,9 +285,9 @@ class Placed:
                 "of one layer" + " and slot" * self.by_slot
             )
         ids[cell_N] = (rows["ids"][:, 0] if self.by_slot else rows["ids"]) + 2
-        if self.weights_LTK is not None:
+        if self.weighted:
             weights = rows["weights"]
-            self.weights_LTK.reshape(ids.shape)[cell_N] = weights[:, 0] if self.by_slot else weights
+            self.weights().reshape(ids.shape)[cell_N] = weights[:, 0] if self.by_slot else weights
 
     def batches(self) -> Iterator[RoutedBatch]:
         """Of one document and phase, in the order of positions; a gap begins a new sequence."""
@@ -304,7 +307,7 @@ class Placed:
                 number, documents = numbers.document(domain, str(group), tokens)
             for first in range(start, end, BATCH_TOKENS):
                 part = slice(first, min(first + BATCH_TOKENS, end))
-                ids_LTK = self.ids_LTK[:, part].astype(np.int64) - 2
+                ids_LTK = self.ids()[:, part].astype(np.int64) - 2
                 yield batch_of_decisions(
                     numbers,
                     Tokens(
@@ -318,9 +321,7 @@ class Placed:
                         checked_ids(np.maximum(ids_TK, -1), r, f"{group}, layer {r.layer}")
                         for ids_TK, r in zip(ids_LTK, self.routers, strict=True)
                     ],
-                    weights=None
-                    if self.weights_LTK is None
-                    else [np.array(weights_TK) for weights_TK in self.weights_LTK[:, part]],
+                    weights=[*np.array(self.weights()[:, part])] if self.weighted else None,
                     documents=documents,
                     phase="decode" if decoded_T[start] else "prefill",
                 )
@@ -331,6 +332,8 @@ def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:
     return rank_D[rows["document"]] << 32 | rows["position"]
 
 
-def _scratch(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros in a temporary file, which takes no space where they stay zeros."""
-    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
+def _scratch(dtype: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """Maps zeros in a temporary file, which takes no space where they stay zeros."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (until it is garbage)
+    np.memmap(file, dtype, "w+", shape=shape)
+    return partial(np.memmap, file, dtype, "r+", shape=shape)
