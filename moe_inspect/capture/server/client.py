@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
-import random
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+import tenacity
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
@@ -123,26 +123,31 @@ async def ask(
     """The JSON object in the response to a POST of `body` (without a body: a GET); None where the
     path does not exist (404)."""
     root, notify = root_of(http), notify or wait_notifier()
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            status, data = await _once(http, path, body, most_bytes)
-            return _json_object(root, path, status, data)
-        except _Retry as error:
-            if attempt == ATTEMPTS or server_ended.get()():
-                raise MoeInspectError(
-                    f"{root}: no answer after {ATTEMPTS} attempts, the last error: {error}: when "
-                    "the server is back, continue with --resume"
-                ) from None
-            wait_s = FIRST_WAIT_S * (2 ** (attempt - 1) + random.random())
-            wait_s = min(wait_s, LONGEST_WAIT_S) if error.wait_s is None else error.wait_s
-            notify(
-                f"{root}: {error}; retrying in {wait_s:.0f} s (attempt {attempt} of {ATTEMPTS} "
-                "failed)",
-                wait_s,
-            )
-        await asyncio.sleep(wait_s)
+
+    def tell_why(state: tenacity.RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        wait_s = state.next_action.sleep if state.next_action else 0.0
+        notify(
+            f"{root}: {error}; retrying in {wait_s:.0f} s (attempt {state.attempt_number} of "
+            f"{ATTEMPTS} failed)",
+            wait_s,
+        )
+
+    attempts = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(_Retry),
+        stop=lambda state: state.attempt_number >= ATTEMPTS or server_ended.get()(),
+        wait=_wait,
+        before_sleep=tell_why,
+        reraise=True,
+    )
+    try:
+        status, data = await attempts(_once, http, path, body, most_bytes)
+    except _Retry as error:
+        raise MoeInspectError(
+            f"{root}: no answer after {ATTEMPTS} attempts, the last error: {error}: when the "
+            "server is back, continue with --resume"
+        ) from None
+    return _json_object(root, path, status, data)
 
 
 def root_of(http: httpx.AsyncClient) -> str:
@@ -219,6 +224,15 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
             f"{path} answered with more than {most_bytes:,} bytes, more than any valid response has"
         )
     return bytes(data)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, _Retry) and error.wait_s is not None:
+        return error.wait_s
+    return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(
+        state
+    )
 
 
 def _asked_wait(header: str | None) -> float | None:
