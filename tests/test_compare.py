@@ -75,14 +75,6 @@ def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
         moe_inspect.mismatch(a, b.astype(float))
 
 
-def test_uniform_sets_overlap_by_k_of_E(tmp_path: Path) -> None:
-    made = moe_inspect.compare(*pair(tmp_path, routes(0), routes(1)))
-    table = made.tables["agreement"]
-    np.testing.assert_allclose(table["overlap"], K / E, atol=0.01)
-    np.testing.assert_allclose(table["overlap_by_chance"], K / E)
-    assert made.verdict()[0].text.startswith("Different from layer 0 on: ")
-
-
 def test_threads_and_the_order_of_batches_change_nothing(tmp_path: Path) -> None:
     ids = routes()
     other = flipped(ids, 0.01)
