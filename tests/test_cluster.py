@@ -20,7 +20,7 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
-from moe_inspect.importers import parallel as lines
+from moe_inspect.importers import values as lines
 from moe_inspect.simulate.capacity import Drops
 from moe_inspect.simulate.placement import windows
 from moe_inspect.trace.reader import Trace

@@ -17,7 +17,7 @@ import pytest
 from moe_inspect import files, import_trace
 from moe_inspect.capture.corpus import documents
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import parallel as lines
+from moe_inspect.importers import values as lines
 from tests.conftest import ROOT, Cli
 from tests.sweep import sample
 

@@ -14,10 +14,10 @@ import pytest
 
 from moe_inspect import import_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import parallel as lines
 from moe_inspect.importers import run
+from moe_inspect.importers import values as lines
 from moe_inspect.importers.context import ImportContext
-from moe_inspect.importers.parallel import chunks_of
+from moe_inspect.importers.values import chunks_of
 from moe_inspect.workers import Processes
 from tests import foreign
 from tests.conftest import Cli

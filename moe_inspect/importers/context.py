@@ -17,9 +17,8 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line, why_unread
 from moe_inspect.importers import MODULES
-from moe_inspect.importers.parallel import Prepare, prepared_lines, too_long
 from moe_inspect.importers.tables.presets import PRESETS, Preset
-from moe_inspect.importers.values import parsed, parsed_object
+from moe_inspect.importers.values import Prepare, parsed, parsed_object, prepared_lines, too_long
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch

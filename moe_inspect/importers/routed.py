@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import binascii
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import mapped
+from moe_inspect.files import mapped, open_regular
 from moe_inspect.importers.batches import NO_ID
 from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
@@ -62,11 +63,41 @@ def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int
     return routed_TBK
 
 
-def array_of_npy(data: bytes | mmap, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K]. What its header declares must be what there is, and what a
-    response may have: nothing is read or allocated before."""
-    header = npy_header(data[:HEAD_BYTES], where)
-    shape, size = header.shape, len(data)
+def array_of_npy(data: bytes, where: str) -> np.ndarray:
+    """A `.npy` of integers [T, B, K] in memory."""
+    return _npy(data[:HEAD_BYTES], len(data), where).array(data)
+
+
+def array_of_npy_file(path: Path) -> np.ndarray:
+    """The same of a file, which is mapped."""
+    return _npy(*_head(path), str(path)).array(mapped(path))
+
+
+def ids_of_npy_file(path: Path) -> np.ndarray:
+    """A `.npy` file of token ids, integers [T]."""
+    head, size = _head(path)
+    header = npy_header(head, str(path))
+    if len(header.shape) != 1 or header.nbytes != size - header.start:
+        raise MoeInspectError(
+            f"{path} is not a list of token ids: it declares {header.shape} of {header.dtype} and "
+            f"holds {size - header.start:,} bytes"
+        )
+    ids_T = header.array(mapped(path))
+    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
+    return ids_T
+
+
+def _head(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a file, and how many it has."""
+    with open_regular(path) as file:
+        return file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size
+
+
+def _npy(head: bytes, size: int, where: str) -> Npy:
+    """The header of an array [T, B, K] of `size` bytes. What it declares must be what there is, and
+    what a response may have: nothing is read, mapped or allocated before."""
+    header = npy_header(head, where)
+    shape = header.shape
     if len(shape) != 3 or 0 in shape[1:]:
         raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
     if header.nbytes != size - header.start:
@@ -79,26 +110,7 @@ def array_of_npy(data: bytes | mmap, where: str) -> np.ndarray:
             f"{where} has {shape[0]:,} tokens in {size:,} bytes, more than any response "
             f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
         )
-    return header.array(data)
-
-
-def array_of_npy_file(path: Path) -> np.ndarray:
-    """The same of a file, which is mapped."""
-    return array_of_npy(mapped(path), str(path))
-
-
-def ids_of_npy_file(path: Path) -> np.ndarray:
-    """A `.npy` file of token ids, integers [T]."""
-    data = mapped(path)
-    header = npy_header(data[:HEAD_BYTES], str(path))
-    if len(header.shape) != 1 or header.nbytes != len(data) - header.start:
-        raise MoeInspectError(
-            f"{path} is not a list of token ids: it declares {header.shape} of {header.dtype} and "
-            f"holds {len(data) - header.start:,} bytes"
-        )
-    ids_T = header.array(data)
-    check_range(ids_T, str(path), NO_ID, 2**31 - 1)
-    return ids_T
+    return header
 
 
 class Npy(NamedTuple):

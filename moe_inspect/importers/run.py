@@ -17,8 +17,8 @@ import pyarrow as pa
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
-from moe_inspect.importers.parallel import at_work
 from moe_inspect.importers.tables.presets import parse_map
+from moe_inspect.importers.values import at_work
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import output_location
