@@ -16,7 +16,7 @@ from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
 from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, shares
 from moe_inspect.simulate.placement.search import CLOSE
-from moe_inspect.simulate.placement.windows import counter, table_of
+from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
 from tests.exact import fits_apart
 from tests.sweep import sample
@@ -164,12 +164,17 @@ def test_the_loops_equal_their_references() -> None:
         for g in range(8)
     )
     assert kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
-    assert counter(share_EG)(ids_KT) == pytest.approx(expected)
+    assert reached([share_EG], ids_KT) == [pytest.approx(expected)]
     miss_EG = np.vstack([1 - share_EG, np.ones(8)])
-    assert kernels_numba.reached_dense(ids_KT, miss_EG) == pytest.approx(expected)
+    two = kernels_numba.reached_dense(ids_KT, np.hstack([miss_EG, np.ones((13, 8))]), 8)
+    assert two.tolist() == [pytest.approx(expected), 0]
     alone_EG = np.eye(20)[np.arange(12) % 6]  # each expert on one GPU of many: the sparse way
     gpus_T = [{e % 6 for e in ids_KT[:, t] if e >= 0} for t in range(300)]
-    assert counter(alone_EG)(ids_KT) == sum(map(len, gpus_T))
+    alone = [sum(map(len, gpus_T))]
+    assert reached([alone_EG], ids_KT) == alone
+    # in one sweep, and in more than one, as each by itself
+    plans = [np.roll(share_EG, n, 0) for n in range(20)]
+    assert reached(plans, ids_KT) == [reached([plan], ids_KT)[0] for plan in plans]
     window_T, load_WE = rng.integers(0, 5, 300), np.zeros((5, 12), np.int64)
     kernels_numba.count_windows(ids_KT, window_T, load_WE)
     for w, load_E in enumerate(load_WE):

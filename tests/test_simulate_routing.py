@@ -22,6 +22,7 @@ from moe_inspect.simulate.routing_algorithms import (
     Algorithm,
     RouterScores,
     largest,
+    ranked,
 )
 from tests.conftest import ROOT
 from tests.synthetic import encoder_decoder, uniform_ids, write_trace
@@ -78,6 +79,31 @@ def test_largest_takes_the_lowest_id_of_equals():
         [False, True, True, False],
         [True, True, False, False],
     ]
+
+
+@pytest.mark.parametrize("values", [1, 3, 1000])  # few of them: ties in every row
+def test_the_largest_and_the_order_are_those_of_a_stable_sort(values: int):
+    rng = np.random.default_rng(0)
+    values_TE = rng.integers(0, values, (300, 20)).astype(np.float32) / np.float32(7)
+    order_TE = np.argsort(-values_TE, axis=1, kind="stable")
+    found_TE, sorted_TE = ranked(values_TE)
+    assert (found_TE == order_TE).all()
+    assert (sorted_TE == np.take_along_axis(values_TE, order_TE, 1)).all()
+    for k in (1, 7, 20):
+        expected = np.zeros((300, 20), bool)
+        np.put_along_axis(expected, order_TE[:, :k], True, 1)
+        assert (largest(values_TE, k) == expected).all()
+
+
+def test_a_hash_is_of_the_token_id_alone():
+    made = batch(skewed())
+    token_id_T = np.where(np.arange(200) % 5, made.token_id_T, -1)
+    chosen_TE = choose(ALGORITHMS["hash"], replace(made, token_id_T=token_id_T))
+    for t in range(200):
+        alone = replace(made, logits_TE=made.logits_TE[:1], token_id_T=token_id_T[t : t + 1])
+        assert (choose(ALGORITHMS["hash"], alone) == chosen_TE[t]).all()
+    assert not chosen_TE[token_id_T < 0].any()
+    assert (chosen_TE[token_id_T >= 0].sum(1) == 2).all()
 
 
 def test_top_p_by_hand():

@@ -48,10 +48,16 @@ POLICIES = {
 
 # what a cache of E experts holds at first, the arguments of its kernel: as that describes them
 FRESH: dict[str, Callable[[int], tuple[np.ndarray, ...]]] = {
-    "lfu": lambda E: (np.zeros(E, np.bool_), np.zeros(E, np.int64), np.zeros(E + 1, np.int64)),
-    "belady": lambda E: (
-        np.zeros(E, np.int16 if E < 2**15 else np.int32),
+    "lfu": lambda E: (
         np.zeros(E, np.int64),
+        np.full(E, -1),
+        np.zeros(E, np.int64),
+        np.zeros(1, np.int64),
+    ),
+    "belady": lambda E: (
+        np.zeros(E, np.int32),
+        np.zeros(E, np.int32),
+        np.zeros(E, np.int32),
         np.zeros(1, np.int64),
     ),
 }

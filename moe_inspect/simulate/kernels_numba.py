@@ -125,45 +125,54 @@ def lfu(
     ids_KT: np.ndarray,
     phase_T: np.ndarray,
     slots: int,
-    in_E: np.ndarray,
+    order_E: np.ndarray,
+    at_E: np.ndarray,
     count_E: np.ndarray,
-    last_E: np.ndarray,
+    held: np.ndarray,
     hits_P: np.ndarray,
 ) -> None:
-    """Least frequently used, of equals the least recently. in_E: which experts are in; last_E[E]
-    counts accesses; all carry on."""
+    """Least frequently used, of equals the least recently. order_E[:held[0]]: the experts that are
+    in, the next to go first; at_E: where each is there, −1 for out. Counts are far apart after a
+    while, so an access moves its expert past few others. All carry on."""
     K, T = ids_KT.shape
-    E = len(in_E)
-    held = in_E.sum()
     for t in range(T):
         for k in range(K):
             e = ids_KT[k, t]
             if e >= 0:
-                count_E[e] += 1
-                last_E[E] += 1
-                last_E[e] = last_E[E]
-                hits_P[phase_T[t]] += in_E[e]
+                hits_P[phase_T[t]] += at_E[e] >= 0
         for k in range(K):
             e = ids_KT[k, t]
-            if e < 0 or in_E[e]:
+            if e < 0:
                 continue
-            if held == slots:
-                victim = -1
-                for i in range(E):
-                    if in_E[i] and (
-                        victim < 0
-                        or count_E[i] < count_E[victim]
-                        or (count_E[i] == count_E[victim] and last_E[i] < last_E[victim])
-                    ):
-                        wanted = False
-                        for j in range(K):
-                            wanted |= ids_KT[j, t] == i
-                        if not wanted:
-                            victim = i
-                in_E[victim] = False
-                held -= 1
-            in_E[e] = True
-            held += 1
+            count_E[e] += 1
+            at = at_E[e]
+            if at < 0:
+                if held[0] < slots:
+                    free = held[0]
+                    held[0] += 1
+                else:
+                    free = 0
+                    while _is_wanted(ids_KT, t, order_E[free]):
+                        free += 1
+                    at_E[order_E[free]] = -1
+                for i in range(free, 0, -1):
+                    order_E[i] = order_E[i - 1]
+                    at_E[order_E[i]] = i
+                at = 0
+            # past all that are used as often: it is the latest of them
+            while at + 1 < held[0] and count_E[order_E[at + 1]] <= count_E[e]:
+                order_E[at] = order_E[at + 1]
+                at_E[order_E[at]] = at
+                at += 1
+            order_E[at], at_E[e] = e, at
+
+
+@njit(nogil=True, cache=True)
+def _is_wanted(ids_KT, t, e):  # type: ignore[no-untyped-def]
+    wanted = False
+    for k in range(len(ids_KT)):
+        wanted |= ids_KT[k, t] == e
+    return wanted
 
 
 @njit(nogil=True, cache=True)
@@ -172,6 +181,7 @@ def belady(
     phase_T: np.ndarray,
     slots: int,
     known_E: np.ndarray,
+    at_E: np.ndarray,
     room_E: np.ndarray,
     known: np.ndarray,
     hits_P: np.ndarray,
@@ -180,9 +190,9 @@ def belady(
     expert could have been kept since its last use beside all that has been kept so far (Jain and
     Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
 
-    known_E[:known[0]]: experts that could still be kept, latest use first. room_E[i]: the fewest
-    slots free at any decision between the last use of expert i of that list and that of the one
-    before it."""
+    known_E[:known[0]]: experts that could still be kept, latest use first; at_E: where each is
+    there, if it is. room_E[i]: the fewest slots free at any decision between the last use of expert
+    i of that list and that of the one before it."""
     K, T = ids_KT.shape
     n = known[0]
     for t in range(T):
@@ -192,35 +202,40 @@ def belady(
             if e < 0:
                 continue
             wanted += 1
-            at = 0
-            while at < n and known_E[at] != e:
-                at += 1
-            if at == n:
+            at = at_E[e]
+            if at >= n or known_E[at] != e:
                 continue
             hits_P[phase_T[t]] += 1
-            full = n - 1
-            for i in range(at, -1, -1):  # it has taken a slot at every decision since its last use
+            known_E[at] = -1
+            least = room_E[at]
+            for i in range(at + 1):  # it has taken a slot at every decision since its last use
                 room_E[i] -= 1
-                if room_E[i] == 0:
-                    full = i
-            if at + 1 < n:
-                room_E[at + 1] = min(room_E[at + 1], room_E[at])
-            for i in range(at, n - 1):
-                known_E[i], room_E[i] = known_E[i + 1], room_E[i + 1]
-            n -= 1
-            n = min(n, full)  # where all slots were taken, nothing older can have been kept
+                least = min(least, room_E[i])
+            if least == 0:  # where all slots were taken, nothing older can have been kept
+                n = 0
+                while room_E[n] > 0:
+                    n += 1
         if wanted == 0:
             continue
+        kept = 0
+        for i in range(n):
+            kept += known_E[i] >= 0
+        to = end = wanted + kept
         for i in range(n - 1, -1, -1):
-            known_E[i + wanted], room_E[i + wanted] = known_E[i], room_E[i]
-        if n:
+            e = known_E[i]
+            if e >= 0:
+                to -= 1
+                known_E[to], at_E[e], room_E[to] = e, to, room_E[i]
+            elif to < end:  # what is between the uses of its neighbours now
+                room_E[to] = min(room_E[to], room_E[i])
+        if kept:
             room_E[wanted] = min(room_E[wanted], slots - wanted)
-            n = 0 if room_E[wanted] == 0 else n
-        n += wanted
+        n = wanted if kept and room_E[wanted] == 0 else end
         at = 0
         for k in range(K - 1, -1, -1):
-            if ids_KT[k, t] >= 0:
-                known_E[at], room_E[at] = ids_KT[k, t], slots + 1
+            e = ids_KT[k, t]
+            if e >= 0:
+                known_E[at], at_E[e], room_E[at] = e, at, slots + 1
                 at += 1
     known[0] = n
 
@@ -293,23 +308,30 @@ def serve_in_turn(order_TE: np.ndarray, k: int, capacity: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray) -> float:
-    """The sum over decisions of the GPUs each is expected to reach: Σ_t Σ_g 1 − Π_k (1 − share).
-    ids_KT: experts, −1 for none; miss_EG: 1 − the share of each expert's load, by GPU, float32, and
-    a last row of ones for slots that routed nowhere. Goes through all GPUs without a branch: faster
-    on few GPUs, and on more where experts are replicated."""
+def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndarray:
+    """The sum over decisions of the GPUs each is expected to reach, Σ_t Σ_g 1 − Π_k (1 − share), by
+    plan, `gpus` columns of miss_EG each. ids_KT: experts, −1 for none; miss_EG: 1 − the share of
+    each expert's load, by GPU, float32, and a last row of ones for slots that routed nowhere. Goes
+    through all GPUs without a branch: faster on few GPUs, and on more where experts are
+    replicated."""
     K, T = ids_KT.shape
-    nowhere, gpus = len(miss_EG) - 1, miss_EG.shape[1]
-    miss_G, missed_G = np.empty(gpus, np.float32), np.zeros(gpus)
+    nowhere, columns = len(miss_EG) - 1, miss_EG.shape[1]
+    miss_G, missed_G = np.empty(columns, np.float32), np.zeros(columns)
     for t in range(T):
         miss_G[:] = 1
         for k in range(K):
             row_G = miss_EG[ids_KT[k, t] if ids_KT[k, t] >= 0 else nowhere]
-            for g in range(gpus):
+            for g in range(columns):
                 miss_G[g] *= row_G[g]
-        for g in range(gpus):
+        for g in range(columns):
             missed_G[g] += miss_G[g]
-    return T * gpus - missed_G.sum()
+    reached_N = np.zeros(columns // gpus)
+    for n in range(len(reached_N)):
+        missed = 0.0
+        for g in range(n * gpus, (n + 1) * gpus):
+            missed += missed_G[g]
+        reached_N[n] = T * gpus - missed
+    return reached_N
 
 
 @njit(nogil=True, cache=True)

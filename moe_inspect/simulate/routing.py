@@ -234,14 +234,16 @@ class Run:
 
     def add(self, batch: RouterScores, own: float) -> None:
         chosen_TE = self.algorithm.choose(batch, self.value, self.state)
-        load_E = chosen_TE.sum(0)
-        self.tokens += len(chosen_TE)
+        T, E = chosen_TE.shape
+        at_N = np.flatnonzero(chosen_TE)
+        load_E = np.bincount(at_N % E, minlength=E)
+        self.tokens += T
         self.own += own
         self.load_E += load_E
-        self.mass += float(batch.share_TE[chosen_TE].sum(dtype=np.float64))
-        self.agreed += int((chosen_TE & batch.model_TE).sum())
-        self.recorded += int(batch.model_TE.sum())
-        self.unrouted += int((~chosen_TE.any(1)).sum())
+        self.mass += float(batch.share_TE.take(at_N).sum(dtype=np.float64))
+        self.agreed += int(np.count_nonzero(batch.model_TE.take(at_N)))
+        self.recorded += batch.recorded
+        self.unrouted += T - int(np.count_nonzero(chosen_TE.any(1)))
         self.batches.append((len(chosen_TE), _max_vio(load_E)))
 
     def row(self) -> dict[str, object]:

@@ -52,6 +52,16 @@ class RouterScores:
         """The scores, normalised so that each token's sum is 1."""
         return self.scores_TE / self.scores_TE.sum(1, keepdims=True)
 
+    @cached_property
+    def order_TE(self) -> np.ndarray:
+        """The experts of each token, the highest score first."""
+        return ranked(self.scores_TE)[0]
+
+    @cached_property
+    def recorded(self) -> int:
+        """Assignments that the model made."""
+        return int(np.count_nonzero(self.model_TE))
+
     @property
     def capacity(self) -> int:
         """The assignments of each expert if load were even, rounded up."""
@@ -95,8 +105,24 @@ def largest(values_TE: np.ndarray, k: int) -> np.ndarray:
     """The k largest of each row; ties go to the lowest id. bool [T, E]"""
     E = values_TE.shape[1]
     kth_T1 = np.partition(values_TE, E - k, axis=1)[:, E - k : E - k + 1]
-    above_TE, tie_TE = values_TE > kth_T1, values_TE == kth_T1
-    return above_TE | (tie_TE & (tie_TE.cumsum(1) <= k - above_TE.sum(1, keepdims=True)))
+    chosen_TE = values_TE >= kth_T1
+    tied = np.flatnonzero(chosen_TE.sum(1) > k)  # few tokens: a cumsum of all costs more
+    above_NE = values_TE[tied] > kth_T1[tied]
+    tie_NE = chosen_TE[tied] & ~above_NE
+    room_N1 = k - above_NE.sum(1, keepdims=True)
+    chosen_TE[tied] = above_NE | (tie_NE & (tie_NE.cumsum(1) <= room_N1))
+    return chosen_TE
+
+
+def ranked(values_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of each row from the largest value down, of equals the lowest id first, and the
+    values in that order. values_TE: float32 from 0 up, whose bits have the order of the values: one
+    sort of (bits, id) is quicker than a stable argsort."""
+    key_TE = (~values_TE.view(np.uint32)).astype(np.uint64) << np.uint64(32)
+    key_TE |= np.arange(values_TE.shape[1], dtype=np.uint64)
+    key_TE.sort(axis=1)
+    sorted_TE = (~(key_TE >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+    return (key_TE & np.uint64(2**32 - 1)).view(np.int64), sorted_TE
 
 
 @algorithm("as recorded", "the model's own routing: the baseline")
@@ -120,8 +146,8 @@ def top_k(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarra
 )
 def top_p(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
-    order_TE = np.argsort(-batch.share_TE, axis=1, kind="stable")
-    sorted_TE = np.take_along_axis(batch.share_TE, order_TE, 1).astype(np.float64)
+    order_TE, sorted_TE = ranked(batch.share_TE)
+    sorted_TE = sorted_TE.astype(np.float64)
     chosen_TE = np.zeros(order_TE.shape, bool)
     np.put_along_axis(chosen_TE, order_TE, sorted_TE.cumsum(1) - sorted_TE < value - 1e-6, 1)
     return chosen_TE
@@ -150,8 +176,7 @@ def next_best(batch: RouterScores, value: float, state: dict[str, Any]) -> np.nd
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
-    order_TE = np.argsort(-batch.scores_TE, axis=1, kind="stable")
-    return serve_in_turn(order_TE, batch.k, expert_capacity(value, T, batch.k, E))
+    return serve_in_turn(batch.order_TE, batch.k, expert_capacity(value, T, batch.k, E))
 
 
 def _fitted_bias(sample: RouterScores) -> dict[str, Any]:
@@ -159,9 +184,12 @@ def _fitted_bias(sample: RouterScores) -> dict[str, Any]:
     size."""
     T, E = sample.scores_TE.shape
     rng, bias_E = np.random.default_rng(SEED), np.zeros(E, np.float32)
+    biased_NE = np.empty((min(T, BIAS_TOKENS), E), np.float32)
     for rate in np.geomspace(FIRST_RATE, BIAS_RATE, WARM_UP):
-        drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else slice(None)
-        _step(bias_E, largest(sample.scores_TE[drawn] + bias_E, sample.k).sum(0), float(rate))
+        drawn = rng.integers(T, size=BIAS_TOKENS) if T > BIAS_TOKENS else np.arange(T)
+        np.take(sample.scores_TE, drawn, 0, out=biased_NE, mode="clip")  # no copy in between
+        biased_NE += bias_E
+        _step(bias_E, largest(biased_NE, sample.k).sum(0), float(rate))
     return {"bias_E": bias_E, "load_E": np.zeros(E, np.int64)}
 
 
@@ -195,19 +223,21 @@ def sinkhorn(batch: RouterScores, value: float, state: dict[str, Any]) -> np.nda
     """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022,
     arXiv:2202.01169; after BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
     logits_TE = batch.logits_TE.astype(np.float64)
-    price_E = np.zeros(logits_TE.shape[1])
+    price_E, work_TE = np.zeros(logits_TE.shape[1]), np.empty_like(logits_TE)
     for _ in range(100):
-        token_T1 = _logsumexp(logits_TE - price_E, 1)
+        token_T1 = _logsumexp(np.subtract(logits_TE, price_E, out=work_TE), 1)
         before, even = price_E, np.log(len(logits_TE) / logits_TE.shape[1])
-        price_E = _logsumexp(logits_TE - token_T1, 0)[0] - even
+        price_E = _logsumexp(np.subtract(logits_TE, token_T1, out=work_TE), 0)[0] - even
         if np.abs(price_E - before).max() < 1e-4:
             break
     return largest(logits_TE - price_E, batch.k)
 
 
 def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
+    """Overwrites `values`: new memory for each step would take longer than the step."""
     top = values.max(axis, keepdims=True)
-    return top + np.log(np.exp(values - top).sum(axis, keepdims=True))
+    np.exp(np.subtract(values, top, out=values), out=values)
+    return top + np.log(values.sum(axis, keepdims=True))
 
 
 @algorithm("hash", "a baseline without a router: experts by token id alone, whatever the context")
@@ -215,14 +245,16 @@ def hash_layer(batch: RouterScores, value: float, state: dict[str, Any]) -> np.n
     """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): those
     with the k highest hashes of (id, expert). A token without an id in the trace gets none."""
     E = batch.scores_TE.shape[1]
+    id_U, id_of_T = np.unique(batch.token_id_T, return_inverse=True)
     mixed = (
-        batch.token_id_T.astype(np.uint64)[:, None] * np.uint64(E)
+        id_U.astype(np.uint64)[:, None] * np.uint64(E)
         + np.arange(E, dtype=np.uint64)
         + np.uint64(SEED)
     )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return largest(mixed ^ (mixed >> np.uint64(31)), batch.k) & (batch.token_id_T >= 0)[:, None]
+    chosen_UE = largest(mixed ^ (mixed >> np.uint64(31)), batch.k) & (id_U >= 0)[:, None]
+    return chosen_UE[id_of_T]
 
 
 @algorithm("random", "never: experts uniformly at random, a lower bound for the others")

@@ -11,7 +11,7 @@ slots, M decisions of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TypeVar
@@ -195,27 +195,33 @@ def _reached(
     found = dict[tuple[int, str], np.ndarray]()
     for r, ids_KT, _ in decisions(shard, selection, windows, windows.judged.start):
         E, layout = shard.trace.routers[r].experts, layouts[r]
-        # one node is reached by every decision that routes anywhere
-        nodes = float((ids_KT >= 0).any(0).sum())
-        for key, expert_P in plans.items():
-            if key[0] == r:
-                gpus = counter(shares(expert_P, E, layout.gpus))(ids_KT)
-                if layout.nodes > 1:
-                    nodes = counter(shares(expert_P, E, layout.nodes))(ids_KT)
-                found[key] = np.array([ids_KT.shape[1], gpus, nodes])
+        mine = {key: expert_P for key, expert_P in plans.items() if key[0] == r}
+        gpus, nodes = (
+            reached([shares(expert_P, E, n) for expert_P in mine.values()], ids_KT)
+            # one node is reached by every decision that routes anywhere
+            if n > 1
+            else [float((ids_KT >= 0).any(0).sum())] * len(mine)
+            for n in (layout.gpus, layout.nodes)
+        )
+        for n, key in enumerate(mine):
+            found[key] = np.array([ids_KT.shape[1], gpus[n], nodes[n]])
     return found
 
 
-def counter(share_EG: np.ndarray) -> Callable[[np.ndarray], float]:
-    """The quicker of two ways to count: from ids_KT to the sum over decisions of the GPUs
-    reached."""
-    gpus = share_EG.shape[1]
-    if gpus <= (DENSE if ((share_EG > 0).sum(1) > 1).any() else DENSE // 8):
+def reached(plans: Sequence[np.ndarray], ids_KT: np.ndarray) -> list[float]:
+    """The sum over decisions of the GPUs reached, of each plan, given as the shares [E, G], the
+    quicker of two ways. One sweep over the decisions for as many plans as DENSE GPUs are."""
+    gpus = plans[0].shape[1]
+    several = any(((share_EG > 0).sum(1) > 1).any() for share_EG in plans)
+    if gpus > (DENSE if several else DENSE // 8):
+        return [reached_sparse(ids_KT, *table_of(share_EG), gpus) for share_EG in plans]
+    found = list[float]()
+    for first in range(0, len(plans), DENSE // gpus):
+        miss_EG = 1 - np.hstack(plans[first : first + DENSE // gpus])
         # the last row: a slot that routed nowhere
-        miss_EG = np.vstack([1 - share_EG, np.ones(gpus)]).astype(np.float32)
-        return lambda ids_KT: reached_dense(ids_KT, miss_EG)
-    table = table_of(share_EG)
-    return lambda ids_KT: reached_sparse(ids_KT, *table, gpus)
+        miss_EG = np.vstack([miss_EG, np.ones(miss_EG.shape[1])]).astype(np.float32)
+        found += reached_dense(ids_KT, miss_EG, gpus).tolist()
+    return found
 
 
 def table_of(share_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
