@@ -112,6 +112,13 @@ def test_an_importer(copy: Copy) -> None:
     assert [r["assignments"] for r in rows if r["layer"] == 3] == [1, 1, 2, 2]
 
 
+def test_a_command(copy: Copy) -> None:
+    copy.follow("Add a command")
+    assert "List the busiest expert of each layer." in copy.cli("--help")
+    rows = copy.cli("busiest", SAMPLE, "--format", "json").splitlines()
+    assert [json.loads(row)["layer"] for row in rows] == [0, 1, 2, 3]
+
+
 def _table(copy: Copy, trace: object, table: str) -> list[str]:
     return copy.cli("report", trace, "--table", table, "--format", "json").splitlines()
 
