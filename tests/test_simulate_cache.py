@@ -114,6 +114,17 @@ def test_belady_hits_at_least_as_often_as_any_policy(case: tuple[np.ndarray, int
         assert hits_so_far(ids_KT, E, slots, name, cuts=3)[-1] == hits[name][-1]
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_expert_named_twice_is_requested_once(name: str):
+    """The loops go by lists of distinct experts: they must not write beyond them."""
+    ids_KT = np.random.default_rng(0).integers(0, 8, (4, 2_000)).astype(np.int16)
+    again_KT = np.array([(ids_KT[:k] == ids_KT[k]).any(0) for k in range(4)])
+    once_KT = np.where(again_KT, np.int16(-1), ids_KT)
+    assert again_KT.sum() > 1_000
+    hits, expected = (hits_so_far(ids, 8, 5, name) for ids in (ids_KT, once_KT))
+    assert hits.tolist() == expected.tolist()
+
+
 def test_uniform_routing_hits_as_often_as_slots_are_of_experts(tmp_path: Path):
     trace = write_trace(tmp_path / "t", [uniform_ids(np.random.default_rng(0), 6_000, 16, 2)], 16)
     table = simulate_cache(trace, slots=[4, 8, 16], policies=["lru"]).tables["cache"]

@@ -81,6 +81,12 @@ class Cache:
         self.done = {key: np.zeros(P, np.int64) for key in self.state}
 
     def feed(self, ids_KT: np.ndarray, phase_T: np.ndarray) -> None:
+        """An expert that a decision names twice, as only damaged traces do, is requested once."""
+        for k in range(1, len(ids_KT)):
+            again_T = (ids_KT[:k] == ids_KT[k]).any(0) & (ids_KT[k] >= 0)
+            if again_T.any():
+                ids_KT = ids_KT.copy()
+                ids_KT[k, again_T] = -1
         self.decisions_P += np.bincount(phase_T, minlength=len(PHASES))
         counts = self.load_E, self.at_PE, self.cold_P
         kernels_numba.lru(tuple(ids_KT), phase_T, self.rank_E, self.known, *counts)
