@@ -75,18 +75,16 @@ def _columns(began: float) -> list[Any]:
     class Count(ProgressColumn):
         def render(self, task: Any) -> Text:
             unit = task.fields["unit"]
-            return Text(f"{task.completed:,.0f} of {task.total:,.0f} {unit}" if task.total else "")
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            return Text(f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else "")
+            done = f"{task.completed:,.0f} of {task.total:,.0f} {unit}" if task.total else ""
+            many = done and (task.speed or 0) >= 10  # time left says more of few
+            return Text(f"{done}, {task.speed:,.0f} {unit}/s" if many else done)
 
     class Clock(ProgressColumn):
         def render(self, task: Any) -> Text:
             said, left = _clock(time.monotonic() - began), task.time_remaining
             return Text(f"{said}, {_clock(left)} left" if left else said)
 
-    return [column(Column(no_wrap=True)) for column in (Count, Rate, Clock)]
+    return [column(Column(no_wrap=True)) for column in (Count, Clock)]
 
 
 def _clock(seconds: float) -> str:
