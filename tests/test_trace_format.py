@@ -324,3 +324,20 @@ def test_a_value_that_looks_like_another_is_refused(
 def test_a_keyword_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="multipleOf"):
         schema.check_value(1, {"multipleOf": 2}, {})
+
+
+def rules_of(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema, and the schemas of its parts."""
+    yield rule
+    inner = [*rule.get("$defs", {}).values(), *rule.get("properties", {}).values()]
+    for part in [*inner, *([rule["items"]] if "items" in rule else [])]:
+        yield from rules_of(part)
+
+
+@pytest.mark.parametrize("name", ["trace_json", "shard_line"])
+def test_the_schemas_have_no_other_keyword(name: str) -> None:
+    """Also in parts that few manifests have."""
+    rules = list(rules_of(schema.read_schema(name)))
+    assert len(rules) > 5
+    assert {keyword for rule in rules for keyword in rule} <= schema.KEYWORDS | {"$ref"}
+    assert all(rule.get("additionalProperties", True) in (True, False) for rule in rules)

@@ -16,13 +16,14 @@ from moe_inspect.cli.help import GroupedCommand, GroupOfCommands, page
 UsageError: Any = typer.BadParameter.mro()[2]
 # help is as wide as the terminal
 SETTINGS: dict[str, Any] = {"max_content_width": 1_000}
-# title in --help → name of a command → "module function" of this folder
-SIMULATIONS = {
+# title in --help → name of a command → "module function" of this folder, or a group of commands
+Listed = Mapping[str, Mapping[str, Any]]
+SIMULATIONS: Listed = {
     "Commands": {
         name: f"simulate {name}" for name in ("capacity", "placement", "decode", "cache", "routing")
     }
 }
-COMMANDS = {
+COMMANDS: Listed = {
     "Record": {
         "trace": "trace trace",
         "serve-trace": "serve_trace serve_trace",
@@ -38,7 +39,7 @@ COMMANDS = {
         "compare": "compare compare",
         "describe": "describe describe",
     },
-    "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": ""},
+    "Try": {"ablate": "experts ablate", "prune": "experts prune", "simulate": SIMULATIONS},
     "Files": {
         "verify": "files verify",
         "merge": "files merge",
@@ -51,7 +52,7 @@ COMMANDS = {
 class Commands(Mapping[str, Any]):
     """Commands by name, each made when it is asked for."""
 
-    def __init__(self, listed: Mapping[str, Mapping[str, str]]):
+    def __init__(self, listed: Listed):
         self.makers: dict[str, Callable[[], Any]] = {
             name: cache(partial(_made, name, place, panel))
             for panel, places in listed.items()
@@ -68,10 +69,10 @@ class Commands(Mapping[str, Any]):
         return len(self.makers)
 
 
-def _made(name: str, place: str, panel: str) -> Any:
+def _made(name: str, place: str | Listed, panel: str) -> Any:
     """A command or a group, as typer makes it of a program that has no other."""
-    if name == "simulate":
-        alone = _group(name, "Replay a trace under other assumptions.", SIMULATIONS)
+    if not isinstance(place, str):
+        alone = _group(name, "Replay a trace under other assumptions.", place)
         alone.callback()(lambda: None)
         made: Any = typer.main.get_command(alone)
     else:
@@ -93,7 +94,7 @@ def _made(name: str, place: str, panel: str) -> Any:
     return made
 
 
-def _group(name: str, text: str, listed: Mapping[str, Mapping[str, str]]) -> typer.Typer:
+def _group(name: str, text: str, listed: Listed) -> typer.Typer:
     class Group(GroupOfCommands):
         def __init__(self, **settings: Any):
             super().__init__(**settings)

@@ -88,7 +88,7 @@ def import_(
         list[str] | None,
         Option(
             metavar="MAP",
-            help="table, counts: where our columns are, if they have other names: "
+            help="table, counts: where the columns are, if they have other names: "
             "layer=block,expert=id,count=hits; in nested JSON: "
             "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them.",
         ),

@@ -42,8 +42,12 @@ class SimulateOptions(ShowOptions):
         """The simulation of this name, with the options of these groups."""
         from moe_inspect.trace.reader import open_trace
 
-        given = {name: value for group in groups for name, value in group.keywords().items()}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {
+            keyword: value
+            for group in groups
+            for keyword, value in group.keywords().items()
+            if value is not None
+        }
         with shown():
             simulate = getattr(open_trace(trace, scheduler=self.scheduler).simulate, name)
             return simulate(**given)
