@@ -411,6 +411,16 @@ def test_experts_in_columns_and_a_trace_of_ours_read_as_a_table(tmp_path: Path):
     assert trace.has_weights
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_phase_that_is_none_is_named_also_in_the_first_row(at: int, tmp_path: Path):
+    said = ["prefill", "decode", "decode"]
+    said[at] = "later"
+    rows = "".join(f"0,{t},[1],{phase}\n" for t, phase in enumerate(said))
+    (tmp_path / "d.csv").write_text("layer,position,experts,phase\n" + rows)
+    with pytest.raises(MoeInspectError, match=f"row {at}: phase is 'later', not prefill or"):
+        import_trace("table", [tmp_path / "d.csv"], tmp_path / "t", experts=8)
+
+
 PRESET = """
 file: "{domain}/layer_{layer}.csv"
 head: "# of {experts} experts"

@@ -61,7 +61,7 @@ def import_trace(
         top_k: experts per token, where neither the files nor a config give it.
         pipeline_stages: of a Megatron run whose files number layers from 0 in each stage; more than
             one needs `model`.
-        map: of a table or counts whose columns or fields have other names: where ours are,
+        map: of a table or counts whose columns or fields have other names: where the columns are,
             "layer=block,expert=id,count=hits"; in JSON the path to the counts,
             "count=layers.{layer}.{expert}.hits"; or the name of a .yaml file.
         overwrite: replace a trace at `out`.

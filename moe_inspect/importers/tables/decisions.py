@@ -190,7 +190,8 @@ class Spool:
 
 def _decoded(chunk: TableChunk) -> np.ndarray:
     said = [(text or "").strip().lower() for text in chunk.texts("phase")]
-    if odd := next((n for n, text in enumerate(said) if text not in PHASES), None):
+    odd = next((n for n, text in enumerate(said) if text not in PHASES), None)
+    if odd is not None:
         raise chunk.error(odd, "phase", f"is {said[odd][:40]!r}, not prefill or decode")
     return np.array([PHASES[text] for text in said])
 
