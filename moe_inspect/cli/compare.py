@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.help import TABLES, traces
 from moe_inspect.cli.options import (
+    REQUIRED,
     GateOptions,
     Options,
     Scheduler,
     SelectionOptions,
+    argument,
     exit_if_failed,
     limit,
+    option,
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, output_option, table_option
@@ -24,21 +25,16 @@ from moe_inspect.errors import MoeInspectError
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ShowOptions):
-    table: Annotated[
-        str | None,
-        table_option(
-            f"One table instead of the text: {TABLES['compare']}; of more than two traces "
-            f"{TABLES['checkpoints']}; of traces of counts {TABLES['counts']}; of two different "
-            f"models {TABLES['models']}."
-        ),
-    ] = None
+    table: str | None = table_option(
+        f"One table instead of the text: {TABLES['compare']}; of more than two traces "
+        f"{TABLES['checkpoints']}; of traces of counts {TABLES['counts']}; of two different "
+        f"models {TABLES['models']}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOfA(SelectionOptions):
-    layers: Annotated[
-        list[str] | None, Option(metavar="LAYERS", help="Only these layers of A, e.g. 0-3,7.")
-    ] = None
+    layers: list[str] | None = option("Only these layers of A, e.g. 0-3,7.", "LAYERS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +43,24 @@ class PairOptions(Options):
 
     panel = "Alignment"
 
-    noise: Annotated[
-        str | None,
-        Option(
-            metavar="TRACE",
-            autocompletion=traces,
-            help="A second run of A: differences between these two runs are noise.",
-        ),
-    ] = None
-    shift_layers: Annotated[
-        int, Option(metavar="N", help="Compare layer n of B with layer n + N of A.")
-    ] = 0
-    shift_positions: Annotated[
-        int, Option(metavar="N", help="Tokens at position n of A are at position n + N of B.")
-    ] = 0
-    shift_routes: Annotated[
-        int, Option(metavar="N", help="The routes of B's token n + N are those of A's token n.")
-    ] = 0
-    drop_last: Annotated[
-        bool,
-        Option(help="Leave out the last token of each sequence, which generation never feeds."),
-    ] = False
-    drop_zero_filled: Annotated[
-        bool, Option(help="Leave out tokens that one trace sends to expert 0 in every slot.")
-    ] = False
+    noise: str | None = option(
+        "A second run of A: differences between these two runs are noise.",
+        "TRACE",
+        autocompletion=traces,
+    )
+    shift_layers: int = option("Compare layer n of B with layer n + N of A.", "N", default=0)
+    shift_positions: int = option(
+        "Tokens at position n of A are at position n + N of B.", "N", default=0
+    )
+    shift_routes: int = option(
+        "The routes of B's token n + N are those of A's token n.", "N", default=0
+    )
+    drop_last: bool = option(
+        "Leave out the last token of each sequence, which generation never feeds.", default=False
+    )
+    drop_zero_filled: bool = option(
+        "Leave out tokens that one trace sends to expert 0 in every slot.", default=False
+    )
 
     @property
     def given(self) -> list[str]:
@@ -80,46 +70,36 @@ class PairOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PairGates(GateOptions):
-    fail_above: Annotated[
-        list[str] | None,
-        limit(
-            "Exit with 3 if the metric of any router, or of all tokens, is above: "
-            "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01."
-        ),
-    ] = None
-    fail_below: Annotated[
-        list[str] | None, limit("Exit with 3 if the metric is below: overlap=0.99.")
-    ] = None
+    fail_above: list[str] | None = limit(
+        "Exit with 3 if the metric of any router, or of all tokens, is above: "
+        "set_mismatch=0.01, tokens_mismatch=0.05, loss_difference_nats=0.01."
+    )
+    fail_below: list[str] | None = limit("Exit with 3 if the metric is below: overlap=0.99.")
 
 
 def compare(
     *,
-    a: Annotated[
-        str, Argument(metavar="A", help="A trace, or its URL (s3://…).", autocompletion=traces)
-    ],
-    b: Annotated[
-        str, Argument(metavar="B", help="Another trace of the same tokens.", autocompletion=traces)
-    ],
-    others: Annotated[
-        list[str] | None,
-        Argument(
-            metavar="C",
-            autocompletion=traces,
-            help="Further checkpoints, in training order; each is compared with the last.",
-        ),
-    ] = None,
+    a: str = argument(
+        "A trace, or its URL (s3://…).", "A", autocompletion=traces, default=REQUIRED
+    ),
+    b: str = argument(
+        "Another trace of the same tokens.", "B", autocompletion=traces, default=REQUIRED
+    ),
+    others: list[str] | None = argument(
+        "Further checkpoints, in training order; each is compared with the last.",
+        "C",
+        autocompletion=traces,
+    ),
     selection: SelectionOfA,
     pair: PairOptions,
     show: CompareOptions,
     scheduler: Scheduler = None,
-    top: Annotated[
-        int,
-        output_option(
-            min=0,
-            help="Rows per router in flips, rows in documents and movers, texts per expert in "
-            "vocabulary; 0 is all.",
-        ),
-    ] = 20,
+    top: int = output_option(
+        "Rows per router in flips, rows in documents and movers, texts per expert in "
+        "vocabulary; 0 is all.",
+        min=0,
+        default=20,
+    ),
     limits: PairGates,
 ) -> None:
     """Compare the routing of two traces, token by token.

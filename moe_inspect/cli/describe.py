@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, quiet
 from moe_inspect.cli.emit import Format, text_to
-from moe_inspect.cli.options import in_panel
+from moe_inspect.cli.options import REQUIRED, argument, in_panel, option
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import TableOptions
 
@@ -25,66 +24,41 @@ training_option, weights_option = in_panel("Training"), in_panel("Weights")
 class FactsOptions(TableOptions):
     """Of a command whose result is text, or every fact as a table."""
 
-    format: Annotated[
-        Format | None,
-        Option(
-            help="Every fact as a table, csv, json (one object per line) or parquet. Default: by "
-            "the ending of the file, else text."
-        ),
-    ] = None
+    format: Format | None = option(
+        "Every fact as a table, csv, json (one object per line) or parquet. Default: by "
+        "the ending of the file, else text."
+    )
 
 
 def describe(
     *,
-    model: Annotated[
-        str,
-        Argument(
-            metavar="MODEL",
-            help="A hub id, a directory, a config.json, a GGUF file, a trace, or demo.",
-        ),
-    ],
-    weights: Annotated[
-        bool,
-        weights_option(
-            help="Show statistics of the weights (safetensors) instead: of each router or expert."
-        ),
-    ] = False,
-    table: Annotated[
-        WeightTable,
-        weights_option(
-            help="With --weights: the geometry of routers, or AIMER and norms of experts."
-        ),
-    ] = "routers",
-    context: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Context length for the FLOPs per token (default: 4096, or the model's maximum).",
-        ),
-    ] = None,
-    train_tokens: Annotated[
-        float | None,
-        training_option(
-            min=1, help="Also show the FLOPs of training on this many tokens, e.g. 2e12."
-        ),
-    ] = None,
-    gpu: Annotated[
-        Gpu, training_option(help="GPU whose dense bf16 peak is used for training.")
-    ] = "h100",
-    mfu: Annotated[
-        float | None,
-        training_option(
-            min=0.001,
-            max=1,
-            help="Also show the GPU-hours of training at this model FLOPs utilisation, e.g. 0.4.",
-        ),
-    ] = None,
-    gpu_hours: Annotated[
-        float | None,
-        training_option(
-            min=1, help="Also show the model FLOPs utilisation that this many GPU-hours imply."
-        ),
-    ] = None,
+    model: str = argument(
+        "A hub id, a directory, a config.json, a GGUF file, a trace, or demo.",
+        "MODEL",
+        default=REQUIRED,
+    ),
+    weights: bool = weights_option(
+        "Show statistics of the weights (safetensors) instead: of each router or expert.",
+        default=False,
+    ),
+    table: WeightTable = weights_option(
+        "With --weights: the geometry of routers, or AIMER and norms of experts.", default="routers"
+    ),
+    context: int | None = option(
+        "Context length for the FLOPs per token (default: 4096, or the model's maximum).", min=1
+    ),
+    train_tokens: float | None = training_option(
+        "Also show the FLOPs of training on this many tokens, e.g. 2e12.", min=1
+    ),
+    gpu: Gpu = training_option("GPU whose dense bf16 peak is used for training.", default="h100"),
+    mfu: float | None = training_option(
+        "Also show the GPU-hours of training at this model FLOPs utilisation, e.g. 0.4.",
+        min=0.001,
+        max=1,
+    ),
+    gpu_hours: float | None = training_option(
+        "Also show the model FLOPs utilisation that this many GPU-hours imply.", min=1
+    ),
     write: FactsOptions,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

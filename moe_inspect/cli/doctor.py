@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.capture import Device, OfDtype, RandomInit, Revision, TrustRemoteCode, quiet
 from moe_inspect.cli.emit import to_stdout
-from moe_inspect.cli.options import AsJson
+from moe_inspect.cli.options import AsJson, argument, option
 from moe_inspect.cli.progress import shown
 from moe_inspect.progress import phase
 from moe_inspect.text import print_stderr, printable
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        Argument(
-            metavar="MODEL", help='Also measure this model: a hub id, a directory, or "demo".'
-        ),
-    ] = None,
-    directory: Annotated[
-        Path, Option(metavar="DIR", help="The directory where traces will be written.")
-    ] = Path(),
-    measure: Annotated[
-        bool, Option(help="Also check the kernels and measure speeds (takes seconds).")
-    ] = True,
+    *,
+    model: str | None = argument(
+        'Also measure this model: a hub id, a directory, or "demo".', "MODEL"
+    ),
+    directory: Path = option("The directory where traces will be written.", "DIR", default=Path()),
+    measure: bool = option(
+        "Also check the kernels and measure speeds (takes seconds).", default=True
+    ),
     device: Device = "auto",
     dtype: OfDtype = "auto",
     revision: Revision = None,

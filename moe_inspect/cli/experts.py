@@ -4,14 +4,14 @@ prune`."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
 from moe_inspect.cli.capture import HeldOutText, ModelArgument, ModelOptions, prepare, ranges_of
 from moe_inspect.cli.emit import Format, emit
 from moe_inspect.cli.help import traces
-from moe_inspect.cli.options import Layers, in_panel, selection_option
+from moe_inspect.cli.options import REQUIRED, Layers, in_panel, selection_option
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import SafeCsv, TableOptions, output_option
 from moe_inspect.text import plural, print_stderr
@@ -26,30 +26,21 @@ def ablate(
     *,
     model: ModelArgument = None,
     layers: Layers = None,
-    experts: Annotated[
-        list[str] | None,
-        selection_option(metavar="EXPERTS", help="Only these experts of each layer, e.g. 0-3,7."),
-    ] = None,
-    most_passes: Annotated[
-        int | None,
-        run_option(
-            metavar="N",
-            min=2,
-            help="Run at most this many forward passes, so that every expert is judged on less "
-            "text. With --resume, a later run continues.",
-        ),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        run_option(
-            metavar="DIR",
-            help="Store every loss in this directory, and continue from the losses already there.",
-        ),
-    ] = None,
-    table: Annotated[
-        AblateTable,
-        output_option(help="experts: a row per expert. domains: one per expert and domain."),
-    ] = "experts",
+    experts: list[str] | None = selection_option(
+        "Only these experts of each layer, e.g. 0-3,7.", "EXPERTS"
+    ),
+    most_passes: int | None = run_option(
+        "Run at most this many forward passes, so that every expert is judged on less "
+        "text. With --resume, a later run continues.",
+        "N",
+        min=2,
+    ),
+    resume: Path | None = run_option(
+        "Store every loss in this directory, and continue from the losses already there.", "DIR"
+    ),
+    table: AblateTable = output_option(
+        "experts: a row per expert. domains: one per expert and domain.", default="experts"
+    ),
     write: TableOptions,
     text: HeldOutText,
     load: ModelOptions,
@@ -100,60 +91,40 @@ def ablate(
 
 def prune(
     *,
-    trace: Annotated[
-        str,
-        experts_option(
-            metavar="TRACE",
-            help="A trace of this model on calibration text; for reap, ean and mean-norm one with "
-            "--output-norms.",
-            autocompletion=traces,
-        ),
-    ],
+    trace: str = experts_option(
+        "A trace of this model on calibration text; for reap, ean and mean-norm one with "
+        "--output-norms.",
+        "TRACE",
+        autocompletion=traces,
+        default=REQUIRED,
+    ),
     model: ModelArgument = None,
-    output: Annotated[
-        Path | None,
-        output_option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Write the pruned checkpoint to this new directory.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, output_option(help="Score and measure only; write no checkpoint.")
-    ] = False,
-    by: Annotated[
-        By,
-        experts_option(
-            help="Score of an expert; the lowest are dropped. reap: mean of gate weight × output "
-            "norm. gate: sum of gate weights. frequency: assignments. ean: sum of output "
-            "norms. mean-norm: mean of output norms. aimer: from the weights alone. ablation: "
-            "rise of the loss on the calibration text without this expert."
-        ),
-    ] = "reap",
-    keep: Annotated[
-        float,
-        experts_option(help="Share of the experts of each layer (or group) to keep, at least."),
-    ] = 0.75,
-    draws: Annotated[
-        int, experts_option(metavar="N", min=1, help="How many random choices to compare with.")
-    ] = 5,
-    seed: Annotated[int, experts_option(metavar="SEED", help="Seed of the random choices.")] = 0,
-    resume: Annotated[
-        Path | None,
-        experts_option(
-            metavar="DIR",
-            help="With --by ablation: store every loss in this directory, and continue from those "
-            "already there.",
-        ),
-    ] = None,
-    table: Annotated[
-        PruneTable,
-        output_option(
-            help="losses: by plan and domain. scores: a row per expert. findings: the warnings."
-        ),
-    ] = "losses",
-    format: Annotated[Format, output_option(help="json: one object per line.")] = Format.table,
+    output: Path | None = output_option(
+        "Write the pruned checkpoint to this new directory.", "DIR", flags=("-o", "--output")
+    ),
+    dry_run: bool = output_option("Score and measure only; write no checkpoint.", default=False),
+    by: By = experts_option(
+        "Score of an expert; the lowest are dropped. reap: mean of gate weight × output "
+        "norm. gate: sum of gate weights. frequency: assignments. ean: sum of output "
+        "norms. mean-norm: mean of output norms. aimer: from the weights alone. ablation: "
+        "rise of the loss on the calibration text without this expert.",
+        default="reap",
+    ),
+    keep: float = experts_option(
+        "Share of the experts of each layer (or group) to keep, at least.", default=0.75
+    ),
+    draws: int = experts_option("How many random choices to compare with.", "N", min=1, default=5),
+    seed: int = experts_option("Seed of the random choices.", "SEED", default=0),
+    resume: Path | None = experts_option(
+        "With --by ablation: store every loss in this directory, and continue from those "
+        "already there.",
+        "DIR",
+    ),
+    table: PruneTable = output_option(
+        "losses: by plan and domain. scores: a row per expert. findings: the warnings.",
+        default="losses",
+    ),
+    format: Format = output_option("json: one object per line.", default=Format.table),
     safe_csv: SafeCsv = False,
     text: HeldOutText,
     load: ModelOptions,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
-
-from typer import Option
+from typing import TYPE_CHECKING, get_args
 
 from moe_inspect.cli.experts import By
-from moe_inspect.cli.options import TraceArgument
+from moe_inspect.cli.options import REQUIRED, TraceArgument, option
 from moe_inspect.cli.show import SafeCsv, output_option
 from moe_inspect.exporters import MODULES
 from moe_inspect.text import print_stderr
@@ -26,49 +24,29 @@ FORMATS = {name: writes for name, (_, writes) in MODULES.items()}
 
 
 def export(
+    *,
     trace: TraceArgument,
-    format: Annotated[ExportFormat, output_option(help="What to write: see Formats.")],
-    output: Annotated[
-        Path,
-        output_option("-o", "--output", metavar="PATH", help="File to write; for esft, a folder."),
-    ],
-    top_p: Annotated[
-        float | None,
-        Option(
-            help="esft: train the fewest experts per layer whose scores sum to this share. "
-            "Default: 0.2."
-        ),
-    ] = None,
-    by: Annotated[
-        ExportBy | None,
-        Option(
-            "--by",
-            "--score",
-            help="esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
-            "for esft, reap for pruning.",
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        Option(metavar="MODEL", help="With --by aimer: the model, a directory or a hub id."),
-    ] = None,
-    losses: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="With --by ablation: a table written by moe-inspect ablate; for esft, its table "
-            "domains.",
-        ),
-    ] = None,
-    gpu_layers: Annotated[
-        int | None, Option(min=0, help="llama-cpp: how many layers' experts fit on the GPU.")
-    ] = None,
-    keep: Annotated[
-        float | None,
-        Option(
-            help="pruning: keep at least this share of the experts of each layer. Default: 0.75."
-        ),
-    ] = None,
+    format: ExportFormat = output_option("What to write: see Formats.", default=REQUIRED),
+    output: Path = output_option(
+        "File to write; for esft, a folder.", "PATH", flags=("-o", "--output"), default=REQUIRED
+    ),
+    top_p: float | None = option(
+        "esft: train the fewest experts per layer whose scores sum to this share. Default: 0.2."
+    ),
+    by: ExportBy | None = option(
+        "esft, pruning: the score of the experts, as in prune. Default: frequency (token) "
+        "for esft, reap for pruning.",
+        flags=("--by", "--score"),
+    ),
+    weights: str | None = option("With --by aimer: the model, a directory or a hub id.", "MODEL"),
+    losses: Path | None = option(
+        "With --by ablation: a table written by moe-inspect ablate; for esft, its table domains.",
+        "FILE",
+    ),
+    gpu_layers: int | None = option("llama-cpp: how many layers' experts fit on the GPU.", min=0),
+    keep: float | None = option(
+        "pruning: keep at least this share of the experts of each layer. Default: 0.75."
+    ),
     safe_csv: SafeCsv = False,
 ) -> None:
     """Convert a trace to the format of another tool.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
-from typer import Argument
 
 from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.help import traces as complete
-from moe_inspect.cli.options import AsJson, NewTrace, Overwrite, TraceArgument, in_panel
+from moe_inspect.cli.options import (
+    REQUIRED,
+    AsJson,
+    NewTrace,
+    Overwrite,
+    TraceArgument,
+    argument,
+    in_panel,
+)
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 
@@ -41,14 +47,13 @@ def verify(trace: TraceArgument, as_json: AsJson = False) -> None:
 
 
 def merge(
-    traces: Annotated[
-        list[str],
-        Argument(
-            metavar="TRACE...",
-            help="Directories or URLs of traces of one model, with the same columns.",
-            autocompletion=complete,
-        ),
-    ],
+    *,
+    traces: list[str] = argument(
+        "Directories or URLs of traces of one model, with the same columns.",
+        "TRACE...",
+        autocompletion=complete,
+        default=REQUIRED,
+    ),
     output: NewTrace,
     overwrite: Overwrite = False,
 ) -> None:
@@ -69,20 +74,16 @@ def merge(
 
 
 def sample(
+    *,
     trace: TraceArgument,
     output: NewTrace,
-    documents: Annotated[int | None, documents_option(min=1, help="How many documents.")] = None,
-    share: Annotated[
-        float | None, documents_option(help="Share of the documents, above 0 to 1.")
-    ] = None,
-    seed: Annotated[int, documents_option(min=0, help="Seed of the random choice.")] = 0,
-    by_domain: Annotated[
-        bool, documents_option(help="Apply --documents or --share per domain.")
-    ] = False,
-    rest: Annotated[
-        bool,
-        documents_option(help="Take the documents that the same call without --rest leaves out."),
-    ] = False,
+    documents: int | None = documents_option("How many documents.", min=1),
+    share: float | None = documents_option("Share of the documents, above 0 to 1."),
+    seed: int = documents_option("Seed of the random choice.", min=0, default=0),
+    by_domain: bool = documents_option("Apply --documents or --share per domain.", default=False),
+    rest: bool = documents_option(
+        "Take the documents that the same call without --rest leaves out.", default=False
+    ),
     overwrite: Overwrite = False,
 ) -> None:
     """Write a trace of some documents of a trace, chosen at random.

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.capture import model_option
-from moe_inspect.cli.options import CommitEvery, NewTrace, Overwrite, in_panel
+from moe_inspect.cli.options import (
+    REQUIRED,
+    CommitEvery,
+    NewTrace,
+    Overwrite,
+    argument,
+    in_panel,
+    option,
+)
 from moe_inspect.cli.progress import shown
 from moe_inspect.importers import MODULES
 from moe_inspect.text import no_such, plural, print_stderr
@@ -41,75 +48,49 @@ FORMATS = {name: reads.replace("`", "") for name, (_, reads) in MODULES.items()}
 
 
 def import_(
-    format: Annotated[
-        str,
-        Argument(
-            metavar="FORMAT", help=f"auto (recognise the files), or one of {', '.join(MODULES)}."
-        ),
-    ],
-    sources: Annotated[
-        list[str],
-        Argument(metavar="SRC...", help="Files or folders. DOMAIN=SRC labels the tokens of one."),
-    ],
+    *,
+    format: str = argument(
+        f"auto (recognise the files), or one of {', '.join(MODULES)}.", "FORMAT", default=REQUIRED
+    ),
+    sources: list[str] = argument(
+        "Files or folders. DOMAIN=SRC labels the tokens of one.", "SRC...", default=REQUIRED
+    ),
     output: NewTrace,
-    model: Annotated[
-        str | None,
-        model_option(
-            metavar="MODEL",
-            help="Hub id or directory of the model, for what the files lack: number of experts, "
-            "top-k, dense layers, vocabulary.",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        model_option(metavar="FILE", help="The same from a config.json, without transformers."),
-    ] = None,
-    experts: Annotated[
-        int | None,
-        model_option(
-            min=1, help="Experts per layer, where neither the files nor a config give it."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        model_option(
-            min=1, help="Experts per token, where neither the files nor a config give it."
-        ),
-    ] = None,
-    pipeline_stages: Annotated[
-        int | None,
-        model_option(
-            min=1,
-            help="megatron: pipeline stages of a run whose files number layers from 0 in each "
-            "stage. More than one needs --model or --config.",
-        ),
-    ] = None,
-    map: Annotated[
-        list[str] | None,
-        Option(
-            metavar="MAP",
-            help="table, counts: where the columns are, if they have other names: "
-            "layer=block,expert=id,count=hits; in nested JSON: "
-            "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them.",
-        ),
-    ] = None,
+    model: str | None = model_option(
+        "Hub id or directory of the model, for what the files lack: number of experts, "
+        "top-k, dense layers, vocabulary.",
+        "MODEL",
+    ),
+    config: Path | None = model_option(
+        "The same from a config.json, without transformers.", "FILE"
+    ),
+    experts: int | None = model_option(
+        "Experts per layer, where neither the files nor a config give it.", min=1
+    ),
+    top_k: int | None = model_option(
+        "Experts per token, where neither the files nor a config give it.", min=1
+    ),
+    pipeline_stages: int | None = model_option(
+        "megatron: pipeline stages of a run whose files number layers from 0 in each "
+        "stage. More than one needs --model or --config.",
+        min=1,
+    ),
+    map: list[str] | None = option(
+        "table, counts: where the columns are, if they have other names: "
+        "layer=block,expert=id,count=hits; in nested JSON: "
+        "count=layers.{layer}.{expert}.hits; or a FILE.yaml of them.",
+        "MAP",
+    ),
     overwrite: Overwrite = False,
     commit_every: CommitEvery = None,
-    workers: Annotated[
-        int | None,
-        run_option(
-            min=1,
-            help="Processes that parse lines of JSON (default: one per core for large files).",
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        run_option(
-            metavar="ADDRESS",
-            help="Parse lines of JSON on this dask.distributed cluster, whose workers see the "
-            "files at the same path.",
-        ),
-    ] = None,
+    workers: int | None = run_option(
+        "Processes that parse lines of JSON (default: one per core for large files).", min=1
+    ),
+    scheduler: str | None = run_option(
+        "Parse lines of JSON on this dask.distributed cluster, whose workers see the "
+        "files at the same path.",
+        "ADDRESS",
+    ),
 ) -> None:
     """Convert recordings of engines and trainers to a trace.
 

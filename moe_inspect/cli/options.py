@@ -7,10 +7,19 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from typer import Argument, Option
@@ -22,6 +31,9 @@ from moe_inspect.text import print_stderr
 if TYPE_CHECKING:
     from moe_inspect.reporting.tables.registry import Table
     from moe_inspect.reporting.verdict.gate import Gate
+
+
+REQUIRED = MISSING  # the default of what has none
 
 
 def not_stdout(path: Path | None) -> Path | None:
@@ -37,57 +49,71 @@ def seconds(text: str | float) -> float:
     return float(found[1]) * {"ms": 0.001, "m": 60.0, "h": 3600.0}.get(found[2], 1.0)
 
 
+def option(
+    help: str,
+    metavar: str | None = None,
+    *,
+    flags: Sequence[str] = (),
+    default: Any = None,
+    panel: str | None = None,
+    **settings: Any,
+) -> Any:
+    """The default of a parameter of a command, or of a field of a group: an option. flags: its
+    names, if not --name. panel: its title in --help. settings: those of `typer.Option`."""
+    declared = Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **settings)
+    return field(default=default, metadata={"option": declared})
+
+
+def argument(help: str, metavar: str, *, default: Any = None, **settings: Any) -> Any:
+    """The same for an argument."""
+    declared = Argument(help=help, metavar=metavar, **settings)
+    return field(default=default, metadata={"option": declared})
+
+
 def in_panel(title: str) -> Any:
-    """`Option`, listed under this title in --help."""
-    return partial(Option, rich_help_panel=title)
+    """`option`, listed under this title in --help."""
+    return partial(option, panel=title)
 
 
 gate_option = in_panel("Checks, exit code 3")
 selection_option = in_panel("Selection")
 trace_option = in_panel("Trace")
 Phase = Literal["prefill", "decode", "encode", "draft"]
-TRACE = Argument(
-    metavar="TRACE", help="The directory of a trace, or its URL (s3://…).", autocompletion=traces
-)
+TRACE = argument("The directory of a trace, or its URL (s3://…).", "TRACE", autocompletion=traces)
 TraceArgument = Annotated[str, TRACE]
 Output = Annotated[
     Path | None,
-    Option(
-        "-o",
-        "--output",
-        metavar="FILE",
+    option(
+        "Write to this file instead of stdout.",
+        "FILE",
+        flags=("-o", "--output"),
         callback=not_stdout,
-        help="Write to this file instead of stdout.",
     ),
 ]
 NewTrace = Annotated[
     str,
-    trace_option(
-        "-o", "--output", metavar="DIR", help="Directory of the trace to write, or its URL."
-    ),
+    trace_option("Directory of the trace to write, or its URL.", "DIR", flags=("-o", "--output")),
 ]
-Overwrite = Annotated[bool, trace_option(help="Replace an existing trace.")]
+Overwrite = Annotated[bool, trace_option("Replace an existing trace.")]
 Scheduler = Annotated[
     str | None,
-    Option(
-        metavar="ADDRESS",
-        help="Run on this dask.distributed cluster, whose workers see the trace at the same path.",
-        rich_help_panel="Options",
+    option(
+        "Run on this dask.distributed cluster, whose workers see the trace at the same path.",
+        "ADDRESS",
+        panel="Options",
     ),
 ]
-Layers = Annotated[
-    list[str] | None, selection_option(metavar="LAYERS", help="Only these layers, e.g. 0-3,7.")
-]
+Layers = Annotated[list[str] | None, selection_option("Only these layers, e.g. 0-3,7.", "LAYERS")]
 CommitEvery = Annotated[
     float | None,
     trace_option(
-        metavar="TIME",
+        "Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: when "
+        "a shard is full).",
+        "TIME",
         parser=seconds,
-        help="Commit at this interval, e.g. 5s, so that moe-inspect watch shows it early (default: "
-        "when a shard is full).",
     ),
 ]
-AsJson = Annotated[bool, Option("--json", help="Print the result as one JSON object.")]
+AsJson = Annotated[bool, option("Print the result as one JSON object.", flags=("--json",))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +125,12 @@ class Options:
 
     def keywords(self) -> dict[str, Any]:
         """The options as keywords of the API."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def names(*groups: type[Options]) -> tuple[str, ...]:
     """The options of these groups."""
-    return tuple(field.name for group in groups for field in fields(group))
+    return tuple(each.name for group in groups for each in fields(group))
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -113,30 +139,38 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, type[Options]] = {}
     parameters: list[inspect.Parameter] = []
 
-    def add(name: str, default: Any, annotation: Any, panel: str | None = None) -> None:
+    def add(name: str, annotation: Any, default: Any, panel: str | None = None) -> None:
+        declared: Any = None
+        if get_origin(annotation) is Annotated:
+            annotation, declared = get_args(annotation)
+        if isinstance(default, Field):
+            declared, default = default, default.default
+        if isinstance(declared, Field):
+            declared = declared.metadata["option"]
+        if declared is not None:
+            declared = copy(declared)
+            declared.rich_help_panel = declared.rich_help_panel or panel
+            if default is False and not declared.param_decls:  # without a --no- form
+                declared.param_decls = (f"--{name.replace('_', '-')}",)
+            annotation = Annotated[annotation, declared]
         default = inspect.Parameter.empty if default is MISSING else default
         kind = inspect.Parameter.KEYWORD_ONLY
-        if get_origin(annotation) is Annotated:
-            option = copy(annotation.__metadata__[0])
-            option.rich_help_panel = option.rich_help_panel or panel
-            if default is False and not option.param_decls:  # without a --no- form
-                option.param_decls = (f"--{name.replace('_', '-')}",)
-            annotation = Annotated[annotation.__origin__, option]
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
 
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if isinstance(group := parameter.annotation, type) and issubclass(group, Options):
             groups[name] = group
             types = get_type_hints(group, include_extras=True)
-            for field in fields(group):
-                add(field.name, field.default, types[field.name], group.panel)
+            for each in fields(group):
+                default = each if each.metadata else each.default
+                add(each.name, types[each.name], default, group.panel)
         else:
-            add(name, parameter.default, parameter.annotation)
+            add(name, parameter.annotation, parameter.default)
 
     @wraps(command)
     def run(**given: Any) -> None:
         made = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            name: group(**{each.name: given.pop(each.name) for each in fields(group)})
             for name, group in groups.items()
         }
         command(**given, **made)
@@ -153,16 +187,11 @@ class SelectionOptions(Options):
     panel = "Selection"
 
     layers: Layers = None
-    domain: Annotated[
-        list[str] | None, Option(metavar="NAME", help="Only tokens of this domain.")
-    ] = None
-    phase: Annotated[
-        Phase | None,
-        Option(
-            help="Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
-            "rejected drafts (draft)."
-        ),
-    ] = None
+    domain: list[str] | None = option("Only tokens of this domain.", "NAME")
+    phase: Phase | None = option(
+        "Only prompt tokens (prefill), generated ones (decode), an encoder's (encode), or "
+        "rejected drafts (draft)."
+    )
 
     def keywords(self) -> dict[str, Any]:
         given = super().keywords()
@@ -171,7 +200,7 @@ class SelectionOptions(Options):
 
 def limit(help: str) -> Any:
     """An option that sets limits of metrics."""
-    return gate_option(metavar="METRIC=VALUE", autocompletion=metrics, help=help)
+    return gate_option(help, "METRIC=VALUE", autocompletion=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +209,12 @@ class GateOptions(Options):
 
     panel = "Checks, exit code 3"
 
-    fail_above: Annotated[
-        list[str] | None, limit("Exit with 3 if the metric of any selected router is above.")
-    ] = None
-    fail_below: Annotated[
-        list[str] | None, limit("Exit with 3 if the metric of any selected router is below.")
-    ] = None
+    fail_above: list[str] | None = limit(
+        "Exit with 3 if the metric of any selected router is above."
+    )
+    fail_below: list[str] | None = limit(
+        "Exit with 3 if the metric of any selected router is below."
+    )
 
     @property
     def metrics(self) -> list[str]:

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import TABLES
 from moe_inspect.cli.help import traces as complete
 from moe_inspect.cli.options import (
+    REQUIRED,
     TRACE,
     GateOptions,
     Scheduler,
     SelectionOptions,
+    argument,
     exit_if_failed,
     gate_option,
+    option,
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions, output_option, table_option
@@ -52,81 +54,52 @@ class Simulated(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(ShowOptions):
-    table: Annotated[
-        str | None, table_option(f"One table instead of the report: {TABLES['report']}.")
-    ] = None
+    table: str | None = table_option(f"One table instead of the report: {TABLES['report']}.")
 
 
 def report(
     *,
     trace: Annotated[str | None, TRACE] = None,
     selection: SelectionOptions,
-    full: Annotated[
-        bool, output_option(help="Print every finding and note, and excerpts of the tables.")
-    ] = False,
+    full: bool = output_option(
+        "Print every finding and note, and excerpts of the tables.", default=False
+    ),
     show: ReportOptions,
-    simulate: Annotated[
-        list[Simulated] | None,
-        output_option(help="With --html: add a section with this simulation at its defaults."),
-    ] = None,
-    text: Annotated[
-        str | None,
-        Option(
-            metavar="N|all",
-            help="With --html: documents per domain to show in full; 0 is none. Default: those "
-            "that differ most between domains, 1 MB in total.",
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        Option(
-            metavar="TRACE",
-            autocompletion=complete,
-            help="A trace of an untrained or earlier model over the same text: say what "
-            "specialisation is beyond it.",
-        ),
-    ] = None,
-    top: Annotated[
-        int,
-        output_option(
-            min=0,
-            help="Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is "
-            "all.",
-        ),
-    ] = 20,
-    window: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Tokens per window in the tables windows and drift (default: 1/64 of the trace).",
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        Option(
-            metavar="MODEL",
-            help="With --table worth: compute AIMER from these weights, a directory or a hub id.",
-        ),
-    ] = None,
-    threshold: Annotated[
-        list[str] | None,
-        gate_option(
-            metavar="NAME=VALUE",
-            help="A threshold of the verdict, e.g. uneven=0.3 (summary lists them).",
-        ),
-    ] = None,
+    simulate: list[Simulated] | None = output_option(
+        "With --html: add a section with this simulation at its defaults."
+    ),
+    text: str | None = option(
+        "With --html: documents per domain to show in full; 0 is none. Default: those "
+        "that differ most between domains, 1 MB in total.",
+        "N|all",
+    ),
+    baseline: str | None = option(
+        "A trace of an untrained or earlier model over the same text: say what "
+        "specialisation is beyond it.",
+        "TRACE",
+        autocompletion=complete,
+    ),
+    top: int = output_option(
+        "Token ids per expert in vocabulary, partners per expert in tables of pairs; 0 is all.",
+        min=0,
+        default=20,
+    ),
+    window: int | None = option(
+        "Tokens per window in the tables windows and drift (default: 1/64 of the trace).", min=1
+    ),
+    weights: str | None = option(
+        "With --table worth: compute AIMER from these weights, a directory or a hub id.", "MODEL"
+    ),
+    threshold: list[str] | None = gate_option(
+        "A threshold of the verdict, e.g. uneven=0.3 (summary lists them).", "NAME=VALUE"
+    ),
     limits: GateOptions,
-    rules: Annotated[
-        Path | None,
-        gate_option(
-            metavar="FILE",
-            help="Exit with 3 if any window breaks a rule of this file, one per line, e.g. "
-            "max_over_mean > 2 for 3 windows.",
-        ),
-    ] = None,
-    list_metrics: Annotated[
-        bool, Option(help="List every metric: definition, range, source.")
-    ] = False,
+    rules: Path | None = gate_option(
+        "Exit with 3 if any window breaks a rule of this file, one per line, e.g. "
+        "max_over_mean > 2 for 3 windows.",
+        "FILE",
+    ),
+    list_metrics: bool = option("List every metric: definition, range, source.", default=False),
     scheduler: Scheduler = None,
 ) -> None:
     """Report load balance and expert specialisation.
@@ -325,35 +298,26 @@ def print_metrics(console: Console) -> None:
 
 
 def atlas(
-    traces: Annotated[
-        list[str],
-        Argument(
-            metavar="TRACE...",
-            help="Directories of the traces, in the order of the index.",
-            autocompletion=complete,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Directory of the site; open its index.html, or copy it to any web server.",
-        ),
-    ],
-    text: Annotated[
-        str,
-        Option(
-            metavar="N|all", help="Documents per domain to show in full on each page; 0 is none."
-        ),
-    ] = "1",
-    add: Annotated[
-        bool,
-        Option(
-            help="Keep existing pages. Otherwise, pages of traces that are not named are removed."
-        ),
-    ] = False,
+    *,
+    traces: list[str] = argument(
+        "Directories of the traces, in the order of the index.",
+        "TRACE...",
+        autocompletion=complete,
+        default=REQUIRED,
+    ),
+    output: Path = option(
+        "Directory of the site; open its index.html, or copy it to any web server.",
+        "DIR",
+        flags=("-o", "--output"),
+        default=REQUIRED,
+    ),
+    text: str = option(
+        "Documents per domain to show in full on each page; 0 is none.", "N|all", default="1"
+    ),
+    add: bool = option(
+        "Keep existing pages. Otherwise, pages of traces that are not named are removed.",
+        default=False,
+    ),
 ) -> None:
     """Build a static site: one page per trace, and an index.
 

@@ -7,13 +7,12 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Argument
 
 from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, ranges_of, stop_cleanly
-from moe_inspect.cli.options import in_panel, seconds
+from moe_inspect.cli.options import argument, in_panel, seconds
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.trace import (
     EngineName,
@@ -38,41 +37,27 @@ class ServedRequests(RequestOptions):
 
 def serve_trace(
     *,
-    command: Annotated[
-        list[str] | None,
-        Argument(
-            metavar="-- COMMAND",
-            help="The command that starts the engine, after two dashes: -- vllm serve MODEL …",
-        ),
-    ] = None,
-    engine: Annotated[
-        EngineName | None, engine_option(help="The serving engine (default: by its command).")
-    ] = None,
-    model_config: Annotated[
-        str | None,
-        engine_option(
-            metavar="MODEL",
-            help="Hub id or directory of the served model's config and tokenizer (default: the "
-            "model of the command).",
-        ),
-    ] = None,
-    engine_log: Annotated[
-        Path | None,
-        engine_option(
-            metavar="FILE",
-            help="File to append the engine's output to (default: the trace's name plus "
-            ".engine.log, beside it; for a URL, in the current directory).",
-        ),
-    ] = None,
-    start_timeout: Annotated[
-        float,
-        engine_option(
-            metavar="TIME",
-            parser=seconds,
-            help="How long the engine may take to start (default: 1h).",
-            show_default=False,
-        ),
-    ] = 3600.0,
+    command: list[str] | None = argument(
+        "The command that starts the engine, after two dashes: -- vllm serve MODEL …", "-- COMMAND"
+    ),
+    engine: EngineName | None = engine_option("The serving engine (default: by its command)."),
+    model_config: str | None = engine_option(
+        "Hub id or directory of the served model's config and tokenizer (default: the "
+        "model of the command).",
+        "MODEL",
+    ),
+    engine_log: Path | None = engine_option(
+        "File to append the engine's output to (default: the trace's name plus "
+        ".engine.log, beside it; for a URL, in the current directory).",
+        "FILE",
+    ),
+    start_timeout: float = engine_option(
+        "How long the engine may take to start (default: 1h).",
+        "TIME",
+        parser=seconds,
+        show_default=False,
+        default=3600.0,
+    ),
     requests: ServedRequests,
     text: TracedText,
     layers: RecordedLayers = None,

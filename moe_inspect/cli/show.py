@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Option
 
 from moe_inspect.cli.emit import Format, emit, format_of, text_to
 from moe_inspect.cli.help import tables
-from moe_inspect.cli.options import Options, Output, in_panel
+from moe_inspect.cli.options import Options, Output, in_panel, option
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ output_option = in_panel("Output")
 SafeCsv = Annotated[
     bool,
     output_option(
-        help="In csv, put an apostrophe before text that a spreadsheet would take for a formula "
+        "In csv, put an apostrophe before text that a spreadsheet would take for a formula "
         "(= + - @)."
     ),
 ]
@@ -49,7 +48,7 @@ SafeCsv = Annotated[
 
 def table_option(help: str) -> Any:
     """The option --table."""
-    return Option(metavar="NAME", autocompletion=tables, help=help)
+    return option(help, "NAME", autocompletion=tables)
 
 
 def _no_format(output: Path | None) -> typer.BadParameter:
@@ -64,13 +63,10 @@ class TableOptions(Options):
 
     panel = "Output"
 
-    format: Annotated[
-        Format | None,
-        Option(
-            help="table is for reading, json is one object per line. Default: by the ending of the "
-            "file, else table."
-        ),
-    ] = None
+    format: Format | None = option(
+        "table is for reading, json is one object per line. Default: by the ending of the "
+        "file, else table."
+    )
     output: Output = None
     safe_csv: SafeCsv = False
 
@@ -90,38 +86,26 @@ class ShowOptions(Options):
 
     panel = "Output"
 
-    table: Annotated[str | None, table_option("Print one table instead of the summary.")] = None
-    format: Annotated[
-        Literal["table", "csv", "json", "parquet", "png", "svg", "pdf"] | None,
-        Option(
-            help="Format of the table, by default from the file's ending, else table; json is one "
-            "object per line. With --plots also png, svg or pdf, that of the pictures."
-        ),
-    ] = None
+    table: str | None = table_option("Print one table instead of the summary.")
+    format: Literal["table", "csv", "json", "parquet", "png", "svg", "pdf"] | None = option(
+        "Format of the table, by default from the file's ending, else table; json is one "
+        "object per line. With --plots also png, svg or pdf, that of the pictures."
+    )
     output: Output = None
     safe_csv: SafeCsv = False
-    plots: Annotated[
-        Path | None,
-        Option(
-            metavar="DIR", help="Also write charts as pictures (PNG and SVG) into this directory."
-        ),
-    ] = None
-    only: Annotated[
-        list[str] | None, Option(metavar="CHART", help="With --plots: only these charts.")
-    ] = None
-    width: Annotated[
-        float | None,
-        Option(
-            metavar="LENGTH",
-            parser=inches,
-            help="With --plots: width of the pictures, e.g. 3.3in or 84mm for a column of a paper; "
-            "type keeps its size.",
-        ),
-    ] = None
-    html: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Also write a self-contained page that opens in any browser."),
-    ] = None
+    plots: Path | None = option(
+        "Also write charts as pictures (PNG and SVG) into this directory.", "DIR"
+    )
+    only: list[str] | None = option("With --plots: only these charts.", "CHART")
+    width: float | None = option(
+        "With --plots: width of the pictures, e.g. 3.3in or 84mm for a column of a paper; "
+        "type keeps its size.",
+        "LENGTH",
+        parser=inches,
+    )
+    html: Path | None = option(
+        "Also write a self-contained page that opens in any browser.", "FILE"
+    )
 
     @property
     def of_table(self) -> Format | None:

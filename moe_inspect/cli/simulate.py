@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
-from typer import Option
 
 from moe_inspect.cli.options import (
     Layers,
@@ -17,6 +16,7 @@ from moe_inspect.cli.options import (
     SelectionOptions,
     TraceArgument,
     in_panel,
+    option,
 )
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.show import ShowOptions
@@ -66,19 +66,14 @@ class SimulateOptions(ShowOptions):
 class PlanOptions(SimulateOptions):
     """And how a plan is written."""
 
-    output: Annotated[
-        Path | None,
-        plan_option(
-            "-o",
-            "--output",
-            help="Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
-            "--table, write that table.",
-        ),
-    ] = None
-    plan_for: Annotated[
-        Engine | None,
-        plan_option(help="Engine that -o writes the plan for. Default: by file extension."),
-    ] = None
+    output: Path | None = plan_option(
+        "Write the recommended plan: .json for SGLang, .yaml for TensorRT-LLM. With "
+        "--table, write that table.",
+        flags=("-o", "--output"),
+    )
+    plan_for: Engine | None = plan_option(
+        "Engine that -o writes the plan for. Default: by file extension."
+    )
 
 
 def group_tokens_of(text: str) -> int | str:
@@ -92,35 +87,26 @@ def group_tokens_of(text: str) -> int | str:
 class CapacityOptions(Options):
     panel = "Options"
 
-    capacity_factors: Annotated[
-        list[float] | None,
-        Option(
-            "--capacity-factor",
-            metavar="FACTOR",
-            help="Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Default: "
-            "1.0, 1.25 and 2.0.",
-        ),
-    ] = None
-    group_tokens: Annotated[
-        Any,
-        Option(
-            metavar="N|batch|sequence",
-            parser=group_tokens_of,
-            help="A group is a forward pass, at most N tokens of one, or a sequence.",
-        ),
-    ] = "batch"
-    order: Annotated[
-        Order | None,
-        Option(
-            help="Order of service: all first choices first (arrival, GShard), token by token "
-            "(token, Switch), highest gate weight first (weight). "
-            "Default: arrival, or token where the trace does not say which choice was the first."
-        ),
-    ] = None
-    target_drop: Annotated[
-        float,
-        Option(min=0, max=1, help="Report the smallest factor that drops at most this share."),
-    ] = 0.01
+    capacity_factors: list[float] | None = option(
+        "Capacity = ceil(factor · G · k / E) per expert and group of G tokens. Default: "
+        "1.0, 1.25 and 2.0.",
+        "FACTOR",
+        flags=("--capacity-factor",),
+    )
+    group_tokens: Any = option(
+        "A group is a forward pass, at most N tokens of one, or a sequence.",
+        "N|batch|sequence",
+        parser=group_tokens_of,
+        default="batch",
+    )
+    order: Order | None = option(
+        "Order of service: all first choices first (arrival, GShard), token by token "
+        "(token, Switch), highest gate weight first (weight). "
+        "Default: arrival, or token where the trace does not say which choice was the first."
+    )
+    target_drop: float = option(
+        "Report the smallest factor that drops at most this share.", min=0, max=1, default=0.01
+    )
     layers: Layers = None
 
 
@@ -139,65 +125,41 @@ def capacity(*, trace: TraceArgument, options: CapacityOptions, show: SimulateOp
 class PlacementOptions(Options):
     panel = "Options"
 
-    gpus: Annotated[
-        int | None,
-        gpu_option(min=1, metavar="G", help="GPUs that share the experts. Default: up to 8."),
-    ] = None
-    nodes: Annotated[int, gpu_option(min=1, metavar="N", help="Nodes that the GPUs are on.")] = 1
-    physical_experts: Annotated[
-        int | None,
-        gpu_option(
-            min=1, metavar="P", help="Slots per layer, replicas included. Default: one per expert."
-        ),
-    ] = None
-    groups: Annotated[
-        int | None,
-        gpu_option(
-            min=1, help="Groups of experts, for EPLB. Default: those of the model's config."
-        ),
-    ] = None
-    policies: Annotated[
-        list[str] | None,
-        policy_option(
-            "--policy",
-            metavar="POLICY",
-            help="contiguous, round-robin, greedy, eplb, eplb-global, local-search. Default: all.",
-        ),
-    ] = None
-    fit_share: Annotated[
-        float,
-        policy_option(
-            min=0, max=1, help="Fit on this share of the trace, from its start; judge on the rest."
-        ),
-    ] = 0.5
-    window: Annotated[
-        int | None,
-        policy_option(
-            min=1,
-            metavar="N",
-            help="Report the balance per window of N tokens. Default: 16 windows.",
-        ),
-    ] = None
-    minimize: Annotated[
-        Minimize | None,
-        policy_option(
-            help="ranks: local-search trades its better balance over EPLB for fewer GPUs per token."
-        ),
-    ] = None
-    slack: Annotated[
-        float,
-        policy_option(
-            min=0,
-            help="With --minimize: how much more a GPU may be loaded than under EPLB, as a share.",
-        ),
-    ] = 0.0
-    dispatch: Annotated[
-        Dispatch,
-        policy_option(
-            help="lp: also report the balance under optimal dispatch among the replicas of an "
-            "expert (a linear program per window)."
-        ),
-    ] = "even"
+    gpus: int | None = gpu_option("GPUs that share the experts. Default: up to 8.", "G", min=1)
+    nodes: int = gpu_option("Nodes that the GPUs are on.", "N", min=1, default=1)
+    physical_experts: int | None = gpu_option(
+        "Slots per layer, replicas included. Default: one per expert.", "P", min=1
+    )
+    groups: int | None = gpu_option(
+        "Groups of experts, for EPLB. Default: those of the model's config.", min=1
+    )
+    policies: list[str] | None = policy_option(
+        "contiguous, round-robin, greedy, eplb, eplb-global, local-search. Default: all.",
+        "POLICY",
+        flags=("--policy",),
+    )
+    fit_share: float = policy_option(
+        "Fit on this share of the trace, from its start; judge on the rest.",
+        min=0,
+        max=1,
+        default=0.5,
+    )
+    window: int | None = policy_option(
+        "Report the balance per window of N tokens. Default: 16 windows.", "N", min=1
+    )
+    minimize: Minimize | None = policy_option(
+        "ranks: local-search trades its better balance over EPLB for fewer GPUs per token."
+    )
+    slack: float = policy_option(
+        "With --minimize: how much more a GPU may be loaded than under EPLB, as a share.",
+        min=0,
+        default=0.0,
+    )
+    dispatch: Dispatch = policy_option(
+        "lp: also report the balance under optimal dispatch among the replicas of an "
+        "expert (a linear program per window).",
+        default="even",
+    )
 
 
 def placement(
@@ -237,25 +199,20 @@ def placement(
 class DecodeOptions(Options):
     panel = "Options"
 
-    batches: Annotated[
-        list[int] | None,
-        Option(
-            "--batch",
-            metavar="TOKENS",
-            help="Sequences decoded together (batch size).",
-            show_default="1,8,32,128",
-        ),
-    ] = None
-    expert_mb: Annotated[
-        float | None,
-        Option(min=0, help="Size of one expert, in 10^6 bytes. Default: from the model's config."),
-    ] = None
-    flops_per_byte: Annotated[
-        float,
-        Option(
-            min=0, help="Arithmetic intensity at which the GPU is compute-bound (FLOPs per byte)."
-        ),
-    ] = 295.0
+    batches: list[int] | None = option(
+        "Sequences decoded together (batch size).",
+        "TOKENS",
+        flags=("--batch",),
+        show_default="1,8,32,128",
+    )
+    expert_mb: float | None = option(
+        "Size of one expert, in 10^6 bytes. Default: from the model's config.", min=0
+    )
+    flops_per_byte: float = option(
+        "Arithmetic intensity at which the GPU is compute-bound (FLOPs per byte).",
+        min=0,
+        default=295.0,
+    )
 
 
 def decode(
@@ -280,31 +237,19 @@ def decode(
 class CacheOptions(Options):
     panel = "Options"
 
-    slots: Annotated[
-        list[int] | None,
-        Option(
-            metavar="SLOTS", help="Experts per layer that fit in fast memory. Default: k, 2k, 4k."
-        ),
-    ] = None
-    policies: Annotated[
-        list[str] | None,
-        Option(
-            "--policy",
-            metavar="POLICY",
-            help="Eviction policy: lru, lfu or belady (the upper bound). Default: all.",
-        ),
-    ] = None
-    expert_mb: Annotated[float | None, Option(help="Size of one expert, in 10^6 bytes.")] = None
-    gb_per_s: Annotated[
-        float | None, Option(help="Bandwidth of the link, in 10^9 bytes per second.")
-    ] = None
-    gguf: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="Take the size of each layer's experts, as quantised, from a GGUF of the model.",
-        ),
-    ] = None
+    slots: list[int] | None = option(
+        "Experts per layer that fit in fast memory. Default: k, 2k, 4k.", "SLOTS"
+    )
+    policies: list[str] | None = option(
+        "Eviction policy: lru, lfu or belady (the upper bound). Default: all.",
+        "POLICY",
+        flags=("--policy",),
+    )
+    expert_mb: float | None = option("Size of one expert, in 10^6 bytes.")
+    gb_per_s: float | None = option("Bandwidth of the link, in 10^9 bytes per second.")
+    gguf: Path | None = option(
+        "Take the size of each layer's experts, as quantised, from a GGUF of the model.", "FILE"
+    )
     layers: Layers = None
 
 
@@ -325,35 +270,19 @@ def cache(*, trace: TraceArgument, options: CacheOptions, show: SimulateOptions)
 class RoutingOptions(Options):
     panel = "Options"
 
-    algorithms: Annotated[
-        list[str] | None,
-        Option(
-            "--algorithm",
-            metavar="NAME",
-            help='Simulate only these algorithms, e.g. "top-k,loss-free bias".',
-        ),
-    ] = None
-    top_k: Annotated[
-        list[int] | None,
-        Option(metavar="K", help="Experts per token, for top-k. Default 1, k and 2k."),
-    ] = None
-    top_p: Annotated[
-        list[float] | None,
-        Option(metavar="P", help="Cumulative probability, for top-p. Default 0.7."),
-    ] = None
-    capacity_factor: Annotated[
-        list[float] | None,
-        Option(
-            metavar="FACTOR",
-            help="Capacity factor, for next best, which re-routes overflow. Default 1.0 and 1.25.",
-        ),
-    ] = None
-    uneven: Annotated[
-        float | None,
-        Option(
-            min=0, help="max_vio from which a router counts as unbalanced. Default as in report."
-        ),
-    ] = None
+    algorithms: list[str] | None = option(
+        'Simulate only these algorithms, e.g. "top-k,loss-free bias".',
+        "NAME",
+        flags=("--algorithm",),
+    )
+    top_k: list[int] | None = option("Experts per token, for top-k. Default 1, k and 2k.", "K")
+    top_p: list[float] | None = option("Cumulative probability, for top-p. Default 0.7.", "P")
+    capacity_factor: list[float] | None = option(
+        "Capacity factor, for next best, which re-routes overflow. Default 1.0 and 1.25.", "FACTOR"
+    )
+    uneven: float | None = option(
+        "max_vio from which a router counts as unbalanced. Default as in report.", min=0
+    )
     layers: Layers = None
 
 

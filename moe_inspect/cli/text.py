@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
-from typer import Argument
 
 from moe_inspect.cli.emit import Format, text_to
-from moe_inspect.cli.options import TraceArgument, in_panel
+from moe_inspect.cli.options import REQUIRED, TraceArgument, argument, in_panel
 from moe_inspect.cli.show import TableOptions
 from moe_inspect.errors import MoeInspectError
 
@@ -28,38 +27,22 @@ document_option, expert_option = in_panel("A document"), in_panel("An expert")
 def text(
     *,
     trace: TraceArgument,
-    document: Annotated[
-        int | None,
-        document_option(
-            min=0,
-            metavar="N",
-            help="Print this document, each token in the colour of its first expert.",
-        ),
-    ] = None,
-    layer: Annotated[
-        int | None, expert_option(metavar="L", help="The layer (--document: by default the first).")
-    ] = None,
-    expert: Annotated[
-        int | None,
-        expert_option(
-            min=0,
-            metavar="E",
-            help="Print the tokens routed to this expert of the layer, in context.",
-        ),
-    ] = None,
-    top: Annotated[
-        int, expert_option(min=0, help="With --expert: how many tokens; 0 is all.")
-    ] = 20,
-    sort: Annotated[
-        Sort,
-        expert_option(
-            help="With --expert: the largest gate weights first, or a random sample of its tokens."
-        ),
-    ] = "weight",
-    context: Annotated[
-        int, expert_option(min=0, help="With --expert: tokens of context on each side.")
-    ] = 8,
-    seed: Annotated[int, expert_option(help="Seed of the sample.")] = 0,
+    document: int | None = document_option(
+        "Print this document, each token in the colour of its first expert.", "N", min=0
+    ),
+    layer: int | None = expert_option("The layer (--document: by default the first).", "L"),
+    expert: int | None = expert_option(
+        "Print the tokens routed to this expert of the layer, in context.", "E", min=0
+    ),
+    top: int = expert_option("With --expert: how many tokens; 0 is all.", min=0, default=20),
+    sort: Sort = expert_option(
+        "With --expert: the largest gate weights first, or a random sample of its tokens.",
+        default="weight",
+    ),
+    context: int = expert_option(
+        "With --expert: tokens of context on each side.", min=0, default=8
+    ),
+    seed: int = expert_option("Seed of the sample.", default=0),
     write: TableOptions,
 ) -> None:
     """Show a document, or an expert's tokens, with their routes.
@@ -168,15 +151,14 @@ def _fitted(text: str, room: int, end: bool = False) -> str:
 
 
 def sql(
+    *,
     trace: TraceArgument,
-    query: Annotated[
-        str,
-        Argument(
-            metavar="QUERY",
-            help="A DuckDB SELECT over the views routing (a row per assignment), tokens, "
-            "documents, vocabulary and load.",
-        ),
-    ],
+    query: str = argument(
+        "A DuckDB SELECT over the views routing (a row per assignment), tokens, "
+        "documents, vocabulary and load.",
+        "QUERY",
+        default=REQUIRED,
+    ),
     write: TableOptions,
 ) -> None:
     """Query a trace in SQL (DuckDB), read-only.

@@ -4,55 +4,42 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.cli.help import traces
-from moe_inspect.cli.options import in_panel, seconds
+from moe_inspect.cli.options import REQUIRED, argument, in_panel, option, seconds
 
 alarm_option, page_option = in_panel("Alarms"), in_panel("Serve a page")
 
 
 def watch(
-    trace: Annotated[
-        str,
-        Argument(
-            metavar="TRACE",
-            autocompletion=traces,
-            help="Directory or URL (s3://…) of a trace that is being written, or will be.",
-        ),
-    ],
-    window: Annotated[
-        int,
-        alarm_option(
-            min=1, metavar="TOKENS", help="Tokens per window, of the view and of the rules."
-        ),
-    ] = 16_384,
-    rules: Annotated[
-        Path | None,
-        alarm_option(
-            metavar="FILE", help="Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows."
-        ),
-    ] = None,
-    counts: Annotated[bool, Option(help="Show numbers only, no text of the corpus.")] = False,
-    every: Annotated[float, Option(metavar="TIME", parser=seconds, help="Polling interval.")] = 1.0,
-    serve: Annotated[
-        str | None,
-        page_option(
-            metavar="[HOST:]PORT",
-            help="Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
-            "is given.",
-        ),
-    ] = None,
-    per_expert: Annotated[
-        bool, page_option(help="With --serve: the load of every expert in /metrics.")
-    ] = False,
-    allow_host: Annotated[
-        list[str] | None,
-        page_option(metavar="NAME", help="With --serve: answer requests for this host too."),
-    ] = None,
+    *,
+    trace: str = argument(
+        "Directory or URL (s3://…) of a trace that is being written, or will be.",
+        "TRACE",
+        autocompletion=traces,
+        default=REQUIRED,
+    ),
+    window: int = alarm_option(
+        "Tokens per window, of the view and of the rules.", "TOKENS", min=1, default=16_384
+    ),
+    rules: Path | None = alarm_option(
+        "Alarm rules, one per line, e.g. max_over_mean > 2 for 3 windows.", "FILE"
+    ),
+    counts: bool = option("Show numbers only, no text of the corpus.", default=False),
+    every: float = option("Polling interval.", "TIME", parser=seconds, default=1.0),
+    serve: str | None = page_option(
+        "Serve a live page, and /metrics for Prometheus; only to this machine unless HOST "
+        "is given.",
+        "[HOST:]PORT",
+    ),
+    per_expert: bool = page_option(
+        "With --serve: the load of every expert in /metrics.", default=False
+    ),
+    allow_host: list[str] | None = page_option(
+        "With --serve: answer requests for this host too.", "NAME"
+    ),
 ) -> None:
     """Show a trace while it is being written, until it is complete.
 
