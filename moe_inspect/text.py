@@ -12,8 +12,8 @@ import numbers
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Iterable, Sequence, Sized
+from typing import Protocol, TextIO
 
 JOINERS = "\u200c\u200d"  # join or part letters of Persian or Hindi, and emoji
 MANY_NAMES = 20  # more are not listed where one is meant
@@ -23,11 +23,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet may run a cell
 def printable(text: str) -> str:
     """Text that is safe on a terminal: control characters, escapes and direction marks become
     backslash escapes."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def storable(text: str) -> str:
@@ -78,7 +74,7 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """A table cell: numbers with thousands separators and three decimals, "–" for a missing
     value."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>":
@@ -145,7 +141,7 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
-def verb_for(subjects: Any, verb: str) -> str:
+def verb_for(subjects: Sized, verb: str) -> str:
     """The verb in the number of its subjects: "gets" for one, "get" for more."""
     return f"{verb}s" if len(subjects) == 1 else verb
 

@@ -9,13 +9,16 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from moe_inspect.errors import MoeInspectError
+
+Result = TypeVar("Result")
+Given = tuple[object, ...]  # arguments of a function
 
 
 class Workers(Protocol):
@@ -25,19 +28,16 @@ class Workers(Protocol):
     width: int
 
     def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]: ...
+        self, function: Callable[..., Result], shared: Given, tasks: Iterable[Given]
+    ) -> Iterator[Result]: ...
 
 
 def in_order(
-    submit: Callable[[tuple[Any, ...]], Any], tasks: Iterable[tuple[Any, ...]], most: int
-) -> Iterator[Any]:
+    submit: Callable[[Given], Future[Result]], tasks: Iterable[Given], most: int
+) -> Iterator[Result]:
     """The results of tasks, of which `most` are submitted at a time: what they return waits in
     memory."""
-    ahead = deque[Any]()
+    ahead = deque[Future[Result]]()
     for task in tasks:
         ahead.append(submit(task))
         if len(ahead) >= most:
@@ -51,11 +51,8 @@ class Threads:
     width: int
 
     def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]:
+        self, function: Callable[..., Result], shared: Given, tasks: Iterable[Given]
+    ) -> Iterator[Result]:
         if self.width == 1:
             yield from (function(*shared, *task) for task in tasks)
             return
@@ -81,11 +78,8 @@ class Processes:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]:
+        self, function: Callable[..., Result], shared: Given, tasks: Iterable[Given]
+    ) -> Iterator[Result]:
         if self._pool is None:
             # not forked: threads of this process may hold locks
             context = multiprocessing.get_context("spawn")

@@ -8,10 +8,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
 
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
@@ -48,7 +52,7 @@ class GroupedCommand(TyperCommand):
             if getattr(option, "multiple", False):
                 _take_several(option)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Context) -> Any:
         """Refuses an output within a trace, and two in one place, before anything is computed for
         them."""
         from moe_inspect.trace.manifest import refuse_within_trace
@@ -69,7 +73,7 @@ class GroupedCommand(TyperCommand):
                 of_place[place] = option.opts[-1]
         return super().invoke(ctx)
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
@@ -78,7 +82,7 @@ class GroupedCommand(TyperCommand):
         rows["Options"] = rows.pop("Options")  # last: --help is among them
         _write_sections(formatter, rows)
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, ctx: Context, formatter: HelpFormatter) -> None:
         _write_sections(formatter, {"Formats": list(self.formats.items())})
         _write_examples(formatter, self.epilog)
 
@@ -86,7 +90,7 @@ class GroupedCommand(TyperCommand):
 class GroupOfCommands(TyperGroup):
     """Commands in the groups that their `rich_help_panel` names."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {}
         longest = max(map(len, self.commands))
         for name, command in self.commands.items():
@@ -94,7 +98,7 @@ class GroupOfCommands(TyperGroup):
             rows.setdefault(_panel(command, "Commands"), []).append((name.ljust(longest), said))
         _write_sections(formatter, rows)
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, ctx: Context, formatter: HelpFormatter) -> None:
         _write_examples(formatter, self.epilog)
 
 
@@ -108,7 +112,7 @@ def _take_several(option: Any) -> None:
     option.process_value = partial(_split_and, option.process_value)
 
 
-def _split_and(process: Callable[..., Any], ctx: Any, value: Any) -> Any:
+def _split_and(process: Callable[..., Any], ctx: Context, value: Any) -> Any:
     """["a,b", "c"] → ["a", "b", "c"]. A comma after a backslash belongs to a value."""
     if value is not None:
         parts = [part for text in value for part in re.split(r"(?<!\\),", text)]
@@ -116,7 +120,7 @@ def _split_and(process: Callable[..., Any], ctx: Any, value: Any) -> Any:
     return process(ctx, value)
 
 
-def _write_sections(formatter: Any, rows: Mapping[str, list[tuple[str, str]]]) -> None:
+def _write_sections(formatter: HelpFormatter, rows: Mapping[str, list[tuple[str, str]]]) -> None:
     for title, records in rows.items():
         if records:
             with formatter.section(title):
@@ -124,7 +128,7 @@ def _write_sections(formatter: Any, rows: Mapping[str, list[tuple[str, str]]]) -
     formatter.buffer[:] = [part.replace(HYPHEN, "-") for part in formatter.buffer]
 
 
-def _write_examples(formatter: Any, examples: str | None) -> None:
+def _write_examples(formatter: HelpFormatter, examples: str | None) -> None:
     if examples:
         with formatter.section("Examples"):
             for line in examples.splitlines():
@@ -162,13 +166,13 @@ def _is_trace(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "trace.json"))
 
 
-def tables(ctx: Any, incomplete: str) -> list[str]:
+def tables(ctx: Context, incomplete: str) -> list[str]:
     """Tables of the command whose --table this is."""
-    known = TABLES.get(ctx.info_name, "").split(", ")
+    known = TABLES.get(str(ctx.info_name), "").split(", ")
     return [name for name in known if name.startswith(incomplete)]
 
 
-def metrics(ctx: Any, incomplete: str) -> list[str]:
+def metrics(ctx: Context, incomplete: str) -> list[str]:
     """Metrics that --fail-above and --fail-below take, each with the = that follows."""
     from moe_inspect.reporting.verdict.gate import gated
 

@@ -19,6 +19,8 @@ from moe_inspect.text import print_stderr
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moe_inspect.reporting.shown import Shown
+
 UNITS = {"in": 1.0, "": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}  # in inches
 
 
@@ -130,7 +132,7 @@ class ShowOptions(Options):
             raise typer.BadParameter(f"{asked} needs one table: add --table {', '.join(tables)}")
         return self.table or (None if form is Format.table else main), form
 
-    def save(self, made: Any, page: Callable[[], str] | None = None) -> None:
+    def save(self, made: Shown, page: Callable[[], str] | None = None) -> None:
         """Writes the pictures and the page that were asked for, and says which. made: a `Shown`.
         page: what makes the page, if not `made`."""
         if self.plots is not None:
@@ -146,7 +148,7 @@ class ShowOptions(Options):
             write_page(self.html, (page or made.page)())
             print_stderr(f"wrote {self.html}")
 
-    def write(self, made: Any, table: str | None, form: Format, **how: Any) -> None:
+    def write(self, made: Shown, table: str | None, form: Format, **how: Any) -> None:
         """Writes a table, or the text. how: keywords of `made.write_text`."""
         if table is None:
             with text_to(self.output) as file:
