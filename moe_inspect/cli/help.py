@@ -166,13 +166,13 @@ def _is_trace(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "trace.json"))
 
 
-def tables(ctx: Context, incomplete: str) -> list[str]:
+def tables(ctx: typer.Context, incomplete: str) -> list[str]:
     """Tables of the command whose --table this is."""
     known = TABLES.get(str(ctx.info_name), "").split(", ")
     return [name for name in known if name.startswith(incomplete)]
 
 
-def metrics(ctx: Context, incomplete: str) -> list[str]:
+def metrics(ctx: typer.Context, incomplete: str) -> list[str]:
     """Metrics that --fail-above and --fail-below take, each with the = that follows."""
     from moe_inspect.reporting.verdict.gate import gated
 
