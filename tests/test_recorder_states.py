@@ -1,0 +1,205 @@
+"""Whatever is done within a recording, in any order, the trace holds what was fed and what each
+router chose, token by token. What the routers chose comes from the model's own logits."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+import threading
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from transformers import DynamicCache
+
+import moe_inspect
+from tests.families import build
+from tests.zoo import token_batch
+
+MODEL = build("mixtral")
+K = MODEL.config.num_experts_per_tok
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+
+
+class Stop(Exception):
+    """Raised within a forward pass."""
+
+
+class Recording(RuleBasedStateMachine):
+    """`fed`: a row (token id, position, document, domain, experts of each router) per token."""
+
+    @initialize(
+        capture=st.sampled_from(["tap", "dispatch"]),
+        logits=st.booleans(),
+        token_loss=st.booleans(),
+        commit_every=st.sampled_from([None, 1e-9]),
+    )
+    def begin(self, **options: Any) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.fed: list[tuple[int, int, int, str, list[list[int]]]] = []
+        self.passes, self.documents = 0, 0
+        self.decoding: dict[str, Any] | None = None
+        self.recorder = moe_inspect.record(MODEL, self.folder / "t", **options)
+        self.recorder.__enter__()
+
+    def run(self, batch: dict[str, torch.Tensor], **more: Any) -> list[torch.Tensor]:
+        """The logits of each router."""
+        logits: list[torch.Tensor] = []
+        handles = [
+            layer.mlp.gate.register_forward_hook(lambda _, args, output: logits.append(output[0]))
+            for layer in MODEL.model.layers
+        ]
+        try:
+            with torch.no_grad():
+                MODEL(**batch, **more)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits
+
+    def expect(
+        self,
+        logits: list[torch.Tensor],
+        batch: dict[str, torch.Tensor],
+        first: list[int],
+        rows: list[int],
+        domain: str,
+    ) -> None:
+        """Every token of these rows of a batch, of which `first` are the positions of the first."""
+        chosen_RTK = [logits_TE.topk(K).indices.tolist() for logits_TE in logits]
+        B, S = batch["input_ids"].shape
+        mask = batch["attention_mask"][:, -S:]
+        for b in range(B):
+            position = first[b]
+            for s in range(S):
+                if mask[b, s]:
+                    chosen = [chosen_TK[b * S + s] for chosen_TK in chosen_RTK]
+                    token = int(batch["input_ids"][b, s])
+                    self.fed.append((token, position, rows[b], domain, chosen))
+                    position += 1
+        self.passes += 1
+
+    @rule(lengths=LENGTHS, seed=st.integers(0, 99), left=st.booleans(), label=st.booleans())
+    def prompt(self, lengths: list[int], seed: int, left: bool, label: bool) -> None:
+        """A batch of new documents, padded on either side, which can be gone on with."""
+        batch, most = token_batch(lengths, seed), max(lengths)
+        if left:
+            for name, rows in batch.items():
+                rolled = [row.roll(most - n) for row, n in zip(rows, lengths, strict=True)]
+                batch[name] = torch.stack(rolled)
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if label:
+            self.recorder.label(domains=["law"] * len(lengths))
+        cache = DynamicCache(config=MODEL.config)
+        logits = self.run(batch, past_key_values=cache)
+        rows = list(range(self.documents, self.documents + len(lengths)))
+        self.documents += len(lengths)
+        domain = "law" if label else ""
+        self.expect(logits, batch, [0] * len(lengths), rows, domain)
+        self.decoding = None
+        if left or len(set(lengths)) == 1:  # else the padding would be in the middle
+            mask = batch["attention_mask"]
+            self.decoding = {"cache": cache, "mask": mask, "rows": rows, "lengths": lengths}
+            self.decoding["domain"] = domain
+
+    @precondition(lambda self: self.decoding is not None)
+    @rule(tokens=st.integers(1, 3), steps=st.integers(1, 4), seed=st.integers(0, 99))
+    def go_on(self, tokens: int, steps: int, seed: int) -> None:
+        """Passes of a few tokens with the cache of the last prompt."""
+        at = self.decoding
+        assert at is not None
+        for step in range(steps):
+            B = len(at["rows"])
+            ids = torch.from_numpy(np.random.default_rng(seed + step).integers(2, 90, (B, tokens)))
+            at["mask"] = torch.cat([at["mask"], torch.ones_like(ids)], 1)
+            position = torch.tensor(at["lengths"])[:, None] + torch.arange(tokens)
+            batch = {"input_ids": ids, "attention_mask": at["mask"], "position_ids": position}
+            logits = self.run(batch, past_key_values=at["cache"])
+            self.expect(logits, batch, list(at["lengths"]), at["rows"], at["domain"])
+            at["lengths"] = [n + tokens for n in at["lengths"]]
+
+    @rule(lengths=LENGTHS)
+    def pause(self, lengths: list[int]) -> None:
+        with self.recorder.paused():
+            self.run(token_batch(lengths))
+
+    @rule(lengths=LENGTHS, layer=st.integers(0, 1))
+    def fail(self, lengths: list[int], layer: int) -> None:
+        """A pass that ends with an exception, which the caller catches."""
+
+        def stop(*_: Any) -> None:
+            raise Stop
+
+        handle = MODEL.model.layers[layer].mlp.register_forward_hook(stop)
+        try:
+            self.run(token_batch(lengths))
+        except Stop:
+            pass
+        else:
+            raise AssertionError("the pass ended")
+        finally:
+            handle.remove()
+        self.decoding = None
+
+    @invariant()
+    def another_thread_may_ask(self) -> None:
+        if not hasattr(self, "recorder"):
+            return
+        asked = list[int]()
+        thread = threading.Thread(target=lambda: asked.append(self.recorder.tokens))
+        thread.start()
+        thread.join()
+        # a loss is known with the next token: the last pass waits for it
+        waits = self.recorder.options.token_loss
+        assert asked[0] <= len(self.fed) if waits else asked == [len(self.fed)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "recorder"):
+            return
+        with redirect_stderr(io.StringIO()):  # that nothing was recorded
+            self.recorder.__exit__(None, None, None)
+        try:
+            if self.fed:
+                self.check()
+        finally:
+            shutil.rmtree(self.folder)
+
+    def check(self) -> None:
+        path = self.folder / "t"
+        found = moe_inspect.verify(path)
+        assert found.ok, str(found)
+        trace = moe_inspect.open_trace(path)
+        tokens = trace.tokens()
+        columns = ["token_id", "position", "document", "domain"]
+        rows = list(tokens[columns].itertuples(index=False, name=None))
+        assert rows == [row[:4] for row in self.fed]
+        assert tokens["batch"].nunique() == self.passes
+        for r in range(len(trace.routers)):
+            chosen = trace.routing(router=r)[[f"expert_{k}" for k in range(K)]].to_numpy()
+            assert chosen.tolist() == [row[4][r] for row in self.fed]
+
+
+def test_any_order_of_passes() -> None:
+    run_state_machine_as_test(
+        Recording,
+        settings=settings(
+            max_examples=15,
+            stateful_step_count=12,
+            deadline=None,
+            phases=[Phase.generate],
+            derandomize=True,
+        ),
+    )
