@@ -101,6 +101,7 @@ def make(root: str, **shape: Any) -> None:
 
 
 def batches(made: Shape) -> Iterator[Any]:
+    from moe_inspect.trace.schema import LOSS
     from moe_inspect.trace.writer import Document, RoutedBatch
 
     rng, chance = np.random.default_rng(made.seed), np.random.default_rng(99)
@@ -136,12 +137,11 @@ def batches(made: Shape) -> Iterator[Any]:
         extras: dict[str, Any] = {}
         if made.extras:
             loss_T = rng.gamma(2, 1, len(token_T)).astype(np.float32)
-            extras = {
+            extras["extras"] = {
                 "logits": [drawn_TE.astype(np.float16)] * made.layers,
                 "norms": [np.abs(w) + np.float16(1) for w in weights],
-                "loss": loss_T,
-                "entropy": loss_T,
             }
+            extras["token_values"] = dict.fromkeys(LOSS, loss_T)
         begun = np.unique(document_T[position_T == 0])
         yield RoutedBatch(
             n,

@@ -56,9 +56,7 @@ def write(root: str, tokens_per_s: float, commit_every: float) -> None:
             text = rng.integers(0, 50, BATCH_TOKENS).astype(np.int32)
             document = [Document(n, "text", "made", BATCH_TOKENS)]
             of = row * 0 + n
-            writer.write(
-                RoutedBatch(n, text, of, of, row, row * 0, ["text"], ids, None, None, document)
-            )
+            writer.write(RoutedBatch(n, text, of, of, row, row * 0, ["text"], ids, None, document))
             time.sleep(max(0.0, began + (n + 1) * BATCH_TOKENS / tokens_per_s - time.monotonic()))
 
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from moe_inspect.capture.options import (
     EngineKeywords,
     EngineOptions,
+    InputsOf,
+    RecordKeywords,
     RecordOptions,
     TraceKeywords,
     TraceOptions,
+    documented,
 )
 from moe_inspect.trace.files.location import output_location
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_inspect.capture.hook.counts import Totals
-    from moe_inspect.capture.hook.inputs.arguments import InputsOf
     from moe_inspect.capture.recorder import Recorder
     from moe_inspect.interventions.ablation import Ablation
     from moe_inspect.interventions.intervene import Intervention
@@ -30,31 +32,15 @@ if TYPE_CHECKING:
     from moe_inspect.trace.reader import Trace
 
 
+@documented(RecordOptions)
 def record(
     model: Any,
     path: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    capture: str = "auto",
-    layers: Sequence[int] | None = None,
-    weights: bool = True,
-    logits: bool = False,
-    output_norms: bool = False,
-    output_peaks: bool = False,
-    token_loss: bool = False,
-    counts_only: bool = False,
-    every: int = 1,
-    flush_steps: int | None = None,
     documents: Sequence[Any] | None = None,
     domains: Sequence[str] | None = None,
-    overwrite: bool = False,
-    drop: bool = False,
-    ring_tokens: int | None = None,
-    commit_every: float | None = None,
-    routers: Sequence[RouterSpec] | None = None,
-    inputs: InputsOf | None = None,
-    discover: bool = False,
-    text: bool = True,
+    **options: Unpack[RecordKeywords],
 ) -> Recorder:
     """Records every forward pass of `model` within a `with` block as a trace at `path`:
 
@@ -75,44 +61,10 @@ def record(
                  training framework, or one's own with `probe` in its forward or with `routers`
     path         directory of the trace, or its URL (s3://…); may be None with `counts_only`
     tokenizer    its vocabulary is written into the trace
-    capture      "tap": record the calls of the model's own experts; "dispatch": run and record
-                 moe-inspect's experts; "auto": dispatch where the model would run the stock
-                 grouped_mm on a GPU, else tap
-    layers       record only these block indices
-    weights      record the gate weights
-    logits       record the router logits
-    output_norms record the Euclidean norm of each expert's output for its token, before the gate
-                 weight. Needs dispatch, which "auto" then selects, also on a CPU
-    output_peaks record the largest |value| of that output; likewise
-    token_loss   record the loss (nats) and the entropy of predicting the next token of each
-                 sequence; the next token of a generated sequence comes with the next forward pass.
-                 In beam search, a token continued by another row has no loss
-    counts_only  keep only counts [routers, domains, experts] on the device; the recorder's
-                 `balance()` returns the balance table at any time
-    every        with `counts_only`: count every N-th forward pass
-    flush_steps  with `counts_only` and a path: commit the counts every N counted passes, to read
-                 the trace while it is written; each commit is one step of `windows` and `drift`.
-                 By default they are committed every 65,536 tokens
     documents    document of each batch row, any hashable value
     domains      domain label of each batch row
-    overwrite    replace an existing trace at `path`, which is refused otherwise
-    text         record which token each is; without it, token ids are -1 and there is no
-                 vocabulary. The trace is still not anonymous: routes alone reveal most of the text
-                 (arXiv:2602.04105)
-    drop         if the writer cannot keep up, drop decisions and count them instead of waiting
-    commit_every commit at this interval, in seconds, to read the trace while it is written
-                 (`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is
-                 committed; it replaces those that were committed early
-    ring_tokens  rows of the largest forward pass to allocate device memory for. By default the
-                 buffer grows as needed, which it cannot once CUDA graphs write into it
-    routers      where the routers are and how their choices are read, by `RouterSpec`s; by default
-                 they are found, and where none is known, the calls of `probe` in the first forward
-                 pass show them. An empty list: the probes alone
-    inputs       (args, kwargs) of the model's forward → a dict of what it is fed: `input_ids` (int
-                 [B, S], or [S] for one packed row), `position_ids`, `attention_mask` (true for
-                 tokens, false for padding), `documents` and `domains` (a label for each row),
-                 `sequences` (a value for each row, or [B, S]: which sequence each token goes on
-                 with), any of them. By default the arguments' names tell
+
+    {options}
 
     To record a CUDA graph that is replayed by hand: record two forward passes of its shape (the
     first shows what there is to record, the second loads the kernels), capture the graph in a third
@@ -125,26 +77,7 @@ def record(
     return Recorder(
         model,
         path,
-        RecordOptions(
-            capture=capture,
-            layers=layers,
-            weights=weights,
-            logits=logits,
-            output_norms=output_norms,
-            output_peaks=output_peaks,
-            token_loss=token_loss,
-            counts_only=counts_only,
-            every=every,
-            flush_steps=flush_steps,
-            overwrite=overwrite,
-            drop=drop,
-            ring_tokens=ring_tokens,
-            commit_every=commit_every,
-            routers=routers,
-            inputs=inputs,
-            discover=discover,
-            text=text,
-        ),
+        RecordOptions(**options),
         tokenizer=tokenizer,
         documents=documents,
         domains=domains,

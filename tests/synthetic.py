@@ -98,8 +98,8 @@ def write_trace(
         ]
         given = {"token_id": token_id[part], "document": document[part]}
         given |= {"domain": code_of[document[part]], "domains": labels, "documents": documents}
-        for name, of_routers in (("weights", weights), ("logits", logits)):
-            given |= {} if of_routers is None else {name: [of[part] for of in of_routers]}
+        given["weights"] = weights and [of[part] for of in weights]
+        given["extras"] = {"logits": [of[part] for of in logits]} if logits else {}
         phase = phases[b % len(phases)]
         writer.write(a_pass(b, [i[part] for i in ids], len(document[part]), phase=phase, **given))
     writer.close(status)
@@ -176,5 +176,7 @@ def encoder_decoder(root: Path) -> Trace:
     ids = [np.zeros((6, 1), np.uint8), np.arange(4, dtype=np.uint8)[:, None] % 2]
     logits = [np.where(np.arange(2) == i, 2, 0).astype(np.float16) for i in ids]
     place, documents = np.r_[:6, :4].astype(np.int32), [Document(0, "text", "synthetic", 10)]
-    one = a_pass(0, ids, 10, position=place, logits=logits, documents=documents, encoded=6)
+    one = a_pass(
+        0, ids, 10, position=place, extras={"logits": logits}, documents=documents, encoded=6
+    )
     return write_passes(root, listed, [one], logits=True)

@@ -24,7 +24,7 @@ from moe_inspect.importers import values as lines
 from moe_inspect.simulate.capacity import Drops
 from moe_inspect.simulate.placement import windows
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import LOSS, Router
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests import foreign
@@ -74,12 +74,13 @@ def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
                     DOMAINS,
                     [np.argsort(-of, axis=1)[:, :K].astype(np.uint16) for of in logits],
                     [rng.random((BATCH, K)).astype(np.float16) for _ in listed],
-                    logits,
                     [Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
                     "decode" if b % 2 else "prefill",
-                    norms=[rng.random((BATCH, K)).astype(np.float16) for _ in listed],
-                    loss=rng.random(BATCH).astype(np.float32),
-                    entropy=rng.random(BATCH).astype(np.float32),
+                    extras={
+                        "logits": logits,
+                        "norms": [rng.random((BATCH, K)).astype(np.float16) for _ in listed],
+                    },
+                    token_values={n: rng.random(BATCH).astype(np.float32) for n in LOSS},
                 )
             )
     return moe_inspect.open_trace(root)

@@ -13,7 +13,7 @@ import pytest
 import moe_inspect
 from moe_inspect.analysis.counting.samples import SampledLosses
 from moe_inspect.analysis.losses import CellLosses, add_p, by_expert
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import LOSS, Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 
 
@@ -183,8 +183,7 @@ def written(path: Path, planted: float, documents: int = 40) -> moe_inspect.Trac
                 [ids],
                 None,
                 documents=listed,
-                loss=loss,
-                entropy=loss,
+                token_values=dict.fromkeys(LOSS, loss),
             )
         )
     return moe_inspect.open_trace(path)

@@ -107,8 +107,8 @@ def sample(root: Path, *labels: str, model: str = "synthetic") -> Trace:
         domains=list(labels),
         ids=[uniform_ids(rng, T, E, k) for _ in listed],
         weights=[np.tile(np.float32([0.75, 0.25]), (T, 1)) for _ in listed],
-        logits=[rng.normal(size=(T, E)).astype(np.float16) for _ in listed],
         documents=documents,
+        extras={"logits": [rng.normal(size=(T, E)).astype(np.float16) for _ in listed]},
     )
     with TraceWriter(root, manifest, listed, logits=True, vocabulary=vocabulary) as opened:
         opened.write(batch)

@@ -24,7 +24,7 @@ TYPES = {
     "moe_inspect.open_trace(path)": "Trace",
     "moe_inspect.record(model, path)": "Recorder",
     "moe_inspect.record(model, counts_only=True).balance()": "DataFrame",
-    "moe_inspect.record": "every: int",
+    "moe_inspect.record": "**options: **RecordKeywords",
     "moe_inspect.describe(path)": "Description",
     "moe_inspect.describe_weights(path)": "dict[str, DataFrame]",
     "moe_inspect.verify(path)": "Verification",
@@ -100,7 +100,7 @@ def test_type_checkers_see_real_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "keywords"),
-    [("TraceOptions", "TraceKeywords"), ("EngineOptions", "EngineKeywords")],
+    [(f"{name}Options", f"{name}Keywords") for name in ("Trace", "Engine", "Record")],
 )
 def test_each_setting_of_a_trace_is_a_typed_keyword(options: str, keywords: str) -> None:
     from moe_inspect.capture import options as module

@@ -68,12 +68,14 @@ def written(
     """Two batches in two shards, of one router, with weights (or what `keep` names; None: weights
     that the trace does not keep)."""
     options |= {"weights": keep == "weights", "logits": keep == "logits"}
-    weights, logits = (None, key) if keep == "logits" else (key, None)
     manifest = {"model": {"id": "made"}, "capture": {"mode": "tap"}}
     passes, row = [], np.arange(300, dtype=np.int32)
     for b, part in enumerate((slice(300), slice(300, T))):
-        of = [None if values is None else [values[part]] for values in (weights, logits)]
-        given = {"weights": of[0], "logits": of[1], "document": row * 0 + b}
+        given: dict[str, Any] = {"document": row * 0 + b}
+        if keep == "logits":
+            given["extras"] = {"logits": [key[part]]}
+        elif key is not None:
+            given["weights"] = [key[part]]
         documents = [Document(b, "text", "made", 300)]
         passes.append(a_pass(b, [ids[part]], 300, token_id=row % 20, documents=documents, **given))
     listed = [Router(3, "gate", "layers.3", E, K, slot_order=known)]

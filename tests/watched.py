@@ -62,7 +62,6 @@ def batches(layers: int, experts: int, n: int) -> Iterator[RoutedBatch]:
             ["text"],
             ids,
             None,
-            None,
             [Document(b, "text", "made", TOKENS)],
         )
 

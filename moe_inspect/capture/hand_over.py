@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.token_loss import PassLosses, TokenLosses
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import EXTRAS, Router
+from moe_inspect.trace.schema import EXTRAS, LOSS, Router
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
@@ -274,9 +274,7 @@ class HandOver:
                 numbers.append(np.repeat(np.array([f.number for f in forwards], np.int32), sizes))
         fed = joined(parts)
         self.tokens += len(fed.token_id)
-        extras: dict[str, Any] = {k: self._of_routers(places, k) for k in self.options.extras}
-        if losses:
-            extras["loss"], extras["entropy"] = np.concatenate(losses, 1)
+        loss = np.concatenate(losses, 1) if losses else ()
         is_one = len(batch) == len(batch[0].forwards) == 1
         writer.write(
             RoutedBatch(
@@ -289,7 +287,8 @@ class HandOver:
                 list(self.inputs.domains),
                 ids=self._of_routers(places, "ids"),
                 weights=self._of_routers(places, "weights"),
-                **extras,
+                extras={kind: self._of_routers(places, kind) for kind in self.options.extras},
+                token_values=dict(zip(LOSS, loss, strict=False)),
                 documents=fed.documents,
                 phases=fed.phase_codes(),
                 group=batch[-1].rows[-1].group,

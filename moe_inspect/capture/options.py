@@ -1,133 +1,210 @@
-"""The settings of a trace: fields of frozen dataclasses, and keywords of the public functions
-`trace_model`, `trace_engine` and `record`."""
+"""The settings of a trace, each declared once: its name, type, default and what it does. They are
+fields of frozen dataclasses, keywords of `trace_model`, `trace_engine` and `record`, options of
+`moe-inspect trace`, and what the documentation of all these lists."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.spec import RouterSpec
 
-if TYPE_CHECKING:
-    from moe_inspect.capture.hook.inputs.arguments import InputsOf
+# (args, kwargs) of the model's call → any of `hook.inputs.arguments.KEYS`
+InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+T = TypeVar("T")
+
+
+class Setting(NamedTuple):
+    """What is said of a setting: `help` by the command line, and by the documentation of the API,
+    which adds `more`. `panel`: its title in --help, where it is not its group's."""
+
+    help: str
+    metavar: str | None = None
+    min: float | None = None
+    panel: str | None = None
+    envvar: str | None = None
+    more: str = ""
+
+
+def setting(default: Any, *said: Any, repr: bool = True, **more: Any) -> Any:
+    """A field of a dataclass, with what is said of it: as `Setting` takes it."""
+    return field(default=default, repr=repr, metadata={"option": Setting(*said, **more)})
+
+
+def documented(options: type | None = None) -> Callable[[T], T]:
+    """Puts what is said of these settings, by default its own, in the place of "{options}" in a
+    docstring."""
+
+    def add(subject: T) -> T:
+        of: Any = options or subject
+        types, listed = get_type_hints(of, include_extras=True), {}
+        for each in fields(of):
+            about = each.metadata.get("option") or types[each.name].__metadata__[0]
+            listed[each.name] = f"{about.help} {about.more}"
+        width = max(map(len, listed)) + 1
+        rows = [
+            textwrap.fill(
+                f"{name:{width}}{text.strip()}",
+                96,
+                subsequent_indent=" " * width,
+                break_on_hyphens=False,
+            )
+            for name, text in listed.items()
+        ]
+        said = textwrap.indent("\n".join(rows), "    ")
+        subject.__doc__ = (subject.__doc__ or "").replace("    {options}", said)
+        return subject
+
+    return add
+
+
+BatchTokens = Annotated[int, Setting("Tokens per forward pass, padding included.", "N", 1)]
+Device = Annotated[str, Setting("auto, cpu, cuda, cuda:1, …", "DEVICE", panel="Model")]
+OfDtype = Annotated[Dtype, Setting("auto: as stored in the checkpoint.", panel="Model")]
+Revision = Annotated[
+    str | None, Setting("Branch, tag or commit on the hub.", "REVISION", panel="Model")
+]
+TrustRemoteCode = Annotated[bool, Setting("Run code from the model's repository.", panel="Model")]
+RandomInit = Annotated[
+    int | None,
+    Setting(
+        "Initialise the weights at random with this seed instead of reading them: the untrained "
+        "baseline.",
+        "SEED",
+        panel="Model",
+    ),
+]
+Text = Annotated[
+    bool,
+    Setting(
+        "Record which token each is. Without it, the trace is smaller but not anonymous: routes "
+        "alone reveal most of the text (arXiv:2602.04105).",
+        panel="Record",
+        more="Token ids are -1 then, and there is no vocabulary.",
+    ),
+]
+Layers = Annotated[Sequence[int] | None, Setting("Record only these block indices.")]
+Overwrite = Annotated[bool, Setting("Replace an existing trace, which is refused otherwise.")]
+CommitEvery = Annotated[
+    float | None,
+    Setting(
+        "Commit at this interval, in seconds, to read the trace while it is written "
+        "(`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is committed; it "
+        "replaces those that were committed early."
+    ),
+]
+Capture = Annotated[
+    Literal["auto", "dispatch", "tap"],
+    Setting(
+        "tap: record the calls of the model's own experts; dispatch: run and record moe-inspect's "
+        "experts; auto: dispatch where the model would run the stock grouped_mm on a GPU, else "
+        "tap.",
+        panel="Model",
+    ),
+]
+Routers = Annotated[
+    Sequence[RouterSpec] | None,
+    Setting(
+        "Where the routers are and how their choices are read, by `RouterSpec`s; by default they "
+        "are found, and where none is known, the calls of `probe` in the first forward pass show "
+        "them. An empty list: the probes alone."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
-    """The corpus and how it is fed, and which layers are recorded.
+class TextFields:
+    """The text that is fed to a model."""
 
-    data               files, folders, quoted globs, fsspec URLs, each optionally behind DOMAIN=;
-                       default: the bundled corpus
-    text_field         field of .jsonl, .csv and .parquet rows that holds the text
-    domain_field       field that holds the domain; None: "domain", if present
-    max_tokens         stop after this many tokens
-    max_length         split longer documents; None: what fits the model and an engine, at most 2048
-    batch_tokens       tokens per forward pass, padding included
-    special_tokens     add the tokenizer's special tokens (<s> …) to each text
-    text               record which token each is; without, token ids are -1 and there is no
-                       vocabulary
-    generate           decode N tokens after each document
-    temperature, seed  of sampling; temperature 0 is greedy
-    revision           branch, tag or commit on the hub
-    trust_remote_code  allow code from the model's repository
-    layers             record only these block indices; None: all
-    resume             continue an interrupted trace of the same corpus, model and options
-    overwrite          replace an existing trace
-    commit_every       seconds after which what was recorded is committed early, for those who read
-                       the trace while it is written; None: when a shard is full
-    """
-
-    data: Sequence[str] = ()
-    text_field: str = "text"
-    domain_field: str | None = None
-    max_tokens: int | None = None
-    max_length: int | None = None
-    batch_tokens: int = 8192
-    special_tokens: bool = True
-    text: bool = True
-    generate: int = 0
-    temperature: float = 0.0
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
-    layers: Sequence[int] | None = None
-    resume: bool = False
-    overwrite: bool = False
-    commit_every: float | None = None
+    data: Sequence[str] = setting(
+        (),
+        "A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
+        "quoted glob, or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
+        "[DOMAIN=]SRC",
+    )
+    text_field: str = setting("text", "The field that holds the text.", "FIELD")
+    domain_field: str | None = setting(
+        None, 'The field that holds the domain (default: "domain", if present).', "FIELD"
+    )
+    max_tokens: int | None = setting(None, "Stop after this many tokens.", "N", 1)
+    max_length: int | None = setting(
+        None,
+        "Split longer documents (default: fits the model and an engine, at most 2048).",
+        "N",
+        1,
+    )
+    batch_tokens: BatchTokens = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(CorpusOptions):
-    """Settings of `trace_model`: those of the corpus (`CorpusOptions`), and
+class FedFields(TextFields):
+    """The text, how it goes on, and whether the trace says which token each is."""
 
-    capture      "dispatch": replace the experts implementation by one that records; "tap": record
-                 the calls of the model's own; "auto": dispatch where the model would run the stock
-                 grouped_mm on a GPU, else tap
-    device       "auto" (cuda where there is one), "cpu", "cuda:1", …
-    device_map   spread the model over devices: "auto", "balanced", … (accelerate)
-    dtype        "float32", "bfloat16", "float16"; "auto": as stored in the checkpoint
-    random_init  initialise the weights with this seed instead of reading them: the untrained
-                 baseline
-    dequantize   dequantise MXFP4, FP8 or compressed-tensors weights while reading them
-    weights      record the gate weights
-    logits       record the router logits
-    output_norms, output_peaks
-                 record how large each expert's output is before the gate weight: its Euclidean
-                 norm, its largest |value|. Needs dispatch, which "auto" then takes
-    token_loss   record the loss of predicting each token's successor in its sequence, and the
-                 entropy of that prediction
-    counts_only  record only counts by layer, domain and expert
-    routers      the routers of a custom model, as `RouterSpec`s
-    loader       loads a model that is not transformers': a function, called with the model's name
-                 if it takes an argument, that returns (model, tokenizer) or (model, tokenizer,
-                 forward), `forward(model, ids)` → logits for a model that takes more than token ids
-    """
-
-    capture: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    dtype: str = "auto"
-    random_init: int | None = None
-    dequantize: bool = False
-    weights: bool = True
-    logits: bool = False
-    output_norms: bool = False
-    output_peaks: bool = False
-    token_loss: bool = False
-    counts_only: bool = False
-    routers: Sequence[RouterSpec] | None = None
-    loader: Callable[..., Any] | None = None
+    special_tokens: bool = setting(True, "Add the tokenizer's special tokens to each text (<s> …).")
+    text: Text = True
+    generate: int = setting(
+        0,
+        "Continue each document by N tokens, decoded one at a time, and trace them too; "
+        "an encoder-decoder decodes them after its start token.",
+        "N",
+        0,
+        "Decoding",
+    )
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", min=0, panel="Decoding")
+    seed: int = setting(0, "Seed of the sampling.", panel="Decoding")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions:
-    """Settings of a recorder; `moe_inspect.record` describes them."""
+class ModelFields:
+    """How a model is loaded."""
 
-    capture: str = "auto"
-    layers: Sequence[int] | None = None
-    weights: bool = True
-    logits: bool = False
-    output_norms: bool = False
-    output_peaks: bool = False
-    token_loss: bool = False
-    counts_only: bool = False
-    every: int = 1
-    flush_steps: int | None = None
-    overwrite: bool = False
-    drop: bool = False
-    ring_tokens: int | None = None
-    commit_every: float | None = None
-    text: bool = True
-    routers: Sequence[RouterSpec] | None = None
-    inputs: InputsOf | None = None
-    discover: bool = False
+    device: Device = "auto"
+    device_map: str | None = setting(
+        None, "Spread the model over devices: auto, balanced, … (needs accelerate).", "MAP"
+    )
+    dtype: OfDtype = "auto"
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    dequantize: bool = setting(
+        False,
+        "Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
+        "reading them.",
+    )
+    random_init: RandomInit = None
 
-    @property
-    def specs(self) -> Sequence[RouterSpec] | None:
-        """Of the routers to look for; None: those that are known."""
-        return () if self.discover else self.routers
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedFields:
+    """What is recorded of a model that runs here."""
+
+    weights: bool = setting(True, "Record the gate weights.")
+    logits: bool = setting(False, "Record the router logits too.")
+    output_norms: bool = setting(
+        False,
+        "Record the norm of each expert's output for its token (with --capture dispatch).",
+        more="It is the Euclidean norm before the gate weight. It needs dispatch, which "
+        '"auto" then selects, also on a CPU.',
+    )
+    output_peaks: bool = setting(
+        False,
+        "Record the largest |value| of each expert's output (with --capture dispatch).",
+        more="Likewise.",
+    )
+    token_loss: bool = setting(
+        False,
+        "Record the loss and the entropy of each next-token prediction.",
+        more="Both in nats. The next token of a generated sequence comes with the next forward "
+        "pass. In beam search, a token continued by another row has no loss.",
+    )
+    counts_only: bool = setting(
+        False,
+        "Record counts by layer, domain and expert instead of decisions.",
+        more="The `balance()` of a recorder returns the balance table at any time.",
+    )
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -135,6 +212,83 @@ class RecordOptions:
         from moe_inspect.trace.schema import EXTRAS  # which needs pyarrow
 
         return tuple(name for name, extra in EXTRAS.items() if getattr(self, extra.option))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(FedFields):
+    """The corpus and how it is fed, and which layers are recorded."""
+
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    layers: Layers = None
+    resume: bool = setting(
+        False, "Resume an interrupted trace of the same corpus, model and options."
+    )
+    overwrite: Overwrite = False
+    commit_every: CommitEvery = None
+
+
+@documented()
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(CorpusOptions, ModelFields, RecordedFields):
+    """Settings of `trace_model`.
+
+    {options}
+    """
+
+    capture: Capture = "auto"
+    routers: Routers = None
+    loader: Callable[..., Any] | None = setting(
+        None,
+        "Loads a model that is not transformers': a function, called with the model's name if "
+        "it takes an argument, that returns (model, tokenizer) or (model, tokenizer, forward), "
+        "`forward(model, ids)` → logits for a model that takes more than token ids.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions(RecordedFields):
+    """Settings of a recorder."""
+
+    capture: Capture = "auto"
+    layers: Layers = None
+    every: int = setting(1, "With `counts_only`: count every N-th forward pass.")
+    flush_steps: int | None = setting(
+        None,
+        "With `counts_only` and a path: commit the counts every N counted passes, to read the "
+        "trace while it is written; each commit is one step of `windows` and `drift`. By "
+        "default they are committed every 65,536 tokens.",
+    )
+    overwrite: Overwrite = False
+    drop: bool = setting(
+        False, "If the writer cannot keep up, drop decisions and count them instead of waiting."
+    )
+    ring_tokens: int | None = setting(
+        None,
+        "Rows of the largest forward pass to allocate device memory for. By default the buffer "
+        "grows as needed, which it cannot once CUDA graphs write into it.",
+    )
+    commit_every: CommitEvery = None
+    text: Text = True
+    routers: Routers = None
+    inputs: InputsOf | None = setting(
+        None,
+        "(args, kwargs) of the model's forward → a dict of what it is fed: `input_ids` (int "
+        "[B, S], or [S] for one packed row), `position_ids`, `attention_mask` (true for "
+        "tokens, false for padding), `documents` and `domains` (a label for each row), "
+        "`sequences` (a value for each row, or [B, S]: which sequence each token goes on "
+        "with), any of them. By default the arguments' names tell.",
+    )
+    discover: bool = setting(
+        False,
+        "Search for the routers: watches the calls of `torch.topk`, which is slow, and prints "
+        "the `probe` to write.",
+    )
+
+    @property
+    def specs(self) -> Sequence[RouterSpec] | None:
+        """Of the routers to look for; None: those that are known."""
+        return () if self.discover else self.routers
 
     @property
     def of_outputs(self) -> bool:
@@ -177,21 +331,61 @@ class RecordOptions:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions(CorpusOptions):
-    """Settings of `trace_engine`: those of the corpus (`CorpusOptions`), and
+Timeout = Annotated[
+    float, Setting("Time limit per request, after which it is sent again.", "SECONDS", 0.1)
+]
 
-    concurrency  sequences in flight at once
-    timeout_s    total time per request, from connecting to the last byte; then it is retried
-    api_key      sent as a bearer token; never stored
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFields:
+    """How an engine is asked."""
+
+    concurrency: int = setting(8, "Sequences in flight at once.", min=1)
+    api_key: str | None = setting(
+        None,
+        "Sent as a bearer token; never written to a file.",
+        "KEY",
+        envvar="MOE_INSPECT_API_KEY",
+        repr=False,
+    )
+
+
+@documented()
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(CorpusOptions, RequestFields):
+    """Settings of `trace_engine`.
+
+    {options}
     """
 
-    concurrency: int = 8
-    timeout_s: float = 600.0
-    api_key: str | None = field(default=None, repr=False)
+    timeout_s: Timeout = 600.0
 
 
 # The same names and types as keywords, for type checkers (a test compares the two).
+
+
+class RecordedKeywords(TypedDict, total=False):
+    weights: bool
+    logits: bool
+    output_norms: bool
+    output_peaks: bool
+    token_loss: bool
+    counts_only: bool
+    capture: Literal["auto", "dispatch", "tap"]
+    layers: Sequence[int] | None
+    overwrite: bool
+    commit_every: float | None
+    text: bool
+    routers: Sequence[RouterSpec] | None
+
+
+class RecordKeywords(RecordedKeywords, total=False):
+    every: int
+    flush_steps: int | None
+    drop: bool
+    ring_tokens: int | None
+    inputs: InputsOf | None
+    discover: bool
 
 
 class CorpusKeywords(TypedDict, total=False):
@@ -214,20 +408,12 @@ class CorpusKeywords(TypedDict, total=False):
     commit_every: float | None
 
 
-class TraceKeywords(CorpusKeywords, total=False):
-    capture: str
+class TraceKeywords(CorpusKeywords, RecordedKeywords, total=False):
     device: str
     device_map: str | None
-    dtype: str
+    dtype: Dtype
     random_init: int | None
     dequantize: bool
-    weights: bool
-    logits: bool
-    output_norms: bool
-    output_peaks: bool
-    token_loss: bool
-    counts_only: bool
-    routers: Sequence[RouterSpec] | None
     loader: Callable[..., Any] | None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from moe_inspect.capture.options import BatchTokens, ModelFields, TextFields
 from moe_inspect.cli.options import Options, in_panel
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 
 model_option = in_panel("Model")
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ModelArgument = Annotated[
     str | None,
     Argument(
@@ -27,65 +27,13 @@ ModelArgument = Annotated[
         "your function.",
     ),
 ]
-Revision = Annotated[
-    str | None, model_option(metavar="REVISION", help="Branch, tag or commit on the hub.")
-]
-TrustRemoteCode = Annotated[bool, model_option(help="Run code from the model's repository.")]
-RandomInit = Annotated[
-    int | None,
-    model_option(
-        metavar="SEED",
-        help="Initialise the weights at random with this seed instead of reading them: the "
-        "untrained baseline.",
-    ),
-]
-
-
-BatchTokens = Annotated[
-    int, Option(metavar="N", min=1, help="Tokens per forward pass, padding included.")
-]
-Device = Annotated[str, model_option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
-OfDtype = Annotated[Dtype, model_option(help="auto: as stored in the checkpoint.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(Options):
+class TextOptions(Options, TextFields):
     """The text that is fed to a model."""
 
     panel = "Text"
-
-    data: Annotated[
-        list[str] | None,
-        Option(
-            metavar="[DOMAIN=]SRC",
-            help="A .txt, .jsonl, .csv or .parquet file, a folder (its subfolders are domains), a "
-            "quoted glob, or an fsspec URL (hf:// s3:// …). Default: the bundled corpus.",
-        ),
-    ] = None
-    text_field: Annotated[str, Option(metavar="FIELD", help="The field that holds the text.")] = (
-        "text"
-    )
-    domain_field: Annotated[
-        str | None,
-        Option(
-            metavar="FIELD", help='The field that holds the domain (default: "domain", if present).'
-        ),
-    ] = None
-    max_tokens: Annotated[
-        int | None, Option(metavar="N", min=1, help="Stop after this many tokens.")
-    ] = None
-    max_length: Annotated[
-        int | None,
-        Option(
-            metavar="N",
-            min=1,
-            help="Split longer documents (default: fits the model and an engine, at most 2048).",
-        ),
-    ] = None
-    batch_tokens: BatchTokens = 8192
-
-    def keywords(self) -> dict[str, Any]:
-        return {**super().keywords(), "data": self.data or ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,30 +46,11 @@ class HeldOutText(TextOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Options):
+class ModelOptions(Options, ModelFields):
     """How a model is loaded, and where its routers are."""
 
     panel = "Model"
 
-    device: Device = "auto"
-    device_map: Annotated[
-        str | None,
-        Option(
-            metavar="MAP",
-            help="Spread the model over devices: auto, balanced, … (needs accelerate).",
-        ),
-    ] = None
-    dtype: OfDtype = "auto"
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    dequantize: Annotated[
-        bool,
-        Option(
-            help="Dequantise the weights of an MXFP4, FP8 or compressed-tensors checkpoint while "
-            "reading them."
-        ),
-    ] = False
-    random_init: RandomInit = None
     loader: Annotated[
         str | None,
         Option(

@@ -9,7 +9,8 @@ from typing import Literal
 
 import typer
 
-from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, quiet
+from moe_inspect.capture.options import Revision, TrustRemoteCode
+from moe_inspect.cli.capture import need_torch, quiet
 from moe_inspect.cli.emit import Format, text_to
 from moe_inspect.cli.options import REQUIRED, argument, in_panel, option
 from moe_inspect.cli.progress import shown

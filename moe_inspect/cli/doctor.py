@@ -8,7 +8,8 @@ from pathlib import Path
 
 import typer
 
-from moe_inspect.cli.capture import Device, OfDtype, RandomInit, Revision, TrustRemoteCode, quiet
+from moe_inspect.capture.options import Device, OfDtype, RandomInit, Revision, TrustRemoteCode
+from moe_inspect.cli.capture import quiet
 from moe_inspect.cli.emit import to_stdout
 from moe_inspect.cli.options import AsJson, argument, option
 from moe_inspect.cli.progress import shown

@@ -25,6 +25,7 @@ from typing import (
 import typer
 from typer import Argument, Option
 
+from moe_inspect.capture.options import Setting
 from moe_inspect.cli.help import metrics, traces
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import print_stderr
@@ -153,6 +154,12 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             declared, default = default, default.default
         if declared is not None:
             declared = copy(declared.metadata["option"] if is_declared(declared) else declared)
+            if isinstance(declared, Setting):
+                facts = declared._asdict()
+                del facts["more"]
+                declared = Option(rich_help_panel=facts.pop("panel"), **facts)
+            if get_origin(annotation) is Sequence:
+                annotation = list[get_args(annotation)]
             declared.rich_help_panel = declared.rich_help_panel or panel
             if default is False and not declared.param_decls:  # without a --no- form
                 declared.param_decls = (f"--{name.replace('_', '-')}",)

@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from moe_inspect.cli.capture import Revision, TrustRemoteCode, need_torch, ranges_of, stop_cleanly
+from moe_inspect.capture.options import Revision, TrustRemoteCode
+from moe_inspect.cli.capture import need_torch, ranges_of, stop_cleanly
 from moe_inspect.cli.options import argument, in_panel, seconds
 from moe_inspect.cli.progress import shown
 from moe_inspect.cli.trace import (

@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from moe_inspect.capture.options import (
+    Capture,
+    FedFields,
+    RecordedFields,
+    RequestFields,
+    Timeout,
+)
 from moe_inspect.cli.capture import (
     ModelOptions,
-    TextOptions,
-    model_option,
     need_torch,
     quiet,
     ranges_of,
@@ -42,8 +47,7 @@ COMMIT_EVERY_S = 2.0  # unless --commit-every says otherwise
 WAIT_S = 30.0  # for the view to show the end
 
 SERVER = "Server, with --engine"
-decoding_option, record_option, engine_option = map(in_panel, ("Decoding", "Record", SERVER))
-Capture = Literal["auto", "dispatch", "tap"]
+record_option, engine_option = map(in_panel, ("Record", SERVER))
 EngineName = Literal["vllm", "sglang"]
 RecordedLayers = Annotated[
     list[str] | None, record_option(metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.")
@@ -51,60 +55,17 @@ RecordedLayers = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TracedText(TextOptions):
+class TracedText(Options, FedFields):
     """The text, how it goes on, and whether the trace says which token each is."""
 
-    special_tokens: Annotated[
-        bool, Option(help="Add the tokenizer's special tokens to each text (<s> …).")
-    ] = True
-    text: Annotated[
-        bool,
-        record_option(
-            help="Record which token each is. Without it, the trace is smaller but not anonymous: "
-            "routes alone reveal most of the text (arXiv:2602.04105)."
-        ),
-    ] = True
-    generate: Annotated[
-        int,
-        decoding_option(
-            min=0,
-            metavar="N",
-            help="Continue each document by N tokens, decoded one at a time, and trace them too; "
-            "an encoder-decoder decodes them after its start token.",
-        ),
-    ] = 0
-    temperature: Annotated[
-        float, decoding_option(min=0, help="Sampling temperature; 0 is greedy.")
-    ] = 0.0
-    seed: Annotated[int, decoding_option(help="Seed of the sampling.")] = 0
+    panel = "Text"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedOptions(Options):
+class RecordedOptions(Options, RecordedFields):
     """What is recorded of a model that runs here."""
 
     panel = "Record"
-
-    weights: Annotated[bool, Option(help="Record the gate weights.")] = True
-    logits: Annotated[bool, Option(help="Record the router logits too.")] = False
-    output_norms: Annotated[
-        bool,
-        Option(
-            help="Record the norm of each expert's output for its token (with --capture dispatch)."
-        ),
-    ] = False
-    output_peaks: Annotated[
-        bool,
-        Option(
-            help="Record the largest |value| of each expert's output (with --capture dispatch)."
-        ),
-    ] = False
-    token_loss: Annotated[
-        bool, Option(help="Record the loss and the entropy of each next-token prediction.")
-    ] = False
-    counts_only: Annotated[
-        bool, Option(help="Record counts by layer, domain and expert instead of decisions.")
-    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,26 +124,12 @@ class WriteOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestOptions(Options):
+class RequestOptions(Options, RequestFields):
     """How an engine is asked."""
 
     panel = SERVER
 
-    concurrency: Annotated[int, Option(min=1, help="Sequences in flight at once.")] = 8
-    timeout: Annotated[
-        float,
-        Option(
-            min=0.1, metavar="SECONDS", help="Time limit per request, after which it is sent again."
-        ),
-    ] = 600.0
-    api_key: Annotated[
-        str | None,
-        Option(
-            metavar="KEY",
-            envvar="MOE_INSPECT_API_KEY",
-            help="Sent as a bearer token; never written to a file.",
-        ),
-    ] = None
+    timeout: Timeout = 600.0
 
     def keywords(self) -> dict[str, Any]:
         given = super().keywords()
@@ -206,14 +153,7 @@ def trace(
         ),
     ] = None,
     text: TracedText,
-    capture: Annotated[
-        Capture,
-        model_option(
-            help="tap: record the calls of the model's own experts; dispatch: run and record "
-            "moe-inspect's experts; auto: dispatch where the model would run the stock "
-            "grouped_mm on a GPU, else tap."
-        ),
-    ] = "auto",
+    capture: Capture = "auto",
     load: ModelOptions,
     layers: RecordedLayers = None,
     recorded: RecordedOptions,

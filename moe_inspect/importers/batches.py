@@ -116,7 +116,7 @@ def batch_of_decisions(
         domains=numbers.domains,
         ids=ids,
         weights=weights,
-        logits=logits,
+        extras={} if logits is None else {"logits": logits},
         documents=list(documents),
         phase=phase,
     )

@@ -30,7 +30,7 @@ MAY_BE_NULL = (
     "expert_",
     "first_choice",
     *(f"{value}_" for value in schema.SLOT_VALUES),
-    *(name for name, _ in schema.LOSS),
+    *schema.LOSS,
 )
 
 

@@ -37,7 +37,7 @@ TOKENS = pa.schema(
     ]
 )
 # of predicting the next token: where capture.token_loss is true
-LOSS = [("loss_nats", pa.float32()), ("entropy_nats", pa.float32())]
+LOSS = {"loss_nats": pa.float32(), "entropy_nats": pa.float32()}
 # of an empty slot: the expert that dropped it
 DROPPED = "dropped_expert"
 # of a slot, beside its expert: recorded where capture.weights, capture.norms … is true
@@ -109,7 +109,7 @@ def id_dtype(routers: Iterable[Router]) -> pa.DataType:
 
 
 def tokens_schema(loss: bool) -> pa.Schema:
-    return pa.schema([*TOKENS, *LOSS]) if loss else TOKENS
+    return pa.schema([*TOKENS, *LOSS.items()]) if loss else TOKENS
 
 
 def routing_schema(

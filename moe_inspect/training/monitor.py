@@ -34,7 +34,7 @@ from moe_inspect.training.sums import RoutingSums, WindowSums
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from moe_inspect.capture.hook.inputs.arguments import InputsOf
+    from moe_inspect.capture.options import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.model.routers import Site
 

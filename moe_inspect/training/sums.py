@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.arguments import CallReader, InputsOf
+from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.call_arguments import mask_of
 from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.capture.hook.stack import router_at
+from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site, selection_bias

@@ -8,7 +8,7 @@ dropped assignments were meant for, e + E is a slot that expert e dropped.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +18,9 @@ import numpy as np
 from moe_inspect.trace.files.atomic import append, write_atomically
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import EXTRAS, Router
+from moe_inspect.trace.schema import Router
 
-OF_TOKENS = ("token_id", "document", "sequence", "position", "domain", "loss", "entropy", "phases")
-OF_ROUTERS = ("ids", "weights", *EXTRAS)
+OF_TOKENS = ("token_id", "document", "sequence", "position", "domain", "phases")
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class RoutedBatch:
     int32 [T] that of each token's where they are several. Arrays of length T are in execution
     order; `ids[r]`: uint8 or uint16 [T, K_r], `weights[r]`: float16 [T, K_r], the bits of
     bfloat16 as uint16, float32 that one of the two holds exactly, or None (a trace without weights
-    is still ordered by them), `logits[r]`: float16 [T, E_r], `norms[r]` and `peaks[r]` like
-    `weights[r]`. `domains[d]` is the label of domain code d. `loss` and `entropy`: float32 [T], NaN
-    where there is none. Of an encoder-decoder the first `encoded` tokens were fed to the encoder,
-    the others to the decoder, and a router has rows only of those it sees. `phases`: indices into
-    PHASES [T], where they are not all of one `phase`."""
+    is still ordered by them), `extras[name][r]`: of `schema.EXTRAS`, float16 [T, E_r] of logits,
+    else like `weights[r]`. `domains[d]` is the label of domain code d. `token_values`: of
+    `schema.LOSS`, float32 [T], NaN where there is none. Of an encoder-decoder the first `encoded`
+    tokens were fed to the encoder, the others to the decoder, and a router has rows only of those
+    it sees. `phases`: indices into PHASES [T], where they are not all of one `phase`."""
 
     batch: int
     token_id: np.ndarray
@@ -55,18 +54,15 @@ class RoutedBatch:
     domains: Sequence[str]
     ids: list[np.ndarray]
     weights: list[np.ndarray] | None
-    logits: list[np.ndarray] | None = None
     documents: list[Document] = field(default_factory=list)
     phase: str = "prefill"
     # passes of one group follow each other and are committed together, or not at all
     group: int | None = None
     encoded: int = 0
     batches: np.ndarray | None = None
-    norms: list[np.ndarray] | None = None
-    peaks: list[np.ndarray] | None = None
-    loss: np.ndarray | None = None
-    entropy: np.ndarray | None = None
     phases: np.ndarray | None = None
+    extras: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    token_values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def first_batch(self) -> int:
@@ -90,11 +86,10 @@ class RoutedBatch:
                 batches=None,
                 documents=[d for d in self.documents if number_of.get(d.document, last) == number],
                 **{n: of[rows] for n in OF_TOKENS if (of := getattr(self, n)) is not None},
-                **{
-                    n: [a[rows] for a in of]
-                    for n in OF_ROUTERS
-                    if (of := getattr(self, n)) is not None
-                },
+                ids=[of_router[rows] for of_router in self.ids],
+                weights=self.weights and [of_router[rows] for of_router in self.weights],
+                extras={n: [a[rows] for a in of] for n, of in self.extras.items()},
+                token_values={n: of[rows] for n, of in self.token_values.items()},
             )
 
     def seen(self, router: Router) -> slice:
@@ -105,7 +100,8 @@ class RoutedBatch:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for name in OF_ROUTERS for a in getattr(self, name) or ())
+        of_routers = self.ids, self.weights or (), *self.extras.values()
+        return sum(a.nbytes for of in of_routers for a in of)
 
 
 @dataclass(frozen=True)

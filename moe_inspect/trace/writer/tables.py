@@ -32,7 +32,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader
     domains = list(max((b.domains for b in batches), key=len))
     phase_T = np.concatenate([_phases(b) for b in batches])
     known = max(2 + any(r.stack for r in trace.stated_routers), int(phase_T.max(initial=0)) + 1)
-    loss = {"loss_nats": "loss", "entropy_nats": "entropy"} if trace.has_loss else {}
+    columns = schema.tokens_schema(trace.has_loss)
     return pa.table(
         {
             "token": token,
@@ -43,9 +43,9 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader
             "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
             "phase": _labels(phase_T, list(schema.PHASES[:known])),
             "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
-            **{column: _or_null(batches, name) for column, name in loss.items()},
+            **{name: _or_null(batches, name) for name in columns.names[len(schema.TOKENS) :]},
         },
-        schema=schema.tokens_schema(trace.has_loss),
+        schema=columns,
     )
 
 
@@ -113,11 +113,13 @@ def routing_table(
 def _values(batches: list[RoutedBatch], r: int, value: str) -> np.ndarray | None:
     """One of `schema.SLOT_VALUES`, float32 [K, T] in the order of the batches, sizes rounded; None
     where they have none."""
-    found = [of_routers for b in batches if (of_routers := getattr(b, f"{value}s")) is not None]
-    if not found:
+    is_weight = value == "weight"
+    found = [b.weights if is_weight else b.extras.get(f"{value}s") for b in batches]
+    parts = [_widened(of_routers[r]) for of_routers in found if of_routers is not None]
+    if not parts:
         return None
-    values_KT = _slot_major([_widened(f[r]) for f in found], np.float32)
-    return values_KT if value == "weight" else _rounded(values_KT)
+    values_KT = _slot_major(parts, np.float32)
+    return values_KT if is_weight else _rounded(values_KT)
 
 
 def _rounded(sizes: np.ndarray) -> np.ndarray:
@@ -143,7 +145,7 @@ def _slot_order(
         return slot_order.descending(weights_KT, nowhere_KT)
     if "logits" not in trace.tables:
         return None
-    logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
+    logits_TE = np.concatenate([b.extras["logits"][r] for b in batches])
     return slot_order.descending(
         slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT
     )
@@ -155,7 +157,7 @@ def logits_table(
     """The router logits of router r. One of fewer experts than the widest is padded with NaN: a
     table has one width."""
     width = columns.field("logits").type.list_size
-    logits_TE = np.concatenate([b.logits[r] for b in batches if b.logits is not None])
+    logits_TE = np.concatenate([b.extras["logits"][r] for b in batches])
     logits_TE = logits_TE.astype(np.float16, copy=False)
     padded_TE = np.pad(logits_TE, ((0, 0), (0, width - logits_TE.shape[1])), constant_values=np.nan)
     values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), width)
@@ -227,8 +229,7 @@ def _int32(batches: list[RoutedBatch], name: str) -> pa.Array:
 def _or_null(batches: list[RoutedBatch], name: str) -> pa.Array:
     """float32 [T], null where a value is NaN, or a batch has none."""
     parts = [
-        np.full(len(b.token_id), np.nan, np.float32) if (v := getattr(b, name)) is None else v
-        for b in batches
+        b.token_values.get(name, np.full(len(b.token_id), np.nan, np.float32)) for b in batches
     ]
     values_T = np.concatenate(parts).astype(np.float32, copy=False)
     return pa.array(values_T, mask=np.isnan(values_T))

@@ -126,7 +126,8 @@ class TraceWriter:
     trace's lock until then, unless the caller holds it and passes it as `lock`.
 
     `commit_every`: seconds after which what is pending is committed early, for those who read the
-    trace while it is written."""
+    trace while it is written. `extras`: what the trace has too: logits=True, or the name of any of
+    `schema.OPTIONAL_GLOSSARY`."""
 
     def __init__(
         self,
@@ -135,12 +136,6 @@ class TraceWriter:
         routers: Sequence[Router],
         *,
         weights: bool = True,
-        logits: bool = False,
-        norms: bool = False,
-        peaks: bool = False,
-        dropped_experts: bool = False,
-        energy: bool = False,
-        token_loss: bool = False,
         counts_only: bool = False,
         vocabulary: pa.Table | None = None,
         rank: int = 0,
@@ -150,16 +145,18 @@ class TraceWriter:
         commit_every: float | None = None,
         resume: ResumePoint | None = None,
         lock: Lock | None = None,
+        **extras: bool,
     ):
+        if unknown := extras.keys() - schema.OPTIONAL_GLOSSARY.keys() - {"logits"}:
+            raise TypeError(f"a trace has no {unknown.pop()}")
         self.root, self.rank = output_location(root), rank
-        self.weights, self.logits, self.counts_only = weights, logits, counts_only
+        self.weights, self.logits = weights, extras.get("logits", False)
+        self.counts_only = counts_only
         start = resume or ResumePoint()
         self.routers = [
             self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
         ]
-        asked = {"norms": norms, "peaks": peaks, "dropped_experts": dropped_experts}
-        asked |= {"energy": energy, "token_loss": token_loss}
-        facts = [name for name, on in asked.items() if on]
+        facts = [name for name in schema.OPTIONAL_GLOSSARY if extras.get(name)]
         columns = dict(schema.GLOSSARY)
         for name in facts:
             columns |= schema.OPTIONAL_GLOSSARY[name]
@@ -172,7 +169,7 @@ class TraceWriter:
         # merged into the manifest's sections when the background thread is done
         self.at_close: dict[str, Any] = {}
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
-        self.tables += ["logits"] if logits else []
+        self.tables += ["logits"] if self.logits else []
         self.manifest = {
             "format": schema.FORMAT,
             "status": "recording",

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in
 
-# (args, kwargs) of the model's call → any of KEYS
-InputsOf = Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]
+# of what an `InputsOf` returns
 KEYS = (
     "input_ids",  # int [B, S], or [S] where a batch is one packed row
     "inputs_embeds",  # [B, S, ...], where there are no token ids
