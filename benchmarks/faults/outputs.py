@@ -132,7 +132,7 @@ def make(root: Path) -> None:
         with TraceWriter(root / name, given, ROUTERS, logits=True, vocabulary=VOCABULARY) as writer:
             for batch in batches(seed, ROUTERS):
                 logits = [rng.normal(size=(TOKENS, 8)).astype(np.float16) for _ in ROUTERS]
-                writer.write(replace(batch, logits=logits))
+                writer.write(replace(batch, extras={"logits": logits}))
     (root / "LOADS.csv").write_text("layer,expert,count\n0,0,5\n0,1,7\n")
     (root / "CONFIG").mkdir()
     (root / "CONFIG" / "config.json").write_text(

@@ -88,6 +88,9 @@ Text = Annotated[
     ),
 ]
 Layers = Annotated[Sequence[int] | None, Setting("Record only these block indices.")]
+Resume = Annotated[
+    bool, Setting("Resume an interrupted trace of the same corpus, model and options.")
+]
 Overwrite = Annotated[bool, Setting("Replace an existing trace, which is refused otherwise.")]
 CommitEvery = Annotated[
     float | None,
@@ -221,9 +224,7 @@ class CorpusOptions(FedFields):
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     layers: Layers = None
-    resume: bool = setting(
-        False, "Resume an interrupted trace of the same corpus, model and options."
-    )
+    resume: Resume = False
     overwrite: Overwrite = False
     commit_every: CommitEvery = None
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.capture.options import BatchTokens, ModelFields, TextFields
-from moe_inspect.cli.options import Options, in_panel
+from moe_inspect.cli.options import Options, argument, in_panel, option
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 
 if TYPE_CHECKING:
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 model_option = in_panel("Model")
 ModelArgument = Annotated[
     str | None,
-    Argument(
-        metavar="MODEL",
-        help='A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for '
-        "your function.",
+    argument(
+        'A hub id, a directory, "demo" (bundled, offline); with --loader, the argument for your '
+        "function.",
+        "MODEL",
     ),
 ]
 
@@ -51,20 +50,12 @@ class ModelOptions(Options, ModelFields):
 
     panel = "Model"
 
-    loader: Annotated[
-        str | None,
-        Option(
-            metavar="FILE.py:FUNCTION",
-            help="Load a custom model: the function returns (model, tokenizer).",
-        ),
-    ] = None
-    routers: Annotated[
-        str | None,
-        Option(
-            metavar="FILE.py:NAME",
-            help="The routers of a custom model: a RouterSpec or a list of them.",
-        ),
-    ] = None
+    loader: str | None = option(
+        "Load a custom model: the function returns (model, tokenizer).", "FILE.py:FUNCTION"
+    )
+    routers: str | None = option(
+        "The routers of a custom model: a RouterSpec or a list of them.", "FILE.py:NAME"
+    )
 
     def keywords(self) -> dict[str, Any]:
         """With the loader and the routers that the options name."""

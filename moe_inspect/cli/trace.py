@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
 
 from moe_inspect.capture.options import (
     Capture,
     FedFields,
     RecordedFields,
     RequestFields,
+    Resume,
     Timeout,
 )
 from moe_inspect.cli.capture import (
@@ -32,7 +32,16 @@ from moe_inspect.cli.capture import (
     ranges_of,
     stop_cleanly,
 )
-from moe_inspect.cli.options import CommitEvery, Options, Overwrite, in_panel, names
+from moe_inspect.cli.options import (
+    REQUIRED,
+    CommitEvery,
+    Options,
+    Overwrite,
+    argument,
+    in_panel,
+    names,
+    option,
+)
 from moe_inspect.cli.progress import shown
 from moe_inspect.text import plural, print_stderr
 from moe_inspect.trace.files.location import Remote, output_location
@@ -50,7 +59,7 @@ SERVER = "Server, with --engine"
 record_option, engine_option = map(in_panel, ("Record", SERVER))
 EngineName = Literal["vllm", "sglang"]
 RecordedLayers = Annotated[
-    list[str] | None, record_option(metavar="LAYERS", help="Record only these layers, e.g. 0-3,7.")
+    list[str] | None, record_option("Record only these layers, e.g. 0-3,7.", "LAYERS")
 ]
 
 
@@ -74,27 +83,20 @@ class WriteOptions(Options):
 
     panel = "Trace"
 
-    output: Annotated[
-        str,
-        Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="The directory of the trace, or its URL, such as s3://bucket/trace.",
-        ),
-    ]
-    resume: Annotated[
-        bool, Option(help="Resume an interrupted trace of the same corpus, model and options.")
-    ] = False
+    output: str = option(
+        "The directory of the trace, or its URL, such as s3://bucket/trace.",
+        "DIR",
+        flags=("-o", "--output"),
+        default=REQUIRED,
+    )
+    resume: Resume = False
     overwrite: Overwrite = False
     commit_every: CommitEvery = None
-    watch: Annotated[
-        bool,
-        Option(
-            help="Show the trace while it is written, as moe-inspect watch does (commits every 2 s "
-            "unless --commit-every is given)."
-        ),
-    ] = False
+    watch: bool = option(
+        "Show the trace while it is written, as moe-inspect watch does (commits every 2 s unless "
+        "--commit-every is given).",
+        default=False,
+    )
 
     @property
     def place(self) -> Path | Remote:
@@ -144,29 +146,21 @@ OF_ENGINES = {"model_config", *names(RequestOptions)}
 def trace(
     *,
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        Argument(
-            metavar="MODEL|URL",
-            help='A hub id, a directory, a GGUF file, "demo" (bundled, offline); with --engine, '
-            "the URL of a server; with --loader, the argument for your function.",
-        ),
-    ] = None,
+    model: str | None = argument(
+        'A hub id, a directory, a GGUF file, "demo" (bundled, offline); with --engine, the URL of '
+        "a server; with --loader, the argument for your function.",
+        "MODEL|URL",
+    ),
     text: TracedText,
     capture: Capture = "auto",
     load: ModelOptions,
     layers: RecordedLayers = None,
     recorded: RecordedOptions,
     write: WriteOptions,
-    engine: Annotated[
-        EngineName | None, engine_option(help="The serving engine at the URL.")
-    ] = None,
-    model_config: Annotated[
-        str | None,
-        engine_option(
-            metavar="MODEL", help="Hub id or directory of the served model's config and tokenizer."
-        ),
-    ] = None,
+    engine: EngineName | None = engine_option("The serving engine at the URL."),
+    model_config: str | None = engine_option(
+        "Hub id or directory of the served model's config and tokenizer.", "MODEL"
+    ),
     requests: RequestOptions,
 ) -> None:
     """Record which experts a model sends each token of a corpus to.

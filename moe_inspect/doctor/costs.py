@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,11 @@ from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.progress import phase
 
-CAPTURES = ("tap", "dispatch", "counts only")
+CAPTURES = {
+    "tap": RecordOptions(capture="tap"),
+    "dispatch": RecordOptions(capture="dispatch"),
+    "counts only": RecordOptions(counts_only=True),
+}
 ROUNDS = 9  # in each, every capture has its turn; the least of them counts
 BLOCK_SECONDS = 0.1  # of passes that are timed together
 MOST_STEPS = 64
@@ -105,7 +109,7 @@ def decode_phase(network: Any, prompt_BS: Tensor) -> Phase:
     return Phase(f"decode, {B} × 1", B, start)
 
 
-def timed(network: Any, phase: Phase, captures: Sequence[str] = CAPTURES) -> dict[str, Seconds]:
+def timed(network: Any, phase: Phase, captures: Iterable[str] = CAPTURES) -> dict[str, Seconds]:
     """ "untraced", and each capture → time per forward pass: the least of ROUNDS, in turn. Not in
     it is what is written when a trace is closed. On a CPU one thread computes."""
     found: dict[str, list[Seconds]] = {name: [] for name in ("untraced", *captures)}
@@ -166,11 +170,9 @@ def _recording(network: Any, capture: str) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if capture == "counts only":
-            recorder = Recorder(network, options=RecordOptions(counts_only=True))
-        else:
-            recorder = Recorder(network, Path(scratch) / "trace", RecordOptions(capture=capture))
-        with recorder:
+        options = CAPTURES[capture]
+        path = None if options.counts_only else Path(scratch) / "trace"
+        with Recorder(network, path, options):
             yield
 
 
