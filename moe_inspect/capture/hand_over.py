@@ -336,10 +336,10 @@ def first_rows(rows: Rows, kept: int) -> Rows:
 
 
 def losses_of(passes: Sequence[PassLosses], rows: Rows) -> np.ndarray:
-    """Losses and entropies of the tokens of these passes, float32 [2, tokens], NaN where there is
-    none; of no passes, an encoder's."""
+    """The values of `schema.LOSS` of the tokens of these passes, float32 [X, tokens], NaN where
+    there is none; of no passes, an encoder's."""
     if not passes:
-        return np.full((2, len(rows.token_id)), np.nan, np.float32)
+        return np.full((len(LOSS), len(rows.token_id)), np.nan, np.float32)
     found = np.concatenate([of_pass.values() for of_pass in passes], 1)[:, rows.real]
     # what follows the last token before a rejected draft was not known when it was fed
     is_draft = rows.phase_codes() == DRAFT

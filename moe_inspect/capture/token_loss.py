@@ -3,7 +3,7 @@ the forward passes that are recorded: which token follows each row, in the same 
 next one; and the logits that the model's own code makes of its last hidden states.
 
 B batch rows, S positions, T = B·S rows of a pass, N rows that a token follows, C of them at a time,
-H hidden, V vocabulary. −1 stands for no row.
+H hidden, V vocabulary, X values of `schema.LOSS`. −1 stands for no row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers
 from moe_inspect.model.wrapped import is_compiled
 from moe_inspect.text import print_stderr
+from moe_inspect.trace.schema import LOSS
 
 
 def next_tokens(fed: Rows | CallInputs) -> np.ndarray:
@@ -227,22 +228,22 @@ class PassLosses:
         self.T, self.complete = T, complete
         self._parts: list[tuple[np.ndarray, Tensor, Any]] = []
 
-    def add(self, rows_N: np.ndarray, values_2N: Tensor) -> None:
+    def add(self, rows_N: np.ndarray, values_XN: Tensor) -> None:
         """Losses and entropies of these rows."""
-        values, copied = host_copy(values_2N), None
-        if values_2N.is_cuda:
+        values, copied = host_copy(values_XN), None
+        if values_XN.is_cuda:
             copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(values_2N.device))
+            copied.record(torch.cuda.current_stream(values_XN.device))
         self._parts.append((rows_N, values, copied))
 
     def values(self) -> np.ndarray:
-        """Losses and entropies in nats, float32 [2, T], NaN where no token follows."""
-        values_2T = np.full((2, self.T), np.nan, np.float32)
+        """Losses and entropies in nats, float32 [X, T], NaN where no token follows."""
+        values_XT = np.full((len(LOSS), self.T), np.nan, np.float32)
         for rows_N, values, copied in self._parts:
             if copied is not None:
                 copied.synchronize()
-            values_2T[:, rows_N] = values.numpy()
-        return values_2T
+            values_XT[:, rows_N] = values.numpy()
+        return values_XT
 
 
 class Held(NamedTuple):
@@ -396,14 +397,14 @@ class TokenLosses:
                 device, S = held.logits_BV.device, held.losses.T // B
                 at_N = torch.from_numpy(rows_N).to(device)
                 next_N = torch.from_numpy(next_B[rows_N]).to(device)
-                values_2N = nats(held.logits_BV[at_N], next_N)
-            held.losses.add(rows_N * S + S - 1, values_2N)
+                values_XN = nats(held.logits_BV[at_N], next_N)
+            held.losses.add(rows_N * S + S - 1, values_XN)
         held.losses.complete = True
 
 
 def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
-    """float32 [2, C]: the negative log-probability of the token that follows, and the entropy of
-    the prediction, at temperature 1."""
+    """float32 [X, C]: the negative log-probability of the token that follows, the entropy
+    of the prediction …, at temperature 1."""
     most_C1 = logits_CV.amax(1, keepdim=True).float()
     below_CV = logits_CV.float() - most_C1
     loss_C = -below_CV.gather(1, next_C.to(logits_CV.device)[:, None])[:, 0]
@@ -412,4 +413,8 @@ def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     share_CV = below_CV.exp()
     sum_C = share_CV.sum(1)
     mean_C = torch.linalg.vecdot(share_CV, below_CV) / sum_C
-    return torch.stack([loss_C + sum_C.log(), sum_C.log() - mean_C])
+    values = {
+        "loss_nats": loss_C + sum_C.log(),
+        "entropy_nats": sum_C.log() - mean_C,
+    }
+    return torch.stack([values[name] for name in LOSS])

@@ -36,12 +36,42 @@ TOKENS = pa.schema(
         ("batch", pa.int32()),
     ]
 )
-# of predicting the next token: where capture.token_loss is true
-LOSS = {"loss_nats": pa.float32(), "entropy_nats": pa.float32()}
+# of predicting the next token, float32: where capture.token_loss is true
+LOSS = {
+    "loss_nats": "negative log-probability, at temperature 1, that the model gave to the next "
+    "token of the sequence; null at its end",
+    "entropy_nats": "entropy of the model's prediction of that token; null at the end",
+}
+
+
+class Extra(NamedTuple):
+    """What can be recorded of a decision beside its choice: `dtype` [T, K], or [T, E] if
+    `per_expert`, where `option` of `record` and `trace_model` asks for it. `meaning`: of its
+    columns, one a slot, in the routing table."""
+
+    option: str
+    dtype: str
+    meaning: str = ""
+    per_expert: bool = False
+
+    def width(self, K: int, E: int) -> int:
+        return E if self.per_expert else K
+
+
+EXTRAS = {
+    "logits": Extra("logits", "float16", per_expert=True),
+    "norms": Extra(
+        "output_norms",
+        "float32",
+        "Euclidean norm of the output of the expert in slot j, before the gate weight",
+    ),
+    "peaks": Extra("output_peaks", "float32", "largest |value| of that output"),
+}
+OF_SLOTS = {name: of for name, of in EXTRAS.items() if not of.per_expert}
 # of an empty slot: the expert that dropped it
 DROPPED = "dropped_expert"
 # of a slot, beside its expert: recorded where capture.weights, capture.norms … is true
-SLOT_VALUES = ("weight", "norm", "peak", DROPPED)
+SLOT_VALUES = ("weight", *(name[:-1] for name in OF_SLOTS), DROPPED)
 DOCUMENTS = pa.schema(
     [("document", pa.int32()), ("domain", LABEL), ("source", LABEL), ("tokens", pa.int32())]
 )
@@ -84,32 +114,13 @@ def sees(stack: str, phase: str) -> bool:
     return not stack or (stack == "encoder") == (phase == "encode")
 
 
-class Extra(NamedTuple):
-    """What can be recorded of a decision beside its choice: `dtype` [T, K], or [T, E] if
-    `per_expert`, where `option` of `record` and `trace_model` asks for it."""
-
-    option: str
-    dtype: str
-    per_expert: bool = False
-
-    def width(self, K: int, E: int) -> int:
-        return E if self.per_expert else K
-
-
-EXTRAS = {
-    "logits": Extra("logits", "float16", per_expert=True),
-    "norms": Extra("output_norms", "float32"),
-    "peaks": Extra("output_peaks", "float32"),
-}
-
-
 def id_dtype(routers: Iterable[Router]) -> pa.DataType:
     """Type of the expert columns: uint8 up to 256 experts, else uint16, by the largest router."""
     return pa.uint16() if any(r.experts > 256 for r in routers) else pa.uint8()
 
 
 def tokens_schema(loss: bool) -> pa.Schema:
-    return pa.schema([*TOKENS, *LOSS.items()]) if loss else TOKENS
+    return pa.schema([*TOKENS, *((name, pa.float32()) for name in LOSS)]) if loss else TOKENS
 
 
 def routing_schema(
@@ -178,23 +189,14 @@ GLOSSARY = {  # goes into the manifest: a trace says what its columns are
     "weight_j": "gate weight handed to the expert in slot j",
 }
 OPTIONAL_GLOSSARY = {  # by what capture states
-    "norms": {
-        "norm_j": "Euclidean norm of the output of the expert in slot j, before the gate weight"
-    },
-    "peaks": {"peak_j": "largest |value| of that output"},
+    **{name: {f"{name[:-1]}_j": of.meaning} for name, of in OF_SLOTS.items()},
     "dropped_experts": {
         "dropped_expert_j": "the expert that slot j was meant for, and whose capacity dropped it"
     },
     "energy": {
         "energy": "sum of the squares of the expert's inner activations over its assignments"
     },
-    "token_loss": {
-        "loss_nats": (
-            "negative log-probability, at temperature 1, that the model gave to the next token of "
-            "the sequence; null at its end"
-        ),
-        "entropy_nats": "entropy of the model's prediction of that token; null at the end",
-    },
+    "token_loss": LOSS,
 }
 
 
