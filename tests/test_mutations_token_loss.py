@@ -95,7 +95,7 @@ MUTATIONS = {
     "a logit is no log-probability": (token_loss, "loss_C + sum_C.log()", "loss_C", padded),
     "the entropy with the other sign": (token_loss, "sum_C.log() - mean_C", "sum_C.log() + mean_C", padded),
     "what cannot follow makes no number": (token_loss, "below_CV.clamp_(min=NO_CHANCE)", "pass", masked),
-    "the end of a sequence has a loss of 0": (token_loss, "np.full((2, self.T), np.nan, np.float32)", "np.zeros((2, self.T), np.float32)", padded),
+    "the end of a sequence has a loss of 0": (token_loss, "np.full((len(LOSS), self.T), np.nan, np.float32)", "np.zeros((len(LOSS), self.T), np.float32)", padded),
     "any head is taken": (token_loss, "if not head.checked and not head.agrees(hidden, logits[:, -1]):", "if False:", another_head),
     "a head that is far off agrees": (token_loss, "<= TOLERANCE * most", "<= most + most", another_head),
     "beams stay where they are": (token_loss, "kept_B = self._places.kept(B)", "kept_B = np.ones(B, bool)", beams),
