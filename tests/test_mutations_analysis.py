@@ -178,7 +178,7 @@ MUTATIONS = {
     "what only has the name of a manifest is one": (output_dir, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
     "links are followed and emptied": (output_dir, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
     "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            _withdraw_manifest", "if False:\n            _withdraw_manifest", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
-    "a lock that another holds": (lock, "if got and is_at(file, root / LOCK):", "if is_at(file, root / LOCK):", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
+    "a lock that another holds": (lock, "(got and is_at(file, root / LOCK))", "is_at(file, root / LOCK)", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "a lock of another holder is joined": (lock, "if _holder_in(file) != holder:", "if False:", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
     "generated tokens take no room": (capture_plan, "(len(row.ids) + generate * row.continued) > batch_tokens", "len(row.ids) > batch_tokens", by(test_generate.test_the_plan)),
     # reader

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,6 @@ from moe_inspect.trace.output_dir import OF_A_TABLE, OVERWRITTEN, contents
 from moe_inspect.trace.reader import TRIES, Trace, address, place_of, shards_of
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard, codes
-from moe_inspect.trace.shard_list import ShardFiles
 
 CHECKSUM_KEYS = {"bytes", "footer_crc32", "crc32"}  # all or none in a line, and sha256 with them
 STATE = {"complete": "is fine", "recording": "is still being written, and fine so far"}
@@ -96,7 +94,7 @@ class Verification:
         interrupted = f"was interrupted{resumed}; what is committed is fine"
         return STATE.get(self.status or "complete", interrupted)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -118,8 +116,7 @@ def verify(
             )
         raise no_trace(root)
     for _ in range(TRIES):
-        found = Verification(address(trace))
-        opened = None
+        found, opened = Verification(address(trace)), None
         try:
             opened = Trace(root)
             _verify(opened, found, progress)
@@ -136,26 +133,25 @@ def verify(
 
 
 def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] | None) -> None:
-    files, stated = [shard.files for shard in trace.shards], trace.manifest.get("counts")
+    stated = trace.manifest.get("counts")
     found.status = _status(trace)
     plan = (trace.manifest.get("corpus") or {}).get("plan")
     found.resumable = found.status == "interrupted" and plan is not None
-    _check_lines(trace, files)
+    _check_lines(trace)
     unhashed = sum(_check_files(shard) for shard in shards_of(trace, "checksums"))
-    _check_orphans(trace, files, found)
-    found.checked += [
+    _check_orphans(trace, found)
+    hashed = (
         "sha256 and rows of every file are those of its line"
         if not unhashed
         else f"rows of every file are those of its line; {unhashed:,} files state no sha256: "
-        "a changed byte may go unseen in them",
-        "no orphaned files",
-        "tokens numbered without a gap",
-    ]
+        "a changed byte may go unseen in them"
+    )
+    found.checked = [hashed, "no orphaned files", "tokens numbered without a gap"]
     words = len(trace.vocabulary_table) or None
     documents = Documents(trace)
     found.documents = len(documents.number)
     found.checked.append("documents declared once")
-    positions = Positions(bool((stated or {}).get("dropped")))
+    positions = Positions(strict=not (stated or {}).get("dropped"))
     for shard in shards_of(trace, "checking rows"):
         if trace.counts_only:
             _check_counts(shard, found)
@@ -177,37 +173,31 @@ def _verify(trace: Trace, found: Verification, progress: Callable[[int], None] |
 
 
 def _rules_of_rows(trace: Trace, positions: bool) -> list[str]:
-    """What was checked of the rows. `positions`: whether they were."""
-    last = "the manifest's totals are those of the shards"
-    if trace.counts_only:
-        return [
-            "every expert of every router listed once",
-            "Σ counts ≤ tokens × k for each router, none negative, sums finite",
-            last,
-        ]
-    rules = [
-        "token ids within the vocabulary",
-        "positions follow each other within a sequence"
-        if positions
-        else "positions: not checked, decisions were dropped",
-        "each router saw each of its tokens once, in order",
-        "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots",
-        "weights finite, present exactly where an expert is, descending where stated"
-        if trace.has_weights
-        else "no weights recorded",
-    ]
-    rules += [
-        f"{value}s of outputs finite, not negative, present exactly where an expert is"
-        for value in trace.slot_values
-        if value not in ("weight", schema.DROPPED)
-    ]
-    if trace.has_dropped:
-        rules += ["dropped experts < E, only in slots without an expert, none twice in a decision"]
-    if trace.has_loss:
-        rules += ["losses and entropies not negative, null in both or neither"]
-    if "logits" in trace.tables:
-        rules += ["logits of each decision, none NaN"]
-    return [*rules, last]
+    """What was checked of the rows. `positions`: whether these were."""
+    counts, weights = trace.counts_only, trace.has_weights
+    values = [value for value in trace.slot_values if value not in ("weight", schema.DROPPED)]
+    of_values = "of outputs finite, not negative, present exactly where an expert is"
+    rules = {
+        "every expert of every router listed once": counts,
+        "Σ counts ≤ tokens × k for each router, none negative, sums finite": counts,
+        "token ids within the vocabulary": not counts,
+        "positions follow each other within a sequence": not counts and positions,
+        "positions: not checked, decisions were dropped": not counts and not positions,
+        "each router saw each of its tokens once, in order": not counts,
+        "ids < E, no expert twice in a decision, Σ counts = tokens × k − empty slots": not counts,
+        "weights finite, present exactly where an expert is, descending where stated": (
+            not counts and weights
+        ),
+        "no weights recorded": not counts and not weights,
+        **{f"{value}s {of_values}": not counts for value in values},
+        "dropped experts < E, only in slots without an expert, none twice in a decision": (
+            not counts and trace.has_dropped
+        ),
+        "losses and entropies not negative, null in both or neither": not counts and trace.has_loss,
+        "logits of each decision, none NaN": "logits" in trace.tables,
+        "the manifest's totals are those of the shards": True,
+    }
+    return [rule for rule, checked in rules.items() if checked]
 
 
 def _status(trace: Trace) -> str:
@@ -221,21 +211,20 @@ def _status(trace: Trace) -> str:
 # --- files: checksums, numbers of rows, no file that is not listed
 
 
-def _check_lines(trace: Trace, files: list[ShardFiles]) -> None:
+def _check_lines(trace: Trace) -> None:
     """No unknown keys, and no checksums missing where others are stated: a key may have been
     renamed."""
     # whether the line before has checksums: a trace begun without them may be resumed with them
     checked, known = False, schema.read_schema("shard_line")["properties"].keys()
-    for shard in files:
-        for entry in map(json.loads, shard.lines):
-            stated = checked or not CHECKSUM_KEYS.isdisjoint(entry)
-            said = ""
+    for files in (shard.files for shard in trace.shards):
+        for entry in map(json.loads, files.lines):
+            stated, said = checked or not CHECKSUM_KEYS.isdisjoint(entry), ""
             if unknown := set(entry) - known:
                 said = f"the unknown key {min(unknown)!r}"
             elif stated and (missing := (CHECKSUM_KEYS | {"sha256"}) - set(entry)):
                 said = f"no {min(missing)}"
             if said:
-                name = f"shards-{shard.rank}.jsonl"
+                name = f"shards-{files.rank}.jsonl"
                 raise Violation(name, None, f"the line of {entry['path']} has {said}")
             checked = "crc32" in entry
     manifest = trace.manifest
@@ -264,17 +253,16 @@ def _check_files(shard: Shard) -> int:
     return sum(stated.sha256 is None for stated in shard.files.stated.values())
 
 
-def _check_orphans(trace: Trace, files: list[ShardFiles], found: Verification) -> None:
+def _check_orphans(trace: Trace, found: Verification) -> None:
     """No files that no line names. A trace that is being written has some whose lines are to come;
     one that was interrupted may have kept them."""
-    known = {path for shard in files for path in shard.paths.values()}
+    known = {path for shard in trace.shards for path in shard.files.paths.values()}
+    unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
     for table in trace.tables:
         folder = inside(trace.path, table)
         for file in sorted(folder.iterdir(), key=str) if folder.is_dir() else ():
-            name = f"{table}/{file.name}"
-            if name in known:
+            if (name := f"{table}/{file.name}") in known:
                 continue
-            unfinished = trace.status != "complete" or (trace.path / OVERWRITTEN).exists()
             if not (unfinished and OF_A_TABLE.fullmatch(file.name)):
                 said = "an orphan: no line of shards-*.jsonl names it (--resume deletes it)"
                 raise Violation(name, None, said)
@@ -302,6 +290,10 @@ class FileRows:
     def expect(self, column: str, found_N: np.ndarray, expected_N: np.ndarray) -> None:
         self.refuse(found_N != expected_N, f"{column} is {{}}, not {{}}", found_N, expected_N)
 
+    def expect_size(self, column: str, values_N: np.ndarray, least: float = -np.inf) -> None:
+        wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
+        self.refuse(wrong_N, f"{column} is {{}}", values_N)
+
     def refuse_nulls(self, table: pa.Table, columns: Sequence[str]) -> None:
         for column in columns:
             if table[column].null_count:
@@ -325,23 +317,25 @@ class Documents:
     """The documents of all shards: number → domain. Violation where one is declared twice."""
 
     def __init__(self, trace: Trace):
-        numbers, codes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
         self.labels: dict[str, int] = {}
+        files, numbers, of_domains = list[str](), [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
         for shard in trace.shards:
             rows, table = _read(shard, "documents", ["document", "domain"])
             rows.refuse_nulls(table, ["domain"])
+            files.append(rows.file)
             numbers.append(table["document"].to_numpy())
-            codes.append(_codes(table["domain"], self.labels))
+            of_domains.append(_codes(table["domain"], self.labels))
             rows.refuse(numbers[-1] < 0, "document is {}", numbers[-1])
         number = np.concatenate(numbers)
         order = np.argsort(number, kind="stable")
-        self.number, self.code = number[order], np.concatenate(codes)[order]
+        self.number, self.code = number[order], np.concatenate(of_domains)[order]
         twice = np.zeros(len(number), bool)
         twice[order[1:]] = self.number[1:] == self.number[:-1]
-        ends = np.cumsum([len(part) for part in numbers])
-        for shard, start, end in zip(trace.shards, ends[:-1], ends[1:], strict=True):
-            rows = FileRows(shard.files.paths["documents"])
-            rows.refuse(twice[start:end], "document {} is declared a second time", number[start:])
+        for file, (start, end) in zip(
+            files, pairwise(np.cumsum([*map(len, numbers)])), strict=True
+        ):
+            said = "document {} is declared a second time"
+            FileRows(file).refuse(twice[start:end], said, number[start:])
 
     def check(self, rows: FileRows, document_T: np.ndarray, code_T: np.ndarray) -> None:
         at_T = np.searchsorted(self.number, document_T)
@@ -354,18 +348,14 @@ class Documents:
 
 class Positions:
     """The last position of each sequence of the shard before: a sequence may continue in the next
-    shard, and its positions with it."""
+    shard, and its positions with it. `strict`: what was dropped leaves gaps."""
 
-    def __init__(self, dropped: bool):
-        self.strict = not dropped  # what was dropped leaves gaps
+    def __init__(self, strict: bool):
+        self.strict = strict
         self.last: dict[int, int] = {}
 
     def check(
-        self,
-        rows: FileRows,
-        sequence_T: np.ndarray,
-        encoded_T: np.ndarray,
-        position_T: np.ndarray,
+        self, rows: FileRows, sequence_T: np.ndarray, encoded_T: np.ndarray, position_T: np.ndarray
     ) -> None:
         if not self.strict or not len(sequence_T):
             return
@@ -373,12 +363,11 @@ class Positions:
         key_T = sequence_T.astype(np.int64) * 2 + encoded_T
         order_T = np.argsort(key_T, kind="stable")
         sorted_T, at_T = key_T[order_T], position_T[order_T]
-        wrong_T = np.zeros(len(key_T), bool)
-        wrong_T[order_T[1:]] = (sorted_T[1:] == sorted_T[:-1]) & (at_T[1:] != at_T[:-1] + 1)
-        edges = run_edges(sorted_T)
+        edges, expected_T = run_edges(sorted_T), np.roll(at_T, 1) + 1
         for i in edges[:-1]:
-            before = self.last.get(int(sorted_T[i]))
-            wrong_T[order_T[i]] = before is not None and at_T[i] != before + 1
+            expected_T[i] = self.last.get(int(sorted_T[i]), at_T[i] - 1) + 1
+        wrong_T = np.zeros(len(key_T), bool)
+        wrong_T[order_T] = at_T != expected_T
         said = "position is {} in sequence {}, not the position before + 1"
         rows.refuse(wrong_T, said, position_T, sequence_T)
         ends = edges[1:] - 1
@@ -404,56 +393,57 @@ def _check_tokens(
     said = f"phase is {{!r}}, not one of {', '.join(schema.PHASES)}"
     rows.refuse(phase_T >= len(schema.PHASES), said, np.array([*labels], object)[phase_T])
     documents.check(rows, of["document"], _codes(table["domain"], documents.labels))
-    if loss := names[len(columns) :]:
-        _check_loss(rows, table.select(loss))
+    # a loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
+    # none; a loss is infinite where the model gave the token no probability
+    losses = {name: table[name] for name in names[len(columns) :]}
+    null_of = {name: values.is_null().to_numpy() for name, values in losses.items()}
+    for (one, one_T), (other, other_T) in permutations(null_of.items(), 2):
+        rows.refuse(one_T & ~other_T, f"{one} is null where {other} is not")
+    for name, values in losses.items():
+        values_T = values.fill_null(0).to_numpy()
+        rows.refuse(np.isnan(values_T) | (values_T < -1e-3), f"{name} is {{}}", values_T)
     encoded_T = phase_T == schema.PHASES.index("encode")
     positions.check(rows, of["sequence"], encoded_T, of["position"])
     return phase_T
-
-
-def _check_loss(rows: FileRows, values: pa.Table) -> None:
-    """A loss or an entropy is a number, at least 0 but for rounding, and there is one of each or
-    none. (A loss is infinite where the model gave the token no probability.)"""
-    null_of = {name: values[name].is_null().to_numpy() for name in values.column_names}
-    for (one, one_T), (other, other_T) in permutations(null_of.items(), 2):
-        rows.refuse(one_T & ~other_T, f"{one} is null where {other} is not")
-    for column in values.column_names:
-        values_T = values[column].fill_null(0).to_numpy()
-        rows.refuse(np.isnan(values_T) | (values_T < -1e-3), f"{column} is {{}}", values_T)
 
 
 # --- decisions: one per router and token that reaches it; possible ids, weights and logits
 
 
 def _check_routing(shard: Shard, phase_T: np.ndarray, found: Verification) -> None:
-    slots = range(max(r.top_k for r in shard.trace.routers))
-    values = shard.trace.slot_values
+    trace, values = shard.trace, shard.trace.slot_values
+    slots = range(max(r.top_k for r in trace.routers))
     columns = [f"{name}_{j}" for name in ("expert", *values) for j in slots]
     for r, rows, table in _parts_of_routers(shard, "routing", columns, phase_T):
-        router = shard.trace.routers[r]
-        ids = _experts(rows, table, slots, "expert", router, r)
+        K = trace.routers[r].top_k
+        ids = _experts(rows, table, slots, "expert", trace.routers[r], r)
         meant = list(ids)
         if schema.DROPPED in values:
-            dropped = _experts(rows, table, slots, schema.DROPPED, router, r)
-            for j, dropped_N in enumerate(dropped):
-                both_N = (dropped_N >= 0) & (ids[j] >= 0)
+            dropped = _experts(rows, table, slots, schema.DROPPED, trace.routers[r], r)
+            for j, (id_N, dropped_N) in enumerate(zip(ids, dropped, strict=True)):
                 said = f"{schema.DROPPED}_{j} is {{}}, expert_{j} is {{}}: a slot is dropped or not"
-                rows.refuse(both_N, said, dropped_N, ids[j])
-                meant[j] = np.where(ids[j] >= 0, ids[j], dropped_N)
+                rows.refuse((dropped_N >= 0) & (id_N >= 0), said, dropped_N, id_N)
+                meant[j] = np.where(id_N >= 0, id_N, dropped_N)
                 found.dropped += int((dropped_N >= 0).sum())
         for (i, one_N), (j, other_N) in combinations(enumerate(meant), 2):
             said = f"expert {{}} is in slots {i} and {j} of one decision of router {r}"
             rows.refuse((one_N == other_N) & (other_N >= 0), said, other_N)
-        empty = sum(int((i < 0).sum()) for i in ids[: router.top_k])
+        empty = sum(int((id_N < 0).sum()) for id_N in ids[:K])
         found.decisions += len(table)
         found.empty_slots += empty
-        found.assignments += len(table) * router.top_k - empty
+        found.assignments += len(table) * K - empty
         for value in values:
             if value != schema.DROPPED:
                 _check_values(rows, table, ids, value)
         # as the manifest states: what does not state its order is put in order as it is read
-        if shard.trace.has_weights and shard.trace.stated_routers[r].first_choice_known:
-            _check_descending(rows, table, ids[: router.top_k])
+        if trace.has_weights and trace.stated_routers[r].first_choice_known:
+            weights = [  # of slots that routed nowhere the least: they are last
+                np.where(id_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf)
+                for j, id_N in enumerate(ids[:K])
+            ]
+            for j, (one_N, next_N) in enumerate(pairwise(weights)):
+                said = f"weight_{j} is {{:.6g}}, weight_{j + 1} is {{:.6g}}: the manifest says that"
+                rows.refuse(one_N < next_N, f"{said} weights descend", one_N, next_N)
 
 
 def _experts(
@@ -475,29 +465,13 @@ def _experts(
 def _check_values(rows: FileRows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
     """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
     and peaks not negative."""
-    for j, ids_N in enumerate(ids):
-        column, wanted_N = table[f"{value}_{j}"], ids_N >= 0
+    for j, id_N in enumerate(ids):
+        column, wanted_N = table[f"{value}_{j}"], id_N >= 0
         there_N = column.is_valid().to_numpy()
         rows.refuse(wanted_N & ~there_N, f"{value}_{j} is null, expert_{j} is there")
         rows.refuse(there_N & ~wanted_N, f"{value}_{j} is there, expert_{j} is null")
         least = -np.inf if value == "weight" else 0
-        _check_size(rows, f"{value}_{j}", column.fill_null(0).to_numpy(), least)
-
-
-def _check_size(rows: FileRows, column: str, values_N: np.ndarray, least: float) -> None:
-    wrong_N = ~(np.isfinite(values_N) & (values_N >= least))
-    rows.refuse(wrong_N, f"{column} is {{}}", values_N)
-
-
-def _check_descending(rows: FileRows, table: pa.Table, ids: list[np.ndarray]) -> None:
-    """Slots are in descending weight, those that routed nowhere last."""
-    weights = [
-        np.where(ids_N >= 0, table[f"weight_{j}"].fill_null(0).to_numpy(), -np.inf)
-        for j, ids_N in enumerate(ids)
-    ]
-    for j, (before_N, after_N) in enumerate(pairwise(weights)):
-        said = f"weight_{j} is {{:.6g}}, weight_{j + 1} is {{:.6g}}: the manifest says that weights"
-        rows.refuse(before_N < after_N, f"{said} descend", before_N, after_N)
+        rows.expect_size(f"{value}_{j}", column.fill_null(0).to_numpy(), least)
 
 
 def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:
@@ -524,11 +498,7 @@ def _parts_of_routers(
         group = parts.read(file, name, ["token", "layer", "router", *columns], [g])
         router_N = group["router"].to_numpy()
         for start, end in pairwise(run_edges(router_N).tolist()):
-            r, part, rows = (
-                int(router_N[start]),
-                group[start:end],
-                FileRows(name, before + start),
-            )
+            r, part, rows = int(router_N[start]), group[start:end], FileRows(name, before + start)
             _check_routers(rows, part, routers)
             token_N = shard.files.first_token + np.flatnonzero(sees_rP[r][phase_T])
             if done[r] + len(part) > len(token_N):
@@ -547,10 +517,9 @@ def _parts_of_routers(
 
 def _check_routers(rows: FileRows, table: pa.Table, routers: list[schema.Router]) -> np.ndarray:
     """The routers are those of the manifest, of the layers that it states. Returns them."""
-    router_N = table["router"].to_numpy()
-    strange_N = router_N >= len(routers)
-    rows.refuse(strange_N, f"router is {{}}, the manifest lists {len(routers)}", router_N)
-    layer_L = np.array([r.layer for r in routers])
+    router_N, layer_L = table["router"].to_numpy(), np.array([r.layer for r in routers])
+    said = f"router is {{}}, the manifest lists {len(routers)}"
+    rows.refuse(router_N >= len(routers), said, router_N)
     rows.expect("layer", table["layer"].to_numpy(), layer_L[router_N])
     return router_N
 
@@ -571,8 +540,7 @@ def _check_counts(shard: Shard, found: Verification) -> None:
     rows.refuse(load_N < 0, "assignments is {}", load_N)
     rows.refuse(first_N < 0, "first_choice is {}", first_N)
     rows.refuse_nulls(table, ["assignments"])
-    said = "first_choice is {} of {} assignments"
-    rows.refuse(first_N > load_N, said, first_N, load_N)
+    rows.refuse(first_N > load_N, "first_choice is {} of {} assignments", first_N, load_N)
     experts_N = np.array([router.experts for router in routers])[router_N]
     said = "expert is {}, router {} has {} experts"
     rows.refuse(expert_N >= experts_N, said, expert_N, router_N, experts_N)
@@ -582,8 +550,7 @@ def _check_counts(shard: Shard, found: Verification) -> None:
         times_DE = np.zeros((len(labels), router.experts), np.int64)
         np.add.at(times_DE, (domain_N[of_router], expert_N[of_router]), 1)
         times_DE = times_DE[np.unique(domain_N)]
-        if (times_DE != 1).any():
-            d, e = (int(i[0]) for i in np.nonzero(times_DE != 1))
+        for d, e in np.argwhere(times_DE != 1)[:1]:
             said = f"router {r} lists expert {e} {times_DE[d, e]} times in one domain"
             raise Violation(rows.file, row, said)
         total, firsts = int(load_N[of_router].sum()), int(first_N[of_router].sum())
@@ -595,6 +562,6 @@ def _check_counts(shard: Shard, found: Verification) -> None:
         found.empty_slots += most - total
         found.decisions += tokens
     if shard.trace.has_weights:
-        _check_size(rows, "weight_sum", table["weight_sum"].to_numpy(), -np.inf)
+        rows.expect_size("weight_sum", table["weight_sum"].to_numpy())
     if shard.trace.has_energy:
-        _check_size(rows, "energy", table["energy"].to_numpy(), 0.0)
+        rows.expect_size("energy", table["energy"].to_numpy(), least=0)

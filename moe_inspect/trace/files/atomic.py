@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError
@@ -137,10 +137,10 @@ def draft_folder_of(
             raise MoeInspectError(
                 f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
             ) from error
-        if scratch is not None:
+        if scratch is None:
+            held.root = target.absolute()
+        else:
             shutil.rmtree(scratch)
-            return
-        held.root = target.absolute()
 
 
 def _file_at(path: Path) -> Path | None:
@@ -164,7 +164,9 @@ def _new(target: Path) -> tuple[Path, int]:
     while True:
         draft = lock.draft_name(target)
         file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
+        with ExitStack() as undo:
+            undo.callback(draft.unlink, missing_ok=True)
+            undo.callback(os.close, file)
             # another process may have taken it for a left one, before it was locked
             if lock.flock(file, exclusive=True) is not False and lock.is_at(file, draft):
                 if old is not None:
@@ -172,13 +174,8 @@ def _new(target: Path) -> tuple[Path, int]:
                         os.fchown(file, old.st_uid, old.st_gid)
                     with suppress(OSError):
                         os.fchmod(file, stat.S_IMODE(old.st_mode))
+                undo.pop_all()
                 return draft, file
-        except BaseException:
-            os.close(file)
-            draft.unlink(missing_ok=True)
-            raise
-        os.close(file)
-        draft.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path | Remote) -> None:

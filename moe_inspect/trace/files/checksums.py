@@ -33,18 +33,19 @@ FREE_TEXT = (
 )
 END_BYTES = 8  # of a Parquet file: the length of its footer, and a magic word
 _CRC = b', "crc32": '
+Json = dict[str, Any]  # an object of trace.json or of a line of shards-*.jsonl
 
 
-def sealed(entry: dict[str, Any]) -> bytes:
+def sealed(entry: Json) -> bytes:
     """A line of shards-<rank>.jsonl, with the CRC-32 of all that comes before the key `crc32`."""
     text = json.dumps({key: value for key, value in entry.items() if key != "crc32"}).encode()[:-1]
-    return text + _CRC + str(zlib.crc32(text)).encode() + b"}\n"
+    return b"%s%s%d}\n" % (text, _CRC, zlib.crc32(text))
 
 
 def is_intact(line: bytes) -> bool:
     """Whether a line that states its CRC-32 is as it was written."""
     text, _, stated = line.rpartition(_CRC)
-    return stated.rstrip(b"\n") == str(zlib.crc32(text)).encode() + b"}"
+    return stated.rstrip(b"\n") == b"%d}" % zlib.crc32(text)
 
 
 def footer_crc32(file: pa.NativeFile) -> int:
@@ -62,12 +63,12 @@ def file_sha256(file: pa.NativeFile) -> str:
     return hashlib.sha256(file.read_at(file.size(), 0)).hexdigest()
 
 
-def stated(data: bytes) -> dict[str, Any]:
+def stated(data: bytes) -> Json:
     """What the manifest states of vocabulary.parquet."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _remove(section: Any, path: list[str]) -> None:
+def _remove(section: object, path: list[str]) -> None:
     """Removes a value by its path, in an object or in each object of a list."""
     if isinstance(section, list):
         for entry in section:
@@ -78,11 +79,9 @@ def _remove(section: Any, path: list[str]) -> None:
         section.pop(path[0], None)
 
 
-def digest(manifest: dict[str, Any]) -> str:
+def digest(manifest: Json) -> str:
     """sha256 of what a manifest states, without its own digest and the values of FREE_TEXT."""
-    content = json.loads(
-        json.dumps({key: value for key, value in manifest.items() if key != "digest"})
-    )
+    content = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
     for path in FREE_TEXT:
         _remove(content, [*path.split(".")])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.text import first_line
 
+FileSystem = Any  # of fsspec, whose types are wider than what its methods return here
 BLOCK_BYTES = 2**23  # read at a time, of a file that is hashed
 
 
@@ -45,7 +46,7 @@ class Remote:
         self.url = url.rstrip("/")
 
     @cached_property
-    def _at(self) -> tuple[Any, str]:
+    def _at(self) -> tuple[FileSystem, str]:
         try:
             from fsspec.core import url_to_fs
 
@@ -55,7 +56,7 @@ class Remote:
             raise MoeInspectError(f"cannot open {self.url}: {first_line(error)}") from None
 
     @property
-    def filesystem(self) -> Any:
+    def filesystem(self) -> FileSystem:
         return self._at[0]
 
     @property
@@ -106,11 +107,9 @@ class Remote:
 
     def iterdir(self) -> Iterator[Remote]:
         """What is directly below it; nothing where nothing is."""
-        with _told():
-            try:
-                names = self._fresh().ls(self.path, detail=False)
-            except FileNotFoundError:
-                return
+        names: list[str] = []
+        with suppress(FileNotFoundError), _told():
+            names = self._fresh().ls(self.path, detail=False)
         for name in names:
             if last := str(name).rstrip("/").rpartition("/")[2]:
                 yield self / last
@@ -122,7 +121,7 @@ class Remote:
         start = len(self.path.strip("/")) + 1
         return {str(name).strip("/")[start:]: int(of["size"]) for name, of in found.items()}
 
-    def _fresh(self) -> Any:
+    def _fresh(self) -> FileSystem:
         """The file system, without listings that it remembers."""
         self.filesystem.invalidate_cache()
         return self.filesystem
@@ -137,12 +136,10 @@ class Remote:
         """Writes it where nothing is; returns whether it did."""
         if self.exists():  # file systems without exclusive creation overwrite it
             return False
-        try:
-            with _told():
-                self.filesystem.pipe_file(self.path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        with suppress(FileExistsError), _told():
+            self.filesystem.pipe_file(self.path, data, mode="create")
+            return True
+        return False
 
     def upload(self, file: Path) -> None:
         with _told():
@@ -174,9 +171,8 @@ def inside(root: Path | Remote, name: str) -> Path | Remote:
     path = root / name
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(os.path.realpath(root)):
-        raise Damaged(
-            root / name, f"it is a link to {real}, outside of the trace: copy the file there", name
-        )
+        said = f"it is a link to {real}, outside of the trace: copy the file there"
+        raise Damaged(path, said, name)
     if real.exists() and not (real.is_file() or real.is_dir()):
-        raise Damaged(root / name, "it is not a regular file", name)
+        raise Damaged(path, "it is not a regular file", name)
     return path

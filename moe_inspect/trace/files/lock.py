@@ -28,7 +28,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
@@ -46,7 +46,7 @@ OPEN = sum(getattr(os, f"O_{flag}", 0) for flag in ("RDWR", "CLOEXEC", "NONBLOCK
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
-class Lock:
+class Lock(AbstractContextManager["Lock"]):
     """A lock that is held. `holder`: pid, host and random id of the process (of several ranks: rank
     0)."""
 
@@ -58,9 +58,6 @@ class Lock:
 
     def check(self) -> None:
         """MoeInspectError where another process has taken the lock over meanwhile."""
-
-    def __enter__(self) -> Lock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -77,13 +74,12 @@ class FileLock(Lock):
         _HELD.add(self)
 
     def release(self) -> None:
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        with suppress(OSError):  # a leftover lock file is harmless: it is not locked
-            # nobody else may hold the file when it is removed: another process could then lock a
-            # new one beside them
-            remove_if_free(file, self.root / LOCK)
+        if self._file is not None:
+            file, self._file = self._file, None
+            with suppress(OSError):  # a leftover lock file is harmless: it is not locked
+                # nobody else may hold the file when it is removed: another process could then lock
+                # a new one beside them
+                remove_if_free(file, self.root / LOCK)
 
     def close_in_child(self) -> None:
         """A forked process has the open file too, and would keep the lock after its parent has
@@ -98,18 +94,19 @@ class ObjectLock(Lock):
 
     def __init__(self, root: Remote, holder: str, first: bool):
         super().__init__(root, holder)
-        self._object, self._first = root / LOCK, first
+        self._first = first
+        self.check()
 
     def release(self) -> None:
         if self._first:
             self._first = False
             with suppress(OSError):  # left, it is that of a process that has ended
-                if self._object.read_bytes().decode() == self.holder:
-                    self._object.unlink()
+                if _named_in(self.root) == self.holder:
+                    (self.root / LOCK).unlink()
 
     def check(self) -> None:
         with writing(self.root):
-            now = _named_in(self._object)
+            now = _named_in(self.root)
         if now != self.holder:
             raise MoeInspectError(
                 f"{_who(now)} has taken over {self.root}: stopped; what was committed is safe"
@@ -125,9 +122,9 @@ def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lo
     """Locks the trace at `root`, a directory that is made where there is none. MoeInspectError
     where another writer holds the lock; with `wait`, waits for it. `shared`: other ranks will
     `join`."""
-    if isinstance(root, Remote):
-        return _hold_object(root)
     holder = f"{os.getpid()} {socket.gethostname()} {uuid.uuid4().hex}"
+    if isinstance(root, Remote):
+        return _hold_object(root, f"{holder} {process_start(os.getpid()) or ''}")
     file = _locked(root, exclusive=True, wait=wait)
     lock = FileLock(root, file, holder)
     try:
@@ -142,12 +139,10 @@ def hold(root: Path | Remote, *, shared: bool = False, wait: bool = False) -> Lo
     return lock
 
 
-def _hold_object(root: Remote) -> Lock:
-    pid = os.getpid()
-    holder = f"{pid} {socket.gethostname()} {uuid.uuid4().hex} {process_start(pid) or ''}"
+def _hold_object(root: Remote, holder: str) -> Lock:
     with writing(root):
         if not (root / LOCK).create(holder.encode()):
-            before = _named_in(root / LOCK)
+            before = _named_in(root)
             if (runs := _runs(before)) is True:
                 raise _refusal(root, before)
             if runs is None:
@@ -156,17 +151,13 @@ def _hold_object(root: Remote) -> Lock:
                     "still runs, it stops at its next commit"
                 )
             (root / LOCK).write_bytes(holder.encode())
-    lock = ObjectLock(root, holder, first=True)
-    lock.check()
-    return lock
+    return ObjectLock(root, holder, first=True)
 
 
 def join(root: Path | Remote, holder: str) -> Lock:
     """Joins the lock that rank 0 took as `holder`."""
     if isinstance(root, Remote):
-        lock = ObjectLock(root, holder, first=False)
-        lock.check()
-        return lock
+        return ObjectLock(root, holder, first=False)
     file = _locked(root, exclusive=False)
     if _holder_in(file) != holder:
         os.close(file)
@@ -193,7 +184,7 @@ def is_locked(root: Path | Remote) -> bool | None:
 def _found(root: Path | Remote) -> tuple[bool | None, str]:
     """As `is_locked`, and the holder that the lock names."""
     if isinstance(root, Remote):
-        holder = _named_in(root / LOCK)
+        holder = _named_in(root)
         return _runs(holder), holder
     try:
         file = os.open(root / LOCK, OPEN)
@@ -219,8 +210,7 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
                         f"warning: the file system of {root} has no locks: make sure that nothing "
                         "else writes there"
                     )
-                    return file
-                if got and is_at(file, root / LOCK):
+                if got is None or (got and is_at(file, root / LOCK)):
                     return file
                 if got is False and not wait and time.monotonic() > until:
                     raise _refusal(root, _holder_in(file))
@@ -236,18 +226,17 @@ def _opened(root: Path) -> int:
         raise MoeInspectError(
             "traces are written on Linux, macOS and other systems with flock(2), not on this one"
         )
-    while True:
+    file = None
+    while file is None:
         with writing(root):
             settle(root)
             root.mkdir(parents=True, exist_ok=True)
-            try:
+            with suppress(FileNotFoundError):  # the directory was removed meanwhile
                 file = os.open(root / LOCK, OPEN | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # the directory was removed meanwhile
-                continue
-        if stat.S_ISREG(os.fstat(file).st_mode):
-            return file
-        os.close(file)
-        raise MoeInspectError(f"{root / LOCK} is not a regular file: remove it")
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise MoeInspectError(f"{root / LOCK} is not a regular file: remove it")
 
 
 def flock(file: int, exclusive: bool) -> bool | None:
@@ -290,12 +279,11 @@ def _holder_in(file: int) -> str:
     return os.pread(file, 500, 0).decode(errors="replace")
 
 
-def _named_in(lock: Remote) -> str:
-    """The holder that a lock of object storage names, "" where there is none."""
-    try:
-        return lock.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
+def _named_in(root: Path | Remote) -> str:
+    """The holder that the lock of a trace on object storage names, "" where there is none."""
+    with suppress(FileNotFoundError):
+        return (root / LOCK).read_bytes().decode(errors="replace")
+    return ""
 
 
 def _runs(holder: str) -> bool | None:
