@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace import parts, schema, slot_order
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.schema import Router
 
@@ -19,11 +19,14 @@ class TraceHeader:
     """`stated_routers`: the routers as in the manifest. `routers`: the same with the slot order
     filled in where the manifest does not state it."""
 
-    def __init__(self, path: Path | Remote, manifest: dict[str, Any]):
+    def __init__(self, path: Path | Remote, manifest: Json):
         self.path, self.manifest = path, manifest
         self.stated_routers = [Router(**router) for router in manifest["routers"]]
+        # where nobody stated it, the first choice is known by the weights, or since a source of
+        # counts said it (where it did not, it is null)
+        known = self.imported if self.counts_only else self.has_weights
         self.routers = [
-            router if router.slot_order else slot_order.stated(router, self._orderable)
+            router if router.slot_order else slot_order.stated(router, known)
             for router in self.stated_routers
         ]
 
@@ -99,21 +102,18 @@ class TraceHeader:
         """Whether there are the losses of the tokens (`--token-loss`)."""
         return bool(self.manifest["capture"].get("token_loss"))
 
-    @property
-    def _orderable(self) -> bool:
-        """Whether the first choice can be known of routers whose slot order nobody stated: by the
-        weights, or since a source of counts said it (where it did not, it is null)."""
-        return self.has_weights if not self.counts_only else self.imported
-
     def columns_of(self, table: str) -> pa.Schema:
         """The columns that a table of it has."""
-        if table == "routing":
-            return schema.routing_schema(self.routers, self.slot_values)
-        if table == "counts":
-            return schema.counts_schema(self.has_weights, self.has_energy)
-        if table == "logits":
-            return schema.logits_schema(max(r.experts for r in self.routers))
-        return {"tokens": schema.tokens_schema(self.has_loss), "documents": schema.DOCUMENTS}[table]
+        match table:
+            case "routing":
+                return schema.routing_schema(self.routers, self.slot_values)
+            case "counts":
+                return schema.counts_schema(self.has_weights, self.has_energy)
+            case "logits":
+                return schema.logits_schema(max(r.experts for r in self.routers))
+            case "tokens":
+                return schema.tokens_schema(self.has_loss)
+        return schema.DOCUMENTS
 
     def slots_to_order(self, router: int) -> list[list[str]] | None:
         """The columns of experts, of weights and of what else there is, whose slots have to be
@@ -131,9 +131,8 @@ class TraceHeader:
         stated = self.manifest.get("vocabulary")
         if stated is None and not path.exists():
             return schema.VOCABULARY_SCHEMA.empty_table()
-        stated = stated or {}
-        facts = parts.Stated(bytes=stated.get("bytes"), sha256=stated.get("sha256"))
-        return parts.read_vocabulary(path, facts)
+        facts = {name: (stated or {}).get(name) for name in ("bytes", "sha256")}
+        return parts.read_vocabulary(path, parts.Stated(**facts))
 
     @property
     def without_text(self) -> bool:
@@ -157,7 +156,7 @@ class TraceHeader:
         chosen = [
             i
             for i, r in enumerate(self.routers)
-            if (layer is None or r.layer == layer) and (router is None or i == router)
+            if layer in (None, r.layer) and router in (None, i)
         ]
         if not chosen:
             layers = sorted({r.layer for r in self.routers})

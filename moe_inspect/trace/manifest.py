@@ -9,7 +9,6 @@ import sys
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.errors import Damaged, MoeInspectError
 from moe_inspect.files import read_small, why_unread
@@ -17,6 +16,7 @@ from moe_inspect.text import did_you_mean, join_first
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import write_atomically
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.files.lock import is_running, process_start, settle
 from moe_inspect.trace.schema import check_schema, parsed
@@ -24,7 +24,7 @@ from moe_inspect.trace.schema import check_schema, parsed
 MOST_EXPERTS_IN_ALL = 2**24  # of all routers together
 
 
-def read_manifest(root: Path | Remote) -> dict[str, Any]:
+def read_manifest(root: Path | Remote) -> Json:
     """Reads the manifest, and checks everything that other code relies on."""
     path = inside(root, schema.MANIFEST)
     settle(root)
@@ -35,14 +35,11 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
         manifest = parsed(data)
         if not isinstance(manifest, dict) or type(version := manifest.get("format")) is not int:
             raise ValueError("it is not a manifest: format is missing")
-    except ValueError as error:
-        raise Damaged(path, str(error), schema.MANIFEST) from None
-    if version != schema.FORMAT:
-        raise MoeInspectError(
-            f"{path} has format {version!r:.30}, this moe-inspect reads {schema.FORMAT}: upgrade "
-            "moe-inspect"
-        )
-    try:
+        if version != schema.FORMAT:
+            raise MoeInspectError(
+                f"{path} has format {version!r:.30}, this moe-inspect reads {schema.FORMAT}: "
+                "upgrade moe-inspect"
+            )
         check_manifest(manifest)
     except ValueError as error:
         raise Damaged(path, str(error), schema.MANIFEST) from None
@@ -51,7 +48,7 @@ def read_manifest(root: Path | Remote) -> dict[str, Any]:
     return manifest
 
 
-def check_manifest(manifest: Any) -> None:
+def check_manifest(manifest: Json) -> None:
     """ValueError for the first value that is missing or impossible, with the full path of its
     key."""
     check_schema("trace_json", manifest)
@@ -61,13 +58,12 @@ def check_manifest(manifest: Any) -> None:
             "key digest to accept the change. "
             f"These values may be edited: {', '.join(checksums.FREE_TEXT)}"
         )
-    experts = 0
     for r, router in enumerate(manifest["routers"]):
         if router["top_k"] > router["experts"]:
             raise ValueError(
                 f"routers[{r}].top_k is {router['top_k']}: 1 to {router['experts']} are possible"
             )
-        experts += router["experts"]
+    experts = sum(router["experts"] for router in manifest["routers"])
     if experts > MOST_EXPERTS_IN_ALL:
         raise ValueError(
             f"routers have {experts:,} experts in all: at most {MOST_EXPERTS_IN_ALL:,} are possible"
@@ -105,10 +101,9 @@ def no_trace(root: Path | Remote) -> MoeInspectError:
 
 
 def _traces_in(folder: Path) -> list[Path]:
-    try:
+    with suppress(OSError):
         return sorted(p.parent for p in folder.glob(f"*/{schema.MANIFEST}"))
-    except OSError:
-        return []
+    return []
 
 
 def refuse_within_trace(path: Path, a_trace: bool = False) -> None:
@@ -129,18 +124,18 @@ def _is_trace(folder: Path) -> bool:
     return any(folder.glob("shards-*.jsonl"))  # it is damaged
 
 
-def write_manifest(root: Path | Remote, manifest: dict[str, Any]) -> None:
+def write_manifest(root: Path | Remote, manifest: Json) -> None:
     """Writes trace.json, with its digest."""
     write_atomically(root / schema.MANIFEST, manifest_bytes(manifest))
 
 
-def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+def manifest_bytes(manifest: Json) -> bytes:
     stated = {**manifest, "digest": checksums.digest(manifest)}
     text = json.dumps(stated, indent=1, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")
 
 
-def holds_samples(manifest: dict[str, Any]) -> bool:
+def holds_samples(manifest: Json) -> bool:
     """Whether the trace is a sample of another, or was merged of traces that are."""
     parts = manifest.get("parts") or []
     return bool(manifest.get("sample")) or any(
@@ -148,7 +143,7 @@ def holds_samples(manifest: dict[str, Any]) -> bool:
     )
 
 
-def writer_of(manifest: dict[str, Any]) -> int | None:
+def writer_of(manifest: Json) -> int | None:
     """The process that is writing this trace, as far as this machine can tell: None where it is
     done or gone."""
     capture = manifest["capture"]
@@ -158,13 +153,13 @@ def writer_of(manifest: dict[str, Any]) -> int | None:
     return pid if is_running(pid, capture.get("process_start")) else None
 
 
-def refuse_while_written(root: Path | Remote, manifest: dict[str, Any]) -> None:
+def refuse_while_written(root: Path | Remote, manifest: Json) -> None:
     """MoeInspectError where the process that writes this trace is still at work on this machine."""
     if (pid := writer_of(manifest)) is not None:
         raise MoeInspectError(f"process {pid} is still writing {root}: wait for it, or stop it")
 
 
-def this_process() -> dict[str, Any]:
+def this_process() -> Json:
     """What a manifest's `capture` states of the process that writes it."""
     return {
         "versions": {"moe-inspect": version("moe-inspect"), "python": sys.version.split()[0]},

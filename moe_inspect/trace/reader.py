@@ -19,8 +19,9 @@ from moe_inspect.trace.files.location import Remote, inside, location
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.shard_list import ShardFiles, are_replaced, committed_shards
+from moe_inspect.trace.shard_list import are_replaced, committed_shards
 
+Scheduler = Any  # an address, or a client of dask.distributed, which need not be installed
 TRIES = 5  # to open a trace whose writer replaces what was just listed
 
 
@@ -29,7 +30,7 @@ class Trace(Answers, TraceHeader):
     or by shard (`for shard in trace.shards`), which keeps memory independent of the trace's
     length. `scheduler`: of the dask.distributed cluster that passes over it run on, see `on`."""
 
-    scheduler: Any = None
+    scheduler: Scheduler = None
 
     def __init__(self, path: str | Path | Remote):
         where, before = location(path), None
@@ -38,30 +39,27 @@ class Trace(Answers, TraceHeader):
                 super().__init__(where, read_manifest(where))
                 self._files = committed_shards(where, self.manifest)
             try:
-                self._check_total()
-                self._held = [self._hold(files) for files in self._files]
+                # the manifest is written after the lines that it counts
+                stated = (self.manifest.get("counts") or {}).get("tokens", 0)
+                if self.n_tokens < stated:
+                    said = f"counts.tokens is {stated}, the shards have {self.n_tokens}"
+                    raise Damaged(where / schema.MANIFEST, said, schema.MANIFEST)
+                # the writer deletes the files of an early shard when a full one replaces it
+                self._held = [
+                    {t: parts.held(inside(where, name), name) for t, name in files.paths.items()}
+                    if files.early and isinstance(where, Path)
+                    else {}
+                    for files in self._files
+                ]
                 return
             except Damaged:
                 # its writer may have replaced some of it meanwhile
                 if not left or before == (before := (self.manifest, self._files)):
                     raise
 
-    def _hold(self, files: ShardFiles) -> dict[str, pa.Buffer]:
-        """The files of an early shard, which its writer deletes when a full one replaces it."""
-        held = files.early and isinstance(self.path, Path)
-        names = files.paths if held else {}
-        return {table: parts.held(inside(self.path, name), name) for table, name in names.items()}
-
     def is_replaced(self) -> bool:
         """Whether its writer has replaced shards since the trace was opened."""
         return are_replaced(self.path, self.manifest, self._files)
-
-    def _check_total(self) -> None:
-        """Damaged where lines were lost: the manifest is written after the lines that it counts."""
-        stated = (self.manifest.get("counts") or {}).get("tokens", 0)
-        if self.n_tokens < stated:
-            said = f"counts.tokens is {stated}, the shards have {self.n_tokens}"
-            raise Damaged(self.path / schema.MANIFEST, said, schema.MANIFEST)
 
     def __repr__(self) -> str:
         return (
@@ -80,7 +78,7 @@ class Trace(Answers, TraceHeader):
         encoder-decoder's."""
         return sum(f.decisions for f in self._files)
 
-    def on(self, scheduler: Any) -> Trace:
+    def on(self, scheduler: Scheduler) -> Trace:
         """The same trace, passes over which run on a dask.distributed cluster whose workers see it
         at the same path. `scheduler`: its address, or a client of it; None for this process."""
         if scheduler is None and self.scheduler is None:
@@ -89,7 +87,7 @@ class Trace(Answers, TraceHeader):
         other.scheduler = scheduler
         return other
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """As a worker of a cluster gets it, who is in a directory of its own."""
         nothing = [{} for _ in self._held]
         return self.__dict__ | {"path": self.path.resolve(), "scheduler": None, "_held": nothing}
@@ -139,19 +137,18 @@ class Trace(Answers, TraceHeader):
 
     def _refuse_counts(self, what: str) -> None:
         if self.counts_only:
-            raise MoeInspectError(
-                f"{self.path} holds counts only, no {what}: {self.more_than_counts}"
-            )
+            said = f"holds counts only, no {what}: {self.more_than_counts}"
+            raise MoeInspectError(f"{self.path} {said}")
 
     def _frame(self, name: str, parts: list[pa.Table]) -> pd.DataFrame:
-        if not parts:
-            return self.columns_of(name).empty_table().to_pandas()
         # some shards say that they hold no null
-        joined = pa.concat_tables(parts, promote_options="permissive")
+        joined = pa.concat_tables(
+            parts or [self.columns_of(name).empty_table()], promote_options="permissive"
+        )
         return joined.unify_dictionaries().to_pandas()
 
 
-def open_trace(path: str | Path | Trace, *, scheduler: Any = None) -> Trace:
+def open_trace(path: str | Path | Trace, *, scheduler: Scheduler = None) -> Trace:
     """Opens a trace directory, of this machine or by a URL that fsspec can read
     (`s3://bucket/trace`); a Trace is one already. `scheduler`: as `Trace.on` takes it.
     MoeInspectError where there is none, or it is damaged or of a newer format."""
@@ -159,7 +156,7 @@ def open_trace(path: str | Path | Trace, *, scheduler: Any = None) -> Trace:
     return trace if scheduler is None else trace.on(scheduler)
 
 
-def address(trace: Any) -> str:
+def address(trace: object) -> str:
     """Where a trace is, as it was given: a page that is shared must not say more. `trace`: a Trace,
     or its path."""
     return str(trace.path if isinstance(trace, Trace) else trace)
