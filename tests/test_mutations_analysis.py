@@ -175,7 +175,7 @@ MUTATIONS = {
     "nor lines": (atomic, "os.fsync(file.fileno()) except", "pass\n    except", on_disk),
     # what is in the way of a trace
     "files of others are removed": (output_dir, "if others or not is_trace:", "if not is_trace:", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a file beside")),
-    "what only has the name of a manifest is one": (output_dir, 'return not (isinstance(found, dict) and "format" in found)', "return False", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
+    "what only has the name of a manifest is one": (output_dir, 'if not (isinstance(found, dict) and "format" in found):', "if False:", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a profiler's over ours")),
     "links are followed and emptied": (output_dir, "entry.is_dir(follow_symlinks=False)", "entry.is_dir()", by(test_output_dir.test_what_is_no_trace_is_not_overwritten_and_named, "a table elsewhere")),
     "the manifest goes last": (output_dir, "if schema.MANIFEST in there.files:\n            _withdraw_manifest", "if False:\n            _withdraw_manifest", by(test_output_dir.test_the_manifest_goes_first_and_whoever_comes_next_goes_on)),
     "a lock that another holds": (lock, "(got and is_at(file, root / LOCK))", "is_at(file, root / LOCK)", by(test_output_dir.test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out)),
@@ -184,7 +184,7 @@ MUTATIONS = {
     # reader
     "older traces are not put in order": (shard, "if not slots or (", "if True or (", older_in_order),
     "a torn line is taken": (shard_list, 'data[: data.rfind(b"\\n") + 1]', 'data if data.endswith(b"\\n") else data + b"\\n"', resumed),
-    "half a shard is taken": (shard_list, "if set(shard.paths) != set(tables):", "if False:", resumed),
+    "half a shard is taken": (shard_list, 'if set(shard.paths) != set(manifest["tables"]):', "if False:", resumed),
     "paths lead elsewhere": (schema, 'elif isinstance(value, str) and "pattern" in rule:', "elif False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "a path that goes on elsewhere")),
     "numbers out of range are taken": (schema, 'if not rule["minimum"] <= value <= rule["maximum"]:', "if False:", by(test_damage.test_an_impossible_line_is_refused_by_its_key, "shard -1")),
     "keys of a router that there are not": (schema, 'elif rule.get("additionalProperties") is False:', "elif False:", by(test_damage.test_an_impossible_manifest_is_refused_by_its_key, "an unknown key")),

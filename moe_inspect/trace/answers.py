@@ -8,30 +8,26 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
+
 if TYPE_CHECKING:
+    from moe_inspect import query as _query
     from moe_inspect.comparison.compare import compare as _compare
-    from moe_inspect.exporters.run import export_trace
-    from moe_inspect.query import sql as _sql
+    from moe_inspect.exporters.run import export_trace as _export
     from moe_inspect.reporting.report import report as _report
-    from moe_inspect.simulate.cache import simulate_cache
-    from moe_inspect.simulate.capacity import simulate_capacity
-    from moe_inspect.simulate.decode import simulate_decode
-    from moe_inspect.simulate.placement.placement import simulate_placement
-    from moe_inspect.simulate.routing import simulate_routing
+    from moe_inspect.simulate import cache as _cache
+    from moe_inspect.simulate import capacity as _capacity
+    from moe_inspect.simulate import decode as _decode
+    from moe_inspect.simulate import routing as _routing
+    from moe_inspect.simulate.placement.placement import simulate_placement as _placement
+    from moe_inspect.trace import texts as _texts
     from moe_inspect.trace.derived.sample import sample as _sample
-    from moe_inspect.trace.texts import document as _document
-    from moe_inspect.trace.texts import requests as _requests
-    from moe_inspect.trace.texts import text as _text
-    from moe_inspect.trace.texts import tokens_of as _tokens_of
     from moe_inspect.trace.verify import verify as _verify
 
     def of(function: Callable[Concatenate[Any, Options], Result]) -> TraceMethod[Options, Result]:
         """A function as type checkers see it: with its options, and without the trace."""
         ...
-
-
-Options = ParamSpec("Options")
-Result = TypeVar("Result")
 
 
 class TraceMethod(Generic[Options, Result]):
@@ -40,7 +36,7 @@ class TraceMethod(Generic[Options, Result]):
     def __init__(self, home: str, name: str):
         self.home, self.name = home, name
 
-    def __get__(self, asked: Any, owner: type | None = None) -> Callable[Options, Result]:
+    def __get__(self, asked: object, owner: type | None = None) -> Callable[Options, Result]:
         function = getattr(importlib.import_module(f"moe_inspect.{self.home}"), self.name)
         return function if asked is None else MethodType(function, getattr(asked, "trace", asked))
 
@@ -49,16 +45,10 @@ class Answers:
     """The functions of these names, of this trace."""
 
     if TYPE_CHECKING:
-        compare = of(_compare)
-        document = of(_document)
-        export = of(export_trace)
-        report = of(_report)
-        requests = of(_requests)
-        sample = of(_sample)
-        sql = of(_sql)
-        text = of(_text)
-        tokens_of = of(_tokens_of)
-        verify = of(_verify)
+        compare, export, report = of(_compare), of(_export), of(_report)
+        document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
+        tokens_of = of(_texts.tokens_of)
+        sample, sql, verify = of(_sample), of(_query.sql), of(_verify)
     else:
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")
@@ -81,15 +71,13 @@ class Answers:
 class Simulations:
     """`trace.simulate`: the functions of these names of `moe_inspect.simulate`, of this trace."""
 
-    def __init__(self, trace: Any):
+    def __init__(self, trace: Answers):
         self.trace = trace
 
     if TYPE_CHECKING:
-        cache = of(simulate_cache)
-        capacity = of(simulate_capacity)
-        decode = of(simulate_decode)
-        placement = of(simulate_placement)
-        routing = of(simulate_routing)
+        cache, capacity = of(_cache.simulate_cache), of(_capacity.simulate_capacity)
+        decode, placement = of(_decode.simulate_decode), of(_placement)
+        routing = of(_routing.simulate_routing)
     else:
         cache = TraceMethod("simulate.cache", "simulate_cache")
         capacity = TraceMethod("simulate.capacity", "simulate_capacity")

@@ -68,17 +68,12 @@ class Contents:
             with suppress(MoeInspectError):
                 read_manifest(self.root)
                 return True
-            if self._is_other_json():
-                return False
+            # profilers use this name too
+            with suppress(MoeInspectError, ValueError, RecursionError):
+                found = json.loads(stored_manifest(self.root))
+                if not (isinstance(found, dict) and "format" in found):
+                    return False
         return any(self._is_list(name) for name in self.files)
-
-    def _is_other_json(self) -> bool:
-        """Whether trace.json is valid JSON, but not of a trace: profilers use this name too."""
-        try:
-            found = json.loads(stored_manifest(self.root))
-        except (MoeInspectError, ValueError, RecursionError):
-            return False
-        return not (isinstance(found, dict) and "format" in found)
 
     def _is_list(self, name: str) -> bool:
         """Whether a file lists shards."""
@@ -90,37 +85,36 @@ class Contents:
         else:
             with open_regular(path) as file:
                 line = file.readline(10_000)
-        try:
+        with suppress(ValueError, RecursionError):
             found = json.loads(line)
-        except (ValueError, RecursionError):
-            return False
-        return (
-            isinstance(found, dict)
-            and found.get("table") in schema.TABLES
-            and {"path", "shard"} <= set(found)
-        )
+            keys = {"path", "shard"}
+            return (
+                isinstance(found, dict) and found.get("table") in schema.TABLES and keys <= {*found}
+            )
+        return False
 
 
 def contents(root: Path | Remote) -> Contents:
     found = Contents(root)
+
+    def add(name: str, is_file: bool = True) -> None:
+        table, _, part = name.rpartition("/")
+        of_a_trace = OF_A_TABLE.fullmatch(part) if table else OF_A_TRACE.fullmatch(name)
+        known = of_a_trace and table in ("", *schema.TABLES) and is_file
+        if name != lock.LOCK:
+            (found.files if known else found.strange).append(name)
+
     if isinstance(root, Remote):
         for name in root.sizes():
-            table, _, part = name.rpartition("/")
-            of_a_trace = OF_A_TABLE.fullmatch(part) if table else OF_A_TRACE.fullmatch(name)
-            known = of_a_trace and table in ("", *schema.TABLES)
-            if name != lock.LOCK:
-                (found.files if known else found.strange).append(name)
+            add(name)
         return found
     for entry in os.scandir(root):
         if entry.name in schema.TABLES and entry.is_dir(follow_symlinks=False):
             found.folders.append(entry.name)
             for part in os.scandir(entry.path):
-                name = f"{entry.name}/{part.name}"
-                known = OF_A_TABLE.fullmatch(part.name) and part.is_file(follow_symlinks=False)
-                (found.files if known else found.strange).append(name)
-        elif entry.name != lock.LOCK:
-            known = OF_A_TRACE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
-            (found.files if known else found.strange).append(entry.name)
+                add(f"{entry.name}/{part.name}", part.is_file(follow_symlinks=False))
+        else:
+            add(entry.name, entry.is_file(follow_symlinks=False))
     return found
 
 
@@ -151,7 +145,11 @@ def check_directory(
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            said = f"no directory can be made {_why_none(path, error)}"
+            parent = next(p for p in path.parents if os.path.exists(p))
+            none = error.errno == errno.ENOENT  # as Linux says in /proc
+            why = f"in {parent}: {'its file system takes none' if none else error.strerror}"
+            why = why if parent.is_dir() else f"below {parent}, which is a file"
+            said = f"no directory can be made {why}"
             raise MoeInspectError(f"cannot write {path}: {said}") from None
         tempfile.TemporaryFile(dir=path).close()
         with suppress(OSError):  # another trace may have begun in one of them
@@ -202,15 +200,6 @@ def _withdraw_manifest(root: Path | Remote) -> None:
         return
     os.replace(root / schema.MANIFEST, root / OVERWRITTEN)
     sync_directory(root)
-
-
-def _why_none(path: Path, error: OSError) -> str:
-    parent = next(p for p in path.parents if os.path.exists(p))
-    if not parent.is_dir():
-        return f"below {parent}, which is a file"
-    # as Linux says in /proc
-    none = error.errno == errno.ENOENT
-    return f"in {parent}: {'its file system takes none' if none else error.strerror}"
 
 
 def _refuse_to_replace(there: Contents, overwrite: bool, resumable: bool = True) -> None:

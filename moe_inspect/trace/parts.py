@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,13 +72,26 @@ def open_part(
         file = _source(path)
         _check_bytes(file, name, stated)
         opened = _parquet(file)
-        rows = opened.metadata.num_rows
+        rows, found = opened.metadata.num_rows, opened.schema_arrow
         if stated.rows is not None and rows != stated.rows:
             raise Damaged(name, f"it has {rows} rows, its line says {stated.rows}")
         _check_size(opened, name)
-        if text := _plain_labels(opened.schema_arrow, columns):
+        # labels as plain text instead of an Arrow dictionary, as other programs write them
+        text = [
+            field.name
+            for field in columns
+            if pa.types.is_dictionary(field.type)
+            and (at := found.get_field_index(field.name)) >= 0
+            and _alike(found.types[at], pa.string())
+        ]
+        if text:
             opened = _parquet(_source(path), read_dictionary=text)
-        _check_columns(opened.schema_arrow, name, columns)
+            found = opened.schema_arrow
+        for field in columns:
+            if (at := found.get_field_index(field.name)) < 0:
+                raise Damaged(name, f"it has no column {field.name}")
+            if not _alike(found.types[at], field.type):
+                raise Damaged(name, f"{field.name} is of {found.types[at]}, not {field.type}")
         return opened
 
 
@@ -92,18 +104,6 @@ def _parquet(file: pa.NativeFile, read_dictionary: list[str] | None = None) -> p
         page_checksum_verification=True,
         pre_buffer=False,
     )
-
-
-def _plain_labels(found: pa.Schema, columns: pa.Schema) -> list[str]:
-    """Columns of labels that the file holds as plain text instead of an Arrow dictionary, as other
-    programs write them."""
-    return [
-        field.name
-        for field in columns
-        if pa.types.is_dictionary(field.type)
-        and (at := found.get_field_index(field.name)) >= 0
-        and _alike(found.types[at], pa.string())
-    ]
 
 
 def _source(path: Path | Remote | pa.Buffer) -> pa.NativeFile:
@@ -137,8 +137,9 @@ def _check_size(file: pq.ParquetFile, name: str) -> None:
     """Refuses row groups that decompress to more than their rows can take, as the footer states:
     a few kilobytes can become gigabytes."""
     table = name.partition("/")[0]
-    most = {"counts": MOST_COUNT_ROWS, schema.VOCABULARY: MOST_TOKEN_IDS}
-    most_rows = most.get(table, MOST_SHARD_TOKENS)
+    most_rows = {"counts": MOST_COUNT_ROWS, schema.VOCABULARY: MOST_TOKEN_IDS}.get(
+        table, MOST_SHARD_TOKENS
+    )
     width = sum(_width(kind) for kind in file.schema_arrow.types)
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
@@ -158,14 +159,6 @@ def _width(kind: pa.DataType) -> int:
         return max(kind.bit_width // 8, 1)
     except ValueError:  # text
         return 4
-
-
-def _check_columns(found: pa.Schema, name: str, columns: pa.Schema) -> None:
-    for field in columns:
-        if (at := found.get_field_index(field.name)) < 0:
-            raise Damaged(name, f"it has no column {field.name}")
-        if not _alike(found.types[at], field.type):
-            raise Damaged(name, f"{field.name} is of {found.types[at]}, not {field.type}")
 
 
 def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
@@ -204,8 +197,6 @@ def read(
 
 def _check_text(table: pa.Table) -> None:
     """ArrowInvalid where a text is no UTF-8, of which Parquet's readers take no notice."""
-    if all(pa.types.is_primitive(kind) for kind in table.schema.types):
-        return
     for column in table.columns:
         if pa.types.is_dictionary(column.type):
             for chunk in column.chunks:
@@ -217,27 +208,24 @@ def _check_text(table: pa.Table) -> None:
 def read_vocabulary(path: Path | Remote, stated: Stated) -> pa.Table:
     """token_id, token. A dictionary can repeat one long text a million times: the length of all is
     checked before they are copied."""
-    name = schema.VOCABULARY
+    name, columns = schema.VOCABULARY, schema.VOCABULARY_SCHEMA.names
     file = open_part(path, name, schema.VOCABULARY_SCHEMA, stated)
     with reading(name):
         words = _parquet(_source(path), read_dictionary=["token"]).read(use_threads=False)
         _check_text(words)
-        total = sum(_text_bytes(chunk) for chunk in words["token"].chunks)
+        total = 0
+        for chunk in words["token"].chunks:
+            bytes_N = pc.binary_length(chunk.dictionary).take(chunk.indices)  # pyright: ignore[reportAttributeAccessIssue]
+            total += int(bytes_N.fill_null(0).to_numpy().sum(dtype=np.int64))
         if total > TEXT_BYTES:
             said = f"its {file.metadata.num_rows:,} tokens are {total:,} bytes of text"
             raise Damaged(name, f"{said}: at most {TEXT_BYTES:,} are possible")
-        for column in schema.VOCABULARY_SCHEMA.names:
+        for column in columns:
             if words[column].null_count:
                 raise Damaged(name, f"{column} is null")
         ids = words["token_id"].to_numpy()
         if (wrong := ids != np.arange(len(ids))).any():
             row = int(wrong.argmax())
             raise Damaged(name, f"row {row}: token_id is {ids[row]}, not {row}")
-        return words.set_column(
-            words.column_names.index("token"), "token", words["token"].cast(pa.string())
-        ).select(schema.VOCABULARY_SCHEMA.names)
-
-
-def _text_bytes(chunk: Any) -> int:
-    lengths: Any = pc.binary_length(chunk.dictionary)  # pyright: ignore[reportAttributeAccessIssue]
-    return pc.sum(pc.cast(lengths, pa.int64()).take(chunk.indices)).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
+        at = words.column_names.index("token")
+        return words.set_column(at, "token", words["token"].cast(pa.string())).select(columns)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +30,10 @@ class Shard:
     trace: TraceHeader
     files: ShardFiles
     held: Mapping[str, pa.Buffer] = field(default_factory=dict[str, pa.Buffer])
+    _opened: dict[str, pq.ParquetFile] = field(default_factory=dict, init=False, compare=False)
+    _spans: dict[str, list[tuple[int, int]]] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return parts.read(self.file(name), self.files.paths[name], columns)
@@ -51,14 +54,6 @@ class Shard:
                 ) from None
             self._opened[name] = opened
         return self._opened[name]
-
-    @cached_property
-    def _opened(self) -> dict[str, pq.ParquetFile]:
-        return {}
-
-    @cached_property
-    def _spans(self) -> dict[str, list[tuple[int, int]]]:
-        return {}
 
     def tokens(self, columns: list[str] | None = None) -> pa.Table:
         """The tokens of this shard, in token order."""
@@ -101,7 +96,7 @@ class Shard:
         if not slots or (columns is not None and {*columns}.isdisjoint(needed)):
             return self.rows_of_router("routing", router, columns)
         wanted = None if columns is None else [*dict.fromkeys([*columns, *needed])]
-        table = _in_order(self.rows_of_router("routing", router, wanted), *slots)
+        table = _in_order(self.rows_of_router("routing", router, wanted), slots)
         return table if columns is None else table.select(columns)
 
     def seen(self, router: int) -> np.ndarray | None:
@@ -169,19 +164,27 @@ class Shard:
 
     def rows_of_router(self, name: str, router: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one router in a table, as they are stored."""
-        file, path = self.file(name), self.files.paths[name]
-        if name not in self._spans:
-            self._spans[name] = _routers_of_groups(file)
-        spans = self._spans[name]
+        file, path, spans = self.file(name), self.files.paths[name], self._routers_of_groups(name)
         groups = [g for g, (first, last) in enumerate(spans) if first <= router <= last]
         if columns is not None and all(spans[g] == (router, router) for g in groups):
             return parts.read(file, path, columns, groups)
         wanted = None if columns is None else [*dict.fromkeys([*columns, "router"])]
         table = parts.read(file, path, wanted, groups)
         routers = table["router"].to_numpy()
-        if len(routers) and (routers != router).any():
+        if (routers != router).any():
             table = table.filter(pa.array(routers == router))
         return table if columns is None else table.select(columns)
+
+    def _routers_of_groups(self, name: str) -> list[tuple[int, int]]:
+        """The first and last router in each row group, any where the file does not say."""
+        if name not in self._spans:
+            file = self.file(name).metadata
+            at = self.file(name).schema_arrow.get_field_index("router")
+            found = [file.row_group(g).column(at).statistics for g in range(file.num_row_groups)]
+            self._spans[name] = [
+                (s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found
+            ]
+        return self._spans[name]
 
 
 def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
@@ -193,20 +196,20 @@ def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     return array.indices.to_numpy(), array.dictionary.to_pylist()
 
 
-def _in_order(
-    table: pa.Table, experts: list[str], weights: list[str], *others: list[str]
-) -> pa.Table:
-    """The table with each decision's slots in descending weight, those that routed nowhere last."""
-    nowhere_KT = np.stack([table[name].is_null().to_numpy() for name in experts])
-    weights_KT = np.stack([table[name].fill_null(0).to_numpy() for name in weights])
-    order_KT = slot_order.descending(weights_KT, nowhere_KT)
+def _in_order(table: pa.Table, slots: list[list[str]]) -> pa.Table:
+    """The table with each decision's slots in descending weight, those that routed nowhere last.
+    `slots`: the columns of experts, of weights, and of what else there is."""
+
+    def stacked(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        values = [table[name].fill_null(0).to_numpy() for name in names]
+        return np.stack(values), np.stack([table[name].is_null().to_numpy() for name in names])
+
+    order_KT = slot_order.descending(stacked(slots[1])[0], stacked(slots[0])[1])
     if order_KT is None:
         return table
-    for names in (experts, weights, *others):
-        values_KT = np.stack([table[name].fill_null(0).to_numpy() for name in names])
-        null_KT = np.stack([table[name].is_null().to_numpy() for name in names])
-        values_KT, null_KT = (np.take_along_axis(v, order_KT, 0) for v in (values_KT, null_KT))
-        for name, values_T, null_T in zip(names, values_KT, null_KT, strict=True):
+    for names in slots:
+        ordered = (np.take_along_axis(found_KT, order_KT, 0) for found_KT in stacked(names))
+        for name, values_T, null_T in zip(names, *ordered, strict=True):
             at = table.schema.get_field_index(name)
             table = table.set_column(at, table.schema.field(at), pa.array(values_T, mask=null_T))
     return table
@@ -215,10 +218,3 @@ def _in_order(
 def _highest(column: pa.ChunkedArray) -> int:
     """The largest value of a column of integers, 0 where there is none above."""
     return int((column.fill_null(0) if column.null_count else column).to_numpy().max(initial=0))
-
-
-def _routers_of_groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
-    """The first and last router in each row group, any where the file does not say."""
-    index, groups = file.schema_arrow.get_field_index("router"), range(file.metadata.num_row_groups)
-    found = [file.metadata.row_group(g).column(index).statistics for g in groups]
-    return [(s.min, s.max) if s is not None and s.has_min_max else (0, 2**16) for s in found]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.errors import Damaged
 from moe_inspect.files import read_small
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside
 from moe_inspect.trace.parts import Stated
 from moe_inspect.trace.schema import MOST_SHARD_TOKENS, check_schema, parsed, shown
@@ -46,11 +46,11 @@ class ShardFiles:
         return {table: stated.rows or 0 for table, stated in self.stated.items()}
 
 
-Known = dict[tuple[int, bytes], dict[str, Any]]  # (rank, a line that was checked) → what it says
+Known = dict[tuple[int, bytes], Json]  # (rank, a line that was checked) → what it says
 
 
 def committed_shards(
-    root: Path | Remote, manifest: dict[str, Any], known: Known | None = None
+    root: Path | Remote, manifest: Json, known: Known | None = None
 ) -> list[ShardFiles]:
     """Every shard with a line for each table, by rank and index. A last line without a line feed is
     not committed; any other that is not possible is damage. `known`: lines of the same trace that
@@ -73,26 +73,25 @@ def committed_shards(
     return shards
 
 
-def are_replaced(root: Path | Remote, manifest: dict[str, Any], shards: list[ShardFiles]) -> bool:
+def are_replaced(root: Path | Remote, manifest: Json, shards: list[ShardFiles]) -> bool:
     """Whether one of these shards is not listed any more: a full one has replaced it, or the trace
     was resumed before it."""
     listed = {(s.rank, s.index): s.lines for s in committed_shards(root, manifest)}
     return any(listed.get((s.rank, s.index)) != s.lines for s in shards)
 
 
-def _shards_in(data: bytes, rank: int, manifest: dict[str, Any], known: Known) -> list[ShardFiles]:
+def _shards_in(data: bytes, rank: int, manifest: Json, known: Known) -> list[ShardFiles]:
     """The shards of a list that holds `data`. ValueError for what is not possible."""
     found, taken = dict[int, ShardFiles](), set[str]()
-    tables, routers = manifest["tables"], len(manifest["routers"])
     for n, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
             entry = known[rank, line] if (rank, line) in known else parsed(line)
             if isinstance(entry, dict) and entry.get("generation") != manifest.get("generation"):
                 continue  # of a trace that is being replaced
             if (rank, line) not in known:
-                check_line(entry, line, rank, routers, tables)
+                check_line(entry, line, rank, len(manifest["routers"]), manifest["tables"])
                 known[rank, line] = entry
-            _list(entry, line + b"\n", rank, routers, found)
+            _list(entry, line + b"\n", rank, found)
             if entry["path"] in taken:
                 raise ValueError(f"{entry['path']} is listed twice")
             taken.add(entry["path"])
@@ -100,7 +99,7 @@ def _shards_in(data: bytes, rank: int, manifest: dict[str, Any], known: Known) -
             raise ValueError(f"line {n}: {error}") from None
     shards, ended = list[ShardFiles](), rank * schema.RANK_STRIDE
     for index, shard in sorted(found.items()):
-        if set(shard.paths) != set(tables):
+        if set(shard.paths) != set(manifest["tables"]):
             continue
         if shard.first_token != ended:
             raise ValueError(
@@ -112,8 +111,9 @@ def _shards_in(data: bytes, rank: int, manifest: dict[str, Any], known: Known) -
     return shards
 
 
-def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[str]) -> None:
-    """ValueError for what a line of shards-<rank>.jsonl cannot say."""
+def check_line(entry: Json, line: bytes, rank: int, routers: int, tables: list[str]) -> None:
+    """ValueError for what a line of shards-<rank>.jsonl cannot say. Where it does not state its
+    decisions, every router saw every token: they are added to `entry`."""
     if isinstance(entry, dict) and "crc32" in entry and not checksums.is_intact(line):
         raise ValueError("it was changed after it was written (its crc32 differs)")
     check_schema("shard_line", entry)
@@ -122,25 +122,19 @@ def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[st
         raise ValueError(f"table is {shown(table)}, not one of {', '.join(tables)}")
     if not path.startswith(f"{table}/part-{rank}-"):
         raise ValueError(f"path is {shown(path)}, not {table}/part-{rank}-<n>.parquet")
-    start = rank * schema.RANK_STRIDE
+    start, end = rank * schema.RANK_STRIDE, (rank + 1) * schema.RANK_STRIDE
     first, last = entry["first_token"], entry["last_token"]
-    if not start <= first < start + schema.RANK_STRIDE:
-        raise ValueError(
-            f"first_token is {first}: {start} to {start + schema.RANK_STRIDE - 1} are possible"
-        )
-    if not first - 1 <= last < start + schema.RANK_STRIDE:
-        raise ValueError(
-            f"last_token is {last}: {first - 1} to {start + schema.RANK_STRIDE - 1} are possible"
-        )
+    for key, least in (("first_token", start), ("last_token", first - 1)):
+        if not least <= entry[key] < end:
+            raise ValueError(f"{key} is {entry[key]}: {least} to {end - 1} are possible")
     tokens = last - first + 1
     if "routing" in tables and tokens > MOST_SHARD_TOKENS:
         raise ValueError(
             f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}"
         )
-    everywhere = tokens * routers  # every router saw every token
-    decisions = entry.get("decisions", everywhere)
-    if "routing" in tables and decisions > everywhere:
-        raise ValueError(f"decisions is {decisions}: 0 to {everywhere} are possible")
+    decisions = entry.setdefault("decisions", tokens * routers)
+    if "routing" in tables and decisions > tokens * routers:
+        raise ValueError(f"decisions is {decisions}: 0 to {tokens * routers} are possible")
     expected = {"tokens": tokens, "routing": decisions, "logits": decisions}.get(table)
     if expected is not None and entry["rows"] != expected:
         raise ValueError(
@@ -148,33 +142,19 @@ def check_line(entry: Any, line: bytes, rank: int, routers: int, tables: list[st
         )
 
 
-def _list(
-    entry: dict[str, Any], line: bytes, rank: int, routers: int, found: dict[int, ShardFiles]
-) -> None:
+def _list(entry: Json, line: bytes, rank: int, found: dict[int, ShardFiles]) -> None:
     """Adds a line to its shard. ValueError where it contradicts another line."""
     table, index = entry["table"], entry["shard"]
-    span: dict[str, Any] = {key: entry.get(key) for key in SPAN}
-    # a trace that does not say so is one in which every router saw every token
-    everywhere = (span["last_token"] - span["first_token"] + 1) * routers
-    shard = found.setdefault(
-        index,
-        ShardFiles(
-            rank,
-            index,
-            **span,
-            decisions=entry.get("decisions", everywhere),
-            early=entry.get("early", False),
-        ),
-    )
-    if span != (stated := {key: getattr(shard, key) for key in SPAN}):
+    span: Json = {key: entry.get(key) for key in SPAN}
+    also = {"decisions": entry["decisions"], "early": entry.get("early", False)}
+    shard = found.setdefault(index, ShardFiles(rank, index, **span, **also))
+    given, stated = (*span.values(),), tuple(getattr(shard, key) for key in SPAN)
+    if given != stated:
         raise ValueError(
-            f"it states tokens and batches {tuple(span.values())}, another line of shard {index} "
-            f"{tuple(stated.values())}"
+            f"it states tokens and batches {given}, another line of shard {index} {stated}"
         )
     if table in shard.paths:
         raise ValueError(f"{table} of shard {index} is listed twice")
     shard.paths[table] = entry["path"]
-    shard.stated[table] = Stated(
-        *(entry.get(name) for name in ("rows", "bytes", "footer_crc32", "sha256"))
-    )
+    shard.stated[table] = Stated(*(entry.get(f.name) for f in fields(Stated)))
     shard.lines.append(line)

@@ -87,8 +87,7 @@ def document(trace: Trace, number: int) -> pd.DataFrame:
         for router in range(len(trace.routers)):
             routing = shard.routing(router).to_pandas()
             parts.append(routing[routing["token"].isin(tokens["token"])])
-    routing = pd.concat(parts, ignore_index=True)
-    found = tokens[shown].reset_index(names="order").merge(routing, on="token")
+    found = tokens[shown].reset_index(names="order").merge(pd.concat(parts), on="token")
     return found.sort_values(["order", "router"], ignore_index=True).drop(columns="order")
 
 
@@ -133,32 +132,21 @@ def tokens_of(
             f"{trace.routers[routers[0]].experts}"
         )
     _need_tokens(trace)
-    hits, given = _hits(trace, routers, expert, top, sort == "weight" and trace.has_weights, seed)
-    words = _context(trace, hits, routers, context)
-    made = hits.drop(columns="order").assign(**words)
+    by_weight, rng = sort == "weight" and trace.has_weights, np.random.default_rng(seed)
+    parts, given = list[pd.DataFrame](), 0
+    for shard in trace.shards:  # in memory: a shard, and the first `top` of those before
+        found = pd.concat([_hits_of(shard, router, expert) for router in routers])
+        given += len(found)
+        found["order"] = -found["weight"] if by_weight else rng.random(len(found))
+        found = _in_order([found])[:top]
+        place = shard.tokens(PLACE[:-1]).take(pa.array(found.pop("row").to_numpy())).to_pandas()
+        parts.append(place.join(found))
+        if top is not None:
+            parts = [_in_order(parts)[:top]]
+    hits = _in_order(parts)
+    made = hits.drop(columns="order").assign(**_context(trace, hits, routers, context))
     made.attrs["tokens"] = given
     return made
-
-
-def _hits(
-    trace: Trace, routers: Sequence[int], expert: int, top: int | None, by_weight: bool, seed: int
-) -> tuple[pd.DataFrame, int]:
-    """The columns of `tokens_of` without the texts, and `order`, by which they are sorted, of the
-    first `top` assignments to the expert, by weight, or in random order; and how many there are.
-    Memory: a shard, and these."""
-    rng, parts, given = np.random.default_rng(seed), list[pd.DataFrame](), 0
-    for shard in trace.shards:
-        found = [_hits_of(trace, shard, router, expert) for router in routers]
-        rows, router, slot, weight = (np.concatenate(of) for of in zip(*found, strict=True))
-        given += len(rows)
-        order = -weight if by_weight else rng.random(len(rows))
-        of = pd.DataFrame({"router": router, "slot": slot, "weight": weight, "order": order})
-        first = np.argsort(order, kind="stable")[:top]
-        place = shard.tokens(PLACE[:-1]).take(pa.array(rows[first])).to_pandas()
-        parts.append(place.join(of.iloc[first].reset_index(drop=True)))
-        if top is not None:
-            parts = [_in_order(parts).iloc[:top]]
-    return _in_order(parts), given
 
 
 def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:
@@ -166,22 +154,17 @@ def _in_order(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return joined.sort_values("order", kind="stable", ignore_index=True)
 
 
-def _hits_of(
-    trace: Trace, shard: Shard, router: int, expert: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _hits_of(shard: Shard, router: int, expert: int) -> pd.DataFrame:
     """Row of the token, router, slot and weight of each assignment to the expert in a shard."""
-    seen = shard.seen(router)
-    weights = shard.slot_weights(router) if trace.has_weights else None
-    at = [np.flatnonzero(ids_T == expert) for ids_T in shard.slots(router)]
-    slot = np.repeat(np.arange(len(at)), [len(of) for of in at])
-    weight = [w[of] for w, of in zip(weights, at, strict=True)] if weights is not None else None
-    rows = np.concatenate(at)
-    return (
-        rows if seen is None else np.flatnonzero(seen)[rows],
-        np.full(len(rows), router),
-        slot,
-        np.full(len(rows), np.nan) if weight is None else np.concatenate(weight),
-    )
+    slots, seen = shard.slots(router), shard.seen(router)
+    at = [np.flatnonzero(ids_T == expert) for ids_T in slots]
+    rows, slot = np.concatenate(at), np.repeat(np.arange(len(at)), [*map(len, at)])
+    weight = np.full(len(rows), np.nan)
+    if shard.trace.has_weights:
+        weights = zip(shard.slot_weights(router), at, strict=True)
+        weight = np.concatenate([weight_T[of] for weight_T, of in weights])
+    row = rows if seen is None else np.flatnonzero(seen)[rows]
+    return pd.DataFrame({"row": row, "router": router, "slot": slot, "weight": weight})
 
 
 def _context(

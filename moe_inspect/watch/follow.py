@@ -90,14 +90,8 @@ def piece_of(shard: Shard) -> Piece:
             said = f"{sum(tokens):,} of its {rows:,} rows are of a router of the manifest"
             raise Damaged(name, said, name)
     first = files.last_batch if files.first_batch is None else files.first_batch
-    return Piece(
-        first,
-        files.last_batch,
-        load,
-        np.array(tokens, np.int64),
-        tokens=files.tokens,
-        decisions=files.decisions,
-    )
+    tokens_R, T, decisions = np.array(tokens, np.int64), files.tokens, files.decisions
+    return Piece(first, files.last_batch, load, tokens_R, tokens=T, decisions=decisions)
 
 
 def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:
@@ -106,15 +100,14 @@ def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:
     router = shard.trace.routers[r]
     table = shard.rows_of_router("routing", r, [f"expert_{j}" for j in range(router.top_k)])
     load_E = np.zeros(router.experts, np.int64)
-    for column in table.columns:
-        for chunk in column.chunks:
-            ids_N = (chunk.drop_null() if chunk.null_count else chunk).to_numpy()
-            found_E = np.bincount(ids_N, minlength=router.experts)
-            if len(found_E) > router.experts:
-                name = shard.files.paths["routing"]
-                said = f"it has an assignment to expert {len(found_E) - 1} of layer {router.layer},"
-                raise Damaged(name, f"{said} which has {router.experts} experts", name)
-            load_E += found_E
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        ids_N = (chunk.drop_null() if chunk.null_count else chunk).to_numpy()
+        found_E = np.bincount(ids_N, minlength=router.experts)
+        if len(found_E) > router.experts:
+            name = shard.files.paths["routing"]
+            said = f"it has an assignment to expert {len(found_E) - 1} of layer {router.layer},"
+            raise Damaged(name, f"{said} which has {router.experts} experts", name)
+        load_E += found_E
     return load_E, len(table)
 
 
@@ -192,19 +185,19 @@ class Follower:
         header, news.again = self._opened()
         # before the shards: of a trace that is complete by now all of them are listed
         news.status = self._status(header)
-        files = committed_shards(self._at, header.manifest, self._lines)
-        of_rank: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
-        for shard in files:
-            of_rank.setdefault(shard.rank, []).append(shard)
+        listed_of: dict[int, list[ShardFiles]] = {rank: [] for rank in self._ranks}
+        for shard in committed_shards(self._at, header.manifest, self._lines):
+            listed_of.setdefault(shard.rank, []).append(shard)
         new_of = {
-            r: _beyond(self._ranks.get(r, _Rank()).counted, listed) for r, listed in of_rank.items()
+            r: _beyond(self._ranks.get(r, _Rank()).counted, listed)
+            for r, listed in listed_of.items()
         }
         if news.again or None in new_of.values():
-            news.again, self._ranks = True, {}
+            news.again, self._ranks, new_of = True, {}, listed_of
         until = self._clock() + AT_ONCE_S
-        for r, listed in of_rank.items():
+        for r, new in new_of.items():
             rank = self._ranks.setdefault(r, _Rank())
-            for shard in listed if news.again else new_of[r] or ():
+            for shard in new or ():
                 if self._clock() > until and news.pieces:
                     news.left_tokens += shard.tokens
                 else:
@@ -225,20 +218,19 @@ class Follower:
     def _opened(self) -> tuple[TraceHeader, bool]:
         """The manifest, and whether it is of another trace than before. FileNotFoundError where
         there is none."""
-        at = self._where()
+        at, before = self._where(), self.header
         if isinstance(at, Remote):
             at.filesystem.invalidate_cache()  # listings of directories
         data = stored_manifest(at)
-        if self.header is not None and at == self._at and data == self._manifest:
-            return self.header, False
+        if before is not None and at == self._at and data == self._manifest:
+            return before, False
         header = TraceHeader(at, read_manifest(at))
         if self._of_process not in (None, header.manifest.get("capture", {}).get("pid")):
             raise FileNotFoundError(f"{at} is of another process")
-        before, self.header = self.header, header
         again = before is not None and before.routers != header.routers
         if at != self._at or again:
             self._lines = {}
-        self._at, self._manifest = at, data
+        self.header, self._at, self._manifest = header, at, data
         return header, again
 
     def _where(self) -> Path | Remote:
@@ -248,26 +240,22 @@ class Follower:
             return path
         drafts = [at for at in left_of(path) if (at / schema.MANIFEST).is_file()]
         at_work = [draft for draft in drafts if is_locked(draft)]
-        if at_work:
-            return at_work[0]
-        return path if (path / schema.MANIFEST).is_file() or not drafts else drafts[0]
+        there = [path] if (path / schema.MANIFEST).is_file() else []
+        return next(iter([*at_work, *there, *drafts]), path)
 
     def _status(self, header: TraceHeader) -> str:
         if header.status != "recording":
             return header.status
-        self._no_writer = 0 if self._may_be_at_work(header) else self._no_writer + 1
-        return KILLED if self._no_writer >= SURE_POLLS else RECORDING
-
-    def _may_be_at_work(self, header: TraceHeader) -> bool:
-        """Whether the writer is at work, as far as this machine can tell."""
         capture = header.manifest.get("capture", {})
-        if isinstance(self._at, Remote) or capture.get("host") != socket.gethostname():
-            return True
-        return (
-            capture.get("pid") in (None, os.getpid())
-            or bool(is_locked(self._at))
+        at_work = (  # as far as this machine can tell
+            isinstance(self._at, Remote)
+            or capture.get("host") != socket.gethostname()
+            or capture.get("pid") in (None, os.getpid())
+            or is_locked(self._at)
             or writer_of(header.manifest) is not None
         )
+        self._no_writer = 0 if at_work else self._no_writer + 1
+        return KILLED if self._no_writer >= SURE_POLLS else RECORDING
 
 
 def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFiles] | None:

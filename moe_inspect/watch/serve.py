@@ -14,11 +14,11 @@ import json
 import logging
 import math
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import Template
@@ -26,22 +26,11 @@ from markupsafe import Markup
 
 from moe_inspect.alarms.alarms import metric_R
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.charts.spec import (
-    Axis,
-    Band,
-    Heatmap,
-    Line,
-    Mark,
-    Panel,
-    Points,
-    Rule,
-    cell_numbers,
-    load_scale,
-)
+from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.render.html import asset, palette_css, script_hash
 from moe_inspect.reporting.render.payload import panel_json, without_numpy
 from moe_inspect.text import first_line, print_stderr, readable
-from moe_inspect.watch.follow import ENDED, RECORDING, WAITING, Piece
+from moe_inspect.watch.follow import COMPLETE, ENDED, RECORDING, WAITING
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 
 if TYPE_CHECKING:
@@ -75,20 +64,18 @@ def address(text: str) -> tuple[str, int]:
 def hosts_of(host: str, more: Sequence[str] = ()) -> frozenset[str]:
     """The names by which the server may be asked for: of this machine for a loopback address; else
     its own address and names, and `more`."""
-    if is_loopback(host):
-        return frozenset({*LOOPBACK, host.lower(), *more})
-    own = {host, socket.gethostname(), socket.getfqdn()}
-    with contextlib.suppress(OSError):
-        own |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-    return frozenset({*LOOPBACK, *(name.lower() for name in (*own, *more))})
+    names = {host, *LOOPBACK, *more}
+    if not is_loopback(host):
+        names |= {socket.gethostname(), socket.getfqdn()}
+        with contextlib.suppress(OSError):
+            names |= {str(i[4][0]) for i in socket.getaddrinfo(socket.gethostname(), None)}
+    return frozenset(name.lower() for name in names)
 
 
 def is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return False
+    return host.lower() == "localhost"
 
 
 class _OnlyOwnHosts:
@@ -121,7 +108,7 @@ def snapshot(session: WatchSession) -> str:
     """What the page shows now, as JSON."""
     watched, window = session.watched, session.watched.window
     rates = watched.rates() if watched.status == RECORDING else None
-    shown: dict[str, Any] = {
+    shown: dict[str, object] = {
         "path": readable(session.path),
         "status": watched.status,
         "writer": readable(session.follower.writer),
@@ -138,37 +125,42 @@ def snapshot(session: WatchSession) -> str:
     if window is not None:
         r, text = watched.worst_routers[0], session.text
         value = float(watched.history[-1][r])
-        shown["worst"] = {
-            "layer": watched.labels[r],
-            "max_over_mean": None if np.isnan(value) else round(1 + value, 2),
-            "chance": round(1 + watched.chance(r), 2),
-        }
-        shown["dead"] = int(np.nansum(metric_R("dead_experts", window)))
-        shown["experts"] = sum(router.experts for router in watched.routers)
-        shown["panels"] = [panel_json(panel) for panel in panels(watched, window)]
-        shown["text"] = text and {
-            "layer": watched.labels[text.router],
-            "expert": text.expert,
-            "words": [list(word) for word in text.words],
+        shown |= {
+            "worst": {
+                "layer": watched.labels[r],
+                "max_over_mean": None if np.isnan(value) else round(1 + value, 2),
+                "chance": round(1 + watched.chance(r), 2),
+            },
+            "dead": int(np.nansum(metric_R("dead_experts", window))),
+            "experts": sum(router.experts for router in watched.routers),
+            "panels": [panel_json(panel) for panel in panels(watched)],
+            "text": text
+            and {
+                "layer": watched.labels[text.router],
+                "expert": text.expert,
+                "words": [list(word) for word in text.words],
+            },
         }
     return json.dumps(shown, default=without_numpy, allow_nan=False)
 
 
-def panels(watched: Watched, window: Piece) -> list[Panel]:
+def panels(watched: Watched) -> list[spec.Panel]:
     """The map of the last window, the balance of each layer in it and of all tokens, and how the
     balance has moved."""
-    layers, ratio_LE = Axis("layer", tuple(watched.labels)), watched.ratios()
-    heatmap = Heatmap(
-        ratio_LE, load_scale(watched.routers, "load ÷ mean load"), cell_numbers(ratio_LE)
-    )
+    layers, ratio_LE = spec.Axis("layer", tuple(watched.labels)), watched.ratios()
+    scale = spec.load_scale(watched.routers, "load ÷ mean load")
+    heatmap = spec.Heatmap(ratio_LE, scale, spec.cell_numbers(ratio_LE))
+    ratio = spec.Axis("max ÷ mean load", low=1)
+    n = len(watched.history)
+    back = tuple(str(shard - n + 1) for shard in range(n))
     return [
-        Panel((heatmap,), Axis("expert"), layers),
-        Panel(_balance(watched), layers, Axis("max ÷ mean load", low=1)),
-        _over_time(watched),
+        spec.Panel((heatmap,), spec.Axis("expert"), layers),
+        spec.Panel(_balance(watched), layers, ratio),
+        spec.Panel(_over_time(watched), spec.Axis("shards before the last", back), ratio),
     ]
 
 
-def _balance(watched: Watched) -> tuple[Mark, ...]:
+def _balance(watched: Watched) -> tuple[spec.Mark, ...]:
     L = len(watched.routers)
     x, now = np.arange(L, dtype=float), 1 + watched.history[-1]
     chance = 1 + np.array([watched.chance(r) for r in range(L)])
@@ -177,28 +169,26 @@ def _balance(watched: Watched) -> tuple[Mark, ...]:
     in_all = 1 + metric_R("max_vio", watched.total) if watched.total else x * np.nan
     explained = np.nan_to_num(np.r_[chance[0], chance, chance[-1]], nan=1.0)
     return (
-        Band(edge, edge * 0 + 1, explained, "explained by chance"),
-        Rule(1),
-        Points(x, in_all, "all tokens", "c2", "tick"),
-        Points(x, np.where(alarmed, np.nan, now), "last window", "c1"),
-        Points(x, np.where(alarmed, now, np.nan), "last window, with an alarm", "bad"),
+        spec.Band(edge, edge * 0 + 1, explained, "explained by chance"),
+        spec.Rule(1),
+        spec.Points(x, in_all, "all tokens", "c2", "tick"),
+        spec.Points(x, np.where(alarmed, np.nan, now), "last window", "c1"),
+        spec.Points(x, np.where(alarmed, now, np.nan), "last window, with an alarm", "bad"),
     )
 
 
-def _over_time(watched: Watched) -> Panel:
+def _over_time(watched: Watched) -> tuple[spec.Mark, ...]:
     history_HL = 1 + np.array(watched.history)
     known_H = ~np.isnan(history_HL).all(1)
     worst_H, middle_H = np.full((2, len(history_HL)), np.nan)
     worst_H[known_H] = np.nanmax(history_HL[known_H], axis=1)
     middle_H[known_H] = np.nanmedian(history_HL[known_H], axis=1)
     x = np.arange(len(history_HL), dtype=float)
-    back = tuple(str(int(n)) for n in x - len(x) + 1)
-    marks = (
-        Rule(1),
-        Line(x, worst_H, "least balanced layer", "c1"),
-        Line(x, middle_H, "median of the layers", "c2", "dash"),
+    return (
+        spec.Rule(1),
+        spec.Line(x, worst_H, "least balanced layer", "c1"),
+        spec.Line(x, middle_H, "median of the layers", "c2", "dash"),
     )
-    return Panel(marks, Axis("shards before the last", back), Axis("max ÷ mean load", low=1))
 
 
 @cache
@@ -247,17 +237,14 @@ class Live:
                 if said != (said := session.watched.trouble):
                     print_stderr(f"error: {said}")
             # also what only the clock changes: the speed, and for how long nothing came
-            if changed or session.watched.status not in ("waiting", "complete"):
-                await self._tell()
+            if changed or session.watched.status not in (WAITING, COMPLETE):
+                async with self._news:
+                    self.text = await asyncio.to_thread(snapshot, session)
+                    self.number += 1
+                    self._news.notify_all()
             if session.is_over:
                 return
             await asyncio.sleep(0 if session.watched.left_tokens else session.options.every_s)
-
-    async def _tell(self) -> None:
-        async with self._news:
-            self.text = await asyncio.to_thread(snapshot, self.session)
-            self.number += 1
-            self._news.notify_all()
 
     async def end(self) -> None:
         """Ends the events of all who wait for them."""
@@ -269,11 +256,8 @@ class Live:
         """Server-sent events: what there is, then whatever is new."""
         seen = -1
         while not self.is_over:
-            if self.number != seen:
-                seen = self.number
-                yield f"data: {self.text}\n\n"
-            else:
-                yield ": nothing new\n\n"
+            is_new, seen = self.number != seen, self.number
+            yield f"data: {self.text}\n\n" if is_new else ": nothing new\n\n"
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KEEP_ALIVE_S), self._news:
                     while self.number == seen and not self.is_over:
@@ -312,7 +296,7 @@ def application(
         return Response(found, headers={**HEADERS, "Content-Type": kind})
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(live.run())
         yield
         task.cancel()
@@ -379,14 +363,8 @@ def serve(
         print_stderr(f"watching {path} at {url}, metrics at {url}/metrics; Ctrl-C ends it")
         if not is_loopback(host):
             print_stderr("warning: anyone who can reach this address can read what is shown")
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-
+        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **quiet)
         log, out_of_files = logging.getLogger("uvicorn.error"), _OutOfFiles()
         log.addFilter(out_of_files)
         logging.getLogger("asyncio").addFilter(out_of_files)
@@ -407,6 +385,7 @@ OF_ROUTERS = {  # metric of the load → what Prometheus is told of it
     "entropy": "Entropy of the load in the last window, as a ratio to ln E; 1 is even",
     "balancedness": "Mean / max load in the last window; 1 is even",
 }
+CHANCE = {"max_vio_chance": "The highest max_vio of the last window that chance explains"}
 LABELS = ["layer", "router"]
 
 
@@ -421,26 +400,27 @@ class Collector:
         from prometheus_client.core import CounterMetricFamily as Counter
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
-        watched = self.watched
+        watched, window = self.watched, self.watched.window
         status = Gauge("moe_inspect_status", "1 for the status of the trace", labels=["status"])
         for name in (WAITING, RECORDING, *ENDED):
             status.add_metric([name], float(name == watched.status))
         yield status
         yield Counter("moe_inspect_tokens", "Tokens recorded", watched.tokens)
         yield Counter("moe_inspect_decisions", "Router decisions recorded", watched.decisions)
-        yield Gauge(
-            "moe_inspect_last_tokens_seconds", "Seconds since the last tokens", watched.changed_s
-        )
-        if watched.window is None:
+        since = "Seconds since the last tokens"
+        yield Gauge("moe_inspect_last_tokens_seconds", since, watched.changed_s)
+        if window is None or watched.total is None:
             return
-        yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", watched.window.tokens)
+        yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", window.tokens)
         names = [[label, str(r)] for r, label in enumerate(watched.labels)]
-        for metric, said in OF_ROUTERS.items():
-            values_L = metric_R(metric, watched.window)
-            yield _filled(Gauge(f"moe_inspect_{metric}", said, labels=LABELS), names, values_L)
-        chance_L = [watched.chance(r) for r in range(len(names))]
-        said = "The highest max_vio of the last window that chance explains"
-        yield _filled(Gauge("moe_inspect_max_vio_chance", said, labels=LABELS), names, chance_L)
+        values_of = {metric: metric_R(metric, window) for metric in OF_ROUTERS}
+        values_of["max_vio_chance"] = np.array([watched.chance(r) for r in range(len(names))])
+        for metric, values_L in values_of.items():
+            family = Gauge(f"moe_inspect_{metric}", (OF_ROUTERS | CHANCE)[metric], labels=LABELS)
+            for name, value in zip(names, values_L.tolist(), strict=True):
+                if not math.isnan(value):
+                    family.add_metric(name, float(value))
+            yield family
         said = "1 for each rule that a router breaks now"
         alarms = Gauge("moe_inspect_alarm", said, labels=[*LABELS, "rule"])
         for alarm in watched.alarms:
@@ -449,16 +429,7 @@ class Collector:
         if self.per_expert:
             said = "Assignments of each expert"
             experts = Counter("moe_inspect_expert_assignments", said, labels=[*LABELS, "expert"])
-            for name, load_E in zip(
-                names, watched.total.load if watched.total else (), strict=True
-            ):
+            for name, load_E in zip(names, watched.total.load, strict=True):
                 for e, load in enumerate(load_E.tolist()):
                     experts.add_metric([*name, str(e)], load)
             yield experts
-
-
-def _filled(family: Any, names: list[list[str]], values_L: Iterable[float] | np.ndarray) -> Any:
-    for name, value in zip(names, values_L, strict=True):
-        if not math.isnan(value):
-            family.add_metric(name, float(value))
-    return family

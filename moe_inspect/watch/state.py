@@ -193,16 +193,14 @@ class HotText:
 
 def hot_text(shard: Shard, router: int, expert: int, vocabulary: pa.Table) -> HotText | None:
     """None where the shard sends the expert nothing, or the trace has no vocabulary."""
-    if shard.trace.counts_only or not len(vocabulary):
+    if not len(vocabulary):
         return None
-    hot_T = np.zeros(shard.files.tokens, bool)
-    seen = shard.seen(router)
+    seen, hot_T = shard.seen(router), np.zeros(shard.files.tokens, bool)
     chosen = np.logical_or.reduce([slot == expert for slot in shard.slots(router)])
     hot_T[slice(None) if seen is None else seen] = chosen
     if not hot_T.any():
         return None
-    last = int(np.flatnonzero(hot_T)[-1])
-    tokens = shard.tokens(["token_id", "sequence"])
+    last, tokens = int(np.flatnonzero(hot_T)[-1]), shard.tokens(["token_id", "sequence"])
     sequence_T = tokens["sequence"].to_numpy()
     # a decoded sequence has one token in each pass: its tokens lie apart
     of_sequence = np.flatnonzero(sequence_T == sequence_T[last])
@@ -212,8 +210,8 @@ def hot_text(shard: Shard, router: int, expert: int, vocabulary: pa.Table) -> Ho
     if (ids < 0).any() or (ids >= len(vocabulary)).any():
         return None
     texts = as_text(vocabulary["token"].take(pa.array(ids)).to_pylist())
-    words = [(printable(word), bool(hot)) for word, hot in zip(texts, hot_T[shown], strict=True)]
-    return HotText(router, expert, words)
+    words = zip(map(printable, texts), hot_T[shown].tolist(), strict=True)
+    return HotText(router, expert, list(words))
 
 
 EVERY_S = 1.0
@@ -243,30 +241,30 @@ class WatchSession:
 
     def update(self) -> bool:
         """Looks at the trace. Whether anything is new."""
-        news = self.follower.poll()
-        changed = self.watched.take(news, self.follower.header)
+        news, watched = self.follower.poll(), self.watched
+        header = self.follower.header
+        changed = watched.take(news, header)
         if news.again:
             self.text = None
-        if news.shards and self.options.texts:
+        if news.shards and self.options.texts and header is not None and not header.counts_only:
             try:
-                self.text = self._text_of(news) or self.text
+                self.text = self._text_of(news.shards[-1], header) or self.text
             except MoeInspectError as error:  # its shard may have been replaced by now
-                self.watched.trouble = first_line(error)
+                watched.trouble = first_line(error)
         return changed
+
+    def _text_of(self, shard: Shard, header: TraceHeader) -> HotText | None:
+        if self.watched.window is None:
+            return None
+        r = self.watched.worst_routers[0]
+        expert = int(self.watched.window.load[r].argmax())
+        return hot_text(shard, r, expert, header.vocabulary_table)
 
     @property
     def is_over(self) -> bool:
         """Whether the writer is done, and all that it wrote is counted."""
         watched = self.watched
         return watched.status in ENDED and not (watched.left_tokens or watched.trouble)
-
-    def _text_of(self, news: News) -> HotText | None:
-        header, window = self.follower.header, self.watched.window
-        if header is None or window is None or header.counts_only:
-            return None
-        r = self.watched.worst_routers[0]
-        expert = int(window.load[r].argmax())
-        return hot_text(news.shards[-1], r, expert, header.vocabulary_table)
 
     def updates(self) -> Iterator[bool]:
         """Looks again and again, until the trace is over: whether anything was new."""
@@ -275,7 +273,5 @@ class WatchSession:
             yield self.update()
             if self.is_over:
                 return
-            behind = self.watched.left_tokens > 0
-            time.sleep(
-                max(0.0, (0.0 if behind else self.options.every_s) - time.monotonic() + began)
-            )
+            pause_s = 0.0 if self.watched.left_tokens else self.options.every_s
+            time.sleep(max(0.0, pause_s - time.monotonic() + began))

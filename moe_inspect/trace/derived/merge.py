@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import cut, plural
 from moe_inspect.trace import schema
 from moe_inspect.trace.derived import shards
-from moe_inspect.trace.files import checksums
+from moe_inspect.trace.files.checksums import FREE_TEXT, Json
 from moe_inspect.trace.files.location import output_location
 from moe_inspect.trace.manifest import holds_samples, write_manifest
 from moe_inspect.trace.output_dir import check_directory
@@ -32,23 +32,24 @@ OF_A_RUN = {
     "transformers_version",
     "use_cache",
 }
+# facts of a model: where only one trace states one of the first, that is no difference
+MAY_LACK = ("model.id", "model.revision", "model.class", "capture.dtype", "capture.weight_dtype")
+ALWAYS = ("model.adapter", "model.dequantized_from", "model.note", "plan.random_init")
 
 
 def check_alike(traces: Sequence[Trace]) -> None:
     """MoeInspectError where two traces are of different models, or hold different columns."""
     for a, b in pairwise(traces):
-        _check_tables(a, b)
         _check_columns(a, b)
     for a, b in [(a, b) for i, b in enumerate(traces) for a in traces[:i]]:
         for name, of_a, of_b in _model_facts(a, b):
             if of_a != of_b:
-                free = name in checksums.FREE_TEXT
-                edit = "; if they are the same, edit trace.json" if free else ""
+                edit = "; if they are the same, edit trace.json" if name in FREE_TEXT else ""
                 differs = f"{name} is {cut(str(of_a), 60)} and {cut(str(of_b), 60)}{edit}"
                 raise MoeInspectError(f"{a.path} and {b.path} are of different models: {differs}")
 
 
-def _check_tables(a: Trace, b: Trace) -> None:
+def _check_columns(a: Trace, b: Trace) -> None:
     if a.counts_only != b.counts_only:
         counts, decisions = (a, b) if a.counts_only else (b, a)
         raise MoeInspectError(
@@ -58,6 +59,11 @@ def _check_tables(a: Trace, b: Trace) -> None:
         if trace.is_history:
             raise MoeInspectError(
                 f"{trace.path} is the history of a training run: its windows cannot be merged"
+            )
+    for one, other in ((a, b), (b, a)):
+        if more := [name for name in _columns(one) if name not in _columns(other)]:
+            raise MoeInspectError(
+                f"{one.path} has {more[0]}, {other.path} does not: trace both the same way"
             )
 
 
@@ -69,15 +75,7 @@ def _columns(trace: Trace) -> list[str]:
     return [name for name, holds in there.items() if holds]
 
 
-def _check_columns(a: Trace, b: Trace) -> None:
-    for one, other in ((a, b), (b, a)):
-        if more := [name for name in _columns(one) if name not in _columns(other)]:
-            raise MoeInspectError(
-                f"{one.path} has {more[0]}, {other.path} does not: trace both the same way"
-            )
-
-
-def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, Any, Any]]:
+def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, object, object]]:
     """What has to be the same of both: its name, a's value, b's value. What only one states is no
     difference, unless its absence says something."""
     sections = [
@@ -88,18 +86,10 @@ def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, Any, Any]]:
         }
         for trace in (a, b)
     ]
-    may_lack = (
-        "model.id",
-        "model.revision",
-        "model.class",
-        "capture.dtype",
-        "capture.weight_dtype",
-    )
-    always = ("model.adapter", "model.dequantized_from", "model.note", "plan.random_init")
-    for name in (*may_lack, *always):
+    for name in (*MAY_LACK, *ALWAYS):
         section, key = name.split(".")
         of_a, of_b = (each[section].get(key) for each in sections)
-        if name in always or (of_a is not None and of_b is not None):
+        if name in ALWAYS or (of_a is not None and of_b is not None):
             yield name, of_a, of_b
     configs = [each["model"].get("config") or {} for each in sections]
     for key in sorted(configs[0].keys() & configs[1].keys() - OF_A_RUN):
@@ -118,14 +108,13 @@ def united_vocabulary(traces: Sequence[Trace]) -> pa.Table | None:
     for trace in traces:
         found = trace.vocabulary_table["token"]
         expected = words["token"].slice(0, len(found))
-        if found.equals(expected):
-            continue
-        pairs = zip(found.to_pylist(), expected.to_pylist(), strict=True)
-        at, (here, there) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
-        raise MoeInspectError(
-            f"{trace.path} and {longest.path} have different vocabularies: token {at} is "
-            f"{cut(repr(here))} and {cut(repr(there))}"
-        )
+        if not found.equals(expected):
+            pairs = enumerate(zip(found.to_pylist(), expected.to_pylist(), strict=True))
+            at, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            raise MoeInspectError(
+                f"{trace.path} and {longest.path} have different vocabularies: token {at} is "
+                f"{cut(repr(here))} and {cut(repr(there))}"
+            )
     return words if len(words) else None
 
 
@@ -155,7 +144,11 @@ def merge(
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
-    _check_once(opened)
+    for a, b in combinations([_held(trace) for trace in opened], 2):
+        if _share(a, b):
+            raise MoeInspectError(
+                f"{b.trace.path} holds documents of {a.trace.path}: they would count twice"
+            )
     vocabulary = united_vocabulary(opened)
     found = [shards.verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
     with whole_trace(place, overwrite, "nothing was merged") as (draft, _):
@@ -164,7 +157,11 @@ def merge(
         target = shards.Target(draft, None if vocabulary is None else len(vocabulary))
         for trace in opened:
             target.add(trace)
-        _reconcile(target, found)
+        for name, copied, checked in target.differences(found):
+            raise MoeInspectError(
+                f"the traces have {checked:,} {name}, {copied:,} were merged: one was changed "
+                "meanwhile"
+            )
         write_manifest(draft, manifest)
     return Trace(place)
 
@@ -174,29 +171,20 @@ class _Held(NamedTuple):
     own first. sampled: those of the trace that it is a sample of."""
 
     trace: Trace
-    whole: set[str | None]
+    whole: set[str]
     sampled: str | None
 
 
 def _held(trace: Trace) -> _Held:
     sample, parts = trace.manifest.get("sample"), trace.manifest.get("parts") or []
-    merged = {_contents_in(part) for part in parts} if sample is None else set[str | None]()
+    merged = [_contents_in(part) for part in parts] if sample is None else []
     of = _contents_in(sample.get("of")) if isinstance(sample, dict) else None
-    return _Held(trace, {shards.contents(trace), *merged} - {None}, of)
-
-
-def _check_once(traces: list[Trace]) -> None:
-    """MoeInspectError where two hold the same documents, as far as they state what they hold and
-    what they were merged or sampled of."""
-    held = [_held(trace) for trace in traces]
-    for a, b in combinations(held, 2):
-        if _share(a, b):
-            raise MoeInspectError(
-                f"{b.trace.path} holds documents of {a.trace.path}: they would count twice"
-            )
+    return _Held(trace, {c for c in (shards.contents(trace), *merged) if c is not None}, of)
 
 
 def _share(a: _Held, b: _Held) -> bool:
+    """Whether two hold the same documents, as far as they state what they hold and what they were
+    merged or sampled of."""
     if a.sampled is not None and a.sampled == b.sampled:
         both = (held.trace.documents()["document"].to_numpy() for held in (a, b))
         return bool(len(np.intersect1d(*both)))
@@ -204,40 +192,35 @@ def _share(a: _Held, b: _Held) -> bool:
 
 
 def _contents_in(stated: object) -> str | None:
-    found = cast("dict[str, Any]", stated).get("contents") if isinstance(stated, dict) else None
+    found = stated.get("contents") if isinstance(stated, dict) else None
     return found if isinstance(found, str) else None
 
 
-def _reconcile(target: shards.Target, found: list[Verification]) -> None:
-    """MoeInspectError where what was copied is not what was verified."""
-    for name, copied in target.copied.items():
-        if copied != (checked := sum(getattr(part, name) for part in found)):
-            raise MoeInspectError(
-                f"the traces have {checked:,} {name}, {copied:,} were merged: one was changed "
-                "meanwhile"
-            )
-
-
-def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
+def _manifest(traces: list[Trace], found: list[Verification]) -> Json:
     """Of what all parts state alike; `parts` has what each states of its own."""
     first = traces[0]
-    captures = [trace.manifest["capture"] for trace in traces]
     corpora = [trace.manifest.get("corpus") or {} for trace in traces]
     columns = {k: v for trace in traces for k, v in trace.manifest.get("columns", {}).items()}
     models = [trace.manifest.get("model") or {} for trace in reversed(traces)]
     counted = [n for n in shards.COUNTED if all(isinstance(c.get(n), int) for c in corpora)]
+    parts, documents = list[Json](), 0  # of a part its documents are those from this number on
+    for trace, part in zip(traces, found, strict=True):
+        own = {k: v for k, v in trace.manifest["capture"].items() if k not in ("command", "host")}
+        about = {"sampled": holds_samples(trace.manifest), "capture": own}
+        parts.append({**shards.origin(trace, part), "first_document": documents, **about})
+        documents += part.documents
     return {
         "format": schema.FORMAT,
         "status": "complete" if all(p.status == "complete" for p in found) else "interrupted",
         "model": {k: v for model in models for k, v in model.items() if v is not None},
         "corpus": {
             **_shared([shards.of_text(corpus) for corpus in corpora]),
-            "documents": sum(part.documents for part in found),
+            "documents": documents,
             **{name: sum(c[name] for c in corpora) for name in counted},
             "notes": list(dict.fromkeys(note for c in corpora for note in c.get("notes") or [])),
             "plan": shards.random_weights(corpora[0]),
         },
-        "capture": shards.written_here(_shared(captures)),
+        "capture": shards.written_here(_shared([trace.manifest["capture"] for trace in traces])),
         "routers": [asdict(router) for router in first.routers],
         "tables": first.tables,
         "columns": columns,
@@ -246,27 +229,11 @@ def _manifest(traces: list[Trace], found: list[Verification]) -> dict[str, Any]:
             "decisions": sum(trace.n_decisions for trace in traces),
             "dropped": sum((t.manifest.get("counts") or {}).get("dropped", 0) for t in traces),
         },
-        "parts": _parts(traces, found),
+        "parts": parts,
     }
 
 
-def _shared(sections: list[dict[str, Any]]) -> dict[str, Any]:
+def _shared(sections: list[Json]) -> Json:
     """The entries that all have."""
-    return {
-        key: value
-        for key, value in sections[0].items()
-        if all(key in other and other[key] == value for other in sections[1:])
-    }
-
-
-def _parts(traces: list[Trace], found: list[Verification]) -> list[dict[str, Any]]:
-    """What each part is: its documents are those from `first_document` on."""
-    listed, documents = list[dict[str, Any]](), 0
-    for trace, part in zip(traces, found, strict=True):
-        capture = {
-            k: v for k, v in trace.manifest["capture"].items() if k not in ("command", "host")
-        }
-        about = {"sampled": holds_samples(trace.manifest), "capture": capture}
-        listed.append({**shards.origin(trace, part), "first_document": documents, **about})
-        documents += part.documents
-    return listed
+    first, *others = sections
+    return {k: v for k, v in first.items() if all(k in of and of[k] == v for of in others)}

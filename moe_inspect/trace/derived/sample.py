@@ -6,7 +6,6 @@ D documents.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
 from moe_inspect.trace.derived import shards
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.output_dir import check_directory
@@ -57,15 +57,7 @@ def sample(
             at `out`.
     """
     path, place = place_of(trace), output_location(out)
-    if (documents is None) == (share is None):
-        raise MoeInspectError("give the size of the sample: documents or share")
-    for name, number in (("documents", documents), ("seed", seed)):
-        if number is not None and (not isinstance(number, int | np.integer) or number < 0):
-            raise MoeInspectError(f"{name} is {number}: give a whole number, 0 or more")
-    if documents is not None and documents < 1:
-        raise MoeInspectError(f"documents is {documents}: give 1 or more")
-    if share is not None and not 0 < share <= 1:
-        raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
+    _check_size(documents, share, seed)
     check_directory(place, overwrite, resumable=False)
     if shards.same_place(place, path):
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
@@ -81,8 +73,8 @@ def sample(
         chosen_D = np.setdiff1d(listed["document"].to_numpy(), chosen_D)
     if not len(chosen_D):
         raise MoeInspectError(f"no document of {path} is left: the sample holds all of them")
-    size: dict[str, Any] = {"share": share} if documents is None else {"documents": int(documents)}
-    stated = {**size, "seed": int(seed), "by_domain": by_domain, "rest": rest}
+    stated: Json = {"share": share} if documents is None else {"documents": int(documents)}
+    stated |= {"seed": int(seed), "by_domain": by_domain, "rest": rest}
     stated["of"] = shards.origin(opened, found)
     with whole_trace(place, overwrite, "no sample was taken") as (draft, _):
         manifest = _manifest(opened, len(chosen_D), stated, found)
@@ -92,8 +84,27 @@ def sample(
         target.add_documents(opened, chosen_D)
         manifest["counts"] |= {"tokens": target.copied["tokens"], "decisions": target.decisions}
         write_manifest(draft, manifest)
-        _reconcile(verify(draft), target, path)
+        written = verify(draft)
+        if not written.ok:
+            raise MoeInspectError(f"{path} was changed meanwhile: {written}")
+        for name, copied, checked in target.differences([written]):
+            raise MoeInspectError(
+                f"{path} was changed meanwhile: {copied:,} {name} were copied, {checked:,} are in "
+                "the sample"
+            )
     return Trace(place)
+
+
+def _check_size(documents: int | None, share: float | None, seed: int) -> None:
+    if (documents is None) == (share is None):
+        raise MoeInspectError("give the size of the sample: documents or share")
+    for name, number in (("documents", documents), ("seed", seed)):
+        if number is not None and (not isinstance(number, int | np.integer) or number < 0):
+            raise MoeInspectError(f"{name} is {number}: give a whole number, 0 or more")
+    if documents is not None and documents < 1:
+        raise MoeInspectError(f"documents is {documents}: give 1 or more")
+    if share is not None and not 0 < share <= 1:
+        raise MoeInspectError(f"share is {share:g}: give a share above 0, up to 1")
 
 
 def _chosen(
@@ -120,21 +131,7 @@ def _chosen(
     return np.sort(np.concatenate([np.zeros(0, np.int32), *parts]))
 
 
-def _reconcile(found: Verification, target: shards.Target, path: Path | Remote) -> None:
-    """MoeInspectError where what is in the sample is not what was copied."""
-    if not found.ok:
-        raise MoeInspectError(f"{path} was changed meanwhile: {found}")
-    for name, copied in target.copied.items():
-        if copied != (checked := getattr(found, name)):
-            raise MoeInspectError(
-                f"{path} was changed meanwhile: {copied:,} {name} were copied, {checked:,} are "
-                "in the sample"
-            )
-
-
-def _manifest(
-    trace: Trace, documents: int, stated: dict[str, Any], found: Verification
-) -> dict[str, Any]:
+def _manifest(trace: Trace, documents: int, stated: Json, found: Verification) -> Json:
     """That of the trace, but for what is of the sample."""
     own = ("digest", "vocabulary", "generation")
     manifest = {k: v for k, v in trace.manifest.items() if k not in own}

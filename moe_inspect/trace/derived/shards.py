@@ -7,21 +7,20 @@ T tokens, D documents.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, output_location
 from moe_inspect.trace.files.lock import refuse_while_locked
 from moe_inspect.trace.header import TraceHeader
@@ -34,6 +33,7 @@ from moe_inspect.trace.writer.tables import vocabulary_bytes, write_part
 MOST_NUMBER = 2**31 - 1  # of documents and forward passes, which are int32
 NONE = np.zeros(0, np.int32)  # documents
 Change = Callable[[np.ndarray], np.ndarray]
+Changes = dict[str, Change]  # of columns
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Target:
         _check_number(trace, self.batches + batches, "forward passes")
         self._sequences_before = self.sequences
         first, before, sequences = self.documents, self.batches, self.sequences
-        change: dict[str, Change] = {
+        change: Changes = {
             "document": lambda document_T: first + np.searchsorted(document_D, document_T),
             "sequence": lambda sequence_T: sequence_T.astype(np.int64) + sequences,
             "batch": lambda batch_T: batch_T + before,
@@ -82,11 +82,7 @@ class Target:
         self.documents = len(document_D)
 
     def _copy(
-        self,
-        shard: Shard,
-        change: dict[str, Change],
-        batches: int,
-        kept: KeptDocuments | None = None,
+        self, shard: Shard, change: Changes, batches: int, kept: KeptDocuments | None = None
     ) -> None:
         """`batches`: added to the numbers of forward passes. `kept`: None for the whole shard."""
         files, trace = shard.files, shard.trace
@@ -99,11 +95,11 @@ class Target:
             return first_token + (place_T if kept is None else kept.place_T[place_T])
 
         bf16 = trace.manifest["capture"].get("weight_dtype") == "bfloat16"
-        lines: list[dict[str, Any]] = []
+        lines: list[Json] = []
         for table in trace.tables:
             path, columns = f"{table}/part-{rank}-{number}.parquet", _columns(shard, table)
-            of_routers = len(trace.routers) if table in ("routing", "logits") else 1
             asked = shard, table, columns, {**change, "token": renumbered}, kept
+            of_routers = len(trace.routers) if table in ("routing", "logits") else 1
             groups = [partial(self._renumbered, r, *asked) for r in range(of_routers)]
             written = write_part(self.root / path, columns, groups, bf16)
             lines.append({"table": table, "path": path, **written})
@@ -130,25 +126,26 @@ class Target:
         shard: Shard,
         table: str,
         columns: pa.Schema,
-        change: dict[str, Change],
+        change: Changes,
         kept: KeptDocuments | None,
     ) -> pa.Table:
         """A table of the shard, or the rows of a router, with the new numbers."""
-        read: dict[str, Callable[[], pa.Table]] = {
-            "routing": lambda: shard.routing(router),
-            "logits": lambda: shard.rows_of_router("logits", router),
-            "counts": shard.counts,
-            "tokens": shard.tokens,
-            "documents": lambda: shard.table("documents"),
-        }
-        found = read[table]()
+        match table:
+            case "routing":
+                found = shard.routing(router)
+            case "logits":
+                found = shard.rows_of_router("logits", router)
+            case "documents":
+                found = shard.table("documents")
+            case _:  # tokens and counts, which are checked
+                found = getattr(shard, table)()
         if kept is not None:
             found = kept.of(found)
         if table == "routing":
             experts = [name for name in found.column_names if name.startswith("expert_")]
             self.assignments += sum(len(found) - found[name].null_count for name in experts)
         elif table == "counts":
-            self.assignments += pc.sum(found["assignments"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
+            self.assignments += int(found["assignments"].to_numpy().sum())
         elif table == "tokens":
             self._check_tokens(shard.trace, found)
         arrays = [_column(found[one.name], one, change.get(one.name)) for one in columns]
@@ -166,6 +163,12 @@ class Target:
             )
         self.sequences = max(self.sequences, self._sequences_before + sequence + 1)
         _check_number(trace, self.sequences, "sequences")
+
+    def differences(self, found: Sequence[Verification]) -> Iterator[tuple[str, int, int]]:
+        """Where what was copied is not what was verified: of what, how many of each."""
+        for name, copied in self.copied.items():
+            if copied != (checked := sum(getattr(part, name) for part in found)):
+                yield name, copied, checked
 
     @property
     def copied(self) -> dict[str, int]:
@@ -218,7 +221,9 @@ def _documents(shard: Shard) -> np.ndarray:
     return shard.table("documents", ["document"])["document"].to_numpy()
 
 
-def _column(found: pa.ChunkedArray, one: pa.Field, change: Change | None) -> Any:
+def _column(
+    found: pa.ChunkedArray, one: pa.Field, change: Change | None
+) -> pa.Array | pa.ChunkedArray:
     if change is not None:
         return pa.array(change(found.to_numpy())).cast(one.type)
     if found.type == one.type:
@@ -256,7 +261,7 @@ def verified(trace: Trace, path: Path | Remote) -> Verification:
     return found
 
 
-def begin(draft: Path, manifest: dict[str, Any], vocabulary: pa.Table | None) -> None:
+def begin(draft: Path, manifest: Json, vocabulary: pa.Table | None) -> None:
     """Writes the vocabulary, a manifest that says "recording" and the folders of the tables. Adds
     the checksum of the vocabulary to `manifest`."""
     if vocabulary is not None:
@@ -268,7 +273,7 @@ def begin(draft: Path, manifest: dict[str, Any], vocabulary: pa.Table | None) ->
         (draft / table).mkdir()
 
 
-def origin(trace: Trace, found: Verification) -> dict[str, Any]:
+def origin(trace: Trace, found: Verification) -> Json:
     """Which trace it was: its name, the digest of its manifest, a hash of its files and what it
     held."""
     return {
@@ -282,18 +287,18 @@ def origin(trace: Trace, found: Verification) -> dict[str, Any]:
     }
 
 
-def written_here(capture: dict[str, Any]) -> dict[str, Any]:
+def written_here(capture: Json) -> Json:
     """What `capture` states of how was recorded, and which process wrote this trace of it."""
     how = {k: v for k, v in capture.items() if k not in OF_A_PROCESS}
     return {**this_process(), **how}
 
 
-def of_text(corpus: dict[str, Any]) -> dict[str, Any]:
+def of_text(corpus: Json) -> Json:
     """What a corpus states of its text, whichever documents of it there are."""
     return {k: v for k, v in corpus.items() if k not in ("plan_hash", *COUNTED)}
 
 
-def random_weights(corpus: dict[str, Any]) -> dict[str, Any] | None:
+def random_weights(corpus: Json) -> Json | None:
     """Of the plan of a corpus only what reports need of it, that weights were drawn at random: a
     trace without the whole plan is none that --resume can go on with."""
     plan = corpus.get("plan") or {}
