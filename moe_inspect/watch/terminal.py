@@ -19,7 +19,6 @@ from rich.control import Control
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from moe_inspect.alarms.alarms import Alarm
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import (
     NUMBER,
@@ -31,6 +30,7 @@ from moe_inspect.reporting.render.heatmap import (
     style,
 )
 from moe_inspect.text import plural, printable
+from moe_inspect.trace.runs import run_edges
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Piece
 from moe_inspect.watch.state import HotText, WatchOptions, WatchSession
 
@@ -58,9 +58,9 @@ class Screen:
                 yield Segment.line()
             yield from _fitted(line, options.max_width)
 
-    def head(self, width: int) -> list[Segment]:
+    def head(self, width: int) -> Line:
         """The first lines again, over the whole width: what the clock alone changes."""
-        found: list[Segment] = []
+        found: Line = []
         for line in self._head(width):
             fitted = list(_fitted(line, width))
             room = width - sum(cell_len(segment.text) for segment in fitted)
@@ -80,10 +80,16 @@ class Screen:
         fixed = 2 + 2 + (1 + rows_of_worst) + (1 + rows_of_alarms) + len(of_text)
         yield from self._map(window, width, max(1, height - fixed), unicode)
         yield from self._worst(window, worst[:rows_of_worst], width, unicode)
-        yield from _alarm_lines(alarms, rows_of_alarms)
+        now = f"  {len(alarms)} now" if alarms else "  none"
+        yield [Segment("alarms", BOLD), Segment(now, DIM)]
+        shown = alarms if len(alarms) <= rows_of_alarms else alarms[: rows_of_alarms - 1]
+        said = [printable(alarm.text) for alarm in shown]
+        if len(shown) < len(alarms):
+            said.append(f"and {plural(len(alarms) - len(shown), 'more alarm')}")
+        yield from ([Segment(f"• {text}", BAD)] for text in said)
+        if not alarms:
+            yield [Segment("")]
         yield from of_text
-
-    # --- what is said of the whole
 
     def _head(self, width: int) -> Iterator[Line]:
         watched = self.watched
@@ -113,89 +119,70 @@ class Screen:
         line = [Segment(" · ".join(parts))]
         yield [*line, Segment(f"  {watched.trouble}", BAD)] if watched.trouble else line
 
-    # --- the map
-
     def _map(self, window: Piece, width: int, height: int, unicode: bool) -> Iterator[Line]:
         ratio_LE, names = self.watched.ratios(), self.watched.labels
         together = -(-len(names) // height)
         rows = [names[n : n + together] for n in range(0, len(names), together)]
         labels = [row[0] if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in rows]
         indent = max(map(cell_len, labels)) + 1
-        per_cell = -(-ratio_LE.shape[1] // max(1, width - indent))
-        as_numbers = together == 1 and ratio_LE.shape[1] * NUMBER <= width - indent
+        E = ratio_LE.shape[1]
+        per_cell = -(-E // max(1, width - indent))
+        as_numbers = together == 1 and width - indent >= E * NUMBER
         title = f"load ÷ mean, last {window.tokens:,} tokens"
-        if together > 1 or per_cell > 1:
-            shape = [
-                f"{n} {what}" for n, what in ((together, "layers"), (per_cell, "experts")) if n > 1
-            ]
+        joint = {"layers": together, "experts": per_cell}
+        if shape := [f"{n} {what}" for what, n in joint.items() if n > 1]:
             title += f"; cells: most extreme of {' × '.join(shape)}"
         yield [Segment(title, BOLD)]
-        if as_numbers:
-            experts = "".join(f"{e:>{NUMBER}}" for e in range(ratio_LE.shape[1]))
-            yield [Segment(" " * indent + experts, DIM)]
-        else:
-            yield [Segment(legend(unicode), DIM)]
+        experts = " " * indent + "".join(f"{e:>{NUMBER}}" for e in range(E))
+        yield [Segment(experts if as_numbers else legend(unicode), DIM)]
         ratio_RC = extremes(extremes(ratio_LE.T, together).T, per_cell)
         for label, ratio_C in zip(labels, ratio_RC, strict=True):
             drawn = numbers(ratio_C) if as_numbers else cells(ratio_C, unicode)
             yield [Segment(label.rjust(indent - 1) + " "), *drawn]
 
-    # --- the least balanced layers
-
     def _worst(self, window: Piece, worst: list[int], width: int, unicode: bool) -> Iterator[Line]:
+        """The least balanced layers."""
         watched, bars = self.watched, BARS if unicode else PLAIN_BARS
-        vio_L = watched.history[-1]
-        yield [
-            Segment("least balanced layers", BOLD),
-            Segment("  busiest ÷ mean load (at most by chance)", DIM),
-        ]
         history_L = np.array(watched.history)
+        what = "  busiest ÷ mean load (at most by chance)"
+        yield [Segment("least balanced layers", BOLD), Segment(what, DIM)]
         for r in worst:
-            load_E, chance = window.load[r], watched.chance(r)
+            load_E, vio, chance = window.load[r], history_L[-1, r], watched.chance(r)
             dead = int((load_E == 0).sum())
-            said = f"layer {watched.labels[r]:<4} {1 + vio_L[r]:5.2f}x ({1 + chance:.2f}x)"
+            said = f"layer {watched.labels[r]:<4} {1 + vio:5.2f}x ({1 + chance:.2f}x)"
             said += f"  busiest expert {int(load_E.argmax())}"
             said += f", {dead} dead  " if dead else "  "
             room = max(0, min(60, width - cell_len(said)))
-            look = BAD if vio_L[r] > chance and vio_L[r] >= 0.2 else NONE
-            yield [
-                Segment(said, look),
-                Segment(sparkline(history_L[-room:, r], chance, bars) if room else ""),
-            ]
-
-    # --- the text
+            line = sparkline(history_L[-room:, r], chance, bars) if room else ""
+            yield [Segment(said, BAD if vio > chance and vio >= 0.2 else NONE), Segment(line)]
 
     def _text(self, text: HotText, width: int, most: int) -> list[Line]:
         """A title, and the last lines of the text."""
-        layer = self.watched.labels[text.router]
-        title = [
-            Segment(f"last text for expert {text.expert} of layer {layer}", BOLD),
-            Segment("  (its tokens are marked)", DIM),
-        ]
+        title = f"last text for expert {text.expert} of layer {self.watched.labels[text.router]}"
         lines: list[Line] = [[]]
         room = width
         for word, hot in text.words:
             if cell_len(word) > room:
                 lines.append([])
                 room = width
-            lines[-1].append(
-                Segment(f"[{word}]" if hot and not word.strip() else word, HOT if hot else NONE)
-            )
-            room -= cell_len(lines[-1][-1].text)
-        return [title, *lines[-most:]]
+            shown = f"[{word}]" if hot and not word.strip() else word
+            lines[-1].append(Segment(shown, HOT if hot else NONE))
+            room -= cell_len(shown)
+        return [
+            [Segment(title, BOLD), Segment("  (its tokens are marked)", DIM)],
+            *lines[-most:],
+        ]
 
 
 def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
     """A row of the map, runs of equal cells as one."""
     ratio_C = ratio_C[~np.isnan(ratio_C)]
-    if not len(ratio_C):
-        return [Segment("no load", DIM)]
     step_C = ramp_of(ratio_C)
-    edges = [0, *(np.flatnonzero(step_C[1:] != step_C[:-1]) + 1).tolist(), len(step_C)]
     characters = [fancy if unicode else plain for _, fancy, plain, _ in RAMP]
     return [
-        Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]]) for a, b in pairwise(edges)
-    ]
+        Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]])
+        for a, b in pairwise(run_edges(step_C).tolist())
+    ] or [Segment("no load", DIM)]
 
 
 def numbers(ratio_E: np.ndarray) -> Line:
@@ -214,17 +201,6 @@ def sparkline(values: np.ndarray, at_least: float, bars: str) -> str:
     return "".join(
         " " if math.isnan(v) else bars[int(n)] for v, n in zip(values, steps, strict=True)
     )
-
-
-def _alarm_lines(alarms: list[Alarm], most: int) -> Iterator[Line]:
-    yield [Segment("alarms", BOLD), Segment(f"  {len(alarms)} now" if alarms else "  none", DIM)]
-    shown = alarms if len(alarms) <= most else alarms[: most - 1]
-    for alarm in shown:
-        yield [Segment("• " + printable(alarm.text), BAD)]
-    if len(shown) < len(alarms):
-        yield [Segment(f"• and {plural(len(alarms) - len(shown), 'more alarm')}", BAD)]
-    if not alarms:
-        yield [Segment("")]
 
 
 def _fitted(line: Line, width: int) -> Iterator[Segment]:
@@ -266,15 +242,12 @@ def watch(
         for changed in session.updates():
             if changed:
                 console.print(status_line(session), soft_wrap=True)
+    held = plural(watched.tokens, "token")
     if endings and watched.status == KILLED:
-        raise MoeInspectError(
-            f"{session.follower.writer} is gone: it was stopped before the end of {session.path}, "
-            f"which holds {plural(watched.tokens, 'token')}"
-        )
+        gone = f"{session.follower.writer} is gone: it was stopped before the end of {session.path}"
+        raise MoeInspectError(f"{gone}, which holds {held}")
     if endings and watched.status != COMPLETE:
-        raise MoeInspectError(
-            f"{session.path} was closed before its end; it holds {plural(watched.tokens, 'token')}"
-        )
+        raise MoeInspectError(f"{session.path} was closed before its end; it holds {held}")
 
 
 def status_line(session: WatchSession) -> str:
@@ -290,10 +263,6 @@ def status_line(session: WatchSession) -> str:
         busiest = f"{1 + watched.history[-1][r]:.2f}x the mean load"
         chance = f"by chance at most {1 + watched.chance(r):.2f}x"
         parts.append(f"busiest expert of layer {watched.labels[r]} {busiest} ({chance})")
-    alarms = watched.alarms
-    parts.append(
-        f"{plural(len(alarms), 'alarm')}: " + " ".join(a.text for a in alarms)
-        if alarms
-        else "no alarm"
-    )
+    alarms = [alarm.text for alarm in watched.alarms]
+    parts.append(f"{plural(len(alarms), 'alarm')}: {' '.join(alarms)}" if alarms else "no alarm")
     return printable(", ".join(parts))
