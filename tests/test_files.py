@@ -8,7 +8,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +53,25 @@ def imported() -> None:
     load_tokenizer("demo")
 
 
+LIMITS = {"MOST_LINE_BYTES": files, "PIECE_BYTES": files, "CHUNK_BYTES": lines}
+LIMITS |= {"MOST_ROW_BYTES": documents}
+Limit = Callable[..., None]
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """Sets limits to so many bytes, by their names."""
+
+    def put(**sizes: int) -> None:
+        for name, size in sizes.items():
+            monkeypatch.setattr(LIMITS[name], name, size)
+
+    return put
+
+
 @pytest.fixture(autouse=True)
-def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**26)
+def bounded(limit: Limit) -> Iterator[None]:
+    limit(MOST_LINE_BYTES=2**26)
 
     def late(*_: object) -> None:
         raise TimeoutError
@@ -130,19 +146,17 @@ def test_an_array_is_refused_by_its_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_line_without_end_is_found_before_it_is_read(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, tmp_path: Path, limit: Limit
 ) -> None:
     path = tmp_path / "rank0.jsonl"
     path.write_text("\n" + '{"a": "' + "x" * 3_000)
-    monkeypatch.setattr(files, "PIECE_BYTES", 100)
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 200)
-    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2_000)
+    limit(PIECE_BYTES=100, CHUNK_BYTES=200, MOST_LINE_BYTES=2_000)
     with pytest.raises(MoeInspectError, match=r"rank0\.jsonl line 2 is over 1,073,741,824 bytes"):
         import_trace("megatron", [path], tmp_path / "t", top_k=1, workers=workers)
 
 
-def test_long_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+def test_long_lines_are_whole(tmp_path: Path, limit: Limit) -> None:
+    limit(PIECE_BYTES=10)
     for text in (b"", b"a\n", b"0123456789", b"0123456789\n", b"012345678\nab", b"x" * 35 + b"\ny"):
         (tmp_path / "a").write_bytes(text)
         with open(tmp_path / "a", "rb") as file:
@@ -150,10 +164,8 @@ def test_long_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert found == text.splitlines(keepends=True)
 
 
-def test_a_text_without_end_is_refused(
-    tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "MOST_ROW_BYTES", 1_000)
+def test_a_text_without_end_is_refused(tmp_path: Path, cli_here: Cli, limit: Limit) -> None:
+    limit(MOST_ROW_BYTES=1_000)
     (tmp_path / "c.jsonl").write_text('{"text": "short"}\n{"text": "' + "x" * 2_000)
     done = cli_here("trace", "demo", "-o", "new", "--data", tmp_path / "c.jsonl", check=1)
     assert "c.jsonl line 2 has over 1,000 bytes" in done.stderr

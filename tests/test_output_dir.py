@@ -47,6 +47,12 @@ def a_writer(root: Path, **options: Any) -> TraceWriter:
     return TraceWriter(root, {}, routers(2, 8, 2), weights=False, **options)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that another holds is not waited for."""
+    monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
+
+
 def listing(root: Path) -> list[str]:
     return sorted(
         str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() or p.is_symlink()
@@ -62,31 +68,27 @@ def elsewhere(program: str) -> subprocess.CompletedProcess[str]:
 # --- locks
 
 
-def test_a_lock_is_held_by_one_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
-    with hold(tmp_path / "t"):
+@pytest.mark.usefixtures("impatient")
+def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    with hold(root):
         for refused in (hold, refuse_while_locked):
-            with pytest.raises(
-                MoeInspectError, match=r"this process is still writing .*: wait for it, or stop it"
-            ):
-                refused(tmp_path / "t")
+            said = r"this process is still writing .*: wait for it, or stop it"
+            with pytest.raises(MoeInspectError, match=said):
+                refused(root)
         # opened and closed by something else in this process: the lock stays
-        (tmp_path / "t" / LOCK).read_bytes()
-        done = elsewhere(f"hold(Path({str(tmp_path / 't')!r}))")
+        (root / LOCK).read_bytes()
+        done = elsewhere(f"hold(Path({str(root)!r}))")
         assert f"MoeInspectError: process {os.getpid()} is still writing" in done.stderr
-    assert not (tmp_path / "t" / LOCK).exists()
-    assert "Error" not in elsewhere(f"hold(Path({str(tmp_path / 't')!r}))").stderr
-    (tmp_path / "t" / LOCK).touch()  # of a process that was killed
-    refuse_while_locked(tmp_path / "t")
-    hold(tmp_path / "t").release()
+    assert not (root / LOCK).exists()
+    assert "Error" not in elsewhere(f"hold(Path({str(root)!r}))").stderr
+    (root / LOCK).touch()  # of a process that was killed
+    refuse_while_locked(root)
+    hold(root).release()
 
 
-def test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
+@pytest.mark.usefixtures("impatient")
+def test_ranks_share_a_lock_and_any_of_them_keeps_another_job_out(tmp_path: Path) -> None:
     first = hold(tmp_path, shared=True)
     others = [join(tmp_path, first.holder) for _ in range(2)]
     with pytest.raises(MoeInspectError, match="another process has begun to write"):
@@ -114,12 +116,12 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening the file and locking it, its holder removes it and a third process locks a
     new one."""
-    monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
     holder, third = hold(tmp_path), list[Lock]()
     flock = lock_module.flock
 
@@ -144,33 +146,30 @@ def test_a_file_system_without_locks_is_named(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    a_trace(tmp_path / "t")
-    assert (
-        capsys.readouterr().err
-        == f"warning: the file system of {tmp_path / 't'} has no locks: make sure that nothing else "
-        "writes there\n"
-    )
-    assert verify(tmp_path / "t").ok
+    a_trace(root := tmp_path / "t")
+    said = f"warning: the file system of {root} has no locks: make sure that nothing else writes"
+    assert capsys.readouterr().err == f"{said} there\n"
+    assert verify(root).ok
 
 
-def test_a_writer_locks_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
-    with a_writer(tmp_path / "t") as writer:
+@pytest.mark.usefixtures("impatient")
+def test_a_writer_locks_its_trace(tmp_path: Path) -> None:
+    root, other = tmp_path / "t", tmp_path / "u"
+    said = "there is a trace|this process is still writing"
+    with a_writer(root) as writer:
         writer.write(a_batch())
-        for overwrite in (False, True):
-            with pytest.raises(
-                MoeInspectError, match=r"there is a trace|this process is still writing"
-            ):
-                claim_directory(tmp_path / "t", overwrite)
+        for another in (lambda: claim_directory(root, False), lambda: claim_directory(root, True)):
+            with pytest.raises(MoeInspectError, match=said):
+                another()
         with pytest.raises(MoeInspectError, match="this process is still writing"):
-            a_writer(tmp_path / "t")
-    assert open_trace(tmp_path / "t").n_tokens == 20
-    assert not (tmp_path / "t" / LOCK).exists()
-    (tmp_path / "u" / MANIFEST).mkdir(parents=True)
+            a_writer(root)
+    assert open_trace(root).n_tokens == 20
+    assert not (root / LOCK).exists()
+    (other / MANIFEST).mkdir(parents=True)
     # what goes wrong at its beginning unlocks too
     with pytest.raises(MoeInspectError, match="Is a directory"):
-        a_writer(tmp_path / "u")
-    hold(tmp_path / "u").release()
+        a_writer(other)
+    hold(other).release()
 
 
 # --- overwriting
@@ -227,13 +226,9 @@ def test_what_is_no_trace_is_not_overwritten_and_named(name: str, tmp_path: Path
     (root := tmp_path / "t").mkdir()
     make(root)
     before = {p: (tmp_path / p).read_bytes() for p in listing(tmp_path) if (tmp_path / p).is_file()}
-    for replace in (
-        lambda: check_directory(root, True),
-        lambda: claim_directory(root, True),
-        lambda: clear_trace(root),
-    ):
+    for replace in (check_directory, claim_directory, lambda root, _: clear_trace(root)):
         with pytest.raises(MoeInspectError, match=said) as caught:
-            replace()
+            replace(root, True)
         assert "\n" not in str(caught.value)
     assert {p: (tmp_path / p).read_bytes() for p in before} == before
 
@@ -242,14 +237,12 @@ def torn(root: Path) -> None:
     (root / MANIFEST).write_bytes((root / MANIFEST).read_bytes()[:300])
 
 
+def of_another_format(root: Path) -> None:
+    edit_manifest(root, format=2)
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda root: None,
-        torn,
-        lambda root: edit_manifest(root, format=2),
-        lambda root: (root / MANIFEST).unlink(),
-    ],
+    "damage", [str, torn, of_another_format, lambda t: (t / MANIFEST).unlink()]
 )
 def test_a_trace_is_overwritten_also_a_damaged_one(
     damage: Callable[[Path], None], tmp_path: Path
@@ -281,10 +274,8 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
         claim_directory(root, True)
     assert unlinked[0] == "shards-0.jsonl"
     assert (root / OVERWRITTEN).exists()
-    with pytest.raises(
-        MoeInspectError,
-        match=r"no trace at .* its writer was stopped before anything was committed",
-    ):
+    said = r"no trace at .* its writer was stopped before anything was committed"
+    with pytest.raises(MoeInspectError, match=said):
         verify(root)
     for overwrite in (False, True):  # --resume starts anew where there is no manifest
         shutil.copytree(root, again := tmp_path / str(overwrite))
@@ -292,15 +283,12 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
             assert [p.name for p in again.iterdir()] == [LOCK]
 
 
+DRAFT = f".{MANIFEST}.tmp"
+
+
 @pytest.mark.parametrize(
     "left",
-    [
-        (),
-        (LOCK,),
-        (f".{MANIFEST}.tmp",),
-        (LOCK, f".{MANIFEST}.tmp", "shards-0.jsonl"),
-        ("tokens/.part-0-0.parquet.tmp",),
-    ],
+    [(), (LOCK,), (DRAFT,), (LOCK, DRAFT, "shards-0.jsonl"), ("tokens/.part-0-0.parquet.tmp",)],
 )
 def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path) -> None:
     for overwrite in (False, True):
@@ -331,14 +319,12 @@ def test_names_lead_nowhere_else(tmp_path: Path) -> None:
                 use(root)
         assert not verify(root).ok
     beyond = "../../other/routing/part-0-0.parquet"
+    said = r"path is .*, not (routing/part-0-|like routing/part-0-|text)"
     for path in (beyond, f"routing/{beyond}", "tokens/part-0-0.parquet", 3):
         shutil.rmtree(root)
         rename(a_trace(root), path=path)
         for use in (open_trace, resume_point):
-            with pytest.raises(
-                MoeInspectError,
-                match=r"shards-0.jsonl: line 3: path is .*, not (routing/part-0-|like routing/part-0-|text)",
-            ):
+            with pytest.raises(MoeInspectError, match=f"shards-0.jsonl: line 3: {said}"):
                 use(root)
         assert "path is" in (verify(root).violation or "")
     shutil.rmtree(root)
@@ -368,11 +354,10 @@ def test_links_outside_and_pipes_are_refused(name: str, kind: str, tmp_path: Pat
     else:
         os.mkfifo(root / name)
     said = "outside of" if kind == "link" else "not a regular file|no trace at|is missing|routing"
-    with pytest.raises(MoeInspectError, match=said):
-        open_trace(root).routing(router=0)
-    with pytest.raises(MoeInspectError, match=said):  # noqa: PT012
-        resume_point(root)
-        open_trace(root).routing(router=0)
+    for before in (str, resume_point):
+        with pytest.raises(MoeInspectError, match=said):  # noqa: PT012
+            before(root)
+            open_trace(root).routing(router=0)
     assert moved.exists()
     if name != "trace.json":
         assert not verify(root).ok
@@ -396,12 +381,8 @@ def test_verify_tells_interrupted_from_damaged(tmp_path: Path) -> None:
     assert "an orphan" in (verify(root).violation or "")  # of a complete trace
     edit_manifest(root, status="recording", corpus={"plan": {}})
     found = verify(root)
-    assert (found.ok, found.status, found.resumable, found.tokens) == (
-        True,
-        "interrupted",
-        True,
-        80,
-    )
+    assert (found.ok, found.status, found.resumable) == (True, "interrupted", True)
+    assert found.tokens == 80
     assert found.uncommitted == ["routing/.part-0-8.parquet.tmp", "routing/part-0-9.parquet"]
     with hold(root):  # by a process of another machine, say
         assert verify(root).status == "recording"

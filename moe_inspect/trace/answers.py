@@ -12,9 +12,9 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
-    from moe_inspect import query as _query
     from moe_inspect.comparison.compare import compare as _compare
     from moe_inspect.exporters.run import export_trace as _export
+    from moe_inspect.query import sql as _sql
     from moe_inspect.reporting.report import report as _report
     from moe_inspect.simulate import cache as _cache
     from moe_inspect.simulate import capacity as _capacity
@@ -48,7 +48,7 @@ class Answers:
         compare, export, report = of(_compare), of(_export), of(_report)
         document, requests, text = of(_texts.document), of(_texts.requests), of(_texts.text)
         tokens_of = of(_texts.tokens_of)
-        sample, sql, verify = of(_sample), of(_query.sql), of(_verify)
+        sample, sql, verify = of(_sample), of(_sql), of(_verify)
     else:
         compare = TraceMethod("comparison.compare", "compare")
         document = TraceMethod("trace.texts", "document")
