@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +31,13 @@ from tests.conftest import ROOT
 from tests.synthetic import uniform_ids, write_trace
 
 L, T = 3, 400
+COUNTED = {"reading tokens": T, "counting": T * L}
 PHASES: dict[Callable[[str], object], dict[str, int]] = {
-    lambda path: draw_charts(report(path)): {
-        "reading tokens": T,
-        "counting": T * L,
-        "drawing": 0,
-    },
+    lambda path: draw_charts(report(path)): {**COUNTED, "drawing": 0},
     verify: {"checksums": T, "checking rows": T},
     lambda path: compare(path, path).verdict(): {"comparing": T},
     lambda path: report(path).page(): {
-        "reading tokens": T,
-        "counting": T * L,
+        **COUNTED,
         "drawing": 0,
         "reading text": 0,
         "reading documents": T,
@@ -93,9 +89,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[list[bytes]]:
 
     reader = threading.Thread(target=read)
     reader.start()
-    with monkeypatch.context() as patched, os.fdopen(theirs, "w") as stderr:
-        patched.setattr(sys, "stderr", stderr)
-        patched.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as stderr, redirect_stderr(stderr):
+        monkeypatch.setenv("TERM", "xterm")
         yield sent
     reader.join()
     os.close(ours)
@@ -195,19 +190,14 @@ def line_of(bar: bars.Bar) -> str:
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "loads", "shows"),
+    ("command", "loads", "shows"),
     [
-        (["trace", "demo", "-o", "t"], "cli.trace", "need_torch", "starting"),
-        (["doctor"], "cli.doctor", "quiet", "loading torch"),
+        (["trace", "demo", "-o", "t"], "trace.need_torch", "starting"),
+        (["doctor"], "doctor.quiet", "loading torch"),
     ],
 )
 def test_a_command_shows_progress_before_it_loads_torch(
-    command: list[str],
-    module: str,
-    loads: str,
-    shows: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: list[str], loads: str, shows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["moe-inspect", *command])
@@ -219,7 +209,7 @@ def test_a_command_shows_progress_before_it_loads_torch(
                 time.sleep(0.01)
             raise MoeInspectError("shown" if time.monotonic() < end else "not shown")
 
-        monkeypatch.setattr(f"moe_inspect.{module}.{loads}", load)
+        monkeypatch.setattr(f"moe_inspect.cli.{loads}", load)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as ended:
             main()
@@ -233,10 +223,7 @@ def test_nothing_is_shown_on_a_pipe(trace: str, monkeypatch: pytest.MonkeyPatch)
     with bars.shown() as bar:  # stderr is no terminal
         assert bar is None
     monkeypatch.setattr(bars, "_piped", lambda: True)
-    with (
-        terminal(monkeypatch) as sent,
-        bars.shown() as bar,
-    ):  # stdout is a pipe: to `less`
+    with terminal(monkeypatch) as sent, bars.shown() as bar:  # stdout is a pipe: to `less`
         assert bar is None
     assert not sent
     code = "from moe_inspect.cli.progress import _piped; import sys; sys.exit(_piped())"
