@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
 
 POISON = 77
 LANES = 3  # routers of the tape's ring; the second is tested
@@ -35,7 +38,8 @@ class Case:
     launches     of a dispatch: 1, 2, 3, or None for as many as its size needs
     ids          type of the ids; None: only weights, which are router logits, are recorded
     weights      "float32 as float16": as given, and as recorded; "float16" for both; "none"
-    tape         where it is written: a key of `_start`, "beyond the limit", "disabled" or "none"
+    tape         where it is written: "in one page", "across pages", "across the ring's end",
+                 "beyond the limit", "disabled" or "none"
     invalid_ids  whether some ids are no expert's
     """
 
@@ -52,7 +56,7 @@ class Case:
     P: int = 256  # rows per page
     # of ids, weights and y: what begins beside a multiple of 16 bytes
     shifted: tuple[str, ...] = ()
-    device: Any = "cpu"
+    device: torch.device | str = "cpu"
 
     def shift(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, or where it is one of `shifted` a copy that begins beside such an address."""
@@ -70,17 +74,27 @@ class Case:
     @property
     def given(self) -> torch.dtype | None:
         """The type of the weights."""
-        name = self.weights.split(" as ")[0]
-        return None if name == "none" else getattr(torch, name)
+        return getattr(torch, self.weights.split(" as ")[0], None)
 
     @property
     def recorded(self) -> torch.dtype | None:
         """The type that weights are rounded to on the tape."""
-        name = self.weights.split(" as ")[-1]
-        return None if name == "none" else getattr(torch, name)
+        return getattr(torch, self.weights.split(" as ")[-1], None)
+
+    @property
+    def pages(self) -> int:
+        return -(-self.T // self.P) + 2
+
+    @property
+    def start(self) -> int:
+        """The position of the tape at which the call is written."""
+        if self.tape == "in one page":
+            return 5 * self.pages * self.P
+        before = 6 * self.pages - 1 if self.tape == "across the ring's end" else 5 * self.pages
+        return before * self.P + self.P - 3
 
 
-def choice(case: Case) -> tuple[Any, Tensor | None]:
+def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
     """(ids, weights) [T, K] as a router of this kind makes them; ids None where the case has
     none."""
     generator = torch.Generator("cpu").manual_seed(case.T * case.E + case.K)
@@ -108,25 +122,12 @@ def choice(case: Case) -> tuple[Any, Tensor | None]:
 # --- record
 
 
-def _start(case: Case) -> int:
-    """The position of the tape at which the call is written."""
-    pages, P = _pages(case), case.P
-    return {
-        "in one page": 5 * pages * P,
-        "across the ring's end": (6 * pages - 1) * P + P - 3,
-    }.get(case.tape, 5 * pages * P + P - 3)
-
-
-def _pages(case: Case) -> int:
-    return -(-case.T // case.P) + 2
-
-
-def tape_for(kernels: ModuleType, case: Case) -> Any:
+def tape_for(kernels: ModuleType, case: Case) -> Tape | None:
     """A tape filled with POISON, one value longer than needed, to detect a write past the end; None
     where the case has none."""
     if case.tape == "none":
         return None
-    pages, start, P = _pages(case), _start(case), case.P
+    pages, start, P = case.pages, case.start, case.P
     room = case.T // 2 if case.tape == "beyond the limit" else pages * P
     values = pages * P * LANES * case.K
 
@@ -153,9 +154,9 @@ def tape_for(kernels: ModuleType, case: Case) -> Any:
     )
 
 
-def check_tape(case: Case, tape: Any, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
+def check_tape(case: Case, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
     """The tape holds the decisions at their positions, and is unchanged everywhere else."""
-    start, enabled = _start(case), case.tape != "disabled"
+    start, enabled = case.start, case.tape != "disabled"
     room = max(0, min(case.T, int(tape.limit) - start)) if enabled else 0
     position = start + np.arange(room)
     first_value = position // tape.P % tape.pages * tape.page_values + tape.base
@@ -176,10 +177,8 @@ def check_tape(case: Case, tape: Any, ids_TK: Tensor | None, weights_TK: Tensor 
     require(tape.dropped.tolist() == [0, BEFORE[1] + lost, 0], "the count of dropped rows")
 
 
-Record = Callable[[Any, "Tensor | None", "Tensor | None"], None]  # tape, ids, weights
-
-
-def check_record(kernels: ModuleType, case: Case, record: Record) -> None:
+def check_record(kernels: ModuleType, case: Case, record: Callable[..., None]) -> None:
+    """`record`: of a tape, ids and weights."""
     ids, weights = choice(case)
     tape = tape_for(kernels, case)
     if tape is not None:
@@ -190,7 +189,7 @@ def check_record(kernels: ModuleType, case: Case, record: Record) -> None:
 # --- dispatch
 
 
-def check_grouping(case: Case, found: Any, ids_TK: Tensor) -> None:
+def check_grouping(case: Case, found: Dispatch, ids_TK: Tensor) -> None:
     """Counts, offsets, permutation, inverse and token against a stable sort by numpy."""
     flat = ids_TK.cpu().numpy().reshape(-1)
     kind = np.where((flat >= 0) & (flat < case.E), flat, case.E)
@@ -198,23 +197,17 @@ def check_grouping(case: Case, found: Any, ids_TK: Tensor) -> None:
     counts = np.bincount(kind, minlength=case.E + 1)[: case.E]
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
-    expected = (
-        counts,
-        np.concatenate([[0], counts.cumsum()]),
-        order,
-        inverse,
-        order // max(1, case.K),
-    )
+    offsets, token = np.concatenate([[0], counts.cumsum()]), order // max(1, case.K)
+    expected = counts, offsets, order, inverse, token
     for name, got, want in zip(found._fields, found, expected, strict=True):
         require(got.dtype == torch.int32, f"the type of {name}")
         require(got.tolist() == want.tolist(), name)
 
 
-Dispatching = Callable[[Tensor, "Tensor | None", int, Any], Any]  # ids, weights, experts, tape
-
-
-def check_dispatch(kernels: ModuleType, case: Case, dispatch: Dispatching) -> None:
+def check_dispatch(kernels: ModuleType, case: Case, dispatch: Callable[..., Dispatch]) -> None:
+    """`dispatch`: of ids, weights, E and a tape."""
     ids, weights = choice(case)
+    assert ids is not None
     tape = tape_for(kernels, case)
     poison = [t.fill_(POISON * 1000) for t in kernels.empty_dispatch(ids, case.E)]
     del poison  # a GPU's allocator hands out the same memory again: what is not written shows
@@ -227,14 +220,10 @@ def check_dispatch(kernels: ModuleType, case: Case, dispatch: Dispatching) -> No
 # --- combine
 
 
-# y, ids, weights, grouped, dtype of the result, experts, tape, sizes → [T, H]
-Combine = Callable[[Tensor, Tensor, Tensor, Any, torch.dtype, int, Any, Any], Tensor]
-
-
 def check_combine(
     kernels: ModuleType,
     case: Case,
-    combine: Combine,
+    combine: Callable[..., Tensor],
     grouped: bool,
     H: int,
     kind: torch.dtype,
@@ -246,6 +235,8 @@ def check_combine(
     are in slot order, the tape of the case is written too. And so are `sizes` of the outputs."""
     # the same ids and weights for every device, and so the same outputs
     ids, weights = choice(replace(case, shifted=(), device="cpu"))
+    assert ids is not None
+    assert weights is not None
     generator = torch.Generator("cpu").manual_seed(1)
     y_SH = torch.randn(case.T * case.K, H, generator=generator, device="cpu").to(kind)
     order = kernels.dispatch_torch(ids, None, case.E)
@@ -255,15 +246,12 @@ def check_combine(
         inside = ((ids >= 0) & (ids < case.E)).reshape(-1, 1)
         slots = torch.where(inside, y_SH.double()[order.inverse.long()], 0.0)
     slots_TKH = slots.view(case.T, case.K, H)
-    assert weights is not None
     want_TH = (slots_TKH * weights.double().unsqueeze(-1)).sum(1)
     groups = type(order)(*(t.to(case.device) for t in order)) if grouped else None
-    y_SH, ids, weights = (
-        case.shift(name, tensor.to(case.device))
-        for name, tensor in (("y", y_SH), ("ids", ids), ("weights", weights))
-    )
+    given = {"y": y_SH, "ids": ids, "weights": weights}
+    y_SH, ids, weights = (case.shift(name, t.to(case.device)) for name, t in given.items())
     tape = None if grouped else tape_for(kernels, case)
-    measured = kernels.empty_sizes(ids, sizes)
+    measured: Sizes = kernels.empty_sizes(ids, sizes)
     for size in measured.values():
         size.fill_(POISON)
     got = combine(y_SH, ids, weights, groups, out, case.E, tape, measured)

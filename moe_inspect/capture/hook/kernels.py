@@ -13,12 +13,13 @@ from __future__ import annotations
 # triton:
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportUntypedNamedTuple=false
 import math
-from collections.abc import Collection, Hashable
+from collections import namedtuple
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,28 +60,14 @@ def ranking_chunk(bins: int) -> int:
     return min(256, max(64, 65536 // bins))
 
 
-def record_warps(block: int) -> int:
-    """8 slots per thread: a decision of K = 8 is then one vector store of ids, one of weights."""
-    return max(1, block // 256)
-
-
-class TapeArguments(NamedTuple):
-    """A tape as one kernel argument. Which fields are None is known at compile time.
-
-    Triton compiles a variant for each combination of numbers in a tuple that are divisible by 16;
-    these always are. The lane is not, and so is an argument of its own, which is not specialized.
-    """
-
-    ids: Any
-    weights: Any
-    cursor: Any
-    dropped: Any
-    limit: Any
-    enabled: Any
-    base: Any
-    page_values: Any
-    ring_rows: Any  # P · pages
-    P: Any  # a constant of the compiled kernel
+# A tape as one kernel argument: `ring_rows` is P · pages, P a constant of the compiled kernel, and
+# which fields are None is known at compile time. Triton compiles a variant for each combination of
+# numbers in a tuple that are divisible by 16; these always are. The lane is not, and so is an
+# argument of its own, which is not specialized.
+TapeArguments = namedtuple(
+    "TapeArguments",
+    "ids weights cursor dropped limit enabled base page_values ring_rows P",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +99,12 @@ class Tape:
     @cached_property
     def arguments(self) -> State:
         """The kernels' arguments `tape` and `lane`, prepared once."""
-        tape = TapeArguments(
-            self.ids,
-            self.weights,
-            self.cursor,
-            self.dropped,
-            self.limit,
-            self.enabled,
-            self.base,
-            self.page_values,
-            self.P * self.pages,
-            tl.constexpr(self.P),
-        )
-        return state(tape, self.lane)
+        places = self.base, self.page_values, self.P * self.pages, tl.constexpr(self.P)
+        return state(TapeArguments(*self.tensors, *places), self.lane)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.ids, self.weights, self.cursor, self.dropped, self.limit, self.enabled
 
     @cached_property
     def kind(self) -> int:
@@ -139,7 +119,7 @@ class Tape:
         return tensor[start : start + self.P * self.K].view(self.P, self.K)
 
 
-_kinds: dict[Any, int] = {}
+_kinds: dict[Hashable, int] = {}
 
 
 class Dispatch(NamedTuple):
@@ -184,13 +164,12 @@ def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None
 
 
 def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    code = record_torch
     if runs_triton(tape.cursor):
         fed = ids_TK if ids_TK is not None else weights_TK
         launches = 1 if fed.numel() <= RECORD_BLOCK else 2
         if SELF_CHECK.record(tape, ids_TK, weights_TK, launches):
-            code = record_triton
-    code(tape, ids_TK, weights_TK)
+            return record_triton(tape, ids_TK, weights_TK)
+    return record_torch(tape, ids_TK, weights_TK)
 
 
 def record_torch(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
@@ -582,7 +561,8 @@ if triton is not None:
     @cache
     def _count_launch(K: int, experts: int, block: int) -> Launch:
         constants = {"K": K, "BINS": _bins(experts), "BLOCK": block}
-        return Launch(_count_kernel, constants, num_warps=record_warps(block))
+        # 8 slots per thread: a decision of K = 8 is one vector store of ids, one of weights
+        return Launch(_count_kernel, constants, num_warps=max(1, block // 256))
 
     @cache
     def _scan_launch() -> Launch:
@@ -634,16 +614,8 @@ if triton is not None:
             device, (blocks, 1), S, (ids, weights), (partial,), (experts,), (T,), arguments
         )
         if scanned:
-            _scan_launch()(
-                device,
-                (-(-experts // 16), 1),
-                S,
-                (),
-                (partial, out.counts),
-                (experts,),
-                (blocks,),
-                NOTHING,
-            )
+            grid, tables = (-(-experts // 16), 1), (partial, out.counts)
+            _scan_launch()(device, grid, S, (), tables, (experts,), (blocks,), NOTHING)
         _scatter_launch(K, experts, scanned, block)(
             device, (blocks, 1), S, (ids,), (partial, *out), (experts,), (T, blocks), arguments
         )
@@ -761,12 +733,8 @@ if triton is not None:
         # in the order of transformers: product, rounding, sum
         rounded = torch.promote_types(y, weights).itemsize == 2
         constants = {"K": K, "ROUND": rounded, "COLUMNS": columns, "BLOCK": RECORD_BLOCK}
-        warps = combine_warps(columns)
+        warps = min(16, max(4, columns // 512))  # 8 to 32 columns per thread
         return Launch(_combine_kernel, constants, num_warps=warps, enable_fp_fusion=False)
-
-    def combine_warps(columns: int) -> int:
-        """8 to 32 columns per thread."""
-        return min(16, max(4, columns // 512))
 
     def combine_triton(
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
@@ -828,51 +796,48 @@ def combine_torch(
 # --- the same as custom operators, which torch.compile does not trace into
 
 
-def _parts(tape: Tape | None) -> tuple[Any, ...]:
+def _parts(tape: Tape | None) -> tuple[object, ...]:
     """The arguments of an operator in place of a tape."""
     if tape is None:
         return (*[None] * 6, [])
-    tensors = tape.ids, tape.weights, tape.cursor, tape.dropped, tape.limit, tape.enabled
     numbers = [tape.lane, tape.K, tape.experts, tape.base, tape.page_values, tape.P, tape.pages]
-    return *tensors, numbers
+    return *tape.tensors, numbers
 
 
-_TAPE = (
-    "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor(d!)? dropped, "
-    "Tensor? limit, Tensor? enabled, int[] numbers"
-)
-_MUTATED = ("tape_ids", "tape_weights", "cursor", "dropped")
+def _operator(
+    name: str, given: str, results: int, run: Callable[..., object], shapes: Callable[..., object]
+) -> None:
+    """Registers `run`, whose last arguments are those of `_parts`. `shapes` makes results like
+    its."""
+    tape = (
+        "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor(d!)? dropped, "
+        "Tensor? limit, Tensor? enabled, int[] numbers"
+    )
+    made = torch.library.custom_op(
+        f"moe_inspect::{name}",
+        run,
+        mutates_args=("tape_ids", "tape_weights", "cursor", "dropped"),
+        schema=f"({given}, {tape}) -> ({', '.join(['Tensor'] * results)})",
+    )
+    made.register_fake(shapes)
 
 
-@torch.library.custom_op(
-    "moe_inspect::record",
-    mutates_args=_MUTATED,
-    schema=f"(Tensor? ids, Tensor? weights, {_TAPE}) -> ()",
-)
 def _record_op(ids, weights, *tape):  # type: ignore[no-untyped-def]
     *tensors, numbers = tape
     _record(Tape(*tensors, *numbers), ids, weights)
 
 
-@_record_op.register_fake
-def _(ids, weights, *tape):  # type: ignore[no-untyped-def]
-    return None
-
-
-@torch.library.custom_op(
-    "moe_inspect::dispatch",
-    mutates_args=_MUTATED,
-    schema=(
-        f"(Tensor ids, Tensor? weights, int experts, {_TAPE}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
 def _dispatch_op(ids, weights, experts, *tape):  # type: ignore[no-untyped-def]
     *tensors, numbers = tape
     taped = Tape(*tensors, *numbers) if numbers else None
     return tuple(_dispatch(ids, weights, experts, taped, empty_dispatch(ids, experts, apart=True)))
 
 
-@_dispatch_op.register_fake
-def _(ids, weights, experts, *tape):  # type: ignore[no-untyped-def]
-    return tuple(empty_dispatch(ids, experts, apart=True))
+_operator("record", "Tensor? ids, Tensor? weights", 0, _record_op, lambda *_: None)
+_operator(
+    "dispatch",
+    "Tensor ids, Tensor? weights, int experts",
+    5,
+    _dispatch_op,
+    lambda ids, weights, experts, *_: tuple(empty_dispatch(ids, experts, apart=True)),
+)

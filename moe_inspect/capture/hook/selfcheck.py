@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from moe_inspect.capture.hook.kernel_reference import (
     Case,
@@ -37,6 +38,9 @@ from moe_inspect.capture.hook.kernel_reference import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, plural, print_stderr
 from moe_inspect.trace.files.atomic import draft_of
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.hook.kernels import Sizes, Tape
 
 SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
@@ -78,13 +82,13 @@ class Variant:
     P: int
     launches: int = 1
     block: int | None = None
+    shifted: tuple[str, ...] = ()
     y: torch.dtype = torch.float32
     out: torch.dtype = torch.float32
     grouped: bool = False
     aligned: bool = True
     sizes: tuple[str, ...] = ()
     columns: int = 0
-    shifted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "no weights" if self.given is None else f"{_name(self.given)} weights"
@@ -100,20 +104,21 @@ class Variant:
         parts += [f"{name} at an odd address" for name in self.shifted]
         return ", ".join(parts)
 
-    def cases(self, kernels: Any) -> Iterator[Case]:
+    def cases(self, kernels: ModuleType) -> Iterator[Case]:
         """Small shapes with ids of no expert, at the edges of pages, of the ring, and of the
         limit."""
         weights = "none"
         if self.recorded is not None or self.kernel == "combine":
             weights = f"{_name(self.given)} as {_name(self.recorded or self.given)}"
-        # whether the type of the ids holds −1 and E
-        limits = torch.iinfo(self.ids) if self.ids is not None else None
-        invalid_ids = limits is not None and limits.min < 0 and limits.max >= self.E
-        kind = self.E, self.K
+        invalid_ids = False
+        if self.ids is not None:  # whether their type holds −1 and E
+            limits = torch.iinfo(self.ids)
+            invalid_ids = limits.min < 0 and limits.max >= self.E
         how = invalid_ids, self.block, self.P, self.shifted, self.device
         for T in self._tokens(kernels):
+            of = self.E, self.K, T, "uniform", self.launches, self.ids, weights
             for tape in TAPES.get(T, EDGES) if self.P else ("none",):
-                yield Case(*kind, T, "uniform", self.launches, self.ids, weights, tape, *how)
+                yield Case(*of, tape, *how)
 
     @property
     def width(self) -> int:
@@ -122,7 +127,7 @@ class Variant:
             return WIDTHS[not self.aligned]
         return self.columns // 2 + (16 if self.aligned else 13)
 
-    def _tokens(self, kernels: Any) -> list[int]:
+    def _tokens(self, kernels: ModuleType) -> list[int]:
         if self.kernel == "record" and self.launches == 2:
             return [max(TOKENS[-1], kernels.RECORD_BLOCK // self.K + 1)]
         most = TOKENS[-1]
@@ -137,7 +142,9 @@ class Variant:
 Found = dict[Variant, str]  # "ok", "not checked", or what is wrong
 
 
-def shifted_among(ids_TK: Any, weights_TK: Any, y_SH: Any = None) -> tuple[str, ...]:
+def shifted_among(
+    ids_TK: Tensor | None, weights_TK: Tensor | None, y_SH: Tensor | None = None
+) -> tuple[str, ...]:
     """The names of the tensors that do not begin at a multiple of 16 bytes, for which Triton
     compiles other kernels."""
     bits = ids_TK.data_ptr() if ids_TK is not None else 0
@@ -153,24 +160,20 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def wrong_with(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
+def wrong_with(kernels: ModuleType, variant: Variant, by_torch: bool) -> str | None:
     """How the results of the kernel, or with `by_torch` of the torch code in its place, differ from
     the reference, or why there are none; None where they are right."""
     name = variant.kernel
     code = getattr(kernels, f"{name}_torch" if by_torch else f"{name}_triton")
     if name == "dispatch" and not by_torch:
         code = functools.partial(code, launches=variant.launches, block=variant.block)
+    check, more = {"record": check_record, "dispatch": check_dispatch}.get(name, check_combine), ()
+    if name == "combine":
+        more = variant.grouped, variant.width, variant.y, variant.out, variant.sizes
     try:
         for case in variant.cases(kernels):
             try:
-                if name == "record":
-                    check_record(kernels, case, code)
-                elif name == "dispatch":
-                    check_dispatch(kernels, case, code)
-                else:
-                    types = variant.y, variant.out
-                    shape = variant.grouped, variant.width
-                    check_combine(kernels, case, code, *shape, *types, variant.sizes)
+                check(kernels, case, code, *more)
             except Mismatch as error:
                 of = f"of {plural(case.T, 'token')}, {case.tape}"
                 return f"gives a wrong result: {error} {of}"
@@ -201,72 +204,67 @@ class SelfCheck:
 
     # --- asked at every call: the keys hold what a variant is made from, and no more
 
-    def record(self, tape: Any, ids_TK: Any, weights_TK: Any, launches: int) -> bool:
+    def record(
+        self, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None, launches: int
+    ) -> bool:
         ids_TK = ids_TK if tape.ids is not None else None
-        ids = ids_TK.dtype if ids_TK is not None else None
-        weights = weights_TK.dtype if weights_TK is not None else None
         shifted = shifted_among(ids_TK, weights_TK)
-        key = tape.kind, ids, weights, launches, shifted
-        found = self._trusted.get(key)
-        if found is None:
-            made = _variant("record", tape, ids_TK, weights_TK, launches=launches, shifted=shifted)
-            found = self._first_use(key, made)
-        return found
+        return self._trusts("record", tape, (), ids_TK, weights_TK, launches, None, shifted)
 
     def dispatch(
-        self, ids_TK: Any, weights_TK: Any, E: int, tape: Any, launches: int, block: int
+        self,
+        ids_TK: Tensor,
+        weights_TK: Tensor | None,
+        E: int,
+        tape: Tape | None,
+        launches: int,
+        block: int,
     ) -> bool:
-        weights = where = None
-        if tape is None:
-            weights_TK, where = None, (ids_TK.get_device(), E, ids_TK.size(1))
-        else:
-            weights, where = weights_TK.dtype, tape.kind
-        shifted = shifted_among(ids_TK, weights_TK)
-        key = where, ids_TK.dtype, weights, launches, block, shifted
-        found = self._trusted.get(key)
-        if found is None:
-            how = {"launches": launches, "block": block, "shifted": shifted}
-            made = _variant("dispatch", tape, ids_TK, weights_TK, E, **how)
-            found = self._first_use(key, made)
-        return found
+        weights_TK = weights_TK if tape is not None else None
+        shape, shifted = (ids_TK.device, E, ids_TK.size(1)), shifted_among(ids_TK, weights_TK)
+        return self._trusts("dispatch", tape, shape, ids_TK, weights_TK, launches, block, shifted)
 
     def combine(
         self,
-        y_SH: Any,
-        ids_TK: Any,
-        weights_TK: Any,
+        y_SH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
         grouped: bool,
-        out: Any,
+        out: torch.dtype,
         E: int,
-        tape: Any,
-        sizes: Any = None,
+        tape: Tape | None,
+        sizes: Sizes | None = None,
     ) -> bool:
-        y, H = y_SH.dtype, y_SH.size(1)
-        aligned, shifted = not H % 16, shifted_among(ids_TK, weights_TK, y_SH)
-        written, columns = tuple(sizes or ()), 0
+        H, written, columns = y_SH.size(1), tuple(sizes or ()), 0
         if written:
             columns = sys.modules[self._kernels].measuring_columns(H)
-        where = (y_SH.get_device(), E, ids_TK.size(1)) if tape is None else tape.kind
-        types = ids_TK.dtype, weights_TK.dtype, y, out
-        key = where, types, grouped, aligned, shifted, written, columns
+        sums = y_SH.dtype, out, grouped, not H % 16, written, columns
+        shape, shifted = (ids_TK.device, E, ids_TK.size(1)), shifted_among(ids_TK, weights_TK, y_SH)
+        return self._trusts("combine", tape, shape, ids_TK, weights_TK, 1, None, shifted, *sums)
+
+    def _trusts(
+        self,
+        kernel: str,
+        tape: Tape | None,
+        shape: tuple[Any, ...],
+        ids_TK: Tensor | None,
+        weights_TK: Tensor | None,
+        *more: Any,
+    ) -> bool:
+        """`shape`: the device, E and K, of a call without a tape. `more`: the fields of `Variant`
+        from `launches` on."""
+        ids = ids_TK.dtype if ids_TK is not None else None
+        given = weights_TK.dtype if weights_TK is not None else None
+        key = kernel, tape.kind if tape is not None else shape, ids, given, more
         found = self._trusted.get(key)
-        if found is None:
-            made = _variant(
-                "combine",
-                tape,
-                ids_TK,
-                weights_TK,
-                E,
-                y=y,
-                out=out,
-                grouped=grouped,
-                aligned=aligned,
-                sizes=written,
-                columns=columns,
-                shifted=shifted,
-            )
-            found = self._first_use(key, made)
-        return found
+        if found is not None:
+            return found
+        recorded, P = None, 0
+        if tape is not None:
+            shape, P = (tape.cursor.device, tape.experts, tape.K), tape.P
+            recorded = tape.weights.dtype if tape.weights is not None else None
+            given = given if recorded is not None else None
+        return self._first_use(key, Variant(kernel, *shape, ids, given, recorded, P, *more))
 
     def _first_use(self, key: Hashable, variant: Variant) -> bool:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -337,19 +335,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _variant(
-    kernel: str, tape: Any, ids_TK: Any, weights_TK: Any, E: int = 0, **more: Any
-) -> Variant:
-    """`more`: what differs between kernels. `E`: of a call without a tape."""
-    ids, given = (getattr(tensor, "dtype", None) for tensor in (ids_TK, weights_TK))
-    if tape is None:
-        return Variant(kernel, ids_TK.device, E, ids_TK.size(1), ids, given, None, 0, **more)
-    recorded = tape.weights.dtype if tape.weights is not None else None
-    given = given if recorded is not None else None
-    device = tape.cursor.device
-    return Variant(kernel, device, tape.experts, tape.K, ids, given, recorded, tape.P, **more)
-
-
 # --- what a device has passed. What failed is checked again
 
 
@@ -371,13 +356,11 @@ def passed(environment: str) -> set[str]:
 
 def remember(environment: str, variants: set[str]) -> None:
     """Adds variants to the file. Where it cannot be written they are checked again next time."""
-    file = cache_file()
-    if file is None:
+    if (file := cache_file()) is None:
         return
-    known = _read()
-    names = sorted(passed(environment) | variants)
-    known = {**{k: v for k, v in known.items() if k != environment}, environment: names}
-    text = json.dumps(dict(list(known.items())[-MOST:]))
+    names, known = sorted(passed(environment) | variants), _read()
+    known.pop(environment, None)  # it becomes the last one
+    text = json.dumps(dict([*known.items(), (environment, names)][-MOST:]))
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with draft_of(file) as draft:
