@@ -169,7 +169,7 @@ def test_each_router_has_its_own_ids() -> None:
     rings = Rings(sizes, [0, 1], torch.float16, ("logits",), 16, below=[E, 2 * E])
     assert [tape.experts for tape in rings.tapes[""]] == [E, 2 * E]
     assert [tape.K for tape in rings.tapes["logits"]] == [E, E]
-    assert [group.E for group in rings.writer.shape.groups][:2] == [E, 2 * E]
+    assert [group.E for group in rings.shape.groups][:2] == [E, 2 * E]
 
 
 # --- what is made of it

@@ -130,22 +130,23 @@ class LateStream:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "side_stream", LateStream)
+    monkeypatch.setitem(ring.SIDE_STREAMS, "cpu", LateStream)
 
 
 @pytest.mark.parametrize("page_rows", [16, 32, 4096])
 def test_pages_that_leave_late_arrive_right(
     page_rows: int, late: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", page_rows)
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
     model = build("olmoe")
     batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)] + [
         token_batch([70, 3]),
         token_batch([1]),
     ]
     tables = []
-    for name, stream in (("late", LateStream), ("synchronous", lambda device, pages: None)):
-        monkeypatch.setattr(ring, "side_stream", stream)
+    for name in ("late", "synchronous"):
+        if name == "synchronous":
+            del ring.SIDE_STREAMS["cpu"]
         with moe_inspect.record(model, tmp_path / name) as rec, torch.no_grad():
             for batch in batches:
                 model(**batch)
@@ -211,7 +212,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def small_pages(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
-    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", rows)
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", rows)
 
 
 @pytest.mark.parametrize("page_rows", [16, 32, 4096])

@@ -186,7 +186,7 @@ def test_ids_of_no_expert_are_nowhere() -> None:
     ids = torch.tensor([[0, 7, 8, -1], [255, 256 + 3, -253, 2]])
     weights = torch.rand(2, 4)
     rings = Rings([(CPU, 4, 8)] * 2, [0, 1], torch.float16, (), 16)
-    assert rings.write({"": [(0, (ids, weights)), (1, (ids, weights))]}, 2)
+    assert rings.write({"": [[(ids, weights)]] * 2}, 2)
     for r in range(2):
         nowhere = 255
         assert rings.rows("ids", r, 0, 2, None).tolist() == [
@@ -201,8 +201,11 @@ def test_only_a_whole_pass_is_written(T: int) -> None:
     shape = PassShape([(CPU, 2, 8)] * 3, [0, 1, 1])  # the second site is called twice
 
     def found(*sizes: tuple[int, int], K: int = 2) -> Any:
-        """The ids and weights of a pass of calls of these (site, rows); and its calls."""
-        calls = [(n, (torch.full((rows, K), n), torch.rand(rows, K))) for n, rows in sizes]
+        """The ids and weights of a pass of calls of these (site, rows); and its calls, by site."""
+        calls = [
+            [(torch.full((rows, K), n), torch.rand(rows, K)) for m, rows in sizes if m == n]
+            for n in range(2)
+        ]
         return shape.whole({"": calls}, T), calls
 
     for sizes in (
@@ -212,7 +215,7 @@ def test_only_a_whole_pass_is_written(T: int) -> None:
     ):
         [(ids, weights)], calls = found(*sizes)
         assert ids[..., 0].tolist() == [[0] * T, [1] * T, [1] * T]
-        assert weights[0].equal(torch.cat([weights for n, (_, weights) in calls if n == 0]))
+        assert weights[0].equal(torch.cat([weights for _, weights in calls[0]]))
     for sizes in (
         [(0, T), (1, T)],
         [(0, T), (1, T), (1, T), (1, T)],
@@ -269,7 +272,7 @@ def test_a_page_that_is_full_is_handed_over(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
-    monkeypatch.setattr(ring, "PAGE_ROWS_CPU", 32)
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", 32)
     batches = handed_over(monkeypatch)
     found = generated(model, tmp_path / "t")
     assert 2 + 2 * (60 + 60) / 64 < len(batches) < 30

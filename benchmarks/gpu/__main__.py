@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(WARNING)
         torch.set_num_threads(1)
-        ring.PAGE_ROWS_CPU = 64
+        ring.PAGE_ROWS["cpu"] = 64
     experts.register()
     facts = machine(device, arguments)
     said = {k: v for k, v in {**facts, **facts["versions"]}.items() if isinstance(v, str)}

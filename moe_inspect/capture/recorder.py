@@ -257,7 +257,7 @@ class Recorder:
             of.fed = fed
             return
         rings = self._hand_over.feed(of, fed)
-        of.scope.to_tapes = rings.writer is None or self.attachment.in_compiled
+        of.scope.to_tapes = rings.shape is None or self.attachment.in_compiled
 
     def returned(self, stack: str, output: Any) -> None:
         if not self._capturing:

@@ -293,14 +293,14 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
     """Those of a bfloat16 model."""
     of = partial(Variant, kernel, device, E, K, torch.int64, torch.bfloat16)
     if kernel == "record":
-        yield from (of(torch.bfloat16, PAGE_ROWS, launches=n) for n in (1, 2))
+        yield from (of(torch.bfloat16, PAGE_ROWS["cuda"], launches=n) for n in (1, 2))
     elif kernel == "dispatch":
         for slots in (64, 2048, 4096 * K):  # in 1, 1, 2 or 3 launches
             launches, block = kernels.dispatch_plan(slots, E)
-            yield of(torch.bfloat16, PAGE_ROWS, launches=launches, block=block)
+            yield of(torch.bfloat16, PAGE_ROWS["cuda"], launches=launches, block=block)
     else:
         of = partial(of, y=torch.bfloat16, out=torch.bfloat16)
-        yield of(torch.bfloat16, PAGE_ROWS)
+        yield of(torch.bfloat16, PAGE_ROWS["cuda"])
         yield of(None, 0, grouped=True, sizes=(), columns=0)
         columns = kernels.measuring_columns(2048)
         yield of(None, 0, grouped=True, sizes=("norms",), columns=columns)

@@ -16,9 +16,8 @@ R routers, K slots, E experts, P rows per page, T rows of a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -30,11 +29,9 @@ from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import EXTRAS
 
-# index of the site, and what was recorded of its call: (ids [T, K], weights [T, K]), or of one of
-# `schema.EXTRAS` (values,)
-Call = tuple[int, tuple[Tensor, ...]]
-# by what is recorded: "" for choices, else one of `schema.EXTRAS`
-Calls = dict[str, list[Call]]
+# by what is recorded ("" for choices, else one of `schema.EXTRAS`), of each site: what was recorded
+# of its calls, (ids [T, K], weights [T, K]) or (values,)
+Calls = dict[str, list[list[tuple[Tensor, ...]]]]
 # of each `AlikeRouters`: ids and weights [R, T, K], or the values of one of the extras
 Whole = list[tuple[Tensor, ...]]
 
@@ -63,7 +60,8 @@ class PassShape:
         below: Sequence[int] | None = None,
     ):
         ends = below or [E for *_, E in routers]
-        self.sites, self.groups = list(sites), list[AlikeRouters]()
+        self.runs = [sites.count(n) for n in range(max(sites) + 1)]  # of each site in a pass
+        self.groups: list[AlikeRouters] = []
         for kind in ("", *extras):
             alike = [
                 (device, EXTRAS[kind].width(K, E) if kind else K, end)
@@ -92,68 +90,21 @@ class PassShape:
             return None
         return found
 
-    def _by_router(self, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-        """One call per router, in their order; empty where there are not as many."""
-        if [n for n, _ in calls] != self.sites:
-            calls = list(self._in_order(calls))
-            if [n for n, _ in calls] != self.sites:
+    def _by_router(self, calls: Sequence[list[tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
+        """One call per router, in their order; empty where there are not as many. Where one was
+        called with some of the rows at a time, these are one call."""
+        found: list[tuple[Tensor, ...]] = []
+        for parts, runs in zip(calls, self.runs, strict=True):
+            if runs == 1 and len(parts) > 1:
+                parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
+            if len(parts) != runs:
                 return []
-        return [values for _, values in calls]
-
-    def _in_order(self, calls: Sequence[Call]) -> Iterator[Call]:
-        """The calls by site. Where one was called with some of the rows at a time, these are one
-        call."""
-        for n, of_site in groupby(sorted(calls, key=itemgetter(0)), itemgetter(0)):
-            parts = list(of_site)
-            if len(parts) == self.sites.count(n):
-                yield from parts
-            else:
-                yield n, tuple(map(torch.cat, zip(*(values for _, values in parts), strict=True)))
+            found += parts
+        return found
 
 
-class TapeWriter:
-    """Writes whole passes to the tapes of the same routers, as `kernels.record` would have, call by
-    call. `tapes`: by what is recorded, of each router. (With torch alone: during decoding NumPy's
-    code is not in the processor's caches.)"""
-
-    def __init__(self, shape: PassShape, tapes: Mapping[str, Sequence[Tape]]):
-        self.shape = shape
-        self._tapes = [tapes[group.kind][group.first] for group in shape.groups]
-        with torch.inference_mode(False):  # a view made in it could not be written outside it
-            self._pages = [
-                [_pages(group, tape, t) for t in (tape.ids, tape.weights) if t is not None]
-                for group, tape in zip(shape.groups, self._tapes, strict=True)
-            ]
-
-    def write(self, whole: Whole, start: int, T: int) -> None:
-        """`start`: the position of the first row. There must be room for all of it."""
-        for group, tape, pages, values in zip(
-            self.shape.groups, self._tapes, self._pages, whole, strict=True
-        ):
-            if not group.kind:
-                ids_RTK = values[0]
-                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E)
-                values = ids_RTK.masked_fill(outside_RTK, tape.null_id), values[1]
-            done = 0
-            while done < T:
-                page, row = divmod(start + done, tape.P)
-                n = min(tape.P - row, T - done)
-                for to_pages, values_RTK in zip(pages, values, strict=True):
-                    to_RPK = to_pages[page % tape.pages]
-                    to_RPK[:, row : row + n] = values_RTK[:, done : done + n]
-                done += n
-        self._tapes[0].cursor.add_(T)
-
-
-def _pages(group: AlikeRouters, tape: Tape, tensor: Tensor) -> list[Tensor]:
-    """The group's part of each page, [R, P, K]."""
-    end = tape.base + group.routers * tape.P * group.K
-    parts = tensor.view(tape.pages, -1)[:, tape.base : end]
-    return list(parts.unflatten(1, (group.routers, tape.P, group.K)))
-
-
-PAGE_ROWS = 1024
-PAGE_ROWS_CPU = 4096  # pages are read in place there, and few large ones cost less
+# by the type of the device: on a CPU pages are read in place, and few large ones cost less
+PAGE_ROWS = {"cuda": 1024, "cpu": 4096}
 FORWARD_PASSES = 3  # that a GPU's ring holds: one is written, one copied to the host, one read
 
 
@@ -192,9 +143,8 @@ class SideStream:
         torch.cuda.synchronize(self.device)
 
 
-def side_stream(device: torch.device, pages: int) -> SideStream | None:
-    """None where the host can read the device's memory."""
-    return SideStream(device, pages) if device.type == "cuda" else None
+# by the type of the device; none where the host can read its memory
+SIDE_STREAMS: dict[str, type[SideStream]] = {"cuda": SideStream}
 
 
 class Ring:
@@ -204,7 +154,7 @@ class Ring:
     weight_dtype     of the recorded gate weights: float16 or bfloat16
     extras           what is recorded too, of `schema.EXTRAS`
     rows             the largest forward pass that must fit
-    page_rows        P, a power of two of at least 16; None: PAGE_ROWS or PAGE_ROWS_CPU
+    page_rows        P, a power of two of at least 16; None: PAGE_ROWS
     below            of each router: ids from this on are no expert's; None: E
 
     Raises MoeInspectError if the kernels' 32-bit offsets cannot address that many values.
@@ -224,11 +174,12 @@ class Ring:
         below: Sequence[int] | None = None,
     ):
         on_gpu, below = device.type == "cuda", list(below or experts)
-        self.P = page_rows or (PAGE_ROWS if on_gpu else PAGE_ROWS_CPU)
+        self.P = page_rows or PAGE_ROWS.get(device.type, PAGE_ROWS["cpu"])
         passes = FORWARD_PASSES if on_gpu and "logits" not in extras else 1
         # one more, since a forward pass may begin at the end of a page
         self.pages = passes * -(-rows // self.P) + 1
-        self.side = side_stream(device, self.pages)
+        side_of = SIDE_STREAMS.get(device.type)
+        self.side = side_of(device, self.pages) if side_of is not None else None
         widths = {"ids": list(slots), "weights": list(slots)}
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(below) < 256 else torch.int16, "weights": weight_dtype}
@@ -258,38 +209,31 @@ class Ring:
             self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
         self._made = made
-        tensors = {"": ("ids", "weights"), **{kind: ("", kind) for kind in extras}}
-        self.tapes = {
-            kind: [
-                self._tape(*of, widths[of[1]], r, n * self.R + r, below[r]) for r in range(self.R)
+        self.tapes: dict[str, list[Tape]] = {}
+        state = self.cursor, self.dropped, self.limit, self.enabled
+        for n, kind in enumerate(("", *extras)):
+            values = kind or "weights"
+            tensors, of = (made.get("ids") if not kind else None, made.get(values)), widths[values]
+            self.tapes[kind] = [
+                Tape(
+                    *tensors,
+                    *state,
+                    lane=n * self.R + r,
+                    K=of[r],
+                    experts=below[r],
+                    base=self.P * sum(of[:r]),
+                    page_values=self.P * sum(of),
+                    P=self.P,
+                    pages=self.pages,
+                )
+                for r in range(self.R)
             ]
-            for n, (kind, of) in enumerate(tensors.items())
-        }
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.head = 0  # the position at which the next forward pass begins
         self.copying = 0  # pages whose copy to the host has been started, since the beginning
         self.released = 0  # pages that may be written again, since the beginning
-
-    def _tape(
-        self, ids: str, weights: str, widths: Sequence[int], r: int, lane: int, below: int
-    ) -> Tape:
-        return Tape(
-            self._made.get(ids),
-            self._made.get(weights),
-            self.cursor,
-            self.dropped,
-            self.limit,
-            self.enabled,
-            lane,
-            K=widths[r],
-            experts=below,
-            base=self.P * sum(widths[:r]),
-            page_values=self.P * sum(widths),
-            P=self.P,
-            pages=self.pages,
-        )
 
     @property
     def capacity(self) -> int:
@@ -398,33 +342,43 @@ class Rings:
         below: Sequence[int] | None = None,
     ):
         below = below or [E for _, _, E in routers]
-        of: dict[int, tuple[Ring, int]] = {}
         self._rings: list[Ring] = []
+        self._of = [(0, 0)] * len(routers)  # the ring of each, and its place there
         for device in dict.fromkeys(d for d, _, _ in routers):
             local = [r for r, (d, _, _) in enumerate(routers) if d == device]
-            ring = Ring(
-                device,
-                [routers[r][1] for r in local],
-                [routers[r][2] for r in local],
-                weight_dtype,
-                extras,
-                rows,
-                below=[below[r] for r in local],
-            )
-            self._rings.append(ring)
-            of |= {r: (ring, n) for n, r in enumerate(local)}
-        self._of = [of[r] for r in range(len(routers))]  # the ring of each, and its place there
+            for place, r in enumerate(local):
+                self._of[r] = len(self._rings), place
+            _, slots, experts = zip(*(routers[r] for r in local), strict=True)
+            ends = [below[r] for r in local]
+            self._rings.append(Ring(device, slots, experts, weight_dtype, extras, rows, below=ends))
         self.kinds = ("", *extras)
-        self.tapes = {kind: [ring.tapes[kind][n] for ring, n in self._of] for kind in self.kinds}
+        self.tapes = {
+            kind: [self._rings[i].tapes[kind][n] for i, n in self._of] for kind in self.kinds
+        }
         # what the model has written can be read without waiting
         self.synchronous = all(ring.side is None for ring in self._rings)
-        self.writer: TapeWriter | None = None
-        first = self._rings[0]
-        if self.synchronous and first.cursor.is_cpu and not kernels.runs_triton(first.cursor):
-            shape = PassShape(routers, sites, extras, below)
-            self.writer = TapeWriter(shape, self.tapes)
+        self.shape: PassShape | None = None  # of what `write` writes
+        first = self._rings[0].cursor
+        if self.synchronous and first.is_cpu and not kernels.runs_triton(first):
+            self.shape = PassShape(routers, sites, extras, below)
+            with torch.inference_mode(False):  # a view made in it could not be written outside it
+                self._pages = list(map(self._pages_of, self.shape.groups))
         self.head = 0  # the position at which the next forward pass begins, of each ring
         self._end_of_room = min(ring.end_of_room for ring in self._rings)
+
+    def _pages_of(self, group: AlikeRouters) -> list[list[Tensor]]:
+        """The group's part of each page, [R, P, K]: of ids and weights, or of what else it is."""
+        tape = self.tapes[group.kind][group.first]
+        end = tape.base + group.routers * tape.P * group.K
+        return [
+            list(
+                tensor.view(tape.pages, -1)[:, tape.base : end].unflatten(
+                    1, (group.routers, tape.P, group.K)
+                )
+            )
+            for tensor in (tape.ids, tape.weights)
+            if tensor is not None
+        ]
 
     @property
     def max_rows(self) -> int:
@@ -461,19 +415,29 @@ class Rings:
         self._end_of_room = min(ring.end_of_room for ring in self._rings)
 
     def write(self, calls: Calls, T: int) -> bool:
-        """Writes the calls of a pass of T rows, if it is whole and there is room for it. Returns
-        whether it did."""
-        if self.writer is None or self.free_rows < T:
+        """Writes the calls of a pass of T rows as `kernels.record` would have, call by call, if it
+        is whole and there is room for it. Returns whether it did. (With torch alone: during
+        decoding NumPy's code is not in the processor's caches.)"""
+        if self.shape is None or self.free_rows < T:
             return False
-        if (whole := self.writer.shape.whole(calls, T)) is None:
+        if (whole := self.shape.whole(calls, T)) is None:
             return False
-        self.writer.write(whole, self.head, T)
+        for group, pages, values in zip(self.shape.groups, self._pages, whole, strict=True):
+            tape = self.tapes[group.kind][group.first]
+            if not group.kind:
+                ids_RTK = values[0]
+                outside_RTK = (ids_RTK < 0) | (ids_RTK >= group.E)
+                values = ids_RTK.masked_fill(outside_RTK, tape.null_id), values[1]
+            done = 0
+            while done < T:
+                page, row = divmod(self.head + done, tape.P)
+                n = min(tape.P - row, T - done)
+                for to_pages, values_RTK in zip(pages, values, strict=True):
+                    to_RPK = to_pages[page % tape.pages]
+                    to_RPK[:, row : row + n] = values_RTK[:, done : done + n]
+                done += n
+        self._rings[0].cursor.add_(T)
         return True
-
-    def all_have_seen(self, cursors: list[Tensor], end: int) -> bool:
-        """Whether every router has seen all rows before position `end`, and so has what else is
-        recorded of it."""
-        return all((cursor.numpy() == end).all() for cursor in cursors)
 
     def end_of_page(self, position: int) -> int:
         """Where the page ends that `position` is on; of several rings, the first that ends."""
@@ -486,30 +450,23 @@ class Rings:
     def rows_seen(self, cursors: list[Tensor], start: int) -> dict[str, list[int]]:
         """Rows of each router from position `start` to `cursors`: of its choices (""), and of each
         of the extras."""
-        rows_of = {
-            id(ring): (cursor - start).tolist()
-            for ring, cursor in zip(self._rings, cursors, strict=True)
-        }
+        rows_of = [(cursor - start).tolist() for cursor in cursors]
         return {
-            kind: [rows_of[id(ring)][place * ring.R + n] for ring, n in self._of]
+            kind: [rows_of[i][place * self._rings[i].R + n] for i, n in self._of]
             for place, kind in enumerate(self.kinds)
         }
 
     def dropped(self) -> list[int]:
         """Rows of each router that were dropped, as counted on its device. Waits for the device."""
-        dropped_of = {id(ring): ring.dropped.tolist() for ring in self._rings}
-        return [dropped_of[id(ring)][n] for ring, n in self._of]
+        dropped = [ring.dropped.tolist() for ring in self._rings]
+        return [dropped[i][n] for i, n in self._of]
 
     def rows(
         self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None
     ) -> np.ndarray:
         """A copy of router r's rows [start, start + count), of these only the ones at the indices
         `keep` if given: [rows, K], or [rows, E] for logits. Types: see `Ring.rows`."""
-        ring, n = self._of[r]
-        parts = ring.rows(kind, n, start, count)
-        values = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if keep is not None:
-            values = values[keep]
-        elif len(parts) == 1:
-            values = values.copy()
-        return values
+        i, n = self._of[r]
+        parts = self._rings[i].rows(kind, n, start, count)
+        values = np.concatenate(parts) if len(parts) > 1 or keep is None else parts[0]
+        return values if keep is None else values[keep]

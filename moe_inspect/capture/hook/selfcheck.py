@@ -260,11 +260,13 @@ class SelfCheck:
         if found is not None:
             return found
         recorded, P = None, 0
-        if tape is not None:
-            shape, P = (tape.cursor.device, tape.experts, tape.K), tape.P
+        if tape is None:
+            device, E, K = shape
+        else:
+            device, E, K, P = tape.cursor.device, tape.experts, tape.K, tape.P
             recorded = tape.weights.dtype if tape.weights is not None else None
             given = given if recorded is not None else None
-        return self._first_use(key, Variant(kernel, *shape, ids, given, recorded, P, *more))
+        return self._first_use(key, Variant(kernel, device, E, K, ids, given, recorded, P, *more))
 
     def _first_use(self, key: Hashable, variant: Variant) -> bool:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

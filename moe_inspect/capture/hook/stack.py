@@ -56,7 +56,7 @@ class Stack:
         self.first_router = 0  # index of its first router among the model's
         self.fed: Rows | CallInputs | None = None  # in the current forward pass
         self.is_new = True  # it has not run yet, or runs for the first time
-        self.calls: Calls = {kind: [] for kind in kinds}
+        self.calls: Calls = {}
         self.copies = True
         self._copied: list[tuple[Tensor, Tensor]] = []  # in the first pass: a copy, and of what
         self.shape: list[tuple[torch.device, int, int]] = []  # device, K and E of each router
@@ -72,6 +72,8 @@ class Stack:
         self.sites.append(site)
         self.sinks.append(sinks)
         self.routers_of.append([n])
+        for of_kind in self.calls.values():
+            of_kind.append([])
         if self.name:
             self.routers.append(router_at(site, top_k_of(site, self.model)))
         for kind, sink in sinks.items():
@@ -97,7 +99,7 @@ class Stack:
         self.clear()
 
     def clear(self) -> None:
-        self.calls = {kind: [] for kind in self.kinds}
+        self.calls = {kind: [[] for _ in self.sites] for kind in self.kinds}
         self._copied = []
 
     def enable(self, on: bool) -> None:
@@ -114,7 +116,7 @@ class Stack:
             if self.is_new and self.scope.is_known:
                 self._copied += zip(copies, values, strict=True)
             values = copies
-        self.calls[kind].append((n, values))
+        self.calls[kind][n].append(values)
 
     def fix_shape(self, is_declared: bool) -> list[torch.dtype]:
         """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
@@ -125,15 +127,14 @@ class Stack:
         if self.scope.is_known:
             self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
             self._copied = []
-        calls_of = self._calls_of_sites()
         times = [
             len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
-            for calls in calls_of[""]
+            for calls in self.calls[""]
         ]
-        self._check(calls_of, times, T)
+        self._check(times, T)
         runs = [
             (site, time, calls[time])
-            for site, t, calls in zip(self.sites, times, calls_of[""], strict=True)
+            for site, t, calls in zip(self.sites, times, self.calls[""], strict=True)
             for time in range(t)
         ]
         self.shape = [(ids.device, ids.shape[1], site.experts) for site, _, (ids, _) in runs]
@@ -149,21 +150,9 @@ class Stack:
                 )
         return [weights.dtype for *_, (_, weights) in runs]
 
-    def _calls_of_sites(self) -> dict[str, list[list[tuple[Tensor, ...]]]]:
-        """What each site was called with in the current pass."""
-        found: dict[str, list[list[tuple[Tensor, ...]]]] = {
-            kind: [[] for _ in self.sites] for kind in self.calls
-        }
-        for kind, calls in self.calls.items():
-            for n, values in calls:
-                found[kind][n].append(values)
-        return found
-
-    def _check(
-        self, calls_of: dict[str, list[list[tuple[Tensor, ...]]]], times: Sequence[int], T: int
-    ) -> None:
-        """MoeInspectError unless each site was called for every row, as many `times` as its layer
-        runs."""
+    def _check(self, times: Sequence[int], T: int) -> None:
+        """MoeInspectError unless each site was called for every row of the current pass, as many
+        `times` as its layer runs."""
         for site, t in zip(self.sites, times, strict=True):
             if t > 1 and site.told is not None and stacks_in(self.model):
                 raise MoeInspectError(
@@ -171,12 +160,12 @@ class Stack:
                     "encoder and a decoder, which may see different tokens: record one of them at "
                     "a time"
                 )
-        for kind, of_kind in calls_of.items():
+        for kind, of_kind in self.calls.items():
             for site, calls, t in zip(self.sites, of_kind, times, strict=True):
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
-        for site, calls in zip(self.sites, calls_of.get("logits", ()), strict=False):
+        for site, calls in zip(self.sites, self.calls.get("logits", ()), strict=False):
             if calls:
                 _refuse_probabilities(site.path, *calls[0])
 
@@ -216,21 +205,20 @@ class Stack:
         if self.rings is None:
             return
         for kind, calls in self.calls.items():
-            made = [0] * len(self.sites)
-            for n, values in calls:
-                tapes = self.sinks[n][kind].tapes
-                tape = tapes[made[n] % len(tapes)]
-                kernels.record(tape, *(values if not kind else (None, *values)))
-                made[n] += 1
+            for sinks, of_site in zip(self.sinks, calls, strict=True):
+                tapes = sinks[kind].tapes
+                for made, values in enumerate(of_site):
+                    tape = tapes[made % len(tapes)]
+                    kernels.record(tape, *(values if not kind else (None, *values)))
         self.scope.to_tapes = True
         self.clear()
 
     def check(self, done: StackPass) -> None:
         """MoeInspectError unless every router has seen every token exactly once: the trace would be
         silently wrong."""
-        rings, T = done.rings, done.fed.T
-        if done.cursors is not None and not rings.all_have_seen(done.cursors, done.start + T):
-            self.check_seen(T, rings.rows_seen(done.cursors, done.start))
+        T, cursors = done.fed.T, done.cursors or []
+        if not all((cursor.numpy() == done.start + T).all() for cursor in cursors):
+            self.check_seen(T, done.rings.rows_seen(cursors, done.start))
 
     def check_seen(self, T: int, seen: Mapping[str, Sequence[int]]) -> None:
         """`seen`: rows of each router, by what was recorded of them ("": its choices)."""
@@ -241,7 +229,7 @@ class Stack:
 
     def check_calls(self, T: int) -> None:
         """The same of the calls of the current pass, that no kernel has written."""
-        self._check(self._calls_of_sites(), [len(routers) for routers in self.routers_of], T)
+        self._check([len(routers) for routers in self.routers_of], T)
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
         """`kind`: of what was seen, one of `schema.EXTRAS`, or "" for a choice."""
