@@ -12,37 +12,29 @@ from contextlib import ExitStack
 from functools import partial, wraps
 from threading import get_ident
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
 from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
+from moe_inspect.capture.hook import sink
 from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
 from moe_inspect.capture.hook.probes import Probes, listen
-from moe_inspect.capture.hook.sink import (
-    Records,
-    Scope,
-    Sink,
-    Sinks,
-    before_method,
-    dropped_before_call,
-    logits_read,
-    replaced,
-    watching,
-)
+from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.capture.mode import takes_implementation
-from moe_inspect.capture.options import RecordOptions
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model import wrapped
 from moe_inspect.model.choices.read import called_with
 from moe_inspect.model.routers import Site, is_of_transformers
-from moe_inspect.model.wrapped import (
-    call_of_model,
-    is_compiled,
-    is_compiled_wrapper,
-    wrappers_of,
-)
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from moe_inspect.capture.options import RecordOptions
+    from moe_inspect.model.choices.read import Args, Choice, Kwargs
 
 
 class Attachment:
@@ -52,24 +44,20 @@ class Attachment:
 
     def __init__(
         self,
-        outer: Any,
-        model: Any,
+        outer: Module,
+        model: Module,
         sites: Sequence[Site],
         mode: str,
         extras: Sequence[str],
-        records: Records,
+        records: sink.Records,
     ):
-        self.outer, self.model, self.sites = outer, model, sites
-        self.mode, self.records = mode, records
-        self.wrappers = wrappers_of(self.outer, self.model)
+        self.model, self.sites, self.mode, self.records = model, sites, mode, records
+        self.wrappers = wrapped.wrappers_of(outer, model)
         self.paused = self.over = False
         # without sites, probes will show them
-        is_known = bool(sites) and all(
-            map(is_of_transformers, [self.model, *(s.module for s in sites)])
-        )
-        self.scopes = {
-            s.stack: Scope(s.stack, self.model.get_submodule(s.stack_path), is_known) for s in sites
-        } or {"": Scope("", self.model, is_known)}
+        is_known = bool(sites) and all(map(is_of_transformers, [model, *(s.module for s in sites)]))
+        stacks = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
+        self.scopes = {name: Scope(name, module, is_known) for name, module in stacks.items()}
         self._in_model = False  # a call of the whole model is running
         self._thread = 0  # in which the last forward pass began
         self.one_thread = True  # passes of several threads are refused
@@ -78,7 +66,7 @@ class Attachment:
         self.kinds, self.sinks = ("", *extras), list[Sinks]()
         for site in sites:
             self.add(site)
-        self.compiled = self.in_compiled = is_compiled(outer)
+        self.compiled = self.in_compiled = wrapped.is_compiled(outer)
         self._bracketed = False
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
@@ -90,34 +78,31 @@ class Attachment:
         self._experts = Takeover(self.model, called, self._watch_experts)
         self._cleanup, self._eager = ExitStack(), Eager()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+    def __deepcopy__(self, memo: object) -> Attachment:
         return self  # what is copied is the model, and of the copy nothing is recorded
 
     __reduce__ = eager.not_pickled
 
-    def take_probes(self, add: Callable[[Site], Any] | None, options: RecordOptions) -> None:
+    def take_probes(self, add: Callable[[Site], Sinks] | None, options: RecordOptions) -> None:
         """`add`: see `Probes`. Specs that a caller gave say what is recorded: probes show nothing
         then."""
-        if options.routers:
-            return
-        self.probes = Probes(self.scopes, add, self.model, options.layers)
-        if options.discover:
-            self.discovery = Discovery(self.model, self.probes)
+        if not options.routers:
+            self.probes = Probes(self.scopes, add, self.model, options.layers)
+            self.discovery = Discovery(self.model, self.probes) if options.discover else None
 
     def add(self, site: Site) -> Sinks:
         """The sinks of one more site."""
         scope = self.scopes[site.stack]
         if site.told is not None:
             site.told.scope = scope
-        self.sinks.append({kind: Sink(scope) for kind in self.kinds})
+        self.sinks.append({kind: sink.Sink(scope) for kind in self.kinds})
         return self.sinks[-1]
 
     def attach(self) -> None:
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.detach)
             self._attach()
-        except BaseException:
-            self.detach()
-            raise
+            undo.pop_all()
 
     def detach(self) -> None:
         self._shut()
@@ -148,56 +133,54 @@ class Attachment:
         elif self.probes is not None:
             self._cleanup.callback(listen(self.probes))
 
-    def _keep(self, hook: Any) -> None:
+    def _keep(self, hook: RemovableHandle) -> None:
         self._cleanup.callback(hook.remove)
+
+    def _replace(self, owner: Module, name: str, made_of: Callable[..., Any]) -> None:
+        self._cleanup.callback(sink.replaced(owner, name, made_of))
 
     def _bracket(self) -> None:
         """Marks where a forward pass begins and ends."""
-
         stacks = [scope for stack, scope in self.scopes.items() if stack]
-        if all(map(is_compiled_wrapper, self.wrappers)):
+        if all(map(wrapped.is_compiled_wrapper, self.wrappers)):
             self._keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
             # even if it raised: a later call of a stack, or of a probe, is not part of it
             always = bool(stacks) or not self.sites
             self._keep(self.model.register_forward_hook(self._after, always_call=always))
         else:  # PEFT calls the model's forward, not the model
-            self._cleanup.callback(replaced(self.model, "forward", self._around_forward))
+            self._replace(self.model, "forward", self._around_forward)
         for scope in stacks:
-            self._keep(
-                scope.module.register_forward_pre_hook(
-                    partial(self._before_stack, scope), with_kwargs=True
-                )
-            )
-            self._keep(scope.module.register_forward_hook(partial(self._after_stack, scope)))
+            before, after = partial(self._before_stack, scope), partial(self._after_stack, scope)
+            self._keep(scope.module.register_forward_pre_hook(before, with_kwargs=True))
+            self._keep(scope.module.register_forward_hook(after))
         for n, module in enumerate([*self.wrappers, self.model]):
             around = partial(self._around, wrappers=self.wrappers[n:])
-            if is_compiled_wrapper(module):
-                self._cleanup.callback(replaced(module, "forward", around))
+            if wrapped.is_compiled_wrapper(module):
+                self._replace(module, "forward", around)
             if vars(module).get("_compiled_call_impl") is not None:
-                self._cleanup.callback(replaced(module, "_compiled_call_impl", around))
+                self._replace(module, "_compiled_call_impl", around)
         if hasattr(self.model, "get_compiled_call"):  # what `generate` decodes with on a GPU
             around_got = lambda get: lambda *a, **k: self._around(get(*a, **k))  # noqa: E731
-            self._cleanup.callback(replaced(self.model, "get_compiled_call", around_got))
+            self._replace(self.model, "get_compiled_call", around_got)
 
     def _watch(self, r: int, site: Site, compiled: bool) -> None:
         """Hooks that read the choice and the logits of the router at site r."""
-
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            hook = watching(self.sinks[r][""], adapter.choice)
+            hook = sink.watching(self.sinks[r][""], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         elif adapter is not None:
             choice_of, router = adapter.choice, site.logits_module
             if router is not None and site.dropped is not None:
-                hook, choice_of = dropped_before_call(site, router, choice_of)
+                hook, choice_of = sink.dropped_before_call(site, router, choice_of)
                 self._keep(router.register_forward_hook(hook))
             self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
         if "logits" in self.kinds and site.logits_module is not None:
-            hook = watching(self.sinks[r]["logits"], logits_read(site))
+            hook = sink.watching(self.sinks[r]["logits"], sink.logits_read(site))
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
@@ -206,15 +189,15 @@ class Attachment:
                 self._watch_call(r, site, called_with, self.compiled or has_compiled())
 
     def _watch_call(
-        self, r: int, site: Site, choice_of: Callable[..., Any], compiled: bool
+        self, r: int, site: Site, choice_of: Callable[..., Choice | None], compiled: bool
     ) -> None:
         """Reads the choice of site r before each call of its module."""
-        module, hook = site.module, watching(self.sinks[r][""], choice_of)
+        module, hook = site.module, sink.watching(self.sinks[r][""], choice_of)
         # (whoever has put a forward there, as accelerate does, may look for it again)
         if not site.method and (compiled or "forward" in vars(module)):
             self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            self._cleanup.callback(before_method(module, site.method or "forward", hook))
+            self._cleanup.callback(sink.before_method(module, site.method or "forward", hook))
 
     # --- around a forward pass
 
@@ -224,7 +207,7 @@ class Attachment:
 
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            given = None if self._bracketed else call_of_model(wrappers, args, kwargs)
+            given = None if self._bracketed else wrapped.call_of_model(wrappers, args, kwargs)
             if given is None:
                 return call(*args, **kwargs)
             self._bracketed = True
@@ -253,20 +236,18 @@ class Attachment:
 
         return MethodType(run, self.model)
 
-    def _before(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before(self, module: Module, args: Args, kwargs: Kwargs) -> None:
         if not self._bracketed and module is self.model:
             self._begin(args, kwargs)
 
-    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, module: Module, args: Args, output: object) -> None:
         if not self._bracketed and module is self.model:
             self._end(output)
 
     # A call compiled from outside (torch.compile(model) with record(model), a compiled training
     # step) has a graph break here; record(torch.compile(model)) has none.
     @not_compiled(NOT_COMPILED)
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: Args, kwargs: Kwargs) -> None:
         if self.paused or self.over:
             return
         self._check_caller()
@@ -279,7 +260,7 @@ class Attachment:
             self.discovery.begin()
 
     @not_compiled(NOT_COMPILED)
-    def _end(self, output: Any) -> None:
+    def _end(self, output: object) -> None:
         if self.paused or self.over or (self.one_thread and self._thread != get_ident()):
             return
         if output is None and sys.exc_info()[1] is not self._handled:  # it raised
@@ -292,9 +273,7 @@ class Attachment:
         self._end_pass()
 
     @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
-    def _before_stack(
-        self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before_stack(self, scope: Scope, module: Module, args: Args, kwargs: Kwargs) -> None:
         if self.paused or self.over or module is not scope.module:
             return
         self._check_caller()
@@ -305,9 +284,7 @@ class Attachment:
         self._open(scope, args, kwargs)
 
     @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
-    def _after_stack(
-        self, scope: Scope, module: torch.nn.Module, args: tuple[Any, ...], output: Any
-    ) -> None:
+    def _after_stack(self, scope: Scope, module: Module, args: Args, output: object) -> None:
         if self.paused or self.over or not scope.open or module is not scope.module:
             return
         scope.open = False
@@ -317,10 +294,9 @@ class Attachment:
             self._end_pass()
 
     def _check_caller(self) -> None:
-        if not self.one_thread:
-            return
-        running = self._in_model or self._alone is not None
-        self._thread = eager.check_caller(self.model, self._thread if running else None)
+        if self.one_thread:
+            running = self._in_model or self._alone is not None
+            self._thread = eager.check_caller(self.model, self._thread if running else None)
 
     def _begin_pass(self) -> None:
         if self.in_compiled:  # (the pass before it failed)
@@ -333,7 +309,7 @@ class Attachment:
             self._eager.hold()
         self.records.begin()
 
-    def _open(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open(self, scope: Scope, args: Args, kwargs: Kwargs) -> None:
         self.records.feed(scope.stack, args, kwargs)
         scope.start()
 

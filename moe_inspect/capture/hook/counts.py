@@ -64,11 +64,11 @@ class DeviceCounts:
         self._all_tokens, self._tokens_R = 0, np.zeros(len(self.routers), np.int64)
         self._taken_load = [np.zeros(r.experts, np.int64) for r in routers]
         # a device's routers lie side by side in its sums: E + 1 columns each, from here on
+        self._width = dict.fromkeys(self.devices, 0)
         self._columns = np.zeros(len(self.routers), np.int64)
-        self._width: dict[torch.device, int] = {}
         for r, (router, device) in enumerate(zip(self.routers, self.devices, strict=True)):
-            self._columns[r] = self._width.get(device, 0)
-            self._width[device] = int(self._columns[r]) + router.experts + 1
+            self._columns[r] = self._width[device]
+            self._width[device] += router.experts + 1
         self.on_cpu = all(device.type == "cpu" for device in self.devices)
         self._sums = self._zeros(1)
 
@@ -90,7 +90,7 @@ class DeviceCounts:
 
     def count(
         self,
-        routers: Sequence[int],
+        routers: range,
         fed: Sequence[Rows],
         choices: Sequence[Whole],
         domains: int,
@@ -133,17 +133,11 @@ class DeviceCounts:
         column_R = torch.from_numpy(self._columns[first : first + len(ids_RNK)]).to(device)
         domain_N1 = domain_N[:, None]
         outside_RNK = (ids_RNK < 0) | (ids_RNK >= E) | (domain_N1 < 0)
-        slot_RNK = (
-            ids_RNK.long().masked_fill(outside_RNK, E)
-            + domain_N1.clamp(min=0) * self._width[device]
-            + column_R[:, None, None]
-        )
+        place_RN1 = domain_N1.clamp(min=0) * self._width[device] + column_R[:, None, None]
+        slot_RNK = ids_RNK.long().masked_fill(outside_RNK, E) + place_RN1
         # the first of equal weights
-        first_RN1 = (
-            weights_RNK.to(self.weight_dtype)
-            .masked_fill(outside_RNK, -torch.inf)
-            .argmax(2, keepdim=True)
-        )
+        rounded_RNK = weights_RNK.to(self.weight_dtype).masked_fill(outside_RNK, -torch.inf)
+        first_RN1 = rounded_RNK.argmax(2, keepdim=True)
         slots, first_slots = slot_RNK.view(-1), slot_RNK.gather(2, first_RN1).view(-1)
         assignments, first_choice, *weight_sum = (s.view(-1) for s in self._sums[device])
         assignments.scatter_add_(0, slots, torch.ones_like(slots))
@@ -158,19 +152,12 @@ class DeviceCounts:
             [s.cpu().numpy().copy() for s in self._of_router(r)] for r in range(len(self.routers))
         ]
         load, first_choices, *weight_sums = map(list, zip(*host, strict=True))
-        self._taken_load = [
-            sum_E + new_DE.sum(0) for sum_E, new_DE in zip(self._taken_load, load, strict=True)
-        ]
+        for taken_E, new_DE in zip(self._taken_load, load, strict=True):
+            taken_E += new_DE.sum(0)
         known = len(load[0])
+        sums = load, first_choices, weight_sums[0] if self.weights else None
         counted = CountedBatches(
-            self.batch,
-            self.tokens,
-            domains[:known],
-            load,
-            first_choices,
-            weight_sums[0] if self.weights else None,
-            self.documents,
-            self.decisions,
+            self.batch, self.tokens, domains[:known], *sums, self.documents, self.decisions
         )
         self.tokens, self.decisions, self.documents = 0, 0, []
         self._sums = self._zeros(known)
@@ -188,9 +175,8 @@ class DeviceCounts:
         if all_ranks:
             for tensor in [*load, tokens, tokens_R]:
                 torch.distributed.all_reduce(tensor)
-        return Totals(
-            self.routers, [t.cpu().numpy() for t in load], int(tokens), tokens_R.cpu().numpy()
-        )
+        on_host = [t.cpu().numpy() for t in load]
+        return Totals(self.routers, on_host, int(tokens), tokens_R.cpu().numpy())
 
 
 MOST_WAITING = 256  # forward passes
@@ -237,18 +223,17 @@ class CountedPasses:
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """The pass has run. MoeInspectError unless every router has seen every token once."""
         choices = [self._choices(stack) if self.is_counted else None for stack in fed]
+        if self.is_counted:
+            last = fed[-1].fed
+            self._numbers.append(number)
+            self._in_group = isinstance(last, Rows) and last.group is not None
         for stack, of_stack in zip(fed, choices, strict=True):
             assert stack.fed is not None
             self._waiting.append(Waiting(number, stack, stack.fed, of_stack))
             self._waiting_rows += stack.fed.T
             self._waiting_slots += sum(ids.numel() for ids, _ in of_stack or ())
-        last = fed[-1].fed
-        for stack in fed:
             stack.fed = None
             stack.clear()
-        if self.is_counted:
-            self._numbers.append(number)
-            self._in_group = isinstance(last, Rows) and last.group is not None
         if (
             len(self._waiting) >= MOST_WAITING
             or self._waiting_slots >= MOST_WAITING_SLOTS
@@ -308,7 +293,14 @@ class CountedPasses:
             self._write()
 
     def _write_when_due(self) -> None:
-        if self.writer is not None and not self._in_group and self._is_due():
+        every_s = self.options.commit_every
+        if self.options.flush_steps is not None:
+            is_due = len(self._numbers) >= self.options.flush_steps
+        elif every_s is not None and monotonic() - self._taken >= every_s:
+            is_due = True
+        else:
+            is_due = self.counts.tokens + self._waiting_rows >= self.shard_tokens
+        if is_due and self.writer is not None and not self._in_group:
             self._write()
 
     def _write(self) -> None:
@@ -317,11 +309,3 @@ class CountedPasses:
         if self.writer is not None and self.counts.tokens:
             counted = self.counts.take(list(self.inputs.domains))
             self.writer.write(replace(counted, first_batch=numbers[0]))
-
-    def _is_due(self) -> bool:
-        """Whether the counts since the last write are to be committed now."""
-        if self.options.flush_steps is not None:
-            return len(self._numbers) >= self.options.flush_steps
-        every_s = self.options.commit_every
-        is_early = every_s is not None and monotonic() - self._taken >= every_s
-        return is_early or self.counts.tokens + self._waiting_rows >= self.shard_tokens

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +23,9 @@ from moe_inspect.model.custom.choice import is_sequence_first
 from moe_inspect.model.find import NUMBER, lists_in_blocks, states_experts
 from moe_inspect.model.routers import layer_of, layer_path
 from moe_inspect.text import print_stderr
+
+if TYPE_CHECKING:
+    from moe_inspect.model.choices.read import Args
 
 UNSEEN = (
     "what the model drops from the choice later (by capacity, a threshold or a slice) is seen only "
@@ -60,14 +63,14 @@ class Discovery(TorchFunctionMode):
     nothing there has as many experts as; and where the experts of a list were given other rows than
     were chosen."""
 
-    def __init__(self, model: torch.nn.Module, probes: Probes):
+    def __init__(self, model: Module, probes: Probes):
         super().__init__()
         self.model, self.probes = model, probes
-        self._path_of = {id(module): path for path, module in model.named_modules()}
+        self._path_of = {module: path for path, module in model.named_modules()}
         self._lists = lists_in_blocks(model)
         # the list and the index of each module in one
         self._place_of = {
-            id(module): (path, e)
+            module: (path, e)
             for path, modules in self._lists.items()
             for e, module in enumerate(modules)
         }
@@ -100,7 +103,15 @@ class Discovery(TorchFunctionMode):
             if found.layer not in self._probed:
                 calls.setdefault(found.path, []).append(found)
         chosen, self._found = [self._widest(of_module) for of_module in calls.values()], []
-        self._refuse_two(chosen)
+        of_layer: dict[int, TopkCall] = {}
+        for found in chosen:  # one of two in a layer may be a sparse attention, or another stack's
+            if (other := of_layer.setdefault(found.layer, found)) is not found:
+                _refuse(
+                    f"{other.path} and {found.path}",
+                    f"both call torch.topk, over {other.E} and {found.E} values "
+                    f"({other.line}, {found.line})",
+                    "which chooses experts",
+                )
         for found in chosen:
             self._check(found)
             self.probes(found.layer, found.ids.detach(), found.values.detach(), found.E, None)
@@ -121,19 +132,6 @@ class Discovery(TorchFunctionMode):
             )
         return widest[0]
 
-    def _refuse_two(self, chosen: list[TopkCall]) -> None:
-        """MoeInspectError where two modules of a layer choose: one may be a sparse attention, or
-        another stack's."""
-        first: dict[int, TopkCall] = {}
-        for found in chosen:
-            if (other := first.setdefault(found.layer, found)) is not found:
-                _refuse(
-                    f"{other.path} and {found.path}",
-                    f"both call torch.topk, over {other.E} and {found.E} values "
-                    f"({other.line}, {found.line})",
-                    "which chooses experts",
-                )
-
     def _check(self, found: TopkCall) -> None:
         """MoeInspectError where the choice is not what the experts are given, or may be of no
         experts."""
@@ -141,10 +139,8 @@ class Discovery(TorchFunctionMode):
         if self._sequence_first.get(nearest):
             _refuse(nearest, "is given [positions, rows, …]", "the order of the rows")
         what = f"chooses {found.K} of {found.E} values ({found.line})"
-        compared = False
-        for path in self._lists_of(found):
-            compared |= self._compare(found, what, path)
-        if compared:
+        compared = [self._compare(found, what, path) for path in self._lists_of(found)]
+        if any(compared):
             return
         if self._slots.get(id(found.ids), found.K) < found.K:
             _refuse(found.path, f"{what} and takes a slice of them", "which it uses")
@@ -201,14 +197,14 @@ class Discovery(TorchFunctionMode):
             )
         return True
 
-    def _count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def _count(self, module: Module, args: Args) -> None:
         """A module is about to be called."""
-        path, fed = self._path_of.get(id(module)), self.probes.scopes[0].fed
+        path, fed = self._path_of.get(module), self.probes.scopes[0].fed
         if path is not None and fed is not None:
             is_it = is_sequence_first(args, fed.B, fed.S)
             if is_it is not None:
                 self._sequence_first[path] = is_it
-        if (place := self._place_of.get(id(module))) is None:
+        if (place := self._place_of.get(module)) is None:
             return
         rows = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
         if rows is not None and rows.dim():
@@ -222,11 +218,7 @@ class Discovery(TorchFunctionMode):
         self.probes(layer, *shown)
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: object, args: Args = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Sees every choice of K of E values by topk, E > K, and every part that is taken of its
         ids."""
@@ -244,24 +236,21 @@ class Discovery(TorchFunctionMode):
         return output
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
-        found = self._caller(sys._getframe())
-        # elsewhere than in a block it is the sampling of a token
-        if found is not None and layer_path(found[0]) is not None:
-            self._found.append(TopkCall(found[0], layer_of(found[0]), E, ids, values, found[1]))
-
-    def _caller(self, frame: FrameType | None) -> tuple[str, str] | None:
-        """Path of the module of this model whose method is running, and the line it is at; where
-        that is torch's own code, the line of what it runs."""
-        line = ""
+        """Notes the call, if it is in a block: elsewhere it is the sampling of a token. Its line is
+        that of the module of this model whose method is running or, where that is torch's own code,
+        of what it runs."""
+        frame, line = sys._getframe(), ""
         while frame is not None:
             if not frame.f_code.co_filename.startswith(NOT_THE_MODELS):
                 line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
             owner = frame.f_locals.get(names[0]) if names else None  # `self`, of a method
-            if isinstance(owner, torch.nn.Module) and id(owner) in self._path_of:
-                return self._path_of[id(owner)], line
+            path = self._path_of.get(owner) if isinstance(owner, Module) else None
+            if path is not None:
+                if layer_path(path) is not None:
+                    self._found.append(TopkCall(path, layer_of(path), E, ids, values, line))
+                return
             frame = frame.f_back
-        return None
 
     def _tell(self, chosen: list[TopkCall]) -> None:
         """The lines that make the discovery unnecessary."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from moe_inspect.capture.hook.kernels import SIZES, Dispatch, Tape
 from moe_inspect.capture.hook.sink import Sink, Sinks
 from moe_inspect.errors import MoeInspectError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 NAME = "moe_inspect"
 TAKEN = "_moe_inspect"  # the attribute of an experts module while a recorder has taken it over
 
@@ -35,6 +38,8 @@ FEW_SLOTS = 64
 
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 Implementation = Callable[..., Tensor]  # of the experts, as transformers' registry has them
+# of transformers' interface: flags on it (has_gate, has_bias …) describe the family's experts
+Experts: TypeAlias = Any
 
 
 @dataclass(eq=False, slots=True)
@@ -53,9 +58,9 @@ class TakenOver:
     sizes: dict[str, Sink]
     stock: Implementation | None
     computes: bool
-    before: list[tuple[Any, str | None]]
+    before: list[tuple[PreTrainedConfig, str | None]]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
         # what is copied is a module, and the copy is not taken over
         for config, name in self.before:
             deepcopy(config, memo)._experts_implementation_internal = name
@@ -67,7 +72,7 @@ class Tapped(NamedTuple):
     """A config in which a tap has put our implementation. All modules with the config run it, those
     too that the tap does not record."""
 
-    config: Any
+    config: PreTrainedConfig
     stock: Implementation  # the one that the config named before
     let_go: Callable[[], None]  # takes ours out again, and the tap goes on with hooks
 
@@ -76,11 +81,10 @@ _TAPPED: dict[int, Tapped] = {}  # by the id of the config
 
 
 def experts_forward(
-    self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Experts, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Replaces transformers' `grouped_mm` and, for few tokens on a GPU, the `batched_mm` that
-    `generate` decodes with; the flags on `self` (has_gate, has_bias …) describe the family's
-    experts."""
+    `generate` decodes with."""
     taken: TakenOver | None = getattr(self, TAKEN, None)
     if taken is None:
         tapped = None if is_compiling() else _TAPPED.get(id(self.config))
@@ -100,13 +104,10 @@ def experts_forward(
 
 
 def _computed(
-    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+    self: Experts, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
-    copied = (
-        kernels.runs_triton(hidden_TH)
-        and not torch.is_grad_enabled()
-        and are_few(ids_TK.numel(), self.num_experts)
-    )
+    on_gpu = kernels.runs_triton(hidden_TH) and not torch.is_grad_enabled()
+    copied = on_gpu and are_few(ids_TK.numel(), self.num_experts)
     return (_copied if copied else _grouped)(self, hidden_TH, ids_TK, weights_TK, tape)
 
 
@@ -117,73 +118,56 @@ def are_few(slots: int, experts: int) -> bool:
 
 
 def _grouped(
-    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+    self: Experts, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
     grouped = kernels.dispatch(ids_TK, weights_TK, self.num_experts, tape)
     ends_E, token_S = grouped.offsets[1:], grouped.token
-    one_pass = _in_one_pass(hidden_TH)
     # the products leave the rows beyond the last expert uninitialised, forward and backward: where
     # these may be other ranks' slots they are masked (the fused sum does not read them)
-    masked = _may_have_sentinels(self) and not one_pass
-    beyond_S1 = (
-        (torch.arange(len(token_S), device=token_S.device) >= ends_E[-1]).unsqueeze(1)
-        if masked
-        else None
-    )
-    expert_S = (
-        ids_TK.reshape(-1)[grouped.permutation.long()].clamp(0, self.num_experts - 1)
-        if self.has_bias
-        else None
-    )
+    beyond_S1 = expert_S = None
+    if _may_have_sentinels(self) and not _in_one_pass(hidden_TH):
+        place_S = torch.arange(len(token_S), device=token_S.device)
+        beyond_S1 = (place_S >= ends_E[-1]).unsqueeze(1)
+    if self.has_bias:
+        expert_S = ids_TK.reshape(-1)[grouped.permutation.long()].clamp(0, self.num_experts - 1)
+
+    def masked(x_S: Tensor) -> Tensor:
+        return x_S if beyond_S1 is None else x_S.masked_fill(beyond_S1, 0.0)
 
     def linear(x_S: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y_S = _grouped_linear(
-            x_S,
-            weight,
-            ends_E,
-            bias=bias[expert_S] if bias is not None else None,
-            is_transposed=self.is_transposed,
-        )
-        return y_S if beyond_S1 is None else y_S.masked_fill(beyond_S1, 0.0)
+        bias_S = bias[expert_S] if bias is not None else None
+        transposed = self.is_transposed
+        return masked(_grouped_linear(x_S, weight, ends_E, bias=bias_S, is_transposed=transposed))
 
     # (the gradient of index_select is not deterministic on a GPU; that of indexing, as in
     # transformers, is)
     hidden_SH = (
         hidden_TH[token_S.long()] if hidden_TH.requires_grad else hidden_TH.index_select(0, token_S)
     )
-    y_SH = _mlp(
-        self, hidden_SH if beyond_S1 is None else hidden_SH.masked_fill(beyond_S1, 0.0), linear
-    )
+    y_SH = _mlp(self, masked(hidden_SH), linear)
     return _combined(self, y_SH, ids_TK, weights_TK, grouped, None, hidden_TH)
 
 
 def _copied(
-    self: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
+    self: Experts, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
     """Copies the expert's weights per slot instead of grouping. Recording shares the kernel launch
     of the weighted sum."""
     expert_S = ids_TK.reshape(-1)
     if _may_have_sentinels(self):
-        outside_TK = ids_TK >= self.num_experts
-        expert_S, weights_TK = (
-            expert_S.clamp(0, self.num_experts - 1),
-            weights_TK.masked_fill(outside_TK, 0.0),
-        )
+        expert_S = expert_S.clamp(0, self.num_experts - 1)
+        weights_TK = weights_TK.masked_fill(ids_TK >= self.num_experts, 0.0)
 
     def linear(x_S: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _batched_linear(
-            x_S,
-            weight[expert_S],
-            bias[expert_S] if bias is not None else None,
-            is_transposed=self.is_transposed,
-        )
+        bias_S = bias[expert_S] if bias is not None else None
+        return _batched_linear(x_S, weight[expert_S], bias_S, is_transposed=self.is_transposed)
 
     y_SH = _mlp(self, hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0), linear)
     return _combined(self, y_SH, ids_TK, weights_TK, None, tape, hidden_TH)
 
 
 def _combined(
-    self: Any,
+    self: Experts,
     y_SH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
@@ -193,7 +177,9 @@ def _combined(
 ) -> Tensor:
     """The weighted sum of the experts' outputs. Records their sizes, where that was asked for, and
     on `tape` the choice."""
-    sinks, dtype = _measured(self), hidden_TH.dtype
+    dtype, sinks = hidden_TH.dtype, dict[str, Sink]()
+    if (taken := getattr(self, TAKEN, None)) is not None:
+        sinks = {kind: sink for kind, sink in taken.sizes.items() if sink.scope.open}
     if _in_one_pass(hidden_TH):
         sizes = kernels.empty_sizes(ids_TK, sinks)
         sum_TH = kernels.combine(
@@ -210,15 +196,7 @@ def _combined(
     return sum_TH
 
 
-def _measured(self: Any) -> dict[str, Sink]:
-    """Where the sizes of this module's outputs go now; empty where nobody wants them."""
-    taken: TakenOver | None = getattr(self, TAKEN, None)
-    if taken is None or not any(sink.scope.open for sink in taken.sizes.values()):
-        return {}
-    return taken.sizes
-
-
-def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
+def _mlp(self: Experts, x_SH: Tensor, linear: Linear) -> Tensor:
     bias = (lambda name: getattr(self, name + "_bias")) if self.has_bias else lambda name: None
     up = "gate_up_proj" if self.has_gate else "up_proj"
     h_SI = linear(x_SH, getattr(self, up), bias(up))
@@ -228,7 +206,7 @@ def _mlp(self: Any, x_SH: Tensor, linear: Linear) -> Tensor:
     return self.post_expert_norm(y_SH) if getattr(self, "has_post_expert_norm", False) else y_SH
 
 
-def _may_have_sentinels(self: Any) -> bool:
+def _may_have_sentinels(self: Experts) -> bool:
     """Whether ids ≥ E, which mark other ranks' experts, can occur: under expert parallelism, or
     where the release of transformers does not tell."""
     return getattr(self, "_is_expert_parallel", True)
@@ -240,7 +218,7 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
     return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or is_compiling())
 
 
-def stock_of(module: Any) -> Implementation | None:
+def stock_of(module: Experts) -> Implementation | None:
     """The implementation that an experts module would run without ours; None for its own loop
     (eager)."""
     stock = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
@@ -256,12 +234,7 @@ class Takeover:
     those of its outputs' sizes too. `instead`: begins to record them in another way, where they can
     run another implementation while a tap goes on."""
 
-    def __init__(
-        self,
-        model: Any,
-        sinks: Mapping[Any, Sinks],
-        instead: Callable[[], None],
-    ):
+    def __init__(self, model: Any, sinks: Mapping[Experts, Sinks], instead: Callable[[], None]):
         self.model, self.sinks, self.instead = model, sinks, instead
         self.taps = False
         self._undo = ExitStack()
@@ -313,11 +286,8 @@ class Takeover:
         register()
         before = self.model.get_experts_implementation()
         configs = {id(c): c for m in self.model.modules() if (c := vars(m).get("config"))}
-        names = [
-            (config, config._experts_implementation)
-            for config in configs.values()
-            if hasattr(config, "_experts_implementation")
-        ]
+        key = "_experts_implementation"
+        names = [(c, getattr(c, key)) for c in configs.values() if hasattr(c, key)]
 
         def put_back() -> None:
             if any(map(_runs_ours, self.sinks)):
@@ -337,5 +307,5 @@ class Takeover:
         self.model.set_experts_implementation(NAME)
 
 
-def _runs_ours(module: Any) -> bool:
+def _runs_ours(module: Experts) -> bool:
     return module.config._experts_implementation == NAME

@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from threading import get_ident
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -68,7 +67,7 @@ class Probes:
         self,
         scopes: Mapping[str, Scope],
         add: Callable[[Site], Sinks] | None,
-        model: Any,
+        model: Module,
         layers: Sequence[int] | None,
         need_logits: bool = True,
     ):
@@ -101,17 +100,16 @@ class Probes:
             raise MoeInspectError(
                 f"{reader.path} was called with experts={experts} and with {reader.experts}"
             )
-        ids, weights = reader.choice((ids, weights), dropped)
-        if (tape := sinks[""](ids, weights)) is not None:
-            kernels.record(tape, ids, weights)
-        if "logits" not in sinks or (logits is None and not self.need_logits):
+        sinks[""].record(*reader.choice((ids, weights), dropped))
+        if "logits" not in sinks:
             return
-        if logits is None:
+        if logits is not None:
+            sinks["logits"].record(None, reader.logits(logits))
+        elif self.need_logits:
             raise MoeInspectError(
                 f"{reader.path} shows no router logits: give it logits=, or record without "
                 "logits=True"
             )
-        sinks["logits"].record(None, reader.logits(logits))
 
     def check_layers(self) -> None:
         """MoeInspectError where the first forward pass has shown no probe in a layer that is to be
