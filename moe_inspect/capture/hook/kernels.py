@@ -167,7 +167,8 @@ def _record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> Non
     if runs_triton(tape.cursor):
         fed = ids_TK if ids_TK is not None else weights_TK
         launches = 1 if fed.numel() <= RECORD_BLOCK else 2
-        if SELF_CHECK.record(tape, ids_TK, weights_TK, launches):
+        read_TK = ids_TK if tape.ids is not None else None
+        if SELF_CHECK.trusts("record", tape, 0, read_TK, weights_TK, None, launches):
             return record_triton(tape, ids_TK, weights_TK)
     return record_torch(tape, ids_TK, weights_TK)
 
@@ -352,7 +353,8 @@ def _dispatch(
         here = dispatch_numpy if ids_TK.is_cpu else dispatch_torch
         return here(ids_TK, weights_TK, experts, tape)
     launches, block = dispatch_plan(ids_TK.numel(), experts)
-    if SELF_CHECK.dispatch(ids_TK, weights_TK, experts, tape, launches, block):
+    recorded_TK = weights_TK if tape is not None else None
+    if SELF_CHECK.trusts("dispatch", tape, experts, ids_TK, recorded_TK, None, launches, block):
         return dispatch_triton(ids_TK, weights_TK, experts, tape, launches, block, out)
     return dispatch_torch(ids_TK, weights_TK, experts, tape)
 
@@ -769,10 +771,12 @@ def combine(
     tape: Tape | None = None, sizes: Sizes | None = None,
 ) -> Tensor:  # fmt: skip
     """`combine_triton`, or the same in torch where the kernel is not to be trusted."""
-    in_groups = grouped is not None
-    if SELF_CHECK.combine(y_SH, ids_TK, weights_TK, in_groups, dtype, experts, tape, sizes):
-        return combine_triton(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
-    return combine_torch(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
+    H = y_SH.size(1)
+    written = (tuple(sizes), measuring_columns(H)) if sizes else ((), 0)
+    how = 1, None, y_SH.dtype, dtype, grouped is not None, not H % 16, *written
+    trusted = SELF_CHECK.trusts("combine", tape, experts, ids_TK, weights_TK, y_SH, *how)
+    code = combine_triton if trusted else combine_torch
+    return code(y_SH, ids_TK, weights_TK, grouped, dtype, experts, tape, sizes)
 
 
 def combine_torch(

@@ -8,7 +8,8 @@ launches call the compiled kernel, with the addresses of its tensors.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,24 +23,26 @@ ALIGNMENT = 16
 # specializes numbers on that, and on AMD GPUs tensors
 FEW_ELEMENTS = 2**28
 
+Argument: TypeAlias = Any  # of a kernel: a tensor, a number, a constant, or a tuple of them
+
 
 class State(NamedTuple):
     """Arguments that never change, such as those of a ring buffer."""
 
-    arguments: tuple[Any, ...]  # as Triton takes them
-    addresses: tuple[Any, ...]  # the same with the address of each tensor
+    arguments: tuple[Argument, ...]  # as Triton takes them
+    addresses: tuple[Argument, ...]  # the same with the address of each tensor
     variant: int  # equal for states that can share a compiled kernel
 
 
 _variants: dict[Hashable, int] = {}
 
 
-def state(*arguments: Any) -> State:
+def state(*arguments: Argument) -> State:
     variant = _variants.setdefault(specialization(arguments), len(_variants))
     return State(arguments, addresses(arguments), variant)
 
 
-def specialization(argument: Any) -> Hashable:
+def specialization(argument: Argument) -> Hashable:
     """What Triton compiles a kernel anew for, in an argument. Where it is equal, the compiled
     kernel is the same."""
     if isinstance(argument, Tensor):
@@ -52,7 +55,7 @@ def specialization(argument: Any) -> Hashable:
     return getattr(argument, "value", argument)  # of a tl.constexpr
 
 
-def addresses(argument: Any) -> Any:
+def addresses(argument: Argument) -> Argument:
     """The argument with the address of each tensor in its place."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
@@ -84,7 +87,7 @@ class Launch:
         self.kernel, self.named = kernel, {**constants, **options}
         self.constants = tuple(constants.values())
         self.interpreted = not isinstance(kernel, JITFunction)
-        self.bound: dict[Hashable, tuple[Any, ...]] = {}
+        self.bound: dict[Hashable, tuple[Argument, ...]] = {}
 
     def __call__(
         self,
@@ -99,15 +102,14 @@ class Launch:
     ) -> None:
         """Launches on the current stream of `device` (its index, or −1 for tensors of the CPU).
         `elements`: of the largest tensor. `typed`: tensors of the same types at every launch."""
+        given = tensors, typed, specialized, numbers
         if self.interpreted:
-            return self._by_triton(None, grid, (*tensors, *typed, *specialized, *numbers), state)
+            return self._by_triton(None, grid, given, state)
         active: Any = driver.active
         current = active.get_current_device()
         if current != device >= 0:
             with torch.cuda.device(device):
-                return self(
-                    device, grid, elements, tensors, typed, specialized, numbers, state
-                )  # fmt: skip
+                return self(device, grid, elements, *given, state)
         pointers, kinds, bits = [], [], 0
         for tensor in tensors:
             if tensor is None:
@@ -129,17 +131,17 @@ class Launch:
         except AttributeError:  # whatever else somebody puts there may be one
             observed = True
         if bound is None or observed:
-            return self._by_triton(variant, grid, (*tensors, *typed, *specialized, *numbers), state)
+            return self._by_triton(variant, grid, given, state)
         run, function, metadata, _ = bound
         run(*grid, 1, active.get_current_stream(current), function, metadata, None, None, None,
             *pointers, *specialized, *numbers, *state.addresses, *self.constants)  # fmt: skip
         return None
 
     def _by_triton(
-        self, variant: Hashable, grid: tuple[int, int], given: tuple[Any, ...], state: State
+        self, variant: Hashable, grid: tuple[int, int], given: Sequence[Sequence[Any]], state: State
     ) -> None:
         """Triton's own way. Binds the variant, unless it is None."""
-        compiled = self.kernel[grid](*given, *state.arguments, **self.named)
+        compiled = self.kernel[grid](*chain(*given, state.arguments), **self.named)
         if variant is not None and isinstance(compiled, CompiledKernel):
             # the last only keeps the module loaded
             bound = compiled.run, compiled.function, compiled.packed_metadata, compiled

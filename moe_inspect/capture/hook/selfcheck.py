@@ -40,7 +40,7 @@ from moe_inspect.text import first_line, plural, print_stderr
 from moe_inspect.trace.files.atomic import draft_of
 
 if TYPE_CHECKING:
-    from moe_inspect.capture.hook.kernels import Sizes, Tape
+    from moe_inspect.capture.hook.kernels import Tape
 
 SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
@@ -82,13 +82,13 @@ class Variant:
     P: int
     launches: int = 1
     block: int | None = None
-    shifted: tuple[str, ...] = ()
     y: torch.dtype = torch.float32
     out: torch.dtype = torch.float32
     grouped: bool = False
     aligned: bool = True
     sizes: tuple[str, ...] = ()
     columns: int = 0
+    shifted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "no weights" if self.given is None else f"{_name(self.given)} weights"
@@ -143,7 +143,7 @@ Found = dict[Variant, str]  # "ok", "not checked", or what is wrong
 
 
 def shifted_among(
-    ids_TK: Tensor | None, weights_TK: Tensor | None, y_SH: Tensor | None = None
+    ids_TK: Tensor | None, weights_TK: Tensor | None, y_SH: Tensor | None
 ) -> tuple[str, ...]:
     """The names of the tensors that do not begin at a multiple of 16 bytes, for which Triton
     compiles other kernels."""
@@ -154,6 +154,12 @@ def shifted_among(
         return ()
     tensors = {"ids": ids_TK, "weights": weights_TK, "y": y_SH}
     return tuple(n for n, t in tensors.items() if t is not None and t.data_ptr() & 15)
+
+
+def _shape(ids_TK: Tensor | None, E: int) -> tuple[torch.device, int, int]:
+    """The device, E and K of a call without a tape."""
+    assert ids_TK is not None
+    return ids_TK.device, E, ids_TK.size(1)
 
 
 def _name(dtype: torch.dtype | None) -> str:
@@ -193,8 +199,7 @@ class SelfCheck:
         self._recordings: list[Found] = []
 
     def begin(self) -> Found:
-        """A recording begins. Returns what will be found of the variants that are used until
-        `end`."""
+        """A recording begins: what will be found of the variants that are used until `end`."""
         self._trusted.clear()  # each is asked for again, when it is first used
         self._recordings.append({})
         return self._recordings[-1]
@@ -202,71 +207,33 @@ class SelfCheck:
     def end(self, found: Found) -> None:
         self._recordings = [other for other in self._recordings if other is not found]
 
-    # --- asked at every call: the keys hold what a variant is made from, and no more
-
-    def record(
-        self, tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None, launches: int
-    ) -> bool:
-        ids_TK = ids_TK if tape.ids is not None else None
-        shifted = shifted_among(ids_TK, weights_TK)
-        return self._trusts("record", tape, (), ids_TK, weights_TK, launches, None, shifted)
-
-    def dispatch(
-        self,
-        ids_TK: Tensor,
-        weights_TK: Tensor | None,
-        E: int,
-        tape: Tape | None,
-        launches: int,
-        block: int,
-    ) -> bool:
-        weights_TK = weights_TK if tape is not None else None
-        shape, shifted = (ids_TK.device, E, ids_TK.size(1)), shifted_among(ids_TK, weights_TK)
-        return self._trusts("dispatch", tape, shape, ids_TK, weights_TK, launches, block, shifted)
-
-    def combine(
-        self,
-        y_SH: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        grouped: bool,
-        out: torch.dtype,
-        E: int,
-        tape: Tape | None,
-        sizes: Sizes | None = None,
-    ) -> bool:
-        H, written, columns = y_SH.size(1), tuple(sizes or ()), 0
-        if written:
-            columns = sys.modules[self._kernels].measuring_columns(H)
-        sums = y_SH.dtype, out, grouped, not H % 16, written, columns
-        shape, shifted = (ids_TK.device, E, ids_TK.size(1)), shifted_among(ids_TK, weights_TK, y_SH)
-        return self._trusts("combine", tape, shape, ids_TK, weights_TK, 1, None, shifted, *sums)
-
-    def _trusts(
+    def trusts(
         self,
         kernel: str,
         tape: Tape | None,
-        shape: tuple[Any, ...],
+        E: int,
         ids_TK: Tensor | None,
         weights_TK: Tensor | None,
+        y_SH: Tensor | None,
         *more: Any,
     ) -> bool:
-        """`shape`: the device, E and K, of a call without a tape. `more`: the fields of `Variant`
-        from `launches` on."""
+        """Asked at every call of a kernel: the key holds what its variant is made from, and no
+        more. `E`: of a call without a tape. `more`: the fields of `Variant` from `launches` on."""
         ids = ids_TK.dtype if ids_TK is not None else None
         given = weights_TK.dtype if weights_TK is not None else None
-        key = kernel, tape.kind if tape is not None else shape, ids, given, more
+        shifted = shifted_among(ids_TK, weights_TK, y_SH)
+        where = tape.kind if tape is not None else _shape(ids_TK, E)
+        key = kernel, where, ids, given, more, shifted
         found = self._trusted.get(key)
         if found is not None:
             return found
-        recorded, P = None, 0
         if tape is None:
-            device, E, K = shape
+            call = *_shape(ids_TK, E), ids, given, None, 0
         else:
-            device, E, K, P = tape.cursor.device, tape.experts, tape.K, tape.P
             recorded = tape.weights.dtype if tape.weights is not None else None
             given = given if recorded is not None else None
-        return self._first_use(key, Variant(kernel, device, E, K, ids, given, recorded, P, *more))
+            call = tape.cursor.device, tape.experts, tape.K, ids, given, recorded, tape.P
+        return self._first_use(key, Variant(kernel, *call, *more, shifted=shifted))
 
     def _first_use(self, key: Hashable, variant: Variant) -> bool:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -276,9 +243,8 @@ class SelfCheck:
         if found is None:
             try:
                 found = self.found[variant] = self._checked(variant)
-            except BaseException:
+            finally:
                 del self._trusted[key]
-                raise
         for recording in self._recordings:
             recording[variant] = found
         self._trusted[key] = found in FINE
@@ -318,10 +284,9 @@ def summary(found: Found) -> dict[str, str]:
     told: dict[str, str] = {}
     for variant, result in found.items():
         if result not in FINE:
-            result = f"done by torch: the kernel {result} ({variant})"
-        elif told.get(variant.kernel, "ok") != "ok":
-            continue
-        told[variant.kernel] = result
+            told[variant.kernel] = f"done by torch: the kernel {result} ({variant})"
+        elif told.get(variant.kernel, "ok") == "ok":
+            told[variant.kernel] = result
     return told
 
 
@@ -352,7 +317,7 @@ def cache_file() -> Path | None:
 def passed(environment: str) -> set[str]:
     """The variants that have passed in an environment, as `environment_of` names it. A file that is
     missing or damaged holds none."""
-    found = _read().get(environment, [])
+    found = _read().get(environment)
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
 
@@ -370,12 +335,11 @@ def remember(environment: str, variants: set[str]) -> None:
 
 
 def _read() -> dict[str, object]:
-    file = cache_file()
-    try:
-        found = json.loads(file.read_text()) if file is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text()) if (file := cache_file()) is not None else None
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def environment_of(kernels: ModuleType, device: torch.device) -> str:

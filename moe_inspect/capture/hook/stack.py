@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in, top_k_of
 from moe_inspect.trace.schema import EXTRAS, Router
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StackPass(NamedTuple):
@@ -46,7 +49,7 @@ class Stack:
             pass, or uses them again as output buffers; or because nothing is known of the model's
             code. Of code that is known the first pass tells."""
 
-    def __init__(self, name: str, scope: Scope, kinds: Sequence[str], model: Any):
+    def __init__(self, name: str, scope: Scope, kinds: Sequence[str], model: PreTrainedModel):
         self.name, self.scope, self.kinds, self.model = name, scope, kinds, model
         self.sites: list[Site] = []
         self.sinks: list[Sinks] = []  # of each site
@@ -165,9 +168,11 @@ class Stack:
                 if (seen := sum(len(values[0]) for values in calls)) != t * T:
                     K = calls[0][0].shape[1] if calls and not kind else 1
                     self.refuse(site.path, seen, T, kind, K)
-        for site, calls in zip(self.sites, self.calls.get("logits", ()), strict=False):
-            if calls:
-                _refuse_probabilities(site.path, *calls[0])
+                if kind == "logits" and calls and _are_probabilities(*calls[0]):
+                    raise MoeInspectError(
+                        f"{site.path} returns probabilities where its family declares logits: "
+                        "trace without --logits"
+                    )
 
     @property
     def sites_of_routers(self) -> list[int]:
@@ -190,13 +195,12 @@ class Stack:
         rings, fed = self.rings, self.fed
         assert rings is not None
         assert fed is not None
-        T = fed.T
         if not self.scope.to_tapes:
-            if rings.write(self.calls, T):
+            if rings.write(self.calls, fed.T):
                 self.clear()
-                return StackPass(self, rings, fed, rings.head, T, None)
+                return StackPass(self, rings, fed, rings.head, fed.T, None)
             self.write_calls()
-        kept = min(T, max(0, rings.free_rows))
+        kept = min(fed.T, max(0, rings.free_rows))
         return StackPass(self, rings, fed, rings.head, kept, rings.read_cursors())
 
     def write_calls(self) -> None:
@@ -256,9 +260,8 @@ class Stack:
             "fused experts, or hub kernels that bypass their call: load the model with "
             "use_kernels=False"
         )
-        if self.model.training and any(
-            "layerdrop" in key and value for key, value in vars(self.model.config).items()
-        ):
+        training = self.model.training
+        if training and any("layerdrop" in k and v for k, v in vars(self.model.config).items()):
             why = (
                 "LayerDrop skips layers in training: set encoder_layerdrop and decoder_layerdrop "
                 "of the config to 0"
@@ -279,11 +282,6 @@ def router_at(site: Site, top_k: int, time: int = 0) -> Router:
     )
 
 
-def _refuse_probabilities(path: str, logits_TE: Tensor) -> None:
-    values = logits_TE.float()
-    if bool((values >= 0).all()) and torch.allclose(
-        values.sum(1), torch.ones(len(values), device=values.device), atol=1e-2
-    ):
-        raise MoeInspectError(
-            f"{path} returns probabilities where its family declares logits: trace without --logits"
-        )
+def _are_probabilities(logits_TE: Tensor) -> bool:
+    sums = logits_TE.float().sum(1)
+    return bool((logits_TE >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from torch import Tensor
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, stacks_in
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from moe_inspect.model.choices.read import Args, Kwargs
+
+Given: TypeAlias = Mapping[str, Any]  # the arguments of a call, by name
 
 # of what an `InputsOf` returns
 KEYS = (
@@ -54,7 +62,7 @@ class CallReader:
 
     row_order   see `RowOrder`; None is batch-first"""
 
-    def __init__(self, model: Any, sites: Sequence[Site], told: InputsOf | None = None):
+    def __init__(self, model: Module, sites: Sequence[Site], told: InputsOf | None = None):
         self.inputs = _inputs_of(model, sites, told)
         self.row_order = _row_order_of(sites)
         modules = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
@@ -63,12 +71,10 @@ class CallReader:
             for stack, module in modules.items()
         }
 
-    def read(
-        self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Mapping[str, Any], Tensor]:
+    def read(self, stack: str, args: Args, kwargs: Kwargs) -> tuple[Given, Tensor]:
         """The arguments by name, and the token ids [B, S] or, where there are none, the embeddings
         [B, S, …]. MoeInspectError where there is neither."""
-        given: Mapping[str, Any] = kwargs
+        given: Given = kwargs
         if self.inputs is not None:
             given = self.inputs(args, kwargs)
         elif args:
@@ -87,12 +93,12 @@ class CallReader:
         return given, fed
 
 
-def _inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
+def _inputs_of(model: Module, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
     """How the arguments of a model's calls are read: as a caller told; None for a model of
     transformers, by its names. MoeInspectError for the decoder of a model that has an encoder too
     and that we do not know, and where probes will show which of them routes."""
     if told is not None:
-        return as_told(told)
+        return partial(_as_told, told)
     of_decoder = [s.path for s in sites if s.told is not None and "decoder" in s.path.split(".")]
     if (of_decoder or not sites) and stacks_in(model):
         where = of_decoder[0] if of_decoder else type(model).__name__
@@ -103,75 +109,64 @@ def _inputs_of(model: Any, sites: Sequence[Site], told: InputsOf | None) -> Inpu
     return by_name(names, any(site.order == "sb" for site in sites))
 
 
-def as_told(inputs: InputsOf) -> InputsOf:
+def _as_told(inputs: InputsOf, args: Args, kwargs: Kwargs) -> Given:
     """What a caller's function says, checked."""
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-        given = inputs(args, kwargs)
-        if not isinstance(given, Mapping):
-            raise MoeInspectError(
-                f"inputs must return a dict with any of {', '.join(KEYS)}, not a "
-                f"{type(given).__name__}"
-            )
-        if unknown := sorted(set(given) - set(KEYS)):
-            raise MoeInspectError(
-                f"inputs returned {unknown[0]!r}: it may return {', '.join(KEYS)}"
-            )
-        return _in_one_shape(dict(given))
-
-    return read
+    given = inputs(args, kwargs)
+    if not isinstance(given, Mapping):
+        raise MoeInspectError(
+            f"inputs must return a dict with any of {', '.join(KEYS)}, not a {type(given).__name__}"
+        )
+    if unknown := sorted(set(given) - set(KEYS)):
+        raise MoeInspectError(f"inputs returned {unknown[0]!r}: it may return {', '.join(KEYS)}")
+    return _in_one_shape(dict(given))
 
 
 def by_name(names: Sequence[str], sequence_first: bool) -> InputsOf:
     """Read by the names and types of the arguments, as training frameworks give them. `names`: of
     the forward's arguments, in their order. `sequence_first`: hidden states, which later pipeline
     stages are given in place of tokens, are [S, B, ...]."""
+    return partial(_by_name, names, sequence_first)
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        # what is more than the names, by *args, has none
-        loose = [*given.items(), *((f"argument {n}", v) for n, v in enumerate(args[len(names) :]))]
-        loose = [(name, value) for name, value in loose if name not in NOT_TOKENS]
-        found: dict[str, Any] = {"input_ids": _token_ids(loose)}
-        if found["input_ids"] is None:
-            hidden = next((v for _, v in loose if _is_float(v) and v.dim() == 3), None)
-            if hidden is not None and sequence_first:
-                hidden = hidden.transpose(0, 1)
-            if hidden is None:  # these tell how many tokens there are
-                hidden = _first(
-                    given, (*POSITIONS, *LABELS), lambda v: _is_integer(v) and v.dim() > 1
-                )
-            found["inputs_embeds"] = hidden
-        found["position_ids"] = _first(given, POSITIONS, _is_position)
-        found["past_key_values"] = _first(given, CACHES, lambda v: v is not None)
-        found["resumes"] = any(given.get(name) is not None for name in IN_CACHE)
-        found = _in_one_shape(found)
-        fed = found["input_ids"] if found["input_ids"] is not None else found.get("inputs_embeds")
-        if fed is None:
-            return found
-        B, S = fed.shape[:2]
-        found["position_ids"] = _from_start(found["position_ids"], B, S)
-        found["attention_mask"] = _mask(given, B, S)
-        if found["position_ids"] is None:
-            found["position_ids"] = _packed(given, B, S)
+
+def _by_name(names: Sequence[str], sequence_first: bool, args: Args, kwargs: Kwargs) -> Given:
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # what is more than the names, by *args, has none
+    loose = [*given.items(), *((f"argument {n}", v) for n, v in enumerate(args[len(names) :]))]
+    loose = [(name, value) for name, value in loose if name not in NOT_TOKENS]
+    found: dict[str, Any] = {"input_ids": _token_ids(loose)}
+    if found["input_ids"] is None:
+        hidden = next((v for _, v in loose if _is_float(v) and v.dim() == 3), None)
+        if hidden is not None and sequence_first:
+            hidden = hidden.transpose(0, 1)
+        if hidden is None:  # these tell how many tokens there are
+            hidden = _first(given, (*POSITIONS, *LABELS), lambda v: _is_integer(v, 2))
+        found["inputs_embeds"] = hidden
+    found["position_ids"] = _first(given, POSITIONS, lambda v: type(v) is int or _is_integer(v, 0))
+    found["past_key_values"] = _first(given, CACHES, lambda v: v is not None)
+    found["resumes"] = any(given.get(name) is not None for name in IN_CACHE)
+    found = _in_one_shape(found)
+    fed = found["input_ids"] if found["input_ids"] is not None else found.get("inputs_embeds")
+    if fed is None:
         return found
+    B, S = fed.shape[:2]
+    found["position_ids"] = _from_start(found["position_ids"], B, S)
+    found["attention_mask"] = _mask(given, B, S)
+    if found["position_ids"] is None:
+        found["position_ids"] = _packed(given, B, S)
+    return found
 
-    return read
 
-
-def _token_ids(loose: Sequence[tuple[str, Any]]) -> Tensor | None:
+def _token_ids(loose: Sequence[tuple[str, object]]) -> Tensor | None:
     """The token ids among arguments that may be: those of a known name, the first integers of two
     dimensions, the first of one. MoeInspectError where another may be as well, or where they may be
     one number per sample."""
 
-    def rank(name: str, ids: Tensor) -> tuple[int, int]:
-        return TOKENS.index(name) if name in TOKENS else len(TOKENS), -ids.dim()
-
     integers = [(n, v) for n, v in loose if _is_integer(v) and (v.dim() <= 2 or n in TOKENS)]
     if not integers:
         return None
-    integers.sort(key=lambda one: rank(*one))
-    (name, ids), *others = integers
+    (name, ids), *others = sorted(
+        integers, key=lambda one: ((*TOKENS, one[0]).index(one[0]), -one[1].dim())
+    )
     is_known = name in TOKENS
     for other, value in others:
         if value.shape == ids.shape and (not is_known or OF_DECODER.search(other)):
@@ -188,36 +183,34 @@ def _token_ids(loose: Sequence[tuple[str, Any]]) -> Tensor | None:
     return ids
 
 
-def _first(given: Mapping[str, Any], names: Sequence[str], fits: Callable[[Any], bool]) -> Any:
+def _first(given: Given, names: Sequence[str], fits: Callable[[Any], bool]) -> Any:
     return next((given[name] for name in names if fits(given.get(name))), None)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object, dims: int = 1) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of integers, of that many dimensions or more."""
     return (
         isinstance(value, Tensor)
-        and value.dim() > 0
+        and value.dim() >= dims
         and not value.dtype.is_floating_point
         and value.dtype != torch.bool
     )
 
 
-def _is_position(value: Any) -> bool:
-    return type(value) is int or (
-        isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-    )
-
-
-def _from_start(position: Any, B: int, S: int) -> Tensor | None:
-    """The positions of S tokens, of which the first one's is given: one for all rows or [B]."""
-    if type(position) is int or (isinstance(position, Tensor) and position.dim() == 0):
-        return position + torch.arange(S, device=getattr(position, "device", None))
-    if isinstance(position, Tensor) and position.shape in {(B,), (1,)} and S > 1:
-        return position[:, None] + torch.arange(S, device=position.device)
-    return position
-
-
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _from_start(position: Tensor | int | None, B: int, S: int) -> Tensor | None:
+    """The positions of S tokens, of which the first one's is given: one for all rows or [B]."""
+    if isinstance(position, int):
+        return position + torch.arange(S)
+    if position is not None:
+        if position.dim() == 0:
+            return position + torch.arange(S, device=position.device)
+        if position.shape in {(B,), (1,)} and S > 1:
+            return position[:, None] + torch.arange(S, device=position.device)
+    return position
 
 
 def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +223,7 @@ def _in_one_shape(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _mask(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
+def _mask(given: Given, B: int, S: int) -> Tensor | None:
     """True for tokens. A mask of another shape says which positions a token attends to."""
     padding = _first(given, PADDING, lambda v: isinstance(v, Tensor))
     if padding is not None and padding.shape == (B, S):
@@ -249,12 +242,11 @@ def _mask(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
     return mask
 
 
-def _packed(given: Mapping[str, Any], B: int, S: int) -> Tensor | None:
+def _packed(given: Given, B: int, S: int) -> Tensor | None:
     """The positions [B, S] in documents packed one after the other, of which the lengths are given
     (`doc_lens` int [B, n], 0 where a row has fewer) or the ends (`cu_seqlens` int [n + 1], over
     all rows)."""
-    lengths: Any = given.get("doc_lens")
-    ends: Any = given.get("cu_seqlens")
+    lengths, ends = given.get("doc_lens"), given.get("cu_seqlens")
     if _is_integer(lengths):
         lengths = lengths.reshape(-1, lengths.shape[-1])  # [n]: of a single row
         ends = lengths.cumsum(1)
@@ -288,28 +280,27 @@ def _row_order_of(sites: Sequence[Site]) -> RowOrder | None:
             f"{first.path} and {other.path} have their rows in different orders: record them "
             "one after the other"
         )
-    if first.rows is None:
-        return _sequence_first
-    rows, module = first.rows, first.module
+    return partial(_rows_of_part, first) if first.rows is not None else _sequence_first
 
-    def of_part(B: int, S: int) -> np.ndarray | None:
-        part = rows(module, B, S)
-        if part is None:
-            return _sequence_first(B, S) if first.order == "sb" else None
-        order = np.asarray(part)
-        if (
-            order.ndim != 1
-            or not np.issubdtype(order.dtype, np.integer)
-            or len(np.unique(order)) < len(order)
-            or (len(order) and not 0 <= order.min() <= order.max() < B * S)
-        ):
-            raise MoeInspectError(
-                f"RouterSpec(rows=…) of {first.path} must return different token numbers from 0 "
-                f"to {B * S - 1}, one for each row"
-            )
-        return order
 
-    return of_part
+def _rows_of_part(site: Site, B: int, S: int) -> np.ndarray | None:
+    """The order of the rows that `site.rows` says."""
+    assert site.rows is not None
+    part = site.rows(site.module, B, S)
+    if part is None:
+        return _sequence_first(B, S) if site.order == "sb" else None
+    order = np.asarray(part)
+    if (
+        order.ndim != 1
+        or not np.issubdtype(order.dtype, np.integer)
+        or len(np.unique(order)) < len(order)
+        or (len(order) and not 0 <= order.min() <= order.max() < B * S)
+    ):
+        raise MoeInspectError(
+            f"RouterSpec(rows=…) of {site.path} must return different token numbers from 0 to "
+            f"{B * S - 1}, one for each row"
+        )
+    return order
 
 
 def _sequence_first(B: int, S: int) -> np.ndarray | None:

@@ -5,9 +5,9 @@ B batch rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_inspect.capture.hook.inputs.rows import CachedRows, CallInputs
 from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.capture.hook.inputs.arguments import Given
 
 
 def cache_among(values: Iterable[Any]) -> Any:
@@ -47,7 +50,7 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copies_of(
-    given: Mapping[str, Any], B: int, S: int, past: int
+    given: Given, B: int, S: int, past: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Copies on the host, each None where there is none: token ids [B, S], the mask [B, S] (see
     `mask_of`) and positions [B, S] or [S]."""
@@ -57,9 +60,7 @@ def copies_of(
         position = position[0] if len(position) == 4 else None
     if position is not None and position.shape == (B,) and S == 1 < B:
         position = position[:, None]
-    mask = given.get("attention_mask")
-    if mask is not None:
-        mask = mask_of(mask, B, S, past)
+    mask = mask_of(given.get("attention_mask"), B, S, past)
     ids, mask, position = (
         host_copy(tensor) if tensor is not None else None
         for tensor in (given.get("input_ids"), mask, position)
@@ -89,7 +90,7 @@ def mask_of(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
     return mask[:, -S:]
 
 
-def keys_told(sequences: Any, codes: dict[Any, int], B: int, S: int) -> torch.Tensor:
+def keys_told(sequences: Any, codes: dict[Hashable, int], B: int, S: int) -> torch.Tensor:
     """int [2, B, S], the same before and after each token. `sequences`: what `record(inputs=…)`
     returned: a value for each batch row, or for each token. `codes`: the numbers of values that
     are no integers."""
@@ -111,7 +112,7 @@ def keys_told(sequences: Any, codes: dict[Any, int], B: int, S: int) -> torch.Te
     return found.expand(2, B, S)
 
 
-def slots_of(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def slots_of(given: Given) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Of a call by `generate_batch`: int [2, 1, S], the place in the cache of the token before (−1
     where there is none) and of each token; and bool [1, S], False for padding. None of any other
     call. R requests."""
@@ -129,13 +130,13 @@ def slots_of(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | No
     # ends alone where all layers are of one kind
     told = given["cu_seq_lens_k"]
     ends_of = dict(told) if isinstance(told, Mapping) else {"": told}
-    kinds = list(ends_of)
-    kind = kinds.index("full_attention") if "full_attention" in kinds else 0
-    read, slot_S = given["read_index"][kind].long(), given["write_index"][kind].long()
+    kind = "full_attention" if "full_attention" in ends_of else next(iter(ends_of))
+    n = list(ends_of).index(kind)
+    read, slot_S = given["read_index"][n].long(), given["write_index"][n].long()
     back_S = slot_S.roll(1)
     back_S[first_R] = -1
     if len(read):
-        ends_R = ends_of[kinds[kind]].long()[1:][is_some]
+        ends_R = ends_of[kind].long()[1:][is_some]
         back_R = read[(ends_R - size_R - 1).clamp(min=0)]
         back_S[first_R] = torch.where(position_S[first_R] > 0, back_R, -1)
     real_S = torch.arange(len(slot_S), device=slot_S.device) < ends[-1]
@@ -173,7 +174,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(one)
 
 
-def start_of(tensor: torch.Tensor) -> Any:
+def start_of(tensor: torch.Tensor) -> Hashable:
     """Where a tensor begins in memory: a slice of its first positions begins there too, one of its
     last does not. None where it has no memory of its own. The memory is not kept alive."""
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:

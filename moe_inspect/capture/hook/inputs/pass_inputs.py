@@ -7,9 +7,9 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -23,6 +23,7 @@ from moe_inspect.capture.hook.inputs.rows import (
     CachedRows,
     CallInputs,
     Keys,
+    Labels,
     Pages,
     Place,
     Rows,
@@ -34,13 +35,17 @@ from moe_inspect.capture.hook.inputs.rows import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
 
+if TYPE_CHECKING:
+    from moe_inspect.capture.hook.inputs.arguments import Given
+    from moe_inspect.model.choices.read import Args, Kwargs
+
 
 class PassFollower(Protocol):
     """Is told of each forward pass: its begin, what each stack is fed, the model's output."""
 
     def begin(self) -> None: ...
     def feed(self, fed: Rows | CallInputs) -> None: ...
-    def returned(self, output: Any) -> None: ...
+    def returned(self, output: object) -> None: ...
 
 
 class PassInputs:
@@ -50,7 +55,7 @@ class PassInputs:
     def __init__(
         self,
         reader: CallReader,
-        documents: Sequence[Any] | None = None,
+        documents: Sequence[Hashable] | None = None,
         domains: Sequence[str] | None = None,
         follower: PassFollower | None = None,
     ):
@@ -59,27 +64,27 @@ class PassInputs:
         self.domains = self._numbering.domains  # labels by code
         self.domain_code = self._numbering.domain_code
         self.accept = self._numbering.accept  # the rows read so far have been recorded
-        self._labels = {"documents": documents, "domains": domains}
-        self._next_labels: dict[str, Sequence[Any]] = {}
+        self._labels: Labels = {"documents": documents, "domains": domains}
+        self._next_labels: dict[str, Sequence[Hashable]] = {}
         self._next_plan: dict[str, Rows] = {}  # of the next forward pass, by stack
         self._plan: dict[str, Rows] = {}  # of the current one
         self._calls: dict[str, CallInputs] = {}  # by stack, where it was not planned
-        self._outputs: list[tuple[CallInputs, Any]] = []
+        self._outputs: list[tuple[CallInputs, object]] = []
         # by key-value cache, or by tensor that a pass returned
-        self._cached: MutableMapping[Any, CachedRows] = WeakIdKeyDictionary()
+        self._cached: MutableMapping[object, CachedRows] = WeakIdKeyDictionary()
         # the last encoder passes: their outputs at the first position, [B, C], and rows
         self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
         # of models that keep their cache to themselves: the last pass of each stack
         self._uncached: dict[str, CachedRows] = {}
-        self._pages: WeakKeyDictionary[Any, Pages] = WeakKeyDictionary()  # by cache
+        self._pages: WeakKeyDictionary[object, Pages] = WeakKeyDictionary()  # by cache
         self._told: dict[int, tuple[Place, ...]] = {}  # by what `inputs` called the sequence
-        self._told_codes: dict[Any, int] = {}
+        self._told_codes: dict[Hashable, int] = {}
         # passes of which tokens may be taken back before the next one, and their caches
         self._unsettled: list[tuple[CallInputs, Any]] = []
 
     # --- the caller describes the next pass
 
-    def label(self, documents: Sequence[Any] | None, domains: Sequence[str] | None) -> None:
+    def label(self, documents: Sequence[Hashable] | None, domains: Sequence[str] | None) -> None:
         """Sets the document and domain of each batch row."""
         given = {"documents": documents, "domains": domains}
         self._next_labels = {name: of_B for name, of_B in given.items() if of_B is not None}
@@ -96,19 +101,14 @@ class PassInputs:
         self._plan, self._next_plan, self._calls, self._outputs = self._next_plan, {}, {}, []
         if self._follower is not None:
             self._follower.begin()
-        for rows in self._plan.values():
-            if rows.number is not None:
-                return rows.number
-        return None
+        numbers = (rows.number for rows in self._plan.values())
+        return next((number for number in numbers if number is not None), None)
 
-    def of_call(
-        self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Rows | CallInputs:
+    def of_call(self, stack: str, args: Args, kwargs: Kwargs) -> Rows | CallInputs:
         """The inputs of the next call of a stack. Raises MoeInspectError where the call has neither
         input_ids nor inputs_embeds, or labels of another number of rows."""
-        if stack in self._plan:
-            fed: Rows | CallInputs = self._plan[stack]
-        else:
+        fed = self._plan.get(stack)
+        if fed is None:
             fed = self._calls[stack] = self._read(stack, args, kwargs)
         if self._unsettled:
             self._settle(fed)
@@ -116,19 +116,18 @@ class PassInputs:
             self._follower.feed(fed)
         return fed
 
-    def returned(self, stack: str, output: Any) -> None:
+    def returned(self, stack: str, output: object) -> None:
         """A stack's output, or ("") the whole model's. Until the next pass begins, tokens may be
         taken back from its cache."""
         if (call := self._calls.get(stack)) is not None:
             self._outputs.append((call, output))
-            if call.S > 1 and (cache := cache_among(_values(output))) is not None:
+            cache = cache_among(_values(output)) if call.S > 1 else None
+            if cache is not None or (call.S > 1 and call.is_guess):
                 # nothing else may hold it any more once drafts have been taken back for the last
                 # time; a prompt's is not kept alive
                 may_be_drafts = call.after.length > call.S or call.asked > 1
-                self._unsettled.append((call, cache if may_be_drafts else ref(cache)))
-                call.is_settled = False
-            elif call.S > 1 and call.is_guess:
-                self._unsettled.append((call, None))
+                held = cache if may_be_drafts or cache is None else ref(cache)
+                self._unsettled.append((call, held))
                 call.is_settled = False
         if self._follower is not None and not stack:
             self._follower.returned(output)
@@ -183,7 +182,7 @@ class PassInputs:
 
     # --- the arguments of a call
 
-    def _read(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInputs:
+    def _read(self, stack: str, args: Args, kwargs: Kwargs) -> CallInputs:
         given, fed = self._reader.read(stack, args, kwargs)
         B, S = fed.shape[:2]
         given, keys = self._keys(given, B, S)
@@ -198,7 +197,7 @@ class PassInputs:
             is_guess = True
             if (last := self._uncached.get(stack)) is not None:
                 before, past = self._by_tensors(given, last)
-        labels: dict[str, Any] = {**self._labels, **self._next_labels}
+        labels: Labels = {**self._labels, **self._next_labels}
         self._next_labels = {}
         if self._reader.inputs is not None:
             labels = {name: given.get(name, value) for name, value in labels.items()}
@@ -230,7 +229,7 @@ class PassInputs:
             asked=keep if isinstance(keep := given.get("logits_to_keep"), int) else 0,
         )
 
-    def _keys(self, given: Mapping[str, Any], B: int, S: int) -> tuple[Mapping[str, Any], Keys]:
+    def _keys(self, given: Given, B: int, S: int) -> tuple[Given, Keys]:
         """The arguments of a call, with the mask of a packed one; and what identifies its
         sequences."""
         if (told := given.get("sequences")) is not None:
@@ -242,12 +241,12 @@ class PassInputs:
             return {**given, "attention_mask": real_1S}, Keys(slots, pages.places, pages)
         return given, Keys()
 
-    def _by_tensors(self, given: Mapping[str, Any], last: CachedRows) -> tuple[CachedRows, int]:
+    def _by_tensors(self, given: Given, last: CachedRows) -> tuple[CachedRows, int]:
         """Of a model whose cache is tensors, or which keeps it to itself: what a pass goes on from,
         and how many positions that holds, 0 where positions must tell. `last`: what the pass before
         has left. MoeInspectError where nothing tells."""
-        held_by_cache = call_arguments.tensors_in(given.get("past_key_values"))
-        tensors = [t for t in held_by_cache if t.numel()]
+        cache = given.get("past_key_values")
+        tensors = [t for t in call_arguments.tensors_in(cache) if t.numel()]
         if not tensors:
             return last, 0
         is_told = given.get("position_ids") is not None
@@ -289,41 +288,41 @@ class PassInputs:
 
     # --- rows, to be read in the order of the passes; then `accept`, or `discard` undoes it
 
-    def rows(self, fed: Rows | CallInputs) -> Rows:
+    def rows(self, call: Rows | CallInputs) -> Rows:
         """The rows of a forward pass, or of one stack of an encoder-decoder in it."""
-        if isinstance(fed, Rows):
-            return fed
-        call = fed
+        if isinstance(call, Rows):
+            return call
         call.wait()
         real_BS, position_BS = call.real_BS(), call.position_BS()
         if call.keys.of_tokens is not None and call.position is None:
             position_BS = call_arguments.positions_told(call)
-        numbers_4N, new = self._numbering.number(call, real_BS, position_BS)
+        (document_N, sequence_N, *others_2N), new = self._numbering.number(
+            call, real_BS, position_BS
+        )
         token_BS = np.full((call.B, call.S), -1) if call.token_BS is None else call.token_BS.numpy()
-        of_tokens_6N = np.stack([token_BS[real_BS], position_BS[real_BS], *numbers_4N])
+        # in the order of `Rows`, and the phase
+        of_tokens_6N = np.stack(
+            [token_BS[real_BS], document_N, sequence_N, position_BS[real_BS], *others_2N]
+        )
         real_T = real_BS.reshape(-1)
         if call.order is not None:  # the routers see them in another one, or a part of them
             at_T = real_T.cumsum()[call.order] - 1
             real_T = real_T[call.order]
             of_tokens_6N = of_tokens_6N[:, at_T[real_T]]
-            sizes = Counter(of_tokens_6N[2].tolist())
+            sizes = Counter(of_tokens_6N[1].tolist())
             new = [replace(d, tokens=min(d.tokens, sizes[d.document])) for d in new]
-        token, position, document, sequence, domain, phase = of_tokens_6N.astype(np.int32)
+        *of_tokens, phase = of_tokens_6N.astype(np.int32)
         is_one = not len(phase) or bool((phase == phase[0]).all())
         return Rows(
             real_T,
-            token,
-            document,
-            sequence,
-            position,
-            domain,
+            *of_tokens,
             documents=new,
             phase=PHASES[phase[0] if len(phase) else 0] if is_one else "",
             stack=call.stack,
             phases=None if is_one else phase,
         )
 
-    def rows_of_steps(self, steps: Sequence[Any]) -> Rows:
+    def rows_of_steps(self, steps: Sequence[CallInputs]) -> Rows:
         """The rows of n passes that `steps_at` found, one after the other."""
         first, n = steps[0], len(steps)
         assert first.before is not None
@@ -347,20 +346,14 @@ class PassInputs:
             return joined([self.rows(call) for call in steps])
         for call, last_B in zip(steps, last, strict=True):
             call.after.state = state._replace(last_B=last_B)
-        numbers = [np.broadcast_to(numbers_B, (n, first.B)) for numbers_B in state.numbers_B3.T]
-        document, sequence, domain, token, position = (
-            values[real].astype(np.int32) for values in (*numbers, token, position)
+        numbers = (np.broadcast_to(numbers_B, (n, first.B)) for numbers_B in state.numbers_B3.T)
+        token, position, document, sequence, domain = (
+            values[real].astype(np.int32) for values in (token, position, *numbers)
         )
         return Rows(
-            real.reshape(-1),
-            token,
-            document,
-            sequence,
-            position,
-            domain,
-            phase="decode",
-            stack=first.stack,
-        )
+            real.reshape(-1), token, document, sequence, position, domain,
+            phase="decode", stack=first.stack,
+        )  # fmt: skip
 
     def rows_of_all(self, fed: Sequence[Rows | CallInputs]) -> list[Rows]:
         """The rows of passes in their order, those of consecutive decode steps as one."""
@@ -373,7 +366,7 @@ class PassInputs:
         return found
 
 
-def _values(output: Any) -> Collection[Any]:
+def _values(output: object) -> Collection[Any]:
     """What a model has returned, one by one."""
     if isinstance(output, (dict, Mapping)):  # (the abstract class takes long to ask)
         return output.values()

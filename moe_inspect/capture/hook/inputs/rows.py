@@ -7,9 +7,9 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class CachedRows:
     state: Places | None = None
     fed: int = 0
     taken: int = 0
-    starts: Collection[Any] = ()
+    starts: Collection[Hashable] = ()
     is_continued: bool = False
 
 
@@ -135,6 +135,7 @@ class Keys(NamedTuple):
 
 
 NO_KEYS = Keys()
+Labels: TypeAlias = dict[str, Sequence[Hashable] | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -148,11 +149,11 @@ class CallInputs:
     token_BS: torch.Tensor | None
     mask_BS: torch.Tensor | None
     position: torch.Tensor | None  # [B, S] or [S]; None: they continue what came before
-    labels: dict[str, Sequence[Any] | None]
+    labels: Labels
     before: CachedRows | None  # what its cache held, or what the encoder read
     after: CachedRows
     stack: str = ""
-    copied: Any = None  # the CUDA event after which the copies are complete
+    copied: torch.cuda.Event | None = None  # the CUDA event after which the copies are complete
     order: np.ndarray | None = None  # the token b·S + s of each row; None: row b·S + s
     keys: Keys = NO_KEYS
     is_guess: bool = False  # `before` is that of the pass before: positions tell if it goes on
@@ -184,7 +185,7 @@ class CallInputs:
         return np.broadcast_to(given, (self.B, self.S))
 
     @property
-    def shape(self) -> tuple[Any, ...]:
+    def shape(self) -> tuple[object, ...]:
         """Of its tensors."""
         tensors = self.token_BS, self.mask_BS, self.position
         return self.B, self.S, *(t.shape if t is not None else None for t in tensors)
@@ -194,14 +195,9 @@ def steps_at(fed: Iterable[Rows | CallInputs]) -> list[CallInputs]:
     """The first of these passes, as long as each feeds one token to each of the same sequences."""
     found: list[CallInputs] = []
     for call in fed:
-        if (
-            not isinstance(call, CallInputs)
-            or call.S != 1
-            or call.stack == "encoder"
-            or call.order is not None
-            or call.keys.of_tokens is not None
-            or call.is_guess
-        ):
+        if not isinstance(call, CallInputs) or call.S != 1 or call.stack == "encoder":
+            break
+        if call.order is not None or call.keys.of_tokens is not None or call.is_guess:
             break
         if not found:
             before = call.before
@@ -228,6 +224,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
+Kept: TypeAlias = dict[Any, Any]  # whose values can be put back
 PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode", "draft"))
 
 
@@ -237,11 +234,11 @@ class SequenceNumbers:
 
     def __init__(self) -> None:
         self.domains: list[str] = []
-        self._document_numbers: dict[Any, int] = {}  # by the value the caller gave
+        self._document_numbers: dict[Hashable, int] = {}  # by the value the caller gave
         self._documents = self._sequences = 0
         # the counters before the rows read last, and each key of a dict that was set since, with
         # its value before
-        self._undo: tuple[int, int, list[tuple[dict[Any, Any], Any, Any]]] | None = None
+        self._undo: tuple[int, int, list[tuple[Kept, Hashable, object]]] | None = None
 
     def domain_code(self, label: str) -> int:
         """The code of a domain label, new or known."""
@@ -326,11 +323,10 @@ class SequenceNumbers:
                 document, sequence, domain = origin[:3]
             else:
                 sequence, self._sequences = self._sequences, self._sequences + 1
-                document, domain = (
-                    (origin.document, origin.domain)
-                    if origin is not None and of_document
-                    else self._document(call, b, new)
-                )
+                if origin is not None and of_document:
+                    document, domain = origin.document, origin.domain
+                else:
+                    document, domain = self._document(call, b, new)
             row, before = b, Place(document, sequence, domain, -1, last)
             phase = DRAFT
             if not is_draft:
@@ -351,26 +347,25 @@ class SequenceNumbers:
         where it has one that is known."""
         check_labels(call.labels, call.B)
         documents, domains = call.labels["documents"], call.labels["domains"]
-        domain = str(domains[b]) if domains is not None else ""
-        name = documents[b] if documents is not None else None
-        code = self.domain_code(domain)
-        if documents is not None and name in self._document_numbers:
-            return self._document_numbers[name], code
-        number, self._documents = self._documents, self._documents + 1
+        domain, name = str(domains[b]) if domains is not None else "", ""
+        code, number = self.domain_code(domain), self._documents
         if documents is not None:
-            self._set(self._document_numbers, name, number)
-        new[number] = Document(number, domain, str(name) if documents is not None else "", 0)
+            if documents[b] in self._document_numbers:
+                return self._document_numbers[documents[b]], code
+            self._set(self._document_numbers, documents[b], number)
+            name = str(documents[b])
+        self._documents += 1
+        new[number] = Document(number, domain, name, 0)
         return number, code
 
     def _take(self, places: dict[int, tuple[Place, ...]], key: int) -> Place | None:
         """The first of the places with this key, which goes on from there."""
-        found = places.get(key)
-        if not found:
+        if not (found := places.get(key)):
             return None
         self._set(places, key, found[1:])
         return found[0]
 
-    def _set(self, values: dict[Any, Any], key: Any, value: Any) -> None:
+    def _set(self, values: Kept, key: Hashable, value: object) -> None:
         if self._undo is not None:
             self._undo[2].append((values, key, values.get(key)))
         values[key] = value
@@ -436,19 +431,19 @@ def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray |
     go on before the end of what the pass before has fed: each row within that pass, or behind it.
     None elsewhere."""
     state = before.state if before is not None else None
-    if not (call.is_guess and call.resumes) or state is None or len(state.last_B) != call.B:
+    if not (call.is_guess and call.resumes and call.S) or state is None:
+        return None
+    if len(state.last_B) != call.B:
         return None
     call.wait()
     real_BS, rows = call.real_BS(), np.arange(call.B)
-    if not call.S:
-        return None
     at_B = real_BS.argmax(1)
     first_B = np.where(real_BS[rows, at_B], call.position_BS()[rows, at_B], -1)
     is_within_B = (state.first_B >= 0) & (state.first_B < first_B) & (first_B <= state.last_B + 1)
     return first_B if is_within_B.all() else None
 
 
-def check_labels(labels: dict[str, Sequence[Any] | None], B: int) -> None:
+def check_labels(labels: Labels, B: int) -> None:
     for name, values in labels.items():
         if values is not None and len(values) != B:
             raise MoeInspectError(f"{name} has {len(values)} values, the forward pass has {B} rows")
