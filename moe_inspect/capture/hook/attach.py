@@ -84,8 +84,7 @@ class Attachment:
     __reduce__ = eager.not_pickled
 
     def take_probes(self, add: Callable[[Site], Sinks] | None, options: RecordOptions) -> None:
-        """`add`: see `Probes`. Specs that a caller gave say what is recorded: probes show nothing
-        then."""
+        """`add`: see `Probes`. Specs that a caller gave (`routers`) take the place of probes."""
         if not options.routers:
             self.probes = Probes(self.scopes, add, self.model, options.layers)
             self.discovery = Discovery(self.model, self.probes) if options.discover else None
@@ -202,8 +201,7 @@ class Attachment:
     # --- around a forward pass
 
     def _around(self, call: Callable[..., Any], wrappers: Sequence[Any] = ()) -> Callable[..., Any]:
-        """A compiled call, wrapped in what the hooks do: hooks do not run in compiled code.
-        `wrappers`: from what is called down to the model."""
+        """A compiled call, wrapped in what the hooks do. `wrappers`: from it down to the model."""
 
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:

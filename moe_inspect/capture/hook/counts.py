@@ -73,9 +73,8 @@ class DeviceCounts:
         self._sums = self._zeros(1)
 
     def _zeros(self, domains: int) -> dict[torch.device, list[torch.Tensor]]:
-        """Zeroed sums for `domains`: assignments, first choices and weights, [domains, columns]
-        each. Padding and slots that routed nowhere are counted as expert E, which is left out in
-        the end."""
+        """Sums of assignments, first choices and weights, [domains, columns] each. Expert E counts
+        padding and slots that routed nowhere, and is left out in the end."""
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
         with torch.inference_mode(False):
             return {
@@ -96,8 +95,7 @@ class DeviceCounts:
         domains: int,
         batch: int,
     ) -> None:
-        """Counts forward passes of these routers, a stack's. `fed`: their rows; `choices`: of each
-        pass; `batch`: the number of the last one."""
+        """Counts passes of a stack's routers: their rows and choices, the last one's number."""
         missing = domains - len(self._of_router(0)[0])
         if missing > 0:
             for device, sums in self._sums.items():

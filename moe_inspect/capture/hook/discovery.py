@@ -133,8 +133,7 @@ class Discovery(TorchFunctionMode):
         return widest[0]
 
     def _check(self, found: TopkCall) -> None:
-        """MoeInspectError where the choice is not what the experts are given, or may be of no
-        experts."""
+        """MoeInspectError where it is not what the experts are given, or may be of no experts."""
         nearest = next((p for p in _up(found.path) if p in self._sequence_first), "")
         if self._sequence_first.get(nearest):
             _refuse(nearest, "is given [positions, rows, …]", "the order of the rows")
@@ -172,8 +171,7 @@ class Discovery(TorchFunctionMode):
 
     def _compare(self, found: TopkCall, what: str, path: str) -> bool:
         """Whether the rows given to the modules of a list show that `found` chooses among them.
-        MoeInspectError where these are other rows than were chosen: the message says `what` the
-        module chooses."""
+        MoeInspectError, which says `what` it chooses, where other rows were given."""
         given, T = self._given[path], found.ids.numel() // found.K
         ids = found.ids.flatten()
         # (a model may mark dropped slots by an id out of range)
@@ -220,8 +218,7 @@ class Discovery(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Args = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sees every choice of K of E values by topk, E > K, and every part that is taken of its
-        ids."""
+        """Sees every topk of K of E values, E > K, and every part that is taken of its ids."""
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "topk":

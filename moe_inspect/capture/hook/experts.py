@@ -83,8 +83,7 @@ _TAPPED: dict[int, Tapped] = {}  # by the id of the config
 def experts_forward(
     self: Experts, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Replaces transformers' `grouped_mm` and, for few tokens on a GPU, the `batched_mm` that
-    `generate` decodes with."""
+    """In place of transformers' `grouped_mm`, and of `batched_mm` for few tokens on a GPU."""
     taken: TakenOver | None = getattr(self, TAKEN, None)
     if taken is None:
         tapped = None if is_compiling() else _TAPPED.get(id(self.config))
@@ -151,8 +150,7 @@ def _grouped(
 def _copied(
     self: Experts, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
-    """Copies the expert's weights per slot instead of grouping. Recording shares the kernel launch
-    of the weighted sum."""
+    """Copies the expert's weights per slot. The launch of the weighted sum records, too."""
     expert_S = ids_TK.reshape(-1)
     if _may_have_sentinels(self):
         expert_S = expert_S.clamp(0, self.num_experts - 1)
@@ -175,8 +173,7 @@ def _combined(
     tape: Tape | None,
     hidden_TH: Tensor,
 ) -> Tensor:
-    """The weighted sum of the experts' outputs. Records their sizes, where that was asked for, and
-    on `tape` the choice."""
+    """The weighted sum of the experts' outputs. Records their sizes and, on `tape`, the choice."""
     dtype, sinks = hidden_TH.dtype, dict[str, Sink]()
     if (taken := getattr(self, TAKEN, None)) is not None:
         sinks = {kind: sink for kind, sink in taken.sizes.items() if sink.scope.open}
@@ -207,8 +204,7 @@ def _mlp(self: Experts, x_SH: Tensor, linear: Linear) -> Tensor:
 
 
 def _may_have_sentinels(self: Experts) -> bool:
-    """Whether ids ≥ E, which mark other ranks' experts, can occur: under expert parallelism, or
-    where the release of transformers does not tell."""
+    """Whether there may be ids ≥ E, of other ranks' experts: some releases do not tell."""
     return getattr(self, "_is_expert_parallel", True)
 
 
@@ -219,8 +215,7 @@ def _in_one_pass(hidden_TH: Tensor) -> bool:
 
 
 def stock_of(module: Experts) -> Implementation | None:
-    """The implementation that an experts module would run without ours; None for its own loop
-    (eager)."""
+    """What an experts module would run without ours; None for its own loop (eager)."""
     stock = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
     return None if stock is experts_forward else stock
 

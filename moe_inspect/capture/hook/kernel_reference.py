@@ -95,8 +95,7 @@ class Case:
 
 
 def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
-    """(ids, weights) [T, K] as a router of this kind makes them; ids None where the case has
-    none."""
+    """(ids, weights) [T, K] as a router of this kind makes them."""
     generator = torch.Generator("cpu").manual_seed(case.T * case.E + case.K)
 
     def drawn(*shape: int) -> Tensor:
@@ -123,8 +122,7 @@ def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
 
 
 def tape_for(kernels: ModuleType, case: Case) -> Tape | None:
-    """A tape filled with POISON, one value longer than needed, to detect a write past the end; None
-    where the case has none."""
+    """A tape filled with POISON, a value longer than needed, which shows a write past the end."""
     if case.tape == "none":
         return None
     pages, start, P = case.pages, case.start, case.P
@@ -264,8 +262,7 @@ def check_combine(
 
 
 def check_sizes(found: dict[str, Tensor], slots_TKH: Tensor) -> None:
-    """Requires that the sizes are those of the rows: the peaks exactly, the norms but for the
-    roundings of their sums in float32."""
+    """The peaks must be exact, the norms but for the roundings of their sums in float32."""
     want_TK = {"norms": slots_TKH.norm(dim=2), "peaks": slots_TKH.abs().amax(2)}
     for name, size_TK in found.items():
         error, slack = (size_TK.cpu().double() - want_TK[name]).abs(), 1e-5 * (name == "norms")
@@ -273,8 +270,7 @@ def check_sizes(found: dict[str, Tensor], slots_TKH: Tensor) -> None:
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """Requires that the maximum and root mean square error, relative to the values' root mean
-    square, are within a few roundings in `dtype`."""
+    """Maximum and root mean square error must be within a few roundings in `dtype`."""
     error, scale = got.double() - want, want.square().mean().sqrt()
     unit = torch.finfo(dtype).eps
     require(error.isfinite().all(), "a sum that is not finite")

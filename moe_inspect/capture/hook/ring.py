@@ -73,8 +73,7 @@ class PassShape:
                 first += self.groups[-1].routers
 
     def whole(self, calls: Calls, T: int) -> Whole | None:
-        """The calls of a pass of T rows, stacked; None unless every router has seen each of the
-        rows once."""
+        """The calls of a pass of T rows, stacked; None unless every router saw each row once."""
         found: Whole = []
         try:
             by_router = {kind: self._by_router(of_kind) for kind, of_kind in calls.items()}
@@ -125,8 +124,7 @@ class SideStream:
         self.model_stream = torch.cuda.current_stream(self.device)
 
     def copy(self, page: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copies each (host, device) pair once the forward passes launched so far have run.
-        Returns without waiting."""
+        """Copies each (host, device) pair after the passes launched so far. Does not wait."""
         self.stream.wait_stream(self.model_stream)
         with torch.cuda.stream(self.stream):
             for host, device in pairs:
@@ -309,8 +307,7 @@ class Ring:
         return found
 
     def release(self, position: int) -> None:
-        """The rows before `position` are no longer needed: whole pages before it may be
-        overwritten."""
+        """Whole pages before `position` may be overwritten."""
         if position // self.P > self.released:
             self.released = position // self.P
             self.limit.fill_(self.end_of_room)
@@ -448,8 +445,7 @@ class Rings:
         return [ring.read_cursors() for ring in self._rings]
 
     def rows_seen(self, cursors: list[Tensor], start: int) -> dict[str, list[int]]:
-        """Rows of each router from position `start` to `cursors`: of its choices (""), and of each
-        of the extras."""
+        """Rows of each router from position `start` to `cursors`, by what is recorded."""
         rows_of = [(cursor - start).tolist() for cursor in cursors]
         return {
             kind: [rows_of[i][place * self._rings[i].R + n] for i, n in self._of]
@@ -464,8 +460,8 @@ class Rings:
     def rows(
         self, kind: str, r: int, start: int, count: int, keep: np.ndarray | None
     ) -> np.ndarray:
-        """A copy of router r's rows [start, start + count), of these only the ones at the indices
-        `keep` if given: [rows, K], or [rows, E] for logits. Types: see `Ring.rows`."""
+        """A copy of router r's rows [start, start + count), or of those at the indices `keep`:
+        [rows, K], or [rows, E] for logits. Types: see `Ring.rows`."""
         i, n = self._of[r]
         parts = self._rings[i].rows(kind, n, start, count)
         values = np.concatenate(parts) if len(parts) > 1 or keep is None else parts[0]

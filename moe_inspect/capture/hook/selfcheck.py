@@ -105,8 +105,7 @@ class Variant:
         return ", ".join(parts)
 
     def cases(self, kernels: ModuleType) -> Iterator[Case]:
-        """Small shapes with ids of no expert, at the edges of pages, of the ring, and of the
-        limit."""
+        """Small shapes with ids of no expert, at the edges of pages, ring and limit."""
         weights = "none"
         if self.recorded is not None or self.kernel == "combine":
             weights = f"{_name(self.given)} as {_name(self.recorded or self.given)}"
@@ -253,8 +252,7 @@ class SelfCheck:
     # --- the check
 
     def _checked(self, variant: Variant) -> str:
-        """ "ok", "not checked", or what is wrong with the variant. MoeInspectError where torch is
-        wrong too."""
+        """ "ok", "not checked", or what is wrong. MoeInspectError where torch is wrong too."""
         wanted = switch()
         if wanted == "0":
             return "not checked"
@@ -315,8 +313,7 @@ def cache_file() -> Path | None:
 
 
 def passed(environment: str) -> set[str]:
-    """The variants that have passed in an environment, as `environment_of` names it. A file that is
-    missing or damaged holds none."""
+    """The variants that have passed in an environment. A missing or damaged file holds none."""
     found = _read().get(environment)
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 

@@ -122,9 +122,9 @@ class Stack:
         self.calls[kind][n].append(values)
 
     def fix_shape(self, is_declared: bool) -> list[torch.dtype]:
-        """Ends the first forward pass: top-k, dtypes and devices are as observed, not as declared
-        in the config. Returns the dtype of each router's gate weights. MoeInspectError where the
-        routers `is_declared`, which were written before they had run, differ from that."""
+        """Ends the first forward pass: top-k, dtypes and devices are as observed. Returns the dtype
+        of each router's gate weights. `is_declared`: routers were written before they had run, as
+        the config declares them: MoeInspectError where they differ."""
         assert self.fed is not None
         T, declared = self.fed.T, self.routers
         if self.scope.is_known:
@@ -204,8 +204,8 @@ class Stack:
         return StackPass(self, rings, fed, rings.head, kept, rings.read_cursors())
 
     def write_calls(self) -> None:
-        """Writes the calls of the current pass so far to tapes, one by one, which tells rows that
-        are missing or too many, and those there is no room for. Those that follow go to tapes."""
+        """Writes the calls of the current pass so far to tapes, which tells missing rows and those
+        there is no room for. Those that follow go to tapes."""
         if self.rings is None:
             return
         for kind, calls in self.calls.items():
@@ -218,8 +218,7 @@ class Stack:
         self.clear()
 
     def check(self, done: StackPass) -> None:
-        """MoeInspectError unless every router has seen every token exactly once: the trace would be
-        silently wrong."""
+        """MoeInspectError unless every router has seen every token exactly once."""
         T, cursors = done.fed.T, done.cursors or []
         if not all((cursor.numpy() == done.start + T).all() for cursor in cursors):
             self.check_seen(T, done.rings.rows_seen(cursors, done.start))

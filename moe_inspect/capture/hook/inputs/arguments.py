@@ -94,9 +94,8 @@ class CallReader:
 
 
 def _inputs_of(model: Module, sites: Sequence[Site], told: InputsOf | None) -> InputsOf | None:
-    """How the arguments of a model's calls are read: as a caller told; None for a model of
-    transformers, by its names. MoeInspectError for the decoder of a model that has an encoder too
-    and that we do not know, and where probes will show which of them routes."""
+    """As a caller told; None for a model of transformers, by its names. MoeInspectError for a model
+    with encoder and decoder that we do not know, where probes or a decoder's specs show routers."""
     if told is not None:
         return partial(_as_told, told)
     of_decoder = [s.path for s in sites if s.told is not None and "decoder" in s.path.split(".")]
@@ -157,9 +156,8 @@ def _by_name(names: Sequence[str], sequence_first: bool, args: Args, kwargs: Kwa
 
 
 def _token_ids(loose: Sequence[tuple[str, object]]) -> Tensor | None:
-    """The token ids among arguments that may be: those of a known name, the first integers of two
-    dimensions, the first of one. MoeInspectError where another may be as well, or where they may be
-    one number per sample."""
+    """Those of a known name, the first integers of two dimensions, the first of one.
+    MoeInspectError where others may be as well, or where they may be one number per sample."""
 
     integers = [(n, v) for n, v in loose if _is_integer(v) and (v.dim() <= 2 or n in TOKENS)]
     if not integers:
@@ -243,9 +241,8 @@ def _mask(given: Given, B: int, S: int) -> Tensor | None:
 
 
 def _packed(given: Given, B: int, S: int) -> Tensor | None:
-    """The positions [B, S] in documents packed one after the other, of which the lengths are given
-    (`doc_lens` int [B, n], 0 where a row has fewer) or the ends (`cu_seqlens` int [n + 1], over
-    all rows)."""
+    """The positions [B, S] in packed documents, of which the lengths are given (`doc_lens` int
+    [B, n], 0 where a row has fewer) or the ends (`cu_seqlens` int [n + 1], over all rows)."""
     lengths, ends = given.get("doc_lens"), given.get("cu_seqlens")
     if _is_integer(lengths):
         lengths = lengths.reshape(-1, lengths.shape[-1])  # [n]: of a single row

@@ -29,9 +29,8 @@ def cache_among(values: Iterable[Any]) -> Any:
 
 
 def length_of(cache: Any, cached: CachedRows | None, S: int) -> int:
-    """Positions in a cache. A static cache counts on its device, and reading that waits: for a step
-    of one token our own count is used. A longer pass reads it, as the cache may have been reset or
-    cropped."""
+    """Positions in a cache. A static one counts on its device, and reading that waits: for a step
+    of one token our own count does. A longer pass reads it: it may have been reset or cropped."""
     length = cache.get_seq_length()
     return (
         cached.length
@@ -91,9 +90,8 @@ def mask_of(mask: Any, B: int, S: int, past: int) -> torch.Tensor | None:
 
 
 def keys_told(sequences: Any, codes: dict[Hashable, int], B: int, S: int) -> torch.Tensor:
-    """int [2, B, S], the same before and after each token. `sequences`: what `record(inputs=…)`
-    returned: a value for each batch row, or for each token. `codes`: the numbers of values that
-    are no integers."""
+    """int [2, B, S], the same before and after each token. `sequences`: a value for each batch row,
+    or for each token. `codes`: the numbers of values that are no integers."""
     if isinstance(sequences, torch.Tensor):
         found = host_copy(sequences)
     else:
@@ -113,9 +111,8 @@ def keys_told(sequences: Any, codes: dict[Hashable, int], B: int, S: int) -> tor
 
 
 def slots_of(given: Given) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Of a call by `generate_batch`: int [2, 1, S], the place in the cache of the token before (−1
-    where there is none) and of each token; and bool [1, S], False for padding. None of any other
-    call. R requests."""
+    """Of a call by `generate_batch`, of R requests: int [2, 1, S], the place in the cache of the
+    token before (−1 for none) and of each token; and bool [1, S], False for padding. Else None."""
     if not isinstance(given.get("write_index"), list) or given.get("cu_seq_lens_q") is None:
         return None
     if given.get("block_table") is not None:
@@ -183,9 +180,8 @@ def start_of(tensor: torch.Tensor) -> Hashable:
 
 
 def length_by_shape(cache: torch.Tensor, before: CachedRows) -> int:
-    """How many positions a layer's cache holds: [B, heads, positions, …] or [B, positions, heads,
-    …]. They end with the pass before or, where tokens were taken back, within it. 0 where the shape
-    does not tell."""
+    """How many positions a layer's cache holds, [B, heads, positions, …] or [B, positions, heads,
+    …], up to the end of the pass before, or within it; 0 where the shape does not tell."""
     found = {n for n in cache.shape[1:-1] if before.length - before.fed < n <= before.length}
     if before.length in found:
         return before.length

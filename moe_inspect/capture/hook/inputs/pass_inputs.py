@@ -133,8 +133,7 @@ class PassInputs:
             self._follower.returned(output)
 
     def end(self) -> None:
-        """Ends a launched forward pass: remembers that the key-value caches in its outputs hold the
-        rows they were given."""
+        """Ends a launched pass: the key-value caches in its outputs hold what they were given."""
         for call, output in self._outputs:
             values = _values(output)
             if (cache := cache_among(values)) is not None:
@@ -158,8 +157,7 @@ class PassInputs:
         self._settle(None)
 
     def _settle_caches(self) -> None:
-        """Another pass begins, or none follows: notes how many tokens were taken back from each
-        cache."""
+        """Notes how many tokens were taken back from each cache since the pass before."""
         unsettled, self._unsettled = self._unsettled, []
         for call, held in unsettled:
             if held is None:
@@ -242,9 +240,8 @@ class PassInputs:
         return given, Keys()
 
     def _by_tensors(self, given: Given, last: CachedRows) -> tuple[CachedRows, int]:
-        """Of a model whose cache is tensors, or which keeps it to itself: what a pass goes on from,
-        and how many positions that holds, 0 where positions must tell. `last`: what the pass before
-        has left. MoeInspectError where nothing tells."""
+        """Of a model whose cache is tensors or its own: what a pass goes on from, and how many
+        positions that holds, 0 where `position_ids` must tell. `last`: of the pass before."""
         cache = given.get("past_key_values")
         tensors = [t for t in call_arguments.tensors_in(cache) if t.numel()]
         if not tensors:
@@ -271,9 +268,8 @@ class PassInputs:
         return last, past
 
     def _encoder_rows(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
-        """The rows of the encoder pass that a decoder reads: that of the same forward pass, else
-        the one that returned these values. Since then they may have been copied, and each row
-        repeated. None where no recorded pass returned them."""
+        """What the encoder pass was fed that a decoder reads: that of the same forward pass, else
+        the one that returned these values, which may have been copied, and each row repeated."""
         if (encoder := self._calls.get("encoder")) is not None:
             return encoder.after
         if hidden_BSC is None:

@@ -401,8 +401,7 @@ def _state_before(call: CallInputs) -> Places:
 def _state_after(
     before: Places, row_N: np.ndarray, position_N: np.ndarray, starts_N: np.ndarray
 ) -> Places:
-    """How far each batch row has come with the pass; its numbers are those of before until they are
-    known."""
+    """How far each batch row has come with the pass; its numbers are still those of before."""
     B = len(before.last_B)
     last_B = np.where(before.numbers_B3[:, 0] >= 0, before.last_B, -1)
     last_B[row_N] = position_N  # of several for one row, the last one is kept
@@ -428,8 +427,7 @@ def _drafts(
 
 def _rolled_back_to(before: CachedRows | None, call: CallInputs) -> np.ndarray | None:
     """[B]: the first position of each row, where a model that keeps its cache to itself is told to
-    go on before the end of what the pass before has fed: each row within that pass, or behind it.
-    None elsewhere."""
+    go on within what the pass before has fed, or behind it. None elsewhere."""
     state = before.state if before is not None else None
     if not (call.is_guess and call.resumes and call.S) or state is None:
         return None
