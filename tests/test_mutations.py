@@ -52,7 +52,7 @@ KERNELS = {
     "torch reference: shifted record": ("(tape.ids, page % tape.pages)[row : row + n]", "(tape.ids, page % tape.pages)[row + 1 : row + n + 1]"),
     "torch reference: wrong weights": ("= weights_TK[done : done + n]", "= weights_TK[:n]"),
     "torch reference: beyond the limit": ("max(0, min(T, int(tape.limit) - first))", "T"),
-    "torch reference: norms in groups": ("size_S if inverse_S is None else size_S[inverse_S.long()]", "size_S"),
+    "torch reference: norms in groups": ("slice(None) if inverse_S is None else inverse_S.long()", "slice(None)"),
     "torch reference: unstable": ("torch.sort(flat, stable=True)", "torch.sort(flat.flip(0), stable=True)"),
 }  # fmt: skip
 RING = {

@@ -59,9 +59,11 @@ def follow(
         held.release(start + T)
 
     for T in sizes:
-        while len(waiting) > behind or (waiting and not drop and held.free_rows < T):
+        while len(waiting) > behind or (
+            waiting and not drop and (held.end_of_room - held.head) < T
+        ):
             hand_over()
-        kept = min(T, max(0, held.free_rows))
+        kept = min(T, max(0, (held.end_of_room - held.head)))
         assert drop or kept == T
         for r, (K, E) in enumerate(((2, 8), (5, 300))):
             kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))

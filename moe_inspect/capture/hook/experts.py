@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,16 +68,9 @@ class TakenOver:
     __reduce__ = not_pickled
 
 
-class Tapped(NamedTuple):
-    """A config in which a tap has put our implementation. All modules with the config run it, those
-    too that the tap does not record."""
-
-    config: PreTrainedConfig
-    stock: Implementation  # the one that the config named before
-    let_go: Callable[[], None]  # takes ours out again, and the tap goes on with hooks
-
-
-_TAPPED: dict[int, Tapped] = {}  # by the id of the config
+# By the id of a config in which a tap has put our implementation: the one that it named before, and
+# the tap. All modules with the config run ours, those too that the tap does not record.
+_TAPPED: dict[int, tuple[Implementation, Takeover]] = {}
 
 
 def experts_forward(
@@ -88,7 +81,7 @@ def experts_forward(
     if taken is None:
         tapped = None if is_compiling() else _TAPPED.get(id(self.config))
         if tapped is not None:
-            return tapped.stock(self, hidden_TH, top_k_index, top_k_weights)
+            return tapped[0](self, hidden_TH, top_k_index, top_k_weights)
         return _computed(self, hidden_TH, top_k_index, top_k_weights, None)
     tape = taken.sink(top_k_index, top_k_weights)
     run = taken.stock
@@ -238,7 +231,7 @@ class Takeover:
         """Ours computes and records."""
         for module in self.sinks:
             if (tapped := _TAPPED.get(id(module.config))) is not None:
-                tapped.let_go()
+                tapped[1].let_go()
             if getattr(module, TAKEN, None) is not None:
                 raise MoeInspectError(
                     "this model is already being recorded with dispatch: use capture='tap' for "
@@ -266,14 +259,15 @@ class Takeover:
         """Lets a tap's modules go where they have been given another implementation."""
         # (as `_runs_ours`, without the way that attributes of a config are looked up)
         if self.taps and self._config.get("_experts_implementation_internal", NAME) != NAME:
-            self._let_go()
+            self.let_go()
 
     def release(self) -> None:
         """Puts things back, once. Another implementation that was set in the meantime stays."""
         self.taps = False
         self._undo.close()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """The tap goes on with hooks."""
         self.release()
         self.instead()
 
@@ -296,7 +290,7 @@ class Takeover:
             setattr(module, TAKEN, TakenOver(sinks[""], sizes, own, computes, names))
             self._undo.callback(delattr, module, TAKEN)
             if not computes and stock is not None and id(module.config) not in _TAPPED:
-                _TAPPED[id(module.config)] = Tapped(module.config, stock, self._let_go)
+                _TAPPED[id(module.config)] = stock, self
                 self._undo.callback(_TAPPED.pop, id(module.config))
         self._undo.callback(put_back)
         self.model.set_experts_implementation(NAME)

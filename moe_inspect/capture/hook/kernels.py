@@ -654,14 +654,11 @@ def weighted_sum(y_SH: Tensor, weights_TK: Tensor, inverse_S: Tensor | None) -> 
 
 def sizes_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None, wanted: Collection[str]) -> Sizes:
     """The sizes of the experts' outputs, by the rows of `weighted_sum`. Without a gradient."""
-
-    def of_slots(kind: str) -> Tensor:
-        y = y_SH.detach()
-        size_S = torch.linalg.vector_norm(y, SIZES[kind], dim=1, dtype=torch.float32)
-        size_S = size_S if inverse_S is None else size_S[inverse_S.long()]
-        return size_S.view(-1, K)
-
-    return {kind: of_slots(kind) for kind in wanted}
+    y_SH, place_S = y_SH.detach(), slice(None) if inverse_S is None else inverse_S.long()
+    sizes_S = (
+        torch.linalg.vector_norm(y_SH, SIZES[kind], dim=1, dtype=torch.float32) for kind in wanted
+    )
+    return {kind: size_S[place_S].view(-1, K) for kind, size_S in zip(wanted, sizes_S, strict=True)}
 
 
 def empty_sizes(ids_TK: Tensor, wanted: Collection[str]) -> Sizes:

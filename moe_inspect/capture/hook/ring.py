@@ -248,11 +248,6 @@ class Ring:
         """The position up to which rows can be written now."""
         return (self.released + self.pages) * self.P
 
-    @property
-    def free_rows(self) -> int:
-        """Rows that can be written now; negative after rows were dropped."""
-        return self.end_of_room - self.head
-
     def read_cursors(self) -> Tensor:
         """The cursors on the host, int64 [lanes]. From a GPU a copy, valid only once what has been
         launched so far has run."""
@@ -312,12 +307,6 @@ class Ring:
             self.released = position // self.P
             self.limit.fill_(self.end_of_room)
 
-    def rewind(self, dropped: int) -> None:
-        """Undoes a forward pass that failed: the cursors go back to the end of the one before it,
-        the counts of dropped rows to `dropped`."""
-        self.cursor.fill_(self.head)
-        self.dropped.fill_(dropped)
-
 
 class Rings:
     """The ring buffers of a model, one per device. All of them hold the same forward passes.
@@ -365,14 +354,10 @@ class Rings:
 
     def _pages_of(self, group: AlikeRouters) -> list[list[Tensor]]:
         """The group's part of each page, [R, P, K]: of ids and weights, or of what else it is."""
-        tape = self.tapes[group.kind][group.first]
-        end = tape.base + group.routers * tape.P * group.K
+        tape, shape = self.tapes[group.kind][group.first], (group.routers, -1, group.K)
+        of_group = slice(tape.base, tape.base + group.routers * tape.P * group.K)
         return [
-            list(
-                tensor.view(tape.pages, -1)[:, tape.base : end].unflatten(
-                    1, (group.routers, tape.P, group.K)
-                )
-            )
+            list(tensor.view(tape.pages, -1)[:, of_group].unflatten(1, shape))
             for tensor in (tape.ids, tape.weights)
             if tensor is not None
         ]
@@ -383,6 +368,7 @@ class Rings:
 
     @property
     def free_rows(self) -> int:
+        """Rows that can be written now; negative after rows were dropped."""
         return self._end_of_room - self.head
 
     def enable(self, on: bool) -> None:
@@ -390,8 +376,11 @@ class Rings:
             ring.enabled.fill_(int(on))
 
     def rewind(self, dropped: int) -> None:
+        """Undoes a forward pass that failed: the cursors go back to the end of the one before it,
+        the counts of dropped rows to `dropped`."""
         for ring in self._rings:
-            ring.rewind(dropped)
+            ring.cursor.fill_(ring.head)
+            ring.dropped.fill_(dropped)
 
     def synchronize(self) -> None:
         for ring in self._rings:
