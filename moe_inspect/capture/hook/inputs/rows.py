@@ -8,8 +8,9 @@ B batch rows, S positions, T = B·S rows a router sees (padding included), N tok
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -224,7 +225,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
-Kept: TypeAlias = dict[Any, Any]  # whose values can be put back
+K = TypeVar("K")
+V = TypeVar("V")
 PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode", "draft"))
 
 
@@ -236,9 +238,7 @@ class SequenceNumbers:
         self.domains: list[str] = []
         self._document_numbers: dict[Hashable, int] = {}  # by the value the caller gave
         self._documents = self._sequences = 0
-        # the counters before the rows read last, and each key of a dict that was set since, with
-        # its value before
-        self._undo: tuple[int, int, list[tuple[Kept, Hashable, object]]] | None = None
+        self._undo = ExitStack()  # of what was numbered since `accept`
 
     def domain_code(self, label: str) -> int:
         """The code of a domain label, new or known."""
@@ -249,18 +249,14 @@ class SequenceNumbers:
     def discard(self) -> None:
         """Undoes what was numbered since `accept`, as its forward pass failed: the next one takes
         its numbers."""
-        if self._undo is not None:
-            self._documents, self._sequences, changes = self._undo
-            for values, key, before in reversed(changes):
-                if before is None:
-                    del values[key]
-                else:
-                    values[key] = before
-            self._undo = None
+        self._undo.close()
 
     def accept(self) -> None:
         """Keeps what was numbered since: it was recorded."""
-        self._undo = None
+        self._undo.pop_all()
+
+    def _count_from(self, documents: int, sequences: int) -> None:
+        self._documents, self._sequences = documents, sequences
 
     def number(
         self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray
@@ -270,8 +266,7 @@ class SequenceNumbers:
         int [4, N], and the documents that are new. A position that is not the one before + 1 begins
         a sequence, or goes on with one that its cache holds; one that is not above the one before
         begins a document too."""
-        if self._undo is None:
-            self._undo = (self._documents, self._sequences, [])
+        self._undo.callback(self._count_from, self._documents, self._sequences)
         position_N = position_BS[real_BS]
         row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
         of_tokens, by_key, pages = call.keys
@@ -365,9 +360,11 @@ class SequenceNumbers:
         self._set(places, key, found[1:])
         return found[0]
 
-    def _set(self, values: Kept, key: Hashable, value: object) -> None:
-        if self._undo is not None:
-            self._undo[2].append((values, key, values.get(key)))
+    def _set(self, values: dict[K, V], key: K, value: V) -> None:
+        if (before := values.get(key)) is None:
+            self._undo.callback(values.pop, key)
+        else:
+            self._undo.callback(values.__setitem__, key, before)
         values[key] = value
 
 
