@@ -17,7 +17,7 @@ import torch
 import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import counts as counted
-from moe_inspect.capture.hook.inputs import call_arguments, pass_inputs
+from moe_inspect.capture.hook.inputs import pass_inputs
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
@@ -314,7 +314,7 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
     """While a step is being read or written, on the same thread."""
     asked: list[int] = []
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
-        owner: Any = call_arguments if where == "read" else Rings
+        owner: Any = arguments if where == "read" else Rings
         name = "copies_of" if where == "read" else "write"
         real = getattr(owner, name)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture.hook.inputs.call_arguments import length_of, mask_of
+from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
 from moe_inspect.capture.hook.inputs.rows import CachedRows
 from moe_inspect.errors import MoeInspectError
 from tests.families import build

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.corpus.plan import TokenSequence
-from moe_inspect.capture.hook.inputs.arguments import POSITIONS
-from moe_inspect.capture.hook.inputs.call_arguments import cache_among
+from moe_inspect.capture.hook.inputs.arguments import POSITIONS, cache_among
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.capture.token_loss import logits_in

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from moe_inspect.capture.hook import discovery
+from moe_inspect.capture.hook import probes
 from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
@@ -132,7 +132,7 @@ class TraceOpener:
         if "adapter" not in model and (adapter := adapter_in(self.model)) is not None:
             model["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None}
-        notes |= {discovery.NOTE if options.discover else "", ALTERED.get(self.model, "")}
+        notes |= {probes.NOTE if options.discover else "", ALTERED.get(self.model, "")}
         if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
             notes.add(
                 "a selection bias is added to the scores that experts are chosen by, and not to "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.call_arguments import cache_among, host_copy
+from moe_inspect.capture.hook.inputs.arguments import cache_among, host_copy
 from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.routers import Site, is_of_transformers

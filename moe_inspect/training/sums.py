@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_inspect.capture.hook.inputs.arguments import CallReader
-from moe_inspect.capture.hook.inputs.call_arguments import mask_of
+from moe_inspect.capture.hook.inputs.arguments import CallReader, mask_of
 from moe_inspect.capture.hook.sink import Sinks
 from moe_inspect.capture.hook.stack import router_at
 from moe_inspect.capture.options import InputsOf

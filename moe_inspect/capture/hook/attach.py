@@ -20,9 +20,8 @@ from torch.nn import Module
 from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
 from moe_inspect.capture.hook import sink
-from moe_inspect.capture.hook.discovery import Discovery
 from moe_inspect.capture.hook.experts import Takeover
-from moe_inspect.capture.hook.probes import Probes, listen
+from moe_inspect.capture.hook.probes import Discovery, Probes, listen
 from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.errors import MoeInspectError

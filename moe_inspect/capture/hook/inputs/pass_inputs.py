@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_inspect.capture.hook.inputs import call_arguments
-from moe_inspect.capture.hook.inputs.arguments import CallReader
-from moe_inspect.capture.hook.inputs.call_arguments import cache_among
+from moe_inspect.capture.hook.inputs import arguments
+from moe_inspect.capture.hook.inputs.arguments import CallReader, cache_among
 from moe_inspect.capture.hook.inputs.rows import (
     CachedRows,
     CallInputs,
@@ -73,7 +73,7 @@ class PassInputs:
         # by key-value cache, or by tensor that a pass returned
         self._cached: MutableMapping[object, CachedRows] = WeakIdKeyDictionary()
         # the last encoder passes: their outputs at the first position, [B, C], and rows
-        self._encoded: deque[tuple[torch.Tensor, CachedRows]] = deque(maxlen=8)
+        self._encoded: deque[tuple[Tensor, CachedRows]] = deque(maxlen=8)
         # of models that keep their cache to themselves: the last pass of each stack
         self._uncached: dict[str, CachedRows] = {}
         self._pages: WeakKeyDictionary[object, Pages] = WeakKeyDictionary()  # by cache
@@ -141,8 +141,8 @@ class PassInputs:
             elif call.keys.of_tokens is None:
                 self._uncached[call.stack] = call.after
                 if self._reader.inputs is not None:
-                    tensors = list(call_arguments.tensors_in(output))
-                    call.after.starts = list(map(call_arguments.start_of, tensors))
+                    tensors = list(arguments.tensors_in(output))
+                    call.after.starts = list(map(arguments.start_of, tensors))
                     self._cached.update((tensor, call.after) for tensor in tensors)
             if call.before is not None and call.after.length > call.S:
                 call.before.is_continued = True
@@ -186,7 +186,7 @@ class PassInputs:
         given, keys = self._keys(given, B, S)
         cache = cache_among(given.values()) if keys.of_tokens is None else None
         before = self._cached.get(cache) if cache is not None else None
-        past = call_arguments.length_of(cache, before, S) if cache is not None else 0
+        past = arguments.length_of(cache, before, S) if cache is not None else 0
         before = before if past else None
         is_guess = False
         if before is None and stack == "decoder":
@@ -201,7 +201,7 @@ class PassInputs:
             labels = {name: given.get(name, value) for name, value in labels.items()}
         if before is None or is_guess or stack != "decoder":
             check_labels(labels, B)
-        token_BS, mask_BS, position = call_arguments.copies_of(given, B, S, past)
+        token_BS, mask_BS, position = arguments.copies_of(given, B, S, past)
         copied = None
         if fed.is_cuda:
             copied = torch.cuda.Event()
@@ -231,8 +231,8 @@ class PassInputs:
         """The arguments of a call, with the mask of a packed one; and what identifies its
         sequences."""
         if (told := given.get("sequences")) is not None:
-            return given, Keys(call_arguments.keys_told(told, self._told_codes, B, S), self._told)
-        if (found := call_arguments.slots_of(given)) is not None:
+            return given, Keys(arguments.keys_told(told, self._told_codes, B, S), self._told)
+        if (found := arguments.slots_of(given)) is not None:
             slots, real_1S = found
             if (pages := self._pages.get(given["cache"])) is None:
                 pages = self._pages[given["cache"]] = Pages()
@@ -243,20 +243,20 @@ class PassInputs:
         """Of a model whose cache is tensors or its own: what a pass goes on from, and how many
         positions that holds, 0 where `position_ids` must tell. `last`: of the pass before."""
         cache = given.get("past_key_values")
-        tensors = [t for t in call_arguments.tensors_in(cache) if t.numel()]
+        tensors = [t for t in arguments.tensors_in(cache) if t.numel()]
         if not tensors:
             return last, 0
         is_told = given.get("position_ids") is not None
         held = {id(c): c for t in tensors if (c := self._cached.get(t)) is not None}
         if len(held) == 1:
             (rows,) = held.values()
-            by_shape = call_arguments.length_by_shape(tensors[0], rows)
+            by_shape = arguments.length_by_shape(tensors[0], rows)
             return rows, by_shape if is_told else rows.length
-        past = call_arguments.length_by_shape(tensors[0], last)
+        past = arguments.length_by_shape(tensors[0], last)
         if is_told:
             return last, past
         # a copy may be of any cache of its length, and of its first positions or of its last
-        is_slice = call_arguments.start_of(tensors[0]) in last.starts
+        is_slice = arguments.start_of(tensors[0]) in last.starts
         lengths = {c.length for c in self._cached.values() if c is not last}
         is_last = past == last.length and past not in lengths
         if held or not past or not (is_slice or is_last):
@@ -267,7 +267,7 @@ class PassInputs:
             )
         return last, past
 
-    def _encoder_rows(self, hidden_BSC: torch.Tensor | None) -> CachedRows | None:
+    def _encoder_rows(self, hidden_BSC: Tensor | None) -> CachedRows | None:
         """What the encoder pass was fed that a decoder reads: that of the same forward pass, else
         the one that returned these values, which may have been copied, and each row repeated."""
         if (encoder := self._calls.get("encoder")) is not None:
@@ -291,7 +291,7 @@ class PassInputs:
         call.wait()
         real_BS, position_BS = call.real_BS(), call.position_BS()
         if call.keys.of_tokens is not None and call.position is None:
-            position_BS = call_arguments.positions_told(call)
+            position_BS = arguments.positions_told(call)
         (document_N, sequence_N, *others_2N), new = self._numbering.number(
             call, real_BS, position_BS
         )
@@ -327,7 +327,7 @@ class PassInputs:
         for call in steps:
             call.wait()
 
-        def of_steps(tensors: list[torch.Tensor | None], otherwise: np.ndarray) -> np.ndarray:
+        def of_steps(tensors: list[Tensor | None], otherwise: np.ndarray) -> np.ndarray:
             """[n, B], from one row for all or one per batch row."""
             given = [t.reshape(-1) for t in tensors if t is not None]
             found = torch.stack(given).numpy() if given else otherwise

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES
@@ -130,7 +131,7 @@ class Keys(NamedTuple):
     key → how far each sequence with it has come. `pages`: where `of_tokens` are slots of a paged
     cache, what turns them into keys."""
 
-    of_tokens: torch.Tensor | None = None
+    of_tokens: Tensor | None = None
     places: dict[int, tuple[Place, ...]] | None = None
     pages: Pages | None = None
 
@@ -147,9 +148,9 @@ class CallInputs:
     B: int
     S: int
     T: int  # rows that a router sees
-    token_BS: torch.Tensor | None
-    mask_BS: torch.Tensor | None
-    position: torch.Tensor | None  # [B, S] or [S]; None: they continue what came before
+    token_BS: Tensor | None
+    mask_BS: Tensor | None
+    position: Tensor | None  # [B, S] or [S]; None: they continue what came before
     labels: Labels
     before: CachedRows | None  # what its cache held, or what the encoder read
     after: CachedRows
