@@ -17,7 +17,7 @@ import torch
 import moe_inspect
 from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import counts as counted
-from moe_inspect.capture.hook.inputs import pass_inputs
+from moe_inspect.capture.hook.inputs import arguments, pass_inputs
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
