@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moe_inspect.capture.hook.kernels import Dispatch, Sizes, Tape
+Tape: TypeAlias = Any  # those of the module under test
+Dispatch: TypeAlias = Any
 
 POISON = 77
 LANES = 3  # routers of the tape's ring; the second is tested
@@ -249,7 +249,7 @@ def check_combine(
     given = {"y": y_SH, "ids": ids, "weights": weights}
     y_SH, ids, weights = (case.shift(name, t.to(case.device)) for name, t in given.items())
     tape = None if grouped else tape_for(kernels, case)
-    measured: Sizes = kernels.empty_sizes(ids, sizes)
+    measured: dict[str, Tensor] = kernels.empty_sizes(ids, sizes)
     for size in measured.values():
         size.fill_(POISON)
     got = combine(y_SH, ids, weights, groups, out, case.E, tape, measured)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from moe_inspect.capture.hook.kernel_reference import (
     Case,
     Mismatch,
+    Tape,
     check_combine,
     check_dispatch,
     check_record,
@@ -38,9 +39,6 @@ from moe_inspect.capture.hook.kernel_reference import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, plural, print_stderr
 from moe_inspect.trace.files.atomic import draft_of
-
-if TYPE_CHECKING:
-    from moe_inspect.capture.hook.kernels import Tape
 
 SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
