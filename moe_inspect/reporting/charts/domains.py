@@ -6,25 +6,13 @@ L routers, E experts, D domains, K experts of a top-k.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from moe_inspect.reporting.charts.spec import (
-    MOST_LINES,
-    Axis,
-    Chart,
-    Heatmap,
-    Line,
-    Mark,
-    Panel,
-    Scale,
-    amount,
-    cell_numbers,
-    chart,
-    definitions,
-    layer_axis,
-)
+from moe_inspect.reporting.charts import spec
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel
 from moe_inspect.text import cut, layer_label, readable
 
 if TYPE_CHECKING:
@@ -34,35 +22,36 @@ MOST_PANELS = 8  # layers drawn where each takes a panel
 UNIFORM = "uniform"  # the row below those of the domains
 WIDE = 64  # experts of a panel beyond which it takes the whole width, and half as many are drawn
 MOST_DOMAINS = 24  # rows drawn
-# of the experts that a domain uses most: cell_numbers in a cell, and listed with its value
+# of the experts that a domain uses most: named in a cell, and listed with their value
 NAMED, LISTED = 3, 8
 
 
-@chart("domains", group="Specialization")
+@spec.chart("domains", group="Specialization")
 def domains(data: ReportData) -> Chart | str:
     """Lift: the activation of each expert in each domain ÷ its mean over all domains; a panel per
     layer."""
     counts, D = data.counts, len(data.counts.domains)
     if D < 2:
         return "domains: there is only one"
-    table = data.frame("domains")
+    table = data.tables["domains"]
     names = tuple(cut(readable(name)) for name in counts.domains)
-    rows_of = dict(iter(table.groupby("router")))
-    spread = {r: _spread(rows_of[r]) for r in data.selection.routers}
+    rows_of = {r: table[table["router"] == r] for r in data.selection.routers}
+    spread = {r: _spread(rows) for r, rows in rows_of.items()}
     wide = max(counts.routers[r].experts for r in spread) > WIDE
     most = MOST_PANELS // 2 if wide else MOST_PANELS
     chosen = sorted(sorted(spread, key=lambda r: -spread[r])[:most])
     panels = list[Panel]()
     for r in chosen:
-        shape = (D, counts.routers[r].experts)
+        E, rows = counts.routers[r].experts, rows_of[r]
         lift_DE, activation_DE = (
-            rows_of[r][name].to_numpy().reshape(shape) for name in ("lift", "activation")
+            rows[name].to_numpy().reshape(D, E) for name in ("lift", "activation")
         )
         # the share that each expert would take if all were alike, on the scale of the others
         with np.errstate(divide="ignore"):
-            even_E = counts.routers[r].top_k / shape[1] / activation_DE.mean(0)
-        rows = np.vstack([lift_DE, np.where(np.isfinite(even_E), even_E, np.nan)])
-        heatmap = Heatmap(rows, lift_scale(D, "activation ÷ mean"), cell_numbers(rows))
+            even_E = counts.routers[r].top_k / E / activation_DE.mean(0)
+        values = np.vstack([lift_DE, np.where(np.isfinite(even_E), even_E, np.nan)])
+        scale = lift_scale(D, "activation ÷ mean")
+        heatmap = Heatmap(values, scale, spec.cell_numbers(values))
         title = f"layer {layer_label(data.trace.routers, r)}"
         panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", (*names, UNIFORM)), title))
     rise = table["activation"] - table["activation"] / table["lift"]
@@ -88,41 +77,29 @@ def domains(data: ReportData) -> Chart | str:
     )
 
 
-@chart("specialization", group="Specialization")
+@spec.chart("specialization", group="Specialization")
 def specialization(data: ReportData) -> Chart | str:
     """The information about the expert that domain and token id carry, in bits, by layer, each
     beside its value by chance."""
-    table = data.frame("specialization")
-    x = np.arange(len(table), dtype=float)
-    kinds = (
-        ("domain", "domain_mi_bits", "domain_mi_null_bits", "c1"),
-        (
-            "domain, given the token id",
-            "domain_mi_given_token_bits",
-            "domain_mi_given_token_null_bits",
-            "c3",
-        ),
-        ("token id", "token_mi_bits", "token_mi_null_bits", "c2"),
-    )
-    marks: list[Mark] = []
-    for name, column, null, colour in kinds:
-        if table[column].notna().any():
-            marks.append(Line(x, table[column].to_numpy(), name, colour, dots=True))
-            if table[null].notna().any():
-                by_chance = f"{name}: by chance"
-                marks.append(Line(x, table[null].to_numpy(), by_chance, colour, "dot"))
+    table = data.tables["specialization"]
+    x, marks = np.arange(len(table), dtype=float), list[spec.Mark]()
+    for name, column, colour in (
+        ("domain", "domain_mi", "c1"),
+        ("domain, given the token id", "domain_mi_given_token", "c3"),
+        ("token id", "token_mi", "c2"),
+    ):
+        bits, null = table[f"{column}_bits"], table[f"{column}_null_bits"]
+        if bits.notna().any():
+            marks.append(Line(x, bits.to_numpy(), name, colour, dots=True))
+            if null.notna().any():
+                marks.append(Line(x, null.to_numpy(), f"{name}: by chance", colour, "dot"))
     if not marks:
         return "specialization: needs two domains or token ids"
+    y = Axis("mutual information (bits)", low=0)
     return Chart(
         "What decides the expert",
         "Information that the domain and the token id carry about the chosen expert",
-        (
-            Panel(
-                tuple(marks),
-                layer_axis(data, table["router"]),
-                Axis("mutual information (bits)", low=0),
-            ),
-        ),
+        (Panel(tuple(marks), spec.layer_axis(data, table["router"]), y),),
         text="Bits of information that the domain, and the token id, carry about the chosen "
         "expert. Only the distance above the dotted line of the same colour is evidence: "
         "chance alone reaches the dotted line.",
@@ -138,65 +115,53 @@ def specialization(data: ReportData) -> Chart | str:
     )
 
 
-@chart("esft", group="Specialization")
+@spec.chart("esft", group="Specialization")
 def esft(data: ReportData) -> Chart | str:
     """The share of each domain's assignments that its k most used experts take, by layer, and which
     experts these are."""
-    table = data.frame("esft")
+    table = data.tables["esft"]
     if not table["token_score"].notna().any():
         return "experts of a domain: no router made an assignment"
     chosen, counts, D = data.selection.routers, data.counts, len(data.counts.domains)
-    rows_of = dict(iter(table.groupby("router")))
     share_DL, shown = np.full((D, len(chosen)), np.nan), list[np.ndarray]()
     named_DL, listed_DL = (np.full((D, len(chosen)), "", object) for _ in range(2))
     for column, r in enumerate(chosen):
-        score_DE = rows_of[r]["token_score"].to_numpy().reshape(D, -1)
+        rows = table[table["router"] == r]
+        score_DE, index_DE = (
+            of.to_numpy().reshape(D, -1) for of in (rows["token_score"], rows.index)
+        )
         order_DK = np.argsort(-score_DE, axis=1, kind="stable")[:, : counts.routers[r].top_k]
         score_DK = np.take_along_axis(score_DE, order_DK, 1)
-        share_DL[:, column] = score_DK.sum(1)
-        named_DL[:, column] = [", ".join(map(str, order_K[:NAMED])) for order_K in order_DK]
-        listed_DL[:, column] = [
-            "\n".join(
-                f"expert {e}: {score:.3f}"
-                for e, score in zip(order_K[:LISTED], score_K, strict=False)
-                if score == score
-            )
-            for order_K, score_K in zip(order_DK, score_DK, strict=True)
-        ]
-        index_DE = rows_of[r].index.to_numpy().reshape(D, -1)
         shown.append(np.take_along_axis(index_DE, order_DK, 1).ravel())
+        share_DL[:, column] = score_DK.sum(1)
+        for d, (order_K, score_K) in enumerate(zip(order_DK, score_DK, strict=True)):
+            listed = zip(order_K[:LISTED], score_K[:LISTED], strict=True)
+            named_DL[d, column] = ", ".join(map(str, order_K[:NAMED]))
+            listed_DL[d, column] = "\n".join(f"expert {e}: {s:.3f}" for e, s in listed if s == s)
     drawn = sorted(int(d) for d in np.argsort(-counts.tokens_D, kind="stable")[:MOST_DOMAINS])
-    even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
-    heatmap = Heatmap(
-        share_DL[drawn],
-        amount("share of the top k", even, share_DL, 1.1 * even),
-        named_DL[drawn] if len(chosen) <= MOST_LINES else None,
-        listed_DL[drawn],
-    )
     names = tuple(cut(readable(counts.domains[d])) for d in drawn)
-    notes = [
-        f"Shown: the {len(names)} of {D} domains with the most tokens." if len(names) < D else "",
-        ""
-        if table["gate_score"].notna().any()
-        else "Without recorded weights there is no gate score.",
-    ]
+    even = min(counts.routers[r].top_k / counts.routers[r].experts for r in chosen)
+    scale = spec.amount("share of the top k", even, share_DL, 1.1 * even)
+    cells = named_DL[drawn] if len(chosen) <= spec.MOST_LINES else None
+    heatmap = Heatmap(share_DL[drawn], scale, cells, listed_DL[drawn])
+    text = (
+        "The share of each domain's assignments that its k most used experts take; "
+        "each cell names the first of them. k/E is even, 1 is all of them. "
+        "Expert-specialised fine-tuning (ESFT) picks the experts to train by these scores."
+    )
+    if len(names) < D:
+        text += f" Shown: the {len(names)} of {D} domains with the most tokens."
+    if not table["gate_score"].notna().any():
+        text += " Without recorded weights there is no gate score."
+    listed = table.loc[np.concatenate(shown)]
     return Chart(
         "Experts of a domain",
         "Share of each domain's assignments that its k most used experts take",
-        (Panel((heatmap,), layer_axis(data, chosen), Axis("domain", names)),),
-        text=" ".join(
-            [
-                "The share of each domain's assignments that its k most used experts take; "
-                "each cell names the first of them. k/E is even, 1 is all of them. "
-                "Expert-specialised fine-tuning (ESFT) picks the experts to train by these scores.",
-                *filter(None, notes),
-            ]
-        ),
-        table=table.loc[np.concatenate(shown)].sort_values(
-            "token_score", ascending=False, kind="stable"
-        ),
+        (Panel((heatmap,), spec.layer_axis(data, chosen), Axis("domain", names)),),
+        text=text,
+        table=listed.sort_values("token_score", ascending=False, kind="stable"),
         definitions={
-            **definitions("token_score", "gate_score"),
+            **spec.definitions("token_score", "gate_score"),
             "by_sample": "the same scores with equal weight for each sample (sequence), "
             "whatever its length.",
             "chance": "in a domain with few tokens the k busiest experts take more than k/E by "
@@ -205,13 +170,13 @@ def esft(data: ReportData) -> Chart | str:
     )
 
 
-def lift_scale(domains: int, title: str) -> Scale:
+def lift_scale(domains: int, title: str) -> spec.Scale:
     """The scale of the activation in a domain ÷ the mean over domains, which is at most their
     number."""
-    return Scale("ratio", title, high=max(4.0, domains), end="domains" if domains >= 4 else "")
+    return spec.Scale("ratio", title, high=max(4.0, domains), end="domains" if domains >= 4 else "")
 
 
-def _spread(rows: Any) -> float:
+def _spread(rows: pd.DataFrame) -> float:
     """How much the activations of a router differ between domains: Σ activation · log₂ lift."""
-    activation, lift = rows["activation"].to_numpy(), rows["lift"].to_numpy()
-    return float(np.nansum(activation * np.log2(np.maximum(lift, 1e-9))))
+    lift = np.maximum(rows["lift"].to_numpy(), 1e-9)
+    return float(np.nansum(rows["activation"].to_numpy() * np.log2(lift)))

@@ -15,7 +15,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from moe_inspect.text import layer_label, no_such
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import ArrayLike
 
     from moe_inspect.reporting.tables.data import ReportData
     from moe_inspect.trace.schema import Router
@@ -66,15 +67,9 @@ PALETTE: dict[str, tuple[str, str]] = {
     "most": ("#0b3c63", "#a9dcff"),
 }
 SERIES = tuple(f"c{i}" for i in range(1, 9))
-RATIO = {  # ratio → colour; from 4 on, "highest" is at the scale's end
-    0.25: "low",
-    0.5: "lower",
-    1 / TINT: "below",
-    1.0: "even",
-    TINT: "above",
-    2.0: "higher",
-    4.0: "high",
-}
+# ratio → colour; from 4 on, "highest" is at the scale's end
+RATIO = {0.25: "low", 0.5: "lower", 1 / TINT: "below", 1.0: "even"}
+RATIO |= {TINT: "above", 2.0: "higher", 4.0: "high"}
 AMOUNT = ("least", "middle", "most")
 
 Dash = Literal["", "dot", "dash"]
@@ -211,14 +206,7 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
     return [float(f"{i * step:.9g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def amount(
-    title: str,
-    low: float,
-    values: np.ndarray,
-    least: float,
-    *,
-    log: bool = False,
-) -> Scale:
+def amount(title: str, low: float, values: np.ndarray, least: float, *, log: bool = False) -> Scale:
     """A scale from low to the 99th percentile of the values or to `least`, whichever is more,
     rounded up."""
     known = values[np.isfinite(values)]
@@ -289,10 +277,22 @@ class Chart:
 
 
 Maker = Callable[["ReportData"], "Chart | str"]
-CHARTS: dict[str, Maker] = {}
-TABLES_OF: dict[str, tuple[str, ...]] = {}  # chart → the tables that it is drawn from
-GROUP_OF: dict[str, str] = {}  # chart → the part of the page that it stands in
 GROUPS = ("Balance", "Specialization", "Serving", "Router", "")  # in the order of the page
+INTERVALS = " Bars are 95% intervals over documents."
+FAR = 5.0  # a ratio beyond which the others would lie on the axis
+DASHES: tuple[Dash, ...] = ("", "dash", "dot")
+
+
+class Registered(NamedTuple):
+    """A chart of the report: what makes it, the tables that it is drawn from, and the part of the
+    page that it stands in."""
+
+    make: Maker
+    tables: tuple[str, ...]
+    group: str
+
+
+CHARTS: dict[str, Registered] = {}
 
 
 def chart(*tables: str, group: str = "") -> Callable[[Maker], Maker]:
@@ -300,19 +300,18 @@ def chart(*tables: str, group: str = "") -> Callable[[Maker], Maker]:
     group, one of GROUPS."""
 
     def register(function: Maker) -> Maker:
-        name = function.__name__
-        CHARTS[name], TABLES_OF[name], GROUP_OF[name] = function, tables, group
+        CHARTS[function.__name__] = Registered(function, tables, group)
         return function
 
     return register
 
 
-def every_chart() -> dict[str, Maker]:
+def every_chart() -> dict[str, Registered]:
     """CHARTS with every file of this folder read, in the order of the page."""
     package = importlib.import_module(__package__ or "")
     for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(found.name)
-    return dict(sorted(CHARTS.items(), key=lambda item: GROUPS.index(GROUP_OF[item[0]])))
+    return dict(sorted(CHARTS.items(), key=lambda item: GROUPS.index(item[1].group)))
 
 
 def check_chart(name: str) -> None:
@@ -324,37 +323,29 @@ def check_chart(name: str) -> None:
 def tables_of_charts(names: Sequence[str] | None = None) -> list[str]:
     """The tables that these charts are drawn from, by default all charts."""
     there = every_chart()
-    return list(dict.fromkeys(table for name in names or there for table in TABLES_OF[name]))
+    return list(dict.fromkeys(table for name in names or there for table in there[name].tables))
 
 
 def draw_charts(data: ReportData) -> tuple[list[Chart], list[str]]:
     """All charts that the trace has the data for, and why the others are missing."""
-    makers = every_chart()
     data.prepare(tables_of_charts())
-    charts, left_out = list[Chart](), list[str]()
-    advance = phase("drawing", len(makers), "charts")
-    for name in makers:
-        made = chart_of(data, name)
+    names, made = list(every_chart()), list[Chart | str]()
+    advance = phase("drawing", len(names), "charts")
+    for name in names:
+        made.append(chart_of(data, name))
         advance(1)
-        if isinstance(made, Chart):
-            charts.append(made)
-        elif made:
-            left_out.append(made)
-    return charts, left_out
+    charts = [one for one in made if isinstance(one, Chart)]
+    return charts, [one for one in made if isinstance(one, str) and one]
 
 
 def chart_of(data: ReportData, name: str) -> Chart | str:
     """One chart by its name."""
+    of = every_chart()[name]
     try:
-        made = every_chart()[name](data)
+        made = of.make(data)
     except MoeInspectError as error:  # a table that this trace cannot give
         return str(error)
-    return replace(made, name=name, group=GROUP_OF[name]) if isinstance(made, Chart) else made
-
-
-INTERVALS = " Bars are 95% intervals over documents."
-FAR = 5.0  # a ratio beyond which the others would lie on the axis
-DASHES: tuple[Dash, ...] = ("", "dash", "dot")
+    return replace(made, name=name, group=of.group) if isinstance(made, Chart) else made
 
 
 def definitions(*names: str) -> dict[str, str]:
@@ -395,7 +386,9 @@ def look(i: int) -> tuple[str, Dash]:
     return SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]
 
 
-def known_interval(low: Any, high: Any) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+def known_interval(
+    low: ArrayLike, high: ArrayLike
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """`low` and `high` of a mark; None where no value has an interval."""
     low, high = np.asarray(low, float), np.asarray(high, float)
     return (None, None) if np.isnan(low).all() else (low, high)

@@ -308,7 +308,7 @@ ByExpert = Callable[[Any], tuple[Any, list[int]]]
 def _words(data: ReportData, by_expert: ByExpert) -> dict[str, Any] | None:
     if data.counts.counts_only or not data.top:
         return None
-    table = data.frame("vocabulary")
+    table = data.tables["vocabulary"]
     table, start = by_expert(table)
     id_of_row: np.ndarray = table["token_id"].to_numpy()
     codes, ids = pd.factorize(id_of_row)

@@ -86,7 +86,7 @@ def _gravest(found: list[Finding], most: int, console: Console) -> tuple[list[Te
 
 def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:
     """A row per layer, the worst first, beside what chance would give."""
-    table = data.frame("balance").sort_values("max_vio", ascending=False, kind="stable")
+    table = data.tables["balance"].sort_values("max_vio", ascending=False, kind="stable")
     columns = ["layer", "busiest expert", "max/mean", "expected by chance", "95% interval", "dead"]
     cells = [
         [layer_label(data.trace.routers, int(one["router"])), *_balance(one)]

@@ -22,6 +22,14 @@ from moe_inspect.reporting.tables.registry import TABLES, LazyTables
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace
 
+Row = Mapping[str, Any]  # column → value
+
+
+def records(table: pd.DataFrame) -> list[Row]:
+    """The rows of a table, in plain numbers and texts."""
+    rows: Any = table.to_dict("records")
+    return rows
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -84,7 +92,8 @@ STATUS = {
 
 
 class ReportData:
-    """The arguments are those of `report`. Nothing is counted before it is asked for."""
+    """The arguments are those of `report`. Nothing is counted before it is asked for. `made`:
+    function → its result, see `once`."""
 
     def __init__(
         self,
@@ -108,12 +117,8 @@ class ReportData:
         self.window, self.weights, self.baseline = window, weights, baseline
         self.thresholds: Thresholds = thresholds_with(thresholds)
         self.tables: Mapping[str, pd.DataFrame] = LazyTables(self)
-        self.made: dict[object, Any] = {}  # function → its result, see `once`
+        self.made: dict[object, Any] = {}
         self._counts: Counts | None = None
-
-    def frame(self, name: str) -> Any:
-        """A table, for code whose checker knows too little of pandas."""
-        return self.tables[name]
 
     @property
     def counts(self) -> Counts:
@@ -129,17 +134,17 @@ class ReportData:
         )
         had = self._counts
         if had is None:
-            self._counts = self._counted(asked)
+            had = self._counted(asked)
         elif asked - had.wants == TOKEN_IDS:
             had.by_token_id = self._counted(TOKEN_IDS).by_token_id
             had.wants |= TOKEN_IDS
         elif not asked <= had.wants:
-            kept = had.wants & TOKEN_IDS
-            self._counts = self._counted((asked | had.wants) - kept)
-            self._counts.by_token_id |= had.by_token_id
-            self._counts.wants |= kept
-        assert self._counts is not None
-        return self._counts
+            before, kept = had, had.wants & TOKEN_IDS
+            had = self._counted((asked | before.wants) - kept)
+            had.by_token_id |= before.by_token_id
+            had.wants |= kept
+        self._counts = had
+        return had
 
     def counts_of_all_domains(self) -> Counts:
         """What a domain that was selected is compared with."""
@@ -159,8 +164,7 @@ class ReportData:
 
     def prepare(self, tables: Iterable[str]) -> None:
         """Counts in one pass what these tables need."""
-        known = [TABLES[name].wants for name in tables if name in TABLES]
-        wants = frozenset[str]().union(*known)
+        wants = {want for name in tables if name in TABLES for want in TABLES[name].wants}
         self.counts_for(*(wants - PAIRED if self.without_pairs else wants))
 
     @property
@@ -197,26 +201,25 @@ class ReportData:
         return "; ".join(s for s in (STATUS.get(self.trace.status), lost, quirk) if s) or None
 
     @cached_property
-    def loaded(self) -> list[dict[str, Any]]:
+    def loaded(self) -> list[Row]:
         """The rows of `balance` of the routers that have any load."""
-        return self.frame("balance").dropna(subset=["max_vio"]).to_dict("records")
+        return records(self.tables["balance"].dropna(subset=["max_vio"]))
 
     def pooled_max_over_mean(self) -> float | None:
         """max_over_mean of the load summed over all routers; None where they have different
         experts."""
-        counts = self.counts
-        sizes = {counts.routers[r].experts for r in self.selection.routers}
-        if len(sizes) > 1 or len(self.selection.routers) < 2:
+        loads = [self.counts.load_E(r) for r in self.selection.routers]
+        if len(loads) < 2 or len({len(load_E) for load_E in loads}) > 1:
             return None
-        load_E = np.sum([counts.load_E(r) for r in self.selection.routers], axis=0)
+        load_E = np.sum(loads, axis=0)
         return float(load_E.max() / load_E.mean()) if load_E.any() else None
 
 
-def once(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+def once(function: Callable[[ReportData], Result]) -> Callable[[ReportData], Result]:
     """A function of ReportData that runs once per report: its result is kept in `made`."""
 
     @wraps(function)
-    def kept(data: Any) -> Result:
+    def kept(data: ReportData) -> Result:
         if function not in data.made:
             data.made[function] = function(data)
         return data.made[function]
@@ -224,12 +227,8 @@ def once(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
     return kept
 
 
-def worst_router(data: ReportData) -> dict[str, Any] | None:
-    """The row of `balance` of the router with the highest max_vio; None where none has load."""
-    return worst_of(data.loaded)
-
-
-def worst_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def worst_of(rows: Iterable[Row]) -> Row | None:
+    """The row of `balance` with the highest max_vio; None where there is none."""
     return max(rows, key=lambda row: row["max_vio"], default=None)
 
 

@@ -5,8 +5,7 @@ forward passes, W windows."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -17,9 +16,8 @@ from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
-from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.analysis.metrics.registry import metrics_of
-from moe_inspect.reporting.tables.data import ReportData, once
+from moe_inspect.reporting.tables.data import ReportData, Row, once, records
 from moe_inspect.reporting.tables.registry import table
 
 BALANCE = tuple(
@@ -57,84 +55,76 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
     """The balance table of any counts, also those of a recording in progress. `starved`: load ratio
     below which an expert counts as starved. `drops`: whether slots that routed nowhere are
     dropped."""
-    rows = list[dict[str, float | None]]()
-    for r in counts.indices:
-        router, load_E = counts.routers[r], counts.load_E(r)
-        E, k, total = router.experts, router.top_k, int(load_E.sum())
-        row: dict[str, float | None] = {
-            "layer": router.layer,
-            "router": r,
-            "experts": E,
-            "top_k": k,
-            "tokens": counts.tokens_of(r),
-            "assignments": total,
-        }
-        row |= values_of(counts, r, "balance")
-        row["starved_experts"] = float(bal.starved_experts(load_E[None], starved)[0])
-        row["busiest_expert"] = int(bal.busiest_expert(load_E[None])[0]) if total else None
-        interval = (
-            (float("nan"), float("nan"))
-            if counts.counts_only
-            else unc.max_vio_interval(counts.of[r].assignments_UE, counts.domain_of_unit_U)
-        )
-        most = E * counts.tokens_of(r) / total if total else math.nan  # every token goes there
-        row["max_over_mean_low"], row["max_over_mean_high"] = (min(1 + x, most) for x in interval)
-        row["design_effect"] = effect = design_effect(counts, r)
+    p_values = _p_values(counts)
+
+    def values(r: int) -> Row:
+        router, load_E, dropped_E = counts.routers[r], counts.load_E(r), counts.dropped_E(r)
+        E, k, T, total = router.experts, router.top_k, counts.tokens_of(r), int(load_E.sum())
+        low, high, slots, dropped = math.nan, math.nan, k * T, float(dropped_E.sum())
+        if not counts.counts_only:
+            units = counts.of[r].assignments_UE, counts.domain_of_unit_U
+            low, high = unc.max_vio_interval(*units)
+        most = E * T / total if total else math.nan  # every token goes there
+        effect = design_effect(counts, r)
         tokens = max(round(total / k), min(total, 1))  # null slots make no load
-        floor = unc.noise_floor(tokens, E, k)
-        row["expected_by_chance"] = 1 + floor * widened(effect)
-        row["max_vio_batch"], row["noise_floor_batch"] = _by_batch(
-            counts, r, total / max(k * counts.tokens_of(r), 1)
-        )
-        slots = k * counts.tokens_of(r)
-        row["empty_slots"] = slots - total
-        dropped_E = counts.dropped_E(r)
-        row["dropped"] = dropped = float(dropped_E.sum())
+        batch, floor = _by_batch(counts, r, total / max(slots, 1))
         lost = slots - total if drops and math.isnan(dropped) else dropped
-        row["drop_rate"] = lost / slots if slots else float("nan")
         before_E = load_E + dropped_E
         known = before_E.sum() > 0
-        row["busiest_expert_before_drops"] = int(before_E.argmax()) if known else None
-        row["max_over_mean_before_drops"] = (
-            float(before_E.max() / before_E.mean()) if known else float("nan")
-        )
-        rows.append(row)
-    _add_p_values(counts, rows)
-    columns = ["layer", "router", "experts", "top_k", "tokens", "assignments", *BALANCE]
-    frame = pd.DataFrame(rows, columns=columns)
+        return {
+            "experts": E,
+            "top_k": k,
+            "tokens": T,
+            "assignments": total,
+            **values_of(counts, r, "balance"),
+            "starved_experts": float(bal.starved_experts(load_E[None], starved)[0]),
+            "busiest_expert": int(bal.busiest_expert(load_E[None])[0]) if total else None,
+            "max_over_mean_low": min(1 + low, most),
+            "max_over_mean_high": min(1 + high, most),
+            "design_effect": effect,
+            "expected_by_chance": 1 + unc.noise_floor(tokens, E, k) * widened(effect),
+            "max_vio_batch": batch,
+            "noise_floor_batch": floor,
+            "empty_slots": slots - total,
+            "dropped": dropped,
+            "drop_rate": lost / slots if slots else math.nan,
+            "busiest_expert_before_drops": int(before_E.argmax()) if known else None,
+            "max_over_mean_before_drops": before_E.max() / before_E.mean() if known else math.nan,
+            **p_values[r],
+        }
+
+    columns = ("experts", "top_k", "tokens", "assignments", *BALANCE)
     # whole numbers that may be missing
     whole = ("dead_experts", "starved_experts", "busiest_expert", "busiest_expert_before_drops")
+    frame = row_per_router(counts, counts.indices, columns, values)
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
 @once
-def chosen(data: ReportData) -> list[dict[str, Any]]:
+def chosen(data: ReportData) -> list[Row]:
     """The rows of `balance` of what routers chose: before drops, where it is known which expert
     dropped what."""
     if not data.trace.has_dropped:
         return data.loaded
     before, starved = data.counts.before_drops(), data.thresholds.starved
-    table: Any = balance_of(before, starved, data.trace.drops)
-    return table.dropna(subset=["max_vio"]).to_dict("records")
+    return records(balance_of(before, starved, data.trace.drops).dropna(subset=["max_vio"]))
 
 
-def _add_p_values(counts: Counts, rows: Sequence[dict[str, float | None]]) -> None:
-    """How likely documents like these make any router's busiest expert as busy, and any's least
-    used one as little used, by chance: NaN where documents are unknown or too few."""
-    loads = [counts.load_E(r) for r in counts.indices]
-    judged = not counts.counts_only and len(counts.units) >= chance.FEWEST_TO_JUDGE
-    at = [i for i, load_E in enumerate(loads) if judged and load_E.any()]
-    nulls = [
-        chance.evenness_nulls(counts.of[counts.indices[i]].assignments_UE, counts.domain_of_unit_U)
-        for i in at
-    ]
-    apart = [np.array([loads[i].max(), loads[i].min()]) / loads[i].mean() - 1 for i in at]
+def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
+    """By router, how likely documents like these make any router's busiest expert as busy, and
+    any's least used one as little used, by chance: NaN where documents are unknown or too few."""
+    found = {r: {"busiest_p": math.nan, "least_used_p": math.nan} for r in counts.indices}
+    if counts.counts_only or len(counts.units) < chance.FEWEST_TO_JUDGE:
+        return found
+    loads = {r: load_E for r in counts.indices if (load_E := counts.load_E(r)).any()}
+    domain_U = counts.domain_of_unit_U
+    nulls = [chance.evenness_nulls(counts.of[r].assignments_UE, domain_U) for r in loads]
+    apart = [np.array([of_E.max(), of_E.min()]) / of_E.mean() - 1 for of_E in loads.values()]
     for side, name in enumerate(("busiest_p", "least_used_p")):
         p_L = chance.joint_p([abs(of[side]) for of in apart], [of[side] for of in nulls])
-        for row in rows:
-            row[name] = float("nan")
-        for i, p in zip(at, p_L, strict=True):
-            rows[i][name] = float(p)
+        for r, p in zip(loads, p_L, strict=True):
+            found[r][name] = float(p)
+    return found
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
@@ -142,7 +132,7 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
     share of slots that are not null."""
     batches = counts.of[router].batches
     if not batches or filled <= 0:
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     tokens_S, (passes_S, vio_sum_S) = np.array(list(batches)), np.array(list(batches.values())).T
     E, k = counts.routers[router].experts, counts.routers[router].top_k
     whole_S = bal.whole_passes(tokens_S)
@@ -154,10 +144,11 @@ def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]
 @table()
 def load(data: ReportData) -> pd.DataFrame:
     """One row per expert of a router: its load, absolute and relative to the mean."""
-    counts, parts = data.counts, list[dict[str, np.ndarray]]()
-    for r in data.selection.routers:
+    counts = data.counts
+
+    def columns(r: int) -> Columns:
         load_E = counts.load_E(r)
-        columns = {
+        return {
             "expert": np.arange(len(load_E)),
             "assignments": load_E,
             "share": sp.share_by_domain(load_E[None])[0],
@@ -166,8 +157,8 @@ def load(data: ReportData) -> pd.DataFrame:
             "weight_sum": counts.weight_sum_E(r),
             "dropped": counts.dropped_E(r),
         }
-        parts.append(of_router(data, r, columns))
-    return stacked(parts)
+
+    return rows_per_router(data, columns)
 
 
 @once
@@ -179,7 +170,12 @@ def design_effects(data: ReportData) -> dict[int, float]:
 def widened(effect: float) -> float:
     """By how much the tokens of one document, which are alike, raise what chance gives independent
     ones: √ design effect, at least 1; 1 where it is unknown."""
-    return max(1.0, math.sqrt(effect)) if effect == effect else 1.0
+    return math.sqrt(at_least_1(effect))
+
+
+def at_least_1(effect: float) -> float:
+    """A design effect; 1 where it is unknown."""
+    return max(1.0, effect) if effect == effect else 1.0
 
 
 def design_effect(counts: Counts, router: int) -> float:
@@ -191,18 +187,27 @@ def design_effect(counts: Counts, router: int) -> float:
     return unc.design_effect(loads_UE, tokens_U, counts.domain_of_unit_U)
 
 
-def of_router(
-    data: ReportData, router: int, columns: Mapping[str, np.ndarray | float]
-) -> dict[str, np.ndarray]:
-    """Rows of a table about one router, by column: `layer, router` come first. A number is that of
-    all rows."""
-    rows = {"layer": data.counts.routers[router].layer, "router": router, **columns}
-    return dict(zip(rows, np.broadcast_arrays(*rows.values()), strict=True))
+Columns = Mapping[str, np.ndarray | float]  # a number is that of all rows
 
 
-def stacked(parts: list[dict[str, np.ndarray]]) -> pd.DataFrame:
-    """One table of the rows of several routers."""
-    return pd.DataFrame({name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]})
+def rows_per_router(data: ReportData, columns: Callable[[int], Columns | None]) -> pd.DataFrame:
+    """A table of several rows per router, by column; `layer, router` come first. None leaves a
+    router out; without any router the table has no columns."""
+    parts = list[dict[str, np.ndarray]]()
+    for r in data.selection.routers:
+        if (of_router := columns(r)) is not None:
+            rows = {"layer": data.counts.routers[r].layer, "router": r, **of_router}
+            parts.append(dict(zip(rows, np.broadcast_arrays(*rows.values()), strict=True)))
+    names = parts[0] if parts else ()
+    return pd.DataFrame({name: np.concatenate([rows[name] for rows in parts]) for name in names})
+
+
+def row_per_router(
+    counts: Counts, routers: Iterable[int], names: Iterable[str], values: Callable[[int], Row]
+) -> pd.DataFrame:
+    """A table of one row per router: `layer, router`, then these columns."""
+    rows = [{"layer": counts.routers[r].layer, "router": r, **values(r)} for r in routers]
+    return pd.DataFrame(rows, columns=["layer", "router", *names])
 
 
 CAPACITY_FACTOR = 1.25  # of simulated_drop_rate
@@ -230,28 +235,31 @@ def windows(data: ReportData) -> pd.DataFrame:
     chance of as many tokens of documents like these; the distance of its load from that of the
     window before and the one expected by chance; the share of assignments that a capacity factor of
     1.25 would drop."""
-    counts, parts = data.decisions("windows"), list[dict[str, np.ndarray]]()
-    for r in data.selection.routers:
+    counts = data.decisions("windows")
+
+    def columns(r: int) -> Columns:
         index_W, first_W, tokens_W, load_WE = _windows(counts, r)
         E, k = counts.routers[r].experts, counts.routers[r].top_k
-        floors = _floors(data, r, load_WE)
-        floor_W = unc.noise_of(load_WE.sum(1) / k, E, k)[0]  # null slots make no load
-        there_W = load_WE.sum(1) > 0
-        columns = {
+        tv_floor, jsd_floor = _floors(data, r, load_WE)
+        floor_W, _ = unc.noise_of(load_WE.sum(1) / k, E, k)  # null slots make no load
+        steps = {
+            "total_variation": win.step_total_variation(load_WE),
+            "total_variation_floor": tv_floor,
+            "jsd_bits": win.step_jsd_bits(load_WE),
+            "jsd_floor_bits": jsd_floor,
+        }
+        return {
             "window": index_W,
             "first_token": first_W,
             "tokens": tokens_W,
             "max_over_mean": bal.max_over_mean(load_WE),
-            "busiest_expert": np.where(there_W, bal.busiest_expert(load_WE), -1),
+            "busiest_expert": np.where(load_WE.sum(1) > 0, bal.busiest_expert(load_WE), -1),
             "expected_by_chance": 1 + floor_W * widened(design_effects(data)[r]),
-            "total_variation": np.r_[np.nan, win.step_total_variation(load_WE)][: len(tokens_W)],
-            "total_variation_floor": np.r_[np.nan, floors[0]][: len(tokens_W)],
-            "jsd_bits": np.r_[np.nan, win.step_jsd_bits(load_WE)][: len(tokens_W)],
-            "jsd_floor_bits": np.r_[np.nan, floors[1]][: len(tokens_W)],
+            **{name: np.r_[np.nan, step][: len(tokens_W)] for name, step in steps.items()},
             "simulated_drop_rate": win.simulated_drop_rate(load_WE, CAPACITY_FACTOR),
         }
-        parts.append(of_router(data, r, columns))
-    frame = stacked(parts)
+
+    frame = rows_per_router(data, columns)
     busiest = frame["busiest_expert"].astype("Int64")
     return frame.assign(busiest_expert=busiest.mask(busiest < 0))
 
@@ -264,42 +272,40 @@ def drift(data: ReportData) -> pd.DataFrame:
     whose share rises or falls most steadily, with its load ÷ mean load in the first quarter of the
     trace and in the last (trend_first, trend_last), and the probability that documents by chance
     give any expert of any router such a trend (trend_p)."""
-    counts, rows = data.decisions("drift"), list[dict[str, float | None]]()
-    for r in data.selection.routers:
+    counts = data.decisions("drift")
+
+    def values(r: int) -> Row:
         _, _, tokens_W, load_WE = _windows(counts, r)
-        whole_W = bal.whole_passes(tokens_W)
-        load_WE = load_WE[whole_W]
-        floors = _floors(data, r, load_WE)
-        ends = _floors(data, r, load_WE[[0, -1]]) if len(load_WE) > 1 else floors
+        load_WE = load_WE[bal.whole_passes(tokens_W)]
+        tv_floor, jsd_floor = _floors(data, r, load_WE)
+        ends, _ = _floors(data, r, load_WE[[0, -1]]) if len(load_WE) > 1 else (tv_floor, None)
         # with one expert per GPU no placement is better than another
         gpus = min(win.RANKS, max(1, counts.routers[r].experts // 2))
         rank_WE = win.pack(load_WE, gpus)
-        rows.append(
-            {
-                "layer": counts.routers[r].layer,
-                "router": r,
-                "windows": len(load_WE),
-                "total_variation": win.total_variation(load_WE),
-                "total_variation_floor": _mean(floors[0]),
-                "window_jsd_bits": win.window_jsd_bits(load_WE),
-                "window_jsd_floor_bits": _mean(floors[1]),
-                "first_to_last": win.first_to_last(load_WE),
-                "first_to_last_floor": _mean(ends[0]),
-                **_trend(data, r, load_WE),
-                "gpus": gpus,
-                "balancedness_fresh": win.balancedness_fresh(load_WE, gpus, rank_WE),
-                "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
-            }
-        )
-    return pd.DataFrame(rows, columns=["layer", "router", *DRIFT]).astype({"trend_expert": "Int64"})
+        return {
+            "windows": len(load_WE),
+            "total_variation": win.total_variation(load_WE),
+            "total_variation_floor": _mean(tv_floor),
+            "window_jsd_bits": win.window_jsd_bits(load_WE),
+            "window_jsd_floor_bits": _mean(jsd_floor),
+            "first_to_last": win.first_to_last(load_WE),
+            "first_to_last_floor": _mean(ends),
+            **_trend(data, r, load_WE),
+            "gpus": gpus,
+            "balancedness_fresh": win.balancedness_fresh(load_WE, gpus, rank_WE),
+            "balancedness_stale": win.balancedness_stale(load_WE, gpus, rank_WE),
+        }
+
+    frame = row_per_router(counts, data.selection.routers, DRIFT, values)
+    return frame.astype({"trend_expert": "Int64"})
 
 
 def _trend(data: ReportData, router: int, load_WE: np.ndarray) -> dict[str, float | None]:
     counts = data.counts
     p_E = win.trend_p(load_WE, counts.of[router].assignments_UE, counts.domain_of_unit_U)
-    if np.isnan(p_E).all() or len(counts.units) < FEWEST_TO_JUDGE:
+    if np.isnan(p_E).all() or len(counts.units) < chance.FEWEST_TO_JUDGE:
         names = ("trend_first", "trend_last", "trend_p")
-        return {"trend_expert": None} | dict.fromkeys(names, float("nan"))
+        return {"trend_expert": None} | dict.fromkeys(names, math.nan)
     e = int(np.nanargmin(p_E))
     first, last = win.quarter_ratio(load_WE)[:, e].tolist()
     p = min(1.0, float(p_E[e]) * len(p_E) * len(data.selection.routers))
@@ -310,22 +316,16 @@ def _windows(counts: Counts, router: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """index, first token, tokens, load_WE of the windows in which the router saw any token."""
     listed = list(counts.windows(router))
     index_W, first_W, tokens_W = (np.array([w[i] for w in listed], np.int64) for i in range(3))
-    return (
-        index_W,
-        first_W,
-        tokens_W,
-        np.array([w[3] for w in listed], np.int64).reshape(-1, counts.routers[router].experts),
-    )
+    load_WE = np.array([load_E for *_, load_E in listed], np.int64)
+    return index_W, first_W, tokens_W, load_WE.reshape(-1, counts.routers[router].experts)
 
 
 def _floors(data: ReportData, router: int, load_WE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The total variation and JSD of each window and the one before that chance gives."""
     load_E, k = data.counts.load_E(router), data.counts.routers[router].top_k
-    effect, share_E = design_effects(data)[router], load_E / max(load_E.sum(), 1)
-    return win.step_floors(
-        share_E, load_WE.sum(1) / k, k, max(1.0, effect) if effect == effect else 1.0
-    )
+    share_E, effect = load_E / max(load_E.sum(), 1), at_least_1(design_effects(data)[router])
+    return win.step_floors(share_E, load_WE.sum(1) / k, k, effect)
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    return float(values.mean()) if len(values) else math.nan

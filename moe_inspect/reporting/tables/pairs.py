@@ -8,28 +8,25 @@ first, pairs less frequent than expected last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS
+from moe_inspect.analysis.counting.router_counts import SRP_LENGTHS, RouterCounts
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import design_effects, of_router, stacked
 from moe_inspect.reporting.tables.registry import table
 
 LENGTHS = [m for m in SRP_LENGTHS if m > 1]  # tokens of a segment; SRP is 1 for a single token
 BOUNDS = ("", "_low", "_high")  # suffixes of a value and of its 95% interval
 ALPHA = 0.05  # probability that chance alone makes any pair of the trace supported (family-wise)
+REPEATED = ("first_choice", "any_choice")
 LOCALITY = (
-    *(
-        name + bound
-        for name in ("first_choice_repetition", "any_choice_repetition")
-        for bound in BOUNDS
-    ),
+    *(f"{name}_repetition{bound}" for name in REPEATED for bound in BOUNDS),
     *(f"srp_{m}{suffix}" for m in LENGTHS for suffix in (*BOUNDS, "_by_load")),
     *(f"next_accuracy{suffix}" for suffix in (*BOUNDS, "_marginal", "_null")),
 )
@@ -42,23 +39,23 @@ def coactivation(data: ReportData) -> pd.DataFrame:
     of decisions as expected by chance at these loads (chance, expected); the ratio to it (lift),
     the standard deviation of lift under chance, given the design effect of documents (lift_sd), and
     the evidence against chance (log10_p, supported: see PairEvidence)."""
-    counts, parts = data.decisions("coactivation"), list[dict[str, np.ndarray]]()
-    for r in data.selection.routers:
+    counts = data.decisions("coactivation")
+
+    def columns(r: int) -> load.Columns:
         together_EE, both = _counted(counts.of[r].together_EE), chosen_together(data, r)
         listed = expert, other = both.top(data.top)
         with np.errstate(divide="ignore", invalid="ignore"):
-            columns = {
+            found = {
                 "expert": expert,
                 "other": other,
                 "together": together_EE[listed],
                 "probability": pairs.coactivation(together_EE)[listed],
                 "lift": pairs.coactivation_lift(together_EE, both.expected_EN)[listed],
                 "chance": both.expected_EN[listed] / np.diagonal(together_EE)[expert],
-                "expected": both.expected_EN[listed],
-                **both.evidence(listed),
             }
-        parts.append(by_evidence(of_router(data, r, columns)))
-    return stacked(parts)
+        return both.in_order(found, listed)
+
+    return load.rows_per_router(data, columns)
 
 
 @table("transitions")
@@ -68,38 +65,32 @@ def transitions(data: ReportData) -> pd.DataFrame:
     expert chosen here), over all pairs of slots; its ratio to the probability of next_expert
     (lift), the standard deviation of lift under chance, given the design effect of documents
     (lift_sd), and the evidence against chance (log10_p, supported: see PairEvidence)."""
-    counts, parts = data.decisions("transitions"), list[dict[str, np.ndarray]]()
-    for r in data.selection.routers:
+    counts = data.decisions("transitions")
+
+    def columns(r: int) -> load.Columns | None:
         after, both = counts.next_router(r), chosen_next(data, r)
         if after is None or both is None:
-            continue
+            return None
         listed = expert, other = both.top(data.top)
-        columns = {
-            "next_layer": counts.routers[after].layer,
-            "next_router": after,
+        found = {
+            "next_layer": np.full(len(expert), counts.routers[after].layer),
+            "next_router": np.full(len(expert), after),
             "expert": expert,
             "next_expert": other,
             "together": both.count_EN[listed],
             "probability": pairs.transition(both.count_EN, counts.load_E(r))[listed],
             "lift": pairs.transition_lift(both.count_EN)[listed],
-            "expected": both.expected_EN[listed],
-            **both.evidence(listed),
         }
-        parts.append(by_evidence(of_router(data, r, columns)))
-    if not parts:  # only the last MoE layer is selected
-        whole = [
-            "layer",
-            "router",
-            "next_layer",
-            "next_router",
-            "expert",
-            "next_expert",
-            "together",
-        ]
-        real = ["probability", "lift", "expected", "lift_sd", "log10_p"]
-        kinds = dict.fromkeys(whole, "int64") | dict.fromkeys(real, float) | {"supported": bool}
-        return pd.DataFrame(columns=[*kinds]).astype(kinds)
-    return stacked(parts)
+        return both.in_order(found, listed)
+
+    frame = load.rows_per_router(data, columns)
+    if len(frame.columns):
+        return frame
+    # only the last MoE layer is selected
+    whole = ("layer", "router", "next_layer", "next_router", "expert", "next_expert", "together")
+    real = ("probability", "lift", "expected", "lift_sd", "log10_p")
+    kinds = dict.fromkeys(whole, "int64") | dict.fromkeys(real, "float64") | {"supported": "bool"}
+    return pd.DataFrame(columns=[*kinds]).astype(kinds)
 
 
 @table("repetition")
@@ -108,37 +99,44 @@ def repetition(data: ReportData) -> pd.DataFrame:
     before it in its sequence, and how often the two share any expert, with 95 % intervals by
     document (low, high); and the same for independent choices, uniform (random) or with the
     domain's loads (by_load)."""
-    counts, parts = data.decisions("repetition"), list[dict[str, np.ndarray]]()
+    counts = data.decisions("repetition")
     of_domain = [np.flatnonzero(counts.domain_of_unit_U == d) for d in range(len(counts.domains))]
     resampled = [unc.resample_weights(units * 0) for units in of_domain]
-    for r in data.selection.routers:
+
+    def columns(r: int) -> load.Columns:
         router, of = counts.routers[r], counts.of[r]
-        pairs_U = _counted(of.pairs_U)
-        columns: dict[str, Any] = {
-            "domain": np.array(counts.domains, object),
-            "pairs": counts.by_domain(pairs_U),
-        }
-        for name, formula, same in (
-            ("first_choice", pairs.first_choice, of.first_same_U),
-            ("any_choice", pairs.any_choice, of.any_same_U),
-        ):
-            if same is None:  # first choices are unknown
-                columns |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-                continue
-            columns[name] = formula(counts.by_domain(same), columns["pairs"])
-            bounds = [
-                unc.ratio_interval(same[u], pairs_U[u], w)
-                for u, w in zip(of_domain, resampled, strict=True)
+        pairs_U, first_DE = _counted(of.pairs_U), of.first_choice_DE
+        pairs_D = counts.by_domain(pairs_U)
+        found: dict[str, np.ndarray | float] = {"domain": np.array(counts.domains, object)}
+        found |= {"pairs": pairs_D}
+        found |= {name + bound: np.nan for name in REPEATED for bound in BOUNDS}
+        for name, same in _repeated(of):
+            ends = [
+                unc.ratio_interval(same[units], pairs_U[units], weights)
+                for units, weights in zip(of_domain, resampled, strict=True)
             ]
-            columns[f"{name}_low"], columns[f"{name}_high"] = np.array(bounds).reshape(-1, 2).T
-        columns["first_choice_random"] = 1 / router.experts
-        first_DE = of.first_choice_DE
-        columns["first_choice_by_load"] = (
-            np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
-        )
-        columns["any_choice_random"] = pairs.any_choice_random(router.experts, router.top_k)
-        parts.append(of_router(data, r, columns))
-    return stacked(parts)
+            low_D, high_D = np.array(ends).reshape(-1, 2).T
+            share_D = FORMULAS[name](counts.by_domain(same), pairs_D)
+            found |= {name: share_D, f"{name}_low": low_D, f"{name}_high": high_D}
+        by_load = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
+        return found | {
+            "first_choice_random": 1 / router.experts,
+            "first_choice_by_load": by_load,
+            "any_choice_random": pairs.any_choice_random(router.experts, router.top_k),
+        }
+
+    return load.rows_per_router(data, columns)
+
+
+FORMULAS = {"first_choice": pairs.first_choice, "any_choice": pairs.any_choice}
+
+
+def _repeated(of: RouterCounts) -> Iterator[tuple[str, np.ndarray]]:
+    """By name, how often consecutive tokens choose alike in each unit; without the first choices
+    where these are unknown."""
+    for name, same_U in zip(REPEATED, (of.first_same_U, of.any_same_U), strict=True):
+        if same_U is not None:
+            yield name, same_U
 
 
 @table("repetition", "srp", "transitions", by_router=LOCALITY)
@@ -148,51 +146,40 @@ def locality(data: ReportData) -> pd.DataFrame:
     and from the layer before (accuracy of predicting the next MoE layer's first choice, its
     marginal and its null). 95 % intervals (low, high) by document; that of the accuracy by the
     design effect of the router's load, since pairs of layers are not counted by document."""
-    counts, rows = data.decisions("locality"), list[dict[str, float]]()
+    counts = data.decisions("locality")
     weights_RU = unc.resample_weights(counts.domain_of_unit_U)
-    for r in data.selection.routers:
-        of = counts.of[r]
-        row: dict[str, float] = {"layer": counts.routers[r].layer, "router": r}
+
+    def values(r: int) -> dict[str, float]:
+        of, row = counts.of[r], dict[str, float]()
+
+        def add(name: str, value: float, interval: tuple[float, float]) -> None:
+            row.update(zip((name + bound for bound in BOUNDS), (value, *interval), strict=True))
+
         pairs_U = _counted(of.pairs_U)
-        found: dict[str, tuple[float, tuple[float, float]]] = {}
-        for name, formula, same in (
-            ("first_choice_repetition", pairs.first_choice, of.first_same_U),
-            ("any_choice_repetition", pairs.any_choice, of.any_same_U),
-        ):
-            if same is not None:  # else first choices are unknown
-                value = float(formula(same.sum(keepdims=True), pairs_U.sum(keepdims=True))[0])
-                found[name] = value, unc.ratio_interval(same, pairs_U, weights_RU)
+        for name, same_U in _repeated(of):
+            share = FORMULAS[name](same_U.sum(keepdims=True), pairs_U.sum(keepdims=True))[0]
+            interval = unc.ratio_interval(same_U, pairs_U, weights_RU)
+            add(f"{name}_repetition", float(share), interval)
         for m in LENGTHS:
             windows_UM = (of.srp or {})[m]
-            value = pairs.srp(windows_UM.sum(0))
-            spread_R = (
-                pairs.best_f((windows_UM.T @ weights_RU.T).T)
-                if weights_RU is not None
-                else np.array([np.nan])
-            )
+            value, spread_R = pairs.srp(windows_UM.sum(0)), np.array([np.nan])
+            if weights_RU is not None:
+                spread_R = pairs.best_f((windows_UM.T @ weights_RU.T).T)
             documents = unc.effective_documents(windows_UM.sum(1))
             low, high = unc.interval(spread_R, documents, unc.SHARE).tolist()
-            found[f"srp_{m}"] = value, (low, high)
-            # NaN also where the trace has no segment of m tokens to compare with it
-            row[f"srp_{m}_by_load"] = (
-                pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
-                if value == value
-                else np.nan
-            )
-        if of.next_first_EN is not None:
-            value = pairs.next_accuracy(of.next_first_EN)
-            found["next_accuracy"] = (
-                value,
-                unc.share_interval(value, of.next_first_EN.sum(), design_effects(data)[r]),
-            )
-            row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(of.next_first_EN)
-            row["next_accuracy_null"] = pairs.next_accuracy_null(of.next_first_EN)
-        for name, (value, (low, high)) in found.items():
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=["layer", "router", *LOCALITY]).astype(
-        dict.fromkeys(LOCALITY, float)
-    )
+            add(f"srp_{m}", value, (low, high))
+            if value == value:  # else the trace has no segment of m tokens to compare with it
+                by_load = pairs.srp_by_load(counts.load_E(r), counts.tokens_of(r), m)
+                row[f"srp_{m}_by_load"] = by_load
+        if (next_EN := of.next_first_EN) is not None:
+            value, effect = pairs.next_accuracy(next_EN), load.design_effects(data)[r]
+            add("next_accuracy", value, unc.share_interval(value, next_EN.sum(), effect))
+            row["next_accuracy_marginal"] = pairs.next_accuracy_marginal(next_EN)
+            row["next_accuracy_null"] = pairs.next_accuracy_null(next_EN)
+        return row
+
+    frame = load.row_per_router(counts, data.selection.routers, LOCALITY, values)
+    return frame.astype(dict.fromkeys(LOCALITY, "float64"))
 
 
 @dataclass(frozen=True)
@@ -231,7 +218,7 @@ class PairEvidence:
 
     def evidence(self, pairs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """The columns lift_sd, log10_p and supported of these pairs: (expert, partner)."""
-        effect = max(1.0, self.effect) if self.effect == self.effect else 1.0
+        effect = load.at_least_1(self.effect)
         count, expected, most = (
             values_EN[pairs] / effect
             for values_EN in (self.count_EN, self.expected_EN, self.most_EN)
@@ -239,11 +226,19 @@ class PairEvidence:
         log10_p = unc.log10_tail(count, expected, most)
         with np.errstate(divide="ignore", invalid="ignore"):
             lift_sd = np.sqrt(np.maximum(self.effect, 1) / self.expected_EN[pairs])
-        return {
-            "lift_sd": lift_sd,
-            "log10_p": log10_p,
-            "supported": log10_p <= np.log10(ALPHA / self.tested),
-        }
+        supported = log10_p <= np.log10(ALPHA / self.tested)
+        return {"lift_sd": lift_sd, "log10_p": log10_p, "supported": supported}
+
+    def in_order(
+        self, columns: dict[str, np.ndarray], pairs: tuple[np.ndarray, ...]
+    ) -> dict[str, np.ndarray]:
+        """The columns of these pairs with `expected` and the evidence, by which they are sorted:
+        more frequent than expected first, less frequent last."""
+        rows = columns | {"expected": self.expected_EN[pairs], **self.evidence(pairs)}
+        together, log10_p = rows["together"], rows["log10_p"]
+        beyond = together > rows["expected"]
+        order = np.lexsort((-together, np.where(beyond, log10_p, -log10_p), ~beyond))
+        return {name: values[order] for name, values in rows.items()}
 
 
 def chosen_together(data: ReportData, r: int) -> PairEvidence:
@@ -255,9 +250,8 @@ def chosen_together(data: ReportData, r: int) -> PairEvidence:
         router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
     )
     count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
-    return _against_chance(
-        data, r, count_EE, pairs.together_by_chance(together_EE), load_E, load_E, tested
-    )
+    expected_EE = pairs.together_by_chance(together_EE)
+    return _against_chance(data, r, count_EE, expected_EE, (load_E, load_E), tested)
 
 
 def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
@@ -274,15 +268,8 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     row_E, column_N = next_EN.sum(1), next_EN.sum(0)
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # an expert that a token chooses is in as many of its pairs as the other router has choices
-    return _against_chance(
-        data,
-        r,
-        next_EN,
-        expected_EN,
-        row_E / counts.routers[after].top_k,
-        column_N / counts.routers[r].top_k,
-        tested,
-    )
+    loads = row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k
+    return _against_chance(data, r, next_EN, expected_EN, loads, tested)
 
 
 def _against_chance(
@@ -290,28 +277,13 @@ def _against_chance(
     r: int,
     count_EN: np.ndarray,
     expected_EN: np.ndarray,
-    load_E: np.ndarray,
-    load_N: np.ndarray,
+    loads: tuple[np.ndarray, np.ndarray],
     tested: int,
 ) -> PairEvidence:
-    """load_E, load_N: how often each expert of the two sides was chosen."""
-    most_EN = np.minimum(load_E[:, None], load_N[None, :])
-    return PairEvidence(
-        count_EN,
-        expected_EN,
-        np.maximum(most_EN, np.maximum(count_EN, 1)),
-        max(tested, 1),
-        design_effects(data)[r],
-    )
-
-
-def by_evidence(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of a router by their evidence: more frequent than expected first, less frequent
-    last."""
-    together, log10_p = rows["together"], rows["log10_p"]
-    beyond = together > rows["expected"]
-    order = np.lexsort((-together, np.where(beyond, log10_p, -log10_p), ~beyond))
-    return {name: values[order] for name, values in rows.items()}
+    """loads: how often each expert of the two sides was chosen. [E], [N]"""
+    most_EN = np.maximum(np.minimum.outer(*loads), np.maximum(count_EN, 1))
+    effect = load.design_effects(data)[r]
+    return PairEvidence(count_EN, expected_EN, most_EN, max(tested, 1), effect)
 
 
 def _counted(values: np.ndarray | None) -> np.ndarray:

@@ -13,7 +13,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import no_such
 
 ROWS = 10  # of a table in a text that is no screen
-Maker = TypeVar("Maker", bound=Callable[[Any], pd.DataFrame])
+Maker = Callable[[Any], pd.DataFrame]  # from the data of a report, or of a comparison
+Made = TypeVar("Made", bound=Maker)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Table:
     """wants: what it needs counted beyond the load (names of `analysis.counting.counts.WANTS`).
     by_router: numeric columns of a table with one row per router: what a gate can be put on."""
 
-    make: Callable[[Any], pd.DataFrame]
+    make: Maker
     wants: frozenset[str]
     by_router: tuple[str, ...]
 
@@ -31,11 +32,11 @@ TABLES: dict[str, Table] = {}
 
 def table(
     *wants: str, by_router: tuple[str, ...] = (), tables: dict[str, Table] = TABLES
-) -> Callable[[Maker], Maker]:
+) -> Callable[[Made], Made]:
     """Registers a table under the function's name, which `TABLES` of cli/help.py lists too.
     `tables`: of what; by default of the report."""
 
-    def register(function: Maker) -> Maker:
+    def register(function: Made) -> Made:
         tables[function.__name__] = Table(function, frozenset(wants), by_router)
         return function
 
@@ -77,10 +78,10 @@ class Excerpt:
     first; by default all."""
 
     what: str
-    rows: Callable[[Any, int], Any]
+    rows: Callable[[pd.DataFrame, int], pd.DataFrame]
     columns: tuple[str, ...] = ()
 
-    def title(self, name: str, rows: Any, whole: Any) -> str:
+    def title(self, name: str, rows: pd.DataFrame, whole: pd.DataFrame) -> str:
         """Above these rows of the table of that name."""
         if len(rows) == len(whole):
             return name

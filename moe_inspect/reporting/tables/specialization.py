@@ -21,8 +21,14 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.signature import accuracies
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.tables.load import design_effect, of_router, stacked, widened
+from moe_inspect.reporting.tables.data import ReportData, Row
+from moe_inspect.reporting.tables.load import (
+    Columns,
+    design_effect,
+    row_per_router,
+    rows_per_router,
+    widened,
+)
 from moe_inspect.reporting.tables.registry import table
 
 SPECIALIZATION = (
@@ -60,30 +66,27 @@ def domains(data: ReportData) -> pd.DataFrame:
     chance gives the busiest expert of such a domain. overload_p: probability that documents by
     chance give a domain so much more of an expert than the others have, corrected for the number of
     experts, domains and routers."""
-    every = data.counts_of_all_domains() if len(data.counts.domains) == 1 else data.counts
-    counts, parts = data.counts, list[dict[str, np.ndarray]]()
+    counts = data.counts
+    every = data.counts_of_all_domains() if len(counts.domains) == 1 else counts
     D, among = len(counts.domains), [every.domains.index(domain) for domain in counts.domains]
-    for r in data.selection.routers:
+
+    def columns(r: int) -> Columns:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
-        E = counts.routers[r].experts
-        columns = {
+        every_DE, E, k = every.assignments_DE(r), counts.routers[r].experts, counts.routers[r].top_k
+        floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k)
+        expected_D = 1 + floor_D * widened(design_effect(every, r))
+        return {
             "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
             "tokens": np.repeat(tokens_D, E),
             "assignments": assignments_DE.reshape(-1),
             "activation": sp.activation(assignments_DE, tokens_D).reshape(-1),
-            "lift": sp.lift(every.assignments_DE(r), every.tokens_D_of(r))[among].reshape(-1),
-            "expected_by_chance": np.repeat(_expected_by_chance(every, r)[among], E),
+            "lift": sp.lift(every_DE, every.tokens_D_of(r))[among].reshape(-1),
+            "expected_by_chance": np.repeat(expected_D[among], E),
             "overload_p": _overload_p(every, r)[among].reshape(-1),
         }
-        parts.append(of_router(data, r, columns))
-    return stacked(parts)
 
-
-def _expected_by_chance(counts: Counts, router: int) -> np.ndarray:
-    assignments_DE, k = counts.assignments_DE(router), counts.routers[router].top_k
-    floor_D = unc.noise_of(assignments_DE.sum(1) / k, assignments_DE.shape[1], k)[0]
-    return 1 + floor_D * widened(design_effect(counts, router))
+    return rows_per_router(data, columns)
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:
@@ -102,39 +105,32 @@ def specialization(data: ReportData) -> pd.DataFrame:
     beyond chance in it, and here beyond that (`beyond_baseline`)."""
     by_token_id, counts = data.counts_for("token_ids").by_token_id, data.counts
     judged = not counts.counts_only and len(counts.units) >= unc.FEWEST_DOCUMENTS
-    rows, null_LB, given_LB = list[dict[str, float]](), list[np.ndarray](), list[np.ndarray]()
-    for r in data.selection.routers:
-        units = counts.of[r].assignments_UE, counts.domain_of_unit_U
-        null_LB.append(sp.domain_mi_null(*units) if judged else np.full(1, np.nan))
-        of = by_token_id.get(r)
+    null_LB, given_LB = list[np.ndarray](), list[np.ndarray]()
+
+    def values(r: int) -> Row:
+        units, of = (counts.of[r].assignments_UE, counts.domain_of_unit_U), by_token_id.get(r)
         expected = None if of is None else of.expected
+        null_LB.append(sp.domain_mi_null(*units) if judged else np.full(1, np.nan))
         given_LB.append(expected.null() if judged and expected else np.full(1, np.nan))
-        rows.append(
-            {
-                "layer": counts.routers[r].layer,
-                "router": r,
-                **values_of(counts, r, "specialization"),
-                **(of.columns if of else {}),
-                "domain_mi_null_bits": float(null_LB[-1].mean()),
-                "domain_mi_null_p99_bits": float(np.quantile(null_LB[-1], 0.99)),
-                "jsd_null_bits": sp.jsd_null(*units) if judged else np.nan,
-                "domain_mi_given_token_null_bits": float(given_LB[-1].mean()),
-            }
-        )
+        row = {
+            **values_of(counts, r, "specialization"),
+            **(of.columns if of else {}),
+            "domain_mi_null_bits": float(null_LB[-1].mean()),
+            "domain_mi_null_p99_bits": float(np.quantile(null_LB[-1], 0.99)),
+            "jsd_null_bits": sp.jsd_null(*units) if judged else np.nan,
+            "domain_mi_given_token_null_bits": float(given_LB[-1].mean()),
+        }
         if expected:
-            rows[-1]["domain_mi_given_token_bits"] = sp.domain_mi_given_token_bits(
-                *expected.by_domain()
-            )
+            given = sp.domain_mi_given_token_bits(*expected.by_domain())
+            row["domain_mi_given_token_bits"] = given
+        return row
+
+    frame = row_per_router(counts, data.selection.routers, SPECIALIZATION, values)
     for name, nulls in (("domain_mi", null_LB), ("domain_mi_given_token", given_LB)):
-        known = [
-            row.get(f"{name}_bits", np.nan) if not np.isnan(null).any() else np.nan
-            for row, null in zip(rows, nulls, strict=True)
-        ]
-        for row, p in zip(rows, chance.joint_p(known, nulls), strict=True):
-            row[f"{name}_p"] = p
-    frame = pd.DataFrame(rows, columns=["layer", "router", *SPECIALIZATION]).astype(
-        dict.fromkeys(SPECIALIZATION, float)
-    )
+        without = [bool(np.isnan(null).any()) for null in nulls]
+        known = frame[f"{name}_bits"].astype("float64").mask(without)
+        frame[f"{name}_p"] = chance.joint_p(known.tolist(), nulls)
+    frame = frame.astype(dict.fromkeys(SPECIALIZATION, "float64"))
     return frame if data.baseline is None else beyond_baseline(data, frame, data.baseline)
 
 
@@ -142,15 +138,18 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
     """The table with columns for the baseline: value − null in it (`…_baseline`), value − null here
     minus that (`…_beyond_baseline`), and of the domain's information the probability that documents
     by chance give so much beyond it at any router."""
-    mine, its = ([x.trace.routers[r] for r in x.selection.routers] for x in (data, other))
-    differ = {
-        "routers": [(r.layer, r.stack, r.experts, r.top_k) for r in mine]
-        != [(r.layer, r.stack, r.experts, r.top_k) for r in its],
-        "domains": set(data.counts.domains) != set(other.counts.domains),
-    }
-    if of := [name for name, is_so in differ.items() if is_so]:
+    shapes = [
+        [
+            (r.layer, r.stack, r.experts, r.top_k)
+            for r in map(x.trace.routers.__getitem__, x.selection.routers)
+        ]
+        for x in (data, other)
+    ]
+    differ = ["routers"] if shapes[0] != shapes[1] else []
+    differ += ["domains"] if set(data.counts.domains) != set(other.counts.domains) else []
+    if differ:
         raise MoeInspectError(
-            f"the baseline {other.trace.path} has other {' and other '.join(of)} than "
+            f"the baseline {other.trace.path} has other {' and other '.join(differ)} than "
             f"{data.trace.path}: trace the same texts with a model of the same shape"
         )
     its_frame, added = other.tables["specialization"], dict[str, pd.Series]()
@@ -158,15 +157,13 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
         here, there = (of[f"{name}{unit}"] - of[f"{name}_null{unit}"] for of in (frame, its_frame))
         added[f"{name}_baseline{unit}"] = there
         added[f"{name}_beyond_baseline{unit}"] = here - there
-    error_2L = np.array(
+    error_2L = [
         [
-            [
-                sp.domain_mi_error(x.counts.of[r].assignments_UE, x.counts.domain_of_unit_U)
-                for r in x.selection.routers
-            ]
-            for x in (data, other)
+            sp.domain_mi_error(x.counts.of[r].assignments_UE, x.counts.domain_of_unit_U)
+            for r in x.selection.routers
         ]
-    )
+        for x in (data, other)
+    ]
     freedom = min(len(x.counts.units) for x in (data, other)) - len(data.counts.domains)
     beyond = added["domain_mi_beyond_baseline_bits"].to_numpy(float)
     p_L = chance.student_p(beyond / np.hypot(*error_2L), max(freedom, 1))
@@ -183,24 +180,24 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
             f"{data.trace.path} holds counts only, no token ids: no vocabulary table; "
             f"{data.trace.more_than_counts}"
         )
-    by_token_id, parts = data.counts_for("token_ids").by_token_id, list[dict[str, np.ndarray]]()
+    by_token_id = data.counts_for("token_ids").by_token_id
     text = data.trace.vocabulary().drop_duplicates("token_id")
     text_of = pd.Series(text["token"].to_numpy(object), index=text["token_id"].to_numpy())
-    for r in data.selection.routers:
+
+    def columns(r: int) -> Columns:
         of = by_token_id[r]
-        columns = {
+        occurrences_N = np.maximum(of.occurrences_N, 1)
+        return {
             "expert": of.expert_N,
             "token_id": of.token_id_N,
             "token": text_of.reindex(of.token_id_N).to_numpy(object),
             "count": of.count_N,
-            "fraction": of.count_N / np.maximum(of.occurrences_N, 1),
-            "first_choice_fraction": np.nan
-            if of.first_N is None
-            else of.first_N / np.maximum(of.occurrences_N, 1),
+            "fraction": of.count_N / occurrences_N,
+            "first_choice_fraction": np.nan if of.first_N is None else of.first_N / occurrences_N,
             "occurrences": of.occurrences_N,
         }
-        parts.append(of_router(data, r, columns))
-    return stacked(parts)
+
+    return rows_per_router(data, columns)
 
 
 COMMITTEE = (
@@ -221,19 +218,17 @@ def committee(data: ReportData) -> pd.DataFrame:
     how many that is where domains share one mean, and where each draws its own; the share of
     assignments and of gate weight that they carry (mean over the domains), with a 95 % interval
     over documents."""
-    counts, rows = data.counts, list[dict[str, object]]()
-    domain_U = counts.domain_of_unit_U
+    counts, domain_U = data.counts, data.counts.domain_of_unit_U
     weights_RU = None if counts.counts_only else unc.resample_weights(domain_U)
     weights_D = None if weights_RU is None else com.weights_by_domain(weights_RU, domain_U)
-    for r in data.selection.routers:
+
+    def values(r: int) -> Row:
         router, of, assignments_DE = counts.routers[r], counts.of[r], counts.assignments_DE(r)
         E, k = router.experts, router.top_k
         member_E = com.committee(assignments_DE, k)
         size = com.committee_experts(assignments_DE, k)
         domains = int((assignments_DE.sum(1) > 0).sum())
         row: dict[str, object] = {
-            "layer": router.layer,
-            "router": r,
             "domains": domains,
             "top_k": k,
             "committee_experts": size,
@@ -247,15 +242,14 @@ def committee(data: ReportData) -> pd.DataFrame:
                 row["committee_weight"] = com.mass_of(member_E, of.weight_sum_DE)
         if weights_D is not None:
             units_UE = of.assignments_UE
-            row["committee_null"] = com.committee_null(units_UE, domain_U, k)
-            row["committee_mass_low"], row["committee_mass_high"] = com.mass_interval(
-                member_E, units_UE, domain_U, weights_D
-            )
-        rows.append(row)
-    columns = ["layer", "router", "domains", "top_k", *COMMITTEE, "experts"]
-    return pd.DataFrame(rows, columns=columns).astype(
-        {**dict.fromkeys(COMMITTEE, float), "experts": "str"}
-    )
+            low, high = com.mass_interval(member_E, units_UE, domain_U, weights_D)
+            row |= {"committee_null": com.committee_null(units_UE, domain_U, k)}
+            row |= {"committee_mass_low": low, "committee_mass_high": high}
+        return row
+
+    names = ("domains", "top_k", *COMMITTEE, "experts")
+    frame = row_per_router(counts, data.selection.routers, names, values)
+    return frame.astype({**dict.fromkeys(COMMITTEE, "float64"), "experts": "str"})
 
 
 @table()
@@ -263,15 +257,14 @@ def signature(data: ReportData) -> pd.DataFrame:
     """One row for all routers together (layer and router are empty), then one per router: how often
     the nearest other document, by the shares of its assignments, is of the same domain; with a 95 %
     interval, and beside the same with the documents' domains shuffled."""
-    counts = data.decisions("signature")
+    counts, routers = data.decisions("signature"), data.selection.routers
     of = document_loads(data.trace, data.selection)
-    together, each = accuracies([of.load_SE[r] for r in data.selection.routers], of.domain_S)
-    layers = [counts.routers[r].layer for r in data.selection.routers]
+    together, each = accuracies([of.load_SE[r] for r in routers], of.domain_S)
     made = [together, *each]
     return pd.DataFrame(
         {
-            "layer": pd.array([pd.NA, *layers], "Int64"),
-            "router": pd.array([pd.NA, *data.selection.routers], "Int64"),
+            "layer": pd.array([pd.NA, *(counts.routers[r].layer for r in routers)], "Int64"),
+            "router": pd.array([pd.NA, *routers], "Int64"),
             "domains": len(of.domains),
             "documents": len(of.document_S),
             "signature_accuracy": [m.value for m in made],
@@ -295,25 +288,24 @@ def paths(data: ReportData) -> pd.DataFrame:
         first_L = pth.entropies(routes.first_LS, routes.document_S, group_S)
         set_L = pth.entropies(routes.set_LS, routes.document_S, group_S)
         for r, first, of_sets in zip(routes.routers, first_L, set_L, strict=True):
-            row: dict[str, float | None] = {
-                "layer": counts.routers[r].layer,
-                "router": r,
-                "tokens": S,
-                "most_bits": float(np.log2(S)),
-            }
+            row = {"layer": counts.routers[r].layer, "router": r, "tokens": S}
+            row |= {"most_bits": float(np.log2(S))}
             rows.append(row | _of_paths("path", first) | _of_paths("set_path", of_sets))
     named = [*_of_paths("path", None), *_of_paths("set_path", None)]
     frame = pd.DataFrame(rows, columns=["layer", "router", "tokens", "most_bits", *named])
     return frame.astype({"paths": "Int64", "set_paths": "Int64"})
 
 
+# the end of a column's name → the field of the entropy that it holds
+OF_PATHS = {
+    "s": "paths",
+    "_entropy_bits": "value",
+    "_entropy_low": "low",
+    "_entropy_high": "high",
+    "_entropy_shuffled_bits": "shuffled",
+    "_entropy_independent_bits": "independent",
+}
+
+
 def _of_paths(name: str, of: pth.Entropy | None) -> dict[str, float | None]:
-    nan = float("nan")
-    return {
-        f"{name}s": None if of is None else of.paths,
-        f"{name}_entropy_bits": nan if of is None else of.value,
-        f"{name}_entropy_low": nan if of is None else of.low,
-        f"{name}_entropy_high": nan if of is None else of.high,
-        f"{name}_entropy_shuffled_bits": nan if of is None else of.shuffled,
-        f"{name}_entropy_independent_bits": nan if of is None else of.independent,
-    }
+    return {name + end: getattr(of, held, None) for end, held in OF_PATHS.items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 
 from moe_inspect.analysis.counting import token_ids as tokenids
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS
-from moe_inspect.reporting.tables.data import ReportData, once, whole_batches, worst_router
+from moe_inspect.reporting.tables.data import ReportData, Row, once, whole_batches, worst_of
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import plural, ranges, storable
 from moe_inspect.trace.manifest import holds_samples
@@ -36,13 +36,13 @@ def facts(data: ReportData) -> list[tuple[str, str]]:
 
 def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     trace, selection, counts = data.trace, data.selection, data.counts
+    capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     routers = selection.routers
     yield "status", trace.status
     if data.warning:
         yield "warning", data.warning
     if data.baseline:
         yield "baseline", data.baseline.trace.path
-    capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     yield "model", model.get("id") or model.get("class")
     yield "capture_mode", capture.get("mode")
     yield "device", capture.get("device")
@@ -66,7 +66,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     yield "null_slots", sum(counts.of[r].null_slots for r in routers)
     yield "dropped", data.dropped
     yield "dead_experts", sum(int(row["dead_experts"]) for row in data.loaded)
-    if worst := worst_router(data):
+    if worst := worst_of(data.loaded):
         yield "worst_layer", worst["layer"]
         yield "worst_router", worst["router"]
         yield "worst_max_over_mean", f"{worst['max_over_mean']:.6g}"
@@ -163,51 +163,51 @@ BITS = ("bits", "w_bit", "nbits", "weight_bits", "num_bits")
 NUMBER = re.compile(r"(u?int|float|fp)_?(\d+)", re.IGNORECASE)
 
 
-def quantization(manifest: Mapping[str, Any]) -> str:
+def quantization(manifest: Row) -> str:
     """E.g. "mxfp4", "bitsandbytes 4 bit", "torchao int8"; "" where the weights are not
     quantised, or the trace does not say."""
-    model = _mapping(manifest.get("model"))
-    if stored := _mapping(model.get("dequantized_from")):
-        dtype = _mapping(manifest.get("capture")).get("dtype")
+    model = mapping(manifest.get("model"))
+    if stored := mapping(model.get("dequantized_from")):
+        dtype = mapping(manifest.get("capture")).get("dtype")
         return f"{_named(stored)} dequantized" + (f" to {dtype}" if dtype else "")
-    config = _mapping(model.get("config"))
+    config = mapping(model.get("config"))
     found = config.get("quantization_config")
     for inner in config.values():  # of a multimodal model's language model
-        found = found or _mapping(inner).get("quantization_config")
-    return _named(_mapping(found))
+        found = found or mapping(inner).get("quantization_config")
+    return _named(mapping(found))
 
 
-def adapter(manifest: Mapping[str, Any]) -> str:
+def adapter(manifest: Row) -> str:
     """E.g. "LORA adapter of allenai/OLMoE-1B-7B-0924"; "" where there is none."""
-    about = _mapping(_mapping(manifest.get("model")).get("adapter"))
+    about = mapping(mapping(manifest.get("model")).get("adapter"))
     if not about:
         return ""
     base = about.get("base")
     return f"{about.get('kind') or 'PEFT'} adapter" + (f" of {base}" if base else "")
 
 
-def _named(config: Mapping[str, Any]) -> str:
+def _named(config: Row) -> str:
     method = str(config.get("quant_method") or config.get("quant_algo") or "").lower()
     if method == "gguf":
-        return " ".join([method, *(kind.lower() for kind in _mapping(config.get("tensors")))])
-    if config.get("load_in_4bit") is True or config.get("_load_in_4bit") is True:
-        return f"{method or 'bitsandbytes'} 4 bit"
-    if config.get("load_in_8bit") is True or config.get("_load_in_8bit") is True:
-        return f"{method or 'bitsandbytes'} 8 bit"
+        return " ".join([method, *(kind.lower() for kind in mapping(config.get("tensors")))])
+    for bits in (4, 8):
+        if any(config.get(f"{private}load_in_{bits}bit") is True for private in ("", "_")):
+            return f"{method or 'bitsandbytes'} {bits} bit"
     if method == "torchao":
         # Int8DynamicActivationInt4WeightConfig: the weights come last
         stated = config.get("quant_type")
-        kind = _mapping(_mapping(stated).get("default", stated)).get("_type", stated)
+        kind = mapping(mapping(stated).get("default", stated)).get("_type", stated)
         kinds = NUMBER.findall(str(kind))
         return " ".join([method, *("".join(kind).lower() for kind in kinds[-1:])])
     weights = config
-    for group in _mapping(config.get("config_groups")).values():  # compressed-tensors
-        weights = _mapping(_mapping(group).get("weights")) or weights
+    for group in mapping(config.get("config_groups")).values():  # compressed-tensors
+        weights = mapping(mapping(group).get("weights")) or weights
     bits = next((weights[b] for b in BITS if type(weights.get(b)) is int), None)
     if bits is None or not method:
         return method
     return f"{method} {weights['type']}{bits}" if weights.get("type") else f"{method} {bits} bit"
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
+def mapping(value: object) -> Row:
+    """A part of a manifest; nothing where it is no mapping."""
+    return cast("Row", value) if isinstance(value, Mapping) else {}

@@ -7,37 +7,16 @@ called a fault.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.metrics.chance import (
-    ALPHA,
-    FEWEST_TO_JUDGE,
-    PASSES,
-    passes_of_documents,
-    z_of,
-)
+from moe_inspect.analysis.metrics import chance
+from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
 from moe_inspect.analysis.metrics.uncertainty import noise_of
-from moe_inspect.reporting.tables.data import ReportData, whole_batches, worst_of, worst_router
+from moe_inspect.reporting.tables.data import ReportData, Row, records, whole_batches, worst_of
 from moe_inspect.reporting.tables.load import chosen
-from moe_inspect.reporting.verdict.findings import (
-    Finding,
-    Row,
-    Severity,
-    above_chance,
-    beyond,
-    capital,
-    critical,
-    expected_by_chance,
-    explained,
-    few_documents,
-    found,
-    load_after,
-    name_of,
-    note,
-    uneven,
-)
+from moe_inspect.reporting.verdict import findings as fnd
+from moe_inspect.reporting.verdict.findings import Finding, name_of, note, uneven
 from moe_inspect.text import join_first
 
 COLLAPSED = 0.5  # share of a router's tokens that go to one expert
@@ -46,58 +25,56 @@ COLLAPSED = 0.5  # share of a router's tokens that go to one expert
 def balance(data: ReportData) -> Finding:
     """The headline: the router with the most uneven load, and whether that is a fault. Of what
     routers chose, before drops, where that is known."""
-    row = worst_of(chosen(data))
+    rows = chosen(data)
+    row, n = worst_of(rows), sum(uneven(data, row) for row in rows)
     if row is None:
-        return critical("No router made any assignments: there is no load to judge.")
-    severity, text = _judged(data, row)
+        return fnd.critical("No router made any assignments: there is no load to judge.")
+    severity, text = _judged(data, row, n, len(rows))
     ratio = ("max_over_mean", "max_over_mean_low", "max_over_mean_high", "expected_by_chance")
-    return found(
+    return fnd.found(
         severity,
         text,
         row,
         expert=row["busiest_expert"],
         **{name: row[name] for name in ratio},
         token_share=_token_share(row),
-        uneven_routers=sum(uneven(data, r) for r in chosen(data)),
-        routers=len(chosen(data)),
+        uneven_routers=n,
+        routers=len(rows),
     )
 
 
-def _judged(data: ReportData, row: Row) -> tuple[Severity, str]:
-    threshold = f"at least {1 + data.thresholds.uneven:g}x and {beyond(data)}"
-    where, expert = name_of(data, row), f"expert {int(row['busiest_expert'])}"
-    busiest = f"{expert} gets {row['max_over_mean']:.2f}x the mean load{_drops(data, row)}"
-    if few_documents(data):
+def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Severity, str]:
+    """What the worst row comes to, where n of the routers are uneven."""
+    least = data.thresholds.uneven
+    threshold = f"at least {1 + least:g}x and {fnd.beyond(data)}"
+    where, by_chance = name_of(data, row), fnd.expected_by_chance(data, row)
+    busiest = (
+        f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
+        f"{_drops(data, row)}"
+    )
+    if fnd.few_documents(data):
         return "note", (
-            f"Too little data to judge balance: at worst, in {where}, {busiest} "
-            f"({expected_by_chance(data, row)}), but with fewer than "
-            f"{FEWEST_TO_JUDGE} documents this may be the text, not the model."
+            f"Too little data to judge balance: at worst, in {where}, {busiest} ({by_chance}), but "
+            f"with fewer than {FEWEST_TO_JUDGE} documents this may be the text, not the model."
         )
-    n, routers = sum(uneven(data, r) for r in chosen(data)), len(chosen(data))
     of = f"{n} of {routers} routers {'is' if n == 1 else 'are'} uneven ({threshold})"
-    evidence = f"({_interval(data, row)}; {expected_by_chance(data, row)})"
+    evidence = f"({_interval(row)}; {by_chance})"
     if uneven(data, row):
-        collapsed = (
-            _token_share(row) >= COLLAPSED and row["max_over_mean"] >= data.thresholds.overloaded
-        )
-        severity: Severity = "critical" if collapsed else "warning"
+        overloaded = row["max_over_mean"] >= data.thresholds.overloaded
+        severity = "critical" if overloaded and _token_share(row) >= COLLAPSED else "warning"
         if routers == 1:
-            return severity, f"{capital(where)} is uneven ({threshold}): {busiest} {evidence}."
-        return severity, f"{capital(where)} is the worst balanced: {busiest} {evidence}; {of}."
+            return severity, f"{fnd.capital(where)} is uneven ({threshold}): {busiest} {evidence}."
+        worst = f"{fnd.capital(where)} is the worst balanced: {busiest} {evidence}"
+        return severity, f"{worst}; {of}."
     dead = any(row["dead_experts"] for row in data.loaded)
     fine = "No expert is overloaded" if dead else "Balance is good"
-    if above_chance(data, row):
+    if fnd.above_chance(data, row):
         return "good", f"{fine}: at worst, in {where}, {busiest} {evidence}."
-    least = data.thresholds.uneven
-    if row["expected_by_chance"] >= 1 + least or row["max_vio"] >= least:
-        others = f"; {of}" if n else ""
-        may = explained(data, row, sure=False)
-        return "note", (
-            f"Too little data to judge balance: at worst, in {where}, {busiest}, which {may} "
-            f"{evidence}{others}."
-        )
-    why = explained(data, row, sure=True)
-    return "good", f"{fine}: at worst, in {where}, {busiest}, which {why} {evidence}."
+    few = row["expected_by_chance"] >= 1 + least or row["max_vio"] >= least
+    others = f"; {of}" if few and n else ""
+    why = f"{busiest}, which {fnd.explained(data, row, sure=not few)} {evidence}{others}."
+    said = "Too little data to judge balance" if few else fine
+    return "note" if few else "good", f"{said}: at worst, in {where}, {why}"
 
 
 def _token_share(row: Row) -> float:
@@ -109,10 +86,10 @@ def _drops(data: ReportData, row: Row) -> str:
     """What the load of the busiest expert is, where assignments were dropped."""
     if not row["drop_rate"] > 0:
         return ""
-    return f" before drops, {load_after(data, row)}" if row["dropped"] > 0 else " after drops"
+    return f" before drops, {fnd.load_after(data, row)}" if row["dropped"] > 0 else " after drops"
 
 
-def _interval(data: ReportData, row: Row) -> str:
+def _interval(row: Row) -> str:
     # at the ceiling of max_over_mean, E/k, resampling documents moves nothing
     if row["experts"] > row["top_k"] and _token_share(row) == 1:
         return "every token goes to it"
@@ -123,12 +100,12 @@ def _interval(data: ReportData, row: Row) -> str:
 
 def routers_without_load(data: ReportData) -> Finding | None:
     """Routers that made no assignments, where others did."""
-    table = data.frame("balance")
-    silent: list[dict[str, Any]] = table[table["assignments"] == 0].to_dict("records")
+    table = data.tables["balance"]
+    silent = records(table[table["assignments"] == 0])
     if not silent or len(silent) == len(table):
         return None
     names = join_first([name_of(data, row) for row in silent], 6, ", ")
-    return critical(
+    return fnd.critical(
         f"{len(silent)} of {len(table)} routers made no assignments: {names}.",
         silent[0] if len(silent) == 1 else None,
         routers_without_load=[int(row["router"]) for row in silent],
@@ -138,7 +115,7 @@ def routers_without_load(data: ReportData) -> Finding | None:
 
 def idle_gpus(data: ReportData) -> Finding | None:
     """What unevenness costs: a layer is done when its busiest GPU is, and the others wait."""
-    worst = worst_router(data)
+    worst = worst_of(data.loaded)
     if worst is None or not uneven(data, worst):
         return None
     # the time of a layer is that of its busiest expert, its work that of the mean
@@ -162,21 +139,19 @@ def uneven_batches(data: ReportData) -> Finding | None:
     row = max(hidden, key=lambda row: row["max_vio_batch"] - row["max_vio"], default=None)
     if row is None or row["max_vio_batch"] < data.thresholds.uneven:
         return None
-    batches = data.counts.of[int(row["router"])].batches
-    whole, passes = (sum(n for n, _ in of.values()) for of in (whole_batches(batches), batches))
+    passes = sum(n for n, _ in data.counts.of[int(row["router"])].batches.values())
+    whole = int(_passes(data, row)[1].sum())
     larger = f"of {whole:,} of {passes:,} passes, the larger ones; " if whole < passes else ""
     batch, expected = 1 + row["max_vio_batch"], 1 + row["noise_floor_batch"]
-    idle, effect = 1 - 1 / batch, row["design_effect"]
-    known, cause = not (math.isnan(effect) or few_documents(data)), ""
-    of_documents = known and not _beyond_documents(data, row)
-    if of_documents:
+    idle, effect, cause = 1 - 1 / batch, row["design_effect"], ""
+    if math.isnan(effect) or fnd.few_documents(data):
+        cause = " Whether its documents explain this is unknown: there are too few of them."
+    elif not _beyond_documents(data, row):
         cause = (
             f" Each pass holds few documents, and tokens of one document choose alike (design "
             f"effect {effect:.1f}): larger or better mixed passes are more even."
         )
-    elif not known:
-        cause = " Whether its documents explain this is unknown: there are too few of them."
-    return found(
+    return fnd.found(
         "note" if cause else "warning",
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
@@ -208,8 +183,8 @@ def _beyond_documents(data: ReportData, row: Row) -> bool:
     tokens_S, passes_S = _passes(data, row)
     counts, r = data.counts, int(row["router"])
     documents = counts.of[r].assignments_UE, counts.tokens_U_of(r)
-    mean, sd = passes_of_documents(*documents, tokens_S, passes_S)
-    error = sd * math.sqrt(1 / passes_S.sum() + 1 / PASSES)
+    mean, sd = chance.passes_of_documents(*documents, tokens_S, passes_S)
+    error = sd * math.sqrt(1 / passes_S.sum() + 1 / chance.PASSES)
     return bool(row["max_vio_batch"] > mean + z_of(ALPHA / len(data.loaded)) * error)
 
 
@@ -221,19 +196,14 @@ def _passes(data: ReportData, row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def averaging_hides(data: ReportData) -> Finding | None:
     """An uneven router that the load summed over all routers would not show."""
-    pooled, row = data.pooled_max_over_mean(), worst_router(data)
+    pooled, row = data.pooled_max_over_mean(), worst_of(data.loaded)
     if pooled is None or row is None:
         return None
     if not uneven(data, row) or pooled - 1 > min(data.thresholds.uneven, row["max_vio"] / 2):
         return None
-    chosen = data.selection.routers
-    layers = len({data.trace.routers[r].layer for r in chosen})
-    of = "layer" if layers == len(chosen) else "router"
-    average = (
-        f"{of} average"
-        if len(chosen) == len(data.trace.routers)
-        else f"average of the {len(chosen)} {of}s selected"
-    )
+    routers, n = data.trace.routers, len(data.selection.routers)
+    of = "layer" if len({routers[r].layer for r in data.selection.routers}) == n else "router"
+    average = f"{of} average" if n == len(routers) else f"average of the {n} {of}s selected"
     return note(
         f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}.",
         row,

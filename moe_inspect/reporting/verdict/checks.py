@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
@@ -13,7 +12,7 @@ from moe_inspect.reporting.tables.registry import table
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding, most_important_first
 
-Check = Callable[[Any], Finding | None]
+Check = Callable[[ReportData], Finding | None]
 # in the order in which they are read, the most important first, each with the group of the page
 # that its finding stands in; those without are about the data: whether it is fit to be judged
 CHECKS: tuple[tuple[str, tuple[Check, ...]], ...] = (
@@ -40,9 +39,7 @@ def findings(data: ReportData) -> list[Finding]:
     """What every check finds, most important first."""
     found, partial = list[Finding](), False
     for group, check in ((group, check) for group, checks in CHECKS for check in checks):
-        if partial and check in OF_ALL_RANKS:
-            continue
-        if (one := check(data)) is None:
+        if (partial and check in OF_ALL_RANKS) or (one := check(data)) is None:
             continue
         found.append(replace(one, kind=one.kind or check.__name__, group=group))
         if check is data_checks.missing_ranks:
@@ -61,6 +58,6 @@ def verdict_table(found: Sequence[Finding], values: bool = False) -> pd.DataFram
     """One row per finding: severity, kind, layer, router, text; `values`: and the numbers."""
     columns = ["severity", "kind", "layer", "router", "text", *(["values"] if values else [])]
     rows = [[getattr(one, name) for name in columns] for one in found]
-    frame = pd.DataFrame(rows, columns=columns)
     kinds = dict.fromkeys(("severity", "kind", "text"), "str")
-    return frame.astype({**kinds, "layer": "Int64", "router": "Int64"})
+    kinds |= dict.fromkeys(("layer", "router"), "Int64")
+    return pd.DataFrame(rows, columns=columns).astype(kinds)

@@ -7,29 +7,17 @@ Each check takes the report's data and returns one Finding or none. T tokens, K 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.count_shard import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
-from moe_inspect.reporting.tables.data import ReportData, worst_of
+from moe_inspect.reporting.tables.data import ReportData, Row, worst_of
 from moe_inspect.reporting.tables.load import chosen
 from moe_inspect.reporting.tables.summary import adapter, quantization
-from moe_inspect.reporting.verdict.findings import (
-    Finding,
-    Row,
-    capital,
-    critical,
-    finding,
-    found,
-    load_after,
-    name_of,
-    note,
-    uneven,
-    warning,
-)
-from moe_inspect.text import join_first, plural, printable
+from moe_inspect.reporting.verdict import findings as fnd
+from moe_inspect.reporting.verdict.findings import Finding, name_of, note, warning
+from moe_inspect.text import join_first, plural, printable, ranges
 from moe_inspect.trace.runs import run_edges
 
 DROPPED, MANY_DROPPED = 0.01, 0.2  # share of a router's assignments: a warning, and a grave one
@@ -41,31 +29,27 @@ def trace_warning(data: ReportData) -> Finding | None:
     """The trace is not complete, decisions were dropped, or its model has a quirk."""
     if not data.warning:
         return None
-    return warning(f"{capital(data.warning)}.", dropped=data.dropped)
+    return warning(f"{fnd.capital(data.warning)}.", dropped=data.dropped)
 
 
 def dropped(data: ReportData) -> Finding | None:
     """How many assignments the capacity of experts dropped, and where most; where the trace does
     not state that, how many slots are empty. Imported counts may lack a few assignments per domain:
     their number of tokens is the smallest that fits."""
-    rows: list[Any] = [
-        row
-        for row in data.loaded
-        if row["empty_slots"]
-        >= (row["top_k"] * len(data.counts.domains) if data.counts.counts_only else 1)
-    ]
+    domains = len(data.counts.domains) if data.counts.counts_only else 0
+    rows = [row for row in data.loaded if row["empty_slots"] >= max(1, row["top_k"] * domains)]
     if not rows:
         return None
     known = [row for row in rows if data.trace.drops or row["dropped"] > 0]
     slots = sum(row["tokens"] * row["top_k"] for row in data.loaded)
     all_empty, rows = sum(row["empty_slots"] for row in rows), known or rows
     empty = sum(_lost(row) for row in rows)
-    worst = max(rows, key=lambda row: _lost(row) / (row["tokens"] * row["top_k"]))
-    most, share = _lost(worst) / (worst["tokens"] * worst["top_k"]), empty / slots
+    worst = max(rows, key=_share_lost)
+    most, share = _share_lost(worst), empty / slots
     at = f", most in {name_of(data, worst)}: {_percent(most)}" if len(data.loaded) > 1 else ""
     values = {"assignments": empty, "slots": slots, "share": share, "share_at_worst": most}
     if not known:
-        return finding(
+        return fnd.finding(
             "empty_slots",
             "note",
             f"{empty:,} of {slots:,} slots are empty ({_percent(share)}{at}): dropped tokens, "
@@ -74,9 +58,8 @@ def dropped(data: ReportData) -> Finding | None:
             **values,
         )
     more = f" Another {all_empty - empty:,} slots are empty." if all_empty > empty else ""
-    severity = "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note"
-    return found(
-        severity,
+    return fnd.found(
+        "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note",
         f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
         f"{_before(data)}.{more}",
         worst,
@@ -89,6 +72,10 @@ def _lost(row: Row) -> int:
     return int(row["dropped"] if row["dropped"] > 0 else row["empty_slots"])
 
 
+def _share_lost(row: Row) -> float:
+    return _lost(row) / (row["tokens"] * row["top_k"])
+
+
 def _before(data: ReportData) -> str:
     """What routers chose that dropped some of it."""
     known = [row for row in chosen(data) if row["dropped"] > 0]
@@ -96,12 +83,12 @@ def _before(data: ReportData) -> str:
         return (
             "every load here is what was left, which capacity evens out, and not what routers chose"
         )
-    row = worst_of(row for row in known if uneven(data, row))
+    row = worst_of(row for row in known if fnd.uneven(data, row))
     if row is None:
         return "only the balance is judged before drops, other loads here are what was left"
     return (
         f"before drops expert {int(row['busiest_expert'])} of {name_of(data, row)} got "
-        f"{row['max_over_mean']:.2f}x the mean load, {load_after(data, row)}"
+        f"{row['max_over_mean']:.2f}x the mean load, {fnd.load_after(data, row)}"
     )
 
 
@@ -113,23 +100,30 @@ def missing_ranks(data: ReportData) -> Finding | None:
     """Whether experts without load fill whole ranks of an expert-parallel run, the same at every
     router, which chance hardly does: what the counts of some ranks look like when they are taken
     for all."""
-    counts = data.counts
-    load_of = {r: load_E for r in data.selection.routers if (load_E := counts.load_E(r)).any()}
+    load_of = {r: load_E for r in data.selection.routers if (load_E := data.counts.load_E(r)).any()}
     if len({len(load_E) for load_E in load_of.values()}) != 1:
         return None
     dead_LE = np.array(list(load_of.values())) == 0
     silent_R = _silent_ranks(dead_LE)
-    if not silent_R.any() or _one_choice(data, load_of):
+    # a router that has collapsed, or all of whose logits are equal, sends all tokens to k experts
+    one_choice = all(
+        (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
+        for r, load_E in load_of.items()
+    )
+    if not silent_R.any() or one_choice:
         return None
     E, ranks = dead_LE.shape[1], len(silent_R)
-    seen, gone = (_expert_ranges(at, E // ranks) for at in (~silent_R, silent_R))
+    seen, gone = (
+        [ranges(experts) for experts in np.arange(E).reshape(ranks, -1)[of_R].tolist()]
+        for of_R in (~silent_R, silent_R)
+    )
     which = (
         f"Only experts {join_first(seen, 4, ', ')} of {E} have any load"
         if len(seen) < len(gone)
         else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
     )
     routers = ", in every router" if len(load_of) > 1 else ""
-    return critical(
+    return fnd.critical(
         f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
         "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids.",
         ranks_seen=len(seen),
@@ -138,44 +132,22 @@ def missing_ranks(data: ReportData) -> Finding | None:
     )
 
 
-def _silent_ranks(dead_LE: np.ndarray) -> Any:
+def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
     """Which ranks have no expert with load, for the number of ranks that makes that least likely by
     chance; none where chance can make it. bool [ranks]"""
-    E, dead_L = dead_LE.shape[1], dead_LE.sum(1)
+    E, dead_L = dead_LE.shape[1], dead_LE.sum(1).tolist()
     likeliest, silent = CHANCE, np.zeros(0, bool)
     for ranks in (n for n in range(2, E + 1) if E % n == 0):
-        silent_R = np.all(np.all(dead_LE, axis=0).reshape(ranks, -1), axis=1)
+        silent_R = dead_LE.all(0).reshape(ranks, -1).all(1)
         gone = int(silent_R.sum()) * E // ranks
-        seen_R = np.flatnonzero(~silent_R)
-        if not gone or not (_in_a_row(seen_R) or _in_a_row(np.flatnonzero(silent_R))):
+        in_a_row = [(np.diff(np.flatnonzero(of_R)) == 1).all() for of_R in (silent_R, ~silent_R)]
+        if not gone or not any(in_a_row):
             continue
-        by_router = (
-            math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L.tolist()
-        )
+        by_router = (math.comb(E - gone, dead - gone) / math.comb(E, dead) for dead in dead_L)
         likely = 2 * ranks * math.prod(by_router)
         if likely < likeliest:
             likeliest, silent = likely, silent_R
     return silent
-
-
-def _expert_ranges(ranks_R: np.ndarray, size: int) -> list[str]:
-    """ "0-3": the experts of each rank that is marked."""
-    return [
-        f"{i * size}-{(i + 1) * size - 1}" if size > 1 else f"{i}" for i in np.flatnonzero(ranks_R)
-    ]
-
-
-def _in_a_row(numbers: np.ndarray) -> bool:
-    return bool((np.diff(numbers) == 1).all())
-
-
-def _one_choice(data: ReportData, load_of: dict[int, np.ndarray]) -> bool:
-    """Whether every token chose the same k experts: a router that has collapsed, or all of whose
-    logits are equal."""
-    return all(
-        (load_E > 0).sum() == data.counts.routers[r].top_k and len(set(load_E[load_E > 0])) == 1
-        for r, load_E in load_of.items()
-    )
 
 
 def few_tokens(data: ReportData) -> Finding | None:
@@ -189,7 +161,8 @@ def few_tokens(data: ReportData) -> Finding | None:
     if floor <= uneven or uneven <= 0:
         return None
     T, E = counts.tokens_of(r), counts.routers[r].experts
-    enough = _rounded(T * (floor / uneven) ** 2)  # the floor falls with the root of the tokens
+    # the floor falls with the root of the tokens
+    enough = int(float(f"{T * (floor / uneven) ** 2:.1e}"))
     return note(
         f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
         f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
@@ -202,21 +175,14 @@ def few_tokens(data: ReportData) -> Finding | None:
     )
 
 
-def _rounded(tokens: float) -> int:
-    return int(float(f"{tokens:.1e}"))
-
-
 def few_documents_per_domain(data: ReportData) -> Finding | None:
     """Domains of too few documents to tell the domain from its texts."""
     counts = data.counts
     if counts.counts_only or len(counts.domains) < 2:
         return None
-    documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains))
-    few = {
-        domain: int(n)
-        for domain, n in zip(counts.domains, documents_D, strict=True)
-        if n < FEWEST_DOCUMENTS
-    }
+    documents_D = np.bincount(counts.domain_of_unit_U, minlength=len(counts.domains)).tolist()
+    each = zip(counts.domains, documents_D, strict=True)
+    few = {domain: n for domain, n in each if n < FEWEST_DOCUMENTS}
     if not few:
         return None
     names = join_first([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
@@ -236,9 +202,7 @@ def repeated_rows(data: ReportData) -> Finding | None:
         return None
     trace, router = data.trace, data.selection.routers[-1]
     rows = repeated = 0
-    for shard in trace.shards:
-        if shard.files.index:
-            continue
+    for shard in (shard for shard in trace.shards if not shard.files.index):
         seen = selected_tokens(shard, data.selection, trace.routers[router].stack)
         slots, known_T = seen.of(shard.slots(router), router), seen.token_id_T >= 0
         rows += len(seen.token_id_T)
@@ -261,10 +225,10 @@ def in_runs(rows_TX: np.ndarray) -> int:
 
 def sample(data: ReportData) -> Finding:
     """How much text all of it was judged on."""
-    counts = data.counts
+    counts, manifest = data.counts, data.trace.manifest
     documents = f" of {plural(counts.documents, 'document')}" if counts.documents else ""
     domains = f" in {plural(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
-    routers, manifest = len(data.selection.routers), data.trace.manifest
+    routers = len(data.selection.routers)
     weights = [printable(said) for said in (quantization(manifest), adapter(manifest)) if said]
     return note(
         f"Judged on {plural(counts.tokens, 'token')}{documents}{domains}, "

@@ -5,20 +5,18 @@ the numbers it was made from; and the words for what chance explains. A row is o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
+import pandas as pd
+
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, LONG_DOCUMENT
-from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.text import layer_label
 
 Severity = Literal["critical", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-
-
-Row = Mapping[str, Any]  # of a table about routers
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,12 @@ class Finding:
     layer: int | None
     router: int | None
     text: str
-    values: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    values: Row = field(default_factory=dict[str, object], hash=False)
     group: str = field(default="", repr=False)
 
 
 def finding(
-    kind: str, severity: Severity, text: str, about: Mapping[str, Any] | None = None, **values: Any
+    kind: str, severity: Severity, text: str, about: Row | None = None, **values: object
 ) -> Finding:
     """A Finding on the router of the table row `about`, or on the whole trace. `values` may be
     NumPy's; NaN becomes None."""
@@ -61,11 +59,16 @@ def most_important_first(found: list[Finding]) -> list[Finding]:
     return sorted(found, key=lambda f: min(SEVERITIES.index(f.severity), SEVERITIES.index("note")))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     if isinstance(value, list):
-        return [_plain(item) for item in cast("list[Any]", value)]
+        return [_plain(item) for item in cast("list[object]", value)]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def top_row(rows: pd.DataFrame, by: pd.Series) -> Row:
+    """The row of a table in which `by` is highest."""
+    return records(rows.loc[[by.idxmax()]])[0]
 
 
 def above_chance(data: ReportData, row: Row) -> bool:
@@ -79,7 +82,12 @@ def above_chance(data: ReportData, row: Row) -> bool:
 def beyond_documents(excess: float, floor: float) -> bool:
     """Of counts, whose documents are unknown: whether no documents explain a load so far above the
     mean, where independent tokens give `floor` by chance."""
-    return design_effect_needed(excess, floor) >= LONG_DOCUMENT
+    return _design_effect_needed(excess, floor) >= LONG_DOCUMENT
+
+
+def _design_effect_needed(excess: float, floor: float) -> float:
+    """With which chance alone would explain a load so far above the mean."""
+    return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0
 
 
 def beyond(data: ReportData) -> str:
@@ -97,15 +105,10 @@ def expected_by_chance(data: ReportData, row: Row) -> str:
 def explained(data: ReportData, row: Row, sure: bool) -> str:
     """The words for a load that is not beyond chance, and may be chance where that is not `sure`:
     of counts, with what would explain it."""
-    needed = design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
+    needed = _design_effect_needed(row["max_vio"], row["expected_by_chance"] - 1)
     if not data.counts.counts_only or needed <= 1:
         return "chance explains" if sure else "may be chance"
     return f"documents with a design effect of {math.ceil(needed):,} would explain"
-
-
-def design_effect_needed(excess: float, floor: float) -> float:
-    """The design effect with which chance alone would explain a load so far above the mean."""
-    return (excess / floor) ** 2 if floor > 0 else math.inf if excess > 0 else 0.0
 
 
 def uneven(data: ReportData, row: Row) -> bool:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables.data import records
 from moe_inspect.reporting.tables.registry import TABLES, Table
 from moe_inspect.text import layer_label, no_such
 from moe_inspect.trace.reader import Trace
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """A router fails where its metric is above (or below) the limit."""
 
     metric: str
@@ -26,7 +25,7 @@ class Gate:
 
 def gate(text: str, above: bool, tables: Mapping[str, Table] = TABLES) -> Gate:
     """ "max_vio=0.5" → Gate. Raises MoeInspectError for an unknown metric or no number."""
-    metric, equals, limit = (part.strip() for part in text.partition("="))
+    metric, _, limit = (part.strip() for part in text.partition("="))
     known = gated(tables)
     if metric not in known:
         raise MoeInspectError(no_such("metric", metric, known))
@@ -34,7 +33,7 @@ def gate(text: str, above: bool, tables: Mapping[str, Table] = TABLES) -> Gate:
         value = float(limit)
     except ValueError:
         value = math.nan
-    if not equals or math.isnan(value):
+    if math.isnan(value):
         raise MoeInspectError(f"{text!r}: expected METRIC=VALUE, e.g. {metric}=0.5")
     return Gate(metric, value, above)
 
@@ -57,21 +56,17 @@ def breaches(data: Gated, gates: Iterable[Gate], tables: Mapping[str, Table] = T
     """A line per router and gate that fails, or per gate on all routers together. NaN counts as a
     failure; but a metric of the next layer has no value at the last one, which is left out."""
     lines = list[str]()
-    for g in gates:
-        table: Any = data.tables[gated(tables)[g.metric]]
-        values = table[g.metric].astype(float)
-        rows = table.assign(value=values)
-        if g.metric.startswith("next_accuracy") and values.notna().any():
-            rows = rows[values.notna()]
-        beyond = ~(rows["value"] <= g.limit) if g.above else ~(rows["value"] >= g.limit)
-        for row in rows[beyond].to_dict("records"):
-            value = row["value"]
-            side = "above" if g.above else "below"
+    for metric, limit, above in gates:
+        table = data.tables[gated(tables)[metric]]
+        rows = table.assign(value=table[metric].astype(float))
+        if metric.startswith("next_accuracy") and rows["value"].notna().any():
+            rows = rows[rows["value"].notna()]
+        for row in records(rows):
+            value, where = row["value"], "all routers"
+            if "router" in row:
+                where = f"layer {layer_label(data.trace.routers, row['router'])}"
+            if (value <= limit) if above else (value >= limit):
+                continue
             found = "NaN, which counts as" if math.isnan(value) else f"{value:.6g},"
-            where = (
-                f"layer {layer_label(data.trace.routers, row['router'])}"
-                if "router" in row
-                else "all routers"
-            )
-            lines.append(f"{where}: {g.metric} is {found} {side} {g.limit:g}")
+            lines.append(f"{where}: {metric} is {found} {'above' if above else 'below'} {limit:g}")
     return lines

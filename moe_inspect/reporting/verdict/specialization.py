@@ -8,21 +8,15 @@ Each check takes the data of the report and returns one Finding or none.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, z_of
-from moe_inspect.reporting.tables.data import ReportData
-from moe_inspect.reporting.verdict.findings import (
-    Finding,
-    Row,
-    few_documents,
-    good,
-    name_of,
-    note,
-    warning,
-)
+from moe_inspect.reporting.tables.data import ReportData, Row, records
+from moe_inspect.reporting.tables.summary import mapping
+from moe_inspect.reporting.verdict import findings as fnd
+from moe_inspect.reporting.verdict.findings import Finding, good, name_of, note, top_row
 from moe_inspect.text import plural
 
 DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the id tells anything
@@ -31,33 +25,28 @@ DETERMINES = 0.02  # share of first choices beyond shuffled ids from which the i
 def domain_specialization(data: ReportData) -> Finding | None:
     """Whether the domain carries information about the expert beyond what documents give by chance,
     in how many routers, and what that comes to in the router where it is most."""
-    table = data.frame("specialization")
-    counts = data.counts
+    table, counts = data.tables["specialization"], data.counts
     if len(counts.domains) < 2 or table["domain_mi_bits"].isna().all():
         return None
     if (untold := _cannot_tell(data, table)) is not None:
         return note(untold)
-    real = _beyond_chance(table)
+    real, routers = _beyond_chance(table), len(table)
     if real.empty:
         return note(
             "No expert specialises by domain: routing carries no more information about it than "
             "documents give by chance.",
             specialised_routers=0,
-            routers=len(table),
+            routers=routers,
         )
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
-    row = real.loc[effect.idxmax()]
+    row = top_row(real, effect)
     most = (
         f"most in {name_of(data, row)} ({row['domain_mi_bits']:.3f} bits; documents by chance give "
         f"{row['domain_mi_null_bits']:.3f})"
     )
-    values = {
-        "domain_mi_bits": row["domain_mi_bits"],
-        "domain_mi_null_bits": row["domain_mi_null_bits"],
-        "routers": len(table),
-    }
-    seed = untrained_seed(data)
-    if seed is not None:
+    values = {name: row[name] for name in ("domain_mi_bits", "domain_mi_null_bits")}
+    values["routers"] = routers
+    if (seed := untrained_seed(data)) is not None:
         return note(
             f"This model was never trained (random weights, seed {seed}), so nothing here is "
             f"specialisation: the information that the domain carries about the expert, {most}, "
@@ -67,7 +56,7 @@ def domain_specialization(data: ReportData) -> Finding | None:
             seed=seed,
         )
     if data.baseline is not None:
-        return _beyond_baseline(data, real, len(table), values)
+        return _beyond_baseline(data, real, values)
     # bits that would name the expert
     named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])
     specialised = int((effect / named >= data.thresholds.specialised).sum())
@@ -75,33 +64,35 @@ def domain_specialization(data: ReportData) -> Finding | None:
     most += _specialist(data, int(row["router"]))
     if not specialised:
         return note(
-            f"Routing differs by domain in {len(real)} of {len(table)} routers, {most}. An "
+            f"Routing differs by domain in {len(real)} of {routers} routers, {most}. An "
             "untrained router can show as much: a trace with --random-init is the baseline.",
             row,
             **values,
         )
-    less = (
-        f", and routing differs by domain in {len(real) - specialised} more"
-        if len(real) > specialised
-        else ""
-    )
+    more = len(real) - specialised
+    less = f", and routing differs by domain in {more} more" if more else ""
     return good(
-        f"Experts specialise by domain in {specialised} of {len(table)} routers{less}; {most}.",
+        f"Experts specialise by domain in {specialised} of {routers} routers{less}; {most}.",
         row,
         **values,
     )
 
 
-def _beyond_baseline(data: ReportData, real: Any, routers: int, values: dict[str, Any]) -> Finding:
+def _beyond_baseline(data: ReportData, real: pd.DataFrame, values: Row) -> Finding:
     """In how many of the routers that differ by domain that is beyond the baseline, too."""
     beyond = real[real["domain_mi_beyond_baseline_p"] < ALPHA]
-    among = real if beyond.empty else beyond
-    row = among.loc[among["domain_mi_beyond_baseline_bits"].idxmax()]
+    among, routers = real if beyond.empty else beyond, values["routers"]
+    row = top_row(among, among["domain_mi_beyond_baseline_bits"])
     bits, its = row["domain_mi_bits"] - row["domain_mi_null_bits"], row["domain_mi_baseline_bits"]
     most = f"{name_of(data, row)} ({bits:.3f} bits beyond chance, {max(its, 0):.3f} in the baseline"
-    values |= {"domain_mi_bits": row["domain_mi_bits"], "domain_mi_baseline_bits": its}
-    values |= {"domain_mi_null_bits": row["domain_mi_null_bits"]}
-    values |= {"specialised_routers": len(beyond), "differing_routers": len(real)}
+    values = {
+        **values,
+        "domain_mi_bits": row["domain_mi_bits"],
+        "domain_mi_baseline_bits": its,
+        "domain_mi_null_bits": row["domain_mi_null_bits"],
+        "specialised_routers": len(beyond),
+        "differing_routers": len(real),
+    }
     if beyond.empty:
         return note(
             f"Routing differs by domain in {len(real)} of {routers} routers, but no more than the "
@@ -123,10 +114,9 @@ def _in_baseline(row: Row, name: str, unit: str, form: str) -> str:
     return "" if np.isnan(its) else f"; in the baseline {its:{form}} beyond chance"
 
 
-def _cannot_tell(data: ReportData, table: Any) -> str | None:
+def _cannot_tell(data: ReportData, table: pd.DataFrame) -> str | None:
     """Why nothing can be said of domains, if so."""
     counts, enough = data.counts, data.thresholds.no_domain
-    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
     if counts.counts_only:
         return (
             "Counts alone cannot tell whether experts specialise by domain: they do not tell "
@@ -136,59 +126,55 @@ def _cannot_tell(data: ReportData, table: Any) -> str | None:
         "Too few documents to tell whether experts specialise by domain: "
         f"{plural(counts.documents, 'document')} in {plural(len(counts.domains), 'domain')}"
     )
+    known = table.dropna(subset=["domain_mi_bits", "domain_mi_null_p99_bits"])
     if known.empty or len(counts.units) < FEWEST_TO_JUDGE:
         return f"{few}, of {FEWEST_TO_JUDGE} that it takes at least."
     reach = known["domain_mi_null_p99_bits"].max()
-    if _beyond_chance(table).empty and reach >= enough:
-        return (
-            f"{few} reach {reach:.2f} bits by chance (a negative result needs less than "
-            f"{enough:g})."
-        )
-    return None
+    if reach < enough or not _beyond_chance(table).empty:
+        return None
+    return f"{few} reach {reach:.2f} bits by chance (a negative result needs less than {enough:g})."
 
 
-def _beyond_chance(table: Any) -> Any:
+def _beyond_chance(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `specialization` whose domain information is more than chance gives."""
     return table[table["domain_mi_p"] < ALPHA]
 
 
 def domain_beyond_token(data: ReportData) -> Finding | None:
     """How much of the domain's information is vocabulary, in the router where it is most."""
-    table = data.frame("specialization")
-    if len(data.counts.domains) < 2 or table["domain_mi_bits"].isna().all():
-        return None
-    if _cannot_tell(data, table) is not None or untrained_seed(data) is not None:
+    table = data.tables["specialization"]
+    if len(data.counts.domains) < 2 or _cannot_tell(data, table) or _is_untrained(data):
         return None
     real = _beyond_chance(table)
     if real.empty:
         return None
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
-    row = real.loc[effect.idxmax()]
-    given, null = row["domain_mi_given_token_bits"], row["domain_mi_given_token_null_bits"]
-    beyond, p = max(given - null, 0), row["domain_mi_given_token_p"]
+    row, name = top_row(real, effect), "domain_mi_given_token"
+    given, null, p = (row[f"{name}_{of}"] for of in ("bits", "null_bits", "p"))
     if math.isnan(p):
         return None
-    share = "most of it is vocabulary" if beyond < effect.max() / 3 else "not vocabulary alone"
     if not p < ALPHA:
         share = "that may be chance, so vocabulary may be all of it"
+    elif max(given - null, 0) < effect.max() / 3:
+        share = "most of it is vocabulary"
+    else:
+        share = "not vocabulary alone"
     return note(
         f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
         f"{name_of(data, row)} (documents by chance give {null:.3f}"
-        f"{_in_baseline(row, 'domain_mi_given_token', '_bits', '.3f')}): {share}.",
+        f"{_in_baseline(row, name, '_bits', '.3f')}): {share}.",
         row,
-        domain_mi_given_token_bits=given,
-        domain_mi_given_token_null_bits=null,
-        domain_mi_given_token_p=p,
+        **{f"{name}_bits": given, f"{name}_null_bits": null, f"{name}_p": p},
     )
 
 
 def _specialist(data: ReportData, router: int) -> str:
     """The expert whose activation rises most above its mean over domains, in which domain."""
-    rows = data.frame("domains")
+    rows = data.tables["domains"]
     rows = rows[(rows["router"] == router) & (rows["lift"] > 1)]
     if rows.empty:
         return ""
-    best = rows.loc[(rows["activation"] - rows["activation"] / rows["lift"]).idxmax()]
+    best = top_row(rows, rows["activation"] - rows["activation"] / rows["lift"])
     return (
         f": expert {best['expert']} takes {best['activation']:.0%} of the tokens of "
         f'"{best["domain"]}", {best["lift"]:.1f}x its mean over domains'
@@ -197,36 +183,49 @@ def _specialist(data: ReportData, router: int) -> str:
 
 def token_specialization(data: ReportData) -> Finding | None:
     """Whether the token id determines the expert, and the token id that does most."""
-    table = data.frame("specialization")
-    table = table.dropna(subset=["vocabulary_specialization", "vocabulary_specialization_null"])
+    name, table = "vocabulary_specialization", data.tables["specialization"]
+    table = table.dropna(subset=[name, f"{name}_null"])
     # with a single token id there is nothing to tell
     if table.empty or not table["token_mi_null_bits"].max() > 0:
         return None
-    effect = table["vocabulary_specialization"] - table["vocabulary_specialization_null"]
-    row = table.loc[effect.idxmax()]
-    share, null = row["vocabulary_specialization"], row["vocabulary_specialization_null"]
-    values = {"vocabulary_specialization": share, "vocabulary_specialization_null": null}
-    said = None
+    effect = table[name] - table[f"{name}_null"]
+    row = top_row(table, effect)
+    where, share, null = name_of(data, row), row[name], row[f"{name}_null"]
+    favourite = "of first choices are the favourite expert of their token id"
     if effect.max() < DETERMINES:
         said = (
             "The token id does not determine the expert: tokens of one id spread over the experts "
             "as shuffled ids would."
         )
-    elif not row["vocabulary_specialization_p"] * len(table) < ALPHA:
+    elif not row[f"{name}_p"] * len(table) < ALPHA:
         said = (
-            "Too little data to tell whether the token id determines the expert: in "
-            f"{name_of(data, row)}, {share:.0%} of first choices are the favourite expert of their "
-            f"token id, which may be chance ({null:.0%} with the ids shuffled)."
+            f"Too little data to tell whether the token id determines the expert: in {where}, "
+            f"{share:.0%} {favourite}, which may be chance ({null:.0%} with the ids shuffled)."
         )
-    if said is not None:
-        return note(said, row, **values)
-    return note(
-        f"The token id determines the expert most in {name_of(data, row)}: {share:.0%} of first "
-        f"choices are the favourite expert of their token id ({null:.0%} with the ids shuffled"
-        f"{_in_baseline(row, 'vocabulary_specialization', '', '.0%')})"
-        f"{_most_exclusive_token(data, row)}.",
-        row,
-        **values,
+    else:
+        said = (
+            f"The token id determines the expert most in {where}: {share:.0%} {favourite} "
+            f"({null:.0%} with the ids shuffled{_in_baseline(row, name, '', '.0%')})"
+            f"{_most_exclusive_token(data, row)}."
+        )
+    return note(said, row, **{name: share, f"{name}_null": null})
+
+
+def _most_exclusive_token(data: ReportData, row: Row) -> str:
+    """The token id that goes to one expert most exclusively, of those that are frequent."""
+    if not data.top:
+        return ""
+    words = data.tables["vocabulary"]
+    words = words[(words["router"] == row["router"]) & words["token"].notna()]
+    if words.empty:
+        return ""
+    best = top_row(words, words["first_choice_fraction"] * np.log1p(words["count"]))
+    share = best["first_choice_fraction"]
+    of = "all" if share == 1 else f"{share:.0%} of the"
+    verb = "goes" if best["occurrences"] == 1 else "go"
+    return (
+        f"; {of} {plural(best['occurrences'], 'occurrence')} of {best['token']!r} {verb} to "
+        f"expert {best['expert']} first"
     )
 
 
@@ -235,12 +234,12 @@ def hard_tokens(data: ReportData) -> Finding | None:
     domain, phase and token id; none where that is not beyond chance in any."""
     if not data.trace.has_loss:
         return None
-    table = data.frame("loss")
+    table = data.tables["loss"]
     table = table[table["domain"].isna() & table["phase"].isna()]
     beyond = table[table["difference_p"] < ALPHA]
     if beyond.empty:
         return None
-    row = beyond.loc[beyond["difference_nats"].abs().idxmax()]
+    row = top_row(beyond, beyond["difference_nats"].abs())
     nats, low, high = (row[f"difference_{name}"] for name in ("nats", "low", "high"))
     return note(
         f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
@@ -256,46 +255,29 @@ def hard_tokens(data: ReportData) -> Finding | None:
     )
 
 
-def _most_exclusive_token(data: ReportData, row: Row) -> str:
-    """The token id that goes to one expert most exclusively, of those that are frequent."""
-    if not data.top:
-        return ""
-    words = data.frame("vocabulary")
-    words = words[(words["router"] == row["router"]) & words["token"].notna()]
-    if words.empty:
-        return ""
-    best = words.loc[(words["first_choice_fraction"] * np.log1p(words["count"])).idxmax()]
-    share = best["first_choice_fraction"]
-    of = "all" if share == 1 else f"{share:.0%} of the"
-    verb = "goes" if best["occurrences"] == 1 else "go"
-    return (
-        f"; {of} {plural(best['occurrences'], 'occurrence')} of {best['token']!r} {verb} to "
-        f"expert {best['expert']} first"
-    )
-
-
 def untrained_seed(data: ReportData) -> int | None:
     """The seed of a model whose weights were drawn at random, as far as the trace says so."""
-    corpus = data.trace.manifest.get("corpus")
-    plan = cast("dict[str, Any]", corpus).get("plan") if isinstance(corpus, dict) else None
-    return cast("dict[str, Any]", plan).get("random_init") if isinstance(plan, dict) else None
+    plan = mapping(mapping(data.trace.manifest.get("corpus")).get("plan"))
+    return plan.get("random_init")
+
+
+def _is_untrained(data: ReportData) -> bool:
+    return untrained_seed(data) is not None
 
 
 def router_ties(data: ReportData) -> Finding | None:
     """Decisions in which logits tie at the boundary of the chosen, where logits are recorded."""
     if "logits" not in data.trace.tables:
         return None
-    table = data.frame("router")
-    table = table.dropna(subset=["tie_rate"])
-    tied = table[table["tie_rate"] >= data.thresholds.tie]
+    table, least = data.tables["router"], data.thresholds.tie
+    tied = table[table["tie_rate"] >= least]
     if tied.empty:
         return None
-    row = tied.loc[tied["tie_rate"].idxmax()]
-    return warning(
+    row = top_row(tied, tied["tie_rate"])
+    return fnd.warning(
         f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert "
         f"chosen and the first not chosen have equal logits ({plural(len(tied), 'router')} with "
-        f"{data.thresholds.tie:.1%} or more): the order of the experts decides these, not the "
-        "router.",
+        f"{least:.1%} or more): the order of the experts decides these, not the router.",
         row,
         tie_rate=row["tie_rate"],
         routers=len(tied),
@@ -311,35 +293,30 @@ UNSATURATED = 1.0  # bits below log₂ of the tokens, above which almost each ha
 def committee(data: ReportData) -> Finding | None:
     """Experts that are among the k with the most load in every domain, where so many domains would
     hardly agree by chance, and that carry more than their even share."""
-    if data.counts.counts_only or untrained_seed(data) is not None:
+    if data.counts.counts_only or _is_untrained(data):
         return None
-    table = data.frame("committee")
+    table = data.tables["committee"]
     standing = table[table["committee_mass_low"] > table["committee_mass_even"]]
-    expected = float(table["committee_by_chance"].sum())
-    if standing.empty or _at_least(len(standing), expected) > ALPHA:
+    n, expected = len(standing), float(table["committee_by_chance"].sum())
+    # the probability of n or more, of a Poisson distribution
+    p = 1 - math.exp(-expected) * sum(expected**i / math.factorial(i) for i in range(n))
+    if p > ALPHA:
         return None
-    row = standing.loc[(standing["committee_mass"] - standing["committee_mass_even"]).idxmax()]
+    row = top_row(standing, standing["committee_mass"] - standing["committee_mass_even"])
+    mass, low, high, even = (row[f"committee_mass{of}"] for of in ("", "_low", "_high", "_even"))
     experts, size = row["experts"].split(), int(row["committee_experts"])
-    low, high = row["committee_mass_low"], row["committee_mass_high"]
-    verb = "carries" if size == 1 else "carry"
     return note(
-        f"In {len(standing)} of {plural(len(table), 'router')} the same experts lead in all "
+        f"In {n} of {plural(len(table), 'router')} the same experts lead in all "
         f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
-        f"({', '.join(experts)}) {verb} {row['committee_mass']:.0%} of a domain's assignments "
-        f"(95% interval {low:.0%} to {high:.0%}; even share {row['committee_mass_even']:.0%}). "
+        f"({', '.join(experts)}) {'carries' if size == 1 else 'carry'} {mass:.0%} of a domain's "
+        f"assignments (95% interval {low:.0%} to {high:.0%}; even share {even:.0%}). "
         "Changing them for one domain affects all.",
         row,
-        committee_mass=row["committee_mass"],
-        committee_mass_even=row["committee_mass_even"],
+        committee_mass=mass,
+        committee_mass_even=even,
         committee_experts=size,
-        routers=len(standing),
+        routers=n,
     )
-
-
-def _at_least(n: int, expected: float) -> float:
-    """Probability of n or more, of a Poisson distribution."""
-    below = sum(expected**i / math.factorial(i) for i in range(n))
-    return 1 - math.exp(-expected) * below
 
 
 def signature(data: ReportData) -> Finding | None:
@@ -348,8 +325,8 @@ def signature(data: ReportData) -> Finding | None:
     if not _is_small(data) or len(data.counts.domains) < 2:
         return None
     # of all routers together
-    row = data.frame("signature").drop(columns=["layer", "router"]).iloc[0]
-    documents = int(row["documents"])
+    row = records(data.tables["signature"])[0]
+    documents = row["documents"]
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
@@ -367,9 +344,9 @@ def signature(data: ReportData) -> Finding | None:
 def paths(data: ReportData) -> Finding | None:
     """Whether tokens take fewer paths through the layers than layers that choose independently
     within a document give them, as far as paths are not as many as tokens."""
-    if not _is_small(data) or few_documents(data):
+    if not _is_small(data) or fnd.few_documents(data):
         return None
-    table = data.frame("paths")
+    table = data.tables["paths"]
     shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
     # of many routers, some are outside of their 95 % interval by chance
     reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
@@ -377,19 +354,19 @@ def paths(data: ReportData) -> Finding | None:
     told = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
     if told.empty:
         return None
-    row = told.loc[(told["path_entropy_shuffled_bits"] - told["path_entropy_bits"]).idxmax()]
-    bits, independent = row["path_entropy_bits"], row["path_entropy_shuffled_bits"]
-    low, high = row["path_entropy_low"], row["path_entropy_high"]
-    tokens, distinct = int(row["tokens"]), int(row["paths"])
+    row = top_row(told, told["path_entropy_shuffled_bits"] - told["path_entropy_bits"])
+    bits, independent, low, high = (
+        row[f"path_entropy_{of}"] for of in ("bits", "shuffled_bits", "low", "high")
+    )
     return note(
         f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
-        f"{tokens:,} tokens take {distinct:,} distinct routes (entropy {bits:.2f} bits, 95% "
-        f"interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices shuffled "
-        "within documents). A token's earlier choices help predict its later ones.",
+        f"{row['tokens']:,} tokens take {row['paths']:,} distinct routes (entropy {bits:.2f} bits, "
+        f"95% interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices "
+        "shuffled within documents). A token's earlier choices help predict its later ones.",
         row,
         path_entropy_bits=bits,
         path_entropy_shuffled_bits=independent,
-        paths=distinct,
+        paths=row["paths"],
     )
 
 
@@ -397,12 +374,12 @@ def drift(data: ReportData) -> Finding | None:
     """An expert whose share rises or falls through the whole trace."""
     if not _is_small(data):
         return None
-    table = data.frame("drift")
+    table = data.tables["drift"]
     change = (table["trend_last"] - table["trend_first"]).abs()
     told = table[(table["trend_p"] < ALPHA) & (change >= data.thresholds.uneven)]
     if told.empty:
         return None
-    row = told.loc[change[told.index].idxmax()]
+    row = top_row(told, change[told.index])
     expert, first, last = int(row["trend_expert"]), row["trend_first"], row["trend_last"]
     return note(
         f"Load drifts through the trace in {len(told)} of {plural(len(table), 'router')}, most in "
@@ -420,4 +397,4 @@ def _is_small(data: ReportData) -> bool:
     """Whether a pass of its own over the trace costs little; and the model is trained, as far as
     the trace says."""
     small = not data.counts.counts_only and data.trace.n_decisions <= MOST_DECISIONS
-    return small and untrained_seed(data) is None
+    return small and not _is_untrained(data)
