@@ -12,7 +12,8 @@ from scipy import stats
 
 from moe_inspect.analysis.metrics import pairs
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.charts.pairs import coactivation, strongest_pairs, supported_lift
+from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
+from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together
@@ -126,7 +127,10 @@ def test_pictures_and_page_show_what_is_supported(made: Report):
     lift_EE = supported_lift(chosen_together(made, 0))
     assert lift_EE[7, 8] > 3
     assert np.isnan(lift_EE[60, 61])
-    strongest = strongest_pairs(made.tables["coactivation"])
+    drawn = coactivation(made)
+    assert isinstance(drawn, Chart)
+    strongest = drawn.table
+    assert strongest is not None
     assert strongest["supported"].all()
     assert set(strongest.iloc[0][["expert", "other"]]) == {7, 8}
     data, _ = map_data(made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
@@ -34,7 +34,7 @@ def report(
     window: int | None = None,
     weights: str | Path | None = None,
     thresholds: Mapping[str, float] | None = None,
-    scheduler: Any = None,
+    scheduler: object = None,
     progress: Callable[[int], None] | None = None,
     baseline: Trace | str | Path | None = None,
 ) -> Report:
@@ -49,17 +49,21 @@ def report(
     earlier model over the same or similar text; `specialization` and the verdict say what is beyond
     it. Raises MoeInspectError where there is no such trace, layer, domain or threshold, and where
     the baseline has other routers or domains."""
-    trace = open_trace(trace, scheduler=scheduler)
-    selected: dict[str, Any] = {"layers": layers, "domains": domains, "phase": phase}
+
+    opened, its = open_trace(trace, scheduler=scheduler), None
+    selection = select(opened, layers, domains, phase)
+    if baseline is not None:
+        other = open_trace(baseline, scheduler=scheduler)
+        its = Report(other, select(other, layers, domains, phase))
     return Report(
-        trace,
-        select(trace, layers, domains, phase),
-        baseline=None if baseline is None else report(baseline, scheduler=scheduler, **selected),
+        opened,
+        selection,
         top=top,
         window=window,
         weights=weights,
         thresholds=thresholds,
         progress=progress,
+        baseline=its,
     )
 
 

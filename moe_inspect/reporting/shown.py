@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
@@ -105,7 +105,7 @@ class Shown(ABC):
         from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 
         name, excerpt = next(iter(self.excerpts.items()))
-        whole: Any = self.tables[name]
+        whole = self.tables[name]
         rows = excerpt.rows(whole, CELL_ROWS)
         rows = rows[[c for c in excerpt.columns or rows.columns if c in rows]]
         caption = excerpt.title(name, rows, whole)
@@ -127,9 +127,9 @@ class Shown(ABC):
 
     def show(self) -> None:
         """Shows it: printed as the command prints it, or as a cell where this is a notebook."""
-        if in_notebook():
-            display: Any = importlib.import_module("IPython.display")
-            display.display(self)
+        shell = sys.modules.get("IPython")
+        if shell is not None and hasattr(shell.get_ipython(), "kernel"):
+            importlib.import_module("IPython.display").display(self)
         else:
             self.write_text(sys.stdout)
 
@@ -144,19 +144,21 @@ class Shown(ABC):
     def plot(self, name: str) -> Figure:
         """One chart ("load", "domains", …) as a figure of matplotlib. MoeInspectError where there
         is no such chart, naming those there are, or no data for it."""
-        from moe_inspect.reporting.render.matplotlib import draw, letters
+        from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 
         with letters():
-            return displayed(draw(self.chart_named(name)))
+            figure = draw(self.chart_named(name))
+        # so that a notebook shows it also where nothing has imported pyplot
+        figure.__dict__["_repr_png_"] = partial(picture, figure, "png", dpi=100)
+        return figure
 
     def chart_named(self, name: str) -> Chart:
-        charts, _ = self.charts()
-        made = next((chart for chart in charts if chart.name == name), None)
-        if made is None:
-            if not charts:
-                raise MoeInspectError(f"{self!r} has nothing to draw")
-            raise MoeInspectError(no_such("chart", name, [chart.name for chart in charts]))
-        return made
+        charts = {chart.name: chart for chart in self.charts()[0]}
+        if not charts:
+            raise MoeInspectError(f"{self!r} has nothing to draw")
+        if name not in charts:
+            raise MoeInspectError(no_such("chart", name, charts))
+        return charts[name]
 
     def save_plots(
         self,
@@ -176,7 +178,7 @@ class Shown(ABC):
         return write_charts(charts, directory, width_inches, formats)
 
 
-def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, Any]) -> str:
+def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, object]) -> str:
     """Lines that call `moe_inspect.function` on the traces, with those options that are not None;
     `made` is the result. A function of `simulate` is called on the one trace."""
     given = [repr(address(trace)) for trace in traces]
@@ -190,17 +192,3 @@ def python_call(function: str, traces: Sequence[Trace], options: Mapping[str, An
 def python_of_table(lines: str, table: str) -> str:
     """The lines, and one that gives a table of what they made."""
     return f"{lines}\nmade.tables[{table!r}]" if lines else ""
-
-
-def displayed(figure: Figure) -> Figure:
-    """The same figure, which a notebook shows also where nothing has imported pyplot."""
-    from moe_inspect.reporting.render.matplotlib import picture
-
-    figure.__dict__["_repr_png_"] = partial(picture, figure, "png", dpi=100)
-    return figure
-
-
-def in_notebook() -> bool:
-    """Whether this runs in the kernel of a notebook."""
-    shell = sys.modules.get("IPython")
-    return shell is not None and hasattr(shell.get_ipython(), "kernel")

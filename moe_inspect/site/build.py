@@ -92,12 +92,11 @@ def _planned(
         lambda one, entry: entry["key"] == _key(one.content, text),
         lambda one, entry: one.trace is not None and entry["address"] == address(one.trace),
     ]
-    for alike in same:
-        for one in named:
-            found = None if one.entry else next((e for e in left if alike(one, e)), None)
-            if found is not None:
-                one.entry = found
-                left.remove(found)
+    for one, alike in ((one, alike) for alike in same for one in named):
+        found = None if one.entry else next((e for e in left if alike(one, e)), None)
+        if found is not None:
+            one.entry = found
+            left.remove(found)
     if not add:
         return named
     of = {id(one.entry): one for one in named if one.entry}
@@ -119,25 +118,24 @@ def _make(directory: Directory, plan: Sequence[Planned], text: Amount) -> set[st
             )
         if one.trace is None or (held and one.entry["key"] == key):
             continue
-        name = one.entry.get("name") or _free_name(one.trace.path.resolve().name, names)
+        name = one.entry.get("name") or _free_name(one.trace, names)
         names.add(name)
         page = one.entry.get("page") or directory.free_page(name)
         report_made = report(one.trace)
-        html = report_page(report_made, text=text, up=UP)
         one.entry = {
             "name": name,
             "page": page,
             "key": key,
             "address": storable(address(one.trace)),
-            "sha256": directory.write(page, html),
+            "sha256": directory.write(page, report_page(report_made, text=text, up=UP)),
             **entry_of(report_made),
         }
         made.add(page)
     return made
 
 
-def _free_name(folder: str, taken: set[str]) -> str:
-    name = readable(cut(folder, LONGEST)) or "trace"
+def _free_name(trace: Trace, taken: set[str]) -> str:
+    name = readable(cut(trace.path.resolve().name, LONGEST)) or "trace"
     tries = (name if n == 1 else f"{name} ({n})" for n in count(1))
     return next(one for one in tries if one not in taken)
 
@@ -147,12 +145,9 @@ def _compare(plan: Sequence[Planned]) -> None:
     groups: dict[object, list[Planned]] = {}
     for one in plan:
         if one.trace is not None:
-            alone = id(one) if one.trace.counts_only else None
-            shape = (*_shape(one.trace), one.trace.n_tokens, alone)
-            groups.setdefault(shape, []).append(one)
+            groups.setdefault(_shape(one.trace), []).append(one)
     for group in groups.values():
-        last = group[-1]
-        others = len(group) > 1
+        last, others = group[-1], len(group) > 1
         for one in group:
             pair = [one.content, last.content, others]
             if one.entry.get("pair") != pair:
@@ -162,33 +157,33 @@ def _compare(plan: Sequence[Planned]) -> None:
 
 
 def _shape(trace: Trace) -> tuple[object, ...]:
-    """Alike for checkpoints of one model."""
+    """Alike for checkpoints of one model with the same text; of counts, which tell no tokens, for
+    no other trace."""
     config = trace.manifest.get("model", {}).get("config") or {}
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     routers = tuple((r.layer, r.experts, r.top_k) for r in trace.routers)
-    return routers, tuple(str(config.get(name)) for name in sizes)
+    stated = tuple(str(config.get(name)) for name in sizes)
+    return routers, stated, trace.n_tokens, id(trace) if trace.counts_only else None
 
 
 def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
     """saturation, saturation_with, and why there is none."""
-    nothing = {"saturation": None, "saturation_with": None, "no_saturation": ""}
+    found, why = None, ""
     if not others:
         why = "no other trace has the same text and another checkpoint of this model"
-        return {**nothing, "no_saturation": why}
-    found = None if one is last else saturation(one.trace, last.trace)
+    elif one is not last and one.trace is not None and last.trace is not None:
+        found = saturation(one.trace, last.trace)
     if isinstance(found, str):
-        return {**nothing, "no_saturation": readable(found)}
-    return {**nothing, "saturation": found}
+        found, why = None, readable(found)
+    return {"saturation": found, "saturation_with": None, "no_saturation": why}
 
 
 def content_of(trace: Trace) -> str:
     """The hash of what a trace states: the manifest, and the lists of shards, which hold the hashes
     of its parts."""
     lists = sorted(p.name for p in trace.path.iterdir() if p.name.startswith("shards-"))
-    found = hashlib.sha256()
-    for name in (schema.MANIFEST, *lists):
-        found.update((trace.path / name).read_bytes())
-    return found.hexdigest()
+    stated = [(trace.path / name).read_bytes() for name in (schema.MANIFEST, *lists)]
+    return hashlib.sha256(b"".join(stated)).hexdigest()
 
 
 def _key(content: str, text: Amount) -> str:

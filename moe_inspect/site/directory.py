@@ -9,15 +9,15 @@ import gzip
 import hashlib
 import json
 import re
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.files import mapped, read_small
 from moe_inspect.reporting.render.html import slug
+from moe_inspect.reporting.tables.summary import mapping
 from moe_inspect.site.entry import Entry
 from moe_inspect.text import cut
 from moe_inspect.trace.files.atomic import draft_of, sync_directory
@@ -36,13 +36,15 @@ LONGEST = 60  # characters of a file's name
 MOST_INDEX_BYTES = 2**30
 
 
-class Directory:
+class Directory(AbstractContextManager["Directory"]):
     """Locked while it is open. `before`: the entries of the index that is there. MoeInspectError
     where something else is there."""
 
     def __init__(self, root: Path):
         self.root = root
-        _check(root)
+        if root.exists() and not root.is_dir():
+            raise MoeInspectError(f"{root} is a file: give a directory for the site")
+        refuse_within_trace(root)
         self.lock = hold(root)
         try:
             with reading(root):
@@ -77,7 +79,7 @@ class Directory:
         """Whether the page is there as it was written."""
         path = self.root / page
         with reading(path):
-            return path.is_file() and _sha256(path.read_bytes()) == sha256
+            return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
     def write(self, page: str, text: str) -> str:
         """Returns its hash."""
@@ -93,9 +95,6 @@ class Directory:
                 (self.root / page).unlink(missing_ok=True)
             sync_directory(self.root)
 
-    def __enter__(self) -> Directory:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -106,12 +105,6 @@ class Directory:
             self.drafts.__exit__(kind, value, trace)
         finally:
             self.lock.release()
-
-
-def _check(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise MoeInspectError(f"{root} is a file: give a directory for the site")
-    refuse_within_trace(root)
 
 
 def _entries(index: Path) -> list[Entry]:
@@ -131,19 +124,13 @@ def _entries(index: Path) -> list[Entry]:
     return entries if same else [{**one, "key": ""} for one in entries]
 
 
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(name), str) for name in STATED)
-        and PAGE.fullmatch(entry["page"]) is not None
-        and entry["page"] != INDEX
-    )
+def _is_entry(entry: object) -> bool:
+    stated = mapping(entry)
+    page = stated.get("page")
+    known = all(isinstance(stated.get(name), str) for name in STATED)
+    return known and page != INDEX and PAGE.fullmatch(str(page)) is not None
 
 
 def _write(draft: Path, text: str) -> str:
     draft.write_bytes(data := text.encode(errors="backslashreplace"))
-    return _sha256(data)
-
-
-def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -6,20 +6,12 @@ M traces, R routers of the one that has most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.token_ids import MIN_COUNT
-from moe_inspect.reporting.charts.spec import (
-    Axis,
-    Chart,
-    Heatmap,
-    Panel,
-    amount,
-    definitions,
-)
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, definitions
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
 from moe_inspect.site.directory import FORMAT
 from moe_inspect.site.entry import CELLS, DOMAINS, EXPERTS, EXPERTS_OF_TOKEN, TOKENS, Entry
@@ -63,23 +55,20 @@ MEANINGS = {
 
 def table_of(entries: Sequence[Entry]) -> pd.DataFrame:
     """One row per trace: the columns of COLUMNS."""
+    outer = ("saturation", "saturation_with")
     rows = [
-        {
-            "trace": entry["name"],
-            **entry["row"],
-            **{name: entry[name] for name in ("saturation", "saturation_with")},
-        }
-        for entry in entries
+        {"trace": one["name"], **one["row"], **{name: one[name] for name in outer}}
+        for one in entries
     ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     real = ("max_over_mean", *COLUMNS[COLUMNS.index("domain_bits") : -2])
-    return table.astype(dict.fromkeys(real, float))
+    return table.astype(dict.fromkeys(real, "float64"))
 
 
 def index_page(entries: Sequence[Entry]) -> str:
     """The page, as HTML."""
-    table = table_of(entries)
-    lacking = _lacking(entries)
+    table, lacking = table_of(entries), _lacking(entries)
+    charts = [_layers(entries, name) for name in ("balance", "bits")]
     sections = [
         Section(
             "Search",
@@ -95,10 +84,8 @@ def index_page(entries: Sequence[Entry]) -> str:
             definitions=MEANINGS,
             links=[entry["page"] for entry in entries],
         ),
+        *(chart_section(chart) for chart in charts if chart is not None),
     ]
-    for name in ("balance", "bits"):
-        if (chart := _layers(entries, name)) is not None:
-            sections.append(chart_section(chart))
     if len(lacking):
         why = "What the table leaves empty, and why."
         sections.append(Section("What is missing", why, table=lacking))
@@ -108,7 +95,7 @@ def index_page(entries: Sequence[Entry]) -> str:
             "Which experts the tokens of each model go to, a page per trace",
             tiles=_tiles(table, entries),
             sections=sections,
-            left_out=list(_left_out(entries)),
+            left_out=_left_out(entries),
             footer="Experts belong to one router of one model: expert 3 of a layer is unrelated to "
             "expert 3 of the next layer or of another model. Token ids are judged from "
             f"{MIN_COUNT} occurrences on. Made by moe-inspect.",
@@ -143,7 +130,7 @@ def _tiles(table: pd.DataFrame, entries: Sequence[Entry]) -> list[Tile]:
         ("max_over_mean", "idxmax", "most uneven load", "{:.2f}×"),
         ("domain_bits", "idxmax", "most specialised", "{:.2f} bits"),
     ):
-        known: Any = table[~untrained_M] if column == "domain_bits" else table
+        known = table[~untrained_M] if column == "domain_bits" else table
         known = known.dropna(subset=[column])
         if len(known) and len(table) > 1:
             row = known.loc[getattr(known[column], which)()]
@@ -182,29 +169,21 @@ def _layers(entries: Sequence[Entry], name: str) -> Chart | None:
 
 def _left_out(entries: Sequence[Entry]) -> list[str]:
     """What the bounds of the index leave out."""
-    said = list[str]()
-    if len(entries) > DRAWN:
-        said.append(f"{len(entries) - DRAWN} traces in the charts of layers")
     large = [entry["name"] for entry in entries if entry["ratio"] is None]
-    if large:
-        said.append(
-            f"the load of experts of {', '.join(large)}, over {CELLS:,} each, in the search"
-        )
     words = [entry["words"] for entry in entries if entry["words"]]
-    if words:
-        beyond = sum(max(0, one["ids"] - len(one["texts"])) for one in words)
-        said.append(
-            f"experts of a token beyond the {EXPERTS_OF_TOKEN} that take it most above their "
-            "share of all tokens"
-            + (
-                f", and {beyond:,} token ids beyond the {TOKENS:,} most frequent of a trace"
-                if beyond
-                else ""
-            )
-        )
-    if any(entry["domains"] for entry in entries):
-        said.append(f"experts of a domain beyond {EXPERTS} of a trace")
-    many = sum(max(0, entry["all_domains"] - DOMAINS) for entry in entries)
-    if many:
-        said.append(f"{many:,} domains beyond {DOMAINS} of a trace, those with the fewest tokens")
-    return said
+    ids = sum(max(0, one["ids"] - len(one["texts"])) for one in words)
+    domains = sum(max(0, entry["all_domains"] - DOMAINS) for entry in entries)
+    more_ids = (
+        f", and {ids:,} token ids beyond the {TOKENS:,} most frequent of a trace" if ids else ""
+    )
+    said = {
+        f"{len(entries) - DRAWN} traces in the charts of layers": len(entries) > DRAWN,
+        f"the load of experts of {', '.join(large)}, over {CELLS:,} each, in the search": large,
+        f"experts of a token beyond the {EXPERTS_OF_TOKEN} that take it most above their "
+        f"share of all tokens{more_ids}": words,
+        f"experts of a domain beyond {EXPERTS} of a trace": any(
+            entry["domains"] for entry in entries
+        ),
+        f"{domains:,} domains beyond {DOMAINS} of a trace, those with the fewest tokens": domains,
+    }
+    return [text for text, holds in said.items() if holds]

@@ -6,7 +6,8 @@ L routers, E experts, N experts of the next layer's router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -192,13 +193,13 @@ def coactivation(data: ReportData) -> Chart | str:
         return "co-activation: with one expert per token there are no pairs"
     if not _above_chance(table).any():
         return f"co-activation: no pair {BEYOND}"
-    return _chart_of_pairs(
-        ("Chosen together", "Pairs of experts that one decision chooses, relative to chance"),
-        (data, table),
-        (pairs.chosen_together, "other expert"),
-        "Pairs of experts that one decision chooses together more often than chance, those with "
-        f"the most evidence first: {_supported(table)} Each card lists its expert's partners.",
-        {
+    drawn = Chart(
+        "Chosen together",
+        "Pairs of experts that one decision chooses, relative to chance",
+        (),
+        text="Pairs of experts that one decision chooses together more often than chance, those "
+        f"with the most evidence first: {_supported(table)} Each card lists its expert's partners.",
+        definitions={
             "probability": "P(other chosen, given expert chosen), over all pairs of slots; "
             "(k − 1)/(E − 1) by chance.",
             "lift": "P(both chosen) relative to what the loads of the two alone would give.",
@@ -206,6 +207,7 @@ def coactivation(data: ReportData) -> Chart | str:
             "are otherwise picked at random.",
         },
     )
+    return _with_matrices(drawn, data, table, pairs.chosen_together, "other expert")
 
 
 @spec.chart("transitions", group="Serving")
@@ -218,13 +220,13 @@ def transitions(data: ReportData) -> Chart | str:
         return "transitions: no two layers follow each other"
     if not _above_chance(table).any():
         return f"transitions: no link {BEYOND}"
-    return _chart_of_pairs(
-        ("From layer to layer", "Experts of one layer and the next, relative to chance"),
-        (data, table),
-        (pairs.chosen_next, "expert of the next layer"),
-        "Where the tokens of an expert go at the next layer more often than chance, the links with "
-        f"the most evidence first: {_supported(table)}",
-        {
+    drawn = Chart(
+        "From layer to layer",
+        "Experts of one layer and the next, relative to chance",
+        (),
+        text="Where the tokens of an expert go at the next layer more often than chance, the links "
+        f"with the most evidence first: {_supported(table)}",
+        definitions={
             "probability": "P(next expert chosen at the next MoE layer, given expert chosen here), "
             "over all pairs of slots.",
             "lift": "the probability relative to how often the next expert is chosen overall.",
@@ -232,20 +234,19 @@ def transitions(data: ReportData) -> Chart | str:
             "independently.",
         },
     )
+    return _with_matrices(drawn, data, table, pairs.chosen_next, "expert of the next layer")
 
 
-def _chart_of_pairs(
-    named: tuple[str, str],
-    of: tuple[ReportData, pd.DataFrame],
-    counted: tuple[Callable[[ReportData, int], PairEvidence | None], str],
-    text: str,
-    definitions: Mapping[str, str],
+def _with_matrices(
+    chart: Chart,
+    data: ReportData,
+    table: pd.DataFrame,
+    pair_counts: Callable[[ReportData, int], PairEvidence | None],
+    other: str,
 ) -> Chart:
-    """Heatmaps of the lift of pairs of experts [E, N], for each of the routers that are furthest
-    from chance; pairs without evidence are grey. Of many experts, only those with a supported pair
-    are shown. `named`: title and caption. `counted`: the pairs of a router, and what they join its
-    experts to."""
-    (data, table), (pair_counts, other) = of, counted
+    """The chart with heatmaps of the lift of pairs of experts [E, N], for each of the routers that
+    are furthest from chance; pairs without evidence are grey. Of many experts, only those with a
+    supported pair are shown. `other`: what an expert is paired with."""
     lifts = dict[int, np.ndarray]()
     for r in _furthest_routers(table):
         both = pair_counts(data, r)
@@ -269,15 +270,14 @@ def _chart_of_pairs(
         heatmap = Heatmap(shown_EN, scale, spec.cell_numbers(shown_EN))
         panels.append(Panel((heatmap,), axes[1], axes[0], title))
     shown, routers = len(panels), int(table.loc[table["supported"], "router"].nunique())
-    return Chart(
-        *named,
-        tuple(panels),
-        text,
+    return replace(
+        chart,
+        panels=tuple(panels),
         columns=min(2, shown),
         subset=f"the {shown} of {routers} layers furthest from chance" if shown < routers else "",
         # those with the most evidence first
         table=table[_above_chance(table)].nsmallest(MOST_PAIRS, "log10_p"),
-        definitions={**definitions, **OF_EVIDENCE},
+        definitions={**chart.definitions, **OF_EVIDENCE},
     )
 
 

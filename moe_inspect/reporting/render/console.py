@@ -4,11 +4,14 @@ pipe nothing depends on colour and every column is there."""
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from numbers import Real
-from typing import Any, TextIO
+from typing import TextIO
 
+import pandas as pd
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
@@ -23,24 +26,9 @@ LEAST_OF_TABLE = 9  # lines of a table with two rows
 FILE_WIDTH = 10_000
 # columns that identify a row
 LEAD = (
-    "layer",
-    "router",
-    "domain",
-    "expert",
-    "other",
-    "next_layer",
-    "next_router",
-    "next_expert",
-    "window",
-    "token_id",
-    "metric",
-    "policy",
-    "algorithm",
-    "slots",
-    "batch",
-    "capacity_factor",
-    "checkpoint",
-    "trace",
+    *("layer", "router", "domain", "expert", "other", "next_layer", "next_router", "next_expert"),
+    *("window", "token_id", "metric", "policy", "algorithm", "slots", "batch", "capacity_factor"),
+    *("checkpoint", "trace"),
 )
 
 
@@ -52,15 +40,11 @@ class _Console(Console):
 def console_for(file: TextIO) -> Console:
     """A console that prints text as it is: brackets and colons in tokens are not markup. It breaks
     no line in a file."""
-    plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    plain = partial(_Console, file=file, markup=False, highlight=False, emoji=False)
     if isinstance(file, _Screen):
-        return _Console(**plain, file=file, force_terminal=True, color_system=None)
-    console = _Console(**plain, file=file)
-    return (
-        console
-        if console.is_terminal
-        else _Console(**plain, file=file, width=FILE_WIDTH, color_system=None)
-    )
+        return plain(force_terminal=True, color_system=None)
+    console = plain()
+    return console if console.is_terminal else plain(width=FILE_WIDTH, color_system=None)
 
 
 class _Screen(io.StringIO):
@@ -75,7 +59,7 @@ def on_screen(show: Callable[[TextIO], None]) -> str:
     return screen.getvalue().rstrip("\n")
 
 
-def print_table(frame: Any, file: TextIO) -> int:
+def print_table(frame: pd.DataFrame, file: TextIO) -> int:
     """One table, every column. Returns how many rows were left out."""
     print_frame(frame.head(MOST_ROWS), console_for(file))
     return max(0, len(frame) - MOST_ROWS)
@@ -85,7 +69,7 @@ def print_and_count(show: Callable[[Console], None], console: Console, title: st
     """Prints a title, where there is one, and what `show` prints; the lines that it takes."""
     with console.capture() as captured:
         if title:
-            _print_text(title, "bold", console)
+            print_lines(title, "bold", console)
             console.print()
         show(console)
     console.file.write(captured.get())
@@ -113,99 +97,75 @@ def rows_that_fit(console: Console, lines: int, tables: int, left_out: int) -> i
 
 
 def print_frame(
-    frame: Any, console: Console, title: str | None = None, fitting: bool = False
+    frame: pd.DataFrame, console: Console, title: str | None = None, fitting: bool = False
 ) -> int:
     """Prints a DataFrame. On a terminal, columns with the same value in every row are a line above
     it, and if it is too wide it comes in several parts, each beginning with the columns that
     identify a row. `fitting`: only the first part. Returns how many columns are shown."""
-    cells = {
-        name: [
-            "-" if missing else _cell(v)
-            for v, missing in zip(frame[name], frame[name].isna(), strict=True)
-        ]
-        for name in frame.columns
-    }
-    if fitting:
-        most = console.width // 3
-        cells = {
-            name: [
-                cell if cell_len(cell) <= most else set_cell_size(cell, most - 1) + "…"
-                for cell in column
-            ]
-            for name, column in cells.items()
-        }
-    constant = _constant(frame, cells) if console.is_terminal else {}
+    most = console.width // 3 if fitting else math.inf
+    cells = {name: [_cell(v, most) for v in frame[name]] for name in map(str, frame.columns)}
+    constant = _constant(cells) if console.is_terminal else {}
     cells = {name: column for name, column in cells.items() if name not in constant}
     width_of = {name: max([len(name), *map(cell_len, column)]) for name, column in cells.items()}
     parts = _parts(width_of, console.width)
     if title:
         console.print()
-        _print_text(title, "bold", console)
+        print_lines(title, "bold", console)
     if said := " · ".join(f"{name} {value}" for name, value in constant.items() if value):
-        _print_text(f"every row: {said}", "dim", console)
+        print_lines(f"every row: {said}", "dim", console)
     for part, names in enumerate(parts[:1] if fitting else parts):
         if part:
             console.print()
         right = [frame[name].dtype.kind in "iuf" for name in names]
         widths = [width_of[name] for name in names]
-        lines = [
-            table_row(one, widths, right)
-            for one in zip(*(cells[name] for name in names), strict=True)
-        ]
+        rows = zip(*(cells[name] for name in names), strict=True)
+        lines = [table_row(row, widths, right) for row in rows]
+        before = sum(widths[:-1]) + GAP * (len(widths) - 1)
         # the last column is a long text
-        if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
-            before = sum(widths[:-1]) + GAP * (len(widths) - 1)
-            room = max(console.width - before, 20)
-            lines = [
-                textwrap.fill(
-                    line, before + room, subsequent_indent=" " * before, break_on_hyphens=False
-                )
-                for line in lines
-            ]
-            widths[-1] = room
+        if console.is_terminal and before + widths[-1] > console.width:
+            widths[-1] = max(console.width - before, 20)
+            wrap = partial(textwrap.fill, width=before + widths[-1], break_on_hyphens=False)
+            lines = [wrap(line, subsequent_indent=" " * before) for line in lines]
         console.print(Text(table_row(names, widths, right), style="bold"), soft_wrap=True)
-        console.print(
-            Text("\n".join(["─" * (sum(widths) + GAP * (len(widths) - 1)), *lines])), soft_wrap=True
-        )
+        rule = "─" * (before + widths[-1])
+        console.print(Text("\n".join([rule, *lines])), soft_wrap=True)
     shown = len(parts[0]) if fitting else len(cells)
     return shown + sum(value != "" for value in constant.values())
 
 
-def _print_text(text: str, style: str, console: Console) -> None:
-    for line in wrapped(Text(printable(text), style=style), console):
+def print_lines(text: str | Text, style: str, console: Console, lead: Text | None = None) -> None:
+    """Prints a text, `wrapped`."""
+    text = Text(printable(text), style=style) if isinstance(text, str) else text
+    for line in wrapped(text, console, lead):
         console.print(line, soft_wrap=True)
 
 
-def _constant(frame: Any, cells: dict[str, list[str]]) -> dict[str, str]:
+def _constant(cells: dict[str, list[str]]) -> dict[str, str]:
     """The columns that say the same in every row, with what they say; "" for the router where every
     layer has one: its number then says nothing that the layer does not."""
-    names = [str(name) for name in frame.columns]
-    if len(frame) < 2 or names[:1] == ["key"]:
+    if len(next(iter(cells.values()), [])) < 2 or next(iter(cells)) == "key":
         return {}
-    found = {name: cells[name][0] for name in names if len(set(cells[name])) == 1}
+    found = {name: column[0] for name, column in cells.items() if len(set(column)) == 1}
     for layer, router in (("layer", "router"), ("next_layer", "next_router")):
         pairs = set(zip(cells.get(layer, []), cells.get(router, []), strict=False))
         if pairs and len(pairs) == len({a for a, _ in pairs}):
             found[router] = ""
-    return found if len(found) < len(names) else {}
+    return found if len(found) < len(cells) else {}
 
 
 def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:
     """The columns in as few parts as fit `room` characters, each beginning with the columns that
     identify a row, or only with layer and router if those need more than half the room."""
     names = list(width_of)
+    if names[:1] == ["key"]:
+        return [names]
     lead = [name for name in names if name in LEAD]
     if sum(width_of[n] + GAP for n in lead) > room // 2:
         lead = [name for name in lead if name in ("layer", "router")]
-    if names[:1] == ["key"]:
-        return [names]
     parts = [list(lead)]
-    for name in names:
-        if name in lead:
-            continue
-        if sum(width_of[n] + GAP for n in [*parts[-1], name]) - GAP > room and len(parts[-1]) > len(
-            lead
-        ):
+    for name in (name for name in names if name not in lead):
+        full = sum(width_of[n] + GAP for n in [*parts[-1], name]) - GAP > room
+        if full and len(parts[-1]) > len(lead):
             parts.append(list(lead))
         parts[-1].append(name)
     return parts
@@ -234,6 +194,10 @@ def table_row(cells: Iterable[str], widths: list[int], right: list[bool]) -> str
     return (" " * GAP).join(padded).rstrip(" ")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object, most: float) -> str:
+    """A value in at most so many columns of the terminal."""
     is_number = not isinstance(value, bool) and isinstance(value, Real)
-    return number(value) if is_number else printable(str(value))
+    if value is None or value is pd.NA or (is_number and value != value):
+        return "-"
+    cell = number(value) if is_number else printable(str(value))
+    return cell if cell_len(cell) <= most else set_cell_size(cell, int(most) - 1) + "…"

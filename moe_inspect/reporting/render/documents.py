@@ -50,16 +50,17 @@ def find_documents(data: ReportData, shards: list[Shard]) -> pd.DataFrame:
     bits: what the experts of one router say for the document's domain, in bits per token: the mean
     over its tokens of Σ log₂ (share of the expert in the domain ÷ its mean over the domains). 0
     where there is one domain only."""
-    router = telling_router(data)
+    router, parts = telling_router(data), list[pd.DataFrame]()
     lift_DE = None if router is None else _log_lift(data, router)
     of_domain = {name: d for d, name in enumerate(data.counts.domains)}
-    parts = list[pd.DataFrame]()
     for shard in shards:
         seen = selected_tokens(shard, data.selection)
         score_T = np.zeros(len(seen.number_T))
         if router is not None and lift_DE is not None:
             domain_T = np.array([of_domain.get(name, 0) for name in seen.domains])[seen.domain_T]
-            score_T = _scores(shard, router, lift_DE, seen.number_T, domain_T)
+            at_T, decision = _decisions(shard, router, seen.number_T)
+            for slot in shard.slots(router):
+                score_T[at_T] += lift_DE[domain_T[at_T], slot[decision]]
         number_N, first_N, at_T = np.unique(seen.document_T, return_index=True, return_inverse=True)
         found = {
             "document": number_N,
@@ -74,17 +75,32 @@ def find_documents(data: ReportData, shards: list[Shard]) -> pd.DataFrame:
     return documents
 
 
+def _log_lift(data: ReportData, router: int) -> np.ndarray:
+    """float64 [D, E + 1], the last for a slot that routed nowhere."""
+    load_DE = data.counts.assignments_DE(router) + 0.5  # so that none is −∞
+    share_DE = load_DE / load_DE.sum(1, keepdims=True)
+    return np.pad(np.log2(share_DE / share_DE.mean(0)), ((0, 0), (0, 1)))
+
+
+def _decisions(shard: Shard, router: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these rows of a shard reach the router, and which decisions of it are theirs."""
+    seen = shard.seen(router)
+    if seen is None:
+        return np.arange(len(rows)), rows
+    at = np.flatnonzero(seen[rows])
+    return at, (np.cumsum(seen) - 1)[rows[at]]
+
+
 def choose(documents: pd.DataFrame, amount: Amount, tokens: int, longest: int) -> pd.DataFrame:
     """The documents to show, in order: of each domain in turn the most telling that is left.
     `amount`: so many of each domain. None: as many as `tokens` tokens hold, of each the first
     `longest`, at least one. The column `shown` is the number of tokens shown."""
     # among equals those that are spread over the trace, not its first
     spread = (documents["document"] * 0.61803398875) % 1
-    ordered = documents.assign(spread=spread).sort_values(
-        ["bits", "spread"], ascending=[False, True]
-    )
-    size = ordered.groupby("domain")["tokens"].transform("sum")
-    ordered = ordered.assign(rank=ordered.groupby("domain").cumcount(), size=size)
+    ordered = documents.assign(spread=spread)
+    ordered = ordered.sort_values(["bits", "spread"], ascending=[False, True])
+    by_domain = ordered.groupby("domain")
+    ordered = ordered.assign(rank=by_domain.cumcount(), size=by_domain["tokens"].transform("sum"))
     ordered = ordered.sort_values(["rank", "size"], ascending=[True, False], kind="stable")
     shown = ordered["tokens"]
     if amount is None:
@@ -100,33 +116,11 @@ def telling_router(data: ReportData) -> int | None:
     """The router whose experts tell domains apart best; None where there is nothing to tell."""
     if len(data.counts.domains) < 2:
         return None
-    bits = data.tables["specialization"]["domain_mi_bits"]
-    return (
-        data.selection.routers[int(bits.to_numpy(float).argmax())] if bits.notna().all() else None
-    )
-
-
-def _log_lift(data: ReportData, router: int) -> np.ndarray:
-    """float64 [D, E + 1], the last for a slot that routed nowhere."""
-    load_DE = data.counts.assignments_DE(router) + 0.5  # so that none is −∞
-    share_DE = load_DE / load_DE.sum(1, keepdims=True)
-    return np.pad(np.log2(share_DE / share_DE.mean(0)), ((0, 0), (0, 1)))
-
-
-def _scores(
-    shard: Shard, router: int, lift_DE: np.ndarray, rows: np.ndarray, domain_T: np.ndarray
-) -> np.ndarray:
-    seen = shard.seen(router)
-    total_T = np.zeros(len(rows))
-    at = np.arange(len(rows)) if seen is None else np.flatnonzero(seen[rows])
-    decision = rows if seen is None else (np.cumsum(seen) - 1)[rows[at]]
-    for slot in shard.slots(router):
-        total_T[at] += lift_DE[domain_T[at], slot[decision]]
-    return total_T
+    bits = data.tables["specialization"]["domain_mi_bits"].to_numpy(float)
+    return None if np.isnan(bits).any() else data.selection.routers[int(bits.argmax())]
 
 
 NOWHERE = -1
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -155,33 +149,27 @@ def tokens_of_documents(
     shards: Sequence[Shard], selection: Selection, numbers: np.ndarray, most: np.ndarray
 ) -> DrawnTokens:
     """The first `most` tokens of each of these documents, as far as they are in the shards."""
-    order = np.argsort(numbers)
+    order, columns = np.argsort(numbers), ["token_id", "sequence", "position"]
     parts = list[pd.DataFrame]()
     for s, shard in enumerate(shards):
         seen = selected_tokens(shard, selection)
-        rows, document_T = seen.number_T, seen.document_T
-        at_T = order[np.minimum(np.searchsorted(numbers, document_T, sorter=order), len(order) - 1)]
-        mine = numbers[at_T] == document_T
+        place_T = np.searchsorted(numbers, seen.document_T, sorter=order)
+        at_T = order[np.minimum(place_T, len(order) - 1)]
+        mine = numbers[at_T] == seen.document_T
         if not mine.any():
             continue
-        table = shard.tokens(["token_id", "sequence", "position", "phase"])
+        rows, table = seen.number_T[mine], shard.tokens([*columns, "phase"])
         code_T, phases = codes(table["phase"])
-        rows = rows[mine]
-        decoder_N = np.array([phase != "encode" for phase in phases])
-        taken = {
-            name: table[name].to_numpy()[rows] for name in ("token_id", "sequence", "position")
-        }
-        place = {"document": at_T[mine], "shard": s, "row": rows, "later": decoder_N[code_T[rows]]}
-        parts.append(pd.DataFrame({**place, **taken}))
+        later_N = np.array([phase != "encode" for phase in phases])
+        place = {"document": at_T[mine], "shard": s, "row": rows, "later": later_N[code_T[rows]]}
+        taken = {name: table[name].to_numpy()[rows] for name in columns}
+        parts.append(pd.DataFrame(place | taken))
     found = pd.concat(parts, ignore_index=True)
     found = found.sort_values(["document", "later", "sequence", "position"], kind="stable")
-    rank = found.groupby("document").cumcount()
-    keep = rank.to_numpy() < most[found["document"]]
-    found, rank = found[keep], rank[keep]
-    shard_T, row_T, token_id_T, document_T = (
-        found[name].to_numpy() for name in ("shard", "row", "token_id", "document")
-    )
-    return DrawnTokens(shard_T, row_T, token_id_T, document_T, rank.to_numpy())
+    found = found.assign(rank=found.groupby("document").cumcount())
+    found = found[found["rank"].to_numpy() < most[found["document"]]]
+    names = ("shard", "row", "token_id", "document", "rank")
+    return DrawnTokens(*(found[name].to_numpy() for name in names))
 
 
 def read_routes(
@@ -193,43 +181,24 @@ def read_routes(
     found = [empty_routes(trace.routers[r], T, trace.has_weights) for r in routers]
     numbers = np.unique(tokens.shard_T).tolist()
     advance = phase("reading text", len(numbers), "shards")
-    for s in numbers:
-        at = np.flatnonzero(tokens.shard_T == s)
+    for shard, drawn in ((shards[s], np.flatnonzero(tokens.shard_T == s)) for s in numbers):
         for routes, r in zip(found, routers, strict=True):
-            fill_routes(routes, shards[s], r, tokens.row_T[at], at)
+            reach, rows = _decisions(shard, r, tokens.row_T[drawn])
+            at, E, K = drawn[reach], trace.routers[r].experts, len(routes.ids)
+            for ids_T, slot in zip(routes.ids, shard.slots(r)[:K], strict=True):
+                chosen = slot[rows].astype(np.int32)
+                ids_T[at] = np.where(chosen == E, NOWHERE, chosen)
+            if routes.weights is not None:
+                for weights_T, slot in zip(routes.weights, shard.slot_weights(r)[:K], strict=True):
+                    weights_T[at] = slot[rows]
         advance(1)
     return found
 
 
 def empty_routes(router: Router, tokens: int, weights: bool) -> DrawnRoutes:
     """The routes of so many tokens, all NOWHERE."""
-    shape = router.top_k, tokens
-    return DrawnRoutes(
-        np.full(shape, NOWHERE, np.int32), np.zeros(shape, np.float32) if weights else None
-    )
-
-
-def fill_routes(
-    routes: DrawnRoutes, shard: Shard, router: int, rows: np.ndarray, at: np.ndarray
-) -> None:
-    """Writes the decisions on these rows of a shard into columns `at`."""
-    seen, E = shard.seen(router), shard.trace.routers[router].experts
-    if seen is not None:
-        at, rows = at[seen[rows]], (np.cumsum(seen) - 1)[rows[seen[rows]]]
-    K = len(routes.ids)
-    for ids_T, slot in zip(routes.ids, shard.slots(router)[:K], strict=True):
-        chosen = slot[rows].astype(np.int32)
-        ids_T[at] = np.where(chosen == E, NOWHERE, chosen)
-    if routes.weights is not None:
-        for weights_T, slot in zip(routes.weights, shard.slot_weights(router)[:K], strict=True):
-            weights_T[at] = slot[rows]
-
-
-def mixed_order(pool: np.ndarray, domain_P: np.ndarray) -> np.ndarray:
-    """The tokens of the pool in random order, all domains in turn."""
-    shuffled = np.random.default_rng(SEED).permutation(len(pool))
-    turn = pd.Series(domain_P[shuffled]).groupby(domain_P[shuffled]).cumcount().to_numpy()
-    return pool[shuffled[np.argsort(turn, kind="stable")]]
+    ids = np.full((router.top_k, tokens), NOWHERE, np.int32)
+    return DrawnRoutes(ids, np.zeros(ids.shape, np.float32) if weights else None)
 
 
 def contexts(

@@ -48,27 +48,30 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
     """A title, then a row per router, of the `most` least balanced: the load ratio of each expert,
     as numbers if they fit, as characters otherwise. If even those do not fit, a character shows the
     most extreme of several neighbouring experts, and the title says so."""
-    counts, routers = data.counts, data.selection.routers
-    ratios = {r: load_ratio(counts.load_E(r)[None])[0] for r in routers}
+    routers = data.selection.routers
+    ratios = {r: load_ratio(data.counts.load_E(r)[None])[0] for r in routers}
     if len(routers) > most:
         worst = sorted(routers, key=lambda r: -np.nan_to_num(ratios[r]).max())
         routers = sorted(worst[:most])
     widest = max(len(ratio_E) for ratio_E in ratios.values())
     label_of = {r: f"layer {layer_label(data.trace.routers, r)}" for r in routers}
     indent = max(len("experts"), *map(len, label_of.values())) + 2
-    room = (console.width if console.is_terminal else FILE_CELLS + indent) - indent
+    room = console.width - indent if console.is_terminal else FILE_CELLS
     as_numbers = widest * NUMBER <= room
     together = 1 if as_numbers else math.ceil(widest / room)
     unicode = (console.encoding or "").lower().startswith("utf")
-    lines = [Text("load of each expert ÷ mean of its layer", style="bold")]
     several = len({data.trace.routers[r].layer for r in ratios}) < len(ratios)
-    what = "routers" if several else "layers"
-    if subset := _subset(len(routers), len(ratios), what, together):
-        lines += wrapped(Text(subset, style="dim"), console)
-    if as_numbers:
-        ruler = "".join(f"{e:>{NUMBER}}" for e in range(widest))
-    else:
-        lines += wrapped(Text(legend(unicode), style="dim"), console)
+    left_out = list[str]()
+    if len(routers) < len(ratios):
+        what = "routers" if several else "layers"
+        left_out.append(f"the {len(routers)} least balanced of {len(ratios)} {what}")
+    if together > 1:
+        left_out.append(f"each character: most extreme of {together} experts")
+    lines = [Text("load of each expert ÷ mean of its layer", style="bold")]
+    for said in ("; ".join(left_out), "" if as_numbers else legend(unicode)):
+        lines += wrapped(Text(said, style="dim"), console) if said else []
+    ruler = "".join(f"{e:>{NUMBER}}" for e in range(widest))
+    if not as_numbers:
         ruler = "".join(str(e).ljust(RULER) for e in range(0, widest, RULER * together))
     lines.append(Text("experts".ljust(indent) + ruler.rstrip(), style="dim"))
     for r in routers:
@@ -79,22 +82,11 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
             for ratio in ratios[r].tolist():
                 line.append(load_number(ratio), style=style(ratio))
         else:
-            steps: list[int] = ramp_of(extremes(ratios[r], together)).tolist()
-            for step in steps:
+            for step in ramp_of(extremes(ratios[r], together)).tolist():
                 _, fancy, plain, colour = RAMP[step]
                 line.append(fancy if unicode else plain, style=colour)
         lines.append(line)
     return lines
-
-
-def _subset(shown: int, of: int, what: str, together: int) -> str:
-    """What the map leaves out."""
-    said = list[str]()
-    if shown < of:
-        said.append(f"the {shown} least balanced of {of} {what}")
-    if together > 1:
-        said.append(f"each character: most extreme of {together} experts")
-    return "; ".join(said)
 
 
 def load_number(ratio: float) -> str:
@@ -104,15 +96,10 @@ def load_number(ratio: float) -> str:
 
 
 def legend(unicode: bool) -> str:
-    low, parts = 0.0, list[str]()
+    low, parts, at_least = 0.0, list[str](), "≥" if unicode else ">="
     for high, fancy, plain, _ in RAMP:
-        character = fancy if unicode else plain
-        if high == 0:
-            parts.append(f"{character} dead")
-        elif high == math.inf:
-            parts.append(f"{character} ≥{low:g}" if unicode else f"{character} >={low:g}")
-        else:
-            parts.append(f"{character} <{high:g}")
+        said = "dead" if high == 0 else f"<{high:g}" if high < math.inf else f"{at_least}{low:g}"
+        parts.append(f"{fancy if unicode else plain} {said}")
         low = high
     return "   ".join(parts)
 
@@ -123,9 +110,8 @@ def extremes(ratio_E: np.ndarray, together: int) -> np.ndarray:
     if together == 1:
         return ratio_E
     *rows, E = ratio_E.shape
-    missing = -E % together
-    if missing:
-        ratio_E = np.concatenate([ratio_E, np.full((*rows, missing), np.nan)], axis=-1)
+    filling = np.full((*rows, -E % together), np.nan)
+    ratio_E = np.concatenate([ratio_E, filling], axis=-1)
     parts = ratio_E.reshape(*rows, -1, together)
     far = np.nan_to_num(np.abs(np.log(np.maximum(parts, 1e-9))), nan=-1.0).argmax(-1)
     return np.take_along_axis(parts, far[..., None], -1)[..., 0]

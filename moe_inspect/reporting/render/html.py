@@ -17,14 +17,14 @@ from functools import cache
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import GROUPS, PALETTE, Chart
-from moe_inspect.reporting.render.payload import packed, panel_json, rows_of, table_json
+from moe_inspect.reporting.render.payload import Json, packed, panel_json, rows_of, table_json
 from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.text import plural, readable
 from moe_inspect.trace.output_dir import output_file
@@ -32,31 +32,13 @@ from moe_inspect.trace.output_dir import output_file
 if TYPE_CHECKING:
     import pandas as pd
 
-# of the page itself
-IDS = (
-    "top",
-    "main",
-    "findings",
-    "more-findings",
-    "menu",
-    "find",
-    "found",
-    "payload",
-    "theme",
-    "card",
-    "now",
-)
+# ids of the page itself, and those that its scripts add
+IDS = ("top", "main", "findings", "more-findings", "menu", "find", "found", "payload", "theme")
+ADDED_IDS = ("card", "now")
 GRAVEST = 3  # findings on the first screen
-SCRIPTS = (
-    "chart.js",
-    "card.js",
-    "map.js",
-    "tables.js",
-    "find.js",
-    "page.js",
-    "routes.js",
-    "text.js",
-)
+SCRIPTS = [
+    f"{of}.js" for of in ("chart", "card", "map", "tables", "find", "page", "routes", "text")
+]
 STYLES = ("page.css", "text.css")
 
 
@@ -79,7 +61,7 @@ class Section:
     group: str = ""
     name: str = ""
     widget: str = ""
-    data: Any = None
+    data: object = None
     python: str = ""
     download: pd.DataFrame | None = None
     links: Sequence[str] = ()
@@ -111,7 +93,7 @@ class Page:
     sections: Sequence[Section] = ()
     left_out: Sequence[str] = ()
     footer: str = ""
-    map_data: Mapping[str, Any] | None = None
+    map_data: Json | None = None
     link_of: Callable[[Finding], str] = lambda _: ""
     up: tuple[str, str] | None = None
     scripts: Sequence[str] = ()
@@ -132,12 +114,20 @@ def chart_section(chart: Chart) -> Section:
 
 def page_html(page: Page) -> str:
     """The page as one string of HTML."""
-    groups = _grouped(page)
-    placed = [section for group in groups for section in group.sections]
-    lead = _placed(page.lead, set()) if page.lead else None
-    in_order = [*([lead] if lead else []), *placed]
+    names = _in_order(section.group for section in page.sections)
+    taken = {*IDS, *ADDED_IDS, *(f"group-{slug(name)}" for name in names)}
+    lead = _placed(page.lead, taken) if page.lead else None
+    groups = [
+        SectionGroup(
+            f"group-{slug(name)}" if name else "",
+            name,
+            [_placed(section, taken) for section in page.sections if section.group == name],
+        )
+        for name in names
+    ]
+    in_order = [*([lead] if lead else []), *(one for group in groups for one in group.sections)]
     advance = phase("writing page", len(in_order) + 1, "sections")
-    tables, downloads, panels = dict[str, Any](), dict[str, Any](), list[Any]()
+    tables, downloads, panels = Json(), Json(), list[Json]()
     for one in in_order:
         if one.table is not None:
             tables[one.name] = table_json(one.table, links=one.links)
@@ -154,7 +144,7 @@ def page_html(page: Page) -> str:
         for one in page.verdict
     ]
     # beside a lead there is room for few; without one they all stand in columns
-    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if page.lead else (said, [])
+    gravest, others = (said[:GRAVEST], said[GRAVEST:]) if lead else (said, [])
     written = template("page.html").render(
         page=page,
         lead=lead,
@@ -183,21 +173,14 @@ class SectionGroup(NamedTuple):
     sections: list[Section]
 
 
-def _grouped(page: Page) -> list[SectionGroup]:
-    """The groups in the order of GROUPS, then those of the page's own as they come; each section
-    with an id of its own."""
-    names = _in_order(section.group for section in page.sections)
-    taken = {*IDS, *(f"group-{slug(name)}" for name in names)}
-    if page.lead:
-        taken.add(page.lead.name or slug(page.lead.title))
-    return [
-        SectionGroup(
-            f"group-{slug(name)}" if name else "",
-            name,
-            [_placed(section, taken) for section in page.sections if section.group == name],
-        )
-        for name in names
-    ]
+class Said(NamedTuple):
+    """A finding as the page shows it. severity: "" where it was not judged. link: the
+    hash of the expert that it is about."""
+
+    severity: str
+    text: str
+    group: str = ""
+    link: str = ""
 
 
 def _placed(section: Section, taken: set[str]) -> Section:
@@ -215,16 +198,6 @@ def slug(text: str, otherwise: str = "section") -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or otherwise
 
 
-class Said(NamedTuple):
-    """A finding as the page shows it. severity: "" where it was not judged. link: the
-    hash of the expert that it is about."""
-
-    severity: str
-    text: str
-    group: str = ""
-    link: str = ""
-
-
 def _in_order(names: Iterable[str]) -> list[str]:
     """Each group once: those of GROUPS in their order, others as they come, "" last."""
     known = {name: i for i, name in enumerate(GROUPS)}
@@ -237,35 +210,27 @@ def write_page(path: str | Path, text: str) -> None:
 
 
 def template(name: str) -> Template:
-    """A template that escapes, with the filters `rows` and `readable`."""
+    """A template that escapes, with the filters `rows`, `plural`, `readable` and `packed`."""
     return _environment().get_template(name)
 
 
 @cache
 def _environment() -> Environment:
-    loader = PackageLoader("moe_inspect.reporting.render")
-    environment: Any = Environment(
-        loader=loader,
+    environment = Environment(
+        loader=PackageLoader("moe_inspect.reporting.render"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "rows": rows_of,
-        "plural": plural,
-        "readable": readable,
-        "packed": packed,
-    }
+    filters = {"rows": rows_of, "plural": plural, "readable": readable, "packed": packed}
+    cast("dict[str, object]", environment.filters).update(filters)
     return environment
 
 
 def asset(name: str) -> str:
-    return (
-        files("moe_inspect.reporting.render")
-        .joinpath("templates", name)
-        .read_text(encoding="utf-8")
-    )
+    place = files("moe_inspect.reporting.render").joinpath("templates", name)
+    return place.read_text(encoding="utf-8")
 
 
 def palette_css() -> str:

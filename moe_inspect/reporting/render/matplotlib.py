@@ -15,12 +15,14 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -60,13 +62,8 @@ BELOW = 0.42  # room for the labels and the title of a horizontal axis
 SCALE = 0.45  # height of a colour bar with its labels
 # for letters that DejaVu Sans lacks (Chinese, Japanese, Korean), if installed
 OTHER_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK KR",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
 )
 
 
@@ -99,7 +96,7 @@ def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) 
     metadata: dict[str, str | None] = {described: description} if description else {}
     if format != "png":
         metadata[dated] = None
-    text: Any = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
+    text = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
     with matplotlib.rc_context(text):
         figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
     return file.getvalue()
@@ -124,19 +121,21 @@ class ColourBar(NamedTuple):
     scale: Scale
     inset: float
     long: float
-    ticks: list[tuple[float, str]]
+    ticks: Ticks
     texts: list[tuple[float, float, str, str]]
     height: float
 
 
 class Placed(NamedTuple):
     """A panel with all that its size depends on. title: its lines. height: of its axes; above: of
-    its title, its legend and its colour bar. bar: its own, where panels do not share one."""
+    its title, its legend and its colour bar; beside: of what stands left of its axes. bar: its own,
+    where panels do not share one."""
 
     panel: Panel
     title: Sequence[str]
     height: float
     above: float
+    beside: float
     ends: tuple[float, float]
     ticks: Ticks
     legend_columns: int = 0
@@ -161,53 +160,57 @@ def draw(chart: Chart, width: float = WIDTH) -> Figure:
     y = below_title + 0.2 * len(headline) + 0.06
     top = y + (bar.height if bar else 0)
     sizes = [max(p.above for p in row) + max(p.height for p in row) + BELOW for row in rows]
-    height = top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE
-    figure.set_figheight(height)
-    for lines, at, size, weight in (
-        (title, EDGE, 12, "bold"),
-        (headline, below_title, 9.5, "normal"),
-    ):
-        figure.text(
-            EDGE / width,
-            1 - at / height,
-            plain("\n".join(lines)),
-            va="top",
-            fontsize=size,
-            weight=weight,
-            linespacing=1.4,
-        )
+    figure.set_figheight(top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE)
+    above_all = partial(_text, figure, EDGE, va="top", linespacing=1.4)
+    above_all(EDGE, "\n".join(title), fontsize=12, weight="bold")
+    above_all(below_title, "\n".join(headline), fontsize=9.5, weight="normal")
     if bar:
         _draw_colour_bar(figure, bar, EDGE, y)
-    lefts = [max(_beside(figure, p) for p in placed[column::columns]) for column in range(columns)]
+    besides = [max(p.beside for p in placed[column::columns]) for column in range(columns)]
     for row, size in zip(rows, sizes, strict=True):
         above = max(p.above for p in row)
-        for column, p in enumerate(row):
-            left = EDGE + column * (breadth + GAP)
-            _panel(figure, p, left, lefts[column], top, above, breadth)
+        for column, (p, beside) in enumerate(zip(row, besides, strict=False)):
+            _panel(figure, p, EDGE + column * (breadth + GAP), beside, top, above, breadth)
         top += size + BETWEEN
     return figure
 
 
+def _axes(figure: Figure, left: float, top: float, width: float, height: float, **of: str) -> Axes:
+    """Axes in a box that begins so far from the left and from the top."""
+    wide, high = figure.get_size_inches()
+    return figure.add_axes(
+        (left / wide, 1 - (top + height) / high, width / wide, height / high), **of
+    )
+
+
+def _text(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
+    wide, high = figure.get_size_inches()
+    figure.text(left / wide, 1 - top / high, plain(text), **style)
+
+
 def _place(figure: Figure, panel: Panel, breadth: float, columns: int, alone: bool) -> Placed:
     lines = _lines(figure, panel.title, 9.5, breadth, "bold") if panel.title else []
-    title = 0.08 + 0.18 * len(lines) if lines else 0
+    above = 0.08 + 0.18 * len(lines) if lines else 0
+    legend_columns, bar = 0, None
     if heatmap := panel.heatmap:
         R, _ = heatmap.values.shape
         tallest = 5.6 if columns == 1 else 3.6
         height = float(np.clip(R * np.clip(tallest / R, 0.09, 0.3), 0.6, tallest + 1))
-        ticks = named_ticks(panel.y, R, height / LINE)
+        ends, ticks = (-0.5, R - 0.5), named_ticks(panel.y, R, height / LINE)
         bar = _colour_bar(figure, heatmap.scale, breadth) if alone else None
-        above = title + (bar.height if bar else 0)
-        return Placed(panel, lines, height, above, (-0.5, R - 0.5), ticks, bar=bar)
-    names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
-    legend_columns = _legend_columns(figure, names, breadth)
-    entries = [_entry(figure, name, breadth).count("\n") + 1 for name in names]
-    rows = sum(entries) if legend_columns == 1 else -(-len(names) // (legend_columns or 1))
-    low, high = vertical_range(panel)
-    height = 2.1 if columns == 1 else 1.9
-    ticks = value_ticks(panel.y, low, high, 5)
-    above = title + (0.14 + 0.155 * rows if rows else 0.05)
-    return Placed(panel, lines, height, above, (low, high), ticks, legend_columns)
+        above += bar.height if bar else 0
+    else:
+        names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
+        legend_columns = _legend_columns(figure, names, breadth)
+        entries = [_entry(figure, name, breadth).count("\n") + 1 for name in names]
+        rows = sum(entries) if legend_columns == 1 else -(-len(names) // (legend_columns or 1))
+        height = 2.1 if columns == 1 else 1.9
+        ends = vertical_range(panel)
+        ticks = value_ticks(panel.y, *ends)
+        above += 0.14 + 0.155 * rows if rows else 0.05
+    # room for the labels and the title of the vertical axis
+    beside = _widest(figure, [label for _, label in ticks]) + 0.09 + (0.2 if panel.y.title else 0)
+    return Placed(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
 
 
 def _panel(
@@ -221,35 +224,27 @@ def _panel(
 ) -> None:
     """Draws a panel. left, top: where it begins; beside, above: what lies left of and above its
     axes."""
-    (width, height), panel = figure.get_size_inches(), of.panel
-    right = _right(figure, panel)
-    axes: Any = figure.add_axes(
-        (
-            (left + beside) / width,
-            1 - (top + above + of.height) / height,
-            (breadth - beside - right) / width,
-            of.height / height,
-        )
-    )
+    panel, heatmap = of.panel, of.panel.heatmap
+    # right of the axes, half of a label below their end
+    right = max(0.05, _widest(figure, panel.x.labels[-1:]) / 2 - 0.03)
+    across = breadth - beside - right
+    axes = _axes(figure, left + beside, top + above, across, of.height)
     for mark in panel.marks:
         draw_mark(mark, axes)
-    across = breadth - beside - right
     if panel.title:
         # over what belongs to the panel, which begins left of its axes
-        axes.set_title(
-            plain("\n".join(of.title)), loc="left", x=-beside / across, fontsize=9.5,
-            weight="bold", pad=72 * (of.above - 0.02 - 0.18 * len(of.title)),
-        )  # fmt: skip
-    axes.set_ylim(of.ends[::-1] if panel.heatmap else of.ends)
+        pad = 72 * (of.above - 0.02 - 0.18 * len(of.title))
+        style = {"x": -beside / across, "fontsize": 9.5, "weight": "bold", "pad": pad}
+        axes.set_title(plain("\n".join(of.title)), loc="left", **style)
+    axes.set_ylim(of.ends[::-1] if heatmap else of.ends)
     if panel.y.log:
         axes.set_yscale("log", base=2)
     axes.set_yticks([at for at, _ in of.ticks], [plain(label) for _, label in of.ticks])
     axes.minorticks_off()
-    count = panel.heatmap.values.shape[1] if panel.heatmap else len(panel.x.labels)
+    count = heatmap.values.shape[1] if heatmap else len(panel.x.labels)
     axes.set_xlim(-0.5, count - 0.5)
-    ticks = named_ticks(
-        panel.x, count, across / (_widest(figure, panel.x.labels or ("000",)) + 0.15)
-    )
+    most = across / (_widest(figure, panel.x.labels or ("000",)) + 0.15)
+    ticks = named_ticks(panel.x, count, most)
     axes.set_xticks([at for at, _ in ticks], [plain(label) for _, label in ticks])
     axes.set_xlabel(plain(panel.x.title), fontsize=SMALL)
     axes.set_ylabel(plain(panel.y.title), fontsize=SMALL)
@@ -257,11 +252,12 @@ def _panel(
         axes.yaxis.set_label_coords(-(beside - 0.08) / across, 0.5)
     axes.tick_params(labelsize=SMALL, length=2, pad=2, color="0.5")
     axes.spines[["top", "right"]].set_visible(False)
-    if panel.heatmap:
+    if heatmap:
         axes.spines[["left", "bottom"]].set_visible(False)
-        cells, room = panel.heatmap.cells, across / count - 0.04
-        if cells is not None and _widest(figure, set(cells.ravel())) < room:
-            write_cells(panel.heatmap, axes)
+        if heatmap.cells is not None:
+            widest = _widest(figure, set(heatmap.cells.ravel()))
+            if widest < across / count - 0.04:
+                _write_cells(heatmap, heatmap.cells, axes)
         if of.bar:
             _draw_colour_bar(figure, of.bar, left, top + above - of.bar.height)
         return
@@ -319,25 +315,15 @@ def _lines(
     return lines
 
 
-def _beside(figure: Figure, of: Placed) -> float:
-    """The room left of the axes for the labels and the title of the vertical axis."""
-    labels = [label for _, label in of.ticks]
-    return _widest(figure, labels) + 0.09 + (0.2 if of.panel.y.title else 0)
-
-
-def _right(figure: Figure, panel: Panel) -> float:
-    """The room right of the axes for half of a label below their end."""
-    return max(0.05, _widest(figure, panel.x.labels[-1:]) / 2 - 0.03)
-
-
 def _widest(
     figure: Figure, texts: Iterable[str], size: float = SMALL, weight: str = "normal"
 ) -> float:
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    font = FontProperties(size=size, weight=weight)
-    widths: list[float] = [
-        renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
-    ]
+    width_of, font = (
+        renderer.get_text_width_height_descent,
+        FontProperties(size=size, weight=weight),
+    )
+    widths: list[float] = [width_of(text, font, False)[0] for text in texts]
     return max(widths, default=0.0) / figure.dpi
 
 
@@ -366,17 +352,7 @@ def _colour_bar(figure: Figure, scale: Scale, room: float) -> ColourBar:
 
 
 def _draw_colour_bar(figure: Figure, bar: ColourBar, left: float, top: float) -> None:
-    width, height = figure.get_size_inches()
-    thickness = 0.09
-    axes: Any = figure.add_axes(
-        (
-            (left + bar.inset) / width,
-            1 - (top + 0.06 + thickness) / height,
-            bar.long / width,
-            thickness / height,
-        ),
-        label="scale",
-    )
+    axes = _axes(figure, left + bar.inset, top + 0.06, bar.long, 0.09, label="scale")
     ramp, colours = np.linspace(0, 1, 512)[None], colour_map(bar.scale)
     axes.imshow(ramp, aspect="auto", cmap=colours, vmin=0, vmax=1, extent=(0, 1, 0, 1))
     axes.set_yticks([])
@@ -384,12 +360,11 @@ def _draw_colour_bar(figure: Figure, bar: ColourBar, left: float, top: float) ->
     axes.tick_params(labelsize=SMALL, length=0, pad=2)
     axes.spines[:].set_visible(False)
     for x, y, text, name in bar.texts:
-        at, middle = left + x, 1 - (top + y) / height
+        at = left + x
         if name:
-            swatch: Any = {"fontsize": SMALL + 2, "color": colour(name)}
-            figure.text(at / width, middle, "■", va="center", **swatch)
+            _text(figure, at, top + y, "■", va="center", fontsize=SMALL + 2, color=colour(name))
             at += 0.15
-        figure.text(at / width, middle, plain(text), va="center", fontsize=SMALL)
+        _text(figure, at, top + y, text, va="center", fontsize=SMALL)
 
 
 def colour(name: str) -> str:
@@ -443,12 +418,12 @@ def named_ticks(axis: Axis, count: int, most: float) -> Ticks:
     return [(i, labels[i] if labels else str(i)) for i in range(first, count, step)]
 
 
-def value_ticks(axis: Axis, low: float, high: float, most: int) -> Ticks:
+def value_ticks(axis: Axis, low: float, high: float) -> Ticks:
     """(position, label) of the ticks of an axis of numbers."""
     if axis.log:
         powers = range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high)) + 1)
         return [(2.0**i, f"{2.0**i:g}") for i in powers]
-    return [(v, f"{v:g}") for v in round_numbers(low, high, most)]
+    return [(value, f"{value:g}") for value in round_numbers(low, high, 5)]
 
 
 def step_of(least: float) -> int:
@@ -457,42 +432,29 @@ def step_of(least: float) -> int:
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
-def draw_mark(mark: Mark, axes: Any) -> None:
+def draw_mark(mark: Mark, axes: Axes) -> None:
     few = len(getattr(mark, "x", ())) <= FEW
+    style: dict[str, Any] = {"label": plain(getattr(mark, "name", "")) or None}
+    style["color"] = colour(getattr(mark, "colour", "baseline"))
+    if isinstance(mark, Line | Points) and mark.low is not None and mark.high is not None:
+        wide = 3 if few else 2
+        axes.vlines(mark.x, mark.low, mark.high, color=style["color"], alpha=0.45, lw=wide)
     match mark:
         case Line():
-            _interval(mark, axes)
-            axes.plot(
-                mark.x,
-                mark.y,
-                color=colour(mark.colour),
-                ls=DASHES[mark.dash],
-                lw=1.4,
-                marker="o" if mark.dots else "",
-                ms=3.5 if few else 2.4,
-                label=plain(mark.name),
-            )
+            dots, size = "o" if mark.dots else "", 3.5 if few else 2.4
+            axes.plot(mark.x, mark.y, ls=DASHES[mark.dash], lw=1.4, marker=dots, ms=size, **style)
+        case Points(shape="dot"):
+            axes.plot(mark.x, mark.y, "o", ms=5 if few else 3.4, mew=0, **style)
         case Points():
-            _interval(mark, axes)
-            dot, large, small = ("o", 5, 3.4) if mark.shape == "dot" else ("_", 12, 7)
-            axes.plot(
-                mark.x,
-                mark.y,
-                dot,
-                color=colour(mark.colour),
-                ms=large if few else small,
-                mew=0 if mark.shape == "dot" else 1.6,
-                label=plain(mark.name),
-            )
+            axes.plot(mark.x, mark.y, "_", ms=12 if few else 7, mew=1.6, **style)
         case Band():
-            label = plain(mark.name)
-            axes.fill_between(mark.x, mark.low, mark.high, color=colour("band"), lw=0, label=label)
+            axes.fill_between(
+                mark.x, mark.low, mark.high, lw=0, **style | {"color": colour("band")}
+            )
         case Rule():
-            width, label = 1.2 if mark.dash else 0.8, plain(mark.name) or None
-            dash = DASHES[mark.dash]
-            axes.axhline(mark.y, color=colour(mark.colour), lw=width, ls=dash, label=label)
+            axes.axhline(mark.y, lw=1.2 if mark.dash else 0.8, ls=DASHES[mark.dash], **style)
         case Links():
-            axes.vlines(mark.x, mark.low, mark.high, color=colour("baseline"), lw=1, alpha=0.6)
+            axes.vlines(mark.x, mark.low, mark.high, lw=1, alpha=0.6, **style)
         case Heatmap():
             shown: Any = {"cmap": colour_map(mark.scale), "interpolation": "nearest"}
             axes.imshow(_positions(mark.values, mark.scale), aspect="auto", vmin=0, vmax=1, **shown)
@@ -500,25 +462,16 @@ def draw_mark(mark: Mark, axes: Any) -> None:
             raise TypeError(f"no way to draw {type(mark).__name__}")
 
 
-def write_cells(mark: Heatmap, axes: Any) -> None:
-    """The texts in the cells of a heatmap."""
-    colours, at_RC = colour_map(mark.scale), _positions(mark.values, mark.scale)
-    for (row, column), text in np.ndenumerate(mark.cells):
+def _write_cells(mark: Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
+    """The texts of the cells, black or white: whichever has more contrast to the colour of the cell
+    (WCAG: at least 4.5 : 1)."""
+    rgb_RC3 = colour_map(mark.scale)(_positions(mark.values, mark.scale))[..., :3]
+    linear_RC3 = np.where(rgb_RC3 <= 0.04045, rgb_RC3 / 12.92, ((rgb_RC3 + 0.055) / 1.055) ** 2.4)
+    light_RC = linear_RC3 @ (0.2126, 0.7152, 0.0722) > 0.179
+    for (row, column), text in np.ndenumerate(cells_RC):
+        ink = "black" if light_RC[row, column] else "white"
         if text:
-            rgb = np.ravel(colours(at_RC[row : row + 1, column : column + 1]))[:3]
-            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=_ink(rgb))
-
-
-def _ink(rgb: np.ndarray) -> str:
-    """Black or white, whichever has more contrast to a colour (WCAG: at least 4.5 : 1)."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
-
-
-def _interval(mark: Line | Points, axes: Any) -> None:
-    if mark.low is not None and mark.high is not None:
-        width = 3 if len(mark.x) <= FEW else 2
-        axes.vlines(mark.x, mark.low, mark.high, color=colour(mark.colour), alpha=0.45, lw=width)
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
 
 
 def _positions(values_RC: np.ndarray, scale: Scale) -> np.ndarray:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.charts.domains import UNIFORM, lift_scale
-from moe_inspect.reporting.charts.spec import TABLES_OF, Chart, draw_charts, load_scale
 from moe_inspect.reporting.render.documents import Amount
 from moe_inspect.reporting.render.html import Page, Section, Tile, chart_section, page_html
-from moe_inspect.reporting.render.payload import numbers, scale_json
+from moe_inspect.reporting.render.payload import Json, numbers, scale_json
 from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.shown import python_call, python_of_table
 from moe_inspect.reporting.tables.data import ReportData, Thresholds, worst_of
@@ -28,8 +27,12 @@ from moe_inspect.reporting.verdict.checks import findings
 from moe_inspect.reporting.verdict.findings import Finding, beyond, uneven
 from moe_inspect.text import layer_label, plural, ranges, readable
 
-if TYPE_CHECKING:
-    from moe_inspect.reporting.tables.data import ReportData
+FOOTER = (
+    "Each number is about one router: expert 3 of one layer is unrelated to expert 3 of the next. "
+    "Load counts assignments; a token makes k of them at each router. "
+    "Drag over a chart to zoom in, click a name to hide its marks; with the keyboard, "
+    "Tab to a chart and read it with the arrow keys. Made by moe-inspect."
+)
 
 
 def report_page(
@@ -41,37 +44,32 @@ def report_page(
     """The page of a report, as HTML. `more`: sections to add after its charts, or texts that say
     why one is missing. `text`: documents of each domain on the page, "all", 0 for none; by default
     as many as a megabyte holds. `up`: the address of the page above, and what its link says."""
-    charts, left_out = draw_charts(data)
-    added, of_text = list(more), text_section(data, text)
+    charts, left_out = spec.draw_charts(data)
     lead = next((chart for chart in charts if chart.interactive == "map"), None)
-    sections = [
-        *([of_text] if isinstance(of_text, Section) else []),
+    of_text, added, code = text_section(data, text), list(more), python_of_report(data, "summary")
+    parts: list[Section | str] = [
+        of_text,
         *(_section(data, chart) for chart in charts if chart is not lead),
         *_tables(data),
-        *(made for made in added if isinstance(made, Section)),
-        Section(
-            "About this trace",
-            table=data.tables["summary"],
-            python=python_of_report(data, "summary"),
-        ),
+        *added,
+        Section("About this trace", table=data.tables["summary"], python=code),
     ]
-    left_out += [made for made in [of_text, *added] if isinstance(made, str)]
+    left_out += [made for made in (of_text, *added) if isinstance(made, str)]
     experts, short = map_data(data)
     found = findings(data)
+    # whether the trace is not fit to be judged is said above everything else
+    grave = [one for one in found if not one.group and one.severity in ("critical", "warning")]
     return page_html(
         Page(
-            str(dict(facts(data))["model"]),
+            dict(facts(data))["model"],
             _subtitle(data),
-            warnings=[finding.text for finding in found if _of_data(finding)],
-            verdict=[finding for finding in found if not _of_data(finding)],
+            warnings=[one.text for one in grave],
+            verdict=[one for one in found if one not in grave],
             tiles=_tiles(data, found),
             lead=replace(_section(data, lead), download=data.tables["load"]) if lead else None,
-            sections=sections,
+            sections=[made for made in parts if isinstance(made, Section)],
             left_out=[*left_out, *short],
-            footer="Each number is about one router: expert 3 of one layer is unrelated to expert "
-            "3 of the next. Load counts assignments; a token makes k of them at each router. "
-            "Drag over a chart to zoom in, click a name to hide its marks; with the keyboard, "
-            "Tab to a chart and read it with the arrow keys. Made by moe-inspect.",
+            footer=FOOTER,
             map_data=experts,
             link_of=lambda finding: _link(data, finding),
             up=up,
@@ -109,7 +107,7 @@ def _tables(data: ReportData) -> Iterator[Section]:
     """Those that this trace has values for."""
     for name, (column, title, text) in TABLES_SHOWN.items():
         try:
-            table: Any = data.tables[name]
+            table = data.tables[name]
         except MoeInspectError:  # of counts only: the summary says what that leaves out
             continue
         if table[column].notna().any():
@@ -117,10 +115,9 @@ def _tables(data: ReportData) -> Iterator[Section]:
             yield Section(title, text, table=table, group="Specialization", name=name, python=code)
 
 
-def _section(data: ReportData, chart: Chart) -> Section:
-    tables = TABLES_OF.get(chart.name)
-    code = python_of_report(data, tables[0]) if tables else ""
-    return replace(chart_section(chart), python=code)
+def _section(data: ReportData, chart: spec.Chart) -> Section:
+    first, *_ = spec.CHARTS[chart.name].tables
+    return replace(chart_section(chart), python=python_of_report(data, first))
 
 
 def python_of_report(data: ReportData, table: str) -> str:
@@ -140,11 +137,6 @@ def python_of_report(data: ReportData, table: str) -> str:
     return python_of_table(python_call("report", [trace], options), table)
 
 
-def _of_data(finding: Finding) -> bool:
-    """Whether the trace is not fit to be judged: said above everything else."""
-    return not finding.group and finding.severity in ("critical", "warning")
-
-
 def _link(data: ReportData, finding: Finding) -> str:
     """The hash that opens the card of the expert that the finding is about."""
     expert = finding.values.get("expert")
@@ -155,42 +147,39 @@ def _link(data: ReportData, finding: Finding) -> str:
 
 
 def _subtitle(data: ReportData) -> str:
-    counts, trace = data.counts, data.trace
-    shapes = sorted(
-        {(trace.routers[r].experts, trace.routers[r].top_k) for r in data.selection.routers}
-    )
+    counts, trace, phase = data.counts, data.trace, data.selection.phase
+    chosen = [trace.routers[r] for r in data.selection.routers]
+    shapes = sorted({(router.experts, router.top_k) for router in chosen})
+    documents = f" of {plural(counts.documents, 'document')}" if counts.documents else ""
     parts = [
-        str(trace.path.resolve().name),
-        plural(counts.tokens, "token")
-        + (f" of {plural(counts.documents, 'document')}" if counts.documents else ""),
+        trace.path.resolve().name,
+        f"{plural(counts.tokens, 'token')}{documents}",
         plural(len(counts.domains), "domain"),
-        f"{plural(len(data.selection.routers), 'router')}, "
+        f"{plural(len(chosen), 'router')}, "
         f"{' and '.join(f'{k} of {E} experts' for E, k in shapes)} per token",
+        *([f"{phase} only"] if phase else []),
     ]
-    return " · ".join(parts + ([f"{data.selection.phase} only"] if data.selection.phase else []))
+    return " · ".join(parts)
 
 
 def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
     """The key figures. They claim no more than the findings do: with too little data to judge, no
     router is called even and no expert dead."""
-    worst, rows = worst_of(chosen(data)), data.loaded
+    rows, judged, pooled = data.loaded, chosen(data), data.pooled_max_over_mean()
+    worst, few = worst_of(judged), "too little data to judge"
     if worst is None:
         return []
     severity = {one.kind: one.severity for one in found}
-    pooled, judged = data.pooled_max_over_mean(), chosen(data)
-    uneven_routers = sum(uneven(data, row) for row in judged)
-    few = "too little data to judge"
-    balance_known = uneven_routers or severity["balance"] != "note"
-    without_load, experts = (
-        sum(int(row[column]) for row in rows) for column in ("dead_experts", "experts")
-    )
+    n = sum(uneven(data, row) for row in judged)
+    balance_known = n or severity["balance"] != "note"
     dead_known = severity.get("dead_experts") != "note"
+    dead, experts = (sum(int(row[of]) for row in rows) for of in ("dead_experts", "experts"))
+    before = ", before drops" if worst["dropped"] > 0 else ""
     tiles = [
         Tile(
             "busiest expert ÷ mean",
             f"{worst['max_over_mean']:.2f}×",
-            f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst"
-            f"{', before drops' if worst['dropped'] > 0 else ''}",
+            f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst{before}",
         ),
         Tile(
             "expected by chance",
@@ -199,12 +188,12 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
         ),
         Tile(
             "uneven routers",
-            f"{uneven_routers} of {len(rows)}" if balance_known else "–",
+            f"{n} of {len(rows)}" if balance_known else "–",
             f"{1 + data.thresholds.uneven:g}× and {beyond(data)}" if balance_known else few,
         ),
         Tile(
             "dead experts" if dead_known else "experts without load",
-            f"{without_load:,}",
+            f"{dead:,}",
             f"of {experts:,}" if dead_known else f"of {experts:,}; {few}",
         ),
     ]
@@ -220,38 +209,30 @@ CELLS = 800_000
 ENTRIES = 160_000  # most entries of each list that cards show, over all experts
 
 
-def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
+def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     """The data, None for a trace without load; and a text for each thing left out of it.
 
     load: [domain][router][expert] assignments; tokens: [domain][router]. The lists of the experts
     (words, partners, nexts) are columns, one after another: the entries of expert e of row l of
     `layers` are those from start[first[l] + e] to before start[first[l] + e + 1]."""
-    tables: Any = data.tables
     if not data.loaded:
         return None, []
-    chosen, short, table = data.selection.routers, list[str](), tables["domains"]
-    sizes = np.array([data.trace.routers[r].experts for r in chosen])
-    first = np.r_[0, np.cumsum(sizes)]
-    labels = sorted(
-        data.counts.domains, key=lambda d: -int(table.loc[table["domain"] == d, "tokens"].max())
-    )
+    counts, chosen, short = data.counts, data.selection.routers, list[str]()
+    routers, domains = [data.trace.routers[r] for r in chosen], counts.domains
+    first = np.r_[0, np.cumsum([router.experts for router in routers])]
+    tokens_DL = np.stack([counts.tokens_D_of(r) for r in chosen], axis=1)
     most = max(1, CELLS // int(first[-1]))
-    if len(labels) > most:
+    if len(domains) > most:
         short.append(
-            f"{len(labels) - most} of {len(labels)} domains, those with the fewest tokens, on "
+            f"{len(domains) - most} of {len(domains)} domains, those with the fewest tokens, on "
             "the map"
         )
-    kept = [d for d in data.counts.domains if d in set(labels[:most])]
-    load, tokens = list[list[list[int]]](), list[list[int]]()
-    for name in kept:
-        rows = dict(iter(table[table["domain"] == name].groupby("router")))
-        load.append([rows[r]["assignments"].tolist() for r in chosen])
-        tokens.append([int(rows[r]["tokens"].iloc[0]) for r in chosen])
-    of_router = dict(iter(tables["load"].groupby("router")))
+    kept = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
+    load_of = dict(iter(data.tables["load"].groupby("router")))
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
 
-    def by_expert(table: Any) -> tuple[Any, list[int]]:
+    def by_expert(table: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
         """The first `entries` rows of each expert, in the order of experts; where each begins."""
         table = table[table.groupby(["router", "expert"], sort=False).cumcount() < entries]
         flat = first[table["router"].map(position).to_numpy(int)] + table["expert"].to_numpy(int)
@@ -259,66 +240,55 @@ def map_data(data: ReportData) -> tuple[dict[str, Any] | None, list[str]]:
         experts = np.arange(int(first[-1]) + 1)
         return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
 
-    bits = tables["specialization"]["domain_mi_bits"]
-    routers = (data.trace.routers[r] for r in chosen)
-    drawn: dict[str, Any] = {
-        "scale": scale_json(load_scale(routers, "× the mean load")),
+    bits = data.tables["specialization"]["domain_mi_bits"]
+    loads = [counts.assignments_DE(r).tolist() for r in chosen] if len(domains) > 1 else []
+    weights = None
+    if data.trace.has_weights:
+        each = (load_of[r]["weight_sum"] / load_of[r]["assignments"] for r in chosen)
+        weights = [numbers(weight.to_numpy(float)) for weight in each]
+    drawn: Json = {
+        "scale": scale_json(spec.load_scale(routers, "× the mean load")),
         "lift_scale": scale_json(lift_scale(len(kept), "× the mean over domains")),
         "layers": [
-            {
-                "label": layer_label(data.trace.routers, r),
-                "experts": int(E),
-                "k": data.trace.routers[r].top_k,
-            }
-            for r, E in zip(chosen, sizes, strict=True)
+            {"label": layer_label(data.trace.routers, r), "experts": of.experts, "k": of.top_k}
+            for r, of in zip(chosen, routers, strict=True)
         ],
         "first": first.tolist(),
-        "domains": [readable(d) for d in kept],
+        "domains": [readable(domains[d]) for d in kept],
         "uniform": UNIFORM,
-        "all": [of_router[r]["assignments"].tolist() for r in chosen],
-        "load": load if len(data.counts.domains) > 1 else [],
-        "tokens": tokens,
+        "all": [load_of[r]["assignments"].tolist() for r in chosen],
+        "load": [[load_DE[d] for load_DE in loads] for d in kept if loads],
+        "tokens": tokens_DL[kept].tolist(),
         "choices": [
-            numbers(of_router[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
+            numbers(load_of[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
         ],
-        "weights": [
-            numbers((of_router[r]["weight_sum"] / of_router[r]["assignments"]).to_numpy(float))
-            for r in chosen
-        ]
-        if data.trace.has_weights
-        else None,
+        "weights": weights,
         "telling": int(bits.argmax()) if bits.notna().any() else 0,
         "words": _words(data, by_expert),
         "partners": None,
         "nexts": None,
     }
     if not (data.counts.counts_only or data.without_pairs):
-        pairs: Any = tables["coactivation"]
-        drawn["partners"] = _pairs(pairs, "other", by_expert)
-        links: Any = tables["transitions"]
+        links = data.tables["transitions"]
+        drawn["partners"] = _pairs(data.tables["coactivation"], "other", by_expert)
         drawn["nexts"] = _pairs(links, "next_expert", by_expert)
         next_of = links.drop_duplicates("router").set_index("router")["next_router"]
         drawn["next"] = [position.get(next_of.get(r)) for r in chosen]
     return drawn, short
 
 
-ByExpert = Callable[[Any], tuple[Any, list[int]]]
+ByExpert = Callable[[pd.DataFrame], tuple[pd.DataFrame, list[int]]]
 
 
-def _words(data: ReportData, by_expert: ByExpert) -> dict[str, Any] | None:
+def _words(data: ReportData, by_expert: ByExpert) -> Json | None:
     if data.counts.counts_only or not data.top:
         return None
-    table = data.tables["vocabulary"]
-    table, start = by_expert(table)
-    id_of_row: np.ndarray = table["token_id"].to_numpy()
-    codes, ids = pd.factorize(id_of_row)
+    table, start = by_expert(data.tables["vocabulary"])
+    codes, ids = pd.factorize(table["token_id"].to_numpy())
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
     return {
         "start": start,
-        "texts": [
-            f"id {i}" if text_of[i] is None or text_of[i] != text_of[i] else readable(text_of[i])
-            for i in ids
-        ],
+        "texts": [f"id {i}" if pd.isna(text_of[i]) else readable(text_of[i]) for i in ids],
         "text": codes.tolist(),
         "count": table["count"].tolist(),
         "share": _thousandths(table["fraction"]),
@@ -326,7 +296,7 @@ def _words(data: ReportData, by_expert: ByExpert) -> dict[str, Any] | None:
     }
 
 
-def _pairs(table: Any, other: str, by_expert: ByExpert) -> dict[str, Any]:
+def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
     """The supported partners above chance, in the order of the table, which is that of the
     evidence."""
     table, start = by_expert(table[table["supported"] & (table["lift"] > 1)])
@@ -334,12 +304,11 @@ def _pairs(table: Any, other: str, by_expert: ByExpert) -> dict[str, Any]:
         "start": start,
         "other": table[other].tolist(),
         "share": _thousandths(table["probability"]),
-        "lift": numbers(table["lift"].round(2)),
+        "lift": numbers(table["lift"].round(2).to_numpy()),
     }
 
 
-def _thousandths(values: Any) -> list[int | None]:
-    share = values.to_numpy(float)
-    known, whole = ~np.isnan(share), np.empty(len(share), object)
-    whole[known] = np.rint(share[known] * 1000).astype(int).tolist()
+def _thousandths(share: pd.Series) -> list[int | None]:
+    rounded = np.rint(share.to_numpy(float) * 1000)
+    whole = np.where(np.isnan(rounded), None, np.nan_to_num(rounded).astype(int))
     return whole.tolist()

@@ -20,13 +20,9 @@ def routed_text(document: pd.DataFrame, colours: bool) -> Text:
     found, before = Text(), None
     for text, expert in zip(document["text"], document["expert_0"], strict=True):
         expert = None if pd.isna(expert) else int(expert)
-        shown = legible(text.replace("\t", TAB))
-        if colours:
-            found.append(shown, style=_style(expert))
-            continue
-        if expert != before:
+        if not colours and expert != before:
             found.append(f"[{'–' if expert is None else expert}]")
-        found.append(shown)
+        found.append(legible(text.replace("\t", TAB)), style=_style(expert) if colours else None)
         before = expert
     return found
 
@@ -35,8 +31,8 @@ def legend(document: pd.DataFrame, experts: int, most: int = 16) -> Text:
     """The experts that come first most often, with their shares."""
     counts = document["expert_0"].dropna().astype(int).value_counts()
     found = Text("first expert: ")
-    for expert, n in zip(counts.index[:most].tolist(), counts.tolist(), strict=False):
-        found.append(f" {expert} ", style=_style(expert))
+    for expert, n in counts.head(most).items():
+        found.append(f" {expert} ", style=_style(int(expert)))
         found.append(f" {n / len(document):.0%}  ")
     if len(counts) > most:
         found.append(f"and {len(counts) - most} more of {experts}")

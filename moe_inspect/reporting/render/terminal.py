@@ -7,22 +7,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
+import pandas as pd
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moe_inspect.reporting.render.console import (
-    console_for,
-    print_frame,
-    screen_lines,
-    table_row,
-    wrapped,
-)
+from moe_inspect.reporting.render import console as text
+from moe_inspect.reporting.render.console import print_lines, wrapped
 from moe_inspect.reporting.render.heatmap import heatmap_lines, print_heatmap
-from moe_inspect.reporting.tables.data import ReportData
+from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.tables.summary import facts, notes
 from moe_inspect.reporting.verdict.checks import findings
@@ -37,7 +33,7 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
     """What fits the screen, on a terminal of 80 columns and 24 lines or more. The gravest findings
     come first, then the map and the table have the room that is left; the last line says what is
     not shown."""
-    head, lines = wrapped(title, console), screen_lines(console)
+    head, lines = wrapped(title, console), text.screen_lines(console)
     routers = len(data.selection.routers)
     least_rows, least_map = min(routers, lines // 9), min(routers, lines * 2 // 9)
     # empty lines, titles of map and table, the last line
@@ -46,12 +42,17 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
     said, left_out = _gravest(findings(data), room - least_map, console)
     rows_of_map = min(routers, max(least_map, room - len(said)))
     rows = lines - fixed - len(said) - rows_of_map
+    more = [
+        plural(n, of) for n, of in ((left_out, "more finding"), (len(notes(data)), "note")) if n
+    ]
+    adds = f"{', '.join(more)} and tables" if more else "tables"
+    last = Text(f"--full adds {adds}; --html FILE writes a page", style="dim")
     parts = [
         head,
         said,
         heatmap_lines(data, console, rows_of_map),
         _worst_layers(data, rows, console),
-        wrapped(Text(_more(left_out, len(notes(data))), style="dim"), console),
+        wrapped(last, console),
     ]
     for n, part in enumerate(parts):
         if n:
@@ -90,20 +91,20 @@ def _worst_layers(data: ReportData, most: int, console: Console) -> list[Text]:
     columns = ["layer", "busiest expert", "max/mean", "expected by chance", "95% interval", "dead"]
     cells = [
         [layer_label(data.trace.routers, int(one["router"])), *_balance(one)]
-        for one in table.head(most).to_dict("records")
+        for one in records(table.head(most))
     ]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     right = [True] * len(columns)
     what = "layers" if table["layer"].is_unique else "routers"
     some = len(cells) < len(table)
     said = f"the {len(cells)} worst of {len(table)} {what}" if some else f"{what}, worst first"
-    title = Text(said, style="bold")
-    head = Text(table_row(columns, widths, right), style="dim")
-    lines = [title, head, *(Text(table_row(line, widths, right)) for line in cells)]
+    head = Text(text.table_row(columns, widths, right), style="dim")
+    rows = [Text(text.table_row(line, widths, right)) for line in cells]
+    lines = [Text(said, style="bold"), head, *rows]
     return [one for line in lines for one in wrapped(line, console)]
 
 
-def _balance(one: dict[str, Any]) -> list[str]:
+def _balance(one: Row) -> list[str]:
     if not one["assignments"]:
         return ["–", "no load", "–", "–", "–"]
     low, high = one["max_over_mean_low"], one["max_over_mean_high"]
@@ -116,54 +117,36 @@ def _balance(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def _more(findings_left: int, notes_left: int) -> str:
-    parts = [
-        plural(findings_left, "more finding") if findings_left else "",
-        plural(notes_left, "note") if notes_left else "",
-        "tables",
-    ]
-    *some, last = [part for part in parts if part]
-    return (
-        f"--full adds {', '.join(some)}{' and ' if some else ''}{last}; --html FILE writes a page"
-    )
-
-
 def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     """The report on one screen; `full`: with every finding and note, and excerpts of the tables."""
-    console, model = console_for(file), dict(facts(data))["model"]
+    console, model = text.console_for(file), dict(facts(data))["model"]
     title = Text(printable(f"{model} · {data.trace.path} · {data.trace.status}"), style="bold")
     if not full:
         print_one_screen(data, title, console)
         return
-    for line in wrapped(title, console):
-        console.print(line, soft_wrap=True)
+    print_lines(title, "", console)
     console.print()
     print_verdict(findings(data), console)
     print_heatmap(data, console)
     command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
+    has_router = data.trace.has_weights or "logits" in data.trace.tables
+    absent = {"vocabulary"} if data.counts.counts_only else set[str]()
+    absent |= set() if has_router else {"router"}
     for name, excerpt in excerpts_of(data).items():
         alone = len(data.counts.domains) < 2 and data.selection.domains is None
         if name == "domains" and alone:
             labels = ", ".join(map(repr, data.counts.domains))
             console.print()
             console.print(Text(f"domains: only one, {labels}: nothing to compare it with"))
-            continue
-        if name == "specialization" and not data.tables[name]["domain_mi_bits"].notna().any():
-            excerpt = replace(excerpt, what="the first routers")
-        if _has(data, name):
-            print_excerpt(data.tables[name], name, excerpt, ROWS, command, console)
+        elif name not in absent:
+            table = data.tables[name]
+            if name == "specialization" and not table["domain_mi_bits"].notna().any():
+                excerpt = replace(excerpt, what="the first routers")
+            print_excerpt(table, name, excerpt, ROWS, command, console)
     if notes(data):
         console.print()
     for note in notes(data):
-        for line in wrapped(Text(printable(note), style="dim"), console, Text("note: ", "dim")):
-            console.print(line, soft_wrap=True)
-
-
-def _has(data: ReportData, name: str) -> bool:
-    """Whether the trace has what a table is made of."""
-    if name == "vocabulary":
-        return not data.counts.counts_only
-    return name != "router" or data.trace.has_weights or "logits" in data.trace.tables
+        print_lines(note, "dim", console, Text("note: ", "dim"))
 
 
 def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
@@ -174,7 +157,7 @@ def print_verdict(said: Sequence[Finding | str], console: Console) -> None:
 
 
 def print_excerpt(
-    whole: Any, name: str, excerpt: Excerpt, most: int, command: str, console: Console
+    whole: pd.DataFrame, name: str, excerpt: Excerpt, most: int, command: str, console: Console
 ) -> None:
     """At most so many rows of a table; on a terminal those columns that fit; and the command that
     prints the others."""
@@ -182,7 +165,7 @@ def print_excerpt(
     title = excerpt.title(name, frame, whole)
     if excerpt.columns and console.is_terminal:
         frame = frame[[c for c in excerpt.columns if c in frame.columns]]
-    shown = print_frame(frame, console, title, fitting=console.is_terminal)
+    shown = text.print_frame(frame, console, title, fitting=console.is_terminal)
     left_out = ["all rows"] if len(frame) < len(whole) else []
     if columns := len(whole.columns) - shown:
         left_out.append(plural(columns, "more column"))
@@ -191,36 +174,31 @@ def print_excerpt(
         console.print(Text(printable(more), style="dim"))
 
 
-def _highest(frame: Any, most: int, column: str) -> Any:
+def _highest(frame: pd.DataFrame, most: int, column: str, otherwise: str = "") -> pd.DataFrame:
     """The rows with the highest values of a column, in the order of layers; the first rows where it
-    has no values."""
+    has no values, nor `otherwise` has."""
     if len(frame) <= most:
         return frame
     if not frame[column].notna().any():
-        return frame.head(most)
+        return _highest(frame, most, otherwise) if otherwise else frame.head(most)
     return frame.nlargest(most, column).sort_values(["layer", "router"])
 
 
-def _most_and_least_loaded(frame: Any, most: int) -> Any:
+def _most_and_least_loaded(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     if len(frame) <= most:
         return frame
     ordered = frame.sort_values("load_ratio", ascending=False, kind="stable")
     ordered = ordered.dropna(subset="load_ratio")
     half = most // 2
-    return ordered.iloc[[*range(half), *range(half - most, 0)]] if len(ordered) > most else ordered
+    return pd.concat([ordered.head(half), ordered.iloc[half:].tail(most - half)])
 
 
-def _furthest_above_mean(frame: Any, most: int) -> Any:
+def _furthest_above_mean(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     rise = frame["activation"] - frame["activation"] / frame["lift"]
     return frame.loc[rise.nlargest(most).index]
 
 
-def _least_confident(frame: Any, most: int) -> Any:
-    known = frame["gate_entropy_nats"].notna().any()
-    return _highest(frame, most, "gate_entropy_nats" if known else "weight_entropy_nats")
-
-
-def _most_exclusive(frame: Any, most: int) -> Any:
+def _most_exclusive(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     # first choices may be unknown
     fraction = frame["first_choice_fraction"].fillna(frame["fraction"])
     return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(most).index]
@@ -259,7 +237,7 @@ EXCERPTS = {
         (
             "router",
             "the least confident routers",
-            _least_confident,
+            partial(_highest, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
             "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
         ),
         (

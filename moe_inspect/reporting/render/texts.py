@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ import pandas as pd
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render import documents as docs
 from moe_inspect.reporting.render.html import Section
+from moe_inspect.reporting.render.payload import Json
 from moe_inspect.text import layer_label, legible, plural, readable
 from moe_inspect.trace.reader import Trace, address
 from moe_inspect.trace.schema import Router
@@ -32,6 +34,7 @@ TEXT_BYTES = 1_000_000  # of the documents on the page, where no number of them 
 MOST_BYTES = 64_000_000  # beyond which a browser has trouble
 LEVELS = 127  # of gate weights: √(weight ÷ largest)
 POOL_TOKENS, POOL_LONGEST = 8192, 256  # that contexts are drawn from; of one document
+SEED = 0
 CONTEXTS = 60_000  # most, over all experts
 TITLE = "Text"
 READING = (
@@ -58,32 +61,32 @@ def text_section(data: ReportData, amount: docs.Amount = None) -> Section | str:
         return "text: counts alone hold no tokens"
     if not len(trace.vocabulary_table):
         return Section(TITLE, without_text(trace), group="Specialization", name="text")
-    shards = docs.shards_to_read(trace, data.selection.routers, amount)
+    routers, router = data.selection.routers, docs.telling_router(data)
+    shards = docs.shards_to_read(trace, routers, amount)
     found = docs.find_documents(data, shards)
     if not len(found):
         return "text: no token is selected"
-    listed = [trace.routers[r] for r in data.selection.routers]
+    listed = [trace.routers[r] for r in routers]
     budget, longest = sizes(listed, trace.has_weights, len(set(found["domain"])))
     shown = docs.choose(found, amount, budget, longest)
     _check_size(int(shown["shown"].sum()), budget)
     pooled = docs.choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
     both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
-    tokens = docs.tokens_of_documents(
-        shards, data.selection, both["document"].to_numpy(), both["shown"].to_numpy()
-    )
-    routes = docs.read_routes(trace, shards, data.selection.routers, tokens)
-    pool = np.isin(tokens.document_T, np.flatnonzero(both["document"].isin(pooled["document"])))
-    pool = np.flatnonzero(pool & (tokens.rank_T < POOL_LONGEST))
+    numbers, most = both["document"].to_numpy(), both["shown"].to_numpy()
+    tokens = docs.tokens_of_documents(shards, data.selection, numbers, most)
+    routes = docs.read_routes(trace, shards, routers, tokens)
+    in_pool = both["document"].isin(pooled["document"]).to_numpy()[tokens.document_T]
+    pool = np.flatnonzero(in_pool & (tokens.rank_T < POOL_LONGEST))
     T = int((tokens.document_T < len(shown)).sum())
-    drawn = page_data(trace, data.selection.routers, both, tokens, routes, T)
-    drawn["domainOf"] = [document["domain"] for document in drawn["documents"]]
-    drawn["documents"] = drawn["documents"][: len(shown)]
-    router = docs.telling_router(data)
-    drawn["row"] = 0 if router is None else data.selection.routers.index(router)
-    drawn["contexts"] = _contexts(
-        data, routes, docs.mixed_order(pool, _domains(both, tokens)[pool])
-    )
-    drawn["pool"] = len(pool)
+    drawn = page_data(trace, routers, both, tokens, routes, T)
+    documents = _documents(both)
+    drawn |= {
+        "domainOf": [one["domain"] for one in documents],
+        "documents": documents[: len(shown)],
+    }
+    drawn["row"] = 0 if router is None else routers.index(router)
+    domain_P = pd.factorize(both["domain"])[0][tokens.document_T][pool]
+    drawn |= {"contexts": _contexts(data, routes, pool, domain_P), "pool": len(pool)}
     return Section(
         TITLE,
         _how_chosen(data, shown, found),
@@ -149,52 +152,63 @@ def page_data(
     routes: Sequence[docs.DrawnRoutes],
     shown: int,
     of_b: Sequence[docs.DrawnRoutes] = (),
-) -> dict[str, Any]:
+) -> Json:
     """What text.js draws from, with the routes of the first `shown` tokens; `of_b`: those in
     another trace. words: of each token the index in `texts` (`packed_numbers`)."""
-    codes, texts = _words(trace, tokens)
-    names = [layer_label(trace.routers, r) for r in routers]
-    drawn = list[dict[str, Any]]()
-    for i, (name, r) in enumerate(zip(names, routers, strict=True)):
-        experts = trace.routers[r].experts
-        sides = dict(zip("ab", [routes[i], *of_b[i : i + 1]], strict=False))
+    drawn = list[Json]()
+    for i, r in enumerate(routers):
+        router, sides = (
+            trace.routers[r],
+            dict(zip("ab", [routes[i], *of_b[i : i + 1]], strict=False)),
+        )
         weights = [route.weights for route in sides.values() if route.weights is not None]
         most = max((float(of.max(initial=0)) for of in weights), default=0.0)
         drawn.append(
             {
-                "label": name,
-                "experts": experts,
+                "label": layer_label(trace.routers, r),
+                "experts": router.experts,
                 "k": len(routes[i].ids),
-                "first": trace.routers[r].first_choice_known,
+                "first": router.first_choice_known,
                 "most": most,
-                **{side: packed_routes(of, experts, shown, most) for side, of in sides.items()},
+                **{at: _packed_routes(of, router.experts, shown, most) for at, of in sides.items()},
             }
         )
     start = np.searchsorted(tokens.document_T, np.arange(len(documents) + 1))
+    texts, pieces = list[str](), pieces_of(trace, tokens.token_id_T)
+    for first, last in pairwise(start):
+        texts += as_text(pieces[first:last])
+    codes, unique = pd.factorize(np.array([legible(text) for text in texts], object))
     return {
         "layers": drawn,
         "words": packed_numbers(codes),
-        "texts": texts,
+        "texts": [str(text) for text in unique],
         "start": start.tolist(),
         "levels": LEVELS,
-        "documents": [
-            {"number": int(n), "domain": readable(domain), "tokens": int(all_of)}
-            for n, domain, all_of in zip(
-                documents["document"], documents["domain"], documents["tokens"], strict=True
-            )
-        ],
+        "documents": _documents(documents),
     }
 
 
-def packed_routes(route: docs.DrawnRoutes, experts: int, shown: int, most: float) -> dict[str, str]:
+def _documents(documents: pd.DataFrame) -> list[Json]:
+    columns = (documents[name] for name in ("document", "domain", "tokens"))
+    return [
+        {"number": int(n), "domain": readable(domain), "tokens": int(tokens)}
+        for n, domain, tokens in zip(*columns, strict=True)
+    ]
+
+
+def _packed_routes(route: docs.DrawnRoutes, experts: int, shown: int, most: float) -> Json:
     """ids, weights: slot after slot, the first `shown` tokens. A slot without an expert has the id
-    `experts`. most: the largest gate weight."""
-    ids = np.where(route.ids == docs.NOWHERE, experts, route.ids)[:, :shown]
-    levels = None if route.weights is None or not most else _levels(route.weights[:, :shown], most)
-    return {
-        "ids": packed_numbers(ids),
-        "weights": "" if levels is None else packed_numbers(levels),
-    }
+    `experts`. most: the largest gate weight. Weights are levels, each as the distance from that of
+    the slot before."""
+    ids, packed = np.where(route.ids == docs.NOWHERE, experts, route.ids)[:, :shown], ""
+    if route.weights is not None and most:
+        level_KT = _levels(route.weights[:, :shown], most)
+        packed = packed_numbers(np.diff(level_KT, axis=0, prepend=0) % (LEVELS + 1))
+    return {"ids": packed_numbers(ids), "weights": packed}
+
+
+def _levels(weights: np.ndarray, most: float) -> np.ndarray:
+    return np.rint(LEVELS * np.sqrt(np.maximum(weights, 0) / most)).astype(np.int64)
 
 
 def packed_numbers(numbers: np.ndarray) -> str:
@@ -204,32 +218,14 @@ def packed_numbers(numbers: np.ndarray) -> str:
     return f"{values.itemsize}{base64.b64encode(values.tobytes()).decode()}"
 
 
-def _levels(weights_KT: np.ndarray, most: float) -> np.ndarray:
-    """Weights as levels of their square root, each as the distance from the slot before."""
-    level_KT = np.rint(LEVELS * np.sqrt(np.maximum(weights_KT, 0) / most)).astype(np.int64)
-    return np.diff(level_KT, axis=0, prepend=0) % (LEVELS + 1)
-
-
-def _words(trace: Trace, tokens: docs.DrawnTokens) -> tuple[np.ndarray, list[str]]:
-    """Of each token the index in the texts, and the texts."""
-    texts = list[str]()
-    pieces = pieces_of(trace, tokens.token_id_T)
-    bounds = np.flatnonzero(np.diff(tokens.document_T)) + 1
-    for first, last in zip([0, *bounds], [*bounds, len(pieces)], strict=True):
-        texts += as_text(pieces[first:last])
-    codes, unique = pd.factorize(np.array([legible(text) for text in texts], object))
-    return codes, [str(text) for text in unique]
-
-
-def _domains(documents: pd.DataFrame, tokens: docs.DrawnTokens) -> np.ndarray:
-    codes, _ = pd.factorize(documents["domain"])
-    return codes[tokens.document_T]
-
-
 def _contexts(
-    data: ReportData, routes: Sequence[docs.DrawnRoutes], order: np.ndarray
-) -> dict[str, Any]:
-    """count: of each expert, router after router; token, level: of each context."""
+    data: ReportData, routes: Sequence[docs.DrawnRoutes], pool: np.ndarray, domain_P: np.ndarray
+) -> Json:
+    """count: of each expert, router after router; token, level: of each context. They are drawn
+    from the tokens of the pool in random order, all domains in turn."""
+    shuffled = np.random.default_rng(SEED).permutation(len(pool))
+    turn = pd.Series(domain_P[shuffled]).groupby(domain_P[shuffled]).cumcount().to_numpy()
+    order = pool[shuffled[np.argsort(turn, kind="stable")]]
     sizes = [data.trace.routers[r].experts for r in data.selection.routers]
     most = int(np.clip(CONTEXTS // sum(sizes), 4, 12))
     n, token, level = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
@@ -238,10 +234,6 @@ def _contexts(
         n.append(n_E)
         token.append(token_N)
         if weight_N is not None and route.weights is not None:
-            largest = max(float(route.weights.max(initial=0)), 1e-30)
-            level.append(np.rint(LEVELS * np.sqrt(np.maximum(weight_N, 0) / largest)))
+            level.append(_levels(weight_N, max(float(route.weights.max(initial=0)), 1e-30)))
     joined = {"count": n, "token": token, "level": level}
-    return {
-        name: packed_numbers(np.concatenate(of).astype(np.int64)) if of else ""
-        for name, of in joined.items()
-    }
+    return {name: packed_numbers(np.concatenate(of)) if of else "" for name, of in joined.items()}
