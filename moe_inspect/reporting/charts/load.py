@@ -236,7 +236,8 @@ def router(data: ReportData) -> Chart | str:
         return "router confidence: neither logits nor weights were recorded"
     from_logits = [name for name in known if not name.startswith("weight")]
     source = "logits" if from_logits else "gate weights of the chosen experts"
-    x, axis, panels = np.arange(len(table), dtype=float), layer_axis(data, table["router"]), []
+    x, axis = np.arange(len(table), dtype=float), layer_axis(data, table["router"])
+    panels = list[Panel]()
     for name, colour in zip(known := from_logits or known, spec.SERIES, strict=False):
         title, unit = CONFIDENCE[name]
         line = Line(x, table[name].to_numpy(float), "", colour, dots=True)

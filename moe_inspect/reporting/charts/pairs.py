@@ -259,7 +259,7 @@ def _with_matrices(
     for r, lift_EN in lifts.items():
         supported_EN, kept, axes = np.isfinite(lift_EN), list[np.ndarray](), list[Axis]()
         for side, (title, E) in enumerate(zip(("expert", other), lift_EN.shape, strict=True)):
-            shown = np.flatnonzero(supported_EN.any(1 - side)) if E > MANY_EXPERTS else np.arange(E)
+            shown = np.flatnonzero(supported_EN.any(1 - side) | (E <= MANY_EXPERTS))
             kept.append(shown)
             axes.append(Axis(title, () if len(shown) == E else tuple(map(str, shown))))
         shown_EN = lift_EN[np.ix_(*kept)]
@@ -269,12 +269,12 @@ def _with_matrices(
             title += f": the {rows} × {columns} experts with a supported pair"
         heatmap = Heatmap(shown_EN, scale, spec.cell_numbers(shown_EN))
         panels.append(Panel((heatmap,), axes[1], axes[0], title))
-    shown, routers = len(panels), int(table.loc[table["supported"], "router"].nunique())
+    drawn, routers = len(panels), int(table.loc[table["supported"], "router"].nunique())
     return replace(
         chart,
         panels=tuple(panels),
-        columns=min(2, shown),
-        subset=f"the {shown} of {routers} layers furthest from chance" if shown < routers else "",
+        columns=min(2, drawn),
+        subset=f"the {drawn} of {routers} layers furthest from chance" if drawn < routers else "",
         # those with the most evidence first
         table=table[_above_chance(table)].nsmallest(MOST_PAIRS, "log10_p"),
         definitions={**chart.definitions, **OF_EVIDENCE},

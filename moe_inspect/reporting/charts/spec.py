@@ -68,8 +68,8 @@ PALETTE: dict[str, tuple[str, str]] = {
 }
 SERIES = tuple(f"c{i}" for i in range(1, 9))
 # ratio → colour; from 4 on, "highest" is at the scale's end
-RATIO = {0.25: "low", 0.5: "lower", 1 / TINT: "below", 1.0: "even"}
-RATIO |= {TINT: "above", 2.0: "higher", 4.0: "high"}
+RATIOS = (0.25, 0.5, 1 / TINT, 1.0, TINT, 2.0, 4.0)
+RATIO = dict(zip(RATIOS, ("low", "lower", "below", "even", "above", "higher", "high"), strict=True))
 AMOUNT = ("least", "middle", "most")
 
 Dash = Literal["", "dot", "dash"]

@@ -118,7 +118,7 @@ def print_frame(
             console.print()
         right = [frame[name].dtype.kind in "iuf" for name in names]
         widths = [width_of[name] for name in names]
-        rows = zip(*(cells[name] for name in names), strict=True)
+        rows: Iterable[tuple[str, ...]] = zip(*(cells[name] for name in names), strict=True)
         lines = [table_row(row, widths, right) for row in rows]
         before = sum(widths[:-1]) + GAP * (len(widths) - 1)
         # the last column is a long text
@@ -143,14 +143,15 @@ def print_lines(text: str | Text, style: str, console: Console, lead: Text | Non
 def _constant(cells: dict[str, list[str]]) -> dict[str, str]:
     """The columns that say the same in every row, with what they say; "" for the router where every
     layer has one: its number then says nothing that the layer does not."""
-    if len(next(iter(cells.values()), [])) < 2 or next(iter(cells)) == "key":
+    names = list(cells)
+    if not names or len(cells[names[0]]) < 2 or names[0] == "key":
         return {}
     found = {name: column[0] for name, column in cells.items() if len(set(column)) == 1}
     for layer, router in (("layer", "router"), ("next_layer", "next_router")):
         pairs = set(zip(cells.get(layer, []), cells.get(router, []), strict=False))
         if pairs and len(pairs) == len({a for a, _ in pairs}):
             found[router] = ""
-    return found if len(found) < len(cells) else {}
+    return found if len(found) < len(names) else {}
 
 
 def _parts(width_of: dict[str, int], room: int) -> list[list[str]]:

@@ -82,7 +82,8 @@ def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
             for ratio in ratios[r].tolist():
                 line.append(load_number(ratio), style=style(ratio))
         else:
-            for step in ramp_of(extremes(ratios[r], together)).tolist():
+            steps: list[int] = ramp_of(extremes(ratios[r], together)).tolist()
+            for step in steps:
                 _, fancy, plain, colour = RAMP[step]
                 line.append(fancy if unicode else plain, style=colour)
         lines.append(line)

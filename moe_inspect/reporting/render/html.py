@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -216,7 +216,7 @@ def template(name: str) -> Template:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
+    environment: Any = Environment(
         loader=PackageLoader("moe_inspect.reporting.render"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -224,7 +224,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     filters = {"rows": rows_of, "plural": plural, "readable": readable, "packed": packed}
-    cast("dict[str, object]", environment.filters).update(filters)
+    environment.filters |= filters
     return environment
 
 

@@ -96,7 +96,7 @@ def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) 
     metadata: dict[str, str | None] = {described: description} if description else {}
     if format != "png":
         metadata[dated] = None
-    text = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
+    text: Any = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
     with matplotlib.rc_context(text):
         figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
     return file.getvalue()
@@ -175,12 +175,13 @@ def draw(chart: Chart, width: float = WIDTH) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, left: float, top: float, width: float, height: float, **of: str) -> Axes:
+def _axes(
+    figure: Figure, left: float, top: float, width: float, height: float, label: str = ""
+) -> Axes:
     """Axes in a box that begins so far from the left and from the top."""
     wide, high = figure.get_size_inches()
-    return figure.add_axes(
-        (left / wide, 1 - (top + height) / high, width / wide, height / high), **of
-    )
+    box = left / wide, 1 - (top + height) / high, width / wide, height / high
+    return figure.add_axes(box, label=label)
 
 
 def _text(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
@@ -234,9 +235,10 @@ def _panel(
     if panel.title:
         # over what belongs to the panel, which begins left of its axes
         pad = 72 * (of.above - 0.02 - 0.18 * len(of.title))
-        style = {"x": -beside / across, "fontsize": 9.5, "weight": "bold", "pad": pad}
+        style: Any = {"x": -beside / across, "fontsize": 9.5, "weight": "bold", "pad": pad}
         axes.set_title(plain("\n".join(of.title)), loc="left", **style)
-    axes.set_ylim(of.ends[::-1] if heatmap else of.ends)
+    low, high = of.ends
+    axes.set_ylim((high, low) if heatmap else (low, high))
     if panel.y.log:
         axes.set_yscale("log", base=2)
     axes.set_yticks([at for at, _ in of.ticks], [plain(label) for _, label in of.ticks])
@@ -319,11 +321,10 @@ def _widest(
     figure: Figure, texts: Iterable[str], size: float = SMALL, weight: str = "normal"
 ) -> float:
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    width_of, font = (
-        renderer.get_text_width_height_descent,
-        FontProperties(size=size, weight=weight),
-    )
-    widths: list[float] = [width_of(text, font, False)[0] for text in texts]
+    font = FontProperties(size=size, weight=weight)
+    widths: list[float] = [
+        renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
+    ]
     return max(widths, default=0.0) / figure.dpi
 
 
@@ -435,7 +436,8 @@ def step_of(least: float) -> int:
 def draw_mark(mark: Mark, axes: Axes) -> None:
     few = len(getattr(mark, "x", ())) <= FEW
     style: dict[str, Any] = {"label": plain(getattr(mark, "name", "")) or None}
-    style["color"] = colour(getattr(mark, "colour", "baseline"))
+    usual = "band" if isinstance(mark, Band) else "baseline"
+    style["color"] = colour(getattr(mark, "colour", usual))
     if isinstance(mark, Line | Points) and mark.low is not None and mark.high is not None:
         wide = 3 if few else 2
         axes.vlines(mark.x, mark.low, mark.high, color=style["color"], alpha=0.45, lw=wide)
@@ -448,9 +450,7 @@ def draw_mark(mark: Mark, axes: Axes) -> None:
         case Points():
             axes.plot(mark.x, mark.y, "_", ms=12 if few else 7, mew=1.6, **style)
         case Band():
-            axes.fill_between(
-                mark.x, mark.low, mark.high, lw=0, **style | {"color": colour("band")}
-            )
+            axes.fill_between(mark.x, mark.low, mark.high, lw=0, **style)
         case Rule():
             axes.axhline(mark.y, lw=1.2 if mark.dash else 0.8, ls=DASHES[mark.dash], **style)
         case Links():

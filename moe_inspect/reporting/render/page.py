@@ -218,8 +218,9 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     if not data.loaded:
         return None, []
     counts, chosen, short = data.counts, data.selection.routers, list[str]()
+    load = data.tables["load"]
     routers, domains = [data.trace.routers[r] for r in chosen], counts.domains
-    first = np.r_[0, np.cumsum([router.experts for router in routers])]
+    first: np.ndarray = np.r_[0, np.cumsum([router.experts for router in routers])]
     tokens_DL = np.stack([counts.tokens_D_of(r) for r in chosen], axis=1)
     most = max(1, CELLS // int(first[-1]))
     if len(domains) > most:
@@ -228,7 +229,7 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
             "the map"
         )
     kept = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
-    load_of = dict(iter(data.tables["load"].groupby("router")))
+    load_of = {r: load[load["router"] == r] for r in chosen}
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}
 
@@ -272,8 +273,8 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         links = data.tables["transitions"]
         drawn["partners"] = _pairs(data.tables["coactivation"], "other", by_expert)
         drawn["nexts"] = _pairs(links, "next_expert", by_expert)
-        next_of = links.drop_duplicates("router").set_index("router")["next_router"]
-        drawn["next"] = [position.get(next_of.get(r)) for r in chosen]
+        next_of = dict(zip(links["router"], links["next_router"], strict=True))
+        drawn["next"] = [position.get(next_of.get(r, -1)) for r in chosen]
     return drawn, short
 
 
@@ -284,7 +285,7 @@ def _words(data: ReportData, by_expert: ByExpert) -> Json | None:
     if data.counts.counts_only or not data.top:
         return None
     table, start = by_expert(data.tables["vocabulary"])
-    codes, ids = pd.factorize(table["token_id"].to_numpy())
+    codes, ids = pd.factorize(table["token_id"])
     text_of = table.drop_duplicates("token_id").set_index("token_id")["token"]
     return {
         "start": start,
@@ -309,6 +310,7 @@ def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
 
 
 def _thousandths(share: pd.Series) -> list[int | None]:
-    rounded = np.rint(share.to_numpy(float) * 1000)
-    whole = np.where(np.isnan(rounded), None, np.nan_to_num(rounded).astype(int))
-    return whole.tolist()
+    share_N = share.to_numpy(float)
+    known_N, whole_N = ~np.isnan(share_N), np.empty(len(share), object)
+    whole_N[known_N] = np.rint(share_N[known_N] * 1000).astype(int).tolist()
+    return whole_N.tolist()

@@ -110,8 +110,10 @@ def _axis(axis: Axis) -> Json:
 def _mark(mark: Mark) -> Json:
     drawn: Json = {"kind": type(mark).__name__.lower()}
     if not isinstance(mark, Heatmap):
-        of = vars(mark).items()
-        return drawn | {k: numbers(v) if isinstance(v, np.ndarray) else v for k, v in of}
+        fields: dict[str, np.ndarray | str | float | None] = vars(mark)
+        return drawn | {
+            k: numbers(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()
+        }
     R, C = mark.values.shape
     drawn |= {"rows": R, "columns": C, "scale": scale_json(mark.scale)}
     for key, texts_RC in (("cells", mark.cells), ("notes", mark.notes)):

@@ -31,8 +31,8 @@ def legend(document: pd.DataFrame, experts: int, most: int = 16) -> Text:
     """The experts that come first most often, with their shares."""
     counts = document["expert_0"].dropna().astype(int).value_counts()
     found = Text("first expert: ")
-    for expert, n in counts.head(most).items():
-        found.append(f" {expert} ", style=_style(int(expert)))
+    for expert, n in zip(counts.index[:most].tolist(), counts.tolist(), strict=False):
+        found.append(f" {expert} ", style=_style(expert))
         found.append(f" {n / len(document):.0%}  ")
     if len(counts) > most:
         found.append(f"and {len(counts) - most} more of {experts}")

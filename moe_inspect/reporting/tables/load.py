@@ -24,21 +24,10 @@ BALANCE = tuple(
     dict.fromkeys(
         [
             *metrics_of("balance", {"load_LE"}),
-            "busiest_expert",
-            "expected_by_chance",
-            "max_over_mean_low",
-            "max_over_mean_high",
-            "max_vio_batch",
-            "noise_floor_batch",
-            "design_effect",
-            "busiest_p",
-            "least_used_p",
-            "importance_cv",
-            "empty_slots",
-            "dropped",
-            "drop_rate",
-            "busiest_expert_before_drops",
-            "max_over_mean_before_drops",
+            *("busiest_expert", "expected_by_chance", "max_over_mean_low", "max_over_mean_high"),
+            *("max_vio_batch", "noise_floor_batch", "design_effect", "busiest_p", "least_used_p"),
+            *("importance_cv", "empty_slots", "dropped", "drop_rate"),
+            *("busiest_expert_before_drops", "max_over_mean_before_drops"),
             *(m.column for m in metrics_of("balance", INPUTS).values()),
         ]
     )
@@ -213,19 +202,10 @@ def row_per_router(
 CAPACITY_FACTOR = 1.25  # of simulated_drop_rate
 DRIFT = (
     "windows",
-    "total_variation",
-    "total_variation_floor",
-    "window_jsd_bits",
-    "window_jsd_floor_bits",
-    "first_to_last",
-    "first_to_last_floor",
-    "trend_expert",
-    "trend_first",
-    "trend_last",
-    "trend_p",
-    "gpus",
-    "balancedness_fresh",
-    "balancedness_stale",
+    *("total_variation", "total_variation_floor", "window_jsd_bits", "window_jsd_floor_bits"),
+    *("first_to_last", "first_to_last_floor"),
+    *("trend_expert", "trend_first", "trend_last", "trend_p"),
+    *("gpus", "balancedness_fresh", "balancedness_stale"),
 )
 
 

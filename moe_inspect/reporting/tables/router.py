@@ -24,17 +24,9 @@ from moe_inspect.reporting.tables.load import Columns, row_per_router, rows_per_
 from moe_inspect.reporting.tables.registry import table
 
 ROUTER = (
-    "weight_mass",
-    "weight_entropy_nats",
-    "weight_margin",
-    "logit_decisions",
-    "aux_loss",
-    "z_loss",
-    "gate_entropy_nats",
-    "top_k_mass",
-    "top1_margin",
-    "boundary_margin",
-    "tie_rate",
+    *("weight_mass", "weight_entropy_nats", "weight_margin"),
+    *("logit_decisions", "aux_loss", "z_loss", "gate_entropy_nats", "top_k_mass"),
+    *("top1_margin", "boundary_margin", "tie_rate"),
 )
 
 

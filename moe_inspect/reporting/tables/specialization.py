@@ -32,22 +32,10 @@ from moe_inspect.reporting.tables.load import (
 from moe_inspect.reporting.tables.registry import table
 
 SPECIALIZATION = (
-    "domain_mi_bits",
-    "domain_mi_null_bits",
-    "domain_mi_null_p99_bits",
-    "domain_mi_p",
-    "domain_mi_given_token_bits",
-    "domain_mi_given_token_null_bits",
-    "domain_mi_given_token_p",
-    "token_mi_bits",
-    "token_mi_null_bits",
-    "jsd_bits",
-    "jsd_null_bits",
-    "vocabulary_specialization",
-    "vocabulary_specialization_null",
-    "vocabulary_specialization_p",
-    "vocabulary_specialization_any",
-    "vocabulary_specialization_any_null",
+    *("domain_mi_bits", "domain_mi_null_bits", "domain_mi_null_p99_bits", "domain_mi_p"),
+    *(f"domain_mi_given_token_{of}" for of in ("bits", "null_bits", "p")),
+    *("token_mi_bits", "token_mi_null_bits", "jsd_bits", "jsd_null_bits"),
+    *(f"vocabulary_specialization{of}" for of in ("", "_null", "_p", "_any", "_any_null")),
 )
 # of what a baseline is subtracted → its unit, the end of its name
 BEYOND = {
@@ -127,7 +115,7 @@ def specialization(data: ReportData) -> pd.DataFrame:
 
     frame = row_per_router(counts, data.selection.routers, SPECIALIZATION, values)
     for name, nulls in (("domain_mi", null_LB), ("domain_mi_given_token", given_LB)):
-        without = [bool(np.isnan(null).any()) for null in nulls]
+        without = np.array([bool(np.isnan(null).any()) for null in nulls])
         known = frame[f"{name}_bits"].astype("float64").mask(without)
         frame[f"{name}_p"] = chance.joint_p(known.tolist(), nulls)
     frame = frame.astype(dict.fromkeys(SPECIALIZATION, "float64"))
@@ -166,7 +154,7 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
     ]
     freedom = min(len(x.counts.units) for x in (data, other)) - len(data.counts.domains)
     beyond = added["domain_mi_beyond_baseline_bits"].to_numpy(float)
-    p_L = chance.student_p(beyond / np.hypot(*error_2L), max(freedom, 1))
+    p_L = chance.student_p(beyond / np.hypot(*np.array(error_2L)), max(freedom, 1))
     added["domain_mi_beyond_baseline_p"] = pd.Series(np.minimum(p_L * len(frame), 1))
     return frame.assign(**added)
 
@@ -201,13 +189,8 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
 
 
 COMMITTEE = (
-    "committee_experts",
-    "committee_null",
-    "committee_by_chance",
-    "committee_mass",
-    "committee_mass_low",
-    "committee_mass_high",
-    "committee_mass_even",
+    *("committee_experts", "committee_null", "committee_by_chance"),
+    *(f"committee_mass{of}" for of in ("", "_low", "_high", "_even")),
     "committee_weight",
 )
 

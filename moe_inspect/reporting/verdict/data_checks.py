@@ -113,8 +113,9 @@ def missing_ranks(data: ReportData) -> Finding | None:
     if not silent_R.any() or one_choice:
         return None
     E, ranks = dead_LE.shape[1], len(silent_R)
+    size = E // ranks
     seen, gone = (
-        [ranges(experts) for experts in np.arange(E).reshape(ranks, -1)[of_R].tolist()]
+        [ranges(range(i * size, (i + 1) * size)) for i in np.flatnonzero(of_R).tolist()]
         for of_R in (~silent_R, silent_R)
     )
     which = (
@@ -138,7 +139,7 @@ def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
     E, dead_L = dead_LE.shape[1], dead_LE.sum(1).tolist()
     likeliest, silent = CHANCE, np.zeros(0, bool)
     for ranks in (n for n in range(2, E + 1) if E % n == 0):
-        silent_R = dead_LE.all(0).reshape(ranks, -1).all(1)
+        silent_R = np.asarray(np.all(np.all(dead_LE, axis=0).reshape(ranks, -1), axis=1))
         gone = int(silent_R.sum()) * E // ranks
         in_a_row = [(np.diff(np.flatnonzero(of_R)) == 1).all() for of_R in (silent_R, ~silent_R)]
         if not gone or not any(in_a_row):

@@ -208,7 +208,7 @@ def unused_in_domain(data: ReportData) -> Finding | None:
     of_router = domains.groupby(["router", "domain"])["assignments"]
     keys = ["router", "expert"]
     ratio_of = data.tables["load"].set_index(keys)["load_ratio"]
-    overall = ratio_of.reindex(pd.MultiIndex.from_frame(domains[keys])).to_numpy()
+    overall: np.ndarray = ratio_of.reindex(pd.MultiIndex.from_frame(domains[keys])).to_numpy()
     ratio = domains["assignments"] / of_router.transform("mean")
     rows = domains.assign(ratio=ratio, most=of_router.transform("max"))
     rows = rows[(ratio < starved) & (overall >= starved)]

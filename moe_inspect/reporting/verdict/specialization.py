@@ -216,7 +216,7 @@ def _most_exclusive_token(data: ReportData, row: Row) -> str:
     if not data.top:
         return ""
     words = data.tables["vocabulary"]
-    words = words[(words["router"] == row["router"]) & words["token"].notna()]
+    words = words[words["router"] == int(row["router"])].dropna(subset=["token"])
     if words.empty:
         return ""
     best = top_row(words, words["first_choice_fraction"] * np.log1p(words["count"]))
@@ -351,7 +351,7 @@ def paths(data: ReportData) -> Finding | None:
     # of many routers, some are outside of their 95 % interval by chance
     reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
     beyond = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
-    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
+    told: pd.DataFrame = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
     if told.empty:
         return None
     row = top_row(told, told["path_entropy_shuffled_bits"] - told["path_entropy_bits"])
