@@ -228,7 +228,7 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
             f"{len(domains) - most} of {len(domains)} domains, those with the fewest tokens, on "
             "the map"
         )
-    kept = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
+    kept: list[int] = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
     load_of = {r: load[load["router"] == r] for r in chosen}
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
     position = {r: i for i, r in enumerate(chosen)}

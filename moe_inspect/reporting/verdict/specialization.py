@@ -347,14 +347,16 @@ def paths(data: ReportData) -> Finding | None:
     if not _is_small(data) or fnd.few_documents(data):
         return None
     table = data.tables["paths"]
-    shuffled, value = table["path_entropy_shuffled_bits"], table["path_entropy_bits"]
+    shuffled, value, high = (
+        table[f"path_entropy_{of}"] for of in ("shuffled_bits", "bits", "high")
+    )
     # of many routers, some are outside of their 95 % interval by chance
-    reach = (table["path_entropy_high"] - value) * z_of(ALPHA / len(table)) / z_of(0.025)
+    reach: pd.Series[float] = (high - value) * z_of(ALPHA / len(table)) / z_of(0.025)
     beyond = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
-    told: pd.DataFrame = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
+    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
     if told.empty:
         return None
-    row = top_row(told, told["path_entropy_shuffled_bits"] - told["path_entropy_bits"])
+    row = top_row(told, (shuffled - value)[told.index])
     bits, independent, low, high = (
         row[f"path_entropy_{of}"] for of in ("bits", "shuffled_bits", "low", "high")
     )
