@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts import spec
+from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.shown import Shown
 from moe_inspect.reporting.tables.data import ReportData
 from moe_inspect.reporting.tables.registry import TABLES, Excerpt, check_table
@@ -17,7 +19,6 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
-    from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.render.documents import Amount
     from moe_inspect.reporting.render.html import Section
 
@@ -96,9 +97,7 @@ class Report(ReportData, Shown):
         return excerpts_of(self)
 
     def charts(self) -> tuple[list[Chart], list[str]]:
-        from moe_inspect.reporting.charts.spec import draw_charts
-
-        return draw_charts(self)
+        return spec.draw_charts(self)
 
     def page(self, more: Iterable[Section | str] = (), text: Amount = None) -> str:
         """The page, as one string of HTML. `more`: sections to add after its charts, or texts that
@@ -109,15 +108,11 @@ class Report(ReportData, Shown):
         return report_page(self, more, text)
 
     def first_chart(self) -> Chart | str:
-        from moe_inspect.reporting.charts.spec import chart_of
-
-        return chart_of(self, "load")
+        return spec.chart_of(self, "load")
 
     def chart_named(self, name: str) -> Chart:
-        from moe_inspect.reporting.charts.spec import chart_of, check_chart
-
-        check_chart(name)
-        made = chart_of(self, name)
+        spec.check_chart(name)
+        made = spec.chart_of(self, name)
         if isinstance(made, str):
             raise MoeInspectError(made or f"this trace has no data for the chart {name!r}")
         return made

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.text import no_such
 from moe_inspect.trace.reader import Trace, address
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moe_inspect.reporting.charts.spec import Chart
     from moe_inspect.reporting.verdict.findings import Finding
 
 CELL_SENTENCES, CELL_ROWS, CELL_COLUMNS = 5, 5, 8  # of a notebook's cell
@@ -100,7 +100,6 @@ class Shown(ABC):
     def _repr_html_(self) -> str:
         """A cell of a notebook: what it comes to, its first chart and the first rows of its first
         table; without scripts, so that it is seen before the notebook is trusted."""
-        from moe_inspect.reporting.charts.spec import Chart
         from moe_inspect.reporting.render.html import template
         from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 

@@ -20,23 +20,10 @@ from moe_inspect.text import cut, join_first, plural
 DRAWN = 60  # traces in the chart of layers
 MOST_NAMES = 8  # of traces that lack the same
 COLUMNS = (
-    "trace",
-    "architecture",
-    "routers",
-    "experts",
-    "top_k",
-    "tokens",
-    "domains",
-    "max_over_mean",
-    "uneven_routers",
-    "dead_experts",
-    "domain_bits",
-    "token_bits",
-    "committee_experts",
-    "committee_mass",
-    "saturation",
-    "saturation_with",
-    "model",
+    *("trace", "architecture", "routers", "experts", "top_k", "tokens", "domains"),
+    *("max_over_mean", "uneven_routers", "dead_experts"),
+    *("domain_bits", "token_bits", "committee_experts", "committee_mass"),
+    *("saturation", "saturation_with", "model"),
 )
 MEANINGS = {
     "routers, experts": "routers of the trace, one per MoE layer in most models, and experts of "
@@ -142,12 +129,9 @@ def _layers(entries: Sequence[Entry], name: str) -> Chart | None:
     """A heatmap of traces × routers of one list of the entries, "balance" or "bits"; None where all
     of it is empty."""
     drawn = entries[:DRAWN]
-    width = max(len(entry[name]) for entry in drawn)
-    values_MR = np.full((len(drawn), width), np.nan)
-    notes_MR = np.full(values_MR.shape, "", object)
-    for m, entry in enumerate(drawn):
-        values_MR[m, : len(entry[name])] = np.array(entry[name], float)
-        notes_MR[m, : len(entry[name])] = [f"layer {label}" for label, _ in entry["layers"]]
+    values_MR = pd.DataFrame([entry[name] for entry in drawn]).to_numpy(float)
+    layers = [[f"layer {label}" for label, _ in entry["layers"]] for entry in drawn]
+    notes_MR = pd.DataFrame(layers).fillna("").to_numpy(object)
     if np.isnan(values_MR).all():
         return None
     if name == "balance":
@@ -158,12 +142,9 @@ def _layers(entries: Sequence[Entry], name: str) -> Chart | None:
         title, metric = "Specialization by layer", "domain_mi_bits"
         caption = "What the domain tells about the expert, beyond chance, by router"
         scale = amount("bits", 0.0, values_MR, 0.1)
-    labels = tuple(cut(entry["name"]) for entry in drawn)
-    panel = Panel(
-        (Heatmap(values_MR, scale, notes=notes_MR),),
-        Axis("router, from the first", tuple(str(r) for r in range(width))),
-        Axis("", labels),
-    )
+    routers = Axis("router, from the first", tuple(map(str, range(values_MR.shape[1]))))
+    traces = Axis("", tuple(cut(entry["name"]) for entry in drawn))
+    panel = Panel((Heatmap(values_MR, scale, notes=notes_MR),), routers, traces)
     return Chart(title, caption, (panel,), name=name, definitions=definitions(metric))
 
 
@@ -173,17 +154,14 @@ def _left_out(entries: Sequence[Entry]) -> list[str]:
     words = [entry["words"] for entry in entries if entry["words"]]
     ids = sum(max(0, one["ids"] - len(one["texts"])) for one in words)
     domains = sum(max(0, entry["all_domains"] - DOMAINS) for entry in entries)
-    more_ids = (
-        f", and {ids:,} token ids beyond the {TOKENS:,} most frequent of a trace" if ids else ""
-    )
+    more = f", and {ids:,} token ids beyond the {TOKENS:,} most frequent of a trace" if ids else ""
+    any_domains = any(entry["domains"] for entry in entries)
     said = {
         f"{len(entries) - DRAWN} traces in the charts of layers": len(entries) > DRAWN,
         f"the load of experts of {', '.join(large)}, over {CELLS:,} each, in the search": large,
         f"experts of a token beyond the {EXPERTS_OF_TOKEN} that take it most above their "
-        f"share of all tokens{more_ids}": words,
-        f"experts of a domain beyond {EXPERTS} of a trace": any(
-            entry["domains"] for entry in entries
-        ),
+        f"share of all tokens{more}": words,
+        f"experts of a domain beyond {EXPERTS} of a trace": any_domains,
         f"{domains:,} domains beyond {DOMAINS} of a trace, those with the fewest tokens": domains,
     }
     return [text for text, holds in said.items() if holds]

@@ -95,7 +95,7 @@ def picture(figure: Figure, format: str, description: str = "", dpi: int = DPI) 
     described, dated = {"pdf": ("Subject", "CreationDate")}.get(format, ("Description", "Date"))
     metadata: dict[str, str | None] = {described: description} if description else {}
     if format != "png":
-        metadata[dated] = None
+        metadata |= {dated: None}
     text: Any = {"svg.fonttype": "none", "svg.hashsalt": "moe-inspect", "pdf.fonttype": 42}
     with matplotlib.rc_context(text):
         figure.savefig(file, format=format, dpi=dpi, metadata=metadata)
@@ -256,10 +256,9 @@ def _panel(
     axes.spines[["top", "right"]].set_visible(False)
     if heatmap:
         axes.spines[["left", "bottom"]].set_visible(False)
-        if heatmap.cells is not None:
-            widest = _widest(figure, set(heatmap.cells.ravel()))
-            if widest < across / count - 0.04:
-                _write_cells(heatmap, heatmap.cells, axes)
+        cells, room = heatmap.cells, across / count - 0.04
+        if cells is not None and _widest(figure, set(cells.ravel())) < room:
+            _write_cells(heatmap, cells, axes)
         if of.bar:
             _draw_colour_bar(figure, of.bar, left, top + above - of.bar.height)
         return
@@ -382,17 +381,12 @@ def plain(text: str) -> str:
 def vertical_range(panel: Panel) -> tuple[float, float]:
     """The lower and upper end of the y axis of a panel without a heatmap."""
     values = [panel.y.low, panel.y.high]
-    for mark in panel.marks:
-        if isinstance(mark, Rule):
-            values.append(mark.y)
-            continue
-        for of in ("y", "low", "high"):
-            array = getattr(mark, of, None)
-            # a logarithmic axis cannot show an interval that reaches down to 0
-            shown = np.asarray([] if array is None else array, float)
-            shown = shown[np.isfinite(shown) & ((shown > 0) | (not panel.y.log))]
-            if len(shown):
-                values += [float(shown.min()), float(shown.max())]
+    for array in (getattr(mark, of, None) for mark in panel.marks for of in ("y", "low", "high")):
+        # a logarithmic axis cannot show an interval that reaches down to 0
+        shown = np.atleast_1d(np.asarray([] if array is None else array, float))
+        shown = shown[np.isfinite(shown) & ((shown > 0) | (not panel.y.log))]
+        if len(shown):
+            values += [float(shown.min()), float(shown.max())]
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     if not high > low:
@@ -400,10 +394,8 @@ def vertical_range(panel: Panel) -> tuple[float, float]:
     if panel.y.log:
         return (low if low == panel.y.low else low / 1.05), high * 1.05
     margin = 0.04 * (high - low)
-    return (
-        low if low == panel.y.low else low - margin,
-        high if high == panel.y.high else high + margin,
-    )
+    below, above = (0 if low == panel.y.low else margin), (0 if high == panel.y.high else margin)
+    return low - below, high + above
 
 
 def named_ticks(axis: Axis, count: int, most: float) -> Ticks:

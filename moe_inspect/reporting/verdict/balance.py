@@ -105,12 +105,9 @@ def routers_without_load(data: ReportData) -> Finding | None:
     if not silent or len(silent) == len(table):
         return None
     names = join_first([name_of(data, row) for row in silent], 6, ", ")
-    return fnd.critical(
-        f"{len(silent)} of {len(table)} routers made no assignments: {names}.",
-        silent[0] if len(silent) == 1 else None,
-        routers_without_load=[int(row["router"]) for row in silent],
-        routers=len(table),
-    )
+    said = f"{len(silent)} of {len(table)} routers made no assignments: {names}."
+    about, routers = silent[0] if len(silent) == 1 else None, [int(row["router"]) for row in silent]
+    return fnd.critical(said, about, routers_without_load=routers, routers=len(table))
 
 
 def idle_gpus(data: ReportData) -> Finding | None:
@@ -124,12 +121,8 @@ def idle_gpus(data: ReportData) -> Finding | None:
     )
     there = 1 - worst["balancedness"]
     alone = f" ({there:.0%} at {name_of(data, worst)})" if len(data.loaded) > 1 else ""
-    return note(
-        f"With one GPU per expert, GPUs would idle {share:.0%} of the time{alone}.",
-        worst,
-        idle_share=share,
-        idle_share_at_worst=there,
-    )
+    said = f"With one GPU per expert, GPUs would idle {share:.0%} of the time{alone}."
+    return note(said, worst, idle_share=share, idle_share_at_worst=there)
 
 
 def uneven_batches(data: ReportData) -> Finding | None:
@@ -151,18 +144,15 @@ def uneven_batches(data: ReportData) -> Finding | None:
             f" Each pass holds few documents, and tokens of one document choose alike (design "
             f"effect {effect:.1f}): larger or better mixed passes are more even."
         )
-    return fnd.found(
-        "note" if cause else "warning",
+    said = (
         f"Single passes are less balanced than the total, most in {name_of(data, row)}: the "
         f"busiest expert of a pass gets {batch:.2f}x the mean load on average ({larger}"
         f"expected by chance: {expected:.2f}x), over all passes {row['max_over_mean']:.2f}x. With "
-        f"one GPU per expert, GPUs would idle {idle:.0%} of the time in that layer.{cause}",
-        row,
-        max_over_mean_batch=batch,
-        max_over_mean=row["max_over_mean"],
-        expected_by_chance=expected,
-        idle_share=idle,
+        f"one GPU per expert, GPUs would idle {idle:.0%} of the time in that layer.{cause}"
     )
+    values = {"max_over_mean_batch": batch, "max_over_mean": row["max_over_mean"]}
+    values |= {"expected_by_chance": expected, "idle_share": idle}
+    return fnd.found("note" if cause else "warning", said, row, **values)
 
 
 def _hidden(data: ReportData, row: Row) -> float:
@@ -204,9 +194,5 @@ def averaging_hides(data: ReportData) -> Finding | None:
     routers, n = data.trace.routers, len(data.selection.routers)
     of = "layer" if len({routers[r].layer for r in data.selection.routers}) == n else "router"
     average = f"{of} average" if n == len(routers) else f"average of the {n} {of}s selected"
-    return note(
-        f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}.",
-        row,
-        pooled_max_over_mean=pooled,
-        max_over_mean=row["max_over_mean"],
-    )
+    said = f"The {average} ({pooled:.2f}x) looks fine and hides {name_of(data, row)}."
+    return note(said, row, pooled_max_over_mean=pooled, max_over_mean=row["max_over_mean"])

@@ -49,19 +49,19 @@ def dropped(data: ReportData) -> Finding | None:
     at = f", most in {name_of(data, worst)}: {_percent(most)}" if len(data.loaded) > 1 else ""
     values = {"assignments": empty, "slots": slots, "share": share, "share_at_worst": most}
     if not known:
-        return fnd.finding(
-            "empty_slots",
-            "note",
+        said = (
             f"{empty:,} of {slots:,} slots are empty ({_percent(share)}{at}): dropped tokens, "
-            "skipped experts or null experts, which the trace does not tell apart.",
-            worst,
-            **values,
+            "skipped experts or null experts, which the trace does not tell apart."
         )
+        return fnd.finding("empty_slots", "note", said, worst, **values)
     more = f" Another {all_empty - empty:,} slots are empty." if all_empty > empty else ""
+    said = (
+        f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
+        f"{_before(data)}.{more}"
+    )
     return fnd.found(
         "critical" if most >= MANY_DROPPED else "warning" if most >= DROPPED else "note",
-        f"{empty:,} of {slots:,} assignments were dropped by capacity ({_percent(share)}{at}): "
-        f"{_before(data)}.{more}",
+        said,
         worst,
         **values,
     )
@@ -124,13 +124,11 @@ def missing_ranks(data: ReportData) -> Finding | None:
         else f"Experts {join_first(gone, 4, ', ')} of {E} have no load"
     )
     routers = ", in every router" if len(load_of) > 1 else ""
-    return fnd.critical(
+    said = (
         f"{which}{routers}: these look like the counts of {len(seen)} of {ranks} ranks under "
-        "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids.",
-        ranks_seen=len(seen),
-        ranks=ranks,
-        experts=E,
+        "expert parallelism, not like dead experts. Add up the ranks, or record global expert ids."
     )
+    return fnd.critical(said, ranks_seen=len(seen), ranks=ranks, experts=E)
 
 
 def _silent_ranks(dead_LE: np.ndarray) -> np.ndarray:
@@ -164,16 +162,13 @@ def few_tokens(data: ReportData) -> Finding | None:
     T, E = counts.tokens_of(r), counts.routers[r].experts
     # the floor falls with the root of the tokens
     enough = int(float(f"{T * (floor / uneven) ** 2:.1e}"))
-    return note(
+    said = (
         f"{plural(T, 'token')} {'is' if T == 1 else 'are'} few for {E} experts: by chance alone "
         f"the busiest gets {1 + floor:.2f}x the mean load. About {enough:,} tokens would bring "
-        f"that under {1 + uneven:g}x.",
-        {"layer": counts.routers[r].layer, "router": r},
-        tokens=T,
-        experts=E,
-        expected_by_chance=1 + floor,
-        tokens_needed=enough,
+        f"that under {1 + uneven:g}x."
     )
+    values = {"tokens": T, "experts": E, "expected_by_chance": 1 + floor, "tokens_needed": enough}
+    return note(said, {"layer": counts.routers[r].layer, "router": r}, **values)
 
 
 def few_documents_per_domain(data: ReportData) -> Finding | None:
@@ -187,12 +182,11 @@ def few_documents_per_domain(data: ReportData) -> Finding | None:
     if not few:
         return None
     names = join_first([f'"{domain}" ({n})' for domain, n in few.items()], 6, ", ")
-    return note(
+    said = (
         f"Domains of fewer than {FEWEST_DOCUMENTS} documents reflect single texts as much as the "
-        f"domain: {names}.",
-        documents_needed=FEWEST_DOCUMENTS,
-        domains=list(few),
+        f"domain: {names}."
     )
+    return note(said, documents_needed=FEWEST_DOCUMENTS, domains=list(few))
 
 
 def repeated_rows(data: ReportData) -> Finding | None:
@@ -210,12 +204,11 @@ def repeated_rows(data: ReportData) -> Finding | None:
         repeated += in_runs(np.column_stack([*slots, seen.token_id_T])[known_T])
     if not rows or repeated / rows < data.thresholds.repeated:
         return None
-    return warning(
+    said = (
         f"{repeated:,} of the first {rows:,} tokens are in runs of {RUN} or more identical rows "
-        "(same token id, same experts): warm-up or padding rows count as load.",
-        repeated=repeated,
-        tokens=rows,
+        "(same token id, same experts): warm-up or padding rows count as load."
     )
+    return warning(said, repeated=repeated, tokens=rows)
 
 
 def in_runs(rows_TX: np.ndarray) -> int:
@@ -231,11 +224,10 @@ def sample(data: ReportData) -> Finding:
     domains = f" in {plural(len(counts.domains), 'domain')}" if len(counts.domains) > 1 else ""
     routers = len(data.selection.routers)
     weights = [printable(said) for said in (quantization(manifest), adapter(manifest)) if said]
-    return note(
+    said = (
         f"Judged on {plural(counts.tokens, 'token')}{documents}{domains}, "
-        f"{plural(routers, 'router')}{'; weights: ' if weights else ''}{', '.join(weights)}.",
-        tokens=counts.tokens,
-        documents=counts.documents,
-        domains=len(counts.domains),
-        routers=routers,
+        f"{plural(routers, 'router')}{'; weights: ' if weights else ''}{', '.join(weights)}."
     )
+    values = {"tokens": counts.tokens, "documents": counts.documents}
+    values |= {"domains": len(counts.domains), "routers": routers}
+    return note(said, **values)

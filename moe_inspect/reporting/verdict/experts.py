@@ -87,11 +87,9 @@ def _crowd(rows: pd.DataFrame, load: str) -> Finding | None:
     n, routers = len(rows), rows["router"].nunique()
     if not n:
         return None
+    said = f"{plural(n, 'expert')} in {plural(routers, 'router')} {verb_for(rows, 'get')} {load}."
     return warning(
-        f"{plural(n, 'expert')} in {plural(routers, 'router')} {verb_for(rows, 'get')} {load}.",
-        records(rows.head(1))[0] if routers == 1 else None,
-        experts=n,
-        routers=routers,
+        said, records(rows.head(1))[0] if routers == 1 else None, experts=n, routers=routers
     )
 
 
@@ -114,17 +112,13 @@ def least_used_expert(data: ReportData) -> Finding | None:
         there = f' ({in_domain:.1f} times on "{domain}")'
     else:
         there = f' (on "{domain}", expert {expert} is never chosen)'
-    return note(
+    said = (
         f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
         f"{format_ratio(ratio)}x the mean load. That layer's busiest expert gets {times:,.1f} "
-        f"times as much{there}.",
-        row,
-        expert=expert,
-        load_ratio=ratio,
-        busiest_over_it=times,
-        domain=domain,
-        busiest_over_it_in_domain=in_domain,
+        f"times as much{there}."
     )
+    values = {"expert": expert, "load_ratio": ratio, "busiest_over_it": times}
+    return note(said, row, **values, domain=domain, busiest_over_it_in_domain=in_domain)
 
 
 def _worst_domain(
@@ -171,13 +165,12 @@ def overloading_domain(data: ReportData) -> Finding | None:
         if sure:
             together = "the selected" if data.selection.domains else "all"
             at = f" ({fnd.beyond(data)})" if data.counts.counts_only else ""
-            return warning(
+            said = (
                 f'"{row["domain"]}" overloads expert {row["expert"]} of {where}: '
                 f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')}{at}; "
-                f"{together} domains together reach at most {overall['max_over_mean']:.2f}x.",
-                row,
-                **values,
+                f"{together} domains together reach at most {overall['max_over_mean']:.2f}x."
             )
+            return warning(said, row, **values)
         unsure = unsure or note(
             f"Expert {row['expert']} of {where} gets {row['ratio']:.2f}x the mean load on the "
             f'{row["tokens"]:,} tokens of "{row["domain"]}", but with fewer than '
@@ -221,15 +214,11 @@ def unused_in_domain(data: ReportData) -> Finding | None:
     less = f"; the busiest expert gets {times:.1f} times as much" if times < math.inf else ""
     verb = "is" if others == 1 else "are"
     so = f"; so {verb} {plural(others, 'other expert')} in some domain" if others else ""
-    return note(
+    said = (
         f'"{row["domain"]}" leaves expert {row["expert"]} of {name_of(data, row)} nearly unused: '
         f"{row['ratio']:.2f}x the mean load on its {plural(row['tokens'], 'token')} "
-        f"({fnd.beyond(data)}){less}{so}.",
-        row,
-        domain=row["domain"],
-        expert=row["expert"],
-        load_ratio=row["ratio"],
-        tokens=row["tokens"],
-        busiest_over_it=times,
-        others=others,
+        f"({fnd.beyond(data)}){less}{so}."
     )
+    values = {"domain": row["domain"], "expert": row["expert"], "load_ratio": row["ratio"]}
+    values |= {"tokens": row["tokens"], "busiest_over_it": times, "others": others}
+    return note(said, row, **values)

@@ -32,12 +32,11 @@ def domain_specialization(data: ReportData) -> Finding | None:
         return note(untold)
     real, routers = _beyond_chance(table), len(table)
     if real.empty:
-        return note(
+        said = (
             "No expert specialises by domain: routing carries no more information about it than "
-            "documents give by chance.",
-            specialised_routers=0,
-            routers=routers,
+            "documents give by chance."
         )
+        return note(said, specialised_routers=0, routers=routers)
     effect = real["domain_mi_bits"] - real["domain_mi_null_bits"]
     row = top_row(real, effect)
     most = (
@@ -47,65 +46,52 @@ def domain_specialization(data: ReportData) -> Finding | None:
     values = {name: row[name] for name in ("domain_mi_bits", "domain_mi_null_bits")}
     values["routers"] = routers
     if (seed := untrained_seed(data)) is not None:
-        return note(
+        said = (
             f"This model was never trained (random weights, seed {seed}), so nothing here is "
             f"specialisation: the information that the domain carries about the expert, {most}, "
-            "comes from the text alone. It is the baseline that a trained model must exceed.",
-            row,
-            **values,
-            seed=seed,
+            "comes from the text alone. It is the baseline that a trained model must exceed."
         )
+        return note(said, row, **values, seed=seed)
     if data.baseline is not None:
         return _beyond_baseline(data, real, values)
     # bits that would name the expert
     named = np.log2([max(counts.routers[int(r)].experts, 2) for r in real["router"]])
-    specialised = int((effect / named >= data.thresholds.specialised).sum())
-    values |= {"specialised_routers": specialised, "differing_routers": len(real)}
+    n = int((effect / named >= data.thresholds.specialised).sum())
+    values |= {"specialised_routers": n, "differing_routers": len(real)}
     most += _specialist(data, int(row["router"]))
-    if not specialised:
-        return note(
-            f"Routing differs by domain in {len(real)} of {routers} routers, {most}. An "
-            "untrained router can show as much: a trace with --random-init is the baseline.",
-            row,
-            **values,
+    more = f", and routing differs by domain in {len(real) - n} more" if len(real) > n else ""
+    said = f"Experts specialise by domain in {n} of {routers} routers{more}; {most}."
+    if not n:
+        said = (
+            f"Routing differs by domain in {len(real)} of {routers} routers, {most}. An untrained "
+            "router can show as much: a trace with --random-init is the baseline."
         )
-    more = len(real) - specialised
-    less = f", and routing differs by domain in {more} more" if more else ""
-    return good(
-        f"Experts specialise by domain in {specialised} of {routers} routers{less}; {most}.",
-        row,
-        **values,
-    )
+    return (good if n else note)(said, row, **values)
 
 
 def _beyond_baseline(data: ReportData, real: pd.DataFrame, values: Row) -> Finding:
     """In how many of the routers that differ by domain that is beyond the baseline, too."""
     beyond = real[real["domain_mi_beyond_baseline_p"] < ALPHA]
-    among, routers = real if beyond.empty else beyond, values["routers"]
+    among, n, routers = real if beyond.empty else beyond, len(beyond), values["routers"]
     row = top_row(among, among["domain_mi_beyond_baseline_bits"])
-    bits, its = row["domain_mi_bits"] - row["domain_mi_null_bits"], row["domain_mi_baseline_bits"]
-    most = f"{name_of(data, row)} ({bits:.3f} bits beyond chance, {max(its, 0):.3f} in the baseline"
-    values = {
-        **values,
-        "domain_mi_bits": row["domain_mi_bits"],
-        "domain_mi_baseline_bits": its,
-        "domain_mi_null_bits": row["domain_mi_null_bits"],
-        "specialised_routers": len(beyond),
-        "differing_routers": len(real),
-    }
-    if beyond.empty:
-        return note(
-            f"Routing differs by domain in {len(real)} of {routers} routers, but no more than the "
-            f"baseline's as far as these documents tell: most in {most}).",
-            row,
-            **values,
-        )
-    return good(
-        f"Experts specialise by domain beyond the baseline in {len(beyond)} of {routers} routers; "
-        f"most in {most} too){_specialist(data, int(row['router']))}.",
-        row,
-        **values,
+    here, null, its = (row[f"domain_mi_{of}bits"] for of in ("", "null_", "baseline_"))
+    most = (
+        f"{name_of(data, row)} ({here - null:.3f} bits beyond chance, {max(its, 0):.3f} in the "
+        "baseline"
     )
+    values = dict(values) | {"domain_mi_bits": here, "domain_mi_baseline_bits": its}
+    values |= {"domain_mi_null_bits": null}
+    values |= {"specialised_routers": n, "differing_routers": len(real)}
+    said = (
+        f"Experts specialise by domain beyond the baseline in {n} of {routers} routers; most in "
+        f"{most} too){_specialist(data, int(row['router']))}."
+    )
+    if not n:
+        said = (
+            f"Routing differs by domain in {len(real)} of {routers} routers, but no more than the "
+            f"baseline's as far as these documents tell: most in {most})."
+        )
+    return (good if n else note)(said, row, **values)
 
 
 def _in_baseline(row: Row, name: str, unit: str, form: str) -> str:
@@ -159,13 +145,12 @@ def domain_beyond_token(data: ReportData) -> Finding | None:
         share = "most of it is vocabulary"
     else:
         share = "not vocabulary alone"
-    return note(
+    said = (
         f"Given the token id, the domain still carries {given:.3f} bits about the expert in "
         f"{name_of(data, row)} (documents by chance give {null:.3f}"
-        f"{_in_baseline(row, name, '_bits', '.3f')}): {share}.",
-        row,
-        **{f"{name}_bits": given, f"{name}_null_bits": null, f"{name}_p": p},
+        f"{_in_baseline(row, name, '_bits', '.3f')}): {share}."
     )
+    return note(said, row, **{f"{name}_bits": given, f"{name}_null_bits": null, f"{name}_p": p})
 
 
 def _specialist(data: ReportData, router: int) -> str:
@@ -241,18 +226,15 @@ def hard_tokens(data: ReportData) -> Finding | None:
         return None
     row = top_row(beyond, beyond["difference_nats"].abs())
     nats, low, high = (row[f"difference_{name}"] for name in ("nats", "low", "high"))
-    return note(
+    said = (
         f"Expert {row['expert']} of {name_of(data, row)} serves tokens that are {abs(nats):.2f} "
         f"nats {'harder' if nats > 0 else 'easier'} to continue than others of the same domain, "
         f"phase and token id (95% interval over documents {low:.2f} to {high:.2f}; "
         f"±{row['difference_null_p99']:.2f} by chance of such documents). In all, "
         f"{len(beyond)} of {plural(len(table), 'expert')} "
-        f"{'differs' if len(beyond) == 1 else 'differ'} in this way, harder or easier.",
-        row,
-        expert=row["expert"],
-        difference_nats=nats,
-        experts=len(beyond),
+        f"{'differs' if len(beyond) == 1 else 'differ'} in this way, harder or easier."
     )
+    return note(said, row, expert=row["expert"], difference_nats=nats, experts=len(beyond))
 
 
 def untrained_seed(data: ReportData) -> int | None:
@@ -274,14 +256,12 @@ def router_ties(data: ReportData) -> Finding | None:
     if tied.empty:
         return None
     row = top_row(tied, tied["tie_rate"])
-    return fnd.warning(
+    said = (
         f"In {row['tie_rate']:.1%} of the decisions of {name_of(data, row)} the last expert "
         f"chosen and the first not chosen have equal logits ({plural(len(tied), 'router')} with "
-        f"{least:.1%} or more): the order of the experts decides these, not the router.",
-        row,
-        tie_rate=row["tie_rate"],
-        routers=len(tied),
+        f"{least:.1%} or more): the order of the experts decides these, not the router."
     )
+    return fnd.warning(said, row, tie_rate=row["tie_rate"], routers=len(tied))
 
 
 # of a trace for which a pass of its own costs little beside the report
@@ -305,17 +285,15 @@ def committee(data: ReportData) -> Finding | None:
     row = top_row(standing, standing["committee_mass"] - standing["committee_mass_even"])
     mass, low, high, even = (row[f"committee_mass{of}"] for of in ("", "_low", "_high", "_even"))
     experts, size = row["experts"].split(), int(row["committee_experts"])
-    return note(
+    said = (
         f"In {n} of {plural(len(table), 'router')} the same experts lead in all "
         f"{int(row['domains'])} domains, most in {name_of(data, row)}: {plural(size, 'expert')} "
         f"({', '.join(experts)}) {'carries' if size == 1 else 'carry'} {mass:.0%} of a domain's "
         f"assignments (95% interval {low:.0%} to {high:.0%}; even share {even:.0%}). "
-        "Changing them for one domain affects all.",
-        row,
-        committee_mass=mass,
-        committee_mass_even=even,
-        committee_experts=size,
-        routers=n,
+        "Changing them for one domain affects all."
+    )
+    return note(
+        said, row, committee_mass=mass, committee_mass_even=even, committee_experts=size, routers=n
     )
 
 
@@ -330,14 +308,14 @@ def signature(data: ReportData) -> Finding | None:
     share, low, high = (row[f"signature_accuracy{name}"] for name in ("", "_low", "_high"))
     if not low > row["signature_null_p99"]:
         return None
-    return note(
+    said = (
         f"Routing identifies the domain: for {'all' if share == 1 else f'{share:.0%} of'} "
         f"{documents:,} documents the nearest other one shares it (95% interval {low:.0%} to "
         f"{high:.0%}; {row['signature_null']:.0%} by chance). Untrained routers show part of this "
-        "from the text alone: trace with --random-init to see how much.",
-        signature_accuracy=share,
-        signature_null=row["signature_null"],
-        documents=documents,
+        "from the text alone: trace with --random-init to see how much."
+    )
+    return note(
+        said, signature_accuracy=share, signature_null=row["signature_null"], documents=documents
     )
 
 
@@ -352,24 +330,24 @@ def paths(data: ReportData) -> Finding | None:
     )
     # of many routers, some are outside of their 95 % interval by chance
     reach: pd.Series[float] = (high - value) * z_of(ALPHA / len(table)) / z_of(0.025)
-    beyond = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
-    told = table[(shuffled <= table["most_bits"] - UNSATURATED) & beyond]
+    beyond: pd.Series[bool] = (value + reach < shuffled) & (value <= (1 - CONNECTED) * shuffled)
+    unsaturated: pd.Series[bool] = shuffled <= table["most_bits"] - UNSATURATED
+    told = table[unsaturated & beyond]
     if told.empty:
         return None
     row = top_row(told, (shuffled - value)[told.index])
     bits, independent, low, high = (
         row[f"path_entropy_{of}"] for of in ("bits", "shuffled_bits", "low", "high")
     )
-    return note(
+    said = (
         f"Layers do not choose independently: up to {name_of(data, row)}, the first choices of "
         f"{row['tokens']:,} tokens take {row['paths']:,} distinct routes (entropy {bits:.2f} bits, "
         f"95% interval {low:.2f} to {high:.2f}; {independent:.2f} with each layer's choices "
-        "shuffled within documents). A token's earlier choices help predict its later ones.",
-        row,
-        path_entropy_bits=bits,
-        path_entropy_shuffled_bits=independent,
-        paths=row["paths"],
+        "shuffled within documents). A token's earlier choices help predict its later ones."
     )
+    values = {"path_entropy_bits": bits, "path_entropy_shuffled_bits": independent}
+    values |= {"paths": row["paths"]}
+    return note(said, row, **values)
 
 
 def drift(data: ReportData) -> Finding | None:
@@ -383,16 +361,12 @@ def drift(data: ReportData) -> Finding | None:
         return None
     row = top_row(told, change[told.index])
     expert, first, last = int(row["trend_expert"]), row["trend_first"], row["trend_last"]
-    return note(
+    said = (
         f"Load drifts through the trace in {len(told)} of {plural(len(table), 'router')}, most in "
         f"{name_of(data, row)}: expert {expert} gets {first:.2f}x the mean load in the first "
-        f"quarter and {last:.2f}x in the last. Text that changes along the trace moves load too.",
-        row,
-        expert=expert,
-        first_quarter=first,
-        last_quarter=last,
-        routers=len(told),
+        f"quarter and {last:.2f}x in the last. Text that changes along the trace moves load too."
     )
+    return note(said, row, expert=expert, first_quarter=first, last_quarter=last, routers=len(told))
 
 
 def _is_small(data: ReportData) -> bool:
