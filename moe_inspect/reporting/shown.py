@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from moe_inspect.reporting.verdict.findings import Finding
 
+LEAST_OF_TABLE = 9  # lines of a table with two rows in a text
+# lines of a table besides its rows and what is said of those left out: an empty one, the title, the
+# columns that are the same in every row, the names, a rule
+BESIDE_ROWS = 5
 CELL_SENTENCES, CELL_ROWS, CELL_COLUMNS = 5, 5, 8  # of a notebook's cell
 
 
@@ -87,8 +91,9 @@ class Shown(ABC):
         verdict = partial(terminal.print_verdict, self.said)
         lines = text.print_and_count(verdict, console, self.heading)
         if console.is_terminal:
-            excerpts = dict([*excerpts.items()][: text.tables_that_fit(console, lines)])
-            most = text.rows_that_fit(console, lines, len(excerpts), 2 if self.command else 1)
+            room = text.screen_lines(console) - lines
+            excerpts = dict([*excerpts.items()][: max(1, room // LEAST_OF_TABLE)])
+            most = max(2, room // max(len(excerpts), 1) - BESIDE_ROWS - (2 if self.command else 1))
         for name, excerpt in excerpts.items():
             terminal.print_excerpt(self.tables[name], name, excerpt, most, self.command, console)
 

@@ -248,7 +248,10 @@ def _with_matrices(
     are furthest from chance; pairs without evidence are grey. Of many experts, only those with a
     supported pair are shown. `other`: what an expert is paired with."""
     lifts = dict[int, np.ndarray]()
-    for r in _furthest_routers(table):
+    # the routers whose supported pairs are furthest from chance, in order of layers
+    distance = (table["probability"] - table["probability"] / table["lift"]).abs()
+    by_router = (distance * table["supported"]).groupby(table["router"]).sum()
+    for r in sorted(by_router.nlargest(MOST_MATRICES).index.tolist()):
         both = pair_counts(data, r)
         if both is not None and np.isfinite(lift_EN := supported_lift(both)).any():
             lifts[r] = lift_EN
@@ -288,13 +291,6 @@ def supported_lift(counted: PairEvidence) -> np.ndarray:
     lift = counted.count_EN[possible] / counted.expected_EN[possible]
     lift_EN[possible] = np.where(counted.evidence(possible)["supported"], lift, np.nan)
     return lift_EN
-
-
-def _furthest_routers(table: pd.DataFrame) -> list[int]:
-    """The routers whose supported pairs are furthest from chance, in order of layers."""
-    distance = (table["probability"] - table["probability"] / table["lift"]).abs()
-    by_router = (distance * table["supported"]).groupby(table["router"]).sum()
-    return sorted(int(r) for r in by_router.nlargest(MOST_MATRICES).index)
 
 
 def _above_chance(table: pd.DataFrame) -> pd.Series[bool]:

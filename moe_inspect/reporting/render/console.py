@@ -22,7 +22,6 @@ SCREEN_LINES = 45
 LEAST_LINES = 23
 MOST_ROWS = 2_000  # shown by --format table
 GAP = 2  # between columns
-LEAST_OF_TABLE = 9  # lines of a table with two rows
 FILE_WIDTH = 10_000
 # columns that identify a row
 LEAD = (
@@ -81,19 +80,6 @@ def screen_lines(console: Console) -> int:
     prompt."""
     low = console.is_terminal and not isinstance(console.file, _Screen)
     return max(LEAST_LINES, min(SCREEN_LINES, console.height - 1)) if low else SCREEN_LINES
-
-
-def tables_that_fit(console: Console, lines: int) -> int:
-    """How many tables have room for two rows each on what `lines` leave of a screen; at least
-    one."""
-    return max(1, (screen_lines(console) - lines) // LEAST_OF_TABLE)
-
-
-def rows_that_fit(console: Console, lines: int, tables: int, left_out: int) -> int:
-    """The rows that each of so many tables can have on what `lines` leave of a screen. Besides rows
-    a table takes an empty line, a title, a line on columns that are the same in every row, the
-    names, a rule, and so many lines on what is left out."""
-    return max(2, (screen_lines(console) - lines) // max(tables, 1) - 5 - left_out)
 
 
 def print_frame(

@@ -101,15 +101,8 @@ class Page:
 
 
 def chart_section(chart: Chart) -> Section:
-    return Section(
-        chart.title,
-        chart.text,
-        chart,
-        table=chart.table,
-        definitions=chart.definitions,
-        group=chart.group,
-        name=chart.name,
-    )
+    shown = (chart.title, chart.text, chart, chart.table, chart.definitions)
+    return Section(*shown, group=chart.group, name=chart.name)
 
 
 def page_html(page: Page) -> str:

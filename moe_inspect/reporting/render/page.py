@@ -217,17 +217,15 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
     `layers` are those from start[first[l] + e] to before start[first[l] + e + 1]."""
     if not data.loaded:
         return None, []
-    counts, chosen, short = data.counts, data.selection.routers, list[str]()
-    load = data.tables["load"]
+    counts, chosen, load = data.counts, data.selection.routers, data.tables["load"]
     routers, domains = [data.trace.routers[r] for r in chosen], counts.domains
     first: np.ndarray = np.r_[0, np.cumsum([router.experts for router in routers])]
     tokens_DL = np.stack([counts.tokens_D_of(r) for r in chosen], axis=1)
     most = max(1, CELLS // int(first[-1]))
-    if len(domains) > most:
-        short.append(
-            f"{len(domains) - most} of {len(domains)} domains, those with the fewest tokens, on "
-            "the map"
-        )
+    left = (
+        f"{len(domains) - most} of {len(domains)} domains, those with the fewest tokens, on the map"
+    )
+    short = [left] if len(domains) > most else []
     kept: list[int] = sorted(np.argsort(-tokens_DL.max(1), kind="stable")[:most].tolist())
     load_of = {r: load[load["router"] == r] for r in chosen}
     entries = int(np.clip(ENTRIES // int(first[-1]), 3, 20))
@@ -242,7 +240,8 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         return table.iloc[order], np.searchsorted(flat[order], experts).tolist()
 
     bits = data.tables["specialization"]["domain_mi_bits"]
-    loads = [counts.assignments_DE(r).tolist() for r in chosen] if len(domains) > 1 else []
+    several = len(domains) > 1
+    loads = [counts.assignments_DE(r)[kept].tolist() for r in chosen] if several else []
     weights = None
     if data.trace.has_weights:
         each = (load_of[r]["weight_sum"] / load_of[r]["assignments"] for r in chosen)
@@ -258,7 +257,7 @@ def map_data(data: ReportData) -> tuple[Json | None, list[str]]:
         "domains": [readable(domains[d]) for d in kept],
         "uniform": UNIFORM,
         "all": [load_of[r]["assignments"].tolist() for r in chosen],
-        "load": [[load_DE[d] for load_DE in loads] for d in kept if loads],
+        "load": list(zip(*loads, strict=True)),
         "tokens": tokens_DL[kept].tolist(),
         "choices": [
             numbers(load_of[r]["first_choice"].to_numpy(float, na_value=np.nan)) for r in chosen
