@@ -41,17 +41,11 @@ def small(root: Path, seed: int = 0, **more: Any) -> Trace:
     T, E, rng = 480, 4, np.random.default_rng(seed)
     token_id, document = np.random.default_rng(9).integers(0, 12, T), np.arange(T) // 20
     ids = [uniform_ids(rng, T, E, 2) for _ in range(2)]
-    code = np.array([LABELS[d % 4] == "code" for d in document])
-    ids[1][code] = [0, 1]
+    ids[1][document % 4 == LABELS.index("code")] = [0, 1]
     ids[1][token_id == 0] = [3, 2]
-    settings: dict[str, Any] = {
-        "document": document,
-        "domain_of_document": LABELS,
-        "token_id": token_id,
-        "words": 12,
-        "weights": [np.tile(np.array([0.75, 0.25], np.float32), (T, 1))] * 2,
-    }
-    return write_trace(root, ids, E, **(settings | more))
+    settings: dict[str, Any] = {"document": document, "domain_of_document": LABELS}
+    settings |= {"weights": [np.tile(np.array([0.75, 0.25], np.float32), (T, 1))] * 2}
+    return write_trace(root, ids, E, **settings | {"token_id": token_id, "words": 12} | more)
 
 
 def entries(site: Path) -> dict[str, dict[str, Any]]:
@@ -79,13 +73,17 @@ def here(made: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def site_of(here: Path, *names: str, **options: Any) -> Any:
+    """The table of the site made of these traces, by their names."""
+    return atlas([here / name for name in names], here / "site", **options).set_index("trace")
+
+
 def state(site: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in site.iterdir()}
 
 
 def test_the_table_is_that_of_the_reports(here: Path):
-    paths = [here / name for name in ("a", "b", "counts")]
-    table = atlas(paths, here / "site").set_index("trace")
+    paths, table = [here / "a", here / "b"], site_of(here, "a", "b", "counts")
     assert list(table.index) == ["a", "b", "counts"]
     a = report(paths[0])
     balance, spec = a.tables["balance"], a.tables["specialization"]
@@ -94,7 +92,7 @@ def test_the_table_is_that_of_the_reports(here: Path):
     assert table.loc["a", "domain_bits"] == pytest.approx(bits)
     assert bits > 0.1
     assert table.loc["a", "committee_experts"] == a.tables["committee"]["committee_experts"].mean()
-    compared = compare_checkpoints(paths[:2]).tables["saturation"]
+    compared = compare_checkpoints(paths).tables["saturation"]
     assert table.loc["a", "saturation"] == pytest.approx(compared["overlap"].mean())
     assert table.loc["a", "saturation_with"] == "b"
     assert table.loc[["b", "counts"], "saturation"].isna().all()
@@ -102,10 +100,8 @@ def test_the_table_is_that_of_the_reports(here: Path):
     assert table.loc[["counts"], "domain_bits"].isna().all()
     lacks = {name: entry["lacks"] for name, entry in entries(here / "site").items()}
     assert lacks["a"] == {}
-    assert set(lacks["counts"]) == {
-        "specialization by domain",
-        "specialization by token, search by token",
-    }
+    token = "specialization by token, search by token"
+    assert set(lacks["counts"]) == {"specialization by domain", token}
     index = (here / "site/index.html").read_text()
     assert "counts do not tell documents apart" in index
     assert "no other trace has the same text and another checkpoint" in index
@@ -131,10 +127,8 @@ def test_experts_of_tokens_are_those_of_the_decisions(made: Path):
     i = found["texts"].index("␣w0")
     assert found["times"][i] == times[0]
     at = slice(found["start"][i], found["start"][i + 1])
-    ranked = [
-        (found["row"][j], found["expert"][j], found["share"][j], found["lift"][j])
-        for j in range(at.start, at.stop)
-    ]
+    columns: list[Any] = [found[name][at] for name in ("row", "expert", "share", "lift")]
+    ranked = list(zip(*columns, strict=True))
     assert ranked[0][:3] == (1, 3, 1000)
     assert 1 <= len(ranked) <= entry.EXPERTS_OF_TOKEN
     chosen = routing.merge(tokens[["token", "token_id"]], on="token")
@@ -164,7 +158,7 @@ def test_random_weights_are_not_called_specialised(here: Path):
 
     assert tile() == "a"
     edit_manifest(here / "a", corpus={"plan": {"random_init": 3}})
-    table = atlas([here / name for name in "ab"], here / "site", text=0).set_index("trace")
+    table = site_of(here, "a", "b", text=0)
     assert table["domain_bits"].idxmax() == "a"
     assert table.loc["a", "model"] == "synthetic, random weights (seed 3)"
     assert tile() == "b"
@@ -180,7 +174,7 @@ def test_experts_are_those_of_every_router(here: Path):
 
 def test_why_there_is_no_saturation_is_of_the_traces_that_are_named(here: Path):
     def why(*names: str) -> str:
-        atlas([here / name for name in names], here / "site")
+        site_of(here, *names)
         return entries(here / "site")["b"]["no_saturation"]
 
     none = "no other trace has the same text and another checkpoint of this model"
@@ -188,21 +182,25 @@ def test_why_there_is_no_saturation_is_of_the_traces_that_are_named(here: Path):
     assert [why("b"), why("a", "b"), why("b")] == [none, "", none]
 
 
-def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(entry, "TOKENS", 3)
-    monkeypatch.setattr("moe_inspect.site.index.TOKENS", 3)
-    monkeypatch.setattr("moe_inspect.site.entry.CELLS", 7)
-    monkeypatch.setattr("moe_inspect.site.entry.DOMAINS", 1)
-    monkeypatch.setattr("moe_inspect.site.index.DOMAINS", 1)
-    atlas([here / "a"], here / "new", text=0)
-    held = entries(here / "new")["a"]
-    assert len(held["words"]["texts"]) == 3
-    assert held["ratio"] is None
-    assert len(held["domains"]) == 1
-    index = (here / "new/index.html").read_text()
-    assert "9 token ids beyond the 3 most frequent of a trace" in index
-    assert "the load of experts of a, over" in index
-    assert "3 domains beyond 1 of a trace" in index
+def test_what_is_left_out_is_said(tmp_path: Path):
+    """1,009 token ids of 43 domains, 8 times each; and 40 layers of 512 experts."""
+    rng, token_id = np.random.default_rng(0), np.tile(np.arange(1_009), 8)
+    document = np.arange(len(token_id)) // 94
+    given: Any = {"token_id": token_id, "document": document, "words": 1_009}
+    domains = [f"d{n}" for n in range(43)]
+    ids = uniform_ids(rng, len(token_id), 4, 1)
+    write_trace(tmp_path / "many", [ids], 4, domain_of_document=domains, **given)
+    write_counts(tmp_path / "wide", [np.ones((1, 512), int)] * 40, 2)
+    site_of(tmp_path, "many", "wide", text=0)
+    held = entries(tmp_path / "site")
+    assert len(held["many"]["words"]["texts"]) == 1_000
+    assert held["many"]["ratio"] is not None
+    assert held["wide"]["ratio"] is None
+    assert len(held["many"]["domains"]) == 40
+    index = (tmp_path / "site/index.html").read_text()
+    assert "9 token ids beyond the 1,000 most frequent of a trace" in index
+    assert "the load of experts of wide, over 20,000 each, in the search" in index
+    assert "3 domains beyond 40 of a trace" in index
 
 
 # --- brought up to date
@@ -212,13 +210,8 @@ def test_a_second_run_makes_only_what_changed(here: Path):
     before = state(here / "site")
     stamps = {path.name: path.stat().st_mtime_ns for path in (here / "site").iterdir()}
     small(here / "c", seed=2)
-    table = atlas([here / name for name in ("a", "b", "counts", "c")], here / "site")
-    assert dict(zip(table["trace"], table["made"], strict=True)) == {
-        "a": False,
-        "b": False,
-        "counts": False,
-        "c": True,
-    }
+    table = site_of(here, "a", "b", "counts", "c")
+    assert table["made"].to_dict() == {"a": False, "b": False, "counts": False, "c": True}
     after = state(here / "site")
     assert {name for name in after if after[name] != before.get(name)} == {"index.html", "c.html"}
     for name in ("a.html", "b.html", "counts.html"):
@@ -227,7 +220,7 @@ def test_a_second_run_makes_only_what_changed(here: Path):
     # a page that is not as it was written, a trace that changed, one that is no longer named
     (here / "site/a.html").write_text("half")
     edit_manifest(here / "b", model={"id": "other"})
-    table = atlas([here / "a", here / "b"], here / "site").set_index("trace")
+    table = site_of(here, "a", "b")
     assert table["made"].all()
     assert table.loc["b", "model"] == "other"
     assert set(state(here / "site")) == {"index.html", "a.html", "b.html"}
@@ -240,16 +233,14 @@ def test_pages_are_added(here: Path):
     edit_manifest(here / "c", model={"id": "other"})
     shutil.rmtree(here / "a")
     before = entries(here / "site")["a"]
-    table = atlas([here / "c", here / "b"], here / "site", add=True)
-    assert list(table["trace"]) == ["a", "b", "counts", "c"]
-    assert list(table["made"]) == [False, False, False, True]
+    made = site_of(here, "c", "b", add=True)["made"]
+    assert list(made.items()) == [("a", False), ("b", False), ("counts", False), ("c", True)]
     assert entries(here / "site")["a"] == before
     (here / "site/a.html").unlink()
-    with pytest.raises(
-        MoeInspectError, match=r"a\.html was changed since it was made: name its trace too"
-    ):
-        atlas([here / "c"], here / "site", add=True)
-    atlas([here / "c"], here / "site")
+    changed = r"a\.html was changed since it was made: name its trace too"
+    with pytest.raises(MoeInspectError, match=changed):
+        site_of(here, "c", add=True)
+    site_of(here, "c")
     assert set(state(here / "site")) == {"index.html", "c.html"}
 
 
@@ -274,7 +265,7 @@ def test_whenever_it_is_killed_the_site_is_whole(here: Path, monkeypatch: pytest
 
         monkeypatch.setattr(os, "replace", stopping)
         try:
-            atlas([here / "a", here / "b", here / "counts", here / "c"], here / "site", text=1)
+            site_of(here, "a", "b", "counts", "c")
         except Killed:
             now = {name: data for name, data in state(here / "site").items() if name in old}
             assert now == old
@@ -289,7 +280,7 @@ def test_two_runs_do_not_write_at_once(here: Path):
     from moe_inspect.trace.files.lock import hold
 
     with hold(here / "site"), pytest.raises(MoeInspectError, match="still writing"):
-        atlas([here / "a"], here / "site")
+        site_of(here, "a")
 
 
 # --- names, hostile text, bad input
@@ -309,10 +300,8 @@ def test_names_that_clash_get_a_suffix(here: Path):
 def test_what_is_hostile_is_text(here: Path):
     place = here / ("x" + HOSTILE.replace("/", "∕"))
     small(place, manifest={"model": {"id": HOSTILE}}, domain_of_document=(HOSTILE, "code"))
-    texts = {
-        "token_id": pa.array(range(12), pa.int32()),
-        "token": [f"{HOSTILE}{i}" for i in range(12)],
-    }
+    texts = {"token_id": pa.array(range(12), pa.int32())}
+    texts |= {"token": pa.array(f"{HOSTILE}{i}" for i in range(12))}
     pq.write_table(pa.table(texts), place / "vocabulary.parquet")
     edit_manifest(place, vocabulary=None)
     page = atlas([place], here / "new")["page"].iloc[0]
@@ -322,31 +311,28 @@ def test_what_is_hostile_is_text(here: Path):
         assert "<img" not in text
         assert text.count("<script>") == 1
         assert not {"\x1b", "\u202e"} & set(text)
-    assert all(
-        "\u202e" not in one for one in next(iter(entries(here / "new").values()))["words"]["texts"]
+    (held,) = entries(here / "new").values()
+    assert not any("\u202e" in text for text in held["words"]["texts"])
+
+
+BAD = {
+    "a is a trace": ("a", ["b"]),
+    "is a file": ("a/trace.json", ["b"]),
+    "foreign/index.html does not belong to an atlas": ("foreign", ["b"]),
+    "strange/index.html does not belong to an atlas": ("strange", ["b"]),
+    "a is given twice": ("new", ["a", "b", "a"]),
+    "no trace at": ("new", ["nowhere"]),
+    "give at least one trace": ("new", []),
+}
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_bad_input_is_one_line(says: str, here: Path):
+    output, traces = BAD[says]
+    strange = (
+        f'<script type="text/plain" data-of="atlas">{base64.b64encode(b"x").decode()}</script>'
     )
-
-
-@pytest.mark.parametrize(
-    ("output", "traces", "says"),
-    [
-        ("a", ["b"], "a is a trace"),
-        ("a/trace.json", ["b"], "is a file"),
-        ("foreign", ["b"], "foreign/index.html does not belong to an atlas"),
-        ("strange", ["b"], "strange/index.html does not belong to an atlas"),
-        ("new", ["a", "b", "a"], "a is given twice"),
-        ("new", ["nowhere"], "no trace at"),
-        ("new", [], "give at least one trace"),
-    ],
-)
-def test_bad_input_is_one_line(output: str, traces: list[str], says: str, here: Path):
-    for name, text in (
-        ("foreign", "<html>mine</html>"),
-        (
-            "strange",
-            f'<script type="text/plain" data-of="atlas">{base64.b64encode(b"x").decode()}</script>',
-        ),
-    ):
+    for name, text in (("foreign", "<html>mine</html>"), ("strange", strange)):
         (here / name).mkdir()
         (here / name / "index.html").write_text(text)
     with pytest.raises(MoeInspectError, match=says) as raised:
@@ -358,10 +344,8 @@ def test_bad_input_is_one_line(output: str, traces: list[str], says: str, here: 
 def test_the_command_says_what_it_made(here: Path, cli_here: Cli, tmp_path: Path):
     said = cli_here("atlas", "b", "-o", "site", "--add").stderr
     assert said == "wrote site/index.html: 3 traces, 0 pages made, 3 kept\n"
-    assert (
-        "give a number of documents, or all"
-        in cli_here("atlas", "b", "-o", "s", "--text", "x", check=2).stderr
-    )
+    said = cli_here("atlas", "b", "-o", "s", "--text", "x", check=2).stderr
+    assert "give a number of documents, or all" in said
 
 
 # --- in a browser
@@ -390,10 +374,8 @@ def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):  #
     assert any("token" in line for line in ask(" w0"))
     view.keyboard.press("Enter")
     assert page.title() == "Token ␣w0"
-    assert view.locator("#card tbody tr").first.inner_text().split("\t")[:2] == [
-        "layer 1 · expert 3",
-        "100%",
-    ]
+    first = view.locator("#card tbody tr").first.inner_text()
+    assert first.startswith("layer 1 · expert 3\t100%")
     view.keyboard.press("Escape")
     view.get_by_role("button", name="code", exact=True).click()
     assert page.title() == "Domain code"

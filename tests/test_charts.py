@@ -14,22 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.charts.spec import (
-    PALETTE,
-    Axis,
-    Band,
-    Chart,
-    Heatmap,
-    Line,
-    Links,
-    Panel,
-    Points,
-    Rule,
-    Scale,
-    amount,
-    draw_charts,
-    every_chart,
-)
+from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Line, Panel, Points, Scale
 from moe_inspect.reporting.render import html, payload
 from moe_inspect.reporting.render.matplotlib import DPI, colour_map, draw, letters, named_ticks
 from moe_inspect.reporting.report import Report, report
@@ -49,19 +34,19 @@ def of(sample: str) -> Report:
 
 @cache
 def drawn(sample: str) -> dict[str, Chart]:
-    charts, left_out = draw_charts(of(sample))
+    charts, left_out = spec.draw_charts(of(sample))
     assert left_out == []
     return {chart.name: chart for chart in charts}
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_every_chart_of_a_sample_is_drawn_in_the_order_of_the_page(sample: str):
-    assert list(drawn(sample)) == list(every_chart())
+    assert list(drawn(sample)) == list(spec.every_chart())
     assert drawn(sample)["drift"].panels[2].y.title == "mean ÷ max load of 4 GPUs"
-    assert {table for of in every_chart().values() for table in of.tables} <= set(TABLES)
+    assert {table for of in spec.every_chart().values() for table in of.tables} <= set(TABLES)
 
 
-@pytest.mark.parametrize("name", every_chart())
+@pytest.mark.parametrize("name", spec.every_chart())
 @pytest.mark.parametrize("sample", SAMPLES if WHOLE else SAMPLES[:2])
 def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
     chart = drawn(sample)[name]
@@ -87,7 +72,7 @@ def test_the_picture_and_the_page_show_the_same(sample: str, name: str):
         for mark, page_mark in zip(panel.marks, on_page["marks"], strict=True):
             if isinstance(mark, (Line, Points)) and mark.name:
                 line: Any = lines[mark.name]
-                assert to_hex(line.get_color()) == PALETTE[mark.colour][0]
+                assert to_hex(line.get_color()) == spec.PALETTE[mark.colour][0]
                 on_paper, on_screen = line.get_ydata(), np.array(page_mark["y"], float)
                 assert on_screen == pytest.approx(on_paper, rel=1e-4, nan_ok=True)
         assert len(axes.images) == (panel.heatmap is not None)
@@ -161,13 +146,12 @@ def test_the_experts_of_a_domain_are_its_top_k():
     assert heatmap.cells is not None
     assert heatmap.cells[most, 2] == ", ".join(map(str, best["expert"]))
     assert heatmap.notes is not None
-    said = [
-        f"expert {e}: {s:.3f}" for e, s in zip(best["expert"], best["token_score"], strict=True)
-    ]
-    assert heatmap.notes[most, 2].splitlines() == said
+    both = zip(best["expert"], best["token_score"], strict=True)
+    said = "\n".join(f"expert {e}: {score:.3f}" for e, score in both)
+    assert heatmap.notes[most, 2] == said
 
 
-@pytest.mark.parametrize("name", every_chart())
+@pytest.mark.parametrize("name", spec.every_chart())
 def test_a_chart_says_in_words_what_it_shows_and_red_is_for_faults(name: str):
     for sample in SAMPLES:
         chart = drawn(sample)[name]
@@ -183,13 +167,9 @@ def test_a_chart_says_in_words_what_it_shows_and_red_is_for_faults(name: str):
 def overlapping(figure: Any) -> list[str]:
     """Texts of a figure that overlap others or reach beyond its edge."""
     figure.draw_without_rendering()
-    found = list[str]()
-    texts = [
-        (text.get_text(), text.get_window_extent())
-        for text in figure.findobj(Text)
-        if text.get_text().strip() and text.get_visible()
-    ]
-    page = figure.bbox
+    shown = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    texts = [(text.get_text(), text.get_window_extent()) for text in shown if text.get_visible()]
+    found, page = list[str](), figure.bbox
     for i, (text, box) in enumerate(texts):
         if not (box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1):
             found.append(f"{text!r} is cut")
@@ -209,14 +189,10 @@ def many_layers(root: Path) -> dict[str, Chart]:
     ids[30][~(ids[30] == 5).any(1), 0] = 5
     apart = ~np.isin(ids[7], (9, 40)).any(1) & (np.arange(T) % 3 == 0)
     ids[7][apart, :2] = 9, 40
-    trace = write_trace(
-        root,
-        ids,
-        E,
-        document=np.arange(T) // 20,
-        domain_of_document=[f"domain number {d}" for d in range(6)],
-    )
-    return {chart.name: chart for chart in draw_charts(report(trace, window=100))[0]}
+    labels = [f"domain number {d}" for d in range(6)]
+    document = np.arange(T) // 20
+    trace = write_trace(root, ids, E, document=document, domain_of_document=labels)
+    return {chart.name: chart for chart in spec.draw_charts(report(trace, window=100))[0]}
 
 
 def test_pictures_of_a_large_model_can_be_read(tmp_path: Path):
@@ -244,7 +220,7 @@ def test_pictures_of_a_large_model_can_be_read(tmp_path: Path):
     assert [label for _, label in windows.ticks] == [f"{n}" for n in range(0, 501, 50)]
 
 
-@pytest.mark.parametrize("name", every_chart())
+@pytest.mark.parametrize("name", spec.every_chart())
 def test_a_picture_as_wide_as_a_column_can_be_read(name: str):
     with letters():
         figure = draw(drawn("collapsed")[name], 3.3)
@@ -279,18 +255,18 @@ def test_colours_tell_large_ratios_apart_and_show_the_direction():
     assert blue - red > 20
     assert [label for _, label in scale.ticks()] == ["≤ ¼", "½", "1", "2", "4", "8", "16", "≥ 32"]
     shares = np.linspace(0, 1, 1000)
-    assert amount("share", 0, shares, 0.5).ticks()[-1] == (1.0, "1")
-    assert amount("share", 0, np.r_[shares, 7], 0.5).ticks()[-1] == (1.0, "≥ 1")
+    assert spec.amount("share", 0, shares, 0.5).ticks()[-1] == (1.0, "1")
+    assert spec.amount("share", 0, np.r_[shares, 7], 0.5).ticks()[-1] == (1.0, "≥ 1")
 
 
-@pytest.mark.parametrize(
-    ("first", "count", "shown"),
-    [(0, 58, ["0", "5", "10"]), (3, 58, ["5", "10", "15"]), (1, 8, ["1", "2", "3"])],
-)
-def test_ticks_of_layers_are_at_round_numbers(first: int, count: int, shown: list[str]):
+FIRST_TICKS = {(0, 58): ["0", "5", "10"], (3, 58): ["5", "10", "15"], (1, 8): ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(("first", "count"), FIRST_TICKS)
+def test_ticks_of_layers_are_at_round_numbers(first: int, count: int):
     axis = Axis("layer", tuple(str(first + i) for i in range(count)))
     ticks = named_ticks(axis, count, 15)
-    assert [label for _, label in ticks][:3] == shown
+    assert [label for _, label in ticks][:3] == FIRST_TICKS[first, count]
     assert all(axis.labels[int(at)] == label for at, label in ticks)
 
 
@@ -298,9 +274,9 @@ def every_mark() -> Chart:
     x = np.arange(4.0)
     y = np.array([1.0, np.nan, 3.0, 2.0])
     marks = (
-        Band(x, x * 0, x, "band"),
-        Rule(1, "rule", dash="dash"),
-        Links(x, x, x + 1),
+        spec.Band(x, x * 0, x, "band"),
+        spec.Rule(1, "rule", dash="dash"),
+        spec.Links(x, x, x + 1),
         Line(x, y, "line", "c1", "dot", True, y - 1, y + 1),
         Points(x, y, "dots", "c2", "dot", y - 1, y + 1),
         Points(x, y, "ticks", "c3", "tick"),
@@ -332,7 +308,7 @@ def test_more_routers_than_can_be_told_apart_make_a_heatmap(
 ):
     rng = np.random.default_rng(0)
     trace = write_trace(tmp_path / "t", [uniform_ids(rng, 400, 8, 2)] * routers, 8)
-    charts = {chart.name: chart for chart in draw_charts(report(trace, window=100))[0]}
+    charts = {chart.name: chart for chart in spec.draw_charts(report(trace, window=100))[0]}
     assert (charts["windows"].panels[0].heatmap is not None) == heatmap
     assert (charts["drift"].panels[0].heatmap is not None) == heatmap
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,12 @@ Printed = Callable[..., str]
 
 
 @pytest.fixture
+def said(cli_here: Cli, planted_trace: Trace) -> Callable[..., Any]:
+    """`report` of the planted trace."""
+    return partial(cli_here, "report", planted_trace.path)
+
+
+@pytest.fixture
 def printed(cli_here: Cli, planted_trace: Trace) -> Printed:
     """What `report` prints of a table."""
 
@@ -35,6 +43,12 @@ def printed(cli_here: Cli, planted_trace: Trace) -> Printed:
         return cli_here("report", of, "--table", table, "--format", form, *more).stdout
 
     return text
+
+
+def outcome(code: str) -> str:
+    """What a program prints, in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_csv_and_json_carry_every_digit(printed: Printed, planted_report: Report):
@@ -64,45 +78,38 @@ def test_parquet_into_a_pipe_and_a_file(
     piped = subprocess.run(command, capture_output=True, check=True).stdout
     subprocess.run([*command, "-o", str(tmp_path / "load.parquet")], check=True)
     for source in (io.BytesIO(piped), tmp_path / "load.parquet"):
-        pd.testing.assert_frame_equal(
-            pq.read_table(source).to_pandas(), planted_report.tables["load"]
-        )
+        read = pq.read_table(source).to_pandas()
+        pd.testing.assert_frame_equal(read, planted_report.tables["load"])
+
+
+READ: dict[str, Any] = {"csv": pd.read_csv, "parquet": pd.read_parquet}
+READ |= {"json": partial(pd.read_json, lines=True)}
 
 
 @pytest.mark.parametrize("ending", ["csv", "CSV", "json", "jsonl", "parquet", "txt", "md", ""])
 def test_the_ending_of_the_file_says_the_format(
-    cli_here: Cli, planted_trace: Trace, tmp_path: Path, planted_report: Report, ending: str
+    said: Any, tmp_path: Path, planted_report: Report, ending: str
 ):
     name = f"load.{ending}" if ending else "load"
-    cli_here("report", planted_trace.path, "--table", "load", "-o", name)
+    said("--table", "load", "-o", name)
     data, expected = (tmp_path / name).read_bytes(), planted_report.tables["load"]
-    read = {
-        "csv": pd.read_csv,
-        "json": lambda f: pd.read_json(f, lines=True),
-        "parquet": pd.read_parquet,
-    }
-    form = {"jsonl": "json"}.get(ending.lower(), ending.lower())
-    if form in read:
-        assert (
-            read[form](io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
-        )
+    if read := READ.get({"jsonl": "json"}.get(ending.lower(), ending.lower())):
+        assert read(io.BytesIO(data))["assignments"].tolist() == expected["assignments"].tolist()
         # what is said outright goes first
-        cli_here("report", planted_trace.path, "--table", "load", "-o", name, "--format", "table")
+        said("--table", "load", "-o", name, "--format", "table")
         data = (tmp_path / name).read_bytes()
     lines = data.decode().splitlines()
     assert lines[0].split() == list(expected.columns)
     assert not any(line != line.rstrip() for line in lines)
 
 
-def test_the_report_in_words_on_stdout_and_in_a_file(
-    cli_here: Cli, planted_trace: Trace, tmp_path: Path
-):
-    done = cli_here("report", planted_trace.path)
+def test_the_report_in_words_on_stdout_and_in_a_file(said: Any, tmp_path: Path):
+    done = said()
     assert "• Critical: Layer 3 is the worst balanced" in done.stdout
     assert done.stderr == ""
-    assert cli_here("report", planted_trace.path, "-o", "report.txt").stdout == ""
+    assert said("-o", "report.txt").stdout == ""
     assert (tmp_path / "report.txt").read_text() == done.stdout
-    assert cli_here("report", planted_trace.path, "-o", "-").stdout == done.stdout
+    assert said("-o", "-").stdout == done.stdout
     assert not (tmp_path / "-").exists()
 
 
@@ -115,34 +122,37 @@ def test_selecting_on_the_command_line(printed: Printed):
     assert words.groupby(["router", "expert"]).size().max() == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["--format", "csv"], 2, "add --table summary, balance, load, windows, drift, domains"),
-        (["--format", "yaml", "--table", "load"], 2, "yaml"),
-        (["-o", "load.csv"], 2, "-o load.csv needs one table: add --table summary"),
-        (
-            ["--table", "load", "-o", "load.xlsx"],
-            2,
-            "no format has this ending, add --format table, csv, json, parquet",
-        ),
-        (["--layers", "3-1"], 1, "error: cannot read layers '3-1': a range goes from low to high"),
-        (["--table", "gini"], 1, "error: no table 'gini': there are summary, balance"),
-        (["--layers", "9"], 1, "it has layers 0-3"),
-        (["--domain", "opera"], 1, "it has code, law, math, prose"),
-        (
-            ["--table", "load", "-o", "no/such/place.csv"],
-            1,
-            "error: cannot write no/such/place.csv: No such file or directory",
-        ),
-        (["-o", "no/such/place.txt"], 1, "error: cannot write no/such/place.txt"),
-        (["--plots", "/dev/null/x"], 1, "error: cannot write /dev/null/x"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line(
-    cli_here: Cli, planted_trace: Trace, arguments: list[str], code: int, says: str
-):
-    done = cli_here("report", planted_trace.path, *arguments, check=code)
+REFUSED = {
+    "--format csv": (2, "add --table summary, balance, load, windows, drift, domains"),
+    "--format yaml --table load": (2, "yaml"),
+    "-o load.csv": (2, "-o load.csv needs one table: add --table summary"),
+    "--table load -o load.xlsx": (
+        2,
+        "no format has this ending, add --format table, csv, json, parquet",
+    ),
+    "--layers 3-1": (1, "error: cannot read layers '3-1': a range goes from low to high"),
+    "--table gini": (1, "error: no table 'gini': there are summary, balance"),
+    "--layers 9": (1, "it has layers 0-3"),
+    "--domain opera": (1, "it has code, law, math, prose"),
+    "--table load -o no/such/place.csv": (
+        1,
+        "error: cannot write no/such/place.csv: No such file or directory",
+    ),
+    "-o no/such/place.txt": (1, "error: cannot write no/such/place.txt"),
+    "--html no/such/page.html": (1, "cannot write no/such/page.html"),
+    "--plots /dev/null/x": (1, "error: cannot write /dev/null/x"),
+    "--only balance": (2, "--only is about pictures: give it with --plots DIR"),
+    "--format pdf": (2, "--format pdf is about pictures: give it with --plots DIR"),
+    "--plots p --width wide": (2, "cannot read 'wide': write a width like 3.3in"),
+    "--plots p --width 1mm": (2, "1mm is no width of a chart: give 2in to 40in"),
+    "--plots p --only balanec": (1, "no chart 'balanec' (did you mean balance?)"),
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_cannot_be_done_is_one_line(said: Any, asked: str):
+    code, says = REFUSED[asked]
+    done = said(*asked.split(), check=code)
     assert says in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -156,9 +166,8 @@ def test_head_ends_quietly(planted_trace: Trace):
             f"{sys.executable} -m moe_inspect report {planted_trace.path} --table vocabulary "
             f"--top 0 --format {form} | head -n 1"
         )
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True
-        )
+        shell = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(shell, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         # a text table may fit the pipe before head closes it
         assert done.stderr == "" or (form == "table" and "more rows: --format" in done.stderr)
@@ -172,8 +181,8 @@ def test_a_warning_goes_to_stderr(cli_here: Cli, tmp_path: Path):
     assert len(done.stdout.splitlines()) == 33
 
 
-def test_plots_are_pictures(cli_here: Cli, planted_trace: Trace, tmp_path: Path):
-    done = cli_here("report", planted_trace.path, "--table", "balance", "--plots", "pictures")
+def test_plots_are_pictures(said: Any, tmp_path: Path):
+    done = said("--table", "balance", "--plots", "pictures")
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     assert {"balance.png", "domains.svg", "load.png", "specialization.svg"} <= set(names)
     assert {Path(name).stem for name in names} <= set(every_chart())
@@ -185,19 +194,15 @@ def test_plots_are_pictures(cli_here: Cli, planted_trace: Trace, tmp_path: Path)
 
 
 def test_one_chart_as_wide_as_a_column_of_a_paper(
-    cli_here: Cli, planted_trace: Trace, tmp_path: Path
+    said: Any, cli_here: Cli, planted_trace: Trace, tmp_path: Path
 ):
-    asked = ("--plots", "figures", "--only", "balance", "--width", "3.3in")
+    asked = "--plots figures --only balance --width 3.3in --table balance --format"
     for form in ("pdf", "svg"):
-        done = cli_here(
-            "report", planted_trace.path, *asked, "--format", form, "--table", "balance"
-        )
+        done = said(*asked.split(), form)
         assert "max_over_mean" in done.stdout
         assert done.stderr.count("wrote ") == 1
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "balance.pdf",
-        "balance.svg",
-    }
+    made = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert made == {"balance.pdf", "balance.svg"}
     pdf = (tmp_path / "figures" / "balance.pdf").read_bytes()
     width = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)
     assert width
@@ -207,41 +212,15 @@ def test_one_chart_as_wide_as_a_column_of_a_paper(
     svg = (tmp_path / "figures" / "balance.svg").read_text()
     assert re.search(r"<text[^>]*>Balance by layer</text>", svg)
     assert "sans-serif" in svg
-    done = cli_here("simulate", "capacity", planted_trace.path, "--plots", "c", "--width", "84mm")
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
-        "capacity.png",
-        "capacity.svg",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
-        (("--only", "balance"), 2, "--only is about pictures: give it with --plots DIR"),
-        (("--format", "pdf"), 2, "--format pdf is about pictures: give it with --plots DIR"),
-        (("--plots", "p", "--width", "wide"), 2, "cannot read 'wide': write a width like 3.3in"),
-        (("--plots", "p", "--width", "1mm"), 2, "1mm is no width of a chart: give 2in to 40in"),
-        (("--plots", "p", "--only", "balanec"), 1, "no chart 'balanec' (did you mean balance?)"),
-    ],
-)
-def test_a_picture_that_cannot_be_drawn_is_said(
-    cli_here: Cli, planted_trace: Trace, options: tuple[str, ...], code: int, said: str
-):
-    done = cli_here("report", planted_trace.path, *options, check=code)
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    cli_here("simulate", "capacity", planted_trace.path, "--plots", "c", "--width", "84mm")
+    made = {path.name for path in (tmp_path / "c").iterdir()}
+    assert made == {"capacity.png", "capacity.svg"}
 
 
 def test_plots_without_domains_or_documents(tmp_path: Path):
     made = report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2))
-    assert sorted(p.name for p in made.save_plots(tmp_path / "p")) == [
-        "balance.png",
-        "balance.svg",
-        "esft.png",
-        "esft.svg",
-        "load.png",
-        "load.svg",
-    ]
+    expected = {f"{name}.{form}" for name in ("balance", "esft", "load") for form in ("png", "svg")}
+    assert {p.name for p in made.save_plots(tmp_path / "p")} == expected
 
 
 def test_pictures_leave_the_notebooks_backend_alone(planted_trace: Trace):
@@ -251,68 +230,49 @@ def test_pictures_leave_the_notebooks_backend_alone(planted_trace: Trace):
         f"draw(chart_of(moe_inspect.report(r'{planted_trace.path}'), 'load')); "
         "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "True False"
-    )
+    assert outcome(code) == "True False"
 
 
-def test_a_page_from_the_command_line(cli_here: Cli, planted_trace: Trace, tmp_path: Path):
-    done = cli_here(
-        "report", planted_trace.path, "--html", "page.html", "--table", "load", "--format", "csv"
-    )
+def test_a_page_from_the_command_line(said: Any, tmp_path: Path):
+    done = said("--html", "page.html", "--table", "load", "--format", "csv")
     assert "wrote page.html" in done.stderr
     assert done.stdout.startswith("layer,router,expert")
     assert "Layer 3 is the worst balanced" in (tmp_path / "page.html").read_text()
-    assert (
-        "cannot write no/such/page.html"
-        in cli_here("report", planted_trace.path, "--html", "no/such/page.html", check=1).stderr
-    )
 
 
-def test_simulations_have_sections_on_the_page(cli_here: Cli, planted_trace: Trace, tmp_path: Path):
-    asked = [
-        part
-        for name in ("capacity", "placement", "decode", "cache", "routing")
-        for part in ("--simulate", name)
-    ]
-    cli_here("report", planted_trace.path, "--html", tmp_path / "page.html", *asked)
+def test_simulations_have_sections_on_the_page(said: Any, tmp_path: Path):
+    names = ("capacity", "placement", "decode", "cache", "routing")
+    asked = [part for name in names for part in ("--simulate", name)]
+    said("--html", tmp_path / "page.html", *asked)
     page = (tmp_path / "page.html").read_text()
     titles = re.findall(r"<h3[^>]*>([^<]+) <a", page)
-    assert [t for t in titles if t.startswith("Simulated")] == [
-        f"Simulated: {name}" for name in ("capacity", "placement", "decode", "cache")
-    ]
+    simulated = [title for title in titles if title.startswith("Simulated")]
+    assert simulated == [f"Simulated: {name}" for name in names[:-1]]
     assert titles[-1] == "About this trace"
-    assert (
-        "has no logits, which simulate routing needs"
-        in page.partition('class="left-out">')[2].partition("</p>")[0]
-    )
-    said = cli_here("report", planted_trace.path, *asked, check=2).stderr
-    assert "--simulate takes all tokens and adds to a page: give it with --html" in " ".join(
-        said.split()
-    )
+    assert "has no logits, which simulate routing needs" in left_out(page)
+    refused = " ".join(said(*asked, check=2).stderr.split())
+    assert "--simulate takes all tokens and adds to a page: give it with --html" in refused
+
+
+def left_out(page: str) -> str:
+    return page.partition('class="left-out">')[2].partition("</p>")[0]
 
 
 def test_a_page_of_counts_says_what_it_lacks(tmp_path: Path):
     from moe_inspect.reporting.render.page import report_page
 
     page = report_page(report(write_counts(tmp_path / "t", [np.full((1, 8), 200)], 2)))
-    said = page.partition('class="left-out">')[2].partition("</p>")[0]
-    assert "domains: there is only one" in said
-    assert said.count("\n") == 0
+    assert "domains: there is only one" in left_out(page)
+    assert left_out(page).count("\n") == 0
 
 
 def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path):
     ids = uniform_ids(np.random.default_rng(0), 600, 8, 2)
-    trace = write_trace(
-        tmp_path / "t",
-        [ids],
-        8,
-        document=np.arange(600) // 50,
-        domain_of_document=["中文", "日本語", "한국어"] * 4,
-    )
+    labels = {
+        "document": np.arange(600) // 50,
+        "domain_of_document": ["中文", "日本語", "한국어"] * 4,
+    }
+    trace = write_trace(tmp_path / "t", [ids], 8, **labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", DeprecationWarning)  # of what matplotlib calls
@@ -329,12 +289,7 @@ def test_help_names_every_table_and_imports_nothing_heavy(cli_here: Cli):
         "import sys; from moe_inspect.cli import app; print([m for m in ('torch', 'pandas', "
         "'numpy', 'pyarrow', 'matplotlib') if m in sys.modules])"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    assert outcome(code) == "[]"
 
 
 def test_no_torch_and_no_matplotlib_in_a_report(planted_trace: Trace):
@@ -345,5 +300,4 @@ def test_no_torch_and_no_matplotlib_in_a_report(planted_trace: Trace):
         "print([m for m in ('torch', 'transformers', 'triton', 'matplotlib', 'typer') if m in "
         "sys.modules], 'pandas' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] True"
+    assert outcome(code) == "[] True"

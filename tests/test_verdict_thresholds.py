@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding
 from tests.stub import row, stub
+from tests.synthetic import write_trace
 
 EVEN = [100] * 8
 # a document chooses one expert only
@@ -32,15 +34,8 @@ def load(busiest: float, E: int = 8, mean: int = 1_000) -> list[int]:
 
 def near(busiest: float, **columns: Any) -> dict[str, Any]:
     """A router whose max_vio is exactly that."""
-    return row(
-        load(busiest),
-        **{
-            "max_vio": round(busiest - 1, 9),
-            "max_over_mean": busiest,
-            "max_over_mean_low": busiest - 0.01,
-            **columns,
-        },
-    )
+    usual = {"max_vio": round(busiest - 1, 9), "max_over_mean": busiest}
+    return row(load(busiest), **{**usual, "max_over_mean_low": busiest - 0.01, **columns})
 
 
 BALANCE = {
@@ -113,18 +108,34 @@ def of_domains(
 ) -> Any:
     """Two domains of so many tokens; expert 0 has `busiest` times the mean in the first, expert 1 evens it out in the second; in both
     together max_over_mean is `together`."""
-    first = np.array(load(busiest, mean=tokens // 8))
-    second = np.full(8, tokens // 8)
-    of = row(
-        first + second,
-        max_over_mean=together,
-        max_vio=together - 1,
-        expected_by_chance=1 + chance,
-        **given.pop("columns", {}),
-    )
+    first, second = np.array(load(busiest, mean=tokens // 8)), np.full(8, tokens // 8)
+    known = {"max_over_mean": together, "max_vio": together - 1, "expected_by_chance": 1 + chance}
+    of = row(first + second, **known)
     return stub(of, domains=("code", "law"), by_domain=[np.array([first, second])], **given)
 
 
+def ties(rate: float, limit: float = 0.01, tables: tuple[str, ...] = ("logits",)) -> Any:
+    rows = [{"layer": r, "router": r, "tie_rate": value} for r, value in ((0, 0.0), (1, rate))]
+    made = stub(row(EVEN), row(EVEN), router=rows, limits={"tie": limit})
+    made.trace.tables = tables
+    return made
+
+
+def of_tokens(uneven: float) -> Any:
+    return stub(row([100] * 8, tokens=800), limits={"uneven": uneven})
+
+
+def of_documents(*documents: int, **given: Any) -> Any:
+    domains = ("code", "law")[: len(documents)]
+    return stub(row(EVEN), domains=domains, documents=documents, **given)
+
+
+def ranks(*dead: int) -> Any:
+    """A router each, of 8 experts; so many of them are dead, the upper half among them."""
+    return stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead))
+
+
+FLOOR = unc.noise_floor(800, 8, 1)
 SPOKEN = {
     # a router without load
     "silent": (balance.routers_without_load, stub(no_load(), row(EVEN)), "1 of 2 routers made no assignments: layer 0."),
@@ -200,6 +211,27 @@ SPOKEN = {
     "overloads, documents enough": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(5, 60)), '"code" overloads expert 0'),
     "overloads, few documents": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60)), "may be their text, not the domain."),
     "overloads, counts": (experts.overloading_domain, of_domains(1.6, 1.1, documents=(4, 60), counts_only=True), '"code" overloads expert 0'),
+    "overloads beyond chance": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=0.0099), '"code" overloads expert 0'),
+    "overloads within chance": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=0.01), None),
+    "overloads, not known": (experts.overloading_domain, of_domains(1.6, 1.1, overload_p=math.nan), None),
+    # the logits
+    "ties": (specialization.router_ties, ties(0.01), "In 1.0% of the decisions of layer 1 the last expert chosen and the first not chosen have equal logits (1 router with 1.0% or more)"),
+    "few ties": (specialization.router_ties, ties(0.0099), None),
+    "ties, by their threshold": (specialization.router_ties, ties(0.0099, 0.005), "In 1.0% of the decisions of layer 1 the last"),
+    "no logits": (specialization.router_ties, ties(0.01, tables=("routing",)), None),
+    # is there enough
+    "few tokens": (data_checks.few_tokens, of_tokens(FLOOR - 1e-3), f"800 tokens are few for 8 experts: by chance alone the busiest gets {1 + FLOOR:.2f}x the mean load. About 810 tokens would"),
+    "tokens enough": (data_checks.few_tokens, of_tokens(FLOOR + 1e-3), None),
+    "no threshold for tokens": (data_checks.few_tokens, of_tokens(0), None),
+    "a domain of few documents": (data_checks.few_documents_per_domain, of_documents(4, 5), 'Domains of fewer than 5 documents reflect single texts as much as the domain: "code" (4).'),
+    "domains of documents enough": (data_checks.few_documents_per_domain, of_documents(5, 5), None),
+    "a single domain": (data_checks.few_documents_per_domain, of_documents(4), None),
+    "documents of counts": (data_checks.few_documents_per_domain, of_documents(4, 5, counts_only=True), None),
+    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14) where one has a dead expert more
+    "a rank is missing": (data_checks.missing_ranks, ranks(4, 4), "Experts 4-7 of 8 have no load, in every router: these look like the counts of 1 of 2 ranks"),
+    "a rank, or dead experts": (data_checks.missing_ranks, ranks(4, 5), None),
+    "a rank, or one router": (data_checks.missing_ranks, ranks(4), None),
+    "a rank, or fewer": (data_checks.missing_ranks, ranks(4, 4, 3), None),
 }  # fmt: skip
 
 
@@ -208,12 +240,6 @@ def test_sentences(case: str):
     function, made, says = SPOKEN[case]
     found = function(made)
     assert (found is None) if says is None else (found is not None and says in found.text), found
-
-
-@pytest.mark.parametrize(("p", "says"), [(0.0099, True), (0.01, False), (math.nan, False)])
-def test_a_domain_overloads_beyond_chance(p: float, says: bool):
-    made = of_domains(1.6, 1.1, overload_p=p)
-    assert (experts.overloading_domain(made) is not None) == says
 
 
 @pytest.mark.parametrize(("tokens", "says"), [(100_000, True), (20_000, False)])
@@ -228,12 +254,11 @@ def least_of(code: list[int], law: list[int], **given: Any) -> str | None:
     """Expert 0 is used at 0.3x; the busiest gets 3.67x its load. The domains' loads are `code` and `law`."""
     of = crowd(0.3, expected_by_chance=1 + given.pop("chance", 0.01))
     made = stub(of, domains=("code", "law"), by_domain=[np.array([code, law])], **given)
-    said = text(experts.least_used_expert(made))
-    assert said is not None
-    assert said.startswith(
-        "Expert 0 of layer 0 is the least used: 0.30x the mean load. That layer's busiest expert gets 3.7 times as much"
-    )
-    return said.partition("as much")[2]
+    said = text(experts.least_used_expert(made)) or ""
+    before, after, said = said.partition("as much")
+    least = "Expert 0 of layer 0 is the least used: 0.30x the mean load."
+    assert before + after == f"{least} That layer's busiest expert gets 3.7 times as much"
+    return said
 
 
 LAW = [300] + [1_100] * 7
@@ -259,24 +284,14 @@ def deserted(expert: int, mean: int = 10_000, others: int = 10_000, **given: Any
     """Expert 0 has so many assignments in "code", and `others` in "law"; the others are even."""
     code = np.array([expert, *[(8 * mean - expert) // 7] * 7])
     law = np.array([others, *[10_000] * 7])
-    return text(
-        experts.unused_in_domain(
-            stub(
-                row(code + law),
-                domains=("code", "law"),
-                by_domain=[[code, law]],
-                **{"counts_only": True, **given},
-            )
-        )
-    )
+    given = {"domains": ("code", "law"), "by_domain": [[code, law]], "counts_only": True, **given}
+    return text(experts.unused_in_domain(stub(row(code + law), **given)))
 
 
 def test_a_domain_that_deserts_an_expert():
-    said = deserted(990)
-    assert said is not None
-    assert said.startswith(
-        '"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7'
-    )
+    said = deserted(990) or ""
+    least = '"code" leaves expert 0 of layer 0 nearly unused: 0.10x the mean load on its 7'
+    assert said.startswith(least)
     assert "(beyond chance up to a design effect of 1,000)" in said
     assert said.endswith("times as much.")
     assert deserted(1_010) is None
@@ -294,37 +309,19 @@ def information(**columns: Any) -> dict[str, Any]:
     """A row of that table: 0.5 bits beyond a null of 0.1, whose 99th percentile is 0.12."""
     known = {"domain_mi_bits": 0.6, "domain_mi_null_bits": 0.1, "domain_mi_null_p99_bits": 0.12}
     known |= {"domain_mi_given_token_bits": 0.5, "domain_mi_given_token_null_bits": 0.1}
-    known |= {"domain_mi_given_token_p": 0.002}
-    known |= {
-        "token_mi_bits": 1.0,
-        "token_mi_null_bits": 0.5,
-        "vocabulary_specialization": 0.5,
-        "vocabulary_specialization_null": 0.3,
-        "vocabulary_specialization_p": 0.002,
-        "domain_mi_p": 0.002,
-    }
+    known |= {"domain_mi_given_token_p": 0.002, "domain_mi_p": 0.002}
+    known |= {"token_mi_bits": 1.0, "token_mi_null_bits": 0.5, "vocabulary_specialization": 0.5}
+    known |= {"vocabulary_specialization_null": 0.3, "vocabulary_specialization_p": 0.002}
     return {"layer": 0, "router": 0, **known, **columns}
 
 
 def told(
-    *rows: dict[str, Any],
-    documents: Any = (30, 30),
-    counts_only: bool = False,
-    limits: Any = None,
-    seed: int | None = None,
+    *rows: dict[str, Any], documents: Any = (30, 30), seed: int | None = None, **given: Any
 ) -> str:
-    by_domain = [np.array([[300, *EVEN[1:]], EVEN])[: len(documents)]] * len(rows)
-    balance = [row([400, *[200] * 7])] * len(rows)
-    numbered = [{**one, "layer": r, "router": r} for r, one in enumerate(rows)]
-    made = stub(
-        *balance,
-        domains=("code", "law")[: len(documents)],
-        by_domain=by_domain,
-        documents=documents,
-        counts_only=counts_only,
-        limits=limits,
-        specialization=numbered,
-    )
+    D, balance = len(documents), [row([400, *[200] * 7])] * len(rows)
+    given |= {"specialization": [{**of, "layer": r, "router": r} for r, of in enumerate(rows)]}
+    given |= {"by_domain": [np.array([[300, *EVEN[1:]], EVEN])[:D]] * len(rows)}
+    made = stub(*balance, domains=("code", "law")[:D], documents=documents, **given)
     if seed is not None:
         made.trace.manifest = {"corpus": {"plan": {"random_init": seed}}}
     return " ".join(found.text for check in DOMAIN_CHECKS if (found := check(made)) is not None)
@@ -366,36 +363,25 @@ def test_domains(case: str):
     assert (says in said) if says else said == "", said
 
 
-@pytest.mark.parametrize(
-    ("p", "says"),
-    [
-        (0.0099, ": not vocabulary alone."),
-        (0.01, ": that may be chance, so vocabulary may be all of it."),
-        (math.nan, ""),
-    ],
-)
-def test_what_is_beyond_vocabulary_may_be_chance(p: float, says: str):
+VOCABULARY = {
+    0.0099: ": not vocabulary alone.",
+    0.01: ": that may be chance, so vocabulary may be all of it.",
+    math.nan: "",
+}
+
+
+@pytest.mark.parametrize("p", VOCABULARY)
+def test_what_is_beyond_vocabulary_may_be_chance(p: float):
     said = told(beyond(0.6, domain_mi_given_token_p=p))
-    assert says in said
-    assert ("Given the token id" in said) == bool(says)
+    assert VOCABULARY[p] in said
+    assert ("Given the token id" in said) == bool(VOCABULARY[p])
 
 
 def ids(**columns: Any) -> str | None:
-    words = [
-        {
-            "router": 0,
-            "expert": 3,
-            "token": " the",
-            "first_choice_fraction": 0.9,
-            "count": 90,
-            "occurrences": 100,
-        }
-    ]
-    return text(
-        specialization.token_specialization(
-            stub(row(EVEN), specialization=[information(**columns)], vocabulary=words)
-        )
-    )
+    word = {"router": 0, "expert": 3, "token": " the", "first_choice_fraction": 0.9}
+    word |= {"count": 90, "occurrences": 100}
+    made = stub(row(EVEN), specialization=[information(**columns)], vocabulary=[word])
+    return text(specialization.token_specialization(made))
 
 
 def test_token_ids():
@@ -413,99 +399,11 @@ def test_token_ids():
     assert ids(vocabulary_specialization=math.nan) is None
 
 
-@pytest.mark.parametrize(
-    ("rate", "limit", "says"), [(0.01, None, True), (0.0099, None, False), (0.0099, 0.005, True)]
-)
-def test_ties(rate: float, limit: float | None, says: bool):
-    rows = [{"layer": r, "router": r, "tie_rate": value} for r, value in ((0, 0.0), (1, rate))]
-    made = stub(row(EVEN), row(EVEN), router=rows, limits={} if limit is None else {"tie": limit})
-    said = text(specialization.router_ties(made))
-    assert (said is not None) == says
-    if said:
-        assert f"In {rate:.1%} of the decisions of layer 1 the last" in said
-        assert "(1 router with " in said
-    made.trace.tables = ("routing",)
-    assert specialization.router_ties(made) is None  # no logits
-
-
-def few_tokens(uneven: float, tokens: int = 800) -> str | None:
-    return text(
-        data_checks.few_tokens(
-            stub(row([tokens // 8] * 8, tokens=tokens), limits={"uneven": uneven})
-        )
-    )
-
-
-def test_few_tokens():
-    floor = unc.noise_floor(800, 8, 1)
-    said = few_tokens(floor - 1e-3)
-    assert said is not None
-    assert said.startswith(
-        f"800 tokens are few for 8 experts: by chance alone the busiest gets {1 + floor:.2f}x the mean load. About 810 tokens would"
-    )
-    assert few_tokens(floor + 1e-3) is None
-    assert few_tokens(0) is None
-
-
-def test_few_documents():
-    def said(*documents: int, **given: Any) -> str | None:
-        return text(
-            data_checks.few_documents_per_domain(
-                stub(
-                    row(EVEN),
-                    domains=("code", "law")[: len(documents)],
-                    documents=documents,
-                    **given,
-                )
-            )
-        )
-
-    assert (
-        said(4, 5)
-        == 'Domains of fewer than 5 documents reflect single texts as much as the domain: "code" (4).'
-    )
-    assert said(5, 5) is None
-    assert said(4) is None
-    assert said(4, 5, counts_only=True) is None
-
-
-def repeated(limit: float, monkeypatch: pytest.MonkeyPatch) -> str | None:
+def test_repeated_rows(tmp_path: Path):
     """Of 1,000 tokens 16 are alike, one after the other."""
-    token_id_T, ids_T = np.arange(1_000), np.arange(1_000) % 8
-    token_id_T[200:216], ids_T[200:216] = 7, 3
-    made = stub(row(EVEN), limits={"repeated": limit})
-    seen = SimpleNamespace(token_id_T=token_id_T, of=lambda slots, router: slots)
-    monkeypatch.setattr(data_checks, "selected_tokens", lambda *of: seen)
-    made.trace.shards = [SimpleNamespace(files=SimpleNamespace(index=0), slots=lambda r: (ids_T,))]
-    return text(data_checks.repeated_rows(made))
-
-
-def test_repeated_rows(monkeypatch: pytest.MonkeyPatch):
-    said = repeated(0.016, monkeypatch)
-    assert said is not None
+    token_id, ids_TK = np.arange(1_000), np.arange(1_000)[:, None] % 8
+    token_id[200:216], ids_TK[200:216] = 7, 3
+    trace = write_trace(tmp_path / "t", [ids_TK.astype(np.uint16)], 8, token_id=token_id)
+    said = text(data_checks.repeated_rows(report(trace, thresholds={"repeated": 0.016}))) or ""
     assert said.startswith("16 of the first 1,000 tokens are in runs of 16 or more identical rows")
-    assert repeated(0.0161, monkeypatch) is None
-    same = np.zeros((15, 2), int)
-    assert data_checks.in_runs(same) == 0
-    assert data_checks.in_runs(np.zeros((16, 2), int)) == 16
-
-
-def ranks(*dead: int) -> str | None:
-    """A router each, of 8 experts; so many of them are dead, the upper half among them."""
-    return text(
-        data_checks.missing_ranks(
-            stub(*(row([1 + e if e < 8 - n else 0 for e in range(8)]) for n in dead))
-        )
-    )
-
-
-def test_missing_ranks():
-    # two halves, two ways round: 4 / 70 for one router, 4 / 70² = 0.0008 for two, 4 / (70 · 14) where one has a dead expert more
-    said = ranks(4, 4)
-    assert said is not None
-    assert said.startswith(
-        "Experts 4-7 of 8 have no load, in every router: these look like the counts of 1 of 2 ranks"
-    )
-    assert ranks(4, 5) is None
-    assert ranks(4) is None
-    assert ranks(4, 4, 3) is None
+    assert data_checks.repeated_rows(report(trace, thresholds={"repeated": 0.0161})) is None

@@ -230,4 +230,4 @@ def sample(data: ReportData) -> Finding:
     )
     values = {"tokens": counts.tokens, "documents": counts.documents}
     values |= {"domains": len(counts.domains), "routers": routers}
-    return note(said, **values)
+    return note(said, None, **values)
