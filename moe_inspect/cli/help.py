@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 OUTPUTS = {"output", "html", "plots", "resume", "engine_log"}  # which name what is written
 HYPHEN = "\u2011"  # lines do not break at it: names of options stay whole
 MOST = 200  # folders looked into
+# what stands for a value that has no name of its own, by typer's name of its type
+VALUES = {
+    "str": "",  # of an argument, which has a name
+    "path": "PATH",
+    **dict.fromkeys(("int", "int range"), "N"),
+    **dict.fromkeys(("float", "float range"), "NUMBER"),
+}
 
 # what --table takes: the registries would import pandas
 TABLES = {
@@ -78,7 +85,8 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 rest = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                rows.setdefault(_panel(parameter, rest), []).append(record)
+                name = re.sub(r"<(?:list\[)?([^][<>]+)\]?>", _value, record[0]).rstrip()
+                rows.setdefault(_panel(parameter, rest), []).append((name, record[1]))
         rows["Options"] = rows.pop("Options")  # last: --help is among them
         _write_sections(formatter, rows)
 
@@ -100,6 +108,10 @@ class GroupOfCommands(TyperGroup):
 
     def format_epilog(self, ctx: Context, formatter: HelpFormatter) -> None:
         _write_examples(formatter, self.epilog)
+
+
+def _value(found: re.Match[str]) -> str:
+    return VALUES.get(found[1], f"<{found[1]}>")
 
 
 def _panel(of: Any, otherwise: str) -> str:
