@@ -8,16 +8,16 @@ B rows, S positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_inspect.capture.corpus.plan import TokenSequence
+from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.hook.inputs.arguments import POSITIONS, cache_among
 from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.capture.recorder import Recorder
@@ -27,64 +27,54 @@ from moe_inspect.model.own import OwnModel, positions_of
 from moe_inspect.text import first_line
 from moe_inspect.trace.writer import Document
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Batch:
     """Sequences that are fed together. `number`: of its first forward pass. `documents`: those
-    whose first sequence is in this batch."""
+    whose first sequence is in this batch. `tokens`: how many are decoded and fed, at most;
+    `temperature`: 0 is greedy; `end_ids`: token ids that end a row."""
 
     number: int
     sequences: list[TokenSequence]
     documents: list[Document]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """`tokens`: maximum number of decoded tokens fed. `temperature`: 0 is greedy. `end_ids`: token
-    ids that end a row."""
-
-    tokens: int
-    temperature: float
-    seed: int
-    end_ids: frozenset[int]
+    tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    end_ids: frozenset[int] = frozenset()
 
 
 # --- the passes; each function returns the number of tokens fed, without padding
 
 
-def prefill(network: Any, recorder: Recorder, batch: Batch, tokenizer: Any) -> int:
+def prefill(
+    network: PreTrainedModel, recorder: Recorder, batch: Batch, tokenizer: Tokenizer
+) -> int:
     """One forward pass over right-padded rows."""
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     fed = _announce(recorder, batch, ids_BS, mask_BS)
     # neither key-value cache nor logits of all positions: not needed
-    forward(
-        network,
-        torch.from_numpy(ids_BS),
-        attention_mask=_attention(mask_BS, network),
-        use_cache=False,
-        **last_logits(network, recorder),
-    )
+    usual = {"use_cache": False, **last_logits(network, recorder)}
+    forward(network, torch.from_numpy(ids_BS), attention_mask=_attention(mask_BS, network), **usual)
     return fed
 
 
-def decode(network: Any, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
+def decode(network: PreTrainedModel, recorder: Recorder, batch: Batch) -> int:
     """Prefill of rows of equal length, then one token per row and step, with a key-value cache and
     without padding. A row is no longer recorded after its end token."""
-    return _steps(
-        recorder,
-        batch,
-        decoding,
-        np.stack([s.ids for s in batch.sequences]),
-        _with_cache(network, "input_ids", last_logits(network, recorder)),
-    )
+    ids_BS = np.stack([s.ids for s in batch.sequences])
+    calls = _with_cache(network, "input_ids", last_logits(network, recorder))
+    return _steps(recorder, batch, ids_BS, calls)
 
 
 def encode_decode(
-    network: Any, recorder: Recorder, batch: Batch, tokenizer: Any, decoding: Decoding
+    network: PreTrainedModel, recorder: Recorder, batch: Batch, tokenizer: Tokenizer
 ) -> int:
     """The encoder on right-padded rows, then the decoder: its start tokens, then up to
-    `decoding.tokens` one per step, with a key-value cache. A row is no longer recorded after its
-    end token."""
+    `batch.tokens` one per step, with a key-value cache. A row is no longer recorded after its end
+    token."""
     ids_BS, mask_BS = padded(batch.sequences, tokenizer, network)
     of_pass = {"phase": "encode", "stack": "encoder", "group": batch.number}
     fed = _announce(recorder, batch, ids_BS, mask_BS, **of_pass)
@@ -95,19 +85,18 @@ def encode_decode(
     usual = {**last_logits(network, recorder), "attention_mask": mask, "encoder_outputs": encoded}
     calls = _with_cache(network, "decoder_input_ids", usual)
     started_BS = np.array([start_ids(network)] * len(ids_BS))
-    return fed + _steps(recorder, batch, decoding, started_BS, calls, "decoder", first=1)
+    return fed + _steps(recorder, batch, started_BS, calls, "decoder", first=1)
 
 
-def feed_own(own: OwnModel, recorder: Recorder, batch: Batch, decoding: Decoding) -> int:
-    """A forward pass over a sequence, then up to `decoding.tokens` decoded tokens. For each of them
+def feed_own(own: OwnModel, recorder: Recorder, batch: Batch) -> int:
+    """A forward pass over a sequence, then up to `batch.tokens` decoded tokens. For each of them
     the model reads the whole sequence again, and only the last row of that pass is recorded."""
-
-    def logits(output: Any) -> Tensor:
-        return logits_of(own, output, "trace it without --generate")
-
     ids_BS = np.stack([s.ids for s in batch.sequences])
-    calls = partial(forward_own, own), logits
-    return _steps(recorder, batch, decoding, ids_BS, calls, whole=True)
+    calls = (
+        lambda ids_BS: forward_own(own, ids_BS),
+        lambda output: logits_of(own, output, "trace it without --generate"),
+    )
+    return _steps(recorder, batch, ids_BS, calls, whole=True)
 
 
 # what runs a pass over token ids, and the logits [B, S, V] of what it returns
@@ -117,7 +106,6 @@ Calls = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 def _steps(
     recorder: Recorder,
     batch: Batch,
-    decoding: Decoding,
     ids_BS: np.ndarray,
     calls: Calls,
     stack: str = "",
@@ -127,10 +115,10 @@ def _steps(
     """A pass over `ids_BS`, then one over a decoded token of each row per step. `first`: the number
     of the first pass, from that of the batch on. `whole`: each pass reads all positions again."""
     call, logits = calls
-    generator = torch.Generator().manual_seed(decoding.seed)
+    generator = torch.Generator().manual_seed(batch.seed)
     running_B = np.ones(len(ids_BS), bool)
     row_BS, fed, known = torch.from_numpy(ids_BS.astype(np.int64)), 0, 0
-    for step in range(decoding.tokens + 1):
+    for step in range(batch.tokens + 1):
         begin, end = 0 if whole else known, row_BS.shape[1]
         given_BS = row_BS[:, begin:].contiguous()
         fed += _announce(
@@ -142,14 +130,13 @@ def _steps(
             first + step,
             phase="decode" if step else "prefill",
             stack=stack,
-            group=batch.number if first + decoding.tokens else None,
+            group=batch.number if first + batch.tokens else None,
         )
         output, known = call(given_BS), end
-        if step == decoding.tokens:
+        if step == batch.tokens:
             break
-        last_BV = logits(output)[:, -1].float().cpu()
-        next_B = chosen(last_BV, decoding.temperature, generator)
-        running_B = running_B & ~np.isin(next_B.numpy(), list(decoding.end_ids))
+        next_B = chosen(logits(output)[:, -1].float().cpu(), batch.temperature, generator)
+        running_B = running_B & ~np.isin(next_B.numpy(), list(batch.end_ids))
         if not running_B.any():
             break
         row_BS = torch.cat([row_BS, next_B[:, None]], 1)
@@ -157,16 +144,16 @@ def _steps(
     return fed
 
 
-def _with_cache(network: Any, name: str, usual: dict[str, Any]) -> Calls:
+def _with_cache(network: PreTrainedModel, name: str, usual: dict[str, Any]) -> Calls:
     """Each goes on with the cache of the one before. `name`: of the argument that takes the token
     ids; `usual`: what each call has too."""
-    cache: dict[str, Any] = {}
+    options = {"use_cache": True, **usual}
 
     def logits(output: Any) -> Tensor:
-        cache.update(cache_of(network, output))
+        options.update(cache_of(network, output))
         return output.logits
 
-    return lambda ids: forward(network, ids, name, use_cache=True, **usual, **cache), logits
+    return lambda ids_BS: forward(network, ids_BS, name, **options), logits
 
 
 def _announce(
@@ -206,22 +193,19 @@ def _announce(
 
 
 def padded(
-    sequences: list[TokenSequence], tokenizer: Any, network: Any
+    sequences: list[TokenSequence], tokenizer: Tokenizer, network: PreTrainedModel
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64, mask bool) [B, S] of right-padded rows. A padding token that the
     model has no embedding for is replaced by 0."""
     lengths = np.array([len(s.ids) for s in sequences])
     mask_BS = np.arange(lengths.max()) < lengths[:, None]
-    known = embeddings(network)
-    pad = tokenizer.pad_token_id
-    ids_BS = np.full(
-        mask_BS.shape, 0 if pad is None or (known is not None and pad >= known) else pad, np.int64
-    )
+    pad, known = tokenizer.pad_token_id or 0, embeddings(network)
+    ids_BS = np.full(mask_BS.shape, 0 if known is not None and pad >= known else pad, np.int64)
     ids_BS[mask_BS] = np.concatenate([s.ids for s in sequences])
     return ids_BS, mask_BS
 
 
-def embeddings(network: Any) -> int | None:
+def embeddings(network: PreTrainedModel) -> int | None:
     """Number of embeddings, None where the model does not tell."""
     try:
         return getattr(network.get_input_embeddings(), "num_embeddings", None)
@@ -229,11 +213,13 @@ def embeddings(network: Any) -> int | None:
         return None
 
 
-def _attention(mask_BS: np.ndarray, network: Any) -> Tensor:
+def _attention(mask_BS: np.ndarray, network: PreTrainedModel) -> Tensor:
     return torch.from_numpy(mask_BS.astype(np.int64)).to(next(network.parameters()).device)
 
 
-def forward(network: Any, ids_BS: Tensor, name: str = "input_ids", **options: Any) -> Any:
+def forward(
+    network: PreTrainedModel, ids_BS: Tensor, name: str = "input_ids", **options: Any
+) -> Any:
     """The model's output for these tokens; MoeInspectError where the device runs out of memory or
     an id has no embedding."""
     if (known := embeddings(network)) is not None and (highest := int(ids_BS.max())) >= known:
@@ -252,7 +238,7 @@ def forward(network: Any, ids_BS: Tensor, name: str = "input_ids", **options: An
         ) from error
 
 
-def last_logits(network: Any, recorder: Recorder | None = None) -> dict[str, Any]:
+def last_logits(network: PreTrainedModel, recorder: Recorder | None = None) -> dict[str, int]:
     """The option to compute logits of the last position only, where the model has it and the
     recorder does not need the others."""
     losses = recorder.losses if recorder is not None else None
@@ -262,7 +248,7 @@ def last_logits(network: Any, recorder: Recorder | None = None) -> dict[str, Any
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
-def cache_of(network: Any, output: Any) -> dict[str, Any]:
+def cache_of(network: PreTrainedModel, output: Mapping[str, object]) -> dict[str, object]:
     """The key-value cache in a model's output, as keyword argument of the next call."""
     cache = cache_among(output.values())
     if cache is None:
@@ -284,24 +270,23 @@ def chosen(logits_BV: Tensor, temperature: float, generator: torch.Generator) ->
     return torch.multinomial(scores_BV, 1, generator=generator)[:, 0]
 
 
-def end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
+def end_ids(network: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
     """End-of-text token ids: of the generation config, else of the tokenizer."""
     stated = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     stated = stated if stated is not None else tokenizer.eos_token_id
     return frozenset([stated] if isinstance(stated, int) else stated or [])
 
 
-def start_ids(network: Any) -> list[int]:
+def start_ids(network: PreTrainedModel) -> list[int]:
     """First token ids of a decoder: the start token, and the one that the generation config forces
     after it."""
-    generation = getattr(network, "generation_config", None)
-
-    def stated(name: str) -> Any:
-        found = getattr(generation, name, None)
-        return found if found is not None else getattr(network.config, name, None)
-
-    start, forced = stated("decoder_start_token_id"), stated("forced_bos_token_id")
-    start = start if start is not None else stated("bos_token_id")
+    stated: dict[str, object] = {}
+    for source in (network.config, getattr(network, "generation_config", None)):
+        for name in ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
+            if (found := getattr(source, name, None)) is not None:
+                stated[name] = found
+    start = stated.get("decoder_start_token_id", stated.get("bos_token_id"))
+    forced = stated.get("forced_bos_token_id")
     if not isinstance(start, int):
         raise MoeInspectError(
             f"the config of {type(network).__name__} has no decoder_start_token_id: cannot "
@@ -317,7 +302,10 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
     try:
         if own.forward is not None:
             return own.forward(own.model, ids_BS)
-        return own.model(ids_BS, **_positions(own.model, ids_BS))
+        takes = inspect.signature(own.model.forward).parameters
+        required = [n for n in POSITIONS if n in takes and takes[n].default is inspect._empty]
+        position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
+        return own.model(ids_BS, **dict.fromkeys(required, position_BS))
     except MoeInspectError:
         raise
     except torch.OutOfMemoryError as error:
@@ -340,14 +328,6 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
             f"{own.name} failed on token ids {list(ids_BS.shape)}: {type(error).__name__}: "
             f"{first_line(error)} ({why})"
         ) from error
-
-
-def _positions(model: Any, ids_BS: Tensor) -> dict[str, Tensor]:
-    """Position ids, for a model that requires them."""
-    parameters = inspect.signature(model.forward).parameters
-    required = [n for n in POSITIONS if n in parameters and parameters[n].default is inspect._empty]
-    position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
-    return dict.fromkeys(required, position_BS)
 
 
 def logits_of(own: OwnModel, output: Any, instead: str) -> Tensor:

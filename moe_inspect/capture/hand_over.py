@@ -24,7 +24,7 @@ from moe_inspect.capture.hook.stack import Stack, StackPass
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.token_loss import PassLosses, TokenLosses
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import EXTRAS, LOSS, Router
+from moe_inspect.trace.schema import EXTRAS, LOSS
 from moe_inspect.trace.writer import RoutedBatch, TraceWriter
 
 HELD_SECONDS = 10.0  # a shard that is not full waits longer
@@ -101,7 +101,8 @@ class HandOver:
         """A stack is about to run. Waits until its rings, which it returns, have room for these
         rows, unless decisions may be dropped."""
         T = fed.T
-        rings = stack.rings or self._make_rings(stack, self.options.ring_tokens or T)
+        # they hold weights, by which slots are ordered, even in a trace without weights
+        rings = stack.rings or stack.make_rings(self.options.ring_tokens or T, self.weight_dtype)
         if not (rings.synchronous and rings.free_rows >= T):
             self.drain()
             too_large = rings.max_rows < T
@@ -113,14 +114,9 @@ class HandOver:
                         f"a forward pass of {T:,} rows exceeds the room on the device "
                         f"({rings.max_rows:,}): record with ring_tokens={T}"
                     )
-                rings = self._make_rings(stack, T)
+                rings = stack.make_rings(T, self.weight_dtype)
         stack.fed = fed
         return rings
-
-    def _make_rings(self, stack: Stack, rows: int) -> Rings:
-        """Rings for passes of `rows` rows, while none of the stack is in flight. They always hold
-        weights, by which slots are ordered, even in a trace without weights."""
-        return stack.make_rings(rows, self.weight_dtype)
 
     def end(self, fed: Sequence[Stack], number: int) -> None:
         """Queues a forward pass of these stacks that has been launched (on a GPU it may still be
@@ -141,13 +137,9 @@ class HandOver:
         self.inputs.accept()
         # on a CPU, passes wait until a page is full, or the first of them has waited long
         first = self._in_flight[0]
-        rings, start = first.passes[0].rings, first.passes[0].start
-        waited_s = time.monotonic() - first.since
-        if (
-            not rings.synchronous
-            or rings.head >= rings.end_of_page(start)
-            or waited_s > self._hold_s
-        ):
+        rings, waited_s = first.passes[0].rings, time.monotonic() - first.since
+        is_full = rings.head >= rings.end_of_page(first.passes[0].start)
+        if not rings.synchronous or is_full or waited_s > self._hold_s:
             self.drain()
 
     def count_tokens(self) -> int:
@@ -255,9 +247,8 @@ class HandOver:
         numbers: list[np.ndarray] = []  # of the forward pass that each token is of
         places: Places = {}
         encoded = 0
-        for arrived in batch:
-            forwards = arrived.forwards
-            for n, rows in enumerate(arrived.rows):
+        for forwards, of_stacks in batch:
+            for n, rows in enumerate(of_stacks):
                 passes = [forward.passes[n] for forward in forwards]
                 stack, there = passes[0].stack, first_rows(rows, sum(p.kept for p in passes))
                 parts.append(there)
@@ -266,9 +257,8 @@ class HandOver:
                 places.setdefault(stack.name, (passes[0], []))[1].append(there.real)
                 encoded += tokens if stack.name == "encoder" else 0
                 if self.options.token_loss:
-                    of_last = (
-                        [f.losses for f in forwards if f.losses] if rows is arrived.rows[-1] else []
-                    )
+                    is_last = rows is of_stacks[-1]
+                    of_last = [f.losses for f in forwards if f.losses] if is_last else []
                     losses.append(losses_of(of_last, rows)[:, :tokens])
                 sizes = there.real.reshape(len(forwards), -1).sum(1)
                 numbers.append(np.repeat(np.array([f.number for f in forwards], np.int32), sizes))
@@ -299,26 +289,24 @@ class HandOver:
 
     def _of_routers(self, places: Places, kind: str) -> list[np.ndarray]:
         """Per router a copy of its rows in the rings, without padding."""
+        is_bf16, extra = self.weight_dtype == torch.bfloat16, EXTRAS.get(kind)
+        dtype = {"ids": "uint8", "weights": "uint16" if is_bf16 else "float16"}.get(kind)
         found: list[np.ndarray] = []
         for name, stack in self.stacks.items():
             if name not in places:  # did not run
-                found += [self._no_rows(kind, router) for router in stack.routers]
+                for router in stack.routers:
+                    K, E = router.top_k, router.experts
+                    width = extra.width(K, E) if extra else K
+                    found.append(np.empty((0, width), extra.dtype if extra else dtype))
                 continue
             first, parts = places[name]
             real = np.concatenate(parts)
             keep = None if real.all() else np.flatnonzero(real)
+            rows = first.rings.rows
             found += [
-                first.rings.rows(kind, r, first.start, len(real), keep)
-                for r in range(len(stack.routers))
+                rows(kind, r, first.start, len(real), keep) for r in range(len(stack.routers))
             ]
         return found
-
-    def _no_rows(self, kind: str, router: Router) -> np.ndarray:
-        if kind in EXTRAS:
-            extra = EXTRAS[kind]
-            return np.empty((0, extra.width(router.top_k, router.experts)), extra.dtype)
-        bits = np.uint16 if self.weight_dtype == torch.bfloat16 else np.float16
-        return np.empty((0, router.top_k), bits if kind == "weights" else np.uint8)
 
 
 def first_rows(rows: Rows, kept: int) -> Rows:
@@ -326,13 +314,9 @@ def first_rows(rows: Rows, kept: int) -> Rows:
     if kept == rows.T:
         return rows
     n = int(rows.real[:kept].sum())
-    names = ("token_id", "document", "sequence", "position", "domain")
-    return replace(
-        rows,
-        real=rows.real[:kept],
-        **{name: getattr(rows, name)[:n] for name in names},
-        phases=rows.phases[:n] if rows.phases is not None else None,
-    )
+    names = ("token_id", "document", "sequence", "position", "domain", "phases")
+    of_tokens = {name: values[:n] for name in names if (values := getattr(rows, name)) is not None}
+    return replace(rows, real=rows.real[:kept], **of_tokens)
 
 
 def losses_of(passes: Sequence[PassLosses], rows: Rows) -> np.ndarray:

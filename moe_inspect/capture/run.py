@@ -14,15 +14,7 @@ import torch
 
 from moe_inspect.capture.corpus.documents import find_sources
 from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
-from moe_inspect.capture.feed import (
-    Batch,
-    Decoding,
-    decode,
-    encode_decode,
-    end_ids,
-    feed_own,
-    prefill,
-)
+from moe_inspect.capture.feed import Batch, decode, encode_decode, end_ids, feed_own, prefill
 from moe_inspect.capture.load import Unloaded, unloaded
 from moe_inspect.capture.open_trace import Planned
 from moe_inspect.capture.options import RecordOptions, TraceOptions
@@ -161,17 +153,17 @@ class TraceRun:
         # how many numbers of forward passes a batch reserves; it may use fewer
         passes = options.generate + (2 if plan.encoded else 1)
         for n, (sequences, documents) in enumerate(batches):
-            batch = Batch(n * passes, sequences, documents)
-            if not self.ranks.takes(n) or (start is not None and batch.number < start.next_batch):
+            if not self.ranks.takes(n) or (start is not None and n * passes < start.next_batch):
                 continue
             tokens = options.generate if sequences[0].continued else 0
-            decoding = Decoding(tokens, options.temperature, options.seed + n, ends)
+            sampling = options.temperature, options.seed + n, ends
+            batch = Batch(n * passes, sequences, documents, tokens, *sampling)
             if own is not None:
-                done += feed_own(own, recorder, batch, decoding)
+                done += feed_own(own, recorder, batch)
             elif plan.encoded:
-                done += encode_decode(network, recorder, batch, tokenizer, decoding)
+                done += encode_decode(network, recorder, batch, tokenizer)
             elif tokens:
-                done += decode(network, recorder, batch, decoding)
+                done += decode(network, recorder, batch)
             else:
                 done += prefill(network, recorder, batch, tokenizer)
             if progress is not None:

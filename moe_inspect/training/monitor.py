@@ -20,15 +20,9 @@ from moe_inspect.capture.open_trace import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
+from moe_inspect.training import metrics as shown
 from moe_inspect.training.actions import Action, act, actions_of
 from moe_inspect.training.history import History
-from moe_inspect.training.metrics import (
-    DETAILS,
-    load_picture,
-    logged,
-    show_picture,
-    window_metrics,
-)
 from moe_inspect.training.sums import RoutingSums, WindowSums
 
 if TYPE_CHECKING:
@@ -37,6 +31,7 @@ if TYPE_CHECKING:
     from moe_inspect.capture.options import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.model.routers import Site
+    from moe_inspect.trace.schema import Router
 
 PREFIX = "routing/"
 
@@ -99,8 +94,8 @@ class RoutingMonitor:
         for name, n in (("every", every), ("log_steps", log_steps), ("flush_steps", flush_steps)):
             if n is not None and n < 1:
                 raise MoeInspectError(f"{name} is {n}: give 1 or more")
-        if detail not in DETAILS:
-            raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(DETAILS)}")
+        if detail not in shown.DETAILS:
+            raise MoeInspectError(f"no detail {detail!r}: choose from {', '.join(shown.DETAILS)}")
         self.model = unwrapped(model, by_path=bool(routers))
         self.path = Path(path) if path is not None else None
         self.every, self.log_steps, self.detail, self.group = every, log_steps, detail, group
@@ -135,7 +130,7 @@ class RoutingMonitor:
         self._to_flush: WindowSums | None = None
 
     @property
-    def routers(self) -> list[Any]:
+    def routers(self) -> list[Router]:
         """The routers, once a pass has run."""
         return self._sums.routers
 
@@ -219,12 +214,12 @@ class RoutingMonitor:
             return {}
         values = self._values(taken, training=True)
         window = Window(first, self.steps, taken.load, taken.tokens_R, values, taken.recent)
-        values, self.window = window_metrics(window, self.window), window
+        values, self.window = shown.window_metrics(window, self.window), window
         self._judge(window)
-        metrics = logged(values, self.routers, self.detail, PREFIX)
-        metrics[f"{PREFIX}tokens"] = float(taken.tokens_R.max())
-        metrics[f"{PREFIX}alarms"] = float(len(self._alarms.active) if self._alarms else 0)
-        return metrics
+        metrics = shown.logged(values, self.routers, self.detail, PREFIX)
+        active = len(self._alarms.active) if self._alarms else 0
+        of_all = {"tokens": taken.tokens_R.max(), "alarms": active}
+        return metrics | {f"{PREFIX}{name}": float(value) for name, value in of_all.items()}
 
     def evaluation(self) -> dict[str, float]:
         """The metrics of the passes in evaluation since the last call, by key
@@ -234,8 +229,8 @@ class RoutingMonitor:
             return {}
         values = self._values(taken, training=False)
         window = Window(self.steps, self.steps, taken.load, taken.tokens_R, values)
-        values = window_metrics(window, None)
-        return logged(values, self.routers, self.detail, f"eval_{PREFIX}")
+        values = shown.window_metrics(window, None)
+        return shown.logged(values, self.routers, self.detail, f"eval_{PREFIX}")
 
     def flush(self) -> None:
         """Commits the steps so far to the history: what is saved by a checkpoint now is in it."""
@@ -276,18 +271,17 @@ class RoutingMonitor:
         if not self.rules:
             return
         self._alarms = self._alarms or Alarms(self.routers, self.rules)
-        for alarm in self._alarms.see(window):
+        for alarm in self._alarms.see(window):  # every process sees the same window
             self.raised.append(alarm)
+            self.should_stop |= "stop" in self.actions
             if _rank() == 0:
-                self.should_stop |= act(alarm, self.actions)
-            else:  # every process sees the same window
-                self.should_stop |= "stop" in self.actions
+                act(alarm, self.actions)
 
     def picture(self) -> Any:
         """A matplotlib figure of the last window: the load of every expert of every layer."""
         if self.window is None:
             raise MoeInspectError("no window yet: the first picture follows the first log")
-        return load_picture(self.window, self.routers)
+        return shown.load_picture(self.window, self.routers)
 
 
 class OfTrainer:
@@ -322,7 +316,7 @@ class OfTrainer:
         self._pictured = window
         reporters = {"wandb", "mlflow"}.intersection(reporters)
         if window is not before and (boards or reporters):
-            show_picture(self.monitor.picture(), step, reporters, *boards[:1])
+            shown.show_picture(self.monitor.picture(), step, reporters, *boards[:1])
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if self.monitor is not None:

@@ -53,9 +53,31 @@ class DeviceSums:
             self.losses_22R = torch.zeros(2, 2, self.R)  # evaluation, training; auxiliary and z
 
     def begin(self) -> None:
-        self.load_C.zero_()
-        self.probability_C.zero_()
-        self.z_R.zero_()
+        for sums in (self.load_C, self.probability_C, self.z_R):
+            sums.zero_()
+
+    def add_choices(self, n: int, E: int, ids_TK: Tensor, real_T: Tensor | None) -> None:
+        """To the sums of the n-th router. `real_T`: the rows that are no padding; None: all."""
+        outside_TK = (ids_TK < 0) | (ids_TK >= E)
+        if real_T is not None:
+            outside_TK |= ~real_T[:, None]
+        slot_N = (ids_TK.long().masked_fill(outside_TK, E) + self.first[n]).reshape(-1)
+        self.load_C.scatter_add_(0, slot_N, torch.ones_like(slot_N))
+
+    def add_logits(self, n: int, site: Site, logits_TE: Tensor, real_T: Tensor | None) -> None:
+        logits_TE = logits_TE.float()
+        log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
+        if site.scoring == "sigmoid":
+            score_TE = logits_TE.sigmoid()
+            score_TE = score_TE / score_TE.sum(1, keepdim=True)
+        else:
+            score_TE = (logits_TE - log_sum_T1).exp()
+        z_T = log_sum_T1[:, 0] ** 2
+        if real_T is not None:
+            score_TE, z_T = score_TE * real_T[:, None], z_T * real_T
+        first = self.first[n]
+        self.probability_C[first : first + site.experts] += score_TE.sum(0)
+        self.z_R[n] += z_T.sum()
 
     def end(self, training: bool, logits: bool) -> None:
         """Adds the pass. Its auxiliary loss is E · Σ f · P of each router: f the share of the
@@ -201,23 +223,18 @@ class RoutingSums:
             self._early.append((kind, r, row, values.clone()))
 
     def _add(self, kind: str, r: int, row: int, values: Tensor) -> None:
-        on, n = self._place[r]
-        real_T = self._mask(r, on.device)
-        real_T = real_T[row : row + len(values)] if real_T is not None else None
-        add_to = _add_logits if kind else _add_choices
-        add_to(on, n, self.sites[r], values, real_T)
+        (on, n), site = self._place[r], self.sites[r]
+        real_T = self._real[site.stack]
+        if real_T is not None:
+            at = site.stack, on.device
+            if at not in self._masks:
+                self._masks[at] = real_T.to(on.device, non_blocking=True)
+            real_T = self._masks[at][row : row + len(values)]
         if kind:
+            on.add_logits(n, site, values, real_T)
             self._shows_logits.add(r)
-
-    def _mask(self, r: int, device: torch.device) -> Tensor | None:
-        """Which rows are no padding, bool [T] on the router's device; None: all."""
-        stack = self.sites[r].stack
-        real_T = self._real[stack]
-        if real_T is None or real_T.device == device:
-            return real_T
-        if (stack, device) not in self._masks:
-            self._masks[stack, device] = real_T.to(device, non_blocking=True)
-        return self._masks[stack, device]
+        else:
+            on.add_choices(n, site.experts, values, real_T)
 
     @torch.no_grad()
     def end(self) -> None:
@@ -254,12 +271,9 @@ class RoutingSums:
             )
         devices = [early[r].device for r in range(len(self.sites))]
         for device in dict.fromkeys(devices):
-            mine = [
-                site.experts for site, d in zip(self.sites, devices, strict=True) if d == device
-            ]
-            self._on[device] = DeviceSums(device, mine)
-        for r, device in enumerate(devices):
-            self._place.append((self._on[device], devices[:r].count(device)))
+            mine = [r for r, d in enumerate(devices) if d == device]
+            self._on[device] = DeviceSums(device, [self.sites[r].experts for r in mine])
+        self._place = [(self._on[d], devices[:r].count(d)) for r, d in enumerate(devices)]
         self.routers = [
             replace(router_at(site, early[r].shape[1]), slot_order="unknown")
             for r, site in enumerate(self.sites)
@@ -332,34 +346,4 @@ class RoutingSums:
         """The range of each router's selection bias, float [R]; NaN where it has none. Waits for
         the devices."""
         biases = [selection_bias(site, self.model) for site in self.sites]
-        return np.array(
-            [np.nan if b is None else float((b.max() - b.min()).float()) for b in biases]
-        )
-
-
-def _add_choices(on: DeviceSums, n: int, site: Site, ids_TK: Tensor, real_T: Tensor | None) -> None:
-    """To the sums of the n-th router of a device."""
-    E = site.experts
-    outside_TK = (ids_TK < 0) | (ids_TK >= E)
-    if real_T is not None:
-        outside_TK |= ~real_T[:, None]
-    slot_N = (ids_TK.long().masked_fill(outside_TK, E) + on.first[n]).reshape(-1)
-    on.load_C.scatter_add_(0, slot_N, torch.ones_like(slot_N))
-
-
-def _add_logits(
-    on: DeviceSums, n: int, site: Site, logits_TE: Tensor, real_T: Tensor | None
-) -> None:
-    logits_TE = logits_TE.float()
-    log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
-    if site.scoring == "sigmoid":
-        score_TE = logits_TE.sigmoid()
-        score_TE = score_TE / score_TE.sum(1, keepdim=True)
-    else:
-        score_TE = (logits_TE - log_sum_T1).exp()
-    z_T = log_sum_T1[:, 0] ** 2
-    if real_T is not None:
-        score_TE, z_T = score_TE * real_T[:, None], z_T * real_T
-    first = on.first[n]
-    on.probability_C[first : first + site.experts] += score_TE.sum(0)
-    on.z_R[n] += z_T.sum()
+        return np.array([np.nan if b is None else float(b.max().sub(b.min())) for b in biases])

@@ -12,13 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 PIECE = 2**18  # characters that are tokenized at once
 OVERLAP = 2**12  # characters that two pieces share
 AGREED = 16  # tokens to either side of a join
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer, of transformers or the like."""
+
+    pad_token_id: int | None
+    eos_token_id: int | list[int] | None
+
+    def __call__(self, text: Any, *, add_special_tokens: bool, verbose: bool = True) -> Any: ...
+    def convert_ids_to_tokens(self, ids: list[int], /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class _Tokens:
     word: np.ndarray
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+def token_ids(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     """The token ids of each text, int32, without special tokens."""
     short = [
         n
@@ -65,7 +75,7 @@ def _calls(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
         yield call
 
 
-def _in_pieces(text: str, tokenizer: Any) -> Iterator[np.ndarray]:
+def _in_pieces(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     left, first, end = _tokens(text, 0, PIECE, tokenizer), 0, PIECE
     while end < len(text):
         new_end = min(end + PIECE, len(text))
@@ -84,7 +94,7 @@ def _in_pieces(text: str, tokenizer: Any) -> Iterator[np.ndarray]:
     yield left.ids[first:]
 
 
-def _tokens(text: str, begin: int, end: int, tokenizer: Any) -> _Tokens:
+def _tokens(text: str, begin: int, end: int, tokenizer: Tokenizer) -> _Tokens:
     encoding = tokenizer([text[begin:end]], add_special_tokens=False, verbose=False).encodings[0]
     span = np.array(encoding.offsets, np.int64).reshape(-1, 2) + begin
     word = np.array([-1 if w is None else w for w in encoding.word_ids], np.int64)

@@ -17,6 +17,7 @@ import tenacity
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 
+Json = dict[str, Any]  # an object
 ATTEMPTS = 6
 # between attempts, without a Retry-After header
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -62,13 +63,11 @@ def split_url(url: str) -> tuple[str, httpx.BasicAuth | None]:
 def client(url: str, api_key: str | None, timeout_s: float, concurrency: int) -> httpx.AsyncClient:
     """`timeout_s`: total time per request, from connecting to the last byte of the response."""
     root, auth = split_url(url)
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return httpx.AsyncClient(
         base_url=root,
         auth=auth,
-        headers={
-            "Accept-Encoding": "identity",
-            **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-        },
+        headers={"Accept-Encoding": "identity", **key},
         timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
     )
@@ -84,7 +83,7 @@ def check_server(url: str, api_key: str | None) -> None:
     asyncio.run(once())
 
 
-async def list_models(http: httpx.AsyncClient) -> dict[str, Any] | None:
+async def list_models(http: httpx.AsyncClient) -> Json | None:
     """The response of /v1/models, without retries: on first contact a wrong address is more likely
     than a busy server."""
     root = root_of(http)
@@ -116,10 +115,10 @@ def wait_notifier() -> Callable[[str, float], None]:
 async def ask(
     http: httpx.AsyncClient,
     path: str,
-    body: dict[str, Any] | None = None,
+    body: Json | None = None,
     most_bytes: int = MOST_BYTES,
     notify: Callable[[str, float], None] | None = None,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """The JSON object in the response to a POST of `body` (without a body: a GET); None where the
     path does not exist (404)."""
     root, notify = root_of(http), notify or wait_notifier()
@@ -154,7 +153,7 @@ def root_of(http: httpx.AsyncClient) -> str:
     return str(http.base_url).rstrip("/")
 
 
-def _json_object(root: str, path: str, status: int, data: bytes) -> dict[str, Any] | None:
+def _json_object(root: str, path: str, status: int, data: bytes) -> Json | None:
     if status == 404:
         return None
     if status in (401, 403):
@@ -176,7 +175,7 @@ def _json_object(root: str, path: str, status: int, data: bytes) -> dict[str, An
 
 
 async def _once(
-    http: httpx.AsyncClient, path: str, body: dict[str, Any] | None, most_bytes: int
+    http: httpx.AsyncClient, path: str, body: Json | None, most_bytes: int
 ) -> tuple[int, bytes]:
     try:
         # httpx's own timeouts are per read: a server that sends a byte now and then never exceeds
@@ -187,17 +186,14 @@ async def _once(
         ):
             status, data = response.status_code, await _body(response, path, most_bytes)
             if status in (408, 429) or status >= 500:
-                raise _Retry(
-                    f"HTTP {status}: {_message(data)}",
-                    _asked_wait(response.headers.get("retry-after")),
-                )
+                wait_s = _asked_wait(response.headers.get("retry-after"))
+                raise _Retry(f"HTTP {status}: {_message(data)}", wait_s)
             return status, data
     except TimeoutError as error:
         raise _Retry(f"incomplete response after {http.timeout.read:g} s") from error
     except httpx.TransportError as error:
-        raise _Retry(
-            f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})"
-        ) from error
+        said = f"{type(error).__name__}{f': {error}' if str(error) else ''}"
+        raise _Retry(f"no answer ({said})") from error
     except httpx.HTTPError as error:
         raise MoeInspectError(f"cannot read the response of {path}: {first_line(error)}") from None
 
@@ -230,9 +226,8 @@ def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, _Retry) and error.wait_s is not None:
         return error.wait_s
-    return tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)(
-        state
-    )
+    wait = tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)
+    return wait(state)
 
 
 def _asked_wait(header: str | None) -> float | None:

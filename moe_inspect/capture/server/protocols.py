@@ -7,21 +7,25 @@ too), K slots.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
 
 from moe_inspect.capture.hook.stack import router_at
-from moe_inspect.capture.server.client import MODELS, ask, list_models, root_of
+from moe_inspect.capture.server.client import MODELS, Json, ask, list_models, root_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.routed import decode_sglang, decode_vllm, select_routers
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.text import first_line, ranges
 from moe_inspect.trace.schema import Router
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig as Config
 
 FLAG = "--enable-return-routed-experts"  # of both engines
 
@@ -82,8 +86,8 @@ class EngineProtocol:
     keeps free behind a prompt."""
 
     path: str
-    body: Callable[[Request, Served], dict[str, Any]]
-    read: Callable[[dict[str, Any], Served], Reply]
+    body: Callable[[Request, Served], Json]
+    read: Callable[[Json, Served], Reply]
     about: str
     version_at: str
     read_from: str
@@ -91,27 +95,28 @@ class EngineProtocol:
     reserved: Callable[[int], int]
 
 
-def _vllm_body(request: Request, served: Served) -> dict[str, Any]:
-    # every option is explicit: the default of each would be the model's generation_config
-    body = {
+def _sampling(request: Request, top_k: int, seed: str) -> Json:
+    """Every option is explicit: the default of each would be the model's generation_config.
+    `top_k`: for all; `seed`: the name of its option."""
+    sampling: Json = {"temperature": request.temperature, "top_k": top_k}
+    sampling |= dict.fromkeys(("top_p", "repetition_penalty"), 1.0)
+    sampling |= dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), 0.0)
+    return {**sampling, seed: request.seed} if request.temperature else sampling
+
+
+def _vllm_body(request: Request, served: Served) -> Json:
+    return {
         "model": served.name,
         "prompt": request.ids.tolist(),
         "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **_sampling(request, 0, "seed"),
         "return_token_ids": True,
         "routed_experts_prompt_start": 0,
         "cache_salt": request.salt,
     }
-    return {**body, "seed": request.seed} if request.temperature else body
 
 
-def _vllm_read(answer: dict[str, Any], served: Served) -> Reply:
+def _vllm_read(answer: Json, served: Served) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise MoeInspectError(
@@ -128,22 +133,11 @@ def _vllm_read(answer: dict[str, Any], served: Served) -> Reply:
     )
 
 
-def _sglang_body(request: Request, served: Served) -> dict[str, Any]:
-    sampling = {
-        "max_new_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
+def _sglang_body(request: Request, served: Served) -> Json:
+    sampling = _sampling(request, -1, "sampling_seed")
     return {
         "input_ids": request.ids.tolist(),
-        "sampling_params": {**sampling, "sampling_seed": request.seed}
-        if request.temperature
-        else sampling,
+        "sampling_params": {"max_new_tokens": request.max_tokens, **sampling},
         "return_routed_experts": True,
         "routed_experts_start_len": 0,
         "return_prompt_token_ids": True,
@@ -151,22 +145,19 @@ def _sglang_body(request: Request, served: Served) -> dict[str, Any]:
     }
 
 
-def _sglang_read(answer: dict[str, Any], served: Served) -> Reply:
+def _sglang_read(answer: Json, served: Served) -> Reply:
     facts = answer.get("meta_info")
     if not isinstance(facts, dict):
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
     finish = facts.get("finish_reason")
-    finish = finish.get("type") if isinstance(finish, dict) else finish
-    encoded = _present(
-        facts.get("routed_experts"), "meta_info.routed_experts", "sglang.launch_server"
-    )
-    routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
+    field, command = "meta_info.routed_experts", "sglang.launch_server"
+    encoded = _present(facts.get("routed_experts"), field, command)
     return Reply(
         answer.get("prompt_token_ids"),
         facts.get("prompt_tokens"),
         answer.get("output_ids"),
-        finish,
-        routed_TBK,
+        finish.get("type") if isinstance(finish, dict) else finish,
+        decode_sglang(encoded, served.blocks, served.top_k, "routed_experts"),
     )
 
 
@@ -206,7 +197,7 @@ ENGINES = {
 
 
 def read_answer(
-    engine: EngineProtocol, answer: dict[str, Any], request: Request, served: Served
+    engine: EngineProtocol, answer: Json, request: Request, served: Served
 ) -> RoutedAnswer:
     """The checked content of a response; MoeInspectError where it is inconsistent."""
     reply, P = engine.read(answer, served), len(request.ids)
@@ -226,10 +217,8 @@ def read_answer(
             f"the generated token ids are not a list of ids below {served.vocabulary}: "
             f"{str(made)[:80]}"
         )
-    complete = (reply.finish == "length" and len(made) == request.max_tokens) or (
-        reply.finish == "stop" and 0 < len(made) <= request.max_tokens
-    )
-    if not complete:
+    least = {"length": request.max_tokens, "stop": 1}.get(str(reply.finish), sys.maxsize)
+    if not least <= len(made) <= request.max_tokens:
         raise MoeInspectError(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}"
@@ -237,10 +226,9 @@ def read_answer(
     rows, expected = len(reply.routed_TBK), P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(
-            f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of "
-            f"the prompt and the {len(made)} generated, the "
-            "last of which is never fed; if the rows of a cached prefix are missing: "
-            f"{engine.cached_rows}"
+            f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of the "
+            f"prompt and the {len(made)} generated, the last of which is never fed; if the rows of "
+            f"a cached prefix are missing: {engine.cached_rows}"
         )
     if reply.routed_TBK.shape[2] != served.top_k:
         raise MoeInspectError(
@@ -264,16 +252,14 @@ def most_bytes(request: Request, served: Served) -> int:
     return 2**20 + tokens * (6 * served.blocks * served.top_k + 128)
 
 
-def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[Router]]:
+def routers_of(config: Config, trust_remote_code: bool = False) -> tuple[str, list[Router]]:
     """The model's class, and its routers as a local trace lists them. No weight is read."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     # transformers raises anything for a broken config, which is the user's
     except Exception as error:
         raise MoeInspectError(
@@ -291,7 +277,7 @@ def routers_of(config: Any, trust_remote_code: bool = False) -> tuple[str, list[
 
 
 def served_model(
-    name: str, config: Any, routers: Sequence[Router], layers: Sequence[int] | None
+    name: str, config: Config, routers: Sequence[Router], layers: Sequence[int] | None
 ) -> Served:
     """The model that the server calls `name`, recorded in `layers` (None: all)."""
     there, top_k = [r.layer for r in routers], sorted({r.top_k for r in routers})
@@ -309,14 +295,17 @@ def served_model(
     return Served(name, text.num_hidden_layers, top_k[0], text.vocab_size, routers, chosen)
 
 
-async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Any) -> dict[str, Any]:
+async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Config) -> Json:
     """What the server says of itself: model, path, version, max_model_len. MoeInspectError where
     its model is not the config's."""
     root, models = root_of(http), await list_models(http)
-    listed = models.get("data") if models is not None else None
-    listed = listed if isinstance(listed, list) else []
+    listed = (models or {}).get("data")
     # a card with a parent is an adapter
-    cards = [c for c in listed if isinstance(c, dict) and not c.get("parent")]
+    cards = [
+        c
+        for c in (listed if isinstance(listed, list) else ())
+        if isinstance(c, dict) and not c.get("parent")
+    ]
     if not cards or not isinstance(cards[0].get("id"), str):
         raise MoeInspectError(
             f"{root}{MODELS} names no model: is it the engine that --engine names?"
