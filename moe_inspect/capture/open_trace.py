@@ -8,24 +8,25 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.hook import probes
 from moe_inspect.capture.hook.selfcheck import Found, device_name, summary
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.ranks import Ranks
 from moe_inspect.model.load import config_record
-from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.peft_adapter import adapter_in
 from moe_inspect.model.routers import Site, selection_bias, text_config
 from moe_inspect.model.vocabulary import vocabulary_table
 from moe_inspect.text import print_stderr
 from moe_inspect.trace import slot_order
-from moe_inspect.trace.files.location import Remote, output_location
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import Lock, join, process_start
 from moe_inspect.trace.output_dir import claim_directory
 from moe_inspect.trace.schema import Router
@@ -44,35 +45,27 @@ class Planned:
     shard_tokens: int = SHARD_TOKENS
 
 
+@dataclass
 class TraceOpener:
     """`path`: None writes no trace. `tokenizer`: its vocabulary is stored in the trace.
     `selfcheck`: what was found of the kernels used so far."""
 
-    def __init__(
-        self,
-        path: str | Path | Remote | None,
-        model: Any,
-        sites: Sequence[Site],
-        mode: str,
-        tokenizer: Any,
-    ):
-        self.path = output_location(path) if path is not None else None
-        self.model, self.sites, self.mode = model, sites, mode
-        self.tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
-        self.selfcheck: Found = {}
-        self._own_lock: Lock | None = None
+    path: Path | Remote | None
+    model: Any
+    sites: Sequence[Site]
+    mode: str
+    tokenizer: Tokenizer | None
+    options: RecordOptions
+    planned: Planned
+    selfcheck: Found = field(default_factory=dict)
+    _own_lock: Lock | None = None
 
-    def open(
-        self,
-        routers: Sequence[Router],
-        weight_dtype: torch.dtype,
-        options: RecordOptions,
-        planned: Planned,
-    ) -> TraceWriter | None:
+    def open(self, routers: Sequence[Router], weight_dtype: torch.dtype) -> TraceWriter | None:
         """The writer; None without a path. Each rank has its own; rank 0 clears the directory
         first, and then publishes its lock's holder."""
         if self.path is None:
             return None
+        options, planned = self.options, self.planned
         ranks, lock = planned.ranks, planned.lock
         holder = ranks.wait_for("open") if ranks.rank else None
         if lock is None:
@@ -87,7 +80,7 @@ class TraceOpener:
             vocabulary = vocabulary_table(self.tokenizer, size)
         writer = TraceWriter(
             self.path,
-            self._manifest(weight_dtype if options.weights else None, planned, options),
+            self._manifest(weight_dtype if options.weights else None),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             **dict.fromkeys(options.extras, True),
@@ -119,11 +112,9 @@ class TraceOpener:
         if self._own_lock is not None:
             self._own_lock.release()
 
-    def _manifest(
-        self, weight_dtype: torch.dtype | None, planned: Planned, options: RecordOptions
-    ) -> dict[str, Any]:
+    def _manifest(self, weight_dtype: torch.dtype | None) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
-        model = planned.manifest.get("model") or {
+        model = self.planned.manifest.get("model") or {
             "id": getattr(config, "_name_or_path", ""),
             "revision": None,
             "class": type(self.model).__name__,
@@ -132,7 +123,7 @@ class TraceOpener:
         if "adapter" not in model and (adapter := adapter_in(self.model)) is not None:
             model["adapter"] = adapter
         notes = {site.adapter.note for site in self.sites if site.adapter is not None}
-        notes |= {probes.NOTE if options.discover else "", ALTERED.get(self.model, "")}
+        notes |= {probes.NOTE if self.options.discover else "", ALTERED.get(self.model, "")}
         if any(site.told and selection_bias(site, self.model) is not None for site in self.sites):
             notes.add(
                 "a selection bias is added to the scores that experts are chosen by, and not to "
@@ -145,9 +136,9 @@ class TraceOpener:
             **selfcheck_facts(self.selfcheck),
             **drop_facts(self.sites),
             "weight_dtype": str(weight_dtype).removeprefix("torch.") if weight_dtype else None,
-            **({} if options.text else {"text": False}),
+            **({} if self.options.text else {"text": False}),
         }
-        return {"model": model, **planned.manifest, "capture": capture}
+        return {"model": model, **self.planned.manifest, "capture": capture}
 
 
 # model → what an intervention changes in it, while it lasts
@@ -184,7 +175,7 @@ def process_facts(command: list[str]) -> dict[str, Any]:
 
     return {
         "versions": {
-            "moe-inspect": _own_version(),
+            "moe-inspect": version("moe-inspect"),
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -195,9 +186,3 @@ def process_facts(command: list[str]) -> dict[str, Any]:
         "process_start": process_start(os.getpid()),
         "host": socket.gethostname(),
     }
-
-
-def _own_version() -> str:
-    from importlib.metadata import version
-
-    return version("moe-inspect")

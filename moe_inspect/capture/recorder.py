@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from moe_inspect.capture.ranks import Ranks
 from moe_inspect.capture.token_loss import TokenLosses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers, recordable
+from moe_inspect.model.own import as_tokenizer
 from moe_inspect.model.routers import Site
 from moe_inspect.model.wrapped import unwrapped
 from moe_inspect.trace.files.location import Remote, output_location
@@ -42,11 +43,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def locked(
+    method: Callable[Concatenate[Recorder, P], R],
+) -> Callable[Concatenate[Recorder, P], R]:
     """The method of a recorder, run by one thread at a time: another may ask it what there is."""
 
     @wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Recorder, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.lock:
             return method(self, *args, **kwargs)
 
@@ -75,12 +81,13 @@ class Recorder:
         self.options = options = options or RecordOptions()
         self._is_planned = planned is not None
         self._planned = planned or Planned(Ranks(alone=True))
-        options.check(path is not None)
+        place = output_location(path) if path is not None else None
+        options.check(place is not None)
         self.model = unwrapped(model, by_path=bool(options.specs))
         self.sites = recordable(self.model, options.specs, options.layers, options.logits)
         self.mode = mode_of(self.model, self.sites, options.capture, options.of_outputs)
-        if path is not None and planned is None:
-            check_directory(output_location(path), options.overwrite)
+        if place is not None and planned is None:
+            check_directory(place, options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(None if self.sites else self._add, options)
         scopes = self.attachment.scopes
@@ -92,7 +99,10 @@ class Recorder:
         reader = CallReader(self.model, self.sites, options.inputs)
         self.inputs = PassInputs(reader, documents, domains, self.losses)
         self._hand_over = HandOver(self.stacks, self.inputs, options, self.losses)
-        self._opener = TraceOpener(path, self.model, self.sites, self.mode, tokenizer)
+        tokenizer = as_tokenizer(tokenizer) if tokenizer is not None else None
+        self._opener = TraceOpener(
+            place, self.model, self.sites, self.mode, tokenizer, options, self._planned
+        )
         self._balance_of = balance_of
         self._entered, self.lock = False, RLock()
         resume = self._planned.resume
@@ -282,8 +292,13 @@ class Recorder:
             self._capturing = False
             return
         fed = [stack for stack in self.stacks.values() if stack.fed is not None]
-        if new := [stack for stack in fed if stack.is_new]:
-            self._begin_with(new)
+        if new := [stack for stack in fed if stack.is_new]:  # they have run for the first time
+            if not self.sites:
+                raise no_routers(self.model, self.options.discover)
+            dtypes = [dtype for stack in new for dtype in stack.fix_shape(self._opened)]
+            if not self._opened:
+                is_bf16 = all(d == torch.bfloat16 for d in dtypes)
+                self._open(torch.bfloat16 if is_bf16 else torch.float16)
         if fed:  # a stack without routers has nothing to record
             (self._counted or self._hand_over).end(fed, self._forwards)
             self._forwards += 1
@@ -297,24 +312,13 @@ class Recorder:
 
     # --- the first forward pass determines the shapes of rings and tables
 
-    def _begin_with(self, new: Sequence[Stack]) -> None:
-        """These stacks have run for the first time."""
-        if not self.sites:
-            raise no_routers(self.model, self.options.discover)
-        dtypes = [dtype for stack in new for dtype in stack.fix_shape(self._opened)]
-        if not self._opened:
-            is_bf16 = all(d == torch.bfloat16 for d in dtypes)
-            self._open(torch.bfloat16 if is_bf16 else torch.float16)
-
     def _open(self, weight_dtype: torch.dtype) -> None:
         self._opened = True
         self._hand_over.weight_dtype = weight_dtype
         first = 0
         for stack in self.stacks.values():
             stack.first_router, first = first, first + len(stack.routers)
-        self._hand_over.writer = self._opener.open(
-            self.routers, weight_dtype, self.options, self._planned
-        )
+        self._hand_over.writer = self._opener.open(self.routers, weight_dtype)
         if self.options.counts_only:
             devices = [d for stack in self.stacks.values() for d in stack.devices()]
             counts = DeviceCounts(self.routers, devices, weight_dtype, self.options.weights)

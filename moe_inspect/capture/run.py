@@ -99,10 +99,15 @@ class TraceRun:
                 tokenizer=self.model.tokenizer,
                 planned=Planned(ranks, start, lock, self._manifest(network, stored)),
             )
-            with self._ended_early(recorder), recorder:
-                self._feed(network, recorder, chain([first], batches), start, progress)
-                if recorder.writer is not None:
-                    recorder.writer.at_close["corpus"] = plan.stats.record()
+            try:
+                with recorder:
+                    self._feed(network, recorder, chain([first], batches), start, progress)
+                    if recorder.writer is not None:
+                        recorder.writer.at_close["corpus"] = plan.stats.record()
+            except BaseException:
+                if recorder.writer is None:  # rank 0 waits for all
+                    ranks.publish(f"closed-{ranks.rank}", "interrupted")
+                raise
         if recorder.writer is None:
             # this rank wrote nothing: no batch was left for it, or only the status was not
             # committed
@@ -136,19 +141,12 @@ class TraceRun:
         start: ResumePoint | None,
         progress: Progress | None,
     ) -> None:
-        options, plan, tokenizer, own = (
-            self.options,
-            self.plan,
-            self.model.tokenizer,
-            self.model.own,
-        )
+        options, plan, tokenizer = self.options, self.plan, self.model.tokenizer
         done = start.tokens if start is not None else 0
         ends = end_ids(network, tokenizer)
-        if own is not None and own.is_of_transformers:
-            own = None
-        if own is not None or any(
-            s.adapter is not None and s.adapter.alone for s in recorder.sites
-        ):
+        own = self.model.own
+        own = None if own is not None and own.is_of_transformers else own
+        if own or any(s.adapter is not None and s.adapter.alone for s in recorder.sites):
             batches = singly(batches)
         # how many numbers of forward passes a batch reserves; it may use fewer
         passes = options.generate + (2 if plan.encoded else 1)
@@ -168,16 +166,6 @@ class TraceRun:
                 done += prefill(network, recorder, batch, tokenizer)
             if progress is not None:
                 progress(done, plan.estimated_tokens())
-
-    @contextmanager
-    def _ended_early(self, recorder: Recorder) -> Iterator[None]:
-        """Publishes the end of a rank that fails before it wrote anything: rank 0 waits for all."""
-        try:
-            yield
-        except BaseException:
-            if recorder.writer is None:
-                self.ranks.publish(f"closed-{self.ranks.rank}", "interrupted")
-            raise
 
 
 def singly(planned: Batches) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
