@@ -24,6 +24,8 @@ from moe_inspect.files import open_regular
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import Remote
 
+Filesystem = Any  # of fsspec, which has no types
+Fields = dict[str, Any]  # of a row
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz")
 BUNDLED = "demo:"  # replaces the folder of the bundled corpus in the name of a source
@@ -61,15 +63,15 @@ def find_sources(data: Sequence[str], leave_out: Path | Remote | None = None) ->
         ]
         if not files:
             reached = " (or it cannot be reached)" if "://" in location else ""
+            kinds = ", ".join(READERS)
             raise MoeInspectError(
-                f"no text at {location}{reached}: give a file, folder or glob of "
-                f"{', '.join(READERS)}"
+                f"no text at {location}{reached}: give a file, folder or glob of {kinds}"
             )
         found += files
     return found
 
 
-def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
+def _expand(location: str) -> Iterator[tuple[Filesystem, str, str]]:
     """(filesystem, path, domain by folder or file name) of each file at `location`."""
     try:
         filesystem, path = _resolved(location)
@@ -97,7 +99,7 @@ def _expand(location: str) -> Iterator[tuple[Any, str, str]]:
         raise MoeInspectError(f"cannot read {location}: {first_line(error)}") from None
 
 
-def _resolved(name: str) -> tuple[Any, str]:
+def _resolved(name: str) -> tuple[Filesystem, str]:
     """The filesystem and the path of a file, a folder or a glob."""
     import fsspec
 
@@ -118,7 +120,7 @@ def _stem(path: str) -> str:
     return path.rsplit("/", 1)[-1].split(".")[0]
 
 
-def _shown(filesystem: Any, path: str) -> str:
+def _shown(filesystem: Filesystem, path: str) -> str:
     """The name of a source in the trace: that of the bundled corpus does not depend on where it is
     installed."""
     if not _is_local(filesystem):
@@ -128,7 +130,7 @@ def _shown(filesystem: Any, path: str) -> str:
     return path
 
 
-def _is_below(filesystem: Any, path: str, place: Path | Remote | None) -> bool:
+def _is_below(filesystem: Filesystem, path: str, place: Path | Remote | None) -> bool:
     if place is None:
         return False
     if isinstance(place, Path):
@@ -136,12 +138,12 @@ def _is_below(filesystem: Any, path: str, place: Path | Remote | None) -> bool:
     return type(filesystem) is type(place.filesystem) and path.startswith(f"{place.path}/")
 
 
-def _is_local(filesystem: Any) -> bool:
+def _is_local(filesystem: Filesystem) -> bool:
     protocol = filesystem.protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
-def _identity(filesystem: Any, path: str) -> tuple[int | None, str]:
+def _identity(filesystem: Filesystem, path: str) -> tuple[int | None, str]:
     """(size, hash of the content). A remote file is not downloaded: the hash is that of its store's
     unique key (ETag, modification time …)."""
     if not _is_local(filesystem):
@@ -196,17 +198,18 @@ def read_documents(
         yield source.domain, _utf8(data, source.path), len(data)
         return
     wanted = domain_field or DOMAIN_FIELD
-    rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[kind or ""]
-    for number, (row, size) in enumerate(rows(source, (text_field, wanted)), 1):
+    if kind == ".parquet":
+        rows = _parquet_rows(source, (text_field, wanted))
+    else:
+        rows = (_json_rows if kind == ".jsonl" else _csv_rows)(source.path)
+    for number, (row, size) in enumerate(rows, 1):
         if text_field in row and row[text_field] is None:
             row[text_field] = ""  # counted as an empty document
         if not isinstance(row.get(text_field), str):
             raise MoeInspectError(_no_text(source.path, number, row, text_field))
         if (broken := SURROGATE.search(row[text_field])) is not None:
-            raise MoeInspectError(
-                f"{source.path} row {number}: character {broken.start()} is a lone surrogate: "
-                "not valid Unicode"
-            )
+            said = f"character {broken.start()} is a lone surrogate: not valid Unicode"
+            raise MoeInspectError(f"{source.path} row {number}: {said}")
         label = row.get(wanted)
         if label is None and domain_field is not None and not source.fixed:
             why = f"no domain field {wanted!r}: its fields are {_fields(row)}"
@@ -215,14 +218,14 @@ def read_documents(
         yield source.domain if source.fixed or label is None else str(label), row[text_field], size
 
 
-def _no_text(path: str, number: int, row: dict[str, Any], text_field: str) -> str:
+def _no_text(path: str, number: int, row: Fields, text_field: str) -> str:
     why = f"no text field {text_field!r}: choose one with --text-field from {_fields(row)}"
     if text_field in row:
         why = f"field {text_field!r} holds {type(row[text_field]).__name__}, not text"
     return f"{path} row {number}: {why}"
 
 
-def _fields(row: dict[str, Any]) -> str:
+def _fields(row: Fields) -> str:
     return ", ".join(map(str, row)) or "none"
 
 
@@ -230,16 +233,14 @@ def _utf8(data: bytes, path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MoeInspectError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it first"
-        ) from None
+        said = f"{path} is not UTF-8 (byte {error.start}): convert it first"
+        raise MoeInspectError(said) from None
 
 
-Row = tuple[dict[str, Any], int]  # fields, bytes of the row in the file
+Row = tuple[Fields, int]  # and the bytes of the row in the file
 
 
-def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
-    path = source.path
+def _json_rows(path: str) -> Iterator[Row]:
     with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES), b""), 1):
             if len(line) == MOST_ROW_BYTES:
@@ -251,29 +252,25 @@ def _json_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
             try:
                 row = json.loads(_utf8(line, path))
             except (ValueError, RecursionError) as error:
-                raise MoeInspectError(
-                    f"{path} line {number} is not JSON: {first_line(error)}"
-                ) from None
+                said = f"{path} line {number} is not JSON: {first_line(error)}"
+                raise MoeInspectError(said) from None
             if not isinstance(row, dict):
-                raise MoeInspectError(
-                    f"{path} line {number}: expected a JSON object, got {type(row).__name__}"
-                )
+                said = f"expected a JSON object, got {type(row).__name__}"
+                raise MoeInspectError(f"{path} line {number}: {said}")
             yield row, len(line)
 
 
-def _csv_rows(source: Source, _: tuple[str, ...]) -> Iterator[Row]:
-    path = source.path
+def _csv_rows(path: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with opened(path) as file:
         try:
             for row in csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline="")):
                 yield row, sum(len(str(value).encode()) + 1 for value in row.values())
-        except UnicodeDecodeError as error:
-            raise MoeInspectError(
-                f"{path} is not UTF-8: {error.reason}: convert it first"
-            ) from None
-        except csv.Error as error:
-            raise MoeInspectError(f"{path} is not CSV: {first_line(error)}") from None
+        except (UnicodeDecodeError, csv.Error) as error:
+            why = f"CSV: {first_line(error)}"
+            if isinstance(error, UnicodeDecodeError):
+                why = f"UTF-8: {error.reason}: convert it first"
+            raise MoeInspectError(f"{path} is not {why}") from None
 
 
 def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
@@ -292,9 +289,8 @@ def _parquet_rows(source: Source, wanted: tuple[str, ...]) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 yield from ((row, size) for row in batch.to_pylist())
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise MoeInspectError(
-                f"{path} is not a readable Parquet file: {first_line(error)}"
-            ) from None
+            said = f"{path} is not a readable Parquet file: {first_line(error)}"
+            raise MoeInspectError(said) from None
 
 
 def interleaved(

@@ -7,18 +7,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.capture.corpus.documents import COMPRESSED, CorpusStats, Source, interleaved
-from moe_inspect.capture.corpus.tokenize import token_ids
+from moe_inspect.capture.corpus.tokenize import Tokenizer, token_ids
 from moe_inspect.capture.options import CorpusOptions
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import positions_of
 from moe_inspect.trace import schema
 from moe_inspect.trace.writer import Document
 
+# settings that determine the batches
+RECORDED = ("text_field", "domain_field", "max_tokens", "max_length", "batch_tokens")
+RECORDED += ("special_tokens", "generate")
 MAX_LENGTH = 2048
 TEXTS_PER_CALL = 64  # documents tokenized together
 # batches whose sequences are sorted by length together: less padding, bounded memory
@@ -36,40 +38,31 @@ class Plan:
     encoded: bool = False
     stats: CorpusStats = field(default_factory=CorpusStats)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """What determines the batches, and the tokens that are decoded."""
-        asked = self.options
-        sampling = {"temperature": asked.temperature, "seed": asked.seed}
+        asked = vars(self.options)
+        sampling = ("temperature", "seed") if self.options.generate else ()
         return {
-            "text_field": asked.text_field,
-            "domain_field": asked.domain_field,
-            "max_tokens": asked.max_tokens,
+            **{name: asked[name] for name in RECORDED},
             "max_length": self.max_length,
-            "batch_tokens": asked.batch_tokens,
-            "special_tokens": asked.special_tokens,
-            "generate": asked.generate,
             "sources": [asdict(s) for s in self.sources],
-            **({} if asked.text else {"text": False}),
-            **(sampling if asked.generate else {}),
+            **({} if self.options.text else {"text": False}),
+            **{name: asked[name] for name in sampling},
         }
 
-    def manifest(self, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    def manifest(self, record: dict[str, object], tokenizer: Tokenizer) -> dict[str, object]:
         """The manifest's section `corpus`. `record`: the settings that a resumed run must share."""
-        max_tokens, frame = self.options.max_tokens, self.frame(tokenizer)
+        most, frame = self.options.max_tokens, asdict(self.frame(tokenizer))
+        cut = f"the corpus is cut at {most} tokens"
         names = tokenizer.convert_ids_to_tokens
         return {
             "plan": record,
             "plan_hash": schema.fingerprint(record),
-            "special_tokens": {
-                "before": names(list(frame.before)),
-                "after": names(list(frame.after)),
-            },
-            "truncation": "none: longer documents are split"
-            if max_tokens is None
-            else f"the corpus is cut at {max_tokens} tokens",
+            "special_tokens": {where: names(list(ids)) for where, ids in frame.items()},
+            "truncation": "none: longer documents are split" if most is None else cut,
         }
 
-    def frame(self, tokenizer: Any) -> Frame:
+    def frame(self, tokenizer: Tokenizer) -> Frame:
         return special_frame(tokenizer) if self.options.special_tokens else Frame()
 
     @property
@@ -87,19 +80,13 @@ class Plan:
         whole = round(self.stats.tokens * max(sum(sizes) / self.stats.bytes_read, 1))
         return whole if max_tokens is None else min(whole, max_tokens)
 
-    def batches(self, tokenizer: Any) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
+    def batches(self, tokenizer: Tokenizer) -> Iterator[tuple[list[TokenSequence], list[Document]]]:
         """Each batch, with the documents whose first sequence it contains."""
-        asked = self.options
-        rows = sequences(
-            interleaved(self.sources, asked.text_field, asked.domain_field, self.stats),
-            tokenizer,
-            self.frame(tokenizer),
-            self.max_length,
-            asked.max_tokens,
-            self.stats,
-            asked.generate > 0,
-            self.encoded,
-        )
+        asked, frame = self.options, self.frame(tokenizer)
+        texts = interleaved(self.sources, asked.text_field, asked.domain_field, self.stats)
+        limits = self.max_length, asked.max_tokens
+        decodes = asked.generate > 0
+        rows = sequences(texts, tokenizer, frame, *limits, self.stats, decodes, self.encoded)
         return with_documents(batches(rows, asked.batch_tokens, asked.generate))
 
 
@@ -111,7 +98,7 @@ def reserved_for_engines(generate: int) -> int:
 
 def longest_sequence(
     max_length: int | None,
-    config: Any,
+    config: object,
     generate: int,
     reserved: int | None = None,
     served: int | None = None,
@@ -119,8 +106,8 @@ def longest_sequence(
     """Tokens of the longest sequence: `max_length` or the default, within the positions of the
     model. Of an engine: `reserved`, the positions that it keeps free behind a prompt, and `served`,
     those that its server takes."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = min((n for n in (positions_of(text), served) if n), default=None)
+    text_of = getattr(config, "get_text_config", lambda: config)
+    positions = min((n for n in (positions_of(text_of()), served) if n), default=None)
     if positions is None:
         limit = default = MAX_LENGTH
     else:
@@ -133,8 +120,7 @@ def longest_sequence(
         )
     if max_length is not None and max_length > limit:
         left = f" that {generate} generated tokens leave" if generate else ""
-        if reserved is not None:
-            left = " that the engine leaves to a prompt"
+        left = left if reserved is None else " that the engine leaves to a prompt"
         raise MoeInspectError(
             f"--max-length {max_length} is beyond the {limit} positions of this model{left}"
         )
@@ -166,7 +152,7 @@ class Frame:
     after: tuple[int, ...] = ()
 
 
-def special_frame(tokenizer: Any) -> Frame:
+def special_frame(tokenizer: Tokenizer) -> Frame:
     """The special tokens that this tokenizer adds, found by tokenizing with and without them."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -180,7 +166,7 @@ def special_frame(tokenizer: Any) -> Frame:
 
 def sequences(
     documents: Iterable[tuple[str, str, str]],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     frame: Frame,
     max_length: int,
     max_tokens: int | None,
