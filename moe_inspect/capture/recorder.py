@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def locked(
