@@ -17,8 +17,7 @@ import moe_inspect
 from moe_inspect.analysis.scores import losses_without
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters import MODULES
-from moe_inspect.exporters.registry import exporters
-from moe_inspect.exporters.run import export_trace
+from moe_inspect.exporters.run import export_trace, exporters
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli

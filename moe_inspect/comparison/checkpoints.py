@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ from moe_inspect.trace.reader import Trace
 
 SETTLED = 0.9  # overlap with the last checkpoint
 BALANCE = ("max_over_mean", "max_vio", "dead_experts", "entropy")
+KEYS = ["layer", "router"]
 SPECIALIZATION = ("domain_mi_bits", "domain_mi_null_bits", "vocabulary_specialization")
 
 
@@ -75,8 +75,7 @@ def saturation_by_domain(data: Checkpoints) -> pd.DataFrame:
 
 
 def _by_checkpoint(data: Checkpoints, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    parts = [made.tables[name][["layer", "router", *columns]] for made in data.comparisons]
-    return _numbered(parts)
+    return _numbered([made.tables[name][[*KEYS, *columns]] for made in data.comparisons])
 
 
 def _numbered(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -90,15 +89,13 @@ def _numbered(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def change(data: Checkpoints) -> pd.DataFrame:
     """One row per checkpoint and router: its balance and specialization, as its report has
     them."""
-    parts, options = list[pd.DataFrame](), data.comparisons[0].options
-    selection: dict[str, Any] = {"domains": options.domains, "phase": options.phase}
+    parts, of = list[pd.DataFrame](), data.comparisons[0].options
     for trace in data.traces:
-        made = report(trace, layers=options.layers, **selection)
+        made = report(trace, layers=of.layers, domains=of.domains, phase=of.phase)
         made.prepare(["balance", "specialization"])
-        keys = ["layer", "router"]
-        balance = made.tables["balance"][[*keys, *BALANCE]]
-        special = made.tables["specialization"][[*keys, *SPECIALIZATION]]
-        parts.append(balance.merge(special, on=keys))
+        balance = made.tables["balance"][[*KEYS, *BALANCE]]
+        special = made.tables["specialization"][[*KEYS, *SPECIALIZATION]]
+        parts.append(balance.merge(special, on=KEYS))
     return _numbered(parts)
 
 
@@ -112,30 +109,25 @@ def checkpoints(data: Checkpoints) -> pd.DataFrame:
 def saturation_curves(data: Checkpoints) -> Chart:
     """Curves of the overlap with the last checkpoint, a line per layer, or the mean, least and
     most of many."""
-    rows: Any = data.tables["saturation"]
+    rows, names = data.tables["saturation"], [Path(name).name for name in data.names]
     by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
-    x = by_router.index.to_numpy(float)
-    if by_router.shape[1] <= len(SERIES):
-        of = [(f"layer {data.trace.routers[r].layer}", by_router[r]) for r in by_router.columns]
-        colours = SERIES
-    else:
+    x, colours = by_router.index.to_numpy(float), SERIES
+    of = [(f"layer {data.trace.routers[r].layer}", by_router[r]) for r in by_router.columns]
+    if len(of) > len(SERIES):
+        colours = ("c3", "c1", "c2")
         of = [
             ("the layer that agrees most", by_router.max(axis=1)),
             ("mean of the layers", by_router.mean(axis=1)),
             ("the layer that agrees least", by_router.min(axis=1)),
         ]
-        colours = ("c3", "c1", "c2")
-    lines = [
+    lines = tuple(
         Line(x, values.to_numpy(float), said, colour, dots=True)
         for (said, values), colour in zip(of, colours, strict=False)
-    ]
-    labels = tuple(Path(name).name for name in data.names[:-1])
-    return Chart(
-        "Router saturation",
-        f"Share of the experts that are those of the last checkpoint, {Path(data.names[-1]).name}",
-        (Panel(tuple(lines), Axis("checkpoint", labels), Axis("overlap", low=0, high=1)),),
-        table=rows,
     )
+    *labels, last = names
+    panel = Panel(lines, Axis("checkpoint", tuple(labels)), Axis("overlap", low=0, high=1))
+    caption = f"Share of the experts that are those of the last checkpoint, {last}"
+    return Chart("Router saturation", caption, (panel,), table=rows)
 
 
 def misaligned(data: Checkpoints) -> Iterator[Finding]:
@@ -148,39 +140,31 @@ def misaligned(data: Checkpoints) -> Iterator[Finding]:
 
 def settling(data: Checkpoints) -> Iterator[Finding]:
     """When the routing settles."""
-    rows: Any = data.tables["saturation"]
+    rows = data.tables["saturation"]
     mean = rows.groupby("checkpoint")["overlap"].mean()
     chance = float(rows["overlap_by_chance"].mean())
     settled = [i for i in mean.index if (mean.loc[i:] >= SETTLED).all()]
-    first = rows[rows["checkpoint"] == 0]
-    least, most = (first.loc[first["overlap"].agg(which)] for which in ("idxmin", "idxmax"))
-    label = [data.label(int(row["router"])) for row in (most, least)]
-    when = (
-        f"From checkpoint {settled[0]} on ({data.names[settled[0]]}) the routing is within "
-        f"{SETTLED:.0%} of the last"
-        if settled
-        else f"No checkpoint reaches {SETTLED:.0%} of the last"
-    )
+    within = f"the routing is within {SETTLED:.0%} of the last"
+    when = f"No checkpoint reaches {SETTLED:.0%} of the last"
     if any(len(made.counts.domain_U[made.units]) < FEWEST_TO_JUDGE for made in data.comparisons):
-        settled = []
-        when = f"Too few documents to tell when the routing is within {SETTLED:.0%} of the last"
-    apart = (
-        f" At the first checkpoint layer {label[0]} agrees most ({most['overlap']:.1%}), layer "
-        f"{label[1]} least ({least['overlap']:.1%})."
-        if most["overlap"] > least["overlap"]
-        else ""
-    )
+        settled, when = [], f"Too few documents to tell when {within}"
+    elif settled:
+        when = f"From checkpoint {settled[0]} on ({data.names[settled[0]]}) {within}"
     ends = " → ".join(f"{value:.1%}" for value in mean)
-    yield finding(
-        "saturation",
-        "note",
-        f"{when}: mean overlap {ends} (by chance {chance:.1%}).{apart}",
-        overlap=[float(value) for value in mean],
-        settled=settled[0] if settled else None,
-    )
+    text = f"{when}: mean overlap {ends} (by chance {chance:.1%})."
+    first = rows[rows["checkpoint"] == 0]
+    most, least = (first.iloc[i] for i in (first["overlap"].argmax(), first["overlap"].argmin()))
+    if most["overlap"] > least["overlap"]:
+        text += (
+            f" At the first checkpoint layer {data.label(int(most['router']))} agrees most "
+            f"({most['overlap']:.1%}), layer {data.label(int(least['router']))} least "
+            f"({least['overlap']:.1%})."
+        )
+    values = {"overlap": mean.tolist(), "settled": settled[0] if settled else None}
+    yield finding("saturation", "note", text, **values)
 
 
-def _mean(frame: Any, most: int) -> Any:
+def _mean(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     columns = ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
     return frame.groupby("checkpoint", as_index=False)[columns].mean().tail(most)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 # these register the tables, in this order, and how each kind is shown
 import moe_inspect.comparison.decisions.shown
@@ -13,15 +12,17 @@ import moe_inspect.comparison.loads.shown
 import moe_inspect.comparison.models.shown  # noqa: F401
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError
 from moe_inspect.comparison.checkpoints import Checkpoints
-from moe_inspect.comparison.decisions.data import OF_DECISIONS, Decisions, PairSettings
+from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.loads.tables import Loads
 from moe_inspect.comparison.models.tables import Models
 from moe_inspect.comparison.result import (
     CHECKPOINT_TABLES,
     LOAD_TABLES,
     MODEL_TABLES,
+    OF_DECISIONS,
     TABLES,
     Comparison,
+    PairSettings,
 )
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
@@ -36,8 +37,6 @@ __all__ = [
     "compare",
     "compare_checkpoints",
 ]
-
-
 NOT_OF_MODELS = (*OF_DECISIONS, "layers", "shift_layers")
 
 
@@ -77,28 +76,22 @@ def compare(
     two of one shape. Three traces or more are of checkpoints, in the order of training, each
     compared with the last. Options that do not apply are refused."""
     options = PairSettings(
-        layers,
-        domains,
-        phase,
-        top,
-        shift_layers,
-        shift_positions,
-        shift_routes,
-        drop_last,
-        drop_zero_filled,
+        *(layers, domains, phase, top, shift_layers, shift_positions, shift_routes),
+        *(drop_last, drop_zero_filled),
     )
-    settings: dict[str, Any] = {"domains": domains, "phase": phase, "progress": progress}
     if more:
+        many = f"there are {2 + len(more)} traces"
         if noise is not None or side_by_side:
-            raise MoeInspectError(
-                f"there are {2 + len(more)} traces: noise and side_by_side are for two"
-            )
-        rest = [name for name in options.given if name not in ("layers", *settings)]
-        options.refuse(rest, f"there are {2 + len(more)} traces, not two")
-        return compare_checkpoints([a, b, *more], layers=layers, **settings)
+            raise MoeInspectError(f"{many}: noise and side_by_side are for two")
+        given = [name for name in options.given if name not in ("layers", "domains", "phase")]
+        options.refuse(given, f"{many}, not two")
+        traces = [a, b, *more]
+        return compare_checkpoints(
+            traces, layers=layers, domains=domains, phase=phase, progress=progress
+        )
     first, second = open_trace(a), open_trace(b)
     if side_by_side:
-        asked = Models(first, second, **settings, top=top, asked=True)
+        asked = Models(first, second, options, asked=True, progress=progress)
         why = "models are compared side by side, without decisions"
         options.refuse(NOT_OF_MODELS, why)
         if noise is not None:
@@ -115,7 +108,7 @@ def compare(
     except DifferentModelsError as error:
         if noise is not None:
             raise
-        made = Models(first, second, **settings, top=top, reasons=error.reasons)
+        made = Models(first, second, options, reasons=error.reasons, progress=progress)
         options.refuse(NOT_OF_MODELS, made.why_in_full)
         return made
     if noise is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from moe_inspect.analysis.counting.select import select
+from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
@@ -28,10 +30,13 @@ TABLES: dict[str, Table] = {}
 LOAD_TABLES: dict[str, Table] = {}
 MODEL_TABLES: dict[str, Table] = {}
 CHECKPOINT_TABLES: dict[str, Table] = {}
+Made = TypeVar("Made", bound="Comparison")
+Row = dict[str, object]  # of a table
+Facts = dict[str, Sequence[object]]  # key → its value in each trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class Kind(Generic[Made]):
     """How traces are compared, and how that is shown. of: what they hold, in words. main: the table
     that a format alone asks for. checks: what makes the findings, in the order in which they are
     read. title, footer: of the page. charts: name → what makes it, its group on the page and its
@@ -43,16 +48,16 @@ class Kind:
     of: str
     tables: Mapping[str, Table]
     main: str
-    checks: Sequence[Callable[[Any], Any]]
+    checks: Sequence[Callable[[Made], Iterable[Finding]]]
     title: str
     footer: str
-    charts: Mapping[str, tuple[Callable[[Any], Chart | str], str, str]]
+    charts: Mapping[str, tuple[Callable[[Made], Chart | str], str, str]]
     sections: Mapping[str, tuple[str, str, str]]
     excerpts: Mapping[str, Excerpt]
     sometimes: Sequence[str] = ()
     firsts: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
-    tiles: Callable[[Any], list[Tile]] | None = None
-    text: Callable[[Any], Section | str] | None = None
+    tiles: Callable[[Made], list[Tile]] | None = None
+    text: Callable[[Made], Section | str] | None = None
 
 
 class Comparison(Shown):
@@ -61,11 +66,11 @@ class Comparison(Shown):
     MoeInspectError with the reason, which `why_not("agreement")` returns. `verdict()` is what they
     come to, in plain sentences. `print(comparison)` is one screen of it."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[Kind[Any]]
     a: Trace
     b: Trace
     # the keywords of `compare` that are not as by default
-    given: Mapping[str, Any]
+    given: Mapping[str, object]
 
     @property
     def trace(self) -> Trace:
@@ -103,15 +108,18 @@ class Comparison(Shown):
         or what can be told instead. A Finding each, with a plain sentence in `text`."""
         return [one for check in self.kind.checks for one in check(self)]
 
+    @property
+    def said(self) -> list[Finding]:
+        return self.verdict()
+
     def why_not(self, name: str) -> str | None:
         """Why these traces cannot have a table, or a metric of a gate; None where they can, and
         where no comparison has it."""
-        for what, of in (("table", dict[str, Any]), ("metric", gated)):
+        for what, of in (("table", dict[str, object]), ("metric", gated)):
             there = of(self.kind.tables)
-            if name in of(TABLES):
+            if name in of(TABLES) and name not in there:
                 only = f", only {', '.join(there)}" if there else ""
-                said = f"{self.why_in_full}: there is no {what} {name!r}{only}"
-                return None if name in there else said
+                return f"{self.why_in_full}: there is no {what} {name!r}{only}"
         return None
 
     @property
@@ -123,12 +131,18 @@ class Comparison(Shown):
         return self.title
 
     @property
+    def subtitle(self) -> str:
+        """Below the title of the page."""
+        return self.title
+
+    @property
     def command(self) -> str:
         return f"moe-inspect compare {shlex.join(str(trace.path) for trace in self.traces)}"
 
     @property
-    def said(self) -> list[Finding]:
-        return self.verdict()
+    def shown_tables(self) -> list[str]:
+        """The tables of the text that have something to show."""
+        return list(self.kind.excerpts)
 
     @property
     def excerpts(self) -> dict[str, Excerpt]:
@@ -136,16 +150,6 @@ class Comparison(Shown):
 
     def first_chart(self) -> Chart | str:
         return next(iter(self.kind.charts.values()))[0](self)
-
-    @property
-    def subtitle(self) -> str:
-        """Below the title of the page."""
-        return self.title
-
-    @property
-    def shown_tables(self) -> list[str]:
-        """The tables of the text that have something to show."""
-        return list(self.kind.excerpts)
 
     def charts(self) -> tuple[list[Chart], list[str]]:
         charts, left_out = list[Chart](), list[str]()
@@ -163,33 +167,33 @@ class Comparison(Shown):
     def page(self) -> str:
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 
+        kind = self.kind
         charts, left_out = self.charts()
-        text = self.kind.text(self) if self.kind.text else ""
+        text = kind.text(self) if kind.text else ""
         sections = [text] if isinstance(text, Section) else []
         left_out += [text] if isinstance(text, str) and text else []
         for chart in charts:
-            _, group, name = self.kind.charts[chart.name]
-            code = self.python(name)
-            sections.append(replace(chart_section(chart), group=group, python=code))
-        for name, (group, title, said) in self.kind.sections.items():
+            _, group, name = kind.charts[chart.name]
+            made = chart_section(chart)
+            sections.append(replace(made, group=group, python=self.python(name)))
+        for name, (group, title, said) in kind.sections.items():
             if self.why_not(name) or not len(self.tables[name]):
                 continue
-            table, code = self.tables[name], self.python(name)
-            if by := self.kind.firsts.get(name):
-                table: Any = table.groupby(by, sort=False).head(1)
+            rows, code = self.tables[name], self.python(name)
+            if by := kind.firsts.get(name):
+                rows = rows.groupby(by, sort=False).head(1)
                 code += f".groupby({by}, sort=False).head(1)"
-            sections.append(Section(title, said, table=table, group=group, name=name, python=code))
-        return page_html(
-            Page(
-                self.kind.title,
-                self.subtitle,
-                verdict=self.verdict(),
-                tiles=self.kind.tiles(self) if self.kind.tiles else (),
-                sections=sections,
-                left_out=left_out,
-                footer=f"{self.kind.footer} Made by moe-inspect.",
-            )
+            sections.append(Section(title, said, table=rows, group=group, name=name, python=code))
+        page = Page(
+            kind.title,
+            self.subtitle,
+            verdict=self.verdict(),
+            tiles=kind.tiles(self) if kind.tiles else (),
+            sections=sections,
+            left_out=left_out,
+            footer=f"{kind.footer} Made by moe-inspect.",
         )
+        return page_html(page)
 
 
 class Tables(LazyTables):
@@ -203,6 +207,59 @@ class Tables(LazyTables):
         if name not in self and (why := self._why_not(name)):
             raise MoeInspectError(why)
         return super().__getitem__(name)
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
+    shift_routes, drop_last: as `align` takes them."""
+
+    layers: str | int | Iterable[int | str] | None = None
+    domains: str | Iterable[str] | None = None
+    phase: str | None = None
+    top: int = 20
+    shift_layers: int = 0
+    shift_positions: int = 0
+    shift_routes: int = 0
+    drop_last: bool = False
+    drop_zero_filled: bool = False
+    threads: int | None = None
+
+    @property
+    def given(self) -> dict[str, object]:
+        """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
+        usual, mine = asdict(PairSettings()), asdict(self)
+        return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """MoeInspectError where one of these is given, that the traces have nothing for."""
+        for name in names:
+            if name in self.given:
+                raise MoeInspectError(f"{why}, which {name} needs: leave it out")
+
+
+# how decisions belong together, which counts and different models do not tell
+OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled")
+
+
+class Paired(Comparison):
+    """Traces A and B of one model. pairs: (router of A, router of B). DifferentModelsError where
+    the routers have other experts or another k."""
+
+    def __init__(self, a: Trace, b: Trace, options: PairSettings):
+        self.a, self.b, self.options, self.given = a, b, options, options.given
+        self.selection = select(a, options.layers, options.domains, options.phase)
+        routers, shift = self.selection.routers, options.shift_layers
+        self.pairs = routers_of_one_model(a, b, routers, shift, options.layers)
+        self.tables = Tables(self)
+
+    def place(self, r: int) -> dict[str, int]:
+        """The first columns of a row about a router of A."""
+        return {"layer": self.a.routers[r].layer, "router": r}
+
+    @property
+    def layers_axis(self) -> Axis:
+        return Axis("layer", tuple(self.label(r) for r, _ in self.pairs))
 
 
 @table(tables=TABLES)
@@ -224,8 +281,7 @@ def refused(made: Comparison) -> pd.DataFrame:
 def refusals(made: Comparison) -> dict[str, str]:
     """Table → why these traces cannot have it."""
     found = {name: made.why for name in TABLES if name not in made.tables}
-    own = {name: made.why_not(name) for name in made.kind.sometimes}
-    return found | {name: why for name, why in own.items() if why}
+    return found | {name: why for name in made.kind.sometimes if (why := made.why_not(name))}
 
 
 def not_compared(made: Comparison) -> Iterator[Finding]:
@@ -234,22 +290,22 @@ def not_compared(made: Comparison) -> Iterator[Finding]:
     for name, why in refusals(made).items():
         names.setdefault(why, []).append(name)
     for why, of in names.items():
-        yield finding(
-            "refused", "note", f"Not compared: {', '.join(of)}: {why}.", tables=of, why=why
-        )
+        text = f"Not compared: {', '.join(of)}: {why}."
+        yield finding("refused", "note", text, tables=of, why=why)
 
 
-def missing_layers(made: Any) -> Iterator[Finding]:
+def missing_layers(made: Paired) -> Iterator[Finding]:
     """Routers that only one of the traces has."""
-    paired = {r for r, _ in made.pairs}, {m for _, m in made.pairs}
-    for name, trace, seen in (("A", made.a, paired[0]), ("B", made.b, paired[1])):
-        chosen = made.selection.routers if name == "A" else range(len(trace.routers))
-        left = [layer_label(trace.routers, r) for r in chosen if r not in seen]
-        if left and (name == "A" or made.options.layers is None):
+    of_a, of_b = zip(*made.pairs, strict=True)
+    every_b = range(len(made.b.routers)) if made.options.layers is None else ()
+    for name, trace, routers, paired in (
+        ("A", made.a, made.selection.routers, of_a),
+        ("B", made.b, every_b, of_b),
+    ):
+        if left := [layer_label(trace.routers, r) for r in routers if r not in paired]:
             said = f"{'layer' if len(left) == 1 else 'layers'} {join_first(left, 6, ', ')}"
-            yield finding(
-                "missing_layers", "note", f"Only {name} has {said}: not compared.", layers=left
-            )
+            text = f"Only {name} has {said}: not compared."
+            yield finding("missing_layers", "note", text, layers=left)
 
 
 SIDES: tuple[str, str] = ("a", "b")
@@ -257,17 +313,17 @@ COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
 
 
 def balance_of_both(
-    rows: Mapping[str, Any], name_of: Callable[[str, int], str], more: str = ""
+    rows: Mapping[str, pd.DataFrame], name_of: Callable[[str, int], str], more: str = ""
 ) -> Iterator[Finding]:
     """How even the load is in each. rows: side → those of its table `balance`. name_of: the layer
     of a side's router."""
-    said, values = list[str](), dict[str, Any]()
+    said, values = list[str](), Row()
     for side, every in rows.items():
         of = every.dropna(subset=["max_over_mean"])
         if not len(of):
             continue
         ratio, dead = of["max_over_mean"], int(of["dead_experts"].sum())
-        worst = int(of.loc[ratio.idxmax(), "router"])
+        worst = int(of["router"].iloc[ratio.argmax()])
         values |= {f"max_over_mean_{side}": ratio.median(), f"dead_experts_{side}": dead}
         said.append(
             f"{side.upper()} has {ratio.median():.2f}x in the median layer (expected by chance: "
@@ -279,17 +335,13 @@ def balance_of_both(
         yield finding("balance", "note", text, **values)
 
 
-def layers_axis(data: Any) -> Axis:
-    return Axis("layer", tuple(data.label(r) for r, _ in data.pairs))
-
-
 def share_axis(of: str, top: float) -> Axis:
     return Axis(f"share of {of}", low=0, high=1.1 * top or 1)
 
 
-def load_that_moves(data: Any, floor: str, name: str, text: str, limited: bool = True) -> Chart:
+def load_that_moves(data: Paired, floor: str, name: str, text: str, limited: bool = True) -> Chart:
     """How far the load moved, beside another column of the table `load_shift`, `floor`."""
-    table: Any = data.tables["load_shift"]
+    table = data.tables["load_shift"]
     x = np.arange(len(table), dtype=float)
     moved, beside = (table[column].to_numpy(float) for column in ("load_shift", floor))
     marks = Points(x, moved, "B against A", "c1"), Points(x, beside, name, "c1", shape="tick")
@@ -299,20 +351,20 @@ def load_that_moves(data: Any, floor: str, name: str, text: str, limited: bool =
     return Chart(
         "Load that moves",
         "Total variation of the experts' load between A and B",
-        (Panel(marks, layers_axis(data), share),),
+        (Panel(marks, data.layers_axis, share),),
         text=text,
         table=table,
     )
 
 
-def said_of_models(a: Trace, b: Trace) -> Iterator[tuple[object, ...]]:
-    """Rows of a table of facts: key, and its value of A and of B."""
-    yield "trace", a.path, b.path
-    for key in ("id", "revision", "class"):
-        yield f"model_{key}", *((x.manifest.get("model") or {}).get(key) or "" for x in (a, b))
+def of_models(a: Trace, b: Trace) -> Facts:
+    """The first facts of two traces, which may be of different models."""
+    models = [trace.manifest.get("model") or {} for trace in (a, b)]
+    of_key = {f"model_{k}": [of.get(k) or "" for of in models] for k in ("id", "revision", "class")}
+    return {"trace": (a.path, b.path), **of_key}
 
 
-def facts_table(facts: Iterator[tuple[object, ...]], columns: Sequence[str]) -> pd.DataFrame:
+def facts_table(facts: Facts, columns: Sequence[str] = SIDES) -> pd.DataFrame:
     """A table of facts: key, and a value of each column (text)."""
-    rows = [(key, *(storable(str(value)) for value in values)) for key, *values in facts]
+    rows = [(key, *(storable(str(value)) for value in of)) for key, of in facts.items()]
     return pd.DataFrame(rows, columns=["key", *columns]).astype("str")

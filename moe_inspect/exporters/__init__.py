@@ -1,5 +1,14 @@
 """One file per format that other tools read. A new format takes its file and a line here."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_inspect.errors import MoeInspectError
+
+if TYPE_CHECKING:
+    from moe_inspect.trace.reader import Trace
+
 # name → module of this package, whose function of that name writes it, and what it writes
 MODULES = {
     "sglang": (
@@ -16,3 +25,12 @@ MODULES = {
         "a line per sequence with its routed experts, as vLLM returns them (.jsonl)",
     ),
 }
+
+
+def need_decisions(trace: Trace, format: str) -> None:
+    """MoeInspectError for a trace of counts only."""
+    if trace.counts_only:
+        raise MoeInspectError(
+            f"{trace.path} holds counts only, no decisions: {format} needs those; --format "
+            "counts or sglang"
+        )

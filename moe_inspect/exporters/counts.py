@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,9 +45,7 @@ def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
         E, seen_T, ids_TK = router.experts, shard.seen(r), shard.ids(r).astype(np.int64)
         cell_TK = (code_T if seen_T is None else code_T[seen_T])[:, None] * E + ids_TK
         there_TK = ids_TK >= 0
-        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
-            "count": (cell_TK[there_TK], None)
-        }
+        parts = {"count": (cell_TK[there_TK], None)}
         if router.first_choice_known:
             parts["first_choice"] = cell_TK[:, 0][there_TK[:, 0]], None
         if shard.trace.has_weights:
@@ -64,9 +61,10 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
     table = shard.counts()
     router_N, expert_N = table["router"].to_numpy(), table["expert"].to_numpy()
     domain_N = np.array(table["domain"].to_pylist(), object)
+    columns = {"count": "assignments", **{name: name for name in OPTIONAL}}
     there = {
         name: table[column].to_numpy()
-        for name, column in (("count", "assignments"), *((name, name) for name in OPTIONAL))
+        for name, column in columns.items()
         if column in table.column_names and not table[column].null_count
     }
     for r, router in enumerate(shard.trace.routers):
@@ -80,20 +78,10 @@ def _counted(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
             yield r, domain, made
 
 
-COUNTS = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("router", pa.int32()),
-        ("domain", pa.string()),
-        ("expert", pa.int32()),
-        ("count", pa.int64()),
-        ("first_choice", pa.int64()),
-        ("weight_sum", pa.float64()),
-        ("energy", pa.float64()),
-        ("experts", pa.int32()),
-        ("top_k", pa.int32()),
-    ]
-)
+INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
+KEYS = {"layer": INT32, "router": INT32, "domain": pa.string(), "expert": INT32}
+VALUES = {"count": INT64, "first_choice": INT64, "weight_sum": FLOAT64, "energy": FLOAT64}
+COUNTS = pa.schema(KEYS | VALUES | {"experts": INT32, "top_k": INT32})
 
 
 def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
@@ -101,21 +89,16 @@ def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
     load or by gate weight."""
     if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
-    columns: dict[str, list[Any]] = {name: [] for name in COUNTS.names}
+    columns: dict[str, list[object]] = {name: [] for name in COUNTS.names}
     for r, (router, of_domain) in enumerate(zip(trace.routers, sums_by_domain(trace), strict=True)):
+        E, fixed = router.experts, {"layer": router.layer, "router": r, "top_k": router.top_k}
         for domain, sums in sorted(of_domain.items()):
-            fixed = {
-                "layer": router.layer,
-                "router": r,
-                "domain": safe_cell(domain) if safe_csv and output.suffix == ".csv" else domain,
-                "experts": router.experts,
-                "top_k": router.top_k,
-            }
-            for name, value in fixed.items():
-                columns[name] += [value] * router.experts
-            columns["expert"] += range(router.experts)
-            for name in ("count", *OPTIONAL):
-                columns[name] += sums[name].tolist() if name in sums else [None] * router.experts
+            label = safe_cell(domain) if safe_csv and output.suffix == ".csv" else domain
+            for name, value in (fixed | {"domain": label, "experts": E}).items():
+                columns[name] += [value] * E
+            columns["expert"] += range(E)
+            for name in VALUES:
+                columns[name] += sums[name].tolist() if name in sums else [None] * E
     table = pa.table(columns, schema=COUNTS)
     table = table.drop_columns([n for n in OPTIONAL if table[n].null_count == len(table)])
     with draft_of(output) as draft, open(draft, "wb") as file:

@@ -9,7 +9,6 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,8 @@ import pyarrow.csv
 
 from moe_inspect.analysis.scores import ALL, scores_of
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.counts import Sums, sums_by_domain
-from moe_inspect.exporters.registry import need_decisions
+from moe_inspect.exporters import need_decisions
+from moe_inspect.exporters.counts import sums_by_domain
 from moe_inspect.text import no_such
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.reader import Trace
@@ -27,6 +26,7 @@ from moe_inspect.trace.shard import Shard
 
 # the scores that ESFT has, by their names here; "token" is its own name of the first
 OF_ESFT = {"frequency": "token", "token": "token", "gate": "gate"}
+Scores = dict[str, dict[str, float]]  # layer → expert → score
 
 
 def esft(
@@ -45,11 +45,8 @@ def esft(
     if by not in (*ALL, *OF_ESFT):
         raise MoeInspectError(no_such("score", by, ALL))
     need_decisions(trace, "esft")
-    if (
-        not trace.has_weights
-        or len({r.layer for r in trace.routers}) < len(trace.routers)
-        or any(r.stack for r in trace.routers)
-    ):
+    layers = {router.layer for router in trace.routers if not router.stack}
+    if not trace.has_weights or len(layers) < len(trace.routers):
         raise MoeInspectError(
             "ESFT's text has the gate weights of one router per layer: this trace has others, "
             "or none"
@@ -65,7 +62,7 @@ def esft(
             _esft_shard(shard, draft, folders)
         summed = sums_by_domain(trace)
         for domain, folder in folders.items():
-            scores = _scores(trace, summed, domain)
+            scores = _scores(trace, [of_domain[domain] for of_domain in summed])
             name = f"{OF_ESFT.get(by, by)}_scores"
             if others is not None:
                 scores[name] = _by_layer(trace, others.of_domain(domain))
@@ -81,20 +78,15 @@ def _esft_shard(shard: Shard, root: Path, folders: dict[str, Path]) -> None:
     rank[np.argsort(first)] = np.arange(len(first))  # in the order of their first tokens
     order_T = np.argsort(rank[code_T], kind="stable")
     size_S = np.bincount(rank[code_T], minlength=len(first))
-    folder_S = [
-        folders.setdefault(domain_T[t], root / _file_name(domain_T[t], folders))
-        for t in np.sort(first)
-    ]
+    folder_S = [_folder(domain_T[t], root, folders) for t in np.sort(first)]
     for folder in set(folder_S):
         (folder / "rank_0").mkdir(parents=True, exist_ok=True)
     for r, router in enumerate(shard.trace.routers):
         ids_TK, weights_TK = shard.ids(r)[order_T], shard.weights(r)[order_T]
         if (ids_TK < 0).any():
             raise MoeInspectError(f"ESFT's text has no empty slots: layer {router.layer} has some")
-        ids_S, weights_S = (
-            _joined(values_TK.reshape(-1), size_S * router.top_k)
-            for values_TK in (ids_TK, weights_TK)
-        )
+        sizes_S = size_S * router.top_k
+        ids_S, weights_S = (_joined(of_TK.reshape(-1), sizes_S) for of_TK in (ids_TK, weights_TK))
         lines: dict[Path, list[str]] = defaultdict(list)
         for folder, ids, weights in zip(folder_S, ids_S, weights_S, strict=True):
             lines[folder].append(f"{ids}\t\t{weights}\n")
@@ -110,14 +102,16 @@ def _joined(values_N: np.ndarray, sizes_S: np.ndarray) -> list[str]:
     return pc.binary_join(pa.ListArray.from_arrays(offsets, text), "\t").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _file_name(domain: str, taken: dict[str, Path]) -> str:
+def _folder(domain: str, root: Path, folders: dict[str, Path]) -> Path:
     """A domain's folder: its label, without what a path cannot hold."""
-    name = re.sub(r"[^\w.+ -]", "_", domain).lstrip(".")[:100] or "_"
-    used = {p.name for p in taken.values()}
-    return name if name not in used else f"{name}_{len(used)}"
+    if domain not in folders:
+        name = re.sub(r"[^\w.+ -]", "_", domain).lstrip(".")[:100] or "_"
+        used = {path.name for path in folders.values()}
+        folders[domain] = root / (name if name not in used else f"{name}_{len(used)}")
+    return folders[domain]
 
 
-def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]:
+def _config(scores: Scores, top_p: float) -> dict[str, object]:
     """ESFT's training configuration: of each layer the experts with the highest scores, until they
     have the share `top_p` of all that are above 0."""
     experts: dict[str, list[int]] = {}
@@ -131,11 +125,9 @@ def _config(scores: dict[str, dict[str, float]], top_p: float) -> dict[str, Any]
     return {"experts": experts, "shared_experts": False, "non_expert_modules": False}
 
 
-def _scores(
-    trace: Trace, summed: list[Sums], domain: str
-) -> dict[str, dict[str, dict[str, float]]]:
-    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens."""
-    sums = [of_domain[domain] for of_domain in summed]
+def _scores(trace: Trace, sums: list[dict[str, np.ndarray]]) -> dict[str, Scores]:
+    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens. sums: of each
+    router, in one domain."""
     load_LE, weight_LE = ([of[name] for of in sums] for name in ("count", "weight_sum"))
     tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
     gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]
@@ -146,7 +138,7 @@ def _scores(
     }
 
 
-def _by_layer(trace: Trace, score_LE: list[np.ndarray]) -> dict[str, dict[str, float]]:
+def _by_layer(trace: Trace, score_LE: list[np.ndarray]) -> Scores:
     return {
         str(router.layer): {str(e): value for e, value in enumerate(score_E.tolist())}
         for router, score_E in zip(trace.routers, score_LE, strict=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_inspect.exporters.registry import need_decisions
+from moe_inspect.exporters import need_decisions
 from moe_inspect.trace import schema
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
@@ -39,15 +39,12 @@ def long_schema(trace: Trace) -> pa.Schema:
     facts of its token."""
     kinds = [(name, pa.uint16()) for name in ("layer", "router", "slot", "expert")]
     values = [(value, pa.float32()) for value in _values(trace)]
-    return pa.schema([("token", pa.int64()), *kinds, *values, *_facts(trace)])
+    facts = [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
+    return pa.schema([("token", pa.int64()), *kinds, *values, *facts])
 
 
 def _values(trace: Trace) -> list[str]:
     return [value for value in trace.slot_values if value != schema.DROPPED]
-
-
-def _facts(trace: Trace) -> list[pa.Field]:
-    return [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
 
 
 def long_tables(trace: Trace, shard: Shard, routers: Iterable[int]) -> Iterator[pa.Table]:
@@ -55,20 +52,14 @@ def long_tables(trace: Trace, shard: Shard, routers: Iterable[int]) -> Iterator[
     nowhere left out."""
     tokens, columns = shard.tokens(), long_schema(trace)
     for r in routers:
-        seen_T = shard.seen(r)
-        of_token = tokens if seen_T is None else tokens.filter(pa.array(seen_T))
-        ids_TK = shard.ids(r)
+        seen_T, ids_TK = shard.seen(r), shard.ids(r)
         there_TK = ids_TK >= 0
         row_N, slot_N = np.nonzero(there_TK)
+        of_token = tokens if seen_T is None else tokens.filter(pa.array(seen_T))
         part = of_token.take(pa.array(row_N))
-        arrays = [
-            part["token"],
-            *(pa.array(np.full(len(part), v, np.uint16)) for v in (trace.routers[r].layer, r)),
-            pa.array(slot_N.astype(np.uint16)),
-            pa.array(ids_TK[there_TK].astype(np.uint16)),
-        ]
-        arrays += [
-            pa.array(np.stack(shard.slot_values(r, value)).T[there_TK]) for value in _values(trace)
-        ]
-        arrays += [part[f.name] for f in _facts(trace)]
+        made = {"layer": trace.routers[r].layer, "router": r}
+        made = {name: np.full(len(part), value, np.uint16) for name, value in made.items()}
+        made |= {"slot": slot_N.astype(np.uint16), "expert": ids_TK[there_TK].astype(np.uint16)}
+        made |= {v: np.stack(shard.slot_values(r, v)).T[there_TK] for v in _values(trace)}
+        arrays = [pa.array(made[n]) if n in made else part[n] for n in columns.names]
         yield pa.Table.from_arrays(arrays, schema=columns)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.analysis.scores import lowest, refuse_too_few, scores_of
 from moe_inspect.model.config import groups_of, text_config
@@ -26,22 +25,21 @@ def pruning(
     scores = scores_of(trace, by, weights=weights, losses=losses)
     groups, _, _ = of_groups = groups_of(text_config(trace))
     several = len({router.layer for router in trace.routers}) < len(trace.routers)
-    made: dict[str, Any] = {
+    names = [router.path if several else str(router.layer) for router in trace.routers]
+    for router in trace.routers:
+        refuse_too_few(router.experts, router.top_k, keep, of_groups)
+    made = {
         "format": 1,
         "model": (trace.manifest.get("model") or {}).get("id"),
         "trace": str(trace.path),
         "by": by,
         "keep": keep,
-        "experts": {},
-        "dropped": {},
-        "scores": {},
+        "experts": {n: router.experts for n, router in zip(names, trace.routers, strict=True)},
+        "dropped": {
+            n: lowest([of_E], keep, groups)[0]
+            for n, of_E in zip(names, scores.whole_LE, strict=True)
+        },
+        "scores": {n: of_E.tolist() for n, of_E in zip(names, scores.whole_LE, strict=True)},
     }
-    for r, router in enumerate(trace.routers):
-        refuse_too_few(router.experts, router.top_k, keep, of_groups)
-        name = router.path if several else str(router.layer)
-        of = scores.whole_LE[r]
-        made["experts"][name] = router.experts
-        made["dropped"][name] = lowest([of], keep, groups)[0]
-        made["scores"][name] = of.tolist()
     with draft_of(output) as draft:
         draft.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,12 +12,11 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.exporters.registry import need_decisions
+from moe_inspect.exporters import need_decisions
 from moe_inspect.text import storable
 from moe_inspect.trace.files.atomic import draft_of
 from moe_inspect.trace.reader import Trace
@@ -43,28 +42,30 @@ def routed_experts(trace: Trace, output: Path) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _sequences(trace: Trace, shard: Shard) -> Iterator[dict[str, Any]]:
+def _sequences(trace: Trace, shard: Shard) -> Iterator[dict[str, object]]:
     names = ("document", "sequence", "position", "token_id", "domain", "phase")
     table = shard.tokens([*names])
     document_T, sequence_T, position_T, id_T = (table[name].to_numpy() for name in names[:4])
     domain_T, domains = codes(table["domain"])
     phase_T, phases = codes(table["phase"])
+    decoded_T = np.array([phase == "decode" for phase in phases], bool)[phase_T]
     routed_TBK = _routed(trace, shard, len(table))
     order_T = np.lexsort([position_T, sequence_T, document_T])
     edges = run_edges(document_T[order_T], sequence_T[order_T])
     for first, end in itertools.pairwise(edges.tolist()):
-        rows_N = order_T[first:end]
-        decoded_N = np.array([phase == "decode" for phase in phases], bool)[phase_T[rows_N]]
-        line: dict[str, Any] = {
-            "document": int(document_T[rows_N[0]]),
-            "sequence": int(sequence_T[rows_N[0]]),
-            "domain": storable(domains[domain_T[rows_N[0]]]),
+        rows_N, t = order_T[first:end], order_T[first]
+        line: dict[str, object] = {
+            "document": int(document_T[t]),
+            "sequence": int(sequence_T[t]),
+            "domain": storable(domains[domain_T[t]]),
         }
         if (id_T[rows_N] >= 0).all():
-            line["prompt_token_ids"] = id_T[rows_N[~decoded_N]].tolist()
-            line["token_ids"] = id_T[rows_N[decoded_N]].tolist()
+            line["prompt_token_ids"] = id_T[rows_N[~decoded_T[rows_N]]].tolist()
+            line["token_ids"] = id_T[rows_N[decoded_T[rows_N]]].tolist()
+        file = io.BytesIO()
         # without the last token, which an engine samples and never feeds
-        yield line | {"routed_experts": _npy(routed_TBK[rows_N[:-1]])}
+        np.save(file, routed_TBK[rows_N[:-1]], allow_pickle=False)
+        yield line | {"routed_experts": base64.b64encode(file.getvalue()).decode()}
 
 
 def _routed(trace: Trace, shard: Shard, T: int) -> np.ndarray:
@@ -77,9 +78,3 @@ def _routed(trace: Trace, shard: Shard, T: int) -> np.ndarray:
     for router, ids_TK in zip(trace.routers, ids, strict=True):
         routed_TBK[:, router.layer] = ids_TK
     return routed_TBK
-
-
-def _npy(values: np.ndarray) -> str:
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    return base64.b64encode(file.getvalue()).decode()

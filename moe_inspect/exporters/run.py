@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_inspect.errors import MoeInspectError, writing
-from moe_inspect.exporters.registry import exporters
+from moe_inspect.exporters import MODULES
 from moe_inspect.model.load import checkpoint_dir
 from moe_inspect.text import no_such
 from moe_inspect.trace.manifest import refuse_within_trace
 from moe_inspect.trace.reader import Trace, open_trace
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """`run(trace, output, **options)` writes the trace as `output`. `writes`: what that is, for
+    help and documentation."""
+
+    writes: str
+    run: Callable[..., None]
+
+    @property
+    def options(self) -> list[str]:
+        """The names of its keyword arguments."""
+        return list(inspect.signature(self.run).parameters)[2:]
+
+
+def exporters() -> dict[str, Exporter]:
+    """All of MODULES, in their order."""
+    made = dict[str, Exporter]()
+    for name, (module, writes) in MODULES.items():
+        loaded = importlib.import_module(f"moe_inspect.exporters.{module}")
+        made[name] = Exporter(writes, getattr(loaded, module))
+    return made
 
 
 def export_trace(
@@ -55,16 +82,16 @@ def export_trace(
     known = exporters()
     if format not in known:
         raise MoeInspectError(no_such("format", format, known))
-    given = (
-        ("top_p", top_p),
-        ("by", by if by is not None else score),
-        ("weights", weights),
-        ("losses", losses),
-        ("keep", keep),
-        ("gpu_layers", gpu_layers),
-        ("safe_csv", safe_csv or None),
-    )
-    options = {name: value for name, value in given if value is not None}
+    given = {
+        "top_p": top_p,
+        "by": score if by is None else by,
+        "weights": weights,
+        "losses": losses,
+        "keep": keep,
+        "gpu_layers": gpu_layers,
+        "safe_csv": safe_csv or None,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     if wrong := [name for name in options if name not in known[format].options]:
         takers = ", ".join(name for name, other in known.items() if wrong[0] in other.options)
         raise MoeInspectError(
@@ -72,8 +99,7 @@ def export_trace(
         )
     if weights is not None:
         options["weights"] = checkpoint_dir(str(weights))
-    opened = open_trace(trace)
-    output = Path(output)
+    opened, output = open_trace(trace), Path(output)
     with writing(output):
         refuse_within_trace(output)
         known[format].run(opened, output, **options)

@@ -30,11 +30,10 @@ MARGIN = 2**20  # so that shifted positions stay on their line
 class Runs:
     """Where each sequence of a trace is, in the order of its shards. Arrays [R].
 
-    A run lies in one shard, from row `row` on, and is `length` tokens of one sequence at positions
-    `position`, `position` + 1, …. `group`: its sequence, an index into the arrays [G]. `content_G`
-    and `prefix_G`: hashes of the token ids and positions of all of a sequence, and of its first
-    PREFIX. A sequence that is fed twice is two sequences. `known`: whether the trace knows token
-    ids. `domains`: the labels of the trace."""
+    A run is `length` tokens of one sequence at positions `position`, `position` + 1, …, from row
+    `row` of one shard on. `group`: its sequence, an index into the arrays [G]; one that is fed
+    twice is two. `content_G`, `prefix_G`: hashes of the token ids and positions of all of a
+    sequence, and of its first PREFIX. `known`: whether the trace knows token ids."""
 
     position: np.ndarray
     length: np.ndarray
@@ -75,10 +74,9 @@ def read_runs(trace: Trace) -> Runs:
     sizes = [part.shape[1] for part, _, _ in found]
     if not sum(sizes):
         raise MoeInspectError(f"{trace.path} holds no tokens: nothing to compare")
-    document, sequence, encoder, position, length, row, content, prefix = np.concatenate(
-        [part for part, _, _ in found], axis=1
-    )
-    key_G, group = _unique_rows(_keys(document, sequence, encoder, position, position + length))
+    columns = np.concatenate([part for part, _, _ in found], axis=1)
+    key_G, group = _unique_rows(_keys(*columns[:5]))
+    position, length, row, content, prefix = columns[3:]
     return Runs(
         position,
         length,
@@ -103,8 +101,7 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
         table[name].to_numpy().astype(np.int64) for name in names
     )
     encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
-    place_T = position_T - np.arange(len(position_T))
-    edges = run_edges(document_T, sequence_T, encoder_T, place_T)
+    edges = run_edges(document_T, sequence_T, encoder_T, position_T - np.arange(len(position_T)))
     first = edges[:-1]
     hash_T = token_hash(id_T, position_T)
     early_T = np.where(position_T < PREFIX, hash_T, 0)
@@ -126,15 +123,11 @@ def token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
 
 
 def _keys(
-    document: np.ndarray,
-    sequence: np.ndarray,
-    encoder: np.ndarray,
-    position: np.ndarray,
-    end: np.ndarray,
+    document: np.ndarray, sequence: np.ndarray, encoder: np.ndarray, *places: np.ndarray
 ) -> np.ndarray:
     """What names the sequence of each run, int64 [R, 4]. Sequences are numbered within their
     document: how a program numbers them overall is its own affair. A run that begins no later than
-    the one before it ended is of another repetition of the sequence."""
+    the one before it ended is of another repetition of the sequence. places: position, length."""
     pairs, of_run = _unique_rows(np.stack([document, sequence], axis=1))
     first_of_document = np.searchsorted(pairs[:, 0], pairs[:, 0])
     ordinal = (np.arange(len(pairs)) - first_of_document)[of_run]
@@ -142,8 +135,9 @@ def _keys(
     _, group = _unique_rows(key)
     order = np.argsort(group, kind="stable")  # in execution order within a sequence
     edges = run_edges(group[order])
+    position, length = (place[order] for place in places)
     again = np.zeros(len(order), np.int64)
-    again[1:] = position[order][1:] < end[order][:-1]
+    again[1:] = position[1:] < (position + length)[:-1]
     again[edges[:-1]] = 0
     total = np.cumsum(again)
     repetition = np.empty_like(again)
@@ -259,10 +253,8 @@ def align(
         suspects = found.take(np.flatnonzero(suspect_P[found.pair]))
         for s, ids_a, ids_b in _token_ids((trace_a, trace_b), suspects):
             differs = np.flatnonzero(ids_a != ids_b)
-            of_segment = np.repeat(np.arange(len(s.length)), s.length)[differs]
-            begins = np.cumsum(s.length) - s.length
-            position = s.position[of_segment] + differs - begins[of_segment]
-            np.minimum.at(first_P, s.pair[of_segment], position)
+            pair_T, position_T = np.repeat(s.pair, s.length), rows_of(s.position, s.length)
+            np.minimum.at(first_P, pair_T[differs], position_T[differs])
     diverged = int((first_P < LINE).sum())
     other = found.tokens - _cut(found, first_P[found.pair]).tokens
     if shift_routes:
@@ -297,18 +289,12 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
         a.tokens_G[group_a],
         np.minimum(a.last_G[group_a], b.last_G[group_b]),
     )
-    return _joined(found.take(np.lexsort([found.row_a, found.shard_a])))
-
-
-def _joined(segments: Segments) -> Segments:
-    """Segments of a pair that follow each other in both traces, as one."""
-    s = segments
+    s = found.take(np.lexsort([found.row_a, found.shard_a]))
+    # those of a pair that follow each other in both traces, as one
     start = np.cumsum(s.length) - s.length
     steps = s.row_a - start, s.row_b - start, s.position - start
-    edges = run_edges(s.pair, s.shard_a, s.shard_b, *steps)
-    if len(edges) < 2:
-        return s
-    return replace(s.take(edges[:-1]), length=np.add.reduceat(s.length, edges[:-1]))
+    first = run_edges(s.pair, s.shard_a, s.shard_b, *steps)[:-1]
+    return replace(s.take(first), length=np.add.reduceat(s.length, first)) if len(first) else s
 
 
 def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
@@ -341,9 +327,9 @@ def _paired(key_a: np.ndarray, key_b: np.ndarray) -> np.ndarray:
 def _pairs_by_content(a: Runs, b: Runs) -> np.ndarray:
     """int64 [P, 2]: sequences of the same token ids, the n-th of A with the n-th of B; of the
     others those whose first PREFIX are the same, where no other begins so."""
-    pairs = _paired(*(_numbered(runs.content_G) for runs in (a, b)))
+    pairs = _paired(_numbered(a.content_G), _numbered(b.content_G))
     places, keys = list[np.ndarray](), list[np.ndarray]()
-    for runs, paired in ((a, pairs[:, 0]), (b, pairs[:, 1])):
+    for runs, paired in zip((a, b), pairs.T, strict=True):
         left = np.setdiff1d(np.flatnonzero(runs.tokens_G >= PREFIX), paired)
         key, first, times = np.unique(runs.prefix_G[left], return_index=True, return_counts=True)
         places.append(left[first[times == 1]])
@@ -384,8 +370,7 @@ def _token_ids(
         return traces[side].shard(number).tokens(["token_id"])["token_id"].to_numpy()
 
     s = segments.take(np.lexsort([segments.shard_b, segments.shard_a]))
-    edges = run_edges(s.shard_a, s.shard_b)
-    for first, end in pairwise(edges.tolist()):
+    for first, end in pairwise(run_edges(s.shard_a, s.shard_b).tolist()):
         part = s.take(np.arange(first, end))
         ids_a = ids(0, int(part.shard_a[0]))[rows_of(part.row_a, part.length)]
         yield part, ids_a, ids(1, int(part.shard_b[0]))[rows_of(part.row_b, part.length)]
@@ -399,11 +384,20 @@ SAMPLE = 64  # pairs of sequences
 def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
     """MoeInspectError where most tokens of the shorter trace have no equal in the other,
     DifferentModelsError where that is since another tokenizer cut them."""
+
+    def shifted(shift: int) -> float:
+        """The share of the tokens whose ids are so many positions further on in B, in the first
+        sequences with the same numbers."""
+        runs = alignment.a, alignment.b
+        segments = segments_of(*runs, _paired(*(x.key_G for x in runs))[:SAMPLE], shift)
+        same = sum(int((ids_a == ids_b).sum()) for _, ids_a, ids_b in _token_ids((a, b), segments))
+        return same / max(segments.tokens, 1)
+
     possible = min(alignment.a.tokens, alignment.b.tokens)
     if alignment.matched >= LEAST * possible or (alignment.matched and not alignment.ids_known):
         return
     if alignment.ids_known:
-        share, shift = max(_share_shifted((a, b), alignment, shift) for shift in SHIFTS)
+        share, shift = max((shifted(shift), shift) for shift in SHIFTS)
         if share > LEAST:
             raise MoeInspectError(
                 f"{share:.1%} of the tokens at position n of {a.path} are at n{shift:+d} of "
@@ -416,14 +410,3 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
         f"{alignment.a.tokens:,} and {alignment.b.tokens:,}), by document and position or by the "
         "content of sequences: trace the same text with both"
     )
-
-
-def _share_shifted(
-    traces: tuple[Trace, Trace], alignment: Alignment, shift: int
-) -> tuple[float, int]:
-    """The share of the tokens whose ids are so many positions further on in B, in the first
-    sequences with the same numbers; and the shift."""
-    a, b = alignment.a, alignment.b
-    segments = segments_of(a, b, _paired(a.key_G, b.key_G)[:SAMPLE], shift)
-    same = sum(int((ids_a == ids_b).sum()) for _, ids_a, ids_b in _token_ids(traces, segments))
-    return same / max(segments.tokens, 1), shift

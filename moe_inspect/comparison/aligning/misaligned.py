@@ -6,7 +6,7 @@ T tokens of the sample, L routers of A, M routers of B, E experts, K slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from moe_inspect.comparison.aligning.align import Alignment, align
 from moe_inspect.comparison.aligning.pairing import same_places
 from moe_inspect.comparison.aligning.rows import AlignedRows, rows_of_shard
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import join_first, layer_label, ranges
+from moe_inspect.text import join_first, layer_label, plural, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -36,18 +36,17 @@ SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Misalignment:
-    """kind: "layers_shifted", "layers_swapped", "layers_renumbered", "routes_shifted",
-    "experts_renumbered", "routes_of_another_router". text: what
-    was found, with the evidence. option: what mends it, "" where no option does. values: the
-    numbers."""
+    """text: what was found, with the evidence. option: what mends it, "" where no option does.
+    values: the numbers."""
 
     kind: str
     text: str
     option: str
-    values: dict[str, Any]
+    values: Mapping[str, object]
 
 
 Pair = tuple[int, int]  # a router of A and one of B
+Chosen = tuple[np.ndarray, np.ndarray]  # bool [T, E]: the experts chosen in A, in B
 
 
 @dataclass
@@ -60,9 +59,6 @@ class SampledRows:
     pairs: list[Pair]
     _chosen: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @property
     def document_T(self) -> np.ndarray:
         return self.rows.document_T
@@ -71,13 +67,13 @@ class SampledRows:
         """bool [T, E]: the experts that a router of A (side 0) or of B (side 1) chose."""
         if (side, router) not in self._chosen:
             E = self.traces[side].routers[router].experts
-            chosen_TE = np.zeros((len(self), E + 1), bool)
+            chosen_TE = np.zeros((len(self.rows), E + 1), bool)
             for slot in self.rows.read(side, Shard.slots, router):
                 chosen_TE[np.arange(len(slot)), slot] = True
             self._chosen[side, router] = chosen_TE[:, :E]
         return self._chosen[side, router]
 
-    def both(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    def both(self, pair: Pair) -> Chosen:
         return self.chosen(0, pair[0]), self.chosen(1, pair[1])
 
     @cached_property
@@ -111,6 +107,15 @@ def samples(
             yield SampledRows(traces, rows.take((at_T >= 0) & (at_T < T)), of_stack)
 
 
+def first_sample(
+    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
+) -> SampledRows | None:
+    """Of the stack of the first router."""
+    stack_of = {pair: traces[0].routers[pair[0]].stack for pair in pairs}
+    of_stack = [pair for pair in pairs if stack_of[pair] == stack_of[pairs[0]]]
+    return next(samples(traces, alignment, of_stack), None)
+
+
 def misalignments(
     traces: tuple[Trace, Trace],
     alignment: Alignment,
@@ -120,17 +125,14 @@ def misalignments(
     """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
     is alike as it is compared. routers: those of A that are selected, also those that no router of
     B is compared with."""
-    stack = traces[0].routers[pairs[0][0]].stack
-    of_stack = [pair for pair in pairs if traces[0].routers[pair[0]].stack == stack]
-    sample = next(samples(traces, alignment, of_stack), None)
+    sample = first_sample(traces, alignment, pairs)
     if sample is None or sample.rows.alike:
         return []
-    of_a, of_b = (
-        [r for r in of if trace.routers[r].stack == stack]
-        for trace, of in zip(traces, (routers, range(len(traces[1].routers))), strict=True)
-    )
-    alike = len(sample.good) == len(of_stack)
-    if alike and (len(of_a) == len(of_stack) or len(of_b) == len(of_stack)):
+    (a, b), stack = (trace.routers for trace in traces), traces[0].routers[pairs[0][0]].stack
+    of_a = [r for r in routers if a[r].stack == stack]
+    of_b = [m for m, router in enumerate(b) if router.stack == stack]
+    alike = len(sample.good) == len(sample.pairs)
+    if alike and len(sample.pairs) in (len(of_a), len(of_b)):
         return []
     found = (
         (None if alike else _routes_shifted(sample))
@@ -153,18 +155,19 @@ def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
 
 
 def beyond_chance(
-    value: float,
-    of_pairs: Sequence[tuple[np.ndarray, np.ndarray]],
-    document_T: np.ndarray,
-    tried: int = 1,
+    value: float, of_pairs: Sequence[Chosen], document_T: np.ndarray, tried: int = 1
 ) -> bool:
     """Whether these routers hardly agree so much on average, in the best of so many pairings, once
     B's tokens are shuffled within documents: what the tokens of a document have in common stays."""
     rng, null = np.random.default_rng([SEED, len(document_T)]), list[float]()
     for _ in range(SHUFFLES):
         order_T = shuffled_within(document_T, rng)
-        null.append(float(np.mean([agreement(a_TE, b_TE[order_T]) for a_TE, b_TE in of_pairs])))
+        null.append(mean([agreement(a_TE, b_TE[order_T]) for a_TE, b_TE in of_pairs]))
     return shuffled_p(value, null, len(document_T)) * tried < ALPHA
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def half_of(T: int) -> np.ndarray:
@@ -176,30 +179,31 @@ def _better(value: float, own: float) -> bool:
     return value >= MATCH and value >= own + GAIN
 
 
+def _evidence(value: float, before: float) -> str:
+    return f"agreement beyond chance {value:.1%}, {before:.1%} as compared"
+
+
 def _routes_shifted(sample: SampledRows) -> Misalignment | None:
     """B's routes one or two tokens further on, in the same document."""
-    mean, T, document_T = float(np.mean(list(sample.own.values()))), len(sample), sample.document_T
+    before, T, document_T = mean(sample.own.values()), len(sample.rows), sample.document_T
 
-    def shifted(shift: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    def shifted(shift: int) -> tuple[list[Chosen], np.ndarray]:
         t = np.arange(max(0, -shift), min(T, T - shift))
         t = t[document_T[t] == document_T[t + shift]]
         both = [sample.both(pair) for pair in sample.pairs]
         return [(a_TE[t], b_TE[t + shift]) for a_TE, b_TE in both], document_T[t]
 
     value, shift = max(
-        (float(np.mean([agreement(*both) for both in shifted(shift)[0]])), shift)
-        for shift in SHIFTS
+        (mean(agreement(*both) for both in shifted(shift)[0]), shift) for shift in SHIFTS
     )
-    if not (_better(value, mean) and beyond_chance(value, *shifted(shift), len(SHIFTS))):
+    if not (_better(value, before) and beyond_chance(value, *shifted(shift), len(SHIFTS))):
         return None
-    tokens = "token" if abs(shift) == 1 else "tokens"
-    return Misalignment(
-        "routes_shifted",
-        f"B's routes are shifted by {abs(shift)} {tokens}: B's token n{shift:+d} has the routes "
-        f"of A's token n (agreement beyond chance {value:.1%}, {mean:.1%} as compared).",
-        f"--shift-routes {shift}",
-        {"shift": shift, "agreement": value, "agreement_as_compared": mean},
+    text = (
+        f"B's routes are shifted by {plural(abs(shift), 'token')}: B's token n{shift:+d} has the "
+        f"routes of A's token n ({_evidence(value, before)})."
     )
+    values = {"shift": shift, "agreement": value, "agreement_as_compared": before}
+    return Misalignment("routes_shifted", text, f"--shift-routes {shift}", values)
 
 
 def _layers_moved(
@@ -209,54 +213,47 @@ def _layers_moved(
     any is."""
     a, b = (trace.routers for trace in sample.traces)
     paired, own, good = dict(sample.pairs), sample.own, {m for _, m in sample.good}
-    moved = list[tuple[int, int, float, float]]()
+    tried, moved = len(routers_a) * len(routers_b), list[tuple[int, int, float, float]]()
     for r in routers_a:
         before = own[r, paired[r]] if r in paired else 0.0
         if before >= GOOD:
             continue
         rest = [m for m in routers_b if m not in good and m != paired.get(r)]
-        value, other = max(((agreement(*sample.both((r, m))), -m) for m in rest), default=(0.0, 0))
-        tried = len(routers_a) * len(routers_b)
+        value, m = max(((agreement(*sample.both((r, m))), -m) for m in rest), default=(0.0, 0))
         if _better(value, before) and beyond_chance(
-            value, [sample.both((r, -other))], sample.document_T, tried
+            value, [sample.both((r, -m))], sample.document_T, tried
         ):
-            moved.append((r, -other, value, before))
+            moved.append((r, -m, value, before))
     if not moved:
         return None
-    steps = {a[r].layer - b[m].layer for r, m, _, _ in moved}
-    value, before = (float(np.mean([row[i] for row in moved])) for i in (2, 3))
-    evidence = f"(agreement beyond chance {value:.1%}, {before:.1%} as compared)"
-    values: dict[str, Any] = {
-        "agreement": value,
-        "agreement_as_compared": before,
-        "layers_a": [a[r].layer for r, *_ in moved],
-        "layers_b": [b[m].layer for _, m, *_ in moved],
+    routers, others, found, compared = zip(*moved, strict=True)
+    evidence = f"({_evidence(mean(found), mean(compared))})"
+    values: dict[str, object] = {
+        "agreement": mean(found),
+        "agreement_as_compared": mean(compared),
+        "layers_a": [a[r].layer for r in routers],
+        "layers_b": [b[m].layer for m in others],
     }
-    step = next(iter(steps))
-    if len(steps) == 1 and not good and len(moved) >= max(1, len(own) - abs(step) - 1):
-        return Misalignment(
-            "layers_shifted",
+    step, *more = {a[r].layer - b[m].layer for r, m, *_ in moved}
+    if not more and not good and len(moved) >= max(1, len(own) - abs(step) - 1):
+        text = (
             f"Layers are numbered differently: B's layer n is A's n{step:+d} {evidence}. One may "
-            "skip dense layers, or start again at each pipeline stage.",
-            f"--shift-layers {step}",
-            values | {"shift": step},
+            "skip dense layers, or start again at each pipeline stage."
         )
+        option = f"--shift-layers {step}"
+        return Misalignment("layers_shifted", text, option, values | {"shift": step})
     names = [f"A's {layer_label(a, r)} is B's {layer_label(b, m)}" for r, m, *_ in moved]
-    said = f"{join_first(names, 4, ', ')} {evidence}"
-    if all(r in paired and m in paired.values() for r, m, *_ in moved):
-        return Misalignment("layers_swapped", f"Layers are swapped: {said}.", "", values)
-    return Misalignment(
-        "layers_renumbered",
-        f"Layers are numbered differently: {said}. Each pipeline stage may start again at 0.",
-        "",
-        values,
-    )
+    said = f"{join_first(names, 4, ', ')} {evidence}."
+    if {*routers} <= paired.keys() and {*others} <= {*paired.values()}:
+        return Misalignment("layers_swapped", f"Layers are swapped: {said}", "", values)
+    text = f"Layers are numbered differently: {said} Each pipeline stage may start again at 0."
+    return Misalignment("layers_renumbered", text, "", values)
 
 
 def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
     """Experts matched by the tokens they share in one half of the sample, judged in the other."""
     moved, own = list[tuple[int, float, float]](), sample.own
-    fit_T = half_of(len(sample))
+    fit_T = half_of(len(sample.rows))
     for pair, before in own.items():
         if before >= GOOD:
             continue
@@ -266,17 +263,20 @@ def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
             moved.append((pair[0], value, before))
     if not moved:
         return None
-    value, before = (float(np.mean([row[i] for row in moved])) for i in (1, 2))
-    layers = [layer_label(sample.traces[0].routers, r) for r, *_ in moved]
-    return Misalignment(
-        "experts_renumbered",
-        f"Experts are numbered differently in {'layer' if len(layers) == 1 else 'layers'} "
-        f"{join_first(layers, 6, ', ')}: matched by shared tokens, they agree (beyond chance "
-        f"{value:.1%}, {before:.1%} as compared). Physical ids or a permuted checkpoint cause "
-        "this.",
-        "",
-        {"routers": [r for r, *_ in moved], "agreement": value, "agreement_as_compared": before},
+    routers, found, compared = zip(*moved, strict=True)
+    value, before = mean(found), mean(compared)
+    text = (
+        f"Experts are numbered differently in {_layers(sample, routers)}: matched by shared "
+        f"tokens, they agree (beyond chance {value:.1%}, {before:.1%} as compared). Physical ids "
+        "or a permuted checkpoint cause this."
     )
+    values = {"routers": [*routers], "agreement": value, "agreement_as_compared": before}
+    return Misalignment("experts_renumbered", text, "", values)
+
+
+def _layers(sample: SampledRows, routers: Sequence[int]) -> str:
+    names = [layer_label(sample.traces[0].routers, r) for r in routers]
+    return f"{'layer' if len(names) == 1 else 'layers'} {join_first(names, 6, ', ')}"
 
 
 def _foreign(sample: SampledRows) -> Misalignment | None:
@@ -290,19 +290,15 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
     bad = [r for (r, _), value in own.items() if value < BY_CHANCE and told(sample.chosen(0, r))]
     if not bad or 2 * len(good) < len(own) or max(bad) > max(good):
         return None
-    value, others = (
-        float(np.mean([own[pair] for pair in own if pair[0] in of])) for of in (bad, good)
+    value, others = (mean(own[pair] for pair in own if pair[0] in of) for of in (bad, good))
+    text = (
+        f"In {_layers(sample, bad)}, B agrees with A only by chance (beyond chance {value:.1%}; "
+        f"in other layers {others:.1%}): these routes belong to a router that A lacks, such as an "
+        "MTP layer's, or were never recorded."
     )
-    names = join_first([layer_label(a, r) for r in bad], 6, ", ")
     left = ranges({a[r].layer for r, _ in own if r not in bad})
-    return Misalignment(
-        "routes_of_another_router",
-        f"In {'layer' if len(bad) == 1 else 'layers'} {names}, B agrees with A only by chance "
-        f"(beyond chance {value:.1%}; in other layers {others:.1%}): these routes belong to a "
-        "router that A lacks, such as an MTP layer's, or were never recorded.",
-        f"--layers {left}",
-        {"routers": bad, "agreement": value, "agreement_elsewhere": others},
-    )
+    values = {"routers": bad, "agreement": value, "agreement_elsewhere": others}
+    return Misalignment("routes_of_another_router", text, f"--layers {left}", values)
 
 
 def matched_overlaps(
@@ -312,12 +308,10 @@ def matched_overlaps(
     numbered, after matching, and after matching with the tokens of B shuffled, which is what
     matching finds in nothing. Experts are matched on every other document, and judged on the
     rest."""
-    sample_of = {
-        pair: sample for sample in samples(traces, alignment, pairs) for pair in sample.pairs
-    }
-    for pair in pairs:
-        if (sample := sample_of.get(pair)) is None:
-            continue
+    every = samples(traces, alignment, pairs)
+    sample_of = {pair: sample for sample in every for pair in sample.pairs}
+    for pair in (pair for pair in pairs if pair in sample_of):
+        sample = sample_of[pair]
         a_TE, b_TE = sample.both(pair)
         document, at_T = np.unique(sample.document_T, return_inverse=True)
         fit_T = at_T % 2 == 0 if len(document) > 1 else np.arange(len(a_TE)) % 2 == 0
@@ -329,7 +323,7 @@ def matched_overlaps(
         yield pair[0], int((~fit_T).sum()), as_numbered, as_matched, by_chance
 
 
-def matched(a_TE: np.ndarray, b_TE: np.ndarray, fit_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def matched(a_TE: np.ndarray, b_TE: np.ndarray, fit_T: np.ndarray) -> Chosen:
     """Both at the tokens that are not fitted, B's experts in the order of A's: by the assignment
     that shares most of the tokens fitted (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
@@ -361,26 +355,18 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
         alignment = align(a, b)
     except MoeInspectError:
         return None
-    stack = sizes[0][0].stack
-    of_stack = [(r, m) for r, m in pairs if a.routers[r].stack == stack]
-    sample = next(samples((a, b), alignment, of_stack), None)
-    if sample is None:
+    if (sample := first_sample((a, b), alignment, pairs)) is None:
         return None
-    in_b = sizes[0][1].experts > sizes[0][0].experts
-    fit_T, mapped = half_of(len(sample)), list[tuple[np.ndarray, np.ndarray]]()
-    for pair in of_stack[:: -(-len(of_stack) // MOST_ROUTERS)]:
+    fit_T, mapped = half_of(len(sample.rows)), list[Chosen]()
+    for pair in sample.pairs[:: -(-len(sample.pairs) // MOST_ROUTERS)]:
         logical_TE, physical_TP = sorted(sample.both(pair), key=lambda x_TE: x_TE.shape[1])
         mapped.append((logical_TE[~fit_T], _mapped(logical_TE, physical_TP, fit_T)))
-    value = float(np.mean([agreement(*both) for both in mapped]))
+    value = mean(agreement(*both) for both in mapped)
     if value < REPLICAS or not beyond_chance(value, mapped, sample.document_T[~fit_T]):
         return None
-    counts = [router.experts for router in sizes[0]]
-    return {
-        "trace": "B" if in_b else "A",
-        "physical": max(counts),
-        "logical": min(counts),
-        "agreement": value,
-    }
+    of_a, of_b = (router.experts for router in sizes[0])
+    found = {"physical": max(of_a, of_b), "logical": min(of_a, of_b), "agreement": value}
+    return {"trace": "B" if of_b > of_a else "A", **found}
 
 
 def _mapped(logical_TE: np.ndarray, physical_TP: np.ndarray, fit_T: np.ndarray) -> np.ndarray:

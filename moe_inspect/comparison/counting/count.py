@@ -10,7 +10,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from moe_inspect.comparison.counting.logits import Margins, decile_of, logit_mar
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Job:
     drop_zero_filled: bool = False
 
     @property
-    def kernels(self) -> Any:
+    def kernels(self) -> ModuleType:
         """Compiled ones where that pays: loading the compiler takes a second."""
         if self.tokens * sum(self.a.routers[r].top_k for r, _ in self.routers) < LONG:
             return kernels_numpy
@@ -63,9 +66,10 @@ class Job:
         return "logits" in self.a.tables and "logits" in self.b.tables
 
     def zero(self) -> ct.ComparisonCounts:
-        listed = [self.a.routers[r] for r, _ in self.routers]
-        experts = {r: of.experts for (r, _), of in zip(self.routers, listed, strict=True)}
-        return ct.ComparisonCounts.zero(self.domains, experts, {of.stack for of in listed})
+        listed = {r: self.a.routers[r] for r, _ in self.routers}
+        experts = {r: router.experts for r, router in listed.items()}
+        stacks = {router.stack for router in listed.values()}
+        return ct.ComparisonCounts.zero(self.domains, experts, stacks)
 
     def rows_by_stack(
         self, segments: Segments
@@ -82,26 +86,24 @@ class Job:
                     for zero_T, slots in zip(zero_2T, rows.both(Shard.slots, pair), strict=True):
                         for slot_T in slots:
                             zero_T &= slot_T == 0
-                rows = rows.take(~(zero_2T[0] | zero_2T[1]))
+                rows = rows.take(~zero_2T.any(0))
             if len(rows):
                 yield stack, rows, routers
 
 
 def by_runs(
-    job: Job, segments: Segments, function: Callable[..., Any], *arguments: Any, threads: int = 1
-) -> Iterator[tuple[list[int], Any]]:
-    """function(job, shards, *arguments) of runs of A's shards, in order, beside their numbers."""
+    job: Job,
+    segments: Segments,
+    function: Callable[..., Made],
+    *arguments: object,
+    threads: int = 1,
+) -> Iterator[tuple[list[int], Made]]:
+    """function(job, *arguments, shards) of runs of A's shards, in order, beside their numbers."""
     numbers = segments.shards
     runs = [[numbers[i] for i in run] for run in runs_of(job.a, len(numbers))]
     tasks = (([segments.in_shard(number) for number in run],) for run in runs)
     with workers(job.a, job.b, threads=threads) as at:
-        yield from zip(runs, at.each(_of_run, (job, function, arguments), tasks), strict=True)
-
-
-def _of_run(
-    job: Job, function: Callable[..., Any], arguments: tuple[Any, ...], shards: list[Segments]
-) -> Any:
-    return function(job, shards, *arguments)
+        yield from zip(runs, at.each(function, (job, *arguments), tasks), strict=True)
 
 
 def count_pair(
@@ -111,8 +113,7 @@ def count_pair(
     progress: Callable[[int], None] | None = None,
 ) -> ct.ComparisonCounts:
     """The counts of everything that is compared. `progress` is told of decisions done."""
-    total = job.zero()
-    advance = phase("comparing", job.tokens, "tokens")
+    total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     # threads add to the same counts: they are whole numbers, whose order shows nowhere
     local = job.a.scheduler is None and job.b.scheduler is None
@@ -127,7 +128,7 @@ def count_pair(
 
 
 def _count(
-    job: Job, shards: list[Segments], here: tuple[ct.ComparisonCounts, threading.Lock] | None
+    job: Job, here: tuple[ct.ComparisonCounts, threading.Lock] | None, shards: list[Segments]
 ) -> tuple[int, tuple[ct.ComparisonCounts, np.ndarray] | None]:
     """The decisions compared; and their counts with the units that they are of, where they are not
     added to those `here`."""
@@ -155,8 +156,7 @@ class TokenSums:
 
     def __init__(self, rows: AlignedRows, logits: bool):
         self.rows = rows
-        self.unit_V, place_T = np.unique(rows.unit_T, return_inverse=True)
-        self.place_T = place_T.astype(np.int64)
+        self.unit_V, self.place_T = np.unique(rows.unit_T, return_inverse=True)
         self.differs_T, self.differing = np.zeros(len(rows), np.int64), 0
         self.zero_2T = np.zeros((2, len(rows)), np.int64)
         self.shift_T = np.zeros(len(rows)) if logits else None
@@ -169,9 +169,8 @@ class TokenSums:
         document_D, first_D, at_T = np.unique(
             rows.document_T, return_index=True, return_inverse=True
         )
-        tokens_D = np.bincount(at_T)
+        tokens_D, domain_D = np.bincount(at_T), rows.unit_T[first_D] // CLUSTERS
         mismatch_D = np.bincount(at_T, self.differs_T).astype(np.int64)
-        domain_D = rows.unit_T[first_D] // CLUSTERS
         table = np.stack([document_D, domain_D, tokens_D, tokens_D * routers, mismatch_D], axis=1)
         before = total.documents.get(number, table[:0])
         total.documents[number] = np.concatenate([before, table])

@@ -8,7 +8,6 @@ position decile), M margin deciles, E experts, L routers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 
@@ -31,13 +30,13 @@ class PairRouterCounts:
     """Of one router, in some units. missing_UX: assignments that the other trace did not make;
     mismatch_UX: decisions with another set of experts. reordered_U, first_differs_U: decisions with
     another order of slots, another first choice. short_UX: slots that route nowhere in both. l1_U:
-    Σ of weight differences. load_UE: A's assignments; moved_UE: B's minus A's. flips_EE: pairs of
-    an expert that B dropped and one that it took instead. margin_UM, margin_mismatch_UM: decisions
-    and those with another set, by A's margin. new, again, before: tokens whose set differs first
-    here; that differ here and did in an earlier layer; that did in an earlier layer. last_mismatch:
-    of the last tokens of sequences, those with another set. weights_differ: decisions in which a
-    weight of an expert that both chose is not the same. flip_margins: of decisions with another
-    set, A's margins, by shard."""
+    Σ of weight differences. load_UE: A's assignments; moved_UE: B's minus A's. margin_UM,
+    margin_mismatch_UM: decisions and those with another set, by A's margin. flips_EE: pairs of an
+    expert that B dropped and one that it took instead. flip_margins: of decisions with another set,
+    A's margins, by shard. last_mismatch: of the last tokens of sequences, those with another set.
+    weights_differ: decisions in which a weight of an expert that both chose is not the same. new,
+    again, before: tokens whose set differs first here; that differ here and did in an earlier
+    layer; that did in an earlier layer."""
 
     E: int
     mismatch_UX: np.ndarray
@@ -63,9 +62,8 @@ class PairRouterCounts:
     @classmethod
     def zero(cls, E: int, U: int) -> PairRouterCounts:
         size = {"U": U, "X": CELLS, "E": E, "M": DECILES}
-        shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in [*BY_UNIT, FLIPS]}
-        made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
-        return cls(E, **made)
+        shapes = ([size[x] for x in name.rpartition("_")[2]] for name in TABLES)
+        return cls(E, *(np.zeros(shape, np.int64) for shape in shapes))
 
     def of_units(self, unit_V: np.ndarray) -> PairRouterCounts:
         """Of these units only, to be sent."""
@@ -78,14 +76,18 @@ class PairRouterCounts:
         self.flip_margins |= other.flip_margins
         for name in BY_UNIT:
             getattr(self, name)[unit_V] += getattr(other, name)
-        for name in SUMS_OF_ROUTER:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        add_sums(self, other, "flips_EE")
 
 
-FLIPS = "flips_EE"
-BY_UNIT = [f.name for f in fields(PairRouterCounts) if "_U" in f.name]
-SUMS_OF_ROUTER = [f.name for f in fields(PairRouterCounts) if f.type == "int" and f.name != "E"]
-SUMS_OF_ROUTER += [FLIPS]
+def add_sums(total: Counts, other: Counts, *tables: str) -> None:
+    """Adds the whole numbers of two counts of one kind, and these tables."""
+    numbers = [f.name for f in fields(other) if f.type == "int" and f.name != "E"]
+    for name in (*numbers, *tables):
+        setattr(total, name, getattr(total, name) + getattr(other, name))
+
+
+TABLES = [f.name for f in fields(PairRouterCounts) if f.type == "np.ndarray"]
+BY_UNIT = [name for name in TABLES if "_U" in name]
 
 
 @dataclass
@@ -117,20 +119,15 @@ class ComparisonCounts:
     ) -> ComparisonCounts:
         """experts: router → number of experts."""
         U = len(domains) * CLUSTERS
-        return cls(
-            domains,
-            {r: PairRouterCounts.zero(E, U) for r, E in experts.items()},
-            {stack: np.zeros((U, CELLS), np.int64) for stack in stacks},
-            np.zeros(len(experts) + 1, np.int64),
-        )
+        of = {r: PairRouterCounts.zero(E, U) for r, E in experts.items()}
+        decisions_UX = {stack: np.zeros((U, CELLS), np.int64) for stack in stacks}
+        return cls(domains, of, decisions_UX, np.zeros(len(experts) + 1, np.int64))
 
     def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
         """Of these units only, to be sent: what a shard has any of is a few of all."""
-        return replace(
-            self,
-            of={r: counts.of_units(unit_V) for r, counts in self.of.items()},
-            decisions_UX={stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()},
-        )
+        of = {r: counts.of_units(unit_V) for r, counts in self.of.items()}
+        decisions_UX = {stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()}
+        return replace(self, of=of, decisions_UX=decisions_UX)
 
     def merge(self, other: ComparisonCounts, unit_V: np.ndarray) -> None:
         """Those of other shards, whose units are `unit_V`."""
@@ -139,8 +136,7 @@ class ComparisonCounts:
         for stack, decisions_UX in other.decisions_UX.items():
             self.decisions_UX[stack][unit_V] += decisions_UX
         self.documents |= other.documents
-        for name in SUMS_OF_PAIR:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        add_sums(self, other, "layers_N")
 
     @property
     def tokens(self) -> int:
@@ -166,4 +162,4 @@ class ComparisonCounts:
         return total
 
 
-SUMS_OF_PAIR = [f.name for f in fields(ComparisonCounts) if f.type == "int"] + ["layers_N"]
+Counts = PairRouterCounts | ComparisonCounts

@@ -14,6 +14,7 @@ from moe_inspect.trace.reader import Trace
 
 SAMPLE_SHARDS = 4  # at most, and one in four, from which the deciles of the margin are taken
 ROWS = 8192  # of logits at a time
+EMPTY = np.zeros(0, np.float32)
 LOGITS_DECIDE = 0.9  # share of decisions that take the largest logits, from which logits decide
 
 
@@ -38,9 +39,8 @@ def margins(trace: Trace, routers: list[int]) -> Margins | None:
         k, E = trace.routers[r].top_k, trace.routers[r].experts
         if k == E:
             continue
-        parts = [np.zeros(0, np.float32)]
-        parts += [logit_margin(s.logits(r), s.slots(r)[:k]) for s in shards[::step]]
-        margin_T = np.concatenate(parts)
+        parts = [logit_margin(s.logits(r), s.slots(r)[:k]) for s in shards[::step]]
+        margin_T = np.concatenate([EMPTY, *parts])
         known_T = np.isfinite(margin_T)
         # else biases or groups of experts decide too
         if known_T.sum() > LOGITS_DECIDE * len(margin_T):
@@ -53,7 +53,7 @@ def margins(trace: Trace, routers: list[int]) -> Margins | None:
 def logit_margin(logits_TE: np.ndarray, slots: Slots) -> np.ndarray:
     """float32 [T]: the k-th largest logit minus the next; NaN where an expert was chosen whose
     logit is below that."""
-    k, parts = len(slots), [np.zeros(0, np.float32)]
+    k, parts = len(slots), [EMPTY]
     for t in range(0, len(logits_TE), ROWS):
         part_TE = logits_TE[t : t + ROWS].astype(np.float32)
         E, lowest_T = part_TE.shape[1], np.full(len(part_TE), np.inf, np.float32)
@@ -75,28 +75,27 @@ def decile_of(margin_T: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return decile_T
 
 
-def log_probabilities(logits_TE: np.ndarray, scoring: str) -> np.ndarray:
+def _log_probabilities(logits_TE: np.ndarray, scoring: str) -> np.ndarray:
     """float32 [T, E]: log softmax; of routers with sigmoids, the log of these made to sum to 1."""
     logits_TE = logits_TE.astype(np.float32)
     if scoring == "sigmoid":
         logits_TE = -np.logaddexp(0, -logits_TE)
-    top_T1 = logits_TE.max(axis=1, keepdims=True)
-    return logits_TE - top_T1 - np.log(np.exp(logits_TE - top_T1).sum(axis=1, keepdims=True))
+    logits_TE = logits_TE - logits_TE.max(axis=1, keepdims=True)
+    return logits_TE - np.log(np.exp(logits_TE).sum(axis=1, keepdims=True))
 
 
 def logit_shift(
     logits_a: np.ndarray, logits_b: np.ndarray, slots_a: Slots, scoring: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 [T], twice: mean over A's experts of |log r_B − log r_A|; and KL(A ‖ B), in nats."""
-    E, shifts, divergences = logits_a.shape[1], list[np.ndarray](), list[np.ndarray]()
+    E, shifts, divergences = logits_a.shape[1], [EMPTY], [EMPTY]
     for t in range(0, len(logits_a), ROWS):
         part = slice(t, t + ROWS)
-        log_a, log_b = (log_probabilities(x[part], scoring) for x in (logits_a, logits_b))
+        log_a, log_b = (_log_probabilities(x[part], scoring) for x in (logits_a, logits_b))
         apart_TE = log_b - log_a
         chosen_TK = np.stack([slot[part] for slot in slots_a], axis=1).astype(np.int64)
         known_TK = chosen_TK < E
         of_chosen = np.take_along_axis(np.abs(apart_TE), np.where(known_TK, chosen_TK, 0), axis=1)
         shifts.append((of_chosen * known_TK).sum(1) / np.maximum(known_TK.sum(1), 1))
         divergences.append(-(np.exp(log_a) * apart_TE).sum(1))
-    empty = np.zeros(0, np.float32)
-    return np.concatenate([empty, *shifts]), np.concatenate([empty, *divergences])
+    return np.concatenate(shifts), np.concatenate(divergences)

@@ -7,8 +7,7 @@ T tokens of a shard that are compared, E experts, N decisions, U units (clusters
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from moe_inspect.comparison.counting import kernels_numpy
 from moe_inspect.comparison.counting.count import Job, by_runs
 from moe_inspect.trace.shard import Shard
 
-Sums = dict[Any, np.ndarray]
+Sums = dict[Hashable, np.ndarray]
 OF_LOSSES = ("tokens", "a", "b", "apart", "entropy_a", "entropy_b")
 
 
@@ -30,11 +29,8 @@ def loss_sums(job: Job, segments: Segments) -> Sums:
     router compared, and the others. Nats."""
     # the rows after which a sequence does not go on with a token that both have
     broken = segments.broken
-    ends = {
-        number: last.row_a + last.length - 1
-        for number in segments.shards
-        for last in [broken.in_shard(number)]
-    }
+    last = {number: broken.in_shard(number) for number in segments.shards}
+    ends = {number: of.row_a + of.length - 1 for number, of in last.items()}
     return _summed(job, segments, _losses, ends)
 
 
@@ -49,30 +45,30 @@ def output_sums(job: Job, segments: Segments) -> dict[int, Sums]:
     return made
 
 
-def _summed(job: Job, segments: Segments, function: Callable[..., Sums], *arguments: Any) -> Sums:
-    """What function(job, shards, *arguments) returns, added up over all shards."""
-    total = function(job, [], *arguments)
+def _summed(
+    job: Job, segments: Segments, function: Callable[..., Sums], *arguments: object
+) -> Sums:
+    """What function(job, *arguments, shards) returns, added up over all shards."""
+    total = function(job, *arguments, [])
     for _, part in by_runs(job, segments, function, *arguments):
         for name, values in part.items():
             total[name] += values
     return total
 
 
-def _losses(job: Job, shards: list[Segments], ends: dict[int, np.ndarray]) -> Sums:
+def _losses(job: Job, ends: dict[int, np.ndarray], shards: list[Segments]) -> Sums:
     U = len(job.domains) * CLUSTERS
-    found = {name: np.zeros((2, U)) for name in OF_LOSSES}
+    found: Sums = {name: np.zeros((2, U)) for name in OF_LOSSES}
     for segments in shards:
         for _, rows, routers in job.rows_by_stack(segments):
-            sides = rows.both(_losses_of_tokens, (OF_TOKENS, OF_TOKENS))
-            (loss_a_T, entropy_a_T), (loss_b_T, entropy_b_T) = sides
-            at = np.flatnonzero(
-                np.isfinite(loss_a_T)
-                & np.isfinite(loss_b_T)
-                & ~np.isin(rows.row_T, ends[int(segments.shard_a[0])])
-            )
+            a, b = rows.both(_losses_of_tokens, (OF_TOKENS, OF_TOKENS))
+            going_on_T = ~np.isin(rows.row_T, ends[int(segments.shard_a[0])])
+            at = np.flatnonzero(np.isfinite(a[0]) & np.isfinite(b[0]) & going_on_T)
             cell_T = (_differ(job, rows, routers) * U + rows.unit_T)[at]
-            a_T, b_T = loss_a_T[at], loss_b_T[at]
-            of = (None, a_T, b_T, np.abs(b_T - a_T), entropy_a_T[at], entropy_b_T[at])
+            (a_T, entropy_a_T), (b_T, entropy_b_T) = (
+                [of_T[at] for of_T in side] for side in (a, b)
+            )
+            of = (None, a_T, b_T, np.abs(b_T - a_T), entropy_a_T, entropy_b_T)
             for name, values_T in zip(OF_LOSSES, of, strict=True):
                 found[name] += np.bincount(cell_T, values_T, 2 * U).reshape(2, U)
     return found
@@ -80,8 +76,7 @@ def _losses(job: Job, shards: list[Segments], ends: dict[int, np.ndarray]) -> Su
 
 def _losses_of_tokens(shard: Shard, _: int) -> Columns:
     table = shard.tokens(["loss_nats", "entropy_nats"])
-    columns = (cast("np.ndarray", table[name].to_numpy()) for name in table.column_names)
-    return tuple(column.astype(np.float64) for column in columns)
+    return tuple(table[name].to_numpy().astype(np.float64) for name in table.column_names)
 
 
 def _differ(job: Job, rows: AlignedRows, routers: list[tuple[int, int]]) -> np.ndarray:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.engine import too_many_pairs
-from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align, check_tokens
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
-from moe_inspect.comparison.aligning.pairing import routers_of_one_model
 from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.count import Job, count_pair
 from moe_inspect.comparison.counting.counts import ComparisonCounts, PairRouterCounts
 from moe_inspect.comparison.counting.logits import Margins, margins
 from moe_inspect.comparison.counting.values import Sums, loss_sums, output_sums
-from moe_inspect.comparison.result import Comparison, Tables
+from moe_inspect.comparison.result import Paired, PairSettings
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import plural
 from moe_inspect.trace.manifest import refuse_while_written
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import Router
 
 # table → what both traces must hold for it, as a trace has it and in words
 NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
@@ -37,40 +32,7 @@ NEEDS: dict[str, tuple[Callable[[Trace], bool], str]] = {
 METRICS_OF = {"loss_difference_nats": "loss", "loss_absolute_difference_nats": "loss"}
 
 
-@dataclass(frozen=True)
-class PairSettings:
-    """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
-    shift_routes, drop_last: as `align` takes them."""
-
-    layers: str | int | Iterable[int | str] | None = None
-    domains: str | Iterable[str] | None = None
-    phase: str | None = None
-    top: int = 20
-    shift_layers: int = 0
-    shift_positions: int = 0
-    shift_routes: int = 0
-    drop_last: bool = False
-    drop_zero_filled: bool = False
-    threads: int | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Those that are not as `compare` has them by default, but `threads`, which it lacks."""
-        usual, mine = asdict(PairSettings()), asdict(self)
-        return {k: v for k, v in mine.items() if v != usual[k] and k != "threads"}
-
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        """MoeInspectError where one of these is given, that the traces have nothing for."""
-        for name in names:
-            if name in self.given:
-                raise MoeInspectError(f"{why}, which {name} needs: leave it out")
-
-
-# how decisions belong together, which counts and different models do not tell
-OF_DECISIONS = ("shift_positions", "shift_routes", "drop_last", "drop_zero_filled")
-
-
-class Decisions(Comparison):
+class Decisions(Paired):
     """Traces A and B, compared. Nothing is counted before it is asked for. `noise`: another run of
     A's model, compared with A: what is no difference."""
 
@@ -87,11 +49,10 @@ class Decisions(Comparison):
             raise MoeInspectError(f"top is {options.top}: give a number of rows, 0 for all")
         for trace in (a, b):
             refuse_while_written(trace.path, trace.manifest)  # pyright: ignore[reportArgumentType]
-        self.a, self.b, self.options, self.noise = a, b, options, noise
-        self.given = options.given | ({} if noise is None else {"noise": str(noise.b.path)})
-        self.selection = select(a, options.layers, options.domains, options.phase)
-        shift = options.shift_layers
-        self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
+        super().__init__(a, b, options)
+        self.noise, self._progress = noise, progress
+        if noise is not None:
+            self.given = {**options.given, "noise": str(noise.b.path)}
         if too_many_pairs(a, self.selection.routers):
             raise MoeInspectError(
                 f"{a.path} has too many experts to count pairs of them: select fewer layers"
@@ -104,8 +65,6 @@ class Decisions(Comparison):
             drop_last=options.drop_last,
         )
         check_tokens(a, b, self.alignment)
-        self.tables = Tables(self)
-        self._progress = progress
 
     @property
     def subtitle(self) -> str:
@@ -114,7 +73,7 @@ class Decisions(Comparison):
 
     @property
     def shown_tables(self) -> list[str]:
-        of = ("agreement", *(list(self.kind.excerpts) if self.mismatched else []))
+        of = ["agreement", *(self.kind.excerpts if self.mismatched else ())]
         return [name for name in dict.fromkeys(of) if len(self.tables[name])]
 
     @cached_property
@@ -170,8 +129,8 @@ class Decisions(Comparison):
             return None
         there, what = NEEDS[table]
         none = f"there is no {'table' if table == name else 'metric'} {name!r}"
-        sides = {"A": self.a, "B": self.b}
-        without = [f"{side} ({t.path})" for side, t in sides.items() if not there(t)]
+        sides = zip("AB", self.traces, strict=True)
+        without = [f"{side} ({trace.path})" for side, trace in sides if not there(trace)]
         if without:
             verb = "has" if len(without) == 1 else "have"
             return f"{none}: {' and '.join(without)} {verb} {what}"
@@ -190,19 +149,22 @@ class Decisions(Comparison):
             )
         return counts
 
-    def router(self, r: int) -> Router:
-        return self.a.routers[r]
-
     def decisions_UX(self, r: int) -> np.ndarray:
         """int64 [U, X]: decisions of a router that are compared, by unit and cell."""
-        return self.counts.decisions_UX[self.router(r).stack]
+        return self.counts.decisions_UX[self.a.routers[r].stack]
 
     def of(self, r: int) -> PairRouterCounts:
         return self.counts.of[r]
 
+    @property
+    def every(self) -> list[PairRouterCounts]:
+        """The counts of all routers, in the order of `pairs`."""
+        return [self.of(r) for r, _ in self.pairs]
+
     def slots_U(self, r: int) -> np.ndarray:
         """int64 [U]: slots of a router that route somewhere in either trace."""
-        return self.router(r).top_k * self.decisions_UX(r).sum(1) - self.of(r).short_UX.sum(1)
+        k, short_UX = self.a.routers[r].top_k, self.of(r).short_UX
+        return k * self.decisions_UX(r).sum(1) - short_UX.sum(1)
 
     def hits(self) -> np.ndarray:
         """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by
@@ -231,10 +193,12 @@ class Decisions(Comparison):
     @cached_property
     def first_choice_known(self) -> dict[int, bool]:
         """Router → whether slot 0 is the first choice in both traces."""
-        return {
-            r: self.a.routers[r].first_choice_known and self.b.routers[m].first_choice_known
-            for r, m in self.pairs
-        }
+        a, b = self.a.routers, self.b.routers
+        return {r: a[r].first_choice_known and b[m].first_choice_known for r, m in self.pairs}
+
+    @property
+    def weights_known(self) -> bool:
+        return self.a.has_weights and self.b.has_weights
 
     @cached_property
     def tokens_mismatch(self) -> float:
@@ -244,9 +208,9 @@ class Decisions(Comparison):
 
     @cached_property
     def decisions(self) -> int:
-        return sum(int(self.decisions_UX(r).sum()) for r, _ in self.pairs)
+        return int(self.hits()[1].sum())
 
     @cached_property
     def mismatched(self) -> int:
         """Decisions with another set of experts."""
-        return sum(int(self.of(r).mismatch_UX.sum()) for r, _ in self.pairs)
+        return int(self.hits()[0].sum())

@@ -8,7 +8,7 @@ L routers, C deciles, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,40 +17,33 @@ from moe_inspect.comparison import result
 from moe_inspect.comparison.aligning.rows import DECILES, rows_of_shard
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.verdict import findings
-from moe_inspect.comparison.result import TABLES
 from moe_inspect.reporting.charts import spec
-from moe_inspect.reporting.render.documents import (
-    NOWHERE,
-    DrawnRoutes,
-    DrawnTokens,
-    empty_routes,
-    read_routes,
-    tokens_of_documents,
-)
+from moe_inspect.reporting.render import documents as drawing
+from moe_inspect.reporting.render import texts
 from moe_inspect.reporting.render.html import Section, Tile
-from moe_inspect.reporting.render.texts import TITLE, page_data, sizes, without_text
 from moe_inspect.reporting.tables.registry import Excerpt
 from moe_inspect.text import plural
 from moe_inspect.trace.shard import Shard
 
 MOST_SHARDS = 4  # that the documents are in
+SHARE = "set_mismatch"
 
 
 def set_mismatch(data: Decisions) -> spec.Chart:
     """The share of decisions with different experts, by layer."""
-    table: Any = data.tables["agreement"]
-    x = np.arange(len(table), dtype=float)
-    low, high = spec.known_interval(table["set_mismatch_low"], table["set_mismatch_high"])
-    share = table["set_mismatch"].to_numpy(float)
+    table = data.tables["agreement"]
+    x, noise = np.arange(len(table), dtype=float), f"noise_{SHARE}"
+    low, high = spec.known_interval(table[f"{SHARE}_low"], table[f"{SHARE}_high"])
+    share = table[SHARE].to_numpy(float)
     marks = [spec.Line(x, share, "B against A", "c1", dots=True, low=low, high=high)]
-    if "noise_set_mismatch" in table:
-        noise = table["noise_set_mismatch"].to_numpy(float)
-        marks.append(spec.Line(x, noise, "a second run of A against A", "baseline", dash="dot"))
+    if noise in table:
+        y = table[noise].to_numpy(float)
+        marks.append(spec.Line(x, y, "a second run of A against A", "baseline", dash="dot"))
     top = float(np.nanmax([mark.y.max(initial=0) for mark in marks]))
     return spec.Chart(
         "Decisions with different experts",
         "Share of each layer's decisions for which A and B chose different sets of experts",
-        (spec.Panel(tuple(marks), result.layers_axis(data), result.share_axis("decisions", top)),),
+        (spec.Panel(tuple(marks), data.layers_axis, result.share_axis("decisions", top)),),
         text="How often the two traces chose different experts, by layer. Bars are 95% intervals "
         "over documents.",
         table=table,
@@ -62,13 +55,11 @@ def set_mismatch(data: Decisions) -> spec.Chart:
     )
 
 
-def margin_map(data: Decisions) -> spec.Chart | str:
-    """Whether decisions flip where the router was undecided."""
-    return _map(
-        data,
-        "margins",
+# table by router and tenth → title, tenth of what, axis, text and definitions of its map
+MAPS = {
+    "margins": (
         "Where the router was undecided",
-        "Share of decisions with different experts, by tenth of A's margins",
+        "A's margins",
         "tenth of the margins, 0 the least decided",
         "Rounding flips only close decisions (leftmost column); a different model flips others "
         "too.",
@@ -76,44 +67,34 @@ def margin_map(data: Decisions) -> spec.Chart | str:
             "margin": "How far A's router was from choosing another expert: the k-th largest logit "
             "minus the next."
         },
-    )
-
-
-def position_map(data: Decisions) -> spec.Chart | str:
-    """Whether decisions flip at the beginning or the end of sequences."""
-    return _map(
-        data,
-        "positions",
+    ),
+    "positions": (
         "Where in the sequence",
-        "Share of decisions with different experts, by tenth of the sequence",
+        "the sequence",
         "tenth of the sequence, 0 its beginning",
         "A difference that grows along the sequence comes from its context; one only at its end "
         "comes from tokens that were never fed.",
         {},
-    )
+    ),
+}
 
 
-def _map(
-    data: Decisions,
-    name: str,
-    title: str,
-    caption: str,
-    axis: str,
-    text: str,
-    definitions: dict[str, str],
-) -> spec.Chart | str:
+def tenths_map(data: Decisions, name: str) -> spec.Chart | str:
+    """Whether decisions flip where the router was undecided, or at the beginning or the end of
+    sequences."""
     if not data.mismatched:
         return ""
-    table: Any = data.tables[name]
+    table, (title, of, axis, text, definitions) = data.tables[name], MAPS[name]
     if not len(table):
         return f"{title}: no decisions with a known margin"
     at = {r: i for i, (r, _) in enumerate(data.pairs)}
     values_LC = np.full((len(at), DECILES), np.nan)
-    values_LC[table["router"].map(at), table["decile"]] = table["set_mismatch"]
+    values_LC[table["router"].map(at), table["decile"]] = table[SHARE]
     top = float(np.nanmax(values_LC)) or 1.0
     scale = spec.amount("share of decisions with different experts", 0.0, values_LC, top)
     columns = spec.Axis(axis, tuple(str(i) for i in range(DECILES)))
-    panel = spec.Panel((spec.Heatmap(values_LC, scale),), columns, result.layers_axis(data))
+    panel = spec.Panel((spec.Heatmap(values_LC, scale),), columns, data.layers_axis)
+    caption = f"Share of decisions with different experts, by tenth of {of}"
     return spec.Chart(title, caption, (panel,), text=text, table=table, definitions=definitions)
 
 
@@ -121,13 +102,13 @@ def growth(data: Decisions) -> spec.Chart | str:
     """Whether tokens that have differed differ again."""
     if not data.mismatched or len(data.pairs) < 2:
         return ""
-    table: Any = data.tables["depth"]
+    table = data.tables["depth"]
     x = np.arange(len(table), dtype=float)
     marks = tuple(
         spec.Line(x, table[column].to_numpy(float), said, colour, dots=True)
         for said, column, colour in (
             ("differ here or in an earlier layer", "differ_so_far", "c1"),
-            ("differ here", "set_mismatch", "c2"),
+            ("differ here", SHARE, "c2"),
             ("differ here for the first time", "new", "c3"),
         )
     )
@@ -135,7 +116,7 @@ def growth(data: Decisions) -> spec.Chart | str:
     return spec.Chart(
         "Does a difference grow?",
         "Share of tokens with different experts, layer by layer",
-        (spec.Panel(marks, result.layers_axis(data), result.share_axis("tokens", top)),),
+        (spec.Panel(marks, data.layers_axis, result.share_axis("tokens", top)),),
         text="Where most differences are new, each layer adds its own; where few are, early "
         "differences persist.",
         table=table,
@@ -146,35 +127,26 @@ def load_shift(data: Decisions) -> spec.Chart | str:
     """How far the load moved, beside what two halves of the documents differ by."""
     if not data.mismatched:
         return ""
-    return result.load_that_moves(
-        data,
-        "load_shift_halves",
-        "two halves of A's documents",
+    text = (
         "The share of the assignments that go to different experts, over all tokens. Below the "
-        "dash, it is less than between two halves of A's documents.",
+        "dash, it is less than between two halves of A's documents."
     )
+    return result.load_that_moves(data, "load_shift_halves", "two halves of A's documents", text)
 
 
 def _tiles(made: Decisions) -> list[Tile]:
     hits_R, of_R = made.hits().sum(2)
-    share = dict(zip((r for r, _ in made.pairs), hits_R / of_R, strict=True))
-    worst = max(share, key=lambda r: share[r])
+    share_R, worst = hits_R / of_R, int((hits_R / of_R).argmax())
+    share, differ = made.mismatched / made.decisions, f"{made.mismatched:,} of {made.decisions:,}"
+    of = f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}"
+    layer = f"layer {made.label(made.pairs[worst][0])}"
     tiles = [
-        Tile(
-            "decisions with different experts",
-            f"{made.mismatched / made.decisions:.2%}",
-            f"{made.mismatched:,} of {made.decisions:,}",
-        ),
+        Tile("decisions with different experts", f"{share:.2%}", differ),
         Tile("tokens that differ", f"{made.tokens_mismatch:.2%}", "at any layer"),
-        Tile("worst layer", f"{share[worst]:.2%}", f"layer {made.label(worst)}"),
-        Tile(
-            "tokens compared",
-            f"{made.counts.tokens:,}",
-            f"of {made.alignment.a.tokens:,} and {made.alignment.b.tokens:,}",
-        ),
+        Tile("worst layer", f"{share_R[worst]:.2%}", layer),
+        Tile("tokens compared", f"{made.counts.tokens:,}", of),
     ]
-    losses: Any = made.tables["loss"]
-    if len(losses):
+    if len(losses := made.tables["loss"]):
         whole = losses.iloc[0]
         beside = f"nats per token, B {whole['mean_loss_nats_b']:.3f}, A "
         beside += f"{whole['mean_loss_nats_a']:.3f}"
@@ -190,34 +162,28 @@ def text_section(made: Decisions) -> Section | str:
     trace, worst = made.a, _worst_documents(made)
     if not len(worst):
         return ""
+    section = partial(Section, texts.TITLE, group="Decisions", name="text")
     if not len(trace.vocabulary_table):
-        return Section(TITLE, without_text(trace), group="Decisions", name="text")
+        return section(texts.without_text(trace))
     routers = [r for r, _ in made.pairs]
-    shards = sorted(set(worst["shard"]))
     listed = [trace.routers[r] for r in routers]
-    budget, longest = sizes(listed * 2, trace.has_weights, len(worst))
-    shown = np.minimum(worst["tokens"].to_numpy(), longest)
-    kept = (shown.cumsum() <= budget) | (np.arange(len(shown)) == 0)
-    worst, shown = worst[kept], shown[kept]
-    tokens = tokens_of_documents(
-        [trace.shard(n) for n in shards], made.selection, worst["document"].to_numpy(), shown
-    )
-    of_a = read_routes(trace, [trace.shard(n) for n in shards], routers, tokens)
-    documents = worst.assign(shown=shown)
-    of_b, T = _routes_of_b(made, shards, tokens), len(tokens.row_T)
-    drawn = page_data(trace, routers, documents, tokens, of_a, T, of_b)
+    budget, longest = texts.sizes(listed * 2, trace.has_weights, len(worst))
+    numbers = sorted(set(worst["shard"]))
+    shards = [trace.shard(n) for n in numbers]
+    worst = worst.assign(shown=np.minimum(worst["tokens"], longest))
+    worst = worst[(worst["shown"].cumsum() <= budget) | (worst.index == 0)]
+    documents, shown = (worst[name].to_numpy() for name in ("document", "shown"))
+    tokens = drawing.tokens_of_documents(shards, made.selection, documents, shown)
+    of_a, of_b = drawing.read_routes(trace, shards, routers, tokens), _of_b(made, numbers, tokens)
+    drawn = texts.page_data(trace, routers, worst, tokens, of_a, len(tokens.row_T), of_b)
     differ = int((made.counts.document_rows()[:, 4] > 0).sum())
-    return Section(
-        TITLE,
+    text = (
         "Each token in the colour of how many of its experts differ in B, at one layer; point at a "
         "token for its route in both traces through all layers. "
         f"Shown: {len(worst):,} of {plural(differ, 'document')} that differ, those "
-        f"with the largest share of different decisions, at most {longest:,} tokens each.",
-        group="Decisions",
-        name="text",
-        widget="text",
-        data=drawn | {"row": int(made.hits()[0].sum(1).argmax())},
+        f"with the largest share of different decisions, at most {longest:,} tokens each."
     )
+    return section(text, widget="text", data=drawn | {"row": int(made.hits()[0].sum(1).argmax())})
 
 
 def _worst_documents(made: Decisions) -> pd.DataFrame:
@@ -230,61 +196,54 @@ def _worst_documents(made: Decisions) -> pd.DataFrame:
     ]
     found = pd.concat(parts, ignore_index=True)
     found = found[found["other"] > 0]
-    if not len(found):
-        return found
     found = found.assign(share=found["other"] / found["all"])
     found = found.sort_values(["share", "document"], ascending=[False, True])
-    shards = list(dict.fromkeys(found["shard"]))[:MOST_SHARDS]
+    shards = found["shard"].unique()[:MOST_SHARDS]
     found = found[found["shard"].isin(shards)].drop_duplicates("document")
-    domains = [made.counts.domains[d] for d in found["domain"]]
-    most = made.options.top or len(found)
-    return found.assign(domain=domains).head(most).reset_index(drop=True)
+    found["domain"] = [made.counts.domains[d] for d in found["domain"]]
+    return found.head(made.options.top or len(found)).reset_index(drop=True)
 
 
-def _routes_of_b(made: Decisions, shards: Sequence[int], tokens: DrawnTokens) -> list[DrawnRoutes]:
+def _of_b(
+    made: Decisions, shards: Sequence[int], tokens: drawing.DrawnTokens
+) -> list[drawing.DrawnRoutes]:
     """B's routes of the tokens; none for those that are not compared."""
-    has_weights = made.b.has_weights and made.a.has_weights
-    found = [empty_routes(made.a.routers[r], len(tokens.row_T), has_weights) for r, _ in made.pairs]
-    traces, domains = (made.a, made.b), made.alignment.a.domains
+    traces, listed, T = (made.a, made.b), made.a.routers, len(tokens.row_T)
+    found = [drawing.empty_routes(listed[r], T, made.weights_known) for r, _ in made.pairs]
     for s, number in enumerate(shards):
         mine = np.flatnonzero(tokens.shard_T == s)
         order = np.argsort(tokens.row_T[mine])
         segments = made.alignment.segments.in_shard(number)
-        for stack in sorted({made.router(r).stack for r, _ in made.pairs}):
+        for stack in sorted({listed[r].stack for r, _ in made.pairs}):
+            domains = made.alignment.a.domains
             rows = rows_of_shard(traces, segments, domains, stack, made.selection)
             rows = rows.take(np.isin(rows.row_T, tokens.row_T[mine]))
             if not len(rows):
                 continue
             at = mine[order[np.searchsorted(tokens.row_T[mine], rows.row_T, sorter=order)]]
             for routes, (r, other) in zip(found, made.pairs, strict=True):
-                if made.router(r).stack != stack:
+                if listed[r].stack != stack:
                     continue
-                E = made.router(r).experts
                 slots = rows.read(1, Shard.slots, other)
                 for ids_T, slot in zip(routes.ids, slots, strict=False):
-                    ids_T[at] = np.where(slot == E, NOWHERE, slot.astype(np.int32))
-                if routes.weights is None:
-                    continue
-                weights = rows.read(1, Shard.slot_weights, other)
-                for weights_T, slot in zip(routes.weights, weights, strict=False):
-                    weights_T[at] = slot
+                    nowhere = slot == listed[r].experts
+                    ids_T[at] = np.where(nowhere, drawing.NOWHERE, slot.astype(np.int32))
+                if routes.weights is not None:
+                    weights = rows.read(1, Shard.slot_weights, other)
+                    for weights_T, slot in zip(routes.weights, weights, strict=False):
+                        weights_T[at] = slot
     return found
 
 
-def _worst(frame: Any, most: int) -> Any:
+def _worst(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     if len(frame) <= most:
         return frame
-    return frame.nlargest(most, "set_mismatch").sort_values(["layer", "router"])
+    return frame.nlargest(most, SHARE).sort_values(["layer", "router"])
 
 
-def _first(frame: Any, most: int) -> Any:
-    return frame.head(most)
-
-
-SHARE = "set_mismatch"
 Decisions.kind = result.Kind(
     of="decisions",
-    tables=TABLES,
+    tables=result.TABLES,
     main="agreement",
     checks=(findings,),
     title="Same routing?",
@@ -293,8 +252,8 @@ Decisions.kind = result.Kind(
     "marks; with the keyboard, Tab to a chart and read it with the arrow keys.",
     charts={
         "set_mismatch": (set_mismatch, "Decisions", "agreement"),
-        "margin_map": (margin_map, "Decisions", "margins"),
-        "position_map": (position_map, "Decisions", "positions"),
+        "margin_map": (partial(tenths_map, name="margins"), "Decisions", "margins"),
+        "position_map": (partial(tenths_map, name="positions"), "Decisions", "positions"),
         "growth": (growth, "Decisions", "depth"),
         "load_shift": (load_shift, "Load", "load_shift"),
     },
@@ -335,7 +294,9 @@ Decisions.kind = result.Kind(
                 *("first_choice", "weight_l1", f"noise_{SHARE}"),
             ),
         ),
-        "tokens": Excerpt("the first rows", _first, ("routers", "tokens", "share", "share_more")),
+        "tokens": Excerpt(
+            "the first rows", pd.DataFrame.head, ("routers", "tokens", "share", "share_more")
+        ),
         "flips": Excerpt(
             "the most frequent",
             lambda frame, most: frame.nlargest(most, "flips"),
@@ -343,7 +304,7 @@ Decisions.kind = result.Kind(
         ),
         "documents": Excerpt(
             "those that differ most",
-            _first,
+            pd.DataFrame.head,
             ("document", "domain", "tokens", "mismatches", SHARE),
         ),
     },

@@ -6,8 +6,7 @@ U units (clusters of documents), P parts of a router's decisions, E experts, R r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,16 +19,15 @@ from moe_inspect.comparison.aligning.rows import DECILES
 from moe_inspect.comparison.counting.counts import UNIT
 from moe_inspect.comparison.counting.values import OF_LOSSES, Sums
 from moe_inspect.comparison.decisions.data import METRICS_OF, Decisions
-from moe_inspect.comparison.result import TABLES, facts_table
+from moe_inspect.comparison.result import TABLES, Facts, Row, facts_table
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import ranges
-from moe_inspect.trace.schema import PHASES, Router
+from moe_inspect.trace.schema import PHASES
 
 AGREEMENT = ("set_mismatch", "overlap", "first_choice", "order", "weight_l1", "kl_nats")
 HALVES = 40  # ways of parting A's documents in two
 CONFIDENCE = 0.05
-Row = dict[str, object]
 
 
 @table(by_router=AGREEMENT, tables=TABLES)
@@ -37,41 +35,32 @@ def agreement(data: Decisions) -> pd.DataFrame:
     """One row per router: the share of decisions with another set of experts, the share of their
     experts that both chose, and what is known of order and weights; with 95 % intervals over
     documents."""
-    noise = {}
+    noise = dict[int, float]()
     if data.noise is not None:
-        of_R, routers = (
-            data.noise.hits().sum(2),
-            [data.noise.router(r) for r, _ in data.noise.pairs],
-        )
-        shares = (of_R[0] / np.maximum(of_R[1], 1)).tolist()
-        noise = {_place(router): share for router, share in zip(routers, shares, strict=True)}
+        hits_R, of_R = data.noise.hits().sum(2)
+        shares = (hits_R / np.maximum(of_R, 1)).tolist()
+        noise = dict(zip((r for r, _ in data.noise.pairs), shares, strict=True))
     rows = list[Row]()
     for r, _ in data.pairs:
-        listed, counts = data.router(r), data.of(r)
+        router, counts, ordered = data.a.routers[r], data.of(r), data.first_choice_known[r]
         n_U, slots_U = data.decisions_UX(r).sum(1), data.slots_U(r)
         sums = {
             "set_mismatch": (tt.set_mismatch, counts.mismatch_UX.sum(1), n_U),
             "overlap": (tt.overlap, slots_U - counts.missing_UX.sum(1), slots_U),
-            "first_choice": (tt.same_first_choice, n_U - counts.first_differs_U, n_U),
-            "order": (tt.same_order, n_U - counts.reordered_U, n_U),
-            "weight_l1": (tt.weight_l1, counts.l1_U / UNIT, n_U),
+            "first_choice": (tt.same_first_choice, n_U - counts.first_differs_U, n_U, ordered),
+            "order": (tt.same_order, n_U - counts.reordered_U, n_U, ordered),
+            "weight_l1": (tt.weight_l1, counts.l1_U / UNIT, n_U, data.weights_known),
         }
-        ordered, weighed = data.first_choice_known[r], data.a.has_weights and data.b.has_weights
-        known = {"first_choice": ordered, "order": ordered, "weight_l1": weighed}
-        row: Row = {"layer": listed.layer, "router": r, "decisions": int(n_U.sum())}
+        row: Row = {**data.place(r), "decisions": int(n_U.sum())}
         for name, of in sums.items():
-            row |= _share(data, name, *of, known=known.get(name, True))
+            row |= _share(data, name, *of)
             if name == "overlap":
-                row["overlap_by_chance"] = listed.top_k / listed.experts
+                row["overlap_by_chance"] = router.top_k / router.experts
         row["kl_nats"] = tt.kl_nats(counts.kl / UNIT, counts.logit_decisions)
         if data.noise is not None:
-            row["noise_set_mismatch"] = noise.get(_place(listed), np.nan)
+            row["noise_set_mismatch"] = noise.get(r, np.nan)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _place(router: Router) -> tuple[int, str, str]:
-    return router.layer, router.stack, router.path
 
 
 def _share(
@@ -83,12 +72,11 @@ def _share(
     known: bool = True,
 ) -> Row:
     """A metric of two sums, and the ends of its interval."""
-    total = of_U.sum()
+    names, total = (name, f"{name}_low", f"{name}_high"), of_U.sum()
     if not known or not total:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    low, high = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
-    value = measure(float(hits_U.sum()), float(total))
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+        return dict.fromkeys(names, np.nan)
+    ends = ratio_interval(hits_U[data.units], of_U[data.units], data.weights_RU)
+    return dict(zip(names, (measure(float(hits_U.sum()), float(total)), *ends), strict=True))
 
 
 def _by(
@@ -102,15 +90,14 @@ def _by(
     assignments that the other trace did not make and slots that route nowhere in both."""
     rows = list[Row]()
     for r, _ in data.pairs:
-        listed = data.router(r)
         n_UP, mismatch_UP, *more = parts(r)
         for p in np.flatnonzero(n_UP.sum(0)).tolist():
             n = int(n_UP[:, p].sum())
-            row: Row = {"layer": listed.layer, "router": r, column: names[p], "decisions": n}
+            row: Row = {**data.place(r), column: names[p], "decisions": n}
             row |= _share(data, "set_mismatch", tt.set_mismatch, mismatch_UP[:, p], n_UP[:, p])
             if more:
                 missing, short = (int(of_UP[:, p].sum()) for of_UP in more)
-                size = n * listed.top_k - short
+                size = n * data.a.routers[r].top_k - short
                 row["overlap"] = tt.overlap(size - missing, size)
             rows.append(row)
     return pd.DataFrame(rows)
@@ -128,9 +115,11 @@ def domains(data: Decisions) -> pd.DataFrame:
     """One row per router and domain."""
     names = data.counts.domains
     of_UD = data.counts.domain_U[:, None] == np.arange(len(names))
-    return _by(
-        data, "domain", names, lambda r: [x.sum((1, 2))[:, None] * of_UD for x in _cells(data, r)]
-    )
+
+    def parts(r: int) -> list[np.ndarray]:
+        return [x.sum((1, 2))[:, None] * of_UD for x in _cells(data, r)]
+
+    return _by(data, "domain", names, parts)
 
 
 @table(tables=TABLES)
@@ -148,15 +137,13 @@ def positions(data: Decisions) -> pd.DataFrame:
 @table(tables=TABLES)
 def margins(data: Decisions) -> pd.DataFrame:
     """One row per router and tenth of A's decisions by their margin, from the least decided on."""
-    known = data.margins
-    if known is None:
+    if (known := data.margins) is None:
         raise MoeInspectError(f"{data.why_no_margins}: no margins table")
-    frame = _by(
-        data,
-        "decile",
-        range(DECILES),
-        lambda r: (data.of(r).margin_UM, data.of(r).margin_mismatch_UM),
-    )
+
+    def parts(r: int) -> tuple[np.ndarray, np.ndarray]:
+        return data.of(r).margin_UM, data.of(r).margin_mismatch_UM
+
+    frame = _by(data, "decile", range(DECILES), parts)
     limits = {r: np.r_[-np.inf, edges, np.inf] for r, edges in known.edges.items()}
     at = list(zip(frame["router"], frame["decile"], strict=True))
     frame.insert(3, "margin_from", [float(limits[r][m]) for r, m in at])
@@ -168,8 +155,8 @@ def margins(data: Decisions) -> pd.DataFrame:
 def overall(data: Decisions) -> pd.DataFrame:
     """One row: all routers together; the differences of the losses are NaN where the traces have
     none."""
-    counts = data.counts
-    row = {
+    counts, losses = data.counts, data.tables["loss"]
+    row: Row = {
         "tokens": counts.tokens,
         "tokens_mismatch": data.tokens_mismatch,
         "decisions": data.decisions,
@@ -177,7 +164,6 @@ def overall(data: Decisions) -> pd.DataFrame:
         "router_shift": tt.router_shift(counts.gamma / UNIT, counts.gamma_tokens),
         "router_shift_below_floor": ratio(counts.gamma_below, counts.gamma_tokens),
     }
-    losses: Any = data.tables["loss"]
     for name in METRICS_OF:
         row[name] = losses[name.removeprefix("loss_")].iloc[0] if len(losses) else np.nan
     if data.noise is not None:
@@ -189,17 +175,10 @@ def overall(data: Decisions) -> pd.DataFrame:
 def tokens(data: Decisions) -> pd.DataFrame:
     """One row per number of routers: tokens whose sets differ at exactly so many, and the share
     of those with more."""
-    layers_N = data.counts.layers_N
-    last = int(np.flatnonzero(layers_N).max(initial=0))
-    share_N = layers_N[: last + 1] / layers_N.sum()
-    return pd.DataFrame(
-        {
-            "routers": np.arange(last + 1),
-            "tokens": layers_N[: last + 1],
-            "share": share_N,
-            "share_more": np.maximum(1 - np.cumsum(share_N), 0),
-        }
-    )
+    tokens_N = np.trim_zeros(data.counts.layers_N, "b")
+    share_N = tokens_N / tokens_N.sum()
+    columns = {"routers": np.arange(len(tokens_N)), "tokens": tokens_N, "share": share_N}
+    return pd.DataFrame({**columns, "share_more": np.maximum(1 - np.cumsum(share_N), 0)})
 
 
 @table(tables=TABLES)
@@ -208,22 +187,18 @@ def depth(data: Decisions) -> pd.DataFrame:
     that differ here first, and the share that differs here of those that did and did not before."""
     rows, differ, stack = list[Row](), 0, ""
     for r, _ in data.pairs:
-        counts, listed = data.of(r), data.router(r)
-        if listed.stack != stack:
-            differ, stack = 0, listed.stack
-        n = int(data.decisions_UX(r).sum())
+        counts, n = data.of(r), int(data.decisions_UX(r).sum())
+        if data.a.routers[r].stack != stack:
+            differ, stack = 0, data.a.routers[r].stack
         differ += counts.new
-        rows.append(
-            {
-                "layer": listed.layer,
-                "router": r,
-                "set_mismatch": ratio(counts.new + counts.again, n),
-                "differ_so_far": ratio(differ, n),
-                "new": ratio(counts.new, n),
-                "again_after_difference": ratio(counts.again, counts.before),
-                "new_without_difference": ratio(counts.new, n - counts.before),
-            }
-        )
+        row = {
+            "set_mismatch": ratio(counts.new + counts.again, n),
+            "differ_so_far": ratio(differ, n),
+            "new": ratio(counts.new, n),
+            "again_after_difference": ratio(counts.again, counts.before),
+            "new_without_difference": ratio(counts.new, n - counts.before),
+        }
+        rows.append({**data.place(r), **row})
     return pd.DataFrame(rows)
 
 
@@ -232,18 +207,17 @@ def documents(data: Decisions) -> pd.DataFrame:
     """One row per document with any difference, those with the largest share first."""
     rows = data.counts.document_rows()
     document, domain, n_tokens, decisions, mismatch = rows[rows[:, 4] > 0].T
-    frame = pd.DataFrame(
-        {
-            "document": document,
-            "domain": pd.Series([data.counts.domains[d] for d in domain], dtype="str"),
-            "tokens": n_tokens,
-            "decisions": decisions,
-            "mismatches": mismatch,
-            "set_mismatch": mismatch / np.maximum(decisions, 1),
-        }
-    )
-    frame = frame.sort_values(["set_mismatch", "document"], ascending=[False, True])
-    return frame.reset_index(drop=True).head(data.options.top or len(frame))
+    columns = {
+        "document": document,
+        "domain": pd.Series([data.counts.domains[d] for d in domain], dtype="str"),
+        "tokens": n_tokens,
+        "decisions": decisions,
+        "mismatches": mismatch,
+        "set_mismatch": mismatch / np.maximum(decisions, 1),
+    }
+    by = ["set_mismatch", "document"]
+    frame = pd.DataFrame(columns).sort_values(by, ascending=[False, True], ignore_index=True)
+    return frame.head(data.options.top or len(frame))
 
 
 SHIFTS = ("shift_layers", "shift_positions", "shift_routes", "drop_last")
@@ -252,30 +226,27 @@ SHIFTS = ("shift_layers", "shift_positions", "shift_routes", "drop_last")
 @table(tables=TABLES)
 def summary(data: Decisions) -> pd.DataFrame:
     """One row per fact: key, value (text)."""
-    return facts_table(_facts(data), ["value"])
-
-
-def _facts(data: Decisions) -> Iterator[tuple[str, object]]:
-    alignment, options = data.alignment, data.options
-    yield from (("a", data.a.path), ("b", data.b.path))
+    alignment, alike = data.alignment, data.counts.shards_alike
+    facts: Row = {"a": data.a.path, "b": data.b.path}
     if data.noise is not None:
-        yield "noise", data.noise.b.path
-    yield from (
-        ("tokens_a", alignment.a.tokens),
-        ("tokens_b", alignment.b.tokens),
-        ("tokens_compared", data.counts.tokens),
-        ("decisions_compared", data.decisions),
-        ("layers", ranges({data.router(r).layer for r, _ in data.pairs})),
-        ("aligned_by", alignment.by),
-        ("token_ids", "checked" if alignment.ids_known else "unknown, not checked"),
-        ("sequences_diverged", alignment.diverged),
-        ("tokens_after_divergence", alignment.other_ids),
-    )
-    if data.counts.shards_alike:
-        yield "shards_alike", f"{data.counts.shards_alike}: the same files, not compared row by row"
-    yield from ((name, getattr(options, name)) for name in SHIFTS if getattr(options, name))
+        facts["noise"] = data.noise.b.path
+    facts |= {
+        "tokens_a": alignment.a.tokens,
+        "tokens_b": alignment.b.tokens,
+        "tokens_compared": data.counts.tokens,
+        "decisions_compared": data.decisions,
+        "layers": ranges({data.a.routers[r].layer for r, _ in data.pairs}),
+        "aligned_by": alignment.by,
+        "token_ids": "checked" if alignment.ids_known else "unknown, not checked",
+        "sequences_diverged": alignment.diverged,
+        "tokens_after_divergence": alignment.other_ids,
+    }
+    if alike:
+        facts["shards_alike"] = f"{alike}: the same files, not compared row by row"
+    facts |= {name: value for name in SHIFTS if (value := getattr(data.options, name))}
     for key, (of_a, of_b) in recorded_otherwise(data).items():
-        yield f"differs_{key}", f"{of_a} | {of_b}"
+        facts[f"differs_{key}"] = f"{of_a} | {of_b}"
+    return facts_table({key: [value] for key, value in facts.items()}, ["value"])
 
 
 # of the manifest: what makes two runs of one model differ
@@ -286,19 +257,17 @@ RECORDED = {
 }
 
 
-def recorded_otherwise(data: Decisions) -> dict[str, tuple[Any, Any]]:
+def recorded_otherwise(data: Decisions) -> Facts:
     """What the manifests say differently of how the two were recorded: dtype → ("float32",
     "bfloat16")."""
-    found = dict[str, tuple[Any, Any]]()
+    found = Facts()
     for part, names in RECORDED.items():
-        of_a, of_b = (
-            ((trace.manifest.get("corpus") or {}) if part == "plan" else trace.manifest).get(part)
-            or {}
-            for trace in (data.a, data.b)
-        )
-        for name in names:
-            if of_a.get(name) != of_b.get(name):
-                found[name] = (of_a.get(name), of_b.get(name))
+        manifests = [trace.manifest for trace in data.traces]
+        if part == "plan":
+            manifests = [manifest.get("corpus") or {} for manifest in manifests]
+        of_a, of_b = (manifest.get(part) or {} for manifest in manifests)
+        pairs = {name: (of_a.get(name), of_b.get(name)) for name in names}
+        found |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return found
 
 
@@ -311,14 +280,13 @@ def flips(data: Decisions) -> pd.DataFrame:
     for r, _ in data.pairs:
         flips_EE = data.of(r).flips_EE
         expert, other = np.nonzero(flips_EE)
+        order = np.lexsort([other, expert, -flips_EE[expert, other]])[: data.options.top or None]
+        expert, other = expert[order], other[order]
         count = flips_EE[expert, other]
-        order = np.lexsort([other, expert, -count])[: data.options.top or None]
-        expert, other, count = expert[order], other[order], count[order]
         expected_EE = np.outer(flips_EE.sum(1), flips_EE.sum(0)) / max(flips_EE.sum(), 1)
         expected = expected_EE[expert, other]
         columns = {"expert": expert, "other": other, "flips": count, "expected": expected}
-        place = {"layer": data.router(r).layer, "router": r}
-        parts.append(pd.DataFrame({**place, **columns, "lift": count / expected}))
+        parts.append(pd.DataFrame({**data.place(r), **columns, "lift": count / expected}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -330,16 +298,15 @@ def load_shift(data: Decisions) -> pd.DataFrame:
     rng = np.random.default_rng([SEED, U])
     # random halves of the units, bool [U]; none with too few of them
     sides = [rng.permutation(U) < U // 2 for _ in range(HALVES if U >= FEWEST_DOCUMENTS else 0)]
-    measures = {"load_shift": tt.load_shift, "jsd_bits": tt.load_shift_jsd_bits}
     for r, _ in data.pairs:
         load_UE, moved_UE = data.of(r).load_UE[data.units], data.of(r).moved_UE[data.units]
         both = np.stack([load_UE.sum(0), (load_UE + moved_UE).sum(0)])
         halves = [np.stack([load_UE[side].sum(0), load_UE[~side].sum(0)]) for side in sides]
-        row: Row = {"layer": data.router(r).layer, "router": r}
-        for name, measure in measures.items():
-            of_halves = [x for half in halves if not np.isnan(x := measure(half))]
+        row: Row = {**data.place(r)}
+        for name, of in (("load_shift", tt.load_shift), ("jsd_bits", tt.load_shift_jsd_bits)):
+            of_halves = [x for half in halves if not np.isnan(x := of(half))]
             # of the same files the load is not counted
-            row[name] = 0.0 if data.alike else measure(both)
+            row[name] = 0.0 if data.alike else of(both)
             row[f"{name}_halves"] = float(np.mean(of_halves)) if of_halves else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
@@ -355,9 +322,9 @@ def movers(data: Decisions) -> pd.DataFrame:
     documents, are widened for the number of experts that are looked at."""
     from scipy.stats import t as student
 
-    rows = list[Row]()
+    rows = list[tuple[object, ...]]()
     for r, _ in data.pairs:
-        counts, layer = data.of(r), data.router(r).layer
+        counts, place = data.of(r), data.place(r).values()
         tests = len(data.in_domains) * counts.E * len(data.pairs)
         for domain, in_U in data.in_domains:
             of_U = data.units[in_U]
@@ -371,8 +338,7 @@ def movers(data: Decisions) -> pd.DataFrame:
             for e in np.flatnonzero((np.abs(moved_E) > reach_E) & (load_E > 0)).tolist():
                 moved, load, reach = moved_E[e], load_E[e], reach_E[e]
                 change = moved / load, (moved - reach) / load, (moved + reach) / load
-                row = layer, r, domain, e, load, load + moved, *change
-                rows.append(dict(zip(MOVERS, row, strict=True)))
+                rows.append((*place, domain, e, load, load + moved, *change))
     frame = pd.DataFrame(rows, columns=list(MOVERS)).astype({"domain": "str"})
     order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
     return frame.loc[order].reset_index(drop=True).head(data.options.top or len(frame))
@@ -386,7 +352,7 @@ def matched(data: Decisions) -> pd.DataFrame:
     columns = ["router", "tokens", "overlap", "overlap_matched", "overlap_matched_by_chance"]
     rows = matched_overlaps((data.a, data.b), data.alignment, data.pairs)
     frame = pd.DataFrame(list(rows), columns=columns)
-    frame.insert(0, "layer", [data.router(r).layer for r in frame["router"].tolist()])
+    frame.insert(0, "layer", [data.a.routers[r].layer for r in frame["router"]])
     return frame
 
 
@@ -413,16 +379,15 @@ def worth(data: Decisions) -> pd.DataFrame:
 
 def _worth_of(data: Decisions, r: int, sums: Sums) -> pd.DataFrame:
     load, norm, gated = (sums[name][:, data.units] for name in ("load", "norm", "gated"))
-    made: dict[str, Any] = {"layer": data.router(r).layer, "router": r}
-    made["expert"] = np.arange(load.shape[2])
+    made: Row = {**data.place(r), "expert": np.arange(load.shape[2])}
     for side, name in enumerate("ab"):
-        load_E = nan_for_zero(load[side].sum(0))
+        gated_E, load_E = gated[side].sum(0), nan_for_zero(load[side].sum(0))
         made[f"assignments_{name}"] = load[side].sum(0).astype(np.int64)
-        made[f"reap_{name}"] = gated[side].sum(0) / load_E
+        made[f"reap_{name}"] = gated_E / load_E
         made[f"mean_norm_{name}"] = norm[side].sum(0) / load_E
-        made[f"share_{name}"] = gated[side].sum(0) / nan_for_zero(gated[side].sum())
-    for name, values in (("reap", gated), ("norm", norm)):
-        made |= _change(f"{name}_change", values, load, data.weights_RU)
+        made[f"share_{name}"] = gated_E / nan_for_zero(gated[side].sum())
+    made |= _change("reap_change", gated, load, data.weights_RU)
+    made |= _change("norm_change", norm, load, data.weights_RU)
     made["both"] = sums["both"].astype(np.int64)
     made["norm_difference"] = sums["both_change"] / nan_for_zero(sums["both_norm"])
     return pd.DataFrame(made)
@@ -434,16 +399,17 @@ def _change(
     """Mean of B ÷ mean of A − 1 of each expert, and its 95 % interval over documents. values, load:
     [2, U, E]."""
 
-    def ratio(sums: np.ndarray, of: np.ndarray) -> np.ndarray:
+    def relative(sums: np.ndarray, of: np.ndarray) -> np.ndarray:
         mean = sums / nan_for_zero(of)
         return mean[1] / nan_for_zero(mean[0]) - 1
 
-    change_E = ratio(values.sum(1), load.sum(1))
+    change_E = relative(values.sum(1), load.sum(1))
     low_E, high_E = np.full((2, len(change_E)), np.nan)
     known_E = np.isfinite(change_E)
     if weights_RU is not None and known_E.any():
         values, load = (weights_RU @ x[:, :, known_E] for x in (values, load))
-        low_E[known_E], high_E[known_E] = np.nanquantile(ratio(values, load), [0.025, 0.975], 0)
+        ends = np.nanquantile(relative(values, load), [0.025, 0.975], 0)
+        low_E[known_E], high_E[known_E] = ends
     return {name: change_E, f"{name}_low": low_E, f"{name}_high": high_E}
 
 
@@ -465,27 +431,21 @@ def loss(data: Decisions) -> pd.DataFrame:
     and of different ones at any: the mean loss in each trace, B's minus A's with a 95 % interval
     over documents, and the mean of its absolute value; and the same of the entropy of the
     prediction, how undecided the model was."""
-    rows, units = list[Row](), data.units
+    rows = list[Row]()
     losses = {} if data.why_not("loss") else data.losses
     for domain, in_U in data.in_domains if losses else ():
         for routes, which in ROUTES.items():
-            sums = [losses[name][which, units].sum(0) * in_U for name in OF_LOSSES]
+            sums = [losses[name][which, data.units].sum(0) * in_U for name in OF_LOSSES]
             if sums[0].any():
-                rows.append({"domain": domain, "routes": routes, **_values(data, *sums)})
+                rows.append({"domain": domain, "routes": routes, **_mean_losses(data, sums)})
     labels = {"domain": "str", "routes": "str", "tokens": "int64"}
     frame = pd.DataFrame(rows, columns=[*labels, *VALUES])
     return frame.astype(labels | dict.fromkeys(VALUES, "float64"))
 
 
-def _values(
-    data: Decisions,
-    tokens: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    apart: np.ndarray,
-    *entropies: np.ndarray,
-) -> Row:
-    """Of sums [U], as `loss_sums` has them."""
+def _mean_losses(data: Decisions, sums: Sequence[np.ndarray]) -> Row:
+    """Of sums [U], as `loss_sums` has them: OF_LOSSES."""
+    tokens, a, b, apart, *entropies = sums
     n = tokens.sum()
     weights_RU = data.weights_RU if np.count_nonzero(tokens) >= FEWEST_DOCUMENTS else None
 

@@ -8,7 +8,7 @@ Each check takes the comparison and returns its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,16 +17,11 @@ from moe_inspect.analysis.metrics.uncertainty import log10_tail
 from moe_inspect.comparison.counting.counts import UNIT
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.tables import recorded_otherwise
-from moe_inspect.comparison.result import missing_layers
+from moe_inspect.comparison.result import Paired, Row, missing_layers
 from moe_inspect.reporting.tables.data import Thresholds
 from moe_inspect.reporting.verdict.balance import COLLAPSED
-from moe_inspect.reporting.verdict.findings import (
-    Finding,
-    Severity,
-    finding,
-    most_important_first,
-)
-from moe_inspect.text import join_first, plural
+from moe_inspect.reporting.verdict.findings import Finding, finding, most_important_first
+from moe_inspect.text import cut, join_first, plural
 
 DIFFERENT = 0.02  # share of a router's decisions from which it is more than rounding
 LOWEST_TENTH = 0.1  # share of decisions that are close: those with the smallest margins
@@ -44,26 +39,22 @@ def is_misaligned(data: Decisions) -> bool:
 def misaligned(data: Decisions) -> Iterator[Finding]:
     """The same routing under another numbering."""
     for one in data.misaligned:
-        mend = f" Add {one.option}." if one.option else ""
-        yield finding(one.kind, "critical", one.text + mend, option=one.option, **one.values)
+        text = one.text + (f" Add {one.option}." if one.option else "")
+        yield finding(one.kind, "critical", text, option=one.option, **one.values)
 
 
 def zero_filled(data: Decisions) -> Iterator[Finding]:
     """Tokens that one trace sends to expert 0 in every slot: not routing, but memory that was set
     to zero."""
-    sides = ("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)
-    for name, n in sides:
+    option = "--drop-zero-filled"
+    for name, n in (("A", data.counts.zero_filled_a), ("B", data.counts.zero_filled_b)):
         if n and _zeros_by_chance(data, name, n) < ALPHA:
-            yield finding(
-                "zero_filled",
-                "critical",
+            text = (
                 f"{plural(n, 'token')} of {name} {'has' if n == 1 else 'have'} expert 0 in every "
                 "slot of every router, but different experts in the other trace: tokens that were "
-                "never fed, or padding, filled with zeros. Add --drop-zero-filled.",
-                tokens=n,
-                trace=name,
-                option="--drop-zero-filled",
+                f"never fed, or padding, filled with zeros. Add {option}."
             )
+            yield finding("zero_filled", "critical", text, tokens=n, trace=name, option=option)
 
 
 def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
@@ -72,8 +63,7 @@ def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
     twice. n: the tokens of `name` that have it everywhere."""
     shares = dict[str, float]()
     for r, _ in data.pairs:
-        router, counts = data.router(r), data.of(r)
-        decisions = int(data.decisions_UX(r).sum())
+        router, counts, decisions = data.a.routers[r], data.of(r), int(data.decisions_UX(r).sum())
         load = int(counts.load_UE[:, 0].sum() + (name == "B") * counts.moved_UE[:, 0].sum())
         # one more of each expert: also where no other token is known
         share = max(load - n + 1, 1) / (max(decisions - n, 0) + router.experts)
@@ -84,114 +74,114 @@ def _zeros_by_chance(data: Decisions, name: str, n: int) -> float:
 
 def last_token(data: Decisions) -> Iterator[Finding]:
     """The last token of a sequence, which a generating engine never feeds."""
-    routers = len(data.pairs)
-    last = data.counts.last_tokens * routers
-    of_last = sum(data.of(r).last_mismatch for r, _ in data.pairs)
+    last = data.counts.last_tokens * len(data.pairs)
     if data.counts.last_tokens < FEWEST_LAST or last == data.decisions:
         return
+    of_last = sum(counts.last_mismatch for counts in data.every)
     there, elsewhere = of_last / last, (data.mismatched - of_last) / (data.decisions - last)
     if there >= 0.5 and there >= LAST * elsewhere:
-        yield finding(
-            "last_token",
-            "critical",
+        text = (
             f"The last token of sequences has different experts in {there:.1%} of its decisions, "
             f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
-            "Add --drop-last.",
-            mismatch_last=there,
-            mismatch_elsewhere=elsewhere,
-            option="--drop-last",
+            "Add --drop-last."
         )
+        shares = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
+        yield finding("last_token", "critical", text, **shares, option="--drop-last")
 
 
 def same(data: Decisions) -> Iterator[Finding]:
     """Whether it is the same routing; the headline."""
+    # "183 of 37,016 decisions (0.49%; 1.80% of tokens in any layer)"
+    share = data.mismatched / data.decisions
+    amount = (
+        f"{data.mismatched:,} of {plural(data.decisions, 'decision')} ({percent(share)}; "
+        f"{percent(data.tokens_mismatch)} of tokens in any layer) chose different experts"
+    )
+    values: Row = {
+        "decisions": data.decisions,
+        "mismatches": data.mismatched,
+        "set_mismatch": share,
+        "tokens": data.counts.tokens,
+        "tokens_mismatch": data.tokens_mismatch,
+    }
     if is_misaligned(data):
-        yield finding(
-            "misaligned",
-            "critical",
-            f"Misaligned: {_amount(data)} chose different experts, which means nothing until the "
-            "traces are aligned.",
-            **_values(data),
-        )
+        text = f"Misaligned: {amount}, which means nothing until the traces are aligned."
+        yield finding("misaligned", "critical", text, **values)
     elif not data.mismatched:
-        yield _the_same(data)
+        yield _the_same(data, values)
     else:
-        yield _other_experts(data)
+        yield _other_experts(data, amount, values)
 
 
-def _the_same(data: Decisions) -> Finding:
+def _the_same(data: Decisions, values: Row) -> Finding:
     all_of = f"all {plural(data.decisions, 'decision')} of {plural(data.counts.tokens, 'token')}"
-    counts = [data.of(r) for r, _ in data.pairs]
-    reordered = sum(int(c.reordered_U.sum()) for c in counts)
-    weights = sum(c.weights_differ for c in counts)
-    known = data.a.has_weights and data.b.has_weights
+    reordered = sum(int(counts.reordered_U.sum()) for counts in data.every)
+    weights = sum(counts.weights_differ for counts in data.every)
     said = f"The same experts in {all_of}"
-    if data.alike:
-        said = f"The same to the bit: {all_of} are in the same files"
-    elif not all(data.first_choice_known.values()):
+    if not all(data.first_choice_known.values()):
         said += "; at least one trace does not record the order of slots"
     elif reordered:
         said += f"; {reordered:,} in a different order"
-    elif known and not weights:
+    elif data.weights_known and not weights:
         said = f"The same to the bit: {all_of} have the same experts, in the same order, with "
         said += "the same weights"
-    if known and weights and not data.alike:
-        mean = sum(int(c.l1_U.sum()) for c in counts) / UNIT / data.decisions
-        said += f"; {weights:,} have different weights, by {mean:.2g} on average over all"
-    elif not known and not data.alike:
+    if not data.weights_known:
         said += "; at least one trace has no weights"
-    return finding("same", "good", said + ".", **_values(data), weights_differ=weights)
+    elif weights:
+        mean = sum(int(counts.l1_U.sum()) for counts in data.every) / UNIT / data.decisions
+        said += f"; {weights:,} have different weights, by {mean:.2g} on average over all"
+    if data.alike:
+        said = f"The same to the bit: {all_of} are in the same files"
+    return finding("same", "good", said + ".", **values, weights_differ=weights)
 
 
-def _other_experts(data: Decisions) -> Finding:
+def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
     hits_RU, of_RU = data.hits()
     share_R = hits_RU.sum(1) / np.maximum(of_RU.sum(1), 1)
-    beyond_RU = (hits_RU - DIFFERENT * of_RU)[:, data.units]
-    p_R = p_over_documents(list(beyond_RU))
+    p_R = p_over_documents(list((hits_RU - DIFFERENT * of_RU)[:, data.units]))
     differing = [r for (r, _), p in zip(data.pairs, p_R, strict=True) if p < ALPHA]
     worst, most = data.pairs[int(share_R.argmax())][0], float(share_R.max())
     (close, documents), at = _close_share(data), _flip_margin(data)
-    values = _values(data) | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
-    differ = (
-        f"{_amount(data)} chose different experts; worst: layer {data.label(worst)}, {most:.2%}."
-    )
-    about = {"layer": data.router(worst).layer, "router": worst}
+    values = values | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
+    differ = f"{amount}; worst: layer {data.label(worst)}, {most:.2%}."
     if differing:
-        n, of = len(differing), plural(len(share_R), "router")
+        kind, severity, n = "different", "warning", len(differing)
         said = (
-            f"Different from layer {data.label(differing[0])} on: {differ} {n} of {of} "
-            f"{'differs' if n == 1 else 'differ'} in {DIFFERENT:.0%} of decisions or more.{at}"
+            f"Different from layer {data.label(differing[0])} on: {differ} {n} of "
+            f"{plural(len(share_R), 'router')} {'differs' if n == 1 else 'differ'} in "
+            f"{DIFFERENT:.0%} of decisions or more.{at}"
         )
-        return finding("different", "warning", said, about, **values)
-    if most >= DIFFERENT:
+    elif most >= DIFFERENT:
+        kind, severity = "different_unknown", "note"
         said = (
             f"{differ} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
             f"differ in other text.{at}"
         )
-        return finding("different_unknown", "note", said, about, **values)
-    if close is not None and close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
+    elif close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
+        kind, severity = "rounding", "good"
         said = (
             f"The same except for ties and rounding: {differ} {close:.0%} of these are among the "
             f"10% of decisions with the smallest margins.{at}"
         )
-        return finding("rounding", "good", said, about, **values)
-    if close is not None and close < CLOSE and _apart(close, CLOSE, documents):
+    elif close < CLOSE and _apart(close, CLOSE, documents):
+        kind, severity = "not_rounding", "warning"
         said = (
             f"{differ} Rounding does not explain them: only {close:.0%} were close decisions "
             f"(among the 10% with the smallest margins).{at}"
         )
-        return finding("not_rounding", "warning", said, about, **values)
-    untold = "Record with --logits to tell whether rounding explains them."
-    if close is not None:
-        untold = (
-            f"{close:.0%} of these were close decisions (among the 10% with the smallest margins), "
-            f"mostly in {plural(round(documents), 'document')}: too few to tell whether rounding "
-            "explains them."
-        )
-    elif "logits" in data.a.tables:
-        untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
-    said = f"Nearly the same: {differ} {untold}"
-    return finding("rounding_unknown", "note", said, about, **values)
+    else:
+        kind, severity = "rounding_unknown", "note"
+        untold = "Record with --logits to tell whether rounding explains them."
+        if not np.isnan(close):
+            untold = (
+                f"{close:.0%} of these were close decisions (among the 10% with the smallest "
+                f"margins), mostly in {plural(round(documents), 'document')}: too few to tell "
+                "whether rounding explains them."
+            )
+        elif "logits" in data.a.tables:
+            untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
+        said = f"Nearly the same: {differ} {untold}"
+    return finding(kind, severity, said, data.place(worst), **values)
 
 
 def _apart(share: float, expected: float, n: float) -> bool:
@@ -200,47 +190,25 @@ def _apart(share: float, expected: float, n: float) -> bool:
     return bool(log10_tail(*case)[0] < np.log10(ALPHA))
 
 
-def _amount(data: Decisions) -> str:
-    """ "183 of 37,016 decisions (0.49%; 1.80% of tokens in any layer)" """
-    return (
-        f"{data.mismatched:,} of {plural(data.decisions, 'decision')} "
-        f"({percent(data.mismatched / data.decisions)}; {percent(data.tokens_mismatch)} of "
-        "tokens in any layer)"
-    )
-
-
-def _values(data: Decisions) -> dict[str, Any]:
-    return {
-        "decisions": data.decisions,
-        "mismatches": data.mismatched,
-        "set_mismatch": data.mismatched / data.decisions,
-        "tokens": data.counts.tokens,
-        "tokens_mismatch": data.tokens_mismatch,
-    }
-
-
-def _close_share(data: Decisions) -> tuple[float | None, float]:
-    """Share of the flips in the lowest tenth of A's margins, None where none is known; and how many
+def _close_share(data: Decisions) -> tuple[float, float]:
+    """Share of the flips in the lowest tenth of A's margins, NaN where none is known; and how many
     documents with equally many flips would tell as much of that share."""
-    mismatch_UM = np.sum([data.of(r).margin_mismatch_UM for r, _ in data.pairs], axis=0)
+    mismatch_UM = np.sum([counts.margin_mismatch_UM for counts in data.every], axis=0)
     flips_U = mismatch_UM.sum(1).astype(float)
     total = flips_U.sum()
     if not total:
-        return None, 0.0
+        return float("nan"), 0.0
     return float(mismatch_UM[:, 0].sum() / total), float(total**2 / (flips_U**2).sum())
 
 
 def _flip_margin(data: Decisions) -> str:
     """A sentence on the margins of flips beside those of all decisions."""
-    parts = [part for r, _ in data.pairs for _, part in sorted(data.of(r).flip_margins.items())]
+    parts = [part for counts in data.every for _, part in sorted(counts.flip_margins.items())]
     flips = np.concatenate([np.zeros(0), *parts])
     if data.margins is None or not len(flips):
         return ""
-    overall = float(np.median(list(data.margins.medians.values())))
-    return (
-        f" Median margin (logits): {np.median(flips):.2g} for flips, {overall:.2g} for all "
-        "decisions."
-    )
+    middle, overall = np.median(flips), np.median(list(data.margins.medians.values()))
+    return f" Median margin (logits): {middle:.2g} for flips, {overall:.2g} for all decisions."
 
 
 def noise(data: Decisions) -> Iterator[Finding]:
@@ -269,8 +237,7 @@ def noise(data: Decisions) -> Iterator[Finding]:
 
 def losses(data: Decisions) -> Iterator[Finding]:
     """Which of the two predicts the same tokens better."""
-    table: Any = () if data.alike else data.tables["loss"]
-    if not len(table):
+    if data.alike or not len(table := data.tables["loss"]):
         return
     row = table.iloc[0]
     ends = row[["difference_nats", "difference_nats_low", "difference_nats_high"]]
@@ -282,73 +249,62 @@ def losses(data: Decisions) -> Iterator[Finding]:
         return
     between = f", 95 % {low:+.4f} to {high:+.4f} over documents" if low == low else ""
     text = f"a loss of {b:.4f} nats per token, A {a:.4f} ({change:+.4f}{between}), on {of}"
-    severity: Severity = "note"
-    of_U = {side: data.losses[side][:, data.units].sum(0) for side in "ab"}
-    (p,) = p_over_documents([(of_U["b"] - of_U["a"])[:, None]], lambda sums: np.abs(sums[:, 0]))
+    of_a, of_b = (data.losses[side][:, data.units].sum(0) for side in "ab")
+    (p,) = p_over_documents([(of_b - of_a)[:, None]], lambda sums: np.abs(sums[:, 0]))
+    # which does not say that it is the same: the interval is how far apart it may be
+    severity, said = "note", f"These documents do not show which predicts better: B has {text}."
     if np.isnan(p):
         said = f"B has {text}: too few documents to tell whether that is chance."
     elif p < ALPHA and change > 0:
         severity, said = "warning", f"B predicts worse than A: it has {text}."
     elif p < ALPHA:
         severity, said = "good", f"B predicts better than A: it has {text}."
-    else:
-        # which does not say that it is the same: the interval is how far apart it may be
-        said = f"These documents do not show which predicts better: B has {text}."
     yield finding("loss", severity, said, **ends, tokens=n)
 
 
 def growth(data: Decisions) -> Iterator[Finding]:
     """How often tokens that have differed differ again: a description of these tokens, of which
     those near a tie may be so at several layers."""
-    pairs = [data.of(r) for r, _ in data.pairs]
-    before = sum(c.before for c in pairs)
-    decisions = data.decisions
-    if len(pairs) < 2 or before < 30 or not data.mismatched:
+    before = sum(counts.before for counts in data.every)
+    if len(data.pairs) < 2 or before < 30 or not data.mismatched:
         return
-    again = sum(c.again for c in pairs) / before
-    fresh = sum(c.new for c in pairs) / max(decisions - before, 1)
-    yield finding(
-        "growth",
-        "note",
+    again = sum(counts.again for counts in data.every) / before
+    new = sum(counts.new for counts in data.every) / max(data.decisions - before, 1)
+    text = (
         f"Of the decisions of tokens that differ in an earlier layer, {again:.2%} differ; of the "
-        f"others, {percent(fresh)}.",
-        again=again,
-        new=fresh,
+        f"others, {percent(new)}."
     )
+    yield finding("growth", "note", text, again=again, new=new)
 
 
 def load(data: Decisions) -> Iterator[Finding]:
     """Whether the load of the experts changed by more than it does between documents, and not by
     chance among them."""
-    table: Any = data.tables["load_shift"]
-    rows = table.dropna(subset=["load_shift", "load_shift_halves"])
+    rows = data.tables["load_shift"].dropna(subset=["load_shift", "load_shift_halves"])
     if not data.mismatched or not len(rows):
         return
     moved = [data.of(int(r)).moved_UE[data.units] for r in rows["router"]]
     p_R = p_over_documents(moved, lambda sums: np.abs(sums).sum(1))
     more_R = rows["load_shift"] > rows["load_shift_halves"]
     more, beyond = rows[more_R], rows[more_R & (p_R < ALPHA)]
-    severity: Severity = "note"
     if len(beyond):
         severity, of = "warning", beyond
         said = f"The load of {plural(len(beyond), 'router')} differs by more than between documents"
     elif not len(more):
         severity, of, said = "good", rows, "The load moves no more than between documents"
-    elif np.isnan(p_R).any():
-        of, said = more, "Too few documents to tell whether the load moved"
     else:
-        of, said = more, "The load moves more than between documents, which may be chance"
-    row = of.loc[of["load_shift"].idxmax()]
-    yield finding(
-        "load_shift",
-        severity,
+        severity, of = "note", more
+        said = "The load moves more than between documents, which may be chance"
+        if np.isnan(p_R).any():
+            said = "Too few documents to tell whether the load moved"
+    row = of.iloc[of["load_shift"].argmax()]
+    text = (
         f"{said}: up to {row['load_shift']:.2%} of the load moves, in layer "
         f"{data.label(int(row['router']))} (between two halves of A's documents: "
-        f"{row['load_shift_halves']:.2%}).",
-        row,
-        **row[["load_shift", "load_shift_halves"]],
-        routers=len(beyond),
+        f"{row['load_shift_halves']:.2%})."
     )
+    shifts = row[["load_shift", "load_shift_halves"]]
+    yield finding("load_shift", severity, text, row, **shifts, routers=len(beyond))
 
 
 def collapsed(data: Decisions) -> Iterator[Finding]:
@@ -387,27 +343,22 @@ class Collapse(NamedTuple):
         return Collapse(share_2E[x, e], share_2E[1 - x, e], "AB"[x], e, router, differs)
 
 
-def said_of_collapse(data: Any, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
+def said_of_collapse(data: Paired, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
     """The finding on routers that are collapsed in one trace, beyond chance; `beyond`: what that
     takes for granted."""
     if not found:
         return
     worst = max(found)
     n = sum(one.name == worst.name for one in found)
-    yield finding(
-        "collapsed",
-        "critical",
+    text = (
         f"{worst.name} is collapsed in layer {data.label(worst.router)}: expert "
         f"{worst.expert} gets {worst.share:.0%} of its tokens, in "
         f"{'A' if worst.name == 'B' else 'B'} {worst.other_share:.0%} "
-        f"({n} of {plural(len(data.pairs), 'router')}{beyond}).",
-        {"layer": data.a.routers[worst.router].layer, "router": worst.router},
-        trace=worst.name,
-        expert=worst.expert,
-        token_share=worst.share,
-        other_token_share=worst.other_share,
-        routers=n,
+        f"({n} of {plural(len(data.pairs), 'router')}{beyond})."
     )
+    values: Row = {"trace": worst.name, "expert": worst.expert, "token_share": worst.share}
+    values |= {"other_token_share": worst.other_share, "routers": n}
+    yield finding("collapsed", "critical", text, data.place(worst.router), **values)
 
 
 def below_chance(data: Decisions) -> Iterator[Finding]:
@@ -424,24 +375,19 @@ def below_chance(data: Decisions) -> Iterator[Finding]:
         by_chance = float(load_a_E @ load_b_E) / decisions / size
         lacking.append((by_chance * size_U - common_U)[data.units])
         shares.append((common_U.sum() / size, by_chance))
-    p_R = p_over_documents(lacking)
-    below = [i for i in range(len(shares)) if p_R[i] < ALPHA]
+    below = np.flatnonzero(p_over_documents(lacking) < ALPHA).tolist()
     if not below:
         return
     i = min(below, key=lambda i: shares[i][0] - shares[i][1])
-    (overlap, by_chance), r = shares[i], data.pairs[i][0]
-    yield finding(
-        "below_chance",
-        "warning",
+    (overlap, by_chance), r, n = shares[i], data.pairs[i][0], len(below)
+    text = (
         f"In layer {data.label(r)} A and B share {overlap:.1%} of their experts, fewer than "
-        f"independent choices with their loads would ({by_chance:.1%}; {len(below)} of "
+        f"independent choices with their loads would ({by_chance:.1%}; {n} of "
         f"{plural(len(shares), 'router')}): one avoids what the other chooses, as where experts "
-        "are numbered differently.",
-        {"layer": data.router(r).layer, "router": r},
-        overlap=overlap,
-        overlap_by_chance=by_chance,
-        routers=len(below),
+        "are numbered differently."
     )
+    values = {"overlap": overlap, "overlap_by_chance": by_chance, "routers": n}
+    yield finding("below_chance", "warning", text, data.place(r), **values)
 
 
 def domains(data: Decisions) -> Iterator[Finding]:
@@ -462,75 +408,55 @@ def domains(data: Decisions) -> Iterator[Finding]:
         # a domain is compared with the others: what these lack counts against it
         residuals.append(lacking_U * np.where(in_U, 1, -of / max(others, 1)))
         shares.append((missing_U[in_U].sum() / max(of, 1), missing_U[~in_U].sum() / max(others, 1)))
-    p_D = p_over_documents(residuals)
-    beyond = [d for d in range(len(names)) if p_D[d] < ALPHA]
+    beyond = np.flatnonzero(p_over_documents(residuals) < ALPHA).tolist()
     if not beyond:
         return
     d = max(beyond, key=lambda d: shares[d][0] - shares[d][1])
-    share, others = shares[d]
-    yield finding(
-        "domain",
-        "note",
-        f'The routing of "{names[d]}" changed more than that of the other domains: '
-        f"{percent(share)} of its assignments go to other experts, {percent(others)} of theirs.",
-        domain=names[d],
-        share=share,
-        share_of_others=others,
+    name, (share, others) = names[d], shares[d]
+    text = (
+        f'The routing of "{name}" changed more than that of the other domains: '
+        f"{percent(share)} of its assignments go to other experts, {percent(others)} of theirs."
     )
+    yield finding("domain", "note", text, domain=name, share=share, share_of_others=others)
 
 
 def missing_tokens(data: Decisions) -> Iterator[Finding]:
     """Tokens that only one of the traces has, or that come after other token ids."""
-    alignment = data.alignment
-    beyond = (("A", "B", alignment.a.tokens), ("B", "A", alignment.b.tokens))
+    alignment, n = data.alignment, data.alignment.diverged
+    a, b, matched = alignment.a.tokens, alignment.b.tokens, alignment.matched
     said = [
-        f"{tokens - alignment.matched:,} of {name}'s {tokens:,} tokens have no counterpart in "
-        f"{other}"
-        for name, other, tokens in beyond
-        if tokens > alignment.matched
+        f"{tokens - matched:,} of {name}'s {tokens:,} tokens have no counterpart in {other}"
+        for name, other, tokens in (("A", "B", a), ("B", "A", b))
+        if tokens > matched
     ]
     if not said:
         return
-    more = ""
-    if alignment.diverged:
-        n = alignment.diverged
-        more = (
+    text = " and ".join(said)
+    if n:
+        text += (
             f"; {plural(n, 'sequence')} {'continues' if n == 1 else 'continue'} with different "
             f"token ids and {'is' if n == 1 else 'are'} not compared from there on"
         )
-    yield finding(
-        "missing_tokens",
-        "note",
-        f"{' and '.join(said)}{more}.",
-        tokens_a=alignment.a.tokens,
-        tokens_b=alignment.b.tokens,
-        tokens_matched=alignment.matched,
-        diverged=alignment.diverged,
-    )
+    values = {"tokens_a": a, "tokens_b": b, "tokens_matched": matched, "diverged": n}
+    yield finding("missing_tokens", "note", f"{text}.", **values)
 
 
 def unchecked(data: Decisions) -> Iterator[Finding]:
     """Whether the tokens are the same could not be checked."""
     if not data.alignment.ids_known:
-        yield finding(
-            "unchecked",
-            "note",
-            "At least one trace has no token ids: tokens are matched by document and position "
-            "alone.",
-        )
+        text = "At least one trace has no token ids: tokens are matched by document and position "
+        yield finding("unchecked", "note", f"{text}alone.")
 
 
 def recorded(data: Decisions) -> Iterator[Finding]:
     """How the two were recorded otherwise."""
     apart = recorded_otherwise(data)
     if apart and data.mismatched:
-        said = [f"{name} {_short(a)} in A, {_short(b)} in B" for name, (a, b) in apart.items()]
+        said = [
+            f"{name} {cut(str(a), 40)} in A, {cut(str(b), 40)} in B"
+            for name, (a, b) in apart.items()
+        ]
         yield finding("recorded", "note", f"Recorded differently: {join_first(said, 5, '; ')}.")
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def p_over_documents(
@@ -554,21 +480,8 @@ def percent(share: float) -> str:
 Check = Callable[[Decisions], Iterator[Finding]]
 # in the order in which they are read
 CHECKS: tuple[Check, ...] = (
-    same,
-    misaligned,
-    zero_filled,
-    last_token,
-    noise,
-    losses,
-    growth,
-    collapsed,
-    below_chance,
-    load,
-    domains,
-    missing_tokens,
-    missing_layers,
-    unchecked,
-    recorded,
+    *(same, misaligned, zero_filled, last_token, noise, losses, growth, collapsed, below_chance),
+    *(load, domains, missing_tokens, missing_layers, unchecked, recorded),
 )
 # those that say nothing of misaligned traces
 OF_ALIGNED: tuple[Check, ...] = (noise, growth, collapsed, below_chance, load, domains)

@@ -4,19 +4,19 @@ each is; as findings and as charts."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.comparison import result
 from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
 from moe_inspect.comparison.loads.tables import Loads, times_floor
-from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, SIDES
+from moe_inspect.comparison.result import COLOURS, SIDES
 from moe_inspect.reporting.charts import spec
 from moe_inspect.reporting.tables.registry import Excerpt
-from moe_inspect.reporting.verdict.findings import Finding, Severity, finding
+from moe_inspect.reporting.verdict.findings import Finding, Severity, beyond_documents, finding
 from moe_inspect.text import format_ratio, join_first, plural
 
 MOST_NAMED = 4  # layers, or steps, in a sentence
@@ -24,35 +24,32 @@ MOST_NAMED = 4  # layers, or steps, in a sentence
 
 def shifted(data: Loads) -> Iterator[Finding]:
     """Whether the load differs by more than chance; the headline."""
-    every: Any = data.tables["load_shift"]
-    rows = every.dropna(subset=["load_shift"])
+    rows = data.tables["load_shift"].dropna(subset=["load_shift"])
     if not len(rows):
         yield finding("load_shift", "warning", "No router has load in both traces.")
         return
     limit = rows["load_shift_floor"] * [times_floor(data, int(r)) for r in rows["router"]]
     beyond = rows[rows["load_shift"] > limit]
-    of: Any = beyond if len(beyond) else rows
-    row = of.loc[of["load_shift"].idxmax()]
-    r = int(row["router"])
+    n, of = len(beyond), beyond if len(beyond) else rows
+    row = of.iloc[of["load_shift"].argmax()]
+    r, shifts = int(row["router"]), row[["load_shift", "load_shift_floor"]]
+    said = f"No load differs by more than {data.chance}"
+    if n:
+        of_all = f"{n} of {plural(len(rows), 'router')}"
+        said = f"The load of {of_all} differs by more than {data.chance}"
     text = (
-        f"The load of {len(beyond)} of {plural(len(rows), 'router')} differs by more than "
-        f"{data.chance}: "
-        if len(beyond)
-        else f"No load differs by more than {data.chance}: "
-    )
-    text += (
-        f"up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
+        f"{said}: up to {row['load_shift']:.2%} of it moves, in layer {data.label(r)} "
         f"(chance alone moves {row['load_shift_floor']:.2%} with this many tokens)."
     )
-    severity = _severity(data, beyond, "load_shift")
-    values = {"routers": len(beyond), **{k: row[k] for k in ("load_shift", "load_shift_floor")}}
-    if len(beyond):
-        load: Any = data.tables["load"]
+    values: result.Row = {"routers": n, **shifts}
+    if n:
+        load = data.tables["load"]
         load = load[load["router"] == r]
-        most = load.loc[load["load_ratio_difference"].abs().idxmax()]
+        most = load.iloc[load["load_ratio_difference"].abs().argmax()]
         a, b = (format_ratio(most[f"load_ratio_{side}"]) for side in SIDES)
         text += f" Expert {int(most['expert'])} changes most: {a}x the mean load in A, {b}x in B."
         values["expert"] = int(most["expert"])
+    severity = _severity(data, beyond, "load_shift")
     yield finding("load_shift", severity, text, row, **values)
 
 
@@ -74,37 +71,34 @@ def collapsed(data: Loads) -> Iterator[Finding]:
     yield from said_of_collapse(data, found, "" if data.documents_known else assumed)
 
 
-def _severity(data: Loads, beyond: Any, shift: str) -> Severity:
+def _severity(data: Loads, beyond: pd.DataFrame, shift: str) -> Severity:
     """Of routers whose load differs by more than the floor; of independent tokens, other text
     exceeds it. shift: the column that says by how much."""
-    if not len(beyond):
-        return "good"
     moved = zip(beyond[shift], beyond[f"{shift}_floor"], strict=True)
-    return "warning" if any(data.beyond_text(*of) for of in moved) else "note"
+    if any(data.documents_known or beyond_documents(*of) for of in moved):
+        return "warning"
+    return "note" if len(beyond) else "good"
 
 
 def by_step(data: Loads) -> Iterator[Finding]:
     """Since which step the load differs, and which steps are not compared."""
-    steps = data.steps
+    steps, W = data.steps, len(data.steps.first_W)
     if steps.why_none:
         yield finding("by_step", "note", f"Not compared step by step: {steps.why_none}.")
         return
-    rows: Any = data.tables["diverged"]
-    W = len(steps.first_W)
     if W < 2 and not any(steps.left_out):
         return
-    parted = rows.dropna(subset=["since_step"]).sort_values("since_step", kind="stable")
-    first, severity = parted.iloc[0] if len(parted) else None, "good"
-    if first is None:
+    rows = data.tables["diverged"].dropna(subset=["since_step"])
+    rows = rows.sort_values("since_step", kind="stable")
+    first, since = rows.iloc[0] if len(rows) else None, None
+    text = (
+        f"Step by step, no load differs by more than {data.chance}, in "
+        f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
+    )
+    if first is not None:
+        since, most = int(first["since_step"]), rows.iloc[rows["most_load_shift"].argmax()]
         text = (
-            f"Step by step, no load differs by more than {data.chance}, in "
-            f"{plural(W, 'window')} of {steps.units} {steps.first_W[0]:,} to {steps.last_W[-1]:,}."
-        )
-    else:
-        most = parted.loc[parted["most_load_shift"].idxmax()]
-        severity = _severity(data, parted, "most_load_shift")
-        text = (
-            f"Step by step: {_since(data, parted)}. Most in {steps.units} "
+            f"Step by step: {_since(data, rows)}. Most in {steps.units} "
             f"{int(most['most_first_step']):,} to {int(most['most_last_step']):,}, where "
             f"{most['most_load_shift']:.2%} of the load moves in layer "
             f"{data.label(int(most['router']))} (chance alone: "
@@ -116,25 +110,25 @@ def by_step(data: Loads) -> Iterator[Finding]:
             f" Left out: {steps.units} {' and '.join(lacking)}, missing in the other; the totals "
             "include them."
         )
-    values = {"windows": W, "routers": len(parted), "left_out": steps.left_out}
-    since = None if first is None else int(first["since_step"])
+    values = {"windows": W, "routers": len(rows), "left_out": steps.left_out}
+    severity = _severity(data, rows, "most_load_shift")
     yield finding("by_step", severity, text, first, since_step=since, **values)
 
 
-def _since(data: Loads, parted: Any) -> str:
+def _since(data: Loads, rows: pd.DataFrame) -> str:
     """Since which step which layers differ, the earliest first."""
     steps, said = data.steps, list[str]()
-    for since, of in parted.groupby("since_step"):
+    for since, of in rows.groupby("since_step"):
         first = since == steps.first_W[0]
         start = f"the first {steps.unit}" if first else f"{steps.unit} {since:,}"
         fewest, most = of["beyond_chance_since"].min(), of["beyond_chance_since"].max()
-        layers = _layers(data, of["router"].astype(int).tolist())
         said.append(
-            f"from {start} on in {layers} ({'at least ' if fewest < most else ''}{fewest:,} of the "
+            f"from {start} on in {_layers(data, [*of['router']])} "
+            f"({'at least ' if fewest < most else ''}{fewest:,} of the "
             f"{plural(int(of['windows_since'].iloc[0]), 'window')} since)"
         )
     text = f"the load differs by more than {data.chance} {join_first(said, MOST_NAMED, '; ')}"
-    same = [r for r, _ in data.pairs if r not in set(parted["router"])]
+    same = [r for r, _ in data.pairs if r not in set(rows["router"])]
     return f"{text}; not in {_layers(data, same)}" if same else text
 
 
@@ -145,7 +139,7 @@ def _layers(data: Loads, routers: list[int]) -> str:
 
 def balance(data: Loads) -> Iterator[Finding]:
     """How even the load is in each."""
-    rows: Any = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
+    rows = data.tables["balance"].dropna(subset=["max_over_mean_a", "max_over_mean_b"])
     of_both = ("max_over_mean", "expected_by_chance", "dead_experts")
     of_side = {side: rows.rename(columns={f"{x}_{side}": x for x in of_both}) for side in SIDES}
     yield from result.balance_of_both(of_side, lambda _, r: data.label(r))
@@ -171,29 +165,26 @@ def warnings(data: Loads) -> Iterator[Finding]:
 
 def shift_chart(data: Loads) -> spec.Chart:
     """How far the load moves, beside chance."""
-    return result.load_that_moves(
-        data,
-        "load_shift_floor",
-        "chance",
+    text = (
         "The share of the assignments that go to different experts. The dash is what chance alone "
-        "moves between two traces of this many tokens.",
-        limited=False,
+        "moves between two traces of this many tokens."
     )
+    return result.load_that_moves(data, "load_shift_floor", "chance", text, limited=False)
 
 
 def balance_chart(data: Loads) -> spec.Chart:
     """How even the load is in each."""
-    table: Any = data.tables["balance"]
+    table = data.tables["balance"]
     x, marks = np.arange(len(table), dtype=float), list[spec.Line]()
-    for side in SIDES:
+    for side, colour in COLOURS.items():
         names = ("max_over_mean", "expected_by_chance")
         ratio, floor = (table[f"{name}_{side}"].to_numpy(float) for name in names)
-        marks.append(spec.Line(x, ratio, side.upper(), COLOURS[side], dots=True))
-        marks.append(spec.Line(x, floor, f"{side.upper()}: chance", COLOURS[side], dash="dot"))
+        marks.append(spec.Line(x, ratio, side.upper(), colour, dots=True))
+        marks.append(spec.Line(x, floor, f"{side.upper()}: chance", colour, dash="dot"))
     return spec.Chart(
         "How even the load is",
         "Load of the busiest expert ÷ mean load",
-        (spec.Panel(tuple(marks), result.layers_axis(data), spec.Axis("max ÷ mean load", low=1)),),
+        (spec.Panel(tuple(marks), data.layers_axis, spec.Axis("max ÷ mean load", low=1)),),
         text="1 is even.",
         table=table,
     )
@@ -201,34 +192,26 @@ def balance_chart(data: Loads) -> spec.Chart:
 
 def step_chart(data: Loads) -> spec.Chart | str:
     """How far the load moves in every window of steps; none where there are not two of them."""
-    table: Any = data.tables["windows"]
-    if table["window"].nunique() < 2:
+    steps, table, moved = data.steps, data.tables["windows"], "share of the load that moves"
+    if len(steps.first_W) < 2:
         return ""
-    steps, moved = data.steps, "share of the load that moves"
-    moved_LW, floor_LW = (
-        table[c].to_numpy(float).reshape(len(data.pairs), -1)
-        for c in ("load_shift", "load_shift_floor")
-    )
+    shape, names = (len(data.pairs), -1), ("load_shift", "load_shift_floor")
+    moved_LW, floor_LW = (table[name].to_numpy(float).reshape(shape) for name in names)
     limit_LW = floor_LW * np.array([[times_floor(data, r)] for r, _ in data.pairs])
-    time = spec.Axis(
-        f"first {steps.unit} of the window", tuple(f"{step:,}" for step in steps.first_W)
-    )
-    x = np.arange(len(steps.first_W), dtype=float)
+    labels = tuple(f"{step:,}" for step in steps.first_W)
+    time = spec.Axis(f"first {steps.unit} of the window", labels)
+    x = np.arange(len(labels), dtype=float)
     if len(moved_LW) <= spec.MOST_LINES:
         chance_W = np.nan_to_num(limit_LW).max(0)
         marks: list[spec.Mark] = [spec.Band(x, 0 * x, chance_W, "may be chance")]
-        for i, (label, moved_W) in enumerate(
-            zip(result.layers_axis(data).labels, moved_LW, strict=True)
-        ):
+        for i, (label, moved_W) in enumerate(zip(data.layers_axis.labels, moved_LW, strict=True)):
             marks.append(spec.Line(x, moved_W, f"layer {label}", *spec.look(i)))
         panel = spec.Panel(tuple(marks), time, spec.Axis(moved, low=0))
     else:
         beyond_LW = np.maximum(moved_LW - limit_LW, 0)
-        high = float(np.nanmax(np.nan_to_num(beyond_LW))) or 1.0
-        heatmap = spec.Heatmap(
-            beyond_LW, spec.Scale("amount", f"{moved}, beyond chance", 0.0, high)
-        )
-        panel = spec.Panel((heatmap,), time, result.layers_axis(data))
+        high = float(np.nan_to_num(beyond_LW).max()) or 1.0
+        scale = spec.Scale("amount", f"{moved}, beyond chance", 0.0, high)
+        panel = spec.Panel((spec.Heatmap(beyond_LW, scale),), time, data.layers_axis)
     return spec.Chart(
         "Since which step",
         f"How far the load of B is from that of A in the same {steps.units}, by layer",
@@ -244,35 +227,24 @@ def step_chart(data: Loads) -> spec.Chart | str:
     )
 
 
-def _highest(column: str) -> Callable[[Any, int], Any]:
-    def rows(frame: Any, most: int) -> Any:
+def _excerpt(column: str, *columns: str) -> Excerpt:
+    def rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
         frame = frame.nlargest(most, column) if len(frame) > most else frame
         return frame.sort_values(["layer", "router"])
 
-    return rows
+    return Excerpt(f"the highest {column}", rows, columns)
 
 
-def _excerpt(column: str, *columns: str) -> Excerpt:
-    return Excerpt(f"the highest {column}", _highest(column), columns)
-
-
-# in the order in which they are read
-CHECKS: tuple[Callable[[Loads], Iterator[Finding]], ...] = (
-    shifted,
-    collapsed,
-    by_step,
-    balance,
-    counts_only,
-    warnings,
-    result.missing_layers,
-    result.not_compared,
-)
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
 Loads.kind = result.Kind(
     of="counts",
-    tables=LOAD_TABLES,
+    tables=result.LOAD_TABLES,
     main="load_shift",
-    checks=CHECKS,
+    # in the order in which they are read
+    checks=(
+        *(shifted, collapsed, by_step, balance, counts_only, warnings),
+        *(result.missing_layers, result.not_compared),
+    ),
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
     charts={

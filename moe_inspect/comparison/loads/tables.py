@@ -7,10 +7,9 @@ E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,6 @@ import pandas as pd
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.engine import WINDOW_CELLS, WINDOWS
 from moe_inspect.analysis.counting.router_counts import BASE
-from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import max_vio, nan_for_zero
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE
@@ -27,19 +25,15 @@ from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import result
-from moe_inspect.comparison.aligning.pairing import routers_of_one_model
-from moe_inspect.comparison.decisions.data import OF_DECISIONS, PairSettings
-from moe_inspect.comparison.result import LOAD_TABLES, SIDES
+from moe_inspect.comparison.result import LOAD_TABLES, OF_DECISIONS, SIDES, PairSettings, Row
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import table
-from moe_inspect.reporting.verdict.findings import beyond_documents
 from moe_inspect.trace.reader import Trace
 
 
-class Loads(result.Comparison):
+class Loads(result.Paired):
     """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
-    is counted before it is asked for. DifferentModelsError where the routers have other experts
-    or another k."""
+    is counted before it is asked for."""
 
     def __init__(
         self,
@@ -48,12 +42,9 @@ class Loads(result.Comparison):
         options: PairSettings,
         progress: Callable[[int], None] | None = None,
     ):
-        self.a, self.b, self.options = a, b, options
+        self.a, self.b = a, b
         options.refuse(OF_DECISIONS, self.why)
-        self.given = options.given
-        self.selection = select(a, options.layers, options.domains, options.phase)
-        shift = options.shift_layers
-        self.pairs = routers_of_one_model(a, b, self.selection.routers, shift, options.layers)
+        super().__init__(a, b, options)
         self.reports: dict[str, Report] = {}
         for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):
             self.reports[side] = report(
@@ -63,7 +54,6 @@ class Loads(result.Comparison):
                 phase=options.phase,
                 progress=progress,
             )
-        self.tables = result.Tables(self)
 
     @property
     def shown_tables(self) -> list[str]:
@@ -73,15 +63,13 @@ class Loads(result.Comparison):
     @property
     def why(self) -> str:
         """Why decisions cannot be compared."""
-        of = [str(trace.path) for trace in (self.a, self.b) if trace.counts_only]
-        names = " and ".join(dict.fromkeys(of))
-        return f"{names} {'hold' if len(set(of)) > 1 else 'holds'} counts only, no decisions"
+        of = dict.fromkeys(str(trace.path) for trace in self.traces if trace.counts_only)
+        return f"{' and '.join(of)} {'hold' if len(of) > 1 else 'holds'} counts only, no decisions"
 
     @cached_property
     def steps(self) -> StepWindows:
         """The load of both in windows of the same steps."""
-        selections = [self.reports[side].selection for side in SIDES]
-        return step_windows(self.traces, self.pairs, selections)
+        return step_windows(self)
 
     def load_2E(self, router: int) -> np.ndarray:
         """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
@@ -100,21 +88,16 @@ class Loads(result.Comparison):
         units = [len(of.counts.units) for of in self.reports.values() if not of.counts.counts_only]
         return max(units, default=0) >= FEWEST_TO_JUDGE
 
-    def beyond_text(self, shift: float, floor: float) -> bool:
-        """Whether no other text explains that so much of the load moves, where independent tokens
-        move `floor` by chance."""
-        return self.documents_known or beyond_documents(shift, floor)
-
     @property
     def chance(self) -> str:
         """What the floors are of."""
         return "chance" if self.documents_known else "chance of independent tokens"
 
-    def of(self, side: str, table: str, router: int) -> Any:
+    def of(self, side: str, table: str, router: int) -> pd.DataFrame:
         """The rows of a table of one trace's report that are about a router of A, or the one of B
         that goes with it."""
         r = dict(self.pairs)[router] if side == "b" else router
-        rows: Any = self.reports[side].tables[table]
+        rows = self.reports[side].tables[table]
         return rows[rows["router"] == r]
 
 
@@ -140,36 +123,33 @@ class StepWindows:
         return UNITS[self.unit]
 
 
-def step_windows(
-    traces: Sequence[Trace],
-    pairs: Sequence[tuple[int, int]],
-    selections: Sequence[Selection],
-) -> StepWindows:
+def step_windows(data: Loads) -> StepWindows:
     """The steps that both traces have, cut wherever both were committed at the same step: one shard
     of a trace may be several of the other. Windows of which a trace has a part only are left out;
-    where there are very many, neighbours are put together. `pairs`: routers of A and of B."""
-    units, why_none = [STEP if trace.is_history else PASS for trace in traces], ""
-    decisions = [name for name, trace in zip("AB", traces, strict=True) if not trace.counts_only]
+    where there are very many, neighbours are put together."""
+    units, why_none = [STEP if trace.is_history else PASS for trace in data.traces], ""
+    decisions = [name for name, x in zip("AB", data.traces, strict=True) if not x.counts_only]
     if decisions:
         units, why_none = [PASS], f"{decisions[0]} holds decisions, not counts by step"
     elif units[0] != units[1]:
-        of = {STEP: "steps of a training run", PASS: "forward passes"}
-        why_none = f"A counts {of[units[0]]}, B {of[units[1]]}"
-    spans = [] if why_none else [_spans(trace) for trace in traces]
+        of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
+        why_none = f"A counts {of_a}, B {of_b}"
+    spans = [] if why_none else [_spans(trace) for trace in data.traces]
     first_W, last_W, windows = _windows(spans)
     left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
     if spans and not len(first_W):
         why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
-    sizes = {r: traces[0].routers[r].experts for r, _ in pairs}
+    sizes = {r: data.a.routers[r].experts for r, _ in data.pairs}
     W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
     joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
     start_W = np.searchsorted(joined_W, np.arange(W))
     end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
     load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
     for side, window_N in enumerate(windows):
-        found = by_shard(traces[side], None, count_shard, selections[side], BASE)
+        selection = data.reports[SIDES[side]].selection
+        found = by_shard(data.traces[side], None, count_shard, selection, BASE)
         for w, counts in zip(window_N, found, strict=True):
-            for pair in pairs if w >= 0 else ():
+            for pair in data.pairs if w >= 0 else ():
                 load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
     return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
 
@@ -226,30 +206,26 @@ OF_EXPERT = ("assignments", "share", "load_ratio")
 # counts, what is below twice the floor may be chance
 BEYOND = 2
 IN_A_ROW = 3  # windows beyond chance from which on two runs differ: a single one may be chance
-STEPS = ("first_step", "last_step")
+WINDOW = ("first_step", "last_step", "load_shift", "load_shift_floor")
 DIVERGED_TYPES = {
     **dict.fromkeys(("layer", "router", "windows", "windows_beyond_chance"), "int64"),
     "since_step": "Int64",
     **dict.fromkeys(("windows_since", "beyond_chance_since"), "int64"),
-    **dict.fromkeys((f"most_{name}" for name in STEPS), "int64"),
-    **dict.fromkeys(("most_load_shift", "most_load_shift_floor"), "float64"),
+    **{f"most_{name}": "int64" if "step" in name else "float64" for name in WINDOW},
 }
 
 
 @table(tables=LOAD_TABLES)
 def summary(data: Loads) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    return result.facts_table(_facts(data), SIDES)
-
-
-def _facts(data: Loads) -> Iterator[tuple[object, ...]]:
-    both = data.a, data.b
-    counts = [data.reports[side].counts for side in SIDES]
-    yield from result.said_of_models(*both)
-    yield "holds", *("counts" if trace.counts_only else "decisions" for trace in both)
-    yield "status", *(trace.status for trace in both)
-    yield "tokens", *(of.tokens for of in counts)
-    yield "domains", *(", ".join(of.domains) for of in counts)
+    both, counts = data.traces, [data.reports[side].counts for side in SIDES]
+    facts = {
+        "holds": ["counts" if trace.counts_only else "decisions" for trace in both],
+        "status": [trace.status for trace in both],
+        "tokens": [of.tokens for of in counts],
+        "domains": [", ".join(of.domains) for of in counts],
+    }
+    return result.facts_table(result.of_models(data.a, data.b) | facts)
 
 
 @table(
@@ -259,7 +235,7 @@ def _facts(data: Loads) -> Iterator[tuple[object, ...]]:
 def balance(data: Loads) -> pd.DataFrame:
     """One row per router: the balance in A, in B, and B's minus A's, beside the max_over_mean
     that chance gives documents like these (expected_by_chance)."""
-    of_side = dict[str, Any]()
+    of_side = dict[str, pd.DataFrame]()
     for side, routers in zip(SIDES, zip(*data.pairs, strict=True), strict=True):
         of_side[side] = data.reports[side].tables["balance"].set_index("router").loc[[*routers]]
     frame = of_side["a"].reset_index()[["layer", "router", "experts", "top_k"]].astype("int64")
@@ -281,23 +257,15 @@ def load_shift(data: Loads) -> pd.DataFrame:
     Jensen–Shannon divergence of the shares), and how far chance alone takes two traces of so many
     tokens that route alike (…_floor): of independent tokens, times the design effect of documents
     where a trace of decisions tells it."""
-    rows = list[dict[str, float]]()
+    rows = list[Row]()
     for r, _ in data.pairs:
-        router = data.a.routers[r]
-        load_2E, effect = data.load_2E(r), data.design_effect(r)
+        load_2E, k = data.load_2E(r), data.a.routers[r].top_k
         share_E = load_2E.sum(0) / max(load_2E.sum(), 1)
         # null slots make no load
-        floors = step_floors(share_E, load_2E.sum(1) / router.top_k, router.top_k, effect)
-        rows.append(
-            {
-                "layer": router.layer,
-                "router": r,
-                "load_shift": tt.load_shift(load_2E),
-                "load_shift_floor": float(floors[0][0]),
-                "jsd_bits": tt.load_shift_jsd_bits(load_2E),
-                "jsd_bits_floor": float(floors[1][0]),
-            }
-        )
+        (floor,), (jsd_floor,) = step_floors(share_E, load_2E.sum(1) / k, k, data.design_effect(r))
+        shift = {"load_shift": tt.load_shift(load_2E), "load_shift_floor": float(floor)}
+        jsd = {"jsd_bits": tt.load_shift_jsd_bits(load_2E), "jsd_bits_floor": float(jsd_floor)}
+        rows.append({**data.place(r), **shift, **jsd})
     return pd.DataFrame(rows)
 
 
@@ -308,17 +276,17 @@ def windows(data: Loads) -> pd.DataFrame:
     each is, and the expert whose load differs most."""
     steps, W, parts = data.steps, len(data.steps.first_W), list[pd.DataFrame]()
     for r, load_2WE in steps.load_2WE.items():
-        router = data.a.routers[r]
-        tokens_2W = load_2WE.sum(2) / router.top_k  # null slots make no load
+        k = data.a.routers[r].top_k
+        tokens_2W = load_2WE.sum(2) / k  # null slots make no load
         share_WE = load_2WE.sum(0) / nan_for_zero(load_2WE.sum((0, 2)))[:, None]
         moved_W = step_total_variation(load_2WE)[0]
-        floor_W = step_floors(share_WE, tokens_2W, router.top_k, data.design_effect(r))[0][0]
+        floor_W = step_floors(share_WE, tokens_2W, k, data.design_effect(r))[0][0]
         ratio_2WE = load_2WE / nan_for_zero(load_2WE.mean(2))[..., None]
         expert_W = np.abs(np.nan_to_num(ratio_2WE[1] - ratio_2WE[0])).argmax(1)
         tokens_a_W, tokens_b_W = np.rint(tokens_2W).astype(np.int64)
+        ratio_a_W, ratio_b_W = ratio_2WE[:, np.arange(W), expert_W]
         columns = {
-            "layer": np.full(W, router.layer),
-            "router": np.full(W, r),
+            **{name: np.full(W, value) for name, value in data.place(r).items()},
             "window": np.arange(W),
             "first_step": steps.first_W,
             "last_step": steps.last_W,
@@ -330,8 +298,8 @@ def windows(data: Loads) -> pd.DataFrame:
             "max_vio_a": max_vio(load_2WE[0]),
             "max_vio_b": max_vio(load_2WE[1]),
             "expert": expert_W,
-            "load_ratio_a": ratio_2WE[0, np.arange(W), expert_W],
-            "load_ratio_b": ratio_2WE[1, np.arange(W), expert_W],
+            "load_ratio_a": ratio_a_W,
+            "load_ratio_b": ratio_b_W,
         }
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
@@ -342,24 +310,21 @@ def diverged(data: Loads) -> pd.DataFrame:
     """One row per router: in how many windows of steps the load differs by more than chance, since
     which step (the first of IN_A_ROW windows in a row that do; empty where there are none), and
     where it differs most."""
-    rows, every = list[dict[str, object]](), cast(Any, data.tables["windows"])
-    most_of = (*STEPS, "load_shift", "load_shift_floor")
-    for _, of in every.groupby("router", sort=False):
-        beyond_W, most = of["beyond_chance"].to_numpy(bool), of["load_shift"].fillna(-1).idxmax()
-        since = first_run(beyond_W, min(IN_A_ROW, len(of)))
-        start = len(of) if since is None else since
-        rows.append(
-            {
-                "layer": of["layer"].iloc[0],
-                "router": of["router"].iloc[0],
-                "windows": len(of),
-                "windows_beyond_chance": int(beyond_W.sum()),
-                "since_step": pd.NA if since is None else of["first_step"].iloc[since],
-                "windows_since": len(of) - start,
-                "beyond_chance_since": int(beyond_W[start:].sum()),
-                **{f"most_{name}": of.loc[most, name] for name in most_of},
-            }
-        )
+    rows = list[Row]()
+    for r, of in data.tables["windows"].groupby("router", sort=False):
+        beyond_W, most = of["beyond_chance"].to_numpy(bool), of["load_shift"].fillna(-1).argmax()
+        in_a_row = np.lib.stride_tricks.sliding_window_view(beyond_W, min(IN_A_ROW, len(of)))
+        runs = np.flatnonzero(in_a_row.all(1))
+        start = int(runs[0]) if len(runs) else len(of)
+        row = {
+            "windows": len(of),
+            "windows_beyond_chance": int(beyond_W.sum()),
+            "since_step": of["first_step"].iloc[start] if len(runs) else pd.NA,
+            "windows_since": len(of) - start,
+            "beyond_chance_since": int(beyond_W[start:].sum()),
+        }
+        row |= {f"most_{name}": of[name].iloc[most] for name in WINDOW}
+        rows.append({"layer": of["layer"].iloc[0], "router": r, **row})
     return pd.DataFrame(rows, columns=list(DIVERGED_TYPES)).astype(DIVERGED_TYPES)
 
 
@@ -369,22 +334,13 @@ def times_floor(data: Loads, r: int) -> float:
     varies over, the more the distance itself varies: over n of them (counted by how much each
     varies, as of two that share all tokens), it is taken for a chi variable of n − 1 degrees of
     freedom."""
-    k = data.a.routers[r].top_k
-    load_E = data.load_2E(r).sum(0)
+    k, load_E = data.a.routers[r].top_k, data.load_2E(r).sum(0)
     chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
     n = error_E.sum() ** 2 / max((error_E**2).sum(), 1e-12)
     half = max(1.0, n - 1) / 2
     highest = math.sqrt(special("gammainccinv")(half, ALPHA / len(data.pairs)))
     return max(BEYOND, highest * math.exp(math.lgamma(half) - math.lgamma(half + 0.5)))
-
-
-def first_run(true_W: np.ndarray, length: int) -> int | None:
-    """Where the first `length` True in a row begin; None without."""
-    if not 0 < length <= len(true_W):
-        return None
-    (starts,) = np.nonzero(np.lib.stride_tricks.sliding_window_view(true_W, length).all(1))
-    return int(starts[0]) if len(starts) else None
 
 
 @table(tables=LOAD_TABLES)

@@ -6,7 +6,7 @@ E experts, k experts per token, D domains, S spans, V texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,9 @@ from moe_inspect.comparison import result
 from moe_inspect.comparison.aligning import pairing
 from moe_inspect.comparison.aligning.misaligned import replicas
 from moe_inspect.comparison.models import spans as of_spans
-from moe_inspect.comparison.models.spans import adjusted, jackknife_interval
-from moe_inspect.comparison.result import MODEL_TABLES, SIDES
+from moe_inspect.comparison.result import MODEL_TABLES, SIDES, Row
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.registry import table
 from moe_inspect.text import ranges, readable
 from moe_inspect.trace.reader import Trace
@@ -36,28 +35,23 @@ class Models(result.Comparison):
         self,
         a: Trace,
         b: Trace,
+        options: result.PairSettings,
         *,
-        domains: str | Iterable[str] | None = None,
-        phase: str | None = None,
-        top: int = 20,
         reasons: Iterable[str] = (),
         asked: bool = False,
         progress: Callable[[int], None] | None = None,
     ):
-        self.a, self.b, self.top = a, b, top
-        settings: dict[str, Any] = {"domains": domains, "phase": phase, "progress": progress}
-        self.reports: dict[str, Report] = {
-            side: report(trace, **settings) for side, trace in zip(SIDES, (a, b), strict=True)
+        self.a, self.b, self.top = a, b, options.top
+        self.of_side = dict(zip(SIDES, self.traces, strict=True))
+        domains, phase = options.domains, options.phase
+        self.reports = {
+            side: report(trace, domains=domains, phase=phase, progress=progress)
+            for side, trace in self.of_side.items()
         }
         self._reasons = list(reasons)
-        top_given = None if top == 20 else top
-        given = {"domains": domains, "phase": phase, "top": top_given, "side_by_side": asked}
-        self.given = {name: value for name, value in given.items() if value}
+        given = {"domains": domains, "phase": phase, "top": options.given.get("top")}
+        self.given = {k: v for k, v in (given | {"side_by_side": asked}).items() if v}
         self.tables = result.Tables(self)
-
-    @property
-    def of_side(self) -> dict[str, Trace]:
-        return dict(zip(SIDES, self.traces, strict=True))
 
     def of_sides(self, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """The rows of each trace of a table."""
@@ -92,11 +86,6 @@ class Models(result.Comparison):
     def shown_tables(self) -> list[str]:
         return [name for name in self.kind.excerpts if not self.why_not(name)]
 
-    def depth(self, side: str, router: int) -> float:
-        """Where a router is in its model: 0 the first layer, 1 the last."""
-        trace = self.of_side[side]
-        return trace.routers[router].layer / max(trace.blocks - 1, 1)
-
     def of(self, side: str, table: str) -> pd.DataFrame:
         """A table of one trace's report."""
         made = self.reports[side]
@@ -106,7 +95,7 @@ class Models(result.Comparison):
     @cached_property
     def spans(self) -> of_spans.Spans:
         """MoeInspectError where there is no text that both cut."""
-        for trace in (self.a, self.b):
+        for trace in self.traces:
             if trace.counts_only:
                 raise MoeInspectError(f"{trace.path} holds counts only, no tokens")
         return of_spans.common_spans(self.a, self.b, self.reports["a"].selection)
@@ -132,9 +121,9 @@ class Models(result.Comparison):
             for r, chosen_S in tokens.first_choices(at_S[of_S]).items():
                 E = tokens.trace.routers[r].experts
                 found[side, r] = of_spans.explained_by_text(text_S, chosen_S, document_S, V, E)
-        for side in SIDES:
+        for side, trace in self.of_side.items():
             if not any(one == side for one, _ in found):
-                raise MoeInspectError(f"{self.of_side[side].path} does not record first choices")
+                raise MoeInspectError(f"{trace.path} does not record first choices")
         return found
 
     def why_not(self, name: str) -> str | None:
@@ -153,22 +142,21 @@ BALANCE += ("expected_by_chance", "max_vio", "gini", "entropy", "dead_experts")
 @table(tables=MODEL_TABLES)
 def summary(data: Models) -> pd.DataFrame:
     """One row per fact: key, and its value in A and in B (text)."""
-    return result.facts_table(_facts(data), SIDES)
 
+    def listed(key: str) -> list[str]:
+        sizes = [sorted({getattr(router, key) for router in x.routers}) for x in data.traces]
+        return [", ".join(map(str, of)) for of in sizes]
 
-def _facts(data: Models) -> Iterator[tuple[object, ...]]:
-    both = data.a, data.b
-    yield from result.said_of_models(*both)
-    yield "layers", *(trace.stated_blocks or "unknown" for trace in both)
-    yield "moe_layers", *(ranges({r.layer for r in trace.routers}) for trace in both)
-    for key in ("experts", "top_k"):
-        yield (
-            key,
-            *(", ".join(map(str, sorted({getattr(r, key) for r in x.routers}))) for x in both),
-        )
-    yield "vocabulary", *(len(trace.vocabulary_table) or "unknown" for trace in both)
-    yield "tokens", *(trace.n_tokens for trace in both)
-    yield "domains", *(", ".join(data.reports[side].counts.domains) for side in SIDES)
+    facts = {
+        "layers": [trace.stated_blocks or "unknown" for trace in data.traces],
+        "moe_layers": [ranges({r.layer for r in trace.routers}) for trace in data.traces],
+        "experts": listed("experts"),
+        "top_k": listed("top_k"),
+        "vocabulary": [len(trace.vocabulary_table) or "unknown" for trace in data.traces],
+        "tokens": [trace.n_tokens for trace in data.traces],
+        "domains": [", ".join(made.counts.domains) for made in data.reports.values()],
+    }
+    return result.facts_table(result.of_models(data.a, data.b) | facts)
 
 
 @table(tables=MODEL_TABLES)
@@ -203,7 +191,8 @@ def specialization(data: Models) -> pd.DataFrame:
         of_R = [trace.routers[r] for r in part["router"].tolist()]
         most_bits = np.log2(np.minimum([of.experts / of.top_k for of in of_R], len(names[0])))
         bits = zip(part["domain_mi_bits"], most_bits, part["domain_mi_null_bits"], strict=True)
-        of_side[side] = part.assign(explained_by_domain=[adjusted(*row) for row in bits])
+        shares = [of_spans.adjusted(*row) for row in bits]
+        of_side[side] = part.assign(explained_by_domain=shares)
     return _of_both(data, of_side)
 
 
@@ -213,23 +202,22 @@ def spans(data: Models) -> pd.DataFrame:
     the information that a span's text carries about the first choice at its last token, with the
     spans shuffled, and beyond that as a share of the entropy of the first choice: 0 is chance, 1
     all (explained_by_text, with a 95 % interval over documents)."""
-    rows = dict[str, list[dict[str, object]]]()
+    rows: dict[str, list[Row]] = {side: [] for side in SIDES}
     for (side, r), explained in data.explained.items():
-        low, high = jackknife_interval(explained.share, explained.share_without_G)
-        rows.setdefault(side, []).append(
-            {
-                "layer": data.of_side[side].routers[r].layer,
-                "router": r,
-                "spans": int(explained.counts_VE.sum()),
-                "texts": len(explained.counts_VE),
-                "text_mi_bits": explained.mi_bits,
-                "text_mi_null_bits": explained.null_bits,
-                "entropy_bits": explained.entropy_bits,
-                "explained_by_text": explained.share,
-                "explained_by_text_low": low,
-                "explained_by_text_high": high,
-            }
-        )
+        low, high = of_spans.jackknife_interval(explained.share, explained.share_without_G)
+        row = {
+            "layer": data.of_side[side].routers[r].layer,
+            "router": r,
+            "spans": int(explained.counts_VE.sum()),
+            "texts": len(explained.counts_VE),
+            "text_mi_bits": explained.mi_bits,
+            "text_mi_null_bits": explained.null_bits,
+            "entropy_bits": explained.entropy_bits,
+            "explained_by_text": explained.share,
+            "explained_by_text_low": low,
+            "explained_by_text_high": high,
+        }
+        rows[side].append(row)
     return _of_both(data, {side: pd.DataFrame(of) for side, of in rows.items()})
 
 
@@ -238,7 +226,7 @@ def vocabulary(data: Models) -> pd.DataFrame:
     """One row per trace, expert and text: the spans that choose the expert first most exclusively,
     of those that occur eight times or more in the sample; `fraction` of the span's occurrences."""
     texts = np.array([data.spans.texts[i] for i in data.texts], object)
-    parts = {side: list[pd.DataFrame]() for side in SIDES}
+    parts: dict[str, list[pd.DataFrame]] = {side: [] for side in SIDES}
     for (side, r), explained in data.explained.items():
         counts_VE = explained.counts_VE
         occurrences_V = np.maximum(counts_VE.sum(1), 1)
@@ -260,12 +248,12 @@ def vocabulary(data: Models) -> pd.DataFrame:
 
 
 def _of_both(data: Models, of_side: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The rows of both, with `trace` and the relative depth beside the names of the routers."""
+    """The rows of both, with `trace` and the relative depth, 0 the first layer and 1 the last,
+    beside the names of the routers."""
     parts = list[pd.DataFrame]()
     for side, part in of_side.items():
-        depth = [data.depth(side, r) for r in part["router"].tolist()]
         part = part.copy()
         part.insert(2, "trace", side)
-        part.insert(3, "depth", depth)
+        part.insert(3, "depth", part["layer"] / max(data.of_side[side].blocks - 1, 1))
         parts.append(part.astype({"trace": "str"}))
     return pd.concat(parts, ignore_index=True)
