@@ -15,7 +15,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
-from moe_inspect.comparison.models.spans import (
+from moe_inspect.comparison.spans import (
     adjusted,
     explained_by_text,
     jackknife_interval,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from moe_inspect.comparison.loads.tables import _windows
+from moe_inspect.comparison.loads import _windows
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli

@@ -112,7 +112,8 @@ def saturation_curves(data: Checkpoints) -> Chart:
     rows, names = data.tables["saturation"], [Path(name).name for name in data.names]
     by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
     x, colours = by_router.index.to_numpy(float), SERIES
-    of = [(f"layer {data.trace.routers[r].layer}", by_router[r]) for r in by_router.columns]
+    routers = sorted(set(rows["router"]))
+    of = [(f"layer {data.trace.routers[r].layer}", by_router[r]) for r in routers]
     if len(of) > len(SERIES):
         colours = ("c3", "c1", "c2")
         of = [

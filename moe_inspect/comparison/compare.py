@@ -8,13 +8,13 @@ from pathlib import Path
 
 # these register the tables, in this order, and how each kind is shown
 import moe_inspect.comparison.decisions.shown
-import moe_inspect.comparison.loads.shown
-import moe_inspect.comparison.models.shown  # noqa: F401
+import moe_inspect.comparison.loads
+import moe_inspect.comparison.models  # noqa: F401
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError
 from moe_inspect.comparison.checkpoints import Checkpoints
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.loads.tables import Loads
-from moe_inspect.comparison.models.tables import Models
+from moe_inspect.comparison.loads import Loads
+from moe_inspect.comparison.models import Models
 from moe_inspect.comparison.result import (
     CHECKPOINT_TABLES,
     LOAD_TABLES,

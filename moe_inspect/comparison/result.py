@@ -31,33 +31,29 @@ LOAD_TABLES: dict[str, Table] = {}
 MODEL_TABLES: dict[str, Table] = {}
 CHECKPOINT_TABLES: dict[str, Table] = {}
 Made = TypeVar("Made", bound="Comparison")
-Row = dict[str, object]  # of a table
+Row = dict[str, Any]  # of a table; the numbers of a sentence
 Facts = dict[str, Sequence[object]]  # key → its value in each trace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(Generic[Made]):
-    """How traces are compared, and how that is shown. of: what they hold, in words. main: the table
-    that a format alone asks for. checks: what makes the findings, in the order in which they are
-    read. title, footer: of the page. charts: name → what makes it, its group on the page and its
-    table. sections: tables of the page → their group, title and text. excerpts: tables of the text.
-    sometimes: tables that not all such traces have. firsts: tables of which the page has the first
-    row of each group by these columns. tiles, text: what makes the key figures of the page, and its
-    texts of documents."""
+    """How traces are compared, and how that is shown."""
 
-    of: str
+    of: str  # what they hold, in words
     tables: Mapping[str, Table]
-    main: str
-    checks: Sequence[Callable[[Made], Iterable[Finding]]]
-    title: str
+    main: str  # the table that a format alone asks for
+    checks: Sequence[Callable[[Made], Iterable[Finding]]]  # in the order in which they are read
+    title: str  # of the page
     footer: str
+    # name → what makes it, its group on the page and its table
     charts: Mapping[str, tuple[Callable[[Made], Chart | str], str, str]]
-    sections: Mapping[str, tuple[str, str, str]]
-    excerpts: Mapping[str, Excerpt]
-    sometimes: Sequence[str] = ()
+    sections: Mapping[str, tuple[str, str, str]]  # table of the page → group, title and text
+    excerpts: Mapping[str, Excerpt]  # tables of the text
+    sometimes: Sequence[str] = ()  # tables that not all such traces have
+    # tables of which the page has the first row of each group by these columns
     firsts: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
-    tiles: Callable[[Made], list[Tile]] | None = None
-    text: Callable[[Made], Section | str] | None = None
+    tiles: Callable[[Made], list[Tile]] | None = None  # the key figures of the page
+    text: Callable[[Made], Section | str] | None = None  # its texts of documents
 
 
 class Comparison(Shown):
@@ -333,6 +329,16 @@ def balance_of_both(
     if said:
         text = f"Load of the busiest expert ÷ mean load: {'; '.join(said)}.{more}"
         yield finding("balance", "note", text, **values)
+
+
+def highest(column: str, *columns: str, what: str = "") -> Excerpt:
+    """The rows with the highest values of a column, in the order of the routers."""
+
+    def rows(frame: pd.DataFrame, most: int) -> pd.DataFrame:
+        frame = frame.nlargest(most, column) if len(frame) > most else frame
+        return frame.sort_values(["layer", "router"])
+
+    return Excerpt(what or f"the highest {column}", rows, columns)
 
 
 def share_axis(of: str, top: float) -> Axis:

@@ -45,13 +45,14 @@ def _summed(shard: Shard) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
         E, seen_T, ids_TK = router.experts, shard.seen(r), shard.ids(r).astype(np.int64)
         cell_TK = (code_T if seen_T is None else code_T[seen_T])[:, None] * E + ids_TK
         there_TK = ids_TK >= 0
-        parts = {"count": (cell_TK[there_TK], None)}
+        parts: dict[str, tuple[np.ndarray, ...]] = {"count": (cell_TK[there_TK],)}
         if router.first_choice_known:
-            parts["first_choice"] = cell_TK[:, 0][there_TK[:, 0]], None
+            parts["first_choice"] = (cell_TK[:, 0][there_TK[:, 0]],)
         if shard.trace.has_weights:
             parts["weight_sum"] = cell_TK[there_TK], shard.weights(r)[there_TK]
         sums = {
-            name: np.bincount(*part, len(labels) * E).reshape(-1, E) for name, part in parts.items()
+            name: np.bincount(*part, minlength=len(labels) * E).reshape(-1, E)
+            for name, part in parts.items()
         }
         for d, label in enumerate(labels):
             yield r, str(label), {name: of_DE[d] for name, of_DE in sums.items()}

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison.aligning.pairing import DifferentModelsError, vocabularies_apart
@@ -28,22 +29,18 @@ MARGIN = 2**20  # so that shifted positions stay on their line
 
 @dataclass(frozen=True)
 class Runs:
-    """Where each sequence of a trace is, in the order of its shards. Arrays [R].
+    """Where each sequence of a trace is, in the order of its shards: R runs, each at consecutive
+    positions in consecutive rows of a shard. A sequence that is fed twice is two."""
 
-    A run is `length` tokens of one sequence at positions `position`, `position` + 1, …, from row
-    `row` of one shard on. `group`: its sequence, an index into the arrays [G]; one that is fed
-    twice is two. `content_G`, `prefix_G`: hashes of the token ids and positions of all of a
-    sequence, and of its first PREFIX. `known`: whether the trace knows token ids."""
-
-    position: np.ndarray
-    length: np.ndarray
-    shard: np.ndarray
-    row: np.ndarray
-    group: np.ndarray
+    position: np.ndarray  # [R]: the first
+    length: np.ndarray  # [R]
+    shard: np.ndarray  # [R]
+    row: np.ndarray  # [R]: the first
+    group: np.ndarray  # [R]: its sequence, an index into the arrays [G]
     key_G: np.ndarray  # [G, 4]: document, sequence within it, encoder or not, repetition
-    content_G: np.ndarray
-    prefix_G: np.ndarray
-    known: bool
+    content_G: np.ndarray  # hashes of all token ids and positions
+    prefix_G: np.ndarray  # of the first PREFIX
+    known: bool  # whether the trace knows token ids
     domains: tuple[str, ...]
 
     @cached_property
@@ -123,25 +120,22 @@ def token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
 
 
 def _keys(
-    document: np.ndarray, sequence: np.ndarray, encoder: np.ndarray, *places: np.ndarray
+    document: np.ndarray,
+    sequence: np.ndarray,
+    encoder: np.ndarray,
+    position: np.ndarray,
+    length: np.ndarray,
 ) -> np.ndarray:
     """What names the sequence of each run, int64 [R, 4]. Sequences are numbered within their
     document: how a program numbers them overall is its own affair. A run that begins no later than
-    the one before it ended is of another repetition of the sequence. places: position, length."""
+    the one before it ended is of another repetition of the sequence."""
     pairs, of_run = _unique_rows(np.stack([document, sequence], axis=1))
     first_of_document = np.searchsorted(pairs[:, 0], pairs[:, 0])
     ordinal = (np.arange(len(pairs)) - first_of_document)[of_run]
     key = np.stack([document, ordinal, encoder], axis=1)
     _, group = _unique_rows(key)
-    order = np.argsort(group, kind="stable")  # in execution order within a sequence
-    edges = run_edges(group[order])
-    position, length = (place[order] for place in places)
-    again = np.zeros(len(order), np.int64)
-    again[1:] = position[1:] < (position + length)[:-1]
-    again[edges[:-1]] = 0
-    total = np.cumsum(again)
-    repetition = np.empty_like(again)
-    repetition[order] = total - np.repeat(total[edges[:-1]], np.diff(edges))
+    before = pd.Series(position + length).groupby(group).shift(fill_value=position.min())
+    repetition = (position < before).groupby(group).cumsum()
     return np.column_stack([key, repetition])
 
 
@@ -163,20 +157,17 @@ def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows that are the same tokens in both traces: `length` rows from `row_a` of A's shard
-    `shard_a` on, and from `row_b` of B's. Arrays [S], in the order of A's rows. `pair`, `position`:
-    the pair of sequences, and where in it they begin; `size`, `last`: the tokens of the sequence in
-    A, and the last position that both traces have."""
+    """Rows that are the same tokens in both traces. Arrays [S], in the order of A's rows."""
 
-    pair: np.ndarray
-    position: np.ndarray
+    pair: np.ndarray  # of sequences
+    position: np.ndarray  # where in it they begin
     length: np.ndarray
     shard_a: np.ndarray
-    row_a: np.ndarray
+    row_a: np.ndarray  # the first
     shard_b: np.ndarray
     row_b: np.ndarray
-    size: np.ndarray
-    last: np.ndarray
+    size: np.ndarray  # tokens of the sequence in A
+    last: np.ndarray  # its last position that both traces have
 
     def take(self, which: np.ndarray) -> Segments:
         return Segments(*(getattr(self, field.name)[which] for field in fields(self)))
@@ -209,17 +200,13 @@ def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alignment:
-    """a, b: the sequences of both. segments: the tokens that are compared. by: "document" (their
-    numbers and positions) or "content". matched: tokens that both have. diverged: pairs of
-    sequences that go on with other token ids; other_ids: tokens left out since then."""
-
     a: Runs
     b: Runs
-    segments: Segments
-    by: str
-    matched: int
-    diverged: int
-    other_ids: int
+    segments: Segments  # the tokens that are compared
+    by: str  # "document" (their numbers and positions) or "content"
+    matched: int  # tokens that both have
+    diverged: int  # pairs of sequences that go on with other token ids
+    other_ids: int  # tokens left out since then
 
     @property
     def ids_known(self) -> bool:
@@ -340,11 +327,7 @@ def _pairs_by_content(a: Runs, b: Runs) -> np.ndarray:
 
 def _numbered(key_G: np.ndarray) -> np.ndarray:
     """[G, 2]: each key, and which of those that are equal it is."""
-    order = np.argsort(key_G, kind="stable")
-    edges = run_edges(key_G[order])
-    nth_G = np.empty(len(key_G), np.int64)
-    nth_G[order] = np.arange(len(key_G)) - np.repeat(edges[:-1], np.diff(edges))
-    return np.column_stack([key_G, nth_G])
+    return np.column_stack([key_G, pd.Series(key_G).groupby(key_G).cumcount()])
 
 
 def _same_content(a: Runs, b: Runs, pairs: np.ndarray) -> np.ndarray:

@@ -36,12 +36,9 @@ SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Misalignment:
-    """text: what was found, with the evidence. option: what mends it, "" where no option does.
-    values: the numbers."""
-
     kind: str
-    text: str
-    option: str
+    text: str  # what was found, with the evidence
+    option: str  # what mends it, "" where no option does
     values: Mapping[str, object]
 
 

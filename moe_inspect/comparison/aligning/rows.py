@@ -28,11 +28,9 @@ CELLS = len(PHASES) * DECILES  # a phase and a position decile
 
 @dataclass(frozen=True)
 class RowsInShard:
-    """Rows of one shard. at: int64, which of the tokens; None for all, in order."""
-
     shard: Shard
     rows: np.ndarray
-    at: np.ndarray | None = None
+    at: np.ndarray | None = None  # int64, which of the tokens; None for all, in order
 
     @cached_property
     def index(self) -> slice | np.ndarray:
@@ -67,14 +65,13 @@ class RowsInShard:
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """The tokens that reach the routers of a stack. sides: where they are in A and in B. unit_T,
-    cell_T: what they are counted by. last_T: whether they are the last of their sequence."""
+    """The tokens that reach the routers of a stack."""
 
-    sides: tuple[list[RowsInShard], list[RowsInShard]]
-    unit_T: np.ndarray
+    sides: tuple[list[RowsInShard], list[RowsInShard]]  # where they are in A and in B
+    unit_T: np.ndarray  # what they are counted by
     cell_T: np.ndarray
     document_T: np.ndarray
-    last_T: np.ndarray
+    last_T: np.ndarray  # whether they are the last of their sequence
 
     def __len__(self) -> int:
         return len(self.unit_T)

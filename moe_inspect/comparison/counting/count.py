@@ -1,7 +1,9 @@
-"""The pass over two aligned traces: shard by shard of A.
+"""The pass over two aligned traces, shard by shard of A, and what it comes to: counts that merge by
+addition, in whole numbers, so that the order in which shards are done shows nowhere.
 
-T tokens of a shard that are compared, N of them with another decision, K slots, E experts, U units,
-V units in the shard, X cells.
+T tokens of a shard that are compared, N of them with another decision, K slots, E experts, U units
+(clusters of a domain's documents), V units in the shard, X cells (phase × position decile), M
+margin deciles.
 """
 
 from __future__ import annotations
@@ -9,19 +11,25 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.engine import LONG
+from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
 from moe_inspect.comparison.aligning.align import Segments
-from moe_inspect.comparison.aligning.rows import AlignedRows, Columns, rows_of_shard
-from moe_inspect.comparison.counting import counts as ct
+from moe_inspect.comparison.aligning.rows import (
+    CELLS,
+    DECILES,
+    AlignedRows,
+    Columns,
+    rows_of_shard,
+)
 from moe_inspect.comparison.counting import kernels_numpy
 from moe_inspect.comparison.counting.logits import Margins, decile_of, logit_margin, logit_shift
 from moe_inspect.progress import phase
@@ -29,23 +37,158 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
 Made = TypeVar("Made")
+UNIT = 2**24  # of sums of weights and logits, kept as whole numbers of 1/UNIT
+MOST_FLIPS = 256  # margins of flips kept per shard and router, for their median
+GAMMA_FLOOR = 0.8
+
+
+def fixed(value: float) -> int:
+    """A sum of floats as a whole number, which adds up in any order."""
+    return round(value * UNIT)
+
+
+@dataclass
+class PairRouterCounts:
+    """Of one router, in some units."""
+
+    E: int
+    mismatch_UX: np.ndarray  # decisions with another set of experts
+    missing_UX: np.ndarray  # assignments that the other trace did not make
+    short_UX: np.ndarray  # slots that route nowhere in both
+    reordered_U: np.ndarray  # decisions with another order of slots
+    first_differs_U: np.ndarray  # with another first choice
+    l1_U: np.ndarray  # Σ of weight differences
+    load_UE: np.ndarray  # A's assignments
+    moved_UE: np.ndarray  # B's minus A's
+    margin_UM: np.ndarray  # decisions by A's margin
+    margin_mismatch_UM: np.ndarray  # those with another set
+    flips_EE: np.ndarray  # pairs of an expert that B dropped and one that it took instead
+    # of decisions with another set, A's margins, by shard
+    flip_margins: dict[int, np.ndarray] = field(default_factory=dict)
+    last_mismatch: int = 0  # of the last tokens of sequences, those with another set
+    weights_differ: int = 0  # decisions with another weight of an expert that both chose
+    new: int = 0  # tokens whose set differs first here
+    again: int = 0  # that differ here and did in an earlier layer
+    before: int = 0  # that did in an earlier layer
+    kl: int = 0
+    logit_decisions: int = 0
+
+    @classmethod
+    def zero(cls, E: int, U: int) -> PairRouterCounts:
+        size = {"U": U, "X": CELLS, "E": E, "M": DECILES}
+        shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in TABLES}
+        made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
+        return cls(E, **made)
+
+    def of_units(self, unit_V: np.ndarray) -> PairRouterCounts:
+        """Of these units only, to be sent."""
+        tables = {name: getattr(self, name)[unit_V] for name in BY_UNIT}
+        tables["flips_EE"] = self.flips_EE
+        return replace(self, **{name: narrowed(table) for name, table in tables.items()})
+
+    def merge(self, other: PairRouterCounts, unit_V: np.ndarray) -> None:
+        """Those of other shards, whose units are `unit_V`."""
+        self.flip_margins |= other.flip_margins
+        for name in BY_UNIT:
+            getattr(self, name)[unit_V] += getattr(other, name)
+        add_sums(self, other, "flips_EE")
+
+
+def add_sums(total: Counts, other: Counts, *tables: str) -> None:
+    """Adds the whole numbers of two counts of one kind, and these tables."""
+    numbers = [f.name for f in fields(other) if f.type == "int" and f.name != "E"]
+    for name in (*numbers, *tables):
+        setattr(total, name, getattr(total, name) + getattr(other, name))
+
+
+TABLES = [f.name for f in fields(PairRouterCounts) if f.type == "np.ndarray"]
+BY_UNIT = [name for name in TABLES if "_U" in name]
+
+
+@dataclass
+class ComparisonCounts:
+    """Of two traces. A unit is domain · CLUSTERS + document % CLUSTERS."""
+
+    domains: tuple[str, ...]  # A's labels
+    of: dict[int, PairRouterCounts]
+    decisions_UX: dict[str, np.ndarray]  # by stack: tokens that reach its routers
+    layers_N: np.ndarray  # tokens by the number of routers at which their sets differ
+    # by shard: rows (document, domain, tokens, decisions, decisions with another set)
+    documents: dict[int, np.ndarray] = field(default_factory=dict)
+    shards_alike: int = 0
+    gamma: int = 0  # Σ of RSPO's router shift
+    gamma_below: int = 0  # tokens under GAMMA_FLOOR
+    gamma_tokens: int = 0
+    last_tokens: int = 0  # that are the last of their sequence
+    # tokens that differ and of which every slot of every router is expert 0 in one trace
+    zero_filled_a: int = 0
+    zero_filled_b: int = 0
+
+    @classmethod
+    def zero(
+        cls, domains: tuple[str, ...], experts: dict[int, int], stacks: set[str]
+    ) -> ComparisonCounts:
+        """experts: router → number of experts."""
+        U = len(domains) * CLUSTERS
+        of = {r: PairRouterCounts.zero(E, U) for r, E in experts.items()}
+        decisions_UX = {stack: np.zeros((U, CELLS), np.int64) for stack in stacks}
+        return cls(domains, of, decisions_UX, np.zeros(len(experts) + 1, np.int64))
+
+    def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
+        """Of these units only, to be sent: what a shard has any of is a few of all."""
+        of = {r: counts.of_units(unit_V) for r, counts in self.of.items()}
+        decisions_UX = {stack: of_UX[unit_V] for stack, of_UX in self.decisions_UX.items()}
+        return replace(self, of=of, decisions_UX=decisions_UX)
+
+    def merge(self, other: ComparisonCounts, unit_V: np.ndarray) -> None:
+        """Those of other shards, whose units are `unit_V`."""
+        for r, counts in other.of.items():
+            self.of[r].merge(counts, unit_V)
+        for stack, decisions_UX in other.decisions_UX.items():
+            self.decisions_UX[stack][unit_V] += decisions_UX
+        self.documents |= other.documents
+        add_sums(self, other, "layers_N")
+
+    @property
+    def tokens(self) -> int:
+        return int(self.layers_N.sum())
+
+    @property
+    def units(self) -> np.ndarray:
+        """The units (clusters of documents) that have any token."""
+        return np.flatnonzero(sum(x.sum(1) for x in self.decisions_UX.values()))
+
+    @property
+    def domain_U(self) -> np.ndarray:
+        """int64 [U]: the domain of each unit."""
+        return np.repeat(np.arange(len(self.domains)), CLUSTERS)
+
+    def document_rows(self) -> np.ndarray:
+        """int64 [documents, 5], ascending."""
+        rows = np.concatenate([np.zeros((0, 5), np.int64), *self.documents.values()])
+        names, at = np.unique(rows[:, 0], return_inverse=True)
+        total = np.zeros((len(names), 5), np.int64)
+        np.add.at(total, at, rows)
+        total[:, 0], total[at, 1] = names, rows[:, 1]
+        return total
+
+
+Counts = PairRouterCounts | ComparisonCounts
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is compared. routers: (router of A, router of B) of equal shape. domains: of A. tokens:
-    how many. margins: of A's decisions, None where none is known or asked for. load: whether A's
-    load is counted. drop_zero_filled: whether tokens with expert 0 in every slot of either trace
-    are left out."""
+    """What is compared."""
 
     a: Trace
     b: Trace
-    routers: tuple[tuple[int, int], ...]
+    routers: tuple[tuple[int, int], ...]  # (router of A, router of B) of equal shape
     selection: Selection
-    domains: tuple[str, ...]
-    tokens: int
-    margins: Margins | None = None
-    load: bool = True
+    domains: tuple[str, ...]  # of A
+    tokens: int  # how many
+    margins: Margins | None = None  # of A's decisions, None where none is known or asked for
+    load: bool = True  # whether A's load is counted
+    # whether tokens with expert 0 in every slot of either trace are left out
     drop_zero_filled: bool = False
 
     @property
@@ -65,11 +208,11 @@ class Job:
     def logits(self) -> bool:
         return "logits" in self.a.tables and "logits" in self.b.tables
 
-    def zero(self) -> ct.ComparisonCounts:
+    def zero(self) -> ComparisonCounts:
         listed = {r: self.a.routers[r] for r, _ in self.routers}
         experts = {r: router.experts for r, router in listed.items()}
         stacks = {router.stack for router in listed.values()}
-        return ct.ComparisonCounts.zero(self.domains, experts, stacks)
+        return ComparisonCounts.zero(self.domains, experts, stacks)
 
     def rows_by_stack(
         self, segments: Segments
@@ -86,7 +229,7 @@ class Job:
                     for zero_T, slots in zip(zero_2T, rows.both(Shard.slots, pair), strict=True):
                         for slot_T in slots:
                             zero_T &= slot_T == 0
-                rows = rows.take(~zero_2T.any(0))
+                rows = rows.take(~(zero_2T[0] | zero_2T[1]))
             if len(rows):
                 yield stack, rows, routers
 
@@ -111,7 +254,7 @@ def count_pair(
     segments: Segments,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> ct.ComparisonCounts:
+) -> ComparisonCounts:
     """The counts of everything that is compared. `progress` is told of decisions done."""
     total, advance = job.zero(), phase("comparing", job.tokens, "tokens")
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -128,8 +271,8 @@ def count_pair(
 
 
 def _count(
-    job: Job, here: tuple[ct.ComparisonCounts, threading.Lock] | None, shards: list[Segments]
-) -> tuple[int, tuple[ct.ComparisonCounts, np.ndarray] | None]:
+    job: Job, here: tuple[ComparisonCounts, threading.Lock] | None, shards: list[Segments]
+) -> tuple[int, tuple[ComparisonCounts, np.ndarray] | None]:
     """The decisions compared; and their counts with the units that they are of, where they are not
     added to those `here`."""
     total, lock = here or (job.zero(), threading.Lock())
@@ -148,23 +291,23 @@ def _count(
 
 
 class TokenSums:
-    """Sums over the routers that tokens reach, one after the other. unit_V: the units there are;
-    place_T: which of these each token is in. differs_T: routers at which a token's sets differ.
-    differing: tokens with any so far. zero_2T: routers at which slots differ and every one of A, of
-    B, is expert 0. shift_T: Σ of the shift of its log-probabilities, None where logits are not
-    known."""
+    """Sums over the routers that tokens reach, one after the other."""
 
     def __init__(self, rows: AlignedRows, logits: bool):
-        self.rows = rows
+        self.rows, T = rows, len(rows)
+        # the units there are, and which of these each token is in
         self.unit_V, self.place_T = np.unique(rows.unit_T, return_inverse=True)
-        self.differs_T, self.differing = np.zeros(len(rows), np.int64), 0
-        self.zero_2T = np.zeros((2, len(rows)), np.int64)
-        self.shift_T = np.zeros(len(rows)) if logits else None
+        # routers at which a token's sets differ; tokens with any so far
+        self.differs_T, self.differing = np.zeros(T, np.int64), 0
+        # routers at which slots differ and every one of A, of B, is expert 0
+        self.zero_2T = np.zeros((2, T), np.int64)
+        # Σ of the shift of its log-probabilities, None where logits are not known
+        self.shift_T = np.zeros(T) if logits else None
 
-    def add_to(self, total: ct.ComparisonCounts, stack: str, number: int, routers: int) -> None:
+    def add_to(self, total: ComparisonCounts, stack: str, number: int, routers: int) -> None:
         rows, decisions_UX = self.rows, total.decisions_UX[stack]
-        cell_T = rows.unit_T * ct.CELLS + rows.cell_T
-        decisions_UX += np.bincount(cell_T, minlength=decisions_UX.size).reshape(-1, ct.CELLS)
+        cell_T = rows.unit_T * CELLS + rows.cell_T
+        decisions_UX += np.bincount(cell_T, minlength=decisions_UX.size).reshape(-1, CELLS)
         total.layers_N += np.bincount(self.differs_T, minlength=len(total.layers_N))
         document_D, first_D, at_T = np.unique(
             rows.document_T, return_index=True, return_inverse=True
@@ -181,8 +324,8 @@ class TokenSums:
         total.zero_filled_b += zero_b
         if self.shift_T is not None:
             gamma_T = np.exp(-self.shift_T / routers)
-            total.gamma += ct.fixed(float(gamma_T.sum()))
-            total.gamma_below += int((gamma_T < ct.GAMMA_FLOOR).sum())
+            total.gamma += fixed(float(gamma_T.sum()))
+            total.gamma_below += int((gamma_T < GAMMA_FLOOR).sum())
             total.gamma_tokens += len(gamma_T)
 
 
@@ -192,11 +335,11 @@ def logits_of(shard: Shard, router: int) -> Columns:
 
 def _count_router(
     job: Job, tokens: TokenSums, pair: tuple[int, int], number: int
-) -> ct.PairRouterCounts:
+) -> PairRouterCounts:
     """The counts of one router in a shard, in the units of its tokens."""
     rows, unit_T, r, kernels = tokens.rows, tokens.place_T, pair[0], job.kernels
     E, V = job.a.routers[r].experts, len(tokens.unit_V)
-    counts = ct.PairRouterCounts.zero(E, V)
+    counts = PairRouterCounts.zero(E, V)
     counts.logit_decisions = len(rows) * job.logits
     if rows.alike and not job.load:
         return counts
@@ -232,13 +375,13 @@ def _count_router(
     if job.weights:
         weights = rows.both(Shard.slot_weights, pair)
         l1_T = kernels_numpy.weight_difference(kernels, a_KN, b_KN, E, at, *weights)
-        counts.l1_U += np.rint(np.bincount(unit_T, l1_T, V) * ct.UNIT).astype(np.int64)
+        counts.l1_U += np.rint(np.bincount(unit_T, l1_T, V) * UNIT).astype(np.int64)
         counts.weights_differ = int(np.count_nonzero(l1_T))
     if tokens.shift_T is not None:
         (logits_a,), (logits_b,) = rows.both(logits_of, pair)
         shift_T, kl_T = logit_shift(logits_a, logits_b, slots_a, job.a.routers[r].scoring)
         tokens.shift_T += shift_T
-        counts.kl = ct.fixed(float(kl_T.sum()))
+        counts.kl = fixed(float(kl_T.sum()))
 
     # what depends on the routers before this one, or is of single tokens
     tokens.zero_2T[:, at] += np.stack([(a_KN == 0).all(0), (b_KN == 0).all(0)])
@@ -252,5 +395,5 @@ def _count_router(
         at = at[np.isfinite(margin_T[at])]
         known_N = np.ones(len(at), np.uint8)
         kernels.add_cells(counts.margin_mismatch_UM, unit_T[at], decile_T[at], known_N)
-        counts.flip_margins[number] = margin_T[at[:: -(-len(at) // ct.MOST_FLIPS) or 1]]
+        counts.flip_margins[number] = margin_T[at[:: -(-len(at) // MOST_FLIPS) or 1]]
     return counts

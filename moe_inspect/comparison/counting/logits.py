@@ -20,11 +20,8 @@ LOGITS_DECIDE = 0.9  # share of decisions that take the largest logits, from whi
 
 @dataclass(frozen=True)
 class Margins:
-    """The margins of a trace's decisions. edges: router → the nine limits between deciles; none
-    where the margin cannot be known. medians: router → the median of all decisions."""
-
-    edges: dict[int, np.ndarray]
-    medians: dict[int, float]
+    edges: dict[int, np.ndarray]  # router → the nine limits between deciles; none if unknown
+    medians: dict[int, float]  # router → the median of all decisions
 
 
 def margins(trace: Trace, routers: list[int]) -> Margins | None:

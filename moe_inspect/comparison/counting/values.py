@@ -7,7 +7,8 @@ T tokens of a shard that are compared, E experts, N decisions, U units (clusters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from moe_inspect.comparison.counting import kernels_numpy
 from moe_inspect.comparison.counting.count import Job, by_runs
 from moe_inspect.trace.shard import Shard
 
-Sums = dict[Hashable, np.ndarray]
+Sums = dict[str, np.ndarray]
+OfRouters = dict[tuple[int, str], np.ndarray]
+Key = TypeVar("Key")
 OF_LOSSES = ("tokens", "a", "b", "apart", "entropy_a", "entropy_b")
 
 
@@ -46,8 +49,8 @@ def output_sums(job: Job, segments: Segments) -> dict[int, Sums]:
 
 
 def _summed(
-    job: Job, segments: Segments, function: Callable[..., Sums], *arguments: object
-) -> Sums:
+    job: Job, segments: Segments, function: Callable[..., dict[Key, np.ndarray]], *arguments: object
+) -> dict[Key, np.ndarray]:
     """What function(job, *arguments, shards) returns, added up over all shards."""
     total = function(job, *arguments, [])
     for _, part in by_runs(job, segments, function, *arguments):
@@ -91,8 +94,8 @@ def _differ(job: Job, rows: AlignedRows, routers: list[tuple[int, int]]) -> np.n
     return differ_T
 
 
-def _outputs(job: Job, shards: list[Segments]) -> Sums:
-    U, found = len(job.domains) * CLUSTERS, Sums()
+def _outputs(job: Job, shards: list[Segments]) -> OfRouters:
+    U, found = len(job.domains) * CLUSTERS, OfRouters()
     for r, _ in job.routers:
         E = job.a.routers[r].experts
         found |= {(r, name): np.zeros((2, U, E)) for name in ("load", "norm", "gated")}
@@ -104,7 +107,7 @@ def _outputs(job: Job, shards: list[Segments]) -> Sums:
     return found
 
 
-def _add_outputs(job: Job, rows: AlignedRows, pair: tuple[int, int], found: Sums) -> None:
+def _add_outputs(job: Job, rows: AlignedRows, pair: tuple[int, int], found: OfRouters) -> None:
     r, E = pair[0], job.a.routers[pair[0]].experts
     ids = rows.both(Shard.slots, pair)
     norms = rows.both(lambda shard, router: shard.slot_values(router, "norm"), pair)

@@ -13,8 +13,12 @@ from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.comparison.aligning.align import Alignment, align, check_tokens
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
 from moe_inspect.comparison.aligning.rows import all_alike
-from moe_inspect.comparison.counting.count import Job, count_pair
-from moe_inspect.comparison.counting.counts import ComparisonCounts, PairRouterCounts
+from moe_inspect.comparison.counting.count import (
+    ComparisonCounts,
+    Job,
+    PairRouterCounts,
+    count_pair,
+)
 from moe_inspect.comparison.counting.logits import Margins, margins
 from moe_inspect.comparison.counting.values import Sums, loss_sums, output_sums
 from moe_inspect.comparison.result import Paired, PairSettings

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_inspect.analysis.metrics.chance import ALPHA, FEWEST_TO_JUDGE, joint_p, signed_sums
 from moe_inspect.analysis.metrics.uncertainty import log10_tail
-from moe_inspect.comparison.counting.counts import UNIT
+from moe_inspect.comparison.counting.count import UNIT
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.tables import recorded_otherwise
 from moe_inspect.comparison.result import Paired, Row, missing_layers
@@ -85,7 +85,7 @@ def last_token(data: Decisions) -> Iterator[Finding]:
             f"other tokens in {elsewhere:.2%}: a generating engine never feeds the last token. "
             "Add --drop-last."
         )
-        shares = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
+        shares: Row = {"mismatch_last": there, "mismatch_elsewhere": elsewhere}
         yield finding("last_token", "critical", text, **shares, option="--drop-last")
 
 
@@ -304,7 +304,8 @@ def load(data: Decisions) -> Iterator[Finding]:
         f"{row['load_shift_halves']:.2%})."
     )
     shifts = row[["load_shift", "load_shift_halves"]]
-    yield finding("load_shift", severity, text, row, **shifts, routers=len(beyond))
+    about = data.place(int(row["router"]))
+    yield finding("load_shift", severity, text, about, **shifts, routers=len(beyond))
 
 
 def collapsed(data: Decisions) -> Iterator[Finding]:
@@ -386,7 +387,7 @@ def below_chance(data: Decisions) -> Iterator[Finding]:
         f"{plural(len(shares), 'router')}): one avoids what the other chooses, as where experts "
         "are numbered differently."
     )
-    values = {"overlap": overlap, "overlap_by_chance": by_chance, "routers": n}
+    values: Row = {"overlap": overlap, "overlap_by_chance": by_chance, "routers": n}
     yield finding("below_chance", "warning", text, data.place(r), **values)
 
 
@@ -437,7 +438,7 @@ def missing_tokens(data: Decisions) -> Iterator[Finding]:
             f"; {plural(n, 'sequence')} {'continues' if n == 1 else 'continue'} with different "
             f"token ids and {'is' if n == 1 else 'are'} not compared from there on"
         )
-    values = {"tokens_a": a, "tokens_b": b, "tokens_matched": matched, "diverged": n}
+    values: Row = {"tokens_a": a, "tokens_b": b, "tokens_matched": matched, "diverged": n}
     yield finding("missing_tokens", "note", f"{text}.", **values)
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -34,17 +33,12 @@ STUDENT = 2.262  # two-sided 95 % at GROUPS − 1 degrees of freedom
 
 @dataclass(frozen=True)
 class ExplainedByText:
-    """mi_bits: I(text; first choice), with null_bits for shuffled spans; entropy_bits: of the first
-    choice, the most that can be explained. share: `adjusted` of these; share_without_G: the same
-    without each group of documents, NaN with too few documents. counts_VE: int64, first choices by
-    text."""
-
-    mi_bits: float
-    null_bits: float
-    entropy_bits: float
-    share: float
-    share_without_G: np.ndarray
-    counts_VE: np.ndarray
+    mi_bits: float  # I(text; first choice)
+    null_bits: float  # the same for shuffled spans
+    entropy_bits: float  # of the first choice, the most that can be explained
+    share: float  # `adjusted` of these
+    share_without_G: np.ndarray  # without each group of documents, NaN with too few documents
+    counts_VE: np.ndarray  # int64, first choices by text
 
 
 def judged_texts(text_S: np.ndarray) -> np.ndarray:
@@ -83,8 +77,7 @@ def explained_by_text(
 
 def _information(counts_VE: np.ndarray) -> tuple[float, float]:
     """I(text; first choice) and the entropy of the first choice, in bits."""
-    load_E = counts_VE.sum(0)
-    return token_mi_bits(counts_VE), token_mi_bits(np.diag(load_E))
+    return token_mi_bits(counts_VE), token_mi_bits(np.diag(counts_VE.sum(0)))
 
 
 def adjusted(bits: float, most: float, by_chance: float) -> float:
@@ -109,11 +102,10 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_to
 
 @dataclass(frozen=True)
 class Side:
-    """One trace's tokens of the documents that are judged, in the order of the text. Arrays [T].
-    document: its index in the sample."""
+    """One trace's tokens of the documents that are judged, in the order of the text. Arrays [T]."""
 
     trace: Trace
-    document: np.ndarray
+    document: np.ndarray  # its index in the sample
     shard: np.ndarray
     row: np.ndarray
     token_id: np.ndarray
@@ -121,11 +113,8 @@ class Side:
     def first_choices(self, at: np.ndarray) -> dict[int, np.ndarray]:
         """Router → int32 [S], the first choice of each of these tokens, the number of experts where
         it has none; routers of a decoder whose first choice is known."""
-        known = [
-            r
-            for r, router in enumerate(self.trace.routers)
-            if router.first_choice_known and router.stack != "encoder"
-        ]
+        listed = self.trace.routers
+        known = [r for r, x in enumerate(listed) if x.first_choice_known and x.stack != "encoder"]
         found = {r: np.empty(len(at), np.int32) for r in known}
         shard_S, row_S = self.shard[at], self.row[at]
         for number in np.unique(shard_S).tolist():
@@ -139,21 +128,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Spans:
-    """at_a, at_b: int64 [S], the last token of each span, the first at which the model has seen all
-    of it. text: which text each span is, an index into `texts`. document: int64 [S].
-    common: the share of the bytes that both traces have, of the documents of the sample.
-    documents: of the sample; of: of A."""
-
     a: Side
     b: Side
-    at_a: np.ndarray
+    at_a: np.ndarray  # int64 [S]: the last token, the first at which the model has seen all of it
     at_b: np.ndarray
-    text: np.ndarray
+    text: np.ndarray  # int64 [S]: an index into `texts`
     texts: list[str]
-    document: np.ndarray
-    common: float
-    documents: int
-    of: int
+    document: np.ndarray  # int64 [S]
+    common: float  # share of the bytes that both traces have, of the documents of the sample
+    documents: int  # of the sample
+    of: int  # documents of A
 
 
 class TokenBytes:
@@ -168,10 +152,11 @@ class TokenBytes:
         special = {name for part in ("before", "after") for name in frame.get(part) or []}
         words = [b"" if text in special else _bytes(text) for text in table["token"].to_pylist()]
         config = (trace.manifest.get("model") or {}).get("config") or {}
-        ids: list[Any] = [config.get(name) for name in SPECIAL_IDS]
-        for i in [one for some in ids for one in (some if isinstance(some, list) else [some])]:
-            if isinstance(i, int) and 0 <= i < len(words):
-                words[i] = b""
+        for name in SPECIAL_IDS:
+            of = config.get(name)
+            for i in of if isinstance(of, list) else [of]:
+                if isinstance(i, int) and 0 <= i < len(words):
+                    words[i] = b""
         self.words, self.size_V = words, np.array([len(word) for word in words], np.int64)
 
     def text(self, token_id: np.ndarray) -> bytes:
@@ -215,10 +200,9 @@ class TokenBytes:
     def side(self, documents: list[int]) -> Side:
         """The tokens of these documents, the first of each where a sequence was fed twice."""
         index_of = {document: i for i, document in enumerate(documents)}
-        known = np.array(sorted(index_of), np.int64)
         parts = [np.zeros((6, 0), np.int64)]
         for number, part, rows in self.shards():
-            kept = np.isin(part[0], known)
+            kept = np.isin(part[0], documents)
             at = np.array([index_of[d] for d in part[0, kept].tolist()], np.int64)
             shard = np.full(len(at), number)
             parts.append(np.stack([at, *part[1:3, kept], shard, rows[kept], part[3, kept]]))
@@ -248,37 +232,37 @@ def common_spans(trace_a: Trace, trace_b: Trace, selection: Selection) -> Spans:
     sample = both[::step]
     a = bytes_a.side([starts_a[key][1] for key in sample])
     b = bytes_b.side([starts_b[key][1] for key in sample])
-    at_a, at_b, text, document = ([np.zeros(0, np.int64)] for _ in range(4))
-    names, common, total = dict[bytes, int](), 0, 0
+    parts, names, common, total = [np.zeros((4, 0), np.int64)], dict[bytes, int](), 0, 0
     edges_a, edges_b = (np.searchsorted(x.document, np.arange(len(sample) + 1)) for x in (a, b))
     for d in range(len(sample)):
-        begin_a, begin_b = int(edges_a[d]), int(edges_b[d])
-        ids_a, ids_b = a.token_id[begin_a : edges_a[d + 1]], b.token_id[begin_b : edges_b[d + 1]]
+        ids_a, ids_b = (
+            x.token_id[edges[d] : edges[d + 1]] for x, edges in ((a, edges_a), (b, edges_b))
+        )
         text_a, text_b = bytes_a.text(ids_a), bytes_b.text(ids_b)
-        same = _common_prefix(text_a, text_b)
-        common, total = common + same, total + min(len(text_a), len(text_b))
+        size = min(len(text_a), len(text_b))
+        differs = np.frombuffer(text_a, np.uint8, size) != np.frombuffer(text_b, np.uint8, size)
+        same = int(differs.argmax()) if differs.any() else size
+        common, total = common + same, total + size
         end_a, end_b = np.cumsum(bytes_a.size_V[ids_a]), np.cumsum(bytes_b.size_V[ids_b])
         cuts = np.intersect1d(end_a, end_b)
         cuts = cuts[(cuts > 0) & (cuts <= same)]
         # the first token that ends there; others that do write nothing
-        at_a.append(begin_a + np.searchsorted(end_a, cuts))
-        at_b.append(begin_b + np.searchsorted(end_b, cuts))
+        at_a = edges_a[d] + np.searchsorted(end_a, cuts)
+        at_b = edges_b[d] + np.searchsorted(end_b, cuts)
         spans = [text_a[i:j] for i, j in pairwise([0, *cuts.tolist()])]
-        text.append(np.array([names.setdefault(span, len(names)) for span in spans], np.int64))
-        document.append(np.full(len(cuts), d))
+        text = np.array([names.setdefault(span, len(names)) for span in spans], np.int64)
+        parts.append(np.stack([at_a, at_b, text, np.full(len(cuts), d)]))
     share = common / total if total else 0.0
     if share < LEAST_COMMON:
         raise MoeInspectError(
             f"A and B have {share:.0%} of the bytes of {len(sample):,} common documents in common: "
             "trace the same text with both"
         )
-    at_a_S, at_b_S, text_S, document_S = map(np.concatenate, (at_a, at_b, text, document))
+    at_a, at_b, text, document = np.concatenate(parts, axis=1)
     texts = [name.decode("utf-8", "backslashreplace") for name in names]
-    of = len(starts_a)
-    return Spans(a, b, at_a_S, at_b_S, text_S, texts, document_S, share, len(sample), of)
-
-
-def _common_prefix(a: bytes, b: bytes) -> int:
-    size = min(len(a), len(b))
-    differs = np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size)
-    return int(differs.argmax()) if differs.any() else size
+    return Spans(
+        *(a, b, at_a, at_b, text, texts, document),
+        common=share,
+        documents=len(sample),
+        of=len(starts_a),
+    )

@@ -1,1 +1,0 @@
-"""Two models that cannot be compared decision by decision, side by side."""
