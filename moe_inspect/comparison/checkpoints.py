@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import pandas as pd
 
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE
 from moe_inspect.comparison.decisions.data import Decisions
-from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Kind, Tables
+from moe_inspect.comparison.result import CHECKPOINT_TABLES, Comparison, Kind
 from moe_inspect.reporting.charts.spec import SERIES, Axis, Chart, Line, Panel
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.registry import Excerpt, table
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.text import plural
-from moe_inspect.trace.reader import Trace
 
 SETTLED = 0.9  # overlap with the last checkpoint
 BALANCE = ("max_over_mean", "max_vio", "dead_experts", "entropy")
@@ -29,26 +27,14 @@ class Checkpoints(Comparison):
     """Traces of one text, in the order of training, each compared with the last."""
 
     def __init__(self, comparisons: Sequence[Decisions]):
-        self.comparisons = comparisons
-        self.a, self.b = comparisons[0].a, comparisons[0].b
-        self.given = comparisons[0].options.given
-        self.tables = Tables(self)
-
-    @property
-    def trace(self) -> Trace:
-        return self.b
+        traces = [*(made.a for made in comparisons), comparisons[0].b]
+        super().__init__(traces, comparisons[0].options.given)
+        self.comparisons, self.trace = comparisons, self.b
+        self.names = [str(trace.path) for trace in traces]
 
     @property
     def why(self) -> str:
         return "of more than two traces, each is compared with the last"
-
-    @property
-    def traces(self) -> list[Trace]:
-        return [*(made.a for made in self.comparisons), self.b]
-
-    @cached_property
-    def names(self) -> list[str]:
-        return [str(trace.path) for trace in self.traces]
 
     @property
     def title(self) -> str:

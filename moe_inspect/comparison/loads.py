@@ -40,6 +40,8 @@ class Loads(result.Paired):
     """Traces A and B, at least one of which holds counts only; they may still be written. Nothing
     is counted before it is asked for."""
 
+    refused = OF_DECISIONS
+
     def __init__(
         self,
         a: Trace,
@@ -47,8 +49,6 @@ class Loads(result.Paired):
         options: result.PairSettings,
         progress: Callable[[int], None] | None = None,
     ):
-        self.a, self.b = a, b
-        options.refuse(OF_DECISIONS, self.why)
         super().__init__(a, b, options)
         self.reports: dict[str, Report] = {}
         for side, trace, routers in zip(SIDES, (a, b), zip(*self.pairs, strict=True), strict=True):

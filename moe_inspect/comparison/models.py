@@ -44,17 +44,15 @@ class Models(result.Comparison):
         asked: bool = False,
         progress: Callable[[int], None] | None = None,
     ):
-        self.a, self.b, self.top = a, b, options.top
-        self.of_side = dict(zip(SIDES, self.traces, strict=True))
-        domains, phase = options.domains, options.phase
+        domains, phase, self.top = options.domains, options.phase, options.top
+        given = {"domains": domains, "phase": phase, "top": options.given.get("top")}
+        given["side_by_side"] = asked
+        super().__init__([a, b], {name: value for name, value in given.items() if value})
+        self.of_side, self._reasons = dict(zip(SIDES, self.traces, strict=True)), reasons
         self.reports = {
             side: report(trace, domains=domains, phase=phase, progress=progress)
             for side, trace in self.of_side.items()
         }
-        self._reasons = list(reasons)
-        given = {"domains": domains, "phase": phase, "top": options.given.get("top")}
-        self.given = {k: v for k, v in (given | {"side_by_side": asked}).items() if v}
-        self.tables = result.Tables(self)
 
     def of_sides(self, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """The rows of each trace of a table."""

@@ -63,19 +63,12 @@ class Comparison(Shown):
     come to, in plain sentences. `print(comparison)` is one screen of it."""
 
     kind: ClassVar[Kind[Any]]
-    a: Trace
-    b: Trace
-    # the keywords of `compare` that are not as by default
-    given: Mapping[str, object]
 
-    @property
-    def trace(self) -> Trace:
-        """The one whose routers name what is compared."""
-        return self.a
-
-    @property
-    def traces(self) -> list[Trace]:
-        return [self.a, self.b]
+    def __init__(self, traces: Sequence[Trace], given: Mapping[str, object]):
+        self.traces, self.a, self.b = list(traces), traces[0], traces[-1]
+        self.trace = self.a  # the one whose routers name what is compared
+        self.given = given  # the keywords of `compare` that are not as by default
+        self.tables = Tables(self)
 
     def label(self, r: int) -> str:
         """The layer of a router of it, in words."""
@@ -242,12 +235,15 @@ class Paired(Comparison):
     """Traces A and B of one model. pairs: (router of A, router of B). DifferentModelsError where
     the routers have other experts or another k."""
 
+    refused: ClassVar[Sequence[str]] = ()  # options that the traces have nothing for
+
     def __init__(self, a: Trace, b: Trace, options: PairSettings):
-        self.a, self.b, self.options, self.given = a, b, options, options.given
+        super().__init__([a, b], options.given)
+        options.refuse(self.refused, self.why)
+        self.options = options
         self.selection = select(a, options.layers, options.domains, options.phase)
         routers, shift = self.selection.routers, options.shift_layers
         self.pairs = routers_of_one_model(a, b, routers, shift, options.layers)
-        self.tables = Tables(self)
 
     def place(self, r: int) -> dict[str, int]:
         """The first columns of a row about a router of A."""

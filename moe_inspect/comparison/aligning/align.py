@@ -72,7 +72,7 @@ def read_runs(trace: Trace) -> Runs:
     if not sum(sizes):
         raise MoeInspectError(f"{trace.path} holds no tokens: nothing to compare")
     columns = np.concatenate([part for part, _, _ in found], axis=1)
-    key_G, group = _unique_rows(_keys(*columns[:5]))
+    key_G, group = _sequences(columns[:5])
     position, length, row, content, prefix = columns[3:]
     return Runs(
         position,
@@ -100,7 +100,7 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     encoder_T = np.array([phase == PHASES[2] for phase in phases], bool)[phase_T]
     edges = run_edges(document_T, sequence_T, encoder_T, position_T - np.arange(len(position_T)))
     first = edges[:-1]
-    hash_T = token_hash(id_T, position_T)
+    hash_T = _token_hash(id_T, position_T)
     early_T = np.where(position_T < PREFIX, hash_T, 0)
     keys = (column_T[first] for column_T in (document_T, sequence_T, encoder_T, position_T))
     hashes = (np.add.reduceat(x, first) if len(first) else first for x in (hash_T, early_T))
@@ -108,9 +108,8 @@ def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
     return part, [labels[d] for d in np.unique(code_T)], bool((id_T >= 0).any())
 
 
-def token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
-    """int64 [T]: a hash of each token id at its position, whose sum over a sequence is a hash of
-    it (splitmix64)."""
+def _token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
+    """int64 [T], whose sum over a sequence is a hash of it (splitmix64)."""
     x_T = (id_T.astype(np.uint64) << np.uint64(32)) ^ position_T.astype(np.uint64)
     with np.errstate(over="ignore"):
         x_T += np.uint64(0x9E3779B97F4A7C15)
@@ -119,33 +118,21 @@ def token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
     return (x_T ^ (x_T >> np.uint64(31))).view(np.int64)
 
 
-def _keys(
-    document: np.ndarray,
-    sequence: np.ndarray,
-    encoder: np.ndarray,
-    position: np.ndarray,
-    length: np.ndarray,
-) -> np.ndarray:
-    """What names the sequence of each run, int64 [R, 4]. Sequences are numbered within their
-    document: how a program numbers them overall is its own affair. A run that begins no later than
-    the one before it ended is of another repetition of the sequence."""
-    pairs, of_run = _unique_rows(np.stack([document, sequence], axis=1))
-    first_of_document = np.searchsorted(pairs[:, 0], pairs[:, 0])
-    ordinal = (np.arange(len(pairs)) - first_of_document)[of_run]
-    key = np.stack([document, ordinal, encoder], axis=1)
-    _, group = _unique_rows(key)
-    before = pd.Series(position + length).groupby(group).shift(fill_value=position.min())
-    repetition = (position < before).groupby(group).cumsum()
-    return np.column_stack([key, repetition])
-
-
-def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows in ascending order, and which of them each row is."""
-    order = np.lexsort(rows.T[::-1])
-    edges = run_edges(rows[order])
-    which = np.empty(len(rows), np.int64)
-    which[order] = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-    return rows[order[edges[:-1]]], which
+def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What names each sequence, int64 [G, 4], and which of them each run is of. Sequences are
+    numbered within their document: how a program numbers them overall is its own affair. A run that
+    begins no later than the one before it ended is of another repetition of the sequence.
+    columns: document, sequence, encoder or not, position and length of each run."""
+    names = ["document", "sequence", "encoder"]
+    runs = pd.DataFrame(columns.T, columns=pd.Index([*names, "position", "length"]))
+    runs["sequence"] = runs.groupby("document")["sequence"].rank("dense").astype(np.int64) - 1
+    runs["end"] = runs["position"] + runs["length"]
+    before = runs.groupby(names)["end"].shift(fill_value=runs["position"].min())
+    runs["again"] = (runs["position"] < before).astype(np.int64)
+    runs["repetition"] = runs.groupby(names)["again"].cumsum()
+    names.append("repetition")
+    key_G = runs[names].drop_duplicates().sort_values(names).to_numpy()
+    return key_G, runs.groupby(names).ngroup().to_numpy()
 
 
 def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:

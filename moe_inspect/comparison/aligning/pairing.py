@@ -40,25 +40,15 @@ def same_places(
 ) -> tuple[tuple[int, int], ...]:
     """(router of A, router of B): the same layer, or layer n of B with n + shift_layers of A, the
     same stack, and the same place among the routers of the layer."""
-    place_b = {key: r for r, key in enumerate(_places(b.routers))}
-    place_a = _places(a.routers)
-    pairs = list[tuple[int, int]]()
-    for r in routers:
-        layer, stack, nth = place_a[r]
-        other = place_b.get((layer - shift_layers, stack, nth))
-        if other is not None:
-            pairs.append((r, other))
-    return tuple(pairs)
+    place_a, place_b = _places(a.routers, 0), _places(b.routers, shift_layers)
+    router_b = {place: m for m, place in enumerate(place_b)}
+    return tuple((r, router_b[place_a[r]]) for r in routers if place_a[r] in router_b)
 
 
-def _places(routers: Sequence[Router]) -> list[tuple[int, str, int]]:
+def _places(routers: Sequence[Router], shift: int) -> list[tuple[int, str, int]]:
     """(layer, stack, place among the routers of both) of each."""
-    seen, places = dict[tuple[int, str], int](), list[tuple[int, str, int]]()
-    for router in routers:
-        key = router.layer, router.stack
-        places.append((*key, seen.get(key, 0)))
-        seen[key] = seen.get(key, 0) + 1
-    return places
+    keys = [(router.layer + shift, router.stack) for router in routers]
+    return [(*key, keys[:r].count(key)) for r, key in enumerate(keys)]
 
 
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
@@ -100,10 +90,8 @@ def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> l
             found.append(f"A has {a_has} {what}, B {b_has}")
         elif apart:
             r, m = apart[0]
-            found.append(
-                f"layer {layer_label(of_a, r)} has {size(of_a[r])} {what} in A, {size(of_b[m])} in "
-                "B"
-            )
+            has = f"has {size(of_a[r])} {what} in A, {size(of_b[m])} in B"
+            found.append(f"layer {layer_label(of_a, r)} {has}")
     return found
 
 

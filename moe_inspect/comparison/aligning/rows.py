@@ -130,9 +130,7 @@ def rows_of_shard(
     domains: the labels of A."""
     rows_a, rows_b = rows_of(s.row_a, s.length), rows_of(s.row_b, s.length)
     shard_b, size_T, last_T = (np.repeat(of_S, s.length) for of_S in (s.shard_b, s.size, s.last))
-    start_T = np.repeat(s.position - np.cumsum(s.length) + s.length, s.length)
-    position_T = start_T + np.arange(len(rows_a))
-    shard = traces[0].shard(int(s.shard_a[0]))
+    position_T, shard = rows_of(s.position, s.length), traces[0].shard(int(s.shard_a[0]))
     table = shard.tokens(["document", "domain", "phase"])
     code_T, labels = codes(table["domain"])
     phase_T, phases = codes(table["phase"])
@@ -164,9 +162,8 @@ def same_files(a: Shard, b: Shard) -> bool:
     """Whether two shards have the same bytes, as the traces state them: nothing is read."""
     tables = set(a.files.stated) & set(b.files.stated) & {"tokens", "routing", "logits"}
     hashes = [(a.files.stated[t].sha256, b.files.stated[t].sha256) for t in sorted(tables)]
-    return set(a.files.stated) == set(b.files.stated) and all(
-        x is not None and x == y for x, y in hashes
-    )
+    same = all(x is not None and x == y for x, y in hashes)
+    return same and set(a.files.stated) == set(b.files.stated)
 
 
 def all_alike(traces: tuple[Trace, Trace], alignment: Alignment) -> bool:

@@ -235,12 +235,6 @@ def _of_b(
     return found
 
 
-def _worst(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    if len(frame) <= most:
-        return frame
-    return frame.nlargest(most, SHARE).sort_values(["layer", "router"])
-
-
 Decisions.kind = result.Kind(
     of="decisions",
     tables=result.TABLES,
@@ -286,13 +280,11 @@ Decisions.kind = result.Kind(
         "summary": ("", "About these traces", ""),
     },
     excerpts={
-        "agreement": Excerpt(
-            "the routers that differ most",
-            _worst,
-            (
-                *("layer", "router", SHARE, f"{SHARE}_low", f"{SHARE}_high", "overlap"),
-                *("first_choice", "weight_l1", f"noise_{SHARE}"),
-            ),
+        "agreement": result.highest(
+            SHARE,
+            *("layer", "router", SHARE, f"{SHARE}_low", f"{SHARE}_high", "overlap"),
+            *("first_choice", "weight_l1", f"noise_{SHARE}"),
+            what="the routers that differ most",
         ),
         "tokens": Excerpt(
             "the first rows", pd.DataFrame.head, ("routers", "tokens", "share", "share_more")

@@ -33,8 +33,7 @@ CONFIDENCE = 0.05
 @table(by_router=AGREEMENT, tables=TABLES)
 def agreement(data: Decisions) -> pd.DataFrame:
     """One row per router: the share of decisions with another set of experts, the share of their
-    experts that both chose, and what is known of order and weights; with 95 % intervals over
-    documents."""
+    experts that both chose, and what is known of order and weights."""
     noise = dict[int, float]()
     if data.noise is not None:
         hits_R, of_R = data.noise.hits().sum(2)
@@ -85,9 +84,9 @@ def _by(
     names: Sequence[object],
     parts: Callable[[int], Sequence[np.ndarray]],
 ) -> pd.DataFrame:
-    """A row per router and part that has any decision. names: of the parts. parts: of a router,
-    int64 [U, P] each: decisions, those with another set of experts, and, where these are known,
-    assignments that the other trace did not make and slots that route nowhere in both."""
+    """A row per router and part that has any decision. parts: of a router, int64 [U, P] each:
+    decisions, those with another set of experts, and, where these are known, assignments that the
+    other trace did not make and slots that route nowhere in both."""
     rows = list[Row]()
     for r, _ in data.pairs:
         n_UP, mismatch_UP, *more = parts(r)
@@ -274,8 +273,7 @@ def recorded_otherwise(data: Decisions) -> Facts:
 @table(tables=TABLES)
 def flips(data: Decisions) -> pd.DataFrame:
     """One row per pair of experts: how often `other` is chosen in B where A chose `expert`, and
-    how often it would be if which expert is dropped said nothing of which is taken; the most
-    frequent of a router first."""
+    how often it would be if which expert is dropped said nothing of which is taken."""
     parts = list[pd.DataFrame]()
     for r, _ in data.pairs:
         flips_EE = data.of(r).flips_EE
@@ -318,8 +316,7 @@ MOVERS = ("layer", "router", "domain", "expert", "load_a", "load_b", "change", "
 @table(tables=TABLES)
 def movers(data: Decisions) -> pd.DataFrame:
     """One row per expert whose load changed by more than chance among documents explains, in all
-    domains together (`domain` is empty) or in one; the largest changes first. The intervals, over
-    documents, are widened for the number of experts that are looked at."""
+    domains together (`domain` is empty) or in one; the largest changes first."""
     from scipy.stats import t as student
 
     rows = list[tuple[object, ...]]()
@@ -346,9 +343,8 @@ def movers(data: Decisions) -> pd.DataFrame:
 
 @table(tables=TABLES)
 def matched(data: Decisions) -> pd.DataFrame:
-    """One row per router, for two seeds of one architecture, which number their experts by chance:
-    the overlap as numbered, after B's experts were matched with A's by the tokens they share, and
-    what matching finds when B's tokens are shuffled. On a sample of tokens."""
+    """One row per router: the overlap on a sample as numbered, after B's experts were matched with
+    A's by the tokens they share, and what matching finds when B's tokens are shuffled."""
     columns = ["router", "tokens", "overlap", "overlap_matched", "overlap_matched_by_chance"]
     rows = matched_overlaps((data.a, data.b), data.alignment, data.pairs)
     frame = pd.DataFrame(list(rows), columns=columns)
@@ -367,10 +363,9 @@ COLUMNS = (
 
 @table(tables=TABLES)
 def worth(data: Decisions) -> pd.DataFrame:
-    """One row per expert, where both traces have the norms of outputs (`--output-norms`), over the
-    tokens compared: REAP, mean norm and share (of the layer's gate weight × norm) in each, how
-    REAP and mean norm change from A to B (relative, with 95 % intervals over documents), and of
-    the assignments that both made, the mean |difference| of their norms, relative to A's."""
+    """One row per expert, where both traces have the norms of outputs: REAP, mean norm and share of
+    the layer's gate weight × norm in each, how REAP and mean norm change from A to B, and of the
+    assignments that both made, the mean |difference| of their norms, relative to A's."""
     if data.why_not("worth"):
         return pd.DataFrame(columns=list(COLUMNS))
     parts = [_worth_of(data, r, sums) for r, sums in data.outputs.items()]
@@ -426,10 +421,9 @@ VALUES = (
 
 @table(tables=TABLES)
 def loss(data: Decisions) -> pd.DataFrame:
-    """Where both traces have losses (`--token-loss`), a row for the tokens of all domains (`domain`
-    is empty) and of each, of any routes (`routes` is empty), of the same experts at every router,
-    and of different ones at any: the mean loss in each trace, B's minus A's with a 95 % interval
-    over documents, and the mean of its absolute value; and the same of the entropy of the
+    """Where both traces have losses, a row for the tokens of all domains (`domain` is empty) and of
+    each, of any routes (`routes` is empty), of the same experts at every router, and of different
+    ones at any: the loss in each trace and its difference; and the same of the entropy of the
     prediction, how undecided the model was."""
     rows = list[Row]()
     losses = {} if data.why_not("loss") else data.losses
