@@ -73,8 +73,7 @@ def _numbered(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 @table(tables=CHECKPOINT_TABLES)
 def change(data: Checkpoints) -> pd.DataFrame:
-    """One row per checkpoint and router: its balance and specialization, as its report has
-    them."""
+    """One row per checkpoint and router: its balance and specialization."""
     parts, of = list[pd.DataFrame](), data.comparisons[0].options
     for trace in data.traces:
         made = report(trace, layers=of.layers, domains=of.domains, phase=of.phase)
@@ -93,8 +92,7 @@ def checkpoints(data: Checkpoints) -> pd.DataFrame:
 
 
 def saturation_curves(data: Checkpoints) -> Chart:
-    """Curves of the overlap with the last checkpoint, a line per layer, or the mean, least and
-    most of many."""
+    """A line per layer, or the mean, least and most of many."""
     rows, names = data.tables["saturation"], [Path(name).name for name in data.names]
     by_router = rows.pivot(index="checkpoint", columns="router", values="overlap")
     x, colours = by_router.index.to_numpy(float), SERIES

@@ -1,6 +1,5 @@
-"""Two traces of which one holds counts only, compared by the load of the experts: the report of
-each, which router goes with which, the tables, and what they come to as findings and as charts.
-`layer, router` are A's.
+"""Two traces of which one holds counts only, compared by the load of the experts. `layer, router`
+are A's.
 
 E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 """
@@ -82,8 +81,7 @@ class Loads(result.Paired):
         return np.stack([assignments.to_numpy(float) for assignments in of])
 
     def design_effect(self, router: int) -> float:
-        """How much more than with independent tokens the load of a router of A varies, where a
-        trace of decisions tells it; else 1."""
+        """How much more than of independent tokens the load varies, if decisions tell it."""
         effects = [self.of(side, "balance", router)["design_effect"].iloc[0] for side in SIDES]
         return float(np.nanmax([1.0, *map(float, effects)]))
 
@@ -99,8 +97,7 @@ class Loads(result.Paired):
         return "chance" if self.documents_known else "chance of independent tokens"
 
     def of(self, side: str, table: str, router: int) -> pd.DataFrame:
-        """The rows of a table of one trace's report that are about a router of A, or the one of B
-        that goes with it."""
+        """The rows of a table of one trace's report about a router of A, or the one of B."""
         r = dict(self.pairs)[router] if side == "b" else router
         rows = self.reports[side].tables[table]
         return rows[rows["router"] == r]
@@ -233,8 +230,7 @@ def summary(data: Loads) -> pd.DataFrame:
     tables=LOAD_TABLES,
 )
 def balance(data: Loads) -> pd.DataFrame:
-    """One row per router: the balance in A, in B, and B's minus A's, beside what chance gives
-    documents like these (expected_by_chance)."""
+    """One row per router: the balance in A, in B, and B's minus A's, beside chance."""
     of_side = dict[str, pd.DataFrame]()
     for side, routers in zip(SIDES, zip(*data.pairs, strict=True), strict=True):
         of_side[side] = data.reports[side].tables["balance"].set_index("router").loc[[*routers]]
@@ -327,11 +323,10 @@ def diverged(data: Loads) -> pd.DataFrame:
 
 
 def times_floor(data: Loads, r: int) -> float:
-    """How many times its floor the total variation of two loads of a router of A must be to be
-    beyond chance, at ALPHA for all routers together; at least BEYOND. The fewer experts its load
-    varies over, the more the distance itself varies: over n of them (counted by how much each
-    varies, as of two that share all tokens), it is taken for a chi variable of n − 1 degrees of
-    freedom."""
+    """How many times its floor the total variation of two loads must be to be beyond chance, at
+    ALPHA for all routers together. The fewer experts the load varies over, the more the distance
+    itself varies: over n (counted by how much each varies, as of two that share all tokens), it is
+    taken for a chi variable of n − 1 degrees of freedom."""
     k, load_E = data.a.routers[r].top_k, data.load_2E(r).sum(0)
     chosen_E = np.clip(k * load_E / max(load_E.sum(), 1), 0, 1)
     error_E = np.sqrt(chosen_E * (1 - chosen_E))
@@ -389,8 +384,7 @@ def shifted(data: Loads) -> Iterator[Finding]:
 
 
 def collapsed(data: Loads) -> Iterator[Finding]:
-    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
-    other; of counts, where no documents explain such a difference of the shares."""
+    """Of counts, where no documents explain such a difference of the shares."""
     found = list[Collapse]()
     for r, _ in data.pairs:
         load_2E = data.load_2E(r)

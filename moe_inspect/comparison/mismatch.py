@@ -1,5 +1,4 @@
-"""The routing mismatch of two arrays, for a training loop: the numbers of a comparison without a
-trace.
+"""The routing mismatch of two arrays, for a training loop: a comparison without a trace.
 
 T tokens, L layers, K slots.
 """

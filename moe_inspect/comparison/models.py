@@ -1,6 +1,4 @@
-"""Two models that cannot be compared decision by decision, side by side: the report of each, the
-spans of text that they have in common, the tables, and what they come to as findings and as charts
-over relative depth.
+"""Two models that cannot be compared decision by decision, side by side.
 
 E experts, k experts per token, D domains, S spans, V texts.
 """
@@ -221,8 +219,7 @@ def spans(data: Models) -> pd.DataFrame:
 
 @table(tables=MODEL_TABLES)
 def vocabulary(data: Models) -> pd.DataFrame:
-    """One row per trace, expert and text: the spans that choose the expert first most exclusively,
-    with the fraction of the span's occurrences."""
+    """One row per trace, expert and text: the spans that choose the expert most exclusively."""
     texts = np.array([data.spans.texts[i] for i in data.texts], object)
     parts: dict[str, list[pd.DataFrame]] = {side: [] for side in SIDES}
     for (side, r), explained in data.explained.items():
@@ -246,8 +243,7 @@ def vocabulary(data: Models) -> pd.DataFrame:
 
 
 def _of_both(data: Models, of_side: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The rows of both, with `trace` and the relative depth, 0 the first layer and 1 the last,
-    beside the names of the routers."""
+    """The rows of both, with `trace` and the depth, 0 the first layer and 1 the last."""
     parts = list[pd.DataFrame]()
     for side, part in of_side.items():
         part = part.copy()
@@ -396,8 +392,7 @@ CHARTS = {
 
 
 def by_depth(data: Models, name: str) -> Chart:
-    """A column of both traces by relative depth, with its interval and chance where the table has
-    them."""
+    """A column by relative depth, with its interval and chance where the table has them."""
     _, of, column, axis, title, caption, text = CHARTS[name]
     table, marks = data.tables[of], list[Line]()
     for side, rows in data.of_sides(table).items():

@@ -200,8 +200,7 @@ class Tables(LazyTables):
 
 @dataclass(frozen=True)
 class PairSettings:
-    """shift_layers: B's layer n is compared with A's n + shift_layers. shift_positions,
-    shift_routes, drop_last: as `align` takes them."""
+    """Options of `compare`; shifts and drop_last as `align` takes them."""
 
     layers: str | int | Iterable[int | str] | None = None
     domains: str | Iterable[str] | None = None
@@ -307,8 +306,7 @@ COLOURS: dict[str, str] = dict(zip(SIDES, ("c1", "c2"), strict=True))
 def balance_of_both(
     rows: Mapping[str, pd.DataFrame], name_of: Callable[[str, int], str], more: str = ""
 ) -> Iterator[Finding]:
-    """How even the load is in each. rows: side → those of its table `balance`. name_of: the layer
-    of a side's router."""
+    """rows: side → those of its table `balance`. name_of: the layer of a side's router."""
     said, values = list[str](), Row()
     for side, every in rows.items():
         of = every.dropna(subset=["max_over_mean"])

@@ -1,6 +1,5 @@
 """The same text, cut into tokens by two tokenizers: the spans of bytes between the cuts that both
-make, and how much of a router's first choice their text explains, as a share of its entropy. White
-space is left out, which tokenizers treat differently.
+make, without white space, and how much of a router's first choice their text explains.
 
 T tokens of a document, S spans, V texts or token ids, E experts, G groups of documents.
 """
@@ -111,8 +110,7 @@ class Side:
     token_id: np.ndarray
 
     def first_choices(self, at: np.ndarray) -> dict[int, np.ndarray]:
-        """Router → int32 [S], the first choice of each of these tokens, the number of experts where
-        it has none; routers of a decoder whose first choice is known."""
+        """Router of a decoder → int32 [S], these tokens' first choices, E where there is none."""
         listed = self.trace.routers
         known = [r for r, x in enumerate(listed) if x.first_choice_known and x.stack != "encoder"]
         found = {r: np.empty(len(at), np.int32) for r in known}
@@ -163,8 +161,7 @@ class TokenBytes:
         return b"".join([self.words[i] for i in token_id.tolist()])
 
     def shards(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Of each shard its number, int64 [4, T]: document, sequence, position and token id; and
-        which rows these are."""
+        """Of each shard its number, document, sequence, position and id [4, T], and the rows."""
         names = ["document", "sequence", "position", "token_id"]
         wanted, phase = self.selection.domains, self.selection.phase
         for number, shard in enumerate(self.trace.shards):
@@ -181,8 +178,7 @@ class TokenBytes:
             yield number, part, rows
 
     def starts(self) -> dict[tuple[bytes, int], tuple[int, int]]:
-        """How each document begins (and which of those that begin so it is) → its number of tokens,
-        and its number. In the order of the documents' numbers."""
+        """How each document begins (and which of those it is) → its tokens, and its number."""
         early, sizes = [np.zeros((4, 0), np.int64)], Counter[int]()
         for _, part, _ in self.shards():
             early.append(part[:, part[2] < KEY_TOKENS])

@@ -1,5 +1,4 @@
-"""Load by expert and domain, as CSV, JSON or Parquet; and the sums that `sglang` and `esft` write
-as well.
+"""Load by expert and domain, as CSV, JSON or Parquet; and the sums that others write as well.
 
 T tokens, K slots, E experts, D domains.
 """
@@ -86,8 +85,7 @@ COUNTS = pa.schema(KEYS | VALUES | {"experts": INT32, "top_k": INT32})
 
 
 def counts(trace: Trace, output: Path, safe_csv: bool = False) -> None:
-    """A row per expert, router and domain, also of experts without load: the input of pruning by
-    load or by gate weight."""
+    """A row per expert, router and domain, also of experts without load."""
     if output.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         raise MoeInspectError(f"-o {output}: counts are written as .csv, .json or .parquet")
     columns: dict[str, list[object]] = {name: [] for name in COUNTS.names}

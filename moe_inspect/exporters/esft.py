@@ -112,8 +112,7 @@ def _folder(domain: str, root: Path, folders: dict[str, Path]) -> Path:
 
 
 def _config(scores: Scores, top_p: float) -> dict[str, object]:
-    """ESFT's training configuration: of each layer the experts with the highest scores, until they
-    have the share `top_p` of all that are above 0."""
+    """Of each layer the experts with the highest scores, up to the share `top_p` of these."""
     experts: dict[str, list[int]] = {}
     for layer, of_expert in scores.items():
         # an expert without which the loss is less has a score below 0
@@ -126,8 +125,7 @@ def _config(scores: Scores, top_p: float) -> dict[str, object]:
 
 
 def _scores(trace: Trace, sums: list[dict[str, np.ndarray]]) -> dict[str, Scores]:
-    """token_scores: share of the assignments; gate_scores: gate weight ÷ tokens. sums: of each
-    router, in one domain."""
+    """Share of the assignments; gate weight ÷ tokens. sums: of each router, in one domain."""
     load_LE, weight_LE = ([of[name] for of in sums] for name in ("count", "weight_sum"))
     tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
     gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]

@@ -20,8 +20,7 @@ from moe_inspect.trace.shard import Shard
 
 
 def long_parquet(trace: Trace, output: Path) -> None:
-    """A row per assignment, with all that is known of its token, for a quick look in any tool.
-    Several times the trace's size."""
+    """For a quick look in any tool; several times the trace's size."""
     need_decisions(trace, "long-parquet")
     routers, settings = range(len(trace.routers)), {"compression": "zstd", "compression_level": 1}
     with (
@@ -35,8 +34,7 @@ def long_parquet(trace: Trace, output: Path) -> None:
 
 
 def long_schema(trace: Trace) -> pa.Schema:
-    """Columns of a row per assignment: its key, its expert, what was recorded of the slot, and the
-    facts of its token."""
+    """The key, the expert, what was recorded of the slot, and the facts of its token."""
     kinds = [(name, pa.uint16()) for name in ("layer", "router", "slot", "expert")]
     values = [(value, pa.float32()) for value in _values(trace)]
     facts = [f for f in schema.tokens_schema(trace.has_loss) if f.name != "token"]
@@ -48,8 +46,7 @@ def _values(trace: Trace) -> list[str]:
 
 
 def long_tables(trace: Trace, shard: Shard, routers: Iterable[int]) -> Iterator[pa.Table]:
-    """The assignments of a shard, a table per router: its tokens in order, the slots that routed
-    nowhere left out."""
+    """A table per router: its tokens in order, without slots that routed nowhere."""
     tokens, columns = shard.tokens(), long_schema(trace)
     for r in routers:
         seen_T, ids_TK = shard.seen(r), shard.ids(r)

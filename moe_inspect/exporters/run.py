@@ -18,8 +18,7 @@ from moe_inspect.trace.reader import Trace, open_trace
 
 @dataclass(frozen=True)
 class Exporter:
-    """`run(trace, output, **options)` writes the trace as `output`. `writes`: what that is, for
-    help and documentation."""
+    """`run(trace, output, **options)` writes the trace as `output`. `writes`: in words."""
 
     writes: str
     run: Callable[..., None]

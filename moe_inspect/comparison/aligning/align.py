@@ -1,5 +1,4 @@
-"""Which rows of two traces are the same token: by document, position and token id, or by the
-content of sequences where documents are numbered otherwise.
+"""Which rows of two traces are the same token: by document and position, or by content.
 
 T tokens of a shard, R runs and G sequences of a trace, P pairs of sequences, S segments.
 """
@@ -29,8 +28,7 @@ MARGIN = 2**20  # so that shifted positions stay on their line
 
 @dataclass(frozen=True)
 class Runs:
-    """Where each sequence of a trace is, in the order of its shards: R runs, each at consecutive
-    positions in consecutive rows of a shard. A sequence that is fed twice is two."""
+    """R runs, each of one sequence at consecutive positions in consecutive rows of a shard."""
 
     position: np.ndarray  # [R]: the first
     length: np.ndarray  # [R]
@@ -60,8 +58,7 @@ class Runs:
 
 
 def read_runs(trace: Trace) -> Runs:
-    """Reads the tokens tables of a trace. Memory grows with its sequences, not with its
-    decisions, unless tokens of many sequences follow each other in turn (decoding)."""
+    """Memory grows with sequences, or with tokens where those of many follow each other in turn."""
     if trace.counts_only:
         raise MoeInspectError(
             f"{trace.path} holds counts only, which cannot be compared token by token: "
@@ -88,8 +85,7 @@ def read_runs(trace: Trace) -> Runs:
 
 
 def _runs_of(shard: Shard) -> tuple[np.ndarray, list[str], bool]:
-    """int64 [8, R]: the runs of a shard, a row per column that `read_runs` reads; the domains;
-    whether ids are known."""
+    """int64 [8, R], a row per column that `read_runs` reads; the domains; whether ids are known."""
     names = ["document", "sequence", "position", "token_id"]
     table = shard.tokens([*names, "domain", "phase"])
     code_T, labels = codes(table["domain"])
@@ -119,10 +115,9 @@ def _token_hash(id_T: np.ndarray, position_T: np.ndarray) -> np.ndarray:
 
 
 def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What names each sequence, int64 [G, 4], and which of them each run is of. Sequences are
-    numbered within their document: how a program numbers them overall is its own affair. A run that
-    begins no later than the one before it ended is of another repetition of the sequence.
-    columns: document, sequence, encoder or not, position and length of each run."""
+    """What names each sequence, int64 [G, 4], and which of them each run is of. A run that begins
+    before the last one ended is of another repetition of the sequence. columns: document, sequence,
+    encoder or not, position and length of each run."""
     names = ["document", "sequence", "encoder"]
     runs = pd.DataFrame(columns.T, columns=pd.Index([*names, "position", "length"]))
     runs["sequence"] = runs.groupby("document")["sequence"].rank("dense").astype(np.int64) - 1
@@ -272,8 +267,7 @@ def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments
 
 
 def _on_lines(runs: Runs, group_P: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """The runs of paired sequences and where they begin, ascending; each pair on a line of its
-    own."""
+    """The runs of paired sequences and where they begin, ascending; each pair on its own line."""
     line_G = np.full(len(runs.key_G), -1)
     line_G[group_P] = np.arange(len(group_P))
     line = line_G[runs.group]
@@ -290,8 +284,7 @@ def _cut(segments: Segments, end_S: np.ndarray) -> Segments:
 
 
 def _paired(key_a: np.ndarray, key_b: np.ndarray) -> np.ndarray:
-    """int64 [P, 2]: the rows of A and of B that are the same, ascending. key_a, key_b: [G, X],
-    distinct rows."""
+    """int64 [P, 2]: the rows of A and of B, distinct ones, that are the same, ascending."""
     both = np.concatenate([key_a, key_b])
     order = np.lexsort(both.T[::-1])
     same = np.flatnonzero((both[order[1:]] == both[order[:-1]]).all(axis=1))
@@ -356,8 +349,7 @@ def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
     DifferentModelsError where that is since another tokenizer cut them."""
 
     def shifted(shift: int) -> float:
-        """The share of the tokens whose ids are so many positions further on in B, in the first
-        sequences with the same numbers."""
+        """The share of the tokens whose ids are so many positions further on in B, in a sample."""
         runs = alignment.a, alignment.b
         segments = segments_of(*runs, _paired(*(x.key_G for x in runs))[:SAMPLE], shift)
         same = sum(int((ids_a == ids_b).sum()) for _, ids_a, ids_b in _token_ids((a, b), segments))

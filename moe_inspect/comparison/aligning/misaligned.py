@@ -48,8 +48,7 @@ Chosen = tuple[np.ndarray, np.ndarray]  # bool [T, E]: the experts chosen in A, 
 
 @dataclass
 class SampledRows:
-    """Tokens in a row of one shard, which reach the routers of a stack: shifted rows are looked for
-    beside them. pairs: the routers of the stack that are compared."""
+    """Tokens in a row of one shard, and the routers that they reach, as they are compared."""
 
     traces: tuple[Trace, Trace]
     rows: AlignedRows
@@ -87,8 +86,7 @@ class SampledRows:
 def samples(
     traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
 ) -> Iterator[SampledRows]:
-    """Of each stack, tokens of the shard of A with the most of those that are compared; none where
-    there are none."""
+    """Of each stack, tokens of the shard of A with the most of those that are compared, if any."""
     s = alignment.segments
     if not len(s.length):
         return
@@ -120,8 +118,7 @@ def misalignments(
     routers: Sequence[int],
 ) -> list[Misalignment]:
     """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
-    is alike as it is compared. routers: those of A that are selected, also those that no router of
-    B is compared with."""
+    is alike as it is compared. routers: those of A that are selected."""
     sample = first_sample(traces, alignment, pairs)
     if sample is None or sample.rows.alike:
         return []
@@ -141,8 +138,7 @@ def misalignments(
 
 
 def agreement(a_TE: np.ndarray, b_TE: np.ndarray) -> float:
-    """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal, also
-    where every token has the same experts."""
+    """Overlap of the sets beyond chance: 0 where they are independent, 1 where they are equal."""
     if a_TE.shape != b_TE.shape or not a_TE.any():
         return 0.0
     size = np.maximum(a_TE.sum(1), b_TE.sum(1)).sum()
@@ -206,8 +202,7 @@ def _routes_shifted(sample: SampledRows) -> Misalignment | None:
 def _layers_moved(
     sample: SampledRows, routers_a: list[int], routers_b: list[int]
 ) -> Misalignment | None:
-    """Routers of A whose decisions are those of another layer of B than is compared with it, if
-    any is."""
+    """Routers of A whose decisions are those of another layer of B than is compared with it."""
     a, b = (trace.routers for trace in sample.traces)
     paired, own, good = dict(sample.pairs), sample.own, {m for _, m in sample.good}
     tried, moved = len(routers_a) * len(routers_b), list[tuple[int, int, float, float]]()
@@ -301,10 +296,8 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
 def matched_overlaps(
     traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
 ) -> Iterator[tuple[int, int, float, float, float]]:
-    """Of each router: its index, the tokens of the sample that are judged, and the overlap as
-    numbered, after matching, and after matching with the tokens of B shuffled, which is what
-    matching finds in nothing. Experts are matched on every other document, and judged on the
-    rest."""
+    """Of each router: its index, the tokens judged, and the overlap as numbered, after matching,
+    and after matching B's tokens shuffled. Matched on every other document, judged on the rest."""
     every = samples(traces, alignment, pairs)
     sample_of = {pair: sample for sample in every for pair in sample.pairs}
     for pair in (pair for pair in pairs if pair in sample_of):
@@ -342,8 +335,7 @@ MOST_ROUTERS = 8
 
 def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
     """Which trace has physical ids, "A" or "B", of how many, and how well the two agree once they
-    are mapped: on the tokens of the sample that were not used to find the map. None where nothing
-    of the kind is so."""
+    are mapped, on tokens that were not used to find the map. None where neither has."""
     pairs = same_places(a, b, range(len(a.routers)))
     sizes = [(a.routers[r], b.routers[m]) for r, m in pairs]
     if not pairs or any(x.top_k != y.top_k or x.experts == y.experts for x, y in sizes):

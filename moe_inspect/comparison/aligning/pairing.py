@@ -1,7 +1,4 @@
-"""Which router of one trace is compared with which of the other.
-
-L routers of A, M routers of B, T tokens of a sample, E experts.
-"""
+"""Which router of one trace is compared with which of the other."""
 
 from __future__ import annotations
 
@@ -18,9 +15,8 @@ from moe_inspect.trace.schema import Router
 def routers_of_one_model(
     a: Trace, b: Trace, routers: Iterable[int], shift_layers: int, layers: object
 ) -> tuple[tuple[int, int], ...]:
-    """`same_places`, checked. DifferentModelsError where two have other experts or another k, or
-    where the models have another number of layers and the caller does not say which belong
-    together, by `layers` or by a shift; MoeInspectError where no layer is in both."""
+    """`same_places`, checked. DifferentModelsError where the shapes differ, or the number of layers
+    and the caller does not say which belong together; MoeInspectError where no layer is in both."""
     pairs = same_places(a, b, routers, shift_layers)
     if reasons := shape_differences(a, b, pairs):
         raise DifferentModelsError(a, b, reasons)
@@ -78,8 +74,7 @@ SIZES: dict[str, Callable[[Router], int]] = {
 
 
 def shape_differences(a: Trace, b: Trace, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """How the routers differ in experts and in experts per token; a phrase each. pairs: the
-    routers of A and of B in the same places."""
+    """How routers in the same places differ in experts and in experts per token; a phrase each."""
     of_a, of_b = a.routers, b.routers
     found = list[str]()
     for what, size in SIZES.items():
@@ -104,8 +99,7 @@ def layers_difference(a: Trace, b: Trace) -> str:
 
 
 def tokenizer_difference(a: Trace, b: Trace) -> str:
-    """How the vocabularies differ, "" where one is not known or most ids mean the same: tokens
-    that were added to one since change nothing."""
+    """How the vocabularies differ, "" where one is not known or most ids mean the same."""
     words = [trace.vocabulary_table["token"].to_numpy(zero_copy_only=False) for trace in (a, b)]
     common = min(map(len, words))
     if not common or np.mean(words[0][:common] == words[1][:common]) >= SAME_WORDS:

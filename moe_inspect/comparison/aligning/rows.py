@@ -1,7 +1,5 @@
 """The tokens of one shard of A that are compared: where they are in both traces, and what is known
-of them.
-
-T tokens, K slots.
+of them. T tokens.
 """
 
 from __future__ import annotations
@@ -126,8 +124,7 @@ def rows_of_shard(
     stack: str,
     selection: Selection,
 ) -> AlignedRows:
-    """The tokens of segments in one shard of A that reach the routers of a stack and are selected.
-    domains: the labels of A."""
+    """The tokens in one shard of A that reach the routers of a stack. domains: the labels of A."""
     rows_a, rows_b = rows_of(s.row_a, s.length), rows_of(s.row_b, s.length)
     shard_b, size_T, last_T = (np.repeat(of_S, s.length) for of_S in (s.shard_b, s.size, s.last))
     position_T, shard = rows_of(s.position, s.length), traces[0].shard(int(s.shard_a[0]))

@@ -217,8 +217,7 @@ class Job:
     def rows_by_stack(
         self, segments: Segments
     ) -> Iterator[tuple[str, AlignedRows, list[tuple[int, int]]]]:
-        """The tokens of a shard of A that are compared, and the routers they reach; once per stack
-        that has any."""
+        """The tokens of a shard of A that are compared, and the routers they reach, by stack."""
         for stack in sorted({self.a.routers[r].stack for r, _ in self.routers}):
             routers = [pair for pair in self.routers if self.a.routers[pair[0]].stack == stack]
             traces = self.a, self.b
@@ -273,8 +272,7 @@ def count_pair(
 def _count(
     job: Job, here: tuple[ComparisonCounts, threading.Lock] | None, shards: list[Segments]
 ) -> tuple[int, tuple[ComparisonCounts, np.ndarray] | None]:
-    """The decisions compared; and their counts with the units that they are of, where they are not
-    added to those `here`."""
+    """The decisions compared; and their counts and units, where not added to those `here`."""
     total, lock = here or (job.zero(), threading.Lock())
     decisions = 0
     for segments in shards:

@@ -47,8 +47,7 @@ def weight_difference(
     kernels: Any, a_KN: np.ndarray, b_KN: np.ndarray, E: int, at: np.ndarray, a: Slots, b: Slots
 ) -> np.ndarray:
     """float32 [T]: Σ |weight in A − weight in B| over the experts that both chose. at: [N], the
-    decisions whose slots are not equal one by one, of which a_KN and b_KN are the experts. a, b:
-    the weights."""
+    decisions whose slots differ, of which a_KN and b_KN are the experts. a, b: the weights."""
     total_T, total_N = np.zeros(len(a[0]), np.float32), np.zeros(len(at), np.float32)
     for of_a_T, of_b_T in zip(a, b, strict=True):
         total_T += np.abs(of_a_T - of_b_T)
@@ -59,8 +58,7 @@ def weight_difference(
 
 
 def add_load(slots: Slots, unit_T: np.ndarray, load_VE: np.ndarray) -> None:
-    """Counts the assignments of each expert in each unit; the last column: slots that routed
-    nowhere. In place."""
+    """Counts the assignments of each expert, last those that routed nowhere. In place."""
     V, E = load_VE.shape
     for slot_T in slots:
         load_VE += np.bincount(unit_T * E + slot_T, minlength=V * E).reshape(V, E).astype(np.uint32)

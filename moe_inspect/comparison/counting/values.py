@@ -1,6 +1,5 @@
-"""What two aligned traces hold beside routes, in passes of their own, as few ask for it: the losses
-of tokens and the entropies of their predictions (`trace --token-loss`), and the sizes of what
-experts return (`trace --output-norms`).
+"""What two aligned traces hold beside routes, in passes of their own, as few ask for it: losses of
+tokens and entropies of predictions, and the sizes of what experts return.
 
 T tokens of a shard that are compared, E experts, N decisions, U units (clusters of documents).
 """

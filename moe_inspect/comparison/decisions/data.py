@@ -171,8 +171,7 @@ class Decisions(Paired):
         return k * self.decisions_UX(r).sum(1) - short_UX.sum(1)
 
     def hits(self) -> np.ndarray:
-        """int64 [2, R, U]: decisions with another set of experts, and all that are compared, by
-        router and unit of A's documents."""
+        """int64 [2, R, U]: decisions with another set of experts, and all that are compared."""
         of_R = [(self.of(r).mismatch_UX.sum(1), self.decisions_UX(r).sum(1)) for r, _ in self.pairs]
         return np.stack(of_R, axis=1)
 
@@ -183,8 +182,7 @@ class Decisions(Paired):
 
     @property
     def in_domains(self) -> list[tuple[str, np.ndarray]]:
-        """All domains together, named "", and each where there are several, with which of the units
-        are theirs."""
+        """All domains together, named "", and each of several, with which units are theirs."""
         domain_U, names = self.counts.domain_U[self.units], self.counts.domains
         each = [(name, domain_U == d) for d, name in enumerate(names)]
         return [("", np.ones(len(domain_U), bool)), *(each if len(names) > 1 else [])]

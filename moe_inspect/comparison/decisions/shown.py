@@ -1,5 +1,4 @@
-"""Charts and key figures of two traces of decisions: how much differs by layer, at which margins
-and positions, whether it grows, whose load it moves; and the text of the documents whose routes
+"""Charts and key figures of two traces of decisions, and the text of the documents whose routes
 differ most.
 
 L routers, C deciles, T tokens.
@@ -80,8 +79,7 @@ MAPS = {
 
 
 def tenths_map(data: Decisions, name: str) -> spec.Chart | str:
-    """Whether decisions flip where the router was undecided, or at the beginning or the end of
-    sequences."""
+    """Whether decisions flip where the router was undecided, or where in the sequence."""
     if not data.mismatched:
         return ""
     table, (title, of, axis, text, definitions) = data.tables[name], MAPS[name]
@@ -187,8 +185,7 @@ def text_section(made: Decisions) -> Section | str:
 
 
 def _worst_documents(made: Decisions) -> pd.DataFrame:
-    """document, domain, tokens, shard: the documents with the largest share of other decisions, in
-    at most MOST_SHARDS shards of A."""
+    """Those with the largest share of other decisions, in at most MOST_SHARDS shards of A."""
     names = pd.Index(["document", "domain", "tokens", "all", "other"])
     parts = [
         pd.DataFrame(rows, columns=names).assign(shard=number)

@@ -143,45 +143,44 @@ def _other_experts(data: Decisions, amount: str, values: Row) -> Finding:
     worst, most = data.pairs[int(share_R.argmax())][0], float(share_R.max())
     (close, documents), at = _close_share(data), _flip_margin(data)
     values = values | {"worst_set_mismatch": most, "flips_in_lowest_tenth": close}
-    differ = f"{amount}; worst: layer {data.label(worst)}, {most:.2%}."
+    differ, about = f"{amount}; worst: layer {data.label(worst)}, {most:.2%}.", data.place(worst)
     if differing:
-        kind, severity, n = "different", "warning", len(differing)
+        n = len(differing)
         said = (
             f"Different from layer {data.label(differing[0])} on: {differ} {n} of "
             f"{plural(len(share_R), 'router')} {'differs' if n == 1 else 'differ'} in "
             f"{DIFFERENT:.0%} of decisions or more.{at}"
         )
-    elif most >= DIFFERENT:
-        kind, severity = "different_unknown", "note"
+        return finding("different", "warning", said, about, **values)
+    if most >= DIFFERENT:
         said = (
             f"{differ} Too few documents to tell whether {DIFFERENT:.0%} of decisions or more "
             f"differ in other text.{at}"
         )
-    elif close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
-        kind, severity = "rounding", "good"
+        return finding("different_unknown", "note", said, about, **values)
+    if close >= CLOSE and _apart(close, LOWEST_TENTH, documents):
         said = (
             f"The same except for ties and rounding: {differ} {close:.0%} of these are among the "
             f"10% of decisions with the smallest margins.{at}"
         )
-    elif close < CLOSE and _apart(close, CLOSE, documents):
-        kind, severity = "not_rounding", "warning"
+        return finding("rounding", "good", said, about, **values)
+    if close < CLOSE and _apart(close, CLOSE, documents):
         said = (
             f"{differ} Rounding does not explain them: only {close:.0%} were close decisions "
             f"(among the 10% with the smallest margins).{at}"
         )
-    else:
-        kind, severity = "rounding_unknown", "note"
-        untold = "Record with --logits to tell whether rounding explains them."
-        if not np.isnan(close):
-            untold = (
-                f"{close:.0%} of these were close decisions (among the 10% with the smallest "
-                f"margins), mostly in {plural(round(documents), 'document')}: too few to tell "
-                "whether rounding explains them."
-            )
-        elif "logits" in data.a.tables:
-            untold = f"It is unknown whether rounding explains them: {data.why_no_margins}."
-        said = f"Nearly the same: {differ} {untold}"
-    return finding(kind, severity, said, data.place(worst), **values)
+        return finding("not_rounding", "warning", said, about, **values)
+    said = "Record with --logits to tell whether rounding explains them."
+    if not np.isnan(close):
+        said = (
+            f"{close:.0%} of these were close decisions (among the 10% with the smallest margins), "
+            f"mostly in {plural(round(documents), 'document')}: too few to tell whether rounding "
+            "explains them."
+        )
+    elif "logits" in data.a.tables:
+        said = f"It is unknown whether rounding explains them: {data.why_no_margins}."
+    said = f"Nearly the same: {differ} {said}"
+    return finding("rounding_unknown", "note", said, about, **values)
 
 
 def _apart(share: float, expected: float, n: float) -> bool:
@@ -263,8 +262,7 @@ def losses(data: Decisions) -> Iterator[Finding]:
 
 
 def growth(data: Decisions) -> Iterator[Finding]:
-    """How often tokens that have differed differ again: a description of these tokens, of which
-    those near a tie may be so at several layers."""
+    """How often tokens that have differed differ again; those near a tie may at several layers."""
     before = sum(counts.before for counts in data.every)
     if len(data.pairs) < 2 or before < 30 or not data.mismatched:
         return
@@ -278,8 +276,7 @@ def growth(data: Decisions) -> Iterator[Finding]:
 
 
 def load(data: Decisions) -> Iterator[Finding]:
-    """Whether the load of the experts changed by more than it does between documents, and not by
-    chance among them."""
+    """Whether the load changed by more than it does between documents, and not by chance."""
     rows = data.tables["load_shift"].dropna(subset=["load_shift", "load_shift_halves"])
     if not data.mismatched or not len(rows):
         return
@@ -309,8 +306,7 @@ def load(data: Decisions) -> Iterator[Finding]:
 
 
 def collapsed(data: Decisions) -> Iterator[Finding]:
-    """Whether in one of the traces a router sends most of its tokens to one expert, and not in the
-    other."""
+    """Whether in one of the traces alone a router sends most of its tokens to one expert."""
     cases, apart = list[Collapse](), list[np.ndarray]()
     for r, _ in data.pairs:
         counts, decisions = data.of(r), int(data.decisions_UX(r).sum())
@@ -324,8 +320,8 @@ def collapsed(data: Decisions) -> Iterator[Finding]:
 
 
 class Collapse(NamedTuple):
-    """The expert with the largest share of a router's tokens in A or B (`name`), the share that it
-    has in the other, and whether the router is collapsed in that one alone."""
+    """The expert with the largest share of a router's tokens in A or B (`name`), its share in the
+    other, and whether the router is collapsed in that one alone."""
 
     share: float
     other_share: float
@@ -345,8 +341,7 @@ class Collapse(NamedTuple):
 
 
 def said_of_collapse(data: Paired, found: list[Collapse], beyond: str = "") -> Iterator[Finding]:
-    """The finding on routers that are collapsed in one trace, beyond chance; `beyond`: what that
-    takes for granted."""
+    """Of routers that are collapsed in one trace; `beyond`: what their chance takes for granted."""
     if not found:
         return
     worst = max(found)
@@ -392,8 +387,7 @@ def below_chance(data: Decisions) -> Iterator[Finding]:
 
 
 def domains(data: Decisions) -> Iterator[Finding]:
-    """Whether the routing of a domain changed by more than that of the others, beyond chance among
-    documents."""
+    """Whether the routing of a domain changed by more than that of the others, beyond chance."""
     domain_U, names = data.counts.domain_U[data.units], data.counts.domains
     if len(names) < 2 or not data.mismatched:
         return
