@@ -10,9 +10,10 @@ import gzip
 import io
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,11 +72,29 @@ def drawn(T: int, seed: int = 0, routers: int = len(ROUTED)) -> list[np.ndarray]
     return [uniform_ids(rng, T, E, K).astype(np.int64) for _ in range(routers)]
 
 
+def joined(parts: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
+    """The ids of each router, one part after the other."""
+    return [np.concatenate(of_router) for of_router in zip(*parts, strict=True)]
+
+
+def loads(ids: list[np.ndarray], experts: int = E) -> list[np.ndarray]:
+    return [np.bincount(ids_TK.reshape(-1), minlength=experts) for ids_TK in ids]
+
+
+def routed(of_routers: Iterable[Any]) -> dict[int, Any]:
+    """By the blocks that have experts."""
+    return dict(zip(ROUTED, of_routers, strict=True))
+
+
+def descending(T: int) -> np.ndarray:
+    """Gate weights [T, K]."""
+    return np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(T)])
+
+
 def blocks(ids: list[np.ndarray]) -> np.ndarray:
     """[T, blocks, K] as engines have it: the dense block reads as expert 0."""
     whole = np.zeros((len(ids[0]), LAYERS, K), np.int64)
-    for layer, ids_TK in zip(ROUTED, ids, strict=True):
-        whole[:, layer] = ids_TK
+    whole[:, ROUTED] = np.stack(ids, 1)
     return whole
 
 
@@ -91,21 +110,15 @@ def lines(path: Path, rows: list[dict]) -> None:
 
 @maker("vllm-routed")
 def vllm(root: Path) -> Made:
-    parts = [drawn(T, T) for T in (6, 1, 9)]
-    rows = []
+    parts, rows = [drawn(T, T) for T in (6, 1, 9)], []
     for n, ids in enumerate(parts):
-        T = len(ids[0])
-        prompt = min(4, T)
+        T, prompt = len(ids[0]), min(4, len(ids[0]))
+        row = {"prompt_token_ids": [*range(prompt)], "token_ids": [*range(50, 51 + T - prompt)]}
         rows.append(
-            {
-                "prompt_token_ids": list(range(prompt)),
-                "token_ids": list(range(50, 50 + T + 1 - prompt)),
-                "routed_experts": npy(blocks(ids).astype(np.uint8)),
-                "domain": "ab"[n % 2],
-            }
+            row | {"routed_experts": npy(blocks(ids).astype(np.uint8)), "domain": "ab"[n % 2]}
         )
     lines(root / "v.jsonl", rows)
-    return Made(root / "v.jsonl", [np.concatenate(p) for p in zip(*parts, strict=True)])
+    return Made(root / "v.jsonl", joined(parts))
 
 
 @maker("vllm-npy", format="vllm-routed")
@@ -118,35 +131,21 @@ def vllm_npy(root: Path) -> Made:
 
 @maker("tensorrt-llm-routed")
 def tensorrt_llm_routed(root: Path) -> Made:
-    parts = [drawn(T, T) for T in (6, 2, 9)]
-    results = [
-        {"token_ids": list(range(50, 53)), "routed_experts": npy(np.stack(ids, 1).astype(np.int16))}
-        for ids in parts
-    ]
-    prompts = [list(range(len(ids[0]) - 2)) for ids in parts]
-    rows = [
-        {"request_id": n, "prompt_token_ids": prompt, "outputs": [result]}
-        for n, (prompt, result) in enumerate(zip(prompts, results, strict=True))
-    ]
+    parts, rows = [drawn(T, T) for T in (6, 2, 9)], []
+    for n, ids in enumerate(parts):
+        routes = npy(np.stack(ids, 1).astype(np.int16))
+        row = {"request_id": n, "prompt_token_ids": [*range(len(ids[0]) - 2)]}
+        rows.append(row | {"outputs": [{"token_ids": [50, 51, 52], "routed_experts": routes}]})
     lines(root / "results.jsonl", rows)
-    return Made(root / "results.jsonl", [np.concatenate(p) for p in zip(*parts, strict=True)])
+    return Made(root / "results.jsonl", joined(parts))
 
 
 @maker("sglang-routed")
 def sglang_routed(root: Path) -> Made:
-    ids, start = drawn(7), 3
+    ids = drawn(7)
     text = base64.b64encode(blocks(ids).astype("<i4").tobytes()).decode()
-    lines(
-        root / "s.jsonl",
-        [
-            {
-                "prompt_token_ids": [1] * 5,
-                "token_ids": [2] * 6,
-                "routed_experts": text,
-                "start": start,
-            }
-        ],
-    )
+    row = {"prompt_token_ids": [1] * 5, "token_ids": [2] * 6, "routed_experts": text, "start": 3}
+    lines(root / "s.jsonl", [row])
     return Made(root / "s.jsonl", ids)
 
 
@@ -160,10 +159,18 @@ def physical(ids: list[np.ndarray]) -> np.ndarray:
     """int32 [blocks, T, 8], a random replica of each expert, −1 where nothing was written."""
     rng, maps = np.random.default_rng(6), physical_map()
     topk = np.full((LAYERS, len(ids[0]), 8), -1, np.int32)
-    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+    for layer, ids_TK in routed(ids).items():
         for t, k in np.ndindex(ids_TK.shape):
             topk[layer, t, k] = rng.choice(np.nonzero(maps[layer] == ids_TK[t, k])[0])
     return topk
+
+
+def write_recorder(path: Path, records: list[dict[str, Any]]) -> None:
+    """A file of SGLang's recorder, with its map of physical experts."""
+    import torch
+
+    maps = torch.tensor(physical_map())
+    torch.save({"records": records, "last_physical_to_logical_map": maps}, path)
 
 
 @maker("sglang-per_token", format="sglang")
@@ -171,62 +178,46 @@ def sglang_per_token(root: Path) -> Made:
     import torch
 
     prefill, decode = drawn(7, 1), drawn(3, 2)
-    common = {"rank": 0, "gatherer_key": "primary", "misc_objects": []}
     records = [
         {
-            **common,
-            "forward_pass_id": 0,
-            "input_ids": list(range(7)),
-            "positions": [0, 1, 2, 3, 5, 6, 7],
-            "extend_seq_lens": [4, 3],
-            "forward_mode": 1,
-            "topk_ids_of_layer": torch.tensor(physical(prefill)),
+            "rank": 0,
+            "gatherer_key": "primary",
+            "misc_objects": [],
+            "forward_pass_id": number,
+            "input_ids": tokens,
+            "positions": positions,
+            "extend_seq_lens": lengths,
+            "forward_mode": number + 1,
+            "topk_ids_of_layer": torch.tensor(physical(ids)),
             "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
-        },
-        {
-            **common,
-            "forward_pass_id": 1,
-            "input_ids": [7, 8, 9],
-            "positions": [4, 8, 30],
-            "extend_seq_lens": None,
-            "forward_mode": 2,
-            "topk_ids_of_layer": torch.tensor(physical(decode)),
-            "global_physical_count": torch.zeros(LAYERS, 10, dtype=torch.int32),
-        },
+        }
+        for number, (ids, tokens, positions, lengths) in enumerate(
+            [
+                (prefill, [*range(7)], [0, 1, 2, 3, 5, 6, 7], [4, 3]),
+                (decode, [7, 8, 9], [4, 8, 30], None),
+            ]
+        )
     ]
     path = root / "expert_distribution_recorder_1.5_0.pt"
-    torch.save(
-        {"records": records, "last_physical_to_logical_map": torch.tensor(physical_map())}, path
-    )
-    return Made(path, [np.concatenate(p) for p in zip(prefill, decode, strict=True)])
+    write_recorder(path, records)
+    return Made(path, joined([prefill, decode]))
 
 
 @maker("sglang-per_pass", format="sglang")
 def sglang_per_pass(root: Path) -> Made:
     import torch
 
-    load = [np.zeros(E, np.int64) for _ in ROUTED]
-    for rank in range(2):
-        ids = drawn(16, 10 + rank)
-        count = np.zeros((LAYERS, 10), np.int32)
-        for layer, row in enumerate(physical(ids)):
-            count[layer] = np.bincount(row[row >= 0], minlength=10)
-        load = [
-            total + np.bincount(i.reshape(-1), minlength=E)
-            for total, i in zip(load, ids, strict=True)
-        ]
+    parts = [drawn(16, 10 + rank) for rank in range(2)]
+    for rank, ids in enumerate(parts):
+        count = np.stack([np.bincount(row[row >= 0], minlength=10) for row in physical(ids)])
         record = {
             "forward_pass_id": 4,
             "rank": rank,
             "gatherer_key": "primary",
-            "global_physical_count": torch.tensor(count),
+            "global_physical_count": torch.tensor(count.astype(np.int32)),
         }
-        content = {
-            "records": [record],
-            "last_physical_to_logical_map": torch.tensor(physical_map()),
-        }
-        torch.save(content, root / f"expert_distribution_recorder_1.5_{rank}.pt")
-    return Made(root, load=load)
+        write_recorder(root / f"expert_distribution_recorder_1.5_{rank}.pt", [record])
+    return Made(root, load=loads(joined(parts)))
 
 
 @maker("sglang-stat", format="sglang")
@@ -235,19 +226,12 @@ def sglang_stat(root: Path) -> Made:
 
     ids = drawn(40, 3)
     count = np.zeros((5, LAYERS, E), np.int32)  # two rows of the ring were never written
-    for layer, ids_TK in zip(ROUTED, ids, strict=True):
-        for s, part in enumerate(np.split(ids_TK, 2)):
-            count[s, layer] = np.bincount(part.reshape(-1), minlength=E)
+    for s in range(2):
+        count[s, ROUTED] = loads([np.split(ids_TK, 2)[s] for ids_TK in ids])
     path = root / "expert_distribution_recorder_1.5.pt"
-    torch.save(
-        {
-            "rank": 0,
-            "logical_count": torch.tensor(count),
-            "average_utilization_rate_over_window": None,
-        },
-        path,
-    )
-    return Made(path, load=[np.bincount(i.reshape(-1), minlength=E) for i in ids])
+    made = {"rank": 0, "logical_count": torch.tensor(count)}
+    torch.save(made | {"average_utilization_rate_over_window": None}, path)
+    return Made(path, load=loads(ids))
 
 
 def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
@@ -260,20 +244,15 @@ def _tensorrt(root: Path, raw: bool) -> list[np.ndarray]:
         for iteration in (50, 51):
             ids = drawn(9 + rank, rank * 100 + iteration)
             parts.append(ids)
-            for layer, ids_TK in zip(ROUTED, ids, strict=True):
-                counts = np.bincount(ids_TK.reshape(-1), minlength=E)
-                tensors[f"{iteration}_{layer}"] = ids_TK.astype(np.int32) if raw else counts
+            written = [ids_TK.astype(np.int32) for ids_TK in ids] if raw else loads(ids)
+            tensors |= {f"{iteration}_{layer}": of for layer, of in routed(written).items()}
         save_file(tensors, root / f"rank{rank}{'_raw' if raw else ''}.safetensors")
-    return [np.concatenate(p) for p in zip(*parts, strict=True)]
+    return joined(parts)
 
 
 @maker("tensorrt-llm")
 def tensorrt(root: Path) -> Made:
-    return Made(
-        root,
-        load=[np.bincount(i.reshape(-1), minlength=E) for i in _tensorrt(root, False)],
-        config=False,
-    )
+    return Made(root, load=loads(_tensorrt(root, False)), config=False)
 
 
 @maker("tensorrt-llm-raw", format="tensorrt-llm")
@@ -298,26 +277,15 @@ def megatron_rank(
     rows, sidecar = [], b""
     for step, by_layer in passes:
         for layer, ids_TK in by_layer.items():
-            rows.append(
-                {
-                    "step": step,
-                    "stage": "pre_dispatch",
-                    "block": "decoder",
-                    "layer": layer + (not hook),
-                    "rank": rank,
-                    "num_tokens": len(ids_TK),
-                    "topk": K,
-                    "top_indices": (np.sort(ids_TK, axis=1) if hook else ids_TK).tolist(),
-                }
-            )
+            row = {"step": step, "stage": "pre_dispatch", "block": "decoder", "rank": rank}
+            row |= {"layer": layer + (not hook), "num_tokens": len(ids_TK), "topk": K}
+            row["top_indices"] = (np.sort(ids_TK, axis=1) if hook else ids_TK).tolist()
             if hook:
                 data = (router_logits(layer, ids_TK).view(np.uint32) >> 16).astype("<u2").tobytes()
-                rows[-1] |= {
-                    "logit_offset": len(sidecar),
-                    "logit_bytes": len(data),
-                    "logit_shape": [len(ids_TK), E],
-                }
+                row |= {"logit_offset": len(sidecar), "logit_bytes": len(data)}
+                row["logit_shape"] = [len(ids_TK), E]
                 sidecar += data
+            rows.append(row)
     lines(root / f"router_trace_rank{rank}.jsonl", rows)
     if hook:
         (root / f"logits_rank{rank}.bin").write_bytes(sidecar)
@@ -328,15 +296,10 @@ def megatron(root: Path) -> Made:
     """By the training hook, on two ranks of data parallelism."""
     parts = []
     for rank in range(2):
-        passes = [(step, drawn(5 + rank, 10 * step + rank)) for step in range(2)]
-        megatron_rank(
-            root,
-            rank,
-            [(step, dict(zip(ROUTED, ids, strict=True))) for step, ids in passes],
-            hook=True,
-        )
-        parts += [ids for _, ids in passes]
-    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
+        passes = [drawn(5 + rank, 10 * step + rank) for step in range(2)]
+        megatron_rank(root, rank, [(s, routed(ids)) for s, ids in enumerate(passes)], hook=True)
+        parts += passes
+    return Made(root, joined(parts))
 
 
 @maker("megatron-pipeline", format="megatron")
@@ -351,11 +314,10 @@ def megatron_pipeline(root: Path) -> Made:
             for micro in range(2)
         ]
         for stage, layer in enumerate(ROUTED):
-            megatron_rank(
-                root, 9 + 2 * stage + column, [(step, {layer: ids[stage]}) for step, ids in passes]
-            )
+            of_stage = [(step, {layer: ids[stage]}) for step, ids in passes]
+            megatron_rank(root, 9 + 2 * stage + column, of_stage)
         parts += [ids for _, ids in passes]
-    return Made(root, [np.concatenate(p) for p in zip(*parts, strict=True)])
+    return Made(root, joined(parts))
 
 
 def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]]) -> None:
@@ -374,37 +336,28 @@ def megatron_tpe(root: Path, ranks: dict[int, dict[int, dict[int, np.ndarray]]])
 def megatron_counts(root: Path) -> Made:
     """Two ranks of expert parallelism, each with half of the experts, two microbatches an
     iteration."""
-    load, half = [np.zeros(E, np.int64) for _ in ROUTED], E // 2
+    parts, half = [], E // 2
     ranks: dict[int, dict[int, dict[int, np.ndarray]]] = {0: {}, 1: {}}
     for i in (100, 200):
-        counts = [
-            [np.bincount(ids.reshape(-1), minlength=E) for ids in drawn(30, i + m)]
-            for m in range(2)
-        ]
-        for n, layer in enumerate(ROUTED):
-            tpe_ME = np.stack([of_layer[n] for of_layer in counts])
-            load[n] = load[n] + tpe_ME.sum(0)
+        micro = [drawn(30, i + m) for m in range(2)]
+        parts += micro
+        for layer, tpe_ME in routed(np.stack([loads(ids) for ids in micro], 1)).items():
             for rank in ranks:
                 ranks[rank].setdefault(i, {})[layer] = tpe_ME[:, rank * half : (rank + 1) * half]
     megatron_tpe(root, ranks)
-    return Made(root, load=load)
+    return Made(root, load=loads(joined(parts)))
 
 
 @maker("esft")
 def esft(root: Path) -> Made:
     folder = root / "law"
     folder.mkdir()
-    ids = drawn(10, 4)
-    weights = np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(10)])
-    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+    ids, weights = drawn(10, 4), descending(10)
+    for layer, ids_TK in routed(ids).items():
         text = ""
         for part in (slice(4), slice(4, None)):
-            text += (
-                "\t\t".join(
-                    "\t".join(map(str, values[part].reshape(-1))) for values in (ids_TK, weights)
-                )
-                + "\n"
-            )
+            sides = ["\t".join(map(str, of[part].reshape(-1))) for of in (ids_TK, weights)]
+            text += "\t\t".join(sides) + "\n"
         (folder / f"expert_weights_{layer}.txt").write_text(text)
     return Made(folder, ids, weights=weights)
 
@@ -418,7 +371,7 @@ def by_layer(
     top_k: int = K,
 ) -> Made:
     """A JSON file of the counts [L, E]."""
-    load = [np.bincount(i.reshape(-1), minlength=experts) for i in drawn(30, 8)]
+    load = loads(drawn(30, 8), experts)
     (root / name).write_text(json.dumps(of_layers([load_E.tolist() for load_E in load])))
     return Made(root, None, load, False, None, layers, experts, top_k)
 
@@ -440,10 +393,12 @@ def sglang_json(root: Path) -> Made:
 def experts4bit(root: Path) -> Made:
     def line(of: list[list[int]]) -> object:
         sets = ([[e, n] for e, n in enumerate(load_E) if n] for load_E in of)
-        return {"example_index": 0, "routed": dict(zip(map(str, ROUTED), sets, strict=True))}
+        return {
+            "example_index": 0,
+            "routed": {str(layer): of for layer, of in routed(sets).items()},
+        }
 
-    made = by_layer(root, "x.jsonl", line, (1, 2))
-    return replace(made, config=True)
+    return replace(by_layer(root, "x.jsonl", line, (1, 2)), config=True)
 
 
 @maker("glm-merged")
@@ -451,13 +406,10 @@ def glm_merged(root: Path) -> Made:
     def layer(load_E: list[int]) -> object:
         return {"cnt": load_E, "gate": [n / 4 for n in load_E], "sal": [n / 2 for n in load_E]}
 
-    made = by_layer(
-        root,
-        "merged_law.json",
-        lambda of: {"n_expert": E, "layers": dict(zip(ROUTED, map(layer, of), strict=True))},
-        (1, 2),
-    )
-    return replace(made, config=True)
+    def merged(of: list[list[int]]) -> object:
+        return {"n_expert": E, "layers": routed(map(layer, of))}
+
+    return replace(by_layer(root, "merged_law.json", merged, (1, 2)), config=True)
 
 
 def sparse(of: list[list[int]]) -> list[dict[str, int]]:
@@ -479,7 +431,7 @@ def moe_beyond(root: Path) -> Made:
     ids = drawn(9, 61)
     rows = [
         f'{layer},0,t{t},"{ids_TK[t].tolist()}"\n'
-        for layer, ids_TK in zip(ROUTED, ids, strict=True)
+        for layer, ids_TK in routed(ids).items()
         for t in range(9)
     ]
     header = "Layer ID,Batch Number,Token,Activated Expert IDs\n"
@@ -490,8 +442,8 @@ def moe_beyond(root: Path) -> Made:
 @maker("flame-moe")
 def flame_moe(root: Path) -> Made:
     """A file for each layer, as the repository describes them."""
-    ids, weights = drawn(10, 62), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(10)])
-    for layer, ids_TK in zip(ROUTED, ids, strict=True):
+    ids, weights = drawn(10, 62), descending(10)
+    for layer, ids_TK in routed(ids).items():
         lists = {"scores": (weights, pa.float16()), "indices": (ids_TK, pa.int16())}
         columns = {name: pa.array([*map(list, of)], pa.list_(k)) for name, (of, k) in lists.items()}
         pq.write_table(pa.table(columns), root / f"layer_{layer:02}.parquet")
@@ -501,11 +453,11 @@ def flame_moe(root: Path) -> Made:
 @maker("table")
 def table(root: Path) -> Made:
     """Decisions under our names, compressed."""
-    ids, weights = drawn(9, 63), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(9)])
+    ids, weights = drawn(9, 63), descending(9)
     rows = [
         {"layer": layer, "position": t, "experts": ids_TK[t].tolist(), "weights": [*weights[t]]}
         for t in range(9)
-        for layer, ids_TK in zip(ROUTED, ids, strict=True)
+        for layer, ids_TK in routed(ids).items()
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (root / "t.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -514,15 +466,9 @@ def table(root: Path) -> Made:
 
 @maker("counts")
 def counts(root: Path) -> Made:
-    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 9)]
-    rows = [
-        {"layer": layer, "expert": e, "count": int(n)}
-        for layer, row in zip(ROUTED, load, strict=True)
-        for e, n in enumerate(row)
-    ]
-    (root / "c.csv").write_text(
-        "layer,expert,count\n" + "".join(f"{r['layer']},{r['expert']},{r['count']}\n" for r in rows)
-    )
+    load = loads(drawn(30, 9))
+    rows = [f"{layer},{e},{n}\n" for layer, of in routed(load).items() for e, n in enumerate(of)]
+    (root / "c.csv").write_text("layer,expert,count\n" + "".join(rows))
     return Made(root / "c.csv", load=load)
 
 
@@ -530,9 +476,9 @@ def counts(root: Path) -> Made:
 def counts_rows(root: Path) -> Made:
     """A row per assignment, as llama.cpp's moe-trace writes them."""
     ids = drawn(30, 9)
-    rows = [f"{layer},{e}\n" for layer, one in zip(ROUTED, ids, strict=True) for e in one.flat]
+    rows = [f"{layer},{e}\n" for layer, one in routed(ids).items() for e in one.flat]
     (root / "r.csv").write_text("layer,expert\n" + "".join(rows))
-    return Made(root / "r.csv", load=[np.bincount(i.reshape(-1), minlength=E) for i in ids])
+    return Made(root / "r.csv", load=loads(ids))
 
 
 Field = int | float | str | list[str]
@@ -550,10 +496,10 @@ def gguf_file(
         return struct.pack("<Q", len(value.encode())) + value.encode()
 
     def typed(value: Field) -> bytes:
-        if isinstance(value, int | float):
-            return struct.pack(
-                "<II" if isinstance(value, int) else "<If", 4 + 2 * isinstance(value, float), value
-            )
+        if isinstance(value, int):
+            return struct.pack("<II", 4, value)
+        if isinstance(value, float):
+            return struct.pack("<If", 6, value)
         if isinstance(value, str):
             return struct.pack("<I", 8) + text(value)
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
@@ -602,8 +548,8 @@ def write_imatrix(
 
 @maker("imatrix")
 def imatrix(root: Path) -> Made:
-    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(30, 12)]
-    write_imatrix(root / "imatrix.gguf", dict(zip(ROUTED, load, strict=True)), 30, chunk=5)
+    load = loads(drawn(30, 12))
+    write_imatrix(root / "imatrix.gguf", routed(load), 30, chunk=5)
     return Made(root / "imatrix.gguf", load=load, config=False)
 
 
@@ -622,10 +568,8 @@ def write_mbolt(
 @maker("mbolt")
 def mbolt(root: Path) -> Made:
     parts = [drawn(T, 40 + n) for n, T in enumerate([7, 1, 1, 4])]
-    write_mbolt(root / "route.bin", [dict(zip(ROUTED, ids, strict=True)) for ids in parts])
-    return Made(
-        root / "route.bin", [np.concatenate(p) for p in zip(*parts, strict=True)], config=False
-    )
+    write_mbolt(root / "route.bin", [routed(ids) for ids in parts])
+    return Made(root / "route.bin", joined(parts), config=False)
 
 
 PREAMBLE = """# route_trace v1
@@ -647,16 +591,13 @@ def write_route_trace(path: Path, rows: list[list[int | float]], dropped: bool =
 @maker("bigmoeonedge")
 def bigmoeonedge(root: Path) -> Made:
     """A prompt of 6 tokens, layer by layer, and 3 decoded ones."""
-    ids, weights = drawn(9, 60), np.array([[0.5 + t / 64, 0.25 - t / 64] for t in range(9)])
+    ids, weights = drawn(9, 60), descending(9)
     rows: list[list[int | float]] = []
-    for phase, steps in ((0, [range(6)]), (1, [range(t, t + 1) for t in range(6, 9)])):
-        for of_pass in steps:
-            for layer, ids_TK in zip(ROUTED, ids, strict=True):
-                for t in of_pass:
-                    rows += [
-                        [0, phase, t, layer, j, int(ids_TK[t, j]), weights[t, j], 1, 0, 0]
-                        for j in range(K)
-                    ]
+    for phase, tokens in ((0, range(6)), *((1, range(t, t + 1)) for t in range(6, 9))):
+        for layer, ids_TK in routed(ids).items():
+            for t in tokens:
+                chosen = zip(ids_TK[t].tolist(), weights[t], strict=True)
+                rows += [[0, phase, t, layer, j, e, w, 1, 0, 0] for j, (e, w) in enumerate(chosen)]
     write_route_trace(root / "route.csv", rows)
     return Made(root / "route.csv", ids, weights=weights, config=False)
 
@@ -666,7 +607,7 @@ def policylang(root: Path) -> Made:
     """Two prompts, layer by layer, as its recorder's hooks append them."""
     ids, rows = drawn(9, 70), []
     for prompt, tokens in ((0, range(5)), (1, range(5, 9))):
-        for layer, ids_TK in zip(ROUTED, ids, strict=True):
+        for layer, ids_TK in routed(ids).items():
             rows += [
                 {
                     "prompt_id": prompt,
@@ -705,7 +646,7 @@ def write_fingerprint(
                 for e, n in sorted(enumerate(load_E.tolist()), key=lambda pair: -pair[1])
                 if n
             }
-            for layer, load_E in zip(ROUTED, load_LE, strict=True)
+            for layer, load_E in routed(load_LE).items()
         }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(written, indent=2))
@@ -713,7 +654,7 @@ def write_fingerprint(
 
 @maker("gpt-oss-fingerprints")
 def fingerprints(root: Path) -> Made:
-    load = [np.bincount(i.reshape(-1), minlength=E) for i in drawn(60, 80)]
+    load = loads(drawn(60, 80))
     write_fingerprint(root / "law" / "True_True.json", 4, {"think": 15.0}, {"think": load})
     (root / "law" / "True_True_examples.json").write_text('{"row_index": 1}')
     return Made(root, load=load)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,30 @@ def routes(seed: int = 0) -> list[np.ndarray]:
 
 def flipped(ids: Sequence[np.ndarray], share: float, seed: int = 1) -> list[np.ndarray]:
     """Some decisions with another last expert."""
-    rng, out = np.random.default_rng(seed), []
-    for of_router in ids:
-        of_router = of_router.copy()
-        t = np.flatnonzero(rng.random(len(of_router)) < share)
-        for i in t:
-            others = np.setdiff1d(np.arange(E), of_router[i])
-            of_router[i, -1] = rng.choice(others)
-        out.append(of_router)
+    rng, out = np.random.default_rng(seed), [x.copy() for x in ids]
+    for of_router in out:
+        for t in np.flatnonzero(rng.random(len(of_router)) < share):
+            of_router[t, -1] = rng.choice(np.setdiff1d(np.arange(E), of_router[t]))
     return out
 
 
-def pair(
-    root: Path,
-    a: Sequence[np.ndarray],
-    b: Sequence[np.ndarray],
-    b_settings: dict[str, Any] | None = None,
-) -> tuple[Trace, Trace]:
-    first = write_trace(root / "a", a, E, **ALIKE)
-    return first, write_trace(root / "b", b, E, **ALIKE | (b_settings or {}))
+Write = Callable[..., Trace]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """A trace of ids, by name."""
+
+    def written(name: str, ids: Sequence[np.ndarray], experts: int = E, **more: Any) -> Trace:
+        return write_trace(tmp_path / name, ids, experts, **ALIKE | more)
+
+    return written
+
+
+def gates(seed: int, ordered: bool = True) -> list[np.ndarray]:
+    """Gate weights, the largest first."""
+    drawn = np.random.default_rng(seed).random((L, T, K)).astype(np.float32)
+    return list(np.sort(drawn)[:, :, ::-1] if ordered else drawn)
 
 
 def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
@@ -67,21 +72,19 @@ def test_mismatch_takes_a_mask_and_refuses_other_shapes() -> None:
     assert moe_inspect.mismatch(a, b)["set_mismatch"] == 0.25
     assert moe_inspect.mismatch(a, b, mask=[False, True, True, True])["set_mismatch"] == 0
     assert np.isnan(moe_inspect.mismatch(a[:0], b[:0])["set_mismatch"])
-    with pytest.raises(MoeInspectError, match=r"shapes \(4, 2, 1\) and \(3, 2, 1\)"):
-        moe_inspect.mismatch(a, b[1:])
-    with pytest.raises(MoeInspectError, match="mask has the shape"):
-        moe_inspect.mismatch(a, b, mask=[True])
-    with pytest.raises(MoeInspectError, match="float64: expected integers"):
-        moe_inspect.mismatch(a, b.astype(float))
+    for other, mask, says in (
+        (b[1:], None, r"shapes \(4, 2, 1\) and \(3, 2, 1\)"),
+        (b, [True], "mask has the shape"),
+        (b.astype(float), None, "float64: expected integers"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            moe_inspect.mismatch(a, other, mask=mask)
 
 
-def test_threads_and_the_order_of_batches_change_nothing(tmp_path: Path) -> None:
-    ids = routes()
-    other = flipped(ids, 0.01)
-    order = [*range(T // 50)][::-1]
-    first, second = pair(tmp_path, ids, other, {"batch_order": order})
-    made = moe_inspect.compare(first, second)
-    straight = moe_inspect.compare(first, write_trace(tmp_path / "c", other, E, **ALIKE))
+def test_threads_and_the_order_of_batches_change_nothing(write: Write) -> None:
+    first, other = write("a", routes()), flipped(routes(), 0.01)
+    made = moe_inspect.compare(first, write("b", other, batch_order=[*range(T // 50)][::-1]))
+    straight = moe_inspect.compare(first, write("c", other))
     assert made.mismatched == straight.mismatched > 0
     for name in ("agreement", "documents", "flips", "tokens", "depth"):
         assert made.tables[name].equals(straight.tables[name]), name
@@ -90,38 +93,31 @@ def test_threads_and_the_order_of_batches_change_nothing(tmp_path: Path) -> None
 # --- the same
 
 
-def test_a_trace_and_itself_are_the_same(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    weights = [rng.random((T, K)).astype(np.float32) for _ in range(L)]
-    first, second = pair(tmp_path, routes(), routes(), {"weights": weights})
-    whole = write_trace(tmp_path / "c", routes(), E, **ALIKE, weights=weights)
-    again = write_trace(
-        tmp_path / "d", routes(), E, **ALIKE | {"shard_tokens": 999}, weights=weights
-    )
-    for made, says in (
-        (moe_inspect.compare(first, first), "The same to the bit: all 15,000 decisions"),
-        (moe_inspect.compare(whole, again), "The same to the bit: all 15,000 decisions"),
-        (moe_inspect.compare(first, second), "The same experts in all 15,000 decisions"),
+def test_a_trace_and_itself_are_the_same(write: Write) -> None:
+    weights = gates(3, ordered=False)
+    first, second = write("a", routes()), write("b", routes(), weights=weights)
+    whole = write("c", routes(), weights=weights)
+    again = write("d", routes(), shard_tokens=999, weights=weights)
+    for a, b, says in (
+        (first, first, "The same to the bit: all 15,000 decisions"),
+        (whole, again, "The same to the bit: all 15,000 decisions"),
+        (first, second, "The same experts in all 15,000 decisions"),
     ):
-        verdict = made.verdict()
+        made = moe_inspect.compare(a, b)
+        verdict, table = made.verdict(), made.tables["agreement"]
+        assert made.alike == (a is b)
         assert verdict[0].text.startswith(says)
         assert {finding.severity for finding in verdict} <= {"good", "note"}
-        table = made.tables["agreement"]
-        assert (table["set_mismatch"] == 0).all()
-        assert (table["overlap"] == 1).all()
+        assert (table[["set_mismatch", "overlap"]] == [0, 1]).all(axis=None)
         assert made.tokens_mismatch == 0
         assert (made.tables["load_shift"][["load_shift", "jsd_bits"]] == 0).all(axis=None)
-        for name in ("flips", "movers", "documents"):
-            assert made.tables[name].empty
-    assert moe_inspect.compare(first, first).alike
-    assert not moe_inspect.compare(whole, again).alike
+        assert all(made.tables[name].empty for name in ("flips", "movers", "documents"))
 
 
-def test_one_flip_in_many_is_found(tmp_path: Path) -> None:
-    ids = routes()
-    other = [x.copy() for x in ids]
+def test_one_flip_in_many_is_found(write: Write) -> None:
+    ids, other = routes(), routes()
     other[3][1234] = np.setdiff1d(np.arange(E), ids[3][1234])[:K]
-    made = moe_inspect.compare(*pair(tmp_path, ids, other))
+    made = moe_inspect.compare(write("a", ids), write("b", other))
     assert made.mismatched == 1
     assert made.tables["agreement"]["set_mismatch"][3] == 1 / T
     assert made.tables["documents"]["document"].tolist() == [1234 // 50]
@@ -168,14 +164,11 @@ def swapped(
     ],
 )
 def test_flips_at_the_margin_are_rounding_and_others_are_not(
-    tmp_path: Path, places: slice, n: int, kind: str, severity: str, says: str
+    write: Write, places: slice, n: int, kind: str, severity: str, says: str
 ) -> None:
     logits, ids = decided()
     other = swapped(logits, ids, places, n)
-    made = moe_inspect.compare(
-        write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits),
-        write_trace(tmp_path / "b", other, E, **ALIKE, logits=logits),
-    )
+    made = moe_inspect.compare(write("a", ids, logits=logits), write("b", other, logits=logits))
     assert made.mismatched == n * len(range(T)[places])
     found = made.verdict()[0]
     assert (found.kind, found.severity) == (kind, severity)
@@ -185,17 +178,13 @@ def test_flips_at_the_margin_are_rounding_and_others_are_not(
         assert margins.idxmax() == (0 if kind == "rounding" else 9)
 
 
-def test_flips_of_one_document_among_others_are_few(tmp_path: Path) -> None:
+def test_flips_of_one_document_among_others_are_few(write: Write) -> None:
     """Most flips are of one document: as many documents with one flip each would tell."""
     logits, ids = decided()
-    a = write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits)
-    of_one = swapped(logits, ids, slice(T // 11), documents=[0])
-    for name, other, kind in (
-        ("one", swapped(logits, of_one, slice(T // 60), 1, range(1, 11)), "rounding_unknown"),
-        ("each", swapped(logits, ids, slice(T // 60), 1, range(1, 11)), "rounding"),
-    ):
-        b = write_trace(tmp_path / name, other, E, **ALIKE, logits=logits)
-        found = moe_inspect.compare(a, b).verdict()[0]
+    a, of_one = write("a", ids, logits=logits), swapped(logits, ids, slice(T // 11), documents=[0])
+    for name, before, kind in (("one", of_one, "rounding_unknown"), ("each", ids, "rounding")):
+        other = swapped(logits, before, slice(T // 60), 1, range(1, 11))
+        found = moe_inspect.compare(a, write(name, other, logits=logits)).verdict()[0]
         assert (found.kind, found.values["flips_in_lowest_tenth"]) == (kind, 1), name
         assert ("mostly in 2 documents: too few" in found.text) == (name == "one")
 
@@ -203,7 +192,7 @@ def test_flips_of_one_document_among_others_are_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8, 2), (64, 2)])
 @pytest.mark.parametrize("close", [True, False])
 def test_without_logits_the_margin_is_unknown(
-    tmp_path: Path, shape: tuple[int, int], close: bool
+    write: Write, shape: tuple[int, int], close: bool
 ) -> None:
     """The gate weights of the chosen say nothing of how close the next expert was: the same
     sentence, whichever decisions flipped."""
@@ -216,116 +205,100 @@ def test_without_logits_the_margin_is_unknown(
     other[at, -1] = ranked[at, k]
     top = np.exp(np.take_along_axis(logits, ranked[:, :k], 1))
     weights = [(top / top.sum(1, keepdims=True)).astype(np.float32)]
-    a, b = (
-        write_trace(tmp_path / name, [ids.astype(np.uint16)], experts, **ALIKE, weights=weights)
-        for name, ids in (("a", ranked[:, :k]), ("b", other))
+    sides = (("a", ranked[:, :k]), ("b", other))
+    made = moe_inspect.compare(
+        *(write(name, [ids.astype(np.uint16)], experts, weights=weights) for name, ids in sides)
     )
-    found = moe_inspect.compare(a, b).verdict()[0]
+    found = made.verdict()[0]
     assert (found.kind, found.severity) == ("rounding_unknown", "note")
     assert found.text.endswith("Record with --logits to tell whether rounding explains them.")
-    with pytest.raises(
-        MoeInspectError, match=r"has no logits \(trace --logits\): no margins table"
-    ):
-        _ = moe_inspect.compare(a, b).tables["margins"]
+    with pytest.raises(MoeInspectError, match=r"no logits \(trace --logits\): no margins table"):
+        _ = made.tables["margins"]
 
 
-def test_where_a_bias_chooses_too_logits_tell_no_margin(tmp_path: Path) -> None:
+def test_where_a_bias_chooses_too_logits_tell_no_margin(write: Write) -> None:
     logits, ids = decided(np.linspace(-2, 2, E))
-    made = moe_inspect.compare(
-        write_trace(tmp_path / "a", ids, E, **ALIKE, logits=logits),
-        write_trace(tmp_path / "b", flipped(ids, 0.01), E, **ALIKE, logits=logits),
-    )
+    a, b = write("a", ids, logits=logits), write("b", flipped(ids, 0.01), logits=logits)
+    made = moe_inspect.compare(a, b)
     assert made.margins is None
     assert "do not choose by their logits alone" in made.verdict()[0].text
 
 
-def test_weights_that_differ_are_told(tmp_path: Path) -> None:
-    rng, ids = np.random.default_rng(5), routes()
-    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
-    a = write_trace(tmp_path / "a", ids, E, **ALIKE, weights=weights)
-    b = write_trace(tmp_path / "b", ids, E, **ALIKE, weights=[w * np.float32(1.5) for w in weights])
-    made = moe_inspect.compare(a, b)
+def test_weights_that_differ_are_told(write: Write) -> None:
+    weights = gates(5)
+    b = write("b", routes(), weights=[w * np.float32(1.5) for w in weights])
+    made = moe_inspect.compare(write("a", routes(), weights=weights), b)
     assert "have different weights" in made.verdict()[0].text
-    np.testing.assert_allclose(
-        made.tables["agreement"]["weight_l1"], [0.5 * w.sum(1).mean() for w in weights], rtol=1e-3
-    )
+    expected = [0.5 * w.sum(1).mean() for w in weights]
+    np.testing.assert_allclose(made.tables["agreement"]["weight_l1"], expected, rtol=1e-3)
 
 
 # --- what is numbered otherwise
 
 
-def test_documents_numbered_otherwise_are_found_by_content(tmp_path: Path) -> None:
-    ids = routes()
-    other = flipped(ids, 0.01)
+def test_documents_numbered_otherwise_are_found_by_content(write: Write) -> None:
+    first, other = write("a", routes()), flipped(routes(), 0.01)
     order = np.random.default_rng(6).permutation(T // 50)
     rows = np.concatenate([np.arange(50 * d, 50 * d + 50) for d in order])
-    first, second = pair(tmp_path, ids, [x[rows] for x in other], {"token_id": IDS[rows]})
-    made = moe_inspect.compare(first, second)
-    assert made.alignment.by == "content"
-    straight = moe_inspect.compare(first, write_trace(tmp_path / "c", other, E, **ALIKE))
-    assert straight.alignment.by == "document"
+    made = moe_inspect.compare(first, write("b", [x[rows] for x in other], token_id=IDS[rows]))
+    straight = moe_inspect.compare(first, write("c", other))
+    assert (made.alignment.by, straight.alignment.by) == ("content", "document")
     assert made.mismatched == straight.mismatched > 0
 
 
-def test_what_comes_after_other_token_ids_is_not_compared(tmp_path: Path) -> None:
-    ids, token_id = routes(), IDS.copy()
-    token_id[1_030:1_050] += 1
-    first, second = pair(tmp_path, ids, flipped(ids, 0.0), {"token_id": token_id})
-    made = moe_inspect.compare(first, second)
+def test_what_comes_after_other_token_ids_is_not_compared(write: Write) -> None:
+    token_id = IDS + np.isin(np.arange(T), range(1_030, 1_050))
+    made = moe_inspect.compare(write("a", routes()), write("b", routes(), token_id=token_id))
     assert made.alignment.diverged == 1
     assert made.counts.tokens == T - 20
-    (finding,) = [f for f in made.verdict() if f.kind == "missing_tokens"]
-    assert (
-        "1 sequence continues with different token ids and is not compared from there on"
-        in finding.text
-    )
+    (found,) = [f for f in made.verdict() if f.kind == "missing_tokens"]
+    said = "1 sequence continues with different token ids and is not compared from there on"
+    assert said in found.text
 
 
 # --- what cannot be compared
 
 
-def test_what_cannot_be_aligned_is_refused_in_a_line(tmp_path: Path) -> None:
-    a = write_trace(tmp_path / "a", routes(), E, **ALIKE)
-    shifted = write_trace(tmp_path / "s", routes(), E, **ALIKE | {"token_id": np.roll(IDS, 1)})
-    with pytest.raises(MoeInspectError, match=r"add --shift-positions 1$"):
-        moe_inspect.compare(a, shifted)
+def test_what_cannot_be_aligned_is_refused_in_a_line(write: Write) -> None:
+    a, shifted = write("a", routes()), write("s", routes(), token_id=np.roll(IDS, 1))
     assert moe_inspect.compare(a, shifted, shift_positions=1).alignment.matched > 0.9 * T
-    text = write_trace(tmp_path / "t", routes(), E, **ALIKE | {"token_id": IDS[::-1] + 1000})
-    with pytest.raises(MoeInspectError, match="trace the same text with both"):
-        moe_inspect.compare(a, text)
-    words = [
-        write_trace(tmp_path / f"w{n}", routes(), E, **ALIKE | {"token_id": IDS + n, "words": n})
-        for n in (600, 700)
-    ]
+    text = write("t", routes(), token_id=IDS[::-1] + 1000)
+    far = write("f", routes(), layers=range(50, 50 + L))
+    wider = write("e", routes(), E + 2)
+    for function, traces, says in (
+        (moe_inspect.compare, (a, shifted), r"add --shift-positions 1$"),
+        (moe_inspect.compare, (a, text), "trace the same text with both"),
+        (moe_inspect.compare, (a, far), "no common layer"),
+        (compare_checkpoints, ([a, wider],), r"A has 16 experts per layer, B 18; .* Physical ids"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            function(*traces)
+    words = [write(f"w{n}", routes(), token_id=IDS + n, words=n) for n in (600, 700)]
     assert "the tokenizers have 600 tokens in A, 700" in moe_inspect.compare(*words).why
-    wider = write_trace(tmp_path / "e", routes(), E + 2, **ALIKE)
-    with pytest.raises(MoeInspectError, match=r"A has 16 experts per layer, B 18; .* Physical ids"):
-        compare_checkpoints([a, wider])
-    far = write_trace(tmp_path / "f", routes(), E, **ALIKE, layers=range(50, 50 + L))
-    with pytest.raises(MoeInspectError, match="no common layer"):
-        moe_inspect.compare(a, far)
 
 
-def test_ids_of_an_engine_are_compared_as_sets(tmp_path: Path) -> None:
+def test_ids_of_an_engine_are_compared_as_sets(write: Write) -> None:
     """An engine's routes come without weights, in any order."""
-    rng = np.random.default_rng(9)
-    weights = [np.sort(rng.random((T, K)))[:, ::-1].astype(np.float32) for _ in range(L)]
-    a = write_trace(tmp_path / "a", routes(), E, **ALIKE, weights=weights)
-    b = write_trace(
-        tmp_path / "b", [np.sort(x, 1) for x in routes()], E, **ALIKE, slot_order="unknown"
-    )
-    made = moe_inspect.compare(a, b)
+    b = write("b", [np.sort(x, 1) for x in routes()], slot_order="unknown")
+    made = moe_inspect.compare(write("a", routes(), weights=gates(9)), b)
     table = made.tables["agreement"]
     assert (table["set_mismatch"] == 0).all()
     assert table[["first_choice", "order", "weight_l1"]].isna().all(axis=None)
     assert "at least one trace does not record the order of slots" in made.verdict()[0].text
 
 
-def test_exported_routes_come_back_as_the_same(tmp_path: Path) -> None:
+def test_exported_routes_come_back_as_the_same(write: Write, tmp_path: Path) -> None:
     """What an engine would return of a trace: equal sets, and their order is told as unknown."""
-    a = write_trace(tmp_path / "a", routes(), E, **ALIKE)
-    a.export("routed-experts", tmp_path / "r.jsonl")
-    lines = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+
+    def exported(trace: Trace) -> list[dict[str, Any]]:
+        trace.export("routed-experts", tmp_path / "r.jsonl")
+        return [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+
+    dense = exported(write("d", routes(), layers=range(1, L + 1)))[0]
+    found = np.load(io.BytesIO(base64.b64decode(dense["routed_experts"])))
+    assert not found[:, 0].any()
+    assert (found[:, 1:] == np.stack(routes(), 1)[:49]).all()
+    lines = exported(a := write("a", routes()))
     assert len(lines) == T // 50
     assert [i for line in lines for i in line["prompt_token_ids"]] == IDS.tolist()
     b = moe_inspect.import_trace("vllm-routed", [tmp_path / "r.jsonl"], tmp_path / "b", experts=E)
@@ -333,18 +306,11 @@ def test_exported_routes_come_back_as_the_same(tmp_path: Path) -> None:
     assert made.counts.tokens == T - T // 50  # the last token of a sequence has no row
     assert made.mismatched == 0
     assert "at least one trace does not record the order of slots" in made.verdict()[0].text
-    dense = write_trace(tmp_path / "d", routes(), E, **ALIKE, layers=range(1, L + 1))
-    dense.export("routed-experts", tmp_path / "d.jsonl")
-    first = json.loads((tmp_path / "d.jsonl").read_text().splitlines()[0])
-    found = np.load(io.BytesIO(base64.b64decode(first["routed_experts"])))
-    assert not found[:, 0].any()
-    assert (found[:, 1:] == np.stack(routes(), 1)[:49]).all()
 
 
-def test_noise_is_what_two_runs_differ_by(tmp_path: Path) -> None:
-    ids = routes()
-    a, b = pair(tmp_path, ids, flipped(ids, 0.01))
-    again = write_trace(tmp_path / "n", flipped(ids, 0.01, seed=2), E, **ALIKE)
+def test_noise_is_what_two_runs_differ_by(write: Write) -> None:
+    a, b = write("a", routes()), write("b", flipped(routes(), 0.01))
+    again = write("n", flipped(routes(), 0.01, seed=2))
     made = moe_inspect.compare(a, b, noise=again)
     of_two_runs = moe_inspect.compare(a, again).tables["agreement"]["set_mismatch"]
     assert made.tables["agreement"]["noise_set_mismatch"].tolist() == of_two_runs.tolist()
@@ -354,17 +320,14 @@ def test_noise_is_what_two_runs_differ_by(tmp_path: Path) -> None:
 # --- the command
 
 
-def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
-    ids = routes()
-    pair(tmp_path, ids, flipped(ids, 0.01))
-    shown = cli_here("compare", "a", "b")
-    assert "chose different experts" in shown.stdout
-    done = cli_here(
-        "compare", "a", "b", "--fail-above", "set_mismatch=0.5,tokens_mismatch=0.01", check=3
-    )
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("failed: all routers: tokens_mismatch is")
-    )
+def test_the_command_and_its_gates(cli_here: Cli, write: Write, tmp_path: Path) -> None:
+    write("a", routes())
+    write("b", flipped(routes(), 0.01))
+    assert "chose different experts" in cli_here("compare", "a", "b").stdout
+    limits = "set_mismatch=0.5,tokens_mismatch=0.01"
+    done = cli_here("compare", "a", "b", "--fail-above", limits, check=3)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("failed: all routers: tokens_mismatch is")
     cli_here("compare", "a", "b", "--fail-above", "set_mismatch=0.5", "--fail-below", "overlap=0.9")
     cli_here("compare", "a", "a", "--fail-above", "set_mismatch=0,tokens_mismatch=0")
     cli_here("compare", "a", "b", "-o", "agreement.jsonl")
@@ -375,16 +338,18 @@ def test_the_command_and_its_gates(cli_here: Cli, tmp_path: Path) -> None:
     assert first["values"]["decisions"] == T * L
     cli_here("compare", "a", "b", "--table", "tokens", "-o", "t.csv")
     assert (tmp_path / "t.csv").read_text().startswith("routers,tokens,share,share_more\n0,")
-    wrong = cli_here("compare", "a", "b", "--fail-above", "gini=1", check=2)
-    assert "no metric 'gini': there are set_mismatch" in wrong.stderr
-    assert "no table 'load'" in cli_here("compare", "a", "b", "--table", "load", check=1).stderr
-    assert "no trace at c" in cli_here("compare", "a", "c", check=1).stderr
+    for asked, check, says in (
+        (["b", "--fail-above", "gini=1"], 2, "no metric 'gini': there are set_mismatch"),
+        (["b", "--table", "load"], 1, "no table 'load'"),
+        (["c"], 1, "no trace at c"),
+    ):
+        assert says in cli_here("compare", "a", *asked, check=check).stderr
 
 
-def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
+def test_pictures_and_the_page(cli_here: Cli, write: Write, tmp_path: Path) -> None:
     logits, ids = decided()
-    pair(tmp_path, ids, flipped(ids, 0.01))
-    write_trace(tmp_path / "w", ids, E, **ALIKE, logits=logits)
+    write("b", flipped(ids, 0.01))
+    write("w", ids, logits=logits)
     cli_here("compare", "w", "b", "--html", "p.html", "--plots", "plots", "-o", "x.txt")
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     for heading in (
@@ -398,21 +363,19 @@ def test_pictures_and_the_page(cli_here: Cli, tmp_path: Path) -> None:
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
     names = ("set_mismatch", "margin_map", "position_map", "growth", "load_shift")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
-    made = moe_inspect.compare(tmp_path / "a", tmp_path / "a")
-    charts, left_out = made.charts()
+    charts, left_out = moe_inspect.compare(tmp_path / "w", tmp_path / "w").charts()
     assert [chart.name for chart in charts] == ["set_mismatch"]
     assert left_out == []
 
 
-def test_experts_of_two_seeds_are_matched_by_their_tokens(tmp_path: Path) -> None:
+def test_experts_of_two_seeds_are_matched_by_their_tokens(write: Write) -> None:
     """Experts renumbered, and half of the decisions by chance."""
     order = np.random.default_rng(7).permutation(E).astype(np.uint16)
     mixed = []
-    for i, x in enumerate(routes()):
+    for i, (x, y) in enumerate(zip(routes(), routes(1), strict=True)):
         by_chance = np.random.default_rng(i).random(T) < 0.5
-        mixed.append(np.where(by_chance[:, None], routes(1)[i], order[x]))
-    made = moe_inspect.compare(*pair(tmp_path, routes(), mixed))
-    table = made.tables["matched"]
+        mixed.append(np.where(by_chance[:, None], y, order[x]))
+    table = moe_inspect.compare(write("a", routes()), write("b", mixed)).tables["matched"]
     np.testing.assert_allclose(table["overlap"], K / E, atol=0.1)
     np.testing.assert_allclose(table["overlap_matched"], 0.5 + 0.5 * K / E, atol=0.05)
     np.testing.assert_allclose(table["overlap_matched_by_chance"], K / E, atol=0.05)
@@ -422,15 +385,16 @@ def test_experts_of_two_seeds_are_matched_by_their_tokens(tmp_path: Path) -> Non
 # --- checkpoints
 
 
-def test_checkpoints_are_compared_with_the_last(cli_here: Cli, tmp_path: Path) -> None:
-    last = routes()
-    for name, share in (("c0", 0.8), ("c1", 0.3), ("c2", 0.05)):
-        write_trace(tmp_path / name, flipped(last, share), E, **ALIKE)
-    write_trace(tmp_path / "c3", last, E, **ALIKE)
+def test_checkpoints_are_compared_with_the_last(
+    cli_here: Cli, write: Write, tmp_path: Path
+) -> None:
+    shares = (0.8, 0.3, 0.05)
     names = [f"c{i}" for i in range(4)]
+    for name, share in zip(names, (*shares, 0), strict=True):
+        write(name, flipped(routes(), share))
     made = compare_checkpoints([tmp_path / name for name in names])
     mean = made.tables["saturation"].groupby("checkpoint")["overlap"].mean()
-    np.testing.assert_allclose(mean, [1 - share / K for share in (0.8, 0.3, 0.05)], atol=0.01)
+    np.testing.assert_allclose(mean, [1 - share / K for share in shares], atol=0.01)
     (settled,) = [f for f in made.verdict() if f.kind == "saturation"]
     assert settled.values["settled"] == 1
     assert made.tables["change"]["checkpoint"].tolist() == [i for i in range(4) for _ in range(L)]

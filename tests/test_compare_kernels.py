@@ -27,19 +27,13 @@ def sums_of(kernels: Any, T: int, E: int, K: int, share: float, nowhere: float) 
     at = kernels_numpy.unequal(a, b)
     a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
     lost_KN, gained_KN, missing_N = kernels_numpy.sets(a_KN, b_KN, E)
-    missing_VX, moved_VE, flips_EE = (np.zeros(of, np.int64) for of in ((V, X), (V, E), (E, E)))
-    kernels.add_cells(missing_VX, unit_T[at], cell_T[at], missing_N)
-    kernels.add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_T[at], moved_VE, flips_EE)
-    load_VE = np.zeros((V, E + 1), np.uint32)
-    kernels.add_load(a, unit_T, load_VE)
-    weights = weights_a, weights_b
-    return {
-        "load": load_VE,
-        "missing": missing_VX,
-        "moved": moved_VE,
-        "flips": flips_EE,
-        "l1": kernels_numpy.weight_difference(kernels, a_KN, b_KN, E, at, *weights),
-    }
+    missing, moved, flips = (np.zeros(of, np.int64) for of in ((V, X), (V, E), (E, E)))
+    load, weights = np.zeros((V, E + 1), np.uint32), (weights_a, weights_b)
+    kernels.add_cells(missing, unit_T[at], cell_T[at], missing_N)
+    kernels.add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_T[at], moved, flips)
+    kernels.add_load(a, unit_T, load)
+    l1 = kernels_numpy.weight_difference(kernels, a_KN, b_KN, E, at, *weights)
+    return {"load": load, "missing": missing, "moved": moved, "flips": flips, "l1": l1}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 1.0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,18 @@ def moved(ids: list[np.ndarray]) -> list[np.ndarray]:
     return [ids[0], of_layer, *ids[2:]]
 
 
+Counted = Callable[..., Trace]
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Trace, Trace]:
-    return (
-        write_counts(tmp_path / "a", loads_of(drawn(0)), K),
-        write_counts(tmp_path / "b", loads_of(moved(drawn(1, T=2_000))), K),
-    )
+def counted(tmp_path: Path) -> Counted:
+    """A trace of the counts of ids, by name."""
+    return lambda name, ids, **more: write_counts(tmp_path / name, loads_of(ids, **more), K)
+
+
+@pytest.fixture
+def pair(counted: Counted) -> tuple[Trace, Trace]:
+    return counted("a", drawn(0)), counted("b", moved(drawn(1, T=2_000)))
 
 
 def kinds(made: Any) -> dict[str, Any]:
@@ -59,37 +66,33 @@ def test_the_tables_hold_the_load_of_both_and_the_difference(pair: tuple[Trace, 
     made: Any = moe_inspect.compare(*pair)
     a, b = (np.concatenate(loads_of(ids)) for ids in (drawn(0), moved(drawn(1, T=2_000))))
     load, shift, balance = (made.tables[name] for name in ("load", "load_shift", "balance"))
-    assert load["assignments_a"].tolist() == a.ravel().tolist()
-    assert load["assignments_b"].tolist() == b.ravel().tolist()
-    share_a, share_b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
-    assert np.allclose(load["share_difference"], (share_b - share_a).ravel())
-    assert np.allclose(load["load_ratio_difference"], E * (share_b - share_a).ravel())
-    assert np.allclose(shift["load_shift"], np.abs(share_b - share_a).sum(1) / 2)
-    assert balance["tokens_a"].tolist() == pytest.approx([5_000] * 3, abs=E)
-    assert balance["tokens_b"].tolist() == pytest.approx([2_000] * 3, abs=E)
+    moved_LE = b / b.sum(1, keepdims=True) - a / a.sum(1, keepdims=True)
+    assert np.allclose(load["share_difference"], moved_LE.ravel())
+    assert np.allclose(load["load_ratio_difference"], E * moved_LE.ravel())
+    assert np.allclose(shift["load_shift"], np.abs(moved_LE).sum(1) / 2)
+    for side, load_LE, tokens in (("a", a, 5_000), ("b", b, 2_000)):
+        assert load[f"assignments_{side}"].tolist() == load_LE.ravel().tolist()
+        assert balance[f"tokens_{side}"].tolist() == pytest.approx([tokens] * 3, abs=E)
     for name in ("max_vio", "entropy", "dead_experts"):
         of_a, of_b = (np.asarray(getattr(bal, name)(load_LE), float) for load_LE in (a, b))
         assert np.allclose(balance[f"{name}_a"], of_a)
         assert np.allclose(balance[f"{name}_difference"].astype(float), of_b - of_a)
 
 
-def test_a_shift_is_found_where_it_was_made_and_chance_is_none(tmp_path: Path) -> None:
-    def of(name: str, ids: list[np.ndarray]) -> Trace:
-        return write_counts(tmp_path / name, loads_of(ids), K)
-
-    first = of("a", drawn(0))
-    other = of("b", moved(drawn(1)))
+def test_a_shift_is_found_where_it_was_made_and_chance_is_none(
+    counted: Counted, tmp_path: Path
+) -> None:
+    first, other = counted("a", drawn(0)), counted("b", moved(drawn(1)))
     found = kinds(moe_inspect.compare(first, other))["load_shift"]
     assert (found.severity, found.layer, found.values["expert"]) == ("note", 1, 5)
     assert found.values["routers"] == 1
     assert "differs by more than chance of independent tokens: up to" in found.text
-    same = kinds(moe_inspect.compare(first, of("c", drawn(2))))["load_shift"]
+    same = kinds(moe_inspect.compare(first, counted("c", drawn(2))))["load_shift"]
     assert (same.severity, same.values["routers"]) == ("good", 0)
     # where documents tell how alike their tokens are, and where no document is so much alike
-    document = np.arange(5_000) // 100
-    known = write_trace(tmp_path / "d", drawn(0), E, document=document)
+    known = write_trace(tmp_path / "d", drawn(0), E, document=np.arange(5_000) // 100)
     collapsed = [drawn(0)[0], np.tile(np.uint16([5, 6]), (5_000, 1)), *drawn(0)[2:]]
-    for pair in ((known, other), (first, of("e", collapsed))):
+    for pair in ((known, other), (first, counted("e", collapsed))):
         found = kinds(moe_inspect.compare(*pair))["load_shift"]
         assert (found.severity, found.layer) == ("warning", 1)
 
@@ -117,17 +120,15 @@ def test_the_load_is_judged_by_the_routers_beyond_chance(
     assert (found.severity, found.layer, found.values["routers"]) == (severity, layer, routers)
 
 
-def test_the_floor_is_what_traces_that_route_alike_are_apart(tmp_path: Path) -> None:
+def test_the_floor_is_what_traces_that_route_alike_are_apart(counted: Counted) -> None:
     """Mean over many routers, for loads that are even and for one that is not."""
     L, popular = 300, np.r_[np.full(E // 2, 3.0), np.full(E // 2, 1.0)]
     for name, weight in (("even", np.ones(E)), ("uneven", popular)):
         rng, sides = np.random.default_rng(7), list[Trace]()
         for side, T in (("a", 3_000), ("b", 700)):
             # the K largest of weighted exponentials: K distinct experts
-            ids = [
-                np.argsort(rng.exponential(size=(T, E)) / weight, axis=1)[:, :K] for _ in range(L)
-            ]
-            sides.append(write_counts(tmp_path / name / side, loads_of(ids), K))
+            times = [rng.exponential(size=(T, E)) / weight for _ in range(L)]
+            sides.append(counted(f"{name}/{side}", [np.argsort(x, axis=1)[:, :K] for x in times]))
         table: Any = moe_inspect.compare(*sides).tables["load_shift"]
         for metric in ("load_shift", "jsd_bits"):
             found, floor = table[metric].mean(), table[f"{metric}_floor"].mean()
@@ -136,24 +137,26 @@ def test_the_floor_is_what_traces_that_route_alike_are_apart(tmp_path: Path) -> 
             assert found != pytest.approx(floor * np.sqrt(2), rel=0.1)
 
 
-def test_decisions_are_counted_where_the_other_holds_counts(tmp_path: Path) -> None:
-    ids = drawn(3)
-    decisions = write_trace(tmp_path / "decisions", ids, E)
-    counts = write_counts(tmp_path / "counts", loads_of(ids), K)
-    for sides in ((decisions, counts), (counts, decisions)):
+def test_decisions_are_counted_where_the_other_holds_counts(
+    counted: Counted, tmp_path: Path
+) -> None:
+    decisions = write_trace(tmp_path / "decisions", drawn(3), E)
+    counts = counted("counts", drawn(3))
+    for holder, sides in (("B", (decisions, counts)), ("A", (counts, decisions))):
         made: Any = moe_inspect.compare(*sides)
         assert (made.tables["load_shift"]["load_shift"] == 0).all()
         load = made.tables["load"]
         assert load["assignments_a"].equals(load["assignments_b"].rename("assignments_a"))
         assert load["assignments_a"].sum() == 3 * 5_000 * K
-        holder = "B" if sides[1] is counts else "A"
         assert kinds(made)["counts_only"].text.startswith(f"{holder} holds counts only: ")
     assert moe_inspect.compare(decisions, decisions).kind.of == "decisions"
 
 
-def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_a_trace_that_is_still_written_is_compared_as_far_as_it_goes(
+    counted: Counted, tmp_path: Path
+) -> None:
     ids, root = drawn(0), tmp_path / "live"
-    whole = write_counts(tmp_path / "whole", loads_of(ids), K)
+    whole = counted("whole", ids)
     parts = [[ids_TK[:2_000] for ids_TK in ids], [ids_TK[2_000:] for ids_TK in ids]]
     with TraceWriter(root, {}, routers(3, E, K), weights=False, counts_only=True) as writer:
         with pytest.raises(MoeInspectError, match="holds no tokens"):
@@ -189,9 +192,8 @@ def test_what_needs_decisions_is_refused_by_name(pair: tuple[Trace, Trace], cli_
         compare_checkpoints([*pair, pair[0]])
 
 
-def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_here: Cli) -> None:
-    a = write_counts(tmp_path / "a", loads_of(drawn(0)), K)
-    b = write_counts(tmp_path / "b", loads_of(drawn(0), experts=16), K)
+def test_other_numbers_of_experts_are_shown_side_by_side(counted: Counted, cli_here: Cli) -> None:
+    a, b = counted("a", drawn(0)), counted("b", drawn(0), experts=16)
     assert moe_inspect.compare(a, b).kind.of == "different models"
     with pytest.raises(MoeInspectError, match=r"8 experts per layer, B 16\), which layers needs"):
         moe_inspect.compare(a, b, layers=0)
@@ -199,15 +201,14 @@ def test_other_numbers_of_experts_are_shown_side_by_side(tmp_path: Path, cli_her
     assert "Different models: A has 8 experts per layer, B 16" in result.stdout
 
 
-def test_routers_of_one_trace_alone_are_named(tmp_path: Path) -> None:
-    a = write_counts(tmp_path / "a", loads_of(drawn(0, L=3)), K)
-    b = write_counts(tmp_path / "b", loads_of(drawn(0, L=2)), K)
+def test_routers_of_one_trace_alone_are_named(counted: Counted) -> None:
+    a, b = counted("a", drawn(0)), counted("b", drawn(0, L=2))
     made: Any = moe_inspect.compare(a, b)
     assert made.tables["load_shift"]["layer"].tolist() == [0, 1]
     assert kinds(made)["missing_layers"].text == "Only A has layer 2: not compared."
     # B's layer n as A's n + 1
     shifted: Any = moe_inspect.compare(a, b, shift_layers=1).tables["load"]
-    expected = np.concatenate(loads_of(drawn(0, L=3)[1:])).ravel()
+    expected = np.concatenate(loads_of(drawn(0)[1:])).ravel()
     assert shifted["assignments_a"].tolist() == expected.tolist()
     assert shifted["assignments_b"].tolist() == made.tables["load"]["assignments_b"].tolist()
 
@@ -228,9 +229,8 @@ def test_the_command_writes_text_tables_a_page_and_gates(
     written = cli_here("compare", a, b, "--format", "csv").stdout
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(written)), shift, check_exact=False)
     lines = cli_here("compare", a, b, "--table", "load", "--format", "json").stdout.splitlines()
-    assert [json.loads(x)["assignments_b"] for x in lines] == list(
-        made.tables["load"]["assignments_b"]
-    )
+    expected = made.tables["load"]["assignments_b"].tolist()
+    assert [json.loads(x)["assignments_b"] for x in lines] == expected
     for name in LOAD_TABLES:
         out = tmp_path / f"{name}.parquet"
         cli_here("compare", a, b, "--table", name, "-o", out)

@@ -28,14 +28,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> moe_inspect.Comparison:
     other = flipped(ids, 0.01)
     other[3] = flipped(ids, 0.1)[3]
     settings = ALIKE | {"domain_of_document": [HOSTILE, "law"], "weights": weights}
-    settings |= {"logits": logits}
-    compared = moe_inspect.compare(
-        write_trace(root / "a", ids, E, **settings),
-        write_trace(root / "b", other, E, **settings),
-        noise=write_trace(root / "n", flipped(ids, 0.002, seed=5), E, **settings),
+    runs = {"a": ids, "b": other, "n": flipped(ids, 0.002, seed=5)}
+    a, b, n = (
+        write_trace(root / name, of, E, **settings, logits=logits) for name, of in runs.items()
     )
-    assert isinstance(compared, moe_inspect.Comparison)
-    return compared
+    return moe_inspect.compare(a, b, noise=n)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +78,8 @@ def test_what_is_drawn_is_in_the_tables(opened: Opened, made: moe_inspect.Compar
     assert line["low"] == pytest.approx(table["set_mismatch_low"], rel=1e-4)
     assert np.argmax(line["y"]) == 3
     assert noise["y"] == pytest.approx(table["noise_set_mismatch"], rel=1e-4)
-    for title, name in (
-        ("Where the router was undecided", "margins"),
-        ("Where in the sequence", "positions"),
-    ):
+    maps = {"Where the router was undecided": "margins", "Where in the sequence": "positions"}
+    for title, name in maps.items():
         ((cells,),) = opened.drawn(title)
         assert (cells["rows"], cells["columns"]) == (L, 10)
         rows: Any = made.tables[name].pivot(index="router", columns="decile", values="set_mismatch")

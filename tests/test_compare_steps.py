@@ -39,22 +39,13 @@ def history(root: Path, load: np.ndarray, every: int, training: bool = True) -> 
     manifest = {"model": {"id": "made"}, "capture": {"weights": False}}
     if training:
         manifest["training"] = {"every": 1}
-    with TraceWriter(
-        root, manifest, routers(L, E, K), weights=False, counts_only=True, shard_tokens=1
-    ) as writer:
+    options: dict[str, Any] = {"weights": False, "counts_only": True, "shard_tokens": 1}
+    with TraceWriter(root, manifest, routers(L, E, K), **options) as writer:
         for first in range(0, len(load), every):
             part = load[first : first + every]
-            writer.write(
-                CountedBatches(
-                    first + len(part),
-                    len(part) * TOKENS,
-                    [""],
-                    list(part.sum(0)[:, None]),
-                    None,
-                    None,
-                    first_batch=first + 1,
-                )
-            )
+            last, counts = first + len(part), list(part.sum(0)[:, None])
+            of = last, len(part) * TOKENS, [""], counts, None, None
+            writer.write(CountedBatches(*of, first_batch=first + 1))
     return open_trace(root)
 
 
@@ -74,17 +65,17 @@ def test_windows_are_of_the_same_steps_and_their_numbers_numpys(tmp_path: Path) 
         p, q = (x[steps, row.layer].sum(0) for x in (a, b))
         assert (row.tokens_a, row.tokens_b) == (30 * TOKENS, 30 * TOKENS)
         share_p, share_q = p / p.sum(), q / q.sum()
-        assert row.load_shift == pytest.approx(np.abs(share_p - share_q).sum() / 2)
-        assert row.max_vio_a == pytest.approx(p.max() / p.mean() - 1)
-        assert row.max_vio_b == pytest.approx(q.max() / q.mean() - 1)
-        assert row.expert == np.abs(share_p - share_q).argmax()
-        assert row.load_ratio_a == pytest.approx(E * share_p[row.expert])
-        assert row.load_ratio_b == pytest.approx(E * share_q[row.expert])
+        e, apart = row.expert, np.abs(share_p - share_q)
+        assert e == apart.argmax()
+        expected = [apart.sum() / 2, *(x.max() / x.mean() - 1 for x in (p, q))]
+        found_here = [row.load_shift, row.max_vio_a, row.max_vio_b]
+        assert found_here == pytest.approx(expected)
+        ratios = row.load_ratio_a, row.load_ratio_b
+        assert ratios == pytest.approx((E * share_p[e], E * share_q[e]))
         assert not row.beyond_chance
     # the same numbers as of the whole traces, where these hold no other steps
-    whole: Any = moe_inspect.compare(
-        history(tmp_path / "c", a[:30], 30), history(tmp_path / "d", b[:30], 15)
-    )
+    c, d = history(tmp_path / "c", a[:30], 30), history(tmp_path / "d", b[:30], 15)
+    whole: Any = moe_inspect.compare(c, d)
     for name in ("load_shift", "load_shift_floor"):
         of_windows = whole.tables["windows"][name].to_numpy()
         assert of_windows == pytest.approx(whole.tables["load_shift"][name].to_numpy())
@@ -113,16 +104,12 @@ def test_the_step_from_which_two_runs_differ_is_found(tmp_path: Path) -> None:
     assert "differs by more than chance of independent tokens" in said.text
     assert "from step 51 on in layer 1 (5 of the 5 windows since); not in layer 0" in said.text
     # of two runs that differ from the start, and of two that do not
-    again: Any = moe_inspect.compare(
-        first, history(tmp_path / "c", loads(2, 100, range(1, 101)), 10)
-    )
-    assert "from the first step on in layer 1" in found(again).text
-    same: Any = moe_inspect.compare(first, history(tmp_path / "d", loads(3, 100), 10))
-    assert found(same).severity == "good"
-    assert (
-        "no load differs by more than chance of independent tokens, in 10 windows of steps 1 to 100"
-        in (found(same).text)
-    )
+    moved = history(tmp_path / "c", loads(2, 100, range(1, 101)), 10)
+    assert "from the first step on in layer 1" in found(moe_inspect.compare(first, moved)).text
+    same = found(moe_inspect.compare(first, history(tmp_path / "d", loads(3, 100), 10)))
+    assert same.severity == "good"
+    said = "differs by more than chance of independent tokens, in 10 windows of steps 1 to 100"
+    assert f"no load {said}" in same.text
 
 
 def test_step_by_step_a_router_whose_load_no_text_explains_is_warned_of(tmp_path: Path) -> None:
@@ -137,9 +124,8 @@ def test_what_cannot_be_compared_by_step_says_why(tmp_path: Path) -> None:
     of = loads(0, 20)
     run = history(tmp_path / "run", of, 5)
     passes = history(tmp_path / "passes", of, 5, training=False)
-    rng = np.random.default_rng(0)
-    decisions = write_trace(tmp_path / "d", [uniform_ids(rng, 1_000, E, K) for _ in range(L)], E)
-    late = history(tmp_path / "late", of, 20)
+    ids = np.random.default_rng(0).integers(0, E // 2, (L, 1_000, 1)) * 2 + np.arange(K)
+    decisions = write_trace(tmp_path / "d", list(ids.astype(np.uint16)), E)
     for other, says in (
         (passes, "A counts steps of a training run, B forward passes"),
         (decisions, "B holds decisions, not counts by step"),
@@ -148,7 +134,7 @@ def test_what_cannot_be_compared_by_step_says_why(tmp_path: Path) -> None:
         assert says in found(made).text
         assert len(made.tables["windows"]) == len(made.tables["diverged"]) == 0
     # a single window tells no more than the whole
-    one: Any = moe_inspect.compare(run, late)
+    one: Any = moe_inspect.compare(run, history(tmp_path / "late", of, 20))
     assert "by_step" not in {x.kind for x in one.verdict()}
     assert len(one.tables["windows"]) == L
     # control: passes and passes
@@ -182,33 +168,23 @@ def test_windows_by_hand() -> None:
                 kept[0] = True
                 rows += [(s, e, rank) for s, e, k in zip(starts, ends, kept, strict=True) if k]
             spans.append(np.array(rows, np.int64))
-        cut = [
-            all(not first < step <= last for of in spans for first, last, _ in of)
-            for step in range(17)
-        ]
-        expected = []
-        start = 0
+        expected, start = [], 0
         for step in range(1, 17):
-            if not cut[step]:
+            if any(first < step <= last for of in spans for first, last, _ in of):
                 continue
-            whole = all(
+            if all(
                 any(first <= s <= last and rank == r for first, last, r in of)
                 for of in spans
                 for rank in set(of[:, 2])
                 for s in range(start, step)
-            )
-            if whole:
+            ):
                 expected.append((start, step - 1))
             start = step
         first_W, last_W, windows = _windows(spans)
         assert expected == list(zip(first_W.tolist(), last_W.tolist(), strict=True))
         for of, window_N in zip(spans, windows, strict=True):
             for (first, last, _), w in zip(of, window_N, strict=True):
-                inside = [
-                    i
-                    for i, (a, b) in enumerate(zip(first_W, last_W, strict=True))
-                    if a <= first and last <= b
-                ]
+                inside = [i for i, (a, b) in enumerate(expected) if a <= first and last <= b]
                 assert [w] == (inside or [-1])
         several += len(first_W) > 1
     assert several > 20

@@ -54,53 +54,44 @@ def truth(trace: Trace) -> pd.DataFrame:
     return pd.concat(parts).sort_values(["router", "token", "slot"]).reset_index(drop=True)
 
 
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
 def test_counts_come_back_as_they_were(ending: str, trace: Trace, tmp_path: Path):
     export_trace(trace, "counts", tmp_path / f"c.{ending}")
     back = import_trace("counts", [tmp_path / f"c.{ending}"], tmp_path / "t").counts()
-    expected = (
-        truth(trace)
-        .groupby(["layer", "domain", "expert"], observed=True)
-        .agg(n=("slot", "size"), first=("slot", lambda s: (s == 0).sum()), w=("weight", "sum"))
-    )
-    found = back.assign(domain=back["domain"].astype(str)).set_index(["layer", "domain", "expert"])
-    for (layer, domain, expert), row in expected.iterrows():
-        at = found.loc[(layer, domain, expert)]
-        assert (at["assignments"], at["first_choice"]) == (row["n"], row["first"])
-        assert at["weight_sum"] == pytest.approx(row["w"], rel=1e-6)
+    keys = ["layer", "domain", "expert"]
+    by = truth(trace).groupby(keys, observed=True)
+    expected = by.agg(n=("slot", "size"), first=("slot", lambda s: (s == 0).sum()))
+    found = back.assign(domain=back["domain"].astype(str)).set_index(keys).loc[expected.index]
+    assert found["assignments"].tolist() == expected["n"].tolist()
+    assert found["first_choice"].tolist() == expected["first"].tolist()
+    assert found["weight_sum"].tolist() == pytest.approx(by["weight"].sum().tolist(), rel=1e-6)
     assert back["assignments"].sum() == T * 2 * K
 
 
 def test_esft_comes_back_as_it_was(trace: Trace, tmp_path: Path):
     export_trace(trace, "esft", tmp_path / "e")
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["a", "b_c"]
-    assert sorted(p.name for p in (tmp_path / "e/a").iterdir()) == [
-        "expert_cfg.json",
-        "rank_0",
-        "summary.json",
-    ]
-    assert sorted(p.name for p in (tmp_path / "e/a/rank_0").iterdir()) == [
-        "expert_weights_1.txt",
-        "expert_weights_3.txt",
-    ]
+    files = {"expert_cfg.json", "summary.json"}
+    files |= {f"rank_0/expert_weights_{layer}.txt" for layer in (1, 3)}
+    root = tmp_path / "e"
+    written = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert written == {f"{domain}/{file}" for domain in ("a", "b_c") for file in files}
     back = import_trace("esft", [tmp_path / "e"], tmp_path / "t", experts=E, top_k=K)
     assert back.documents()["domain"].unique().tolist() == ["a", "b_c"]
     columns = ["expert_0", "expert_1", "weight_0", "weight_1"]
+    order = ["domain", "document", "position"]
     for layer in (1, 3):
-        ours = (
-            trace.routing(layer=layer)
-            .merge(trace.tokens(), on="token")
-            .sort_values(["domain", "document", "position"])
-        )
-        assert np.array_equal(
-            back.routing(layer=layer)[columns].to_numpy(), ours[columns].to_numpy()
-        )
-    scores = json.loads((tmp_path / "e/a/summary.json").read_text())
+        ours = trace.routing(layer=layer).merge(trace.tokens(), on="token").sort_values(order)
+        found = back.routing(layer=layer)[columns]
+        assert np.array_equal(found.to_numpy(), ours[columns].to_numpy())
+    scores = read(tmp_path / "e/a/summary.json")
     mine = truth(trace).query("domain == 'a' and layer == 3")
+    gate = mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique()
     assert scores["token_scores"]["3"]["5"] == pytest.approx((mine["expert"] == 5).mean())
-    assert scores["gate_scores"]["3"]["5"] == pytest.approx(
-        mine.loc[mine["expert"] == 5, "weight"].sum() / mine["token"].nunique()
-    )
+    assert scores["gate_scores"]["3"]["5"] == pytest.approx(gate)
     with pytest.raises(MoeInspectError, match="there is something at"):
         export_trace(trace, "esft", tmp_path / "e")
 
@@ -111,7 +102,7 @@ def test_esft_trains_the_fewest_experts_that_have_top_p_of_the_score(
     score: str, top_p: float, trace: Trace, tmp_path: Path
 ):
     export_trace(trace, "esft", tmp_path / "e", top_p=top_p, score=score)
-    config = json.loads((tmp_path / "e/a/expert_cfg.json").read_text())
+    config = read(tmp_path / "e/a/expert_cfg.json")
     assert (config["shared_experts"], config["non_expert_modules"]) == (False, False)
     for layer in (1, 3):
         mine = truth(trace).query("domain == 'a' and layer == @layer").groupby("expert")["weight"]
@@ -150,7 +141,7 @@ def test_options_of_esft_are_checked(
 @pytest.mark.parametrize("score", ["gate", "frequency"])
 def test_the_experts_with_the_least_scores_go(score: str, trace: Trace, tmp_path: Path):
     export_trace(trace, "pruning", tmp_path / "p.json", by=score, keep=0.6)
-    plan = json.loads((tmp_path / "p.json").read_text())
+    plan = read(tmp_path / "p.json")
     assert (plan["format"], plan["by"], plan["keep"]) == (1, score, 0.6)
     assert plan["experts"] == {"1": E, "3": E}
     for layer in (1, 3):
@@ -168,7 +159,7 @@ def test_as_many_experts_go_of_each_group(trace: Trace, tmp_path: Path):
     by_best = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
     edit_manifest(path, model={**trace.manifest["model"], "config": by_best})
     export_trace(path, "pruning", tmp_path / "p.json", by="gate", keep=0.5)
-    plan = json.loads((tmp_path / "p.json").read_text())
+    plan = read(tmp_path / "p.json")
     assert [e // 2 for e in plan["dropped"]["1"]] == [0, 1, 2, 3]
     # too few in each for a router that compares groups by their best two, or goes to one of them
     for config in (by_best | {"topk_method": "noaux_tc"}, by_best | {"topk_group": 1}):
@@ -183,15 +174,15 @@ def test_esft_trains_by_the_sizes_of_outputs_too(score: str, tmp_path: Path):
     norms = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, output_norms=True)
     export_trace(norms, "esft", tmp_path / "e", top_p=0.5, by=score)
     export_trace(norms, "pruning", tmp_path / "p.json", by=score)
-    plan = json.loads((tmp_path / "p.json").read_text())
+    plan = read(tmp_path / "p.json")
     column = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm"}[score]
     whole = moe_inspect.report(norms).tables["worth"].set_index("layer")
     assert plan["scores"]["2"] == pytest.approx(whole[column][2].fillna(0).tolist())
     table = moe_inspect.report(norms, domains="c").tables["worth"]
     of_layer = table[table.layer == 2].set_index("expert")[column].fillna(0)
-    summary = json.loads((tmp_path / "e/c/summary.json").read_text())
+    summary = read(tmp_path / "e/c/summary.json")
     assert list(summary[f"{score}_scores"]["2"].values()) == pytest.approx(of_layer.tolist())
-    chosen = json.loads((tmp_path / "e/c/expert_cfg.json").read_text())["experts"]["2"]
+    chosen = read(tmp_path / "e/c/expert_cfg.json")["experts"]["2"]
     share = (of_layer / of_layer.sum()).sort_values(ascending=False)
     assert share[chosen].sum() >= 0.5 - 1e-6
     assert share[chosen[:-1]].sum() < 0.5
@@ -202,7 +193,7 @@ def test_by_the_weights_of_the_experts(tmp_path: Path):
     given = {"by": "aimer", "weights": "demo"}
     export_trace(short, "esft", tmp_path / "e", top_p=0.5, **given)
     export_trace(short, "pruning", tmp_path / "p.json", **given)
-    plan = json.loads((tmp_path / "p.json").read_text())
+    plan = read(tmp_path / "p.json")
     table = moe_inspect.describe_weights("demo")["experts"].set_index("layer").loc[2]
     worth = 1 - table["aimer"].to_numpy()
     assert plan["scores"]["2"] == pytest.approx(worth.tolist())
@@ -213,33 +204,33 @@ def test_by_the_weights_of_the_experts(tmp_path: Path):
     assert worth[chosen[:-1]].sum() < worth.sum() / 2 <= worth[chosen].sum()
 
 
+def write_rows(rows: pd.DataFrame, path: Path) -> Path:
+    write = {
+        ".csv": lambda: rows.to_csv(path, index=False),
+        ".json": lambda: rows.to_json(path, orient="records", lines=True),
+        ".parquet": lambda: rows.to_parquet(path),
+    }
+    write[path.suffix]()
+    return path
+
+
+def every(**levels: Any) -> pd.DataFrame:
+    return pd.MultiIndex.from_product(levels.values(), names=levels.keys()).to_frame(index=False)
+
+
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
 def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path):
     """Its rows are in any order; experts without which the loss is less are not trained."""
-    keys = pd.MultiIndex.from_product(
-        [[(1, 0), (3, 1)], range(E), ["a", "b/c"]], names=["at", "expert", "domain"]
-    )
-    rows = keys.to_frame(index=False)
-    rows["layer"], rows["router"] = rows["at"].str[0], rows["at"].str[1]
-    rows["tokens"] = np.where(rows["domain"] == "a", 100, 300)
+    rows = every(layer=[1, 3], expert=range(E), domain=["a", "b/c"])
+    rows["router"], rows["tokens"] = rows["layer"] // 2, np.where(rows["domain"] == "a", 100, 300)
     rows["difference"] = np.random.default_rng(0).normal(0.1, 0.2, len(rows)).round(6)
-    rows = rows.drop(columns="at").sample(frac=1, random_state=1)
-    path = tmp_path / f"losses.{ending}"
-    write = {
-        "csv": lambda: rows.to_csv(path, index=False),
-        "json": lambda: rows.to_json(path, orient="records", lines=True),
-        "parquet": lambda: rows.to_parquet(path),
-    }
-    write[ending]()
-    given = {"by": "ablation", "losses": path}
+    rows = rows.sample(frac=1, random_state=1)
+    given = {"by": "ablation", "losses": write_rows(rows, tmp_path / f"losses.{ending}")}
     export_trace(trace, "pruning", tmp_path / "p.json", **given)
     export_trace(trace, "esft", tmp_path / "e", top_p=0.6, **given)
-    plan = json.loads((tmp_path / "p.json").read_text())
-    config = json.loads((tmp_path / "e/a/expert_cfg.json").read_text())
-    for layer in (1, 3):
-        of_layer = rows[rows["layer"] == layer].pivot(
-            index="expert", columns="domain", values="difference"
-        )
+    plan, config = read(tmp_path / "p.json"), read(tmp_path / "e/a/expert_cfg.json")
+    for layer, part in rows.groupby("layer"):
+        of_layer = part.pivot(index="expert", columns="domain", values="difference")
         whole = of_layer["a"] * 0.25 + of_layer["b/c"] * 0.75
         assert plan["scores"][str(layer)] == pytest.approx(whole.tolist())
         assert plan["dropped"][str(layer)] == sorted(whole.nsmallest(2).index)
@@ -247,45 +238,31 @@ def test_by_the_losses_of_an_ablation(ending: str, trace: Trace, tmp_path: Path)
         assert gain[chosen].min() > 0
         assert gain[chosen[:-1]].sum() < 0.6 * gain.sum() <= gain[chosen].sum()
     assert (rows["difference"] < 0).any(), "control"
+    keys = ["layer", "router", "expert"]
+    whole = rows.drop(columns="domain").groupby(keys, as_index=False).sum()
     for wrong, said in (
         (rows[rows["domain"] == "a"], "no losses of the domain 'b/c', only of a"),
-        (
-            rows.drop(columns="domain")
-            .groupby(["layer", "router", "expert"], as_index=False)
-            .sum(),
-            "only of all text",
-        ),
+        (whole, "only of all text"),
         (rows[rows["expert"] != 5], "losses without 7 of 8 experts in layer 1"),
         (rows[rows["layer"] == 3], "losses without 0 of 8 experts in layer 1"),
-        (
-            rows.drop(columns="tokens"),
-            "no column 'tokens': it is not a table of moe-inspect ablate",
-        ),
+        (rows.drop(columns="tokens"), "no column 'tokens': it is not a table of moe-inspect abl"),
+        ("none.csv", "cannot read"),
+        ("losses.txt", "are read from .csv"),
     ):
-        wrong.to_csv(tmp_path / "wrong.csv", index=False)
+        path = tmp_path / (wrong if isinstance(wrong, str) else "wrong.csv")
+        if not isinstance(wrong, str):
+            write_rows(wrong, path)
         with pytest.raises(MoeInspectError, match=said):
-            export_trace(
-                trace, "esft", tmp_path / "f", by="ablation", losses=tmp_path / "wrong.csv"
-            )
-    for name, said in (("none.csv", "cannot read"), ("losses.txt", "are read from .csv")):
-        with pytest.raises(MoeInspectError, match=said):
-            export_trace(trace, "esft", tmp_path / "f", by="ablation", losses=tmp_path / name)
+            export_trace(trace, "esft", tmp_path / "f", by="ablation", losses=path)
     assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])
 def test_a_domain_may_have_any_name(ending: str, trace: Trace, tmp_path: Path):
-    keys = pd.MultiIndex.from_product(
-        [[1, 3], range(E), ["007", "NA"]], names=["layer", "expert", "domain"]
-    )
-    rows = keys.to_frame(index=False).assign(tokens=9, difference=0.5, difference_low=np.nan)
-    rows["router"] = rows["layer"] // 2
-    path = tmp_path / f"losses.{ending}"
+    rows = every(layer=[1, 3], expert=range(E), domain=["007", "NA"])
+    rows = rows.assign(tokens=9, difference=0.5, difference_low=np.nan, router=rows["layer"] // 2)
     for kept in (rows, rows[rows["domain"] == "007"]):
-        if ending == "csv":
-            kept.to_csv(path, index=False)
-        else:
-            kept.to_json(path, orient="records", lines=True)
+        path = write_rows(kept, tmp_path / f"losses.{ending}")
         assert list(losses_without(path, trace.routers)[1]) == kept["domain"].unique().tolist()
 
 
@@ -297,17 +274,19 @@ def test_sglang_gets_a_pt_as_its_recorder_writes_it(trace: Trace, tmp_path: Path
     held = torch.load(tmp_path / "s.pt", weights_only=True)
     assert list(held) == ["logical_count"]
     assert held["logical_count"].dtype == torch.int64
-    assert held["logical_count"].tolist() == [
-        json.loads((tmp_path / "s.json").read_text())["logical_count"]
-    ]
+    load = read(tmp_path / "s.json")["logical_count"]
+    assert held["logical_count"].tolist() == [load]
+    expected = truth(trace).groupby(["layer", "expert"]).size()
+    assert {
+        (layer, e): n for layer, of in enumerate(load) for e, n in enumerate(of) if n
+    } == expected.to_dict()
+    assert (len(load), {*map(len, load)}) == (4, {E})
     said: list[str] = []
     back = import_trace("sglang", [tmp_path / "s.pt"], tmp_path / "t", top_k=K, warn=said.append)
     assert [r.layer for r in back.routers] == [1, 3]
     assert back.n_tokens == T
     assert len(said) == 1  # of the dense layers: no config was given
-    with pytest.raises(
-        MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or \.json"
-    ):
+    with pytest.raises(MoeInspectError, match=r"s\.npz: for SGLang the load is written as \.pt or"):
         export_trace(trace, "sglang", tmp_path / "s.npz")
 
 
@@ -330,38 +309,16 @@ def test_blocks_are_counted_in_one_way(
     assert made.stated_blocks == stated
     blocks = max(stated or 0, 4)
     export_trace(made, "sglang", tmp_path / "s.json")
-    assert len(json.loads((tmp_path / "s.json").read_text())["logical_count"]) == blocks
+    assert len(read(tmp_path / "s.json")["logical_count"]) == blocks
     placed = made.simulate.placement(gpus=2, policies=["contiguous"])
     assert placed.settings["layers"] == made.blocks == blocks
-
-
-def test_sglang_gets_a_row_a_layer_of_the_model(trace: Trace, tmp_path: Path):
-    export_trace(trace, "sglang", tmp_path / "s.json")
-    load = np.array(json.loads((tmp_path / "s.json").read_text())["logical_count"])
-    assert load.shape == (4, E)
-    assert not load[[0, 2]].any()
-    expected = truth(trace).groupby(["layer", "expert"]).size()
-    assert {
-        (layer, e): n for layer in (1, 3) for e, n in enumerate(load[layer]) if n
-    } == expected.to_dict()
 
 
 def test_long_parquet_is_a_row_an_assignment(trace: Trace, tmp_path: Path):
     export_trace(trace, "long-parquet", tmp_path / "l.parquet")
     found = duckdb.sql(f"select * from '{tmp_path}/l.parquet' order by router, token, slot").df()
-    columns = [
-        "token",
-        "layer",
-        "router",
-        "slot",
-        "expert",
-        "weight",
-        "token_id",
-        "document",
-        "sequence",
-        "position",
-        "batch",
-    ]
+    columns = ["token", "layer", "router", "slot", "expert", "weight", "token_id", "document"]
+    columns += ["sequence", "position", "batch"]
     assert np.array_equal(found[columns].to_numpy(float), truth(trace)[columns].to_numpy(float))
 
 
@@ -376,7 +333,7 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
         with pytest.raises(MoeInspectError, match="has no output norms"):
             export_trace(trace, format, tmp_path / "o.json")
         export_trace(trace, format, tmp_path / "o.json", by="frequency")
-        plan = json.loads((tmp_path / "o.json").read_text())
+        plan = read(tmp_path / "o.json")
         assert plan["dropped"] == {"0": [0, 1], "1": [0, 1]}
         return
     options = {"gpu_layers": 1} if format == "llama-cpp" else {}
@@ -385,23 +342,18 @@ def test_counts_alone_give_what_they_can(format: str, tmp_path: Path):
 
 
 def test_the_command(cli_here: Cli, trace: Trace, tmp_path: Path):
-    assert (
-        "wrote c.csv" in cli_here("export", trace.path, "--format", "counts", "-o", "c.csv").stderr
-    )
-    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
-    cli_here("export", trace.path, "--format", "esft", "-o", "e", "--top-p", 0.9, "--score", "gate")
-    assert len(json.loads((tmp_path / "e/a/expert_cfg.json").read_text())["experts"]["1"]) > 3
-    assert (
-        "counts are written as"
-        in cli_here("export", trace.path, "--format", "counts", "-o", "c.txt", check=1).stderr
-    )
-    assert (
-        "within the trace"
-        in cli_here(
-            "export", trace.path, "--format", "counts", "-o", trace.path / "c.csv", check=1
+    def said(format: str, output: Any, *more: Any, check: int = 0) -> str:
+        return cli_here(
+            "export", trace.path, "--format", format, "-o", output, *more, check=check
         ).stderr
-    )
-    cli_here("export", trace.path, "--format", "nonsense", "-o", "c", check=2)
+
+    assert "wrote c.csv" in said("counts", "c.csv")
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 2 * 2 * E
+    said("esft", "e", "--top-p", 0.9, "--score", "gate")
+    assert len(read(tmp_path / "e/a/expert_cfg.json")["experts"]["1"]) > 3
+    assert "counts are written as" in said("counts", "c.txt", check=1)
+    assert "within the trace" in said("counts", trace.path / "c.csv", check=1)
+    said("nonsense", "c", check=2)
 
 
 def test_the_help_lists_every_format(cli_here: Cli) -> None:
@@ -427,9 +379,10 @@ def test_llama_cpp_keeps_layers_whose_load_is_spread_on_the_gpu(cli_here: Cli, t
     assert not pattern.search("blk.0.ffn_gate_shexp.weight")
     export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot", gpu_layers=3)
     assert (tmp_path / "ot").read_text() == "\n"
-    with pytest.raises(MoeInspectError, match="--gpu-layers 4: 3 layers have experts"):
-        export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot", gpu_layers=4)
-    with pytest.raises(MoeInspectError, match="needs --gpu-layers"):
-        export_trace(tmp_path / "t", "llama-cpp", tmp_path / "ot")
-    with pytest.raises(MoeInspectError, match="option of the format llama-cpp, not of counts"):
-        export_trace(tmp_path / "t", "counts", tmp_path / "c.csv", gpu_layers=1)
+    for format, given, said in (
+        ("llama-cpp", {"gpu_layers": 4}, "--gpu-layers 4: 3 layers have experts"),
+        ("llama-cpp", {}, "needs --gpu-layers"),
+        ("counts", {"gpu_layers": 1}, "option of the format llama-cpp, not of counts"),
+    ):
+        with pytest.raises(MoeInspectError, match=said):
+            export_trace(tmp_path / "t", format, tmp_path / "c.csv", **given)
