@@ -15,7 +15,7 @@ from moe_inspect.comparison.checkpoints import Checkpoints
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.loads import Loads
 from moe_inspect.comparison.models import Models
-from moe_inspect.comparison.result import (
+from moe_inspect.comparison.result import (  # noqa: F401
     CHECKPOINT_TABLES,
     LOAD_TABLES,
     MODEL_TABLES,
@@ -27,16 +27,7 @@ from moe_inspect.comparison.result import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 
-__all__ = [
-    "CHECKPOINT_TABLES",
-    "LOAD_TABLES",
-    "MODEL_TABLES",
-    "TABLES",
-    "Checkpoints",
-    "Comparison",
-    "compare",
-    "compare_checkpoints",
-]
+__all__ = ["TABLES", "Checkpoints", "Comparison", "compare", "compare_checkpoints"]
 NOT_OF_MODELS = (*OF_DECISIONS, "layers", "shift_layers")
 
 

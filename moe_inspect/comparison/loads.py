@@ -25,6 +25,7 @@ from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.analysis.metrics.windows import step_floors, step_total_variation
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.comparison import result
+from moe_inspect.comparison.aligning.pairing import layers_named
 from moe_inspect.comparison.decisions.verdict import Collapse, said_of_collapse
 from moe_inspect.comparison.result import COLOURS, LOAD_TABLES, OF_DECISIONS, SIDES, Row
 from moe_inspect.reporting.charts import spec
@@ -72,8 +73,37 @@ class Loads(result.Paired):
 
     @cached_property
     def steps(self) -> StepWindows:
-        """The load of both in windows of the same steps."""
-        return step_windows(self)
+        """The load in windows of the steps that both traces have, cut wherever both were committed
+        at the same step: one shard of a trace may be several of the other. Windows of which a trace
+        has a part only are left out; where there are very many, neighbours are put together."""
+        units, why_none = [STEP if trace.is_history else PASS for trace in self.traces], ""
+        decisions = [name for name, x in zip("AB", self.traces, strict=True) if not x.counts_only]
+        if decisions:
+            units, why_none = [PASS], f"{decisions[0]} holds decisions, not counts by step"
+        elif units[0] != units[1]:
+            of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
+            why_none = f"A counts {of_a}, B {of_b}"
+        spans = [] if why_none else [_spans(trace) for trace in self.traces]
+        first_W, last_W, windows = _windows(spans)
+        left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or (
+            "",
+            "",
+        )
+        if spans and not len(first_W):
+            why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
+        sizes = {r: self.a.routers[r].experts for r, _ in self.pairs}
+        W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
+        joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
+        start_W = np.searchsorted(joined_W, np.arange(W))
+        end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
+        load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
+        for side, window_N in enumerate(windows):
+            selection = self.reports[SIDES[side]].selection
+            found = by_shard(self.traces[side], None, count_shard, selection, BASE)
+            for w, counts in zip(window_N, found, strict=True):
+                for pair in self.pairs if w >= 0 else ():
+                    load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
+        return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
 
     def load_2E(self, router: int) -> np.ndarray:
         """float64 [2, E]: the load of a router of A, and of the one of B that goes with it."""
@@ -119,37 +149,6 @@ class StepWindows:
     @property
     def units(self) -> str:
         return UNITS[self.unit]
-
-
-def step_windows(data: Loads) -> StepWindows:
-    """The steps that both traces have, cut wherever both were committed at the same step: one shard
-    of a trace may be several of the other. Windows of which a trace has a part only are left out;
-    where there are very many, neighbours are put together."""
-    units, why_none = [STEP if trace.is_history else PASS for trace in data.traces], ""
-    decisions = [name for name, x in zip("AB", data.traces, strict=True) if not x.counts_only]
-    if decisions:
-        units, why_none = [PASS], f"{decisions[0]} holds decisions, not counts by step"
-    elif units[0] != units[1]:
-        of_a, of_b = ("steps of a training run" if x == STEP else UNITS[x] for x in units)
-        why_none = f"A counts {of_a}, B {of_b}"
-    spans = [] if why_none else [_spans(trace) for trace in data.traces]
-    first_W, last_W, windows = _windows(spans)
-    left_out = tuple(_steps(of[w < 0]) for of, w in zip(spans, windows, strict=True)) or ("", "")
-    if spans and not len(first_W):
-        why_none = f"A has {UNITS[units[0]]} {left_out[0]}, B {left_out[1]}"
-    sizes = {r: data.a.routers[r].experts for r, _ in data.pairs}
-    W = min(len(first_W), max(WINDOWS, WINDOW_CELLS // max(1, sum(sizes.values()))))
-    joined_W = np.arange(len(first_W)) * W // max(1, len(first_W))
-    start_W = np.searchsorted(joined_W, np.arange(W))
-    end_W = np.searchsorted(joined_W, np.arange(W), "right") - 1
-    load_2WE = {r: np.zeros((2, W, E), np.int64) for r, E in sizes.items()}
-    for side, window_N in enumerate(windows):
-        selection = data.reports[SIDES[side]].selection
-        found = by_shard(data.traces[side], None, count_shard, selection, BASE)
-        for w, counts in zip(window_N, found, strict=True):
-            for pair in data.pairs if w >= 0 else ():
-                load_2WE[pair[0]][side, joined_W[w]] += counts.load_E(pair[side])
-    return StepWindows(first_W[start_W], last_W[end_W], load_2WE, units[0], left_out, why_none)
 
 
 def _spans(trace: Trace) -> np.ndarray:
@@ -463,8 +462,7 @@ def _since(data: Loads, rows: pd.DataFrame) -> str:
 
 
 def _layers(data: Loads, routers: list[int]) -> str:
-    labels = [data.label(r) for r in routers]
-    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first(labels, MOST_NAMED, ', ')}"
+    return layers_named([data.label(r) for r in routers], MOST_NAMED)
 
 
 def said_of_balance(data: Loads) -> Iterator[Finding]:

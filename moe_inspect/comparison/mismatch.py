@@ -41,7 +41,7 @@ def mismatch(ids_a: Any, ids_b: Any, *, mask: Any = None) -> dict[str, Any]:
     other_TL = np.zeros((T, L), bool)
     missing_L, size_L, moved_L = np.zeros((3, L), np.int64)
     for layer in range(L):
-        slots_a, slots_b = (tuple(side[:, layer, j] for j in range(K)) for side in (a, b))
+        slots_a, slots_b = (tuple(side[:, layer].T) for side in (a, b))
         at = unequal(slots_a, slots_b)
         missing_N = sets(a[at, layer].T, b[at, layer].T, E)[2]
         other_TL[at, layer] = missing_N > 0
@@ -49,14 +49,13 @@ def mismatch(ids_a: Any, ids_b: Any, *, mask: Any = None) -> dict[str, Any]:
         moved_L[layer] = len(at)
         size_L[layer] = T * K - int(nowhere_in_both(slots_a, slots_b, E).sum())
     with np.errstate(invalid="ignore", divide="ignore"):
-        overlap_L = 1 - missing_L / size_L
         return {
             "set_mismatch": float(np.divide(other_TL.sum(), other_TL.size)),
             "overlap": float(1 - np.divide(missing_L.sum(), size_L.sum())),
             "tokens_mismatch": float(np.divide(other_TL.any(1).sum(), T)),
             "order": float(1 - np.divide(moved_L.sum(), other_TL.size)),
             "set_mismatch_by_layer": np.divide(other_TL.sum(0), T),
-            "overlap_by_layer": overlap_L,
+            "overlap_by_layer": 1 - missing_L / size_L,
         }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.analysis.counting.select import select
-from moe_inspect.comparison.aligning.pairing import routers_of_one_model
+from moe_inspect.comparison.aligning.pairing import layers_named, routers_of_one_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import Axis, Chart, Panel, Points
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
@@ -19,7 +19,7 @@ from moe_inspect.reporting.tables.registry import Excerpt, LazyTables, Table, ta
 from moe_inspect.reporting.verdict.checks import verdict_table
 from moe_inspect.reporting.verdict.findings import Finding, finding
 from moe_inspect.reporting.verdict.gate import gated
-from moe_inspect.text import join_first, layer_label, plural, storable
+from moe_inspect.text import layer_label, plural, storable
 from moe_inspect.trace.reader import Trace
 
 if TYPE_CHECKING:
@@ -294,8 +294,7 @@ def missing_layers(made: Paired) -> Iterator[Finding]:
         ("B", made.b, every_b, of_b),
     ):
         if left := [layer_label(trace.routers, r) for r in routers if r not in paired]:
-            said = f"{'layer' if len(left) == 1 else 'layers'} {join_first(left, 6, ', ')}"
-            text = f"Only {name} has {said}: not compared."
+            text = f"Only {name} has {layers_named(left)}: not compared."
             yield finding("missing_layers", "note", text, layers=left)
 
 

@@ -32,22 +32,16 @@ def sglang(trace: Trace, output: Path) -> None:
     load_LE = np.zeros((trace.blocks, sizes.pop()), np.int64)
     for router, of_domain in zip(trace.routers, sums_by_domain(trace), strict=True):
         load_LE[router.layer] = sum(sums["count"] for sums in of_domain.values())
-    data = (
-        _pt(load_LE[None])
-        if output.suffix == ".pt"
-        else (json.dumps({"logical_count": load_LE.tolist()}) + "\n").encode()
-    )
     with draft_of(output) as draft:
-        draft.write_bytes(data)
-
-
-def _pt(count_1LE: np.ndarray) -> bytes:
-    try:
-        import torch
-    except ImportError:
-        raise MoeInspectError(
-            "a .pt needs torch: pip install 'moe-inspect[trace]', or write it as .json"
-        ) from None
-    file = io.BytesIO()  # written in one go: torch has other errors for a full disk
-    torch.save({"logical_count": torch.from_numpy(count_1LE)}, file)
-    return file.getvalue()
+        if output.suffix == ".json":
+            draft.write_text(json.dumps({"logical_count": load_LE.tolist()}) + "\n")
+            return
+        try:
+            import torch
+        except ImportError:
+            raise MoeInspectError(
+                "a .pt needs torch: pip install 'moe-inspect[trace]', or write it as .json"
+            ) from None
+        file = io.BytesIO()  # written in one go: torch has other errors for a full disk
+        torch.save({"logical_count": torch.from_numpy(load_LE[None])}, file)
+        draft.write_bytes(file.getvalue())

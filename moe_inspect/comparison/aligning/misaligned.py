@@ -17,7 +17,7 @@ from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.metrics.chance import ALPHA, shuffled_p, shuffled_within
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.comparison.aligning.align import Alignment, align
-from moe_inspect.comparison.aligning.pairing import same_places
+from moe_inspect.comparison.aligning.pairing import layers_named, same_places
 from moe_inspect.comparison.aligning.rows import AlignedRows, rows_of_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import join_first, layer_label, plural, ranges
@@ -39,7 +39,7 @@ class Misalignment:
     kind: str
     text: str  # what was found, with the evidence
     option: str  # what mends it, "" where no option does
-    values: Mapping[str, object]
+    values: Mapping[str, Any]
 
 
 Pair = tuple[int, int]  # a router of A and one of B
@@ -267,8 +267,7 @@ def _experts_renumbered(sample: SampledRows) -> Misalignment | None:
 
 
 def _layers(sample: SampledRows, routers: Sequence[int]) -> str:
-    names = [layer_label(sample.traces[0].routers, r) for r in routers]
-    return f"{'layer' if len(names) == 1 else 'layers'} {join_first(names, 6, ', ')}"
+    return layers_named([layer_label(sample.traces[0].routers, r) for r in routers])
 
 
 def _foreign(sample: SampledRows) -> Misalignment | None:

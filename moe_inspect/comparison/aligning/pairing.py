@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.text import layer_label, ranges
+from moe_inspect.text import join_first, layer_label, ranges
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 
@@ -45,6 +45,10 @@ def _places(routers: Sequence[Router], shift: int) -> list[tuple[int, str, int]]
     """(layer, stack, place among the routers of both) of each."""
     keys = [(router.layer + shift, router.stack) for router in routers]
     return [(*key, keys[:r].count(key)) for r, key in enumerate(keys)]
+
+
+def layers_named(labels: Sequence[str], most: int = 6) -> str:
+    return f"{'layer' if len(labels) == 1 else 'layers'} {join_first([*labels], most, ', ')}"
 
 
 PHYSICAL = ". Physical ids of replicated experts must be mapped to logical ids first"
