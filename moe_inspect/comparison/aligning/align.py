@@ -120,14 +120,15 @@ def _sequences(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     encoder or not, position and length of each run."""
     names = ["document", "sequence", "encoder"]
     runs = pd.DataFrame(columns.T, columns=pd.Index([*names, "position", "length"]))
+    # within the document: how a program numbers them overall is its own affair
     runs["sequence"] = runs.groupby("document")["sequence"].rank("dense").astype(np.int64) - 1
-    runs["end"] = runs["position"] + runs["length"]
-    before = runs.groupby(names)["end"].shift(fill_value=runs["position"].min())
-    runs["again"] = (runs["position"] < before).astype(np.int64)
-    runs["repetition"] = runs.groupby(names)["again"].cumsum()
-    names.append("repetition")
-    key_G = runs[names].drop_duplicates().sort_values(names).to_numpy()
-    return key_G, runs.groupby(names).ngroup().to_numpy()
+    group = runs.groupby(names).ngroup()
+    end = (runs["position"] + runs["length"]).groupby(group)
+    again = runs["position"] < end.shift(fill_value=runs["position"].min())
+    runs["repetition"] = again.astype(np.int64).groupby(group).cumsum()
+    group = runs.groupby([group, "repetition"]).ngroup().to_numpy()
+    _, first_G = np.unique(group, return_index=True)
+    return runs[[*names, "repetition"]].to_numpy()[first_G], group
 
 
 def _sums(group: np.ndarray, values: np.ndarray, G: int) -> np.ndarray:
