@@ -24,17 +24,13 @@ def routes(seed: int = 0) -> list[np.ndarray]:
 def said(root: Path, *runs: list[np.ndarray], documents: int = DOCUMENTS) -> dict[str, Any]:
     """The findings on two runs by kind; with a third, which is the noise."""
     length = T // documents
-    alike: dict[str, Any] = {
-        "document": np.arange(T) // length,
-        "domain_of_document": ["law", "code", "news"],
-        "token_id": np.arange(T) * 7 % 5_003,
-        "batch_tokens": length,
-    }
-    traces = [
+    alike: dict[str, Any] = {"document": np.arange(T) // length, "batch_tokens": length}
+    alike |= {"domain_of_document": ["law", "code", "news"], "token_id": np.arange(T) * 7 % 5_003}
+    a, b, *noise = (
         write_trace(root / f"{documents}{name}", ids, E, **alike)
         for name, ids in zip("abn", runs, strict=False)
-    ]
-    made = moe_inspect.compare(*traces[:2], noise=traces[2] if len(runs) > 2 else None)
+    )
+    made = moe_inspect.compare(a, b, noise=noise[0] if noise else None)
     return {found.kind: found for found in made.verdict()}
 
 

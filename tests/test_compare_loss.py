@@ -179,8 +179,9 @@ def test_of_an_encoder_decoder_the_decoders_tokens(tmp_path: Path) -> None:
     a, b = (moe_inspect.open_trace(tmp_path / name) for name in "ab")
     row: Any = moe_inspect.compare(a, b).tables["loss"].iloc[0]
     assert row["tokens"] == 6 - 1
-    assert row["mean_loss_nats_a"] == pytest.approx(a.tokens()["loss_nats"].mean())
-    assert row["mean_loss_nats_b"] == pytest.approx(b.tokens()["loss_nats"].mean())
+    for side, trace in zip("ab", (a, b), strict=True):
+        expected = trace.tokens()["loss_nats"].mean()
+        assert row[f"mean_loss_nats_{side}"] == pytest.approx(expected)
     assert abs(row["difference_nats"]) > 1e-4
     assert np.isnan(row["difference_nats_low"]), "one document has no interval"
 

@@ -51,31 +51,20 @@ def pairs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def written(root: Path, drawn: dict[str, Any]) -> list[Trace]:
-    E, both = drawn["E"], []
-    dtype = np.uint8 if E <= 256 else np.uint16
+    dtype, both = np.dtype(np.uint8 if drawn["E"] <= 256 else np.uint16), list[Trace]()
+    kinds = {"weights": np.float32, "logits": np.float16}
     for i, name in enumerate("ab"):
         ids_TLK = drawn["ids"][i]
         T, L, _ = ids_TLK.shape
         stored = np.where(ids_TLK < 0, np.iinfo(dtype).max, ids_TLK).astype(dtype)
-        more: dict[str, Any] = {
-            key: [drawn[key][i][:, r].astype(kind) for r in range(L)]
-            for key, kind in (("weights", np.float32), ("logits", np.float16))
-            if drawn[key] is not None
-        }
-        both.append(
-            write_trace(
-                root / name,
-                [stored[:, r] for r in range(L)],
-                E,
-                document=np.arange(T) // DOCUMENT,
-                domain_of_document=DOMAINS,
-                token_id=np.arange(T),
-                batch_tokens=DOCUMENT,
-                shard_tokens=SHARD,
-                phases=PHASES,
-                **more,
-            )
-        )
+        alike: dict[str, Any] = {"document": np.arange(T) // DOCUMENT, "token_id": np.arange(T)}
+        alike |= {"domain_of_document": DOMAINS, "phases": PHASES}
+        alike |= {"batch_tokens": DOCUMENT, "shard_tokens": SHARD}
+        for key, kind in kinds.items():
+            if drawn[key] is not None:
+                alike[key] = [drawn[key][i][:, r].astype(kind) for r in range(L)]
+        ids = [stored[:, r] for r in range(L)]
+        both.append(write_trace(root / name, ids, drawn["E"], **alike))
     return both
 
 
@@ -85,21 +74,18 @@ class Brute:
     def __init__(self, both: list[Trace], drawn: dict[str, Any]):
         self.T, self.L, self.K = drawn["ids"][0].shape
         self.E, self.logits, self.drawn = drawn["E"], drawn["logits"], drawn
+        routings = [[x.routing(router=r) for r in range(self.L)] for x in both]
         self.slots, self.weights = (
-            [
-                np.stack([x.routing(router=r).filter(like=f"{n}_") for r in range(self.L)], 1)
-                for x in both
-            ]
-            for n in ("expert", "weight")
+            [np.stack([of.filter(like=f"{name}_") for of in side], 1) for side in routings]
+            for name in ("expert", "weight")
         )
+        self.slots = [side.astype(float) for side in self.slots]
         self.sets = [
-            [[{int(e) for e in of if e == e} for of in token] for token in side.astype(float)]
+            [[{int(e) for e in of if e == e} for of in token] for token in side]
             for side in self.slots
         ]
-        self.slots = [side.astype(float) for side in self.slots]
-        self.differs = np.array(
-            [[self.sets[0][t][r] != self.sets[1][t][r] for r in range(self.L)] for t in self.tokens]
-        )
+        a, b = self.sets
+        self.differs = np.array([[a[t][r] != b[t][r] for r in range(self.L)] for t in self.tokens])
 
     @property
     def tokens(self) -> range:
@@ -144,10 +130,8 @@ class Brute:
         apart = np.abs(self.log_p(1) - self.log_p(0))
         found = []
         for t in self.tokens:
-            means: Any = [
-                np.mean([apart[t, r, e] for e in self.sets[0][t][r]]) if self.sets[0][t][r] else 0.0
-                for r in range(self.L)
-            ]
+            chosen = [(r, sorted(self.sets[0][t][r])) for r in range(self.L)]
+            means = [float(apart[t, r, of].mean()) if of else 0.0 for r, of in chosen]
             found.append(math.exp(-float(np.mean(means))))
         return found
 
@@ -202,25 +186,21 @@ def test_every_table_is_what_brute_force_gives(drawn: Any, tmp_path_factory: Any
     by_arrays = moe_inspect.mismatch(*drawn["ids"])
     for r in range(L):
         of = brute.row(r, [*brute.tokens])
-        found = {name: by_arrays[f"{name}_by_layer"][r] for name in ("set_mismatch", "overlap")}
-        same(found, {name: of[name] for name in found})
-    same(by_arrays, {"set_mismatch": brute.differs.mean()})
-    same(by_arrays, {"tokens_mismatch": brute.differs.any(1).mean()})
-    same(by_arrays, {"order": (drawn["ids"][0] == drawn["ids"][1]).all(2).mean()})
+        for name in ("set_mismatch", "overlap"):
+            same({name: by_arrays[f"{name}_by_layer"][r]}, {name: of[name]})
+    whole = {"set_mismatch": brute.differs.mean(), "tokens_mismatch": brute.differs.any(1).mean()}
+    same(by_arrays, whole | {"order": (drawn["ids"][0] == drawn["ids"][1]).all(2).mean()})
 
     # tokens and documents
     at = brute.differs.sum(1)
     for row in tables["tokens"]:
-        n = row["routers"]
-        same(
-            row,
-            {"tokens": (at == n).sum(), "share": (at == n).mean(), "share_more": (at > n).mean()},
-        )
+        here, more = at == row["routers"], at > row["routers"]
+        same(row, {"tokens": here.sum(), "share": here.mean(), "share_more": more.mean()})
     assert len(tables["tokens"]) == at.max() + 1
     shares = {"tokens": T, "tokens_mismatch": (at > 0).mean(), "decisions": T * L}
     same(tables["overall"][0], shares | {"decisions_mismatch": brute.differs.mean()})
-    gamma = brute.gamma() if brute.logits is not None else [math.nan]
-    same(tables["overall"][0], {"router_shift": np.mean(gamma)})
+    gamma = math.nan if brute.logits is None else np.mean(brute.gamma())
+    same(tables["overall"][0], {"router_shift": gamma})
     mismatches = {row["document"]: row["mismatches"] for row in tables["documents"]}
     wrong = Counter({d: int(at[[x == d for x in document]].sum()) for d in {*document}})
     assert mismatches == {d: n for d, n in wrong.items() if n}

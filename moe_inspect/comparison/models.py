@@ -363,8 +363,7 @@ def _spread(values: pd.Series) -> str:
 TEXT = "explained_by_text"
 STEPS = 100  # of the axis of relative depth
 DEPTH = Axis(
-    "relative depth: 0% is the first layer, 100% the last",
-    tuple(f"{i}%" for i in range(STEPS + 1)),
+    "relative depth: 0% is the first layer, 100% the last", tuple(f"{i}%" for i in range(STEPS + 1))
 )
 BEYOND = Axis("share, beyond chance", low=0)
 # name → group and table of the chart, column, axis, title, caption and text

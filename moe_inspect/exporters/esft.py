@@ -130,10 +130,7 @@ def _scores(trace: Trace, sums: list[dict[str, np.ndarray]]) -> dict[str, Scores
     tokens_L = [of_E.sum() / r.top_k for of_E, r in zip(load_LE, trace.routers, strict=True)]
     gate_LE = [of_E / tokens for of_E, tokens in zip(weight_LE, tokens_L, strict=True)]
     token_LE = [load_E / load_E.sum() for load_E in load_LE]
-    return {
-        "token_scores": _by_layer(trace, token_LE),
-        "gate_scores": _by_layer(trace, gate_LE),
-    }
+    return {"token_scores": _by_layer(trace, token_LE), "gate_scores": _by_layer(trace, gate_LE)}
 
 
 def _by_layer(trace: Trace, score_LE: list[np.ndarray]) -> Scores:

@@ -112,10 +112,7 @@ def first_sample(
 
 
 def misalignments(
-    traces: tuple[Trace, Trace],
-    alignment: Alignment,
-    pairs: Sequence[Pair],
-    routers: Sequence[int],
+    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair], routers: Sequence[int]
 ) -> list[Misalignment]:
     """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
     is alike as it is compared. routers: those of A that are selected."""
