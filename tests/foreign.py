@@ -11,7 +11,7 @@ import io
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -363,67 +363,52 @@ def esft(root: Path) -> Made:
 
 
 def by_layer(
-    root: Path,
-    name: str,
+    file: str,
     of_layers: Callable[[list[list[int]]], object],
-    layers: tuple[int, int] = (0, 1),
-    experts: int = E,
-    top_k: int = K,
-) -> Made:
-    """A JSON file of the counts [L, E]."""
-    load = loads(drawn(30, 8), experts)
-    (root / name).write_text(json.dumps(of_layers([load_E.tolist() for load_E in load])))
-    return Made(root, None, load, False, None, layers, experts, top_k)
+    *layers: int,
+    shape: tuple[int, int] = (E, K),
+    config: bool = False,
+) -> Callable[[Path], Made]:
+    """A JSON file of the counts [L, E] of these layers."""
 
+    def make(root: Path) -> Made:
+        load = loads(drawn(30, 8), shape[0])
+        (root / file).write_text(json.dumps(of_layers([load_E.tolist() for load_E in load])))
+        return Made(root, None, load, config, None, layers, *shape)
 
-@maker("fiddler")
-def fiddler(root: Path) -> Made:
-    name = "expert_popularity_law.json"
-    return by_layer(root, name, lambda of: {"total_input_tokens": 11, "expert_popularity": of})
-
-
-@maker("sglang-json")
-def sglang_json(root: Path) -> Made:
-    """With a dense layer, which has no counts."""
-    made = by_layer(root, "decode.json", lambda of: {"logical_count": [[0.0] * E, *of]}, (1, 2))
-    return replace(made, config=True)
-
-
-@maker("experts4bit")
-def experts4bit(root: Path) -> Made:
-    def line(of: list[list[int]]) -> object:
-        sets = ([[e, n] for e, n in enumerate(load_E) if n] for load_E in of)
-        return {
-            "example_index": 0,
-            "routed": {str(layer): of for layer, of in routed(sets).items()},
-        }
-
-    return replace(by_layer(root, "x.jsonl", line, (1, 2)), config=True)
-
-
-@maker("glm-merged")
-def glm_merged(root: Path) -> Made:
-    def layer(load_E: list[int]) -> object:
-        return {"cnt": load_E, "gate": [n / 4 for n in load_E], "sal": [n / 2 for n in load_E]}
-
-    def merged(of: list[list[int]]) -> object:
-        return {"n_expert": E, "layers": routed(map(layer, of))}
-
-    return replace(by_layer(root, "merged_law.json", merged, (1, 2)), config=True)
+    return make
 
 
 def sparse(of: list[list[int]]) -> list[dict[str, int]]:
     return [{str(e): n for e, n in enumerate(load_E) if n} for load_E in of]
 
 
-@maker("olmoe-counts")
-def olmoe_counts(root: Path) -> Made:
-    return by_layer(root, "olmoe_expert_counts_law.json", sparse, (0, 7), 64, 8)
+def four_bits(of: list[list[int]]) -> object:
+    sets = [[[e, n] for e, n in enumerate(load_E) if n] for load_E in of]
+    return {"example_index": 0, "routed": dict(zip(map(str, ROUTED), sets, strict=True))}
 
 
-@maker("mixtral-counts")
-def mixtral_counts(root: Path) -> Made:
-    return by_layer(root, "mistral_expert_counts_law.json", sparse, (0, 15))
+def glm_merged(of: list[list[int]]) -> object:
+    def layer(load_E: list[int]) -> object:
+        return {"cnt": load_E, "gate": [n / 4 for n in load_E], "sal": [n / 2 for n in load_E]}
+
+    return {"n_expert": E, "layers": routed(map(layer, of))}
+
+
+def fiddler(of: list[list[int]]) -> object:
+    return {"total_input_tokens": 11, "expert_popularity": of}
+
+
+def with_a_dense_layer(of: list[list[int]]) -> object:
+    return {"logical_count": [[0.0] * E, *of]}
+
+
+maker("fiddler")(by_layer("expert_popularity_law.json", fiddler, 0, 1))
+maker("sglang-json")(by_layer("decode.json", with_a_dense_layer, *ROUTED, config=True))
+maker("experts4bit")(by_layer("x.jsonl", four_bits, *ROUTED, config=True))
+maker("glm-merged")(by_layer("merged_law.json", glm_merged, *ROUTED, config=True))
+maker("olmoe-counts")(by_layer("olmoe_expert_counts_law.json", sparse, 0, 7, shape=(64, 8)))
+maker("mixtral-counts")(by_layer("mistral_expert_counts_law.json", sparse, 0, 15))
 
 
 @maker("moe-beyond")
@@ -606,28 +591,19 @@ def bigmoeonedge(root: Path) -> Made:
 def policylang(root: Path) -> Made:
     """Two prompts, layer by layer, as its recorder's hooks append them."""
     ids, rows = drawn(9, 70), []
-    for prompt, tokens in ((0, range(5)), (1, range(5, 9))):
+    for prompt, tokens in enumerate((range(5), range(5, 9))):
         for layer, ids_TK in routed(ids).items():
-            rows += [
-                {
-                    "prompt_id": prompt,
-                    "token_idx": t - tokens[0],
-                    "layer_idx": layer,
-                    "selected_experts": ids_TK[t].tolist(),
-                    "router_scores": [0.5, 0.25],
-                    "router_softmax": [1 / E] * E,
-                    "token_id": t,
-                    "phase": "prefill" if t - tokens[0] < 3 else "decode",
-                    "domain_tag": ["code", "chat"][prompt],
-                    "token_loss": None if t == tokens[0] else 1.5,
-                }
-                for t in tokens
-            ]
-    i32, lists = pa.int32(), pa.list_(pa.float32())
-    kinds = {"prompt_id": i32, "token_idx": i32, "layer_idx": i32, "token_id": i32}
+            for at, t in enumerate(tokens):
+                row = {"prompt_id": prompt, "token_idx": at, "layer_idx": layer, "token_id": t}
+                row |= {"selected_experts": ids_TK[t].tolist(), "router_scores": [0.5, 0.25]}
+                row |= {"router_softmax": [1 / E] * E, "token_loss": 1.5 if at else None}
+                row |= {"phase": "prefill" if at < 3 else "decode"}
+                rows.append(row | {"domain_tag": ["code", "chat"][prompt]})
+    i32, lists, text = pa.int32(), pa.list_(pa.float32()), pa.string()
+    kinds = {"prompt_id": i32, "token_idx": i32, "layer_idx": i32}
     kinds |= {"selected_experts": pa.list_(i32), "router_scores": lists, "router_softmax": lists}
-    kinds |= {"phase": pa.string(), "domain_tag": pa.string(), "token_loss": pa.float32()}
-    schema = pa.schema([(name, kinds[name]) for name in rows[0]])
+    kinds |= {"token_id": i32, "phase": text, "domain_tag": text, "token_loss": pa.float32()}
+    schema = pa.schema(kinds)
     pq.write_table(pa.Table.from_pylist(rows, schema), root / "t.parquet", compression="zstd")
     return Made(root / "t.parquet", ids, config=False)
 
