@@ -90,8 +90,7 @@ class PairRouterCounts:
 
 def add_sums(total: Counts, other: Counts, *tables: str) -> None:
     """Adds the whole numbers of two counts of one kind, and these tables."""
-    numbers = [f.name for f in fields(other) if f.type == "int" and f.name != "E"]
-    for name in (*numbers, *tables):
+    for name in (*NUMBERS[type(other)], *tables):
         setattr(total, name, getattr(total, name) + getattr(other, name))
 
 
@@ -168,6 +167,10 @@ class ComparisonCounts:
 
 
 Counts = PairRouterCounts | ComparisonCounts
+NUMBERS = {
+    kind: [f.name for f in fields(kind) if f.type == "int" and f.name != "E"]
+    for kind in (PairRouterCounts, ComparisonCounts)
+}
 
 
 @dataclass(frozen=True)
