@@ -39,7 +39,7 @@ from moe_inspect.analysis.scores import SCORES, counted, lowest, random_scores, 
 from moe_inspect.analysis.weights.measure import weight_tables
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
-from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.ablation import HeldOut, open_held_out
 from moe_inspect.interventions.pruning.measure import Drop, measure
 from moe_inspect.interventions.pruning.run import ablation_scores
 from moe_inspect.trace.reader import Trace

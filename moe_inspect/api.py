@@ -162,8 +162,7 @@ def ablate(
     progress     called with (forward passes done, in total) after each
 
     Raises MoeInspectError for errors the caller can fix."""
-    from moe_inspect.interventions.ablation import ablate_held_out, pairs
-    from moe_inspect.interventions.held_out import open_held_out
+    from moe_inspect.interventions.ablation import ablate_held_out, open_held_out, pairs
 
     settings = replace(options or TraceOptions(batch_tokens=2048), **changes)
     held_out = open_held_out(model, settings)

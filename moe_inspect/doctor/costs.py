@@ -1,7 +1,5 @@
-"""What recording costs: the host on this machine, whatever the model (a launch of each Triton
-kernel, a router call on the CPU, a copy to pinned memory), with the self-check of the kernels on
-each GPU; and of one model traced ÷ untraced, the time of its forward passes with and without a
-recorder, in turn.
+"""What recording costs: the host, whatever the model (a launch of each Triton kernel, a router call
+on the CPU, a copy to pinned memory); and one model, traced ÷ untraced, in turn.
 
 B rows, S positions, T tokens, K slots, E experts, H hidden width.
 """
@@ -16,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +33,9 @@ from moe_inspect.model.load import load_config, load_model, load_tokenizer
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.progress import phase
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CAPTURES = {
     "tap": RecordOptions(capture="tap"),
     "dispatch": RecordOptions(capture="dispatch"),
@@ -46,6 +47,7 @@ MOST_STEPS = 64
 PROMPT = 16  # positions before the first decoded one
 
 Step = Callable[[], object]
+Facts = dict[str, Any]  # plain JSON values
 
 
 @dataclass(frozen=True)
@@ -64,37 +66,34 @@ class Seconds(NamedTuple):
     cpu: float
 
 
-def phases(network: Any, ids_N: Tensor) -> list[Phase]:
-    """Prefill of 4 × 512 tokens, or as many as the model takes, and decode steps of 1 and of 8
-    rows. `ids_N`: a text."""
+def phases(network: PreTrainedModel, ids_N: Tensor) -> list[Phase]:
+    """Prefill of 4 × 512 tokens, or what the model takes, and decode of 1 and 8 rows of a text."""
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 512
     S = min(512, longest)
-    found = [prefill_phase(network, _rows(ids_N, 4, S))]
+
+    def rows(B: int, S: int) -> Tensor:
+        return ids_N.repeat(-(-B * S // len(ids_N)))[: B * S].view(B, S)
+
+    found = [prefill_phase(network, rows(4, S))]
     if not getattr(network.config, "is_encoder_decoder", False):
-        found += [decode_phase(network, _rows(ids_N, B, min(PROMPT, S // 2))) for B in (1, 8)]
+        found += [decode_phase(network, rows(B, min(PROMPT, S // 2))) for B in (1, 8)]
     return found
 
 
-def _rows(ids_N: Tensor, B: int, S: int) -> Tensor:
-    return ids_N.repeat(-(-B * S // len(ids_N)))[: B * S].view(B, S)
-
-
-def prefill_phase(network: Any, ids_BS: Tensor) -> Phase:
+def prefill_phase(network: PreTrainedModel, ids_BS: Tensor) -> Phase:
     """Forward passes over the same rows."""
-    ids_BS = ids_BS.to(next(network.parameters()).device)
+    ids_BS = ids_BS.to(network.device)
     options = {"use_cache": False, **last_logits(network)}
     if getattr(network.config, "is_encoder_decoder", False):
         options = {"decoder_input_ids": ids_BS}
-
     B, S = ids_BS.shape
     step = partial(network, input_ids=ids_BS, **options)
     return Phase(f"prefill, {B} × {S}", B * S, lambda: step)
 
 
-def decode_phase(network: Any, prompt_BS: Tensor) -> Phase:
+def decode_phase(network: PreTrainedModel, prompt_BS: Tensor) -> Phase:
     """Steps of one token per row, each with the cache of the step before."""
-    prompt_BS = prompt_BS.to(next(network.parameters()).device)
-    B = len(prompt_BS)
+    prompt_BS, B = prompt_BS.to(network.device), len(prompt_BS)
     options = {"use_cache": True, **last_logits(network)}
 
     def start() -> Step:
@@ -109,7 +108,9 @@ def decode_phase(network: Any, prompt_BS: Tensor) -> Phase:
     return Phase(f"decode, {B} × 1", B, start)
 
 
-def timed(network: Any, phase: Phase, captures: Iterable[str] = CAPTURES) -> dict[str, Seconds]:
+def timed(
+    network: PreTrainedModel, phase: Phase, captures: Iterable[str] = CAPTURES
+) -> dict[str, Seconds]:
     """ "untraced", and each capture → time per forward pass: the least of ROUNDS, in turn. Not in
     it is what is written when a trace is closed. On a CPU one thread computes."""
     found: dict[str, list[Seconds]] = {name: [] for name in ("untraced", *captures)}
@@ -126,29 +127,26 @@ def timed(network: Any, phase: Phase, captures: Iterable[str] = CAPTURES) -> dic
                         times.append(_block(network, phase, steps))
     except torch.OutOfMemoryError as error:
         raise MoeInspectError(
-            f"{next(network.parameters()).device} is out of memory in a forward pass: give another "
-            "--device or --dtype"
+            f"{network.device} is out of memory in a forward pass: give another --device or --dtype"
         ) from error
     finally:
         torch.set_num_threads(threads)
     return {name: _least(times) for name, times in found.items()}
 
 
-def _block(network: Any, phase: Phase, steps: int) -> Seconds:
-    """Time per pass of `steps` passes, after one that is not timed: the first of a recording is
-    staged. On a GPU, which runs behind the host, all of them together; on a CPU the
-    least of them."""
+def _block(network: PreTrainedModel, phase: Phase, steps: int) -> Seconds:
+    """Time per pass of `steps` passes, after the first, which a recording stages: the least of them
+    on a CPU; on a GPU, which runs behind the host, all of them together."""
     step = phase.start()
     step()
     gpus = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    if not gpus:
+        return _least([_elapsed(step) for _ in range(steps)])
 
     def wait() -> None:
-        """Until every GPU of the model has done its work."""
         for gpu in gpus:
             torch.cuda.synchronize(gpu)
 
-    if not gpus:
-        return _least([_elapsed(step) for _ in range(steps)])
     wait()
     together = _elapsed(lambda: [*(step() for _ in range(steps)), wait()])
     return Seconds(together.wall / steps, together.cpu / steps)
@@ -165,7 +163,7 @@ def _elapsed(call: Callable[[], object]) -> Seconds:
 
 
 @contextmanager
-def _recording(network: Any, capture: str) -> Iterator[None]:
+def _recording(network: PreTrainedModel, capture: str) -> Iterator[None]:
     if capture == "untraced":
         yield
         return
@@ -178,26 +176,20 @@ def _recording(network: Any, capture: str) -> Iterator[None]:
 
 def examined(
     name: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
+    measure: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    random_init: int | None = None,
-    measure: bool = True,
-) -> dict[str, Any]:
-    """Facts about the model, the captures that are possible on it, and with `measure` what each
-    costs."""
+    **options: Any,
+) -> Facts:
+    """The model, its captures, and with `measure` their costs. `options`: of `load_model`."""
     phase("loading the model")
     of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, tokenizer = load_config(name, **of_hub), load_tokenizer(name, **of_hub)
-    network = load_model(
-        name, config, device=device, dtype=dtype, random_init=random_init, **of_hub
-    )
+    network = load_model(name, config, **of_hub, **options)
     sites = find_routers(network)
     possible = captures_of(network, sites)
     parameter = next(network.parameters())
-    facts = {
+    facts: Facts = {
         "id": None if Path(name).exists() else name,  # a path may name its owner
         "class": type(network).__name__,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -216,14 +208,14 @@ def examined(
     text = "\n".join(file.read_text("utf-8") for file in sorted(CORPUS_DIR.rglob("*.txt")))
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     listed = phases(network, ids_N)
-    advance, speed = phase("measuring the model", len(listed), "shapes"), list[Any]()
+    advance, speed = phase("measuring the model", len(listed), "shapes"), list[Facts]()
     for shape in listed:
-        speed.append(_speed(network, shape, able))
+        speed.append(speed_of(network, shape, able))
         advance(1)
     return {**facts, "speed": speed, "selfcheck": summary(kernels.SELF_CHECK.found)}
 
 
-def captures_of(network: Any, sites: Sequence[Site]) -> list[dict[str, Any]]:
+def captures_of(network: PreTrainedModel, sites: list[Site]) -> list[Facts]:
     """{capture, possible, note} of each capture."""
     notes = dict.fromkeys((*CAPTURES, "logits"), "")
     try:
@@ -235,23 +227,20 @@ def captures_of(network: Any, sites: Sequence[Site]) -> list[dict[str, Any]]:
     return [{"capture": n, "possible": not note, "note": note} for n, note in notes.items()]
 
 
-def _speed(network: Any, phase: Phase, captures: Sequence[str]) -> dict[str, Any]:
+def speed_of(network: PreTrainedModel, phase: Phase, captures: Sequence[str]) -> Facts:
     """Seconds per pass, untraced and traced, and the ratios; or why they were not measured."""
     shape = {"phase": phase.name, "tokens": phase.tokens}
     try:
         found = timed(network, phase, captures)
     except MoeInspectError as error:
         return {**shape, "not_measured": str(error)}
-    untraced = found["untraced"]
-    return {
-        **shape,
-        "seconds": {name: seconds._asdict() for name, seconds in found.items()},
-        "traced_over_untraced": {
-            name: {"wall": untraced.wall / s.wall, "cpu": untraced.cpu / s.cpu}
-            for name, s in found.items()
-            if name != "untraced"
-        },
+    seconds = {name: of._asdict() for name, of in found.items()}
+    untraced = found.pop("untraced")
+    ratios = {
+        name: {"wall": untraced.wall / of.wall, "cpu": untraced.cpu / of.cpu}
+        for name, of in found.items()
     }
+    return {**shape, "seconds": seconds, "traced_over_untraced": ratios}
 
 
 # --- what recording costs the host, whatever the model
@@ -260,22 +249,17 @@ SHAPES = ((64, 8), (256, 8))  # E, K
 LAUNCHES = 200  # the queue of a GPU holds more
 REPEATS = 5
 COPY_BYTES = 64 << 20
+LAYERS = 24
 
 
 def gpus() -> list[torch.device]:
     """Where the kernels run."""
-    if kernels.triton is None:
-        return []
-    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+    count = 0 if kernels.triton is None else torch.cuda.device_count()
+    return [torch.device("cuda", n) for n in range(count)]
 
 
-def selfchecks() -> list[dict[str, Any]]:
-    """{device, kernel, variants, ms, wrong} of each kernel on each GPU, checked now. `wrong`: None,
-    or what is wrong, by variant."""
-    return [row for device in gpus() for row in selfchecks_of(device)]
-
-
-def selfchecks_of(device: torch.device) -> Iterator[dict[str, Any]]:
+def selfchecks_of(device: torch.device) -> Iterator[Facts]:
+    """Each kernel on a GPU, checked now. `wrong`: None, or what is wrong, by variant."""
     for kernel in ("record", "dispatch", "combine"):
         variants = [v for E, K in SHAPES for v in _variants(kernel, device, E, K)]
         began = time.perf_counter()
@@ -306,17 +290,16 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
         yield of(None, 0, grouped=True, sizes=("norms",), columns=columns)
 
 
-def calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """What the hooks call on a GPU, with a decode step's 8 tokens or, in several launches, with
-    8192."""
+def calls(device: torch.device) -> dict[str, Step]:
+    """What the hooks call on a GPU, with a decode step's 8 tokens or, in several launches, 8192."""
     E, K, H = 64, 8, 2048
     tape = Ring(device, [K], [E], torch.bfloat16, rows=8192).tapes[""][0]
 
-    def choice(T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def choice(T: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(0, E, (T, K), device=device)
         return ids, torch.rand(T, K, device=device).to(torch.bfloat16)
 
-    def dispatch(T: int, launches: int) -> Callable[[], object]:
+    def dispatch(T: int, launches: int) -> Step:
         ids, weights = choice(T)
         return lambda: kernels.dispatch_triton(ids, weights, E, tape, launches=launches)
 
@@ -331,70 +314,54 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
-def measured() -> dict[str, Any]:
+def measured() -> Facts:
     """Microseconds per launch by kernel, on the first GPU, and per router call on the CPU by
     capture; bytes per second of a copy. What needs a GPU is empty or None without one."""
     return {
-        "record_on_cpu_us": record_on_cpu(),
+        "record_on_cpu_us": _record_on_cpu(),
         "launch_us": {
             name: min(_host_us(call, device) for _ in range(REPEATS))
             for device in gpus()[:1]
             for name, call in calls(device).items()
         },
-        "copy_bytes_per_s": copy_bandwidth(),
+        "copy_bytes_per_s": _copy_bandwidth(),
     }
 
 
-def _host_us(call: Callable[[], object], device: torch.device) -> float:
+def _host_us(call: Step, device: torch.device) -> float:
     call()
     torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(LAUNCHES):
-        call()
-    took = time.perf_counter() - began
+    took = _elapsed(lambda: [call() for _ in range(LAUNCHES)]).wall
     torch.cuda.synchronize(device)
     return took / LAUNCHES * 1e6
 
 
-def narrow_model() -> Any:
-    """A model of many narrow layers on the CPU, in which recording has little to hide behind."""
+def _record_on_cpu() -> dict[str, float]:
+    """Capture → µs of CPU time per router call, in a decode step of many narrow layers."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "moe_intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "vocab_size": 256,
-        "num_hidden_layers": 24,
-        "num_experts": 16,
-        "num_experts_per_tok": 8,
-        "pad_token_id": 0,
+    sizes: Facts = {
+        **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+        **dict.fromkeys(("moe_intermediate_size", "head_dim", "num_experts"), 16),
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 8},
+        **{"num_hidden_layers": LAYERS, "vocab_size": 256, "pad_token_id": 0},
     }
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
-
-
-def record_on_cpu() -> dict[str, float]:
-    """Capture → microseconds of CPU time per router call, in a decode step of `narrow_model`."""
-    network = narrow_model()
+    network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
     found = timed(network, decode_phase(network, torch.arange(16).view(1, 16)))
-    untraced, layers = found["untraced"].cpu, network.config.num_hidden_layers
-    return {name: (found[name].cpu - untraced) / layers * 1e6 for name in CAPTURES}
+    untraced = found.pop("untraced").cpu
+    return {name: (of.cpu - untraced) / LAYERS * 1e6 for name, of in found.items()}
 
 
-def copy_bandwidth() -> float | None:
+def _copy_bandwidth() -> float | None:
     """Bytes per second from the GPU to pinned memory; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     device = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-    least = float("inf")
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+
+    def copy() -> None:
         host.copy_(device, non_blocking=True)
         torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - began)
-    return COPY_BYTES / least
+
+    torch.cuda.synchronize()
+    return COPY_BYTES / min(_elapsed(copy).wall for _ in range(REPEATS))

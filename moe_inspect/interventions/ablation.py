@@ -1,31 +1,42 @@
-"""Ablation: the loss of a model without each of its experts, for `moe-inspect ablate` and
-`moe_inspect.ablate`. The blocks below a layer are computed once; what was measured is kept, on disk
-if it is to be resumable.
+"""The loss of a model on held-out text, whole and without each of its experts. The blocks below a
+layer are computed once; what was measured is kept, on disk if it is to be resumable.
 
-U documents, A (router, expert) pairs, R resamples.
+B rows, S positions, V vocabulary, D or U documents, A (router, expert) pairs, R resamples.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
-from torch.nn import ModuleList
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module, ModuleList
 
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
-from moe_inspect.capture.corpus.plan import TokenSequence
+from moe_inspect.capture.corpus.documents import find_sources
+from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.feed import forward, forward_own, logits_of, padded
 from moe_inspect.capture.hook.sink import replaced
+from moe_inspect.capture.load import unloaded
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError, reading, writing
-from moe_inspect.interventions.held_out import HeldOut, documents_of
+from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.interventions.rules import how_dropped
-from moe_inspect.model.families import LAYER
+from moe_inspect.model.choices import Called
+from moe_inspect.model.custom.spec import RouterSpec
+from moe_inspect.model.families import LAYER, Config
+from moe_inspect.model.find import find_routers
+from moe_inspect.model.own import OwnModel
 from moe_inspect.model.routers import Site, in_layers
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.manifest import refuse_within_trace
@@ -33,6 +44,99 @@ from moe_inspect.trace.manifest import refuse_within_trace
 Progress = Callable[[int, int], None]  # (passes done, passes in all)
 FORMAT = 1
 WHOLE = (-1, -1)  # in place of a router and an expert: the whole model
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`batches`: of sequences that are fed together. `record`: what determines losses, to tell
+    whether two runs measure the same. `own`: what a loader returned. `routers`: see `intervene`."""
+
+    network: Called
+    tokenizer: Called
+    batches: list[list[TokenSequence]]
+    record: Config
+    source: str
+    own: OwnModel | None = None
+    routers: Sequence[RouterSpec] | None = None
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return find_routers(self.network, self.routers)
+
+    @torch.inference_mode()
+    def losses(self, batch: int, drop: Mapping[str, Sequence[int]] | None = None) -> np.ndarray:
+        """The loss of each sequence of a batch: the sum, in nats, of predicting each of its tokens
+        but the first. `drop`: path of a router → experts that it does without. float64 [B]"""
+        if drop:
+            with Intervention(self.network, drop={**drop}, routers=self.routers):
+                return self.losses(batch)
+        sequences, own = self.batches[batch], self.own
+        if own is not None and not own.is_of_transformers:
+            losses = list[float]()
+            for row in sequences:
+                output = forward_own(own, torch.from_numpy(row.ids.astype(np.int64))[None])
+                (logits_SV,) = logits_of(own, output, "its loss cannot be measured")
+                losses.append(_loss(logits_SV, row, own.name))
+            return np.array(losses)
+        ids_BS, mask_BS = padded(list(sequences), self.tokenizer, self.network)
+        device = next(self.network.parameters()).device
+        mask = torch.from_numpy(mask_BS.astype(np.int64)).to(device)
+        ids = torch.from_numpy(ids_BS)
+        logits = forward(self.network, ids, attention_mask=mask, use_cache=False).logits
+        name = type(self.network).__name__
+        # of the logits only one row at a time is held in float32
+        return np.array([_loss(logits[b], row, name) for b, row in enumerate(sequences)])
+
+
+def documents_of(
+    batches: Iterable[Sequence[TokenSequence]],
+) -> tuple[list[str], dict[int, int], np.ndarray, np.ndarray]:
+    """Domains; document → its number; by document, its domain and tokens predicted, [D]."""
+    rows = [row for batch in batches for row in batch]
+    domains = sorted({row.domain for row in rows})
+    number = {document: u for u, document in enumerate(sorted({row.document for row in rows}))}
+    domain_D, tokens_D = np.zeros((2, len(number)), np.int64)
+    for row in rows:
+        domain_D[number[row.document]] = domains.index(row.domain)
+        tokens_D[number[row.document]] += len(row.ids) - 1
+    return domains, number, domain_D, tokens_D
+
+
+def open_held_out(model: str, options: TraceOptions) -> HeldOut:
+    """A model and its passes over `options.data`. MoeInspectError where it has no loss on text."""
+    sources = find_sources(options.data)
+    found = unloaded(model, options)
+    if found.is_encoder_decoder:
+        raise MoeInspectError(
+            f"{found.name} has an encoder and a decoder, and no loss on plain text: measure its "
+            "own with moe_inspect.intervene(model, drop=…)"
+        )
+    plan = Plan(sources, options, longest_sequence(options.max_length, found.config, 0))
+    batches = [sequences for sequences, _ in plan.batches(found.tokenizer)]
+    source = ", ".join(options.data) or "the bundled corpus"
+    if not any(len(s.ids) > 1 for batch in batches for s in batch):
+        raise MoeInspectError(f"the held-out text is empty: no text in {source}")
+    record, network = {**plan.record(), **found.record()}, found.load()
+    sites = find_routers(network, options.routers)
+    if any(s.adapter is not None and s.adapter.alone for s in sites):
+        batches = [[row] for batch in batches for row in batch]
+    return HeldOut(network, found.tokenizer, batches, record, source, found.own, options.routers)
+
+
+def _loss(logits_SV: torch.Tensor, row: TokenSequence, name: str) -> float:
+    """Nats of predicting each token of a sequence but the first; behind its end is padding."""
+    n = len(row.ids)
+    if len(logits_SV) < n or logits_SV.shape[1] <= row.ids.max():
+        raise MoeInspectError(
+            f"{name} returned logits {list(logits_SV.shape)} for {n} tokens with ids up to "
+            f"{row.ids.max()}: it does not predict the next token, so there is no loss to measure"
+        )
+    wanted_S = torch.from_numpy(row.ids[1:].astype(np.int64)).to(logits_SV.device)
+    nats_S = F.cross_entropy(logits_SV[: n - 1].float(), wanted_S, reduction="none")
+    return float(nats_S.double().sum())
+
+
+# --- without an expert
 
 
 @dataclass(frozen=True)
@@ -99,9 +203,8 @@ def measure(
     most_passes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[int], int]:
-    """Measures each batch without each of the (router, expert) `asked`. With `most_passes` it stops
-    before the batch that would exceed them. Returns the batches that were measured with every
-    expert, and the forward passes of this run."""
+    """Measures batches without each of the (router, expert) `asked`, up to `most_passes`. Returns
+    those that were measured with every expert, and the forward passes of this run."""
     sites = held_out.sites
     below = Below(held_out.network, [sites[r] for r in sorted({r for r, _ in asked})])
     left = {
@@ -122,7 +225,7 @@ def measure(
             with below.remembered():
                 whole = held_out.losses(b)
             if not passes:
-                _check_below(below, held_out, b, pairs, whole)
+                below.check(held_out, b, [sites[r] for r in sorted({r for r, _ in pairs})], whole)
             losses[b, *WHOLE] = whole.tolist()
             passes += 1
         for r, expert in pairs:
@@ -135,39 +238,26 @@ def measure(
     return batches, passes
 
 
-def _check_below(
-    below: Below, held_out: HeldOut, b: int, pairs: Sequence[tuple[int, int]], whole: np.ndarray
-) -> None:
-    """Nothing is skipped in a model whose losses would not stay the same to the bit, wherever it
-    begins, and the second time too."""
-    routers = sorted({r for r, _ in pairs})
-    for r in [*routers, routers[-1]]:
-        with below.skipped(held_out.sites[r]):
-            if below.usable and not np.array_equal(held_out.losses(b), whole):
-                below.usable = False
-
-
 class Below:
     """`remembered` notes, in a pass of the whole model, what comes out of the block below each of
-    `sites`. While `skipped` lasts for one of these, all blocks below return that at once: the model
-    computes the rest. Whether a model allows this (blocks that hand on more than their output do
-    not) is for the caller to check, by its losses; `usable` is False where blocks are not found."""
+    `sites`. While `skipped` lasts for one of these, all blocks below return that at once. `usable`:
+    whether a model allows this (one whose blocks hand on more than their output does not)."""
 
-    def __init__(self, network: Any, sites: Sequence[Site]):
+    def __init__(self, network: Module, sites: Sequence[Site]):
         found = {site.path: LAYER.search(site.path) for site in sites}
         # path of a module → the number of its block
         self._block_of = {path: int(at[1]) for path, at in found.items() if at is not None}
         lists = {path[: at.start(1) - 1] for path, at in found.items() if at is not None}
         blocks = network.get_submodule(lists.pop()) if len(lists) == 1 else None
         self.usable = isinstance(blocks, ModuleList) and self._block_of.keys() == found.keys()
-        self._blocks: list[Any] = list(blocks) if isinstance(blocks, ModuleList) else []
-        self._outputs: dict[int, Any] = {}
+        self._blocks = list(blocks) if isinstance(blocks, ModuleList) else []
+        self._outputs: dict[int, Tensor] = {}
 
     @contextmanager
     def remembered(self) -> Iterator[None]:
         """A pass of the whole model runs."""
         below = {n - 1 for n in self._block_of.values() if n > 0} if self.usable else set[int]()
-        outputs: dict[int, list[Any]] = {n: [] for n in below}
+        outputs: dict[int, list[Tensor]] = {n: [] for n in below}
         with ExitStack() as hooks:
             for n, of in outputs.items():
                 hook = self._blocks[n].register_forward_hook(lambda m, a, y, of=of: of.append(y))
@@ -181,19 +271,22 @@ class Below:
     def skipped(self, site: Site) -> Iterator[None]:
         """A pass runs from the block of this site on; all of it where that cannot be."""
         n = self._block_of.get(site.path, 0)
-        if not self.usable or n - 1 not in self._outputs:
-            yield
-            return
-        output = self._outputs[n - 1]
         with ExitStack() as undo:
-            for block in self._blocks[:n]:
-                undo.callback(replaced(block, "forward", lambda own: lambda *a, **k: output))
+            if self.usable and n - 1 in self._outputs:
+                output = self._outputs[n - 1]
+                for block in self._blocks[:n]:
+                    undo.callback(replaced(block, "forward", lambda own: lambda *a, **k: output))
             yield
+
+    def check(self, held_out: HeldOut, b: int, sites: Sequence[Site], whole: np.ndarray) -> None:
+        """Whether the losses of batch b stay to the bit wherever it begins, and again."""
+        for site in [*sites, sites[-1]]:
+            with self.skipped(site):
+                self.usable = self.usable and np.array_equal(held_out.losses(b), whole)
 
 
 class KeptLosses(dict[tuple[int, int, int], list[float]]):
-    """(batch, router, expert) → the loss of each sequence. What is set is appended to the `file`, a
-    line each, and flushed."""
+    """(batch, router, expert) → the loss of each sequence. What is set goes into the `file`."""
 
     file: BinaryIO | None = None
 
@@ -201,7 +294,7 @@ class KeptLosses(dict[tuple[int, int, int], list[float]]):
         super().__setitem__(at, nats)
         self.append(dict(zip(("batch", "router", "expert"), at, strict=True)) | {"nats": nats})
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: Mapping[str, object]) -> None:
         if self.file is not None:
             with writing(self.file.name):
                 self.file.write(json.dumps(line).encode() + b"\n")
@@ -209,11 +302,10 @@ class KeptLosses(dict[tuple[int, int, int], list[float]]):
 
 
 @contextmanager
-def kept_losses(path: Path | None, record: Mapping[str, Any]) -> Iterator[KeptLosses]:
-    """Those in the directory `path`; None: in memory alone. Its file `losses.jsonl` has a line that
-    says what is measured, then a line per forward pass. A line that was cut off is ignored and
-    overwritten. MoeInspectError where the directory holds another measurement, or another process
-    writes to it."""
+def kept_losses(path: Path | None, record: Mapping[str, object]) -> Iterator[KeptLosses]:
+    """Those in the directory `path` (None: in memory), as `losses.jsonl`: a line that says what is
+    measured, then one per forward pass. A line that was cut off is overwritten. MoeInspectError
+    where it holds another measurement, or another process writes to it."""
     losses = KeptLosses()
     if path is None:
         yield losses
@@ -225,7 +317,12 @@ def kept_losses(path: Path | None, record: Mapping[str, Any]) -> Iterator[KeptLo
             lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
         whole, rest = lines[:-1], lines[-1]  # what is behind the last line's end was cut off
         if whole:
-            _refuse_other(path, json.loads(whole[0]), json.loads(json.dumps(head)))
+            then, now = json.loads(whole[0]), json.loads(json.dumps(head))
+            if other := [name for name in head if then.get(name) != now[name]]:
+                raise MoeInspectError(
+                    f"{path} holds losses of a different {other[0]} ({then.get(other[0])!r}, now "
+                    f"{now[other[0]]!r}): use another directory"
+                )
         kept = map(json.loads, whole[1:])
         losses.update({(of["batch"], of["router"], of["expert"]): of["nats"] for of in kept})
         with writing(file):
@@ -235,15 +332,6 @@ def kept_losses(path: Path | None, record: Mapping[str, Any]) -> Iterator[KeptLo
         if not whole:
             losses.append(head)
         yield losses
-
-
-def _refuse_other(path: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    for name in head:
-        if found.get(name) != head[name]:
-            raise MoeInspectError(
-                f"{path} holds losses of a different {name} ({found.get(name)!r}, now "
-                f"{head[name]!r}): use another directory"
-            )
 
 
 def tables(
@@ -260,25 +348,17 @@ def tables(
     for b, rows in batches.items():
         for i, row in enumerate(rows):
             nats_UA[number[row.document]] += [losses[b, r, e][i] for r, e in (WHOLE, *asked)]
-    first = pd.DataFrame(
-        [
-            {"layer": sites[r].layer, "router": r, "expert": e, "how": how_dropped(sites[r])}
-            for r, e in asked
-        ]
-    )
+    hows = [how_dropped(sites[r]) for r, _ in asked]
+    first = pd.DataFrame(asked, columns=["router", "expert"]).assign(how=hows)
+    first.insert(0, "layer", [sites[r].layer for r, _ in asked])
 
     def judged(of_U: np.ndarray) -> pd.DataFrame:
         found = _judged(tokens_U[of_U], nats_UA[of_U], domain_U[of_U])
         return pd.concat([first, found], axis=1)
 
-    by_domain = pd.concat(
-        [
-            judged(domain_U == d).assign(domain=name)
-            for d, name in enumerate(domains)
-            if (tokens_U[domain_U == d] > 0).any()
-        ],
-        ignore_index=True,
-    )
+    of_domains = [(name, domain_U == d) for d, name in enumerate(domains)]
+    parts = [judged(of_U).assign(domain=n) for n, of_U in of_domains if (tokens_U[of_U] > 0).any()]
+    by_domain = pd.concat(parts, ignore_index=True)
     by_domain.insert(3, "domain", by_domain.pop("domain"))
     by_domain = by_domain.sort_values(["router", "expert", "domain"], ignore_index=True)
     return judged(np.ones(len(number), bool)), by_domain

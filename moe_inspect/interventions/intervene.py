@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -24,7 +24,7 @@ from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.interventions import rules
 from moe_inspect.interventions.replay import Replay
-from moe_inspect.model.choices.read import called_with
+from moe_inspect.model.choices import called_with
 from moe_inspect.model.find import no_routers, routers_in
 from moe_inspect.model.routers import Site, top_k_of
 from moe_inspect.model.wrapped import unwrapped
@@ -36,18 +36,17 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from moe_inspect.model.choices import Args, Called, Kwargs
     from moe_inspect.model.custom.spec import RouterSpec
-
 
 # layer, or path of a router's module → experts
 Layers = Mapping["int | str", "int | Iterable[int]"]
 
 
-def _by_site(sites: Sequence[Site], layers: Layers | None, name: str) -> dict[int, list[int]]:
-    """Site → its experts. MoeInspectError for a layer without a router, or with several, and for an
-    expert that it does not have."""
+def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, list[int]]:
+    """Site → its experts. MoeInspectError for a layer without one router, or that expert."""
     found: dict[int, list[int]] = {}
-    for layer, of_layer in (layers or {}).items():
+    for layer, of_layer in layers.items():
         experts = sorted({of_layer} if isinstance(of_layer, int) else set(of_layer))
         in_layer = [r for r, site in enumerate(sites) if layer in (site.layer, site.path)]
         if not in_layer:
@@ -74,8 +73,7 @@ _TOLD: WeakSet[torch.nn.Module] = WeakSet()  # whose user knows that weights are
 
 @dataclass
 class Done:
-    """What was done at a router so far. `rows` counts padding where nothing tells it from
-    tokens."""
+    """What was done at a router. `rows` counts padding where nothing tells it from tokens."""
 
     how: str = ""
     rows: int = 0
@@ -89,7 +87,7 @@ class Intervention:
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module,
         *,
         drop: Layers | None = None,
         force: Layers | None = None,
@@ -110,7 +108,8 @@ class Intervention:
             raise MoeInspectError(
                 f"{names[0]} and {names[1]} contradict each other: give one of them"
             )
-        self.drop, self.force = (_by_site(self.sites, given[n], n) for n in ("drop", "force"))
+        self.drop = _by_site(self.sites, drop or {}, "drop")
+        self.force = _by_site(self.sites, force or {}, "force")
         self.shuffle, self._of_rows = shuffle, replay is not None or shuffle is not None
         self._check()
         self.replay = Replay(open_trace(replay), self.sites) if replay is not None else None
@@ -134,40 +133,25 @@ class Intervention:
         }
 
     def _check(self) -> None:
-        """MoeInspectError for a router whose choice is fixed, a layer with nothing left to choose,
-        and for experts dropped and forced that contradict each other."""
+        """MoeInspectError for what a router's layer does not allow."""
         for r, site in enumerate(self.sites):
+            dropped, forced = len(self.drop.get(r, ())), len(self.force.get(r, ()))
             if self.changes(r) and site.adapter is not None and site.adapter.fixed:
                 raise MoeInspectError(f"{site.path}: {site.adapter.fixed}")
-        for r, experts in self.drop.items():
-            if len(experts) >= self.sites[r].experts:
+            if dropped >= site.experts:
                 raise MoeInspectError(
-                    f"drop leaves no expert in layer {self.sites[r].layer}, which has "
-                    f"{self.sites[r].experts}"
+                    f"drop leaves no expert in layer {site.layer}, which has {site.experts}"
                 )
-        for r, experts in self.force.items():
-            layer = self.sites[r].layer
-            if r in self.drop:
-                raise MoeInspectError(f"layer {layer} is in both drop and force: give one")
-            if len(experts) > (K := top_k_of(self.sites[r], self.model)):
+            if dropped and forced:
+                raise MoeInspectError(f"layer {site.layer} is in both drop and force: give one")
+            if forced and forced > (K := top_k_of(site, self.model)):
                 raise MoeInspectError(
-                    f"force has {len(experts)} experts for layer {layer}, whose tokens choose {K}"
+                    f"force has {forced} experts for layer {site.layer}, whose tokens choose {K}"
                 )
 
     def changes(self, r: int) -> bool:
         """Whether anything is changed at site r."""
         return self._of_rows or r in self.drop or r in self.force
-
-    def _described(self) -> str:
-        """For the manifest of a trace recorded meanwhile."""
-        parts = [
-            f"{verb} in {self.sites[r].path}: {comma_list(experts)}"
-            for verb, of in (("dropped", self.drop), ("forced", self.force))
-            for r, experts in of.items()
-        ]
-        parts += ["routing replayed from another trace"] if self.replay is not None else []
-        parts += [f"choices shuffled (seed {self.shuffle})"] if self.shuffle is not None else []
-        return "intervention: " + "; ".join(parts)
 
     def __enter__(self) -> Intervention:
         if self._entered:
@@ -178,7 +162,14 @@ class Intervention:
                 "pass all changes to one intervene()"
             )
         self._entered = True
-        ALTERED[self.model] = self._described()
+        done = [
+            f"{verb} in {self.sites[r].path}: {comma_list(experts)}"
+            for verb, of in (("dropped", self.drop), ("forced", self.force))
+            for r, experts in of.items()
+        ]
+        done += ["routing replayed from another trace"] if self.replay is not None else []
+        done += [f"choices shuffled (seed {self.shuffle})"] if self.shuffle is not None else []
+        ALTERED[self.model] = "intervention: " + "; ".join(done)
         try:
             self._attachment.attach()
         except BaseException:
@@ -187,11 +178,11 @@ class Intervention:
         shared = [site for r, site in enumerate(self.sites) if self.done[r].how == rules.SHARED_OUT]
         if shared and self.model not in _TOLD:  # (an ablation intervenes thousands of times)
             _TOLD.add(self.model)
+            more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
             print_stderr(
-                "the logits of "
-                f"{shared[0].path}{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} "
-                "cannot be seen: its router chooses as before, and the gate weights of dropped "
-                "experts are shared among the token's other experts"
+                f"the logits of {shared[0].path}{more} cannot be seen: its router chooses as "
+                "before, and the gate weights of dropped experts are shared among the token's "
+                "other experts"
             )
         return self
 
@@ -211,11 +202,10 @@ class Intervention:
         among the rest, only what was changed afterwards is counted."""
         import pandas as pd
 
+        done = zip(self.sites, self.done, strict=True)
         return pd.DataFrame(
-            [
-                {"layer": site.layer, "router": r, "name": site.path, **asdict(done)}
-                for r, (site, done) in enumerate(zip(self.sites, self.done, strict=True))
-            ]
+            {"layer": site.layer, "router": r, "name": site.path, **asdict(of)}
+            for r, (site, of) in enumerate(done)
         )
 
     # --- called by the attachment around a forward pass
@@ -229,7 +219,7 @@ class Intervention:
         self._thread = threading.get_ident()
         self._inputs.begin()
 
-    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def feed(self, stack: str, args: Args, kwargs: Kwargs) -> None:
         self._now.stacks.add(stack)
         if not self._of_rows:
             return
@@ -237,7 +227,7 @@ class Intervention:
         if self.replay is not None:
             self._at[stack] = self.replay.at(rows)
 
-    def returned(self, stack: str, output: Any) -> None:
+    def returned(self, stack: str, output: Called) -> None:
         if self._of_rows:
             self._inputs.returned(stack, output)
 
@@ -263,13 +253,14 @@ class Intervention:
         if made is None:
             return None
         counts = torch.stack([made.moved_T > 0, made.moved_T, made.given_T]).sum(1).tolist()
+        decisions, assignments, weights = counts
         with self._counting:
             done = self.done[r]
             done.rows += len(ids_TK)
-            done.decisions += counts[0]
-            done.assignments += counts[1]
-            done.weights += counts[2]
-        return made if counts[1] or counts[2] else None
+            done.decisions += decisions
+            done.assignments += assignments
+            done.weights += weights
+        return made if assignments or weights else None
 
     def _made(self, r: int, ids_TK: Tensor, weights_TK: Tensor) -> rules.Changed | None:
         T, device, site = len(ids_TK), ids_TK.device, self.sites[r]
@@ -279,24 +270,28 @@ class Intervention:
             return rules.forced(ids_TK, weights_TK, torch.tensor(self.force[r], device=device))
         if not self._of_rows:
             return None
-        rows = self._rows.get(site.stack)
-        if rows is None or (threading.get_ident() != self._thread and not _in_backward()):
+        rows, stray = self._rows.get(site.stack), threading.get_ident() != self._thread
+        # (gradient checkpointing runs layers again in a backward pass, in a thread of its own)
+        if rows is None or (stray and torch._C._current_graph_task_id() == -1):
             raise MoeInspectError(
                 "replay and shuffle need forward passes of the whole "
                 f"{type(self.model).__name__}, one at a time: a part was called alone, or two "
                 "threads call it"
             )
         start, self._seen[r] = self._seen[r], self._seen[r] + T
-        # a layer may run several times, and again in the backward pass (gradient checkpointing)
+        # a layer may run several times, and again in the backward pass
         at = (torch.arange(start, start + T) % max(1, rows.T)).to(torch.int64)
         time = start // max(1, rows.T)
         if self.replay is None:
-            row_T = self._exchange(rows, r, time, at).to(device)
-            return rules.exchanged(ids_TK, weights_TK, row_T)
+            # tokens exchange their choices at random, padding keeps its own
+            seed = hash((self.shuffle, self._passes, r, time, int(at[0]) if T else 0))
+            generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+            real, row_T = torch.from_numpy(rows.real)[at].nonzero()[:, 0], torch.arange(T)
+            row_T[real] = real[torch.randperm(len(real), generator=generator)]
+            return rules.exchanged(ids_TK, weights_TK, row_T.to(device))
         token_T = self._at[site.stack][at]
-        found = self.replay.routes(r, time, token_T)
-        if found is None:  # a layer the trace does not have; or the backward pass
-            found = self.replay.routes(r, 0, token_T)
+        # the trace may not have a layer's second run; nor does it have the backward pass
+        found = self.replay.routes(r, time, token_T) or self.replay.routes(r, 0, token_T)
         if found is None:
             return None
         wanted_TK, given_TK = found
@@ -310,20 +305,9 @@ class Intervention:
         given_TK = given_TK.to(device) if given_TK is not None else None
         return rules.replayed(ids_TK, weights_TK, wanted_TK, given_TK, site.experts)
 
-    def _exchange(self, rows: Rows, r: int, time: int, at: Tensor) -> Tensor:
-        """For each row of a call the row whose choice it gets: tokens exchange theirs at random,
-        padding keeps its own."""
-        seed = hash((self.shuffle, self._passes, r, time, int(at[0]) if len(at) else 0))
-        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-        real = torch.from_numpy(rows.real)[at].nonzero()[:, 0]
-        row_T = torch.arange(len(at))
-        row_T[real] = real[torch.randperm(len(real), generator=generator)]
-        return row_T
-
 
 class _Now(threading.local):
-    """Of the forward pass that runs in this thread: the stacks that were fed, and the sites whose
-    choice was seen."""
+    """Of the pass that runs in this thread: the stacks fed, and the sites whose choice was seen."""
 
     def __init__(self) -> None:
         self.stacks: set[str] = set()
@@ -331,10 +315,9 @@ class _Now(threading.local):
 
 
 class _Attachment(Attachment):
-    """Puts an intervention where a recorder reads the choice, ahead of any recorder: what it
-    records is what is executed."""
+    """Changes the choice ahead of any recorder: what that records is what is executed."""
 
-    def __init__(self, outer: Any, of: Intervention):
+    def __init__(self, outer: torch.nn.Module, of: Intervention):
         super().__init__(outer, of.model, of.sites, "", (), of)
         self.of = of
 
@@ -348,22 +331,21 @@ class _Attachment(Attachment):
                 self._mask_logits(router, of.dropped[r])
         else:
             of.done[r].how = "forced" if r in of.force else "replayed" if of.replay else "shuffled"
-        hook = functools.partial(self._instead, r)
         at_call = site.adapter is None or site.adapter.at_call
         register = (
             site.module.register_forward_pre_hook if at_call else site.module.register_forward_hook
         )
-        self._keep(register(hook, with_kwargs=True, prepend=True))
+        self._keep(register(functools.partial(self._instead, r), with_kwargs=True, prepend=True))
 
     def _mask_logits(self, router: torch.nn.Module, dropped_E: Tensor) -> None:
         running = threading.local()
 
-        def before(module: torch.nn.Module, args: Any) -> None:
+        def before(module: torch.nn.Module, args: Args) -> None:
             if module is router:
                 running.among = rules.Among(dropped_E, rules.beyond(router))
                 running.among.__enter__()
 
-        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def after(module: torch.nn.Module, args: Args, output: object) -> None:
             if module is router and hasattr(running, "among"):
                 running.among.__exit__(None, None, None)
                 del running.among
@@ -372,29 +354,22 @@ class _Attachment(Attachment):
         self._keep(router.register_forward_hook(after, prepend=True, always_call=True))
 
     def _instead(
-        self, r: int, module: torch.nn.Module, args: Any, kwargs: Any, output: Any = None
-    ) -> Any:
+        self, r: int, module: torch.nn.Module, args: Args, kwargs: Kwargs, output: Called = None
+    ) -> Called:
         """A hook, before the module runs or after: None leaves its call as it is."""
-        site = self.of.sites[r]
+        of, site = self.of, self.of.sites[r]
         if module is not site.module:  # a copy of it
             return None
         adapter = site.adapter
-        choice_of = adapter.choice if adapter is not None else called_with
-        own = choice_of(module, args, kwargs, output)
+        own = (adapter.choice if adapter else called_with)(module, args, kwargs, output)
         if own is None:
             return None
         chosen = own
-        if r in self.of.dropped and adapter is not None and adapter.among is not None:
-            dropped_E = self.of.dropped[r].to(own[0].device)
+        if r in of.dropped and adapter is not None and adapter.among is not None:
+            dropped_E = of.dropped[r].to(own[0].device)
             chosen = adapter.among(module, args, kwargs, output, dropped_E)
-        new = self.of.changed(r, *chosen)
-        if new is not None:
+        if (new := of.changed(r, *chosen)) is not None:
             chosen = new.ids_TK, new.weights_TK
-        return (
-            rules.replaced(site, args, kwargs, output, own, chosen) if chosen is not own else None
-        )
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass runs: gradient checkpointing runs layers again then."""
-    return torch._C._current_graph_task_id() != -1
+        if chosen is own:
+            return None
+        return rules.replaced(site, args, kwargs, output, own, chosen)

@@ -20,13 +20,12 @@ from moe_inspect.trace.reader import Trace
 
 
 class Replay:
-    """The decisions of `trace`, for a model with the routers `sites`. They are held in memory.
+    """The decisions of `trace`, in memory, for a model with the routers `sites`.
 
-    A sequence is recognised by its token ids when it is first fed, whole or from its beginning on:
-    the order of the passes need not be the trace's. Of sequences with the same tokens each is used
-    once before one is used again. In an encoder-decoder each stack has sequences of its own.
-    Raises MoeInspectError where a router of the trace has no counterpart, and for a sequence that
-    is not in the trace."""
+    A sequence is recognised by its token ids when it is first fed, whole or from its beginning on,
+    in any order. Of sequences with the same tokens each is used once before one is used again. In
+    an encoder-decoder each stack has its own. MoeInspectError where a router of the trace has no
+    counterpart, and for a sequence that is not in it."""
 
     def __init__(self, trace: Trace, sites: Sequence[Site]):
         if trace.counts_only:
@@ -49,8 +48,7 @@ class Replay:
         return sum(of.beyond for of in self._of.values())
 
     def at(self, rows: Rows) -> Tensor:
-        """For each row of a forward pass the number of its token in the trace, int64 [T]; -1 for
-        padding and for a token beyond the end of its sequence there."""
+        """By row of a pass its token in the trace, int64 [T]; -1: padding, or past its end."""
         # a decoder's sequences often begin alike: it continues what its encoder read
         read = self._of["encoder"].found if rows.stack == "decoder" else {}
         found = np.full(rows.T, -1, np.int64)
@@ -59,8 +57,7 @@ class Replay:
 
     def routes(self, r: int, time: int, at_T: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """(ids, weights) [T, K] of these tokens in the `time`-th run of the router at site r: ids
-        -1 where the trace has none; no weights where it was recorded without. None where it does
-        not have the router."""
+        -1 where the trace has none. None where it does not have the router."""
         router = self._router_of.get((r, time))
         if router is None:
             return None
@@ -79,13 +76,12 @@ class Replay:
             columns = [table[f"{name}_{k}"].fillna(none).to_numpy(kind) for k in range(of.top_k)]
             return torch.from_numpy(np.stack(columns, 1))
 
-        ids_NK = slots("expert", -1, np.int32)
-        return ids_NK, slots("weight", 0, np.float32) if self.trace.has_weights else None
+        weights_NK = slots("weight", 0, np.float32) if self.trace.has_weights else None
+        return slots("expert", -1, np.int32), weights_NK
 
 
 def _counterparts(trace: Trace, sites: Sequence[Site]) -> dict[tuple[int, int], int]:
-    """Site and run of its layer → the trace's router: by path, else by its place in its layer.
-    MoeInspectError where a router of the trace has none."""
+    """Site and run of its layer → the trace's router: by path, else by its place in its layer."""
     found: dict[tuple[int, int], int] = {}
     by_path = {router.path: n for n, router in enumerate(trace.routers)}
     for r, site in enumerate(sites):
@@ -122,11 +118,8 @@ START = 8  # tokens by which sequences are looked up that are not fed whole
 
 
 class Sequences:
-    """Those of the trace `path` whose `tokens` (rows of its table) one stack sees.
-
-    token_N   the tokens' numbers in the trace
-    beyond    tokens fed behind the end of their sequence so far
-    """
+    """Those of the trace `path` whose `tokens` (rows of its table) one stack sees. token_N: their
+    numbers in the trace. beyond: tokens fed behind the end of their sequence so far."""
 
     def __init__(self, path: object, tokens: pd.DataFrame):
         self._path, self.beyond = path, 0
@@ -142,12 +135,9 @@ class Sequences:
         self._used = [0] * len(starts)
         # sequence that is being fed → the trace's sequence, and the position of its first token
         self._fed: dict[int, tuple[int, int]] = {}
-        self._whole: dict[bytes | int, list[int]] = defaultdict(list)
-        self._start: dict[bytes, list[int]] = defaultdict(list)
+        self._begun_by = defaultdict[bytes, list[int]](list)
         for s in range(len(starts)):
-            ids = self._sequence(s)
-            self._whole[self._key(ids)].append(s)
-            self._start[ids[:START].tobytes()].append(s)
+            self._begun_by[self._sequence(s)[:START].tobytes()].append(s)
 
     @property
     def found(self) -> dict[int, int]:
@@ -155,9 +145,8 @@ class Sequences:
         return {number: self._number[s] for number, (s, _) in self._fed.items()}
 
     def at(self, rows: Rows, read: Mapping[int, int]) -> np.ndarray:
-        """For each real row of a forward pass the place of its token, int64; -1 where it is beyond
-        the end of its sequence. `read`: sequence that is being fed → the number in the trace of
-        what the encoder read for it."""
+        """By real row of a pass the place of its token, int64; -1 beyond the end of its sequence.
+        `read`: sequence that is being fed → the number in the trace of what its encoder read."""
         at = np.full(len(rows.token_id), -1, np.int64)
         for number in np.unique(rows.sequence).tolist():
             of = np.flatnonzero(rows.sequence == number)
@@ -183,25 +172,23 @@ class Sequences:
     def _sequence(self, s: int) -> np.ndarray:
         return self._ids_N[self._bounds[s] : self._bounds[s + 1]]
 
-    def _key(self, ids: np.ndarray) -> bytes | int:
-        return ids.astype(np.int32).tobytes() if self._has_text else len(ids)
-
     def _match(self, ids: np.ndarray, read: int | None) -> int:
-        """The trace's sequence of these tokens, the first of a sequence that is being fed: the
-        whole of it, or else a beginning, of one or of the other. Where several are alike, that of
-        the number `read`."""
-        like = range(len(self._used))
-        if self._has_text and len(ids) >= START:  # else those that are shorter themselves
-            like = self._start.get(ids[:START].astype(np.int32).tobytes()) or [
-                s for start, of in self._start.items() if len(start) < 4 * START for s in of
-            ]
+        """The trace's sequence of these tokens, the first of one that is being fed: the whole, or
+        else a beginning, of one or of the other; of several, that of the number `read`."""
+        like: Sequence[int] = range(len(self._used))
+        begun = self._begun_by.get(ids[:START].astype(np.int32).tobytes())
+        if self._has_text and begun:
+            like = begun
+        elif self._has_text and len(ids) >= START:  # those that are shorter themselves
+            like = [s for start, of in self._begun_by.items() if len(start) < 4 * START for s in of]
 
         def begins(s: int) -> bool:
             own = self._sequence(s)
             n = min(len(own), len(ids))
             return not self._has_text or bool((own[:n] == ids[:n]).all())
 
-        found = self._whole.get(self._key(ids)) or [s for s in like if begins(s)]
+        found = [s for s in like if begins(s)]
+        found = [s for s in found if len(self._sequence(s)) == len(ids)] or found
         if not found:
             shown = ", ".join(map(str, ids[:6].tolist()))
             raise MoeInspectError(

@@ -9,7 +9,7 @@ T rows, K slots, E experts, C logits (of experts, then of what is no routed expe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.choices import Args, Call, Called, Choice, Kwargs
 from moe_inspect.model.families import BEYOND
 from moe_inspect.model.routers import Site
-
-if TYPE_CHECKING:
-    from moe_inspect.model.choices.read import Choice
 
 RESELECTED, SHARED_OUT = "chose among the rest", "weights shared out"
 PRODUCTS = {"linear", "matmul", "mm", "addmm", "__matmul__"}
@@ -68,12 +66,8 @@ class Among(TorchFunctionMode):
         self.dropped_C = torch.cat([dropped_E, dropped_E.new_zeros(beyond)])
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        self, func: Called, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Called:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "topk":
@@ -85,12 +79,17 @@ class Among(TorchFunctionMode):
         return _masked(output, self.dropped_C, torch.finfo(output.dtype).min)
 
     def _top_k(
-        self, top_k: Any, input: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, top_k: Called, input: Tensor, k: int, dim: int = -1, *args: Called, **kwargs: Called
+    ) -> Called:
         """`torch.topk`, which chooses no dropped expert while there are others."""
-        grouped = input.dim() > 2 and input.shape[-2] * input.shape[-1] == len(self.dropped_E)
-        if grouped:
-            return top_k(self._of_groups(input, k), k, dim, *args, **kwargs)
+        if input.dim() > 2 and input.shape[-2] * input.shape[-1] == len(self.dropped_E):
+            # values [T, groups, E / groups], by which groups are compared, by their k best: where
+            # fewer than k of a group are left, a dropped expert adds nothing to it
+            dropped_GE = self.dropped_E.to(input.device).view(input.shape[-2:])
+            left_G = (~dropped_GE).sum(1)
+            few_G1 = ((left_G > 0) & (left_G < k)).unsqueeze(1)
+            masked = input.masked_fill(dropped_GE & ~few_G1, float("-inf"))
+            return top_k(masked.masked_fill(dropped_GE & few_G1, 0), k, dim, *args, **kwargs)
         of_C = input.shape[-1:] == self.dropped_C.shape
         dropped = self.dropped_C if of_C else self.dropped_E
         output = top_k(_masked(input, dropped, float("-inf")), k, dim, *args, **kwargs)
@@ -99,17 +98,6 @@ class Among(TorchFunctionMode):
         # with fewer than k left, a dropped expert has its own score, which its logit made 0: a
         # weight of -inf would be one that no sum of weights survives
         return type(output)((input.gather(-1, output.indices), output.indices))
-
-    def _of_groups(self, values: Tensor, k: int) -> Tensor:
-        """Values [T, groups, E / groups], as grouped routers look at them to compare groups by
-        their k best. Where fewer than k of a group are left, a dropped expert adds nothing to
-        it."""
-        dropped_GE = self.dropped_E.to(values.device).view(values.shape[-2:])
-        left_G = (~dropped_GE).sum(1)
-        few_G1 = ((left_G > 0) & (left_G < k)).unsqueeze(1)
-        return values.masked_fill(dropped_GE & ~few_G1, float("-inf")).masked_fill(
-            dropped_GE & few_G1, 0
-        )
 
 
 def _masked(values: Tensor, dropped: Tensor, fill: float) -> Tensor:
@@ -147,22 +135,16 @@ def without(ids_TK: Tensor, weights_TK: Tensor, dropped_E: Tensor) -> Changed:
     shared_TK = (kept_TK * scale_T1.to(kept_TK.dtype)).to(weights_TK.dtype)
     # (what lost nothing keeps its weights to the bit)
     weights_TK = torch.where(gone.any(1, keepdim=True), shared_TK, weights_TK)
-    moved_T = gone.sum(1)
-    return Changed(_refilled(ids_TK, gone, dropped_E), weights_TK, moved_T, moved_T)
-
-
-def _refilled(ids_TK: Tensor, gone_TK: Tensor, dropped_E: Tensor) -> Tensor:
-    """The slots that are gone at the lowest-numbered experts which are free, then at dropped
-    ones."""
-    T, E = len(ids_TK), len(dropped_E)
-    elsewhere_TK = (ids_TK < 0) | (ids_TK >= E) | gone_TK
-    taken_TE = dropped_E.to(torch.int8).repeat(T, 1)
+    # the slots that are gone go to the lowest-numbered experts which are free, then to dropped ones
+    taken_TE = dropped_E.to(torch.int8).repeat(len(ids_TK), 1)
     taken_TE = torch.cat([taken_TE, taken_TE[:, :1]], 1)
-    taken_TE = taken_TE.scatter_(1, ids_TK.masked_fill(elsewhere_TK, E), 2)[:, :E]
+    taken_TE = taken_TE.scatter_(1, ids_TK.masked_fill(~there | gone, E), 2)[:, :E]
     # free experts first, in their order, then dropped ones, then the token's own
     free_TE = taken_TE.argsort(dim=1, stable=True)
-    rank_TK = (gone_TK.cumsum(1) - 1).clamp(0, E - 1)
-    return torch.where(gone_TK, free_TE.gather(1, rank_TK).to(ids_TK.dtype), ids_TK)
+    rank_TK = (gone.cumsum(1) - 1).clamp(0, E - 1)
+    ids_TK = torch.where(gone, free_TE.gather(1, rank_TK).to(ids_TK.dtype), ids_TK)
+    moved_T = gone.sum(1)
+    return Changed(ids_TK, weights_TK, moved_T, moved_T)
 
 
 def forced(ids_TK: Tensor, weights_TK: Tensor, experts: Tensor) -> Changed:
@@ -231,46 +213,48 @@ def exchanged(ids_TK: Tensor, weights_TK: Tensor, row_T: Tensor) -> Changed:
 
 
 def replaced(
-    site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, own: Choice, new: Choice
-) -> Any:
+    site: Site, args: Args, kwargs: Kwargs, output: Called, own: Choice, new: Choice
+) -> Called:
     """(args, kwargs) of a call that is read before it runs, else its output, with the choice `new`
     instead of `own`. MoeInspectError where the site does not show how."""
-    adapter, at_call = site.adapter, site.adapter is None or site.adapter.at_call
-    if adapter is not None and adapter.replace is not None:
-        return adapter.replace(site.module, args, kwargs, output, *new)
-    if at_call:
-        values = [*args, *kwargs.values()]
-    else:
-        values: list[Any] = list(output) if isinstance(output, tuple | list) else [output]
+    call = Call(site.module, args, kwargs, output)
+    at_call = site.adapter is None or site.adapter.at_call
+    if site.adapter is not None and site.adapter.replace is not None:
+        return site.adapter.replace(call, *new)
+    several = isinstance(output, tuple | list)
+    values = call.values if at_call else [*output] if several else [output]
     ids_TK, weights_TK = new
     nowhere = ids_TK < 0  # which experts take as expert 0 with weight 0
     new = ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0)
     found = _with_tensors(values, own, new) or _with_map(values, site.experts, *new)
+    kind = type(site.module).__name__
+    if found is None and site.told:
+        raise MoeInspectError(
+            f"the choice of {site.path} cannot be replaced, as what RouterSpec(choice=…) returns "
+            f"is not a part of what {kind} takes or returns: give RouterSpec(replace=…), or a "
+            "RouterSpec of the module in it that makes the logits"
+        )
     if found is None:
-        raise _not_shown(site)
+        raise MoeInspectError(
+            f"{site.path}: the experts that {kind} runs cannot be replaced in its call, so nothing "
+            "can be dropped, forced or replayed there"
+        )
     if at_call:
-        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
-    kind: Any = type(output)
-    return kind(*found) if hasattr(output, "_fields") else kind(found)
+        return call.having(found)
+    return type(output)(*found) if hasattr(output, "_fields") else type(output)(found)
 
 
-def _with_tensors(values: list[Any], own: Choice, new: Choice) -> list[Any] | None:
+def _with_tensors(values: list[Called], own: Choice, new: Choice) -> list[Called] | None:
     """`values` with the tensors of `own` replaced; None where they are not among them."""
     tensors = {n: v for n, v in enumerate(values) if isinstance(v, Tensor)}
 
-    def place(part: Tensor) -> int | None:
-        same = (
-            n
-            for n, v in tensors.items()
-            if v is part
-            or (
-                (v.dtype, v.numel()) == (part.dtype, part.numel())
-                and v.data_ptr() == part.data_ptr()
-            )
-        )
-        return next(same, None)
+    def is_same(one: Tensor, other: Tensor) -> bool:
+        alike = (one.dtype, one.numel()) == (other.dtype, other.numel())
+        return one is other or (alike and one.data_ptr() == other.data_ptr())
 
-    of_ids, of_weights = map(place, own)
+    of_ids, of_weights = (
+        next((n for n, v in tensors.items() if is_same(v, part)), None) for part in own
+    )
     if of_ids is None:  # an adapter marks the slots that go nowhere in a copy of the ids
         like = [
             n
@@ -286,39 +270,21 @@ def _with_tensors(values: list[Any], own: Choice, new: Choice) -> list[Any] | No
     return found
 
 
-def _with_map(values: list[Any], E: int, ids_TK: Tensor, weights_TK: Tensor) -> list[Any] | None:
+def _with_map(
+    values: list[Called], E: int, ids_TK: Tensor, weights_TK: Tensor
+) -> list[Called] | None:
     """`values` with a bool map of the experts chosen [..., E] and their weights [..., E]
     replaced."""
-    of_E = {
-        n: v
-        for n, v in enumerate(values)
-        if isinstance(v, Tensor) and v.dim() > 1 and v.shape[-1] == E
-    }
+    of_E = {n: v for n, v in enumerate(values) if isinstance(v, Tensor) and v.shape[-1:] == (E,)}
+    of_E = {n: v for n, v in of_E.items() if v.dim() > 1}
     maps = [n for n, v in of_E.items() if v.dtype == torch.bool]
-    weights = [
-        n
-        for n, v in of_E.items()
-        if v.is_floating_point() and maps and v.shape == of_E[maps[0]].shape
-    ]
+    shape = of_E[maps[0]].shape if maps else torch.Size()
+    weights = [n for n, v in of_E.items() if v.is_floating_point() and v.shape == shape]
     if (len(maps), len(weights)) != (1, 1):
         return None
     zeros_TE = of_E[weights[0]].new_zeros((len(ids_TK), E))
     weights_TE = zeros_TE.scatter_add(1, ids_TK, weights_TK.to(zeros_TE.dtype))
     chosen_TE = zeros_TE.scatter_add(1, ids_TK, (weights_TK != 0).to(zeros_TE.dtype)) > 0
-    found, shape = list(values), of_E[maps[0]].shape
+    found = list(values)
     found[weights[0]], found[maps[0]] = weights_TE.view(shape), chosen_TE.view(shape)
     return found
-
-
-def _not_shown(site: Site) -> MoeInspectError:
-    kind = type(site.module).__name__
-    if site.told:
-        return MoeInspectError(
-            f"the choice of {site.path} cannot be replaced, as what RouterSpec(choice=…) returns "
-            f"is not a part of what {kind} takes or returns: give RouterSpec(replace=…), or a "
-            "RouterSpec of the module in it that makes the logits"
-        )
-    return MoeInspectError(
-        f"{site.path}: the experts that {kind} runs cannot be replaced in its call, so nothing can "
-        "be dropped, forced or replayed there"
-    )

@@ -8,32 +8,25 @@ The keys are those of transformers' configs and of the checkpoints that engines 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
-from moe_inspect.model.families import (
-    EXPERT_WIDTH,
-    EXPERTS,
-    HIDDEN,
-    LAYERS,
-    ROUTING_BLOCKS,
-    SCORING,
-    SHARED_EXPERTS,
-    TOP_K,
-    family_of,
-    language_config,
-)
+from moe_inspect.model import families
+from moe_inspect.model.families import EXPERTS, HIDDEN, TOP_K, Config, language_config
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from moe_inspect.trace.reader import Trace
 
 # far above any real model; a hostile config could state more
 MOST_LAYERS, MOST_EXPERTS = 4096, 65_535
@@ -56,42 +49,28 @@ class ModelFacts:
     experts: dict[int, int]
     top_k: dict[int, int]
     shared_experts: int
-    config: dict[str, Any]
+    config: Config
     tokenizer: Path | None = None
 
     def routers(self) -> list[Router]:
-        scoring = str(_stated(self.config, SCORING, ""))
+        scoring = str(_stated(self.config, families.SCORING) or "")
         return [
-            Router(
-                layer,
-                "experts",
-                f"layers.{layer}",
-                self.experts[layer],
-                self.top_k[layer],
-                scoring,
-                self.shared_experts,
-            )
-            for layer in sorted(self.experts)
+            Router(i, "experts", f"layers.{i}", E, self.top_k[i], scoring, self.shared_experts)
+            for i, E in sorted(self.experts.items())
         ]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """The manifest's section `model`."""
-        return {
-            "id": self.id,
-            "revision": None,
-            "class": (self.config.get("architectures") or [None])[0],
-            "config": self.config,
-        }
+        kind = (self.config.get("architectures") or [None])[0]
+        return {"id": self.id, "revision": None, "class": kind, "config": self.config}
 
     def vocabulary(self) -> pa.Table | None:
         """The vocabulary of the tokenizer.json beside the config; None where there is none."""
         from moe_inspect.model.vocabulary import read_tokenizer
 
-        return (
-            read_tokenizer(self.tokenizer, int(_stated(self.config, ("vocab_size",), 0) or 0))
-            if self.tokenizer is not None
-            else None
-        )
+        if self.tokenizer is None:
+            return None
+        return read_tokenizer(self.tokenizer, int(self.config.get("vocab_size") or 0))
 
 
 def read_facts(model: str | Path) -> ModelFacts:
@@ -101,63 +80,55 @@ def read_facts(model: str | Path) -> ModelFacts:
     return facts_of(read_config(path), str(model), path, tokenizer)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> Config:
     """The model's config in a config.json or a trace's manifest. MoeInspectError where it is not
     one, or states a size that no model has: building it would use up all memory."""
+    is_trace = path.name == schema.MANIFEST
     try:
-        is_trace = path.name == schema.MANIFEST
-        written = json.loads(read_small(path) if is_trace else read_small(path, MOST_BYTES))
+        config = json.loads(read_small(path) if is_trace else read_small(path, MOST_BYTES))
     except RecursionError:
         raise MoeInspectError(f"{path} is not a model's config: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise MoeInspectError(f"{path} is not a model's config: {first_line(error)}") from None
-    if (
-        path.name == schema.MANIFEST
-        and isinstance(written, dict)
-        and isinstance(written.get("model"), dict)
-    ):
-        written = written["model"].get("config")
-    if not isinstance(written, dict):
+    if is_trace and isinstance(config, dict) and isinstance(config.get("model"), dict):
+        config = config["model"].get("config")
+    if not isinstance(config, dict):
         raise MoeInspectError(f"{path} is not a model's config: expected a JSON object")
-    _refuse_impossible_sizes(written, path)
-    return written
+    _refuse_impossible_sizes(config, path)
+    return config
 
 
-def _refuse_impossible_sizes(config: dict[str, Any], where: object) -> None:
-    parts: list[Any] = [config]
+def _refuse_impossible_sizes(config: Config, where: object) -> None:
+    parts = list[Any]([config])
     while parts:
         part = parts.pop()
-        for key, value in part.items() if isinstance(part, dict) else ():
-            most = next((most for pattern, most in SIZES if pattern.search(key)), None)
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if not isinstance(part, dict):
+            continue
+        for key, value in part.items():
+            most = next((most for pattern, most in SIZES if pattern.search(key)), math.inf)
             for stated in value if isinstance(value, list) else [value]:
-                if most is not None and isinstance(stated, int | float) and stated > most:
+                if isinstance(stated, int | float) and stated > most:
                     raise MoeInspectError(
                         f"{where}: {key} is {str(stated)[:20]}, and no model has more than {most:,}"
                     )
-        if isinstance(part, dict):
-            top_k, experts = (
-                max((v for k in keys if type(v := part.get(k)) is int), default=0)
-                for keys in (TOP_K, EXPERTS)
-            )
-            if top_k > experts > 1:
-                raise MoeInspectError(
-                    f"{where}: {top_k} experts per token, but only {experts} experts"
-                )
-        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        top_k, experts = (
+            max((v for k in keys if type(v := part.get(k)) is int), default=0)
+            for keys in (TOP_K, EXPERTS)
+        )
+        if top_k > experts > 1:
+            raise MoeInspectError(f"{where}: {top_k} experts per token, but only {experts} experts")
 
 
-def facts_of(
-    config: dict[str, Any], name: str, where: object, tokenizer: Path | None = None
-) -> ModelFacts:
+def facts_of(config: Config, name: str, where: object, tokenizer: Path | None = None) -> ModelFacts:
     """The facts in a config that has been read; MoeInspectError names `where` and the key that
     is missing or impossible."""
     inner = language_config(config)
 
-    def number(key: str, value: Any, most: int) -> int:
+    def number(key: str, value: object, most: int) -> int:
         if value is None:
-            raise MoeInspectError(
-                f"{where} lacks {key}: is it a Mixture-of-Experts model's config?"
-            )
+            said = f"{where} lacks {key}: is it a Mixture-of-Experts model's config?"
+            raise MoeInspectError(said)
         if type(value) is not int or not 1 <= value <= most:
             raise MoeInspectError(
                 f"{where}: {key} is {value!r}, expected an integer from 1 to {most:,}"
@@ -167,7 +138,7 @@ def facts_of(
     def named(keys: tuple[str, ...]) -> tuple[str, Any]:
         return next(((k, inner[k]) for k in keys if inner.get(k) is not None), (keys[0], None))
 
-    layers = number(*named(LAYERS), MOST_LAYERS)
+    layers = number(*named(families.LAYERS), MOST_LAYERS)
     sparse = _sparse_layers(inner, layers, where)
 
     def by_layer(keys: tuple[str, ...]) -> dict[int, int]:
@@ -187,28 +158,25 @@ def facts_of(
                 f"{where}: {top_k[layer]} experts per token, but only {experts[layer]} experts in "
                 f"layer {layer}"
             )
-    shared = _stated(inner, SHARED_EXPERTS, 0)
-    return ModelFacts(
-        name, layers, experts, top_k, shared if isinstance(shared, int) else 0, config, tokenizer
-    )
+    shared = _stated(inner, families.SHARED_EXPERTS)
+    shared = shared if isinstance(shared, int) else 0
+    return ModelFacts(name, layers, experts, top_k, shared, config, tokenizer)
 
 
 def _config_file(model: str) -> tuple[Path, Path | None]:
     """config.json, and the tokenizer.json beside it."""
     path = Path(__file__).parent.parent / "demo" / "model" if model == "demo" else Path(model)
-    if path.is_file():
-        beside = path.parent / "tokenizer.json"
-        return path, beside if path.name == "config.json" and beside.is_file() else None
+    inside = [path / name for name in ("config.json", schema.MANIFEST)]
+    if found := [file for file in (path, *inside) if file.is_file()]:
+        beside = found[0].with_name("tokenizer.json")
+        is_model = path.is_dir() or path.name == "config.json"
+        return found[0], beside if is_model and beside.is_file() else None
     if path.is_dir():
-        for name in ("config.json", "trace.json"):
-            if (path / name).is_file():
-                beside = path / "tokenizer.json"
-                return path / name, beside if beside.is_file() else None
         raise MoeInspectError(
             f"no config.json in {path}: give a model's directory or its config.json"
         )
     if (
-        not 1 <= len(Path(model).parts) <= 2
+        len(path.parts) not in (1, 2)
         or model.startswith((".", "/", "~"))
         or model.endswith(".json")
     ):
@@ -236,9 +204,8 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
                 raise
+    # offline, no such model, no access: the library has a class for each, the way out is the same
     except Exception as error:
-        # offline, no such model, no access: the library has a class for each, and the way out is
-        # the same
         raise MoeInspectError(
             f"cannot read the config and the tokenizer of {model}: {first_line(error)}"
         ) from None
@@ -248,19 +215,19 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
 # --- which blocks route
 
 
-def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[int]:
+def _sparse_layers(config: Config, layers: int, where: object) -> list[int]:
     """Block indices with a router. Each rule that the config states narrows them down."""
     every = range(layers)
     sparse = set(every)
-    for key, rule in ROUTING_BLOCKS.items():
-        if config.get(key) is None:
+    for key, rule in families.ROUTING_BLOCKS.items():
+        if (value := config.get(key)) is None:
             continue
         try:
-            sparse &= {i for i in every if rule(config, config[key], i)}
+            sparse &= {i for i in every if rule(config, value, i)}
         except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
             raise MoeInspectError(
-                f"{where}: {key} is {str(config[key])[:60]!r}, which does not say which "
-                "layers have experts"
+                f"{where}: {key} is {str(value)[:60]!r}, which does not say which layers have "
+                "experts"
             ) from None
     if config.get("enable_moe_block") is False or not sparse:
         raise MoeInspectError(f"{where} describes a dense model: no layer has experts")
@@ -270,8 +237,8 @@ def _sparse_layers(config: dict[str, Any], layers: int, where: object) -> list[i
 # --- keys
 
 
-def _stated(config: dict[str, Any], keys: tuple[str, ...], default: Any = None) -> Any:
-    return next((config[key] for key in keys if config.get(key) is not None), default)
+def _stated(config: Config, keys: tuple[str, ...]) -> object:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -281,7 +248,7 @@ GROUPS_CHOSEN = ("topk_group", "num_limited_groups")
 UNGROUPED, BY_BEST = "greedy", "group_limited_greedy"
 
 
-def text_config(trace: Trace) -> dict[str, Any]:
+def text_config(trace: Trace) -> Config:
     """The config of the language model; empty where the manifest has none."""
     config = trace.manifest.get("model", {}).get("config")
     return language_config(config) if isinstance(config, dict) else {}
@@ -299,9 +266,9 @@ def expert_bytes(trace: Trace, router: int) -> float | None:
     the manifest does not say."""
     config = text_config(trace)
     stack = trace.routers[router].stack
-    width = _size(config, *([f"{stack}_ffn_dim"] if stack else []), *EXPERT_WIDTH)
+    width = _size(config, *([f"{stack}_ffn_dim"] if stack else []), *families.EXPERT_WIDTH)
     hidden, size = _size(config, *HIDDEN), _element_bytes(trace)
-    matrices = 3 if family_of(config).gated else 2
+    matrices = 3 if families.family_of(config).gated else 2
     return matrices * hidden * width * size if hidden and width and size else None
 
 
@@ -310,7 +277,7 @@ def weight_bytes(trace: Trace) -> int:
     return _element_bytes(trace) or 2
 
 
-def groups_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def groups_of(config: Mapping[str, object]) -> tuple[int, int, int]:
     """Of a model's config.json: the number of groups (1: none), how many of them a token goes to,
     and by how many of their best experts they are compared."""
     of = language_config(dict(config))
@@ -322,14 +289,11 @@ def groups_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _element_bytes(trace: Trace) -> int | None:
-    config = text_config(trace)
-    ran_in = trace.manifest.get("capture", {}).get("dtype")
-    return BYTES.get(str(ran_in)) or BYTES.get(
-        str(config.get("dtype") or config.get("torch_dtype"))
-    )
+    config, ran_in = text_config(trace), trace.manifest.get("capture", {}).get("dtype")
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return BYTES.get(str(ran_in)) or BYTES.get(str(stated))
 
 
-def _size(config: dict[str, Any], *names: str) -> int | None:
-    return next(
-        (config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None
-    )
+def _size(config: Config, *names: str) -> int | None:
+    sizes = (config.get(name) for name in names)
+    return next((size for size in sizes if type(size) is int and size > 0), None)

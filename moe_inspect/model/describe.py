@@ -1,6 +1,5 @@
-"""Parameters, memory and FLOPs of a model, compared with dense models of the same size. The model
-is built on torch's meta device, without data: no weights are read, and of a trace torch is not
-imported.
+"""Parameters, memory and FLOPs of a model, beside dense models of the same size. It is built on
+torch's meta device, without weights; of a trace without its config torch is not imported.
 
 E experts, k chosen per token.
 """
@@ -13,31 +12,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import load
 from moe_inspect.model.families import CONNECTOR, TOWER
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace import schema
-from moe_inspect.trace.reader import open_trace
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch.nn import Module, Parameter
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from moe_inspect.model.routers import Site
 
 Fact = tuple[str, float | None, str]  # key, number or None, text
 PARTS = (
-    "embeddings",
-    "attention",
-    "dense",
-    "router",
-    "shared experts",
-    "routed experts",
-    "output head",
-    "norms and others",
-    "vision and audio",
+    *("embeddings", "attention", "dense", "router", "shared experts", "routed experts"),
+    *("output head", "norms and others", "vision and audio"),
 )
 # of a parameter by its name, where nothing else tells: the first that is found
 PART_NAMES = {
@@ -95,9 +88,6 @@ class Description:
         return 3 * tokens * self.flops_a_token()
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         """What the command prints: at most 20 lines of 80 columns."""
         return "\n".join(self._lines())
 
@@ -108,11 +98,10 @@ class Description:
         yield self.kind + (f": {plural(self.layers, 'layer')}" if self.layers else "")
         if self.routers:
             shapes = sorted({(k, e) for _, e, k in self.routers})
-            line = (
-                f"{plural(len(self.routers), 'router')} in layers "
-                f"{ranges(self._moe_layers()).replace(',', ', ')}: "
-                f"{' or '.join(f'{k} of {e}' for k, e in shapes)} experts per token"
-            )
+            chosen = " or ".join(f"{k} of {e}" for k, e in shapes)
+            layers = ranges(self._moe_layers()).replace(",", ", ")
+            line = f"{plural(len(self.routers), 'router')} in layers {layers}: {chosen} experts"
+            line += " per token"
             if self.shared_experts:
                 line += f", {plural(self.shared_experts, 'shared expert')}"
             line += f", {self.scoring}" if self.scoring else ""
@@ -150,8 +139,9 @@ class Description:
             layers = self._moe_layers()
             yield "moe_layers", len(layers), f"{len(layers)} ({ranges(layers)})"
             yield "routers", len(self.routers), f"{len(self.routers)}"
-            yield _one_or_several("experts", {e for _, e, _ in self.routers})
-            yield _one_or_several("top_k", {k for _, _, k in self.routers})
+            for key, n in (("experts", 1), ("top_k", 2)):
+                sizes = sorted({router[n] for router in self.routers})
+                yield key, sizes[0] if len(sizes) == 1 else None, ", ".join(map(str, sizes))
             yield "shared_experts", self.shared_experts, f"{self.shared_experts}"
             yield "scoring", None, self.scoring
         else:
@@ -159,14 +149,15 @@ class Description:
         if not self.parameters:
             return
         whole, few = self.parameters, self.parameters_active
-        yield _count("parameters.total", whole)
-        yield _count("parameters.active", few)
+        yield "parameters.total", whole, f"{whole:,}"
+        yield "parameters.active", few, f"{few:,}"
         for part in PARTS:
-            if self.total[part]:
-                name = f"parameters.{part.replace(' ', '_')}"
-                yield _count(f"{name}.total", self.total[part])
-                if self.active[part] != self.total[part]:
-                    yield _count(f"{name}.active", self.active[part])
+            total, active = self.total[part], self.active[part]
+            name = f"parameters.{part.replace(' ', '_')}"
+            if total:
+                yield f"{name}.total", total, f"{total:,}"
+            if active != total:
+                yield f"{name}.active", active, f"{active:,}"
         for dtype, size in BYTES.items():
             yield f"memory_bytes.{dtype}", size * whole, _bytes(size * whole)
         prefill, decode = self.flops_a_token(), self.flops_a_token(self.context)
@@ -176,16 +167,17 @@ class Description:
         yield "flops_a_token.decode", decode, text
         if not self.routers:  # which is its own dense model
             return
-        like = "dense_of_same_active_size"
-        yield _count(f"{like}.parameters", few)
-        text = f"{_bytes(2 * few)}; this model needs {whole / few:.2f}x"
-        yield f"{like}.memory_bytes.bf16", 2 * few, text
-        yield f"{like}.flops_a_token.prefill", prefill, "the same"
-        like, dense = "dense_of_same_total_size", self.flops_a_token(dense=True)
-        yield _count(f"{like}.parameters", whole)
-        yield f"{like}.memory_bytes.bf16", 2 * whole, "the same"
-        text = f"{_si(dense)}FLOP, {dense / prefill:.2f}x this model's"
-        yield f"{like}.flops_a_token.prefill", dense, text
+        dense = self.flops_a_token(dense=True)
+        of_memory = f"{_bytes(2 * few)}; this model needs {whole / few:.2f}x"
+        of_flops = f"{_si(dense)}FLOP, {dense / prefill:.2f}x this model's"
+        for size, n, memory, flops, text in (
+            ("active", few, of_memory, prefill, "the same"),
+            ("total", whole, "the same", dense, of_flops),
+        ):
+            like = f"dense_of_same_{size}_size"
+            yield f"{like}.parameters", n, f"{n:,}"
+            yield f"{like}.memory_bytes.bf16", 2 * n, memory
+            yield f"{like}.flops_a_token.prefill", flops, text
 
     def _moe_layers(self) -> list[int]:
         return sorted({layer for layer, _, _ in self.routers})
@@ -201,9 +193,8 @@ class Description:
                 f"the FLOPs of {self.kind} are not known: give its config.json instead of a trace"
             )
         flops, peak = self.training_flops(tokens), PEAK_FLOPS[gpu]
-        facts: list[Fact] = [
-            ("training.flops", flops, f"{flops:.3g} FLOP for {tokens:,.0f} tokens")
-        ]
+        text = f"{flops:.3g} FLOP for {tokens:,.0f} tokens"
+        facts: list[Fact] = [("training.flops", flops, text)]
         if gpu_hours is not None:
             share = flops / (gpu_hours * 3600 * peak)
             text = f"{share:.3f} of {_si(peak)}FLOP/s, from {gpu_hours:,.0f} {gpu.upper()}-hours"
@@ -220,15 +211,6 @@ def describe_table(made: Description, training: list[Fact] | None = None) -> pd.
     import pandas as pd
 
     return pd.DataFrame([*made.facts(), *(training or [])], columns=["key", "value", "text"])
-
-
-def _one_or_several(key: str, values: set[int]) -> Fact:
-    text = ", ".join(map(str, sorted(values)))
-    return key, min(values) if len(values) == 1 else None, text
-
-
-def _count(key: str, n: int) -> Fact:
-    return key, n, f"{n:,}"
 
 
 def _bytes(n: float) -> str:
@@ -261,27 +243,22 @@ def describe(
 
     config = _config_of(model, revision, trust_remote_code)
     with load.blamed(f"cannot build a language model of {model}"), torch.device("meta"):
-        built: Any = load.auto_class(config, trust_remote_code).from_config(
+        built = load.auto_class(config, trust_remote_code).from_config(
             config, trust_remote_code=trust_remote_code
         )
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or CONTEXT
-    made = Description(
-        type(built).__name__,
-        getattr(text, "num_hidden_layers", 0),
-        context or min(CONTEXT, longest),
-    )
+    longest = min(CONTEXT, getattr(text, "max_position_embeddings", None) or CONTEXT)
+    layers = getattr(text, "num_hidden_layers", 0)
+    made = Description(type(built).__name__, layers, context or longest)
     try:
         sites = find_routers(built)
+        made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     except MoeInspectError:
         sites = []
     made.routers = [(site.layer, site.experts, top_k_of(site, built)) for site in sites]
-    if sites:
-        made.scoring, made.shared_experts = sites[0].scoring, sites[0].shared_experts
     _count_parameters(made, built, sites)
-    made.score_width = sum(
-        _score_width(m, text) for name, m in built.named_modules() if not NOT_TEXT.search(name)
-    )
+    read = [m for name, m in built.named_modules() if not NOT_TEXT.search(name)]
+    made.score_width = sum(_score_width(m, text) for m in read)
     return made
 
 
@@ -289,21 +266,18 @@ def of_trace(model: str) -> Description | None:
     """What a trace without a config of the model tells. None for another trace, or no trace."""
     if not (Path(model) / schema.MANIFEST).is_file():
         return None
+    from moe_inspect.trace.reader import open_trace
+
     trace = open_trace(model)
-    of_model: dict[str, Any] = trace.manifest.get("model", {})
+    of_model = trace.manifest.get("model", {})
     if (of_model.get("config") or {}).get("model_type"):
         return None
-    return Description(
-        of_model.get("class") or of_model.get("id") or "model",
-        0,
-        0,
-        [(router.layer, router.experts, router.top_k) for router in trace.routers],
-        trace.routers[0].scoring,
-        trace.routers[0].shared_experts,
-    )
+    first, kind = trace.routers[0], of_model.get("class") or of_model.get("id") or "model"
+    routers = [(router.layer, router.experts, router.top_k) for router in trace.routers]
+    return Description(kind, 0, 0, routers, first.scoring, first.shared_experts)
 
 
-def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     known = load.stated_config(model, revision)
@@ -316,22 +290,19 @@ def _config_of(model: str, revision: str | None, trust_remote_code: bool) -> Any
         return load.of_the_text_model(AutoConfig.for_model(kind, **known))
 
 
-def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
-    ks = [k for _, _, k in made.routers]
+def _count_parameters(made: Description, built: PreTrainedModel, sites: list[Site]) -> None:
     share_of = {
-        prefix: k / site.experts
-        for site, k in zip(sites, ks, strict=True)
+        prefix: k / E
+        for site, (_, E, k) in zip(sites, made.routers, strict=True)
         for prefix in _expert_prefixes(built, site)
     }
-    routers = tuple(
-        name + "."
-        for name, m in built.named_modules()
-        if any(m is s.logits_module for s in sites) and name + "." not in share_of
-    )
+    makers = {id(site.logits_module) for site in sites}
+    prefixes = (name + "." for name, m in built.named_modules() if id(m) in makers)
+    routers = tuple(prefix for prefix in prefixes if prefix not in share_of)
     embedded, head = built.get_input_embeddings(), built.get_output_embeddings()
     tied = head is not None and head.weight is embedded.weight
 
-    def part_of(name: str, parameter: Any) -> str:
+    def part_of(name: str, parameter: Parameter) -> str:
         if NOT_TEXT.search(name):
             return PARTS[-1]
         if parameter is embedded.weight:
@@ -356,35 +327,29 @@ def _count_parameters(made: Description, built: Any, sites: list[Site]) -> None:
             made.products_active += active
 
 
-def _expert_prefixes(built: Any, site: Site) -> list[str]:
+def _expert_prefixes(built: Module, site: Site) -> list[str]:
     """Name prefixes of the parameters of this router's experts."""
     if site.adapter is None:
         return [site.path + "."]
     if site.adapter.parameters:
         return [f"{site.path}.{name}." for name in site.adapter.parameters]
     parent = site.path.rpartition(".")[0]
-    return [
-        f"{parent}.{n}."
-        for n, m in built.get_submodule(parent).named_children()
-        if type(m).__name__.endswith("Experts")
-    ]
+    beside = built.get_submodule(parent).named_children()
+    return [f"{parent}.{n}." for n, m in beside if type(m).__name__.endswith("Experts")]
 
 
-def _score_width(module: Any, text: Any) -> int:
+def _score_width(module: Module, text: PreTrainedConfig) -> int:
     """heads × (query width + value width) of a softmax attention, 0 for any other module."""
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "scaling"):
         return 0
 
-    def stated(owner: Any, *names: str) -> int:
+    def stated(owner: object, *names: str) -> int:
         return next((n for name in names if (n := getattr(owner, name, None))), 0)
 
     heads = stated(module, "num_heads", "num_attention_heads") or text.num_attention_heads
-    query, value = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
-    if query is None or value is None:
-        width = (
-            stated(module, "head_dim", "key_value_proj_dim")
-            or stated(text, "head_dim")
-            or text.hidden_size // text.num_attention_heads
-        )
+    query, value = stated(module, "qk_head_dim"), stated(module, "v_head_dim")
+    if not query or not value:
+        width = stated(module, "head_dim", "key_value_proj_dim") or stated(text, "head_dim")
+        width = width or text.hidden_size // text.num_attention_heads
         query, value = query or width, value or width
     return heads * (query + value)

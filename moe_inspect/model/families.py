@@ -13,47 +13,35 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from moe_inspect.model.choices import read, replaced
+from moe_inspect.model import choices
+from moe_inspect.model.choices import Args, Call, Called, Choice, Kwargs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_inspect.model.choices.read import Args, Choice, Kwargs
 
+Config: TypeAlias = dict[str, Called]  # a config.json, or a part of one
 
 # --- names that configs (and modules) give to a size, in order of precedence
 
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer")
 EXPERTS = (
-    "n_routed_experts",
-    "num_local_experts",
-    "num_experts",
-    "moe_num_experts",
+    *("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
     "num_routed_experts",
 )
 TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
+    *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k"),
+    *("top_k_experts", "experts_per_token"),
 )
 SHARED_EXPERTS = (
-    "n_shared_experts",
-    "num_shared_experts",
-    "moe_num_shared_experts",
+    *("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "num_shared_expert",
 )
 HIDDEN = ("hidden_size", "d_model")
 EXPERT_WIDTH = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "ffn_hidden_size",
-    "d_ff",
+    *("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "d_ff"),
     "intermediate_size",
 )
 SCORING = ("scoring_func", "score_func")
@@ -63,14 +51,14 @@ LANGUAGE_MODEL = ("text_config", "llm_config", "language_config", "thinker_confi
 # --- keys that state which blocks have experts
 
 
-def _listed(value: Any) -> set[int]:
+def _listed(value: Called) -> set[int]:
     """[3, 4] or "3,4"."""
     return {int(part) for part in (value.split(",") if isinstance(value, str) else value)}
 
 
 # key → whether block i has a router, by the config and the key's value; a block must satisfy every
 # key that the config states
-ROUTING_BLOCKS: dict[str, Callable[[dict[str, Any], Any, int], bool]] = {
+ROUTING_BLOCKS: dict[str, Callable[[Config, Called, int], bool]] = {
     "mlp_layer_types": lambda c, v, i: v[i] not in ("dense", "mlp"),
     "mlp_only_layers": lambda c, v, i: (
         i not in _listed(v) and (i + 1) % int(c.get("decoder_sparse_step") or 1) == 0
@@ -120,8 +108,8 @@ class Adapter:
     applies       to which modules of the class
     parameters    names of the experts' parameters, where they have no module of their own
     note          a caveat, which goes into the trace's manifest
-    replace       gives the call another choice (`model/choices/replaced.py`), where that is not
-                  done by replacing the tensors which `choice` returned
+    replace       gives the call another choice, where that is not done by replacing the tensors
+                  which `choice` returned
     among         (module, args, kwargs, output, dropped_E) → the choice among the other experts,
                   where the router cannot be made to choose among them by masking its logits
     drops         whether what goes to no expert was dropped by the capacity of one, by the router
@@ -131,21 +119,21 @@ class Adapter:
     fixed         why it cannot be given another choice, and what to do
     """
 
-    choice: Callable[[Any, Args, Kwargs, Any], Choice | None]
+    choice: Callable[[Called, Args, Kwargs, Called], Choice | None]
     at_call: bool = False
     method: str = ""
     logits_index: int | None = None
     block_logits: int | None = None
-    experts: Callable[[Any], int] | None = None
+    experts: Callable[[Called], int] | None = None
     top_k: int | None = None
     alone: bool = False
-    applies: Callable[[Any], bool] = lambda module: True
+    applies: Callable[[Called], bool] = lambda module: True
     parameters: tuple[str, ...] = ()
     note: str = ""
-    replace: Callable[..., Any] | None = None
+    replace: Callable[[Call, Tensor, Tensor], Called] | None = None
     among: Callable[..., Choice] | None = None
-    drops: Callable[[Any], bool] = lambda router: False
-    dropped: Callable[[Any, Any], Tensor] | None = None
+    drops: Callable[[Called], bool] = lambda router: False
+    dropped: Callable[[Called, Called], Tensor] | None = None
     by_logits: bool = True
     fixed: str = ""
 
@@ -164,37 +152,36 @@ class Family:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     not_routed: tuple[str, ...] = ()
     gated: bool = True
-    beyond: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    beyond: Mapping[str, Callable[[Called], int]] = field(default_factory=dict)
 
 
 # --- the families, by transformers' model_type
 
-_NLLB_RUNS = (
+_NLLB_NOTE = (
     "this release of transformers runs experts 1 and 0 whatever NLLB's routers choose (its experts "
-    "take the mask of the first choices for ids)"
+    "take the mask of the first choices for ids): the trace says what ran"
 )
-_NLLB_NOTE = f"{_NLLB_RUNS}: the trace says what ran"
 
 FAMILIES: dict[str, Family] = {
     "aria_text": Family(
         {
             "AriaExperts": Adapter(
-                read.aria,
+                choices.aria,
                 at_call=True,
                 experts=lambda m: m.config.moe_num_experts,
                 applies=lambda m: not hasattr(m, "gate_up_proj"),
-                replace=replaced.aria,
+                replace=choices.replace_aria,
             )
         }
     ),
     "doge": Family(
         {
             "DogeCDMoE": Adapter(
-                read.doge,
+                choices.doge,
                 alone=True,
                 parameters=("down_embed", "up_embed"),
-                replace=replaced.doge,
-                among=read.doge,
+                replace=choices.replace_doge,
+                among=choices.doge,
             )
         }
     ),
@@ -202,7 +189,7 @@ FAMILIES: dict[str, Family] = {
         # in MXFP4; up to transformers 5.17 the module is called with what the method takes
         {
             "Mxfp4GptOssExperts": Adapter(
-                read.mxfp4,
+                choices.mxfp4,
                 at_call=True,
                 method="forward_routed",
                 block_logits=1,
@@ -216,21 +203,25 @@ FAMILIES: dict[str, Family] = {
         beyond={"InklingTopkRouter": lambda m: m.n_shared_experts},
     ),
     "jetmoe": Family(
-        {"JetMoeTopKGating": Adapter(read.jetmoe, logits_index=4, replace=replaced.jetmoe)},
+        {
+            "JetMoeTopKGating": Adapter(
+                choices.jetmoe, logits_index=4, replace=choices.replace_jetmoe
+            )
+        },
         not_routed=("JetMoeParallelExperts",),
     ),
     "llama4": Family(
-        {"Llama4Router": Adapter(read.llama4, logits_index=1, replace=replaced.llama4)},
+        {"Llama4Router": Adapter(choices.llama4, logits_index=1, replace=choices.replace_llama4)},
         not_routed=("Llama4TextExperts",),
     ),
     "longcat_flash": Family(
         # ids beyond the routed experts are identity experts': they compute nothing
         {
             "LongcatFlashExperts": Adapter(
-                read.called_with,
+                choices.called_with,
                 at_call=True,
                 experts=lambda m: m.num_routed_experts,
-                replace=replaced.longcat,
+                replace=choices.replace_longcat,
             )
         },
         beyond={"LongcatFlashTopkRouter": lambda m: m.n_routed_experts - m.num_experts},
@@ -239,14 +230,14 @@ FAMILIES: dict[str, Family] = {
     "nllb-moe": Family(
         {
             "NllbMoeExperts": Adapter(
-                read.nllb,
+                choices.nllb,
                 at_call=True,
                 # its routers take the padding mask of some attentions the wrong way round, and
                 # count capacity over a batch
                 alone=True,
                 top_k=2,
                 note=_NLLB_NOTE,
-                replace=replaced.nllb,
+                replace=choices.replace_nllb,
                 # by the policy "random" a second expert may be left out
                 drops=lambda router: router.second_expert_policy != "random",
                 by_logits=False,
@@ -257,18 +248,18 @@ FAMILIES: dict[str, Family] = {
     "switch_transformers": Family(
         {
             "SwitchTransformersExperts": Adapter(
-                read.switch,
+                choices.switch,
                 at_call=True,
                 top_k=1,
-                replace=replaced.switch,
+                replace=choices.replace_switch,
                 drops=lambda router: True,
-                dropped=read.switch_dropped,
+                dropped=choices.switch_dropped,
             )
         },
         gated=False,
     ),
     "zaya": Family(
-        {"ZayaExperts": Adapter(read.zaya, at_call=True)}, beyond={"ZayaRouter": lambda m: 1}
+        {"ZayaExperts": Adapter(choices.zaya, at_call=True)}, beyond={"ZayaRouter": lambda m: 1}
     ),
 }
 
@@ -278,7 +269,7 @@ NOT_ROUTED = {name for family in FAMILIES.values() for name in family.not_routed
 BEYOND = {name: f for family in FAMILIES.values() for name, f in family.beyond.items()}
 
 
-def stated_size(owners: Iterable[Any], names: Iterable[str]) -> int | None:
+def stated_size(owners: Iterable[object], names: Iterable[str]) -> int | None:
     """The first of these sizes that a module or a config states."""
     for owner in owners:
         for name in names:
@@ -288,20 +279,17 @@ def stated_size(owners: Iterable[Any], names: Iterable[str]) -> int | None:
     return None
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, object]) -> Family:
     """The family of a language model's config, by its model_type."""
     return FAMILIES.get(str(config.get("model_type")), Family())
 
 
-def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model, flat: the parts that describe it are merged into it, and
-    the number of its blocks is at `LAYERS[0]`."""
+def language_config(config: Config) -> Config:
+    """The config of the language model, flat, with the number of its blocks at `LAYERS[0]`."""
     inner = config
     for key in LANGUAGE_MODEL:
         inner = {**inner, **inner[key]} if isinstance(inner.get(key), dict) else inner
-    if isinstance(kinds := inner.get("layers_block_type"), list):  # Nemotron-H states no number
-        inner = {**inner, LAYERS[0]: len(kinds)}
-    if inner.get("num_layers") is not None:
-        # LongCat: what it calls hidden layers are attentions, two per block
-        inner = {**inner, LAYERS[0]: inner["num_layers"]}
-    return inner
+    # Nemotron-H states no number; what LongCat calls hidden layers are attentions, two per block
+    kinds, blocks = inner.get("layers_block_type"), inner.get("num_layers")
+    blocks = len(kinds) if blocks is None and isinstance(kinds, list) else blocks
+    return inner if blocks is None else {**inner, LAYERS[0]: blocks}

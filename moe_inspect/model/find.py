@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
@@ -28,6 +28,8 @@ from moe_inspect.text import and_more
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+    from moe_inspect.model.choices import Args, Called, Kwargs
 
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
@@ -53,54 +55,56 @@ TOP_K_OF_MODULE = ("top_k", "topk", "moe_router_topk", "k", *TOP_K)
 WRAPPERS = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)")
 
 
-def find_routers(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
-    """The routers of `model` in execution order of their layers. MoeInspectError where it has
-    none."""
+def find_routers(model: Module, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
+    """The routers of `model` in execution order of their layers. MoeInspectError for none."""
     sites = routers_in(model, specs)
     if not sites:
         raise no_routers(model)
     return sites
 
 
-def routers_in(model: Any, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
-    """Those of `specs`, if given; else those of registered classes, and in layers that have none of
-    these, those of transformers. May be none."""
+def routers_in(model: Module, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
+    """Those of `specs`, if given; else those of registered classes, and of transformers in layers
+    without one. May be none."""
     if specs is not None:
         return sites_given(model, specs)
-    own = sites_registered(model, [*registered(), *SPECS])
+    known, own = [*registered(), *SPECS], list[Site]()
+    for path, module in model.named_modules():
+        spec = next((s for s in known if _matches(s, path, module)), None)
+        if spec is not None and not TOWER.search(path):  # the towers see no text
+            own.append(_site_of(spec, path, module, model))
+    own = _in_order(own)
     sites = [*own, *called_experts(model, {site.layer for site in own})]
     return sorted(sites, key=lambda site: site.layer) if own else sites
 
 
 def recordable(
-    model: Any,
+    model: Module,
     specs: Sequence[RouterSpec] | None,
     layers: Iterable[int] | None,
     logits: bool = False,
 ) -> list[Site]:
-    """The routers of `model` in these layers (None: all). None at all where only probes in the
-    model's own code can show them. MoeInspectError where there can be no probes either, or where
-    `logits` are to be recorded and one of the routers does not show them."""
+    """The routers of `model` in these layers (None: all); [] where only probes in the model's own
+    code can show them. MoeInspectError where these cannot, or a router hides its `logits`."""
     sites = routers_in(model, specs)
-    if sites:
-        sites = in_layers(sites, layers)
-        if logits and any(site.logits_module is None for site in sites):
-            raise MoeInspectError(
-                f"{type(model).__name__} does not expose its router logits: trace without --logits"
-            )
-        return sites
-    if specs is None and is_of_transformers(model):
-        raise no_routers(model)
-    return []
+    if not sites:
+        if specs is None and is_of_transformers(model):
+            raise no_routers(model)
+        return []
+    sites = in_layers(sites, layers)
+    if logits and any(site.logits_module is None for site in sites):
+        raise MoeInspectError(
+            f"{type(model).__name__} does not expose its router logits: trace without --logits"
+        )
+    return sites
 
 
-def no_routers(model: Any, searched: bool = False, to_change: bool = False) -> MoeInspectError:
-    """Why nothing can be recorded, and what would help. `searched`: for calls of topk, in vain.
-    `to_change`: by an intervention."""
-    name = type(model).__name__
-    like = candidates(model)
+def no_routers(model: Module, searched: bool = False, to_change: bool = False) -> MoeInspectError:
+    """Why there is nothing to record (`to_change`: or change). `searched`: for topk, in vain."""
+    name, like = type(model).__name__, candidates(model)
+    dense = f"{name} is a dense model: it has no routers to trace"
     if is_of_transformers(model) and not like:
-        return MoeInspectError(f"{name} is a dense model: it has no routers to trace")
+        return MoeInspectError(dense)
     E = like.experts if like and like.experts else "E"
     probe = f"call moe_inspect.probe(ids, weights, layer=i, experts={E}) in its forward"
     spec = f"moe_inspect.RouterSpec(module={like.pattern if like else 'path'!r}, choice=f)"
@@ -111,8 +115,7 @@ def no_routers(model: Any, searched: bool = False, to_change: bool = False) -> M
         )
     if not like:
         return MoeInspectError(
-            f"{name} is a dense model: it has no routers to trace, judging by the names of its "
-            f"modules and parameters (if it has: {probe})"
+            f"{dense}, judging by the names of its modules and parameters (if it has: {probe})"
         )
     given += "; moe_inspect.record(discover=True) looks for it"
     if to_change and not is_of_transformers(model):
@@ -125,8 +128,7 @@ def no_routers(model: Any, searched: bool = False, to_change: bool = False) -> M
 
 @dataclass(frozen=True)
 class Candidates:
-    """`routers`, `experts_lists`: patterns of module paths, with what is there. `experts`: E, where
-    the lists or a router tell."""
+    """`routers`, `experts_lists`: pattern of paths → what is there. `experts`: E, if known."""
 
     routers: dict[str, str]
     experts_lists: dict[str, str]
@@ -149,33 +151,32 @@ class Candidates:
         return " and ".join(f"{names} {what}" for what, names in listed.items() if names)
 
 
-def candidates(model: Any) -> Candidates | None:
+def candidates(model: Module) -> Candidates | None:
     """None where nothing in the model looks like a router or like experts."""
     import torch
 
     routers: dict[str, str] = {}
     lists: dict[str, str] = {}
-    sizes: list[int] = []
+    sizes = set[int]()
     kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     for path, module in model.named_modules():
         last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), kinds[path]
-        of_experts = bool(
-            EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(kinds[path.rpartition(".")[0]])
-        )
+        owner = kinds[path.rpartition(".")[0]]
+        of_experts = EXPERTS_PATH.search(path) or EXPERTS_CLASS.search(owner)
         if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
             classes = {type(child).__name__ for child in module.children()}
             if of_experts and last not in BLOCKS and len(module) > 1 and len(classes) == 1:
                 lists[pattern] = f"{len(module)}{TIMES}{classes.pop()}"
-                sizes.append(len(module))
+                sizes.add(len(module))
         elif ROUTER_NAME.match(last) or ROUTER_CLASS.search(kind):
             routers[pattern] = kind
         elif not type(module).__module__.startswith("torch.") and "shared" not in path.lower():
             own = dict(module.named_parameters(recurse=False))
-            stacked = [p for p in own.values() if p.dim() == 3]
+            stacked = [len(p) for p in own.values() if p.dim() == 3]
             weights = [n for n, p in own.items() if p.dim() == 2 and ROUTER_WEIGHT.match(n)]
             if stacked and (of_experts or EXPERTS_CLASS.search(kind) or weights):
-                lists[pattern] = f"{kind} of {stacked[0].shape[0]}"
-                sizes.append(int(stacked[0].shape[0]))
+                lists[pattern] = f"{kind} of {stacked[0]}"
+                sizes.add(stacked[0])
                 if weights:
                     routers[pattern] = f"{kind}, with {weights[0]}"
     # a gate without experts beside it may be one of an attention
@@ -187,54 +188,40 @@ def candidates(model: Any) -> Candidates | None:
     }
     if not routers and not lists:
         return None
-    return Candidates(routers, lists, sizes[0] if len(set(sizes)) == 1 else None)
+    return Candidates(routers, lists, sizes.pop() if len(sizes) == 1 else None)
 
 
 # --- of specs
 
 
-def sites_given(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
-    """The sites of the specs that a caller gave. MoeInspectError where one matches no module, or
-    two the same."""
+def sites_given(model: Module, specs: Sequence[RouterSpec]) -> list[Site]:
+    """The sites of given specs. MoeInspectError where one matches no module, or two the same."""
     found: dict[str, Site] = {}
+    modules = dict(model.named_modules())
     for spec in checked(specs):
-        matched = [(path, m) for path, m in model.named_modules() if _matches(spec, path, m)]
+        matched = {path: m for path, m in modules.items() if _matches(spec, path, m)}
         if not matched:
             last = spec.module.split(".")[-1] if isinstance(spec.module, str) else None
-            paths = [path for path, _ in model.named_modules() if path]
-            near = [path for path in paths if path.split(".")[-1] == last]
+            near = [path for path in modules if path and path.split(".")[-1] == last]
             raise MoeInspectError(
                 f"RouterSpec(module={named(spec)}) matches no module of {type(model).__name__}"
                 + (f"; modules called {last}: {', '.join(near[:3])}" if near else "")
             )
-        for path, module in matched:
-            if path in found:
-                raise MoeInspectError(f"two RouterSpecs match {path}")
-            found[path] = site_of(spec, path, module, model)
+        if twice := found.keys() & matched:
+            raise MoeInspectError(f"two RouterSpecs match {min(twice, key=[*matched].index)}")
+        found |= {path: _site_of(spec, path, m, model) for path, m in matched.items()}
     return _in_order([*found.values()])
 
 
-def checked(specs: Sequence[Any]) -> Sequence[RouterSpec]:
+def checked(specs: Sequence[RouterSpec]) -> Sequence[RouterSpec]:
     """MoeInspectError where one is no RouterSpec."""
     if wrong := [type(s).__name__ for s in specs if not isinstance(s, RouterSpec)]:
         raise MoeInspectError(f"routers takes RouterSpecs, not {wrong[0]}")
     return specs
 
 
-def sites_registered(model: Any, specs: Sequence[RouterSpec]) -> list[Site]:
-    """The sites of modules whose class is registered: the first spec that matches counts. The
-    towers of a multimodal model see no text."""
-    found = []
-    for path, module in model.named_modules():
-        if not TOWER.search(path):
-            spec = next((s for s in specs if _matches(s, path, module)), None)
-            found += [site_of(spec, path, module, model)] if spec is not None else []
-    return _in_order(found)
-
-
 def _in_order(sites: list[Site]) -> list[Site]:
-    """By layer. MoeInspectError where two have the same layer and name, as those of an encoder and
-    a decoder do: they would be told apart by nothing, and may see different tokens."""
+    """By layer. MoeInspectError where two have the same layer and name (of encoder and decoder)."""
     first: dict[tuple[int, str], Site] = {}
     for site in sites:
         if (other := first.setdefault((site.layer, site.name), site)) is not site:
@@ -246,7 +233,7 @@ def _in_order(sites: list[Site]) -> list[Site]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
+def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site:
     kind, beside = type(module).__name__, path
     path = path or kind  # of the model itself
     if kind in CONTAINERS:
@@ -255,73 +242,77 @@ def site_of(spec: RouterSpec, path: str, module: Module, model: Any) -> Site:
             f"name the module that routes, such as {path.rpartition('.')[0]}"
         )
     owners = module, getattr(module, "config", None)
-    experts = _first(
-        _of(spec.experts, module),
-        stated_size(owners, EXPERTS_OF_MODULE),
-        getattr(module, "out_features", None),  # of a linear layer that makes the logits
-    )
+
+    def stated(value: Called, *otherwise: object) -> Called:
+        """What a field of the spec says of this module, else the first that is known otherwise."""
+        values = value(module) if callable(value) else value, *otherwise
+        return next((v for v in values if v is not None), None)
+
+    width = getattr(module, "out_features", None)  # of a linear layer that makes the logits
+    experts = stated(spec.experts, stated_size(owners, EXPERTS_OF_MODULE), width)
     if not experts or int(experts) < 1:
         raise MoeInspectError(
             f"{path} ({kind}) does not say how many experts it chooses from: give "
             "RouterSpec(experts=…)"
         )
-    E, top_k = int(experts), _first(_of(spec.top_k, module), stated_size(owners, TOP_K_OF_MODULE))
-    order, logits_of = spec.order if spec.rows is None else "", spec.logits
+    E, top_k = int(experts), stated(spec.top_k, stated_size(owners, TOP_K_OF_MODULE))
+    order = spec.order if spec.rows is None else ""
+    logits_of, replace = spec.logits, spec.replace
     reader = ChoiceReader(path, E, top_k, "give RouterSpec(top_k=…)", order, spec.drops)
 
     def choice(
-        module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        module: Module, args: Args, kwargs: Kwargs, output: Called
     ) -> tuple[Tensor, Tensor] | None:
         """`spec.choice` with its result as ids and weights [T, K]."""
         reader.check_input(args, kwargs)
         found = spec.choice(module, args, kwargs, output)
         return None if found is None else reader.choice(found)
 
-    def logits(*call: Any) -> Tensor:
-        """`spec.logits` with its result as [T, E]."""
-        assert logits_of is not None
-        return reader.logits(logits_of(*call))
-
+    read = Adapter(
+        choice,
+        at_call=spec.before,
+        experts=lambda module: E,
+        top_k=top_k,
+        note=spec.note,
+        replace=(lambda call, *new: replace(*call, *new)) if replace else None,
+    )
+    layer = spec.layer(path, module) if callable(spec.layer) else spec.layer
+    if layer is None and layer_path(path) is None:
+        raise MoeInspectError(
+            f"no layer number in the module path {path}: give RouterSpec(layer=…), a number or a "
+            "function of the path and the module"
+        )
+    block = beside.rpartition(".")[0]
+    while block and _wraps(model.get_submodule(block)):
+        block = block.rpartition(".")[0]
+    shared = any("shared" in name for name, _ in model.get_submodule(block).named_children())
     return Site(
         module,
         path,
-        _layer(spec, path, module),
+        layer if layer is not None else layer_of(path),
         E,
-        _of(spec.scoring, module),
-        _shared_experts(spec, beside, module, model),
-        Adapter(
-            choice,
-            at_call=spec.before,
-            experts=lambda module: E,
-            top_k=top_k,
-            note=spec.note,
-            replace=spec.replace,
-        ),
+        stated(spec.scoring),
+        int(stated(spec.shared_experts, shared)),
+        read,
         logits_module=module if logits_of is not None else None,
         told=reader,
-        logits_of=logits if logits_of is not None else None,
+        logits_of=(lambda *call: reader.logits(logits_of(*call))) if logits_of else None,
         order=spec.order,
         rows=spec.rows,
     )
 
 
 def lists_in_blocks(model: Module) -> dict[str, list[Module]]:
-    """Path → modules of each list of modules of one class in a block of the model: they may be the
-    experts of a router."""
+    """Path → modules, of each list in a block that has one class: they may be experts."""
     from torch.nn import ModuleDict, ModuleList
 
-    found: dict[str, list[Module]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, ModuleList | ModuleDict) and layer_path(path) is not None:
-            children = list(module.children())
-            if len(children) > 1 and len(set(map(type, children))) == 1:
-                found[path] = children
-    return found
+    modules = ((p, m) for p, m in model.named_modules() if layer_path(p) is not None)
+    lists = {p: [*m.children()] for p, m in modules if isinstance(m, ModuleList | ModuleDict)}
+    return {p: of for p, of in lists.items() if len(of) > 1 and len(set(map(type, of))) == 1}
 
 
 def states_experts(model: Module, path: str, E: int) -> bool:
-    """Whether something in the block of the module at `path` has E experts: a list of modules,
-    stacked weights, a router's weight, or a number under a usual name."""
+    """Whether a list, weights, or a number in the block of the module at `path` is of E experts."""
 
     def states(module: Module) -> bool:
         owners = module, getattr(module, "config", None)
@@ -329,10 +320,8 @@ def states_experts(model: Module, path: str, E: int) -> bool:
 
     block = layer_path(path)
     assert block is not None
-    if any(
-        len(modules) == E and of.startswith(block + ".")
-        for of, modules in lists_in_blocks(model).items()
-    ):
+    lists = lists_in_blocks(model).items()
+    if any(len(modules) == E and of.startswith(block + ".") for of, modules in lists):
         return True
     for name, module in model.get_submodule(block).named_modules(prefix=block):
         if states(module):
@@ -352,54 +341,16 @@ def _matches(spec: RouterSpec, path: str, module: Module) -> bool:
         return isinstance(module, wanted)
     if not isinstance(wanted, str):
         return module is wanted
-    names = {
-        n for c in type(module).__mro__ for n in (c.__name__, f"{c.__module__}.{c.__qualname__}")
-    }
-    if wanted in names:
+    kinds = type(module).__mro__
+    if any(wanted in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds):
         return True
-    return not _wraps(module) and bool(_pattern(wanted).fullmatch(WRAPPERS.sub("", path)))
+    # "*" is anything within one name, "**." any number of names
+    pattern = re.escape(wanted).replace(r"\*\*\.", r"(?:.*\.)?").replace(r"\*", r"[^.]*")
+    return not _wraps(module) and bool(re.fullmatch(pattern, WRAPPERS.sub("", path)))
 
 
 def _wraps(module: Module) -> bool:
     return any(WRAPPERS.fullmatch(name) for name, _ in module.named_children())
-
-
-def _pattern(glob: str) -> re.Pattern[str]:
-    """Of module paths: "*" is anything within one name, "**." any number of names."""
-    escaped = re.escape(glob).replace(r"\*\*\.", r"(?:.*\.)?")
-    return re.compile(escaped.replace(r"\*", r"[^.]*"))
-
-
-def _layer(spec: RouterSpec, path: str, module: Module) -> int:
-    if callable(spec.layer):
-        return spec.layer(path, module)
-    if spec.layer is not None:
-        return spec.layer
-    try:
-        return layer_of(path)
-    except MoeInspectError:
-        raise MoeInspectError(
-            f"no layer number in the module path {path}: give RouterSpec(layer=…), a number or a "
-            "function of the path and the module"
-        ) from None
-
-
-def _shared_experts(spec: RouterSpec, path: str, module: Module, model: Any) -> int:
-    if (stated := _of(spec.shared_experts, module)) is not None:
-        return int(stated)
-    while True:
-        path = path.rpartition(".")[0]
-        block = model.get_submodule(path)
-        if not path or not _wraps(block):
-            return int(any("shared" in name for name, _ in block.named_children()))
-
-
-def _of(value: Any, module: Module) -> Any:
-    return value(module) if callable(value) else value
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
 
 
 def named(spec: RouterSpec) -> str:

@@ -1,6 +1,5 @@
-"""GGUF models: the header of a file and its F32 tensors, read without weights by NumPy alone (sizes
-in a file are believed only as far as it is long); the sizes of its experts; and which of them
-transformers loads, dequantised.
+"""GGUF models: header and F32 tensors, read by NumPy alone (sizes in a file are believed only as
+far as it is long); the sizes of their experts; which of them transformers loads, dequantised.
 
 The format: github.com/ggml-org/ggml, docs/gguf.md.
 """
@@ -14,14 +13,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import open_regular, why_unread
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
+from moe_inspect.model.families import Config
 from moe_inspect.trace.schema import Router
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MAGIC = b"GGUF"
 SCALARS = {  # type of a metadata value → struct's letter
@@ -48,8 +51,7 @@ F32 = 0
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor's place. shape: as in the file, the fastest dimension first. kind: ggml's type.
-    start: its first byte, from the beginning of the file."""
+    """shape: the fastest dimension first. kind: ggml's type. start: its first byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,8 +73,8 @@ class Gguf:
 
     path: Path
     size: int
-    fields: dict[str, Any] = field(default_factory=dict[str, Any])
-    tensors: dict[str, GgufTensor] = field(default_factory=dict[str, GgufTensor])
+    fields: Config = field(default_factory=dict)
+    tensors: dict[str, GgufTensor] = field(default_factory=dict)
 
     def number(self, key: str) -> int:
         """A positive integer of the metadata. MoeInspectError where it is missing or another."""
@@ -86,17 +88,15 @@ class Gguf:
         tensor = self.tensors[name]
         if tensor.kind != F32:
             raise MoeInspectError(f"{self.path}: {name} is of type {tensor.kind}, not F32")
-        if tensor.start + tensor.nbytes > self.size:
+        if (end := tensor.start + tensor.nbytes) > self.size:
             raise MoeInspectError(
-                f"{self.path} ends within {name}: it has {self.size:,} bytes, and "
-                f"{tensor.start + tensor.nbytes:,} were written"
+                f"{self.path} ends within {name}: it has {self.size:,} bytes, and {end:,} were "
+                "written"
             )
         if not tensor.nbytes:  # whose other extents may be beyond any array's
             return np.zeros((0,) * len(tensor.shape), np.float32)
-        with open(self.path, "rb") as file:
-            file.seek(tensor.start)
-            data = file.read(tensor.nbytes)
-        return np.frombuffer(data, "<f4").reshape(tensor.shape[::-1])
+        values = np.fromfile(self.path, "<f4", tensor.nbytes // 4, offset=tensor.start)
+        return values.reshape(tensor.shape[::-1])
 
 
 @dataclass
@@ -108,39 +108,39 @@ class _Reader:
     left: int
 
     def take(self, n: int) -> bytes:
-        if n > self.left:
-            raise self._cut()
+        self.refuse_beyond(n)
         self.left -= n
         return self.file.read(n)
 
-    def scalar(self, letter: str) -> Any:
+    def refuse_beyond(self, n: int) -> None:
+        if n > self.left:
+            raise MoeInspectError(f"{self.path} ends within its header: it is cut, or no GGUF file")
+
+    def scalar(self, letter: str) -> int:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(letter)))[0]
 
     def text(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int, depth: int = 0) -> object:
         if kind == STRING:
             return self.text()
         if kind == ARRAY and depth < MOST_DEPTH:
             inner, n = self.scalar("I"), self.scalar("Q")
             letter = SCALARS.get(inner)
-            if n * (struct.calcsize(letter) if letter else 8) > self.left:
-                raise self._cut()
+            nbytes = n * (struct.calcsize(letter) if letter else 8)
             if letter:
-                return np.frombuffer(self.take(n * struct.calcsize(letter)), f"<{letter}")
+                return np.frombuffer(self.take(nbytes), f"<{letter}")
+            self.refuse_beyond(nbytes)
             return [self.value(inner, depth + 1) for _ in range(n)]
         if kind not in SCALARS:
             raise MoeInspectError(f"{self.path}: type {kind} of a metadata value is unknown")
         return self.scalar(SCALARS[kind])
 
-    def _cut(self) -> MoeInspectError:
-        return MoeInspectError(f"{self.path} ends within its header: it is cut, or no GGUF file")
-
 
 def read_gguf(path: Path) -> Gguf:
     """The header of a GGUF file, version 2 or 3. MoeInspectError where it is none."""
-    made = Gguf(path, path.stat().st_size)
+    made, places = Gguf(path, path.stat().st_size), dict[str, tuple[tuple[int, ...], int, int]]()
     with open_regular(path) as file:
         reader = _Reader(file, path, made.size)
         if made.size < 24 or (magic := reader.take(4)) != MAGIC:
@@ -152,18 +152,17 @@ def read_gguf(path: Path) -> Gguf:
         for _ in range(values):
             key = reader.text()
             made.fields[key] = reader.value(reader.scalar("I"))
-        placed: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(tensors):
             name, dimensions = reader.text(), reader.scalar("I")
             if dimensions > MOST_DIMENSIONS:
                 raise MoeInspectError(f"{path}: {name[:60]!r} has {dimensions} dimensions")
             shape = tuple(reader.scalar("Q") for _ in range(dimensions))
-            placed.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
+            places[name] = shape, reader.scalar("I"), reader.scalar("Q")
         alignment = made.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise MoeInspectError(f"{path}: general.alignment is {str(alignment)[:40]!r}")
         base = -(-file.tell() // alignment) * alignment
-    for name, shape, kind, offset in placed:
+    for name, (shape, kind, offset) in places.items():
         made.tensors[name] = GgufTensor(name, shape, kind, base + offset)
     return made
 
@@ -172,65 +171,48 @@ EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.(?:w
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
-def parts_of(path: Path) -> list[Path]:
-    """The files of a model that is split (NAME-00001-of-00003.gguf), else the one file."""
-    found = SPLIT.fullmatch(path.name)
-    if found is None:
-        return [path]
-    parts = [
-        path.with_name(f"{found[1]}-{n:05}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1)
-    ]
-    if missing := next((part for part in parts if not part.is_file()), None):
-        raise MoeInspectError(f"{path} is one of {len(parts)} files of a model: no {missing.name}")
-    return parts
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """The routed experts of a layer: how many, and the bytes of one, as quantised."""
-
-    experts: int
-    nbytes: int
-
-
-def layer_experts(path: Path) -> dict[int, LayerExperts]:
-    """Layer → its routed experts, by the tensors `blk.N.ffn_{gate,up,down,gate_up}_exps`.
-    MoeInspectError where the model has none."""
-    found: dict[int, LayerExperts] = {}
-    for part in parts_of(path):
+def layer_experts(path: Path) -> dict[int, tuple[int, int]]:
+    """Layer → how many routed experts it has, and the bytes of one, as quantised, by the tensors
+    `blk.N.ffn_…_exps` of a file, or of all of a model that is split (NAME-00001-of-00003.gguf)."""
+    parts = [path]
+    if split := SPLIT.fullmatch(path.name):
+        numbers = range(1, int(split[3]) + 1)
+        parts = [path.with_name(f"{split[1]}-{n:05}-of-{split[3]}.gguf") for n in numbers]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise MoeInspectError(f"{path} is one of {len(parts)} files of a model: no {missing[0]}")
+    found: dict[int, tuple[int, int]] = {}
+    for part in parts:
         for tensor in read_gguf(part).tensors.values():
-            match = EXPERT_TENSOR.fullmatch(tensor.name)
-            if match is None:
+            if (match := EXPERT_TENSOR.fullmatch(tensor.name)) is None:
                 continue
-            layer, experts = int(match[1]), tensor.shape[-1] if tensor.shape else 0
-            before = found.get(layer, LayerExperts(experts, 0))
-            if not 1 <= experts <= MOST_EXPERTS or layer >= MOST_LAYERS:
-                raise MoeInspectError(f"{part}: {tensor.name} is of {experts} experts")
-            if before.experts != experts:
+            layer, E = int(match[1]), tensor.shape[-1] if tensor.shape else 0
+            if not 1 <= E <= MOST_EXPERTS or layer >= MOST_LAYERS:
+                raise MoeInspectError(f"{part}: {tensor.name} is of {E} experts")
+            before, nbytes = found.get(layer, (E, 0))
+            if before != E:
                 raise MoeInspectError(
-                    f"{part}: {tensor.name} is of {experts} experts, another tensor of its layer "
-                    f"of {before.experts}"
+                    f"{part}: {tensor.name} is of {E} experts, another tensor of its layer of "
+                    f"{before}"
                 )
-            found[layer] = LayerExperts(experts, before.nbytes + tensor.nbytes // experts)
+            found[layer] = E, nbytes + tensor.nbytes // E
     if not found:
         raise MoeInspectError(f"{path} has no tensors of experts (blk.N.ffn_…_exps)")
     return found
 
 
 def expert_mb_of(path: Path, routers: dict[int, Router]) -> dict[int, float]:
-    """Router → the size of one of its experts in 10^6 bytes. MoeInspectError where the model has
-    other experts in one of their layers."""
+    """Router → 10^6 bytes of one expert. MoeInspectError where the file has other experts."""
     if not path.is_file():
         raise MoeInspectError(why_unread(path, "file"))
     found = layer_experts(path)
     for r, router in routers.items():
-        there = found[router.layer].experts if router.layer in found else 0
+        there, _ = found.get(router.layer, (0, 0))
         if there != router.experts:
             raise MoeInspectError(
                 f"{path} has {there} experts in layer {router.layer}, the trace {router.experts} "
                 f"(router {r}): is it the traced model?"
             )
-    return {r: found[router.layer].nbytes / 1e6 for r, router in routers.items()}
+    return {r: found[router.layer][1] / 1e6 for r, router in routers.items()}
 
 
 # mixtures of experts that transformers loads from GGUF to the same logits as the original; of
@@ -274,7 +256,7 @@ def refuse_unless_loadable(path: Path) -> None:
         raise MoeInspectError(f"a GGUF needs {missing[0]}: pip install 'moe-inspect[gguf]'")
 
 
-def load_config(path: Path) -> Any:
+def load_config(path: Path) -> PreTrainedConfig:
     """The config, with the sizes of experts that the file states."""
     from transformers import AutoConfig
 
@@ -287,7 +269,7 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def dequantized() -> dict[str, Any]:
+def dequantized() -> Config:
     """The option by which transformers keeps no weights in the file's blocks, where it could."""
     import transformers
 
@@ -295,9 +277,8 @@ def dequantized() -> dict[str, Any]:
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
-def quantization(path: Path) -> dict[str, Any]:
-    """How the weights are quantised in the file, as a quantization_config; empty where they are
-    not."""
+def quantization(path: Path) -> Config:
+    """How the weights are quantised in the file, as a quantization_config; empty: not at all."""
     counts = Counter[str]()
     for tensor in read_gguf(path).tensors.values():
         name = TYPES[tensor.kind][0] if tensor.kind in TYPES else str(tensor.kind)

@@ -11,14 +11,19 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 from moe_inspect.model import gguf
-from moe_inspect.model.config import read_config
+from moe_inspect.model.config import Config, read_config
 from moe_inspect.model.gguf import is_gguf
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from moe_inspect.model.choices import Called
 
 
 def model_location(name: str) -> str:
@@ -32,8 +37,7 @@ def model_location(name: str) -> str:
 
 @contextmanager
 def blamed(said: str) -> Iterator[None]:
-    """Whatever the block raises is for the user to mend, as transformers raises anything for a
-    broken config or weights that do not fit: a MoeInspectError that says so, and why."""
+    """Whatever the block raises is for the user to mend: a MoeInspectError says why."""
     try:
         yield
     except Exception as error:
@@ -43,15 +47,17 @@ def blamed(said: str) -> Iterator[None]:
 HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
 
 
+def _not_loaded(what: str, name: str, error: BaseException, way_out: str) -> MoeInspectError:
+    return MoeInspectError(f"cannot load {what} {name!r}: {first_line(error).rstrip('.')}{way_out}")
+
+
 def refuse_unless_found(name: str, revision: str | None = None) -> None:
-    """MoeInspectError where there is no such model, as far as that shows without torch,
-    transformers and the network."""
+    """MoeInspectError where there is no such model, as far as that shows without the network."""
     location = model_location(name)
     if is_gguf(location):
-        gguf.refuse_unless_loadable(Path(location))
-        return
+        return gguf.refuse_unless_loadable(Path(location))
     if Path(location).is_dir():
-        return
+        return None
     if location.startswith((".", "~", os.sep)):
         raise MoeInspectError(f"no model at {location}: {HOW_TO_NAME}")
     from huggingface_hub import constants
@@ -60,19 +66,17 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     try:
         cached = _cached_config(location, revision)
     except HFValidationError as error:
-        raise MoeInspectError(
-            f"cannot load model {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}"
-        ) from error
+        raise _not_loaded("model", name, error, f": {HOW_TO_NAME}") from error
     if constants.HF_HUB_OFFLINE and cached is None:
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
             f"and HF_HUB_OFFLINE is set: {HOW_TO_NAME}"
         )
+    return None
 
 
 def checkpoint_dir(name: str, revision: str | None = None) -> Path:
-    """Where the safetensors files of a model are; those of the hub are downloaded into its cache.
-    MoeInspectError where they cannot be had."""
+    """Where the safetensors files of a model are; those of the hub are downloaded."""
     directory = Path(model_location(name))
     if directory.is_dir():
         return directory
@@ -85,16 +89,13 @@ def checkpoint_dir(name: str, revision: str | None = None) -> Path:
         files = snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
     # the hub's client raises anything, which is the user's: a wrong name, no network, no access
     except Exception as error:
-        raise MoeInspectError(
-            f"cannot load the weights of {name!r}: {first_line(error).rstrip('.')}: {HOW_TO_NAME}"
-        ) from error
+        raise _not_loaded("the weights of", name, error, f": {HOW_TO_NAME}") from error
     return Path(files)
 
 
-def stated_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+def stated_config(name: str, revision: str | None = None) -> Config | None:
     """The config in a file or a trace, as it is written there; None where `name` is a model, for
-    transformers to load. MoeInspectError where it is neither, as far as that shows without torch,
-    transformers and the network."""
+    transformers to load. MoeInspectError where it is neither, as far as that shows offline."""
     path, manifest = Path(name), Path(name) / schema.MANIFEST
     if not is_gguf(name) and (path.is_file() or manifest.is_file()):
         return read_config(manifest if manifest.is_file() else path)
@@ -102,7 +103,9 @@ def stated_config(name: str, revision: str | None = None) -> dict[str, Any] | No
     return None
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The model's config; MoeInspectError where there is no such model."""
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file
@@ -114,11 +117,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
             return gguf.load_config(Path(location))
         # before transformers builds anything from it
         read_config(Path(cached_file(location, "config.json", revision=revision) or ""))
-        return of_the_text_model(
-            AutoConfig.from_pretrained(
-                location, revision=revision, trust_remote_code=trust_remote_code
-            )
-        )
+        of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return of_the_text_model(AutoConfig.from_pretrained(location, **of_hub))
     except MoeInspectError:
         raise
     # whatever a broken config.json makes transformers raise, the file is the user's
@@ -129,14 +129,11 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
                 "give --trust-remote-code"
             ) from None
         way_out = "" if Path(location).exists() else f": {HOW_TO_NAME}"
-        raise MoeInspectError(
-            f"cannot load model {name!r}: {first_line(error).rstrip('.')}{way_out}"
-        ) from error
+        raise _not_loaded("model", name, error, way_out) from error
 
 
-def of_the_text_model(config: Any) -> Any:
-    """The config of the submodel that reads text, where there is another that generates speech
-    (Qwen-Omni's thinker)."""
+def of_the_text_model(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the submodel that reads text, where another generates speech (Qwen-Omni)."""
     return getattr(config, "thinker_config", None) or config
 
 
@@ -147,28 +144,28 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return cached.parent.name if cached is not None else revision
 
 
-def _pretrained(name: str) -> tuple[str, dict[str, Any]]:
+def _pretrained(name: str) -> tuple[str, dict[str, str]]:
     """What from_pretrained of transformers takes for a model."""
-    location = Path(model_location(name))
-    if is_gguf(location.name):
-        return str(location.parent), {"gguf_file": location.name}
-    return model_location(name), {}
+    place = Path(name)
+    return (
+        (str(place.parent), {"gguf_file": place.name})
+        if is_gguf(name)
+        else (model_location(name), {})
+    )
 
 
 def _cached_config(location: str, revision: str | None) -> Path | None:
     """The config of a model, or of an adapter, in the cache of the hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(location, file, revision=revision)
-        if isinstance(found, str):
-            return Path(found)
-    return None
+    files = ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(location, file, revision=revision) for file in files)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
+) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     location, of_gguf = _pretrained(name)
@@ -194,9 +191,8 @@ AUTO_CLASSES = {
 }
 
 
-def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
-    """The auto class of transformers that builds the language model of this config. MoeInspectError
-    where it has none."""
+def auto_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Called:
+    """The auto class of the language model of this config. MoeInspectError where there is none."""
     import transformers
 
     # by code of the model's own
@@ -213,18 +209,14 @@ def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
         )
     classifies = str((config.architectures or [""])[0]).endswith("ForTokenClassification")
     encodes = getattr(config, "is_encoder_decoder", False)
-    for name, wanted in (
-        ("AutoModelForTokenClassification", classifies),
-        ("AutoModelForSeq2SeqLM", encodes),
-    ):
-        if wanted and name in able:
-            return getattr(transformers, name)
-    return getattr(transformers, able[0])
+    preferred = ["AutoModelForTokenClassification"] if classifies else []
+    preferred += ["AutoModelForSeq2SeqLM"] if encodes else []
+    return getattr(transformers, next(name for name in [*preferred, *able] if name in able))
 
 
 def load_model(
     name: str,
-    config: Any,
+    config: PreTrainedConfig,
     *,
     revision: str | None = None,
     dtype: str = "auto",
@@ -232,7 +224,7 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     random_init: int | None = None,
-) -> Any:
+) -> Called:
     """The language model in eval mode on `device` ("auto": cuda where there is one), or spread over
     devices as accelerate's `device_map` says ("auto", "balanced", …). With `random_init` its
     weights are initialised with that seed instead of read: the untrained baseline."""
@@ -250,33 +242,33 @@ def load_model(
     # torch asserts where it was built without that device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MoeInspectError(f"device {target!r} is not available: {first_line(error)}") from error
-    code, missing = {"trust_remote_code": trust_remote_code}, set[str]()
-    with blamed(f"cannot load model {name!r}"):
-        if random_init is not None:
-            config = copy.deepcopy(config)
-            if hasattr(config, "quantization_config"):  # which is of the weights that are not read
-                del config.quantization_config
-            wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {"trust_remote_code": trust_remote_code}
+    if random_init is not None:
+        with blamed(f"cannot load model {name!r}"):
+            made: Called = copy.deepcopy(config)
+            if hasattr(made, "quantization_config"):  # which is of the weights that are not read
+                del made.quantization_config
+            wanted = made.dtype if dtype == "auto" else getattr(torch, dtype)
             torch.manual_seed(random_init)
-            model: Any = auto_class(config, **code).from_config(config, dtype=wanted, **code)
-        else:
-            location, options = _pretrained(name)
-            of_gguf = bool(options)
-            options |= gguf.dequantized() if of_gguf else {}
-            options |= {"device_map": device_map} if device_map is not None else {}
-            model, loaded = auto_class(config, **code).from_pretrained(
-                location,
-                config=config,
-                revision=revision,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                output_loading_info=True,
-                **code,
-                **options,
-            )
-            if of_gguf and hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config  # its weights are not quantised any more
-            missing = set(loaded["missing_keys"])
-    if missing:  # transformers would initialise them at random, and the trace would be meaningless
+            model = auto_class(made, **options).from_config(made, dtype=wanted, **options)
+        return model.to(target).eval()
+    location, of_gguf = _pretrained(name)
+    with blamed(f"cannot load model {name!r}"):
+        model, loaded = auto_class(config, **options).from_pretrained(
+            location,
+            config=config,
+            revision=revision,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            **options,
+            **of_gguf,
+            **(gguf.dequantized() if of_gguf else {}),
+            **({"device_map": device_map} if device_map is not None else {}),
+        )
+        if of_gguf and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # its weights are not quantised any more
+    # transformers would initialise them at random, and the trace would be meaningless
+    if missing := set(loaded["missing_keys"]):
         raise MoeInspectError(
             f"the weights of {name!r} lack {len(missing)} parameters (first: {min(missing)}): not "
             "traced"
@@ -284,22 +276,21 @@ def load_model(
     return (model if device_map is not None else model.to(target)).eval()
 
 
-def quantization_of(config: Any) -> dict[str, Any]:
+def quantization_of(config: object) -> Config:
     """The quantization_config that a model's config states; empty where it states none."""
     stated = getattr(config, "quantization_config", None) or {}
     return stated if isinstance(stated, dict) else stated.to_dict()
 
 
-def stored_quantization(name: str, config: Any) -> dict[str, Any]:
+def stored_quantization(name: str, config: object) -> Config:
     """How a model's weights are quantised where they are stored; empty where they are not."""
     if is_gguf(name):
         return gguf.quantization(Path(name))
     return quantization_of(config)
 
 
-def dequantizing(name: str, config: Any) -> Any:
-    """The config by which transformers dequantises weights while it reads them. MoeInspectError
-    where they are not quantised, or it cannot."""
+def dequantizing(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config by which transformers dequantises weights while it reads them, if it can."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     stated = quantization_of(config)
@@ -317,8 +308,7 @@ def dequantizing(name: str, config: Any) -> Any:
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """Identifies a set of weights without reading all of them: the commit on the hub, or
-    size, beginning and end of a file, or of each of a directory's."""
+    """Identifies weights: by the commit on the hub, or size, beginning and end of each file."""
     place = Path(model_location(name))
     if not place.exists():
         return commit_of(name, revision)
@@ -333,9 +323,8 @@ def weights_fingerprint(name: str, revision: str | None) -> str | None:
     return schema.fingerprint(parts)
 
 
-def config_record(config: Any) -> dict[str, Any]:
-    """The config as plain JSON, without the path it was read from. Of a config that is not
-    transformers': its values that are plain themselves."""
+def config_record(config: Called) -> Config:
+    """The config as plain JSON, without its path; its plain values, if not transformers'."""
     if hasattr(config, "to_json_string"):
         stated = json.loads(config.to_json_string(use_diff=False))
         return {k: v for k, v in stated.items() if k != "_name_or_path"}

@@ -9,14 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.families import stated_size
+from moe_inspect.model.choices import Called
+from moe_inspect.model.families import Config, stated_size
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 # names that configs give to the number of positions a model can take
 POSITIONS = (
@@ -32,21 +36,19 @@ class OwnModel:
     int64 [B, S]) → logits [B, S or 1, V]; None: the model is called with the ids alone."""
 
     name: str
-    model: Any
-    tokenizer: Any
-    forward: Callable[[Any, Any], Any] | None = None
+    model: Module
+    tokenizer: Called
+    forward: Callable[[Called, Called], Called] | None = None
 
     @property
     def is_of_transformers(self) -> bool:
         """Whether it is called, masked and cached as the models of transformers are."""
-        return hasattr(self.model, "get_input_embeddings") and hasattr(
-            getattr(self.model, "config", None), "get_text_config"
-        )
+        config = getattr(self.model, "config", None)
+        return hasattr(self.model, "get_input_embeddings") and hasattr(config, "get_text_config")
 
 
-def load_object(reference: str) -> Any:
-    """The object of a reference "FILE.py:NAME". MoeInspectError where there is none, or the file
-    cannot be run."""
+def load_object(reference: str) -> Called:
+    """The object of a reference "FILE.py:NAME". MoeInspectError where there is none."""
     file, _, name = reference.rpartition(":")
     path = Path(file)
     if not file or not name.isidentifier():
@@ -56,17 +58,14 @@ def load_object(reference: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise MoeInspectError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(path.stem)
     sys.path.insert(0, str(path.parent.resolve()))  # it may import what lies beside it
-    before = sys.modules.get(path.stem)
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
     # whatever the user's file raises; a script that ends in sys.exit() would end this one too
     except (Exception, SystemExit) as error:
-        raise MoeInspectError(
-            f"{path} cannot be run: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise MoeInspectError(f"{path} cannot be run: {_said(error)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
         if before is not None:
@@ -76,10 +75,9 @@ def load_object(reference: str) -> Any:
     return getattr(module, name)
 
 
-def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
-    """Calls a loader, with the model's name if it takes an argument and there is a name. It returns
-    a model and its tokenizer, and where the model takes more than token ids, a function that calls
-    it (see `OwnModel`)."""
+def load_own(loader: Callable[..., Called], name: str) -> OwnModel:
+    """Calls a loader, with the model's name if it takes an argument. It returns model, tokenizer,
+    and where the model takes more than ids, a function that calls it (see `OwnModel`)."""
     import torch
 
     if not callable(loader):
@@ -94,9 +92,7 @@ def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
         raise
     # whatever the user's code raises
     except (Exception, SystemExit) as error:
-        raise MoeInspectError(
-            f"the loader of {name} failed: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise MoeInspectError(f"the loader of {name} failed: {_said(error)}") from error
     if not isinstance(loaded, tuple) or len(loaded) not in (2, 3):
         raise MoeInspectError(
             f"the loader of {name} must return (model, tokenizer) or (model, tokenizer, forward), "
@@ -114,18 +110,21 @@ def load_own(loader: Callable[..., Any], name: str) -> OwnModel:
     return OwnModel(name, model, as_tokenizer(tokenizer), forward)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def positions_of(config: Any) -> int | None:
-    """The number of positions that a model can take, as its config states it under one of the usual
-    names."""
+def _said(error: BaseException) -> str:
+    return f"{_kind(error)}: {first_line(error)}"
+
+
+def positions_of(config: object) -> int | None:
+    """The number of positions that a model can take, if its config states it under a usual name."""
     found = (stated_size([config], [name]) or 0 for name in POSITIONS)
     return next((n for n in found if n > 0), None)
 
 
-def state_fingerprint(model: Any) -> str:
+def state_fingerprint(model: Module) -> str:
     """Identifies the weights of a model in memory: name, shape, type, beginning and end of each."""
     import torch
 
@@ -144,7 +143,7 @@ def state_fingerprint(model: Any) -> str:
 # --- tokenizers
 
 
-def as_tokenizer(tokenizer: Any) -> Any:
+def as_tokenizer(tokenizer: object) -> Called:
     """`tokenizer` if it is transformers', else wrapped: it needs `encode` (text → token ids) and
     `decode` (token ids → text), as those of tiktoken and tokenizers have."""
     if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -158,32 +157,36 @@ def as_tokenizer(tokenizer: Any) -> Any:
 
 
 class PlainTokenizer:
-    """A tokenizer that has `encode` and `decode`, with what is asked of transformers' tokenizers.
-    It adds no special tokens. Its size is what it states as `n_vocab`, `vocab_size` or
-    `get_vocab_size()`, or 0 where it does not."""
+    """What is asked of transformers' tokenizers, of one that has `encode` and `decode`. It adds no
+    special tokens. Its size is stated as `n_vocab`, `vocab_size` or `get_vocab_size()`, else 0."""
 
     is_fast = False
     pad_token_id = None
     all_special_tokens: tuple[str, ...] = ()
 
-    def __init__(self, plain: Any):
+    def __init__(self, plain: Called):
         self.plain = plain
         self.eos_token_id = stated_size([plain], ("eos_token_id", "eot_token"))
 
     def __len__(self) -> int:
-        count: Any = getattr(self.plain, "get_vocab_size", None)
-        if callable(count):
-            size: Any = count()
-            return int(size)
+        if count := getattr(self.plain, "get_vocab_size", None):
+            return int(count())
         return stated_size([self.plain], ("n_vocab", "vocab_size")) or 0
 
-    def __call__(self, text: str | Sequence[str], **_: Any) -> dict[str, Any]:
+    def __call__(self, text: str | Sequence[str], **_: object) -> Config:
         if isinstance(text, str):
             return {"input_ids": self._encode(text)}
         return {"input_ids": [self._encode(one) for one in text]}
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
-        return [self._token(i) for i in ids]
+        def token(i: int) -> str | None:
+            # a tokenizer may have holes, and raise whatever it likes for them
+            try:
+                return str(self.plain.decode([i])).replace(" ", "▁")
+            except Exception:
+                return None
+
+        return [token(i) for i in ids]
 
     def get_vocab(self) -> dict[str, int]:
         tokens = self.convert_ids_to_tokens(range(len(self)))
@@ -193,19 +196,11 @@ class PlainTokenizer:
         # that of tiktoken refuses texts with special tokens in them, and has another that does not
         encode = getattr(self.plain, "encode_ordinary", None) or self.plain.encode
         try:
-            ids: Any = encode(text)
+            ids = encode(text)
             return [int(i) for i in np.asarray(getattr(ids, "ids", ids)).reshape(-1)]
         # whatever the user's code raises
         except Exception as error:
             shown = text if len(text) <= 40 else f"{text[:40]}…"
             raise MoeInspectError(
-                f"the tokenizer ({_kind(self.plain)}) failed on the text {shown!r}: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"the tokenizer ({_kind(self.plain)}) failed on the text {shown!r}: {_said(error)}"
             ) from error
-
-    def _token(self, i: int) -> str | None:
-        # a tokenizer may have holes, and raise whatever it likes for them
-        try:
-            return str(self.plain.decode([i])).replace(" ", "▁")
-        except Exception:
-            return None

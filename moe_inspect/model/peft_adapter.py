@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
+from moe_inspect.model.choices import Called
+from moe_inspect.model.families import Config
 from moe_inspect.model.load import blamed, commit_of, weights_fingerprint
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
@@ -25,57 +26,44 @@ class PeftAdapter:
 
     name: str
     revision: str | None
-    config: dict[str, Any]
+    config: Config
 
     @property
     def kind(self) -> str:
         return str(self.config.get("peft_type") or "PEFT")
 
     @property
-    def base(self) -> str:
-        """The model that it adapts: a hub id or a directory."""
-        return self.config["base_model_name_or_path"]
-
-    @property
     def of_base(self) -> tuple[str, str | None]:
-        """Name and revision of the base model."""
-        return self.base, self.config.get("revision")
+        """Name (a hub id or a directory) and revision of the model that it adapts."""
+        return self.config["base_model_name_or_path"], self.config.get("revision")
 
     def has_tokenizer(self) -> bool:
-        """Whether it brings a tokenizer of its own."""
         return _file(self.name, "tokenizer_config.json", self.revision) is not None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Config:
         """For the trace's manifest."""
         base, revision = self.of_base
-        return {
-            "kind": self.kind,
-            "base": base,
-            "base_revision": commit_of(base, revision),
-            "config": self.config,
-        }
+        commit = commit_of(base, revision)
+        return {"kind": self.kind, "base": base, "base_revision": commit, "config": self.config}
 
     def fingerprint(self) -> str:
         """Identifies its weights and how they are applied."""
         return schema.fingerprint([weights_fingerprint(self.name, self.revision), self.config])
 
-    def put_on(self, model: Any, tokenizer: Any) -> Any:
-        """`model` with the adapter in it. `tokenizer`: for which the adapter may hold embeddings of
-        tokens that the base model does not have."""
-        peft: Any = import_module("peft")
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    def put_on(self, model: Called, tokenizer: Called) -> Called:
+        """`model` with the adapter in it, which may bring embeddings of more tokens."""
+        if len(tokenizer) > len(model.get_input_embeddings().weight):
             model.resize_token_embeddings(len(tokenizer))
         device = str(next(model.parameters()).device)
         with blamed(f"cannot load adapter {self.name!r}"):
-            adapted: Any = peft.PeftModel.from_pretrained(
+            adapted = import_module("peft").PeftModel.from_pretrained(
                 model, self.name, revision=self.revision, torch_device=device
             )
         return adapted.get_base_model().eval()
 
 
-def adapter_in(model: Any) -> dict[str, Any] | None:
-    """For the manifest of a recorded model: the first adapter that PEFT has put into it; None where
-    there is none."""
+def adapter_in(model: object) -> Config | None:
+    """For the manifest of a recorded model: the first adapter that PEFT has put into it."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         return None
@@ -92,8 +80,7 @@ def adapter_in(model: Any) -> dict[str, Any] | None:
 
 
 def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
-    """The adapter of that name; None where it is a whole model. MoeInspectError for one that cannot
-    be traced, or without peft."""
+    """The adapter of that name; None: a whole model. MoeInspectError where it cannot be traced."""
     path = _file(name, CONFIG, revision)
     if path is None:
         return None

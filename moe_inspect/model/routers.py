@@ -1,5 +1,5 @@
-"""Finds every router of a model, and the module call in which its choice can be read. Differences
-between families are in `model/families.py`.
+"""The routers of a model, and the calls in which their choice can be read. What differs between
+families is in `model/families.py`.
 
 T tokens, K slots, E experts.
 """
@@ -11,27 +11,17 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.families import (
-    ADAPTERS,
-    EXPERTS,
-    LAYER,
-    NOT_ROUTED,
-    ROUTER_CLASS,
-    SHARED_EXPERTS,
-    STACKS,
-    TOP_K,
-    TOWER,
-    Adapter,
-    stated_size,
-)
+from moe_inspect.model import families
+from moe_inspect.model.families import LAYER, NOT_ROUTED, ROUTER_CLASS, TOWER, Adapter, stated_size
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from moe_inspect.model.choices import Called
     from moe_inspect.model.custom.choice import ChoiceReader
 
 
@@ -56,7 +46,7 @@ class Site:
     # of a RouterSpec: the router logits of a call, and how its rows are ordered
     logits_of: Callable[..., Tensor] | None = None
     order: str = "bs"
-    rows: Callable[[Any, int, int], Any] | None = None
+    rows: Callable[[Called, int, int], Called] | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +61,7 @@ class Site:
         return self.adapter is not None and self.adapter.drops(self.logits_module)
 
     @property
-    def dropped(self) -> Callable[[Any, Any], Tensor] | None:
+    def dropped(self) -> Callable[[Called, Called], Tensor] | None:
         """`Adapter.dropped`, where there is a router to ask, and 16 bits hold its ids."""
         if self.adapter is None or self.logits_module is None or self.experts >= 2**15:
             return None
@@ -92,87 +82,75 @@ class Site:
 
     @property
     def stack_path(self) -> str:
-        """The module whose calls feed this router its tokens: the model itself ("") where that is
-        not two stacks."""
+        """The module whose calls feed this router its tokens: the model itself (""), or a stack."""
         parts = self.path.split(".")
         return ".".join(parts[: parts.index(self.stack) + 1]) if self.stack else ""
 
 
-def called_experts(model: Any, known: Collection[int] = ()) -> list[Site]:
-    """The routers of `model` whose experts module is called with their choice, or that an adapter
-    reads, in execution order of their layers: those of transformers. Not in the layers `known`,
-    whose routers are found otherwise."""
-    declared = _declared_logits(model)
-    stacks = stacks_in(model)
-    sites = []
+def called_experts(model: Module, known: Collection[int] = ()) -> list[Site]:
+    """The routers whose experts module is called with their choice, or that an adapter reads, in
+    execution order: those of transformers. Not in the layers `known`."""
+    declared, stacks = _declared_logits(model), stacks_in(model)
+    sites = list[Site]()
     for path, module in model.named_modules():
         kind = type(module).__name__
-        adapter = ADAPTERS.get(kind)
+        adapter = families.ADAPTERS.get(kind)
         if adapter is not None and not adapter.applies(module):
             adapter = None
-        if TOWER.search(path) or (
-            adapter is None
-            and (not kind.endswith("Experts") or kind in NOT_ROUTED or not _takes_choice(module))
-        ):
+        is_called = kind.endswith("Experts") and kind not in NOT_ROUTED and _takes_choice(module)
+        if TOWER.search(path) or (adapter is None and not is_called):
             continue
         if known and layer_of(path) in known:
             continue
         config = getattr(module, "config", None) or text_config(model)
+        if adapter is not None and adapter.experts is not None:
+            E = adapter.experts(module)
+        else:
+            E = experts_of(module, config)
+        block = model.get_submodule(block_of(path))
         if adapter is None or adapter.at_call:
-            router = _router_beside(model, path)
+            shown = router = _router_in(block)
             index = declared.get(type(_adapted(router)))
         else:
             router, index = module, adapter.logits_index
-        experts = (
-            adapter.experts(module)
-            if adapter is not None and adapter.experts is not None
-            else experts_of(module, config)
-        )
-        facts = (
-            experts,
-            scoring_of(config, _adapted(router) or model.get_submodule(block_of(path))),
-            shared_experts_of(config, model, path),
-        )
-        shown = router if adapter is None or adapter.at_call or index is not None else None
+            shown = router if index is not None else None
         if router is None:
-            shown = _linear_beside(model, path, experts)
+            shown = _linear_in(block, E)
         if adapter is not None and adapter.block_logits is not None:
-            shown, index = model.get_submodule(block_of(path)), adapter.block_logits
+            shown, index = block, adapter.block_logits
+        scoring = getattr(config, "scoring_func", None)
+        if not isinstance(scoring, str):
+            scoring = _scoring_in_code(type(_adapted(router) or block))
+        shared = _shared_experts(config, model, path)
         stack = next((part for part in path.split(".") if part in stacks), "")
-        sites.append(Site(module, path, layer_of(path), *facts, adapter, shown, index, stack))
+        facts = layer_of(path), E, scoring, shared, adapter, shown, index, stack
+        sites.append(Site(module, path, *facts))
     # the encoder runs before the decoder, and a block's attention before its MLP
     return sorted(sites, key=lambda s: (s.stack == "decoder", s.layer, "attention" not in s.path))
 
 
-def stacks_in(model: Any) -> set[str]:
+def stacks_in(model: Module) -> set[str]:
     """ "encoder" and "decoder" where the model has both."""
-    names = {
-        part
-        for path, _ in model.named_modules()
-        if not TOWER.search(path)
-        for part in path.split(".")
-    }
-    return STACKS if names >= STACKS else set()
+    paths = (path for path, _ in model.named_modules() if not TOWER.search(path))
+    names = {part for path in paths for part in path.split(".")}
+    return families.STACKS if names >= families.STACKS else set()
 
 
-def text_config(model: Any) -> Any:
-    """The config of the language model of a transformers model, else the model's own, of any class;
-    None where it has none."""
-    config: Any = getattr(model, "config", None)
+def text_config(model: object) -> Called:
+    """The config of a transformers model's language model, else the model's own, if any."""
+    config: Called = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def in_layers(sites: list[Site], layers: Iterable[int] | None) -> list[Site]:
     """The sites in these layers; None: all. MoeInspectError where a layer has none."""
-    if layers is None:
-        return sites
-    wanted = set(layers)
-    if unknown := sorted(wanted - {s.layer for s in sites}):
+    known = [site.layer for site in sites]
+    wanted = set(known if layers is None else layers)
+    if unknown := sorted(wanted.difference(known)):
         raise MoeInspectError(
-            f"no router in layer {unknown[0]}: the MoE layers are "
-            f"{', '.join(str(s.layer) for s in sites)}"
+            f"no router in layer {unknown[0]}: the MoE layers are {', '.join(map(str, known))}"
         )
-    return [s for s in sites if s.layer in wanted]
+    return [site for site in sites if site.layer in wanted]
 
 
 def layer_of(path: str) -> int:
@@ -186,91 +164,75 @@ def layer_of(path: str) -> int:
 
 
 def layer_path(path: str) -> str | None:
-    """The path of the block that a module is in: "model.layers.3.mlp.experts" → "model.layers.3";
-    None outside of them."""
+    """The path of a module's block: "model.layers.3.mlp.experts" → "model.layers.3"."""
     found = LAYER.search(path + ".")
     return path[: found.end() - 1] if found is not None else None
 
 
-def experts_of(module: Module, config: Any) -> int:
-    """E of a module, as stated: the largest id seen would miss dead experts. Under expert
-    parallelism the module holds only some of them, and the config states how many there are."""
+def experts_of(module: Module, config: object) -> int:
+    """E of a module, as stated; under expert parallelism, where it holds some, by the config."""
+    kind = type(module).__name__
     if is_expert_parallel(module):
-        if (experts := stated_size([config], EXPERTS)) is None:
+        if (experts := stated_size([config], families.EXPERTS)) is None:
             raise MoeInspectError(
-                f"{type(module).__name__} is expert-parallel, and its config does not say how many "
-                "experts there are"
+                f"{kind} is expert-parallel, and its config does not say how many experts there are"
             )
         return experts
     names = ("total_experts", "num_experts", "n_routed_experts")
     if (experts := stated_size([module], names)) is not None:
         return experts
-    stacked = next((p for p in module.parameters() if p.dim() == 3), None)
-    if stacked is not None:
-        return int(stacked.shape[0])
-    lists: list[Any] = [m for m in module.modules() if type(m).__name__ == "ModuleList"]
+    if stacked := [p for p in module.parameters() if p.dim() == 3]:
+        return len(stacked[0])
+    lists = [m for m in module.modules() if type(m).__name__ == "ModuleList"]
     if len(lists) == 1:
-        return len(lists[0])
+        return len(list(lists[0].children()))
     raise MoeInspectError(
-        f"cannot tell how many experts {type(module).__name__} has: give it an attribute "
-        "num_experts, or give routers=[…] a RouterSpec of its router ([] for probes alone)"
+        f"cannot tell how many experts {kind} has: give it an attribute num_experts, or give "
+        "routers=[…] a RouterSpec of its router ([] for probes alone)"
     )
 
 
-def top_k_of(site: Site, model: Any) -> int:
-    """The k that a router, its block or the config declares, which a forward pass may
-    contradict."""
+def top_k_of(site: Site, model: Module) -> int:
+    """The k that a router, its block or the config declares, which a pass may contradict."""
     if site.adapter is not None and site.adapter.top_k is not None:
         return site.adapter.top_k
     block, config = model.get_submodule(block_of(site.path)), getattr(site.module, "config", None)
     owners = site.logits_module, site.module, block, config, text_config(model)
-    if (top_k := stated_size(owners, ("top_k", *TOP_K))) is None:
+    if (top_k := stated_size(owners, ("top_k", *families.TOP_K))) is None:
         raise MoeInspectError(
             f"cannot tell the top-k of {site.path}: no module and no config states it"
         )
     return top_k
 
 
-def is_of_transformers(module: Any) -> bool:
+def is_of_transformers(module: object) -> bool:
     """Whether its code is a release of transformers, and not loaded with the model."""
     return type(module).__module__.startswith("transformers.")
 
 
 def _takes_choice(module: Module) -> bool:
-    """Whether experts can be called with hidden states, ids and weights. Code that is not
-    transformers' may use the name for a block that holds its router."""
+    """Whether experts can be called with ids and weights: others may give a block their name."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return (
-        is_of_transformers(module)
-        or len(parameters) > 2
-        or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    )
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return is_of_transformers(module) or len(parameters) > 2 or any_number
 
 
 def is_expert_parallel(module: Module) -> bool:
-    """Whether this module holds only some of the experts its router chooses from. It is called with
-    global ids; its forward sees local ones, or sentinels for other ranks' experts."""
+    """Whether this module holds only some experts. It is called with global ids; its forward sees
+    local ones, or sentinels for other ranks' experts."""
     return getattr(module, "_is_expert_parallel", False)
 
 
-def wants_expert_parallel(model: Any) -> bool:
+def wants_expert_parallel(model: object) -> bool:
     """Whether the model was loaded with its experts distributed over ranks."""
     distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    return bool(
-        getattr(distributed, "enable_expert_parallel", False)
-        or (getattr(distributed, "ep_size", None) or 1) > 1
-    )
-
-
-def scoring_of(config: Any, router: Module) -> str:
-    """The scoring function of the router logits: as the config states it, else by the source code
-    of the router (or of its block)."""
-    stated = getattr(config, "scoring_func", None)
-    return stated if isinstance(stated, str) else _scoring_in_code(type(router))
+    several = (getattr(distributed, "ep_size", None) or 1) > 1
+    return several or bool(getattr(distributed, "enable_expert_parallel", False))
 
 
 @cache
 def _scoring_in_code(kind: type) -> str:
+    """Of the router logits, by the source code of a router (or of its block)."""
     try:
         code = inspect.getsource(kind)
     except (OSError, TypeError):
@@ -280,63 +242,46 @@ def _scoring_in_code(kind: type) -> str:
 
 # names of the bias that is added to a router's scores for the selection alone
 SELECTION_BIAS = (
-    "e_score_correction_bias",
-    "expert_bias",
-    "expert_bias_E",
-    "expert_biases",
-    "score_bias",
-    "score_correction_bias",
+    *("e_score_correction_bias", "score_correction_bias", "score_bias"),
+    *("expert_bias", "expert_bias_E", "expert_biases"),
 )
 
 
-def selection_bias(site: Site, model: Any) -> Tensor | None:
+def selection_bias(site: Site, model: Module) -> Tensor | None:
     """The bias that is added to the scores of a router for the selection alone, [E]."""
     if site.module is model:  # of a probe
         return None
     block = model.get_submodule(site.path.rpartition(".")[0])
-    for module in (site.logits_module, site.module, block):
-        for name, value in (
-            [*module.named_parameters(), *module.named_buffers()] if module is not None else []
-        ):
-            if name.rpartition(".")[2] in SELECTION_BIAS and value.numel() == site.experts:
-                return value
-    return None
+    owners = [m for m in (site.logits_module, site.module, block) if m is not None]
+    tensors = (of for m in owners for of in (*m.named_parameters(), *m.named_buffers()))
+    names = ((name.rpartition(".")[2], tensor) for name, tensor in tensors)
+    return next((t for n, t in names if n in SELECTION_BIAS and t.numel() == site.experts), None)
 
 
-def shared_experts_of(config: Any, model: Any, experts_path: str) -> int:
-    """Number of experts that every token of this layer goes to: as the config states, or one where
-    the block has a shared MLP."""
+def _shared_experts(config: object, model: Module, experts_path: str) -> int:
+    """How many experts every token goes to: as the config states, or one where there is one."""
     block = block_of(experts_path)
     # in some families the shared expert is a sibling of the block
-    owners = (block, block.rpartition(".")[0])
-    if not any(
-        "shared" in name
-        for owner in owners
-        for name, _ in model.get_submodule(owner).named_children()
-    ):
+    owners = map(model.get_submodule, (block, block.rpartition(".")[0]))
+    if not any("shared" in name for owner in owners for name, _ in owner.named_children()):
         return 0
-    stated = (stated_size([config], [name]) or 0 for name in SHARED_EXPERTS)
+    stated = (stated_size([config], [name]) or 0 for name in families.SHARED_EXPERTS)
     return next((n for n in stated if n > 0), 1)
 
 
-def logits_among(output: Any, site: Site) -> Tensor | None:
+def logits_among(output: Called, site: Site) -> Tensor | None:
     """The router logits [T, E] in the output of `site.logits_module`: at the declared index, else
-    the only floating-point tensor whose last dimension is E (their order has changed between
-    releases). None where there is not exactly one."""
+    the only floating-point tensor whose last dimension is E. None where there is not one."""
     parts = output if isinstance(output, tuple | list) else (output,)
     if site.logits_index is not None:
         parts = parts[site.logits_index : site.logits_index + 1]
-    found = [
-        t
-        for t in parts
-        if hasattr(t, "dtype") and t.dtype.is_floating_point and t.shape[-1] == site.experts
-    ]
+    found = [t for t in parts if hasattr(t, "dtype") and t.dtype.is_floating_point]
+    found = [t for t in found if t.shape[-1] == site.experts]
     return found[0].detach().reshape(-1, site.experts) if len(found) == 1 else None
 
 
-def _declared_logits(model: Any) -> dict[type, int]:
-    """Router class → index of the logits in its output, where the family declares it for
-    `output_router_logits`."""
+def _declared_logits(model: Module) -> dict[type, int]:
+    """Router class → index of its logits, where `output_router_logits` declares it."""
     declared: dict[type, int] = {}
     for module in model.modules():
         entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
@@ -346,17 +291,14 @@ def _declared_logits(model: Any) -> dict[type, int]:
     return declared
 
 
-def _router_beside(model: Any, experts_path: str) -> Module | None:
-    """The router module among the siblings of these experts."""
-    block = model.get_submodule(block_of(experts_path))
+def _router_in(block: Module) -> Module | None:
+    """The router module of a block of experts."""
     routers = (m for m in block.children() if ROUTER_CLASS.search(type(_adapted(m)).__name__))
     return next(routers, None)
 
 
-def _linear_beside(model: Any, experts_path: str, E: int) -> Module | None:
-    """The matrix that makes the logits by which the block of these experts chooses by itself; None
-    where it adds a bias for the selection."""
-    block = model.get_submodule(block_of(experts_path))
+def _linear_in(block: Module, E: int) -> Module | None:
+    """The matrix by whose logits alone a block of E experts chooses, without a selection bias."""
     if any(name in SELECTION_BIAS for name, _ in block.named_buffers(recurse=False)):
         return None
     for name, module in block.named_children():
@@ -368,8 +310,7 @@ def _linear_beside(model: Any, experts_path: str, E: int) -> Module | None:
 
 
 def block_of(experts_path: str) -> str:
-    """The path of the block that these experts are a part of, also where PEFT has put them into
-    modules of its own, as their `base_layer`."""
+    """The path of the block of these experts, also where they are a `base_layer` of PEFT's."""
     return re.sub(r"(\.base_layer)+$", "", experts_path).rpartition(".")[0]
 
 

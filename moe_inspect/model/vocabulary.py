@@ -1,18 +1,17 @@
-"""The vocabulary of a tokenizer.json, without the tokenizers library: what `vocabulary.parquet`
-holds."""
+"""What `vocabulary.parquet` holds, of a tokenizer or of its tokenizer.json alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
+from moe_inspect.model.choices import Called
 from moe_inspect.trace import schema
 
 
@@ -22,22 +21,17 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
     try:
         written = json.loads(read_small(path, 2**28))
         vocab = written["model"]["vocab"]
-        pieces = (
-            dict(enumerate(piece for piece, _ in vocab))
-            if isinstance(vocab, list)
-            else {i: piece for piece, i in vocab.items()}
-        )
+        named = isinstance(vocab, dict)
+        pieces = {i: p for p, i in vocab.items()} if named else dict(enumerate(p for p, _ in vocab))
         added = {entry["id"]: entry["content"] for entry in written.get("added_tokens") or []}
         highest = max([-1, *pieces, *added])
-        fine = (
-            all(isinstance(i, int) and i >= 0 for i in [*pieces, *added])
-            and max(highest + 1, size) <= schema.MOST_TOKEN_IDS
-        )
+        size = max(highest + 1, size)
+        fine = all(isinstance(i, int) and i >= 0 for i in [*pieces, *added])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MoeInspectError(
             f"{path} is not a tokenizer.json: {error or type(error).__name__}"
         ) from None
-    if not fine:
+    if not fine or size > schema.MOST_TOKEN_IDS:
         raise MoeInspectError(
             f"{path}: token ids up to {highest} for a vocabulary of at most "
             f"{schema.MOST_TOKEN_IDS:,}"
@@ -45,7 +39,6 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
     if _is_byte_level(written):
         pieces = {i: readable(piece) for i, piece in pieces.items()}
     pieces |= added
-    size = max(size, highest + 1)
     return _table([pieces.get(i) for i in range(size)])
 
 
@@ -54,19 +47,11 @@ def _table(tokens: Sequence[str | None]) -> pa.Table:
     return pa.table(columns, schema=schema.VOCABULARY_SCHEMA)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    # GPT-2's table: printable bytes stand for themselves, the others are shifted to U+0100 and up
-    # in their order
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+# GPT-2's table: printable bytes stand for themselves, the others are shifted to U+0100 and up in
+# their order
+_PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 
 
 def readable(piece: str) -> str:
@@ -79,7 +64,7 @@ def readable(piece: str) -> str:
     ).replace(" ", "▁")
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Called) -> str:
     """A hash that changes whenever the tokenizer could give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return schema.fingerprint(
@@ -87,7 +72,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     )
 
 
-def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
+def vocabulary_table(tokenizer: Called, size: int) -> pa.Table:
     """token_id int32, token string, at least `size` rows. Byte-level pieces are decoded to
     text, with ▁ for a space as in SentencePiece, and bytes that are not valid UTF-8 as <0x..>; null
     where the tokenizer has no such id."""
@@ -100,6 +85,6 @@ def vocabulary_table(tokenizer: Any, size: int) -> pa.Table:
     return _table([*pieces, *[None] * (size - len(pieces))])
 
 
-def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+def _is_byte_level(tokenizer: Called) -> bool:
     """Of a tokenizer.json."""
     return '"ByteLevel"' in json.dumps(tokenizer.get("decoder") or {})

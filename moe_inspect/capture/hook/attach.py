@@ -26,14 +26,14 @@ from moe_inspect.capture.hook.sink import Scope, Sinks
 from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import wrapped
-from moe_inspect.model.choices.read import called_with
+from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, is_of_transformers
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from moe_inspect.capture.options import RecordOptions
-    from moe_inspect.model.choices.read import Args, Choice, Kwargs
+    from moe_inspect.model.choices import Args, Choice, Kwargs
 
 
 class Attachment:

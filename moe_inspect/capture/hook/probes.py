@@ -28,7 +28,7 @@ from moe_inspect.model.routers import Site, layer_of, layer_path
 from moe_inspect.text import print_stderr
 
 if TYPE_CHECKING:
-    from moe_inspect.model.choices.read import Args
+    from moe_inspect.model.choices import Args
 
 
 # (layer, ids, weights, E or None, logits or None, dropped or None), of each recorder that is open

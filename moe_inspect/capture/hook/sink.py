@@ -16,12 +16,12 @@ from torch.nn import Module
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import Tape
-from moe_inspect.model.choices.read import called_with
+from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-    from moe_inspect.model.choices.read import Choice
+    from moe_inspect.model.choices import Choice
 
 
 class Records(Protocol):

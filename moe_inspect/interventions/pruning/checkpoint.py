@@ -10,14 +10,16 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_inspect.analysis.weights.measure import MTP
 from moe_inspect.errors import MoeInspectError, writing
+from moe_inspect.model.config import Config
 from moe_inspect.model.families import EXPERTS, LANGUAGE_MODEL, LAYER, TOWER
 from moe_inspect.model.load import checkpoint_dir, model_location
 from moe_inspect.model.peft_adapter import find_adapter
@@ -25,6 +27,10 @@ from moe_inspect.model.routers import SELECTION_BIAS
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.atomic import draft_folder_of
 from moe_inspect.trace.manifest import refuse_within_trace
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+    from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 * 2**30
@@ -46,8 +52,8 @@ OF_CHANNELS = re.compile(r"conv|norm")  # which may be as many as the experts
 
 @dataclass(frozen=True)
 class Pruned:
-    """What goes. `drop`: block → its experts that go, as many in each; `experts`: E before;
-    `beyond`: what a router chooses from besides (experts that are not routed to, skipping)."""
+    """`drop`: block → its experts that go, as many in each; `experts`: E before; `beyond`: what a
+    router chooses from besides (experts that are not routed to, skipping)."""
 
     drop: Mapping[int, Sequence[int]]
     experts: int
@@ -63,8 +69,7 @@ class Pruned:
 
 
 def directory_of(model: str, revision: str | None) -> Path:
-    """Where the files of a model are. MoeInspectError where its weights are
-    not in safetensors, or quantised."""
+    """Where the safetensors of a model are. MoeInspectError for other or quantised weights."""
     from transformers.utils.hub import cached_file
 
     if find_adapter(model, revision) is not None:
@@ -87,11 +92,10 @@ def refuse_to_replace(output: Path) -> None:
 
 
 def write(
-    source: Path, output: Path, pruned: Pruned, check: Callable[[Path], Mapping[str, Any]]
+    source: Path, output: Path, pruned: Pruned, check: Callable[[Path], Mapping[str, object]]
 ) -> None:
-    """Writes the checkpoint at `source` without these experts as `output`, a directory that does
-    not exist: in a directory beside it, which is renamed once `check` of it has passed. What that
-    returns is written into its pruning.json. On an exception nothing is left."""
+    """Writes the checkpoint at `source` without these experts as the new directory `output`, once
+    `check` of it has passed, which returns its pruning.json. On an exception nothing is left."""
     refuse_to_replace(output)
     with draft_folder_of(output) as (draft, _):
         with writing(output):
@@ -110,12 +114,11 @@ def write(
         refuse_to_replace(output)
 
 
-def with_experts(config: Mapping[str, Any], pruned: Pruned) -> dict[str, Any]:
-    """The config.json of the model without them: the language model's number of experts, under
-    whatever name. MoeInspectError where it is not stated."""
+def with_experts(config: Config, pruned: Pruned) -> Config:
+    """The config.json of the model without them. MoeInspectError where it states no such number."""
     stated: list[str] = []
 
-    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
+    def changed(part: Config) -> Config:
         here = [name for name in EXPERTS if part.get(name) == pruned.experts]
         stated.extend(here)
         inner = {n: changed(part[n]) for n in LANGUAGE_MODEL if isinstance(part.get(n), dict)}
@@ -136,7 +139,7 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    held: dict[str, Any] = {}
+    held: dict[str, Tensor] = {}
     files: list[list[str]] = []
     held_bytes = total = 0
 
@@ -151,11 +154,10 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
         held, held_bytes = {}, 0
 
     for name, tensor in _kept(source, pruned):
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > FILE_BYTES:
+        if held and held_bytes + tensor.nbytes > FILE_BYTES:
             flush()
         held[name] = tensor
-        held_bytes, total = held_bytes + size, total + size
+        held_bytes, total = held_bytes + tensor.nbytes, total + tensor.nbytes
     flush()
     n = len(files)
     names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [WEIGHTS]
@@ -163,13 +165,11 @@ def _write_weights(source: Path, draft: Path, pruned: Pruned) -> None:
         os.rename(draft / f"{i}.part", draft / name)
         shutil.copymode(draft / "config.json", draft / name)  # safetensors lets only its user read
     if n > 1:
-        of = {
-            tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors
-        }
+        of = {tensor: name for name, held in zip(names, files, strict=True) for tensor in held}
         _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": of})
 
 
-def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
+def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new checkpoint, by name."""
     import torch
 
@@ -180,41 +180,37 @@ def _kept(source: Path, pruned: Pruned) -> Iterator[tuple[str, Any]]:
     shapes: dict[str, list[int]] = {}
     for file in files:
         with _weights_in(file) as opened:
-            names = list(opened.keys())
+            names = [name for name in opened.keys() if not MTP.search(name)]  # noqa: SIM118
             shapes |= {name: opened.get_slice(name).get_shape() for name in names}
-    places = {
-        name: place(name, shape, pruned.experts, pruned.beyond)
-        for name, shape in shapes.items()
-        if not MTP.search(name)
-    }
-    of_experts = [_block(name) for name, at in places.items() if at is not None]
+    E, beyond = pruned.experts, pruned.beyond
+    places = {name: place(name, shape, E, beyond) for name, shape in shapes.items()}
+    of_experts = {_block(name) for name, at in places.items() if at is not None}
     stack = _pruned_stack(of_experts, pruned, source)
-    beyond = {(of, n) for of, n in of_experts if of == stack and n not in pruned.drop}
     for file in files:
         with _weights_in(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                (of, layer), at = _block(name), places.get(name)
-                if name not in places or (of, layer) in beyond:
-                    continue
+            for name in (name for name in opened.keys() if name in places):  # noqa: SIM118
+                (of, layer), at = _block(name), places[name]
+                if of == stack and (of, layer) in of_experts and layer not in pruned.drop:
+                    continue  # of a block beyond the last
                 if at is None or of != stack:
                     yield name, opened.get_tensor(name)
                     continue
                 kept = pruned.kept(layer)
                 if isinstance(at, tuple):
                     axis, width = at
-                    rows_E = torch.arange(pruned.experts * width).view(pruned.experts, width)
+                    rows_E = torch.arange(E * width).view(E, width)
                     # what is behind the experts stays
                     behind = torch.arange(rows_E.numel(), shapes[name][axis])
                     index = torch.cat([rows_E[kept].flatten(), behind])
                     yield name, opened.get_tensor(name).index_select(axis, index)
-                elif (e := int(at.group(1))) in kept or e >= pruned.experts:
+                elif (e := int(at.group(1))) in kept or e >= E:
                     start, end = at.span(1)
-                    now = kept.index(e) if e in kept else e - pruned.experts + pruned.left
+                    now = kept.index(e) if e in kept else e - E + pruned.left
                     yield f"{name[:start]}{now}{name[end:]}", opened.get_tensor(name)
 
 
 @contextmanager
-def _weights_in(file: Path) -> Iterator[Any]:
+def _weights_in(file: Path) -> Iterator[safe_open]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -224,23 +220,22 @@ def _weights_in(file: Path) -> Iterator[Any]:
         raise MoeInspectError(f"cannot read {file}: {first_line(error)}") from error
 
 
-def _pruned_stack(of_experts: Sequence[tuple[str, int]], pruned: Pruned, source: Path) -> str:
+def _pruned_stack(of_experts: set[tuple[str, int]], pruned: Pruned, source: Path) -> str:
     """The stack of blocks that has experts in all layers where some go. Others, as of a talker
     beside the model that reads, stay as they are. `of_experts`: stack and layer of tensors."""
-    layers: dict[str, set[int]] = {}
-    for stack, layer in of_experts:
-        layers.setdefault(stack, set()).add(layer)
-    able = [stack for stack, of in layers.items() if of >= set(pruned.drop)]
+    layers = defaultdict[str, set[int]](set)
+    for stack, layer in sorted(of_experts):
+        layers[stack].add(layer)
+    able = sorted(stack for stack, of in layers.items() if of >= set(pruned.drop))
     if not able:
-        best = max(layers.values(), key=lambda of: len(of & set(pruned.drop)), default=set[int]())
+        missing = [set(pruned.drop) - of for of in layers.values()] or [set(pruned.drop)]
         raise MoeInspectError(
-            f"no tensors of experts are known by name in layer {min(set(pruned.drop) - best)} of "
+            f"no tensors of experts are known by name in layer {min(min(missing, key=len))} of "
             f"{source}: not pruned"
         )
     if len(able) > 1:
         raise MoeInspectError(
-            f"{' and '.join(sorted(able))} of {source} both have experts in these layers: not "
-            "pruned"
+            f"{' and '.join(able)} of {source} both have experts in these layers: not pruned"
         )
     return able[0]
 
@@ -269,15 +264,14 @@ def place(
 
 
 def _block(name: str) -> tuple[str, int]:
-    """The path of the stack of blocks that a tensor is in, and the number of its block; "" and −1
-    for one in none."""
+    """The path of a tensor's stack of blocks, and the number of its block; "" and −1 for none."""
     found = LAYER.search(name)
     return (name[: found.start(1) - 1], int(found.group(1))) if found else ("", -1)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Config:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

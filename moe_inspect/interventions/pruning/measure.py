@@ -1,5 +1,4 @@
-"""The loss of a model without several experts at once, on held-out text, for several choices of
-them; and warnings about the choice.
+"""The loss of a model without several experts at once, on held-out text; warnings about the choice.
 
 U documents, P plans, R resamples, E experts.
 """
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,8 +16,7 @@ from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, interval, resample_weights
 from moe_inspect.analysis.metrics.worth import JUDGED, super_experts
 from moe_inspect.capture.corpus.plan import TokenSequence
-from moe_inspect.interventions.ablation import Progress
-from moe_inspect.interventions.held_out import HeldOut, documents_of
+from moe_inspect.interventions.ablation import HeldOut, Progress, documents_of
 from moe_inspect.text import and_more, plural
 from moe_inspect.trace.reader import Trace
 
@@ -47,9 +44,8 @@ class Losses:
     nats: dict[str, list[np.ndarray]]
 
     def change(self, plan: str, beside: str, domain: str | None = None) -> tuple[float, ...]:
-        """Loss of a plan minus that of another in nats per token, of the mean of their draws, and
-        its 95 % interval over documents, and draws if they are five or more (NaN where there are
-        fewer than five documents)."""
+        """Loss of a plan minus that of another in nats per token, of the mean of their draws, and a
+        95 % interval over documents and draws (NaN for fewer than five documents)."""
         of = self._of(domain)
         tokens_U, total = self.tokens_U[of], self.tokens_U[of].sum()
         weights_RU = resample_weights(np.unique(self.domain_U[of], return_inverse=True)[1])
@@ -77,7 +73,7 @@ class Losses:
 
     def table(self) -> pd.DataFrame:
         """A row per plan, and per plan and domain."""
-        rows: list[list[Any]] = []
+        rows: list[list[object]] = []
         for domain in (None, *self.domains):
             tokens_U = self.tokens_U[self._of(domain)]
             for plan in self.nats:
@@ -93,9 +89,8 @@ def measure(
     plans: Mapping[str, Sequence[Drop]],
     progress: Progress | None = None,
 ) -> Losses:
-    """Losses of the whole model and without the experts of each plan, each router choosing among
-    the rest. `plans`: name → one or more draws (of "random": several), each the experts that go, of
-    each router of the model in its order."""
+    """Losses of the whole model and without the experts of each plan. `plans`: name → one or more
+    draws (of "random": several), each the experts that go, of each router of the model."""
     made: dict[str, Sequence[Drop]] = {WHOLE: [[]], **plans}
     domains, number, domain_U, tokens_U = documents_of(held_out.batches)
     nats = {name: [np.zeros(len(number)) for _ in draws] for name, draws in made.items()}
@@ -121,8 +116,7 @@ def measure(
 def of_calibration(
     trace: Trace, routers: Sequence[int], counts: Counts, held_out: HeldOut, drop: Drop
 ) -> Iterator[Finding]:
-    """What the calibration text did not show. `routers`: the trace's, of each router of the model;
-    `counts`: of the trace."""
+    """What the calibration text did not show. `routers`: the trace's, of each of the model."""
     known = {counts.domains[d] for d in np.flatnonzero(counts.tokens_D)}
     asked = {row.domain for batch in held_out.batches for row in batch}
     if missing := sorted(asked - known):
@@ -141,8 +135,7 @@ def of_calibration(
 
 
 def of_overlap(trace: Trace, held_out: HeldOut) -> Iterator[Finding]:
-    """Held-out text that was calibrated on, whole or cut elsewhere; or that the trace does not tell
-    its text."""
+    """Held-out text that was calibrated on, whole or cut; or a trace without its text."""
     fed = defaultdict[bytes, list[np.ndarray]](list)
     for row in sequences_of(trace):
         fed[row.ids[:BEGINNING].tobytes()].append(row.ids)
@@ -202,16 +195,13 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
 def _beside(losses: Losses, by: str, other: str) -> Iterator[Finding]:
     value, low, high = losses.change(by, other)
     draws = losses.loss(other)
-    a, b = np.mean(losses.loss(by)), np.mean(draws)
     of_draws = (
         f", the mean of {plural(len(draws), 'draw')} from {min(draws):.3f} to {max(draws):.3f}"
-        if other == RANDOM
-        else ""
     )
     between = f", 95 % {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
     numbers = (
-        f"a loss of {a:.3f} nats per token, against {b:.3f}{of_draws} "
-        f"(difference {value:+.3f}{between})"
+        f"a loss of {np.mean(losses.loss(by)):.3f} nats per token, against {np.mean(draws):.3f}"
+        f"{of_draws if other == RANDOM else ''} (difference {value:+.3f}{between})"
     )
     if low > 0:
         yield other, f"{other} is better than {by}: {numbers}"
@@ -232,8 +222,7 @@ def _names(held_out: HeldOut, drop: Drop, is_LE: Iterable[np.ndarray]) -> list[s
 
 
 def sequences_of(trace: Trace) -> Iterator[TokenSequence]:
-    """The sequences that a trace was recorded of, as they were fed, without decoded tokens; none
-    where it does not hold its text."""
+    """The sequences of a trace as they were fed; none where it does not hold its text."""
     columns = ["token_id", "document", "sequence", "position", "domain", "phase"]
     for shard in () if trace.counts_only else trace.shards:
         frame = shard.tokens(columns).to_pandas()

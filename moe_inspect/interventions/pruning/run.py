@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,16 +23,19 @@ from moe_inspect.capture.load import unloaded
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.interventions.ablation import Progress, ablate_held_out, pairs
-from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions import ablation
+from moe_inspect.interventions.ablation import HeldOut, Progress
 from moe_inspect.interventions.pruning import checkpoint, measure
 from moe_inspect.interventions.pruning.measure import EVERYTHING, FREQUENCY, RANDOM, WHOLE, Drop
 from moe_inspect.interventions.rules import SHARED_OUT, beyond, how_dropped
-from moe_inspect.model.config import groups_of
+from moe_inspect.model.config import Config, groups_of
 from moe_inspect.model.load import checkpoint_dir, config_record
 from moe_inspect.model.routers import Site, block_of
 from moe_inspect.text import first_line, no_such
 from moe_inspect.trace.reader import Trace
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 BY = (*scores.ALL, RANDOM)
 # of the loss: a router's scores may be summed in another order, and two that are close then change
@@ -114,7 +117,7 @@ def prune(
                     f"--{name.replace('_', '-')}, or only measure (--dry-run)"
                 )
         source = checkpoint.directory_of(model, options.revision)
-    held_out = open_held_out(model, options)
+    held_out = ablation.open_held_out(model, options)
     done = prune_held_out(held_out, trace, choice, progress)
     if output is None or source is None:
         return done
@@ -123,7 +126,7 @@ def prune(
     # of one model at a time there is room in memory
     held_out = replace(held_out, network=None)
 
-    def loads(draft: Path) -> dict[str, Any]:
+    def loads(draft: Path) -> dict[str, object]:
         """What its pruning.json says; docs/prune.md describes it."""
         check_loss(draft, held_out, options, done.loss)
         rows = done.losses.to_dict("records")
@@ -161,11 +164,11 @@ def prune_held_out(
     def gone(score_LE: list[np.ndarray]) -> Drop:
         return scores.lowest(score_LE, choice.keep, groups)
 
-    def counted(by: str) -> list[np.ndarray]:
-        return [scores.score_E(counts, r, by) for r in routers]
-
     def at_random(draw: int) -> list[np.ndarray]:
         return scores.random_scores([site.experts for site in held_out.sites], choice.seed + draw)
+
+    def counted(by: str) -> list[np.ndarray]:
+        return [scores.score_E(counts, r, by) for r in routers]
 
     if by == RANDOM:
         score_LE = at_random(0)
@@ -190,27 +193,28 @@ def prune_held_out(
         *measure.of_losses(losses, by),
     ]
     experts = [
-        {
-            "layer": site.layer,
-            "router": r,
-            "expert": np.arange(site.experts),
-            "score": score_LE[r],
-            "assignments": counts.load_E(routers[r]),
-            "dropped": np.isin(np.arange(site.experts), drop[r]),
-        }
+        pd.DataFrame(
+            {
+                "layer": site.layer,
+                "router": r,
+                "expert": np.arange(site.experts),
+                "score": score_LE[r],
+                "assignments": counts.load_E(routers[r]),
+                "dropped": np.isin(np.arange(site.experts), drop[r]),
+            }
+        )
         for r, site in enumerate(held_out.sites)
     ]
     return Pruning(
         by,
         losses.table(),
-        pd.concat(map(pd.DataFrame, experts), ignore_index=True),
+        pd.concat(experts, ignore_index=True),
         pd.DataFrame(findings, columns=["kind", "text"]),
     )
 
 
 def check_loss(draft: Path, held_out: HeldOut, options: TraceOptions, expected: float) -> None:
-    """Loads a checkpoint and measures its loss. MoeInspectError where it is not the one that was
-    measured by dropping the experts."""
+    """MoeInspectError where a checkpoint does not load, or its loss is not the expected."""
     gc.collect()
     options = replace(options, revision=None)
     try:
@@ -232,8 +236,7 @@ def check_loss(draft: Path, held_out: HeldOut, options: TraceOptions, expected: 
 def ablation_scores(
     held_out: HeldOut, trace: Trace, resume: Path | None, progress: Progress | None
 ) -> list[np.ndarray]:
-    """What the model loses on the text of the trace without each expert alone, in nats per token.
-    float64 [E] of each router"""
+    """Nats per token lost on the trace's text without each expert alone, float64 [E] by router."""
     most = max(sum(len(row.ids) for row in batch) for batch in held_out.batches)
     found = list(batches(measure.sequences_of(trace), most))
     if not found:
@@ -243,9 +246,9 @@ def ablation_scores(
         batches=found,
         record={**held_out.record, "sources": str(trace.manifest.get("digest"))},
     )
-    asked = pairs(held_out.sites, None, None)
-    table = ablate_held_out(calibration, asked, resume=resume, progress=progress).experts
-    by_router = table.sort_values(["router", "expert"]).groupby("router").difference
+    asked = ablation.pairs(held_out.sites, None, None)
+    done = ablation.ablate_held_out(calibration, asked, resume=resume, progress=progress)
+    by_router = done.experts.sort_values(["router", "expert"]).groupby("router").difference
     return [of.to_numpy(np.float64) for _, of in by_router]
 
 
@@ -253,8 +256,7 @@ def ablation_scores(
 
 
 def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
-    """The trace's router of each router of the model. MoeInspectError where the trace is of
-    another model."""
+    """The trace's router of each of the model. MoeInspectError where it is of another model."""
     plan = (trace.manifest.get("corpus") or {}).get("plan") or {}
     model, name = trace.manifest.get("model") or {}, held_out.record["model"]
     for key, has in (("adapter", "an adapter"), ("random_init", "random weights")):
@@ -269,26 +271,21 @@ def check_trace(trace: Trace, held_out: HeldOut) -> list[int]:
             f"{trace.path} is of a different model than {name}: its config has a different {key}"
         )
     before, weights = plan.get("weights_hash"), held_out.record["weights_hash"]
-    if (
-        before
-        and weights
-        and before != weights
-        and bool(COMMIT.fullmatch(before)) == bool(COMMIT.fullmatch(weights))
-    ):
+    of_one_kind = len({bool(COMMIT.fullmatch(hash or "")) for hash in (before, weights)}) == 1
+    if before and weights and before != weights and of_one_kind:
         raise MoeInspectError(
             f"{trace.path} was recorded with different weights than {name} has now: record it again"
         )
     return [_router(trace, site, name) for site in held_out.sites]
 
 
-def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first entry that two configs state differently, with its value in each; "" for none. What
-    only one of them states is as it is by default."""
+def _difference(then: Config, now: Config) -> str:
+    """The first entry that two configs state differently, with its values; "" for none."""
     for key in sorted(set(then) & set(now) - OF_A_RUN):
         before, after = then[key], now[key]
         if before == after or key.startswith("_"):
             continue
-        if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        if not (isinstance(before, dict) and isinstance(after, dict)):
             return f"{key} ({before!r}, not {after!r})"
         if inner := _difference(before, after):
             return inner
@@ -311,9 +308,9 @@ def _router(trace: Trace, site: Site, name: str) -> int:
     return found[0]
 
 
-def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
-    """MoeInspectError where that many experts cannot go alike in all layers, or where routers do
-    not choose by logits that can be seen. K: to how many experts a token goes, at most."""
+def check(network: Module, sites: Sequence[Site], keep: float, K: int) -> None:
+    """MoeInspectError where that many experts cannot go alike in all layers, or a router does not
+    choose by logits that can be seen. K: to how many experts a token goes, at most."""
     sizes = sorted({site.experts for site in sites})
     if len(sizes) > 1:
         raise MoeInspectError(
@@ -333,7 +330,9 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
                 f"layer {site.layer} has other experts beside those that were traced ({other}), "
                 "and the config states one number for both: not pruned"
             )
-        hashed = any(name.endswith("tid2eid") for name, _ in _tensors_beside(network, site))
+        block = network.get_submodule(site.path.rpartition(".")[0])
+        names = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
+        hashed = any(name.endswith("tid2eid") for name in names)
         if hashed or how_dropped(site) == SHARED_OUT:
             why = "goes by a table of token ids" if hashed else "does not show its logits"
             raise MoeInspectError(
@@ -350,27 +349,15 @@ def check(network: Any, sites: Sequence[Site], keep: float, K: int) -> None:
     scores.refuse_too_few(E, K, keep, of_groups)
 
 
-def config_of(network: Any) -> dict[str, Any]:
+def config_of(network: object) -> Config:
     """The config of a model as config.json has it; empty where it has none."""
     return config_record(getattr(network, "config", None))
 
 
-def _alike_beside(network: Any, site: Site) -> str:
+def _alike_beside(network: Module, site: Site) -> str:
     """The path of another block like that of these experts, beside it; "" for none."""
-    path = block_of(site.path)
-    owner, _, own = path.rpartition(".")
-    kind = type(network.get_submodule(path))
-    return next(
-        (
-            f"{owner}.{name}"
-            for name, module in network.get_submodule(owner).named_children()
-            if name != own and type(module) is kind and not name.isdigit()
-        ),
-        "",
-    )
-
-
-def _tensors_beside(network: Any, site: Site) -> Iterator[tuple[str, Any]]:
-    block = network.get_submodule(site.path.rpartition(".")[0])
-    yield from block.named_parameters()
-    yield from block.named_buffers()
+    owner, _, own = block_of(site.path).rpartition(".")
+    beside = dict(network.get_submodule(owner).named_children())
+    kind = type(network.get_submodule(block_of(site.path)))
+    alike = (n for n, m in beside.items() if n != own and type(m) is kind and not n.isdigit())
+    return next((f"{owner}.{name}" for name in alike), "")

@@ -5,14 +5,14 @@ T rows a router sees, K slots, E experts, B batch rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 
 
 class ChoiceReader:
@@ -40,11 +40,11 @@ class ChoiceReader:
         self.path, self.experts, self.top_k, self.where = path, experts, top_k, where
         self.order, self.drops, self.below = order, drops, experts
         self.K: int | None = None
-        self.scope: Any = None
+        self.scope: Called = None
         self._looked = False
         self._pass = self._shown = 0  # rows shown so far in the pass of this number
 
-    def choice(self, found: Any, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def choice(self, found: Called, dropped: Tensor | None = None) -> Choice:
         """(ids int [..., K] or bool [..., E], weights of the same shape) → ids, weights [T, K].
         `dropped`: bool, of that shape: what its expert drops, as id + `experts`."""
         pair = tuple(found) if isinstance(found, tuple | list) else (found,)
@@ -61,7 +61,7 @@ class ChoiceReader:
                 f"{list(weights.shape)}: both need the same shape [..., K], ids integer (or bool "
                 "[..., E]) and weights floating-point",
             )
-        self._check_rows(tuple(ids.shape[:-1]))
+        self._check_rows(ids.shape[:-1])
         if ids.dtype == torch.bool:
             ids, weights = self._in_map(ids, weights)
         elif ids.dtype.is_floating_point or ids.dtype.is_complex:
@@ -121,7 +121,7 @@ class ChoiceReader:
                 "are left",
             )
 
-    def check_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_input(self, args: Args, kwargs: Kwargs) -> None:
         """MoeInspectError where the hidden states that a router is given are [S, B, D], and nobody
         has said that its rows are sequence-first."""
         fed = self._fed() if self.order == "bs" else None
@@ -139,14 +139,14 @@ class ChoiceReader:
         fed = self.scope.fed
         return (fed.B, fed.S) if self.order and fed is not None and min(fed.B, fed.S) > 1 else None
 
-    def _check_rows(self, lead: tuple[int, ...]) -> None:
+    def _check_rows(self, lead: Sequence[int]) -> None:
         """`lead`: the shape of the choice without its last dimension."""
         if (fed := self._fed()) is None:
             return
         B, S = fed
         shape = f"[{', '.join(map(str, lead))}, K]"
         batch_first = self.order == "bs"
-        if B != S and lead == ((S, B) if batch_first else (B, S)):
+        if B != S and tuple(lead) == ((S, B) if batch_first else (B, S)):
             said, other = ("batch", "sb") if batch_first else ("sequence", "bs")
             raise MoeInspectError(
                 f"{self.path} shows choices {shape} of {B} rows of {S} positions, and is said to "
@@ -173,7 +173,7 @@ class ChoiceReader:
             )
         return logits.detach().reshape(-1, self.experts)
 
-    def _in_map(self, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_map(self, chosen: Tensor, weights: Tensor) -> Choice:
         if self.top_k is None:
             raise MoeInspectError(
                 f"{self.path} gives a bool map and does not state its top-k: {self.where}"
@@ -192,14 +192,13 @@ class ChoiceReader:
         return in_map(chosen, weights, self.top_k)
 
     def _may_look(self, tensor: Tensor) -> bool:
-        """Whether to read values."""
         if torch.compiler.is_compiling():
             return False
         first, self._looked = not self._looked, True
         return first or tensor.is_cpu
 
 
-def is_sequence_first(values: Iterable[Any], B: int, S: int) -> bool | None:
+def is_sequence_first(values: Iterable[object], B: int, S: int) -> bool | None:
     """Whether hidden states, the first floating-point tensor among these, are [S, B, D] and not
     [B, S, D]; None where they have other dimensions."""
     found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
@@ -208,7 +207,7 @@ def is_sequence_first(values: Iterable[Any], B: int, S: int) -> bool | None:
     return min(B, S) > 1 and (S, B) == tuple(found.shape[:2]) != (B, S)
 
 
-def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> Choice:
     """A bool map of the experts chosen [..., E] and weights of its shape → ids [..., K] in order of
     their weights, −1 where fewer than K were chosen, and weights [..., K], 0 there."""
     nowhere = float("-inf")
@@ -217,7 +216,7 @@ def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     return ids.masked_fill(none, -1), weights.detach().gather(-1, ids).masked_fill(none, 0)
 
 
-def _kinds(values: tuple[Any, ...]) -> str:
+def _kinds(values: Args) -> str:
     return ", ".join(
         str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values
     )

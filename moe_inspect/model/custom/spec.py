@@ -1,6 +1,5 @@
 """How a router that is not transformers' is described: `RouterSpec`, the register of those that
-belong to a class, and those of training frameworks: where each hands over its decision, as one
-entry each. None of these is imported here.
+belong to a class, and those of training frameworks, of which none is imported here.
 
 T rows a router sees, K slots, E experts, B batch rows, S positions.
 """
@@ -11,20 +10,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    Args: TypeAlias = tuple[Any, ...]
-    Kwargs: TypeAlias = dict[str, Any]
-    ChoiceOf = Callable[[Any, Args, Kwargs, Any], tuple[Tensor, Tensor] | None]
+    ChoiceOf = Callable[[Called, Args, Kwargs, Called], Choice | None]
 
 ENTRY_POINTS = "moe_inspect.routers"
 
@@ -68,24 +66,22 @@ class RouterSpec:
     module: str | type | Module
     choice: ChoiceOf
     before: bool = False
-    experts: int | Callable[[Any], int] | None = None
-    top_k: int | Callable[[Any], int] | None = None
-    layer: int | Callable[[str, Any], int] | None = None
+    experts: int | Callable[[Called], int] | None = None
+    top_k: int | Callable[[Called], int] | None = None
+    layer: int | Callable[[str, Called], int] | None = None
     order: Literal["bs", "sb"] = "bs"
-    rows: Callable[[Any, int, int], Any] | None = None
-    logits: Callable[[Any, Args, Kwargs, Any], Tensor] | None = None
-    scoring: str | Callable[[Any], str] = ""
-    shared_experts: int | Callable[[Any], int | None] | None = None
-    replace: Callable[..., Any] | None = None
+    rows: Callable[[Called, int, int], Called] | None = None
+    logits: Callable[[Called, Args, Kwargs, Called], Tensor] | None = None
+    scoring: str | Callable[[Called], str] = ""
+    shared_experts: int | Callable[[Called], int | None] | None = None
+    replace: Callable[..., Called] | None = None
     drops: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
         if self.order not in ("bs", "sb"):
-            raise MoeInspectError(
-                f'RouterSpec(order={self.order!r}): choose "bs" (batch-first) or "sb" '
-                "(sequence-first)"
-            )
+            either = 'choose "bs" (batch-first) or "sb" (sequence-first)'
+            raise MoeInspectError(f"RouterSpec(order={self.order!r}): {either}")
         if not callable(self.choice):
             raise MoeInspectError(
                 "RouterSpec(choice=…) takes a function (module, args, kwargs, output) → (ids, "
@@ -96,7 +92,7 @@ class RouterSpec:
 _registered: list[RouterSpec] = []
 
 
-def register_router(module_class: str | type, choice: ChoiceOf, **settings: Any) -> RouterSpec:
+def register_router(module_class: str | type, choice: ChoiceOf, **settings: Called) -> RouterSpec:
     """Registers how the routers of a class are read, for every model recorded from now on in this
     process. `settings`: the other fields of `RouterSpec`. The class may be given by its qualified
     name, so that its module need not be imported. Returns the spec; a later one for the same class
@@ -111,8 +107,7 @@ def register_router(module_class: str | type, choice: ChoiceOf, **settings: Any)
 
 
 def registered() -> list[RouterSpec]:
-    """Those of `register_router`, then those of installed packages: the first that matches a module
-    counts."""
+    """Those of `register_router`, then of installed packages: the first that matches counts."""
     return [*_registered, *_of_packages()]
 
 
@@ -120,21 +115,16 @@ def registered() -> list[RouterSpec]:
 def _of_packages() -> tuple[RouterSpec, ...]:
     found: list[RouterSpec] = []
     for entry in entry_points(group=ENTRY_POINTS):
+        of = f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS}"
         try:
-            value: Any = entry.load()
+            value: Called = entry.load()
             value = value() if callable(value) and not isinstance(value, RouterSpec) else value
             specs = list(value) if isinstance(value, Iterable) else [value]
         # whatever the code of another package raises
         except Exception as error:
-            raise MoeInspectError(
-                f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS} cannot be "
-                f"loaded: {first_line(error)}"
-            ) from error
+            raise MoeInspectError(f"{of} cannot be loaded: {first_line(error)}") from error
         if wrong := [type(s).__name__ for s in specs if not isinstance(s, RouterSpec)]:
-            raise MoeInspectError(
-                f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS} gives a "
-                f"{wrong[0]}, not a RouterSpec"
-            )
+            raise MoeInspectError(f"{of} gives a {wrong[0]}, not a RouterSpec")
         found += specs
     return tuple(found)
 
@@ -142,28 +132,24 @@ def _of_packages() -> tuple[RouterSpec, ...]:
 # --- of training frameworks
 
 
-def local(tensor: Any) -> Tensor:
+def local(tensor: Called) -> Tensor:
     """This rank's part of a DTensor (tensor or sequence parallel); any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def weights_first(
-    module: Module, args: Args, kwargs: Kwargs, output: Any
-) -> tuple[Tensor, Tensor] | None:
+def weights_first(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice | None:
     """(weights [..., K], ids [..., K], …): torchtitan, OLMo-core. None where the router was
     asked for its scores only (the shared experts of OLMo-core)."""
     weights_TK, ids_TK = output[:2]
     return None if ids_TK is None else (local(ids_TK), local(weights_TK))
 
 
-def ids_first(
-    module: Module, args: Args, kwargs: Kwargs, output: Any
-) -> tuple[Tensor, Tensor] | None:
+def ids_first(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
     """(ids [T, K], weights [T, K], …): DeepSeek's own code."""
     return output[0], output[1]
 
 
-def megatron(module: Any, args: Args, kwargs: Kwargs, output: Any) -> tuple[Tensor, Tensor] | None:
+def megatron(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
     """(weights [T, E], map bool [T, E]), or (weights [T, K], ids [T, K]) at inference. What
     capacity drops is not in the map; what fills an expert up to its capacity is, with weight 0."""
     weights, chosen = output
@@ -172,7 +158,7 @@ def megatron(module: Any, args: Args, kwargs: Kwargs, output: Any) -> tuple[Tens
     return chosen, weights
 
 
-def nemo(module: Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Tensor, Tensor] | None:
+def nemo(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
     """(weights [T, K], ids [T, K], …) of gate(x, token mask [T], mesh). Padding has ids that no
     expert computes."""
     weights_TK, ids_TK = output[:2]
@@ -182,15 +168,13 @@ def nemo(module: Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Tenso
     return ids_TK, weights_TK
 
 
-def litgpt(module: Any, args: Args, kwargs: Kwargs, output: Any) -> tuple[Tensor, Tensor] | None:
+def litgpt(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
     """(weights [T, K], ids [T, K]); the block scales the weights."""
     weights_TK, ids_TK = output
     return ids_TK, weights_TK * module.config.routed_scaling_factor
 
 
-def deepspeed(
-    module: Module, args: Args, kwargs: Kwargs, output: Any
-) -> tuple[Tensor, Tensor] | None:
+def deepspeed(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
     """(loss, C, E, ids [K, T], places, weights [K, T], counts), -1 where dropped by capacity;
     before release 0.19 (loss, weights [T, E, C], map bool [T, E, C], counts)."""
     if len(output) < 7:
@@ -198,7 +182,7 @@ def deepspeed(
     return output[3].T, output[5].T
 
 
-def megatron_rows(router: Any, B: int, S: int) -> Any:
+def megatron_rows(router: Called, B: int, S: int) -> np.ndarray | None:
     """With sequence parallelism a rank's router sees its part of the positions, sequence-first."""
     if not router.config.sequence_parallel or router.tp_group.size() == 1:
         return None

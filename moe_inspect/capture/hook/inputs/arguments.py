@@ -26,7 +26,7 @@ from moe_inspect.model.routers import Site, stacks_in
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from moe_inspect.model.choices.read import Args, Kwargs
+    from moe_inspect.model.choices import Args, Kwargs
 
 
 Given: TypeAlias = Mapping[str, Any]  # the arguments of a call, by name

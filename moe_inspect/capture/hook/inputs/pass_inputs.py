@@ -37,7 +37,7 @@ from moe_inspect.trace.schema import PHASES
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.arguments import Given
-    from moe_inspect.model.choices.read import Args, Kwargs
+    from moe_inspect.model.choices import Args, Kwargs
 
 
 class PassFollower(Protocol):
