@@ -61,9 +61,7 @@ def handed_over(
     if type(model).__name__.startswith("Llama4"):
         router = block.feed_forward.router
         logits: list[torch.Tensor] = []
-        hook = router.register_forward_pre_hook(
-            lambda m, a: logits.append(torch.nn.functional.linear(a[0], m.weight))
-        )
+        hook = router.register_forward_pre_hook(lambda m, a: logits.append(a[0] @ m.weight.T))
         with torch.no_grad():
             model(**inputs)
         hook.remove()

@@ -56,40 +56,29 @@ def tokens(B: int = 3, S: int = 16, seed: int = 7) -> Tensor:
     return torch.randint(0, 256, (B, S), generator=torch.Generator().manual_seed(seed))
 
 
-class Given:
-    """Per layer and forward pass: the experts that each token was given to, as sets."""
-
-    def __init__(self) -> None:
-        self.sets: dict[int, list[list[frozenset[int]]]] = {}
+# layer → by forward pass the experts that each token was given to
+Given = dict[int, list[list[frozenset[int]]]]
 
 
 @contextmanager
 def watched(model: Any) -> Iterator[Given]:
     """Watches the input of each expert; a row is known by its bits."""
-    given = Given()
+    given: Given = {}
+
+    def bits(args: tuple[Tensor]) -> list[bytes]:
+        return [row.numpy().tobytes() for row in args[0].detach().flatten(0, -2)]
 
     def watch(layer: int, experts: Any) -> Iterator[Any]:
-        now: dict[str, Any] = {}
-
-        def before(module: Any, args: tuple[Tensor]) -> None:
-            rows = [r.numpy().tobytes() for r in args[0].detach().flatten(0, -2)]
-            now.update(rows=rows, of={})
-
-        def given_to(e: int) -> Any:
-            def hook(module: Any, args: tuple[Tensor]) -> None:
-                for row in args[0].detach():
-                    now["of"].setdefault(row.numpy().tobytes(), set()).add(e)
-
-            return hook
+        now: dict[int, set[bytes]] = {}
+        for e, mlp in enumerate(experts.mlps):
+            yield mlp.register_forward_pre_hook(lambda m, args, e=e: now.update({e: {*bits(args)}}))
 
         def after(module: Any, args: Any, output: Any) -> None:
-            found = [frozenset(now["of"].get(row, ())) for row in now["rows"]]
-            given.sets.setdefault(layer, []).append(found)
+            found = [frozenset(e for e, of in now.items() if row in of) for row in bits(args)]
+            given.setdefault(layer, []).append(found)
+            now.clear()
 
-        yield experts.register_forward_pre_hook(before)
         yield experts.register_forward_hook(after)
-        for e, mlp in enumerate(experts.mlps):
-            yield mlp.register_forward_pre_hook(given_to(e))
 
     hooks = [hook for n, block in enumerate(model.blocks) for hook in watch(n, block.experts)]
     try:
@@ -110,26 +99,39 @@ def same(trace: Trace, given: Given, order: Any = None) -> int:
     """Decisions compared with what the experts were given, of all layers and passes, in the
     `order` of the tokens [T] of each pass. Fails at the first that differs."""
     compared = 0
-    for layer, passes in given.sets.items():
-        truth = [
-            rows[i] for rows in passes for i in (order if order is not None else range(len(rows)))
-        ]
+    for layer, passes in given.items():
+        places = [order if order is not None else range(len(rows)) for rows in passes]
+        truth = [rows[i] for rows, at in zip(passes, places, strict=True) for i in at]
         assert recorded(trace, layer) == truth
         compared += len(truth)
     assert moe_inspect.verify(trace.path).ok
     return compared
 
 
+def exact(
+    model: Any, path: Path, passes: int = 1, run: Any = None, order: Any = None, **options: Any
+) -> Trace:
+    """The trace of passes of `model`, within `run` or by itself: all of its decisions, in `order`,
+    are what the experts were given."""
+    run, ids = run or model, tokens()
+    with watched(model) as given, moe_inspect.record(run, path, **options):
+        for _ in range(passes):
+            run(ids).sum().backward()
+    trace = path_of(path)
+    rows = len(order) if order is not None else ids.numel()
+    assert same(trace, given, order) == 4 * passes * rows
+    return trace
+
+
 def path_of(trace: Path) -> Trace:
     return moe_inspect.open_trace(trace)
 
 
-def record_once(model: Any, path: Path, **options: Any) -> None:
+def record_once(model: Any, path: Path, passes: int = 1, **options: Any) -> None:
     with moe_inspect.record(model, path, **options):
-        model(tokens())
+        for _ in range(passes):
+            model(tokens())
 
 
 def record_twice(model: Any, path: Path, **options: Any) -> None:
-    with moe_inspect.record(model, path, **options):
-        model(tokens())
-        model(tokens())
+    record_once(model, path, 2, **options)

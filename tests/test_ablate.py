@@ -16,8 +16,8 @@ import moe_inspect
 from moe_inspect import MoeInspectError, ablate
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.interventions import held_out
-from moe_inspect.interventions.ablation import Below
+from moe_inspect.interventions import ablation
+from moe_inspect.interventions.ablation import Below, HeldOut, open_held_out
 from moe_inspect.model.own import load_object
 from tests import own, zoo
 from tests.conftest import Cli
@@ -39,11 +39,11 @@ SMALL = TraceOptions(max_tokens=1500, batch_tokens=512, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def opened() -> held_out.HeldOut:
-    return held_out.open_held_out("demo", SMALL)
+def opened() -> HeldOut:
+    return open_held_out("demo", SMALL)
 
 
-def test_losses_are_those_of_each_text_alone_without_the_expert(opened: held_out.HeldOut) -> None:
+def test_losses_are_those_of_each_text_alone_without_the_expert(opened: HeldOut) -> None:
     done = ablate("demo", SMALL, layers=[2], experts=[3, 5])
     network, rows = opened.network, [row for batch in opened.batches for row in batch]
     labels = [torch.tensor(row.ids.astype(int))[None] for row in rows]
@@ -68,7 +68,7 @@ def test_losses_are_those_of_each_text_alone_without_the_expert(opened: held_out
 
 
 def test_skipping_what_is_below_changes_nothing_and_computes_less(
-    opened: held_out.HeldOut,
+    opened: HeldOut,
 ) -> None:
     site, ran = opened.sites[2], []
     below = Below(opened.network, [site])
@@ -88,36 +88,33 @@ def test_skipping_what_is_below_changes_nothing_and_computes_less(
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, cli_here: Cli) -> None:
-    arguments: list[object] = ["--layers", "1,2", "--experts", "0-2", "--max-tokens", 1500]
-    arguments += ["--batch-tokens", 512, "--dtype", "float32"]
+    arguments: list[object] = ["demo", "--layers", "1,2", "--experts", "0-2", "--max-tokens", 1500]
+    arguments += ["--batch-tokens", 512, "--dtype", "float32", "--resume", tmp_path / "kept"]
     at_once = ablate("demo", SMALL, layers=[1, 2], experts=[0, 1, 2])
-    path = tmp_path / "kept"
-    first = cli_here("ablate", "demo", *arguments, "--resume", path, "--most-passes", 8)
+    few = cli_here("ablate", *arguments, "--most-passes", 3, check=1)
+    assert "--most-passes 3 is not enough for one batch, which takes 7" in few.stderr
+    first = cli_here("ablate", *arguments, "--most-passes", 8)
     assert "measured on 1 of 4 batches" in first.stderr
-    losses = path / "losses.jsonl"
-    whole = losses.read_bytes()
-    losses.write_bytes(whole[:-20])  # killed while it wrote the last line
-    done = cli_here("ablate", "demo", *arguments, "--resume", path, "-o", "out.json")
+    losses = tmp_path / "kept" / "losses.jsonl"
+    losses.write_bytes(losses.read_bytes()[:-20])  # killed while it wrote the last line
+    done = cli_here("ablate", *arguments, "-o", "out.json")
     assert f"{at_once.passes - 5} forward passes" in done.stderr
     table = pd.read_json(tmp_path / "out.json", lines=True)
     expected = at_once.experts
     assert list(table) == list(expected)
     columns = ["expert", "loss", "loss_without", "difference_low"]
     assert np.allclose(table[columns], expected[columns])
-    again = cli_here("ablate", "demo", *arguments, "--resume", path, "--format", "csv")
+    again = cli_here("ablate", *arguments, "--format", "csv")
     assert " 0 forward passes" in again.stderr
     assert "chose among the rest" in again.stdout
-    other = cli_here("ablate", "demo", "--max-tokens", 300, "--resume", path, check=1)
+    other = cli_here("ablate", *arguments, "--max-tokens", 300, check=1)
     assert "losses of a different max_tokens (1500, now 300)" in other.stderr
-    few = cli_here("ablate", "demo", *arguments, "--most-passes", 3, check=1)
-    assert "--most-passes 3 is not enough for one batch, which takes 7" in few.stderr
 
 
 def test_what_cannot_be_ablated_is_said(tmp_path: Path) -> None:
-    with pytest.raises(MoeInspectError, match="no expert 9"):
-        ablate("demo", SMALL, experts=[9])
-    with pytest.raises(MoeInspectError, match="no router in layer 7"):
-        ablate("demo", SMALL, layers=[7])
+    for match, given in (("no expert 9", {"experts": [9]}), ("in layer 7", {"layers": [7]})):
+        with pytest.raises(MoeInspectError, match=match):
+            ablate("demo", SMALL, **given)
     save_tokenizer(tmp_path)
     zoo.config("switch_transformers").save_pretrained(tmp_path)
     with pytest.raises(MoeInspectError, match="has an encoder and a decoder, and no loss"):
@@ -125,10 +122,10 @@ def test_what_cannot_be_ablated_is_said(tmp_path: Path) -> None:
     # (what tells labels from tokens is the width of the logits)
     row = TokenSequence(0, 0, "a", "s", np.arange(9, dtype=np.int32), 9, 1)
     with pytest.raises(MoeInspectError, match="does not predict the next token"):
-        held_out._loss(torch.zeros(9, 8), row, "Labels")
+        ablation._loss(torch.zeros(9, 8), row, "Labels")
 
 
-def of_loader(root: Path, tokens: int) -> tuple[list[object], held_out.HeldOut]:
+def of_loader(root: Path, tokens: int) -> tuple[list[object], HeldOut]:
     """A model of one's own: the arguments of commands about it, and what they measure."""
     torch.save(own.gpt().state_dict(), root / "model.pt")
     (root / "routers.py").write_text(ROUTERS)
@@ -136,7 +133,7 @@ def of_loader(root: Path, tokens: int) -> tuple[list[object], held_out.HeldOut]:
     arguments = [root / "model.pt", "--loader", loader, "--routers", routers]
     options = TraceOptions(loader=load_object(loader), routers=[load_object(routers)])
     options = replace(options, max_tokens=tokens, batch_tokens=2048)
-    opened = held_out.open_held_out(str(root / "model.pt"), options)
+    opened = open_held_out(str(root / "model.pt"), options)
     return [*arguments, "--max-tokens", tokens], opened
 
 
@@ -173,18 +170,13 @@ def test_a_model_of_ones_own_is_pruned_without_a_checkpoint(tmp_path: Path, cli_
     model, of = of_loader(tmp_path, 300)
     cli_here("trace", *model, "-o", "t")
     given = ["--trace", "t", "--by", "frequency", "--draws", 1]
-    plan, whole = [
-        json.loads(line)
-        for line in cli_here(
-            "prune", *model, *given, "--keep", 0.85, "--dry-run", "--format", "json"
-        ).stdout.splitlines()
-        if '"(all)"' in line
-    ][1::-1]
+    options = ["--keep", 0.85, "--dry-run", "--format", "json"]
+    lines = cli_here("prune", *model, *given, *options).stdout.splitlines()
+    whole, plan = [json.loads(line) for line in lines if '"(all)"' in line][:2]
     load = moe_inspect.report(tmp_path / "t").tables["load"]
     experts = load.loc[load.groupby("layer").assignments.idxmin()]
-    with moe_inspect.intervene(
-        of.network, drop=dict(zip(experts.layer, experts.expert, strict=True)), routers=of.routers
-    ):
+    drop = dict(zip(experts.layer, experts.expert, strict=True))
+    with moe_inspect.intervene(of.network, drop=drop, routers=of.routers):
         nats = sum(of.losses(b).sum() for b in range(len(of.batches)))
     assert plan["loss"] == pytest.approx(nats / plan["tokens"])
     assert plan["loss"] != whole["loss"]

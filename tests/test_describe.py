@@ -91,13 +91,9 @@ def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_every_family_is_described(tmp_path: Path) -> None:
     """With its towers too, where it has some: a sample, in `make test-families` all."""
-    made = {
-        **{family: zoo.build(family) for family in sample(zoo.FAMILIES, 5)},
-        **{
-            f"{family}-towers": zoo.build_with_towers(family)
-            for family in sample(zoo.WITH_TOWERS, 3)
-        },
-    }
+    made = {family: zoo.build(family) for family in sample(zoo.FAMILIES, 5)}
+    for family in sample(zoo.WITH_TOWERS, 3):
+        made[f"{family}-towers"] = zoo.build_with_towers(family)
     tied = list[bool]()
     for name, model in made.items():
         model.config.save_pretrained(tmp_path / name)
@@ -124,53 +120,32 @@ def test_what_needs_no_torch_has_none(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
-    config = CONFIGS / "mixtral-8x7b.json"
+    config, dense = CONFIGS / "mixtral-8x7b.json", CONFIGS / "llama-2-7b.json"
     said = cli_here("describe", config).stdout
     assert "46,702,792,704" in said
     assert "12,879,925,248 parameters: the same FLOPs, 1/3.63 of the memory" in said
     made = moe_inspect.describe(str(config))
-    assert said == f"{made}\n"
-    assert repr(made) == str(made)
+    assert said == f"{made}\n" == f"{made!r}\n"
     assert (len(said.splitlines()) <= 20, max(map(len, said.splitlines())) <= 80) == (True, True)
     assert "this model needs 3.63x" in cli_here("describe", config, "--format", "table").stdout
-    rows = [
-        json.loads(line)
-        for line in cli_here("describe", config, "--format", "json").stdout.splitlines()
-    ]
-    assert {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"} in rows
-    cli_here(
-        "describe",
-        config,
-        "--train-tokens",
-        "2e12",
-        "--gpu",
-        "a100",
-        "--mfu",
-        "0.4",
-        "-o",
-        "facts.csv",
-    )
+    lines = cli_here("describe", config, "--format", "json").stdout.splitlines()
+    active = {"key": "parameters.active", "value": 12_879_925_248, "text": "12,879,925,248"}
+    assert active in map(json.loads, lines)
+    training = "--train-tokens", "2e12", "--gpu", "a100", "--mfu", "0.4"
+    cli_here("describe", config, *training, "-o", "facts.csv")
     assert pd.read_csv(tmp_path / "facts.csv").set_index("key").value["training.gpu_hours"] > 1e5
-    dense = cli_here("describe", CONFIGS / "llama-2-7b.json").stdout
-    assert "no routers: a dense model" in dense
-    assert "the same" not in dense
-    of_dense = moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"))
-    compared = [
-        sum(key.startswith("dense_of") for key, *_ in of.facts()) for of in (made, of_dense)
-    ]
-    assert compared == [6, 0]
-    assert (
-        cli_here("describe", config, "--mfu", "0.4", check=2)
-        .stderr.strip()
-        .endswith("add --train-tokens")
-    )
+    of_dense = cli_here("describe", dense).stdout
+    assert "no routers: a dense model" in of_dense
+    assert "the same" not in of_dense
+    for path, compared in ((config, 6), (dense, 0)):
+        keys = [key for key, *_ in moe_inspect.describe(str(path)).facts()]
+        assert sum(key.startswith("dense_of") for key in keys) == compared
+    refused = cli_here("describe", config, "--mfu", "0.4", check=2)
+    assert refused.stderr.strip().endswith("add --train-tokens")
 
 
 def test_from_a_trace_and_the_bundled_model() -> None:
-    demo, traced = (
-        moe_inspect.describe("demo"),
-        moe_inspect.describe(str(ROOT / "sample_traces" / "balanced")),
-    )
+    demo, traced = map(moe_inspect.describe, ("demo", str(ROOT / "sample_traces" / "balanced")))
     assert demo.parameters == traced.parameters == 2_561_152
     assert describe_table(demo).equals(describe_table(traced))
 
@@ -193,14 +168,12 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
         ('{"model_type": "nothing"}', "transformers does not know the model_type 'nothing'"),
         ("[1]", "is not a model's config"),
     ):
-        path = tmp_path / "config.json"
-        path.write_text(text)
+        (tmp_path / "config.json").write_text(text)
         with pytest.raises(MoeInspectError, match=message):
-            moe_inspect.describe(str(path))
+            moe_inspect.describe(str(tmp_path / "config.json"))
     with pytest.raises(MoeInspectError, match=r"cannot load model|no model at"):
         moe_inspect.describe(str(tmp_path / "nowhere"))
-    vision = transformers.ViTConfig()
-    vision.save_pretrained(tmp_path / "vit")
+    transformers.ViTConfig().save_pretrained(tmp_path / "vit")
     with pytest.raises(MoeInspectError, match="cannot build a language model of"):
         moe_inspect.describe(str(tmp_path / "vit"))
     assert not any(p.is_meta for p in build("mixtral").parameters())

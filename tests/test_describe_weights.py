@@ -4,6 +4,7 @@ to what torch makes of the model's own parameters, without torch and in pieces."
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_inspect
-from moe_inspect.analysis.weights import stored
-from moe_inspect.analysis.weights.measure import (
-    aimer_and_norm,
-    aimer_of,
-    effective_rank,
-    geometry_of,
-    places_in,
-    random_geometry,
-    rows_of,
-)
+from moe_inspect.analysis.weights import measure, stored
+from moe_inspect.analysis.weights.measure import aimer_and_norm, geometry_of, places_in, rows_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.schema import Router
@@ -37,6 +30,16 @@ from tests.synthetic import uniform_ids, write_trace
 # in all of these transformers packs, splits, renames or transposes what is stored
 OTHERS = ("dbrx", "jetmoe", "step3p7", "gemma4", "switch_transformers", "zaya", "aria")
 SPLIT = ("gate_up_proj", "down_proj")
+
+
+def aimer(w: torch.Tensor) -> float:
+    """By torch, as it is defined."""
+    return (w.abs().mean() / w.square().mean().sqrt()).item()
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "PIECE", 320)
 
 
 def saved(model: Any, path: Path) -> Path:
@@ -63,7 +66,7 @@ def test_every_family_is_found_and_measured(family: str, tmp_path: Path):
         for e in range(site.experts):
             w = torch.cat([m[e].flatten() for m in matrices])
             assert norm_E[e] == pytest.approx(w.norm().item(), rel=1e-9)
-            assert aimer_E[e] == pytest.approx((w.abs().mean() / w.square().mean().sqrt()).item())
+            assert aimer_E[e] == pytest.approx(aimer(w))
         assert len(set(np.round(aimer_E, 9))) == site.experts  # no expert for another
 
 
@@ -76,22 +79,16 @@ def test_experts_that_are_stored_otherwise(family: str, tmp_path: Path):
     assert all(np.isfinite(aimer_and_norm(p)[0]).all() for p in places)
     # every weight of the experts is in one of them
     weights = sum(n for p in places for of in p.of_expert for _, _, n in of)
-    assert weights == sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if ("experts" in n or "_linear" in n)
-        and "shared" not in n
-        and "router" not in n
-        and not n.endswith("bias")
-        and p.dim() > 1
-    )
+    of_experts = re.compile(r"^(?!.*(?:shared|router)).*(?:experts|_linear).*(?<!bias)$")
+    matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and of_experts.search(n)]
+    assert weights == sum(p.numel() for p in matrices)
 
 
-def test_bf16_fp16_and_several_files_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bf16_fp16_and_several_files_in_pieces(tmp_path: Path, request: pytest.FixtureRequest):
     model = build("olmoe", torch.bfloat16)
     whole = moe_inspect.describe_weights(str(saved(model, tmp_path / "a")))
     want = model.model.layers[1].mlp.experts.down_proj.detach().double()
-    monkeypatch.setattr(stored, "PIECE", 100)
+    request.getfixturevalue("in_pieces")
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     pieces = moe_inspect.describe_weights(str(tmp_path / "b"))
@@ -107,9 +104,8 @@ def test_bf16_fp16_and_several_files_in_pieces(tmp_path: Path, monkeypatch: pyte
 
 def test_the_bundled_model():
     tables = moe_inspect.describe_weights("demo")
-    assert tables["routers"][["layer", "router", "experts"]].to_numpy().tolist() == [
-        [r, r, 8] for r in range(4)
-    ]
+    of_routers = tables["routers"][["layer", "router", "experts"]].to_numpy().tolist()
+    assert of_routers == [[r, r, 8] for r in range(4)]
     assert len(tables["experts"]) == 32
     assert tables["experts"]["aimer"].between(0.75, 0.8).all()  # nearly Gaussian: 0.798
     assert (tables["experts"]["nearest"] != tables["experts"]["expert"]).all()
@@ -120,15 +116,15 @@ def test_geometry_by_hand():
     assert found["cosine_max"] == pytest.approx(2**-0.5)
     assert found["cosine_mean"] == pytest.approx(2 * 2**-0.5 / 3)
     assert (found["row_norm_min"], found["row_norm_max"]) == (pytest.approx(2**0.5), 4)
-    assert effective_rank(np.eye(5, 9)) == pytest.approx(5)
-    assert effective_rank(np.ones((5, 9))) == pytest.approx(1)
-    assert np.isnan(effective_rank(np.zeros((2, 3))))
+    assert measure.effective_rank(np.eye(5, 9)) == pytest.approx(5)
+    assert measure.effective_rank(np.ones((5, 9))) == pytest.approx(1)
+    assert np.isnan(measure.effective_rank(np.zeros((2, 3))))
     assert np.isnan(geometry_of(np.zeros((3, 4)))["cosine_max"])
 
 
 def test_random_rows_are_what_chance_gives():
     rng = np.random.default_rng(9)
-    most, rank = random_geometry(16, 64)
+    most, rank = measure.random_geometry(16, 64)
     drawn = [geometry_of(rng.standard_normal((16, 64)) * 0.02) for _ in range(40)]
     assert most == pytest.approx(np.mean([d["cosine_max"] for d in drawn]), rel=0.1)
     assert rank == pytest.approx(np.mean([d["effective_rank"] for d in drawn]), rel=0.02)
@@ -136,8 +132,7 @@ def test_random_rows_are_what_chance_gives():
 
 
 @pytest.mark.parametrize("scales", ["block", "row", "one"])
-def test_fp8_with_its_scales(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stored, "PIECE", 1_000)
+def test_fp8_with_its_scales(scales: str, tmp_path: Path, in_pieces: None):
     torch.manual_seed(0)
     tensors, want = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}, []
     for e in range(4):
@@ -149,8 +144,7 @@ def test_fp8_with_its_scales(scales: str, tmp_path: Path, monkeypatch: pytest.Mo
         tensors[name + ("_scale_inv" if scales == "block" else "_scale")] = scale
         if scales == "block":
             scale = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
-        real = (w.float() * scale).double()
-        want.append((real.abs().mean() / real.square().mean().sqrt()).item())
+        want.append(aimer((w.float() * scale).double()))
     save_file(tensors, tmp_path / "model.safetensors")
     experts = moe_inspect.describe_weights(str(tmp_path))["experts"]
     assert experts["aimer"].tolist() == pytest.approx(want, rel=1e-6)
@@ -163,10 +157,9 @@ def test_every_byte_of_fp8_is_what_torch_reads():
     np.testing.assert_array_equal(stored._fp8_values(), want)  # pyright: ignore[reportPrivateUsage]
 
 
-def test_mxfp4_is_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mxfp4_is_what_transformers_reads(tmp_path: Path, in_pieces: None):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    monkeypatch.setattr(stored, "PIECE", 320)
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (4, 24, 2, 16), dtype=torch.uint8)
     scales = torch.randint(118, 126, (4, 24, 2), dtype=torch.uint8)
@@ -180,7 +173,7 @@ def test_mxfp4_is_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.Mo
     }
     save_file(tensors, tmp_path / "model.safetensors")
     real = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).double()
-    want = [(w.abs().mean() / w.square().mean().sqrt()).item() for w in real]
+    want = [aimer(w) for w in real]
     experts = moe_inspect.describe_weights(str(tmp_path))["experts"]
     assert experts["aimer"].tolist() == pytest.approx(want, rel=1e-6)
     assert experts["weight_norm"].tolist() == pytest.approx([w.norm().item() for w in real])
@@ -190,9 +183,8 @@ def test_mxfp4_is_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.Mo
 def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
     tensors = {"model.layers.0.mlp.gate.weight": torch.randn(4, 16)}
     for e in range(4):
-        tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] = torch.zeros(
-            16, 8, dtype=torch.float8_e4m3fn
-        )
+        quantised = torch.zeros(16, 8, dtype=torch.float8_e4m3fn)
+        tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] = quantised
     save_file(tensors, tmp_path / "model.safetensors")
     tables = moe_inspect.describe_weights(str(tmp_path))
     assert tables["experts"][["aimer", "weights"]].isna().all(axis=None)
@@ -201,30 +193,27 @@ def test_quantised_experts_are_nan_and_their_router_is_read(tmp_path: Path):
 
 
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(MoeInspectError, match=r"no weights in .*empty: it needs \*.safetensors"):
-        moe_inspect.describe_weights(str(tmp_path / "empty"))
+    def refused(name: str, match: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        with pytest.raises(MoeInspectError, match=match):
+            moe_inspect.describe_weights(str(tmp_path / name))
+
+    refused("empty", r"no weights in .*empty: it needs \*.safetensors")
     save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, tmp_path / "a.safetensors")
-    with pytest.raises(MoeInspectError, match="no experts among the tensors"):
-        moe_inspect.describe_weights(str(tmp_path))
-    for n, content in enumerate((b"", b"\x05\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]", b"x" * 99)):
-        path = tmp_path / f"broken{n}"
-        path.mkdir()
-        (path / "model.safetensors").write_bytes(content)
-        with pytest.raises(MoeInspectError, match="is damaged or no safetensors file"):
-            moe_inspect.describe_weights(str(path))
+    refused(".", "no experts among the tensors")
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 2, 2], "data_offsets": [0, 4]}})
-    (tmp_path / "lies").mkdir()
-    (tmp_path / "lies" / "a.safetensors").write_bytes(
-        len(header).to_bytes(8, "little") + header.encode() + b"abcd"
-    )
-    with pytest.raises(MoeInspectError, match=r"a of shape \[1000000000, 2, 2\] has 4 bytes"):
-        moe_inspect.describe_weights(str(tmp_path / "lies"))
-    saved(build("mixtral"), tmp_path / "cut")
-    file = tmp_path / "cut" / "model.safetensors"
+    lies = len(header).to_bytes(8, "little") + header.encode() + b"abcd"
+    damaged = "is damaged or no safetensors file"
+    empty, list_, junk = b"\x05" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]", b"x" * 99
+    broken = [(content, damaged) for content in (b"", empty, list_, junk)]
+    broken.append((lies, r"a of shape \[1000000000, 2, 2\] has 4 bytes"))
+    for n, (content, match) in enumerate(broken):
+        (tmp_path / f"broken{n}").mkdir()
+        (tmp_path / f"broken{n}" / "model.safetensors").write_bytes(content)
+        refused(f"broken{n}", match)
+    file = saved(build("mixtral"), tmp_path / "cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50_000])
-    with pytest.raises(MoeInspectError, match=r"it ends before model\.layers\.1"):
-        moe_inspect.describe_weights(str(tmp_path / "cut"))
+    refused("cut", r"it ends before model\.layers\.1")
 
 
 def test_it_needs_no_torch():
@@ -257,7 +246,7 @@ def test_aimer_is_not_that_of_blocks_beside_the_model(beside: str, tmp_path: Pat
     routers = [Router(s.layer, "", s.path, s.experts, 2) for s in find_routers(model)]
     model.save_pretrained(tmp_path)
     indices = range(len(routers))
-    want = aimer_of(tmp_path, routers, indices)
+    want = measure.aimer_of(tmp_path, routers, indices)
     assert all(np.isfinite(aimer_E).all() for aimer_E in want.values())
     weights = load_file(tmp_path / "model.safetensors")
     at = f"model.layers.{routers[0].layer}."
@@ -273,7 +262,7 @@ def test_aimer_is_not_that_of_blocks_beside_the_model(beside: str, tmp_path: Pat
     assert apart == f"{beside}.layers"
     if beside == "mtp":
         assert list(table["blocks"])[-1] == apart
-    got = aimer_of(tmp_path, routers, indices)
+    got = measure.aimer_of(tmp_path, routers, indices)
     assert {r: got[r].tolist() for r in indices} == {r: want[r].tolist() for r in indices}
 
 

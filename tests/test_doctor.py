@@ -6,9 +6,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import socket
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from tests.families import NO_INTERFACE, build
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "ROUNDS", 1)
-    monkeypatch.setattr(costs, "BLOCK_SECONDS", 0.0)
+    for name, value in (("ROUNDS", 1), ("BLOCK_SECONDS", 0.0)):
+        monkeypatch.setattr(costs, name, value)
 
 
 def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
@@ -58,9 +59,8 @@ def test_nothing_private_is_shown(cli_here: Cli, tmp_path: Path) -> None:
 
 def test_without_torch_it_says_what_is_possible_all_the_same(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide/torch.py").write_text(
-        'raise ModuleNotFoundError("No module named torch", name="torch")'
-    )
+    missing = 'raise ModuleNotFoundError("No module named torch", name="torch")'
+    (tmp_path / "hide/torch.py").write_text(missing)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
     text = cli("doctor", env=environment).stdout
     assert "no: torch is not installed: pip install 'moe-inspect[trace]'" in text
@@ -73,25 +73,18 @@ def test_without_torch_it_says_what_is_possible_all_the_same(cli: Cli, tmp_path:
 def test_what_cannot_be_found_or_written_is_one_line(cli_here: Cli, tmp_path: Path) -> None:
     for arguments, says in (
         (("--directory", "none"), "error: cannot write none: No such file or directory\n"),
-        (("./none",), "error: no model at ./none: "),
+        (("./none",), "error: no model at ./none: .*\n"),
     ):
         done = cli_here("doctor", "--no-measure", *arguments, check=1)
-        assert done.stderr.startswith(says)
-        assert done.stderr.count("\n") == 1
+        assert re.fullmatch(says, done.stderr)
         assert not done.stdout
 
 
 def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None) -> None:
     with phases_begun() as begun:
         facts = json.loads(cli_here("doctor", "demo", "--json").stdout)
-    assert begun == [
-        "loading torch",
-        "measuring the disk",
-        "checking kernels",
-        "measuring costs",
-        "loading the model",
-        "measuring the model",
-    ]
+    measuring = ["measuring the disk", "checking kernels", "measuring costs"]
+    assert begun == ["loading torch", *measuring, "loading the model", "measuring the model"]
     shown = facts["model"]
     assert (shown["id"], shown["routers"], shown["experts"], shown["top_k"]) == ("demo", 4, 8, 2)
     assert [row["phase"].split(",")[0] for row in shown["speed"]] == ["prefill", *["decode"] * 2]
@@ -107,22 +100,18 @@ def test_with_a_model_prefill_and_decode_are_measured(cli_here: Cli, quick: None
     assert "launch of a kernel          not measured: no GPU" in text or torch.cuda.is_available()
 
 
-def test_the_time_of_a_recorder_is_in_the_traced_time(
-    quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A positive control: with a recorder that is slow on purpose, traced is slower."""
+def test_the_time_of_a_recorder_is_in_the_traced_time(quick: None) -> None:
+    """A positive control: a model that is slow, on purpose, while it has a recorder's hooks."""
     network = build("qwen3_moe")
-    phase = costs.prefill_phase(network, torch.arange(8).view(2, 4))
-    original = costs.Recorder.begin
 
-    def slow(recorder: Any) -> None:
-        begun = costs.time.process_time()
-        while costs.time.process_time() - begun < 0.2:
-            pass
-        original(recorder)
+    def slow(*_: object) -> None:
+        until = time.process_time() + 0.2
+        while len({*network._forward_pre_hooks, *network._forward_hooks}) > 1:
+            if time.process_time() > until:
+                break
 
-    monkeypatch.setattr(costs.Recorder, "begin", slow)
-    found = costs.timed(network, phase, ["tap"])
+    network.register_forward_pre_hook(slow)
+    found = costs.timed(network, costs.prefill_phase(network, torch.arange(8).view(2, 4)), ["tap"])
     assert found["tap"].cpu > 0.2
     assert found["tap"].cpu > found["untraced"].cpu + 0.1
 
@@ -138,12 +127,9 @@ def test_what_a_model_cannot_record_has_its_reason() -> None:
         costs.find_routers(network)
 
 
-def test_a_model_without_a_cache_has_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise MoeInspectError("returns no key-value cache")
-
-    monkeypatch.setattr(costs, "cache_of", refuse)
+def test_a_model_without_a_cache_has_no_decode() -> None:
     network = build("qwen3_moe")
     phase = costs.decode_phase(network, torch.arange(4).view(1, 4))
-    row = costs._speed(network, phase, ["tap"])
-    assert row["not_measured"] == "returns no key-value cache"
+    forward = network.forward
+    network.forward = lambda **given: forward(**{**given, "use_cache": False})
+    assert "cache" in costs.speed_of(network, phase, ["tap"])["not_measured"]

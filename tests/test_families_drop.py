@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.model.choices.read import switch_dropped
+from moe_inspect.model.choices import switch_dropped
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import DROPPED
@@ -40,13 +41,14 @@ def routers_of(model: Any) -> list[Any]:
 @contextmanager
 def logits_of(model: Any) -> Iterator[list[torch.Tensor]]:
     """Of each router in its first call from now on."""
-    seen: list[list[torch.Tensor]] = []
+    routers = routers_of(model)
+    seen: list[list[torch.Tensor]] = [[] for _ in routers]
     logits: list[torch.Tensor] = []
-    hooks = []
-    for router in routers_of(model):
-        seen.append(calls := [])
-        keep = lambda m, a, out, calls=calls: calls.append(out.detach().clone())  # noqa: E731
-        hooks.append(router.classifier.register_forward_hook(keep))
+
+    def keep(r: int, *call: Any) -> None:
+        seen[r].append(call[-1].detach().clone())
+
+    hooks = [m.classifier.register_forward_hook(partial(keep, r)) for r, m in enumerate(routers)]
     yield logits
     for hook in hooks:
         hook.remove()
@@ -71,22 +73,15 @@ def chosen_and_kept(
     return found
 
 
-def column(trace: Trace, r: int, name: str) -> np.ndarray:
-    return trace.routing(router=r).sort_values("token")[name].to_numpy(float)
-
-
 def check(trace: Trace, truth: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Each decision and each count."""
-    found, made = moe_inspect.verify(trace.path), moe_inspect.report(trace)
-    assert found.ok, found
-    assert found.dropped == sum((~kept_T).sum() for _, kept_T in truth)
+    verified, made = moe_inspect.verify(trace.path), moe_inspect.report(trace)
+    assert verified.ok, verified
+    assert verified.dropped == sum((~kept_T).sum() for _, kept_T in truth)
     for r, (ids_T, kept_T) in enumerate(truth):
-        assert np.array_equal(
-            column(trace, r, "expert_0"), np.where(kept_T, ids_T, np.nan), equal_nan=True
-        )
-        assert np.array_equal(
-            column(trace, r, f"{DROPPED}_0"), np.where(kept_T, np.nan, ids_T), equal_nan=True
-        )
+        for name, there_T in (("expert_0", kept_T), (f"{DROPPED}_0", ~kept_T)):
+            found_T = trace.routing(router=r).sort_values("token")[name].to_numpy(float)
+            assert np.array_equal(found_T, np.where(there_T, ids_T, np.nan), equal_nan=True)
         before_E = np.bincount(ids_T, minlength=E)
         rows = made.tables["load"]
         rows = rows[rows["router"] == r]
@@ -120,29 +115,23 @@ def test_switch_says_which_expert_dropped_a_token(how: str, tmp_path: Path) -> N
 
 def test_counts_are_of_what_was_kept(tmp_path: Path) -> None:
     model, inputs = switch(), zoo.inputs("switch_transformers", [60])
-    recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
-    with logits_of(model) as logits, torch.no_grad(), recording:
-        model(**inputs)
-    load = moe_inspect.report(tmp_path / "t").tables["load"]
+    with logits_of(model) as logits:
+        counted = zoo.recorded(model, tmp_path / "t", inputs, counts_only=True)
+    load = moe_inspect.report(counted).tables["load"]
     for r, (ids_T, kept_T) in enumerate(chosen_and_kept(logits, inputs)):
         got = load[load["router"] == r]["assignments"].tolist()
         assert got == np.bincount(ids_T[kept_T], minlength=E).tolist()
 
 
 def test_with_room_for_all_nothing_is_dropped(tmp_path: Path) -> None:
-    model, inputs = switch(60), zoo.inputs("switch_transformers", [60])
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**inputs)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    inputs = zoo.inputs("switch_transformers", [60])
+    trace = zoo.recorded(switch(60), tmp_path / "t", inputs)
     assert trace.routing()[f"{DROPPED}_0"].isna().all()
     assert of(trace, "dropped") is None
 
 
 def test_a_family_without_capacity_has_no_such_column(tmp_path: Path) -> None:
-    model = zoo.build("olmoe")
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**zoo.inputs("olmoe", [9]))
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = zoo.recorded(zoo.build("olmoe"), tmp_path / "t", zoo.inputs("olmoe", [9]))
     assert not trace.has_dropped
     assert not trace.drops
     assert trace.routing().filter(like=DROPPED).empty
@@ -167,19 +156,14 @@ def test_what_an_intervention_sends_nowhere_is_not_said_to_be_dropped_by_an_expe
 ) -> None:
     model, inputs = switch(), zoo.inputs("switch_transformers", [60])
 
-    def recorded(name: str) -> Trace:
-        with moe_inspect.record(model, tmp_path / name), torch.no_grad():
-            model(**inputs)
-        return moe_inspect.open_trace(tmp_path / name)
-
-    trace = recorded("a")
+    trace = zoo.recorded(model, tmp_path / "a", inputs)
     with moe_inspect.intervene(model, replay=trace):
-        again = recorded("b")
+        again = zoo.recorded(model, tmp_path / "b", inputs)
     assert again.routing().equals(trace.routing())
     for router in routers_of(model):
         router.expert_capacity = 60
     with moe_inspect.intervene(model, replay=trace):
-        kept = recorded("c").routing()
+        kept = zoo.recorded(model, tmp_path / "c", inputs).routing()
     assert kept["expert_0"].equals(trace.routing()["expert_0"])
     assert kept[f"{DROPPED}_0"].isna().all()
 
@@ -194,9 +178,8 @@ def nllb(**overrides: Any) -> Any:
 def test_nllb_says_how_many_choices_were_dropped_not_of_which_expert(tmp_path: Path) -> None:
     """The experts that its routers chose are not those that run."""
     model, inputs = nllb(), zoo.inputs("nllb_moe", [60])
-    with logits_of(model) as logits, torch.no_grad(), moe_inspect.record(model, tmp_path / "t"):
-        model(**inputs)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    with logits_of(model) as logits:
+        trace = zoo.recorded(model, tmp_path / "t", inputs)
     table = moe_inspect.report(trace).tables["balance"]
     for r, logits_TE in enumerate(logits):
         ids_TK = logits_TE.topk(2, dim=1).indices.numpy()
@@ -217,8 +200,6 @@ def test_nllb_says_how_many_choices_were_dropped_not_of_which_expert(tmp_path: P
 
 def test_nllb_may_leave_out_second_choices_which_are_no_drops(tmp_path: Path) -> None:
     model, inputs = nllb(second_expert_policy="random"), zoo.inputs("nllb_moe", [60])
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**inputs)
-    trace = moe_inspect.open_trace(tmp_path / "t")
+    trace = zoo.recorded(model, tmp_path / "t", inputs)
     assert not trace.drops
     assert of(trace, "empty_slots") is not None

@@ -31,7 +31,6 @@ def test_experts_that_megatron_fills_up_are_not_chosen() -> None:
     for pads, kept in ((True, [1]), (False, [0, 1])):
         router = megatron_router(moe_pad_expert_input_to_capacity=pads)
         found = frameworks.megatron(router, (), {}, (weights_TE, map_TE))
-        assert found is not None
         assert found[0][0].nonzero().flatten().tolist() == [0, 1]
         assert found[0][1].nonzero().flatten().tolist() == kept
 
@@ -52,7 +51,6 @@ def test_padding_of_nemo_goes_to_nobody(by_keyword: bool) -> None:
     real_T = torch.tensor([True, False])
     args, kwargs = ((None,), {"token_mask": real_T}) if by_keyword else ((None, real_T), {})
     found = frameworks.nemo(nn.Identity(), args, kwargs, (WEIGHTS, IDS, None))
-    assert found is not None
     assert found[0].tolist() == [[2, 0], [-1, -1]]
     assert found[1] is WEIGHTS
 
@@ -61,7 +59,6 @@ def test_deepspeed_has_slots_first() -> None:
     ids_KT = torch.tensor([[2, 1], [0, -1]])
     output = (None, 4, 3, ids_KT, None, WEIGHTS.T, None)
     found = frameworks.deepspeed(nn.Identity(), (), {}, output)
-    assert found is not None
     assert found[0].tolist() == [[2, 0], [1, -1]]
     assert torch.equal(found[1], WEIGHTS)
 

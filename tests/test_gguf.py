@@ -1,20 +1,22 @@
-"""Models in GGUF: traced as the model they were made of, or refused in a line."""
+"""Models in GGUF, as llama.cpp's converter writes them: traced as the model they were made of, or
+refused in a line."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model import gguf
 from moe_inspect.model.describe import describe
 from moe_inspect.model.gguf import ARCHITECTURES, refuse_unless_loadable
 from moe_inspect.model.load import load_config, load_model
@@ -23,8 +25,7 @@ from moe_inspect.trace.reader import Trace
 from tests import zoo
 from tests.conftest import Cli
 from tests.families import FAMILIES
-from tests.foreign import Field, gguf_file
-from tests.gguf_models import write_model
+from tests.foreign import Field, Tensor, gguf_file
 
 FAMILY = dict(zip(ARCHITECTURES, ("qwen2_moe", "qwen3_moe", "minimax_m2"), strict=True))
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the gguf package")
@@ -61,8 +62,8 @@ def test_a_trace_of_a_gguf_is_that_of_the_model(cli_here: Cli, tmp_path: Path):
     cli_here("trace", "m", "-o", "a", *options)
     cli_here("trace", "m.gguf", "-o", "b", *options)
     a, b = Trace(tmp_path / "a"), Trace(tmp_path / "b")
-    pd.testing.assert_frame_equal(a.routing(), b.routing())
-    pd.testing.assert_frame_equal(a.tokens(), b.tokens())
+    assert a.routing().equals(b.routing())
+    assert a.tokens().equals(b.tokens())
     assert quantization(b.manifest) == ""
     assert b.manifest["model"]["revision"] is None
     done = cli_here("trace", "m.gguf", "-o", "b", *options, "--resume")
@@ -76,8 +77,8 @@ def test_quantised_weights_are_dequantised_and_the_manifest_says_so(cli_here: Cl
     options = ["--max-tokens", "200", "--device", "cpu"]
     cli_here("trace", "m.gguf", "-o", "t", *options)
     trace = Trace(tmp_path / "t")
-    stored = {"quant_method": "gguf", "tensors": {"Q8_0": 6}}
-    assert trace.manifest["model"]["dequantized_from"] == stored
+    stored = trace.manifest["model"]["dequantized_from"]
+    assert stored == {"quant_method": "gguf", "tensors": {"Q8_0": 6}}
     assert quantization(trace.manifest) == "gguf q8_0 dequantized to float32"
     experts = load_model(str(tmp_path / "m.gguf"), load_config(str(tmp_path / "m.gguf")))
     for name, parameter in model.state_dict().items():
@@ -109,12 +110,106 @@ def test_what_cannot_be_loaded_is_refused_in_a_line(
 
 
 def test_what_is_no_gguf_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(MoeInspectError, match=r"no file .*m\.gguf"):
-        load_config(str(tmp_path / "m.gguf"))
-    (tmp_path / "m.gguf").write_text("{}" * 20)
-    with pytest.raises(MoeInspectError, match=r"is not a GGUF file: it begins with b'{}{}'"):
-        load_config(str(tmp_path / "m.gguf"))
-    gguf_file(tmp_path / "m.gguf", {"general.architecture": "qwen3moe"}, {})
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    with pytest.raises(MoeInspectError, match=r"needs gguf: pip install 'moe-inspect\[gguf\]'"):
-        load_config(str(tmp_path / "m.gguf"))
+    path = tmp_path / "m.gguf"
+
+    def refused(match: str) -> None:
+        with pytest.raises(MoeInspectError, match=match):
+            load_config(str(path))
+
+    refused(r"no file .*m\.gguf")
+    path.write_text("{}" * 20)
+    refused(r"is not a GGUF file: it begins with b'{}{}'")
+    gguf_file(path, {"general.architecture": "qwen3moe"}, {})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(r"needs gguf: pip install 'moe-inspect\[gguf\]'")
+
+
+# --- tiny models, with the bundled tokenizer
+
+
+# our name of a block's module → GGUF's, of Qwen's mixtures and of MiniMax
+NAMES = {
+    **{f"self_attn.{n}_proj": f"attn_{'output' if n == 'o' else n}" for n in "qkvo"},
+    **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
+    **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{"mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
+    **{f"mlp.shared_expert.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
+    "mlp.e_score_correction": "exp_probs_b",
+}
+ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def _tensors(model: Any) -> dict[str, np.ndarray]:
+    made: dict[str, np.ndarray] = {}
+    for name, parameter in model.state_dict().items():
+        value = parameter.float().numpy()
+        block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        if block is None:
+            stem, _, suffix = name.rpartition(".")
+            made[f"{ENDS[stem]}.{suffix}"] = value
+            continue
+        n, inner = f"blk.{block[1]}", block[2]
+        if inner.endswith("experts.gate_up_proj"):
+            gate, up = np.split(value, 2, axis=1)
+            made |= {f"{n}.ffn_gate_exps.weight": gate, f"{n}.ffn_up_exps.weight": up}
+        elif inner.endswith("experts.down_proj"):
+            made[f"{n}.ffn_down_exps.weight"] = value
+        elif inner.endswith("e_score_correction_bias"):
+            made[f"{n}.exp_probs_b.bias"] = value
+        else:
+            stem, _, suffix = inner.rpartition(".")
+            # (llama.cpp keeps the gate of the shared expert as a vector)
+            value = value[0] if stem == "mlp.shared_expert_gate" else value
+            made[f"{n}.{NAMES[stem]}.{suffix}"] = value
+    return made
+
+
+def q8_0(value: np.ndarray) -> Tensor:
+    """ggml's Q8_0: of 32 values a float16 scale and 32 int8."""
+    blocks = value.astype(np.float32).reshape(-1, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / 127
+    rounded = np.rint(blocks / np.where(scale, scale, 1)).astype(np.int8)
+    data = np.concatenate([scale.astype(np.float16).view(np.int8).reshape(-1, 2), rounded], axis=1)
+    return 8, value.shape[::-1], data.tobytes()
+
+
+def write_model(path: Path, model: Any, architecture: str, quantise: bool = False) -> None:
+    """The model as GGUF. `quantise`: experts in Q8_0."""
+    config, tokenizer = model.config, json.loads((MODEL_DIR / "tokenizer.json").read_text())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    pairs = tokenizer["model"]["merges"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    heads = config.num_attention_heads
+    of_model: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "expert_count": getattr(config, "num_experts", None) or config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": width,
+    }
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        of_model["expert_shared_feed_forward_length"] = shared
+    of_tokenizer: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": "minimax-m2" if architecture == "minimax-m2" else "qwen2",
+        "tokens": tokens,
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    fields = {
+        "general.architecture": architecture,
+        **{f"{architecture}.{key}": value for key, value in of_model.items()},
+        **{f"tokenizer.ggml.{key}": value for key, value in of_tokenizer.items()},
+    }
+    tensors = _tensors(model).items()
+    of_type = {name: q8_0(t) if quantise and "_exps" in name else t for name, t in tensors}
+    gguf_file(path, fields, of_type)

@@ -4,6 +4,7 @@ place of its experts."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -43,20 +44,10 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # by the names they have in memory
     save_file(build("olmoe").state_dict(), path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
-    classes = {
-        "AutoConfig": "configuration_mine.MineConfig",
-        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
-    }
-    (path / "config.json").write_text(
-        json.dumps(
-            {
-                **config,
-                "model_type": "mine",
-                "architectures": ["MineForCausalLM"],
-                "auto_map": classes,
-            }
-        )
-    )
+    classes = {"AutoConfig": "configuration_mine.MineConfig"}
+    classes["AutoModelForCausalLM"] = "modeling_mine.MineForCausalLM"
+    named = {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": classes}
+    (path / "config.json").write_text(json.dumps({**config, **named}))
     (path / "configuration_mine.py").write_text(CONFIGURATION)
     (path / "modeling_mine.py").write_text(MODELING)
     return path
@@ -72,9 +63,7 @@ def test_code_of_a_repository_runs_only_when_asked_for(
         "then give --trust-remote-code\n"
     )
     assert not (tmp_path / "t").exists()
-    assert not (tmp_path / "modules").exists() or not list(
-        (tmp_path / "modules").rglob("modeling_mine.py")
-    )
+    assert not list(tmp_path.glob("modules/**/modeling_mine.py"))
     cli("trace", with_code, "-o", "t", "--data", data, "--trust-remote-code")
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.manifest["model"]["class"] == "MineForCausalLM"
@@ -114,10 +103,7 @@ def test_a_revision_is_pinned_and_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) -> None:
     """`use_kernels=True` gives a block the forward pass of a fused layer, which calls neither
     router nor experts."""
-    model, batch = (
-        build("qwen3_moe"),
-        torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0)),
-    )
+    model, batch = build("qwen3_moe"), torch.arange(3, 17).view(2, 7)
 
     def fused(self: Any, hidden_BSC: torch.Tensor) -> torch.Tensor:
         return hidden_BSC @ self.experts.down_proj[0] @ self.experts.down_proj[0].T
@@ -145,9 +131,8 @@ def multimodal(tmp_path: Path) -> Path:
     """Qwen3-VL-MoE as its checkpoint is: `architectures` says ForConditionalGeneration."""
     zoo.build("qwen3_vl_moe").save_pretrained(tmp_path / "vl")
     save_tokenizer(tmp_path / "vl")
-    assert json.loads((tmp_path / "vl" / "config.json").read_text())["architectures"] == [
-        "Qwen3VLMoeForConditionalGeneration"
-    ]
+    written = json.loads((tmp_path / "vl" / "config.json").read_text())
+    assert written["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
     return tmp_path / "vl"
 
 
@@ -176,8 +161,7 @@ def test_a_model_without_a_tokenizer_is_refused(
         file.unlink()
     data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
     refused = cli_here("trace", multimodal, "-o", "t", "--data", data, check=1)
-    assert refused.stderr.splitlines()[-1].startswith("error: ")
-    assert "tokenizer" in refused.stderr.splitlines()[-1]
+    assert re.match("error: .*tokenizer", refused.stderr.splitlines()[-1])
     assert not (tmp_path / "t").exists()
     cli_here("describe", multimodal)  # which needs none
 
@@ -187,14 +171,11 @@ def test_of_a_model_that_speaks_the_part_that_reads_is_traced(
 ) -> None:
     """Qwen3-Omni as its checkpoint is: thinker and talker in one."""
     thinker = zoo.build("qwen3_omni_moe")
-    whole = {
-        "model_type": "qwen3_omni_moe",
-        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
-    }
+    whole: dict[str, Any] = {"model_type": "qwen3_omni_moe"}
+    whole["architectures"] = ["Qwen3OmniMoeForConditionalGeneration"]
+    whole["thinker_config"] = json.loads(thinker.config.to_json_string())
     (tmp_path / "omni").mkdir()
-    (tmp_path / "omni" / "config.json").write_text(
-        json.dumps({**whole, "thinker_config": json.loads(thinker.config.to_json_string())})
-    )
+    (tmp_path / "omni" / "config.json").write_text(json.dumps(whole))
     thinker.save_pretrained(tmp_path / "thinker")
     tensors = load_file(tmp_path / "thinker" / "model.safetensors")
     talker = {"talker.model.norm.weight": torch.ones(3)}
@@ -203,14 +184,9 @@ def test_of_a_model_that_speaks_the_part_that_reads_is_traced(
     save_tokenizer(tmp_path / "omni")
     data = write_jsonl(tmp_path / "data.jsonl", documents=2, words=9)
     cli_here("trace", tmp_path / "omni", "-o", "t", "--data", data)
-    assert (
-        moe_inspect.open_trace(tmp_path / "t").manifest["model"]["class"]
-        == "Qwen3OmniMoeThinkerForConditionalGeneration"
-    )
-    assert (
-        moe_inspect.describe(str(tmp_path / "omni")).kind
-        == "Qwen3OmniMoeThinkerForConditionalGeneration"
-    )
+    of_model = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
+    described = moe_inspect.describe(str(tmp_path / "omni"))
+    assert of_model["class"] == described.kind == "Qwen3OmniMoeThinkerForConditionalGeneration"
 
 
 def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
@@ -226,16 +202,12 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
     tokenizer.save_pretrained(model)
     assert tokenizer.pad_token_id == 300
     cli_here("trace", model, "-o", "padded", "--data", data)
-    assert (
-        moe_inspect.open_trace(tmp_path / "padded")
-        .routing()
-        .equals(moe_inspect.open_trace(tmp_path / "as-it-was").routing())
-    )
+    padded, before = (moe_inspect.open_trace(tmp_path / n) for n in ("padded", "as-it-was"))
+    assert padded.routing().equals(before.routing())
     (tmp_path / "odd.txt").write_text("the cat [PAD] sat")
     for options in ([], ["--generate", "2"]):
-        refused = cli_here(
-            "trace", model, "-o", "odd", "--data", tmp_path / "odd.txt", *options, check=1
-        )
+        odd = ("-o", "odd", "--data", tmp_path / "odd.txt", *options)
+        refused = cli_here("trace", model, *odd, check=1)
         assert "token id 300, but the model has 300 embeddings" in refused.stderr.splitlines()[-1]
 
 
@@ -245,26 +217,11 @@ def test_tokens_without_an_embedding(tmp_path: Path, cli_here: Cli) -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (
-            {"num_hidden_layers": 10**9},
-            "num_hidden_layers is 1000000000, and no model has more than 4,096",
-        ),
-        (
-            {"n_routed_experts": 10**9},
-            "n_routed_experts is 1000000000, and no model has more than 65,535",
-        ),
-        (
-            {"vocab_size": 10**40},
-            "vocab_size is 10000000000000000000, and no model has more than 4,194,304",
-        ),
-        (
-            {"text_config": {"hidden_size": 10**9}},
-            "hidden_size is 1000000000, and no model has more than 16,777,216",
-        ),
-        (
-            {"num_hidden_layers": float("inf")},
-            "num_hidden_layers is inf, and no model has more than 4,096",
-        ),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000{}4,096"),
+        ({"n_routed_experts": 10**9}, "n_routed_experts is 1000000000{}65,535"),
+        ({"vocab_size": 10**40}, "vocab_size is 10000000000000000000{}4,194,304"),
+        ({"text_config": {"hidden_size": 10**9}}, "hidden_size is 1000000000{}16,777,216"),
+        ({"num_hidden_layers": float("inf")}, "num_hidden_layers is inf{}4,096"),
         ({"num_experts_per_tok": 300}, "300 experts per token, but only 256 experts"),
         ('{"a": ' + "[" * 10**5, "it is nested too deeply"),
         ('{"a": "' + "a" * 2**24 + '"}', "bytes, over 16,777,216"),
@@ -286,9 +243,8 @@ def test_impossible_sizes_are_refused_before_anything_is_built(
         ("import", "counts", data, "-o", "t", "--config", config),
     ):
         refused = cli_here(*command, check=1)
-        assert refused.stderr.startswith("error: ")
-        assert refused.stderr.count("\n") == 1
-        assert says in refused.stderr
+        assert re.fullmatch("error: .*\n", refused.stderr)
+        assert says.replace("{}", ", and no model has more than ") in refused.stderr
     assert not (tmp_path / "t").exists()
 
 
@@ -297,7 +253,6 @@ def test_sizes_that_models_have_are_not(tmp_path: Path) -> None:
         assert read_config(path)
     assert read_facts(ROOT / "docs" / "configs" / "deepseek-v3.json").layers == 61
     for family in zoo.FAMILIES:
-        (tmp_path / "config.json").write_text(
-            zoo.model_class(family).config_class().to_json_string()
-        )
+        config = zoo.model_class(family).config_class().to_json_string()
+        (tmp_path / "config.json").write_text(config)
         assert read_config(tmp_path / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ B, S = 3, 16
 T = B * S
 
 
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Which routers are registered, as it was before the test once that is over."""
+    before = specs._registered[:]
+    specs._registered.clear()
+    yield
+    specs._registered[:] = before
+    specs._of_packages.cache_clear()
+
+
 def spec(**settings: Any) -> moe_inspect.RouterSpec:
     return moe_inspect.RouterSpec(
         **{"module": "blocks.*.experts", "choice": own.example().choice, "experts": 8, **settings}
@@ -32,27 +43,18 @@ def spec(**settings: Any) -> moe_inspect.RouterSpec:
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_spec_records_what_the_experts_were_given(tmp_path: Path, before: bool) -> None:
-    model, ids = own.gpt(probes=False), own.tokens()
-    with (
-        own.watched(model) as given,
-        moe_inspect.record(model, tmp_path / "t", routers=[spec(before=before)]),
-    ):
-        for _ in range(3):
-            model(ids).sum().backward()
-    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 3 * T
+    own.exact(own.gpt(probes=False), tmp_path / "t", 3, routers=[spec(before=before)])
 
 
-def test_specs_that_are_given_are_all_that_is_recorded(tmp_path: Path) -> None:
+def test_specs_that_are_given_are_all_that_is_recorded(tmp_path: Path, registry: None) -> None:
     """The probes in the same forward are not; where routers are found by themselves, a probe is a
     mistake."""
     model = own.gpt()
     own.record_once(model, tmp_path / "t", routers=[spec(module="blocks.2.experts")])
     assert [r.layer for r in own.path_of(tmp_path / "t").routers] == [2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specs, "_registered", [])
-        moe_inspect.register_router("Experts", own.example().choice, experts=8)
-        with pytest.raises(MoeInspectError, match="whose routers record finds without it"):
-            own.record_once(model, tmp_path / "u")
+    moe_inspect.register_router("Experts", own.example().choice, experts=8)
+    with pytest.raises(MoeInspectError, match="whose routers record finds without it"):
+        own.record_once(model, tmp_path / "u")
 
 
 def test_a_selection_bias_is_said(tmp_path: Path) -> None:
@@ -65,44 +67,44 @@ def test_a_selection_bias_is_said(tmp_path: Path) -> None:
         assert ("selection bias" in note) == biased
 
 
-def test_a_registered_class_is_found_without_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(specs, "_registered", [])
+def test_a_registered_class_is_found_without_arguments(registry: None) -> None:
     model = own.gpt(probes=False)
     name = f"{own.without_probe().__module__}.Silent"
     for given in (name, "Silent", own.without_probe()):
         moe_inspect.register_router(given, own.example().choice, experts=8, scoring="softmax")
-        assert [(s.layer, s.experts, s.scoring) for s in find_routers(model)] == [
-            (n, 8, "softmax") for n in range(4)
-        ]
+        found = [(s.layer, s.experts, s.scoring) for s in find_routers(model)]
+        assert found == [(n, 8, "softmax") for n in range(4)]
         specs._registered.clear()
     with pytest.raises(MoeInspectError, match="no known router"):
         find_routers(model)
 
 
-def test_a_package_brings_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Entry:
-        name, value = "own", "package:routers"
-        given: Any = None
+PACKAGE = """
+from tests.test_own import spec
+ONE, SEVERAL, WRONG = spec(), [spec()], [3]
+def made():
+    return ONE
+"""
 
-        def load(self) -> Any:
-            return self.given
 
-    entry = Entry()
-    monkeypatch.setattr(
-        specs, "entry_points", lambda group: [entry] if group == "moe_inspect.routers" else []
-    )
-    for given in (spec(), [spec()], lambda: [spec()]):
+def test_a_package_brings_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: None
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "brings_routers.py").write_text(PACKAGE)
+    (tmp_path / "brings_routers-1.dist-info").mkdir()
+
+    def registered(name: str) -> list[moe_inspect.RouterSpec]:
+        entry = f"[moe_inspect.routers]\nown = brings_routers:{name}\n"
+        (tmp_path / "brings_routers-1.dist-info/entry_points.txt").write_text(entry)
         specs._of_packages.cache_clear()
-        entry.given = given
+        return specs.registered()
+
+    for name in ("ONE", "SEVERAL", "made"):
+        assert len(registered(name)) == 1
         assert len(find_routers(own.gpt(probes=False))) == 4
-    specs._of_packages.cache_clear()
-    entry.given = [3]
     with pytest.raises(MoeInspectError, match=r"'own' .* gives a int, not a RouterSpec"):
-        specs.registered()
-    monkeypatch.undo()
-    specs._of_packages.cache_clear()
+        registered("WRONG")
 
 
 @pytest.mark.parametrize("K", [2, 4])
@@ -129,22 +131,16 @@ def test_a_bool_map_is_recorded_with_its_drops(tmp_path: Path) -> None:
         chosen[::3, :4] = False
         return chosen, torch.zeros(len(ids), 8).scatter(1, ids, weights)
 
-    model, ids = own.gpt(probes=False), own.tokens()
-    with (
-        own.watched(model) as given,
-        moe_inspect.record(model, tmp_path / "t", routers=[spec(choice=dropping, top_k=2)]),
-    ):
-        model(ids)
+    model, recorded = own.gpt(probes=False), {"routers": [spec(choice=dropping, top_k=2)]}
+    with own.watched(model) as given:
+        own.record_once(model, tmp_path / "t", **recorded)
     trace = own.path_of(tmp_path / "t")
-    for layer, (rows,) in given.sets.items():
+    for layer, (rows,) in given.items():
         left = [row - set(range(4)) if n % 3 == 0 else row for n, row in enumerate(rows)]
         assert own.recorded(trace, layer) == left
     assert moe_inspect.verify(tmp_path / "t").empty_slots > 0
-    with (
-        pytest.raises(MoeInspectError, match="does not state its top-k"),
-        moe_inspect.record(model, tmp_path / "u", routers=[spec(choice=dropping)]),
-    ):
-        model(ids)
+    with pytest.raises(MoeInspectError, match="does not state its top-k"):
+        own.record_once(model, tmp_path / "u", routers=[spec(choice=dropping)])
 
 
 def test_mistakes_in_specs_are_named(tmp_path: Path) -> None:
@@ -174,17 +170,8 @@ def test_mistakes_in_specs_are_named(tmp_path: Path) -> None:
 
 def test_sequence_first_rows_stand_at_their_tokens(tmp_path: Path) -> None:
     model, ids = SequenceFirst(), own.tokens()
-    with (
-        own.watched(model) as given,
-        moe_inspect.record(
-            model, tmp_path / "t", routers=[spec(module="gpt.blocks.*.experts", order="sb")]
-        ),
-    ):
-        for _ in range(2):
-            model(ids)
-    trace = own.path_of(tmp_path / "t")
-    assert own.same(trace, given) == 4 * 2 * T  # in the routers' order
-    tokens = trace.tokens()
+    given = spec(module="gpt.blocks.*.experts", order="sb")
+    tokens = own.exact(model, tmp_path / "t", 2, routers=[given]).tokens()  # in the routers' order
     found = {(row.document, row.position): row.token_id for row in tokens.itertuples(index=False)}
     assert found == {
         (p * B + b, s): int(ids[b, s]) for p in range(2) for b in range(B) for s in range(S)
@@ -197,29 +184,18 @@ def test_sequence_first_rows_stand_at_their_tokens(tmp_path: Path) -> None:
 
 def test_a_rank_that_sees_a_part_records_that_part(tmp_path: Path) -> None:
     """As under sequence parallelism: the router's rows are a slice of the positions."""
-    model, ids, inner = Sliced(), own.tokens(), "gpt.blocks.*.experts"
-    with (
-        own.watched(model) as given,
-        moe_inspect.record(
-            model,
-            tmp_path / "t",
-            routers=[spec(module=inner, rows=lambda module, B, S: part(B, S))],
-        ),
-    ):
-        for _ in range(2):
-            model(ids)
-    trace = own.path_of(tmp_path / "t")
-    assert own.same(trace, given) == 4 * 2 * T // 2
-    expected = ids.flatten()[torch.from_numpy(part(B, S))]
+    model, inner = Sliced(), "gpt.blocks.*.experts"
+
+    def of(rows: Any) -> dict[str, Any]:
+        return {"routers": [spec(module=inner, rows=lambda module, B, S: rows)]}
+
+    trace = own.exact(model, tmp_path / "t", 2, order=range(T // 2), **of(part(B, S)))
+    expected = own.tokens().flatten()[torch.from_numpy(part(B, S))]
     assert (trace.tokens()["token_id"].to_numpy() == expected.repeat(2).numpy()).all()
     assert set(trace.tokens()["position"]) == set(range(S // 2, S))
     assert trace.documents()["tokens"].tolist() == [S // 2] * (2 * B)
     with pytest.raises(MoeInspectError, match="must return different token numbers from 0 to 47"):
-        own.record_once(
-            model,
-            tmp_path / "u",
-            routers=[spec(module=inner, rows=lambda m, B, S: np.zeros(3, int))],
-        )
+        own.record_once(model, tmp_path / "u", **of(np.zeros(3, int)))
 
 
 def part(B: int, S: int) -> np.ndarray:
@@ -241,13 +217,11 @@ def test_pieces_of_rows_that_are_said_stand_at_their_tokens(tmp_path: Path) -> N
         own.record_once(model, tmp_path / "t", routers=[spec()])
     halves = np.split(np.arange(T).reshape(B, S), 2, axis=1)
     rows = np.concatenate([half.reshape(-1) for half in halves])
-    recorder = moe_inspect.record(
-        model, tmp_path / "t", routers=[spec(rows=lambda module, B, S: rows)]
-    )
-    with own.watched(model) as given, recorder:
-        model(ids)
-    for layer, passes in given.sets.items():
-        given.sets[layer] = [[row for half in passes for row in half]]
+    with own.watched(model) as given:
+        of_rows = spec(rows=lambda module, B, S: rows)
+        own.record_once(model, tmp_path / "t", routers=[of_rows])
+    for layer, passes in given.items():
+        given[layer] = [[row for half in passes for row in half]]
     trace = own.path_of(tmp_path / "t")
     assert own.same(trace, given) == 4 * T
     assert (trace.tokens()["token_id"].to_numpy() == ids.flatten()[rows].numpy()).all()
@@ -279,8 +253,8 @@ def test_what_looks_like_a_router_is_named(tmp_path: Path) -> None:
     model = own.gpt(probes=False)
     with pytest.raises(MoeInspectError) as error:
         own.record_once(model, tmp_path / "t")
-    assert "blocks.*.experts.router (Linear) may be one" in str(error.value)
-    assert "blocks.*.experts.mlps (8 × Sequential) may be its experts" in str(error.value)
+    for said in ("router (Linear) may be one", "mlps (8 × Sequential) may be its experts"):
+        assert f"blocks.*.experts.{said}" in str(error.value)
     assert "experts=8" in str(error.value)
     assert candidates(nn.LSTM(4, 4)) is None
     dense = nn.Module()
@@ -291,10 +265,10 @@ def test_what_looks_like_a_router_is_named(tmp_path: Path) -> None:
 
 
 def test_topk_is_discovered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, ids = own.gpt(probes=False), own.tokens()
+    model = own.gpt(probes=False)
     with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", discover=True):
         for _ in range(3):
-            model(ids).sum().backward()
+            model(own.tokens()).sum().backward()
             torch.randn(3, 8).topk(2)  # not the model's
     trace = own.path_of(tmp_path / "t")
     assert own.same(trace, given) == 4 * 3 * T

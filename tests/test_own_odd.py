@@ -30,6 +30,10 @@ def shown(n: int = 0, K: int = 2, E: int = 8, T: int = T) -> tuple[Tensor, Tenso
     return ids, weights
 
 
+def probe(ids: Any, weights: Any, **settings: Any) -> None:
+    moe_inspect.probe(ids, weights, **{"layer": 0, "experts": 8, **settings})
+
+
 def refused(path: Path, match: str, probing: Any, **options: Any) -> None:
     with pytest.raises(MoeInspectError, match=match):
         record_twice(Probing(probing), path, overwrite=True, **options)
@@ -42,23 +46,16 @@ def refused(path: Path, match: str, probing: Any, **options: Any) -> None:
 @pytest.mark.parametrize("options", [{}, {"counts_only": True}, {"ring_tokens": 64}])
 def test_a_top_k_that_changes_is_refused(tmp_path: Path, K: int, options: Any) -> None:
     """With K = 1 the one expert would be written into every slot."""
-
-    def probing(n: int) -> None:
-        moe_inspect.probe(*shown(n, K if n else 2), layer=0, experts=8)
-
-    refused(tmp_path / "t", f"chose {K} experts per token, but 2 in its first", probing, **options)
+    said = f"chose {K} experts per token, but 2 in its first"
+    refused(tmp_path / "t", said, lambda n: probe(*shown(n, K if n else 2)), **options)
 
 
-def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_expert_that_cannot_be_is_refused_in_any_pass(tmp_path: Path, late: int) -> None:
     """It would look like a slot that went to no expert."""
-    for late in (0, 1):
-        refused(
-            tmp_path / "t",
-            r"probe\(layer=0\) chose expert 8 but is declared with 8 experts",
-            lambda n, late=late: moe_inspect.probe(
-                shown()[0] + (n == late), shown()[1], layer=0, experts=8
-            ),
-        )
+    ids, weights = shown()
+    said = r"probe\(layer=0\) chose expert 8 but is declared with 8 experts"
+    refused(tmp_path / "t", said, lambda n: probe(ids + (n == late), weights))
 
 
 @pytest.mark.parametrize("options", [{}, {"counts_only": True}])
@@ -70,7 +67,7 @@ def test_an_expert_twice_in_a_decision_is_refused(tmp_path: Path, options: Any) 
         ids[:, 1:] = -1
         if n:
             ids[5, 2] = ids[5, 0]
-        moe_inspect.probe(ids, weights, layer=0, experts=8)
+        probe(ids, weights)
 
     expert = int(shown(1, K=3)[0][5, 0])
     refused(tmp_path / "t", rf"probe\(layer=0\) chose expert {expert} twice", probing, **options)
@@ -80,7 +77,7 @@ def test_what_is_no_choice_is_named(tmp_path: Path) -> None:
     ids, weights = shown()
 
     def of(*args: Any, **kwargs: Any) -> Any:
-        return lambda n: moe_inspect.probe(*args, **{"layer": 0, "experts": 8, **kwargs})
+        return lambda n: probe(*args, **kwargs)
 
     out = tmp_path / "t"
     refused(out, r"two tensors, ids and weights, not \[48, 2\], NoneType", of(ids, None))
@@ -121,7 +118,7 @@ def test_what_is_no_choice_of_a_spec_is_named() -> None:
 def test_any_dtypes_are_recorded(tmp_path: Path, ids: Any, weights: Any) -> None:
     def probing(n: int) -> None:
         i, w = shown(n)
-        moe_inspect.probe(i.to(ids), w.to(weights), layer=0, experts=8)
+        probe(i.to(ids), w.to(weights))
 
     record_twice(Probing(probing), tmp_path / "t")
     expected = [frozenset(row) for n in range(2) for row in shown(n)[0].tolist()]
@@ -139,8 +136,7 @@ def test_empty_passes_are_passes(
     sizes.insert(at, empty)
     with moe_inspect.record(model, tmp_path / "t", **options):
         for b, s in sizes:
-            chosen = shown(T=b * s)
-            model.probing = lambda n, chosen=chosen: moe_inspect.probe(*chosen, layer=0, experts=8)
+            model.probing = lambda n, T=b * s: probe(*shown(T=T))
             model(own.tokens(b, s))
     assert own.path_of(tmp_path / "t").n_tokens == 2 * T
     assert moe_inspect.verify(tmp_path / "t").ok
@@ -169,13 +165,12 @@ def test_a_recording_may_begin_or_end_between_forward_and_backward(
         module="blocks.*.experts.router",
         choice=lambda module, args, kwargs, output: output.softmax(-1).topk(2)[::-1],
     )
-    options: dict[str, Any] = {
-        "probe": {},
+    ways: dict[str, dict[str, Any]] = {
         "spec": {"routers": [spec()]},
         "spec of the router": {"routers": [of_router]},
         "discover": {"discover": True},
-    }[how]
-    recorder = moe_inspect.record(model, tmp_path / "t", **options)
+    }
+    recorder = moe_inspect.record(model, tmp_path / "t", **ways.get(how, {}))
     if closed_before == "backward":
         with recorder:
             loss = model(ids).sum()
@@ -200,13 +195,7 @@ def test_so_may_one_of_transformers(tmp_path: Path, family: str) -> None:
 
 
 def test_a_probe_is_not_discovered_a_second_time(tmp_path: Path) -> None:
-    model, ids = own.gpt(), own.tokens()
-    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", discover=True):
-        for _ in range(2):
-            model(ids)
-    trace = own.path_of(tmp_path / "t")
-    assert len(trace.routers) == 4
-    assert own.same(trace, given) == 4 * 2 * T
+    assert len(own.exact(own.gpt(), tmp_path / "t", 2, discover=True).routers) == 4
 
 
 # --- a model without a router that is known
@@ -242,12 +231,12 @@ def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
     assert found.routers == {"layers.*": "Switch, with gate_w"}
     assert found.experts_lists == {"layers.*": "Switch of 6"}
     assert found.experts == 6
-    with pytest.raises(MoeInspectError, match="no known router was found in OfSwitches"):
-        record_once(OfSwitches(), tmp_path / "t")
-    with pytest.raises(
-        MoeInspectError, match=r"no block of OfSwitches called torch\.topk to choose experts in"
+    for options, match in (
+        ({}, "no known router was found in OfSwitches"),
+        ({"discover": True}, r"no block of OfSwitches called torch\.topk to choose experts in"),
     ):
-        record_once(OfSwitches(), tmp_path / "t", discover=True)
+        with pytest.raises(MoeInspectError, match=match):
+            record_once(OfSwitches(), tmp_path / "t", **options)
 
     class Dense(nn.Module):
         def __init__(self) -> None:
@@ -330,45 +319,37 @@ def test_names_and_interfaces_that_are_known_need_nothing(tmp_path: Path, block:
 
 
 def test_discovery_does_not_guess_between_two(tmp_path: Path) -> None:
-    with pytest.raises(
-        MoeInspectError, match=r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
-    ):
+    said = r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
+    with pytest.raises(MoeInspectError, match=said):
         record_once(OfSwitches(WithAttention), tmp_path / "t", discover=True)
 
 
-def test_the_model_itself_may_be_the_router(tmp_path: Path) -> None:
-    class Alone(nn.Embedding):
-        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-            return shown(T=ids.numel())
+class Hashed(nn.Module):
+    """A model that is a router, without parameters."""
 
-    def recorded(**options: Any) -> None:
-        router = moe_inspect.RouterSpec(module=Alone, choice=lambda m, a, k, out: out, **options)
-        record_once(Alone(9, 9), tmp_path / "t", routers=[router], overwrite=True)
-
-    with pytest.raises(MoeInspectError, match=r"^Alone \(Alone\) does not say how many experts"):
-        recorded()
-    with pytest.raises(MoeInspectError, match="in the module path Alone: give"):
-        recorded(experts=8)
-    recorded(experts=8, layer=0)
-    trace = own.path_of(tmp_path / "t")
-    assert [(r.name, r.path) for r in trace.routers] == [("Alone", "Alone")]
-    assert own.recorded(trace, 0) == [frozenset(row) for row in shown()[0].tolist()]
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return shown(T=ids.numel())
 
 
 @pytest.mark.parametrize("buffers", [0, 1])
-def test_a_model_without_parameters_is_recorded(tmp_path: Path, buffers: int) -> None:
-    class Hashed(nn.Module):
-        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-            return shown(T=ids.numel())
-
+def test_the_model_itself_may_be_the_router(tmp_path: Path, buffers: int) -> None:
     model = Hashed()
     if buffers:
         model.register_buffer("table", torch.zeros(3, dtype=torch.int64))
-    router = moe_inspect.RouterSpec(
-        module=Hashed, choice=lambda m, a, k, out: out, experts=8, layer=0
-    )
-    record_once(model, tmp_path / "t", routers=[router])
-    capture = own.path_of(tmp_path / "t").manifest["capture"]
+
+    def recorded(**options: Any) -> None:
+        router = moe_inspect.RouterSpec(module=Hashed, choice=lambda m, a, k, out: out, **options)
+        record_once(model, tmp_path / "t", routers=[router], overwrite=True)
+
+    with pytest.raises(MoeInspectError, match=r"^Hashed \(Hashed\) does not say how many experts"):
+        recorded()
+    with pytest.raises(MoeInspectError, match="in the module path Hashed: give"):
+        recorded(experts=8)
+    recorded(experts=8, layer=0)
+    trace = own.path_of(tmp_path / "t")
+    assert [(r.name, r.path) for r in trace.routers] == [("Hashed", "Hashed")]
+    assert own.recorded(trace, 0) == [frozenset(row) for row in shown()[0].tolist()]
+    capture = trace.manifest["capture"]
     assert (capture["device"], capture["dtype"]) == ("cpu", None)
 
 
@@ -378,16 +359,10 @@ def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match=r"ModuleList, .* such as blocks\.0\.experts$"):
         record_once(model, tmp_path / "t", routers=[router])
 
-    class OfLists(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.ModuleDict({"experts": experts()}) for _ in range(2))
-
-    def experts() -> nn.Module:
-        return nn.ModuleDict({str(n): nn.Linear(8, 8) for n in range(4)})
-
-    found = candidates(OfLists())
-    assert found.pattern == "layers.*"
+    experts = [nn.ModuleDict({str(e): nn.Linear(8, 8) for e in range(4)}) for _ in range(2)]
+    of_lists = nn.Module()
+    of_lists.layers = nn.ModuleList(nn.ModuleDict({"experts": of}) for of in experts)
+    assert candidates(of_lists).pattern == "layers.*"
 
 
 @pytest.mark.parametrize("shape", [(B, S), (T,)])
@@ -400,10 +375,9 @@ def test_one_expert_for_each_token_needs_a_last_dimension(
     ids = torch.arange(T).reshape(shape) % 3
 
     def probing(n: int) -> None:
-        if n == first:
-            moe_inspect.probe(ids, torch.ones(*shape, *weights), layer=0, experts=8)
-        else:
-            moe_inspect.probe(ids[..., None], torch.ones(*shape, 1), layer=0, experts=8)
+        shape = weights if n == first else (1,)
+        chosen = ids if n == first else ids[..., None]
+        probe(chosen, torch.ones(*ids.shape, *shape))
 
     refused(tmp_path / "t", r"unsqueeze\(-1\)", probing)
 
@@ -412,4 +386,4 @@ def test_rows_that_are_missing_are_not_taken_for_experts(tmp_path: Path) -> None
     """Half of the tokens with two experts each are as many numbers as tokens."""
     for rows, said in ((slice(T // 2), "must show each token once"), (0, "unsqueeze")):
         chosen = [part[rows] if rows else part[:, 0] for part in shown()]
-        refused(tmp_path / "t", said, lambda n, c=chosen: moe_inspect.probe(*c, layer=0, experts=8))
+        refused(tmp_path / "t", said, lambda n, c=chosen: probe(*c))

@@ -1,7 +1,9 @@
-"""Probes in the forward of a model that is not transformers'."""
+"""What probes show in the forward of a model that is not transformers', and what that is fed:
+tokens, positions, padding."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,21 @@ from torch.nn import functional as F
 
 import moe_inspect
 from moe_inspect.capture.hook import probes
+from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.errors import MoeInspectError
 from tests import own
-
-B, S = 3, 16
-T = B * S
+from tests.test_own import B, S, T, spec
 
 
 @pytest.mark.parametrize("passes", [1, 4])
 def test_a_probe_in_a_forward_is_a_router(tmp_path: Path, passes: int) -> None:
-    model, ids = own.gpt(), own.tokens()
-    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t") as recorder:
-        for _ in range(passes):
-            model(ids).sum().backward()
-    trace = own.path_of(tmp_path / "t")
-    assert own.same(trace, given) == 4 * passes * T
+    trace = own.exact(own.gpt(), tmp_path / "t", passes)
     assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [(n, 8, 2) for n in range(4)]
-    assert (trace.tokens()["token_id"].to_numpy() == ids.flatten().repeat(passes).numpy()).all()
-    assert recorder.tokens == passes * T
+    assert trace.tokens()["token_id"].tolist() == own.tokens().flatten().tolist() * passes
     assert not probes._recorders
 
 
 def test_a_probe_shows_nothing_where_no_recorder_is_open() -> None:
-    with own.watched(own.gpt()) as given:
-        assert not given.sets
     # not even a mistake in it is noticed: nothing is looked at
     moe_inspect.probe(torch.zeros(2, 2), torch.zeros(3), layer=0)
 
@@ -48,7 +41,7 @@ def test_probes_are_counted(tmp_path: Path) -> None:
         for _ in range(3):
             model(ids)
     counts = recorder.totals().load
-    for layer, passes in given.sets.items():
+    for layer, passes in given.items():
         expected = np.bincount([e for rows in passes for row in rows for e in row], minlength=8)
         assert (counts[layer] == expected).all()
     assert sum(map(sum, counts)) == 3 * T * 4 * 2
@@ -58,10 +51,7 @@ def test_probes_are_counted(tmp_path: Path) -> None:
 def test_compiled_probes_break_no_graph(tmp_path: Path, compiled: str) -> None:
     """They record, set before the recorder and after."""
     model, ids = Tiny(), own.tokens()
-    plain = Tiny()
-    with moe_inspect.record(plain, tmp_path / "plain"):
-        for _ in range(3):
-            plain(ids)
+    own.record_once(Tiny(), tmp_path / "plain", 3)
     fed = model
     if compiled == "model":
         fed = torch.compile(model, backend="eager", fullgraph=True)
@@ -69,9 +59,7 @@ def test_compiled_probes_break_no_graph(tmp_path: Path, compiled: str) -> None:
         for block in model.blocks:
             block.compile(backend="eager", fullgraph=True)
     fed(ids)
-    with moe_inspect.record(fed, tmp_path / "t"):
-        for _ in range(3):
-            fed(ids)
+    own.record_once(fed, tmp_path / "t", 3)
     eager, traced = (own.path_of(tmp_path / name) for name in ("plain", "t"))
     for layer in range(2):
         assert own.recorded(traced, layer) == own.recorded(eager, layer)
@@ -125,11 +113,10 @@ def test_pieces_are_refused_where_their_shape_does_not_tell_their_rows(
         for i, w in zip(pieces(ids), pieces(weights), strict=True):
             moe_inspect.probe(i, w, layer=0, experts=8)
 
+    with pytest.raises(MoeInspectError, match=refused) if refused else nullcontext():
+        own.record_once(Probing(probing), tmp_path / "t")
     if refused:
-        with pytest.raises(MoeInspectError, match=refused):
-            own.record_once(Probing(probing), tmp_path / "t")
         return
-    own.record_once(Probing(probing), tmp_path / "t")
     found = own.recorded(own.path_of(tmp_path / "t"), 0)[:T]
     assert found == [frozenset(row) for row in ids.flatten(0, 1).tolist()]
 
@@ -138,9 +125,7 @@ def test_logits_of_a_probe_are_recorded(tmp_path: Path) -> None:
     logits = torch.randn(T, 4)
     values, ids = logits.softmax(1).topk(2)
     model = Probing(lambda n: moe_inspect.probe(ids, values, layer=5, logits=logits))
-    with moe_inspect.record(model, tmp_path / "t", logits=True):
-        for _ in range(2):
-            model(own.tokens())
+    own.record_twice(model, tmp_path / "t", logits=True)
     found = own.path_of(tmp_path / "t").logits(layer=5)
     shown = np.stack(found["logits"].to_list())
     assert np.abs(shown - logits.repeat(2, 1).numpy()).max() < 2**-8
@@ -148,9 +133,7 @@ def test_logits_of_a_probe_are_recorded(tmp_path: Path) -> None:
 
 
 def test_only_some_layers_are_recorded(tmp_path: Path) -> None:
-    model = own.gpt()
-    with moe_inspect.record(model, tmp_path / "t", layers=[1, 3]):
-        model(own.tokens())
+    own.record_once(own.gpt(), tmp_path / "t", layers=[1, 3])
     assert [r.layer for r in own.path_of(tmp_path / "t").routers] == [1, 3]
 
 
@@ -195,3 +178,149 @@ class Probing(nn.Module):
         self.probing(self.passes)
         self.passes += 1
         return idx * self.weight
+
+
+# --- what a forward is fed
+
+
+def test_tokens_are_found_under_any_name() -> None:
+    ids = own.tokens()
+    hidden = torch.randn(S, B, 8)
+    for names, args, kwargs in (
+        (["tokens"], (ids,), {}),
+        (["x", "idx"], (hidden,), {"idx": ids}),
+        (["h", "other"], (hidden, ids), {}),
+        ([], (ids,), {}),
+    ):
+        assert by_name(names, False)(args, kwargs)["input_ids"] is ids
+    stage = by_name(["hidden"], True)((hidden,), {})
+    assert stage["input_ids"] is None
+    assert stage["inputs_embeds"].shape == (B, S, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"src": own.tokens(), "out": own.tokens()}, r"src and out, integers \[3, 16\], may both"),
+        ({"input_ids": own.tokens(), "decoder_input_ids": own.tokens()}, "input_ids and decoder_"),
+        ({"idx": own.tokens(), "tgt": own.tokens()}, "idx and tgt"),
+        ({"t": torch.zeros(3).long(), "label": torch.zeros(3).long()}, "t and label"),
+        (
+            {"image": torch.zeros(3, 4, 8, 8), "t": torch.zeros(3).long()},
+            r"t, integers \[3\], may be a number for each sample of image \[3, 4, 8, 8\]",
+        ),
+    ],
+)
+def test_what_may_be_token_ids_as_well_is_refused(given: Any, match: str) -> None:
+    """Timesteps, classes, and what an encoder and a decoder are fed."""
+    with pytest.raises(MoeInspectError, match=match) as error:
+        by_name([*given], False)((), given)
+    assert r"inputs=…" in str(error.value)
+
+
+def test_what_cannot_be_token_ids_is_not_asked_about() -> None:
+    ids, one = own.tokens(), own.tokens(1)
+    for given, expected in (
+        ({"idx": ids, "kinds": ids}, ids),  # its name says it
+        ({"x": ids, "targets": ids, "mask": ids, "token_type_ids": ids}, ids),
+        ({"at": one[0], "x": one}, one),  # a row of positions
+        ({"x": ids, "lengths": ids[:, 0]}, ids),
+    ):
+        assert by_name([*given], False)((), given)["input_ids"] is expected
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self, probes: bool) -> None:
+        super().__init__()
+        self.encoder, self.decoder = own.gpt(probes), own.gpt(probes)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.encoder(source).mean() + self.decoder(target)
+
+
+def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) -> None:
+    """Of equal lengths: the decoder's choices would be filed under the encoder's tokens."""
+    source, target = own.tokens(), own.tokens(seed=1)
+
+    def record(probes: bool, match: str, **options: Any) -> None:
+        model = EncoderDecoder(probes)
+        refused = pytest.raises(MoeInspectError, match=match)
+        with refused, moe_inspect.record(model, tmp_path / "t", **options):
+            model(source, target)
+
+    def of(stack: str) -> list[moe_inspect.RouterSpec]:
+        return [spec(module=f"{stack}.blocks.*.experts")]
+
+    fed: dict[str, Any] = {"inputs": lambda args, kwargs: {"input_ids": args[1]}}
+    asked = "what its routers are fed"
+    record(False, r"encoder\.blocks\.0\.experts and decoder\..* are both", routers=of("*"))
+    record(False, rf"decoder\.blocks\.0\.experts: .* {asked}", routers=of("decoder"))
+    for options in ({}, {"discover": True}):
+        record(not options, f"an encoder and a decoder: .* {asked}", **options)
+    record(True, r"probe\(layer=0\) showed each token 2 times", **fed)
+    record(False, r"encoder\.blocks\.0\.experts and decoder\.", discover=True, **fed)
+    model = EncoderDecoder(False)
+    recorder = moe_inspect.record(model, tmp_path / "u", routers=of("decoder"), **fed)
+    with own.watched(model.decoder) as given, recorder:
+        model(source, target)
+    trace = own.path_of(tmp_path / "u")
+    assert own.same(trace, given) == 4 * T
+    assert trace.tokens()["token_id"].tolist() == target.flatten().tolist()
+
+
+def test_packed_documents_begin_at_position_0(tmp_path: Path) -> None:
+    ids = own.tokens()
+    positions = torch.cat([torch.arange(6), torch.arange(10)]).expand(B, S)
+    for given in (
+        {"positions": positions},
+        {"input_pos": positions[0]},
+        {"doc_lens": torch.tensor([[6, 10, 0]] * B)},
+        {"doc_lens": torch.tensor([6, 10])},
+        {"cu_seqlens": torch.tensor([n for b in range(B) for n in (16 * b, 16 * b + 6)] + [T])},
+    ):
+        found = by_name(["tokens"], False)((ids,), given)["position_ids"]
+        assert torch.equal(found.expand(B, S), positions), given
+    packed = by_name(["tokens"], False)((ids.flatten(),), {"cu_seqlens": torch.tensor([0, 20, T])})
+    assert packed["input_ids"].shape == (1, T)
+    fed = {"input_ids": ids, "position_ids": positions, "documents": ["a", "b", "c"]}
+    own.record_once(own.gpt(), tmp_path / "t", inputs=lambda args, kwargs: fed)
+    assert len(own.path_of(tmp_path / "t").documents()) == B  # one a label, whatever is packed
+
+
+def test_masks_of_other_shapes_are_no_padding() -> None:
+    """Megatron's attention mask is True where a position is masked."""
+    ids = own.tokens()
+    causal = torch.ones(S, S).tril().logical_not()[None, None].expand(B, 1, S, S)
+    read = by_name(["tokens", "position_ids", "attention_mask"], True)
+    assert read((ids, None, causal), {})["attention_mask"] is None
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[1, 10:] = True
+    found = read((ids, None, causal), {"padding_mask": padding})["attention_mask"]
+    assert torch.equal(found, ~padding)
+    assert read((ids,), {"attention_mask": padding})["attention_mask"] is padding
+    square = own.tokens(S, S)
+    with pytest.raises(MoeInspectError, match="cannot tell padding from a causal mask"):
+        read((square,), {"attention_mask": torch.ones(S, S)})
+
+
+def test_padding_is_left_out(tmp_path: Path) -> None:
+    model, ids = own.gpt(), own.tokens()
+    real = torch.ones(B, S, dtype=torch.bool)
+    real[1, 10:] = False
+    fed = {"input_ids": ids, "attention_mask": real}
+    kept = real.flatten().nonzero()[:, 0].tolist()
+    own.exact(model, tmp_path / "t", 2, order=kept, inputs=lambda args, kwargs: fed)
+    for wrong, match in ((3, "must return a dict"), ({"tokens": ids}, "returned 'tokens'")):
+        with pytest.raises(MoeInspectError, match=match):
+            own.record_once(model, tmp_path / "u", inputs=lambda args, kwargs, wrong=wrong: wrong)
+
+
+def test_a_config_of_any_kind_or_none_is_fine(tmp_path: Path) -> None:
+    class Slots:
+        __slots__ = ("width",)
+
+    for n, config in enumerate(({"width": 64}, Slots(), None, nn.Linear(2, 2))):
+        model = own.gpt()
+        model.config = config
+        own.record_once(model, tmp_path / str(n))
+        assert own.path_of(tmp_path / str(n)).n_tokens == T

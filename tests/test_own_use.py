@@ -37,16 +37,9 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("how", ["probe", "spec", "discover"])
 def test_a_wrapped_model_is_recorded(tmp_path: Path, how: str) -> None:
-    model, ids = own.gpt(probes=how == "probe"), own.tokens()
+    model = own.gpt(probes=how == "probe")
     options: dict[str, Any] = {"spec": {"routers": [spec()]}, "discover": {"discover": True}}
-    wrapped = Wrapper(model)
-    with (
-        own.watched(model) as given,
-        moe_inspect.record(wrapped, tmp_path / "t", **options.get(how, {})),
-    ):
-        for _ in range(2):
-            wrapped(ids).sum().backward()
-    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 2 * T
+    own.exact(model, tmp_path / "t", 2, Wrapper(model), **options.get(how, {}))
 
 
 def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
@@ -59,19 +52,15 @@ def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
     """It keeps its loss in an attribute, say. What raises is told from it, also while another
     exception is handled."""
 
-    class Silent(nn.Module):
+    class Silent(Wrapper):
         fails = False
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.gpt = own.gpt()
-
         def forward(self, idx: Tensor) -> None:
-            self.loss = self.gpt(idx).sum()
+            self.loss = self.module(idx).sum()
             if self.fails:
                 raise ArithmeticError
 
-    model = Silent()
+    model = Silent(own.gpt())
     with moe_inspect.record(model, tmp_path / "t") as recorder:
         model(own.tokens())
         try:
@@ -105,7 +94,7 @@ def test_a_pass_that_failed_is_over(tmp_path: Path, options: Any) -> None:
         other(own.tokens())
         torch.randn(3, 8).topk(2)
         model(own.tokens())
-    for passes in given.sets.values():
+    for passes in given.values():
         del passes[1]
     assert own.same(own.path_of(tmp_path / "t"), given) == 4 * 2 * T
 
@@ -113,27 +102,21 @@ def test_a_pass_that_failed_is_over(tmp_path: Path, options: Any) -> None:
 def test_a_model_in_another_thread_is_another(tmp_path: Path) -> None:
     """Its probes are called while the pass of this one runs."""
     model, other = own.gpt(), own.gpt()
-    blocks = list(model.blocks)
     thread = threading.Thread(target=other, args=(own.tokens(5, 7),))
 
     def run_other(*_: Any) -> None:
-        if not thread.ident:
-            thread.start()
-            thread.join()
+        thread.start()
+        thread.join()
 
-    blocks[1].register_forward_pre_hook(run_other)
-    with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t"):
-        model(own.tokens())
-    assert not thread.is_alive()
-    assert own.same(own.path_of(tmp_path / "t"), given) == 4 * T
+    model.blocks[1].register_forward_pre_hook(run_other)
+    own.exact(model, tmp_path / "t")
+    assert thread.ident
 
 
 def test_two_models_of_one_layer_number_are_told_apart_by_their_experts(tmp_path: Path) -> None:
-    chosen = torch.zeros(T, 1).long(), torch.ones(T, 1)
-
     def both(n: int) -> None:
         for experts in (2, 3):
-            moe_inspect.probe(*chosen, layer=0, experts=experts)
+            moe_inspect.probe(torch.zeros(T, 1).long(), torch.ones(T, 1), layer=0, experts=experts)
 
     with pytest.raises(MoeInspectError, match="called with experts=3 and with 2"):
         record_once(Probing(both), tmp_path / "t")
@@ -197,10 +180,8 @@ def test_a_tokenizer_that_fails_says_on_what() -> None:
 
     strict = as_tokenizer(Strict())
     assert strict("ab")["input_ids"] == [97, 98]
-    with pytest.raises(
-        MoeInspectError,
-        match=r"\(Strict\) failed on the text 'a<\|b\|>': ValueError: disallowed special token$",
-    ):
+    said = r"\(Strict\) failed on the text 'a<\|b\|>': ValueError: disallowed special token$"
+    with pytest.raises(MoeInspectError, match=said):
         strict("a<|b|>")
 
     class Tiktoken(Strict):
@@ -228,17 +209,15 @@ def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
 
 
 def test_routers_that_are_none_are_named_by_the_cli(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text("import moe_inspect\nROUTERS = 3\nNAMES = ['a']\n")
+    (tmp_path / "mine.py").write_text("import moe_inspect\nROUTERS = 3\nNAMES = ['a']\n")
+    torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
     for name, match in (
         ("ROUTERS", "mine.py:ROUTERS is a int, not a RouterSpec or a list of them"),
         ("NAMES", "routers takes RouterSpecs, not str"),
     ):
-        command = ["trace", "--loader", f"{own.EXAMPLE}:load", "--routers", f"{file}:{name}"]
-        torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
-        arguments = [*command, str(tmp_path / "model.pt"), "-o", str(tmp_path / name)]
-        result = CliRunner().invoke(app, arguments)
-        assert isinstance(result.exception, MoeInspectError | SystemExit)
+        given = ["--loader", f"{own.EXAMPLE}:load", "--routers", f"{tmp_path}/mine.py:{name}"]
+        command = ["trace", *given, f"{tmp_path}/model.pt", "-o", f"{tmp_path}/t"]
+        result = CliRunner().invoke(app, command)
         assert match in f"{result.output} {result.exception}"
 
 

@@ -13,8 +13,7 @@ from moe_inspect import MoeInspectError
 from moe_inspect.analysis.scores import lowest
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.interventions.ablation import ablate_held_out
-from moe_inspect.interventions.held_out import HeldOut, open_held_out
+from moe_inspect.interventions.ablation import HeldOut, ablate_held_out, open_held_out
 from moe_inspect.interventions.pruning.measure import measure, of_overlap
 from moe_inspect.interventions.pruning.run import (
     Choice,
@@ -32,13 +31,8 @@ from tests.damage import edit_manifest
 
 def trace_of(path: Path, *domains: str) -> Trace:
     """The bundled model on the bundled texts of these domains."""
-    return moe_inspect.trace_model(
-        "demo",
-        path,
-        data=[f"{d}={CORPUS_DIR / d}" for d in domains],
-        output_norms=True,
-        output_peaks=True,
-    )
+    data = [f"{d}={CORPUS_DIR / d}" for d in domains]
+    return moe_inspect.trace_model("demo", path, data=data, output_norms=True, output_peaks=True)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +72,9 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
     assert "in c, german, russian" in said(done, "random")
     assert "lacks c, german, russian" in said(done, "coverage")
     assert not said(done, "overlap")
-    assert {layer: len(experts) for layer, experts in done.dropped.items()} == dict.fromkeys(
-        range(4), 2
-    )
-    same = prune_held_out(
-        of_domains(held_out, "english", "metamath", "python"),
-        three,
-        Choice(by="reap", keep=0.75, draws=2),
-    )
+    assert {n: len(of) for n, of in done.dropped.items()} == dict.fromkeys(range(4), 2)
+    calibrated = of_domains(held_out, "english", "metamath", "python")
+    same = prune_held_out(calibrated, three, Choice(by="reap", keep=0.75, draws=2))
     assert not said(same, "random")
     assert not said(same, "coverage")
     assert "30 of 30 held-out documents are in the calibration trace" in said(same, "overlap")
@@ -93,14 +82,8 @@ def test_what_was_not_calibrated_on_may_be_judged_no_better_than_at_random(
 
 def test_scores_are_those_of_the_report_and_the_least_go(few: HeldOut, three: Trace) -> None:
     table = moe_inspect.report(three).tables["worth"]
-    columns = {
-        "reap": "reap",
-        "ean": "ean_sum",
-        "mean-norm": "mean_norm",
-        "gate": "gate_sum",
-        "frequency": "assignments",
-    }
-    for by, column in columns.items():
+    columns = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm", "gate": "gate_sum"}
+    for by, column in {**columns, "frequency": "assignments"}.items():
         done = prune_held_out(few, three, Choice(by=by, keep=0.75, draws=1))
         assert np.allclose(done.scores.score, table[column]), by
         for layer, gone in done.dropped.items():
@@ -109,11 +92,9 @@ def test_scores_are_those_of_the_report_and_the_least_go(few: HeldOut, three: Tr
 
 
 def test_a_loss_is_that_of_the_model_without_the_experts(few: HeldOut) -> None:
-    losses = measure(
-        few, {"one": [[[], [3], [], []]], "two": [[[], [], [2], []], [[], [], [5], []]]}
-    )
+    plans = {"one": [[[], [3], [], []]], "two": [[[], [], [2], []], [[], [], [5], []]]}
+    table = measure(few, plans).table()
     alone = ablate_held_out(few, [(1, 3), (2, 2), (2, 5)]).experts
-    table = losses.table()
     of_all = table[table.domain == "(all)"].set_index("plan")
     assert of_all.loss["whole"] == pytest.approx(alone.loss[0], abs=1e-9)
     assert of_all.loss["one"] == pytest.approx(alone.loss_without[0], abs=1e-9)
@@ -200,20 +181,22 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     wide = zoo.build("deepseek_v3", n_routed_experts=16)
     check(wide, find_routers(wide), 0.75, 3)
 
-    with pytest.raises(MoeInspectError, match="recorded with different weights"):
-        check_trace(three, replace(held_out, record={**held_out.record, "weights_hash": "another"}))
-    other = moe_inspect.trace_model("demo", tmp_path / "u", max_tokens=50, random_init=0)
-    with pytest.raises(MoeInspectError, match="of a different model than demo, of random weights"):
-        check_trace(other, held_out)
-    half = moe_inspect.trace_model("demo", tmp_path / "h", max_tokens=50, dtype="float32")
+    def of_another(match: str, trace: Trace, held_out: HeldOut = held_out) -> None:
+        with pytest.raises(MoeInspectError, match=match):
+            check_trace(trace, held_out)
+
+    def traced(name: str, **options: object) -> Trace:
+        return moe_inspect.trace_model("demo", tmp_path / name, max_tokens=50, **options)
+
+    changed = replace(held_out, record={**held_out.record, "weights_hash": "another"})
+    of_another("recorded with different weights", three, changed)
+    of_another("of a different model than demo, of random weights", traced("u", random_init=0))
+    half = traced("h", dtype="float32")
     assert check_trace(half, held_out) == [0, 1, 2, 3], "the same model, run otherwise"
-    part = moe_inspect.trace_model("demo", tmp_path / "p", max_tokens=50, layers=[0, 1])
-    with pytest.raises(MoeInspectError, match="has no routers in layer 2"):
-        check_trace(part, held_out)
+    part = traced("p", layers=[0, 1])
+    of_another("has no routers in layer 2", part)
     model = part.manifest["model"]
     model["config"]["hidden_size"] = 64
     edit_manifest(tmp_path / "p", model=model)
-    with pytest.raises(
-        MoeInspectError, match=r"its config has a different hidden_size \(64, not 128\)"
-    ):
-        check_trace(moe_inspect.open_trace(tmp_path / "p"), held_out)
+    said = r"its config has a different hidden_size \(64, not 128\)"
+    of_another(said, moe_inspect.open_trace(tmp_path / "p"))

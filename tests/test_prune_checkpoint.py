@@ -28,10 +28,11 @@ from moe_inspect.model.find import find_routers
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked
 from tests import zoo
 from tests.conftest import Cli
-from tests.test_intervene_odd import with_experts
+from tests.test_intervene import with_experts
 
 # sixteen experts, so that twelve are left in DeepSeek's four groups
 WIDE = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 16)
+DROP = {layer: [0, 5] for layer in (1, 3)}
 # the difference of a router's softmax over fewer experts
 ROUNDING = 2e-5
 LOAD = """
@@ -53,6 +54,12 @@ def saved(family: str, path: Path) -> Any:
     return model
 
 
+def written(source: Path, output: Path, drop: Any, beyond: int = 0) -> dict[str, Any]:
+    """A pruned checkpoint, and its config."""
+    checkpoint.write(source, output, Pruned(drop, 16, beyond), lambda draft: {})
+    return json.loads((output / "config.json").read_text())
+
+
 def dropped(model: Any) -> dict[int, list[int]]:
     sites = find_routers(model)
     groups, _, _ = groups_of(model.config.to_dict())
@@ -64,8 +71,7 @@ def test_checkpoints_load_in_a_fresh_process_and_give_what_dropping_gives(tmp_pa
     families = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "granitemoe"]
     # matrices of all experts in one; logits of shared experts, of identity experts, of skipping
     families += ["dbrx", "inkling", "longcat_flash", "zaya"]
-    expected, whole = {}, {}
-    ids = torch.arange(2, 32).reshape(2, 15)
+    expected, whole, ids = {}, {}, torch.arange(2, 32).reshape(2, 15)
     for family in families:
         model = with_experts(family, 16)
         for name, buffer in model.named_buffers():
@@ -75,18 +81,14 @@ def test_checkpoints_load_in_a_fresh_process_and_give_what_dropping_gives(tmp_pa
         model.save_pretrained(tmp_path / family)
         drop = dropped(model)
         path = tmp_path / f"{family}-pruned"
-        pruned = Pruned(drop, 16, beyond(find_routers(model)[0].logits_module))
-        checkpoint.write(tmp_path / family, path, pruned, lambda draft: {})
+        written(tmp_path / family, path, drop, beyond(find_routers(model)[0].logits_module))
         with torch.no_grad():
             whole[family] = model(ids).logits
             with intervene(model, drop=drop):
                 expected[family] = model(ids).logits
     paths = [str(tmp_path / f"{family}-pruned") for family in families]
-    subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "logits", *paths],
-        check=True,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
+    command = [sys.executable, "-c", LOAD, tmp_path / "logits", *paths]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
     found = torch.load(tmp_path / "logits")
     for family, path in zip(families, paths, strict=True):
         assert (found[path] - expected[family]).abs().max() <= ROUNDING, family
@@ -109,9 +111,8 @@ def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here
     assert record["losses"] == rows
     assert (record["experts"], record["experts_kept"], record["by"]) == (8, 6, "reap")
     assert json.loads((tmp_path / "pruned/config.json").read_text())["num_local_experts"] == 6
-    assert {f.name for f in MODEL_DIR.iterdir()} == {
-        f.name for f in (tmp_path / "pruned").iterdir() if f.name != "pruning.json"
-    }
+    made = {f.name for f in (tmp_path / "pruned").iterdir()}
+    assert made == {"pruning.json", *(f.name for f in MODEL_DIR.iterdir())}
     # what is kept is the same to the bit, in bf16
     before, after = (load_file(p / "model.safetensors") for p in (MODEL_DIR, tmp_path / "pruned"))
     for layer in range(4):
@@ -194,8 +195,7 @@ def test_a_file_at_a_time_and_blocks_beyond_the_last(
     copied = {name: tensor.clone() for name, tensor in extra.items()}
     save_file({**weights, **copied}, tmp_path / "a/model.safetensors")
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100_000)
-    drop = {layer: [0, 5] for layer in (1, 3)}
-    checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+    made = written(tmp_path / "a", tmp_path / "b", DROP)
     index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
     files = sorted(f.name for f in (tmp_path / "b").glob("*.safetensors"))
     assert len(files) > 2
@@ -208,7 +208,6 @@ def test_a_file_at_a_time_and_blocks_beyond_the_last(
             size += sum(opened.get_tensor(n).numel() * 4 for n in names)
     assert index["metadata"]["total_size"] == size
     assert not any("layers.4." in name for name in index["weight_map"])
-    made = json.loads((tmp_path / "b/config.json").read_text())
     assert made["num_nextn_predict_layers"] == 0
     # and from there, once more
     again = Pruned({layer: [1] for layer in (1, 3)}, 14)
@@ -230,20 +229,18 @@ def test_only_the_model_that_was_traced_is_pruned(tmp_path: Path) -> None:
     save_file(weights | talker | mtp, file, metadata={"format": "pt"})
     stated = {"mtp_num_hidden_layers": 1, "num_mtp_layers": 1}
     config.write_text(json.dumps(json.loads(config.read_text()) | stated))
-    drop = {layer: [0, 5] for layer in (1, 3)}
-    checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+    made = written(tmp_path / "a", tmp_path / "b", DROP)
     found = load_file(tmp_path / "b/model.safetensors")
     assert not [name for name in found if "mtp" in name]
     assert {name for name in found if "talker" in name} == set(talker)
     assert all(torch.equal(found[name], tensor) for name, tensor in talker.items())
     assert len(found["model.layers.1.mlp.gate.weight"]) == 14
-    made = json.loads((tmp_path / "b/config.json").read_text())
     assert {name: made[name] for name in stated} == dict.fromkeys(stated, 0)
 
     two = {f"talker.{name}": tensor.clone() for name, tensor in weights.items()}
     save_file(weights | two, file, metadata={"format": "pt"})
     with pytest.raises(MoeInspectError, match=r"model\.layers and talker\.model\.layers of"):
-        checkpoint.write(tmp_path / "a", tmp_path / "c", Pruned(drop, 16), lambda draft: {})
+        written(tmp_path / "a", tmp_path / "c", DROP)
 
 
 def test_the_weights_that_transformers_loads(tmp_path: Path) -> None:
@@ -259,8 +256,7 @@ def test_the_weights_that_transformers_loads(tmp_path: Path) -> None:
     (tmp_path / "a" / checkpoint.TEMPLATES / "tools.jinja").write_text("{{ tools }}")
     loaded = type(model).from_pretrained(tmp_path / "a")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight), "control: the new ones"
-    pruned = Pruned(dropped(model), 16)
-    checkpoint.write(tmp_path / "a", tmp_path / "b", pruned, lambda draft: {})
+    written(tmp_path / "a", tmp_path / "b", dropped(model))
     made = type(model).from_pretrained(tmp_path / "b")
     assert torch.equal(made.lm_head.weight, model.lm_head.weight)
     assert (tmp_path / "b" / checkpoint.TEMPLATES / "tools.jinja").read_text() == "{{ tools }}"
@@ -279,21 +275,19 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path) -> None:
     with pytest.raises(MoeInspectError, match=r"does not state the number of experts \(12\)"):
         checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 12), lambda draft: {})
     with pytest.raises(MoeInspectError, match="are known by name in layer 7"):
-        checkpoint.write(
-            tmp_path / "a", tmp_path / "b", Pruned({**drop, 7: [0, 1, 2, 3]}, 16), lambda draft: {}
-        )
+        written(tmp_path / "a", tmp_path / "b", {**drop, 7: [0, 1, 2, 3]})
     # safetensors raises an error of its own for a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(MoeInspectError, match=r"^cannot write \S+/b: File too large \(os"):
-            checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+            written(tmp_path / "a", tmp_path / "b", drop)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     weights = (tmp_path / "a/model.safetensors").read_bytes()
     (tmp_path / "a/model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(MoeInspectError, match=r"^cannot read \S+/a/model\.safetensors: "):
-        checkpoint.write(tmp_path / "a", tmp_path / "b", Pruned(drop, 16), lambda draft: {})
+        written(tmp_path / "a", tmp_path / "b", drop)
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
     config = json.loads((tmp_path / "a/config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}

@@ -53,9 +53,8 @@ def test_an_sglang_payload_is_raw_int32():
     ids_TBK = layered(5, 4, 8, 2).astype(np.int32)
     text = coded(ids_TBK.tobytes())
     assert np.array_equal(routed.decode_sglang(text, 4, 2, "here"), ids_TBK)
-    with pytest.raises(
-        MoeInspectError, match="here is 160 bytes: no whole number of tokens of 7 layers"
-    ):
+    said = "here is 160 bytes: no whole number of tokens of 7 layers"
+    with pytest.raises(MoeInspectError, match=said):
         routed.decode_sglang(text, 7, 2, "here")
 
 
@@ -87,30 +86,29 @@ def test_a_router_gets_its_block_and_what_is_no_decision_is_refused():
     one, three = routed.select_routers(ids_TBK, routers, 4, "f")
     assert np.array_equal(one, ids_TBK[:, 1])
     assert np.array_equal(three, ids_TBK[:, 3])
-    with pytest.raises(
-        MoeInspectError,
-        match=r"layer 0: token 0 goes to one expert twice \(\[0, 0\]\); a dense layer",
+    beyond = ids_TBK.copy()
+    beyond[7, 3, 1] = 8
+    dense, twice = (
+        [Router(0, "experts", "", 8, 2)],
+        r"goes to one expert twice \(\[0, 0\]\); a dense",
+    )
+    for shown, of, number, match in (
+        (ids_TBK, dense, 4, rf"layer 0: token 0 goes {twice} layer"),
+        (ids_TBK, routers, 5, "f has 4 layers, the model's config 5"),
+        (beyond, routers, 4, "f, layer 3: token 7 goes to expert 8 of 8"),
     ):
-        routed.select_routers(ids_TBK, [Router(0, "experts", "", 8, 2)], 4, "f")
-    with pytest.raises(MoeInspectError, match="f has 4 layers, the model's config 5"):
-        routed.select_routers(ids_TBK, routers, 5, "f")
-    ids_TBK[7, 3, 1] = 8
-    with pytest.raises(MoeInspectError, match="f, layer 3: token 7 goes to expert 8 of 8"):
-        routed.select_routers(ids_TBK, routers, 4, "f")
+        with pytest.raises(MoeInspectError, match=match):
+            routed.select_routers(shown, of, number, "f")
 
 
 @pytest.mark.parametrize(
     ("E", "dtype"), [(8, np.uint8), (255, np.uint8), (256, np.uint16), (300, np.uint16)]
 )
 def test_minus_one_is_nowhere(E: int, dtype: type):
-    ids = routed.checked_ids(
-        np.array([[0, 1, -1], [E - 1, -1, -1]], np.int32), Router(0, "", "", E, 3), "f"
-    )
+    shown, nowhere = np.array([[0, 1, -1], [E - 1, -1, -1]], np.int32), np.iinfo(dtype).max
+    ids = routed.checked_ids(shown, Router(0, "", "", E, 3), "f")
     assert ids.dtype == dtype
-    assert ids.tolist() == [
-        [0, 1, np.iinfo(dtype).max],
-        [E - 1, np.iinfo(dtype).max, np.iinfo(dtype).max],
-    ]
+    assert ids.tolist() == [[0, 1, nowhere], [E - 1, nowhere, nowhere]]
     assert routed.checked_ids(np.array([[2, 1, -1]]), Router(0, "", "", E, 2), "f").shape == (1, 2)
 
 
@@ -123,16 +121,13 @@ def test_repeats_are_found_wherever_they_are(k: int):
     assert not routed.repeats(np.array([[-1] * k])).any()
 
 
-def test_no_token_is_no_padding():
-    assert routed.unrouted_ends(np.zeros((0, 3, 2), np.int32)) == (0, 0)
-
-
 def test_the_longest_run_of_identical_rows():
     ids_TBK = layered(30, 2, 64, 4)
     assert routed.identical_run(ids_TBK) == 1
     ids_TBK[10:17] = ids_TBK[10]
     assert routed.identical_run(ids_TBK) == 7
     assert routed.identical_run(ids_TBK[:0]) == 0
+    assert routed.unrouted_ends(ids_TBK[:0].astype(np.int32)) == (0, 0)
 
 
 # --- config.json
@@ -177,10 +172,7 @@ def test_a_config_says_which_blocks_route(config: dict, layers: list[int]):
         ({"num_hidden_layers": 2, "num_experts": 8}, "lacks num_experts_per_tok"),
         (blocks(10**9), "num_hidden_layers is 1000000000"),
         (blocks(2, num_experts="8"), "num_experts is '8'"),
-        (
-            blocks(2, num_experts=2, num_experts_per_tok=3),
-            "3 experts per token, but only 2 experts",
-        ),
+        (blocks(2, num_experts=2, num_experts_per_tok=3), "3 experts per token, but only 2 exp"),
         (blocks(2, moe_layer_freq=[1]), "moe_layer_freq is '.1.'"),
         (blocks(2, decoder_sparse_step=0.5), "decoder_sparse_step is"),
         (blocks(2, first_k_dense_replace=2), "dense model"),
@@ -194,21 +186,18 @@ def test_a_config_that_says_nothing_of_use_is_named(config: dict, said: str):
 def test_configs_are_read_from_where_they_are(tmp_path: Path):
     deepseek = read_facts(ROOT / "docs/configs/deepseek-v3.json")
     assert sorted(deepseek.experts) == list(range(3, 61))
-    assert (deepseek.layers, deepseek.experts[3], deepseek.top_k[3], deepseek.shared_experts) == (
-        61,
-        256,
-        8,
-        1,
-    )
-    assert sorted(read_facts("demo").experts) == [0, 1, 2, 3]
-    assert sorted(read_facts(ROOT / "sample_traces/balanced").experts) == [0, 1, 2, 3]
-    with pytest.raises(MoeInspectError, match=r"no config at nowhere\.json"):
-        read_facts("nowhere.json")
-    with pytest.raises(MoeInspectError, match=r"dense|lacks"):
-        read_facts(ROOT / "docs/configs/llama-2-7b.json")
+    sizes = deepseek.layers, deepseek.experts[3], deepseek.top_k[3], deepseek.shared_experts
+    assert sizes == (61, 256, 8, 1)
+    for path in ("demo", ROOT / "sample_traces/balanced"):
+        assert sorted(read_facts(path).experts) == [0, 1, 2, 3]
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(MoeInspectError, match="not a model's config"):
-        read_facts(tmp_path)
+    for path, match in (
+        ("nowhere.json", r"no config at nowhere\.json"),
+        (ROOT / "docs/configs/llama-2-7b.json", r"dense|lacks"),
+        (tmp_path, "not a model's config"),
+    ):
+        with pytest.raises(MoeInspectError, match=match):
+            read_facts(path)
 
 
 def test_the_vocabulary_is_the_tokenizers_own():
@@ -216,9 +205,8 @@ def test_the_vocabulary_is_the_tokenizers_own():
 
     ours = read_facts("demo").vocabulary()
     assert ours is not None
-    pd.testing.assert_frame_equal(
-        ours.to_pandas(), pd.read_parquet(ROOT / "sample_traces/balanced/vocabulary.parquet")
-    )
+    theirs = pd.read_parquet(ROOT / "sample_traces/balanced/vocabulary.parquet")
+    pd.testing.assert_frame_equal(ours.to_pandas(), theirs)
 
 
 def test_a_config_alone_says_what_the_built_model_has():
@@ -229,9 +217,7 @@ def test_a_config_alone_says_what_the_built_model_has():
     from tests import zoo
 
     compared = 0
-    for family in zoo.FAMILIES:
-        if family in zoo.WHY_NOT:
-            continue
+    for family in set(zoo.FAMILIES) - set(zoo.WHY_NOT):
         with torch.device("meta"):
             model = zoo.model_class(family)._from_config(zoo.config(family))
         try:

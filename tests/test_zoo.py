@@ -8,7 +8,8 @@ import json
 import re
 import tempfile
 import warnings
-from functools import cache
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,7 @@ LENGTHS = [9, 5, 12]
 # what these do with the router's choice cannot be told from outside by disturbing an expert
 UNDISTURBED = {
     "doge": "an expert is a row of an embedding: see below",
-    "inkling2_loop": (
-        "a layer runs twice, and disturbed in its first run it routes otherwise in its second: "
-        "see below"
-    ),
+    "inkling2_loop": "a layer disturbed in its first run routes otherwise in its second: see below",
 }
 
 
@@ -86,25 +84,18 @@ def disturbed(model: Any, site: Site, inputs: dict[str, torch.Tensor]) -> np.nda
     last = last_matrices(owner, site.experts)
     seen: dict[str, list[torch.Tensor]] = {"block": [], "layer": []}
 
-    def watch(name: str) -> Any:
-        def hook(module: Any, args: Any, out: Any) -> None:
-            seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
+    def watch(name: str, module: Any, args: Any, out: Any) -> None:
+        seen[name].append((out[0] if isinstance(out, tuple) else out).reshape(T, -1))
 
-        return hook
-
-    watched = {"block": parent, "layer": model.get_submodule(inside[0])}
-    hooks = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
-    try:
-        with torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in (("block", parent), ("layer", model.get_submodule(inside[0]))):
+            hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
+        model(**inputs)
+        for e in range(site.experts):
+            kept = last[e].clone()
+            last[e] *= -3
             model(**inputs)
-            for e in range(site.experts):
-                kept = last[e].clone()
-                last[e] *= -3
-                model(**inputs)
-                last[e].copy_(kept)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            last[e].copy_(kept)
     outputs = seen["block"] or seen["layer"]
     return np.stack([(x != outputs[0]).any(-1).numpy() for x in outputs[1:]], 1)
 
@@ -116,32 +107,22 @@ def handed_over(
     expert; None where a router's own output was read."""
     received: dict[int, np.ndarray] = {}
 
-    def watch(r: int, forward: Any) -> Any:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
-            ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
-            if ids is not None:
-                fits = (t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape)
-                nowhere = (ids < 0) | (ids >= sites[r].experts)
-                received[r] = next(fits).float().masked_fill(nowhere, -torch.inf).numpy()
-            return forward(*args, **kwargs)
+    def watched(r: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)][1:]
+        ids = next((t for t in tensors if not t.dtype.is_floating_point and t.dim() == 2), None)
+        if ids is not None:
+            fits = (t for t in tensors if t.dtype.is_floating_point and t.shape == ids.shape)
+            nowhere = (ids < 0) | (ids >= sites[r].experts)
+            received[r] = next(fits).float().masked_fill(nowhere, -torch.inf).numpy()
+        return forward(*args, **kwargs)
 
-        return watched
-
-    # not of masks
-    called = [
-        (r, s.module)
-        for r, s in enumerate(sites)
-        if s.adapter is None or (s.adapter.at_call and not s.adapter.top_k)
-    ]
-    for r, module in called:
-        module.forward = watch(r, module.forward)
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for _, module in called:
-            del module.forward
+    with ExitStack() as undo, torch.no_grad():
+        for r, site in enumerate(sites):
+            # not of masks
+            if site.adapter is None or (site.adapter.at_call and not site.adapter.top_k):
+                site.module.forward = partial(watched, r, site.module.forward)
+                undo.callback(delattr, site.module, "forward")
+        model(**inputs)
     return [received.get(r) for r in range(len(sites))]
 
 
@@ -188,16 +169,10 @@ def traced(model: Any, folder: Path, capture: str) -> moe_inspect.Trace:
     """As `moe-inspect trace` does it, from a directory that holds the model and a tokenizer."""
     model.save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
-    (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    )
-    return moe_inspect.trace_model(
-        str(folder / "model"),
-        folder / "trace",
-        data=[str(folder / "texts.jsonl")],
-        capture=capture,
-        overwrite=True,
-    )
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    options = {"data": [str(texts)], "capture": capture, "overwrite": True}
+    return moe_inspect.trace_model(str(folder / "model"), folder / "trace", **options)
 
 
 @cache
@@ -224,9 +199,8 @@ def found(family: str, with_towers: bool = False) -> tuple[str, str, Any]:
 
 def test_none_is_skipped() -> None:
     assert len(zoo.FAMILIES) >= 64
-    refused = {f for f in zoo.FAMILIES if found(f)[1].startswith("refused")} | {
-        f for f in zoo.WITH_TOWERS if not found(f, True)[0]
-    }
+    refused = {f for f in zoo.FAMILIES if found(f)[1].startswith("refused")}
+    refused |= {f for f in zoo.WITH_TOWERS if not found(f, True)[0]}
     assert refused == set(zoo.WHY_NOT) & set(zoo.FAMILIES)
 
 
@@ -324,9 +298,8 @@ def tokens_in_order(trace: moe_inspect.Trace) -> Any:
     """By stack, then as fed: a batch of an encoder-decoder is all that its encoder reads, then all
     that its decoder does."""
     tokens = trace.tokens()
-    return tokens.assign(encoded=tokens.phase == "encode").sort_values(
-        ["encoded", "token"], ignore_index=True
-    )
+    by = ["encoded", "token"]
+    return tokens.assign(encoded=tokens.phase == "encode").sort_values(by, ignore_index=True)
 
 
 @pytest.mark.parametrize("family", sample((f for f in BUILT if f not in zoo.ALONE), 3))
@@ -390,16 +363,13 @@ def test_a_layer_that_runs_twice_is_two_routers(tmp_path: Path) -> None:
     model, inputs = made("inkling2_loop")
     seen: dict[str, list[np.ndarray]] = {}
     sites = find_routers(model)
+
+    def watched(path: str, forward: Any, hidden: Any, ids: Any, weights: Any) -> Any:
+        seen.setdefault(path, []).append(ids.numpy().copy())
+        return forward(hidden, ids, weights)
+
     for site in sites:
-        forward = site.module.forward
-
-        def watched(
-            hidden: Any, ids: Any, weights: Any, path: str = site.path, forward: Any = forward
-        ) -> Any:
-            seen.setdefault(path, []).append(ids.numpy().copy())
-            return forward(hidden, ids, weights)
-
-        site.module.forward = watched
+        site.module.forward = partial(watched, site.path, site.module.forward)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
         model(**inputs)
         first = {path: list(calls) for path, calls in seen.items()}
@@ -460,11 +430,8 @@ def test_what_is_said_of_the_routers(family: str) -> None:
     assert {s.experts for s in sites} <= {8, 16}
     assert {s.scoring for s in sites} <= {"softmax", "sigmoid", "sparsemixer", "sqrtsoftplus"}
     for site in sites:
-        shared = [
-            n
-            for n, p in model.named_parameters()
-            if re.search(r"shared", n) and n.startswith(site.path.rpartition(".")[0])
-        ]
+        block = model.get_submodule(site.path.rpartition(".")[0])
+        shared = [name for name, _ in block.named_parameters() if "shared" in name]
         assert site.shared_experts or not shared, shared[:1]
 
 

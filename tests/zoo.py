@@ -30,13 +30,8 @@ PACKAGE = Path(hf.__file__).parent / "models"
 ROUTED = re.compile(r"^class (\w+(?:Experts|MoE|Moe))\b", re.MULTILINE)
 
 
-FAMILIES: list[str] = sorted(
-    {
-        file.parent.name
-        for file in PACKAGE.glob("*/modeling_*.py")
-        if ROUTED.search(file.read_text(encoding="utf-8"))
-    }
-)
+MODELING = PACKAGE.glob("*/modeling_*.py")
+FAMILIES = sorted({f.parent.name for f in MODELING if ROUTED.search(f.read_text(encoding="utf-8"))})
 
 # Which class of a family: the first of these that it has. All run on text alone. A family without a
 # text-only language model is built with its towers, which its inputs leave idle.
@@ -51,12 +46,7 @@ ENDINGS = (
 CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 
 CRASHES = {  # upstream, by release
-    "5.17": {
-        "doge": (
-            "TypeError in the decoder layer of this release: it drops out a mixture's (output, "
-            "logits) as if it were a tensor"
-        )
-    }
+    "5.17": {"doge": "TypeError in its decoder layer: it drops out a tuple as if it were a tensor"}
 }
 WHY_NOT: dict[str, str] = {
     "vitpose_backbone": (
@@ -246,23 +236,16 @@ def _classes(family: str) -> dict[str, type[hf.PreTrainedModel]]:
     classes: dict[str, type] = {}
     for file in sorted((PACKAGE / family).glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
-        own = (
-            c
-            for c in vars(module).values()
-            if inspect.isclass(c) and c.__module__ == module.__name__
-        )
-        classes |= {c.__name__: c for c in own if issubclass(c, hf.PreTrainedModel)}
+        own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+        models = (c for c in own if inspect.isclass(c) and issubclass(c, hf.PreTrainedModel))
+        classes |= {c.__name__: c for c in models}
     return classes
 
 
 def model_class(family: str) -> type[hf.PreTrainedModel]:
     classes = _classes(family)
-    named = (
-        [CLASSES[family]]
-        if family in CLASSES
-        else [n for end in ENDINGS for n in classes if n.endswith(end)]
-    )
-    return classes[named[0]]
+    named = (n for end in ENDINGS for n in classes if n.endswith(end))
+    return classes[CLASSES.get(family) or next(named)]
 
 
 def _shrink(kind: type[hf.PreTrainedConfig], overrides: dict[str, Any]) -> hf.PreTrainedConfig:
@@ -400,48 +383,35 @@ def page(
 ) -> str:
     """The families and how each is traced, as Markdown: family → (class that was loaded, how), and
     family → how experts are dropped."""
-    counts = {
-        kind: sum(said.startswith(kind) for _, said in how.values())
-        for kind in ("dispatch", "tap", "adapter", "refused")
-    }
-    lines = [
-        f"# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}",
-        "",
-        f"{counts['dispatch']} can be traced by dispatch or tap, {counts['tap']} by tap, "
-        f"{counts['adapter']} by an adapter; "
-        f"{counts['refused']} are refused. Each is built as a tiny random model, saved to a "
-        "directory",
-        (
-            "with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what "
-            "the "
-            "hook records is compared with what the model"
-        ),
-        "executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.",
-        "",
-        (
-            "The last column says what `intervene(drop=…)` does "
-            "([Interventions](interventions.md)); `replay`, `force` and `shuffle` work in each."
-        ),
-        "",
-        "| family | class loaded | traced by | a dropped expert |",
-        "|---|---|---|---|",
-        *(
-            f"| {family} | {kind} | {said} | {drops.get(family, '')} |"
-            for family, (kind, said) in how.items()
-        ),
-        "",
-        "## Saved with their towers",
-        "",
-        (
-            "Families that have a class of text alone, saved as the multimodal model: text is fed, "
-            "and the language model's routers are recorded."
-        ),
-        "",
-        "| saved | class loaded | |",
-        "|---|---|---|",
-        *(
-            f"| {WITH_TOWERS[family][0]} | {kind} | {said} |"
-            for family, (kind, said) in with_towers.items()
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    kinds = "dispatch", "tap", "adapter", "refused"
+    dispatch, tap, adapter, refused = (
+        sum(said.startswith(kind) for _, said in how.values()) for kind in kinds
+    )
+    rows = [f"| {f} | {kind} | {said} | {drops.get(f, '')} |" for f, (kind, said) in how.items()]
+    whole = {WITH_TOWERS[f][0]: said for f, said in with_towers.items()}
+    towers = [f"| {name} | {kind} | {said} |" for name, (kind, said) in whole.items()]
+    return f"""\
+# The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}
+
+{dispatch} can be traced by dispatch or tap, {tap} by tap, {adapter} by an adapter; {refused} are \
+refused. Each is built as a tiny random model, saved to a directory
+with a tokenizer and traced from there as `moe-inspect trace DIRECTORY` does; what the hook \
+records is compared with what the model
+executes, found without the hook (`tests/test_zoo.py`). Written by `make test-families`.
+
+The last column says what `intervene(drop=…)` does ([Interventions](interventions.md)); `replay`, \
+`force` and `shuffle` work in each.
+
+| family | class loaded | traced by | a dropped expert |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+## Saved with their towers
+
+Families that have a class of text alone, saved as the multimodal model: text is fed, and the \
+language model's routers are recorded.
+
+| saved | class loaded | |
+|---|---|---|
+{chr(10).join(towers)}
+"""
