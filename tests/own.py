@@ -52,6 +52,14 @@ def without_probe() -> type:
     return found.Silent
 
 
+def module(name: str, forward: Any, **parts: Any) -> Any:
+    """A module of a class of this name, with these parts, and `forward` (self, …)."""
+    made = type(name, (torch.nn.Module,), {"forward": forward})()
+    for part, value in parts.items():
+        setattr(made, part, value)
+    return made
+
+
 def tokens(B: int = 3, S: int = 16, seed: int = 7) -> Tensor:
     return torch.randint(0, 256, (B, S), generator=torch.Generator().manual_seed(seed))
 

@@ -179,41 +179,33 @@ def test_the_model_is_as_it_was_also_after_an_exception_and_when_compiled(tmp_pa
     assert "dropped in model.layers.0" in str(open_trace(tmp_path / "a").manifest["model"]["note"])
 
 
-class Chooser(torch.nn.Module):
-    """A router that is not transformers': ids and weights, or a bool map of them."""
+def own_model(as_map: bool) -> Any:
+    """A model whose router gives ids and weights, or a bool map of them."""
 
-    def __init__(self, as_map: bool):
-        super().__init__()
-        self.as_map, self.num_experts, self.top_k = as_map, 4, 2
-        self.gate = torch.nn.Parameter(torch.randn(4, 8))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = (x @ self.gate.T).softmax(-1)
         weights, ids = scores.topk(2)
-        if not self.as_map:
+        if not as_map:
             return weights, ids
         zeros = torch.zeros_like(scores)
         return zeros.scatter(-1, ids, weights), zeros.scatter(-1, ids, 1).bool()
 
-
-class Own(torch.nn.Module):
-    def __init__(self, as_map: bool):
-        super().__init__()
-        self.embed = torch.nn.Embedding(300, 8)
-        self.layers = torch.nn.ModuleList([Chooser(as_map)])
-        self.experts = torch.nn.Parameter(torch.randn(4, 8))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.layers[0](self.embed(input_ids))
-        if chosen.dtype == torch.bool:
+        if as_map:
             return (weights * chosen) @ self.experts
         return (weights.unsqueeze(-1) * self.experts[chosen]).sum(-2)
+
+    torch.manual_seed(0)
+    gate, experts = torch.nn.Parameter(torch.randn(4, 8)), torch.nn.Parameter(torch.randn(4, 8))
+    router = own.module("Chooser", choose, gate=gate, num_experts=4, top_k=2)
+    layers, embed = torch.nn.ModuleList([router]), torch.nn.Embedding(300, 8)
+    return own.module("Own", forward, layers=layers, embed=embed, experts=experts)
 
 
 @pytest.mark.parametrize("as_map", [False, True])
 def test_routers_given_by_a_spec(as_map: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, ids = Own(as_map), batch()["input_ids"]
+    model, ids = own_model(as_map), batch()["input_ids"]
     spec = moe_inspect.RouterSpec(module="layers.*", choice=lambda m, a, k, out: (out[1], out[0]))
     changed = intervene(model, drop={0: 3}, routers=[spec])
     with changed as done, record(model, tmp_path / "a", routers=[spec]), torch.no_grad():

@@ -201,144 +201,110 @@ def test_a_probe_is_not_discovered_a_second_time(tmp_path: Path) -> None:
 # --- a model without a router that is known
 
 
-class Switch(nn.Module):
-    """The router and the experts are parameters."""
+def of_blocks(block: Any) -> Any:
+    """A model of three such blocks."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_w = nn.Parameter(torch.randn(8, 6))
-        self.w1 = nn.Parameter(torch.randn(6, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + x @ self.w1[(x @ self.gate_w).argmax(-1)[0, 0]]
-
-
-class OfSwitches(nn.Module):
-    def __init__(self, block: type[nn.Module] = Switch) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(256, 8)
-        self.layers = nn.ModuleList(block() for _ in range(3))
-
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self: Any, idx: Tensor) -> Tensor:
         x = self.tokens(idx)
         for layer in self.layers:
             x = layer(x)
         return x
 
+    layers = nn.ModuleList(block() for _ in range(3))
+    return own.module("OfBlocks", forward, tokens=nn.Embedding(256, 8), layers=layers)
+
+
+def switch() -> Any:
+    """The router and the experts are parameters."""
+    return own.module(
+        "Switch",
+        lambda self, x: x + x @ self.w1[(x @ self.gate_w).argmax(-1)[0, 0]],
+        gate_w=nn.Parameter(torch.randn(8, 6)),
+        w1=nn.Parameter(torch.randn(6, 8, 8)),
+    )
+
+
+def dense() -> Any:
+    parts = {"conv": nn.Conv1d(8, 8, 1), "gate_proj": nn.Parameter(torch.randn(8, 8))}
+    return own.module("Dense", lambda self, x: x @ self.gate_proj, **parts)
+
 
 def test_routers_that_are_parameters_are_named(tmp_path: Path) -> None:
-    found = candidates(OfSwitches())
+    found = candidates(of_blocks(switch))
     assert found.routers == {"layers.*": "Switch, with gate_w"}
     assert found.experts_lists == {"layers.*": "Switch of 6"}
     assert found.experts == 6
-    for options, match in (
-        ({}, "no known router was found in OfSwitches"),
-        ({"discover": True}, r"no block of OfSwitches called torch\.topk to choose experts in"),
+    assert candidates(of_blocks(dense)) is None
+    for block, options, match in (
+        (switch, {}, "no known router was found in OfBlocks"),
+        (
+            switch,
+            {"discover": True},
+            r"no block of OfBlocks called torch\.topk to choose experts in",
+        ),
+        (dense, {}, r"is a dense model: .* judging by the names"),
     ):
         with pytest.raises(MoeInspectError, match=match):
-            record_once(OfSwitches(), tmp_path / "t", **options)
-
-    class Dense(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.gate_proj = nn.Conv1d(8, 8, 1), nn.Parameter(torch.randn(8, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.gate_proj
-
-    assert candidates(OfSwitches(Dense)) is None
-    with pytest.raises(MoeInspectError, match=r"is a dense model: .* judging by the names"):
-        record_once(OfSwitches(Dense), tmp_path / "t")
+            record_once(of_blocks(block), tmp_path / "t", **options)
 
 
-class SparseAttention(nn.Module):
-    """It chooses keys."""
+def chooser() -> Any:
+    """Its experts are called as those of transformers are, and say nothing of their number."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        (x @ x.transpose(1, 2)).topk(3)
-        return x
-
-
-class WithAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.moe = SparseAttention(), Chooser()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.moe(self.attention(x))
-
-
-class MyExperts(nn.Module):
-    """Called as those of transformers are; says nothing of their number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return x + weights.sum(-1, keepdim=True)
-
-
-class MoEGate(nn.Module):
-    """DeepSeek's name and interface without its config, as many have copied them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_routed_experts, self.linear = 4, nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weights, ids = self.linear(x.flatten(0, 1)).softmax(-1).topk(2)
-        return ids, weights
-
-
-class Chooser(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.experts = nn.Linear(8, 4), MyExperts()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         weights, ids = self.router(x.flatten(0, 1)).topk(2)
         return self.experts(x.flatten(0, 1), ids, weights).view_as(x)
 
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.shared_mlp = MoEGate(), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate(x)[1].sum()
+    experts = own.module(
+        "MyExperts",
+        lambda self, x, ids, weights: x + weights.sum(-1, keepdim=True),
+        mlps=nn.ModuleList(nn.Linear(8, 8) for _ in range(4)),
+    )
+    return own.module("Chooser", forward, router=nn.Linear(8, 4), experts=experts)
 
 
-@pytest.mark.parametrize("block", [Chooser, Gated])
+def gated() -> Any:
+    """DeepSeek's gate by name and interface, without its config, as many have copied it."""
+    gate = own.module(
+        "MoEGate",
+        lambda self, x: self.linear(x.flatten(0, 1)).softmax(-1).topk(2)[::-1],
+        n_routed_experts=4,
+        linear=nn.Linear(8, 4),
+    )
+    parts = {"gate": gate, "shared_mlp": nn.Linear(8, 8)}
+    return own.module("Gated", lambda self, x: x + self.gate(x)[1].sum(), **parts)
+
+
+def with_attention() -> Any:
+    """A sparse attention, which chooses keys, before the experts."""
+    attention = own.module("Attention", lambda self, x: x + 0 * (x @ x.mT).topk(3)[0].sum())
+    parts = {"attention": attention, "moe": chooser()}
+    return own.module("WithAttention", lambda self, x: self.moe(self.attention(x)), **parts)
+
+
+@pytest.mark.parametrize("block", [chooser, gated])
 def test_names_and_interfaces_that_are_known_need_nothing(tmp_path: Path, block: Any) -> None:
-    record_once(OfSwitches(block), tmp_path / "t")
+    record_once(of_blocks(block), tmp_path / "t")
     routers = own.path_of(tmp_path / "t").routers
     assert [(r.layer, r.experts, r.top_k) for r in routers] == [(n, 4, 2) for n in range(3)]
-    assert {r.shared_experts for r in routers} == {int(block is Gated)}
+    assert {r.shared_experts for r in routers} == {int(block is gated)}
 
 
 def test_discovery_does_not_guess_between_two(tmp_path: Path) -> None:
     said = r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
     with pytest.raises(MoeInspectError, match=said):
-        record_once(OfSwitches(WithAttention), tmp_path / "t", discover=True)
-
-
-class Hashed(nn.Module):
-    """A model that is a router, without parameters."""
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return shown(T=ids.numel())
+        record_once(of_blocks(with_attention), tmp_path / "t", discover=True)
 
 
 @pytest.mark.parametrize("buffers", [0, 1])
 def test_the_model_itself_may_be_the_router(tmp_path: Path, buffers: int) -> None:
-    model = Hashed()
+    """Without parameters."""
+    model = own.module("Hashed", lambda self, ids: shown(T=ids.numel()))
     if buffers:
         model.register_buffer("table", torch.zeros(3, dtype=torch.int64))
 
     def recorded(**options: Any) -> None:
-        router = moe_inspect.RouterSpec(module=Hashed, choice=lambda m, a, k, out: out, **options)
+        router = moe_inspect.RouterSpec(module="Hashed", choice=lambda *call: call[-1], **options)
         record_once(model, tmp_path / "t", routers=[router], overwrite=True)
 
     with pytest.raises(MoeInspectError, match=r"^Hashed \(Hashed\) does not say how many experts"):

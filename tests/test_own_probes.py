@@ -50,8 +50,8 @@ def test_probes_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 def test_compiled_probes_break_no_graph(tmp_path: Path, compiled: str) -> None:
     """They record, set before the recorder and after."""
-    model, ids = Tiny(), own.tokens()
-    own.record_once(Tiny(), tmp_path / "plain", 3)
+    model, ids = tiny(), own.tokens()
+    own.record_once(tiny(), tmp_path / "plain", 3)
     fed = model
     if compiled == "model":
         fed = torch.compile(model, backend="eager", fullgraph=True)
@@ -140,31 +140,25 @@ def test_only_some_layers_are_recorded(tmp_path: Path) -> None:
 # --- models
 
 
-class TinyBlock(nn.Module):
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer, self.router = layer, nn.Linear(16, 4, bias=False)
+def tiny() -> Any:
+    """For compilers."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def choose(self: Any, x: Tensor) -> Tensor:
         weights, ids = F.softmax(self.router(x), -1).topk(2)
         moe_inspect.probe(ids, weights, layer=self.layer, experts=4)
         return x + weights.sum(-1, keepdim=True) * x.tanh()
 
-
-class Tiny(nn.Module):
-    """For compilers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens = nn.Embedding(256, 16)
-        self.blocks = nn.ModuleList(TinyBlock(n) for n in range(2))
-
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self: Any, idx: Tensor) -> Tensor:
         x = self.tokens(idx)
         for block in self.blocks:
             x = block(x)
         return x
+
+    torch.manual_seed(0)
+    routers = [nn.Linear(16, 4, bias=False) for _ in range(2)]
+    blocks = [own.module("Block", choose, layer=n, router=r) for n, r in enumerate(routers)]
+    parts = {"tokens": nn.Embedding(256, 16), "blocks": nn.ModuleList(blocks)}
+    return own.module("Tiny", forward, **parts)
 
 
 class Probing(nn.Module):
@@ -229,13 +223,13 @@ def test_what_cannot_be_token_ids_is_not_asked_about() -> None:
         assert by_name([*given], False)((), given)["input_ids"] is expected
 
 
-class EncoderDecoder(nn.Module):
-    def __init__(self, probes: bool) -> None:
-        super().__init__()
-        self.encoder, self.decoder = own.gpt(probes), own.gpt(probes)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return self.encoder(source).mean() + self.decoder(target)
+def encoder_decoder(probes: bool) -> Any:
+    return own.module(
+        "EncoderDecoder",
+        lambda self, source, target: self.encoder(source).mean() + self.decoder(target),
+        encoder=own.gpt(probes),
+        decoder=own.gpt(probes),
+    )
 
 
 def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) -> None:
@@ -243,7 +237,7 @@ def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) ->
     source, target = own.tokens(), own.tokens(seed=1)
 
     def record(probes: bool, match: str, **options: Any) -> None:
-        model = EncoderDecoder(probes)
+        model = encoder_decoder(probes)
         refused = pytest.raises(MoeInspectError, match=match)
         with refused, moe_inspect.record(model, tmp_path / "t", **options):
             model(source, target)
@@ -259,7 +253,7 @@ def test_an_encoder_decoder_is_asked_what_its_routers_are_fed(tmp_path: Path) ->
         record(not options, f"an encoder and a decoder: .* {asked}", **options)
     record(True, r"probe\(layer=0\) showed each token 2 times", **fed)
     record(False, r"encoder\.blocks\.0\.experts and decoder\.", discover=True, **fed)
-    model = EncoderDecoder(False)
+    model = encoder_decoder(False)
     recorder = moe_inspect.record(model, tmp_path / "u", routers=of("decoder"), **fed)
     with own.watched(model.decoder) as given, recorder:
         model(source, target)

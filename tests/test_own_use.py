@@ -42,8 +42,13 @@ def test_a_wrapped_model_is_recorded(tmp_path: Path, how: str) -> None:
     own.exact(model, tmp_path / "t", 2, Wrapper(model), **options.get(how, {}))
 
 
-def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
-    compiled = torch.compile(own.gpt(probes=False), backend="eager")
+@pytest.mark.parametrize("inside", [False, True])
+def test_discovery_refuses_what_is_compiled(tmp_path: Path, inside: bool) -> None:
+    compiled = own.gpt(probes=False)
+    if inside:
+        compiled.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
     with pytest.raises(MoeInspectError, match="cannot look into compiled code"):
         record_once(compiled, tmp_path / "t", discover=True)
 
@@ -211,13 +216,13 @@ def test_loaders_that_are_wrong_are_named(tmp_path: Path) -> None:
 def test_routers_that_are_none_are_named_by_the_cli(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import moe_inspect\nROUTERS = 3\nNAMES = ['a']\n")
     torch.save(own.gpt().state_dict(), tmp_path / "model.pt")
+    command = ["trace", f"{tmp_path}/model.pt", "--loader", f"{own.EXAMPLE}:load"]
+    command += ["-o", f"{tmp_path}/t", "--routers"]
     for name, match in (
         ("ROUTERS", "mine.py:ROUTERS is a int, not a RouterSpec or a list of them"),
         ("NAMES", "routers takes RouterSpecs, not str"),
     ):
-        given = ["--loader", f"{own.EXAMPLE}:load", "--routers", f"{tmp_path}/mine.py:{name}"]
-        command = ["trace", *given, f"{tmp_path}/model.pt", "-o", f"{tmp_path}/t"]
-        result = CliRunner().invoke(app, command)
+        result = CliRunner().invoke(app, [*command, f"{tmp_path}/mine.py:{name}"])
         assert match in f"{result.output} {result.exception}"
 
 
