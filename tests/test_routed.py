@@ -88,10 +88,7 @@ def test_a_router_gets_its_block_and_what_is_no_decision_is_refused():
     assert np.array_equal(three, ids_TBK[:, 3])
     beyond = ids_TBK.copy()
     beyond[7, 3, 1] = 8
-    dense, twice = (
-        [Router(0, "experts", "", 8, 2)],
-        r"goes to one expert twice \(\[0, 0\]\); a dense",
-    )
+    dense, twice = [Router(0, "experts", "", 8, 2)], r"to one expert twice \(\[0, 0\]\); a dense"
     for shown, of, number, match in (
         (ids_TBK, dense, 4, rf"layer 0: token 0 goes {twice} layer"),
         (ids_TBK, routers, 5, "f has 4 layers, the model's config 5"),
