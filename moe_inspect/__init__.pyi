@@ -1,0 +1,27 @@
+"""The public names, and where each is defined: imported when it is first used."""
+
+from .api import ablate as ablate
+from .api import describe_weights as describe_weights
+from .api import intervene as intervene
+from .api import prune as prune
+from .api import record as record
+from .api import trace_engine as trace_engine
+from .api import trace_model as trace_model
+from .capture.hook.probes import probe as probe
+from .capture.server.serve import serve_engine as serve_engine
+from .comparison.compare import Comparison as Comparison
+from .comparison.compare import compare as compare
+from .comparison.mismatch import mismatch as mismatch
+from .errors import MoeInspectError as MoeInspectError
+from .importers.run import import_trace as import_trace
+from .model.custom.spec import RouterSpec as RouterSpec
+from .model.custom.spec import register_router as register_router
+from .model.describe import describe as describe
+from .reporting.report import Report as Report
+from .reporting.report import report as report
+from .simulate.result import Simulation as Simulation
+from .site.build import atlas as atlas
+from .trace.derived.merge import merge as merge
+from .trace.reader import Trace as Trace
+from .trace.reader import open_trace as open_trace
+from .trace.verify import verify as verify
