@@ -67,7 +67,7 @@ def not_compiled(reason: str) -> Callable[[Callable[..., None]], Callable[..., N
     return made_of
 
 
-def check_caller(model: Any, thread: int | None) -> int:
+def check_caller(model: torch.nn.Module, thread: int | None) -> int:
     """The id of the thread that begins a forward pass. MoeInspectError where the pass cannot be
     recorded. `thread`: id of the thread of the pass before, where that may still be running."""
     name, here = type(model).__name__, get_ident()
@@ -85,7 +85,7 @@ def check_caller(model: Any, thread: int | None) -> int:
     return here
 
 
-def _runs(thread: int, model: Any) -> bool:
+def _runs(thread: int, model: torch.nn.Module) -> bool:
     """Whether a thread is in a call of a module of the model."""
     frame, modules = sys._current_frames().get(thread), {id(m) for m in model.modules()}
     while frame is not None:
@@ -95,7 +95,7 @@ def _runs(thread: int, model: Any) -> bool:
     return False
 
 
-def not_pickled(self: Any) -> NoReturn:
+def not_pickled(self: object) -> NoReturn:
     """`__reduce__` of what a recorder attaches to a model."""
     raise MoeInspectError(
         "a model cannot be pickled while it is being recorded, nor a copy that was made meanwhile: "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_inspect.capture.corpus.tokenize import Tokenizer
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.capture.resume import comparable
 from moe_inspect.errors import MoeInspectError
@@ -34,7 +35,7 @@ class Unloaded:
     name: str
     options: TraceOptions
     config: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     own: OwnModel | None = None
     adapter: PeftAdapter | None = None
 
@@ -42,7 +43,7 @@ class Unloaded:
     def is_encoder_decoder(self) -> bool:
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """What tells whether a later run has the same model."""
         options = self.options
         found = {
@@ -68,7 +69,7 @@ class Unloaded:
         return weights_fingerprint(*self._base)
 
     @property
-    def stored_quantization(self) -> dict[str, Any]:
+    def stored_quantization(self) -> dict[str, object]:
         return {} if self.own is not None else stored_quantization(self._base[0], self.config)
 
     @property

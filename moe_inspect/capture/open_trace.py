@@ -51,7 +51,7 @@ class TraceOpener:
     `selfcheck`: what was found of the kernels used so far."""
 
     path: Path | Remote | None
-    model: Any
+    model: torch.nn.Module
     sites: Sequence[Site]
     mode: str
     tokenizer: Tokenizer | None
@@ -112,7 +112,7 @@ class TraceOpener:
         if self._own_lock is not None:
             self._own_lock.release()
 
-    def _manifest(self, weight_dtype: torch.dtype | None) -> dict[str, Any]:
+    def _manifest(self, weight_dtype: torch.dtype | None) -> dict[str, object]:
         config = getattr(self.model, "config", None)
         model = self.planned.manifest.get("model") or {
             "id": getattr(config, "_name_or_path", ""),
@@ -145,7 +145,7 @@ class TraceOpener:
 ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
-def capture_facts(model: Any, mode: str) -> dict[str, Any]:
+def capture_facts(model: torch.nn.Module, mode: str) -> dict[str, object]:
     """The manifest's section `capture`: mode, device, dtype, versions and command."""
     parameters = [*model.parameters()]  # a model need not have any, nor buffers
     tensors = parameters or [*model.buffers()] or [torch.empty(0, device="cpu")]
@@ -157,17 +157,17 @@ def capture_facts(model: Any, mode: str) -> dict[str, Any]:
     }
 
 
-def drop_facts(sites: Sequence[Site]) -> dict[str, Any]:
+def drop_facts(sites: Sequence[Site]) -> dict[str, object]:
     """Whether an empty slot is an assignment that a capacity has dropped, at every router."""
     return {"drops": True} if sites and all(site.drops for site in sites) else {}
 
 
-def selfcheck_facts(found: Found) -> dict[str, Any]:
+def selfcheck_facts(found: Found) -> dict[str, object]:
     """What the self-check has found of the kernels that a recording used, if any."""
     return {"selfcheck": summary(found)} if found else {}
 
 
-def process_facts(command: list[str]) -> dict[str, Any]:
+def process_facts(command: list[str]) -> dict[str, object]:
     """Versions, command line, process id and host."""
     import transformers
 

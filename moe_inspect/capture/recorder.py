@@ -6,7 +6,7 @@ T rows a router sees (padding included), K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -74,7 +74,7 @@ class Recorder:
         options: RecordOptions | None = None,
         *,
         tokenizer: Any = None,
-        documents: Sequence[Any] | None = None,
+        documents: Sequence[Hashable] | None = None,
         domains: Sequence[str] | None = None,
         planned: Planned | None = None,
         balance_of: Callable[[Totals], pd.DataFrame] | None = None,
@@ -182,7 +182,7 @@ class Recorder:
 
     @locked
     def label(
-        self, *, documents: Sequence[Any] | None = None, domains: Sequence[str] | None = None
+        self, *, documents: Sequence[Hashable] | None = None, domains: Sequence[str] | None = None
     ) -> None:
         """Sets the document and the domain of each batch row of the next forward pass."""
         self.inputs.label(documents, domains)
@@ -198,7 +198,7 @@ class Recorder:
         if self._counted is not None:
             self._counted.end_group()
 
-    def step(self, tokens: int, **inputs: Any) -> None:
+    def step(self, tokens: int, **inputs: object) -> None:
         """Announces a forward pass of `tokens` rows per router that runs without a call of the
         model: a CUDA graph replayed by hand, on this stream. Waits until there is room for it.
         `inputs`: what the model would be called with (`input_ids`, `attention_mask`,
@@ -254,7 +254,7 @@ class Recorder:
                 stack.skips = not self._counted.is_counted
 
     @locked
-    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def feed(self, stack: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._capturing:
             return
         of = self.stacks[stack]
@@ -270,7 +270,7 @@ class Recorder:
         rings = self._hand_over.feed(of, fed)
         of.scope.to_tapes = rings.shape is None or self.attachment.in_compiled
 
-    def returned(self, stack: str, output: Any) -> None:
+    def returned(self, stack: str, output: object) -> None:
         if not self._capturing:
             self.inputs.returned(stack, output)
 

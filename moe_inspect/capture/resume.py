@@ -27,12 +27,12 @@ def may_resume(output_dir: Path | Remote, options: CorpusOptions) -> bool:
     return False
 
 
-def comparable(config: Any) -> dict[str, Any]:
+def comparable(config: object) -> dict[str, object]:
     """A model's config without the version of transformers that wrote it."""
     return {k: v for k, v in config_record(config).items() if k != "transformers_version"}
 
 
-def resume_from(output_dir: Path | Remote, record: dict[str, Any], rank: int) -> ResumePoint:
+def resume_from(output_dir: Path | Remote, record: dict[str, object], rank: int) -> ResumePoint:
     """Where the trace continues. MoeInspectError for another plan, or while a writer is still
     running."""
     manifest = read_manifest(output_dir)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,9 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import EXTRAS
 from moe_inspect.trace.writer import Document, ResumePoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[int, int | None], None]  # (tokens done, tokens in all or None)
 Batches = Iterable[tuple[list[TokenSequence], list[Document]]]
@@ -76,7 +79,7 @@ class TraceRun:
     options: TraceOptions
     ranks: Ranks
     plan: Plan
-    record: dict[str, Any]
+    record: dict[str, object]
 
     def run(self, start: ResumePoint | None, lock: Lock | None, progress: Progress | None) -> None:
         """Loads the model and feeds it this rank's batches that are not yet committed."""
@@ -117,7 +120,7 @@ class TraceRun:
                 complete_now(self.output_dir, plan)
         ranks.agree("over", lambda: True)  # rank 0 has written the manifest
 
-    def _manifest(self, network: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, network: PreTrainedModel, stored: dict[str, object]) -> dict[str, object]:
         """`stored`: how the weights were quantised in the checkpoint."""
         found, options = self.model, self.options
         model = {
@@ -135,7 +138,7 @@ class TraceRun:
 
     def _feed(
         self,
-        network: Any,
+        network: PreTrainedModel,
         recorder: Recorder,
         batches: Batches,
         start: ResumePoint | None,

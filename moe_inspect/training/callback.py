@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Args
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training.monitor import OfTrainer
+
+Metrics = dict[str, float] | None
 
 
 class RoutingCallback(OfTrainer, TrainerCallback):
@@ -31,7 +36,7 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self._metrics: dict[str, float] = {}
         self._trainer: Trainer | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: object) -> None:
         if getattr(args, "n_gpu", 1) > 1:
             raise MoeInspectError(
                 f"the Trainer runs {args.n_gpu} copies of the model in one process (DataParallel), "
@@ -47,9 +52,9 @@ class RoutingCallback(OfTrainer, TrainerCallback):
         self._begin(kwargs["model"], state.global_step)
         self._metrics = {}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: object) -> None:
         if (monitor := self.monitor) is None:
-            return control
+            return
         monitor.step(state.global_step)
         if control.should_log:
             self._metrics = monitor.log()
@@ -60,10 +65,9 @@ class RoutingCallback(OfTrainer, TrainerCallback):
             monitor.flush()
         if monitor.should_stop:
             control.should_training_stop = True
-        return control
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+        self, args: Args, state: State, control: Control, metrics: Metrics = None, **kwargs: object
     ) -> None:
         if self.monitor is not None and (found := self.monitor.evaluation()):
             if self._trainer is not None:
@@ -71,7 +75,9 @@ class RoutingCallback(OfTrainer, TrainerCallback):
             elif metrics is not None:
                 metrics.update(found)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Args, state: State, control: Control, logs: Metrics = None, **kwargs: object
+    ) -> None:
         """Adds the metrics of the window that has just ended to the log."""
         if logs is not None and "loss" in logs and self._metrics:
             logs.update(self._metrics)
@@ -79,11 +85,11 @@ class RoutingCallback(OfTrainer, TrainerCallback):
                 state.log_history[-1].update(self._metrics)
             self._metrics = {}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Args, state: State, control: Control, **kwargs: object) -> None:
         self._picture(args, state, end=True)  # what a run ended with, however few its logs
         self._end(None)
 
-    def _picture(self, args: Any, state: Any, end: bool = False) -> None:
+    def _picture(self, args: Args, state: State, end: bool = False) -> None:
         callbacks = self._trainer.callback_handler.callbacks if self._trainer else []
         boards = [getattr(callback, "tb_writer", None) for callback in callbacks]
         if state.is_world_process_zero:

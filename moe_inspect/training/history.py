@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from torch.nn import Module
 
 from moe_inspect.capture.open_trace import capture_facts
 from moe_inspect.errors import MoeInspectError
@@ -40,7 +40,7 @@ class History:
         *,
         resume_step: int = 0,
         overwrite: bool = False,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
     ):
         self.path, self.settings = path, dict(settings)
         self.writer: TraceWriter | None = None
@@ -75,12 +75,12 @@ class History:
 
     def write(
         self,
-        model: Any,
+        model: Module,
         routers: Sequence[Router],
         load: Sequence[np.ndarray],
         tokens_R: np.ndarray,
         step: int,
-        facts: Mapping[str, Any],
+        facts: Mapping[str, object],
     ) -> None:
         """Commits the load of the steps since the last call, up to `step`, and waits until it is on
         the disk. `facts`: for the manifest. MoeInspectError where that fails."""
@@ -110,7 +110,9 @@ class History:
                 raise MoeInspectError(f"{self.path} could not be written in {COMMIT_TIMEOUT_S} s")
             time.sleep(0.0005)
 
-    def _open(self, model: Any, routers: Sequence[Router], facts: Mapping[str, Any]) -> TraceWriter:
+    def _open(
+        self, model: Module, routers: Sequence[Router], facts: Mapping[str, object]
+    ) -> TraceWriter:
         if self._resume is not None and len(self._known) != len(routers):
             raise MoeInspectError(
                 f"{self.path} is the history of a model with {len(self._known)} routers, this one "

@@ -13,6 +13,7 @@ try:
 except ImportError:
     _Found = object
 Callback: Any = _Found
+Trainer = Any  # of an extra, which need not be there
 
 
 class LightningRoutingCallback(OfTrainer, Callback):
@@ -39,10 +40,10 @@ class LightningRoutingCallback(OfTrainer, Callback):
         super().__init__(path, picture_logs, options)
         self.model = model
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: object) -> None:
         self._begin(getattr(pl_module, self.model), trainer.global_step)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: object, *_: object) -> None:
         monitor = self.monitor
         if monitor is None or trainer.global_step == monitor.steps:
             return  # gradients are being accumulated
@@ -55,26 +56,26 @@ class LightningRoutingCallback(OfTrainer, Callback):
         if monitor.should_stop:
             trainer.should_stop = True
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: object) -> None:
         if self.monitor is not None and (metrics := self.monitor.evaluation()):
             self._report(trainer, metrics)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: object, checkpoint: object) -> None:
         if self.monitor is not None:
             self.monitor.flush()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: object) -> None:
         self._picture(trainer, end=True)
         self._end(None)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: object, exception: BaseException) -> None:
         self._end(type(exception))
 
-    def _report(self, trainer: Any, metrics: dict[str, float]) -> None:
+    def _report(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _picture(self, trainer: Any, end: bool = False) -> None:
+    def _picture(self, trainer: Trainer, end: bool = False) -> None:
         boards = [logger.experiment for logger in trainer.loggers]
         boards = [board for board in boards if hasattr(board, "add_image")]
         if trainer.is_global_zero:

@@ -28,6 +28,9 @@ from moe_inspect.training.sums import RoutingSums, WindowSums
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from matplotlib.figure import Figure
+    from torch.distributed import ProcessGroup
+
     from moe_inspect.capture.options import InputsOf
     from moe_inspect.model.custom.spec import RouterSpec
     from moe_inspect.model.routers import Site
@@ -89,7 +92,7 @@ class RoutingMonitor:
         inputs: InputsOf | None = None,
         resume_step: int = 0,
         overwrite: bool = False,
-        group: Any = None,
+        group: ProcessGroup | None = None,
     ):
         for name, n in (("every", every), ("log_steps", log_steps), ("flush_steps", flush_steps)):
             if n is not None and n < 1:
@@ -277,7 +280,7 @@ class RoutingMonitor:
             if _rank() == 0:
                 act(alarm, self.actions)
 
-    def picture(self) -> Any:
+    def picture(self) -> Figure:
         """A matplotlib figure of the last window: the load of every expert of every layer."""
         if self.window is None:
             raise MoeInspectError("no window yet: the first picture follows the first log")
@@ -305,7 +308,9 @@ class OfTrainer:
         self.monitor.__enter__()
         self._logs, self._pictured = 0, None
 
-    def _show(self, step: int, reporters: Iterable[str], boards: Sequence[Any], end: bool) -> None:
+    def _show(
+        self, step: int, reporters: Iterable[str], boards: Sequence[object], end: bool
+    ) -> None:
         """Shows a picture of the window, if none has shown it and one is due: at a log, or at the
         `end`. `boards`: summary writers of TensorBoard."""
         self._logs += 0 if end else 1

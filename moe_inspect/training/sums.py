@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from moe_inspect.model.find import no_routers
 from moe_inspect.model.routers import Site, selection_bias
 from moe_inspect.trace.schema import Router
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Tokens = dict[str, int | Tensor]  # by stack
 RECENT = 32  # steps whose loads are kept apart, for the max_vio of a step
 # what is summed apart; the passes of a step are training once it has ended
 EVALUATION, TRAINING, STEP = range(3)
@@ -145,7 +149,7 @@ class RoutingSums:
     whether training passes are, until it is changed. `sites`: without any, probes show them in the
     first pass (`add_router`). `inputs`: how to read the arguments of the model's calls."""
 
-    def __init__(self, model: Any, sites: list[Site], inputs: InputsOf | None = None):
+    def __init__(self, model: torch.nn.Module, sites: list[Site], inputs: InputsOf | None = None):
         self.model, self.sites = model, sites
         self._reader = CallReader(model, sites, inputs)
         self.routers: list[Router] = []  # once a pass has shown their top-k
@@ -156,7 +160,7 @@ class RoutingSums:
         self._shows_logits: set[int] = set()  # routers that do
         self._steps = 0  # since the last `read`
         self._passes = [0, 0, 0]
-        self._tokens: list[dict[str, Any]] = [dict.fromkeys(self._stacks, 0) for _ in range(3)]
+        self._tokens: list[Tokens] = [dict.fromkeys(self._stacks, 0) for _ in range(3)]
         self._counting = False
         self._begin_pass()
 
@@ -194,7 +198,7 @@ class RoutingSums:
         for on in self._on.values() if self._counting else ():
             on.begin()
 
-    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def feed(self, stack: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self._counting:
             return
         given, fed = self._reader.read(stack, args, kwargs)
@@ -206,7 +210,7 @@ class RoutingSums:
             real_T = real_T[torch.from_numpy(order_T).to(real_T.device)]
         self._rows[stack], self._real[stack] = B * S if order_T is None else len(order_T), real_T
 
-    def returned(self, stack: str, output: Any) -> None:
+    def returned(self, stack: str, output: object) -> None:
         pass
 
     @torch.no_grad()
@@ -301,7 +305,7 @@ class RoutingSums:
         self._passes[of], self._tokens[of] = 0, dict.fromkeys(self._stacks, 0)
 
     @torch.no_grad()
-    def read(self, training: bool = True, group: Any = None) -> WindowSums | None:
+    def read(self, training: bool = True, group: ProcessGroup | None = None) -> WindowSums | None:
         """What was summed since the last `read`, of training or of evaluation; summed over the
         processes of torch.distributed in one all-reduce. Waits for the devices. None before the
         first pass."""
