@@ -44,15 +44,16 @@ def decisions(token: np.ndarray, position: np.ndarray, layer: int) -> np.ndarray
     return ((token * 7 + position * 3 + layer * 5)[:, None] + np.arange(K)) % EXPERTS
 
 
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 def continued(prompt: list[int], most: int) -> list[int]:
     """What the server generates: some sequences end early, by END."""
     made: list[int] = []
     while len(made) < most and END not in made:
-        made.append(
-            END
-            if len(prompt) % 4 == 0 and len(made) == 2
-            else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2)
-        )
+        ends = len(prompt) % 4 == 0 and len(made) == 2
+        made.append(END if ends else 2 + (sum(prompt) + 31 * len(made)) % (VOCABULARY - 2))
     return made
 
 
@@ -71,6 +72,7 @@ class Server:
         self.routed: Callable[[np.ndarray], np.ndarray] = lambda routed: routed
         self.delay_s: Callable[[int], float] = lambda n: 0.0
         self.model_type, self.key = "deepseek_v3", None
+        self.starting, self.gets = False, list[str]()
         self.length = MODEL_LENGTH
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -80,11 +82,8 @@ class Server:
         sampling = body if vllm else body["sampling_params"]
         if not vllm and set(sampling) - {"max_new_tokens", "sampling_seed", *SAMPLING.split()}:
             return 400, {"error": {"message": "unknown sampling parameter"}}
-        prompt, most = (
-            (body["prompt"], body["max_tokens"])
-            if vllm
-            else (body["input_ids"], sampling["max_new_tokens"])
-        )
+        prompt = body["prompt" if vllm else "input_ids"]
+        most = sampling["max_tokens" if vllm else "max_new_tokens"]
         if vllm and (body["model"] != "served" or body["return_token_ids"] is not True):
             return 404, {"error": {"message": "no such model"}}
         if not (
@@ -103,37 +102,23 @@ class Server:
             routed[:, layer] = decisions(fed, np.arange(len(fed)), layer)
         routed = self.routed(routed)
         finish = "stop" if made[-1] == END else "length"
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(made)}
         if vllm:
             sink = io.BytesIO()
             np.save(sink, routed.astype(np.uint8))
-            choice = {
-                "index": 0,
-                "text": "",
-                "finish_reason": finish,
-                "token_ids": made,
-                "prompt_token_ids": prompt,
-            }
-            choice["routed_experts"] = base64.b64encode(sink.getvalue()).decode()
-            return 200, {
-                "choices": [choice],
-                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made)},
-            }
-        facts = {
-            "finish_reason": {"type": finish},
-            "prompt_tokens": len(prompt),
-            "completion_tokens": len(made),
-        }
+            choice = {"index": 0, "text": "", "finish_reason": finish, "token_ids": made}
+            choice |= {"prompt_token_ids": prompt, "routed_experts": encoded(sink.getvalue())}
+            return 200, {"choices": [choice], "usage": usage}
+        facts = {"finish_reason": {"type": finish}, **usage}
         if body["return_routed_experts"]:
-            facts["routed_experts"] = base64.b64encode(
-                routed.astype("<i4")[body["routed_experts_start_len"] :].tobytes()
-            ).decode()
+            asked = routed.astype("<i4")[body["routed_experts_start_len"] :]
+            facts["routed_experts"] = encoded(asked.tobytes())
         return 200, {"text": "", "output_ids": made, "prompt_token_ids": prompt, "meta_info": facts}
 
     def about(self, path: str) -> dict[str, Any] | None:
+        card = {"id": "served", "root": "/models/tiny", "max_model_len": self.length}
         return {
-            "/v1/models": {
-                "data": [{"id": "served", "root": "/models/tiny", "max_model_len": self.length}]
-            },
+            "/v1/models": {"data": [card]},
             "/version": {"version": "0.33.0"},
             "/model_info": {"model_path": "/models/tiny", "model_type": self.model_type},
             "/server_info": {"version": "0.5.23", "api_key": KEY},
@@ -162,11 +147,13 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
             return False
 
         def do_GET(self) -> None:
-            if self.allowed():
+            server.gets.append(self.path)
+            if server.starting:
+                self.reply(503, b"starting")
+            elif self.allowed():
                 found = server.about(self.path)
-                self.reply(
-                    200 if found else 404, json.dumps(found or {"detail": "Not Found"}).encode()
-                )
+                said = json.dumps(found or {"detail": "Not Found"})
+                self.reply(200 if found else 404, said.encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -185,11 +172,9 @@ def serving(server: Server, port: int = 0) -> Iterator[str]:
             server.edit(answer)
             with server.lock:
                 server.now -= 1
-            if instead is None:
-                self.reply(status, json.dumps(answer).encode())
-            else:
-                self.reply(instead[0], instead[2], instead[1])
-                self.close_connection = True
+            status, headers, data = instead or (status, {}, json.dumps(answer).encode())
+            self.reply(status, data, headers)
+            self.close_connection |= instead is not None
 
     listening = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     listening.daemon_threads = True

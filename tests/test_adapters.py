@@ -4,6 +4,7 @@ a trace is resumed."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moe_inspect
-from moe_inspect.model import peft_adapter
 from tests.conftest import Cli
 from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 
@@ -142,10 +142,10 @@ def test_what_cannot_be_traced_is_refused_by_name(
     prompts = config_in(tmp_path / "c", **stated, num_virtual_tokens=4)
     assert "adds its own prompts (LORA), which are not tokens" in said(prompts)
     adapter = config_in(tmp_path / "d", **stated)
-    monkeypatch.setattr(peft_adapter, "find_spec", lambda name: None)
-    assert "needs peft: pip install 'moe-inspect[peft]'" in said(adapter)
-    monkeypatch.undo()
-    monkeypatch.setattr(peft_adapter, "find_spec", lambda name: name)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        assert "needs peft: pip install 'moe-inspect[peft]'" in said(adapter)
+    pytest.importorskip("peft")
     assert "needs weights, and --random-init reads none" in said(adapter, "--random-init", 0)
     gone = config_in(tmp_path / "e", peft_type="LORA", base_model_name_or_path="./gone")
     assert "no model at ./gone" in said(gone)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,14 @@ def save_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    special = {"special_tokens": ["<s>", "</s>"], "show_progress": False}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, **special)
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
+    frame = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = frame
+    marks = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(path)
 
 
 def save(family: str, path: Path) -> Path:
@@ -128,14 +123,6 @@ def test_a_saved_model_is_traced_exactly(
                 np.testing.assert_allclose(seen, expected, rtol=2**-10)
 
 
-def test_dispatch_and_tap_give_the_same_rows(trace: Any, tmp_path: Path) -> None:
-    for capture in ("tap", "dispatch"):
-        trace("--capture", capture, out=capture)
-    a, b = (moe_inspect.open_trace(tmp_path / c) for c in ("tap", "dispatch"))
-    assert a.routing().equals(b.routing())
-    assert (a.manifest["capture"]["mode"], b.manifest["capture"]["mode"]) == ("tap", "dispatch")
-
-
 def test_options(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> None:
     common = ("trace", model, "--data", f"mine={corpus}", "--data", corpus, "--max-tokens", 500)
     cli_here(*common, "-o", "a", "--layers", 1, "--no-weights", "--logits", "--no-special-tokens")
@@ -158,13 +145,14 @@ def test_options(cli_here: Cli, tmp_path: Path, model: Path, corpus: Path) -> No
 
 
 def test_the_manifest_says_how_it_was_made(trace: Any, tmp_path: Path) -> None:
-    trace("--max-tokens", 300, "--dtype", "bfloat16")
+    trace("--max-tokens", 300, "--dtype", "bfloat16", "--capture", "dispatch")
     manifest = json.loads((tmp_path / "t/trace.json").read_text())
-    assert manifest["format"] == 1
-    assert manifest["status"] == "complete"
+    capture = manifest["capture"]
+    assert (manifest["format"], manifest["status"]) == (1, "complete")
     assert manifest["model"]["class"] == "Qwen3MoeForCausalLM"
     assert manifest["model"]["config"]["num_experts_per_tok"] == 4
-    assert manifest["capture"]["dtype"] == manifest["capture"]["weight_dtype"] == "bfloat16"
+    assert capture["dtype"] == capture["weight_dtype"] == "bfloat16"
+    assert capture["mode"] == "dispatch"
     assert manifest["counts"] == {"tokens": 300, "decisions": 600, "dropped": 0}
     assert manifest["routers"][0] == {
         "layer": 0,
@@ -178,7 +166,7 @@ def test_the_manifest_says_how_it_was_made(trace: Any, tmp_path: Path) -> None:
         "slot_order": "weight",
     }
     packages = {"moe-inspect", "python", "torch", "transformers", "triton"}
-    assert set(manifest["capture"]["versions"]) == packages
+    assert set(capture["versions"]) == packages
 
 
 # --- interrupted, killed, resumed
@@ -217,11 +205,8 @@ def uninterrupted(model: Path, long_corpus: Path, tmp_path_factory: Any) -> moe_
 @pytest.mark.parametrize(
     ("how", "code", "status"),
     sample(
-        [
-            (signal.SIGKILL, -9, "recording"),
-            (signal.SIGINT, 130, "interrupted"),
-            (signal.SIGTERM, 130, "interrupted"),
-        ],
+        [(signal.SIGKILL, -9, "recording")]
+        + [(number, 130, "interrupted") for number in (signal.SIGINT, signal.SIGTERM)],
         2,
     ),
 )
@@ -310,27 +295,14 @@ def test_two_writers_are_kept_apart(
     [
         ("/no/such/model -o t", "error: no model at /no/such/model"),
         ("./nomodel -o t", "error: no model at ./nomodel"),
-        (
-            "no-such-model -o t",
-            "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached or can be reached, "
-            "or demo",
-        ),
-        (
-            "no_such:model -o t",
-            "error: cannot load model 'no_such:model': Repo id must use",
-        ),
+        ("no-such-model -o t", "HF_HUB_OFFLINE is set: give a directory, a hub id that is cached"),
+        ("no_such:model -o t", "error: cannot load model 'no_such:model': Repo id must use"),
         ("MODEL -o t/a/b --data nothing.txt", "error: no text at nothing.txt"),
         ("MODEL -o t --data blank.txt", "error: the corpus is empty"),
         ("MODEL -o t --data title.jsonl", "choose one with --text-field from title"),
-        (
-            "MODEL -o t --data blank.txt --max-length 9999",
-            "error: --max-length 9999 is beyond the 256 positions",
-        ),
+        ("MODEL -o t --data blank.txt --max-length 9999", "9999 is beyond the 256 positions"),
         ("MODEL -o blank.txt --data blank.txt", "error: blank.txt is a file"),
-        (
-            "MODEL -o blank.txt/t --data blank.txt",
-            "error: cannot write blank.txt/t: no directory can be made below blank.txt",
-        ),
+        ("MODEL -o blank.txt/t --data blank.txt", "no directory can be made below blank.txt"),
         ("MODEL -o t --data title.jsonl --layers x", "error: cannot read layers 'x'"),
         ("MODEL -o t --data text.txt --layers 5", "error: no router in layer 5"),
         ("MODEL -o t --data text.txt --device cuda:9", "error: device 'cuda:9' is not available"),
@@ -377,15 +349,11 @@ def is_one_clear_line(done: subprocess.CompletedProcess[str], says: str, place: 
     assert not (place / "t").exists()
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="a file system without directories of one's own"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system that takes no directories")
 def test_a_place_that_takes_no_directory_is_named(cli_here: Cli) -> None:
     done = cli_here("trace", "demo", "-o", "/proc/x/y", check=1)
-    assert done.stderr == (
-        "error: cannot write /proc/x/y: no directory can be made in /proc: its file system "
-        "takes none\n"
-    )
+    said = "no directory can be made in /proc: its file system takes none"
+    assert done.stderr == f"error: cannot write /proc/x/y: {said}\n"
 
 
 @pytest.fixture(scope="module")
@@ -423,9 +391,8 @@ def dense(tmp_path_factory: Any, model: Path) -> Path:
 
 def test_without_torch_the_install_line_is_printed(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide/torch.py").write_text(
-        'raise ModuleNotFoundError("No module named torch", name="torch")'
-    )
+    missing = 'raise ModuleNotFoundError("No module named torch", name="torch")'
+    (tmp_path / "hide/torch.py").write_text(missing)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hide'}:{ROOT}"}
     done = cli("trace", "demo", "-o", "t", check=1, env=environment)
     assert done.stderr == "error: this needs torch: pip install 'moe-inspect[trace]'\n"
@@ -459,19 +426,16 @@ def test_a_terminal_sees_progress(tmp_path: Path, model: Path, corpus: Path) -> 
     leader, follower = pty.openpty()
     options = f"trace {model} -o {tmp_path / 't'} --data {corpus} --batch-tokens 64"
     command = ["-m", "moe_inspect", *options.split()]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    null = subprocess.DEVNULL
     process = subprocess.Popen(
-        [sys.executable, *command],
-        stderr=follower,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+        [sys.executable, *command], stderr=follower, stdout=null, env=environment
     )
     os.close(follower)
     seen = b""
-    try:
+    with suppress(OSError):  # the other end has closed
         while chunk := os.read(leader, 65536):
             seen += chunk
-    except OSError:  # the other end has closed
-        pass
     assert process.wait() == 0
     assert b"tokens/s" in seen
     assert b"decisions" in seen

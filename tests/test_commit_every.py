@@ -57,10 +57,8 @@ def lines_of(root: Path) -> list[dict[str, Any]]:
 
 def content(root: Path) -> list[Any]:
     """What a trace holds: each file by its hash, without numbers of shards and names of files."""
-    return [
-        {k: v for k, v in line.items() if k not in ("shard", "path", "crc32")}
-        for line in lines_of(root)
-    ]
+    own = ("shard", "path", "crc32")
+    return [{k: v for k, v in line.items() if k not in own} for line in lines_of(root)]
 
 
 def waited(until: Callable[[], bool]) -> None:
@@ -162,10 +160,7 @@ def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> 
     ],
 )
 def test_shards_replaced_between_listing_and_opening_are_no_damage(
-    tmp_path: Path,
-    read: Callable[[Path], Any],
-    after: tuple[Any, str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, read: Any, after: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, early = tmp_path / "t", writer(tmp_path / "t", commit_every=AT_ONCE)
     early.write(some_batches(1)[0])
@@ -281,9 +276,8 @@ def counted(n: int, domains: int) -> CountedBatches:
 
 def test_counts_are_summed_when_the_shard_is_due(tmp_path: Path) -> None:
     root, parts = tmp_path / "t", [counted(n, min(3, n + 1)) for n in range(5)]
-    with TraceWriter(
-        root, {}, ROUTERS, counts_only=True, shard_tokens=250, commit_every=AT_ONCE
-    ) as writer:
+    options: dict[str, Any] = {"shard_tokens": 250, "commit_every": AT_ONCE}
+    with TraceWriter(root, {}, ROUTERS, counts_only=True, **options) as writer:
         for n, part in enumerate(parts):
             writer.write(part)
             waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
@@ -308,13 +302,8 @@ def test_times_of_the_command_line() -> None:
 
     from moe_inspect.cli.options import seconds
 
-    assert [seconds(text) for text in ("5s", "500ms", "2m", "1.5", "1h")] == [
-        5,
-        0.5,
-        120,
-        1.5,
-        3600,
-    ]
+    times = {"5s": 5, "500ms": 0.5, "2m": 120, "1.5": 1.5, "1h": 3600}
+    assert {text: seconds(text) for text in times} == times
     for text in ("0", "0s", "-1s", "5 days", "s", "nan", "1e9999"):
         with pytest.raises(typer.BadParameter, match="write a time like"):
             seconds(text)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def test_every_format(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
         assert documents([tmp_path / name]) == [("x", "eins\nzwei"), ("y", "drei")]
+        with pytest.raises(MoeInspectError, match="from text, domain"):
+            documents([tmp_path / name], "body")
     assert documents([tmp_path / "a.txt"]) == [("a", "alpha")]
 
 
@@ -134,11 +137,7 @@ def test_an_fsspec_url() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        (
-            "a.jsonl",
-            b'{"body": 1, "title": 2}\n',
-            "no text field 'text': choose one with --text-field from body, title",
-        ),
+        ("a.jsonl", b'{"b": 1, "c": 2}\n', "no text field 'text': choose one with .* from b, c"),
         ("a.jsonl", b'{"text": 7}\n', "holds int, not text"),
         ("a.jsonl", b'{"text": "fine"}\n{"text"', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "expected a JSON object, got list"),
@@ -164,22 +163,12 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes,
 def test_bad_places_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").write_text("x")
-    for place, says in (
-        ("none.txt", "no text at"),
-        ("empty", "no text at"),
-        ("*.txt", "no text at"),
-        ("a.md", "must end in"),
-    ):
+    for place in ("none.txt", "empty", "*.txt", "a.md"):
+        says = "must end in" if place == "a.md" else "no text at"
         with pytest.raises(MoeInspectError, match=says):
             find_sources([str(tmp_path / place)])
     with pytest.raises(MoeInspectError, match="cannot open nosuch://x"):
         find_sources(["nosuch://x"])
-
-
-def test_a_parquet_without_the_text_field_lists_its_fields(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(MoeInspectError, match="from body, n"):
-        documents([tmp_path / "a.parquet"])
 
 
 def test_white_space_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -200,11 +189,7 @@ texts = st.lists(st.text("abc", min_size=1, max_size=60), min_size=1, max_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(
-    texts,
-    st.integers(3, 20),
-    st.one_of(st.none(), st.integers(1, 200)),
-    st.booleans(),
-    st.integers(1, 60),
+    texts, st.integers(3, 20), st.none() | st.integers(1, 200), st.booleans(), st.integers(1, 60)
 )
 def test_every_token_is_fed_once(
     texts: list[str], max_length: int, max_tokens: int | None, framed: bool, batch_tokens: int
@@ -325,14 +310,22 @@ def long_text(characters: int) -> str:
     return "".join(parts)[:characters]
 
 
+@pytest.fixture
+def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Has texts tokenized in pieces of so many characters, which share as many."""
+
+    def cut(piece: int, overlap: int) -> None:
+        monkeypatch.setattr(tokenize, "PIECE", piece)
+        monkeypatch.setattr(tokenize, "OVERLAP", overlap)
+
+    return cut
+
+
 @pytest.mark.parametrize("kind", ["bytes", "wordpiece", "unigram", "no words"])
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, pieces_of: Any) -> None:
     tokenizer, text = tokenizer_of(kind), long_text(30_000)
     whole = np.array(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
-    monkeypatch.setattr(tokenize, "PIECE", 4000)
-    monkeypatch.setattr(tokenize, "OVERLAP", 300)
+    pieces_of(4000, 300)
     assert tokenize.token_ids(["short", text], tokenizer)[1].tolist() == whole.tolist()
     pieces = [text[at : at + 4000] for at in range(0, len(text), 4000)]
     cut = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
@@ -340,19 +333,18 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
     assert [i for ids in cut for i in ids] != whole.tolist()
 
 
-def test_a_repetition_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repetition_without_end_is_cut(pieces_of: Any) -> None:
     """No split to join pieces at: nothing is lost, and a token at each cut may be another."""
-    monkeypatch.setattr(tokenize, "PIECE", 1000)
+    pieces_of(1000, tokenize.OVERLAP)
     tokenizer = tokenizer_of("bytes")
     ids = tokenize.token_ids(["a" * 3_000 + " b"], tokenizer)[0]
     assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", "") == "a" * 3_000 + "b"
 
 
-def test_memory_does_not_grow_with_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_a_document(pieces_of: Any) -> None:
     """A tokenizer's memory goes by what it is given at once: never more than two pieces, of one
     text or of many."""
-    monkeypatch.setattr(tokenize, "PIECE", 1000)
-    monkeypatch.setattr(tokenize, "OVERLAP", 200)
+    pieces_of(1000, 200)
     inner, given = tokenizer_of("bytes"), []
 
     class Watched:

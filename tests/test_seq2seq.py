@@ -28,15 +28,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("seq2seq")
     config = zoo.config("switch_transformers")
-    config.vocab_size, config.decoder_start_token_id, config.eos_token_id = (
-        len(AutoTokenizer.from_pretrained(MODEL_DIR)),
-        3,
-        None,
-    )
+    config.vocab_size = len(AutoTokenizer.from_pretrained(MODEL_DIR))
     torch.manual_seed(0)
     model = zoo.model_class("switch_transformers")._from_config(config)
-    model.generation_config.decoder_start_token_id = 3
-    model.generation_config.eos_token_id = None
+    for stated in (config, model.generation_config):
+        stated.decoder_start_token_id, stated.eos_token_id = 3, None
     model.save_pretrained(root / "model")
     for file in MODEL_DIR.glob("*token*"):
         shutil.copy(file, root / "model")
@@ -47,9 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def traced(place: Path, out: Path, **options: Any) -> moe_inspect.Trace:
-    return moe_inspect.trace_model(
-        str(place / "model"), out, data=[str(place / "texts")], **options
-    )
+    texts = [str(place / "texts")]
+    return moe_inspect.trace_model(str(place / "model"), out, data=texts, **options)
 
 
 def decisions(trace: moe_inspect.Trace) -> pd.DataFrame:
@@ -69,9 +64,8 @@ def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path:
     assert tokens[tokens.phase == "encode"].groupby("document").size().to_dict() == stated
     assert [r.stack for r in trace.routers] == ["encoder"] * 2 + ["decoder"] * 2
     for r, router in enumerate(trace.routers):
-        assert len(trace.routing(router=r)) == (
-            counts["encode"] if router.stack == "encoder" else 15
-        )
+        seen = counts["encode"] if router.stack == "encoder" else 15
+        assert len(trace.routing(router=r)) == seen
     assert trace.n_decisions == 2 * counts["encode"] + 2 * 15
 
 
@@ -123,26 +117,14 @@ def interrupt(done: int, total: int | None) -> None:
 
 def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
     model = zoo.build("switch_transformers")
-    inputs = {
-        k: v
-        for k, v in zoo.inputs("switch_transformers", [6, 4]).items()
-        if not k.startswith("decoder")
-    }
+    inputs = zoo.inputs("switch_transformers", [6, 4])
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
+    usual = {"decoder_start_token_id": 0, "max_new_tokens": 4, "eos_token_id": None}
     with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]), torch.no_grad():
-        model.generate(
-            **inputs,
-            decoder_start_token_id=0,
-            max_new_tokens=4,
-            eos_token_id=None,
-            num_beams=2,
-            do_sample=False,
-        )
+        model.generate(**inputs, **usual, num_beams=2, do_sample=False)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    assert tokens.groupby("phase", observed=True).size().to_dict() == {
-        "encode": 10,
-        "prefill": 4,
-        "decode": 12,
-    }
+    sizes = tokens.groupby("phase", observed=True).size().to_dict()
+    assert sizes == {"encode": 10, "prefill": 4, "decode": 12}
     assert tokens[tokens.phase != "encode"].groupby("document").size().to_dict() == {0: 8, 1: 8}
     # each beam but the first is a sequence of its own
     assert tokens.groupby("document").sequence.unique().map(list).tolist() == [[0, 2], [1, 3]]
@@ -166,9 +148,8 @@ def test_labels_are_shifted_and_each_stack_has_its_mask(tmp_path: Path) -> None:
     assert tokens.groupby(["batch", "phase"], observed=True).size().to_dict() == {
         (0, "prefill"): 10, (0, "encode"): 10, (1, "encode"): 10, (2, "prefill"): 14,
     }  # fmt: skip
-    assert (
-        set(tokens[tokens.batch == 1].document) == set(tokens[tokens.batch == 2].document) == {2, 3}
-    )
+    for batch in (1, 2):
+        assert set(tokens[tokens.batch == batch].document) == {2, 3}
 
 
 def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
@@ -184,15 +165,10 @@ def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
         experts._forward_pre_hooks.popitem()
         model.get_encoder()(input_ids=inputs["input_ids"])
         assert recorder.tokens == 6 + 7 + 6
-    parent = model.get_submodule(
-        next(p for p, m in model.named_modules() if m is experts).rpartition(".")[0]
-    )
-    parent.forward = lambda hidden: hidden
-    watched, refused = (
-        moe_inspect.record(model, tmp_path / "u"),
-        pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows .* of 7"),
-    )
-    with watched, torch.no_grad(), refused:
+    path = next(p for p, m in model.named_modules() if m is experts)
+    model.get_submodule(path.rpartition(".")[0]).forward = lambda hidden: hidden
+    refused = pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows .* of 7")
+    with moe_inspect.record(model, tmp_path / "u"), torch.no_grad(), refused:
         model(**inputs)
     assert type(experts).forward is stock
     assert not (tmp_path / "u" / "routing").exists()
