@@ -45,13 +45,17 @@ class Unloaded:
 
     def record(self) -> dict[str, object]:
         """What tells whether a later run has the same model."""
-        options = self.options
+        options, weights_hash = self.options, None
+        if self.own is not None:
+            weights_hash = state_fingerprint(self.own.model)
+        elif options.random_init is None:
+            weights_hash = weights_fingerprint(*self._base)
         found = {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "model": self.name,
             "revision": options.revision,
             "config": schema.fingerprint(comparable(self.config)),
-            "weights_hash": self._weights_hash(),
+            "weights_hash": weights_hash,
             "adapter": self.adapter.fingerprint() if self.adapter is not None else None,
             "random_init": options.random_init,
             "dequantize": options.dequantize or None,
@@ -60,13 +64,6 @@ class Unloaded:
         if options.routers is not None:
             found["routers"] = [named(spec) for spec in checked(options.routers)]
         return found
-
-    def _weights_hash(self) -> str | None:
-        if self.own is not None:
-            return state_fingerprint(self.own.model)
-        if self.options.random_init is not None:
-            return None
-        return weights_fingerprint(*self._base)
 
     @property
     def stored_quantization(self) -> dict[str, object]:

@@ -137,10 +137,11 @@ class Head:
         self._given = _Given(self.body)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, body: self._given}
-        takes = inspect.signature(type(model).forward).parameters
-        self._options = {
-            name: False for name in ("use_cache", "output_router_logits") if name in takes
-        }
+        takes, unneeded = (
+            inspect.signature(type(model).forward),
+            ("use_cache", "output_router_logits"),
+        )
+        self._options = {name: False for name in unneeded if name in takes.parameters}
         self.checked = False
         self._kept: Any = None  # the body's output in this forward pass
         self._hook: Any = None
@@ -205,13 +206,10 @@ class _Given(torch.nn.Module):
 
 def head_of(model: Any) -> Head | None:
     """None where the body is no direct part of the model."""
-    children = dict(model.named_children())
-    base = getattr(model, "base_model", None)
-    named = ["model"] if hasattr(model, "get_output_embeddings") else []
-    bodies = [name for name, module in children.items() if module is base] or named
-    return (
-        Head(model, bodies[0]) if bodies and bodies[0] in children and len(children) > 1 else None
-    )
+    children, base = dict(model.named_children()), getattr(model, "base_model", None)
+    named = "model" if hasattr(model, "get_output_embeddings") else ""
+    body = next((name for name, module in children.items() if module is base), named)
+    return Head(model, body) if body in children and len(children) > 1 else None
 
 
 CHUNK_LOGITS = 2**25  # float32 values that are held at a time: 128 MiB

@@ -76,10 +76,8 @@ def actions_of(on_alarm: str | Action | Sequence[str | Action]) -> list[str | Ac
     actions = [on_alarm] if isinstance(on_alarm, str) or callable(on_alarm) else list(on_alarm)
     for action in actions:
         if not callable(action) and action not in NAMED:
-            raise MoeInspectError(
-                f"no action {action!r} on an alarm: give {', '.join(NAMED)}, a function or a "
-                "Webhook"
-            )
+            known = f"{', '.join(NAMED)}, a function or a Webhook"
+            raise MoeInspectError(f"no action {action!r} on an alarm: give {known}")
     return actions
 
 

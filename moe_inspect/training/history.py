@@ -91,18 +91,10 @@ class History:
         # an encoder-decoder's stacks see different tokens
         of_stack = {router.stack: int(n) for router, n in zip(routers, tokens_R, strict=True)}
         shards = self.writer.next_shard
-        self.writer.write(
-            CountedBatches(
-                step,
-                sum(of_stack.values()),
-                [""],
-                [load_E[None] for load_E in load],
-                None,
-                None,
-                decisions=int(tokens_R.sum()),
-                first_batch=self.last_step + 1,
-            )
-        )
+        load_1E, tokens = [load_E[None] for load_E in load], sum(of_stack.values())
+        decisions, first = int(tokens_R.sum()), self.last_step + 1
+        counts = CountedBatches(step, tokens, [""], load_1E, None, None, [], decisions, first)
+        self.writer.write(counts)
         self.last_step = step
         until = time.monotonic() + COMMIT_TIMEOUT_S
         while self.writer.next_shard == shards and not self.writer.failed:

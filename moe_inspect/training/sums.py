@@ -111,10 +111,6 @@ class DeviceSums:
         """What was summed: load, that of each recent step, and the losses."""
         return [self.total_3C[of], self.recent_SC[:steps], self.losses_22R[of]]
 
-    def clear(self, of: int) -> None:
-        self.total_3C[of].zero_()
-        self.losses_22R[of].zero_()
-
 
 @dataclass(frozen=True)
 class WindowSums:
@@ -322,7 +318,8 @@ class RoutingSums:
         sizes = [part.numel() for part in parts]
         found = self._of_routers([part.numpy() for part in flat.cpu().split(sizes)], S)
         for on in self._on.values():
-            on.clear(of)
+            on.total_3C[of].zero_()
+            on.losses_22R[of].zero_()
         self._clear(of)
         if training:
             self._steps = 0

@@ -44,17 +44,13 @@ class _Tokens:
 
 def token_ids(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     """The token ids of each text, int32, without special tokens."""
-    short = [
-        n
-        for n, text in enumerate(texts)
-        if len(text) <= PIECE or not getattr(tokenizer, "is_fast", False)
-    ]
+    is_fast = getattr(tokenizer, "is_fast", False)
+    short = [n for n, text in enumerate(texts) if len(text) <= PIECE or not is_fast]
     found: dict[int, np.ndarray] = {}
     for call in _calls(short, texts):
-        encoded = tokenizer([texts[n] for n in call], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        found |= {n: np.array(ids, np.int32) for n, ids in zip(call, encoded, strict=True)}
+        encoded = tokenizer([texts[n] for n in call], add_special_tokens=False, verbose=False)
+        of_texts = zip(call, encoded["input_ids"], strict=True)
+        found |= {n: np.array(ids, np.int32) for n, ids in of_texts}
     return [
         found[n] if n in found else np.concatenate(list(_in_pieces(text, tokenizer)))
         for n, text in enumerate(texts)
@@ -123,16 +119,11 @@ def _joined(left: _Tokens, right: _Tokens, first: int, words: bool) -> tuple[int
     at_left, at_right = _splits(left, words), _splits(right, words)
     _, i, j = np.intersect1d(left.start[at_left], right.start[at_right], return_indices=True)
     i, j = at_left[i], at_right[j]
-    near = (
-        (i - AGREED >= first)
-        & (i + AGREED <= len(left.ids))
-        & (j >= AGREED)
-        & (j + AGREED <= len(right.ids))
-    )
+    near = (i - AGREED >= first) & (i + AGREED <= len(left.ids))
+    near &= (j >= AGREED) & (j + AGREED <= len(right.ids))
     for i_, j_ in zip(i[near][::-1], j[near][::-1], strict=True):
         here, there = slice(i_ - AGREED, i_ + AGREED), slice(j_ - AGREED, j_ + AGREED)
-        if (left.ids[here] == right.ids[there]).all() and (
-            left.start[here] == right.start[there]
-        ).all():
+        same = (left.ids[here] == right.ids[there]) & (left.start[here] == right.start[there])
+        if same.all():
             return int(i_), int(j_)
     return None

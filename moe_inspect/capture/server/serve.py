@@ -70,20 +70,18 @@ def read_command(command: Sequence[str], engine: str | None = None) -> EngineCom
             f"no program {command[0]}: activate the environment it is installed in, or give its "
             "path"
         )
-    engine = engine or _engine_of(command)
+    # by the first word that is the name of an engine's program or module
+    words = (Path(word).name.partition(".")[0] for word in command)
+    engine = engine or next((word for word in words if word in ENGINES), None)
     if engine not in ENGINES:
-        raise MoeInspectError(
-            f"cannot tell the engine of {shlex.join(command)[:80]}: give --engine "
-            f"{' or '.join(ENGINES)}"
-        )
+        said = f"cannot tell the engine of {shlex.join(command)[:80]}"
+        raise MoeInspectError(f"{said}: give --engine {' or '.join(ENGINES)}")
     at, given = _value(command, "--host"), _value(command, "--port")
     host = LOCAL if at is None else at  # nobody else needs it
     port = _free_port(host, given)
-    added = [
-        *([] if _has(command, FLAG) else [FLAG]),
-        *(["--host", host] if at is None else []),
-        *(["--port", str(port)] if given is None else []),
-    ]
+    added = [] if _has(command, FLAG) else [FLAG]
+    added += ["--host", host] if at is None else []
+    added += ["--port", str(port)] if given is None else []
     environment = {k: v for k, v in ENVIRONMENT[engine].items() if k not in os.environ}
     api_key = _value(command, "--api-key")
     if api_key is None and engine == "vllm":
@@ -99,12 +97,6 @@ def read_command(command: Sequence[str], engine: str | None = None) -> EngineCom
         _has(command, "--trust-remote-code"),
         api_key,
     )
-
-
-def _engine_of(command: Sequence[str]) -> str | None:
-    """By the first word that is the name of an engine's program or module."""
-    words = (Path(word).name.partition(".")[0] for word in command)
-    return next((word for word in words if word in ENGINES), None)
 
 
 def _model_of(command: Sequence[str]) -> str | None:
@@ -141,9 +133,8 @@ def _free_port(host: str, given: str | None) -> int:
         with socket.create_server((host, int(given or 0)), family=family) as free:
             return free.getsockname()[1]
     except OSError as error:
-        why = (
-            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used, {error.strerror}"
-        )
+        is_used = error.errno == errno.EADDRINUSE
+        why = "is in use" if is_used else f"cannot be used, {error.strerror}"
         raise MoeInspectError(
             f"port {given or 'of any number'} of {host} {why}: give the engine another --host or "
             "--port; without --port it gets a free one"
