@@ -87,18 +87,8 @@ Text = Annotated[
         more="Token ids are -1 then, and there is no vocabulary.",
     ),
 ]
-Layers = Annotated[Sequence[int] | None, Setting("Record only these block indices.")]
 Resume = Annotated[
     bool, Setting("Resume an interrupted trace of the same corpus, model and options.")
-]
-Overwrite = Annotated[bool, Setting("Replace an existing trace, which is refused otherwise.")]
-CommitEvery = Annotated[
-    float | None,
-    Setting(
-        "Commit at this interval, in seconds, to read the trace while it is written "
-        "(`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is committed; it "
-        "replaces those that were committed early."
-    ),
 ]
 Capture = Annotated[
     Literal["auto", "dispatch", "tap"],
@@ -218,15 +208,26 @@ class RecordedFields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions(FedFields):
+class WrittenFields:
+    """What of a trace is written, and how."""
+
+    layers: Sequence[int] | None = setting(None, "Record only these block indices.")
+    overwrite: bool = setting(False, "Replace an existing trace, which is refused otherwise.")
+    commit_every: float | None = setting(
+        None,
+        "Commit at this interval, in seconds, to read the trace while it is written "
+        "(`moe-inspect watch`). By default a shard of 65,536 tokens or 60 seconds is committed; it "
+        "replaces those that were committed early.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(FedFields, WrittenFields):
     """The corpus and how it is fed, and which layers are recorded."""
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
-    layers: Layers = None
     resume: Resume = False
-    overwrite: Overwrite = False
-    commit_every: CommitEvery = None
 
 
 @documented()
@@ -248,11 +249,10 @@ class TraceOptions(CorpusOptions, ModelFields, RecordedFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions(RecordedFields):
+class RecordOptions(RecordedFields, WrittenFields):
     """Settings of a recorder."""
 
     capture: Capture = "auto"
-    layers: Layers = None
     every: int = setting(1, "With `counts_only`: count every N-th forward pass.")
     flush_steps: int | None = setting(
         None,
@@ -260,7 +260,6 @@ class RecordOptions(RecordedFields):
         "trace while it is written; each commit is one step of `windows` and `drift`. By "
         "default they are committed every 65,536 tokens.",
     )
-    overwrite: Overwrite = False
     drop: bool = setting(
         False, "If the writer cannot keep up, drop decisions and count them instead of waiting."
     )
@@ -269,7 +268,6 @@ class RecordOptions(RecordedFields):
         "Rows of the largest forward pass to allocate device memory for. By default the buffer "
         "grows as needed, which it cannot once CUDA graphs write into it.",
     )
-    commit_every: CommitEvery = None
     text: Text = True
     routers: Routers = None
     inputs: InputsOf | None = setting(
