@@ -29,20 +29,10 @@ from tests.test_layout import modules
 
 # the argument that is written to: of functions, and (None) of methods of a path
 WRITES: dict[str, int | None] = {
-    "os.rename": 0,
-    "os.replace": 0,
-    "write_text": None,
-    "write_bytes": None,
-    "savefig": 0,
-    "to_csv": 0,
-    "to_parquet": 0,
-    "to_json": 0,
-    "np.save": 0,
-    "torch.save": 1,
-    "save_file": 1,
-    "write_csv": 1,
-    "write_table": 1,
-    "ParquetWriter": 0,
+    **dict.fromkeys(("os.rename", "os.replace", "savefig", "np.save", "ParquetWriter"), 0),
+    **dict.fromkeys(("to_csv", "to_parquet", "to_json"), 0),
+    **dict.fromkeys(("torch.save", "save_file", "write_csv", "write_table"), 1),
+    **dict.fromkeys(("write_text", "write_bytes"), None),
 }
 LAST = {"open", *(name.rpartition(".")[2] for name in WRITES)}
 OPEN = ("draft", "file", "buffer", "sink", "text", "sys.stdout", "pa.PythonFile(sink")

@@ -142,9 +142,7 @@ def test_the_plan() -> None:
 
 
 def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
-    says = (
-        "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens leave"
-    )
+    says = "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens"
     with pytest.raises(MoeInspectError, match=says):
         traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
     with pytest.raises(MoeInspectError, match="generating 256 tokens leaves no room for a prompt"):
@@ -168,12 +166,10 @@ def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> N
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
     assert max(len(batch) for batch, _ in together) > 1
     assert all(len(batch) == 1 for batch, _ in singly)
-    assert [row.sequence for batch, _ in singly for row in batch] == [
-        row.sequence for batch, _ in together for row in batch
-    ]
-    named = [
-        sorted(d.document for _, new in planned for d in new) for planned in (singly, together)
-    ]
+    both = singly, together
+    fed = [[row.sequence for batch, _ in planned for row in batch] for planned in both]
+    assert fed[0] == fed[1]
+    named = [sorted(d.document for _, new in planned for d in new) for planned in both]
     assert named[0] == named[1] == list(range(30))
     assert all(d.document == batch[0].document for batch, new in singly for d in new)
 

@@ -23,15 +23,10 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(path: Path, ranks: int, *arguments: str) -> subprocess.Popen[str]:
-    command = f"-m torch.distributed.run --nproc-per-node {ranks} --standalone -m moe_inspect"
+    run = f"-m torch.distributed.run --nproc-per-node {ranks} --standalone -m moe_inspect"
+    command = [sys.executable, *run.split(), "trace", "demo", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *command.split(), "trace", "demo", *arguments],
-        cwd=path,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    )
+    return subprocess.Popen(command, cwd=path, stdout=pipe, stderr=pipe, text=True)
 
 
 def traced(path: Path, ranks: int, *arguments: str) -> Ranks:

@@ -112,9 +112,8 @@ def test_what_was_recorded_before_the_engine_died_is_kept_and_resumed(
     arguments = ("serve-trace", "-o", "t", *CORPUS, "--commit-every", "1ms", "--concurrency", 1)
     command = ("--", "vllm", "serve", model)
     done = cli_here(*arguments, *command, check=1)
-    assert done.stderr.endswith(
-        "error: vllm ended with SIGKILL: the end of t.engine.log is above\n"
-    )
+    ended = "error: vllm ended with SIGKILL: the end of t.engine.log is above\n"
+    assert done.stderr.endswith(ended)
     assert done.stderr.count("retrying") < client.ATTEMPTS - 1  # it is known to be gone
     kept = moe_inspect.open_trace(tmp_path / "t").n_tokens
     assert nobody_is_left(tmp_path)

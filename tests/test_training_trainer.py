@@ -27,6 +27,8 @@ from tests.trained import EXPERTS, LAYERS, counted, reset
 from tests.zoo import VOCABULARY
 
 ROWS = 48
+QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+QUIET |= {"use_cpu": True, "remove_unused_columns": False}
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -49,27 +51,11 @@ def trainer(
     out: Path, callback: RoutingCallback, model: Any = None, **arguments: Any
 ) -> hf.Trainer:
     model = model if model is not None else counted()
-    return hf.Trainer(
-        model,
-        hf.TrainingArguments(
-            str(out / "trainer"),
-            **{
-                "per_device_train_batch_size": 4,
-                "per_device_eval_batch_size": 16,
-                "max_steps": 6,
-                "logging_steps": 2,
-                "save_strategy": "no",
-                "report_to": [],
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "remove_unused_columns": False,
-                **arguments,
-            },
-        ),
-        train_dataset=Rows(),
-        eval_dataset=Rows(),
-        callbacks=[callback],
-    )
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 16}
+    usual = {**QUIET, **sizes, "max_steps": 6, "logging_steps": 2}
+    given = hf.TrainingArguments(str(out / "trainer"), **usual | arguments)
+    data = {"train_dataset": Rows(), "eval_dataset": Rows()}
+    return hf.Trainer(model, given, **data, callbacks=[callback])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -102,10 +88,8 @@ def test_the_counts_are_those_of_the_batches(
 
 def test_an_alarm_stops_the_training(tmp_path: Path) -> None:
     raised: list[Alarm] = []
-    callback = RoutingCallback(
-        rules=["max_vio > 0 even by chance for 2 windows"], on_alarm=["stop", raised.append]
-    )
-    it = trainer(tmp_path, callback)
+    rules = ["max_vio > 0 even by chance for 2 windows"]
+    it = trainer(tmp_path, RoutingCallback(rules=rules, on_alarm=["stop", raised.append]))
     it.train()
     assert it.state.global_step == 4
     assert {alarm.layer for alarm in raised} == set(range(LAYERS))
@@ -216,15 +200,14 @@ def test_a_run_ends_with_a_picture(tmp_path: Path, every: int, steps: list[int])
 # --- where the logs go; each skips where the logger is not installed
 
 
-def test_tensorboard_has_the_keys_and_the_picture(tmp_path: Path) -> None:
+def test_tensorboard_has_the_keys_and_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "tb")
-    try:
-        trainer(tmp_path, RoutingCallback(picture_logs=2), report_to=["tensorboard"]).train()
-    finally:
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer(tmp_path, RoutingCallback(picture_logs=2), report_to=["tensorboard"]).train()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert len(events.Scalars("train/routing/max_vio/worst")) == 3
@@ -251,9 +234,8 @@ def test_wandb_offline_has_the_keys_and_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     trainer(tmp_path, RoutingCallback(), report_to=["wandb"]).train()
     import wandb
 
@@ -340,14 +322,10 @@ def test_trl_gives_the_same_counts(tmp_path: Path, packing: bool) -> None:
             gradient_checkpointing=True,
             max_steps=3,
             logging_steps=1,
-            save_strategy="no",
-            report_to=[],
             packing=packing,
             max_length=16,
-            use_cpu=True,
             bf16=False,
-            disable_tqdm=True,
-            remove_unused_columns=False,
+            **QUIET,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -383,19 +361,12 @@ def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
 
     module, logger = Module(), CSVLogger(tmp_path / "csv")
     loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
-    lightning.Trainer(
-        max_steps=4,
-        accumulate_grad_batches=2,
-        log_every_n_steps=2,
-        val_check_interval=4,
-        limit_val_batches=2,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        callbacks=[LightningRoutingCallback(tmp_path / "h")],
-    ).fit(module, loader, loader)
+    off = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    steps = {"max_steps": 4, "accumulate_grad_batches": 2, "log_every_n_steps": 2}
+    callbacks = [LightningRoutingCallback(tmp_path / "h")]
+    usual = {**dict.fromkeys(off, False), **steps, "logger": logger, "callbacks": callbacks}
+    evaluates = {"val_check_interval": 4, "limit_val_batches": 2}
+    lightning.Trainer(accelerator="cpu", **usual, **evaluates).fit(module, loader, loader)
     assert module.model.steps_passes == 8
     assert (history(tmp_path / "h") == module.model.load).all()
     logged = "".join(path.read_text() for path in (tmp_path / "csv").rglob("metrics.csv"))
