@@ -199,7 +199,7 @@ def padded(
     model has no embedding for is replaced by 0."""
     lengths = np.array([len(s.ids) for s in sequences])
     mask_BS = np.arange(lengths.max()) < lengths[:, None]
-    pad, known = tokenizer.pad_token_id or 0, embeddings(network)
+    pad, known = getattr(tokenizer, "pad_token_id", None) or 0, embeddings(network)
     ids_BS = np.full(mask_BS.shape, 0 if known is not None and pad >= known else pad, np.int64)
     ids_BS[mask_BS] = np.concatenate([s.ids for s in sequences])
     return ids_BS, mask_BS
@@ -273,7 +273,7 @@ def chosen(logits_BV: Tensor, temperature: float, generator: torch.Generator) ->
 def end_ids(network: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
     """End-of-text token ids: of the generation config, else of the tokenizer."""
     stated = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
-    stated = stated if stated is not None else tokenizer.eos_token_id
+    stated = stated if stated is not None else getattr(tokenizer, "eos_token_id", None)
     return frozenset([stated] if isinstance(stated, int) else stated or [])
 
 

@@ -24,11 +24,8 @@ AGREED = 16  # tokens to either side of a join
 class Tokenizer(Protocol):
     """What is used of a tokenizer, of transformers or the like."""
 
-    pad_token_id: int | None
-    eos_token_id: int | list[int] | None
-
     def __call__(self, text: Any, *, add_special_tokens: bool, verbose: bool = True) -> Any: ...
-    def convert_ids_to_tokens(self, ids: list[int], /) -> list[str]: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> str | list[str]: ...
 
 
 @dataclass(frozen=True)
