@@ -12,13 +12,12 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 from moe_inspect.text import first_line
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
     from torch.nn import Module
 
@@ -184,6 +183,8 @@ def deepspeed(module: Called, args: Args, kwargs: Kwargs, output: Called) -> Cho
 
 def megatron_rows(router: Called, B: int, S: int) -> np.ndarray | None:
     """With sequence parallelism a rank's router sees its part of the positions, sequence-first."""
+    import numpy as np
+
     if not router.config.sequence_parallel or router.tp_group.size() == 1:
         return None
     part = S // router.tp_group.size()
