@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,6 +96,19 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
             launch = kernels._scatter_launch(K, E, scanned, size)
             yield f"dispatch {turn} {of_shape} block {size}", launch, taped
     yield f"dispatch 2/3 {of_shape}", kernels._scan_launch(), {}
+
+
+def lines_of(module: str, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON that `python -m module` prints, where kernels are compiled."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(map(json.loads, done.stdout.splitlines()))
 
 
 def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:

@@ -230,3 +230,29 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_inspect.capture.hook import attach
 
     monkeypatch.setattr(attach, "has_compiled", lambda: False)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the kernels run, and their launchers."""
+    from moe_inspect.capture.hook import kernels
+
+    if kernels.triton is None:
+        pytest.skip("no triton on this platform")
+    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Up to how many slots the experts' weights are copied, instead of grouping the slots."""
+    from moe_inspect.capture.hook import experts
+
+    return lambda most: monkeypatch.setattr(experts, "are_few", lambda slots, E: slots <= most)
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """How many seconds a pass on a CPU waits for others, with which it is handed over."""
+    from moe_inspect.capture import hand_over
+
+    return lambda seconds: monkeypatch.setattr(hand_over, "HELD_SECONDS", seconds)

@@ -8,7 +8,7 @@ T tokens, K slots, E experts.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,18 +70,17 @@ class Kernels:
         return slots.view(-1, routing.n_expts_act, y.shape[1]).sum(1)
 
 
-class _Indices(SimpleNamespace):
-    def __init__(self, src_indx: torch.Tensor, dst_indx: torch.Tensor):
-        super().__init__(src_indx=src_indx, dst_indx=dst_indx)
+class _Indices(NamedTuple):
+    src_indx: torch.Tensor
+    dst_indx: torch.Tensor
 
 
-class _Routing(SimpleNamespace):
-    def __init__(
-        self, gate_scal: torch.Tensor, expt_hist: torch.Tensor, total: int, active: int, data: Any
-    ):
-        super().__init__(
-            gate_scal=gate_scal, expt_hist=expt_hist.int(), n_expts_tot=total, n_expts_act=active
-        )
+class _Routing(NamedTuple):
+    gate_scal: torch.Tensor
+    expt_hist: torch.Tensor
+    n_expts_tot: int
+    n_expts_act: int
+    data: Any
 
 
 def _route(logits_TE: torch.Tensor, K: int) -> tuple[_Routing, _Indices, _Indices]:

@@ -14,7 +14,6 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_inspect
-from moe_inspect.capture.hook import attach
 from moe_inspect.capture.hook.experts import NAME, TAKEN
 from tests.families import build
 from tests.zoo import token_batch
@@ -30,14 +29,17 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests have compiled in this process: the tap would be a forward hook."""
-    monkeypatch.setattr(attach, "has_compiled", lambda: False)
+# (else the tap would be a forward hook)
+pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
 def experts_of(model: Any) -> list[Any]:
     return [layer.mlp.experts for layer in model.model.layers]
+
+
+@pytest.fixture
+def expected(model: Any, tmp_path: Path) -> pd.DataFrame:
+    return routing(model, tmp_path / "expected")
 
 
 def routing(model: Any, path: Path, call: Any = None, batches: Any = BATCHES) -> pd.DataFrame:
@@ -55,26 +57,23 @@ def routing(model: Any, path: Path, call: Any = None, batches: Any = BATCHES) ->
 
 def test_a_copy_computes_with_its_own_weights(model: Any, tmp_path: Path) -> None:
     experts = model.model.layers[0].mlp.experts
-    hidden, ids, weights = (
-        torch.rand(3, 32),
-        torch.zeros((3, 4), dtype=torch.long),
-        torch.ones(3, 4),
-    )
+    given = torch.rand(3, 32), torch.zeros((3, 4), dtype=torch.long), torch.ones(3, 4)
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
         model(**BATCHES[0])
         copied = copy.deepcopy(experts)
         for parameter in copied.parameters():
             parameter.zero_()
-        assert not copied(hidden, ids, weights).any()
-        assert experts(hidden, ids, weights).any()
-    assert not copied(hidden, ids, weights).any()
+        assert not copied(*given).any()
+        assert experts(*given).any()
+    assert not copied(*given).any()
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 14
 
 
 @pytest.mark.parametrize("when", ["before", "within", "within, and taken off"])
-def test_accelerate_may_wrap_the_same_forward(when: str, model: Any, tmp_path: Path) -> None:
+def test_accelerate_may_wrap_the_same_forward(
+    when: str, model: Any, expected: pd.DataFrame, tmp_path: Path
+) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-    expected = routing(model, tmp_path / "expected")
 
     def wrap() -> None:
         for module in experts_of(model):
@@ -125,9 +124,8 @@ def test_what_is_recorded_is_what_a_users_hook_makes_of_it(
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_the_model_may_be_given_another_implementation_within(
-    implementation: str, model: Any, tmp_path: Path
+    implementation: str, model: Any, expected: pd.DataFrame, tmp_path: Path
 ) -> None:
-    expected = routing(model, tmp_path / "expected")
     with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
         for n, batch in enumerate(BATCHES):
             if n == 1:
@@ -161,17 +159,14 @@ def test_layers_that_a_tap_leaves_out_compute_what_they_did(
     found = moe_inspect.open_trace(tmp_path / "1").routing()
     of_layer = expected[expected.layer == 1].reset_index(drop=True)
     assert found.drop(columns="router").equals(of_layer.drop(columns="router"))
-    assert moe_inspect.open_trace(tmp_path / "0").n_tokens == sum(
-        int(batch["attention_mask"].sum()) for batch in [BATCHES[0], *BATCHES]
-    )
+    assert moe_inspect.open_trace(tmp_path / "0").n_tokens == 2 * (9 + 5) + 3 + (7 + 7 + 2)
 
 
 @pytest.mark.parametrize("ends_first", [0, 1])
 @pytest.mark.parametrize("captures", [("tap", "dispatch"), ("dispatch", "tap"), ("tap", "tap")])
 def test_two_recorders(
-    captures: tuple[str, str], ends_first: int, model: Any, tmp_path: Path
+    captures: tuple[str, str], ends_first: int, model: Any, expected: pd.DataFrame, tmp_path: Path
 ) -> None:
-    expected = routing(model, tmp_path / "expected")
     before = model.config._experts_implementation
     recorders = [
         moe_inspect.record(model, tmp_path / str(n), capture=c) for n, c in enumerate(captures)
@@ -184,9 +179,9 @@ def test_two_recorders(
         recorders[ends_first].__exit__(None, None, None)
         model(**BATCHES[0])
         recorders[1 - ends_first].__exit__(None, None, None)
-    first, second = (moe_inspect.open_trace(tmp_path / str(n)).routing() for n in (0, 1))
-    longer = (second, first)[ends_first]
-    assert (first, second)[ends_first].equals(expected)
+    found = [moe_inspect.open_trace(tmp_path / str(n)).routing() for n in (0, 1)]
+    assert found.pop(ends_first).equals(expected)
+    (longer,) = found
     of_both = longer[longer.token <= expected.token.max()].reset_index(drop=True)
     assert of_both.equals(expected)
     assert len(longer) > len(expected)

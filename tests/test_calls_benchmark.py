@@ -3,14 +3,15 @@ it, and what Valgrind prints is read."""
 
 from __future__ import annotations
 
+import os
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import calls, instructions
+from tests.zoo import state_of
 
 LAYERS = 2
 
@@ -24,19 +25,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     return shared
 
 
-def state(model: Any) -> list[tuple[type, list[str], int, int]]:
-    """What a way of recording changes of a module."""
-    return [
-        (type(m), sorted(vars(m)), len(m._forward_pre_hooks), len(m._forward_hooks))
-        for m in model.modules()
-    ]
-
-
 def test_every_way_takes_turns_on_one_model_and_leaves_it_as_it_was(model: Any) -> None:
-    before, ways = state(model), [way for way in calls.WAYS if way != "untraced"]
+    before, ways = state_of(model), [way for way in calls.WAYS if way != "untraced"]
     found = calls.turns("tiny", ways, rounds=2, in_a_row=1, seed=0)
     assert list(found) == ways
-    assert state(model) == before
+    assert state_of(model) == before
     assert all(len(of_way) == 2 for of_way in found.values())
     assert all(spent > 0 and plain > 0 for of_way in found.values() for spent, plain in of_way)
 
@@ -82,19 +75,14 @@ def test_the_package_of_a_commit_is_measured_in_a_process_of_its_own(tmp_path: P
         calls.in_process(package, {**asked, "in_a_row": 1, "seed": 0})
 
 
-def test_what_valgrind_counted_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = (
-        "==7== Events    : Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw\n"
-        "==7== Collected : 1000 300 200 50 40 30 6 5 4\n"
+def test_what_valgrind_counted_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    valgrind = tmp_path / "valgrind"
+    valgrind.write_text(
+        "#!/bin/sh\n"
+        "echo '==7== Events    : Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw' >&2\n"
+        "echo '==7== Collected : 1000 300 200 50 40 30 6 5 4' >&2\n"
     )
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[0] == "valgrind"
-        return subprocess.CompletedProcess(command, 0, "", printed)
-
-    monkeypatch.setattr(instructions.subprocess, "run", run)
-    assert instructions.counted("tiny", "tap", passes=2) == {
-        "instructions": 500,
-        "level_1_misses": 60,
-        "level_2_misses": 7.5,
-    }
+    valgrind.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = instructions.counted("tiny", "tap", passes=2)
+    assert found == {"instructions": 500, "level_1_misses": 60, "level_2_misses": 7.5}

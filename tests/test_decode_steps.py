@@ -28,9 +28,18 @@ from tests.zoo import token_batch
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
+Options = dict[str, Any]
+Put = Callable[[Any, str, Any], None]  # owner, name, what it is while a test runs
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build("olmoe")
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Put:
+    return lambda owner, name, value: monkeypatch.setattr(owner, name, value)
 
 
 class Text:
@@ -38,12 +47,10 @@ class Text:
 
     def __init__(self, model: Any, B: int, padded: bool = False):
         self.model, self.B = model, B
-        lengths = [5, *[3] * (B - 1)] if padded else [5] * B
-        prompt = token_batch(lengths, seed=B)
+        prompt = token_batch([5, *[3 if padded else 5] * (B - 1)], seed=B)
         self.mask = prompt["attention_mask"].flip(1) if padded else None
-        self.cache = model(
-            input_ids=prompt["input_ids"], attention_mask=self.mask, use_cache=True
-        ).past_key_values
+        given = {"attention_mask": self.mask, "use_cache": True}
+        self.cache = model(input_ids=prompt["input_ids"], **given).past_key_values
 
     def step(self, n: int = 1, tokens: int = 1, **given: Any) -> None:
         for _ in range(n):
@@ -181,34 +188,26 @@ def test_the_trace_is_that_of_steps_taken_one_by_one(
     B: int,
     options: dict[str, Any],
     model: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    put: Put,
     tmp_path: Path,
 ) -> None:
     found = recorded(scene, model, tmp_path / "together", B, **options)
-    monkeypatch.setattr(Rings, "write", lambda *_: False)
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
-    monkeypatch.setattr(counted, "MOST_WAITING", 1)
+    put(Rings, "write", lambda *_: False)
+    put(hand_over, "HELD_SECONDS", -1.0)
+    put(counted, "MOST_WAITING", 1)
     for module in (hand_over, pass_inputs):
-        monkeypatch.setattr(module, "steps_at", lambda fed: [])
-    expected = recorded(scene, model, tmp_path / "one", B, **options)
-    assert_same(found, expected)
+        put(module, "steps_at", lambda fed: [])
+    assert_same(found, recorded(scene, model, tmp_path / "one", B, **options))
 
 
 def assert_same(found: moe_inspect.Trace, expected: moe_inspect.Trace) -> None:
     assert found.n_tokens == expected.n_tokens
-    assert found.documents().equals(expected.documents())
-    if found.counts_only:
-        assert found.counts().equals(expected.counts())
-    else:
-        assert found.tokens().equals(expected.tokens())
-        assert found.routing().equals(expected.routing())
+    tables = ["documents", "counts"] if found.counts_only else ["documents", "tokens", "routing"]
+    for table in tables:
+        assert getattr(found, table)().equals(getattr(expected, table)())
 
 
 def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path) -> None:
-    class Skipped(torch.nn.Module):
-        def forward(self, hidden: Any) -> Any:
-            return hidden
-
     mlp = model.model.layers[1].mlp
     with (  # noqa: PT012
         pytest.raises(MoeInspectError, match=r"layers\.1\S* routed 0 rows in a forward pass of 1"),
@@ -217,7 +216,7 @@ def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path
     ):
         text = Text(model, 1)
         text.step(6)
-        model.model.layers[1].mlp = Skipped()
+        model.model.layers[1].mlp = torch.nn.Identity()
         try:
             text.step()
         finally:
@@ -227,10 +226,8 @@ def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path
 
 def test_counts_are_written_after_as_many_steps_as_was_asked(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "t"
-    with (
-        moe_inspect.record(model, path, counts_only=True, flush_steps=4),
-        torch.inference_mode(),
-    ):
+    recording = moe_inspect.record(model, path, counts_only=True, flush_steps=4)
+    with recording, torch.inference_mode():
         Text(model, 1).step(12)
         end = time.monotonic() + 20
         while len(list(moe_inspect.open_trace(path).shards)) < 3:  # the writer is a thread
@@ -265,17 +262,14 @@ def test_a_block_may_be_compiled_in_the_middle(
         monkeypatch.undo()  # `has_compiled` tells
         text.step(5)
 
-    def not_compiling(model: Any, recorder: Recorder, B: int) -> None:
-        Text(model, B).step(10)
-
     torch.compiler.reset()
     try:
         found = recorded(compiling, model, tmp_path / "compiled", B, **options)
     finally:
         model.model.layers[1].mlp._compiled_call_impl = None
         torch.compiler.reset()
-    expected = recorded(not_compiling, model, tmp_path / "t", B, **options)
-    assert_same(found, expected)
+    whole = lambda model, _, B: Text(model, B).step(10)  # noqa: E731
+    assert_same(found, recorded(whole, model, tmp_path / "t", B, **options))
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -309,7 +303,7 @@ def test_another_thread_may_ask_for_the_number_of_tokens(
 
 @pytest.mark.parametrize("where", ["read", "write"])
 def test_a_signal_handler_may_ask_for_the_number_of_tokens(
-    where: str, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    where: str, model: Any, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """While a step is being read or written, on the same thread."""
     asked: list[int] = []
@@ -325,7 +319,7 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
 
         text = Text(model, 1)
         text.step(3)
-        monkeypatch.setattr(owner, name, and_ask)
+        put(owner, name, and_ask)
         text.step(3)
         monkeypatch.undo()
         text.step(3)
@@ -337,9 +331,9 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
 
 
 def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, put: Put, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(counted, "MOST_WAITING", 8)
+    put(counted, "MOST_WAITING", 8)
     rows_of_all, called = PassInputs.rows_of_all, []
 
     def interrupted(self: PassInputs, fed: Any) -> Any:
@@ -348,7 +342,7 @@ def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
             raise KeyboardInterrupt
         return rows_of_all(self, fed)
 
-    monkeypatch.setattr(PassInputs, "rows_of_all", interrupted)
+    put(PassInputs, "rows_of_all", interrupted)
     path = tmp_path / "t"
     with (
         pytest.raises(KeyboardInterrupt),

@@ -18,24 +18,18 @@ from torch._dynamo.utils import counters
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moe_inspect
-from moe_inspect.capture.hook import experts, kernels
+from moe_inspect.capture.hook import experts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.families import FAMILIES, NO_INTERFACE, build
 from tests.sweep import WHOLE, sample
-from tests.zoo import token_batch
+from tests.zoo import state_of, token_batch
 
 ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)
 LENGTHS = [9, 5]
-
-
-@pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the kernels run, and their launchers."""
-    if kernels.triton is None:
-        pytest.skip("no triton on this platform")
-    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
+Few = Callable[[int], None]
+NONE, ALL = -1, 10**9  # slots
 
 
 @pytest.fixture(autouse=True)
@@ -64,18 +58,17 @@ def fed(model: Any, batches: Any, outputs: list[torch.Tensor] | None = None) -> 
 # --- whole models
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["grouped", "copied"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", sample(ON_INTERFACE, 3))
 def test_through_the_kernels_a_model_computes_what_stock_does(
-    family: str, few: bool, on_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    family: str, implementation: str, on_triton: None, few: Few, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(experts, "are_few", lambda slots, E: few)
+    few(ALL if implementation == "batched_mm" else NONE)
     model, inputs = build(family), token_batch(LENGTHS)
-    model.set_experts_implementation("batched_mm" if few else "grouped_mm")
+    model.set_experts_implementation(implementation)
     with torch.no_grad():
         stock = model(**inputs).logits
-    ours: list[torch.Tensor] = []
-    twice = [inputs, inputs]
+    ours, twice = list[torch.Tensor](), [inputs, inputs]
     tapped = routing(model, tmp_path / "tap", lambda m: fed(m, twice), capture="tap")
     dispatched = routing(model, tmp_path / "d", lambda m: fed(m, twice, ours), capture="dispatch")
     assert all(torch.equal(o, stock) for o in ours)
@@ -102,21 +95,14 @@ def test_without_a_recorder_it_dispatches_and_records_nothing(
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
 def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
-    def state(model: Any) -> list[Any]:
-        """Every attribute of every module; of hooks, which there are (their counters move on)."""
-        return [
-            (name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
-            for name, m in model.named_modules()
-        ]
-
     model, inputs = build("qwen3_moe"), token_batch(LENGTHS)
-    before, weights = state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    before, weights = state_of(model), {k: v.clone() for k, v in model.state_dict().items()}
     implementation = model.get_experts_implementation()
     recorder = moe_inspect.record(model, tmp_path / "t", capture=capture, logits=True)
     with recorder, torch.no_grad():
         model(**inputs)
-        assert state(model) != before
-    assert state(model) == before
+        assert state_of(model) != before
+    assert state_of(model) == before
     assert model.get_experts_implementation() == implementation
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     with (
@@ -125,7 +111,7 @@ def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
         moe_inspect.record(model, tmp_path / "u", capture=capture),
     ):
         raise RuntimeError("stop")
-    assert state(model) == before
+    assert state_of(model) == before
 
 
 # --- one experts module, with every flag the interface has
@@ -133,44 +119,31 @@ def test_detached_a_model_is_what_it_was(capture: str, tmp_path: Path) -> None:
 
 def module(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     config: Any = SimpleNamespace(
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=24,
-        moe_hidden_size=16,
-        moe_latent_size=None,
-        num_local_experts=6,
-        n_routed_experts=6,
-        moe_num_experts=6,
-        hidden_act="silu",
-        mlp_hidden_act="relu2",
-        post_norm_eps=1e-6,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
+        **dict.fromkeys(("hidden_size", "moe_hidden_size"), 16),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 24),
+        **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
+        **{"moe_latent_size": None, "hidden_act": "silu", "mlp_hidden_act": "relu2"},
+        **{"post_norm_eps": 1e-6, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         _experts_implementation="grouped_mm",
     )
-    family, name = {
-        "plain": ("mixtral", "MixtralExperts"),
-        "bias, transposed, interleaved": ("gpt_oss", "GptOssExperts"),
-        "ungated": ("nemotron_h", "NemotronHExperts"),
-        "transposed": ("aria", "AriaExperts"),
-        "post-expert norm": ("muse_spark", "MuseSparkExperts"),
-    }[kind]
-    try:
-        modeling = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=[name])
-    except ModuleNotFoundError:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    if not hasattr(getattr(modeling, name), "_apply_gate"):
-        pytest.skip(f"in transformers {transformers.__version__} {name} is not on the interface")
+    family, name = KINDS[kind]
+    modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     torch.manual_seed(0)
     made = getattr(modeling, name)(config)
-    if not hasattr(made, "is_transposed"):
+    if not (hasattr(made, "_apply_gate") and hasattr(made, "is_transposed")):
         pytest.skip(f"in transformers {transformers.__version__} {name} is not on the interface")
     for parameter in made.parameters():
         parameter.data.normal_(std=0.3)
     return made.to(dtype)
 
 
-KINDS = ("plain", "bias, transposed, interleaved", "ungated", "transposed", "post-expert norm")
+KINDS = {
+    "plain": ("mixtral", "MixtralExperts"),
+    "bias, transposed, interleaved": ("gpt_oss", "GptOssExperts"),
+    "ungated": ("nemotron_h", "NemotronHExperts"),
+    "transposed": ("aria", "AriaExperts"),
+    "post-expert norm": ("muse_spark", "MuseSparkExperts"),
+}
 
 
 def arguments(
@@ -203,43 +176,24 @@ def outcome(forward: Any, made: Any, T: int, **options: Any) -> list[torch.Tenso
     ]
 
 
-def assert_as_stock(made: Any, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
-    """Without a gradient: the fused sum."""
-    with torch.no_grad():
-        for few, stock in ((False, grouped_mm_experts_forward), (True, batched_mm_experts_forward)):
-            monkeypatch.setattr(experts, "are_few", lambda slots, E, few=few: few)
-            assert torch.equal(experts.experts_forward(made, *given), stock(made, *given))
-
-
-@pytest.mark.parametrize("T", [0, 1, 7, 50])
+@pytest.mark.parametrize(("T", "sentinels"), [(0, 0), (1, 0), (7, 0), (50, 0), (20, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_and_gradients_are_those_of_stock(
-    kind: str, T: int, on_triton: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, T: int, sentinels: int, on_triton: None, few: Few
 ) -> None:
-    made = module(kind)
+    """`sentinels`: other ranks' slots, which take no part."""
+    made, given = module(kind), arguments(T, sentinels=bool(sentinels))
+    made._is_expert_parallel = bool(sentinels)
     theirs, ours = (
-        outcome(f, made, T) for f in (grouped_mm_experts_forward, experts.experts_forward)
-    )
-    assert len(ours) == len(theirs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert_as_stock(made, monkeypatch, arguments(T))
-    if T:
-        assert not torch.equal(ours[0], ours[0] + 1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_ranks_slots_take_no_part(
-    kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = module(kind)
-    made._is_expert_parallel = True
-    theirs, ours = (
-        outcome(f, made, 20, sentinels=True)
+        outcome(f, made, T, sentinels=bool(sentinels))
         for f in (grouped_mm_experts_forward, experts.experts_forward)
     )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert all(a.isfinite().all() for a in ours)
-    assert_as_stock(made, monkeypatch, arguments(20, sentinels=True))
+    with torch.no_grad():  # the fused sum
+        for most, stock in ((NONE, grouped_mm_experts_forward), (ALL, batched_mm_experts_forward)):
+            few(most)
+            assert torch.equal(experts.experts_forward(made, *given), stock(made, *given))
 
 
 @pytest.mark.parametrize(
@@ -253,14 +207,13 @@ def test_other_ranks_slots_take_no_part(
     ],
 )
 def test_in_other_types(
-    weights: Any, given: Any, result: Any, slack: float, on_triton: None, monkeypatch: Any
+    weights: Any, given: Any, result: Any, slack: float, on_triton: None, few: Few
 ) -> None:
-    monkeypatch.setattr(experts, "are_few", lambda slots, E: False)
+    few(NONE)
+    both = experts.experts_forward, grouped_mm_experts_forward
     made, fed_with = module("plain", weights), arguments(20, given)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=given != weights):
-        ours, theirs = (
-            f(made, *fed_with) for f in (experts.experts_forward, grouped_mm_experts_forward)
-        )
+        ours, theirs = (f(made, *fed_with) for f in both)
     assert ours.dtype == theirs.dtype == result
     assert (ours - theirs).abs().max() <= slack * theirs.abs().max()
 
@@ -371,16 +324,15 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capture", "on_gpu"), [("tap", False), ("dispatch", True)][0 if WHOLE else 1 :], ids=str
-)
+@pytest.mark.parametrize("capture", ["tap", "dispatch"][0 if WHOLE else 1 :])
 def test_compiled_whole_it_records_the_same(
-    capture: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """fullgraph: a graph break would raise. dynamic: other lengths need no other graph."""
     lengths = [[9, 5, 12], [7, 20, 3], [31, 2, 4], [9, 5, 12]]
     batches = [token_batch(of_rows, n) for n, of_rows in enumerate(lengths)]
-    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_gpu)
+    if capture == "dispatch":
+        request.getfixturevalue("on_triton")
     model = build("olmoe")
     wanted, outputs = list[torch.Tensor](), list[torch.Tensor]()
     eager = routing(model, tmp_path / "e", lambda m: fed(m, batches, wanted), capture=capture)
@@ -452,21 +404,6 @@ def test_compiled_in_part_or_behind_the_recorders_back_it_records_the_same(
     assert "get_compiled_call" not in vars(model)
 
 
-def test_recordings_may_end_in_the_order_they_began(tmp_path: Path) -> None:
-    model, inputs = build("olmoe"), token_batch(LENGTHS)
-    attributes = sorted(vars(model))
-    a, b = (moe_inspect.record(model, tmp_path / name, capture="tap") for name in "ab")
-    with torch.no_grad():
-        a.__enter__()
-        b.__enter__()
-        model(**inputs)
-        a.__exit__(None)
-        model(**inputs)
-        b.__exit__(None)
-    assert [moe_inspect.open_trace(tmp_path / name).n_tokens for name in "ab"] == [14, 28]
-    assert sorted(vars(model)) == attributes
-
-
 @pytest.mark.slow
 def test_compiled_training_counts_the_same(tmp_path: Path) -> None:
     model, inputs = build("olmoe").train(), token_batch([8, 8])
@@ -487,14 +424,9 @@ def test_compiled_training_counts_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
 def test_generate_records_prefill_and_decode(capture: str, on_triton: None, tmp_path: Path) -> None:
-    model = build("mixtral")
-    prompt = {
-        "input_ids": torch.arange(2, 8).reshape(1, 6),
-        "attention_mask": torch.ones(1, 6, dtype=torch.long),
-    }
-    text: list[torch.Tensor] = []
+    model, ids, text = build("mixtral"), torch.arange(2, 8).reshape(1, 6), list[torch.Tensor]()
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 8}
-    run = lambda m: text.append(m.generate(**prompt, **greedy))  # noqa: E731
+    run = lambda m: text.append(m.generate(ids, **greedy))  # noqa: E731
     found = routing(model, tmp_path / "t", run, capture=capture)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.tokens().phase.value_counts().to_dict() == {"decode": 7, "prefill": 6}

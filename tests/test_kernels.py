@@ -7,11 +7,8 @@ run changes no result."""
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +16,7 @@ import pytest
 import torch
 
 from moe_inspect.capture.hook import kernels
-from tests.aot import TARGETS
-from tests.conftest import ROOT
+from tests.aot import TARGETS, lines_of
 from tests.kernel_checks import (
     CHECKS,
     DIMENSIONS,
@@ -80,14 +76,11 @@ def test_strided_arguments() -> None:
     ids, weights = choice(case)
     strided, strided_weights = ids.T.contiguous().T, weights.T.contiguous().T
     assert not strided.is_contiguous()
-    tapes = [tape_for(kernels, case) for _ in range(2)]
-    found = (
-        kernels.dispatch_triton(ids, weights, 8, tapes[0]),
-        kernels.dispatch_triton(strided, strided_weights, 8, tapes[1]),
-    )
+    found = []
+    for given in ((ids, weights), (strided, strided_weights)):
+        tape = tape_for(kernels, case)
+        found.append((*kernels.dispatch_triton(*given, 8, tape), tape.ids, tape.weights))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert torch.equal(tapes[0].ids, tapes[1].ids)
-    assert torch.equal(tapes[0].weights, tapes[1].weights)
 
 
 def test_results_do_not_depend_on_the_program_size() -> None:
@@ -113,17 +106,18 @@ def test_program_sizes() -> None:
 # --- as operators
 
 
-@pytest.mark.parametrize("on_triton", [False, True], ids=["reference", "kernel"])
-def test_operators_pass_opcheck(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: on_triton)
+@pytest.mark.parametrize("by", ["reference", "kernel"])
+def test_operators_pass_opcheck(by: str, request: pytest.FixtureRequest) -> None:
+    if by == "kernel":
+        request.getfixturevalue("on_triton")
     case = Case(60, 4, 20, "uniform", None, torch.int64, "float16", "across pages", True)
     ids, weights = choice(case)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    ops = torch.ops.moe_inspect
+    ops, parts = torch.ops.moe_inspect, lambda: kernels._parts(tape_for(kernels, case))
     for op, args in (
         (ops.dispatch, (ids, None, 60, *kernels._parts(None))),
-        (ops.dispatch, (ids, weights, 60, *kernels._parts(tape_for(kernels, case)))),
-        (ops.record, (ids, weights, *kernels._parts(tape_for(kernels, case)))),
+        (ops.dispatch, (ids, weights, 60, *parts())),
+        (ops.record, (ids, weights, *parts())),
     ):
         found = torch.library.opcheck(op.default, args, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}
@@ -135,42 +129,28 @@ COMPILED_WHOLE = list(TARGETS) if WHOLE else ["sm_90"]
 EVERY = 7
 
 
+Rows = list[dict[str, Any]]
+
+
 @pytest.fixture(scope="session")
-def compiled() -> dict[str, list[dict[str, Any]]]:
+def compiled() -> dict[str, Rows]:
     """Every variant for `COMPILED_WHOLE`, every n-th for the other targets, in one process."""
     wanted = [gpu if gpu in COMPILED_WHOLE else f"{gpu}/{EVERY}" for gpu in TARGETS]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.aot", *wanted],
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[dict[str, Any]]] = {gpu: [] for gpu in TARGETS}
-    for row in map(json.loads, done.stdout.splitlines()):
+    found: dict[str, Rows] = {gpu: [] for gpu in TARGETS}
+    for row in lines_of("tests.aot", *wanted):
         found[row["gpu"]].append(row)
     return found
 
 
 def stored(row: dict[str, Any], bits: int) -> bool:
-    """Whether some store to global memory is `bits` wide."""
-    wide = {
-        "b16": 16,
-        "b32": 32,
-        "b64": 64,
-        "b128": 128,
-        "v2.b32": 64,
-        "v4.b32": 128,
-        "v2.b16": 32,
-        "v4.b16": 64,
-        "v4.b8": 32,
-    }
-    return any(wide.get(store) == bits for store in row["stores"])
+    """Whether some store to global memory, such as b64 or v4.b32, is `bits` wide."""
+    sizes = (re.fullmatch(r"(?:v(\d)\.)?b(\d+)", store).groups("1") for store in row["stores"])
+    return any(int(n) * int(size) == bits for n, size in sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
-def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+def test_nothing_spills(gpu: str, compiled: dict[str, Rows]) -> None:
     assert len(compiled["sm_90"]) > 100
     assert len(compiled[gpu]) >= len(compiled["sm_90"]) // (1 if gpu in COMPILED_WHOLE else EVERY)
     for row in compiled[gpu]:
@@ -180,14 +160,11 @@ def test_nothing_spills(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [g for g in COMPILED_WHOLE if g.startswith("sm")])
-def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
     """Eight one-byte ids are stored in 64 bits (from 256 experts on two-byte ids in 128), eight
     weights in 128; four in half of that."""
-    recording = [
-        r
-        for r in compiled[gpu]
-        if r["kernel"].startswith(("record ", "dispatch 1/")) and " off" not in r["kernel"]
-    ]
+    kinds = re.compile(r"(record |dispatch 1/)(?!.* off)")
+    recording = [row for row in compiled[gpu] if kinds.match(row["kernel"])]
     for k, ids, weights in (("E64 k8", 64, 128), ("E256 k8", 128, 128), ("E60 k4", 32, 64)):
         rows = [r for r in recording if k in r["kernel"]]
         assert len(rows) >= 8
@@ -202,7 +179,7 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, list[dict[str, An
 
 @pytest.mark.slow
 def test_the_register_table(
-    compiled: dict[str, list[dict[str, Any]]], record_property: Callable[[str, str], None]
+    compiled: dict[str, Rows], record_property: Callable[[str, str], None]
 ) -> None:
     """Prints the registers per thread of every variant; – where it was not compiled."""
     registers = {
@@ -218,27 +195,13 @@ def test_the_register_table(
 
 # --- launches
 
-SCENARIOS = (
-    "a_small_kernel",
-    "mistakes_are_noticed",
-    "our_kernels",
-    "the_benchmark_measures_both_ways",
-)
+SCENARIOS = ("a_small_kernel", "mistakes_are_noticed", "our_kernels")
+SCENARIOS += ("the_benchmark_measures_both_ways",)
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str | None]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launches"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = map(json.loads, done.stdout.splitlines())
-    return {row["scenario"]: row["error"] for row in rows}
+    return {row["scenario"]: row["error"] for row in lines_of("tests.launches")}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.aot import lines_of
 from tests.ptx.execute import Counts, execute
 from tests.ptx.memory import Memory, bank_cycles
 from tests.ptx.parser import parse
@@ -29,24 +30,11 @@ SAMPLE = {
 }
 
 
-def run_cases(gpu: str, *arguments: str) -> list[dict[str, Any]]:
-    """Lines of `python -m tests.ptx`."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ptx", gpu, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPUS)
 def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
     choice = ("--aot",) if WHOLE else [f"--match={text}" for text in SAMPLE[gpu]]
-    rows = run_cases(gpu, *choice)
+    rows = lines_of("tests.ptx", gpu, *choice)
     if WHOLE:
         assert rows.pop()["not executed"] == []
     kernels = {launch["kernel"] for row in rows for launch in row["launches"]}
@@ -59,7 +47,9 @@ def test_compiled_kernels_are_right_and_race_free(gpu: str) -> None:
 @pytest.mark.slow
 def test_kernels_without_their_barriers_are_caught() -> None:
     """Positive control: a race, or memory that is read before anybody wrote it."""
-    for row in run_cases("sm_90", "--no-barriers", "--match=1/1 E60 k4 fp16", "--match=alone E60"):
+    for row in lines_of(
+        "tests.ptx", "sm_90", "--no-barriers", "--match=1/1 E60 k4 fp16", "--match=alone E60"
+    ):
         assert row["races"] or "wrote" in row["wrong"], row
 
 

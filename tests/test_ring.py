@@ -5,7 +5,6 @@ device, manifest and report agree."""
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +33,9 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
+ROUTERS = ((2, 8), (5, 300))  # K, E
+
+
 def follow(
     module: ModuleType,
     sizes: list[int],
@@ -50,10 +52,9 @@ def follow(
 
     def hand_over() -> None:
         start, T, kept = waiting.pop(0)
-        for r, (K, E) in enumerate(((2, 8), (5, 300))):
+        for r, (K, E) in enumerate(ROUTERS):
             ids, weights = decisions(start, kept, K, E)
-            found = np.concatenate(held.rows("ids", r, start, kept)).astype(np.int64)
-            assert found.tolist() == ids.tolist()
+            assert np.concatenate(held.rows("ids", r, start, kept)).tolist() == ids.tolist()
             found = np.concatenate(held.rows("weights", r, start, kept))
             assert found.tolist() == weights.half().tolist()
         held.release(start + T)
@@ -65,7 +66,7 @@ def follow(
             hand_over()
         kept = min(T, max(0, (held.end_of_room - held.head)))
         assert drop or kept == T
-        for r, (K, E) in enumerate(((2, 8), (5, 300))):
+        for r, (K, E) in enumerate(ROUTERS):
             kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
         waiting.append((held.head, T, kept))
         lost += T - kept
@@ -88,18 +89,13 @@ def test_the_largest_pass_that_fits_is_held_wherever_it_begins() -> None:
     follow_the_largest(ring)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(0, 3))
+@pytest.mark.parametrize("drop", [False, True])
+@given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_what_comes_out_is_what_went_in(sizes: list[int], behind: int) -> None:
-    follow(ring, sizes, behind)
-
-
-@given(st.lists(st.integers(0, 90), min_size=1, max_size=30), st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
-def test_with_dropping_what_is_kept_is_right_and_the_rest_is_counted(
-    sizes: list[int], behind: int
-) -> None:
-    follow(ring, sizes, behind, drop=True)
+def test_what_comes_out_is_what_went_in(drop: bool, data: st.DataObject) -> None:
+    """With dropping, what is kept is right and the rest is counted."""
+    sizes = data.draw(st.lists(st.integers(0, 90 if drop else 40), min_size=1, max_size=30))
+    follow(ring, sizes, data.draw(st.integers(0, 5 if drop else 3)), drop=drop)
 
 
 class LateStream:
@@ -141,10 +137,8 @@ def test_pages_that_leave_late_arrive_right(
 ) -> None:
     monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
     model = build("olmoe")
-    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)] + [
-        token_batch([70, 3]),
-        token_batch([1]),
-    ]
+    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)]
+    batches += [token_batch([70, 3]), token_batch([1])]
     tables = []
     for name in ("late", "synchronous"):
         if name == "synchronous":
@@ -182,10 +176,8 @@ def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
     for n in range(10):
         kernels.record_torch(held.tapes[""][0], *decisions(n * 16, 16, 2, 8))
     kept = held.capacity
-    assert (
-        np.concatenate(held.rows("ids", 0, 0, kept)).tolist()
-        == decisions(0, kept, 2, 8)[0].tolist()
-    )
+    found = np.concatenate(held.rows("ids", 0, 0, kept))
+    assert found.tolist() == decisions(0, kept, 2, 8)[0].tolist()
     assert held.dropped.tolist() == [160 - kept]
     assert held.cursor.tolist() == [160]
 
@@ -194,18 +186,8 @@ def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
 
 
 @pytest.fixture
-def slow_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = TraceWriter._take
-
-    def slowly(self: TraceWriter, batch: Any) -> None:
-        time.sleep(0.05)
-        take(self, batch)
-
-    monkeypatch.setattr(TraceWriter, "_take", slowly)
-
-
-def stopped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The writer stands still until it is set."""
+def go_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The writer stands still while it is not set."""
     take, go_on = TraceWriter._take, threading.Event()
     monkeypatch.setattr(
         TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch)
@@ -213,8 +195,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return go_on
 
 
-def small_pages(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
-    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", rows)
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", 16)
 
 
 @pytest.mark.parametrize("page_rows", [16, 32, 4096])
@@ -222,7 +205,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch, rows: int = 16) -> None:
 def test_pages_do_not_show_in_the_trace(
     capture: str, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small_pages(monkeypatch, page_rows)
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
     model = build("olmoe")
     # the ring grows
     lengths = [[9, 5], [30, 31, 2], [3], [64, 64], [17]]
@@ -245,10 +228,10 @@ def test_pages_do_not_show_in_the_trace(
 
 
 def test_a_slow_writer_is_waited_for(
-    slow_writer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    go_on: threading.Event, small_pages: None, tmp_path: Path
 ) -> None:
-    small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])
+    threading.Timer(1, go_on.set).start()
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         for _ in range(20):
             model(**batch)
@@ -258,15 +241,13 @@ def test_a_slow_writer_is_waited_for(
 
 
 def test_what_is_dropped_is_counted_everywhere(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    go_on: threading.Event, small_pages: None, tmp_path: Path
 ) -> None:
-    small_pages(monkeypatch)
     model, batch = build("olmoe"), token_batch([9, 5])  # 14 tokens in 18 rows
-    go_on = stopped(monkeypatch)  # for the first 30 passes
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for n in range(40):
             model(**batch)
-            if n == 30:
+            if n == 30:  # until then the writer stands still
                 go_on.set()
         on_device = rec.stacks[""].rings.dropped()
     trace = moe_inspect.open_trace(tmp_path / "t")
@@ -286,13 +267,9 @@ def test_what_is_dropped_is_counted_everywhere(
     with moe_inspect.record(model, whole), torch.no_grad():
         model(**batch)
     one = moe_inspect.open_trace(whole).routing(layer=1).filter(like="expert_").to_numpy()
-    found, batches = (
-        trace.routing(layer=1).filter(like="expert_").to_numpy(),
-        trace.tokens().batch.to_numpy(),
-    )
-    for n in np.unique(batches):
-        rows = found[batches == n]
-        assert (rows == one[: len(rows)]).all()
+    found = trace.routing(layer=1).filter(like="expert_")
+    for _, rows in found.groupby(trace.tokens().batch.to_numpy()):
+        assert (rows.to_numpy() == one[: len(rows)]).all()
 
 
 def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: Path) -> None:
@@ -337,10 +314,7 @@ def replayed(
     return rec, Replay(rec, choices), choices
 
 
-def test_replays_that_are_announced_are_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    small_pages(monkeypatch)
+def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Path) -> None:
     rec, graph, choices = replayed(tmp_path / "t")
     for n in range(30):
         for ids, weights in choices:
@@ -355,16 +329,13 @@ def test_replays_that_are_announced_are_recorded(
     assert (tokens.token_id.to_numpy() == np.repeat(np.arange(30), 6)).all()
     assert tokens.document.nunique() == 60
     assert (table.weight_2.to_numpy() == np.repeat(np.arange(30), 6) / 64).all()
-    assert (
-        table.expert_0.to_numpy().reshape(30, 6)
-        == (np.arange(0, 24, 4) + np.arange(30)[:, None]) % 8
-    ).all()
+    first = (np.arange(0, 24, 4) + np.arange(30)[:, None]) % 8
+    assert (table.expert_0.to_numpy().reshape(30, 6) == first).all()
 
 
 def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small_pages: None, tmp_path: Path
 ) -> None:
-    small_pages(monkeypatch)
     rec, graph, _ = replayed(tmp_path / "t")
     rec.step(6)
     for _ in range(9):
@@ -430,13 +401,11 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_dropping_survives_growth_and_failure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    go_on: threading.Event, small_pages: None, tmp_path: Path
 ) -> None:
     """The device's count of dropped rows is that of the host, also when a larger pass made the ring
     grow, and when one failed after some routers had dropped."""
-    small_pages(monkeypatch)
     model = build("olmoe")
-    go_on = stopped(monkeypatch)
     with moe_inspect.record(model, tmp_path / "t", drop=True) as rec, torch.no_grad():
         for _ in range(20):
             model(**token_batch([9, 5]))

@@ -3,18 +3,17 @@ meanwhile, and however passes are handed over, the trace is that of calls writte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 import moe_inspect
-from moe_inspect.capture import hand_over
 from moe_inspect.capture.hook import ring
 from moe_inspect.capture.hook.ring import PassShape, Rings
 from moe_inspect.capture.hook.stack import Stack
@@ -43,12 +42,9 @@ def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> mo
     return moe_inspect.open_trace(path)
 
 
-def tables(trace: moe_inspect.Trace) -> list[pd.DataFrame]:
-    return [trace.tokens(), trace.documents(), trace.routing()]
-
-
 def same(a: moe_inspect.Trace, b: moe_inspect.Trace) -> bool:
-    return all(x.equals(y) for x, y in zip(tables(a), tables(b), strict=True))
+    tables = [(trace.tokens(), trace.documents(), trace.routing()) for trace in (a, b)]
+    return all(x.equals(y) for x, y in zip(*tables, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +72,13 @@ def changing_in_place(from_call: int = 0) -> Any:
     """Experts that clear the choice they were called with, from a certain call on."""
 
     def wrap(forward: Any) -> Any:
-        calls = [0]
+        calls = itertools.count()
 
         def run(hidden: Any, ids: Any, weights: Any) -> Any:
             output = forward(hidden, ids, weights)
-            if calls[0] >= from_call:
+            if next(calls) >= from_call:
                 ids.fill_(1)
                 weights.zero_()
-            calls[0] += 1
             return output
 
         return run
@@ -95,17 +90,10 @@ def reusing_buffers() -> Any:
     """Routers that all return the same tensors, call after call."""
     buffers: dict[Any, Any] = {}
 
-    def wrap(forward: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            output = []
-            for n, value in enumerate(forward(*args, **kwargs)):
-                buffer = buffers.setdefault((n, value.shape), torch.empty_like(value))
-                output.append(buffer.copy_(value))
-            return tuple(output)
+    def buffered(n: int, value: torch.Tensor) -> torch.Tensor:
+        return buffers.setdefault((n, value.shape), torch.empty_like(value)).copy_(value)
 
-        return run
-
-    return wrap
+    return lambda forward: lambda *args: tuple(map(buffered, range(9), forward(*args)))
 
 
 # part of each block → what it does with tensors
@@ -142,13 +130,14 @@ def test_keeping_references_would_show(
 
 
 def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
-    model: Any, expected: moe_inspect.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    expected: moe_inspect.Trace, tmp_path: Path
 ) -> None:
     """What the first pass shows is not relied on there."""
+    model = build("olmoe")
     own = type("OwnModel", (type(model),), {"__module__": "transformers_modules.own"})
     with replaced(model, "experts", changing_in_place(from_call=1)):
         assert not same(traced(model, tmp_path / "known"), expected)
-        monkeypatch.setattr(model, "__class__", own)
+        model.__class__ = own
         assert same(traced(model, tmp_path / "unknown"), expected)
 
 
@@ -159,13 +148,8 @@ def test_experts_called_in_parts_are_recorded_whole(
 
     def in_parts(forward: Any) -> Any:
         def run(hidden: Any) -> Any:
-            rows = hidden.shape[1]
             # the routers see rows in the order of the flattened batch
-            parts = [
-                forward(hidden[b : b + 1, at : at + 4])
-                for b in range(len(hidden))
-                for at in range(0, rows, 4)
-            ]
+            parts = [forward(part) for row in hidden.split(1) for part in row.split(4, 1)]
             return torch.cat(parts, 1).view(hidden.shape)
 
         return run
@@ -188,11 +172,8 @@ def test_ids_of_no_expert_are_nowhere() -> None:
     rings = Rings([(CPU, 4, 8)] * 2, [0, 1], torch.float16, (), 16)
     assert rings.write({"": [[(ids, weights)]] * 2}, 2)
     for r in range(2):
-        nowhere = 255
-        assert rings.rows("ids", r, 0, 2, None).tolist() == [
-            [0, 7, nowhere, nowhere],
-            [nowhere, nowhere, nowhere, 2],
-        ]
+        found = rings.rows("ids", r, 0, 2, None).tolist()
+        assert found == [[0, 7, 255, 255], [255, 255, 255, 2]]
         assert (rings.rows("weights", r, 0, 2, None) == weights.half().numpy()).all()
 
 
@@ -230,13 +211,27 @@ def test_only_a_whole_pass_is_written(T: int) -> None:
 # --- handed over together
 
 
-def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[RoutedBatch]:
-    """The batches that the writer gets from now on."""
-    found: list[RoutedBatch] = []
-    write = TraceWriter.write
-    monkeypatch.setattr(
-        TraceWriter, "write", lambda self, batch: (found.append(batch), write(self, batch))[1]
-    )
+Hold = Callable[[float], None]
+AFTER_ALL, AT_ONCE = 1e9, -1.0  # seconds
+
+
+class Batches(list[RoutedBatch]):
+    """The batches that the writer gets, but for the one of pass `stop`: Ctrl-C comes there."""
+
+    stop: int | None = None
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
+    found, write = Batches(), TraceWriter.write
+
+    def noted(self: TraceWriter, batch: RoutedBatch) -> None:
+        if batch.batch == found.stop:
+            raise KeyboardInterrupt
+        found.append(batch)
+        write(self, batch)
+
+    monkeypatch.setattr(TraceWriter, "write", noted)
     return found
 
 
@@ -251,15 +246,14 @@ def generated(model: Any, path: Path, steps: int = 30) -> moe_inspect.Trace:
 
 
 def test_decode_steps_are_handed_over_together(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, hold: Hold, batches: Batches, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
-    batches = handed_over(monkeypatch)
+    hold(AFTER_ALL)
     found = generated(model, tmp_path / "t")
     phases = [set(b.phases) for b in batches]
     assert phases == [{PHASES.index("prefill")}, {PHASES.index("decode")}] * 2
     assert [(b.first_batch, b.batch) for b in batches] == [(0, 0), (1, 30), (31, 31), (32, 61)]
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    hold(AT_ONCE)
     batches.clear()
     assert same(found, generated(model, tmp_path / "one"))
     assert [b.batch for b in batches] == list(range(62))
@@ -269,21 +263,20 @@ def test_decode_steps_are_handed_over_together(
 
 
 def test_a_page_that_is_full_is_handed_over(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, hold: Hold, batches: Batches, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    hold(AFTER_ALL)
     monkeypatch.setitem(ring.PAGE_ROWS, "cpu", 32)
-    batches = handed_over(monkeypatch)
     found = generated(model, tmp_path / "t")
     assert 2 + 2 * (60 + 60) / 64 < len(batches) < 30
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
+    hold(AT_ONCE)
     assert same(found, generated(model, tmp_path / "one"))
 
 
 def test_what_was_held_is_written_after_an_exception(
-    model: Any, expected: moe_inspect.Trace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, expected: moe_inspect.Trace, hold: Hold, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", 1e9)
+    hold(AFTER_ALL)
     with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117
         with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
             for batch in BATCHES:
@@ -299,19 +292,12 @@ def test_what_was_held_is_written_after_an_exception(
 
 
 def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
-    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Any, hold: Hold, batches: Batches, tmp_path: Path
 ) -> None:
     """The batch that was on its way is lost, and so is all that came after it. A pass that keeps a
     cache waits for the next one: passes 1 and 2 are one batch."""
-    monkeypatch.setattr(hand_over, "HELD_SECONDS", -1.0)
-    write = TraceWriter.write
-
-    def interrupted(self: TraceWriter, batch: Any) -> None:
-        if batch.batch == 2:
-            raise KeyboardInterrupt
-        write(self, batch)
-
-    monkeypatch.setattr(TraceWriter, "write", interrupted)
+    hold(AT_ONCE)
+    batches.stop = 2
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
         with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
             model(**BATCHES[0])
@@ -350,11 +336,9 @@ def test_shards_end_where_they_would_pass_by_pass(tmp_path: Path) -> None:
         )
 
     together = [of(range(10), False), of(range(10, 14), True), of(range(14, 40), False)]
+    apart = [part for batch in together for part in batch.passes()]
     traces = []
-    for name, batches in (
-        ("together", together),
-        ("apart", [part for batch in together for part in batch.passes()]),
-    ):
+    for name, batches in (("together", together), ("apart", apart)):
         routers = [Router(0, "experts", "layers.0.experts", 8, 2)]
         with TraceWriter(tmp_path / name, {}, routers, shard_tokens=20) as writer:
             for batch in batches:

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.sweep import sample
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
 
+Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
 CASE = reference.Case(
     8, 2, 5, "uniform", None, torch.int64, "float32 as float16", "in one page", True
@@ -36,28 +38,41 @@ CASE = reference.Case(
 E, K = CASE.E, CASE.K
 
 
+Put = Callable[..., None]
+
+
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Variant]:
+def put(monkeypatch: pytest.MonkeyPatch) -> Put:
+    """Sets names of `kernels`."""
+
+    def put(**values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(kernels, name, value)
+
+    return put
+
+
+@pytest.fixture
+def checked(
+    on_triton: None, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> list[Variant]:
     """As on a GPU where nothing is checked yet. The variants that the check runs."""
-    ran: list[Variant] = []
-    wrong_with = selfcheck.wrong_with
+    ran, wrong_with = list[Variant](), selfcheck.wrong_with
 
     def seen(kernels: Any, variant: Variant, by_torch: bool) -> str | None:
         ran.append(variant)
         return wrong_with(kernels, variant, by_torch)
 
     monkeypatch.setattr(selfcheck, "wrong_with", seen)
-    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    anew(monkeypatch)
+    anew(put)
     return ran
 
 
-def anew(monkeypatch: pytest.MonkeyPatch) -> SelfCheck:
+def anew(put: Put) -> None:
     """As in a new process."""
-    monkeypatch.setattr(kernels, "SELF_CHECK", SelfCheck(kernels.__name__))
-    return kernels.SELF_CHECK
+    put(SELF_CHECK=SelfCheck(kernels.__name__))
 
 
 def record() -> Any:
@@ -72,29 +87,32 @@ def record() -> Any:
 
 
 def test_a_variant_is_checked_once_and_remembered(
-    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checked: list[Variant], put: Put, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     record()
     record()
     assert [v.kernel for v in checked] == ["record"]
     assert summary(kernels.SELF_CHECK.found) == {"record": "ok"}
-    assert anew(monkeypatch).found == {}
+    anew(put)
+    assert kernels.SELF_CHECK.found == {}
     record()
     assert len(checked) == 1, "an earlier process has checked it"
     monkeypatch.setenv(SWITCH, "always")
-    anew(monkeypatch)
+    anew(put)
     record()
     assert len(checked) == 2
     assert capsys.readouterr().err == ""
 
 
-def test_it_can_be_switched_off(checked: list[Variant], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_switched_off(
+    checked: list[Variant], put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(SWITCH, "0")
     record()
     assert checked == []
     assert summary(kernels.SELF_CHECK.found) == {"record": "not checked"}
     monkeypatch.setenv(SWITCH, "yes")
-    anew(monkeypatch)
+    anew(put)
     with pytest.raises(MoeInspectError, match="SELFCHECK=yes: give 0, 1 or always"):
         record()
 
@@ -119,20 +137,17 @@ def test_a_damaged_file_is_no_error(text: str, checked: list[Variant], tmp_path:
 
 
 def test_an_unwritable_cache_is_no_error(
-    checked: list[Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checked: list[Variant], tmp_path: Path, put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     record()
     assert len(checked) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", _no_home)
-    anew(monkeypatch)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setitem(sys.modules, "pwd", None)  # (as where a user is in no list)
+    anew(put)
     record()
     assert selfcheck.cache_file() is None
-
-
-def _no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
 
 
 def test_the_file_is_small_and_private_to_nobody(checked: list[Variant]) -> None:
@@ -158,18 +173,15 @@ def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
     for wanted in (("norms",), ("norms", "peaks")):
         sizes = kernels.empty_sizes(ids, wanted)
         kernels.combine(y_SH, ids, weights, grouped, torch.float32, E, None, sizes)
-    assert [v.kernel for v in checked] == [
-        "dispatch",
-        *["dispatch", "record"] * 2,
-        *["combine"] * 4,
-    ]
+    kinds = ["dispatch", *["dispatch", "record"] * 2, *["combine"] * 4]
+    assert [v.kernel for v in checked] == kinds
     assert len(set(checked)) == len(set(map(str, checked))) == 9
     assert set(kernels.SELF_CHECK.found.values()) == {"ok"}
 
 
 @pytest.mark.parametrize("shifted", [("ids",), ("weights",), ("ids", "weights"), ("y",)])
 def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
-    shifted: tuple[str, ...], checked: list[Variant], monkeypatch: Any, capsys: Any
+    shifted: tuple[str, ...], checked: list[Variant], put: Put, capsys: Capture
 ) -> None:
     """Triton compiles another kernel for such tensors: it is a variant of its own, which is checked
     with them. (Of a call whose y is shifted: a sum.)"""
@@ -184,8 +196,7 @@ def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
     def combine_wrong(y_SH: Any, ids: Any, weights: Any, *more: Any) -> Any:
         return combine_triton(y_SH, ids, weights, *more) + is_so(ids=ids, weights=weights, y=y_SH)
 
-    monkeypatch.setattr(kernels, "record_triton", record_wrong)
-    monkeypatch.setattr(kernels, "combine_triton", combine_wrong)
+    put(record_triton=record_wrong, combine_triton=combine_wrong)
     for of_case in ((), shifted):
         assert capsys.readouterr().err == "", "control"
         case = dataclasses.replace(CASE, shifted=of_case)
@@ -218,14 +229,11 @@ def test_a_recording_tells_of_the_kernels_that_it_used(checked: list[Variant]) -
 
 def test_cases_reach_pages_ring_and_limit() -> None:
     for launches in (1, 2):
-        variant = Variant(
-            "record", CPU, 64, 8, torch.int64, torch.float32, torch.float16, 256, launches
-        )
-        cases = list(variant.cases(kernels))
+        types = torch.int64, torch.float32, torch.float16
+        cases = list(Variant("record", CPU, 64, 8, *types, 256, launches).cases(kernels))
         assert all((c.T * 8 > kernels.RECORD_BLOCK) == (launches == 2) for c in cases)
         assert all(c.invalid_ids for c in cases)
-        tapes = {c.tape for c in cases}
-        assert tapes >= set(selfcheck.EDGES), tapes
+        assert {c.tape for c in cases} >= set(selfcheck.EDGES)
     sizes = Variant("dispatch", CPU, 64, 8, torch.int64, None, None, 0, 2, 256).cases(kernels)
     assert [case.T for case in sizes] == [1, 7, 371]
 
@@ -244,28 +252,23 @@ def test_what_stands_in_for_a_kernel_is_right(case: reference.Case) -> None:
 
 
 def test_a_kernel_that_cannot_be_compiled_is_replaced(
-    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checked: list[Variant], put: Put, capsys: Capture
 ) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(kernels, "record_triton", refuse)
+    put(record_triton=refuse)
     record()
     record()
     said = capsys.readouterr().err
     assert said.count("\n") == 1, "it is said once"
     assert said.startswith("warning: record on cpu: the kernel cannot be run: Failed to find C")
     assert "done by torch" in summary(kernels.SELF_CHECK.found)["record"]
-    assert selfcheck.passed(selfcheck.environment_of(kernels, CPU)) == set(), (
-        "and checked again next time"
-    )
+    assert not selfcheck.passed(selfcheck.environment_of(kernels, CPU)), "checked again next time"
 
 
-def test_where_torch_is_wrong_too_nothing_is_recorded(
-    checked: list[Variant], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("record_triton", "record_torch"):
-        monkeypatch.setattr(kernels, name, lambda tape, ids, weights: None)
+def test_where_torch_is_wrong_too_nothing_is_recorded(checked: list[Variant], put: Put) -> None:
+    put(**dict.fromkeys(("record_triton", "record_torch"), lambda tape, ids, weights: None))
     with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
         record()
     with pytest.raises(MoeInspectError, match="and torch instead gives a wrong result"):
@@ -273,7 +276,7 @@ def test_where_torch_is_wrong_too_nothing_is_recorded(
 
 
 def test_doctor_shows_what_is_wrong(
-    checked: list[Variant], monkeypatch: pytest.MonkeyPatch, cli_here: Cli
+    checked: list[Variant], put: Put, monkeypatch: pytest.MonkeyPatch, cli_here: Cli
 ) -> None:
     facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
     monkeypatch.setattr("moe_inspect.doctor.costs.SHAPES", ((8, 2),))
@@ -281,7 +284,7 @@ def test_doctor_shows_what_is_wrong(
     assert [(row["kernel"], row["wrong"]) for row in right] == [
         ("record", None), ("dispatch", None), ("combine", None)
     ]  # fmt: skip
-    monkeypatch.setattr(kernels, "dispatch_triton", lambda *a, **_: kernels.dispatch_torch(*a[:3]))
+    put(dispatch_triton=lambda *a, **_: kernels.dispatch_torch(*a[:3]))
     rows = list(selfchecks_of(CPU))
     shown = page({**facts, "selfcheck": rows})
     assert "record                      right (2 variants in " in shown
@@ -297,22 +300,16 @@ def test_doctor_shows_what_is_wrong(
     sample([("tap", "record"), ("dispatch", "dispatch"), ("dispatch", "combine")], 2),
 )
 def test_with_a_broken_kernel_the_trace_is_exact(
-    capture: str, broken: str, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
+    capture: str, broken: str, tmp_path: Path, cli_here: Cli, put: Put
 ) -> None:
-    anew(monkeypatch)
+    anew(put)
     usual = ("trace", "demo", "--max-tokens", 40, "--dtype", "float32", "--capture", capture)
     cli_here(*usual, "-o", "right")
-    environment = {
-        **os.environ,
-        "BROKEN": broken,
-        SWITCH: "1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {"BROKEN": broken, SWITCH: "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.broken", *map(str, usual), "-o", "broken"],
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

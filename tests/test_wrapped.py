@@ -4,6 +4,7 @@ pass per call of the model, whatever the wrapper is called with; and nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.wrapped import unwrapped
 from tests.families import build
-from tests.zoo import token_batch
+from tests.zoo import state_of, token_batch
 
 LENGTHS = [9, 5]
 INPUTS = token_batch(LENGTHS)
@@ -97,13 +98,6 @@ def recorded(model: Any, path: Path, call: Callable[[Any], Any], **options: Any)
     return moe_inspect.open_trace(path).routing()
 
 
-def state(model: Any) -> list[Any]:
-    return [
-        (name, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
-        for name, m in model.named_modules()
-    ]
-
-
 def executed(model: Any, call: Callable[[Any], Any]) -> list[torch.Tensor]:
     """The experts' arguments, in the order of their calls: (ids, weights) of each row."""
     found: list[torch.Tensor] = []
@@ -123,16 +117,10 @@ def executed(model: Any, call: Callable[[Any], Any]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_path: Path) -> None:
     wrapped = WRAPPED[kind](build("olmoe"))
-
-    def call(model: Any) -> None:
-        if by == "name":
-            model(**INPUTS)
-        else:
-            model(IDS, MASK)
-
-    truth, before = executed(wrapped, call), state(wrapped)
+    call = (lambda m: m(**INPUTS)) if by == "name" else lambda m: m(IDS, MASK)
+    truth, before = executed(wrapped, call), state_of(wrapped)
     frame = recorded(wrapped, tmp_path / "t", call, logits=True)
-    assert state(wrapped) == before
+    assert state_of(wrapped) == before
     expected = torch.cat([rows[MASK.flatten().bool()] for rows in truth]).numpy()
     K = expected.shape[1] // 2
     by_router = frame.sort_values(["router", "token"])
@@ -143,10 +131,8 @@ def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_pat
     assert trace.n_tokens == sum(LENGTHS)
     assert trace.tokens().token_id.tolist() == IDS[MASK.bool()].tolist()
     assert trace.manifest["model"]["class"] == "OlmoeForCausalLM"
-    adapter = trace.manifest["model"].get("adapter")
-    assert (adapter["kind"] if adapter is not None else None) == (
-        "LORA" if "PEFT" in kind else None
-    )
+    adapter = trace.manifest["model"].get("adapter", {})
+    assert adapter.get("kind") == ("LORA" if "PEFT" in kind else None)
     assert trace.routers[0].path.startswith("model.layers.0.mlp.experts")
 
 
@@ -181,10 +167,8 @@ def test_a_training_step_is_recorded_once(kind: str, one_rank: None, tmp_path: P
         model = build("olmoe")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped = WRAPPED[kind](model).train()
-        if recording:
-            with moe_inspect.record(wrapped, tmp_path / "t", capture="tap"):
-                wrapped(**INPUTS, labels=IDS).loss.backward()
-        else:
+        recorder = moe_inspect.record(wrapped, tmp_path / "t", capture="tap") if recording else None
+        with recorder or nullcontext():
             wrapped(**INPUTS, labels=IDS).loss.backward()
         return [p.grad for p in wrapped.parameters() if p.grad is not None]
 
@@ -219,18 +203,14 @@ def test_compiled_a_wrapped_model_is_recorded(kind: str, one_rank: None, tmp_pat
 
 def test_two_recorders_of_a_wrapped_model_may_end_in_any_order(tmp_path: Path) -> None:
     step = Step(build("olmoe"))
-    before = state(step)
-    first = moe_inspect.record(step, tmp_path / "first")
-    second = moe_inspect.record(step, tmp_path / "second")
-    with torch.no_grad():
-        first.__enter__()
-        second.__enter__()
+    before = state_of(step)
+    first, second = (moe_inspect.record(step, tmp_path / name) for name in "ab")
+    with torch.no_grad(), second:
+        with first:
+            step(INPUTS)
         step(INPUTS)
-        first.__exit__(None, None, None)
-        step(INPUTS)
-        second.__exit__(None, None, None)
-    assert state(step) == before
-    counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in ("first", "second")]
+    assert state_of(step) == before
+    counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in "ab"]
     assert counts == [sum(LENGTHS), 2 * sum(LENGTHS)]
 
 

@@ -415,3 +415,11 @@ language model's routers are recorded.
 |---|---|---|
 {chr(10).join(towers)}
 """
+
+
+def state_of(model: Any) -> list[Any]:
+    """Every attribute of every module; of hooks, how many there are (their counters move on)."""
+    return [
+        (name, type(m), sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if "hooks" in k})
+        for name, m in model.named_modules()
+    ]
