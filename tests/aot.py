@@ -98,17 +98,21 @@ def _variants_of(E: int, K: int) -> Iterator[Variant]:
     yield f"dispatch 2/3 {of_shape}", kernels._scan_launch(), {}
 
 
-def lines_of(module: str, *arguments: str) -> list[dict[str, Any]]:
-    """The JSON that `python -m module` prints, where kernels are compiled."""
+def lines_of(module: str, *arguments: object) -> list[dict[str, Any]]:
+    return list(map(json.loads, printed_by(module, *arguments).splitlines()))
+
+
+def printed_by(module: str, *arguments: object) -> str:
+    """What `python -m module` prints where kernels are compiled."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         cwd=Path(__file__).parent.parent,
     )
     assert done.returncode == 0, done.stderr
-    return list(map(json.loads, done.stdout.splitlines()))
+    return done.stdout
 
 
 def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from hashlib import sha256
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -47,22 +46,13 @@ def outcome(
     }, device
 
 
-def digest(ptx: str) -> str:
-    return sha256(ptx.encode()).hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gpu", choices=[gpu for gpu in TARGETS if gpu.startswith("sm_")])
-    parser.add_argument(
-        "--match",
-        action="append",
-        help="only cases with this regular expression",
-    )
-    parser.add_argument(
-        "--aot", action="store_true", help="at last, a line with the variants not executed"
-    )
-    parser.add_argument("--no-barriers", action="store_true", help="remove the barriers")
+    option = parser.add_argument
+    option("--match", action="append", help="only cases with this regular expression")
+    option("--aot", action="store_true", help="at last, a line with the variants not executed")
+    option("--no-barriers", action="store_true", help="remove the barriers")
     given = parser.parse_args()
     target = GPUTarget(*TARGETS[given.gpu])
     seen = set()
@@ -70,13 +60,13 @@ def main() -> None:
         if given.match and not any(re.search(text, name) for text in given.match):
             continue
         row, device = outcome(check, target, without_barriers if given.no_barriers else None)
-        seen |= {digest(launch.ptx) for launch in device.seen}
+        seen |= {launch.ptx for launch in device.seen}
         print(json.dumps({"case": name, "gpu": given.gpu, **row}), flush=True)
     if given.aot:
         missing = [
             name
             for name, launch, types in variants()
-            if digest(compiled(launch, types, target).asm["ptx"]) not in seen
+            if compiled(launch, types, target).asm["ptx"] not in seen
         ]
         print(json.dumps({"not executed": missing, "gpu": given.gpu}), flush=True)
 

@@ -43,13 +43,7 @@ def computes(
     """first operand = f(the others), read as `kinds`."""
     write = registers.writer(ins.operands[0])
     reads = [registers.reader(o, k) for o, k in zip(ins.operands[1:], kinds, strict=True)]
-    if len(reads) == 1:
-        (a,) = reads
-        return lambda warp, on: write(warp, f(a(warp)), on)
-    if len(reads) == 2:
-        a, b = reads
-        return lambda warp, on: write(warp, f(a(warp), b(warp)), on)
-    return lambda warp, on: write(warp, f(*(read(warp) for read in reads)), on)
+    return lambda warp, on: write(warp, f(*[read(warp) for read in reads]), on)
 
 
 UNARY: dict[str, Any] = {"neg": operator.neg, "abs": np.abs, "sqrt": np.sqrt}
@@ -97,35 +91,26 @@ def _float_operation(name: str, kind: str) -> Callable[..., Array]:
 
 
 def _floats(ins: Instruction, registers: Registers, kind: str) -> Execute:
-    write = registers.writer(ins.operands[0])
-    kinds = [kind] * (len(ins.operands) - 1)
-    result = kind
+    kinds, result = [kind] * (len(ins.operands) - 1), kind
     # 16-bit operands; the last and the result are f32
     if ins.opcode[-2] == "f32" and kind != "f32":
         kinds[-1] = result = "f32"
-    reads = [registers.float_reader(o, k) for o, k in zip(ins.operands[1:], kinds, strict=True)]
     operation = _float_operation(ins.opcode[0], result)
-
-    def execute(warp: Any, on: Array) -> None:
-        write(warp, as_bits(operation(*(read(warp) for read in reads)), result), on)
-
-    return execute
+    f = lambda *given: as_bits(operation(*map(as_float, given, kinds)), result)  # noqa: E731
+    return computes(ins, registers, tuple(f"b{width(k)}" for k in kinds), f)
 
 
 def _pairs(ins: Instruction, registers: Registers, kind: str) -> Execute:
     """Two floats in a register."""
-    bits = width(kind)
-    write, whole = registers.writer(ins.operands[0]), f"b{2 * bits}"
-    reads = [registers.reader(o, whole) for o in ins.operands[1:]]
-    operation = _float_operation(ins.opcode[0], kind)
-    half, to = integer(f"b{bits}"), integer(whole)
+    whole, operation = f"b{2 * width(kind)}", _float_operation(ins.opcode[0], kind)
+    half, to = integer(f"b{width(kind)}"), integer(whole)
 
-    def execute(warp: Any, on: Array) -> None:
-        given = [np.ascontiguousarray(read(warp)).view(half).reshape(LANES, 2) for read in reads]
-        values = operation(*(as_float(pair, kind) for pair in given))
-        write(warp, np.ascontiguousarray(as_bits(values, kind)).view(to)[:, 0], on)
+    def of_both(*given: Array) -> Array:
+        pairs = (np.ascontiguousarray(a).view(half).reshape(LANES, 2) for a in given)
+        values = as_bits(operation(*(as_float(pair, kind) for pair in pairs)), kind)
+        return np.ascontiguousarray(values).view(to)[:, 0]
 
-    return execute
+    return computes(ins, registers, (whole,) * (len(ins.operands) - 1), of_both)
 
 
 @opcode("mad")
@@ -182,10 +167,9 @@ def shift(ins: Instruction, registers: Registers) -> Execute:
     kind, bits, left = ins.opcode[-1], width(ins.opcode[-1]), ins.opcode[0] == "shl"
 
     def shifted(a: Array, n: Array) -> Array:
-        if kind[0] == "s":
-            return a >> np.minimum(n, bits - 1).astype(a.dtype)
         within = np.minimum(n, bits - 1).astype(a.dtype)
-        return np.where(n < bits, a << within if left else a >> within, 0).astype(a.dtype)
+        moved = a << within if left else a >> within
+        return np.where((n < bits) | (kind[0] == "s"), moved, 0).astype(a.dtype)
 
     return computes(ins, registers, (kind, "u32"), shifted)
 
@@ -287,9 +271,8 @@ def _pack(ins: Instruction, registers: Registers) -> Execute:
     kind, pieces = ins.opcode[-1], parts(ins.operands[1])
     reads = [registers.reader(piece, f"b{width(kind) // len(pieces)}") for piece in pieces]
     write, to = registers.writer(ins.operands[0]), integer(kind)
-    return lambda warp, on: write(
-        warp, np.stack([read(warp) for read in reads], 1).view(to)[:, 0], on
-    )
+    packed = lambda warp: np.stack([read(warp) for read in reads], 1).view(to)  # noqa: E731
+    return lambda warp, on: write(warp, packed(warp)[:, 0], on)
 
 
 def _unpack(ins: Instruction, registers: Registers) -> Execute:
@@ -326,11 +309,9 @@ def convert(ins: Instruction, registers: Registers) -> Execute:
 
 def _convert_pair(ins: Instruction, registers: Registers, to: str, kind: str) -> Execute:
     """Two floats, the first of which goes into the upper half."""
-    write = registers.writer(ins.operands[0])
-    high, low = (registers.float_reader(o, kind) for o in ins.operands[1:])
 
-    def execute(warp: Any, on: Array) -> None:
-        pair = np.stack([as_bits(low(warp), to), as_bits(high(warp), to)], 1)
-        write(warp, pair.view(np.uint32)[:, 0], on)
+    def pair(high: Array, low: Array) -> Array:
+        halves = [as_bits(as_float(bits, kind), to) for bits in (low, high)]
+        return np.stack(halves, 1).view(np.uint32)[:, 0]
 
-    return execute
+    return computes(ins, registers, (f"b{width(kind)}",) * 2, pair)

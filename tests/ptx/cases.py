@@ -4,7 +4,7 @@ between them, every variant that tests.aot compiles."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,32 +60,12 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
         )
 
 
-def _case(
-    E: int,
-    K: int,
-    T: int,
-    weights: str,
-    *,
-    launches: int | None = None,
-    tape: str | None = None,
-    block: int | None = None,
-    turn: int = 0,
-) -> Case:
+def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Case:
     """Tapes and skews change from case to case."""
-    turn += E // 4 + (launches or 0) + (weights == "bfloat16")
-    return Case(
-        E,
-        K,
-        max(1, T),
-        SKEWS[turn % len(SKEWS)],
-        launches,
-        torch.int64,
-        weights,
-        tape or TAPES[turn % len(TAPES)],
-        invalid_ids=True,
-        block=block,
-        P=PAGE_ROWS,
-    )
+    turn += E // 4 + how.get("launches", 0) + (weights == "bfloat16")
+    how = {"launches": None, "tape": TAPES[turn % len(TAPES)], "P": PAGE_ROWS, **how}
+    of = {"skew": SKEWS[turn % len(SKEWS)], "ids": torch.int64, "invalid_ids": True}
+    return Case(E, K, max(1, T), weights=weights, **of, **how)
 
 
 def _dispatch(name: str, case: Case) -> Execution:

@@ -31,6 +31,9 @@ class Counts:
     lines: dict[int, int]  # line of the kernel's source → instructions
 
 
+COUNTED = ("sectors_read", "sectors_written", "shared_cycles", "bank_conflicts")
+
+
 @dataclass(frozen=True)
 class Launch:
     program: Program
@@ -77,38 +80,26 @@ def execute(
             block.run()
         memory.races.update(block.shared.races)
         executed += np.sum([warp.executed for warp in block.warps], 0)
-    return _summary(launch, executed)
-
-
-def _summary(launch: Launch, executed: Array) -> Counts:
-    lines: Counter[int] = Counter()
-    barriers = 0
-    for ins, times in zip(launch.program.instructions, executed.tolist(), strict=True):
+    lines, barriers = Counter[int](), 0
+    for ins, times in zip(program.instructions, executed.tolist(), strict=True):
         lines[ins.line] += times
         barriers += times * (ins.opcode[0] == "bar")
-    warps = launch.grid[0] * launch.grid[1] * (launch.program.threads // LANES)
-    counts = launch.counts
+    warps = width * height * (program.threads // LANES)
     return Counts(
-        int(executed.sum()),
-        warps,
-        barriers / warps,
-        counts["sectors_read"],
-        counts["sectors_written"],
-        launch.memory.sectors_touched(),
-        counts["shared_cycles"],
-        counts["bank_conflicts"],
-        dict(lines),
+        instructions=int(executed.sum()),
+        warps=warps,
+        barriers=barriers / warps,
+        least_sectors=memory.sectors_touched(),
+        lines=dict(lines),
+        **{name: launch.counts[name] for name in COUNTED},
     )
 
 
 class Block:
     def __init__(self, launch: Launch, place: tuple[int, int]) -> None:
         self.launch, self.place, self.grid = launch, place, launch.grid
-        self.threads, self.memory, self.counts = (
-            launch.program.threads,
-            launch.memory,
-            launch.counts,
-        )
+        self.threads, self.memory = launch.program.threads, launch.memory
+        self.counts = launch.counts
         shared = [i for i in launch.program.instructions if is_shared(i)]
         narrowest = min((access_bytes(i) for i in shared if "matrix" not in i.opcode[0]), default=2)
         size = -(-max(launch.shared_bytes, 16) // 16) * 16

@@ -79,22 +79,16 @@ class Signature:
     def add(self, path: tuple[int, ...], name: str, value: Any, specialise: bool) -> Any:
         """The type of the argument at `path`: its place, in a tuple also the place in there."""
         if isinstance(value, tuple):
-            fields = zip(value._fields, value, strict=True)
-            return type(value)(
-                *(self.add((*path, n), f, v, specialise) for n, (f, v) in enumerate(fields))
-            )
-        if isinstance(value, triton.language.constexpr):
-            value, constant = value.value, True
-        else:
-            constant = value is None or (specialise and type(value) is int and value == 1)
-        if constant:
+            of_fields = enumerate(zip(value._fields, value, strict=True))
+            return type(value)(*(self.add((*path, n), *of, specialise) for n, of in of_fields))
+        constant = isinstance(value, triton.language.constexpr)
+        value = value.value if constant else value
+        if constant or value is None or (specialise and type(value) is int and value == 1):
             self.constants[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
-            kind, value = (
-                POINTERS[value.dtype],
-                self.device.address(value, f"{self.kernel}: {name}"),
-            )
+            kind = POINTERS[value.dtype]
+            value = self.device.address(value, f"{self.kernel}: {name}")
         else:
             assert type(value) is int, f"an argument {value!r}"
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -122,33 +116,21 @@ class Executed:
         )
         found = Signature(self.device, self.kernel.fn.__name__)
         for n, parameter in enumerate(self.kernel.params):
-            value = bound.arguments[parameter.name]
+            name, value = parameter.name, bound.arguments[parameter.name]
             if parameter.is_constexpr:
                 value = triton.language.constexpr(value)
-            found.types[parameter.name] = found.add(
-                (n,), parameter.name, value, not parameter.do_not_specialize
-            )
+            found.types[name] = found.add((n,), name, value, not parameter.do_not_specialize)
         described = (found.kernel, found.types, found.constants, found.attributes, options)
         key = repr((self.device.target, *described))
         if key not in self.compiled:
-            source = ASTSource(
-                fn=self.kernel,
-                signature=found.types,
-                constexprs=found.constants,
-                attrs=found.attributes,
-            )
+            source = ASTSource(self.kernel, found.types, found.constants, found.attributes)
             binary = triton.compile(source, target=self.device.target, options=options)
             self.compiled[key] = binary, parse(binary.asm["ptx"])
         binary, program = self.compiled[key]
         self.device.seed += 1
-        counts = execute(
-            self.device.edit(program) if self.device.edit else program,
-            grid,
-            found.values,
-            self.device.memory,
-            binary.metadata.shared,
-            self.device.seed,
-        )
+        program = self.device.edit(program) if self.device.edit else program
+        where = self.device.memory, binary.metadata.shared, self.device.seed
+        counts = execute(program, grid, found.values, *where)
         self.device.seen.append(Seen(found.kernel, binary.asm["ptx"], counts))
 
 

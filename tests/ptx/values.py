@@ -85,10 +85,8 @@ class Registers:
         with zeros before them."""
         to = integer(kind)
         if not operand.startswith("%"):
-            constant = np.full(LANES, _constant(operand) & ((1 << 64) - 1), np.uint64)
-            constant = (
-                constant != 0 if kind == "pred" else constant.astype(f"u{to.itemsize}").view(to)
-            )
+            bits = np.full(LANES, _constant(operand) & ((1 << 64) - 1), np.uint64)
+            constant = bits != 0 if kind == "pred" else bits.astype(f"u{to.itemsize}").view(to)
             return lambda warp: constant
         if operand in SPECIAL:
             special = SPECIAL[operand]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,7 @@ class Step:
     members: Read  # the lanes that must be there together, as bits
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     steps: tuple[Step, ...]
     registers: Registers
 
@@ -46,12 +45,8 @@ def decode(program: Program) -> Code:
     return Code(tuple(_step(i, program, registers) for i in program.instructions), registers)
 
 
-def _nothing(warp: Any, on: Array) -> None:
-    pass
-
-
 def _step(ins: Instruction, program: Program, registers: Registers) -> Step:
-    name, what, execute = ins.opcode[0], NEXT, _nothing
+    name, what, execute = ins.opcode[0], NEXT, lambda warp, on: None
     target, members = 0, registers.reader("-1", "b32")
     if name == "bra":
         what, target = JUMP, program.labels[ins.operands[-1]]
