@@ -38,7 +38,7 @@ Made = tuple[Any, Any, Kernels]
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """See `model_with_kernels`. A CPU's histc takes no integers."""
     histc = torch.histc
-    monkeypatch.setattr(torch, "histc", lambda x, **options: histc(x.float(), **options))
+    monkeypatch.setattr(torch, "histc", lambda x, **options: histc(x.float(), **options).int())
     return model_with_kernels(monkeypatch)
 
 

@@ -133,9 +133,9 @@ class Probes:
             return
         self._checked = True
         if missing := sorted(set(self.layers or ()) - set(self.sinks)):
+            called = ", ".join(map(str, sorted(self.sinks)))
             raise MoeInspectError(
-                f"no probe in layer {missing[0]}: those called have the layers "
-                f"{', '.join(map(str, sorted(self.sinks)))}"
+                f"no probe in layer {missing[0]}: those called have the layers {called}"
             )
 
     def _new(
@@ -388,10 +388,8 @@ class Discovery(TorchFunctionMode):
 
     def _tell(self, chosen: list[TopkCall]) -> None:
         """The lines that make the discovery unnecessary."""
-        lines: dict[tuple[str, str], TopkCall] = {}
-        for found in chosen:
-            lines.setdefault((NUMBER.sub(".*", found.path), found.line), found)
-        for (pattern, line), found in lines.items():
+        lines = {(NUMBER.sub(".*", found.path), found.line): found for found in reversed(chosen)}
+        for (pattern, line), found in reversed(lines.items()):
             print_stderr(
                 f"found routers in {pattern}: {line} chooses {found.K} of {found.E}. "
                 "To record them without looking for them, write after that line:"

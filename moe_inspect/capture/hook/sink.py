@@ -21,7 +21,7 @@ from moe_inspect.model.routers import Site, logits_among
 
 if TYPE_CHECKING:
     from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
-    from moe_inspect.model.choices import Choice
+    from moe_inspect.model.choices import Args, Choice, Kwargs
 
 
 class Records(Protocol):
@@ -29,8 +29,8 @@ class Records(Protocol):
     inputs and output, and the whole model's output (""); its end."""
 
     def begin(self) -> None: ...
-    def feed(self, stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
-    def returned(self, stack: str, output: Any) -> None: ...
+    def feed(self, stack: str, args: Args, kwargs: Kwargs) -> None: ...
+    def returned(self, stack: str, output: object) -> None: ...
     def end(self) -> None: ...
 
 
@@ -54,7 +54,7 @@ class Scope:
         self.passes = 0  # that have begun
         self.begin_graph: Callable[[], None] = lambda: None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+    def __deepcopy__(self, memo: object) -> Scope:
         return self  # what is copied is a module
 
     def start(self) -> None:
@@ -78,7 +78,7 @@ class Sink:
         self.tapes: list[Tape] = []  # one per run of its layer in a forward pass
         self._calls = self._pass = 0  # in the current forward pass
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sink:
+    def __deepcopy__(self, memo: object) -> Sink:
         return self  # what is copied is a module
 
     def __call__(self, ids: Tensor | None, values: Tensor) -> Tape | None:
@@ -119,33 +119,26 @@ def _take_copies(take: Callable[..., None], *call: Tensor) -> None:
 Sinks = Mapping[str, Sink]  # of a router, by what they receive: choices (""), or `schema.EXTRAS`
 
 
-def watching(sink: Sink, read: Callable[..., Any]) -> Callable[..., None]:
+def watching(
+    sink: Sink, read: Callable[..., tuple[Tensor | None, Tensor] | None]
+) -> Callable[..., None]:
     """A hook before or after a module's call, with kwargs, that passes on what `read` finds in it:
     (ids, weights), or (None, values); None where there is nothing: the completeness check names the
-    module then."""
-    read = read if read is called_with else _aside(read)
+    module then. Nothing is saved for the backward pass: under activation checkpointing a block may
+    be recomputed without `read`, or with it alone."""
+    read = read if read is called_with else torch.no_grad()(read)
 
-    def hook(
-        module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None
-    ) -> None:
+    def hook(module: Module, args: Args, kwargs: Kwargs, out: object = None) -> None:
         if (found := read(module, args, kwargs, out)) is not None:
             sink.record(*found)
 
     return hook
 
 
-def _aside(read: Callable[..., Any]) -> Callable[..., Any]:
-    """`read` with nothing saved for the backward pass: under activation checkpointing a block may
-    be recomputed without it, or with it alone."""
-    return torch.no_grad()(read)
-
-
 def logits_read(site: Site) -> Callable[..., tuple[None, Tensor] | None]:
-    def read(module: Module, args: Any, kwargs: Any, output: Any) -> tuple[None, Tensor] | None:
-        if site.logits_of is not None:
-            logits_TE = site.logits_of(module, args, kwargs, output)
-        else:
-            logits_TE = logits_among(output, site)
+    def read(module: Module, *call: Any) -> tuple[None, Tensor] | None:
+        of = site.logits_of
+        logits_TE = of(module, *call) if of is not None else logits_among(call[-1], site)
         return (None, logits_TE) if logits_TE is not None else None
 
     return read
@@ -179,8 +172,7 @@ def before_method(module: Module, name: str, hook: Callable[..., None]) -> Calla
     """`register_forward_pre_hook(hook, with_kwargs=True)` for any method of `module`. Returns what
     removes it. It costs a call of `forward` some 5 µs less than a hook: once there is one,
     `Module.__call__` goes a long way."""
-    own: Any = vars(module).get(name)
-    inner = getattr(type(module), name)
+    own, inner = vars(module).get(name), getattr(type(module), name)
     if own is not None and hasattr(own, "over"):  # another recorder's
         inner = own.func
     elif own is not None:
@@ -200,14 +192,14 @@ def dropped_before_call(
     """A hook for the `router` of a site, which is called before its experts, and `choice_of` with
     what that call says was dropped: id + E."""
     assert site.dropped is not None
-    dropped_of, last = _aside(site.dropped), list[Tensor]()
+    dropped_of, last = torch.no_grad()(site.dropped), list[Tensor]()
 
-    def hook(module: Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: Module, args: Args, output: object) -> None:
         if module is router:  # not a copy of it
             last[:] = [dropped_of(module, output)]
 
-    def choice(module: Module, args: Any, kwargs: Any, output: Any) -> Choice | None:
-        found, dropped = choice_of(module, args, kwargs, output), last.pop() if last else None
+    def choice(*call: Any) -> Choice | None:
+        found, dropped = choice_of(*call), last.pop() if last else None
         if found is None or dropped is None:
             return found
         ids_TK, weights_TK = found

@@ -70,10 +70,7 @@ class CallReader:
         self.inputs = _inputs_of(model, sites, told)
         self.row_order = _row_order_of(sites)
         modules = {s.stack: model.get_submodule(s.stack_path) for s in sites} or {"": model}
-        self._names = {
-            stack: list(inspect.signature(module.forward).parameters)
-            for stack, module in modules.items()
-        }
+        self._names = {stack: _parameters(module) for stack, module in modules.items()}
 
     def read(self, stack: str, args: Args, kwargs: Kwargs) -> tuple[Given, Tensor]:
         """The arguments by name, and the token ids [B, S] or, where there are none, the embeddings
@@ -108,8 +105,11 @@ def _inputs_of(model: Module, sites: Sequence[Site], told: InputsOf | None) -> I
         raise MoeInspectError(f"{where}: this model has an encoder and a decoder: {SAY}")
     if hasattr(getattr(model, "config", None), "get_text_config"):
         return None
-    names = list(inspect.signature(model.forward).parameters)
-    return by_name(names, any(site.order == "sb" for site in sites))
+    return by_name(_parameters(model), any(site.order == "sb" for site in sites))
+
+
+def _parameters(module: Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def _as_told(inputs: InputsOf, args: Args, kwargs: Kwargs) -> Given:
@@ -270,8 +270,8 @@ RowOrder = Callable[[int, int], "np.ndarray | None"]
 
 
 def _row_order_of(sites: Sequence[Site]) -> RowOrder | None:
-    """The order of the rows as the specs of these routers state it; None for all batch-first.
-    MoeInspectError where they differ: a forward pass has its rows in one order."""
+    """As the specs of these routers state it; None for all batch-first. MoeInspectError where they
+    differ: a forward pass has its rows in one order."""
     if not sites or all(site.order == "bs" and site.rows is None for site in sites):
         return None
     first = sites[0]
@@ -310,30 +310,25 @@ def _sequence_first(B: int, S: int) -> np.ndarray | None:
 
 def cache_among(values: Iterable[Any]) -> Any:
     """The key-value cache among these values, under whatever name; None where there is none."""
-    for value in values:
-        if type(value) is not Tensor and hasattr(value, "get_seq_length"):
-            return value
-    return None
+    caches = (v for v in values if type(v) is not Tensor and hasattr(v, "get_seq_length"))
+    return next(caches, None)
 
 
 def length_of(cache: Any, cached: CachedRows | None, S: int) -> int:
     """Positions in a cache. A static one counts on its device, and reading that waits: for a step
     of one token our own count does. A longer pass reads it: it may have been reset or cropped."""
     length = cache.get_seq_length()
-    return (
-        cached.length
-        if S == 1 and cached is not None and getattr(length, "is_cuda", False)
-        else int(length)
-    )
+    if S == 1 and cached is not None and getattr(length, "is_cuda", False):
+        return cached.length
+    return int(length)
 
 
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy on the host, made without waiting: complete once the work launched so far has run."""
     if not tensor.is_cuda:
         return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
-        tensor, non_blocking=True
-    )
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def copies_of(
@@ -341,13 +336,12 @@ def copies_of(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Copies on the host, each None where there is none: token ids [B, S], the mask [B, S] (see
     `mask_of`) and positions [B, S] or [S]."""
-    position = given.get("position_ids")
+    position, mask = given.get("position_ids"), mask_of(given.get("attention_mask"), B, S, past)
     # multimodal positions: of four planes the first is the text's; three are those of images
     if position is not None and position.dim() == 3:
         position = position[0] if len(position) == 4 else None
     if position is not None and position.shape == (B,) and S == 1 < B:
         position = position[:, None]
-    mask = mask_of(given.get("attention_mask"), B, S, past)
     ids, mask, position = (
         host_copy(tensor) if tensor is not None else None
         for tensor in (given.get("input_ids"), mask, position)
@@ -448,15 +442,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-        return
-    if isinstance(value, Mapping):
-        value = value.values()
+    elif isinstance(value, Mapping):
+        yield from tensors_in([*value.values()])
     elif is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name) for field in fields(value)]
-    elif not isinstance(value, (list, tuple)):
-        return
-    for one in value:
-        yield from tensors_in(one)
+        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from tensors_in(one)
 
 
 def start_of(tensor: Tensor) -> Hashable:

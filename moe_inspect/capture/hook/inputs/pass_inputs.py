@@ -105,8 +105,8 @@ class PassInputs:
         return next((number for number in numbers if number is not None), None)
 
     def of_call(self, stack: str, args: Args, kwargs: Kwargs) -> Rows | CallInputs:
-        """The inputs of the next call of a stack. Raises MoeInspectError where the call has neither
-        input_ids nor inputs_embeds, or labels of another number of rows."""
+        """The inputs of a stack's next call. MoeInspectError where it has neither input_ids nor
+        inputs_embeds, or labels of another number of rows."""
         fed = self._plan.get(stack)
         if fed is None:
             fed = self._calls[stack] = self._read(stack, args, kwargs)
@@ -158,17 +158,14 @@ class PassInputs:
 
     def _settle_caches(self) -> None:
         """Notes how many tokens were taken back from each cache since the pass before."""
-        unsettled, self._unsettled = self._unsettled, []
-        for call, held in unsettled:
-            if held is None:
-                self._unsettled.append((call, None))
-                continue
+        for call, held in self._unsettled:
             cache = held() if isinstance(held, ref) else held
             length = cache.get_seq_length() if cache is not None else None
             if length is not None and not getattr(length, "is_cuda", False):
                 taken = call.after.length - int(length)
                 call.after.taken = taken if 0 < taken < call.S else 0
-            call.is_settled = True
+            call.is_settled = held is not None
+        self._unsettled = [(call, held) for call, held in self._unsettled if held is None]
 
     def _settle(self, following: Rows | CallInputs | None) -> None:
         """The next pass was read, or there is none."""
