@@ -66,8 +66,8 @@ RING = {
     ),
     "rows shifted on the host": ("[row : row + n].numpy()", "[row + 1 : row + n + 1].numpy()"),
     "the routers' parts overlap": (
-        "base=self.P * sum(of[:r])",
-        "base=self.P * sum(of[: r - 1])",
+        "self.P * sum(of[:r])",
+        "self.P * sum(of[: r - 1])",
     ),
     "one page less than it says": (
         "return self.pages * self.P\n",

@@ -64,10 +64,8 @@ def ranking_chunk(bins: int) -> int:
 # which fields are None is known at compile time. Triton compiles a variant for each combination of
 # numbers in a tuple that are divisible by 16; these always are. The lane is not, and so is an
 # argument of its own, which is not specialized.
-TapeArguments = namedtuple(
-    "TapeArguments",
-    "ids weights cursor dropped limit enabled base page_values ring_rows P",
-)
+FIELDS = "ids weights cursor dropped limit enabled base page_values ring_rows P"
+TapeArguments = namedtuple("TapeArguments", FIELDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,8 +200,7 @@ def record_on_host(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None)
 
 
 def record_on_device(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """The host reads nothing from the device, and so does not wait, and a CUDA graph can hold
-    it."""
+    """Reads nothing from the device: it does not wait, and a CUDA graph can hold it."""
     T = len(ids_TK if ids_TK is not None else weights_TK)
     if T == 0:
         return
@@ -309,19 +306,18 @@ if triton is not None:
         return tape.arguments
 
     def record_triton(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-        """`record` on a GPU: one launch for up to RECORD_BLOCK slots, else two, because the cursor
-        may only move when every program has read it."""
+        """One launch for up to RECORD_BLOCK slots, else two: the cursor may only move when every
+        program has read it."""
         fed = ids_TK if ids_TK is not None else weights_TK
         T, K = fed.shape
         if T == 0:
             return
         device, S = fed.get_device(), T * K
-        ids = ids_TK.contiguous() if ids_TK is not None else None
-        weights = weights_TK.contiguous() if weights_TK is not None else None
+        given = [t.contiguous() if t is not None else None for t in (ids_TK, weights_TK)]
         arguments = _arguments(tape, K, ids_TK, weights_TK)
         blocks = -(-S // RECORD_BLOCK)
         _record_launch(K, blocks == 1)(
-            device, (blocks, 1), S, (ids, weights), (), (tape.experts,), (T,), arguments
+            device, (blocks, 1), S, given, (), (tape.experts,), (T,), arguments
         )
         if blocks > 1:
             _advance_launch()(device, (1, 1), S, (), (), (), (T,), arguments)
@@ -378,14 +374,12 @@ def dispatch_torch(
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = torch.sort(flat, stable=True)
     permutation = order.int()
-    offsets = torch.searchsorted(
-        ordered, torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
-    ).int()
+    e = torch.arange(experts + 1, device=flat.device, dtype=flat.dtype)
+    offsets = torch.searchsorted(ordered, e).int()
     inverse = torch.empty_like(permutation)
     inverse[order] = torch.arange(len(order), device=flat.device, dtype=torch.int32)
-    return Dispatch(
-        offsets.diff(), offsets, permutation, inverse, permutation // max(1, ids_TK.shape[1])
-    )
+    token = permutation // max(1, ids_TK.shape[1])
+    return Dispatch(offsets.diff(), offsets, permutation, inverse, token)
 
 
 def dispatch_numpy(
@@ -453,9 +447,8 @@ if triton is not None:
             count_RE = tl.reshape(count, [ROWS, BINS])
             before_RE = base_E[None, :] + tl.cumsum(count_RE, 0) - count_RE
             # of one dimension: a gather along the second one shuffles E / 32 times
-            before = tl.reshape(
-                tl.gather(tl.reshape(before_RE, [ROWS * BINS]), cell, 0), [ROWS, 32]
-            )
+            before = tl.gather(tl.reshape(before_RE, [ROWS * BINS]), cell, 0)
+            before = tl.reshape(before, [ROWS, 32])
             unrouted_R = tl.sum((inside & (routed == 0)).to(tl.int32), 1)
             unrouted_before_R = unrouted + tl.cumsum(unrouted_R, 0) - unrouted_R
             place = tl.where(routed, before, unrouted_before_R[:, None])
@@ -662,7 +655,6 @@ def sizes_torch(y_SH: Tensor, K: int, inverse_S: Tensor | None, wanted: Collecti
 
 
 def empty_sizes(ids_TK: Tensor, wanted: Collection[str]) -> Sizes:
-    """Sizes for `combine` to fill."""
     return {kind: ids_TK.new_empty(ids_TK.shape, dtype=torch.float32) for kind in wanted}
 
 

@@ -178,15 +178,13 @@ class Ring:
         self.pages = passes * -(-rows // self.P) + 1
         side_of = SIDE_STREAMS.get(device.type)
         self.side = side_of(device, self.pages) if side_of is not None else None
-        widths = {"ids": list(slots), "weights": list(slots)}
         # one value marks slots without an expert, so 256 experts need the wider type
         kinds = {"ids": torch.uint8 if max(below) < 256 else torch.int16, "weights": weight_dtype}
-        for kind in extras:
-            widths[kind] = list(map(EXTRAS[kind].width, slots, experts))
-            kinds[kind] = getattr(torch, EXTRAS[kind].dtype)
+        kinds |= {kind: getattr(torch, EXTRAS[kind].dtype) for kind in extras}
+        widths = {"ids": list(slots), "weights": list(slots)}
+        widths |= {kind: list(map(EXTRAS[kind].width, slots, experts)) for kind in extras}
         self.R = len(slots)
-        lanes = self.R * (1 + len(extras))
-        widest = max(map(sum, widths.values()))
+        lanes, widest = self.R * (1 + len(extras)), max(map(sum, widths.values()))
         if self.capacity * widest >= 2**31:  # the kernels compute offsets in 32 bits
             most = 2**31 // widest // self.P // 2 * self.P
             raise MoeInspectError(
@@ -195,10 +193,9 @@ class Ring:
             )
         # a tensor made in inference mode could not be written outside it
         with torch.inference_mode(False):
-            made = {
-                name: torch.empty(self.pages * self.P * sum(w), dtype=kinds[name], device=device)
+            made = self._made = {
+                name: torch.empty(self.capacity * sum(w), dtype=kinds[name], device=device)
                 for name, w in widths.items()
-                if w
             }
             self.host = {name: self.side.pinned(t) if self.side else t for name, t in made.items()}
             self.cursor, self.dropped = (
@@ -206,26 +203,16 @@ class Ring:
             )
             self.limit = torch.full((1,), self.capacity, dtype=torch.int64, device=device)
             self.enabled = torch.ones(1, dtype=torch.int32, device=device)
-        self._made = made
         self.tapes: dict[str, list[Tape]] = {}
         state = self.cursor, self.dropped, self.limit, self.enabled
         for n, kind in enumerate(("", *extras)):
             values = kind or "weights"
             tensors, of = (made.get("ids") if not kind else None, made.get(values)), widths[values]
-            self.tapes[kind] = [
-                Tape(
-                    *tensors,
-                    *state,
-                    lane=n * self.R + r,
-                    K=of[r],
-                    experts=below[r],
-                    base=self.P * sum(of[:r]),
-                    page_values=self.P * sum(of),
-                    P=self.P,
-                    pages=self.pages,
-                )
-                for r in range(self.R)
-            ]
+            for r in range(self.R):
+                places = {"base": self.P * sum(of[:r]), "page_values": self.P * sum(of)}
+                places |= {"P": self.P, "pages": self.pages}
+                tape = Tape(*tensors, *state, n * self.R + r, of[r], below[r], **places)
+                self.tapes.setdefault(kind, []).append(tape)
         if on_gpu:  # torch.compile's CUDA graphs then write into these tensors, without a copy
             for tensor in (*made.values(), self.cursor, self.dropped, self.limit, self.enabled):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -309,14 +296,9 @@ class Ring:
 
 
 class Rings:
-    """The ring buffers of a model, one per device. All of them hold the same forward passes.
-
-    routers   (device, K, E) of each router
-    sites     the index of its site, of each router
-    weight_dtype, extras, rows, below   as for Ring, whose errors this raises too
-
-    On a CPU whole passes are written by `write`; elsewhere kernels write each call.
-    """
+    """The ring buffers of a model, one per device, which all hold the same forward passes.
+    `routers`, `sites`: see `PassShape`; the rest is as for Ring, whose errors this raises too. On a
+    CPU whole passes are written by `write`; elsewhere kernels write each call."""
 
     def __init__(
         self,

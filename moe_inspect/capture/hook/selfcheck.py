@@ -43,7 +43,7 @@ from moe_inspect.trace.files.atomic import draft_of
 SWITCH = "MOE_INSPECT_SELFCHECK"
 TOKENS = (1, 7, 371)
 COMBINED = (1, 7, 37)  # as H multiplies them
-WIDTHS = (1040, 1037)  # H: of two programs, a multiple of 16 or not
+
 FINE = ("ok", "not checked")
 MOST = 16  # devices × versions that are remembered
 # of other numbers of tokens:
@@ -120,9 +120,8 @@ class Variant:
     @property
     def width(self) -> int:
         """H of the cases: of two programs, or what one that measures its rows sees."""
-        if not self.sizes:
-            return WIDTHS[not self.aligned]
-        return self.columns // 2 + (16 if self.aligned else 13)
+        least = self.columns // 2 if self.sizes else 1024
+        return least + (16 if self.aligned else 13)
 
     def _tokens(self, kernels: ModuleType) -> list[int]:
         if self.kernel == "record" and self.launches == 2:
