@@ -69,11 +69,8 @@ class Attachment:
         self._bracketed = False
         self.probes: Probes | None = None
         self.discovery: Discovery | None = None
-        called = {
-            site.module: sinks
-            for site, sinks in zip(sites, self.sinks, strict=True)
-            if site.adapter is None
-        }
+        both = zip(sites, self.sinks, strict=True)
+        called = {site.module: sinks for site, sinks in both if site.adapter is None}
         self._experts = Takeover(self.model, called, self._watch_experts)
         self._cleanup, self._eager = ExitStack(), Eager()
 
@@ -252,7 +249,8 @@ class Attachment:
         self._experts.check()
         self._begin_pass()
         if "" in self.scopes:
-            self._open(self.scopes[""], args, kwargs)
+            self.records.feed("", args, kwargs)
+            self.scopes[""].start()
         if self.discovery is not None:
             self.discovery.begin()
 
@@ -278,7 +276,8 @@ class Attachment:
             self._alone = scope
             self._experts.check()
             self._begin_pass()
-        self._open(scope, args, kwargs)
+        self.records.feed(scope.stack, args, kwargs)
+        scope.start()
 
     @not_compiled("the stacks of an encoder-decoder are told apart outside compiled code")
     def _after_stack(self, scope: Scope, module: Module, args: Args, output: object) -> None:
@@ -301,14 +300,8 @@ class Attachment:
         # compiled code writes to the tapes, call by call
         self.in_compiled = self.compiled or has_compiled()
         if self.in_compiled and not (self.sinks and all(of[""].tapes for of in self.sinks)):
-            # until the first forward pass has shown the shapes there are no tapes, and the sinks
-            # are plain Python
-            self._eager.hold()
+            self._eager.hold()  # until the first pass has shown the shapes, sinks are plain Python
         self.records.begin()
-
-    def _open(self, scope: Scope, args: Args, kwargs: Kwargs) -> None:
-        self.records.feed(scope.stack, args, kwargs)
-        scope.start()
 
     def _end_pass(self) -> None:
         if self.in_compiled:

@@ -191,9 +191,8 @@ class Waiting(NamedTuple):
 
 
 class CountedPasses:
-    """`options.every`: one of so many passes is counted. `shard_tokens`: after how many tokens
-    counts are due, unless `options.flush_steps` says after how many passes. `writer`: gets them,
-    where they are written. `tokens`: of the passes that no longer wait."""
+    """`shard_tokens`: after how many tokens counts are due, unless `options.flush_steps` says after
+    how many passes. `writer`: gets them. `tokens`: of the passes that no longer wait."""
 
     def __init__(
         self,
@@ -232,11 +231,8 @@ class CountedPasses:
             self._waiting_slots += sum(ids.numel() for ids, _ in of_stack or ())
             stack.fed = None
             stack.clear()
-        if (
-            len(self._waiting) >= MOST_WAITING
-            or self._waiting_slots >= MOST_WAITING_SLOTS
-            or not self.counts.on_cpu
-        ):
+        full = len(self._waiting) >= MOST_WAITING or self._waiting_slots >= MOST_WAITING_SLOTS
+        if full or not self.counts.on_cpu:
             self.count_waiting()
         if self.is_counted:
             self._write_when_due()
@@ -247,13 +243,13 @@ class CountedPasses:
         assert stack.fed is not None
         T = stack.fed.T
         found = self._shapes[stack.name].whole(stack.calls, T)
-        if found is None:
-            stack.check_calls(T)
-            raise MoeInspectError(
-                f"a router of {type(stack.model).__name__} chose another number of experts than in "
-                "the first forward pass: record without counts_only"
-            )
-        return found
+        if found is not None:
+            return found
+        stack.check_calls(T)
+        raise MoeInspectError(
+            f"a router of {type(stack.model).__name__} chose another number of experts than in the "
+            "first forward pass: record without counts_only"
+        )
 
     # --- those that wait
 

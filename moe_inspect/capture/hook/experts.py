@@ -218,9 +218,8 @@ def register() -> None:
 
 
 class Takeover:
-    """Has experts modules of a model run our implementation, for a recorder. `sinks`: of each,
-    those of its outputs' sizes too. `instead`: begins to record them in another way, where they can
-    run another implementation while a tap goes on."""
+    """Has experts modules of a model run our implementation, for a recorder. `sinks`: of each.
+    `instead`: begins to record them in another way, where a tap has to let them go."""
 
     def __init__(self, model: Any, sinks: Mapping[Experts, Sinks], instead: Callable[[], None]):
         self.model, self.sinks, self.instead = model, sinks, instead
@@ -240,8 +239,8 @@ class Takeover:
         self._take(computes=True)
 
     def tap(self) -> None:
-        """Ours records, and has the model's own compute: on a CPU, where that is one of the
-        registry. (A call costs less than by a forward of the instance.) `taps`: whether it does."""
+        """Ours records, and the model's own computes: on a CPU, where that is of the registry. (It
+        costs less than a forward of the instance.) `taps`: whether it does."""
         self.taps = bool(self.sinks) and all(
             all(parameter.is_cpu for parameter in module.parameters())
             and getattr(module, TAKEN, None) is None
@@ -257,7 +256,7 @@ class Takeover:
 
     def check(self) -> None:
         """Lets a tap's modules go where they have been given another implementation."""
-        # (as `_runs_ours`, without the way that attributes of a config are looked up)
+        # (as `_runs_ours`, without looking up an attribute of the config)
         if self.taps and self._config.get("_experts_implementation_internal", NAME) != NAME:
             self.let_go()
 

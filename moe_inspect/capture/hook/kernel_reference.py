@@ -106,16 +106,16 @@ def choice(case: Case) -> tuple[Tensor | None, Tensor | None]:
         scores -= 0.05 * torch.arange(case.E, device="cpu")
     elif case.skew == "one-hot":
         scores[:, : case.K] += 2
-    ids = None
+    ids = weights = None
     if case.ids is not None:
         ids = scores.topk(case.K, dim=1).indices.to(case.ids)
         if case.invalid_ids:
             at = drawn(case.T, case.K)
             ids[at < 0.1], ids[at > 0.95] = case.E, -1
         ids = case.shift("ids", ids.to(case.device))
-    if case.given is None:
-        return ids, None
-    return ids, case.shift("weights", drawn(case.T, case.K).to(case.given).to(case.device))
+    if case.given is not None:
+        weights = case.shift("weights", drawn(case.T, case.K).to(case.device, case.given))
+    return ids, weights
 
 
 # --- record
@@ -132,23 +132,18 @@ def tape_for(kernels: ModuleType, case: Case) -> Tape | None:
     def poisoned(dtype: torch.dtype) -> Tensor:
         return torch.full((values + 1,), POISON, dtype=dtype, device=case.device)
 
-    def state(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=case.device)
+    def state(*values: int) -> Tensor:
+        return torch.tensor(values, device=case.device)
 
     return kernels.Tape(
         None if case.ids is None else poisoned(torch.uint8 if case.E < 256 else torch.int16),
         None if case.recorded is None else poisoned(case.recorded),
-        state([BEFORE[0], start, 13]),
-        state([0, BEFORE[1], 0]),
-        state([start + room]),
-        state([int(case.tape != "disabled")], torch.int32),
-        lane=1,
-        K=case.K,
-        experts=case.E,
-        base=P * case.K,
+        cursor=state(BEFORE[0], start, 13),
+        dropped=state(0, BEFORE[1], 0),
+        limit=state(start + room),
+        enabled=state(case.tape != "disabled").int(),
+        **{"lane": 1, "K": case.K, "experts": case.E, "base": P * case.K, "P": P, "pages": pages},
         page_values=P * LANES * case.K,
-        P=P,
-        pages=pages,
     )
 
 

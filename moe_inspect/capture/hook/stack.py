@@ -43,11 +43,9 @@ class Stack:
     """The routers of the stack `name` ("" for a model without two): see `add`. `kinds`: what is
     recorded of each, "" for choices, else one of `schema.EXTRAS`.
 
-    calls   what its routers were called with in the current pass, unless kernels write that to
-            tapes
-    copies  whether these are copies, because the model changes these tensors in place later in a
-            pass, or uses them again as output buffers; or because nothing is known of the model's
-            code. Of code that is known the first pass tells."""
+    calls   what its routers were called with in the current pass, unless kernels write it to tapes
+    copies  whether these are copies, because the model changes or reuses these tensors later in a
+            pass, or nothing is known of its code. Of code that is known the first pass tells."""
 
     def __init__(self, name: str, scope: Scope, kinds: Sequence[str], model: PreTrainedModel):
         self.name, self.scope, self.kinds, self.model = name, scope, kinds, model
@@ -131,7 +129,7 @@ class Stack:
             self.copies = not all(torch.equal(copy, tensor) for copy, tensor in self._copied)
             self._copied = []
         times = [
-            len(calls) if len(calls) > 1 and all(len(ids) == T for ids, _ in calls) else 1
+            len(calls) if calls and all(len(ids) == T for ids, _ in calls) else 1
             for calls in self.calls[""]
         ]
         self._check(times, T)

@@ -199,11 +199,10 @@ class PassInputs:
         if before is None or is_guess or stack != "decoder":
             check_labels(labels, B)
         token_BS, mask_BS, position = arguments.copies_of(given, B, S, past)
-        copied = None
-        if fed.is_cuda:
-            copied = torch.cuda.Event()
+        copied = torch.cuda.Event() if fed.is_cuda else None
+        if copied is not None:
             copied.record(torch.cuda.current_stream(fed.device))
-        order = None if (order_of := self._reader.row_order) is None else order_of(B, S)
+        order = self._reader.row_order(B, S) if self._reader.row_order is not None else None
         return CallInputs(
             B,
             S,

@@ -35,9 +35,8 @@ class Place(NamedTuple):
 
 class Pages:
     """What the paged cache of transformers' `generate_batch` holds, which packs many requests into
-    one row and does not say which they are. A request goes on from a token that was written to the
-    cache; a request may be given the pages of another one, where these hold the same text. So the
-    text up to each token identifies its sequence: of requests with the same text, any.
+    one row and does not say which they are. A request may be given the pages of another one, where
+    these hold the same text: so the text up to each token identifies its sequence.
 
     `texts`: place in the cache → hash of the text up to the token there."""
 
@@ -48,11 +47,9 @@ class Pages:
     def keys(self, slot_2N: np.ndarray, token_N: np.ndarray, starts_N: np.ndarray) -> np.ndarray:
         """int64 [2, N]: the hash of the text before and up to each token. `slot_2N`: the places
         of the token before and of this one."""
-        found, texts = np.empty(slot_2N.shape, np.int64), self.texts
-        text = -1
-        for n, (back, slot, token, starts) in enumerate(
-            zip(*slot_2N.tolist(), token_N.tolist(), starts_N.tolist(), strict=True)
-        ):
+        found, texts, text = np.empty(slot_2N.shape, np.int64), self.texts, -1
+        of_tokens = zip(*slot_2N.tolist(), token_N.tolist(), starts_N.tolist(), strict=True)
+        for n, (back, slot, token, starts) in enumerate(of_tokens):
             if starts:
                 text = texts.get(back, -1)
             found[0, n] = text
@@ -232,8 +229,7 @@ PREFILL, DECODE, ENCODE, DRAFT = map(PHASES.index, ("prefill", "decode", "encode
 
 
 class SequenceNumbers:
-    """Numbers documents and sequences as they come and keeps the domain labels
-    (`domains[code]`)."""
+    """Numbers documents and sequences as they come, and domain labels (`domains[code]`)."""
 
     def __init__(self) -> None:
         self.domains: list[str] = []
