@@ -22,8 +22,7 @@ from moe_inspect.capture.hook.counts import CountedPasses, DeviceCounts, Totals
 from moe_inspect.capture.hook.inputs.arguments import CallReader
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.inputs.rows import Rows
-from moe_inspect.capture.hook.sink import Sinks
-from moe_inspect.capture.hook.stack import Stack
+from moe_inspect.capture.hook.stack import Sinks, Stack
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.open_trace import Planned, TraceOpener, selfcheck_facts
 from moe_inspect.capture.options import RecordOptions

@@ -15,7 +15,7 @@ from moe_inspect.alarms.alarms import Alarm, Alarms, Window, drop_rate_R
 from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
-from moe_inspect.capture.hook.sink import Sinks
+from moe_inspect.capture.hook.stack import Sinks
 from moe_inspect.capture.open_trace import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_inspect.capture.hook.inputs.arguments import CallReader, mask_of
-from moe_inspect.capture.hook.sink import Sinks
-from moe_inspect.capture.hook.stack import router_at
+from moe_inspect.capture.hook.stack import Sinks, router_at
 from moe_inspect.capture.options import InputsOf
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import no_routers

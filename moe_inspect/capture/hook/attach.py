@@ -19,10 +19,10 @@ from torch.nn import Module
 
 from moe_inspect.capture import eager
 from moe_inspect.capture.eager import NOT_COMPILED, Eager, has_compiled, not_compiled
-from moe_inspect.capture.hook import sink
+from moe_inspect.capture.hook import stack
 from moe_inspect.capture.hook.experts import Takeover
 from moe_inspect.capture.hook.probes import Discovery, Probes, listen
-from moe_inspect.capture.hook.sink import Scope, Sinks
+from moe_inspect.capture.hook.stack import Scope, Sinks
 from moe_inspect.capture.mode import takes_implementation
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model import wrapped
@@ -48,7 +48,7 @@ class Attachment:
         sites: Sequence[Site],
         mode: str,
         extras: Sequence[str],
-        records: sink.Records,
+        records: stack.Records,
     ):
         self.model, self.sites, self.mode, self.records = model, sites, mode, records
         self.wrappers = wrapped.wrappers_of(outer, model)
@@ -90,7 +90,7 @@ class Attachment:
         scope = self.scopes[site.stack]
         if site.told is not None:
             site.told.scope = scope
-        self.sinks.append({kind: sink.Sink(scope) for kind in self.kinds})
+        self.sinks.append({kind: stack.Sink(scope) for kind in self.kinds})
         return self.sinks[-1]
 
     def attach(self) -> None:
@@ -132,11 +132,11 @@ class Attachment:
         self._cleanup.callback(hook.remove)
 
     def _replace(self, owner: Module, name: str, made_of: Callable[..., Any]) -> None:
-        self._cleanup.callback(sink.replaced(owner, name, made_of))
+        self._cleanup.callback(stack.replaced(owner, name, made_of))
 
     def _bracket(self) -> None:
         """Marks where a forward pass begins and ends."""
-        stacks = [scope for stack, scope in self.scopes.items() if stack]
+        stacks = [scope for name, scope in self.scopes.items() if name]
         if all(map(wrapped.is_compiled_wrapper, self.wrappers)):
             self._keep(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
             # even if it raised: a later call of a stack, or of a probe, is not part of it
@@ -162,20 +162,20 @@ class Attachment:
         """Hooks that read the choice and the logits of the router at site r."""
         adapter, module = site.adapter, site.module
         if adapter is not None and not adapter.at_call:
-            hook = sink.watching(self.sinks[r][""], adapter.choice)
+            hook = stack.watching(self.sinks[r][""], adapter.choice)
             # (of the model itself, before the pass is over)
             first = module is self.model
             self._keep(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         elif adapter is not None:
             choice_of, router = adapter.choice, site.logits_module
             if router is not None and site.dropped is not None:
-                hook, choice_of = sink.dropped_before_call(site, router, choice_of)
+                hook, choice_of = stack.dropped_before_call(site, router, choice_of)
                 self._keep(router.register_forward_hook(hook))
             self._watch_call(r, site, choice_of, compiled)
         elif self.mode == "tap" and not self._experts.taps:
             self._watch_call(r, site, called_with, compiled)
         if "logits" in self.kinds and site.logits_module is not None:
-            hook = sink.watching(self.sinks[r]["logits"], sink.logits_read(site))
+            hook = stack.watching(self.sinks[r]["logits"], stack.logits_read(site))
             self._keep(site.logits_module.register_forward_hook(hook, with_kwargs=True))
 
     def _watch_experts(self) -> None:
@@ -187,12 +187,12 @@ class Attachment:
         self, r: int, site: Site, choice_of: Callable[..., Choice | None], compiled: bool
     ) -> None:
         """Reads the choice of site r before each call of its module."""
-        module, hook = site.module, sink.watching(self.sinks[r][""], choice_of)
+        module, hook = site.module, stack.watching(self.sinks[r][""], choice_of)
         # (whoever has put a forward there, as accelerate does, may look for it again)
         if not site.method and (compiled or "forward" in vars(module)):
             self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            self._cleanup.callback(sink.before_method(module, site.method or "forward", hook))
+            self._cleanup.callback(stack.before_method(module, site.method or "forward", hook))
 
     # --- around a forward pass
 

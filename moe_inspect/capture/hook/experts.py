@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear
 from moe_inspect.capture.eager import not_pickled
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernels import SIZES, Dispatch, Tape
-from moe_inspect.capture.hook.sink import Sink, Sinks
+from moe_inspect.capture.hook.stack import Sink, Sinks
 from moe_inspect.errors import MoeInspectError
 
 if TYPE_CHECKING:

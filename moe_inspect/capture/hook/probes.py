@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from moe_inspect.capture.hook.sink import Scope, Sinks
+from moe_inspect.capture.hook.stack import Scope, Sinks
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader, is_sequence_first
 from moe_inspect.model.find import NUMBER, lists_in_blocks, states_experts
