@@ -107,10 +107,8 @@ class Attachment:
 
     def _attach(self) -> None:
         if self.discovery is not None and self.compiled:
-            raise MoeInspectError(
-                "discover=True cannot look into compiled code: record the model before it is "
-                "compiled"
-            )
+            what = "discover=True cannot look into compiled code"
+            raise MoeInspectError(f"{what}: record the model before it is compiled")
         compiled = self.compiled or has_compiled()
         if compiled:  # compiled code does not check for new hooks
             torch.compiler.reset()
@@ -123,10 +121,9 @@ class Attachment:
             self._experts.tap()
         for r, site in enumerate(self.sites):
             self._watch(r, site, compiled)
-        if self.discovery is not None:
-            self._cleanup.callback(listen(self.discovery.probed))
-        elif self.probes is not None:
-            self._cleanup.callback(listen(self.probes))
+        if self.probes is not None:
+            seen = self.probes if self.discovery is None else self.discovery.probed
+            self._cleanup.callback(listen(seen))
 
     def _keep(self, hook: RemovableHandle) -> None:
         self._cleanup.callback(hook.remove)

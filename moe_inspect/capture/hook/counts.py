@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from moe_inspect.capture.options import RecordOptions
     from moe_inspect.trace.writer import TraceWriter
 
-
 MOST_SLOTS = 2**20  # counted at once
 
 
@@ -73,8 +72,8 @@ class DeviceCounts:
         self._sums = self._zeros(1)
 
     def _zeros(self, domains: int) -> dict[torch.device, list[torch.Tensor]]:
-        """Sums of assignments, first choices and weights, [domains, columns] each. Expert E counts
-        padding and slots that routed nowhere, and is left out in the end."""
+        """Sums of assignments, first choices and weights, [domains, columns] each. Padding and
+        slots that routed nowhere are of expert E, which is left out in the end."""
         kinds = [torch.int64, torch.int64, torch.float64][: 3 if self.weights else 2]
         with torch.inference_mode(False):
             return {
@@ -204,8 +203,7 @@ class CountedPasses:
     ):
         self.counts, self.inputs, self.options = counts, inputs, options
         self.shard_tokens, self.writer = shard_tokens, writer
-        self.tokens = 0
-        self._in_group = False
+        self.tokens, self._in_group = 0, False
         self._numbers: list[int] = []  # of the passes counted since the last write
         self._taken = monotonic()
         self._shapes: dict[str, PassShape] = {}  # of each stack
@@ -271,7 +269,8 @@ class CountedPasses:
         for passes, rows in parts:
             choices = [one.choices for one in passes if one.choices is not None]
             if choices:
-                routers, domains = passes[0].stack.router_range, len(self.inputs.domains)
+                stack, domains = passes[0].stack, len(self.inputs.domains)
+                routers = range(stack.first_router, stack.first_router + len(stack.routers))
                 self.counts.count(routers, rows, choices, domains, passes[-1].number)
 
     # --- commits

@@ -98,14 +98,14 @@ def experts_forward(
 def _computed(
     self: Experts, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, tape: Tape | None
 ) -> Tensor:
+    # (a gradient would keep the copies)
     on_gpu = kernels.runs_triton(hidden_TH) and not torch.is_grad_enabled()
     copied = on_gpu and are_few(ids_TK.numel(), self.num_experts)
     return (_copied if copied else _grouped)(self, hidden_TH, ids_TK, weights_TK, tape)
 
 
 def are_few(slots: int, experts: int) -> bool:
-    """Whether copying the expert of each slot is faster: only while slots need not share experts,
-    and never with a gradient, which would keep the copies."""
+    """Whether copying the expert of each slot is faster: while slots need not share experts."""
     return slots <= min(FEW_SLOTS, experts)
 
 
@@ -202,8 +202,7 @@ def _may_have_sentinels(self: Experts) -> bool:
 
 
 def _in_one_pass(hidden_TH: Tensor) -> bool:
-    """Whether the fused kernel computes the weighted sum: it has no gradient, and torch.compile
-    fuses these steps itself."""
+    """Whether the fused kernel sums: it has no gradient, and torch.compile fuses these steps."""
     return kernels.runs_triton(hidden_TH) and not (torch.is_grad_enabled() or is_compiling())
 
 
@@ -232,10 +231,8 @@ class Takeover:
             if (tapped := _TAPPED.get(id(module.config))) is not None:
                 tapped[1].let_go()
             if getattr(module, TAKEN, None) is not None:
-                raise MoeInspectError(
-                    "this model is already being recorded with dispatch: use capture='tap' for "
-                    "the second recorder"
-                )
+                already = "this model is already being recorded with dispatch"
+                raise MoeInspectError(f"{already}: use capture='tap' for the second recorder")
         self._take(computes=True)
 
     def tap(self) -> None:

@@ -150,9 +150,8 @@ SELF_CHECK = SelfCheck(__name__)
 
 
 def record(tape: Tape, ids_TK: Tensor | None, weights_TK: Tensor | None) -> None:
-    """Appends T decisions to the tape: ids [T, K] of any integer type, those outside 0…E−1 as
-    `tape.null_id`; weights [T, K] of any floating-point type, rounded to the tape's. What the tape
-    holds must be given, and may be None otherwise. Asynchronous on a GPU."""
+    """Appends T decisions to the tape: ids [T, K], integers, those outside 0…E−1 as `tape.null_id`;
+    weights [T, K], floats, rounded to the tape's type. What the tape does not hold may be None."""
     if weights_TK is not None and weights_TK.requires_grad:
         weights_TK = weights_TK.detach()
     if torch.compiler.is_compiling():
@@ -385,8 +384,7 @@ def dispatch_torch(
 def dispatch_numpy(
     ids_TK: Tensor, weights_TK: Tensor | None, experts: int, tape: Tape | None = None
 ) -> Dispatch:
-    """`dispatch_torch` on a CPU: the same in a quarter of the time for few slots, where each
-    operator of torch costs some microseconds, and faster for many, by a radix sort of 16 bits."""
+    """`dispatch_torch` on a CPU in a quarter of the time, with many slots by a radix sort."""
     if tape is not None:
         record_torch(tape, ids_TK, weights_TK)
     ids = ids_TK.detach().numpy().reshape(-1).astype(np.int64, copy=False)
@@ -731,10 +729,10 @@ if triton is not None:
         y_SH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grouped: Dispatch | None, dtype: torch.dtype, experts: int,
         tape: Tape | None = None, sizes: Sizes | None = None,
     ) -> Tensor:  # fmt: skip
-        """`weighted_sum` in one launch and one pass over y, with product and sum rounded as there
-        (on a GPU torch adds more than four slots in another order). Places without an expert count
-        as zero. With `grouped` None, y is in slot order, and with `tape` the same launch also
-        records the call, of at most RECORD_BLOCK slots. Fills `sizes`, in the same pass."""
+        """`weighted_sum` in one launch and one pass over y, rounded as there (on a GPU torch adds
+        more than four slots in another order). Places without an expert count as zero. `grouped`
+        None: y is in slot order, and at most RECORD_BLOCK slots are recorded on `tape`. Fills
+        `sizes`."""
         T, K = weights_TK.shape
         S, H = y_SH.shape
         assert tape is None or (grouped is None and S <= RECORD_BLOCK)
@@ -800,8 +798,7 @@ def _parts(tape: Tape | None) -> tuple[object, ...]:
 def _operator(
     name: str, given: str, results: int, run: Callable[..., object], shapes: Callable[..., object]
 ) -> None:
-    """Registers `run`, whose last arguments are those of `_parts`. `shapes` makes results like
-    its."""
+    """Registers `run`, whose last arguments are those of `_parts`; `shapes` makes such results."""
     tape = (
         "Tensor(a!)? tape_ids, Tensor(b!)? tape_weights, Tensor(c!)? cursor, Tensor(d!)? dropped, "
         "Tensor? limit, Tensor? enabled, int[] numbers"

@@ -30,7 +30,6 @@ from moe_inspect.text import print_stderr
 if TYPE_CHECKING:
     from moe_inspect.model.choices import Args
 
-
 # (layer, ids, weights, E or None, logits or None, dropped or None), of each recorder that is open
 Seen = Callable[[int, Tensor, Tensor, "int | None", "Tensor | None", "Tensor | None"], None]
 _recorders: list[Seen] = []
@@ -73,10 +72,9 @@ def listen(seen: Seen) -> Callable[[], None]:
 
 
 class Probes:
-    """The probes in a model's forward as the routers of a recorder, which is recording while one of
-    `scopes` is open. `add`: makes the sinks of a new router; None where the recorder knows the
-    model's routers without probes. `layers`: to be recorded; None: all. `need_logits`: whether
-    every probe is to show router logits where these are recorded."""
+    """The probes in a model's forward as the routers of a recorder, while one of `scopes` is open.
+    `add`: makes the sinks of a new router; None where a recorder knows them without probes.
+    `layers`: to be recorded; None: all. `need_logits`: each must show logits that are recorded."""
 
     def __init__(
         self,
@@ -121,14 +119,11 @@ class Probes:
         if logits is not None:
             sinks["logits"].record(None, reader.logits(logits))
         elif self.need_logits:
-            raise MoeInspectError(
-                f"{reader.path} shows no router logits: give it logits=, or record without "
-                "logits=True"
-            )
+            what = f"{reader.path} shows no router logits"
+            raise MoeInspectError(f"{what}: give it logits=, or record without logits=True")
 
     def check_layers(self) -> None:
-        """MoeInspectError where the first forward pass has shown no probe in a layer that is to be
-        recorded."""
+        """MoeInspectError where the first pass has shown no probe in a layer to be recorded."""
         if self._checked or not self.sinks:
             return
         self._checked = True
@@ -370,9 +365,8 @@ class Discovery(TorchFunctionMode):
         return output
 
     def _seen(self, ids: Tensor, values: Tensor, E: int) -> None:
-        """Notes the call, if it is in a block: elsewhere it is the sampling of a token. Its line is
-        that of the module of this model whose method is running or, where that is torch's own code,
-        of what it runs."""
+        """Notes the call, if it is in a block: elsewhere it samples a token. Its line is that
+        of the model's module whose method runs or, where that is torch's own, of what it runs."""
         frame, line = sys._getframe(), ""
         while frame is not None:
             if not frame.f_code.co_filename.startswith(NOT_THE_MODELS):

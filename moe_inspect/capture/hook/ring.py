@@ -236,8 +236,7 @@ class Ring:
         return (self.released + self.pages) * self.P
 
     def read_cursors(self) -> Tensor:
-        """The cursors on the host, int64 [lanes]. From a GPU a copy, valid only once what has been
-        launched so far has run."""
+        """The cursors on the host, int64 [lanes]: from a GPU once what was launched has run."""
         if self.side is None:
             return self.cursor
         return self.side.pinned(self.cursor).copy_(self.cursor, non_blocking=True)
@@ -261,8 +260,8 @@ class Ring:
         self.copying = max(self.copying, until)
 
     def is_on_host(self, position: int, wait: bool) -> bool:
-        """Whether all rows before `position` are on the host. With `wait`, waits until they are; a
-        page that is not full is then copied now and once more when it is full."""
+        """Whether all rows before `position` are on the host. With `wait`, waits until they are: a
+        page that is not full is copied now and again."""
         last = (position - 1) // self.P
         if self.side is None or position == 0:
             return True
@@ -274,9 +273,9 @@ class Ring:
         return self.side.is_copied(last % self.pages, wait)
 
     def rows(self, kind: str, r: int, start: int, count: int) -> list[np.ndarray]:
-        """Rows [start, start + count) of router r on the host, as one view per page: [n, K], or
-        [n, E] for logits. `kind`: ids, weights or one of the extras. Ids are uint8 or uint16, their
-        maximum where a slot has no expert; bfloat16 values are given as their bits, uint16."""
+        """Rows [start, start + count) of router r on the host, a view per page: [n, K], of logits
+        [n, E]. `kind`: ids (uint8 or uint16, their maximum where a slot has no expert), weights or
+        one of the extras; bfloat16 values are given as their bits, uint16."""
         tape, tensor = self.tapes.get(kind, self.tapes[""])[r], self.host[kind]
         if tensor.dtype in (torch.int16, torch.bfloat16):
             tensor = tensor.view(torch.uint16)

@@ -107,10 +107,9 @@ class Variant:
         weights = "none"
         if self.recorded is not None or self.kernel == "combine":
             weights = f"{_name(self.given)} as {_name(self.recorded or self.given)}"
-        invalid_ids = False
-        if self.ids is not None:  # whether their type holds −1 and E
-            limits = torch.iinfo(self.ids)
-            invalid_ids = limits.min < 0 and limits.max >= self.E
+        # whether their type holds −1 and E
+        limits = torch.iinfo(self.ids) if self.ids is not None else None
+        invalid_ids = limits is not None and limits.min < 0 and limits.max >= self.E
         how = invalid_ids, self.block, self.P, self.shifted, self.device
         for T in self._tokens(kernels):
             of = self.E, self.K, T, "uniform", self.launches, self.ids, weights
@@ -339,6 +338,8 @@ def _read() -> dict[str, object]:
 def environment_of(kernels: ModuleType, device: torch.device) -> str:
     """What a result depends on: the device, its driver, torch, Triton, and our kernels."""
     name = device.type
+    # two checkouts may have the same version
+    digest = hashlib.sha256(Path(kernels.__file__ or "").read_bytes()).hexdigest()
     if device.type == "cuda":
         of = torch.cuda.get_device_properties(device)
         name = f"{of.name} {getattr(of, 'gcnArchName', '') or f'sm_{of.major}{of.minor}'}"
@@ -346,7 +347,7 @@ def environment_of(kernels: ModuleType, device: torch.device) -> str:
         "driver": driver_version(),
         "torch": torch.__version__,
         "triton": kernels.triton.__version__ if kernels.triton is not None else None,
-        "moe-inspect": f"{version('moe-inspect')} {_digest(kernels.__file__ or '')}",
+        "moe-inspect": f"{version('moe-inspect')} {digest[:12]}",
     }
     return ", ".join([name, *(f"{key} {value}" for key, value in parts.items())])
 
@@ -361,9 +362,3 @@ def driver_version() -> str | None:
     with contextlib.suppress(OSError):
         return Path("/sys/module/amdgpu/version").read_text().strip()
     return None
-
-
-@functools.cache
-def _digest(file: str) -> str:
-    """Of the kernels' source: two checkouts may have the same version."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]

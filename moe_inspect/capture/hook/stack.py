@@ -48,8 +48,7 @@ class Scope:
 
     to_tapes     whether kernels write the calls of the current pass to tapes, where there are any
     in_graph     whether what takes the other calls may be part of a graph of torch.compile
-    is_known     whether the code is of transformers, which is tested; of other code nothing is
-                 known
+    is_known     whether the code is of transformers, which is tested
     begin_graph  called where torch.compile makes a graph in the middle of a pass: from then on the
                  pass goes to tapes, as the graph writes to them"""
 
@@ -154,8 +153,7 @@ def logits_read(site: Site) -> Callable[..., tuple[None, Tensor] | None]:
 
 def replaced(owner: Any, name: str, made_of: Callable[[Any], Any]) -> Callable[[], None]:
     """Puts `made_of` the attribute `name` into its place, on this object alone, until what this
-    returns is called. Recorders may end in any order: the last one puts the original back. What
-    somebody else has put there since then stays."""
+    returns is called. Recorders may end in any order. What somebody else has put there stays."""
     before, made = vars(owner).get(name), made_of(getattr(owner, name))
     state = vars(getattr(made, "__func__", made))
     state.update(before=before, over=False)
@@ -177,9 +175,8 @@ def replaced(owner: Any, name: str, made_of: Callable[[Any], Any]) -> Callable[[
 
 
 def before_method(module: Module, name: str, hook: Callable[..., None]) -> Callable[[], None]:
-    """`register_forward_pre_hook(hook, with_kwargs=True)` for any method of `module`. Returns what
-    removes it. It costs a call of `forward` some 5 µs less than a hook: once there is one,
-    `Module.__call__` goes a long way."""
+    """`register_forward_pre_hook(hook, with_kwargs=True)` for any method; returns what removes it.
+    A call of `forward` costs some 5 µs less: with a hook `Module.__call__` goes a long way."""
     own, inner = vars(module).get(name), getattr(type(module), name)
     if own is not None and hasattr(own, "over"):  # another recorder's
         inner = own.func
@@ -271,11 +268,6 @@ class Stack:
         for kind, sink in sinks.items():
             sink.take = partial(self._take, kind, n)
 
-    @property
-    def router_range(self) -> range:
-        """Its routers among the model's."""
-        return range(self.first_router, self.first_router + len(self.routers))
-
     def devices(self) -> list[torch.device]:
         """The device of each router; until it has run, that of its experts."""
         return [device for device, _, _ in self.shape] or [
@@ -323,7 +315,7 @@ class Stack:
             len(calls) if calls and all(len(ids) == T for ids, _ in calls) else 1
             for calls in self.calls[""]
         ]
-        self._check(times, T)
+        self.check_calls(T, times)
         runs = [
             (site, time, calls[time])
             for site, t, calls in zip(self.sites, times, self.calls[""], strict=True)
@@ -342,9 +334,10 @@ class Stack:
                 )
         return [weights.dtype for *_, (_, weights) in runs]
 
-    def _check(self, times: Sequence[int], T: int) -> None:
+    def check_calls(self, T: int, times: Sequence[int] | None = None) -> None:
         """MoeInspectError unless each site was called for every row of the current pass, as many
         `times` as its layer runs."""
+        times = times or [len(routers) for routers in self.routers_of]
         for site, t in zip(self.sites, times, strict=True):
             if t > 1 and site.told is not None and stacks_in(self.model):
                 raise MoeInspectError(
@@ -418,10 +411,6 @@ class Stack:
             for router, n in zip(self.routers, rows_of, strict=True):
                 if n != T:
                     self.refuse(router.path, n, T, kind)
-
-    def check_calls(self, T: int) -> None:
-        """The same of the calls of the current pass, that no kernel has written."""
-        self._check([len(routers) for routers in self.routers_of], T)
 
     def refuse(self, path: str, n: int, T: int, kind: str, K: int = 1) -> NoReturn:
         """`kind`: of what was seen, one of `schema.EXTRAS`, or "" for a choice."""

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
     from moe_inspect.model.choices import Args, Kwargs
 
-
 Given: TypeAlias = Mapping[str, Any]  # the arguments of a call, by name
-
 # of what an `InputsOf` returns
 KEYS = (
     "input_ids",  # int [B, S], or [S] where a batch is one packed row
@@ -258,8 +256,8 @@ def _packed(given: Given, B: int, S: int) -> Tensor | None:
 
 
 def _since_start(bounds: Tensor, S: int) -> Tensor:
-    """bounds [B, n + 1]: where documents begin, and the end of the last → for each of S positions
-    the distance from the beginning of its document. What follows the last is one more."""
+    """bounds [B, n + 1] of documents → for each of S positions the distance from the beginning of
+    its document. What follows the last is one more."""
     at = torch.arange(S, device=bounds.device).expand(len(bounds), S).contiguous()
     document = torch.searchsorted(bounds.long().contiguous(), at, right=True) - 1
     return at - bounds.long().gather(1, document)
@@ -334,8 +332,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 def copies_of(
     given: Given, B: int, S: int, past: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Copies on the host, each None where there is none: token ids [B, S], the mask [B, S] (see
-    `mask_of`) and positions [B, S] or [S]."""
+    """Token ids [B, S], `mask_of` [B, S] and positions [B, S] or [S]; None where there are none."""
     position, mask = given.get("position_ids"), mask_of(given.get("attention_mask"), B, S, past)
     # multimodal positions: of four planes the first is the text's; three are those of images
     if position is not None and position.dim() == 3:
@@ -452,8 +449,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def start_of(tensor: Tensor) -> Hashable:
-    """Where a tensor begins in memory: a slice of its first positions begins there too, one of its
-    last does not. None where it has no memory of its own. The memory is not kept alive."""
+    """Where a tensor begins in memory, as does a slice of its first positions, not of its last.
+    None where it has no memory of its own. The memory is not kept alive."""
     if type(tensor) is not Tensor or tensor.layout != torch.strided:
         return None
     return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()

@@ -117,8 +117,7 @@ class PassInputs:
         return fed
 
     def returned(self, stack: str, output: object) -> None:
-        """A stack's output, or ("") the whole model's. Until the next pass begins, tokens may be
-        taken back from its cache."""
+        """A stack's output, or ("") the whole model's."""
         if (call := self._calls.get(stack)) is not None:
             self._outputs.append((call, output))
             cache = cache_among(_values(output)) if call.S > 1 else None
@@ -224,8 +223,7 @@ class PassInputs:
         )
 
     def _keys(self, given: Given, B: int, S: int) -> tuple[Given, Keys]:
-        """The arguments of a call, with the mask of a packed one; and what identifies its
-        sequences."""
+        """The arguments, with the mask of a packed call; and what identifies its sequences."""
         if (told := given.get("sequences")) is not None:
             return given, Keys(arguments.keys_told(told, self._told_codes, B, S), self._told)
         if (found := arguments.slots_of(given)) is not None:

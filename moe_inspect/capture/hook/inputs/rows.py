@@ -162,11 +162,6 @@ class CallInputs:
     is_settled: bool = True  # False while tokens may be taken back from the cache
     following: CallInputs | None = None  # the next pass, where it may take tokens back
 
-    @property
-    def verifies(self) -> bool:
-        """Whether all of its tokens but the first are drafts."""
-        return self.asked == self.S > 1
-
     def wait(self) -> None:
         """Until the copies are complete."""
         if self.copied is not None:
@@ -244,16 +239,12 @@ class SequenceNumbers:
         return self.domains.index(label)
 
     def discard(self) -> None:
-        """Undoes what was numbered since `accept`, as its forward pass failed: the next one takes
-        its numbers."""
+        """Undoes what was numbered since `accept`: its pass failed, the next takes its numbers."""
         self._undo.close()
 
     def accept(self) -> None:
         """Keeps what was numbered since: it was recorded."""
         self._undo.pop_all()
-
-    def _count_from(self, documents: int, sequences: int) -> None:
-        self._documents, self._sequences = documents, sequences
 
     def number(
         self, call: CallInputs, real_BS: np.ndarray, position_BS: np.ndarray
@@ -263,7 +254,8 @@ class SequenceNumbers:
         int [4, N], and the documents that are new. A position that is not the one before + 1 begins
         a sequence, or goes on with one that its cache holds; one that is not above the one before
         begins a document too."""
-        self._undo.callback(self._count_from, self._documents, self._sequences)
+        counted = {"_documents": self._documents, "_sequences": self._sequences}
+        self._undo.callback(vars(self).update, counted)
         position_N = position_BS[real_BS]
         row_N = np.repeat(np.arange(call.B), real_BS.sum(1))
         of_tokens, by_key, pages = call.keys
@@ -335,8 +327,7 @@ class SequenceNumbers:
         return numbers_4N, [replace(d, tokens=int(tokens[n])) for n, d in new.items()]
 
     def _document(self, call: CallInputs, b: int, new: dict[int, Document]) -> tuple[int, int]:
-        """The number and domain of the document that begins in batch row b: that of its label,
-        where it has one that is known."""
+        """Number and domain of the document that begins in batch row b: of its label, if known."""
         check_labels(call.labels, call.B)
         documents, domains = call.labels["documents"], call.labels["domains"]
         domain, name = str(domains[b]) if domains is not None else "", ""
@@ -371,8 +362,8 @@ def _phase(call: CallInputs, goes_on: bool, steps: int, has_drafts: bool) -> int
     if call.stack == "encoder":
         return ENCODE
     is_one = call.S == 1 or (call.keys.of_tokens is not None and not steps)
-    is_on = goes_on or call.after.length > call.S
-    return DECODE if is_on and (is_one or call.verifies or has_drafts) else PREFILL
+    is_on, verifies = goes_on or call.after.length > call.S, call.asked == call.S > 1
+    return DECODE if is_on and (is_one or verifies or has_drafts) else PREFILL
 
 
 def _state_before(call: CallInputs) -> Places:
