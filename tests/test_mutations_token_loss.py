@@ -19,23 +19,17 @@ from tests.mutation import fails, mutation
 pytestmark = pytest.mark.slow
 
 
-def padded(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        test_token_loss.test_it_is_the_cross_entropy_of_the_models_own_logits(
-            "olmoe", path, monkeypatch
-        )
+def patching(test: Callable[..., None], *given: str) -> Callable[[Path], None]:
+    def check(path: Path) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            test(*given, path, monkeypatch)
+
+    return check
 
 
-def beams(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        test_token_loss.test_of_beams_a_token_that_another_row_goes_on_from_has_none(
-            path, monkeypatch
-        )
-
-
-def chunks(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        test_token_loss.test_no_more_logits_than_a_chunk_are_made(path, monkeypatch)
+padded = patching(test_token_loss.test_it_is_the_cross_entropy_of_the_models_own_logits, "olmoe")
+beams = patching(test_token_loss.test_of_beams_a_token_that_another_row_goes_on_from_has_none)
+chunks = patching(test_token_loss.test_no_more_logits_than_a_chunk_are_made)
 
 
 def masked(path: Path) -> None:

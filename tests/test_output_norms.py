@@ -5,6 +5,7 @@ seen, that is said."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 
 import moe_inspect
 from moe_inspect.analysis.metrics.worth import super_experts
-from moe_inspect.capture.hook import experts, kernels
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
@@ -92,24 +92,14 @@ def test_a_norm_is_that_of_the_experts_own_output(family: str, tmp_path: Path) -
 
 @torch.no_grad()
 def test_the_kernel_records_what_its_twin_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    few: Callable[[int], None], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Grouped in prefill, copied in decoding; to the digit."""
-    if kernels.triton is None:
-        pytest.skip("no triton on this platform")
     model = build("olmoe")
     twin = recorded(model, tmp_path / "twin").routing()
-    monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
-    copied = [False]
-
-    def are_few(slots: int, E: int) -> bool:
-        copied.append(slots < 64)
-        return slots < 64
-
-    monkeypatch.setattr(experts, "are_few", are_few)
-    ours = recorded(model, tmp_path / "kernel").routing()
-    assert set(copied) == {False, True}
-    assert ours.equals(twin)
+    request.getfixturevalue("on_triton")
+    few(2 * model.config.num_experts_per_tok)  # of a decode step
+    assert recorded(model, tmp_path / "kernel").routing().equals(twin)
 
 
 def test_with_a_gradient_and_a_backward_pass(tmp_path: Path) -> None:
@@ -127,13 +117,12 @@ def test_with_a_gradient_and_a_backward_pass(tmp_path: Path) -> None:
 
 def test_compiled(tmp_path: Path) -> None:
     model, inputs = build("olmoe"), token_batch([9, 5])
-    frames = []
-    for name, called in (("eager", model), ("compiled", torch.compile(model, backend="eager"))):
-        with torch.no_grad(), moe_inspect.record(called, tmp_path / name, output_norms=True) as _:
+    for name, called in (("a", model), ("b", torch.compile(model, backend="eager"))):
+        with torch.no_grad(), moe_inspect.record(called, tmp_path / name, output_norms=True):
             called(**inputs)
             called(**inputs)
-        frames.append(moe_inspect.open_trace(tmp_path / name).routing())
-    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=2**-8)
+    frames = [moe_inspect.open_trace(tmp_path / name).routing() for name in "ab"]
+    pd.testing.assert_frame_equal(*frames, rtol=2**-8)
 
 
 @torch.no_grad()

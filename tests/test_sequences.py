@@ -6,6 +6,7 @@ B batch rows, S positions, T rows of a forward pass, K slots.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +35,8 @@ CACHE = next(
 IDS = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 17, 4, 33, 9, 17, 4, 33, 9]])
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 ROWS: list[list[int]] = IDS.tolist()
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
-}  # fmt: skip
+GREEDY: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False}
+GREEDY |= {"pad_token_id": 0, "eos_token_id": None}
 Texts = list[list[int]]
 
 
@@ -355,52 +355,35 @@ class Own(nn.Module):
         return self.head(x), kept
 
 
-class StartPos(Own):
-    """As DeepSeek-V3's own code."""
-
-    def forward(self, tokens: Tensor, start_pos: int = 0) -> Tensor:
-        return self.run(tokens, torch.arange(start_pos, start_pos + tokens.shape[1]))[0]
-
-    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
-        self(ids, at)
-
-
-class InputPos(Own):
-    """As gpt-fast."""
-
-    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        return self.run(idx, input_pos)[0]
-
-    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
-        self(ids, input_pos=torch.arange(at, at + ids.shape[1]))
+def with_own_cache(kind: str) -> tuple[Any, Callable[[Tensor, int, Any], Any]]:
+    """A model, and how it is fed ids at a position, with what it returned before, if the caller
+    keeps that: the keys and values of each layer."""
+    model: Any = Own().eval()
+    at_S = lambda ids, at: torch.arange(at, at + ids.shape[1])  # noqa: E731
+    if kind == "start_pos":  # as DeepSeek-V3's own code
+        model.forward = lambda tokens, start_pos=0: model.run(tokens, at_S(tokens, start_pos))[0]
+        return model, lambda ids, at, _: model(ids, at)
+    if kind == "input_pos":  # as gpt-fast
+        model.forward = lambda idx, input_pos=None: model.run(idx, input_pos)[0]
+        return model, lambda ids, at, _: model(ids, input_pos=at_S(ids, at))
+    model.forward = lambda idx, past_kv=None: model.run(idx, None, past_kv)
+    cut = lambda past, at: [[kept[:, :, :at] for kept in kv] for kv in past] if at else None  # noqa: E731
+    return model, lambda ids, at, past: model(ids, past_kv=cut(past, at))[1]
 
 
-class Tuples(Own):
-    """The caller keeps a tuple of keys and values for each layer."""
-
-    def forward(self, idx: Tensor, past_kv: Any = None) -> tuple[Tensor, Any]:
-        return self.run(idx, None, past_kv)
-
-    def feed(self, ids: Tensor, at: int, past: Any) -> Any:
-        past = [[kept[:, :, :at] for kept in kv] for kv in past] if at else None
-        return self(ids, past_kv=past)[1]
-
-
-@pytest.mark.parametrize("kind", [StartPos, InputPos, Tuples])
+@pytest.mark.parametrize("kind", ["start_pos", "input_pos", "tuples"])
 @torch.no_grad()
-def test_of_a_model_with_a_cache_of_its_own(kind: Any, tmp_path: Path) -> None:
+def test_of_a_model_with_a_cache_of_its_own(kind: str, tmp_path: Path) -> None:
     """Two texts of two rows each, in parts, one token of each in the end, then the rejected drafts
     of a single row."""
-    model, past = kind().eval(), None
+    (model, feed), past = with_own_cache(kind), None
     steps = ((0, [5, 6, 7]), (3, [1, 2, 3, 4]), (5, [8, 9]), (7, [7]), (8, [3, 3]), (9, [2]))
     with traced(model, tmp_path / "t") as fed:
         for text in (IDS, IDS.flip(1)):
-            at = 0
-            for part in text.split([4, 3, 1, 1], dim=1):
-                past = model.feed(part, at, past)
-                at += part.shape[1]
+            for at, part in zip((0, 4, 7, 8), text.split([4, 3, 1, 1], dim=1), strict=True):
+                past = feed(part, at, past)
         for at, ids in steps:
-            past = model.feed(torch.tensor([ids]), at, past)
+            past = feed(torch.tensor([ids]), at, past)
     tokens = agreed(tmp_path / "t", fed)
     assert texts_of(tokens) == [*ROWS, *IDS.flip(1).tolist(), [5, 6, 7, 1, 2, 8, 9, 7, 3, 2]]
     found = tokens.groupby(tokens.phase.astype(str)).size().to_dict()
@@ -412,12 +395,8 @@ def test_of_a_model_with_a_cache_of_its_own(kind: Any, tmp_path: Path) -> None:
 def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
     """Parts of other texts, which begin somewhere (a rank that holds a part of each text, texts
     that are shifted while training): nothing goes on, nothing is rejected."""
-
-    class Positioned(Own):
-        def forward(self, idx: Tensor, position_ids: Tensor | None = None) -> Tensor:
-            return self.run(idx)[0]
-
-    model = Positioned()
+    model: Any = Own()
+    model.forward = lambda idx, position_ids=None: model.run(idx)[0]
     with traced(model, tmp_path / "t") as fed:
         for first in (8, 8, 11, 9):
             model(IDS, position_ids=torch.arange(first, first + 9).expand(2, 9))
@@ -429,24 +408,18 @@ def test_positions_alone_do_not_reject(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_caller_says_which_sequence_a_token_is_of(tmp_path: Path) -> None:
     """An engine that packs requests, by number and by name."""
-    model = Own()
-    model.forward = lambda idx, of: model.run(idx)[0]  # pyright: ignore
-    passes = [
-        ([5, 6, 7, 9, 17], [4, 4, 4, 7, 7]),
-        ([33, 8, 4], [7, 4, 7]),
-        ([40, 41, 42], [9, 9, 4]),
-    ]
+    model: Any = Own()
+    model.forward = lambda idx, of: model.run(idx)[0]
+    passes = [([5, 6, 7, 9, 17], [4, 4, 4, 7, 7]), ([33, 8, 4], [7, 4, 7])]
+    passes.append(([40, 41, 42], [9, 9, 4]))
     names = {4: "a", 7: "b", 9: "c"}
-    for named in (False, True):
-        path = tmp_path / str(named)
-
-        def inputs(args: Any, kwargs: Any, named: bool = named) -> dict[str, Any]:
-            of = args[1][None].tolist() if named else args[1]
-            return {
-                "input_ids": args[0],
-                "sequences": [[names[n] for n in row] for row in of] if named else of,
-            }
-
+    by_number = lambda args, _: {"input_ids": args[0], "sequences": args[1]}  # noqa: E731
+    by_name = lambda args, _: {  # noqa: E731
+        "input_ids": args[0],
+        "sequences": [[names[n] for n in args[1].tolist()]],
+    }
+    for inputs in (by_number, by_name):
+        path = tmp_path / str(inputs is by_name)
         with traced(model, path, inputs=inputs) as fed:
             for ids, of in passes:
                 model(torch.tensor([ids]), torch.tensor(of))
@@ -470,9 +443,7 @@ TURNS: dict[str, list[Step]] = {
     "two texts": [
         ([1, 2, 3, 4, 5, 6, 7], None, 0, 0, "prefill"),
         ([11, 12, 13, 14], None, 1, 0, "prefill"),
-        *(
-            ([20 + n], n, n % 2, (7, 4)[n % 2] + n // 2, "decode") for n in range(6)
-        ),
+        *(([20 + n], n, n % 2, (7, 4)[n % 2] + n // 2, "decode") for n in range(6)),
     ],
     "two texts of one length": [
         ([1, 2, 3], None, 0, 0, "prefill"),
@@ -516,8 +487,7 @@ def test_a_cache_of_tensors_is_known_again(turns: str, tmp_path: Path) -> None:
         for ids, _, document, first, phase in TURNS[turns]
         for n in range(len(ids))
     ]
-    found = tokens[["document", "position", "phase"]].itertuples(index=False, name=None)
-    assert list(found) == wanted
+    assert [*tokens[["document", "position", "phase"]].itertuples(index=False, name=None)] == wanted
     assert not tokens.duplicated(["sequence", "position"]).any()
     # one sequence for each text, and one more for each time that a cache is gone on from again
     given = [of for _, of, *_ in TURNS[turns]]
@@ -543,16 +513,14 @@ def test_a_cache_that_is_not_known_again_is_refused(
     lengths: tuple[int, ...], of: int, at: slice, tmp_path: Path
 ) -> None:
     """The way out that the message names is one."""
-    model = Returned()
-    past: list[int] = []
+    model, calls = Returned(), itertools.count()
 
     def told(args: Any, kwargs: Any) -> dict[str, Any]:
-        ids = args[0]
-        first = lengths[of] if len(past) == len(lengths) else 0
-        row = of if first else len(past)
-        past.append(row)
-        at_BS = first + torch.arange(ids.shape[1])[None]
-        return {"input_ids": ids, "sequences": [row], "position_ids": at_BS}
+        row, first = next(calls), 0
+        if row == len(lengths):
+            row, first = of, lengths[of]
+        at_BS = first + torch.arange(args[0].shape[1])[None]
+        return {"input_ids": args[0], "sequences": [row], "position_ids": at_BS}
 
     def decode() -> None:
         caches = [model(torch.arange(n)[None])["kept"] for n in lengths]
@@ -568,23 +536,18 @@ def test_a_cache_that_is_not_known_again_is_refused(
     assert texts_of(agreed(tmp_path / "u", fed)) == texts
 
 
+@pytest.mark.parametrize("kind", ["copied", "preallocated"])
 @torch.no_grad()
-def test_a_copied_cache_goes_on_from_the_pass_before(tmp_path: Path) -> None:
-    """As where beams are put in order. The first pass is given a cache that is still empty."""
-    model = Returned()
-    kept = [(torch.zeros(1, 1, 0, 16),) * 2] * 2
+def test_of_caches_that_are_given_from_the_first_pass_on(kind: str, tmp_path: Path) -> None:
+    """Copied after each pass, as where beams are put in order, and empty at first; or one tensor of
+    each layer for all positions."""
+    model: Any = Returned()
+    kept: Any = [(torch.zeros(1, 1, 0, 16),) * 2] * 2
+    if kind == "preallocated":
+        kept = [torch.zeros(2, 1, 1, 32, 16) for _ in range(2)]
+        model.forward = lambda idx, kv_caches: {"kept": model.run(idx)[0]}
     with traced(model, tmp_path / "t") as fed:
         for ids in ([1, 2, 3], [4], [5]):
-            kept = copied(model(torch.tensor([ids]), past_kv=kept)["kept"], slice(None))
-    assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]
-
-
-@torch.no_grad()
-def test_a_preallocated_cache_begins_at_0(tmp_path: Path) -> None:
-    model = Own()
-    model.forward = lambda idx, kv_caches: (model.run(idx)[0], kv_caches)  # pyright: ignore
-    kept = [torch.zeros(2, 1, 1, 32, 16) for _ in range(2)]
-    with traced(model, tmp_path / "t") as fed:
-        for ids in ([1, 2, 3], [4], [5]):
-            kept = model(torch.tensor([ids]), kept)[1]
+            output = model(torch.tensor([ids]), kept)["kept"]
+            kept = copied(output, slice(None)) if kind == "copied" else kept
     assert texts_of(agreed(tmp_path / "t", fed)) == [[1, 2, 3, 4, 5]]

@@ -25,7 +25,6 @@ from tests.families import FAMILIES, build
 from tests.zoo import VOCABULARY, token_batch
 from tests.zoo import build as build_any
 
-STATE: Any = {"rtol": 1e-4, "atol": 1e-4}  # of float32 logits that are computed in other shapes
 STEPS = 3
 COLUMNS = ["loss_nats", "entropy_nats"]
 
@@ -46,9 +45,14 @@ def by_sequence(path: Path) -> list[np.ndarray]:
     ]
 
 
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch, logits: int = 4 * VOCABULARY) -> None:
     """Of four tokens: a row is longer than one."""
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+
+
+def close(got: Any, want: Any) -> None:
+    """As float32 logits are that are computed in other shapes."""
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -76,7 +80,7 @@ def test_it_is_the_cross_entropy_of_the_models_own_logits(
     want = [expected(logits[b, :n], padded["input_ids"][b, :n]) for b, n in enumerate(lengths)] * 2
     want += [expected(model(row[None]).logits[0], row) for row in ids]
     for got, wanted in zip(found, want, strict=True):
-        np.testing.assert_allclose(got, wanted, **STATE)
+        close(got, wanted)
     # and no other token's
     assert np.abs(found[0][1:-1] - want[0][:-2]).max() > 0.1
 
@@ -112,12 +116,12 @@ def losses_of_demo(trace: moe_inspect.Trace) -> np.ndarray:
 def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of several sequences, batches of several rows, generated tokens; interrupted and
     resumed it is the same to the digit; the model's choices are as without."""
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 100 * 2048)
+    small_chunks(monkeypatch, 100 * 2048)
     options: dict[str, Any] = {"max_tokens": 1500, "max_length": 120, "batch_tokens": 300}
     options |= {"generate": generate, "dtype": "float32"}
     trace = moe_inspect.trace_model("demo", tmp_path / "t", token_loss=True, **options)
     tokens: Any = trace.tokens()
-    np.testing.assert_allclose(tokens[COLUMNS].to_numpy(), losses_of_demo(trace), **STATE)
+    close(tokens[COLUMNS].to_numpy(), losses_of_demo(trace))
     assert tokens["loss_nats"].isna().sum() == tokens["sequence"].nunique() > 10
     assert ("decode" in set(tokens["phase"])) == bool(generate)
     assert moe_inspect.verify(tmp_path / "t").ok
@@ -165,14 +169,14 @@ def test_what_follows_may_come_with_the_next_pass(tmp_path: Path) -> None:
             cache = model(ids[:, 12:14], past_key_values=cache).past_key_values
         model(ids[:, 14:], past_key_values=cache)
     found = by_sequence(tmp_path / "t")
-    np.testing.assert_allclose(found[0], wanted, **STATE)
-    np.testing.assert_array_equal(np.isnan(found[1][:, 0]), [*[False] * 11, True])
-    np.testing.assert_array_equal(np.isnan(found[2][:, 0]), [*[False] * 7, True])
+    close(found[0], wanted)
+    for got, known in zip(found[1:3], (11, 7), strict=True):
+        assert np.isnan(got[:, 0]).tolist() == [*[False] * known, True]
     ended = found[3]
     assert np.isnan(ended[[7, 11]]).all()
-    np.testing.assert_allclose(ended[:7], wanted[:7], **STATE)
-    np.testing.assert_allclose(ended[8:11], wanted[8:11], **STATE)
-    np.testing.assert_allclose(found[5][:-1], wanted[14:-1], **STATE)
+    close(ended[:7], wanted[:7])
+    close(ended[8:11], wanted[8:11])
+    close(found[5][:-1], wanted[14:-1])
     assert np.isnan(found[5][-1]).all()
 
 
@@ -189,7 +193,7 @@ def test_generated_by_transformers(tmp_path: Path) -> None:
     assert torch.equal(bare, done)
     for row, got, start in zip(done[:, :-1], by_sequence(tmp_path / "t"), (0, 2), strict=True):
         logits = model(row[None, start:]).logits[0]
-        np.testing.assert_allclose(got, expected(logits, row[start:]), **STATE)
+        close(got, expected(logits, row[start:]))
 
 
 @torch.no_grad()
@@ -198,9 +202,7 @@ def test_of_beams_a_token_that_another_row_goes_on_from_has_none(
 ) -> None:
     """Every loss there is is that of the token which follows it in its row."""
     model, ids = build("olmoe"), torch.arange(2 * 6).reshape(2, 6) * 7 % 290 + 5
-    passes: list[tuple[torch.Tensor, torch.Tensor]] = []
-    caches: list[Any] = []
-    said: list[str] = []
+    passes, caches, moved, said = list[Any](), list[Any](), list[Any](), list[str]()
     monkeypatch.setattr(losses, "print_stderr", said.append)
 
     def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -208,7 +210,6 @@ def test_of_beams_a_token_that_another_row_goes_on_from_has_none(
         caches[:] = [value for value in output.values() if hasattr(value, "reorder_cache")]
         moved.append(None)
 
-    moved: list[Any] = []
     stock = DynamicCache.reorder_cache
 
     def reorder(cache: Any, beam_idx: Any) -> None:
@@ -232,7 +233,7 @@ def test_of_beams_a_token_that_another_row_goes_on_from_has_none(
         logits, following = passes[step][1], passes[step + 1][0][:, -1]
         wanted = F.cross_entropy(logits, following, reduction="none")
         np.testing.assert_array_equal(np.isnan(found[step]), ~kept.numpy())
-        np.testing.assert_allclose(found[step][kept], wanted[kept], **STATE)
+        close(found[step][kept], wanted[kept])
         some += int((~kept).sum())
     assert some, "control: rows changed places"
 
@@ -248,7 +249,7 @@ def test_in_training(tmp_path: Path) -> None:
             assert model.lm_head.weight.grad.abs().sum() > 0
     found = by_sequence(tmp_path / "t")
     logits = model(**batch).logits.detach()
-    np.testing.assert_allclose(found[2], expected(logits[0], batch["input_ids"][0]), **STATE)
+    close(found[2], expected(logits[0], batch["input_ids"][0]))
 
 
 @torch.no_grad()
@@ -260,7 +261,7 @@ def test_compiled(tmp_path: Path) -> None:
             called(**batch)
     both = (by_sequence(tmp_path / name) for name in ("eager", "compiled"))
     for eager, compiled in zip(*both, strict=True):
-        np.testing.assert_allclose(eager, compiled, **STATE)
+        close(eager, compiled)
     called = torch.compile(build("mixtral"), backend="eager")
     with (
         pytest.raises(MoeInspectError, match="call it without logits_to_keep"),
@@ -284,7 +285,7 @@ def test_of_an_encoder_decoder_the_decoders_tokens(tmp_path: Path) -> None:
     assert tokens.loc[encoded, COLUMNS].isna().all(axis=None)
     logits = model(input_ids=read, decoder_input_ids=said).logits[0]
     got = tokens.loc[~encoded, COLUMNS].to_numpy(float)
-    np.testing.assert_allclose(got, expected(logits, said[0]), **STATE)
+    close(got, expected(logits, said[0]))
 
 
 @torch.no_grad()
@@ -301,7 +302,7 @@ def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
     assert set(tokens["phase"]) == {"prefill", "decode"}
     ids = torch.tensor(tokens["token_id"].to_numpy(np.int64))
     logits = model(ids[None])[0]
-    np.testing.assert_allclose(tokens[COLUMNS].to_numpy(), expected(logits, ids), **STATE)
+    close(tokens[COLUMNS].to_numpy(), expected(logits, ids))
 
 
 def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
