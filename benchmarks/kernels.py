@@ -26,8 +26,8 @@ from rich.table import Table
 
 from benchmarks.measuring import RESULTS
 from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.kernel_reference import Case, choice, tape_for
 from tests.aot import TARGETS, GPUTarget
-from tests.kernel_checks import Case, choice, tape_for
 from tests.ptx.launch import Device, executed
 
 SHAPES = (  # E, k, T

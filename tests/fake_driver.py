@@ -70,14 +70,7 @@ def _noting(seen: Callable[..., None]) -> Any:
             for hook in (enter, leave):
                 if hook is not None:
                     hook(launch_metadata)
-            seen(
-                SimpleNamespace(
-                    grid=(x, y, z),
-                    stream=stream,
-                    function=function,
-                    metadata=metadata,
-                    arguments=given,
-                )
-            )
+            noted = {"stream": stream, "function": function, "metadata": metadata}
+            seen(SimpleNamespace(grid=(x, y, z), arguments=given, **noted))
 
     return Noting

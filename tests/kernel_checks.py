@@ -15,18 +15,10 @@ import numpy as np
 import torch
 
 from moe_inspect.capture.hook import kernel_reference as checks
-from moe_inspect.capture.hook.kernel_reference import (
-    POISON,
-    Case,
-    assert_close,
-    check_tape,
-    choice,
-    tape_for,
-)
+from moe_inspect.capture.hook.kernel_reference import POISON, Case, choice
 from tests.sweep import WHOLE
 
-__all__ = ["CHECKS", "Case", "assert_close", "check_tape", "choice", "tape_for"]
-
+TAPES = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "E": (4, 8, 16, 60, 64, 128, 256, 384, 512, *((72, 160) if WHOLE else ())),
     "K": (1, 2, 3, 4, 6, 8, 10),
@@ -35,14 +27,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "launches": (1, 2, 3, None),
     "ids": (torch.int64, torch.int32),
     "weights": ("float32 as float16", "float16", "bfloat16", "none"),
-    "tape": (
-        "in one page",
-        "across pages",
-        "across the ring's end",
-        "beyond the limit",
-        "disabled",
-        "none",
-    ),
+    "tape": (*TAPES, "none"),
     "invalid_ids": (False, True),  # ids of no expert
 }
 
@@ -143,19 +128,10 @@ CHECKS = {"dispatch": check_dispatch, "record": check_record, "combine": check_c
 
 def small_cases() -> Iterator[Case]:
     """A few fast cases that together detect every mutation, the fastest first."""
-    base = {
-        "skew": "uniform",
-        "ids": torch.int64,
-        "weights": "float32 as float16",
-        "invalid_ids": True,
-    }
-    tapes = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
-    for (T, E, K), of in (
-        ((7, 8, 2), tapes),
-        ((130, 60, 4), tapes[1::2]),
-        ((100, 256, 8), tapes[2::2]),
-    ):
-        for tape, launches in itertools.product(of, (1, 2, 3)):
-            yield Case(E=E, K=K, T=T, launches=launches, tape=tape, **base)
-    yield Case(E=64, K=8, T=400, launches=2, tape="across pages", **base)
-    yield Case(E=64, K=8, T=400, launches=3, tape="across pages", **base)
+    base = {"skew": "uniform", "ids": torch.int64, "invalid_ids": True}
+    sizes = [((7, 8, 2), TAPES), ((130, 60, 4), TAPES[1::2]), ((100, 256, 8), TAPES[2::2])]
+    shapes = [(*size, *of) for size, tapes in sizes for of in itertools.product(tapes, (1, 2, 3))]
+    shapes += [(400, 64, 8, "across pages", launches) for launches in (2, 3)]
+    for T, E, K, tape, launches in shapes:
+        of = {"launches": launches, "tape": tape, "weights": "float32 as float16"}
+        yield Case(E=E, K=K, T=T, **of, **base)

@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from triton import knobs
 from triton.runtime import driver
 
 from moe_inspect.capture.hook import kernels, launch
+from moe_inspect.capture.hook.kernel_reference import Case, choice, tape_for
 from tests.fake_driver import FakeDriver
-from tests.kernel_checks import Case, choice, tape_for
 from tests.mutation import changed_source
 
 # mistakes in launch.py: with each of them some launch differs from Triton's own
@@ -81,6 +81,19 @@ NOTED: list[Any] = []  # launches
 DRIVER = FakeDriver(NOTED.append)
 
 
+@contextmanager
+def put(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of an object, for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 class Compared:
     """Calls a Launch, and launches the same in Triton's own way; they must not differ."""
 
@@ -96,36 +109,26 @@ class Compared:
             return self.call(made, *arguments)
         before = DRIVER.device
         NOTED.clear()
-        self.inside = True
-        try:
+        with put(self, inside=True):
             self.call(made, *arguments)
-        finally:
-            self.inside = False
         assert DRIVER.device == before
         device, grid, _, tensors, outputs, specialized, numbers, state = arguments
-        DRIVER.device = device if device >= 0 else before
         numbers = *specialized, *numbers, *state.arguments
-        made.kernel[grid](*tensors, *outputs, *numbers, **made.named)
-        DRIVER.device = before
+        with put(DRIVER, device=device if device >= 0 else before):
+            made.kernel[grid](*tensors, *outputs, *numbers, **made.named)
         ours, triton_own = map(given, NOTED)
         assert ours == triton_own, f"\n{ours}\n{triton_own}"
         return None
 
-    @contextmanager
-    def everywhere(self) -> Iterator[None]:
+    def everywhere(self) -> AbstractContextManager[None]:
         """Every launch is compared."""
-        launch_class = self.module.Launch
 
         def counted(made: Any, *arguments: Any) -> None:
             self.unbound += 1
             self.by_triton(made, *arguments)
 
-        launch_class.__call__ = lambda made, *arguments: self(made, *arguments)
-        launch_class._by_triton = counted
-        try:
-            yield
-        finally:
-            launch_class.__call__, launch_class._by_triton = self.call, self.by_triton
+        compared = lambda made, *arguments: self(made, *arguments)  # noqa: E731
+        return put(self.module.Launch, __call__=compared, _by_triton=counted)
 
     def is_bound(self, call: Callable[[], object]) -> bool:
         """Whether a second call needs nothing of Triton."""
@@ -155,36 +158,18 @@ def a_small_kernel(module: ModuleType = launch) -> None:
             now.device, (3, 2), now.elements, tensors, made, (now.E,), (now.T,), now.state
         )
 
+    xs = aligned, aligned.int(), aligned.bfloat16(), None, aligned[2:], aligned.int()[4:]
+    states: list[dict[str, Any]] = [{"x": aligned[2:]}, {"x": aligned.int()}, {"lane": 1}]
+    states += [{"lane": 16}, {"base": 40}, {"P": 32}]
     with compared.everywhere():
-        changes: list[dict[str, Any]] = [
-            {},
-            {"x": aligned.int()},
-            {"x": aligned.bfloat16()},
-            {"x": None},
-            {"x": None, "y": aligned},
-            {"x": aligned[2:]},
-            {"x": aligned.int()[4:]},
-            {"E": 60},
-            {"E": 1},
-            {"T": 1},
-            {"T": 16},
-            {"K": 8},
-            {"state": state(aligned[2:])},
-            {"state": state(aligned.int())},
-            {"state": state(lane=1)},
-            {"state": state(lane=16)},
-            {"state": state(base=40)},
-            {"state": state(P=32)},
-        ]
+        changes: list[dict[str, Any]] = [{"x": x} for x in xs]
+        changes += [{"x": None, "y": aligned}, {"E": 60}, {"E": 1}, {"T": 1}, {"T": 16}, {"K": 8}]
+        changes += [{"state": state(**of)} for of in states]
         for change in changes:
             assert compared.is_bound(lambda change=change: run(**change)), change
             run()
-        never: list[dict[str, Any]] = [
-            {"x": aligned[1:]},
-            {"out": out[1:]},
-            {"y": aligned.int()[3:]},
-            {"T": 2**31, "elements": 2**31},
-        ]
+        never: list[dict[str, Any]] = [{"x": aligned[1:]}, {"out": out[1:]}]
+        never += [{"y": aligned.int()[3:]}, {"T": 2**31, "elements": 2**31}]
         for change in never:
             assert not compared.is_bound(lambda change=change: run(**change)), change
             run()
@@ -200,18 +185,9 @@ def streams_and_devices(compared: Compared, run: Callable[..., None]) -> None:
         DRIVER.device = device
         assert compared.is_bound(run)
 
-    @contextmanager
-    def current(device: int) -> Iterator[None]:
-        before, DRIVER.device = DRIVER.device, device
-        yield
-        DRIVER.device = before
-
-    real, torch.cuda.device = torch.cuda.device, current  # type: ignore[assignment,misc]
-    try:
+    with put(torch.cuda, device=lambda device: put(DRIVER, device=device)):
         for device in (0, 1, 0):
             run(device=device)
-    finally:
-        torch.cuda.device = real  # type: ignore[misc]
     DRIVER.device = 0
 
 
@@ -225,11 +201,9 @@ def hooks(compared: Compared, run: Callable[..., None]) -> None:
         assert len(called) == 2, "by ours and by Triton's own"
         run()
         assert len(called) == 2
-    before = knobs.runtime.launch_enter_hook
     for hook in (None, called.append):
-        knobs.runtime.launch_enter_hook = hook
-        run()
-    knobs.runtime.launch_enter_hook = before
+        with put(knobs.runtime, launch_enter_hook=hook):
+            run()
     assert len(called) == 4
     assert compared.is_bound(run)
 
@@ -299,31 +273,25 @@ def the_benchmark_measures_both_ways() -> None:
         by_triton(made, variant, *arguments)
 
     benchmark.ROUNDS, benchmark.LAUNCHES = 2, 3
-    launch.Launch._by_triton = noted
-    try:
+    with put(launch.Launch, _by_triton=noted):
         found = benchmark.measure()
-    finally:
-        launch.Launch._by_triton = by_triton
     launches = 1 + 1 + 2 + 3 + 1 + 3  # of all calls together
     assert ways.count(False) == launches * 2 * 3, "unbound"
     assert ways.count(True) <= launches, "each is bound once, and measured bound"
     assert found.keys() >= benchmark.AT_MOST.keys()
 
 
-SCENARIOS = {
-    f.__name__: f
-    for f in (a_small_kernel, mistakes_are_noticed, our_kernels, the_benchmark_measures_both_ways)
-}
+SCENARIOS = a_small_kernel, mistakes_are_noticed, our_kernels, the_benchmark_measures_both_ways
 
 
 def main() -> None:
-    for name, scenario in SCENARIOS.items():
+    for scenario in SCENARIOS:
+        error = None
         try:
             scenario()
-            error = None
         except Exception:
             error = traceback.format_exc()
-        print(json.dumps({"scenario": name, "error": error}), flush=True)
+        print(json.dumps({"scenario": scenario.__name__, "error": error}), flush=True)
 
 
 if __name__ == "__main__":

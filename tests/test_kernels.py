@@ -16,19 +16,16 @@ import pytest
 import torch
 
 from moe_inspect.capture.hook import kernels
+from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice, tape_for
 from tests.aot import TARGETS, lines_of
 from tests.kernel_checks import (
     CHECKS,
     DIMENSIONS,
-    Case,
-    assert_close,
     check_combine,
     check_dispatch,
     check_record,
-    choice,
     is_possible,
     pairwise,
-    tape_for,
 )
 from tests.sweep import WHOLE
 

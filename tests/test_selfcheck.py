@@ -19,12 +19,13 @@ import torch
 import moe_inspect
 from moe_inspect.capture.hook import kernel_reference as reference
 from moe_inspect.capture.hook import kernels, selfcheck
+from moe_inspect.capture.hook.kernel_reference import choice, tape_for
 from moe_inspect.capture.hook.selfcheck import SWITCH, SelfCheck, Variant, summary
 from moe_inspect.doctor.costs import selfchecks_of
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
-from tests.kernel_checks import choice, small_cases, tape_for
+from tests.kernel_checks import small_cases
 from tests.sweep import sample
 
 if kernels.triton is None:

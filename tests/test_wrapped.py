@@ -205,10 +205,12 @@ def test_two_recorders_of_a_wrapped_model_may_end_in_any_order(tmp_path: Path) -
     step = Step(build("olmoe"))
     before = state_of(step)
     first, second = (moe_inspect.record(step, tmp_path / name) for name in "ab")
-    with torch.no_grad(), second:
-        with first:
+    with torch.no_grad():
+        first.__enter__()
+        with second:
             step(INPUTS)
-        step(INPUTS)
+            first.__exit__(None, None, None)
+            step(INPUTS)
     assert state_of(step) == before
     counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in "ab"]
     assert counts == [sum(LENGTHS), 2 * sum(LENGTHS)]
@@ -223,10 +225,8 @@ def test_of_several_models_that_which_has_routers_is_recorded(tmp_path: Path) ->
     recorded(two, tmp_path / "t", lambda m: m(INPUTS))
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)
     both = Two(build("olmoe"), build("olmoe", seed=1))
-    with pytest.raises(
-        MoeInspectError,
-        match="Two holds 2 models with routers: record one of policy, reference",
-    ):
+    match = "Two holds 2 models with routers: record one of policy, reference"
+    with pytest.raises(MoeInspectError, match=match):
         moe_inspect.record(both, tmp_path / "both")
     recorded(both.policy, tmp_path / "policy", lambda m: both(INPUTS))
     assert moe_inspect.open_trace(tmp_path / "policy").n_tokens == sum(LENGTHS)
@@ -236,19 +236,12 @@ def test_after_two_recorders_of_a_model_compiled_code_runs_compiled(tmp_path: Pa
     """Their passes begin and end in the same order, and while they have no tape code runs
     eagerly."""
     ran: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
-        ran.append(1)
-        return graph.forward
-
+    backend = lambda graph, _: ran.append(1) or graph.forward  # noqa: E731
     compiled = torch.compile(lambda x: x * 2, backend=backend)
     compiled(torch.ones(2))  # from here on a model may have compiled parts
     model = build("olmoe")
-    with (
-        moe_inspect.record(model, tmp_path / "first"),
-        moe_inspect.record(model, tmp_path / "second"),
-        torch.no_grad(),
-    ):
+    first, second = (moe_inspect.record(model, tmp_path / name) for name in "ab")
+    with first, second, torch.no_grad():
         model(**INPUTS)
     ran.clear()
     torch.compiler.reset()

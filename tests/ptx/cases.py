@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_inspect.capture.hook import kernels
-from moe_inspect.capture.hook.kernel_reference import check_sizes
+from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
 from tests.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES
-from tests.kernel_checks import Case, check_dispatch, check_record, choice, tape_for
+from tests.kernel_checks import check_dispatch, check_record
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
 SKEWS = ("uniform", "zipf", "one-hot")
