@@ -19,18 +19,18 @@ NAMES: dict[str, dict[str, Any]] = {
     "fp8": transformers.FineGrainedFP8Config().to_dict(),
     "bitsandbytes 4 bit": transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict(),
     "bitsandbytes 8 bit": transformers.BitsAndBytesConfig(load_in_8bit=True).to_dict(),
-    "torchao int8": {
-        "quant_method": "torchao",
-        "quant_type": {
-            "default": {"_type": "Int8WeightOnlyConfig", "_data": {"layout": "int4"}},
-        },
+    **{
+        name: {"quant_method": "torchao", "quant_type": kind}
+        for name, kind in (
+            (
+                "torchao int8",
+                {"default": {"_type": "Int8WeightOnlyConfig", "_data": "int4"}},
+            ),
+            ("torchao int4", {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}}),
+            ("torchao float8", "float8_weight_only"),
+            ("torchao", {"default": 3}),
+        )
     },
-    "torchao int4": {
-        "quant_method": "torchao",
-        "quant_type": {"default": {"_type": "Int8DynamicActivationInt4WeightConfig"}},
-    },
-    "torchao float8": {"quant_method": "torchao", "quant_type": "float8_weight_only"},
-    "torchao": {"quant_method": "torchao", "quant_type": {"default": 3}},
     "gptq 4 bit": {"quant_method": "gptq", "bits": 4},
     "awq 4 bit": {"quant_method": "awq", "bits": 4},
     "compressed-tensors int4": {
@@ -44,10 +44,9 @@ NAMES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantization_is_named(name: str) -> None:
-    written = json.loads(json.dumps(NAMES[name], default=str))
-    assert quantization({"model": {"config": {"quantization_config": written}}}) == name
-    nested = {"text_config": {"quantization_config": written}}
-    assert quantization({"model": {"config": nested}}) == name
+    config = {"quantization_config": json.loads(json.dumps(NAMES[name], default=str))}
+    for of_model in (config, {"text_config": config}):
+        assert quantization({"model": {"config": of_model}}) == name
 
 
 @pytest.mark.parametrize("odd", [None, 3, [], "mxfp4", {"quant_method": None}, {"bits": "4"}])
