@@ -148,10 +148,8 @@ SCENES += [without_a_cache_in_between]
 def recorded(
     scene: Callable[..., None], model: Any, path: Path, B: int, **options: Any
 ) -> moe_inspect.Trace:
-    with (
-        moe_inspect.record(model, path, domains=["x"] * B, **options) as recorder,
-        torch.inference_mode(),
-    ):
+    recording = moe_inspect.record(model, path, domains=["x"] * B, **options)
+    with recording as recorder, torch.inference_mode():
         scene(model, recorder, B)
     return moe_inspect.open_trace(path)
 
@@ -185,11 +183,9 @@ def assert_same(found: moe_inspect.Trace, expected: moe_inspect.Trace) -> None:
 
 def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path) -> None:
     mlp = model.model.layers[1].mlp
-    with (  # noqa: PT012
-        pytest.raises(MoeInspectError, match=r"layers\.1\S* routed 0 rows in a forward pass of 1"),
-        moe_inspect.record(model, tmp_path / "t"),
-        torch.inference_mode(),
-    ):
+    said = r"layers\.1\S* routed 0 rows in a forward pass of 1"
+    recording = moe_inspect.record(model, tmp_path / "t")
+    with pytest.raises(MoeInspectError, match=said), recording, torch.inference_mode():  # noqa: PT012
         text = Text(model, 1)
         text.step(6)
         model.model.layers[1].mlp = torch.nn.Identity()
@@ -252,20 +248,17 @@ def test_a_block_may_be_compiled_in_the_middle(
 def test_another_thread_may_ask_for_the_number_of_tokens(
     B: int, model: Any, tmp_path: Path
 ) -> None:
-    steps = 150
-    over = threading.Event()
-    numbers: list[int] = []
+    steps, numbers, over = 150, list[int](), threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.0005):
+            numbers.append(recorder.tokens)
+
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
-        text = Text(model, B)
-
-        def ask() -> None:
-            while not over.wait(0.0005):
-                numbers.append(recorder.tokens)
-
         asking = threading.Thread(target=ask)
         asking.start()
         try:
-            text.step(steps)
+            Text(model, B).step(steps)
         finally:
             over.set()
             asking.join()
@@ -273,8 +266,8 @@ def test_another_thread_may_ask_for_the_number_of_tokens(
     assert len(set(numbers)) > 10
     assert numbers == sorted(numbers)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    lengths = tokens.groupby("document")["position"].apply(list).tolist()
-    assert lengths == [list(range(5 + steps))] * B
+    positions = tokens.groupby("document")["position"].apply(list).tolist()
+    assert positions == [list(range(5 + steps))] * B
 
 
 @pytest.mark.parametrize("where", ["read", "write"])
@@ -319,13 +312,9 @@ def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
         return rows_of_all(self, fed)
 
     put(PassInputs, "rows_of_all", interrupted)
-    path = tmp_path / "t"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        moe_inspect.record(model, path, counts_only=True),
-        torch.inference_mode(),
-    ):
+    recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
+    with pytest.raises(KeyboardInterrupt), recording, torch.inference_mode():
         Text(model, 1).step(40)
-    found = moe_inspect.open_trace(path)
+    found = moe_inspect.open_trace(tmp_path / "t")
     assert found.status == "interrupted"
     assert found.n_tokens == 5 + 7 + 8  # the prompt and 7 steps, then 8 steps

@@ -116,8 +116,7 @@ def test_a_barrier_orders_the_warps(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_missing_barrier_is_found(seed: int) -> None:
     """Whichever warp comes first: the other one's value is not there yet, or is a race."""
-    missing = EXCHANGE.replace("bar.sync 0;", "")
-    found = []
+    missing, found = EXCHANGE.replace("bar.sync 0;", ""), list[str]()
     try:
         found += run(missing, np.arange(64, dtype=np.uint32), threads=64, seed=seed).races
     except Fault as fault:
@@ -125,41 +124,33 @@ def test_a_missing_barrier_is_found(seed: int) -> None:
     assert any("no barrier between" in f or "before anybody wrote" in f for f in found)
 
 
+LOW = "setp.lt.u32 %p1, %r1, 16;"  # lanes
+SHUFFLE = "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"
 FAULTS = {
     "beyond": ("st.global.b32 [%rd3 + 4], %r1;", "access to byte 128 of data, which has 128"),
     "before": ("ld.global.b32 %r5, [%rd3 + -4];", "in no buffer"),
     "nowhere": ("mov.b64 %rd4, 64; ld.global.b32 %r5, [%rd4];", "in no buffer"),
     "beyond shared": ("st.shared.b32 [%r4 + 4096], %r1;", "of shared memory, which has 4096"),
     "unwritten": ("ld.shared.b32 %r5, [%r4];", "read before anybody wrote it"),
-    "misaligned": (
-        "st.global.v2.b32 [%rd1 + 4], {%r1, %r1};",
-        "misaligned access of 8 bytes",
-    ),
+    "misaligned": ("st.global.v2.b32 [%rd1 + 4], {%r1, %r1};", "misaligned access of 8 bytes"),
     "divergent shuffle": (
-        """setp.lt.u32 %p1, %r1, 16;
-	@%p1 bra $SKIP;
-	shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;
-$SKIP:
-	shfl.sync.bfly.b32 %r6, %r1, 1, 31, -1;""",
+        f"{LOW} @%p1 bra $SKIP; {SHUFFLE}\n$SKIP:\n{SHUFFLE}",
         "divergent shuffle: lanes that it names are elsewhere",
     ),
     "shuffle under a predicate": (
-        "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;",
+        f"{LOW} @%p1 {SHUFFLE}",
         "divergent shuffle: lanes that it names are elsewhere",
     ),
     "shuffle from a lane not named": (
-        """setp.ge.u32 %p1, %r1, 16;
-	@%p1 bra $SKIP;
-	shfl.sync.bfly.b32 %r5, %r1, 16, 31, 65535;
-$SKIP:""",
+        f"{LOW} @!%p1 bra $SKIP; shfl.sync.bfly.b32 %r5, %r1, 16, 31, 65535;\n$SKIP:",
         "reads a lane that does not take part",
     ),
     "barrier in a branch": (
-        "setp.lt.u32 %p1, %r1, 16; @%p1 bra $SKIP; bar.sync 0; bar.sync 0;\n$SKIP:\nbar.sync 0;",
+        f"{LOW} @%p1 bra $SKIP; bar.sync 0; bar.sync 0;\n$SKIP:\nbar.sync 0;",
         "part at a barrier",
     ),
     "barrier not reached": (
-        "setp.lt.u32 %p1, %r1, 16; @%p1 ret; bar.sync 0;",
+        f"{LOW} @%p1 ret; bar.sync 0;",
         "a barrier that some threads never reach",
     ),
     "division": ("mov.b32 %r5, 0; rem.u32 %r6, %r1, %r5;", "division by zero"),
@@ -185,6 +176,7 @@ def test_global_memory_that_nobody_wrote() -> None:
     assert buffer.written.all()
 
 
+BLOCK_1 = "mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r5, 1; @%p1"
 RACES = {
     "lanes": ("st.global.b32 [%rd1], %r1;", 1, "two lanes of a warp write different values"),
     "blocks": (
@@ -193,18 +185,12 @@ RACES = {
         "one block wrote, another writes",
     ),
     "block reads": (
-        """mov.u32 %r5, %ctaid.x;
-	setp.eq.b32 %p1, %r5, 1;
-	@%p1 st.global.b32 [%rd3], %r5;
-	@!%p1 ld.global.b32 %r6, [%rd3];""",
+        f"{BLOCK_1} st.global.b32 [%rd3], %r5; @!%p1 ld.global.b32 %r6, [%rd3];",
         2,
         "one block",
     ),
     "atomic and plain": (
-        """mov.u32 %r5, %ctaid.x;
-	setp.eq.b32 %p1, %r5, 1;
-	@%p1 atom.global.add.u32 %r6, [%rd3], 1;
-	@!%p1 st.global.b32 [%rd3], 7;""",
+        f"{BLOCK_1} atom.global.add.u32 %r6, [%rd3], 1; @!%p1 st.global.b32 [%rd3], 7;",
         2,
         "one block wrote, another writes",
     ),
@@ -240,15 +226,11 @@ def test_atomic_operations_add_up() -> None:
 def test_lanes_that_diverge_meet_again() -> None:
     """Lanes below 16 take the branch; after it the shuffle finds all of them."""
     data = np.zeros(LANES, np.uint32)
+    meet = (
+        "shfl.sync.idx.b32 %r6, %r5, 31, 31, -1; add.s32 %r7, %r5, %r6; st.global.b32 [%rd3], %r7;"
+    )
     run(
-        """setp.lt.u32 %p1, %r1, 16;
-	mov.b32 %r5, 100;
-	@%p1 bra $LOW;
-	mov.b32 %r5, 200;
-$LOW:
-	shfl.sync.idx.b32 %r6, %r5, 31, 31, -1;
-	add.s32 %r7, %r5, %r6;
-	st.global.b32 [%rd3], %r7;""",
+        f"{LOW} mov.b32 %r5, 100; @%p1 bra $LOW; mov.b32 %r5, 200;\n$LOW:\n{meet} st.global.b32 [%rd3], %r7;",
         data,
     )
     assert data.tolist() == [300] * 16 + [400] * 16

@@ -163,17 +163,16 @@ def test_the_file_is_small_and_private_to_nobody(checked: list[Variant]) -> None
 
 def test_each_variant_is_checked_on_its_own(checked: list[Variant]) -> None:
     ids, weights = choice(CASE)
-    y_SH = torch.randn(CASE.T * K, 6)
+    outputs = torch.randn(CASE.T * K, 6), ids, weights
     grouped = kernels.dispatch(ids, weights, E)
     for given in (weights, weights.bfloat16()):
         tape = tape_for(kernels, CASE)
         kernels.dispatch(ids, given, E, tape)
         kernels.record(tape, ids.int(), given)
-    kernels.combine(y_SH, ids, weights, grouped, torch.float32, E)
-    kernels.combine(y_SH, ids, weights, None, torch.float32, E, tape)
-    for wanted in (("norms",), ("norms", "peaks")):
+    kernels.combine(*outputs, None, torch.float32, E, tape)
+    for wanted in ((), ("norms",), ("norms", "peaks")):
         sizes = kernels.empty_sizes(ids, wanted)
-        kernels.combine(y_SH, ids, weights, grouped, torch.float32, E, None, sizes)
+        kernels.combine(*outputs, grouped, torch.float32, E, None, sizes)
     kinds = ["dispatch", *["dispatch", "record"] * 2, *["combine"] * 4]
     assert [v.kernel for v in checked] == kinds
     assert len(set(checked)) == len(set(map(str, checked))) == 9
@@ -214,15 +213,15 @@ def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
 
 
 def test_a_recording_tells_of_the_kernels_that_it_used(checked: list[Variant]) -> None:
-    ids, weights = choice(CASE)
-    first = kernels.SELF_CHECK.begin()
-    kernels.dispatch(ids, weights, E)
+    check, given = kernels.SELF_CHECK, (*choice(CASE), E)
+    first = check.begin()
+    kernels.dispatch(*given)
     record()
-    kernels.SELF_CHECK.end(first)
-    second = kernels.SELF_CHECK.begin()
+    check.end(first)
+    second = check.begin()
     record()
-    kernels.SELF_CHECK.end(second)
-    kernels.dispatch(ids, weights, E)
+    check.end(second)
+    kernels.dispatch(*given)
     assert summary(first) == {"dispatch": "ok", "record": "ok"}
     assert summary(second) == {"record": "ok"}
     assert len(checked) == 2, "each is checked once"
