@@ -174,22 +174,6 @@ def test_a_decision_is_one_store(gpu: str, compiled: dict[str, Rows]) -> None:
     assert not any(stored(r, 128) for r in single)
 
 
-@pytest.mark.slow
-def test_the_register_table(
-    compiled: dict[str, Rows], record_property: Callable[[str, str], None]
-) -> None:
-    """Prints the registers per thread of every variant; – where it was not compiled."""
-    registers = {
-        gpu: {row["kernel"]: row["registers"] for row in rows} for gpu, rows in compiled.items()
-    }
-    lines = [f"{'registers per thread':<44}" + "".join(f"{gpu:>8}" for gpu in TARGETS)]
-    for name in registers["sm_90"]:
-        of_each = "".join(f"{registers[gpu].get(name, '–'):>8}" for gpu in TARGETS)
-        lines.append(f"{name:<44}{of_each}")
-    record_property("print", "\n".join(lines))
-    assert all(of.keys() <= registers["sm_90"].keys() for of in registers.values())
-
-
 # --- launches
 
 SCENARIOS = ("a_small_kernel", "mistakes_are_noticed", "our_kernels")

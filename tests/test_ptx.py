@@ -226,13 +226,9 @@ def test_atomic_operations_add_up() -> None:
 def test_lanes_that_diverge_meet_again() -> None:
     """Lanes below 16 take the branch; after it the shuffle finds all of them."""
     data = np.zeros(LANES, np.uint32)
-    meet = (
-        "shfl.sync.idx.b32 %r6, %r5, 31, 31, -1; add.s32 %r7, %r5, %r6; st.global.b32 [%rd3], %r7;"
-    )
-    run(
-        f"{LOW} mov.b32 %r5, 100; @%p1 bra $LOW; mov.b32 %r5, 200;\n$LOW:\n{meet} st.global.b32 [%rd3], %r7;",
-        data,
-    )
+    meet = "shfl.sync.idx.b32 %r6, %r5, 31, 31, -1; add.s32 %r7, %r5, %r6;"
+    part = f"{LOW} mov.b32 %r5, 100; @%p1 bra $LOW; mov.b32 %r5, 200;\n$LOW:\n"
+    run(f"{part}{meet} st.global.b32 [%rd3], %r7;", data)
     assert data.tolist() == [300] * 16 + [400] * 16
 
 

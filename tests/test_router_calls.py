@@ -274,18 +274,16 @@ def test_a_page_that_is_full_is_handed_over(
 
 
 def test_what_was_held_is_written_after_an_exception(
-    model: Any, expected: moe_inspect.Trace, hold: Hold, tmp_path: Path
+    expected: moe_inspect.Trace, hold: Hold, tmp_path: Path
 ) -> None:
     hold(AFTER_ALL)
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117
-        with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-            for batch in BATCHES:
-                model(**batch)
-            hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-            try:
-                model(**BATCHES[0])
-            finally:
-                hook.remove()
+    model = build("olmoe")
+    recording = moe_inspect.record(model, tmp_path / "t")
+    with pytest.raises(ZeroDivisionError), recording, torch.no_grad():  # noqa: PT012
+        for batch in BATCHES:
+            model(**batch)
+        model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        model(**BATCHES[0])
     found = moe_inspect.open_trace(tmp_path / "t")
     assert found.status == "interrupted"
     assert same(found, expected)
@@ -298,15 +296,15 @@ def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
     cache waits for the next one: passes 1 and 2 are one batch."""
     hold(AT_ONCE)
     batches.stop = 2
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
-        with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-            model(**BATCHES[0])
-            model(**BATCHES[1])
-            with pytest.raises(KeyboardInterrupt):
-                model(**BATCHES[2])
-            with pytest.raises(MoeInspectError, match="could not be handed over"):
-                model(**BATCHES[3])
-            raise KeyboardInterrupt
+    recording = moe_inspect.record(model, tmp_path / "t")
+    with pytest.raises(KeyboardInterrupt), recording, torch.no_grad():  # noqa: PT012
+        model(**BATCHES[0])
+        model(**BATCHES[1])
+        with pytest.raises(KeyboardInterrupt):
+            model(**BATCHES[2])
+        with pytest.raises(MoeInspectError, match="could not be handed over"):
+            model(**BATCHES[3])
+        raise KeyboardInterrupt
     assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.unique().tolist() == [0]
 
 
@@ -316,9 +314,9 @@ def test_shards_end_where_they_would_pass_by_pass(tmp_path: Path) -> None:
 
     def of(numbers: range, decoding: bool) -> RoutedBatch:
         """Three rows per pass, of the same sequences or of new ones."""
-        T = 3 * len(numbers)
-        row_T = 3 * numbers[0] + np.arange(T, dtype=np.int32)
-        document_T = 3 * numbers[0] + np.arange(T, dtype=np.int32) % 3 if decoding else row_T
+        T, first = 3 * len(numbers), 3 * numbers[0]
+        row_T = first + np.arange(T, dtype=np.int32)
+        document_T = first + np.arange(T, dtype=np.int32) % 3 if decoding else row_T
         position_T = np.repeat(np.arange(len(numbers), dtype=np.int32), 3) * decoding
         tokens = len(numbers) if decoding else 1
         return RoutedBatch(

@@ -4,6 +4,7 @@ where there is none, that is said."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,12 @@ def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.M
     assert ("decode" in set(tokens["phase"])) == bool(generate)
     assert moe_inspect.verify(tmp_path / "t").ok
 
-    calls = []
+    calls, again = itertools.count(1), {**options, "token_loss": True}
 
     def stop(done: int, total: int | None) -> None:
-        calls.append(done)
-        if len(calls) == 3:
+        if next(calls) == 3:
             raise KeyboardInterrupt
 
-    again: dict[str, Any] = {**options, "token_loss": True}
     with pytest.raises(KeyboardInterrupt):
         moe_inspect.trace_model("demo", tmp_path / "u", progress=stop, **again)
     part = moe_inspect.open_trace(tmp_path / "u")
@@ -263,10 +262,8 @@ def test_compiled(tmp_path: Path) -> None:
     for eager, compiled in zip(*both, strict=True):
         close(eager, compiled)
     called = torch.compile(build("mixtral"), backend="eager")
-    with (
-        pytest.raises(MoeInspectError, match="call it without logits_to_keep"),
-        moe_inspect.record(called, tmp_path / "few", token_loss=True),
-    ):
+    recording = moe_inspect.record(called, tmp_path / "few", token_loss=True)
+    with pytest.raises(MoeInspectError, match="call it without logits_to_keep"), recording:
         called(**batch, logits_to_keep=1)
 
 
@@ -315,14 +312,10 @@ def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
         with pytest.raises(MoeInspectError, match=said) as error:
             moe_inspect.record(build_any(family), tmp_path / "t", token_loss=True, **options)
         assert "\n" not in str(error.value)
-    body = build("mixtral").model
-    with (
-        torch.no_grad(),
-        pytest.raises(MoeInspectError, match="returned no logits"),
-        moe_inspect.record(body, tmp_path / "t", token_loss=True),
-    ):
-        body(**token_batch([5]))
     model = build("mixtral")
+    recording = moe_inspect.record(model.model, tmp_path / "t", token_loss=True)
+    with torch.no_grad(), pytest.raises(MoeInspectError, match="returned no logits"), recording:
+        model.model(**token_batch([5]))
     with torch.no_grad(), moe_inspect.record(model, tmp_path / "u", token_loss=True) as recorder:
         model(**token_batch([5]))
         with pytest.raises(MoeInspectError, match="without token losses"):
@@ -342,11 +335,9 @@ def test_a_head_that_does_not_give_the_models_logits_is_not_used(tmp_path: Path)
             return output
 
     Altered.__module__, model.__class__ = type(model).__module__, Altered
-    with (
-        torch.no_grad(),
-        pytest.raises(MoeInspectError, match="not those of its last hidden states"),
-        moe_inspect.record(model, tmp_path / "t", token_loss=True),
-    ):
+    said = "not those of its last hidden states"
+    recording = moe_inspect.record(model, tmp_path / "t", token_loss=True)
+    with torch.no_grad(), pytest.raises(MoeInspectError, match=said), recording:
         model(**token_batch([5, 3]), logits_to_keep=1)
 
 

@@ -382,8 +382,10 @@ class Discovery(TorchFunctionMode):
 
     def _tell(self, chosen: list[TopkCall]) -> None:
         """The lines that make the discovery unnecessary."""
-        lines = {(NUMBER.sub(".*", found.path), found.line): found for found in reversed(chosen)}
-        for (pattern, line), found in reversed(lines.items()):
+        lines: dict[tuple[str, str], TopkCall] = {}
+        for found in chosen:
+            lines.setdefault((NUMBER.sub(".*", found.path), found.line), found)
+        for (pattern, line), found in lines.items():
             print_stderr(
                 f"found routers in {pattern}: {line} chooses {found.K} of {found.E}. "
                 "To record them without looking for them, write after that line:"
