@@ -10,6 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Fed:
         self.real_T = mask[:, -ids.shape[1] :].flatten().bool()
         self.ids += ids.flatten()[self.real_T].tolist()
 
-    def routed(self, layer: int, logits_TE: Tensor) -> None:
+    def routed(self, layer: int, module: Any, args: Any, output: Any) -> None:
+        logits_TE = output[0] if isinstance(output, tuple) else output
         chosen_TK = logits_TE.float().topk(2).indices.reshape(-1, 2)[self.real_T]
         self.experts.setdefault(layer, []).extend(map(frozenset, chosen_TK.tolist()))
 
@@ -73,11 +75,7 @@ def traced(model: Any, path: Path, **options: Any) -> Iterator[Fed]:
     hooks = [model.register_forward_pre_hook(fed.call, with_kwargs=True)]
     own = getattr(model, "gates", None)
     for n, router in enumerate(own or [layer.mlp.gate for layer in model.model.layers]):
-
-        def after(module: Any, args: Any, output: Any, layer: int = n) -> None:
-            fed.routed(layer, output[0] if isinstance(output, tuple) else output)
-
-        hooks.append(router.register_forward_hook(after))
+        hooks.append(router.register_forward_hook(partial(fed.routed, n)))
     with moe_inspect.record(model, path, **options):
         yield fed
     for hook in hooks:
@@ -186,20 +184,16 @@ def in_batches(model: Any) -> Texts:
     settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1, "max_new_tokens": 5})
     config = transformers.ContinuousBatchingConfig
     page = "page_size" if "page_size" in config.__dataclass_fields__ else "block_size"
-    out = model.generate_batch(
-        inputs=prompts,
-        generation_config=settings,
-        continuous_batching_config=config(num_blocks=8, max_batch_tokens=8, **{page: 4}),
-    )
+    batching = config(num_blocks=8, max_batch_tokens=8, **{page: 4})
+    options = {"generation_config": settings, "continuous_batching_config": batching}
+    out = model.generate_batch(inputs=prompts, **options)
     assert {tuple(o.prompt_ids) for o in out.values()} == set(map(tuple, prompts))
     texts = [[*o.prompt_ids, *o.generated_tokens[:-1]] for o in out.values()]
     # of the third prompt a page of four tokens was in the cache when it came, and is not fed again;
     # in transformers 5.17 of the second one too, but for its last token
     cached = {5: 4, 4: 3 if page == "block_size" else 0}
-    return [
-        text[cached.get(len(o.prompt_ids), 0) :]
-        for text, o in zip(texts, out.values(), strict=True)
-    ]
+    first = [cached.get(len(o.prompt_ids), 0) for o in out.values()]
+    return [text[n:] for text, n in zip(texts, first, strict=True)]
 
 
 def assisted(model: Any, **options: Any) -> Texts:
