@@ -15,8 +15,7 @@ pytest.importorskip("triton")
 from tests.aot import lines_of, printed_by
 from tests.ptx.execute import execute
 from tests.ptx.memory import Memory, bank_cycles
-from tests.ptx.parser import parse
-from tests.ptx.values import LANES, Fault
+from tests.ptx.values import LANES, Fault, parse
 from tests.sweep import WHOLE
 
 GPUS = ("sm_80", "sm_90", "sm_100")

@@ -7,13 +7,10 @@ finds races, reads of memory that nobody wrote, accesses outside every buffer an
 all their lanes reach, and counts what a launch does. Not modelled: time, caches, tensor cores and
 the memory order beyond barriers.
 
-    parser        text of a kernel → instructions
-    values        operands: registers, constants, types
-    arithmetic    what an instruction computes
-    access        loads, stores, atomic operations, shuffles
+    values        the text of a kernel → instructions, and their operands
+    instructions  what each computes, loads, stores and shuffles
     memory        buffers, and who touched what since the last barrier
-    warp          32 lanes, which may diverge
-    execute       blocks and barriers: `execute` runs one launch
+    execute       warps, which may diverge, blocks and barriers: `execute` runs one launch
     launch        stands in for a `@triton.jit` kernel
     cases         the launches of the project's kernels, and what they must give
 """

@@ -17,8 +17,7 @@ from moe_inspect.capture.hook import kernels
 from tests.aot import TARGETS, compiled, variants
 from tests.ptx.cases import executions
 from tests.ptx.launch import Device, executed
-from tests.ptx.parser import Instruction, Program
-from tests.ptx.values import Fault
+from tests.ptx.values import Fault, Instruction, Program
 
 
 def without_barriers(program: Program) -> Program:

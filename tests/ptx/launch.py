@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from tests.ptx.execute import Counts, execute
 from tests.ptx.memory import Buffer, Memory
-from tests.ptx.parser import Program, parse
+from tests.ptx.values import Program, parse
 
 POINTERS = {
     torch.uint8: "*u8",
