@@ -118,8 +118,7 @@ def printed_by(module: str, *arguments: object) -> str:
 def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:
     """A kernel for one GPU. `types`: of its arguments, of a tape a tuple."""
     signature: dict[str, Any] = {}
-    attributes = {}
-    kernel = launch.kernel
+    attributes, kernel = {}, launch.kernel
     absent = {name: None for name, kind in types.items() if kind is None}
     constants = {k: v for k, v in (absent | launch.named).items() if k in kernel.arg_names}
     options = {k: v for k, v in launch.named.items() if k not in kernel.arg_names}
@@ -135,21 +134,17 @@ def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:
             if name == "tape" and of == "constexpr":
                 values[path] = PAGE_ROWS if field == "P" and kind is not NO_TAPE else None
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    return triton.compile(
-        source, target=target, options={"num_warps": 4, "enable_fp_fusion": False, **options}
-    )
+    options = {"num_warps": 4, "enable_fp_fusion": False, **options}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(found: Any) -> dict[str, int]:
     """Registers per thread, and what was spilled: stack and local bytes on NVIDIA, registers on
     AMD."""
     if "cubin" not in found.asm:
-        asm = found.asm["amdgcn"]
-        registers, spills = (
-            int(re.search(rf"\.{name}:\s+(\d+)", asm)[1])
-            for name in ("vgpr_count", "vgpr_spill_count")
-        )
-        return {"registers": registers, "stack": 0, "spills": spills}
+        names = ("vgpr_count", "vgpr_spill_count")
+        of = [re.search(rf"\.{name}:\s+(\d+)", found.asm["amdgcn"]) for name in names]
+        return {"registers": int(of[0][1]), "stack": 0, "spills": int(of[1][1])}
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
@@ -168,9 +163,8 @@ def main(gpu: str, every: int = 1) -> None:
     target = GPUTarget(backend, arch, warp)
     for name, launch, types in islice(variants(), 0, None, every):
         found = compiled(launch, types, target)
-        stores = sorted(
-            set(re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", "")))
-        )
+        stored = re.findall(r"st\.global[.\w]*?(v\d\.\w+|b\d+)", found.asm.get("ptx", ""))
+        stores = sorted(set(stored))
         row = {"kernel": name, "gpu": gpu, **resources(found), "stores": stores}
         print(json.dumps({**row, "shared_bytes": found.metadata.shared}), flush=True)
 

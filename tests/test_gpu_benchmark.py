@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from moe_inspect.capture.hook import kernels
 from tests.conftest import ROOT
@@ -143,13 +144,10 @@ def test_the_sections_take_nine_minutes_at_most() -> None:
     assert sections_s + gpu.GRACE_S + start_s <= 9 * 60
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     from benchmarks.gpu import __main__ as gpu
 
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
     with pytest.raises(SystemExit) as ended:
         gpu.main([])
     assert ended.value.code == 2

@@ -165,8 +165,7 @@ def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -
     rows = pd.read_parquet(tmp_path / "long.parquet")
     routing = moe_inspect.open_trace(tmp_path / "t").routing()
     assert "peak" not in rows
-    norms = [c for c in map(str, routing) if c.startswith("norm_")]
-    assert rows["norm"].sum() == pytest.approx(routing[norms].to_numpy().sum())
+    assert rows["norm"].sum() == pytest.approx(routing.filter(regex="^norm_").to_numpy().sum())
     again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
     assert "was made with output norms True, not None" in again.stderr
 
@@ -190,11 +189,10 @@ def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> No
     trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **options)
     worth: Any = moe_inspect.report(trace).tables["worth"]
     table: Any = trace.routing()
-    of_slot = {name: [c for c in table if c.startswith(f"{name}_")] for name in ("weight", "norm")}
     for _, row in worth.iterrows():
         rows = table[table["router"] == row["router"]]
         here = rows.filter(like="expert_").to_numpy() == row["expert"]
-        gate, norm = (rows[of_slot[name]].to_numpy(float)[here] for name in ("weight", "norm"))
+        gate, norm = (rows.filter(regex=f"^{n}_").to_numpy(float)[here] for n in ("weight", "norm"))
         assert row["assignments"] == len(norm)
         assert row["gate_sum"] == pytest.approx(gate.sum())
         assert row["reap"] == pytest.approx((gate * norm).mean(), rel=1e-5)
@@ -247,10 +245,8 @@ def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path
         e, found = int(row["expert"]), {}
         for side, name in zip(sides, "ab", strict=True):
             of = side.loc[row["router"]].loc[both[f"token_{name}"]]
-            ids, gate, norm = (
-                of[[f"{value}_{j}" for j in range(2)]].to_numpy(float)
-                for value in ("expert", "weight", "norm")
-            )
+            values = ("expert", "weight", "norm")
+            ids, gate, norm = (of.filter(regex=f"^{v}_").to_numpy(float) for v in values)
             found[name] = ids, norm
             assert row[f"assignments_{name}"] == (ids == e).sum()
             assert row[f"reap_{name}"] == pytest.approx((gate * norm)[ids == e].mean(), rel=1e-5)

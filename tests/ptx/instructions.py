@@ -509,31 +509,25 @@ def _turned(matrix: Array, ins: Instruction) -> Array:
     return np.ascontiguousarray(matrix.T if "trans" in ins.opcode else matrix)
 
 
-@opcode("ldmatrix")
-def load_matrix(ins: Instruction, registers: Registers) -> Execute:
-    """Matrices whose rows' addresses eight lanes each give."""
-    targets = [registers.writer(p) for p in parts(ins.operands[0])]
-    address = registers.address(ins.operands[1])
+@opcode("ldmatrix", "stmatrix")
+def move_matrix(ins: Instruction, registers: Registers) -> Execute:
+    """Loads or stores matrices, of whose rows eight lanes each give the addresses."""
+    loads = ins.opcode[0] == "ldmatrix"
+    held, place = ins.operands if loads else ins.operands[::-1]
+    address, pieces = registers.address(place), parts(held)
+    reads = [registers.reader(p, "b32") for p in pieces]
+    writes = [registers.writer(p) for p in pieces]
 
     def execute(warp: Any, on: Array) -> None:
-        for rows, write in zip(np.split(address(warp), LANES // 8), targets, strict=False):
-            matrix = warp.block.shared.load(rows, 16, warp.visitor).view(np.uint16)
-            count(warp, warp.block.shared, rows, 16, "read")
-            write(warp, _turned(matrix, ins).view(np.uint32).reshape(LANES), on)
-
-    return execute
-
-
-@opcode("stmatrix")
-def store_matrix(ins: Instruction, registers: Registers) -> Execute:
-    sources = [registers.reader(p, "b32") for p in parts(ins.operands[1])]
-    address = registers.address(ins.operands[0])
-
-    def execute(warp: Any, on: Array) -> None:
-        for rows, read in zip(np.split(address(warp), LANES // 8), sources, strict=False):
-            matrix = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(8, 8)
-            warp.block.shared.store(rows, _turned(matrix, ins).view(np.uint8), warp.visitor)
-            count(warp, warp.block.shared, rows, 16, "written")
+        shared = warp.block.shared
+        for rows, read, write in zip(np.split(address(warp), 4), reads, writes, strict=False):
+            if loads:
+                matrix = shared.load(rows, 16, warp.visitor).view(np.uint16)
+                write(warp, _turned(matrix, ins).view(np.uint32).reshape(LANES), on)
+            else:
+                matrix = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(8, 8)
+                shared.store(rows, _turned(matrix, ins).view(np.uint8), warp.visitor)
+            count(warp, shared, rows, 16, "read" if loads else "written")
 
     return execute
 
