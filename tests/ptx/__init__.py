@@ -12,5 +12,5 @@ the memory order beyond barriers.
     memory        buffers, and who touched what since the last barrier
     execute       warps, which may diverge, blocks and barriers: `execute` runs one launch
     launch        stands in for a `@triton.jit` kernel
-    cases         the launches of the project's kernels, and what they must give
+    __main__      the launches of the project's kernels, and what they must give
 """

@@ -7,17 +7,116 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from triton.backends.compiler import GPUTarget
 
 from moe_inspect.capture.hook import kernels
-from tests.aot import TARGETS, compiled, variants
-from tests.ptx.cases import executions
+from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
+from tests.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, compiled, variants
+from tests.kernel_checks import check_dispatch, check_record
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
+
+TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
+SKEWS = ("uniform", "zipf", "one-hot")
+WEIGHTS = {"fp16": "float32 as float16", "bf16": "bfloat16"}
+H = 48
+
+
+class Execution(NamedTuple):
+    name: str
+    check: Callable[[], None]  # launches, and compares
+
+
+def executions() -> Iterator[Execution]:
+    for E, K in SHAPES:
+        for weights in WEIGHTS:
+            yield from _of_shape(E, K, weights)
+        off = _case(E, K, 90 // K, "none", launches=1, tape="none")
+        yield _dispatch(f"dispatch 1/1 off E{E} k{K}", off)
+        off = _case(E, K, 1100 // K, "none", launches=2, tape="none", block=1024)
+        yield _dispatch(f"dispatch 2 off E{E} k{K}", off)
+    yield Execution("record logits E64", _check_logits)
+
+
+def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
+    name, kind = f"E{E} k{K} {weights}", WEIGHTS[weights]
+    yield _dispatch(f"dispatch 1/1 {name}", _case(E, K, 250 // K, kind, launches=1))
+    for launches in (2, 3):
+        for n, block in enumerate(BLOCKS):
+            # two programs, of which the second has less to do
+            case = _case(E, K, (block + 100) // K, kind, launches=launches, block=block, turn=n)
+            yield _dispatch(f"dispatch {launches} {name} block {block}", case)
+    for T, kernel in ((1100 // K, "record"), (130 // K, "record alone")):
+        case = _case(E, K, T, kind)
+        yield Execution(f"{kernel} {name}", lambda case=case: check_record(kernels, case, False))
+    for grouped in (True, False):
+        case = _case(E, K, 9, kind, turn=int(grouped))
+        yield Execution(
+            f"combine {'' if grouped else '+ record '}{name}",
+            lambda case=case, grouped=grouped: check_combine(case, grouped),
+        )
+    for columns in COLUMNS[weights]:
+        case = _case(E, K, 2, kind)
+        yield Execution(
+            f"combine + sizes {name} of {columns}",
+            lambda case=case, H=columns // 2 + 16: check_combine(case, True, H, sizes=True),
+        )
+
+
+def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Case:
+    """Tapes and skews change from case to case."""
+    turn += E // 4 + how.get("launches", 0) + (weights == "bfloat16")
+    how = {"launches": None, "tape": TAPES[turn % len(TAPES)], "P": PAGE_ROWS, **how}
+    of = {"skew": SKEWS[turn % len(SKEWS)], "ids": torch.int64, "invalid_ids": True}
+    return Case(E, K, max(1, T), weights=weights, **of, **how)
+
+
+def _dispatch(name: str, case: Case) -> Execution:
+    return Execution(name, lambda: check_dispatch(kernels, case, False))
+
+
+def _check_logits() -> None:
+    """A tape that holds scores alone."""
+    case = _case(64, 64, 20, "float32 as float16", tape="across pages")
+    _, scores = choice(case)
+    tapes = [tape_for(kernels, case) for _ in range(2)]
+    for tape, record in zip(tapes, (kernels.record_triton, kernels.record_torch), strict=True):
+        object.__setattr__(tape, "ids", None)
+        record(tape, None, scores)
+    assert torch.equal(tapes[0].weights, tapes[1].weights)
+    assert torch.equal(tapes[0].cursor, tapes[1].cursor)
+
+
+def check_combine(case: Case, grouped: bool, H: int = H, sizes: bool = False) -> None:
+    """Against the same sums in float32, in the order of the slots: exactly equal. `sizes`: and the
+    norms and peaks of the rows."""
+    ids, weights = choice(case)
+    y_SH = torch.randn(case.T * case.K, H, generator=torch.Generator().manual_seed(case.T))
+    y_SH = y_SH.bfloat16()
+    places = kernels.dispatch_torch(ids, None, case.E) if grouped else None
+    tape = None if grouped else tape_for(kernels, case)
+    made = kernels.empty_sizes(ids, kernels.SIZES if sizes else ())
+    found = kernels.combine_triton(y_SH, ids, weights, places, torch.bfloat16, case.E, tape, made)
+    rows = y_SH if places is None else y_SH[places.inverse.long()]
+    rows = rows.view(case.T, case.K, H).float()
+    if grouped:  # places without an expert count as zero
+        rows[(ids < 0) | (ids >= case.E)] = 0
+    check_sizes(made, rows.double())
+    total = torch.zeros(case.T, H)
+    for k in range(case.K):
+        product = rows[:, k] * weights[:, k : k + 1].float()
+        total += product.bfloat16().float() if weights.dtype == torch.bfloat16 else product
+    assert torch.equal(found, total.bfloat16())
+    if tape is not None:
+        expected = tape_for(kernels, case)
+        kernels.record_torch(expected, ids, weights)
+        for name in ("ids", "weights", "cursor", "dropped"):
+            assert torch.equal(getattr(tape, name), getattr(expected, name)), name
 
 
 def without_barriers(program: Program) -> Program:
