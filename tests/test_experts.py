@@ -5,6 +5,7 @@ carry; compiled and in `generate`; and leaves a model as it was."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -358,8 +359,7 @@ def for_decoding(model: Any) -> Any:
     return lambda **inputs: model.get_compiled_call(how)(**inputs)
 
 
-def from_outside(model: Any) -> Any:
-    return torch.compile(model, backend="eager")
+from_outside = partial(torch.compile, backend="eager")
 
 
 def around_a_step(model: Any) -> Any:

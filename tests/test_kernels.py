@@ -223,8 +223,8 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
         ran.append(places[place])
         set_index(*places[place])
 
-    monkeypatch.setattr(interpreter, "set_grid_dim", dim)
-    monkeypatch.setattr(interpreter, "set_grid_idx", index)
+    for name, changed in (("set_grid_dim", dim), ("set_grid_idx", index)):
+        monkeypatch.setattr(interpreter, name, changed)
     return ran
 
 

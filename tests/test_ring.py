@@ -365,9 +365,12 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     """While a stream captures, the host must not look at anything, and nothing has run."""
     model, batch = build("olmoe"), token_batch([4])
     capturing = [False]
-    monkeypatch.setattr(attach, "has_compiled", lambda: True)  # kernels write, as on a GPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for owner, name, told in (
+        (attach, "has_compiled", lambda: True),  # kernels write, as on a GPU
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_current_stream_capturing", lambda: capturing[0]),
+    ):
+        monkeypatch.setattr(owner, name, told)
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         capturing[0] = True
         said = "before capturing a CUDA graph, record two forward passes"

@@ -285,14 +285,13 @@ def test_a_cache_cut_by_the_caller(model: Any, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_counts_and_losses_of_drafts(model: Any, tmp_path: Path) -> None:
     """Drafts count as any token. What follows a token is not a draft that was rejected."""
-    with moe_inspect.record(model, tmp_path / "t", token_loss=True):
-        [text] = own_drafts(model)
-    with moe_inspect.record(model, tmp_path / "c", counts_only=True):
-        own_drafts(model)
-    assert moe_inspect.verify(tmp_path / "t").ok
-    assert moe_inspect.verify(tmp_path / "c").ok
-    loads = [moe_inspect.report(tmp_path / name).tables["load"].assignments for name in "tc"]
-    assert loads[0].tolist() == loads[1].tolist()
+    loads = []
+    for name, options in (("t", {"token_loss": True}), ("c", {"counts_only": True})):
+        with moe_inspect.record(model, tmp_path / name, **options):
+            [text] = own_drafts(model)
+        assert moe_inspect.verify(tmp_path / name).ok
+        loads.append(moe_inspect.report(tmp_path / name).tables["load"].assignments.tolist())
+    assert loads[0] == loads[1]
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     kept = tokens[tokens.phase != "draft"].sort_values("position")
     ids = torch.tensor(text)
@@ -300,9 +299,8 @@ def test_counts_and_losses_of_drafts(model: Any, tmp_path: Path) -> None:
     # where a pass ended with rejected drafts, and at the end
     unknown = kept.loss_nats.isna().to_numpy()
     assert np.flatnonzero(unknown).tolist() == [6, 7, 10]
-    known = np.flatnonzero(~unknown)
-    losses = kept.loss_nats.to_numpy()[known]
-    np.testing.assert_allclose(losses, wanted.numpy()[known], rtol=1e-4, atol=1e-4)
+    losses, known = kept.loss_nats.to_numpy(), np.flatnonzero(~unknown)
+    np.testing.assert_allclose(losses[known], wanted.numpy()[known], rtol=1e-4, atol=1e-4)
     assert (tokens[tokens.phase == "draft"].groupby("sequence").size().tolist()) == [2, 1, 1]
 
 
