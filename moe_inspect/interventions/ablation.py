@@ -23,8 +23,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
-from moe_inspect.capture.corpus.plan import TokenSequence
+from moe_inspect.capture.corpus.documents import find_sources
+from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequence
+from moe_inspect.capture.feed import forward, forward_own, logits_of, padded
 from moe_inspect.capture.hook.stack import replaced
+from moe_inspect.capture.load import unloaded
+from moe_inspect.capture.options import TraceOptions
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.interventions.intervene import Intervention
 from moe_inspect.interventions.rules import how_dropped

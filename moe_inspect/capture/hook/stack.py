@@ -22,14 +22,14 @@ from moe_inspect.capture.hook.inputs.rows import CallInputs, Rows
 from moe_inspect.capture.hook.kernels import Tape
 from moe_inspect.capture.hook.ring import Calls, Rings
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.model.choices.read import called_with
+from moe_inspect.model.choices import called_with
 from moe_inspect.model.routers import Site, logits_among, stacks_in, top_k_of
 from moe_inspect.trace.schema import EXTRAS, Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moe_inspect.model.choices.read import Args, Choice, Kwargs
+    from moe_inspect.model.choices import Args, Choice, Kwargs
 
 
 class Records(Protocol):
