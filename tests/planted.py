@@ -23,39 +23,23 @@ def planted(root: Path, **changes: object) -> Trace:
     rng = np.random.default_rng(0)
     token_id = np.minimum(rng.zipf(1.3, T), 499)
     ids = [uniform_ids(rng, T, E, K) for _ in range(4)]
-    ids[1] = np.stack([token_id % E, (token_id % E + rng.integers(1, E, T)) % E], axis=1).astype(
-        np.uint16
-    )
+    ids[1][:] = np.stack([token_id % E, (token_id % E + rng.integers(1, E, T)) % E], axis=1)
     code = np.array([DOMAINS[d] == "code" for d in DOCUMENT]) & (rng.random(T) < 0.8)
     ids[2][code] = np.stack([np.full(T, 3), (3 + rng.integers(1, E, T)) % E], axis=1)[code]
     five = rng.random(T) < 0.5
     ids[3][five] = [5, 2]
     ids[3][ids[3] == 6] = 7
     weights = [np.sort(rng.dirichlet([1, 1], T))[:, ::-1].astype(np.float32) for _ in range(4)]
-    settings = {
-        "document": DOCUMENT,
-        "domain_of_document": DOMAINS,
-        "token_id": token_id,
-        "weights": weights,
-        "words": 500,
-    }
+    settings = {"document": DOCUMENT, "domain_of_document": DOMAINS, "token_id": token_id}
+    settings |= {"weights": weights, "words": 500}
     return write_trace(root, ids, E, **settings | changes)  # type: ignore[arg-type]
 
 
 def uniform(root: Path, T: int = T, E: int = E, K: int = K, L: int = 3, seed: int = 1) -> Report:
     rng = np.random.default_rng(seed)
     ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
-    token_id = rng.integers(0, 100, T)
-    return report(
-        write_trace(
-            root,
-            ids,
-            E,
-            document=np.arange(T) // 100,
-            domain_of_document=DOMAINS,
-            token_id=token_id,
-        )
-    )
+    given = {"document": np.arange(T) // 100, "token_id": rng.integers(0, 100, T)}
+    return report(write_trace(root, ids, E, domain_of_document=DOMAINS, **given))
 
 
 def text_of(made: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,18 +25,10 @@ HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 def test_a_page_shows_what_is_hostile_and_runs_none_of_it():
     table = pd.DataFrame({"token": [HOSTILE, "\x1b[31m\u202eevil\n"], HOSTILE: [1, 2]})
     sections = [Section(HOSTILE, HOSTILE, table=table, definitions={HOSTILE: HOSTILE})]
-    made = page_html(
-        Page(
-            HOSTILE,
-            HOSTILE,
-            warnings=[HOSTILE],
-            verdict=[HOSTILE],
-            tiles=[Tile(HOSTILE, HOSTILE, HOSTILE)],
-            sections=sections,
-            left_out=[HOSTILE],
-            footer=HOSTILE,
-        )
-    )
+    lists: Any = {name: [HOSTILE] for name in ("warnings", "verdict", "left_out")}
+    tiles = [Tile(HOSTILE, HOSTILE, HOSTILE)]
+    page = Page(HOSTILE, HOSTILE, tiles=tiles, sections=sections, footer=HOSTILE, **lists)
+    made = page_html(page)
     assert "<img" not in made
     assert made.count("<script>") == 1  # the page's own
     assert "&lt;script&gt;alert(&#34;x&#34;)" in made
@@ -67,25 +60,15 @@ def test_two_sections_of_one_title_have_ids_of_their_own():
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (float("nan"), "–"),
-        (None, "–"),
-        (pd.NA, "–"),
-        (0.12345, "0.123"),
-        (0.0, "0.000"),
-        (1e-5, "1.0e-05"),
-        (12345, "12,345"),
-        (np.int64(7), "7"),
-        ("▁the", "▁the"),
-        (" a b ", "␣a b␣"),
-        ("\n", r"\n"),
-        ("\u200b", r"\u200b"),
-        ("<0xE2>", "<0xE2>"),
-        (True, "True"),
-    ],
-)
+CELLS: list[tuple[object, str]] = [
+    *((missing, "–") for missing in (float("nan"), None, pd.NA)),
+    *((0.12345, "0.123"), (0.0, "0.000"), (1e-5, "1.0e-05"), (12345, "12,345"), (True, "True")),
+    *((np.int64(7), "7"), ("▁the", "▁the"), (" a b ", "␣a b␣"), ("\n", r"\n")),
+    *(("\u200b", r"\u200b"), ("<0xE2>", "<0xE2>")),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), CELLS)
 def test_cells_are_readable(value: object, said: str):
     assert number(value) == said
 

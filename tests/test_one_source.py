@@ -43,10 +43,8 @@ def computed() -> tuple[dict[str, pd.DataFrame], dict[str, set[float]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, m in registry.metrics().items():
 
-            def told(
-                *arguments: Any, of: Any = m.function, name: str = name, **settings: Any
-            ) -> Any:
-                value = of(*arguments, **settings)
+            def told(*given: Any, of: Any = m.function, name: str = name, **settings: Any) -> Any:
+                value = of(*given, **settings)
                 returned[name].update(np.asarray(value, float).ravel().round(12).tolist())
                 return value
 
@@ -89,56 +87,41 @@ def test_the_threshold_starved_is_that_of_the_table_the_gate_and_the_verdict(
     assert made.tables["balance"]["starved_experts"].tolist() == [expected]
     assert bool(breaches(made, [gate("starved_experts=0", above=True)])) == bool(expected)
     said = [f.text for f in made.verdict() if f.kind == "starved_experts"]
-    assert len(said) == bool(expected)
-    if expected:
-        noun, verb = ("expert", "gets") if expected == 1 else ("experts", "get")
-        assert (
-            said[0] == f"{expected} {noun} in 1 router {verb} under {starved:.0%} of the mean load."
-        )
+    experts, get = ("expert", "gets") if expected == 1 else ("experts", "get")
+    under = f"{expected} {experts} in 1 router {get} under {starved:.0%} of the mean load."
+    assert said == ([under] if expected else [])
     assert dict(made.facts())["threshold_starved"] == f"load_ratio < {starved:g}"
 
 
 def test_a_simulation_of_routing_takes_the_threshold_of_the_report():
     trace = ROOT / "sample_traces/collapsed"
-    assert any(
-        "(no expert gets 1.2x the mean load)" in s
-        for s in simulate_routing(trace, layers=0, algorithms=["top-k"]).verdict
-    )
-    (section,) = simulated_sections(
-        report(trace, layers=0, thresholds={"uneven": 1.5}), [Simulated.routing], "0"
-    )
+    said = simulate_routing(trace, layers=0, algorithms=["top-k"]).verdict
+    assert any("(no expert gets 1.2x the mean load)" in sentence for sentence in said)
+    made = report(trace, layers=0, thresholds={"uneven": 1.5})
+    (section,) = simulated_sections(made, [Simulated.routing], "0")
     assert not isinstance(section, str)
     assert "balance every layer (no expert gets 2.5x the mean load)" in section.text
 
 
 @pytest.mark.parametrize(("uneven", "balances"), [(0.11, False), (0.12, True)])
 def test_just_under_the_threshold_of_a_simulation_is_balanced(uneven: float, balances: bool):
-    said = simulate_routing(
-        ROOT / "sample_traces/untrained", layers=0, algorithms=["top-k"], uneven=uneven
-    )
+    trace = ROOT / "sample_traces/untrained"
+    said = simulate_routing(trace, layers=0, algorithms=["top-k"], uneven=uneven)
     advice: Any = said.tables["routing_algorithms"].set_index("algorithm")
     assert 0.11 < advice["max_vio_worst"]["top-k 2"] < 0.12  # the other two do not compute as much
-    assert any("that balance every layer (no expert gets" in s for s in said.verdict) == balances
-    assert (
-        any("no causal algorithm with the same compute balances" in s for s in said.verdict)
-        != balances
-    )
+    told = "\n".join(said.verdict)
+    assert ("that balance every layer (no expert gets" in told) == balances
+    assert ("no causal algorithm with the same compute balances" in told) != balances
 
 
 def test_a_router_has_one_name(tmp_path: Path):
-    listed = [
-        Router(layer, "", "", 8, 2, stack=stack)
-        for layer, stack in ((0, "encoder"), (0, "decoder"), (1, "decoder"), (1, "decoder"))
-    ]
-    assert [layer_label(listed, r) for r in range(4)] == [
-        "0 (encoder)",
-        "0 (decoder)",
-        "1/2 (decoder)",
-        "1/3 (decoder)",
-    ]
-    assert [
-        layer_label([Router(layer, "", "", 8, 2) for layer in (0, 3, 3)], r) for r in range(3)
-    ] == ["0", "3/1", "3/2"]
+    def labels(*places: tuple[int, str]) -> list[str]:
+        listed = [Router(layer, "", "", 8, 2, stack=stack) for layer, stack in places]
+        return [layer_label(listed, r) for r in range(len(listed))]
+
+    both = labels((0, "encoder"), (0, "decoder"), (1, "decoder"), (1, "decoder"))
+    assert both == ["0 (encoder)", "0 (decoder)", "1/2 (decoder)", "1/3 (decoder)"]
+    assert labels((0, ""), (3, ""), (3, "")) == ["0", "3/1", "3/2"]
 
 
 def written(figure: Any) -> list[str]:
@@ -151,9 +134,8 @@ def texts(made: Report) -> str:
     data, _ = map_data(made)
     assert data is not None
     page = [f"layer {layer['label']}" for layer in data["layers"]]
-    return "\n".join(
-        [text_of(made), *pictures, *page, *breaches(made, [gate("max_vio=-1", above=True)])]
-    )
+    gates = breaches(made, [gate("max_vio=-1", above=True)])
+    return "\n".join([text_of(made), *pictures, *page, *gates])
 
 
 def test_two_stacks_are_named_alike_everywhere(tmp_path: Path):
@@ -170,12 +152,8 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
     ids[1][:, 0], ids[1][:, 1] = 3, 4 + ids[1][:, 1] % 4
     trace = write_trace(tmp_path / "t", ids, 8, layers=[0, 5, 5], document=np.arange(2_000) // 40)
     said = texts(report(trace))
-    for name in (
-        "layer 5/1: max_vio is",
-        "layer 5/2",
-        "Layer 5/1 is the worst balanced",
-        "layer 0",
-    ):
+    worst = "Layer 5/1 is the worst balanced"
+    for name in ("layer 5/1: max_vio is", "layer 5/2", worst, "layer 0"):
         assert name in said
     assert "(router" not in said
     capacity, cache = simulate_capacity(trace), simulate_cache(trace)
@@ -187,8 +165,7 @@ def test_two_routers_of_a_layer_are_named_alike_everywhere(tmp_path: Path):
 
 
 def test_a_simulation_of_routing_names_routers_too(tmp_path: Path):
-    said = simulate_routing(
-        encoder_decoder(tmp_path / "t"), algorithms=["as recorded", "loss-free bias"]
-    ).verdict
+    trace = encoder_decoder(tmp_path / "t")
+    said = simulate_routing(trace, algorithms=["as recorded", "loss-free bias"]).verdict
     assert said[0].startswith("As recorded, layer 0 (encoder) is the least balanced: its busiest ")
     assert "layer 0 (encoder)" in said[1]

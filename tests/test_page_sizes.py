@@ -19,14 +19,7 @@ from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
 from tests.synthetic import write_trace
-from tests.test_page import (  # noqa: F401 (a fixture, a mark)
-    Opened,
-    asked,
-    browser,
-    csv_cell,
-    pytestmark,
-    sheet,
-)
+from tests.test_page import Opened, asked, browser, pytestmark, sheet  # noqa: F401 (fixtures)
 from tests.test_page_text import COLOUR, route, spans
 
 PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
@@ -43,17 +36,13 @@ class Shown(NamedTuple):
 def wide(root: Path) -> Report:
     """58 × 256 × 8; layer 3 sends every second token to experts 0 to 7."""
     L, E, k, T, rng = 58, 256, 8, 1_500, np.random.default_rng(0)
-    ids = [
-        ((rng.integers(0, E, (T, 1)) + np.arange(k) * rng.integers(1, 31, (T, 1))) % E)
-        for _ in range(L)
-    ]
+    steps = [(rng.integers(0, E, (T, 1)), rng.integers(1, 31, (T, 1))) for _ in range(L)]
+    ids = [((first + np.arange(k) * step) % E).astype(np.uint16) for first, step in steps]
     ids[3][::2] = np.arange(k)
     weights = [-np.sort(-rng.random((T, k), np.float32), axis=1) for _ in range(L)]
     settings: dict[str, Any] = {"domain_of_document": ("a", "b"), "words": 500}
     settings |= {"document": np.arange(T) // 300, "token_id": rng.integers(0, 500, T)}
-    return report(
-        write_trace(root, [x.astype(np.uint16) for x in ids], E, weights=weights, **settings)
-    )
+    return report(write_trace(root, ids, E, weights=weights, **settings))
 
 
 @pytest.fixture(scope="module", params=["demo", "58 × 256"])
@@ -69,24 +58,13 @@ def shown(
     text = report_page(of)
     cpu_s = time.process_time() - began
     page = Opened(browser, place / "page.html", text)
-    said = page.view.locator("#text-document option").first.text_content()
+    said = page.locator("#text-document option").first.text_content()
     document = re.search(r"document (\d+)", said)
     assert document
     yield Shown(page, of, int(document[1]), len(text.encode()), cpu_s)
     assert page.complaints == []
     assert page.foreign() == []
     page.view.close()
-
-
-def names(of: Report, expert: int) -> tuple[str, str]:
-    """Of an expert of the last layer: its address, and the title of its card."""
-    layer = of.trace.routers[-1].layer
-    return f"L{layer}E{expert}", f"Layer {layer} · expert {expert}"
-
-
-def busiest(of: Report) -> int:
-    """The expert of the last layer with most assignments."""
-    return int(of.counts.load_E(len(of.trace.routers) - 1).argmax())
 
 
 def test_it_is_small_made_quickly_and_painted_at_once(shown: Shown) -> None:
@@ -97,7 +75,7 @@ def test_it_is_small_made_quickly_and_painted_at_once(shown: Shown) -> None:
         shown.page.view.reload()
         shown.page.view.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
         shown.page.until(f"{PAINTED} !== undefined")
-        painted.append(shown.page.view.evaluate(PAINTED))
+        painted.append(shown.page.evaluate(PAINTED))
     assert 0 < min(painted) <= 1_000
 
 
@@ -130,11 +108,9 @@ def test_a_large_model_fits(shown: Shown) -> None:
     with page.view.expect_download() as download:  # all of it, more than a table shows
         sheet(page, "load").get_by_role("button", name="Download csv").click()
     assert len(download.value.path().read_text().splitlines()) == 1 + 58 * 256
-    ticks = page.view.evaluate(
-        """[...document.querySelectorAll('[data-widget=map] .ytick')]
-          .map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"""
-    )
-    ticks.sort()
+    places = ".map((t) => t.getBoundingClientRect()).map((r) => [r.top, r.bottom])"
+    of_map = "[...document.querySelectorAll('[data-widget=map] .ytick')]"
+    ticks = sorted(page.evaluate(of_map + places))
     assert len(ticks) > 20
     assert all(above[1] <= below[0] + 2 for above, below in pairwise(ticks))
     assert page.drawn("Drift")[0][0]["rows"] == 58
@@ -142,26 +118,21 @@ def test_a_large_model_fits(shown: Shown) -> None:
     assert [len(marks[0]["x"]) for marks in by_layer] == [58] * 6
     heatmap = page.drawn("Experts of a domain")[0][0]
     assert (heatmap["rows"], heatmap["columns"]) == (2, 58)
-    entries = (
-        "[...document.querySelectorAll('.plot')].map((plot) => "
-        "plot.querySelectorAll('.legend button').length)"
-    )
-    assert max(page.view.evaluate(entries)) <= 12
+    entries = "(plots) => plots.map((plot) => plot.querySelectorAll('.legend button').length)"
+    assert max(page.locator(".plot").evaluate_all(entries)) <= 12
     crowded = """[...document.querySelectorAll('.panels .plot')].filter((plot) => {
       const ends = [...plot.querySelectorAll('.xtick')].map((t) => t.getBoundingClientRect());
       ends.sort((a, b) => a.left - b.left);
       return ends.some((end, i) => i && end.left < ends[i - 1].right);
     }).length"""
-    assert page.view.evaluate(crowded) == 0
-    page.view.evaluate(
-        "document.querySelector('.panels .xtick').textContent = 'wide enough for the next two'"
-    )
-    assert page.view.evaluate(crowded) == 1
-    page.view.locator("[data-widget=map] .plot").focus()
-    for key in ("End", "ArrowDown", "Enter"):
-        page.view.keyboard.press(key)
+    assert page.evaluate(crowded) == 0
+    label = "document.querySelector('.panels .xtick').textContent"
+    page.evaluate(f"{label} = 'wide enough for the next two'")
+    assert page.evaluate(crowded) == 1
+    page.locator("[data-widget=map] .plot").focus()
+    page.press("End", "ArrowDown", "Enter")
     assert page.title() == "Layer 1 · expert 255"
-    page.view.keyboard.press("Escape")
+    page.press("Escape")
 
 
 def test_the_header_stays_and_its_menu_works_on_a_phone(shown: Shown) -> None:
@@ -171,8 +142,7 @@ def test_the_header_stays_and_its_menu_works_on_a_phone(shown: Shown) -> None:
     view.get_by_role("button", name="Sections").click()
     menu = view.locator("#menu")
     box = menu.bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 390
+    assert 0 <= box["x"] <= 390 - box["width"]
     menu.get_by_role("link", name="Chosen together").click()
     assert not menu.is_visible()
     top = "document.getElementById('coactivation').getBoundingClientRect().top"
@@ -189,47 +159,46 @@ def test_tokens_have_the_colours_and_routes_of_the_trace(shown: Shown) -> None:
     assert texts == [text.replace("\n", "↵\n") for text in first["text"]]
     last = len(trace.routers) - 1
     mine = rows[rows["router"] == last].iloc[: len(texts)]
-    page.view.locator("#text-layer").fill(str(last))
+    page.locator("#text-layer").fill(str(last))
     colours: dict[str, list[str]] = {}
     for mode in ("first", "weight", "margin"):
-        page.view.locator("#text-mode").select_option(mode)
-        colours[mode] = [page.view.evaluate(COLOUR, n) for n in range(len(texts))]
+        page.locator("#text-mode").select_option(mode)
+        colours[mode] = [page.evaluate(COLOUR, n) for n in range(len(texts))]
     by_expert = dict(zip(mine["expert_0"], colours["first"], strict=True))
     assert colours["first"] == [by_expert[expert] for expert in mine["expert_0"]]
     assert len(set(colours["first"])) > 4
-    margin = np.log(mine[f"weight_{trace.routers[last].top_k - 2}"]) - np.log(
-        mine[f"weight_{trace.routers[last].top_k - 1}"]
-    )
+    k = trace.routers[last].top_k
+    margin = np.log(mine[f"weight_{k - 2}"]) - np.log(mine[f"weight_{k - 1}"])
     for mode, values in (("weight", mine["weight_0"]), ("margin", margin)):
         light = [sum(map(float, re.findall(r"[\d.]+", c)[:3])) for c in colours[mode]]
         assert np.corrcoef(light, np.minimum(values, np.quantile(values, 0.95)))[0, 1] < -0.8, mode
     expert = int(mine["expert_1"].iloc[2])
-    page.view.locator("#text-mode").select_option("expert")
-    page.view.locator("#text-expert").fill(str(expert))
+    page.locator("#text-mode").select_option("expert")
+    page.locator("#text-expert").fill(str(expert))
     reached = (mine.filter(regex="^expert_") == expert).any(axis=1)
-    assert page.view.locator(".routed .body .reached").count() == reached.sum() > 0
-    page.view.locator("#text-mode").select_option("first")
-    page.view.locator(".routed .body span").nth(9).click()  # pinned
-    page.view.locator(".routed .body span").nth(2).hover()
+    assert page.locator(".routed .body .reached").count() == reached.sum() > 0
+    page.locator("#text-mode").select_option("first")
+    page.locator(".routed .body span").nth(9).click()  # pinned
+    page.locator(".routed .body span").nth(2).hover()
     found, token = route(page), first["token"].iloc[9]
     for chips, row in zip(found, rows[rows["token"] == token].itertuples(), strict=True):
         for slot, chip in enumerate(chips):
             shown_id, weight = chip.split()
             assert int(shown_id) == getattr(row, f"expert_{slot}")
             assert abs(float(weight) - getattr(row, f"weight_{slot}")) < 0.03
-    page.view.locator(".routed").focus()
-    page.view.keyboard.press("Escape")
+    page.locator(".routed").focus()
+    page.press("Escape")
 
 
 def test_a_card_has_contexts_from_all_domains_and_leads_to_the_text(shown: Shown) -> None:
     page, of = shown.page, shown.of
     layer, domains = of.trace.routers[-1].layer, set[str]()
-    expert = busiest(of)
+    expert = int(of.counts.load_E(len(of.trace.routers) - 1).argmax())  # the busiest
     for one in (expert ^ 1, expert):
-        address, title = names(of, one)
-        page.view.evaluate(f"location.hash = '#{address}'")
+        page.evaluate(f"location.hash = '#L{layer}E{one}'")
+        title = f"Layer {layer} · expert {one}"
         page.until(f"document.querySelector('#card h2')?.textContent === '{title}'")
-        found, mine = page.view.locator("#card .context"), of.trace.tokens_of(layer, one)
+        found, mine = page.locator("#card .context"), of.trace.tokens_of(layer, one)
         texts = {text.replace("\n", "↵") for text in mine["text"]}
         assert found.count() > 1
         for at in range(found.count()):
@@ -239,9 +208,9 @@ def test_a_card_has_contexts_from_all_domains_and_leads_to_the_text(shown: Shown
             domains.add(domain)
     assert len(domains) > 1
     page.view.get_by_text("Show its tokens in the text").click()
-    assert page.view.locator("#text-expert").input_value() == str(expert)
-    assert page.view.locator("#text-layer").input_value() == str(len(of.trace.routers) - 1)
-    page.view.locator("#text-mode").select_option("first")
+    assert page.locator("#text-expert").input_value() == str(expert)
+    assert page.locator("#text-layer").input_value() == str(len(of.trace.routers) - 1)
+    page.locator("#text-mode").select_option("first")
 
 
 def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(shown: Shown) -> None:
@@ -250,10 +219,9 @@ def test_a_large_model_has_a_megabyte_of_text_and_every_expert_its_contexts(show
     made: Any = text_section(shown.of)
     one = packed({**made.data, "contexts": None})
     assert TEXT_BYTES / 3 < len(one) <= TEXT_BYTES
-    assert re.search(
-        r"Shown: \d of 5 documents: those of each domain whose experts differ most", made.text
-    )
-    assert shown.page.view.locator(".routed .ids i").count() > 20
-    shown.page.view.evaluate("location.hash = '#L57E255'")
+    said = r"Shown: \d of 5 documents: those of each domain whose experts differ most"
+    assert re.search(said, made.text)
+    assert shown.page.locator(".routed .ids i").count() > 20
+    shown.page.evaluate("location.hash = '#L57E255'")
     shown.page.until("document.querySelectorAll('#card .context').length === 4")
-    shown.page.view.keyboard.press("Escape")
+    shown.page.press("Escape")

@@ -25,20 +25,8 @@ from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (
 
 # a byte-level "é", a combining mark of its own, Hebrew, an Arabic word in two tokens, a bidi
 # override, a control character
-PIECES = [
-    "caf",
-    "<0xC3>",
-    "<0xA9>",
-    "▁e",
-    "\u0301",
-    "\n",
-    "שלום",
-    "▁مر",
-    "حبا",
-    "\u202eevil",
-    "\x1b[31m",
-    HOSTILE,
-]
+PIECES = ["caf", "<0xC3>", "<0xA9>", "▁e", "\u0301", "\n", "שלום", "▁مر", "حبا"]
+PIECES += ["\u202eevil", "\x1b[31m", HOSTILE]
 # an Indic conjunct cut within a letter, emoji joined to one, with a skin tone, a flag
 CUT = ["<0xE0><0xA4>", "<0x95>", "्", "षि", "▁", "👩", "\u200d", "💻", "👍", "🏽", "🇩", "🇪"]
 JOINED = ["क्षि", "", "", "", " ", "👩\u200d💻", "", "", "👍🏽", "", "🇩🇪", ""]
@@ -49,10 +37,8 @@ COLOUR = (
 
 def scripts(root: Path, pieces: Sequence[str] = PIECES) -> Report:
     """Two documents of 12 tokens, 2 × 8: at layer n token t goes to experts t + n and t + n + 1."""
-    t = np.arange(24)
-    ids = [
-        np.stack([(t + layer) % 8, (t + layer + 1) % 8], 1).astype(np.uint16) for layer in (0, 1)
-    ]
+    t, both = np.arange(24), np.arange(2)
+    ids = [((t[:, None] + layer + both) % 8).astype(np.uint16) for layer in both]
     weights = [np.tile(np.float32([0.75, 0.25]), (24, 1))] * 2
     settings: dict[str, Any] = {"document": t // 12, "token_id": t % 12, "words": 12}
     write_trace(root, ids, 8, weights=weights, domain_of_document=("a", "b"), **settings)
@@ -79,37 +65,35 @@ def opened(
 
 
 def spans(page: Opened) -> list[str]:
-    return page.view.locator(".routed .body span").all_text_contents()
+    return page.locator(".routed .body span").all_text_contents()
 
 
 def route(page: Opened) -> list[list[str]]:
     """Of each layer the experts with their weights, as the panel beside the text shows them."""
-    rows = page.view.locator(".route tbody tr")
+    rows = page.locator(".route tbody tr")
     return [rows.nth(i).locator(".chip").all_text_contents() for i in range(rows.count())]
 
 
 def test_a_token_is_pinned_and_the_keyboard_reads_the_text(opened: Opened, demo: Report) -> None:
-    number = opened.view.locator("#text-document option").first.text_content()
+    number = opened.locator("#text-document option").first.text_content()
     rows = demo.trace.document(int(re.search(r"document (\d+)", number)[1]))
-    opened.view.locator(".routed .body span").nth(9).click()
+    opened.locator(".routed .body span").nth(9).click()
     pinned = route(opened)
     instant = "(e) => e.scrollIntoView({ behavior: 'instant', block: 'end' })"
-    opened.view.locator("#text .stage").evaluate(instant)
-    opened.view.locator(".routed .body span").nth(2).hover()
+    opened.locator("#text .stage").evaluate(instant)
+    opened.locator(".routed .body span").nth(2).hover()
     assert route(opened) == pinned
-    text, tip = (opened.view.locator(f"#text {of}").bounding_box() for of in (".routed", ".tip"))
+    text, tip = (opened.locator(f"#text {of}").bounding_box() for of in (".routed", ".tip"))
     assert tip["y"] >= text["y"] + text["height"], "it covers text"
-    opened.view.locator(".routed").focus()
-    opened.view.keyboard.press("Escape")
-    for key in ("Home", "ArrowRight"):
-        opened.view.keyboard.press(key)
+    opened.locator(".routed").focus()
+    opened.press("Escape")
+    opened.press("Home", "ArrowRight")
     assert route(opened) != pinned
     row = rows[(rows["router"] == 2) & (rows["position"] == 1)].iloc[0]
-    opened.view.locator("#text-layer").fill("2")
-    opened.view.locator(".routed").focus()
-    for key in ("PageUp", "PageDown"):
-        opened.view.keyboard.press(key)
-    said = opened.view.locator("[data-widget=text] > .unseen").text_content()
+    opened.locator("#text-layer").fill("2")
+    opened.locator(".routed").focus()
+    opened.press("PageUp", "PageDown")
+    said = opened.locator("[data-widget=text] > .unseen").text_content()
     assert said.startswith(f"layer 2: experts {row['expert_0']} (")
     assert opened.complaints == []
 
@@ -122,13 +106,12 @@ def test_words_are_whole_in_every_script_and_what_is_hostile_is_text(
     assert spans(page) == [
         "caf", "é", " e\u0301", "↵\n", "שלום", " مر", "حبا", r"\u202eevil", r"\x1b[31m", HOSTILE,
     ]  # fmt: skip
-    assert page.view.evaluate("window.pwned") is None
-    assert page.view.locator("img").count() == 0
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
     # the second byte of é, by the keyboard
-    page.view.locator(".routed").focus()
-    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
-        page.view.keyboard.press(key)
-    assert page.view.locator(".route .token").text_content() == "é part 2 of 2 token 3, pinned"
+    page.locator(".routed").focus()
+    page.press("Home", "ArrowRight", "ArrowRight", "Enter")
+    assert page.locator(".route .token").text_content() == "é part 2 of 2 token 3, pinned"
     assert route(page) == [["2 0.75", "3 0.25"], ["3 0.75", "4 0.25"]]
     page.view.set_viewport_size({"width": 390, "height": 800})
     page.until("document.documentElement.scrollWidth <= 390")
@@ -143,13 +126,12 @@ def test_characters_that_tokens_cut_are_whole(
     cut = scripts(tmp_path / "t", CUT)
     page = Opened(browser, tmp_path / "p.html", report_page(cut))
     assert spans(page) == [text for text in JOINED if text]
-    page.view.locator(".routed").focus()
-    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
-        page.view.keyboard.press(key)
-    assert page.view.locator(".route .token").text_content() == "क्षि part 3 of 4 token 3, pinned"
-    page.view.evaluate("location.hash = '#L0E2'")
+    page.locator(".routed").focus()
+    page.press("Home", "ArrowRight", "ArrowRight", "Enter")
+    assert page.locator(".route .token").text_content() == "क्षि part 3 of 4 token 3, pinned"
+    page.evaluate("location.hash = '#L0E2'")
     page.until("document.querySelectorAll('#card .context').length > 0")
-    marked = page.view.locator("#card .context mark").all_text_contents()
+    marked = page.locator("#card .context mark").all_text_contents()
     assert set(marked) <= {text for text in JOINED if text} | {"␣"}
     assert page.complaints == []
     page.view.close()
@@ -163,9 +145,8 @@ def test_which_documents_are_the_most_telling(tmp_path: Path) -> None:
     ids = uniform_ids(rng, T, 8, 1)
     ids[(document % 2 == 0) & (rng.random(T) < 0.5)] = 3
     ids[document == 4] = 3
-    trace = write_trace(
-        tmp_path / "t", [ids], 8, document=document, domain_of_document=("a", "b"), words=5
-    )
+    given: Any = {"document": document, "domain_of_document": ("a", "b"), "words": 5}
+    trace = write_trace(tmp_path / "t", [ids], 8, **given)
     made: Any = text_section(report(trace), 1)
     assert [d["domain"] for d in made.data["documents"]] in (["a", "b"], ["b", "a"])
     assert 4 in [d["number"] for d in made.data["documents"]]
@@ -201,25 +182,20 @@ def test_two_traces_are_compared_in_the_text(browser: Any, tmp_path: Path) -> No
     a = uniform_ids(rng, T, 8, 2)
     b = a.copy()
     b[100:120] = (b[100:120] + 1) % 8  # of document 1
-    settings: dict[str, Any] = {
-        "document": np.arange(T) // 100,
-        "token_id": np.arange(T) % 50,
-        "words": 50,
-    }
+    given: Any = {"document": np.arange(T) // 100, "token_id": np.arange(T) % 50, "words": 50}
     traces = [
-        write_trace(tmp_path / name, [a, ids], 8, **settings) for name, ids in (("a", a), ("b", b))
+        write_trace(tmp_path / name, [a, ids], 8, **given) for name, ids in (("a", a), ("b", b))
     ]
     page = Opened(browser, tmp_path / "p.html", moe_inspect.compare(*traces).page())
-    assert page.view.locator("#text-document option").all_text_contents() == [
-        "text · document 1 · 100 tokens"
-    ]
-    assert page.view.locator("#text-layer").input_value() == "1"  # which differs most
-    coloured = [page.view.evaluate(COLOUR, n) != "rgba(0, 0, 0, 0)" for n in range(100)]
+    listed = page.locator("#text-document option").all_text_contents()
+    assert listed == ["text · document 1 · 100 tokens"]
+    assert page.locator("#text-layer").input_value() == "1"  # which differs most
+    coloured = [page.evaluate(COLOUR, n) != "rgba(0, 0, 0, 0)" for n in range(100)]
     differ = [set(x) != set(y) for x, y in zip(a[100:200], b[100:200], strict=True)]
     assert coloured == differ
     assert sum(differ) > 10
-    page.view.locator(".routed .body span").first.click()
-    at_1 = page.view.locator(".route tbody tr").nth(1).locator("div")
+    page.locator(".routed .body span").first.click()
+    at_1 = page.locator(".route tbody tr").nth(1).locator("div")
     assert at_1.nth(0).locator(".chip").all_text_contents() == [str(e) for e in a[100]]
     assert at_1.nth(1).locator(".chip").all_text_contents() == [str(e) for e in b[100]]
     assert page.complaints == []

@@ -81,9 +81,8 @@ def test_transitions_by_hand():
 def test_segments_by_hand():
     assert pairs.srp(np.array([6, 2])) == 1  # m = 1
     # two windows of 2 tokens, k = 1, 4 experts: one stays (f = 2), the other goes (1, 1)
-    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(
-        max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4))
-    )
+    expected = max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4))
+    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(expected)
     assert np.isnan(pairs.srp(np.array([4, 0, 0])))
 
 
@@ -110,9 +109,8 @@ def test_random_choices_have_the_values_of_chance(tmp_path: Path):
         lift = made.tables[name]
         assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
     for name in ("first_choice", "any_choice"):
-        low, value, random, high = (
-            repetition[name + of] for of in ("_low", "", "_random", "_high")
-        )
+        of = ("_low", "", "_random", "_high")
+        low, value, random, high = (repetition[name + end] for end in of)
         assert ((low < value) & (value < high)).all()
         # independent choices of even load: the interval holds the value of chance, but for one in
         # twenty
@@ -130,11 +128,9 @@ def test_intervals_are_wider_where_documents_differ_and_missing_where_they_are_f
     fresh = uniform_ids(rng, T, E, 2)
     held = np.repeat(uniform_ids(rng, T // each, E, 2), each, axis=0)
     document = np.arange(T) // each
-    ids = {
-        "apart": np.where((document % 2 == 0)[:, None], held, fresh),
-        "mixed": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh),
-        "few": np.where((np.arange(T) % each < each // 2)[:, None], held, fresh)[: 4 * each],
-    }
+    halves = np.where((np.arange(T) % each < each // 2)[:, None], held, fresh)
+    apart = np.where((document % 2 == 0)[:, None], held, fresh)
+    ids = {"apart": apart, "mixed": halves, "few": halves[: 4 * each]}
     value_of, width_of = {}, {}
     for name, chosen in ids.items():
         trace = write_trace(tmp_path / name, [chosen], E, document=document[: len(chosen)])
@@ -167,16 +163,14 @@ def test_ranks_that_are_missing(tmp_path: Path):
     load = rng.integers(50_000, 99_000, (1, 256)) * 8
     one, gone, hurt, same = (np.zeros((1, 256), np.int64) for _ in range(4))
     one[0, :8], same[0, :8] = load[0, :8], 800
-    assert "Only experts 0-7 of 256 have any load, in every router" in said(
-        "as many as are chosen", [one, one]
-    )
+    only = said("as many as are chosen", [one, one])
+    assert "Only experts 0-7 of 256 have any load, in every router" in only
     assert "ranks" not in said("one choice", [same, same])
     gone[0] = load[0] * (np.arange(256) // 64 != 1)
-    assert (
-        "Experts 64-127 of 256 have no load, in every router: these look like the counts "
-        "of 3 of 4 ranks"
-    ) in said("m", [gone, gone])
-    assert "Experts 64-127 of 256 have no load: these" in said("one layer", [gone, gone], layers=1)
+    without = "Experts 64-127 of 256 have no load"
+    ranks = f"{without}, in every router: these look like the counts of 3 of 4 ranks"
+    assert ranks in said("m", [gone, gone])
+    assert f"{without}: these" in said("one layer", [gone, gone], layers=1)
     hurt[0, 64:96] = load[0, 64:96]
     dead = hurt * (np.arange(256) != 70)
     assert "Only experts 64-95 of 256 have any load" in said("a dead one among them", [hurt, dead])
@@ -214,10 +208,8 @@ def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
 
 
 def test_packing_by_hand():
-    assert windows.pack(np.array([[4, 3, 2, 1], [1, 2, 3, 9]]), 2).tolist() == [
-        [0, 1, 1, 0],
-        [0, 1, 1, 0],
-    ]
+    packed = windows.pack(np.array([[4, 3, 2, 1], [1, 2, 3, 9]]), 2)
+    assert packed.tolist() == [[0, 1, 1, 0]] * 2
     assert windows.pack(np.array([[5, 4, 3]]), 2).tolist() == [[0, 1, 1]]
     load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
     assert windows.balancedness_fresh(load_WE, 2) == 1
@@ -272,10 +264,9 @@ def test_ids_beyond_16_bits(tmp_path: Path) -> None:
     assert next(iter(trace.shards)).ids(0).tolist() == ids.tolist()
 
 
-def test_many_domains_are_compared_by_a_sample_of_their_pairs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    load_DE = np.random.default_rng(0).integers(0, 50, (200, 16))
-    exact = specialization.jsd_bits(load_DE)
-    monkeypatch.setattr(specialization, "FEW_DOMAINS", 100)
+def test_many_domains_are_compared_by_a_sample_of_their_pairs() -> None:
+    load_DE = np.random.default_rng(0).integers(0, 50, (specialization.FEW_DOMAINS + 1, 16))
+    share_DE = specialization.share_by_domain(load_DE)
+    both_P2E = np.stack([share_DE[side] for side in np.triu_indices(len(load_DE), 1)], 1)
+    exact = specialization.mutual_information_bits(both_P2E).mean()
     assert specialization.jsd_bits(load_DE) == pytest.approx(exact, rel=0.01)

@@ -17,30 +17,17 @@ from tests.planted import text_of
 from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
-NEED_DECISIONS = {
-    "vocabulary",
-    "coactivation",
-    "transitions",
-    "repetition",
-    "locality",
-    "worth",
-    "signature",
-    "loss",
-    "paths",
-}
+NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality", "worth"}
+NEED_DECISIONS |= {"signature", "loss", "paths"}
 RNG = np.random.default_rng(9)
 
 
 def imported_counts(root: Path) -> Trace:
     """Counts of which the source does not say what came first."""
     load = RNG.integers(5, 50, (2, 8)) * 2
-    with TraceWriter(
-        root,
-        {"capture": {"weights": False, "mode": "import"}},
-        routers(2, 8, 2),
-        weights=False,
-        counts_only=True,
-    ) as writer:
+    manifest: Any = {"capture": {"weights": False, "mode": "import"}}
+    given: Any = {"weights": False, "counts_only": True}
+    with TraceWriter(root, manifest, routers(2, 8, 2), **given) as writer:
         writer.write(CountedBatches(0, int(load.sum()) // 2, ["a", "b"], [load, load], None, None))
     return open_trace(root)
 
@@ -49,11 +36,8 @@ def of(
     ids: list[np.ndarray], experts: int | list[int], documents: int = 10, **settings: Any
 ) -> Callable[[Path], Trace]:
     T = len(ids[0])
-    settings = {
-        "document": np.arange(T) * documents // T,
-        "domain_of_document": ["a", "b"],
-    } | settings
-    return lambda root: write_trace(root, ids, experts, **settings)
+    usual = {"document": np.arange(T) * documents // T, "domain_of_document": ["a", "b"]}
+    return lambda root: write_trace(root, ids, experts, **usual | settings)
 
 
 def some_null(T: int, E: int, k: int) -> np.ndarray:
@@ -99,10 +83,9 @@ def test_every_table_is_right_or_says_what_it_lacks(tmp_path: Path, case: str):
             for r in made.selection.routers:
                 RIGHT[name](made, r, table[table["router"] == r])
     assert set(lacking) == (NEED_DECISIONS if trace.counts_only else set())
-    assert all(
-        said.startswith(f"{trace.path} holds counts only, no ") and "\n" not in said
-        for said in lacking.values()
-    )
+    for said in lacking.values():
+        assert said.startswith(f"{trace.path} holds counts only, no ")
+        assert "\n" not in said
     assert says in " ".join(text_of(made).split())
 
 
@@ -137,10 +120,8 @@ def _transitions(made: Report, r: int, rows: Any) -> None:
     if after is None:
         assert rows.empty
     elif not counts.of[r].null_slots + counts.of[after].null_slots:
-        assert (
-            rows["together"].sum()
-            == counts.tokens_of(r) * counts.routers[r].top_k * counts.routers[after].top_k
-        )
+        pairs = counts.routers[r].top_k * counts.routers[after].top_k
+        assert rows["together"].sum() == counts.tokens_of(r) * pairs
 
 
 def _repetition(made: Report, r: int, rows: Any) -> None:

@@ -71,26 +71,24 @@ def test_a_trace_of_decisions_is_cut_into_windows(cli: Cli, tmp_path: Path) -> N
         alarms_of(trace, [parse_rule("aux_loss > 1")])
 
 
-@pytest.mark.parametrize("name", ["clustered 8/2", "6 documents", "two domains of five"])
-def test_what_may_be_chance_to_the_verdict_is_no_alarm(name: str, tmp_path: Path) -> None:
+BY_CHANCE: dict[str, tuple[str, list[str], int]] = {
+    name: (name, ["max_vio > 0.2", "dead_experts > 0"], 500)
+    for name in ("clustered 8/2", "6 documents", "two domains of five")
+}
+BY_CHANCE["drift of 6 documents"] = ("6 documents", ["drift > 0.01"], 64)
+
+
+@pytest.mark.parametrize("case", BY_CHANCE)
+def test_what_may_be_chance_to_the_verdict_is_no_alarm(case: str, tmp_path: Path) -> None:
     """Documents that each have a taste of their own, as the report knows; six of them tell nothing.
     Control: the same windows, taken for independent tokens, raise alarms."""
+    name, texts, window = BY_CHANCE[case]
     trace = drawn(tmp_path / "t", replace(REGIMES[name], L=2, taste=1.0), 1)
-    rules = [parse_rule("max_vio > 0.2"), parse_rule("dead_experts > 0")]
+    rules = [parse_rule(text) for text in texts]
     (balance,) = [f for f in moe_inspect.report(trace).verdict() if f.kind == "balance"]
     assert balance.severity in ("good", "note")
-    assert not alarms_of(trace, rules, window=500)
-    windows = list(windows_of(trace, select(trace), window=500)[0])
-    blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
-    assert [alarm for w in windows for alarm in blind.see(w)]
-
-
-def test_drift_is_no_alarm_where_documents_are_too_few_to_tell(tmp_path: Path) -> None:
-    """Six documents. Control: the same windows, taken for independent tokens, raise alarms."""
-    trace = drawn(tmp_path / "t", replace(REGIMES["6 documents"], L=2, taste=1.0), 1)
-    rules = [parse_rule("drift > 0.01")]
-    assert not alarms_of(trace, rules, window=64)
-    windows = list(windows_of(trace, select(trace), window=64)[0])
+    assert not alarms_of(trace, rules, window=window)
+    windows = list(windows_of(trace, select(trace), window=window)[0])
     blind = Alarms(trace.routers, rules, effects={0: 1.0, 1: 1.0})
     assert [alarm for w in windows for alarm in blind.see(w)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,17 +74,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
         for r in range(0, L, 3):  # some layers prefer experts 0 to k - 1, in one domain or in all
             ids[r][r % 2 * 100 : 200] = np.arange(k)
         weights = [np.sort(rng.random((T, k)).astype(np.float32))[:, ::-1] for _ in ids]
-        trace = write_trace(
-            Path(f"{L}x{E}"),
-            ids,
-            E,
-            document=np.arange(T) // 20,
-            domain_of_document=["law"] * 10 + ["code"] * 10,
-            token_id=rng.integers(0, 30, T),
-            weights=weights,
-            words=30,
-        )
-        made.append(report(trace))
+        given: Any = {"document": np.arange(T) // 20, "token_id": rng.integers(0, 30, T)}
+        given |= {"domain_of_document": ["law"] * 10 + ["code"] * 10, "words": 30}
+        made.append(report(write_trace(Path(f"{L}x{E}"), ids, E, weights=weights, **given)))
     return made
 
 
@@ -124,11 +118,8 @@ def test_a_report_fits_a_screen_and_no_word_is_broken(show: Show, reports: list[
             worst = [float(line.split()[2].rstrip("x")) for line in lines[at:-2]]
             assert worst == sorted(worst, reverse=True)
             assert len(worst) >= min(L, 5)
-            assert (
-                sum(line.startswith("• ") for line in lines)
-                <= MOST_FINDINGS
-                < len([line for line in piped if line.startswith("• ")])
-            )
+            said, whole = (sum(of.startswith("• ") for of in text) for text in (lines, piped))
+            assert said <= MOST_FINDINGS < whole
         assert len(shown[200]) <= len(shown[80])
         first = [line for line in shown[80] if re.match(r"layer +0", line)]
         assert bool(re.search("[▇█]", first[0])) == (E > 8)  # characters where numbers do not fit
@@ -183,21 +174,15 @@ def test_loads_below_at_and_above_the_mean_have_colours_that_differ(colours: Col
 
 def test_text_in_a_file_keeps_every_column_and_number(planted_report: Report):
     text = text_of(planted_report)
+    heads = [line.split() for line in text.splitlines()]
     for name in ("balance", "load", "domains", "specialization", "vocabulary"):
-        head = next(
-            line
-            for line in text.splitlines()
-            if line.split()[:2] == ["layer", "router"]
-            and line.split() == list(planted_report.tables[name].columns)
-        )
-        assert head
+        assert list(planted_report.tables[name].columns) in heads
     assert "…" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert "more columns" not in text
     lines = text[text.index("•") : text.index("\n\nload of")].splitlines()
-    assert [re.sub("• ((Critical|Warning): )?", "", line) for line in lines] == sentences(
-        planted_report
-    )
+    said = [re.sub("• ((Critical|Warning): )?", "", line) for line in lines]
+    assert said == sentences(planted_report)
     assert lines[0].startswith("• Critical: ")
     assert "\x1b" not in text
     ratio = planted_report.tables["load"]["load_ratio"].to_numpy()
@@ -268,29 +253,17 @@ def on_a_terminal(columns: int, *arguments: object, height: int = 50) -> list[st
     """The lines that a terminal of this size is sent, without colours."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("COLUMNS", "LINES", "NO_COLOR")
-    }
+    environment = {**os.environ, "TERM": "xterm"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
     command = [sys.executable, "-m", "moe_inspect", *map(str, arguments)]
-    running = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=subprocess.DEVNULL,
-        env={**environment, "TERM": "xterm"},
-    )
+    nothing = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = subprocess.Popen(command, stdout=theirs, env=environment, **nothing)
     os.close(theirs)
     sent = b""
-    while True:
-        try:
-            part = os.read(ours, 65_536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        sent += part
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 65_536):
+            sent += part
     os.close(ours)
     assert running.wait() == 0
     assert b"\x1b[" in sent
@@ -299,16 +272,14 @@ def on_a_terminal(columns: int, *arguments: object, height: int = 50) -> list[st
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_part_of_a_wide_table_says_which_rows_it_has(planted_trace: Trace, columns: int):
-    lines = on_a_terminal(
-        columns, "report", planted_trace.path, "--table", "windows", "--layers", 0
-    )
+    asked = ("--table", "windows", "--layers", 0)
+    lines = on_a_terminal(columns, "report", planted_trace.path, *asked)
     assert max(map(len, lines)) <= columns
     heads = [line.split() for line in lines if line.split()[:1] == ["window"]]
     said = " ".join(lines[: lines.index(next(line for line in lines if "window " in line))])
     constant = [part.split()[0] for part in said.removeprefix("every row: ").split(" · ")]
-    assert {name for head in heads for name in head} | {*constant, "router"} == {
-        *report(planted_trace).tables["windows"].columns
-    }
+    named = {name for head in heads for name in head} | {*constant, "router"}
+    assert named == {*report(planted_trace).tables["windows"].columns}
     assert "layer" in constant
     assert len(heads) > 1 or columns == 120
 

@@ -25,9 +25,11 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.watch.serve import address, hosts_of, is_loopback
 from tests.conftest import ROOT
-from tests.test_page import CHROMIUM
+from tests.test_page import browser, pytestmark  # noqa: F401 (a fixture, a mark)
 from tests.watched import batches, waited, writer
 
+slow = pytestmark
+del pytestmark
 L, E = 5, 8
 for name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason="the extra watch")
@@ -56,12 +58,8 @@ class Server:
         return json.loads(self.get("/state")[1])
 
     def metrics(self) -> dict[str, float]:
-        lines = self.get("/metrics")[1].splitlines()
-        return {
-            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-            for line in lines
-            if not line.startswith("#")
-        }
+        lines = [n for n in self.get("/metrics")[1].splitlines() if not n.startswith("#")]
+        return {name: float(value) for name, _, value in (n.rpartition(" ") for n in lines)}
 
     def connected(self, path: str) -> socket.socket:
         """A client that has asked for a path."""
@@ -141,28 +139,16 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server: Server) -> None:
     assert served == set(re.findall(r"`(moe_inspect_\w+)`", page))
 
 
-@pytest.mark.parametrize(
-    ("host", "code"),
-    [
-        ("localhost", 200),
-        ("LOCALHOST:1", 200),
-        ("127.0.0.1:80", 200),
-        ("[::1]:80", 200),
-        ("moe.example:80", 200),
-        ("evil.example", 421),
-        ("127.0.0.1.evil.example", 421),
-        ("localhost.evil.example:80", 421),
-        ("", 421),
-        ("[::1", 421),
-    ],
-)
+OWN = ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "moe.example:80")
+FOREIGN = ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::1")
+
+
+@pytest.mark.parametrize("host", [*OWN, *FOREIGN])
 @pytest.mark.parametrize("path", ["/", "/state", "/metrics", "/nothing"])
-def test_only_its_own_hosts_are_answered(server: Server, host: str, code: int, path: str) -> None:
-    expected = 404 if code == 200 and path == "/nothing" else code
+def test_only_its_own_hosts_are_answered(server: Server, host: str, path: str) -> None:
     status, text, _ = server.get(path, Host=host)
-    assert status == expected
-    if code == 421:
-        assert "tokens" not in text
+    assert status == (421 if host in FOREIGN else 404 if path == "/nothing" else 200)
+    assert host in OWN or "tokens" not in text
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
@@ -213,18 +199,17 @@ def test_counts_show_no_text(trace: Path) -> None:
         quiet.stop()
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("8000", ("127.0.0.1", 8000)),
-        (":8000", ("127.0.0.1", 8000)),
-        ("0.0.0.0:80", ("0.0.0.0", 80)),
-        ("[::1]:80", ("::1", 80)),
-        ("localhost:0", ("localhost", 0)),
-    ],
-)
-def test_addresses(text: str, found: tuple[str, int]) -> None:
-    assert address(text) == found
+ADDRESSES = {
+    "8000": ("127.0.0.1", 8000),
+    ":8000": ("127.0.0.1", 8000),
+    "0.0.0.0:80": ("0.0.0.0", 80),
+    "[::1]:80": ("::1", 80),
+    "localhost:0": ("localhost", 0),
+}
+
+
+def test_addresses() -> None:
+    assert {text: address(text) for text in ADDRESSES} == ADDRESSES
 
 
 @pytest.mark.parametrize("text", ["", "a", "127.0.0.1", "1:99999", "1:-1", "1:٣"])
@@ -251,61 +236,52 @@ def test_a_port_that_is_taken_is_one_line(trace: Path) -> None:
     assert done.stderr == f"error: cannot serve at {where}: Address already in use\n"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
-    reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
-)
+@slow[0]
+@slow[1]
 def test_the_page_follows_the_trace_until_its_writer_is_killed(
-    tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    browser: Any,  # noqa: F811
 ) -> None:
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "REQUIRE_CHROMIUM is set, and there is none"
     root = tmp_path / "<b>t"
     server, complaints = Server(root), list[str]()
     request.addfinalizer(server.process.kill)
-    with sync_playwright() as tool:
-        browser = tool.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else []
-        )
-        view = browser.new_page(viewport={"width": 1280, "height": 900})
-        view.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        view.on("pageerror", lambda error: complaints.append(str(error)))
+    view = browser.new_page(viewport={"width": 1280, "height": 900})
+    view.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    view.on("pageerror", lambda error: complaints.append(str(error)))
 
-        def until(expression: str) -> None:  # (the policy forbids what wait_for_function does)
-            waited(lambda: view.wait_for_timeout(50) or view.evaluate(expression))
+    def until(expression: str) -> None:  # (the policy forbids what wait_for_function does)
+        waited(lambda: view.wait_for_timeout(50) or view.evaluate(expression))
 
-        view.goto(server.url)
-        until("document.getElementById('status').textContent === 'waiting'")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.watched", str(root), "5", "8", "1000", "0.05"]
-        )
-        request.addfinalizer(process.kill)
-        until("document.querySelectorAll('#alarm-list .critical').length > 0")
-        assert view.inner_text("#status") == "recording"
-        assert view.inner_text("#path").endswith("<b>t")
-        assert "process" in view.inner_text("#said")
-        assert "Layer 3, expert 2" in view.inner_text("#alarm-list")
-        tokens = "Number(document.getElementById('tokens').textContent.replaceAll(',', ''))"
-        before = view.evaluate(tokens)
-        # a part of the page that a reader has chosen stays while it is brought up to date
-        view.locator(".plot").first.focus()
-        for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
-            view.keyboard.press(key)
-        until(f"{tokens} > {before + 1000}")
-        drawn = view.evaluate("document.querySelectorAll('.plot svg text.in').length")
-        assert drawn > 20  # a number in each cell of 5 × 8
-        assert view.inner_text("#text-title") == "Last text for expert 1 of layer 3"
-        assert view.evaluate("document.querySelectorAll('#words mark').length") > 0
-        assert "<b>" in view.inner_text("#words")
-        assert view.evaluate("moe.plots[0].at") == [3, 1]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        until("document.getElementById('status').textContent === 'killed'")
-        assert f"process {process.pid} is gone" in view.inner_text("#said")
-        assert view.evaluate(tokens) == open_trace(root).n_tokens
-        assert complaints == []
-        assert server.stop() == 130
-        until("document.getElementById('status').textContent === 'lost'")
-        browser.close()
+    view.goto(server.url)
+    until("document.getElementById('status').textContent === 'waiting'")
+    writes = ["-m", "tests.watched", str(root), "5", "8", "1000", "0.05"]
+    process = subprocess.Popen([sys.executable, *writes])
+    request.addfinalizer(process.kill)
+    until("document.querySelectorAll('#alarm-list .critical').length > 0")
+    assert view.inner_text("#status") == "recording"
+    assert view.inner_text("#path").endswith("<b>t")
+    assert "process" in view.inner_text("#said")
+    assert "Layer 3, expert 2" in view.inner_text("#alarm-list")
+    tokens = "Number(document.getElementById('tokens').textContent.replaceAll(',', ''))"
+    before = view.evaluate(tokens)
+    # a part of the page that a reader has chosen stays while it is brought up to date
+    view.locator(".plot").first.focus()
+    for key in (*["ArrowDown"] * 3, "ArrowRight"):
+        view.keyboard.press(key)
+    until(f"{tokens} > {before + 1000}")
+    drawn = view.evaluate("document.querySelectorAll('.plot svg text.in').length")
+    assert drawn > 20  # a number in each cell of 5 × 8
+    assert view.inner_text("#text-title") == "Last text for expert 1 of layer 3"
+    assert view.evaluate("document.querySelectorAll('#words mark').length") > 0
+    assert "<b>" in view.inner_text("#words")
+    assert view.evaluate("moe.plots[0].at") == [3, 1]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until("document.getElementById('status').textContent === 'killed'")
+    assert f"process {process.pid} is gone" in view.inner_text("#said")
+    assert view.evaluate(tokens) == open_trace(root).n_tokens
+    assert complaints == []
+    assert server.stop() == 130
+    until("document.getElementById('status').textContent === 'lost'")
+    view.close()

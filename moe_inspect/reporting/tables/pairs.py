@@ -8,7 +8,7 @@ first, pairs less frequent than expected last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,13 +110,13 @@ def repetition(data: ReportData) -> pd.DataFrame:
         found: dict[str, np.ndarray | float] = {"domain": np.array(counts.domains, object)}
         found |= {"pairs": pairs_D}
         found |= {name + bound: np.nan for name in REPEATED for bound in BOUNDS}
-        for name, same in _repeated(of):
+        for name, formula, same in _repeated(of):
             ends = [
                 unc.ratio_interval(same[units], pairs_U[units], weights)
                 for units, weights in zip(of_domain, resampled, strict=True)
             ]
             low_D, high_D = np.array(ends).reshape(-1, 2).T
-            share_D = FORMULAS[name](counts.by_domain(same), pairs_D)
+            share_D = formula(counts.by_domain(same), pairs_D)
             found |= {name: share_D, f"{name}_low": low_D, f"{name}_high": high_D}
         by_load = np.nan if first_DE is None else pairs.first_choice_by_load(first_DE)
         return found | {
@@ -128,15 +128,16 @@ def repetition(data: ReportData) -> pd.DataFrame:
     return load.rows_per_router(data, columns)
 
 
-FORMULAS = {"first_choice": pairs.first_choice, "any_choice": pairs.any_choice}
+Formula = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _repeated(of: RouterCounts) -> Iterator[tuple[str, np.ndarray]]:
-    """By name, how often consecutive tokens choose alike in each unit; without the first choices
-    where these are unknown."""
-    for name, same_U in zip(REPEATED, (of.first_same_U, of.any_same_U), strict=True):
+def _repeated(of: RouterCounts) -> Iterator[tuple[str, Formula, np.ndarray]]:
+    """How often consecutive tokens choose alike: name, formula, and how many do in each unit;
+    without the first choices where these are unknown."""
+    formulas, same = (pairs.first_choice, pairs.any_choice), (of.first_same_U, of.any_same_U)
+    for name, formula, same_U in zip(REPEATED, formulas, same, strict=True):
         if same_U is not None:
-            yield name, same_U
+            yield name, formula, same_U
 
 
 @table("repetition", "srp", "transitions", by_router=LOCALITY)
@@ -156,8 +157,8 @@ def locality(data: ReportData) -> pd.DataFrame:
             row.update(zip((name + bound for bound in BOUNDS), (value, *interval), strict=True))
 
         pairs_U = _counted(of.pairs_U)
-        for name, same_U in _repeated(of):
-            share = FORMULAS[name](same_U.sum(keepdims=True), pairs_U.sum(keepdims=True))[0]
+        for name, formula, same_U in _repeated(of):
+            share = formula(same_U.sum(keepdims=True), pairs_U.sum(keepdims=True))[0]
             interval = unc.ratio_interval(same_U, pairs_U, weights_RU)
             add(f"{name}_repetition", float(share), interval)
         for m in LENGTHS:
