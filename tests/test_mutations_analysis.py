@@ -107,7 +107,7 @@ resumed = by(test_trace.test_uncommitted_files_are_ignored_and_resume_deletes_th
 MUTATIONS = {
     # verdict
     "averaging: half becomes twice": (verdict, 'row["max_vio"] / 2)', 'row["max_vio"] * 2)', by_sentence("pooled shows half")),
-    "least used: within chance": (verdict_experts, 'return row["least_used_p"] < ALPHA', "return True", by_sentence("little used by chance")),
+    "least used: within chance": (verdict_experts, 'if row["least_used_p"] < ALPHA]', "]", by_sentence("little used by chance")),
     "dead: chance is taken for death": (verdict_experts, "if likely > 0.01:", "if likely > 0.5:", by_sentence("dead by chance")),
     "a domain overloads as all do": (verdict_experts, ' or excess <= 1.5 * overall["max_vio"]', "", by_sentence("little more than all together")),
     "passes: no floor": (verdict, ' - floor', "", by_sentence("by pass, as chance")),

@@ -9,10 +9,9 @@ import gzip
 import hashlib
 import json
 import re
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 
 from moe_inspect.errors import MoeInspectError, reading, writing
 from moe_inspect.files import mapped, read_small
@@ -36,16 +35,17 @@ LONGEST = 60  # characters of a file's name
 MOST_INDEX_BYTES = 2**30
 
 
-class Directory(AbstractContextManager["Directory"]):
+class Directory(ExitStack):
     """Locked while it is open. `before`: the entries of the index that is there. MoeInspectError
     where something else is there."""
 
     def __init__(self, root: Path):
-        self.root = root
+        super().__init__()
+        self.root, self.taken = root, {INDEX}
         if root.exists() and not root.is_dir():
             raise MoeInspectError(f"{root} is a file: give a directory for the site")
         refuse_within_trace(root)
-        self.lock = hold(root)
+        self.callback(hold(root).release)
         try:
             with reading(root):
                 self.before = _entries(root / INDEX)
@@ -54,10 +54,9 @@ class Directory(AbstractContextManager["Directory"]):
                 for path in drafts:  # of a run that was killed
                     path.unlink()
         except BaseException:
-            self.lock.release()
+            self.close()
             raise
-        self.taken = {INDEX}
-        self.drafts = ExitStack()
+        self.drafts = self.enter_context(ExitStack())
         self.index = self.drafts.enter_context(draft_of(root / INDEX))  # renamed last
 
     def free_page(self, name: str) -> str:
@@ -94,17 +93,6 @@ class Directory(AbstractContextManager["Directory"]):
             for page in {entry["page"] for entry in self.before} - pages:
                 (self.root / page).unlink(missing_ok=True)
             sync_directory(self.root)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.drafts.__exit__(kind, value, trace)
-        finally:
-            self.lock.release()
 
 
 def _entries(index: Path) -> list[Entry]:

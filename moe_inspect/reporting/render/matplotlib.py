@@ -144,227 +144,213 @@ class Placed(NamedTuple):
 
 def draw(chart: Chart, width: float = WIDTH) -> Figure:
     """The figure of a chart, so many inches wide."""
-    figure = Figure((width, 1))
-    FigureCanvasAgg(figure)
-    within = width - 2 * EDGE
-    columns = min(chart.columns, len(chart.panels), max(1, int(within / BREADTH)))
-    breadth = (within - GAP * (columns - 1)) / columns
-    scales = {panel.heatmap.scale if panel.heatmap else None for panel in chart.panels}
-    scale = scales.pop() if len(scales) == 1 else None  # of all panels
-    bar = _colour_bar(figure, scale, within) if scale else None
-    placed = [_place(figure, panel, breadth, columns, bar is None) for panel in chart.panels]
-    rows = [placed[i : i + columns] for i in range(0, len(placed), columns)]
-    title = _lines(figure, chart.title, 12, within, "bold")
-    headline = _lines(figure, chart.headline, 9.5, within)
-    below_title = EDGE + 0.05 + 0.25 * len(title)
-    y = below_title + 0.2 * len(headline) + 0.06
-    top = y + (bar.height if bar else 0)
-    sizes = [max(p.above for p in row) + max(p.height for p in row) + BELOW for row in rows]
-    figure.set_figheight(top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE)
-    above_all = partial(_text, figure, EDGE, va="top", linespacing=1.4)
-    above_all(EDGE, "\n".join(title), fontsize=12, weight="bold")
-    above_all(below_title, "\n".join(headline), fontsize=9.5, weight="normal")
-    if bar:
-        _draw_colour_bar(figure, bar, EDGE, y)
-    besides = [max(p.beside for p in placed[column::columns]) for column in range(columns)]
-    for row, size in zip(rows, sizes, strict=True):
-        above = max(p.above for p in row)
-        for column, (p, beside) in enumerate(zip(row, besides, strict=False)):
-            _panel(figure, p, EDGE + column * (breadth + GAP), beside, top, above, breadth)
-        top += size + BETWEEN
-    return figure
-
-
-def _axes(
-    figure: Figure, left: float, top: float, width: float, height: float, label: str = ""
-) -> Axes:
-    """Axes in a box that begins so far from the left and from the top."""
-    wide, high = figure.get_size_inches()
-    box = left / wide, 1 - (top + height) / high, width / wide, height / high
-    return figure.add_axes(box, label=label)
-
-
-def _text(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
-    wide, high = figure.get_size_inches()
-    figure.text(left / wide, 1 - top / high, plain(text), **style)
-
-
-def _place(figure: Figure, panel: Panel, breadth: float, columns: int, alone: bool) -> Placed:
-    lines = _lines(figure, panel.title, 9.5, breadth, "bold") if panel.title else []
-    above = 0.08 + 0.18 * len(lines) if lines else 0
-    legend_columns, bar = 0, None
-    if heatmap := panel.heatmap:
-        R, _ = heatmap.values.shape
-        tallest = 5.6 if columns == 1 else 3.6
-        height = float(np.clip(R * np.clip(tallest / R, 0.09, 0.3), 0.6, tallest + 1))
-        ends, ticks = (-0.5, R - 0.5), named_ticks(panel.y, R, height / LINE)
-        bar = _colour_bar(figure, heatmap.scale, breadth) if alone else None
-        above += bar.height if bar else 0
-    else:
-        names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
-        legend_columns = _legend_columns(figure, names, breadth)
-        entries = [_entry(figure, name, breadth).count("\n") + 1 for name in names]
-        rows = sum(entries) if legend_columns == 1 else -(-len(names) // (legend_columns or 1))
-        height = 2.1 if columns == 1 else 1.9
-        ends = vertical_range(panel)
-        ticks = value_ticks(panel.y, *ends)
-        above += 0.14 + 0.155 * rows if rows else 0.05
-    # room for the labels and the title of the vertical axis
-    beside = _widest(figure, [label for _, label in ticks]) + 0.09 + (0.2 if panel.y.title else 0)
-    return Placed(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
-
-
-def _panel(
-    figure: Figure,
-    of: Placed,
-    left: float,
-    beside: float,
-    top: float,
-    above: float,
-    breadth: float,
-) -> None:
-    """Draws a panel. left, top: where it begins; beside, above: what lies left of and above its
-    axes."""
-    panel, heatmap = of.panel, of.panel.heatmap
-    # right of the axes, half of a label below their end
-    right = max(0.05, _widest(figure, panel.x.labels[-1:]) / 2 - 0.03)
-    across = breadth - beside - right
-    axes = _axes(figure, left + beside, top + above, across, of.height)
-    for mark in panel.marks:
-        draw_mark(mark, axes)
-    if panel.title:
-        # over what belongs to the panel, which begins left of its axes
-        pad = 72 * (of.above - 0.02 - 0.18 * len(of.title))
-        style: Any = {"x": -beside / across, "fontsize": 9.5, "weight": "bold", "pad": pad}
-        axes.set_title(plain("\n".join(of.title)), loc="left", **style)
-    low, high = of.ends
-    axes.set_ylim((high, low) if heatmap else (low, high))
-    if panel.y.log:
-        axes.set_yscale("log", base=2)
-    axes.set_yticks([at for at, _ in of.ticks], [plain(label) for _, label in of.ticks])
-    axes.minorticks_off()
-    count = heatmap.values.shape[1] if heatmap else len(panel.x.labels)
-    axes.set_xlim(-0.5, count - 0.5)
-    most = across / (_widest(figure, panel.x.labels or ("000",)) + 0.15)
-    ticks = named_ticks(panel.x, count, most)
-    axes.set_xticks([at for at, _ in ticks], [plain(label) for _, label in ticks])
-    axes.set_xlabel(plain(panel.x.title), fontsize=SMALL)
-    axes.set_ylabel(plain(panel.y.title), fontsize=SMALL)
-    if panel.y.title:
-        axes.yaxis.set_label_coords(-(beside - 0.08) / across, 0.5)
-    axes.tick_params(labelsize=SMALL, length=2, pad=2, color="0.5")
-    axes.spines[["top", "right"]].set_visible(False)
-    if heatmap:
-        axes.spines[["left", "bottom"]].set_visible(False)
-        cells, room = heatmap.cells, across / count - 0.04
-        if cells is not None and _widest(figure, set(cells.ravel())) < room:
-            _write_cells(heatmap, cells, axes)
-        if of.bar:
-            _draw_colour_bar(figure, of.bar, left, top + above - of.bar.height)
-        return
-    axes.grid(axis="y", color="0.92", lw=0.8)
-    axes.set_axisbelow(True)
-    if of.legend_columns:
-        handles, names = axes.get_legend_handles_labels()
-        axes.legend(
-            handles,
-            [_entry(figure, name, breadth) for name in names],
-            fontsize=SMALL,
-            frameon=False,
-            loc="lower left",
-            bbox_to_anchor=(-beside / across, 1 + 0.05 / of.height),
-            ncols=of.legend_columns,
-            borderaxespad=0,
-            borderpad=0.3,
-            **LEGEND,
-        )
+    return _Sheet(chart, width).draw(chart)
 
 
 LEGEND = {"handlelength": 2.0, "handletextpad": 0.6, "columnspacing": 1.4, "labelspacing": 0.35}
 
 
-def _legend_columns(figure: Figure, names: Sequence[str], breadth: float) -> int:
-    """How many columns of a legend fit beside each other. matplotlib fills one column after the
-    other."""
-    em = SMALL / 72
-    for columns in range(len(names), 1, -1):
-        widths = [_widest(figure, part) for part in np.array_split(np.array(names), columns)]
-        handles = (LEGEND["handlelength"] + LEGEND["handletextpad"]) * columns
-        between = LEGEND["columnspacing"] * (columns - 1) + 1
-        if sum(widths) + em * (handles + between) <= breadth:
-            return columns
-    return min(1, len(names))
+class _Sheet:
+    """A figure of so many columns of panels, each as wide as `breadth`."""
 
+    def __init__(self, chart: Chart, width: float):
+        self.figure, self.within = Figure((width, 1)), width - 2 * EDGE
+        FigureCanvasAgg(self.figure)
+        most = max(1, int(self.within / BREADTH))
+        self.columns = min(chart.columns, len(chart.panels), most)
+        self.breadth = (self.within - GAP * (self.columns - 1)) / self.columns
 
-def _entry(figure: Figure, name: str, breadth: float) -> str:
-    """A name in a legend, in lines that fit."""
-    beside = SMALL / 72 * (LEGEND["handlelength"] + LEGEND["handletextpad"] + 1)
-    return "\n".join(_lines(figure, name, SMALL, breadth - beside))
+    def draw(self, chart: Chart) -> Figure:
+        figure, within, columns = self.figure, self.within, self.columns
+        scales = {panel.heatmap.scale if panel.heatmap else None for panel in chart.panels}
+        scale = scales.pop() if len(scales) == 1 else None  # of all panels
+        bar = self._colour_bar(scale, within) if scale else None
+        placed = [self._place(panel, bar is None) for panel in chart.panels]
+        rows = [placed[i : i + columns] for i in range(0, len(placed), columns)]
+        title = self._lines(chart.title, 12, within, "bold")
+        headline = self._lines(chart.headline, 9.5, within)
+        below_title = EDGE + 0.05 + 0.25 * len(title)
+        y = below_title + 0.2 * len(headline) + 0.06
+        top = y + (bar.height if bar else 0)
+        sizes = [max(p.above for p in row) + max(p.height for p in row) + BELOW for row in rows]
+        figure.set_figheight(top + sum(sizes) + BETWEEN * (len(rows) - 1) + EDGE)
+        above_all = partial(self._text, EDGE, va="top", linespacing=1.4)
+        above_all(EDGE, "\n".join(title), fontsize=12, weight="bold")
+        above_all(below_title, "\n".join(headline), fontsize=9.5, weight="normal")
+        if bar:
+            self._draw_colour_bar(bar, EDGE, y)
+        besides = [max(p.beside for p in placed[column::columns]) for column in range(columns)]
+        for row, size in zip(rows, sizes, strict=True):
+            above = max(p.above for p in row)
+            for column, (p, beside) in enumerate(zip(row, besides, strict=False)):
+                self._panel(p, EDGE + column * (self.breadth + GAP), beside, top, above)
+            top += size + BETWEEN
+        return figure
 
+    def _axes(self, left: float, top: float, width: float, height: float, label: str = "") -> Axes:
+        """Axes in a box that begins so far from the left and from the top."""
+        wide, high = self.figure.get_size_inches()
+        box = left / wide, 1 - (top + height) / high, width / wide, height / high
+        return self.figure.add_axes(box, label=label)
 
-def _lines(
-    figure: Figure, text: str, size: float, room: float, weight: str = "normal"
-) -> list[str]:
-    """The text in lines no wider than `room`, as far as its words are not."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if lines[-1] and _widest(figure, [longer], size, weight) > room:
-            lines.append(word)
+    def _text(self, left: float, top: float, text: str, **style: Any) -> None:
+        wide, high = self.figure.get_size_inches()
+        self.figure.text(left / wide, 1 - top / high, plain(text), **style)
+
+    def _place(self, panel: Panel, alone: bool) -> Placed:
+        lines = self._lines(panel.title, 9.5, self.breadth, "bold") if panel.title else []
+        above = 0.08 + 0.18 * len(lines) if lines else 0
+        legend_columns, bar = 0, None
+        if heatmap := panel.heatmap:
+            R, _ = heatmap.values.shape
+            tallest = 5.6 if self.columns == 1 else 3.6
+            height = float(np.clip(R * np.clip(tallest / R, 0.09, 0.3), 0.6, tallest + 1))
+            ends, ticks = (-0.5, R - 0.5), named_ticks(panel.y, R, height / LINE)
+            bar = self._colour_bar(heatmap.scale, self.breadth) if alone else None
+            above += bar.height if bar else 0
         else:
-            lines[-1] = longer
-    return lines
+            names = [plain(name) for mark in panel.marks if (name := getattr(mark, "name", ""))]
+            legend_columns = self._legend_columns(names)
+            entries = [self._entry(name).count("\n") + 1 for name in names]
+            rows = sum(entries) if legend_columns == 1 else -(-len(names) // (legend_columns or 1))
+            height = 2.1 if self.columns == 1 else 1.9
+            ends = vertical_range(panel)
+            ticks = value_ticks(panel.y, *ends)
+            above += 0.14 + 0.155 * rows if rows else 0.05
+        # room for the labels and the title of the vertical axis
+        beside = self._widest([label for _, label in ticks]) + 0.09 + (0.2 if panel.y.title else 0)
+        return Placed(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
 
+    def _panel(self, of: Placed, left: float, beside: float, top: float, above: float) -> None:
+        """Draws a panel. left, top: where it begins; beside, above: what lies left of and above its
+        axes."""
+        panel, heatmap = of.panel, of.panel.heatmap
+        # right of the axes, half of a label below their end
+        right = max(0.05, self._widest(panel.x.labels[-1:]) / 2 - 0.03)
+        across = self.breadth - beside - right
+        axes = self._axes(left + beside, top + above, across, of.height)
+        for mark in panel.marks:
+            draw_mark(mark, axes)
+        if panel.title:
+            # over what belongs to the panel, which begins left of its axes
+            pad = 72 * (of.above - 0.02 - 0.18 * len(of.title))
+            style: Any = {"x": -beside / across, "fontsize": 9.5, "weight": "bold", "pad": pad}
+            axes.set_title(plain("\n".join(of.title)), loc="left", **style)
+        low, high = of.ends
+        axes.set_ylim((high, low) if heatmap else (low, high))
+        if panel.y.log:
+            axes.set_yscale("log", base=2)
+        axes.set_yticks([at for at, _ in of.ticks], [plain(label) for _, label in of.ticks])
+        axes.minorticks_off()
+        count = heatmap.values.shape[1] if heatmap else len(panel.x.labels)
+        axes.set_xlim(-0.5, count - 0.5)
+        most = across / (self._widest(panel.x.labels or ("000",)) + 0.15)
+        ticks = named_ticks(panel.x, count, most)
+        axes.set_xticks([at for at, _ in ticks], [plain(label) for _, label in ticks])
+        axes.set_xlabel(plain(panel.x.title), fontsize=SMALL)
+        axes.set_ylabel(plain(panel.y.title), fontsize=SMALL)
+        if panel.y.title:
+            axes.yaxis.set_label_coords(-(beside - 0.08) / across, 0.5)
+        axes.tick_params(labelsize=SMALL, length=2, pad=2, color="0.5")
+        axes.spines[["top", "right"]].set_visible(False)
+        if heatmap:
+            axes.spines[["left", "bottom"]].set_visible(False)
+            cells, room = heatmap.cells, across / count - 0.04
+            if cells is not None and self._widest(set(cells.ravel())) < room:
+                _write_cells(heatmap, cells, axes)
+            if of.bar:
+                self._draw_colour_bar(of.bar, left, top + above - of.bar.height)
+            return
+        axes.grid(axis="y", color="0.92", lw=0.8)
+        axes.set_axisbelow(True)
+        if of.legend_columns:
+            handles, names = axes.get_legend_handles_labels()
+            axes.legend(
+                handles,
+                [self._entry(name) for name in names],
+                fontsize=SMALL,
+                frameon=False,
+                loc="lower left",
+                bbox_to_anchor=(-beside / across, 1 + 0.05 / of.height),
+                ncols=of.legend_columns,
+                borderaxespad=0,
+                borderpad=0.3,
+                **LEGEND,
+            )
 
-def _widest(
-    figure: Figure, texts: Iterable[str], size: float = SMALL, weight: str = "normal"
-) -> float:
-    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    font = FontProperties(size=size, weight=weight)
-    widths: list[float] = [
-        renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
-    ]
-    return max(widths, default=0.0) / figure.dpi
+    def _legend_columns(self, names: Sequence[str]) -> int:
+        """How many columns of a legend fit beside each other. matplotlib fills one column after the
+        other."""
+        em = SMALL / 72
+        for columns in range(len(names), 1, -1):
+            widths = [self._widest(part) for part in np.array_split(np.array(names), columns)]
+            handles = (LEGEND["handlelength"] + LEGEND["handletextpad"]) * columns
+            between = LEGEND["columnspacing"] * (columns - 1) + 1
+            if sum(widths) + em * (handles + between) <= self.breadth:
+                return columns
+        return min(1, len(names))
 
+    def _entry(self, name: str) -> str:
+        """A name in a legend, in lines that fit."""
+        beside = SMALL / 72 * (LEGEND["handlelength"] + LEGEND["handletextpad"] + 1)
+        return "\n".join(self._lines(name, SMALL, self.breadth - beside))
 
-def _colour_bar(figure: Figure, scale: Scale, room: float) -> ColourBar:
-    """No wider than `room`: labels that would run into the next are left out."""
-    ticks = scale.ticks()
-    half = {label: _widest(figure, [label]) / 2 for _, label in ticks}
-    inset, end = half[ticks[0][1]], half[ticks[-1][1]]
-    long = min(0.42 * len(ticks), room - inset - end)
-    kept, after = list[tuple[float, str]](), np.inf
-    for at, label in reversed(ticks):
-        if at * long + half[label] + 0.03 <= after:
-            kept.append((at, label))
-            after = at * long - half[label]
-    swatches = [(scale.title, "")]
-    swatches += [("none", "dead")] if scale.kind == "ratio" else []
-    swatches += [(scale.unknown, "unknown")] if scale.unknown else []
-    x, y, texts = inset + long + end + 0.12, 0.105, list[tuple[float, float, str, str]]()
-    for text, name in swatches:
-        wide = _widest(figure, [text]) + (0.15 if name else 0)
-        if x + wide > room and x > 0:
-            x, y = 0.0, max(y, 0.25) + LINE
-        texts.append((x, y, text, name))
-        x += wide + 0.2
-    return ColourBar(scale, inset, long, kept, texts, SCALE + max(0.0, y - 0.25))
+    def _lines(self, text: str, size: float, room: float, weight: str = "normal") -> list[str]:
+        """The text in lines no wider than `room`, as far as its words are not."""
+        lines = [""]
+        for word in text.split(" "):
+            longer = f"{lines[-1]} {word}" if lines[-1] else word
+            if lines[-1] and self._widest([longer], size, weight) > room:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
 
+    def _widest(self, texts: Iterable[str], size: float = SMALL, weight: str = "normal") -> float:
+        renderer: Any = self.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        font = FontProperties(size=size, weight=weight)
+        widths: list[float] = [
+            renderer.get_text_width_height_descent(text, font, False)[0] for text in texts
+        ]
+        return max(widths, default=0.0) / self.figure.dpi
 
-def _draw_colour_bar(figure: Figure, bar: ColourBar, left: float, top: float) -> None:
-    axes = _axes(figure, left + bar.inset, top + 0.06, bar.long, 0.09, label="scale")
-    ramp, colours = np.linspace(0, 1, 512)[None], colour_map(bar.scale)
-    axes.imshow(ramp, aspect="auto", cmap=colours, vmin=0, vmax=1, extent=(0, 1, 0, 1))
-    axes.set_yticks([])
-    axes.set_xticks([at for at, _ in bar.ticks], [label for _, label in bar.ticks])
-    axes.tick_params(labelsize=SMALL, length=0, pad=2)
-    axes.spines[:].set_visible(False)
-    for x, y, text, name in bar.texts:
-        at = left + x
-        if name:
-            _text(figure, at, top + y, "■", va="center", fontsize=SMALL + 2, color=colour(name))
-            at += 0.15
-        _text(figure, at, top + y, text, va="center", fontsize=SMALL)
+    def _colour_bar(self, scale: Scale, room: float) -> ColourBar:
+        """No wider than `room`: labels that would run into the next are left out."""
+        ticks = scale.ticks()
+        half = {label: self._widest([label]) / 2 for _, label in ticks}
+        inset, end = half[ticks[0][1]], half[ticks[-1][1]]
+        long = min(0.42 * len(ticks), room - inset - end)
+        kept, after = list[tuple[float, str]](), np.inf
+        for at, label in reversed(ticks):
+            if at * long + half[label] + 0.03 <= after:
+                kept.append((at, label))
+                after = at * long - half[label]
+        swatches = [(scale.title, "")]
+        swatches += [("none", "dead")] if scale.kind == "ratio" else []
+        swatches += [(scale.unknown, "unknown")] if scale.unknown else []
+        x, y, texts = inset + long + end + 0.12, 0.105, list[tuple[float, float, str, str]]()
+        for text, name in swatches:
+            wide = self._widest([text]) + (0.15 if name else 0)
+            if x + wide > room and x > 0:
+                x, y = 0.0, max(y, 0.25) + LINE
+            texts.append((x, y, text, name))
+            x += wide + 0.2
+        return ColourBar(scale, inset, long, kept, texts, SCALE + max(0.0, y - 0.25))
+
+    def _draw_colour_bar(self, bar: ColourBar, left: float, top: float) -> None:
+        axes = self._axes(left + bar.inset, top + 0.06, bar.long, 0.09, label="scale")
+        ramp, colours = np.linspace(0, 1, 512)[None], colour_map(bar.scale)
+        axes.imshow(ramp, aspect="auto", cmap=colours, vmin=0, vmax=1, extent=(0, 1, 0, 1))
+        axes.set_yticks([])
+        axes.set_xticks([at for at, _ in bar.ticks], [label for _, label in bar.ticks])
+        axes.tick_params(labelsize=SMALL, length=0, pad=2)
+        axes.spines[:].set_visible(False)
+        for x, y, text, name in bar.texts:
+            at = left + x
+            if name:
+                self._text(at, top + y, "■", va="center", fontsize=SMALL + 2, color=colour(name))
+                at += 0.15
+            self._text(at, top + y, text, va="center", fontsize=SMALL)
 
 
 def colour(name: str) -> str:

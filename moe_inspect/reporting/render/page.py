@@ -175,27 +175,18 @@ def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
     dead_known = severity.get("dead_experts") != "note"
     dead, experts = (sum(int(row[of]) for row in rows) for of in ("dead_experts", "experts"))
     before = ", before drops" if worst["dropped"] > 0 else ""
+    where = f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst{before}"
+    like = "for independent tokens" if data.counts.counts_only else "for documents like these"
+    of, least = f"of {experts:,}", f"{1 + data.thresholds.uneven:g}× and {beyond(data)}"
     tiles = [
-        Tile(
-            "busiest expert ÷ mean",
-            f"{worst['max_over_mean']:.2f}×",
-            f"layer {layer_label(data.trace.routers, int(worst['router']))}, the worst{before}",
-        ),
-        Tile(
-            "expected by chance",
-            f"{worst['expected_by_chance']:.2f}×",
-            "for independent tokens" if data.counts.counts_only else "for documents like these",
-        ),
-        Tile(
-            "uneven routers",
-            f"{n} of {len(rows)}" if balance_known else "–",
-            f"{1 + data.thresholds.uneven:g}× and {beyond(data)}" if balance_known else few,
-        ),
-        Tile(
-            "dead experts" if dead_known else "experts without load",
-            f"{dead:,}",
-            f"of {experts:,}" if dead_known else f"of {experts:,}; {few}",
-        ),
+        Tile("busiest expert ÷ mean", f"{worst['max_over_mean']:.2f}×", where),
+        Tile("expected by chance", f"{worst['expected_by_chance']:.2f}×", like),
+        Tile("uneven routers", f"{n} of {len(rows)}", least)
+        if balance_known
+        else Tile("uneven routers", "–", few),
+        Tile("dead experts", f"{dead:,}", of)
+        if dead_known
+        else Tile("experts without load", f"{dead:,}", f"{of}; {few}"),
     ]
     if pooled:
         hides = "hides uneven layers" if "averaging_hides" in severity else ""

@@ -4,7 +4,7 @@ full, the tables cut short."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TextIO
@@ -204,49 +204,44 @@ def _most_exclusive(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     return frame.loc[(fraction * np.log1p(frame["count"])).nlargest(most).index]
 
 
+def _excerpt(what: str, rows: Callable[[pd.DataFrame, int], pd.DataFrame], of: str) -> Excerpt:
+    return Excerpt(what, rows, ("layer", "router", *of.split()))
+
+
 # table → what of it, in the order of the report: which rows, in words and chosen, and which columns
 EXCERPTS = {
-    name: Excerpt(what, rows, ("layer", "router", *columns.split()))
-    for name, what, rows, columns in (
-        (
-            "balance",
-            "the least balanced routers",
-            partial(_highest, column="max_vio"),
-            "max_over_mean expected_by_chance max_over_mean_low max_over_mean_high busiest_expert "
-            "dead_experts cv gini max_vio_batch",
-        ),
-        (
-            "load",
-            "the most and the least loaded experts",
-            _most_and_least_loaded,
-            "expert assignments share load_ratio first_choice",
-        ),
-        (
-            "domains",
-            "furthest above the mean over the domains, by activation minus that mean",
-            _furthest_above_mean,
-            "domain expert tokens activation lift",
-        ),
-        (
-            "specialization",
-            "the routers that separate domains best",
-            partial(_highest, column="domain_mi_bits"),
-            "domain_mi_bits domain_mi_null_bits token_mi_bits token_mi_null_bits jsd_bits "
-            "vocabulary_specialization",
-        ),
-        (
-            "router",
-            "the least confident routers",
-            partial(_highest, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
-            "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
-        ),
-        (
-            "vocabulary",
-            "the token ids that go to one expert most exclusively",
-            _most_exclusive,
-            "expert token count fraction first_choice_fraction",
-        ),
-    )
+    "balance": _excerpt(
+        "the least balanced routers",
+        partial(_highest, column="max_vio"),
+        "max_over_mean expected_by_chance max_over_mean_low max_over_mean_high busiest_expert "
+        "dead_experts cv gini max_vio_batch",
+    ),
+    "load": _excerpt(
+        "the most and the least loaded experts",
+        _most_and_least_loaded,
+        "expert assignments share load_ratio first_choice",
+    ),
+    "domains": _excerpt(
+        "furthest above the mean over the domains, by activation minus that mean",
+        _furthest_above_mean,
+        "domain expert tokens activation lift",
+    ),
+    "specialization": _excerpt(
+        "the routers that separate domains best",
+        partial(_highest, column="domain_mi_bits"),
+        "domain_mi_bits domain_mi_null_bits token_mi_bits token_mi_null_bits jsd_bits "
+        "vocabulary_specialization",
+    ),
+    "router": _excerpt(
+        "the least confident routers",
+        partial(_highest, column="gate_entropy_nats", otherwise="weight_entropy_nats"),
+        "weight_mass weight_entropy_nats aux_loss z_loss gate_entropy_nats top_k_mass tie_rate",
+    ),
+    "vocabulary": _excerpt(
+        "the token ids that go to one expert most exclusively",
+        _most_exclusive,
+        "expert token count fraction first_choice_fraction",
+    ),
 }
 
 

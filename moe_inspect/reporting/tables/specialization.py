@@ -126,14 +126,16 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
     """The table with columns for the baseline: value − null in it (`…_baseline`), value − null here
     minus that (`…_beyond_baseline`), and of the domain's information the probability that documents
     by chance give so much beyond it at any router."""
-    shapes = [
-        [
-            (r.layer, r.stack, r.experts, r.top_k)
-            for r in map(x.trace.routers.__getitem__, x.selection.routers)
-        ]
-        for x in (data, other)
-    ]
-    differ = ["routers"] if shapes[0] != shapes[1] else []
+
+    def shapes(of: ReportData) -> list[tuple[object, ...]]:
+        routers = (of.trace.routers[r] for r in of.selection.routers)
+        return [(r.layer, r.stack, r.experts, r.top_k) for r in routers]
+
+    def errors(of: ReportData) -> np.ndarray:
+        loads, domain_U, routers = of.counts.of, of.counts.domain_of_unit_U, of.selection.routers
+        return np.array([sp.domain_mi_error(loads[r].assignments_UE, domain_U) for r in routers])
+
+    differ = ["routers"] if shapes(data) != shapes(other) else []
     differ += ["domains"] if set(data.counts.domains) != set(other.counts.domains) else []
     if differ:
         raise MoeInspectError(
@@ -145,16 +147,9 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
         here, there = (of[f"{name}{unit}"] - of[f"{name}_null{unit}"] for of in (frame, its_frame))
         added[f"{name}_baseline{unit}"] = there
         added[f"{name}_beyond_baseline{unit}"] = here - there
-    error_2L = [
-        [
-            sp.domain_mi_error(x.counts.of[r].assignments_UE, x.counts.domain_of_unit_U)
-            for r in x.selection.routers
-        ]
-        for x in (data, other)
-    ]
     freedom = min(len(x.counts.units) for x in (data, other)) - len(data.counts.domains)
     beyond = added["domain_mi_beyond_baseline_bits"].to_numpy(float)
-    p_L = chance.student_p(beyond / np.hypot(*np.array(error_2L)), max(freedom, 1))
+    p_L = chance.student_p(beyond / np.hypot(errors(data), errors(other)), max(freedom, 1))
     added["domain_mi_beyond_baseline_p"] = pd.Series(np.minimum(p_L * len(frame), 1))
     return frame.assign(**added)
 

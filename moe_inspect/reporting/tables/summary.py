@@ -25,38 +25,37 @@ def summary(data: ReportData) -> pd.DataFrame:
     return frame.astype({"key": "str", "value": "str"})
 
 
+# facts that are left out where there is nothing to say
+OPTIONAL = ("warning", "baseline", "quantization", "adapter", "domains_selected", "phase_selected")
+
+
 @once
 def facts(data: ReportData) -> list[tuple[str, str]]:
     """The rows of `summary`."""
     return [
         (storable(key), "unknown" if value is None else storable(str(value)))
         for key, value in _facts(data)
+        if value or key not in OPTIONAL
     ]
 
 
 def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     trace, selection, counts = data.trace, data.selection, data.counts
-    capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     routers = selection.routers
+    capture, model = trace.manifest.get("capture", {}), trace.manifest.get("model", {})
     yield "status", trace.status
-    if data.warning:
-        yield "warning", data.warning
-    if data.baseline:
-        yield "baseline", data.baseline.trace.path
+    yield "warning", data.warning
+    yield "baseline", data.baseline and data.baseline.trace.path
     yield "model", model.get("id") or model.get("class")
     yield "capture_mode", capture.get("mode")
     yield "device", capture.get("device")
     yield "dtype", capture.get("dtype")
-    if said := quantization(trace.manifest):
-        yield "quantization", said
-    if said := adapter(trace.manifest):
-        yield "adapter", said
+    yield "quantization", quantization(trace.manifest)
+    yield "adapter", adapter(trace.manifest)
     yield "layers", ranges({trace.routers[r].layer for r in routers})
     yield "routers", len(routers)
-    if selection.domains:
-        yield "domains_selected", ", ".join(sorted(selection.domains))
-    if selection.phase:
-        yield "phase_selected", selection.phase
+    yield "domains_selected", ", ".join(sorted(selection.domains or ()))
+    yield "phase_selected", selection.phase
     yield "tokens", counts.tokens
     yield "documents", counts.documents
     for domain, n in zip(counts.domains, counts.tokens_D.tolist(), strict=True):
@@ -74,8 +73,7 @@ def _facts(data: ReportData) -> Iterator[tuple[str, object]]:
     if (pooled := data.pooled_max_over_mean()) is not None:
         yield "pooled_max_over_mean", f"{pooled:.6g}"
     yield from data.thresholds.facts()
-    for note in notes(data):
-        yield "note", note
+    yield from (("note", note) for note in notes(data))
 
 
 @once

@@ -48,10 +48,10 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
     least = data.thresholds.uneven
     threshold = f"at least {1 + least:g}x and {fnd.beyond(data)}"
     where, by_chance = name_of(data, row), fnd.expected_by_chance(data, row)
-    busiest = (
-        f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
-        f"{_drops(data, row)}"
-    )
+    busiest = f"expert {int(row['busiest_expert'])} gets {row['max_over_mean']:.2f}x the mean load"
+    if row["drop_rate"] > 0:
+        before = f" before drops, {fnd.load_after(data, row)}"
+        busiest += before if row["dropped"] > 0 else " after drops"
     if fnd.few_documents(data):
         return "note", (
             f"Too little data to judge balance: at worst, in {where}, {busiest} ({by_chance}), but "
@@ -80,13 +80,6 @@ def _judged(data: ReportData, row: Row, n: int, routers: int) -> tuple[fnd.Sever
 def _token_share(row: Row) -> float:
     """Share of the router's tokens that go to its busiest expert."""
     return round(row["max_over_mean"] * row["assignments"] / row["experts"]) / row["tokens"]
-
-
-def _drops(data: ReportData, row: Row) -> str:
-    """What the load of the busiest expert is, where assignments were dropped."""
-    if not row["drop_rate"] > 0:
-        return ""
-    return f" before drops, {fnd.load_after(data, row)}" if row["dropped"] > 0 else " after drops"
 
 
 def _interval(row: Row) -> str:

@@ -73,14 +73,11 @@ def _beyond_chance(data: ReportData, rows: list[Row]) -> pd.DataFrame:
 
 def _little_used(data: ReportData) -> list[Row]:
     """The rows of `balance` in which chance hardly makes the least used expert as little used."""
-    return [row for row in data.loaded if _is_little_used(data, row)]
-
-
-def _is_little_used(data: ReportData, row: Row) -> bool:
-    if data.counts.counts_only:
-        below = 1 - row["min_over_max"] * row["max_over_mean"]
-        return beyond_documents(below, row["expected_by_chance"] - 1)
-    return row["least_used_p"] < ALPHA
+    if not data.counts.counts_only:
+        return [row for row in data.loaded if row["least_used_p"] < ALPHA]
+    below = [1 - row["min_over_max"] * row["max_over_mean"] for row in data.loaded]
+    rows = zip(data.loaded, below, strict=True)
+    return [row for row, of in rows if beyond_documents(of, row["expected_by_chance"] - 1)]
 
 
 def _crowd(rows: pd.DataFrame, load: str) -> Finding | None:
@@ -106,12 +103,11 @@ def least_used_expert(data: ReportData) -> Finding | None:
     times = row["max_over_mean"] / ratio
     alone = " of those with any load" if any(r["dead_experts"] for r in data.loaded) else ""
     in_domain, domain = _worst_domain(data, row, expert, times)
-    if domain is None:
-        there = ""
-    elif in_domain is not None and math.isfinite(in_domain):
-        there = f' ({in_domain:.1f} times on "{domain}")'
-    else:
-        there = f' (on "{domain}", expert {expert} is never chosen)'
+    there = ""
+    if in_domain is not None:
+        never, more = f"expert {expert} is never chosen", f"{in_domain:.1f} times on "
+        finite = math.isfinite(in_domain)
+        there = f' ({more}"{domain}")' if finite else f' (on "{domain}", {never})'
     said = (
         f"Expert {expert} of {name_of(data, row)} is the least used{alone}: "
         f"{format_ratio(ratio)}x the mean load. That layer's busiest expert gets {times:,.1f} "
