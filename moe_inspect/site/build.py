@@ -84,8 +84,7 @@ class Planned:
 def _planned(
     traces: Sequence[Trace], before: Sequence[Entry], text: Amount, add: bool
 ) -> list[Planned]:
-    """The pages in their order, each with the entry that is there: of the same trace, else of
-    another at the same address."""
+    """The pages in order, each with the entry of the same trace, else of one at its address."""
     named = [Planned(trace, {}, content_of(trace)) for trace in traces]
     left = list(before)
     same: list[Callable[[Planned, Entry], bool]] = [
@@ -157,8 +156,7 @@ def _compare(plan: Sequence[Planned]) -> None:
 
 
 def _shape(trace: Trace) -> tuple[object, ...]:
-    """Alike for checkpoints of one model with the same text; of counts, which tell no tokens, for
-    no other trace."""
+    """Alike for checkpoints of a model with the same text; of counts, for no other trace."""
     config = trace.manifest.get("model", {}).get("config") or {}
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     routers = tuple((r.layer, r.experts, r.top_k) for r in trace.routers)
@@ -179,8 +177,7 @@ def _saturation(one: Planned, last: Planned, others: bool) -> Entry:
 
 
 def content_of(trace: Trace) -> str:
-    """The hash of what a trace states: the manifest, and the lists of shards, which hold the hashes
-    of its parts."""
+    """The hash of what a trace states: its manifest, and its lists of shards with their hashes."""
     lists = sorted(p.name for p in trace.path.iterdir() if p.name.startswith("shards-"))
     stated = [(trace.path / name).read_bytes() for name in (schema.MANIFEST, *lists)]
     return hashlib.sha256(b"".join(stated)).hexdigest()

@@ -102,9 +102,8 @@ def _rounded(values: pd.Series) -> list[float | None]:
 
 
 def _domains(made: Report) -> list[Json]:
-    """name, tokens, and the experts that take more of its tokens than of other domains', the most
-    telling first, by activation · log₂ lift: row, expert, activation in thousandths, lift in
-    hundredths."""
+    """name, tokens, and the experts that take more of them than of other domains', by activation ·
+    log₂ lift: row, expert, activation in thousandths, lift in hundredths."""
     if len(made.counts.domains) < 2:
         return []
     table = made.tables["domains"]

@@ -126,8 +126,7 @@ def _tiles(table: pd.DataFrame, entries: Sequence[Entry]) -> list[Tile]:
 
 
 def _layers(entries: Sequence[Entry], name: str) -> Chart | None:
-    """A heatmap of traces × routers of one list of the entries, "balance" or "bits"; None where all
-    of it is empty."""
+    """A heatmap of traces × routers of one list of the entries; None where all of it is empty."""
     drawn = entries[:DRAWN]
     values_MR = pd.DataFrame([entry[name] for entry in drawn]).to_numpy(float)
     layers = [[f"layer {label}" for label, _ in entry["layers"]] for entry in drawn]

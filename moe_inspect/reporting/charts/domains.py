@@ -28,8 +28,7 @@ NAMED, LISTED = 3, 8
 
 @spec.chart("domains", group="Specialization")
 def domains(data: ReportData) -> Chart | str:
-    """Lift: the activation of each expert in each domain ÷ its mean over all domains; a panel per
-    layer."""
+    """Lift: activation of each expert in each domain ÷ its mean over them; a panel per layer."""
     counts, D = data.counts, len(data.counts.domains)
     if D < 2:
         return "domains: there is only one"
@@ -54,6 +53,7 @@ def domains(data: ReportData) -> Chart | str:
         heatmap = Heatmap(values, scale, spec.cell_numbers(values))
         title = f"layer {layer_label(data.trace.routers, r)}"
         panels.append(Panel((heatmap,), Axis("expert"), Axis("domain", (*names, UNIFORM)), title))
+    fewer = f"the {len(chosen)} of {len(spread)} layers that differ most by domain"
     rise = table["activation"] - table["activation"] / table["lift"]
     return Chart(
         "Domains and experts",
@@ -71,16 +71,13 @@ def domains(data: ReportData) -> Chart | str:
             "blue, the expert takes more than that in the mean over the domains; where red, less.",
         },
         interactive="domains",
-        subset=f"the {len(chosen)} of {len(spread)} layers that differ most by domain"
-        if len(chosen) < len(spread)
-        else "",
+        subset=fewer if len(chosen) < len(spread) else "",
     )
 
 
 @spec.chart("specialization", group="Specialization")
 def specialization(data: ReportData) -> Chart | str:
-    """The information about the expert that domain and token id carry, in bits, by layer, each
-    beside its value by chance."""
+    """What domain and token id tell about the expert, in bits by layer, beside chance."""
     table = data.tables["specialization"]
     x, marks = np.arange(len(table), dtype=float), list[spec.Mark]()
     for name, column, colour in (
@@ -117,8 +114,7 @@ def specialization(data: ReportData) -> Chart | str:
 
 @spec.chart("esft", group="Specialization")
 def esft(data: ReportData) -> Chart | str:
-    """The share of each domain's assignments that its k most used experts take, by layer, and which
-    experts these are."""
+    """The share of each domain that its k most used experts take, by layer, and which these are."""
     table = data.tables["esft"]
     if not table["token_score"].notna().any():
         return "experts of a domain: no router made an assignment"
@@ -171,8 +167,7 @@ def esft(data: ReportData) -> Chart | str:
 
 
 def lift_scale(domains: int, title: str) -> spec.Scale:
-    """The scale of the activation in a domain ÷ the mean over domains, which is at most their
-    number."""
+    """Of the activation in a domain ÷ the mean over domains, which is at most their number."""
     return spec.Scale("ratio", title, high=max(4.0, domains), end="domains" if domains >= 4 else "")
 
 

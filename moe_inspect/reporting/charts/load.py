@@ -133,8 +133,7 @@ def windows(data: ReportData) -> Chart | str:
 
 @spec.chart("drift", "windows", group="Balance")
 def drift(data: ReportData) -> Chart | str:
-    """How far the load moves, by window and by layer, and what that costs a placement made for the
-    window before."""
+    """How far the load moves, by window and layer, and what that costs an older placement."""
     table, moved = data.tables["drift"], "total_variation"
     if not table[moved].notna().any():
         if data.counts.counts_only:

@@ -244,9 +244,8 @@ def _with_matrices(
     pair_counts: Callable[[ReportData, int], PairEvidence | None],
     other: str,
 ) -> Chart:
-    """The chart with heatmaps of the lift of pairs of experts [E, N], for each of the routers that
-    are furthest from chance; pairs without evidence are grey. Of many experts, only those with a
-    supported pair are shown. `other`: what an expert is paired with."""
+    """The chart with the lift of pairs of experts [E, N] at each of the routers that are furthest
+    from chance: of many experts, those with a supported pair. `other`: what each is paired with."""
     lifts = dict[int, np.ndarray]()
     # the routers whose supported pairs are furthest from chance, in order of layers
     distance = (table["probability"] - table["probability"] / table["lift"]).abs()

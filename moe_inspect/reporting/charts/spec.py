@@ -105,8 +105,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Points:
-    """Like Line, without the line. shape "tick" is a short dash: the reference for the dots of the
-    same colour."""
+    """Like Line, without the line. "tick": a short dash, the reference for dots of its colour."""
 
     x: np.ndarray
     y: np.ndarray
@@ -207,8 +206,7 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
 
 
 def amount(title: str, low: float, values: np.ndarray, least: float, *, log: bool = False) -> Scale:
-    """A scale from low to the 99th percentile of the values or to `least`, whichever is more,
-    rounded up."""
+    """A scale from low to the 99th percentile of the values or `least`, if more; rounded up."""
     known = values[np.isfinite(values)]
     top = max(least, float(np.quantile(known, 0.99)) if known.size else least)
     step = 10.0 ** math.floor(math.log10(top)) / 10
@@ -284,8 +282,7 @@ DASHES: tuple[Dash, ...] = ("", "dash", "dot")
 
 
 class Registered(NamedTuple):
-    """A chart of the report: what makes it, the tables that it is drawn from, and the part of the
-    page that it stands in."""
+    """What makes a chart, the tables that it is drawn from, its part of the page."""
 
     make: Maker
     tables: tuple[str, ...]

@@ -37,8 +37,7 @@ class _Console(Console):
 
 
 def console_for(file: TextIO) -> Console:
-    """A console that prints text as it is: brackets and colons in tokens are not markup. It breaks
-    no line in a file."""
+    """A console that prints text as it is, brackets too, and breaks no line of a file."""
     plain = partial(_Console, file=file, markup=False, highlight=False, emoji=False)
     if isinstance(file, _Screen):
         return plain(force_terminal=True, color_system=None)
@@ -76,8 +75,7 @@ def print_and_count(show: Callable[[Console], None], console: Console, title: st
 
 
 def screen_lines(console: Console) -> int:
-    """The lines of a screen of text: SCREEN_LINES, or what a terminal that is lower has above its
-    prompt."""
+    """The lines of a screen of text: SCREEN_LINES, or fewer where the terminal is lower."""
     low = console.is_terminal and not isinstance(console.file, _Screen)
     return max(LEAST_LINES, min(SCREEN_LINES, console.height - 1)) if low else SCREEN_LINES
 

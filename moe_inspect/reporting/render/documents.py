@@ -175,8 +175,7 @@ def tokens_of_documents(
 def read_routes(
     trace: Trace, shards: Sequence[Shard], routers: Sequence[int], tokens: DrawnTokens
 ) -> list[DrawnRoutes]:
-    """The routes of the tokens through each router. Memory: the routes, and one router of one
-    shard."""
+    """The routes of the tokens through each router. Memory: these, and a router of a shard."""
     T = len(tokens.row_T)
     found = [empty_routes(trace.routers[r], T, trace.has_weights) for r in routers]
     numbers = np.unique(tokens.shard_T).tolist()

@@ -36,14 +36,6 @@ ABOVE = [(253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)]
 BELOW = [(209, 229, 240), (146, 197, 222), (67, 147, 195), (33, 102, 172)]
 
 
-def print_heatmap(data: ReportData, console: Console) -> None:
-    """The heatmap, below an empty line."""
-    console.print()
-    most = MOST_ROUTERS if console.is_terminal else len(data.selection.routers)
-    for line in heatmap_lines(data, console, most):
-        console.print(line, no_wrap=True, overflow="crop")
-
-
 def heatmap_lines(data: ReportData, console: Console, most: int) -> list[Text]:
     """A title, then a row per router, of the `most` least balanced: the load ratio of each expert,
     as numbers if they fit, as characters otherwise. If even those do not fit, a character shows the

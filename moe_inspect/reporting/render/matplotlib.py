@@ -222,8 +222,7 @@ class _Sheet:
         return Placed(panel, lines, height, above, beside, ends, ticks, legend_columns, bar)
 
     def _panel(self, of: Placed, left: float, beside: float, top: float, above: float) -> None:
-        """Draws a panel. left, top: where it begins; beside, above: what lies left of and above its
-        axes."""
+        """left, top: where it begins; beside, above: what lies left of and above its axes."""
         panel, heatmap = of.panel, of.panel.heatmap
         # right of the axes, half of a label below their end
         right = max(0.05, self._widest(panel.x.labels[-1:]) / 2 - 0.03)
@@ -279,8 +278,7 @@ class _Sheet:
             )
 
     def _legend_columns(self, names: Sequence[str]) -> int:
-        """How many columns of a legend fit beside each other. matplotlib fills one column after the
-        other."""
+        """How many fit beside each other: matplotlib fills one column after the other."""
         em = SMALL / 72
         for columns in range(len(names), 1, -1):
             widths = [self._widest(part) for part in np.array_split(np.array(names), columns)]
@@ -358,8 +356,7 @@ def colour(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A label of the corpus, escaped: $ would begin a formula, and a leading _ would hide it from
-    the legend."""
+    """A label, escaped: $ would begin a formula, and a leading _ would hide it from the legend."""
     text = text.replace("$", r"\$")
     return "\u200a" + text if text.startswith("_") else text
 
@@ -385,8 +382,7 @@ def vertical_range(panel: Panel) -> tuple[float, float]:
 
 
 def named_ticks(axis: Axis, count: int, most: float) -> Ticks:
-    """(position, label) of at most about `most` ticks of an axis with `count` positions, at round
-    numbers."""
+    """(position, label) of at most about `most` of `count` positions, at round numbers."""
     if len(axis.ticks) > 1:
         return list(axis.ticks[:: step_of(len(axis.ticks) / most)])
     step, labels = step_of(count / most), axis.labels
@@ -441,8 +437,7 @@ def draw_mark(mark: Mark, axes: Axes) -> None:
 
 
 def _write_cells(mark: Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
-    """The texts of the cells, black or white: whichever has more contrast to the colour of the cell
-    (WCAG: at least 4.5 : 1)."""
+    """The texts of the cells, black or white: at least 4.5 : 1 to the colour below (WCAG)."""
     rgb_RC3 = colour_map(mark.scale)(_positions(mark.values, mark.scale))[..., :3]
     linear_RC3 = np.where(rgb_RC3 <= 0.04045, rgb_RC3 / 12.92, ((rgb_RC3 + 0.055) / 1.055) ** 2.4)
     light_RC = linear_RC3 @ (0.2126, 0.7152, 0.0722) > 0.179
@@ -453,8 +448,7 @@ def _write_cells(mark: Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
 
 
 def _positions(values_RC: np.ndarray, scale: Scale) -> np.ndarray:
-    """The positions of values on their scale, masked where there is no value; NOTHING where a ratio
-    is 0."""
+    """Positions of values on their scale, masked where none; NOTHING where a ratio is 0."""
     at_RC = np.clip(scale.place(values_RC), 0, 1)
     if scale.kind == "ratio":
         at_RC = np.where(values_RC == 0, NOTHING, at_RC)

@@ -163,8 +163,7 @@ def _subtitle(data: ReportData) -> str:
 
 
 def _tiles(data: ReportData, found: Iterable[Finding]) -> list[Tile]:
-    """The key figures. They claim no more than the findings do: with too little data to judge, no
-    router is called even and no expert dead."""
+    """The key figures, which claim no more than the findings do."""
     rows, judged, pooled = data.loaded, chosen(data), data.pooled_max_over_mean()
     worst, few = worst_of(judged), "too little data to judge"
     if worst is None:
@@ -288,8 +287,7 @@ def _words(data: ReportData, by_expert: ByExpert) -> Json | None:
 
 
 def _pairs(table: pd.DataFrame, other: str, by_expert: ByExpert) -> Json:
-    """The supported partners above chance, in the order of the table, which is that of the
-    evidence."""
+    """The supported partners above chance, those with the most evidence first."""
     table, start = by_expert(table[table["supported"] & (table["lift"] > 1)])
     return {
         "start": start,

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from moe_inspect.reporting.render import console as text
 from moe_inspect.reporting.render.console import print_lines, wrapped
-from moe_inspect.reporting.render.heatmap import heatmap_lines, print_heatmap
+from moe_inspect.reporting.render.heatmap import MOST_ROUTERS, heatmap_lines
 from moe_inspect.reporting.tables.data import ReportData, Row, records
 from moe_inspect.reporting.tables.registry import ROWS, Excerpt
 from moe_inspect.reporting.tables.summary import facts, notes
@@ -62,8 +62,7 @@ def print_one_screen(data: ReportData, title: Text, console: Console) -> None:
 
 
 def finding_lines(found: Finding | str, console: Console) -> list[Text]:
-    """A finding as a bullet: a grave one begins with its severity, and has a colour on a
-    terminal."""
+    """A finding as a bullet: a grave one begins with its severity, in colour on a terminal."""
     if isinstance(found, str):
         return wrapped(Text(printable(found)), console, Text("• "))
     colour, said = COLOUR_OF.get(found.severity, ""), printable(found.text)
@@ -127,7 +126,10 @@ def print_report(data: ReportData, file: TextIO, full: bool = False) -> None:
     print_lines(title, "", console)
     console.print()
     print_verdict(findings(data), console)
-    print_heatmap(data, console)
+    console.print()
+    most = MOST_ROUTERS if console.is_terminal else len(data.selection.routers)
+    for line in heatmap_lines(data, console, most):
+        console.print(line, no_wrap=True, overflow="crop")
     command = f"moe-inspect report {shlex.quote(str(data.trace.path))}"
     has_router = data.trace.has_weights or "logits" in data.trace.tables
     absent = {"vocabulary"} if data.counts.counts_only else set[str]()
@@ -175,8 +177,7 @@ def print_excerpt(
 
 
 def _highest(frame: pd.DataFrame, most: int, column: str, otherwise: str = "") -> pd.DataFrame:
-    """The rows with the highest values of a column, in the order of layers; the first rows where it
-    has no values, nor `otherwise` has."""
+    """Rows where a column, or else `otherwise`, is highest, in order of layers; else the first."""
     if len(frame) <= most:
         return frame
     if not frame[column].notna().any():

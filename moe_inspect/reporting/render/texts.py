@@ -69,7 +69,12 @@ def text_section(data: ReportData, amount: docs.Amount = None) -> Section | str:
     listed = [trace.routers[r] for r in routers]
     budget, longest = sizes(listed, trace.has_weights, len(set(found["domain"])))
     shown = docs.choose(found, amount, budget, longest)
-    _check_size(int(shown["shown"].sum()), budget)
+    tokens = int(shown["shown"].sum())
+    if (size := TEXT_BYTES * tokens / budget) > MOST_BYTES:
+        raise MoeInspectError(
+            f"the text asked for, {tokens:,} tokens with all their routes, would take about "
+            f"{size / 1e6:,.0f} MB of the page: ask for fewer documents or layers"
+        )
     pooled = docs.choose(found.assign(bits=0.0), None, POOL_TOKENS, POOL_LONGEST)
     both = pd.concat([shown, pooled[~pooled["document"].isin(shown["document"])]])
     numbers, most = both["document"].to_numpy(), both["shown"].to_numpy()
@@ -112,15 +117,6 @@ def sizes(routers: Sequence[Router], weights: bool, parts: int) -> tuple[int, in
     slots = sum(r.top_k * (np.log2(r.experts + 1) / 8 + of_weight) for r in routers)
     tokens = int(TEXT_BYTES / (4 / 3 * slots + 6))  # base64; 6 for the text itself
     return tokens, int(np.clip(tokens // parts, 128, 1024))
-
-
-def _check_size(tokens: int, budget: int) -> None:
-    size = TEXT_BYTES * tokens / budget
-    if size > MOST_BYTES:
-        raise MoeInspectError(
-            f"the text asked for, {tokens:,} tokens with all their routes, would take about "
-            f"{size / 1e6:,.0f} MB of the page: ask for fewer documents or layers"
-        )
 
 
 def _how_chosen(data: ReportData, shown: pd.DataFrame, found: pd.DataFrame) -> str:
@@ -197,9 +193,8 @@ def _documents(documents: pd.DataFrame) -> list[Json]:
 
 
 def _packed_routes(route: docs.DrawnRoutes, experts: int, shown: int, most: float) -> Json:
-    """ids, weights: slot after slot, the first `shown` tokens. A slot without an expert has the id
-    `experts`. most: the largest gate weight. Weights are levels, each as the distance from that of
-    the slot before."""
+    """ids, weights: slot after slot, the first `shown` tokens; `experts` where there is no expert.
+    Weights are levels up to `most`, each as the distance from that of the slot before."""
     ids, packed = np.where(route.ids == docs.NOWHERE, experts, route.ids)[:, :shown], ""
     if route.weights is not None and most:
         level_KT = _levels(route.weights[:, :shown], most)

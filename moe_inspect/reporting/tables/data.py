@@ -206,8 +206,7 @@ class ReportData:
         return records(self.tables["balance"].dropna(subset=["max_vio"]))
 
     def pooled_max_over_mean(self) -> float | None:
-        """max_over_mean of the load summed over all routers; None where they have different
-        experts."""
+        """max_over_mean of the load of all routers together; None where their experts differ."""
         loads = [self.counts.load_E(r) for r in self.selection.routers]
         if len(loads) < 2 or len({len(load_E) for load_E in loads}) > 1:
             return None

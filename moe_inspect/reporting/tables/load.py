@@ -91,8 +91,7 @@ def balance_of(counts: Counts, starved: float = bal.STARVED, drops: bool = False
 
 @once
 def chosen(data: ReportData) -> list[Row]:
-    """The rows of `balance` of what routers chose: before drops, where it is known which expert
-    dropped what."""
+    """The rows of `balance` of what routers chose: before drops, where these are known."""
     if not data.trace.has_dropped:
         return data.loaded
     before, starved = data.counts.before_drops(), data.thresholds.starved
@@ -117,8 +116,7 @@ def _p_values(counts: Counts) -> dict[int, dict[str, float]]:
 
 
 def _by_batch(counts: Counts, router: int, filled: float) -> tuple[float, float]:
-    """Mean max_vio over forward passes, and the noise floor of passes of these sizes. `filled`:
-    share of slots that are not null."""
+    """Mean max_vio over passes, and their noise floor; `filled`: the share of slots not null."""
     batches = counts.of[router].batches
     if not batches or filled <= 0:
         return math.nan, math.nan
@@ -168,8 +166,7 @@ def at_least_1(effect: float) -> float:
 
 
 def design_effect(counts: Counts, router: int) -> float:
-    """That of documents on the load of a router; NaN with few documents, and where they are
-    unknown."""
+    """That of documents on the load of a router; NaN where they are few or unknown."""
     if counts.counts_only:
         return math.nan
     loads_UE, tokens_U = counts.of[router].assignments_UE, counts.tokens_U_of(router)

@@ -251,13 +251,14 @@ def chosen_together(data: ReportData, r: int) -> PairEvidence:
         router.experts * (router.experts - 1) // 2 for router in counts.routers if router.top_k > 1
     )
     count_EE = (together_EE - np.diag(load_E)) * (counts.routers[r].top_k > 1)
-    expected_EE = pairs.together_by_chance(together_EE)
-    return _against_chance(data, r, count_EE, expected_EE, (load_E, load_E), tested)
+    expected_EE, most_EE = pairs.together_by_chance(together_EE), _most(count_EE, load_E, load_E)
+    return PairEvidence(
+        count_EE, expected_EE, most_EE, max(tested, 1), load.design_effects(data)[r]
+    )
 
 
 def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
-    """Pairs of an expert of router r and one of the next router that the same token chooses; None
-    for the last router."""
+    """Pairs of an expert of router r and one of the next that a token chooses, if there is one."""
     counts = data.decisions("transitions")
     after, next_EN = counts.next_router(r), counts.of[r].next_EN
     if after is None or next_EN is None:
@@ -270,21 +271,13 @@ def chosen_next(data: ReportData, r: int) -> PairEvidence | None:
     expected_EN = np.outer(row_E, column_N) / max(next_EN.sum(), 1)
     # an expert that a token chooses is in as many of its pairs as the other router has choices
     loads = row_E / counts.routers[after].top_k, column_N / counts.routers[r].top_k
-    return _against_chance(data, r, next_EN, expected_EN, loads, tested)
+    most_EN, effect = _most(next_EN, *loads), load.design_effects(data)[r]
+    return PairEvidence(next_EN, expected_EN, most_EN, max(tested, 1), effect)
 
 
-def _against_chance(
-    data: ReportData,
-    r: int,
-    count_EN: np.ndarray,
-    expected_EN: np.ndarray,
-    loads: tuple[np.ndarray, np.ndarray],
-    tested: int,
-) -> PairEvidence:
-    """loads: how often each expert of the two sides was chosen. [E], [N]"""
-    most_EN = np.maximum(np.minimum.outer(*loads), np.maximum(count_EN, 1))
-    effect = load.design_effects(data)[r]
-    return PairEvidence(count_EN, expected_EN, most_EN, max(tested, 1), effect)
+def _most(count_EN: np.ndarray, load_E: np.ndarray, load_N: np.ndarray) -> np.ndarray:
+    """How often two experts could be chosen together that were chosen so often each."""
+    return np.maximum(np.minimum.outer(load_E, load_N), np.maximum(count_EN, 1))
 
 
 def _counted(values: np.ndarray | None) -> np.ndarray:

@@ -175,8 +175,7 @@ GROUP = {"domain": "object", "phase": "object"}
 
 
 def _groups(of: SampledLosses) -> list[tuple[str | None, str | None, np.ndarray | None]]:
-    """(domain, phase, bool [S]: its tokens) of all, of each domain and of each phase, where there
-    are several."""
+    """(domain, phase, its tokens, bool [S]) of all, of each domain, of each phase, if several."""
     domains = enumerate(of.domains if len(of.domains) > 1 else ())
     phases = enumerate(of.phases if len(of.phases) > 1 else ())
     parts = [(name, None, of.domain_S == d) for d, name in domains]

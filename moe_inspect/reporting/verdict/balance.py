@@ -149,8 +149,7 @@ def uneven_batches(data: ReportData) -> Finding | None:
 
 
 def _hidden(data: ReportData, row: Row) -> float:
-    """How much less even than their sum passes are, beyond what chance gives passes of so many
-    tokens; at most 0 where chance explains it."""
+    """How much less even passes are than their sum, beyond what chance gives; else at most 0."""
     tokens_S, passes_S = _passes(data, row)
     if passes_S.sum() < 2:
         return 0.0

@@ -43,8 +43,7 @@ class Finding:
 def finding(
     kind: str, severity: Severity, text: str, about: Row | None = None, **values: object
 ) -> Finding:
-    """A Finding on the router of the table row `about`, or on the whole trace. `values` may be
-    NumPy's; NaN becomes None."""
+    """A Finding on the router of a table's row, or on the whole trace. NaN becomes None."""
     layer, router = (None, None) if about is None else (int(about["layer"]), int(about["router"]))
     return Finding(kind, severity, layer, router, text, {k: _plain(v) for k, v in values.items()})
 

@@ -370,7 +370,6 @@ def drift(data: ReportData) -> Finding | None:
 
 
 def _is_small(data: ReportData) -> bool:
-    """Whether a pass of its own over the trace costs little; and the model is trained, as far as
-    the trace says."""
+    """Whether a pass of its own over the trace costs little, and its weights are not random."""
     small = not data.counts.counts_only and data.trace.n_decisions <= MOST_DECISIONS
     return small and not _is_untrained(data)
