@@ -353,7 +353,7 @@ def test_the_command_says_what_it_made(here: Path, cli_here: Cli, tmp_path: Path
 
 @slow[0]
 @slow[1]
-def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):  # noqa: F811
+def test_it_is_searched_by_expert_domain_and_token(here: Path, browser: Any):
     index = here / "site/index.html"
     page = Opened(browser, index, index.read_text())
     view = page.view

@@ -20,27 +20,6 @@ from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_toget
 from tests.synthetic import uniform_ids, write_trace
 
 
-def by_enumeration(weight_E: np.ndarray, k: int, decisions: float) -> np.ndarray:
-    """Decisions by pair, and by expert on the diagonal, where P(a set) is the product of its
-    experts' weights."""
-    E = len(weight_E)
-    together_EE = np.zeros((E, E))
-    for chosen in combinations(range(E), k):
-        together_EE[np.ix_(chosen, chosen)] += np.prod(weight_E[list(chosen)])
-    return together_EE * decisions * k / np.trace(together_EE)
-
-
-@pytest.mark.parametrize("k", [2, 3, 5])
-@pytest.mark.parametrize("heaviest", [1.0, 5.0, 3_000.0])
-def test_chance_is_that_of_random_sets(k: int, heaviest: float):
-    weight_E = np.r_[heaviest, heaviest / 2, 1, 0.7, 0.5, 0.2, 0.01]
-    together_EE = by_enumeration(weight_E, k, 1e6)
-    expected_EE = pairs.together_by_chance(together_EE)
-    off, rtol = ~np.eye(7, dtype=bool), 2e-3 if heaviest > 100 else 1e-6
-    np.testing.assert_allclose(expected_EE[off], together_EE[off], rtol=rtol)
-    assert (np.diagonal(expected_EE) == 0).all()
-
-
 def test_two_experts_of_every_decision_cannot_meet_more_often_than_there_are_decisions():
     rng, T = np.random.default_rng(0), 5_000
     ids = np.c_[np.full((T, 2), [0, 1]), uniform_ids(rng, T, 14, 2) + 2]

@@ -53,6 +53,7 @@ from tests import (
     test_import_megatron,
     test_import_responses,
     test_output_dir,
+    test_pairs,
     test_routed,
     test_slot_order,
     test_trace,
@@ -135,7 +136,7 @@ MUTATIONS = {
     "evidence: as if one pair were tested": (pair_tables, "np.log10(ALPHA / self.tested)", "np.log10(ALPHA)", by(test_evidence.test_one_pair_in_so_many_is_chance)),
     "evidence: one tail": (uncertainty, "(log_tail + np.log(2)) / np.log(10)", "log_tail / np.log(10)", by(test_evidence.test_tails_are_the_binomial_ones_far_out_too)),
     "evidence: repeated tokens count": (pair_tables, "effect = load.at_least_1(self.effect)", "effect = 1.0", by(test_evidence.test_one_pair_in_so_many_is_chance)),
-    "pairs by chance: of independent choices": (pairs, "pair_EE *= np.outer(weight_E, weight_E)", "pair_EE[:] = 1", by(test_evidence.test_chance_is_that_of_random_sets, 3, 5.0)),
+    "pairs by chance: of independent choices": (pairs, "pair_EE *= np.outer(weight_E, weight_E)", "pair_EE[:] = 1", by(test_pairs.test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions, 9, 3, 2.5, 1.0)),
     # counting
     "unknown first choices are counted": (router_counts, "first_DE if ranked else None, None", "first_DE, None", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),
     "unknown first choices repeat": (router_counts, "first_same_U if of.router.first_choice_known else None", "first_same_U", by(test_counting.test_what_hangs_on_a_first_choice_is_unknown_without_one)),

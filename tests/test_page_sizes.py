@@ -47,9 +47,7 @@ def wide(root: Path) -> Report:
 
 @pytest.fixture(scope="module", params=["demo", "58 × 256"])
 def shown(
-    request: pytest.FixtureRequest,
-    browser: Any,  # noqa: F811
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Shown]:
     place = tmp_path_factory.mktemp("page")
     demo = request.param == "demo"

@@ -55,9 +55,7 @@ def demo() -> Report:
 
 @pytest.fixture(scope="module")
 def opened(
-    browser: Any,  # noqa: F811
-    demo: Report,
-    tmp_path_factory: pytest.TempPathFactory,
+    browser: Any, demo: Report, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Opened]:
     page = Opened(browser, tmp_path_factory.mktemp("page") / "page.html", report_page(demo))
     yield page
@@ -98,41 +96,31 @@ def test_a_token_is_pinned_and_the_keyboard_reads_the_text(opened: Opened, demo:
     assert opened.complaints == []
 
 
-def test_words_are_whole_in_every_script_and_what_is_hostile_is_text(
-    browser: Any,  # noqa: F811
-    tmp_path: Path,
+SHOWN = ["caf", "é", " e\u0301", "↵\n", "שלום", " مر", "حبا", r"\u202eevil", r"\x1b[31m", HOSTILE]
+WHOLE = {"é part 2 of 2": (PIECES, SHOWN), "क्षि part 3 of 4": (CUT, [*filter(None, JOINED)])}
+
+
+@pytest.mark.parametrize("part", WHOLE)
+def test_characters_are_whole_in_every_script_and_what_is_hostile_is_text(
+    browser: Any, tmp_path: Path, part: str
 ) -> None:
-    page = Opened(browser, tmp_path / "p.html", report_page(scripts(tmp_path / "t")))
-    assert spans(page) == [
-        "caf", "é", " e\u0301", "↵\n", "שלום", " مر", "حبا", r"\u202eevil", r"\x1b[31m", HOSTILE,
-    ]  # fmt: skip
+    pieces, whole = WHOLE[part]
+    page = Opened(browser, tmp_path / "p.html", report_page(scripts(tmp_path / "t", pieces)))
+    assert spans(page) == whole
     assert page.evaluate("window.pwned") is None
     assert page.locator("img").count() == 0
-    # the second byte of é, by the keyboard
+    # a byte within a character, by the keyboard
     page.locator(".routed").focus()
     page.press("Home", "ArrowRight", "ArrowRight", "Enter")
-    assert page.locator(".route .token").text_content() == "é part 2 of 2 token 3, pinned"
+    assert page.locator(".route .token").text_content() == f"{part} token 3, pinned"
     assert route(page) == [["2 0.75", "3 0.25"], ["3 0.75", "4 0.25"]]
-    page.view.set_viewport_size({"width": 390, "height": 800})
-    page.until("document.documentElement.scrollWidth <= 390")
-    assert page.complaints == []
-    page.view.close()
-
-
-def test_characters_that_tokens_cut_are_whole(
-    browser: Any,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    cut = scripts(tmp_path / "t", CUT)
-    page = Opened(browser, tmp_path / "p.html", report_page(cut))
-    assert spans(page) == [text for text in JOINED if text]
-    page.locator(".routed").focus()
-    page.press("Home", "ArrowRight", "ArrowRight", "Enter")
-    assert page.locator(".route .token").text_content() == "क्षि part 3 of 4 token 3, pinned"
     page.evaluate("location.hash = '#L0E2'")
     page.until("document.querySelectorAll('#card .context').length > 0")
     marked = page.locator("#card .context mark").all_text_contents()
-    assert set(marked) <= {text for text in JOINED if text} | {"␣"}
+    assert pieces is PIECES or set(marked) <= {*whole, "␣"}
+    page.press("Escape")
+    page.view.set_viewport_size({"width": 390, "height": 800})
+    page.until("document.documentElement.scrollWidth <= 390")
     assert page.complaints == []
     page.view.close()
 
@@ -177,7 +165,7 @@ def test_a_trace_without_text_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         text_section(report(words), "all")
 
 
-def test_two_traces_are_compared_in_the_text(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_two_traces_are_compared_in_the_text(browser: Any, tmp_path: Path) -> None:
     T, rng = 600, np.random.default_rng(0)
     a = uniform_ids(rng, T, 8, 2)
     b = a.copy()

@@ -46,9 +46,7 @@ def made(root: Path, T: int, L: int, E: int, k: int) -> Report:
 
 @pytest.fixture(scope="module", params=[*TRACES, "demo"])
 def shown(
-    request: pytest.FixtureRequest,
-    browser: Any,  # noqa: F811
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Opened, Report]]:
     place, name = tmp_path_factory.mktemp("page"), request.param
     demo = ROOT / "sample_traces" / "collapsed"
@@ -173,9 +171,7 @@ def test_the_keyboard_skips_what_stands_on_every_page(shown: tuple[Opened, Repor
 
 
 def test_what_fails_says_so_and_the_rest_works(
-    browser: Any,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = {  # file → where it fails
         "text.js": "const routes = moe.routes(data);",

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_inspect.analysis.metrics import uncertainty as unc
-from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding
 from tests.stub import row, stub
-from tests.synthetic import write_trace
 
 EVEN = [100] * 8
 # a document chooses one expert only
@@ -397,13 +394,3 @@ def test_token_ids():
     assert ids(vocabulary_specialization_p=0.0099) != none
     assert ids(token_mi_null_bits=0.0) is None  # a single token id
     assert ids(vocabulary_specialization=math.nan) is None
-
-
-def test_repeated_rows(tmp_path: Path):
-    """Of 1,000 tokens 16 are alike, one after the other."""
-    token_id, ids_TK = np.arange(1_000), np.arange(1_000)[:, None] % 8
-    token_id[200:216], ids_TK[200:216] = 7, 3
-    trace = write_trace(tmp_path / "t", [ids_TK.astype(np.uint16)], 8, token_id=token_id)
-    said = text(data_checks.repeated_rows(report(trace, thresholds={"repeated": 0.016}))) or ""
-    assert said.startswith("16 of the first 1,000 tokens are in runs of 16 or more identical rows")
-    assert data_checks.repeated_rows(report(trace, thresholds={"repeated": 0.0161})) is None

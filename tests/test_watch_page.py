@@ -239,9 +239,7 @@ def test_a_port_that_is_taken_is_one_line(trace: Path) -> None:
 @slow[0]
 @slow[1]
 def test_the_page_follows_the_trace_until_its_writer_is_killed(
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    browser: Any,  # noqa: F811
+    tmp_path: Path, request: pytest.FixtureRequest, browser: Any
 ) -> None:
     root = tmp_path / "<b>t"
     server, complaints = Server(root), list[str]()
