@@ -52,21 +52,6 @@ def test_steps_equal_a_brute_force_however_the_trace_is_cut(
     assert (of.steps_B[0], of.distinct_B[0]) == (steps, distinct)
 
 
-def test_only_generated_tokens_count_where_there_are_some(tmp_path: Path) -> None:
-    """Two documents: a prompt to expert 0, then a token to expert 1 and one to expert 2, at
-    different positions."""
-    ids = np.array([[0], [0], [1], [2], [0], [0], [1], [2]], np.uint16)
-    document = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    trace = write_trace(
-        tmp_path / "t", [ids], 4, document=document, batch_tokens=2, phases=("prefill", "decode")
-    )
-    made = simulate_decode(trace, batches=[1, 2])
-    assert made.settings["decoded"]
-    table = made.tables["decode"].set_index("batch")
-    assert table["steps"].to_dict() == {1: 4, 2: 2}
-    assert table["from_marginals"][1] == pytest.approx(1)
-
-
 def test_bytes_a_token(tmp_path: Path) -> None:
     config = {"hidden_size": 10, "moe_intermediate_size": 4}
     manifest = {"model": {"config": config}, "capture": {"weights": False, "dtype": "bfloat16"}}

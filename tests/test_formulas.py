@@ -25,6 +25,7 @@ from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+from tests.test_simulate_cache import naive
 
 E, K, L, S, WINDOW = 6, 3, 2, 13, 40
 
@@ -42,16 +43,13 @@ class Made:
     document: np.ndarray
     sequence: np.ndarray
     position: np.ndarray
+    domain: np.ndarray
     batch: np.ndarray
     generated: np.ndarray
 
     @cached_property
     def report(self) -> Any:
         return moe_inspect.report(self.trace, window=WINDOW, top=0)
-
-    @cached_property
-    def domain(self) -> np.ndarray:
-        return self.document % 2
 
     @cached_property
     def chosen(self) -> list[np.ndarray]:
@@ -61,11 +59,15 @@ class Made:
     def by(self, key_T: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.stack([values[key_T == key].sum(0) for key in np.unique(key_T)])
 
+    @cached_property
+    def window(self) -> np.ndarray:
+        return np.arange(len(self.domain)) // WINDOW
+
     def windows(self, r: int) -> np.ndarray:
-        return self.by(np.arange(len(self.domain)) // WINDOW, self.chosen[r])
+        return self.by(self.window, self.chosen[r])
 
     def whole_windows(self, r: int) -> np.ndarray:
-        tokens_W = np.bincount(np.arange(len(self.domain)) // WINDOW)
+        tokens_W = np.bincount(self.window)
         return self.windows(r)[2 * tokens_W >= tokens_W.max()]
 
     @cached_property
@@ -99,37 +101,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("formulas")
     manifest = {"model": {"id": "synthetic"}, "capture": {"weights": True, "mode": "tap"}}
     with TraceWriter(root / "a", manifest, routers(L, E, K), weights=True) as writer:
+        columns, names = (token_id, document, sequence, position, document % 2), ("even", "odd")
         for b in range(batch.max() + 1):
             at = batch == b
-            new = np.unique(document[at]) if not generated[at].any() else []
-            columns = (token_id, document, sequence, position, document % 2)
+            decoded = generated[at].any()
+            new = [] if decoded else [int(d) for d in np.unique(document[at]) if d or b == 0]
             writer.write(
                 RoutedBatch(
                     b,
                     *(column[at].astype(np.int32) for column in columns),
-                    ["even", "odd"],
+                    names,
                     [np.where(x < 0, 255, x)[at].astype(np.uint8) for x in ids],
                     [x[at].astype(np.float32) for x in weights],
-                    documents=[
-                        Document(int(d), ["even", "odd"][d % 2], "", 9) for d in new if d or b == 0
-                    ],
-                    phase="decode" if generated[at].any() else "prefill",
+                    documents=[Document(d, names[d % 2], "", 9) for d in new],
+                    phase="decode" if decoded else "prefill",
                 )
             )
     loads = [rng.integers(40, 90, (2, E)) * K for _ in range(L)]
-    counted = write_counts(root / "b", loads, K, ("even", "odd"))
-    return Made(
-        open_trace(root / "a"),
-        counted,
-        ids,
-        weights,
-        token_id,
-        document,
-        sequence,
-        position,
-        batch,
-        generated.astype(bool),
-    )
+    counted = write_counts(root / "b", loads, K, names)
+    trace = open_trace(root / "a")
+    return Made(trace, counted, ids, weights, *columns, batch, generated.astype(bool))
 
 
 # --- formulas
@@ -162,8 +153,16 @@ def drift_floors(m: Made, r: int, load_WE: np.ndarray) -> np.ndarray:
     return np.array(of_all).reshape(-1, 2)
 
 
+def whole_floors(m: Made, r: int) -> np.ndarray:
+    return drift_floors(m, r, m.whole_windows(r)).mean(0)
+
+
 def total_variation(load_WE: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(share(load_WE), axis=0)).sum(1) / 2
+
+
+def dropped(load_E: np.ndarray) -> float:
+    return np.maximum(load_E - math.ceil(1.25 * load_E.mean()), 0).sum() / load_E.sum()
 
 
 def chance(tokens: float) -> float:
@@ -218,6 +217,11 @@ def by_sample(m: Made, values_TE: np.ndarray) -> np.ndarray:
     return np.stack([mean_SE[domain_S == d].mean(0) for d in (0, 1)])
 
 
+def by_domain(m: Made, values_TE: np.ndarray) -> np.ndarray:
+    """Mean over a domain's tokens. [D, E]"""
+    return m.by(m.domain, values_TE) / np.bincount(m.domain)[:, None]
+
+
 def weighed(m: Made, r: int) -> np.ndarray:
     """Gate weight of each expert. [T, E]"""
     return (m.weights[r][:, :, None] * (m.ids[r][:, :, None] == np.arange(E))).sum(1)
@@ -234,6 +238,10 @@ def first_pairs(m: Made) -> np.ndarray:
     return found
 
 
+def favoured(count_EE: np.ndarray) -> float:
+    return count_EE.max(1).sum() / count_EE.sum()
+
+
 def repeated(m: Made, r: int, any_choice: bool) -> np.ndarray:
     """Share of a domain's pairs of consecutive tokens that choose alike. [D]"""
     by_T, follows_T = m.neighbours
@@ -248,12 +256,9 @@ def repeated(m: Made, r: int, any_choice: bool) -> np.ndarray:
 def best_f(frequency: np.ndarray, m: int, weight: np.ndarray | float = 1.0) -> float:
     """The best F-measure over thresholds of how many of m tokens choose an expert."""
     of = np.broadcast_to(weight, frequency.shape)
-    return max(
-        2
-        * (of * frequency)[frequency >= f].sum()
-        / (m * of[frequency >= f].sum() + (of * frequency).sum())
-        for f in range(1, m + 1)
-    )
+    hits = of * frequency
+    thresholds = (frequency >= f for f in range(1, m + 1))
+    return max(2 * hits[at].sum() / (m * of[at].sum() + hits.sum()) for at in thresholds)
 
 
 def srp(m: Made, r: int, length: int) -> float:
@@ -272,15 +277,15 @@ def srp_by_load(m: Made, r: int, length: int) -> float:
     return best_f(f_M, length, (ways_M * p_E**f_M * (1 - p_E) ** (length - f_M)).sum(0))
 
 
-def frequent(m: Made, r: int, first: bool) -> tuple[float, float]:
-    """Σ over token ids that occur 8 times or more of the favourite's count, and of all counts."""
+def frequent(m: Made, r: int, first: bool) -> float:
+    """Σ over token ids that occur 8 times or more of the favourite's count ÷ that of all counts."""
     best = of = 0.0
     for token_id in np.flatnonzero(np.bincount(m.token_id) >= 8):
         at = m.token_id == token_id
         firsts = m.ids[r][at, 0]
         count_E = np.bincount(firsts[firsts >= 0], minlength=E) if first else m.chosen[r][at].sum(0)
         best, of = best + count_E.max(), of + (count_E.sum() if first else at.sum())
-    return best, of
+    return best / of
 
 
 def domain_mi_bits(m: Made, r: int) -> float:
@@ -329,31 +334,20 @@ EXACT: dict[str, Callable[[Made], Any]] = {
     "balance.max_vio_batch": each(lambda m, r: batches(m, r)[0]),
     "balance.design_effect": each(design_effect),
     "load.share": each(lambda m, r: share(m.chosen[r].sum(0))),
-    "domains.activation": each(
-        lambda m, r: m.by(m.domain, m.chosen[r]) / np.bincount(m.domain)[:, None]
-    ),
+    "domains.activation": each(lambda m, r: by_domain(m, m.chosen[r])),
     "specialization.domain_mi_bits": each(domain_mi_bits),
-    "specialization.vocabulary_specialization": each(
-        lambda m, r: np.divide(*frequent(m, r, first=True))
-    ),
-    "specialization.vocabulary_specialization_any": each(
-        lambda m, r: np.divide(*frequent(m, r, first=False))
-    ),
+    "specialization.vocabulary_specialization": each(lambda m, r: frequent(m, r, first=True)),
+    "specialization.vocabulary_specialization_any": each(lambda m, r: frequent(m, r, first=False)),
     "repetition.first_choice": each(lambda m, r: repeated(m, r, any_choice=False)),
     "repetition.any_choice": each(lambda m, r: repeated(m, r, any_choice=True)),
     "locality.srp_4": each(lambda m, r: srp(m, r, 4)),
     "locality.srp_4_by_load": each(lambda m, r: srp_by_load(m, r, 4)),
-    "locality.next_accuracy": lambda m: [
-        first_pairs(m).max(1).sum() / first_pairs(m).sum(),
-        np.nan,
-    ],
+    "locality.next_accuracy": lambda m: [favoured(first_pairs(m)), np.nan],
     "router.weight_mass": each(lambda m, r: confidence(m, r)[0]),
     "router.weight_entropy_nats": each(lambda m, r: confidence(m, r)[1]),
     "router.weight_margin": each(lambda m, r: confidence(m, r)[2]),
     "esft.token_score": each(lambda m, r: share(m.by(m.domain, m.chosen[r]))),
-    "esft.gate_score": each(
-        lambda m, r: m.by(m.domain, weighed(m, r)) / np.bincount(m.domain)[:, None]
-    ),
+    "esft.gate_score": each(lambda m, r: by_domain(m, weighed(m, r))),
     "esft.token_score_by_sample": each(lambda m, r: by_sample(m, m.chosen[r] / K)),
     "esft.gate_score_by_sample": each(lambda m, r: by_sample(m, weighed(m, r))),
     "windows.total_variation": each(lambda m, r: first(total_variation(m.windows(r)))),
@@ -361,18 +355,10 @@ EXACT: dict[str, Callable[[Made], Any]] = {
         lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 0])
     ),
     "windows.jsd_floor_bits": each(lambda m, r: first(drift_floors(m, r, m.windows(r))[:, 1])),
-    "windows.simulated_drop_rate": each(
-        lambda m, r: [
-            np.maximum(x - math.ceil(1.25 * x.mean()), 0).sum() / x.sum() for x in m.windows(r)
-        ]
-    ),
+    "windows.simulated_drop_rate": each(lambda m, r: [dropped(x) for x in m.windows(r)]),
     "drift.total_variation": each(lambda m, r: total_variation(m.whole_windows(r)).mean()),
-    "drift.total_variation_floor": each(
-        lambda m, r: drift_floors(m, r, m.whole_windows(r))[:, 0].mean()
-    ),
-    "drift.window_jsd_floor_bits": each(
-        lambda m, r: drift_floors(m, r, m.whole_windows(r))[:, 1].mean()
-    ),
+    "drift.total_variation_floor": each(lambda m, r: whole_floors(m, r)[0]),
+    "drift.window_jsd_floor_bits": each(lambda m, r: whole_floors(m, r)[1]),
     "drift.first_to_last_floor": each(
         lambda m, r: drift_floors(m, r, m.whole_windows(r)[[0, -1]])[:, 0]
     ),
@@ -488,12 +474,13 @@ def test_a_decode_step_is_of_one_position(made: Made, phase: str | None) -> None
     sizes = (1, 2, 5)
     table = simulate_decode(made.trace, batches=sizes, phase=phase).tables["decode"]
     nth = np.array([(used & (made.sequence == s))[:t].sum() for t, s in enumerate(made.sequence)])
+    of_position = [np.flatnonzero(used & (nth == n)) for n in range(nth[used].max() + 1)]
     for row in table.itertuples():
-        steps = []
-        for n in range(nth[used].max() + 1):
-            tokens = np.flatnonzero(used & (nth == n))
-            for at in range(0, len(tokens) - row.batch + 1, row.batch):  # none is begun in vain
-                steps.append(made.chosen[row.router][tokens[at : at + row.batch]].any(0).sum())
+        steps = [
+            made.chosen[row.router][tokens[at : at + row.batch]].any(0).sum()
+            for tokens in of_position
+            for at in range(0, len(tokens) - row.batch + 1, row.batch)  # none is begun in vain
+        ]
         activation_E = made.chosen[row.router][used].mean(0)
         assert row.steps == len(steps)
         assert row.distinct_experts == pytest.approx(np.mean(steps))
@@ -502,46 +489,23 @@ def test_a_decode_step_is_of_one_position(made: Made, phase: str | None) -> None
         assert row.tokens_per_expert == pytest.approx(each)
 
 
-def evicted(policy: str, cached: set[int], past: list[int], later: list[set[int]]) -> int:
-    """past: accesses so far. later: the decisions to come."""
-    last = {e: len(past) - past[::-1].index(e) for e in cached}
-    if policy == "belady":  # of equals any, here the highest id
-        wait = {e: next((i for i, w in enumerate(later) if e in w), 10**9) for e in cached}
-        return max(cached, key=lambda e: (wait[e], e))
-    used = {e: past.count(e) if policy == "lfu" else 0 for e in cached}
-    return min(cached, key=lambda e: (used[e], last[e]))
-
-
 @pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 @pytest.mark.parametrize("slots", [3, 4])
-def test_ties_in_a_cache(made: Made, policy: str, slots: int) -> None:
+def test_a_cache_serves_sequence_after_sequence(made: Made, policy: str, slots: int) -> None:
     table = simulate_cache(made.trace, slots=[slots], policies=[policy]).tables["cache"]
     by_T = np.argsort(made.sequence, kind="stable")
     for r in range(L):
-        wanted = [[int(e) for e in row if e >= 0] for row in made.ids[r][by_T]]
-        cached, past, hits = set[int](), list[int](), 0
-        for t, now in enumerate(wanted):
-            hits += len(cached & set(now))
-            past += now  # slot by slot: the earlier slot is the less recent
-            for e in now:
-                if e not in cached and len(cached) == slots:
-                    later = [set(w) for w in wanted[t + 1 :]]
-                    cached.remove(evicted(policy, cached - set(now), past, later))
-                cached.add(e)
-        assert table.loc[r, ["hits", "accesses"]].tolist() == [hits, len(past)]
+        ids_KT = made.ids[r][by_T].T
+        expected = [naive(policy, ids_KT, slots), (ids_KT >= 0).sum()]
+        assert table.loc[r, ["hits", "accesses"]].tolist() == expected
 
 
 def test_a_generated_token_is_a_group_of_its_own_where_sequences_are_groups(made: Made) -> None:
-    factor = 1.25
-    table = simulate_capacity(
-        made.trace, capacity_factors=[factor], group_tokens="sequence"
-    ).tables["capacity"]
+    factor, group_T = 1.25, made.sequence * 1_000 + made.batch
+    simulated = simulate_capacity(made.trace, capacity_factors=[factor], group_tokens="sequence")
+    table, tokens_G = simulated.tables["capacity"], np.unique(group_T, return_counts=True)[1]
     for r in range(L):
-        group_T = made.sequence * 1_000 + made.batch
-        load_GE, tokens_G = (
-            made.by(group_T, made.chosen[r]),
-            np.unique(group_T, return_counts=True)[1],
-        )
+        load_GE = made.by(group_T, made.chosen[r])
         room_G = np.ceil(factor * tokens_G * K / E)
         dropped = np.maximum(load_GE - room_G[:, None], 0).sum()
         assert len(tokens_G) == S + made.generated.sum()

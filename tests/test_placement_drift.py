@@ -8,15 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from moe_inspect.simulate.placement.forecast import (
-    MOST,
-    busiest,
-    descend_windows,
-    drawn,
-    kriging,
-    merged,
-    variogram,
-)
+from moe_inspect.simulate.placement import forecast
+from moe_inspect.simulate.placement.forecast import busiest, descend_windows, drawn, kriging
 from moe_inspect.simulate.placement.placement import POLICIES
 from moe_inspect.simulate.placement.policies import Layout, colocated, shares
 from moe_inspect.simulate.placement.tables import least_busiest
@@ -31,16 +24,12 @@ def test_local_search_lasts_longer_than_eplb(case: str) -> None:
     for layer in range(12):
         load_WE = drifting(layer, EXPERTS, 32, *CASES[case])
         fit_WE, judged_WE = load_WE[:16], load_WE[16:]
-        searched, eplb = (
-            POLICIES[name](fit_WE, layout) for name in ("local-search", "eplb-global")
-        )
-        held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in (searched, eplb)])
-        static = [
-            mean_over_windows(plan, fit_WE.sum(0, keepdims=True), GPUS) for plan in (searched, eplb)
-        ]
-        assert static[0] <= static[1] * (1 + 1e-9)
-        assert colocated(searched, GPUS) == 0
-        assert set(searched.tolist()) == set(range(EXPERTS))
+        plans = [POLICIES[name](fit_WE, layout) for name in ("local-search", "eplb-global")]
+        held_out.append([mean_over_windows(plan, judged_WE, GPUS) for plan in plans])
+        ours, eplb = (mean_over_windows(plan, fit_WE.sum(0)[None], GPUS) for plan in plans)
+        assert ours <= eplb * (1 + 1e-9)
+        assert colocated(plans[0], GPUS) == 0
+        assert set(plans[0].tolist()) == set(range(EXPERTS))
     ours_L, eplb_L = np.array(held_out).T
     assert ours_L.mean() < eplb_L.mean()
     assert (ours_L < eplb_L).mean() >= 0.6
@@ -65,7 +54,8 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(expert_P, 7) == 0
     limit = 1.02 * (load_EM.sum(1) @ shares(expert_P, 24, 7)).max()
     before = busiest(slots_GS, load_EM)
-    descend_windows(slots_GS, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, limit)
+    each = load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E
+    descend_windows(slots_GS, *each, limit)
     after = busiest(slots_GS, load_EM)
     assert after < 0.99 * before
     assert after == pytest.approx((load_EM.T @ shares(slots_GS.ravel(), 24, 7)).max(1).mean())
@@ -73,8 +63,7 @@ def test_settling_lowers_the_busiest_gpu_and_keeps_the_limit() -> None:
     assert colocated(slots_GS.ravel(), 7) == 0
     assert (load_EM.sum(1) @ shares(slots_GS.ravel(), 24, 7)).max() <= limit * (1 + 1e-12)
     again = slots_GS.copy()
-    # no exchange keeps such a limit
-    descend_windows(again, load_EM / replicas_E[:, None], load_EM.sum(1) / replicas_E, 0.0)
+    descend_windows(again, *each, 0.0)  # no exchange keeps such a limit
     assert (again == slots_GS).all()
 
 
@@ -93,9 +82,8 @@ def test_the_variogram_finds_how_fast_loads_move() -> None:
     for _ in range(300):
         rows.append(rho * rows[-1] + np.sqrt(1 - rho**2) * rng.normal(size=400))
     moving = np.array(rows[100:])
-    found, nugget, sill = variogram(
-        moving + 0.5 * rng.normal(size=moving.shape), np.full(400, 1 / 400)
-    )
+    noisy = moving + 0.5 * rng.normal(size=moving.shape)
+    found, nugget, sill = forecast.variogram(noisy, np.full(400, 1 / 400))
     assert found == rho
     assert (nugget, sill) == (pytest.approx(0.25, rel=0.1), pytest.approx(1, rel=0.1))
 
@@ -116,19 +104,19 @@ def test_windows_drawn_are_like_windows_seen() -> None:
 
 
 def test_many_windows_are_merged() -> None:
-    load_WE = np.arange(2 * (MOST + 1)).reshape(MOST + 1, 2)
-    assert len(merged(load_WE)) == MOST // 2 + 1
-    assert (merged(load_WE).sum(0) == load_WE.sum(0)).all()
-    assert (merged(load_WE[:MOST]) == load_WE[:MOST]).all()
+    load_WE = np.arange(2 * (forecast.MOST + 1)).reshape(-1, 2)
+    merged_WE = forecast.merged(load_WE)
+    assert len(merged_WE) == forecast.MOST // 2 + 1
+    assert (merged_WE.sum(0) == load_WE.sum(0)).all()
+    assert (forecast.merged(load_WE[:-1]) == load_WE[:-1]).all()
 
 
 def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:
     """Experts 0 on GPUs 0 and 1, 1 on GPU 0, 2 on GPU 1: all of expert 0 goes to GPU 1 where that
     balances them."""
-    share_EG = shares(np.array([0, 1, 0, 2]), 3, 2)
-    assert least_busiest(
-        np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]]), share_EG
-    ).tolist() == pytest.approx([40, 90, 0])
+    load_WE = np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]])
+    least_W = least_busiest(load_WE, shares(np.array([0, 1, 0, 2]), 3, 2))
+    assert least_W.tolist() == pytest.approx([40, 90, 0])
 
 
 def test_no_subset_of_the_gpus_allows_less_than_the_linear_program() -> None:

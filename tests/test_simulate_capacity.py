@@ -23,8 +23,9 @@ from moe_inspect.simulate.capacity import (
 )
 from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT
-from tests.synthetic import encoder_decoder, uniform_ids, write_trace
+from tests.synthetic import uniform_ids, write_trace
 
+COLLAPSED = ROOT / "sample_traces/collapsed"
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 
 
@@ -32,15 +33,11 @@ def brute_force(
     ids_TK: np.ndarray, weight_TK: np.ndarray, room: int, order: str
 ) -> set[tuple[int, int]]:
     """The (token, slot) dropped of one group."""
-    queue = [
-        (t, k) for t in range(len(ids_TK)) for k in range(ids_TK.shape[1]) if ids_TK[t, k] >= 0
-    ]
-    if order == "arrival":
-        queue.sort(key=lambda at: (at[1], at[0]))
-    if order == "weight":
-        queue.sort(key=lambda at: (-weight_TK[at], at[1], at[0]))
-    taken: Counter[int] = Counter()
-    dropped = set()
+    queue = [(int(t), int(k)) for t, k in np.argwhere(ids_TK >= 0)]
+    if order != "token":
+        weight = {at: -weight_TK[at] if order == "weight" else 0 for at in queue}
+        queue.sort(key=lambda at: (weight[at], at[1], at[0]))
+    taken, dropped = Counter[int](), set[tuple[int, int]]()
     for at in queue:
         taken[ids_TK[at]] += 1
         if taken[ids_TK[at]] > room:
@@ -65,41 +62,33 @@ def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarra
     ids_TK, weight_TK, E = case
     T, K = ids_TK.shape
     start_G = np.append(np.arange(0, T, size), T)
-    room_GF = np.array(
-        [[expert_capacity(f, int(n), K, E) for f in FACTORS] for n in np.diff(start_G)]
-    )
-    group_T = np.repeat(np.arange(len(start_G) - 1), np.diff(start_G))
+    size_G = np.diff(start_G)
+    room_GF = np.array([[expert_capacity(f, int(n), K, E) for f in FACTORS] for n in size_G])
+    group_T = np.repeat(np.arange(len(size_G)), size_G)
     domain_T = np.arange(T) % 2
     decile_PT = np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8)
-    visit_N = (
-        np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K)))
-        if order == "weight"
-        else np.zeros(0, np.int64)
-    )
-    load_GE, level_KT = np.zeros((len(start_G) - 1, E), np.int32), np.empty((K, T), np.uint8)
+    visit_N = np.zeros(0, np.int64)
+    if order == "weight":
+        visit_N = np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K)))
+    made = load_GE, level_KT = np.zeros((len(size_G), E), np.int32), np.empty((K, T), np.uint8)
     of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
-    kernels_numba.queue(
-        ids_KT, start_G, of_G, levels(room_GF, size), visit_N, order == "token", load_GE, level_KT
-    )
+    how = levels(room_GF, size), visit_N, order == "token"
+    kernels_numba.queue(ids_KT, start_G, of_G, *how, *made)
     groups = Groups(slice(None), start_G, domain_T, decile_PT, ["a", "b"])
     last_FD, last_FPN, worst_T, best_T = dropped(level_KT, groups, len(FACTORS))
     for f in range(len(FACTORS)):
-        lost = {
-            (int(start_G[g]) + t, k)
-            for g in range(len(start_G) - 1)
-            for t, k in brute_force(
-                ids_TK[group_T == g], weight_TK[group_T == g], int(room_GF[g, f]), order
-            )
-        }
+        of_group = [
+            brute_force(ids_TK[group_T == g], weight_TK[group_T == g], room_F[f], order)
+            for g, room_F in enumerate(room_GF)
+        ]
+        lost = {(int(start_G[g]) + t, k) for g, of in enumerate(of_group) for t, k in of}
         assert last_FD[f:].sum() == len(lost)
         assert last_FD[f:, 1].sum() == sum(t % 2 for t, _ in lost)
         assert last_FPN[f:, 1, 0].sum() == sum(t // 7 == 0 for t, _ in lost)
         of_token = Counter(t for t, _ in lost)
         made_T = (ids_TK >= 0).sum(1)
         assert (worst_T > f).tolist() == [t in of_token for t in range(T)]
-        assert (best_T > f).tolist() == [
-            made_T[t] > 0 and of_token[t] == made_T[t] for t in range(T)
-        ]
+        assert (best_T > f).tolist() == [0 < made_T[t] == of_token[t] for t in range(T)]
     assert load_GE.sum() == (ids_TK >= 0).sum()
 
 
@@ -119,12 +108,8 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
     columns = ["simulated_drop_rate", "tokens_hit", "tokens_lost", "unused_capacity"]
     assert made.tables["capacity"].iloc[0][columns].tolist() == [3 / 8] * 4
     assert made.tables["capacity_by_domain"]["simulated_drop_rate"].tolist() == [2 / 4, 1 / 4]
-    ends = (
-        made.tables["capacity_by_position"]
-        .query("position_in == 'document'")
-        .set_index("tenth")["simulated_drop_rate"]
-        .dropna()
-    )
+    ends = made.tables["capacity_by_position"].query("position_in == 'document'").dropna()
+    ends = ends.set_index("tenth")["simulated_drop_rate"]
     assert ends.to_dict() == {1: 0.0, 3: 0.0, 6: 0.5, 8: 1.0}
     columns = ["capacity_factor", "simulated_drop_rate", "unused_capacity"]
     assert made.tables["capacity_needed"].iloc[0][columns].tolist() == [1.51, 0.0, 0.5]
@@ -134,11 +119,11 @@ def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
 
 @pytest.mark.parametrize("group", ["batch", "sequence", 100])
 def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
-    trace = ROOT / "sample_traces/collapsed"
-    made = simulate_capacity(trace, group_tokens=group, target_drop=0.05, layers=3)
+    how = {"group_tokens": group, "layers": 3}
+    made = simulate_capacity(COLLAPSED, target_drop=0.05, **how)
     row = made.tables["capacity_needed"].iloc[0]
     factors = [round(row["capacity_factor"] + step, 2) for step in (-0.01, 0)]
-    made = simulate_capacity(trace, capacity_factors=factors, group_tokens=group, layers=3)
+    made = simulate_capacity(COLLAPSED, capacity_factors=factors, **how)
     too_little, enough = made.tables["capacity"].to_dict("records")
     assert too_little["simulated_drop_rate"] > 0.05
     for column in ("simulated_drop_rate", "unused_capacity"):
@@ -155,33 +140,18 @@ def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
 
 
 def test_a_group_may_be_larger_than_any_pass():
-    usual, made = (
-        simulate_capacity(ROOT / "sample_traces/collapsed", group_tokens=group)
-        for group in ("batch", 10**30)
-    )
+    usual, made = (simulate_capacity(COLLAPSED, group_tokens=of) for of in ("batch", 10**30))
     assert made.tables["capacity"].equals(usual.tables["capacity"])
 
 
 def test_order_moves_drops_and_does_not_change_how_many():
-    trace = ROOT / "sample_traces/collapsed"
-    made = [simulate_capacity(trace, order=order, group_tokens=200) for order in ORDERS]
+    made = [simulate_capacity(COLLAPSED, order=order, group_tokens=200) for order in ORDERS]
     dropped, hit = (
         [of.tables["capacity"][column].tolist() for of in made]
         for column in ("dropped", "tokens_hit")
     )
     assert dropped[0] == dropped[1] == dropped[2]
     assert hit[0] != hit[1] != hit[2]
-
-
-def test_an_encoder_decoders_groups_are_of_the_tokens_a_router_sees(tmp_path: Path):
-    made = simulate_capacity(encoder_decoder(tmp_path / "t"), capacity_factors=[1.0])
-    # the encoder's router sends its 6 tokens to expert 0, which takes 3; the decoder's its 4 tokens
-    # to 0 and 1 in turn
-    rows = made.tables["capacity"].set_index("router")
-    assert rows["decisions"].tolist() == [6, 4]
-    assert rows["dropped"].tolist() == [3, 0]
-    across = made.tables["capacity_tokens"].iloc[0]
-    assert (across["tokens"], across["hit_anywhere"]) == (10, 0.3)
 
 
 def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):

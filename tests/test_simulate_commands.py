@@ -92,9 +92,8 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
     assert "for vllm-ascend" in done.stderr
     assert "linear program" in done.stdout
     first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
-    assert [device["device_expert"] for device in first] == [
-        plan[0][start : start + 3] for start in (0, 3, 6, 9)
-    ]
+    assert [e for device in first for e in device["device_expert"]] == plan[0]
+    assert {len(device["device_expert"]) for device in first} == {3}
 
 
 @pytest.mark.parametrize(
@@ -110,9 +109,7 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
         (("decode", TRACE, "--phase", "later"), "'later' is not"),
     ],
 )
-def test_bad_usage_exits_2_and_names_what_is_wrong(
-    arguments: tuple[object, ...], said: str
-) -> None:
+def test_bad_usage_exits_2_and_names_what_is_wrong(arguments: tuple, said: str) -> None:
     done = run(*arguments, exit_code=2)
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
@@ -143,23 +140,24 @@ def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> 
         assert error.count("\n") == 1
 
 
-def test_an_encoder_decoders_routers_are_placed_by_their_own_tokens(tmp_path: Path) -> None:
-    """The encoder sends all to expert 0, the decoder in turn to 0 and 1; two GPUs, an expert each,
-    all of it judged."""
-    made = simulate_placement(
-        encoder_decoder(tmp_path / "t"), gpus=2, policies=["contiguous"], fit_share=1.0
-    )
-    rows = made.tables["placement"].set_index("router")
-    assert rows["max_over_mean"].to_dict() == {0: 2.0, 1: 1.0}
-    assert rows["ranks_per_token"].to_dict() == {0: 1.0, 1: 1.0}
-    assert (2 * rows["mean_load"]).to_dict() == {0: 6.0, 1: 4.0}
-
-
-def test_an_encoder_decoders_steps_are_of_the_tokens_a_router_sees(tmp_path: Path) -> None:
-    made = simulate_decode(encoder_decoder(tmp_path / "t"), batches=[1])
-    table = made.tables["decode"].set_index("router")
-    assert table["steps"].to_dict() == {0: 6, 1: 4}
-    assert table["from_marginals"].to_dict() == {0: 1.0, 1: 1.0}
+def test_an_encoder_decoders_routers_see_their_own_tokens(tmp_path: Path) -> None:
+    """The encoder sends its 6 tokens to expert 0, the decoder its 4 in turn to 0 and 1: on two
+    GPUs, an expert each, of 2 and 1 times the mean load; at an even capacity 3 are dropped."""
+    simulate = encoder_decoder(tmp_path / "t").simulate
+    rows = simulate.placement(gpus=2, policies=["contiguous"], fit_share=1.0).tables["placement"]
+    columns = ["max_over_mean", "ranks_per_token", "mean_load"]
+    assert rows[columns].values.tolist() == [[2.0, 1.0, 3.0], [1.0, 1.0, 2.0]]
+    rows = simulate.decode(batches=[1]).tables["decode"]
+    assert rows[["steps", "from_marginals"]].values.tolist() == [[6, 1.0], [4, 1.0]]
+    rows = simulate.cache(slots=[1], policies=["lru"]).tables["cache_by_phase"]
+    found = rows[["router", "phase", "accesses", "hits"]].values.tolist()
+    assert found == [[0, "encode", 6, 5], [1, "prefill", 4, 0]]
+    tables = simulate.capacity(capacity_factors=[1.0]).tables
+    assert tables["capacity"][["decisions", "dropped"]].values.tolist() == [[6, 3], [4, 0]]
+    assert tables["capacity_tokens"][["tokens", "hit_anywhere"]].values.tolist() == [[10, 0.3]]
+    rows = simulate.routing(algorithms=["as recorded", "top-k"], top_k=[1]).tables["routing"]
+    found = rows[["tokens", "agreement", "max_vio"]].values.tolist()
+    assert found == [[6, 1.0, 1.0]] * 2 + [[4, 1.0, 0.0]] * 2
 
 
 def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Path) -> None:
@@ -168,9 +166,8 @@ def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Pa
     table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["plan"]
     assert table.groupby("router")["expert"].apply(list).to_dict() == {0: [0, 1], 1: [0, 1]}
     assert simulate_decode(trace, batches=[1]).tables["decode"]["router"].tolist() == [0, 1]
-    assert "one router per layer" in str(
-        run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1).exception
-    )
+    done = run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1)
+    assert "one router per layer" in str(done.exception)
 
 
 def test_slots_that_route_nowhere_load_no_gpu_and_read_no_expert(tmp_path: Path) -> None:
@@ -190,12 +187,3 @@ def test_256_experts_and_one_gpu(tmp_path: Path) -> None:
     many = simulate_placement(trace, gpus=8, nodes=2, physical_experts=288).tables["placement"]
     assert many["nodes_per_token"].between(1, 2).all()
     assert simulate_decode(trace, batches=[1]).tables["decode"]["distinct_experts"].item() == 8
-
-
-def test_counts_alone_write_a_plan(tmp_path: Path) -> None:
-    trace = write_counts(
-        tmp_path / "t", [np.array([[40, 30, 20, 10]]), np.array([[10, 10, 10, 70]])], 2
-    )
-    run("placement", trace.path, "--gpus", 2, "--physical-experts", 6, "-o", tmp_path / "plan.json")
-    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
-    assert [len(row) for row in plan] == [6, 6]

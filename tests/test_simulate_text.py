@@ -33,20 +33,10 @@ def routed(
         rows.append({"router": 1, "algorithm": "loss-free bias", "max_vio": bias, **of})
     names = ["algorithm", "experts_per_token", "max_vio_worst", "mass_retained_least"]
     told = pd.DataFrame(advice or [("top-k 2", 2, 1.0, 1.0)], columns=names)
-    told["leaks_future"] = [
-        "yes" if name == "expert choice" else "no" for name in told["algorithm"]
-    ]
-    settings = {
-        "uneven": 0.2,
-        "experts_per_token": 2.0,
-        "bias_held_out": held_out,
-        "scoring": ["softmax"],
-    }
-    return " ".join(
-        routing_text.verdict(
-            {"routing": pd.DataFrame(rows), "routing_algorithms": told}, settings, LABELS
-        )
-    )
+    told["leaks_future"] = np.where(told["algorithm"] == "expert choice", "yes", "no")
+    settings = {"uneven": 0.2, "experts_per_token": 2.0, "bias_held_out": held_out}
+    tables = {"routing": pd.DataFrame(rows), "routing_algorithms": told}
+    return " ".join(routing_text.verdict(tables, settings | {"scoring": ["softmax"]}, LABELS))
 
 
 ROUTING = {
@@ -72,14 +62,10 @@ def test_routing(case: str):
     assert says in sentences
 
 
-@pytest.mark.parametrize(
-    ("times", "says"),
-    [
-        (1.005, ""),
-        (1.0051, "; computes 1.01x as many experts per token"),
-        (0.5, "; computes 0.5x as many"),
-    ],
-)
+COMPUTES = [(1.005, ""), (1.0051, "; computes 1.01x as many experts per token")]
+
+
+@pytest.mark.parametrize(("times", "says"), [*COMPUTES, (0.5, "; computes 0.5x as many")])
 def test_compute(times: float, says: str):
     assert routing_text.added_compute(times).startswith(says)
     assert bool(routing_text.added_compute(times)) == bool(says)
@@ -94,9 +80,8 @@ def test_compute(times: float, says: str):
     ],
 )
 def test_a_hot_set(shares: list[float], says: str):
-    assert says in cache_text.hot_set(
-        pd.DataFrame({"hot_set_share": shares, "even_share": 0.25}), 2
-    )
+    once = pd.DataFrame({"hot_set_share": shares, "even_share": 0.25})
+    assert says in cache_text.hot_set(once, 2)
 
 
 @pytest.mark.parametrize(("even", "asks"), [(0.834, True), (0.832, False)])
@@ -138,29 +123,18 @@ def test_capacity_names_the_worst_router():
 
 
 def test_decode_says_what_it_has_steps_of():
-    rows = {
-        "batch": [1, 8, 32],
-        "steps": [9, 9, 0],
-        "distinct_experts": [2.0, 7.0, None],
-        "independent": [2.0, 7.5, 8.0],
-    }
-    table = pd.DataFrame({**rows, "share_of_experts": [0.25, 0.875, None], "bytes_per_token": None})
-    needed = pd.DataFrame(
-        {"reads_all_from": [24.0, 20.0], "compute_bound_from": [None, None]}, dtype=float
-    )
+    rows = [(1, 9, 2.0, 2.0, 0.25), (8, 9, 7.0, 7.5, 0.875), (32, 0, None, 8.0, None)]
+    names = ["batch", "steps", "distinct_experts", "independent", "share_of_experts"]
+    table = pd.DataFrame(rows, columns=names).assign(bytes_per_token=None)
+    needed = pd.DataFrame({"reads_all_from": [24.0, 20.0], "compute_bound_from": np.nan})
     settings = {"decoded": True, "weight_bits": 16, "flops_per_byte": 300}
-    sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings)
-    assert (
-        sentences[0]
-        == "1 sequence reads 2.0 experts per layer and step (25% of them; expected by chance: 2.0)."
-    )
+    sentences = decode_text.verdict({"decode": table, "batch_needed": needed}, settings, {})
+    chance = "(25% of them; expected by chance: 2.0)."
+    assert sentences[0] == f"1 sequence reads 2.0 experts per layer and step {chance}"
     assert sentences[2] == "No step of 32 sequences: the trace has too few at any position."
-    assert sentences[3].startswith(
-        "From 24 sequences on, a step reads 95% of the experts in use in every layer"
-    )
+    saturated = "From 24 sequences on, a step reads 95% of the experts in use in every layer"
+    assert sentences[3].startswith(saturated)
     assert len(sentences) == 5
-    bound = decode_text.verdict(
-        {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])},
-        settings,
-    )
+    tables = {"decode": table, "batch_needed": needed.assign(compute_bound_from=[100.0, 300.0])}
+    bound = decode_text.verdict(tables, settings, {})
     assert bound[4].startswith("Beyond about 200 sequences a larger batch stops helping")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,11 +26,11 @@ from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.gguf import expert_mb_of
 from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Mark, Panel, Points
-from moe_inspect.simulate import kernels_numba
-from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate import kernels_numba, result
+from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, routed
 from moe_inspect.text import layer_label, plural
-from moe_inspect.trace.reader import Trace, open_trace, shards_of
+from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.shard import Shard, codes
 
@@ -44,22 +44,10 @@ POLICIES = {
     "belady": "evicts what is used again last: the upper bound of any policy, which only one that "
     "knows the future reaches",
 }
-
-
 # what a cache of E experts holds at first, the arguments of its kernel: as that describes them
 FRESH: dict[str, Callable[[int], tuple[np.ndarray, ...]]] = {
-    "lfu": lambda E: (
-        np.zeros(E, np.int64),
-        np.full(E, -1),
-        np.zeros(E, np.int64),
-        np.zeros(1, np.int64),
-    ),
-    "belady": lambda E: (
-        np.zeros(E, np.int32),
-        np.zeros(E, np.int32),
-        np.zeros(E, np.int32),
-        np.zeros(1, np.int64),
-    ),
+    "lfu": lambda E: (np.zeros(E, int), np.full(E, -1), np.zeros(E, int), np.zeros(1, int)),
+    "belady": lambda E: (*np.zeros((3, E), np.int32), np.zeros(1, int)),
 }
 
 
@@ -68,8 +56,7 @@ class Cache:
     cache holds is carried from shard to shard, in memory for E experts."""
 
     def __init__(self, E: int, sizes: Sequence[int], names: Sequence[str]) -> None:
-        P = len(PHASES)
-        kind = np.int8 if E <= 256 else np.int16
+        P, kind = len(PHASES), np.int8 if E <= 256 else np.int16
         self.keys = [(name, size) for name in names for size in sizes]
         self.decisions_P, self.cold_P = np.zeros((2, P), np.int64)
         # of LRU, also where it is not asked for: it counts accesses
@@ -105,7 +92,7 @@ class Cache:
         }
 
 
-@repeatable
+@result.repeatable
 def simulate_cache(
     trace: Trace | str | Path,
     *,
@@ -115,7 +102,7 @@ def simulate_cache(
     gb_per_s: float | None = None,
     gguf: str | Path | None = None,
     layers: str | int | Iterable[int | str] | None = None,
-) -> Simulation:
+) -> result.Simulation:
     """How often an expert is in one of a layer's `slots` when it is wanted.
 
     `slots`: numbers of slots per layer, k or more; default k, 2k and 4k. `policies`: names of
@@ -126,13 +113,15 @@ def simulate_cache(
     Tables: cache (a row per router, policy and number of slots), cache_speed (per policy and number
     of slots, all layers), cache_by_phase. MoeInspectError for settings out of range and for traces
     without decisions."""
-    trace = open_trace(trace)
-    need_decisions(trace, "simulate cache")
+    trace = result.with_decisions(trace, "simulate cache")
     chosen = select(trace, layers=layers).routers
     sizes, names = _sizes(trace, chosen, slots), list(dict.fromkeys(policies))
-    mb_of = _mb_of(trace, chosen, expert_mb, gguf)
-    unknown = [name for name in names if name not in POLICIES]
-    if unknown or not names:
+    if gguf is not None and expert_mb is not None:
+        raise MoeInspectError("--expert-mb and --gguf exclude each other: give one")
+    mb_of = None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
+    if gguf is not None:
+        mb_of = expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
+    if (unknown := [name for name in names if name not in POLICIES]) or not names:
         raise MoeInspectError(
             f"no policy {', '.join(unknown) or 'given'}: there are {', '.join(POLICIES)}"
         )
@@ -146,37 +135,16 @@ def simulate_cache(
             raise MoeInspectError(
                 f"expert size {size} MB over {gb_per_s} GB/s: give finite numbers above 0"
             )
-    if not trace.n_tokens:
-        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     caches = by_router(trace, chosen, "simulating cache", _replay, sizes, names)
-    tables = _tables(trace, caches, mb_of, gb_per_s)
-    shown: dict[str, object] = {
+    settings: Settings = {
         "slots": sizes,
         "policies": names,
         "expert_mb": mb_of and float(np.mean([*mb_of.values()])),
         "gb_per_s": gb_per_s,
         "batch_size": 1,
     }
-    label_of = {r: layer_label(trace.routers, r) for r in chosen}
-    return Simulation(
-        "cache",
-        tables,
-        verdict(tables, shown),
-        shown,
-        chart(tables, shown, label_of),
-        ("cache", "cache_speed"),
-    )
-
-
-def _mb_of(
-    trace: Trace, chosen: Sequence[int], expert_mb: float | None, gguf: str | Path | None
-) -> dict[int, float] | None:
-    """The size of an expert of each router, where it is asked for."""
-    if gguf is None:
-        return None if expert_mb is None else dict.fromkeys(chosen, expert_mb)
-    if expert_mb is not None:
-        raise MoeInspectError("--expert-mb and --gguf exclude each other: give one")
-    return expert_mb_of(Path(gguf), {r: trace.routers[r] for r in chosen})
+    tables = _tables(trace, caches, mb_of, gb_per_s)
+    return result.simulation(trace, tables, settings, verdict, chart, ("cache", "cache_speed"))
 
 
 def _replay(
@@ -286,7 +254,7 @@ def _rates(cache: Cache, hits_P: np.ndarray, phases: int | slice) -> dict[str, f
 HOT = 1.2
 
 
-def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     main, speed = tables["cache"].dropna(subset=["hit_rate"]), tables["cache_speed"]
     if main.empty:
         return ["Simulated: no router made an assignment, so nothing could be cached."]
@@ -299,7 +267,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         bound = " (the upper bound: it knows the future)" if name == "belady" else ""
         sentences.append(
             f"Simulated, {plural(size, 'slot')} per layer, {name}{bound}: hit rate "
-            f"{_percents(rate.min(), rate.max())} by layer."
+            f"{_percents(rate)} by layer."
         )
     if "tokens_per_s" in speed:
         speed = speed[speed["slots"] == size]
@@ -320,7 +288,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def hot_set(once: Any, size: int) -> str:
+def hot_set(once: pd.DataFrame, size: int) -> str:
     """Whether the busiest experts of each layer get enough accesses to be worth caching. once: one
     row per router."""
     if (HOT * once["even_share"] >= 1).all():
@@ -330,18 +298,18 @@ def hot_set(once: Any, size: int) -> str:
     hot = int((once["hot_set_share"] >= HOT * once["even_share"]).sum())
     return (
         f"A hot set worth caching? {'Yes' if hot == len(once) else 'In part' if hot else 'No'}: "
-        f"in {hot} of {len(once)} layers the {size} busiest "
-        f"experts get at least {HOT:g}x what even load would give them "
-        f"({_percents(once['hot_set_share'].min(), once['hot_set_share'].max())} of "
-        f"accesses; even: {_percents(once['even_share'].min(), once['even_share'].max())})."
+        f"in {hot} of {len(once)} layers the {size} busiest experts get at least {HOT:g}x what "
+        f"even load would give them ({_percents(once['hot_set_share'])} of accesses; even: "
+        f"{_percents(once['even_share'])})."
     )
 
 
-def _percents(low: float, high: float) -> str:
-    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+def _percents(shares: pd.Series) -> str:
+    low, high = f"{shares.min():.0%}", f"{shares.max():.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
-def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     """Hit rate by number of slots, over the layers; and by layer, at one number of slots."""
     main, sizes, names = tables["cache"], list(settings["slots"]), settings["policies"]
     size, x_S = sizes[len(sizes) // 2], np.arange(len(sizes), dtype=float)
@@ -365,16 +333,18 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     by_layer.append(Points(x_L, hot.to_numpy(), said, "c6", "tick"))
     slots, rate = Axis("slots per layer", tuple(map(str, sizes))), Axis("hit rate", low=0, high=1)
     layers = Axis("layer", tuple(label_of[r] for r in routers))
+    panels = (
+        Panel(tuple(by_size), slots, rate, "By number of slots"),
+        Panel(tuple(by_layer), layers, rate, f"By layer, {size} slots"),
+    )
+    said = (
+        "By number of slots: the mean over layers, the bars from the lowest layer to the highest."
+    )
     return Chart(
         "Cache of experts",
         "Share of the accesses to experts that a cache serves, by policy",
-        (
-            Panel(tuple(by_size), slots, rate, "By number of slots"),
-            Panel(tuple(by_layer), layers, rate, f"By layer, {size} slots"),
-        ),
-        text=SIMULATED
-        + "By number of slots: the mean over layers, the bars from the lowest layer to the "
-        "highest.",
+        panels,
+        text=result.SIMULATED + said,
         columns=2,
         name="cache",
     )

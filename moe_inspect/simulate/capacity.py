@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -24,11 +24,11 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.tasks import summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.charts.spec import DASHES, SERIES, Axis, Chart, Line, Panel, look
+from moe_inspect.simulate import result
 from moe_inspect.simulate.kernels_numba import NOWHERE, queue
-from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, expert_capacity, routed
-from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard, codes
@@ -50,7 +50,7 @@ STEP = 100  # the least factor is searched for in hundredths
 POSITIONS = ("document", "group")  # what a token's tenth is a tenth of
 
 
-@repeatable
+@result.repeatable
 def simulate_capacity(
     trace: Trace | str | Path,
     *,
@@ -59,7 +59,7 @@ def simulate_capacity(
     order: Order | None = None,
     target_drop: float = 0.01,
     layers: str | int | Iterable[int | str] | None = None,
-) -> Simulation:
+) -> result.Simulation:
     """What experts of limited capacity would drop.
 
     `capacity_factors`: up to 50, each above 0. `group_tokens`: the tokens that share the experts'
@@ -72,56 +72,45 @@ def simulate_capacity(
     Tables: capacity (a row per router and factor), capacity_needed (per router), capacity_tokens
     (per factor, all layers), capacity_by_domain, capacity_by_position. MoeInspectError for settings
     out of range, and for traces without decisions or without the weights that `order` needs."""
-    trace = open_trace(trace)
-    need_decisions(trace, "simulate capacity")
+    trace = result.with_decisions(trace, "simulate capacity")
     chosen = select(trace, layers=layers).routers
     ranked = all(trace.routers[r].first_choice_known for r in chosen)
     factors = tuple(sorted({float(f) for f in capacity_factors}))
     order = order or ("arrival" if ranked else "token")
+    wrong = None
     if not factors or len(factors) > MOST_FACTORS or not all(0 < f < 1e6 for f in factors):
-        raise MoeInspectError(
-            f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0"
-        )
-    if group_tokens not in ("batch", "sequence") and not (
+        wrong = f"capacity factors {list(factors)}: give 1 to {MOST_FACTORS} of them, each above 0"
+    elif group_tokens not in ("batch", "sequence") and not (
         isinstance(group_tokens, int) and group_tokens >= 1
     ):
-        raise MoeInspectError(
-            f"group tokens {group_tokens!r}: give a number of tokens, batch or sequence"
-        )
-    if order not in ORDERS:
-        raise MoeInspectError(f"no order {order!r}: there are {', '.join(ORDERS)}")
-    if order == "weight" and not trace.has_weights:
-        raise MoeInspectError(
+        wrong = f"group tokens {group_tokens!r}: give a number of tokens, batch or sequence"
+    elif order not in ORDERS:
+        wrong = f"no order {order!r}: there are {', '.join(ORDERS)}"
+    elif order == "weight" and not trace.has_weights:
+        wrong = (
             f"{trace.path} holds no gate weights, which order weight needs: trace without "
             "--no-weights"
         )
-    if order == "arrival" and not ranked:
-        raise MoeInspectError(
+    elif order == "arrival" and not ranked:
+        wrong = (
             f"order arrival needs first choices, which {trace.path} does not record: use order "
             "token"
         )
-    if not 0 <= target_drop < 1:
-        raise MoeInspectError(f"target drop {target_drop}: give a share from 0 to below 1")
-    if not trace.n_tokens:
-        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    elif not 0 <= target_drop < 1:
+        wrong = f"target drop {target_drop}: give a share from 0 to below 1"
+    if wrong:
+        raise MoeInspectError(wrong)
     asked = chosen, factors, group_tokens, order
     parts = summed(trace, "simulating capacity", _add, _drops_of_shard, *asked)
     tables = _tables(trace, *reduce(_add, parts), factors, target_drop)
-    shown = {
+    settings: Settings = {
         "capacity_factors": factors,
         "group_tokens": group_tokens,
         "order": order,
         "target_drop": target_drop,
     }
-    label_of = {r: layer_label(trace.routers, r) for r in chosen}
-    return Simulation(
-        "capacity",
-        tables,
-        verdict(tables, shown, label_of),
-        shown,
-        chart(tables, shown, label_of),
-        ("capacity", "capacity_needed"),
-    )
+    shown = ("capacity", "capacity_needed")
+    return result.simulation(trace, tables, settings, verdict, chart, shown)
 
 
 # --- counting: the queues before the experts of each router in each shard
@@ -147,11 +136,11 @@ class Drops:
     dropped_at: np.ndarray
     room_at: np.ndarray
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """As it is sent to be added to others: in narrow types."""
         return {name: narrowed(value) for name, value in self.__dict__.items()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         for name, value in state.items():
             wide = value.astype(np.int64) if isinstance(value, np.ndarray) else value
             setattr(self, name, wide)
@@ -198,12 +187,9 @@ def _drops_of_shard(
 ) -> Counted:
     table = shard.tokens(["document", "sequence", "batch", "domain"])
     hit_T, lost_T = np.zeros((2, len(table)), np.uint8)
-
-    def groups_before(_: int, seen: Seen) -> Groups:
-        return groups_of(table, seen, group_tokens)
-
     of = dict[int, Drops]()
-    for r, groups, ids_KT in routed(shard, chosen, groups_before):
+    tokens = routed(shard, chosen, lambda _, seen: groups_of(table, seen, group_tokens))
+    for r, groups, ids_KT in tokens:
         of[r], worst_T, best_T = drops_of(shard, r, groups, ids_KT, factors, order)
         hit_T[groups.seen] = np.maximum(hit_T[groups.seen], worst_T)
         lost_T[groups.seen] = np.maximum(lost_T[groups.seen], best_T)
@@ -407,10 +393,9 @@ def _tables(
             ]
             by_position += [
                 at
-                | {"position_in": position, "tenth": n + 1}
-                | _rate(drops.made_PN[p, n], dropped_FPN[f, p, n])
-                for p, position in enumerate(POSITIONS)
-                for n in range(10)
+                | {"position_in": POSITIONS[p], "tenth": n + 1}
+                | _rate(of_tenth, dropped_FPN[f, p, n])
+                for (p, n), of_tenth in np.ndenumerate(drops.made_PN)
             ]
         if made:
             needed.append({**router, "target_drop": target_drop, **drops.needed(target_drop)})
@@ -444,10 +429,7 @@ def _group(group: int | str) -> str:
     return {"batch": "a forward pass", "sequence": "a sequence"}.get(str(group), f"{group} tokens")
 
 
-def verdict(
-    tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
-) -> list[str]:
-    """Plain sentences, most important first."""
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     factors = settings["capacity_factors"]
     factor = factors[len(factors) // 2]
     main, across, needed = (
@@ -457,36 +439,34 @@ def verdict(
     if at.empty:
         return ["Simulated: no router made an assignment, so nothing could be dropped."]
     worst = at.loc[at["simulated_drop_rate"].idxmax()]
+    label, most = label_of[worst["router"]], needed.loc[needed["capacity_factor"].idxmax()]
     everywhere = across[across["capacity_factor"] == factor].iloc[0]
     sentences = [
         f"Simulated: at capacity factor {factor:g}, in groups of "
-        f"{_group(settings['group_tokens'])}, layer {label_of[worst['router']]} would drop most: "
+        f"{_group(settings['group_tokens'])}, layer {label} would drop most: "
         f"{worst['simulated_drop_rate']:.1%} of its assignments; {worst['tokens_hit']:.1%} of its "
         f"tokens would lose an expert and {worst['tokens_lost']:.1%} all of them.",
         f"Simulated, over all layers: {everywhere['hit_anywhere']:.1%} of tokens would lose an "
         "expert in at least one layer, and "
         f"{everywhere['lost_anywhere']:.1%} all experts of a layer.",
-    ]
-    most = needed.loc[needed["capacity_factor"].idxmax()]
-    sentences.append(
         f"Simulated: dropping at most {100 * settings['target_drop']:.3g}% of every layer's "
         f"assignments takes a factor of {most['capacity_factor']:.2f} (layer "
         f"{label_of[most['router']]}), which leaves {most['unused_capacity']:.0%} of that layer's "
-        "capacity unused."
-    )
+        "capacity unused.",
+    ]
     ends = tables["capacity_by_position"].query(
         "capacity_factor == @factor and router == @worst.router"
     )
     for position in POSITIONS[:1] if settings["group_tokens"] == "sequence" else POSITIONS:
         rate = ends[ends["position_in"] == position].set_index("tenth")["simulated_drop_rate"]
         sentences.append(
-            f"Simulated, layer {label_of[worst['router']]}, drop rate by position in the "
+            f"Simulated, layer {label}, drop rate by position in the "
             f"{position}: first tenth {rate[1]:.1%}, last tenth {rate[10]:.1%}."
         )
     return sentences
 
 
-def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     """What each layer drops; and where in its document and group the worst layer's drops fall."""
     factors, main = settings["capacity_factors"], tables["capacity"]
     routers = list(main["router"].unique())
@@ -494,14 +474,13 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
         routers
     ]
     x = np.arange(len(routers), dtype=float)
-    by_layer = [
+    by_layer = tuple(
         Line(x, rate_of.loc[f].to_numpy(float), f"capacity factor {f:g}", *look(i), dots=True)
         for i, f in enumerate(factors)
-    ]
+    )
     factor = factors[len(factors) // 2]
     worst = rate_of.loc[factor].fillna(-1).idxmax()
-    ends = tables["capacity_by_position"]
-    ends = ends[(ends["capacity_factor"] == factor) & (ends["router"] == worst)]
+    ends = tables["capacity_by_position"].query("capacity_factor == @factor and router == @worst")
     by_position = list[Line]()
     for position, colour, dash in zip(POSITIONS, SERIES, DASHES, strict=False):
         at = ends[ends["position_in"] == position]
@@ -511,15 +490,17 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     tenths = Axis("tenth (10 is the end)", tuple(str(i) for i in range(1, 11)))
     rate = Axis("share of assignments dropped", low=0)
     where = f"Layer {label_of[worst]} at factor {factor:g}, by position"
-    group = _group(settings["group_tokens"])
+    panels = (
+        Panel(by_layer, layers, rate, "By layer"),
+        Panel(tuple(by_position), tenths, rate, where),
+    )
     return Chart(
         "Capacity of experts",
-        f"Share of the assignments that are dropped, in groups of {group}",
-        (
-            Panel(tuple(by_layer), layers, rate, "By layer"),
-            Panel(tuple(by_position), tenths, rate, where),
-        ),
-        text=SIMULATED + "An expert takes at most its even share of a group × the capacity factor.",
+        "Share of the assignments that are dropped, in groups of "
+        + _group(settings["group_tokens"]),
+        panels,
+        text=result.SIMULATED
+        + "An expert takes at most its even share of a group × the capacity factor.",
         columns=2,
         name="capacity",
     )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,16 +23,18 @@ from moe_inspect.analysis.tasks import by_router, by_shard
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import expert_bytes, weight_bytes
 from moe_inspect.reporting.charts.spec import Axis, Chart, Line, Panel
+from moe_inspect.simulate import result
 from moe_inspect.simulate.kernels_numba import fill_steps
-from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.shards import Seen, check_domains, count_taken, routed, taken
 from moe_inspect.text import plural
-from moe_inspect.trace.reader import Trace, open_trace, shards_of
+from moe_inspect.trace.reader import Trace, shards_of
 from moe_inspect.trace.shard import Shard
 
 # FLOPs per byte of an H100 SXM: 989.4 TFLOP/s dense bf16 ÷ 3.35 TB/s (NVIDIA's data sheet)
 RIDGE = 295.0
 LARGEST = 2**24
+SATURATED = 0.95  # this share of the experts counts as almost all of them
 
 
 class Steps:
@@ -56,9 +57,8 @@ class Steps:
             self.there_BPW = np.pad(self.there_BPW, ((0, 0), (0, more), (0, 0)))
             self.tokens_BP = np.pad(self.tokens_BP, ((0, 0), (0, more)))
         self.tokens += len(position_T)
-        filling = self.there_BPW, self.tokens_BP
-        full = self.steps_B, self.distinct_B, self.load_E
-        fill_steps(tuple(ids_KT), position_T, self.batch_B, *filling, *full)
+        sums = self.there_BPW, self.tokens_BP, self.steps_B, self.distinct_B, self.load_E
+        fill_steps(tuple(ids_KT), position_T, self.batch_B, *sums)
 
 
 def independent(E: int, k: int, B: int) -> float:
@@ -73,7 +73,7 @@ def from_marginals(activation_E: np.ndarray, B: float) -> float:
     return float((1 - (1 - activation_E) ** B).sum())
 
 
-@repeatable
+@result.repeatable
 def simulate_decode(
     trace: Trace | str | Path,
     *,
@@ -83,12 +83,11 @@ def simulate_decode(
     layers: str | int | Iterable[int | str] | None = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
-) -> Simulation:
+) -> result.Simulation:
     """Counts the distinct experts that a decode step reads, by batch size. `expert_mb`: size of one
     expert in 10⁶ bytes; default from the model's config. `flops_per_byte`: arithmetic intensity at
     which the GPU is compute-bound."""
-    trace = open_trace(trace)
-    need_decisions(trace, "simulate decode")
+    trace = result.with_decisions(trace, "simulate decode")
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1 or sizes[-1] > LARGEST:
         raise MoeInspectError(
@@ -101,7 +100,12 @@ def simulate_decode(
         )
     selection = select(trace, layers, domains, phase)
     check_domains(trace, selection)
-    chosen, decoded = _with_phase(trace, selection)
+    chosen, decoded = selection, selection.phase == "decode"
+    if selection.phase is None:  # the generated tokens, where there are any
+        routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
+        generated = Selection(selection.routers, phase="decode")
+        if routers and any(by_shard(trace, None, count_taken, generated)):
+            chosen, decoded = Selection(routers, selection.domains, "decode"), True
     steps = by_router(trace, chosen.routers, "simulating decode", _steps, chosen, decoded, sizes)
     if not any(of.tokens for of in steps.values()):
         raise MoeInspectError(f"{trace.path} has no tokens in this selection")
@@ -109,7 +113,7 @@ def simulate_decode(
         "decode": _table(trace, steps, expert_mb),
         "batch_needed": _needed(trace, steps, flops_per_byte),
     }
-    settings = {
+    settings: Settings = {
         "batches": sizes,
         "phase": chosen.phase,
         "decoded": decoded,
@@ -117,20 +121,7 @@ def simulate_decode(
         "flops_per_byte": flops_per_byte,
         "weight_bits": 8 * weight_bytes(trace),
     }
-    return Simulation(
-        "decode", tables, verdict(tables, settings), settings, chart(tables), ("decode",)
-    )
-
-
-def _with_phase(trace: Trace, selection: Selection) -> tuple[Selection, bool]:
-    """Selects the generated tokens, if there are any and no phase was given. Returns the selection,
-    and whether it is of generated tokens."""
-    if selection.phase is None:
-        decoded = Selection(selection.routers, phase="decode")
-        routers = tuple(r for r in selection.routers if trace.routers[r].sees("decode"))
-        if any(by_shard(trace, None, count_taken, decoded)) and routers:
-            return Selection(routers, selection.domains, "decode"), True
-    return selection, selection.phase == "decode"
+    return result.simulation(trace, tables, settings, verdict, chart, ("decode",))
 
 
 def _steps(
@@ -170,7 +161,7 @@ def _steps(
     return steps
 
 
-def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> Any:
+def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> pd.DataFrame:
     rows = []
     for r, of in steps.items():
         router = trace.routers[r]
@@ -196,62 +187,45 @@ def _table(trace: Trace, steps: dict[int, Steps], expert_mb: float | None) -> An
     return pd.DataFrame(rows)
 
 
-def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> Any:
+def _needed(trace: Trace, steps: dict[int, Steps], flops_per_byte: float) -> pd.DataFrame:
     """The batch size from which a step reads almost all experts, and the one from which it is
     compute-bound; both from the measured activations. Each weight costs 2 FLOPs per token, so an
     expert is compute-bound from flops_per_byte × (bytes per weight) / 2 tokens on."""
     intensity = flops_per_byte * weight_bytes(trace) / 2
-    rows = [
-        {"layer": trace.routers[r].layer, "router": r} | _needed_of(of, intensity)
-        for r, of in steps.items()
-    ]
-    made: Any = pd.DataFrame(rows)
-    return made.astype({"reads_all_from": "Int64", "compute_bound_from": "Int64"})
 
+    def needed(r: int, of: Steps) -> tuple[int | None, ...]:
+        E, activation_E = int((of.load_E > 0).sum()), of.load_E / max(1, of.tokens)
+        reads, k = partial(from_marginals, activation_E), of.load_E.sum() / max(1, of.tokens)
+        all_from = _least(lambda B: reads(B) >= SATURATED * E) if E else None
+        bound_from = _least(lambda B: B * k >= intensity * reads(B)) if E else None
+        return trace.routers[r].layer, r, E, all_from, bound_from
 
-def _needed_of(of: Steps, intensity: float) -> dict[str, int | None]:
-    E, activation_E = int((of.load_E > 0).sum()), of.load_E / max(1, of.tokens)
-    k = of.load_E.sum() / max(1, of.tokens)
-    reads = partial(from_marginals, activation_E)
-    return {
-        "reached_experts": E,
-        "reads_all_from": _least(lambda B: reads(B) >= SATURATED * E) if E else None,
-        "compute_bound_from": _least(lambda B: B * k >= intensity * reads(B)) if E else None,
-    }
+    rows = [needed(r, of) for r, of in steps.items()]
+    columns = ["layer", "router", "reached_experts", "reads_all_from", "compute_bound_from"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[3:], "Int64"))
 
 
 def _least(holds: Callable[[int], bool]) -> int | None:
     """The smallest batch size for which `holds` is true; None if it is not at LARGEST."""
-    if not holds(LARGEST):
-        return None
-    return bisect_left(range(LARGEST), True, lo=1, key=holds)
+    return bisect_left(range(LARGEST), True, lo=1, key=holds) if holds(LARGEST) else None
 
 
-SATURATED = 0.95  # this share of the experts counts as almost all of them
-
-
-def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     table, needed = tables["decode"], tables["batch_needed"]
-    of = (
-        "generated tokens"
-        if settings["decoded"]
-        else "prompt tokens instead of generated ones (trace with --generate for those)"
-    )
+    of = "prompt tokens instead of generated ones (trace with --generate for those)"
+    of = "generated tokens" if settings["decoded"] else of
     sentences = []
     for batch, mine in table.dropna(subset=["distinct_experts"]).groupby("batch"):
         distinct, chance = mine["distinct_experts"].mean(), mine["independent"].mean()
-        sentences.append(
+        said = (
             f"{batch:,} {'sequence reads' if batch == 1 else 'sequences together read'} "
             f"{distinct:.1f} experts per layer and step "
             f"({mine['share_of_experts'].mean():.0%} of them; expected by chance: {chance:.1f})"
-            + (
-                f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights per token."
-                if mine["bytes_per_token"].notna().all()
-                else "."
-            )
         )
-    short = sorted(set(table.loc[table["steps"] == 0, "batch"]))
-    if short:
+        if mine["bytes_per_token"].notna().all():
+            said += f", {mine['bytes_per_token'].sum() / 1e6:,.3g} MB of expert weights per token"
+        sentences.append(f"{said}.")
+    if short := sorted(set(table.loc[table["steps"] == 0, "batch"])):
         sentences.append(
             f"No step of {', '.join(map(str, short))} sequences: the trace has too few at any "
             "position."
@@ -272,7 +246,7 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [*sentences, f"Simulated: steps of the same position of different sequences, from {of}."]
 
 
-def chart(tables: dict[str, Any]) -> Chart | None:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart | None:
     """Distinct experts by batch size, over the layers, and the two baselines."""
     table = tables["decode"].dropna(subset=["distinct_experts"])
     if table.empty:
@@ -293,6 +267,6 @@ def chart(tables: dict[str, Any]) -> Chart | None:
         "Experts of a decode step",
         "Distinct experts that a step reads, by sequences decoded together",
         (Panel(marks, batches, Axis("distinct experts per step", low=0)),),
-        text=SIMULATED + "Bars go from the layer with the fewest to the one with the most.",
+        text=result.SIMULATED + "Bars go from the layer with the fewest to the one with the most.",
         name="decode",
     )

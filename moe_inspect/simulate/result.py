@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, ParamSpec
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown, python_call, python_of_table
 from moe_inspect.reporting.tables.registry import Excerpt
-from moe_inspect.trace.reader import Trace
+from moe_inspect.text import layer_label
+from moe_inspect.trace.reader import Trace, open_trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section
 
 Options = ParamSpec("Options")
+Tables = Mapping[str, Any]  # DataFrames, of whose columns pandas' types know too little
+Settings = dict[str, Any]
+Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "
 FIRST_ROWS = Excerpt("the first rows", lambda frame, most: frame.head(most))
 HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
@@ -30,10 +34,10 @@ HIDDEN = ("moe_layers",)  # a setting that plan files need, too long to read
 @dataclass(frozen=True, repr=False)
 class Simulation(Shown):
     """`tables`: DataFrames, the main one first, under the simulation's own name. `verdict`: plain
-    sentences, most important first.
-    `settings`: what was assumed, as told to the user. `chart`: what the page and the pictures
-    draw. `shown`: the tables that the text shows; by default the main one. `python`: lines that
-    simulate the same again, as `made`. `print(simulation)` is one screen of it."""
+    sentences, most important first. `settings`: what was assumed, as told to the user. `chart`:
+    what the page and the pictures draw. `shown`: the tables that the text shows; by default the
+    main one. `python`: lines that simulate the same again, as `made`. `print(simulation)` is one
+    screen of it."""
 
     rows: ClassVar[int] = 20
 
@@ -90,15 +94,15 @@ class Simulation(Shown):
         from moe_inspect.reporting.render.html import Page, Section, chart_section, page_html
 
         assumed = "; ".join(
-            f"{name.replace('_', ' ')}: {_text(value)}"
+            f"{name.replace('_', ' ')}: {text}"
             for name, value in self.settings.items()
-            if name not in HIDDEN and _text(value)
+            if name not in HIDDEN and (text := _text(value))
         )
-        title = f"moe-inspect simulate {self.name}"
         sections = [chart_section(chart) for chart in self.charts()[0]]
         for name in self.in_order:
             code = python_of_table(self.python, name)
             sections.append(Section(name, table=self.tables[name], name=name, python=code))
+        title = f"moe-inspect {self.title}"
         return page_html(Page(title, assumed, verdict=self.verdict, sections=sections))
 
     def section(self) -> Section:
@@ -123,6 +127,21 @@ def _text(value: object) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
+def simulation(
+    trace: Trace,
+    tables: Tables,
+    settings: Settings,
+    verdict: Callable[[Tables, Settings, Labels], list[str]],
+    chart: Callable[[Tables, Settings, Labels], Chart | None],
+    shown: tuple[str, ...],
+) -> Simulation:
+    """With what its tables come to in words and in a picture. Its name is that of the first of
+    them."""
+    labels = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
+    said, drawn = verdict(tables, settings, labels), chart(tables, settings, labels)
+    return Simulation(next(iter(tables)), tables, said, settings, drawn, shown)
+
+
 def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Simulation]:
     """A simulation that says which lines of Python make it again."""
 
@@ -136,11 +155,15 @@ def repeatable(simulate: Callable[Options, Simulation]) -> Callable[Options, Sim
     return simulated
 
 
-def need_decisions(trace: Trace, what: str) -> None:
-    """MoeInspectError where the trace holds counts only: `what` ("simulate decode") needs every
-    decision, in order."""
+def with_decisions(trace: Trace | str | Path, what: str) -> Trace:
+    """Opens the trace. MoeInspectError where it holds no tokens yet, or counts only: `what`
+    ("simulate decode") needs every decision, in order."""
+    trace = open_trace(trace)
     if trace.counts_only:
         raise MoeInspectError(
             f"{trace.path} holds counts only, no order of tokens, which {what} needs: "
             f"{trace.more_than_counts}"
         )
+    if not trace.n_tokens:
+        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
+    return trace

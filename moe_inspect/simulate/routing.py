@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,17 +21,18 @@ from moe_inspect.analysis.tasks import by_router
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
 from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, amount, cell_numbers
-from moe_inspect.simulate.result import SIMULATED, Simulation, need_decisions, repeatable
+from moe_inspect.simulate import result
+from moe_inspect.simulate.result import Labels, Settings, Tables
 from moe_inspect.simulate.routing_algorithms import (
     ALGORITHMS,
     SEED,
     Algorithm,
     RouterScores,
+    State,
     largest,
 )
-from moe_inspect.simulate.shards import Seen, check_length, routed
-from moe_inspect.text import layer_label
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.simulate.shards import check_length, routed
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.trace.shard import Shard
 
@@ -44,27 +45,16 @@ ValuesOf = dict[str, Sequence[float] | None]
 SAMPLE = 16_384  # tokens, at most, that an algorithm that learns is prepared on
 
 
-def halves(trace: Trace) -> pd.Series:
-    """Splits the documents into two halves with the same mix of domains. By document: 0 or 1,
-    alternating within each domain."""
-    listed: Any = (
-        trace.documents().drop_duplicates("document").sort_values("document").set_index("document")
-    )
-    return listed.groupby("domain", observed=True).cumcount() % 2
-
-
 class ScoredTokens:
     """The tokens of one shard that reach a router: the logits of each, what the model chose, and
     which half of the documents it is in."""
 
     def __init__(self, shard: Shard, r: int, half_of: pd.Series) -> None:
         self.router, self.logits_TE = shard.trace.routers[r], shard.logits(r)
-
-        def columns(_: int, seen: Seen) -> list[np.ndarray]:
-            table = shard.tokens(["batch", "token_id", "document"])
-            return [column.to_numpy()[seen] for column in table.columns]
-
-        ((_, columns_T, ids_KT),) = routed(shard, [r], columns)
+        table = shard.tokens(["batch", "token_id", "document"])
+        ((_, columns_T, ids_KT),) = routed(
+            shard, [r], lambda _, seen: [column.to_numpy()[seen] for column in table.columns]
+        )
         self.batch_T, self.token_id_T, document_T = columns_T
         self.half_T = half_of.reindex(document_T).to_numpy()
         check_length(self.logits_TE, len(self.batch_T), r)
@@ -76,7 +66,7 @@ class ScoredTokens:
         model_TE[np.arange(len(self.batch_T)), ids_KT] = True  # an unused slot, −1: the last column
         self.model_TE = model_TE[:, :-1]
 
-    def batch(self, part: Any, number: int) -> RouterScores:
+    def batch(self, part: slice | np.ndarray, number: int) -> RouterScores:
         of_tokens = self.logits_TE[part], self.model_TE[part], self.token_id_T[part]
         return RouterScores(*of_tokens, self.router.top_k, self.router.scoring, number)
 
@@ -96,7 +86,7 @@ class ScoredTokens:
         return self.batch(np.sort(drawn), -1)
 
 
-@repeatable
+@result.repeatable
 def simulate_routing(
     trace: Trace | str | Path,
     *,
@@ -106,7 +96,7 @@ def simulate_routing(
     capacity_factor: Sequence[float] = (1.0, 1.25),
     layers: str | int | Iterable[int | str] | None = None,
     uneven: float = UNEVEN,
-) -> Simulation:
+) -> result.Simulation:
     """Balance, probability mass and agreement of other routing algorithms on recorded logits.
 
     `algorithms`: names of ALGORITHMS; default all. `top_k`: experts per token of "top-k", at
@@ -116,22 +106,20 @@ def simulate_routing(
 
     Tables: routing (a row per router and algorithm), routing_algorithms (a row per algorithm).
     MoeInspectError for a trace without logits, and for values out of range."""
-    trace = open_trace(trace)
-    need_decisions(trace, "simulate routing")
+    trace = result.with_decisions(trace, "simulate routing")
     names = tuple(algorithms or ALGORITHMS)
     values_of = {"top_k": top_k, "top_p": top_p, "capacity_factor": capacity_factor}
     _check(trace, names, values_of)
     chosen = select(trace, layers=layers).routers
-    half_of = halves(trace)
+    documents = trace.documents().drop_duplicates("document").sort_values("document")
+    # alternating within each domain: two halves with the same mix of domains
+    half_of = documents.set_index("document").groupby("domain", observed=True).cumcount() % 2
     # algorithms that learn are fitted on one half of the documents and evaluated on the other
     held_out = half_of.nunique() == 2
     asked = names, values_of, half_of, held_out
     runs_of = by_router(trace, chosen, "simulating routing", _runs_of, *asked)
-    if not any(run.tokens for found in runs_of.values() for run in found):
-        raise MoeInspectError(f"{trace.path} holds no tokens yet: nothing is committed")
     k = float(np.mean([trace.routers[r].top_k for r in chosen]))
-    tables = _tables(trace, runs_of, k)
-    shown: dict[str, Any] = {
+    settings: Settings = {
         "batch": "a forward pass",
         "bias_held_out": held_out,
         "experts_per_token": k,
@@ -139,15 +127,8 @@ def simulate_routing(
         "uneven": uneven,
         "scoring": sorted({trace.routers[r].scoring or "softmax (not stated)" for r in chosen}),
     }
-    label_of = {r: layer_label(trace.routers, r) for r in chosen}
-    return Simulation(
-        "routing",
-        tables,
-        verdict(tables, shown, label_of),
-        shown,
-        chart(tables, label_of),
-        ("routing_algorithms",),
-    )
+    shown = ("routing_algorithms",)
+    return result.simulation(trace, _tables(trace, runs_of, k), settings, verdict, chart, shown)
 
 
 def _check(trace: Trace, names: Sequence[str], values_of: ValuesOf) -> None:
@@ -219,7 +200,7 @@ class Run:
     algorithm: Algorithm
     value: float
     load_E: np.ndarray
-    state: dict[str, Any] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
     tokens: int = 0
     mass: float = 0.0
     own: float = 0.0  # mass that the top-k of the scores has
@@ -270,27 +251,26 @@ def _max_vio(load_E: np.ndarray) -> float:
 def _tables(trace: Trace, runs_of: dict[int, list[Run]], k: float) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
-    rows = [
+    routing = pd.DataFrame(
         {"layer": trace.routers[r].layer, "router": r, **run.row()}
         for r, found in runs_of.items()
         for run in found
         if run.tokens
-    ]
-    routing: Any = pd.DataFrame(rows)
+    )
     rows = []
     by_label = {run.label: run.algorithm for found in runs_of.values() for run in found}
     for label, algorithm in by_label.items():
         mine = routing[routing["algorithm"] == label]
+        experts = mine["experts_per_token"].mean()
         rows.append(
             {
                 "algorithm": label,
-                "experts_per_token": mine["experts_per_token"].mean(),
+                "experts_per_token": experts,
                 "max_vio_worst": mine["max_vio"].max(),
                 "mass_retained_least": mine["mass_retained"].min(),
                 "agreement_least": mine["agreement"].min(),
                 "leaks_future": "yes" if algorithm.leaks else "no",
-                "use_when": algorithm.use_when
-                + added_compute(mine["experts_per_token"].mean() / k),
+                "use_when": algorithm.use_when + added_compute(experts / k),
             }
         )
     return {"routing": routing, "routing_algorithms": pd.DataFrame(rows)}
@@ -305,9 +285,7 @@ def added_compute(times: float) -> str:
     return "" if same else f"; computes {times:.3g}x as many experts per token"
 
 
-def verdict(
-    tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]
-) -> list[str]:
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
     routing, advice = tables["routing"], tables["routing_algorithms"]
     sentences, uneven = [], settings["uneven"]
     recorded = routing[routing["algorithm"] == "as recorded"]
@@ -318,62 +296,48 @@ def verdict(
             f"As recorded, layer {layer} is the least balanced: its busiest expert gets "
             f"{1 + worst['max_vio']:.2f}x the mean load over all tokens."
         )
-        bias = routing[
-            (routing["router"] == worst["router"]) & (routing["algorithm"] == "loss-free bias")
-        ]
-        if len(bias):
-            row = bias.iloc[0]
-            helps = row["max_vio"] < worst["max_vio"]
+        mine = routing[routing["router"] == worst["router"]].set_index("algorithm")
+        if "loss-free bias" in mine.index:
+            row = mine.loc["loss-free bias"]
+            helps, judged = row["max_vio"] < worst["max_vio"], "."
+            if settings["bias_held_out"]:
+                judged = ", on the half of the documents held out from fitting the bias."
             sentences.append(
                 f"Simulated: a loss-free bias would {'bring' if helps else 'not even out'} layer "
                 f"{layer}{' to' if helps else ':'} {1 + row['max_vio']:.2f}x the mean load "
                 f"({1 + row['max_vio_batch']:.2f}x per batch), keeping "
                 f"{row['mass_retained']:.0%} of the probability mass of the router's own "
-                f"top choices and {row['agreement']:.0%} of the model's choices"
-                + (
-                    ", on the half of the documents held out from fitting the bias."
-                    if settings["bias_held_out"]
-                    else "."
-                )
+                f"top choices and {row['agreement']:.0%} of the model's choices{judged}"
             )
     same = (advice["experts_per_token"] / settings["experts_per_token"] - 1).abs() <= SAME_COMPUTE
-    usable = advice[
-        same & (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
-    ]
-    even = usable[usable["max_vio_worst"] < uneven]
+    causal = (advice["leaks_future"] == "no") & ~advice["algorithm"].isin(["hash", "random"])
+    even = advice[same & causal & (advice["max_vio_worst"] < uneven)]
+    rule = f"(no expert gets {1 + uneven:g}x the mean load)"
+    said = f"no causal algorithm with the same compute balances every layer {rule}."
     if len(even):
         best = even.loc[even["mass_retained_least"].idxmax()]
-        sentences.append(
-            "Simulated: of the causal algorithms with the same compute that balance every layer "
-            f"(no expert gets {1 + uneven:g}x the mean load), {best['algorithm']} keeps the most "
-            f"probability mass: at least {best['mass_retained_least']:.0%}."
+        said = (
+            f"of the causal algorithms with the same compute that balance every layer {rule}, "
+            f"{best['algorithm']} keeps the most probability mass: at least "
+            f"{best['mass_retained_least']:.0%}."
         )
-    else:
+    sentences.append(f"Simulated: {said}")
+    leaking = advice[advice["leaks_future"] == "yes"]["algorithm"]
+    if len(leaking):
+        named = ", ".join(f"{label} ({ALGORITHMS[label].leaks})" for label in leaking)
         sentences.append(
-            "Simulated: no causal algorithm with the same compute balances every layer "
-            f"(no expert gets {1 + uneven:g}x the mean load)."
-        )
-    leaking = [
-        f"{label} ({ALGORITHMS[label].leaks})"
-        for label in advice[advice["leaks_future"] == "yes"]["algorithm"]
-    ]
-    if leaking:
-        sentences.append(
-            f"Not causal: {', '.join(leaking)}. A token's experts depend on later tokens, which "
+            f"Not causal: {named}. A token's experts depend on later tokens, which "
             "are unknown during generation."
         )
     if any("not stated" in scoring for scoring in settings["scoring"]):
         sentences.append(
             "The trace does not state the scoring of some routers: softmax is assumed."
         )
-    sentences.append(
-        "The effect on the model's quality is not simulated: its experts were trained with its own "
-        "routing."
-    )
-    return sentences
+    effect = "The effect on the model's quality is not simulated: its experts were trained with its"
+    return [*sentences, f"{effect} own routing."]
 
 
-def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> Chart:
     """Each algorithm at each layer: imbalance, and the probability mass that is kept."""
     routing = tables["routing"]
     algorithms = list(routing["algorithm"].unique())
@@ -392,12 +356,11 @@ def chart(tables: dict[str, Any], label_of: dict[int, str]) -> Chart:
         scale = amount(column, even, value_AL, least)
         heatmap = Heatmap(value_AL, scale, cell_numbers(value_AL))
         panels.append(Panel((heatmap,), layers, Axis("algorithm", names), title))
+    said = "1 is even load. An algorithm that is not causal lets later tokens decide, which are "
     return Chart(
         "Routing algorithms",
         "How even the load is under each algorithm, and how much of the router's choice it keeps",
         tuple(panels),
-        text=SIMULATED
-        + "1 is even load. An algorithm that is not causal lets later tokens decide, "
-        "which are unknown during generation.",
+        text=f"{result.SIMULATED}{said}unknown during generation.",
         name="routing",
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -62,11 +61,9 @@ class RouterScores:
         """Assignments that the model made."""
         return int(np.count_nonzero(self.model_TE))
 
-    @property
-    def capacity(self) -> int:
-        """The assignments of each expert if load were even, rounded up."""
-        T, E = self.logits_TE.shape
-        return -(-T * self.k // E)
+
+State = dict[str, np.ndarray]  # what an algorithm that learns has learnt
+Choose = Callable[[RouterScores, float, State], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,27 @@ class Algorithm:
     first shard."""
 
     name: str
-    choose: Callable[..., np.ndarray]
+    choose: Choose
     leaks: str
     use_when: str
     setting: str = ""
-    prepare: Callable[[RouterScores], dict[str, Any]] | None = None
+    prepare: Callable[[RouterScores], State] | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def algorithm(
-    name: str, use_when: str, leaks: str = "", **more: Any
-) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+    name: str,
+    use_when: str,
+    leaks: str = "",
+    setting: str = "",
+    prepare: Callable[[RouterScores], State] | None = None,
+) -> Callable[[Choose], Choose]:
     """Registers a function of (batch, value of its setting, state)."""
 
-    def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, **more)
+    def register(function: Choose) -> Choose:
+        ALGORITHMS[name] = Algorithm(name, function, leaks, use_when, setting, prepare)
         return function
 
     return register
@@ -126,16 +127,14 @@ def ranked(values_TE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @algorithm("as recorded", "the model's own routing: the baseline")
-def as_recorded(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def as_recorded(batch: RouterScores, value: float, state: State) -> np.ndarray:
     return batch.model_TE
 
 
 @algorithm(
-    "top-k",
-    "the usual choice; balancing is left to an auxiliary loss in training",
-    setting="top_k",
+    "top-k", "the usual choice; balancing is left to an auxiliary loss in training", setting="top_k"
 )
-def top_k(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def top_k(batch: RouterScores, value: float, state: State) -> np.ndarray:
     return largest(batch.scores_TE, int(value))
 
 
@@ -144,7 +143,7 @@ def top_k(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarra
     "easy tokens should use fewer experts, and the inference engine supports a varying number",
     setting="top_p",
 )
-def top_p(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def top_p(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """The fewest experts whose shares sum to at least p (Huang et al. 2024, arXiv:2403.07652)."""
     order_TE, sorted_TE = ranked(batch.share_TE)
     sorted_TE = sorted_TE.astype(np.float64)
@@ -158,12 +157,12 @@ def top_p(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarra
     "encoders, which see the whole text; load is even, but some tokens may get no expert",
     leaks="each expert chooses among the tokens of the whole batch",
 )
-def expert_choice(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def expert_choice(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Each expert takes the T·k/E tokens with its highest scores (Zhou et al. 2022,
     arXiv:2202.09368)."""
-    return largest(
-        np.ascontiguousarray(batch.scores_TE.T), min(batch.capacity, len(batch.scores_TE))
-    ).T
+    T, E = batch.scores_TE.shape
+    even = -(-T * batch.k // E)  # the assignments of an expert if load were even, rounded up
+    return largest(np.ascontiguousarray(batch.scores_TE.T), min(even, T)).T
 
 
 @algorithm(
@@ -172,14 +171,14 @@ def expert_choice(batch: RouterScores, value: float, state: dict[str, Any]) -> n
     "less choice",
     setting="capacity_factor",
 )
-def next_best(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def next_best(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """In order, each token takes its k best experts that are not yet full; nothing depends on later
     tokens."""
     T, E = batch.scores_TE.shape
     return serve_in_turn(batch.order_TE, batch.k, expert_capacity(value, T, batch.k, E))
 
 
-def _fitted_bias(sample: RouterScores) -> dict[str, Any]:
+def _fitted_bias(sample: RouterScores) -> State:
     """A bias as after training: updated after each of WARM_UP random batches, with a decaying step
     size."""
     T, E = sample.scores_TE.shape
@@ -202,7 +201,7 @@ def _step(bias_E: np.ndarray, load_E: np.ndarray, rate: float) -> None:
     "training: even load without the gradient of an auxiliary loss",
     prepare=_fitted_bias,
 )
-def loss_free(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def loss_free(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Top-k of scores + bias. The bias affects the selection only, not the gate weights. It is
     updated after every BIAS_TOKENS tokens, as after a training batch: b += u · sign(mean − load)
     (Wang et al. 2024, arXiv:2408.15664)."""
@@ -219,7 +218,7 @@ def loss_free(batch: RouterScores, value: float, state: dict[str, Any]) -> np.nd
     "training with large batches, and plain top-k in generation",
     leaks="the whole batch is balanced together",
 )
-def sinkhorn(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def sinkhorn(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Top-k of the entropic transport plan between tokens and experts (S-BASE: Clark et al. 2022,
     arXiv:2202.01169; after BASE's exact assignment, Lewis et al. 2021, arXiv:2103.16716)."""
     logits_TE = batch.logits_TE.astype(np.float64)
@@ -241,7 +240,7 @@ def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 @algorithm("hash", "a baseline without a router: experts by token id alone, whatever the context")
-def hash_layer(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
+def hash_layer(batch: RouterScores, value: float, state: State) -> np.ndarray:
     """Experts are a fixed function of the token id (Roller et al. 2021, arXiv:2106.04426): those
     with the k highest hashes of (id, expert). A token without an id in the trace gets none."""
     E = batch.scores_TE.shape[1]
@@ -258,7 +257,6 @@ def hash_layer(batch: RouterScores, value: float, state: dict[str, Any]) -> np.n
 
 
 @algorithm("random", "never: experts uniformly at random, a lower bound for the others")
-def random(batch: RouterScores, value: float, state: dict[str, Any]) -> np.ndarray:
-    return largest(
-        np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape), batch.k
-    )
+def random(batch: RouterScores, value: float, state: State) -> np.ndarray:
+    drawn_TE = np.random.default_rng([SEED, batch.number]).random(batch.scores_TE.shape)
+    return largest(drawn_TE, batch.k)

@@ -17,8 +17,6 @@ slots of a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numba import njit
 
@@ -36,8 +34,6 @@ from moe_inspect.simulate.placement.search import (
 MOST = 256
 # correlations of a window with the next that are tried
 RHOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-
-
 FEWEST = 4  # windows from which their spread is estimated
 # windows drawn to fit to, and others drawn to compare the results
 DRAWN, JUDGED = 768, 1024
@@ -50,49 +46,31 @@ ENOUGH = 1e-4  # relative gain of a sweep below which the next is not worth its 
 
 
 def local_search(load_WE: np.ndarray, layout: Layout) -> np.ndarray:
-    """From EPLB's placements, replicas of an expert on different GPUs. With at least FEWEST windows
-    it is fitted to windows drawn from a forecast."""
-    load_E, load_WE = load_WE.sum(0), load_WE[load_WE.any(axis=1)]
+    """From EPLB's placements, replicas of an expert on different GPUs: see `search`. With at least
+    FEWEST windows it is fitted to windows drawn from a forecast."""
+    load_E, load_WE = load_WE.sum(0).astype(np.float64), load_WE[load_WE.any(axis=1)]
+    slots, gpus = layout.slots, layout.gpus
     starts = [eplb(load_E, layout), eplb_global(load_E, layout)]
-    if len(load_WE) < FEWEST or layout.slots // layout.gpus >= len(load_E):
-        return search(load_E, layout.slots, layout.gpus, starts)
-    return lasting(load_WE, layout.slots, layout.gpus, starts)
-
-
-def lasting(load_WE: np.ndarray, slots: int, gpus: int, starts: Sequence[np.ndarray]) -> np.ndarray:
-    """The expert of each slot, int64 [P]; see `search` for `starts` and for what it keeps. load_WE:
-    at least two windows, none empty."""
-    load_E = load_WE.sum(0).astype(np.float64)
+    if len(load_WE) < FEWEST or slots // gpus >= len(load_E):
+        return search(load_E, slots, gpus, starts)
     drawn_EM, judged_EM = (
         np.ascontiguousarray(drawn(load_WE, n, seed).T) for seed, n in enumerate((DRAWN, JUDGED))
     )
     limit = min(Placement(load_E, start.reshape(gpus, -1)).most for start in starts)
     cautious_E = replicate(drawn_EM.mean(1) + CAUTION * drawn_EM.std(1), slots, most=gpus)[1]
-    found = [
-        state
-        for start in (*starts, packed(load_E, cautious_E, gpus))
-        if (state := _light(load_E, start.reshape(gpus, -1), limit))
-    ]
-    if not found:
-        found = [Placement(load_E, search(load_E, slots, gpus, starts).reshape(gpus, -1))]
-    tried = {state.slots_GS.tobytes(): state.slots_GS for state in found}
+    found: list[np.ndarray] = []
+    for start in (*starts, packed(load_E, cautious_E, gpus)):
+        if state := separated(Placement(load_E, start.reshape(gpus, -1))):
+            descend(state)
+            found += [state.slots_GS] if state.most <= limit * (1 + SMALLEST) else []
+    found = found or [search(load_E, slots, gpus, starts).reshape(gpus, -1)]
+    tried = {slots_GS.tobytes(): slots_GS for slots_GS in found}
     for slots_GS in list(tried.values()):
         exchanged_GS = slots_GS.copy()
         replicas_E = np.bincount(slots_GS.ravel(), minlength=len(load_E))
         descend_windows(exchanged_GS, drawn_EM / replicas_E[:, None], load_E / replicas_E, limit)
         tried[exchanged_GS.tobytes()] = exchanged_GS
-    best_GS = min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM))
-    return best_GS.reshape(-1).astype(np.int64)
-
-
-def _light(load_E: np.ndarray, slots_GS: np.ndarray, limit: float) -> Placement | None:
-    """The placement with replicas on different GPUs, improved by exchanges; None where its busiest
-    GPU stays above the limit."""
-    state = separated(Placement(load_E, slots_GS))
-    if state is None:
-        return None
-    descend(state)
-    return state if state.most <= limit * (1 + SMALLEST) else None
+    return min(tried.values(), key=lambda slots_GS: busiest(slots_GS, judged_EM)).reshape(-1)
 
 
 def busiest(slots_GS: np.ndarray, load_EM: np.ndarray) -> float:
@@ -175,9 +153,7 @@ def kriging(
 
 
 @njit(nogil=True, cache=True)
-def descend_windows(
-    slots_GS: np.ndarray, each_EM: np.ndarray, fitted_E: np.ndarray, limit: float
-) -> None:
+def descend_windows(slots_GS, each_EM, fitted_E, limit):  # type: ignore[no-untyped-def]
     """Exchanges slots in place, as long as the sum over windows of the busiest GPU's load falls.
     each_EM: load of a replica in each window.
     fitted_E: load of a replica on the whole part fitted to, of which no GPU may get more than

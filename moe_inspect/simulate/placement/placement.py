@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import text_config
@@ -23,9 +24,8 @@ from moe_inspect.simulate.placement.plan import plan_table
 from moe_inspect.simulate.placement.policies import Layout
 from moe_inspect.simulate.placement.tables import recommended, tables_of
 from moe_inspect.simulate.placement.text import chart, verdict
-from moe_inspect.simulate.result import Simulation, repeatable
+from moe_inspect.simulate.result import Settings, Simulation, repeatable, simulation
 from moe_inspect.simulate.shards import check_domains
-from moe_inspect.text import layer_label
 from moe_inspect.trace.reader import Trace, open_trace
 
 DISPATCHES = ("even", "lp")
@@ -36,19 +36,14 @@ MOST_GPUS = 8  # where no number is asked for
 Policy = Callable[[np.ndarray, Layout], np.ndarray]
 
 
-def of_sum(place: Policy) -> Policy:
+def _of_sum(place: Policy) -> Policy:
     """A policy that looks at the sum over the windows."""
     return lambda load, layout: place(np.atleast_2d(load).sum(0), layout)
 
 
-POLICIES: dict[str, Policy] = {
-    "contiguous": of_sum(policy.contiguous),
-    "round-robin": of_sum(policy.round_robin),
-    "greedy": of_sum(policy.greedy),
-    "eplb": of_sum(policy.eplb),
-    "eplb-global": of_sum(policy.eplb_global),
-    "local-search": lambda load, layout: local_search(np.atleast_2d(load), layout),
-}
+BY_SUM = (policy.contiguous, policy.round_robin, policy.greedy, policy.eplb, policy.eplb_global)
+POLICIES = {place.__name__.replace("_", "-"): _of_sum(place) for place in BY_SUM}
+POLICIES["local-search"] = lambda load, layout: local_search(np.atleast_2d(load), layout)
 
 
 @repeatable
@@ -86,10 +81,29 @@ def simulate_placement(
     selection = select(trace, layers, domains, phase)
     names = list(policies or POLICIES)
     layouts = layouts_of(trace, selection, gpus, nodes, physical_experts, groups)
-    _check(trace, names, fit_share, window, minimize, slack, dispatch)
+    wrong = None
+    if unknown := [name for name in names if name not in POLICIES]:
+        wrong = f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}"
+    elif dispatch not in DISPATCHES:
+        wrong = f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}"
+    elif not 0 < fit_share <= 1:
+        wrong = f"fit share {fit_share}: give a share of the trace above 0 and at most 1"
+    elif not slack >= 0:
+        wrong = f"slack {slack}: give a share of a GPU's load from 0 up"
+    elif window is not None and window < 1:
+        wrong = f"window {window}: give a number of tokens from 1 up"
+    elif trace.counts_only and (minimize or window is not None):
+        wrong = (
+            f"{trace.path} holds counts only, no tokens, which "
+            f"{'--minimize' if minimize else '--window'} needs: {trace.more_than_counts}"
+        )
+    if wrong:
+        raise MoeInspectError(wrong)
     check_domains(trace, selection)
-    if trace.counts_only:
-        windows, loads = read.loads_of_counts(trace, selection)
+    if trace.counts_only:  # in no order: one window, which plans are fitted on and judged by
+        windows = read.FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens)
+        counts = count_trace(trace, selection)
+        loads = {r: counts.load_E(r)[None] for r in selection.routers}
     else:
         windows = read.fit_windows_of(trace, selection, fit_share, window)
         loads = read.loads_of(trace, selection, windows)
@@ -107,7 +121,7 @@ def simulate_placement(
     best = "local-search" if fewer_ranks else recommended(tables["policies"])
     tables["plan"] = plan_table(plans, best)
     layout, counted = next(iter(layouts.values())), trace.counts_only
-    shown = {
+    settings: Settings = {
         "gpus": layout.gpus,
         "nodes": layout.nodes,
         "groups": layout.groups,
@@ -123,43 +137,7 @@ def simulate_placement(
         "stacks": sorted({trace.routers[r].stack for r in selection.routers}),
         "counts_only": counted,
     }
-    label_of = {r: layer_label(trace.routers, r) for r in range(len(trace.routers))}
-    return Simulation(
-        "placement",
-        tables,
-        verdict(tables, shown),
-        shown,
-        chart(tables, shown, label_of),
-        ("policies",),
-    )
-
-
-def _check(
-    trace: Trace,
-    policies: Sequence[str],
-    fit_share: float,
-    window: int | None,
-    minimize: str | None,
-    slack: float,
-    dispatch: str,
-) -> None:
-    if unknown := [name for name in policies if name not in POLICIES]:
-        raise MoeInspectError(f"no policy {', '.join(unknown)}: there are {', '.join(POLICIES)}")
-    if dispatch not in DISPATCHES:
-        raise MoeInspectError(f"dispatch {dispatch}: give one of {', '.join(DISPATCHES)}")
-    if not 0 < fit_share <= 1:
-        rule = "a share of the trace above 0 and at most 1"
-        raise MoeInspectError(f"fit share {fit_share}: give {rule}")
-    if not slack >= 0:
-        raise MoeInspectError(f"slack {slack}: give a share of a GPU's load from 0 up")
-    if window is not None and window < 1:
-        raise MoeInspectError(f"window {window}: give a number of tokens from 1 up")
-    if trace.counts_only and (minimize or window is not None):
-        asked = "--minimize" if minimize else "--window"
-        raise MoeInspectError(
-            f"{trace.path} holds counts only, no tokens, which {asked} needs: "
-            f"{trace.more_than_counts}"
-        )
+    return simulation(trace, tables, settings, verdict, chart, ("policies",))
 
 
 def layouts_of(
@@ -180,7 +158,14 @@ def layouts_of(
     if physical is not None and physical > MOST_SLOTS:
         raise MoeInspectError(f"{physical:,} physical experts: use at most {MOST_SLOTS:,}")
     slots = experts if physical is None else {physical}
-    gpus = _default_gpus(slots, nodes) if gpus is None else gpus
+    if gpus is None:  # with one slot per GPU there is nothing to choose
+        most = max(1, min(MOST_GPUS, min(slots) // 2))
+        fit = (g for g in range(most, 0, -1) if not (any(n % g for n in slots) or g % nodes))
+        if (gpus := next(fit, None)) is None:
+            raise MoeInspectError(
+                f"no number of GPUs up to {most} divides {_listed(slots)} slots and is a multiple "
+                f"of {nodes} nodes: give --gpus"
+            )
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise MoeInspectError(
             f"{gpus} GPUs on {nodes} nodes: the number of GPUs must be a multiple of the "
@@ -192,7 +177,10 @@ def layouts_of(
             f"cannot split {uneven[0]} {kind} over {gpus} GPUs: use --physical-experts "
             f"{-(-max(slots) // gpus) * gpus}"
         )
-    groups = _default_groups(trace, experts) if groups is None else groups
+    if groups is None:
+        known = text_config(trace).get("n_group")
+        fits = isinstance(known, int) and known > 0 and not any(E % known for E in experts)
+        groups = known if fits else 1
     if groups < 1 or any(E % groups for E in experts):
         raise MoeInspectError(
             f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"
@@ -201,26 +189,6 @@ def layouts_of(
         r: Layout(physical or trace.routers[r].experts, gpus, nodes, groups)
         for r in selection.routers
     }
-
-
-def _default_gpus(slots: set[int], nodes: int) -> int:
-    """The largest number up to MOST_GPUS that divides the slots. At least two slots per GPU: with
-    one there is nothing to choose."""
-    most = max(1, min(MOST_GPUS, min(slots) // 2))
-    for gpus in range(most, 0, -1):
-        if not any(n % gpus for n in slots) and gpus % nodes == 0:
-            return gpus
-    raise MoeInspectError(
-        f"no number of GPUs up to {most} divides {_listed(slots)} slots and is a multiple of "
-        f"{nodes} nodes: give --gpus"
-    )
-
-
-def _default_groups(trace: Trace, experts: set[int]) -> int:
-    known = text_config(trace).get("n_group")
-    if isinstance(known, int) and known > 0 and not any(E % known for E in experts):
-        return known
-    return 1
 
 
 def _listed(values: Iterable[int]) -> str:

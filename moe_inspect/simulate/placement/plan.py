@@ -9,21 +9,22 @@ the MoE layers counted from 0 in the order of the model, the devices of each.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.windows import PlacementPlans
+from moe_inspect.simulate.result import Settings
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
+Slots = dict[int, list[int]]  # the experts of each layer's slots
 
 
-def plan_table(plans: PlacementPlans, policy: str) -> Any:
+def plan_table(plans: PlacementPlans, policy: str) -> pd.DataFrame:
     """The plan of one policy: a row per router and slot."""
     parts = []
     for r in plans.selection.routers:
@@ -45,7 +46,7 @@ def plan_table(plans: PlacementPlans, policy: str) -> Any:
 
 
 def write_plan(
-    table: Any, settings: dict[str, Any], path: str | Path, engine: str | None = None
+    table: pd.DataFrame, settings: Settings, path: str | Path, engine: str | None = None
 ) -> str:
     """Writes the table "plan" of a simulation for an engine of ENGINES, by default the one of the
     path's ending. Returns what was written, in words."""
@@ -57,11 +58,9 @@ def write_plan(
         )
     if engine not in ENGINES:
         raise MoeInspectError(f"no plan for {engine}: there are {', '.join(ENGINES)}")
-    slots = {layer: mine["expert"].tolist() for layer, mine in table.groupby("layer")}
-    if (
-        table.groupby("layer")["router"].nunique().max() > 1
-        or len({len(row) for row in slots.values()}) > 1
-    ):
+    slots: Slots = table.groupby("layer")["expert"].apply(list).to_dict()
+    of_layer = table.groupby("layer")["router"]
+    if of_layer.nunique().max() > 1 or of_layer.size().nunique() > 1:
         raise MoeInspectError(
             "a plan has one router per layer, with the same number of slots: choose such layers "
             "with --layers"
@@ -76,19 +75,18 @@ def write_plan(
     )
 
 
-def _every(layers: Any, slots: dict[int, list[int]], E: int) -> list[list[int]]:
+def _every(layers: Iterable[int], slots: Slots, E: int) -> list[list[int]]:
     """The slots of each of the layers, the experts in order where a layer was not placed."""
     in_order = [p % E for p in range(len(next(iter(slots.values()))))]
     return [slots.get(layer, in_order) for layer in layers]
 
 
-def _sglang(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) -> str:
-    return (
-        json.dumps({"physical_to_logical_map": _every(range(settings["layers"]), slots, E)}) + "\n"
-    )
+def _sglang(slots: Slots, E: int, settings: Settings) -> str:
+    every = _every(range(settings["layers"]), slots, E)
+    return json.dumps({"physical_to_logical_map": every}) + "\n"
 
 
-def _tensorrt_llm(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) -> str:
+def _tensorrt_llm(slots: Slots, E: int, settings: Settings) -> str:
     import yaml
 
     plan = {
@@ -99,7 +97,7 @@ def _tensorrt_llm(slots: dict[int, list[int]], E: int, settings: dict[str, Any])
     return yaml.safe_dump(plan, default_flow_style=None, sort_keys=False, width=10_000)
 
 
-def _vllm_ascend(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) -> str:
+def _vllm_ascend(slots: Slots, E: int, settings: Settings) -> str:
     gpus, layers = settings["gpus"], []
     for number, row in enumerate(_every(settings["moe_layers"], slots, E)):
         room = len(row) // gpus
@@ -110,7 +108,7 @@ def _vllm_ascend(slots: dict[int, list[int]], E: int, settings: dict[str, Any]) 
     return json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n"
 
 
-ENGINES: dict[str, Callable[[dict[int, list[int]], int, dict[str, Any]], str]] = {
+ENGINES: dict[str, Callable[[Slots, int, Settings], str]] = {
     "sglang": _sglang,
     "tensorrt-llm": _tensorrt_llm,
     "vllm-ascend": _vllm_ascend,

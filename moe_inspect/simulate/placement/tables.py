@@ -10,15 +10,13 @@ E experts, G GPUs, P slots, W windows, N shares: of one expert on one GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import hidden_bytes
 from moe_inspect.simulate.placement.policies import colocated, shares
-from moe_inspect.simulate.placement.windows import PlacementPlans
+from moe_inspect.simulate.placement.windows import PlacementPlans, Reached
 
 AT_ONCE = 64  # windows
 
@@ -59,15 +57,14 @@ def _solved(fixed_WG: np.ndarray, free_WE: np.ndarray, on_EG: np.ndarray) -> np.
     return found.x.reshape(W, N + 1)[:, N]
 
 
-Reached = dict[tuple[int, str], tuple[float, float]]  # ranks and nodes, by (router, policy)
-
-
-def tables_of(plans: PlacementPlans, reached: Reached, linear_program: bool) -> dict[str, Any]:
+def tables_of(
+    plans: PlacementPlans, reached: Reached, linear_program: bool
+) -> dict[str, pd.DataFrame]:
     """`placement`: a row per router and policy; `policies`: a row per policy; `windows`: a row per
     window, router and policy. `linear_program`: with what the best dispatch could reach."""
     windows, size = plans.windows, hidden_bytes(plans.trace)
     fit, judged = slice(windows.fit), windows.judged
-    rows, by_window = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows, by_window = list[dict[str, object]](), list[dict[str, object]]()
     first_W = np.round(windows.edge_W * windows.tokens).astype(np.int64)
     for (r, name), expert_P in plans.of.items():
         router, layout, load_WE = plans.trace.routers[r], plans.layouts[r], plans.loads[r]
@@ -111,8 +108,11 @@ def tables_of(plans: PlacementPlans, reached: Reached, linear_program: bool) -> 
                 row["lp_max_over_mean"] = _over(least_W, mean_W, slice(w, w + 1))
             by_window.append(row)
     table = pd.DataFrame(rows)
-    windows_table = pd.DataFrame(by_window)
-    return {"placement": table, "policies": _by_policy(table), "windows": windows_table}
+    return {
+        "placement": table,
+        "policies": _by_policy(table),
+        "windows": pd.DataFrame(by_window),
+    }
 
 
 def _ratio(load_G: np.ndarray) -> float:
@@ -125,7 +125,7 @@ def _over(most_W: np.ndarray, mean_W: np.ndarray, part: slice) -> float:
     return float(most_W[part].sum() / mean_W[part].sum()) if mean_W[part].any() else np.nan
 
 
-def _by_policy(table: Any) -> Any:
+def _by_policy(table: pd.DataFrame) -> pd.DataFrame:
     """One row per policy. balancedness_sglang: mean over layers of mean ÷ max; balancedness_vllm: Σ
     mean ÷ Σ max."""
     rows = []
@@ -154,10 +154,8 @@ def _by_policy(table: Any) -> Any:
     return pd.DataFrame(rows)
 
 
-def recommended(by_policy: Any) -> str:
+def recommended(by_policy: pd.DataFrame) -> str:
     """The policy with the least slowdown on the judged part; of equals local-search, then the
     first."""
-    rows = by_policy[["policy", "slowdown"]].to_dict("records")
-    return min(rows, key=lambda row: (round(row["slowdown"], 9), row["policy"] != "local-search"))[
-        "policy"
-    ]
+    slowdown = by_policy.set_index("policy")["slowdown"].round(9)
+    return min(slowdown.index, key=lambda name: (slowdown[name], name != "local-search"))

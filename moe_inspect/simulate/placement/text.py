@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
+import pandas as pd
 
-from moe_inspect.reporting.charts.spec import (
-    MOST_LINES,
-    SERIES,
-    Axis,
-    Band,
-    Chart,
-    Heatmap,
-    Line,
-    Panel,
-    Points,
-    Rule,
-    amount,
-    log_axis,
-    look,
-    token_axis,
-)
+from moe_inspect.reporting.charts import spec
 from moe_inspect.simulate.placement.tables import recommended
-from moe_inspect.simulate.result import SIMULATED
+from moe_inspect.simulate.result import SIMULATED, Labels, Settings, Tables
 from moe_inspect.text import plural
 
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
@@ -32,40 +15,36 @@ WORTH = 0.01  # share of the time saved below which no policy counts as better
 BUSIEST = "busiest GPU ÷ mean GPU"
 
 
-def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """Plain sentences, most important first."""
-    rows: dict[str, Any] = {row["policy"]: row for row in tables["policies"].to_dict("records")}
+def verdict(tables: Tables, settings: Settings, label_of: Labels) -> list[str]:
+    rows = {row["policy"]: row for row in tables["policies"].to_dict("records")}
     best = rows[recommended(tables["policies"])]
     first = rows.get("contiguous") or next(iter(rows.values()))
-    gpus = settings["gpus"]
     sentences = [
-        f"On {plural(gpus, 'GPU')} with the {first['policy']} placement, the MoE layers take "
-        f"{first['slowdown']:.2f}x the time of perfect balance "
+        f"On {plural(settings['gpus'], 'GPU')} with the {first['policy']} placement, the MoE "
+        f"layers take {first['slowdown']:.2f}x the time of perfect balance "
         f"(balancedness {first['balancedness_vllm']:.2f} by vLLM's convention, "
         f"{first['balancedness_sglang']:.2f} by SGLang's; "
         f"worst layer {first['worst_max_over_mean']:.2f}x)."
     ]
     saved = 1 - best["slowdown"] / first["slowdown"]
     if best is not first and saved >= WORTH:
-        others = [
+        others = ", ".join(
             f"{name} {row['slowdown']:.2f}x"
             for name, row in rows.items()
             if row not in (best, first)
-        ]
+        )
         sentences.append(
             f"{best['policy']} brings that to {best['slowdown']:.2f}x"
-            + (f" ({', '.join(others)})" if others else "")
-            + f": {saved:.0%} less time."
+            f"{f' ({others})' if others else ''}: {saved:.0%} less time."
         )
     elif len(rows) > 1:
         sentences.append(f"No other policy is more than {WORTH:.0%} faster than {first['policy']}.")
-    if (searched := rows.get("local-search")) and any(name.startswith("eplb") for name in rows):
-        wasted = max(row["colocated"] for name, row in rows.items() if name.startswith("eplb"))
-        if wasted:
-            sentences.append(
-                f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
-                f"expert; local-search {searched['colocated']:,}."
-            )
+    wasted = max((rows[name]["colocated"] for name in rows if name.startswith("eplb")), default=0)
+    if wasted and "local-search" in rows:
+        sentences.append(
+            f"EPLB puts up to {plural(wasted, 'replica')} on a GPU that already has the same "
+            f"expert; local-search {rows['local-search']['colocated']:,}."
+        )
     if settings["counts_only"]:
         sentences.append(
             "Counts only: placements are fitted and judged on the same counts, and the GPUs that a "
@@ -73,16 +52,14 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         )
     else:
         sentences += _aged(tables, settings, best["policy"])
-        moved = best["moved_bytes_per_token"]
-        sentences.append(
+        said = (
             f"Under {best['policy']} a token reaches {best['ranks_per_token']:.2f} GPUs per layer"
-            + (f" on {best['nodes_per_token']:.2f} nodes" if settings["nodes"] > 1 else "")
-            + (
-                f"; dispatch and combine move {moved / 1024:,.0f} KiB per token over all layers."
-                if np.isfinite(moved)
-                else "."
-            )
         )
+        if settings["nodes"] > 1:
+            said += f" on {best['nodes_per_token']:.2f} nodes"
+        if np.isfinite(moved := best["moved_bytes_per_token"]):
+            said += f"; dispatch and combine move {moved / 1024:,.0f} KiB per token over all layers"
+        sentences.append(f"{said}.")
     if settings["dispatch"] == "lp":
         least = ", ".join(
             f"{name} {row['lp_slowdown']:.2f}x ({row['by_window_slowdown']:.2f}x)"
@@ -92,31 +69,27 @@ def verdict(tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "With optimal dispatch among replicas (a linear program per window), the slowdown "
             f"would be at least (in brackets: with even sharing): {least}."
         )
-    sentences.append(_recommended(settings, best, first, saved))
-    sentences.append(
-        "Simulated: replicas of an expert share its load evenly and at random; the time of a "
-        "layer is that of its busiest GPU."
-    )
-    return sentences
-
-
-def _recommended(settings: dict[str, Any], best: Any, first: Any, saved: float) -> str:
-    """Nothing is recommended that is not WORTH the change."""
     name, on = settings["recommended"], "counts" if settings["counts_only"] else "judged part"
+    said = f"Recommended: {name}, the fastest on the {on} (save with -o FILE)."
     if name != best["policy"]:
-        return f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
-    if best is not first and saved < WORTH and not settings["minimize"]:
-        return (
+        said = f"Recommended: {name}, chosen by --minimize (save with -o FILE)."
+    elif best is not first and saved < WORTH and not settings["minimize"]:
+        said = (
             f"Recommended: keep {first['policy']}. -o FILE saves {name}, which is less than "
             f"{WORTH:.0%} faster on the {on}."
         )
-    return f"Recommended: {name}, the fastest on the {on} (save with -o FILE)."
+    return [
+        *sentences,
+        said,
+        "Simulated: replicas of an expert share its load evenly and at random; the time of a "
+        "layer is that of its busiest GPU.",
+    ]
 
 
-def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list[str]:
-    by_window: Any = tables["windows"]
+def _aged(tables: Tables, settings: Settings, policy: str) -> list[str]:
+    by_window = tables["windows"]
     by_part = by_window[by_window["policy"] == policy].groupby(["part", "window"])["max_over_mean"]
-    mean: Any = by_part.mean().dropna()  # windows without load
+    mean = by_part.mean().dropna()  # windows without load
     fit, judged = (mean[mean.index.get_level_values("part") == part] for part in ("fit", "judged"))
     if not len(judged):
         return ["Fitted and judged on the whole trace: the balance on unseen text is unknown."]
@@ -131,16 +104,16 @@ def _aged(tables: dict[str, Any], settings: dict[str, Any], policy: str) -> list
     ]
 
 
-def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, str]) -> Chart:
+def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
     """max/mean over GPUs by layer, on the judged part; and by window, the mean over layers, as the
     plan ages."""
-    by_window: Any = tables["windows"]
+    by_window = tables["windows"]
     aged = by_window["window"].nunique() > 1
     title = "On the judged part" if aged else "Counts only: fitted and judged on the same counts"
     panels = [_by_layer(tables["placement"], settings["policies"], label_of, title)]
     if aged:
         panels.append(_by_window(by_window, settings))
-    return Chart(
+    return spec.Chart(
         "Placement of experts",
         "Load of the busiest GPU ÷ mean load of the GPUs, by policy",
         tuple(panels),
@@ -149,45 +122,50 @@ def chart(tables: dict[str, Any], settings: dict[str, Any], label_of: dict[int, 
     )
 
 
-def _by_layer(whole: Any, policies: Sequence[str], label_of: dict[int, str], title: str) -> Panel:
+def _by_layer(whole: pd.DataFrame, policies: list[str], label_of: Labels, title: str) -> spec.Panel:
     """Dots of the policies beside each other; of many layers a heatmap, in which those that tie do
     not hide each other."""
-    wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[list(policies)]
-    layers = Axis("layer", tuple(label_of[r] for r in wide.columns))
+    wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[policies]
+    layers = spec.Axis("layer", tuple(label_of[r] for r in wide.columns))
     ratio_PL = wide.to_numpy(float)
-    if len(wide.columns) > MOST_LINES:
-        scale = amount(BUSIEST, 1, ratio_PL, 1.1, log=True)
-        return Panel((Heatmap(ratio_PL, scale),), layers, Axis("policy", tuple(policies)), title)
+    if len(wide.columns) > spec.MOST_LINES:
+        heatmap = spec.Heatmap(ratio_PL, spec.amount(BUSIEST, 1, ratio_PL, 1.1, log=True))
+        return spec.Panel((heatmap,), layers, spec.Axis("policy", tuple(policies)), title)
     x = np.arange(len(wide.columns), dtype=float)
+    n = len(policies)
     dots = [
-        Points(x + (i - (len(policies) - 1) / 2) * 0.7 / len(policies), ratio_L, name, SERIES[i])
-        for i, (name, ratio_L) in enumerate(zip(policies, ratio_PL, strict=True))
+        spec.Points(x + (i - (n - 1) / 2) * 0.7 / n, ratio_PL[i], name, spec.SERIES[i])
+        for i, name in enumerate(policies)
     ]
-    return Panel((Rule(1), *dots), layers, log_axis(BUSIEST, ratio_PL), title)
+    return spec.Panel((spec.Rule(1), *dots), layers, spec.log_axis(BUSIEST, ratio_PL), title)
 
 
-def _by_window(by_window: Any, settings: dict[str, Any]) -> Panel:
+def _by_window(by_window: pd.DataFrame, settings: Settings) -> spec.Panel:
     """A line per policy; those that lie on each other are one line with all their names."""
     mean = by_window.pivot_table(
         index="policy", columns="window", values="max_over_mean", aggfunc="mean"
     )
-    policies = list(settings["policies"])
-    same = dict[str, list[str]]()  # the first of those that lie on each other → all
+    policies, same = (
+        settings["policies"],
+        dict[str, list[str]](),
+    )  # the first of those that lie on each other → all
     for name in policies:
         alike = (of for of in same if np.allclose(mean.loc[of], mean.loc[name], rtol=ALIKE))
         same.setdefault(next(alike, name), []).append(name)
     x = np.arange(len(mean.columns), dtype=float)
     lines = [
-        Line(x, mean.loc[of].to_numpy(float), " = ".join(names), *look(policies.index(of)))
+        spec.Line(
+            x, mean.loc[of].to_numpy(float), " = ".join(names), *spec.look(policies.index(of))
+        )
         for of, names in same.items()
     ]
     last = int(by_window.loc[by_window["part"] == "fit", "window"].max())
     fitted, top = np.array([-0.5, last + 0.5]), float(np.nanmax(mean.to_numpy()))
-    band = Band(fitted, np.ones(2), np.full(2, top), "fitted on")
+    band = spec.Band(fitted, np.ones(2), np.full(2, top), "fitted on")
     first_token = [settings["window"] * int(w) for w in mean.columns]
-    return Panel(
-        (band, Rule(1), *lines),
-        token_axis("first token of the window", first_token),
-        log_axis(BUSIEST, mean.to_numpy()),
+    return spec.Panel(
+        (band, spec.Rule(1), *lines),
+        spec.token_axis("first token of the window", first_token),
+        spec.log_axis(BUSIEST, mean.to_numpy()),
         "As the plan ages, mean over layers",
     )

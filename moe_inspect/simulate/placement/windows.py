@@ -18,19 +18,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import by_shard, summed
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
-from moe_inspect.simulate.kernels_numba import (
-    anneal,
-    count_windows,
-    reached_dense,
-    reached_sparse,
-)
+from moe_inspect.simulate import kernels_numba
 from moe_inspect.simulate.placement.policies import Layout, eplb, eplb_global, shares
-from moe_inspect.simulate.shards import Seen, count_taken, routed, taken
+from moe_inspect.simulate.shards import count_taken, routed, taken
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.shard import Shard
 
@@ -44,6 +38,7 @@ HEAT = 0.02  # the first temperature, in reached GPUs per decision that chose th
 DENSE = 128
 
 Key = TypeVar("Key")
+Reached = dict[tuple[int, str], tuple[float, float]]  # GPUs and nodes, by (router, policy)
 
 
 @dataclass(frozen=True)
@@ -78,36 +73,23 @@ class PlacementPlans:
     of: dict[tuple[int, str], np.ndarray]
 
 
-def loads_of_counts(trace: Trace, selection: Selection) -> tuple[FitWindows, dict[int, np.ndarray]]:
-    """The loads of a trace of counts only. Counts know no order: one window, which plans are both
-    fitted on and judged by."""
-    counts = count_trace(trace, selection)
-    loads = {r: counts.load_E(r)[None] for r in selection.routers}
-    return FitWindows(np.array([0.0, 1.0]), 1, trace.n_tokens), loads
-
-
 def fit_windows_of(
     trace: Trace, selection: Selection, fit_share: float, window: int | None
 ) -> FitWindows:
     """`fit_share`: of the tokens. `window`: tokens of a window. MoeInspectError where nothing is
     selected, or windows are too many."""
     of_rank, before = dict[int, int](), dict[tuple[int, int], int]()
-    selected = (
-        (shard.files.tokens for shard in trace.shards)
-        if selection.domains is None and not selection.phase
-        else by_shard(trace, None, count_taken, selection)
-    )
+    selected = (shard.files.tokens for shard in trace.shards)
+    if selection.domains is not None or selection.phase:
+        selected = by_shard(trace, None, count_taken, selection)
     for shard, n in zip(trace.shards, selected, strict=True):
         rank = shard.files.rank
         before[rank, shard.files.index] = of_rank.get(rank, 0)
         of_rank[rank] = of_rank.get(rank, 0) + n
     tokens = sum(of_rank.values())
     if not tokens:
-        raise MoeInspectError(
-            f"{trace.path} has no tokens in this selection"
-            if trace.n_tokens
-            else f"{trace.path} holds no tokens yet"
-        )
+        none = "has no tokens in this selection" if trace.n_tokens else "holds no tokens yet"
+        raise MoeInspectError(f"{trace.path} {none}")
     whole = WINDOWS if window is None else -(-tokens // window)
     if whole > MOST_WINDOWS:
         raise MoeInspectError(
@@ -130,12 +112,9 @@ def decisions(
     share_T = index_T / max(1, windows.of_rank[rank])
     window_T = np.searchsorted(windows.edge_W, share_T, side="right") - 1
     wanted_T = taken_T & (window_T >= since)
-
-    def wanted(_: int, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        return wanted_T[seen], window_T[seen]
-
     routers = selection.routers if wanted_T.any() else ()
-    for r, (kept_N, window_N), ids_KN in routed(shard, routers, wanted):
+    found = routed(shard, routers, lambda _, seen: (wanted_T[seen], window_T[seen]))
+    for r, (kept_N, window_N), ids_KN in found:
         if not kept_N.all():
             ids_KN, window_N = np.ascontiguousarray(ids_KN[:, kept_N]), window_N[kept_N]
         yield r, ids_KN, window_N
@@ -166,12 +145,12 @@ def _loads(
         if len(window_T):
             first, last = int(window_T[0]), int(window_T[-1])
             load_WE = np.zeros((last - first + 1, shard.trace.routers[r].experts), np.int64)
-            count_windows(ids_KT, window_T - first, load_WE)
+            kernels_numba.count_windows(ids_KT, window_T - first, load_WE)
             found |= {(r, first + w): load_E for w, load_E in enumerate(load_WE)}
     return found
 
 
-def ranks_reached(plans: PlacementPlans) -> dict[tuple[int, str], tuple[float, float]]:
+def ranks_reached(plans: PlacementPlans) -> Reached:
     """GPUs and nodes that a token of the judged part is expected to reach, its own included, by
     (router, policy)."""
     asked = plans.selection, plans.windows, plans.layouts, plans.of
@@ -214,13 +193,15 @@ def reached(plans: Sequence[np.ndarray], ids_KT: np.ndarray) -> list[float]:
     gpus = plans[0].shape[1]
     several = any(((share_EG > 0).sum(1) > 1).any() for share_EG in plans)
     if gpus > (DENSE if several else DENSE // 8):
-        return [reached_sparse(ids_KT, *table_of(share_EG), gpus) for share_EG in plans]
+        return [
+            kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), gpus) for share_EG in plans
+        ]
     found = list[float]()
     for first in range(0, len(plans), DENSE // gpus):
         miss_EG = 1 - np.hstack(plans[first : first + DENSE // gpus])
         # the last row: a slot that routed nowhere
         miss_EG = np.vstack([miss_EG, np.ones(miss_EG.shape[1])]).astype(np.float32)
-        found += reached_dense(ids_KT, miss_EG, gpus).tolist()
+        found += kernels_numba.reached_dense(ids_KT, miss_EG, gpus).tolist()
     return found
 
 
@@ -254,7 +235,7 @@ def reach_fewer(plans: PlacementPlans, policy: str, slack: float) -> None:
         if slots_GS.shape[1] > 1 and layout.gpus > 1:
             ids_KM = np.ascontiguousarray(np.concatenate(parts, axis=1))
             limit, load_E = best * (1 + slack), load_E.astype(np.float64)
-            anneal(ids_KM, slots_GS, load_E, limit, PROPOSALS, HEAT, 0)
+            kernels_numba.anneal(ids_KM, slots_GS, load_E, limit, PROPOSALS, HEAT, 0)
         plans.of[r, policy] = slots_GS.reshape(-1)
         advance(1)
 
