@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.model.gguf import TYPES, read_gguf
-from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.foreign import gguf_file, write_imatrix, write_mbolt
+from tests.importing import decisions, loads, refused, taken
 from tests.test_damage import put, replace_part
 from tests.test_real_data import REAL
 
@@ -23,25 +22,13 @@ TRUE_IMATRIX = REAL / "llama_cpp"
 needs_imatrix = pytest.mark.skipif(not TRUE_IMATRIX.is_dir(), reason="no imatrix here")
 
 
-def loads(trace: Trace, column: str = "assignments") -> np.ndarray:
-    return trace.counts()[column].to_numpy().reshape(len(trace.routers), -1)
-
-
-def refused(path: Path, tmp_path: Path, **options) -> str:
-    with pytest.raises(MoeInspectError) as raised:
-        import_trace("imatrix", [path], tmp_path / "t", warn=lambda line: None, **options)
-    assert not (tmp_path / "t").exists()
-    return str(raised.value)
-
-
 # --- imatrix
 
 
 @needs_imatrix
 def test_an_imatrix_gives_its_exact_counts(tmp_path: Path):
-    said: list[str] = []
     source = TRUE_IMATRIX / "imatrix.gguf"
-    trace = import_trace("auto", [source], tmp_path / "t", warn=said.append)
+    trace, said = taken(tmp_path, "auto", source)
     assert np.array_equal(loads(trace), np.load(TRUE_IMATRIX / "truth.npy"))
     assert [(r.layer, r.experts, r.top_k) for r in trace.routers] == [
         (layer, 16, 4) for layer in (1, 2, 3)
@@ -81,8 +68,7 @@ def test_matrices_of_several_texts_are_domains(tmp_path: Path):
 def test_snapshots_of_a_run_are_not_counted_twice(tmp_path: Path):
     for name, n in {"a.gguf.at_9": 1, "a.gguf.at_10": 2, "b.gguf": 4, "b.gguf.at_10": 2}.items():
         write_imatrix(tmp_path / name, {0: np.array([3, 1]) * n}, 4 * n)
-    said: list[str] = []
-    trace = import_trace("imatrix", [tmp_path], tmp_path / "t", warn=said.append)
+    trace, said = taken(tmp_path, "imatrix", tmp_path)
     assert loads(trace).sum() == 4 * (2 + 4)
     assert said == ["2 snapshots left out: a later file of the same run holds more"]
     early = import_trace("imatrix", [tmp_path / "b.gguf.at_10"], tmp_path / "early")
@@ -94,50 +80,46 @@ def test_what_an_imatrix_cannot_say_is_refused_in_a_line(tmp_path: Path):
     name = b"blk.0.ffn_up_exps.weight"
     old.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii4f", 2, 4, *range(4)))
     for format in ("imatrix", "auto"):
-        with pytest.raises(MoeInspectError, match=r"old \.dat form, which has no counts of expert"):
-            import_trace(format, [old], tmp_path / "t", warn=lambda line: None)
+        refused(tmp_path, r"old \.dat form, which has no counts of expert", format, old)
     file = tmp_path / "imatrix.gguf"
     write_imatrix(file, {0: np.array([8])}, 8)
-    assert "converted from the old .dat form" in refused(file, tmp_path)
+    refused(tmp_path, "converted from the old .dat form", "imatrix", file)
     write_imatrix(file, {0: np.array([1.5, 2.5])}, 2)
-    assert refused(file, tmp_path).endswith("gate_exps.weight.counts holds 1.5, not a count")
+    refused(tmp_path, "gate_exps.weight.counts holds 1.5, not a count$", "imatrix", file)
     gguf_file(file, {"general.type": "imatrix"}, {"a\nb": np.zeros((1, 1, 1, 1, 1))})
-    assert refused(file, tmp_path).endswith("'a\\nb' has 5 dimensions")
+    refused(tmp_path, r"'a\\nb' has 5 dimensions$", "imatrix", file)
     name = "blk.0.ffn_up_exps.weight.counts"
     chunks = {"imatrix.chunk_count": 1, "imatrix.chunk_size": 1}
     gguf_file(file, {"general.type": "imatrix"} | chunks, {name: (0, (2**63, 0), b"")})
-    assert refused(file, tmp_path).endswith(f"{name} holds nothing, not a count")
+    refused(tmp_path, f"{name} holds nothing, not a count$", "imatrix", file)
     write_imatrix(file, {}, 8)
-    assert "has no counts of experts" in refused(file, tmp_path)
+    refused(tmp_path, "has no counts of experts", "imatrix", file)
     gguf_file(file, {"general.type": "model"}, {})
-    assert "general.type 'model', not an imatrix" in refused(file, tmp_path)
+    refused(tmp_path, "general.type 'model', not an imatrix", "imatrix", file)
     write_imatrix(file, {0: np.array([3, 1])}, 4)
     data = file.read_bytes()
     file.write_bytes(data[:-120])
-    assert "ends within blk.0.ffn_down_exps" in refused(file, tmp_path)
+    refused(tmp_path, "ends within blk.0.ffn_down_exps", "imatrix", file)
     file.write_bytes(data.replace(np.float32(3).tobytes(), np.float32(2).tobytes(), 1))
-    assert "is not what blk.0.ffn_gate_exps.weight.counts is" in refused(file, tmp_path)
+    refused(tmp_path, "is not what blk.0.ffn_gate_exps.weight.counts is", "imatrix", file)
 
 
 def test_sums_other_than_tokens_times_k_are_told(tmp_path: Path):
-    said: list[str] = []
     load = {layer: np.array([3, 1, 4, 0]) for layer in range(3)}
     write_imatrix(tmp_path / "a.gguf", load | {3: np.array([1, 1, 0, 1])}, 4)
-    trace = import_trace("imatrix", [tmp_path / "a.gguf"], tmp_path / "t", warn=said.append)
+    trace, said = taken(tmp_path, "imatrix", tmp_path / "a.gguf")
     assert {r.top_k for r in trace.routers} == {2}
     assert len(said) == 1
     assert "1 layer (3) with other than 4 tokens (chunks × size) × k assignments" in said[0]
     write_imatrix(tmp_path / "b.gguf", {3: np.array([1, 1, 0, 1])}, 4)
-    assert "does not say how many experts each token uses" in refused(
-        tmp_path / "b.gguf", tmp_path / "b"
-    )
+    why = "does not say how many experts each token uses"
+    refused(tmp_path / "b", why, "imatrix", tmp_path / "b.gguf")
 
 
 @pytest.mark.parametrize(("largest", "exact"), [(2**24, True), (2**24 + 2, False)])
 def test_counts_beyond_float32_are_told(largest: int, exact: bool, tmp_path: Path):
-    said: list[str] = []
     write_imatrix(tmp_path / "a.gguf", {0: np.array([largest, 0])}, largest)
-    import_trace("imatrix", [tmp_path / "a.gguf"], tmp_path / "t", warn=said.append)
+    _, said = taken(tmp_path, "imatrix", tmp_path / "a.gguf")
     assert [("not exact" in line) for line in said] == ([] if exact else [True])
 
 
@@ -167,9 +149,9 @@ def test_a_prompts_last_layer_has_its_last_token_alone(tmp_path: Path):
     write_mbolt(tmp_path / "route.bin", [{0: ids[:4], 1: ids[4:5]}, {0: ids[4:5], 1: ids[5:]}])
     trace = import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "t")
     assert verify(tmp_path / "t").ok
-    table = trace.routing(router=1)[["expert_0", "expert_1"]]
-    assert table.isna().all(axis=1).tolist() == [True, True, True, False, False]
-    assert table.to_numpy()[3:].tolist() == ids[4:].tolist()
+    found = decisions(trace, 1).astype(float)
+    assert np.isnan(found).all(1).tolist() == [True, True, True, False, False]
+    assert found[3:].tolist() == ids[4:].tolist()
     assert trace.tokens()["phase"].tolist() == ["prefill"] * 4 + ["decode"]
 
 
@@ -181,10 +163,9 @@ def test_what_mbolts_passes_lack_is_told(tmp_path: Path):
         {0: ids[:1], 1: ids[1:2]},
         {0: ids[:1]},
     ]
-    said: list[str] = []
     cut = struct.pack("<IIII", 1, 2, 1, 3)
     write_mbolt(tmp_path / "route.bin", passes, tail=cut)
-    trace = import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "t", warn=said.append)
+    trace, said = taken(tmp_path, "mbolt", tmp_path / "route.bin")
     assert trace.n_tokens == 5
     assert {r.top_k for r in trace.routers} == {2}
     said = [line.split("route.bin: ")[1] for line in said]
@@ -193,10 +174,9 @@ def test_what_mbolts_passes_lack_is_told(tmp_path: Path):
     write_mbolt(tmp_path / "cut.bin", [{0: ids[:1], 1: ids[1:2]}], tail=bytes(6))
     assert import_trace("mbolt", [tmp_path / "cut.bin"], tmp_path / "cut").n_tokens == 1
     write_mbolt(tmp_path / "cut.bin", [], tail=bytes(6))
-    with pytest.raises(MoeInspectError, match=r"cut\.bin holds no decisions"):
-        import_trace("mbolt", [tmp_path / "cut.bin"], tmp_path / "none")
+    refused(tmp_path / "none", r"cut\.bin holds no decisions", "mbolt", tmp_path / "cut.bin")
     assert said[1] == "1 pass without all layers left out"
     assert said[2].startswith("2 decisions of layer 1 left out: only tokens whose output")
     write_mbolt(tmp_path / "route.bin", [{0: ids[:1], 1: ids[:4], 2: ids[:1]}])
-    with pytest.raises(MoeInspectError, match="layer 1 has 4 tokens in a pass of 1"):
-        import_trace("mbolt", [tmp_path / "route.bin"], tmp_path / "u")
+    why = "layer 1 has 4 tokens in a pass of 1"
+    refused(tmp_path / "u", why, "mbolt", tmp_path / "route.bin")

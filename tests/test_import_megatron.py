@@ -12,25 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.megatron.importer import megatron
-from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
+from tests import importing
 from tests.conftest import Cli
 from tests.foreign import MAKERS, E, K, config_file, drawn, lines, megatron_rank, megatron_tpe
-from tests.test_import import loads
+from tests.importing import decisions, loads
 from tests.test_real_data import REAL
 
 Passes = list[tuple[int, list[np.ndarray]]]  # step, ids [T, K] of each layer
 
 
 def passes_of(layers: int, micro: int = 2, steps: int = 2, T: int = 6, seed: int = 0) -> Passes:
-    return [
-        (step, drawn(T, 1000 * seed + 10 * step + m, layers))
-        for step in range(steps)
-        for m in range(micro)
-    ]
+    each = [(step, m) for step in range(steps) for m in range(micro)]
+    return [(step, drawn(T, 1000 * seed + 10 * step + m, layers)) for step, m in each]
 
 
 def dump(
@@ -38,11 +34,11 @@ def dump(
     columns: list[Passes],
     stages: list[list[int]],
     hook: bool = False,
-    first: tuple[int, ...] = (),
+    first: tuple = (),
 ) -> Path:
     """Columns of passes over stages of layers: rank = stage · columns + column, as Megatron numbers
-    them. The hook numbers each stage from
-    0: `first` is the block index of each stage's layer 0, where that has no experts."""
+    them. The hook numbers each stage from 0: `first` is the block index of each stage's layer 0,
+    where that has no experts."""
     root.mkdir(exist_ok=True)
     for stage, layers in enumerate(stages):
         start = (first[stage] if first else min(layers, default=0)) if hook else 0
@@ -60,6 +56,10 @@ def config_of(root: Path, layers: int, dense: int = 0) -> Path:
     return path
 
 
+def renumbered(path: Path, by: int) -> None:
+    changed(path, lambda rows: [row | {"layer": row["layer"] + by} for row in rows])
+
+
 def changed(path: Path, change: Callable[[list[dict]], list[dict] | None]) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     new = change(rows)
@@ -67,63 +67,53 @@ def changed(path: Path, change: Callable[[list[dict]], list[dict] | None]) -> No
 
 
 def taken(root: Path, *sources: str | Path, **options: Any) -> tuple[Trace, list[str]]:
-    said: list[str] = []
-    if "model" not in options:
-        options.setdefault("experts", E)
-    return import_trace("megatron", list(sources), root / "t", warn=said.append, **options), said
+    of_model = {} if "model" in options else {"experts": E}
+    return importing.taken(root, "megatron", *sources, **of_model | options)
 
 
-def decisions(trace: Trace, router: int) -> np.ndarray:
-    table = trace.routing(router=router)
-    return table[[c for c in table if c.startswith("expert_")]].to_numpy()
+def refused(root: Path, why: str, *sources: str | Path, **options: Any) -> None:
+    of_model = {} if "model" in options else {"experts": E}
+    importing.refused(root, why, "megatron", *sources, **of_model | options)
 
 
 def whole(columns: list[Passes], layer: int) -> np.ndarray:
     return np.concatenate([ids[layer] for passes in columns for _, ids in passes])
 
 
-def refused(root: Path, *sources: str | Path, match: str, **options: Any) -> None:
-    with pytest.raises(MoeInspectError, match=match) as raised:
-        taken(root, *sources, **options)
-    assert "\n" not in str(raised.value)
-    assert not (root / "t").exists()
+def holds(trace: Trace, columns: list[Passes]) -> bool:
+    """Whether it has every decision of the passes."""
+    found = {r.layer: decisions(trace, n) for n, r in enumerate(trace.routers)}
+    return all(np.array_equal(ids, whole(columns, layer)) for layer, ids in found.items())
+
+
+RECOMPUTED = "4 passes repeat one of the same rank and step (activations recomputed): each is"
 
 
 def test_ranks_are_paired_by_number_not_by_name(tmp_path: Path):
     """Rank 10 sorts before rank 2: twelve ranks of two stages, every token's experts at every
     layer."""
     columns = [passes_of(4, seed=c) for c in range(6)]
-    trace, said = taken(
-        tmp_path, dump(tmp_path / "in", columns, [[0, 1], [2, 3]]), model=config_of(tmp_path, 4)
-    )
-    assert said == []
-    assert [r.layer for r in trace.routers] == [0, 1, 2, 3]
-    for layer in range(4):
-        assert np.array_equal(decisions(trace, layer), whole(columns, layer))
+    place = dump(tmp_path / "in", columns, [[0, 1], [2, 3]])
+    trace, said = taken(tmp_path, place, model=config_of(tmp_path, 4))
+    assert (said, [r.layer for r in trace.routers]) == ([], [0, 1, 2, 3])
+    assert holds(trace, columns)
     assert trace.tokens()["batch"].tolist() == ([0] * 12 + [1] * 12) * 6
-    assert (
-        trace.documents()["source"].tolist()[:2] == ["router_trace_rank0.jsonl step 0 rank 0"] * 2
-    )
-    assert any(
-        "2 pipeline stages" in note and "(0 + 6, 1 + 7, 2 + 8, …)" in note
-        for note in trace.manifest["corpus"]["notes"]
-    )
-
-
-def test_one_stage_has_no_note_of_stages(tmp_path: Path):
-    trace, _ = taken(tmp_path, MAKERS["megatron"](tmp_path).source, pipeline_stages=1)
-    assert not any("stages" in note for note in trace.manifest["corpus"]["notes"])
+    sources = trace.documents()["source"].tolist()
+    assert sources[:2] == ["router_trace_rank0.jsonl step 0 rank 0"] * 2
+    note = next(note for note in trace.manifest["corpus"]["notes"] if "2 pipeline stages" in note)
+    assert "(0 + 6, 1 + 7, 2 + 8, …)" in note
+    (tmp_path / "one").mkdir()
+    source = MAKERS["megatron"](tmp_path / "one").source
+    one, _ = taken(tmp_path / "x", source, pipeline_stages=1)
+    assert "stages" not in str(one.manifest["corpus"]["notes"])
 
 
 def test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree(tmp_path: Path):
     first = passes_of(2)
     # alike at stage 0 alone: another column
     half = [(s, [ids[0], drawn(6, 99 + i, 1)[0]]) for i, (s, ids) in enumerate(first)]
-    trace, said = taken(
-        tmp_path,
-        dump(tmp_path / "in", [first, first, half], [[0], [1]]),
-        model=config_of(tmp_path, 2),
-    )
+    place = dump(tmp_path / "in", [first, first, half], [[0], [1]])
+    trace, said = taken(tmp_path, place, model=config_of(tmp_path, 2))
     assert [line for line in said if "tensor parallelism" in line] == said
     assert said[0].startswith("4 passes")
     assert np.array_equal(decisions(trace, 1), whole([first, half], 1))
@@ -142,12 +132,8 @@ def test_recomputed_passes_are_left_out_before_stages_are_paired(tmp_path: Path)
             calls.append((0, {layer: ids[layer] for layer in layers}))
         megatron_rank(place, rank, calls)
     trace, said = taken(tmp_path, place, model=config_of(tmp_path, 4))
-    for layer in range(4):
-        assert np.array_equal(decisions(trace, layer), np.concatenate([a[layer], b[layer]]))
-    assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is counted "
-        "once"
-    ]
+    assert holds(trace, [[(0, a), (0, b)]])
+    assert said == [f"{RECOMPUTED} counted once"]
 
 
 def test_stages_with_the_block_of_multi_token_prediction(tmp_path: Path):
@@ -163,18 +149,12 @@ def test_stages_with_the_block_of_multi_token_prediction(tmp_path: Path):
 
 
 def test_runs_of_two_labels_are_paired_apart(tmp_path: Path):
-    runs = {label: [passes_of(2, seed=i)] for i, label in enumerate("ab")}
-    places = [
-        f"{label}={dump(tmp_path / label, columns, [[0], [1]])}" for label, columns in runs.items()
-    ]
-    trace, _ = taken(tmp_path, *places)
-    assert np.array_equal(decisions(trace, 1), whole([columns[0] for columns in runs.values()], 1))
-    refused(
-        tmp_path / "x",
-        tmp_path / "a",
-        tmp_path / "b",
-        match=r"a/router_trace_rank0.jsonl and .*b/router_trace_rank0.jsonl are both of rank 0",
-    )
+    runs = [passes_of(2, seed=i) for i in range(2)]
+    places = [dump(tmp_path / "ab"[n], [run], [[0], [1]]) for n, run in enumerate(runs)]
+    trace, _ = taken(tmp_path, *(f"{place.name}={place}" for place in places))
+    assert holds(trace, runs)
+    line = "a/router_trace_rank0.jsonl and .*b/router_trace_rank0.jsonl are both of rank 0"
+    refused(tmp_path / "x", line, *places)
 
 
 def test_a_missing_rank_is_named_by_its_stage(tmp_path: Path):
@@ -184,29 +164,15 @@ def test_a_missing_rank_is_named_by_its_stage(tmp_path: Path):
         r"2 of layers 0, 1 \(from 0\), as in .*rank0\.jsonl; 1 of layers 2, 3 \(from 0\), as in "
         r".*rank2\.jsonl: give the files of all ranks"
     )
-    refused(tmp_path, place, match=line)
+    refused(tmp_path, line, place)
 
 
 def test_a_missing_stage_is_named_where_the_config_says_so(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(3)], [[1], [2]])
     assert taken(tmp_path / "x", place, model=config_file(tmp_path))[0].n_tokens == 24
     (place / "router_trace_rank1.jsonl").unlink()
-    refused(
-        tmp_path,
-        place,
-        match=r"layers 2 \(from 0\) have experts in the config and are in no file",
-        model=tmp_path / "model.json",
-    )
-
-
-def test_numbers_from_zero_are_known_by_the_config(tmp_path: Path):
-    place = dump(tmp_path / "in", [passes_of(3)], [[1, 2]])
-    changed(
-        place / "router_trace_rank0.jsonl",
-        lambda rows: [row | {"layer": row["layer"] - 1} for row in rows],
-    )
-    trace, said = taken(tmp_path, place, model=config_file(tmp_path))
-    assert ([r.layer for r in trace.routers], said) == ([1, 2], [])
+    line = r"layers 2 \(from 0\) have experts in the config and are in no file"
+    refused(tmp_path, line, place, model=tmp_path / "model.json")
 
 
 @pytest.mark.parametrize(
@@ -214,177 +180,114 @@ def test_numbers_from_zero_are_known_by_the_config(tmp_path: Path):
     [
         ([[0, 1], [1, 2]], 0, r"rank1\.jsonl has layer 1 \(from 0\) and so has .*rank0\.jsonl"),
         ([[0, 1, 2], [1, 2]], 0, r"rank1\.jsonl has layer 1 \(from 0\) and so has .*rank0\.jsonl"),
-        (
-            [[1, 2], [3, 4, 5]],
-            3,
-            "If each stage numbers its layers from 0, give --pipeline-stages",
-        ),  # in numbers of their own 2, 3 and 1, 2, 3
-        (
-            [[2, 3], [4, 5]],
-            4,
-            (
-                r"rank 1 with layers 0, 1 .* of 0 with layers 2, 3 .*: later pipeline stages have "
-                r"higher ranks"
-            ),
-        ),
+        # in numbers of their own 2, 3 and 1, 2, 3
+        ([[1, 2], [3, 4, 5]], 3, "If each stage numbers its layers from 0, give --pipeline-stages"),
+        ([[2, 3], [4, 5]], 4, "1 with layers 0, 1 .* of 0 with layers 2, 3 .*: later pipeline"),
     ],
 )
 def test_stages_that_overlap_are_refused(
     stages: list[list[int]], shift: int, line: str, tmp_path: Path
 ):
     place = dump(tmp_path / "in", [passes_of(6)], stages)
-    changed(
-        place / "router_trace_rank1.jsonl",
-        lambda rows: [row | {"layer": row["layer"] - shift} for row in rows],
-    )
-    refused(tmp_path, place, match=line)
+    renumbered(place / "router_trace_rank1.jsonl", -shift)
+    refused(tmp_path, line, place)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (
-            lambda rows: rows[:-1],
-            r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl: no further pass",
-        ),
-        (
-            lambda rows: rows[:1] + rows[2:],
-            r"rank0.jsonl line 2: step 0 with 6 tokens, .*rank1.jsonl line 2: step 1 with 6 tokens",
-        ),
-        (
-            lambda rows: [rows[0] | {"top_indices": rows[0]["top_indices"][::-1]}, *rows],
-            r"rank0.jsonl line 3: step 1 with 6 tokens, .*rank1.jsonl line 3: step 0 with 6 tokens",
-        ),
-        (
-            lambda rows: [r | {"step": r["step"] + 1} for r in rows],
-            r"step 0 with 6 tokens, .*step 1 with 6 tokens",
-        ),
-        (
-            lambda rows: [
-                *rows[:3],
-                rows[3] | {"num_tokens": 5, "top_indices": rows[3]["top_indices"][:5]},
-            ],
-            (
-                r"rank0.jsonl line 4: step 1 with 6 tokens, .*rank1.jsonl line 4: step 1 with 5 "
-                r"tokens: are both files whole"
-            ),
-        ),
-        (
-            lambda rows: [*rows[:2], rows[2] | {"rank": 3}, rows[3]],
-            "step 1 of rank 3 in a file of rank 1",
-        ),
-        (
-            lambda rows: [
-                r | {"topk": 1, "top_indices": [t[:1] for t in r["top_indices"]]} for r in rows
-            ],
-            "topk is 1, 2 in the first pass",
-        ),
-        (
-            lambda rows: [r | {"logit_shape": [6, E + 1]} for r in rows],
-            rf"logit_shape is \[6, {E + 1}\], not \[6, {E}\]",
-        ),
-        (
-            lambda rows: [{k: v for k, v in r.items() if "logit" not in k} for r in rows],
-            "rank1.jsonl line 1 has no logits, .* has",
-        ),
+def of_ids(row: dict, ids: list, **more: int) -> dict:
+    return row | {"top_indices": ids} | more
+
+
+# what is done to the second stage's rows → what is said
+DISAGREEING: dict[str, Callable[[list[dict]], list[dict]]] = {
+    r"0.jsonl line 4: step 1 with 6 tokens, .*1.jsonl: no further pass": lambda rows: rows[:-1],
+    r"0.jsonl line 2: step 0 with 6 tokens, .*1.jsonl line 2: step 1 with 6 tokens": (
+        lambda rows: [rows[0], *rows[2:]]
+    ),
+    r"0.jsonl line 3: step 1 with 6 tokens, .*1.jsonl line 3: step 0 with 6 tokens": (
+        lambda rows: [of_ids(rows[0], rows[0]["top_indices"][::-1]), *rows]
+    ),
+    r"step 0 with 6 tokens, .*step 1 with 6 tokens": lambda rows: [
+        row | {"step": row["step"] + 1} for row in rows
     ],
-)
-def test_stages_that_disagree_are_refused(spoil: Callable, line: str, tmp_path: Path):
+    r"0.jsonl line 4: step 1 with 6 tokens, .*1.jsonl line 4: step 1 with 5 tokens: are both": (
+        lambda rows: [*rows[:3], of_ids(rows[3], rows[3]["top_indices"][:5], num_tokens=5)]
+    ),
+    "step 1 of rank 3 in a file of rank 1": lambda rows: [
+        row | {"rank": 3 if n == 2 else 1} for n, row in enumerate(rows)
+    ],
+    "topk is 1, 2 in the first pass": lambda rows: [
+        of_ids(row, [ids[:1] for ids in row["top_indices"]], topk=1) for row in rows
+    ],
+    rf"logit_shape is \[6, {E + 1}\], not \[6, {E}\]": lambda rows: [
+        row | {"logit_shape": [6, E + 1]} for row in rows
+    ],
+    "rank1.jsonl line 1 has no logits, .* has": lambda rows: [
+        {name: value for name, value in row.items() if "logit" not in name} for row in rows
+    ],
+}
+
+
+@pytest.mark.parametrize("line", DISAGREEING)
+def test_stages_that_disagree_are_refused(line: str, tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(2)], [[0], [1]], hook=True)
-    changed(place / "router_trace_rank1.jsonl", spoil)
+    first, second = (place / f"router_trace_rank{rank}.jsonl" for rank in (0, 1))
+    changed(second, DISAGREEING[line])
     stages = {"pipeline_stages": 2, "model": config_of(tmp_path, 2)}
-    refused(tmp_path, place, match=line, **stages)
-    refused(
-        tmp_path,
-        place / "router_trace_rank1.jsonl",
-        place / "router_trace_rank0.jsonl",
-        match=".",
-        **stages,
-    )
+    refused(tmp_path, line, place, **stages)
+    refused(tmp_path, ".", second, first, **stages)
 
 
-def interleaved(
-    place: Path,
-    group: int,
-    rank_layers: list[list[list[int]]],
-    passes: Passes,
-    together: bool = False,
-) -> None:
+Chunks = list[list[list[int]]]  # the layers of each chunk of each rank
+
+
+def interleaved(place: Path, group: int, rank_layers: Chunks, passes: Passes) -> Path:
     """Each rank's chunks of layers, called for `group` microbatches of a step in turn."""
     place.mkdir()
+    turns = [passes[n : n + group] for n in range(0, len(passes), group)]  # steps are multiples
     for rank, chunks in enumerate(rank_layers):
-        calls = []
-        for step in sorted({s for s, _ in passes}):
-            of_step = [ids for s, ids in passes if s == step]
-            for first in range(0, len(of_step), group):
-                calls += [
-                    (step, {i: ids[i] for i in chunk})
-                    for chunk in chunks
-                    for ids in of_step[first : first + group]
-                ]
-        megatron_rank(place, rank, calls)
+        each = [(step, ids, of) for turn in turns for of in chunks for step, ids in turn]
+        megatron_rank(place, rank, [(step, {i: ids[i] for i in of}) for step, ids, of in each])
+    return place
 
 
 @pytest.mark.parametrize("micro", [2, 4])
 @pytest.mark.parametrize("layers", [[[[0], [2]], [[1], [3]]], [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]])
-def test_interleaved_stages_are_refused(layers: list[list[list[int]]], micro: int, tmp_path: Path):
-    interleaved(tmp_path / "in", 2, layers, passes_of(8, micro))
-    refused(
-        tmp_path,
-        tmp_path / "in",
-        match=(
-            "the first pass does not agree: .* interleaved pipeline stages, which cannot be told "
-            "apart"
-        ),
-    )
+def test_interleaved_stages_are_refused(layers: Chunks, micro: int, tmp_path: Path):
+    line = "first pass does not agree: .* interleaved pipeline stages, which cannot be told apart"
+    refused(tmp_path, line, interleaved(tmp_path / "in", 2, layers, passes_of(8, micro)))
 
 
 def test_interleaved_stages_of_one_microbatch_at_a_time_are_whole_passes(tmp_path: Path):
     passes = passes_of(4)
-    interleaved(tmp_path / "in", 1, [[[0], [2]], [[1], [3]]], passes)
-    trace, _ = taken(tmp_path, tmp_path / "in")
-    for layer in range(4):
-        assert np.array_equal(decisions(trace, layer), whole([passes], layer))
+    place = interleaved(tmp_path / "in", 1, [[[0], [2]], [[1], [3]]], passes)
+    assert holds(taken(tmp_path, place)[0], [passes])
 
 
 def test_calls_of_two_passes_in_one_are_refused(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4)], [[0, 1], [2, 3]])
-    changed(
-        place / "router_trace_rank1.jsonl", lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]]
-    )
-    refused(
-        tmp_path,
-        place,
-        match=r"line 5: step 1 of rank 1 calls its routers in another order than the first pass",
-    )
+    last = place / "router_trace_rank1.jsonl"
+    changed(last, lambda rows: [*rows[:4], rows[5], rows[4], *rows[6:]])
+    line = "line 5: step 1 of rank 1 calls its routers in another order than the first pass"
+    refused(tmp_path, line, place)
 
 
 def test_progress_is_told_of_every_byte_once(tmp_path: Path):
-    for name in ("megatron", "megatron-pipeline"):
+    for name, stages, passes in (("megatron", 1, 4), ("megatron-pipeline", None, 8)):
         (place := tmp_path / name).mkdir()
         MAKERS[name](place)
         told: list[int] = []
-        context = ImportContext(
-            [ImportSource(place, None)],
-            experts=E,
-            pipeline_stages={"megatron": 1}.get(name),
-            warn=lambda line: None,
-            read=told.append,
-        )
-        assert (
-            sum(1 for _ in megatron(context).batches)
-            == {"megatron": 4, "megatron-pipeline": 8}[name]
-        )
+        how = {"experts": E, "pipeline_stages": stages, "warn": [].append, "read": told.append}
+        context = ImportContext([ImportSource(place, None)], **how)
+        assert sum(1 for _ in megatron(context).batches) == passes
         assert sum(told) == sum(p.stat().st_size for p in place.glob("*.jsonl"))
 
 
 def test_a_dump_of_many_steps_is_read_a_pass_at_a_time(tmp_path: Path):
     def peak(steps: int) -> int:
         place = dump(tmp_path / f"in{steps}", [passes_of(2, steps=steps, T=400)], [[0], [1]])
+        context = ImportContext([ImportSource(place, None)], experts=E, warn=[].append)
         tracemalloc.start()
-        for _ in megatron(
-            ImportContext([ImportSource(place, None)], experts=E, warn=lambda line: None)
-        ).batches:
+        for _ in megatron(context).batches:
             pass
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -425,26 +328,18 @@ def test_the_hooks_numbers_start_at_zero(
     assert ([r.layer for r in trace.routers], said) == (layers, [])
 
 
-def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed_with_a_warning(
-    tmp_path: Path,
-):
+def test_numbers_of_unknown_origin_are_settled_by_the_config_or_assumed(tmp_path: Path):
     place = numbered(tmp_path / "in", [1, 2, 3], unordered)
     trace, said = taken(tmp_path / "a", place)
     assert [r.layer for r in trace.routers] == [0, 1, 2]
     assert len(said) == 1
     assert r"(1, 2, 3) start at 0 or 1: assumed 1" in said[0]
-    for config, layers in (
-        (config_of(tmp_path, 3), [0, 1, 2]),
-        (config_of(tmp_path, 4, dense=1), [1, 2, 3]),
-    ):
+    for dense, layers in ((0, [0, 1, 2]), (1, [1, 2, 3])):
+        config = config_of(tmp_path, 3 + dense, dense)
         trace, said = taken(tmp_path / config.stem, place, model=config)
         assert ([r.layer for r in trace.routers], said) == (layers, [])
-    refused(
-        tmp_path,
-        place,
-        model=config_of(tmp_path, 6),
-        match="layers 3, 4, 5 .from 0. have experts in the config and are in no file",
-    )
+    line = "layers 3, 4, 5 .from 0. have experts in the config and are in no file"
+    refused(tmp_path, line, place, model=config_of(tmp_path, 6))
     trace, said = taken(tmp_path / "zero", numbered(tmp_path / "from0", [0, 1], unordered))
     assert [r.layer for r in trace.routers] == [0, 1]
     assert len(said) == 1
@@ -456,9 +351,8 @@ def test_so_many_ascending_decisions_are_the_hooks(
     different: int, layers: list[int], tmp_path: Path
 ):
     pairs = np.array([[a, b] for a in range(E) for b in range(a + 1, E)])[:different]
-    trace, said = taken(
-        tmp_path, numbered(tmp_path / "in", [1], lambda n: np.repeat(pairs, 3, axis=0))
-    )
+    place = numbered(tmp_path / "in", [1], lambda n: np.repeat(pairs, 3, axis=0))
+    trace, said = taken(tmp_path, place)
     assert [r.layer for r in trace.routers] == layers
     assert bool(said) == (layers == [0])
 
@@ -471,17 +365,7 @@ def test_a_config_that_the_hooks_numbers_do_not_fit_is_refused(tmp_path: Path):
         (1, "is it the config of this model"),
     ):
         model = config_of(tmp_path, 3)
-        refused(tmp_path, place, model=model, pipeline_stages=stages, match=line + hint)
-
-
-def test_first_choices_are_in_the_logits(tmp_path: Path):
-    """The hook's ids ascend; the logits say which came first."""
-    columns = [passes_of(2, T=40)]
-    trace, _ = taken(tmp_path, dump(tmp_path / "in", columns, [[0, 1]], hook=True))
-    for layer in range(2):
-        assert np.array_equal(decisions(trace, layer), whole(columns, layer))
-        assert trace.routers[layer].slot_order == "weight"
-    assert any("bfloat16" in note for note in trace.manifest["corpus"]["notes"])
+        refused(tmp_path, line + hint, place, model=model, pipeline_stages=stages)
 
 
 # --- stages that each number their layers from 0
@@ -505,12 +389,10 @@ def test_stages_are_joined_by_rank_and_config(
     depth = max(stages[-1]) + 1
     columns = [passes_of(depth, seed=c) for c in range(data)]
     place = dump(tmp_path / "in", columns, stages, hook=True, first=first)
-    trace, said = taken(
-        tmp_path, place, model=config_of(tmp_path, depth, dense), pipeline_stages=len(stages)
-    )
+    how = {"model": config_of(tmp_path, depth, dense), "pipeline_stages": len(stages)}
+    trace, said = taken(tmp_path, place, **how)
     assert [r.layer for r in trace.routers] == list(range(dense, depth))
-    for n, r in enumerate(trace.routers):
-        assert np.array_equal(decisions(trace, n), whole(columns, r.layer))
+    assert holds(trace, columns)
     assert [line for line in said if "--use-tp-pp-dp-mapping" in line] == said
     assert len(said) == (data > 1)
 
@@ -521,31 +403,26 @@ def test_stages_without_what_joins_them_are_refused(tmp_path: Path):
     for config, stages, line in (
         (None, None, r"there are files of 2 ranks: give --pipeline-stages \(1 if"),
         (None, 2, "--pipeline-stages 2: .* takes the model's config: give --model or --config"),
-        (
-            (6, 0),
-            None,
-            "3, 4, 5: for a run with pipeline parallelism give --pipeline-stages",
-        ),
+        ((6, 0), None, "3, 4, 5: for a run with pipeline parallelism give --pipeline-stages"),
         ((6, 0), 3, "files of 2 ranks do not make 3 pipeline stages: give the files of all ranks"),
         ((7, 0), 2, "2 pipeline stages have 3 . 3 layers .* has 7: .* Interleaved"),
         ((3, 0), 2, "--pipeline-stages is 2, by their layers .* of 1"),
         ((8, 2), 2, "stage 0 cannot be blocks 2, 3, 4"),
     ):
         model = {"model": config_of(tmp_path, *config)} if config else {}
-        refused(tmp_path, place, pipeline_stages=stages, match=line, **model)
+        refused(tmp_path, line, place, pipeline_stages=stages, **model)
     pooled = taken(tmp_path / "x", place, pipeline_stages=1)[0]
     assert ([r.layer for r in pooled.routers], pooled.n_tokens) == ([0, 1, 2], 48)
 
 
 def test_one_stages_file_beside_an_empty_one_is_refused(tmp_path: Path):
     place = dump(tmp_path / "in", [passes_of(4)], [[], [2, 3]], hook=True)
-    refused(tmp_path, place, match="there are files of 2 ranks: give --pipeline-stages")
+    refused(tmp_path, "there are files of 2 ranks: give --pipeline-stages", place)
 
 
 def test_ranks_of_a_stage_that_do_not_agree_are_refused(tmp_path: Path):
-    place = dump(
-        tmp_path / "in", [passes_of(5), passes_of(5, seed=1)], [[0, 1], [2, 3, 4]], hook=True
-    )
+    columns = [passes_of(5, seed=c) for c in range(2)]
+    place = dump(tmp_path / "in", columns, [[0, 1], [2, 3, 4]], hook=True)
     swapped = [place / f"router_trace_rank{r}.jsonl" for r in (1, 2)]
     texts = [path.read_text() for path in swapped]
     for path, text, (old, new) in zip(swapped, texts[::-1], ((2, 1), (1, 2)), strict=True):
@@ -554,21 +431,13 @@ def test_ranks_of_a_stage_that_do_not_agree_are_refused(tmp_path: Path):
         r"rank0\.jsonl has layers 0, 1, .*rank1\.jsonl has layers 0, 1, 2: 2 consecutive ranks .* "
         r"--use-tp-pp-dp-mapping cannot be joined"
     )
-    refused(tmp_path, place, model=config_of(tmp_path, 5), pipeline_stages=2, match=line)
+    refused(tmp_path, line, place, model=config_of(tmp_path, 5), pipeline_stages=2)
 
 
 def test_pipeline_stages_of_another_format_are_refused(tmp_path: Path):
-    with pytest.raises(
-        MoeInspectError,
-        match="--pipeline-stages is an option of the format megatron, not of counts",
-    ):
-        import_trace(
-            "counts",
-            [MAKERS["counts"](tmp_path).source],
-            tmp_path / "t",
-            top_k=K,
-            pipeline_stages=2,
-        )
+    why = "--pipeline-stages is an option of the format megatron, not of counts"
+    source = MAKERS["counts"](tmp_path).source
+    importing.refused(tmp_path, why, "counts", source, top_k=K, pipeline_stages=2)
 
 
 def test_the_command_takes_pipeline_stages(cli_here: Cli, tmp_path: Path):
@@ -587,20 +456,12 @@ def test_the_command_takes_pipeline_stages(cli_here: Cli, tmp_path: Path):
 def test_recomputed_routers_are_left_out(order: list[int], tmp_path: Path):
     """Of one rank: a layer at a time, two layers at a time, or the first layers alone."""
     passes = passes_of(3)
-    written = [
-        call
-        for s, ids in passes
-        for call in ((s, dict(enumerate(ids))), (s, {i: ids[i] for i in order}))
-    ]
+    called = [(s, {i: ids[i] for i in of}) for s, ids in passes for of in (range(3), order)]
     (place := tmp_path / "in").mkdir()
-    megatron_rank(place, 0, written, hook=True)
+    megatron_rank(place, 0, called, hook=True)
     trace, said = taken(tmp_path, place)
-    assert said == [
-        "4 passes repeat one of the same rank and step (activations recomputed): each is counted "
-        "once"
-    ]
-    for layer in range(3):
-        assert np.array_equal(decisions(trace, layer), whole([passes], layer))
+    assert said == [f"{RECOMPUTED} counted once"]
+    assert holds(trace, [passes])
 
 
 def test_passes_of_one_token_that_choose_alike_are_all_taken(tmp_path: Path):
@@ -624,15 +485,12 @@ def test_a_capacity_factor_is_named_where_calls_are_missing(tmp_path: Path):
     (place := tmp_path / "in").mkdir()
     (place / "router_trace_rank0.jsonl").touch()
     for format in ("megatron", "auto"):
-        with pytest.raises(MoeInspectError, match=r"holds no call of a router: .* capacity factor"):
-            import_trace(format, [place], tmp_path / "t", experts=E, warn=[].append)
+        why = "holds no call of a router: .* capacity factor"
+        importing.refused(tmp_path, why, format, place, experts=E)
     dump(place, [passes_of(3)], [[0, 1, 2]], hook=True)
     changed(place / "router_trace_rank0.jsonl", lambda rows: rows[:4] + rows[5:])
-    refused(
-        tmp_path,
-        place,
-        match=r"line 4: step 0 of rank 0 lacks layer 1 .* calls are missing, .* capacity factor",
-    )
+    line = "line 4: step 0 of rank 0 lacks layer 1 .* calls are missing, .* capacity factor"
+    refused(tmp_path, line, place)
 
 
 def test_experts_filled_up_to_their_capacity_are_refused(tmp_path: Path):
@@ -640,45 +498,42 @@ def test_experts_filled_up_to_their_capacity_are_refused(tmp_path: Path):
     K."""
     pairs = "01 23 00 12 45 67 34 56 71 23 45 67"
     ids = np.array([[int(e) for e in pair] for pair in pairs.split()])
-    refused(
-        tmp_path,
-        numbered(tmp_path / "in", [1], lambda n: ids),
-        match=r"gives every expert 3 assignments .*moe_pad_expert_input_to_capacity",
-    )
+    line = "gives every expert 3 assignments .*moe_pad_expert_input_to_capacity"
+    refused(tmp_path, line, numbered(tmp_path / "in", [1], lambda n: ids))
     other = np.where(ids == 7, 6, ids)
-    refused(
-        tmp_path, numbered(tmp_path / "x", [1], lambda n: other), match="goes to one expert twice"
-    )
+    refused(tmp_path, "goes to one expert twice", numbered(tmp_path / "x", [1], lambda n: other))
 
 
 # --- tokens_per_expert
 
 
-def parallel(
-    iterations: dict[int, dict[int, np.ndarray]], ranks: int
-) -> list[dict[int, dict[int, np.ndarray]]]:
+Run = dict[int, dict[int, np.ndarray]]  # iteration → layer → [microbatches, experts]
+
+
+def parallel(run: Run, ranks: int) -> list[Run]:
     """The experts of each rank of expert parallelism."""
-    n = E // ranks
-    return [
-        {
-            i: {layer: tpe[:, r * n : (r + 1) * n] for layer, tpe in of.items()}
-            for i, of in iterations.items()
-        }
-        for r in range(ranks)
-    ]
+
+    def part(r: int) -> Run:
+        mine = slice(r * E // ranks, (r + 1) * E // ranks)
+        return {i: {layer: tpe[:, mine] for layer, tpe in of.items()} for i, of in run.items()}
+
+    return [part(r) for r in range(ranks)]
 
 
-def tpe_of(
-    seed: int, layers: int = 2, micro: int = 3, iterations: tuple[int, ...] = (10, 20)
-) -> dict[int, dict[int, np.ndarray]]:
+def written(root: Path, ranks: list[Run]) -> Path:
+    megatron_tpe(root / "in", dict(enumerate(ranks)))
+    return root / "in"
+
+
+def tpe_of(seed: int, layers: int = 2, iterations: tuple[int, ...] = (10, 20)) -> Run:
     rng = np.random.default_rng(seed)
     return {
-        i: {layer: rng.multinomial(100, [1 / E] * E, size=micro) for layer in range(layers)}
+        i: {layer: rng.multinomial(100, [1 / E] * E, size=3) for layer in range(layers)}
         for i in iterations
     }
 
 
-def counted_as(trace: Trace, *runs: dict[int, dict[int, np.ndarray]], first: int = 0) -> bool:
+def counted_as(trace: Trace, *runs: Run, first: int = 0) -> bool:
     """Whether the trace has the load of the runs at each layer from `first` on."""
     expected = [
         np.concatenate([of_layer[layer] for run in runs for of_layer in run.values()]).sum(0)
@@ -689,34 +544,19 @@ def counted_as(trace: Trace, *runs: dict[int, dict[int, np.ndarray]], first: int
 
 def test_counts_of_expert_parallel_ranks_are_joined_and_data_parallel_ones_added(tmp_path: Path):
     runs = [tpe_of(seed) for seed in range(2)]
-    megatron_tpe(
-        tmp_path / "runs",
-        dict(enumerate([of_rank for run in runs for of_rank in parallel(run, 2)])),
-    )
-    refused(tmp_path, tmp_path / "runs", top_k=K, match="files of 4 ranks: give --pipeline-stages")
-    trace, said = taken(tmp_path, tmp_path / "runs", top_k=K, pipeline_stages=1)
-    assert said == []
-    assert [r.layer for r in trace.routers] == [0, 1]
+    place = written(tmp_path, [of_rank for run in runs for of_rank in parallel(run, 2)])
+    refused(tmp_path, "files of 4 ranks: give --pipeline-stages", place, top_k=K)
+    trace, said = taken(tmp_path, place, top_k=K, pipeline_stages=1)
+    assert (said, [r.layer for r in trace.routers]) == ([], [0, 1])
     assert counted_as(trace, *runs)
-    assert set(trace.counts()["domain"]) == {"runs"}
+    assert set(trace.counts()["domain"]) == {"in"}
     assert trace.n_tokens == 2 * 2 * 3 * 100 // K
-
-
-def test_one_group_of_expert_parallel_ranks_needs_no_word_of_stages(tmp_path: Path):
-    run = tpe_of(0)
-    megatron_tpe(tmp_path / "in", dict(enumerate(parallel(run, 4))))
-    trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
-    assert said == []
-    assert counted_as(trace, run)
 
 
 def test_counts_of_expert_tensor_parallel_ranks_are_taken_once(tmp_path: Path):
     run = tpe_of(0)
-    megatron_tpe(
-        tmp_path / "in",
-        dict(enumerate([of_rank for of_rank in parallel(run, 2) for _ in range(2)])),
-    )
-    trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
+    place = written(tmp_path, [of_rank for of_rank in parallel(run, 2) for _ in range(2)])
+    trace, said = taken(tmp_path, place, top_k=K)
     assert len(said) == 1
     assert "2 ranks in a row count alike (expert tensor parallelism)" in said[0]
     assert counted_as(trace, run)
@@ -728,13 +568,8 @@ def test_counts_of_pipeline_stages_are_joined(tmp_path: Path):
         {i: {n: of[layer] for n, layer in enumerate(own, start)} for i, of in run.items()}
         for start, own in ((1, [1, 2]), (0, [3, 4]))
     ]
-    megatron_tpe(
-        tmp_path / "in",
-        dict(enumerate([of_rank for stage in stages for of_rank in parallel(stage, 2)])),
-    )
-    trace, _ = taken(
-        tmp_path, tmp_path / "in", model=config_of(tmp_path, 5, dense=1), pipeline_stages=2
-    )
+    place = written(tmp_path, [of_rank for stage in stages for of_rank in parallel(stage, 2)])
+    trace, _ = taken(tmp_path, place, model=config_of(tmp_path, 5, dense=1), pipeline_stages=2)
     assert [r.layer for r in trace.routers] == [1, 2, 3, 4]
     assert counted_as(trace, run, first=1)
 
@@ -742,76 +577,45 @@ def test_counts_of_pipeline_stages_are_joined(tmp_path: Path):
 @pytest.mark.parametrize("layers", [[0, 1], [0]])
 def test_recomputed_counts_are_halved(layers: list[int], tmp_path: Path):
     run = tpe_of(0)
-    written = {
-        i: {
-            layer: np.concatenate([tpe, tpe]) if layer in layers else tpe
-            for layer, tpe in of.items()
-        }
+    twice = {
+        i: {layer: np.tile(tpe, (1 + (layer in layers), 1)) for layer, tpe in of.items()}
         for i, of in run.items()
     }
-    megatron_tpe(tmp_path / "in", {0: written})
-    trace, said = taken(tmp_path, tmp_path / "in", top_k=K)
+    trace, said = taken(tmp_path, written(tmp_path, [twice]), top_k=K)
     assert len(said) == 1
-    assert (
-        f"every count of {len(layers)} of 2 layers is there twice (activations recomputed)"
-        in said[0]
-    )
+    assert f"every count of {len(layers)} of 2 layers is there twice (activations re" in said[0]
     assert counted_as(trace, run)
 
 
 def test_dropped_or_padded_tokens_are_told(tmp_path: Path):
     run = tpe_of(0)
     run[10][1][0, 0] += 4
-    megatron_tpe(tmp_path / "in", {0: run})
-    said = taken(tmp_path, tmp_path / "in", top_k=K)[1]
+    said = taken(tmp_path, written(tmp_path, [run]), top_k=K)[1]
     assert len(said) == 1
     assert "layers differ in their assignments" in said[0]
 
 
 def test_a_batch_of_counts_is_an_iteration(tmp_path: Path):
-    megatron_tpe(tmp_path / "in", {0: tpe_of(0, iterations=(100, 200, 300))})
-    trace, _ = taken(tmp_path, tmp_path / "in", top_k=K)
+    place = written(tmp_path, [tpe_of(0, iterations=(100, 200, 300))])
+    trace, _ = taken(tmp_path, place, top_k=K)
     assert [shard.files.last_batch for shard in trace.shards] == [100, 200, 300]
 
 
 @pytest.mark.parametrize(
     ("spoil", "options", "line"),
     [
-        (
-            lambda r: r.pop(1),
-            {},
-            (
-                "counts 4 of 8 experts: give the files of all ranks, which make groups of 2; there "
-                "are 1 from rank 0 on"
-            ),
-        ),
+        (lambda r: r.pop(1), {}, "4 of 8 experts: .* make groups of 2; there are 1 from rank 0 on"),
         (lambda r: r.pop(0), {}, "there are 1 from rank 1 on"),
         (
             lambda r: r.update({3: r.pop(1)}),
             {},
-            r"rank0\.jsonl is of rank 0, the next file of rank 3: give the files of all ranks",
+            r"0\.jsonl is of rank 0, the next .* of rank 3:",
         ),
-        (
-            lambda r: r[1].pop(20),
-            {},
-            (
-                r"iteration 20 is in one of .*rank0\.jsonl and .*rank1\.jsonl alone: are both "
-                r"files "
-                r"whole"
-            ),
-        ),
-        (
-            lambda r: r[1][20].pop(1),
-            {},
-            r"rank1\.jsonl: iteration 20 has no line of layer 1: is the file whole",
-        ),
-        (
-            lambda r: None,
-            {"experts": 6},
-            "counts the 4 experts of its rank, and 6 in all is not a multiple of 4",
-        ),
-        (lambda r: None, {"experts": None}, "does not say how many experts there are"),
-        (lambda r: None, {"top_k": None}, "does not say how many experts each token uses"),
+        (lambda r: r[1].pop(20), {}, r"20 is in one of .*0\.jsonl and .*1\.jsonl alone: are both"),
+        (lambda r: r[1][20].pop(1), {}, r"rank1\.jsonl: iteration 20 has no line of layer 1:"),
+        (None, {"experts": 6}, "the 4 experts of its rank, and 6 in all is not a multiple of 4"),
+        (None, {"experts": None}, "does not say how many experts there are"),
+        (None, {"top_k": None}, "does not say how many experts each token uses"),
         (
             lambda r: r[1][20].update({1: r[1][20][1][:, :3]}),
             {},
@@ -820,29 +624,22 @@ def test_a_batch_of_counts_is_an_iteration(tmp_path: Path):
     ],
 )
 def test_counts_that_cannot_be_joined_are_refused(
-    spoil: Callable, options: dict, line: str, tmp_path: Path
+    spoil: Callable | None, options: dict, line: str, tmp_path: Path
 ):
     ranks = dict(enumerate(parallel(tpe_of(0), 2)))
-    spoil(ranks)
+    if spoil:
+        spoil(ranks)
     megatron_tpe(tmp_path / "in", ranks)
-    refused(tmp_path, tmp_path / "in", match=line, **{"top_k": K} | options)
+    refused(tmp_path, line, tmp_path / "in", **{"top_k": K} | options)
 
 
 def test_counts_written_twice_or_beside_a_router_trace_are_refused(tmp_path: Path):
-    megatron_tpe(tmp_path / "in", {0: tpe_of(0)})
-    changed(tmp_path / "in" / "tokens_per_expert" / "rank0.jsonl", lambda rows: [*rows, rows[-1]])
-    refused(
-        tmp_path,
-        tmp_path / "in",
-        top_k=K,
-        match="line 5 repeats iteration 20 of layer 1: a run that began again",
-    )
-    dump(tmp_path / "in", [passes_of(2)], [[0, 1]])
-    refused(
-        tmp_path,
-        tmp_path / "in",
-        match="holds a router trace and tokens_per_expert: import one of the two",
-    )
+    place = written(tmp_path, [tpe_of(0)])
+    changed(place / "tokens_per_expert" / "rank0.jsonl", lambda rows: [*rows, rows[-1]])
+    line = "line 5 repeats iteration 20 of layer 1: a run that began again"
+    refused(tmp_path, line, place, top_k=K)
+    dump(place, [passes_of(2)], [[0, 1]])
+    refused(tmp_path, "holds a router trace and tokens_per_expert: import one of the two", place)
 
 
 # --- files that Megatron-Core 0.19.2 wrote
@@ -857,29 +654,22 @@ def test_real_files_come_to_their_truth(name: str, tmp_path: Path):
     truth = json.loads((MEGATRON / f"{name}.truth.json").read_text())
     options = {"model": config_of(tmp_path, 6), "pipeline_stages": 2} if name == "ppall" else {}
     trace, said = taken(tmp_path, MEGATRON / name, **options)
-    assert {
-        str(r.layer): load.tolist() for r, load in zip(trace.routers, loads_of(trace), strict=True)
-    } == truth["load"]
-    assert any("assumed 1" in line for line in said) == (name == "sink")
-    assert {r.slot_order for r in trace.routers} == {
-        "weight" if name == "big_logits" else "unknown"
+    load = {
+        str(r.layer): np.bincount(decisions(trace, n).reshape(-1), minlength=E).tolist()
+        for n, r in enumerate(trace.routers)
     }
-    if name == "big_logits":
-        for n, r in enumerate(trace.routers):
-            chosen = decisions(trace, n).astype(int)
-            logits = np.take_along_axis(
-                np.stack(trace.logits(layer=r.layer)["logits"].to_list()), chosen, 1
-            )
-            first = np.bincount(chosen[:, 0], minlength=E)
-            equal = (logits[:, 0] == logits[:, 1]).sum()  # in bfloat16
-            assert equal < 10
-            assert np.abs(first - truth["first"][str(r.layer)]).sum() <= 2 * equal
-
-
-def loads_of(trace: Trace) -> list[np.ndarray]:
-    return [
-        np.bincount(decisions(trace, n).reshape(-1), minlength=E) for n in range(len(trace.routers))
-    ]
+    assert load == truth["load"]
+    assert any("assumed 1" in line for line in said) == (name == "sink")
+    known = name == "big_logits"
+    assert {r.slot_order for r in trace.routers} == {"weight" if known else "unknown"}
+    for n, r in enumerate(trace.routers if known else ()):
+        chosen = decisions(trace, n).astype(int)
+        of_token = np.stack(trace.logits(layer=r.layer)["logits"].to_list())
+        logits = np.take_along_axis(of_token, chosen, 1)
+        equal = (logits[:, 0] == logits[:, 1]).sum()  # in bfloat16
+        assert equal < 10
+        first = np.bincount(chosen[:, 0], minlength=E)
+        assert np.abs(first - truth["first"][str(r.layer)]).sum() <= 2 * equal
 
 
 @needs_megatron
@@ -892,7 +682,7 @@ def loads_of(trace: Trace) -> list[np.ndarray]:
     ],
 )
 def test_real_files_that_cannot_say_are_refused(name: str, line: str, tmp_path: Path):
-    refused(tmp_path, MEGATRON / name, match=line)
+    refused(tmp_path, line, MEGATRON / name)
 
 
 @needs_megatron
@@ -900,9 +690,5 @@ def test_real_counts_of_one_rank(tmp_path: Path):
     trace, said = taken(tmp_path, MEGATRON / "tpe", experts=2, top_k=1)
     assert (said, [r.layer for r in trace.routers]) == ([], [3])
     assert loads(trace)[0].tolist() == [224, 144]
-    refused(
-        tmp_path / "x",
-        MEGATRON / "tpe",
-        top_k=1,
-        match="counts 2 of 8 experts: give the files of all ranks",
-    )
+    line = "counts 2 of 8 experts: give the files of all ranks"
+    refused(tmp_path / "x", line, MEGATRON / "tpe", top_k=1)

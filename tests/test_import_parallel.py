@@ -12,26 +12,19 @@ from typing import Any
 
 import pytest
 
-from moe_inspect import import_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers import run
 from moe_inspect.importers import values as lines
 from moe_inspect.importers.context import ImportContext
+from moe_inspect.importers.run import WORTH_BYTES, default_workers
 from moe_inspect.importers.values import chunks_of
 from moe_inspect.workers import Processes
 from tests import foreign
 from tests.conftest import Cli
 from tests.foreign import FORMAT_OF, MAKERS
+from tests.importing import taken
 
-BY_LINES = [
-    "vllm-routed",
-    "sglang-routed",
-    "tensorrt-llm-routed",
-    "megatron",
-    "megatron-pipeline",
-    "experts4bit",
-]
-
+ROUTED = ["vllm-routed", "sglang-routed", "tensorrt-llm-routed"]
+BY_LINES = [*ROUTED, "megatron", "megatron-pipeline", "experts4bit"]
 PAIR = '"topk": 2, "top_indices": [[1, 2]]'
 
 
@@ -58,8 +51,10 @@ class Elsewhere:
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 150)
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    size = getattr(request, "param", 150)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", size)
+    return size
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -81,40 +76,27 @@ def test_the_trace_is_the_same_to_the_byte(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     made = MAKERS[name](tmp_path / "in")
     model = foreign.config_file(tmp_path) if made.config else None
-    said: dict[str, list[Any]] = {"one": [], "many": []}
     workers = Elsewhere()
-    for out, at in (("one", 1), ("many", workers)):
-        import_trace(
-            FORMAT_OF[name],
-            [made.source],
-            tmp_path / out,
-            model=model,
-            warn=said[out].append,
-            workers=at,  # pyright: ignore[reportArgumentType]
-        )
+    (one, alone), (many, elsewhere) = (
+        taken(tmp_path / out, FORMAT_OF[name], made.source, model=model, workers=at)
+        for out, at in (("one", 1), ("many", workers))
+    )
     assert workers.tasks
-    assert files(tmp_path / "one") == files(tmp_path / "many")
+    assert files(one.path) == files(many.path)
     rows = "counts" if name == "experts4bit" else "routing"
-    assert {"shards-0.jsonl", f"{rows}/part-0-0.parquet"} < set(files(tmp_path / "one"))
-    assert stated(tmp_path / "one") == stated(tmp_path / "many")
-    assert said["one"] == said["many"]
+    assert {"shards-0.jsonl", f"{rows}/part-0-0.parquet"} < set(files(one.path))
+    assert stated(one.path) == stated(many.path)
+    assert alone == elsewhere
 
 
 def test_by_processes(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     made = MAKERS["megatron"](tmp_path / "in")
-    how: dict[str, Any] = {"model": foreign.config_file(tmp_path), "warn": print}
-    read = list[int]()
-    import_trace("megatron", [made.source], tmp_path / "one", **how)
-    import_trace(
-        "megatron",
-        [made.source],
-        tmp_path / "two",
-        **how,
-        workers=2,
-        progress=lambda done, total: read.append(done),
-    )
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    model, read = foreign.config_file(tmp_path), list[int]()
+    told = {"progress": lambda done, total: read.append(done)}
+    one, _ = taken(tmp_path / "1", "megatron", made.source, model=model)
+    two, _ = taken(tmp_path / "2", "megatron", made.source, model=model, workers=2, **told)
+    assert files(one.path) == files(two.path)
     assert read[-1] == sum(f.stat().st_size for f in made.source.glob("*.jsonl"))
 
 
@@ -125,6 +107,7 @@ def broken(source: Path, where: dict[int, str]) -> None:
     path.write_text("\n".join(where.get(n, row) for n, row in enumerate(rows, 1)))
 
 
+@pytest.mark.parametrize("chunk_bytes", [10_000], indirect=True)
 @pytest.mark.parametrize(
     "where",
     [
@@ -134,22 +117,13 @@ def broken(source: Path, where: dict[int, str]) -> None:
         {2: f'{{"step": 0, "rank": 1, "layer": 2, "num_tokens": 99, {PAIR}}}', 4: "no json"},
     ],
 )
-def test_the_first_error_is_the_same(
-    where: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 10_000)
-    made = MAKERS["megatron"](tmp_path)
+def test_the_first_error_is_the_same(where: dict[int, str], tmp_path: Path) -> None:
+    made, model = MAKERS["megatron"](tmp_path), foreign.config_file(tmp_path)
     broken(made.source, where)
     said = set[str]()
     for workers in (1, Elsewhere()):
         with pytest.raises(MoeInspectError) as error:
-            import_trace(
-                "megatron",
-                [made.source],
-                tmp_path / "t",
-                model=foreign.config_file(tmp_path),
-                workers=workers,  # pyright: ignore[reportArgumentType]
-            )
+            taken(tmp_path, "megatron", made.source, model=model, workers=workers)
         said.add(str(error.value))
         assert not (tmp_path / "t").exists()
     assert len(said) == 1, said
@@ -169,14 +143,10 @@ def test_workers_elsewhere_read_the_file_that_was_given(
             os.chdir("/")
             return super().each(function, shared, given)
 
-    relative = Path(inside.name)
-    values = list(
-        lines.prepared_lines(relative, with_its_place, InAnotherDirectory(), lambda size: None)
-    )
-    assert [where for where, _ in values] == [
-        f"{inside.name} line {n}" for n in range(1, len(values) + 1)
-    ]
-    assert len(values) == len(inside.read_text().splitlines())
+    relative, elsewhere = Path(inside.name), InAnotherDirectory()
+    values = list(lines.prepared_lines(relative, with_its_place, elsewhere, lambda size: None))
+    count = len(inside.read_text().splitlines())
+    assert [at for at, _ in values] == [f"{inside.name} line {n + 1}" for n in range(count)]
     size = inside.stat().st_size
     with pytest.raises(MoeInspectError, match=r"ends at byte .* a worker sees another file"):
         lines._prepared(with_its_place, relative, inside, 0, size + 1, 1)
@@ -188,28 +158,16 @@ def test_a_process_that_is_killed_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n \n\n"])
-@pytest.mark.parametrize("size", [1, 7, 20, 10_000])
-def test_lines_are_numbered_as_in_the_file(
-    end: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", size)
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 20, 10_000], indirect=True)
+def test_lines_are_numbered_as_in_the_file(end: str, chunk_bytes: int, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": "' + "x" * 50 + '"}\n  \n{"a": 3}' + end)
-    alone = ImportContext([])
-    many = ImportContext([], workers=Elsewhere())
-
-    def pair(where: str, fields: dict[str, Any]) -> tuple[str, Any]:
-        return where, fields["a"]
-
-    monkeypatch.setattr(pickle, "dumps", lambda value: value)
-    monkeypatch.setattr(pickle, "loads", lambda value: value)
-    assert list(many.prepared(path, pair)) == list(alone.prepared(path, pair))
+    many, alone = (
+        list(ImportContext([], workers=at).prepared(path, with_its_place))  # pyright: ignore[reportArgumentType]
+        for at in (Elsewhere(), None)
+    )
+    assert many == alone
     assert sum(chunk.size for chunk in chunks_of(path)) == path.stat().st_size
-    monkeypatch.setattr("moe_inspect.files.PIECE_BYTES", 10)
-    monkeypatch.setattr("moe_inspect.files.MOST_LINE_BYTES", 30)
-    if size < 58:
-        with pytest.raises(MoeInspectError, match=r"rows.jsonl line 4 is over .* bytes long"):
-            list(chunks_of(path))
 
 
 def test_no_more_is_read_ahead_than_keeps_all_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,14 +199,11 @@ def test_no_more_is_read_ahead_than_keeps_all_at_work(monkeypatch: pytest.Monkey
         assert list(found) == [*range(6, 25)]
 
 
-def test_processes_are_started_where_there_is_much_to_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "x").write_bytes(b"x" * 100)
-    monkeypatch.setattr(run, "WORTH_BYTES", 200)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    assert run.default_workers([tmp_path]) == 1
-    assert run.default_workers([f"a={tmp_path}", tmp_path / "x"]) == 3
+def test_processes_are_started_where_there_is_much_to_read(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(WORTH_BYTES // 2)
+    assert default_workers([tmp_path]) == 1
+    assert default_workers([f"a={tmp_path}", tmp_path / "x"]) == len(os.sched_getaffinity(0))
 
 
 def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
@@ -260,7 +215,5 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "workers" in cli_here(*call, "-o", "three", "--workers", 0, check=2).stderr
     both = ("--workers", 2, "--scheduler", "tcp://127.0.0.1:1")
-    assert (
-        "--workers and --scheduler exclude each other"
-        in cli_here(*call, "-o", "three", *both, check=2).stderr
-    )
+    said = cli_here(*call, "-o", "three", *both, check=2).stderr
+    assert "--workers and --scheduler exclude each other" in said

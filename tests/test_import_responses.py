@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests import foreign
 from tests.foreign import E
+from tests.importing import decisions, taken
 
 T = 6
 IDS = foreign.drawn(T, 3)
@@ -26,31 +26,24 @@ ROUTED_TBK = foreign.blocks(IDS).astype(np.uint8)  # block 0 is dense
 PROMPT, GENERATED = [7, 8, 9, 10], [20, 21, 22]  # T + 1: the last one is never fed
 
 
-def raw(array: np.ndarray) -> str:
-    return base64.b64encode(array.astype("<i4").tobytes()).decode()
+EXTENSION = {"routed_experts": base64.b64encode(ROUTED_TBK.astype("<i4").tobytes()).decode()}
 
 
-def read(
-    tmp_path: Path, line: dict[str, Any], format: str = "vllm-routed"
-) -> tuple[Trace, list[str]]:
-    foreign.lines(tmp_path / "r.jsonl", [line])
-    said: list[str] = []
-    return import_trace(
-        format,
-        [tmp_path / "r.jsonl"],
-        tmp_path / "t",
-        model=foreign.config_file(tmp_path),
-        warn=said.append,
-        overwrite=True,
-    ), said
+def read(root: Path, line: dict[str, Any], format: str = "vllm-routed") -> tuple[Trace, list[str]]:
+    foreign.lines(root / "r.jsonl", [line])
+    model = foreign.config_file(root)
+    return taken(root, format, root / "r.jsonl", model=model, overwrite=True)
+
+
+def padded_line(array: np.ndarray) -> dict[str, Any]:
+    experts = foreign.npy(array)
+    return {"prompt_token_ids": PROMPT, "token_ids": GENERATED, "routed_experts": experts}
 
 
 def check(trace: Trace, rows: slice = slice(None)) -> None:
     """The decisions of these rows of ROUTED_TBK, and the tokens they belong to."""
     for r, ids_TK in enumerate(IDS):
-        assert np.array_equal(
-            trace.routing(router=r)[["expert_0", "expert_1"]].to_numpy(), ids_TK[rows]
-        )
+        assert np.array_equal(decisions(trace, r), ids_TK[rows])
     tokens = trace.tokens()
     assert tokens["token_id"].tolist() == [*PROMPT, *GENERATED][:T][rows]
     assert tokens["position"].tolist() == list(range(T))[rows]
@@ -61,16 +54,9 @@ def check(trace: Trace, rows: slice = slice(None)) -> None:
 
 def test_the_chat_route_has_the_experts_of_the_first_choice_in_sglext(tmp_path: Path) -> None:
     choices = [{"index": n, "message": {"role": "assistant", "content": "x"}} for n in range(2)]
-    extension = {
-        "routed_experts": raw(ROUTED_TBK),
-        "input_ids": PROMPT,
-        "output_ids": [GENERATED, [50, 51]],
-    }
-    trace, said = read(
-        tmp_path,
-        {"object": "chat.completion", "choices": choices, "sglext": extension},
-        "sglang-routed",
-    )
+    extension = {"input_ids": PROMPT, "output_ids": [GENERATED, [50, 51]]} | EXTENSION
+    line = {"object": "chat.completion", "choices": choices, "sglext": extension}
+    trace, said = read(tmp_path, line, "sglang-routed")
     check(trace)
     assert trace.tokens()["phase"].tolist() == ["prefill"] * 4 + ["decode"] * 2
     assert said == [
@@ -80,11 +66,8 @@ def test_the_chat_route_has_the_experts_of_the_first_choice_in_sglext(tmp_path: 
 
 def test_the_completions_route_has_token_ids_in_the_choice(tmp_path: Path) -> None:
     choice = {"index": 0, "text": "x", "prompt_token_ids": PROMPT, "token_ids": GENERATED}
-    trace, said = read(
-        tmp_path,
-        {"choices": [choice], "sglext": {"routed_experts": raw(ROUTED_TBK)}},
-        "sglang-routed",
-    )
+    line = {"choices": [choice], "sglext": EXTENSION}
+    trace, said = read(tmp_path, line, "sglang-routed")
     check(trace)
     assert said == []
 
@@ -93,18 +76,15 @@ def test_the_completions_route_has_token_ids_in_the_choice(tmp_path: Path) -> No
     ("line", "said"),
     [
         (
-            {"output_ids": GENERATED, "meta_info": {"routed_experts": raw(ROUTED_TBK)}},
+            {"output_ids": GENERATED, "meta_info": EXTENSION},
             "set return_prompt_token_ids in the request",
         ),
         (
-            {"choices": [{"text": "x"}], "sglext": {"routed_experts": raw(ROUTED_TBK)}},
+            {"choices": [{"text": "x"}], "sglext": EXTENSION},
             "set return_token_ids in the request",
         ),
         (
-            {
-                "choices": [{"prompt_token_ids": PROMPT}],
-                "sglext": {"routed_experts": raw(ROUTED_TBK)},
-            },
+            {"choices": [{"prompt_token_ids": PROMPT}], "sglext": EXTENSION},
             "it lacks token_ids of the generated tokens: set return_token_ids",
         ),
     ],
@@ -120,15 +100,8 @@ def test_a_response_without_token_ids_names_the_request_parameter(
     "field", ["start", "routed_experts_prompt_start", "routed_experts_start_len"]
 )
 def test_a_response_from_a_later_token_on_says_so_in_a_field(field: str, tmp_path: Path) -> None:
-    line = {
-        "prompt_token_ids": PROMPT,
-        "token_ids": GENERATED,
-        "routed_experts": foreign.npy(ROUTED_TBK[2:]),
-    }
-    with pytest.raises(
-        MoeInspectError,
-        match=r"routed_experts_prompt_start .* write its value into the field start",
-    ):
+    line, why = padded_line(ROUTED_TBK[2:]), "_prompt_start .* write its value into the field start"
+    with pytest.raises(MoeInspectError, match=why):
         read(tmp_path, line)
     check(read(tmp_path, {**line, field: 2})[0], slice(2, None))
     with pytest.raises(MoeInspectError, match=f": {field} is '-1'"):
@@ -147,32 +120,17 @@ def row(value: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("array", "count"),
-    [
-        (padded(row(0)), 1),
-        (padded(row(-1)), 1),
-        (padded(row([0, 1])), 1),
-        (padded(*[row(0)] * 9), 9),
-        (padded(row(0), row(-1)), 2),
-    ],
+    "rows", [[row(0)], [row(-1)], [row([0, 1])], [row(0)] * 9, [row(0), row(-1)]]
 )
-def test_rows_of_padding_are_left_out(array: np.ndarray, count: int, tmp_path: Path) -> None:
-    trace, said = read(
-        tmp_path,
-        {"prompt_token_ids": PROMPT, "token_ids": GENERATED, "routed_experts": foreign.npy(array)},
-    )
+def test_rows_of_padding_are_left_out(rows: list[np.ndarray], tmp_path: Path) -> None:
+    trace, said = read(tmp_path, padded_line(padded(*rows)))
     check(trace)
-    assert said == [
-        f"{count} rows of 1 responses are left out: padding, for tokens that no router saw"
-    ]
+    left_out = f"{len(rows)} rows of 1 responses are left out"
+    assert said == [f"{left_out}: padding, for tokens that no router saw"]
 
 
 def test_padding_on_both_sides_is_left_out(tmp_path: Path) -> None:
-    array = np.concatenate([row(0), row(0), padded(row(0))])
-    trace, said = read(
-        tmp_path,
-        {"prompt_token_ids": PROMPT, "token_ids": GENERATED, "routed_experts": foreign.npy(array)},
-    )
+    trace, said = read(tmp_path, padded_line(np.concatenate([row(0), row(0), padded(row(0))])))
     check(trace)
     assert said[0].startswith("3 rows of 1 responses")
 
@@ -180,10 +138,7 @@ def test_padding_on_both_sides_is_left_out(tmp_path: Path) -> None:
 def test_tokens_whose_routes_were_not_kept_are_left_out(tmp_path: Path) -> None:
     array = ROUTED_TBK.copy()
     array[4:] = 0
-    trace, said = read(
-        tmp_path,
-        {"prompt_token_ids": PROMPT, "token_ids": GENERATED, "routed_experts": foreign.npy(array)},
-    )
+    trace, said = read(tmp_path, padded_line(array))
     check(trace, slice(4))
     assert said[0].startswith("2 rows of 1 responses")
 
@@ -192,44 +147,21 @@ def test_tokens_whose_routes_were_not_kept_are_left_out(tmp_path: Path) -> None:
 def test_rows_of_zeros_in_front_of_tokens_are_refused(at: int, tmp_path: Path) -> None:
     array = ROUTED_TBK.copy()
     array[at] = 0
-    with pytest.raises(
-        MoeInspectError,
-        match=r"token \d goes to one expert twice \(\[0, 0\]\); a dense layer or padding reads so",
-    ):
-        read(
-            tmp_path,
-            {
-                "prompt_token_ids": PROMPT,
-                "token_ids": GENERATED,
-                "routed_experts": foreign.npy(array),
-            },
-        )
+    why = r"token \d goes to one expert twice \(\[0, 0\]\); a dense layer or padding reads so"
+    with pytest.raises(MoeInspectError, match=why):
+        read(tmp_path, padded_line(array))
 
 
 def test_a_row_too_many_that_a_router_wrote_is_refused(tmp_path: Path) -> None:
-    array = padded(ROUTED_TBK[:1])
     with pytest.raises(MoeInspectError, match="routed_experts has 7 tokens, not 6"):
-        read(
-            tmp_path,
-            {
-                "prompt_token_ids": PROMPT,
-                "token_ids": GENERATED,
-                "routed_experts": foreign.npy(array),
-            },
-        )
+        read(tmp_path, padded_line(padded(ROUTED_TBK[:1])))
 
 
 def test_padding_of_a_bare_array_is_left_out(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", padded(row(0)))
     np.save(tmp_path / "a.token_ids.npy", np.array([*PROMPT, *GENERATED]))
-    said: list[str] = []
-    trace = import_trace(
-        "vllm-routed",
-        [tmp_path / "a.npy"],
-        tmp_path / "t",
-        model=foreign.config_file(tmp_path),
-        warn=said.append,
-    )
+    model = foreign.config_file(tmp_path)
+    trace, said = taken(tmp_path, "vllm-routed", tmp_path / "a.npy", model=model)
     check(trace)
     assert said[0].startswith("1 rows of 1 responses")
 
@@ -237,19 +169,16 @@ def test_padding_of_a_bare_array_is_left_out(tmp_path: Path) -> None:
 def test_with_one_expert_per_token_zeros_are_padding_only_where_the_number_of_rows_says_so(
     tmp_path: Path,
 ) -> None:
-    config = tmp_path / "one.json"
-    config.write_text(
-        json.dumps({"num_hidden_layers": 2, "num_experts": E, "num_experts_per_tok": 1})
-    )
+    sizes = {"num_hidden_layers": 2, "num_experts": E, "num_experts_per_tok": 1}
+    (config := tmp_path / "one.json").write_text(json.dumps(sizes))
     array = np.array([[[3], [1]], [[2], [5]], [[0], [0]]], np.uint8)
 
-    def load(source: Path) -> list[int]:
-        trace = import_trace(
-            "vllm-routed", [source], tmp_path / "t", model=config, overwrite=True, warn=said.append
-        )
-        return trace.routing(router=0)["expert_0"].tolist()
-
     said: list[str] = []
+
+    def load(source: Path) -> list[int]:
+        how = {"model": config, "overwrite": True, "warn": said.append}
+        return decisions(taken(tmp_path, "vllm-routed", source, **how)[0], 0).ravel().tolist()
+
     line = {"prompt_token_ids": [1, 2, 3], "routed_experts": foreign.npy(array)}
     foreign.lines(tmp_path / "r.jsonl", [{**line, "token_ids": []}])
     assert load(tmp_path / "r.jsonl") == [3, 2]
@@ -257,10 +186,8 @@ def test_with_one_expert_per_token_zeros_are_padding_only_where_the_number_of_ro
     foreign.lines(tmp_path / "r.jsonl", [{**line, "token_ids": [4]}])
     assert load(tmp_path / "r.jsonl") == [3, 2, 0]
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(
-        MoeInspectError,
-        match="the last row is zero in every layer: padding, or a token that went to expert 0",
-    ):
+    why = "the last row is zero in every layer: padding, or a token that went to expert 0"
+    with pytest.raises(MoeInspectError, match=why):
         load(tmp_path / "a.npy")
     # one more than rows: the last row is a token's
     np.save(tmp_path / "a.token_ids.npy", np.arange(4))

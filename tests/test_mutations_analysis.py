@@ -17,11 +17,9 @@ from moe_inspect.analysis.metrics import balance, committee, pairs, paths, signa
 from moe_inspect.analysis.metrics import chance as analysis_chance
 from moe_inspect.analysis.weights import measure, stored
 from moe_inspect.capture.corpus import plan as capture_plan
-from moe_inspect.importers import batches, esft, responses, routed
+from moe_inspect.importers import batches, esft, responses, routed, sglang
 from moe_inspect.importers.megatron import importer as megatron
 from moe_inspect.importers.megatron import layers as megatron_layers
-from moe_inspect.importers.sglang import counts as sglang_counts
-from moe_inspect.importers.sglang import tokens as sglang_tokens
 from moe_inspect.reporting.tables import pairs as pair_tables
 from moe_inspect.reporting.verdict import balance as verdict
 from moe_inspect.reporting.verdict import experts as verdict_experts
@@ -202,18 +200,18 @@ MUTATIONS = {
     "−1 is an expert": (routed, 'ids = ids_TK.astype(dtype, order="C")', 'ids = np.maximum(ids_TK, 0).astype(dtype, order="C")', by(test_routed.test_minus_one_is_nowhere, 8, np.uint8)),
     "vllm: the layer before": (routed, "checked_ids(routed_TBK[:, r.layer], r,", "checked_ids(routed_TBK[:, r.layer - 1], r,", by(test_routed.test_a_router_gets_its_block_and_what_is_no_decision_is_refused)),
     "vllm: dense layers route": (responses, "if dense := routed.dense_blocks(routed_TBK):", "if dense := []:", by(test_import.test_dense_layers_are_refused_without_a_config)),
-    "vllm: what was generated was fed as a prompt": (responses, "else min(max(response.prompt - start, 0), T)", "else T", by(test_import.test_positions_phases_and_documents_of_responses)),
+    "vllm: what was generated was fed as a prompt": (responses, "cut = min(max(response.prompt - start, 0), T)", "cut = T", by(test_import.test_positions_phases_and_documents_of_responses)),
     "vllm: padding is tokens": (responses, "kept = routed_TBK[begin : rows - end]", "kept = routed_TBK[:expected]", by(test_import_responses.test_padding_on_both_sides_is_left_out)),
-    "sglang: physical experts": (sglang_tokens, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
-    "sglang: physical counts": (sglang_counts, "(B, P)), maps[path])", "(B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
-    "sglang: prompts of one token are decoded": (sglang_tokens, "return mode != EXTEND and length == 1 and", "return length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    "sglang: in mixed passes prompts of one token are decoded": (sglang_tokens, "(mode != MIXED or self.position[start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
-    "sglang: a full ring is read as time": (sglang_counts, "1 if wrapped else batches.WINDOWS", "batches.WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
+    "sglang: physical experts": (sglang, "map_BP[router.layer][physical_TK], -1)", "physical_TK % router.experts, -1)", by_format("sglang-per_token")),
+    "sglang: physical counts": (sglang, "(B, P)), maps[path])", "(B, P)), np.arange(P)[None] % E)", by_format("sglang-per_pass")),
+    "sglang: prompts of one token are decoded": (sglang, "return mode != EXTEND and length == 1 and", "return length == 1 and", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
+    "sglang: in mixed passes prompts of one token are decoded": (sglang, "(mode != MIXED or self.position[start] > 0)", "True", by(test_import.test_prompts_of_one_token_in_an_sglang_pass)),
+    "sglang: a full ring is read as time": (sglang, "1 if wrapped else batches.WINDOWS", "batches.WINDOWS", by(test_import.test_a_full_ring_of_an_sglang_recorder_is_not_read_as_time, [0, 1, 2], 1)),
     "megatron: layers one too high": (megatron_layers, "from_one = [replace(f, offset=-1) for f in files]", "from_one = [replace(f, offset=0) for f in files]", by_format("megatron-pipeline")),
     "megatron: ranks by name": (megatron_layers, "sorted(files, key=lambda f: f.rank)", "sorted(files, key=lambda f: str(f.path))", by_format("megatron-pipeline")),
     "megatron: a pass of one token is a repetition": (megatron, "(odd or len(first.ids_TK) > 1)", "True", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
     "megatron: one token of several ranks is taken once": (megatron, " and T > 1:", ":", by(test_import_megatron.test_passes_of_one_token_that_choose_alike_are_all_taken)),
-    "megatron: tensor-parallel ranks add up": (megatron, "seen[source.domain, step].add(digest.digest())", "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
+    "megatron: tensor-parallel ranks add up": (megatron, "seen[source.domain, step].add(made)", "pass", by(test_import_megatron.test_tensor_parallel_ranks_are_taken_once_where_all_stages_agree)),
     "esft: weights of another token": (esft, "weights=[w[part] for w in weights]", "weights=[w[:T] for w in weights]", by_format("esft")),
     "esft: weights are even": (esft, "rounded_N.reshape(-1, k), tokens", "(0 * rounded_N + 0.25).reshape(-1, k), tokens", by_format("esft")),
 }  # fmt: skip

@@ -5,8 +5,8 @@ from moe_inspect.importers.tables.presets import PRESETS
 # name → module of this package, in which `@importer` registers it, and what it reads; "auto" tries
 # them in this order
 MODULES = {
-    "imatrix": ("llama_cpp.imatrix", "llama.cpp's importance matrix, `imatrix.gguf`"),
-    "mbolt": ("llama_cpp.mbolt", "mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`"),
+    "imatrix": ("llama_cpp", "llama.cpp's importance matrix, `imatrix.gguf`"),
+    "mbolt": ("llama_cpp", "mbolt's trace of llama.cpp (MBOLT_TRACE), `route.bin`"),
     "esft": ("esft", "folders of `expert_weights_<layer>.txt`"),
     "megatron": (
         "megatron.importer",
@@ -29,7 +29,7 @@ MODULES = {
         "raw int32); needs the model's config",
     ),
     "sglang": (
-        "sglang.tokens",
+        "sglang",
         "`expert_distribution_recorder_*.pt` of the modes stat, stat_approx, per_pass, "
         "per_token; needs torch",
     ),

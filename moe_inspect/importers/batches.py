@@ -5,8 +5,7 @@ T tokens, K slots, L routers, E experts, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,45 +21,82 @@ NO_ID = -1  # the token id where the source does not give it
 
 
 class Numbering:
-    """Assigns numbers to documents, sequences, batches and domains in order of appearance."""
+    """Batches of decisions, a document after the other; documents, sequences, batches and domains
+    are numbered in order of appearance."""
 
     def __init__(self) -> None:
         self.documents = self.sequences = self.batches = 0
         self.domains: tuple[str, ...] = ()
         self._code: dict[str, int] = {}
         self._named: dict[tuple[str, str], int] = {}
+        self._at = self._domain = 0
+        self._new: list[Document] = []
 
     def domain(self, label: str) -> int:
         if label not in self._code:
             if len(self._code) >= MOST_DOMAINS:
                 raise MoeInspectError(
-                    f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field "
-                    "hold names of documents?"
+                    f"over {MOST_DOMAINS:,} domains, {label[:40]!r} the last: does the field hold "
+                    "names of documents?"
                 )
             self._code[label] = len(self._code)
-            self.domains = (*self.domains, label)
+            self.domains = tuple(self._code)
         return self._code[label]
 
-    def document(
-        self, domain: str, source: str, tokens: int, name: str | None = None
-    ) -> tuple[int, list[Document]]:
-        """The document's number, and its row where it is new. Sequences with the same `name` belong
-        to one document."""
+    def document(self, domain: str, source: str, tokens: int, name: str | None = None) -> None:
+        """The batches that follow are of this document, which is new unless there was one of this
+        `name` in the domain."""
+        self._new, self._domain = [], self.domain(domain)
         if name is not None and (domain, name) in self._named:
-            return self._named[domain, name], []
-        number, self.documents = self.documents, _below_int32(self.documents + 1)
+            self._at = self._named[domain, name]
+            return
+        self._at, self.documents = self.documents, _below_int32(self.documents + 1)
+        self._new = [Document(self._at, domain, source, tokens)]
         if name is not None:
-            self._named[domain, name] = number
-        return number, [Document(number, domain, source, tokens)]
+            self._named[domain, name] = self._at
 
     def sequence(self, n: int = 1) -> int:
         """Assigns n consecutive numbers and returns the first."""
         first, self.sequences = self.sequences, _below_int32(self.sequences + n)
         return first
 
-    def batch(self) -> int:
-        number, self.batches = self.batches, _below_int32(self.batches + 1)
-        return number
+    def decisions(
+        self,
+        ids: list[np.ndarray],
+        *,
+        position: np.ndarray | None = None,
+        sequence: np.ndarray | int | None = None,
+        token_id: np.ndarray | None = None,
+        batch: int | None = None,
+        weights: list[np.ndarray] | None = None,
+        logits: list[np.ndarray] | None = None,
+        phase: str = "prefill",
+    ) -> RoutedBatch:
+        """A batch of the document. position: integers [T], offsets in the document; None where the
+        source does not say which tokens follow each other. sequence: integers [T], or one for all;
+        None: each token is a sequence of its own. batch: its number, by default the next."""
+        T = len(ids[0])
+        if sequence is None:
+            sequence = np.arange(T) + self.sequence(T)
+        if batch is None:
+            batch, self.batches = self.batches, _below_int32(self.batches + 1)
+        new, self._new = self._new, []
+        token_id_T = np.full(T, NO_ID) if token_id is None else token_id
+        position_T = np.zeros(T, np.int32) if position is None else position
+        return RoutedBatch(
+            batch=batch,
+            token_id=token_id_T.astype(np.int32, copy=False),
+            document=np.full(T, self._at, np.int32),
+            sequence=np.broadcast_to(np.asarray(sequence, np.int32), T),
+            position=position_T.astype(np.int32, copy=False),
+            domain=np.full(T, self._domain, np.int32),
+            domains=self.domains,
+            ids=ids,
+            weights=weights,
+            extras={} if logits is None else {"logits": logits},
+            documents=new,
+            phase=phase,
+        )
 
 
 def _below_int32(number: int) -> int:
@@ -69,57 +105,6 @@ def _below_int32(number: int) -> int:
             "over 2,147,483,647 sequences, more than a trace can number: import the source in parts"
         )
     return number
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of a batch, all of one document: where each is, and its vocabulary id where the
-    source says. position: integers [T], offsets in the document. sequence: integers [T], or one
-    for all."""
-
-    document: int
-    domain: int
-    sequence: np.ndarray | int
-    position: np.ndarray
-    token_id: np.ndarray | None = None
-
-
-def tokens_without_order(numbers: Numbering, T: int, document: int, domain: int) -> Tokens:
-    """T tokens of a source that does not say which follow each other: each is a sequence of its
-    own."""
-    sequence_T = np.arange(T) + numbers.sequence(T)
-    return Tokens(document, domain, sequence_T, np.zeros(T, np.int32))
-
-
-def batch_of_decisions(
-    numbers: Numbering,
-    tokens: Tokens,
-    ids: list[np.ndarray],
-    *,
-    weights: list[np.ndarray] | None = None,
-    logits: list[np.ndarray] | None = None,
-    documents: Sequence[Document] = (),
-    phase: str = "prefill",
-    batch: int | None = None,
-) -> RoutedBatch:
-    """A batch of one document. `documents`: the rows of those that begin here. `batch`: its number,
-    by default the next."""
-    T = len(tokens.position)
-    token_id_T = np.full(T, NO_ID) if tokens.token_id is None else tokens.token_id
-    return RoutedBatch(
-        batch=numbers.batch() if batch is None else batch,
-        token_id=token_id_T.astype(np.int32, copy=False),
-        document=np.full(T, tokens.document, np.int32),
-        sequence=np.broadcast_to(np.asarray(tokens.sequence, np.int32), T),
-        position=tokens.position.astype(np.int32, copy=False),
-        domain=np.full(T, tokens.domain, np.int32),
-        domains=numbers.domains,
-        ids=ids,
-        weights=weights,
-        extras={} if logits is None else {"logits": logits},
-        documents=list(documents),
-        phase=phase,
-    )
 
 
 def batch_of_counts(
@@ -161,6 +146,12 @@ def batches_of_windows(
 def windows_of(n: int, most: int = WINDOWS) -> np.ndarray:
     """int64 [n]: the window of each of n steps; at most `most` windows, of about equal size."""
     return np.arange(n) * min(n, most) // max(n, 1)
+
+
+def window_of(steps: Iterable[int]) -> dict[int, int]:
+    """The window of each step, which may be named several times."""
+    every = sorted(set(steps))
+    return dict(zip(every, windows_of(len(every)).tolist(), strict=True))
 
 
 def one_ranks_experts(load_LE: np.ndarray) -> tuple[int, int] | None:

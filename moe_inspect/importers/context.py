@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line, why_unread
-from moe_inspect.importers import MODULES
+from moe_inspect.importers import MODULES, values
 from moe_inspect.importers.tables.presets import PRESETS, Preset
-from moe_inspect.importers.values import Prepare, parsed, parsed_object, prepared_lines, too_long
+from moe_inspect.importers.values import Fields
 from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS, ModelFacts
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
@@ -63,19 +63,14 @@ class ImportContext:
         error message."""
         found: list[tuple[Path, ImportSource]] = []
         for source in self.sources:
+            inside = [source.path] if source.path.is_file() else []
             if source.path.is_dir():
-                inside = sorted(
-                    p
-                    for p in source.path.rglob("*")
-                    if p.is_file() and re.fullmatch(pattern, p.name)
-                )
+                inside = [p for p in _files(source.path) if re.fullmatch(pattern, p.name)]
                 if not inside:
                     raise MoeInspectError(f"{source.path} holds no {what}")
-                found += [(p, source) for p in inside]
-            elif source.path.is_file():
-                found.append((source.path, source))
-            else:
+            elif not inside:
                 raise MoeInspectError(why_unread(source.path))
+            found += [(p, source) for p in inside]
         return found
 
     def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -85,51 +80,43 @@ class ImportContext:
             while (line := next_line(file)) != b"":
                 number += 1
                 if line is None:
-                    raise too_long(path, number)
+                    raise values.too_long(path, number)
                 self.read(len(line))
                 if not line.isspace():
                     yield number, line
 
-    def json_lines(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    def json_lines(self, path: Path) -> Iterator[tuple[str, Fields]]:
         """(file and line number, JSON object) of each line that is not blank."""
         for number, line in self.lines(path):
             where = f"{path} line {number}"
-            yield where, parsed_object(line, where)
+            yield where, values.parsed_object(line, where)
 
-    def prepared(self, path: Path, prepare: Prepare) -> Iterator[Any]:
+    def prepared(self, path: Path, prepare: values.Prepare) -> Iterator[Any]:
         """prepare(file and line number, JSON object) of each line that is not blank, in order, by
         the workers where there are some: `prepare` can be pickled."""
         if self.workers is not None:
-            return prepared_lines(path, prepare, self.workers, self.read)
+            return values.prepared_lines(path, prepare, self.workers, self.read)
         return (prepare(where, fields) for where, fields in self.json_lines(path))
 
-    def json(self, path: Path) -> Any:
+    def json(self, path: Path) -> values.Json:
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise MoeInspectError(
                 f"{path} is one JSON value of {size:,} bytes, over {MOST_JSON_BYTES:,}: write one "
                 "object per line"
             )
         self.read(size)
-        return parsed(path.read_bytes(), str(path))
+        return values.parsed(path.read_bytes(), str(path))
 
     def known_top_k(self, where: object) -> int:
         """The top-k by the user or the config, for a file that does not give it. MoeInspectError
         unless all routers have the same."""
-        return self._known("top_k", "many experts each token uses", where)
+        what = "many experts each token uses", "top-k"
+        return self.top_k or _only(self.facts.top_k if self.facts else {}, where, *what)
 
     def known_experts(self, where: object) -> int:
         """The same of the number of experts."""
-        return self._known("experts", "many experts there are", where)
-
-    def _known(self, name: str, what: str, where: object) -> int:
-        stated = getattr(self, name)
-        by_config = set(getattr(self.facts, name).values()) if self.facts else set[int]()
-        if not stated and len(by_config) != 1:
-            raise MoeInspectError(
-                f"{where} does not say how {what}: give --model, --config or "
-                f"--{name.replace('_', '-')}"
-            )
-        return stated or by_config.pop()
+        what = "many experts there are", "experts"
+        return self.experts or _only(self.facts.experts if self.facts else {}, where, *what)
 
     def routers_of(
         self, layers: Iterable[int], experts: int, top_k: int, where: object
@@ -138,12 +125,8 @@ class ImportContext:
         layers = sorted(layers)
         if not layers:
             raise MoeInspectError(f"{where} holds no decisions")
-        if (
-            not 1 <= top_k <= experts <= MOST_EXPERTS
-            or layers[0] < 0
-            or layers[-1] >= 2**16
-            or len(layers) > MOST_LAYERS
-        ):
+        possible = layers[0] >= 0 and layers[-1] < 2**16 and len(layers) <= MOST_LAYERS
+        if not possible or not 1 <= top_k <= experts <= MOST_EXPERTS:
             raise MoeInspectError(
                 f"{where}: {top_k} of {experts} experts in layers {layers[0]}-{layers[-1]} is "
                 "not possible"
@@ -165,6 +148,14 @@ class ImportContext:
         return [r for r in self.facts.routers() if r.layer in set(layers)]
 
 
+def _only(of_layer: dict[int, int], where: object, what: str, option: str) -> int:
+    if len(values := set(of_layer.values())) != 1:
+        raise MoeInspectError(
+            f"{where} does not say how {what}: give --model, --config or --{option}"
+        )
+    return values.pop()
+
+
 @dataclass(frozen=True)
 class Imported:
     """What an importer gives back. `batches`: in the order of the trace. `notes`: for the
@@ -180,6 +171,7 @@ class Imported:
     vocabulary: pa.Table | None = None
 
 
+Run = Callable[[ImportContext], Imported]
 Sniffer = Callable[[str, bytes], bool]
 HEAD_BYTES = 65_536
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -199,19 +191,17 @@ class Format:
     name: str
     reads: str
     gives: str
-    run: Callable[[ImportContext], Imported]
+    run: Run
     sniff: Sniffer
 
 
 _registered: dict[str, Format] = {}
 
 
-def importer(
-    name: str, gives: str, sniff: Sniffer
-) -> Callable[[Callable[[ImportContext], Imported]], Callable[[ImportContext], Imported]]:
+def importer(name: str, gives: str, sniff: Sniffer) -> Callable[[Run], Run]:
     """Registers a function as the importer of a format: see Format."""
 
-    def register(run: Callable[[ImportContext], Imported]) -> Callable[[ImportContext], Imported]:
+    def register(run: Run) -> Run:
         _registered[name] = Format(name, MODULES[name][1], gives, run, sniff)
         return run
 
@@ -227,10 +217,8 @@ def formats() -> dict[str, Format]:
 
 def sniff(sources: list[ImportSource]) -> str:
     """The format of the first source, by its first file that any format recognises."""
-    path = sources[0].path
-    files = sorted(p for p in path.rglob("*") if p.is_file())[:1000] if path.is_dir() else [path]
-    near: dict[str, list[str]] = {}
-    for file in files:
+    path, near = sources[0].path, dict[str, list[str]]()
+    for file in _files(path)[:1000] if path.is_dir() else [path]:
         if not file.is_file():
             raise MoeInspectError(why_unread(file))
         head = _head(file)
@@ -246,6 +234,10 @@ def sniff(sources: list[ImportSource]) -> str:
     raise MoeInspectError(
         f"cannot tell the format of {path}: name one of {', '.join(MODULES)}{looks}"
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _head(file: Path) -> bytes:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.batches import Numbering
 from moe_inspect.importers.context import ImportContext, Imported, importer
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.trace.schema import Router
@@ -57,20 +57,16 @@ def esft(context: ImportContext) -> Imported:
             raise MoeInspectError(
                 f"{folder} has other layers than {next(iter(tasks))}: layer {odd} is in one alone"
             )
-    facts = context.facts or context.experts or context.top_k
-    experts, top_k = (
-        (context.known_experts("ESFT's text"), context.known_top_k("ESFT's text"))
-        if facts
-        else (EXPERTS, TOP_K)
-    )
+    experts, top_k = EXPERTS, TOP_K
+    if context.facts or context.experts or context.top_k:
+        experts, top_k = context.known_experts("ESFT's text"), context.known_top_k("ESFT's text")
     routers = context.routers_of(layers, experts, top_k, next(iter(tasks)))
 
     def batches() -> Iterator[RoutedBatch]:
         numbers = Numbering()
         for folder, files in tasks.items():
-            yield from _task(
-                context, numbers, label[folder], [files[r.layer] for r in routers], routers
-            )
+            paths = [files[r.layer] for r in routers]
+            yield from _task(context, numbers, label[folder], paths, routers)
 
     return Imported(routers, batches(), weights=True, notes=["token ids are not in the source"])
 
@@ -83,9 +79,9 @@ def _task(
     routers: list[Router],
 ) -> Iterator[RoutedBatch]:
     """Reads the files of all layers in parallel, some lines at a time."""
-    code = numbers.domain(domain)
+    numbers.domain(domain)
     readers = [context.lines(path) for path in paths]
-    while first := _lines(readers[0], CHUNK_BYTES):
+    while first := _lines(readers[0]):
         others = [list(itertools.islice(reader, len(first))) for reader in readers[1:]]
         ids, weights, sizes = [], [], []
         for lines, path, router in zip([first, *others], paths, routers, strict=True):
@@ -106,27 +102,24 @@ def _task(
         at = 0
         for (number, _), T in zip(first, sizes[0], strict=True):
             part, at = slice(at, at + T), at + T
-            document, documents = numbers.document(domain, f"{paths[0].parent}:{number}", T)
-            yield batch_of_decisions(
-                numbers,
-                Tokens(document, code, numbers.sequence(), np.arange(T, dtype=np.int32)),
+            numbers.document(domain, f"{paths[0].parent}:{number}", T)
+            yield numbers.decisions(
                 [i[part] for i in ids],
+                position=np.arange(T, dtype=np.int32),
+                sequence=numbers.sequence(),
                 weights=[w[part] for w in weights],
-                documents=documents,
             )
     for reader, path in zip(readers[1:], paths[1:], strict=True):
         if next(reader, None) is not None:
             raise MoeInspectError(f"{path} has more lines than {paths[0]}")
 
 
-def _lines(reader: Iterator[tuple[int, bytes]], most: int) -> list[tuple[int, bytes]]:
-    taken: list[tuple[int, bytes]] = []
-    size = 0
-    for number, line in reader:
-        taken.append((number, line))
-        size += len(line)
-        if size >= most:
-            break
+def _lines(reader: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """So many that they have CHUNK_BYTES."""
+    taken, size = list[tuple[int, bytes]](), 0
+    while size < CHUNK_BYTES and (one := next(reader, None)):
+        taken.append(one)
+        size += len(one[1])
     return taken
 
 
@@ -150,7 +143,7 @@ def _parsed(
     try:
         ids_N, weights_N = _numbers(left, pa.uint16()), _numbers(right, pa.float32())
     except (pa.ArrowInvalid, UnicodeDecodeError):
-        raise MoeInspectError(_wrong_line(lines, path)) from None
+        raise _wrong_line(lines, path) from None
     with np.errstate(over="ignore"):
         rounded_N = weights_N.astype(np.float16)
     if not np.isfinite(rounded_N).all():
@@ -169,14 +162,16 @@ def _numbers(parts: list[bytes], kind: pa.DataType) -> np.ndarray:
     return pc.cast(pc.split_pattern(text, "\t").flatten(), kind).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _wrong_line(lines: list[tuple[int, bytes]], path: Path) -> str:
+def _wrong_line(lines: list[tuple[int, bytes]], path: Path) -> MoeInspectError:
     """The error for the first line that holds anything but numbers."""
-    for number, line in lines:
-        for text in line.split():
-            try:
-                float(text)
-                if b"." not in text and not 0 <= int(text) < 2**16:
-                    return f"{path} line {number} holds {text[:40]!r}, which is not an expert id"
-            except ValueError:
-                return f"{path} line {number} holds {text[:40]!r}, which is not a number"
-    return f"{path} lines {lines[0][0]}-{lines[-1][0]} hold something that is not a number"
+    for number, text in ((number, text) for number, line in lines for text in line.split()):
+        where = f"{path} line {number} holds {text[:40]!r}, which is not"
+        try:
+            float(text)
+            if b"." not in text and not 0 <= int(text) < 2**16:
+                return MoeInspectError(f"{where} an expert id")
+        except ValueError:
+            return MoeInspectError(f"{where} a number")
+    return MoeInspectError(
+        f"{path} lines {lines[0][0]}-{lines[-1][0]} hold something that is not a number"
+    )

@@ -6,20 +6,20 @@ T tokens, B blocks of the model, K slots.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import routed
-from moe_inspect.importers.batches import Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.batches import Numbering
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
-from moe_inspect.importers.values import integer, integers
+from moe_inspect.importers.values import Fields, integer, integers
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
 
@@ -33,17 +33,16 @@ STARTS = ("start", "routed_experts_prompt_start", "routed_experts_start_len")
 @dataclass(frozen=True)
 class Response:
     """`fed`: ids of the tokens that went through the model, those of `routed_TBK` from `start` on;
-    None where the source has no ids. The first `prompt` of them are the prompt's. `named`: its
-    fields `domain` and `document`. `left_out`: rows of padding."""
+    None where the source has no ids. The first `prompt` of them are the prompt's. `left_out`: rows
+    of padding. `domain`, `document`: as its fields or its file say."""
 
     where: str
-    named: dict[str, Any]
+    domain: str
+    document: str | None
     routed_TBK: np.ndarray
     left_out: int
-    path: Path
-    source: ImportSource
     start: int
-    prompt: int | None
+    prompt: int
     fed: np.ndarray | None
 
 
@@ -78,34 +77,29 @@ def sglang_routed(context: ImportContext) -> Imported:
 def read_responses(context: ImportContext, decode: Decode) -> Imported:
     """decode: from what a response has as `routed_experts`, and `where`, with which an error
     begins, its experts [T, B, K]; it can be pickled."""
-    files = context.files(r".*\.(jsonl|npy)", ".jsonl of responses")
-    arrived = _arriving(
-        context, [f for f in files if not f[0].name.endswith(".token_ids.npy")], decode
-    )
+    left_out = Counter[str]()
+    arrived = _arriving(context, decode, left_out)
     first = next((r for r in arrived if len(r.routed_TBK)), None)
     if first is None:
         raise MoeInspectError(f"{context.sources[0].path} holds no routed token")
     routers = context.facts.routers() if context.facts else _stated_routers(context, first)
-    responses = chain([first], arrived)
 
     def batches() -> Iterator[RoutedBatch]:
-        numbers, identical, forgotten = Numbering(), 0, 0
-        blocks = context.facts.layers if context.facts else None
-        for response in responses:
+        numbers, blocks = Numbering(), context.facts.layers if context.facts else None
+        for response in chain([first], arrived):
             run = routed.identical_run(response.routed_TBK)
-            identical += run if run >= WARM_UP else 0
-            runs = routed.recorded_runs(response.routed_TBK)
-            forgotten += len(response.routed_TBK) - sum(r.stop - r.start for r in runs)
-            yield from _sequences(numbers, response, runs, routers, blocks)
-        if forgotten:
-            context.warn(
-                f"{forgotten:,} tokens are left out: the engine had forgotten their routes (−1)"
-            )
-        if identical:
-            context.warn(
-                f"{identical:,} consecutive tokens were routed alike in every layer, {WARM_UP:,} "
-                "or more at a time: warm-up rows?"
-            )
+            left_out["alike"] += run if run >= WARM_UP else 0
+            yield from _sequences(numbers, response, left_out, routers, blocks)
+        for what, said in (
+            ("forgotten", "{:,} tokens are left out: the engine had forgotten their routes (−1)"),
+            (
+                "alike",
+                "{:,} consecutive tokens were routed alike in every layer, "
+                f"{WARM_UP:,} or more at a time: warm-up rows?",
+            ),
+        ):
+            if left_out[what]:
+                context.warn(said.format(left_out[what]))
 
     passes = "a batch is the prompt of a response, or what was generated: the source does not say "
     return Imported(routers, batches(), notes=[passes + "the passes"])
@@ -124,78 +118,63 @@ def _stated_routers(context: ImportContext, first: Response) -> list[Router]:
     return context.routers_of(range(routed_TBK.shape[1]), experts, routed_TBK.shape[2], where)
 
 
-def _arriving(
-    context: ImportContext, files: list[tuple[Path, ImportSource]], decode: Decode
-) -> Iterator[Response]:
+def _arriving(context: ImportContext, decode: Decode, left_out: Counter[str]) -> Iterator[Response]:
     """Responses without padding. Warns at the end of how much was left out."""
-    padded, rows, without = 0, 0, 0
-    for path, source in files:
+    for path, source in context.files(r".*\.(jsonl|npy)", ".jsonl of responses"):
         if path.suffix == ".npy":
-            lines = iter([[_of_npy(context, path, source)]])
+            beside = path.name.endswith(".token_ids.npy")
+            lines = iter([] if beside else [[_of_npy(context, path, source)]])
         else:
             lines = context.prepared(path, partial(_of_line, decode, path, source))
         for response in chain.from_iterable(lines):
             if response is None:
-                without += 1
+                left_out["choices"] += 1
                 continue
-            padded += response.left_out > 0
-            rows += response.left_out
+            left_out["padded"] += response.left_out > 0
+            left_out["rows"] += response.left_out
             yield response
-    if padded:
+    if left_out["padded"]:
         context.warn(
-            f"{rows:,} rows of {padded:,} responses are left out: padding, for tokens that no "
-            "router saw"
+            f"{left_out['rows']:,} rows of {left_out['padded']:,} responses are left out: padding, "
+            "for tokens that no router saw"
         )
-    if without:
+    if left_out["choices"]:
         context.warn(
-            f"{without:,} choices are left out: SGLang returns the routed experts of the first "
-            "choice only"
+            f"{left_out['choices']:,} choices are left out: SGLang returns the routed experts of "
+            "the first choice only"
         )
 
 
 def _of_line(
-    decode: Decode, path: Path, source: ImportSource, where: str, written: dict[str, Any]
+    decode: Decode, path: Path, source: ImportSource, where: str, written: Fields
 ) -> list[Response | None]:
-    """The responses of a line; None for a choice whose routed experts were not returned."""
-    listed = list[Response | None]()
-    for fields in _choices(written, where):
-        if fields is None:
-            listed.append(None)
-            continue
-        array = decode(fields.get("routed_experts"), where=f"{where}: routed_experts")
-        listed.append(_response(where, fields, array, path, source))
-    return listed
-
-
-def _choices(written: dict[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
-    """The fields of a flat line, of each choice of an OpenAI-style response, or of each output of
-    a result of an LLM API. SGLang's are in `meta_info`, or in `sglext`, which has the token ids of
-    all choices and the experts of the first: None stands for each of the others."""
+    """The responses of a line: those of a flat one, of each choice of an OpenAI-style response, or
+    of each output of a result of an LLM API. SGLang's fields are in `meta_info`, or in `sglext`,
+    which has the token ids of all choices and the experts of the first: None stands for each of the
+    others."""
     title = "outputs" if "outputs" in written else "choices"
     choices = written.get(title, [written])
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise MoeInspectError(f"{where}: {title} is not a list of objects")
-    found = written.get("sglext")
-    extension: dict[str, Any] = found if isinstance(found, dict) else {}
+    extension = found if isinstance(found := written.get("sglext"), dict) else {}
+    shared, generated = extension.get("routed_experts"), extension.get("output_ids")
+    listed: list[Response | None] = []
     for n, choice in enumerate(choices):
         meta = choice.get("meta_info")
         fields = {**written, **(meta if isinstance(meta, dict) else {}), **choice}
-        if (
-            n
-            and fields.get("routed_experts") is None
-            and extension.get("routed_experts") is not None
-        ):
-            yield None
+        if n and fields.get("routed_experts") is None and shared is not None:
+            listed.append(None)
             continue
-        generated = extension.get("output_ids")
+        of_all = isinstance(generated, list) and n < len(generated)
         beside = {
-            "routed_experts": extension.get("routed_experts"),
+            "routed_experts": shared,
             "prompt_token_ids": extension.get("input_ids"),
-            "token_ids": generated[n]
-            if isinstance(generated, list) and n < len(generated)
-            else fields.get("output_ids"),
+            "token_ids": generated[n] if of_all else fields.get("output_ids"),
         }
-        yield fields | {name: value for name, value in beside.items() if fields.get(name) is None}
+        fields |= {name: value for name, value in beside.items() if fields.get(name) is None}
+        routed_TBK = decode(fields.get("routed_experts"), where=f"{where}: routed_experts")
+        listed.append(_response(where, fields, routed_TBK, path, source))
+    return listed
 
 
 def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Response:
@@ -211,34 +190,50 @@ def _of_npy(context: ImportContext, path: Path, source: ImportSource) -> Respons
     expected = rows if ids_T is not None and len(ids_T) > rows else None
     begin, end = _padding(routed_TBK, expected, str(path))
     part = slice(begin, rows - end)
-    fed = None if ids_T is None else ids_T[part]
-    kept = routed_TBK[part]
-    return Response(str(path), {}, kept, begin + end, path, source, 0, len(kept), fed)
+    kept, fed = routed_TBK[part], None if ids_T is None else ids_T[part]
+    domain = source.domain or named(path)
+    return Response(str(path), domain, None, kept, begin + end, 0, len(kept), fed)
 
 
 def _response(
-    where: str, fields: dict[str, Any], routed_TBK: np.ndarray, path: Path, source: ImportSource
+    where: str, fields: Fields, routed_TBK: np.ndarray, path: Path, source: ImportSource
 ) -> Response:
     rows = len(routed_TBK)
     name = next((name for name in STARTS if fields.get(name) is not None), STARTS[0])
     start = integer(fields.get(name) or 0, f"{where}: {name}")
-    prompt_ids, generated = _token_ids(fields, where)
-    fed = np.concatenate([prompt_ids, generated])[:-1]
+    if fields.get("prompt_token_ids") is None:
+        native = "meta_info" in fields and "choices" not in fields
+        option = "return_prompt_token_ids" if native else "return_token_ids"
+        raise MoeInspectError(f"{where} has no prompt_token_ids: set {option} in the request")
+    prompt = integers(fields["prompt_token_ids"], f"{where}: prompt_token_ids")
+    unstated = fields.get("token_ids") is None
+    generated = integers([] if unstated else fields["token_ids"], f"{where}: token_ids")
+    fed = np.concatenate([prompt, generated])[:-1]
     expected = len(fed) - start
     begin, end = _padding(routed_TBK, expected, where)
     kept = routed_TBK[begin : rows - end]
     # a padded one may lack routes, and never has too many
     if len(kept) != expected and not (end and rows >= expected > len(kept)):
+        hint = ""
+        if unstated:
+            hint = (
+                "; it lacks token_ids of the generated tokens: set return_token_ids in the request"
+            )
+        elif rows < expected:
+            hint = (
+                f"; if the request had {STARTS[1]} (vLLM) or {STARTS[2]} (SGLang), write its value "
+                "into the field start"
+            )
         after = f" from token {start}" if start else ""
         raise MoeInspectError(
             f"{where}: routed_experts has {rows} tokens{after}, not {expected}: one fewer than "
-            f"the {len(prompt_ids)} of the prompt "
-            f"and the {len(generated)} generated, the last of which is never "
-            f"fed{_mismatch(fields, rows, expected)}"
+            f"the {len(prompt)} of the prompt "
+            f"and the {len(generated)} generated, the last of which is never fed{hint}"
         )
-    said = {name: fields.get(name) for name in ("domain", "document")}
-    out = rows - len(kept)
-    return Response(where, said, kept, out, path, source, start, len(prompt_ids), fed)
+    said, document = fields.get("domain"), fields.get("document")
+    domain = source.domain or (said if isinstance(said, str) and said else named(path))
+    document = None if document is None else str(document)
+    return Response(where, domain, document, kept, rows - len(kept), start, len(prompt), fed)
 
 
 def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[int, int]:
@@ -262,70 +257,31 @@ def _padding(routed_TBK: np.ndarray, expected: int | None, where: str) -> tuple[
     return begin, end
 
 
-def _token_ids(fields: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:
-    if fields.get("prompt_token_ids") is None:
-        option = (
-            "return_prompt_token_ids"
-            if "meta_info" in fields and "choices" not in fields
-            else "return_token_ids"
-        )
-        raise MoeInspectError(f"{where} has no prompt_token_ids: set {option} in the request")
-    generated = fields.get("token_ids")
-    prompt = integers(fields["prompt_token_ids"], f"{where}: prompt_token_ids")
-    return prompt, integers([] if generated is None else generated, f"{where}: token_ids")
-
-
-def _mismatch(fields: dict[str, Any], rows: int, expected: int) -> str:
-    if fields.get("token_ids") is None:
-        return "; it lacks token_ids of the generated tokens: set return_token_ids in the request"
-    if rows < expected:
-        return (
-            f"; if the request had {STARTS[1]} (vLLM) or {STARTS[2]} (SGLang), write its value "
-            "into the field start"
-        )
-    return ""
-
-
 def _sequences(
     numbers: Numbering,
     response: Response,
-    runs: list[slice],
+    left_out: Counter[str],
     routers: list[Router],
     blocks: int | None,
 ) -> Iterator[RoutedBatch]:
     """The batches of one response: what of the prompt was fed, then what was generated. Each run of
     tokens whose routes are known is a sequence."""
-    where, start = response.where, response.start
-    T = len(response.routed_TBK)
-    cut = T if response.prompt is None else min(max(response.prompt - start, 0), T)
-    token_id = None if response.fed is None else response.fed[start : start + T]
+    where, start, T = response.where, response.start, len(response.routed_TBK)
+    runs = routed.recorded_runs(response.routed_TBK)
+    left_out["forgotten"] += T - sum(run.stop - run.start for run in runs)
+    cut = min(max(response.prompt - start, 0), T)
     ids = routed.select_routers(response.routed_TBK, routers, blocks, f"{where}: routed_experts")
-    domain, name = response.named.get("domain"), response.named.get("document")
-    domain = domain if isinstance(domain, str) and domain else named(response.path)
-    domain = response.source.domain or domain
-    document, documents = numbers.document(
-        domain,
-        where,
-        sum(max(min(run.stop, cut) - run.start, 0) for run in runs),
-        None if name is None else str(name),
-    )
-    code = numbers.domain(domain)
+    tokens = sum(max(min(run.stop, cut) - run.start, 0) for run in runs)
+    numbers.document(response.domain, where, tokens, response.document)
     for run in runs:
         sequence, before = numbers.sequence(), min(max(cut, run.start), run.stop)
         for phase, first, last in (("prefill", run.start, before), ("decode", before, run.stop)):
-            if first == last:
-                continue
-            yield batch_of_decisions(
-                numbers,
-                Tokens(
-                    document,
-                    code,
-                    sequence,
-                    np.arange(start + first, start + last, dtype=np.int32),
-                    None if token_id is None else token_id[first:last],
-                ),
-                [i[first:last] for i in ids],
-                documents=documents,
-                phase=phase,
-            )
-            documents = []
+            if first < last:
+                fed = response.fed
+                yield numbers.decisions(
+                    [i[first:last] for i in ids],
+                    position=np.arange(start + first, start + last, dtype=np.int32),
+                    sequence=sequence,
+                    token_id=None if fed is None else fed[start + first : start + last],
+                    phase=phase,
+                )

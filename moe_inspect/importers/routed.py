@@ -8,18 +8,17 @@ from __future__ import annotations
 import ast
 import binascii
 import math
-import os
 import re
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, takewhile
 from mmap import mmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import mapped, open_regular
+from moe_inspect.files import mapped
 from moe_inspect.importers.batches import NO_ID
 from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
@@ -33,7 +32,7 @@ HEAD_BYTES, MOST_NPY_BYTES = 4096, 2**33
 def decode_vllm(text: object, where: str) -> np.ndarray:
     """`routed_experts` of a vLLM response, the base64 of a `.npy`: uint8 or uint16 [T, B, K].
     `where` opens every error."""
-    return array_of_npy(_unbase64(text, where), where)
+    return _decisions(_unbase64(text, where), where)
 
 
 def decode_sglang(text: object, blocks: int, top_k: int, where: str) -> np.ndarray:
@@ -63,101 +62,77 @@ def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int
     return routed_TBK
 
 
-def array_of_npy(data: bytes, where: str) -> np.ndarray:
-    """A `.npy` of integers [T, B, K] in memory."""
-    return _npy(data[:HEAD_BYTES], len(data), where).array(data)
-
-
 def array_of_npy_file(path: Path) -> np.ndarray:
-    """The same of a file, which is mapped."""
-    return _npy(*_head(path), str(path)).array(mapped(path))
+    """A `.npy` file of integers [T, B, K], mapped."""
+    return _decisions(mapped(path), str(path))
+
+
+def _decisions(data: bytes | mmap, where: str) -> np.ndarray:
+    npy = Npy(data, where)
+    shape = npy.shape
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
+    if npy.declared != npy.held:
+        raise MoeInspectError(
+            f"{where} declares {shape} of {npy.dtype}, {npy.declared:,} bytes, and holds "
+            f"{npy.held:,}"
+        )
+    if shape[0] > MOST_TOKENS or len(data) > MOST_NPY_BYTES:
+        raise MoeInspectError(
+            f"{where} has {shape[0]:,} tokens in {len(data):,} bytes, more than any response "
+            f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
+        )
+    return npy.array()
 
 
 def ids_of_npy_file(path: Path) -> np.ndarray:
     """A `.npy` file of token ids, integers [T]."""
-    head, size = _head(path)
-    header = npy_header(head, str(path))
-    if len(header.shape) != 1 or header.nbytes != size - header.start:
+    npy = Npy(mapped(path), str(path))
+    if len(npy.shape) != 1 or npy.declared != npy.held:
         raise MoeInspectError(
-            f"{path} is not a list of token ids: it declares {header.shape} of {header.dtype} and "
-            f"holds {size - header.start:,} bytes"
+            f"{path} is not a list of token ids: it declares {npy.shape} of {npy.dtype} and "
+            f"holds {npy.held:,} bytes"
         )
-    ids_T = header.array(mapped(path))
+    ids_T = npy.array()
     check_range(ids_T, str(path), NO_ID, 2**31 - 1)
     return ids_T
 
 
-def _head(path: Path) -> tuple[bytes, int]:
-    """The first bytes of a file, and how many it has."""
-    with open_regular(path) as file:
-        return file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size
+class Npy:
+    """A `.npy` of integers of at most 64 bits. What its header declares, `declared` bytes, must be
+    compared with what it holds, `held`, before the array is made."""
 
-
-def _npy(head: bytes, size: int, where: str) -> Npy:
-    """The header of an array [T, B, K] of `size` bytes. What it declares must be what there is, and
-    what a response may have: nothing is read, mapped or allocated before."""
-    header = npy_header(head, where)
-    shape = header.shape
-    if len(shape) != 3 or 0 in shape[1:]:
-        raise MoeInspectError(f"{where} has shape {shape}, not [tokens, layers, experts per token]")
-    if header.nbytes != size - header.start:
-        raise MoeInspectError(
-            f"{where} declares {shape} of {header.dtype}, {header.nbytes:,} bytes, and holds "
-            f"{size - header.start:,}"
+    def __init__(self, data: bytes | mmap, where: str):
+        head, self.data = data[:HEAD_BYTES], data
+        version = head[6:8]
+        if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+            raise MoeInspectError(f"{where} is not a .npy file: it begins with {head[:8]!r}")
+        begin = 10 if version == b"\x01\x00" else 12
+        self.start = begin + int.from_bytes(head[8:begin], "little")
+        # only headers as NumPy writes them, not all that Python's grammar allows
+        found = re.fullmatch(
+            rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, "
+            rb"]{0,80}\)), \}\s*",
+            head[begin : self.start],
         )
-    if shape[0] > MOST_TOKENS or size > MOST_NPY_BYTES:
-        raise MoeInspectError(
-            f"{where} has {shape[0]:,} tokens in {size:,} bytes, more than any response "
-            f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
-        )
-    return header
-
-
-class Npy(NamedTuple):
-    """What the header of a `.npy` says (of integers of at most 64 bits), and where its data
-    starts."""
-
-    dtype: np.dtype
-    fortran: bool
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
+        why = f"{where} is not a .npy file of integers: its header is "
+        if found is None or len(head) < self.start:
+            raise MoeInspectError(f"{why}{head[begin : min(self.start, 140)]!r}")
+        try:
+            self.dtype = np.dtype(found[1].decode())
+            self.shape = ast.literal_eval(found[3].decode())
+        except (TypeError, ValueError, SyntaxError):
+            self.shape = None
+        if not isinstance(self.shape, tuple) or self.dtype.kind not in "iu":
+            raise MoeInspectError(f"{why}{found[0][:120]!r}")
+        self.order: Literal["F", "C"] = "F" if found[2] == b"True" else "C"
         # in Python's integers: a hostile shape overflows NumPy's
-        return math.prod(self.shape, start=self.dtype.itemsize)
+        self.declared = math.prod(self.shape, start=self.dtype.itemsize)
+        self.held = len(data) - self.start
 
-    def array(self, data: bytes | mmap) -> np.ndarray:
-        flat = np.frombuffer(data, self.dtype, offset=self.start)
-        return flat.reshape(self.shape, order="F" if self.fortran else "C")
-
-
-def npy_header(head: bytes, where: str) -> Npy:
-    version = head[6:8]
-    if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
-        raise MoeInspectError(f"{where} is not a .npy file: it begins with {head[:8]!r}")
-    width = 2 if version == b"\x01\x00" else 4
-    end = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
-    # only headers as NumPy writes them, not all that Python's grammar allows
-    found = re.fullmatch(
-        rb"\{'descr': '([<|>=]?[iub]\d)', 'fortran_order': (False|True), 'shape': (\([\d, "
-        rb"]{0,80}\)), \}\s*",
-        head[8 + width : end],
-    )
-    if found is None or len(head) < end:
-        raise MoeInspectError(
-            f"{where} is not a .npy file of integers: its header is "
-            f"{head[8 + width : min(end, 140)]!r}"
-        )
-    try:
-        dtype, shape = np.dtype(found[1].decode()), ast.literal_eval(found[3].decode())
-    except (TypeError, ValueError, SyntaxError):
-        dtype, shape = np.dtype(object), None
-    if dtype.kind not in "iu" or not isinstance(shape, tuple):
-        raise MoeInspectError(
-            f"{where} is not a .npy file of integers: its header is {found[0][:120]!r}"
-        )
-    return Npy(dtype, found[2] == b"True", shape, end)
+    def array(self) -> np.ndarray:
+        flat = np.frombuffer(self.data, self.dtype, offset=self.start)
+        return flat.reshape(self.shape, order=self.order)
 
 
 def select_routers(
@@ -202,13 +177,10 @@ def checked_ids(ids_TK: np.ndarray, router: Router, where: str) -> np.ndarray:
     ids = ids_TK.astype(dtype, order="C")  # −1 becomes the maximum
     if k > 1 and (twice_T := repeats(ids_TK)).any():
         t = int(twice_T.argmax())
-        hint = (
-            "; a dense layer or padding reads so: give the model's config by --model or --config"
-            if not ids_TK[t].any()
-            else ""
-        )
+        hint = "; a dense layer or padding reads so: give the model's config by --model or --config"
         raise MoeInspectError(
-            f"{where}: token {t} goes to one expert twice ({ids_TK[t].tolist()}){hint}"
+            f"{where}: token {t} goes to one expert twice ({ids_TK[t].tolist()})"
+            + hint * (not ids_TK[t].any())
         )
     return ids
 
@@ -229,29 +201,21 @@ def repeats(ids_TK: np.ndarray) -> np.ndarray:
 def dense_blocks(routed_TBK: np.ndarray) -> list[int]:
     """Blocks in which every token has the same id in all slots, as in a buffer that was never
     written."""
-    if not len(routed_TBK):
-        return []
     same_B = (routed_TBK == routed_TBK[:1, :, :1]).all((0, 2))
-    return [int(b) for b in np.nonzero(same_B)[0]]
+    return np.flatnonzero(same_B).tolist() if len(routed_TBK) else []
 
 
 def unrouted_ends(routed_TBK: np.ndarray) -> tuple[int, int]:
     """How many rows at the beginning and at the end hold 0, or hold −1, in every slot of every
     block: padding. With several experts per token no router writes zeros in all slots; with one, a
     row of zeros may also be a token that went to expert 0 in every block."""
-    T, B, K = routed_TBK.shape
-    flat = routed_TBK.reshape(T, B * K)
 
-    def run(rows: Iterable[int]) -> int:
-        count = 0
-        for t in rows:
-            if int(flat[t, 0]) not in (0, -1) or (flat[t] != flat[t, 0]).any():
-                break
-            count += 1
-        return count
+    def run(rows_TBK: np.ndarray) -> int:
+        empty = (int(row.flat[0]) in (0, -1) and (row == row.flat[0]).all() for row in rows_TBK)
+        return sum(1 for _ in takewhile(bool, empty))
 
-    end = run(range(T - 1, -1, -1))
-    return (run(range(T)) if end < T else 0), end
+    end = run(routed_TBK[::-1])
+    return (run(routed_TBK) if end < len(routed_TBK) else 0), end
 
 
 def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:
@@ -265,14 +229,12 @@ def recorded_runs(routed_TBK: np.ndarray) -> list[slice]:
 
 def identical_run(routed_TBK: np.ndarray) -> int:
     """The longest run of consecutive tokens with the same decisions in every block."""
-    T = len(routed_TBK)
-    same_T = np.zeros(T, bool)
-    if T > 1:
-        # few, in a real dump: the rest is looked at for these alone
-        rows = np.flatnonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))
-        same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
-    breaks = np.nonzero(~same_T)[0]
-    return int(np.diff(np.append(breaks, T)).max()) if T else 0
+    same_T = np.zeros(len(routed_TBK), bool)
+    # few, in a real dump: the rest is looked at for these alone
+    rows = np.flatnonzero((routed_TBK[1:, -1] == routed_TBK[:-1, -1]).all(1))
+    same_T[rows + 1] = (routed_TBK[rows + 1] == routed_TBK[rows]).all((1, 2))
+    breaks = np.append(np.flatnonzero(~same_T), len(same_T))
+    return int(np.diff(breaks).max(initial=0))
 
 
 def _unbase64(text: object, where: str) -> bytes:

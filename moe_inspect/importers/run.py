@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.batches import one_ranks_experts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, formats, sniff
 from moe_inspect.importers.tables.presets import parse_map
-from moe_inspect.importers.values import at_work
+from moe_inspect.importers.values import Fields, at_work
 from moe_inspect.model.config import read_facts
 from moe_inspect.text import first_line
 from moe_inspect.trace.files.location import output_location
@@ -82,7 +82,7 @@ def import_trace(
     check_directory(target, overwrite, resumable=False)
     listed = [_source(text) for text in sources]
     with at_work(workers) as at:
-        try:
+        with _reading(listed):
             if format == "auto":
                 format = sniff(listed)
                 warn(f"recognised as {format}: {formats()[format].reads.replace('`', '')}")
@@ -106,17 +106,15 @@ def import_trace(
                 pipeline_stages,
                 parse_map(map) if map is not None else None,
                 warn,
-                _progress(listed, progress),
+                _progress(listed, progress) if progress else lambda n: None,
                 at,
             )
             imported = formats()[format].run(context)
             vocabulary = imported.vocabulary
             if vocabulary is None and context.facts is not None:
                 vocabulary = context.facts.vocabulary()
-            batches = _read(watched(imported, vocabulary, warn), listed)
+            batches = _checked(context, imported, vocabulary)
             first = next(batches, None)
-        except OSError as error:
-            raise _unread(error, listed) from None
         if first is None:
             raise MoeInspectError(f"{listed[0].path} holds no decisions")
         with (
@@ -141,26 +139,20 @@ def import_trace(
     return Trace(target)
 
 
-def _read(
-    batches: Iterator[RoutedBatch | CountedBatches], sources: list[ImportSource]
-) -> Iterator[RoutedBatch | CountedBatches]:
-    """Yields the batches. An OSError here comes from reading the sources, not from writing the
-    trace."""
+@contextmanager
+def _reading(sources: list[ImportSource]) -> Iterator[None]:
+    """Where an OSError comes from reading the sources, not from writing the trace."""
     try:
-        yield from batches
+        yield
     except OSError as error:
-        raise _unread(error, sources) from None
-
-
-def _unread(error: OSError, sources: list[ImportSource]) -> MoeInspectError:
-    return MoeInspectError(f"cannot read {error.filename or sources[0].path}: {first_line(error)}")
+        where = error.filename or sources[0].path
+        raise MoeInspectError(f"cannot read {where}: {first_line(error)}") from None
 
 
 def _source(text: str | Path) -> ImportSource:
     label, equals, path = str(text).partition("=")
-    if equals and label and "/" not in label and not Path(str(text)).exists():
-        return ImportSource(Path(path), label)
-    return ImportSource(Path(text), None)
+    is_labelled = equals and label and "/" not in label and not Path(text).exists()
+    return ImportSource(Path(path), label) if is_labelled else ImportSource(Path(text), None)
 
 
 def default_workers(sources: Sequence[str | Path]) -> int:
@@ -170,20 +162,13 @@ def default_workers(sources: Sequence[str | Path]) -> int:
 
 
 def _bytes_of(sources: Iterable[ImportSource]) -> int:
-    files = (
-        f
-        for s in sources
-        for f in (s.path.rglob("*") if s.path.is_dir() else [s.path])
-        if f.is_file()
-    )
-    return sum(f.stat().st_size for f in files)
+    files = ([*s.path.rglob("*")] if s.path.is_dir() else [s.path] for s in sources)
+    return sum(f.stat().st_size for f in chain.from_iterable(files) if f.is_file())
 
 
 def _progress(
-    sources: list[ImportSource], progress: Callable[[int, int], None] | None
+    sources: list[ImportSource], progress: Callable[[int, int], None]
 ) -> Callable[[int], None]:
-    if progress is None:
-        return lambda n: None
     total, done = _bytes_of(sources), 0
 
     def read(n: int) -> None:
@@ -194,60 +179,46 @@ def _progress(
     return read
 
 
-def _manifest(format: str, context: ImportContext, imported: Imported) -> dict[str, Any]:
+def _manifest(format: str, context: ImportContext, imported: Imported) -> Fields:
+    unknown = {"id": "unknown", "revision": None, "class": None, "config": {}}
+    capture = {"mode": "import", "format": format, "device": None, "dtype": None}
+    sources = [{"path": str(s.path), "domain": s.domain} for s in context.sources]
     return {
-        "model": context.facts.record()
-        if context.facts
-        else {"id": "unknown", "revision": None, "class": None, "config": {}},
-        "capture": {
-            "mode": "import",
-            "format": format,
-            "device": None,
-            "dtype": None,
-            **this_process(),
-        },
-        "corpus": {
-            "sources": [{"path": str(s.path), "domain": s.domain} for s in context.sources],
-            "notes": imported.notes,
-        },
+        "model": context.facts.record() if context.facts else unknown,
+        "capture": capture | this_process(),
+        "corpus": {"sources": sources, "notes": imported.notes},
     }
 
 
-def watched(
-    imported: Imported, vocabulary: pa.Table | None, warn: Callable[[str], None]
+def _checked(
+    context: ImportContext, imported: Imported, vocabulary: pa.Table | None
 ) -> Iterator[RoutedBatch | CountedBatches]:
-    """Yields the batches, checked. Refuses token ids beyond the vocabulary; warns if only the
-    experts of one rank are ever chosen."""
-    routers = imported.routers
+    """Yields the batches. Refuses token ids beyond the vocabulary; warns if only the experts of one
+    rank are ever chosen."""
+    routers, tokens = imported.routers, 0
     there = [np.zeros(r.experts, bool) for r in routers]
-    tokens = 0
-    for batch in imported.batches:
-        if isinstance(batch, CountedBatches):
-            tokens += batch.tokens
-            for r, load_DE in enumerate(batch.assignments):
-                there[r] |= load_DE.any(0)
-        else:
-            if (
-                vocabulary is not None
-                and len(batch.token_id)
-                and int(batch.token_id.max()) >= len(vocabulary)
-            ):
-                raise MoeInspectError(
-                    f"token id {int(batch.token_id.max())} of a vocabulary of "
-                    f"{len(vocabulary):,}: is it the config of this model?"
-                )
-            tokens += len(batch.token_id)
-            for there_E, ids_TK in zip(there, batch.ids, strict=True):
-                if not there_E.all():
-                    E = len(there_E)
-                    there_E |= np.bincount(ids_TK.reshape(-1), minlength=E)[:E] > 0
-        yield batch
-    if (
-        len({r.experts for r in routers}) == 1
-        and tokens >= ONE_RANK_TOKENS
-        and (block := one_ranks_experts(np.array(there)))
-    ):
-        warn(
+    with _reading(context.sources):
+        for batch in imported.batches:
+            if isinstance(batch, CountedBatches):
+                tokens += batch.tokens
+                for there_E, load_DE in zip(there, batch.assignments, strict=True):
+                    there_E |= load_DE.any(0)
+            else:
+                largest = int(batch.token_id.max(initial=-1))
+                if vocabulary is not None and largest >= len(vocabulary):
+                    raise MoeInspectError(
+                        f"token id {largest} of a vocabulary of {len(vocabulary):,}: is it the "
+                        "config of this model?"
+                    )
+                tokens += len(batch.token_id)
+                for there_E, ids_TK in zip(there, batch.ids, strict=True):
+                    if not there_E.all():
+                        E = len(there_E)
+                        there_E |= np.bincount(ids_TK.reshape(-1), minlength=E)[:E] > 0
+            yield batch
+    alike = len({r.experts for r in routers}) == 1 and tokens >= ONE_RANK_TOKENS
+    if alike and (block := one_ranks_experts(np.array(there))):
+        context.warn(
             f"only experts {block[0]}-{block[1]} of {routers[0].experts} are ever chosen: one "
             "rank's own? give the files of all ranks"
         )

@@ -8,11 +8,11 @@ T tokens, K slots, E experts, W windows, L layers with experts.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,16 +22,18 @@ from moe_inspect.importers import batches
 from moe_inspect.importers.context import ImportContext, Imported, importer
 from moe_inspect.importers.responses import read_responses
 from moe_inspect.importers.routed import MOST_TOKENS, checked_ids, decode_tensorrt, decode_vllm
-from moe_inspect.importers.values import integer, parsed_object
+from moe_inspect.importers.values import check_range, check_shape, integer, parsed_object
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.text import first_line
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch
 
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 KEY = re.compile(r"(\d{1,9})_(\d{1,4})")
 NAME = re.compile(r"rank(\d{1,6})(_raw)?\.safetensors")
-Keys = dict[int, dict[int, str]]  # iteration → layer → key
 
 
 @importer(
@@ -47,11 +49,8 @@ def tensorrt_llm(context: ImportContext) -> Imported:
     ]
     if not files:
         raise MoeInspectError(f"{context.sources[0].path} holds no rank<r>.safetensors")
-    for path, _ in files:
-        if NAME.fullmatch(path.name) is None:
-            raise MoeInspectError(
-                f"{path} is not named rank<r>.safetensors: which rank is it from?"
-            )
+    if odd := next((path for path, _ in files if NAME.fullmatch(path.name) is None), None):
+        raise MoeInspectError(f"{odd} is not named rank<r>.safetensors: which rank is it from?")
     raw = [f for f in files if "_raw" in f[0].name]
     paths = [p for p, _ in (raw or files)]
     domain = files[0][1].domain or paths[0].parent.resolve().name
@@ -63,8 +62,8 @@ def tensorrt_llm(context: ImportContext) -> Imported:
     top_k = integer(
         meta.get("num_experts_per_token"), f"{meta_path}: num_experts_per_token", 1, experts
     )
-    opened = [(path, *_opened(path)) for path in paths]
-    layers = {layer for _, _, keys in opened for of_layer in keys.values() for layer in of_layer}
+    opened = [_opened(path) for path in paths]
+    layers = {layer for of in opened for of_layer in of.keys.values() for layer in of_layer}
     routers = context.routers_of(layers, experts, top_k, paths[0])
     if raw:
         return Imported(
@@ -95,81 +94,76 @@ def tensorrt_llm_routed(context: ImportContext) -> Imported:
     return read_responses(context, partial(decode_tensorrt, layers=layers, blocks=facts.layers))
 
 
-def _opened(path: Path) -> tuple[Any, Keys]:
-    """The file, whose header safetensors has checked against its size, and its keys."""
+@dataclass(frozen=True)
+class Opened:
+    """`tensors`: what safe_open gives, which has checked the header against the file's size."""
+
+    path: Path
+    tensors: safe_open
+    keys: dict[int, dict[int, str]]  # iteration → layer → key
+
+
+def _opened(path: Path) -> Opened:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, "np")
-        names = list(file.keys())
+        tensors = safe_open(path, "np")
+        names = list(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise MoeInspectError(f"{path}: {first_line(error)}") from None
-    keys: Keys = defaultdict(dict)
+    keys: dict[int, dict[int, str]] = {}
     for name in names:
         found = KEY.fullmatch(name)
         if found is None:
             raise MoeInspectError(f"{path} has a tensor {name[:40]!r}, not <iteration>_<layer>")
-        keys[int(found[1])][int(found[2])] = name
+        keys.setdefault(int(found[1]), {})[int(found[2])] = name
     if not keys:
         raise MoeInspectError(f"{path} holds no tensor")
-    return file, keys
+    return Opened(path, tensors, keys)
 
 
-def _tensor(
-    file: Any, path: Path, name: str, shape: tuple[int | None, ...], high: int
-) -> np.ndarray:
+def _tensor(of: Opened, name: str, shape: tuple[int | None, ...], high: int) -> np.ndarray:
     """int64 of that shape (None: any). Shape and type are looked at before anything is read."""
-    part = file.get_slice(name)
+    path, part = of.path, of.tensors.get_slice(name)
     found = part.get_shape()
-    if (
-        len(found) != len(shape)
-        or any(w not in (None, f) for w, f in zip(shape, found, strict=True))
-        or max(found) > MOST_TOKENS
-    ):
-        raise MoeInspectError(
-            f"{path}: {name} has shape {found}, not "
-            f"{[w if w is not None else 'tokens' for w in shape]}"
-        )
+    check_shape(found, f"{path}: {name}", shape)
+    if max(found) > MOST_TOKENS:
+        raise MoeInspectError(f"{path}: {name} has shape {found}: over {MOST_TOKENS:,} tokens")
     if part.get_dtype() not in INTEGERS:
         raise MoeInspectError(f"{path}: {name} is of {part.get_dtype()}, not of integers")
-    values = file.get_tensor(name)
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= high:
-        raise MoeInspectError(
-            f"{path}: {name} holds {int(values.min())} to {int(values.max())}, not of 0 to {high:,}"
-        )
+    values = of.tensors.get_tensor(name)
+    check_range(values, f"{path}: {name}", 0, high)
     return values.astype(np.int64)
 
 
 def _counts(
-    context: ImportContext, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+    context: ImportContext, opened: list[Opened], routers: list[Router], domain: str
 ) -> Iterator[CountedBatches]:
     E, row_of = routers[0].experts, {r.layer: row for row, r in enumerate(routers)}
-    iterations = sorted({i for _, _, keys in opened for i in keys})
-    window_of = dict(zip(iterations, batches.windows_of(len(iterations)), strict=True))
+    window_of = batches.window_of(i for of in opened for i in of.keys)
     load_WLE = np.zeros((max(window_of.values()) + 1, len(routers), E), np.int64)
-    for path, file, keys in opened:
-        for iteration, of_layer in keys.items():
+    for of in opened:
+        for iteration, of_layer in of.keys.items():
             for layer, name in of_layer.items():
-                load_WLE[window_of[iteration], row_of[layer]] += _tensor(
-                    file, path, name, (E,), batches.MOST_COUNT
-                )
-        context.read(path.stat().st_size)
+                load_E = _tensor(of, name, (E,), batches.MOST_COUNT)
+                load_WLE[window_of[iteration], row_of[layer]] += load_E
+        context.read(of.path.stat().st_size)
     yield from batches.batches_of_windows(load_WLE, routers, domain)
 
 
 def _decisions(
-    context: ImportContext, opened: list[tuple[Path, Any, Keys]], routers: list[Router], domain: str
+    context: ImportContext, opened: list[Opened], routers: list[Router], domain: str
 ) -> Iterator[RoutedBatch]:
     numbers = batches.Numbering()
-    code = numbers.domain(domain)
-    iterations = {i: n for n, i in enumerate(sorted({i for _, _, keys in opened for i in keys}))}
-    for path, file, keys in opened:
+    iterations = {i: n for n, i in enumerate(sorted({i for of in opened for i in of.keys}))}
+    for of in opened:
+        path, keys = of.path, of.keys
         tokens = sum(
-            file.get_slice(min(of_layer.values())).get_shape()[0]
+            of.tensors.get_slice(min(of_layer.values())).get_shape()[0]
             for of_layer in keys.values()
             if len(of_layer) == len(routers)
         )
-        document, documents = numbers.document(domain, str(path), min(tokens, 2**31 - 1))
+        numbers.document(domain, str(path), min(tokens, 2**31 - 1))
         for iteration in sorted(keys):
             ids: list[np.ndarray] = []
             for router in routers:
@@ -178,23 +172,9 @@ def _decisions(
                     raise MoeInspectError(
                         f"{path}: iteration {iteration} has no layer {router.layer}"
                     )
-                ids_TK = _tensor(
-                    file,
-                    path,
-                    name,
-                    (len(ids[0]) if ids else None, router.top_k),
-                    router.experts - 1,
-                )
+                shape = (len(ids[0]) if ids else None, router.top_k)
+                ids_TK = _tensor(of, name, shape, router.experts - 1)
                 ids.append(checked_ids(ids_TK, router, f"{path}: {name}"))
-            T = len(ids[0])
-            if T == 0:
-                continue
-            yield batches.batch_of_decisions(
-                numbers,
-                batches.tokens_without_order(numbers, T, document, code),
-                ids,
-                documents=documents,
-                batch=iterations[iteration],
-            )
-            documents = []
+            if len(ids[0]):
+                yield numbers.decisions(ids, batch=iterations[iteration])
         context.read(path.stat().st_size)

@@ -6,8 +6,9 @@ that reading line by line meets is the one that is raised."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +19,26 @@ from moe_inspect.files import MOST_LINE_BYTES, next_line
 from moe_inspect.text import first_line
 from moe_inspect.workers import Processes, Workers
 
+Json = Any  # a JSON value
+Fields = dict[str, Json]
+Prepare = Callable[[str, Fields], Any]
 
-def parsed(data: bytes, where: str) -> Any:
+
+def parsed(data: bytes, where: str) -> Json:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise MoeInspectError(f"{where} is not JSON: {first_line(error)}") from None
 
 
-def parsed_object(data: bytes, where: str) -> dict[str, Any]:
+def parsed_object(data: bytes, where: str) -> Fields:
     value = parsed(data, where)
     if not isinstance(value, dict):
         raise MoeInspectError(f"{where} is {str(value)[:40]!r}, not an object")
     return value
 
 
-def integer(value: Any, where: str, low: int = 0, high: int = 2**31 - 1) -> int:
+def integer(value: object, where: str, low: int = 0, high: int = 2**31 - 1) -> int:
     """`value`, if it is an integer of that range. `where`: file and field, for the error."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise MoeInspectError(
@@ -43,7 +48,7 @@ def integer(value: Any, where: str, low: int = 0, high: int = 2**31 - 1) -> int:
 
 
 def integers(
-    values: Any,
+    values: object,
     where: str,
     shape: tuple[int | None, ...] = (None,),
     low: int = 0,
@@ -60,13 +65,18 @@ def integers(
         raise MoeInspectError(
             f"{where} is not a {len(shape)}-dimensional list of integers: {str(values)[:40]!r}"
         )
-    if any(wanted not in (None, found) for wanted, found in zip(shape, array.shape, strict=True)):
-        raise MoeInspectError(
-            f"{where} has shape {list(array.shape)}, not "
-            f"{[w if w is not None else 'any' for w in shape]}"
-        )
+    check_shape(array.shape, where, shape)
     check_range(array, where, low, high)
     return array.astype(np.int64, copy=False)
+
+
+def check_shape(found: Sequence[int], where: str, shape: Sequence[int | None]) -> None:
+    """MoeInspectError where an array has another shape. None: any length."""
+    if len(found) != len(shape) or any(
+        wanted not in (None, n) for wanted, n in zip(shape, found, strict=True)
+    ):
+        wanted = ["any" if w is None else w for w in shape]
+        raise MoeInspectError(f"{where} has shape {list(found)}, not {wanted}")
 
 
 def check_range(array: np.ndarray, where: str, low: int, high: int) -> None:
@@ -77,8 +87,6 @@ def check_range(array: np.ndarray, where: str, low: int, high: int) -> None:
 
 
 CHUNK_BYTES = 2**22
-
-Prepare = Callable[[str, dict[str, Any]], Any]
 
 
 class Chunk(NamedTuple):
@@ -94,17 +102,11 @@ def prepared_lines(
 ) -> Iterator[Any]:
     """prepare(where, JSON object) of each line that is not blank, in order. `prepare` is pickled.
     `read` is called with the bytes of each chunk."""
-    sizes = list[int]()
-
-    def tasks() -> Iterator[Chunk]:
-        for chunk in chunks_of(path):
-            sizes.append(chunk.size)
-            yield chunk
-
+    chunks, ahead = tee(chunks_of(path))
     # workers of a cluster are in directories of their own
-    found = workers.each(_prepared, (prepare, path, path.resolve()), tasks())
-    for n, (values, error) in enumerate(found):
-        read(sizes[n])
+    found = workers.each(_prepared, (prepare, path, path.resolve()), ahead)
+    for (values, error), chunk in zip(found, chunks, strict=True):
+        read(chunk.size)
         yield from values
         if error is not None:
             raise error
@@ -145,9 +147,9 @@ def _prepared(
     if len(data) != size:
         raise MoeInspectError(
             f"{path} ends at byte {start + len(data):,} where it is parsed, before line {number:,} "
-            f"and those after it do: it was changed meanwhile, or a worker sees another file"
+            "and those after it do: it was changed meanwhile, or a worker sees another file"
         )
-    values = list[Any]()
+    values = []
     for n, line in enumerate(data.split(b"\n"), number):
         if not line or line.isspace():
             continue

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, windows_of
+from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts, window_of
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource
 from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.values import integer, integers
@@ -45,8 +45,21 @@ class RankCounts(layers.RankFile):
 
 
 def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSource]]) -> Imported:
-    files, empty = _read_all(context, found)
+    files: list[RankCounts] = []
+    empty: list[layers.EmptyFile] = []  # files without a line
+    for path, source in found:
+        folder = path.resolve().parent
+        folder = folder.parent if folder.name == "tokens_per_expert" else folder
+        run = ImportSource(source.path, source.domain or folder.name or "megatron")
+        if counts := _read(context, path, run):
+            files.append(counts)
+        else:
+            empty.append((path, run))
     where, n = str(files[0].path), files[0].held
+    if odd := next((f for f in files if f.held != n), None):
+        raise MoeInspectError(
+            f"{odd.path} counts {odd.held} experts, {where} {n}: are they of one run?"
+        )
     E, top_k = context.known_experts(where), context.known_top_k(where)
     if E % n:
         raise MoeInspectError(
@@ -59,10 +72,18 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
     spots = sorted({spot for f in files for spot in f.spots})
     routers = layers.routers_of(context, spots, E, top_k, where)
     domains = list(dict.fromkeys(str(f.source.domain) for f in files))
-    iterations = sorted({i for f in files for i in f.load})
-    window_of = dict(zip(iterations, windows_of(len(iterations)), strict=True))
-    load_WDLE = _summed(files, spots, domains, window_of, parallel)
-    _halve_recomputed(context, files, spots, load_WDLE)
+    windows = window_of(i for f in files for i in f.load)
+    load_WDLE = _summed(files, spots, domains, windows, parallel)
+    # under activation recomputation experts are called again for the backward, and every count is
+    # written twice; one pair may be equal by chance
+    once = {f.spot(spot) for f in files for spot in f.once}
+    twice = [r for r, spot in enumerate(spots) if spot not in once]
+    if sum(len(f.load) for f in files) * len(twice) > 1 and load_WDLE[:, :, twice].any():
+        load_WDLE[:, :, twice] //= 2
+        context.warn(
+            f"{where}: every count of {len(twice)} of {len(spots)} layers is there twice "
+            "(activations recomputed): each is counted once"
+        )
     decoder = [r for r, (block, _, _) in enumerate(spots) if block == "decoder"]
     total_WDL = load_WDLE[:, :, decoder].sum(3)
     if (total_WDL != total_WDL[:, :, :1]).any() or (total_WDL % top_k).any():
@@ -74,7 +95,7 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
     def batches() -> Iterator[CountedBatches]:
         for w, load_DLE in enumerate(load_WDLE):
             if load_DLE.any():
-                last = max(i for i in iterations if window_of[i] == w)
+                last = max(i for i, window in windows.items() if window == w)
                 yield batch_of_counts(
                     [load_DLE[:, r] for r in range(len(spots))], routers, domains, last
                 )
@@ -87,37 +108,17 @@ def tokens_per_expert(context: ImportContext, found: list[tuple[Path, ImportSour
     )
 
 
-def _read_all(
-    context: ImportContext, found: list[tuple[Path, ImportSource]]
-) -> tuple[list[RankCounts], list[layers.EmptyFile]]:
-    """Files with counts, all of the same number of experts, and files without a line."""
-    files: list[RankCounts] = []
-    empty: list[layers.EmptyFile] = []
-    for path, source in found:
-        run = ImportSource(source.path, source.domain or _run_name(path))
-        if counts := _read(context, path, run):
-            files.append(counts)
-        else:
-            empty.append((path, run))
-    n = files[0].held
-    if odd := next((f for f in files if f.held != n), None):
-        raise MoeInspectError(
-            f"{odd.path} counts {odd.held} experts, {files[0].path} {n}: are they of one run?"
-        )
-    return files, empty
-
-
 def _summed(
     files: list[RankCounts],
     spots: list[layers.Spot],
     domains: list[str],
-    window_of: dict[int, int],
+    windows: dict[int, int],
     parallel: int,
 ) -> np.ndarray:
     """int64 [W, D, L, E]: the counts of all ranks, each at the experts that its rank holds. The
     ranks of a pipeline stage make whole groups of `parallel` ones."""
     n, row = files[0].held, {spot: r for r, spot in enumerate(spots)}
-    shape = (max(window_of.values()) + 1, len(domains), len(spots), n * parallel)
+    shape = (max(windows.values()) + 1, len(domains), len(spots), n * parallel)
     load_WDLE = np.zeros(shape, np.int64)
     stages: dict[tuple[str, frozenset[layers.Spot]], list[RankCounts]] = {}
     for f in files:
@@ -132,30 +133,8 @@ def _summed(
             first, rows = number % parallel * n, [row[spot] for spot in f.spots]
             load_WLn = load_WDLE[:, domains.index(domain), :, first : first + n]
             for i, load_Sn in f.load.items():
-                load_WLn[window_of[i], rows] += load_Sn
+                load_WLn[windows[i], rows] += load_Sn
     return load_WDLE
-
-
-def _halve_recomputed(
-    context: ImportContext, files: list[RankCounts], spots: list[layers.Spot], load_WDLE: np.ndarray
-) -> None:
-    """Under activation recomputation experts are called again for the backward, and every count is
-    written twice."""
-    once = {f.spot(spot) for f in files for spot in f.once}
-    twice = [r for r, spot in enumerate(spots) if spot not in once]
-    # one pair may be equal by chance
-    if sum(len(f.load) for f in files) * len(twice) < 2 or not load_WDLE[:, :, twice].any():
-        return
-    load_WDLE[:, :, twice] //= 2
-    context.warn(
-        f"{files[0].path}: every count of {len(twice)} of {len(spots)} layers is there twice "
-        "(activations recomputed): each is counted once"
-    )
-
-
-def _run_name(path: Path) -> str:
-    folder = path.resolve().parent
-    return (folder.parent if folder.name == "tokens_per_expert" else folder).name or "megatron"
 
 
 def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCounts | None:
@@ -168,12 +147,10 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
     for where, fields in context.json_lines(path):
         if "tpe" not in fields:
             raise MoeInspectError(f"{where} has no tpe, as the lines of tokens_per_expert have")
-        if (block := fields.get("block")) not in ("decoder", "mtp"):
-            raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
-        iteration = integer(fields.get("iter"), f"{where}: iter")
-        layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
-        index = integer(fields.get("mtp_idx", 0), f"{where}: mtp_idx", 0, 2**15)
-        spot = (block, index if block == "mtp" else 0, layer)
+        iteration, spot = (
+            integer(fields.get("iter"), f"{where}: iter"),
+            layers.spot_of(fields, where),
+        )
         tpe_Mn = integers(fields["tpe"], f"{where}: tpe", (None, held), 0, MOST_COUNT)
         if not tpe_Mn.size or tpe_Mn.shape[1] > MOST_EXPERTS:
             raise MoeInspectError(
@@ -182,7 +159,7 @@ def _read(context: ImportContext, path: Path, source: ImportSource) -> RankCount
         held = tpe_Mn.shape[1]
         if spot in lines.setdefault(iteration, {}):
             raise MoeInspectError(
-                f"{where} repeats iteration {iteration} of layer {layer}: a run that began "
+                f"{where} repeats iteration {iteration} of layer {spot[2]}: a run that began "
                 "again? keep the lines of one"
             )
         lines[iteration][spot] = tpe_Mn.sum(0)

@@ -24,27 +24,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import pairwise, zip_longest
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import Numbering, batch_of_decisions, tokens_without_order
+from moe_inspect.importers.batches import Numbering
 from moe_inspect.importers.context import ImportContext, Imported, importer, named
+from moe_inspect.importers.megatron import layers
 from moe_inspect.importers.megatron.counts import tokens_per_expert
-from moe_inspect.importers.megatron.layers import (
-    EmptyFile,
-    RankFile,
-    Spot,
-    by_rank,
-    listed,
-    located,
-    routers_of,
-)
+from moe_inspect.importers.megatron.layers import RankFile, Spot
 from moe_inspect.importers.routed import checked_ids, repeats
-from moe_inspect.importers.values import integer, integers, parsed_object
+from moe_inspect.importers.values import Fields, integer, integers
 from moe_inspect.model.config import MOST_EXPERTS
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import RoutedBatch
@@ -66,8 +58,9 @@ def megatron(context: ImportContext) -> Imported:
     # of bytes that will be read again
     quiet = replace(context, read=lambda n: None, workers=None)
     found = context.files(r".*\.jsonl", ".jsonl of a router trace")
+    # of each file that is not empty
     counts = [
-        is_counts for path, _ in found if (is_counts := is_counts_file(quiet, path)) is not None
+        "tpe" in fields for path, _ in found for _, fields in islice(quiet.json_lines(path), 1)
     ]
     if any(counts):
         if not all(counts):
@@ -77,7 +70,7 @@ def megatron(context: ImportContext) -> Imported:
             )
         return tokens_per_expert(context, found)
     files: list[File] = []
-    empty: list[EmptyFile] = []  # files that a stage of dense layers writes
+    empty: list[layers.EmptyFile] = []  # files that a stage of dense layers writes
     for path, source in found:
         if calls := next(passes_of(quiet, path), None):
             call = next(iter(calls.values()))
@@ -86,7 +79,7 @@ def megatron(context: ImportContext) -> Imported:
             empty.append((path, source))
     if not files:
         raise MoeInspectError(f"{context.sources[0].path} holds no call of a router: {NO_CALL}")
-    files = located(context, files, empty, written_by_hook(quiet, files))
+    files = layers.located(context, files, empty, written_by_hook(quiet, files))
     columns = columns_of(files)
     where, call = columns[0][0].first.where, columns[0][0].first.fields
     stages, spots = len(columns[0]), sorted({spot for f in columns[0] for spot in f.spots})
@@ -98,7 +91,7 @@ def megatron(context: ImportContext) -> Imported:
         )
     top_k = integer(call.get("topk"), f"{where}: topk", 1, MOST_EXPERTS)
     experts = logits_shape(where, call)[1] if logits else context.known_experts(where)
-    routers = routers_of(context, spots, experts, top_k, where)
+    routers = layers.routers_of(context, spots, experts, top_k, where)
     notes = [
         "token ids, sequences and positions are not in the source",
         "a document is what one rank computed in one step",
@@ -109,9 +102,7 @@ def megatron(context: ImportContext) -> Imported:
             "the order of their ids"
         )
     if stages > 1:
-        pairs = ", ".join(
-            " + ".join(str(f.rank) for f in column) for column in columns[:3]
-        ) + ", …" * (len(columns) > 3)
+        pairs = layers.listed([" + ".join(str(f.rank) for f in column) for column in columns], 3)
         notes.append(
             f"{stages} pipeline stages: the i-th rank of a stage, by number, is taken to have "
             f"fed the i-th of the next ({pairs})"
@@ -124,62 +115,37 @@ def megatron(context: ImportContext) -> Imported:
     )
 
 
-def is_counts_file(context: ImportContext, path: Path) -> bool | None:
-    """Whether the file is of tokens_per_expert; None where it is empty."""
-    line = next(context.lines(path), None)
-    return None if line is None else "tpe" in parsed_object(line[1], f"{path} line {line[0]}")
-
-
 def _batches(
     context: ImportContext, columns: list[list[File]], routers: dict[Spot, Router], logits: bool
 ) -> Iterator[RoutedBatch]:
     numbers = Numbering()
     seen: dict[tuple[str | None, int], set[bytes]] = {}  # run and step → what its ranks did in it
-    left_out: Counter[str] = Counter()  # of passes left out
+    left_out: Counter[str] = Counter()  # why a pass is left out → how many are
     for column in columns:
         path, source = column[0].path, column[0].source
         domain = source.domain or re.sub(r"_?rank\d+$", "", named(path)) or named(path)
-        code = numbers.domain(domain)
         for calls in joined_passes(context, column, left_out):
             first = next(iter(calls.values()))
             step = first.fields["step"]
-            ids: list[np.ndarray] = []
-            values: list[np.ndarray] = []
-            digest = blake2b(digest_size=16)
+            ids, values = list[np.ndarray](), list[np.ndarray]()
             T = integer(first.fields.get("num_tokens"), f"{first.where}: num_tokens", 0, 2**26)
             for spot, router in routers.items():
                 call = calls[spot]
                 ids.append(checked(call, T, router, first))
-                digest.update(ids[-1].tobytes())
                 if logits:
                     values.append(logits_of(call.where, call.fields, T, router.experts))
             if T == 0:
                 continue
-            if digest.digest() in seen.setdefault((source.domain, step), set()) and T > 1:
-                left_out["alike"] += 1
+            made = blake2b(b"".join(ids_TK.tobytes() for ids_TK in ids), digest_size=16).digest()
+            if made in seen.setdefault((source.domain, step), set()) and T > 1:
+                left_out["were recorded by several ranks alike (tensor parallelism)"] += 1
                 continue
-            seen[source.domain, step].add(digest.digest())
-            document, documents = numbers.document(
-                domain, f"{path.name} step {step} rank {first.fields['rank']}", T
-            )
-            yield batch_of_decisions(
-                numbers,
-                tokens_without_order(numbers, T, document, code),
-                ids,
-                logits=values or None,
-                documents=documents,
-                batch=step,
-            )
-    if again := left_out["again"]:
-        context.warn(
-            f"{again:,} passes repeat one of the same rank and step (activations recomputed): "
-            "each is counted once"
-        )
-    if alike := left_out["alike"]:
-        context.warn(
-            f"{alike:,} passes were recorded by several ranks alike (tensor parallelism): each "
-            "is counted once"
-        )
+            seen[source.domain, step].add(made)
+            name = f"{path.name} step {step} rank {first.fields['rank']}"
+            numbers.document(domain, name, T)
+            yield numbers.decisions(ids, logits=values or None, batch=step)
+    for what, passes in sorted(left_out.items()):
+        context.warn(f"{passes:,} passes {what}: each is counted once")
 
 
 SURE = 20  # different decisions in ascending order: by chance once in a million
@@ -194,7 +160,7 @@ class Call:
     """A line: one call of a router. `where`: file and line."""
 
     where: str
-    fields: dict[str, Any]
+    fields: Fields
     ids_TK: np.ndarray
 
 
@@ -217,7 +183,7 @@ def written_by_hook(context: ImportContext, files: list[File]) -> bool:
     for file in files:
         for calls in passes_of(context, file.path):
             for spot, call in calls.items():
-                if call.ids_TK.shape[1] < 2 or not _ascend(call.ids_TK):
+                if call.ids_TK.shape[1] < 2 or (np.diff(call.ids_TK) <= 0).any():
                     return False
                 different |= {
                     (spot, ids_K.tobytes()) for ids_K in np.unique(call.ids_TK, axis=0)[:SURE]
@@ -225,10 +191,6 @@ def written_by_hook(context: ImportContext, files: list[File]) -> bool:
                 if len(different) >= SURE:
                     return True
     return False
-
-
-def _ascend(ids_TK: np.ndarray) -> bool:
-    return bool((ids_TK[:, 1:] > ids_TK[:, :-1]).all())
 
 
 def columns_of(files: list[File]) -> list[list[File]]:
@@ -251,7 +213,7 @@ def columns_of(files: list[File]) -> list[list[File]]:
         return [[file] for file in files]
     columns: list[list[File]] = []
     for run in dict.fromkeys(f.source.domain for f in files):
-        mine = by_rank(f for f in files if f.source.domain == run)
+        mine = layers.by_rank(f for f in files if f.source.domain == run)
         ranks = {
             spots: [f for f in mine if spots == set(f.spots)] for spots in sorted(stages, key=min)
         }
@@ -277,8 +239,8 @@ def columns_of(files: list[File]) -> list[list[File]]:
 
 
 def _listed(spots: Iterable[Spot]) -> str:
-    layers = [layer for _, _, layer in sorted(spots)]
-    return f"layer{'s' * (len(layers) > 1)} {listed(layers)} (from 0)"
+    numbers = [layer for _, _, layer in sorted(spots)]
+    return f"layer{'s' * (len(numbers) > 1)} {layers.listed(numbers)} (from 0)"
 
 
 def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
@@ -296,22 +258,15 @@ def passes_of(context: ImportContext, path: Path) -> Iterator[Pass]:
         yield calls
 
 
-def _call(where: str, fields: dict[str, Any]) -> tuple[tuple[int, int], Spot, Call]:
+def _call(where: str, fields: Fields) -> tuple[tuple[int, int], Spot, Call]:
     """Step and rank, the router, and its call, of a line."""
     if (stage := fields.get("stage", "pre_dispatch")) != "pre_dispatch":
         raise MoeInspectError(f"{where}: stage is {str(stage)[:40]!r}, only pre_dispatch is known")
-    if (block := fields.get("block", "decoder")) not in ("decoder", "mtp"):
-        raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
-    step = (
-        integer(fields.get("step"), f"{where}: step"),
-        integer(fields.get("rank"), f"{where}: rank"),
-    )
-    layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
-    index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
-    ids_TK = integers(
-        fields.pop("top_indices", None), f"{where}: top_indices", (None, None), -1, MOST_EXPERTS
-    )
-    return step, (block, index if block == "mtp" else 0, layer), Call(where, fields, ids_TK)
+    step, rank = (integer(fields.get(name), f"{where}: {name}") for name in ("step", "rank"))
+    spot = layers.spot_of({"block": "decoder"} | fields, where)
+    chosen, shape = fields.pop("top_indices", None), (None, None)
+    ids_TK = integers(chosen, f"{where}: top_indices", shape, -1, MOST_EXPERTS)
+    return (step, rank), spot, Call(where, fields, ids_TK)
 
 
 def _own(
@@ -337,7 +292,7 @@ def _own(
         if all(digests[spot] in done.get(spot, ()) for spot in calls) and (
             odd or len(first.ids_TK) > 1
         ):
-            left_out["again"] += 1
+            left_out["repeat one of the same rank and step (activations recomputed)"] += 1
             continue
         if odd:
             how = "has" if (spot := min(odd)) in calls else "lacks"
@@ -366,20 +321,19 @@ def joined_passes(
 ) -> Iterator[Pass]:
     """The calls of each pass at all stages, which must agree on its step and tokens."""
     for stages in zip_longest(*(_own(context, file, len(column) > 1, left_out) for file in column)):
-        heads = [next(iter(calls.values())) if calls else None for calls in stages]
-        said = [
-            f"step {h.fields['step']} with {h.fields.get('num_tokens')!r} tokens"
-            if h
-            else "no further pass"
-            for h in heads
-        ]
-        if other := next((i for i, words in enumerate(said) if words != said[0]), None):
-            places = [
-                h.where if h else str(file.path) for h, file in zip(heads, column, strict=True)
-            ]
+        said = list[tuple[str, object]]()  # of each stage, and where it says so
+        for calls, file in zip(stages, column, strict=True):
+            if calls:
+                head = next(iter(calls.values()))
+                tokens = f"{head.fields.get('num_tokens')!r} tokens"
+                said.append((f"step {head.fields['step']} with {tokens}", head.where))
+            else:
+                said.append(("no further pass", file.path))
+        words, place = said[0]
+        if other := next((one for one in said if one[0] != words), None):
             raise MoeInspectError(
-                f"{places[0]}: {said[0][:60]}, {places[other]}: {said[other][:60]}: are both "
-                "files whole, and of one run?"
+                f"{place}: {words[:60]}, {other[1]}: {other[0][:60]}: are both files whole, and of "
+                "one run?"
             )
         yield {spot: call for calls in stages for spot, call in calls.items()}
 
@@ -408,12 +362,12 @@ def checked(call: Call, T: int, router: Router, first: Call) -> np.ndarray:
     return checked_ids(ids_TK, router, where)
 
 
-def logits_shape(where: str, call: dict[str, Any]) -> tuple[int, int]:
+def logits_shape(where: str, call: Fields) -> tuple[int, int]:
     shape = integers(call.get("logit_shape"), f"{where}: logit_shape", (2,), 0, 2**26)
     return int(shape[0]), integer(int(shape[1]), f"{where}: logit_shape", 1, MOST_EXPERTS)
 
 
-def logits_of(where: str, call: dict[str, Any], T: int, E: int) -> np.ndarray:
+def logits_of(where: str, call: Fields, T: int, E: int) -> np.ndarray:
     """float16 [T, E], from the sidecar. What the line declares must fit the tokens and the file
     before anything is read."""
     if logits_shape(where, call) != (T, E):

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers.context import ImportContext, ImportSource
+from moe_inspect.importers.values import Fields, integer
 from moe_inspect.model.config import ModelFacts
 from moe_inspect.trace.schema import Router
 
@@ -49,6 +50,20 @@ class RankFile:
 AnyFile = TypeVar("AnyFile", bound=RankFile)
 
 
+def spot_of(fields: Fields, where: str) -> Spot:
+    """The router that a line is of."""
+    if (block := fields.get("block")) not in ("decoder", "mtp"):
+        raise MoeInspectError(f"{where}: block is {str(block)[:40]!r}, not decoder or mtp")
+    layer = integer(fields.get("layer"), f"{where}: layer", 0, 2**15)
+    index = integer(fields.get("mtp_idx") or 0, f"{where}: mtp_idx", 0, 2**15)
+    return block, index if block == "mtp" else 0, layer
+
+
+def _decoder(spots: Iterable[Spot]) -> list[int]:
+    """Their layers, each once, without those of multi-token prediction."""
+    return sorted({layer for block, _, layer in spots if block == "decoder"})
+
+
 def located(
     context: ImportContext,
     files: list[AnyFile],
@@ -61,9 +76,7 @@ def located(
     files = _with_offsets(context, files, empty, by_name, together)
     found, given = len({frozenset(f.spots) for f in files}), context.pipeline_stages
     if given is not None and (found > given or (found < given and not empty)):
-        layers = listed(
-            sorted({layer for f in files for block, _, layer in f.spots if block == "decoder"})
-        )
+        layers = listed(_decoder(spot for f in files for spot in f.spots))
         raise MoeInspectError(
             f"--pipeline-stages is {given}, by their layers ({layers} from 0) the files are of "
             f"{found}"
@@ -78,7 +91,7 @@ def _with_offsets(
     by_name: bool,
     together: int,
 ) -> list[AnyFile]:
-    numbers = sorted({layer for f in files for block, _, layer in f.numbered if block == "decoder"})
+    numbers = _decoder(spot for f in files for spot in f.numbered)
     stated = sorted(context.facts.experts) if context.facts else None
     path, stages = files[0].path, context.pipeline_stages or 1
     if numbers == stated:
@@ -91,20 +104,17 @@ def _with_offsets(
     if not by_name and min(layer for f in files for _, _, layer in f.numbered) > 0:
         if stated is None:
             context.warn(
-                f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 "
-                "or 1: assumed 1, as the inference engine "
-                "writes them; the training hook starts at 0. Give --model or --config to be sure"
+                f"{path} does not say whether its layer numbers ({listed(numbers)}) start at 0 or "
+                "1: assumed 1, as the inference engine writes them; the training hook starts at 0. "
+                "Give --model or --config to be sure"
             )
         return from_one
     if context.facts is not None:
         hint = (
-            "is it the config of this model?"
-            if context.pipeline_stages
-            else (
-                "for a run with pipeline parallelism give --pipeline-stages and the files of all "
-                "ranks"
-            )
+            "for a run with pipeline parallelism give --pipeline-stages and the files of all ranks"
         )
+        if context.pipeline_stages:
+            hint = "is it the config of this model?"
         raise MoeInspectError(
             f"{context.sources[0].path} has layers {listed(numbers)} (from 0), "
             f"{context.facts.id} has experts in {listed(stated or ())}: {hint}"
@@ -114,18 +124,12 @@ def _with_offsets(
             f"--pipeline-stages {stages}: which layers each stage has takes the model's config: "
             "give --model or --config"
         )
-    if (
-        context.pipeline_stages is None
-        and (
-            ranks := max(len(_ranks(files, empty, run)) for run in {f.source.domain for f in files})
-        )
-        > together
-    ):
+    ranks = max(len(_ranks(files, empty, run)) for run in {f.source.domain for f in files})
+    if context.pipeline_stages is None and ranks > together:
         raise MoeInspectError(
             f"{path} numbers layers from 0, as each pipeline stage does, and there are files of "
-            f"{ranks} ranks: "
-            "give --pipeline-stages (1 if the run had no pipeline parallelism; above that also "
-            "--model or --config)"
+            f"{ranks} ranks: give --pipeline-stages (1 if the run had no pipeline parallelism; "
+            "above that also --model or --config)"
         )
     if not by_name:
         context.warn(
@@ -137,13 +141,9 @@ def _with_offsets(
 
 def _ranks(files: Iterable[RankFile], empty: Iterable[EmptyFile], run: str | None) -> list[int]:
     """Of one run, also those without a record, as stages of dense layers are."""
-    named = (
-        re.search(r"rank(\d{1,9})\D*$", path.name) for path, source in empty if source.domain == run
-    )
-    return sorted(
-        {f.rank for f in files if f.source.domain == run}
-        | {int(found[1]) for found in named if found}
-    )
+    names = (path.name for path, source in empty if source.domain == run)
+    ranks = {int(found[1]) for name in names if (found := re.search(r"rank(\d{1,9})\D*$", name))}
+    return sorted(ranks | {f.rank for f in files if f.source.domain == run})
 
 
 def _joined(
@@ -170,25 +170,19 @@ def _joined(
         for group in groups:
             odd = next((f for f in group if set(f.numbered) != set(group[0].numbered)), None)
             if odd is not None or len(group) not in (0, each):
-                a, b = (group[0], odd) if odd else (group[0], None)
-                other = f"{b.path} {_of(b)}" if b else "another rank of that stage has none"
+                other = f"{odd.path} {_of(odd)}" if odd else "another rank of that stage has none"
                 raise MoeInspectError(
-                    f"{a.path} {_of(a)}, {other}: {each} consecutive ranks are assumed to be "
-                    f"one of {stages} pipeline stages; "
-                    "a run with --use-tp-pp-dp-mapping cannot be joined"
+                    f"{group[0].path} {_of(group[0])}, {other}: {each} consecutive ranks are "
+                    f"assumed to be one of {stages} pipeline stages; a run with "
+                    "--use-tp-pp-dp-mapping cannot be joined"
                 )
         if each > 1:
             context.warn(
-                f"{each} consecutive ranks are assumed to be one pipeline stage "
-                f"({ranks[0]}-{ranks[each - 1]} for the first), "
-                "which is wrong for a run with --use-tp-pp-dp-mapping"
+                f"{each} consecutive ranks are assumed to be one pipeline stage ({ranks[0]}-"
+                f"{ranks[each - 1]} for the first), which is wrong for a run with "
+                "--use-tp-pp-dp-mapping"
             )
-        layers = [
-            sorted(layer for block, _, layer in group[0].numbered if block == "decoder")
-            if group
-            else []
-            for group in groups
-        ]
+        layers = [_decoder(group[0].numbered) if group else [] for group in groups]
         for group, offset in zip(groups, _offsets(facts, layers, mine[0].path), strict=True):
             located += [replace(f, offset=offset) for f in group]
     return located
@@ -216,8 +210,8 @@ def _offsets(facts: ModelFacts, layers: list[list[int]], path: Path) -> list[int
         ):
             raise MoeInspectError(
                 f"{path}: layers {listed(own)} of pipeline stage {s} cannot be blocks "
-                f"{listed(blocks)}, which is what {facts.id} leaves "
-                "for it: is the config the model's, and the number of stages right?"
+                f"{listed(blocks)}, which is what {facts.id} leaves for it: is the config the "
+                "model's, and the number of stages right?"
             )
         offsets.append(offset)
         taken += len(own)
@@ -240,7 +234,7 @@ def routers_of(
     context: ImportContext, spots: Sequence[Spot], experts: int, top_k: int, where: str
 ) -> list[Router]:
     """A router for each of the sorted spots, which are block indices."""
-    layers = [layer for block, _, layer in spots if block == "decoder"]
+    layers = _decoder(spots)
     routers = context.routers_of(layers, experts, top_k, where) if layers else []
     if missing := sorted(set(context.facts.experts if context.facts else ()) - set(layers)):
         raise MoeInspectError(
@@ -255,10 +249,9 @@ def routers_of(
 
 
 def _of(file: RankFile) -> str:
-    layers = sorted(layer for block, _, layer in file.numbered if block == "decoder")
-    return f"has layers {listed(layers) or 'of mtp alone'}"
+    return f"has layers {listed(_decoder(file.numbered)) or 'of mtp alone'}"
 
 
-def listed(layers: Iterable[int]) -> str:
+def listed(layers: Iterable[object], most: int = 8) -> str:
     every = [str(layer) for layer in layers]
-    return ", ".join(every[:8]) + ", …" * (len(every) > 8)
+    return ", ".join(every[:most]) + ", …" * (len(every) > most)

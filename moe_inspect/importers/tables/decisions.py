@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import NO_ID, Numbering, Tokens, batch_of_decisions
+from moe_inspect.importers.batches import NO_ID, Numbering
 from moe_inspect.importers.context import ImportContext, Imported, named
 from moe_inspect.importers.routed import checked_ids
 from moe_inspect.importers.tables.presets import Preset
@@ -88,11 +88,12 @@ class Spool:
             self.dtype = np.dtype([(name, "<i4") for name in numbers] + lists)
         rows = np.zeros(len(chunk), self.dtype)
         rows["layer"], rows["document"] = layer_N, self._documents(chunk, group)
-        rows["position"] = (
-            chunk.numbers("position", 0, MOST_NUMBER)
-            if "position" in chunk
-            else self._row_numbers(rows["document"] * np.int64(MOST_LAYERS) + layer_N)
-        )
+        if "position" in chunk:
+            rows["position"] = chunk.numbers("position", 0, MOST_NUMBER)
+        else:  # how many rows of the same document and layer there are before each
+            of = pd.Series(rows["document"] * np.int64(MOST_LAYERS) + layer_N)
+            rows["position"] = of.groupby(of).cumcount() + of.map(self._seen)
+            self._seen.update(of.tolist())
         if "slot" in chunk:
             rows["slot"] = chunk.numbers("slot", 0, (top_k or MOST_EXPERTS) - 1)
         if "dropped" in chunk:
@@ -102,7 +103,11 @@ class Spool:
                 self.notes.append(f"{chunk.path.name}: {plural(n, 'choice')} dropped")
         rows["ids"], rows["token_id"] = ids_NK, self._token_ids(chunk)
         if "phase" in chunk:
-            rows["decoded"] = _decoded(chunk)
+            said = [(text or "").strip().lower() for text in chunk.texts("phase")]
+            if odd := next((n for n, text in enumerate(said, 1) if text not in PHASES), None):
+                what = f"is {said[odd - 1][:40]!r}, not prefill or decode"
+                raise chunk.error(odd - 1, "phase", what)
+            rows["decoded"] = [PHASES[text] for text in said]
         weights = np.full(ids_NK.shape, np.nan)
         if f"weight{end}" in chunk:
             self.has_weights = True
@@ -121,7 +126,7 @@ class Spool:
             if name in chunk.said:
                 found.add(int(chunk.said[name]))
             elif name in chunk and (name == "top_k" or "expert" in chunk):
-                found |= {*np.unique(chunk.numbers(name, 1, MOST_EXPERTS)).tolist()}
+                found.update(np.unique(chunk.numbers(name, 1, MOST_EXPERTS)).tolist())
         if "per_expert" in chunk:
             first = chunk.table["per_expert"][0].as_py()
             self.stated["experts"].add(len(first) if isinstance(first, list) else 0)
@@ -129,8 +134,10 @@ class Spool:
             raise MoeInspectError(f"{chunk.path} is of {self.stated}: of one model?")
 
     def _documents(self, chunk: TableChunk, group: Path) -> np.ndarray:
-        names = chunk.texts("document") if "document" in chunk else [""] * len(chunk)
-        domains = chunk.texts("domain") if "domain" in chunk else [None] * len(chunk)
+        names, domains = (
+            chunk.texts(name) if name in chunk else [None] * len(chunk)
+            for name in ("document", "domain")
+        )
         default = chunk.said.get("domain") or named(group)
         numbers: list[int] = []
         for name, domain in zip(names, domains, strict=True):
@@ -138,13 +145,6 @@ class Spool:
             if numbers[-1] == len(self.domains):
                 self.domains.append(chunk.source.domain or domain or default)
         return np.array(numbers)
-
-    def _row_numbers(self, of_N: np.ndarray) -> np.ndarray:
-        """How many rows of the same document and layer there are before each."""
-        of = pd.Series(of_N)
-        number_N = of.groupby(of_N).cumcount() + of.map(self._seen)
-        self._seen.update(of_N.tolist())
-        return number_N.to_numpy()
 
     def _token_ids(self, chunk: TableChunk) -> np.ndarray | int:
         texts = [t or "" for t in chunk.texts("token_text")] if "token_text" in chunk else []
@@ -174,26 +174,14 @@ class Spool:
         )
 
     def order(self) -> np.ndarray:
-        """The place of each document: by groups as they came, in one by number, else as they
-        came."""
-        groups = [*self.layers]
+        """The documents by groups as they came, in one by number, else as they came."""
+        at = {group: n for n, group in enumerate(self.layers)}
 
         def place(item: tuple[tuple[Path, str], int]) -> tuple[int, int, int]:
             (group, name), n = item
-            is_number = name.isdecimal() and len(name) < 19
-            return groups.index(group), int(name) if is_number else 2**63, n
+            return at[group], int(name) if name.isdecimal() and len(name) < 19 else 2**63, n
 
-        rank_D = np.empty(len(self.documents), np.int64)
-        rank_D[[n for _, n in sorted(self.documents.items(), key=place)]] = np.arange(len(rank_D))
-        return rank_D
-
-
-def _decoded(chunk: TableChunk) -> np.ndarray:
-    said = [(text or "").strip().lower() for text in chunk.texts("phase")]
-    odd = next((n for n, text in enumerate(said) if text not in PHASES), None)
-    if odd is not None:
-        raise chunk.error(odd, "phase", f"is {said[odd][:40]!r}, not prefill or decode")
-    return np.array([PHASES[text] for text in said])
+        return np.array([n for _, n in sorted(self.documents.items(), key=place)])
 
 
 def decisions(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]) -> Imported:
@@ -232,17 +220,15 @@ class Placed:
     written does not stay in memory. An id is 0 where there is no row, 1 where it is −1."""
 
     def __init__(self, spool: Spool, where: Path, routers: list[Router]):
-        rank_D = spool.order()
-        document_D = np.argsort(rank_D)
-        names = [*spool.documents]
+        document_D, names = spool.order(), [*spool.documents]
+        rank_D = np.argsort(document_D)
         self.documents = [(names[d], spool.domains[d]) for d in document_D]
         self.routers, self.by_slot = routers, spool.by_slot
         self.key_T = np.zeros(0, np.int64)
         for rows in spool.pieces:
             self.key_T = np.union1d(self.key_T, _key(rows, rank_D))
         L, T, K = shape = len(routers), len(self.key_T), routers[0].top_k
-        stated = spool.rows * spool.dtype["ids"].shape[0]
-        if 2 * stated + MOST_EMPTY < L * T * K:
+        if 2 * spool.rows * spool.dtype["ids"].shape[0] + MOST_EMPTY < L * T * K:
             raise MoeInspectError(
                 f"{where}: {spool.rows:,} rows of {T:,} tokens × {L} layers × {K} slots: most are "
                 "missing"
@@ -261,8 +247,7 @@ class Placed:
                 differs = (before_N != UNSTATED) & (before_N != rows[name])
                 if (differs | (value_T[token_N] != rows[name])).any():
                     raise MoeInspectError(f"{where}: rows of one token with different {name}")
-        found = sum(int(np.count_nonzero(self.ids()[n].any(1))) for n in range(L))
-        if missing := L * T - found:
+        if missing := L * T - sum(int(self.ids()[n].any(1).sum()) for n in range(L)):
             without = f"{where.name}: {plural(missing, 'decision')} without rows: "
             if where.is_dir():
                 raise MoeInspectError(f"{without}the files of its layers have other rows")
@@ -272,12 +257,13 @@ class Placed:
 
     def _put(self, rows: np.ndarray, decision_N: np.ndarray) -> None:
         """Puts rows in their decisions, of which no two are the same."""
-        K = self.shape[2]
-        cell_N = decision_N * K + rows["slot"] if self.by_slot else decision_N
-        ids = self.ids().reshape((-1,) if self.by_slot else (-1, K))
+        K, cell_N, lists = self.shape[2], decision_N, slice(None)
+        if self.by_slot:
+            K, cell_N, lists = 1, decision_N * K + rows["slot"], slice(1)
+        ids_CK = self.ids().reshape(-1, K)
         order = np.argsort(cell_N, kind="stable")
         again = np.diff(cell_N[order], prepend=-1) == 0
-        again |= ids[cell_N[order]].reshape(len(rows), -1).any(1)
+        again |= ids_CK[cell_N[order]].any(1)
         if again.any():
             t = int(decision_N[order[again.argmax()]]) % len(self.key_T)
             (_, name), _ = self.documents[self.key_T[t] >> 32]
@@ -285,10 +271,9 @@ class Placed:
                 f"position {self.key_T[t] & MOST_NUMBER} of {name or 'the document'} has two rows "
                 "of one layer" + " and slot" * self.by_slot
             )
-        ids[cell_N] = (rows["ids"][:, 0] if self.by_slot else rows["ids"]) + 2
+        ids_CK[cell_N] = rows["ids"][:, lists] + 2
         if self.weighted:
-            weights = rows["weights"]
-            self.weights().reshape(ids.shape)[cell_N] = weights[:, 0] if self.by_slot else weights
+            self.weights().reshape(-1, K)[cell_N] = rows["weights"][:, lists]
 
     def batches(self) -> Iterator[RoutedBatch]:
         """Of one document and phase, in the order of positions; a gap begins a new sequence."""
@@ -299,34 +284,25 @@ class Placed:
         sequence_T = gap_T.cumsum() - 1 + numbers.sequence(int(gap_T.sum()))
         decoded_T, token_id_T = self.of_token["decoded"], self.of_token["token_id"]
         starts = np.flatnonzero(new_T | (np.diff(decoded_T, prepend=0) != 0))
-        number = -1
         for start, end in pairwise([*starts.tolist(), T]):
             (group, _), domain = self.documents[document_T[start]]
-            documents = []
             if new_T[start]:
                 tokens = int(np.searchsorted(document_T, document_T[start], "right")) - start
-                number, documents = numbers.document(domain, str(group), tokens)
+                numbers.document(domain, str(group), tokens)
             for first in range(start, end, BATCH_TOKENS):
                 part = slice(first, min(first + BATCH_TOKENS, end))
                 ids_LTK = self.ids()[:, part].astype(np.int64) - 2
-                yield batch_of_decisions(
-                    numbers,
-                    Tokens(
-                        number,
-                        numbers.domain(domain),
-                        sequence_T[part],
-                        position_T[part],
-                        token_id_T[part],
-                    ),
+                yield numbers.decisions(
                     [
                         checked_ids(np.maximum(ids_TK, -1), r, f"{group}, layer {r.layer}")
                         for ids_TK, r in zip(ids_LTK, self.routers, strict=True)
                     ],
+                    position=position_T[part],
+                    sequence=sequence_T[part],
+                    token_id=token_id_T[part],
                     weights=[*np.array(self.weights()[:, part])] if self.weighted else None,
-                    documents=documents,
                     phase="decode" if decoded_T[start] else "prefill",
                 )
-                documents = []
 
 
 def _key(rows: np.ndarray, rank_D: np.ndarray) -> np.ndarray:

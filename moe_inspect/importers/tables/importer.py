@@ -33,6 +33,7 @@ MOST_LAYER = 2**16 - 1
 ROW = {"layer", "expert"}
 CSV = (".csv", ".tsv")
 SUMS = ("count", "first_choice", "weight_sum", "energy")
+Columns = dict[str, np.ndarray | list[str]]
 KEYS = ("layer", "router", "domain", "expert", "experts", "top_k")  # the last two: 0 if not said
 
 
@@ -61,14 +62,14 @@ def _columns_of(file: str, head: bytes) -> set[str]:
     if file.endswith(CSV):
         header = text.partition("\n")[0]
         return {column.strip(' "\r') for column in re.split("[,\t]", header)}
-    if not file.endswith((".json", ".jsonl")):
-        return set()
-    try:
-        first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
-        return set(first) if isinstance(first, dict) else set()
-    except (ValueError, RecursionError):  # an object of columns that goes on behind the head
-        found = re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text)
-        return set(found) if text.startswith("{") else set()
+    first = None
+    if file.endswith((".json", ".jsonl")):
+        try:
+            first, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
+        except (ValueError, RecursionError):  # an object of columns that goes on behind the head
+            if text.startswith("{"):
+                return set(re.findall(r'(?<!\\)"(\w+)"\s*:\s*\[\s*\d', text))
+    return set(first) if isinstance(first, dict) else set()
 
 
 def run(context: ImportContext, name: str) -> Imported:
@@ -90,8 +91,8 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     total, every, some, by_document = None, set(SUMS), set[str](), False
     for chunk in chunks:
         columns = _columns(chunk, preset)
-        every &= set(columns)
-        some |= set(columns)
+        every &= columns.keys()
+        some |= columns.keys()
         by_document |= "document" in chunk
         total = _added(total, columns, chunk)
     assert total is not None
@@ -106,33 +107,32 @@ def _counts(context: ImportContext, preset: Preset, chunks: Iterator[TableChunk]
     if unused and len(unused) < len(of_layer):
         frame = frame[~frame["layer"].isin(unused)].copy()
         if context.facts is None:
-            note = f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
-            context.warn(f"{where}: {note}")
-            notes.append(note)
+            notes.append(
+                f"layers {ranges(unused)} hold no assignments: dense layers, or not recorded"
+            )
+            context.warn(f"{where}: {notes[-1]}")
     domains = sorted(frame["domain"].unique())
     frame["domain"] = pd.Categorical(frame["domain"], domains).codes
     parts = [part for _, part in frame.groupby(["layer", "router"])]
-    routers = [
-        _router(context, preset, part, frame if preset.omits_unused else part, where)
-        for part in parts
-    ]
+    listings = [frame] * len(parts) if preset.omits_unused else parts
+    routers = [_router(context, preset, *of, where) for of in zip(parts, listings, strict=True)]
     if sum(r.experts for r in routers) * len(domains) > MOST_CELLS:
         raise MoeInspectError(
             f"{where}: {len(routers):,} routers × {len(domains):,} domains × experts is over "
             f"{MOST_CELLS:,}: import it in parts"
         )
 
-    def dense(name: str) -> list[np.ndarray]:
-        made: list[np.ndarray] = []
-        for router, part in zip(routers, parts, strict=True):
-            sums_DE = np.zeros((len(domains), router.experts), part[name].dtype)
+    def dense(name: str) -> list[np.ndarray] | None:
+        if name not in every:
+            return None
+        made = [np.zeros((len(domains), r.experts), frame[name].dtype) for r in routers]
+        for sums_DE, part in zip(made, parts, strict=True):
             np.add.at(sums_DE, (part["domain"].to_numpy(), part["expert"].to_numpy()), part[name])
-            made.append(sums_DE)
         return made
 
     def batches() -> Iterator[CountedBatches]:
-        first_choice, weight_sum, energy = (dense(n) if n in every else None for n in SUMS[1:])
-        yield batch_of_counts(dense("count"), routers, domains, 0, first_choice, weight_sum, energy)
+        count, first_choice, weight_sum, energy = map(dense, SUMS)
+        yield batch_of_counts(count or [], routers, domains, 0, first_choice, weight_sum, energy)
 
     return Imported(
         [stated(router, known="first_choice" in every) for router in routers],
@@ -161,41 +161,35 @@ def _router(
     experts, most = said("experts") or preset.experts, int(listing["expert"].max()) + 1
     if not experts and (listing.groupby(["layer", "domain"])["expert"].nunique() == most).any():
         experts = most
-    if not experts:
-        which = "no layer lists every expert, and it"
-        if listing is part:
-            which = f"layer {layer} does not list every expert and"
-        experts = context.known_experts(f"{where}: {which}")
+    one = f"layer {layer} does not list every expert and"
+    which = one if listing is part else "no layer lists every expert, and it"
+    experts = experts or context.known_experts(f"{where}: {which}")
     if (largest := int(part["expert"].max())) >= experts:
         raise MoeInspectError(f"{where}: layer {layer} has expert {largest} of {experts}")
     top_k = said("top_k") or min(preset.top_k, experts) or context.known_top_k(where)
     return context.routers_of([layer], experts, top_k, where)[0]
 
 
-def _columns(chunk: TableChunk, preset: Preset) -> dict[str, np.ndarray | list[str]]:
+def _columns(chunk: TableChunk, preset: Preset) -> Columns:
     """KEYS and SUMS, as far as the rows have them."""
-    N = len(chunk)
-    if missing := [name for name in ("layer", "expert") if name not in chunk]:
-        raise chunk.lacks(missing[0])
+    for name in ("layer", "expert"):
+        if name not in chunk:
+            raise chunk.lacks(name)
     layer_N = chunk.numbers("layer", 0, MOST_LAYER if not preset.layers else len(preset.layers) - 1)
     layer_N = np.array(preset.layers)[layer_N] if preset.layers else layer_N
-    label = chunk.source.domain or chunk.said.get("domain")
-    domains = [storable(label or named(chunk.path))] * N
+    label = storable(chunk.source.domain or chunk.said.get("domain") or named(chunk.path))
+    domains = [label] * len(chunk)
     if "domain" in chunk:
-        of_rows = [text or "" for text in chunk.texts("domain")]
-        domains = (
-            [f"{domains[0]}/{text}" for text in of_rows] if "domain" in chunk.said else of_rows
-        )
-    made: dict[str, np.ndarray | list[str]] = {
+        within = f"{label}/" if "domain" in chunk.said else ""
+        domains = [f"{within}{text or ''}" for text in chunk.texts("domain")]
+    made: Columns = {
         "layer": layer_N,
         "router": chunk.numbers("router", 0, MOST_LAYER) if "router" in chunk else layer_N,
         "domain": domains,
         "expert": chunk.numbers("expert", 0, MOST_EXPERTS - 1),
     }
     for name in ("experts", "top_k"):
-        made[name] = (
-            chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else np.zeros(N, np.int64)
-        )
+        made[name] = chunk.numbers(name, 0, MOST_EXPERTS) if name in chunk else 0 * layer_N
     count_N = made["count"] = _count(chunk, preset)
     if "first_choice" in chunk:
         first_N = chunk.numbers("first_choice", 0, MOST_COUNT)
@@ -229,9 +223,7 @@ def _count(chunk: TableChunk, preset: Preset) -> np.ndarray:
     return np.ones(len(chunk), np.int64)
 
 
-def _added(
-    total: pa.Table | None, columns: dict[str, np.ndarray | list[str]], chunk: TableChunk
-) -> pa.Table:
+def _added(total: pa.Table | None, columns: Columns, chunk: TableChunk) -> pa.Table:
     """The sums by KEYS, with those of more rows, which are added in their order."""
     zeros = {name: np.zeros(len(chunk), np.int64 if name in SUMS[:2] else float) for name in SUMS}
     rows = pa.table(zeros | columns).select([*KEYS, *SUMS])

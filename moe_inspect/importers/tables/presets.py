@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
+from moe_inspect.importers.values import Fields, Json
 from moe_inspect.text import first_line, no_such
 
 ALIASES = {"assignments": "count", "gate_sum": "weight_sum"}
@@ -22,9 +22,9 @@ PLACES |= dict.fromkeys(("experts", "top_k"), r"\d{1,6}")
 PLACE = re.compile(r"\{(\w+)(?::([^{}]*))?\}|\*")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Fields:
     try:
-        written: Any = yaml.load(read_small(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        written = yaml.load(read_small(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from None
     if not isinstance(written, dict):
@@ -93,16 +93,19 @@ class Preset:
             if not {name, f"{name}s"} & stated:
                 raise MoeInspectError(f"--map does not say where the {name} is")
 
-    def names(self) -> Iterator[re.Pattern[str]]:
-        """Patterns of a path's end, each also compressed."""
-        for one in self.file.split("|"):
-            yield re.compile(rf"(?:.*/)?{pattern(one, '[^/]').pattern}(?:\.gz|\.zst)?", re.DOTALL)
+    @property
+    def constants(self) -> dict[str, str]:
+        """Column → the text that it is in every row."""
+        return {n: p[1:-1] for n, p in self.map.items() if p[0] in "'\"" and p[-1] == p[0]}
 
     def said_by(self, path: Path) -> dict[str, str] | None:
-        """What a file's name says; None where it is none of this form."""
+        """What a file's name says, also compressed; None where it is none of this form."""
         text = path.absolute().as_posix()
-        found = next((match for name in self.names() if (match := name.fullmatch(text))), None)
-        return None if found is None else found.groupdict()
+        for one in self.file.split("|"):
+            name = rf"(?:.*/)?{pattern(one, '[^/]').pattern}(?:\.gz|\.zst)?"
+            if found := re.fullmatch(name, text, re.DOTALL):
+                return found.groupdict()
+        return None
 
 
 def pattern(text: str, any: str = ".", named: bool = True) -> re.Pattern[str]:
@@ -135,30 +138,27 @@ def parse_map(text: str) -> Preset:
 
 
 def _from_yaml(path: Path) -> Preset:
-    written, like = _read(path), Preset()
-    if not isinstance(written.get("map"), dict):
+    written, like = _read(path), vars(Preset())
+    if not isinstance(places := written.get("map"), dict):
         raise MoeInspectError(f"{path} has no map, of columns → where they are")
     for name, value in written.items():
-        if name not in vars(like):
-            raise MoeInspectError(f"{path}: {no_such('field', name, vars(like))}")
+        if name not in like:
+            raise MoeInspectError(f"{path}: {no_such('field', name, like)}")
         written[name] = tuple(value) if isinstance(value, list) else value
-        if type(written[name]) is not (kind := type(vars(like)[name])):
+        if type(written[name]) is not (kind := type(like[name])):
             raise MoeInspectError(f"{path}: {name} is {str(value)[:40]!r}, not of {kind.__name__}")
-    written["map"] = {
-        ALIASES.get(str(name), str(name)): str(place) for name, place in written["map"].items()
-    }
+    written["map"] = {ALIASES.get(str(n), str(n)): str(place) for n, place in places.items()}
     return Preset(**written)
 
 
 PRESETS = {name: Preset(**fields) for name, fields in KNOWN.items()}
 
 ANCHORS = ("count", "share", "experts", "expert")
-Row = dict[str, Any]
 # what keys said, the objects on the way, the value
-Found = tuple[dict[str, str], tuple[Any, ...], Any]
+Found = tuple[dict[str, str], tuple[Json, ...], Json]
 
 
-def mapped_rows(of: dict[str, str], where: str, value: Any) -> list[Row]:
+def mapped_rows(of: dict[str, str], where: str, value: Json) -> list[Fields]:
     """The rows of a JSON value, by our columns. MoeInspectError where the map leads to nothing.
 
     The path to the counts (else to the share, the experts, or expert) is keys joined by dots. Lists
@@ -182,7 +182,7 @@ def mapped_rows(of: dict[str, str], where: str, value: Any) -> list[Row]:
     raise MoeInspectError(f"{where} has nothing at {paths[-1]}")
 
 
-def _rows(of: dict[str, str], where: str, value: Any, anchor: str, path: str) -> Iterator[Row]:
+def _rows(of: dict[str, str], where: str, value: Json, anchor: str, path: str) -> Iterator[Fields]:
     others = {name: place for name, place in of.items() if name != anchor and place[0] not in "'\""}
     at_path = {
         name: {tuple(found.items()): one for found, _, one in _walk(value, _steps(place), where)}
@@ -190,7 +190,7 @@ def _rows(of: dict[str, str], where: str, value: Any, anchor: str, path: str) ->
         if "." in place
     }
     for found, passed, one in _walk(value, _steps(path), where):
-        row: Row = {anchor: one, **found}
+        row: Fields = {anchor: one, **found}
         for name, place in others.items():
             if name in at_path:
                 groups = (match[1] for match in PLACE.finditer(place) if match[1])
@@ -207,11 +207,11 @@ def _steps(path: str) -> list[str | re.Pattern[str]]:
 
 
 def _walk(
-    value: Any,
+    value: Json,
     steps: list[str | re.Pattern[str]],
     where: str,
     found: dict[str, str] | None = None,
-    passed: tuple[Any, ...] = (),
+    passed: tuple[Json, ...] = (),
 ) -> Iterator[Found]:
     found = found or {}
     if value is None:
@@ -238,7 +238,7 @@ def _walk(
                 yield from _walk(inner, rest, where, {**found, **match.groupdict()}, beside)
 
 
-def _field(place: str, found: dict[str, str], passed: tuple[Any, ...], where: str) -> Any:
+def _field(place: str, found: dict[str, str], passed: tuple[Json, ...], where: str) -> Json:
     name = place.removesuffix("?")
     if "{" in name:
         name = PLACE.sub(lambda match: found.get(match[1] or "", match[0]), name)

@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ import pyarrow.parquet as pq
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import next_line
 from moe_inspect.importers.context import CODECS, ImportContext, ImportSource
-from moe_inspect.importers.tables.presets import OWN, Preset, Row, mapped_rows, pattern
+from moe_inspect.importers.tables.presets import OWN, Preset, mapped_rows, pattern
+from moe_inspect.importers.values import Fields, Json
 from moe_inspect.text import first_line
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: type checkers see few
 ROWS = 2**16  # of a chunk
 MOST_PREAMBLE = 2**20  # of a line of comments before a table
+Column = Any  # pa.Array or pa.ChunkedArray, whose methods pyarrow's types do not know
+Rows = list[Fields]
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 BAD = (pa.ArrowException, UnicodeError, OverflowError, TypeError)  # of values no column holds
 
@@ -64,13 +67,7 @@ class TableChunk:
         return MoeInspectError(f"{self.path} has no column {name}: it has {listed(self.names)}")
 
     def numbers(
-        self,
-        name: str,
-        low: float,
-        high: float,
-        empty: float | None = None,
-        *,
-        real: bool = False,
+        self, name: str, low: float, high: float, empty: float | None = None, *, real: bool = False
     ) -> np.ndarray:
         """int64 or float64 [N] from `low` to `high`. empty: what no value is, where that may be."""
         column = self._cast(name, self.table[name], pa.float64() if real else pa.int64())
@@ -115,7 +112,7 @@ class TableChunk:
             raise self.error(row, name, f"is {values[wrong][0]}, not of {low} to {high:,}")
         return values
 
-    def _cast(self, name: str, column: Any, kind: pa.DataType, each: int = 1) -> Any:
+    def _cast(self, name: str, column: Column, kind: pa.DataType, each: int = 1) -> Column:
         """each: values of a row."""
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -152,7 +149,7 @@ def chunks_of(context: ImportContext, preset: Preset) -> Iterator[TableChunk]:
         with uncompressed(path) as file:
             head, skipped = _head(file, preset)
             said, first = of_name | head, 0
-            beside = _constants(preset) | {n: t for n, t in said.items() if n != "domain"}
+            beside = preset.constants | {n: t for n, t in said.items() if n != "domain"}
             for table, names in _tables(context, file, path, preset, skipped):
                 for name in table.column_names:  # what may be missing, and has no value
                     optional = preset.map.get(name, "").endswith("?")
@@ -188,10 +185,6 @@ def uncompressed(path: Path) -> Iterator[Path]:
             raise MoeInspectError(str(error).replace(str(copy), str(path))) from None
 
 
-def _constants(preset: Preset) -> dict[str, str]:
-    return {n: p[1:-1] for n, p in preset.map.items() if p[0] in "'\"" and p[-1] == p[0]}
-
-
 def _head(path: Path, preset: Preset) -> tuple[dict[str, str], int]:
     """What lines of comments before a table say, and how many there are."""
     said: dict[str, str] = {}
@@ -214,16 +207,16 @@ def _tables(
         if kind == ".parquet":
             with open(file, "rb") as opened, pq.ParquetFile(opened) as parquet:
                 names = parquet.schema_arrow.names
-                places = _located(names, preset, path)
-                wanted = [*dict.fromkeys(chain.from_iterable(places.values()))]
+                places, wanted = _located(names, preset, path)
                 for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
                     yield _renamed(pa.table(batch), places), names
         elif kind in (".json", ".jsonl"):
             own = preset.map is OWN
-            for rows in _row_lists(_json(context, file, None if own else preset.map)):
-                table = _of_rows(rows)
-                names: list[str] = table.column_names
-                yield (_renamed(table, _located(names, preset, path)) if own else table), names
+            every = chain.from_iterable(_json(context, file, None if own else preset.map))
+            while rows := list(islice(every, ROWS)):
+                names = [*dict.fromkeys(name for row in rows for name in row)]
+                table = pa.table({name: _array([row.get(name) for row in rows]) for name in names})
+                yield (_renamed(table, _located(names, preset, path)[0]) if own else table), names
         else:
             yield from _csv(file, path, preset, "\t" if kind == ".tsv" else ",", skipped)
     except BAD as error:
@@ -241,8 +234,7 @@ def _csv(
     # and abort the process
     with pa.OSFile(os.fsencode(file)) as opened:
         names = pyarrow.csv.open_csv(opened, read, parse).schema.names
-    places = _located(names, preset, path)
-    wanted = [*dict.fromkeys(chain.from_iterable(places.values()))]
+    places, wanted = _located(names, preset, path)
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted
     )
@@ -254,23 +246,24 @@ def _csv(
             yield _renamed(pa.table(batch), places), names
 
 
-def _located(names: list[str], preset: Preset, path: Path) -> dict[str, list[str]]:
-    """Our column → the table's, several where it is a pattern of columns."""
+def _located(
+    names: list[str], preset: Preset, path: Path
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Our column → the table's, several where it is a pattern of columns; and all of those."""
     found: dict[str, list[str]] = {}
     for name, place in preset.map.items():
-        if name in _constants(preset):
+        if name in preset.constants:
             continue
         for one in place.removesuffix("?").split("|"):
             if match := [one] * names.count(one) or fnmatch.filter(names, one):
-                is_pattern = one not in names
-                found[name] = sorted(match, key=_number) if is_pattern else match
+                found[name] = match if one in names else sorted(match, key=_number)
                 if len({*match}) != len(match):
                     raise MoeInspectError(f"{path} has several columns {one}")
                 break
         else:
             if not place.endswith("?"):
                 raise MoeInspectError(f"{path} has no column {place}: it has {listed(names)}")
-    return found
+    return found, [*dict.fromkeys(chain.from_iterable(found.values()))]
 
 
 def listed(names: list[str]) -> str:
@@ -283,27 +276,20 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def _renamed(table: pa.Table, places: dict[str, list[str]]) -> pa.Table:
-    made: dict[str, Any] = {}
+    made: dict[str, pa.ChunkedArray] = {}
     for name, theirs in places.items():
+        made[name] = table[theirs[0]]
         if name in ("experts", "weights") and (len(theirs) > 1 or theirs[0][-1:].isdigit()):
             nothing = "-1" if name == "experts" else "0"
-            made[name] = pc.binary_join_element_wise(
-                *(
-                    pc.replace_substring_regex(
-                        table[one].cast(pa.string()).fill_null(""), r"^\s*$", nothing
-                    )
-                    for one in theirs
-                ),
-                ",",
-            )
-        else:
-            made[name] = table[theirs[0]]
+            texts = (table[one].cast(pa.string()).fill_null("") for one in theirs)
+            stated = (pc.replace_substring_regex(text, r"^\s*$", nothing) for text in texts)
+            made[name] = pc.binary_join_element_wise(*stated, ",")
     renamed = pa.table(made)
     renamed.validate(full=True)
     return renamed
 
 
-def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> Iterator[list[Row]]:
+def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> Iterator[Rows]:
     """The rows of each line, or of the whole."""
     if path.suffix == ".jsonl" or _has_lines(path):
         yield from context.prepared(path, partial(_of_line, by_map))
@@ -326,7 +312,7 @@ def _json(context: ImportContext, path: Path, by_map: dict[str, str] | None) -> 
         )
 
 
-def _of_line(by_map: dict[str, str] | None, where: str, fields: Row) -> list[Row]:
+def _of_line(by_map: dict[str, str] | None, where: str, fields: Fields) -> Rows:
     return [fields] if by_map is None else mapped_rows(by_map, where, fields)
 
 
@@ -342,24 +328,7 @@ def _has_lines(path: Path) -> bool:
         return False
 
 
-def _row_lists(parts: Iterable[list[Row]]) -> Iterator[list[Row]]:
-    """About ROWS rows at a time."""
-    waiting: list[Row] = []
-    for part in parts:
-        waiting += part
-        while len(waiting) >= ROWS:
-            yield waiting[:ROWS]
-            del waiting[:ROWS]
-    if waiting:
-        yield waiting
-
-
-def _of_rows(rows: list[Row]) -> pa.Table:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
-
-
-def _array(values: list[Any]) -> pa.Array:
+def _array(values: list[Json]) -> pa.Array:
     try:
         return pa.array(values)
     except BAD:  # of several types: looked at one by one

@@ -1,9 +1,15 @@
-"""llama.cpp's importance matrix as GGUF (`llama-imatrix`): exact counts of assignments by expert,
-and the energy of its activations.
+"""What llama.cpp and the tools around it write.
 
-`blk.N.ffn_{gate,up,down,gate_up}_exps.weight.counts`, F32 [1, E], each assignment once in each of
-the tensors; `.in_sum2` [columns, E], the summed squares of what the tensor was given. The form is
-that of tools/imatrix/imatrix.cpp. E experts, D domains.
+Its importance matrix as GGUF (`llama-imatrix`): exact counts of assignments by expert, and the
+energy of its activations. `blk.N.ffn_{gate,up,down,gate_up}_exps.weight.counts`, F32 [1, E], each
+assignment once in each of the tensors; `.in_sum2` [columns, E], the summed squares of what the
+tensor was given. The form is that of tools/imatrix/imatrix.cpp.
+
+mbolt's `route.bin` (a patch of llama.cpp, MBOLT_TRACE=FILE): the experts of each token.
+Little-endian 32-bit integers: "MBLT", the version 1, E; then a record for each call of a layer's
+experts: layer, k, T, ids [T, k]. Form: github.com/doramirdor/mbolt, common/mbolt-trace.h.
+
+T tokens of a pass, K slots, E experts, D domains.
 """
 
 from __future__ import annotations
@@ -17,13 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.importers.batches import MOST_COUNT, batch_of_counts
+from moe_inspect.importers.batches import MOST_COUNT, Numbering, batch_of_counts
 from moe_inspect.importers.context import ImportContext, Imported, ImportSource, importer, named
-from moe_inspect.model.config import MOST_LAYERS
+from moe_inspect.importers.routed import MOST_TOKENS, checked_ids
+from moe_inspect.model.config import MOST_EXPERTS, MOST_LAYERS
 from moe_inspect.model.gguf import MAGIC, Gguf, read_gguf
 from moe_inspect.text import plural, ranges
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import CountedBatches
+from moe_inspect.trace.slot_order import stated
+from moe_inspect.trace.writer import CountedBatches, RoutedBatch
 
 SNAPSHOT = re.compile(r"(.+)\.at_(\d+)")  # llama-imatrix --save-frequency: what it has so far
 COUNTS = re.compile(r"(blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_exps\.weight)\.counts")
@@ -48,10 +56,6 @@ class _Matrix:
         return k if k and not rest else None
 
 
-def _is_imatrix(name: str, head: bytes) -> bool:
-    return (head[:4] == MAGIC and b"imatrix" in head) or _is_old(name, head)
-
-
 def _is_old(name: str, head: bytes) -> bool:
     return name.endswith(".dat") and head[:4] != MAGIC and b"blk." in head
 
@@ -59,23 +63,25 @@ def _is_old(name: str, head: bytes) -> bool:
 @importer(
     "imatrix",
     gives="counts by domain, with the energy of activations",
-    sniff=_is_imatrix,
+    sniff=lambda name, head: (head[:4] == MAGIC and b"imatrix" in head) or _is_old(name, head),
 )
 def imatrix(context: ImportContext) -> Imported:
     files = _last(context, context.files(r".*\.(gguf|dat)(\.at_\d+)?", "imatrix.gguf"))
     found = [_read(context, path, source) for path, source in files]
     where, routers = found[0].path, _routers(context, found)
-    _warn(context, found, {r.layer: r.top_k for r in routers})
+    for f in found:
+        _warn(context, f, {r.layer: r.top_k for r in routers})
     domains = sorted({f.domain for f in found})
     load = [np.zeros((len(domains), r.experts), np.int64) for r in routers]
     energy = [np.zeros((len(domains), r.experts)) for r in routers]
     for f in found:
+        d = domains.index(f.domain)
         for n, layer in enumerate(router.layer for router in routers):
             if layer not in f.load:
                 raise MoeInspectError(f"{f.path} has no counts of layer {layer}, and {where} has")
-            load[n][domains.index(f.domain)] += f.load[layer]
+            load[n][d] += f.load[layer]
             if f.energy is not None:
-                energy[n][domains.index(f.domain)] += f.energy[layer]
+                energy[n][d] += f.energy[layer]
     known = all(f.energy is not None for f in found)
 
     def batches() -> Iterator[CountedBatches]:
@@ -187,17 +193,143 @@ def _routers(context: ImportContext, found: list[_Matrix]) -> list[Router]:
     return routers
 
 
-def _warn(context: ImportContext, found: list[_Matrix], top_k: dict[int, int]) -> None:
-    for f in found:
-        odd = [layer for layer in sorted(f.load) if f.load[layer].sum() != f.tokens * top_k[layer]]
-        if odd:
-            context.warn(
-                f"{f.path}: {plural(len(odd), 'layer')} ({ranges(odd)}) with other than "
-                f"{f.tokens:,} tokens (chunks × size) × k assignments: layer {odd[0]} has "
-                f"{int(f.load[odd[0]].sum()):,}"
+def _warn(context: ImportContext, f: _Matrix, top_k: dict[int, int]) -> None:
+    odd = [layer for layer in sorted(f.load) if f.load[layer].sum() != f.tokens * top_k[layer]]
+    if odd:
+        context.warn(
+            f"{f.path}: {plural(len(odd), 'layer')} ({ranges(odd)}) with other than "
+            f"{f.tokens:,} tokens (chunks × size) × k assignments: layer {odd[0]} has "
+            f"{int(f.load[odd[0]].sum()):,}"
+        )
+    if (largest := max(int(load_E.max()) for load_E in f.load.values())) > EXACT:
+        context.warn(
+            f"{f.path}: a count of {largest:,}: the file stores float32, in which counts above "
+            f"{EXACT:,} are not exact"
+        )
+
+
+# --- mbolt
+
+MBOLT = b"MBLT"
+HEADER = RECORD = 3  # integers of 4 bytes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A record; at: its first id, in integers from the beginning."""
+
+    layer: int
+    k: int
+    tokens: int
+    at: int
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    source: ImportSource
+    experts: int
+    words: np.ndarray
+    passes: list[list[_Call]]
+
+
+@importer(
+    "mbolt",
+    gives="decisions without order, weights and token ids",
+    sniff=lambda name, head: head[:4] == MBOLT,
+)
+def mbolt(context: ImportContext) -> Imported:
+    files = [_read_mbolt(*found) for found in context.files(r".*\.bin", "route.bin")]
+    first, passes = files[0], [calls for f in files for calls in f.passes]
+    # a model that warms up runs with all of its experts
+    k = min(call.k for calls in passes for call in calls)
+    layers = [call.layer for call in max(passes, key=len)]
+    if other := next((f for f in files if f.experts != first.experts), None):
+        raise MoeInspectError(
+            f"{other.path} is of {other.experts} experts, {first.path} of {first.experts}"
+        )
+    routers = context.routers_of(layers, first.experts, k, first.path)
+    routers = [stated(router, known=False) for router in routers]
+    return Imported(routers, _mbolt_batches(context, files, routers))
+
+
+def _read_mbolt(path: Path, source: ImportSource) -> _File:
+    """The records of a file by passes: a new one begins where the layers do."""
+    size = path.stat().st_size
+    if size < 4 * HEADER:
+        raise MoeInspectError(f"{path} is no trace of mbolt: it has {size} bytes")
+    words = np.memmap(path, "<i4", "r", shape=(size // 4,))
+    if words[:1].tobytes() != MBOLT or words[1] != 1:
+        raise MoeInspectError(
+            f"{path} is no trace of mbolt of version 1: it begins with {bytes(words[:2])!r}"
+        )
+    if not 1 <= (experts := int(words[2])) <= MOST_EXPERTS:
+        raise MoeInspectError(f"{path} states {experts:,} experts")
+    passes: list[list[_Call]] = []
+    at, before = HEADER, MOST_LAYERS
+    while at + RECORD <= len(words):
+        layer, k, tokens = (int(n) for n in words[at : at + RECORD])
+        if not (0 <= layer < MOST_LAYERS and 1 <= k <= experts and 1 <= tokens <= MOST_TOKENS):
+            raise MoeInspectError(
+                f"{path}: a record of layer {layer}, k {k}, {tokens} tokens at byte {4 * at:,}"
             )
-        if (largest := max(int(load_E.max()) for load_E in f.load.values())) > EXACT:
+        if layer <= before:
+            passes.append([])
+        passes[-1].append(_Call(layer, k, tokens, at + RECORD))
+        at, before = at + RECORD + k * tokens, layer
+    if at > len(words):  # killed while it wrote
+        passes[-1].pop()
+    if not any(passes):
+        raise MoeInspectError(f"{path} holds no decisions")
+    return _File(path, source, experts, words, [calls for calls in passes if calls])
+
+
+def _mbolt_batches(
+    context: ImportContext, files: list[_File], routers: list[Router]
+) -> Iterator[RoutedBatch]:
+    numbers = Numbering()
+    layers, k = [router.layer for router in routers], routers[0].top_k
+    for f in files:
+        context.read(f.path.stat().st_size)
+        label = f.source.domain or named(f.path)
+        warmed = [calls for calls in f.passes if {c.k for c in calls} == {f.experts} != {k}]
+        whole = [
+            calls
+            for calls in f.passes
+            if {c.k for c in calls} == {k} and [c.layer for c in calls] == layers
+        ]
+        rest = len(f.passes) - len(warmed) - len(whole)
+        for n, how in ((len(warmed), "with all experts (warm-up)"), (rest, "without all layers")):
+            if n:
+                context.warn(f"{f.path}: {n:,} pass{'es' * (n != 1)} {how} left out")
+        numbers.document(label, str(f.path), sum(calls[0].tokens for calls in whole))
+        unknown = 0
+        for calls in whole:
+            T, ids = calls[0].tokens, []
+            for call, router in zip(calls, routers, strict=True):
+                ids_TK, lost = _ids(f, call, T, is_last=call is calls[-1])
+                unknown += lost
+                ids.append(checked_ids(ids_TK, router, f"{f.path}, layer {call.layer}"))
+            yield numbers.decisions(ids, phase="decode" if T == 1 else "prefill")
+        if unknown:
             context.warn(
-                f"{f.path}: a count of {largest:,}: the file stores float32, in which counts above "
-                f"{EXACT:,} are not exact"
+                f"{f.path}: {plural(unknown, 'decision')} of layer {layers[-1]} left out: only "
+                "tokens whose output was asked for reach it, and the file does not say which"
             )
+
+
+def _ids(f: _File, call: _Call, T: int, is_last: bool) -> tuple[np.ndarray, int]:
+    """The ids [T, K] of a pass with T tokens, −1 where a token did not reach the layer; and how
+    many decisions have no known token. The last layer routes a prompt's last token alone."""
+    ids_TK = f.words[call.at : call.at + call.tokens * call.k].reshape(call.tokens, call.k)
+    if call.tokens == T:
+        return np.asarray(ids_TK), 0
+    if not is_last or call.tokens > T:
+        raise MoeInspectError(
+            f"{f.path}: layer {call.layer} has {call.tokens} tokens in a pass of {T}"
+        )
+    alone_TK = np.full((T, call.k), -1, np.int32)
+    if call.tokens > 1:
+        return alone_TK, call.tokens
+    alone_TK[-1] = ids_TK[0]
+    return alone_TK, 0
