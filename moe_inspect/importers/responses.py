@@ -158,6 +158,7 @@ def _of_line(
         raise MoeInspectError(f"{where}: {title} is not a list of objects")
     extension = found if isinstance(found := written.get("sglext"), dict) else {}
     shared, generated = extension.get("routed_experts"), extension.get("output_ids")
+    ids_of = generated if isinstance(generated, list) else []  # by choice
     listed: list[Response | None] = []
     for n, choice in enumerate(choices):
         meta = choice.get("meta_info")
@@ -165,11 +166,10 @@ def _of_line(
         if n and fields.get("routed_experts") is None and shared is not None:
             listed.append(None)
             continue
-        of_all = isinstance(generated, list) and n < len(generated)
         beside = {
             "routed_experts": shared,
             "prompt_token_ids": extension.get("input_ids"),
-            "token_ids": generated[n] if of_all else fields.get("output_ids"),
+            "token_ids": ids_of[n] if n < len(ids_of) else fields.get("output_ids"),
         }
         fields |= {name: value for name, value in beside.items() if fields.get(name) is None}
         routed_TBK = decode(fields.get("routed_experts"), where=f"{where}: routed_experts")

@@ -119,12 +119,12 @@ class Npy:
         if found is None or len(head) < self.start:
             raise MoeInspectError(f"{why}{head[begin : min(self.start, 140)]!r}")
         try:
-            self.dtype = np.dtype(found[1].decode())
-            self.shape = ast.literal_eval(found[3].decode())
+            self.dtype, shape = np.dtype(found[1].decode()), ast.literal_eval(found[3].decode())
         except (TypeError, ValueError, SyntaxError):
-            self.shape = None
-        if not isinstance(self.shape, tuple) or self.dtype.kind not in "iu":
+            self.dtype, shape = np.dtype(object), None
+        if not isinstance(shape, tuple) or self.dtype.kind not in "iu":
             raise MoeInspectError(f"{why}{found[0][:120]!r}")
+        self.shape: tuple[int, ...] = shape
         self.order: Literal["F", "C"] = "F" if found[2] == b"True" else "C"
         # in Python's integers: a hostile shape overflows NumPy's
         self.declared = math.prod(self.shape, start=self.dtype.itemsize)

@@ -100,7 +100,7 @@ def array_of(
     fields: Fields, name: str, where: object, shape: Sequence[int | None], low: int, high: int
 ) -> np.ndarray:
     """A field that is an integer tensor of that shape (None: any), mapped."""
-    value = fields.get(name)
+    value: Any = fields.get(name)
     where = f"{where}: {name}"
     if not hasattr(value, "numpy"):
         raise MoeInspectError(f"{where} is {type(value).__name__}, not a tensor")

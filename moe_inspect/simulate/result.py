@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from moe_inspect.reporting.render.html import Section
 
 Options = ParamSpec("Options")
-Tables = Mapping[str, Any]  # DataFrames, of whose columns pandas' types know too little
+Frame = Any  # a DataFrame, of whose columns pandas' types know too little
+Tables = Mapping[str, Frame]
 Settings = dict[str, Any]
 Labels = dict[int, str]  # router → its layer, as people read it
 SIMULATED = "Simulated: the trace replayed under other assumptions. "

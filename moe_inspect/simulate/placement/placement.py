@@ -179,8 +179,8 @@ def layouts_of(
         )
     if groups is None:
         known = text_config(trace).get("n_group")
-        fits = isinstance(known, int) and known > 0 and not any(E % known for E in experts)
-        groups = known if fits else 1
+        groups = known if isinstance(known, int) and known > 0 else 1
+        groups = 1 if any(E % groups for E in experts) else groups
     if groups < 1 or any(E % groups for E in experts):
         raise MoeInspectError(
             f"cannot split {_listed(experts)} experts into {groups} equal groups: use a divisor"

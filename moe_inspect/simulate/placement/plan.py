@@ -17,7 +17,7 @@ import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.windows import PlacementPlans
-from moe_inspect.simulate.result import Settings
+from moe_inspect.simulate.result import Frame, Settings
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
@@ -46,7 +46,7 @@ def plan_table(plans: PlacementPlans, policy: str) -> pd.DataFrame:
 
 
 def write_plan(
-    table: pd.DataFrame, settings: Settings, path: str | Path, engine: str | None = None
+    table: Frame, settings: Settings, path: str | Path, engine: str | None = None
 ) -> str:
     """Writes the table "plan" of a simulation for an engine of ENGINES, by default the one of the
     path's ending. Returns what was written, in words."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from moe_inspect.reporting.charts import spec
 from moe_inspect.simulate.placement.tables import recommended
-from moe_inspect.simulate.result import SIMULATED, Labels, Settings, Tables
+from moe_inspect.simulate.result import SIMULATED, Frame, Labels, Settings, Tables
 from moe_inspect.text import plural
 
 ALIKE = 0.001  # relative difference below which lines cannot be told apart
@@ -122,7 +121,7 @@ def chart(tables: Tables, settings: Settings, label_of: Labels) -> spec.Chart:
     )
 
 
-def _by_layer(whole: pd.DataFrame, policies: list[str], label_of: Labels, title: str) -> spec.Panel:
+def _by_layer(whole: Frame, policies: list[str], label_of: Labels, title: str) -> spec.Panel:
     """Dots of the policies beside each other; of many layers a heatmap, in which those that tie do
     not hide each other."""
     wide = whole.pivot(index="policy", columns="router", values="max_over_mean").loc[policies]
@@ -140,7 +139,7 @@ def _by_layer(whole: pd.DataFrame, policies: list[str], label_of: Labels, title:
     return spec.Panel((spec.Rule(1), *dots), layers, spec.log_axis(BUSIEST, ratio_PL), title)
 
 
-def _by_window(by_window: pd.DataFrame, settings: Settings) -> spec.Panel:
+def _by_window(by_window: Frame, settings: Settings) -> spec.Panel:
     """A line per policy; those that lie on each other are one line with all their names."""
     mean = by_window.pivot_table(
         index="policy", columns="window", values="max_over_mean", aggfunc="mean"
