@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -67,7 +66,7 @@ def metric_R(metric: str, window: Window, before: Window | None = None) -> np.nd
     if metric in (DRIFT, BATCH):
         return none_R
     function = metrics()[metric].function
-    return np.array([float(function(load_E[None])[0]) for load_E in window.load])
+    return np.array([np.asarray(function(load_E[None])).item() for load_E in window.load], float)
 
 
 _BALANCE = (
@@ -103,23 +102,12 @@ ADVICE: Mapping[str, str] = {
 }
 
 
-def advice(metric: str) -> str:
-    """One or two sentences on what helps, with a source."""
-    return ADVICE.get(metric, _BALANCE)
-
-
 CALM = 3
-At = Callable[[np.ndarray], np.ndarray]
-AT_FAULT: dict[str, At] = {  # load_E → bool [E], the experts at fault
+AT_FAULT: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # load_E → bool [E]
     "dead_experts": lambda load_E: load_E == 0,
     "starved_experts": lambda load_E: (load_E > 0) & (load_E < bal.STARVED * load_E.mean()),
     "min_over_max": lambda load_E: np.arange(len(load_E)) == load_E.argmin(),
 }
-
-
-def busiest(load_E: np.ndarray) -> np.ndarray:
-    """The busiest expert alone, bool [E]."""
-    return np.arange(len(load_E)) == load_E.argmax()
 
 
 @dataclass(frozen=True)
@@ -143,7 +131,7 @@ class Alarm:
     def __str__(self) -> str:
         return f"{self.text} {self.help}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """As JSON values."""
         known = {**asdict(self), "experts": list(self.experts)}
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in known.items()}
@@ -155,14 +143,15 @@ class _Standing:
     fault: windows_E, of those at_fault_E, and their load_E, tokens_E; missed: in which of the last
     windows it was not. since_E: the first step."""
 
-    def __init__(self, E: int, memory: int) -> None:
+    def __init__(self, rule: Rule, r: int, router: Router) -> None:
+        self.rule, self.r, self.k, E = rule, r, router.top_k, router.experts
         self.broken = self.kept = self.since = 0
         self.best, self.raised = math.nan, False
         self.windows_E, self.at_fault_E, self.load_E, self.since_E = np.zeros((4, E), np.int64)
         self.tokens_E = np.zeros(E)
-        self.missed: deque[np.ndarray] = deque(maxlen=memory)
+        self.missed = deque[np.ndarray](maxlen=rule.windows)
 
-    def add(self, fault_E: np.ndarray, load_E: np.ndarray, tokens: float, first: int) -> None:
+    def add(self, fault_E: np.ndarray, load_E: np.ndarray, first: int) -> None:
         """One more window."""
         begins_E = fault_E & (self.windows_E == 0)
         self.since_E[begins_E] = first
@@ -170,7 +159,7 @@ class _Standing:
         self.windows_E += on_E
         self.at_fault_E += fault_E
         self.load_E += on_E * load_E
-        self.tokens_E += on_E * tokens
+        self.tokens_E += on_E * (float(load_E.sum()) / self.k)
         self.missed.append(on_E & ~fault_E)
 
     def forget(self, of_E: np.ndarray | slice = slice(None)) -> None:
@@ -194,7 +183,7 @@ class Alarms:
 
     def __post_init__(self) -> None:
         self._standings = [
-            (rule, r, _Standing(router.experts, rule.windows))
+            _Standing(rule, r, router)
             for rule in self.rules
             for r, router in enumerate(self.routers)
             if rule.layers is None or router.layer in rule.layers
@@ -205,16 +194,16 @@ class Alarms:
     @property
     def active(self) -> list[tuple[Rule, int]]:
         """Rules that are broken now, with the router."""
-        return [(rule, r) for rule, r, standing in self._standings if standing.raised]
+        return [(at.rule, at.r) for at in self._standings if at.raised]
 
     def see(self, window: Window) -> list[Alarm]:
         """The alarms that the next window raises."""
         metrics_judged = {rule.metric for rule in self.rules}
         values_of = {name: metric_R(name, window, self._before) for name in metrics_judged}
         raised = list[Alarm]()
-        for rule, r, standing in self._standings:
-            value = float(values_of[rule.metric][r])
-            if not math.isnan(value) and (alarm := self._judge(rule, r, standing, value, window)):
+        for at in self._standings:
+            value = float(values_of[at.rule.metric][at.r])
+            if not math.isnan(value) and (alarm := self._judge(at, value, window)):
                 raised.append(alarm)
         for r, before_E in enumerate(self._before.load if self._before is not None else ()):
             moved = chance.effect_of_pair(before_E, window.load[r], self.routers[r].top_k)
@@ -225,7 +214,7 @@ class Alarms:
 
     def effect(self, r: int) -> float:
         """The design effect of the documents on the load of router r."""
-        known = self.effects.get(r, math.nan) if self.effects is not None else math.nan
+        known = (self.effects or {}).get(r, math.nan)
         if not math.isnan(known):
             return known
         pairs = list(self._pairs[r])
@@ -248,28 +237,22 @@ class Alarms:
         tokens = float(np.mean(np.sum(load_SE, -1))) / k
         return chance.chance_limit(metric, tokens, E, k, above, effect, tail, len(load_SE))
 
-    def _judge(
-        self, rule: Rule, r: int, at: _Standing, value: float, window: Window
-    ) -> Alarm | None:
-        reference, load_E = at.best, np.asarray(window.load[r])
-        best = max if rule.sign == "falling" else min
-        at.best = value if math.isnan(reference) else best(value, reference)
-        # experts that are judged one by one are so over all their windows
-        by_chance = (
-            math.nan
-            if rule.of_experts
-            else self.chance(rule.metric, r, window, rule.above, rule.windows)
-        )
-        broken = _breaks(rule, value, reference)
-        if rule.beyond_chance and not math.isnan(by_chance):
-            broken &= value > by_chance if rule.above else value < by_chance
-        fault_E = self._at_fault(rule.metric, r, load_E) & (rule.of_experts | broken)
-        at.add(fault_E, load_E, float(load_E.sum()) / self.routers[r].top_k, window.first)
+    def _judge(self, at: _Standing, value: float, window: Window) -> Alarm | None:
+        rule, load_E, by_chance = at.rule, np.asarray(window.load[at.r]), math.nan
+        broken = rule.breaks(value, at.best)
+        better = max if rule.sign == "falling" else min
+        at.best = value if math.isnan(at.best) else better(value, at.best)
+        if not rule.of_experts:  # they are judged one by one, over all their windows
+            by_chance = self.chance(rule.metric, at.r, window, rule.above, rule.windows)
+            if rule.beyond_chance and not math.isnan(by_chance):
+                broken &= value > by_chance if rule.above else value < by_chance
+        fault_E = self._at_fault(rule.metric, at.r, load_E) & (rule.of_experts | broken)
+        at.add(fault_E, load_E, window.first)
         if rule.of_experts:
             at.forget(sum(at.missed, np.zeros(len(load_E), int)) > rule.misses)
-            fault_E = self._stays(rule, r, at)
+            fault_E = self._stays(at)
             value = float(fault_E.sum())
-            broken = _breaks(rule, value, reference)
+            broken = rule.breaks(value, at.best)
         if not broken:
             at.broken, at.kept = 0, at.kept + 1
             at.raised &= at.kept < max(CALM, rule.windows)
@@ -282,6 +265,33 @@ class Alarms:
         if at.raised or (at.broken < rule.windows and not rule.of_experts):
             return None
         at.raised = True
+        return self._alarm(at, fault_E, value, by_chance, window)
+
+    def _stays(self, at: _Standing) -> np.ndarray:
+        """Which experts have been at fault in as many windows as the rule says, are starved in all
+        of these together, and that beyond chance: the windows since an expert is at fault are
+        pooled. bool [E]"""
+        fair_E = at.tokens_E * at.k / len(at.tokens_E)
+        long_E = (at.windows_E >= at.rule.windows) & (at.load_E < bal.STARVED * fair_E)
+        if not at.rule.beyond_chance or not long_E.any():
+            return long_E
+        p_E = chance.few_p(at.load_E, at.tokens_E, at.k, self.effect(at.r))
+        return long_E & (p_E < chance.tail_of(len(self.routers), 1))
+
+    def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
+        """The experts at fault in a window, bool [E]; by default the busiest."""
+        if metric in VALUES:
+            return np.zeros(len(load_E), bool)
+        if metric == DRIFT and self._before is not None:
+            load_E = np.abs(chance.share(load_E) - chance.share(self._before.load[r]))
+        if metric in AT_FAULT:
+            return AT_FAULT[metric](load_E)
+        return np.arange(len(load_E)) == load_E.argmax()
+
+    def _alarm(
+        self, at: _Standing, fault_E: np.ndarray, value: float, by_chance: float, window: Window
+    ) -> Alarm:
+        rule, r = at.rule, at.r
         if rule.of_experts:
             experts, since = np.flatnonzero(fault_E), int(at.since_E[fault_E].min())
         else:  # the one most often at fault, and of those the one furthest from the mean
@@ -289,71 +299,16 @@ class Alarms:
             order = np.lexsort((apart_E, at.at_fault_E))[-1:]
             experts, since = order[at.at_fault_E[order] > 0], at.since
         named = tuple(int(e) for e in experts)
-        text = self._text(rule, r, named, since, value, reference, by_chance, window)
-        of = str(rule), rule.metric, self.routers[r].layer, r, named
-        return Alarm(*of, since, window.last, value, by_chance, text, advice(rule.metric))
-
-    def _stays(self, rule: Rule, r: int, at: _Standing) -> np.ndarray:
-        """Which experts have been at fault in as many windows as the rule says, are starved in all
-        of these together, and that beyond chance: the windows since an expert is at fault are
-        pooled. bool [E]"""
-        k = self.routers[r].top_k
-        fair_E = at.tokens_E * k / len(at.tokens_E)
-        long_E = (at.windows_E >= rule.windows) & (at.load_E < bal.STARVED * fair_E)
-        if not rule.beyond_chance or not long_E.any():
-            return long_E
-        p_E = chance.few_p(at.load_E, at.tokens_E, k, self.effect(r))
-        return long_E & (p_E < chance.tail_of(len(self.routers), 1))
-
-    def _text(
-        self,
-        rule: Rule,
-        r: int,
-        experts: tuple[int, ...],
-        since: int,
-        value: float,
-        reference: float,
-        by_chance: float,
-        window: Window,
-    ) -> str:
-        named = join_first([str(e) for e in experts], 6, ", ")
-        of = f", expert{'s' if len(experts) > 1 else ''} {named}" if experts else ""
+        listed = join_first([str(e) for e in named], 6, ", ")
+        of = f", expert{'s' if len(named) > 1 else ''} {listed}" if named else ""
         most = "at most" if rule.above else "at least"
         limit = f"; by chance {most} {by_chance:.3g}" if not math.isnan(by_chance) else ""
         now = "" if rule.of_experts else f", now {value:.3g}"
-        return (
-            f"Layer {layer_label(self.routers, r)}{of}: {rule.metric} {_side(rule, reference)} "
+        text = (
+            f"Layer {layer_label(self.routers, r)}{of}: {rule.metric} {rule.side(at.best)} "
             f"since {self.steps} {since}{now} (rule: {rule}; {self.steps} {window.first} to "
             f"{window.last}, {int(window.tokens_R[r]):,} tokens{limit})."
         )
-
-    def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
-        """The experts at fault in a window, bool [E]."""
-        if metric in VALUES:
-            return np.zeros(len(load_E), bool)
-        if metric == DRIFT and self._before is not None:
-            load_E = np.abs(chance.share(load_E) - chance.share(self._before.load[r]))
-        return AT_FAULT.get(metric, busiest)(load_E)
-
-
-def _breaks(rule: Rule, value: float, reference: float) -> bool:
-    """Whether a value meets the condition, chance aside."""
-    limit = rule.value
-    if rule.sign == "falling":
-        return value < reference * (1 - limit)
-    if rule.sign == "rising":
-        return value > reference * (1 + limit)
-    return {
-        ">": value > limit,
-        ">=": value >= limit,
-        "<": value < limit,
-        "<=": value <= limit,
-    }[rule.sign]
-
-
-def _side(rule: Rule, reference: float) -> str:
-    """ "above 1.5": where the values that break a rule lie."""
-    if rule.sign in ("falling", "rising"):
-        return f"{'down' if rule.sign == 'falling' else 'up'} from {reference:.3g}"
-    words = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
-    return f"{words[rule.sign]} {rule.value:g}"
+        place = str(rule), rule.metric, self.routers[r].layer, r, named
+        helps = ADVICE.get(rule.metric, _BALANCE)
+        return Alarm(*place, since, window.last, value, by_chance, text, helps)

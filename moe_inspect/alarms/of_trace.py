@@ -43,15 +43,6 @@ def alarms_of(
     return [alarm for w in windows for alarm in seen.see(w)]
 
 
-def _effect(counts: Counts, r: int) -> float:
-    """The design effect of the documents; without documents enough to tell chance from the model,
-    as for the verdict, no number of tokens is."""
-    if len(counts.units) < FEWEST_TO_JUDGE:
-        return math.inf
-    assignments_UE, tokens_U = counts.of[r].assignments_UE, counts.tokens_U_of(r)
-    return unc.design_effect(assignments_UE, tokens_U, counts.domain_of_unit_U)
-
-
 def refuse_rules(rules: Sequence[Rule], of: TraceHeader | None = None) -> None:
     """MoeInspectError for a rule on what no trace holds, or that one `of` does not."""
     for rule in rules:
@@ -75,8 +66,18 @@ def windows_of(
         return _committed(trace, selection), None
     window = window or max(-(-trace.n_tokens // WINDOWS), FEWEST_TOKENS)
     counts = count_trace(trace, selection, BASE | {"windows"}, window=window)
-    known = () if trace.counts_only else selection.routers
-    return _cut(counts), {r: _effect(counts, r) for r in known} or None
+    cut = (_window(counts, w, w, w) for w in range(len(counts.first_token_W)))
+    loaded = (of for of in cut if any(load_E.any() for load_E in of.load))
+    if trace.counts_only:
+        return loaded, None
+    if len(counts.units) < FEWEST_TO_JUDGE:  # as for the verdict: no number of tokens is enough
+        return loaded, dict.fromkeys(selection.routers, math.inf)
+    domain_U = counts.domain_of_unit_U
+    effects = {
+        r: unc.design_effect(of.assignments_UE, counts.tokens_U_of(r), domain_U)
+        for r, of in counts.of.items()
+    }
+    return loaded, effects
 
 
 def _committed(trace: Trace, selection: Selection) -> Iterator[Window]:
@@ -85,13 +86,6 @@ def _committed(trace: Trace, selection: Selection) -> Iterator[Window]:
     for shard, counts in zip(trace.shards, counted, strict=True):
         first, last = shard.files.first_batch or last + 1, shard.files.last_batch
         yield _window(counts, first, last)
-
-
-def _cut(counts: Counts) -> Iterator[Window]:
-    for w in range(len(counts.first_token_W)):
-        window = _window(counts, w, w, w)
-        if any(load_E.any() for load_E in window.load):
-            yield window
 
 
 def _window(counts: Counts, first: int, last: int, w: int | None = None) -> Window:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ OF_MODEL = ("aux_loss", "z_loss", "bias_range")
 DROP_RATE = "drop_rate"  # share of the slots that capacity dropped: where that is known
 # of experts that get too little: judged expert by expert, over the windows in which it gets that
 OF_EXPERTS = ("dead_experts", "starved_experts")
+SHARES = (DRIFT, DROP_RATE)
 DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
 CHANGED = 0.05  # of "falling" and "rising" without a share
 
@@ -33,6 +35,18 @@ DEFAULT_RULES = (
     "dead_experts > 0 for 3 windows",
     "max_over_mean > 2.5 for 5 windows",
 )
+
+# where the values of an alarm lie, and whether one does: above (or up from) a limit, or the best so
+# far by a share of it
+SIGNS: dict[str, tuple[str, Callable[[float, float, float], bool]]] = {
+    ">": ("above", lambda value, limit, best: value > limit),
+    ">=": ("at least", lambda value, limit, best: value >= limit),
+    "<": ("below", lambda value, limit, best: value < limit),
+    "<=": ("at most", lambda value, limit, best: value <= limit),
+    "falling": ("down from", lambda value, share, best: value < best * (1 - share)),
+    "rising": ("up from", lambda value, share, best: value > best * (1 + share)),
+}
+OF_CHANGE = ("falling", "rising")
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RULE = re.compile(
@@ -75,8 +89,17 @@ class Rule:
         """In how many of `windows` an expert may get more."""
         return self.windows // 3 if self.of_experts else 0
 
+    def breaks(self, value: float, best: float) -> bool:
+        """Whether a value meets the condition, chance aside."""
+        return SIGNS[self.sign][1](value, self.value, best)
+
+    def side(self, best: float) -> str:
+        """ "above 1.5": where the values that meet the condition lie."""
+        end = f"{best:.3g}" if self.sign in OF_CHANGE else f"{self.value:g}"
+        return f"{SIGNS[self.sign][0]} {end}"
+
     def __str__(self) -> str:
-        of = f" by {self.value:g}" if self.sign in ("falling", "rising") else f" {self.value:g}"
+        of = f" by {self.value:g}" if self.sign in OF_CHANGE else f" {self.value:g}"
         chance = "" if self.beyond_chance else " even by chance"
         times = f" for {self.windows} windows" if self.windows > 1 else ""
         layers = f" in layers {','.join(map(str, sorted(self.layers)))}" if self.layers else ""
@@ -91,7 +114,7 @@ def known_metrics() -> tuple[str, ...]:
 def _check_limit(metric: str, sign: str, value: float, text: str) -> None:
     """MoeInspectError where a rule holds always or never: its limit is beyond the metric's range,
     all of which begin at 0 or above, or it is not a share."""
-    if sign in ("falling", "rising"):
+    if sign in OF_CHANGE:
         if 0 < value < (1 if sign == "falling" else math.inf):
             return
         raise MoeInspectError(
@@ -99,9 +122,7 @@ def _check_limit(metric: str, sign: str, value: float, text: str) -> None:
             f"{', below 1' * (sign == 'falling')}: write 0.1 for 10 %"
         )
     known = metrics().get(metric)
-    end = (
-        "1" if metric in (DRIFT, DROP_RATE) else known.range.rpartition(" to ")[2] if known else ""
-    )
+    end = known.range.rpartition(" to ")[2] if known else "1" if metric in SHARES else ""
     most = float(end) if end.isdecimal() else math.inf
     if not 0 <= value <= most or value == math.inf:
         upward = f"from 0 to {end}" if most < math.inf else "0 or more"
@@ -114,17 +135,15 @@ def parse_rule(text: str) -> Rule:
     METRIC > VALUE (also >=, <, <=), METRIC falling [by SHARE], METRIC rising [by SHARE], or "drift"
     alone; then, each if wanted: "beyond chance" (the default) or "even by chance", "for N windows",
     "in layers 0-3,7"."""
-    found = _RULE.fullmatch(" ".join(text.split()))
+    found, text = _RULE.fullmatch(" ".join(text.split())), text.strip()
     if found is None:
         raise MoeInspectError(
-            f"cannot read the rule {text.strip()!r}: write it like "
+            f"cannot read the rule {text!r}: write it like "
             '"max_over_mean > 2.5 for 5 windows" or "entropy falling by 0.1"'
         )
     metric = found["metric"]
     if metric not in known_metrics():
-        raise MoeInspectError(
-            f"the rule {text.strip()!r}: {no_such('metric', metric, known_metrics())}"
-        )
+        raise MoeInspectError(f"the rule {text!r}: {no_such('metric', metric, known_metrics())}")
     if found["sign"]:
         sign, value = found["sign"], float(found["value"])
     elif found["way"]:
@@ -132,15 +151,14 @@ def parse_rule(text: str) -> Rule:
     elif metric == DRIFT:
         sign, value = ">", DRIFTED
     else:
-        raise MoeInspectError(f"the rule {text.strip()!r} has no limit: write {metric} > VALUE")
-    _check_limit(metric, sign, value, text.strip())
+        raise MoeInspectError(f"the rule {text!r} has no limit: write {metric} > VALUE")
+    _check_limit(metric, sign, value, text)
     windows = int(found["windows"] or 1)
     if windows < 1:
-        raise MoeInspectError(f"the rule {text.strip()!r}: give at least 1 window")
+        raise MoeInspectError(f"the rule {text!r}: give at least 1 window")
     layers = frozenset(parse_ranges(found["layers"])) if found["layers"] else None
-    return Rule(
-        metric, sign, value, windows, not (found["chance"] or "").startswith("even"), layers
-    )
+    beyond_chance = not (found["chance"] or "").startswith("even")
+    return Rule(metric, sign, value, windows, beyond_chance, layers)
 
 
 def read_rules(path: str | Path) -> list[Rule]:

@@ -10,24 +10,21 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
 
 from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
+from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows
 from moe_inspect.analysis.counting.router_counts import RouterCounts, RouterDecisions, count_router
-from moe_inspect.analysis.counting.select import Selection
-from moe_inspect.errors import MoeInspectError
+from moe_inspect.analysis.counting.select import SelectedTokens, Selection, among, selected_tokens
 from moe_inspect.trace.runs import run_edges
-from moe_inspect.trace.schema import DROPPED, sees
 from moe_inspect.trace.shard import Shard, codes
 
-NEEDS_WEIGHTS = frozenset({"load", "esft", "weights", "worth"})
-NEEDS_SIZES = frozenset({"worth"})
 NEEDS_ORDER = frozenset({"repetition", "srp", "esft"})
 
 
@@ -41,88 +38,9 @@ class Windows:
     count: int
     before: dict[tuple[int, int], int]
 
-    def of(self, shard: Shard, number_T: Any = 0) -> Any:
+    def of(self, shard: Shard, number_T: np.ndarray) -> np.ndarray:
         """The windows of the shard's tokens of these numbers, which begin with 0."""
         return (self.before[shard.files.rank, shard.files.index] + number_T) // self.tokens
-
-
-@dataclass(frozen=True)
-class SelectedTokens:
-    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which
-    of a router's R decisions are theirs, None where all are; the other arrays are of the tokens
-    kept, in token order."""
-
-    stack: str
-    keep_R: np.ndarray | None
-    rows: int
-    number_T: np.ndarray
-    domain_T: np.ndarray
-    domains: list[str]
-    document_T: np.ndarray
-    token_id_T: np.ndarray
-    batch_T: np.ndarray
-    sequence_T: np.ndarray | None
-    position_T: np.ndarray | None
-    labels: set[str]
-
-    def of(self, columns: kernels_numpy.Slots, router: int) -> kernels_numpy.Slots:
-        """The decisions of the tokens kept; columns of R rows each."""
-        if len(columns[0]) != self.rows:
-            raise MoeInspectError(
-                f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's "
-                f"{self.rows} tokens"
-            )
-        return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
-
-    @cached_property
-    def order(self) -> kernels_numpy.Order | None:
-        """How the tokens follow each other within their sequences, where that was asked for."""
-        if self.sequence_T is None or self.position_T is None:
-            return None
-        return kernels_numpy.order_of(self.document_T, self.sequence_T, self.position_T)
-
-
-def selected_tokens(
-    shard: Shard, selection: Selection, stack: str = "", order: bool = False
-) -> SelectedTokens:
-    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's
-    routers do not see."""
-    names = ["token_id", "document", "batch", "domain"]
-    names += ["phase"] if selection.phase or stack else []
-    table = shard.tokens(names + (["sequence", "position"] if order else []))
-    code_T, domains = codes(table["domain"])
-    keep_T = seen_T = np.ones(len(table), bool)
-    if selection.domains is not None:
-        keep_T = _those(domains, selection.domains)[code_T]
-    if "phase" in names:
-        phase_T, phases = codes(table["phase"])
-        seen_T = np.array([sees(stack, phase) for phase in phases], bool)[phase_T]
-        if selection.phase:
-            keep_T = keep_T & _those(phases, {selection.phase})[phase_T]
-    taken_T, keep_R = keep_T & seen_T, keep_T[seen_T]
-
-    def taken(name: str) -> np.ndarray:
-        return table[name].to_numpy()[taken_T]
-
-    return SelectedTokens(
-        stack,
-        None if keep_R.all() else keep_R,
-        len(keep_R),
-        np.flatnonzero(taken_T),
-        code_T[taken_T],
-        domains,
-        taken("document"),
-        taken("token_id"),
-        taken("batch"),
-        taken("sequence") if order else None,
-        taken("position") if order else None,
-        {domains[d] for d in np.flatnonzero(np.bincount(code_T))},
-    )
-
-
-def _those(labels: list[str], wanted: Container[str]) -> np.ndarray:
-    """Which of the labels are wanted. bool"""
-    return np.array([label in wanted for label in labels], bool)
 
 
 @dataclass(frozen=True)
@@ -132,7 +50,7 @@ class PreparedShard:
 
     shard: Shard
     part: Counts
-    stacks: dict[str, tuple[SelectedTokens, kernels_numpy.TokenRows]]
+    stacks: dict[str, tuple[SelectedTokens, TokenRows]]
 
 
 def count_shard(
@@ -158,13 +76,13 @@ def count_shard(
     return prepared.part
 
 
-def kernels(fast: bool) -> Any:
+def kernels(fast: bool) -> ModuleType:
     """The module to count with."""
-    if fast:
-        from moe_inspect.analysis.counting import kernels_numba
+    if not fast:
+        return kernels_numpy
+    from moe_inspect.analysis.counting import kernels_numba
 
-        return kernels_numba
-    return kernels_numpy
+    return kernels_numba
 
 
 def prepare_shard(
@@ -176,8 +94,7 @@ def prepare_shard(
     prepared = PreparedShard(shard, part, {})
     if shard.trace.counts_only:
         return prepared
-    order = bool(wants & NEEDS_ORDER)
-    windows = windows if "windows" in wants else None
+    order, windows = bool(wants & NEEDS_ORDER), windows if "windows" in wants else None
     every = selected_tokens(shard, selection, order=order)
     part.labels = every.labels
     if not len(every.domain_T):
@@ -200,7 +117,7 @@ def prepare_shard(
             part.token_ids_SV[stack] = _occurrences(seen)
             part.tokens_SU[stack] = np.bincount(of_seen_T, minlength=len(key_U))
         batch_B, batch_T = kernels_numpy.distinct(seen.batch_T)
-        token_rows = kernels_numpy.TokenRows(
+        token_rows = TokenRows(
             of_seen_T,
             domain_of_U[of_seen_T],
             batch_T,
@@ -218,8 +135,8 @@ def prepare_shard(
 def count_routers(
     prepared: PreparedShard,
     routers: tuple[int, ...],
-    by: Any,
-    visit: Callable[[int, kernels_numpy.Slots], None] | None = None,
+    by: ModuleType,
+    visit: Callable[[int, Slots], None] | None = None,
 ) -> dict[int, RouterCounts]:
     """The counts of routers of a shard, none where token ids alone are counted. `by`: the kernels.
     `visit` is given the decisions of each too."""
@@ -228,54 +145,24 @@ def count_routers(
         chosen = [r for r in routers if part.routers[r].stack == stack]
         linked = chosen if "transitions" in part.wants else []
         reached = {after for r in linked if (after := part.next_router(r)) is not None}
-        before: tuple[int, kernels_numpy.Slots] | None = None
+        before: tuple[int, Slots] | None = None
         for r in sorted({*chosen, *reached}):
             slots = seen.of(shard.slots(r), r)
             if r in chosen:
                 if part.wants != frozenset({"token_ids"}):
-                    decisions = _decisions(shard, r, slots, seen, token_rows, by, part.wants)
+                    decisions = RouterDecisions(shard, r, slots, seen, token_rows, by)
                     counts[r] = count_router(decisions, part.wants)
                 if visit:
                     visit(r, slots)
             if before is not None and r in reached:
                 b, of_b = before
-                shape = (part.routers[b].experts, part.routers[r].experts)
-                counts[b].next_EN, next_first_EN = by.transitions(of_b, slots, *shape)
-                ranked = part.routers[b].first_choice_known and part.routers[r].first_choice_known
+                here, there = part.routers[b], part.routers[r]
+                total_EN, next_first_EN = by.transitions(of_b, slots, here.experts, there.experts)
+                ranked = here.first_choice_known and there.first_choice_known
+                counts[b].next_EN = total_EN
                 counts[b].next_first_EN = next_first_EN if ranked else None
             before = (r, slots) if r in chosen else None
     return counts
-
-
-def _decisions(
-    shard: Shard,
-    r: int,
-    slots: kernels_numpy.Slots,
-    seen: SelectedTokens,
-    token_rows: kernels_numpy.TokenRows,
-    kernels: Any,
-    wants: frozenset[str],
-) -> RouterDecisions:
-    trace, logits_TE = shard.trace, None
-
-    def values(name: str, needed_by: frozenset[str]) -> kernels_numpy.Slots | None:
-        if wants.isdisjoint(needed_by) or name not in trace.slot_values:
-            return None
-        return seen.of(shard.slot_values(r, name), r)
-
-    if "logits" in wants and "logits" in trace.tables:
-        (logits_TE,) = seen.of((shard.logits(r),), r)
-    return RouterDecisions(
-        trace.routers[r],
-        slots,
-        token_rows,
-        kernels,
-        weights=values("weight", NEEDS_WEIGHTS),
-        norms=values("norm", NEEDS_SIZES),
-        peaks=values("peak", NEEDS_SIZES),
-        logits_TE=logits_TE,
-        dropped=seen.of(shard.slots(r, DROPPED), r) if trace.has_dropped else None,
-    )
 
 
 def _occurrences(seen: SelectedTokens) -> np.ndarray:
@@ -324,7 +211,7 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
 
 
 def _tokens_counted(
-    shard: Shard, table: Any, code: np.ndarray, domains: int
+    shard: Shard, table: pa.Table, code: np.ndarray, domains: int
 ) -> dict[str, np.ndarray]:
     """The tokens of each domain of a counts-only shard, by stack, int64 [D]. The shard states their
     sum; counts tell how they divide: a token may have no first choice at one router, but at
@@ -345,7 +232,7 @@ def _tokens_counted(
 
 def _windows_of_counted(shard: Shard, part: Counts, windows: Windows) -> None:
     """Counts know no order within a shard: all of it is in the window in which it begins."""
-    w = windows.of(shard)
+    w = windows.of(shard, np.array(0))
     part.first_token_W[w] = shard.files.first_token
     for r, counts in part.of.items():
         counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)
@@ -359,4 +246,4 @@ def _documents(shard: Shard, selection: Selection) -> int:
     if selection.domains is None:
         return shard.files.rows["documents"]
     code, domains = codes(shard.table("documents", ["domain"])["domain"])
-    return int(_those(domains, selection.domains)[code].sum())
+    return int(among(domains, selection.domains)[code].sum())

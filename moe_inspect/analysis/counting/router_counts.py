@@ -13,14 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from moe_inspect.analysis.counting.kernels_numpy import Slots, TokenRows, load, logit_confidence
+from moe_inspect.analysis.counting.select import SelectedTokens
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.specialization import Expected
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.schema import DROPPED, Router
+from moe_inspect.trace.shard import Shard
 
 SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
 WANTS = {
@@ -40,10 +44,12 @@ WANTS = {
 BASE = frozenset({"load", "domains"})
 
 
-def _count(want: str, axes: str, dtype: type = np.int64) -> dict[str, Any]:
+def _count(
+    want: str, axes: str, dtype: type = np.int64, merge: np.ufunc = np.add
+) -> dict[str, object]:
     """Declares an array of counts. It merges by addition, row by row where its first axis is U
     (units) or D (domains); it is None where it was not asked for, or is not known."""
-    return {"want": want, "axes": axes, "dtype": dtype}
+    return {"want": want, "axes": axes, "dtype": dtype, "merge": merge}
 
 
 SUM = {"want": "", "axes": "", "dtype": float}  # a number that merges by addition
@@ -94,7 +100,9 @@ class RouterCounts:
     srp: dict[int, np.ndarray] | None = None
     gated_norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
     norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
-    peak_E: np.ndarray | None = None
+    peak_E: np.ndarray | None = field(
+        default=None, metadata=_count("worth", "E", np.float32, np.maximum)
+    )
     esft_token_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
     esft_gate_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
     samples_D: np.ndarray | None = field(default=None, metadata=_count("esft", "D"))
@@ -125,8 +133,7 @@ class RouterCounts:
             and not set(axes) - set(sizes) - {"U", "D"}
         }
         srp = {m: np.zeros((0, m + 1), np.int64) for m in SRP_LENGTHS} if "srp" in wants else None
-        peak_E = np.zeros(sizes["E"], np.float32) if "worth" in wants else None
-        return cls(**arrays, srp=srp, peak_E=peak_E)
+        return cls(**arrays, srp=srp)
 
     @property
     def together_EE(self) -> np.ndarray | None:
@@ -136,7 +143,7 @@ class RouterCounts:
             return None
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
-    def put(self, values: Mapping[str, Any]) -> None:
+    def put(self, values: Mapping[str, object]) -> None:
         """Sets fields by name."""
         for name, value in values.items():
             setattr(self, name, value)
@@ -156,20 +163,19 @@ class RouterCounts:
             elif axis in rows:
                 setattr(self, name, rows[axis].added(mine, theirs))
             elif axis:
-                mine += theirs
+                f.metadata["merge"](mine, theirs, out=mine)
             else:
                 setattr(self, name, mine + theirs)
         for size, (n, vio) in other.batches.items():
-            before, sum_before = self.batches.get(size, (0, 0.0))
-            self.batches[size] = (before + n, sum_before + vio)
-        if self.peak_E is not None and other.peak_E is not None:
-            self.peak_E = np.maximum(self.peak_E, other.peak_E)
-        else:
-            self.peak_E = None
-        if self.srp is not None and other.srp is not None:
-            self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
-        else:
+            self.add_batches(size, n, vio)
+        if self.srp is None or other.srp is None:
             self.srp = None
+        else:
+            self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
+
+    def add_batches(self, tokens: int, n: int, vio: float) -> None:
+        before, sum_before = self.batches.get(tokens, (0, 0.0))
+        self.batches[tokens] = (before + n, sum_before + vio)
 
 
 def narrowed(value: Any) -> Any:
@@ -182,7 +188,7 @@ def narrowed(value: Any) -> Any:
     return value.astype(kind) if kind.itemsize <= 4 else value
 
 
-# all but `batches`, `srp` and `peak_E`, which `add` merges by name
+# all but `batches` and `srp`, which `add` merges by name
 DECLARED: dict[str, Field[Any]] = {f.name: f for f in fields(RouterCounts) if f.metadata}
 
 
@@ -236,24 +242,34 @@ class MergedRows:
 
 @dataclass(frozen=True)
 class RouterDecisions:
-    """What one router decided on the selected tokens of a shard. `slots`, `weights`, norms, peaks:
-    k arrays [T]; `dropped`: the experts that dropped a slot. All but the slots are None where they
-    are not recorded, or not asked for. `kernels`: the module to count with, kernels_numpy or
+    """What router r decided on the selected tokens of a shard. `slots`: k arrays [T]; the other
+    values are read when they are asked for. `kernels`: the module to count with, kernels_numpy or
     kernels_numba."""
 
-    router: Router
+    shard: Shard
+    r: int
     slots: Slots
+    seen: SelectedTokens
     token_rows: TokenRows
-    kernels: Any
-    weights: Slots | None = None
-    norms: Slots | None = None
-    peaks: Slots | None = None
-    logits_TE: np.ndarray | None = None
-    dropped: Slots | None = None
+    kernels: ModuleType
+
+    @property
+    def router(self) -> Router:
+        return self.shard.trace.routers[self.r]
 
     @property
     def E(self) -> int:
         return self.router.experts
+
+    def values(self, name: str) -> Slots | None:
+        """Of each slot, k arrays [T]; None where they are not recorded."""
+        if name not in self.shard.trace.slot_values:
+            return None
+        return self.seen.of(self.shard.slot_values(self.r, name), self.r)
+
+    @cached_property
+    def weights(self) -> Slots | None:
+        return self.values("weight")
 
     def sums_DE(self, values: Slots) -> np.ndarray:
         """Values of each expert's assignments, summed by domain. float64 [D, E]"""
@@ -269,15 +285,16 @@ class RouterDecisions:
 def count_router(of: RouterDecisions, wants: frozenset[str]) -> RouterCounts:
     """The counts of one router in one shard; those of transitions need the next router too and are
     filled by count_shard."""
-    ranked, token_rows = of.router.first_choice_known, of.token_rows
+    ranked, token_rows, trace = of.router.first_choice_known, of.token_rows, of.shard.trace
     assignments_UE, first_DE, load_BE, load_WE = of.kernels.loads(of.slots, token_rows, of.E)
     counts = RouterCounts(assignments_UE, first_DE if ranked else None, None)
-    if of.weights is not None:
-        counts.weight_sum_DE = of.sums_DE(of.weights)
     counts.null_slots = of.router.top_k * len(of.slots[0]) - int(load_BE.sum())
-    if of.dropped is not None:
-        counts.dropped_UE = load(token_rows.unit_T, of.dropped, token_rows.U, of.E)
-    counts.batches = _batches(token_rows.tokens_B, load_BE)
+    if trace.has_dropped:
+        dropped = of.seen.of(of.shard.slots(of.r, DROPPED), of.r)
+        counts.dropped_UE = load(token_rows.unit_T, dropped, token_rows.U, of.E)
+    for tokens, vio in zip(token_rows.tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
+        if not math.isnan(vio):
+            counts.add_batches(tokens, 1, vio)
     if "windows" in wants:
         counts.window_load_WE, counts.window_tokens_W = load_WE, token_rows.tokens_W.copy()
     for want, fill in FILLS.items():
@@ -286,13 +303,9 @@ def count_router(of: RouterDecisions, wants: frozenset[str]) -> RouterCounts:
     return counts
 
 
-def _batches(tokens_B: np.ndarray, load_BE: np.ndarray) -> dict[int, tuple[int, float]]:
-    found: dict[int, tuple[int, float]] = {}
-    for tokens, vio in zip(tokens_B.tolist(), max_vio(load_BE).tolist(), strict=True):
-        if not math.isnan(vio):
-            n, total = found.get(tokens, (0, 0.0))
-            found[tokens] = n + 1, total + vio
-    return found
+def _load(of: RouterDecisions, counts: RouterCounts) -> None:
+    if of.weights is not None:
+        counts.weight_sum_DE = of.sums_DE(of.weights)
 
 
 def _pairs(of: RouterDecisions, counts: RouterCounts) -> None:
@@ -322,14 +335,14 @@ def _esft(of: RouterDecisions, counts: RouterCounts) -> None:
 
 
 def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
-    if of.norms is not None:
-        counts.norm_UE = of.sums_UE(of.norms)
+    if (norms := of.values("norm")) is not None:
+        counts.norm_UE = of.sums_UE(norms)
         if of.weights is not None:
-            gated = tuple(w * n for w, n in zip(of.weights, of.norms, strict=True))
+            gated = tuple(w * n for w, n in zip(of.weights, norms, strict=True))
             counts.gated_norm_UE = of.sums_UE(gated)
-    if of.peaks is not None:
+    if (peaks := of.values("peak")) is not None:
         peak_E = np.zeros(of.E + 1, np.float32)  # the last: slots that routed nowhere
-        for ids_T, peak_T in zip(of.slots, of.peaks, strict=True):
+        for ids_T, peak_T in zip(of.slots, peaks, strict=True):
             np.maximum.at(peak_E, ids_T, peak_T)
         counts.peak_E = peak_E[: of.E]
 
@@ -340,11 +353,13 @@ def _weights(of: RouterDecisions, counts: RouterCounts) -> None:
 
 
 def _logits(of: RouterDecisions, counts: RouterCounts) -> None:
-    if of.logits_TE is not None:
-        counts.put(logit_confidence(of.logits_TE, of.router.top_k, of.router.scoring))
+    if "logits" in of.shard.trace.tables:
+        (logits_TE,) = of.seen.of((of.shard.logits(of.r),), of.r)
+        counts.put(logit_confidence(logits_TE, of.router.top_k, of.router.scoring))
 
 
 FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {
+    "load": _load,
     "pairs": _pairs,
     "repetition": _repetition,
     "srp": _srp,

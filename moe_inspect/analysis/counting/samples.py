@@ -21,9 +21,9 @@ from typing import cast
 import numpy as np
 
 from moe_inspect.analysis.counting import kernels_numpy
-from moe_inspect.analysis.counting.count_shard import SelectedTokens, kernels, selected_tokens
+from moe_inspect.analysis.counting.count_shard import kernels
 from moe_inspect.analysis.counting.engine import is_long
-from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
 from moe_inspect.trace.reader import Trace

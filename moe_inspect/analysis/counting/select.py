@@ -1,14 +1,24 @@
-"""What of a trace is looked at: routers, domains, a phase."""
+"""What of a trace is looked at: routers, domains, a phase; and which tokens of a shard that takes.
+
+T tokens taken, R decisions of a router in the shard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+
+from moe_inspect.analysis.counting.kernels_numpy import Order, Slots, order_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import did_you_mean, ranges
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import PHASES, Router, parse_ranges
+from moe_inspect.trace.schema import PHASES, Router, parse_ranges, sees
+from moe_inspect.trace.shard import Shard, codes
+
+Layers = str | int | Iterable[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Selection:
 
 def select(
     trace: Trace,
-    layers: str | int | Iterable[int | str] | None = None,
+    layers: Layers = None,
     domains: str | Iterable[str] | None = None,
     phase: str | None = None,
 ) -> Selection:
@@ -45,26 +55,92 @@ def select(
     return Selection(tuple(chosen), frozenset(labels) or None, phase)
 
 
-def parse_layers(
-    layers: str | int | Iterable[int | str] | None, routers: list[Router]
-) -> list[int]:
+def parse_layers(layers: Layers, routers: list[Router]) -> list[int]:
     """The routers of "0-3,7", of 3 or of ["0-3", "7"]; all of them for None. A range takes the
     layers that exist in it (dense blocks have no router); a single layer must exist."""
     if layers is None:
         return list(range(len(routers)))
-    text = _text(layers)
+    text, there = _text(layers), {r.layer for r in routers}
     parse_ranges(text)  # a complaint names all that was asked for
-    wanted: set[int] = set()
-    there = {r.layer for r in routers}
-    for part in text.split(","):
-        found = there.intersection(parse_ranges(part))
-        if not found:
-            return []
-        wanted |= found
-    return [i for i, r in enumerate(routers) if r.layer in wanted]
+    found = [there.intersection(parse_ranges(part)) for part in text.split(",")]
+    return [i for i, r in enumerate(routers) if all(found) and any(r.layer in of for of in found)]
 
 
 def _text(layers: str | int | Iterable[int | str]) -> str:
-    if isinstance(layers, (str, int)):
-        return str(layers)
-    return ",".join(str(layer) for layer in layers)
+    return str(layers) if isinstance(layers, (str, int)) else ",".join(map(str, layers))
+
+
+@dataclass(frozen=True)
+class SelectedTokens:
+    """The tokens of a shard that the selection takes and a stack's routers see. `keep_R` says which
+    of a router's R decisions are theirs, None where all are; the other arrays are of the tokens
+    kept, in token order."""
+
+    stack: str
+    keep_R: np.ndarray | None
+    rows: int
+    number_T: np.ndarray
+    domain_T: np.ndarray
+    domains: list[str]
+    document_T: np.ndarray
+    token_id_T: np.ndarray
+    batch_T: np.ndarray
+    sequence_T: np.ndarray | None
+    position_T: np.ndarray | None
+    labels: set[str]
+
+    def of(self, columns: Slots, router: int) -> Slots:
+        """The decisions of the tokens kept; columns of R rows each."""
+        if len(columns[0]) != self.rows:
+            raise MoeInspectError(
+                f"damaged trace: router {router} has {len(columns[0])} decisions of a shard's "
+                f"{self.rows} tokens"
+            )
+        return columns if self.keep_R is None else tuple(column[self.keep_R] for column in columns)
+
+    @cached_property
+    def order(self) -> Order | None:
+        """How the tokens follow each other within their sequences, where that was asked for."""
+        if self.sequence_T is None or self.position_T is None:
+            return None
+        return order_of(self.document_T, self.sequence_T, self.position_T)
+
+
+def selected_tokens(
+    shard: Shard, selection: Selection, stack: str = "", order: bool = False
+) -> SelectedTokens:
+    """Reads the tokens table of a shard and drops what the selection leaves out or the stack's
+    routers do not see."""
+    by_phase = bool(selection.phase or stack)
+    names = ["document", "token_id", "batch", *(("sequence", "position") if order else ())]
+    table = shard.tokens([*names, "domain", *(["phase"] if by_phase else [])])
+    code_T, domains = codes(table["domain"])
+    keep_T = seen_T = np.ones(len(table), bool)
+    if selection.domains is not None:
+        keep_T = among(domains, selection.domains)[code_T]
+    if by_phase:
+        phase_T, phases = codes(table["phase"])
+        seen_T = np.array([sees(stack, phase) for phase in phases], bool)[phase_T]
+        if selection.phase:
+            keep_T = keep_T & among(phases, {selection.phase})[phase_T]
+    taken_T, keep_R = keep_T & seen_T, keep_T[seen_T]
+    taken = {name: table[name].to_numpy()[taken_T] for name in names}
+    return SelectedTokens(
+        stack,
+        None if keep_R.all() else keep_R,
+        len(keep_R),
+        np.flatnonzero(taken_T),
+        code_T[taken_T],
+        domains,
+        taken["document"],
+        taken["token_id"],
+        taken["batch"],
+        taken.get("sequence"),
+        taken.get("position"),
+        {domains[d] for d in np.flatnonzero(np.bincount(code_T))},
+    )
+
+
+def among(labels: list[str], wanted: Container[str]) -> np.ndarray:
+    """Which of the labels are wanted. bool"""
+    return np.array([label in wanted for label in labels], bool)

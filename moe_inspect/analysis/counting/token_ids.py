@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_inspect.analysis.counting.count_shard import SelectedTokens, count_shard, selected_tokens
+from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts
 from moe_inspect.analysis.counting.kernels_numpy import Slots, Visits
 from moe_inspect.analysis.counting.router_counts import ByTokenId
-from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics.chance import shuffled_p, shuffled_within
 from moe_inspect.analysis.metrics.specialization import Expected

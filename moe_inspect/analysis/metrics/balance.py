@@ -17,83 +17,66 @@ UNEVEN = 0.2  # a router with this max_vio or more is uneven
 STARVED = 0.1  # an expert with a lower load ratio is starved
 
 
-@metric(table="balance", ideal=1.0, unit="ratio", range="1 to E/k", axes="L")
+@metric("balance", ideal=1.0, range="1 to E/k", axes="L")
 def max_over_mean(load_LE: np.ndarray) -> np.ndarray:
     """Load of the busiest expert ÷ mean load. 1 is even, E/k is every token on the same k
     experts."""
     return load_LE.max(1) / _mean(load_LE)
 
 
-@metric(
-    table="balance",
-    ideal=0.0,
-    unit="ratio",
-    range="0 to E/k − 1",
-    axes="L",
-    source="arXiv:2408.15664",
-)
+@metric("balance", ideal=0.0, range="0 to E/k − 1", axes="L", source="arXiv:2408.15664")
 def max_vio(load_LE: np.ndarray) -> np.ndarray:
     """(max − mean) / mean of the load, over all tokens ("global" MaxVio). 0 is even."""
     mean_L = _mean(load_LE)
     return (load_LE.max(1) - mean_L) / mean_L  # exact, which max_over_mean − 1 is not
 
 
-@metric(table="balance", ideal=1.0, unit="ratio", range="0 to 1", axes="L")
+@metric("balance", ideal=1.0, range="0 to 1", axes="L")
 def min_over_max(load_LE: np.ndarray) -> np.ndarray:
     """Load of the least used expert ÷ load of the busiest, in [0, 1]. 1 is even, 0 means a dead
     expert."""
     return load_LE.min(1) / nan_for_zero(load_LE.max(1))
 
 
-@metric(
-    table="balance",
-    ideal=0.0,
-    unit="ratio",
-    range="0 to √(E/k − 1)",
-    axes="L",
-    source="arXiv:1701.06538",
-)
+@metric("balance", ideal=0.0, range="0 to √(E/k − 1)", axes="L", source="arXiv:1701.06538")
 def cv(load_LE: np.ndarray) -> np.ndarray:
     """Coefficient of variation: population σ ÷ mean of the load. 0 is even; chance alone gives
     √((E−k)/(kT))."""
     return load_LE.std(1) / _mean(load_LE)
 
 
-@metric(table="balance", ideal=0.0, unit="ratio", range="0 to 1 − k/E", axes="L")
+@metric("balance", ideal=0.0, range="0 to 1 − k/E", axes="L")
 def gini(load_LE: np.ndarray) -> np.ndarray:
     """Gini coefficient Σ(2i−E−1)c₍ᵢ₎ / (E·Σc), in [0, 1−k/E]. 0 is even, 1−k/E is every token on
     the same k experts."""
-    E: int = load_LE.shape[1]
+    E = load_LE.shape[1]
     rank_E = 2 * np.arange(1, E + 1) - E - 1
     return (rank_E * np.sort(load_LE, axis=1)).sum(1) / nan_for_zero(E * load_LE.sum(1))
 
 
-@metric(table="balance", ideal=1.0, unit="ratio to ln E", range="ln k/ln E to 1", axes="L")
+@metric("balance", ideal=1.0, range="ln k/ln E to 1", unit="ratio to ln E", axes="L")
 def entropy(load_LE: np.ndarray) -> np.ndarray:
     """Entropy of the load ÷ ln E, in [ln k / ln E, 1]. 1 is even. Defined as 1 for a router of one
     expert."""
-    share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
-    E = load_LE.shape[1]
-    nats_L = entropy_nats(share_LE)
+    E, nats_L = load_LE.shape[1], entropy_nats(load_LE / nan_for_zero(load_LE.sum(1))[:, None])
     return nats_L / np.log(E) if E > 1 else nats_L + 1
 
 
-@metric(table="balance", ideal=0.0, unit="experts", range="0 to E − k", axes="L")
+@metric("balance", ideal=0.0, range="0 to E − k", unit="experts", axes="L")
 def dead_experts(load_LE: np.ndarray) -> np.ndarray:
     """Experts with no load at all. Means little on few tokens: read it together with the number of
     tokens."""
     return np.where(load_LE.sum(1) > 0, (load_LE == 0).sum(1), np.nan)
 
 
-@metric(table="balance", ideal="E", unit="experts", range="k to E", axes="L")
+@metric("balance", ideal="E", range="k to E", unit="experts", axes="L")
 def effective_experts(load_LE: np.ndarray) -> np.ndarray:
     """Exponential of the entropy of the load: the number of evenly loaded experts with the same
     entropy. E is even."""
-    share_LE = load_LE / nan_for_zero(load_LE.sum(1))[:, None]
-    return np.exp(entropy_nats(share_LE))
+    return np.exp(entropy_nats(load_LE / nan_for_zero(load_LE.sum(1))[:, None]))
 
 
-@metric(table="balance", ideal=0.0, unit="experts", range="0 to E − 1", axes="L")
+@metric("balance", ideal=0.0, range="0 to E − 1", unit="experts", axes="L")
 def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray:
     """Experts with some load, but under a tenth of the mean load. Means little on few tokens, like
     dead_experts. `starved`: the load ratio to use instead of a tenth."""
@@ -101,7 +84,7 @@ def starved_experts(load_LE: np.ndarray, starved: float = STARVED) -> np.ndarray
     return np.where(load_LE.sum(1) > 0, starved_LE.sum(1), np.nan)
 
 
-@metric(table="balance", ideal=1.0, unit="ratio", range="k/E to 1", axes="L")
+@metric("balance", ideal=1.0, range="k/E to 1", axes="L")
 def balancedness(load_LE: np.ndarray) -> np.ndarray:
     """Mean ÷ max load with one GPU per expert: the share of the time that GPUs compute, not
     wait for the busiest. The slowdown is 1 ÷ this. For another placement pass the loads of its
@@ -109,21 +92,14 @@ def balancedness(load_LE: np.ndarray) -> np.ndarray:
     return 1 / max_over_mean(load_LE)
 
 
-@metric(
-    table="balance",
-    ideal=0.0,
-    unit="ratio",
-    range="0 to √(E − 1)",
-    axes="L",
-    source="arXiv:1701.06538",
-)
+@metric("balance", ideal=0.0, range="0 to √(E − 1)", axes="L", source="arXiv:1701.06538")
 def importance_cv(weight_sum_LE: np.ndarray) -> np.ndarray:
     """Coefficient of variation of the summed gate weights of each expert ("importance"). NaN
     without weights."""
     return cv(weight_sum_LE)
 
 
-@metric(table="balance", ideal=0.0, unit="ratio", range="0 to E/k − 1", source="arXiv:2408.15664")
+@metric("balance", ideal=0.0, range="0 to E/k − 1", source="arXiv:2408.15664")
 def max_vio_batch(vio_sum_S: np.ndarray, passes_S: np.ndarray, tokens_S: np.ndarray) -> float:
     """Mean of the max_vio of each forward pass ("batch" MaxVio). Passes without load are left out,
     and those with fewer than half the tokens of the largest (`whole_passes`). By size S of the

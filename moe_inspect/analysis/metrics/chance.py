@@ -55,14 +55,14 @@ def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.nd
     """P-values of the statistics of several routers, corrected for their number: how often the
     largest of all is as far above its mean, in its own standard deviations. NaN where a statistic
     is. float64 [L]"""
-    known = [i for i, value in enumerate(observed_L) if not np.isnan(value)]
-    p_L = np.full(len(observed_L), np.nan)
-    if not known:
+    p_L = np.array(observed_L, float)
+    known = np.flatnonzero(~np.isnan(p_L))
+    if not len(known):
         return p_L
     null = np.stack([null_LB[i] for i in known])
     mean, sd = null.mean(1), np.maximum(null.std(1), 1e-12)
     largest_B = ((null - mean[:, None]) / sd[:, None]).max(0)
-    standing = (np.array([observed_L[i] for i in known]) - mean) / sd
+    standing = (p_L[known] - mean) / sd
     # what equals the null but for rounding is not beyond it
     as_far = largest_B[None] >= standing[:, None] - 1e-6
     p_L[known] = (1 + as_far.sum(1)) / (1 + largest_B.size)
@@ -72,10 +72,8 @@ def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.nd
 def shuffled_within(document_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random order of the tokens in which each has the place of one of its own document: what the
     tokens of a document have in common stays, and so is not taken for anything else. int64 [T]"""
-    order_T = np.empty(len(document_T), np.int64)
-    order_T[np.argsort(document_T, kind="stable")] = np.lexsort(
-        (rng.random(len(document_T)), document_T)
-    )
+    order_T, drawn_T = np.empty(len(document_T), np.int64), rng.random(len(document_T))
+    order_T[np.argsort(document_T, kind="stable")] = np.lexsort((drawn_T, document_T))
     return order_T
 
 
@@ -111,18 +109,13 @@ def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarr
 
 
 def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
-    """The sum of the units' residuals, each with a random sign. float32 [B, E]"""
-    residual_UE = _fewer(residual_UE)
-    return random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
-
-
-def _fewer(residual_UE: np.ndarray) -> np.ndarray:
-    """The residuals of at most MOST_UNITS units."""
+    """The sum of the units' residuals, each with a random sign; of more than MOST_UNITS units that of
+    as many groups. float32 [B, E]"""
     U, E = residual_UE.shape
-    if U <= MOST_UNITS:
-        return residual_UE
-    filled_UE = np.pad(residual_UE, ((0, -U % MOST_UNITS), (0, 0)))
-    return filled_UE.reshape(-1, MOST_UNITS, E).sum(0)
+    if U > MOST_UNITS:
+        filled_UE = np.pad(residual_UE, ((0, -U % MOST_UNITS), (0, 0)))
+        residual_UE = filled_UE.reshape(-1, MOST_UNITS, E).sum(0)
+    return random_signs(len(residual_UE)) @ residual_UE.astype(np.float32)
 
 
 def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.ndarray]:
@@ -151,8 +144,7 @@ def passes_of_documents(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the max_vio of a forward pass over these documents in random
     order, cut anywhere. sizes: tokens of a pass; passes: how many have so many."""
-    U, rng = len(tokens_U), np.random.default_rng([SEED, len(tokens_U)])
-    found = list[float]()
+    U, rng, found = len(tokens_U), np.random.default_rng([SEED, len(tokens_U)]), list[float]()
     size_R: np.ndarray = rng.choice(sizes_S, PASSES, p=passes_S / passes_S.sum())
     for size in map(float, size_R):
         order_U = rng.permutation(U)

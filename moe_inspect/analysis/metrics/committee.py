@@ -33,7 +33,7 @@ def committee(assignments_DE: np.ndarray, top_k: int) -> np.ndarray:
     return leads_DE.all(-2) & (loaded_D1.sum(-2) > 1)
 
 
-@metric(table="committee", ideal=0.0, unit="experts", range="0 to k", source=SOURCE)
+@metric("committee", ideal=0.0, range="0 to k", unit="experts", source=SOURCE)
 def committee_experts(assignments_DE: np.ndarray, top_k: int) -> float:
     """The number of experts that are among the k with the largest load in every domain. k: the same
     experts lead everywhere. NaN with fewer than two domains that have load."""
@@ -42,7 +42,7 @@ def committee_experts(assignments_DE: np.ndarray, top_k: int) -> float:
     return float(committee(assignments_DE, top_k).sum())
 
 
-@metric(table="committee", ideal=0.0, unit="share", range="0 to 1", source=SOURCE)
+@metric("committee", ideal=0.0, range="0 to 1", unit="share", source=SOURCE)
 def committee_mass(assignments_DE: np.ndarray, top_k: int) -> float:
     """The share of the assignments that go to these experts, its mean over the domains. 1: no other
     expert is used. NaN with fewer than two domains that have load."""

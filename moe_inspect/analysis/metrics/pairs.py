@@ -9,6 +9,7 @@ of slots count, not only first choices.
 
 from __future__ import annotations
 
+from functools import partial
 from math import comb
 
 import numpy as np
@@ -21,16 +22,11 @@ ROUNDS = 200  # of fitting at most; a dozen are enough unless an expert is in ne
 GRID = 2**12  # a power of 2, so that multiplying by it does not round
 NEARLY_ALL = 1 - 1e-6  # an expert in all decisions would have an infinite weight
 
+probability = partial(metric, column="probability", range="0 to 1", unit="probability")
+repeated = partial(probability, column="", axes="D", source="arXiv:2401.04088, table 5")
 
-@metric(
-    table="coactivation",
-    column="probability",
-    ideal="(k - 1) / (E - 1)",
-    unit="probability",
-    range="0 to 1",
-    axes="EE",
-    source="arXiv:2409.02060, eq. 6",
-)
+
+@probability("coactivation", ideal="(k - 1) / (E - 1)", axes="EE", source="arXiv:2409.02060, eq. 6")
 def coactivation(together_EE: np.ndarray) -> np.ndarray:
     """P(b chosen, given a chosen) in one decision: N_ab / N_a over all pairs of slots; a row sums
     to k − 1. NaN on the diagonal, and for an a that was never chosen."""
@@ -38,7 +34,7 @@ def coactivation(together_EE: np.ndarray) -> np.ndarray:
     return _without_diagonal(probability_EE)
 
 
-@metric(table="coactivation", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EE")
+@metric("coactivation", column="lift", ideal=1.0, range="0 and up", axes="EE")
 def coactivation_lift(together_EE: np.ndarray, expected_EE: np.ndarray | None = None) -> np.ndarray:
     """N_ab ÷ the N_ab expected by chance at these loads. 1 is chance; the plain P(b|a)/P(b) would
     be under 1 by chance, since a decision's experts are distinct. NaN on the diagonal and where
@@ -80,8 +76,7 @@ def _pairs_of_sets(share_E: np.ndarray, k: int) -> np.ndarray:
     if k >= E:  # all experts are in it
         return 1 - np.eye(E)
     share_E = np.minimum(share_E, NEARLY_ALL)
-    odds_E = share_E / (1 - share_E)
-    weight_E = odds_E
+    weight_E = odds_E = share_E / (1 - share_E)
     for _ in range(ROUNDS):
         (*_, fewer_E, as_many_E), _ = _without_each(weight_E, k)
         fitted_E, before_E = odds_E * as_many_E / fewer_E, weight_E
@@ -154,22 +149,14 @@ def _sums_of_products(weight_XE: np.ndarray, most: int) -> np.ndarray:
     return sums_XNJ[:, 0]
 
 
-@metric(
-    table="transitions",
-    column="probability",
-    ideal="k / E",
-    unit="probability",
-    range="0 to 1",
-    axes="EN",
-    source="arXiv:2401.08383",
-)
+@probability("transitions", ideal="k / E", axes="EN", source="arXiv:2401.08383")
 def transition(next_EN: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     """P(b chosen at the next MoE layer, given a chosen here), over all k·k pairs; a row sums to the
     next layer's k. NaN for an a that was never chosen."""
     return next_EN / nan_for_zero(load_E)[:, None]
 
 
-@metric(table="transitions", column="lift", ideal=1.0, unit="ratio", range="0 and up", axes="EN")
+@metric("transitions", column="lift", ideal=1.0, range="0 and up", axes="EN")
 def transition_lift(next_EN: np.ndarray) -> np.ndarray:
     """The share of b among the choices that follow a ÷ its share among all choices of the next
     layer. 1 is chance: a says nothing about b."""
@@ -177,7 +164,7 @@ def transition_lift(next_EN: np.ndarray) -> np.ndarray:
     return share_EN / nan_for_zero(next_EN.sum(0) / nan_for_zero(np.asarray(next_EN.sum())))
 
 
-@metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
+@metric("locality", ideal="1 / E", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy(next_first_EN: np.ndarray) -> float:
     """How often the next MoE layer's first choice is the one that most often follows this layer's
     first choice: Σ_a max_b N_ab ÷ N. Read it beside its marginal (always the most frequent) and its
@@ -185,7 +172,7 @@ def next_accuracy(next_first_EN: np.ndarray) -> float:
     return ratio(next_first_EN.max(1, initial=0).sum(), next_first_EN.sum())
 
 
-@metric(table="locality", ideal="1 / E", unit="ratio", range="1/E to 1", source="arXiv:2401.08383")
+@metric("locality", ideal="1 / E", range="1/E to 1", source="arXiv:2401.08383")
 def next_accuracy_marginal(next_first_EN: np.ndarray) -> float:
     """How often the next MoE layer's first choice is its most frequent one: the accuracy of a
     prediction that ignores this layer."""
@@ -196,11 +183,10 @@ def next_accuracy_null(next_first_EN: np.ndarray) -> float:
     """Mean `next_accuracy` of independent choices with these marginals: with few tokens the maximum
     of each row is above the marginal's by chance alone."""
     row_E, column_N = next_first_EN.sum(1), next_first_EN.sum(0)
-    if not column_N.sum():
+    if not column_N.any():
         return float("nan")
-    rng = np.random.default_rng([SEED, *next_first_EN.shape])
-    draws = (_independent(row_E, column_N / column_N.sum(), rng) for _ in range(5))
-    return float(np.mean([next_accuracy(drawn_EN) for drawn_EN in draws]))
+    rng, share_N = np.random.default_rng([SEED, *next_first_EN.shape]), column_N / column_N.sum()
+    return float(np.mean([next_accuracy(_independent(row_E, share_N, rng)) for _ in range(5)]))
 
 
 def _independent(row_E: np.ndarray, share_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -209,8 +195,7 @@ def _independent(row_E: np.ndarray, share_N: np.ndarray, rng: np.random.Generato
     if total >= E * N:
         return rng.multinomial(row_E, share_N)
     # few choices are drawn faster one by one
-    chosen_X = _choices(share_N, total, rng)
-    cell_X = np.repeat(np.arange(E) * N, row_E) + chosen_X
+    cell_X = np.repeat(np.arange(E) * N, row_E) + _choices(share_N, total, rng)
     return np.bincount(cell_X, minlength=E * N).reshape(E, N)
 
 
@@ -228,28 +213,14 @@ def _choices(share_N: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
     return chosen_X
 
 
-@metric(
-    table="repetition",
-    ideal="1 / E",
-    unit="probability",
-    range="0 to 1",
-    axes="D",
-    source="arXiv:2401.04088, table 5",
-)
+@repeated("repetition", ideal="1 / E")
 def first_choice(first_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
     """The share of tokens with the same first choice as the token before in the same sequence.
     Random choices: 1/E."""
     return first_same_D / nan_for_zero(pairs_D)
 
 
-@metric(
-    table="repetition",
-    ideal="1 - C(E - k, k) / C(E, k)",
-    unit="probability",
-    range="0 to 1",
-    axes="D",
-    source="arXiv:2401.04088, table 5",
-)
+@repeated("repetition", ideal="1 - C(E - k, k) / C(E, k)")
 def any_choice(any_same_D: np.ndarray, pairs_D: np.ndarray) -> np.ndarray:
     """The share of tokens that share at least one expert with the token before in the same
     sequence. Random choices: 1 − C(E−k, k)/C(E, k)."""
@@ -268,18 +239,11 @@ def first_choice_by_load(first_choice_DE: np.ndarray) -> np.ndarray:
     return (share_DE**2).sum(1)
 
 
-@metric(
-    table="locality",
-    ideal="2 * k / (E + k)",
-    unit="ratio",
-    range="0 to 1; 1 for m = 1",
-    source="arXiv:2505.16056",
-)
+@metric("locality", ideal="2 * k / (E + k)", range="0 to 1; 1 for m = 1", source="arXiv:2505.16056")
 def srp(windows_M: np.ndarray) -> float:
     """Segment routing best performance: how well one fixed set of experts can serve all m tokens of
     a window, as the best F-measure over thresholds α, 2Σ_{f≥α}f ÷ Σ(m·1[f≥α] + f). windows_M[f],
-    f = 0 … m: how many (window, expert) have f of the window's m tokens at the expert. NaN without
-    any."""
+    f = 0 … m: how many (window, expert) have f of the m tokens at the expert. NaN without any."""
     return float(best_f(windows_M))
 
 
@@ -300,13 +264,9 @@ def srp_by_load(load_E: np.ndarray, tokens: float, m: int) -> float:
     tokens."""
     if tokens <= 0 or not load_E.any():
         return float("nan")
-    chosen_E = np.clip(load_E / tokens, 0, 1)
-    frequency_M = np.arange(m + 1)
-    ways_M = np.array([float(comb(m, f)) for f in frequency_M])
-    expected_M = (
-        ways_M * chosen_E[:, None] ** frequency_M * (1 - chosen_E[:, None]) ** (m - frequency_M)
-    ).sum(0)
-    return srp(expected_M)
+    chosen_E1, f_M = np.clip(load_E / tokens, 0, 1)[:, None], np.arange(m + 1)
+    ways_M = np.array([float(comb(m, f)) for f in f_M])
+    return srp((ways_M * chosen_E1**f_M * (1 - chosen_E1) ** (m - f_M)).sum(0))
 
 
 def _without_diagonal(values_EE: np.ndarray, filler: float = np.nan) -> np.ndarray:

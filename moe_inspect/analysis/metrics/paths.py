@@ -26,9 +26,7 @@ from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, stu
 GROUPS = 20  # of the jackknife
 
 
-@metric(
-    table="paths", ideal="L * log(E, 2)", unit="bits", range="0 to log₂ of the number of tokens"
-)
+@metric("paths", ideal="L * log(E, 2)", range="0 to log₂ of the number of tokens", unit="bits")
 def path_entropy_bits(tokens_P: np.ndarray) -> float:
     """Entropy of the paths through the routers up to this one, by first choices. tokens: of each
     path. L routers whose choices say nothing of each other give L·log₂ E. NaN without tokens."""

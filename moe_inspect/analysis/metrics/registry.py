@@ -16,9 +16,12 @@ import pkgutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+import numpy as np
+
+Values = float | np.ndarray
+F = TypeVar("F", bound=Callable[..., Values])
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Metric:
     """`table` and `column`: where a report shows it. `axes`: of its result, "" for a number."""
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., Values]
     table: str
     column: str
     ideal: float | str
@@ -55,23 +58,22 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    *,
     table: str,
+    *,
     ideal: float | str,
-    unit: str,
     range: str,
+    unit: str = "ratio",
     axes: str = "",
-    column: str | None = None,
+    column: str = "",
     source: str = "",
 ) -> Callable[[F], F]:
-    """Registers a function as a metric under its own name."""
+    """Registers a function as a metric under its own name, which is its column's by default."""
 
     def register(function: F) -> F:
         name = function.__name__
         assert name not in METRICS, f"two metrics {name}"
-        METRICS[name] = Metric(
-            name, function, table, column or name, ideal, unit, range, axes, source
-        )
+        stated = ideal, unit, range, axes, source
+        METRICS[name] = Metric(name, function, table, column or name, *stated)
         return function
 
     return register
@@ -86,24 +88,15 @@ def _modules() -> list[str]:
 
 
 def metrics() -> dict[str, Metric]:
-    """METRICS of all files of this folder: by file in alphabetical order, and within a file in its
-    order."""
-    modules = _modules()
-    return dict(
-        sorted(
-            METRICS.items(),
-            key=lambda item: modules.index(inspect.unwrap(item[1].function).__module__),
-        )
-    )
+    """METRICS by file in alphabetical order, and within a file in its order."""
+    at = {module: i for i, module in enumerate(_modules())}
+    return dict(sorted(METRICS.items(), key=lambda item: at[item[1].function.__module__]))
 
 
 def metrics_of(table: str, inputs: Container[str]) -> dict[str, Metric]:
     """The metrics of a table that can be computed from these inputs."""
-    return {
-        name: m
-        for name, m in metrics().items()
-        if m.table == table and all(p in inputs for p in m.parameters)
-    }
+    of_table = (m for m in metrics().values() if m.table == table)
+    return {m.name: m for m in of_table if all(p in inputs for p in m.parameters)}
 
 
 def listing() -> list[dict[str, str]]:
@@ -115,7 +108,7 @@ def listing() -> list[dict[str, str]]:
             "table": m.table,
             "definition": m.first_sentence,
             "range": m.range,
-            "even": f"{m.ideal:g}" if isinstance(m.ideal, (int, float)) else m.ideal,
+            "even": m.ideal if isinstance(m.ideal, str) else f"{m.ideal:g}",
             "unit": m.unit,
             "source": m.source,
         }

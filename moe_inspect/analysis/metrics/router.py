@@ -15,9 +15,8 @@ from moe_inspect.analysis.metrics.registry import metric
 
 
 @metric(
-    table="router",
+    "router",
     ideal=1.0,
-    unit="ratio",
     range="0 to E/k; 1 or more where both agree",
     source="arXiv:2101.03961, eq. 4",
 )
@@ -32,11 +31,7 @@ def aux_loss(load_E: np.ndarray, probability_sum_E: np.ndarray) -> float:
 
 
 @metric(
-    table="router",
-    ideal="log(E) ** 2",
-    unit="nats²",
-    range="0 and up",
-    source="arXiv:2202.08906, eq. 5",
+    "router", ideal="log(E) ** 2", range="0 and up", unit="nats²", source="arXiv:2202.08906, eq. 5"
 )
 def z_loss(z_sum: float, logit_decisions: int) -> float:
     """Mean of (logsumexp of the logits)²: how large the logits have grown. (ln E)² if all are 0.
@@ -44,58 +39,56 @@ def z_loss(z_sum: float, logit_decisions: int) -> float:
     return ratio(z_sum, logit_decisions)
 
 
-@metric(table="router", ideal="log(E)", unit="nats", range="0 to ln E")
+@metric("router", ideal="log(E)", range="0 to ln E", unit="nats")
 def gate_entropy_nats(entropy_sum: float, logit_decisions: int) -> float:
     """Mean entropy of the probabilities of one decision: 0 is certain, ln E is uniform. NaN without
     logits."""
     return ratio(entropy_sum, logit_decisions)
 
 
-@metric(table="router", ideal=0.0, unit="logits", range="0 and up")
+@metric("router", ideal=0.0, range="0 and up", unit="logits")
 def top1_margin(top1_margin_sum: float, logit_decisions: int) -> float:
     """Mean of the largest logit minus the second: how clear the first choice is. NaN without
     logits."""
     return ratio(top1_margin_sum, logit_decisions)
 
 
-@metric(table="router", ideal=0.0, unit="logits", range="0 and up")
+@metric("router", ideal=0.0, range="0 and up", unit="logits")
 def boundary_margin(boundary_margin_sum: float, logit_decisions: int) -> float:
     """Mean of the k-th largest logit minus the next: how much noise changes the experts chosen. NaN
     without logits, and where k = E."""
     return ratio(boundary_margin_sum, logit_decisions)
 
 
-@metric(table="router", ideal="k / E", unit="ratio", range="k/E to 1")
+@metric("router", ideal="k / E", range="k/E to 1")
 def top_k_mass(topk_mass_sum: float, logit_decisions: int) -> float:
     """Mean total probability of the k most probable experts: at 1 the other experts have none. NaN
     without logits."""
     return ratio(topk_mass_sum, logit_decisions)
 
 
-@metric(table="router", ideal=1.0, unit="ratio", range="0 to 1")
+@metric("router", ideal=1.0, range="0 to 1")
 def tie_rate(ties: int, logit_decisions: int) -> float:
     """The share of decisions whose k-th and next logit are equal as recorded (float16): the order
     of the experts then decides which is chosen. Even logits always tie. NaN without logits."""
     return ratio(ties, logit_decisions)
 
 
-@metric(table="router", ideal="log(k)", unit="nats", range="0 to ln k")
+@metric("router", ideal="log(k)", range="0 to ln k", unit="nats")
 def weight_entropy_nats(weight_entropy_sum: float, weight_decisions: int) -> float:
     """Mean entropy of a decision's k gate weights, scaled to sum to 1: 0 if one expert has all the
     weight, ln k if all have the same. NaN without weights."""
     return ratio(weight_entropy_sum, weight_decisions)
 
 
-@metric(table="router", ideal=0.0, unit="ratio", range="0 to 1")
+@metric("router", ideal=0.0, range="0 to 1")
 def weight_margin(weight_margin_sum: float, weight_decisions: int) -> float:
     """Mean of the largest gate weight of a decision minus the second, with the k scaled to sum to
     1. NaN without weights, and where k = 1."""
     return ratio(weight_margin_sum, weight_decisions)
 
 
-@metric(
-    table="router", ideal="k / E", unit="weight", range="0 and up; 1 where weights are renormalised"
-)
+@metric("router", ideal="k / E", range="0 and up; 1 where weights are renormalised", unit="weight")
 def weight_mass(weight_mass_sum: float, weight_decisions: int) -> float:
     """Mean sum of a decision's k gate weights as the experts get them: for a softmax that is not
     renormalised, the probability of the k chosen. NaN without weights."""

@@ -23,7 +23,7 @@ Z = 1.959964  # of 95 %
 FEW_CASES = 2  # hit or missed: fewer than a normal distribution describes
 
 
-@metric(table="signature", ideal="1 / D", unit="ratio", range="0 to 1")
+@metric("signature", ideal="1 / D", range="0 to 1")
 def signature_accuracy(hits_D: np.ndarray, documents_D: np.ndarray) -> float:
     """The share of the documents whose nearest other document, by the Euclidean distance of their
     routing signatures, is of their own domain. 1: routing tells the domain. NaN without

@@ -10,7 +10,7 @@ difference means anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ JSD_DRAWS = 20  # by chance: the mean over pairs of domains hardly varies
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
+of_domains, of_router = partial(metric, "domains", axes="DE"), partial(metric, "specialization")
 
 
 def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
@@ -49,12 +50,10 @@ def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
     return assignments_DE / nan_for_zero(assignments_DE.sum(-1, keepdims=True))
 
 
-@metric(
-    table="domains",
+@of_domains(
     ideal="k / E",
-    unit="assignments per token",
     range="0 to 1, sums to k",
-    axes="DE",
+    unit="assignments per token",
     source="arXiv:2409.02060, eq. 7",
 )
 def activation(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
@@ -63,7 +62,7 @@ def activation(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return assignments_DE / nan_for_zero(tokens_D)[:, None]
 
 
-@metric(table="domains", ideal=1.0, unit="ratio", range="0 to D", axes="DE")
+@of_domains(ideal=1.0, range="0 to D")
 def lift(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     """Activation of an expert in a domain ÷ the mean of its activations over the domains. NaN for
     an expert without load."""
@@ -72,7 +71,7 @@ def lift(assignments_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return activation_DE / nan_for_zero(activation_DE[known].sum(0) / max(known.sum(), 1))
 
 
-@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
+@of_router(ideal=0.0, range="0 to log₂ min(D, E)", unit="bits")
 def domain_mi_bits(assignments_DE: np.ndarray) -> float:
     """I(domain; expert) with the domains equally weighted, however many tokens each has. 0 is no
     specialisation; n domains on disjoint blocks of experts give log₂ n. NaN with fewer than two
@@ -87,12 +86,8 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
     times. NaN with fewer than two domains, or no load. float64 [B]"""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
         return np.full(SIGNS, np.nan)
-    return np.concatenate(
-        [
-            mutual_information_bits(share_by_domain(load_BDE))
-            for load_BDE in null_loads(assignments_UE, domain_U)
-        ]
-    )
+    drawn = null_loads(assignments_UE, domain_U)
+    return np.concatenate([mutual_information_bits(share_by_domain(load)) for load in drawn])
 
 
 def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
@@ -109,13 +104,12 @@ def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     return float(np.nanstd(bits_R))
 
 
-@metric(table="specialization", ideal=0.0, unit="bits", range="0 to 1")
+@of_router(ideal=0.0, range="0 to 1", unit="bits")
 def jsd_bits(assignments_DE: np.ndarray) -> float:
     """Jensen–Shannon divergence between the expert shares of two domains, in [0, 1], its mean over
     all pairs (of more than 500 domains over 100,000 random ones). NaN with fewer than two domains
     that have load. (The divergence of all domains at once is `domain_mi_bits`.)"""
-    share_DE = assignments_DE[assignments_DE.sum(1) > 0].astype(float)
-    share_DE = share_by_domain(share_DE)
+    share_DE = share_by_domain(assignments_DE[assignments_DE.sum(1) > 0].astype(float))
     if len(share_DE) < 2:
         return float("nan")
     D, E = share_DE.shape
@@ -125,11 +119,10 @@ def jsd_bits(assignments_DE: np.ndarray) -> float:
         rng = np.random.default_rng(0)
         first = rng.integers(D, size=DRAWN_PAIRS)
         second = (first + rng.integers(1, D, DRAWN_PAIRS)) % D
-    step = max(1, CHUNK_CELLS // E)
-    total = 0.0
+    step, total = max(1, CHUNK_CELLS // E), 0.0
     for at in range(0, len(first), step):
-        pairs_P2E = np.stack([share_DE[first[at : at + step]], share_DE[second[at : at + step]]], 1)
-        total += mutual_information_bits(pairs_P2E).sum()
+        pair_P2 = np.stack([first[at : at + step], second[at : at + step]], axis=1)
+        total += mutual_information_bits(share_DE[pair_P2]).sum()
     return float(total / len(first))
 
 
@@ -140,18 +133,11 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     if D < 2 or not assignments_UE.any():
         return float("nan")
     draws = int(np.clip(DRAWN_PAIRS // D**2, 1, JSD_DRAWS))
-    return float(
-        np.mean([jsd_bits(of) for of in next(null_loads(assignments_UE, domain_U))[:draws]])
-    )
+    drawn_BDE = next(null_loads(assignments_UE, domain_U))[:draws]
+    return float(np.mean([jsd_bits(load_DE) for load_DE in drawn_BDE]))
 
 
-@metric(
-    table="specialization",
-    ideal="1 / E",
-    unit="ratio",
-    range="1/E to 1",
-    source="arXiv:2409.02060, eq. 8",
-)
+@of_router(ideal="1 / E", range="1/E to 1", source="arXiv:2409.02060, eq. 8")
 def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     """The share of tokens whose first choice is the favourite of their token id: Σ_x max_e N_xe ÷
     Σ_x N_x, in [1/E, 1].
@@ -160,13 +146,7 @@ def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     return ratio(first_choice_VE.max(1, initial=0).sum(), first_choice_VE.sum())
 
 
-@metric(
-    table="specialization",
-    ideal="k / E",
-    unit="ratio",
-    range="k/E to 1",
-    source="arXiv:2409.02060, eq. 8",
-)
+@of_router(ideal="k / E", range="k/E to 1", source="arXiv:2409.02060, eq. 8")
 def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray) -> float:
     """The share of tokens that reach, with any choice, the expert that most tokens of their id
     reach: Σ_x max_e N_xe ÷ Σ_x N_x. Saturates as k grows: read it beside the first choice's. NaN
@@ -174,20 +154,19 @@ def vocabulary_specialization_any(any_VE: np.ndarray, occurrences_V: np.ndarray)
     return ratio(any_VE.max(1, initial=0).sum(), occurrences_V.sum())
 
 
-@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ E")
+@of_router(ideal=0.0, range="0 to log₂ E", unit="bits")
 def token_mi_bits(any_VE: np.ndarray) -> float:
     """Plug-in I(token id; expert) over the token ids frequent enough to judge. Its bias is large:
     read it only beside the same with the token ids shuffled (token_mi_null_bits). NaN without
     any."""
     load_V, load_E = any_VE.sum(1, dtype=np.int64), any_VE.sum(0, dtype=np.int64)
-    total = int(load_V.sum())
-    if not total:
+    if not (total := int(load_V.sum())):
         return float("nan")
     margins = _n_log2_n(load_V[None]).sum() + _n_log2_n(load_E[None]).sum()
     return float(np.log2(total) + (_n_log2_n(any_VE).sum() - margins) / total)
 
 
-@metric(table="specialization", ideal=0.0, unit="bits", range="0 to log₂ min(D, E)")
+@of_router(ideal=0.0, range="0 to log₂ min(D, E)", unit="bits")
 def domain_mi_given_token_bits(assignments_DE: np.ndarray, expected_DE: np.ndarray) -> float:
     """I(domain; expert) that is left where the load which the token ids explain is taken out of
     each domain: topic beyond vocabulary. `expected`: the load of tokens of a domain's ids, each
@@ -205,11 +184,6 @@ def _left_bits(assignments_DE: np.ndarray, left_DE: np.ndarray) -> np.ndarray:
     common_DE = load_D1 * load_E / nan_for_zero(load_E.sum())
     beyond_DE = np.maximum(common_DE + left_DE, 0)[..., load_D1[:, 0] > 0, :]
     return mutual_information_bits(share_by_domain(beyond_DE))
-
-
-def _members(domain_U: np.ndarray) -> np.ndarray:
-    """1 where a unit is of the domain. float64 [D, U]"""
-    return np.eye(int(domain_U.max()) + 1)[domain_U].T
 
 
 @dataclass(frozen=True)
@@ -238,7 +212,7 @@ class Expected:
         tokens_X, tokens_U = tokens_XU.sum(1), tokens_XU.sum(0)
         part_UX = (tokens_XU / tokens_U).T  # of the tokens of a document, those of an id
         share_XU = (tokens_XU.T / tokens_X).T  # of the tokens of an id, those in a document
-        member_DU = _members(domain_U)
+        member_DU = np.eye(int(domain_U.max()) + 1)[domain_U].T  # 1 where a unit is of the domain
         itself_U = np.asarray(part_UX.multiply(share_XU.T).sum(1)).reshape(-1)
         share_XD = np.asarray(share_XU @ member_DU.T)
         # the mean over the tokens of a document of (1 or 0 − share of the domain)²
@@ -251,7 +225,7 @@ class Expected:
 
     def by_domain(self) -> tuple[np.ndarray, np.ndarray]:
         """Assignments, and those expected. float64 [D, E] each"""
-        member_DU = _members(self.domain_U)
+        member_DU = np.eye(int(self.domain_U.max()) + 1)[self.domain_U].T
         return member_DU @ self.assignments_UE, member_DU @ self.expected_UE
 
     def null(self) -> np.ndarray:

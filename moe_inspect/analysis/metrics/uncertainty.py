@@ -8,8 +8,8 @@ documents. All seeds are fixed: the same trace gives the same report.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,8 @@ RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 5  # that an interval over documents needs
 FEW_TOKENS = 64  # up to which the noise of every number of tokens is simulated
 RIVALS = 3.0  # errors below the busiest expert within which another may be the busiest
-BELOW = (
-    0.035  # probability that the lower end is too high, with several: the upper never is too low
-)
+# probability that the lower end is too high, with several: the upper never is too low
+BELOW = 0.035
 SHARE, ANYWHERE = (0.0, 1.0), (-np.inf, np.inf)  # bounds of what an interval is of
 GAUSSIAN_FROM = 500  # mean load from which the load is treated as Gaussian
 
@@ -74,8 +73,7 @@ def random_loads(T: int, E: int, k: int, R: int) -> np.ndarray:
 def _maximum(E: int) -> tuple[float, float]:
     """Mean and standard deviation of the largest of E standard normals."""
     draws = np.random.default_rng([SEED, E]).standard_normal((max(4_000, 400_000 // E), E))
-    largest = draws.max(1)
-    return float(largest.mean()), float(largest.std())
+    return float(draws.max(1).mean()), float(draws.max(1).std())
 
 
 def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
@@ -88,10 +86,9 @@ def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
     few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
     powers = [2.0**n for n in range(int(math.log2(FEW_TOKENS)), math.ceil(math.log2(most)) + 1)]
     grid: np.ndarray = np.unique(np.concatenate([np.floor(few), np.ceil(few), powers]))
-    found = np.array([noise(int(T), E, k) for T in grid])
+    mean_N, sd_N = np.array([noise(int(T), E, k) for T in grid]).T
     at, known = np.log(sizes), np.log(grid)
-    means: np.ndarray = np.exp(np.interp(at, known, np.log(found[:, 0])))
-    return np.array([means, np.interp(at, known, found[:, 1])])
+    return np.array([np.exp(np.interp(at, known, np.log(mean_N))), np.interp(at, known, sd_N)])
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:
@@ -147,19 +144,16 @@ def max_vio_interval(assignments_UE: np.ndarray, strata_U: np.ndarray) -> tuple[
     expert is their busiest. NaN with fewer than FEWEST_DOCUMENTS units, or no load.
 
     Logarithms of the load ratios, with the error that documents give, by Student's t with the
-    effective number of documents. The upper end is that of the
-    sample's busiest expert. The lower end is the highest of all that may be the busiest (those
-    within RIVALS errors of it), each as much lower as their number demands (Šidák): the largest of
-    a sample is larger than it would be by itself."""
+    effective number of documents. The upper end is that of the sample's busiest expert. The lower
+    end is the highest of all that may be the busiest (those within RIVALS errors of it), each as
+    much lower as their number demands (Šidák): the largest of a sample is larger than by itself."""
     (U, E), load_E = assignments_UE.shape, assignments_UE.sum(0)
     if U < FEWEST_DOCUMENTS or not load_E.any():
         return float("nan"), float("nan")
-    strata_U = _large_strata(strata_U)
-    mean = load_E.sum() / E
+    strata_U, mean = _large_strata(strata_U), load_E.sum() / E
     ratio_E = load_E / mean
     error_E = np.sqrt((residuals(assignments_UE, strata_U) ** 2).sum(0)) / mean
-    strata = np.count_nonzero(np.bincount(strata_U))
-    documents = effective_documents(assignments_UE.sum(1)) - strata
+    documents = effective_documents(assignments_UE.sum(1)) - len(np.unique(strata_U))
     busiest = ratio_E.argmax()
     reach_E = RIVALS * np.hypot(error_E, error_E[busiest])
     rival_E = ratio_E >= ratio_E[busiest] - reach_E
@@ -197,7 +191,7 @@ def interval(
     return np.clip([middle - wider * (middle - low), middle + wider * (high - middle)], *within)
 
 
-def special(name: str) -> Any:
+def special(name: str) -> Callable[..., np.ndarray]:
     """A function of scipy.special, which is slow to import."""
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
@@ -217,9 +211,8 @@ def student(documents: float) -> float:
 def share_interval(share: float, decisions: float, effect: float) -> tuple[float, float]:
     """95 % interval of a share of so many decisions, for counts that are not known by document: its
     variance is `effect` (the design effect) times that of independent decisions."""
-    half = 1.96 * np.sqrt(
-        np.maximum(effect, 1) * share * (1 - share) / nan_for_zero(np.asarray(decisions, float))
-    )
+    variance = np.maximum(effect, 1) * share * (1 - share) / nan_for_zero(np.asarray(decisions))
+    half = 1.96 * np.sqrt(variance)
     return float(np.maximum(share - half, 0)), float(np.minimum(share + half, 1))
 
 
@@ -229,23 +222,16 @@ def log10_tail(count: np.ndarray, expected: np.ndarray, most: np.ndarray) -> np.
     real counts, such as counts ÷ design effect. Where the tail is too small for a float, its
     leading term times a geometric series is used: an upper bound that is close so far out. Arrays
     of one shape, 0 ≤ count ≤ most, 0 < expected ≤ most."""
-    count, expected, most = np.broadcast_arrays(
-        *(np.asarray(x, float) for x in (count, expected, most))
-    )
+    count, expected, most = (np.asarray(x, float) for x in (count, expected, most))
     more = count > expected
     p = np.clip(expected / most, 1e-15, 1 - 1e-12)
     # P(X ≥ n) = I_p(n, most − n + 1); P(X ≤ n) is the same formula for the failures
     hits, x = np.where(more, count, most - count), np.where(more, p, 1 - p)
     a, b = np.maximum(hits, 1e-9), np.maximum(most - hits, 0) + 1
-    tail: np.ndarray = special("betainc")(a, b, x)
+    tail = special("betainc")(a, b, x)
     with np.errstate(divide="ignore"):
-        leading: np.ndarray = (
-            a * np.log(x)
-            + b * np.log1p(-x)
-            - np.log(a)
-            - special("betaln")(a, b)
-            - np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
-        )
+        leading = a * np.log(x) + b * np.log1p(-x) - np.log(a) - special("betaln")(a, b)
+        leading -= np.log(np.maximum(1 - (a + b) * x / (a + 1), 1e-12))
         log_tail = np.where(tail > 1e-250, np.log(tail), leading)
     return np.minimum((log_tail + np.log(2)) / np.log(10), 0)
 
@@ -265,13 +251,11 @@ def design_effect(assignments_UE: np.ndarray, tokens_U: np.ndarray, strata_U: np
     between documents ÷ variance of as many independent tokens, summed over experts. About 1 where
     documents do not matter; √ of it multiplies the noise floor. NaN with fewer than
     FEWEST_DOCUMENTS units."""
-    T = tokens_U.sum()
     if len(tokens_U) < FEWEST_DOCUMENTS or not assignments_UE.any():
         return float("nan")
-    strata_U = _large_strata(strata_U)
+    strata_U, T = _large_strata(strata_U), tokens_U.sum()
     activation_E = assignments_UE.sum(0) / T
-    residual_UE = assignments_UE - tokens_U[:, None] * activation_E
-    between = 0.0
+    residual_UE, between = assignments_UE - tokens_U[:, None] * activation_E, 0.0
     for stratum in np.unique(strata_U):
         of_stratum_UE = residual_UE[strata_U == stratum]
         n = len(of_stratum_UE)

@@ -25,10 +25,9 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     Σ over windows of t·(load − total × share), t from −½ for the first token to ½ for the last one.
     Its variance under chance is that of the documents (units U) about the mean of their domain
     (strata). Not corrected for the number of experts. NaN with few windows. float64 [E]"""
-    W, E = (int(n) for n in load_WE.shape)
-    D, U = int(strata_U.max(initial=-1)) + 1, len(strata_U)
-    if W < FEWEST_WINDOWS or U <= D:
-        return np.full((E,), np.nan)
+    (W, E), D = load_WE.shape, int(strata_U.max(initial=-1)) + 1
+    if W < FEWEST_WINDOWS or len(strata_U) <= D:
+        return np.full(E, np.nan)
     total_W = load_WE.sum(1)
     at_W, share_E = _along(total_W), load_WE.sum(0) / total_W.sum()
     trend_E = at_W @ (load_WE - total_W[:, None] * share_E)
@@ -52,48 +51,37 @@ def _along(total_W: np.ndarray) -> np.ndarray:
     return (end_W - total_W / 2) / max(end_W[-1], 1) - 0.5
 
 
-@metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
+@metric("drift", ideal=0.0, range="0 to 1")
 def total_variation(load_WE: np.ndarray) -> float:
     """½Σ|p − q| between the load shares of a window and the next, averaged over windows: the share
     of assignments that move. NaN with fewer than two windows."""
     return _mean(step_total_variation(load_WE))
 
 
-@metric(table="drift", ideal=0.0, unit="bits", range="0 to 1")
+@metric("drift", ideal=0.0, range="0 to 1", unit="bits")
 def window_jsd_bits(load_WE: np.ndarray) -> float:
     """Jensen–Shannon divergence between the load shares of a window and the next, averaged over
     windows. NaN with fewer than two windows."""
     return _mean(step_jsd_bits(load_WE))
 
 
-@metric(table="drift", ideal=0.0, unit="ratio", range="0 to 1")
+@metric("drift", ideal=0.0, range="0 to 1")
 def first_to_last(load_WE: np.ndarray) -> float:
     """Total variation between the first window and the last: how far the load moves in total. NaN
     with fewer than two windows."""
     return _mean(step_total_variation(load_WE[[0, -1]])) if len(load_WE) > 1 else float("nan")
 
 
-@metric(
-    table="drift",
-    ideal=1.0,
-    unit="ratio",
-    range="1/GPUs to 1",
-    source="github.com/deepseek-ai/EPLB",
-)
+@metric("drift", ideal=1.0, range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_fresh(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for each window's own load, averaged over
     windows."""
-    rank_WE = pack(load_WE, ranks) if rank_WE is None else rank_WE
-    return _mean(_balancedness(load_WE, rank_WE, ranks))
+    return _mean(
+        _balancedness(load_WE, pack(load_WE, ranks) if rank_WE is None else rank_WE, ranks)
+    )
 
 
-@metric(
-    table="drift",
-    ideal=1.0,
-    unit="ratio",
-    range="1/GPUs to 1",
-    source="github.com/deepseek-ai/EPLB",
-)
+@metric("drift", ideal=1.0, range="1/GPUs to 1", source="github.com/deepseek-ai/EPLB")
 def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | None = None) -> float:
     """Mean ÷ max load of the GPUs with a placement made for the window before, averaged over
     windows: what remains if experts are rebalanced once per window. NaN with fewer than two
@@ -102,9 +90,7 @@ def balancedness_stale(load_WE: np.ndarray, ranks: int, rank_WE: np.ndarray | No
     return _mean(_balancedness(load_WE[1:], rank_WE[:-1], ranks))
 
 
-@metric(
-    table="windows", ideal=0.0, unit="ratio", range="0 to 1", axes="W", source="arXiv:2006.16668"
-)
+@metric("windows", ideal=0.0, range="0 to 1", axes="W", source="arXiv:2006.16668")
 def simulated_drop_rate(load_WE: np.ndarray, capacity_factor: float) -> np.ndarray:
     """The share of a window's assignments beyond the capacity of their expert, ceil(factor · mean
     load): what a model with this capacity factor would drop. NaN for a window without load."""
@@ -137,12 +123,8 @@ def step_floors(
     variance_WE = (chosen_E * (1 - chosen_E) / k**2) * inverse_W[..., None]
     total_variation_W = np.sqrt(2 / math.pi * variance_WE).sum(-1) / 2
     # JSD ≈ Σ (p − q)² / (8 p ln 2)
-    relative_WE = np.divide(
-        variance_WE,
-        share_E,
-        out=np.zeros_like(variance_WE),
-        where=np.broadcast_to(share_E > 0, variance_WE.shape),
-    )
+    there, nothing_WE = np.broadcast_to(share_E > 0, variance_WE.shape), np.zeros_like(variance_WE)
+    relative_WE = np.divide(variance_WE, share_E, out=nothing_WE, where=there)
     return np.minimum(total_variation_W, 1), np.minimum(relative_WE.sum(-1) / (8 * math.log(2)), 1)
 
 
@@ -169,12 +151,8 @@ def pack(load_WE: np.ndarray, ranks: int) -> np.ndarray:
 
 def _balancedness(load_WE: np.ndarray, rank_WE: np.ndarray, ranks: int) -> np.ndarray:
     """Mean ÷ max load of the GPUs. [W]"""
-    load_WR = np.array(
-        [
-            np.bincount(rank_E, load_E, ranks)
-            for load_E, rank_E in zip(load_WE, rank_WE, strict=True)
-        ]
-    ).reshape(-1, ranks)
+    pairs = zip(rank_WE, load_WE, strict=True)
+    load_WR = np.array([np.bincount(*pair, ranks) for pair in pairs]).reshape(-1, ranks)
     return load_WR.mean(1) / nan_for_zero(load_WR.max(1, initial=0))
 
 

@@ -36,14 +36,7 @@ def super_experts(
 SOURCE = "arXiv:2407.01906, eq."
 
 
-@metric(
-    table="esft",
-    ideal="1 / E",
-    unit="ratio",
-    range="0 to 1/k, sums to 1",
-    axes="DE",
-    source=f"{SOURCE} 7",
-)
+@metric("esft", ideal="1 / E", range="0 to 1/k, sums to 1", axes="DE", source=f"{SOURCE} 7")
 def token_score(assignments_DE: np.ndarray) -> np.ndarray:
     """The expert's share of a domain's assignments: where no slot is empty, the mean over its
     tokens of 1[expert chosen]/k, as the authors publish it. All tokens have equal weight. NaN for a
@@ -51,9 +44,7 @@ def token_score(assignments_DE: np.ndarray) -> np.ndarray:
     return assignments_DE / nan_for_zero(assignments_DE.sum(1))[:, None]
 
 
-@metric(
-    table="esft", ideal="1 / E", unit="weight", range="0 and up", axes="DE", source=f"{SOURCE} 6"
-)
+@metric("esft", ideal="1 / E", range="0 and up", unit="weight", axes="DE", source=f"{SOURCE} 6")
 def gate_score(weight_sum_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's tokens of the expert's gate weight, not renormalised and 0 where it
     was not chosen, as the authors publish it. NaN without weights. 1/E is even where the weights of
@@ -61,14 +52,7 @@ def gate_score(weight_sum_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return weight_sum_DE / nan_for_zero(tokens_D)[:, None]
 
 
-@metric(
-    table="esft",
-    ideal="1 / E",
-    unit="ratio",
-    range="0 to 1/k, sums to 1",
-    axes="DE",
-    source=f"{SOURCE} 7",
-)
+@metric("esft", ideal="1 / E", range="0 to 1/k, sums to 1", axes="DE", source=f"{SOURCE} 7")
 def token_score_by_sample(esft_token_DE: np.ndarray, samples_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's samples of the mean over the sample's tokens of 1[expert chosen]/k:
     all samples have equal weight, however long, as the equation is written. Equal to token_score if
@@ -76,9 +60,7 @@ def token_score_by_sample(esft_token_DE: np.ndarray, samples_D: np.ndarray) -> n
     return esft_token_DE / nan_for_zero(samples_D)[:, None]
 
 
-@metric(
-    table="esft", ideal="1 / E", unit="weight", range="0 and up", axes="DE", source=f"{SOURCE} 6"
-)
+@metric("esft", ideal="1 / E", range="0 and up", unit="weight", axes="DE", source=f"{SOURCE} 6")
 def gate_score_by_sample(esft_gate_DE: np.ndarray, samples_D: np.ndarray) -> np.ndarray:
     """The mean over a domain's samples of the mean gate weight of the expert over the sample's
     tokens. NaN without weights."""

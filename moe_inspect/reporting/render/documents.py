@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.counting.count_shard import selected_tokens
-from moe_inspect.analysis.counting.select import Selection
+from moe_inspect.analysis.counting.select import Selection, selected_tokens
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from moe_inspect.analysis.counting.count_shard import selected_tokens
+from moe_inspect.analysis.counting.select import selected_tokens
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, noise_floor
 from moe_inspect.reporting.tables.data import ReportData, Row, worst_of
 from moe_inspect.reporting.tables.load import chosen
