@@ -205,8 +205,8 @@ def test_kernels_count_as_their_references(
             np.sort(unit_T[unit_T > 0] - 1).tolist(),
         )
         visits = kernels_numpy.Visits(by_N, row_N)
-        kernels.accumulate(tables[n], first[n], visits, kernels.by_token(slots))
-        kernels.accumulate(tables[n], None, visits, kernels.by_token(slots))
+        kernels.accumulate(tables[n], first[n], visits, np.stack(slots, axis=1))
+        kernels.accumulate(tables[n], None, visits, np.stack(slots, axis=1))
     assert tables[0].tolist() == tables[1].tolist()
     assert first[0].tolist() == first[1].tolist()
     assert (tables.sum(), first.sum()) == (4 * k * len(by_N), 2 * len(by_N))

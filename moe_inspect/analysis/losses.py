@@ -84,20 +84,19 @@ class ExpertLosses:
 
 
 def by_expert(
-    explained: CellLosses,
-    slots: tuple[np.ndarray, ...],
-    E: int,
-    in_S: np.ndarray | None = None,
+    explained: CellLosses, slots: Sequence[np.ndarray], E: int, in_S: np.ndarray | None = None
 ) -> ExpertLosses:
     """For one router. `slots`: the experts of each token, E where a slot routed nowhere. `in_S`:
     only these tokens; they must be whole cells."""
-    token_N, expert_N = _assignments(slots, E, in_S)
+    expert_KS = np.stack(slots)
+    there_KS = expert_KS < E if in_S is None else (expert_KS < E) & in_S
+    token_N, expert_N = np.nonzero(there_KS)[1], expert_KS[there_KS].astype(np.int64)
     load_E = np.bincount(expert_N, minlength=E)
 
-    def mean(values_S: np.ndarray) -> np.ndarray:
-        return np.bincount(expert_N, values_S[token_N], E) / nan_for_zero(load_E)
-
-    mean_loss_E, mean_entropy_E = mean(explained.loss_S), mean(explained.entropy_S)
+    mean_loss_E, mean_entropy_E = (
+        np.bincount(expert_N, values_S[token_N], E) / nan_for_zero(load_E)
+        for values_S in (explained.loss_S, explained.entropy_S)
+    )
     has_others_N = explained.count_C[explained.cell_S[token_N]] > 1
     token_N, expert_N = token_N[has_others_N], expert_N[has_others_N]
     compared_E = np.bincount(expert_N, minlength=E)
@@ -111,9 +110,8 @@ def by_expert(
     t = student(effective_documents(compared_UE.sum(1)))
     half_E = known * t * np.sqrt(between_E) / of_E
     sd_E = known * np.sqrt((sum_UE**2).sum(0))
-    enough, largest_B = documents >= FEWEST_TO_JUDGE, np.full(1, np.nan)
-    if enough and sum_UE.any():
-        there_E = sd_E > 0
+    largest_B, there_E = np.full(1, np.nan), sd_E > 0
+    if documents >= FEWEST_TO_JUDGE and sum_UE.any():
         scaled_UE = (sum_UE[:, there_E] / sd_E[there_E]).astype(np.float32)
         largest_B = np.abs(random_signs(documents) @ scaled_UE).max(1)
     return ExpertLosses(
@@ -144,19 +142,6 @@ def add_p(of_L: Sequence[ExpertLosses]) -> None:
         of.difference_p[:] = np.where(np.isnan(standing_E), np.nan, p_E)
 
 
-def _assignments(
-    slots: tuple[np.ndarray, ...], E: int, in_S: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token and expert of each assignment, [N] each."""
-    tokens, experts = list[np.ndarray](), list[np.ndarray]()
-    for slot_S in slots:
-        there_S = slot_S < E
-        token_N = np.flatnonzero(there_S if in_S is None else there_S & in_S)
-        tokens.append(token_N)
-        experts.append(slot_S[token_N].astype(np.int64))
-    return np.concatenate(tokens), np.concatenate(experts)
-
-
 def _by_document(
     explained: CellLosses, token_N: np.ndarray, expert_N: np.ndarray, E: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -168,14 +153,12 @@ def _by_document(
 
     of: Any = sparse.coo_array
     units, unit_N = np.unique(explained.unit_S[token_N], return_inverse=True)
-    U, C = len(units), len(explained.count_C)
+    U, C, cell_N = len(units), len(explained.count_C), explained.cell_S[token_N]
     at_N = unit_N * E + expert_N
     sum_UE = np.bincount(at_N, explained.residual_S[token_N], U * E).reshape(U, E)
     there_S = np.flatnonzero(np.isin(explained.unit_S, units))
-    cell_S = explained.cell_S[there_S]
-    at_S = np.searchsorted(units, explained.unit_S[there_S]), cell_S
+    at_S = np.searchsorted(units, explained.unit_S[there_S]), explained.cell_S[there_S]
     residual_UC = of((explained.residual_S[there_S], at_S), shape=(U, C)).tocsr()
-    cell_N = explained.cell_S[token_N]
     share_CE = of((1 / explained.count_C[cell_N], (cell_N, expert_N)), shape=(C, E)).tocsr()
     sum_UE -= np.asarray((residual_UC @ share_CE).toarray())
     return sum_UE, np.bincount(at_N, minlength=U * E).reshape(U, E)

@@ -6,8 +6,9 @@ L routers, D domains, E experts.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def scores_of(
     it takes is missing."""
     if by not in ALL:
         raise MoeInspectError(no_such("score", by, ALL))
-    if (weights is not None) > (by == AIMER) or (losses is not None) > (by == ABLATION):
-        option = "--weights is for aimer" if by != AIMER and weights else "--losses is for ablation"
-        raise MoeInspectError(f"{option}, not for {by}")
+    for option, score, given in (("weights", AIMER, weights), ("losses", ABLATION, losses)):
+        if given is not None and by != score:
+            raise MoeInspectError(f"--{option} is for {score}, not for {by}")
     routers = range(len(trace.routers))
     if by == AIMER:
         if weights is None:
@@ -100,9 +101,8 @@ def aimer_scores(
     cannot be read."""
     found = [1 - aimer[r] for r in routers]
     if any(np.isnan(score_E).any() for score_E in found):
-        raise MoeInspectError(
-            f"the weights of {weights} are quantised, which {AIMER} does not read"
-        )
+        said = f"the weights of {weights} are quantised, which {AIMER} does not read"
+        raise MoeInspectError(said)
     return found
 
 
@@ -194,6 +194,17 @@ def lowest(score_LE: Sequence[np.ndarray], keep: float, groups: int = 1) -> list
 KEYS = ["layer", "router", "expert"]
 MOST_BYTES = 2**28  # of a table: every expert of any model in 100 domains
 COLUMNS = [*KEYS, "tokens", "difference"]
+READERS: dict[str, Callable[[io.BytesIO], pd.DataFrame]] = {
+    # a domain may be called "NA" or "007"
+    ".csv": partial(
+        pd.read_csv,
+        dtype={"domain": str},
+        keep_default_na=False,
+        na_values={name: [""] for name in COLUMNS},
+    ),
+    ".json": partial(pd.read_json, lines=True, dtype=False),
+    ".parquet": pd.read_parquet,
+}
 
 
 def losses_without(
@@ -205,12 +216,10 @@ def losses_without(
     experts."""
     table: Any = _read(Path(path))
     whole = table.assign(nats=table["difference"] * table["tokens"])
-    whole: Any = whole.groupby(KEYS, as_index=False)[["nats", "tokens"]].sum()
+    whole = whole.groupby(KEYS, as_index=False)[["nats", "tokens"]].sum()
     whole["difference"] = whole["nats"] / whole["tokens"]
-    by_domain = dict[str, list[np.ndarray]]()
-    if "domain" in table:
-        for domain, of in table.groupby("domain", sort=False):
-            by_domain[str(domain)] = _by_router(of, routers, path)
+    domains = table.groupby("domain", sort=False) if "domain" in table else ()
+    by_domain = {str(domain): _by_router(of, routers, path) for domain, of in domains}
     return _by_router(whole, routers, path), by_domain
 
 
@@ -232,12 +241,11 @@ def _by_router(table: Any, routers: Sequence[Router], path: str | Path) -> list[
 
 
 def _read(path: Path) -> pd.DataFrame:
-    readers = {".csv": _read_csv, ".json": _read_json, ".parquet": pd.read_parquet}
-    if path.suffix not in readers:
-        raise MoeInspectError(f"{path}: losses are read from {', '.join(readers)}")
+    if path.suffix not in READERS:
+        raise MoeInspectError(f"{path}: losses are read from {', '.join(READERS)}")
     with reading(path):
         try:
-            table = readers[path.suffix](io.BytesIO(read_small(path, MOST_BYTES)))
+            table = READERS[path.suffix](io.BytesIO(read_small(path, MOST_BYTES)))
         # what pandas and pyarrow raise for a file that is none: ValueError and its kinds
         except ValueError as error:
             raise MoeInspectError(f"cannot read {path}: {first_line(error)}") from error
@@ -246,15 +254,3 @@ def _read(path: Path) -> pd.DataFrame:
             f"{path} has no column {missing[0]!r}: it is not a table of moe-inspect ablate"
         )
     return table
-
-
-# a domain may be called "NA" or "007"
-
-
-def _read_csv(path: io.BytesIO) -> pd.DataFrame:
-    empty = {name: [""] for name in COLUMNS}
-    return pd.read_csv(path, dtype={"domain": str}, keep_default_na=False, na_values=empty)
-
-
-def _read_json(path: io.BytesIO) -> pd.DataFrame:
-    return pd.read_json(path, lines=True, dtype=False)

@@ -10,7 +10,7 @@ batches, W windows, S samples (the tokens of a sequence in the shard).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -134,7 +134,7 @@ def prepare_shard(
 
 def count_routers(
     prepared: PreparedShard,
-    routers: tuple[int, ...],
+    routers: Sequence[int],
     by: ModuleType,
     visit: Callable[[int, Slots], None] | None = None,
 ) -> dict[int, RouterCounts]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -62,13 +61,6 @@ class Counts:
             self.tokens_SU.setdefault(stack, np.zeros(len(self.units), np.int64))
             self.token_ids_SV.setdefault(stack, np.zeros(0, np.int64))
 
-    def _zero(self, r: int) -> RouterCounts:
-        """What the counts of router r are added to."""
-        sizes = {"E": self.routers[r].experts, "W": len(self.first_token_W)}
-        if (after := self.next_router(r)) is not None:
-            sizes["N"] = self.routers[after].experts
-        return RouterCounts.zero(self.wants, sizes)
-
     def add(self, other: Counts) -> Counts:
         """Adds `other` in place. Addition is associative and commutative."""
         rows = {
@@ -82,7 +74,10 @@ class Counts:
         }
         for r, theirs in other.of.items():
             if r not in self.of:
-                self.of[r] = self._zero(r)
+                sizes = {"E": self.routers[r].experts, "W": len(self.first_token_W)}
+                if (after := self.next_router(r)) is not None:
+                    sizes["N"] = self.routers[after].experts
+                self.of[r] = RouterCounts.zero(self.wants, sizes)
             self.of[r].add(theirs, rows)
         self.token_ids_V = _summed(self.token_ids_V, other.token_ids_V)
         self.token_ids_SV = {
@@ -151,23 +146,23 @@ class Counts:
 
     def first_choice_E(self, router: int) -> np.ndarray:
         """int64 [E]; NaN where the source does not say."""
-        return self._over_domains(router, self.of[router].first_choice_DE)
+        return self._summed(router, self.of[router].first_choice_DE)
 
     def weight_sum_E(self, router: int) -> np.ndarray:
         """float64 [E]; NaN where the trace holds no weights."""
-        return self._over_domains(router, self.of[router].weight_sum_DE)
+        return self._summed(router, self.of[router].weight_sum_DE)
 
     def dropped_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments that each expert dropped; NaN where the trace does not say, as of
         a router with empty slots none of which is known to be dropped."""
         mine = self.of[router]
         unknown = mine.dropped_UE is not None and mine.null_slots and not mine.dropped_UE.any()
-        return self._over_domains(router, None if unknown else mine.dropped_UE)
+        return self._summed(router, None if unknown else mine.dropped_UE)
 
-    def _over_domains(self, router: int, values_DE: np.ndarray | None) -> np.ndarray:
+    def _summed(self, router: int, values_XE: np.ndarray | None) -> np.ndarray:
         """[E], NaN where nothing is known"""
         E = self.routers[router].experts
-        return np.full(E, np.nan) if values_DE is None else values_DE.sum(0)
+        return np.full(E, np.nan) if values_XE is None else values_XE.sum(0)
 
     def before_drops(self) -> Counts:
         """With what is known to be dropped among the assignments."""
@@ -230,14 +225,14 @@ def by_domain(values_U: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarr
 
 def _summed(a_V: np.ndarray, b_V: np.ndarray) -> np.ndarray:
     """As long as the longer of the two."""
-    longer, shorter = (a_V, b_V) if len(a_V) >= len(b_V) else (b_V, a_V)
-    total = longer.copy()
-    total[: len(shorter)] += shorter
+    total = np.zeros(max(len(a_V), len(b_V)), np.int64)
+    total[: len(a_V)] += a_V
+    total[: len(b_V)] += b_V
     return total
 
 
 # what a parameter of this name is given; any other is the field of RouterCounts of that name
-DERIVED: dict[str, Callable[[Counts, int], Any]] = {
+DERIVED: dict[str, Callable[[Counts, int], np.ndarray]] = {
     "load_LE": lambda counts, r: counts.load_E(r)[None],
     "load_E": lambda counts, r: counts.load_E(r),
     "weight_sum_LE": lambda counts, r: counts.weight_sum_E(r)[None],
@@ -258,7 +253,7 @@ def values_of(counts: Counts, router: int, table: str) -> dict[str, float]:
             for p in m.parameters
         }
         known = all(value is not None for value in arguments.values())
-        value = np.asarray(m.function(**arguments)) if known else np.asarray(np.nan)
+        value = np.asarray(m.function(**arguments) if known else np.nan)
         assert value.size == 1, f"{m.name} of table {table} is no number per router"
-        values[m.column] = float(value.reshape(()))
+        values[m.column] = float(value.item())
     return values

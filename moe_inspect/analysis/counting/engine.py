@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,16 +25,28 @@ from moe_inspect.analysis.tasks import by_router, runs_of, shares, workers
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import Advance, phase
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import Shard
 from moe_inspect.workers import Threads
 
 WINDOWS = 64  # where no length is asked for
 WINDOW_CELLS = 2**24  # of the load of every window, all routers
 MOST_PAIRS = 2**26  # of experts, of all routers: 512 MiB of counts
 TABLE_BYTES = 84 * 2**20  # of the tables by token id of the routers that are counted together
-Arguments = tuple[Selection, frozenset[str], Windows | None, bool]  # of count_shard
 # assignments from which the compiled kernels are worth the second that loading them takes
 LONG = 20_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is counted, and `empty`: counts of nothing. `plans`: the tables by token id of each
+    stack, where they were asked for; `top`: token ids per expert that are listed."""
+
+    selection: Selection
+    wants: frozenset[str]
+    windows: Windows | None
+    fast: bool
+    empty: Counts
+    plans: Mapping[str, token_ids.TokenIdPlan]
+    top: int
 
 
 def count_trace(
@@ -59,14 +72,15 @@ def count_trace(
     windows = windows_of(trace, selection, window) if "windows" in asked else None
     sizes = (windows.tokens, windows.count) if windows else (0, 0)
     total = no_counts(trace.routers, selection.routers, asked, sizes)
-    arguments = (selection, asked, windows, is_long(trace, selection, asked))
+    fast, by_id = is_long(trace, selection, asked), "token_ids" in asked
+    plans = token_ids.plans_of(trace, selection, every=not top) if by_id else {}
+    request = Request(selection, asked, windows, fast, total, plans, top)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    if not arguments[-1]:
-        threads = 1  # what numpy counts holds the GIL
-    if "token_ids" in asked:
-        total = _with_token_ids(trace, arguments, total, top, threads, progress)
+    threads = threads if fast else 1  # what numpy counts holds the GIL
+    if by_id:
+        total = _with_token_ids(trace, request, threads, progress)
     else:
-        for part in _of_runs(trace, arguments, threads, progress):
+        for part in _of_runs(trace, request, threads, progress):
             total.add(part)
     missing = (selection.domains or frozenset[str]()) - total.labels
     if missing:
@@ -100,11 +114,10 @@ def windows_of(trace: Trace, selection: Selection, window: int | None) -> Window
     """Windows of `window` tokens of the trace in execution order (of those, the selection's are
     counted). The ranks of a distributed run worked side by side: each fills its share of a
     window."""
-    before: dict[tuple[int, int], int] = {}
-    length: dict[int, int] = {}
-    for shard in trace.shards:
-        before[shard.files.rank, shard.files.index] = length.get(shard.files.rank, 0)
-        length[shard.files.rank] = length.get(shard.files.rank, 0) + shard.files.tokens
+    before, length = dict[tuple[int, int], int](), Counter[int]()
+    for files in (shard.files for shard in trace.shards):
+        before[files.rank, files.index] = length[files.rank]
+        length[files.rank] += files.tokens
     longest = max(length.values(), default=0)
     tokens = -(-longest // WINDOWS) if window is None else window // max(1, len(length))
     tokens = max(1, min(tokens, longest))
@@ -138,11 +151,11 @@ def _counting(
 
 
 def _of_runs(
-    trace: Trace, arguments: Arguments, threads: int, progress: Callable[[int], None] | None
+    trace: Trace, request: Request, threads: int, progress: Callable[[int], None] | None
 ) -> Iterator[Counts]:
     """The counts of every run of shards, in order. The routers of the last runs are shared out
     among threads, so that none is left with a whole run while others have nothing."""
-    routers, runs = arguments[0].routers, runs_of(trace)
+    routers, runs = request.selection.routers, runs_of(trace)
     told = _counting(trace, routers, progress)
     with workers(trace, threads=threads) as at:
         here = isinstance(at, Threads)
@@ -153,24 +166,17 @@ def _of_runs(
             for run, n in zip(runs, pieces_of, strict=True)
             for share in shares(routers, n)
         )
-        found = at.each(_counts_of, (trace, *arguments, not here), tasks)
+        found = at.each(_counts_of, (trace, request, not here), tasks)
         for run, n in zip(runs, pieces_of, strict=True):
             yield joined(next(found) for _ in range(n))
             told(sum(trace.shard(number).files.tokens for number in run) * len(routers))
 
 
 def _counts_of(
-    trace: Trace,
-    selection: Selection,
-    wants: frozenset[str],
-    windows: Windows | None,
-    fast: bool,
-    sent: bool,
-    run: range,
-    routers: tuple[int, ...],
+    trace: Trace, request: Request, sent: bool, run: range, routers: tuple[int, ...]
 ) -> Counts:
     """The counts of a run of shards at some routers. `sent`: to another process."""
-    asked = selection, wants, windows, fast, routers
+    asked = request.selection, request.wants, request.windows, request.fast, routers
     parts = (count_shard(trace.shard(number), *asked) for number in run)
     counts = merge(parts) if len(run) > 1 else next(parts)
     for of in counts.of.values() if sent else ():
@@ -181,86 +187,54 @@ def _counts_of(
 # --- by groups of routers, whose tables by token id fit in memory
 
 
-@dataclass(frozen=True)
-class GroupRequest:
-    """What is counted of any group of routers. `top`: token ids per expert that are listed."""
-
-    selection: Selection
-    wants: frozenset[str]
-    windows: Windows | None
-    fast: bool
-    plans: Mapping[str, token_ids.TokenIdPlan]
-    top: int
-
-    def prepared(self, shard: Shard) -> tuple[PreparedShard, dict[str, token_ids.ShardRows]]:
-        """What is read of a shard once for all routers."""
-        prepared = prepare_shard(shard, self.selection, self.wants, self.windows)
-        rows = {
-            stack: token_ids.rows_of(shard, seen, self.plans[stack], kernels(self.fast))
-            for stack, (seen, _) in prepared.stacks.items()
-        }
-        return prepared, rows
-
-
 class RouterGroup:
     """The counts of some routers while shards are added, in their order."""
 
-    def __init__(self, trace: Trace, request: GroupRequest, empty: Counts, routers: Sequence[int]):
-        self.request, self.routers, self.counts = request, tuple(routers), empty_like(empty)
-        self.by = kernels(request.fast)
+    def __init__(self, request: Request, routers: Sequence[int]):
+        self.request, self.routers, self.counts = request, routers, empty_like(request.empty)
+        listed = request.empty.routers
         self.tables = {
-            r: token_ids.TokenTables(request.plans[trace.routers[r].stack], trace.routers[r])
-            for r in routers
+            r: token_ids.TokenTables(request.plans[listed[r].stack], listed[r]) for r in routers
         }
 
     def add(self, prepared: PreparedShard, rows: Mapping[str, token_ids.ShardRows]) -> None:
-        part = replace(prepared.part, of={})
+        part, by = prepared.part, kernels(self.request.fast)
 
         def visit(r: int, slots: Slots) -> None:
-            self.tables[r].add(rows[part.routers[r].stack], slots, self.by)
+            self.tables[r].add(rows[part.routers[r].stack], slots, by)
 
-        part.of = count_routers(prepared, self.routers, self.by, visit)
-        self.counts.add(part)
+        self.counts.add(replace(part, of=count_routers(prepared, self.routers, by, visit)))
 
     def result(self) -> Counts:
         """Tables are given back one by one."""
         for r in self.routers:
-            tables = self.tables.pop(r)
-            self.counts.by_token_id[r] = token_ids.by_token_id(tables, self.request.top)
+            found = token_ids.by_token_id(self.tables.pop(r), self.request.top)
+            self.counts.by_token_id[r] = found
         return self.counts
 
 
 def _with_token_ids(
-    trace: Trace,
-    arguments: Arguments,
-    empty: Counts,
-    top: int,
-    threads: int,
-    progress: Callable[[int], None] | None,
+    trace: Trace, request: Request, threads: int, progress: Callable[[int], None] | None
 ) -> Counts:
-    """`empty`: what is added to."""
-    selection, *_ = arguments
-    plans = token_ids.plans_of(trace, selection, every=not top)
-    request, routers = GroupRequest(*arguments, plans, top), list(selection.routers)
+    routers = request.selection.routers
     if trace.scheduler is not None:
-        found = by_router(trace, routers, "counting", _on_a_worker, request, empty)
+        found = by_router(trace, routers, "counting", _on_a_worker, request)
         if progress:
             progress(trace.n_tokens * len(routers))
         return joined(found.values())
     told = _counting(trace, routers, progress)
-    groups = _groups(trace, request, routers)
+    groups = _groups(request, routers)
     return joined(
-        part
-        for group in groups
-        for part in _on_threads(trace, request, empty, group, threads, told)
+        part for group in groups for part in _on_threads(trace, request, group, threads, told)
     )
 
 
-def _groups(trace: Trace, request: GroupRequest, routers: list[int]) -> Iterator[list[int]]:
+def _groups(request: Request, routers: Sequence[int]) -> Iterator[list[int]]:
     """Routers whose tables fit in TABLE_BYTES, at least one at a time."""
     group, total = list[int](), 0
     for r in routers:
-        size = request.plans[trace.routers[r].stack].bytes(trace.routers[r].experts)
+        router = request.empty.routers[r]
+        size = request.plans[router.stack].bytes(router.experts)
         if group and total + size > TABLE_BYTES:
             yield group
             group, total = [], 0
@@ -270,20 +244,19 @@ def _groups(trace: Trace, request: GroupRequest, routers: list[int]) -> Iterator
 
 
 def _on_threads(
-    trace: Trace,
-    request: GroupRequest,
-    empty: Counts,
-    routers: list[int],
-    threads: int,
-    told: Advance,
+    trace: Trace, request: Request, routers: list[int], threads: int, told: Advance
 ) -> list[Counts]:
     """The counts of a group, in parts. While a shard is counted the tokens of the next are read."""
-    n = min(threads, len(routers))
-    groups = [RouterGroup(trace, request, empty, share) for share in shares(routers, n)]
+    n, by = min(threads, len(routers)), kernels(request.fast)
+    groups = [RouterGroup(request, share) for share in shares(routers, n)]
     with ThreadPoolExecutor(n) as pool:
         running: Iterable[None] = ()
         for shard in trace.shards:
-            prepared, rows = request.prepared(shard)
+            prepared = prepare_shard(shard, request.selection, request.wants, request.windows)
+            rows = {
+                stack: token_ids.rows_of(shard, seen, request.plans[stack], by)
+                for stack, (seen, _) in prepared.stacks.items()
+            }
             list(running)  # waits for them, and raises what they raise
             running = pool.map(RouterGroup.add, groups, [prepared] * n, [rows] * n)
             told(shard.files.tokens * len(routers))
@@ -292,12 +265,10 @@ def _on_threads(
     return [group.result() for group in groups]
 
 
-def _on_a_worker(
-    trace: Trace, routers: list[int], request: GroupRequest, empty: Counts
-) -> dict[int, Counts]:
+def _on_a_worker(trace: Trace, routers: list[int], request: Request) -> dict[int, Counts]:
     """The counts of these routers by groups, each under the first of its routers."""
     return {
         group[0]: part
-        for group in _groups(trace, request, routers)
-        for part in _on_threads(trace, request, empty, group, 1, lambda done: None)
+        for group in _groups(request, routers)
+        for part in _on_threads(trace, request, group, 1, lambda done: None)
     }

@@ -247,20 +247,6 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
 
 
 @njit(nogil=True, cache=True)
-def _by_token(slots, ids_TK):  # type: ignore[no-untyped-def]
-    for t in range(len(ids_TK)):
-        for j in range(len(slots)):
-            ids_TK[t, j] = slots[j][t]
-
-
-def by_token(slots: Slots) -> np.ndarray:
-    """[T, K]"""
-    ids_TK = np.empty((len(slots[0]), len(slots)), slots[0].dtype)
-    _by_token(slots, ids_TK)
-    return ids_TK
-
-
-@njit(nogil=True, cache=True)
 def _sorted_rows(row_T, end_X, by_N, row_N):  # type: ignore[no-untyped-def]
     for t in range(len(row_T)):
         if row_T[t] >= 0:

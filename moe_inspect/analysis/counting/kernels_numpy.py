@@ -105,13 +105,9 @@ def loads(
     """Assignments by unit, first choices by domain, assignments by batch and by window. int64 [U,
     E], [D, E], [B, E], [W, E]"""
     first_DE = load(token_rows.domain_T, slots[:1], token_rows.D, E)
-    rows = (
-        (token_rows.unit_T, token_rows.U),
-        (token_rows.batch_T, token_rows.B),
-        (token_rows.window_T, token_rows.W),
-    )
-    units_UE, batches_BE, windows_WE = (load(row_T, slots, X, E) for row_T, X in rows)
-    return units_UE, first_DE, batches_BE, windows_WE
+    units_UE = load(token_rows.unit_T, slots, token_rows.U, E)
+    batches_BE = load(token_rows.batch_T, slots, token_rows.B, E)
+    return units_UE, first_DE, batches_BE, load(token_rows.window_T, slots, token_rows.W, E)
 
 
 def load(row_T: np.ndarray, slots: Slots, X: int, E: int) -> np.ndarray:
@@ -128,11 +124,6 @@ def weight_sum(row_T: np.ndarray, slots: Slots, weights: Slots, X: int, E: int) 
 def _cells(row_T: np.ndarray, slots: Slots, E: int) -> np.ndarray:
     """row · (E + 1) + expert, slot by slot: the last column takes what routed nowhere."""
     return (row_T.astype(np.int64) * (E + 1) + np.stack(slots)).reshape(-1)
-
-
-def by_token(slots: Slots) -> np.ndarray:
-    """The slots of a token side by side, for tokens that are visited out of order. [T, K]"""
-    return np.stack(slots, axis=1)
 
 
 def sorted_rows(row_T: np.ndarray, X: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,11 +197,8 @@ def repetition(slots: Slots, token_rows: TokenRows, E: int) -> tuple[np.ndarray,
     any_P = np.zeros(len(after), bool)
     for slot_P in before_PK.T:
         any_P |= ((slot_P[:, None] == after_PK) & (slot_P < E)[:, None]).any(1)
-    unit_P = token_rows.unit_T[by_T[after]]
-    first_U, any_U = (
-        np.bincount(unit_P[chosen], minlength=token_rows.U) for chosen in (first_P, any_P)
-    )
-    return first_U, any_U
+    unit_P, U = token_rows.unit_T[by_T[after]], token_rows.U
+    return np.bincount(unit_P[first_P], minlength=U), np.bincount(unit_P[any_P], minlength=U)
 
 
 def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
@@ -219,8 +207,7 @@ def srp(slots: Slots, token_rows: TokenRows, E: int, m: int) -> np.ndarray:
     has none. arXiv:2505.16056."""
     assert token_rows.order is not None
     by_T, follows_T = token_rows.order.by_T, token_rows.order.follows_T
-    T = len(by_T)
-    index_T = np.arange(T)
+    T, index_T = len(by_T), np.arange(len(by_T))
     run_start_T = np.maximum.accumulate(np.where(follows_T, 0, index_T))
     last = np.flatnonzero(index_T - run_start_T >= m - 1)  # the last token of each window
     unit_last = token_rows.unit_T[by_T[last]]
@@ -248,11 +235,10 @@ def weight_confidence(weights: Slots) -> dict[str, float]:
     mass_T = weights_TK.sum(1)
     share_TK = np.sort(weights_TK[mass_T > 0] / mass_T[mass_T > 0, None], axis=1)[:, ::-1]
     second_T = share_TK[:, 1] if share_TK.shape[1] > 1 else 0
+    plogp_TK = share_TK * np.log(np.where(share_TK > 0, share_TK, 1))
     return {
         "weight_decisions": int((mass_T > 0).sum()),
-        "weight_entropy_sum": float(
-            -(share_TK * np.log(np.where(share_TK > 0, share_TK, 1))).sum()
-        ),
+        "weight_entropy_sum": float(-plogp_TK.sum()),
         "weight_margin_sum": float((share_TK[:, 0] - second_T).sum()),
         "weight_mass_sum": float(mass_T.sum()),
     }

@@ -13,11 +13,10 @@ tables, and how their labels are shuffled, are settled before the first decision
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -165,14 +164,10 @@ def _cells(
 
 
 def _units(seen: SelectedTokens, domains: list[str], clusters: int) -> np.ndarray:
-    """The unit of each token: its domain and cluster of documents."""
-    return _domains(seen, domains).astype(np.int64) * clusters + seen.document_T % max(clusters, 1)
-
-
-def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
-    """The domain of each token, as a row of `domains`."""
+    """The unit of each token: its domain, as a row of `domains`, and cluster of documents."""
     code = {domain: d for d, domain in enumerate(domains)}
-    return np.array([code.get(domain, 0) for domain in seen.domains], np.int32)[seen.domain_T]
+    row_D = np.array([code.get(domain, 0) for domain in seen.domains], np.int64)
+    return row_D[seen.domain_T] * clusters + seen.document_T % max(clusters, 1)
 
 
 # --- while they are
@@ -182,7 +177,7 @@ def _domains(seen: SelectedTokens, domains: list[str]) -> np.ndarray:
 ShardRows = list[list[Visits]]
 
 
-def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: Any) -> ShardRows:
+def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: ModuleType) -> ShardRows:
     """The rows of a shard's tokens in the tables of any router of a stack."""
     listed_T = plan.listed.rows(seen.token_id_T)
     judged_T = listed_T if plan.judged is plan.listed else plan.judged.rows(seen.token_id_T)
@@ -203,15 +198,13 @@ def unit_sizes(plan: TokenIdPlan) -> np.ndarray:
     return np.array([plan.tokens_XU.shape[1], 0, 0]) * bool(plan.tokens_XU.size)
 
 
-def _visits(by: Any, row_T: np.ndarray, sizes: np.ndarray) -> list[Visits]:
+def _visits(by: ModuleType, row_T: np.ndarray, sizes: np.ndarray) -> list[Visits]:
     """`sizes`: rows of each of WIDTHS."""
     by_N, row_N = by.sorted_rows(row_T, int(sizes.sum()))
     before = np.cumsum(sizes) - sizes
-    cuts = [*np.searchsorted(row_N, before), len(row_N)]
-    return [
-        Visits(by_N[start:end], row_N[start:end] - np.uint32(before[i]))
-        for i, (start, end) in enumerate(itertools.pairwise(cuts))
-    ]
+    starts = np.searchsorted(row_N, before)
+    cuts = zip(starts, [*starts[1:], len(row_N)], before.astype(np.uint32), strict=True)
+    return [Visits(by_N[start:end], row_N[start:end] - first) for start, end, first in cuts]
 
 
 class Counters:
@@ -220,30 +213,24 @@ class Counters:
     routed nowhere."""
 
     def __init__(self, sizes: np.ndarray, experts: int, first: bool):
-        def tables() -> list[np.ndarray]:
-            rows = zip(sizes.tolist(), WIDTHS, strict=True)
-            return [np.zeros((n, experts + 1), width) for n, width in rows]
+        shapes = [((n, experts + 1), width) for n, width in zip(sizes, WIDTHS, strict=True)]
+        self._any = [np.zeros(*shape) for shape in shapes]
+        self._first = [np.zeros(*shape) if first else None for shape in shapes]
 
-        self._any, self._first = tables(), tables() if first else None
-
-    def add(self, visits: list[Visits], ids_TK: np.ndarray, by: Any) -> None:
-        first = self._first or [None] * len(WIDTHS)
-        for any_XE, first_XE, of in zip(self._any, first, visits, strict=True):
+    def add(self, visits: list[Visits], ids_TK: np.ndarray, by: ModuleType) -> None:
+        for any_XE, first_XE, of in zip(self._any, self._first, visits, strict=True):
             by.accumulate(any_XE, first_XE, of, ids_TK)
 
     @property
     def any_XE(self) -> np.ndarray:
         """uint32"""
-        return _whole(self._any)
+        return np.concatenate([any_XE[:, :-1] for any_XE in self._any], dtype=np.uint32)
 
     @property
     def first_XE(self) -> np.ndarray | None:
-        """uint32"""
-        return None if self._first is None else _whole(self._first)
-
-
-def _whole(tables: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([table[:, :-1] for table in tables], dtype=np.uint32)
+        """uint32; None where they are not counted."""
+        known = [first_XE[:, :-1] for first_XE in self._first if first_XE is not None]
+        return np.concatenate(known, dtype=np.uint32) if known else None
 
 
 class TokenTables:
@@ -256,9 +243,9 @@ class TokenTables:
         self.by_unit = Counters(unit_sizes(plan), E, first=False)
         self.shuffled_ids = [Counters(plan.judged.sizes, E, first) for _ in range(plan.shuffles)]
 
-    def add(self, rows: ShardRows, slots: Slots, by: Any) -> None:
+    def add(self, rows: ShardRows, slots: Slots, by: ModuleType) -> None:
         """Counts the decisions of a shard. `by`: the kernels."""
-        ids_TK, tables = by.by_token(slots), (self.by_id, self.by_unit, *self.shuffled_ids)
+        ids_TK, tables = np.stack(slots, axis=1), (self.by_id, self.by_unit, *self.shuffled_ids)
         for counted, visits in zip(tables, rows, strict=True):
             counted.add(visits, ids_TK, by)
 

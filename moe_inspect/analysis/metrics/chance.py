@@ -109,8 +109,8 @@ def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarr
 
 
 def signed_sums(residual_UE: np.ndarray) -> np.ndarray:
-    """The sum of the units' residuals, each with a random sign; of more than MOST_UNITS units that of
-    as many groups. float32 [B, E]"""
+    """The sum of the units' residuals, each with a random sign; more than MOST_UNITS units share
+    theirs. float32 [B, E]"""
     U, E = residual_UE.shape
     if U > MOST_UNITS:
         filled_UE = np.pad(residual_UE, ((0, -U % MOST_UNITS), (0, 0)))

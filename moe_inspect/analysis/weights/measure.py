@@ -14,12 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from moe_inspect.analysis.metrics.balance import entropy_nats
+from moe_inspect.analysis.metrics.balance import entropy_nats, nan_for_zero
 from moe_inspect.analysis.metrics.uncertainty import SEED
 from moe_inspect.analysis.weights.stored import Stored, tensors_in, with_scales
 from moe_inspect.errors import MoeInspectError
@@ -35,6 +34,7 @@ FUSED = re.compile(r"^(?P<place>.*?)\.?(?<![\w])experts\.(?!\d|expert_|router|ga
 MTP = re.compile(r"(?:^|[._])mtp(?:[._]|$)")
 ATTENTION = re.compile(r"att(?:n|ention)")
 DRAWS = 5  # of random rows
+Columns = dict[str, object]
 GEOMETRY = [
     *("cosine_mean", "cosine_max", "cosine_max_random", "effective_rank", "effective_rank_random"),
     *("row_norm_mean", "row_norm_min", "row_norm_max"),
@@ -125,11 +125,8 @@ def _of_fused(tensors: list[Stored], rows: int) -> list[list[tuple[Stored, int, 
 def _beside(tensors: Mapping[str, Stored], place: str, E: int) -> list[Stored]:
     """Tensors of E right beside the router: experts that no name tells."""
     inside = re.compile(rf"{re.escape(place)}\.\w+(?:\.weight)?")
-    return [
-        t
-        for name, t in tensors.items()
-        if len(t.shape) == 3 and t.shape[0] == E and inside.fullmatch(name)
-    ]
+    of_E = {name: t for name, t in tensors.items() if len(t.shape) == 3 and t.shape[0] == E}
+    return [t for name, t in of_E.items() if inside.fullmatch(name)]
 
 
 def places_in(directory: str | Path) -> list[RoutedPlace]:
@@ -153,16 +150,13 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
     whose row is nearest. NaN where weights are quantised, or a router has no row per expert."""
     places = places_in(directory)
     advance = phase("reading weights", len(places), "routers")
-    routers, experts = list[dict[str, Any]](), list[pd.DataFrame]()
+    routers, experts = list[Columns](), list[pd.DataFrame]()
     for r, place in enumerate(places):
-        shape: dict[str, Any] = {"layer": place.layer, "router": r, "blocks": place.blocks}
+        shape: Columns = {"layer": place.layer, "router": r, "blocks": place.blocks}
         rows_EH = rows_of(place)
-        geometry: dict[str, Any] = {"hidden": None, **dict.fromkeys(GEOMETRY, float("nan"))}
-        if rows_EH is not None:
-            geometry = {"hidden": rows_EH.shape[1], **geometry_of(rows_EH)}
-        routers.append({**shape, "experts": place.experts, **geometry})
+        routers.append({**shape, "experts": place.experts, **geometry_of(rows_EH)})
         aimer_E, norm_E = aimer_and_norm(place)
-        of_experts: dict[str, Any] = {
+        of_experts = {
             "expert": np.arange(place.experts),
             "weights": np.where(np.isnan(aimer_E), np.nan, place.weights_E),
             "aimer": aimer_E,
@@ -171,11 +165,10 @@ def weight_tables(directory: str | Path) -> dict[str, pd.DataFrame]:
         }
         experts.append(pd.DataFrame({**shape, **of_experts}))
         advance(1)
+    of_all = pd.concat(experts, ignore_index=True)
     return {
         "routers": pd.DataFrame(routers).astype({"hidden": "Int64"}),
-        "experts": pd.concat(experts, ignore_index=True).astype(
-            {"weights": "Int64", "nearest": "Int64"}
-        ),
+        "experts": of_all.astype({"weights": "Int64", "nearest": "Int64"}),
     }
 
 
@@ -186,17 +179,17 @@ def aimer_of(
     model; NaN where that has no such experts, or they are quantised. Routers are those of the same
     layer, in its order. MoeInspectError where none is the same."""
     stacks = any(router.stack for router in routers)
-    places = dict[tuple[str, int], list[RoutedPlace]]()
     layers = set[int]() if stacks else {router.layer for router in routers}
+    places = defaultdict[tuple[str, int], list[RoutedPlace]](list)
     for place in _of_the_model(places_in(directory), layers):
-        places.setdefault((place.stack if stacks else "", place.layer), []).append(place)
+        places[place.stack if stacks else "", place.layer].append(place)
     chosen, same = list(indices), dict[int, RoutedPlace]()
     for r in chosen:
         at = routers[r].stack, routers[r].layer
         there = [i for i, other in enumerate(routers) if (other.stack, other.layer) == at]
-        mine = places.get(at, [])
-        if len(mine) == len(there) and mine[there.index(r)].experts == routers[r].experts:
-            same[r] = mine[there.index(r)]
+        mine = places[at][there.index(r)] if len(places[at]) == len(there) else None
+        if mine and mine.experts == routers[r].experts:
+            same[r] = mine
     if not same:
         raise MoeInspectError(
             f"the weights in {directory} are not of this trace's model: no router of the same "
@@ -231,7 +224,7 @@ def aimer_and_norm(place: RoutedPlace) -> tuple[np.ndarray, np.ndarray]:
         if all(tensor.readable for tensor, _, _ in parts):
             sums_E2[e] = np.sum([_sums(*part) for part in parts], axis=0)
     absolute_E, square_E = sums_E2.T
-    square_E = np.where(square_E > 0, square_E, np.nan)
+    square_E = nan_for_zero(square_E)
     return absolute_E / np.sqrt(place.weights_E * square_E), np.sqrt(square_E)
 
 
@@ -252,8 +245,11 @@ def rows_of(place: RoutedPlace) -> np.ndarray | None:
     return place.rows.whole()[: place.experts]
 
 
-def geometry_of(rows_EH: np.ndarray) -> dict[str, float]:
-    """The columns GEOMETRY of a router. After arXiv:2605.12476."""
+def geometry_of(rows_EH: np.ndarray | None) -> Columns:
+    """The width of a router's rows, and their geometry, NaN where they are not known. After
+    arXiv:2605.12476."""
+    if rows_EH is None:
+        return {"hidden": None, **dict.fromkeys(GEOMETRY, float("nan"))}
     cosine_max, rank = random_geometry(*rows_EH.shape)
     norm_E = np.sqrt((rows_EH**2).sum(1))
     cosine_P = cosines(rows_EH)[np.triu_indices(len(rows_EH), 1)]
@@ -261,13 +257,12 @@ def geometry_of(rows_EH: np.ndarray) -> dict[str, float]:
     mean, most = (np.nanmean(cosine_P), np.nanmax(cosine_P)) if known else (np.nan, np.nan)
     found = [mean, most, cosine_max, effective_rank(rows_EH), rank]
     found += [norm_E.mean(), norm_E.min(), norm_E.max()]
-    return dict(zip(GEOMETRY, map(float, found), strict=True))
+    return {"hidden": rows_EH.shape[1], **dict(zip(GEOMETRY, map(float, found), strict=True))}
 
 
 def cosines(rows_EH: np.ndarray) -> np.ndarray:
     """Of each pair of rows, [E, E]; NaN with a row of zeros."""
-    norm_E1 = np.sqrt((rows_EH**2).sum(1, keepdims=True))
-    unit_EH = rows_EH / np.where(norm_E1 > 0, norm_E1, np.nan)
+    unit_EH = rows_EH / nan_for_zero(np.sqrt((rows_EH**2).sum(1, keepdims=True)))
     return unit_EH @ unit_EH.T
 
 
@@ -275,10 +270,7 @@ def effective_rank(rows_EH: np.ndarray) -> float:
     """exp of the entropy of the singular values' shares: in [1, min(E, H)], how many directions the
     rows make use of (Roy and Vetterli 2007). NaN where all are 0."""
     value_N = np.linalg.svd(rows_EH, compute_uv=False)
-    if not value_N.sum() > 0:
-        return float("nan")
-    share_N = value_N / value_N.sum()
-    return float(np.exp(entropy_nats(share_N)))
+    return float(np.exp(entropy_nats(value_N / nan_for_zero(value_N.sum()))))
 
 
 @lru_cache(maxsize=32)
@@ -291,15 +283,14 @@ def random_geometry(E: int, H: int) -> tuple[float, float]:
     return float(most), float(np.mean([effective_rank(rows_EH) for rows_EH in draws]))
 
 
-def _rows_by_expert(rows_EH: np.ndarray | None, E: int) -> dict[str, Any]:
+def _rows_by_expert(rows_EH: np.ndarray | None, E: int) -> Columns:
     if rows_EH is None:
         return {"row_norm": np.full(E, np.nan), "nearest": pd.NA, "nearest_cosine": np.nan}
     cosine_EE = np.nan_to_num(cosines(rows_EH), nan=-2)
     np.fill_diagonal(cosine_EE, -3)
-    nearest_E = cosine_EE.argmax(1)
     most_E = cosine_EE.max(1)
     return {
         "row_norm": np.sqrt((rows_EH**2).sum(1)),
-        "nearest": pd.array(nearest_E, "Int64"),
+        "nearest": pd.array(cosine_EE.argmax(1), "Int64"),
         "nearest_cosine": np.where(most_E >= -1.5, most_E, np.nan),
     }

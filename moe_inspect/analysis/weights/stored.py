@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Stored:
                 values = (values.astype(np.uint32) << 16).view(np.float32)
             yield values if kind.itemsize == 8 else values.astype(np.float32, copy=False)
 
-    def read(self, first: int, count: int, kind: np.dtype[Any]) -> np.ndarray:
+    def read(self, first: int, count: int, kind: np.dtype[np.generic]) -> np.ndarray:
         """`count` numbers of this kind, from number `first` of the tensor's bytes on."""
         offset = self.begin + first * kind.itemsize
         values = np.fromfile(self.file, kind, count, offset=offset)
@@ -83,27 +83,24 @@ def tensors_in(directory: str | Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(file: Path, name: str, about: Any, start: int) -> Stored:
-    """A tensor by its entry in the header, which ends at byte `start`."""
-    begin, end = (start + int(at) for at in about["data_offsets"])
-    found = Stored(file, str(about["dtype"]), tuple(int(n) for n in about["shape"]), begin)
-    if end > file.stat().st_size:
-        raise ValueError(f"it ends before {name} does")
-    if found.readable and found.size * np.dtype(DTYPES[found.dtype]).itemsize != end - begin:
-        raise ValueError(f"{name} of shape {list(found.shape)} has {end - begin:,} bytes")
-    return found
-
-
 def _header(file: Path) -> dict[str, Stored]:
-    size = file.stat().st_size
+    size, found = file.stat().st_size, dict[str, Stored]()
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"its header has {length:,} bytes, the file {size:,}")
-            listed = cast(dict[str, Any], json.loads(opened.read(length)))
+            listed: dict[str, Any] = json.loads(opened.read(length))
         listed.pop("__metadata__", None)
-        return {name: _stored(file, name, about, 8 + length) for name, about in listed.items()}
+        for name, about in listed.items():
+            begin, end = (8 + length + int(at) for at in about["data_offsets"])
+            of = Stored(file, str(about["dtype"]), tuple(int(n) for n in about["shape"]), begin)
+            if end > size:
+                raise ValueError(f"it ends before {name} does")
+            if of.readable and of.size * np.dtype(DTYPES[of.dtype]).itemsize != end - begin:
+                raise ValueError(f"{name} of shape {list(of.shape)} has {end - begin:,} bytes")
+            found[name] = of
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise MoeInspectError(
             f"{file} is damaged or no safetensors file: {first_line(error)}"
@@ -132,17 +129,14 @@ class Fp8(Scaled):
 
     def pieces(self, first: int, count: int) -> Iterator[np.ndarray]:
         R, C = self.shape
-        scale = self.scale.whole()
-        by_block = self.scale.shape == _blocks(R, C)
-        by_row = not by_block and scale.size == R
-        at_once = max(1, PIECE // C)
-        for start in range(first // C, (first + count) // C, at_once):
-            rows = np.arange(start, min(start + at_once, (first + count) // C))
+        scale, end, at_once = self.scale.whole(), (first + count) // C, max(1, PIECE // C)
+        for start in range(first // C, end, at_once):
+            rows = np.arange(start, min(start + at_once, end))
             codes = self.read(start * C, len(rows) * C, np.dtype(np.uint8))
-            if by_block:
+            if scale.shape == _blocks(R, C):
                 scale_RC = scale[rows // BLOCK][:, np.arange(C) // BLOCK]
             else:
-                scale_RC = scale.reshape(-1)[rows][:, None] if by_row else scale.reshape(1, 1)
+                scale_RC = scale.reshape(-1, 1)[rows if scale.size == R else [0]]
             yield (_fp8_values()[codes].reshape(-1, C) * scale_RC).reshape(-1)
 
 
@@ -161,13 +155,15 @@ class Mxfp4(Scaled):
 def with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors, with those that have scales beside them as what they stand for; the others as
     they are."""
-    found = dict(tensors)
+    found, gone = dict(tensors), set[str]()
     for name, tensor in tensors.items():
         if tensor.dtype == FP8 and len(tensor.shape) == 2:
-            beside = (found.get(name + ending) for ending in SCALE_NAMES)
-            scale = next((s for s in beside if s is not None), None)
-            if scale is not None and scale.readable and _fits(tensor, scale):
+            R, C = tensor.shape
+            beside = next((name + end for end in SCALE_NAMES if name + end in found), "")
+            scale = found.get(beside)
+            if scale and scale.readable and (scale.size in (1, R) or scale.shape == _blocks(R, C)):
                 found[name] = Fp8(tensor.file, tensor.dtype, tensor.shape, tensor.begin, scale)
+                gone |= {name + end for end in SCALE_NAMES}
         elif name.endswith(BLOCKS) and tensor.dtype == "U8" and len(tensor.shape) == 4:
             bare, (*outer, half) = name.removesuffix(BLOCKS), tensor.shape
             scale = tensors.get(bare + SCALES)
@@ -176,19 +172,7 @@ def with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
                 del found[name], found[bare + SCALES]
                 shape = E, R, groups * GROUP
                 found[bare] = Mxfp4(tensor.file, "MXFP4", shape, tensor.begin, scale)
-    return {
-        name: tensor
-        for name, tensor in found.items()
-        if not any(
-            name.endswith(e) and isinstance(found.get(name.removesuffix(e)), Fp8)
-            for e in SCALE_NAMES
-        )
-    }
-
-
-def _fits(tensor: Stored, scale: Stored) -> bool:
-    R, C = tensor.shape
-    return scale.size in (1, R) or scale.shape == _blocks(R, C)
+    return {name: tensor for name, tensor in found.items() if name not in gone}
 
 
 def _blocks(R: int, C: int) -> tuple[int, int]:
