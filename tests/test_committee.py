@@ -14,7 +14,7 @@ from moe_inspect.analysis.counting import samples
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import committee as com
 from moe_inspect.analysis.metrics import paths as pth
-from moe_inspect.analysis.metrics.signature import Nearness, accuracies, wilson
+from moe_inspect.analysis.metrics.signature import accuracies, distances, nearest, wilson
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict import specialization
 from moe_inspect.trace.reader import Trace, open_trace
@@ -221,7 +221,7 @@ def test_long_documents_of_a_domain_are_no_signature():
         assert (made.low > made.null_p99) == beyond
         # with the domains shuffled among all documents, both would be
         among_all = np.array([rng.permutation(domain_S) for _ in range(200)])
-        nearest_S = Nearness.of(load_SE).nearest_S()
+        nearest_S = nearest(distances(load_SE))
         null_R = (among_all[:, nearest_S] == among_all).mean(1)
         assert made.low > np.quantile(null_R, 0.99)
 

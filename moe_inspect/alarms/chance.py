@@ -71,7 +71,7 @@ def _windows(T: int, E: int, k: int) -> np.ndarray:
 @lru_cache(maxsize=1024)
 def _moments(metric: str, T: int, E: int, k: int) -> tuple[float, float]:
     function = max_vio if metric == "max_vio_batch" else metrics()[metric].function
-    values_W = function(_windows(T, E, k))
+    values_W = np.asarray(function(_windows(T, E, k)))
     return float(values_W.mean()), float(values_W.std())
 
 

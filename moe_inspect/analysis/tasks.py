@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial, reduce
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from importlib.metadata import distributions
+from itertools import chain
+from typing import Any, TypeVar
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.progress import phase
@@ -29,6 +30,9 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.reader import Trace
 from moe_inspect.workers import Threads, Workers, in_order
 
+T = TypeVar("T")
+R = TypeVar("R")
+Task = tuple[object, ...]
 WORTH_A_TASK = 100_000_000  # assignments; a second or more
 FEWEST_RUNS, MOST_RUNS = 8, 512  # tasks of a pass, about: no more than twice as many
 
@@ -53,23 +57,22 @@ def runs_of(trace: Trace, shards: int | None = None) -> list[range]:
 
 
 def by_shard(
-    trace: Trace, name: str | None, function: Callable[..., Any], *arguments: Any
-) -> Iterator[Any]:
+    trace: Trace, name: str | None, function: Callable[..., T], *arguments: object
+) -> Iterator[T]:
     """function(shard, *arguments) of every shard, in order. `name`: of the phase, as progress is
     told; None where it is too short for one."""
     here = trace.scheduler is None
     runs = [range(n, n + 1) for n in range(trace.n_shards)] if here else runs_of(trace)
-    for parts in _by_run(trace, runs, name, list, function, arguments):
-        yield from parts
+    return chain.from_iterable(_by_run(trace, runs, name, list[T], function, arguments))
 
 
 def summed(
     trace: Trace,
     name: str | None,
-    add: Callable[[Any, Any], Any],
-    function: Callable[..., Any],
-    *arguments: Any,
-) -> Iterator[Any]:
+    add: Callable[[T, T], T],
+    function: Callable[..., T],
+    *arguments: object,
+) -> Iterator[T]:
     """What function(shard, *arguments) returns, added up within runs of shards, in order; the runs
     are the same here and on a cluster, so that sums of floats are too. add(total, other): may
     change `total`, and returns the sum."""
@@ -80,10 +83,10 @@ def _by_run(
     trace: Trace,
     runs: Sequence[range],
     name: str | None,
-    gather: Callable[[Iterator[Any]], Any],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> Iterator[Any]:
+    gather: Callable[[Iterator[T]], R],
+    function: Callable[..., T],
+    arguments: tuple[object, ...],
+) -> Iterator[R]:
     """gather(what function returns of its shards) of each run."""
     advance = phase(name, trace.n_tokens, "tokens") if name else None
     with workers(trace) as at:
@@ -96,11 +99,11 @@ def _by_run(
 
 def _of_run(
     trace: Trace,
-    gather: Callable[[Iterator[Any]], Any],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    gather: Callable[[Iterator[T]], R],
+    function: Callable[..., T],
+    arguments: tuple[object, ...],
     run: range,
-) -> Any:
+) -> R:
     return gather(function(trace.shard(number), *arguments) for number in run)
 
 
@@ -113,17 +116,15 @@ def by_router(
     trace: Trace,
     routers: Sequence[int],
     name: str,
-    function: Callable[..., dict[int, Any]],
-    *arguments: Any,
-) -> dict[int, Any]:
+    function: Callable[..., dict[int, T]],
+    *arguments: object,
+) -> dict[int, T]:
     """function(trace, routers, *arguments), which goes through all shards in order and returns
     something of each of the routers. Here it is called once."""
     with workers(trace) as at:
-        n = min(at.width, len(routers))
-        parts = shares(routers, n)
+        parts, whole = shares(routers, min(at.width, len(routers))), dict[int, T]()
         # a function that is called here tells of its shards
         advance = phase(name, len(routers), "routers") if trace.scheduler is not None else None
-        whole = dict[int, Any]()
         tasks = ((share, *arguments) for share in parts)
         for share, part in zip(parts, at.each(function, (trace,), tasks), strict=True):
             whole |= part
@@ -156,16 +157,21 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
         try:
             client = Client(scheduler, timeout=f"{WAIT_S}s")
         except (OSError, TimeoutError, ValueError) as error:
-            raise MoeInspectError(
-                f"no dask scheduler answers at {scheduler}: {first_line(error)}"
-            ) from None
+            said = f"no dask scheduler answers at {scheduler}: {first_line(error)}"
+            raise MoeInspectError(said) from None
     address = client.scheduler.address
     try:
         try:
             client.wait_for_workers(1, timeout=WAIT_S)
         except TimeoutError:
             raise MoeInspectError(f"the dask scheduler at {address} has no workers") from None
-        check_versions(_versions_at(client), installed())
+        try:
+            check_versions(client.run(installed), installed())
+        except ImportError as error:
+            raise MoeInspectError(
+                f"a worker of the dask scheduler at {address} has no moe-inspect "
+                f"{installed()['moe-inspect']}: {first_line(error)}"
+            ) from None
         yield Cluster(client, traces)
     except KilledWorker as error:
         raise MoeInspectError(
@@ -190,11 +196,8 @@ class Cluster:
         self.seen = [(str(trace.path.resolve()), _identity(trace.manifest)) for trace in traces]
 
     def each(
-        self,
-        function: Callable[..., Any],
-        shared: tuple[Any, ...],
-        tasks: Iterable[tuple[Any, ...]],
-    ) -> Iterator[Any]:
+        self, function: Callable[..., T], shared: tuple[object, ...], tasks: Iterable[Task]
+    ) -> Iterator[T]:
         from dask import config
 
         # a task too: where a worker dies that has it, another makes it again
@@ -204,7 +207,7 @@ class Cluster:
         # to all workers at once: dask would leave the tasks to the one that has it
         self.client.replicate([given])
 
-        def submit(task: tuple[Any, ...]) -> Any:
+        def submit(task: Task) -> Any:
             return self.client.submit(at_worker, self.seen, function, given, task, pure=False)
 
         return in_order(submit, tasks, 2 * self.width)
@@ -212,10 +215,10 @@ class Cluster:
 
 def at_worker(
     seen: Sequence[tuple[str, str]],
-    function: Callable[..., Any],
-    shared: tuple[Any, ...],
-    task: tuple[Any, ...],
-) -> Any:
+    function: Callable[..., T],
+    shared: tuple[object, ...],
+    task: Task,
+) -> T:
     """What a worker does. `seen`: path and identity of the traces."""
     for path, identity in seen:
         _check_seen(path, identity)
@@ -237,31 +240,15 @@ def _check_seen(path: str, identity: str) -> None:
         raise MoeInspectError(f"{me} has a different trace at {path}")
 
 
-def _identity(manifest: dict[str, Any]) -> str:
+def _identity(manifest: Mapping[str, object]) -> str:
     """A hash of what does not change while a trace is written."""
     kept = [manifest.get(name) for name in ("model", "routers", "corpus")]
     return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def installed() -> dict[str, str]:
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    return {package: of(package) for package in ALIKE}
-
-
-def _versions_at(client: Any) -> dict[str, dict[str, str]]:
-    """By address of a worker."""
-    try:
-        return client.run(installed)
-    except ImportError as error:
-        raise MoeInspectError(
-            f"a worker of the dask scheduler at {client.scheduler.address} has no moe-inspect "
-            f"{installed()['moe-inspect']}: {first_line(error)}"
-        ) from None
+    there = {package: list(distributions(name=package)) for package in ALIKE}
+    return {package: found[0].version if found else "none" for package, found in there.items()}
 
 
 def check_versions(at: dict[str, dict[str, str]], here: dict[str, str]) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-import pyarrow as pa
 
 from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.counts import CLUSTERS, Counts, no_counts
@@ -202,7 +201,7 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
             first_choice_DE if part.routers[r].first_choice_known else None,
             sums.get("weight_sum"),
         )
-    tokens_SD = _tokens_counted(shard, table, code, len(domains))
+    tokens_SD = _tokens_counted(shard, router, code, values, len(domains))
     part.tokens_U = np.sum([tokens_D[kept] for tokens_D in tokens_SD.values()], axis=0)
     part.tokens_SU = {s: tokens_D[kept] for s, tokens_D in tokens_SD.items() if s in part.tokens_SU}
     for r, counts in part.of.items():
@@ -211,17 +210,18 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
 
 
 def _tokens_counted(
-    shard: Shard, table: pa.Table, code: np.ndarray, domains: int
+    shard: Shard, router: np.ndarray, code: np.ndarray, values: dict[str, np.ndarray], domains: int
 ) -> dict[str, np.ndarray]:
     """The tokens of each domain of a counts-only shard, by stack, int64 [D]. The shard states their
     sum; counts tell how they divide: a token may have no first choice at one router, but at
     another, so that the router that missed fewest tells the most."""
-    router, first = table["router"].to_numpy(), table["first_choice"].null_count == 0
-    values = table["first_choice" if first else "assignments"].to_numpy()
     least_SD = dict[str, np.ndarray]()
     for r, of in enumerate(shard.trace.routers):
         mine = router == r
-        found_D = np.bincount(code[mine], values[mine], domains) / (1 if first else of.top_k)
+        name, per_token = (
+            ("first_choice", 1) if "first_choice" in values else ("assignments", of.top_k)
+        )
+        found_D = np.bincount(code[mine], values[name][mine], domains) / per_token
         least_SD[of.stack] = np.maximum(least_SD.get(of.stack, 0), found_D)
     share = np.concatenate(list(least_SD.values()))
     share = share if share.any() else np.ones(len(share))

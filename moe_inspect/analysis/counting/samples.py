@@ -20,9 +20,9 @@ from typing import cast
 
 import numpy as np
 
-from moe_inspect.analysis.counting import kernels_numpy
 from moe_inspect.analysis.counting.count_shard import kernels
 from moe_inspect.analysis.counting.engine import is_long
+from moe_inspect.analysis.counting.kernels_numpy import Slots, distinct
 from moe_inspect.analysis.counting.select import SelectedTokens, Selection, selected_tokens
 from moe_inspect.analysis.metrics.paths import mixed
 from moe_inspect.analysis.tasks import by_shard
@@ -38,6 +38,8 @@ SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 Columns = dict[str, np.ndarray]
 Labels = dict[str, list[str]]
+ColumnsOf = Callable[[Shard, SelectedTokens], tuple[Columns, Labels]]
+SlotsOf = Callable[[Slots, int], Slots]
 
 # --- documents
 
@@ -57,10 +59,8 @@ def document_loads(trace: Trace, selection: Selection) -> DocumentLoads:
     """Of at most DOCUMENTS documents, fewer where the model has very many experts."""
     cells = sum(trace.routers[r].experts for r in selection.routers)
     document_S, domain_S, domains = _documents(trace, selection, min(DOCUMENTS, LOADS // cells))
-    load_SE = {
-        r: np.zeros((len(document_S), trace.routers[r].experts), np.int32)
-        for r in selection.routers
-    }
+    shapes = {r: (len(document_S), trace.routers[r].experts) for r in selection.routers}
+    load_SE = {r: np.zeros(shape, np.int32) for r, shape in shapes.items()}
     asked = selection, document_S, is_long(trace, selection)
     for parts in by_shard(trace, "counting documents", _loads_of, *asked):
         for rows, load_by_router in parts:
@@ -79,7 +79,7 @@ def _loads_of(
         row_T = np.searchsorted(document_S, seen.document_T)
         at_N = np.flatnonzero(row_T < len(document_S))
         at_N = at_N[document_S[row_T[at_N]] == seen.document_T[at_N]]
-        rows, row_N = kernels_numpy.distinct(row_T[at_N])
+        rows, row_N = distinct(row_T[at_N])
         load_by_router = dict[int, np.ndarray]()
         for r in routers:
             slots = _of(at_N, seen.of(shard.slots(r), r))
@@ -95,22 +95,22 @@ def _documents(
     """The documents with the smallest hashes, no more than `most`, by number; of each which domain
     it is of; and the domains."""
     found, domain_of = np.zeros(0, np.int64), dict[int, str]()
-    for new, labels in by_shard(trace, "reading documents", _documents_of, selection):
-        domain_of |= dict(zip(new.tolist(), labels, strict=True))
-        found = np.union1d(found, new)
-        if len(found) > most:
-            found = np.sort(found[np.argsort(mixed(found), kind="stable")[:most]])
+    for new in by_shard(trace, "reading documents", _documents_of, selection):
+        domain_of |= new
+        found = np.array(list(domain_of), np.int64)
+        found = np.sort(found[np.argsort(mixed(found), kind="stable")[:most]])
         domain_of = {int(d): domain_of[int(d)] for d in found}
     domains = sorted(set(domain_of.values()))
     code = {domain: d for d, domain in enumerate(domains)}
-    return found, np.array([code[domain_of[int(d)]] for d in found], np.int64), domains
+    return found, np.array([code[domain] for domain in domain_of.values()], np.int64), domains
 
 
-def _documents_of(shard: Shard, selection: Selection) -> tuple[np.ndarray, list[str]]:
+def _documents_of(shard: Shard, selection: Selection) -> dict[int, str]:
     """The documents of a shard, and the domain of each."""
     seen = selected_tokens(shard, selection)
     new, at = np.unique(seen.document_T, return_index=True)
-    return new, [seen.domains[code] for code in seen.domain_T[at]]
+    labels = [seen.domains[code] for code in seen.domain_T[at]]
+    return dict(zip(new.tolist(), labels, strict=True))
 
 
 # --- tokens
@@ -146,7 +146,7 @@ def _places_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
     return {"document_S": seen.document_T, "domain_S": seen.domain_T}, {"domain_S": seen.domains}
 
 
-def _routes_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
+def _routes_of(slots: Slots, E: int) -> Slots:
     """The first choice and the hash of the set of each token."""
     hash_E = mixed(np.arange(E + 1))  # the last where a slot routed nowhere
     return slots[0].astype(np.uint16), np.sum([hash_E.take(ids) for ids in slots], axis=0)
@@ -197,7 +197,7 @@ def _losses_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
     return columns, labels | {"phase_S": phases}
 
 
-def _experts_of(slots: kernels_numpy.Slots, E: int) -> tuple[np.ndarray, ...]:
+def _experts_of(slots: Slots, E: int) -> Slots:
     return tuple(slot_S.astype(np.uint16) for slot_S in slots)
 
 
@@ -217,12 +217,17 @@ def _sampled(
     selection: Selection,
     name: str,
     most: int,
-    columns_of: Callable[[Shard, SelectedTokens], tuple[Columns, Labels]],
-    slots_of: Callable[[kernels_numpy.Slots, int], tuple[np.ndarray, ...]],
+    columns_of: ColumnsOf,
+    slots_of: SlotsOf,
 ) -> list[Sample]:
     """About `most` tokens of each stack. `name`: of the phase of reading. `columns_of`: of all
     tokens of a shard; those whose loss is not known are left out."""
-    share_of = _shares(trace, selection, most)
+    tokens = dict.fromkeys([trace.routers[r].stack for r in selection.routers], 0)
+    if trace.n_tokens > most:
+        for sizes in by_shard(trace, "reading tokens", _sizes, selection, list(tokens)):
+            for stack, size in sizes.items():
+                tokens[stack] += size
+    share_of = {stack: most / max(n, most) for stack, n in tokens.items()}
     found: dict[str, list[Sample]] = {stack: [] for stack in share_of}
     labels = dict[str, dict[str, int]]()
     asked = selection, share_of, columns_of, slots_of
@@ -250,8 +255,8 @@ def _samples_of(
     shard: Shard,
     selection: Selection,
     share_of: dict[str, float],
-    columns_of: Callable[[Shard, SelectedTokens], tuple[Columns, Labels]],
-    slots_of: Callable[[kernels_numpy.Slots, int], tuple[np.ndarray, ...]],
+    columns_of: ColumnsOf,
+    slots_of: SlotsOf,
 ) -> list[Sample]:
     """Of a shard, by stack."""
     found = list[Sample]()
@@ -269,16 +274,6 @@ def _samples_of(
         columns = {name: values_T[at_N] for name, values_T in columns.items()}
         found.append(Sample(seen.stack, columns, labels, of_router))
     return found
-
-
-def _shares(trace: Trace, selection: Selection, most: int) -> dict[str, float]:
-    """The share of its tokens that is drawn, by stack."""
-    tokens = dict.fromkeys([trace.routers[r].stack for r in selection.routers], 0)
-    if trace.n_tokens > most:
-        for sizes in by_shard(trace, "reading tokens", _sizes, selection, list(tokens)):
-            for stack, size in sizes.items():
-                tokens[stack] += size
-    return {stack: most / max(n, most) for stack, n in tokens.items()}
 
 
 def _sizes(shard: Shard, selection: Selection, stacks: list[str]) -> dict[str, int]:
@@ -299,6 +294,6 @@ def _by_stack(shard: Shard, selection: Selection) -> Iterator[tuple[SelectedToke
             yield seen, routers
 
 
-def _of(at_N: np.ndarray, slots: kernels_numpy.Slots) -> kernels_numpy.Slots:
+def _of(at_N: np.ndarray, slots: Slots) -> Slots:
     whole = len(at_N) == len(slots[0])
     return slots if whole else tuple(slot_T.take(at_N) for slot_T in slots)

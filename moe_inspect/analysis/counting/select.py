@@ -3,6 +3,10 @@
 T tokens taken, R decisions of a router in the shard.
 """
 
+# pyarrow has no types
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Container, Iterable

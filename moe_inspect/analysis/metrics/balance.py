@@ -49,7 +49,7 @@ def cv(load_LE: np.ndarray) -> np.ndarray:
 def gini(load_LE: np.ndarray) -> np.ndarray:
     """Gini coefficient Σ(2i−E−1)c₍ᵢ₎ / (E·Σc), in [0, 1−k/E]. 0 is even, 1−k/E is every token on
     the same k experts."""
-    E = load_LE.shape[1]
+    E: int = load_LE.shape[1]
     rank_E = 2 * np.arange(1, E + 1) - E - 1
     return (rank_E * np.sort(load_LE, axis=1)).sum(1) / nan_for_zero(E * load_LE.sum(1))
 

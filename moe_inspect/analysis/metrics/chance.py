@@ -59,7 +59,7 @@ def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.nd
     known = np.flatnonzero(~np.isnan(p_L))
     if not len(known):
         return p_L
-    null = np.stack([null_LB[i] for i in known])
+    null = np.stack([null_LB[i] for i in known.tolist()])
     mean, sd = null.mean(1), np.maximum(null.std(1), 1e-12)
     largest_B = ((null - mean[:, None]) / sd[:, None]).max(0)
     standing = (p_L[known] - mean) / sd

@@ -24,11 +24,10 @@ def committee(assignments_DE: np.ndarray, top_k: int) -> np.ndarray:
     """Which experts are in the top set of every domain that has load: those with more load than the
     expert of rank k + 1. bool; none of them where fewer than two domains have load.
     [..., D, E] → [..., E]"""
-    after = assignments_DE.shape[-1] - 1 - top_k
-    after_D1: np.ndarray | int = 0
+    after, after_D1 = assignments_DE.shape[-1] - 1 - top_k, np.zeros(1)
     if after >= 0:
         after_D1 = np.partition(assignments_DE, after, axis=-1)[..., after : after + 1]
-    loaded_D1: np.ndarray = assignments_DE.sum(-1, keepdims=True) > 0
+    loaded_D1 = assignments_DE.sum(-1, keepdims=True) > 0
     leads_DE = (assignments_DE > after_D1) | ~loaded_D1
     return leads_DE.all(-2) & (loaded_D1.sum(-2) > 1)
 
@@ -37,18 +36,16 @@ def committee(assignments_DE: np.ndarray, top_k: int) -> np.ndarray:
 def committee_experts(assignments_DE: np.ndarray, top_k: int) -> float:
     """The number of experts that are among the k with the largest load in every domain. k: the same
     experts lead everywhere. NaN with fewer than two domains that have load."""
-    if (assignments_DE.sum(1) > 0).sum() < 2:
-        return nan
-    return float(committee(assignments_DE, top_k).sum())
+    several = (assignments_DE.sum(1) > 0).sum() > 1
+    return float(committee(assignments_DE, top_k).sum()) if several else nan
 
 
 @metric("committee", ideal=0.0, range="0 to 1", unit="share", source=SOURCE)
 def committee_mass(assignments_DE: np.ndarray, top_k: int) -> float:
     """The share of the assignments that go to these experts, its mean over the domains. 1: no other
     expert is used. NaN with fewer than two domains that have load."""
-    if (assignments_DE.sum(1) > 0).sum() < 2:
-        return nan
-    return mass_of(committee(assignments_DE, top_k), assignments_DE)
+    several = (assignments_DE.sum(1) > 0).sum() > 1
+    return mass_of(committee(assignments_DE, top_k), assignments_DE) if several else nan
 
 
 def mass_of(member_E: np.ndarray, values_DE: np.ndarray) -> float:

@@ -147,11 +147,10 @@ def jackknife(
     # Σ n log₂ n without the group differs only in the paths that the group takes; without the only
     # token of a path it does not
     less_G = np.bincount(group, _n_log2_n(whole) - _n_log2_n(whole - within), G)
-    left_G = S - tokens_G
-    value_G = np.log2(left_G) - (_n_log2_n(tokens_P).sum() - less_G) / left_G
+    left_G, terms = S - tokens_G, _n_log2_n(tokens_P).sum()
+    value_G = np.log2(left_G) - (terms - less_G) / left_G
     error = np.sqrt((G - 1) / G * ((value_G - value_G.mean()) ** 2).sum())
-    value = np.log2(S) - _n_log2_n(tokens_P).sum() / S
-    bias = max((G - 1) * (value - value_G.mean()), 0)
+    bias = max((G - 1) * (np.log2(S) - terms / S - value_G.mean()), 0)
     return float(student(G) * error), float(bias)
 
 

@@ -43,49 +43,36 @@ class Accuracy:
     null_p99: float
 
 
-UNKNOWN = Accuracy(*[float("nan")] * 5)
+def distances(load_SE: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances of the signatures of one router; of a document that it sent
+    nowhere the signature is 0. Those of routers add up to that of all. float64 [S, S]"""
+    share_SE = load_SE / np.maximum(load_SE.sum(1, keepdims=True), 1)
+    size_S = (share_SE**2).sum(1)
+    return size_S[:, None] + size_S[None, :] - 2 * (share_SE @ share_SE.T)
 
 
-class Nearness:
-    """Squared Euclidean distances of signatures; those of routers add up to that of them
-    together."""
+def nearest(distance_SS: np.ndarray) -> np.ndarray:
+    """The nearest other document of each; of several, the first. int64 [S]"""
+    # what is equally far stays so whatever the order of its experts
+    distance_SS = np.round(distance_SS, 12)
+    np.fill_diagonal(distance_SS, np.inf)
+    return distance_SS.argmin(1)
 
-    def __init__(self, documents: int):
-        self.distance_SS = np.zeros((documents, documents))
 
-    def add(self, other: Nearness) -> None:
-        self.distance_SS += other.distance_SS
-
-    @staticmethod
-    def of(load_SE: np.ndarray) -> Nearness:
-        """By the signatures of one router; all 0 for a document that it sent nowhere."""
-        share_SE = load_SE / np.maximum(load_SE.sum(1, keepdims=True), 1)
-        made = Nearness(len(load_SE))
-        size_S = (share_SE**2).sum(1)
-        made.distance_SS = size_S[:, None] + size_S[None, :] - 2 * (share_SE @ share_SE.T)
-        return made
-
-    def nearest_S(self) -> np.ndarray:
-        """The nearest other document of each; of several, the first."""
-        # what is equally far stays so whatever the order of its experts
-        distance_SS = np.round(self.distance_SS, 12)
-        np.fill_diagonal(distance_SS, np.inf)
-        return distance_SS.argmin(1)
-
-    def accuracy(self, domain_S: np.ndarray, shuffled_RS: np.ndarray) -> Accuracy:
-        """shuffled_RS: the domains, `shuffled` R times. All NaN with fewer than two domains or than
-        FEWEST_DOCUMENTS documents."""
-        S, D = len(domain_S), int(domain_S.max(initial=-1)) + 1
-        if S < FEWEST_DOCUMENTS or D < 2:
-            return UNKNOWN
-        nearest_S = self.nearest_S()
-        hit_S = domain_S[nearest_S] == domain_S
-        value = signature_accuracy(np.bincount(domain_S[hit_S], minlength=D), np.bincount(domain_S))
-        # two documents that are nearest to each other are hit or missed together: one case, not two
-        mutual = float((nearest_S[nearest_S] == np.arange(S)).mean())
-        low, high = wilson(value, S / (1 + mutual))
-        null_R = (shuffled_RS[:, nearest_S] == shuffled_RS).mean(1)
-        return Accuracy(value, low, high, float(null_R.mean()), float(np.quantile(null_R, 0.99)))
+def accuracy(distance_SS: np.ndarray, domain_S: np.ndarray, shuffled_RS: np.ndarray) -> Accuracy:
+    """shuffled_RS: the domains, `shuffled` R times. All NaN with fewer than two domains or than
+    FEWEST_DOCUMENTS documents."""
+    S, D = len(domain_S), int(domain_S.max(initial=-1)) + 1
+    if S < FEWEST_DOCUMENTS or D < 2:
+        return Accuracy(*[float("nan")] * 5)
+    nearest_S = nearest(distance_SS)
+    hit_S = domain_S[nearest_S] == domain_S
+    value = signature_accuracy(np.bincount(domain_S[hit_S], minlength=D), np.bincount(domain_S))
+    # two documents that are nearest to each other are hit or missed together: one case, not two
+    mutual = float((nearest_S[nearest_S] == np.arange(S)).mean())
+    low, high = wilson(value, S / (1 + mutual))
+    null_R = (shuffled_RS[:, nearest_S] == shuffled_RS).mean(1)
+    return Accuracy(value, low, high, float(null_R.mean()), float(np.quantile(null_R, 0.99)))
 
 
 def shuffled(domain_S: np.ndarray, assignments_S: np.ndarray) -> np.ndarray:
@@ -101,11 +88,10 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % interval of a share of n independent cases, also where it is 0 or 1 (Wilson 1927). The
     end beyond which a case or two lie is that of their Poisson distribution (Brown, Cai and
     DasGupta 2001)."""
-    poisson_low = special("gammaincinv")
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
-    hits, missed = share * n, (1 - share) * n
+    hits, missed, poisson_low = share * n, (1 - share) * n, special("gammaincinv")
     if 0 < hits <= FEW_CASES:
         low = float(poisson_low(hits, 0.05)) / n
     if 0 < missed <= FEW_CASES:
@@ -118,10 +104,10 @@ def accuracies(
 ) -> tuple[Accuracy, list[Accuracy]]:
     """By the signatures of all routers side by side, and by those of each. loads: [S, E] of each
     router."""
-    together, each = Nearness(len(domain_S)), list[Accuracy]()
     shuffled_RS = shuffled(domain_S, np.sum([load_SE.sum(1) for load_SE in loads], axis=0))
+    together_SS, each = np.zeros((len(domain_S), len(domain_S))), list[Accuracy]()
     for load_SE in loads:
-        alone = Nearness.of(load_SE)
-        together.add(alone)
-        each.append(alone.accuracy(domain_S, shuffled_RS))
-    return together.accuracy(domain_S, shuffled_RS), each
+        distance_SS = distances(load_SE)
+        together_SS += distance_SS
+        each.append(accuracy(distance_SS, domain_S, shuffled_RS))
+    return accuracy(together_SS, domain_S, shuffled_RS), each

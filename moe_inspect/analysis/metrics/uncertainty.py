@@ -86,9 +86,10 @@ def noise_of(sizes: np.ndarray, E: int, k: int) -> np.ndarray:
     few, most = sizes[sizes <= FEW_TOKENS], float(np.nanmax(sizes))
     powers = [2.0**n for n in range(int(math.log2(FEW_TOKENS)), math.ceil(math.log2(most)) + 1)]
     grid: np.ndarray = np.unique(np.concatenate([np.floor(few), np.ceil(few), powers]))
-    mean_N, sd_N = np.array([noise(int(T), E, k) for T in grid]).T
+    found = np.array([noise(int(T), E, k) for T in grid])
     at, known = np.log(sizes), np.log(grid)
-    return np.array([np.exp(np.interp(at, known, np.log(mean_N))), np.interp(at, known, sd_N)])
+    means = np.exp(np.interp(at, known, np.log(found[:, 0])))
+    return np.stack([means, np.interp(at, known, found[:, 1])])
 
 
 def resample_weights(strata_U: np.ndarray, R: int = RESAMPLES) -> np.ndarray | None:

@@ -25,9 +25,9 @@ def trend_p(load_WE: np.ndarray, assignments_UE: np.ndarray, strata_U: np.ndarra
     Σ over windows of t·(load − total × share), t from −½ for the first token to ½ for the last one.
     Its variance under chance is that of the documents (units U) about the mean of their domain
     (strata). Not corrected for the number of experts. NaN with few windows. float64 [E]"""
-    (W, E), D = load_WE.shape, int(strata_U.max(initial=-1)) + 1
-    if W < FEWEST_WINDOWS or len(strata_U) <= D:
-        return np.full(E, np.nan)
+    D = int(strata_U.max(initial=-1)) + 1
+    if len(load_WE) < FEWEST_WINDOWS or len(strata_U) <= D:
+        return np.full(assignments_UE.shape[1:], np.nan)
     total_W = load_WE.sum(1)
     at_W, share_E = _along(total_W), load_WE.sum(0) / total_W.sum()
     trend_E = at_W @ (load_WE - total_W[:, None] * share_E)

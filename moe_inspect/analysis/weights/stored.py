@@ -158,10 +158,10 @@ def with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     found, gone = dict(tensors), set[str]()
     for name, tensor in tensors.items():
         if tensor.dtype == FP8 and len(tensor.shape) == 2:
-            R, C = tensor.shape
+            rows, blocks = tensor.shape[0], _blocks(*tensor.shape)
             beside = next((name + end for end in SCALE_NAMES if name + end in found), "")
             scale = found.get(beside)
-            if scale and scale.readable and (scale.size in (1, R) or scale.shape == _blocks(R, C)):
+            if scale and scale.readable and (scale.size in (1, rows) or scale.shape == blocks):
                 found[name] = Fp8(tensor.file, tensor.dtype, tensor.shape, tensor.begin, scale)
                 gone |= {name + end for end in SCALE_NAMES}
         elif name.endswith(BLOCKS) and tensor.dtype == "U8" and len(tensor.shape) == 4:
