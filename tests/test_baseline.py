@@ -11,6 +11,7 @@ import pytest
 import moe_inspect
 from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
@@ -100,7 +101,7 @@ def test_a_p_value_is_as_rare_as_it_says():
             bits[side] = sp.domain_mi_bits(load_DE) - sp.domain_mi_null(of_UE, domain_U).mean()
             errors[side] = sp.domain_mi_error(of_UE, domain_U)
         t = (bits[0] - bits[1]) / np.hypot(*errors)
-        small += chance.student_p(t, U - D) < chance.ALPHA
+        small += unc.student_p(t, U - D) < chance.ALPHA
         above += bits[0] > bits[1]
     assert small < 6
     assert 50 < above < 100

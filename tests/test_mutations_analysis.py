@@ -153,7 +153,7 @@ MUTATIONS = {
     "windows a token late": (count_shard, "windows.of(shard, seen.number_T) if windows", "windows.of(shard, seen.number_T + 1) if windows", by(test_counting.test_windows_by_hand)),
     "windows begin anew in every shard": (count_shard, "(self.before[shard.files.rank, shard.files.index] + number_T)", "(0 + number_T)", by(test_counting.test_windows_by_hand)),
     "ties: the rank before": (kernels_numpy, "ranked_TE[:, k - 1] - ranked_TE[:, k] if", "ranked_TE[:, k - 2] - ranked_TE[:, k - 1] if", logits),
-    "merged: the last part alone": (router_counts, "mine[self.theirs] += theirs", "mine[self.theirs] = theirs", merging),
+    "merged: the last part alone": (router_counts, "mine[there] += theirs", "mine[there] = theirs", merging),
     "merged: passes of one part": (router_counts, "before + n, sum_before + vio", "n, vio", merging),
     "an encoder's tokens are the decoder's": (schema, '(stack == "encoder") == (phase == "encode")', '(stack == "encoder") != (phase == "encode")', two_stacks),
     # writer

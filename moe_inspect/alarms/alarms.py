@@ -19,6 +19,7 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
 from moe_inspect.analysis.metrics.registry import metrics
+from moe_inspect.analysis.metrics.uncertainty import special
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
 
@@ -230,7 +231,13 @@ class Alarms:
         if metric == DRIFT and above and math.isinf(effect):
             return math.inf  # documents are too few to tell
         if metric == DRIFT and self._before is not None:
-            return chance.drift_limit(self._before.load[r], window.load[r], k, effect, tail)
+            load_WE = np.stack([self._before.load[r], window.load[r]])
+            floor_W, _ = win.step_floors(
+                chance.share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect
+            )
+            # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
+            beyond = chance.far(tail) * 0.756 / math.sqrt(max(E - 1, 1))
+            return float(floor_W[0]) * (1 + beyond)
         if metric in (DRIFT, *VALUES):
             return math.nan
         load_SE = window.recent[r] if metric == BATCH else np.asarray(window.load[r])[None]
@@ -275,8 +282,13 @@ class Alarms:
         long_E = (at.windows_E >= at.rule.windows) & (at.load_E < bal.STARVED * fair_E)
         if not at.rule.beyond_chance or not long_E.any():
             return long_E
-        p_E = chance.few_p(at.load_E, at.tokens_E, at.k, self.effect(at.r))
-        return long_E & (p_E < chance.tail_of(len(self.routers), 1))
+        # that chance gives any of the experts so few of its tokens: a binomial tail of loads ÷
+        # design effect, times E
+        E, by = len(long_E), max(self.effect(at.r), 1.0)
+        n_E = np.maximum(at.tokens_E / by, 1e-9)
+        few_E = np.minimum(at.load_E / by, n_E * (1 - 1e-9))
+        p_E = E * special("betainc")(n_E - few_E, few_E + 1, max(1 - at.k / E, 1e-12))
+        return long_E & (np.minimum(1, p_E) < chance.tail_of(len(self.routers), 1))
 
     def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
         """The experts at fault in a window, bool [E]; by default the busiest."""

@@ -14,8 +14,7 @@ import numpy as np
 from moe_inspect.analysis.metrics.balance import max_vio
 from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics
-from moe_inspect.analysis.metrics.uncertainty import random_loads, special
-from moe_inspect.analysis.metrics.windows import step_floors
+from moe_inspect.analysis.metrics.uncertainty import random_loads
 
 WINDOWS = 400  # simulated
 RUN = 1_000  # windows of a run: one run in 1 / ALPHA may raise a false alarm by a rule
@@ -43,16 +42,6 @@ def chance_limit(
     return min(limit, E / k - OFF_RATIO[metric]) if metric in OFF_RATIO else limit
 
 
-def drift_limit(
-    before_E: np.ndarray, load_E: np.ndarray, k: int, effect: float, tail: float
-) -> float:
-    """The highest drift between two windows that chance gives with probability `tail`."""
-    load_WE = np.stack([before_E, load_E])
-    floor_W, _ = step_floors(share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
-    # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
-    return float(floor_W[0]) * (1 + far(tail) * 0.756 / math.sqrt(max(len(load_E) - 1, 1)))
-
-
 def share(load_E: np.ndarray) -> np.ndarray:
     return np.asarray(load_E) / max(int(np.sum(load_E)), 1)
 
@@ -73,16 +62,6 @@ def _moments(metric: str, T: int, E: int, k: int) -> tuple[float, float]:
     function = max_vio if metric == "max_vio_batch" else metrics()[metric].function
     values_W = np.asarray(function(_windows(T, E, k)))
     return float(values_W.mean()), float(values_W.std())
-
-
-def few_p(load_E: np.ndarray, tokens_E: np.ndarray, k: int, effect: float) -> np.ndarray:
-    """The probability that chance gives any of the E experts so few of T tokens (for each expert
-    its own T): a binomial tail of loads ÷ design effect, times E. float64 [E]"""
-    E, by = len(load_E), max(effect, 1.0)
-    n_E = np.maximum(tokens_E / by, 1e-9)
-    few_E = np.minimum(load_E / by, n_E * (1 - 1e-9))
-    p_E = special("betainc")(n_E - few_E, few_E + 1, max(1 - k / E, 1e-12))
-    return np.minimum(1, E * p_E)
 
 
 def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:

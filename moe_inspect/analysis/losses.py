@@ -15,13 +15,9 @@ from typing import Any
 import numpy as np
 
 from moe_inspect.analysis.counting.samples import SampledLosses
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.balance import nan_for_zero
 from moe_inspect.analysis.metrics.chance import FEWEST_TO_JUDGE, random_signs
-from moe_inspect.analysis.metrics.uncertainty import (
-    FEWEST_DOCUMENTS,
-    effective_documents,
-    student,
-)
 
 CLUSTERS = 1021  # of documents, at most
 P99 = 2.575829  # standard deviations, on both sides
@@ -104,10 +100,10 @@ def by_expert(
     sum_UE, compared_UE = _by_document(explained, token_N, expert_N, E)
     sum_E = np.bincount(expert_N, explained.residual_S[token_N], E)
     difference_E, documents = sum_E / of_E, len(sum_UE)
-    known = np.where(documents >= FEWEST_DOCUMENTS, 1.0, np.nan)
+    known = np.where(documents >= unc.FEWEST_DOCUMENTS, 1.0, np.nan)
     beyond_UE = sum_UE - np.nan_to_num(difference_E) * compared_UE
     between_E = (beyond_UE**2).sum(0) * documents / max(documents - 1, 1)
-    t = student(effective_documents(compared_UE.sum(1)))
+    t = unc.student(unc.effective_documents(compared_UE.sum(1)))
     half_E = known * t * np.sqrt(between_E) / of_E
     sd_E = known * np.sqrt((sum_UE**2).sum(0))
     largest_B, there_E = np.full(1, np.nan), sd_E > 0

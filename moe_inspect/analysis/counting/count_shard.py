@@ -66,9 +66,7 @@ def count_shard(
     by the compiled kernels. `routers`: of those selected, the ones to count now, by default all."""
     prepared = prepare_shard(shard, selection, wants, windows)
     if shard.trace.counts_only:
-        _count_counted(shard, selection, prepared.part)
-        if windows and "windows" in wants:
-            _windows_of_counted(shard, prepared.part, windows)
+        _count_counted(shard, selection, prepared.part, windows if "windows" in wants else None)
     else:
         chosen = selection.routers if routers is None else routers
         prepared.part.of = count_routers(prepared, chosen, kernels(fast))
@@ -89,7 +87,10 @@ def prepare_shard(
 ) -> PreparedShard:
     sizes = (windows.tokens, windows.count) if windows else (0, 0)
     part = no_counts(shard.trace.routers, selection.routers, wants, sizes)
-    part.documents = _documents(shard, selection)
+    part.documents = shard.files.rows["documents"]  # that begin in it
+    if selection.domains is not None:
+        code, domains = codes(shard.table("documents", ["domain"])["domain"])
+        part.documents = int(among(domains, selection.domains)[code].sum())
     prepared = PreparedShard(shard, part, {})
     if shard.trace.counts_only:
         return prepared
@@ -173,8 +174,11 @@ def _unit(seen: SelectedTokens) -> np.ndarray:
     return seen.domain_T.astype(np.int64) * CLUSTERS + seen.document_T % CLUSTERS
 
 
-def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
-    """The shard of a counts-only trace: sums by domain, no documents to tell apart."""
+def _count_counted(
+    shard: Shard, selection: Selection, part: Counts, windows: Windows | None
+) -> None:
+    """The shard of a counts-only trace: sums by domain, no documents to tell apart. They know no
+    order within a shard: all of it is in the window in which it begins."""
     table = shard.counts()
     code, domains = codes(table["domain"])
     part.labels, part.counts_only = {domains[d] for d in np.unique(code)}, True
@@ -207,6 +211,13 @@ def _count_counted(shard: Shard, selection: Selection, part: Counts) -> None:
     for r, counts in part.of.items():
         slots = part.tokens_of(r) * part.routers[r].top_k
         counts.null_slots = slots - int(counts.assignments_UE.sum())
+        if windows:
+            w = windows.of(shard, np.array(0))
+            part.first_token_W[w] = shard.files.first_token
+            counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)
+            counts.window_load_WE[w] = part.load_E(r)
+            counts.window_tokens_W = np.zeros(windows.count, np.int64)
+            counts.window_tokens_W[w] = part.tokens_of(r)
 
 
 def _tokens_counted(
@@ -228,22 +239,3 @@ def _tokens_counted(
     ends = np.rint(np.cumsum(share) / share.sum() * shard.files.tokens).astype(np.int64)
     tokens = np.diff(ends, prepend=0).reshape(len(least_SD), domains)
     return dict(zip(least_SD, tokens, strict=True))
-
-
-def _windows_of_counted(shard: Shard, part: Counts, windows: Windows) -> None:
-    """Counts know no order within a shard: all of it is in the window in which it begins."""
-    w = windows.of(shard, np.array(0))
-    part.first_token_W[w] = shard.files.first_token
-    for r, counts in part.of.items():
-        counts.window_load_WE = np.zeros((windows.count, part.routers[r].experts), np.int64)
-        counts.window_load_WE[w] = part.load_E(r)
-        counts.window_tokens_W = np.zeros(windows.count, np.int64)
-        counts.window_tokens_W[w] = part.tokens_of(r)
-
-
-def _documents(shard: Shard, selection: Selection) -> int:
-    """Documents that begin in this shard."""
-    if selection.domains is None:
-        return shard.files.rows["documents"]
-    code, domains = codes(shard.table("documents", ["domain"])["domain"])
-    return int(among(domains, selection.domains)[code].sum())

@@ -13,13 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moe_inspect.analysis.counting.router_counts import (
-    BASE,
-    DECLARED,
-    ByTokenId,
-    MergedRows,
-    RouterCounts,
-)
+from moe_inspect.analysis.counting import router_counts as rc
+from moe_inspect.analysis.counting.router_counts import BASE, ByTokenId, RouterCounts
 from moe_inspect.analysis.metrics.registry import metrics_of
 from moe_inspect.trace.schema import Router
 
@@ -34,10 +29,9 @@ class Counts:
     A unit is (domain, cluster of documents); rows by unit follow `units`, rows by domain follow
     `domains`, both sorted once anything has been added, so that the order of shards shows nowhere.
     tokens_U: int64, the tokens of each; tokens_SU: the same by stack, where the model has two.
-    `token_ids_V[i]` counts the occurrences of token id i; token_ids_SV: by stack.
-    `by_token_id`: of each router, whole traces only: it does not merge.
-    `first_token_W`: int64, the first token of each window of `window_tokens` tokens, −1 for one
-    without any."""
+    token_ids_V: occurrences of each token id; token_ids_SV: by stack. `by_token_id`: of each
+    router, whole traces only: it does not merge. `first_token_W`: int64, the first token of each
+    window of `window_tokens` tokens, −1 for one without any."""
 
     routers: list[Router]
     indices: tuple[int, ...]
@@ -63,14 +57,11 @@ class Counts:
 
     def add(self, other: Counts) -> Counts:
         """Adds `other` in place. Addition is associative and commutative."""
-        rows = {
-            "D": MergedRows.of(self.domains, other.domains),
-            "U": MergedRows.of(self.units, other.units),
-        }
-        self.domains, self.units = rows["D"].labels, rows["U"].labels
-        self.tokens_U = rows["U"].added(self.tokens_U, other.tokens_U)
+        self.domains, by_domain = rc.rows_of_both(self.domains, other.domains)
+        self.units, by_unit = rc.rows_of_both(self.units, other.units)
+        self.tokens_U = by_unit(self.tokens_U, other.tokens_U)
         self.tokens_SU = {
-            s: rows["U"].added(mine_U, other.tokens_SU[s]) for s, mine_U in self.tokens_SU.items()
+            s: by_unit(mine_U, other.tokens_SU[s]) for s, mine_U in self.tokens_SU.items()
         }
         for r, theirs in other.of.items():
             if r not in self.of:
@@ -78,7 +69,7 @@ class Counts:
                 if (after := self.next_router(r)) is not None:
                     sizes["N"] = self.routers[after].experts
                 self.of[r] = RouterCounts.zero(self.wants, sizes)
-            self.of[r].add(theirs, rows)
+            self.of[r].add(theirs, {"D": by_domain, "U": by_unit})
         self.token_ids_V = _summed(self.token_ids_V, other.token_ids_V)
         self.token_ids_SV = {
             s: _summed(mine_V, other.token_ids_SV[s]) for s, mine_V in self.token_ids_SV.items()
@@ -126,11 +117,8 @@ class Counts:
 
     def next_router(self, router: int) -> int | None:
         """The router that the same tokens reach next, selected or not; None for the last."""
-        stack = self.routers[router].stack
-        return next(
-            (r for r in range(router + 1, len(self.routers)) if self.routers[r].stack == stack),
-            None,
-        )
+        later, stack = range(router + 1, len(self.routers)), self.routers[router].stack
+        return next((r for r in later if self.routers[r].stack == stack), None)
 
     def assignments_DE(self, router: int) -> np.ndarray:
         """int64 [D, E]"""
@@ -138,7 +126,9 @@ class Counts:
 
     def by_domain(self, values_U: np.ndarray) -> np.ndarray:
         """Sums of what is known by unit: [U, …] → [D, …]"""
-        return by_domain(values_U, self.domain_of_unit_U, len(self.domains))
+        total_D = np.zeros((len(self.domains), *values_U.shape[1:]), values_U.dtype)
+        np.add.at(total_D, self.domain_of_unit_U, values_U)
+        return total_D
 
     def load_E(self, router: int) -> np.ndarray:
         """int64 [E]: assignments of each expert, all domains."""
@@ -175,12 +165,11 @@ class Counts:
     def windows(self, router: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
         """(window, its first token, tokens the router saw in it, load_E) of every window in which
         it saw any."""
-        mine = self.of[router]
-        assert mine.window_load_WE is not None, "windows were not asked for"
-        assert mine.window_tokens_W is not None
-        for w in np.flatnonzero(mine.window_tokens_W):
-            first, tokens = int(self.first_token_W[w]), int(mine.window_tokens_W[w])
-            yield int(w), first, tokens, mine.window_load_WE[w]
+        load_WE, tokens_W = self.of[router].window_load_WE, self.of[router].window_tokens_W
+        assert load_WE is not None, "windows were not asked for"
+        assert tokens_W is not None
+        for w in np.flatnonzero(tokens_W).tolist():
+            yield w, int(self.first_token_W[w]), int(tokens_W[w]), load_WE[w]
 
 
 def merge(parts: Iterable[Counts]) -> Counts:
@@ -212,15 +201,8 @@ def no_counts(
     routers: list[Router], indices: tuple[int, ...], wants: frozenset[str], windows: tuple[int, int]
 ) -> Counts:
     """What counts are added to. `windows`: tokens of one, and how many there are."""
-    tokens, W = windows
-    nothing_W = np.full(W, -1, np.int64)
-    return Counts(routers, indices, wants=wants, window_tokens=tokens, first_token_W=nothing_W)
-
-
-def by_domain(values_U: np.ndarray, domain_of_U: np.ndarray, D: int) -> np.ndarray:
-    total_D = np.zeros((D, *values_U.shape[1:]), values_U.dtype)
-    np.add.at(total_D, domain_of_U, values_U)
-    return total_D
+    nothing_W = np.full(windows[1], -1, np.int64)
+    return Counts(routers, indices, wants=wants, window_tokens=windows[0], first_token_W=nothing_W)
 
 
 def _summed(a_V: np.ndarray, b_V: np.ndarray) -> np.ndarray:
@@ -240,7 +222,7 @@ DERIVED: dict[str, Callable[[Counts, int], np.ndarray]] = {
     "assignments_DE": lambda counts, r: counts.assignments_DE(r),
     "tokens_D": lambda counts, r: counts.tokens_D_of(r),
 }
-INPUTS = frozenset(DERIVED) | frozenset(DECLARED)
+INPUTS = frozenset(DERIVED) | frozenset(rc.DECLARED)
 
 
 def values_of(counts: Counts, router: int, table: str) -> dict[str, float]:

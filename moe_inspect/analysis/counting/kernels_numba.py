@@ -39,12 +39,8 @@ def _loads(
     run_E = np.zeros(total_UE.shape[1], np.uint32)
     for g in range(len(start_G) - 1):
         start, end = start_G[g], start_G[g + 1]
-        of_u_E, of_b_E, of_w_E = (
-            total_UE[unit_T[start]],
-            total_BE[batch_T[start]],
-            total_WE[window_T[start]],
-        )
-        first_E = first_DE[domain_T[start]]
+        of_u_E, of_b_E = total_UE[unit_T[start]], total_BE[batch_T[start]]
+        of_w_E, first_E = total_WE[window_T[start]], first_DE[domain_T[start]]
         if end - start < SHORT:
             for t in range(start, end):
                 first_E[np.uint64(slots[0][t])] += 1
@@ -69,19 +65,9 @@ def loads(
     slots: Slots, token_rows: TokenRows, E: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """uint32 [U, E], [D, E], [B, E], [W, E]"""
-    tables = [
-        np.zeros((rows, E + 1), np.uint32)
-        for rows in (token_rows.U, token_rows.D, token_rows.B, token_rows.W)
-    ]
-    _loads(
-        slots,
-        token_rows.start_G,
-        token_rows.unit_T,
-        token_rows.domain_T,
-        token_rows.batch_T,
-        token_rows.window_T,
-        *tables,
-    )
+    of = token_rows
+    tables = [np.zeros((rows, E + 1), np.uint32) for rows in (of.U, of.D, of.B, of.W)]
+    _loads(slots, of.start_G, of.unit_T, of.domain_T, of.batch_T, of.window_T, *tables)
     units_UE, first_DE, batches_BE, windows_WE = (table[:, :E] for table in tables)
     return units_UE, first_DE, batches_BE, windows_WE
 
@@ -139,10 +125,8 @@ def _transitions(slots, next_slots, total_EN, first_EN):  # type: ignore[no-unty
 
 def transitions(slots: Slots, next_slots: Slots, E: int, N: int) -> tuple[np.ndarray, np.ndarray]:
     """uint16 or uint32 [E, N], twice"""
-    pairs = len(slots[0]) * len(slots) * len(next_slots)
-    total_EN, first_EN = _pairs(
-        _transitions, (slots, _staggered(next_slots)), pairs, [(E, N), (E, N)]
-    )
+    pairs, arguments = len(slots[0]) * len(slots) * len(next_slots), (slots, _staggered(next_slots))
+    total_EN, first_EN = _pairs(_transitions, arguments, pairs, [(E, N), (E, N)])
     return total_EN, first_EN
 
 

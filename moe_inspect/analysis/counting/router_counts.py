@@ -11,11 +11,11 @@ frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from moe_inspect.analysis.metrics.specialization import Expected
 from moe_inspect.trace.schema import DROPPED, Router
 from moe_inspect.trace.shard import Shard
 
+T = TypeVar("T", str, tuple[str, int])  # labels of rows
 SRP_LENGTHS = (1, 4, 16, 64)  # tokens of a segment
 WANTS = {
     "load": "assignments, first choices and gate weights of each expert",
@@ -62,21 +63,19 @@ class RouterCounts:
     assignments_UE, first_choice_DE (None: the source does not say), weight_sum_DE (None without
     weights); null_slots: slots that routed nowhere; dropped_UE: those that each expert is known to
     have dropped (None: unknown). batches[T]: of the forward passes in which the router saw T tokens
-    and routed any, how many there were and the sum of their max_vio.
-    by_slot_EE: pairs of experts of one decision, that of the earlier slot by that of the later.
-    next_EN: of every decision all k·k' pairs (expert here, expert of the same token at the next
-    router). next_first_EN: pairs of first choices; None where a router's are unknown.
-    pairs_U: pairs of consecutive tokens of a sequence; first_same_U: with the same first choice
-    (None: unknown); any_same_U: with an expert in common.
-    window_load_WE, window_tokens_W: load and tokens of each window of the trace.
-    srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
-    tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
-    1[e chosen]/k, and of the gate weight; samples_D.
-    gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
-    that norm; peak_E: the largest |value| of its outputs. None where the trace has none.
-    weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
-    of the k weights made to sum to 1, mass: their sum as it is.
-    logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
+    and routed any, how many there were and the sum of their max_vio. by_slot_EE: pairs of experts
+    of one decision, that of the earlier slot by that of the later. next_EN: of every decision all
+    k·k' pairs (expert here, expert of the same token at the next router). next_first_EN: pairs of
+    first choices; None where a router's are unknown. pairs_U: pairs of consecutive tokens of a
+    sequence; first_same_U: with the same first choice (None: unknown); any_same_U: with an expert
+    in common. window_load_WE, window_tokens_W: load and tokens of each window of the trace. srp[m]:
+    int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m tokens
+    choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of 1[e
+    chosen]/k, and of the gate weight; samples_D. gated_norm_UE, norm_UE: Σ over assignments of gate
+    weight × norm of the expert's output, and of that norm; peak_E: the largest |value| of its
+    outputs. None where the trace has none. weight_*: Σ over `weight_decisions` decisions; entropy
+    in nats and margin (largest minus second) of the k weights made to sum to 1, mass: their sum as
+    it is. logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
     probability_sum_E: of the softmax (sigmoid routers: of the sigmoids made to sum to 1);
     entropy_sum in nats and topk_mass_sum (k largest) of the same; z_sum: of (logsumexp of the
     logits)²; top1_margin_sum, boundary_margin_sum: logit of rank 1 minus 2, k minus k+1 (NaN where
@@ -143,25 +142,20 @@ class RouterCounts:
             return None
         return self.by_slot_EE + self.by_slot_EE.T + np.diag(self.assignments_UE.sum(0))
 
-    def put(self, values: Mapping[str, object]) -> None:
-        """Sets fields by name."""
-        for name, value in values.items():
-            setattr(self, name, value)
-
     def narrow(self) -> None:
         """Holds its tables in the narrowest types there are for them, to be sent and added to
         others; nothing can be added to them."""
-        self.put({name: narrowed(getattr(self, name)) for name in DECLARED})
+        vars(self).update({name: narrowed(getattr(self, name)) for name in DECLARED})
 
-    def add(self, other: RouterCounts, rows: dict[str, MergedRows]) -> None:
-        """Adds `other` in place. rows["U"], rows["D"]: where the rows of the two go."""
+    def add(self, other: RouterCounts, rows: dict[str, AddRows]) -> None:
+        """Adds `other` in place. rows["U"], rows["D"]: how the rows of the two are added."""
         for name, f in DECLARED.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             axis = f.metadata["axes"][:1]
             if mine is None or theirs is None:  # what one part does not know, the whole does not
                 setattr(self, name, None)
             elif axis in rows:
-                setattr(self, name, rows[axis].added(mine, theirs))
+                setattr(self, name, rows[axis](mine, theirs))
             elif axis:
                 f.metadata["merge"](mine, theirs, out=mine)
             else:
@@ -171,7 +165,7 @@ class RouterCounts:
         if self.srp is None or other.srp is None:
             self.srp = None
         else:
-            self.srp = {m: rows["U"].added(mine, other.srp[m]) for m, mine in self.srp.items()}
+            self.srp = {m: rows["U"](mine, other.srp[m]) for m, mine in self.srp.items()}
 
     def add_batches(self, tokens: int, n: int, vio: float) -> None:
         before, sum_before = self.batches.get(tokens, (0, 0.0))
@@ -208,36 +202,29 @@ class ByTokenId:
     occurrences_N: np.ndarray
 
 
-@dataclass(frozen=True)
-class MergedRows:
-    """The positions of the rows of a sum and of a part that is added to it among the rows of both
-    together, whose `labels` are sorted, as those of every sum are."""
+AddRows = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-    labels: list[Any]
-    mine: np.ndarray | slice
-    theirs: np.ndarray | slice
 
-    @staticmethod
-    def of(mine: list[Any], theirs: list[Any]) -> MergedRows:
-        row_of = {label: row for row, label in enumerate(mine)}
-        both = mine
-        if not row_of.keys() >= set(theirs):
-            both = sorted({*mine, *theirs})
-            row_of = {label: row for row, label in enumerate(both)}
-        # a slice is added to without a copy
-        at, there = (
-            slice(None) if part == both else np.array([row_of[x] for x in part], np.int64)
-            for part in (mine, theirs)
-        )
-        return MergedRows(both, at, there)
+def rows_of_both(mine: list[T], theirs: list[T]) -> tuple[list[T], AddRows]:
+    """The labels of the rows of a sum and of a part that is added to it, sorted as those of every
+    sum are, and the function that adds a table of the part to one of the sum: to that itself where
+    it has all the rows."""
+    both = mine if {*mine} >= {*theirs} else sorted({*mine, *theirs})
+    row_of = {label: row for row, label in enumerate(both)}
+    # a slice is added to without a copy
+    at, there = (
+        slice(None) if part == both else np.array([row_of[x] for x in part], np.int64)
+        for part in (mine, theirs)
+    )
 
-    def added(self, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        """`mine` itself where it has all the rows."""
-        if len(mine) != len(self.labels):
-            mine, before = np.zeros((len(self.labels), *mine.shape[1:]), mine.dtype), mine
-            mine[self.mine] = before
-        mine[self.theirs] += theirs
+    def added(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        if len(mine) != len(both):
+            mine, before = np.zeros((len(both), *mine.shape[1:]), mine.dtype), mine
+            mine[at] = before
+        mine[there] += theirs
         return mine
+
+    return both, added
 
 
 @dataclass(frozen=True)
@@ -349,13 +336,14 @@ def _worth(of: RouterDecisions, counts: RouterCounts) -> None:
 
 def _weights(of: RouterDecisions, counts: RouterCounts) -> None:
     if of.weights is not None:
-        counts.put(of.kernels.weight_confidence(of.weights))
+        vars(counts).update(of.kernels.weight_confidence(of.weights))
 
 
 def _logits(of: RouterDecisions, counts: RouterCounts) -> None:
     if "logits" in of.shard.trace.tables:
         (logits_TE,) = of.seen.of((of.shard.logits(of.r),), of.r)
-        counts.put(logit_confidence(logits_TE, of.router.top_k, of.router.scoring))
+        said = logit_confidence(logits_TE, of.router.top_k, of.router.scoring)
+        vars(counts).update(said)
 
 
 FILLS: dict[str, Callable[[RouterDecisions, RouterCounts], None]] = {

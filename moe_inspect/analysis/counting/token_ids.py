@@ -13,7 +13,6 @@ tables, and how their labels are shuffled, are settled before the first decision
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -77,13 +76,9 @@ def frequent(counts: Counts, min_count: int, most: int, router: int | None = Non
     ids_V = ids_V[np.argsort(width_V, kind="stable")]
     row_of = np.full(len(occurrences) + 1, -1, np.int32)  # the last is for what is no token id
     row_of[ids_V] = np.arange(len(ids_V))
-    return TokenIds(
-        ids_V,
-        occurrences[ids_V],
-        row_of,
-        float(occurrences[ids_V].sum() / max(tokens, 1)),
-        np.bincount(width_V, minlength=len(WIDTHS)),
-    )
+    coverage = float(occurrences[ids_V].sum() / max(tokens, 1))
+    sizes = np.bincount(width_V, minlength=len(WIDTHS))
+    return TokenIds(ids_V, occurrences[ids_V], row_of, coverage, sizes)
 
 
 def unit_ids_of(counts: Counts, router: int | None = None) -> tuple[TokenIds, int]:
@@ -112,6 +107,11 @@ class TokenIdPlan:
     clusters: int
     tokens_XU: np.ndarray
 
+    @property
+    def unit_sizes(self) -> np.ndarray:
+        """Of the table by unit: rows of each of WIDTHS."""
+        return np.array([self.tokens_XU.shape[1], 0, 0]) * bool(self.tokens_XU.size)
+
     def bytes(self, E: int) -> int:
         """Of the tables of one router."""
         rows = 2 * (self.listed.sizes + self.shuffles * self.judged.sizes)
@@ -138,9 +138,8 @@ def _plan(
     widest = max(trace.routers[r].experts for r in selection.routers)
     judged = frequent(counts, MIN_COUNT, CELLS // widest, router)
     listed = frequent(counts, 1, len(counts.token_ids_V_of(router)), router) if every else judged
-    in_units, clusters = frequent(counts, MIN_COUNT, 0, router), 0
-    if len(counts.domains) > 1:
-        in_units, clusters = unit_ids_of(counts, router)
+    none = frequent(counts, MIN_COUNT, 0, router), 0
+    in_units, clusters = unit_ids_of(counts, router) if len(counts.domains) > 1 else none
     tokens_XU = np.zeros((len(in_units.ids_V), len(counts.domains) * clusters), np.int32)
     asked = selection, trace.routers[router].stack, in_units, counts.domains, clusters
     for cells, tokens in by_shard(trace, None, _cells, *asked) if tokens_XU.size else ():
@@ -188,14 +187,9 @@ def rows_of(shard: Shard, seen: SelectedTokens, plan: TokenIdPlan, by: ModuleTyp
     orders = [shuffled_within(seen.document_T, rng) for _ in range(plan.shuffles)]
     return [
         _visits(by, listed_T, plan.listed.sizes),
-        _visits(by, unit_T, unit_sizes(plan)),
+        _visits(by, unit_T, plan.unit_sizes),
         *(_visits(by, judged_T[order_T], plan.judged.sizes) for order_T in orders),
     ]
-
-
-def unit_sizes(plan: TokenIdPlan) -> np.ndarray:
-    """Of the table by unit: rows of each of WIDTHS."""
-    return np.array([plan.tokens_XU.shape[1], 0, 0]) * bool(plan.tokens_XU.size)
 
 
 def _visits(by: ModuleType, row_T: np.ndarray, sizes: np.ndarray) -> list[Visits]:
@@ -240,7 +234,7 @@ class TokenTables:
     def __init__(self, plan: TokenIdPlan, router: Router):
         self.plan, E, first = plan, router.experts, router.first_choice_known
         self.by_id = Counters(plan.listed.sizes, E, first)
-        self.by_unit = Counters(unit_sizes(plan), E, first=False)
+        self.by_unit = Counters(plan.unit_sizes, E, first=False)
         self.shuffled_ids = [Counters(plan.judged.sizes, E, first) for _ in range(plan.shuffles)]
 
     def add(self, rows: ShardRows, slots: Slots, by: ModuleType) -> None:
@@ -260,28 +254,21 @@ def by_token_id(tables: TokenTables, top: int) -> ByTokenId:
     judged = slice(None) if plan.judged is listed else listed.rows(plan.judged.ids_V)
     columns = _columns(tables, any_VE[judged], None if first_VE is None else first_VE[judged])
     expert_N, row_N = top_token_ids(any_VE, listed, top)
+    expected = None
+    if plan.tokens_XU.size:  # several domains, and ids frequent enough
+        there_U, rows_X = plan.tokens_XU.any(0), listed.rows(plan.in_units.ids_V)
+        domain_U = np.repeat(np.arange(len(plan.domains)), plan.clusters)[there_U]
+        load_UE = tables.by_unit.any_XE[there_U]
+        expected = Expected.of(load_UE, plan.tokens_XU[:, there_U], any_VE[rows_X], domain_U)
     return ByTokenId(
         columns,
-        _expected(tables, any_VE),
+        expected,
         expert_N,
         listed.ids_V[row_N],
         any_VE[row_N, expert_N].astype(np.int64),
         None if first_VE is None else first_VE[row_N, expert_N].astype(np.int64),
         listed.occurrences_V[row_N],
     )
-
-
-def _expected(tables: TokenTables, any_VE: np.ndarray) -> Expected | None:
-    """What the token ids of the documents explain; None with one domain, or no ids frequent
-    enough."""
-    plan, D = tables.plan, len(tables.plan.domains)
-    if not plan.tokens_XU.size:
-        return None
-    there_U = plan.tokens_XU.any(0)
-    domain_U = np.repeat(np.arange(D), plan.clusters)[there_U]
-    rows_X = plan.listed.rows(plan.in_units.ids_V)
-    load_UE = tables.by_unit.any_XE[there_U]
-    return Expected.of(load_UE, plan.tokens_XU[:, there_U], any_VE[rows_X], domain_U)
 
 
 def _columns(
@@ -292,14 +279,11 @@ def _columns(
     shuffled_any = [shuffled.any_XE for shuffled in tables.shuffled_ids]
     special_any = partial(sp.vocabulary_specialization_any, occurrences_V=occurrences_V)
 
-    def null(metric: Callable[[np.ndarray], float]) -> float:
-        return float(np.mean([metric(shuffled_VE) for shuffled_VE in shuffled_any]))
-
     columns = {
         "token_mi_bits": sp.token_mi_bits(any_VE),
-        "token_mi_null_bits": null(sp.token_mi_bits),
+        "token_mi_null_bits": float(np.mean([*map(sp.token_mi_bits, shuffled_any)])),
         "vocabulary_specialization_any": special_any(any_VE),
-        "vocabulary_specialization_any_null": null(special_any),
+        "vocabulary_specialization_any_null": float(np.mean([*map(special_any, shuffled_any)])),
     }
     if first_VE is not None:
         firsts = [of.first_XE for of in tables.shuffled_ids]

@@ -20,14 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.balance import nan_for_zero
-from moe_inspect.analysis.metrics.uncertainty import (
-    FEWEST_DOCUMENTS,
-    SEED,
-    residuals,
-    special,
-    student_p,
-)
 
 ALPHA = 0.01  # p-value under which a sentence claims something
 FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too few for p < ALPHA
@@ -45,7 +39,7 @@ PRIOR = 2.0  # documents' worth of mean share that a log ratio is drawn to 0 by
 @lru_cache(maxsize=4)
 def random_signs(U: int) -> np.ndarray:
     """B random signs of U units, read-only. float32 [B, U]"""
-    signs_BU = np.random.default_rng([SEED, U]).integers(0, 2, (SIGNS, U)).astype(np.float32)
+    signs_BU = np.random.default_rng([unc.SEED, U]).integers(0, 2, (SIGNS, U)).astype(np.float32)
     signs_BU = signs_BU * 2 - 1
     signs_BU.flags.writeable = False
     return signs_BU
@@ -85,12 +79,12 @@ def shuffled_p(share: float, null_R: Sequence[float], cases: int) -> float:
     error = np.sqrt(variance * (1 + 1 / R))
     if not error > 0:
         return float("nan") if error != error else float(share <= mean)
-    return float(student_p((share - mean) / error, R - 1 if R > 1 else max(cases, 1)))
+    return float(unc.student_p((share - mean) / error, R - 1 if R > 1 else max(cases, 1)))
 
 
 def z_of(p: float) -> float:
     """The value that a standard normal exceeds with probability p."""
-    return -float(special("ndtri")(p))
+    return -float(unc.special("ndtri")(p))
 
 
 def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarray:
@@ -101,8 +95,8 @@ def evenness_nulls(assignments_UE: np.ndarray, strata_U: np.ndarray) -> np.ndarr
     tokens_U, load_E = assignments_UE.sum(1), assignments_UE.sum(0).astype(float)
     E, total = len(load_E), float(load_E.sum())
     residual_UE = assignments_UE - tokens_U[:, None] / E
-    if np.bincount(strata_U).min() >= FEWEST_DOCUMENTS:
-        residual_UE = residuals(assignments_UE, strata_U)
+    if np.bincount(strata_U).min() >= unc.FEWEST_DOCUMENTS:
+        residual_UE = unc.residuals(assignments_UE, strata_U)
         residual_UE += tokens_U[:, None] * (load_E / total - 1 / E)
     null_BE = signed_sums(residual_UE)
     return np.stack([null_BE.max(1), -null_BE.min(1)]) / (total / E)
@@ -144,7 +138,7 @@ def passes_of_documents(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the max_vio of a forward pass over these documents in random
     order, cut anywhere. sizes: tokens of a pass; passes: how many have so many."""
-    U, rng, found = len(tokens_U), np.random.default_rng([SEED, len(tokens_U)]), list[float]()
+    U, rng, found = len(tokens_U), np.random.default_rng([unc.SEED, len(tokens_U)]), list[float]()
     size_R: np.ndarray = rng.choice(sizes_S, PASSES, p=passes_S / passes_S.sum())
     for size in map(float, size_R):
         order_U = rng.permutation(U)
@@ -188,7 +182,7 @@ def overload_p(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
     variance_DE = np.maximum(variance_DE, pooled_E / weight_DE)
     error_DE = np.sqrt(variance_DE + _mean_of_others(variance_DE, (D - 1) ** 2))
     t_DE = (mean_DE - _mean_of_others(mean_DE, D - 1)) / nan_for_zero(error_DE)
-    return student_p(t_DE, max(len(domain_U) - D, 1))
+    return unc.student_p(t_DE, max(len(domain_U) - D, 1))
 
 
 def _mean_of_others(values_DE: np.ndarray, by: float) -> np.ndarray:

@@ -10,19 +10,13 @@ difference means anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
-from moe_inspect.analysis.metrics.chance import (
-    BLOCK,
-    FEWEST_TO_JUDGE,
-    SIGNS,
-    null_loads,
-    random_signs,
-)
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
@@ -31,13 +25,13 @@ JSD_DRAWS = 20  # by chance: the mean over pairs of domains hardly varies
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
+N_LOG2_N = np.arange(LOOKED_UP) * np.log2(np.maximum(np.arange(LOOKED_UP), 1))
 of_domains, of_router = partial(metric, "domains", axes="DE"), partial(metric, "specialization")
 
 
 def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
     """Plug-in I(X; expert) of a table of counts or weights, in [0, log₂ min(X, E)] bits. NaN where
-    there are none.
-    counts: [..., X, E] → [...]"""
+    there are none. counts: [..., X, E] → [...]"""
     total = nan_for_zero(counts_XE.sum((-2, -1), keepdims=True))
     p = counts_XE / total
     independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
@@ -85,8 +79,8 @@ def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarr
     """`domain_mi_bits` of documents (units) like these whose domains share one mean, drawn SIGNS
     times. NaN with fewer than two domains, or no load. float64 [B]"""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
-        return np.full(SIGNS, np.nan)
-    drawn = null_loads(assignments_UE, domain_U)
+        return np.full(chance.SIGNS, np.nan)
+    drawn = chance.null_loads(assignments_UE, domain_U)
     return np.concatenate([mutual_information_bits(share_by_domain(load)) for load in drawn])
 
 
@@ -94,7 +88,7 @@ def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     """The standard deviation of `domain_mi_bits` over samples of documents (units), from resamples.
     NaN with fewer than FEWEST_TO_JUDGE of them, or two domains."""
     weights_RU = resample_weights(domain_U, RESAMPLES)
-    if len(domain_U) < FEWEST_TO_JUDGE or domain_U.max() < 1 or weights_RU is None:
+    if len(domain_U) < chance.FEWEST_TO_JUDGE or domain_U.max() < 1 or weights_RU is None:
         return float("nan")
     of_D = [domain_U == d for d in range(int(domain_U.max()) + 1)]
     bits_R = [
@@ -133,16 +127,15 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     if D < 2 or not assignments_UE.any():
         return float("nan")
     draws = int(np.clip(DRAWN_PAIRS // D**2, 1, JSD_DRAWS))
-    drawn_BDE = next(null_loads(assignments_UE, domain_U))[:draws]
+    drawn_BDE = next(chance.null_loads(assignments_UE, domain_U))[:draws]
     return float(np.mean([jsd_bits(load_DE) for load_DE in drawn_BDE]))
 
 
 @of_router(ideal="1 / E", range="1/E to 1", source="arXiv:2409.02060, eq. 8")
 def vocabulary_specialization(first_choice_VE: np.ndarray) -> float:
     """The share of tokens whose first choice is the favourite of their token id: Σ_x max_e N_xe ÷
-    Σ_x N_x, in [1/E, 1].
-    1: the token id alone decides. Rows: the token ids frequent enough to judge. NaN without any.
-    Eq. 8 averaged over occurrences."""
+    Σ_x N_x, in [1/E, 1]. 1: the token id alone decides. Rows: the token ids frequent enough to
+    judge. NaN without any. Eq. 8 averaged over occurrences."""
     return ratio(first_choice_VE.max(1, initial=0).sum(), first_choice_VE.sum())
 
 
@@ -233,31 +226,25 @@ class Expected:
         explain have random signs. float64 [B]"""
         assignments_DE, _ = self.by_domain()
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
-        signs_BU, found = random_signs(len(residual_UE)), list[np.ndarray]()
-        step = max(1, BLOCK // assignments_DE.size)
-        for start in range(0, SIGNS, step):
+        signs_BU, found = chance.random_signs(len(residual_UE)), list[np.ndarray]()
+        step = max(1, chance.BLOCK // assignments_DE.size)
+        for start in range(0, chance.SIGNS, step):
             signs = signs_BU[start : start + step]
             left = [(signs * weight_U) @ residual_UE for weight_U in self.weight_DU]
             found.append(_left_bits(assignments_DE, np.stack(left, 1)))
         return np.concatenate(found)
 
 
-@cache
-def _n_log2_n_table() -> np.ndarray:
-    n = np.arange(LOOKED_UP, dtype=float)
-    return n * np.log2(np.maximum(n, 1))
-
-
 def _n_log2_n(counts_XE: np.ndarray) -> np.ndarray:
     """Σ over each row of n · log₂ n, looked up where n is small. float64 [X]"""
-    (X, E), table = counts_XE.shape, _n_log2_n_table()
+    X, E = counts_XE.shape
     step = max(1, LOOKED_UP * 8 // max(1, E))  # a block stays in a cache
     sums_X, looked_up_XE, one_E = np.zeros(X), np.empty((min(step, X), E)), np.ones(E)
     for start in range(0, X, step):
         part_XE = counts_XE[start : start + step]
         if part_XE.max(initial=0) < LOOKED_UP:
             # which copies no indices: none is out of range
-            terms_XE = np.take(table, part_XE, out=looked_up_XE[: len(part_XE)], mode="clip")
+            terms_XE = np.take(N_LOG2_N, part_XE, out=looked_up_XE[: len(part_XE)], mode="clip")
         else:
             terms_XE = part_XE * np.log2(np.maximum(part_XE, 1))
         sums_X[start : start + step] = terms_XE @ one_E

@@ -111,6 +111,8 @@ FP8, BLOCKS, SCALES = "F8_E4M3", "_blocks", "_scales"
 SCALE_NAMES = ("_scale_inv", "_scale")
 BLOCK = 128  # rows and columns of FP8 that have one scale
 GROUP = 32  # values of MXFP4 that have one scale
+# what each half byte of E2M1 stands for
+FP4_VALUES = np.outer([1, -1], [0, 0.5, 1, 1.5, 2, 3, 4, 6]).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Mxfp4(Scaled):
             n = min(PIECE, first + count - start)
             codes = self.read(start // 2, n // 2, np.dtype(np.uint8))
             powers = self.scale.read(start // GROUP, n // GROUP, np.dtype(np.uint8)).astype(int)
-            values = _fp4_values()[np.stack([codes & 15, codes >> 4], 1).reshape(-1, GROUP)]
+            values = FP4_VALUES[np.stack([codes & 15, codes >> 4], 1).reshape(-1, GROUP)]
             yield np.ldexp(values, (powers - 127)[:, None]).reshape(-1)
 
 
@@ -188,10 +190,3 @@ def _fp8_values() -> np.ndarray:
     size = np.where(power > 0, np.ldexp(1 + fraction / 8, power - 7), np.ldexp(fraction / 8, -6))
     size[(code & 127) == 127] = np.nan
     return np.where(code < 128, size, -size)
-
-
-@cache
-def _fp4_values() -> np.ndarray:
-    """What each half byte of E2M1 stands for. float64 [16]"""
-    size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    return np.concatenate([size, -size])

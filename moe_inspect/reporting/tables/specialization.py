@@ -149,7 +149,7 @@ def beyond_baseline(data: ReportData, frame: pd.DataFrame, other: ReportData) ->
         added[f"{name}_beyond_baseline{unit}"] = here - there
     freedom = min(len(x.counts.units) for x in (data, other)) - len(data.counts.domains)
     beyond = added["domain_mi_beyond_baseline_bits"].to_numpy(float)
-    p_L = chance.student_p(beyond / np.hypot(errors(data), errors(other)), max(freedom, 1))
+    p_L = unc.student_p(beyond / np.hypot(errors(data), errors(other)), max(freedom, 1))
     added["domain_mi_beyond_baseline_p"] = pd.Series(np.minimum(p_L * len(frame), 1))
     return frame.assign(**added)
 
