@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks.calibration_of_findings import ALARMS, alarms
-from moe_inspect.alarms.alarms import Alarms, Window
+from moe_inspect.alarms.alarms import Alarm, Alarms, Window
 from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.analysis.metrics import balance as bal
@@ -42,6 +42,11 @@ def window(n: int, *load: list[int], **values: list[float]) -> Window:
     return Window(10 * n + 1, 10 * n + 10, loads, tokens_R, arrays)
 
 
+def windows_of(*loads: list[int]) -> list[Window]:
+    """In which the second router has these loads, and the first an even one."""
+    return [window(n, EVEN, load) for n, load in enumerate(loads)]
+
+
 def judged(rules: list[str], *windows: Window) -> list[Any]:
     alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules], effects={0: 4.0, 1: 4.0})
     return [alarm for w in windows for alarm in alarms.see(w)]
@@ -58,8 +63,8 @@ def judged(rules: list[str], *windows: Window) -> list[Any]:
         ("entropy  falling by 0.2 for 2 windows", Rule("entropy", "falling", 0.2, 2)),
         ("drift", Rule("drift", ">", 0.2)),
         (
-            "z_loss rising by 1 in layers 0-1,3",
-            Rule("z_loss", "rising", 1.0, layers=frozenset((0, 1, 3))),
+            "z_loss rising by 1 in layers 1-2",
+            Rule("z_loss", "rising", 1.0, layers=frozenset((1, 2))),
         ),
     ],
 )
@@ -97,23 +102,18 @@ def test_a_file_of_rules(tmp_path: Path) -> None:
     path = tmp_path / "rules.txt"
     path.write_text("# of this run\nmax_vio > 1  # high\n\ndrift\n")
     assert [rule.metric for rule in read_rules(path)] == ["max_vio", "drift"]
-    path.write_text("max_vio > 1\nmax_vio !\n")
-    with pytest.raises(MoeInspectError, match=r"rules.txt line 2: cannot read"):
-        read_rules(path)
-    path.write_text("# none\n")
-    with pytest.raises(MoeInspectError, match="holds no rules"):
-        read_rules(path)
-    with pytest.raises(MoeInspectError, match="cannot read the rules"):
-        read_rules(tmp_path / "none.txt")
+    for name, text, said in (
+        ("rules.txt", "max_vio > 1\nmax_vio !\n", r"rules.txt line 2: cannot read"),
+        ("rules.txt", "# none\n", "holds no rules"),
+        ("none.txt", "", "cannot read the rules"),
+    ):
+        path.write_text(text)
+        with pytest.raises(MoeInspectError, match=said):
+            read_rules(tmp_path / name)
 
 
 def test_an_alarm_names_layer_expert_step_and_help() -> None:
-    (alarm,) = judged(
-        ["dead_experts > 0 for 2 windows"],
-        window(0, EVEN, EVEN),
-        window(1, EVEN, DEAD),
-        window(2, EVEN, DEAD),
-    )
+    (alarm,) = judged(["dead_experts > 0 for 2 windows"], *windows_of(EVEN, DEAD, DEAD))
     assert (alarm.layer, alarm.router, alarm.experts) == (3, 1, (0,))
     assert (alarm.since, alarm.step, alarm.value) == (11, 30, 1.0)
     assert alarm.text.startswith("Layer 3, expert 0: dead_experts above 0 since step 11 (rule")
@@ -138,8 +138,7 @@ AGAIN = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
     ],
 )
 def test_when_a_rule_raises_an_alarm(rule: str, loads: list[list[int]], steps: list[int]) -> None:
-    windows = [window(n, EVEN, load) for n, load in enumerate(loads)]
-    assert [a.step for a in judged([rule], *windows)] == steps
+    assert [a.step for a in judged([rule], *windows_of(*loads))] == steps
 
 
 def test_falling_is_below_the_best_so_far() -> None:
@@ -153,10 +152,10 @@ def test_falling_is_below_the_best_so_far() -> None:
 
 def test_drift_is_from_the_window_before() -> None:
     moved = [2000, 0, *[1000] * (E - 2)]
-    found = judged(["drift > 0.1"], window(0, EVEN, EVEN), window(1, EVEN, moved))
+    found = judged(["drift > 0.1"], *windows_of(EVEN, moved))
     assert [(a.layer, a.value) for a in found] == [(3, pytest.approx(0.125))]
     few = [[n // 100 for n in load] for load in (EVEN, moved)]
-    assert not judged(["drift > 0.1"], window(0, few[0], few[0]), window(1, few[0], few[1]))
+    assert not judged(["drift > 0.1"], *windows_of(*few))
 
 
 def test_what_only_the_model_tells() -> None:
@@ -177,10 +176,8 @@ def test_chance_alone_raises_nothing(tokens: int) -> None:
     alarms = Alarms(ROUTERS, [parse_rule(rule) for rule in rules])
     raised, blind = 0, 0
     for n in range(100):
-        loads = []
-        for _ in ROUTERS:
-            ids = rng.random((tokens, E)).argsort(1)[:, :K]
-            loads.append(np.bincount(ids.reshape(-1), minlength=E).tolist())
+        ids_RTK = rng.random((len(ROUTERS), tokens, E)).argsort(2)[..., :K]
+        loads = [np.bincount(of_TK.ravel(), minlength=E).tolist() for of_TK in ids_RTK]
         raised += len(alarms.see(window(n, *loads)))
         blind += sum(bal.max_vio(np.array(loads)) > 0)
     assert raised <= 1
@@ -193,9 +190,8 @@ def test_runs_of_chance_raise_no_alarm(name: str) -> None:
     probability of 0.01. Control: an expert that is never chosen is found in each."""
     assert sum(bool(alarms(REGIMES[name], seed)) for seed in range(10)) < 3
     found = [a for seed in range(3) for a in alarms(REGIMES[name], seed, dead=3)]
-    dead = [a for a in found if a.rule == DEFAULT_RULES[0]]
-    assert len(dead) == 6
-    assert {(a.layer, a.experts) for a in dead} == {(1, (3,))}
+    of_dead = [(a.layer, a.experts) for a in found if a.rule == DEFAULT_RULES[0]]
+    assert of_dead == [(1, (3,))] * 6
 
 
 def test_documents_that_are_alike_are_no_alarm() -> None:
@@ -229,23 +225,16 @@ def test_windows_are_pooled_until_a_dead_expert_can_be_told() -> None:
 def test_an_expert_is_dead_in_two_windows_of_three() -> None:
     one = [1, 1999, *[1000] * (E - 2)]
     rule = ["dead_experts > 0 for 3 windows"]
-    for middle, found in ((one, 1), (DEAD, 1), (EVEN, 0)):
-        loads = [EVEN, DEAD, middle, DEAD]
-        raised = judged(rule, *(window(n, EVEN, load) for n, load in enumerate(loads)))
-        assert [(a.experts, a.since) for a in raised] == [((0,), 11)] * found
-    loads = [EVEN, DEAD, DEAD, one]  # whichever of the three it is
-    (alarm,) = judged(rule, *(window(n, EVEN, load) for n, load in enumerate(loads)))
-    assert (alarm.experts, alarm.since, alarm.step) == ((0,), 11, 40)
+    for middle, last, found in ((one, DEAD, 1), (DEAD, DEAD, 1), (EVEN, DEAD, 0), (DEAD, one, 1)):
+        raised = judged(rule, *windows_of(EVEN, DEAD, middle, last))
+        assert [(a.experts, a.since, a.step) for a in raised] == [((0,), 11, 40)] * found
     other = [2000, 0, *[1000] * (E - 2)]  # another expert is dead in between
-    windows = [window(n, EVEN, load) for n, load in enumerate((DEAD, other, other, DEAD))]
-    assert not judged(["dead_experts > 0 for 6 windows"], *windows)
+    assert not judged(["dead_experts > 0 for 6 windows"], *windows_of(DEAD, other, other, DEAD))
 
 
 def test_the_expert_is_the_one_most_often_at_fault() -> None:
     busy = [[9000 if e == at else 1000 for e in range(E)] for at in (5, 5, 2)]
-    (alarm,) = judged(
-        ["max_vio > 1.5 for 3 windows"], *(window(n, EVEN, b) for n, b in enumerate(busy))
-    )
+    (alarm,) = judged(["max_vio > 1.5 for 3 windows"], *windows_of(*busy))
     assert alarm.experts == (5,)
 
 
@@ -307,9 +296,18 @@ def test_every_metric_can_be_a_rule(metric: str) -> None:
 # --- actions
 
 
+Posted = tuple[str, list[Any]]
+
+
 @pytest.fixture
-def posted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    got: list[dict[str, Any]] = []
+def dead() -> Alarm:
+    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
+    return alarm
+
+
+@pytest.fixture
+def posted() -> Iterator[Posted]:
+    got = list[Any]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -317,7 +315,7 @@ def posted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -326,47 +324,43 @@ def posted() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.shutdown()
 
 
-def test_actions(
-    posted: tuple[str, list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
-) -> None:
-    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
-    url, got = posted
-    called: list[Any] = []
+def test_actions(dead: Alarm, posted: Posted, caplog: pytest.LogCaptureFixture) -> None:
+    (url, got), called = posted, list[Alarm]()
     webhook = Webhook(url, most_per_hour=2)
     with pytest.warns(RoutingWarning, match="Layer 3, expert 0"):
-        assert not act(alarm, ["warn", "log", called.append, webhook])
-    assert called == [alarm]
+        assert not act(dead, ["warn", "log", called.append, webhook])
+    assert called == [dead]
     assert "Layer 3, expert 0" in caplog.text
-    assert act(alarm, ["stop"])
+    assert act(dead, ["stop"])
     for _ in range(3):
-        webhook(alarm)
+        webhook(dead)
     webhook.close()
     assert [post["layer"] for post in got] == [3, 3]  # bounded
     assert "not posted" in caplog.text
 
 
 def test_a_webhook_that_is_not_there_does_not_stop_training(
-    caplog: pytest.LogCaptureFixture,
+    dead: Alarm, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
     webhook = Webhook("http://127.0.0.1:9/", timeout_s=1)
-    webhook(alarm)
+    webhook(dead)
     webhook.close()
     assert "could not post" in caplog.text
     with pytest.raises(MoeInspectError, match="is not a webhook"):
         Webhook("file:///etc/passwd")
 
 
-def test_a_warning_is_shown_without_the_line_it_came_from(caplog: pytest.LogCaptureFixture) -> None:
-    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
+def test_a_warning_is_shown_without_the_line_it_came_from(
+    dead: Alarm, caplog: pytest.LogCaptureFixture
+) -> None:
     with warnings.catch_warnings():  # shown as Python shows them, in a log
         warnings.simplefilter("always")
         logging.captureWarnings(True)
-        act(alarm, ["warn"])
+        act(dead, ["warn"])
         warnings.warn("another", stacklevel=1)
         logging.captureWarnings(False)
     ours, another = (record.getMessage() for record in caplog.records)
-    assert ours == f"{alarm}\n"
+    assert ours == f"{dead}\n"
     assert re.match(r"\S+:\d+: UserWarning: another\n", another)
 
 

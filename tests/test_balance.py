@@ -15,19 +15,18 @@ from moe_inspect.analysis.metrics.registry import metrics_of
 METRICS = metrics_of("balance", {"load_LE"})
 
 # computed from the OLMoE authors' published counts of Mixtral-8x7B on C4, any of 2, 208,896 tokens
-MIXTRAL = {
-    0: (
-        [56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518],
-        (1.121, 0.816, 0.097, 0.9977, 0.053),
-    ),
-    7: (
-        [50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487],
-        (1.076, 0.948, 0.041, 0.9996, 0.023),
-    ),
-    15: (
-        [47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198],
-        (1.124, 0.623, 0.155, 0.9936, 0.073),
-    ),
+# (layers 0, 7 and 15), and what they come to
+MIXTRAL = [
+    [56947, 49733, 50426, 49453, 52127, 57956, 42632, 58518],
+    [50706, 54716, 51313, 50515, 56215, 49525, 53315, 51487],
+    [47396, 58718, 55366, 32510, 55049, 57385, 57170, 54198],
+]
+PUBLISHED = {
+    "max_over_mean": ([1.121, 1.076, 1.124], 6e-4),
+    "min_over_max": ([0.816 / 1.121, 0.948 / 1.076, 0.623 / 1.124], 1e-3),
+    "cv": ([0.097, 0.041, 0.155], 6e-4),
+    "entropy": ([0.9977, 0.9996, 0.9936], 6e-5),
+    "gini": ([0.053, 0.023, 0.073], 6e-4),
 }
 
 
@@ -62,15 +61,11 @@ def test_by_hand_on_two_routers_of_four_experts():
     assert bal.load_ratio(load_LE)[0].tolist() == [2, 1, 1, 0]
 
 
-@pytest.mark.parametrize("layer", MIXTRAL)
-def test_values_of_published_mixtral_counts(layer: int):
-    load, (max_mean, min_mean, cv, entropy, gini) = MIXTRAL[layer]
-    assert sum(load) == 208_896 * 2
-    assert one("max_over_mean", load) == pytest.approx(max_mean, abs=6e-4)
-    assert one("min_over_max", load) == pytest.approx(min_mean / max_mean, abs=1e-3)
-    assert one("cv", load) == pytest.approx(cv, abs=6e-4)
-    assert one("entropy", load) == pytest.approx(entropy, abs=6e-5)
-    assert one("gini", load) == pytest.approx(gini, abs=6e-4)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_values_of_published_mixtral_counts(name: str):
+    values, near = PUBLISHED[name]
+    assert np.sum(MIXTRAL, axis=1).tolist() == [208_896 * 2] * 3
+    assert METRICS[name].function(np.array(MIXTRAL)) == pytest.approx(values, abs=near)
 
 
 @pytest.mark.parametrize(("E", "k"), [(8, 2), (64, 8), (128, 8), (60, 4)])
@@ -84,13 +79,6 @@ def test_every_token_on_the_same_experts(E: int, k: int):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_uniform_load_is_ideal_and_other_load_is_not(name: str):
-    ideal = 16 if METRICS[name].ideal == "E" else METRICS[name].ideal
-    assert one(name, [7] * 16) == pytest.approx(ideal)
-    assert one(name, [30, 0, 1] + [13] * 13) != pytest.approx(ideal)  # positive control
-
-
-@pytest.mark.parametrize("name", METRICS)
 def test_no_load_has_no_value(name: str):
     assert np.isnan(one(name, [0] * 8))
     both = METRICS[name].function(np.array([[0] * 4, [1, 2, 3, 4]]))
@@ -101,17 +89,6 @@ def test_no_load_has_no_value(name: str):
 loads = arrays(
     np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.integers(0, 10_000)
 )
-
-
-@pytest.mark.parametrize("name", METRICS)
-@given(load_LE=loads, data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_renumbering_experts_changes_nothing(name: str, load_LE: np.ndarray, data: st.DataObject):
-    order = data.draw(st.permutations(range(load_LE.shape[1])))
-    function = METRICS[name].function
-    np.testing.assert_allclose(
-        function(load_LE[:, order]), function(load_LE), rtol=1e-12, atol=1e-12
-    )
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -3,6 +3,7 @@ reports on routing by chance alone claim nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.chance import REGIMES, Planted, drawn
 from tests.synthetic import uniform_ids, write_trace
 
 TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
+CLAIMS = ("busiest", "least used", "domain information", "overload")
 
 
 def loads(rng: np.random.Generator, taste: float, tokens_U: np.ndarray) -> np.ndarray:
@@ -39,25 +41,24 @@ def p_values() -> dict[str, np.ndarray]:
     for _ in range(TRIES):
         of_LUE = loads(rng, 0.3, tokens_U)
         sums = [np.stack([c[domain_U == d].sum(0) for d in range(D)]) for c in of_LUE]
-        nulls = [chance.evenness_nulls(c, domain_U) for c in of_LUE]
-        excess = [c.sum(0).max() / c.sum(0).mean() - 1 for c in of_LUE]
+        above, below = zip(*(chance.evenness_nulls(c, domain_U) for c in of_LUE), strict=True)
         lacking = [1 - c.sum(0).min() / c.sum(0).mean() for c in of_LUE]
-        found.append(
-            (
-                chance.joint_p(excess, [of[0] for of in nulls]).min(),
-                chance.joint_p(lacking, [of[1] for of in nulls]).min(),
-                chance.joint_p(
-                    [sp.domain_mi_bits(of) for of in sums],
-                    [sp.domain_mi_null(c, domain_U) for c in of_LUE],
-                ).min(),
-                min(chance.overload_p(c, domain_U).min() for c in of_LUE) * L * D * E,
-            )
-        )
-    names = ("busiest", "least used", "domain information", "overload")
-    return dict(zip(names, np.array(found).T, strict=True))
+        bits = [sp.domain_mi_bits(of) for of in sums]
+        overload = min(chance.overload_p(c, domain_U).min() for c in of_LUE) * L * D * E
+        of_nulls = [
+            (excess(of_LUE), above),
+            (lacking, below),
+            (bits, [sp.domain_mi_null(c, domain_U) for c in of_LUE]),
+        ]
+        found.append((*(chance.joint_p(*of).min() for of in of_nulls), overload))
+    return dict(zip(CLAIMS, np.array(found).T, strict=True))
 
 
-@pytest.mark.parametrize("name", ["busiest", "least used", "domain information", "overload"])
+def excess(of_LUE: Iterable[np.ndarray]) -> list[float]:
+    return [c.sum(0).max() / c.sum(0).mean() - 1 for c in of_LUE]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
 def test_a_p_value_is_as_rare_as_it_says(p_values: dict[str, np.ndarray], name: str):
     """Of 150 draws, 1 % are 1.5: 6 or more have a probability of 0.004; 10 % are 15, of 26 or more
     0.004."""
@@ -72,10 +73,9 @@ def test_a_permutation_of_labels_would_not_hold_it():
     tokens_U = np.where(domain_U == 0, 20, 400)
     for _ in range(20):
         c = loads(rng, 0.05, tokens_U)[0]
-        of = [
-            sp.domain_mi_bits(np.stack([c[q == d].sum(0) for d in range(D)]))
-            for q in (domain_U, *(rng.permutation(domain_U) for _ in range(99)))
-        ]
+        labels = [domain_U, *(rng.permutation(domain_U) for _ in range(99))]
+        loads_QDE = [np.stack([c[of_U == d].sum(0) for d in range(D)]) for of_U in labels]
+        of = [*map(sp.domain_mi_bits, loads_QDE)]
         beyond += of[0] > np.quantile(of[1:], 0.99)
     assert beyond >= 5
 
@@ -85,8 +85,7 @@ def test_what_is_planted_is_found():
     of_LUE = loads(rng, 0.1, tokens_U)
     of_LUE[1, :, 5] += 8  # of 300 assignments to 8 experts: 1.2 times the mean
     nulls = [chance.evenness_nulls(c, domain_U)[0] for c in of_LUE]
-    excess = [c.sum(0).max() / c.sum(0).mean() - 1 for c in of_LUE]
-    p_L = chance.joint_p(excess, nulls)
+    p_L = chance.joint_p(excess(of_LUE), nulls)
     assert (p_L < chance.ALPHA).tolist() == [False, True, False]
     of_LUE[2, domain_U == 1, 3] += 38  # twice the mean in one domain
     p_DE = chance.overload_p(of_LUE[2], domain_U) * L * D * E
@@ -96,22 +95,20 @@ def test_what_is_planted_is_found():
 def test_what_is_the_same_at_two_routers_is_one_case():
     rng, one_domain_U = np.random.default_rng(4), np.zeros(U, np.int64)
     c = loads(rng, 0.3, np.full(U, 100))[0]
-    excess = c.sum(0).max() / c.sum(0).mean() - 1
     nulls = [chance.evenness_nulls(c, one_domain_U)[0] for _ in range(9)]
-    (alone,) = chance.joint_p([excess], nulls[:1])
-    assert chance.joint_p([excess] * 9, nulls) == pytest.approx([alone] * 9)
+    (alone,) = chance.joint_p(excess([c]), nulls[:1])
+    assert chance.joint_p(excess([c] * 9), nulls) == pytest.approx([alone] * 9)
 
 
 def test_many_units_are_judged_as_few():
     """More units than signs are drawn for are added up: the null stays as wide."""
     rng = np.random.default_rng(2)
     of_UE = rng.multinomial(20, np.full(E, 1 / E), 3 * chance.MOST_UNITS)
-    one_domain_U = np.zeros(len(of_UE), np.int64)
-    wide = chance.evenness_nulls(of_UE, one_domain_U)[0]
-    narrow = chance.evenness_nulls(
-        of_UE.reshape(3, -1, E).sum(0), one_domain_U[: chance.MOST_UNITS]
-    )[0]
-    assert wide.mean() == pytest.approx(narrow.mean(), rel=0.02)
+    wide, narrow = (
+        chance.evenness_nulls(of, np.zeros(len(of), np.int64))[0].mean()
+        for of in (of_UE, of_UE.reshape(3, -1, E).sum(0))
+    )
+    assert wide == pytest.approx(narrow, rel=0.02)
 
 
 def test_the_token_id_is_judged_within_documents():
@@ -143,57 +140,41 @@ def test_what_is_unknown_has_no_p_value():
     assert np.isnan(chance.joint_p([float("nan")], [np.zeros(9)])).all()
 
 
-COVERED = ("busiest", "ratio", "accuracy", "loss difference")
-FEW = ("even, iid", "x2", "x2, heavy-tailed lengths", "x2, 5 documents")
-
-
-@pytest.mark.parametrize("statistic", COVERED)
+@pytest.mark.parametrize("statistic", ["busiest", "ratio", "accuracy", "loss difference"])
 def test_intervals_hold_the_truth(statistic: str):
     """95 of 100 in the long run: 86 or fewer have a probability of 0.0003."""
-    for regime in FEW:
+    for regime in ("even, iid", "x2", "x2, heavy-tailed lengths", "x2, 5 documents"):
         held, none = coverage(statistic, regime, 100)
         assert (held >= 0.87, none) == (True, 0), (regime, held)
 
 
 def test_what_few_documents_give_by_resampling_alone_holds_it_less_often():
     """Positive control: without Student's t."""
-    held = []
+    of, weights_RU, held = INTERVALS["x2, 5 documents"], unc.resample_weights(np.zeros(5, int)), 0
+    assert weights_RU is not None
     for n in range(300):
-        load_UE = INTERVALS["x2, 5 documents"].drawn(np.random.default_rng(n))
-        weights_RU = unc.resample_weights(np.zeros(5, np.int64))
-        assert weights_RU is not None
-        share_R = weights_RU @ load_UE[:, 5] / (weights_RU @ load_UE.sum(1))
-        low, high = unc.interval(share_R)
-        held.append(low <= INTERVALS["x2, 5 documents"].share_E[5] <= high)
-    assert np.mean(held) < 0.87
+        load_UE = of.drawn(np.random.default_rng(n))
+        low, high = unc.interval(weights_RU @ load_UE[:, 5] / (weights_RU @ load_UE.sum(1)))
+        held += low <= of.share_E[5] <= high
+    assert held / 300 < 0.87
 
 
 CHEAP = [
-    "lengths by domain",
-    "500 tokens",
-    "passes of 3",
-    "clustered 8/2",
-    "clustered 64/8",
-    "6 documents",
-    "two domains of five",
-    "ids by document",
-    "counts, clustered 64/8",
+    *("lengths by domain", "500 tokens", "passes of 3", "clustered 8/2", "clustered 64/8"),
+    *("6 documents", "two domains of five", "ids by document", "counts, clustered 64/8"),
 ]
 
 
 def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
     """Of 27 reports, 5 % are 1.35; 5 or more have a probability of 0.01."""
-    false = [
-        (name, seed, found)
+    claimed = {
+        (name, seed): claims(
+            report(drawn(tmp_path / f"{name}{seed}", REGIMES[name], seed)).verdict()
+        )
         for name in CHEAP
         for seed in range(3)
-        if (
-            found := claims(
-                report(drawn(tmp_path / f"{name}{seed}", REGIMES[name], seed)).verdict()
-            )
-        )
-    ]
-    assert len(false) < 5, false
+    }
+    assert sum(map(bool, claimed.values())) < 5, claimed
 
 
 def test_reports_find_what_is_planted(tmp_path: Path):
@@ -233,20 +214,17 @@ def test_drift_is_said_where_an_expert_rises_through_the_trace(tmp_path: Path):
 
 
 def test_a_trend_by_chance_of_documents_is_as_rare_as_it_says():
-    rng, smallest, blind = np.random.default_rng(3), list[float](), list[float]()
-    domain_U = np.arange(64) % 2
+    rng, domain_U = np.random.default_rng(3), np.arange(64) % 2
+    alike = blind = long = 0
     for _ in range(TRIES):
-        [c] = loads(rng, 0.3, np.full(64, 50))[:1]
-        smallest.append(float(win.trend_p(c, c, domain_U).min()) * E)
+        c = loads(rng, 0.3, np.full(64, 50))[0]
+        alike += win.trend_p(c, c, domain_U).min() * E < 0.01
         # tokens as documents of their own
         each = np.repeat(np.eye(E, dtype=int), c.sum(0), axis=0)
-        blind.append(float(win.trend_p(c, each, np.zeros(len(each), int)).min()) * E)
-    assert (np.array(smallest) < 0.01).sum() < 6
-    assert (np.array(blind) < 0.01).sum() > 20
-    # documents of which a few are most of the trace
-    long = list[float]()
-    for _ in range(TRIES):
+        blind += win.trend_p(c, each, np.zeros(len(each), int)).min() * E < 0.01
+        # documents of which a few are most of the trace
         sizes = np.exp(rng.normal(0, 1.5, 64))
-        [c] = loads(rng, 0.3, np.maximum(3, sizes / sizes.sum() * 3_000).astype(int))[:1]
-        long.append(float(win.trend_p(c, c, domain_U).min()) * E)
-    assert (np.array(long) < 0.01).sum() < 6
+        c = loads(rng, 0.3, np.maximum(3, sizes / sizes.sum() * 3_000).astype(int))[0]
+        long += win.trend_p(c, c, domain_U).min() * E < 0.01
+    assert max(alike, long) < 6
+    assert blind > 20

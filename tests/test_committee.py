@@ -15,6 +15,7 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.analysis.metrics import committee as com
 from moe_inspect.analysis.metrics import paths as pth
 from moe_inspect.analysis.metrics.signature import accuracies, distances, nearest, wilson
+from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict import specialization
 from moe_inspect.trace.reader import Trace, open_trace
@@ -26,18 +27,20 @@ DOCUMENTS, LENGTH = 24, 50
 DOMAINS = ("law", "code", "news")
 
 
-def tables_of(name: str) -> Any:
-    return report(SAMPLES / name).tables
-
-
 @pytest.fixture(scope="module")
 def balanced() -> Any:
-    return tables_of("balanced")
+    return report(SAMPLES / "balanced").tables
 
 
 @pytest.fixture(scope="module")
 def untrained() -> Any:
-    return tables_of("untrained")
+    return report(SAMPLES / "untrained").tables
+
+
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, most in (("DOCUMENTS", 10), ("TOKENS", 200)):
+        monkeypatch.setattr(samples, name, most)
 
 
 def frame_of(trace: Trace) -> pd.DataFrame:
@@ -108,24 +111,17 @@ def test_where_no_domain_routes_in_its_own_way_the_committee_is_as_large_as_its_
     rng = np.random.default_rng(7)
     p_E = np.array([0.3, 0.25, 0.2, 0.1, 0.05, 0.04, 0.03, 0.03])
     domain_U = np.repeat(np.arange(3), 20)
-    sizes, nulls, inside = [], [], 0
-    for _ in range(30):
-        load_UE = rng.multinomial(100, p_E, len(domain_U))
-        load_DE = np.stack([load_UE[domain_U == d].sum(0) for d in range(3)])
-        sizes.append(com.committee_experts(load_DE, 3))
-        nulls.append(com.committee_null(load_UE, domain_U, 3))
-    assert np.mean(sizes) == pytest.approx(np.mean(nulls), abs=0.2)
+    loads = [rng.multinomial(100, p_E, len(domain_U)) for _ in range(90)]
+    of_D = [np.stack([of[domain_U == d].sum(0) for d in range(3)]) for of in loads[:30]]
+    size = np.mean([com.committee_experts(load_DE, 3) for load_DE in of_D])
+    null = np.mean([com.committee_null(load_UE, domain_U, 3) for load_UE in loads[:30]])
+    assert size == pytest.approx(null, abs=0.2)
     # the interval holds the mass of these experts: 0.75
-    from moe_inspect.analysis.metrics.uncertainty import resample_weights
-
     weights_RU, leaders_E = resample_weights(domain_U), p_E >= 0.2
     assert weights_RU is not None
     weights_D = com.weights_by_domain(weights_RU, domain_U)
-    for _ in range(60):
-        load_UE = rng.multinomial(100, p_E, len(domain_U))
-        low, high = com.mass_interval(leaders_E, load_UE, domain_U, weights_D)
-        inside += low <= 0.75 <= high
-    assert inside >= 51
+    ends = [com.mass_interval(leaders_E, of, domain_U, weights_D) for of in loads[30:]]
+    assert sum(low <= 0.75 <= high for low, high in ends) >= 51
 
 
 # --- signature
@@ -139,8 +135,7 @@ def test_signatures_tell_domains_as_measured_before(balanced: Any, untrained: An
         assert whole["signature_accuracy"] == pytest.approx(right / 60)
         assert whole["signature_null"] == pytest.approx(0.15, abs=0.03)
         assert whole["signature_accuracy_low"] > whole["signature_null_p99"]
-        assert pd.isna(whole["layer"])
-        assert pd.isna(whole["router"])
+        assert whole[["layer", "router"]].isna().all()
     assert tables["signature"]["router"].tolist()[1:] == [0, 1, 2, 3]
 
 
@@ -159,47 +154,38 @@ def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
         assert stated == pytest.approx(right / 60)
 
 
-def test_a_sample_of_documents_is_the_same_in_any_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(samples, "DOCUMENTS", 10)
+def test_a_sample_of_documents_is_the_same_in_any_shards(tmp_path: Path, small_samples: None):
     drawn = []
     for shard_tokens in (100, 500, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
         drawn.append(samples.document_loads(trace, select(trace)))
     assert len(drawn[0].document_S) == 10
     assert len(list(open_trace(tmp_path / "100").shards)) > 10
+    first = drawn[0]
     for other in drawn[1:]:
-        assert other.document_S.tolist() == drawn[0].document_S.tolist()
-        assert other.domain_S.tolist() == drawn[0].domain_S.tolist()
-        for r in range(3):
-            assert (other.load_SE[r] == drawn[0].load_SE[r]).all()
-    assert (drawn[0].load_SE[0].sum(1) == K * LENGTH).all()
-    assert [drawn[0].domains[d] for d in drawn[0].domain_S] == [
-        DOMAINS[d % 3] for d in drawn[0].document_S
-    ]
+        np.testing.assert_equal(vars(other), vars(first))
+    assert (first.load_SE[0].sum(1) == K * LENGTH).all()
+    assert [first.domains[d] for d in first.domain_S] == [DOMAINS[d % 3] for d in first.document_S]
 
 
 def test_the_interval_of_a_share_is_never_empty():
-    assert wilson(1.0, 60) == pytest.approx((0.9398, 1.0), abs=1e-4)
-    assert wilson(0.0, 60) == pytest.approx((0.0, 0.0602), abs=1e-4)
-    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    for share, n, ends in ((1, 60, (0.9398, 1)), (0, 60, (0, 0.0602)), (0.5, 10, (0.2366, 0.7634))):
+        assert wilson(share, n) == pytest.approx(ends, abs=1e-4)
 
 
 def test_the_interval_of_the_accuracy_holds_what_other_documents_give():
     """Two documents that are nearest to each other are right or wrong together: taken as
     independent, they held it 87 times of 100."""
-    values, bounds, domain_S = [], [], np.arange(60) % 3
+    found, domain_S = [], np.arange(60) % 3
     world = np.random.default_rng(99)
     p_DE = world.dirichlet(np.ones(16)) * (1 + 0.1 * world.standard_normal((3, 16)))
     for n in range(150):
         rng = np.random.default_rng(n)
         p_SE = np.stack([rng.dirichlet(200 * p_DE[d] / p_DE[d].sum()) for d in domain_S])
         load_SE = np.stack([rng.multinomial(300, p_E) for p_E in p_SE])
-        made, _ = accuracies([load_SE], domain_S)
-        values.append(made.value)
-        bounds.append((made.low, made.high))
-    held = sum(low <= np.mean(values) <= high for low, high in bounds)
+        found.append(accuracies([load_SE], domain_S)[0])
+    mean = np.mean([made.value for made in found])
+    held = sum(made.low <= mean <= made.high for made in found)
     assert 0.91 * 150 <= held <= 0.98 * 150
 
 
@@ -210,12 +196,7 @@ def test_long_documents_of_a_domain_are_no_signature():
     share_DE = rng.dirichlet(np.full(8, 20), 2)
     for short, of_D, beyond in ((40, (0, 0), False), (2_000, (0, 1), True)):
         tokens_S = np.where(domain_S == 0, short, 2_000)
-        load_SE = np.stack(
-            [
-                rng.multinomial(2 * n, share_DE[of_D[d]])
-                for n, d in zip(tokens_S, domain_S, strict=True)
-            ]
-        )
+        load_SE = rng.multinomial(2 * tokens_S, share_DE[np.take(of_D, domain_S)])
         made, _ = accuracies([load_SE], domain_S)
         assert made.value > 0.75
         assert (made.low > made.null_p99) == beyond
@@ -241,10 +222,8 @@ def test_paths_are_what_pandas_finds(untrained: Any):
             assert stated[f"{name}_entropy_bits"] == pytest.approx(entropy_bits(sizes))
             alone = sum(entropy_bits(wide[s].value_counts()) for s in range(r + 1))
             assert stated[f"{name}_entropy_independent_bits"] == pytest.approx(alone)
-            order = [
-                wide[s].groupby(document).sample(frac=1, random_state=s).to_numpy()
-                for s in range(r + 1)
-            ]
+            of_document = (wide[s].groupby(document) for s in range(r + 1))
+            order = [of.sample(frac=1, random_state=s) for s, of in enumerate(of_document)]
             shuffled = entropy_bits(pd.Series(list(zip(*order, strict=True))).value_counts())
             assert stated[f"{name}_entropy_shuffled_bits"] == pytest.approx(shuffled, abs=0.06)
 
@@ -275,15 +254,12 @@ def test_the_jackknife_leaves_out_one_group_of_documents_at_a_time():
     assert set(np.bincount(group_S, minlength=20) > 0) == {True}
     assert all(len(set(group_S[document_S == d])) == 1 for d in range(45))
     _, of_S, tokens_P = np.unique(path_S, return_inverse=True, return_counts=True)
-    left = np.array(
-        [entropy_bits(pd.Series(path_S[group_S != g]).value_counts()) for g in range(20)]
-    )
+    paths_G = [pd.Series(path_S[group_S != g]).value_counts() for g in range(20)]
+    left = np.array([*map(entropy_bits, paths_G)])
     error = np.sqrt(19 / 20 * ((left - left.mean()) ** 2).sum())
-    want = error * stats.t.ppf(0.975, 19)
-    tokens_G = np.bincount(group_S)
-    half, bias = pth.jackknife(tokens_P, of_S, group_S, tokens_G)
+    found = pth.jackknife(tokens_P, of_S, group_S, np.bincount(group_S))
     whole = entropy_bits(pd.Series(path_S).value_counts())
-    assert (half, bias) == pytest.approx((want, 19 * (whole - left.mean())))
+    assert found == pytest.approx((error * stats.t.ppf(0.975, 19), 19 * (whole - left.mean())))
 
 
 def test_paths_are_counted_where_none_parts_and_where_all_are_alone():
@@ -316,26 +292,16 @@ def test_the_interval_of_the_entropy_is_over_documents():
     assert inside >= 50
 
 
-def test_a_sample_of_tokens_is_the_same_in_any_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(samples, "TOKENS", 400)
+def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path, small_samples: None):
     drawn = []
     for shard_tokens in (100, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
-        (routes,) = samples.sampled_routes(trace, select(trace))
-        drawn.append(routes)
-        assert 320 < len(routes.document_S) < 480
-        first = trace.routing(layer=1)["expert_0"].to_numpy()
-        assert (np.bincount(first, minlength=E) > 0)[0]
-    assert (drawn[0].document_S == drawn[1].document_S).all()
-    for r in range(3):
-        assert (drawn[0].first_LS[r] == drawn[1].first_LS[r]).all()
-        assert (drawn[0].set_LS[r] == drawn[1].set_LS[r]).all()
-    monkeypatch.setattr(samples, "TOKENS", 100)
+        drawn += samples.sampled_routes(trace, select(trace))
+        assert 150 < len(drawn[-1].document_S) < 250
+    np.testing.assert_equal(*map(vars, drawn))
     (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"))
     assert set(of_law.document_S % 3) == {0}
-    assert 70 < len(of_law.document_S) < 130
+    assert 160 < len(of_law.document_S) < 240
 
 
 # --- on the page
@@ -344,11 +310,10 @@ def test_a_sample_of_tokens_is_the_same_in_any_shards(
 def test_the_page_shows_what_the_trace_has(tmp_path: Path):
     page = report(led(tmp_path / "t", slot_order="unknown")).page(text=0)
     one = report(open_trace(tmp_path / "t"), domains="law").page(text=0)
-    for title in ("Experts that lead in every domain", "Does routing identify the domain?"):
+    of_domains = ("Experts that lead in every domain", "Does routing identify the domain?")
+    for title in (*of_domains, "Paths through the layers"):
         assert title in page
-        assert title not in one
-    assert "Paths through the layers" in page
-    assert "Paths through the layers" in one
+        assert (title in one) == (title not in of_domains)
 
 
 # --- traces that hardly hold anything

@@ -3,26 +3,24 @@ all of it whatever the shards."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_inspect.analysis.counting import (
-    engine,
-    kernels_numba,
-    kernels_numpy,
-    token_ids,
-)
+from moe_inspect.analysis.counting import engine, kernels_numba, kernels_numpy, token_ids
 from moe_inspect.analysis.counting.count_shard import count_shard
 from moe_inspect.analysis.counting.counts import Counts, merge
 from moe_inspect.analysis.counting.engine import count_trace, windows_of
 from moe_inspect.analysis.counting.router_counts import WANTS, ByTokenId, RouterCounts
-from moe_inspect.analysis.counting.select import select
+from moe_inspect.analysis.counting.select import Selection, select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
@@ -32,6 +30,18 @@ from tests.synthetic import a_pass, routers, uniform_ids, write_passes, write_tr
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3
+KERNELS = kernels_numpy, kernels_numba
+IN_DOCUMENTS = {"document": np.arange(T) // 40, "domain_of_document": ["code", "law", "prose"]}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces of any length are counted by the compiled kernels."""
+    monkeypatch.setattr(engine, "LONG", 0)
+
+
+def counted(trace: Trace, wants: Iterable[str] = WANTS, **how: Any) -> Counts:
+    return count_trace(trace, select(trace), wants, **how)
 
 
 def ids_with_gaps(
@@ -58,23 +68,18 @@ def truncated(weights: kernels_numpy.Slots, bits: int) -> kernels_numpy.Slots:
 def made(
     root: Path, shard_tokens: int = 400, seed: int = 0, relabel: np.ndarray | None = None
 ) -> Trace:
-    ids = [
-        np.where(i < 0, NOWHERE, i if relabel is None else relabel[i]).astype(np.uint16)
-        for i in (ids_with_gaps(n).astype(np.int64) for n in (seed, seed + 1))
-    ]
-    weights = [
-        np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32) for _ in ids
-    ]
+    relabel = np.arange(E) if relabel is None else relabel
+    ids = [ids_with_gaps(n).astype(np.int64) for n in (seed, seed + 1)]
+    weights_TK = np.random.default_rng(9).random((T, K)).astype(np.float16).astype(np.float32)
     return write_trace(
         root,
-        ids,
+        [np.where(i < 0, NOWHERE, relabel[i]).astype(np.uint16) for i in ids],
         E,
-        weights=weights,
+        weights=[weights_TK] * 2,
         batch_tokens=200,
         shard_tokens=shard_tokens,
-        document=np.arange(T) // 40,
-        domain_of_document=["code", "law", "prose"],
         token_id=np.random.default_rng(8).zipf(1.5, T).clip(max=300),
+        **IN_DOCUMENTS,
     )
 
 
@@ -102,19 +107,16 @@ def same(a: Counts, b: Counts, shards: bool = True) -> None:
             x, y = getattr(mine, name), getattr(b.of[r], name)
             if x is None:
                 assert y is None
-            elif name == "srp":
+            elif isinstance(x, dict):  # batches, srp
                 assert x.keys() == y.keys()
-                assert all(x[m].tolist() == y[m].tolist() for m in x)
-            elif name == "batches":
-                assert x.keys() == y.keys()
-                assert all(x[s] == pytest.approx(y[s]) for s in x)
+                assert all(np.array(x[of]) == pytest.approx(np.array(y[of])) for of in x)
             else:
                 np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
 
 
 def test_pairs_by_hand():
     here, there = np.array([[0, 1], [0, -1]], np.int16), np.array([[2, 0], [1, 2]], np.int16)
-    for by in (kernels_numpy, kernels_numba):
+    for by in KERNELS:
         pairs, firsts = by.transitions(slots_of(here, 2), slots_of(here, 2), 2, 2)
         assert (pairs.tolist(), firsts.tolist()) == ([[2, 1], [1, 1]], [[2, 0], [0, 0]])
         pairs, _ = by.transitions(slots_of(here, 2), slots_of(there, 3), 2, 3)
@@ -128,9 +130,9 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
     document, sequence = np.array([7, 8, 7, 8, 7, 7]), np.array([0, 1, 0, 1, 0, 2])
     order = kernels_numpy.order_of(document, sequence, np.array([0, 5, 1, 6, 2, 0]))
     slots = slots_of(np.array([[0, 1], [3, 2], [0, 2], [2, 3], [1, 3], [1, 3]]), 4)
-    nothing_T, unit_T = np.zeros(6, np.int64), document - 7
-    token_rows = kernels_numpy.TokenRows(unit_T, nothing_T, nothing_T, nothing_T, 2, 1, 1, 1, order)
-    for by in (kernels_numpy, kernels_numba):
+    rows_T = document - 7, *np.zeros((3, 6), np.int64)
+    token_rows = kernels_numpy.TokenRows(*rows_T, 2, 1, 1, 1, order)
+    for by in KERNELS:
         first, common = by.repetition(slots, token_rows, 4)
         assert token_rows.pairs_U.tolist() == [2, 1]
         assert first.tolist() == [1, 0]
@@ -142,9 +144,7 @@ def test_repetition_and_segments_follow_a_sequence_across_batches():
 
 def test_tokens_that_do_not_follow_each_other_are_no_pair():
     """Token 2 of the sequence is missing, as a selection by phase leaves it."""
-    order = kernels_numpy.order_of(
-        np.zeros(4, np.int64), np.zeros(4, np.int64), np.array([0, 1, 3, 4])
-    )
+    order = kernels_numpy.order_of(*np.zeros((2, 4), np.int64), np.array([0, 1, 3, 4]))
     assert order.follows_T.tolist() == [False, True, False, True]
     assert order.size_S.tolist() == [4]
 
@@ -160,21 +160,17 @@ def test_tokens_that_do_not_follow_each_other_are_no_pair():
 def test_kernels_count_as_their_references(
     seed: int, shape: tuple[int, int], tokens: int, null: float
 ):
-    rng = np.random.default_rng(seed)
-    experts, k = shape
+    rng, (experts, k), at_T = np.random.default_rng(seed), shape, np.arange(tokens)
     slots, after = (
         slots_of(ids_with_gaps(seed + i, tokens, experts, k, null), experts) for i in range(2)
     )
     weights = tuple(rng.random((k, tokens)).astype(np.float32))
     unit_T = rng.integers(0, 3, tokens)
     sequence_T = unit_T + 3 * rng.integers(0, 2, tokens)
-    order = kernels_numpy.order_of(unit_T, sequence_T, np.arange(tokens) // 3)
-    token_rows = kernels_numpy.TokenRows(
-        unit_T, unit_T // 2, np.arange(tokens) // 40, np.arange(tokens) // 50, 3, 2, 8, 6, order
-    )
-    runs = kernels_numpy.TokenRows(
-        np.arange(tokens) // 30 % 3, unit_T * 0, unit_T * 0, unit_T * 0, 3, 1, 1, 1
-    )
+    order = kernels_numpy.order_of(unit_T, sequence_T, at_T // 3)
+    rows_T = unit_T, unit_T // 2, at_T // 40, at_T // 50
+    token_rows = kernels_numpy.TokenRows(*rows_T, 3, 2, 8, 6, order)
+    runs = kernels_numpy.TokenRows(at_T // 30 % 3, *[unit_T * 0] * 3, 3, 1, 1, 1)
     for name, *arguments in (
         ("loads", slots, token_rows, experts),
         ("loads", slots, runs, experts),
@@ -185,28 +181,24 @@ def test_kernels_count_as_their_references(
         ("repetition", slots, token_rows, experts),
         *(("srp", slots, token_rows, experts, m) for m in (1, 2, 5)),
     ):
-        compiled, reference = (
-            getattr(by, name)(*arguments) for by in (kernels_numba, kernels_numpy)
-        )
-        if not isinstance(compiled, tuple):
-            compiled, reference = (compiled,), (reference,)
-        for mine, numpys in zip(compiled, reference, strict=True):
+        both = [getattr(by, name)(*arguments) for by in KERNELS]
+        both = [found if isinstance(found, tuple) else (found,) for found in both]
+        for reference, mine in zip(*both, strict=True):
             rtol = 1e-6 if name == "weight_sum" else 0
-            np.testing.assert_allclose(mine, numpys, rtol=rtol, err_msg=name)
+            np.testing.assert_allclose(mine, reference, rtol=rtol, err_msg=name)
     for rounded in (weights, truncated(weights, 16), truncated(weights, 13)):
         assert kernels_numba.weight_confidence(rounded) == pytest.approx(
             kernels_numpy.weight_confidence(rounded), rel=1e-9, abs=1e-9 * tokens
         )
     tables, first = np.zeros((2, 2, 3, experts + 1), np.uint32)
-    for n, kernels in enumerate((kernels_numba, kernels_numpy)):
+    for n, kernels in enumerate(KERNELS):
         by_N, row_N = kernels.sorted_rows(unit_T - 1, 2)
-        assert (by_N.tolist(), row_N.tolist()) == (
-            np.argsort(unit_T, kind="stable")[(unit_T == 0).sum() :].tolist(),
-            np.sort(unit_T[unit_T > 0] - 1).tolist(),
-        )
+        first_unit = int((unit_T == 0).sum())
+        assert by_N.tolist() == np.argsort(unit_T, kind="stable")[first_unit:].tolist()
+        assert row_N.tolist() == np.sort(unit_T[unit_T > 0] - 1).tolist()
         visits = kernels_numpy.Visits(by_N, row_N)
-        kernels.accumulate(tables[n], first[n], visits, np.stack(slots, axis=1))
-        kernels.accumulate(tables[n], None, visits, np.stack(slots, axis=1))
+        for counts in (first[n], None):
+            kernels.accumulate(tables[n], counts, visits, np.stack(slots, axis=1))
     assert tables[0].tolist() == tables[1].tolist()
     assert first[0].tolist() == first[1].tolist()
     assert (tables.sum(), first.sum()) == (4 * k * len(by_N), 2 * len(by_N))
@@ -215,17 +207,10 @@ def test_kernels_count_as_their_references(
 @pytest.mark.parametrize("tokens", [2**15, 2**16])
 def test_a_pair_that_comes_up_more_often_than_a_narrow_table_holds(tokens: int):
     twice = (np.zeros(tokens, np.uint8),) * 2  # damaged: an expert named twice in a decision
-    for total, first in (
-        kernels_numba.transitions(twice, twice, 1, 1),
-        kernels_numpy.transitions(twice, twice, 1, 1),
-    ):
+    for by in KERNELS:
+        total, first = by.transitions(twice, twice, 1, 1)
         assert (total.tolist(), first.tolist()) == ([[4 * tokens]], [[tokens]])
-    thrice = (np.zeros(tokens, np.uint8),) * 3
-    assert (
-        kernels_numba.by_slot(thrice, 1).tolist()
-        == kernels_numpy.by_slot(thrice, 1).tolist()
-        == [[3 * tokens]]
-    )
+        assert by.by_slot((*twice, twice[0]), 1).tolist() == [[3 * tokens]]
 
 
 def test_a_decision_that_names_an_expert_twice_spoils_no_other_unit():
@@ -234,22 +219,11 @@ def test_a_decision_that_names_an_expert_twice_spoils_no_other_unit():
     ids_TK = np.stack([np.arange(tokens) % E, (np.arange(tokens) + 1) % E], axis=1)
     ids_TK[unit_T == 0] = 1  # damaged
     order = kernels_numpy.order_of(unit_T, unit_T, np.arange(tokens))
-    rows = kernels_numpy.TokenRows(unit_T, unit_T, unit_T, unit_T, 2, 2, 2, 2, order)
+    rows = kernels_numpy.TokenRows(*[unit_T] * 4, 2, 2, 2, 2, order)
     for m in (1, 4, 16):
-        compiled, reference = (
-            by.srp(slots_of(ids_TK, E), rows, E, m) for by in (kernels_numba, kernels_numpy)
-        )
+        reference, compiled = (by.srp(slots_of(ids_TK, E), rows, E, m) for by in KERNELS)
         assert compiled[1].tolist() == reference[1].tolist()
         assert reference[1].sum() == (tokens // 2 - m + 1) * E
-
-
-def test_a_wrong_kernel_would_be_noticed():
-    slots = slots_of(ids_with_gaps(0))
-    rolled = tuple(np.roll(slot_T, 1) for slot_T in slots)
-    assert (
-        kernels_numpy.transitions(slots, slots, E, E)[0]
-        != kernels_numba.transitions(rolled, slots, E, E)[0]
-    ).any()
 
 
 @given(st.integers(200, T), st.integers(0, 3))
@@ -259,45 +233,37 @@ def test_shards_threads_and_kernels_change_nothing(
 ):
     root = tmp_path_factory.mktemp("traces")
     whole, split = made(root / "whole", T, seed), made(root / "split", shard_tokens, seed)
-    expected = count_trace(whole, select(whole), WANTS, window=100)
+    expected, by_numpy = counted(whole, window=100), counted(split, window=100)
     assert all(len(of.columns) == 7 for of in expected.by_token_id.values())
-    by_numpy = count_trace(split, select(split), WANTS, window=100)
     same(by_numpy, expected, shards=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "LONG", 0)
-        same(count_trace(split, select(split), WANTS, window=100, threads=1), by_numpy)
-        same(count_trace(split, select(split), WANTS, window=100, threads=3), by_numpy)
+        same(counted(split, window=100, threads=1), by_numpy)
+        same(counted(split, window=100, threads=3), by_numpy)
         patch.setattr(engine, "TABLE_BYTES", 1)  # a router at a time
         narrower = {np.uint32: 2**32, np.uint16: 250, np.uint8: 60}
         patch.setattr(token_ids, "WIDTHS", narrower)
-        same(count_trace(split, select(split), WANTS, window=100), by_numpy)
-        without = set(WANTS) - {"token_ids"}
-        by_shard = count_trace(split, select(split), without, window=100, threads=3)
-        by_shard.by_token_id = count_trace(split, select(split), {"token_ids"}).by_token_id
+        same(counted(split, window=100), by_numpy)
+        by_shard = counted(split, set(WANTS) - {"token_ids"}, window=100, threads=3)
+        by_shard.by_token_id = counted(split, {"token_ids"}).by_token_id
         same(by_shard, by_numpy)
 
 
 def test_a_slot_that_routes_nowhere_among_256_experts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, request: pytest.FixtureRequest
 ):
     """Of which 8 bits hold each, and none for nowhere."""
     ids_TK = uniform_ids(np.random.default_rng(0), 300, 256, 4).astype(np.int16)
     ids_TK[::7, 3] = -1
     ids = [np.where(ids_TK < 0, np.uint16(NOWHERE), ids_TK).astype(np.uint16)] * 2
-    trace = write_trace(
-        tmp_path / "t",
-        ids,
-        256,
-        document=np.arange(300) // 10,
-        domain_of_document=["a", "b"],
-        shard_tokens=100,
-    )
+    documents = {"document": np.arange(300) // 10, "domain_of_document": ["a", "b"]}
+    trace = write_trace(tmp_path / "t", ids, 256, shard_tokens=100, **documents)
     assert (np.concatenate([shard.ids(1) for shard in trace.shards]) == ids_TK).all()
     wants = set(WANTS) - {"weights", "logits"}
-    expected = count_trace(trace, select(trace), wants)
+    expected = counted(trace, wants)
     assert expected.load_E(0).sum() == (ids_TK >= 0).sum()
-    monkeypatch.setattr(engine, "LONG", 0)
-    same(count_trace(trace, select(trace), wants), expected)
+    request.getfixturevalue("compiled")
+    same(counted(trace, wants), expected)
 
 
 def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_path: Path):
@@ -311,8 +277,7 @@ def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_p
     same(left, merge([a, merge([b, c])]))
     same(left, merge([c, b, a]))
     same(a, before)
-    counted = count_trace(trace, select(trace), set(WANTS) - {"token_ids"}, window=300)
-    same(left, counted)
+    same(left, counted(trace, set(WANTS) - {"token_ids"}, window=300))
     with pytest.raises(AssertionError):
         same(left, merge([a, b]))
 
@@ -320,7 +285,7 @@ def test_merging_is_associative_and_commutative_and_leaves_the_parts_alone(tmp_p
 def test_renumbering_experts_renumbers_the_pairs(tmp_path: Path):
     turn = np.random.default_rng(3).permutation(E)
     plain, turned = (made(tmp_path / n, relabel=r) for n, r in (("a", None), ("b", turn)))
-    a, b = (count_trace(t, select(t), WANTS).of[0] for t in (plain, turned))
+    a, b = (counted(trace).of[0] for trace in (plain, turned))
     for name in ("together_EE", "next_EN", "next_first_EN"):
         assert (getattr(b, name)[np.ix_(turn, turn)] == getattr(a, name)).all()
     np.testing.assert_allclose(b.esft_token_DE[:, turn], a.esft_token_DE)
@@ -331,10 +296,9 @@ def test_renumbering_experts_renumbers_the_pairs(tmp_path: Path):
 
 def test_sums_that_must_hold(tmp_path: Path):
     trace = made(tmp_path / "t")
-    counts = count_trace(trace, select(trace), WANTS)
+    counts = counted(trace)
     mine, load_E = counts.of[0], counts.load_E(0)
-    there_T = (ids_with_gaps(0) >= 0).sum(1)
-    next_T = (ids_with_gaps(1) >= 0).sum(1)
+    there_T, next_T = ((ids_with_gaps(seed) >= 0).sum(1) for seed in range(2))
     assert np.diag(mine.together_EE).tolist() == load_E.tolist()
     assert mine.together_EE.sum() == (there_T**2).sum()
     pairs = kernels_numpy.pairs(*[slots_of(ids_with_gaps(0))] * 2, E, E)
@@ -354,15 +318,10 @@ def test_sums_that_must_hold(tmp_path: Path):
 
 def test_windows_by_hand(tmp_path: Path):
     """Of 70 tokens each, in shards of 80, over two ranks' worth of documents."""
-    ids = [ids_with_gaps(0, null=0), ids_with_gaps(1, null=0)]
-    options = {
-        "document": np.arange(T) // 40,
-        "domain_of_document": ["code", "law"],
-        "batch_tokens": 40,
-        "shard_tokens": 80,
-    }
-    trace = write_trace(tmp_path / "t", [i.astype(np.uint16) for i in ids], E, **options)
-    counts = count_trace(trace, select(trace), {"windows"}, window=70)
+    ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
+    cut = {"batch_tokens": 40, "shard_tokens": 80}
+    trace = write_trace(tmp_path / "t", ids, E, **IN_DOCUMENTS, **cut)
+    counts = counted(trace, {"windows"}, window=70)
     assert [first for _, first, _, _ in counts.windows(1)] == list(range(0, T, 70))
     for w, first, tokens, load_E in counts.windows(1):
         of_window = ids[1][70 * w : 70 * (w + 1)]
@@ -373,29 +332,22 @@ def test_windows_by_hand(tmp_path: Path):
 def test_what_hangs_on_a_first_choice_is_unknown_without_one(tmp_path: Path):
     ids = [ids_with_gaps(seed, null=0).astype(np.uint16) for seed in range(2)]
     for order, known in (("weight", True), ("unknown", False)):
-        trace = write_trace(
-            tmp_path / order,
-            ids,
-            E,
-            slot_order=order,
-            document=np.arange(T) // 40,
-            domain_of_document=["code", "law"],
-        )
-        found = count_trace(trace, select(trace), {"repetition", "transitions"}).of[0]
+        trace = write_trace(tmp_path / order, ids, E, slot_order=order, **IN_DOCUMENTS)
+        found = counted(trace, {"repetition", "transitions"}).of[0]
         unsure = (found.first_choice_DE, found.first_same_U, found.next_first_EN)
         assert [counted is not None for counted in unsure] == [known] * 3
         assert found.any_same_U is not None
         assert found.next_EN is not None
 
 
-def test_windows_too_many_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    trace = made(tmp_path / "t")
-    monkeypatch.setattr(engine, "WINDOW_CELLS", 2 * E * 100)
-    with pytest.raises(
-        MoeInspectError, match=r"window 5 cuts the trace into 240 windows, .* give 12 or more"
-    ):
-        count_trace(trace, select(trace), {"windows"}, window=5)
-    assert count_trace(trace, select(trace), {"windows"}, window=12).window_tokens == 12
+def test_windows_too_many_for_memory_are_refused():
+    """Of 2²⁴ counts of the load: 2 routers of 8 experts, 1,200 million tokens."""
+    files = SimpleNamespace(rank=0, index=0, tokens=1_200_000_000)
+    trace: Any = SimpleNamespace(shards=[SimpleNamespace(files=files)], routers=routers(2, E, K))
+    said = "window 5 cuts the trace into 240,000,000 windows, .* give 1145 or more"
+    with pytest.raises(MoeInspectError, match=said):
+        windows_of(trace, Selection((0, 1)), 5)
+    assert windows_of(trace, Selection((0, 1)), 1145).count * 2 * E <= engine.WINDOW_CELLS
 
 
 def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
@@ -410,9 +362,7 @@ def test_an_encoder_and_a_decoder_have_tokens_of_their_own(tmp_path: Path):
         fed[phase] = [i for i in ids if len(i)]
         passes.append(a_pass(b, ids, size, encoded=size if phase == "encode" else 0))
     trace = write_passes(tmp_path / "t", routers, passes)
-    counts = count_trace(
-        trace, select(trace), {"pairs", "transitions", "repetition", "windows", "srp"}
-    )
+    counts = counted(trace, {"pairs", "transitions", "repetition", "windows", "srp"})
     assert [counts.tokens_of(r) for r in range(4)] == [60, 60, 20, 20]
     assert (counts.tokens, counts.decisions) == (80, 160)
     assert [counts.next_router(r) for r in range(4)] == [1, None, 3, None]
@@ -436,20 +386,15 @@ def test_what_logits_and_weights_say_by_hand():
     assert said["ties"] == 2
     assert said["topk_mass_sum"] == pytest.approx(0.5 + p[:2].sum())
     assert np.isnan(kernels_numpy.logit_confidence(logits, 4, "softmax")["boundary_margin_sum"])
-    weights = kernels_numpy.weight_confidence(
-        tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32))
-    )
-    assert weights["weight_decisions"] == 2
-    assert weights["weight_margin_sum"] == pytest.approx(0.5)
-    assert weights["weight_mass_sum"] == pytest.approx(0.8)
-    assert weights["weight_entropy_sum"] == pytest.approx(
-        np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25)
-    )
+    weights = tuple(np.array([[0.3, 0.2, 0], [0.1, 0.2, 0]], np.float32))
+    entropy = np.log(2) - 0.75 * np.log(0.75) - 0.25 * np.log(0.25)
+    said = list(kernels_numpy.weight_confidence(weights).values())
+    assert said == pytest.approx([2, entropy, 0.5, 0.8])  # decisions, entropy, margin, mass
 
 
 def test_the_next_layer_is_the_next_whatever_is_selected(tmp_path: Path):
     trace = made(tmp_path / "t")
-    whole = count_trace(trace, select(trace), WANTS)
+    whole = counted(trace)
     first = count_trace(trace, select(trace, layers=0), WANTS)
     assert first.of[0].next_EN.tolist() == whole.of[0].next_EN.tolist()
     last = report(trace, layers=1)
@@ -468,18 +413,19 @@ def by_stack(root: Path) -> Trace:
     return write_passes(root, routers, [one])
 
 
-def test_token_ids_are_counted_by_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    trace = by_stack(tmp_path / "t")
-    for long in (engine.LONG, 0):
-        monkeypatch.setattr(engine, "LONG", long)
-        counts = count_trace(trace, select(trace), {"token_ids"}, top=0)
-        assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
-        encoder, decoder = (counts.by_token_id[r] for r in range(2))
-        for of, ids, times in ((encoder, [1], [6]), (decoder, [2, 1], [2, 2])):
-            assert (of.token_id_N.tolist(), of.expert_N.tolist()) == (ids, [0] * len(ids))
-            assert of.count_N.tolist() == of.occurrences_N.tolist() == times
-            assert of.first_N is not None
-            assert of.first_N.tolist() == times
+@pytest.mark.parametrize("fixtures", [[], ["compiled"]])
+def test_token_ids_are_counted_by_stack(
+    fixtures: list[str], tmp_path: Path, request: pytest.FixtureRequest
+):
+    for name in fixtures:
+        request.getfixturevalue(name)
+    counts = counted(by_stack(tmp_path / "t"), {"token_ids"}, top=0)
+    assert [counts.token_ids_V_of(r).tolist() for r in range(2)] == [[0, 6], [0, 2, 2]]
+    encoder, decoder = (counts.by_token_id[r] for r in range(2))
+    for of, ids, times in ((encoder, [1], [6]), (decoder, [2, 1], [2, 2])):
+        assert (of.token_id_N.tolist(), of.expert_N.tolist()) == (ids, [0] * len(ids))
+        assert of.first_N is not None
+        assert of.count_N.tolist() == of.occurrences_N.tolist() == of.first_N.tolist() == times
 
 
 def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
@@ -502,7 +448,7 @@ def generated(root: Path, shard_tokens: int, steps: int = 30) -> Trace:
 def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: int):
     both = [generated(tmp_path / str(n), n) for n in (10_000, shard_tokens)]
     assert [trace.n_shards for trace in both] == [1, 2 if shard_tokens > 8 else 4]
-    counts = [count_trace(t, select(t), {"repetition", "srp", "esft"}, window=10) for t in both]
+    counts = [counted(trace, {"repetition", "srp", "esft"}, window=10) for trace in both]
     assert counts[0].of[0].pairs_U.sum() == 4 * 33
     if shard_tokens > 8:
         same(*counts)
@@ -514,22 +460,14 @@ def test_a_generated_sequence_stays_in_one_shard(tmp_path: Path, shard_tokens: i
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_share_out_the_routers_of_the_last_shards(
-    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, tmp_path: Path, compiled: None
 ):
-    monkeypatch.setattr(engine, "LONG", 0)
-    trace, asked = made(tmp_path / "t"), []
-    monkeypatch.setattr(
-        engine,
-        "count_shard",
-        lambda *arguments: asked.append(arguments[5:]) or count_shard(*arguments),
-    )
-    wants = set(WANTS) - {"token_ids"}
-    same(
-        count_trace(trace, select(trace), wants, threads=threads),
-        count_trace(trace, select(trace), wants, threads=1),
-    )
-    assert ((0,),) in asked
-    assert ((1,),) in asked
+    trace, wants = made(tmp_path / "t"), set(WANTS) - {"token_ids"}
+    alone, opened = counted(trace, wants, threads=1), list[int]()
+    trace.shard = lambda number: opened.append(number) or Trace.shard(trace, number)
+    same(counted(trace, wants, threads=threads), alone)
+    # by each thread, to count one of the two routers, and once to see how long it is
+    assert opened.count(2) == 3
 
 
 def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: Path):
@@ -537,10 +475,8 @@ def test_a_token_id_that_comes_up_more_often_than_a_narrow_row_holds(tmp_path: P
     token_id = np.r_[np.full(70_000, 5), np.full(900, 3)]
     ids_TK = np.where(token_id[:, None] == 5, [[0, 1]], [[2, 3]]).astype(np.uint16)
     settings = {"document": np.arange(len(token_id)) // 1_000, "domain_of_document": ["a", "b"]}
-    trace = write_trace(
-        tmp_path / "t", [ids_TK], 4, token_id=token_id, shard_tokens=30_000, **settings
-    )
-    of = count_trace(trace, select(trace), {"token_ids"}).by_token_id[0]
+    settings |= {"token_id": token_id, "shard_tokens": 30_000}
+    of = counted(write_trace(tmp_path / "t", [ids_TK], 4, **settings), {"token_ids"}).by_token_id[0]
     assert of.expert_N.tolist() == [0, 1, 2, 3]
     assert of.token_id_N.tolist() == [5, 5, 3, 3]
     assert of.count_N.tolist() == of.occurrences_N.tolist() == [70_000, 70_000, 900, 900]

@@ -15,20 +15,7 @@ from moe_inspect.analysis.metrics.registry import METRICS, Metric, listing, metr
 
 metrics()
 E, K, T = 12, 3, 8_800  # so that even counts are whole numbers
-SIZES = {
-    "L": 2,
-    "D": 3,
-    "E": E,
-    "N": E,
-    "S": 5,
-    "V": 6,
-    "W": 4,
-    "U": 7,
-    "M": 17,
-    "X": 4,
-    "P": 9,
-    "2": 2,
-}
+SIZES = dict(zip("LDENSVWUMXP2", (2, 3, E, E, 5, 6, 4, 7, 17, 4, 9, 2), strict=True))
 DECISIONS = 100
 EVEN: dict[str, object] = {
     "together_EE": np.where(np.eye(E, dtype=bool), T * K // E, T * K * (K - 1) // (E * (E - 1))),
@@ -48,26 +35,26 @@ EVEN: dict[str, object] = {
     "any_VE": np.full((6, E), 10),
     "first_choice_VE": np.full((6, E), 10),
     "occurrences_V": np.full(6, 10 * E // K),
-    **dict.fromkeys(("decisions", "logit_decisions", "weight_decisions"), DECISIONS),
     "z_sum": DECISIONS * math.log(E) ** 2,
     "entropy_sum": DECISIONS * math.log(E),
-    "top1_margin_sum": 0.0,
-    "boundary_margin_sum": 0.0,
     "topk_mass_sum": DECISIONS * K / E,
-    "ties": DECISIONS,
     "weight_entropy_sum": DECISIONS * math.log(K),
-    "weight_margin_sum": 0.0,
     "vio_sum_S": np.zeros(5),
-    "mismatch_sum": 0,
-    "common_sum": DECISIONS * K,
-    "chosen": DECISIONS * K,
-    "same_first_sum": DECISIONS,
-    "same_order_sum": DECISIONS,
-    "weights_apart_sum": 0.0,
-    "kl_sum": 0.0,
-    "differing_sum": 0,
-    "gamma_sum": float(DECISIONS),
-    "tokens": DECISIONS,
+    **dict.fromkeys(("common_sum", "chosen"), DECISIONS * K),
+    **dict.fromkeys(
+        (
+            *("decisions", "logit_decisions", "weight_decisions", "ties", "tokens"),
+            *("same_first_sum", "same_order_sum", "gamma_sum"),
+        ),
+        DECISIONS,
+    ),
+    **dict.fromkeys(
+        (
+            *("top1_margin_sum", "boundary_margin_sum", "weight_margin_sum", "weights_apart_sum"),
+            *("kl_sum", "mismatch_sum", "differing_sum"),
+        ),
+        0.0,
+    ),
     "ranks": 4,
     "top_k": K,
     "hits_D": np.full(3, 5),
@@ -75,13 +62,8 @@ EVEN: dict[str, object] = {
     "tokens_P": np.full(E**2, 7),
     "capacity_factor": 1.25,
 }
-WHOLE = (
-    "decisions",
-    "logit_decisions",
-    "weight_decisions",
-    "tokens",
-    "chosen",
-)  # of what a sum is a share
+# of what a sum is a share
+WHOLE = ("decisions", "logit_decisions", "weight_decisions", "tokens", "chosen")
 
 
 def axes_of(parameter: str) -> str:
@@ -162,12 +144,11 @@ def test_numbering_experts_anew_changes_nothing(name: str, seed: int, data: st.D
     if "ranks" in arguments:
         arguments["load_WE"] = rng.permuted(np.arange(SIZES["W"] * E) * 97 % 101).reshape(-1, E)
     order = {"E": data.draw(st.permutations(range(E))), "N": data.draw(st.permutations(range(E)))}
-    turned = value_of(
-        m, {p: renumbered(v, axes_of(p), order) if axes_of(p) else v for p, v in arguments.items()}
-    )
-    np.testing.assert_allclose(
-        turned, renumbered(value_of(m, arguments), m.axes, order), rtol=1e-6, atol=1e-9
-    )
+    turned = {
+        p: renumbered(v, axes_of(p), order) if axes_of(p) else v for p, v in arguments.items()
+    }
+    expected = renumbered(value_of(m, arguments), m.axes, order)
+    np.testing.assert_allclose(value_of(m, turned), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -194,7 +175,7 @@ def test_every_metric_explains_itself(name: str):
 def test_a_name_is_given_once():
     with pytest.raises(AssertionError, match="two metrics gini"):
 
-        @metric(table="balance", ideal=0.0, unit="", range="")
+        @metric("balance", ideal=0.0, range="")
         def gini() -> None:
             pass
 

@@ -39,30 +39,24 @@ def test_domains_on_disjoint_blocks_of_experts(n: int):
 @given(
     arrays(
         np.int64, st.tuples(st.integers(2, 4), st.integers(2, 8)), elements=st.integers(1, 1_000)
-    ),
-    st.data(),
+    )
 )
 @settings(max_examples=50, deadline=None)
-def test_information_has_its_bounds_and_no_favourite_expert(
-    counts_DE: np.ndarray, data: st.DataObject
-):
-    order = data.draw(st.permutations(range(counts_DE.shape[1])))
-    bits = sp.domain_mi_bits(counts_DE)
-    assert -1e-9 <= bits <= np.log2(min(counts_DE.shape)) + 1e-9
-    assert sp.domain_mi_bits(counts_DE[:, order]) == pytest.approx(bits, abs=1e-12)
-    assert sp.jsd_bits(counts_DE[:, order]) == pytest.approx(sp.jsd_bits(counts_DE), abs=1e-12)
+def test_information_has_its_bounds(counts_DE: np.ndarray):
+    assert -1e-9 <= sp.domain_mi_bits(counts_DE) <= np.log2(min(counts_DE.shape)) + 1e-9
     assert -1e-9 <= sp.jsd_bits(counts_DE) <= 1 + 1e-9
 
 
 def test_what_cannot_be_known_is_nan():
-    one_domain = np.ones((1, 4), np.int64)
-    assert np.isnan(sp.domain_mi_bits(one_domain))
-    assert np.isnan(sp.jsd_bits(one_domain))
-    assert np.isnan(sp.domain_mi_null(np.ones((9, 4), np.int64), np.zeros(9, np.int64))).all()
-    assert np.isnan(sp.vocabulary_specialization(np.zeros((0, 4), np.int64)))
-    assert np.isnan(sp.domain_mi_given_token_bits(one_domain, one_domain))
-    assert np.isnan(sp.jsd_null(np.ones((9, 4), np.int64), np.zeros(9, np.int64)))
-    assert np.isnan(sp.token_mi_bits(np.zeros((0, 4), np.int64)))
+    one_domain, none = np.ones((1, 4), np.int64), np.zeros((0, 4), np.int64)
+    documents = np.ones((9, 4), np.int64), np.zeros(9, np.int64)
+    for found in (
+        *(sp.domain_mi_bits(one_domain), sp.jsd_bits(one_domain)),
+        *(sp.domain_mi_null(*documents), sp.jsd_null(*documents)),
+        sp.domain_mi_given_token_bits(one_domain, one_domain),
+        *(sp.vocabulary_specialization(none), sp.token_mi_bits(none)),
+    ):
+        assert np.isnan(found).all()
 
 
 def given_token(counts_XUE: np.ndarray, domain_U: np.ndarray) -> tuple[float, float]:
@@ -167,10 +161,8 @@ def test_uniform_routing_is_within_every_null(tmp_path: Path):
 
 def test_documents_of_their_own_style_are_no_domain(tmp_path: Path):
     rng = np.random.default_rng(1)
-    ids = []
-    for _ in range(L):
-        wish = rng.normal(0, 0.8, (60, E))[DOCUMENT] + rng.gumbel(size=(T, E))
-        ids.append(np.argsort(-wish, axis=1)[:, :K].astype(np.uint16))
+    wish_LTE = rng.normal(0, 0.8, (L, 60, E))[:, DOCUMENT] + rng.gumbel(size=(L, T, E))
+    ids = list(np.argsort(-wish_LTE, axis=2)[..., :K].astype(np.uint16))
     table = specialization(tmp_path / "t", ids, zipf_ids(rng))
     assert (table["domain_mi_bits"] < 1.3 * table["domain_mi_null_p99_bits"]).all()
     given = table["domain_mi_given_token_bits"] - table["domain_mi_given_token_null_bits"]
@@ -197,9 +189,8 @@ def test_vocabulary_is_not_taken_for_topic(tmp_path: Path):
     """Each domain has words of its own and words it shares; the expert follows the word alone."""
     rng = np.random.default_rng(3)
     domain = np.array([sorted(set(DOMAINS)).index(DOMAINS[d]) for d in DOCUMENT])
-    token_id = np.where(
-        rng.random(T) < 0.5, rng.integers(0, 60, T), 60 + domain * 20 + rng.integers(0, 20, T)
-    ).astype(np.int32)
+    own_T = 60 + domain * 20 + rng.integers(0, 20, T)
+    token_id = np.where(rng.random(T) < 0.5, rng.integers(0, 60, T), own_T).astype(np.int32)
     first = rng.integers(0, E, 200)[token_id]
     first = np.where(token_id >= 60, (domain * 2 + token_id % 2) % E, first)
     ids = np.stack([first, (first + 1 + rng.integers(0, E - 1, T)) % E], axis=1).astype(np.uint16)
@@ -216,11 +207,10 @@ def test_expert_as_a_function_of_the_token_id(tmp_path: Path):
     ids = (token_id % E)[:, None].astype(np.uint16)
     of = {"document": DOCUMENT, "domain_of_document": DOMAINS, "token_id": token_id}
     made = report(write_trace(tmp_path / "t", [ids], E, words=401, **of))
-    row = made.tables["specialization"].iloc[0]
+    row, count_V = made.tables["specialization"].iloc[0], np.bincount(token_id)
     assert row["vocabulary_specialization"] == 1
-    frequent_V = np.flatnonzero(np.bincount(token_id) >= 8)
-    count_V = np.bincount(token_id)[frequent_V]
-    share_E = np.bincount(frequent_V % E, count_V, E) / count_V.sum()
+    frequent_V = np.flatnonzero(count_V >= 8)
+    share_E = np.bincount(frequent_V % E, count_V[frequent_V], E) / count_V[frequent_V].sum()
     # H(expert | token id) is 0
     assert row["token_mi_bits"] == pytest.approx(-(share_E * np.log2(share_E)).sum())
     assert row["token_mi_bits"] > 5 * row["token_mi_null_bits"]
@@ -228,7 +218,7 @@ def test_expert_as_a_function_of_the_token_id(tmp_path: Path):
     assert (words["fraction"] == 1).all()
     assert (words["token_id"] % E == words["expert"]).all()
     assert (words["token"] == " w" + words["token_id"].astype(str)).all()
-    assert (words["count"] == np.bincount(token_id)[words["token_id"]]).all()
+    assert (words["count"] == count_V[words["token_id"]]).all()
 
 
 def test_vocabulary_against_counting_by_hand(tmp_path: Path):
