@@ -120,11 +120,8 @@ def drawn_pair(
     """A, B and another run of A (for --noise), as CLEAN_PAIRS says. Of other documents A and B:
     counts, of A decisions where it has no logits."""
     if how == "other documents":
-        of_a = replace(regime, counts=with_logits)
-        return tuple(
-            drawn(root / name, of, seed + 10_000 * n)
-            for n, (name, of) in enumerate((("a", of_a), ("b", replace(regime, counts=True))))
-        )
+        a, b = (replace(regime, counts=counts) for counts in (with_logits, True))
+        return drawn(root / "a", a, seed), drawn(root / "b", b, seed + 10_000)
     rng = np.random.default_rng([seed, regime.E, regime.documents])
     length_U, domain_U = _texts(regime, rng)
     document_T = np.repeat(np.arange(len(length_U)), length_U)
@@ -142,17 +139,10 @@ def drawn_pair(
         return np.where(changed_TE[:, :1], _chosen(regime, changed_TE), ids[r])
 
     runs = [ids, *([again(r) for r in range(regime.L)] for _ in range(2))]
+    names, of_a = ("a", "b", "noise"), logits if with_logits else None
     return tuple(
-        _written(
-            root / name,
-            regime,
-            np.random.default_rng(seed),
-            length_U,
-            domain_U,
-            of_run,
-            logits if with_logits and name == "a" else None,
-        )
-        for name, of_run in zip(("a", "b", "noise"), runs, strict=True)
+        _written(root / name, regime, np.random.default_rng(seed), length_U, domain_U, of_run, of)
+        for name, of_run, of in zip(names, runs, (of_a, None, None), strict=True)
     )
 
 
@@ -168,15 +158,9 @@ def _written(
     document_T = np.repeat(np.arange(len(length_U)), length_U)
     names = [f"domain-{d}" for d in domain_U]
     if regime.counts:
-        loads = [
-            np.stack(
-                [
-                    np.bincount(of_TK[domain_U[document_T] == d].ravel(), minlength=regime.E)
-                    for d in range(regime.domains)
-                ]
-            )
-            for of_TK in ids
-        ]
+        D, E = regime.domains, regime.E
+        first_T1 = domain_U[document_T][:, None] * E
+        loads = [np.bincount((first_T1 + of).ravel(), minlength=D * E).reshape(D, E) for of in ids]
         return write_counts(root, loads, regime.K, sorted(set(names)))
     word_T = np.minimum(rng.zipf(1.3, len(document_T)), regime.words) - 1
     if regime.own_words:
@@ -212,17 +196,10 @@ def monitored(
         ids = _chosen(regime, preferred_TE + rng.gumbel(size=preferred_TE.shape))
         cell = np.repeat(step_T, regime.K) * E + ids.ravel()
         loads.append(np.bincount(cell, minlength=windows * S * E).reshape(windows, S, E))
-    tokens_R = np.full(L, S * 4 * 60)
+    tokens_R, recent = np.full(L, S * 4 * 60), list(np.stack(loads, axis=1))
     return routers(L, E, regime.K), [
-        Window(
-            S * w + 1,
-            S * w + S,
-            [of[w].sum(0) for of in loads],
-            tokens_R,
-            {},
-            [o[w] for o in loads],
-        )
-        for w in range(windows)
+        Window(S * w + 1, S * w + S, list(of_RSE.sum(1)), tokens_R, {}, list(of_RSE))
+        for w, of_RSE in enumerate(recent)
     ]
 
 

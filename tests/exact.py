@@ -23,12 +23,8 @@ def fits_apart(
     every way to distribute them. load_E: float [E], tokens per expert."""
     room = slots // gpus
     for of_each in _replicas(load_E.tolist(), slots, replicas, limit):
-        left = tuple(
-            sorted(
-                ((load / n, n, n > gpus) for load, n in zip(load_E.tolist(), of_each, strict=True)),
-                reverse=True,
-            )
-        )
+        pairs = zip(load_E.tolist(), of_each, strict=True)
+        left = tuple(sorted(((load / n, n, n > gpus) for load, n in pairs), reverse=True))
         each_P = np.repeat([each for each, _, _ in left], [n for _, n, _ in left])
         # two slots per GPU: pairing the heaviest with the lightest is optimal
         if room == 2 and (each_P + each_P[::-1]).max() > limit:
@@ -56,16 +52,11 @@ def _fill(left: Left, room: int, limit: float) -> bool:
             return True
         for others in combinations_with_replacement(range(len(left)), room - 1):
             here = (0, *others)
-            taken = [here.count(i) for i in range(len(left))]
-            fits = all(
-                n <= (expert[1] if expert[2] else 1) for n, expert in zip(taken, left, strict=True)
-            )
+            taken = [(here.count(i), *expert) for i, expert in enumerate(left)]
+            fits = all(gone <= (n if shares else 1) for gone, _, n, shares in taken)
             if fits and sum(left[i][0] for i in here) <= limit:
-                after = (
-                    (each, n - gone, shares)
-                    for gone, (each, n, shares) in zip(taken, left, strict=True)
-                )
-                if fill(tuple(expert for expert in after if expert[1])):
+                after = ((each, n - gone, shares) for gone, each, n, shares in taken if n > gone)
+                if fill(tuple(after)):
                     return True
         return False
 

@@ -23,34 +23,20 @@ def row(
     """A row of `balance` for a router of this load: far beyond chance, unless `columns` say
     otherwise."""
     load_E = np.array(load)
-    found: dict[str, Any] = {
-        name: float(m.function(load_E[None])[0])
-        for name, m in metrics_of("balance", {"load_LE"}).items()
-    }
-    found |= {
-        "experts": len(load),
-        "top_k": k,
-        "assignments": int(load_E.sum()),
-        "busiest_expert": int(load_E.argmax()),
-    }
-    found |= {
-        "tokens": int(load_E.sum()) // k if tokens is None else tokens,
-        "expected_by_chance": 1.01,
-        "design_effect": 1.0,
-        "busiest_p": 0.002,
-        "least_used_p": 0.002,
-        "dropped": np.nan,
-        "drop_rate": np.nan,
-    }
-    most = found["max_over_mean"]
-    found |= {"max_over_mean_low": most - 0.01, "max_over_mean_high": most + 0.01}
-    found |= {
-        "max_vio_batch": found["max_vio"],
-        "noise_floor_batch": 0.01,
-        "load_E": load_E,
-        "passes": {100: (9, 0.0)},
-    }
-    return found | columns
+    known = metrics_of("balance", {"load_LE"}).items()
+    found: dict[str, Any] = {name: np.asarray(m.function(load_E[None])).item() for name, m in known}
+    assignments, most = int(load_E.sum()), found["max_over_mean"]
+    return (
+        found
+        | {"experts": len(load), "top_k": k, "assignments": assignments, "load_E": load_E}
+        | {"busiest_expert": int(load_E.argmax()), "passes": {100: (9, 0.0)}}
+        | {"tokens": assignments // k if tokens is None else tokens, "design_effect": 1.0}
+        | {"expected_by_chance": 1.01, "busiest_p": 0.002, "least_used_p": 0.002}
+        | {"dropped": np.nan, "drop_rate": np.nan, "noise_floor_batch": 0.01}
+        | {"max_over_mean_low": most - 0.01, "max_over_mean_high": most + 0.01}
+        | {"max_vio_batch": found["max_vio"]}
+        | columns
+    )
 
 
 def stub(
@@ -68,21 +54,17 @@ def stub(
     **tables: list[dict[str, Any]],
 ) -> Any:
     """rows: of `balance`, a router each, by layer unless `layers` says otherwise. overload_p: of
-    every row of `domains`. documents: of all
-    domains, or of each. by_domain[r]: [D, E] assignments of router r. `tables`: further ones, as
-    rows; where `domain_of_unit_U` matters domains have the documents given."""
+    every row of `domains`. documents: of all domains, or of each. by_domain[r]: [D, E] assignments
+    of router r. `tables`: further ones, as rows."""
     listed = [
         Router(r if layers is None else layers[r], "", "", one["experts"], one["top_k"])
         for r, one in enumerate(rows)
     ]
     chosen = list(range(len(rows)) if selected is None else selected)
-    each = (
-        [documents // len(domains)] * len(domains)
-        if isinstance(documents, int)
-        else list(documents)
-    )
     if isinstance(documents, int):
-        each[0] += documents - sum(each)
+        share, D = documents // len(domains), len(domains)
+        documents = [documents - share * (D - 1), *[share] * (D - 1)]
+    each = list(documents)
     balance = [{"layer": listed[r].layer, "router": r, **rows[r]} for r in chosen]
     assignments = {
         r: np.array(by_domain[r]) if len(by_domain) else rows[r]["load_E"][None] for r in chosen
@@ -108,48 +90,21 @@ def stub(
             r: SimpleNamespace(batches=rows[r]["passes"], assignments_UE=load_UE[r]) for r in chosen
         },
     )
-    load = [
-        {
-            "layer": listed[r].layer,
-            "router": r,
-            "expert": e,
-            "assignments": int(n),
-            "load_ratio": ratio,
-        }
-        for r in chosen
-        for e, (n, ratio) in enumerate(
-            zip(rows[r]["load_E"], bal.load_ratio(rows[r]["load_E"][None])[0], strict=True)
-        )
-    ]
-    spread = []
+    load, spread = list[dict[str, Any]](), list[dict[str, Any]]()
     for r in chosen:
-        activation_DE = assignments[r] / np.maximum(
-            assignments[r].sum(1, keepdims=True) / rows[r]["top_k"], 1
-        )
+        of, E, k = {"layer": listed[r].layer, "router": r}, rows[r]["experts"], rows[r]["top_k"]
+        ratio_E = bal.load_ratio(rows[r]["load_E"][None])[0]
+        for e, n in enumerate(rows[r]["load_E"]):
+            load.append({**of, "expert": e, "assignments": int(n), "load_ratio": ratio_E[e]})
+        total_D = assignments[r].sum(1)
+        activation_DE = assignments[r] / np.maximum(total_D[:, None] / k, 1)
         lift_DE = activation_DE / np.maximum(activation_DE.mean(0), 1e-9)
         for (d, e), n in np.ndenumerate(assignments[r]):
-            of = {
-                "layer": listed[r].layer,
-                "router": r,
-                "domain": domains[d],
-                "expert": e,
-                "assignments": int(n),
-            }
-            spread.append(
-                {
-                    **of,
-                    "tokens": int(assignments[r][d].sum()) // rows[r]["top_k"],
-                    "activation": activation_DE[d, e],
-                    "lift": lift_DE[d, e],
-                    "expected_by_chance": 1
-                    + noise_floor(
-                        int(assignments[r][d].sum()) // rows[r]["top_k"],
-                        rows[r]["experts"],
-                        rows[r]["top_k"],
-                    ),
-                    "overload_p": overload_p,
-                }
-            )
+            cell = {**of, "domain": domains[d], "expert": e, "assignments": int(n)}
+            cell |= {"tokens": int(total_D[d]) // k, "overload_p": overload_p}
+            cell |= {"activation": activation_DE[d, e], "lift": lift_DE[d, e]}
+            cell["expected_by_chance"] = 1 + noise_floor(cell["tokens"], E, k)
+            spread.append(cell)
     made = {"balance": balance, "load": load, "domains": spread, **tables}
     frames = {name: pd.DataFrame(of) for name, of in made.items()}
     return SimpleNamespace(

@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.load import design_effects
 from moe_inspect.trace.schema import Router
-from tests.damage import edit_manifest
 from tests.synthetic import a_pass, routers, uniform_ids, write_counts, write_passes, write_trace
 from tests.test_counting import same
 
@@ -295,7 +293,8 @@ def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
     activation = made.tables["domains"].groupby(["router", "domain"])["activation"]
     assert activation.sum().tolist() == [2] * 4
     special = made.tables["specialization"]
-    assert special["domain_mi_bits"].iloc[0] > 0 == pytest.approx(special["domain_mi_bits"].iloc[1])
+    some, none = special["domain_mi_bits"]
+    assert some > none == pytest.approx(0)
     unknown = ["domain_mi_null_bits", "token_mi_bits", "domain_mi_given_token_bits"]
     assert special[unknown].isna().all(axis=None)
     assert any("counts only" in note for note in made.notes())
@@ -331,16 +330,6 @@ def test_counts_only_and_decisions_agree(tmp_path: Path):
     columns = ["layer", "router", "domain", "expert", "assignments"]
     a, b = (made.tables["domains"][columns] for made in (routed, counted))
     pd.testing.assert_frame_equal(a, b)
-
-
-def test_damage_is_named(tmp_path: Path):
-    trace = write_trace(tmp_path / "t", **arguments())
-    manifest = json.loads((trace.path / "trace.json").read_text())
-    manifest["routers"][0]["experts"] = 5
-    edit_manifest(trace.path, **manifest)
-    said = "router 0 has 5 experts and an assignment to expert 7"
-    with pytest.raises(MoeInspectError, match=said):
-        report(trace.path).tables["load"]
 
 
 def test_memory_does_not_grow_with_documents(tmp_path: Path):

@@ -26,23 +26,19 @@ def routed(
 ) -> Trace:
     """Each domain has an expert of its own, whose logit is `effect` higher; documents have a taste
     besides."""
-    rng = np.random.default_rng(seed)
-    document_T = np.arange(T) // (T // documents)
-    own_DE = effect * np.eye(E)[:domains]
-    ids = []
+    rng, ids, document_T = np.random.default_rng(seed), [], np.arange(T) // (T // documents)
+    own_UE = effect * np.eye(E)[np.arange(documents) % domains]
     for _ in range(L):
-        logits_UE = own_DE[np.arange(documents) % domains] + rng.normal(0, 0.3, (documents, E))
+        logits_UE = own_UE + rng.normal(0, 0.3, (documents, E))
         logits_TE = logits_UE[document_T] + rng.gumbel(size=(T, E))
         ids.append(np.argsort(-logits_TE, 1)[:, :K].astype(np.uint16))
-    names = [f"domain {d}" for d in range(domains)]
-    token_id = rng.integers(0, 50, T)
-    return write_trace(
-        root, ids, E, document=document_T, domain_of_document=names, token_id=token_id
-    )
+    of = {"document": document_T, "domain_of_document": [f"domain {d}" for d in range(domains)]}
+    return write_trace(root, ids, E, token_id=rng.integers(0, 50, T), **of)
 
 
-def domain_finding(made: Any) -> Any:
-    return next(one for one in made.verdict() if one.kind == "domain_specialization")
+def domain_finding(of: Trace, baseline: Trace) -> Any:
+    made = moe_inspect.report(of, baseline=baseline).verdict()
+    return next(one for one in made if one.kind == "domain_specialization")
 
 
 def test_the_columns_are_those_of_both_reports():
@@ -58,20 +54,19 @@ def test_the_columns_are_those_of_both_reports():
 
 def test_the_sentence_says_what_is_beyond_it(tmp_path: Path):
     strong, weak = (routed(tmp_path / f"{x}", x, seed=1) for x in (1.5, 0.7))
-    found = domain_finding(moe_inspect.report(strong, baseline=weak))
+    found = domain_finding(strong, weak)
     assert (found.severity, found.values["specialised_routers"]) == ("good", 2)
     table: Any = moe_inspect.report(weak).tables["specialization"]
     its = table["domain_mi_bits"] - table["domain_mi_null_bits"]
     assert f"{its[found.router]:.3f} in the baseline too" in found.text
     for other in (routed(tmp_path / "alike", 0.7, seed=2), strong):
-        found = domain_finding(moe_inspect.report(weak, baseline=other))
+        found = domain_finding(weak, other)
         assert (found.severity, found.values["specialised_routers"]) == ("note", 0)
         assert "but no more than the baseline's as far as these documents tell" in found.text
     few = routed(tmp_path / "few", 1.5, seed=1, documents=6)
-    assert "Too few documents" in domain_finding(moe_inspect.report(few, baseline=weak)).text
+    assert "Too few documents" in domain_finding(few, weak).text
     # a baseline of few documents does not tell either
-    found = domain_finding(moe_inspect.report(strong, baseline=few))
-    assert found.values["specialised_routers"] == 0
+    assert domain_finding(strong, few).values["specialised_routers"] == 0
 
 
 def test_other_sentences_name_the_baseline_and_none_without():

@@ -18,7 +18,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.chance import REGIMES, Planted, drawn
+from tests.chance import REGIMES, drawn
 from tests.synthetic import uniform_ids, write_trace
 
 TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
@@ -175,17 +175,6 @@ def test_reports_on_chance_hardly_ever_claim_anything(tmp_path: Path):
         for seed in range(3)
     }
     assert sum(map(bool, claimed.values())) < 5, claimed
-
-
-def test_reports_find_what_is_planted(tmp_path: Path):
-    """The same regimes with something in them: positive controls."""
-    busy = drawn(tmp_path / "a", REGIMES["iid 64/8"], 0, Planted(1.5))
-    (balance,) = [f for f in report(busy).verdict() if f.kind == "balance"]
-    assert (balance.severity, balance.router) == ("warning", 1)
-    domain = drawn(tmp_path / "b", REGIMES["iid 64/8"], 0, Planted(2.5, one_domain=True))
-    kinds = {f.kind: f for f in report(domain).verdict()}
-    assert kinds["overloading_domain"].values["domain"] == "domain-1"
-    assert kinds["overloading_domain"].values["expert"] == 5
 
 
 def rising(root: Path, documents: int, rise: float) -> Finding | None:

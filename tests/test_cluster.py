@@ -24,11 +24,12 @@ from moe_inspect.importers import values as lines
 from moe_inspect.simulate.capacity import Drops
 from moe_inspect.simulate.placement import windows
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.schema import LOSS, Router
+from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document
 from tests import foreign
 from tests.conftest import Cli
+from tests.synthetic import a_pass, routers, write_passes
 
 distributed = pytest.importorskip("distributed")
 BATCHES, BATCH, L, E, K = 6, 200, 3, 8, 2
@@ -49,41 +50,34 @@ def client() -> Iterator[Any]:
 def made(root: Path, seed: int = 0, shard_tokens: int = 400) -> Trace:
     """With all that a trace may have: weights, logits, norms, losses, several domains and
     phases."""
-    rng, listed = np.random.default_rng(seed), [Router(i, "gate", f"{i}", E, K) for i in range(L)]
-    has = {"weights": True, "norms": True, "token_loss": True}
-    with TraceWriter(
-        root,
-        {"model": {"id": "synthetic"}, "capture": has},
-        listed,
-        logits=True,
-        norms=True,
-        token_loss=True,
-        shard_tokens=shard_tokens,
-    ) as writer:
-        for b in range(BATCHES):
-            document = np.arange(BATCH, dtype=np.int32) // 40 + b * BATCH // 40
-            logits = [rng.normal(size=(BATCH, E)).astype(np.float16) for _ in listed]
-            writer.write(
-                RoutedBatch(
-                    b,
-                    np.random.default_rng(b).zipf(1.5, BATCH).clip(max=60).astype(np.int32),
-                    document,
-                    document,
-                    np.arange(BATCH, dtype=np.int32) % 40,
-                    (document % 3).astype(np.int32),
-                    DOMAINS,
-                    [np.argsort(-of, axis=1)[:, :K].astype(np.uint16) for of in logits],
-                    [rng.random((BATCH, K)).astype(np.float16) for _ in listed],
-                    [Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
-                    "decode" if b % 2 else "prefill",
-                    extras={
-                        "logits": logits,
-                        "norms": [rng.random((BATCH, K)).astype(np.float16) for _ in listed],
-                    },
-                    token_values={n: rng.random(BATCH).astype(np.float32) for n in LOSS},
-                )
+    rng, passes = np.random.default_rng(seed), []
+
+    def halves(*shape: int) -> list[np.ndarray]:
+        return [rng.random(shape).astype(np.float16) for _ in range(L)]
+
+    for b in range(BATCHES):
+        document = np.arange(BATCH, dtype=np.int32) // 40 + b * BATCH // 40
+        logits = [rng.normal(size=(BATCH, E)).astype(np.float16) for _ in range(L)]
+        ids = [np.argsort(-of, axis=1)[:, :K].astype(np.uint16) for of in logits]
+        passes.append(
+            a_pass(
+                b,
+                ids,
+                token_id=np.random.default_rng(b).zipf(1.5, BATCH).clip(max=60).astype(np.int32),
+                document=document,
+                position=np.arange(BATCH, dtype=np.int32) % 40,
+                domain=document % 3,
+                domains=DOMAINS,
+                weights=halves(BATCH, K),
+                documents=[Document(int(d), DOMAINS[d % 3], "", 40) for d in np.unique(document)],
+                phase="decode" if b % 2 else "prefill",
+                extras={"logits": logits, "norms": halves(BATCH, K)},
+                token_values={name: rng.random(BATCH).astype(np.float32) for name in LOSS},
             )
-    return moe_inspect.open_trace(root)
+        )
+    has = dict.fromkeys(("weights", "norms", "token_loss"), True)
+    options = {**has, "logits": True, "manifest": {"capture": has}, "shard_tokens": shard_tokens}
+    return write_passes(root, routers(L, E, K), passes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +87,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 def same_tables(there: Any, here: Any) -> None:
     assert list(there.tables) == list(here.tables)
-    for name in here.tables:
-        pd.testing.assert_frame_equal(
-            there.tables[name], here.tables[name], check_exact=True, obj=name
-        )
+    for name, table in here.tables.items():
+        pd.testing.assert_frame_equal(there.tables[name], table, check_exact=True, obj=name)
 
 
 def test_a_report(trace: Trace, client: Any, monkeypatch: pytest.MonkeyPatch):
@@ -137,8 +129,8 @@ def test_many_shards_are_added_up_in_runs(
 ):
     assert tasks.runs_of(trace) == [range(1), range(1, 2), range(2, 3)]
     assert len(tasks.runs_of(trace, 100_000)) == 8
-    monkeypatch.setattr(tasks, "WORTH_A_TASK", 1)
-    assert len(tasks.runs_of(trace, 100_000)) == 513
+    long: Any = SimpleNamespace(n_shards=100_000, n_tokens=10**13, routers=trace.routers)
+    assert len(tasks.runs_of(long)) == 513
     monkeypatch.setattr(tasks, "MOST_RUNS", 1)
     assert tasks.runs_of(trace) == [range(3)]
     by_url = moe_inspect.open_trace(f"file://{trace.path}", scheduler=client)
@@ -152,20 +144,19 @@ def test_many_shards_are_added_up_in_runs(
         assert (here.weight_sum_E(r) == there.weight_sum_E(r)).all()
 
 
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        ([0, 255], np.uint8),
-        ([-1, 200], np.int16),
-        ([0, 2**32 - 1], np.uint32),
-        ([0, 2**32], np.int64),
-        ([-(2**31) - 1, 0], np.int64),
-    ],
-)
-def test_what_is_sent_is_narrow_and_the_same(values: list[int], kind: type):
+ENDS = {
+    np.uint8: [(0, 255)],
+    np.int16: [(-1, 200)],
+    np.uint32: [(0, 2**32 - 1)],
+    np.int64: [(0, 2**32), (-(2**31) - 1, 0)],
+}
+
+
+@pytest.mark.parametrize(("kind", "values"), [(kind, of) for kind in ENDS for of in ENDS[kind]])
+def test_what_is_sent_is_narrow_and_the_same(kind: type, values: tuple[int, int]):
     sent = narrowed(np.array(values))
     assert sent.dtype == kind
-    assert sent.tolist() == values
+    assert sent.tolist() == list(values)
     assert narrowed(np.array([0.5])).dtype == np.float64
     assert narrowed(None) is None
     drops = Drops(1, 1, {}, *[np.full(1_000, values[1])] * 7)
@@ -197,32 +188,35 @@ def test_what_goes_wrong_is_said_in_a_line(
 
     with pytest.raises(MoeInspectError, match="no dask scheduler answers at nonsense"):
         counted("nonsense://nowhere:1")
-    shutil.copytree(str(trace.path), tmp_path / "moved")
-    moved = moe_inspect.open_trace(tmp_path / "moved")
-    shutil.rmtree(tmp_path / "moved")
-    with pytest.raises(MoeInspectError, match=r"the worker inproc://.* cannot read the trace"):
-        counted(client, moved)
-    # (at a path of its own: tasks of the pass before may still come to look at that one)
-    shutil.copytree(str(trace.path), tmp_path / "replaced")
-    replaced = moe_inspect.open_trace(tmp_path / "replaced")
-    text = (tmp_path / "replaced" / "trace.json").read_text()
-    (tmp_path / "replaced" / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
-    with pytest.raises(MoeInspectError, match="has a different trace at"):
-        counted(client, replaced)
-    shutil.copytree(str(trace.path), tmp_path / "damaged")
-    damaged = moe_inspect.open_trace(tmp_path / "damaged")
-    (tmp_path / "damaged" / "routing" / "part-0-0.parquet").unlink()
-    with pytest.raises(Damaged, match=r"damaged trace: routing/part-0-0\.parquet"):
-        counted(client, damaged)
+
+    def replaced(path: Path) -> None:
+        text = (path / "trace.json").read_text()
+        (path / "trace.json").write_text(text.replace('"synthetic"', '"another"'))
+
+    for n, (harm, error, said) in enumerate(
+        (
+            (shutil.rmtree, MoeInspectError, r"the worker inproc://.* cannot read the trace"),
+            (replaced, MoeInspectError, "has a different trace at"),
+            (
+                lambda path: (path / "routing" / "part-0-0.parquet").unlink(),
+                Damaged,
+                r"damaged trace: routing/part-0-0\.parquet",
+            ),
+        )
+    ):
+        # at a path of its own: tasks of the pass before may still come to look at that one
+        shutil.copytree(str(trace.path), tmp_path / str(n))
+        harmed = moe_inspect.open_trace(tmp_path / str(n))
+        harm(tmp_path / str(n))
+        with pytest.raises(error, match=said):
+            counted(client, harmed)
     here = tasks.installed()
     tasks.check_versions({"tcp://w:1": here}, here)
     with pytest.raises(MoeInspectError, match=r"tcp://w:1 has moe-inspect 0\.0, this process"):
         tasks.check_versions({"tcp://w:1": here | {"moe-inspect": "0.0"}}, here)
+    killed = SimpleNamespace(address="tcp://w:1")
     for error, said in (
-        (
-            distributed.scheduler.KilledWorker("part", SimpleNamespace(address="tcp://w:1"), 3),
-            "died repeatedly",
-        ),
+        (distributed.scheduler.KilledWorker("part", killed, 3), "died repeatedly"),
         (distributed.client.FutureCancelledError("part", "lost"), "was lost"),
     ):
         with pytest.raises(MoeInspectError, match=said), tasks.cluster(client, [trace]):

@@ -3,6 +3,7 @@ other, whether documents are hard or not."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.counting.samples import SampledLosses
-from moe_inspect.analysis.losses import CellLosses, add_p, by_expert
-from moe_inspect.trace.schema import LOSS, Router
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
+from moe_inspect.trace.schema import LOSS
+from moe_inspect.trace.writer import Document
+from tests.synthetic import a_pass, routers, write_passes
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +68,14 @@ def losses_of(rng: np.random.Generator, planted: float, S: int = 4000, E: int = 
     takes_S = rng.random(S) < planted
     slot_S[takes_S & (loss_S > token_id_S / 10 + 1)] = 3
     slot_S[rng.random(S) < 0.01] = E
-    zero_S = np.zeros(S, np.int64)
-    return SampledLosses(
-        (0,),
-        loss_S,
-        loss_S,
-        token_id_S,
-        document_S,
-        document_S % 2,
-        zero_S,
-        ["a", "b"],
-        [""],
-        {0: (slot_S,)},
-    )
+    of_S = loss_S, loss_S, token_id_S, document_S, document_S % 2, np.zeros(S, np.int64)
+    return SampledLosses((0,), *of_S, ["a", "b"], [""], {0: (slot_S,)})
+
+
+def found_in(of: SampledLosses) -> ExpertLosses:
+    found = by_expert(CellLosses.of(of), of.slots[0], 8)
+    add_p([found])
+    return found
 
 
 def test_a_token_is_compared_with_the_others_not_with_itself() -> None:
@@ -97,9 +94,7 @@ def smallest_p(rng: np.random.Generator, planted: float, difficulty: float) -> n
     of.loss_S[:] += difficulty * rng.normal(size=40)[of.document_S]
     favours_S = rng.random(len(of.loss_S)) < 0.3
     of.slots[0][0][favours_S] = rng.integers(0, 8, 40)[of.document_S[favours_S]]
-    found = by_expert(CellLosses.of(of), of.slots[0], 8)
-    add_p([found])
-    return found.difference_p
+    return found_in(of).difference_p
 
 
 @pytest.mark.parametrize("difficulty", [0, 1])
@@ -112,14 +107,11 @@ def test_a_p_value_is_of_documents_and_of_all_experts(difficulty: float) -> None
 
 
 def test_what_is_planted_is_found_and_nothing_else() -> None:
-    of = losses_of(np.random.default_rng(2), 0.3)
-    found = by_expert(CellLosses.of(of), of.slots[0], 8)
+    found, beyond = found_in(losses_of(np.random.default_rng(2), 0.3)), 0
     assert found.difference_nats[3] > 2 * found.difference_null_p99[3]
     assert found.difference_low[3] > 0.1
-    beyond = 0
     for seed in range(50):
-        of = losses_of(np.random.default_rng(seed), 0)
-        found = by_expert(CellLosses.of(of), of.slots[0], 8)
+        found = found_in(losses_of(np.random.default_rng(seed), 0))
         beyond += int((np.abs(found.difference_nats) > found.difference_null_p99).sum())
     assert beyond <= 12  # of 400 four are expected
     # token ids alone make the experts differ: that is explained
@@ -134,10 +126,10 @@ def test_the_interval_is_over_documents() -> None:
         of = losses_of(rng, 0)
         at_3_S = of.slots[0][0] == 3
         of.loss_S[:] += at_3_S * rng.normal(size=40)[of.document_S]
-        found.append(by_expert(CellLosses.of(of), of.slots[0], 8))
+        found.append(found_in(of))
         of = losses_of(rng, 0)
         of.loss_S[:] += rng.normal(size=40)[of.document_S]
-        hard.append(by_expert(CellLosses.of(of), of.slots[0], 8))
+        hard.append(found_in(of))
     difference_N3, low, high = (
         np.array([getattr(one, f"difference_{name}") for one in found])[:, 3]
         for name in ("nats", "low", "high")
@@ -147,9 +139,7 @@ def test_the_interval_is_over_documents() -> None:
     width = np.mean([one.difference_high[3] - one.difference_low[3] for one in hard])
     assert width < np.mean(high - low) / 2
     for documents, known in ((4, False), (7, True)):
-        few = SampledLosses(**{**vars(of), "document_S": of.document_S % documents})
-        found = by_expert(CellLosses.of(few), few.slots[0], 8)
-        add_p([found])
+        found = found_in(replace(of, document_S=of.document_S % documents))
         assert np.isfinite(found.difference_low).all() == known
         assert np.isnan(found.difference_p).all()  # too few to tell
 
@@ -158,35 +148,23 @@ def written(path: Path, planted: float, documents: int = 40) -> moe_inspect.Trac
     """A trace of `losses_of`."""
     of = losses_of(np.random.default_rng(5), planted)
     of.document_S[:] %= documents
-    S = len(of.loss_S)
     order = np.argsort(of.document_S, kind="stable")
     document = of.document_S[order].astype(np.int32)
-    position = np.arange(S) - np.searchsorted(document, document)
-    slot_S = of.slots[0][0][order]
-    ids = np.where(slot_S < 8, slot_S, 255).astype(np.uint8)[:, None]
-    loss = of.loss_S[order].astype(np.float32) + 3
-    with TraceWriter(
-        path, {"model": {"id": "x"}}, [Router(0, "e", "e", 8, 1)], weights=False, token_loss=True
-    ) as writer:
-        listed = [
-            Document(d, "ab"[d % 2], f"{d}", int((document == d).sum())) for d in range(documents)
-        ]
-        writer.write(
-            RoutedBatch(
-                0,
-                of.token_id_S[order].astype(np.int32),
-                document,
-                document,
-                position.astype(np.int32),
-                document % 2,
-                ["a", "b"],
-                [ids],
-                None,
-                documents=listed,
-                token_values=dict.fromkeys(LOSS, loss),
-            )
-        )
-    return moe_inspect.open_trace(path)
+    position = np.arange(len(document)) - np.searchsorted(document, document)
+    slot_S, loss = of.slots[0][0][order], of.loss_S[order].astype(np.float32) + 3
+    lengths = enumerate(np.bincount(document, minlength=documents).tolist())
+    one = a_pass(
+        0,
+        [np.where(slot_S < 8, slot_S, 255).astype(np.uint8)[:, None]],
+        token_id=of.token_id_S[order].astype(np.int32),
+        document=document,
+        position=position.astype(np.int32),
+        domain=document % 2,
+        domains=["a", "b"],
+        documents=[Document(d, "ab"[d % 2], f"{d}", length) for d, length in lengths],
+        token_values=dict.fromkeys(LOSS, loss),
+    )
+    return write_passes(path, routers(1, 8, 1), [one], token_loss=True)
 
 
 def test_the_verdict_speaks_of_it_only_beyond_chance(tmp_path: Path) -> None:

@@ -23,54 +23,46 @@ from tests.synthetic import write_counts, write_trace
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 ESFT, FIDDLER = REAL / "esft_law", REAL / "fiddler_mixtral"
 SGLANG, TENSORRT = REAL / "sglang", REAL / "tensorrt_llm"
-needs_esft = pytest.mark.skipif(not ESFT.is_dir(), reason=f"no {ESFT}")
-needs_sglang = pytest.mark.skipif(not SGLANG.is_dir(), reason=f"no {SGLANG}")
-needs_tensorrt = pytest.mark.skipif(not TENSORRT.is_dir(), reason=f"no {TENSORRT}")
-needs_fiddler = pytest.mark.skipif(not FIDDLER.is_dir(), reason=f"no {FIDDLER}")
+needs_esft, needs_sglang, needs_tensorrt, needs_fiddler = (
+    pytest.mark.skipif(not of.is_dir(), reason=f"no {of}")
+    for of in (ESFT, SGLANG, TENSORRT, FIDDLER)
+)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def parsed(layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids [T, 6], weights [T, 6], document [T]; a line is a sequence: ids, a gap, weights."""
-    ids, weights, document = [], [], []
-    for number, line in enumerate((ESFT / f"expert_weights_{layer}.txt").read_text().splitlines()):
-        left, right = line.split("\t\t")
-        ids.append(np.array(left.split("\t"), np.uint16).reshape(-1, 6))
-        weights.append(np.array(right.split("\t"), np.float32).reshape(-1, 6))
-        document += [number] * len(ids[-1])
-    return np.concatenate(ids), np.concatenate(weights), np.array(document)
+    lines = (ESFT / f"expert_weights_{layer}.txt").read_text().splitlines()
+    left, right = zip(*(line.split("\t\t") for line in lines), strict=True)
+    ids = [np.array(of.split("\t"), np.uint16).reshape(-1, 6) for of in left]
+    weights = [np.array(of.split("\t"), np.float32).reshape(-1, 6) for of in right]
+    document = np.repeat(np.arange(len(ids)), [*map(len, ids)])
+    return np.concatenate(ids), np.concatenate(weights), document
 
 
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    layers = [parsed(layer) for layer in range(1, 27)]
-    document = layers[0][2]
-    shortest = min(len(ids) for ids, _, _ in layers)
-    assert shortest == len(document)
-    root = tmp_path_factory.mktemp("esft") / "t"
-    return write_trace(
-        root,
-        [i for i, _, _ in layers],
-        64,
-        document=document,
-        weights=[w for _, w, _ in layers],
-        layers=range(1, 27),
-    )
+    ids, weights, (document, *_) = zip(*(parsed(layer) for layer in range(1, 27)), strict=True)
+    assert min(map(len, ids)) == len(document)
+    root, more = tmp_path_factory.mktemp("esft") / "t", {"weights": weights, "document": document}
+    return write_trace(root, ids, 64, layers=range(1, 27), **more)
 
 
 @needs_esft
 def test_deepseek_v2_lite_has_the_scores_its_authors_published(deepseek: Trace):
-    published = json.loads((ESFT / "summary.json").read_text())
+    published = read(ESFT / "summary.json")
     esft = report(deepseek).tables["esft"].set_index(["layer", "expert"])
-    share, gate = esft["token_score"], esft["gate_score"]
     pairs = [(layer, expert) for layer in range(1, 27) for expert in range(64)]
-    token_scores = np.array([published["token_scores"][str(layer)][str(e)] for layer, e in pairs])
-    gate_scores = np.array([published["gate_scores"][str(layer)][str(e)] for layer, e in pairs])
-    # published to 4 digits
-    assert np.abs(share.loc[pairs].to_numpy() - token_scores).max() <= 5.1e-5
-    # and the weights are stored to fp16
-    assert np.abs(gate.loc[pairs].to_numpy() - gate_scores).max() <= 1e-4
-    # positive control: one layer against another is far off
-    assert np.abs(share.loc[pairs[:64]].to_numpy() - token_scores[64:128]).max() > 5e-3
+    # published to 4 digits; and the weights are stored to fp16
+    for name, near in (("token_score", 5.1e-5), ("gate_score", 1e-4)):
+        theirs = np.array([published[f"{name}s"][str(layer)][str(e)] for layer, e in pairs])
+        ours = esft[name].loc[pairs].to_numpy()
+        assert np.abs(ours - theirs).max() <= near
+        # positive control: one layer against another is far off
+        assert np.abs(ours[:64] - theirs[64:128]).max() > 5e-3
 
 
 @needs_esft
@@ -91,7 +83,7 @@ def test_deepseek_v2_lite_is_unbalanced_on_law_and_the_verdict_says_so(deepseek:
 @pytest.mark.parametrize("model", ["mixtral_8x7b_original", "mixtral_8x7b_instruct"])
 def test_mixtral_on_mmlu(model: str, tmp_path: Path):
     files = sorted((FIDDLER / model).glob("*.json"))
-    counts_DLE = np.array([json.loads(f.read_text())["expert_popularity"] for f in files])
+    counts_DLE = np.array([read(f)["expert_popularity"] for f in files])
     assert counts_DLE.shape == (7, 32, 8)
     subjects = [f.stem.removeprefix("expert_popularity_") for f in files]
     made = report(write_counts(tmp_path / "t", list(counts_DLE.transpose(1, 0, 2)), 2, subjects))
@@ -102,14 +94,12 @@ def test_mixtral_on_mmlu(model: str, tmp_path: Path):
     if model.endswith("original"):
         assert by_subject.max() == pytest.approx(1.99, abs=0.01)
         assert np.unravel_index(by_subject.argmax(), by_subject.shape)[1] == 16
-        assert (1 / np.array([bal.min_over_max(c) for c in counts_DLE])).max() == pytest.approx(
-            46.5, abs=0.1
-        )
-        least = (
+        least = np.min([bal.min_over_max(c) for c in counts_DLE])
+        assert 1 / least == pytest.approx(46.5, abs=0.1)
+        assert (
             "Expert 3 of layer 11 is the least used: 0.22x the mean load. That layer's busiest "
-            "expert gets 5.6 times as much"
-        )
-        assert f'{least} (46.5 times on "international_law").' in sentences(made)
+            'expert gets 5.6 times as much (46.5 times on "international_law").'
+        ) in sentences(made)
 
 
 def load_by_layer(trace: Trace) -> dict[int, list[int]]:
@@ -119,27 +109,20 @@ def load_by_layer(trace: Trace) -> dict[int, list[int]]:
 
 @needs_sglang
 def test_every_token_of_sglangs_recorder_is_read(tmp_path: Path):
-    trace = import_trace(
-        "sglang", [SGLANG / "per_token"], tmp_path / "t", model=SGLANG / "cfg.json"
-    )
-    truth = json.loads((SGLANG / "per_token.truth.json").read_text())
+    config = SGLANG / "cfg.json"
+    trace = import_trace("sglang", [SGLANG / "per_token"], tmp_path / "t", model=config)
+    truth = read(SGLANG / "per_token.truth.json")
     assert load_by_layer(trace) == {layer: load for layer, load in enumerate(truth) if any(load)}
 
 
 @needs_sglang
 def test_a_ring_of_sglangs_recorder_that_has_wrapped_is_told(tmp_path: Path):
     """Three of six passes are in the file: less than the truth everywhere, and more nowhere."""
-    said: list[str] = []
-    trace = import_trace(
-        "sglang",
-        [SGLANG / "stat_ring3"],
-        tmp_path / "t",
-        model=SGLANG / "cfg.json",
-        warn=said.append,
-    )
-    truth = json.loads((SGLANG / "stat_ring3.truth.json").read_text())
-    assert len(said) == 1
-    assert "all 3 rows of logical_count are filled" in said[0]
+    said, model = list[str](), SGLANG / "cfg.json"
+    ring = [SGLANG / "stat_ring3"]
+    trace = import_trace("sglang", ring, tmp_path / "t", model=model, warn=said.append)
+    truth, (line,) = read(SGLANG / "stat_ring3.truth.json"), said
+    assert "all 3 rows of logical_count are filled" in line
     for layer, load in load_by_layer(trace).items():
         assert 0 < sum(load) < sum(truth[layer])
         assert (np.array(load) <= truth[layer]).all()
@@ -149,7 +132,7 @@ def test_a_ring_of_sglangs_recorder_that_has_wrapped_is_told(tmp_path: Path):
 @needs_tensorrt
 def test_tensorrt_llms_counts_are_those_of_all_ranks(tmp_path: Path):
     trace = import_trace("tensorrt-llm", [TENSORRT / "stat"], tmp_path / "t")
-    truth = json.loads((TENSORRT / "stat.truth.json").read_text())
+    truth = read(TENSORRT / "stat.truth.json")
     assert load_by_layer(trace) == {int(layer): load for layer, load in truth.items()}
 
 
@@ -157,12 +140,11 @@ def test_tensorrt_llms_counts_are_those_of_all_ranks(tmp_path: Path):
 def test_the_experts_to_train_are_those_that_esfts_authors_published(tmp_path: Path):
     trace = import_trace("esft", [ESFT], tmp_path / "t")
     export_trace(trace, "esft", tmp_path / "e")
-    ours = json.loads((tmp_path / "e/esft_law/expert_cfg.json").read_text())
-    published = json.loads((ESFT / "expert_config_law.json").read_text())
+    ours = read(tmp_path / "e/esft_law/expert_cfg.json")
+    published = read(ESFT / "expert_config_law.json")
     assert ours.keys() == published.keys()
-    assert {layer: sorted(experts) for layer, experts in ours["experts"].items()} == {
-        layer: sorted(experts) for layer, experts in published["experts"].items()
-    }
+    a, b = ({n: sorted(of) for n, of in x["experts"].items()} for x in (ours, published))
+    assert a == b
 
 
 def real(folder: str, format: str, root: Path, **how: Any) -> Trace:
@@ -175,7 +157,7 @@ def test_deepseek_v3_has_58_layers_with_experts(tmp_path: Path):
     trace = real("deepseek_loads", "sglang-json", tmp_path / "t", top_k=8)
     assert [(r.layer, r.experts) for r in trace.routers] == [(n, 256) for n in range(3, 61)]
     files = sorted((REAL / "deepseek_loads").iterdir())
-    load_DLE = np.array([json.loads(f.read_text())["logical_count"] for f in files])
+    load_DLE = np.array([read(f)["logical_count"] for f in files])
     counts = trace.counts().sort_values(["domain", "layer", "expert"])
     assert np.array_equal(counts["assignments"], load_DLE[:, 3:].ravel())
 
@@ -184,7 +166,7 @@ def test_glm_52_has_the_counts_and_gate_sums_of_its_files(tmp_path: Path):
     trace = real("glm52", "glm-merged", tmp_path / "t")
     counts = trace.counts().sort_values(["domain", "layer", "expert"])
     files = sorted((REAL / "glm52").glob("merged_*"))
-    layers = [json.loads(f.read_text())["layers"].values() for f in files]
+    layers = [read(f)["layers"].values() for f in files]
     for name, ours in (("cnt", "assignments"), ("gate", "weight_sum")):
         theirs = np.array([[layer[name] for layer in of] for of in layers])
         assert np.array_equal(counts[ours].to_numpy(), theirs.ravel())
@@ -222,11 +204,8 @@ def test_deepseek_v2_lite_by_token_shares_experts_as_published(tmp_path: Path):
     trace = real("deepseek_v2_lite_tokens", "moe-beyond", tmp_path / "t")
     shapes = [(r.layer, r.experts, r.top_k) for r in trace.routers]
     assert shapes == [(layer, 64, 6) for layer in range(1, 27)]
-    assert trace.vocabulary()["token"].tolist()[:3] == [
-        "<｜begin▁of▁sentence｜>",
-        "something",
-        "▁to",
-    ]
+    first = ["<｜begin▁of▁sentence｜>", "something", "▁to"]
+    assert trace.vocabulary()["token"].tolist()[:3] == first
     ids_LTK = np.array([trace.routing(layer=n).filter(like="expert_") for n in range(1, 27)])
     document_T = trace.tokens()["document"].to_numpy()
     for length, expected in ((2, 1.73), (4, 2.91), (8, 4.65), (16, 6.74)):

@@ -33,6 +33,7 @@ from tests.test_compare_loss import worse
 from tests.test_compare_steps import history, loads
 
 T, E, K = 6_000, 8, 2
+LEK = 4, 16, 4  # of texts that are misrecorded
 
 
 def woven(root: Path, documents: int = 60) -> Any:
@@ -45,10 +46,8 @@ def woven(root: Path, documents: int = 60) -> Any:
     logits[2, :, 3] += 3 * at_T / T - 1.5
     logits[3] = logits[2] + rng.gumbel(size=(T, E)) / 4
     ids = [np.argsort(-of_TE, 1)[:, :K].astype(np.uint16) for of_TE in logits]
-    document = at_T * documents // T
-    return write_trace(
-        root, ids, E, document=document, domain_of_document=DOMAINS, batch_tokens=250
-    )
+    of = {"document": at_T * documents // T, "domain_of_document": DOMAINS}
+    return write_trace(root, ids, E, batch_tokens=250, **of)
 
 
 def opposed(root: Path, tokens: int = T) -> Any:
@@ -61,9 +60,7 @@ def opposed(root: Path, tokens: int = T) -> Any:
 
 
 def counts(root: Path, *loads: list[list[int]], times: int = 1) -> Any:
-    return write_counts(
-        root, [times * np.array(load) for load in loads], K, ["a", "b", "c"][: len(loads[0])]
-    )
+    return write_counts(root, [times * np.array(of) for of in loads], K, "abc"[: len(loads[0])])
 
 
 def zeros(name: str, k: int, L: int, tokens: int = 3_000) -> Callable[[Path], Any]:
@@ -84,7 +81,7 @@ def zeros(name: str, k: int, L: int, tokens: int = 3_000) -> Callable[[Path], An
 
 
 def misrecorded(
-    fault: str, tokens: int = 600, shape: tuple[int, int, int] = (4, 16, 4)
+    fault: str, tokens: int = 600, shape: tuple[int, int, int] = LEK
 ) -> Callable[[Path], Any]:
     """The first tokens of a text, and a second run of it with that fault; L, E, k."""
 
@@ -106,8 +103,8 @@ def of_documents_alone(root: Path) -> Any:
     return moe_inspect.compare(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
 
 
-def ten_tokens() -> np.ndarray:
-    return np.arange(len(routes()[0])) < 10
+def first(tokens: int) -> np.ndarray:
+    return np.arange(len(routes()[0])) < tokens
 
 
 def other_model(root: Path) -> Any:
@@ -262,25 +259,22 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "last tokens": lambda root: last_tokens(root, 60),
     "last tokens, 4 documents": lambda root: last_tokens(root, 4),
     "same": lambda root: said(root, routes(), routes()),
-    "10 tokens changed": lambda root: said(
-        root, routes(), changed(routes(), ten_tokens(), router=0)
-    ),
+    "10 tokens changed": lambda root: said(root, routes(), changed(routes(), first(10), router=0)),
     "recorded otherwise": recorded_otherwise,
     # misrecorded
-    "routes shifted": misrecorded("routes shifted by one"),
-    "routes shifted, 5 tokens": misrecorded("routes shifted by one", 5),
-    "layers shifted": misrecorded("a dense layer is counted"),
-    "layers shifted, 4 tokens": misrecorded("a dense layer is counted", 4),
-    "layers swapped": misrecorded("two layers swapped"),
-    "layers swapped, 4 tokens": misrecorded("two layers swapped", 4),
-    "layers renumbered": misrecorded("both pipeline stages count from 0"),
-    "layers renumbered, 4 tokens": misrecorded("both pipeline stages count from 0", 4),
-    "experts permuted": misrecorded("experts permuted"),
-    "experts permuted, 8 tokens": misrecorded("experts permuted", 8),
-    "foreign routes": misrecorded("MTP routes fed to a decoder router"),
-    "foreign routes, 2 tokens": misrecorded("MTP routes fed to a decoder router", 2),
-    "physical ids": misrecorded("physical ids of replicas"),
-    "physical ids, 8 tokens": misrecorded("physical ids of replicas", 8, (4, 2, 1)),
+    **{
+        world: misrecorded(fault, tokens, shape)
+        for name, fault, few, few_shape in (
+            ("routes shifted", "routes shifted by one", 5, LEK),
+            ("layers shifted", "a dense layer is counted", 4, LEK),
+            ("layers swapped", "two layers swapped", 4, LEK),
+            ("layers renumbered", "both pipeline stages count from 0", 4, LEK),
+            ("experts permuted", "experts permuted", 8, LEK),
+            ("foreign routes", "MTP routes fed to a decoder router", 2, LEK),
+            ("physical ids", "physical ids of replicas", 8, (4, 2, 1)),
+        )
+        for world, tokens, shape in ((name, 600, LEK), (f"{name}, {few} tokens", few, few_shape))
+    },
     "shorter": misrecorded("one trace is longer"),
     "by document": of_documents_alone,
     "collapsed alike": collapsed_alike,
@@ -324,8 +318,8 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
 
 def planted_short(root: Path, tokens: int) -> Any:
     """What `planted` has, so short."""
-    first = next(iter(planted(root / "whole").shards))
-    ids = [np.stack(list(first.slots(r)), 1)[:tokens] for r in range(4)]
+    shard = next(planted(root / "whole").shards)
+    ids = [np.stack(list(shard.slots(r)), 1)[:tokens] for r in range(4)]
     token_id = np.minimum(np.random.default_rng(0).zipf(1.3, T), 499)[:tokens]
     return write_trace(root / "short", ids, E, document=np.arange(tokens) // 2, token_id=token_id)
 
