@@ -8,6 +8,8 @@ documents), W windows, B forward passes, S samples (the tokens of a sequence in 
 frequencies.
 """
 
+# ruff: noqa: RUF009 (`_count` declares a field)
+
 from __future__ import annotations
 
 import math
@@ -45,12 +47,11 @@ WANTS = {
 BASE = frozenset({"load", "domains"})
 
 
-def _count(
-    want: str, axes: str, dtype: type = np.int64, merge: np.ufunc = np.add
-) -> dict[str, object]:
+def _count(want: str, axes: str, dtype: type = np.int64, merge: np.ufunc = np.add) -> Any:
     """Declares an array of counts. It merges by addition, row by row where its first axis is U
     (units) or D (domains); it is None where it was not asked for, or is not known."""
-    return {"want": want, "axes": axes, "dtype": dtype, "merge": merge}
+    stated = {"want": want, "axes": axes, "dtype": dtype, "merge": merge}
+    return field(default=None, metadata=stated)
 
 
 SUM = {"want": "", "axes": "", "dtype": float}  # a number that merges by addition
@@ -63,56 +64,54 @@ class RouterCounts:
     assignments_UE, first_choice_DE (None: the source does not say), weight_sum_DE (None without
     weights); null_slots: slots that routed nowhere; dropped_UE: those that each expert is known to
     have dropped (None: unknown). batches[T]: of the forward passes in which the router saw T tokens
-    and routed any, how many there were and the sum of their max_vio. by_slot_EE: pairs of experts
-    of one decision, that of the earlier slot by that of the later. next_EN: of every decision all
-    k·k' pairs (expert here, expert of the same token at the next router). next_first_EN: pairs of
-    first choices; None where a router's are unknown. pairs_U: pairs of consecutive tokens of a
-    sequence; first_same_U: with the same first choice (None: unknown); any_same_U: with an expert
-    in common. window_load_WE, window_tokens_W: load and tokens of each window of the trace. srp[m]:
-    int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m tokens
-    choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of 1[e
-    chosen]/k, and of the gate weight; samples_D. gated_norm_UE, norm_UE: Σ over assignments of gate
-    weight × norm of the expert's output, and of that norm; peak_E: the largest |value| of its
-    outputs. None where the trace has none. weight_*: Σ over `weight_decisions` decisions; entropy
-    in nats and margin (largest minus second) of the k weights made to sum to 1, mass: their sum as
-    it is. logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
+    and routed any, how many there were and the sum of their max_vio.
+    by_slot_EE: pairs of experts of one decision, that of the earlier slot by that of the later.
+    next_EN: of every decision all k·k' pairs (expert here, expert of the same token at the next
+    router). next_first_EN: pairs of first choices; None where a router's are unknown.
+    pairs_U: pairs of consecutive tokens of a sequence; first_same_U: with the same first choice
+    (None: unknown); any_same_U: with an expert in common.
+    window_load_WE, window_tokens_W: load and tokens of each window of the trace.
+    srp[m]: int64 [U, m+1], how many (m consecutive tokens of a sequence, expert) have f of the m
+    tokens choose the expert. esft_token_DE, esft_gate_DE: Σ over samples of the mean over tokens of
+    1[e chosen]/k, and of the gate weight; samples_D.
+    gated_norm_UE, norm_UE: Σ over assignments of gate weight × norm of the expert's output, and of
+    that norm; peak_E: the largest |value| of its outputs. None where the trace has none.
+    weight_*: Σ over `weight_decisions` decisions; entropy in nats and margin (largest minus second)
+    of the k weights made to sum to 1, mass: their sum as it is.
+    logit_decisions: decisions whose logits are recorded and finite; the sums are over those.
     probability_sum_E: of the softmax (sigmoid routers: of the sigmoids made to sum to 1);
     entropy_sum in nats and topk_mass_sum (k largest) of the same; z_sum: of (logsumexp of the
     logits)²; top1_margin_sum, boundary_margin_sum: logit of rank 1 minus 2, k minus k+1 (NaN where
     there is no such rank); ties: decisions whose logits of rank k and k+1 are equal as recorded
     (float16)."""
 
-    assignments_UE: np.ndarray = field(metadata=_count("load", "UE"))
-    first_choice_DE: np.ndarray | None = field(metadata=_count("load", "DE"))
-    weight_sum_DE: np.ndarray | None = field(metadata=_count("load", "DE", float))
+    assignments_UE: np.ndarray = _count("load", "UE")
+    first_choice_DE: np.ndarray | None = _count("load", "DE")
+    weight_sum_DE: np.ndarray | None = _count("load", "DE", float)
     null_slots: int = field(default=0, metadata=SUM)
-    dropped_UE: np.ndarray | None = field(default=None, metadata=_count("load", "UE"))
+    dropped_UE: np.ndarray | None = _count("load", "UE")
     batches: dict[int, tuple[int, float]] = field(default_factory=dict[int, tuple[int, float]])
-    by_slot_EE: np.ndarray | None = field(default=None, metadata=_count("pairs", "EE"))
-    next_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
-    next_first_EN: np.ndarray | None = field(default=None, metadata=_count("transitions", "EN"))
-    pairs_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
-    first_same_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
-    any_same_U: np.ndarray | None = field(default=None, metadata=_count("repetition", "U"))
-    window_load_WE: np.ndarray | None = field(default=None, metadata=_count("windows", "WE"))
-    window_tokens_W: np.ndarray | None = field(default=None, metadata=_count("windows", "W"))
+    by_slot_EE: np.ndarray | None = _count("pairs", "EE")
+    next_EN: np.ndarray | None = _count("transitions", "EN")
+    next_first_EN: np.ndarray | None = _count("transitions", "EN")
+    pairs_U: np.ndarray | None = _count("repetition", "U")
+    first_same_U: np.ndarray | None = _count("repetition", "U")
+    any_same_U: np.ndarray | None = _count("repetition", "U")
+    window_load_WE: np.ndarray | None = _count("windows", "WE")
+    window_tokens_W: np.ndarray | None = _count("windows", "W")
     srp: dict[int, np.ndarray] | None = None
-    gated_norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
-    norm_UE: np.ndarray | None = field(default=None, metadata=_count("worth", "UE", float))
-    peak_E: np.ndarray | None = field(
-        default=None, metadata=_count("worth", "E", np.float32, np.maximum)
-    )
-    esft_token_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
-    esft_gate_DE: np.ndarray | None = field(default=None, metadata=_count("esft", "DE", float))
-    samples_D: np.ndarray | None = field(default=None, metadata=_count("esft", "D"))
+    gated_norm_UE: np.ndarray | None = _count("worth", "UE", float)
+    norm_UE: np.ndarray | None = _count("worth", "UE", float)
+    peak_E: np.ndarray | None = _count("worth", "E", np.float32, np.maximum)
+    esft_token_DE: np.ndarray | None = _count("esft", "DE", float)
+    esft_gate_DE: np.ndarray | None = _count("esft", "DE", float)
+    samples_D: np.ndarray | None = _count("esft", "D")
     weight_decisions: int = field(default=0, metadata=SUM)
     weight_entropy_sum: float = field(default=0.0, metadata=SUM)
     weight_margin_sum: float = field(default=0.0, metadata=SUM)
     weight_mass_sum: float = field(default=0.0, metadata=SUM)
     logit_decisions: int = field(default=0, metadata=SUM)
-    probability_sum_E: np.ndarray | None = field(
-        default=None, metadata=_count("logits", "E", float)
-    )
+    probability_sum_E: np.ndarray | None = _count("logits", "E", float)
     z_sum: float = field(default=0.0, metadata=SUM)
     entropy_sum: float = field(default=0.0, metadata=SUM)
     top1_margin_sum: float = field(default=0.0, metadata=SUM)

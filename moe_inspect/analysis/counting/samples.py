@@ -13,10 +13,9 @@ of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
 
 import numpy as np
 
@@ -38,8 +37,6 @@ SLOTS = 2**26  # of tokens × slots of all routers, 2 bytes each
 
 Columns = dict[str, np.ndarray]
 Labels = dict[str, list[str]]
-ColumnsOf = Callable[[Shard, SelectedTokens], tuple[Columns, Labels]]
-SlotsOf = Callable[[Slots, int], Slots]
 
 # --- documents
 
@@ -133,23 +130,13 @@ def sampled_routes(trace: Trace, selection: Selection) -> list[SampledRoutes]:
     """Of each stack: about TOKENS tokens, fewer where the model has very many routers."""
     most = min(TOKENS, CHOICES // len(selection.routers))
     routes = list[SampledRoutes]()
-    for found in _sampled(trace, selection, "reading routes", most, _places_of, _routes_of):
+    for found in _sampled(trace, selection, most, losses=False):
         read = found.of_router
         known = {r for r in read if trace.routers[r].first_choice_known}
         first_LS = [first_S if r in known else None for r, (first_S, _) in read.items()]
         set_LS = [set_S for _, set_S in read.values()]
         routes.append(SampledRoutes(tuple(read), first_LS, set_LS, **found.columns))
     return routes
-
-
-def _places_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
-    return {"document_S": seen.document_T, "domain_S": seen.domain_T}, {"domain_S": seen.domains}
-
-
-def _routes_of(slots: Slots, E: int) -> Slots:
-    """The first choice and the hash of the set of each token."""
-    hash_E = mixed(np.arange(E + 1))  # the last where a slot routed nowhere
-    return slots[0].astype(np.uint16), np.sum([hash_E.take(ids) for ids in slots], axis=0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +154,7 @@ class SampledLosses:
     phase_S: np.ndarray
     domains: list[str]
     phases: list[str]
-    slots: dict[int, tuple[np.ndarray, ...]]
+    slots: dict[int, Slots]
 
 
 def sampled_losses(trace: Trace, selection: Selection) -> list[SampledLosses]:
@@ -182,46 +169,25 @@ def sampled_losses(trace: Trace, selection: Selection) -> list[SampledLosses]:
             phases=found.labels["phase_S"],
             slots=found.of_router,
         )
-        for found in _sampled(trace, selection, "reading losses", most, _losses_of, _experts_of)
+        for found in _sampled(trace, selection, most, losses=True)
     ]
-
-
-def _losses_of(shard: Shard, seen: SelectedTokens) -> tuple[Columns, Labels]:
-    table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
-    phase_T, phases = codes(table["phase"])
-    columns, labels = _places_of(shard, seen)
-    columns |= {"token_id_S": seen.token_id_T, "phase_S": phase_T[seen.number_T]}
-    for name, column in (("loss_S", "loss_nats"), ("entropy_S", "entropy_nats")):
-        values_T = cast("np.ndarray", table[column].to_numpy())
-        columns[name] = values_T[seen.number_T].astype(np.float64)
-    return columns, labels | {"phase_S": phases}
-
-
-def _experts_of(slots: Slots, E: int) -> Slots:
-    return tuple(slot_S.astype(np.uint16) for slot_S in slots)
 
 
 @dataclass(frozen=True)
 class Sample:
     """Tokens of the sample that the routers of a stack see. `columns`: arrays [S] by name; those in
-    `labels` are indices into these. of_router: what is read of the slots of each."""
+    `labels` are indices into these. of_router: the experts of each slot, or the first choice and a
+    hash of the set."""
 
     stack: str
     columns: Columns
     labels: Labels
-    of_router: dict[int, tuple[np.ndarray, ...]]
+    of_router: dict[int, Slots]
 
 
-def _sampled(
-    trace: Trace,
-    selection: Selection,
-    name: str,
-    most: int,
-    columns_of: ColumnsOf,
-    slots_of: SlotsOf,
-) -> list[Sample]:
-    """About `most` tokens of each stack. `name`: of the phase of reading. `columns_of`: of all
-    tokens of a shard; those whose loss is not known are left out."""
+def _sampled(trace: Trace, selection: Selection, most: int, losses: bool) -> list[Sample]:
+    """About `most` tokens of each stack. `losses`: with these, and the experts of each slot; tokens
+    whose loss is not known are left out."""
     tokens = dict.fromkeys([trace.routers[r].stack for r in selection.routers], 0)
     if trace.n_tokens > most:
         for sizes in by_shard(trace, "reading tokens", _sizes, selection, list(tokens)):
@@ -230,7 +196,7 @@ def _sampled(
     share_of = {stack: most / max(n, most) for stack, n in tokens.items()}
     found: dict[str, list[Sample]] = {stack: [] for stack in share_of}
     labels = dict[str, dict[str, int]]()
-    asked = selection, share_of, columns_of, slots_of
+    name, asked = f"reading {'losses' if losses else 'routes'}", (selection, share_of, losses)
     for part in chain.from_iterable(by_shard(trace, name, _samples_of, *asked)):
         for column, mine in part.labels.items():
             known = labels.setdefault(column, {})
@@ -252,25 +218,30 @@ def _joined(stack: str, parts: list[Sample], labels: Labels) -> Sample:
 
 
 def _samples_of(
-    shard: Shard,
-    selection: Selection,
-    share_of: dict[str, float],
-    columns_of: ColumnsOf,
-    slots_of: SlotsOf,
+    shard: Shard, selection: Selection, share_of: dict[str, float], losses: bool
 ) -> list[Sample]:
     """Of a shard, by stack."""
     found = list[Sample]()
     for seen, routers in _by_stack(shard, selection):
-        columns, labels = columns_of(shard, seen)
         hash_T = mixed(shard.files.first_token + seen.number_T)
         drawn_T = (hash_T >> np.uint64(11)) < np.uint64(share_of[seen.stack] * 2**53)
-        if "loss_S" in columns:
+        columns = {"document_S": seen.document_T, "domain_S": seen.domain_T}
+        labels = {"domain_S": seen.domains}
+        if losses:
+            table = shard.tokens(["phase", "loss_nats", "entropy_nats"])
+            phase_T, labels["phase_S"] = codes(table["phase"])
+            columns |= {"token_id_S": seen.token_id_T, "phase_S": phase_T[seen.number_T]}
+            for name, column in (("loss_S", "loss_nats"), ("entropy_S", "entropy_nats")):
+                columns[name] = table[column].to_numpy()[seen.number_T].astype(np.float64)
             drawn_T &= np.isfinite(columns["loss_S"])
-        at_N = np.flatnonzero(drawn_T)
-        of_router = {
-            r: slots_of(_of(at_N, seen.of(shard.slots(r), r)), shard.trace.routers[r].experts)
-            for r in routers
-        }
+        at_N, of_router = np.flatnonzero(drawn_T), dict[int, Slots]()
+        for r in routers:
+            slots = _of(at_N, seen.of(shard.slots(r), r))
+            of_router[r] = tuple(slot_S.astype(np.uint16) for slot_S in slots)
+            if not losses:
+                hash_E = mixed(np.arange(shard.trace.routers[r].experts + 1))  # the last is nowhere
+                set_S = np.sum([hash_E.take(ids) for ids in slots], axis=0)
+                of_router[r] = of_router[r][0], set_S
         columns = {name: values_T[at_N] for name, values_T in columns.items()}
         found.append(Sample(seen.stack, columns, labels, of_router))
     return found
