@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks.calibration_of_findings import ALARMS, alarms
-from moe_inspect.alarms.alarms import Alarm, Alarms, Window
-from moe_inspect.alarms.chance import chance_limit, effect_of, effect_of_pair
+from moe_inspect.alarms.alarms import Alarm, Alarms, Window, chance_limit, effect_of, effect_of_pair
 from moe_inspect.alarms.rules import DEFAULT_RULES, Rule, known_metrics, parse_rule, read_rules
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT

@@ -25,15 +25,7 @@ from moe_inspect.reporting.verdict import balance as verdict
 from moe_inspect.reporting.verdict import experts as verdict_experts
 from moe_inspect.reporting.verdict import findings as verdict_chance
 from moe_inspect.reporting.verdict import specialization as verdict_routing
-from moe_inspect.trace import (
-    manifest,
-    output_dir,
-    parts,
-    schema,
-    shard,
-    shard_list,
-    slot_order,
-)
+from moe_inspect.trace import manifest, output_dir, parts, schema, shard, shard_list, slot_order
 from moe_inspect.trace.files import atomic, lock
 from moe_inspect.trace.writer import batches as writer_batches
 from moe_inspect.trace.writer import tables, trace_writer

@@ -1,7 +1,7 @@
 """Alarms: judges windows one after the other by rules, and says what is wrong where, and what
 helps.
 
-R routers, E experts, S steps.
+R routers, E experts, k choices per token, T tokens, W windows, S steps.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-from moe_inspect.alarms import chance
 from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, Rule
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics import windows as win
-from moe_inspect.analysis.metrics.chance import LONG_DOCUMENT
+from moe_inspect.analysis.metrics.chance import ALPHA, LONG_DOCUMENT, z_of
 from moe_inspect.analysis.metrics.registry import metrics
-from moe_inspect.analysis.metrics.uncertainty import special
+from moe_inspect.analysis.metrics.uncertainty import random_loads, special
 from moe_inspect.text import join_first, layer_label
 from moe_inspect.trace.schema import Router
 
@@ -69,6 +69,80 @@ def metric_R(metric: str, window: Window, before: Window | None = None) -> np.nd
     function = metrics()[metric].function
     return np.array([np.asarray(function(load_E[None])).item() for load_E in window.load], float)
 
+
+# --- what chance alone does to the metrics of a window, and how much more the text does
+
+WINDOWS = 400  # simulated
+RUN = 1_000  # windows of a run: one run in 1 / ALPHA may raise a false alarm by a rule
+OFF_RATIO = {"max_over_mean": 0, "max_vio": 1, BATCH: 1}  # load ratio − metric
+PAIRS = 64  # windows that a design effect is estimated from, at most
+
+
+def tail_of(routers: int, windows: int) -> float:
+    """The probability by which a window is beyond chance, so that so many in a row are in ALPHA of
+    the runs by chance, at any of the routers."""
+    return (ALPHA / (routers * RUN)) ** (1 / windows)
+
+
+def chance_limit(
+    metric: str, T: float, E: int, k: int, above: bool, effect: float, tail: float, steps: int = 1
+) -> float:
+    """The highest (`above`, else the lowest) value of a metric of the load that chance gives with
+    probability `tail`: a Gumbel tail at the mean and standard deviation of 400 windows whose
+    tokens choose k of E experts at random. A window has T tokens ÷ the design effect of their
+    documents, rounded down to a power of 2. `steps`: of the mean over so many windows."""
+    tokens = int(max(1.0, T / max(effect, 1.0)))
+    mean, sd = _moments(metric, 1 << (tokens.bit_length() - 1), E, k)
+    limit = mean + (1 if above else -1) * far(tail) * sd / math.sqrt(steps)
+    # not above that of an expert which every token chooses
+    return min(limit, E / k - OFF_RATIO[metric]) if metric in OFF_RATIO else limit
+
+
+def share(load_E: np.ndarray) -> np.ndarray:
+    return np.asarray(load_E) / max(int(np.sum(load_E)), 1)
+
+
+def far(tail: float) -> float:
+    """How many standard deviations above its mean the tail of a Gumbel distribution begins."""
+    at = -math.log(-math.log1p(-tail)) - float(np.euler_gamma)
+    return max(0.0, at * math.sqrt(6) / math.pi)
+
+
+@lru_cache(maxsize=32)
+def _windows(T: int, E: int, k: int) -> np.ndarray:
+    return random_loads(T, E, k, WINDOWS)
+
+
+@lru_cache(maxsize=1024)
+def _moments(metric: str, T: int, E: int, k: int) -> tuple[float, float]:
+    function = bal.max_vio if metric == BATCH else metrics()[metric].function
+    values_W = np.asarray(function(_windows(T, E, k)))
+    return float(values_W.mean()), float(values_W.std())
+
+
+def effect_of_pair(before_E: np.ndarray, load_E: np.ndarray, k: int) -> float:
+    """How much more the load moved from one window to the next than that of independent tokens
+    does on average: the design effect, as far as documents lie within windows. NaN without load."""
+    T_before, T = before_E.sum() / k, load_E.sum() / k
+    if not (T_before and T):
+        return math.nan
+    chosen_E = np.minimum((before_E + load_E) / (T_before + T), 1)
+    moved_E = (load_E / T - before_E / T_before) ** 2
+    expected = float((chosen_E * (1 - chosen_E)).sum()) * (1 / T_before + 1 / T)
+    return float(moved_E.sum()) / expected if expected > 0 else math.nan
+
+
+def effect_of(pairs: Sequence[float], E: int) -> float:
+    """The design effect of a run, from those of pairs of windows: about the upper end of a
+    95 % interval (one-sided, χ²) of their median, which one change of the load does not move; at
+    least 1, and at most LONG_DOCUMENT: a model that is being trained moves by itself."""
+    degrees = len(pairs) * max(E - 1, 1)
+    low = 1 - 2 / (9 * degrees) - z_of(0.05) * math.sqrt(2 / (9 * degrees))  # Wilson and Hilferty
+    lower_median = sorted(pairs)[(len(pairs) - 1) // 2]
+    return float(np.clip(lower_median / max(low, 0.1) ** 3, 1, LONG_DOCUMENT))
+
+
+# --- what helps
 
 _BALANCE = (
     "Balance each layer by itself (a loss pooled over layers lets one collapse) with a higher "
@@ -190,7 +264,7 @@ class Alarms:
             if rule.layers is None or router.layer in rule.layers
         ]
         self._before: Window | None = None
-        self._pairs = [deque[float](maxlen=chance.PAIRS) for _ in self.routers]
+        self._pairs = [deque[float](maxlen=PAIRS) for _ in self.routers]
 
     @property
     def active(self) -> list[tuple[Rule, int]]:
@@ -207,7 +281,7 @@ class Alarms:
             if not math.isnan(value) and (alarm := self._judge(at, value, window)):
                 raised.append(alarm)
         for r, before_E in enumerate(self._before.load if self._before is not None else ()):
-            moved = chance.effect_of_pair(before_E, window.load[r], self.routers[r].top_k)
+            moved = effect_of_pair(before_E, window.load[r], self.routers[r].top_k)
             if not math.isnan(moved):
                 self._pairs[r].append(moved)
         self._before = window
@@ -219,7 +293,7 @@ class Alarms:
         if not math.isnan(known):
             return known
         pairs = list(self._pairs[r])
-        return chance.effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
+        return effect_of(pairs, self.routers[r].experts) if pairs else float(LONG_DOCUMENT)
 
     def chance(
         self, metric: str, r: int, window: Window, above: bool = True, windows: int = 1
@@ -227,22 +301,20 @@ class Alarms:
         """The highest (`above`, else the lowest) value of a metric that chance explains at router
         r, in so many windows in a row; NaN where that is not known."""
         E, k = self.routers[r].experts, self.routers[r].top_k
-        effect, tail = self.effect(r), chance.tail_of(len(self.routers), windows)
+        effect, tail = self.effect(r), tail_of(len(self.routers), windows)
         if metric == DRIFT and above and math.isinf(effect):
             return math.inf  # documents are too few to tell
         if metric == DRIFT and self._before is not None:
             load_WE = np.stack([self._before.load[r], window.load[r]])
-            floor_W, _ = win.step_floors(
-                chance.share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect
-            )
+            floor_W, _ = win.step_floors(share(load_WE.sum(0)), load_WE.sum(1) / k, k, effect)
             # the mean of a sum of half-normal parts, each with a deviation of 0.756 of its mean
-            beyond = chance.far(tail) * 0.756 / math.sqrt(max(E - 1, 1))
+            beyond = far(tail) * 0.756 / math.sqrt(max(E - 1, 1))
             return float(floor_W[0]) * (1 + beyond)
         if metric in (DRIFT, *VALUES):
             return math.nan
         load_SE = window.recent[r] if metric == BATCH else np.asarray(window.load[r])[None]
         tokens = float(np.mean(np.sum(load_SE, -1))) / k
-        return chance.chance_limit(metric, tokens, E, k, above, effect, tail, len(load_SE))
+        return chance_limit(metric, tokens, E, k, above, effect, tail, len(load_SE))
 
     def _judge(self, at: _Standing, value: float, window: Window) -> Alarm | None:
         rule, load_E, by_chance = at.rule, np.asarray(window.load[at.r]), math.nan
@@ -288,14 +360,14 @@ class Alarms:
         n_E = np.maximum(at.tokens_E / by, 1e-9)
         few_E = np.minimum(at.load_E / by, n_E * (1 - 1e-9))
         p_E = E * special("betainc")(n_E - few_E, few_E + 1, max(1 - at.k / E, 1e-12))
-        return long_E & (np.minimum(1, p_E) < chance.tail_of(len(self.routers), 1))
+        return long_E & (np.minimum(1, p_E) < tail_of(len(self.routers), 1))
 
     def _at_fault(self, metric: str, r: int, load_E: np.ndarray) -> np.ndarray:
         """The experts at fault in a window, bool [E]; by default the busiest."""
         if metric in VALUES:
             return np.zeros(len(load_E), bool)
         if metric == DRIFT and self._before is not None:
-            load_E = np.abs(chance.share(load_E) - chance.share(self._before.load[r]))
+            load_E = np.abs(share(load_E) - share(self._before.load[r]))
         if metric in AT_FAULT:
             return AT_FAULT[metric](load_E)
         return np.arange(len(load_E)) == load_E.argmax()

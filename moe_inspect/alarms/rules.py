@@ -31,10 +31,7 @@ SHARES = (DRIFT, DROP_RATE)
 DRIFTED = 0.2  # share of the assignments that moved: the rule "drift"
 CHANGED = 0.05  # of "falling" and "rising" without a share
 
-DEFAULT_RULES = (
-    "dead_experts > 0 for 3 windows",
-    "max_over_mean > 2.5 for 5 windows",
-)
+DEFAULT_RULES = ("dead_experts > 0 for 3 windows", "max_over_mean > 2.5 for 5 windows")
 
 # where the values of an alarm lie, and whether one does: above (or up from) a limit, or the best so
 # far by a share of it
