@@ -255,17 +255,6 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
     assert made.verdict()
 
 
-def test_balanced_routing_reads_as_its_noise_floor(tmp_path: Path):
-    rng, document = np.random.default_rng(5), np.arange(T) // 50
-    ids = [uniform_ids(rng, T, 64, 8) for _ in range(8)]
-    table = report(write_trace(tmp_path / "t", ids, 64, document=document)).tables["balance"]
-    floor = noise_floor(T, 64, 8)
-    assert table["max_vio"].mean() == pytest.approx(floor, rel=0.15)
-    assert (table["max_over_mean_low"] < table["expected_by_chance"]).all()
-    assert table["cv"].mean() == pytest.approx(np.sqrt((64 - 8) / (8 * T)), rel=0.1)
-    assert table["design_effect"].mean() == pytest.approx(1, abs=0.15)
-
-
 def test_disjoint_domains_hide_from_the_pooled_load(tmp_path: Path):
     rng = np.random.default_rng(6)
     domain_T = (np.arange(T) // 75) % 2
