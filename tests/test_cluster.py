@@ -20,7 +20,6 @@ from moe_inspect.analysis.counting.engine import count_trace
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import Damaged, MoeInspectError
-from moe_inspect.importers import values as lines
 from moe_inspect.simulate.capacity import Drops
 from moe_inspect.simulate.placement import windows
 from moe_inspect.trace.reader import Trace
@@ -229,10 +228,7 @@ def test_what_goes_wrong_is_said_in_a_line(
         counted(empty.scheduler_address)
 
 
-def test_dumps_are_parsed_on_it(
-    client: Any, tmp_path: Path, cli_here: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 150)
+def test_dumps_are_parsed_on_it(client: Any, tmp_path: Path, cli_here: Cli) -> None:
     (tmp_path / "in").mkdir()
     foreign.megatron(tmp_path / "in")
     call = ("import", "megatron", "in", "--config", foreign.config_file(tmp_path))
