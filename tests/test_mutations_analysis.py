@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.mutation import fails, mutation
-from tests.test_damage import a_sound_trace
+from tests.synthetic import thirty_documents
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,8 @@ def by(name: str, *arguments: object) -> Check:
         with pytest.MonkeyPatch.context() as monkeypatch:
             made: dict[str, object] = {"tmp_path": path, "monkeypatch": monkeypatch}
             if "copied" in fixtures:
-                made["copied"] = a_sound_trace(path / "t")
+                made["copied"] = path / "t"
+                thirty_documents(path / "t")
             test(**given, **{name: made[name] for name in fixtures})
 
     return check
