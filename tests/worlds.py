@@ -60,7 +60,7 @@ def opposed(root: Path, tokens: int = T) -> Any:
 
 
 def counts(root: Path, *loads: list[list[int]], times: int = 1) -> Any:
-    return write_counts(root, [times * np.array(of) for of in loads], K, "abc"[: len(loads[0])])
+    return write_counts(root, [times * np.array(of) for of in loads], K, [*"abc"][: len(loads[0])])
 
 
 def zeros(name: str, k: int, L: int, tokens: int = 3_000) -> Callable[[Path], Any]:
