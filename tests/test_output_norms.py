@@ -146,12 +146,11 @@ def test_slots_keep_their_sizes_where_they_are_put_in_order(tmp_path: Path) -> N
 
 
 def test_where_outputs_are_not_seen_that_is_said(tmp_path: Path) -> None:
-    refused: list[tuple[str, dict[str, Any], str]] = [
+    for family, options, said in (
         ("mixtral", {"capture": "tap"}, "a tap does not see what the experts return"),
         ("llama4", {}, "is not on transformers' experts interface: what its experts return"),
         ("mixtral", {"counts_only": True}, "counts_only keeps no output norms or peaks"),
-    ]
-    for family, options, said in refused:
+    ):
         with pytest.raises(MoeInspectError, match=said) as error:
             moe_inspect.record(build(family), tmp_path / "t", output_norms=True, **options)
         assert "\n" not in str(error.value)

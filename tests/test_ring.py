@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -282,28 +282,22 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
 # --- graphs replayed by hand
 
 
-class Replay:
-    """Stands for a CUDA graph of the model's forward: what it launches runs again on the same
-    tensors, and not a line of the model's Python."""
-
-    def __init__(self, rec: Any, choices: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.launches = list(zip(rec.stacks[""].rings.tapes[""], choices, strict=True))
-
-    def replay(self) -> None:
-        for tape, choice in self.launches:
-            kernels.record_torch(tape, *choice)
-
-
-def replayed(
-    path: Path, **options: Any
-) -> tuple[Any, Replay, list[tuple[torch.Tensor, torch.Tensor]]]:
+def replayed(path: Path) -> tuple[Any, SimpleNamespace, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A recording, a CUDA graph of the model's forward, and the choices that the graph makes: what
+    it launches runs again on the same tensors, and not a line of the model's Python."""
     model = build("olmoe")
-    rec = moe_inspect.record(model, path, **options)
+    rec = moe_inspect.record(model, path)
     rec.__enter__()
     with torch.no_grad():
         model(**token_batch([4]))
     choices = [(torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)) for _ in range(2)]
-    return rec, Replay(rec, choices), choices
+    tapes = rec.stacks[""].rings.tapes[""]
+
+    def replay() -> None:
+        for tape, choice in zip(tapes, choices, strict=True):
+            kernels.record_torch(tape, *choice)
+
+    return rec, SimpleNamespace(replay=replay), choices
 
 
 def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Path) -> None:
@@ -340,13 +334,12 @@ def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
 
 def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
     rec, graph, _ = replayed(tmp_path / "t")
-    rec.step(6)
-    graph.replay()
-    with rec.paused():
+    for _ in range(2):
+        rec.step(6)
         graph.replay()
-        graph.replay()
-    rec.step(6)
-    graph.replay()
+        with rec.paused():
+            graph.replay()
+            graph.replay()
     rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4 + 12
 
