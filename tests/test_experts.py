@@ -299,7 +299,6 @@ def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> Non
         part._is_expert_parallel, part.num_experts = True, 4
         for name in ("gate_up_proj", "down_proj"):
             setattr(part, name, torch.nn.Parameter(getattr(part, name)[:4]))
-
         part.forward = lambda hidden, ids, weights, forward=forward: forward(
             hidden, torch.where(ids < 4, ids, 4), weights.masked_fill(ids >= 4, 0.0)
         )

@@ -303,12 +303,11 @@ def test_of_a_model_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
-    refused: list[tuple[str, dict[str, Any], str]] = [
+    for family, options, said in (
         ("openai_privacy_filter", {}, "does not predict the next token"),
         ("diffusion_gemma", {}, "does not predict the next token"),
         ("mixtral", {"counts_only": True}, "counts_only keeps no token losses"),
-    ]
-    for family, options, said in refused:
+    ):
         with pytest.raises(MoeInspectError, match=said) as error:
             moe_inspect.record(build_any(family), tmp_path / "t", token_loss=True, **options)
         assert "\n" not in str(error.value)

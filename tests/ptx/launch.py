@@ -159,16 +159,16 @@ def executed(module: ModuleType, device: Device) -> Iterator[Device]:
         if name.endswith("_kernel") and isinstance(kernel, triton.runtime.JITFunction)
     }
     assert kernels, f"{module.__name__} has no kernels, or TRITON_INTERPRET is set"
-    bound = [f for name, f in vars(module).items() if name.endswith("_launch")]  # to the kernels
-    for name, kernel in kernels.items():
-        setattr(module, name, Executed(kernel, device))
-    for launch in bound:
-        launch.cache_clear()
+
+    def put(of: dict[str, Any]) -> None:
+        vars(module).update(of)
+        for name, launch in vars(module).items():
+            if name.endswith("_launch"):  # bound to the kernels
+                launch.cache_clear()
+
+    put({name: Executed(kernel, device) for name, kernel in kernels.items()})
     try:
         with _NotWritten(device):
             yield device
     finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
-        for launch in bound:
-            launch.cache_clear()
+        put(kernels)
