@@ -116,8 +116,8 @@ def _tables(data: ReportData) -> Iterator[Section]:
 
 
 def _section(data: ReportData, chart: spec.Chart) -> Section:
-    first, *_ = spec.CHARTS[chart.name].tables
-    return replace(chart_section(chart), python=python_of_report(data, first))
+    code = [python_of_report(data, table) for table in spec.CHARTS[chart.name].tables[:1]]
+    return replace(chart_section(chart), python="".join(code))
 
 
 def python_of_report(data: ReportData, table: str) -> str:
