@@ -56,14 +56,3 @@ def test_compiled_sums_are_those_of_numpy(
         assert plain["moved"].any()
         assert plain["flips"].any() or E == K
         assert plain["l1"].any()
-
-
-def test_weights_of_shared_experts_by_hand() -> None:
-    """Experts 1 and 2 are shared, in other slots; 3 and 4 are not; the last slots are none's."""
-    a_KN, b_KN = np.array([[1], [2], [3], [9]], np.uint8), np.array([[2], [4], [1], [9]], np.uint8)
-    weights_a = tuple(np.array([w], np.float32) for w in (0.5, 0.25, 0.125, 0.75))
-    weights_b = tuple(np.array([w], np.float32) for w in (0.5, 0.25, 0.375, 0.0))
-    for kernels in (kernels_numpy, kernels_numba):
-        weights, at = (weights_a, weights_b), np.array([0])
-        found = kernels_numpy.weight_difference(kernels, a_KN, b_KN, 9, at, *weights)
-        assert found.tolist() == [0.125 + 0.25]

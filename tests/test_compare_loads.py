@@ -106,20 +106,6 @@ EVEN_B, STEEP_B = (
 )
 
 
-@pytest.mark.parametrize(
-    ("tokens", "severity", "layer", "routers"), [(1_000, "note", 1, 1), (100_000, "warning", 0, 2)]
-)
-def test_the_load_is_judged_by_the_routers_beyond_chance(
-    tmp_path: Path, tokens: int, severity: str, layer: int, routers: int
-) -> None:
-    a, b = (
-        write_counts(tmp_path / name, [load[None] * tokens // 100_000 for load in loads], K)
-        for name, loads in (("a", (EVEN, STEEP)), ("b", (EVEN_B, STEEP_B)))
-    )
-    found = kinds(moe_inspect.compare(a, b))["load_shift"]
-    assert (found.severity, found.layer, found.values["routers"]) == (severity, layer, routers)
-
-
 def test_the_floor_is_what_traces_that_route_alike_are_apart(counted: Counted) -> None:
     """Mean over many routers, for loads that are even and for one that is not."""
     L, popular = 300, np.r_[np.full(E // 2, 3.0), np.full(E // 2, 1.0)]
