@@ -183,6 +183,7 @@ def rows_of(first: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alignment:
+    traces: tuple[Trace, Trace]
     a: Runs
     b: Runs
     segments: Segments  # the tokens that are compared
@@ -231,7 +232,7 @@ def align(
         found = segments_of(a, b, pairs, shift_routes)
     found = _cut(found, first_P[found.pair])
     kept = _cut(found, found.last) if drop_last else found
-    return Alignment(a, b, kept, by, found.tokens, diverged, other)
+    return Alignment((trace_a, trace_b), a, b, kept, by, found.tokens, diverged, other)
 
 
 def segments_of(a: Runs, b: Runs, pairs: np.ndarray, shift: int = 0) -> Segments:
@@ -345,9 +346,10 @@ SHIFTS = (-2, -1, 1, 2)
 SAMPLE = 64  # pairs of sequences
 
 
-def check_tokens(a: Trace, b: Trace, alignment: Alignment) -> None:
+def check_tokens(alignment: Alignment) -> None:
     """MoeInspectError where most tokens of the shorter trace have no equal in the other,
     DifferentModelsError where that is since another tokenizer cut them."""
+    a, b = alignment.traces
 
     def shifted(shift: int) -> float:
         """The share of the tokens whose ids are so many positions further on in B, in a sample."""

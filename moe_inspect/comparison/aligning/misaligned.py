@@ -83,11 +83,9 @@ class SampledRows:
         return [pair for pair, value in self.own.items() if value >= GOOD]
 
 
-def samples(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
-) -> Iterator[SampledRows]:
+def samples(alignment: Alignment, pairs: Sequence[Pair]) -> Iterator[SampledRows]:
     """Of each stack, tokens of the shard of A with the most of those that are compared, if any."""
-    s = alignment.segments
+    s, traces = alignment.segments, alignment.traces
     if not len(s.length):
         return
     shards, at = np.unique(s.shard_a, return_inverse=True)
@@ -102,24 +100,23 @@ def samples(
             yield SampledRows(traces, rows.take((at_T >= 0) & (at_T < T)), of_stack)
 
 
-def first_sample(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
-) -> SampledRows | None:
+def first_sample(alignment: Alignment, pairs: Sequence[Pair]) -> SampledRows | None:
     """Of the stack of the first router."""
-    stack_of = {pair: traces[0].routers[pair[0]].stack for pair in pairs}
+    stack_of = {pair: alignment.traces[0].routers[pair[0]].stack for pair in pairs}
     of_stack = [pair for pair in pairs if stack_of[pair] == stack_of[pairs[0]]]
-    return next(samples(traces, alignment, of_stack), None)
+    return next(samples(alignment, of_stack), None)
 
 
 def misalignments(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair], routers: Sequence[int]
+    alignment: Alignment, pairs: Sequence[Pair], routers: Sequence[int]
 ) -> list[Misalignment]:
     """What is numbered otherwise in B, in the stack of the first router; nothing where the routing
     is alike as it is compared. routers: those of A that are selected."""
-    sample = first_sample(traces, alignment, pairs)
+    sample = first_sample(alignment, pairs)
     if sample is None or sample.rows.alike:
         return []
-    (a, b), stack = (trace.routers for trace in traces), traces[0].routers[pairs[0][0]].stack
+    a, b = (trace.routers for trace in alignment.traces)
+    stack = a[pairs[0][0]].stack
     of_a = [r for r in routers if a[r].stack == stack]
     of_b = [m for m, router in enumerate(b) if router.stack == stack]
     alike = len(sample.good) == len(sample.pairs)
@@ -290,11 +287,11 @@ def _foreign(sample: SampledRows) -> Misalignment | None:
 
 
 def matched_overlaps(
-    traces: tuple[Trace, Trace], alignment: Alignment, pairs: Sequence[Pair]
+    alignment: Alignment, pairs: Sequence[Pair]
 ) -> Iterator[tuple[int, int, float, float, float]]:
     """Of each router: its index, the tokens judged, and the overlap as numbered, after matching,
     and after matching B's tokens shuffled. Matched on every other document, judged on the rest."""
-    every = samples(traces, alignment, pairs)
+    every = samples(alignment, pairs)
     sample_of = {pair: sample for sample in every for pair in sample.pairs}
     for pair in (pair for pair in pairs if pair in sample_of):
         sample = sample_of[pair]
@@ -340,7 +337,7 @@ def replicas(a: Trace, b: Trace) -> dict[str, Any] | None:
         alignment = align(a, b)
     except MoeInspectError:
         return None
-    if (sample := first_sample((a, b), alignment, pairs)) is None:
+    if (sample := first_sample(alignment, pairs)) is None:
         return None
     fit_T, mapped = half_of(len(sample.rows)), list[Chosen]()
     for pair in sample.pairs[:: -(-len(sample.pairs) // MOST_ROUTERS)]:

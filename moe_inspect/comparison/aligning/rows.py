@@ -163,10 +163,10 @@ def same_files(a: Shard, b: Shard) -> bool:
     return same and set(a.files.stated) == set(b.files.stated)
 
 
-def all_alike(traces: tuple[Trace, Trace], alignment: Alignment) -> bool:
+def all_alike(alignment: Alignment) -> bool:
     """Whether every shard that is compared is the same file in both traces, in whole."""
     s = alignment.segments
     if not np.array_equal(s.row_a, s.row_b) or not np.array_equal(s.shard_a, s.shard_b):
         return False
-    shards = zip(traces[0].shards, traces[1].shards, strict=False)
+    shards = zip(*(trace.shards for trace in alignment.traces), strict=False)
     return all(same_files(a, b) for n, (a, b) in enumerate(shards) if n in s.shards)

@@ -68,7 +68,7 @@ class Decisions(Paired):
             shift_routes=options.shift_routes,
             drop_last=options.drop_last,
         )
-        check_tokens(a, b, self.alignment)
+        check_tokens(self.alignment)
 
     @property
     def subtitle(self) -> str:
@@ -83,7 +83,7 @@ class Decisions(Paired):
     @cached_property
     def alike(self) -> bool:
         """Whether the traces are the same files, which need not be read."""
-        return all_alike((self.a, self.b), self.alignment) and all(r == m for r, m in self.pairs)
+        return all_alike(self.alignment) and all(r == m for r, m in self.pairs)
 
     @cached_property
     def margins(self) -> Margins | None:
@@ -100,7 +100,7 @@ class Decisions(Paired):
 
     @cached_property
     def misaligned(self) -> list[Misalignment]:
-        return misalignments((self.a, self.b), self.alignment, self.pairs, self.selection.routers)
+        return misalignments(self.alignment, self.pairs, self.selection.routers)
 
     @cached_property
     def _job(self) -> Job:

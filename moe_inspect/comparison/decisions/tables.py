@@ -346,7 +346,7 @@ def matched(data: Decisions) -> pd.DataFrame:
     """One row per router: the overlap on a sample as numbered, after B's experts were matched with
     A's by the tokens they share, and what matching finds when B's tokens are shuffled."""
     columns = ["router", "tokens", "overlap", "overlap_matched", "overlap_matched_by_chance"]
-    rows = matched_overlaps((data.a, data.b), data.alignment, data.pairs)
+    rows = matched_overlaps(data.alignment, data.pairs)
     frame = pd.DataFrame(list(rows), columns=columns)
     frame.insert(0, "layer", [data.a.routers[r].layer for r in frame["router"]])
     return frame
