@@ -149,11 +149,7 @@ def settling(data: Checkpoints) -> Iterator[Finding]:
     yield finding("saturation", "note", text, **values)
 
 
-def _mean(frame: pd.DataFrame, most: int) -> pd.DataFrame:
-    columns = ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
-    return frame.groupby("checkpoint", as_index=False)[columns].mean().tail(most)
-
-
+OF_MEAN = ["overlap", "overlap_by_chance", "set_mismatch", "first_choice"]
 Checkpoints.kind = Kind(
     of="checkpoints",
     tables=CHECKPOINT_TABLES,
@@ -168,5 +164,10 @@ Checkpoints.kind = Kind(
         "change": ("Load and specialization", "Balance and specialization", ""),
         "checkpoints": ("", "The checkpoints", ""),
     },
-    excerpts={"saturation": Excerpt("the mean over the routers", _mean)},
+    excerpts={
+        "saturation": Excerpt(
+            "the mean over the routers",
+            lambda of, most: of.groupby("checkpoint", as_index=False)[OF_MEAN].mean().tail(most),
+        )
+    },
 )

@@ -7,9 +7,9 @@ E experts, W windows of steps, N shards. An axis of 2 is the two traces.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -43,11 +43,7 @@ class Loads(result.Paired):
     refused = OF_DECISIONS
 
     def __init__(
-        self,
-        a: Trace,
-        b: Trace,
-        options: result.PairSettings,
-        progress: Callable[[int], None] | None = None,
+        self, a: Trace, b: Trace, options: result.PairSettings, progress: result.Progress = None
     ):
         super().__init__(a, b, options)
         self.reports: dict[str, Report] = {}
@@ -490,14 +486,6 @@ def warnings(data: Loads) -> Iterator[Finding]:
             yield finding("incomplete", "warning", f"{side.upper()}: {said}.", trace=side)
 
 
-def shift_chart(data: Loads) -> spec.Chart:
-    text = (
-        "The share of the assignments that go to different experts. The dash is what chance alone "
-        "moves between two traces of this many tokens."
-    )
-    return result.load_that_moves(data, "load_shift_floor", "chance", text, limited=False)
-
-
 def balance_chart(data: Loads) -> spec.Chart:
     """How even the load is in each."""
     table = data.tables["balance"]
@@ -553,6 +541,10 @@ def step_chart(data: Loads) -> spec.Chart | str:
     )
 
 
+MOVED = (
+    "The share of the assignments that go to different experts. The dash is what chance alone "
+    "moves between two traces of this many tokens."
+)
 OF_BOTH = (f"{name}_{side}" for name in ("dead_experts", "entropy") for side in SIDES)
 Loads.kind = result.Kind(
     of="counts",
@@ -565,7 +557,11 @@ Loads.kind = result.Kind(
     title="The load of two traces",
     footer="Counts hold the load of experts, no decisions.",
     charts={
-        "load_shift": (shift_chart, "Change of the load", "load_shift"),
+        "load_shift": (
+            partial(result.load_that_moves, floor="load_shift_floor", name="chance", text=MOVED),
+            "Change of the load",
+            "load_shift",
+        ),
         "by_step": (step_chart, "Change of the load", "diverged"),
         "max_vio": (balance_chart, "Load of each trace", "balance"),
     },

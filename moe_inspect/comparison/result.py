@@ -32,6 +32,7 @@ MODEL_TABLES: dict[str, Table] = {}
 CHECKPOINT_TABLES: dict[str, Table] = {}
 Made = TypeVar("Made", bound="Comparison")
 Row = dict[str, Any]  # of a table; the numbers of a sentence
+Progress = Callable[[int], None] | None
 Facts = dict[str, Sequence[object]]  # key → its value in each trace
 
 
@@ -338,14 +339,14 @@ def share_axis(of: str, top: float) -> Axis:
     return Axis(f"share of {of}", low=0, high=1.1 * top or 1)
 
 
-def load_that_moves(data: Paired, floor: str, name: str, text: str, limited: bool = True) -> Chart:
+def load_that_moves(data: Paired, floor: str, name: str, text: str, top: bool = False) -> Chart:
     """How far the load moved, beside another column of the table `load_shift`, `floor`."""
     table = data.tables["load_shift"]
     x = np.arange(len(table), dtype=float)
     moved, beside = (table[column].to_numpy(float) for column in ("load_shift", floor))
     marks = Points(x, moved, "B against A", "c1"), Points(x, beside, name, "c1", shape="tick")
     share = Axis("share of the load", low=0)
-    if limited:
+    if top:
         share = share_axis("the load", float(np.nanmax([moved, beside])))
     return Chart(
         "Load that moves",

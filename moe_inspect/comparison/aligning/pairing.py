@@ -106,16 +106,15 @@ def tokenizer_difference(a: Trace, b: Trace) -> str:
     """How the vocabularies differ, "" where one is not known or most ids mean the same."""
     words = [trace.vocabulary_table["token"].to_numpy(zero_copy_only=False) for trace in (a, b)]
     common = min(map(len, words))
-    if not common or np.mean(words[0][:common] == words[1][:common]) >= SAME_WORDS:
-        return ""
-    return vocabularies_apart(a, b)
+    alike = not common or np.mean(words[0][:common] == words[1][:common]) >= SAME_WORDS
+    return "" if alike else vocabularies_apart(a, b)
 
 
 def vocabularies_apart(a: Trace, b: Trace) -> str:
     """How the vocabularies differ at all; "" where they do not, or one is not known."""
-    words = [trace.vocabulary_table for trace in (a, b)]
-    if not all(len(table) for table in words) or words[0].equals(words[1]):
+    of_a, of_b = (trace.vocabulary_table for trace in (a, b))
+    if not len(of_a) or not len(of_b) or of_a.equals(of_b):
         return ""
-    if len(words[0]) != len(words[1]):
-        return f"the tokenizers have {len(words[0]):,} tokens in A, {len(words[1]):,} in B"
+    if len(of_a) != len(of_b):
+        return f"the tokenizers have {len(of_a):,} tokens in A, {len(of_b):,} in B"
     return "the tokenizers map the same token ids to different texts"

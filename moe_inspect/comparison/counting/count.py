@@ -22,8 +22,14 @@ from moe_inspect.analysis.counting.engine import LONG
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
-from moe_inspect.comparison.aligning.align import Segments
-from moe_inspect.comparison.aligning.rows import CELLS, DECILES, AlignedRows, Columns, rows_of_shard
+from moe_inspect.comparison.aligning.align import (
+    CELLS,
+    DECILES,
+    AlignedRows,
+    Columns,
+    Segments,
+    rows_of_shard,
+)
 from moe_inspect.comparison.counting import kernels_numpy
 from moe_inspect.comparison.counting.logits import Margins, decile_of, logit_margin, logit_shift
 from moe_inspect.progress import phase

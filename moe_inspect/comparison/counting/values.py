@@ -12,8 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.comparison.aligning.align import Segments
-from moe_inspect.comparison.aligning.rows import OF_TOKENS, AlignedRows, Columns
+from moe_inspect.comparison.aligning.align import OF_TOKENS, AlignedRows, Columns, Segments
 from moe_inspect.comparison.counting import kernels_numpy
 from moe_inspect.comparison.counting.count import Job, by_runs
 from moe_inspect.trace.shard import Shard

@@ -10,9 +10,8 @@ import numpy as np
 from moe_inspect.analysis.counting.engine import too_many_pairs
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
-from moe_inspect.comparison.aligning.align import Alignment, align, check_tokens
+from moe_inspect.comparison.aligning.align import Alignment, align, all_alike, check_tokens
 from moe_inspect.comparison.aligning.misaligned import Misalignment, misalignments
-from moe_inspect.comparison.aligning.rows import all_alike
 from moe_inspect.comparison.counting.count import (
     ComparisonCounts,
     Job,

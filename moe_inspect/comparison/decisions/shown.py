@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moe_inspect.comparison import result
-from moe_inspect.comparison.aligning.rows import DECILES, rows_of_shard
+from moe_inspect.comparison.aligning.align import DECILES, rows_of_shard
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.decisions.verdict import findings
 from moe_inspect.reporting.charts import spec
@@ -129,7 +129,8 @@ def load_shift(data: Decisions) -> spec.Chart | str:
         "The share of the assignments that go to different experts, over all tokens. Below the "
         "dash, it is less than between two halves of A's documents."
     )
-    return result.load_that_moves(data, "load_shift_halves", "two halves of A's documents", text)
+    beside = "load_shift_halves", "two halves of A's documents"
+    return result.load_that_moves(data, *beside, text, top=True)
 
 
 def _tiles(made: Decisions) -> list[Tile]:

@@ -14,8 +14,8 @@ import pandas as pd
 from moe_inspect.analysis.metrics import two_traces as tt
 from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.uncertainty import FEWEST_DOCUMENTS, SEED, ratio_interval
+from moe_inspect.comparison.aligning.align import DECILES
 from moe_inspect.comparison.aligning.misaligned import matched_overlaps
-from moe_inspect.comparison.aligning.rows import DECILES
 from moe_inspect.comparison.counting.count import UNIT
 from moe_inspect.comparison.counting.values import OF_LOSSES, Sums
 from moe_inspect.comparison.decisions.data import METRICS_OF, Decisions
