@@ -29,8 +29,8 @@ from tests.test_compare_findings import (
     routes,
     said,
 )
+from tests.test_compare_loads import history, loads
 from tests.test_compare_loss import worse
-from tests.test_compare_steps import history, loads
 
 T, E, K = 6_000, 8, 2
 LEK = 4, 16, 4  # of texts that are misrecorded
