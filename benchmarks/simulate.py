@@ -164,21 +164,17 @@ def placement() -> Rates:
     from moe_inspect.simulate.kernels_numba import count_windows
     from moe_inspect.simulate.placement.placement import POLICIES, simulate_placement
     from moe_inspect.simulate.placement.policies import Layout, shares
-    from moe_inspect.simulate.placement.windows import counter
+    from moe_inspect.simulate.placement.windows import reached
 
     window_T = np.arange(TOKENS) // 4096
     for E, k in SHAPES:
         ids_KT, layout = np.ascontiguousarray(zipf(TOKENS, E, k).T), Layout(E * 9 // 8 // 4 * 4, 4)
         load_E = np.bincount(ids_KT.ravel(), minlength=E)
-        reached = counter(shares(POLICIES["local-search"](load_E, layout), E, 4))
+        plan = shares(POLICIES["local-search"](load_E, layout), E, 4)
 
-        def sweep(
-            ids_KT: np.ndarray = ids_KT,
-            reached: Callable[[np.ndarray], float] = reached,
-            E: int = E,
-        ) -> None:
+        def sweep(ids_KT: np.ndarray = ids_KT, plan: np.ndarray = plan, E: int = E) -> None:
             count_windows(ids_KT, window_T, np.zeros((16, E), np.int64))
-            reached(ids_KT)
+            reached([plan], ids_KT)
 
         yield f"placement, a plan evaluated, kernel, {k} of {E}", rate(sweep, TOKENS), 20
     for E, k in ((8, 2), (128, 8)):
