@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.placement.windows import PlacementPlans
-from moe_inspect.simulate.result import Frame, Settings
 from moe_inspect.trace.output_dir import output_file
 
 ENDINGS = {".json": "sglang", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 Slots = dict[int, list[int]]  # the experts of each layer's slots
+Settings = dict[str, Any]
 
 
 def plan_table(plans: PlacementPlans, policy: str) -> pd.DataFrame:
@@ -45,9 +46,7 @@ def plan_table(plans: PlacementPlans, policy: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def write_plan(
-    table: Frame, settings: Settings, path: str | Path, engine: str | None = None
-) -> str:
+def write_plan(table: Any, settings: Settings, path: str | Path, engine: str | None = None) -> str:
     """Writes the table "plan" of a simulation for an engine of ENGINES, by default the one of the
     path's ending. Returns what was written, in words."""
     path = Path(path)
