@@ -103,24 +103,18 @@ def test_a_revision_is_pinned_and_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_kernels_of_the_hub_that_bypass_the_experts_are_refused(tmp_path: Path) -> None:
     """`use_kernels=True` gives a block the forward pass of a fused layer, which calls neither
     router nor experts."""
-    model, batch = build("qwen3_moe"), torch.arange(3, 17).view(2, 7)
+    model, batch = build("qwen3_moe"), {"input_ids": torch.arange(3, 17).view(2, 7)}
 
     def fused(self: Any, hidden_BSC: torch.Tensor) -> torch.Tensor:
         return hidden_BSC @ self.experts.down_proj[0] @ self.experts.down_proj[0].T
 
     block = model.model.layers[1].mlp
     block.forward = MethodType(fused, block)
-    with (
-        pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts") as refused,
-        moe_inspect.record(model, tmp_path / "t"),
-    ):
-        model(batch)
-    assert "use_kernels" in str(refused.value)
+    with pytest.raises(MoeInspectError, match=r"layers\.1\.mlp\.experts.*use_kernels"):
+        zoo.recorded(model, tmp_path / "t", batch)
     assert not (tmp_path / "t").exists() or moe_inspect.open_trace(tmp_path / "t").n_tokens == 0
     del block.forward
-    with moe_inspect.record(model, tmp_path / "u"):  # control
-        model(batch)
-    assert moe_inspect.open_trace(tmp_path / "u").n_tokens == batch.numel()
+    assert zoo.recorded(model, tmp_path / "u", batch).n_tokens == 14  # control
 
 
 # --- models with towers

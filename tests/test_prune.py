@@ -14,25 +14,14 @@ from moe_inspect.analysis.scores import lowest
 from moe_inspect.capture.options import TraceOptions
 from moe_inspect.demo import CORPUS_DIR
 from moe_inspect.interventions.ablation import HeldOut, ablate_held_out, open_held_out
+from moe_inspect.interventions.pruning import run
 from moe_inspect.interventions.pruning.measure import measure, of_overlap
-from moe_inspect.interventions.pruning.run import (
-    Choice,
-    Pruning,
-    check,
-    check_trace,
-    prune_held_out,
-)
+from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_out
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace
 from tests import zoo
 from tests.damage import edit_manifest
-
-
-def trace_of(path: Path, *domains: str) -> Trace:
-    """The bundled model on the bundled texts of these domains."""
-    data = [f"{d}={CORPUS_DIR / d}" for d in domains]
-    return moe_inspect.trace_model("demo", path, data=data, output_norms=True, output_peaks=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +31,10 @@ def held_out() -> HeldOut:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    return trace_of(tmp_path_factory.mktemp("three") / "t", "english", "metamath", "python")
+    """The bundled model on the bundled texts of three domains."""
+    data = [f"{d}={CORPUS_DIR / d}" for d in ("english", "metamath", "python")]
+    options = {"data": data, "output_norms": True, "output_peaks": True}
+    return moe_inspect.trace_model("demo", tmp_path_factory.mktemp("three") / "t", **options)
 
 
 @pytest.fixture
@@ -167,7 +159,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
         sites = find_routers(model)
         top_k = max(top_k_of(site, model) for site in sites)
         with pytest.raises(MoeInspectError, match=why):
-            check(model, sites, keep, top_k)
+            run.check(model, sites, keep, top_k)
 
     refused("mixtral", 0.25, "leaves 2 of 8 experts, but every token goes to 3")
     refused("mixtral", 0.99, "drops none of 8 experts")
@@ -179,11 +171,11 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     refused("doge", 0.75, "experts of layer 0 share their keys")
     refused("ernie4_5_vl_moe", 0.5, "vision_moe.*one number for both")
     wide = zoo.build("deepseek_v3", n_routed_experts=16)
-    check(wide, find_routers(wide), 0.75, 3)
+    run.check(wide, find_routers(wide), 0.75, 3)
 
     def of_another(match: str, trace: Trace, held_out: HeldOut = held_out) -> None:
         with pytest.raises(MoeInspectError, match=match):
-            check_trace(trace, held_out)
+            run.check_trace(trace, held_out)
 
     def traced(name: str, **options: object) -> Trace:
         return moe_inspect.trace_model("demo", tmp_path / name, max_tokens=50, **options)
@@ -192,7 +184,7 @@ def test_what_cannot_be_pruned_is_said(held_out: HeldOut, three: Trace, tmp_path
     of_another("recorded with different weights", three, changed)
     of_another("of a different model than demo, of random weights", traced("u", random_init=0))
     half = traced("h", dtype="float32")
-    assert check_trace(half, held_out) == [0, 1, 2, 3], "the same model, run otherwise"
+    assert run.check_trace(half, held_out) == [0, 1, 2, 3], "the same model, run otherwise"
     part = traced("p", layers=[0, 1])
     of_another("has no routers in layer 2", part)
     model = part.manifest["model"]
