@@ -29,6 +29,7 @@ FEWEST_TO_JUDGE = 8  # documents: with 7, signs can be arranged in 64 ways, too 
 # 1,000 tokens that each use one set of experts for all of them
 LONG_DOCUMENT = 1_000
 SIGNS = 499  # the smallest p-value is 1 / 500
+LARGE, FEW_SIGNS = 2**13, 199  # domains × experts, of which fewer draws tell as much
 MOST_UNITS = 512  # more are added up to as many: their signs say nothing more
 PASSES = 500  # drawn of documents in random order
 BLOCK = 2**22  # numbers in memory at a time
@@ -45,6 +46,15 @@ def random_signs(U: int) -> np.ndarray:
     return signs_BU
 
 
+def signs_of(U: int, cells: int) -> Iterator[np.ndarray]:
+    """Random signs of U units, for the nulls of a table of so many numbers: as many draws at a time
+    as memory takes; of a large table FEW_SIGNS of them. float32 [some of B, U]"""
+    signs_BU = random_signs(U)[: FEW_SIGNS if cells > LARGE else SIGNS]
+    step = max(1, BLOCK // cells)
+    for start in range(0, len(signs_BU), step):
+        yield signs_BU[start : start + step]
+
+
 def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.ndarray:
     """P-values of the statistics of several routers, corrected for their number: how often the
     largest of all is as far above its mean, in its own standard deviations. NaN where a statistic
@@ -53,7 +63,8 @@ def joint_p(observed_L: Sequence[float], null_LB: Sequence[np.ndarray]) -> np.nd
     known = np.flatnonzero(~np.isnan(p_L))
     if not len(known):
         return p_L
-    null = np.stack([null_LB[i] for i in known.tolist()])
+    fewest = min(len(null_LB[i]) for i in known.tolist())  # of the same draws, in the same order
+    null = np.stack([null_LB[i][:fewest] for i in known.tolist()])
     mean, sd = null.mean(1), np.maximum(null.std(1), 1e-12)
     largest_B = ((null - mean[:, None]) / sd[:, None]).max(0)
     standing = (p_L[known] - mean) / sd
@@ -123,10 +134,8 @@ def null_loads(assignments_UE: np.ndarray, domain_U: np.ndarray) -> Iterator[np.
     share_E = (load_DE[loaded_D] / load_DE[loaded_D].sum(1, keepdims=True)).mean(0)
     expected_DE = load_DE.sum(1)[:, None] * share_E
     residual_UE = (assignments_UE - tokens_U[:, None] * share_E).astype(np.float32)
-    signs_BU, of_D = random_signs(U), [np.flatnonzero(domain_U == d) for d in range(D)]
-    step = max(1, BLOCK // (D * E))
-    for start in range(0, SIGNS, step):
-        signs = signs_BU[start : start + step]
+    of_D = [np.flatnonzero(domain_U == d) for d in range(D)]
+    for signs in signs_of(U, D * E):
         load_BDE = np.empty((len(signs), D, E))
         for d, of in enumerate(of_D):
             load_BDE[:, d] = expected_DE[d] + signs[:, of] @ residual_UE[of]

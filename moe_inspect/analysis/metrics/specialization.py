@@ -20,7 +20,7 @@ from moe_inspect.analysis.metrics.balance import nan_for_zero, ratio
 from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
-FEW_DOMAINS, DRAWN_PAIRS = 500, 100_000  # up to which all pairs are compared; how many else
+FEW_DOMAINS, DRAWN_PAIRS = 150, 10_000  # up to which all pairs are compared; how many else
 JSD_DRAWS = 20  # by chance: the mean over pairs of domains hardly varies
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
@@ -34,9 +34,11 @@ def mutual_information_bits(counts_XE: np.ndarray) -> np.ndarray:
     there are none. counts: [..., X, E] → [...]"""
     total = nan_for_zero(counts_XE.sum((-2, -1), keepdims=True))
     p = counts_XE / total
-    independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
-    ratio = np.divide(p, independent, out=np.ones_like(p), where=counts_XE > 0)
-    return (p * np.log2(ratio)).sum((-2, -1))
+    terms = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
+    with np.errstate(invalid="ignore"):  # 0 / 0, of a row or an expert without load
+        np.divide(p, terms, out=terms)
+    np.log2(np.fmax(terms, np.finfo(p.dtype).tiny, out=terms), out=terms)
+    return np.multiply(p, terms, out=terms).sum((-2, -1))
 
 
 def share_by_domain(assignments_DE: np.ndarray) -> np.ndarray:
@@ -76,10 +78,10 @@ def domain_mi_bits(assignments_DE: np.ndarray) -> float:
 
 
 def domain_mi_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> np.ndarray:
-    """`domain_mi_bits` of documents (units) like these whose domains share one mean, drawn SIGNS
-    times. NaN with fewer than two domains, or no load. float64 [B]"""
+    """`domain_mi_bits` of documents (units) like these whose domains share one mean, as often as
+    `chance.signs_of` draws. NaN with fewer than two domains, or no load. float [B]"""
     if int(domain_U.max(initial=-1)) < 1 or not assignments_UE.any():
-        return np.full(chance.SIGNS, np.nan)
+        return np.full(1, np.nan)
     drawn = chance.null_loads(assignments_UE, domain_U)
     return np.concatenate([mutual_information_bits(share_by_domain(load)) for load in drawn])
 
@@ -101,7 +103,7 @@ def domain_mi_error(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
 @of_router(ideal=0.0, range="0 to 1", unit="bits")
 def jsd_bits(assignments_DE: np.ndarray) -> float:
     """Jensen–Shannon divergence between the expert shares of two domains, in [0, 1], its mean over
-    all pairs (of more than 500 domains over 100,000 random ones). NaN with fewer than two domains
+    all pairs (of more than 150 domains over 10,000 random ones). NaN with fewer than two domains
     that have load. (The divergence of all domains at once is `domain_mi_bits`.)"""
     share_DE = share_by_domain(assignments_DE[assignments_DE.sum(1) > 0].astype(float))
     if len(share_DE) < 2:
@@ -126,7 +128,7 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     D = int(domain_U.max(initial=-1)) + 1
     if D < 2 or not assignments_UE.any():
         return float("nan")
-    draws = int(np.clip(DRAWN_PAIRS // D**2, 1, JSD_DRAWS))
+    draws = int(np.clip(100_000 // D**2, 1, JSD_DRAWS))
     drawn_BDE = next(chance.null_loads(assignments_UE, domain_U))[:draws]
     return float(np.mean([jsd_bits(load_DE) for load_DE in drawn_BDE]))
 
@@ -226,10 +228,8 @@ class Expected:
         explain have random signs. float64 [B]"""
         assignments_DE, _ = self.by_domain()
         residual_UE = (self.assignments_UE - self.expected_UE).astype(np.float32)
-        signs_BU, found = chance.random_signs(len(residual_UE)), list[np.ndarray]()
-        step = max(1, chance.BLOCK // assignments_DE.size)
-        for start in range(0, chance.SIGNS, step):
-            signs = signs_BU[start : start + step]
+        found = list[np.ndarray]()
+        for signs in chance.signs_of(len(residual_UE), assignments_DE.size):
             left = [(signs * weight_U) @ residual_UE for weight_U in self.weight_DU]
             found.append(_left_bits(assignments_DE, np.stack(left, 1)))
         return np.concatenate(found)
