@@ -18,11 +18,12 @@ def unwrapped(model: Called, by_path: bool = False) -> Called:
     """The transformers model with routers that `model` is or holds; else, and where routers are
     given `by_path` in what is called, the model inside torch's own wrappers. MoeInspectError where
     there are several, as in a trainer that holds a policy and its reference."""
-    modeling: Called = sys.modules.get("transformers.modeling_utils")
+    # nothing is one of transformers where it is not loaded
+    kind: Called = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
     found: dict[str, Called] = {}
-    for path, module in model.named_modules() if modeling is not None and not by_path else ():
+    for path, module in () if by_path else model.named_modules():
         inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
-        if not inside and isinstance(module, modeling.PreTrainedModel):
+        if not inside and isinstance(module, kind):
             kinds = {type(inner).__name__ for inner in module.modules()}
             if any(kind.endswith("Experts") or kind in ADAPTERS for kind in kinds):
                 found[path] = module
