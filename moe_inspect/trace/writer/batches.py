@@ -68,17 +68,21 @@ class RoutedBatch:
     def first_batch(self) -> int:
         return self.batch if self.batches is None else int(self.batches[0])
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each token's forward pass."""
+        whole = np.full(len(self.token_id), self.batch, np.int32)
+        return whole if self.batches is None else self.batches
+
     def passes(self) -> Iterator[RoutedBatch]:
         """A batch for each forward pass that has tokens."""
         if self.batches is None or not len(self.batches):
             yield self
             return
-        edges = [int(n) for n in run_edges(self.batches)]
         # of the first pass of each document
         of_each = zip(self.document[::-1].tolist(), self.batches[::-1].tolist(), strict=True)
-        number_of = dict(of_each)
-        last = int(self.batches[-1])
-        for start, end in pairwise(edges):
+        number_of, last = dict(of_each), int(self.batches[-1])
+        for start, end in pairwise(run_edges(self.batches).tolist()):
             number, rows = int(self.batches[start]), slice(start, end)
             yield replace(
                 self,
@@ -126,29 +130,20 @@ class CountedBatches:
 def summed(parts: Sequence[CountedBatches]) -> CountedBatches:
     """The sum of counts of consecutive batches. Domains of a later one begin with those of an
     earlier one."""
-    if len(parts) == 1:
-        return parts[0]
-    last, domains = parts[-1], len(parts[-1].domains)
-
-    def added(name: str) -> list[np.ndarray] | None:
-        arrays = [getattr(part, name) for part in parts]
-        if any(of_routers is None for of_routers in arrays):
-            return None
-        return [_added(of_router, domains) for of_router in zip(*arrays, strict=True)]
-
-    assignments, decisions = added("assignments"), [part.decisions for part in parts]
-    assert assignments is not None
-    return CountedBatches(
-        last.batch,
-        sum(part.tokens for part in parts),
-        last.domains,
-        assignments,
-        added("first_choice"),
-        added("weight_sum"),
-        [document for part in parts for document in part.documents],
-        None if None in decisions else sum(n for n in decisions if n is not None),
-        parts[0].first_batch,
-        added("energy"),
+    last, sums = parts[-1], dict[str, list[np.ndarray] | None]()
+    for name in ("assignments", "first_choice", "weight_sum", "energy"):
+        arrays = [of for part in parts if (of := getattr(part, name)) is not None]
+        sums[name] = None
+        if len(arrays) == len(parts):
+            sums[name] = [_added(of, len(last.domains)) for of in zip(*arrays, strict=True)]
+    decisions = [part.decisions for part in parts if part.decisions is not None]
+    return replace(
+        last,
+        tokens=sum(part.tokens for part in parts),
+        documents=[document for part in parts for document in part.documents],
+        decisions=sum(decisions) if len(decisions) == len(parts) else None,
+        first_batch=parts[0].first_batch,
+        **sums,
     )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,6 +21,7 @@ from moe_inspect.text import storable
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_of
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.schema import Router
@@ -29,37 +31,36 @@ from moe_inspect.trace.writer.batches import CountedBatches, Document, RoutedBat
 
 
 def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader) -> pa.Table:
-    domains = list(max((b.domains for b in batches), key=len))
+    columns, domains = (
+        schema.tokens_schema(trace.has_loss),
+        max((b.domains for b in batches), key=len),
+    )
     phase_T = np.concatenate([_phases(b) for b in batches])
     known = max(2 + any(r.stack for r in trace.stated_routers), int(phase_T.max(initial=0)) + 1)
-    columns = schema.tokens_schema(trace.has_loss)
-    return pa.table(
-        {
-            "token": token,
-            **{
-                name: _int32(batches, name)
-                for name in ("token_id", "document", "sequence", "position")
-            },
-            "domain": _labels(np.concatenate([b.domain for b in batches]), domains),
-            "phase": _labels(phase_T, list(schema.PHASES[:known])),
-            "batch": pa.array(np.concatenate([_numbers(b) for b in batches])),
-            **{name: _or_null(batches, name) for name in columns.names[len(schema.TOKENS) :]},
-        },
-        schema=columns,
-    )
+    made: dict[str, pa.Array] = {"token": token}
+    for name in ("token_id", "document", "sequence", "position"):
+        values_T = np.concatenate([getattr(b, name) for b in batches])
+        made[name] = pa.array(values_T.astype(np.int32, copy=False))
+    made["domain"] = _labels(np.concatenate([b.domain for b in batches]), domains)
+    made["phase"] = _labels(phase_T, schema.PHASES[:known])
+    made["batch"] = pa.array(np.concatenate([b.numbers for b in batches]))
+    for name in columns.names[len(schema.TOKENS) :]:  # null where it is NaN, or a batch has none
+        none = [np.full(len(b.token_id), np.nan, np.float32) for b in batches]
+        parts = [b.token_values.get(name, of) for b, of in zip(batches, none, strict=True)]
+        values_T = np.concatenate(parts).astype(np.float32, copy=False)
+        made[name] = pa.array(values_T, mask=np.isnan(values_T))
+    return pa.table(made, schema=columns)
 
 
 def documents_table(documents: list[Document]) -> pa.Table:
-    def labels(values: list[str]) -> pa.Array:
-        return pa.array(map(storable, values), pa.string()).dictionary_encode()
-
-    rows = {
-        "document": pa.array([d.document for d in documents], pa.int32()),
-        "domain": labels([d.domain for d in documents]),
-        "source": labels([d.source for d in documents]),
-        "tokens": pa.array([d.tokens for d in documents], pa.int32()),
-    }
-    return pa.table(rows, schema=schema.DOCUMENTS)
+    columns: dict[str, pa.Array] = {}
+    for field in schema.DOCUMENTS:
+        values = [getattr(d, field.name) for d in documents]
+        if pa.types.is_dictionary(field.type):
+            columns[field.name] = pa.array(map(storable, values), pa.string()).dictionary_encode()
+        else:
+            columns[field.name] = pa.array(values, field.type)
+    return pa.table(columns, schema=schema.DOCUMENTS)
 
 
 # --- decisions
@@ -89,7 +90,11 @@ def routing_table(
         nowhere_KT = ids_KT >= E if keeps else ids_KT == np.iinfo(ids_KT.dtype).max
     experts_KT = ids_KT.astype(schema.id_dtype(trace.stated_routers).to_pandas_dtype(), copy=False)
     weights_KT = _values(batches, r, "weight")
-    order_KT = _slot_order(trace, r, batches, experts_KT, nowhere_KT, weights_KT)
+    order_KT, key_KT = None, weights_KT  # None: they are in order already
+    if router.first_choice_known and key_KT is None and "logits" in trace.tables:
+        key_KT = slot_order.chosen_logits(_logits(batches, r), experts_KT, nowhere_KT)
+    if router.first_choice_known and key_KT is not None:
+        order_KT = slot_order.descending(key_KT, nowhere_KT)
     if order_KT is not None:
         ids_KT = np.take_along_axis(ids_KT, order_KT, 0)
         experts_KT = np.take_along_axis(experts_KT, order_KT, 0)
@@ -129,26 +134,8 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
     return ((bits + 0x3FFF + (bits >> 15 & 1)) & 0xFFFF8000).astype(np.uint32).view(np.float32)
 
 
-def _slot_order(
-    trace: TraceHeader,
-    r: int,
-    batches: list[RoutedBatch],
-    experts_KT: np.ndarray,
-    nowhere_KT: np.ndarray | None,
-    weights_KT: np.ndarray | None,
-) -> np.ndarray | None:
-    """The permutation of each decision's slots (see `slot_order.descending`); None where they are
-    in order already."""
-    if not trace.stated_routers[r].first_choice_known:
-        return None
-    if weights_KT is not None:
-        return slot_order.descending(weights_KT, nowhere_KT)
-    if "logits" not in trace.tables:
-        return None
-    logits_TE = np.concatenate([b.extras["logits"][r] for b in batches])
-    return slot_order.descending(
-        slot_order.chosen_logits(logits_TE, experts_KT, nowhere_KT), nowhere_KT
-    )
+def _logits(batches: list[RoutedBatch], r: int) -> np.ndarray:
+    return np.concatenate([b.extras["logits"][r] for b in batches])
 
 
 def logits_table(
@@ -156,13 +143,12 @@ def logits_table(
 ) -> pa.Table:
     """The router logits of router r. One of fewer experts than the widest is padded with NaN: a
     table has one width."""
-    width = columns.field("logits").type.list_size
-    logits_TE = np.concatenate([b.extras["logits"][r] for b in batches])
-    logits_TE = logits_TE.astype(np.float16, copy=False)
+    width, router = columns.field("logits").type.list_size, trace.stated_routers[r]
+    logits_TE = _logits(batches, r).astype(np.float16, copy=False)
     padded_TE = np.pad(logits_TE, ((0, 0), (0, width - logits_TE.shape[1])), constant_values=np.nan)
     values = pa.FixedSizeListArray.from_arrays(pa.array(padded_TE.reshape(-1)), width)
-    seen = _seen(trace.stated_routers[r], batches, token)
-    arrays = [seen, *_router_columns(trace.stated_routers[r], r, len(seen)), values]
+    seen = _seen(router, batches, token)
+    arrays = [seen, *_router_columns(router, r, len(seen)), values]
     return pa.Table.from_arrays(arrays, schema=columns)
 
 
@@ -171,19 +157,17 @@ def logits_table(
 
 def counts_table(trace: TraceHeader, r: int, counted: CountedBatches) -> pa.Table:
     D, E = counted.assignments[r].shape
-
-    def int64(values_DE: np.ndarray) -> pa.Array:
-        return pa.array(values_DE.reshape(-1).astype(np.int64))
-
-    first, weight = counted.first_choice, counted.weight_sum
+    first, assigned = counted.first_choice, counted.assignments[r].reshape(-1)
     arrays = [
         *_router_columns(trace.stated_routers[r], r, D * E),
-        _labels(np.repeat(np.arange(D), E), list(counted.domains)),
+        _labels(np.repeat(np.arange(D), E), counted.domains),
         pa.array(np.tile(np.arange(E, dtype=np.uint16), D)),
-        int64(counted.assignments[r]),
-        pa.nulls(D * E, pa.int64()) if first is None else int64(first[r]),
+        pa.array(assigned.astype(np.int64)),
+        pa.nulls(D * E, pa.int64())
+        if first is None
+        else pa.array(first[r].reshape(-1).astype(np.int64)),
     ]
-    for sums in (weight, counted.energy):
+    for sums in (counted.weight_sum, counted.energy):
         arrays += [] if sums is None else [pa.array(sums[r].reshape(-1))]
     return pa.Table.from_arrays(arrays, schema=trace.columns_of("counts"))
 
@@ -206,13 +190,6 @@ def _router_columns(router: Router, r: int, rows: int) -> list[pa.Array]:
     return [pa.array(np.full(rows, value, np.uint16)) for value in (router.layer, r)]
 
 
-def _numbers(batch: RoutedBatch) -> np.ndarray:
-    """The number of each token's forward pass."""
-    if batch.batches is not None:
-        return batch.batches
-    return np.full(len(batch.token_id), batch.batch, np.int32)
-
-
 def _phases(batch: RoutedBatch) -> np.ndarray:
     if batch.phases is not None:
         return batch.phases
@@ -221,21 +198,7 @@ def _phases(batch: RoutedBatch) -> np.ndarray:
     return codes_T
 
 
-def _int32(batches: list[RoutedBatch], name: str) -> pa.Array:
-    values_T = np.concatenate([getattr(b, name) for b in batches])
-    return pa.array(values_T.astype(np.int32, copy=False))
-
-
-def _or_null(batches: list[RoutedBatch], name: str) -> pa.Array:
-    """float32 [T], null where a value is NaN, or a batch has none."""
-    parts = [
-        b.token_values.get(name, np.full(len(b.token_id), np.nan, np.float32)) for b in batches
-    ]
-    values_T = np.concatenate(parts).astype(np.float32, copy=False)
-    return pa.array(values_T, mask=np.isnan(values_T))
-
-
-def _labels(codes: np.ndarray, labels: list[str]) -> pa.Array:
+def _labels(codes: np.ndarray, labels: Sequence[str]) -> pa.Array:
     return pa.DictionaryArray.from_arrays(
         pa.array(codes.astype(np.int32, copy=False)), pa.array(map(storable, labels), pa.string())
     )
@@ -245,7 +208,7 @@ def _holds_nowhere(ids: np.ndarray, experts: int) -> bool:
     return bool(ids.size) and int(ids.max()) >= experts
 
 
-def _slot_major(parts_TK: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+def _slot_major(parts_TK: Sequence[np.ndarray], dtype: npt.DTypeLike) -> np.ndarray:
     """[K, T], each slot contiguous: what a column is made of without another copy."""
     values_KT = np.empty((parts_TK[0].shape[1], sum(map(len, parts_TK))), dtype)
     return np.concatenate([part.T for part in parts_TK], axis=1, out=values_KT)
@@ -285,12 +248,19 @@ def write_part(
     columns: pa.Schema,
     groups: Sequence[Callable[[], pa.Table]],
     bf16: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Writes a Parquet file, a row group at a time. `bf16`: its weights are values of bfloat16.
     Returns what its line in shards-<rank>.jsonl states: rows, bytes, footer_crc32, sha256."""
-    codecs = {f.name: _codec(f.name, bf16) for f in columns}
+    # expert ids leave the dictionary encoding bit-packed and near their entropy: a codec only costs
+    # time on them. Of the bytes of a bf16 weight two are zero and one is nearly always the same:
+    # lz4 takes a third of zstd's time to read and half to write, for a fifth more of space; fp16's
+    # third byte has 3 bits of use, which only an entropy coder finds
+    codec_of = {"expert": "none", "weight": "lz4" if bf16 else "zstd"}
+    codecs = {f.name: codec_of.get(f.name[:6], "zstd") for f in columns}
     labels = [f.name for f in columns if f.name in DICTIONARY or f.name.startswith("expert")]
-    encodings = {f.name: _encoding(f) for f in columns if f.name not in labels}
+    encodings = {f.name: "BYTE_STREAM_SPLIT" for f in columns if pa.types.is_float32(f.type)}
+    if "token" in columns.names:
+        encodings["token"] = "DELTA_BINARY_PACKED"
     rows = 0
     with draft_of(path) as draft, open(draft, "wb", buffering=2**20) as file:
         sink = _HashingFile(file)
@@ -301,7 +271,7 @@ def write_part(
             compression=codecs,  # pyright: ignore[reportArgumentType]
             compression_level={name: 1 for name, codec in codecs.items() if codec == "zstd"},
             use_dictionary=labels,  # pyright: ignore[reportArgumentType]
-            column_encoding={name: code for name, code in encodings.items() if code},
+            column_encoding=encodings,
             write_statistics=[f.name for f in columns if f.name in STATISTICS],  # pyright: ignore[reportArgumentType]
             write_page_checksum=True,
         ) as writer:
@@ -312,41 +282,16 @@ def write_part(
         file.flush()
         with open(draft, "rb") as written:
             footer_crc32 = checksums.footer_crc32(pa.PythonFile(written))
-    return {
-        "rows": rows,
-        "bytes": sink.size,
-        "footer_crc32": footer_crc32,
-        "sha256": sink.digest.hexdigest(),
-    }
+    stated = {"rows": rows, "bytes": sink.size, "footer_crc32": footer_crc32}
+    return {**stated, "sha256": sink.digest.hexdigest()}
 
 
 def vocabulary_bytes(vocabulary: pa.Table) -> bytes:
     """The file vocabulary.parquet of token_id, token."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        vocabulary.cast(schema.VOCABULARY_SCHEMA),
-        sink,
-        compression="zstd",
-        write_page_checksum=True,
-    )
+    words = vocabulary.cast(schema.VOCABULARY_SCHEMA)
+    pq.write_table(words, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
-
-
-def _codec(column: str, bf16: bool) -> str:
-    # expert ids leave the dictionary encoding bit-packed and near their entropy: a codec only costs
-    # time on them
-    if column.startswith("expert"):
-        return "none"
-    # of the bytes of a bf16 weight two are zero and one is nearly always the same: lz4 takes a
-    # third of zstd's time to read and half to write, for a fifth more of space; fp16's third byte
-    # has 3 bits of use, which only an entropy coder finds
-    return "lz4" if bf16 and column.startswith("weight") else "zstd"
-
-
-def _encoding(column: pa.Field) -> str | None:
-    if pa.types.is_float32(column.type):
-        return "BYTE_STREAM_SPLIT"
-    return "DELTA_BINARY_PACKED" if column.name == "token" else None
 
 
 class _HashingFile:
@@ -354,7 +299,7 @@ class _HashingFile:
 
     closed = False
 
-    def __init__(self, file: Any):
+    def __init__(self, file: BinaryIO):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:

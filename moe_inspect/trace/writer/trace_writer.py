@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from moe_inspect.text import first_line
 from moe_inspect.trace import schema, slot_order
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import append, sync_directory, write_atomically
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote, inside, output_location
 from moe_inspect.trace.files.lock import Lock, drafts_of, hold
 from moe_inspect.trace.header import TraceHeader
@@ -53,7 +53,7 @@ class ResumePoint:
     slot_orders: dict[int, str] = field(default_factory=dict)
 
 
-def committed_counts(root: Path | Remote, manifest: dict[str, Any]) -> dict[str, int]:
+def committed_counts(root: Path | Remote, manifest: Json) -> dict[str, int]:
     """Tokens and decisions in the committed shards of all ranks."""
     return _counts(committed_shards(root, manifest))
 
@@ -75,8 +75,8 @@ def resume_point(root: Path | Remote, rank: int = 0) -> ResumePoint:
     part = rf"part-{rank}-\d+\.parquet"
     own = re.compile(rf"{part}|{drafts_of(part)}")
     for table in manifest["tables"]:
-        inside(root, table)
-        for file in (root / table).iterdir() if (root / table).is_dir() else ():
+        folder = inside(root, table)
+        for file in folder.iterdir() if folder.is_dir() else ():
             if own.fullmatch(file.name) and file not in keep and not file.is_dir():
                 file.unlink()
     slot_orders = {r: router.get("slot_order", "") for r, router in enumerate(manifest["routers"])}
@@ -103,7 +103,7 @@ def drop_after(root: Path | Remote, batch: int) -> int | None:
 
 
 def _keep(
-    root: Path | Remote, manifest: dict[str, Any], rank: int, shards: list[ShardFiles], before: int
+    root: Path | Remote, manifest: Json, rank: int, shards: list[ShardFiles], before: int
 ) -> None:
     """Lists these shards of a rank alone, without a partial last line. `before`: how many there
     were."""
@@ -115,6 +115,7 @@ def _keep(
 
 
 QUEUE_BATCHES = 2
+Groups = dict[str, Sequence[Callable[[], pa.Table]]]  # table → what makes each of its row groups
 
 
 class TraceWriter:
@@ -132,7 +133,7 @@ class TraceWriter:
     def __init__(
         self,
         root: str | Path | Remote,
-        manifest: dict[str, Any],
+        manifest: Json,
         routers: Sequence[Router],
         *,
         weights: bool = True,
@@ -150,11 +151,14 @@ class TraceWriter:
         if unknown := extras.keys() - schema.OPTIONAL_GLOSSARY.keys() - {"logits"}:
             raise TypeError(f"a trace has no {unknown.pop()}")
         self.root, self.rank = output_location(root), rank
-        self.weights, self.logits = weights, extras.get("logits", False)
-        self.counts_only = counts_only
+        self.logits = extras.get("logits", False)
         start = resume or ResumePoint()
-        self.routers = [
-            self._with_order(router, start.slot_orders.get(r)) for r, router in enumerate(routers)
+        by_values = not counts_only and (weights or self.logits)
+        self.routers = [  # with the order of what is written already, else the one that is known
+            replace(router, slot_order=start.slot_orders[r])
+            if r in start.slot_orders
+            else slot_order.stated(router, router.first_choice_known or by_values)
+            for r, router in enumerate(routers)
         ]
         facts = [name for name in schema.OPTIONAL_GLOSSARY if extras.get(name)]
         columns = dict(schema.GLOSSARY)
@@ -167,18 +171,15 @@ class TraceWriter:
         # own status → that of all ranks, when they have closed
         self.others: Callable[[str], str] = lambda status: status
         # merged into the manifest's sections when the background thread is done
-        self.at_close: dict[str, Any] = {}
+        self.at_close: Json = {}
         self.tables = ["documents", "counts"] if counts_only else ["documents", "tokens", "routing"]
         self.tables += ["logits"] if self.logits else []
+        stated = {"weights": weights, **dict.fromkeys(facts, True)}
         self.manifest = {
             "format": schema.FORMAT,
             "status": "recording",
             **manifest,
-            "capture": {
-                **manifest.get("capture", {}),
-                "weights": weights,
-                **dict.fromkeys(facts, True),
-            },
+            "capture": {**manifest.get("capture", {}), **stated},
             "routers": [asdict(r) for r in self.routers],
             "tables": self.tables,
             "columns": columns,
@@ -189,30 +190,35 @@ class TraceWriter:
         self._counted: list[CountedBatches] = []  # of the next shard, all committed early
         self._early = EarlyShards(self.root / f"shards-{rank}.jsonl", commit_every)
         self._error: BaseException | None = None
-        self._own_lock = hold(self.root) if lock is None else None
-        self._lock = lock or self._own_lock
+        self._lock = lock or hold(self.root)
+        self._release = self._lock.release if lock is None else lambda: None
         try:
             with writing(self.root):
                 self._begin(vocabulary)
         except BaseException:
-            self._unlock()
+            self._release()
             raise
         self._queue: queue.Queue[RoutedBatch | CountedBatches | None] = queue.Queue(queue_batches)
         self._thread = threading.Thread(target=self._run, name="moe-inspect-writer", daemon=True)
         self._thread.start()
 
     def _begin(self, vocabulary: pa.Table | None) -> None:
+        """Writes the vocabulary, the manifest, which states its checksum, and what shards need."""
+        path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
         if self.rank == 0:
-            self._write_vocabulary(vocabulary)
+            if vocabulary is not None and not (resumed and path.exists()):
+                write_atomically(path, vocabulary_bytes(vocabulary))
+            if path.exists():
+                found = checksums.stated(path.read_bytes())
+                if resumed and read_manifest(self.root).get("vocabulary", found) != found:
+                    said = "it was changed after it was written (trace.json states another sha256)"
+                    raise Damaged(path, said, schema.VOCABULARY)
+                self.manifest["vocabulary"] = found
         self._write_manifest()
         for folder in (self.root / table for table in self.tables):
             if isinstance(folder, Path):  # objects need none
                 folder.mkdir(exist_ok=True)
         append(self._early.shard_list, b"")  # it is there, if empty
-
-    def _unlock(self) -> None:
-        if self._own_lock is not None:
-            self._own_lock.release()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -244,7 +250,7 @@ class TraceWriter:
         try:
             self._close(status)
         finally:
-            self._unlock()
+            self._release()
         if not quiet:
             self._raise()
 
@@ -280,27 +286,6 @@ class TraceWriter:
         if interrupted is not None:
             raise interrupted
 
-    def _with_order(self, router: Router, written: str | None) -> Router:
-        """The router with the order of its slots stated: that of what is `written` already, else by
-        weight where decisions come with weights or logits, or where the caller says that it is
-        known."""
-        if written is not None:
-            return replace(router, slot_order=written)
-        by_values = not self.counts_only and (self.weights or self.logits)
-        return slot_order.stated(router, router.first_choice_known or by_values)
-
-    def _write_vocabulary(self, vocabulary: pa.Table | None) -> None:
-        """Writes the vocabulary, before the manifest, which states its checksum."""
-        path, resumed = self.root / schema.VOCABULARY, (self.root / schema.MANIFEST).exists()
-        if vocabulary is not None and not (resumed and path.exists()):
-            write_atomically(path, vocabulary_bytes(vocabulary))
-        if path.exists():
-            found = checksums.stated(path.read_bytes())
-            if resumed and read_manifest(self.root).get("vocabulary", found) != found:
-                said = "it was changed after it was written (trace.json states another sha256)"
-                raise Damaged(path, said, schema.VOCABULARY)
-            self.manifest["vocabulary"] = found
-
     def _write_manifest(self) -> None:
         if self.rank == 0:
             write_manifest(self.root, self.manifest)
@@ -317,7 +302,10 @@ class TraceWriter:
         try:
             for batch in iter(self._next, None):
                 if isinstance(batch, CountedBatches):
-                    self._take_counts(batch)
+                    self._counted.append(batch)
+                    tokens = sum(counted.tokens for counted in self._counted)
+                    is_full = self._early.every_s is None or tokens >= self._pending.shard_tokens
+                    self._commit_counts(early=not is_full)
                 else:
                     self._take(batch)
         except BaseException as error:
@@ -346,105 +334,97 @@ class TraceWriter:
                 self._commit_routing()
             self._pending.add(part)
 
-    def _take_counts(self, counted: CountedBatches) -> None:
-        self._counted.append(counted)
-        tokens = sum(c.tokens for c in self._counted)
-        is_full = self._early.every_s is None or tokens >= self._pending.shard_tokens
-        self._commit_counts(early=not is_full)
-
     # --- commits: documents, tokens, routing, then the shard's lines in one write. An early shard
     # holds what is not committed yet, which stays pending
 
     def _commit_routing(self, early: bool = False) -> None:
-        pending, first_token = self._pending, self.next_token
+        pending, first_token, trace = self._pending, self.next_token, self.header
         if early:
             batches = pending.batches[self._early.batches : pending.of_closed_groups()]
             first_token += self._early.tokens
         else:
             batches = pending.take()
-        T, trace, routers = sum(len(b.token_id) for b in batches), self.header, self.routers
+        T = sum(len(b.token_id) for b in batches)
         token = pa.array(np.arange(first_token, first_token + T, dtype=np.int64))
         tokens = tables.tokens_table(batches, token, trace)
         columns = {"tokens": tokens.schema, "routing": tables.routing_columns(trace, batches)}
-        if self.logits:
-            columns["logits"] = trace.columns_of("logits")
-        of_routers = {"routing": tables.routing_table, "logits": tables.logits_table}
-        groups = {
+        columns |= {"logits": trace.columns_of("logits")} if self.logits else {}
+        make = {"routing": tables.routing_table, "logits": tables.logits_table}
+        groups: Groups = {
             table: [
-                partial(of_routers[table], trace, r, batches, token, columns[table])
-                for r in range(len(routers))
+                partial(make[table], trace, r, batches, token, columns[table])
+                for r in range(len(self.routers))
             ]
-            for table in columns
-            if table in of_routers
+            for table in columns.keys() & make.keys()
         }
-        lines = self._write_parts(
+        self._commit(
             [d for b in batches for d in b.documents],
             columns,
             {"tokens": [lambda: tokens], **groups},
+            tokens=T,
+            decisions=None,
+            batches=(batches[0].first_batch, batches[-1].batch),
+            early=len(batches) if early else 0,
             bf16=all(w.dtype == np.uint16 for b in batches for w in b.weights or []),
         )
-        span = {
-            "first_token": first_token,
-            "last_token": first_token + T - 1,
-            "decisions": lines[2]["rows"],
-            "first_batch": batches[0].first_batch,
-            "last_batch": batches[-1].batch,
-        }
-        self._commit(lines, span, len(batches) if early else 0)
 
     def _commit_counts(self, early: bool = False) -> None:
-        counted = self._counted[-1] if early else summed(self._counted)
-        first_token = self.next_token + (self._early.tokens if early else 0)
-        groups = [
-            partial(tables.counts_table, self.header, r, counted) for r in range(len(self.routers))
-        ]
-        columns = {"counts": self.header.columns_of("counts")}
-        lines = self._write_parts(counted.documents, columns, {"counts": groups})
-        everywhere = counted.tokens * len(self.routers)
-        span = {
-            "first_token": first_token,
-            "last_token": first_token + counted.tokens - 1,
-            "decisions": everywhere if counted.decisions is None else counted.decisions,
-            "first_batch": counted.first_batch,
-            "last_batch": counted.batch,
-        }
-        self._commit(lines, span, early=1 if early else 0)
+        counted, L = self._counted[-1] if early else summed(self._counted), len(self.routers)
+        everywhere = counted.tokens * L
+        self._commit(
+            counted.documents,
+            {"counts": self.header.columns_of("counts")},
+            {"counts": [partial(tables.counts_table, self.header, r, counted) for r in range(L)]},
+            tokens=counted.tokens,
+            decisions=everywhere if counted.decisions is None else counted.decisions,
+            batches=(counted.first_batch, counted.batch),
+            early=1 if early else 0,
+        )
         if not early:
             self._counted = []
 
-    def _write_parts(
+    def _commit(
         self,
         documents: list[Document],
         columns: dict[str, pa.Schema],
-        groups: dict[str, Sequence[Callable[[], pa.Table]]],
+        groups: Groups,
+        *,
+        tokens: int,
+        decisions: int | None,
+        batches: tuple[int | None, int],
+        early: int,
         bf16: bool = False,
-    ) -> list[dict[str, Any]]:
-        """Writes the tables of the next shard, documents first: of each its columns and its row
-        groups. Returns their lines for shards-<rank>.jsonl."""
-        listed = tables.documents_table(documents)
-        lines: list[dict[str, Any]] = []
-        for table, parts in {"documents": [lambda: listed], **groups}.items():
-            path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
-            written = write_part(
-                self.root / path, columns.get(table, schema.DOCUMENTS), parts, bf16
-            )
-            lines.append({"table": table, "path": path, **written})
-        return lines
-
-    def _commit(self, lines: list[dict[str, Any]], span: dict[str, Any], early: int = 0) -> None:
-        """Commits a shard. `early`: how many of the pending batches it holds, which stay pending;
+    ) -> None:
+        """Writes the tables of the next shard, documents first, of each its columns and its row
+        groups, and commits it. `decisions`: None for the rows of its routing table. `batches`: the
+        first and the last. `early`: how many of the pending batches it holds, which stay pending;
         0 for a shard that holds all of them."""
-        if span["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
-            raise MoeInspectError(
-                f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number: write several"
-            )
+        listed = tables.documents_table(documents)
+        columns["documents"], groups = schema.DOCUMENTS, {"documents": [lambda: listed], **groups}
+        lines: list[Json] = []
+        for table in self.tables:
+            path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
+            written = write_part(self.root / path, columns[table], groups[table], bf16)
+            lines.append({"table": table, "path": path, **written})
+        if decisions is None:
+            decisions = next(line["rows"] for line in lines if line["table"] == "routing")
+        first_token = self.next_token + (self._early.tokens if early else 0)
+        stated = {
+            "shard": self.next_shard,
+            "first_token": first_token,
+            "last_token": first_token + tokens - 1,
+            "decisions": decisions,
+            "first_batch": batches[0],
+            "last_batch": batches[1],
+            **({"early": True} if early else {}),
+        }
+        if stated["last_token"] >= (self.rank + 1) * schema.RANK_STRIDE:
+            said = f"over {schema.RANK_STRIDE:,} tokens, more than a trace can number"
+            raise MoeInspectError(f"{said}: write several")
         for table in self.tables:
             sync_directory(self.root / table)
-        if self._lock is not None:
-            self._lock.check()
-        span = {"shard": self.next_shard, **span, **({"early": True} if early else {})}
-        text = b"".join(checksums.sealed({**line, **span}) for line in lines)
-        tokens, decisions = span["last_token"] - span["first_token"] + 1, span["decisions"]
+        self._lock.check()
+        text = b"".join(checksums.sealed({**line, **stated}) for line in lines)
         if early:
             files = [self.root / line["path"] for line in lines]
             self._early.add(text, files, early, tokens, decisions)
@@ -456,6 +436,6 @@ class TraceWriter:
         self.next_shard += 1
         self.tokens += tokens
         self.decisions += decisions
-        self.manifest["counts"] = {"tokens": self.tokens, "decisions": self.decisions}
-        self.manifest["counts"]["dropped"] = self.dropped
+        counts = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
+        self.manifest["counts"] = counts
         self._write_manifest()

@@ -18,13 +18,13 @@ from collections.abc import Generator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.text import first_line, print_stderr
 from moe_inspect.trace import schema
 from moe_inspect.trace.files import checksums
 from moe_inspect.trace.files.atomic import draft_folder_of, put_folder
+from moe_inspect.trace.files.checksums import Json
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import LOCK, OLD, Lock, followed, hold, left_of
 from moe_inspect.trace.manifest import manifest_bytes, read_manifest
@@ -106,9 +106,12 @@ class _Upload:
         files = [p for p in draft.rglob("*") if p.is_file() and p.name != LOCK]
         names = {p.relative_to(draft).as_posix(): p for p in files}
         self.lists = {n: p.read_bytes() for n, p in names.items() if n.startswith("shards-")}
-        self.old_lists = {n: self._whole_lines(n) for n in self.lists if n in self.before}
+        self.old_lists = {}  # without a line that is not whole
+        for name in sorted(self.lists.keys() & {*self.before}):
+            data = (out / name).read_bytes()
+            self.old_lists[name] = data[: data.rfind(b"\n") + 1]
         self.parts = {self._renamed(n): p for n, p in names.items() if "/" in n}
-        self.manifest: dict[str, Any] = json.loads(names[schema.MANIFEST].read_bytes())
+        self.manifest: Json = json.loads(names[schema.MANIFEST].read_bytes())
         self.kept = {schema.MANIFEST, OVERWRITTEN, *self.lists, *self.parts}
         if (words := names.get(schema.VOCABULARY)) is not None:
             self._name_vocabulary(words)
@@ -129,11 +132,21 @@ class _Upload:
         except BaseException as error:
             if not self._is_committed(manifest) or not isinstance(error, OSError):
                 raise
-        self._finish()
+        try:  # the rest of the old trace is deleted
+            for name in self.old_lists:
+                self._write(name, self.lists[name])
+            self._delete({*self.before} - self.kept)
+        except OSError as error:
+            said = f"what {self.out} held before could not all be deleted: {first_line(error)}"
+            print_stderr(f"warning: {said}")
 
     def _write(self, name: str, data: bytes) -> None:
         self.lock.check()
         (self.out / name).write_bytes(data)
+
+    def _delete(self, names: set[str]) -> None:
+        for name in (*names, OVERWRITTEN):
+            (self.out / name).unlink(missing_ok=True)
 
     def _is_committed(self, manifest: bytes) -> bool:
         """Whether the manifest is there after all: its answer may have been lost. Where it is not,
@@ -149,21 +162,7 @@ class _Upload:
     def _take_back(self) -> None:
         for name, lines in self.old_lists.items():
             (self.out / name).write_bytes(lines)
-        for name in {*self.parts, *self.lists} - {*self.before}:
-            (self.out / name).unlink(missing_ok=True)
-        (self.out / OVERWRITTEN).unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        """Deletes the rest of the old trace, after the new one was committed."""
-        try:
-            for name in self.old_lists:
-                self._write(name, self.lists[name])
-            for name in {*self.before} - self.kept:
-                (self.out / name).unlink(missing_ok=True)
-            (self.out / OVERWRITTEN).unlink(missing_ok=True)
-        except OSError as error:
-            said = f"what {self.out} held before could not all be deleted: {first_line(error)}"
-            print_stderr(f"warning: {said}")
+        self._delete({*self.parts, *self.lists} - {*self.before})
 
     def _renamed(self, name: str) -> str:
         return NUMBER.sub(lambda found: str(int(found[0]) + self.shift), name)
@@ -174,10 +173,6 @@ class _Upload:
         for one in entries:
             one |= {"path": self._renamed(one["path"]), "generation": self.generation}
         return b"".join(map(checksums.sealed, entries))
-
-    def _whole_lines(self, name: str) -> bytes:
-        data = (self.out / name).read_bytes()
-        return data[: data.rfind(b"\n") + 1]
 
     def _name_vocabulary(self, words: Path) -> None:
         """Gives the new vocabulary its own name, unless the old one is the same."""
