@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.trace.files.checksums import Json
 
 FORMAT = 1
 MANIFEST = "trace.json"
@@ -24,17 +25,12 @@ TABLES = ("documents", "tokens", "routing", "logits", "counts")
 PHASES = ("prefill", "decode", "encode", "draft")
 RANK_STRIDE = 2**40  # tokens of process r are numbered from r · 2^40
 LABEL = pa.dictionary(pa.int32(), pa.string())
+DECISION = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
+OF_TEXT = ("token_id", "document", "sequence", "position")
 TOKENS = pa.schema(
-    [
-        ("token", pa.int64()),
-        ("token_id", pa.int32()),
-        ("document", pa.int32()),
-        ("sequence", pa.int32()),
-        ("position", pa.int32()),
-        ("domain", LABEL),
-        ("phase", LABEL),
-        ("batch", pa.int32()),
-    ]
+    [("token", pa.int64())]
+    + [(name, pa.int32()) for name in OF_TEXT]
+    + [("domain", LABEL), ("phase", LABEL), ("batch", pa.int32())]
 )
 # of predicting the next token, float32: where capture.token_loss is true
 LOSS = {
@@ -129,40 +125,24 @@ def routing_schema(
     """Columns of the routing table. `values`: of SLOT_VALUES. `nullable`: whether a slot may have
     routed nowhere. Where none has, columns that are not nullable save a sixth of the writer's
     time."""
-    slots = range(max(r.top_k for r in routers))
-    keys = [("token", pa.int64()), ("layer", pa.uint16()), ("router", pa.uint16())]
-    fields = [(f"expert_{j}", id_dtype(routers)) for j in slots]
-    fields += [(f"{v}_{j}", pa.float32()) for v in values if v != DROPPED for j in slots]
-    dropped = [(f"{DROPPED}_{j}", id_dtype(routers)) for j in slots if DROPPED in values]
-    return pa.schema(
-        [pa.field(*key, nullable=False) for key in keys]
-        + [pa.field(*f, nullable=nullable) for f in fields]
-        + [pa.field(*f) for f in dropped]
-    )
+    slots, ids = range(max(r.top_k for r in routers)), id_dtype(routers)
+    fields = [pa.field(*key, nullable=False) for key in DECISION]
+    fields += [pa.field(f"expert_{j}", ids, nullable) for j in slots]
+    sizes = [value for value in values if value != DROPPED]
+    fields += [pa.field(f"{v}_{j}", pa.float32(), nullable) for v in sizes for j in slots]
+    fields += [pa.field(f"{DROPPED}_{j}", ids) for j in slots if DROPPED in values]
+    return pa.schema(fields)
 
 
 def counts_schema(weights: bool, energy: bool = False) -> pa.Schema:
-    fields = [
-        ("layer", pa.uint16()),
-        ("router", pa.uint16()),
-        ("domain", LABEL),
-        ("expert", pa.uint16()),
-        ("assignments", pa.int64()),
-        ("first_choice", pa.int64()),
-    ]
-    fields += [("weight_sum", pa.float64())] if weights else []
-    return pa.schema(fields + ([("energy", pa.float64())] if energy else []))
+    fields = [*DECISION[1:], ("domain", LABEL), ("expert", pa.uint16())]
+    fields += [("assignments", pa.int64()), ("first_choice", pa.int64())]
+    sums = [name for name, there in (("weight_sum", weights), ("energy", energy)) if there]
+    return pa.schema([*fields, *((name, pa.float64()) for name in sums)])
 
 
 def logits_schema(experts: int) -> pa.Schema:
-    return pa.schema(
-        [
-            ("token", pa.int64()),
-            ("layer", pa.uint16()),
-            ("router", pa.uint16()),
-            ("logits", pa.list_(pa.float16(), experts)),
-        ]
-    )
+    return pa.schema([*DECISION, ("logits", pa.list_(pa.float16(), experts))])
 
 
 GLOSSARY = {  # goes into the manifest: a trace says what its columns are
@@ -200,7 +180,7 @@ OPTIONAL_GLOSSARY = {  # by what capture states
 }
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
@@ -210,20 +190,19 @@ def fingerprint(value: Any) -> str:
 def parse_ranges(text: str, what: str = "layers") -> list[int]:
     """ "0-3,7" → [0, 1, 2, 3, 7]."""
     values: set[int] = set()
+    unread = f"cannot read {what} {text!r}"
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         numbers = [first, last] if dash else [first]
         if not all(n.isascii() and n.isdecimal() and len(n) < 5 for n in numbers):
-            raise MoeInspectError(f"cannot read {what} {text!r}: write them like 0-3,7")
+            raise MoeInspectError(f"{unread}: write them like 0-3,7")
         if dash and int(last) < int(first):
-            raise MoeInspectError(
-                f"cannot read {what} {text!r}: a range goes from low to high, like 0-3,7"
-            )
+            raise MoeInspectError(f"{unread}: a range goes from low to high, like 0-3,7")
         values.update(range(int(first), int(last or first) + 1))
     return sorted(values)
 
 
-def vocabulary_file(manifest: dict[str, Any]) -> str:
+def vocabulary_file(manifest: Json) -> str:
     """Name of the file of the vocabulary, which need not exist."""
     return (manifest.get("vocabulary") or {}).get("path", VOCABULARY)
 
@@ -257,18 +236,18 @@ KEYWORDS |= {"$schema", "$id", "$defs", "title", "description"}
 
 
 @cache
-def read_schema(name: str) -> dict[str, Any]:
+def read_schema(name: str) -> Json:
     """The JSON Schema of "trace_json" or "shard_line"."""
     return json.loads(Path(__file__).with_name(f"{name}.schema.json").read_text(encoding="utf-8"))
 
 
-def check_schema(name: str, value: Any) -> None:
+def check_schema(name: str, value: object) -> None:
     """ValueError in one line where a value does not follow a schema (see `read_schema`). It names
     what is wrong by its path from the root (`capture.weights`, `routers[3].top_k`)."""
     check_value(value, read_schema(name), read_schema(name))
 
 
-def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: str = "") -> None:
+def check_value(value: object, rule: Json, root: Json, path: str = "") -> None:
     """As `check_schema`, by a part of a schema. `root`: the schema, which `$ref` refers to."""
     if "$ref" in rule:
         rule = root["$defs"][rule["$ref"].removeprefix("#/$defs/")]
@@ -291,7 +270,7 @@ def check_value(value: Any, rule: dict[str, Any], root: dict[str, Any], path: st
                 raise ValueError(f"{before}{shown(name)} is not a known key")
 
 
-def _refusal(value: Any, rule: dict[str, Any]) -> str:
+def _refusal(value: object, rule: Json) -> str:
     """What is wrong with a value, but for what is in it: "" where nothing is."""
     kinds = rule.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -316,7 +295,7 @@ def _refusal(value: Any, rule: dict[str, Any]) -> str:
     return ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of unknown size and content, short and in one line."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else f"a list of {len(value):,}"

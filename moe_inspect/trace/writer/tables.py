@@ -38,7 +38,7 @@ def tokens_table(batches: list[RoutedBatch], token: pa.Array, trace: TraceHeader
     phase_T = np.concatenate([_phases(b) for b in batches])
     known = max(2 + any(r.stack for r in trace.stated_routers), int(phase_T.max(initial=0)) + 1)
     made: dict[str, pa.Array] = {"token": token}
-    for name in ("token_id", "document", "sequence", "position"):
+    for name in schema.OF_TEXT:
         values_T = np.concatenate([getattr(b, name) for b in batches])
         made[name] = pa.array(values_T.astype(np.int32, copy=False))
     made["domain"] = _labels(np.concatenate([b.domain for b in batches]), domains)
