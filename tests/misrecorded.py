@@ -6,7 +6,7 @@ T tokens, L layers, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 import moe_inspect
-from moe_inspect.trace.reader import Trace, open_trace
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import Document, RoutedBatch
+from tests.synthetic import a_pass, write_passes
 
 SHARD_TOKENS = 4_096
 
@@ -47,15 +48,9 @@ class Recording:
         return np.r_[self.document[1:] != self.document[:-1], True]
 
     def take(self, kept: np.ndarray) -> Recording:
-        weights = self.weights_LTK
-        return replace(
-            self,
-            document=self.document[kept],
-            position=self.position[kept],
-            token_id=self.token_id[kept],
-            ids_LTK=self.ids_LTK[:, kept],
-            weights_LTK=None if weights is None else weights[:, kept],
-        )
+        of = {name: getattr(self, name)[kept] for name in ("document", "position", "token_id")}
+        weights = None if self.weights_LTK is None else self.weights_LTK[:, kept]
+        return replace(self, ids_LTK=self.ids_LTK[:, kept], weights_LTK=weights, **of)
 
     def routed(self, ids_LTK: np.ndarray, layers: Sequence[int] | None = None) -> Recording:
         """With other experts, and the weights that the slots had."""
@@ -68,44 +63,35 @@ class Recording:
 
     def written(self, root: Path, shard_tokens: int = SHARD_TOKENS) -> Trace:
         dtype = np.uint8 if self.E <= 256 else np.uint16
-        weights, order = self.weights_LTK, "unknown" if self.weights_LTK is None else "weight"
-        k = self.ids_LTK.shape[2]
+        weights, k = self.weights_LTK, self.ids_LTK.shape[2]
+        order = "unknown" if weights is None else "weight"
         routers = [
             Router(layer, "gate", f"{r}", self.E, k, slot_order=order)
             for r, layer in enumerate(self.layers)
         ]
-        manifest = {"model": {"id": "planted"}, "capture": {"weights": weights is not None}}
         words = {"token_id": range(len(self.words)), "token": list(self.words)}
-        with TraceWriter(
-            root,
-            manifest,
-            routers,
-            weights=weights is not None,
-            vocabulary=pa.table(words) if self.words else None,
-            shard_tokens=shard_tokens,
-        ) as writer:
+
+        def passes() -> Iterator[RoutedBatch]:
             for b, begin in enumerate(range(0, self.T, 1_024)):
                 part = slice(begin, begin + 1_024)
                 document = self.document[part].astype(np.int32)
                 new = np.unique(document[self.position[part] == 0]).tolist()
-                writer.write(
-                    RoutedBatch(
-                        b,
-                        self.token_id[part].astype(np.int32),
-                        document,
-                        document,
-                        self.position[part].astype(np.int32),
-                        np.zeros(len(document), np.int32),
-                        ["text"],
-                        [ids[part].astype(dtype) for ids in self.ids_LTK],
-                        None if weights is None else [w[part].astype(np.float16) for w in weights],
-                        documents=[
-                            Document(d, "text", "planted", int((self.document == d).sum()))
-                            for d in new
-                        ],
-                    )
+                yield a_pass(
+                    b,
+                    [ids[part].astype(dtype) for ids in self.ids_LTK],
+                    token_id=self.token_id[part].astype(np.int32),
+                    document=document,
+                    position=self.position[part].astype(np.int32),
+                    weights=None if weights is None else [w[part] for w in weights.astype("f2")],
+                    documents=[
+                        Document(d, "text", "planted", int((self.document == d).sum())) for d in new
+                    ],
                 )
-        return open_trace(root)
+
+        options: dict[str, Any] = {"weights": weights is not None, "shard_tokens": shard_tokens}
+        options["vocabulary"] = pa.table(words) if self.words else None
+        manifest = {"model": {"id": "planted"}}
+        return write_passes(root, routers, passes(), manifest=manifest, **options)
 
 
 def routed_text(seed: int, T: int, L: int, E: int, k: int, weights: bool = True) -> Recording:
@@ -348,19 +334,9 @@ def one_decision_flipped(a: Recording, rng: np.random.Generator) -> Recording:
     return replace(a, ids_LTK=ids)
 
 
-MISALIGNED = {
-    "routes_shifted",
-    "last_token",
-    "zero_filled",
-    "layers_shifted",
-    "layers_renumbered",
-    "layers_swapped",
-    "routes_of_another_router",
-    "experts_renumbered",
-    "physical_ids",
-    "different_models",
-    "misaligned",
-}
+MISALIGNED = {"misaligned", "different_models", "routes_shifted", "last_token", "zero_filled"}
+MISALIGNED |= {"layers_shifted", "layers_renumbered", "layers_swapped", "routes_of_another_router"}
+MISALIGNED |= {"experts_renumbered", "physical_ids"}
 
 
 def said_of(a: Trace, b: Trace, **options: Any) -> tuple[set[str], int | None]:

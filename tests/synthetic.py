@@ -49,59 +49,44 @@ def write_trace(
     each token, default all in 0. Batch b is of phase `phases[b % len(phases)]`. `batch_order`: in
     which order the batches are written. `slot_order`: what is known of slots without weights: with
     "weight" slot 0 is the first choice; with weights they are ordered by those."""
-    T = len(ids[0])
+    T, rows = len(ids[0]), np.arange(len(ids[0]), dtype=np.int32)
     sizes = [experts] * len(ids) if isinstance(experts, int) else list(experts)
-    document = np.zeros(T, np.int32) if document is None else np.asarray(document, np.int32)
+    document = np.asarray(rows * 0 if document is None else document, np.int32)
+    token_id = np.asarray(rows * 0 if token_id is None else token_id, np.int32)
     labels = sorted(set(domain_of_document))
-    code_of = np.array(
-        [
-            labels.index(domain_of_document[d % len(domain_of_document)])
-            for d in range(document.max() + 1)
-        ],
-        np.int32,
+    domains = np.resize(
+        np.array([*map(labels.index, domain_of_document)], np.int32), 1 + document.max()
     )
-    token_id = np.zeros(T, np.int32) if token_id is None else np.asarray(token_id, np.int32)
-    layer_of = range(len(ids)) if layers is None else layers
     listed = [
-        Router(
-            layer, "gate", f"layers.{layer}.{r}", sizes[r], ids[r].shape[1], slot_order=slot_order
-        )
-        for r, layer in enumerate(layer_of)
+        Router(layer, "gate", f"layers.{layer}.{r}", E, of.shape[1], slot_order=slot_order)
+        for r, (layer, E, of) in enumerate(zip(layers or range(len(ids)), sizes, ids, strict=True))
     ]
-    vocabulary = (
-        pa.table({"token_id": range(words), "token": [f" w{i}" for i in range(words)]})
-        if words
-        else None
-    )
-    manifest = {
-        "model": {"id": "synthetic"},
-        "capture": {"weights": weights is not None, "mode": "tap", "dtype": "float32"},
-        **(manifest or {}),
-    }
+    vocabulary = {"token_id": range(words), "token": [f" w{i}" for i in range(words)]}
+    capture = {"weights": weights is not None, "mode": "tap", "dtype": "float32"}
     writer = TraceWriter(
         root,
-        manifest,
+        {"model": {"id": "synthetic"}, "capture": capture, **(manifest or {})},
         listed,
         weights=weights is not None,
         logits=logits is not None,
-        vocabulary=vocabulary,
+        vocabulary=pa.table(vocabulary) if words else None,
         shard_tokens=shard_tokens,
     )
-    starts = list(range(0, T, batch_tokens))
     seen: set[int] = set()
-    for b in batch_order if batch_order is not None else range(len(starts)):
-        part = slice(starts[b], starts[b] + batch_tokens)
-        new = [int(d) for d in np.unique(document[part]) if d not in seen]
+    for b in batch_order if batch_order is not None else range(-(-T // batch_tokens)):
+        part = slice(b * batch_tokens, (b + 1) * batch_tokens)
+        fed = document[part]
+        new = [d for d in np.unique(fed).tolist() if d not in seen]
         seen.update(new)
-        documents = [
-            Document(d, labels[code_of[d]], "synthetic", int((document == d).sum())) for d in new
+        given: dict[str, Any] = {"token_id": token_id[part], "document": fed}
+        given |= {"domain": domains[fed], "domains": labels}
+        given["documents"] = [
+            Document(d, labels[domains[d]], "synthetic", int((document == d).sum())) for d in new
         ]
-        given = {"token_id": token_id[part], "document": document[part]}
-        given |= {"domain": code_of[document[part]], "domains": labels, "documents": documents}
         given["weights"] = weights and [of[part] for of in weights]
         given["extras"] = {"logits": [of[part] for of in logits]} if logits else {}
         phase = phases[b % len(phases)]
-        writer.write(a_pass(b, [i[part] for i in ids], len(document[part]), phase=phase, **given))
+        writer.write(a_pass(b, [of[part] for of in ids], len(fed), phase=phase, **given))
     writer.close(status)
     return open_trace(root)
 
@@ -133,7 +118,10 @@ def a_pass(
 
 
 def write_passes(
-    root: Path, listed: Sequence[Router], passes: Iterable[RoutedBatch], **options: Any
+    root: Path,
+    listed: Sequence[Router],
+    passes: Iterable[RoutedBatch | CountedBatches],
+    **options: Any,
 ) -> Trace:
     """A trace of these passes, without weights."""
     manifest = {"model": {"id": "synthetic"}, "capture": {}, **options.pop("manifest", {})}
@@ -149,21 +137,10 @@ def write_counts(
 ) -> Trace:
     """A counts-only trace; loads[r]: [D, E] assignments of router r."""
     listed = [replace(r, slot_order="weight") for r in routers(len(loads), loads[0].shape[1], k)]
-    with TraceWriter(
-        root,
-        {"model": {"id": "synthetic"}, "capture": {"weights": False}},
-        listed,
-        weights=False,
-        counts_only=True,
-    ) as writer:
-        tokens = int(loads[0].sum()) // k
-        first = [load // k for load in loads]
-        writer.write(
-            CountedBatches(
-                0, tokens, list(domains), [load.astype(np.int64) for load in loads], first, None
-            )
-        )
-    return open_trace(root)
+    tokens, first = int(loads[0].sum()) // k, [load // k for load in loads]
+    whole = [load.astype(np.int64) for load in loads]
+    counted = CountedBatches(0, tokens, list(domains), whole, first, None)
+    return write_passes(root, listed, [counted], counts_only=True)
 
 
 def encoder_decoder(root: Path) -> Trace:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from moe_inspect.trace.output_dir import check_directory, contents
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from moe_inspect.trace.writer.whole import _Upload, upload
+from moe_inspect.trace.writer.whole import upload
 from tests.synthetic import a_pass, routers, uniform_ids, write_trace
+from tests.watched import committed
 
 fsspec = pytest.importorskip("fsspec")
 E, K, T = 8, 2, 50
@@ -53,14 +53,33 @@ def batches(n: int) -> Iterator[RoutedBatch]:
         yield a_pass(b, ids, document=document, domains=["x"], documents=documents)
 
 
-def written(place: str | Path, start: int = 0, end: int = 6, **how: Any) -> None:
-    """Passes `start` to `end` of six, a shard for each two."""
+def a_writer(place: str | Path | Remote, **how: Any) -> TraceWriter:
+    """A shard for each two passes."""
     manifest = {"model": {"id": "synthetic"}, "capture": {}, "corpus": {"plan": {}}}
-    with TraceWriter(
-        place, manifest, routers(2, E, K), weights=False, shard_tokens=2 * T, **how
-    ) as writer:
+    how = {"weights": False, "shard_tokens": 2 * T, **how}
+    return TraceWriter(place, manifest, routers(2, E, K), **how)
+
+
+def written(place: str | Path, start: int = 0, end: int = 6, **how: Any) -> None:
+    """Passes `start` to `end` of six."""
+    with a_writer(place, **how) as writer:
         for batch in itertools.islice(batches(end), start, None):
             writer.write(batch)
+
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def each_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Calls of these methods of Remote go through `around`, which is given the one that it would
+    be."""
+
+    def put(around: Callable[[str, Call], Call], *names: str) -> None:
+        for name in names:
+            monkeypatch.setattr(Remote, name, around(name, getattr(Remote, name)))
+
+    return put
 
 
 def same(ours: Trace, theirs: Trace) -> None:
@@ -95,20 +114,21 @@ def test_it_is_reported_by_its_url(there: str, tmp_path: Path) -> None:
         open_trace("strange://t")
 
 
-def test_every_moment_is_a_readable_trace(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_moment_is_a_readable_trace(there: str, each_call: Callable[..., None]) -> None:
     """After each object that is written, readers see a trace whose shards are all there."""
     seen, place = list[int](), Remote(f"{there}/t")
-    for name in ("write_bytes", "upload"):
-        write = getattr(Remote, name)
 
-        def watched(self: Remote, data: Any, write: Any = write) -> None:
+    def watched(_: str, write: Call) -> Call:
+        def call(self: Remote, data: Any) -> None:
             write(self, data)
             if self.url.startswith(place.url) and (place / "trace.json").is_file():
                 found = Trace(place)
                 assert sum(len(s.tokens()) for s in found.shards) == found.n_tokens
                 seen.append(found.n_tokens)
 
-        monkeypatch.setattr(Remote, name, watched)
+        return call
+
+    each_call(watched, "write_bytes", "upload")
     written(place.url)
     assert seen == sorted(seen)
     assert {0, 2 * T, 4 * T, 6 * T} == set(seen)
@@ -116,17 +136,11 @@ def test_every_moment_is_a_readable_trace(there: str, monkeypatch: pytest.Monkey
 
 def test_early_shards_are_replaced(there: str) -> None:
     place = Remote(f"{there}/t")
-    with TraceWriter(
-        place, {"capture": {}}, routers(2, E, K), weights=False, commit_every=0.01
-    ) as writer:
-        for n, batch in enumerate(batches(4), 1):
-            writer.write(batch)
-            until = time.monotonic() + 20
-            while Trace(place).n_tokens < n * T and time.monotonic() < until:
-                time.sleep(0.01)
-            assert Trace(place).n_tokens == n * T
-        assert len(list(Trace(place).shards)) == 4
-    assert len(list(Trace(place).shards)) == 1
+    with a_writer(place, shard_tokens=100 * T, commit_every=0.01) as writer:
+        for _ in committed(place, writer, batches(4), T):
+            pass
+        assert Trace(place).n_shards == 4
+    assert Trace(place).n_shards == 1
     found = verify(place.url)
     assert (found.ok, found.tokens, found.uncommitted) == (True, 4 * T, []), found
 
@@ -136,12 +150,9 @@ def test_ranks_write_one_trace(there: str) -> None:
     first = hold(place, shared=True)
     second = join(place, first.holder)
     for rank, lock in ((1, second), (0, first)):
-        with TraceWriter(
-            place, {"capture": {}}, routers(2, E, K), weights=False, rank=rank, lock=lock
-        ) as writer:
-            for number, batch in enumerate(batches(4)):
-                if number % 2 == rank:
-                    writer.write(batch)
+        with a_writer(place, rank=rank, lock=lock) as writer:
+            for batch in itertools.islice(batches(4), rank, None, 2):
+                writer.write(batch)
         lock.release()
     found = verify(place.url)
     assert (found.ok, found.tokens, found.shards) == (True, 4 * T, 2), found
@@ -152,32 +163,44 @@ class Killed(BaseException):
     """As kill -9: nothing is closed."""
 
 
-def killed_after(writes: int, place: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a trace, of which only the first `writes` objects arrive."""
-    left = itertools.count(writes, -1)
-    with monkeypatch.context() as patched:
-        for name in ("write_bytes", "upload"):
-            write = getattr(Remote, name)
+class Fault:
+    """Calls that write or delete: the `at`-th fails, or is the last of the process; or it works,
+    and its answer is lost."""
 
-            def limited(self: Remote, data: Any, write: Any = write) -> None:
-                if next(left) <= 0:
-                    raise Killed
-                write(self, data)
+    def __init__(self, at: int, how: str):
+        self.at, self.how, self.calls = at, how, 0
 
-            patched.setattr(Remote, name, limited)
-        patched.setattr(Remote, "unlink", lambda *_: None)
-        with pytest.raises(Killed):
-            written(place.url)
-    # its lock names a process that is gone
-    (place / LOCK).write_bytes(f"4194303 {socket.gethostname()} ab 1".encode())
+    def __call__(self, name: str, call: Call) -> Call:
+        def faulty(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.how == "kill" and self.calls >= self.at:
+                raise Killed
+            if self.calls != self.at:
+                return call(*arguments, **options)
+            if self.how == "lost":
+                call(*arguments, **options)
+            raise OSError("403")
+
+        return faulty
 
 
 @pytest.mark.parametrize("writes", [3, 6, 7, 8, 11, 14])
 def test_what_was_killed_is_readable_and_goes_on(
-    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+    there: str,
+    tmp_path: Path,
+    each_call: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    writes: int,
 ) -> None:
-    place = Remote(f"{there}/t")
-    killed_after(writes, place, monkeypatch)
+    """Of a trace only the first `writes` objects arrive."""
+    place, fault = Remote(f"{there}/t"), Fault(writes + 1, "kill")
+    each_call(fault, "write_bytes", "upload")
+    each_call(lambda _, call: lambda *_: None, "unlink")
+    with pytest.raises(Killed):
+        written(place.url)
+    monkeypatch.undo()
+    # its lock names a process that is gone
+    (place / LOCK).write_bytes(f"4194303 {socket.gethostname()} ab 1".encode())
     before = verify(place.url)
     assert (before.ok, before.status, before.resumable) == (True, "interrupted", True), before
     assert before.tokens == Trace(place).n_tokens < 6 * T
@@ -215,9 +238,7 @@ def test_one_writer_at_a_time(there: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_writer_that_was_taken_over_stops(there: str) -> None:
     place = Remote(f"{there}/t")
-    writer = TraceWriter(
-        place, {"capture": {}}, routers(2, E, K), weights=False, shard_tokens=2 * T, queue_batches=1
-    )
+    writer = a_writer(place, queue_batches=1)
     for batch in batches(4):
         writer.write(batch)
     (place / LOCK).write_bytes(FOREIGN)
@@ -248,7 +269,7 @@ def test_nothing_else_is_replaced(there: str, tmp_path: Path) -> None:
 
 
 def test_derived_and_imported_traces_are_there_whole_or_not(
-    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: str, tmp_path: Path, each_call: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     how: dict[str, Any] = {"document": np.repeat(np.arange(6), 10), "batch_tokens": 10}
@@ -267,55 +288,36 @@ def test_derived_and_imported_traces_are_there_whole_or_not(
     counts = import_trace("counts", [tmp_path / "loads.csv"], f"{there}/c", top_k=1)
     assert counts.counts()["assignments"].tolist() == [5, 7]
     assert verify(f"{there}/c").ok
-    # the network fails before the manifest is there
-    write_bytes = Remote.write_bytes
+    # the network fails before the manifest is there; and then nothing can be taken back
+    for undone in (True, False):
 
-    def fails(self: Remote, data: bytes) -> None:
-        if self.name == "trace.json":
-            raise OSError("the network is down")
-        write_bytes(self, data)
+        def fails(name: str, call: Call, undone: bool = undone) -> Call:
+            def faulty(self: Remote, *given: Any, **options: Any) -> Any:
+                if self.name == "trace.json" and (name == "write_bytes" or not undone):
+                    raise OSError("the network is down")
+                return call(self, *given, **options)
 
-    monkeypatch.setattr(Remote, "write_bytes", fails)
-    with pytest.raises(MoeInspectError, match=r"cannot write memory://.*/n: the network is down;"):
-        merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
-    with pytest.raises(MoeInspectError, match="no trace at memory://"):
-        open_trace(f"{there}/n")
-    assert not Remote(f"{there}/n").sizes()
-    # killed before it is
-    monkeypatch.setattr(_Upload, "_is_committed", lambda *_: False)
-    with pytest.raises(MoeInspectError, match="the network is down"):
-        merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
-    assert Remote(f"{there}/n").sizes()
-    monkeypatch.undo()
+            return faulty
+
+        each_call(fails, "write_bytes", "exists")
+        said = r"cannot write memory://.*/n: the network is down;"
+        with pytest.raises(MoeInspectError, match=said):
+            merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
+        monkeypatch.undo()
+        with pytest.raises(MoeInspectError, match="no trace at memory://"):
+            open_trace(f"{there}/n")
+        assert (not Remote(f"{there}/n").sizes()) == undone
     merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
     assert verify(f"{there}/n").ok
 
 
-class Fault:
-    """The call that is the `at`-th write or deletion: it fails, or ends the process; or it works,
-    and its answer is lost."""
-
-    def __init__(self, at: int, how: str, monkeypatch: pytest.MonkeyPatch):
-        self.at, self.how, self.calls = at, how, 0
-        for name in ("write_bytes", "upload", "unlink", "create"):
-            monkeypatch.setattr(Remote, name, self._faulty(getattr(Remote, name)))
-
-    def _faulty(self, call: Any) -> Any:
-        def faulty(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            dead = self.how == "kill" and self.calls > self.at
-            if self.calls == self.at or dead:
-                if self.how == "lost":
-                    call(*arguments, **options)
-                raise Killed if self.how == "kill" else OSError("403")
-            return call(*arguments, **options)
-
-        return faulty
-
-
 @pytest.mark.parametrize("how", ["403", "lost", "kill"])
 def test_a_trace_is_replaced_whole_or_not(
-    how: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str,
+    there: str,
+    tmp_path: Path,
+    each_call: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a fault at each write and deletion in turn. What is left is the old trace or the new
     one, and the next one that replaces it leaves nothing else."""
@@ -338,12 +340,13 @@ def test_a_trace_is_replaced_whole_or_not(
         files.rm(place.path, recursive=True)
         for name, data in before.items():
             (place / name).write_bytes(data)
-        with monkeypatch.context() as patched:
-            fault, failed = Fault(at, how, patched), False
-            try:
-                put("c")
-            except (OSError, MoeInspectError, Killed):
-                failed = True
+        fault, failed = Fault(at, how), False
+        each_call(fault, "write_bytes", "upload", "unlink", "create")
+        try:
+            put("c")
+        except (OSError, MoeInspectError, Killed):
+            failed = True
+        monkeypatch.undo()
         found = open_trace(place.url)
         is_new = len(found.vocabulary()) == 4
         same(found, whole["c" if is_new else "a"])

@@ -3,7 +3,7 @@ is one clear line."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import resource
 import subprocess
@@ -26,7 +26,7 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from tests.damage import edit_manifest
+from tests.damage import edit_lines, edit_manifest
 from tests.synthetic import a_pass, write_passes
 
 
@@ -41,18 +41,11 @@ def a_batch(
             chosen[np.sort(rng.random(chosen.shape), axis=1) > 0.7] = np.iinfo(kind).max
         ids.append(chosen)
         weights.append(-np.sort(-rng.random((T, r.top_k)).astype(np.float16), axis=1))
-    row = np.arange(T, dtype=np.int32)
-    return a_pass(
-        number,
-        ids,
-        T,
-        token_id=row % 50,
-        document=np.full(T, number, np.int32),
-        domain=np.full(T, number % 3, np.int32),
-        domains=["d0", "d1", "d2"],
-        weights=weights,
-        documents=[Document(number, f"d{number % 3}", "made", T)],
-    )
+    of = {"document": number, "domain": number % 3}
+    given: dict[str, Any] = {name: np.full(T, value, np.int32) for name, value in of.items()}
+    given |= {"token_id": np.arange(T, dtype=np.int32) % 50, "domains": ["d0", "d1", "d2"]}
+    documents = [Document(number, f"d{number % 3}", "made", T)]
+    return a_pass(number, ids, T, weights=weights, documents=documents, **given)
 
 
 def written(root: Path, batches: list[RoutedBatch], routers: list[Router], **options: Any) -> None:
@@ -90,55 +83,38 @@ def test_rows_come_back_whatever_the_shards(
     assert (tokens["token"] == range(sum(sizes))).all()
     assert (tokens["domain"] == [f"d{n % 3}" for n, T in enumerate(sizes) for _ in range(T)]).all()
     for r, router in enumerate(routers):
-        table = trace.routing(router=r)
+        table, slots = trace.routing(router=r), range(router.top_k)
         expected = np.concatenate([b.ids[r] for b in batches]).astype(float)
         expected[expected == np.iinfo(batches[0].ids[r].dtype).max] = np.nan
-        got = table[[f"expert_{j}" for j in range(router.top_k)]].to_numpy(float)
-        assert np.array_equal(got, expected, equal_nan=True)
         weights = np.concatenate([b.weights[r] for b in batches if b.weights]).astype(np.float32)
-        got_weights = table[[f"weight_{j}" for j in range(router.top_k)]].to_numpy(np.float32)
-        assert np.array_equal(
-            got_weights, np.where(np.isnan(expected), np.nan, weights), equal_nan=True
-        )
+        weights[np.isnan(expected)] = np.nan
+        for name, values in (("expert", expected), ("weight", weights)):
+            got = table[[f"{name}_{j}" for j in slots]].to_numpy(float)
+            assert np.array_equal(got, values, equal_nan=True)
         assert set(table["layer"]) <= {router.layer}
         unused = [c for c in table if c.startswith("expert_") and int(c[7:]) >= router.top_k]
         assert table[unused].isna().all().all()
-        ids = (
-            np.concatenate([s.ids(r) for s in trace.shards])
-            if sizes
-            else np.empty((0, router.top_k))
-        )
+        ids = np.concatenate([s.ids(r) for s in trace.shards])
         assert np.array_equal(ids, np.nan_to_num(expected, nan=-1))
 
 
 def test_columns_and_encodings(tmp_path: Path) -> None:
     written(tmp_path / "t", [a_batch(np.random.default_rng(0), 0, 500, ROUTERS)], ROUTERS)
     file = pq.ParquetFile(tmp_path / "t/routing/part-0-0.parquet")
-    names = [
-        "token",
-        "layer",
-        "router",
-        *(f"expert_{j}" for j in range(4)),
-        *(f"weight_{j}" for j in range(4)),
-    ]
-    assert file.schema_arrow.names == names
+    slots = [f"{kind}_{j}" for kind in ("expert", "weight") for j in range(4)]
+    assert file.schema_arrow.names == ["token", "layer", "router", *slots]
     assert file.schema_arrow.field("expert_0").type == pa.uint8()
     assert file.schema_arrow.field("weight_0").type == pa.float32()
     assert file.metadata.num_row_groups == len(ROUTERS)
     group = file.metadata.row_group(0)
-    encodings = {
-        group.column(i).path_in_schema: set(group.column(i).encodings)
-        for i in range(group.num_columns)
-    }
-    assert "DELTA_BINARY_PACKED" in encodings["token"]
-    assert "BYTE_STREAM_SPLIT" in encodings["weight_0"]
-    assert "RLE_DICTIONARY" in encodings["expert_0"]
-    compressions = {
-        group.column(i).path_in_schema: group.column(i).compression
-        for i in range(group.num_columns)
-    }
-    assert compressions["token"] == compressions["weight_0"] == "ZSTD"
-    assert compressions["expert_0"] == "UNCOMPRESSED"
+    of = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}
+    for name, encoding, codec in (
+        ("token", "DELTA_BINARY_PACKED", "ZSTD"),
+        ("weight_0", "BYTE_STREAM_SPLIT", "ZSTD"),
+        ("expert_0", "RLE_DICTIONARY", "UNCOMPRESSED"),
+    ):
+        assert encoding in of[name].encodings
+        assert of[name].compression == codec
     wide = [Router(0, "a", "layers.0.a", 257, 2)]
     written(tmp_path / "wide", [a_batch(np.random.default_rng(0), 0, 5, wide)], wide, weights=False)
     names = pq.read_schema(tmp_path / "wide/routing/part-0-0.parquet")
@@ -146,54 +122,49 @@ def test_columns_and_encodings(tmp_path: Path) -> None:
     assert not any(n.startswith("weight") for n in names.names)
 
 
-def test_manifest_counts_and_lines_agree(tmp_path: Path) -> None:
-    import hashlib
-
+def five_passes(root: Path) -> None:
     rng = np.random.default_rng(1)
-    written(tmp_path, [a_batch(rng, n, 20, ROUTERS) for n in range(5)], ROUTERS, shard_tokens=40)
-    lines = [json.loads(line) for line in (tmp_path / "shards-0.jsonl").read_text().splitlines()]
+    written(root, [a_batch(rng, n, 20, ROUTERS) for n in range(5)], ROUTERS, shard_tokens=40)
+
+
+def test_manifest_counts_and_lines_agree(tmp_path: Path) -> None:
+    five_passes(tmp_path)
+    lines = edit_lines(tmp_path)
     assert [line["table"] for line in lines[:3]] == ["documents", "tokens", "routing"]
     for line in lines:
         data = (tmp_path / line["path"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == line["sha256"]
         assert pq.read_metadata(tmp_path / line["path"]).num_rows == line["rows"]
     assert sum(line["rows"] for line in lines if line["table"] == "routing") == 5 * 20 * 3
-    assert json.loads((tmp_path / "trace.json").read_text())["status"] == "complete"
+    assert open_trace(tmp_path).status == "complete"
 
 
 def test_uncommitted_files_are_ignored_and_resume_deletes_them(tmp_path: Path) -> None:
-    rng = np.random.default_rng(2)
-    written(tmp_path, [a_batch(rng, n, 20, ROUTERS) for n in range(5)], ROUTERS, shard_tokens=40)
+    five_passes(tmp_path)
     lines = (tmp_path / "shards-0.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 9
     # the last shard's lines are torn: its files are there, but nothing says they are whole
     (tmp_path / "shards-0.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    edit_manifest(
-        tmp_path, status="recording", counts={"tokens": 80, "decisions": 240, "dropped": 0}
-    )
+    edit_manifest(tmp_path, status="recording", counts={"tokens": 80, "decisions": 240})
     trace = open_trace(tmp_path)
     assert trace.n_tokens == 80
     assert len(trace.routing(router=0)) == 80
     point = resume_point(tmp_path)
     assert (point.next_token, point.next_batch, point.shards) == (80, 4, 2)
-    assert sorted(p.name for p in (tmp_path / "routing").iterdir()) == [
-        "part-0-0.parquet",
-        "part-0-1.parquet",
-    ]
+    names = sorted(p.name for p in (tmp_path / "routing").iterdir())
+    assert names == ["part-0-0.parquet", "part-0-1.parquet"]
     with TraceWriter(tmp_path, {}, ROUTERS, resume=point, shard_tokens=40) as writer:
-        writer.write(a_batch(rng, 4, 20, ROUTERS))
+        writer.write(a_batch(np.random.default_rng(2), 4, 20, ROUTERS))
     assert open_trace(tmp_path).n_tokens == 100
     assert (open_trace(tmp_path).tokens()["token"] == range(100)).all()
 
 
 def test_a_slow_model_commits_by_time(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
+    batches = [a_batch(rng, n, 5, ROUTERS) for n in range(3)]
     for seconds, shards in ((0.0, 3), (60.0, 1)):
-        root = tmp_path / str(seconds)
-        written(
-            root, [a_batch(rng, n, 5, ROUTERS) for n in range(3)], ROUTERS, shard_seconds=seconds
-        )
-        assert len(list(open_trace(root).shards)) == shards
+        written(tmp_path / str(seconds), batches, ROUTERS, shard_seconds=seconds)
+        assert open_trace(tmp_path / str(seconds)).n_shards == shards
 
 
 def test_an_exception_leaves_a_readable_interrupted_trace(tmp_path: Path) -> None:
@@ -215,10 +186,8 @@ def test_a_group_is_committed_together_or_not_at_all(complete: bool, tmp_path: P
     for n in range(6 if complete else 5):
         writer.write(replace(a_batch(rng, n, 20, ROUTERS), group=n // 3))
     writer.close("complete" if complete else "interrupted")
-    batches = [
-        (shard.files.first_batch, shard.files.last_batch)
-        for shard in open_trace(tmp_path / "t").shards
-    ]
+    files = [shard.files for shard in open_trace(tmp_path / "t").shards]
+    batches = [(of.first_batch, of.last_batch) for of in files]
     assert batches == ([(0, 2), (3, 5)] if complete else [(0, 2)])
     assert resume_point(tmp_path / "t").next_batch == (6 if complete else 3)
 
@@ -242,20 +211,16 @@ def test_everything_is_on_disk_before_anything_speaks_of_it(tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replaced)
         patch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(identity(handle))))
-        written(
-            tmp_path / "t",
-            [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)],
-            ROUTERS,
-            shard_tokens=30,
-        )
+        batches = [a_batch(np.random.default_rng(0), n, 20, ROUTERS) for n in range(3)]
+        written(tmp_path / "t", batches, ROUTERS, shard_tokens=30)
     assert len([path for _, path, _ in named if path.suffix == ".parquet"]) == 3 * 3
     lines = identity(tmp_path / "t/shards-0.jsonl")
     for at, path, is_whole in named:
         assert is_whole, path
-        until = (
-            done.index(lines, at) if path.suffix == ".parquet" and lines in done[at:] else at + 1
+        of_part = path.suffix == ".parquet" and lines in done[at:]
+        assert identity(path.parent) in done[at : done.index(lines, at) if of_part else at + 1], (
+            path
         )
-        assert identity(path.parent) in done[at:until], path
 
 
 @pytest.mark.parametrize("full_from", [20, 58])  # in the middle, and at the last commit
@@ -278,9 +243,8 @@ try:
 except MoeInspectError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
+    command, how = [sys.executable, "-c", program], {"capture_output": True, "text": True}
+    done = subprocess.run(command, check=True, timeout=60, **how)
     assert done.stdout.count("\n") == 1
     assert "File too large" in done.stdout
     assert "--resume" in done.stdout
@@ -293,16 +257,16 @@ except MoeInspectError as error:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+PART = "routing/part-0-0.parquet"
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda root: (root / "trace.json").unlink(), "no trace at"),
         (lambda root: edit_manifest(root, format=2), "upgrade moe-inspect"),
-        (lambda root: (root / "routing/part-0-0.parquet").unlink(), "is missing"),
-        (
-            lambda root: (root / "routing/part-0-0.parquet").write_bytes(b"PAR1 no more"),
-            "damaged trace",
-        ),
+        (lambda root: (root / PART).unlink(), "is missing"),
+        (lambda root: (root / PART).write_bytes(b"PAR1 no more"), "damaged trace"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, says: str) -> None:
@@ -323,30 +287,26 @@ def test_pandas_polars_and_duckdb_read_the_same_rows(bf16: bool, tmp_path: Path)
     even = [Router(layer, "a", f"layers.{layer}.a", 8, 2) for layer in range(3)]
     # some shards have slots that routed nowhere, some have none
     batches = [a_batch(rng, n, 300, even, nowhere=n in (1, 2)) for n in range(6)]
-    if bf16:
-        bits = [
-            [
-                np.sort(rng.integers(0x3000, 0x3F80, w.shape, np.uint16))[:, ::-1]
-                for w in b.weights or []
-            ]
-            for b in batches
+    bits = [
+        [
+            np.sort(rng.integers(0x3000, 0x3F80, w.shape, np.uint16))[:, ::-1]
+            for w in b.weights or []
         ]
+        for b in batches
+    ]
+    if bf16:
         batches = [replace(b, weights=of) for b, of in zip(batches, bits, strict=True)]
     written(tmp_path, batches, even, shard_tokens=600)
     part = pq.ParquetFile(tmp_path / "routing/part-0-2.parquet")
-    assert part.metadata.row_group(0).column(part.schema.names.index("weight_0")).compression == (
-        "LZ4" if bf16 else "ZSTD"
-    )
+    weight = part.metadata.row_group(0).column(part.schema.names.index("weight_0"))
+    assert weight.compression == ("LZ4" if bf16 else "ZSTD")
     if bf16:
-        read = part.read_row_group(0)["weight_0"].to_numpy()
+        read = part.read_row_group(0)["weight_0"].to_numpy().view(np.uint32)
         assert (
-            read.view(np.uint32)
-            == np.concatenate([of[0][:, 0] for of in bits[4:]]).astype(np.uint32) << 16
+            read == np.concatenate([of[0][:, 0] for of in bits[4:]]).astype(np.uint32) << 16
         ).all()
-    nullable = [
-        pq.read_schema(p).field("expert_0").nullable
-        for p in sorted((tmp_path / "routing").iterdir())
-    ]
+    parts = sorted((tmp_path / "routing").iterdir())
+    nullable = [pq.read_schema(path).field("expert_0").nullable for path in parts]
     assert nullable == [True, True, False]
     for table in ("routing", "tokens", "documents"):
         files = str(tmp_path / table / "*.parquet")
@@ -384,10 +344,8 @@ def test_a_router_has_rows_of_the_tokens_that_it_sees(tmp_path: Path) -> None:
         tokens += len(where)
     trace = write_passes(tmp_path, listed, passes, shard_tokens=7)
     phases = trace.tokens().phase.to_numpy(str)
-    assert list(phases) == ["encode"] * 3 + ["prefill"] * 2 + ["encode"] * 2 + ["decode"] * 2 + [
-        "encode",
-        "prefill",
-    ]
+    fed_as = "encode encode encode prefill prefill encode encode decode decode encode prefill"
+    assert list(phases) == fed_as.split()
     for r, sees in enumerate((phases == "encode", phases != "encode")):
         routing = trace.routing(router=r)
         assert list(routing.token) == list(np.flatnonzero(sees))

@@ -23,6 +23,7 @@ from moe_inspect.alarms.alarms import CALM
 from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.render.heatmap import extremes
+from moe_inspect.trace.header import TraceHeader
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from moe_inspect.watch.follow import (
@@ -32,11 +33,13 @@ from moe_inspect.watch.follow import (
     RECORDING,
     WAITING,
     Follower,
+    News,
     Piece,
 )
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
+from tests.damage import edit_manifest
 from tests.synthetic import encoder_decoder, write_counts
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
@@ -57,10 +60,21 @@ def load_of(root: Path) -> np.ndarray:
     return np.array(load)
 
 
-def polled(follower: Follower, watched: Watched) -> Any:
-    news = follower.poll()
-    watched.take(news, follower.header)
-    return news
+class Looks:
+    """A follower, and what is made of what it finds."""
+
+    def __init__(self, path: str | Path, *settings: Any, **more: Any):
+        self.follower, self.watched = Follower(path), Watched(*settings, **more)
+
+    def look(self) -> News:
+        news = self.follower.poll()
+        self.watched.take(news, self.follower.header)
+        return news
+
+    @property
+    def seen(self) -> tuple[str, int]:
+        """Looks again: the status, and how many tokens there are."""
+        return self.look().status, self.watched.tokens
 
 
 # --- the follower
@@ -70,33 +84,31 @@ def polled(follower: Follower, watched: Watched) -> Any:
 def test_what_is_counted_on_the_way_is_what_the_trace_holds(tmp_path: Path, every: int) -> None:
     """Shards are committed early and replaced, between any two looks at the trace."""
     root = tmp_path / "t"
-    follower, watched = Follower(root), Watched(window_tokens=600)
-    assert polled(follower, watched).status == WAITING
+    looks = Looks(root, 600)
+    assert looks.look().status == WAITING
     with writer(root, L, E, shard_tokens=600, commit_every=AT_ONCE) as open_writer:
         for n in committed(root, open_writer, batches(L, E, 12)):
             if n % every == 0:
-                assert polled(follower, watched).status == RECORDING
-                assert watched.tokens == n * 256
-                assert np.array_equal(watched.total.load, load_of(root))
-    news = polled(follower, watched)
-    assert (news.status, news.left_tokens, watched.tokens) == (COMPLETE, 0, 12 * 256)
-    assert np.array_equal(watched.total.load, load_of(root))
-    assert watched.decisions == 12 * 256 * L
-    assert polled(follower, watched).pieces == []
+                assert looks.seen == (RECORDING, n * 256)
+                assert np.array_equal(looks.watched.total.load, load_of(root))
+    news = looks.look()
+    assert (news.status, news.left_tokens, looks.watched.tokens) == (COMPLETE, 0, 12 * 256)
+    assert np.array_equal(looks.watched.total.load, load_of(root))
+    assert looks.watched.decisions == 12 * 256 * L
+    assert looks.look().pieces == []
 
 
 def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
     root, rows = tmp_path / "t", list(batches(L, E, 9))
-    watched, follower = Watched(window_tokens=512), Follower(root)
+    looks = Looks(root, 512)
     with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
         for _ in committed(root, open_writer, rows):
-            polled(follower, watched)
+            looks.look()
+    watched = looks.watched
     assert watched.window is not None
     assert (watched.window.first, watched.window.last) == (7, 8)
-    expected = [
-        np.bincount(np.concatenate([b.ids[r] for b in rows[7:]]).ravel(), minlength=E)
-        for r in range(L)
-    ]
+    ids = [np.concatenate([b.ids[r] for b in rows[7:]]).ravel() for r in range(L)]
+    expected = [np.bincount(of_router, minlength=E) for of_router in ids]
     assert np.array_equal(watched.window.load, expected)
     # a shard a sample, of which the last is that of the window
     assert len(watched.history) == 9
@@ -106,26 +118,18 @@ def test_the_window_is_the_last_tokens(tmp_path: Path) -> None:
 
 def test_counts_are_followed_too(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    follower, watched = Follower(root), Watched()
-    with TraceWriter(
-        root,
-        {"capture": {"pid": os.getpid()}},
-        ROUTERS,
-        counts_only=True,
-        shard_tokens=250,
-        commit_every=AT_ONCE,
-    ) as open_writer:
+    looks = Looks(root)
+    how = {"counts_only": True, "shard_tokens": 250, "commit_every": AT_ONCE}
+    with TraceWriter(root, {"capture": {"pid": os.getpid()}}, ROUTERS, **how) as open_writer:
         for n in range(5):
             open_writer.write(counted(n, 2))
             waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
             if n % 2:  # a look misses early shards that are merged already
-                polled(follower, watched)
-                assert watched.tokens == 100 * (n + 1)
-    polled(follower, watched)
+                assert looks.seen == (RECORDING, 100 * (n + 1))
+    assert looks.seen == (COMPLETE, 500)
     for r in range(len(ROUTERS)):
         expected = sum(counted(n, 2).assignments[r].sum(0) for n in range(5))
-        assert np.array_equal(watched.total.load[r], expected)
-    assert (watched.tokens, watched.status) == (500, COMPLETE)
+        assert np.array_equal(looks.watched.total.load[r], expected)
 
 
 def test_two_stacks_see_their_own_tokens(tmp_path: Path) -> None:
@@ -137,84 +141,83 @@ def test_two_stacks_see_their_own_tokens(tmp_path: Path) -> None:
 
 def test_a_trace_that_is_resumed_or_begun_again_is_counted_anew(tmp_path: Path) -> None:
     root, rows = tmp_path / "t", list(batches(L, E, 6))
-    follower, watched = Follower(root), Watched()
+    looks = Looks(root)
     first = writer(root, L, E, shard_tokens=512, commit_every=AT_ONCE)
     assert list(committed(root, first, rows[:5])) == [1, 2, 3, 4, 5]
-    polled(follower, watched)
-    assert watched.tokens == 5 * 256
+    assert looks.seen == (RECORDING, 5 * 256)
     # as after a kill: the early shard is there, its writer is not
     lines = (root / "shards-0.jsonl").read_bytes()
     first.close("interrupted")
     (root / "shards-0.jsonl").write_bytes(lines)
     point = resume_point(root)
     assert point.next_batch == 4
-    assert polled(follower, watched).again
-    assert watched.tokens == 4 * 256
+    assert looks.look().again
+    assert looks.watched.tokens == 4 * 256
     with writer(root, L, E, shard_tokens=512, resume=point) as second:
         for batch in rows[4:]:
             second.write(batch)
-    polled(follower, watched)
-    assert watched.tokens == 6 * 256
-    assert np.array_equal(watched.total.load, load_of(root))
+    assert looks.seen == (COMPLETE, 6 * 256)
+    assert np.array_equal(looks.watched.total.load, load_of(root))
     shutil.rmtree(root)
-    assert polled(follower, watched).status == WAITING
+    assert looks.look().status == WAITING
     with writer(root, 2, 4) as third:
         third.write(next(batches(2, 4, 1)))
-    polled(follower, watched)
-    assert (watched.tokens, np.shape(watched.total.load)) == (256, (2, 4))
+    assert looks.seen == (COMPLETE, 256)
+    assert np.shape(looks.watched.total.load) == (2, 4)
 
 
 def test_by_a_url(tmp_path: Path) -> None:
     import fsspec
 
-    files = fsspec.filesystem("memory")
-    url = f"memory://{tmp_path.name}/t"
-    follower, watched = Follower(url), Watched()
-    assert polled(follower, watched).status == WAITING
-    with writer(tmp_path / "t", L, E, commit_every=AT_ONCE) as open_writer:
-        for n in committed(tmp_path / "t", open_writer, batches(L, E, 3)):
-            files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
-            assert polled(follower, watched).status == RECORDING
-            assert watched.tokens == n * 256
-    files.put(f"{tmp_path}/t/", f"{tmp_path.name}/t", recursive=True)
-    assert polled(follower, watched).status == COMPLETE
-    assert np.array_equal(watched.total.load, load_of(tmp_path / "t"))
+    files, root = fsspec.filesystem("memory"), tmp_path / "t"
+    looks = Looks(f"memory://{tmp_path.name}/t")
+    assert looks.look().status == WAITING
+    with writer(root, L, E, commit_every=AT_ONCE) as open_writer:
+        for n in committed(root, open_writer, batches(L, E, 3)):
+            files.put(f"{root}/", f"{tmp_path.name}/t", recursive=True)
+            assert looks.seen == (RECORDING, n * 256)
+    files.put(f"{root}/", f"{tmp_path.name}/t", recursive=True)
+    assert looks.look().status == COMPLETE
+    assert np.array_equal(looks.watched.total.load, load_of(root))
 
 
 def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
     draft, target = tmp_path / f".t.{os.getpid()}-ab12.tmp", tmp_path / "t"
-    follower, watched = Follower(target), Watched()
+    looks = Looks(target)
     with writer(draft, L, E, commit_every=AT_ONCE) as open_writer:
         for _ in committed(draft, open_writer, batches(L, E, 1)):
-            assert polled(follower, watched).status == RECORDING
-            assert watched.tokens == 256
+            assert looks.seen == (RECORDING, 256)
     os.replace(draft, target)
-    assert polled(follower, watched).status == COMPLETE
-    assert watched.tokens == 256
+    assert looks.seen == (COMPLETE, 256)
 
 
 def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
     root = tmp_path / "t"
     command = [sys.executable, "-m", "tests.watched", str(root), "4", "8", "1000", "0.02"]
     process = subprocess.Popen(command)
-    follower, watched = Follower(root), Watched()
-    waited(lambda: bool(polled(follower, watched) and watched.tokens))
-    assert watched.status == RECORDING
+    looks = Looks(root)
+    waited(lambda: looks.look() and looks.watched.tokens)
+    assert looks.watched.status == RECORDING
     process.send_signal(signal.SIGKILL)
     process.wait()
-    waited(lambda: polled(follower, watched).status == KILLED)
-    assert follower.writer == f"process {process.pid}"
-    assert np.array_equal(watched.total.load, load_of(root))
+    waited(lambda: looks.look().status == KILLED)
+    assert looks.follower.writer == f"process {process.pid}"
+    assert np.array_equal(looks.watched.total.load, load_of(root))
     console = Console(file=io.StringIO(), width=80)
     with pytest.raises(MoeInspectError, match=f"process {process.pid} is gone: it was stopped"):
         watch_trace(root, WatchOptions(every_s=0.01), console)
 
 
-def test_damage_that_stays_is_an_error(tmp_path: Path) -> None:
+@pytest.fixture
+def one_pass(tmp_path: Path) -> Path:
     with writer(tmp_path / "t", L, E) as open_writer:
         open_writer.write(next(batches(L, E, 1)))
-    (tmp_path / "t/routing/part-0-0.parquet").write_bytes(b"PAR1")
-    follower = Follower(tmp_path / "t")
+    return tmp_path / "t"
+
+
+def test_damage_that_stays_is_an_error(one_pass: Path) -> None:
+    (one_pass / "routing/part-0-0.parquet").write_bytes(b"PAR1")
+    follower = Follower(one_pass)
     troubles = [follower.poll().trouble for _ in range(4)]
     assert troubles[0] == ""  # a file may be replaced meanwhile
     assert all("routing/part-0-0.parquet" in trouble for trouble in troubles[1:])
@@ -222,11 +225,9 @@ def test_damage_that_stays_is_an_error(tmp_path: Path) -> None:
         follower.poll()
 
 
-def test_only_the_trace_of_a_process_is_waited_for(tmp_path: Path) -> None:
-    with writer(tmp_path / "t", L, E) as open_writer:
-        open_writer.write(next(batches(L, E, 1)))
-    assert Follower(tmp_path / "t", of_process=os.getpid()).poll().status == COMPLETE
-    assert Follower(tmp_path / "t", of_process=os.getpid() + 1).poll().status == WAITING
+def test_only_the_trace_of_a_process_is_waited_for(one_pass: Path) -> None:
+    assert Follower(one_pass, of_process=os.getpid()).poll().status == COMPLETE
+    assert Follower(one_pass, of_process=os.getpid() + 1).poll().status == WAITING
 
 
 # --- what is made of it
@@ -245,15 +246,19 @@ class Clock:
         return self.now
 
 
-def test_rates_are_of_the_last_minute(tmp_path: Path) -> None:
-    write_counts(tmp_path / "t", [np.full((1, 4), 100)], 1)
-    follower, clock = Follower(tmp_path / "t"), Clock()
-    news = follower.poll()
+@pytest.fixture
+def header(tmp_path: Path) -> TraceHeader:
+    """Of one router of four experts."""
+    return write_counts(tmp_path / "t", [np.full((1, 4), 100)], 1)
+
+
+def test_rates_are_of_the_last_minute(header: TraceHeader) -> None:
+    clock = Clock()
     watched = Watched(clock=clock)
     for n in range(100):
         clock.now = 2.0 * n
-        news.pieces = [a_piece([10, 10, 10, 10 + 40 * (n > 50)], n)]
-        watched.take(news, follower.header)
+        pieces = [a_piece([10, 10, 10, 10 + 40 * (n > 50)], n)]
+        watched.take(News(RECORDING, pieces), header)
         assert (watched.rates() is None) == (n == 0)
     rates = watched.rates()
     assert rates is not None
@@ -265,16 +270,11 @@ def test_rates_are_of_the_last_minute(tmp_path: Path) -> None:
     assert slow[0] < 6
 
 
-def test_alarms_judge_windows_and_end_with_the_fault(tmp_path: Path) -> None:
-    write_counts(tmp_path / "t", [np.full((1, 4), 100)], 1)
-    follower = Follower(tmp_path / "t")
-    news = follower.poll()
-    watched = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")])
-    said = []
+def test_alarms_judge_windows_and_end_with_the_fault(header: TraceHeader) -> None:
+    watched, said = Watched(1_000, [parse_rule("dead_experts > 0 for 2 windows")]), []
     calm, dead = [[240, 260, 240, 260], [260, 240, 260, 240]] * 2, [[500, 500, 0, 0]] * 3
     for n, load in enumerate([*calm, *dead, *calm[:CALM]]):
-        news.pieces, news.again = [a_piece(load, n)], n == 0
-        watched.take(news, follower.header)
+        watched.take(News(RECORDING, [a_piece(load, n)], again=n == 0), header)
         said.append(len(watched.alarms))
     assert said == [0] * 4 + [0, 1, 1] + [1] * (CALM - 1) + [0]
     assert watched.raised[0].experts == (2, 3)
@@ -285,18 +285,16 @@ def test_alarms_judge_windows_and_end_with_the_fault(tmp_path: Path) -> None:
 def test_a_history_of_training_is_judged_as_it_was_committed(tmp_path: Path) -> None:
     """Each shard is a window, whatever its tokens; its steps follow those of the one before."""
     manifest = {"capture": {"pid": os.getpid()}, "training": {}}
-    watched, follower = Watched(10**6, [parse_rule("dead_experts > 0 for 2 windows")]), None
     with TraceWriter(tmp_path / "t", manifest, ROUTERS[:1], counts_only=True) as history:
         for n in range(4):
-            part = counted(10 * (n + 1), 1)
             load = np.full((1, 8), 400)
             load[0, 5] = 0 if n > 1 else 400
-            zero = [load * 0]
-            history.write(
-                replace(part, tokens=1600, assignments=[load], first_choice=zero, weight_sum=zero)
-            )
-    follower = Follower(tmp_path / "t")
-    watched.take(follower.poll(), follower.header)
+            sums = {"first_choice": [load * 0], "weight_sum": [load * 0]}
+            part = counted(10 * (n + 1), 1)
+            history.write(replace(part, tokens=1600, assignments=[load], **sums))
+    looks = Looks(tmp_path / "t", 10**6, [parse_rule("dead_experts > 0 for 2 windows")])
+    looks.look()
+    watched = looks.watched
     (alarm,) = (found for found in watched.alarms if found.layer == 1)
     assert (alarm.layer, alarm.experts, alarm.since, alarm.step) == (1, (5,), 21, 40)
     assert "since step 21" in alarm.text
@@ -421,31 +419,27 @@ def test_in_a_pipe_it_is_a_line_for_each_change(session: WatchSession, capsys: A
     assert line.split(" ", 1)[1] == status_line(at_once).split(" ", 1)[1]
 
 
-def test_an_interrupted_trace_ends_it_with_an_error(tmp_path: Path) -> None:
-    open_writer = writer(tmp_path / "t", L, E)
-    open_writer.write(next(batches(L, E, 1)))
-    open_writer.close("interrupted")
-    assert Follower(tmp_path / "t").poll().status == INTERRUPTED
+def test_an_interrupted_trace_ends_it_with_an_error(one_pass: Path) -> None:
+    edit_manifest(one_pass, status="interrupted")
+    assert Follower(one_pass).poll().status == INTERRUPTED
     with pytest.raises(MoeInspectError, match="closed before its end; it holds 256 tokens"):
-        watch_trace(tmp_path / "t", WatchOptions(), Console(file=io.StringIO()))
+        watch_trace(one_pass, WatchOptions(), Console(file=io.StringIO()))
 
 
 # --- in a real terminal
 
 
 @pytest.mark.slow
-def test_beside_a_trace(tmp_path: Path) -> None:
+def test_beside_a_trace(one_pass: Path) -> None:
     """trace --watch: what is watched ends with the trace; an old one there is not taken for it."""
-    with writer(tmp_path / "t", L, E) as old:
-        old.write(next(batches(L, E, 1)))
-    command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", str(tmp_path / "t")]
+    command = [sys.executable, "-m", "moe_inspect", "trace", "demo", "-o", str(one_pass)]
     command += ["--max-tokens", "2000", "--batch-tokens", "256", "--device", "cpu", "--overwrite"]
     command += ["--watch", "--commit-every", "50ms"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "")
     lines = done.stderr.splitlines()
     assert "256 tokens" not in lines[0]
-    total = f"{open_trace(tmp_path / 't').n_tokens:,} tokens"
+    total = f"{open_trace(one_pass).n_tokens:,} tokens"
     assert any(" complete, " in line and total in line for line in lines)
 
 

@@ -11,33 +11,21 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import process_start
-from moe_inspect.trace.reader import open_trace
-from moe_inspect.trace.schema import Router
+from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from tests.synthetic import a_pass, routers
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "<b>", "\x1b[31m"]
 K, TOKENS = 2, 256
-
-
-def routers(layers: int, experts: int) -> list[Router]:
-    return [
-        Router(n, "gate", f"layers.{n}.gate", experts, K, slot_order="weight")
-        for n in range(layers)
-    ]
-
-
-def manifest() -> dict[str, Any]:
-    pid = os.getpid()
-    capture = {"mode": "tap", "dtype": "float32", "pid": pid, "host": socket.gethostname()}
-    capture["process_start"] = process_start(pid)
-    return {"model": {"id": "made"}, "capture": capture}
 
 
 def batches(layers: int, experts: int, n: int) -> Iterator[RoutedBatch]:
@@ -51,31 +39,18 @@ def batches(layers: int, experts: int, n: int) -> Iterator[RoutedBatch]:
                 if b >= 3:
                     wish[:, 2] = -1
             ids.append(np.argsort(-wish, axis=1)[:, :K].astype(np.uint8))
-        row = np.arange(TOKENS, dtype=np.int32)
-        yield RoutedBatch(
-            b,
-            rng.integers(0, len(WORDS), TOKENS).astype(np.int32),
-            row * 0 + b,
-            row * 0 + b,
-            row,
-            row * 0,
-            ["text"],
-            ids,
-            None,
-            [Document(b, "text", "made", TOKENS)],
-        )
+        token_id, document = rng.integers(0, len(WORDS), TOKENS), np.full(TOKENS, b, np.int32)
+        documents = [Document(b, "text", "made", TOKENS)]
+        yield a_pass(b, ids, token_id=token_id, document=document, documents=documents)
 
 
 def writer(root: Path, layers: int, experts: int, **options: Any) -> TraceWriter:
+    capture: dict[str, Any] = {"mode": "tap", "dtype": "float32", "host": socket.gethostname()}
+    capture |= {"pid": os.getpid(), "process_start": process_start(os.getpid())}
+    listed = [replace(r, slot_order="weight") for r in routers(layers, experts, K)]
     vocabulary = pa.table({"token_id": range(len(WORDS)), "token": [f" {w}" for w in WORDS]})
-    return TraceWriter(
-        root,
-        manifest(),
-        routers(layers, experts),
-        weights=False,
-        vocabulary=vocabulary,
-        **options,
-    )
+    manifest = {"model": {"id": "made"}, "capture": capture}
+    return TraceWriter(root, manifest, listed, weights=False, vocabulary=vocabulary, **options)
 
 
 def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
@@ -87,11 +62,13 @@ def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
     return found
 
 
-def committed(root: Path, writer: TraceWriter, batches: Iterable[RoutedBatch]) -> Iterator[int]:
-    """Writes batches of TOKENS, and gives how many are written once these can be read."""
+def committed(
+    root: Path | Remote, writer: TraceWriter, batches: Iterable[RoutedBatch], T: int = TOKENS
+) -> Iterator[int]:
+    """Writes batches of T tokens, and gives how many are written once these can be read."""
     for n, batch in enumerate(batches, 1):
         writer.write(batch)
-        waited(lambda n=n: open_trace(root).n_tokens == n * TOKENS)
+        waited(lambda n=n: Trace(root).n_tokens == n * T)
         yield n
 
 
