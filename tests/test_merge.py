@@ -26,34 +26,27 @@ from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
 from tests.damage import edit_manifest, without_checksums
-from tests.synthetic import (
-    a_pass,
-    encoder_decoder,
-    routers,
-    uniform_ids,
-    write_counts,
-    write_trace,
-)
+from tests.synthetic import a_pass, encoder_decoder, routers, uniform_ids, write_counts, write_trace
 
 E, K, L = 8, 2, 2
-MADE = {"model": {"id": "synthetic"}, "capture": {}}
 PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))
 
 
 def made(root: Path, seed: int, T: int = 90, **how: Any) -> Trace:
     rng = np.random.default_rng(seed)
-    weights = [rng.random((T, K)).astype(np.float16).astype(np.float32) for _ in range(L)]
+    how = {"weights": [rng.random((T, K)).astype(np.float16).astype("f4") for _ in range(L)], **how}
     ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
     ids[1][5, 1] = np.iinfo(np.uint16).max
-    usual: dict[str, Any] = {
-        "document": np.repeat(np.arange(T // 10), 10),
-        "token_id": rng.integers(0, 50, T),
-        "weights": weights,
-        "batch_tokens": 10,
-        "shard_tokens": 40,
-        "words": 50,
-    }
-    return write_trace(root, ids, E, **usual | how)
+    how = {"document": np.repeat(np.arange(T // 10), 10), "words": 50, **how}
+    how = {"token_id": rng.integers(0, 50, T), "batch_tokens": 10, "shard_tokens": 40, **how}
+    return write_trace(root, ids, E, **how)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Path]:
+    for seed, name in enumerate("ab"):
+        made(tmp_path / name, seed)
+    return [tmp_path / "a", tmp_path / "b"]
 
 
 @pytest.fixture(scope="module")
@@ -68,43 +61,28 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for file in sorted((CORPUS_DIR / domain).iterdir())[some]:
                 (root / "text" / name / domain).mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, root / "text" / name / domain)
-        trace_model(
-            "demo",
-            root / name,
-            data=[str(root / "text" / name)],
-            batch_tokens=1,
-            logits=True,
-            token_loss=True,
-            output_norms=True,
-        )
+        how = {"logits": True, "token_loss": True, "output_norms": True, "batch_tokens": 1}
+        trace_model("demo", root / name, data=[str(root / "text" / name)], **how)
     return root
 
 
 def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path: Path) -> None:
-    parts = [Trace(halves / "first"), Trace(halves / "second")]
-    merged, both = (
-        merge([halves / "first", halves / "second"], tmp_path / "m"),
-        Trace(halves / "both"),
-    )
+    parts, both = [Trace(halves / "first"), Trace(halves / "second")], Trace(halves / "both")
+    merged = merge([part.path for part in parts], tmp_path / "m")
     found = verify(tmp_path / "m")
     assert found.ok, found
-    assert found.assignments == sum(
-        verify(halves / name).assignments for name in ("first", "second")
-    )
+    assert found.assignments == sum(verify(part).assignments for part in parts)
     assert found.assignments == merged.n_tokens * sum(r.top_k for r in merged.routers)
     assert merged.status == "complete"
     for name in ("routing", "tokens", "documents", "logits", "vocabulary"):
-        ours, theirs = getattr(merged, name)(), getattr(both, name)()
-        if name == "documents":
-            # of another folder
-            ours, theirs = (t.drop(columns="source") for t in (ours, theirs))
+        pair = [getattr(trace, name)() for trace in (merged, both)]
+        if name == "documents":  # of another folder
+            pair = [table.drop(columns="source") for table in pair]
         if name in ("tokens", "documents"):
-            ours, theirs = (t.assign(domain=t["domain"].astype(str)) for t in (ours, theirs))
+            pair = [table.assign(domain=table["domain"].astype(str)) for table in pair]
         if name == "routing":
-            ours, theirs = (
-                t.sort_values(["router", "token"], ignore_index=True) for t in (ours, theirs)
-            )
-        pd.testing.assert_frame_equal(ours, theirs)
+            pair = [t.sort_values(["router", "token"], ignore_index=True) for t in pair]
+        pd.testing.assert_frame_equal(*pair)
     expected, said = report(both), report(merged)
     assert list(said.tables) == list(expected.tables)
     for name in expected.tables:
@@ -112,11 +90,7 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
             continue
         ours, theirs = (pd.DataFrame(each.tables[name]) for each in (said, expected))
         # what chance alone would give is drawn shard by shard, and the merged trace has two
-        drawn = [
-            column
-            for column in theirs
-            if "null" in str(column) or column == "vocabulary_specialization_p"
-        ]
+        drawn = [c for c in theirs if "null" in str(c) or c == "vocabulary_specialization_p"]
         pd.testing.assert_frame_equal(ours.drop(columns=drawn), theirs.drop(columns=drawn))
     listed = merged.manifest["parts"]
     assert [part["name"] for part in listed] == ["first", "second"]
@@ -131,11 +105,9 @@ def by_document(trace: Trace) -> pd.DataFrame:
     tokens = trace.tokens().drop(columns=["batch", "sequence"])
     source = trace.documents().set_index("document")["source"].astype(str)
     tokens["document"] = tokens["document"].map(source)
-    tokens["domain"] = tokens["domain"].astype(str)
-    tokens["phase"] = tokens["phase"].astype(str)
-    found = tokens.merge(trace.routing(), on="token").merge(
-        trace.logits(), on=["token", "router", "layer"]
-    )
+    tokens = tokens.astype({"domain": str, "phase": str})
+    logits = trace.logits()
+    found = tokens.merge(trace.routing(), on="token").merge(logits, on=["token", "router", "layer"])
     found["logits"] = found["logits"].map(bytes)
     order = ["document", "position", "router"]
     return found.drop(columns="token").sort_values(order, ignore_index=True)
@@ -164,10 +136,12 @@ def test_a_sample_and_the_rest_merge_to_the_whole(halves: Path, tmp_path: Path) 
     assert some.text(number) == whole.text(number)
     assert some.manifest["capture"]["versions"] == whole.manifest["capture"]["versions"]
     assert not verify(tmp_path / "some").resumable
-    said = report(some).tables["summary"].set_index("key")["value"]
-    assert f"a sample of {len(some.documents())} of {len(whole.documents())} documents" in str(
-        said["note"]
-    )
+    kept = f"a sample of {len(some.documents())} of {len(whole.documents())} documents"
+    assert kept in note_of(some)
+
+
+def note_of(trace: Trace) -> str:
+    return str(report(trace).tables["summary"].set_index("key")["value"]["note"])
 
 
 def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
@@ -177,15 +151,13 @@ def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
     assert verify(tmp_path / "m").ok
     tokens = merged.tokens()
     assert sorted(merged.documents()["document"]) == list(range(18))
-    assert (
-        tokens["document"][90:].tolist()
-        == np.repeat([17, 9, 16, 10, 11, 12, 13, 14, 15], 10).tolist()
-    )
+    numbers = np.repeat([17, 9, 16, 10, 11, 12, 13, 14, 15], 10)
+    assert tokens["document"][90:].tolist() == numbers.tolist()
     assert tokens["sequence"].tolist() == [*np.repeat(np.arange(9), 10), *(9 + odd)]
     assert tokens["batch"].tolist() == np.repeat(np.arange(18), 10).tolist()
     loads = [
-        t.routing().filter(like="expert").stack().value_counts().sort_index()
-        for t in [*parts, merged]
+        trace.routing().filter(like="expert").stack().value_counts().sort_index()
+        for trace in (*parts, merged)
     ]
     assert (loads[2] == loads[0].add(loads[1])).all(), loads
 
@@ -198,10 +170,9 @@ def two_ranks(root: Path, seed: int) -> None:
             ids = [uniform_ids(rng, 10, E, K) for _ in range(L)]
             documents = [Document(rank, "text", "here", 10)]
             one = a_pass(0, ids, document=np.full(10, rank, np.int32), documents=documents)
-            with TraceWriter(
-                root, MADE, routers(L, E, K), weights=False, rank=rank, lock=lock
-            ) as w:
-                w.write(one)
+            of = {"weights": False, "rank": rank, "lock": lock}
+            with TraceWriter(root, {}, routers(L, E, K), **of) as writer:
+                writer.write(one)
 
 
 def test_each_rank_goes_behind_the_same_rank(tmp_path: Path) -> None:
@@ -237,10 +208,9 @@ def test_counts_encoders_and_traces_without_a_vocabulary(tmp_path: Path) -> None
     assert merged.n_decisions == 20
 
 
-def test_a_part_that_was_interrupted_makes_the_whole_so(tmp_path: Path) -> None:
-    made(tmp_path / "a", 0)
-    made(tmp_path / "b", 1, status="interrupted")
-    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m").status == "interrupted"
+def test_a_part_that_was_interrupted_makes_the_whole_so(two: list[Path], tmp_path: Path) -> None:
+    edit_manifest(two[1], status="interrupted")
+    assert merge(two, tmp_path / "m").status == "interrupted"
     found = verify(tmp_path / "m")
     assert (found.ok, found.resumable) == (True, False)
 
@@ -276,30 +246,22 @@ def other(section: str, **values: Any) -> Callable[[Path, int], None]:
     return make
 
 
+def of_shape(ids: np.ndarray, experts: int = E, routers: int = L) -> Callable[[Path, int], Any]:
+    weights = np.ones(ids.shape)
+    return lambda root, _: write_trace(root, [ids] * routers, experts, weights=[weights] * routers)
+
+
+LOGITS = [np.zeros((90, E), np.float16)] * L
 UNLIKE: dict[str, tuple[Callable[[Path, int], Any], str]] = {
     "model": (other("model", id="other"), r"model.id is synthetic and other.*edit"),
     "adapter": (other("model", adapter={"kind": "lora"}), "model.adapter is None and"),
     "seed": (other("corpus", plan={"random_init": 3}), "plan.random_init is None and 3"),
     "dtype": (other("capture", dtype="bfloat16"), "capture.dtype is float32 and bfloat16"),
-    "experts": (
-        lambda root, seed: write_trace(root, [PAIRS] * L, 9, weights=[np.ones((9, K))] * L),
-        r"routers\[0\].experts is 8 and 9",
-    ),
-    "k": (
-        lambda root, seed: write_trace(
-            root, [np.zeros((9, 1), np.uint8)] * L, E, weights=[np.ones((9, 1))] * L
-        ),
-        r"routers\[0\].top_k is 2 and 1",
-    ),
-    "routers": (
-        lambda root, seed: write_trace(root, [PAIRS], E, weights=[np.ones((9, K))]),
-        "the routers is 2 routers and 1 router",
-    ),
+    "experts": (of_shape(PAIRS, 9), r"routers\[0\].experts is 8 and 9"),
+    "k": (of_shape(PAIRS[:, :1]), r"routers\[0\].top_k is 2 and 1"),
+    "routers": (of_shape(PAIRS, routers=1), "the routers is 2 routers and 1 router"),
     "weights": (lambda root, seed: made(root, seed, weights=None), "a has weight_j, .*b does not"),
-    "logits": (
-        lambda root, seed: made(root, seed, logits=[np.zeros((90, E), np.float16)] * L),
-        "b has logits, .*a does not",
-    ),
+    "logits": (lambda root, seed: made(root, seed, logits=LOGITS), "b has logits, .*a does not"),
     "counts": (
         lambda root, seed: write_counts(root, [np.ones((1, E))] * L, K),
         "b holds counts only, .*a decisions",
@@ -316,11 +278,10 @@ def test_unlike_traces_are_refused(tmp_path: Path, name: str) -> None:
     refused(tmp_path, says, "a", "b")
 
 
-def test_nothing_counts_twice(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        made(tmp_path / name, seed)
-        edit_manifest(tmp_path / name, corpus={"split_documents": 3, "empty_documents": seed})
-    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+def test_nothing_counts_twice(two: list[Path], tmp_path: Path) -> None:
+    for seed, path in enumerate(two):
+        edit_manifest(path, corpus={"split_documents": 3, "empty_documents": seed})
+    merge(two, tmp_path / "ab")
     for seed, name in enumerate(("some", "other")):
         sample(tmp_path / "a", tmp_path / name, documents=5, seed=seed)
     for one, two in (("ab", "a"), ("b", "ab"), ("some", "a"), ("ab", "some"), ("some", "other")):
@@ -335,15 +296,11 @@ def test_nothing_counts_twice(tmp_path: Path) -> None:
             sample(url, tmp_path / "a", documents=1, overwrite=True)
 
 
-def test_merged_samples_say_that_they_are(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        made(tmp_path / name, seed)
-    sample(tmp_path / "a", tmp_path / "some", documents=5)
-    merge([tmp_path / "some", tmp_path / "b"], tmp_path / "m")
-    made(tmp_path / "c", 2)
-    for trace in (tmp_path / "m", merge([tmp_path / "m", tmp_path / "c"], tmp_path / "again")):
-        said = report(trace).tables["summary"].set_index("key")["value"]
-        assert "merged from samples of other traces" in str(said["note"])
+def test_merged_samples_say_that_they_are(two: list[Path], tmp_path: Path) -> None:
+    some = sample(two[0], tmp_path / "some", documents=5)
+    merged = merge([some, two[1]], tmp_path / "m")
+    for trace in (merged, merge([merged, made(tmp_path / "c", 2)], tmp_path / "again")):
+        assert "merged from samples of other traces" in note_of(trace)
 
 
 def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path) -> None:
@@ -359,9 +316,7 @@ def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path)
     refused(tmp_path, "different vocabularies: token 7 is ' w7' and 'other'", "a", "b")
 
 
-def test_damage_is_refused_and_named(tmp_path: Path) -> None:
-    made(tmp_path / "a", 0)
-    made(tmp_path / "b", 1)
+def test_damage_is_refused_and_named(two: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "b/routing/part-0-1.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -370,7 +325,7 @@ def test_damage_is_refused_and_named(tmp_path: Path) -> None:
     refused(tmp_path, "two or more traces", "a")
     refused(tmp_path, "they would count twice", "a", "a")
     with pytest.raises(MoeInspectError, match="is one of the traces"):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "a", overwrite=True)
+        merge(two, two[0], overwrite=True)
 
 
 def test_what_was_copied_is_what_was_verified(tmp_path: Path) -> None:
@@ -384,10 +339,8 @@ def test_what_was_copied_is_what_was_verified(tmp_path: Path) -> None:
     assert [*target.differences([found])] == [("assignments", 358, 359)]
 
 
-def test_the_command(cli: Cli, tmp_path: Path) -> None:
-    made(tmp_path / "a", 0)
-    made(tmp_path / "b", 1)
-    call = ("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m")
+def test_the_command(cli: Cli, two: list[Path], tmp_path: Path) -> None:
+    call = ("merge", *two, "-o", tmp_path / "m")
     assert cli(*call).stderr == f"merged 2 traces, 180 tokens into {tmp_path / 'm'}\n"
     assert "--overwrite" in cli(*call, check=1).stderr
     cli(*call, "--overwrite")

@@ -3,7 +3,6 @@ first choice is null."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.simulate.capacity import simulate_capacity
-from moe_inspect.trace.manifest import write_manifest
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
+from tests.damage import edit_manifest
 from tests.planted import sentences
 from tests.synthetic import a_pass, uniform_ids, write_counts, write_passes, write_trace
 
@@ -48,13 +47,9 @@ def drawn(seed: int = 0, null: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.
 def by_hand(ids_TK: np.ndarray, key_TK: np.ndarray) -> np.ndarray:
     """float [T, K]: each decision's experts from the largest key to the smallest, NaN for those
     that routed nowhere, last."""
-    rows = []
-    for ids, keys in zip(ids_TK.tolist(), key_TK.tolist(), strict=True):
-        there = [(e, key) for e, key in zip(ids, keys, strict=True) if e != NOWHERE]
-        rows.append(
-            [e for e, _ in sorted(there, key=lambda pair: -pair[1])] + [np.nan] * (K - len(there))
-        )
-    return np.array(rows, float)
+    key_TK = np.where(ids_TK == NOWHERE, -np.inf, key_TK)
+    rows = [sorted(range(K), key=lambda j, key=key: -key[j]) for key in key_TK.tolist()]
+    return np.where(ids_TK == NOWHERE, np.nan, ids_TK)[np.arange(len(ids_TK))[:, None], rows]
 
 
 def written(
@@ -90,35 +85,27 @@ def experts_of(trace: Trace) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "weights not kept", "logits"])
 def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path: Path) -> None:
     ids, weights, logits = drawn(null=null)
-    key = weights
-    if kind == "bfloat16":
-        bits = weights.astype(np.float32).view(np.uint32) >> 16
-        trace = written(tmp_path / "t", ids, bits.astype(np.uint16))
-    elif kind == "weights not kept":
-        trace = written(tmp_path / "t", ids, weights, keep=None, known="weight")
-    elif kind == "logits":
-        trace = written(tmp_path / "t", ids, logits, keep="logits")
+    bits = (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    kept: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+        "float16": (weights, {}),
+        "bfloat16": (bits, {}),
+        "weights not kept": (weights, {"keep": None, "known": "weight"}),
+        "logits": (logits, {"keep": "logits"}),
+    }
+    given, how = kept[kind]
+    trace, key = written(tmp_path / "t", ids, given, **how), weights
+    if kind == "logits":
         key = np.take_along_axis(logits, np.where(ids == NOWHERE, 0, ids).astype(int), 1)
-    else:
-        trace = written(tmp_path / "t", ids, weights)
     assert trace.manifest["routers"][0]["slot_order"] == "weight"
     assert np.array_equal(experts_of(trace), by_hand(ids, key), equal_nan=True)
-    assert not np.array_equal(
-        experts_of(trace), np.where(ids == NOWHERE, np.nan, ids), equal_nan=True
-    )
+    as_given = np.where(ids == NOWHERE, np.nan, ids)
+    assert not np.array_equal(experts_of(trace), as_given, equal_nan=True)
     if trace.has_weights:
-        for at in (0, 299, 300, T - 1):
-            row = trace.routing().iloc[at]  # every expert keeps its own weight
-            pairs = {
-                (row[f"expert_{j}"], row[f"weight_{j}"])
-                for j in range(K)
-                if row[f"expert_{j}"] == row[f"expert_{j}"]
-            }
-            assert pairs == {
-                (float(e), float(w))
-                for e, w in zip(ids[at], weights[at], strict=True)
-                if e != NOWHERE
-            }
+        for at in (0, 299, 300, T - 1):  # every expert keeps its own weight
+            row = trace.routing().iloc[at]
+            pairs = {(row[f"expert_{j}"], row[f"weight_{j}"]) for j in range(K)}
+            mine = zip(ids[at].tolist(), weights[at].tolist(), strict=True)
+            assert {p for p in pairs if p[0] == p[0]} == {p for p in mine if p[0] != NOWHERE}
     assert verify(trace.path).ok
 
 
@@ -133,11 +120,9 @@ def test_what_is_in_order_is_left_alone() -> None:
 
 def without_slot_order(trace: Trace) -> Trace:
     """The trace as it was written before manifests stated the order of slots."""
-    path = trace.path / "trace.json"
-    manifest = json.loads(path.read_text())
-    for router in manifest["routers"]:
-        router.pop("slot_order")
-    write_manifest(trace.path, manifest)
+    listed = trace.manifest["routers"]
+    routers = [{k: v for k, v in router.items() if k != "slot_order"} for router in listed]
+    edit_manifest(trace.path, routers=routers)
     return open_trace(trace.path)
 
 
@@ -168,38 +153,25 @@ def test_an_older_trace_goes_on_as_it_began(tmp_path: Path) -> None:
     """Resumed, its new shards are not said to be in an order that the old ones are not in."""
     ids, weights, _ = drawn()
     trace = older(tmp_path / "t", ids, weights)
-    with TraceWriter(
-        trace.path,
-        {"model": {"id": "made"}},
-        trace.stated_routers,
-        resume=ResumePoint(slot_orders={0: ""}),
-    ):
+    resume = ResumePoint(slot_orders={0: ""})
+    with TraceWriter(trace.path, {"model": {"id": "made"}}, trace.stated_routers, resume=resume):
         pass
     assert open_trace(trace.path).manifest["routers"][0]["slot_order"] == ""
 
 
+BOUNDS = ("", "_low", "_high")
 FIRST = {  # table → columns that need first choices
     "load": ["first_choice"],
-    "repetition": ["first_choice", "first_choice_low", "first_choice_high", "first_choice_by_load"],
+    "repetition": [*(f"first_choice{bound}" for bound in BOUNDS), "first_choice_by_load"],
     "locality": [
-        *(
-            name + bound
-            for name in ("first_choice_repetition", "next_accuracy")
-            for bound in ("", "_low", "_high")
-        ),
-        "next_accuracy_marginal",
-        "next_accuracy_null",
+        *(f"{name}{b}" for name in ("first_choice_repetition", "next_accuracy") for b in BOUNDS),
+        *("next_accuracy_marginal", "next_accuracy_null"),
     ],
-    "specialization": [
-        "vocabulary_specialization",
-        "vocabulary_specialization_null",
-        "vocabulary_specialization_p",
-    ],
+    "specialization": [f"vocabulary_specialization{of}" for of in ("", "_null", "_p")],
     "vocabulary": ["first_choice_fraction"],
     "paths": [
-        "paths",
-        *(f"path_entropy_{of}" for of in ("bits", "low", "high")),
-        *(f"path_entropy_{of}_bits" for of in ("shuffled", "independent")),
+        *("paths", "path_entropy_bits", "path_entropy_low", "path_entropy_high"),
+        *("path_entropy_shuffled_bits", "path_entropy_independent_bits"),
     ],
 }
 
@@ -210,24 +182,14 @@ def known_and_unknown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, 
     rng = np.random.default_rng(1)
     token_id = rng.integers(0, 12, 2_000)
     ids = [(token_id[:, None] + np.arange(K) * 2 + r) % E for r in range(3)]
-    document = np.repeat(np.arange(40), 50)
-    options: dict[str, Any] = {
-        "document": document,
-        "domain_of_document": ("a", "b"),
-        "token_id": token_id,
-        "words": 12,
-    }
-    made = [
-        write_trace(
-            tmp_path_factory.mktemp("t") / order,
-            [i.astype(np.uint16) for i in ids],
-            E,
-            slot_order=order,
-            **options,
-        )
-        for order in ("weight", "unknown")
-    ]
-    return made[0], made[1]
+    options: dict[str, Any] = {"document": np.repeat(np.arange(40), 50), "words": 12}
+    options |= {"domain_of_document": ("a", "b"), "token_id": token_id}
+
+    def made(order: str) -> Trace:
+        root = tmp_path_factory.mktemp("t") / order
+        return write_trace(root, [i.astype(np.uint16) for i in ids], E, slot_order=order, **options)
+
+    return made("weight"), made("unknown")
 
 
 def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(
@@ -265,9 +227,8 @@ def test_capacity_serves_first_choices_first_only_where_it_knows_them(
     assert simulate_capacity(known).settings["order"] == "arrival"
     found = simulate_capacity(unknown)
     assert found.settings["order"] == "token"
-    assert found.tables["capacity"].equals(
-        simulate_capacity(known, order="token").tables["capacity"]
-    )
+    by_token = simulate_capacity(known, order="token")
+    assert found.tables["capacity"].equals(by_token.tables["capacity"])
     with pytest.raises(MoeInspectError, match="does not record: use order token"):
         simulate_capacity(unknown, order="arrival")
 
@@ -303,9 +264,8 @@ def test_counts_on_the_device_take_the_largest_weight() -> None:
     ids_TK, weights_TK, _ = drawn(3)
     ids_TK = ids_TK.astype(np.int64)
     ids_TK[rng.random((T, K)) < 0.2] = -1
-    counts = DeviceCounts(
-        [Router(0, "gate", "gate", E, K)], [torch.device("cpu")], torch.float16, weights=False
-    )
+    router, device = Router(0, "gate", "gate", E, K), torch.device("cpu")
+    counts = DeviceCounts([router], [device], torch.float16, weights=False)
     real = rng.random(T) < 0.9
     zeros = np.zeros(int(real.sum()), np.int32)
     rows = Rows(real, zeros, zeros, zeros, zeros, zeros)
@@ -313,10 +273,8 @@ def test_counts_on_the_device_take_the_largest_weight() -> None:
     counts.count([0], [rows], [choices], 1, 0)
     taken = counts.take(["text"])
     first = by_hand(np.where(ids_TK < 0, NOWHERE, ids_TK), weights_TK)[real, 0]
-    assert (
-        taken.first_choice[0][0].tolist()
-        == np.bincount(first[~np.isnan(first)].astype(int), minlength=E).tolist()
-    )
+    expected = np.bincount(first[~np.isnan(first)].astype(int), minlength=E)
+    assert taken.first_choice[0][0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("capture", ["tap", "dispatch"])
@@ -328,13 +286,11 @@ def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(
     from tests import zoo
 
     model, inputs = zoo.build("deepseek_v3"), zoo.inputs("deepseek_v3", [9, 5, 12])
+    tables = []
     for name, options in (("t", {}), ("counts", {"counts_only": True})):
-        with (
-            moe_inspect.record(model, tmp_path / name, capture=capture, **options),
-            torch.no_grad(),
-        ):
+        root = tmp_path / name
+        with moe_inspect.record(model, root, capture=capture, **options), torch.no_grad():
             model(**inputs)
-    traced, counted = (
-        report(open_trace(tmp_path / name)).tables["load"] for name in ("t", "counts")
-    )
+        tables.append(report(open_trace(root)).tables["load"])
+    traced, counted = tables
     assert traced["first_choice"].tolist() == counted["first_choice"].tolist()
