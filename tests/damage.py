@@ -67,6 +67,18 @@ def without_checksums(source: Path, root: Path, hashes: bool = True) -> None:
     (root / schema.MANIFEST).write_text(text)
 
 
+def with_a_bit_less(path: Path, place: int) -> None:
+    """Another byte at a place of a file."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+
+
+def last_byte(column: pq.ColumnChunkMetaData) -> int:
+    """Of a column's pages in its file."""
+    first = column.dictionary_page_offset or column.data_page_offset
+    return first + column.total_compressed_size - 1
+
+
 def changed_bytes(root: Path, tries: int, seed: int = 0) -> Iterator[tuple[str, int, int, int]]:
     """Changes one byte of a trace at a time, drawn over all its files by their sizes, every file at
     least once: (file, place, byte before, byte now). What was changed is restored before the

@@ -24,7 +24,15 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT
-from tests.damage import changed_bytes, edit_lines, edit_manifest, restate, without_checksums
+from tests.damage import (
+    changed_bytes,
+    edit_lines,
+    edit_manifest,
+    last_byte,
+    restate,
+    with_a_bit_less,
+    without_checksums,
+)
 from tests.synthetic import routers, thirty_documents, write_counts
 from tests.test_trace import ROUTERS, a_batch
 
@@ -49,17 +57,6 @@ def copied(sound: Path, tmp_path: Path) -> Path:
 def numbers(root: Path) -> list[str]:
     tables = report(open_trace(root)).tables
     return [tables[name].to_csv() for name in TABLES]
-
-
-def with_a_bit_less(path: Path, place: int) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-
-
-def last_byte(column: pq.ColumnChunkMetaData) -> int:
-    """Of a column's pages in its file."""
-    first = column.dictionary_page_offset or column.data_page_offset
-    return first + column.total_compressed_size - 1
 
 
 @pytest.mark.parametrize("small_bytes", [0, parts.SMALL_BYTES], ids=["by CRCs", "by the hash"])

@@ -4,9 +4,12 @@ read or changed."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +20,8 @@ import moe_inspect
 from moe_inspect import query
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.shard import Shard
 from tests.conftest import Cli
+from tests.damage import edit_lines, last_byte, with_a_bit_less
 from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 duckdb = pytest.importorskip("duckdb")
@@ -34,28 +37,20 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     rng = np.random.default_rng(1)
     ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
     ids[1][::7, 1] = NOWHERE
-    return write_trace(
-        tmp_path_factory.mktemp("sql") / "t",
-        ids,
-        E,
-        document=np.repeat(np.arange(24), 10),
-        domain_of_document=("a", "b", "c"),
-        token_id=rng.integers(0, 5, T),
-        weights=[(rng.integers(1, 200, (T, K)) / 256).astype(np.float32) for _ in range(2)],
-        batch_tokens=10,
-        shard_tokens=100,
-        layers=[1, 3],
-        words=5,
-    )
+    weights = [(rng.integers(1, 200, (T, K)) / 256).astype(np.float32) for _ in range(2)]
+    how: dict[str, Any] = {"batch_tokens": 10, "shard_tokens": 100, "layers": [1, 3], "words": 5}
+    how |= {"document": np.repeat(np.arange(24), 10), "domain_of_document": ("a", "b", "c")}
+    how |= {"token_id": rng.integers(0, 5, T), "weights": weights}
+    return write_trace(tmp_path_factory.mktemp("sql") / "t", ids, E, **how)
 
 
 def long(trace: Trace) -> pd.DataFrame:
     """A row per assignment, through pandas alone."""
     rows = trace.routing().merge(trace.tokens(), on="token")
-    parts = [
-        rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"])
-        for j in range(K)
+    of = [
+        {"slot": j, "expert": rows[f"expert_{j}"], "weight": rows[f"weight_{j}"]} for j in range(K)
     ]
+    parts = [rows.assign(**columns) for columns in of]
     found = pd.concat(parts).dropna(subset="expert")
     return found.sort_values(["router", "token", "slot"]).reset_index(drop=True)
 
@@ -73,17 +68,12 @@ def test_routing_is_a_row_per_assignment(trace: Trace) -> None:
 
 @pytest.mark.parametrize("view", ["tokens", "documents", "vocabulary", "load"])
 def test_the_other_views_are_the_tables(view: str, trace: Trace) -> None:
-    expected = {
-        "tokens": trace.tokens,
-        "documents": trace.documents,
-        "vocabulary": trace.vocabulary,
-        "load": lambda: moe_inspect.report(trace).tables["load"],
-    }[view]()
-    found = (
-        moe_inspect.open_trace(trace.path)
-        .sql(f"from {view.upper()}")
-        .sort_values([*expected.columns[:3]])
-    )
+    if view == "load":
+        expected = moe_inspect.report(trace).tables["load"]
+    else:
+        expected = getattr(trace, view)()
+    found = moe_inspect.open_trace(trace.path).sql(f"from {view.upper()}")
+    found = found.sort_values([*expected.columns[:3]])
     assert len(found) == len(expected) > 0
     for name in expected:
         np.testing.assert_array_equal(found[name].to_numpy(), expected[name].to_numpy(), name)
@@ -97,16 +87,19 @@ def test_a_view_is_read_as_often_as_it_is_named(trace: Trace) -> None:
     assert pairs["n"].tolist() == [2 * T - len(range(0, T, 7))]
 
 
-def test_only_the_routers_asked_for_are_read(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    ids = Shard.ids
-    monkeypatch.setattr(Shard, "ids", lambda shard, r: read.append(r) or ids(shard, r))
-    found = trace.sql("select distinct layer from routing where layer = 3")
-    assert (found["layer"].tolist(), {*read}) == ([3], {1})
-    trace.sql("select count(*) from tokens")
-    assert len(read) == 3, "and none before it is asked for"
-    trace.sql("select count(*) from routing")
-    assert {*read} == {0, 1}, "control"
+def test_only_the_routers_asked_for_are_read(trace: Trace, tmp_path: Path) -> None:
+    """The decisions of the other one are damaged; and none are read before they are asked for."""
+    shutil.copytree(trace.path, tmp_path / "t")
+    for path in (tmp_path / "t" / "routing").iterdir():
+        column = pq.read_metadata(path).row_group(0).column(3)
+        with_a_bit_less(path, last_byte(column))
+    edit_lines(tmp_path / "t", [line for line in edit_lines(tmp_path / "t") if line.pop("sha256")])
+    damaged = moe_inspect.open_trace(tmp_path / "t")
+    found = damaged.sql("select distinct layer from routing where layer = 3")
+    assert found["layer"].tolist() == [3]
+    assert damaged.sql("select count(*) n from tokens")["n"].tolist() == [T]
+    with pytest.raises(MoeInspectError, match="CRC"):  # control
+        damaged.sql("select count(*) from routing")
 
 
 def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
@@ -117,34 +110,29 @@ def test_each_stack_has_its_own_tokens(tmp_path: Path) -> None:
     assert found["encode"].nunique() == 2
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "copy (select 1) to '{file}.new'",
-        "attach '{file}.new'",
-        "install httpfs",
-        "load httpfs",
-        "set threads = 1",
-        "set enable_external_access = true",
-        "create table mine as select 1",
-        "drop view routing",
-        "export database '{file}.new'",
-        "select 1; select 2",
-        "select 1; copy (select 1) to '{file}.new'",
-        "",
-        "/* nothing */",
-        "select * from read_csv('{file}')",
-        "select * from read_text('{file}')",
-        "select * from glob('{folder}/*')",
-        "select * from '{file}'",
-        "select * from '{folder}/*.csv'",
-        "select * from query('from read_text(''{file}'')')",
-        "select * from nothing",
-        "select nothing from routing",
-        "select",
-        "select 1 / 'a'",
-    ],
-)
+CHANGE = """copy (select 1) to '{file}.new'
+attach '{file}.new'
+install httpfs
+load httpfs
+set threads = 1
+set enable_external_access = true
+create table mine as select 1
+drop view routing
+export database '{file}.new'"""
+SEVERAL = ["select 1; select 2", "select 1; copy (select 1) to '{file}.new'", "", "/* nothing */"]
+ELSEWHERE = """select * from read_csv('{file}')
+select * from read_text('{file}')
+select * from glob('{folder}/*')
+select * from '{file}'
+select * from '{folder}/*.csv'
+select * from query('from read_text(''{file}'')')
+select * from nothing
+select nothing from routing
+select
+select 1 / 'a'"""
+
+
+@pytest.mark.parametrize("asked", [*CHANGE.splitlines(), *SEVERAL, *ELSEWHERE.splitlines()])
 def test_a_query_reads_the_trace_alone(
     asked: str, trace: Trace, tmp_path: Path, cli_here: Cli
 ) -> None:
@@ -222,8 +210,6 @@ def test_values_keep_their_types(trace: Trace) -> None:
 
 
 def test_damage_is_told_as_elsewhere(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
-    import shutil
-
     shutil.copytree(trace.path, tmp_path / "t")
     part = sorted((tmp_path / "t" / "routing").iterdir())[1]
     part.write_bytes(part.read_bytes()[:-1])
@@ -249,20 +235,16 @@ def test_the_command_writes_what_it_finds(
     asked = "select layer, count(*) n from routing group by all order by layer"
     cli_here("sql", Path(trace.path).resolve().as_uri(), asked, "-o", tmp_path / f"o.{ending}")
     rows = [(1, 2 * T), (3, 2 * T - len(range(0, T, 7)))]
-    if ending == "parquet":
-        found = [tuple(r.values()) for r in pq.read_table(tmp_path / "o.parquet").to_pylist()]
-    else:
-        lines = (tmp_path / f"o.{ending}").read_text().splitlines()
-        found = {
-            "csv": lambda: [tuple(map(int, line.split(","))) for line in lines[1:]],
-            "json": lambda: [tuple(json.loads(line).values()) for line in lines],
-            "txt": lambda: [tuple(map(int, line.split())) for line in lines[2:]],
-        }[ending]()
-    assert found == rows
-    assert (
-        "no format has this ending"
-        in cli_here("sql", trace.path, asked, "-o", tmp_path / "o.xls", check=2).stderr
-    )
+    lines = (tmp_path / f"o.{ending}").read_bytes().splitlines()
+    read: dict[str, Callable[[], list[Any]]] = {
+        "csv": lambda: [line.split(b",") for line in lines[1:]],
+        "json": lambda: [json.loads(line).values() for line in lines],
+        "parquet": lambda: [r.values() for r in pq.read_table(tmp_path / "o.parquet").to_pylist()],
+        "txt": lambda: [line.split() for line in lines[2:]],
+    }
+    assert [tuple(map(int, row)) for row in read[ending]()] == rows
+    done = cli_here("sql", trace.path, asked, "-o", tmp_path / "o.xls", check=2)
+    assert "no format has this ending" in done.stderr
 
 
 def test_without_duckdb_it_says_what_to_install(trace: Trace) -> None:
