@@ -66,14 +66,19 @@ class Capacity(torch.nn.Module):
 
 
 def traced(root: Path, model: Capacity, batch: int = B, passes: int = PASSES, **options) -> Trace:
+    """`batch`: 0 for a prompt, and decode steps."""
+    shapes = [(batch, S)] * passes if batch else [(1, 40), *[(1, 1)] * 300]
     with moe_inspect.record(model, root, **options):
-        for _ in range(passes):
-            model(torch.zeros(batch, S, dtype=torch.long))
+        for shape in shapes:
+            model(torch.zeros(shape, dtype=torch.long))
     return open_trace(root)
 
 
 def load_of(ids_TK: np.ndarray, keep_TK: np.ndarray, experts: int = E) -> np.ndarray:
     return np.bincount(ids_TK[keep_TK & (ids_TK >= 0)], minlength=experts)
+
+
+BEFORE = ["dropped", "drop_rate", "max_over_mean_before_drops", "busiest_expert_before_drops"]
 
 
 def check(trace: Trace, model: Capacity, experts: int = E) -> None:
@@ -98,15 +103,13 @@ def check(trace: Trace, model: Capacity, experts: int = E) -> None:
         if layer == EMPTY:
             assert empty
             assert rows["dropped"].isna().all()
-            unknown = ["dropped", "drop_rate", "max_over_mean_before_drops"]
-            assert row[[*unknown, "busiest_expert_before_drops"]].isna().all()
+            assert row[BEFORE].isna().all()
             continue
         before_E = load_E + lost_E
         assert rows["dropped"].tolist() == lost_E.tolist()
-        assert row["dropped"] == lost_E.sum()
-        assert row["drop_rate"] == pytest.approx(lost_E.sum() / ids_TK.size)
-        assert row["max_over_mean_before_drops"] == pytest.approx(before_E.max() / before_E.mean())
-        assert row["busiest_expert_before_drops"] == before_E.argmax()
+        ratio = before_E.max() / before_E.mean()
+        expected = [lost_E.sum(), lost_E.sum() / ids_TK.size, ratio, before_E.argmax()]
+        assert row[BEFORE].tolist() == pytest.approx(expected)
     assert found.dropped == model.of_layer(MASKED)[1].sum() > 100
     assert found.empty_slots == found.dropped + (model.of_layer(EMPTY)[0] < 0).sum()
 
@@ -119,10 +122,7 @@ def test_what_was_dropped_is_kept_and_counted(batch: int, tmp_path: Path) -> Non
 
 def test_decode_steps_keep_it_too(tmp_path: Path) -> None:
     model = Capacity(1.5, factor=0.5)
-    with moe_inspect.record(model, tmp_path / "t", weights=False):
-        for n in (40, *[1] * 300):
-            model(torch.zeros(1, n, dtype=torch.long))
-    check(open_trace(tmp_path / "t"), model)
+    check(traced(tmp_path / "t", model, 0, weights=False), model)
 
 
 @pytest.mark.parametrize("experts", [127, 128, 200, 256, 300])
@@ -179,16 +179,14 @@ def test_samples_and_their_merger_keep_it(tmp_path: Path) -> None:
     model = Capacity(1.5)
     whole = traced(tmp_path / "t", model)
     parts = [
-        sample(whole.path, tmp_path / name, share=0.5, rest=name == "rest")
-        for name in ("some", "rest")
+        sample(whole.path, tmp_path / f"{rest}", share=0.5, rest=rest) for rest in (False, True)
     ]
     merged = merge([part.path for part in parts], tmp_path / "merged")
-    column = ["dropped"]
-    sums = sum(report(part).tables["load"][column] for part in parts)
-    assert sums["dropped"].sum() > 0
+    sums = sum(report(part).tables["load"]["dropped"] for part in parts)
+    assert sums.sum() > 0
     for trace in (merged, whole):
         assert moe_inspect.verify(trace.path).ok
-        assert sums.equals(report(trace).tables["load"][column])
+        assert sums.equals(report(trace).tables["load"]["dropped"])
 
 
 def test_slots_are_put_in_order_with_it(tmp_path: Path) -> None:
@@ -264,8 +262,7 @@ def test_a_preference_that_capacity_hides_is_said(tmp_path: Path) -> None:
 
 
 def test_where_routers_choose_evenly_no_preference_is_said(tmp_path: Path) -> None:
-    trace = traced(tmp_path / "t", Capacity(0.0, factor=0.9))
-    severity, headline, lost = texts(trace)
+    severity, headline, lost = texts(traced(tmp_path / "t", Capacity(0.0, factor=0.9)))
     assert severity != "warning"
     assert "uneven" not in headline
     assert "assignments were dropped" in lost
@@ -274,8 +271,7 @@ def test_where_routers_choose_evenly_no_preference_is_said(tmp_path: Path) -> No
 
 
 def test_with_few_documents_nothing_is_claimed(tmp_path: Path) -> None:
-    trace = traced(tmp_path / "t", Capacity(1.5), passes=1)
-    severity, headline, lost = texts(trace)
+    severity, headline, lost = texts(traced(tmp_path / "t", Capacity(1.5), passes=1))
     assert severity == "note"
     assert headline.startswith("Too little data to judge balance")
     assert "before drops" in headline

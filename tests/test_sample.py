@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,9 +62,8 @@ def test_the_seed_determines_which(whole: Trace, tmp_path: Path) -> None:
         for n, seed in enumerate((0, 0, 1))
     ]
     assert chosen[0] == chosen[1] != chosen[2]
-    assert (tmp_path / "0/shards-0.jsonl").read_bytes() == (
-        tmp_path / "1/shards-0.jsonl"
-    ).read_bytes()
+    lists = [(tmp_path / f"{n}/shards-0.jsonl").read_bytes() for n in range(2)]
+    assert lists[0] == lists[1]
 
 
 def test_domains_and_shards_without_a_chosen_document_are_left_out(
@@ -87,26 +87,25 @@ def test_domains_and_shards_without_a_chosen_document_are_left_out(
 def test_refusals_leave_nothing(whole: Trace, tmp_path: Path) -> None:
     write_counts(tmp_path / "counts", [np.ones((1, E))] * 2, K)
     there = sorted(path.name for path in tmp_path.iterdir())
-    for path, how, says in (
-        (whole.path, {}, "give the size of the sample: documents or share"),
-        (
-            whole.path,
-            {"documents": 1, "share": 0.1},
-            "give the size of the sample: documents or share",
-        ),
-        (whole.path, {"documents": 0}, "1 or more"),
-        (whole.path, {"documents": 2.5}, "documents is 2.5: give a whole number"),
-        (whole.path, {"documents": 1, "seed": 0.5}, "seed is 0.5: give a whole number"),
-        (whole.path, {"documents": 1, "seed": -1}, "seed is -1: give a whole number"),
-        (whole.path, {"share": float("nan")}, "share is nan"),
-        (whole.path, {"share": 1.5}, "share is 1.5"),
-        (whole.path, {"documents": 31}, "has 30 documents, 31 were asked for"),
-        (whole.path, {"documents": 11, "by_domain": True}, "domain a of .* has 10 documents"),
-        (whole.path, {"share": 1.0, "rest": True}, "no document of .* is left"),
-        (tmp_path / "counts", {"documents": 1}, "holds counts only"),
-    ):
+    size = "give the size of the sample: documents or share"
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, size),
+        ({"documents": 1, "share": 0.1}, size),
+        ({"documents": 0}, "1 or more"),
+        ({"documents": 2.5}, "documents is 2.5: give a whole number"),
+        ({"documents": 1, "seed": 0.5}, "seed is 0.5: give a whole number"),
+        ({"documents": 1, "seed": -1}, "seed is -1: give a whole number"),
+        ({"share": float("nan")}, "share is nan"),
+        ({"share": 1.5}, "share is 1.5"),
+        ({"documents": 31}, "has 30 documents, 31 were asked for"),
+        ({"documents": 11, "by_domain": True}, "domain a of .* has 10 documents"),
+        ({"share": 1.0, "rest": True}, "no document of .* is left"),
+        ({"documents": 2}, "holds counts only"),
+    ]
+    for how, says in refused:
+        of = tmp_path / "counts" if "counts" in says else whole.path
         with pytest.raises(MoeInspectError, match=says) as error:
-            sample(path, tmp_path / "new", **how)
+            sample(of, tmp_path / "new", **how)
         assert "\n" not in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == there
     with pytest.raises(MoeInspectError, match="is the trace to sample"):

@@ -166,16 +166,16 @@ def test_the_command(tmp_path: Path, cli_here: Cli) -> None:
     assert set(pd.read_csv(tmp_path / "routes.csv")["layer"]) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ("", "give --document N, or --layer L with --expert E"),
-        ("--expert 3", "--expert needs --layer"),
-        ("--document 999", "no document 999"),
-        ("--layer 2 --expert 8", "no expert 8 in layer 2"),
-        ("--layer 9 --expert 1", "no layer 9"),
-    ],
-)
+REFUSED = {
+    "": "give --document N, or --layer L with --expert E",
+    "--expert 3": "--expert needs --layer",
+    "--document 999": "no document 999",
+    "--layer 2 --expert 8": "no expert 8 in layer 2",
+    "--layer 9 --expert 1": "no layer 9",
+}
+
+
+@pytest.mark.parametrize(("options", "error"), REFUSED.items())
 def test_the_command_says_what_there_is_not(cli_here: Cli, options: str, error: str) -> None:
     found = cli_here("text", SAMPLE, *options.split(), check=None)
     assert error in found.stderr
@@ -186,8 +186,10 @@ def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("The lighthouse keeper counts xylophones. " * 9)
     options = {"data": [str(secret)], "generate": 2}
-    with_text = moe_inspect.trace_model("demo", tmp_path / "a", **options)
-    trace = moe_inspect.trace_model("demo", tmp_path / "b", text=False, **options)
+    with_text, trace = (
+        moe_inspect.trace_model("demo", tmp_path / f"{text}", text=text, **options)
+        for text in (True, False)
+    )
     assert moe_inspect.verify(trace.path).ok
     assert (trace.tokens()["token_id"] == -1).all()
     assert not len(trace.vocabulary())
@@ -199,7 +201,7 @@ def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
     assert not with_text.without_text
     assert moe_inspect.report(trace).verdict()
     with pytest.raises(MoeInspectError, match="text"):  # another plan
-        moe_inspect.trace_model("demo", tmp_path / "b", resume=True, **options)
+        moe_inspect.trace_model("demo", trace.path, resume=True, **options)
 
 
 def test_a_trace_of_counts_or_without_vocabulary_has_no_text(tmp_path: Path) -> None:

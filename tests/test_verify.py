@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from moe_inspect.api import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
-from tests.damage import edit_lines, edit_manifest, restate
+from tests.damage import edit_lines, edit_manifest, restate, with_a_bit_less
 from tests.synthetic import thirty_documents, write_counts
 
 T, K, L = 300, 2, 3
@@ -49,17 +50,11 @@ def rewrite(root: Path, table: str, shard: int, change: Change) -> None:
 
 
 def put(column: str, row: int, value: object) -> Change:
-    def change(columns: dict[str, list]) -> None:
-        columns[column][row] = value
-
-    return change
+    return lambda columns: operator.setitem(columns[column], row, value)
 
 
 def copy_of(column: str, row: int, source: str) -> Change:
-    def change(columns: dict[str, list]) -> None:
-        columns[column][row] = columns[source][row]
-
-    return change
+    return lambda columns: operator.setitem(columns[column], row, columns[source][row])
 
 
 def dropped(columns: dict[str, list]) -> None:
@@ -69,7 +64,7 @@ def dropped(columns: dict[str, list]) -> None:
 
 def swapped(columns: dict[str, list]) -> None:
     for values in columns.values():
-        values[3], values[4] = values[4], values[3]
+        values[3:5] = values[4:2:-1]
 
 
 def reversed_rows(columns: dict[str, list]) -> None:
@@ -100,10 +95,7 @@ def in_table(table: str, shard: int, change: Change) -> Callable[[Path], None]:
 
 
 def flip(root: Path) -> None:
-    path = root / "routing/part-0-2.parquet"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(bytes(data))
+    with_a_bit_less(root / "routing/part-0-2.parquet", 200)
 
 
 # name: (what is done, file, row, what is said)
@@ -167,7 +159,7 @@ def test_a_corruption_is_found_and_named(name: str, fine: Path, tmp_path: Path):
 def test_rewriting_alone_corrupts_nothing(fine: Path, tmp_path: Path):
     shutil.copytree(fine, tmp_path / "t")
     for table in ("tokens", "routing", "documents"):
-        rewrite(tmp_path / "t", table, 1, lambda columns: None)
+        rewrite(tmp_path / "t", table, 1, dict.copy)
     assert verify(tmp_path / "t").ok
 
 
@@ -237,11 +229,8 @@ def test_the_commands(cli_here: Cli, fine: Path, tmp_path: Path):
     shutil.copytree(fine, tmp_path / "t")
     rewrite(tmp_path / "t", "routing", 1, put("expert_1", 123, 8))
     done = cli_here("verify", "t", check=1)
-    assert done.stdout == ""
-    assert (
-        done.stderr
-        == "error: t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts\n"
-    )
+    line = "t/routing/part-0-1.parquet row 123: expert_1 is 8, router 1 has 8 experts"
+    assert (done.stdout, done.stderr) == ("", f"error: {line}\n")
     said = json.loads(cli_here("verify", "t", "--json", check=1).stdout)
     assert (said["ok"], said["file"], said["row"]) == (False, "routing/part-0-1.parquet", 123)
     assert "no trace at nowhere" in cli_here("verify", "nowhere", check=1).stderr
@@ -251,12 +240,9 @@ def test_the_commands(cli_here: Cli, fine: Path, tmp_path: Path):
 
 def test_traces_of_the_demo_model_are_fine(tmp_path: Path):
     options = {"max_tokens": 600, "batch_tokens": 256}
-    for name, more in {
-        "generated": {"generate": 4, "max_tokens": 200},
-        "logits": {"logits": True},
-        "counts": {"counts_only": True},
-    }.items():
-        trace_model("demo", tmp_path / name, **{**options, **more})
-        found = verify(tmp_path / name)
-        assert found.ok, (name, found)
+    generated, logits = {"generate": 4, "max_tokens": 200}, {"logits": True}
+    for n, more in enumerate((generated, logits, {"counts_only": True})):
+        trace_model("demo", tmp_path / f"{n}", **{**options, **more})
+        found = verify(tmp_path / f"{n}")
+        assert found.ok, (more, found)
         assert found.empty_slots == 0
