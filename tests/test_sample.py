@@ -11,7 +11,6 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.derived.sample import sample
-from moe_inspect.trace.derived.shards import Target
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
@@ -110,17 +109,6 @@ def test_refusals_leave_nothing(whole: Trace, tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == there
     with pytest.raises(MoeInspectError, match="is the trace to sample"):
         sample(whole.path, whole.path, documents=1, overwrite=True)
-
-
-def test_what_is_in_the_sample_is_what_was_copied(whole: Trace, tmp_path: Path) -> None:
-    sample(whole.path, tmp_path / "some", documents=2)
-    found = verify(tmp_path / "some")
-    target = Target(tmp_path, None, documents=2, assignments=found.assignments)
-    target.tokens[0] = 20
-    assert not [*target.differences([found])]
-    target.assignments -= 1
-    (difference,) = target.differences([found])
-    assert difference == ("assignments", found.assignments - 1, found.assignments)
 
 
 def test_the_command(whole: Trace, cli_here: Cli, tmp_path: Path) -> None:

@@ -60,9 +60,8 @@ def check_manifest(manifest: Json) -> None:
         )
     for r, router in enumerate(manifest["routers"]):
         if router["top_k"] > router["experts"]:
-            raise ValueError(
-                f"routers[{r}].top_k is {router['top_k']}: 1 to {router['experts']} are possible"
-            )
+            said = f"routers[{r}].top_k is {router['top_k']}: 1 to {router['experts']} are possible"
+            raise ValueError(said)
     experts = sum(router["experts"] for router in manifest["routers"])
     if experts > MOST_EXPERTS_IN_ALL:
         raise ValueError(

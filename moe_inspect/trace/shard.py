@@ -49,9 +49,8 @@ class Shard:
             except Damaged:
                 if not are_replaced(trace.path, trace.manifest, [self.files]):
                     raise
-                raise MoeInspectError(
-                    f"{trace.path} was written meanwhile, and {path} replaced: read it again"
-                ) from None
+                said = f"{trace.path} was written meanwhile, and {path} replaced: read it again"
+                raise MoeInspectError(said) from None
             self._opened[name] = opened
         return self._opened[name]
 

@@ -129,9 +129,8 @@ def check_line(entry: Json, line: bytes, rank: int, routers: int, tables: list[s
             raise ValueError(f"{key} is {entry[key]}: {least} to {end - 1} are possible")
     tokens = last - first + 1
     if "routing" in tables and tokens > MOST_SHARD_TOKENS:
-        raise ValueError(
-            f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}"
-        )
+        said = f"it has tokens {first} to {last}: a shard holds at most {MOST_SHARD_TOKENS:,}"
+        raise ValueError(said)
     decisions = entry.setdefault("decisions", tokens * routers)
     if "routing" in tables and decisions > tokens * routers:
         raise ValueError(f"decisions is {decisions}: 0 to {tokens * routers} are possible")
@@ -150,9 +149,8 @@ def _list(entry: Json, line: bytes, rank: int, found: dict[int, ShardFiles]) -> 
     shard = found.setdefault(index, ShardFiles(rank, index, **span, **also))
     given, stated = (*span.values(),), tuple(getattr(shard, key) for key in SPAN)
     if given != stated:
-        raise ValueError(
-            f"it states tokens and batches {given}, another line of shard {index} {stated}"
-        )
+        said = f"it states tokens and batches {given}, another line of shard {index} {stated}"
+        raise ValueError(said)
     if table in shard.paths:
         raise ValueError(f"{table} of shard {index} is listed twice")
     shard.paths[table] = entry["path"]

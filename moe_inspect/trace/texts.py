@@ -212,9 +212,8 @@ def _of_document(trace: Trace, number: int) -> pd.DataFrame:
         parts.append(table.take(pa.array(rows)).to_pandas())
     tokens = pd.concat(parts, ignore_index=True)
     if not len(tokens):
-        raise MoeInspectError(
-            f"no document {number} in {trace.path}: it has {len(trace.documents()):,}, from 0 on"
-        )
+        said = f"no document {number} in {trace.path}: it has {len(trace.documents()):,}, from 0 on"
+        raise MoeInspectError(said)
     order = ["sequence", "position"]
     if tokens["phase"].eq("encode").any():
         tokens = tokens.assign(decoder=tokens["phase"] != "encode")

@@ -465,13 +465,13 @@ def _experts(
 def _check_values(rows: FileRows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
     """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
     and peaks not negative."""
+    least = -np.inf if value == "weight" else 0
     for j, id_N in enumerate(ids):
-        column, wanted_N = table[f"{value}_{j}"], id_N >= 0
+        name, column = f"{value}_{j}", table[f"{value}_{j}"]
         there_N = column.is_valid().to_numpy()
-        rows.refuse(wanted_N & ~there_N, f"{value}_{j} is null, expert_{j} is there")
-        rows.refuse(there_N & ~wanted_N, f"{value}_{j} is there, expert_{j} is null")
-        least = -np.inf if value == "weight" else 0
-        rows.expect_size(f"{value}_{j}", column.fill_null(0).to_numpy(), least)
+        rows.refuse((id_N >= 0) & ~there_N, f"{name} is null, expert_{j} is there")
+        rows.refuse(there_N & (id_N < 0), f"{name} is there, expert_{j} is null")
+        rows.expect_size(name, column.fill_null(0).to_numpy(), least)
 
 
 def _check_logits(shard: Shard, phase_T: np.ndarray) -> None:

@@ -78,24 +78,22 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost"
 
 
-class _OnlyOwnHosts:
+def _only_own_hosts(app: ASGIApp, hosts: frozenset[str]) -> ASGIApp:
     """Answers requests to other hosts with 421, before anything reads them."""
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]):
-        self.app, self.hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import Headers
-        from starlette.responses import PlainTextResponse
-
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             host = Headers(scope=scope).get("host", "")
             name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
-            if name.lower() not in self.hosts:
+            if name.lower() not in hosts:
                 said = "This server is not known by this name: see --allow-host.\n"
                 await PlainTextResponse(said, 421)(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        await app(scope, receive, send)
+
+    return asked
 
 
 # --- the page
@@ -306,7 +304,7 @@ def application(
     pages = {"/": index, "/events": events, "/state": state, "/metrics": metrics}
     application = Starlette(
         routes=[Route(path, function, methods=["GET"]) for path, function in pages.items()],
-        middleware=[Middleware(_OnlyOwnHosts, hosts=hosts)],
+        middleware=[Middleware(_only_own_hosts, hosts=hosts)],
         lifespan=lifespan,
     )
     application.state.live = live
@@ -384,8 +382,8 @@ OF_ROUTERS = {  # metric of the load → what Prometheus is told of it
     "starved_experts": "Experts with some load, but under a tenth of the mean, in the last window",
     "entropy": "Entropy of the load in the last window, as a ratio to ln E; 1 is even",
     "balancedness": "Mean / max load in the last window; 1 is even",
+    "max_vio_chance": "The highest max_vio of the last window that chance explains",
 }
-CHANCE = {"max_vio_chance": "The highest max_vio of the last window that chance explains"}
 LABELS = ["layer", "router"]
 
 
@@ -413,11 +411,13 @@ class Collector:
             return
         yield Gauge("moe_inspect_window_tokens", "Tokens of the last window", window.tokens)
         names = [[label, str(r)] for r, label in enumerate(watched.labels)]
-        values_of = {metric: metric_R(metric, window) for metric in OF_ROUTERS}
-        values_of["max_vio_chance"] = np.array([watched.chance(r) for r in range(len(names))])
-        for metric, values_L in values_of.items():
-            family = Gauge(f"moe_inspect_{metric}", (OF_ROUTERS | CHANCE)[metric], labels=LABELS)
-            for name, value in zip(names, values_L.tolist(), strict=True):
+        for metric, said in OF_ROUTERS.items():
+            if metric == "max_vio_chance":
+                values_L = [watched.chance(r) for r in range(len(names))]
+            else:
+                values_L = metric_R(metric, window).tolist()
+            family = Gauge(f"moe_inspect_{metric}", said, labels=LABELS)
+            for name, value in zip(names, values_L, strict=True):
                 if not math.isnan(value):
                     family.add_metric(name, float(value))
             yield family

@@ -191,9 +191,9 @@ class HotText:
     words: list[tuple[str, bool]]
 
 
-def hot_text(shard: Shard, router: int, expert: int, vocabulary: pa.Table) -> HotText | None:
-    """None where the shard sends the expert nothing, or the trace has no vocabulary."""
-    if not len(vocabulary):
+def hot_text(shard: Shard, router: int, expert: int) -> HotText | None:
+    """None where the shard sends the expert nothing, or the trace has no text."""
+    if shard.trace.counts_only or not len(vocabulary := shard.trace.vocabulary_table):
         return None
     seen, hot_T = shard.seen(router), np.zeros(shard.files.tokens, bool)
     chosen = np.logical_or.reduce([slot == expert for slot in shard.slots(router)])
@@ -242,23 +242,16 @@ class WatchSession:
     def update(self) -> bool:
         """Looks at the trace. Whether anything is new."""
         news, watched = self.follower.poll(), self.watched
-        header = self.follower.header
-        changed = watched.take(news, header)
+        changed, window = watched.take(news, self.follower.header), watched.window
         if news.again:
             self.text = None
-        if news.shards and self.options.texts and header is not None and not header.counts_only:
+        if news.shards and self.options.texts and window is not None:
+            r = watched.worst_routers[0]
             try:
-                self.text = self._text_of(news.shards[-1], header) or self.text
+                self.text = hot_text(news.shards[-1], r, int(window.load[r].argmax())) or self.text
             except MoeInspectError as error:  # its shard may have been replaced by now
                 watched.trouble = first_line(error)
         return changed
-
-    def _text_of(self, shard: Shard, header: TraceHeader) -> HotText | None:
-        if self.watched.window is None:
-            return None
-        r = self.watched.worst_routers[0]
-        expert = int(self.watched.window.load[r].argmax())
-        return hot_text(shard, r, expert, header.vocabulary_table)
 
     @property
     def is_over(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,19 +51,16 @@ def check_alike(traces: Sequence[Trace]) -> None:
 def _check_columns(a: Trace, b: Trace) -> None:
     if a.counts_only != b.counts_only:
         counts, decisions = (a, b) if a.counts_only else (b, a)
-        raise MoeInspectError(
-            f"{counts.path} holds counts only, {decisions.path} decisions: they cannot be merged"
-        )
+        said = f"{counts.path} holds counts only, {decisions.path} decisions: they cannot be merged"
+        raise MoeInspectError(said)
     for trace in (a, b):
         if trace.is_history:
-            raise MoeInspectError(
-                f"{trace.path} is the history of a training run: its windows cannot be merged"
-            )
+            said = f"{trace.path} is the history of a training run: its windows cannot be merged"
+            raise MoeInspectError(said)
     for one, other in ((a, b), (b, a)):
         if more := [name for name in _columns(one) if name not in _columns(other)]:
-            raise MoeInspectError(
-                f"{one.path} has {more[0]}, {other.path} does not: trace both the same way"
-            )
+            said = f"{one.path} has {more[0]}, {other.path} does not: trace both the same way"
+            raise MoeInspectError(said)
 
 
 def _columns(trace: Trace) -> list[str]:
@@ -144,11 +140,9 @@ def merge(
         raise MoeInspectError(f"{out} is one of the traces to merge: choose another directory")
     opened = [Trace(path) for path in paths]
     check_alike(opened)
-    for a, b in combinations([_held(trace) for trace in opened], 2):
+    for a, b in combinations(opened, 2):
         if _share(a, b):
-            raise MoeInspectError(
-                f"{b.trace.path} holds documents of {a.trace.path}: they would count twice"
-            )
+            raise MoeInspectError(f"{b.path} holds documents of {a.path}: they would count twice")
     vocabulary = united_vocabulary(opened)
     found = [shards.verified(trace, path) for trace, path in zip(opened, paths, strict=True)]
     with whole_trace(place, overwrite, "nothing was merged") as (draft, _):
@@ -166,29 +160,23 @@ def merge(
     return Trace(place)
 
 
-class _Held(NamedTuple):
-    """What a trace says that it holds. whole: the contents of the traces all of which it holds, its
-    own first. sampled: those of the trace that it is a sample of."""
+def _share(a: Trace, b: Trace) -> bool:
+    """Whether two hold the same documents, as far as they state what they hold and what they were
+    merged or sampled of."""
+    (whole_a, of_a), (whole_b, of_b) = _held(a), _held(b)
+    if of_a is not None and of_a == of_b:
+        both = (trace.documents()["document"].to_numpy() for trace in (a, b))
+        return bool(len(np.intersect1d(*both)))
+    return not whole_a.isdisjoint({*whole_b, of_b}) or of_a in whole_b
 
-    trace: Trace
-    whole: set[str]
-    sampled: str | None
 
-
-def _held(trace: Trace) -> _Held:
+def _held(trace: Trace) -> tuple[set[str], str | None]:
+    """The contents of the traces all of which it holds, its own among them; and those of the trace
+    that it is a sample of."""
     sample, parts = trace.manifest.get("sample"), trace.manifest.get("parts") or []
     merged = [_contents_in(part) for part in parts] if sample is None else []
     of = _contents_in(sample.get("of")) if isinstance(sample, dict) else None
-    return _Held(trace, {c for c in (shards.contents(trace), *merged) if c is not None}, of)
-
-
-def _share(a: _Held, b: _Held) -> bool:
-    """Whether two hold the same documents, as far as they state what they hold and what they were
-    merged or sampled of."""
-    if a.sampled is not None and a.sampled == b.sampled:
-        both = (held.trace.documents()["document"].to_numpy() for held in (a, b))
-        return bool(len(np.intersect1d(*both)))
-    return not a.whole.isdisjoint({*b.whole, b.sampled}) or a.sampled in b.whole
+    return {c for c in (shards.contents(trace), *merged) if c is not None}, of
 
 
 def _contents_in(stated: object) -> str | None:

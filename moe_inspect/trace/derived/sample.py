@@ -63,9 +63,8 @@ def sample(
         raise MoeInspectError(f"{out} is the trace to sample: choose another directory")
     opened = Trace(path)
     if opened.counts_only:
-        raise MoeInspectError(
-            f"{path} holds counts only, no documents to sample: {opened.more_than_counts}"
-        )
+        said = f"{path} holds counts only, no documents to sample: {opened.more_than_counts}"
+        raise MoeInspectError(said)
     found = shards.verified(opened, path)
     listed = opened.documents()
     chosen_D = _chosen(path, listed, documents, share, seed, by_domain)
@@ -124,9 +123,8 @@ def _chosen(
         n = documents if documents is not None else max(1, round((share or 0) * len(number_D)))
         if n > len(number_D):
             where = f"domain {label} of {path}" if by_domain else f"{path}"
-            raise MoeInspectError(
-                f"{where} has {plural(len(number_D), 'document')}, {n:,} were asked for"
-            )
+            said = f"{where} has {plural(len(number_D), 'document')}, {n:,} were asked for"
+            raise MoeInspectError(said)
         parts.append(rng.permutation(number_D)[:n])
     return np.sort(np.concatenate([np.zeros(0, np.int32), *parts]))
 

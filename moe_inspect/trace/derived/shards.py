@@ -202,12 +202,10 @@ class KeptDocuments:
 
 def _columns(shard: Shard, table: str) -> pa.Schema:
     """Those of a table; not nullable where they are not in the shard."""
-    trace = shard.trace
-    if table != "routing" or any(
-        one.nullable for one in shard.file(table).schema_arrow if one.name.startswith("expert_")
-    ):
-        return trace.columns_of(table)
-    return schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
+    trace, columns = shard.trace, shard.file(table).schema_arrow
+    if table == "routing" and not any(c.nullable for c in columns if c.name.startswith("expert_")):
+        return schema.routing_schema(trace.routers, trace.slot_values, nullable=False)
+    return trace.columns_of(table)
 
 
 def _check_number(trace: TraceHeader, highest: int, what: str) -> None:
@@ -246,10 +244,8 @@ def same_place(a: Path | Remote, b: Path | Remote) -> bool:
 def contents(trace: Trace) -> str | None:
     """A hash of all that a trace holds; None where its lines do not state that of each file."""
     files = [part.sha256 for shard in trace.shards for part in shard.files.stated.values()]
-    stated = [file for file in files if file is not None]
-    if not files or len(stated) < len(files):
-        return None
-    return sha256(" ".join(stated).encode()).hexdigest()
+    stated = " ".join(file or "" for file in files)
+    return sha256(stated.encode()).hexdigest() if files and all(files) else None
 
 
 def verified(trace: Trace, path: Path | Remote) -> Verification:

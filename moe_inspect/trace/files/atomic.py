@@ -134,9 +134,8 @@ def draft_folder_of(
         except (OSError, MoeInspectError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             said = first_line(cause) if isinstance(cause, OSError) else str(error)
-            raise MoeInspectError(
-                f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
-            ) from error
+            said = f"cannot write {path}: {said}; what was to be there is whole at {draft}: move it"
+            raise MoeInspectError(said) from error
         if scratch is None:
             held.root = target.absolute()
         else:

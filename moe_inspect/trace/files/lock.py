@@ -108,9 +108,8 @@ class ObjectLock(Lock):
         with writing(self.root):
             now = _named_in(self.root)
         if now != self.holder:
-            raise MoeInspectError(
-                f"{_who(now)} has taken over {self.root}: stopped; what was committed is safe"
-            )
+            said = f"{_who(now)} has taken over {self.root}: stopped; what was committed is safe"
+            raise MoeInspectError(said)
 
 
 _HELD: weakref.WeakSet[FileLock] = weakref.WeakSet()
@@ -223,9 +222,8 @@ def _locked(root: Path, exclusive: bool, wait: bool = False) -> int:
 
 def _opened(root: Path) -> int:
     if os.name != "posix":
-        raise MoeInspectError(
-            "traces are written on Linux, macOS and other systems with flock(2), not on this one"
-        )
+        said = "traces are written on Linux, macOS and other systems with flock(2), not on this one"
+        raise MoeInspectError(said)
     file = None
     while file is None:
         with writing(root):

@@ -188,13 +188,9 @@ class PendingShard:
         self._clear()
         return batches
 
-    def drop_open_group(self) -> None:
-        """Drops the passes of the last group: more of them may be missing."""
-        if self.batches and (group := self.batches[-1].group) is not None:
-            self.batches = [b for b in self.batches if b.group != group]
-
     def of_closed_groups(self) -> int:
-        """How many batches may be committed before the next one comes."""
+        """How many batches may be committed before the next one comes: of the last group more
+        passes may be missing."""
         if not self.batches or (group := self.batches[-1].group) is None:
             return len(self.batches)
         return sum(b.group != group for b in self.batches)

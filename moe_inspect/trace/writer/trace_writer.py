@@ -260,7 +260,7 @@ class TraceWriter:
             self._thread.join()
         try:
             if status != "complete":
-                self._pending.drop_open_group()
+                del self._pending.batches[self._pending.of_closed_groups() :]
             if self._error is None:
                 if self._pending.batches:
                     self._commit_routing()
@@ -406,14 +406,14 @@ class TraceWriter:
             path = f"{table}/part-{self.rank}-{self.next_shard}.parquet"
             written = write_part(self.root / path, columns[table], groups[table], bf16)
             lines.append({"table": table, "path": path, **written})
-        if decisions is None:
-            decisions = next(line["rows"] for line in lines if line["table"] == "routing")
+        rows = {line["table"]: line["rows"] for line in lines}
+        made: int = rows["routing"] if decisions is None else decisions
         first_token = self.next_token + (self._early.tokens if early else 0)
         stated = {
             "shard": self.next_shard,
             "first_token": first_token,
             "last_token": first_token + tokens - 1,
-            "decisions": decisions,
+            "decisions": made,
             "first_batch": batches[0],
             "last_batch": batches[1],
             **({"early": True} if early else {}),
@@ -427,15 +427,15 @@ class TraceWriter:
         text = b"".join(checksums.sealed({**line, **stated}) for line in lines)
         if early:
             files = [self.root / line["path"] for line in lines]
-            self._early.add(text, files, early, tokens, decisions)
+            self._early.add(text, files, early, tokens, made)
         else:
             self.next_token += tokens
-            tokens, decisions = tokens - self._early.tokens, decisions - self._early.decisions
+            tokens, made = tokens - self._early.tokens, made - self._early.decisions
             self._early.replace(text)
             self._early.remove_replaced()
         self.next_shard += 1
         self.tokens += tokens
-        self.decisions += decisions
+        self.decisions += made
         counts = {"tokens": self.tokens, "decisions": self.decisions, "dropped": self.dropped}
         self.manifest["counts"] = counts
         self._write_manifest()
