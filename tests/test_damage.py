@@ -211,12 +211,14 @@ def routed(**values: Any) -> dict[str, Any]:
     return {"routers": [ROUTER | values]}
 
 
+def of_capture(**values: Any) -> dict[str, Any]:
+    return {"capture": {"weights": True, **values}}
+
+
+LARGE = [ROUTER | {"experts": 60_000}] * 300
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "10^9 experts": (routed(experts=10**9), r"routers\[0\]\.experts is 1000000000: 1 to 65535"),
-    "many experts in all": (
-        {"routers": [ROUTER | {"experts": 60_000}] * 300},
-        "routers have 18,000,000 experts in all",
-    ),
+    "many experts in all": ({"routers": LARGE}, "routers have 18,000,000 experts in all"),
     "no routers": ({"routers": []}, "routers lists 0"),
     "too many routers": ({"routers": [0] * 70_000}, "routers lists 70,000"),
     "a router is none": ({"routers": [7]}, r"routers\[0\] is 7, not an object"),
@@ -227,15 +229,9 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "more slots than experts": (routed(top_k=9), r"routers\[0\]\.top_k is 9: 1 to 8"),
     "an unknown key": (routed(expert=8), r'routers\[0\]\."expert" is not a known key'),
     "a stack unknown": (routed(stack="middle"), r"routers\[0\]\.stack"),
-    "weights as text": (
-        {"capture": {"weights": "yes"}},
-        r'capture\.weights is "yes", not true or false',
-    ),
+    "weights as text": (of_capture(weights="yes"), r'capture\.weights is "yes", not true or false'),
     "no capture": ({"capture": None}, "capture is null, not an object"),
-    "a process number": (
-        {"capture": {"weights": True, "pid": 10**30}},
-        r"capture\.pid is a number of over 30 digits",
-    ),
+    "a process number": (of_capture(pid=10**30), r"capture\.pid is a number of over 30 digits"),
     "a table unknown": ({"tables": ["documents", "../elsewhere"]}, "tables is a list of 2"),
     "tables without tokens": ({"tables": ["documents", "routing"]}, "tables is a list"),
     "counts as a list": ({"counts": [3]}, "counts is a list of 1, not an object"),
@@ -275,31 +271,24 @@ def test_a_manifest_nested_as_deeply_as_json_allows(copied: Path) -> None:
     _refused(copied, r"trace\.json: it ")
 
 
+BEYOND, FAR = "tokens/part-0-0/../../../etc/a.parquet", {"last_token": 99 + 2**39, "rows": 2**39}
+OF_RANK_1 = {"first_token": 2**40, "last_token": 2**40 + 99}
 LINES: dict[str, tuple[dict[str, Any], str]] = {
     "shard -1": ({"shard": -1}, "shard is -1"),
     "shard a": ({"shard": "a"}, 'shard is "a", not a whole number'),
     "decisions x": ({"decisions": "x"}, 'decisions is "x"'),
     "NaN rows": ({"rows": float("nan")}, "rows is NaN"),
-    "10^12 tokens": (
-        {"last_token": 99 + 2**39, "rows": 2**39},
-        "it has tokens 0 to 549755813987: a shard holds at most",
-    ),
-    "tokens of another rank": (
-        {"first_token": 2**40, "last_token": 2**40 + 99},
-        "first_token is 1099511627776",
-    ),
+    "10^12 tokens": (FAR, "it has tokens 0 to 549755813987: a shard holds at most"),
+    "tokens of another rank": (OF_RANK_1, "first_token is 1099511627776"),
     "tokens backwards": ({"last_token": -7}, "last_token is -7"),
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
     "no hash": ({"sha256": "0"}, r'sha256 is "0"'),
     "a path elsewhere": ({"path": "../../etc/passwd"}, r'path is "\.\./\.\./etc/passwd"'),
     "a path of another rank": (
         {"path": "tokens/part-1-0.parquet"},
-        'path is "tokens/part-1-0.parquet", not tokens/part-0-',
+        "path is .*, not tokens/part-0-",
     ),
-    "a path that goes on elsewhere": (
-        {"path": "tokens/part-0-0/../../../etc/a.parquet"},
-        r'path is "tokens/part-0-0/',
-    ),
+    "a path that goes on elsewhere": ({"path": BEYOND}, r'path is "tokens/part-0-0/'),
     "a path as a number": ({"path": 7}, "path is 7"),
     "bytes below zero": ({"bytes": -1}, "bytes is -1"),
 }
@@ -456,16 +445,10 @@ def test_a_table_is_not_read_that_decompresses_to_more_than_its_rows_take(
         open_trace(copied).documents()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        pa.ArrowInvalid("a\nb"),
-        pa.ArrowNotImplementedError("a"),
-        OSError(5, "Input/output error"),
-        OverflowError(),
-        MemoryError(),
-    ],
-)
+OF_ARROW = [pa.ArrowInvalid("a\nb"), pa.ArrowNotImplementedError("a"), OSError(5, "Input/output")]
+
+
+@pytest.mark.parametrize("error", [*OF_ARROW, OverflowError(), MemoryError()])
 def test_what_arrow_raises_is_a_line_that_names_the_file(error: Exception) -> None:
     said = r"^damaged trace: routing/part-0-0\.parquet: \w+[^\n]*$"
     with pytest.raises(MoeInspectError, match=said), parts.reading("routing/part-0-0.parquet"):

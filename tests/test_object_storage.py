@@ -4,6 +4,7 @@ does the same with an S3 server and real kills."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -70,16 +71,13 @@ def written(place: str | Path, start: int = 0, end: int = 6, **how: Any) -> None
 Call = Callable[..., Any]
 
 
-@pytest.fixture
-def each_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Calls of these methods of Remote go through `around`, which is given the one that it would
-    be."""
-
-    def put(around: Callable[[str, Call], Call], *names: str) -> None:
+@contextlib.contextmanager
+def each_call(around: Callable[[str, Call], Call], *names: str) -> Iterator[None]:
+    """Within it these methods of Remote are what `around` makes of each and its name."""
+    with pytest.MonkeyPatch.context() as patched:
         for name in names:
-            monkeypatch.setattr(Remote, name, around(name, getattr(Remote, name)))
-
-    return put
+            patched.setattr(Remote, name, around(name, getattr(Remote, name)))
+        yield
 
 
 def same(ours: Trace, theirs: Trace) -> None:
@@ -114,7 +112,7 @@ def test_it_is_reported_by_its_url(there: str, tmp_path: Path) -> None:
         open_trace("strange://t")
 
 
-def test_every_moment_is_a_readable_trace(there: str, each_call: Callable[..., None]) -> None:
+def test_every_moment_is_a_readable_trace(there: str) -> None:
     """After each object that is written, readers see a trace whose shards are all there."""
     seen, place = list[int](), Remote(f"{there}/t")
 
@@ -128,8 +126,8 @@ def test_every_moment_is_a_readable_trace(there: str, each_call: Callable[..., N
 
         return call
 
-    each_call(watched, "write_bytes", "upload")
-    written(place.url)
+    with each_call(watched, "write_bytes", "upload"):
+        written(place.url)
     assert seen == sorted(seen)
     assert {0, 2 * T, 4 * T, 6 * T} == set(seen)
 
@@ -185,20 +183,12 @@ class Fault:
 
 
 @pytest.mark.parametrize("writes", [3, 6, 7, 8, 11, 14])
-def test_what_was_killed_is_readable_and_goes_on(
-    there: str,
-    tmp_path: Path,
-    each_call: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    writes: int,
-) -> None:
+def test_what_was_killed_is_readable_and_goes_on(there: str, tmp_path: Path, writes: int) -> None:
     """Of a trace only the first `writes` objects arrive."""
     place, fault = Remote(f"{there}/t"), Fault(writes + 1, "kill")
-    each_call(fault, "write_bytes", "upload")
-    each_call(lambda _, call: lambda *_: None, "unlink")
-    with pytest.raises(Killed):
+    kept = each_call(lambda *_: lambda *_: None, "unlink")
+    with kept, each_call(fault, "write_bytes", "upload"), pytest.raises(Killed):
         written(place.url)
-    monkeypatch.undo()
     # its lock names a process that is gone
     (place / LOCK).write_bytes(f"4194303 {socket.gethostname()} ab 1".encode())
     before = verify(place.url)
@@ -268,9 +258,7 @@ def test_nothing_else_is_replaced(there: str, tmp_path: Path) -> None:
     assert output_location(f"file://{tmp_path}/t") == tmp_path / "t"
 
 
-def test_derived_and_imported_traces_are_there_whole_or_not(
-    there: str, tmp_path: Path, each_call: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_derived_and_imported_traces_are_there_whole_or_not(there: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     how: dict[str, Any] = {"document": np.repeat(np.arange(6), 10), "batch_tokens": 10}
     for name in "ab":
@@ -299,11 +287,10 @@ def test_derived_and_imported_traces_are_there_whole_or_not(
 
             return faulty
 
-        each_call(fails, "write_bytes", "exists")
         said = r"cannot write memory://.*/n: the network is down;"
-        with pytest.raises(MoeInspectError, match=said):
+        network = each_call(fails, "write_bytes", "exists")
+        with network, pytest.raises(MoeInspectError, match=said):
             merge([tmp_path / "a", tmp_path / "b"], f"{there}/n")
-        monkeypatch.undo()
         with pytest.raises(MoeInspectError, match="no trace at memory://"):
             open_trace(f"{there}/n")
         assert (not Remote(f"{there}/n").sizes()) == undone
@@ -312,13 +299,7 @@ def test_derived_and_imported_traces_are_there_whole_or_not(
 
 
 @pytest.mark.parametrize("how", ["403", "lost", "kill"])
-def test_a_trace_is_replaced_whole_or_not(
-    how: str,
-    there: str,
-    tmp_path: Path,
-    each_call: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_trace_is_replaced_whole_or_not(how: str, there: str, tmp_path: Path) -> None:
     """With a fault at each write and deletion in turn. What is left is the old trace or the new
     one, and the next one that replaces it leaves nothing else."""
     place, files = Remote(f"{there}/t"), fsspec.filesystem("memory")
@@ -341,12 +322,11 @@ def test_a_trace_is_replaced_whole_or_not(
         for name, data in before.items():
             (place / name).write_bytes(data)
         fault, failed = Fault(at, how), False
-        each_call(fault, "write_bytes", "upload", "unlink", "create")
         try:
-            put("c")
+            with each_call(fault, "write_bytes", "upload", "unlink", "create"):
+                put("c")
         except (OSError, MoeInspectError, Killed):
             failed = True
-        monkeypatch.undo()
         found = open_trace(place.url)
         is_new = len(found.vocabulary()) == 4
         same(found, whole["c" if is_new else "a"])

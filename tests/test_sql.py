@@ -147,18 +147,16 @@ def test_a_query_reads_the_trace_alone(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.csv"]
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "copy (select 1) to '{folder}/new'",
-        "attach '{folder}/new'",
-        "select * from read_text('{folder}/secret')",
-        "install httpfs",
-        "load httpfs",
-        "set enable_external_access = true",
-        "set temp_directory = '{folder}'",
-    ],
-)
+LOCKED = """copy (select 1) to '{folder}/new'
+attach '{folder}/new'
+select * from read_text('{folder}/secret')
+install httpfs
+load httpfs
+set enable_external_access = true
+set temp_directory = '{folder}'"""
+
+
+@pytest.mark.parametrize("statement", LOCKED.splitlines())
 def test_the_lock_holds_by_itself(statement: str, tmp_path: Path) -> None:
     """Whatever the check of the statement let through."""
     (tmp_path / "secret").write_text("x")

@@ -134,8 +134,7 @@ def _check_bytes(file: pa.NativeFile, name: str, stated: Stated) -> None:
 
 
 def _check_size(file: pq.ParquetFile, name: str) -> None:
-    """Refuses row groups that decompress to more than their rows can take, as the footer states:
-    a few kilobytes can become gigabytes."""
+    """Refuses row groups that become larger than their rows: kilobytes can become gigabytes."""
     table = name.partition("/")[0]
     most_rows = {"counts": MOST_COUNT_ROWS, schema.VOCABULARY: MOST_TOKEN_IDS}.get(
         table, MOST_SHARD_TOKENS

@@ -212,8 +212,7 @@ def _status(trace: Trace) -> str:
 
 
 def _check_lines(trace: Trace) -> None:
-    """No unknown keys, and no checksums missing where others are stated: a key may have been
-    renamed."""
+    """No unknown keys, nor checksums that only some lines state: a key may have been renamed."""
     # whether the line before has checksums: a trace begun without them may be resumed with them
     checked, known = False, schema.read_schema("shard_line")["properties"].keys()
     for files in (shard.files for shard in trace.shards):
@@ -463,8 +462,7 @@ def _experts(
 
 
 def _check_values(rows: FileRows, table: pa.Table, ids: list[np.ndarray], value: str) -> None:
-    """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; finite, and norms
-    and peaks not negative."""
+    """One of `schema.SLOT_VALUES` is there where an expert is, and nowhere else; and possible."""
     least = -np.inf if value == "weight" else 0
     for j, id_N in enumerate(ids):
         name, column = f"{value}_{j}", table[f"{value}_{j}"]

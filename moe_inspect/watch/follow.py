@@ -95,8 +95,7 @@ def piece_of(shard: Shard) -> Piece:
 
 
 def _load(shard: Shard, r: int) -> tuple[np.ndarray, int]:
-    """The load_E of a router and its decisions; null slots are not counted. A router and a slot at
-    a time: what is read then stays in the processor's caches."""
+    """The load_E of a router and its decisions; a slot at a time, which stays in the caches."""
     router = shard.trace.routers[r]
     table = shard.rows_of_router("routing", r, [f"expert_{j}" for j in range(router.top_k)])
     load_E = np.zeros(router.experts, np.int64)
@@ -216,8 +215,7 @@ class Follower:
             news.shards.append(shard)
 
     def _opened(self) -> tuple[TraceHeader, bool]:
-        """The manifest, and whether it is of another trace than before. FileNotFoundError where
-        there is none."""
+        """The manifest, and whether it is of another trace. FileNotFoundError: there is none."""
         at, before = self._where(), self.header
         if isinstance(at, Remote):
             at.filesystem.invalidate_cache()  # listings of directories
@@ -265,14 +263,10 @@ def _beyond(counted: list[ShardFiles], listed: list[ShardFiles]) -> list[ShardFi
         return listed[len(counted) :]
     full = [files for files in counted if not files.early]
     rest, last = listed[len(full) :], counted[-1]
-    succeeds = (
-        last.early
-        and rest
-        and not rest[0].early
-        and rest[0].index > last.index
-        and rest[0].last_token >= last.last_token
-    )
-    return rest if succeeds and _begins_with(listed, full) else None
+    if not (last.early and rest and not rest[0].early and _begins_with(listed, full)):
+        return None
+    follows = rest[0].index > last.index and rest[0].last_token >= last.last_token
+    return rest if follows else None
 
 
 def _begins_with(listed: list[ShardFiles], others: list[ShardFiles]) -> bool:

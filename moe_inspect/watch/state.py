@@ -55,11 +55,13 @@ class Watched:
         refuse_rules(self._rules)
         self.status, self.trouble, self.left_tokens = WAITING, "", 0
         self.header: TraceHeader | None = None
+        self.routers: list[Router] = []
         self.labels: list[str] = []  # of each router: its name after the word "layer"
         self._changed = clock()
         self._begin()
 
     def _begin(self) -> None:
+        self.tokens = self.decisions = 0
         self.total: Piece | None = None
         self.window: Piece | None = None
         self.history: deque[np.ndarray] = deque(maxlen=HISTORY)
@@ -70,18 +72,6 @@ class Watched:
         self._last_of: dict[tuple[str, int], Alarm] = {}
         self._came: deque[tuple[float, int, int]] = deque()
         self._last_step = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.total.tokens if self.total is not None else 0
-
-    @property
-    def decisions(self) -> int:
-        return self.total.decisions if self.total is not None else 0
-
-    @property
-    def routers(self) -> list[Router]:
-        return self.header.routers if self.header is not None else []
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -102,7 +92,7 @@ class Watched:
             self._begin()
         self.status, self.trouble, self.left_tokens = news.status, news.trouble, news.left_tokens
         if header is not self.header:
-            self.header = header
+            self.header, self.routers = header, [] if header is None else header.routers
             self.labels = [layer_label(self.routers, r) for r in range(len(self.routers))]
         if header is not None:
             for piece in news.pieces:
@@ -118,6 +108,8 @@ class Watched:
         if self._alarms is None:
             steps = "step" if header.is_history else "pass"
             self._alarms = Alarms(self.routers, self._rules, steps)
+        self.tokens += piece.tokens
+        self.decisions += piece.decisions
         self.total = piece if self.total is None else joined([self.total, piece])
         if self._pieces and self._pieces[-1].tokens + piece.tokens <= self.window_tokens / PARTS:
             self._pieces[-1] = joined([self._pieces[-1], piece])

@@ -72,8 +72,7 @@ def _columns(trace: Trace) -> list[str]:
 
 
 def _model_facts(a: Trace, b: Trace) -> Iterator[tuple[str, object, object]]:
-    """What has to be the same of both: its name, a's value, b's value. What only one states is no
-    difference, unless its absence says something."""
+    """What has to be the same of both, where both state it or its absence says something."""
     sections = [
         {
             "model": trace.manifest.get("model") or {},
@@ -171,8 +170,7 @@ def _share(a: Trace, b: Trace) -> bool:
 
 
 def _held(trace: Trace) -> tuple[set[str], str | None]:
-    """The contents of the traces all of which it holds, its own among them; and those of the trace
-    that it is a sample of."""
+    """The contents of all traces that it holds, its own first; of the one it is a sample of."""
     sample, parts = trace.manifest.get("sample"), trace.manifest.get("parts") or []
     merged = [_contents_in(part) for part in parts] if sample is None else []
     of = _contents_in(sample.get("of")) if isinstance(sample, dict) else None

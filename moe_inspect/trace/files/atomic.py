@@ -155,8 +155,7 @@ def _file_at(path: Path) -> Path | None:
 
 
 def _new(target: Path) -> tuple[Path, int]:
-    """A draft, open and locked, with the mode and, where that is possible, the owner of the file
-    that it will replace."""
+    """A draft, open and locked, with the mode and, if possible, the owner of what it replaces."""
     old = target.stat() if target.exists() else None
     if old is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))

@@ -4,17 +4,15 @@ of the same process.
 It is flock(2) on the file `.lock` of the trace. The operating system releases it when the process
 ends, in whatever way. It belongs to the open file: unlike fcntl's record locks it is not lost when
 something else in the process opens the file and closes it. Linux sends it to the server of an NFS
-mount, so that it holds between machines, unless the mount says "nolock" or "local_lock". Where a
-file system has no locks, a warning says so.
+mount, so that it holds between machines, unless the mount says "nolock" or "local_lock".
 
 The ranks of one launch share the lock: rank 0 first takes it alone, which fails while any rank of
 another launch is alive, then shares it, and the others join. The file names the holder (pid, host
 and a random id of rank 0), and is removed by the last rank that held it.
 
-Object storage has no locks. There an object `.lock` names the holder, is made where there is none,
-and is removed by rank 0 when all are done. One that a killed process of this machine left is taken
-over; one of another machine too, with a warning: a writer looks before each commit whether it is
-still the holder, and stops where it is not."""
+Object storage has no locks. There an object `.lock` names the holder and is removed by rank 0 when
+all are done. One that a killed process left is taken over, with a warning if that was on another
+machine: a writer looks before each commit whether it is still the holder, and else stops."""
 
 from __future__ import annotations
 

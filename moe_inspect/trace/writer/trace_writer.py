@@ -105,8 +105,7 @@ def drop_after(root: Path | Remote, batch: int) -> int | None:
 def _keep(
     root: Path | Remote, manifest: Json, rank: int, shards: list[ShardFiles], before: int
 ) -> None:
-    """Lists these shards of a rank alone, without a partial last line. `before`: how many there
-    were."""
+    """Lists these shards of a rank, of `before` many, without a partial last line."""
     if rank == 0 and len(shards) < before:
         # first, so that it never counts more tokens than the shards have
         counts = {**_counts(shards), "dropped": 0}

@@ -62,8 +62,7 @@ def _told(out: Path | Remote, nothing: str) -> Generator[None]:
 
 
 def _put(draft: Path, target: Path, overwrite: bool) -> None:
-    """Puts a finished trace at `target`, and sets aside what is there. On an exception that is
-    there again; after a kill `settle` puts it back."""
+    """Puts a trace at `target`. On an exception the old one is back; after a kill, see `settle`."""
     aside = draft.with_suffix(OLD)
     with hold(target) as lock:
         check_directory(target, overwrite, resumable=False, locked=True)
