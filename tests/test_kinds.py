@@ -122,7 +122,9 @@ def kinds_of_sentences() -> set[str]:
     for path in (ROOT / "moe_inspect").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case ast.Call(ast.Name(name), [ast.Constant(kind), *_]) if name in CALLS:
+                case ast.Call(
+                    ast.Name(name) | ast.Attribute(attr=name), [ast.Constant(kind), *_]
+                ) if name in CALLS:
                     found.add(str(kind))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ def computed() -> tuple[dict[str, pd.DataFrame], dict[str, set[float]]]:
                 return value
 
             patch.setattr(importlib.import_module(m.function.__module__), name, told)
-            # the signature is the real one's
-            told.__wrapped__ = m.function  # type: ignore[attr-defined]
+            update_wrapper(told, m.function)
             patch.setitem(registry.METRICS, name, replace(m, function=told))
         made = report(ROOT / "sample_traces" / "collapsed", top=0, window=3_000)
         made.prepare(made.tables)

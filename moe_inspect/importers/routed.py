@@ -8,17 +8,17 @@ from __future__ import annotations
 import ast
 import binascii
 import math
+import os
 import re
 from collections.abc import Sequence
 from itertools import combinations, takewhile
-from mmap import mmap
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.files import mapped
+from moe_inspect.files import mapped, open_regular
 from moe_inspect.importers.batches import NO_ID
 from moe_inspect.importers.values import check_range
 from moe_inspect.text import first_line
@@ -64,10 +64,10 @@ def decode_tensorrt(text: object, where: str, layers: Sequence[int], blocks: int
 
 def array_of_npy_file(path: Path) -> np.ndarray:
     """A `.npy` file of integers [T, B, K], mapped."""
-    return _decisions(mapped(path), str(path))
+    return _decisions(path, str(path))
 
 
-def _decisions(data: bytes | mmap, where: str) -> np.ndarray:
+def _decisions(data: bytes | Path, where: str) -> np.ndarray:
     npy = Npy(data, where)
     shape = npy.shape
     if len(shape) != 3 or 0 in shape[1:]:
@@ -77,9 +77,9 @@ def _decisions(data: bytes | mmap, where: str) -> np.ndarray:
             f"{where} declares {shape} of {npy.dtype}, {npy.declared:,} bytes, and holds "
             f"{npy.held:,}"
         )
-    if shape[0] > MOST_TOKENS or len(data) > MOST_NPY_BYTES:
+    if shape[0] > MOST_TOKENS or npy.size > MOST_NPY_BYTES:
         raise MoeInspectError(
-            f"{where} has {shape[0]:,} tokens in {len(data):,} bytes, more than any response "
+            f"{where} has {shape[0]:,} tokens in {npy.size:,} bytes, more than any response "
             f"({MOST_TOKENS:,}, {MOST_NPY_BYTES:,})"
         )
     return npy.array()
@@ -87,7 +87,7 @@ def _decisions(data: bytes | mmap, where: str) -> np.ndarray:
 
 def ids_of_npy_file(path: Path) -> np.ndarray:
     """A `.npy` file of token ids, integers [T]."""
-    npy = Npy(mapped(path), str(path))
+    npy = Npy(path, str(path))
     if len(npy.shape) != 1 or npy.declared != npy.held:
         raise MoeInspectError(
             f"{path} is not a list of token ids: it declares {npy.shape} of {npy.dtype} and "
@@ -99,11 +99,17 @@ def ids_of_npy_file(path: Path) -> np.ndarray:
 
 
 class Npy:
-    """A `.npy` of integers of at most 64 bits. What its header declares, `declared` bytes, must be
-    compared with what it holds, `held`, before the array is made."""
+    """A `.npy` of integers of at most 64 bits, in memory or a file. What its header declares,
+    `declared` bytes, must be compared with what it holds, `held`, before the array is made: then a
+    file is mapped."""
 
-    def __init__(self, data: bytes | mmap, where: str):
-        head, self.data = data[:HEAD_BYTES], data
+    def __init__(self, data: bytes | Path, where: str):
+        self.data = data
+        if isinstance(data, bytes):
+            head, self.size = data[:HEAD_BYTES], len(data)
+        else:
+            with open_regular(data) as file:
+                head, self.size = file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size
         version = head[6:8]
         if head[:6] != NPY_MAGIC or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
             raise MoeInspectError(f"{where} is not a .npy file: it begins with {head[:8]!r}")
@@ -128,10 +134,11 @@ class Npy:
         self.order: Literal["F", "C"] = "F" if found[2] == b"True" else "C"
         # in Python's integers: a hostile shape overflows NumPy's
         self.declared = math.prod(self.shape, start=self.dtype.itemsize)
-        self.held = len(data) - self.start
+        self.held = self.size - self.start
 
     def array(self) -> np.ndarray:
-        flat = np.frombuffer(self.data, self.dtype, offset=self.start)
+        data = self.data if isinstance(self.data, bytes) else mapped(self.data)
+        flat = np.frombuffer(data, self.dtype, offset=self.start)
         return flat.reshape(self.shape, order=self.order)
 
 
