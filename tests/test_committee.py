@@ -37,8 +37,7 @@ def untrained() -> Any:
     return report(SAMPLES / "untrained").tables
 
 
-@pytest.fixture
-def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, most in (("DOCUMENTS", 10), ("TOKENS", 200)):
         monkeypatch.setattr(samples, name, most)
 
@@ -144,7 +143,10 @@ def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
         assert stated == pytest.approx(right / 60)
 
 
-def test_a_sample_of_documents_is_the_same_in_any_shards(tmp_path: Path, small_samples: None):
+def test_a_sample_of_documents_is_the_same_in_any_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    use_small_samples(monkeypatch)
     drawn = []
     for shard_tokens in (100, 500, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
@@ -282,7 +284,10 @@ def test_the_interval_of_the_entropy_is_over_documents():
     assert inside >= 50
 
 
-def test_a_sample_of_tokens_is_the_same_in_any_shards(tmp_path: Path, small_samples: None):
+def test_a_sample_of_tokens_is_the_same_in_any_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    use_small_samples(monkeypatch)
     drawn = []
     for shard_tokens in (100, 5_000):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
