@@ -5,13 +5,11 @@ in Triton's interpreter, where nothing is compiled. Prints one JSON line per sce
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,24 +33,12 @@ class FakeDriver:
         self.device, self.streams = 0, {0: 100, 1: 200}  # the current stream of each device
         self.utils = _Utils()
         self.launcher_cls = _noting(seen) if seen is not None else _Nothing
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return self.streams[device]
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-    def is_active(self) -> bool:
-        return True
+        self.get_current_device = lambda: self.device
+        self.get_current_stream = lambda device: self.streams[device]
+        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+        self.get_active_torch_device = lambda: torch.device("cpu")
+        self.get_device_interface = lambda: torch.cpu
+        self.is_active = lambda: True
 
 
 class _Utils:
@@ -276,11 +262,8 @@ def hooks(compared: Compared, run: Callable[..., None]) -> None:
 
 def mistakes_are_noticed() -> None:
     for name, (old, new) in MISTAKES.items():
-        path = Path(launch.__file__)
-        spec = importlib.util.spec_from_loader("mistaken", loader=None)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules["mistaken"] = module
-        exec(compile(changed_source(launch, old, new), path, "exec"), module.__dict__)
+        module = sys.modules["mistaken"] = ModuleType("mistaken")
+        exec(compile(changed_source(launch, old, new), launch.__file__, "exec"), vars(module))
         try:
             a_small_kernel(module)
         except AssertionError:

@@ -5,6 +5,8 @@ difference."""
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,15 @@ def routing(model: Any, path: Path, call: Any = None, batches: Any = BATCHES) ->
     return moe_inspect.open_trace(path).routing()
 
 
+def recorded(model: Any, path: Path, *within: Callable[[], object]) -> pd.DataFrame:
+    """`within`: what is done after the first batch, and after the second."""
+    with moe_inspect.record(model, path, capture="tap"), torch.no_grad():
+        for batch, do in itertools.zip_longest(BATCHES, within, fillvalue=list):
+            model(**batch)
+            do()
+    return moe_inspect.open_trace(path).routing()
+
+
 def test_a_copy_computes_with_its_own_weights(model: Any, tmp_path: Path) -> None:
     experts = model.model.layers[0].mlp.experts
     given = torch.rand(3, 32), torch.zeros((3, 4), dtype=torch.long), torch.ones(3, 4)
@@ -74,22 +85,12 @@ def test_accelerate_may_wrap_the_same_forward(
     when: str, model: Any, expected: pd.DataFrame, tmp_path: Path
 ) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-
-    def wrap() -> None:
-        for module in experts_of(model):
-            hooks.add_hook_to_module(module, hooks.ModelHook())
-
+    wrap = lambda: [hooks.add_hook_to_module(m, hooks.ModelHook()) for m in experts_of(model)]  # noqa: E731
+    take_off = lambda: list(map(hooks.remove_hook_from_module, experts_of(model)))  # noqa: E731
     if when == "before":
         wrap()
-    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
-        for n, batch in enumerate(BATCHES):
-            if when != "before" and n == 1:
-                wrap()
-            if when == "within, and taken off" and n == 2:
-                for module in experts_of(model):
-                    hooks.remove_hook_from_module(module)
-            model(**batch)
-    assert moe_inspect.open_trace(tmp_path / "t").routing().equals(expected)
+    within = {"before": (), "within": (wrap,)}.get(when, (wrap, take_off))
+    assert recorded(model, tmp_path / "t", *within).equals(expected)
     # (accelerate leaves a forward, which may have been the recorder's)
     was_ours = when == "within, and taken off" and model.config._experts_implementation == "eager"
     assert ("forward" in vars(experts_of(model)[0])) != was_ours
@@ -126,13 +127,9 @@ def test_what_is_recorded_is_what_a_users_hook_makes_of_it(
 def test_the_model_may_be_given_another_implementation_within(
     implementation: str, model: Any, expected: pd.DataFrame, tmp_path: Path
 ) -> None:
-    with moe_inspect.record(model, tmp_path / "t", capture="tap"), torch.no_grad():
-        for n, batch in enumerate(BATCHES):
-            if n == 1:
-                model.set_experts_implementation(implementation)
-            model(**batch)
+    change = lambda: model.set_experts_implementation(implementation)  # noqa: E731
+    assert recorded(model, tmp_path / "t", change).equals(expected)
     assert model.config._experts_implementation == implementation
-    assert moe_inspect.open_trace(tmp_path / "t").routing().equals(expected)
 
 
 @pytest.mark.parametrize("second", ["tap", "dispatch"])

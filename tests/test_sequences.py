@@ -115,20 +115,6 @@ def left_padded(model: Any) -> Texts:
     return [rows[0], rows[1][3:]]
 
 
-def forward(model: Any, **options: Any) -> Texts:
-    model(IDS, **options)
-    mask = options.get("attention_mask", torch.ones_like(IDS)).bool()
-    return [row[kept].tolist() for row, kept in zip(IDS, mask, strict=True)]
-
-
-def in_chunks(model: Any) -> Texts:
-    """The caller keeps the cache, and feeds three tokens, four, one, and one."""
-    cache = None
-    for part in IDS.split([3, 4, 1, 1], dim=1):
-        cache = model(input_ids=part, use_cache=True, **{CACHE: cache})[CACHE]
-    return ROWS
-
-
 def adapted(model: Any) -> Texts:
     """Called through PEFT, which puts adapters into the model, and takes them out."""
     import peft
@@ -212,10 +198,8 @@ def drafter() -> Any:
 # name → what is done, which returns the texts; none where rows change places (beam search) or each
 # pass begins anew (no cache)
 WAYS: dict[str, Callable[[Any], Texts]] = {
-    "forward": forward,
-    "forward, padding left": lambda m: forward(m, attention_mask=MASK),
-    "forward, padding right": lambda m: forward(m, attention_mask=MASK.flip(1)),
-    "forward, no cache": lambda m: forward(m, use_cache=False),
+    "forward, padding left": lambda m: m(IDS, attention_mask=MASK) and [ROWS[0], ROWS[1][3:]],
+    "forward, no cache": lambda m: m(IDS, use_cache=False) and ROWS,
     "greedy": generated,
     "greedy, padding left": left_padded,
     "greedy, cache of another kind": lambda m: generated(m, cache_implementation="static"),
@@ -230,7 +214,6 @@ WAYS: dict[str, Callable[[Any], Texts]] = {
     "assisted": assisted,
     "assisted, sampling": lambda m: assisted(m, do_sample=True),
     "prompt lookup": lambda m: generated(m, IDS[:1], prompt_lookup_num_tokens=3),
-    "cache kept by the caller": in_chunks,
     "drafts of the caller's own": own_drafts,
     "continuous batching": in_batches,
 }

@@ -144,15 +144,6 @@ def test_a_call_with_a_batch_is_recorded_once_per_call_of_the_model(tmp_path: Pa
     assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.nunique() == 2
 
 
-def test_generated_by_a_peft_model_it_is_recorded(tmp_path: Path) -> None:
-    adapted = of_peft(build("olmoe"), **ATTENTION, **LANGUAGE)
-    options = {"input_ids": IDS[:1], "max_new_tokens": 4, "do_sample": False}
-    frame = recorded(adapted, tmp_path / "t", lambda m: m.generate(**options))
-    inside = recorded(unwrapped(adapted), tmp_path / "i", lambda m: m.generate(**options))
-    assert frame.equals(inside)
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == LENGTHS[0] + 3
-
-
 def test_prompt_tuning_adds_rows_that_are_recorded(tmp_path: Path) -> None:
     adapted = of_peft(build("olmoe"), "PromptTuningConfig", num_virtual_tokens=4, **LANGUAGE)
     recorded(adapted, tmp_path / "t", lambda m: m(IDS, MASK))
@@ -199,21 +190,6 @@ def test_compiled_a_wrapped_model_is_recorded(kind: str, one_rank: None, tmp_pat
     expected = recorded(inside, tmp_path / "inside", lambda m: [m(**INPUTS) for _ in range(2)])
     found = recorded(wrapped, tmp_path / "t", lambda m: [call(m) for _ in range(2)])
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
-
-
-def test_two_recorders_of_a_wrapped_model_may_end_in_any_order(tmp_path: Path) -> None:
-    step = Step(build("olmoe"))
-    before = state_of(step)
-    first, second = (moe_inspect.record(step, tmp_path / name) for name in "ab")
-    with torch.no_grad():
-        first.__enter__()
-        with second:
-            step(INPUTS)
-            first.__exit__(None, None, None)
-            step(INPUTS)
-    assert state_of(step) == before
-    counts = [moe_inspect.open_trace(tmp_path / name).n_tokens for name in "ab"]
-    assert counts == [sum(LENGTHS), 2 * sum(LENGTHS)]
 
 
 def test_of_several_models_that_which_has_routers_is_recorded(tmp_path: Path) -> None:

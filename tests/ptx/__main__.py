@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -27,9 +27,7 @@ WEIGHTS = {"fp16": "float32 as float16", "bf16": "bfloat16"}
 H = 48
 
 
-class Execution(NamedTuple):
-    name: str
-    check: Callable[[], None]  # launches, and compares
+Execution = tuple[str, Callable[[], None]]  # its name; what launches, and compares
 
 
 def executions() -> Iterator[Execution]:
@@ -40,7 +38,7 @@ def executions() -> Iterator[Execution]:
         yield _dispatch(f"dispatch 1/1 off E{E} k{K}", off)
         off = _case(E, K, 1100 // K, "none", launches=2, tape="none", block=1024)
         yield _dispatch(f"dispatch 2 off E{E} k{K}", off)
-    yield Execution("record logits E64", _check_logits)
+    yield "record logits E64", _check_logits
 
 
 def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
@@ -53,19 +51,14 @@ def _of_shape(E: int, K: int, weights: str) -> Iterator[Execution]:
             yield _dispatch(f"dispatch {launches} {name} block {block}", case)
     for T, kernel in ((1100 // K, "record"), (130 // K, "record alone")):
         case = _case(E, K, T, kind)
-        yield Execution(f"{kernel} {name}", lambda case=case: check_record(kernels, case, False))
+        yield f"{kernel} {name}", lambda case=case: check_record(kernels, case, False)
     for grouped in (True, False):
-        case = _case(E, K, 9, kind, turn=int(grouped))
-        yield Execution(
-            f"combine {'' if grouped else '+ record '}{name}",
-            lambda case=case, grouped=grouped: check_combine(case, grouped),
-        )
+        of = _case(E, K, 9, kind, turn=int(grouped)), grouped
+        recording = "" if grouped else "+ record "
+        yield f"combine {recording}{name}", lambda of=of: check_combine(*of)
     for columns in COLUMNS[weights]:
-        case = _case(E, K, 2, kind)
-        yield Execution(
-            f"combine + sizes {name} of {columns}",
-            lambda case=case, H=columns // 2 + 16: check_combine(case, True, H, sizes=True),
-        )
+        of = _case(E, K, 2, kind), True, columns // 2 + 16
+        yield f"combine + sizes {name} of {columns}", lambda of=of: check_combine(*of, sizes=True)
 
 
 def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Case:
@@ -77,7 +70,7 @@ def _case(E: int, K: int, T: int, weights: str, turn: int = 0, **how: Any) -> Ca
 
 
 def _dispatch(name: str, case: Case) -> Execution:
-    return Execution(name, lambda: check_dispatch(kernels, case, False))
+    return name, lambda: check_dispatch(kernels, case, False)
 
 
 def _check_logits() -> None:

@@ -153,29 +153,6 @@ def divide(ins: Instruction, registers: Registers) -> Execute:
     return execute
 
 
-@opcode("clz")
-def leading_zeros(ins: Instruction, registers: Registers) -> Execute:
-    bits = width(ins.opcode[-1])
-
-    def count(a: Array) -> Array:
-        return np.array([bits - int(x).bit_length() for x in a], np.uint32)
-
-    return computes(ins, registers, (ins.opcode[-1],), count)
-
-
-@opcode("shl", "shr")
-def shift(ins: Instruction, registers: Registers) -> Execute:
-    """By the operand's width or more: everything is shifted out, or the sign remains."""
-    kind, bits, left = ins.opcode[-1], width(ins.opcode[-1]), ins.opcode[0] == "shl"
-
-    def shifted(a: Array, n: Array) -> Array:
-        within = np.minimum(n, bits - 1).astype(a.dtype)
-        moved = a << within if left else a >> within
-        return np.where((n < bits) | (kind[0] == "s"), moved, 0).astype(a.dtype)
-
-    return computes(ins, registers, (kind, "u32"), shifted)
-
-
 @opcode("shf")
 def funnel_shift(ins: Instruction, registers: Registers) -> Execute:
     """One half of the 64 bits that two registers hold, shifted."""
@@ -189,19 +166,24 @@ def funnel_shift(ins: Instruction, registers: Registers) -> Execute:
     return computes(ins, registers, ("u32",) * 3, shifted)
 
 
-@opcode("bfe")
-def extract_bits(ins: Instruction, registers: Registers) -> Execute:
-    kind, bits = ins.opcode[-1], width(ins.opcode[-1])
+def _shifted(a: Array, n: Array, left: bool) -> Array:
+    """By the operand's width or more: everything is shifted out, or the sign remains."""
+    bits = 8 * a.dtype.itemsize
+    within = np.minimum(n, bits - 1).astype(a.dtype)
+    moved = a << within if left else a >> within
+    return np.where((n < bits) | (a.dtype.kind == "i"), moved, 0).astype(a.dtype)
 
-    def extract(a: Array, at: Array, n: Array) -> Array:
-        at, n = (np.minimum(x & 255, bits).astype(np.int64) for x in (at, n))
-        value = [int(x) >> int(p) & (1 << int(m)) - 1 for x, p, m in zip(a, at, n, strict=True)]
-        if kind[0] == "s":
-            sizes = zip(value, n.tolist(), strict=True)
-            value = [v - (1 << m) if m and v >> m - 1 else v for v, m in sizes]
-        return np.array(value).astype(a.dtype)
 
-    return computes(ins, registers, (kind, "u32", "u32"), extract)
+def _extracted_bits(a: Array, at: Array, n: Array) -> Array:
+    at, n = (np.minimum(x & 255, 8 * a.dtype.itemsize).tolist() for x in (at, n))
+    value = [int(x) >> p & (1 << m) - 1 for x, p, m in zip(a, at, n, strict=True)]
+    if a.dtype.kind == "i":
+        value = [v - (1 << m) if m and v >> m - 1 else v for v, m in zip(value, n, strict=True)]
+    return np.array(value).astype(a.dtype)
+
+
+def _leading_zeros(a: Array) -> Array:
+    return np.array([8 * a.dtype.itemsize - int(x).bit_length() for x in a], np.uint32)
 
 
 def _permuted_bytes(a: Array, b: Array, selector: Array) -> Array:
@@ -227,6 +209,10 @@ PLAIN: dict[str, tuple[tuple[str | None, ...], Callable[..., Array]]] = {
     **{name: ((None, None), BINARY[name]) for name in ("and", "or", "xor")},
     "not": ((None,), operator.invert),
     "popc": ((None,), lambda a: np.array([int(x).bit_count() for x in a], np.uint32)),
+    "clz": ((None,), _leading_zeros),
+    "shl": ((None, "u32"), functools.partial(_shifted, left=True)),
+    "shr": ((None, "u32"), functools.partial(_shifted, left=False)),
+    "bfe": ((None, "u32", "u32"), _extracted_bits),
     "prmt": (("b32",) * 3, _permuted_bytes),
     "lop3": (("b32",) * 4, _by_table),
     "selp": ((None, None, "pred"), lambda a, b, p: np.where(p, a, b)),

@@ -170,10 +170,6 @@ class Registers:
             return lambda warp: warp.registers[at].view(to)
         return lambda warp: warp.registers[at].astype(f"u{to.itemsize}").view(to)
 
-    def float_reader(self, operand: str, kind: str) -> Read:
-        read = self.reader(operand, f"b{width(kind)}")
-        return lambda warp: as_float(read(warp), kind)
-
     def writer(self, operand: str) -> Write:
         """Writes a register: signed values with their sign extended, others with zeros."""
         if operand == "_":
