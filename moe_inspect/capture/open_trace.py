@@ -68,24 +68,23 @@ class TraceOpener:
         options, planned = self.options, self.planned
         ranks, lock = planned.ranks, planned.lock
         holder = ranks.wait_for("open") if ranks.rank else None
-        if lock is None:
-            lock = self._own_lock = (
-                join(self.path, holder)
-                if holder is not None
-                else claim_directory(self.path, options.overwrite, shared=ranks.world > 1)
-            )
+        if lock is None and holder is not None:
+            lock = self._own_lock = join(self.path, holder)
+        elif lock is None:
+            shared = ranks.world > 1
+            lock = self._own_lock = claim_directory(self.path, options.overwrite, shared)
         vocabulary = None
         if options.text and self.tokenizer is not None:
             size = getattr(text_config(self.model), "vocab_size", 0) or 0
             vocabulary = vocabulary_table(self.tokenizer, size)
+        drops = any(site.ids_below > site.experts for site in self.sites)
         writer = TraceWriter(
             self.path,
             self._manifest(weight_dtype if options.weights else None),
             [slot_order.stated(router, known=True) for router in routers],
             weights=options.weights,
             **dict.fromkeys(options.extras, True),
-            dropped_experts=not options.counts_only
-            and any(site.ids_below > site.experts for site in self.sites),
+            dropped_experts=drops and not options.counts_only,
             token_loss=options.token_loss,
             counts_only=options.counts_only,
             vocabulary=vocabulary,
@@ -114,11 +113,7 @@ class TraceOpener:
 
     def _manifest(self, weight_dtype: torch.dtype | None) -> dict[str, object]:
         config = getattr(self.model, "config", None)
-        model = self.planned.manifest.get("model") or {
-            "id": getattr(config, "_name_or_path", ""),
-            "revision": None,
-            "class": type(self.model).__name__,
-        }
+        model = self.planned.manifest.get("model") or model_facts(self.model)
         model["config"] = config_record(config)
         if "adapter" not in model and (adapter := adapter_in(self.model)) is not None:
             model["adapter"] = adapter
@@ -143,6 +138,12 @@ class TraceOpener:
 
 # model → what an intervention changes in it, while it lasts
 ALTERED: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def model_facts(model: torch.nn.Module) -> dict[str, object]:
+    """The manifest's section `model`, of one in memory."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return {"id": name, "revision": None, "class": type(model).__name__}
 
 
 def capture_facts(model: torch.nn.Module, mode: str) -> dict[str, object]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-from torch.nn import Module
-
-from moe_inspect.capture.open_trace import capture_facts
+from moe_inspect.capture.open_trace import capture_facts, drop_facts, model_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import config_record
 from moe_inspect.text import print_stderr
 from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.manifest import read_manifest, refuse_while_written
 from moe_inspect.trace.output_dir import claim_directory
-from moe_inspect.trace.schema import MANIFEST, Router
+from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.writer import (
     CountedBatches,
     ResumePoint,
@@ -25,6 +22,7 @@ from moe_inspect.trace.writer import (
     drop_after,
     resume_point,
 )
+from moe_inspect.training.sums import RoutingSums, WindowSums
 
 COMMIT_TIMEOUT_S = 60.0
 
@@ -34,27 +32,18 @@ class History:
     run goes on after this step: what an existing trace holds of later steps is dropped, as the run
     takes them again. `settings`: of the monitor, for the manifest."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        resume_step: int = 0,
-        overwrite: bool = False,
-        settings: Mapping[str, object],
-    ):
-        self.path, self.settings = path, dict(settings)
+    def __init__(self, path: Path, resume_step: int, overwrite: bool, settings: dict[str, int]):
+        self.path, self.settings = path, settings
         self.writer: TraceWriter | None = None
         self._resume: ResumePoint | None = None
         self.last_step = 0
-        if resume_step and (path / MANIFEST).exists():
-            self._lock = hold(path)
-            try:
-                self._go_on(resume_step)
-            except BaseException:
-                self._lock.release()
-                raise
-        else:
+        if not resume_step or not (path / MANIFEST).exists():
             self._lock = claim_directory(path, overwrite)
+            return
+        with ExitStack() as undo:
+            self._lock = undo.enter_context(hold(path))
+            self._go_on(resume_step)
+            undo.pop_all()
 
     def _go_on(self, step: int) -> None:
         manifest = read_manifest(self.path)
@@ -73,26 +62,17 @@ class History:
             )
             self.last_step = step
 
-    def write(
-        self,
-        model: Module,
-        routers: Sequence[Router],
-        load: Sequence[np.ndarray],
-        tokens_R: np.ndarray,
-        step: int,
-        facts: Mapping[str, object],
-    ) -> None:
-        """Commits the load of the steps since the last call, up to `step`, and waits until it is on
-        the disk. `facts`: for the manifest. MoeInspectError where that fails."""
+    def write(self, sums: RoutingSums, taken: WindowSums, step: int) -> None:
+        """Commits what was `taken` of the steps since the last call, up to `step`, and waits until
+        it is on the disk. MoeInspectError where that fails."""
         if step <= self.last_step:
             return
-        if self.writer is None:
-            self.writer = self._open(model, routers, facts)
+        self.writer = self.writer or self._open(sums)
         # an encoder-decoder's stacks see different tokens
-        of_stack = {router.stack: int(n) for router, n in zip(routers, tokens_R, strict=True)}
-        shards = self.writer.next_shard
-        load_1E, tokens = [load_E[None] for load_E in load], sum(of_stack.values())
-        decisions, first = int(tokens_R.sum()), self.last_step + 1
+        of_router = zip(sums.routers, taken.tokens_R, strict=True)
+        tokens = sum({router.stack: int(n) for router, n in of_router}.values())
+        shards, load_1E = self.writer.next_shard, [load_E[None] for load_E in taken.load]
+        decisions, first = int(taken.tokens_R.sum()), self.last_step + 1
         counts = CountedBatches(step, tokens, [""], load_1E, None, None, [], decisions, first)
         self.writer.write(counts)
         self.last_step = step
@@ -102,23 +82,19 @@ class History:
                 raise MoeInspectError(f"{self.path} could not be written in {COMMIT_TIMEOUT_S} s")
             time.sleep(0.0005)
 
-    def _open(
-        self, model: Module, routers: Sequence[Router], facts: Mapping[str, object]
-    ) -> TraceWriter:
+    def _open(self, sums: RoutingSums) -> TraceWriter:
+        model, routers = sums.model, sums.routers
         if self._resume is not None and len(self._known) != len(routers):
             raise MoeInspectError(
                 f"{self.path} is the history of a model with {len(self._known)} routers, this one "
                 f"has {len(routers)}: choose another directory"
             )
         config = getattr(model, "config", None)
+        stated = config_record(config) if hasattr(config, "to_json_string") else {}
+        capture = {**capture_facts(model, "tap"), **drop_facts(sums.sites)}
         manifest = {
-            "model": {
-                "id": getattr(config, "_name_or_path", ""),
-                "revision": None,
-                "class": type(model).__name__,
-                "config": config_record(config) if hasattr(config, "to_json_string") else {},
-            },
-            "capture": {**capture_facts(model, "tap"), **facts, "command": [*sys.argv]},
+            "model": {**model_facts(model), "config": stated},
+            "capture": {**capture, "command": [*sys.argv]},
             "training": self.settings,
         }
         return TraceWriter(

@@ -16,7 +16,6 @@ from moe_inspect.alarms.rules import DEFAULT_RULES, DROP_RATE, Rule, parse_rule
 from moe_inspect.capture.hook.attach import Attachment
 from moe_inspect.capture.hook.probes import Probes
 from moe_inspect.capture.hook.stack import Sinks
-from moe_inspect.capture.open_trace import drop_facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import recordable
 from moe_inspect.model.wrapped import is_compiled, unwrapped
@@ -114,13 +113,8 @@ class RoutingMonitor:
         self._attachment = Attachment(model, self.model, sites, "tap", extras, self._sums)
         for r, sinks in enumerate(self._attachment.sinks):
             self._sums.receive(r, sinks)
-        self._attachment.probes = Probes(
-            self._attachment.scopes,
-            None if sites else self._add,
-            self.model,
-            layers,
-            need_logits=False,
-        )
+        add, scopes = None if sites else self._add, self._attachment.scopes
+        self._attachment.probes = Probes(scopes, add, self.model, layers, need_logits=False)
         self._pauses = is_compiled(model)
         self.steps = resume_step
         self.should_stop = False
@@ -148,12 +142,8 @@ class RoutingMonitor:
 
     def __enter__(self) -> RoutingMonitor:
         if self.path is not None and _rank() == 0:
-            self._history = History(
-                self.path,
-                resume_step=self.resume_step,
-                overwrite=self.overwrite,
-                settings={"every": self.every, "log_steps": self.log_steps},
-            )
+            settings = {"every": self.every, "log_steps": self.log_steps}
+            self._history = History(self.path, self.resume_step, self.overwrite, settings)
         try:
             self._attachment.attach()
         except BaseException:
@@ -172,8 +162,8 @@ class RoutingMonitor:
 
     def _close(self, status: str) -> None:
         for action in self.actions:
-            if not isinstance(action, str) and hasattr(action, "close"):
-                action.close()  # pyright: ignore[reportFunctionMemberAccess]
+            if (close := getattr(action, "close", None)) is not None:
+                close()
         history, self._history = self._history, None
         if history is not None:
             history.close(status)
@@ -220,9 +210,9 @@ class RoutingMonitor:
         values, self.window = shown.window_metrics(window, self.window), window
         self._judge(window)
         metrics = shown.logged(values, self.routers, self.detail, PREFIX)
-        active = len(self._alarms.active) if self._alarms else 0
-        of_all = {"tokens": taken.tokens_R.max(), "alarms": active}
-        return metrics | {f"{PREFIX}{name}": float(value) for name, value in of_all.items()}
+        metrics[f"{PREFIX}tokens"] = float(taken.tokens_R.max())
+        metrics[f"{PREFIX}alarms"] = float(len(self._alarms.active) if self._alarms else 0)
+        return metrics
 
     def evaluation(self) -> dict[str, float]:
         """The metrics of the passes in evaluation since the last call, by key
@@ -243,10 +233,7 @@ class RoutingMonitor:
         taken, self._to_flush = self._to_flush, None
         self._flushed = self.steps
         if self._history is not None and taken is not None:
-            facts = drop_facts(self._sums.sites)
-            self._history.write(
-                self.model, self.routers, taken.load, taken.tokens_R, self.steps, facts
-            )
+            self._history.write(self._sums, taken, self.steps)
 
     def _collect(self) -> None:
         """Reads the sums, once per step: every process is at the same one."""
@@ -298,12 +285,9 @@ class OfTrainer:
         self._pictured: Window | None = None  # in the last picture
 
     def _begin(self, model: Any, step: int) -> None:
-        self.monitor = RoutingMonitor(
-            model,
-            self.path,
-            log_steps=sys.maxsize,  # when the trainer logs
-            resume_step=step,
-            **{"flush_steps": sys.maxsize, **self.options},
+        options = {"flush_steps": sys.maxsize, **self.options}
+        self.monitor = RoutingMonitor(  # it logs when the trainer does
+            model, self.path, log_steps=sys.maxsize, resume_step=step, **options
         )
         self.monitor.__enter__()
         self._logs, self._pictured = 0, None

@@ -159,10 +159,9 @@ def _identity(filesystem: Filesystem, path: str) -> tuple[int | None, str]:
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
     """A file of the corpus for reading, decompressed. MoeInspectError where that fails."""
-    is_bundled = path.startswith(BUNDLED)
-    name = str(CORPUS_DIR / path.removeprefix(BUNDLED)) if is_bundled else path
+    inside = path.removeprefix(BUNDLED)
     try:
-        filesystem, location = _resolved(name)
+        filesystem, location = _resolved(path if inside == path else str(CORPUS_DIR / inside))
         with filesystem.open(location, "rb", compression="infer") as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

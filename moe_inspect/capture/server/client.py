@@ -126,11 +126,8 @@ async def ask(
     def tell_why(state: tenacity.RetryCallState) -> None:
         error = state.outcome and state.outcome.exception()
         wait_s = state.next_action.sleep if state.next_action else 0.0
-        notify(
-            f"{root}: {error}; retrying in {wait_s:.0f} s (attempt {state.attempt_number} of "
-            f"{ATTEMPTS} failed)",
-            wait_s,
-        )
+        failed = f"attempt {state.attempt_number} of {ATTEMPTS} failed"
+        notify(f"{root}: {error}; retrying in {wait_s:.0f} s ({failed})", wait_s)
 
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_Retry),
@@ -202,15 +199,14 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
     """The body, never decompressed: a few compressed bytes can expand without bound. Of an error
     only the beginning."""
     encoding = response.headers.get("content-encoding", "identity")
-    fine = response.status_code == 200
+    fine, data = response.status_code == 200, bytearray()
     if encoding.lower() not in ("identity", ""):
-        if fine:
-            raise MoeInspectError(
-                f"{path} answered with content-encoding {encoding[:40]!r}, although identity was "
-                "requested"
-            )
-        return b""
-    data = bytearray()
+        if not fine:
+            return b""
+        raise MoeInspectError(
+            f"{path} answered with content-encoding {encoding[:40]!r}, although identity was "
+            "requested"
+        )
     async for part in response.aiter_raw():
         data += part
         if len(data) > (most_bytes if fine else ERROR_BYTES):
@@ -223,11 +219,9 @@ async def _body(response: httpx.Response, path: str, most_bytes: int) -> bytes:
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, _Retry) and error.wait_s is not None:
-        return error.wait_s
+    asked_s = getattr(state.outcome and state.outcome.exception(), "wait_s", None)
     wait = tenacity.wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S)
-    return wait(state)
+    return wait(state) if asked_s is None else asked_s
 
 
 def _asked_wait(header: str | None) -> float | None:

@@ -124,13 +124,10 @@ def _vllm_read(answer: Json, served: Served) -> Reply:
         )
     choice, usage = choices[0], answer.get("usage")
     encoded = _present(choice.get("routed_experts"), "choices[0].routed_experts", "vllm serve")
-    return Reply(
-        choice.get("prompt_token_ids"),
-        usage.get("prompt_tokens") if isinstance(usage, dict) else None,
-        choice.get("token_ids"),
-        choice.get("finish_reason"),
-        decode_vllm(encoded, "routed_experts"),
-    )
+    fed = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    made, finish = choice.get("token_ids"), choice.get("finish_reason")
+    routed_TBK = decode_vllm(encoded, "routed_experts")
+    return Reply(choice.get("prompt_token_ids"), fed, made, finish, routed_TBK)
 
 
 def _sglang_body(request: Request, served: Served) -> Json:
@@ -149,16 +146,13 @@ def _sglang_read(answer: Json, served: Served) -> Reply:
     facts = answer.get("meta_info")
     if not isinstance(facts, dict):
         raise MoeInspectError("the answer has no field meta_info: is this an SGLang server?")
-    finish = facts.get("finish_reason")
     field, command = "meta_info.routed_experts", "sglang.launch_server"
     encoded = _present(facts.get("routed_experts"), field, command)
-    return Reply(
-        answer.get("prompt_token_ids"),
-        facts.get("prompt_tokens"),
-        answer.get("output_ids"),
-        finish.get("type") if isinstance(finish, dict) else finish,
-        decode_sglang(encoded, served.blocks, served.top_k, "routed_experts"),
-    )
+    fed, made = facts.get("prompt_tokens"), answer.get("output_ids")
+    finish = facts.get("finish_reason")
+    finish = finish.get("type") if isinstance(finish, dict) else finish
+    routed_TBK = decode_sglang(encoded, served.blocks, served.top_k, "routed_experts")
+    return Reply(answer.get("prompt_token_ids"), fed, made, finish, routed_TBK)
 
 
 def _present(encoded: object, field: str, command: str) -> object:
@@ -209,13 +203,10 @@ def read_answer(
             f"the server ran another prompt ({reply.prompt_tokens} tokens) than the {P} tokens "
             "it was sent"
         )
-    made = reply.token_ids
-    if not isinstance(made, list) or not all(
-        type(i) is int and 0 <= i < served.vocabulary for i in made
-    ):
+    made, V = reply.token_ids, served.vocabulary
+    if not isinstance(made, list) or not all(type(i) is int and 0 <= i < V for i in made):
         raise MoeInspectError(
-            f"the generated token ids are not a list of ids below {served.vocabulary}: "
-            f"{str(made)[:80]}"
+            f"the generated token ids are not a list of ids below {V}: {str(made)[:80]}"
         )
     least = {"length": request.max_tokens, "stop": 1}.get(str(reply.finish), sys.maxsize)
     if not least <= len(made) <= request.max_tokens:
@@ -223,17 +214,17 @@ def read_answer(
             f"{len(made)} of {request.max_tokens} tokens were generated, and it ended by "
             f"{reply.finish!r}"
         )
-    rows, expected = len(reply.routed_TBK), P + len(made) - 1
+    (rows, _, K), expected = reply.routed_TBK.shape, P + len(made) - 1
     if rows != expected:
         raise MoeInspectError(
             f"routed_experts has {rows} rows, not {expected}: one fewer than the {P} tokens of the "
             f"prompt and the {len(made)} generated, the last of which is never fed; if the rows of "
             f"a cached prefix are missing: {engine.cached_rows}"
         )
-    if reply.routed_TBK.shape[2] != served.top_k:
+    if served.top_k != K:
         raise MoeInspectError(
-            f"routed_experts has {reply.routed_TBK.shape[2]} experts per token, the config "
-            f"{served.top_k}: is it this model's config?"
+            f"routed_experts has {K} experts per token, the config {served.top_k}: is it this "
+            "model's config?"
         )
     ids = select_routers(reply.routed_TBK, served.routers, served.blocks, "routed_experts")
     for block in sorted(set(range(served.blocks)) - {r.layer for r in served.routers}):
@@ -272,8 +263,7 @@ def routers_of(config: Config, trust_remote_code: bool = False) -> tuple[str, li
             f"{type(built).__name__} has {len(sites)} routers in {blocks} layers: engines return "
             "one per layer"
         )
-    routers = [router_at(site, top_k_of(site, built)) for site in sites]
-    return type(built).__name__, routers
+    return type(built).__name__, [router_at(site, top_k_of(site, built)) for site in sites]
 
 
 def served_model(
@@ -300,12 +290,9 @@ async def ask_about(http: httpx.AsyncClient, engine: EngineProtocol, config: Con
     its model is not the config's."""
     root, models = root_of(http), await list_models(http)
     listed = (models or {}).get("data")
+    listed = listed if isinstance(listed, list) else []
     # a card with a parent is an adapter
-    cards = [
-        c
-        for c in (listed if isinstance(listed, list) else ())
-        if isinstance(c, dict) and not c.get("parent")
-    ]
+    cards = [card for card in listed if isinstance(card, dict) and not card.get("parent")]
     if not cards or not isinstance(cards[0].get("id"), str):
         raise MoeInspectError(
             f"{root}{MODELS} names no model: is it the engine that --engine names?"

@@ -22,18 +22,9 @@ from moe_inspect.capture.corpus.plan import Plan, TokenSequence, longest_sequenc
 from moe_inspect.capture.open_trace import process_facts
 from moe_inspect.capture.options import EngineOptions
 from moe_inspect.capture.resume import comparable, complete_now, may_resume, resume_from
+from moe_inspect.capture.server import protocols
 from moe_inspect.capture.server.client import Json, ask, client, split_url, wait_notifier
-from moe_inspect.capture.server.protocols import (
-    ENGINES,
-    Request,
-    RoutedAnswer,
-    Served,
-    ask_about,
-    most_bytes,
-    read_answer,
-    routers_of,
-    served_model,
-)
+from moe_inspect.capture.server.protocols import Request, RoutedAnswer, Served
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import commit_of, config_record, load_config, load_tokenizer
 from moe_inspect.model.vocabulary import tokenizer_fingerprint, vocabulary_table
@@ -89,7 +80,7 @@ class EngineRun:
         options: EngineOptions,
     ):
         self.url, self.output_dir, self.engine, self.options = url, output_dir, engine, options
-        self.protocol, self.model_config = ENGINES[engine], model_config
+        self.protocol, self.model_config = protocols.ENGINES[engine], model_config
         of_hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         self.config = load_config(model_config, **of_hub)
         self.tokenizer = load_tokenizer(model_config, **of_hub)
@@ -100,11 +91,10 @@ class EngineRun:
 
     async def record(self, plan: Plan, progress: Progress | None) -> None:
         options, config = self.options, self.config
-        kind, routers = routers_of(config, options.trust_remote_code)
-        async with client(
-            self.url, options.api_key, options.timeout_s, options.concurrency
-        ) as http:
-            about = await ask_about(http, self.protocol, config)
+        kind, routers = protocols.routers_of(config, options.trust_remote_code)
+        limits = options.timeout_s, options.concurrency
+        async with client(self.url, options.api_key, *limits) as http:
+            about = await protocols.ask_about(http, self.protocol, config)
             plan = replace(plan, max_length=self._longest_sequence(about["max_model_len"]))
             record = {  # the settings that a resumed run must share
                 **plan.record(),
@@ -118,7 +108,7 @@ class EngineRun:
             start = resume_from(self.output_dir, record, 0) if self.lock is not None else None
             if start is not None and read_manifest(self.output_dir)["status"] == "complete":
                 return
-            served = served_model(about["model"], config, routers, options.layers)
+            served = protocols.served_model(about["model"], config, routers, options.layers)
             manifest = {
                 "model": {
                     "id": self.model_config,
@@ -142,21 +132,15 @@ class EngineRun:
                 await self._send(http, served, plan, manifest, start, progress)
                 status = "complete"
             finally:
-                self._close(status, plan)
+                with self._own_lock or nullcontext():
+                    if self._writer is not None:
+                        done = status == "complete"
+                        self._writer.at_close["corpus"] = plan.stats.record() if done else {}
+                        self._writer.close(status, quiet=not done)
             if self._writer is None and start is not None:  # only the status was not committed
                 complete_now(self.output_dir, plan)
             elif self._writer is None:
                 raise MoeInspectError(f"the corpus is empty: no text in {plan.named}")
-
-    def _close(self, status: str, plan: Plan) -> None:
-        try:
-            if self._writer is not None:
-                done = status == "complete"
-                self._writer.at_close["corpus"] = plan.stats.record() if done else {}
-                self._writer.close(status, quiet=not done)
-        finally:
-            if self._own_lock is not None:
-                self._own_lock.release()
 
     def _longest_sequence(self, served: int | None) -> int:
         """Tokens of the longest sequence; says so where a local trace would take longer ones."""
@@ -187,14 +171,10 @@ class EngineRun:
         notify, done = wait_notifier(), start.tokens if start is not None else 0
 
         async def answer(row: TokenSequence) -> RoutedAnswer:
-            request = Request(
-                row.ids,
-                passes if row.continued else 1,
-                options.temperature,
-                (options.seed + row.sequence) % 2**31,
-                f"moe-inspect-{salt}-{row.sequence}",
-            )
-            body, limit = protocol.body(request, served), most_bytes(request, served)
+            tokens, seed = passes if row.continued else 1, (options.seed + row.sequence) % 2**31
+            own = f"moe-inspect-{salt}-{row.sequence}"
+            request = Request(row.ids, tokens, options.temperature, seed, own)
+            body, limit = protocol.body(request, served), protocols.most_bytes(request, served)
             async with in_flight:
                 response = await ask(http, protocol.path, body, limit, notify)
             try:
@@ -202,7 +182,7 @@ class EngineRun:
                     raise MoeInspectError(
                         f"the server has no {protocol.path}: does --engine match the server?"
                     )
-                return read_answer(protocol, response, request, served)
+                return protocols.read_answer(protocol, response, request, served)
             except MoeInspectError as error:
                 name = f"sequence {row.sequence} ({row.source})"
                 raise MoeInspectError(f"{http.base_url}, {name}: {error}") from None
@@ -259,36 +239,26 @@ class EngineRun:
     ) -> Iterator[RoutedBatch]:
         """A planned batch as forward passes, the first of this number: the prompts in one pass,
         then one pass per decoded token."""
-        fed = [
-            np.concatenate([row.ids, a.token_ids[:-1]])
-            for row, a in zip(sequences, answers, strict=True)
+        codes, rows = self._codes, list(zip(sequences, answers, strict=True))
+        fed = [np.concatenate([row.ids, answer.token_ids[:-1]]) for row, answer in rows]
+        facts = [
+            (s.document, s.sequence, codes.setdefault(s.domain, len(codes))) for s in sequences
         ]
-        of_rows = np.array(
-            [
-                (row.document, row.sequence, self._codes.setdefault(row.domain, len(self._codes)))
-                for row in sequences
-            ],
-            np.int32,
-        )
+        of_rows = np.array(facts, np.int32)
         for step in range(max(len(a.token_ids) for a in answers)):
+            ends = [(n, len(row.ids) + step) for n, row in enumerate(sequences)]
             # (row, first position, end) of those that this pass feeds
-            spans = [
-                (n, len(row.ids) + step - 1 if step else 0, len(row.ids) + step)
-                for n, row in enumerate(sequences)
-                if len(row.ids) + step <= len(fed[n])
-            ]
-            document, sequence, domain = np.repeat(
-                of_rows[[n for n, *_ in spans]], [end - begin for _, begin, end in spans], axis=0
-            ).T
+            spans = [(n, end - 1 if step else 0, end) for n, end in ends if end <= len(fed[n])]
+            sizes = [end - begin for _, begin, end in spans]
+            document, sequence, domain = np.repeat(of_rows[[n for n, *_ in spans]], sizes, axis=0).T
             token_id = np.concatenate([fed[n][begin:end] for n, begin, end in spans])
+            positions = [np.arange(begin, end, dtype=np.int32) for _, begin, end in spans]
             yield RoutedBatch(
                 batch=number + step,
                 token_id=token_id if self.options.text else np.full_like(token_id, -1),
                 document=document,
                 sequence=sequence,
-                position=np.concatenate(
-                    [np.arange(begin, end, dtype=np.int32) for _, begin, end in spans]
-                ),
+                position=np.concatenate(positions),
                 domain=domain,
                 domains=list(self._codes),
                 ids=[

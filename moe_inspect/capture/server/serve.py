@@ -86,40 +86,27 @@ def read_command(command: Sequence[str], engine: str | None = None) -> EngineCom
     api_key = _value(command, "--api-key")
     if api_key is None and engine == "vllm":
         api_key = os.environ.get("VLLM_API_KEY")
+    model = _value(command, "--model") or _value(command, "--model-path")
+    after: Sequence[str] = command[command.index("serve") + 1 :] if "serve" in command else ()
+    if after and not after[0].startswith("-"):
+        model = after[0]
+    revision, trusts = _value(command, "--revision"), _has(command, "--trust-remote-code")
+    arguments = [*command, *added]
     return EngineCommand(
-        engine,
-        [*command, *added],
-        environment,
-        host,
-        port,
-        _model_of(command),
-        _value(command, "--revision"),
-        _has(command, "--trust-remote-code"),
-        api_key,
+        engine, arguments, environment, host, port, model, revision, trusts, api_key
     )
 
 
-def _model_of(command: Sequence[str]) -> str | None:
-    after: Sequence[str] = command[command.index("serve") + 1 :] if "serve" in command else ()
-    if after and not after[0].startswith("-"):
-        return after[0]
-    return _value(command, "--model") or _value(command, "--model-path")
-
-
-def _option(word: str) -> str:
-    """The name of an option as its help has it: engines take _ for - in it."""
-    return word.partition("=")[0].replace("_", "-")
-
-
 def _has(command: Sequence[str], option: str) -> bool:
-    return any(word.startswith("--") and _option(word) == option for word in command)
+    """Whether the option is given, also with _ for the - in it."""
+    return any(word.partition("=")[0].replace("_", "-") == option for word in command)
 
 
 def _value(command: Sequence[str], option: str) -> str | None:
     """What follows the option, the last time that it is given."""
     found = None
     for word, following in zip(command, [*command[1:], None], strict=True):
-        if word.startswith("--") and _option(word) == option:
+        if _has([word], option):
             found = word.partition("=")[2] if "=" in word else following
     return found
 
@@ -196,7 +183,16 @@ def serve_engine(
         )
         before = server_ended.set(lambda: kept.poll() is not None)
         try:
-            _wait(kept, read, api_key or read.api_key, start_timeout_s, waiting)
+            began = time.monotonic()
+            while not _answers(read.url, api_key or read.api_key):
+                took_s = time.monotonic() - began
+                if kept.poll() is not None:
+                    raise MoeInspectError("it ended")
+                if took_s > start_timeout_s:
+                    raise MoeInspectError(f"{read.name} does not answer after {took_s:.0f} s")
+                if waiting is not None:
+                    waiting(took_s)
+                time.sleep(ASK_EVERY_S)
             yield read
         except MoeInspectError as error:
             if kept.poll() is None:
@@ -213,27 +209,12 @@ def serve_engine(
             kept.communicate()  # closes its stdin, and waits
 
 
-def _wait(
-    kept: subprocess.Popen[bytes],
-    command: EngineCommand,
-    api_key: str | None,
-    start_timeout_s: float,
-    waiting: Callable[[float], None] | None,
-) -> None:
-    """Until the engine answers."""
-    began = time.monotonic()
-    while True:
-        try:
-            return check_server(command.url, api_key)
-        except NotReady:
-            took_s = time.monotonic() - began
-        if kept.poll() is not None:
-            raise MoeInspectError("it ended")
-        if took_s > start_timeout_s:
-            raise MoeInspectError(f"{command.name} does not answer after {took_s:.0f} s")
-        if waiting is not None:
-            waiting(took_s)
-        time.sleep(ASK_EVERY_S)
+def _answers(url: str, api_key: str | None) -> bool:
+    try:
+        check_server(url, api_key)
+    except NotReady:
+        return False
+    return True
 
 
 def _show_end(log: Path, began_at: int) -> None:
