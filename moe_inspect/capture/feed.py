@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,11 +93,11 @@ def feed_own(own: OwnModel, recorder: Recorder, batch: Batch) -> int:
     """A forward pass over a sequence, then up to `batch.tokens` decoded tokens. For each of them
     the model reads the whole sequence again, and only the last row of that pass is recorded."""
     ids_BS = np.stack([s.ids for s in batch.sequences])
-    calls = (
-        lambda ids_BS: forward_own(own, ids_BS),
-        lambda output: logits_of(own, output, "trace it without --generate"),
-    )
-    return _steps(recorder, batch, ids_BS, calls, whole=True)
+
+    def logits(output: Any) -> Tensor:
+        return logits_of(own, output, "trace it without --generate")
+
+    return _steps(recorder, batch, ids_BS, (partial(forward_own, own), logits), whole=True)
 
 
 # what runs a pass over token ids, and the logits [B, S, V] of what it returns
@@ -231,11 +232,8 @@ def forward(
     try:
         return network(**{name: ids_BS.to(device)}, **options)
     except torch.OutOfMemoryError as error:
-        tokens = ids_BS.numel()
-        raise MoeInspectError(
-            f"{device} is out of memory in a forward pass of {tokens:,} tokens: lower "
-            "--batch-tokens"
-        ) from error
+        said = f"{device} is out of memory in a forward pass of {ids_BS.numel():,} tokens"
+        raise MoeInspectError(f"{said}: lower --batch-tokens") from error
 
 
 def last_logits(network: PreTrainedModel, recorder: Recorder | None = None) -> dict[str, int]:
@@ -314,10 +312,8 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
         ) from error
     # whatever the user's model raises
     except Exception as error:
-        why = (
-            "a model that takes more than token ids needs a loader that returns (model, tokenizer, "
-            "forward)"
-        )
+        needed = "a loader that returns (model, tokenizer, forward)"
+        why = f"a model that takes more than token ids needs {needed}"
         stated = positions_of(getattr(own.model, "config", None))
         if stated is None and isinstance(error, IndexError):
             why = (
@@ -333,8 +329,7 @@ def forward_own(own: OwnModel, ids_BS: Tensor) -> Any:
 def logits_of(own: OwnModel, output: Any, instead: str) -> Tensor:
     """Logits [B, S or 1, V]: a tensor, `output.logits`, or the first of several outputs.
     MoeInspectError where there are none, with what to do `instead`."""
-    found = logits_in(output)
-    if found is None:
+    if (found := logits_in(output)) is None:
         raise MoeInspectError(
             f"{own.name} returned no logits [rows, positions, vocabulary]: {instead}, or have the "
             "loader return (model, tokenizer, forward)"

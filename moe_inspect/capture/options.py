@@ -46,15 +46,8 @@ def documented(options: type | None = None) -> Callable[[T], T]:
             about = each.metadata.get("option") or types[each.name].__metadata__[0]
             listed[each.name] = f"{about.help} {about.more}"
         width = max(map(len, listed)) + 1
-        rows = [
-            textwrap.fill(
-                f"{name:{width}}{text.strip()}",
-                96,
-                subsequent_indent=" " * width,
-                break_on_hyphens=False,
-            )
-            for name, text in listed.items()
-        ]
+        wrap = textwrap.TextWrapper(96, subsequent_indent=" " * width, break_on_hyphens=False)
+        rows = [wrap.fill(f"{name:{width}}{text.strip()}") for name, text in listed.items()]
         said = textwrap.indent("\n".join(rows), "    ")
         subject.__doc__ = (subject.__doc__ or "").replace("    {options}", said)
         return subject

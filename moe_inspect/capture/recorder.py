@@ -46,9 +46,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def locked(
-    method: Callable[Concatenate[Recorder, P], R],
-) -> Callable[Concatenate[Recorder, P], R]:
+def locked(method: Callable[Concatenate[Recorder, P], R]) -> Callable[Concatenate[Recorder, P], R]:
     """The method of a recorder, run by one thread at a time: another may ask it what there is."""
 
     @wraps(method)
@@ -90,8 +88,7 @@ class Recorder:
             check_directory(place, options.overwrite)
         self.attachment = Attachment(model, self.model, self.sites, self.mode, options.extras, self)
         self.attachment.take_probes(None if self.sites else self._add, options)
-        scopes = self.attachment.scopes
-        kinds = self.attachment.kinds
+        scopes, kinds = self.attachment.scopes, self.attachment.kinds
         self.stacks = {name: Stack(name, of, kinds, self.model) for name, of in scopes.items()}
         for site, sinks in zip(self.sites, self.attachment.sinks, strict=True):
             self.stacks[site.stack].add(site, sinks)

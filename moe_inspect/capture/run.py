@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -180,8 +180,7 @@ def singly(planned: Batches) -> Iterator[tuple[list[TokenSequence], list[Documen
             yield [row], [new.pop(row.document)] if row.document in new else []
 
 
-@contextmanager
-def _shared_lock(output_dir: Path | Remote, ranks: Ranks) -> Iterator[Lock]:
+def _shared_lock(output_dir: Path | Remote, ranks: Ranks) -> Lock:
     """The lock of the trace to resume, shared by all ranks."""
     locks: list[Lock] = []
 
@@ -191,8 +190,6 @@ def _shared_lock(output_dir: Path | Remote, ranks: Ranks) -> Iterator[Lock]:
 
     ranks.agree("lock", take)
     if ranks.rank:
-        locks.append(join(output_dir, ranks.wait_for("lock-holder")))
-    else:
-        ranks.publish("lock-holder", locks[0].holder)
-    with locks[0] as lock:
-        yield lock
+        return join(output_dir, ranks.wait_for("lock-holder"))
+    ranks.publish("lock-holder", locks[0].holder)
+    return locks[0]

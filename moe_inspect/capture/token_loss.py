@@ -137,11 +137,9 @@ class Head:
         self._given = _Given(self.body)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, body: self._given}
-        takes, unneeded = (
-            inspect.signature(type(model).forward),
-            ("use_cache", "output_router_logits"),
-        )
-        self._options = {name: False for name in unneeded if name in takes.parameters}
+        takes = inspect.signature(type(model).forward).parameters
+        unneeded = {"use_cache", "output_router_logits"} & takes.keys()
+        self._options = dict.fromkeys(unneeded, False)
         self.checked = False
         self._kept: Any = None  # the body's output in this forward pass
         self._hook: Any = None
@@ -311,8 +309,7 @@ class TokenLosses:
         fed, self._fed = self._fed, None
         if fed is None:
             return
-        logits = logits_in(output)
-        if logits is None:
+        if (logits := logits_in(output)) is None:
             raise MoeInspectError(
                 f"{type(self._model).__name__} returned no logits [rows, positions, vocabulary]: "
                 "record it without token losses"
@@ -342,25 +339,21 @@ class TokenLosses:
         if not len(rows_N):
             return
         B, S, V = logits.shape
-        if B * S == fed.T:
-            all_TV = logits.reshape(-1, V)
-            logits_of_rows = all_TV.__getitem__
-        else:
-            logits_of_rows = self._by_head(fed, logits)
+        has_all = B * S == fed.T
+        of_rows = logits.reshape(-1, V).__getitem__ if has_all else self._by_head(fed, logits)
         next_N = torch.from_numpy(next_T[rows_N]).to(logits.device)
         at_N = torch.from_numpy(rows_N).to(logits.device)
         C = max(1, CHUNK_LOGITS // V)
         chunks = [
-            nats(logits_of_rows(at_C), next_C)
+            nats(of_rows(at_C), next_C)
             for at_C, next_C in zip(at_N.split(C), next_N.split(C), strict=True)
         ]
         losses.add(rows_N, torch.cat(chunks, 1))
 
     def _by_head(self, fed: Rows | CallInputs, logits: Tensor) -> Callable[[Tensor], Tensor]:
         """Logits [C, V] of these rows, for a model that returned fewer."""
-        head = self.head
+        head, (B, S, _) = self.head, logits.shape
         hidden = head.hidden if head is not None else None
-        B, S, _ = logits.shape
         if head is None or hidden is None or hidden.shape[0] * hidden.shape[1] != fed.T:
             raise MoeInspectError(
                 f"{type(self._model).__name__} returned logits of {B * S} positions in a forward "
@@ -411,8 +404,5 @@ def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     share_CV = below_CV.exp()
     sum_C = share_CV.sum(1)
     mean_C = torch.linalg.vecdot(share_CV, below_CV) / sum_C
-    values = {
-        "loss_nats": loss_C + sum_C.log(),
-        "entropy_nats": sum_C.log() - mean_C,
-    }
+    values = {"loss_nats": loss_C + sum_C.log(), "entropy_nats": sum_C.log() - mean_C}
     return torch.stack([values[name] for name in LOSS])

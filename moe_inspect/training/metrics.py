@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +69,7 @@ def load_picture(window: Window, routers: Sequence[Router]) -> Figure:
     from moe_inspect.reporting.charts.spec import Axis, Chart, Heatmap, Panel, load_scale
     from moe_inspect.reporting.render.matplotlib import draw, letters
 
-    E = max(router.experts for router in routers)
-    ratio_RE = np.full((len(routers), E), np.nan)
+    ratio_RE = np.full((len(routers), max(router.experts for router in routers)), np.nan)
     for r, load_E in enumerate(window.load):
         ratio_RE[r, : len(load_E)] = load_ratio(np.asarray(load_E)[None])[0]
     scale = load_scale(routers, "load ÷ mean load")
@@ -80,26 +80,17 @@ def load_picture(window: Window, routers: Sequence[Router]) -> Figure:
         return draw(Chart("Load of every expert", steps, (panel,)))
 
 
-def show_picture(
-    figure: Figure, step: int, reporters: Iterable[str], tensorboard: Any = None
-) -> list[str]:
+def show_picture(figure: Figure, step: int, reporters: set[str], tensorboard: Any = None) -> None:
     """Hands the picture to those of the reporters that are at work in this process: W&B, MLflow,
-    and `tensorboard`, a SummaryWriter. Returns which got it."""
-    import sys
-
-    shown = list[str]()
-    wanted, wandb, mlflow = set(reporters), sys.modules.get("wandb"), sys.modules.get("mlflow")
-    if "wandb" in wanted and wandb is not None and wandb.run is not None:
+    and `tensorboard`, a SummaryWriter."""
+    wandb, mlflow = sys.modules.get("wandb"), sys.modules.get("mlflow")
+    if "wandb" in reporters and wandb is not None and wandb.run is not None:
         # with the numbers of this step, which the Trainer logs by its own key of the step
         wandb.log({NAME: wandb.Image(_pixels(figure))}, commit=False)
-        shown.append("wandb")
-    if "mlflow" in wanted and mlflow is not None and mlflow.active_run() is not None:
+    if "mlflow" in reporters and mlflow is not None and mlflow.active_run() is not None:
         mlflow.log_figure(figure, f"{NAME}-{step:08d}.png")
-        shown.append("mlflow")
     if tensorboard is not None:
         tensorboard.add_image(NAME, _pixels(figure), step, dataformats="HWC")
-        shown.append("tensorboard")
-    return shown
 
 
 def _pixels(figure: Figure) -> np.ndarray:

@@ -303,9 +303,9 @@ class OfTrainer:
             return
         window, before = self.monitor.window, self._pictured
         self._pictured = window
-        reporters = {"wandb", "mlflow"}.intersection(reporters)
-        if window is not before and (boards or reporters):
-            shown.show_picture(self.monitor.picture(), step, reporters, *boards[:1])
+        wanted = {"wandb", "mlflow"}.intersection(reporters)
+        if window is not before and (boards or wanted):
+            shown.show_picture(self.monitor.picture(), step, wanted, *boards[:1])
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if self.monitor is not None:

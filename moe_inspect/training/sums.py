@@ -106,6 +106,10 @@ class DeviceSums:
         self.recent_SC[n % RECENT] = self.total_3C[STEP]
         self.total_3C[STEP].zero_()
 
+    def parts(self, of: int, steps: int) -> list[Tensor]:
+        """What was summed: load, that of each recent step, and the losses."""
+        return [self.total_3C[of], self.recent_SC[:steps], self.losses_22R[of]]
+
 
 @dataclass(frozen=True)
 class WindowSums:
@@ -305,11 +309,7 @@ class RoutingSums:
         of, S = TRAINING if training else EVALUATION, min(self._steps, RECENT) if training else 0
         device = self._place[0][0].device
         counted = [self._passes[of], *self._tokens[of].values()]
-        parts = [
-            part
-            for on in self._on.values()
-            for part in (on.total_3C[of], on.recent_SC[:S], on.losses_22R[of])
-        ]
+        parts = [part for on in self._on.values() for part in on.parts(of, S)]
         parts += [torch.as_tensor(n, device=device) for n in counted]
         flat = torch.cat([part.reshape(-1).to(device, torch.float64) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -325,8 +325,8 @@ class RoutingSums:
         return found
 
     def _of_routers(self, parts: list[np.ndarray], S: int) -> WindowSums:
-        """`parts`: of each device the load, that of each recent step and the losses; then the
-        passes, and the tokens of each stack."""
+        """`parts`: what `DeviceSums.parts` gives of each device, then the passes, and the tokens of
+        each stack."""
         of_device = {id(on): parts[3 * n : 3 * n + 3] for n, on in enumerate(self._on.values())}
         passes, *tokens = (round(float(n[0])) for n in parts[3 * len(of_device) :])
         tokens_of = dict(zip(self._stacks, tokens, strict=True))

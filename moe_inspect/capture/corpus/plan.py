@@ -238,14 +238,13 @@ def _packed(
     window: list[TokenSequence], batch_tokens: int, generate: int
 ) -> Iterator[list[TokenSequence]]:
     batch: list[TokenSequence] = []
+    shared = 0
     # stable: equal lengths keep their order
     for row in sorted(window, key=lambda s: (s.continued, len(s.ids))):
         too_long = (len(batch) + 1) * (len(row.ids) + generate * row.continued) > batch_tokens
-        apart = batch and (
-            row.continued != batch[0].continued
-            or (row.continued and len(row.ids) != len(batch[0].ids))
-        )
-        if batch and (too_long or apart):
+        # the length that all rows of a batch have, 0 where it may differ
+        before, shared = shared, len(row.ids) * row.continued
+        if batch and (too_long or shared != before):
             yield batch
             batch = []
         batch.append(row)
