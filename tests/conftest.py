@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_inspect.reporting.report import Report
@@ -33,6 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+Put = Callable[..., None]
 
 
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
@@ -222,6 +223,17 @@ def in_one_process(
         )
         for n, arguments in enumerate(texts)
     ]
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Put:
+    """put(owner, name=value, …): the attributes of an object, while a test runs."""
+
+    def put(owner: Any, **values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(owner, name, value)
+
+    return put
 
 
 @pytest.fixture

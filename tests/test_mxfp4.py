@@ -104,15 +104,25 @@ def _route(logits_TE: torch.Tensor, K: int) -> tuple[_Routing, _Indices, _Indice
     return routing, _Indices(by_expert.int(), place.int()), _Indices(place.int(), by_expert.int())
 
 
-def model_with_kernels(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32
-) -> tuple[Any, Any, Kernels]:
+LENGTHS = [9, 5, 7]
+INPUTS = token_batch(LENGTHS)
+REAL = INPUTS["attention_mask"].flatten().bool()
+Made = tuple[Any, Any, Kernels]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """(GPT-OSS as transformers runs it in MXFP4, the same model with experts of its own, the
     kernels). The weights of the two are equal."""
-    kernels = Kernels()
-    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: kernels)
-    monkeypatch.setattr(mxfp4, "triton_kernels_hub", None, raising=False)
-    plain, model = build("gpt_oss", dtype), build("gpt_oss", dtype)
+    kernels, histc = Kernels(), torch.histc
+    for owner, name, stand_in in (
+        (hub_kernels, "get_kernel", lambda *_, **__: kernels),
+        (mxfp4, "triton_kernels_hub", None),
+        # a CPU's takes no integers
+        (torch, "histc", lambda x, **options: histc(x.float(), **options).int()),
+    ):
+        monkeypatch.setattr(owner, name, stand_in, raising=False)
+    plain, model = build("gpt_oss"), build("gpt_oss")
     mxfp4.replace_with_mxfp4_linear(model, quantization_config=Mxfp4Config())
     for of_plain, layer in zip(plain.model.layers, model.model.layers, strict=True):
         for name, value in of_plain.mlp.experts.state_dict().items():
@@ -122,22 +132,6 @@ def model_with_kernels(
             else:
                 setattr(layer.mlp.experts, name, torch.nn.Parameter(value.float()))
     return model.eval(), plain, kernels
-
-
-LENGTHS = [9, 5, 7]
-INPUTS = token_batch(LENGTHS)
-REAL = INPUTS["attention_mask"].flatten().bool()
-
-
-Made = tuple[Any, Any, Kernels]
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    """See `model_with_kernels`. A CPU's histc takes no integers."""
-    histc = torch.histc
-    monkeypatch.setattr(torch, "histc", lambda x, **options: histc(x.float(), **options).int())
-    return model_with_kernels(monkeypatch)
 
 
 def given(kernels: Kernels, hidden: list[torch.Tensor]) -> list[dict[int, float]]:

@@ -24,6 +24,7 @@ from tests.families import FAMILIES, NO_INTERFACE, build
 from tests.test_verify import put, rewrite
 from tests.zoo import token_batch
 
+BOTH: dict[str, Any] = {"output_norms": True, "output_peaks": True}
 ROUNDING = 2**-9  # of what is stored
 STEPS = 3
 
@@ -38,7 +39,7 @@ def run(model: Any, steps: int = STEPS) -> None:
 
 
 def recorded(model: Any, path: Path, **options: Any) -> moe_inspect.Trace:
-    with moe_inspect.record(model, path, output_norms=True, output_peaks=True, **options):
+    with moe_inspect.record(model, path, **BOTH, **options):
         run(model)
     return moe_inspect.open_trace(path)
 
@@ -124,18 +125,6 @@ def test_compiled(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_without_they_are_nowhere(tmp_path: Path) -> None:
-    model = build("mixtral")
-    with moe_inspect.record(model, tmp_path / "t", capture="dispatch"):
-        run(model)
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    assert not trace.has_norms
-    assert {"norms", "peaks", "token_loss"}.isdisjoint(trace.manifest["capture"])
-    assert "norm_j" not in trace.manifest["columns"]
-    assert trace.slot_values == ["weight"]
-
-
-@torch.no_grad()
 def test_slots_keep_their_sizes_where_they_are_put_in_order(tmp_path: Path) -> None:
     """phimoe's router returns them in another order than by weight: each norm goes with its
     expert, in a trace without weights too."""
@@ -158,21 +147,27 @@ def test_where_outputs_are_not_seen_that_is_said(tmp_path: Path) -> None:
 
 
 def test_they_are_verified_exported_and_resumed(cli_here: Cli, tmp_path: Path) -> None:
-    cli_here("trace", "demo", "--max-tokens", 300, "--output-norms", "-o", "t")
-    assert "norms of outputs finite, not negative" in cli_here("verify", "t").stdout
+    """And so are the tokens' losses."""
+    traced = ("trace", "demo", "--max-tokens", 300, "-o", "t")
+    cli_here(*traced, "--output-norms", "--token-loss")
+    checked = cli_here("verify", "t").stdout
+    assert "norms of outputs finite, not negative" in checked
+    assert "losses and entropies not negative, null in both or neither" in checked
     cli_here("export", "t", "--format", "long-parquet", "-o", "long.parquet")
-    rows = pd.read_parquet(tmp_path / "long.parquet")
-    routing = moe_inspect.open_trace(tmp_path / "t").routing()
+    rows, trace = pd.read_parquet(tmp_path / "long.parquet"), moe_inspect.open_trace(tmp_path / "t")
     assert "peak" not in rows
-    assert rows["norm"].sum() == pytest.approx(routing.filter(regex="^norm_").to_numpy().sum())
-    again = cli_here("trace", "demo", "--max-tokens", 300, "--resume", "-o", "t", check=1)
-    assert "was made with output norms True, not None" in again.stderr
+    norms = trace.routing().filter(regex="^norm_").to_numpy()
+    assert rows["norm"].sum() == pytest.approx(norms.sum())
+    losses = rows.drop_duplicates("token")["loss_nats"]
+    assert losses.sum() == pytest.approx(trace.tokens()["loss_nats"].sum())
+    for given, without in (("--token-loss", "output norms"), ("--output-norms", "token loss")):
+        again = cli_here(*traced, given, "--resume", check=1)
+        assert f"was made with {without} True, not None" in again.stderr
 
 
 @pytest.mark.parametrize("value", ["norm", "peak"])
 def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None:
-    options = {"output_norms": True, "output_peaks": True}
-    moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **options)
+    moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **BOTH)
     for wrong, said in ((-0.5, "is -0.5"), (float("inf"), "is inf"), (None, "is null, expert_1")):
         shutil.copytree(tmp_path / "t", tmp_path / "wrong", dirs_exist_ok=True)
         rewrite(tmp_path / "wrong", "routing", 0, put(f"{value}_1", 17, wrong))
@@ -184,8 +179,7 @@ def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None
 def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> None:
     """Of a trace of several domains: each score from its rows, one by one; an interval around it;
     NaN in a trace without norms, and a super expert only where its peak is one of few."""
-    options: dict[str, Any] = {"output_norms": True, "output_peaks": True}
-    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **options)
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **BOTH)
     worth: Any = moe_inspect.report(trace).tables["worth"]
     table: Any = trace.routing()
     for _, row in worth.iterrows():
@@ -216,8 +210,7 @@ def test_super_experts_are_few_and_early() -> None:
 
 def test_super_experts_are_early_among_all_blocks_of_the_model(tmp_path: Path) -> None:
     """Also where only some layers were recorded: the last of them is not the model's last."""
-    options: dict[str, Any] = {"output_norms": True, "output_peaks": True, "layers": [3]}
-    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, **options)
+    trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=300, layers=[3], **BOTH)
     assert trace.blocks == 4
     assert not moe_inspect.report(trace).tables["worth"]["super_expert"].any()
     model = trace.manifest["model"]
@@ -239,26 +232,27 @@ def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path
     tokens = [t.tokens()[["token", "document", "position"]] for t in (a, b)]
     both = tokens[0].merge(tokens[1], on=["document", "position"], suffixes=("_a", "_b"))
     assert len(both) < a.n_tokens, "control: not all are compared"
-    sides = [t.routing().set_index(["router", "token"]) for t in (a, b)]
+    sides = {
+        n: t.routing().set_index(["router", "token"]) for n, t in zip("ab", (a, b), strict=True)
+    }
     for _, row in table.iterrows():
-        e, found = int(row["expert"]), {}
-        for side, name in zip(sides, "ab", strict=True):
+        norms = {}  # of each token: of this expert, else 0
+        for name, side in sides.items():
             of = side.loc[row["router"]].loc[both[f"token_{name}"]]
-            values = ("expert", "weight", "norm")
-            ids, gate, norm = (of.filter(regex=f"^{v}_").to_numpy(float) for v in values)
-            found[name] = ids, norm
-            assert row[f"assignments_{name}"] == (ids == e).sum()
-            assert row[f"reap_{name}"] == pytest.approx((gate * norm)[ids == e].mean(), rel=1e-5)
-            assert row[f"mean_norm_{name}"] == pytest.approx(norm[ids == e].mean(), rel=1e-5)
-            share = (gate * norm)[ids == e].sum() / (gate * norm).sum()
-            assert row[f"share_{name}"] == pytest.approx(share, rel=1e-5)
+            ids, gate, norm = (
+                of.filter(regex=f"^{v}_").to_numpy(float) for v in ("expert", "weight", "norm")
+            )
+            here, worth = ids == row["expert"], gate * norm
+            assert row[f"assignments_{name}"] == here.sum()
+            found = row[[f"{v}_{name}" for v in ("reap", "mean_norm", "share")]].tolist()
+            wanted = worth[here].mean(), norm[here].mean(), worth[here].sum() / worth.sum()
+            assert found == pytest.approx(wanted, rel=1e-5)
+            norms[name] = np.where(here, norm, 0).sum(1)
         change = row["mean_norm_b"] / row["mean_norm_a"] - 1
         assert row["norm_change"] == pytest.approx(change)
         assert row["norm_change_low"] < change < row["norm_change_high"]
-        ids_a, ids_b = (ids for ids, _ in found.values())
-        chosen = (ids_a == e).any(1) & (ids_b == e).any(1)
-        in_a, in_b = (np.where(i == e, n, 0).sum(1)[chosen] for i, n in found.values())
-        assert row["both"] == chosen.sum()
+        in_a, in_b = (norm[(norms["a"] > 0) & (norms["b"] > 0)] for norm in norms.values())
+        assert row["both"] == len(in_a)
         difference = np.abs(in_a - in_b).sum() / in_a.sum()
         assert row["norm_difference"] == pytest.approx(difference, rel=1e-4)
     same: Any = moe_inspect.compare(a, a)

@@ -273,22 +273,6 @@ def test_a_page_that_is_full_is_handed_over(
     assert same(found, generated(model, tmp_path / "one"))
 
 
-def test_what_was_held_is_written_after_an_exception(
-    expected: moe_inspect.Trace, hold: Hold, tmp_path: Path
-) -> None:
-    hold(AFTER_ALL)
-    model = build("olmoe")
-    recording = moe_inspect.record(model, tmp_path / "t")
-    with pytest.raises(ZeroDivisionError), recording, torch.no_grad():  # noqa: PT012
-        for batch in BATCHES:
-            model(**batch)
-        model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-        model(**BATCHES[0])
-    found = moe_inspect.open_trace(tmp_path / "t")
-    assert found.status == "interrupted"
-    assert same(found, expected)
-
-
 def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
     model: Any, hold: Hold, batches: Batches, tmp_path: Path
 ) -> None:

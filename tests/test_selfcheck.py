@@ -9,7 +9,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from moe_inspect.capture.hook import kernel_reference as reference
 from moe_inspect.capture.hook import kernels, selfcheck
 from moe_inspect.capture.hook.kernel_reference import choice, tape_for
 from moe_inspect.capture.hook.selfcheck import SWITCH, SelfCheck, Variant, summary
-from moe_inspect.doctor.costs import selfchecks_of
+from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Cli, Put
 from tests.kernel_checks import small_cases
 from tests.sweep import sample
 
@@ -39,20 +38,6 @@ CASE = reference.Case(
 E, K = CASE.E, CASE.K
 
 
-Put = Callable[..., None]
-
-
-@pytest.fixture
-def put(monkeypatch: pytest.MonkeyPatch) -> Put:
-    """Sets names of `kernels`."""
-
-    def put(**values: Any) -> None:
-        for name, value in values.items():
-            monkeypatch.setattr(kernels, name, value)
-
-    return put
-
-
 @pytest.fixture
 def checked(
     on_triton: None, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -64,7 +49,7 @@ def checked(
         ran.append(variant)
         return wrong_with(kernels, variant, by_torch)
 
-    monkeypatch.setattr(selfcheck, "wrong_with", seen)
+    put(selfcheck, wrong_with=seen)
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     anew(put)
@@ -73,7 +58,7 @@ def checked(
 
 def anew(put: Put) -> None:
     """As in a new process."""
-    put(SELF_CHECK=SelfCheck(kernels.__name__))
+    put(kernels, SELF_CHECK=SelfCheck(kernels.__name__))
 
 
 def record() -> Any:
@@ -118,11 +103,11 @@ def test_it_can_be_switched_off(
         record()
 
 
-def test_another_device_or_version_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_device_or_version_is_another_place(put: Put) -> None:
     place = selfcheck.environment_of(kernels, CPU)
     for name in (torch.__version__, kernels.triton.__version__, selfcheck.version("moe-inspect")):
         assert name in place
-    monkeypatch.setattr(selfcheck, "driver_version", lambda: "550.54.14")
+    put(selfcheck, driver_version=lambda: "550.54.14")
     assert selfcheck.environment_of(kernels, CPU) != place
 
 
@@ -196,7 +181,7 @@ def test_a_kernel_that_is_wrong_only_at_odd_addresses_is_found(
     def combine_wrong(y_SH: Any, ids: Any, weights: Any, *more: Any) -> Any:
         return combine_triton(y_SH, ids, weights, *more) + is_so(ids=ids, weights=weights, y=y_SH)
 
-    put(record_triton=record_wrong, combine_triton=combine_wrong)
+    put(kernels, record_triton=record_wrong, combine_triton=combine_wrong)
     for of_case in ((), shifted):
         assert capsys.readouterr().err == "", "control"
         case = dataclasses.replace(CASE, shifted=of_case)
@@ -257,7 +242,7 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
     def refuse(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    put(record_triton=refuse)
+    put(kernels, record_triton=refuse)
     record()
     record()
     said = capsys.readouterr().err
@@ -268,24 +253,24 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced(
 
 
 def test_where_torch_is_wrong_too_nothing_is_recorded(checked: list[Variant], put: Put) -> None:
-    put(**dict.fromkeys(("record_triton", "record_torch"), lambda tape, ids, weights: None))
+    put(
+        kernels, **dict.fromkeys(("record_triton", "record_torch"), lambda tape, ids, weights: None)
+    )
     with pytest.raises(MoeInspectError, match=r"record on cpu: the kernel gives a wrong result: "):
         record()
     with pytest.raises(MoeInspectError, match="and torch instead gives a wrong result"):
         record()  # and again: it was not taken for checked
 
 
-def test_doctor_shows_what_is_wrong(
-    checked: list[Variant], put: Put, monkeypatch: pytest.MonkeyPatch, cli_here: Cli
-) -> None:
+def test_doctor_shows_what_is_wrong(checked: list[Variant], put: Put, cli_here: Cli) -> None:
     facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
-    monkeypatch.setattr("moe_inspect.doctor.costs.SHAPES", ((8, 2),))
-    right = list(selfchecks_of(CPU))
+    put(costs, SHAPES=((8, 2),))
+    right = list(costs.selfchecks_of(CPU))
     assert [(row["kernel"], row["wrong"]) for row in right] == [
         ("record", None), ("dispatch", None), ("combine", None)
     ]  # fmt: skip
-    put(dispatch_triton=lambda *a, **_: kernels.dispatch_torch(*a[:3]))
-    rows = list(selfchecks_of(CPU))
+    put(kernels, dispatch_triton=lambda *a, **_: kernels.dispatch_torch(*a[:3]))
+    rows = list(costs.selfchecks_of(CPU))
     shown = page({**facts, "selfcheck": rows})
     assert "record                      right (2 variants in " in shown
     assert "dispatch                    WRONG: torch runs instead (3 variants in " in shown
