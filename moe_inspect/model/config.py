@@ -175,11 +175,8 @@ def _config_file(model: str) -> tuple[Path, Path | None]:
         raise MoeInspectError(
             f"no config.json in {path}: give a model's directory or its config.json"
         )
-    if (
-        len(path.parts) not in (1, 2)
-        or model.startswith((".", "/", "~"))
-        or model.endswith(".json")
-    ):
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".json")
+    if is_path or len(path.parts) not in (1, 2):
         raise MoeInspectError(
             f"no config at {model}: give a config.json, a model's directory or a hub id"
         )
@@ -217,24 +214,18 @@ def _from_hub(model: str) -> tuple[Path, Path | None]:
 
 def _sparse_layers(config: Config, layers: int, where: object) -> list[int]:
     """Block indices with a router. Each rule that the config states narrows them down."""
-    every = range(layers)
-    sparse = set(every)
+    sparse = set(range(layers))
     for key, rule in families.ROUTING_BLOCKS.items():
         if (value := config.get(key)) is None:
             continue
         try:
-            sparse &= {i for i in every if rule(config, value, i)}
+            sparse &= {i for i in range(layers) if rule(config, value, i)}
         except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
-            raise MoeInspectError(
-                f"{where}: {key} is {str(value)[:60]!r}, which does not say which layers have "
-                "experts"
-            ) from None
+            said = f"{where}: {key} is {str(value)[:60]!r}, which does not say which layers have"
+            raise MoeInspectError(f"{said} experts") from None
     if config.get("enable_moe_block") is False or not sparse:
         raise MoeInspectError(f"{where} describes a dense model: no layer has experts")
     return sorted(sparse)
-
-
-# --- keys
 
 
 def _stated(config: Config, keys: tuple[str, ...]) -> object:
@@ -268,7 +259,7 @@ def expert_bytes(trace: Trace, router: int) -> float | None:
     stack = trace.routers[router].stack
     width = _size(config, *([f"{stack}_ffn_dim"] if stack else []), *families.EXPERT_WIDTH)
     hidden, size = _size(config, *HIDDEN), _element_bytes(trace)
-    matrices = 3 if families.family_of(config).gated else 2
+    matrices = 2 if config.get("model_type") in families.UNGATED else 3
     return matrices * hidden * width * size if hidden and width and size else None
 
 

@@ -1,6 +1,6 @@
 """What differs between families of Mixture-of-Experts models, as data.
 
-`FAMILIES` has an entry for each family that needs one. Most need none: on transformers' experts
+`ADAPTERS` has an entry for each family that needs one. Most need none: on transformers' experts
 interface, or with the same call, a router's choice is an argument of its experts module, and the
 config states sizes under names that are listed here. To support a family that differs, add an
 entry (or a name to a list of names); nothing else is edited.
@@ -11,8 +11,8 @@ T tokens, K slots, E experts. Imports no torch: configs are read without it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from moe_inspect.model import choices
@@ -138,135 +138,77 @@ class Adapter:
     fixed: str = ""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a family does differently.
+# --- the families
 
-    adapters    class of a module → how the router's choice is read there
-    not_routed  classes named *Experts that are not called with a router's choice
-    gated       an expert has a gate projection: three matrices, without it two
-    beyond      class of a router → how many logits it has behind those of its routed experts (of
-                identity experts, of shared ones, of skipping them)
-    """
-
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    not_routed: tuple[str, ...] = ()
-    gated: bool = True
-    beyond: Mapping[str, Callable[[Called], int]] = field(default_factory=dict)
-
-
-# --- the families, by transformers' model_type
-
-_NLLB_NOTE = (
-    "this release of transformers runs experts 1 and 0 whatever NLLB's routers choose (its experts "
-    "take the mask of the first choices for ids): the trace says what ran"
-)
-
-FAMILIES: dict[str, Family] = {
-    "aria_text": Family(
-        {
-            "AriaExperts": Adapter(
-                choices.aria,
-                at_call=True,
-                experts=lambda m: m.config.moe_num_experts,
-                applies=lambda m: not hasattr(m, "gate_up_proj"),
-                replace=choices.replace_aria,
-            )
-        }
+# class of a module → how the router's choice is read there
+ADAPTERS: dict[str, Adapter] = {
+    "AriaExperts": Adapter(
+        choices.aria,
+        at_call=True,
+        experts=lambda m: m.config.moe_num_experts,
+        applies=lambda m: not hasattr(m, "gate_up_proj"),
+        replace=choices.replace_aria,
     ),
-    "doge": Family(
-        {
-            "DogeCDMoE": Adapter(
-                choices.doge,
-                alone=True,
-                parameters=("down_embed", "up_embed"),
-                replace=choices.replace_doge,
-                among=choices.doge,
-            )
-        }
+    "DogeCDMoE": Adapter(
+        choices.doge,
+        alone=True,
+        parameters=("down_embed", "up_embed"),
+        replace=choices.replace_doge,
+        among=choices.doge,
     ),
-    "gpt_oss": Family(
-        # in MXFP4; up to transformers 5.17 the module is called with what the method takes
-        {
-            "Mxfp4GptOssExperts": Adapter(
-                choices.mxfp4,
-                at_call=True,
-                method="forward_routed",
-                block_logits=1,
-                fixed="its fused MXFP4 kernels take no other choice than their router's: load the "
-                "model with Mxfp4Config(dequantize=True)",
-            )
-        }
+    "JetMoeTopKGating": Adapter(choices.jetmoe, logits_index=4, replace=choices.replace_jetmoe),
+    "Llama4Router": Adapter(choices.llama4, logits_index=1, replace=choices.replace_llama4),
+    # ids beyond the routed experts are identity experts': they compute nothing
+    "LongcatFlashExperts": Adapter(
+        choices.called_with,
+        at_call=True,
+        experts=lambda m: m.num_routed_experts,
+        replace=choices.replace_longcat,
     ),
-    "inkling": Family(
-        not_routed=("InklingSharedExperts",),
-        beyond={"InklingTopkRouter": lambda m: m.n_shared_experts},
+    # up to transformers 5.17 the module is called with what the method takes
+    "Mxfp4GptOssExperts": Adapter(
+        choices.mxfp4,
+        at_call=True,
+        method="forward_routed",
+        block_logits=1,
+        fixed="its fused MXFP4 kernels take no other choice than their router's: load the model "
+        "with Mxfp4Config(dequantize=True)",
     ),
-    "jetmoe": Family(
-        {
-            "JetMoeTopKGating": Adapter(
-                choices.jetmoe, logits_index=4, replace=choices.replace_jetmoe
-            )
-        },
-        not_routed=("JetMoeParallelExperts",),
+    "NllbMoeExperts": Adapter(
+        choices.nllb,
+        at_call=True,
+        # its routers take the padding mask of some attentions the wrong way round, and count
+        # capacity over a batch
+        alone=True,
+        top_k=2,
+        note="this release of transformers runs experts 1 and 0 whatever NLLB's routers choose "
+        "(its experts take the mask of the first choices for ids): the trace says what ran",
+        replace=choices.replace_nllb,
+        # by the policy "random" a second expert may be left out
+        drops=lambda router: router.second_expert_policy != "random",
+        by_logits=False,
     ),
-    "llama4": Family(
-        {"Llama4Router": Adapter(choices.llama4, logits_index=1, replace=choices.replace_llama4)},
-        not_routed=("Llama4TextExperts",),
+    "SwitchTransformersExperts": Adapter(
+        choices.switch,
+        at_call=True,
+        top_k=1,
+        replace=choices.replace_switch,
+        drops=lambda router: True,
+        dropped=choices.switch_dropped,
     ),
-    "longcat_flash": Family(
-        # ids beyond the routed experts are identity experts': they compute nothing
-        {
-            "LongcatFlashExperts": Adapter(
-                choices.called_with,
-                at_call=True,
-                experts=lambda m: m.num_routed_experts,
-                replace=choices.replace_longcat,
-            )
-        },
-        beyond={"LongcatFlashTopkRouter": lambda m: m.n_routed_experts - m.num_experts},
-    ),
-    "nemotron_h": Family(gated=False),
-    "nllb-moe": Family(
-        {
-            "NllbMoeExperts": Adapter(
-                choices.nllb,
-                at_call=True,
-                # its routers take the padding mask of some attentions the wrong way round, and
-                # count capacity over a batch
-                alone=True,
-                top_k=2,
-                note=_NLLB_NOTE,
-                replace=choices.replace_nllb,
-                # by the policy "random" a second expert may be left out
-                drops=lambda router: router.second_expert_policy != "random",
-                by_logits=False,
-            )
-        },
-        gated=False,
-    ),
-    "switch_transformers": Family(
-        {
-            "SwitchTransformersExperts": Adapter(
-                choices.switch,
-                at_call=True,
-                top_k=1,
-                replace=choices.replace_switch,
-                drops=lambda router: True,
-                dropped=choices.switch_dropped,
-            )
-        },
-        gated=False,
-    ),
-    "zaya": Family(
-        {"ZayaExperts": Adapter(choices.zaya, at_call=True)}, beyond={"ZayaRouter": lambda m: 1}
-    ),
+    "ZayaExperts": Adapter(choices.zaya, at_call=True),
 }
-
-
-ADAPTERS = {name: a for family in FAMILIES.values() for name, a in family.adapters.items()}
-NOT_ROUTED = {name for family in FAMILIES.values() for name in family.not_routed}
-BEYOND = {name: f for family in FAMILIES.values() for name, f in family.beyond.items()}
+# classes named *Experts that are not called with a router's choice
+NOT_ROUTED = {"InklingSharedExperts", "JetMoeParallelExperts", "Llama4TextExperts"}
+# class of a router → how many logits it has behind those of its routed experts (of identity
+# experts, of shared ones, of skipping them)
+BEYOND: dict[str, Callable[[Called], int]] = {
+    "InklingTopkRouter": lambda m: m.n_shared_experts,
+    "LongcatFlashTopkRouter": lambda m: m.n_routed_experts - m.num_experts,
+    "ZayaRouter": lambda m: 1,
+}
+# model_type of those whose experts have no gate projection: two matrices, with it three
+UNGATED = ("nemotron_h", "nllb-moe", "switch_transformers")
 
 
 def stated_size(owners: Iterable[object], names: Iterable[str]) -> int | None:
@@ -277,11 +219,6 @@ def stated_size(owners: Iterable[object], names: Iterable[str]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def family_of(config: Mapping[str, object]) -> Family:
-    """The family of a language model's config, by its model_type."""
-    return FAMILIES.get(str(config.get("model_type")), Family())
 
 
 def language_config(config: Config) -> Config:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import INSTALL_TRACE, MoeInspectError
 from moe_inspect.model import gguf
 from moe_inspect.model.config import Config, read_config
@@ -28,11 +29,7 @@ if TYPE_CHECKING:
 
 def model_location(name: str) -> str:
     """What transformers loads: for "demo" the bundled model, else `name` itself."""
-    if name != "demo":
-        return name
-    from moe_inspect.demo import MODEL_DIR
-
-    return str(MODEL_DIR)
+    return str(MODEL_DIR) if name == "demo" else name
 
 
 @contextmanager
@@ -47,7 +44,8 @@ def blamed(said: str) -> Iterator[None]:
 HOW_TO_NAME = "give a directory, a hub id that is cached or can be reached, or demo"
 
 
-def _not_loaded(what: str, name: str, error: BaseException, way_out: str) -> MoeInspectError:
+def _not_loaded(what: str, name: str, error: Exception, misnamed: bool = True) -> MoeInspectError:
+    way_out = f": {HOW_TO_NAME}" if misnamed else ""
     return MoeInspectError(f"cannot load {what} {name!r}: {first_line(error).rstrip('.')}{way_out}")
 
 
@@ -66,7 +64,7 @@ def refuse_unless_found(name: str, revision: str | None = None) -> None:
     try:
         cached = _cached_config(location, revision)
     except HFValidationError as error:
-        raise _not_loaded("model", name, error, f": {HOW_TO_NAME}") from error
+        raise _not_loaded("model", name, error) from error
     if constants.HF_HUB_OFFLINE and cached is None:
         raise MoeInspectError(
             f"cannot load model {name!r}: there is no such directory, it is not in the cache, "
@@ -89,7 +87,7 @@ def checkpoint_dir(name: str, revision: str | None = None) -> Path:
         files = snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
     # the hub's client raises anything, which is the user's: a wrong name, no network, no access
     except Exception as error:
-        raise _not_loaded("the weights of", name, error, f": {HOW_TO_NAME}") from error
+        raise _not_loaded("the weights of", name, error) from error
     return Path(files)
 
 
@@ -128,8 +126,7 @@ def load_config(
                 f"model {name!r} needs to run code from its own repository: review it, then "
                 "give --trust-remote-code"
             ) from None
-        way_out = "" if Path(location).exists() else f": {HOW_TO_NAME}"
-        raise _not_loaded("model", name, error, way_out) from error
+        raise _not_loaded("model", name, error, not Path(location).exists()) from error
 
 
 def of_the_text_model(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -146,12 +143,9 @@ def commit_of(name: str, revision: str | None) -> str | None:
 
 def _pretrained(name: str) -> tuple[str, dict[str, str]]:
     """What from_pretrained of transformers takes for a model."""
-    place = Path(name)
-    return (
-        (str(place.parent), {"gguf_file": place.name})
-        if is_gguf(name)
-        else (model_location(name), {})
-    )
+    if is_gguf(name):
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    return model_location(name), {}
 
 
 def _cached_config(location: str, revision: str | None) -> Path | None:
@@ -197,20 +191,16 @@ def auto_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Cal
 
     # by code of the model's own
     brought = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-    able = [
-        name
-        for name, mapping in AUTO_CLASSES.items()
-        if name in brought or type(config) in getattr(transformers, mapping)
-    ]
+    known = {name for name, of in AUTO_CLASSES.items() if type(config) in getattr(transformers, of)}
+    able = [name for name in AUTO_CLASSES if name in brought or name in known]
     if not able:
         raise MoeInspectError(
             f"transformers {transformers.__version__} has no language model for model_type "
             f"{config.model_type!r}"
         )
     classifies = str((config.architectures or [""])[0]).endswith("ForTokenClassification")
-    encodes = getattr(config, "is_encoder_decoder", False)
     preferred = ["AutoModelForTokenClassification"] if classifies else []
-    preferred += ["AutoModelForSeq2SeqLM"] if encodes else []
+    preferred += ["AutoModelForSeq2SeqLM"] if getattr(config, "is_encoder_decoder", False) else []
     return getattr(transformers, next(name for name in [*preferred, *able] if name in able))
 
 
@@ -234,9 +224,8 @@ def load_model(
     if device_map is not None and (device != "auto" or random_init is not None):
         raise MoeInspectError("--device-map cannot be combined with --device or --random-init")
     if device_map is not None and find_spec("accelerate") is None:
-        raise MoeInspectError(
-            "a device map needs accelerate: pip install 'moe-inspect[accelerate]'"
-        )
+        said = "a device map needs accelerate: pip install 'moe-inspect[accelerate]'"
+        raise MoeInspectError(said)
     try:
         torch.ones(1, device=target).item()
     # torch asserts where it was built without that device
@@ -269,10 +258,8 @@ def load_model(
             del model.config.quantization_config  # its weights are not quantised any more
     # transformers would initialise them at random, and the trace would be meaningless
     if missing := set(loaded["missing_keys"]):
-        raise MoeInspectError(
-            f"the weights of {name!r} lack {len(missing)} parameters (first: {min(missing)}): not "
-            "traced"
-        )
+        lacking = f"{len(missing)} parameters (first: {min(missing)})"
+        raise MoeInspectError(f"the weights of {name!r} lack {lacking}: not traced")
     return (model if device_map is not None else model.to(target)).eval()
 
 
@@ -284,9 +271,7 @@ def quantization_of(config: object) -> Config:
 
 def stored_quantization(name: str, config: object) -> Config:
     """How a model's weights are quantised where they are stored; empty where they are not."""
-    if is_gguf(name):
-        return gguf.quantization(Path(name))
-    return quantization_of(config)
+    return gguf.quantization(Path(name)) if is_gguf(name) else quantization_of(config)
 
 
 def dequantizing(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -298,10 +283,8 @@ def dequantizing(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
         raise MoeInspectError(f"{name!r} is not quantised: drop --dequantize")
     made = AutoQuantizationConfig.from_dict({**stated, "dequantize": True})
     if not getattr(made, "dequantize", False):
-        raise MoeInspectError(
-            f"transformers cannot dequantise {stated.get('quant_method')} weights while it reads "
-            "them: drop --dequantize"
-        )
+        weights = f"{stated.get('quant_method')} weights while it reads them"
+        raise MoeInspectError(f"transformers cannot dequantise {weights}: drop --dequantize")
     config = copy.deepcopy(config)
     config.quantization_config = {**stated, "dequantize": True}
     return config
@@ -328,10 +311,7 @@ def config_record(config: Called) -> Config:
     if hasattr(config, "to_json_string"):
         stated = json.loads(config.to_json_string(use_diff=False))
         return {k: v for k, v in stated.items() if k != "_name_or_path"}
-    if isinstance(config, Mapping):
-        stated = config
-    elif is_dataclass(config):
+    stated = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    if is_dataclass(config) and not isinstance(config, Mapping):
         stated = {f.name: getattr(config, f.name, None) for f in fields(config)}
-    else:
-        stated = getattr(config, "__dict__", {})
     return {str(k): v for k, v in stated.items() if isinstance(v, str | int | float | bool)}
