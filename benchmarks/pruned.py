@@ -17,10 +17,11 @@ import transformers
 from moe_inspect import MoeInspectError, intervene
 from moe_inspect.analysis.scores import lowest, random_scores
 from moe_inspect.interventions.pruning import checkpoint
-from moe_inspect.interventions.pruning.run import check, config_of
+from moe_inspect.interventions.pruning.run import check
 from moe_inspect.interventions.rules import beyond
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
+from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import top_k_of
 from tests import zoo
 from tests.test_intervene import with_experts
@@ -37,7 +38,7 @@ def compared(family: str, folder: Path) -> tuple[float, float, float]:
     model, inputs = kind.from_pretrained(folder / "whole").eval(), zoo.inputs(family, [9, 5])
     sites = find_routers(model)
     check(model, sites, KEEP, max(top_k_of(site, model) for site in sites))
-    groups, _, _ = groups_of(config_of(model))
+    groups, _, _ = groups_of(config_record(model.config))
     gone = lowest(random_scores([site.experts for site in sites], 0), KEEP, groups)
     drop: Any = {site.layer: experts for site, experts in zip(sites, gone, strict=True)}
     whole = zoo.outputs(model, inputs)

@@ -10,8 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +26,7 @@ from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.doctor.page import Facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
@@ -47,11 +47,9 @@ MOST_STEPS = 64
 PROMPT = 16  # positions before the first decoded one
 
 Step = Callable[[], object]
-Facts = dict[str, Any]  # plain JSON values
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """`start` prepares and returns what runs a forward pass of `tokens` tokens."""
 
     name: str
@@ -113,7 +111,7 @@ def timed(
 ) -> dict[str, Seconds]:
     """ "untraced", and each capture → time per forward pass: the least of ROUNDS, in turn. Not in
     it is what is written when a trace is closed. On a CPU one thread computes."""
-    found: dict[str, list[Seconds]] = {name: [] for name in ("untraced", *captures)}
+    found = {name: list[Seconds]() for name in ("untraced", *captures)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads spin, and count as CPU time
     try:
@@ -164,14 +162,11 @@ def _elapsed(call: Callable[[], object]) -> Seconds:
 
 @contextmanager
 def _recording(network: PreTrainedModel, capture: str) -> Iterator[None]:
-    if capture == "untraced":
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as recording:
+        if (options := CAPTURES.get(capture)) is not None:  # of "untraced" there are none
+            path = None if options.counts_only else Path(scratch) / "trace"
+            recording.enter_context(Recorder(network, path, options))
         yield
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        options = CAPTURES[capture]
-        path = None if options.counts_only else Path(scratch) / "trace"
-        with Recorder(network, path, options):
-            yield
 
 
 def examined(
@@ -235,11 +230,8 @@ def speed_of(network: PreTrainedModel, phase: Phase, captures: Sequence[str]) ->
     except MoeInspectError as error:
         return {**shape, "not_measured": str(error)}
     seconds = {name: of._asdict() for name, of in found.items()}
-    untraced = found.pop("untraced")
-    ratios = {
-        name: {"wall": untraced.wall / of.wall, "cpu": untraced.cpu / of.cpu}
-        for name, of in found.items()
-    }
+    wall, cpu = found.pop("untraced")
+    ratios = {name: {"wall": wall / of.wall, "cpu": cpu / of.cpu} for name, of in found.items()}
     return {**shape, "seconds": seconds, "traced_over_untraced": ratios}
 
 

@@ -48,8 +48,8 @@ def examine(
         "versions": {"python": platform.python_version()} | {p: version_of(p) for p in PACKAGES},
         "system": system(),
         "directory": disk(directory, measure),
-        "devices": devices() if missing is None else [],
-        "captures": captures(missing),
+        "devices": list(devices()) if missing is None else [],
+        "captures": list(captures(missing)),
     }
     if missing is not None:
         return facts
@@ -75,46 +75,49 @@ def missing_for_capture() -> str | None:
     return None
 
 
-def devices() -> list[Facts]:
+def devices() -> Iterator[Facts]:
     """The CPU, then each GPU."""
     import torch
 
     from moe_inspect.capture.hook.selfcheck import driver_version
 
-    found: list[Facts] = [{"device": "cpu", "threads": torch.get_num_threads()}]
+    yield {"device": "cpu", "threads": torch.get_num_threads()}
     for n in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(n)
-        found.append(
-            {
-                "device": f"cuda:{n}",
-                "name": of.name,
-                "memory_bytes": of.total_memory,
-                "architecture": getattr(of, "gcnArchName", "") or f"sm_{of.major}{of.minor}",
-                "multiprocessors": of.multi_processor_count,
-                "driver": driver_version(),
-            }
-        )
-    return found
+        yield {
+            "device": f"cuda:{n}",
+            "name": of.name,
+            "memory_bytes": of.total_memory,
+            "architecture": getattr(of, "gcnArchName", "") or f"sm_{of.major}{of.minor}",
+            "multiprocessors": of.multi_processor_count,
+            "driver": driver_version(),
+        }
 
 
-def captures(missing: str | None) -> list[Facts]:
+def captures(missing: str | None) -> Iterator[Facts]:
     """What can be recorded here, why not or how. `missing`: a package that recording needs."""
-    return [dict(zip(("capture", "possible", "note"), row, strict=True)) for row in _rows(missing)]
 
+    def row(capture: str, possible: bool, note: str) -> Facts:
+        return {"capture": capture, "possible": possible, "note": note}
 
-def _rows(missing: str | None) -> Iterator[tuple[str, bool, str]]:
+    def needing(capture: str, package: str, extra: str = "trace") -> Facts:
+        found = find_spec(package) is not None
+        how = f"{package} is not installed: pip install 'moe-inspect[{extra}]'"
+        return row(capture, found, "" if found else how)
+
     if missing is not None:
-        yield "tap, dispatch, counts only", False, f"{missing} is not installed: {INSTALL_TRACE}"
+        none = f"{missing} is not installed: {INSTALL_TRACE}"
+        yield row("tap, dispatch, counts only", False, none)
     else:
-        yield "tap", True, "the calls of a model's own experts"
-        yield "dispatch", True, "instead of grouped_mm; auto takes it on a GPU only"
-        yield "counts only", True, "sums kept on the model's device"
+        yield row("tap", True, "the calls of a model's own experts")
+        yield row("dispatch", True, "instead of grouped_mm; auto takes it on a GPU only")
+        yield row("counts only", True, "sums kept on the model's device")
         why = _why_no_kernels()
-        yield "Triton kernels", not why, why or "they record on the GPU"
-        yield _needing("a model over several GPUs", "accelerate", "moe-inspect[accelerate]")
-        yield _needing("vLLM and SGLang servers", "httpx", "moe-inspect[trace]")
-    yield _needing("text from hf://, s3://, …", "fsspec", "moe-inspect[trace]")
-    yield "reports and simulations", True, "of traces from anywhere; without torch"
+        yield row("Triton kernels", not why, why or "they record on the GPU")
+        yield needing("a model over several GPUs", "accelerate", "accelerate")
+        yield needing("vLLM and SGLang servers", "httpx")
+    yield needing("text from hf://, s3://, …", "fsspec")
+    yield row("reports and simulations", True, "of traces from anywhere; without torch")
 
 
 def _why_no_kernels() -> str:
@@ -128,12 +131,6 @@ def _why_no_kernels() -> str:
     if built is None:
         return "this build of torch is for CPUs only"
     return f"torch, built for {'CUDA' if torch.version.cuda else 'ROCm'} {built}, finds no GPU"
-
-
-def _needing(name: str, package: str, extra: str) -> tuple[str, bool, str]:
-    if find_spec(package) is not None:
-        return name, True, ""
-    return name, False, f"{package} is not installed: pip install '{extra}'"
 
 
 def version_of(package: str) -> str | None:
@@ -163,16 +160,12 @@ def disk(directory: Path, measure: bool = True) -> Facts:
     resolved = directory.resolve()
     mounts = [line.split(" ")[1:3] for line in _text("/proc/mounts").splitlines()]
     # the mount with the longest path that holds the directory
-    holding = [
-        (len(point), kind)
-        for point, kind in mounts
-        if resolved.is_relative_to(point.replace("\\040", " "))
-    ]
+    holding = [m for m in mounts if resolved.is_relative_to(m[0].replace("\\040", " "))]
     with writing(directory):
         free = shutil.disk_usage(directory).free
         speed = _write_speed(directory, min(WRITE_BYTES, free // 4)) if measure else None
     return {
-        "filesystem": max(holding, key=lambda mount: mount[0])[1] if holding else None,
+        "filesystem": max(holding, key=lambda mount: len(mount[0]))[1] if holding else None,
         "free_bytes": free,
         "write_bytes_per_s": speed,
     }
@@ -205,21 +198,22 @@ NAME = 28  # width of the names' column
 
 def page(facts: Facts) -> str:
     """Plain text of at most 100 columns, to be pasted into a bug report."""
-    sections: list[tuple[str, Iterable[Line]]] = [
-        ("versions", ((name, found or "–") for name, found in facts["versions"].items())),
-        ("machine", _machine(facts)),
-        ("what can be recorded", map(_capture, facts["captures"])),
-    ]
-    if "selfcheck" in facts:
-        sections.append(("self-check of the Triton kernels", _selfcheck(facts["selfcheck"])))
-    if "costs" in facts:
-        sections.append(("what recording costs the host", _costs(facts["costs"])))
-    if "model" in facts:
-        sections += _model(facts["model"])
     blocks = [f"moe-inspect doctor, {facts['date']}"]
-    for title, lines in sections:
+    for title, lines in _sections(facts):
         blocks.append("\n".join([title, *(f"  {name:<{NAME}}{value}" for name, value in lines)]))
     return "\n\n".join(blocks)
+
+
+def _sections(facts: Facts) -> Iterator[tuple[str, Iterable[Line]]]:
+    yield "versions", ((name, found or "–") for name, found in facts["versions"].items())
+    yield "machine", _machine(facts)
+    yield "what can be recorded", map(_capture, facts["captures"])
+    if "selfcheck" in facts:
+        yield "self-check of the Triton kernels", _selfcheck(facts["selfcheck"])
+    if "costs" in facts:
+        yield "what recording costs the host", _costs(facts["costs"])
+    if "model" in facts:
+        yield from _model(facts["model"])
 
 
 def _machine(facts: Facts) -> Iterator[Line]:
@@ -301,10 +295,9 @@ def _speed(row: Facts, clock: str) -> Line:
 
 
 def _bytes(count: float) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 2**20:.0f} MiB"
+    if count < 2**30:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**40:.1f} TiB" if count >= 2**40 else f"{count / 2**30:.1f} GiB"
 
 
 def _rate(per_s: float) -> str:

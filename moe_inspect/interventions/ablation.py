@@ -187,13 +187,9 @@ def pairs(
         raise MoeInspectError(
             f"no expert {max(experts)}: this model has {most} in a layer (0 to {most - 1})"
         )
-    return [
-        (r, e)
-        for r, site in enumerate(sites)
-        if site.path in wanted
-        for e in (range(site.experts) if experts is None else sorted(set(experts)))
-        if e < site.experts
-    ]
+    numbers = range(most) if experts is None else sorted(set(experts))
+    of = ((r, site.experts) for r, site in enumerate(sites) if site.path in wanted)
+    return [(r, e) for r, E in of for e in numbers if e < E]
 
 
 def measure(
@@ -205,12 +201,9 @@ def measure(
 ) -> tuple[list[int], int]:
     """Measures batches without each of the (router, expert) `asked`, up to `most_passes`. Returns
     those that were measured with every expert, and the forward passes of this run."""
-    sites = held_out.sites
+    sites, every = held_out.sites, range(len(held_out.batches))
     below = Below(held_out.network, [sites[r] for r in sorted({r for r, _ in asked})])
-    left = {
-        b: [pair for pair in sorted(asked) if (b, *pair) not in losses]
-        for b in range(len(held_out.batches))
-    }
+    left = {b: [pair for pair in sorted(asked) if (b, *pair) not in losses] for b in every}
     total = sum(len(pairs) + 1 for pairs in left.values() if pairs)
     batches, passes = list[int](), 0
     for b, pairs in left.items():
@@ -249,8 +242,8 @@ class Below:
         self._block_of = {path: int(at[1]) for path, at in found.items() if at is not None}
         lists = {path[: at.start(1) - 1] for path, at in found.items() if at is not None}
         blocks = network.get_submodule(lists.pop()) if len(lists) == 1 else None
-        self.usable = isinstance(blocks, ModuleList) and self._block_of.keys() == found.keys()
         self._blocks = list(blocks) if isinstance(blocks, ModuleList) else []
+        self.usable = bool(self._blocks) and self._block_of.keys() == found.keys()
         self._outputs: dict[int, Tensor] = {}
 
     @contextmanager

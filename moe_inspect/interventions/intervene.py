@@ -104,10 +104,9 @@ class Intervention:
         names = [name for name, value in given.items() if value is not None]
         if not names:
             raise MoeInspectError("intervene does nothing: give it drop, force, replay or shuffle")
-        if len(names) > 1 and set(names) != {"drop", "force"}:
-            raise MoeInspectError(
-                f"{names[0]} and {names[1]} contradict each other: give one of them"
-            )
+        if len(names) > 1 and names != ["drop", "force"]:
+            both = f"{names[0]} and {names[1]}"
+            raise MoeInspectError(f"{both} contradict each other: give one of them")
         self.drop = _by_site(self.sites, drop or {}, "drop")
         self.force = _by_site(self.sites, force or {}, "force")
         self.shuffle, self._of_rows = shuffle, replay is not None or shuffle is not None
@@ -202,10 +201,9 @@ class Intervention:
         among the rest, only what was changed afterwards is counted."""
         import pandas as pd
 
-        done = zip(self.sites, self.done, strict=True)
         return pd.DataFrame(
-            {"layer": site.layer, "router": r, "name": site.path, **asdict(of)}
-            for r, (site, of) in enumerate(done)
+            {"layer": site.layer, "router": r, "name": site.path, **asdict(self.done[r])}
+            for r, site in enumerate(self.sites)
         )
 
     # --- called by the attachment around a forward pass
@@ -302,7 +300,6 @@ class Intervention:
             )
         own_T1 = (token_T < 0).unsqueeze(1).to(device)
         wanted_TK = torch.where(own_T1, ids_TK, wanted_TK.to(device))
-        given_TK = given_TK.to(device) if given_TK is not None else None
         return rules.replayed(ids_TK, weights_TK, wanted_TK, given_TK, site.experts)
 
 
@@ -331,10 +328,8 @@ class _Attachment(Attachment):
                 self._mask_logits(router, of.dropped[r])
         else:
             of.done[r].how = "forced" if r in of.force else "replayed" if of.replay else "shuffled"
-        at_call = site.adapter is None or site.adapter.at_call
-        register = (
-            site.module.register_forward_pre_hook if at_call else site.module.register_forward_hook
-        )
+        at_call, module = site.adapter is None or site.adapter.at_call, site.module
+        register = module.register_forward_pre_hook if at_call else module.register_forward_hook
         self._keep(register(functools.partial(self._instead, r), with_kwargs=True, prepend=True))
 
     def _mask_logits(self, router: torch.nn.Module, dropped_E: Tensor) -> None:

@@ -90,12 +90,11 @@ def _counterparts(trace: Trace, sites: Sequence[Site]) -> dict[tuple[int, int], 
             found[r, time], time = by_path[path], time + 1
             path = f"{site.path} (run {time + 1})"
     if not found:
-        left = defaultdict[int, list[int]](list)
-        for r, site in enumerate(sites):
-            left[site.layer].append(r)
+        left = [(site.layer, r) for r, site in enumerate(sites)]
         for n, router in enumerate(trace.routers):
-            if left[router.layer]:
-                found[left[router.layer].pop(0), 0] = n
+            if first := next((at for at in left if at[0] == router.layer), None):
+                left.remove(first)
+                found[first[1], 0] = n
     site_of = {n: sites[r] for (r, _), n in found.items()}
     for n, router in enumerate(trace.routers):
         site = site_of.get(n)

@@ -30,9 +30,8 @@ def logits_seen(site: Site) -> Module | None:
     that they can be masked; None where there is none."""
     module = site.logits_module
     # a table of token ids chooses, and logits only weigh (the hashed layers of DeepSeek-V4)
-    if module is not None and any(
-        b.dim() == 2 and not b.dtype.is_floating_point for b in module.buffers()
-    ):
+    tables = (b for b in (module.buffers() if module is not None else ()) if b.dim() == 2)
+    if any(not b.dtype.is_floating_point for b in tables):
         return None
     if module is None and site.told and site.adapter is not None and not site.adapter.at_call:
         module = site.module
@@ -218,11 +217,11 @@ def replaced(
     """(args, kwargs) of a call that is read before it runs, else its output, with the choice `new`
     instead of `own`. MoeInspectError where the site does not show how."""
     call = Call(site.module, args, kwargs, output)
-    at_call = site.adapter is None or site.adapter.at_call
     if site.adapter is not None and site.adapter.replace is not None:
         return site.adapter.replace(call, *new)
-    several = isinstance(output, tuple | list)
-    values = call.values if at_call else [*output] if several else [output]
+    at_call = site.adapter is None or site.adapter.at_call
+    outputs = [*output] if isinstance(output, tuple | list) else [output]
+    values = call.values if at_call else outputs
     ids_TK, weights_TK = new
     nowhere = ids_TK < 0  # which experts take as expert 0 with weight 0
     new = ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0)
@@ -256,11 +255,8 @@ def _with_tensors(values: list[Called], own: Choice, new: Choice) -> list[Called
         next((n for n, v in tensors.items() if is_same(v, part)), None) for part in own
     )
     if of_ids is None:  # an adapter marks the slots that go nowhere in a copy of the ids
-        like = [
-            n
-            for n, v in tensors.items()
-            if v.shape == own[0].shape and not v.is_floating_point() and v.element_size() > 1
-        ]
+        like = [n for n, v in tensors.items() if v.shape == own[0].shape and v.element_size() > 1]
+        like = [n for n in like if not tensors[n].is_floating_point()]
         of_ids = like[0] if len(like) == 1 else None
     if of_ids is None or of_weights is None:
         return None
@@ -273,8 +269,7 @@ def _with_tensors(values: list[Called], own: Choice, new: Choice) -> list[Called
 def _with_map(
     values: list[Called], E: int, ids_TK: Tensor, weights_TK: Tensor
 ) -> list[Called] | None:
-    """`values` with a bool map of the experts chosen [..., E] and their weights [..., E]
-    replaced."""
+    """The same of a bool map of the experts chosen [..., E] and their weights [..., E]."""
     of_E = {n: v for n, v in enumerate(values) if isinstance(v, Tensor) and v.shape[-1:] == (E,)}
     of_E = {n: v for n, v in of_E.items() if v.dim() > 1}
     maps = [n for n, v in of_E.items() if v.dtype == torch.bool]

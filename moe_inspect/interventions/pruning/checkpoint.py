@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,8 +63,7 @@ class Pruned:
         return self.experts - len(next(iter(self.drop.values())))
 
     def kept(self, layer: int) -> list[int]:
-        gone = set(self.drop[layer])
-        return [e for e in range(self.experts) if e not in gone]
+        return sorted({*range(self.experts)} - {*self.drop[layer]})
 
 
 def directory_of(model: str, revision: str | None) -> Path:
@@ -223,14 +221,13 @@ def _weights_in(file: Path) -> Iterator[safe_open]:
 def _pruned_stack(of_experts: set[tuple[str, int]], pruned: Pruned, source: Path) -> str:
     """The stack of blocks that has experts in all layers where some go. Others, as of a talker
     beside the model that reads, stay as they are. `of_experts`: stack and layer of tensors."""
-    layers = defaultdict[str, set[int]](set)
-    for stack, layer in sorted(of_experts):
-        layers[stack].add(layer)
-    able = sorted(stack for stack, of in layers.items() if of >= set(pruned.drop))
+    stacks, drop = sorted({stack for stack, _ in of_experts}), set(pruned.drop)
+    missing = {s: {layer for layer in drop if (s, layer) not in of_experts} for s in stacks}
+    able = [stack for stack in stacks if not missing[stack]]
     if not able:
-        missing = [set(pruned.drop) - of for of in layers.values()] or [set(pruned.drop)]
+        lacking = min(missing.values(), key=len, default=drop)
         raise MoeInspectError(
-            f"no tensors of experts are known by name in layer {min(min(missing, key=len))} of "
+            f"no tensors of experts are known by name in layer {min(lacking)} of "
             f"{source}: not pruned"
         )
     if len(able) > 1:

@@ -85,9 +85,7 @@ class Losses:
 
 
 def measure(
-    held_out: HeldOut,
-    plans: Mapping[str, Sequence[Drop]],
-    progress: Progress | None = None,
+    held_out: HeldOut, plans: Mapping[str, Sequence[Drop]], progress: Progress | None = None
 ) -> Losses:
     """Losses of the whole model and without the experts of each plan. `plans`: name → one or more
     draws (of "random": several), each the experts that go, of each router of the model."""
@@ -125,8 +123,7 @@ def of_calibration(
             f"the calibration text lacks {and_more(missing, NAMED)}: the value of experts for it "
             f"is unknown ({trace.path} has {and_more(sorted(known), NAMED)})",
         )
-    few = _names(held_out, drop, [counts.load_E(r) < JUDGED for r in routers])
-    if few:
+    if few := _names(held_out, drop, [counts.load_E(r) < JUDGED for r in routers]):
         yield (
             "few tokens",
             f"{plural(len(few), 'dropped expert')} had fewer than {JUDGED} assignments in the "
@@ -180,9 +177,8 @@ def of_super_experts(
 
 def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
     """Where choosing at random, or by frequency, is as good."""
-    if (documents := len(losses.tokens_U)) < FEWEST_DOCUMENTS:
-        text = f"{plural(documents, 'held-out document')}: too few to judge chance"
-        yield "few documents", text
+    if (n := len(losses.tokens_U)) < FEWEST_DOCUMENTS:
+        yield "few documents", f"{plural(n, 'held-out document')}: too few to judge chance"
     if by != RANDOM and RANDOM in losses.nats:
         yield from _beside(losses, by, RANDOM)
         worse = [d for d in losses.domains if losses.change(by, RANDOM, d)[0] >= 0]
@@ -195,13 +191,12 @@ def of_losses(losses: Losses, by: str) -> Iterator[Finding]:
 def _beside(losses: Losses, by: str, other: str) -> Iterator[Finding]:
     value, low, high = losses.change(by, other)
     draws = losses.loss(other)
-    of_draws = (
-        f", the mean of {plural(len(draws), 'draw')} from {min(draws):.3f} to {max(draws):.3f}"
-    )
+    spread = f"{plural(len(draws), 'draw')} from {min(draws):.3f} to {max(draws):.3f}"
+    of_draws = f", the mean of {spread}" if other == RANDOM else ""
     between = f", 95 % {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
     numbers = (
         f"a loss of {np.mean(losses.loss(by)):.3f} nats per token, against {np.mean(draws):.3f}"
-        f"{of_draws if other == RANDOM else ''} (difference {value:+.3f}{between})"
+        f"{of_draws} (difference {value:+.3f}{between})"
     )
     if low > 0:
         yield other, f"{other} is better than {by}: {numbers}"

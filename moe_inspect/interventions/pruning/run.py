@@ -157,21 +157,20 @@ def prune_held_out(
     # which the trace knows of a model of one's own too
     most = max(trace.routers[r].top_k for r in routers)
     check(held_out.network, held_out.sites, choice.keep, most)
-    groups, _, _ = groups_of(config_of(held_out.network))
+    groups, _, _ = groups_of(config_record(getattr(held_out.network, "config", None)))
     by, scored = choice.by, choice.by != RANDOM
     counts = scores.counted(trace, by if by in scores.SCORES else FREQUENCY)
 
     def gone(score_LE: list[np.ndarray]) -> Drop:
         return scores.lowest(score_LE, choice.keep, groups)
 
-    def at_random(draw: int) -> list[np.ndarray]:
-        return scores.random_scores([site.experts for site in held_out.sites], choice.seed + draw)
-
     def counted(by: str) -> list[np.ndarray]:
         return [scores.score_E(counts, r, by) for r in routers]
 
+    sizes = [site.experts for site in held_out.sites]
+    drawn = [scores.random_scores(sizes, choice.seed + draw) for draw in range(choice.draws)]
     if by == RANDOM:
-        score_LE = at_random(0)
+        score_LE = drawn[0]
     elif by == scores.ABLATION:
         score_LE = ablation_scores(held_out, trace, choice.resume, progress)
     elif by == scores.AIMER:
@@ -182,10 +181,9 @@ def prune_held_out(
         score_LE = counted(by)
     drops = {by: [gone(score_LE)]}
     drops.setdefault(FREQUENCY, [gone(counted(FREQUENCY))])
-    drops.setdefault(RANDOM, [gone(at_random(draw)) for draw in range(choice.draws)])
+    drops.setdefault(RANDOM, [gone(score_LE) for score_LE in drawn])
     losses = measure.measure(held_out, drops, progress)
-    drop = drops[by][0]
-    of = trace, routers, counts, held_out, drop
+    of = trace, routers, counts, held_out, drops[by][0]
     findings = [
         *(measure.of_calibration(*of) if scored else ()),
         *measure.of_overlap(trace, held_out),
@@ -200,7 +198,7 @@ def prune_held_out(
                 "expert": np.arange(site.experts),
                 "score": score_LE[r],
                 "assignments": counts.load_E(routers[r]),
-                "dropped": np.isin(np.arange(site.experts), drop[r]),
+                "dropped": np.isin(np.arange(site.experts), drops[by][0][r]),
             }
         )
         for r, site in enumerate(held_out.sites)
@@ -241,11 +239,8 @@ def ablation_scores(
     found = list(batches(measure.sequences_of(trace), most))
     if not found:
         raise MoeInspectError(f"{trace.path} does not hold its text, which {scores.ABLATION} needs")
-    calibration = replace(
-        held_out,
-        batches=found,
-        record={**held_out.record, "sources": str(trace.manifest.get("digest"))},
-    )
+    record = {**held_out.record, "sources": str(trace.manifest.get("digest"))}
+    calibration = replace(held_out, batches=found, record=record)
     asked = ablation.pairs(held_out.sites, None, None)
     done = ablation.ablate_held_out(calibration, asked, resume=resume, progress=progress)
     by_router = done.experts.sort_values(["router", "expert"]).groupby("router").difference
@@ -317,7 +312,7 @@ def check(network: Module, sites: Sequence[Site], keep: float, K: int) -> None:
             f"the layers have different numbers of experts ({', '.join(map(str, sizes))}), and a "
             "config states one: not pruned"
         )
-    if (layers := [s.layer for s in sites]) and len(set(layers)) < len(layers):
+    if len({site.layer for site in sites}) < len(sites):
         raise MoeInspectError("a layer has two routers: models like that are not pruned")
     for site in sites:
         if site.adapter is not None and site.adapter.among is not None:
@@ -340,18 +335,13 @@ def check(network: Module, sites: Sequence[Site], keep: float, K: int) -> None:
                 "so the model is not pruned"
             )
     E = sizes[0]
-    groups, _, _ = of_groups = groups_of(config_of(network))
+    groups, _, _ = of_groups = groups_of(config_record(getattr(network, "config", None)))
     if scores.experts_kept(E, keep, groups) == E:
         within = f" in each of {groups} groups" if groups > 1 else ""
         raise MoeInspectError(
             f"--keep {keep:g} drops none of {E // groups} experts{within}: lower it"
         )
     scores.refuse_too_few(E, K, keep, of_groups)
-
-
-def config_of(network: object) -> Config:
-    """The config of a model as config.json has it; empty where it has none."""
-    return config_record(getattr(network, "config", None))
 
 
 def _alike_beside(network: Module, site: Site) -> str:
