@@ -184,9 +184,8 @@ def pairs(
     wanted = {site.path for site in in_layers(sites, layers)}
     most = max(site.experts for site in sites)
     if experts is not None and max(experts, default=-1) >= most:
-        raise MoeInspectError(
-            f"no expert {max(experts)}: this model has {most} in a layer (0 to {most - 1})"
-        )
+        has = f"this model has {most} in a layer (0 to {most - 1})"
+        raise MoeInspectError(f"no expert {max(experts)}: {has}")
     numbers = range(most) if experts is None else sorted(set(experts))
     of = ((r, site.experts) for r, site in enumerate(sites) if site.path in wanted)
     return [(r, e) for r, E in of for e in numbers if e < E]

@@ -60,9 +60,8 @@ def _by_site(sites: Sequence[Site], layers: Layers, name: str) -> dict[int, list
             )
         E = sites[in_layer[0]].experts
         if wrong := [e for e in experts if not 0 <= e < E]:
-            raise MoeInspectError(
-                f"{name}: no expert {wrong[0]} in layer {layer}, which has {E} (0 to {E - 1})"
-            )
+            said = f"{name}: no expert {wrong[0]} in layer {layer}"
+            raise MoeInspectError(f"{said}, which has {E} (0 to {E - 1})")
         if experts:
             found[in_layer[0]] = experts
     return found
@@ -137,15 +136,14 @@ class Intervention:
             dropped, forced = len(self.drop.get(r, ())), len(self.force.get(r, ()))
             if self.changes(r) and site.adapter is not None and site.adapter.fixed:
                 raise MoeInspectError(f"{site.path}: {site.adapter.fixed}")
-            if dropped >= site.experts:
-                raise MoeInspectError(
-                    f"drop leaves no expert in layer {site.layer}, which has {site.experts}"
-                )
+            layer, E = f"layer {site.layer}", site.experts
+            if dropped >= E:
+                raise MoeInspectError(f"drop leaves no expert in {layer}, which has {E}")
             if dropped and forced:
-                raise MoeInspectError(f"layer {site.layer} is in both drop and force: give one")
+                raise MoeInspectError(f"{layer} is in both drop and force: give one")
             if forced and forced > (K := top_k_of(site, self.model)):
                 raise MoeInspectError(
-                    f"force has {forced} experts for layer {site.layer}, whose tokens choose {K}"
+                    f"force has {forced} experts for {layer}, whose tokens choose {K}"
                 )
 
     def changes(self, r: int) -> bool:

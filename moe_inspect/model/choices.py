@@ -128,10 +128,8 @@ def mxfp4(experts: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice
     ids = torch.searchsorted(routing.expt_hist.long().cumsum(0), place, right=True)
     weights = routing.gate_scal[place.clamp(min=0)]
     shape = (-1, routing.n_expts_act)
-    return (
-        ids.masked_fill(place < 0, -1).view(shape),
-        weights.masked_fill(place < 0, 0).view(shape),
-    )
+    ids, weights = ids.masked_fill(place < 0, -1), weights.masked_fill(place < 0, 0)
+    return ids.view(shape), weights.view(shape)
 
 
 def switch(experts: Called, args: Args, kwargs: Kwargs, output: Called) -> Choice:
@@ -178,10 +176,8 @@ def replace_llama4(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     there = ids_TK >= 0
     chosen_TE = _scattered(logits_TE, ids_TK, there.to(logits_TE.dtype)) > 0
     weights_TK = weights_TK.to(scores_TE.dtype) * there
-    return (
-        _scattered(scores_TE, ids_TK, weights_TK),
-        logits_TE.masked_fill(~chosen_TE, float("-inf")),
-    )
+    shown_TE = logits_TE.masked_fill(~chosen_TE, float("-inf"))
+    return _scattered(scores_TE, ids_TK, weights_TK), shown_TE
 
 
 def replace_jetmoe(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
@@ -229,9 +225,8 @@ def replace_doge(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     setattr(logits, GIVEN, (ids_TK, weights_TK))
     T, act = len(ids_TK), mixture.act_fn
     weights_TK = (weights_TK * (ids_TK >= 0)).to(hidden.dtype)
-    down_TKH, up_TKH = (
-        embed(ids_TK.clamp(min=0)) for embed in (mixture.down_embed, mixture.up_embed)
-    )
+    tables = mixture.down_embed, mixture.up_embed
+    down_TKH, up_TKH = (table(ids_TK.clamp(min=0)) for table in tables)
     values_TK = torch.matmul(down_TKH, hidden.reshape(T, -1, 1)).view(T, -1)
     experts = torch.matmul((act(values_TK) * weights_TK).view(T, 1, -1), up_TKH)
     shared = mixture.down_proj(act(mixture.gate_proj(hidden)) * mixture.up_proj(hidden))

@@ -100,11 +100,10 @@ class Description:
             shapes = sorted({(k, e) for _, e, k in self.routers})
             chosen = " or ".join(f"{k} of {e}" for k, e in shapes)
             layers = ranges(self._moe_layers()).replace(",", ", ")
-            line = f"{plural(len(self.routers), 'router')} in layers {layers}: {chosen} experts"
-            line += " per token"
-            if self.shared_experts:
-                line += f", {plural(self.shared_experts, 'shared expert')}"
-            line += f", {self.scoring}" if self.scoring else ""
+            routers = f"{plural(len(self.routers), 'router')} in layers {layers}"
+            shared = plural(self.shared_experts, "shared expert") if self.shared_experts else ""
+            facts = (f"{routers}: {chosen} experts per token", shared, self.scoring)
+            line = ", ".join(fact for fact in facts if fact)
             yield from textwrap.wrap(line, 80, subsequent_indent="  ")
         else:
             yield "no routers: a dense model"

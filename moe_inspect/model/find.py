@@ -26,10 +26,9 @@ from moe_inspect.model.routers import (
 from moe_inspect.text import and_more
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Module
 
-    from moe_inspect.model.choices import Args, Called, Kwargs
+    from moe_inspect.model.choices import Args, Called, Choice, Kwargs
 
 # of a module that chooses experts: the last name in its path, or its class
 ROUTER_NAME = re.compile(r"^(?:.*_)?(?:router|gate|gating|wg)$")
@@ -46,9 +45,7 @@ CONTAINERS = ("ModuleList", "ModuleDict")  # hold modules, and have no forward
 # of a router module or its config; `num_local_experts` is what a rank holds in some frameworks
 EXPERTS_OF_MODULE = (
     *(name for name in EXPERTS if name != "num_local_experts"),
-    "num_moe_experts",
-    "n_experts",
-    "n_expert",
+    *("num_moe_experts", "n_experts", "n_expert"),
 )
 TOP_K_OF_MODULE = ("top_k", "topk", "moe_router_topk", "k", *TOP_K)
 # what a module that wraps another inserts into the paths below it
@@ -57,10 +54,9 @@ WRAPPERS = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wr
 
 def find_routers(model: Module, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
     """The routers of `model` in execution order of their layers. MoeInspectError for none."""
-    sites = routers_in(model, specs)
-    if not sites:
-        raise no_routers(model)
-    return sites
+    if sites := routers_in(model, specs):
+        return sites
+    raise no_routers(model)
 
 
 def routers_in(model: Module, specs: Sequence[RouterSpec] | None = None) -> list[Site]:
@@ -93,9 +89,8 @@ def recordable(
         return []
     sites = in_layers(sites, layers)
     if logits and any(site.logits_module is None for site in sites):
-        raise MoeInspectError(
-            f"{type(model).__name__} does not expose its router logits: trace without --logits"
-        )
+        hides = f"{type(model).__name__} does not expose its router logits"
+        raise MoeInspectError(f"{hides}: trace without --logits")
     return sites
 
 
@@ -114,9 +109,8 @@ def no_routers(model: Module, searched: bool = False, to_change: bool = False) -
             f"no block of {name} called torch.topk to choose experts in this forward pass: {given}"
         )
     if not like:
-        return MoeInspectError(
-            f"{dense}, judging by the names of its modules and parameters (if it has: {probe})"
-        )
+        judged = "judging by the names of its modules and parameters"
+        return MoeInspectError(f"{dense}, {judged} (if it has: {probe})")
     given += "; moe_inspect.record(discover=True) looks for it"
     if to_change and not is_of_transformers(model):
         given = f"give routers=[{spec}] (a probe shows a choice, and cannot replace it)"
@@ -155,9 +149,7 @@ def candidates(model: Module) -> Candidates | None:
     """None where nothing in the model looks like a router or like experts."""
     import torch
 
-    routers: dict[str, str] = {}
-    lists: dict[str, str] = {}
-    sizes = set[int]()
+    routers, lists, sizes = dict[str, str](), dict[str, str](), set[int]()
     kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     for path, module in model.named_modules():
         last, pattern, kind = path.split(".")[-1], NUMBER.sub(".*", path), kinds[path]
@@ -181,11 +173,9 @@ def candidates(model: Module) -> Candidates | None:
                     routers[pattern] = f"{kind}, with {weights[0]}"
     # a gate without experts beside it may be one of an attention
     beside = {path.rpartition(".")[0] for path in lists}
-    routers = {
-        path: kind
-        for path, kind in routers.items()
-        if path.rpartition(".")[0] in beside or "router" in path.lower() or kind != "Linear"
-    }
+    for path in [path for path, kind in routers.items() if kind == "Linear"]:
+        if path.rpartition(".")[0] not in beside and "router" not in path.lower():
+            del routers[path]
     if not routers and not lists:
         return None
     return Candidates(routers, lists, sizes.pop() if len(sizes) == 1 else None)
@@ -196,8 +186,7 @@ def candidates(model: Module) -> Candidates | None:
 
 def sites_given(model: Module, specs: Sequence[RouterSpec]) -> list[Site]:
     """The sites of given specs. MoeInspectError where one matches no module, or two the same."""
-    found: dict[str, Site] = {}
-    modules = dict(model.named_modules())
+    found, modules = dict[str, Site](), dict(model.named_modules())
     for spec in checked(specs):
         matched = {path: m for path, m in modules.items() if _matches(spec, path, m)}
         if not matched:
@@ -260,9 +249,7 @@ def _site_of(spec: RouterSpec, path: str, module: Module, model: Module) -> Site
     logits_of, replace = spec.logits, spec.replace
     reader = ChoiceReader(path, E, top_k, "give RouterSpec(top_k=…)", order, spec.drops)
 
-    def choice(
-        module: Module, args: Args, kwargs: Kwargs, output: Called
-    ) -> tuple[Tensor, Tensor] | None:
+    def choice(module: Module, args: Args, kwargs: Kwargs, output: Called) -> Choice | None:
         """`spec.choice` with its result as ids and weights [T, K]."""
         reader.check_input(args, kwargs)
         found = spec.choice(module, args, kwargs, output)

@@ -89,10 +89,8 @@ class Gguf:
         if tensor.kind != F32:
             raise MoeInspectError(f"{self.path}: {name} is of type {tensor.kind}, not F32")
         if (end := tensor.start + tensor.nbytes) > self.size:
-            raise MoeInspectError(
-                f"{self.path} ends within {name}: it has {self.size:,} bytes, and {end:,} were "
-                "written"
-            )
+            sizes = f"{self.size:,} bytes, and {end:,} were written"
+            raise MoeInspectError(f"{self.path} ends within {name}: it has {sizes}")
         if not tensor.nbytes:  # whose other extents may be beyond any array's
             return np.zeros((0,) * len(tensor.shape), np.float32)
         values = np.fromfile(self.path, "<f4", tensor.nbytes // 4, offset=tensor.start)
@@ -127,11 +125,9 @@ class _Reader:
             return self.text()
         if kind == ARRAY and depth < MOST_DEPTH:
             inner, n = self.scalar("I"), self.scalar("Q")
-            letter = SCALARS.get(inner)
-            nbytes = n * (struct.calcsize(letter) if letter else 8)
-            if letter:
-                return np.frombuffer(self.take(nbytes), f"<{letter}")
-            self.refuse_beyond(nbytes)
+            if letter := SCALARS.get(inner):
+                return np.frombuffer(self.take(n * struct.calcsize(letter)), f"<{letter}")
+            self.refuse_beyond(n * 8)
             return [self.value(inner, depth + 1) for _ in range(n)]
         if kind not in SCALARS:
             raise MoeInspectError(f"{self.path}: type {kind} of a metadata value is unknown")
@@ -140,7 +136,7 @@ class _Reader:
 
 def read_gguf(path: Path) -> Gguf:
     """The header of a GGUF file, version 2 or 3. MoeInspectError where it is none."""
-    made, places = Gguf(path, path.stat().st_size), dict[str, tuple[tuple[int, ...], int, int]]()
+    made, places = Gguf(path, path.stat().st_size), list[tuple[str, tuple[int, ...], int, int]]()
     with open_regular(path) as file:
         reader = _Reader(file, path, made.size)
         if made.size < 24 or (magic := reader.take(4)) != MAGIC:
@@ -157,12 +153,12 @@ def read_gguf(path: Path) -> Gguf:
             if dimensions > MOST_DIMENSIONS:
                 raise MoeInspectError(f"{path}: {name[:60]!r} has {dimensions} dimensions")
             shape = tuple(reader.scalar("Q") for _ in range(dimensions))
-            places[name] = shape, reader.scalar("I"), reader.scalar("Q")
+            places.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
         alignment = made.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise MoeInspectError(f"{path}: general.alignment is {str(alignment)[:40]!r}")
         base = -(-file.tell() // alignment) * alignment
-    for name, (shape, kind, offset) in places.items():
+    for name, shape, kind, offset in places:
         made.tensors[name] = GgufTensor(name, shape, kind, base + offset)
     return made
 
@@ -190,10 +186,8 @@ def layer_experts(path: Path) -> dict[int, tuple[int, int]]:
                 raise MoeInspectError(f"{part}: {tensor.name} is of {E} experts")
             before, nbytes = found.get(layer, (E, 0))
             if before != E:
-                raise MoeInspectError(
-                    f"{part}: {tensor.name} is of {E} experts, another tensor of its layer of "
-                    f"{before}"
-                )
+                said = f"{part}: {tensor.name} is of {E} experts"
+                raise MoeInspectError(f"{said}, another tensor of its layer of {before}")
             found[layer] = E, nbytes + tensor.nbytes // E
     if not found:
         raise MoeInspectError(f"{path} has no tensors of experts (blk.N.ffn_…_exps)")

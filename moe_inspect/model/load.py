@@ -168,9 +168,8 @@ def load_tokenizer(
             location, revision=revision, trust_remote_code=trust_remote_code, **of_gguf
         )
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise MoeInspectError(
-            f"the tokenizer of {name!r} gives no tokens for a text: are its files complete?"
-        )
+        said = f"the tokenizer of {name!r} gives no tokens for a text"
+        raise MoeInspectError(f"{said}: are its files complete?")
     return tokenizer
 
 

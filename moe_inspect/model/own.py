@@ -93,6 +93,7 @@ def load_own(loader: Callable[..., Called], name: str) -> OwnModel:
     # whatever the user's code raises
     except (Exception, SystemExit) as error:
         raise MoeInspectError(f"the loader of {name} failed: {_said(error)}") from error
+    returned = f"the loader of {name} returned a"
     if not isinstance(loaded, tuple) or len(loaded) not in (2, 3):
         raise MoeInspectError(
             f"the loader of {name} must return (model, tokenizer) or (model, tokenizer, forward), "
@@ -100,12 +101,10 @@ def load_own(loader: Callable[..., Called], name: str) -> OwnModel:
         )
     model, tokenizer, forward = (*loaded, None)[:3]
     if forward is not None and not callable(forward):
-        raise MoeInspectError(
-            f"the loader of {name} returned a {_kind(forward)} in place of a function "
-            "forward(model, ids) → logits"
-        )
+        wanted = "a function forward(model, ids) → logits"
+        raise MoeInspectError(f"{returned} {_kind(forward)} in place of {wanted}")
     if not isinstance(model, torch.nn.Module):
-        raise MoeInspectError(f"the loader of {name} returned a {_kind(model)} in place of a model")
+        raise MoeInspectError(f"{returned} {_kind(model)} in place of a model")
     model.eval()
     return OwnModel(name, model, as_tokenizer(tokenizer), forward)
 
@@ -174,9 +173,8 @@ class PlainTokenizer:
         return stated_size([self.plain], ("n_vocab", "vocab_size")) or 0
 
     def __call__(self, text: str | Sequence[str], **_: object) -> Config:
-        if isinstance(text, str):
-            return {"input_ids": self._encode(text)}
-        return {"input_ids": [self._encode(one) for one in text]}
+        one = isinstance(text, str)
+        return {"input_ids": self._encode(text) if one else [self._encode(of) for of in text]}
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
         def token(i: int) -> str | None:

@@ -17,8 +17,6 @@ from moe_inspect.model.load import blamed, commit_of, weights_fingerprint
 from moe_inspect.text import first_line
 from moe_inspect.trace import schema
 
-CONFIG = "adapter_config.json"
-
 
 @dataclass(frozen=True)
 class PeftAdapter:
@@ -81,8 +79,7 @@ def adapter_in(model: object) -> Config | None:
 
 def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
     """The adapter of that name; None: a whole model. MoeInspectError where it cannot be traced."""
-    path = _file(name, CONFIG, revision)
-    if path is None:
+    if (path := _file(name, "adapter_config.json", revision)) is None:
         return None
     try:
         config = json.loads(read_small(path))
@@ -90,9 +87,8 @@ def find_adapter(name: str, revision: str | None = None) -> PeftAdapter | None:
     except (OSError, ValueError, AttributeError) as error:
         raise MoeInspectError(f"{path} is not an adapter's config: {first_line(error)}") from None
     if not isinstance(base, str) or not base:
-        raise MoeInspectError(
-            f"{path} does not say which model it adapts (base_model_name_or_path)"
-        )
+        said = f"{path} does not say which model it adapts"
+        raise MoeInspectError(f"{said} (base_model_name_or_path)")
     adapter = PeftAdapter(name, revision, config)
     if "num_virtual_tokens" in config:
         raise MoeInspectError(
@@ -118,14 +114,9 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return None
-        found = cached_file(
-            name,
-            file,
-            revision=revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        quiet = ("gated_repo", "missing_entries", "connection_errors")
+        options: Config = {f"_raise_exceptions_for_{what}": False for what in quiet}
+        found = cached_file(name, file, revision=revision, **options)
     except (HFValidationError, OSError):  # there is no such repository: said of the model
         return None
     return Path(found) if found else None

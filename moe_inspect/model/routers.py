@@ -98,15 +98,11 @@ def called_experts(model: Module, known: Collection[int] = ()) -> list[Site]:
         if adapter is not None and not adapter.applies(module):
             adapter = None
         is_called = kind.endswith("Experts") and kind not in NOT_ROUTED and _takes_choice(module)
-        if TOWER.search(path) or (adapter is None and not is_called):
-            continue
-        if known and layer_of(path) in known:
+        if TOWER.search(path) or not (adapter or is_called) or (known and layer_of(path) in known):
             continue
         config = getattr(module, "config", None) or text_config(model)
-        if adapter is not None and adapter.experts is not None:
-            E = adapter.experts(module)
-        else:
-            E = experts_of(module, config)
+        count = adapter.experts if adapter is not None else None
+        E = count(module) if count is not None else experts_of(module, config)
         block = model.get_submodule(block_of(path))
         if adapter is None or adapter.at_call:
             shown = router = _router_in(block)
@@ -157,9 +153,8 @@ def layer_of(path: str) -> int:
     """The block index in a module path: "model.layers.3.mlp.experts" → 3."""
     found = LAYER.search(path + ".")
     if found is None:
-        raise MoeInspectError(
-            f"no layer number in the module path {path}: this model's structure is not supported"
-        )
+        said = f"no layer number in the module path {path}"
+        raise MoeInspectError(f"{said}: this model's structure is not supported")
     return int(found.group(1))
 
 
@@ -198,11 +193,11 @@ def top_k_of(site: Site, model: Module) -> int:
         return site.adapter.top_k
     block, config = model.get_submodule(block_of(site.path)), getattr(site.module, "config", None)
     owners = site.logits_module, site.module, block, config, text_config(model)
-    if (top_k := stated_size(owners, ("top_k", *families.TOP_K))) is None:
-        raise MoeInspectError(
-            f"cannot tell the top-k of {site.path}: no module and no config states it"
-        )
-    return top_k
+    if (top_k := stated_size(owners, ("top_k", *families.TOP_K))) is not None:
+        return top_k
+    raise MoeInspectError(
+        f"cannot tell the top-k of {site.path}: no module and no config states it"
+    )
 
 
 def is_of_transformers(module: object) -> bool:
@@ -303,8 +298,8 @@ def _linear_in(block: Module, E: int) -> Module | None:
         return None
     for name, module in block.named_children():
         linear = _adapted(module)
-        is_router = name in ("router", "gate") and type(linear).__name__ == "Linear"
-        if is_router and getattr(linear, "out_features", 0) == E:
+        is_linear = type(linear).__name__ == "Linear" and getattr(linear, "out_features", 0) == E
+        if is_linear and name in ("router", "gate"):
             return module
     return None
 

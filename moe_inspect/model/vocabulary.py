@@ -32,10 +32,8 @@ def read_tokenizer(path: Path, size: int = 0) -> pa.Table:
             f"{path} is not a tokenizer.json: {error or type(error).__name__}"
         ) from None
     if not fine or size > schema.MOST_TOKEN_IDS:
-        raise MoeInspectError(
-            f"{path}: token ids up to {highest} for a vocabulary of at most "
-            f"{schema.MOST_TOKEN_IDS:,}"
-        )
+        most = f"a vocabulary of at most {schema.MOST_TOKEN_IDS:,}"
+        raise MoeInspectError(f"{path}: token ids up to {highest} for {most}")
     if _is_byte_level(written):
         pieces = {i: readable(piece) for i, piece in pieces.items()}
     pieces |= added

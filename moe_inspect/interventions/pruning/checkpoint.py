@@ -71,9 +71,8 @@ def directory_of(model: str, revision: str | None) -> Path:
     from transformers.utils.hub import cached_file
 
     if find_adapter(model, revision) is not None:
-        raise MoeInspectError(
-            f"{model} is an adapter: merge it with its base model, and prune that"
-        )
+        merge = "merge it with its base model, and prune that"
+        raise MoeInspectError(f"{model} is an adapter: {merge}")
     cached_file(model_location(model), "config.json", revision=revision)
     source = checkpoint_dir(model, revision)
     if not any(source.glob("*.safetensors")):
@@ -231,9 +230,8 @@ def _pruned_stack(of_experts: set[tuple[str, int]], pruned: Pruned, source: Path
             f"{source}: not pruned"
         )
     if len(able) > 1:
-        raise MoeInspectError(
-            f"{' and '.join(able)} of {source} both have experts in these layers: not pruned"
-        )
+        both = f"{' and '.join(able)} of {source} both have experts in these layers"
+        raise MoeInspectError(f"{both}: not pruned")
     return able[0]
 
 

@@ -297,9 +297,8 @@ def _router(trace: Trace, site: Site, name: str) -> int:
             f"layers of {name}"
         )
     if (E := trace.routers[found[0]].experts) != site.experts:
-        raise MoeInspectError(
-            f"{trace.path} has {E} experts in layer {site.layer}, {name} has {site.experts}"
-        )
+        said = f"{trace.path} has {E} experts in layer {site.layer}"
+        raise MoeInspectError(f"{said}, {name} has {site.experts}")
     return found[0]
 
 
@@ -337,10 +336,8 @@ def check(network: Module, sites: Sequence[Site], keep: float, K: int) -> None:
     E = sizes[0]
     groups, _, _ = of_groups = groups_of(config_record(getattr(network, "config", None)))
     if scores.experts_kept(E, keep, groups) == E:
-        within = f" in each of {groups} groups" if groups > 1 else ""
-        raise MoeInspectError(
-            f"--keep {keep:g} drops none of {E // groups} experts{within}: lower it"
-        )
+        of = f"{E // groups} experts" + (f" in each of {groups} groups" if groups > 1 else "")
+        raise MoeInspectError(f"--keep {keep:g} drops none of {of}: lower it")
     scores.refuse_too_few(E, K, keep, of_groups)
 
 

@@ -49,10 +49,8 @@ class ChoiceReader:
         `dropped`: bool, of that shape: what its expert drops, as id + `experts`."""
         pair = tuple(found) if isinstance(found, tuple | list) else (found,)
         if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            raise MoeInspectError(
-                f"the choice of {self.path} must be two tensors, ids and weights, not "
-                f"{_kinds(pair)}"
-            )
+            said = f"the choice of {self.path} must be two tensors, ids and weights"
+            raise MoeInspectError(f"{said}, not {_kinds(pair)}")
         ids, weights = pair
         if ids.shape != weights.shape or not weights.dtype.is_floating_point or not ids.dim():
             raise self._wrong(
@@ -65,10 +63,8 @@ class ChoiceReader:
         if ids.dtype == torch.bool:
             ids, weights = self._in_map(ids, weights)
         elif ids.dtype.is_floating_point or ids.dtype.is_complex:
-            kind = str(ids.dtype).removeprefix("torch.")
-            raise MoeInspectError(
-                f"the choice of {self.path} has ids of dtype {kind}, not integers"
-            )
+            said = f"the choice of {self.path} has ids of dtype"
+            raise MoeInspectError(f"{said} {str(ids.dtype).removeprefix('torch.')}, not integers")
         elif self._may_look(ids) and ids.numel():
             self._check_ids(ids)
         if self.below > self.experts:
@@ -143,9 +139,8 @@ class ChoiceReader:
         """`lead`: the shape of the choice without its last dimension."""
         if (fed := self._fed()) is None:
             return
-        B, S = fed
+        (B, S), batch_first = fed, self.order == "bs"
         shape = f"[{', '.join(map(str, lead))}, K]"
-        batch_first = self.order == "bs"
         if B != S and tuple(lead) == ((S, B) if batch_first else (B, S)):
             said, other = ("batch", "sb") if batch_first else ("sequence", "bs")
             raise MoeInspectError(
@@ -217,6 +212,5 @@ def in_map(chosen: Tensor, weights: Tensor, top_k: int) -> Choice:
 
 
 def _kinds(values: Args) -> str:
-    return ", ".join(
-        str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values
-    )
+    kinds = (list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in values)
+    return ", ".join(map(str, kinds))

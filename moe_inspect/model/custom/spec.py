@@ -112,7 +112,7 @@ def registered() -> list[RouterSpec]:
 
 @cache
 def _of_packages() -> tuple[RouterSpec, ...]:
-    found: list[RouterSpec] = []
+    found = list[RouterSpec]()
     for entry in entry_points(group=ENTRY_POINTS):
         of = f"the entry point {entry.name!r} ({entry.value}) in {ENTRY_POINTS}"
         try:
@@ -206,9 +206,7 @@ SPECS = [
         order="sb",
         rows=megatron_rows,
         drops=True,
-        scoring=lambda router: (
-            "sinkhorn" if router.routing_type == "sinkhorn" else router.score_function
-        ),
+        scoring=lambda r: "sinkhorn" if r.routing_type == "sinkhorn" else r.score_function,
     ),
     RouterSpec(
         module="olmo_core.nn.moe.router.MoERouter",
