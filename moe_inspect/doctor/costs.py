@@ -66,8 +66,7 @@ class Seconds(NamedTuple):
 
 def phases(network: PreTrainedModel, ids_N: Tensor) -> list[Phase]:
     """Prefill of 4 × 512 tokens, or what the model takes, and decode of 1 and 8 rows of a text."""
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 512
-    S = min(512, longest)
+    S = min(512, getattr(network.config.get_text_config(), "max_position_embeddings", None) or 512)
 
     def rows(B: int, S: int) -> Tensor:
         return ids_N.repeat(-(-B * S // len(ids_N)))[: B * S].view(B, S)
@@ -277,9 +276,8 @@ def _variants(kernel: str, device: torch.device, E: int, K: int) -> Iterator[Var
     else:
         of = partial(of, y=torch.bfloat16, out=torch.bfloat16)
         yield of(torch.bfloat16, PAGE_ROWS["cuda"])
-        yield of(None, 0, grouped=True, sizes=(), columns=0)
-        columns = kernels.measuring_columns(2048)
-        yield of(None, 0, grouped=True, sizes=("norms",), columns=columns)
+        for sizes, columns in (((), 0), (("norms",), kernels.measuring_columns(2048))):
+            yield of(None, 0, grouped=True, sizes=sizes, columns=columns)
 
 
 def calls(device: torch.device) -> dict[str, Step]:

@@ -79,9 +79,8 @@ class HeldOut:
                 losses.append(_loss(logits_SV, row, own.name))
             return np.array(losses)
         ids_BS, mask_BS = padded(list(sequences), self.tokenizer, self.network)
-        device = next(self.network.parameters()).device
-        mask = torch.from_numpy(mask_BS.astype(np.int64)).to(device)
-        ids = torch.from_numpy(ids_BS)
+        ids, mask = torch.from_numpy(ids_BS), torch.from_numpy(mask_BS.astype(np.int64))
+        mask = mask.to(next(self.network.parameters()).device)
         logits = forward(self.network, ids, attention_mask=mask, use_cache=False).logits
         name = type(self.network).__name__
         # of the logits only one row at a time is held in float32

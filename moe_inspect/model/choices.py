@@ -194,9 +194,7 @@ def replace_jetmoe(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
 
 def replace_longcat(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     # to no expert is to an identity expert, beyond the routed ones
-    nowhere = ids_TK < 0
-    ids_TK = ids_TK.masked_fill(nowhere, call.module.num_routed_experts)
-    return call.choosing(ids_TK, weights_TK.masked_fill(nowhere, 0))
+    return replace_nllb(call, ids_TK, weights_TK, nobody=call.module.num_routed_experts)
 
 
 def replace_aria(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
@@ -210,10 +208,10 @@ def replace_aria(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
     return call.having(values)
 
 
-def replace_nllb(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
+def replace_nllb(call: Call, ids_TK: Tensor, weights_TK: Tensor, nobody: int = 0) -> Called:
     # its experts take for ids what they are handed as a mask
     nowhere = ids_TK < 0
-    return call.choosing(ids_TK.masked_fill(nowhere, 0), weights_TK.masked_fill(nowhere, 0))
+    return call.choosing(ids_TK.masked_fill(nowhere, nobody), weights_TK.masked_fill(nowhere, 0))
 
 
 def replace_doge(call: Call, ids_TK: Tensor, weights_TK: Tensor) -> Called:
