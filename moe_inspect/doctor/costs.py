@@ -26,7 +26,6 @@ from moe_inspect.capture.mode import mode_of
 from moe_inspect.capture.options import RecordOptions
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.demo import CORPUS_DIR
-from moe_inspect.doctor.page import Facts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import load_config, load_model, load_tokenizer
@@ -47,6 +46,7 @@ MOST_STEPS = 64
 PROMPT = 16  # positions before the first decoded one
 
 Step = Callable[[], object]
+Facts = dict[str, Any]  # plain JSON values
 
 
 class Phase(NamedTuple):
