@@ -22,24 +22,16 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
+from tests.conftest import Put
 from tests.families import build
 from tests.zoo import token_batch
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 
-Options = dict[str, Any]
-Put = Callable[[Any, str, Any], None]  # owner, name, what it is while a test runs
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return build("olmoe")
-
-
-@pytest.fixture
-def put(monkeypatch: pytest.MonkeyPatch) -> Put:
-    return lambda owner, name, value: monkeypatch.setattr(owner, name, value)
 
 
 class Text:
@@ -59,10 +51,6 @@ class Text:
                 self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
                 given = {**given, "attention_mask": self.mask}
             self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **given)
-
-
-def plain(model: Any, recorder: Recorder, B: int) -> None:
-    Text(model, B).step(20)
 
 
 def padded(model: Any, recorder: Recorder, B: int) -> None:
@@ -119,20 +107,6 @@ def labelled_within(model: Any, recorder: Recorder, B: int) -> None:
     text.step(3)
 
 
-def asked(model: Any, recorder: Recorder, B: int) -> None:
-    """For the number of tokens: between steps, and within one."""
-    text = Text(model, B)
-    text.step(4)
-    assert recorder.tokens == 9 * B
-    text.step(3)
-    found: list[int] = []
-    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: found.append(recorder.tokens))
-    text.step(3)
-    hook.remove()
-    assert found == [12 * B, 13 * B, 14 * B]
-    text.step(3)
-
-
 def without_a_cache_in_between(model: Any, recorder: Recorder, B: int) -> None:
     text = Text(model, B)
     text.step(4)
@@ -140,9 +114,8 @@ def without_a_cache_in_between(model: Any, recorder: Recorder, B: int) -> None:
     text.step(4)
 
 
-# (pauses, labels and positions in any order: test_recorder_states)
-SCENES = [plain, padded, by_place, in_turn, cropped, failing, labelled_within, asked]
-SCENES += [without_a_cache_in_between]
+# (pauses, labels, positions and questions in any order: test_recorder_states)
+SCENES = [padded, by_place, in_turn, cropped, failing, labelled_within, without_a_cache_in_between]
 
 
 def recorded(
@@ -166,11 +139,10 @@ def test_the_trace_is_that_of_steps_taken_one_by_one(
     tmp_path: Path,
 ) -> None:
     found = recorded(scene, model, tmp_path / "together", B, **options)
-    put(Rings, "write", lambda *_: False)
-    put(hand_over, "HELD_SECONDS", -1.0)
-    put(counted, "MOST_WAITING", 1)
-    for module in (hand_over, pass_inputs):
-        put(module, "steps_at", lambda fed: [])
+    put(Rings, write=lambda *_: False)
+    put(counted, MOST_WAITING=1)
+    put(hand_over, HELD_SECONDS=-1.0, steps_at=lambda fed: [])
+    put(pass_inputs, steps_at=lambda fed: [])
     assert_same(found, recorded(scene, model, tmp_path / "one", B, **options))
 
 
@@ -240,8 +212,8 @@ def test_a_block_may_be_compiled_in_the_middle(
     finally:
         model.model.layers[1].mlp._compiled_call_impl = None
         torch.compiler.reset()
-    whole = lambda model, _, B: Text(model, B).step(10)  # noqa: E731
-    assert_same(found, recorded(whole, model, tmp_path / "t", B, **options))
+    whole = recorded(lambda m, _, B: Text(m, B).step(10), model, tmp_path / "t", B, **options)
+    assert_same(found, whole)
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -276,19 +248,18 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
 ) -> None:
     """While a step is being read or written, on the same thread."""
     asked: list[int] = []
+    owner, name = (arguments, "copies_of") if where == "read" else (Rings, "write")
+    real = getattr(owner, name)
+
+    def and_ask(*args: Any) -> Any:
+        found = real(*args)
+        asked.append(recorder.tokens)
+        return found
+
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.inference_mode():
-        owner: Any = arguments if where == "read" else Rings
-        name = "copies_of" if where == "read" else "write"
-        real = getattr(owner, name)
-
-        def and_ask(*args: Any) -> Any:
-            found = real(*args)
-            asked.append(recorder.tokens)
-            return found
-
         text = Text(model, 1)
         text.step(3)
-        put(owner, name, and_ask)
+        put(owner, **{name: and_ask})
         text.step(3)
         monkeypatch.undo()
         text.step(3)
@@ -302,7 +273,7 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
 def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
     model: Any, put: Put, tmp_path: Path
 ) -> None:
-    put(counted, "MOST_WAITING", 8)
+    put(counted, MOST_WAITING=8)
     rows_of_all, called = PassInputs.rows_of_all, []
 
     def interrupted(self: PassInputs, fed: Any) -> Any:
@@ -311,7 +282,7 @@ def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
             raise KeyboardInterrupt
         return rows_of_all(self, fed)
 
-    put(PassInputs, "rows_of_all", interrupted)
+    put(PassInputs, rows_of_all=interrupted)
     recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
     with pytest.raises(KeyboardInterrupt), recording, torch.inference_mode():
         Text(model, 1).step(40)

@@ -20,6 +20,7 @@ from moe_inspect.capture.hook import attach, kernels, ring
 from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
+from tests.conftest import Put
 from tests.families import build
 from tests.zoo import token_batch
 
@@ -59,12 +60,11 @@ def follow(
             assert found.tolist() == weights.half().tolist()
         held.release(start + T)
 
+    room = lambda: held.end_of_room - held.head  # noqa: E731
     for T in sizes:
-        while len(waiting) > behind or (
-            waiting and not drop and (held.end_of_room - held.head) < T
-        ):
+        while len(waiting) > behind or (waiting and not drop and room() < T):
             hand_over()
-        kept = min(T, max(0, (held.end_of_room - held.head)))
+        kept = min(T, max(0, room()))
         assert drop or kept == T
         for r, (K, E) in enumerate(ROUTERS):
             kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
@@ -126,26 +126,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ring.SIDE_STREAMS, "cpu", LateStream)
 
 
-@pytest.mark.parametrize("page_rows", [16, 32, 4096])
-def test_pages_that_leave_late_arrive_right(
-    page_rows: int, late: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
-    model = build("olmoe")
-    batches = [token_batch([n % 5 + 1, 3], n) for n in range(40)]
-    batches += [token_batch([70, 3]), token_batch([1])]
-    tables = []
-    for name in ("late", "synchronous"):
-        if name == "synchronous":
-            del ring.SIDE_STREAMS["cpu"]
-        with moe_inspect.record(model, tmp_path / name) as rec, torch.no_grad():
-            for batch in batches:
-                model(**batch)
-            assert rec.stacks[""].rings.synchronous == (name == "synchronous")
-        tables.append(moe_inspect.open_trace(tmp_path / name).routing())
-    assert tables[0].equals(tables[1])
-
-
 def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(
     late: None, tmp_path: Path
 ) -> None:
@@ -180,12 +160,10 @@ def test_a_ring_nobody_drains_keeps_its_first_rows() -> None:
 
 
 @pytest.fixture
-def go_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def go_on(put: Put) -> threading.Event:
     """The writer stands still while it is not set."""
     take, go_on = TraceWriter._take, threading.Event()
-    monkeypatch.setattr(
-        TraceWriter, "_take", lambda self, batch: go_on.wait() and take(self, batch)
-    )
+    put(TraceWriter, _take=lambda self, batch: go_on.wait() and take(self, batch))
     return go_on
 
 
@@ -194,27 +172,41 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ring.PAGE_ROWS, "cpu", 16)
 
 
-@pytest.mark.parametrize("page_rows", [16, 32, 4096])
-@pytest.mark.parametrize("capture", ["tap", "dispatch"])
-def test_pages_do_not_show_in_the_trace(
-    capture: str, page_rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
+# the ring grows; many passes on a page, and one on many
+LENGTHS = [[9, 5], [30, 31, 2], [3], [64, 64], [17], *([n % 5 + 1, 3] for n in range(20)), [70, 3]]
+BATCHES = [token_batch(of_rows, n) for n, of_rows in enumerate([*LENGTHS, [1]])]
+
+
+def shard_of(path: Path, batches: list[Any], **options: Any) -> tuple[Any, Any]:
+    """What is recorded of the batches, and the recorder."""
     model = build("olmoe")
-    # the ring grows
-    lengths = [[9, 5], [30, 31, 2], [3], [64, 64], [17]]
-    batches = [token_batch(of_rows, n) for n, of_rows in enumerate(lengths)]
+    with moe_inspect.record(model, path, logits=True, **options) as rec, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return next(moe_inspect.open_trace(path).shards), rec
 
-    def traced(name: str, batches: list[Any], capture: str) -> Any:
-        options: dict[str, Any] = {"capture": capture, "logits": True}
-        with moe_inspect.record(model, tmp_path / name, **options) as rec, torch.no_grad():
-            for batch in batches:
-                model(**batch)
-        return next(moe_inspect.open_trace(tmp_path / name).shards), rec
 
-    whole, rec = traced("t", batches, capture)
-    alone = [traced(f"alone{n}", [batch], "tap")[0] for n, batch in enumerate(batches)]
-    assert rec.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Of each batch, what a recording of it alone holds."""
+    folder = tmp_path_factory.mktemp("alone")
+    return [shard_of(folder / str(n), [batch])[0] for n, batch in enumerate(BATCHES)]
+
+
+@pytest.mark.parametrize("page_rows", [16, 32, 4096])
+@pytest.mark.parametrize(
+    ("capture", "stream"), [("tap", None), ("dispatch", None), ("auto", LateStream)]
+)
+def test_pages_do_not_show_in_the_trace(
+    capture: str, stream: Any, page_rows: int, alone: list[Any], monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Neither how large they are, nor how late they leave."""
+    monkeypatch.setitem(ring.PAGE_ROWS, "cpu", page_rows)
+    if stream is not None:
+        monkeypatch.setitem(ring.SIDE_STREAMS, "cpu", stream)
+    whole, rec = shard_of(tmp_path / "t", BATCHES, capture=capture)
+    assert rec.stacks[""].rings.synchronous == (stream is None)
+    assert rec.tokens == sum(int(batch["attention_mask"].sum()) for batch in BATCHES)
     for r in range(2):
         for values in ("ids", "weights", "logits"):
             parts = [getattr(shard, values)(r) for shard in alone]
@@ -319,17 +311,31 @@ def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Pa
     assert (table.expert_0.to_numpy().reshape(30, 6) == first).all()
 
 
+@pytest.mark.parametrize(
+    ("pages", "announced", "replays", "said"),
+    [
+        ("small_pages", 6, 9, r"routed 54 rows .* of 6: .* a CUDA graph replayed without step\(\)"),
+        ("late", 0, 1, "replayed without step|routed 6 rows in a forward pass of 0"),
+    ],
+)
 def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
-    small_pages: None, tmp_path: Path
+    pages: str,
+    announced: int,
+    replays: int,
+    said: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
+    request.getfixturevalue(pages)
     rec, graph, _ = replayed(tmp_path / "t")
-    rec.step(6)
-    for _ in range(9):
+    if announced:
+        rec.step(announced)
+    for _ in range(replays):
         graph.replay()
-    said = r"routed 54 rows in a forward pass of 6: .* a CUDA graph replayed without step\(\)"
     with pytest.raises(MoeInspectError, match=said):
         rec.__exit__(None)
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert (trace.n_tokens, trace.status) == (4, "interrupted")
 
 
 def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
@@ -338,7 +344,8 @@ def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
         rec.step(6)
         graph.replay()
         with rec.paused():
-            graph.replay()
+            with rec.paused():
+                graph.replay()
             graph.replay()
     rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4 + 12
@@ -354,16 +361,13 @@ def test_step_comes_after_a_forward_pass(tmp_path: Path) -> None:
             rec.step(5, input_ids=torch.zeros(2, 3, dtype=torch.long))
 
 
-def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
     """While a stream captures, the host must not look at anything, and nothing has run."""
     model, batch = build("olmoe"), token_batch([4])
     capturing = [False]
-    for owner, name, told in (
-        (attach, "has_compiled", lambda: True),  # kernels write, as on a GPU
-        (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "is_current_stream_capturing", lambda: capturing[0]),
-    ):
-        monkeypatch.setattr(owner, name, told)
+    put(attach, has_compiled=lambda: True)  # kernels write, as on a GPU
+    captures = {"is_current_stream_capturing": lambda: capturing[0]}
+    put(torch.cuda, is_available=lambda: True, **captures)
     with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
         capturing[0] = True
         said = "before capturing a CUDA graph, record two forward passes"
@@ -373,9 +377,9 @@ def test_capturing_a_graph_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         model(**batch)
         model(**batch)
         capturing[0] = True
-        monkeypatch.setattr(PassInputs, "of_call", lambda *a: pytest.fail("looked at the inputs"))
         launched: list[Any] = []
-        monkeypatch.setattr(kernels, "record_torch", lambda tape, *choice: launched.append(tape))
+        put(PassInputs, of_call=lambda *_: pytest.fail("looked at the inputs"))
+        put(kernels, record_torch=lambda tape, *choice: launched.append(tape))
         model(**batch)
         assert launched == rec.stacks[""].rings.tapes[""]
         capturing[0] = False
@@ -410,27 +414,6 @@ def test_dropping_survives_growth_and_failure(
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.status == "complete"
     assert trace.n_tokens * 2 + trace.manifest["counts"]["dropped"] == (41 * 14 + 90) * 2
-
-
-def test_a_trace_whose_end_did_not_add_up_is_not_complete(late: None, tmp_path: Path) -> None:
-    rec, graph, _ = replayed(tmp_path / "t")
-    graph.replay()
-    said = r"replayed without step|routed 6 rows in a forward pass of 0"
-    with pytest.raises(MoeInspectError, match=said):
-        rec.__exit__(None)
-    assert moe_inspect.open_trace(tmp_path / "t").status == "interrupted"
-
-
-def test_paused_within_paused(tmp_path: Path) -> None:
-    model = build("olmoe")
-    with moe_inspect.record(model, tmp_path / "t") as rec, torch.no_grad():
-        model(**token_batch([4]))
-        with rec.paused():
-            with rec.paused():
-                model(**token_batch([5]))
-            model(**token_batch([6]))
-        model(**token_batch([7]))
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 11
 
 
 def test_a_ring_that_32_bits_cannot_address_is_refused() -> None:
