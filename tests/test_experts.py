@@ -41,18 +41,16 @@ def stable_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "sort", lambda x, **options: sort(x, **{**options, "stable": True}))
 
 
-def routing(model: Any, path: Path, run: Callable[[Any], Any], **options: Any) -> pd.DataFrame:
+def routing(model: Any, path: Path, batches: Any, **options: Any) -> tuple[pd.DataFrame, Any]:
+    """What is recorded of the batches, and their logits."""
     with moe_inspect.record(model, path, **options), torch.no_grad():
-        run(model)
-    return moe_inspect.open_trace(path).routing()
+        logits = fed(model, batches)
+    return moe_inspect.open_trace(path).routing(), logits
 
 
-def fed(model: Any, batches: Any, outputs: list[torch.Tensor] | None = None) -> None:
-    """Runs the batches, and keeps the logits."""
-    for batch in batches:
-        logits = model(**batch).logits
-        if outputs is not None:
-            outputs.append(logits)
+def fed(model: Any, batches: Any) -> list[torch.Tensor]:
+    """The logits."""
+    return [model(**batch).logits for batch in batches]
 
 
 # --- whole models
@@ -68,9 +66,8 @@ def test_through_the_kernels_a_model_computes_what_stock_does(
     model.set_experts_implementation(implementation)
     with torch.no_grad():
         stock = model(**inputs).logits
-    ours, twice = list[torch.Tensor](), [inputs, inputs]
-    tapped = routing(model, tmp_path / "tap", lambda m: fed(m, twice), capture="tap")
-    dispatched = routing(model, tmp_path / "d", lambda m: fed(m, twice, ours), capture="dispatch")
+    tapped, _ = routing(model, tmp_path / "tap", [inputs] * 2, capture="tap")
+    dispatched, ours = routing(model, tmp_path / "d", [inputs] * 2, capture="dispatch")
     assert all(torch.equal(o, stock) for o in ours)
     assert tapped.equals(dispatched)
     assert len(tapped) == 2 * sum(LENGTHS) * len(find_routers(model))
@@ -233,8 +230,7 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
 ) -> None:
     model, few, many = build("olmoe"), token_batch([3]), token_batch([40, 9])
     model.set_experts_implementation(implementation)
-    grouped: list[int] = []
-    ours = experts._grouped
+    grouped, ours = list[int](), experts._grouped
 
     def watched(self: Any, hidden: torch.Tensor, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         grouped.append(ids.numel())
@@ -243,9 +239,8 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
     monkeypatch.setattr(experts, "_grouped", watched)
     with torch.no_grad():
         bare = model(**few).logits
-    outputs: list[torch.Tensor] = []
     in_turn = (few, many, few)
-    found = routing(model, tmp_path / "d", lambda m: fed(m, in_turn, outputs), capture="dispatch")
+    found, outputs = routing(model, tmp_path / "d", in_turn, capture="dispatch")
     eager = implementation == "eager"  # its loop is no entry of the registry
     assert [slots <= experts.FEW_SLOTS for slots in grouped].count(True) == (4 if eager else 0)
     assert len(grouped) == (6 if eager else 2)
@@ -253,7 +248,7 @@ def test_on_a_cpu_few_slots_are_left_to_the_models_own_implementation(
         assert all(torch.equal(bare, outputs[n]) for n in (0, 2))
     assert set(model.get_experts_implementation().values()) == {implementation}
     assert not any(hasattr(s.module, experts.TAKEN) for s in find_routers(model))
-    tapped = routing(model, tmp_path / "t", lambda m: fed(m, in_turn), capture="tap")
+    tapped, _ = routing(model, tmp_path / "t", in_turn, capture="tap")
     # the sums of a loop and of ours differ in their last bits: so do weights, kept as float16
     pd.testing.assert_frame_equal(found, tapped, check_exact=not eager, rtol=1e-3)
 
@@ -289,26 +284,6 @@ def test_a_release_that_hands_over_local_ids_is_refused() -> None:
         mode_of(model, sites, "auto")
 
 
-def test_under_expert_parallelism_global_ids_are_recorded(tmp_path: Path) -> None:
-    """As AllReduceEP does it: the experts of this rank are half of them, their forward is called
-    with local ids and other slots' weights masked."""
-    whole, inputs = build("olmoe"), token_batch(LENGTHS)
-    expected = routing(whole, tmp_path / "whole", lambda m: m(**inputs))
-    for site in find_routers(whole):
-        part, forward = site.module, site.module.forward
-        part._is_expert_parallel, part.num_experts = True, 4
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(part, name, torch.nn.Parameter(getattr(part, name)[:4]))
-        part.forward = lambda hidden, ids, weights, forward=forward: forward(
-            hidden, torch.where(ids < 4, ids, 4), weights.masked_fill(ids >= 4, 0.0)
-        )
-    found = routing(whole, tmp_path / "part", lambda m: m(**inputs))
-    first = found.layer == 0  # what follows the first layer lacks the other rank's share
-    assert found[first].equals(expected[first])
-    assert moe_inspect.open_trace(tmp_path / "part").routers[0].experts == 8
-    assert found.filter(like="expert_").to_numpy().max() > 3
-
-
 # --- compiled, and in generate
 
 
@@ -323,11 +298,10 @@ def test_compiled_whole_it_records_the_same(
     if capture == "dispatch":
         request.getfixturevalue("on_triton")
     model = build("olmoe")
-    wanted, outputs = list[torch.Tensor](), list[torch.Tensor]()
-    eager = routing(model, tmp_path / "e", lambda m: fed(m, batches, wanted), capture=capture)
+    eager, wanted = routing(model, tmp_path / "e", batches, capture=capture)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     counters.clear()
-    found = routing(compiled, tmp_path / "c", lambda m: fed(m, batches, outputs), capture=capture)
+    found, outputs = routing(compiled, tmp_path / "c", batches, capture=capture)
     assert found.equals(eager)
     assert counters["stats"]["unique_graphs"] == 1
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, outputs, strict=True))
@@ -377,34 +351,15 @@ def test_compiled_in_part_or_behind_the_recorders_back_it_records_the_same(
     """`before`: it has been compiled before it is recorded. Where torch.compile is called from
     outside, at the cost of a graph break, nothing goes unseen."""
     model, capture = build("olmoe"), "dispatch" if compiled is for_decoding else "auto"
-    eager = routing(model, tmp_path / "e", lambda m: fed(m, [INPUTS, INPUTS]), capture=capture)
-    called = compiled(model) if before else None
-    if called is not None:
-        with torch.no_grad():
+    eager, _ = routing(model, tmp_path / "e", [INPUTS] * 2, capture=capture)
+    with torch.no_grad():
+        called = compiled(model) if before else None
+        if called is not None:
             called(**INPUTS)
-
-    def run(m: Any) -> None:
-        now = called if before else compiled(m)
-        for _ in range(2):
-            now(**INPUTS)
-
-    assert routing(model, tmp_path / "c", run, capture=capture).equals(eager)
+        with moe_inspect.record(model, tmp_path / "c", capture=capture):
+            if called is None:
+                called = compiled(model)
+            for _ in range(2):
+                called(**INPUTS)
+    assert moe_inspect.open_trace(tmp_path / "c").routing().equals(eager)
     assert "get_compiled_call" not in vars(model)
-
-
-@pytest.mark.slow
-def test_compiled_training_counts_the_same(tmp_path: Path) -> None:
-    model, inputs = build("olmoe").train(), token_batch([8, 8])
-
-    def step(m: Any) -> None:
-        m(**inputs, labels=inputs["input_ids"]).loss.backward()
-        model.zero_grad()
-
-    tables = []
-    for m in (model, torch.compile(model, backend="aot_eager")):
-        with moe_inspect.record(m, counts_only=True, every=2) as recorder:
-            for _ in range(5):
-                step(m)
-            tables.append(recorder.balance())
-    assert tables[0].equals(tables[1])
-    assert tables[0].tokens.tolist() == [48, 48]
