@@ -50,7 +50,7 @@ test-newest: ## The suite on the newest Python and the newest release of every d
 test-oldest: ## The suite on the lower bounds that pyproject.toml states (build/venv-oldest)
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check packaging pytest
-	$(OLDEST)/bin/python -m tests.lower_bounds > build/lower-bounds.txt
+	$(OLDEST)/bin/python -m tests.support.lower_bounds > build/lower-bounds.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/lower-bounds.txt --editable '.[trace,dask,dev,docs]'
 	$(OLDEST)/bin/python -m pytest $(SPREAD)
 
@@ -113,7 +113,7 @@ FUZZ_SECONDS ?= 600
 
 fuzz: $(VENV)/.installed ## Fuzz every importer, FUZZ_SECONDS=600 each; what breaks one stays in tests/crashes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trace,dev,fuzz]'
-	for name in $$($(BIN)/python -m tests.fuzz --list); do $(BIN)/python -m tests.fuzz $$name --seconds $(FUZZ_SECONDS) || exit 1; done
+	for name in $$($(BIN)/python -m tests.support.fuzz --list); do $(BIN)/python -m tests.support.fuzz $$name --seconds $(FUZZ_SECONDS) || exit 1; done
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

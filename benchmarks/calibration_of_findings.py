@@ -1,6 +1,7 @@
 """How often does a report claim what is only chance? Reports on traces of pure chance, by regime
-(tests/chance.py), and how often each kind of claim was made; reports in which something is planted,
-and how often it is found; and how often 95 % intervals hold the truth (coverage_of_intervals.py).
+(tests/support/chance.py), and how often each kind of claim was made; reports in which something is
+planted, and how often it is found; and how often 95 % intervals hold the truth
+(coverage_of_intervals.py).
 
     python -m benchmarks.calibration_of_findings [--traces 100] [--only "clustered 8/2"]
 
@@ -31,7 +32,16 @@ from moe_inspect.reporting.verdict.findings import Finding
 from moe_inspect.trace.header import TraceHeader
 from moe_inspect.watch.follow import News, Piece
 from moe_inspect.watch.state import Watched
-from tests.chance import CLEAN_PAIRS, PAIRED, REGIMES, Planted, Regime, drawn, drawn_pair, monitored
+from tests.support.chance import (
+    CLEAN_PAIRS,
+    PAIRED,
+    REGIMES,
+    Planted,
+    Regime,
+    drawn,
+    drawn_pair,
+    monitored,
+)
 
 PAIRS = "clean pairs"
 

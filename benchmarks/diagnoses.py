@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import RESULTS, machine
-from tests.misrecorded import FAULTS, MISALIGNED, Recording, read, rounded, routed_text, said_of
+from tests.support.misrecorded import (
+    FAULTS,
+    MISALIGNED,
+    Recording,
+    read,
+    rounded,
+    routed_text,
+    said_of,
+)
 
 ROUNDING = 0.005  # of the decisions of a second run differ, as between float32 and bfloat16
 SEEDS = (0, 1, 2)

@@ -25,7 +25,7 @@ from triton.runtime import driver
 from benchmarks.measuring import machine, write_results
 from moe_inspect.capture.hook import kernels, launch, ring
 from moe_inspect.doctor.costs import calls
-from tests.launches import FakeDriver
+from tests.support.launches import FakeDriver
 
 ROUNDS, LAUNCHES = 25, 1000
 AT_MOST = {
@@ -96,7 +96,7 @@ def main() -> None:
         print(f"{name:<34}{row['by_triton_us']:>10.2f}{row['bound_us']:>8.2f}  {verdict}".rstrip())
     facts = machine() | {"command": "python -m benchmarks.launch"}
     facts["versions"] |= {"triton": version("triton")}
-    facts["driver"] = "launches do nothing (tests/launches.py); compiled for sm_90"
+    facts["driver"] = "launches do nothing (tests/support/launches.py); compiled for sm_90"
     print(f"written to {write_results('launch', facts, found)}")
 
 

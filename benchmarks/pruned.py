@@ -23,7 +23,7 @@ from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.load import config_record
 from moe_inspect.model.routers import top_k_of
-from tests import zoo
+from tests.support import zoo
 from tests.test_intervene import with_experts
 
 E, KEEP, ROUNDING = 16, 0.75, 1e-4

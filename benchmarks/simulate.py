@@ -61,7 +61,7 @@ def rate(run: Callable[[], object], decisions: int, times: int = 5) -> float:
 
 
 def on_disk(root: Path, E: int, k: int) -> Path:
-    from tests.synthetic import write_trace
+    from tests.support.synthetic import write_trace
 
     ids = [zipf(4 * TOKENS, E, k, seed).astype(np.uint16) for seed in range(2)]
     document = np.arange(4 * TOKENS) // 512
@@ -224,7 +224,7 @@ def balance() -> Figures:
     Zipf loads in random layouts."""
     from moe_inspect.simulate.placement.placement import POLICIES
     from moe_inspect.simulate.placement.policies import Layout, colocated, shares
-    from tests.exact import fits_apart
+    from tests.support.exact import fits_apart
 
     rng = np.random.default_rng(2026)
     cannot = "heavier, as all apart is"  # every placement that keeps replicas apart was tried
@@ -269,7 +269,7 @@ def drift() -> Figures:
     from benchmarks.flashlb import flashlb
     from moe_inspect.simulate.placement.placement import POLICIES
     from moe_inspect.simulate.placement.policies import Layout
-    from tests.drift import CASES, drifting, mean_over_windows
+    from tests.support.drift import CASES, drifting, mean_over_windows
 
     layers, windows, gpus, layout, spent = 60, 32, 32, Layout(288, 32), 0.0
     ahead = dict.fromkeys(("eplb", "flashlb"), 0.0)

@@ -160,7 +160,7 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 @pytest.fixture(scope="session")
 def planted_trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    from tests.planted import planted
+    from tests.support.planted import planted
 
     return planted(tmp_path_factory.mktemp("planted") / "t")
 

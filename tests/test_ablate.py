@@ -19,8 +19,8 @@ from moe_inspect.capture.options import TraceOptions
 from moe_inspect.interventions import ablation
 from moe_inspect.interventions.ablation import Below, HeldOut, open_held_out
 from moe_inspect.model.own import load_object
-from tests import own, zoo
 from tests.conftest import Cli
+from tests.support import own, zoo
 from tests.test_cli_trace import save_tokenizer
 
 ROUTERS = """

@@ -22,7 +22,14 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.load import design_effects
 from moe_inspect.trace.schema import Router
-from tests.synthetic import a_pass, routers, uniform_ids, write_counts, write_passes, write_trace
+from tests.support.synthetic import (
+    a_pass,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_passes,
+    write_trace,
+)
 from tests.test_counting import same
 
 NOWHERE = np.iinfo(np.uint16).max

@@ -26,7 +26,7 @@ from moe_inspect.analysis.metrics.uncertainty import random_loads
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import Router
 from moe_inspect.training.actions import RoutingWarning, Webhook, act
-from tests.chance import REGIMES, monitored
+from tests.support.chance import REGIMES, monitored
 
 E, K = 8, 2
 ROUTERS = [Router(layer, f"r{layer}", f"r{layer}", E, K) for layer in (2, 3)]

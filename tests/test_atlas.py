@@ -26,8 +26,8 @@ from moe_inspect.site.directory import DATA, UP
 from moe_inspect.site.index import index_page
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.conftest import Cli
-from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_page import Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
 
 slow = pytestmark

@@ -15,7 +15,7 @@ from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.synthetic import write_trace
+from tests.support.synthetic import write_trace
 
 SAMPLES = Path(__file__).parents[1] / "sample_traces"
 T, E, K = 6_000, 8, 2

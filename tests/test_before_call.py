@@ -17,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_inspect
 from moe_inspect.capture.hook.experts import NAME, TAKEN
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate([[9, 5], [3], [7, 7, 2]])]
 

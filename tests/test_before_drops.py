@@ -20,7 +20,7 @@ from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.schema import DROPPED
 from moe_inspect.training import RoutingMonitor
-from tests.damage import edit_manifest
+from tests.support.damage import edit_manifest
 from tests.test_dropped import of
 from tests.test_verify import copy_of, put, rewrite
 

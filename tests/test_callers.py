@@ -17,7 +17,7 @@ from torch import Tensor, func, nn
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from tests.families import build
+from tests.support.families import build
 from tests.test_own_use import Wrapper
 
 IDS = torch.arange(2, 34).reshape(2, 16)

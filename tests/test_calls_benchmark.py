@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import calls, instructions
-from tests.zoo import state_of
+from tests.support.zoo import state_of
 
 LAYERS = 2
 

@@ -16,8 +16,8 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import windows as win
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.chance import REGIMES, drawn
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.chance import REGIMES, drawn
+from tests.support.synthetic import uniform_ids, write_trace
 
 TRIES, L, E, K, U, D = 150, 3, 8, 2, 24, 3
 CLAIMS = ("busiest", "least used", "domain information", "overload")

@@ -21,8 +21,8 @@ from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.registry import TABLES
 from moe_inspect.reporting.verdict.findings import uneven
 from tests.conftest import ROOT
-from tests.sweep import WHOLE
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.sweep import WHOLE
+from tests.support.synthetic import uniform_ids, write_trace
 
 SAMPLES = ("balanced", "collapsed", "untrained")
 

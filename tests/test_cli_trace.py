@@ -21,10 +21,10 @@ import torch
 
 import moe_inspect
 from tests.conftest import ROOT, Cli, in_one_process
-from tests.damage import edit_manifest
-from tests.families import build, handed_over
-from tests.ranks import Ranks
-from tests.sweep import sample
+from tests.support.damage import edit_manifest
+from tests.support.families import build, handed_over
+from tests.support.ranks import Ranks
+from tests.support.sweep import sample
 
 TEXT = "the cat sat on a mat while two dogs ran home again and the old moon rose over every roof"
 WORDS = TEXT.split()

@@ -26,9 +26,9 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document
-from tests import foreign
 from tests.conftest import Cli
-from tests.synthetic import a_pass, routers, write_passes
+from tests.support import foreign
+from tests.support.synthetic import a_pass, routers, write_passes
 
 distributed = pytest.importorskip("distributed")
 BATCHES, BATCH, L, E, K = 6, 200, 3, 8, 2

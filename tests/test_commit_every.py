@@ -22,7 +22,7 @@ from moe_inspect.trace import verify as verifying
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, resume_point
-from tests.sweep import WHOLE
+from tests.support.sweep import WHOLE
 from tests.test_trace import ROUTERS, a_batch
 
 AT_ONCE = 1e-9  # seconds: after every batch

@@ -19,7 +19,7 @@ from moe_inspect.analysis.metrics.uncertainty import resample_weights
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict import specialization
 from moe_inspect.trace.reader import Trace, open_trace
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 SAMPLES = Path("sample_traces")
 E, K = 8, 2

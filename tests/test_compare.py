@@ -18,7 +18,7 @@ from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 T, L, E, K = 3_000, 5, 16, 4
 DOCUMENT = np.arange(T) // 50

@@ -11,7 +11,7 @@ import pytest
 import moe_inspect
 from benchmarks.calibration_of_findings import claimed_of_pair
 from moe_inspect.comparison.decisions import verdict
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 T, L, E, K, DOCUMENTS = 3_000, 3, 8, 2, 60
 

@@ -23,7 +23,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from tests.conftest import Cli
-from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import routers, uniform_ids, write_counts, write_trace
 
 E, K, L, TOKENS = 8, 2, 2, 200  # layers of a history, and tokens of its steps
 

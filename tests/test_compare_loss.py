@@ -16,8 +16,8 @@ import torch
 
 import moe_inspect
 from tests.conftest import Cli
-from tests.damage import edit_lines, without_checksums
-from tests.zoo import build
+from tests.support.damage import edit_lines, without_checksums
+from tests.support.zoo import build
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from moe_inspect.comparison.spans import (
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from tests.conftest import Cli
-from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import uniform_ids, write_trace
 
 DOCUMENTS, WORDS_EACH, WORDS = 40, 60, 24
 TEXTS = [f"w{i:02}é" for i in range(WORDS)]

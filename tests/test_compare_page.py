@@ -13,7 +13,7 @@ import pytest
 
 import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
-from tests.synthetic import write_counts, write_trace
+from tests.support.synthetic import write_counts, write_trace
 from tests.test_compare import ALIKE, DOCUMENT, E, K, L, T, decided, flipped
 from tests.test_compare_models import by_chance, pieces, whole_words
 from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import moe_inspect
 from moe_inspect.comparison.counting import count, kernels_numba, kernels_numpy
 from moe_inspect.trace.reader import Trace
-from tests.sweep import WHOLE
-from tests.synthetic import write_trace
+from tests.support.sweep import WHOLE
+from tests.support.synthetic import write_trace
 
 DOCUMENT = 7  # tokens of a document, which is a batch: positions count from its beginning
 SHARD = 14

@@ -19,7 +19,7 @@ import pytest
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT
-from tests.synthetic import write_counts
+from tests.support.synthetic import write_counts
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SAMPLE = ROOT / "sample_traces/collapsed"

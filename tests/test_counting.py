@@ -25,8 +25,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
-from tests.sweep import WHOLE
-from tests.synthetic import a_pass, routers, uniform_ids, write_passes, write_trace
+from tests.support.sweep import WHOLE
+from tests.support.synthetic import a_pass, routers, uniform_ids, write_passes, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
 T, E, K = 1_200, 8, 3

@@ -24,7 +24,7 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
 from tests.conftest import ROOT
-from tests.damage import (
+from tests.support.damage import (
     changed_bytes,
     edit_lines,
     edit_manifest,
@@ -33,7 +33,7 @@ from tests.damage import (
     with_a_bit_less,
     without_checksums,
 )
-from tests.synthetic import routers, thirty_documents, write_counts
+from tests.support.synthetic import routers, thirty_documents, write_counts
 from tests.test_trace import ROUTERS, a_batch
 
 E, K, L = 8, 2, 3

@@ -23,8 +23,8 @@ from moe_inspect.capture.hook.ring import Rings
 from moe_inspect.capture.recorder import Recorder
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Put
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 

@@ -19,10 +19,10 @@ from moe_inspect.cli.describe import Gpu
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.describe import PEAK_FLOPS, describe_table
 from moe_inspect.model.find import find_routers
-from tests import own, zoo
 from tests.conftest import ROOT, Cli
-from tests.families import FAMILIES, build, config
-from tests.sweep import sample
+from tests.support import own, zoo
+from tests.support.families import FAMILIES, build, config
+from tests.support.sweep import sample
 
 CONFIGS = ROOT / "docs" / "configs"
 # from the safetensors indices of the released models; the active count of Mixtral is Mistral's

@@ -22,10 +22,10 @@ from moe_inspect.analysis.weights.measure import aimer_and_norm, geometry_of, pl
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.schema import Router
-from tests import zoo
 from tests.conftest import Cli
-from tests.families import FAMILIES, build
-from tests.synthetic import uniform_ids, write_trace
+from tests.support import zoo
+from tests.support.families import FAMILIES, build
+from tests.support.synthetic import uniform_ids, write_trace
 
 # in all of these transformers packs, splits, renames or transposes what is stored
 OTHERS = ("dbrx", "jetmoe", "step3p7", "gemma4", "switch_transformers", "zaya", "aria")

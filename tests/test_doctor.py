@@ -18,7 +18,7 @@ from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page, version_of
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli, phases_begun
-from tests.families import NO_INTERFACE, build
+from tests.support.families import NO_INTERFACE, build
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from moe_inspect.trace.files.atomic import draft_folder_of, draft_of
 from moe_inspect.trace.files.lock import OLD, hold
 from moe_inspect.trace.output_dir import output_file
 from moe_inspect.trace.verify import verify
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 from tests.test_layout import modules
 
 # --- nothing is written in place

@@ -24,7 +24,7 @@ from moe_inspect.trace.writer import CountedBatches, TraceWriter
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.watch.follow import Follower
 from moe_inspect.watch.state import Watched
-from tests.synthetic import routers, uniform_ids, write_trace
+from tests.support.synthetic import routers, uniform_ids, write_trace
 
 T, E, K, NOWHERE = 2_000, 8, 2, np.iinfo(np.uint16).max
 

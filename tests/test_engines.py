@@ -27,7 +27,7 @@ from moe_inspect.capture.server.run import _without_secrets
 from moe_inspect.cli.trace import EngineName
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import Cli
-from tests.engine import (
+from tests.support.engine import (
     DENSE,
     EXPERTS,
     KEY,

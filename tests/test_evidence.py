@@ -17,7 +17,7 @@ from moe_inspect.reporting.charts.spec import Chart
 from moe_inspect.reporting.render.page import map_data
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 
 def test_two_experts_of_every_decision_cannot_meet_more_often_than_there_are_decisions():

@@ -22,9 +22,9 @@ from moe_inspect.capture.hook import experts
 from moe_inspect.capture.mode import mode_of
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
-from tests.families import FAMILIES, NO_INTERFACE, build
-from tests.sweep import WHOLE, sample
-from tests.zoo import state_of, token_batch
+from tests.support.families import FAMILIES, NO_INTERFACE, build
+from tests.support.sweep import WHOLE, sample
+from tests.support.zoo import state_of, token_batch
 
 ON_INTERFACE = sorted(set(FAMILIES) - NO_INTERFACE)
 LENGTHS = [9, 5]

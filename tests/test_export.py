@@ -21,8 +21,8 @@ from moe_inspect.exporters.run import export_trace, exporters
 from moe_inspect.importers.run import import_trace
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 
 T, E, K = 240, 8, 2
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import moe_inspect
-from tests.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers
-from tests.zoo import recorded, token_batch
+from tests.support.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers
+from tests.support.zoo import recorded, token_batch
 
 LENGTHS = [9, 5, 12]
 

@@ -18,7 +18,7 @@ from moe_inspect.model.choices import switch_dropped
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import DROPPED
-from tests import zoo
+from tests.support import zoo
 from tests.test_dropped import of
 
 CAPACITY, E = 4, 8

@@ -19,7 +19,7 @@ from moe_inspect.capture.corpus import documents
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.importers import values as lines
 from tests.conftest import ROOT, Cli
-from tests.sweep import sample
+from tests.support.sweep import sample
 
 BALANCED = ROOT / "sample_traces" / "balanced"
 ROOM_BYTES = 2 * 2**30  # that a command may take beyond what this process has

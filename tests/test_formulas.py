@@ -24,7 +24,7 @@ from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
-from tests.synthetic import routers, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import routers, uniform_ids, write_counts, write_trace
 from tests.test_simulate_cache import naive
 
 E, K, L, S, WINDOW = 6, 3, 2, 13, 40

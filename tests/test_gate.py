@@ -14,7 +14,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from tests.conftest import Cli
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 T, E, K = 2_000, 8, 2
 

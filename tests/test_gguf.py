@@ -22,10 +22,10 @@ from moe_inspect.model.gguf import ARCHITECTURES, refuse_unless_loadable
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.reporting.tables.summary import quantization
 from moe_inspect.trace.reader import Trace
-from tests import zoo
 from tests.conftest import Cli
-from tests.families import FAMILIES
-from tests.foreign import Field, Tensor, gguf_file
+from tests.support import zoo
+from tests.support.families import FAMILIES
+from tests.support.foreign import Field, Tensor, gguf_file
 
 FAMILY = dict(zip(ARCHITECTURES, ("qwen2_moe", "qwen3_moe", "minimax_m2"), strict=True))
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the gguf package")

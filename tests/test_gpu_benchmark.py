@@ -18,7 +18,7 @@ import torch
 
 from moe_inspect.capture.hook import kernels
 from tests.conftest import ROOT
-from tests.sweep import WHOLE, sample
+from tests.support.sweep import WHOLE, sample
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)

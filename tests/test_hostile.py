@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_inspect.importers import MODULES
-from tests import foreign, fuzz
-from tests.importing import refused
+from tests.support import foreign, fuzz
+from tests.support.importing import refused
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 VALUES = (st.none(), st.booleans(), st.integers(-3, 300), st.integers(), st.floats())

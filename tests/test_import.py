@@ -22,11 +22,11 @@ from moe_inspect.trace.files.lock import hold
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
-from tests import foreign
 from tests.conftest import Cli
-from tests.foreign import FORMAT_OF, MAKERS, ROUTED, config_file
-from tests.importing import decisions, loads, refused, taken
-from tests.planted import sentences
+from tests.support import foreign
+from tests.support.foreign import FORMAT_OF, MAKERS, ROUTED, config_file
+from tests.support.importing import decisions, loads, refused, taken
+from tests.support.planted import sentences
 from tests.test_real_data import ESFT, FIDDLER, needs_esft, needs_fiddler
 
 

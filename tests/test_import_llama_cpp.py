@@ -13,8 +13,8 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.model.gguf import TYPES, read_gguf
 from moe_inspect.trace.verify import verify
-from tests.foreign import gguf_file, write_imatrix, write_mbolt
-from tests.importing import decisions, loads, refused, taken
+from tests.support.foreign import gguf_file, write_imatrix, write_mbolt
+from tests.support.importing import decisions, loads, refused, taken
 from tests.test_damage import put, replace_part
 from tests.test_real_data import REAL
 

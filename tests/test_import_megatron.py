@@ -15,10 +15,19 @@ import pytest
 from moe_inspect.importers.context import ImportContext, ImportSource
 from moe_inspect.importers.megatron.importer import megatron
 from moe_inspect.trace.reader import Trace
-from tests import importing
 from tests.conftest import Cli
-from tests.foreign import MAKERS, E, K, config_file, drawn, lines, megatron_rank, megatron_tpe
-from tests.importing import decisions, loads
+from tests.support import importing
+from tests.support.foreign import (
+    MAKERS,
+    E,
+    K,
+    config_file,
+    drawn,
+    lines,
+    megatron_rank,
+    megatron_tpe,
+)
+from tests.support.importing import decisions, loads
 from tests.test_real_data import REAL
 
 Passes = list[tuple[int, list[np.ndarray]]]  # step, ids [T, K] of each layer

@@ -18,10 +18,10 @@ from moe_inspect.importers.context import ImportContext
 from moe_inspect.importers.run import WORTH_BYTES, default_workers
 from moe_inspect.importers.values import chunks_of
 from moe_inspect.workers import Processes
-from tests import foreign
 from tests.conftest import Cli
-from tests.foreign import FORMAT_OF, MAKERS
-from tests.importing import taken
+from tests.support import foreign
+from tests.support.foreign import FORMAT_OF, MAKERS
+from tests.support.importing import taken
 
 ROUTED = ["vllm-routed", "sglang-routed", "tensorrt-llm-routed"]
 BY_LINES = [*ROUTED, "megatron", "megatron-pipeline", "experts4bit"]

@@ -16,9 +16,9 @@ import pytest
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
-from tests import foreign
-from tests.foreign import E
-from tests.importing import decisions, taken
+from tests.support import foreign
+from tests.support.foreign import E
+from tests.support.importing import decisions, taken
 
 T = 6
 IDS = foreign.drawn(T, 3)

@@ -24,8 +24,8 @@ from moe_inspect.reporting.report import report as trace_report
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
-from tests.foreign import MAKERS, write_fingerprint, write_route_trace
-from tests.importing import decisions, refused, taken
+from tests.support.foreign import MAKERS, write_fingerprint, write_route_trace
+from tests.support.importing import decisions, refused, taken
 from tests.test_hostile import JSON, fresh, quick
 
 LOAD = {3: [5, 0, 2, 1], 7: [1, 1, 4, 2]}

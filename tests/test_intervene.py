@@ -15,9 +15,9 @@ import moe_inspect
 from moe_inspect import MoeInspectError, intervene, open_trace, record
 from moe_inspect.interventions import rules
 from moe_inspect.model.find import find_routers
-from tests import families, own, zoo
-from tests.sweep import sample
-from tests.zoo import recorded
+from tests.support import families, own, zoo
+from tests.support.sweep import sample
+from tests.support.zoo import recorded
 
 
 def batch(seed: int = 0, rows: int = 3, length: int = 13) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """The kernels in Triton's interpreter and their torch implementations, both against NumPy; as
 custom operators; and compiled ahead of time for GPUs: every variant for one of them, and a sample
 for the others (SWEEP=whole: every variant for all). Bound launches are Triton's own launches: see
-tests/launches.py, which runs in a process of its own; and the order in which a launch's programs
-run changes no result."""
+tests/support/launches.py, which runs in a process of its own; and the order in which a launch's
+programs run changes no result."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, assert_close, choice, tape_for
-from tests.aot import TARGETS, lines_of
-from tests.kernel_checks import (
+from tests.support.aot import TARGETS, lines_of
+from tests.support.kernel_checks import (
     CHECKS,
     check_combine,
     check_dispatch,
     check_record,
     pairwise,
 )
-from tests.sweep import WHOLE
+from tests.support.sweep import WHOLE
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
@@ -123,7 +123,7 @@ def compiled() -> dict[str, Rows]:
     """Every variant for `COMPILED_WHOLE`, every n-th for the other targets, in one process."""
     wanted = [gpu if gpu in COMPILED_WHOLE else f"{gpu}/{EVERY}" for gpu in TARGETS]
     found: dict[str, Rows] = {gpu: [] for gpu in TARGETS}
-    for row in lines_of("tests.aot", *wanted):
+    for row in lines_of("tests.support.aot", *wanted):
         found[row["gpu"]].append(row)
     return found
 
@@ -171,7 +171,7 @@ SCENARIOS += ("the_benchmark_measures_both_ways",)
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str | None]:
-    return {row["scenario"]: row["error"] for row in lines_of("tests.launches")}
+    return {row["scenario"]: row["error"] for row in lines_of("tests.support.launches")}
 
 
 @pytest.mark.slow

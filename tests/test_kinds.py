@@ -19,9 +19,9 @@ from moe_inspect.alarms.alarms import Alarms, Window
 from moe_inspect.alarms.rules import BATCH, DRIFT, DROP_RATE, OF_MODEL, known_metrics, parse_rule
 from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.chance import REGIMES, monitored
-from tests.synthetic import routers
-from tests.worlds import WORLDS
+from tests.support.chance import REGIMES, monitored
+from tests.support.synthetic import routers
+from tests.support.worlds import WORLDS
 
 ROOT = Path(__file__).parent.parent
 E = 8

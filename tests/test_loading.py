@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.config import read_config, read_facts
-from tests import zoo
 from tests.conftest import ROOT, Cli, in_one_process
-from tests.families import build
+from tests.support import zoo
+from tests.support.families import build
 from tests.test_cli_trace import save, save_tokenizer, write_jsonl
 
 CONFIGURATION = """

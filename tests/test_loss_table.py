@@ -16,7 +16,7 @@ from moe_inspect.analysis.counting.samples import SampledLosses
 from moe_inspect.analysis.losses import CellLosses, ExpertLosses, add_p, by_expert
 from moe_inspect.trace.schema import LOSS
 from moe_inspect.trace.writer import Document
-from tests.synthetic import a_pass, routers, write_passes
+from tests.support.synthetic import a_pass, routers, write_passes
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,15 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
-from tests.damage import edit_manifest, without_checksums
-from tests.synthetic import a_pass, encoder_decoder, routers, uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_manifest, without_checksums
+from tests.support.synthetic import (
+    a_pass,
+    encoder_decoder,
+    routers,
+    uniform_ids,
+    write_counts,
+    write_trace,
+)
 
 E, K, L = 8, 2, 2
 PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from tests.misrecorded import FAULTS, MISALIGNED, Recording, rounded, routed_text, said_of
+from tests.support.misrecorded import FAULTS, MISALIGNED, Recording, rounded, routed_text, said_of
 
 T, L, E, K = 1_500, 6, 16, 4
 ROUNDING = 0.005

@@ -12,8 +12,8 @@ import pytest
 
 from moe_inspect.capture.hook import kernels, ring
 from tests import test_ring
-from tests.kernel_checks import check_combine, check_dispatch, check_record, small_cases
-from tests.mutation import changed_source, fails, load_file
+from tests.support.kernel_checks import check_combine, check_dispatch, check_record, small_cases
+from tests.support.mutation import changed_source, fails, load_file
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)

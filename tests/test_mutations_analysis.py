@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.mutation import fails, mutation
-from tests.synthetic import thirty_documents
+from tests.support.mutation import fails, mutation
+from tests.support.synthetic import thirty_documents
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import torch
 from moe_inspect.capture import token_loss
 from moe_inspect.capture.hook.inputs.rows import Rows
 from tests import test_token_loss
-from tests.mutation import fails, mutation
+from tests.support.mutation import fails, mutation
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ import moe_inspect
 from moe_inspect.capture import load
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
-from tests import zoo
 from tests.conftest import Cli
-from tests.families import build
+from tests.support import zoo
+from tests.support.families import build
+from tests.support.zoo import state_of, token_batch
 from tests.test_cli_trace import save, save_tokenizer, write_jsonl
-from tests.zoo import state_of, token_batch
 
 
 class Kernels:

@@ -28,8 +28,8 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
 from moe_inspect.trace.writer.whole import upload
-from tests.synthetic import a_pass, routers, uniform_ids, write_trace
-from tests.watched import committed
+from tests.support.synthetic import a_pass, routers, uniform_ids, write_trace
+from tests.support.watched import committed
 
 fsspec = pytest.importorskip("fsspec")
 E, K, T = 8, 2, 50

@@ -14,7 +14,7 @@ from moe_inspect.comparison.compare import compare_checkpoints
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.shown import Shown
 from tests.conftest import ROOT
-from tests.synthetic import write_counts
+from tests.support.synthetic import write_counts
 
 SAMPLES = ROOT / "sample_traces"
 BALANCED, COLLAPSED = SAMPLES / "balanced", SAMPLES / "collapsed"

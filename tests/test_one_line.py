@@ -36,8 +36,8 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, tables
-from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import uniform_ids
 
 HOSTILE = "a\x1b]0;b\x07\x9b2J\u202ec\u2066"  # OSC, C1, direction marks
 LONE = "half \ud800"

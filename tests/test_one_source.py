@@ -30,8 +30,8 @@ from moe_inspect.simulate.routing import simulate_routing
 from moe_inspect.text import layer_label
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
-from tests.planted import text_of
-from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.support.planted import text_of
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 SPLIT = {"srp": ["srp_4", "srp_16", "srp_64"]}  # a metric of several columns
 

@@ -25,8 +25,8 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from tests.damage import edit_lines, edit_manifest
-from tests.synthetic import a_pass, routers, uniform_ids, write_trace
+from tests.support.damage import edit_lines, edit_manifest
+from tests.support.synthetic import a_pass, routers, uniform_ids, write_trace
 
 
 def a_trace(root: Path) -> Path:

@@ -19,10 +19,10 @@ from moe_inspect.analysis.metrics.worth import super_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
-from tests.damage import edit_manifest
-from tests.families import FAMILIES, NO_INTERFACE, build
+from tests.support.damage import edit_manifest
+from tests.support.families import FAMILIES, NO_INTERFACE, build
+from tests.support.zoo import token_batch
 from tests.test_verify import put, rewrite
-from tests.zoo import token_batch
 
 BOTH: dict[str, Any] = {"output_norms": True, "output_peaks": True}
 ROUNDING = 2**-9  # of what is stored

@@ -16,7 +16,7 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom import spec as specs
 from moe_inspect.model.custom.choice import in_map
 from moe_inspect.model.find import candidates, find_routers
-from tests import own
+from tests.support import own
 
 B, S = 3, 16
 T = B * S

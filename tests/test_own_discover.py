@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_inspect.errors import MoeInspectError
-from tests import own
+from tests.support import own
 
 B, S, D, E = 3, 16, 8, 4
 T = B * S

@@ -16,9 +16,9 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.custom.choice import ChoiceReader
 from moe_inspect.model.find import candidates
-from tests import own
-from tests.families import build
-from tests.own import record_once, record_twice
+from tests.support import own
+from tests.support.families import build
+from tests.support.own import record_once, record_twice
 from tests.test_own import B, S, T, spec
 from tests.test_own_probes import Probing
 

@@ -17,7 +17,7 @@ import moe_inspect
 from moe_inspect.capture.hook import probes
 from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.errors import MoeInspectError
-from tests import own
+from tests.support import own
 from tests.test_own import B, S, T, spec
 
 

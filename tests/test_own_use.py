@@ -18,8 +18,8 @@ from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.own import as_tokenizer, load_object, load_own
-from tests import own
-from tests.own import record_once
+from tests.support import own
+from tests.support.own import record_once
 from tests.test_own import T, spec
 from tests.test_own_probes import Probing
 

@@ -24,8 +24,8 @@ from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.payload import table_json
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.text import number, readable
-from tests.damage import edit_manifest
-from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 HOSTILE = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">'
 LABELS = ("<b>code</b>", "law", "math", "prose")

@@ -18,7 +18,7 @@ from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts import TEXT_BYTES, text_section
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
-from tests.synthetic import write_trace
+from tests.support.synthetic import write_trace
 from tests.test_page import Opened, asked, browser, pytestmark, sheet  # noqa: F401 (fixtures)
 from tests.test_page_text import COLOUR, route, spans
 

@@ -19,8 +19,8 @@ from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.texts import text_section
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
-from tests.damage import edit_manifest
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_page import HOSTILE, Opened, browser, pytestmark  # noqa: F401 (a fixture, a mark)
 
 # a byte-level "é", a combining mark of its own, Hebrew, an Arabic word in two tokens, a bidi

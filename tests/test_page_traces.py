@@ -16,7 +16,7 @@ from moe_inspect.reporting.render import html
 from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.report import Report, report
 from tests.conftest import ROOT
-from tests.synthetic import write_trace
+from tests.support.synthetic import write_trace
 from tests.test_page import Opened, asked, browser, pytestmark  # noqa: F401 (a fixture, a mark)
 
 SMALL = {"L": 4, "E": 8, "k": 2}

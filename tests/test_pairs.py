@@ -18,8 +18,8 @@ from moe_inspect.reporting.render.page import report_page
 from moe_inspect.reporting.render.terminal import print_report
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.data_checks import in_runs
-from tests.planted import sentences
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.planted import sentences
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 
 SHARED = [(8, 2, 0.4643), (64, 8, 0.6791), (128, 8, 0.4123), (256, 8, 0.2271), (60, 4, 0.2468)]
 

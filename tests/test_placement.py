@@ -18,9 +18,9 @@ from moe_inspect.simulate.placement.policies import Layout, colocated, eplb, sha
 from moe_inspect.simulate.placement.search import CLOSE
 from moe_inspect.simulate.placement.windows import reached, table_of
 from moe_inspect.simulate.result import Simulation
-from tests.exact import fits_apart
-from tests.sweep import sample
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.exact import fits_apart
+from tests.support.sweep import sample
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, needs_fiddler
 
 # github.com/deepseek-ai/EPLB, its example

@@ -13,7 +13,7 @@ from moe_inspect.simulate.placement.forecast import busiest, descend_windows, dr
 from moe_inspect.simulate.placement.placement import POLICIES
 from moe_inspect.simulate.placement.policies import Layout, colocated, shares
 from moe_inspect.simulate.placement.tables import least_busiest
-from tests.drift import CASES, drifting, mean_over_windows
+from tests.support.drift import CASES, drifting, mean_over_windows
 
 GPUS, SLOTS, EXPERTS = 8, 72, 64
 

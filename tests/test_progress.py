@@ -28,7 +28,7 @@ from moe_inspect.reporting.report import report
 from moe_inspect.simulate.cache import simulate_cache
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 L, T = 3, 400
 COUNTED = {"reading tokens": T, "counting": T * L}

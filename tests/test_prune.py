@@ -20,8 +20,8 @@ from moe_inspect.interventions.pruning.run import Choice, Pruning, prune_held_ou
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import top_k_of
 from moe_inspect.trace.reader import Trace
-from tests import zoo
-from tests.damage import edit_manifest
+from tests.support import zoo
+from tests.support.damage import edit_manifest
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from moe_inspect.interventions.rules import beyond
 from moe_inspect.model.config import groups_of
 from moe_inspect.model.find import find_routers
 from moe_inspect.trace.files.lock import LOCK, hold, is_locked
-from tests import zoo
 from tests.conftest import Cli
+from tests.support import zoo
 from tests.test_intervene import with_experts
 
 # sixteen experts, so that twelve are left in DeepSeek's four groups

@@ -1,5 +1,5 @@
 """The kernels as compiled for GPUs, executed without one (tests/ptx), and the executor itself. Set
-SWEEP=whole to execute every variant that tests.aot compiles, instead of a sample."""
+SWEEP=whole to execute every variant that tests.support.aot compiles, instead of a sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.aot import lines_of, printed_by
 from tests.ptx.execute import execute
 from tests.ptx.memory import Memory, bank_cycles
 from tests.ptx.values import LANES, Fault, parse
-from tests.sweep import WHOLE
+from tests.support.aot import lines_of, printed_by
+from tests.support.sweep import WHOLE
 
 GPUS = ("sm_80", "sm_90", "sm_100")
 SAMPLE = {

@@ -15,9 +15,9 @@ import torch
 
 import moe_inspect
 from tests.conftest import Cli
-from tests.damage import edit_manifest
-from tests.families import build
-from tests.ranks import Ranks
+from tests.support.damage import edit_manifest
+from tests.support.families import build
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 

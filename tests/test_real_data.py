@@ -17,8 +17,8 @@ from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
 from moe_inspect.reporting.report import report
 from moe_inspect.trace.reader import Trace
-from tests.planted import sentences
-from tests.synthetic import write_counts, write_trace
+from tests.support.planted import sentences
+from tests.support.synthetic import write_counts, write_trace
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 ESFT, FIDDLER = REAL / "esft_law", REAL / "fiddler_mixtral"

@@ -16,8 +16,8 @@ import moe_inspect
 from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
 from moe_inspect.capture.hook.inputs.rows import CachedRows
 from moe_inspect.errors import MoeInspectError
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 LENGTHS = [9, 5, 12]
 

@@ -26,8 +26,8 @@ from hypothesis.stateful import (
 from transformers import DynamicCache
 
 import moe_inspect
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 MODEL = build("mixtral")
 K = MODEL.config.num_experts_per_tok

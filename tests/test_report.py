@@ -18,8 +18,8 @@ from moe_inspect.reporting.verdict.checks import CHECKS
 from moe_inspect.reporting.verdict.findings import SEVERITIES
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT, Cli
-from tests.planted import K, T, planted, sentences, uniform
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.planted import K, T, planted, sentences, uniform
+from tests.support.synthetic import uniform_ids, write_trace
 
 COLUMNS = {
     "summary": "key value",

@@ -23,8 +23,8 @@ from moe_inspect.reporting.render.matplotlib import draw, letters, picture
 from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.planted import planted
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.planted import planted
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 
 Printed = Callable[..., str]
 

@@ -13,8 +13,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import TABLES, Report, report
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter
-from tests.planted import text_of
-from tests.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
+from tests.support.planted import text_of
+from tests.support.synthetic import encoder_decoder, routers, uniform_ids, write_counts, write_trace
 
 NOWHERE = np.iinfo(np.uint16).max
 NEED_DECISIONS = {"vocabulary", "coactivation", "transitions", "repetition", "locality", "worth"}

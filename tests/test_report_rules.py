@@ -15,10 +15,10 @@ from moe_inspect.alarms.rules import parse_rule
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
-from tests.chance import REGIMES, Planted, drawn
 from tests.conftest import ROOT, Cli
+from tests.support.chance import REGIMES, Planted, drawn
+from tests.support.trained import counted
 from tests.test_training import loop
-from tests.trained import counted
 
 RULES = ["max_vio > 0.1 even by chance for 2 windows", "drift > 0.01 even by chance"]
 

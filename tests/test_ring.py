@@ -21,8 +21,8 @@ from moe_inspect.capture.hook.inputs.pass_inputs import PassInputs
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.writer import TraceWriter
 from tests.conftest import Put
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 CPU = torch.device("cpu")
 

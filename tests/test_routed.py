@@ -17,7 +17,7 @@ from moe_inspect.importers import routed
 from moe_inspect.model.config import facts_of, read_facts
 from moe_inspect.trace.schema import Router
 from tests.conftest import ROOT
-from tests.synthetic import uniform_ids
+from tests.support.synthetic import uniform_ids
 
 
 def coded(data: bytes) -> str:
@@ -211,7 +211,7 @@ def test_a_config_alone_says_what_the_built_model_has():
     torch = pytest.importorskip("torch")
     from moe_inspect.model.find import find_routers
     from moe_inspect.model.routers import top_k_of
-    from tests import zoo
+    from tests.support import zoo
 
     compared = 0
     for family in set(zoo.FAMILIES) - set(zoo.WHY_NOT):

@@ -20,8 +20,8 @@ from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.schema import PHASES, Router
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
-from tests.families import build
-from tests.zoo import token_batch
+from tests.support.families import build
+from tests.support.zoo import token_batch
 
 LENGTHS = [[9, 5], [3], [1], [7, 7, 2], [1], [17]]
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate(LENGTHS)]

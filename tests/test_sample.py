@@ -14,7 +14,7 @@ from moe_inspect.trace.derived.sample import sample
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from tests.conftest import Cli
-from tests.synthetic import encoder_decoder, thirty_documents, write_counts
+from tests.support.synthetic import encoder_decoder, thirty_documents, write_counts
 
 E, K = 8, 2
 

@@ -24,8 +24,8 @@ from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli, Put
-from tests.kernel_checks import small_cases
-from tests.sweep import sample
+from tests.support.kernel_checks import small_cases
+from tests.support.sweep import sample
 
 if kernels.triton is None:
     pytest.skip("no triton on this platform", allow_module_level=True)
@@ -292,7 +292,7 @@ def test_with_a_broken_kernel_the_trace_is_exact(
     cli_here(*usual, "-o", "right")
     environment = {"BROKEN": broken, SWITCH: "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.broken", *map(str, usual), "-o", "broken"],
+        [sys.executable, "-m", "tests.support.broken", *map(str, usual), "-o", "broken"],
         cwd=tmp_path,
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -16,7 +16,7 @@ import moe_inspect
 from moe_inspect.demo import MODEL_DIR
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
-from tests import zoo
+from tests.support import zoo
 
 TEXTS = ["The cat sat on the mat.", "A dog.", "Where do the tokens go?"]
 

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
-from tests.families import build
+from tests.support.families import build
 from tests.test_cli_trace import save_tokenizer
 
 # as the transformers at hand calls it

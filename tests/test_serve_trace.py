@@ -1,5 +1,5 @@
 """`moe-inspect serve-trace`: an engine is started with what it needs, traced and stopped, with all
-that it started, however the command ends. The engine is tests/engine.py under the name vllm."""
+that it started, however the command ends. The engine is tests/support/engine.py, called vllm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moe_inspect.capture.server import client, keeper, serve
 from moe_inspect.capture.server.serve import read_command
 from moe_inspect.errors import MoeInspectError
 from tests.conftest import ROOT, Cli
-from tests.engine import KEY
+from tests.support.engine import KEY
 from tests.test_cli_trace import save
 from tests.test_engines import check_rows
 
@@ -39,7 +39,9 @@ def does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     """Puts `vllm` on the path, and says what else it does."""
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.engine "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.support.engine "$@"\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(client, "FIRST_WAIT_S", 0.3)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
 from tests.conftest import ROOT
-from tests.foreign import gguf_file
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.foreign import gguf_file
+from tests.support.synthetic import uniform_ids, write_trace
 
 Stream = tuple[np.ndarray, int, int]  # ids_KT, E, slots
 

@@ -23,7 +23,7 @@ from moe_inspect.simulate.capacity import (
 )
 from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 COLLAPSED = ROOT / "sample_traces/collapsed"
 FACTORS = (0.5, 1.0, 1.25, 2.0)

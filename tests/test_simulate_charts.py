@@ -15,7 +15,7 @@ from moe_inspect.simulate.capacity import simulate_capacity
 from moe_inspect.simulate.placement.placement import simulate_placement
 from moe_inspect.simulate.result import Simulation
 from moe_inspect.trace.reader import Trace
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 from tests.test_charts import overlapping
 
 POLICIES = ("contiguous", "greedy", "eplb")

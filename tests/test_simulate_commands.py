@@ -15,7 +15,7 @@ from moe_inspect.cli import app
 from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT, Cli
-from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 TRACE = ROOT / "sample_traces/collapsed"
 

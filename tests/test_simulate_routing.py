@@ -25,7 +25,7 @@ from moe_inspect.simulate.routing_algorithms import (
     ranked,
 )
 from tests.conftest import ROOT
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 VALUES = {"": 0, "top_k": 2, "top_p": 0.7, "capacity_factor": 1.0}
 

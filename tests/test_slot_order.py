@@ -26,9 +26,9 @@ from moe_inspect.trace.schema import Router
 from moe_inspect.trace.slot_order import descending
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, ResumePoint, TraceWriter
-from tests.damage import edit_manifest
-from tests.planted import sentences
-from tests.synthetic import a_pass, uniform_ids, write_counts, write_passes, write_trace
+from tests.support.damage import edit_manifest
+from tests.support.planted import sentences
+from tests.support.synthetic import a_pass, uniform_ids, write_counts, write_passes, write_trace
 
 E, K, T = 8, 4, 600
 NOWHERE = 65_535
@@ -283,7 +283,7 @@ def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(
 ) -> None:
     """DeepSeek-V3 selects by biased scores without sorting them; the same model, counted on the
     device and traced."""
-    from tests import zoo
+    from tests.support import zoo
 
     model, inputs = zoo.build("deepseek_v3"), zoo.inputs("deepseek_v3", [9, 5, 12])
     tables = []

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
 from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.reporting.report import report
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 
 def test_by_hand_on_two_domains_of_four_experts():

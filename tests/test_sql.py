@@ -21,8 +21,8 @@ from moe_inspect import query
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.damage import edit_lines, last_byte, with_a_bit_less
-from tests.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.support.damage import edit_lines, last_byte, with_a_bit_less
+from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 duckdb = pytest.importorskip("duckdb")
 

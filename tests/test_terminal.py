@@ -30,8 +30,8 @@ from moe_inspect.reporting.render.terminal import MOST_FINDINGS, finding_lines, 
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
-from tests.planted import planted, sentences, text_of
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.planted import planted, sentences, text_of
+from tests.support.synthetic import uniform_ids, write_trace
 
 SHAPES = [(4, 8, 2), (24, 64, 8), (61, 256, 8)]
 TALL, LOW = 60, 24

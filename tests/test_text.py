@@ -18,7 +18,7 @@ from moe_inspect.reporting.render.routed_text import routed_text
 from moe_inspect.text import readable
 from moe_inspect.trace.texts import CHARACTER, as_text
 from tests.conftest import ROOT, Cli
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 from tests.test_page_text import CUT, JOINED, scripts
 
 SAMPLE = ROOT / "sample_traces" / "collapsed"
@@ -205,7 +205,7 @@ def test_a_trace_may_say_nothing_of_its_text(tmp_path: Path) -> None:
 
 
 def test_a_trace_of_counts_or_without_vocabulary_has_no_text(tmp_path: Path) -> None:
-    from tests.own import gpt, tokens
+    from tests.support.own import gpt, tokens
 
     model = gpt()
     with moe_inspect.record(model, tmp_path / "plain", overwrite=True):

@@ -22,11 +22,11 @@ from moe_inspect.capture import token_loss as losses
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.load import load_config, load_model
 from moe_inspect.model.own import load_object
-from tests import own
 from tests.conftest import Cli
-from tests.families import FAMILIES, build
-from tests.zoo import VOCABULARY, token_batch
-from tests.zoo import build as build_any
+from tests.support import own
+from tests.support.families import FAMILIES, build
+from tests.support.zoo import VOCABULARY, token_batch
+from tests.support.zoo import build as build_any
 
 STEPS = 3
 COLUMNS = ["loss_nats", "entropy_nats"]

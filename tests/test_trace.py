@@ -26,8 +26,8 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.shard import Shard
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from tests.damage import edit_lines, edit_manifest
-from tests.synthetic import a_pass, write_passes
+from tests.support.damage import edit_lines, edit_manifest
+from tests.support.synthetic import a_pass, write_passes
 
 
 def a_batch(

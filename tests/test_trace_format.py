@@ -24,7 +24,7 @@ from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT
-from tests.damage import edit_lines, without_checksums
+from tests.support.damage import edit_lines, without_checksums
 
 PAGE = (ROOT / "docs/trace-format.md").read_text(encoding="utf-8")
 SAMPLES = sorted(path.parent for path in (ROOT / "sample_traces").glob("*/trace.json"))

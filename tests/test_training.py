@@ -16,10 +16,10 @@ from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.training.sums import DeviceSums, RoutingSums
-from tests import own, zoo
-from tests.families import FAMILIES, build
-from tests.trained import EXPERTS, LAYERS, counted, reset
-from tests.zoo import token_batch
+from tests.support import own, zoo
+from tests.support.families import FAMILIES, build
+from tests.support.trained import EXPERTS, LAYERS, counted, reset
+from tests.support.zoo import token_batch
 
 
 def batch(n: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moe_inspect
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.test_training import history
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
 from moe_inspect.training import RoutingMonitor
 from tests.test_training import batch
-from tests.trained import counted
+from tests.support.trained import counted
 out, kind = Path(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -22,9 +22,9 @@ from moe_inspect.alarms.of_trace import windows_of
 from moe_inspect.analysis.counting.select import select
 from moe_inspect.training import RoutingCallback
 from tests.conftest import ROOT
+from tests.support.trained import EXPERTS, LAYERS, counted, reset
+from tests.support.zoo import VOCABULARY
 from tests.test_training import history
-from tests.trained import EXPERTS, LAYERS, counted, reset
-from tests.zoo import VOCABULARY
 
 ROWS = 48
 QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_inspect.analysis.metrics import uncertainty as unc
-from tests.synthetic import uniform_ids
+from tests.support.synthetic import uniform_ids
 
 SIZES = (256, 1_024, 4_096, 16_384)
 FLOORS = {

@@ -12,7 +12,7 @@ import pytest
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.reporting.verdict import balance, data_checks, experts, specialization
 from moe_inspect.reporting.verdict.findings import Finding
-from tests.stub import row, stub
+from tests.support.stub import row, stub
 
 EVEN = [100] * 8
 # a document chooses one expert only

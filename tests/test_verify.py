@@ -18,8 +18,8 @@ from moe_inspect.api import trace_model
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.verify import verify
 from tests.conftest import ROOT, Cli
-from tests.damage import edit_lines, edit_manifest, restate, with_a_bit_less
-from tests.synthetic import thirty_documents, write_counts
+from tests.support.damage import edit_lines, edit_manifest, restate, with_a_bit_less
+from tests.support.synthetic import thirty_documents, write_counts
 
 T, K, L = 300, 2, 3
 Change = Callable[[dict[str, list]], None]

@@ -39,12 +39,12 @@ from moe_inspect.watch.follow import (
 from moe_inspect.watch.state import Watched, WatchOptions, WatchSession
 from moe_inspect.watch.terminal import Screen, cells, sparkline, status_line
 from moe_inspect.watch.terminal import watch as watch_trace
-from tests.damage import edit_manifest
-from tests.synthetic import encoder_decoder, write_counts
+from tests.support.damage import edit_manifest
+from tests.support.synthetic import encoder_decoder, write_counts
+from tests.support.watched import batches, committed, waited, writer
 from tests.test_commit_every import counted
 from tests.test_dropped import trace_of
 from tests.test_trace import ROUTERS
-from tests.watched import batches, committed, waited, writer
 
 AT_ONCE = 1e-9
 L, E = 5, 8
@@ -193,7 +193,7 @@ def test_an_import_is_followed_where_it_is_written(tmp_path: Path) -> None:
 
 def test_a_killed_writer_is_noticed(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    command = [sys.executable, "-m", "tests.watched", str(root), "4", "8", "1000", "0.02"]
+    command = [sys.executable, "-m", "tests.support.watched", str(root), "4", "8", "1000", "0.02"]
     process = subprocess.Popen(command)
     looks = Looks(root)
     waited(lambda: looks.look() and looks.watched.tokens)
@@ -464,7 +464,7 @@ def test_under_tmux_while_a_trace_is_written_and_its_writer_killed(
         screen = lambda: tmux("-L", name, "capture-pane", "-p").splitlines()  # noqa: E731
         waited(lambda: any("waiting for a trace" in line for line in screen()))
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.watched", str(root), "61", "256", "1000", "0.1"]
+            [sys.executable, "-m", "tests.support.watched", str(root), "61", "256", "1000", "0.1"]
         )
 
         def is_shown() -> bool:

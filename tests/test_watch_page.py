@@ -25,8 +25,8 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.watch.serve import address, hosts_of, is_loopback
 from tests.conftest import ROOT
+from tests.support.watched import batches, waited, writer
 from tests.test_page import browser, pytestmark  # noqa: F401 (a fixture, a mark)
-from tests.watched import batches, waited, writer
 
 slow = pytestmark
 del pytestmark
@@ -253,7 +253,7 @@ def test_the_page_follows_the_trace_until_its_writer_is_killed(
 
     view.goto(server.url)
     until("document.getElementById('status').textContent === 'waiting'")
-    writes = ["-m", "tests.watched", str(root), "5", "8", "1000", "0.05"]
+    writes = ["-m", "tests.support.watched", str(root), "5", "8", "1000", "0.05"]
     process = subprocess.Popen([sys.executable, *writes])
     request.addfinalizer(process.kill)
     until("document.querySelectorAll('#alarm-list .critical').length > 0")

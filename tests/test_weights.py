@@ -12,7 +12,7 @@ import transformers
 import moe_inspect
 from moe_inspect.reporting.tables.summary import adapter, quantization
 from tests.conftest import Cli
-from tests.planted import uniform
+from tests.support.planted import uniform
 
 NAMES: dict[str, dict[str, Any]] = {
     "mxfp4": transformers.Mxfp4Config().to_dict(),

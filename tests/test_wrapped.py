@@ -16,8 +16,8 @@ from torch import distributed, nn
 import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.wrapped import unwrapped
-from tests.families import build
-from tests.zoo import state_of, token_batch
+from tests.support.families import build
+from tests.support.zoo import state_of, token_batch
 
 LENGTHS = [9, 5]
 INPUTS = token_batch(LENGTHS)

@@ -22,9 +22,9 @@ from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from moe_inspect.model.routers import Site
-from tests import zoo
 from tests.conftest import ROOT
-from tests.sweep import sample
+from tests.support import zoo
+from tests.support.sweep import sample
 from tests.test_cli_trace import save_tokenizer
 
 pytestmark = pytest.mark.slow

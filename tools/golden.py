@@ -70,8 +70,8 @@ def record_all() -> None:
     import torch
 
     from moe_inspect import record
+    from tests.support.zoo import build
     from tests.test_zoo import batch
-    from tests.zoo import build
 
     for sample in ("balanced", "collapsed", "untrained"):
         shutil.copytree(ROOT / "sample_traces" / sample, f"traces/{sample}", dirs_exist_ok=True)

@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 
 from moe_inspect.capture.hook import kernels
 from moe_inspect.capture.hook.kernel_reference import Case, check_sizes, choice, tape_for
-from tests.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, compiled, variants
-from tests.kernel_checks import check_dispatch, check_record
 from tests.ptx.launch import Device, executed
 from tests.ptx.values import Fault, Instruction, Program
+from tests.support.aot import BLOCKS, COLUMNS, PAGE_ROWS, SHAPES, TARGETS, compiled, variants
+from tests.support.kernel_checks import check_dispatch, check_record
 
 TAPES = ("across pages", "across the ring's end", "beyond the limit", "in one page", "disabled")
 SKEWS = ("uniform", "zipf", "one-hot")

@@ -167,7 +167,8 @@ def _combined(
     hidden_TH: Tensor,
 ) -> Tensor:
     """The weighted sum of the experts' outputs. Records their sizes and, on `tape`, the choice."""
-    dtype, sinks = hidden_TH.dtype, dict[str, Sink]()
+    dtype = hidden_TH.dtype
+    sinks: dict[str, Sink] = {}  # dict[…]() is not traced by torch.compile
     if (taken := getattr(self, TAKEN, None)) is not None:
         sinks = {kind: sink for kind, sink in taken.sizes.items() if sink.scope.open}
     if _in_one_pass(hidden_TH):

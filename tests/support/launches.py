@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 from moe_inspect.capture.hook import kernels, launch
 from moe_inspect.capture.hook.kernel_reference import Case, choice, tape_for
-from tests.mutation import changed_source
+from tests.support.mutation import changed_source
 
 
 class FakeDriver:

@@ -16,7 +16,7 @@ import torch
 
 from moe_inspect.capture.hook import kernel_reference as checks
 from moe_inspect.capture.hook.kernel_reference import POISON, Case, choice
-from tests.sweep import WHOLE
+from tests.support.sweep import WHOLE
 
 TAPES = ("in one page", "across pages", "across the ring's end", "beyond the limit", "disabled")
 DIMENSIONS: dict[str, tuple[Any, ...]] = {

@@ -1,5 +1,5 @@
 """Coverage-guided fuzzing of every importer, of `import --map`, and of a GGUF model's header, which
-`trace` and `describe` read: `python -m tests.fuzz NAME --seconds N` (`make fuzz`
+`trace` and `describe` read: `python -m tests.support.fuzz NAME --seconds N` (`make fuzz`
 does all targets, which `--list` prints).
 
 Whatever the bytes, an import ends in a trace that verifies, or in a MoeInspectError of one line;
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-CRASHES = Path(__file__).parent / "crashes"
+CRASHES = Path(__file__).parent.parent / "crashes"
 BETWEEN = b"\n--- the next file ---\n"
 
 
@@ -36,10 +36,11 @@ def unpacked(names: list[Path], data: bytes, folder: Path) -> None:
 
 
 def targets() -> dict[str, str]:
-    """Name → format: what tests/foreign.py makes files of, and every format of the registry that it
-    does not know, which is fuzzed from an empty file; then OTHERS, of no format of their own."""
+    """Name → format: what tests/support/foreign.py makes files of, and every format of the registry
+    that it does not know, which is fuzzed from an empty file; then OTHERS, of no format of their
+    own."""
     from moe_inspect.importers import MODULES
-    from tests.foreign import FORMAT_OF
+    from tests.support.foreign import FORMAT_OF
 
     unknown = {name: name for name in MODULES if name not in FORMAT_OF.values()}
     return FORMAT_OF | unknown | dict.fromkeys(OTHERS, "")
@@ -61,7 +62,7 @@ def _import_mapped(folder: Path, out: Path, model: Path | None) -> None:
 
 def _gguf_files(folder: Path) -> None:
     """The header of a model, with its experts and no weights."""
-    from tests.foreign import gguf_file
+    from tests.support.foreign import gguf_file
 
     fields = {"general.architecture": "qwen3moe", "general.alignment": 32, "x.list": ["a", "b"]}
     parts = {f"blk.{n}.ffn_{part}_exps.weight" for n in (1, 2) for part in ("up", "down")}
@@ -92,7 +93,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], Callable[[Path, Path, Path | Non
 
 def seed(name: str, folder: Path) -> tuple[list[Path], bytes, bool]:
     """The files that the maker of this name writes, and whether they need a config."""
-    from tests.foreign import MAKERS
+    from tests.support.foreign import MAKERS
 
     folder.mkdir(parents=True)
     if name in OTHERS:
@@ -150,7 +151,7 @@ def main() -> None:
 
         formats()
         importlib.import_module("moe_inspect.model.gguf")
-    from tests.foreign import config_file
+    from tests.support.foreign import config_file
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory))

@@ -14,11 +14,11 @@ import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
 from tests import test_compare_models as models
 from tests import test_dropped, test_loss_table
-from tests.chance import REGIMES, drawn_pair
-from tests.damage import edit_manifest
-from tests.misrecorded import FAULTS, Recording, rounded, routed_text
-from tests.planted import DOMAINS, planted, uniform
-from tests.synthetic import uniform_ids, write_counts, write_trace
+from tests.support.chance import REGIMES, drawn_pair
+from tests.support.damage import edit_manifest
+from tests.support.misrecorded import FAULTS, Recording, rounded, routed_text
+from tests.support.planted import DOMAINS, planted, uniform
+from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_compare_findings import (
     DOCUMENTS,
     avoiding,

@@ -19,7 +19,7 @@ from torch import Tensor
 import moe_inspect
 from moe_inspect.trace.reader import Trace
 from tests.conftest import ROOT
-from tests.mutation import load_file
+from tests.support.mutation import load_file
 
 EXAMPLE = ROOT / "examples" / "your_own_moe.py"
 

@@ -10,7 +10,7 @@ import numpy as np
 from moe_inspect.reporting.render import terminal
 from moe_inspect.reporting.report import Report, report
 from moe_inspect.trace.reader import Trace
-from tests.synthetic import uniform_ids, write_trace
+from tests.support.synthetic import uniform_ids, write_trace
 
 T, E, K = 6_000, 8, 2
 DOCUMENT = np.arange(T) // 100

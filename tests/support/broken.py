@@ -1,5 +1,5 @@
-"""`moe-inspect` with a kernel that is broken on purpose: `BROKEN=record python -m tests.broken
-trace …`. The kernels run in Triton's interpreter, as they would on a GPU."""
+"""`moe-inspect` with a kernel that is broken on purpose: `BROKEN=record python -m
+tests.support.broken trace …`. The kernels run in Triton's interpreter, as they would on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported
 
-from tests.mutation import changed_source, load_file
+from tests.support.mutation import changed_source, load_file
 
 NAME = "moe_inspect.capture.hook.kernels"
 # what is broken → a fragment of the kernels' source, and the wrong one

@@ -1,6 +1,6 @@
 """A trace that is written slowly, in a process of its own, for those who watch it.
 
-    python -m tests.watched ROOT LAYERS EXPERTS BATCHES SECONDS
+    python -m tests.support.watched ROOT LAYERS EXPERTS BATCHES SECONDS
 
 Expert 1 of layer 3 takes ever more, expert 2 there gets nothing from batch 3 on."""
 
@@ -22,7 +22,7 @@ from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
-from tests.synthetic import a_pass, routers
+from tests.support.synthetic import a_pass, routers
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "<b>", "\x1b[31m"]
 K, TOKENS = 2, 256

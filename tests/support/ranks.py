@@ -19,7 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # the model's and the trainer's own modules too, which are found by name when a model is loaded
 CONTEXT.set_forkserver_preload(
     [
-        "tests.ranks",
+        "tests.support.ranks",
         "moe_inspect.api",
         "moe_inspect.capture.run",
         "moe_inspect.cli.trace",

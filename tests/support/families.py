@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests import zoo
+from tests.support import zoo
 
 # family → what its config has other than in `zoo`, where every family's is; two layers each
 GROUPS = {"n_group": 1, "topk_group": 1}

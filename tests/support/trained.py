@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from tests.zoo import VOCABULARY
+from tests.support.zoo import VOCABULARY
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.synthetic import uniform_ids
+from tests.support.synthetic import uniform_ids
 
 E, K, LAYERS, DENSE = 8, 2, 3, 0  # block 0 is dense
 CONFIG = {

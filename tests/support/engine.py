@@ -1,8 +1,8 @@
 """A server that speaks the protocols of engines as strictly as they do, and whose decisions are a
 known function of token, position and layer.
 
-As a program it stands in for an engine that is started: `python -m tests.engine serve MODEL --port
-N …`, with what else it shall do in ENGINE_DOES, a JSON object.
+As a program it stands in for an engine that is started: `python -m tests.support.engine serve MODEL
+--port N …`, with what else it shall do in ENGINE_DOES, a JSON object.
 """
 
 from __future__ import annotations

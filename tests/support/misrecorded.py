@@ -18,7 +18,7 @@ import moe_inspect
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
 from moe_inspect.trace.writer import Document, RoutedBatch
-from tests.synthetic import a_pass, write_passes
+from tests.support.synthetic import a_pass, write_passes
 
 SHARD_TOKENS = 4_096
 

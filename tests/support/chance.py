@@ -18,7 +18,7 @@ import numpy as np
 from moe_inspect.alarms.alarms import Window
 from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.schema import Router
-from tests.synthetic import routers, write_counts, write_trace
+from tests.support.synthetic import routers, write_counts, write_trace
 
 TASTE = 0.5  # standard deviation of a document's own logits, in the clustered regimes
 
