@@ -7,13 +7,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.files import read_small
-from moe_inspect.importers.values import Fields, Json
 from moe_inspect.text import first_line, no_such
+
+if TYPE_CHECKING:  # it needs NumPy, and --help does not
+    from moe_inspect.importers.values import Fields, Json
+
+    Found = tuple[dict[str, str], tuple[Json, ...], Json]
 
 ALIASES = {"assignments": "count", "gate_sum": "weight_sum"}
 # else any text
@@ -155,7 +160,6 @@ PRESETS = {name: Preset(**fields) for name, fields in KNOWN.items()}
 
 ANCHORS = ("count", "share", "experts", "expert")
 # what keys said, the objects on the way, the value
-Found = tuple[dict[str, str], tuple[Json, ...], Json]
 
 
 def mapped_rows(of: dict[str, str], where: str, value: Json) -> list[Fields]:
