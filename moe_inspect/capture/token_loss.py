@@ -404,5 +404,8 @@ def nats(logits_CV: Tensor, next_C: Tensor) -> Tensor:
     share_CV = below_CV.exp()
     sum_C = share_CV.sum(1)
     mean_C = torch.linalg.vecdot(share_CV, below_CV) / sum_C
-    values = {"loss_nats": loss_C + sum_C.log(), "entropy_nats": sum_C.log() - mean_C}
+    values = {
+        "loss_nats": loss_C + sum_C.log(),
+        "entropy_nats": sum_C.log() - mean_C,
+    }
     return torch.stack([values[name] for name in LOSS])
