@@ -17,8 +17,9 @@ import pytest
 
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
-from moe_inspect.comparison.compare import LOAD_TABLES, TABLES, compare_checkpoints
+from moe_inspect.comparison.compare import TABLES, compare_checkpoints
 from moe_inspect.comparison.loads import _windows
+from moe_inspect.comparison.result import LOAD_TABLES
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 from moe_inspect.trace.writer import CountedBatches, TraceWriter

@@ -16,8 +16,8 @@ import typer
 
 from moe_inspect.cli import app
 from moe_inspect.cli.help import TABLES, metrics, tables, traces
-from moe_inspect.comparison.compare import CHECKPOINT_TABLES, LOAD_TABLES, MODEL_TABLES
 from moe_inspect.comparison.compare import TABLES as COMPARE_TABLES
+from moe_inspect.comparison.result import CHECKPOINT_TABLES, LOAD_TABLES, MODEL_TABLES
 from moe_inspect.reporting.report import TABLES as REPORT_TABLES
 from moe_inspect.text import did_you_mean, no_such
 from tests.conftest import ROOT, Cli

@@ -218,3 +218,5 @@ def test_a_trace_of_counts_or_without_vocabulary_has_no_text(tmp_path: Path) -> 
     assert (plain.document(0)["text"] == "").all()
     with pytest.raises(MoeInspectError, match="holds counts only"):
         moe_inspect.open_trace(tmp_path / "counts").tokens_of(0, 0)
+    with pytest.raises(MoeInspectError, match="holds counts only"):
+        moe_inspect.open_trace(tmp_path / "counts").requests()

@@ -15,15 +15,7 @@ from moe_inspect.comparison.checkpoints import Checkpoints
 from moe_inspect.comparison.decisions.data import Decisions
 from moe_inspect.comparison.loads import Loads
 from moe_inspect.comparison.models import Models
-from moe_inspect.comparison.result import (  # noqa: F401
-    CHECKPOINT_TABLES,
-    LOAD_TABLES,
-    MODEL_TABLES,
-    OF_DECISIONS,
-    TABLES,
-    Comparison,
-    PairSettings,
-)
+from moe_inspect.comparison.result import OF_DECISIONS, TABLES, Comparison, PairSettings
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace, open_trace
 

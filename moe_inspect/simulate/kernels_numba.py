@@ -15,7 +15,16 @@ NOWHERE = 255  # level of a slot that routed nowhere
 
 
 @njit(nogil=True, cache=True)
-def queue(ids_KT, start_G, of_G, level_SC, visit_N, by_token, load_GE, level_KT):  # type: ignore[no-untyped-def]
+def queue(
+    ids_KT: np.ndarray,
+    start_G: np.ndarray,
+    of_G: np.ndarray,
+    level_SC: np.ndarray,
+    visit_N: np.ndarray,
+    by_token: bool,
+    load_GE: np.ndarray,
+    level_KT: np.ndarray,
+) -> None:
     """How many assignments are ahead of each in the queue of its expert and group. ids_KT:
     experts, −1 for none. start_G: the first token of each group, and the end. of_G: the row of
     level_SC for each group. visit_N: indices into the flat ids_KT in the order of service; where
@@ -107,7 +116,16 @@ def lru(slots, phase_T, rank_E, known, load_E, at_PE, cold_P):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True)
-def lfu(ids_KT, phase_T, slots, order_E, at_E, count_E, held, hits_P):  # type: ignore[no-untyped-def]
+def lfu(
+    ids_KT: np.ndarray,
+    phase_T: np.ndarray,
+    slots: int,
+    order_E: np.ndarray,
+    at_E: np.ndarray,
+    count_E: np.ndarray,
+    held: np.ndarray,
+    hits_P: np.ndarray,
+) -> None:
     """Least frequently used, of equals the least recently. order_E[:held[0]]: the experts that are
     in, the next to go first; at_E: where each is there, −1 for out. Counts are far apart after a
     while, so an access moves its expert past few others. All carry on."""
@@ -153,7 +171,16 @@ def _is_wanted(ids_KT, t, e):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def belady(ids_KT, phase_T, slots, known_E, at_E, room_E, known, hits_P):  # type: ignore[no-untyped-def]
+def belady(
+    ids_KT: np.ndarray,
+    phase_T: np.ndarray,
+    slots: int,
+    known_E: np.ndarray,
+    at_E: np.ndarray,
+    room_E: np.ndarray,
+    known: np.ndarray,
+    hits_P: np.ndarray,
+) -> None:
     """Belady's optimum without looking ahead, in memory for E experts: an access hits where its
     expert could have been kept since its last use beside all that has been kept so far (Jain and
     Lin 2016, OPTgen; as intervals by their ends: Carlisle and Lloyd 1995).
@@ -303,7 +330,14 @@ def reached_dense(ids_KT: np.ndarray, miss_EG: np.ndarray, gpus: int) -> np.ndar
 
 
 @njit(nogil=True, cache=True)
-def reached_sparse(ids_KT, sole_E, start_E, gpu_C, share_C, gpus):  # type: ignore[no-untyped-def]
+def reached_sparse(
+    ids_KT: np.ndarray,
+    sole_E: np.ndarray,
+    start_E: np.ndarray,
+    gpu_C: np.ndarray,
+    share_C: np.ndarray,
+    gpus: int,
+) -> float:
     """The same from a table of the GPUs of each expert (`ranks_reached.table_of`): quicker where
     each expert is on one GPU, or there are very many GPUs."""
     K, T = ids_KT.shape
@@ -353,7 +387,15 @@ def count_windows(ids_KT: np.ndarray, window_T: np.ndarray, load_WE: np.ndarray)
 
 
 @njit(nogil=True, cache=True)
-def anneal(ids_KM, slots_GS, load_E, limit, proposals, heat, seed):  # type: ignore[no-untyped-def]
+def anneal(
+    ids_KM: np.ndarray,
+    slots_GS: np.ndarray,
+    load_E: np.ndarray,
+    limit: float,
+    proposals: int,
+    heat: float,
+    seed: int,
+) -> None:
     """Exchanges slots of `slots_GS` in place so that the decisions of the sample reach fewer GPUs,
     no GPU loaded beyond `limit`.
 

@@ -93,6 +93,7 @@ def document(trace: Trace, number: int) -> pd.DataFrame:
 
 def requests(trace: Trace) -> pd.DataFrame:
     """A row per document: document, domain, source, prompt_tokens, generated_tokens."""
+    _need_tokens(trace)
     decoded = pd.Series(dtype=int)
     for shard in trace.shards:
         tokens = shard.tokens(["document", "phase"]).to_pandas()

@@ -21,7 +21,7 @@ from moe_inspect.analysis.metrics.registry import metric
 from moe_inspect.analysis.metrics.uncertainty import resample_weights
 
 FEW_DOMAINS, DRAWN_PAIRS = 150, 10_000  # up to which all pairs are compared; how many else
-JSD_DRAWS = 20  # by chance: the mean over pairs of domains hardly varies
+JSD_DRAWS, JSD_PAIRS = 20, 100_000  # by chance, at most: draws, and pairs of domains in all of them
 CHUNK_CELLS = 2**16  # of the pairs of domains taken together, which stay in a cache
 RESAMPLES = 200  # of documents, for a standard deviation
 LOOKED_UP = 2**14  # counts whose n log n is kept
@@ -128,7 +128,7 @@ def jsd_null(assignments_UE: np.ndarray, domain_U: np.ndarray) -> float:
     D = int(domain_U.max(initial=-1)) + 1
     if D < 2 or not assignments_UE.any():
         return float("nan")
-    draws = int(np.clip(100_000 // D**2, 1, JSD_DRAWS))
+    draws = int(np.clip(JSD_PAIRS // D**2, 1, JSD_DRAWS))
     drawn_BDE = next(chance.null_loads(assignments_UE, domain_U))[:draws]
     return float(np.mean([jsd_bits(load_DE) for load_DE in drawn_BDE]))
 

@@ -340,10 +340,8 @@ class PassInputs:
         token, position, document, sequence, domain = (
             values[real].astype(np.int32) for values in (token, position, *numbers)
         )
-        return Rows(
-            real.reshape(-1), token, document, sequence, position, domain,
-            phase="decode", stack=first.stack,
-        )  # fmt: skip
+        of_tokens = token, document, sequence, position, domain
+        return Rows(real.reshape(-1), *of_tokens, phase="decode", stack=first.stack)
 
     def rows_of_all(self, fed: Sequence[Rows | CallInputs]) -> list[Rows]:
         """The rows of passes in their order, those of consecutive decode steps as one."""
