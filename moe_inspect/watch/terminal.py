@@ -20,15 +20,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.heatmap import (
-    NUMBER,
-    RAMP,
-    extremes,
-    legend,
-    load_number,
-    ramp_of,
-    style,
-)
+from moe_inspect.reporting.render import heatmap
 from moe_inspect.text import plural, printable
 from moe_inspect.trace.runs import run_edges
 from moe_inspect.watch.follow import COMPLETE, INTERRUPTED, KILLED, RECORDING, WAITING, Piece
@@ -38,7 +30,7 @@ BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = ".:-=+*#@"
 BOLD, DIM, BAD, HOT = (Style.parse(s) for s in ("bold", "dim", "red", "bold reverse"))
 NONE = Style.null()
-STEP_STYLES = [Style.parse(colour or "none") for *_, colour in RAMP]
+STEP_STYLES = [Style.parse(colour or "none") for *_, colour in heatmap.RAMP]
 
 Line = list[Segment]
 
@@ -127,15 +119,15 @@ class Screen:
         indent = max(map(cell_len, labels)) + 1
         E = ratio_LE.shape[1]
         per_cell = -(-E // max(1, width - indent))
-        as_numbers = together == 1 and width - indent >= E * NUMBER
+        as_numbers = together == 1 and width - indent >= E * heatmap.NUMBER
         title = f"load ÷ mean, last {window.tokens:,} tokens"
         joint = {"layers": together, "experts": per_cell}
         if shape := [f"{n} {what}" for what, n in joint.items() if n > 1]:
             title += f"; cells: most extreme of {' × '.join(shape)}"
         yield [Segment(title, BOLD)]
-        experts = " " * indent + "".join(f"{e:>{NUMBER}}" for e in range(E))
-        yield [Segment(experts if as_numbers else legend(unicode), DIM)]
-        ratio_RC = extremes(extremes(ratio_LE.T, together).T, per_cell)
+        experts = " " * indent + "".join(f"{e:>{heatmap.NUMBER}}" for e in range(E))
+        yield [Segment(experts if as_numbers else heatmap.legend(unicode), DIM)]
+        ratio_RC = heatmap.extremes(heatmap.extremes(ratio_LE.T, together).T, per_cell)
         for label, ratio_C in zip(labels, ratio_RC, strict=True):
             drawn = numbers(ratio_C) if as_numbers else cells(ratio_C, unicode)
             yield [Segment(label.rjust(indent - 1) + " "), *drawn]
@@ -177,8 +169,8 @@ class Screen:
 def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
     """A row of the map, runs of equal cells as one."""
     ratio_C = ratio_C[~np.isnan(ratio_C)]
-    step_C = ramp_of(ratio_C)
-    characters = [fancy if unicode else plain for _, fancy, plain, _ in RAMP]
+    step_C = heatmap.ramp_of(ratio_C)
+    characters = [fancy if unicode else plain for _, fancy, plain, _ in heatmap.RAMP]
     return [
         Segment(characters[step_C[a]] * (b - a), STEP_STYLES[step_C[a]])
         for a, b in pairwise(run_edges(step_C).tolist())
@@ -188,7 +180,7 @@ def cells(ratio_C: np.ndarray, unicode: bool) -> Line:
 def numbers(ratio_E: np.ndarray) -> Line:
     """A row of the map as numbers, where there is room for them."""
     return [
-        Segment(load_number(ratio), Style.parse(style(ratio) or "none"))
+        Segment(heatmap.load_number(ratio), Style.parse(heatmap.style(ratio) or "none"))
         for ratio in ratio_E[~np.isnan(ratio_E)].tolist()
     ] or [Segment("no load", DIM)]
 

@@ -12,25 +12,16 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
 from moe_inspect.analysis.counting.counts import CLUSTERS
-from moe_inspect.analysis.counting.engine import LONG
 from moe_inspect.analysis.counting.router_counts import narrowed
 from moe_inspect.analysis.counting.select import Selection
 from moe_inspect.analysis.tasks import runs_of, workers
-from moe_inspect.comparison.aligning.align import (
-    CELLS,
-    DECILES,
-    AlignedRows,
-    Columns,
-    Segments,
-    rows_of_shard,
-)
-from moe_inspect.comparison.counting import kernels_numpy
+from moe_inspect.comparison.aligning import align
+from moe_inspect.comparison.counting import kernels
 from moe_inspect.comparison.counting.logits import Margins, decile_of, logit_margin, logit_shift
 from moe_inspect.progress import phase
 from moe_inspect.trace.reader import Trace
@@ -75,7 +66,7 @@ class PairRouterCounts:
 
     @classmethod
     def zero(cls, E: int, U: int) -> PairRouterCounts:
-        size = {"U": U, "X": CELLS, "E": E, "M": DECILES}
+        size = {"U": U, "X": align.CELLS, "E": E, "M": align.DECILES}
         shapes = {name: [size[x] for x in name.rpartition("_")[2]] for name in TABLES}
         made: dict[str, Any] = {name: np.zeros(of, np.int64) for name, of in shapes.items()}
         return cls(E, **made)
@@ -130,7 +121,7 @@ class ComparisonCounts:
         """experts: router → number of experts."""
         U = len(domains) * CLUSTERS
         of = {r: PairRouterCounts.zero(E, U) for r, E in experts.items()}
-        decisions_UX = {stack: np.zeros((U, CELLS), np.int64) for stack in stacks}
+        decisions_UX = {stack: np.zeros((U, align.CELLS), np.int64) for stack in stacks}
         return cls(domains, of, decisions_UX, np.zeros(len(experts) + 1, np.int64))
 
     def of_units(self, unit_V: np.ndarray) -> ComparisonCounts:
@@ -195,15 +186,6 @@ class Job:
     drop_zero_filled: bool = False
 
     @property
-    def kernels(self) -> ModuleType:
-        """Compiled ones where that pays: loading the compiler takes a second."""
-        if self.tokens * sum(self.a.routers[r].top_k for r, _ in self.routers) < LONG:
-            return kernels_numpy
-        from moe_inspect.comparison.counting import kernels_numba
-
-        return kernels_numba
-
-    @property
     def weights(self) -> bool:
         return self.a.has_weights and self.b.has_weights
 
@@ -218,13 +200,13 @@ class Job:
         return ComparisonCounts.zero(self.domains, experts, stacks)
 
     def rows_by_stack(
-        self, segments: Segments
-    ) -> Iterator[tuple[str, AlignedRows, list[tuple[int, int]]]]:
+        self, segments: align.Segments
+    ) -> Iterator[tuple[str, align.AlignedRows, list[tuple[int, int]]]]:
         """The tokens of a shard of A that are compared, and the routers they reach, by stack."""
         for stack in sorted({self.a.routers[r].stack for r, _ in self.routers}):
             routers = [pair for pair in self.routers if self.a.routers[pair[0]].stack == stack]
             traces = self.a, self.b
-            rows = rows_of_shard(traces, segments, self.domains, stack, self.selection)
+            rows = align.rows_of_shard(traces, segments, self.domains, stack, self.selection)
             if self.drop_zero_filled and not rows.alike:
                 zero_2T = np.ones((2, len(rows)), bool)  # in every slot of every router of A, of B
                 for pair in routers:
@@ -238,7 +220,7 @@ class Job:
 
 def by_runs(
     job: Job,
-    segments: Segments,
+    segments: align.Segments,
     function: Callable[..., Made],
     *arguments: object,
     threads: int = 1,
@@ -253,7 +235,7 @@ def by_runs(
 
 def count_pair(
     job: Job,
-    segments: Segments,
+    segments: align.Segments,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ComparisonCounts:
@@ -273,7 +255,7 @@ def count_pair(
 
 
 def _count(
-    job: Job, here: tuple[ComparisonCounts, threading.Lock] | None, shards: list[Segments]
+    job: Job, here: tuple[ComparisonCounts, threading.Lock] | None, shards: list[align.Segments]
 ) -> tuple[int, tuple[ComparisonCounts, np.ndarray] | None]:
     """The decisions compared; and their counts and units, where not added to those `here`."""
     total, lock = here or (job.zero(), threading.Lock())
@@ -294,7 +276,7 @@ def _count(
 class TokenSums:
     """Sums over the routers that tokens reach, one after the other."""
 
-    def __init__(self, rows: AlignedRows, logits: bool):
+    def __init__(self, rows: align.AlignedRows, logits: bool):
         self.rows, T = rows, len(rows)
         # the units there are, and which of these each token is in
         self.unit_V, self.place_T = np.unique(rows.unit_T, return_inverse=True)
@@ -307,8 +289,8 @@ class TokenSums:
 
     def add_to(self, total: ComparisonCounts, stack: str, number: int, routers: int) -> None:
         rows, decisions_UX = self.rows, total.decisions_UX[stack]
-        cell_T = rows.unit_T * CELLS + rows.cell_T
-        decisions_UX += np.bincount(cell_T, minlength=decisions_UX.size).reshape(-1, CELLS)
+        cell_T = rows.unit_T * align.CELLS + rows.cell_T
+        decisions_UX += np.bincount(cell_T, minlength=decisions_UX.size).reshape(-1, align.CELLS)
         total.layers_N += np.bincount(self.differs_T, minlength=len(total.layers_N))
         document_D, first_D, at_T = np.unique(
             rows.document_T, return_index=True, return_inverse=True
@@ -330,7 +312,7 @@ class TokenSums:
             total.gamma_tokens += len(gamma_T)
 
 
-def logits_of(shard: Shard, router: int) -> Columns:
+def logits_of(shard: Shard, router: int) -> align.Columns:
     return (shard.logits(router),)
 
 
@@ -338,7 +320,7 @@ def _count_router(
     job: Job, tokens: TokenSums, pair: tuple[int, int], number: int
 ) -> PairRouterCounts:
     """The counts of one router in a shard, in the units of its tokens."""
-    rows, unit_T, r, kernels = tokens.rows, tokens.place_T, pair[0], job.kernels
+    rows, unit_T, r = tokens.rows, tokens.place_T, pair[0]
     E, V = job.a.routers[r].experts, len(tokens.unit_V)
     counts = PairRouterCounts.zero(E, V)
     counts.logit_decisions = len(rows) * job.logits
@@ -346,27 +328,27 @@ def _count_router(
         return counts
     slots_a = rows.read(0, Shard.slots, r)
     slots_b = slots_a if rows.alike else rows.read(1, Shard.slots, pair[1])
-    load_VE = np.zeros((V, E + 1), np.uint32)
-    kernels.add_load(slots_a, unit_T, load_VE)
+    load_VE = np.zeros((V, E + 1), np.int64)
+    for slot_T in slots_a:
+        kernels.add_cells(load_VE, unit_T, slot_T)
     counts.load_UE = load_VE[:, :E]
     if load_VE[:, E].any():
-        short_T = kernels_numpy.nowhere_in_both(slots_a, slots_b, E)
+        short_T = kernels.nowhere_in_both(slots_a, slots_b, E)
         kernels.add_cells(counts.short_UX, unit_T, rows.cell_T, short_T)
     margin_T, decile_T = None, np.zeros(0, np.uint8)
     if job.margins is not None and r in job.margins.edges:
         margin_T = logit_margin(rows.read(0, logits_of, r)[0], slots_a)
         decile_T = decile_of(margin_T, job.margins.edges[r])
-        known_T = np.isfinite(margin_T).view(np.uint8)
-        kernels.add_cells(counts.margin_UM, unit_T, decile_T, known_T)
+        kernels.add_cells(counts.margin_UM, unit_T, decile_T, np.isfinite(margin_T))
     counts.before = tokens.differing
     if rows.alike:
         if margin_T is not None:
             counts.flip_margins[number] = margin_T[:0]
         return counts
 
-    at = kernels_numpy.unequal(slots_a, slots_b)
+    at = kernels.unequal(slots_a, slots_b)
     a_KN, b_KN = (np.stack([slot_T[at] for slot_T in side]) for side in (slots_a, slots_b))
-    lost_KN, gained_KN, missing_N = kernels_numpy.sets(a_KN, b_KN, E)
+    lost_KN, gained_KN, missing_N = kernels.sets(a_KN, b_KN, E)
     unit_N, cell_N = unit_T[at], rows.cell_T[at]
     counts.reordered_U += np.bincount(unit_N, minlength=V)
     counts.first_differs_U += np.bincount(unit_N[a_KN[0] != b_KN[0]], minlength=V)
@@ -375,7 +357,7 @@ def _count_router(
     kernels.add_moves(a_KN, b_KN, lost_KN, gained_KN, unit_N, counts.moved_UE, counts.flips_EE)
     if job.weights:
         weights = rows.both(Shard.slot_weights, pair)
-        l1_T = kernels_numpy.weight_difference(kernels, a_KN, b_KN, E, at, *weights)
+        l1_T = kernels.weight_difference(a_KN, b_KN, E, at, *weights)
         counts.l1_U += np.rint(np.bincount(unit_T, l1_T, V) * UNIT).astype(np.int64)
         counts.weights_differ = int(np.count_nonzero(l1_T))
     if tokens.shift_T is not None:
@@ -394,7 +376,6 @@ def _count_router(
     tokens.differs_T[at] += 1
     if margin_T is not None:
         at = at[np.isfinite(margin_T[at])]
-        known_N = np.ones(len(at), np.uint8)
-        kernels.add_cells(counts.margin_mismatch_UM, unit_T[at], decile_T[at], known_N)
+        kernels.add_cells(counts.margin_mismatch_UM, unit_T[at], decile_T[at])
         counts.flip_margins[number] = margin_T[at[:: -(-len(at) // MOST_FLIPS) or 1]]
     return counts

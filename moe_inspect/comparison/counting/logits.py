@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_inspect.comparison.counting.kernels_numpy import Slots
+from moe_inspect.comparison.counting.kernels import Slots
 from moe_inspect.trace.reader import Trace
 
 SAMPLE_SHARDS = 4  # at most, and one in four, from which the deciles of the margin are taken

@@ -29,21 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from moe_inspect.progress import phase
-from moe_inspect.reporting.charts.spec import (
-    PALETTE,
-    Axis,
-    Band,
-    Chart,
-    Heatmap,
-    Line,
-    Links,
-    Mark,
-    Panel,
-    Points,
-    Rule,
-    Scale,
-    round_numbers,
-)
+from moe_inspect.reporting.charts import spec
 from moe_inspect.trace.output_dir import output_file, output_folder
 
 SMALL = 8  # points: ticks, legends, numbers in cells
@@ -68,7 +54,7 @@ OTHER_FONTS = (
 
 
 def write_charts(
-    charts: Sequence[Chart],
+    charts: Sequence[spec.Chart],
     directory: str | Path,
     width: float | None = None,
     formats: Sequence[str] | None = None,
@@ -118,7 +104,7 @@ class ColourBar(NamedTuple):
     their place, right of and below where it begins, and the colour of a swatch before them. inset,
     long: where the colours begin, and their length."""
 
-    scale: Scale
+    scale: spec.Scale
     inset: float
     long: float
     ticks: Ticks
@@ -131,7 +117,7 @@ class Placed(NamedTuple):
     its title, its legend and its colour bar; beside: of what stands left of its axes. bar: its own,
     where panels do not share one."""
 
-    panel: Panel
+    panel: spec.Panel
     title: Sequence[str]
     height: float
     above: float
@@ -142,7 +128,7 @@ class Placed(NamedTuple):
     bar: ColourBar | None = None
 
 
-def draw(chart: Chart, width: float = WIDTH) -> Figure:
+def draw(chart: spec.Chart, width: float = WIDTH) -> Figure:
     """The figure of a chart, so many inches wide."""
     return _Sheet(chart, width).draw(chart)
 
@@ -153,14 +139,14 @@ LEGEND = {"handlelength": 2.0, "handletextpad": 0.6, "columnspacing": 1.4, "labe
 class _Sheet:
     """A figure of so many columns of panels, each as wide as `breadth`."""
 
-    def __init__(self, chart: Chart, width: float):
+    def __init__(self, chart: spec.Chart, width: float):
         self.figure, self.within = Figure((width, 1)), width - 2 * EDGE
         FigureCanvasAgg(self.figure)
         most = max(1, int(self.within / BREADTH))
         self.columns = min(chart.columns, len(chart.panels), most)
         self.breadth = (self.within - GAP * (self.columns - 1)) / self.columns
 
-    def draw(self, chart: Chart) -> Figure:
+    def draw(self, chart: spec.Chart) -> Figure:
         figure, within, columns = self.figure, self.within, self.columns
         scales = {panel.heatmap.scale if panel.heatmap else None for panel in chart.panels}
         scale = scales.pop() if len(scales) == 1 else None  # of all panels
@@ -197,7 +183,7 @@ class _Sheet:
         wide, high = self.figure.get_size_inches()
         self.figure.text(left / wide, 1 - top / high, plain(text), **style)
 
-    def _place(self, panel: Panel, alone: bool) -> Placed:
+    def _place(self, panel: spec.Panel, alone: bool) -> Placed:
         lines = self._lines(panel.title, 9.5, self.breadth, "bold") if panel.title else []
         above = 0.08 + 0.18 * len(lines) if lines else 0
         legend_columns, bar = 0, None
@@ -312,7 +298,7 @@ class _Sheet:
         ]
         return max(widths, default=0.0) / self.figure.dpi
 
-    def _colour_bar(self, scale: Scale, room: float) -> ColourBar:
+    def _colour_bar(self, scale: spec.Scale, room: float) -> ColourBar:
         """No wider than `room`: labels that would run into the next are left out."""
         ticks = scale.ticks()
         half = {label: self._widest([label]) / 2 for _, label in ticks}
@@ -352,7 +338,7 @@ class _Sheet:
 
 
 def colour(name: str) -> str:
-    return PALETTE[name][0]
+    return spec.PALETTE[name][0]
 
 
 def plain(text: str) -> str:
@@ -361,7 +347,7 @@ def plain(text: str) -> str:
     return "\u200a" + text if text.startswith("_") else text
 
 
-def vertical_range(panel: Panel) -> tuple[float, float]:
+def vertical_range(panel: spec.Panel) -> tuple[float, float]:
     """The lower and upper end of the y axis of a panel without a heatmap."""
     values = [panel.y.low, panel.y.high]
     for array in (getattr(mark, of, None) for mark in panel.marks for of in ("y", "low", "high")):
@@ -381,7 +367,7 @@ def vertical_range(panel: Panel) -> tuple[float, float]:
     return low - below, high + above
 
 
-def named_ticks(axis: Axis, count: int, most: float) -> Ticks:
+def named_ticks(axis: spec.Axis, count: int, most: float) -> Ticks:
     """(position, label) of at most about `most` of `count` positions, at round numbers."""
     if len(axis.ticks) > 1:
         return list(axis.ticks[:: step_of(len(axis.ticks) / most)])
@@ -393,12 +379,12 @@ def named_ticks(axis: Axis, count: int, most: float) -> Ticks:
     return [(i, labels[i] if labels else str(i)) for i in range(first, count, step)]
 
 
-def value_ticks(axis: Axis, low: float, high: float) -> Ticks:
+def value_ticks(axis: spec.Axis, low: float, high: float) -> Ticks:
     """(position, label) of the ticks of an axis of numbers."""
     if axis.log:
         powers = range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high)) + 1)
         return [(2.0**i, f"{2.0**i:g}") for i in powers]
-    return [(value, f"{value:g}") for value in round_numbers(low, high, 5)]
+    return [(value, f"{value:g}") for value in spec.round_numbers(low, high, 5)]
 
 
 def step_of(least: float) -> int:
@@ -407,36 +393,36 @@ def step_of(least: float) -> int:
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
-def draw_mark(mark: Mark, axes: Axes) -> None:
+def draw_mark(mark: spec.Mark, axes: Axes) -> None:
     few = len(getattr(mark, "x", ())) <= FEW
     style: dict[str, Any] = {"label": plain(getattr(mark, "name", "")) or None}
-    usual = "band" if isinstance(mark, Band) else "baseline"
+    usual = "band" if isinstance(mark, spec.Band) else "baseline"
     style["color"] = colour(getattr(mark, "colour", usual))
-    if isinstance(mark, Line | Points) and mark.low is not None and mark.high is not None:
+    if isinstance(mark, spec.Line | spec.Points) and mark.low is not None and mark.high is not None:
         wide = 3 if few else 2
         axes.vlines(mark.x, mark.low, mark.high, color=style["color"], alpha=0.45, lw=wide)
     match mark:
-        case Line():
+        case spec.Line():
             dots, size = "o" if mark.dots else "", 3.5 if few else 2.4
             axes.plot(mark.x, mark.y, ls=DASHES[mark.dash], lw=1.4, marker=dots, ms=size, **style)
-        case Points(shape="dot"):
+        case spec.Points(shape="dot"):
             axes.plot(mark.x, mark.y, "o", ms=5 if few else 3.4, mew=0, **style)
-        case Points():
+        case spec.Points():
             axes.plot(mark.x, mark.y, "_", ms=12 if few else 7, mew=1.6, **style)
-        case Band():
+        case spec.Band():
             axes.fill_between(mark.x, mark.low, mark.high, lw=0, **style)
-        case Rule():
+        case spec.Rule():
             axes.axhline(mark.y, lw=1.2 if mark.dash else 0.8, ls=DASHES[mark.dash], **style)
-        case Links():
+        case spec.Links():
             axes.vlines(mark.x, mark.low, mark.high, lw=1, alpha=0.6, **style)
-        case Heatmap():
+        case spec.Heatmap():
             shown: Any = {"cmap": colour_map(mark.scale), "interpolation": "nearest"}
             axes.imshow(_positions(mark.values, mark.scale), aspect="auto", vmin=0, vmax=1, **shown)
         case _:  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(f"no way to draw {type(mark).__name__}")
 
 
-def _write_cells(mark: Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
+def _write_cells(mark: spec.Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
     """The texts of the cells, black or white: at least 4.5 : 1 to the colour below (WCAG)."""
     rgb_RC3 = colour_map(mark.scale)(_positions(mark.values, mark.scale))[..., :3]
     linear_RC3 = np.where(rgb_RC3 <= 0.04045, rgb_RC3 / 12.92, ((rgb_RC3 + 0.055) / 1.055) ** 2.4)
@@ -447,7 +433,7 @@ def _write_cells(mark: Heatmap, cells_RC: np.ndarray, axes: Axes) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
 
 
-def _positions(values_RC: np.ndarray, scale: Scale) -> np.ndarray:
+def _positions(values_RC: np.ndarray, scale: spec.Scale) -> np.ndarray:
     """Positions of values on their scale, masked where none; NOTHING where a ratio is 0."""
     at_RC = np.clip(scale.place(values_RC), 0, 1)
     if scale.kind == "ratio":
@@ -455,7 +441,7 @@ def _positions(values_RC: np.ndarray, scale: Scale) -> np.ndarray:
     return np.ma.masked_invalid(at_RC)
 
 
-def colour_map(scale: Scale) -> Colormap:
+def colour_map(scale: spec.Scale) -> Colormap:
     stops = [(at, colour(name)) for at, name in scale.stops()]
     colours = LinearSegmentedColormap.from_list(scale.kind, stops)
     unknown = colour("unknown") if scale.unknown else "white"

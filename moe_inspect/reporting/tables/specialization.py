@@ -21,14 +21,8 @@ from moe_inspect.analysis.metrics import specialization as sp
 from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.analysis.metrics.signature import accuracies
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.tables import load
 from moe_inspect.reporting.tables.data import ReportData, Row
-from moe_inspect.reporting.tables.load import (
-    Columns,
-    design_effect,
-    row_per_router,
-    rows_per_router,
-    widened,
-)
 from moe_inspect.reporting.tables.registry import table
 
 SPECIALIZATION = (
@@ -58,11 +52,11 @@ def domains(data: ReportData) -> pd.DataFrame:
     every = data.counts_of_all_domains() if len(counts.domains) == 1 else counts
     D, among = len(counts.domains), [every.domains.index(domain) for domain in counts.domains]
 
-    def columns(r: int) -> Columns:
+    def columns(r: int) -> load.Columns:
         assignments_DE, tokens_D = counts.assignments_DE(r), counts.tokens_D_of(r)
         every_DE, E, k = every.assignments_DE(r), counts.routers[r].experts, counts.routers[r].top_k
         floor_D, _ = unc.noise_of(every_DE.sum(1) / k, E, k)
-        expected_D = 1 + floor_D * widened(design_effect(every, r))
+        expected_D = 1 + floor_D * load.widened(load.design_effect(every, r))
         return {
             "domain": np.repeat(np.array(counts.domains, object), E),
             "expert": np.tile(np.arange(E), D),
@@ -74,7 +68,7 @@ def domains(data: ReportData) -> pd.DataFrame:
             "overload_p": _overload_p(every, r)[among].reshape(-1),
         }
 
-    return rows_per_router(data, columns)
+    return load.rows_per_router(data, columns)
 
 
 def _overload_p(counts: Counts, router: int) -> np.ndarray:
@@ -113,7 +107,7 @@ def specialization(data: ReportData) -> pd.DataFrame:
             row["domain_mi_given_token_bits"] = given
         return row
 
-    frame = row_per_router(counts, data.selection.routers, SPECIALIZATION, values)
+    frame = load.row_per_router(counts, data.selection.routers, SPECIALIZATION, values)
     for name, nulls in (("domain_mi", null_LB), ("domain_mi_given_token", given_LB)):
         without = np.array([bool(np.isnan(null).any()) for null in nulls])
         known = frame[f"{name}_bits"].astype("float64").mask(without)
@@ -167,7 +161,7 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
     text = data.trace.vocabulary().drop_duplicates("token_id")
     text_of = pd.Series(text["token"].to_numpy(object), index=text["token_id"].to_numpy())
 
-    def columns(r: int) -> Columns:
+    def columns(r: int) -> load.Columns:
         of = by_token_id[r]
         occurrences_N = np.maximum(of.occurrences_N, 1)
         return {
@@ -180,7 +174,7 @@ def vocabulary(data: ReportData) -> pd.DataFrame:
             "occurrences": of.occurrences_N,
         }
 
-    return rows_per_router(data, columns)
+    return load.rows_per_router(data, columns)
 
 
 COMMITTEE = (
@@ -226,7 +220,7 @@ def committee(data: ReportData) -> pd.DataFrame:
         return row
 
     names = ("domains", "top_k", *COMMITTEE, "experts")
-    frame = row_per_router(counts, data.selection.routers, names, values)
+    frame = load.row_per_router(counts, data.selection.routers, names, values)
     return frame.astype({**dict.fromkeys(COMMITTEE, "float64"), "experts": "str"})
 
 

@@ -1,5 +1,4 @@
-"""The loops over a router's decisions in NumPy. kernels_numba.py has the last four compiled, for
-traces long enough to be worth loading the compiler.
+"""The loops over a router's decisions.
 
 T tokens of a shard that are compared, N of them whose slots are not equal one by one, K slots,
 E experts, V units (clusters of documents), X cells.
@@ -7,12 +6,9 @@ E experts, V units (clusters of documents), X cells.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 Slots = tuple[np.ndarray, ...]  # K arrays [T], the number of experts where a slot routed nowhere
-BLOCK = 8192  # decisions whose pairs of slots are gone through at a time
 
 
 def unequal(a: Slots, b: Slots) -> np.ndarray:
@@ -44,31 +40,29 @@ def sets(a_KN: np.ndarray, b_KN: np.ndarray, E: int) -> tuple[np.ndarray, np.nda
 
 
 def weight_difference(
-    kernels: Any, a_KN: np.ndarray, b_KN: np.ndarray, E: int, at: np.ndarray, a: Slots, b: Slots
+    a_KN: np.ndarray, b_KN: np.ndarray, E: int, at: np.ndarray, a: Slots, b: Slots
 ) -> np.ndarray:
     """float32 [T]: Σ |weight in A − weight in B| over the experts that both chose. at: [N], the
     decisions whose slots differ, of which a_KN and b_KN are the experts. a, b: the weights."""
     total_T, total_N = np.zeros(len(a[0]), np.float32), np.zeros(len(at), np.float32)
     for of_a_T, of_b_T in zip(a, b, strict=True):
         total_T += np.abs(of_a_T - of_b_T)
-    of_at = (np.stack([slot_T[at] for slot_T in side]) for side in (a, b))
-    kernels.add_apart(a_KN, b_KN, E, *of_at, total_N)
+    weights_b = [slot_T[at] for slot_T in b]
+    for a_N, of_a_T in zip(a_KN, a, strict=True):
+        weight_N, some_N = of_a_T[at], a_N != E
+        for b_N, of_b_N in zip(b_KN, weights_b, strict=True):
+            both_N = (a_N == b_N) & some_N
+            total_N += np.where(both_N, np.abs(weight_N - of_b_N), np.float32(0))
     total_T[at] = total_N
     return total_T
 
 
-def add_load(slots: Slots, unit_T: np.ndarray, load_VE: np.ndarray) -> None:
-    """Counts the assignments of each expert, last those that routed nowhere. In place."""
-    V, E = load_VE.shape
-    for slot_T in slots:
-        load_VE += np.bincount(unit_T * E + slot_T, minlength=V * E).reshape(V, E).astype(np.uint32)
-
-
 def add_cells(
-    total_VX: np.ndarray, unit_N: np.ndarray, cell_N: np.ndarray, by_N: np.ndarray
+    total_VX: np.ndarray, unit_N: np.ndarray, cell_N: np.ndarray, by_N: np.ndarray | None = None
 ) -> None:
-    """Adds up `by_N` in each (unit, cell); in place."""
-    np.add.at(total_VX, (unit_N, cell_N), by_N)
+    """Adds up `by_N`, whole numbers far below 2^53, or ones in each (unit, cell); in place."""
+    sums = np.bincount(unit_N * total_VX.shape[1] + cell_N, by_N, total_VX.size)
+    total_VX += sums.reshape(total_VX.shape).astype(total_VX.dtype)
 
 
 def add_moves(
@@ -83,24 +77,11 @@ def add_moves(
     """Adds assignments that B has and A does not, less those that it lacks; and each pair of an
     expert that was lost and one that was gained. In place."""
     for experts_KN, which_KN, sign in ((a_KN, lost_KN, -1), (b_KN, gained_KN, 1)):
-        slot, n = np.nonzero(which_KN)
-        np.add.at(moved_UE, (unit_N[n], experts_KN[slot, n]), sign)
-    for n in range(0, len(unit_N), BLOCK):
-        part = slice(n, n + BLOCK)
-        i, j, at = np.nonzero(lost_KN[:, None, part] & gained_KN[None, :, part])
-        np.add.at(flips_EE, (a_KN[:, part][i, at], b_KN[:, part][j, at]), 1)
-
-
-def add_apart(
-    a_KN: np.ndarray,
-    b_KN: np.ndarray,
-    E: int,
-    a_weights_KN: np.ndarray,
-    b_weights_KN: np.ndarray,
-    total_N: np.ndarray,
-) -> None:
-    """Adds |weight in A − weight in B| of the experts that both chose. In place."""
-    for a_N, a_weight_N in zip(a_KN, a_weights_KN, strict=True):
-        for b_N, b_weight_N in zip(b_KN, b_weights_KN, strict=True):
-            apart_N = np.abs(a_weight_N - b_weight_N)
-            total_N += np.where((a_N == b_N) & (a_N != E), apart_N, np.float32(0))
+        slot, at = np.nonzero(which_KN)
+        add_cells(moved_UE, unit_N[at], experts_KN[slot, at], np.full(len(at), sign))
+    pairs = [np.zeros((2, 0), np.int64)]
+    for a_N, lost_N in zip(a_KN, lost_KN, strict=True):
+        for b_N, gained_N in zip(b_KN, gained_KN, strict=True):
+            at = np.flatnonzero(lost_N & gained_N)
+            pairs.append(np.stack([a_N[at], b_N[at]]).astype(np.int64))
+    add_cells(flips_EE, *np.concatenate(pairs, axis=1))
