@@ -148,6 +148,7 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
         from distributed import Client
         from distributed.comm.core import CommClosedError
         from distributed.scheduler import KilledWorker
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
     except ImportError:
         raise MoeInspectError(
             "counting on a cluster needs dask: pip install 'moe-inspect[dask]'"
@@ -155,7 +156,12 @@ def cluster(scheduler: Any, traces: Sequence[Trace]) -> Generator[Cluster]:
     client: Any = scheduler
     if isinstance(scheduler, str):
         try:
-            client = Client(scheduler, timeout=f"{WAIT_S}s")
+            # distributed asserts that the thread of a client starts within ten seconds, which a
+            # busy machine may not give it
+            again = Retrying(
+                retry=retry_if_exception_type(AssertionError), stop=stop_after_attempt(3)
+            )
+            client = again(Client, scheduler, timeout=f"{WAIT_S}s")
         except (OSError, TimeoutError, ValueError) as error:
             said = f"no dask scheduler answers at {scheduler}: {first_line(error)}"
             raise MoeInspectError(said) from None
