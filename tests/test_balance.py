@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.analysis.metrics.registry import metrics_of
@@ -68,34 +65,9 @@ def test_values_of_published_mixtral_counts(name: str):
     assert METRICS[name].function(np.array(MIXTRAL)) == pytest.approx(values, abs=near)
 
 
-@pytest.mark.parametrize(("E", "k"), [(8, 2), (64, 8), (128, 8), (60, 4)])
-def test_every_token_on_the_same_experts(E: int, k: int):
-    load = [100] * k + [0] * (E - k)
-    assert one("max_over_mean", load) == pytest.approx(E / k)
-    assert one("cv", load) == pytest.approx(np.sqrt(E / k - 1))
-    assert one("gini", load) == pytest.approx(1 - k / E)
-    assert one("entropy", load) == pytest.approx(np.log(k) / np.log(E))
-    assert one("dead_experts", load) == E - k
-
-
 @pytest.mark.parametrize("name", METRICS)
-def test_no_load_has_no_value(name: str):
-    assert np.isnan(one(name, [0] * 8))
-    both = METRICS[name].function(np.array([[0] * 4, [1, 2, 3, 4]]))
-    assert np.isnan(both[0])
-    assert not np.isnan(both[1])
-
-
-loads = arrays(
-    np.int64, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.integers(0, 10_000)
-)
-
-
-@pytest.mark.parametrize("name", METRICS)
-@given(load_LE=loads)
-@settings(max_examples=40, deadline=None)
-def test_routers_do_not_mix(name: str, load_LE: np.ndarray):
-    function = METRICS[name].function
-    together = function(load_LE)
-    alone = np.concatenate([function(load_LE[i : i + 1]) for i in range(len(load_LE))])
-    np.testing.assert_allclose(together, alone, rtol=1e-12)
+def test_no_load_has_no_value_and_routers_do_not_mix(name: str):
+    loads = [0, 0, 0, 0], [1, 2, 3, 4], [0, 0, 9, 3], [5, 5, 5, 5]
+    alone = [one(name, load) for load in loads]
+    assert np.isnan(alone).tolist() == [True, False, False, False]
+    assert METRICS[name].function(np.array(loads)) == pytest.approx(alone, nan_ok=True, rel=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -75,11 +75,7 @@ def modules() -> dict[str, Path]:
 def imports(name: str) -> tuple[tuple[str, bool], ...]:
     """The absolute names that a module imports, anywhere in it, and whether once it is loaded: in
     no function, and not for type checkers alone."""
-    return tuple(_imports(modules()[name].read_text()))
-
-
-def _imports(source: str) -> Iterator[tuple[str, bool]]:
-    tree = ast.parse(source)
+    tree, found = ast.parse(modules()[name].read_text()), list[tuple[str, bool]]()
     inside = {
         id(node)
         for block in ast.walk(tree)
@@ -88,14 +84,14 @@ def _imports(source: str) -> Iterator[tuple[str, bool]]:
         for node in ast.walk(block)
     }
     for node in ast.walk(tree):
+        names = list[str]()
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) not in inside) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield str(node.module), id(node) not in inside
-            yield from (
-                (f"{node.module}.{alias.name}", id(node) not in inside) for alias in node.names
-            )
+            names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found += [(name, id(node) not in inside) for name in names]
+    return tuple(found)
 
 
 # the fronts of the package: they name every room, and import one when it is first asked

@@ -88,9 +88,9 @@ MUTATIONS = {
     "n of n documents are drawn": ("analysis.metrics.uncertainty", "rng.multinomial(n - 1, np.full(n, 1 / n), size=R) * (n / (n - 1))", "rng.multinomial(n, np.full(n, 1 / n), size=R) * 1.0", by("uncertainty.test_resampling_keeps_the_variance_of_a_mean")),
     "a 90 % interval": ("analysis.metrics.uncertainty", "[0.025, 0.5, 0.975]", "[0.05, 0.5, 0.95]", by("uncertainty.test_an_interval_leaves_out_a_fortieth_at_each_end")),
     # pairs
-    "evidence: as if one pair were tested": ("reporting.tables.pairs", "np.log10(ALPHA / self.tested)", "np.log10(ALPHA)", by("evidence.test_one_pair_in_so_many_is_chance")),
-    "evidence: one tail": ("analysis.metrics.uncertainty", "(log_tail + np.log(2)) / np.log(10)", "log_tail / np.log(10)", by("evidence.test_tails_are_the_binomial_ones_far_out_too")),
-    "evidence: repeated tokens count": ("reporting.tables.pairs", "effect = load.at_least_1(self.effect)", "effect = 1.0", by("evidence.test_one_pair_in_so_many_is_chance")),
+    "evidence: as if one pair were tested": ("reporting.tables.pairs", "np.log10(ALPHA / self.tested)", "np.log10(ALPHA)", by("pairs.test_one_pair_in_so_many_is_chance")),
+    "evidence: one tail": ("analysis.metrics.uncertainty", "(log_tail + np.log(2)) / np.log(10)", "log_tail / np.log(10)", by("pairs.test_tails_are_the_binomial_ones_far_out_too")),
+    "evidence: repeated tokens count": ("reporting.tables.pairs", "effect = load.at_least_1(self.effect)", "effect = 1.0", by("pairs.test_one_pair_in_so_many_is_chance")),
     "pairs by chance: of independent choices": ("analysis.metrics.pairs", "pair_EE *= np.outer(weight_E, weight_E)", "pair_EE[:] = 1", by("pairs.test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions", 9, 3, 2.5, 1.0)),
     # counting
     "unknown first choices are counted": ("analysis.counting.router_counts", "first_DE if ranked else None, None", "first_DE, None", by("counting.test_what_hangs_on_a_first_choice_is_unknown_without_one")),

@@ -1,5 +1,7 @@
-"""Pairs, repetition, segments, windows, ESFT: by hand, and whole traces routed at random
-against the values known for them."""
+"""Pairs, repetition, segments, windows: whole traces routed at random against the values known for
+them. Pairs of experts are ranked by evidence: what chance expects of them and how far from it they
+are, against enumeration, scipy's exact tails and random routing. The formulas themselves are in
+test_formulas."""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import moe_inspect
 from moe_inspect.analysis.metrics import pairs, specialization, windows
+from moe_inspect.analysis.metrics import uncertainty as unc
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.reporting.render.page import report_page
+from moe_inspect.reporting.charts.pairs import coactivation, supported_lift
+from moe_inspect.reporting.render.page import map_data, report_page
 from moe_inspect.reporting.render.terminal import print_report
-from moe_inspect.reporting.report import report
+from moe_inspect.reporting.report import Report, report
+from moe_inspect.reporting.tables.pairs import ALPHA, PairEvidence, chosen_together
 from moe_inspect.reporting.verdict.data_checks import in_runs
 from tests.support.planted import sentences
 from tests.support.synthetic import uniform_ids, write_counts, write_trace
@@ -27,24 +33,6 @@ SHARED = [(8, 2, 0.4643), (64, 8, 0.6791), (128, 8, 0.4123), (256, 8, 0.2271), (
 @pytest.mark.parametrize(("E", "k", "known"), SHARED)
 def test_random_choices_share_an_expert_as_often_as_is_known(E: int, k: int, known: float):
     assert pairs.any_choice_random(E, k) == pytest.approx(known, abs=5e-5)
-
-
-def test_coactivation_by_hand():
-    # decisions {0,1} twice, {0,2} once
-    together = np.array([[3, 2, 1], [2, 2, 0], [1, 0, 1]])
-    expected = [[np.nan, 2 / 3, 1 / 3], [1, np.nan, 0], [1, 0, np.nan]]
-    np.testing.assert_allclose(pairs.coactivation(together), expected)
-    # given the loads, chance has no other choice than these pairs
-    lift = pairs.coactivation_lift(together)
-    np.testing.assert_allclose(lift[[0, 1, 0, 2], [1, 0, 2, 0]], 1, rtol=0.02)
-
-
-def test_chance_keeps_the_loads():
-    uneven = np.random.default_rng(0).integers(1, 90, (6, 6))
-    uneven = uneven + uneven.T
-    np.fill_diagonal(uneven, 0)
-    found = pairs.together_by_chance(uneven + np.diag(uneven.sum(1)))
-    np.testing.assert_allclose(found.sum(1), uneven.sum(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("E", "k"), [(6, 2), (9, 3), (14, 10)])
@@ -66,48 +54,27 @@ def test_chance_is_exact_also_where_experts_are_in_nearly_all_decisions(
     assert (expected_EE == expected_EE.T).all()
 
 
-def test_transitions_by_hand():
-    next_EN = np.array([[3, 1], [0, 4]])
-    np.testing.assert_allclose(pairs.transition(next_EN, np.array([4, 4])), [[0.75, 0.25], [0, 1]])
-    np.testing.assert_allclose(pairs.transition_lift(next_EN), [[2, 0.4], [0, 1.6]])
-    assert pairs.next_accuracy(next_EN) == 7 / 8
-    assert pairs.next_accuracy_marginal(next_EN) == 5 / 8
-    assert pairs.next_accuracy_null(next_EN * 1000) == pytest.approx(5 / 8, abs=0.02)
-
-
-def test_segments_by_hand():
-    assert pairs.srp(np.array([6, 2])) == 1  # m = 1
-    # two windows of 2 tokens, k = 1, 4 experts: one stays (f = 2), the other goes (1, 1)
-    expected = max(2 * 4 / (2 * 3 + 4), 2 * 2 / (2 * 1 + 4))
-    assert pairs.srp(np.array([5, 2, 1])) == pytest.approx(expected)
-    assert np.isnan(pairs.srp(np.array([4, 0, 0])))
-
-
 def test_random_choices_have_the_values_of_chance(tmp_path: Path):
     rng = np.random.default_rng(1)
     T, E, k = 12_000, 8, 2
     ids = [uniform_ids(rng, T, E, k) for _ in range(2)]
     of = {"document": np.arange(T) // 200, "domain_of_document": ["a", "b"]}
     made = report(write_trace(tmp_path / "t", ids, E, shard_tokens=4_000, **of))
-    assert made.tables["coactivation"]["probability"].to_numpy() == pytest.approx(1 / 7, abs=0.02)
-    assert len(made.tables["coactivation"]) == 2 * E * (E - 1)
-    assert made.tables["transitions"]["probability"].to_numpy() == pytest.approx(k / E, abs=0.03)
-    repetition = made.tables["repetition"]
-    assert repetition["first_choice"].to_numpy() == pytest.approx(1 / 8, abs=0.02)
-    assert repetition["any_choice"].to_numpy() == pytest.approx(0.4643, abs=0.03)
-    locality = made.tables["locality"].iloc[0]
+    repetition, locality = made.tables["repetition"], made.tables["locality"].iloc[0]
     for m in (4, 16, 64):
         assert locality[f"srp_{m}"] == pytest.approx(locality[f"srp_{m}_by_load"], abs=0.01)
     assert locality["next_accuracy"] == pytest.approx(locality["next_accuracy_null"], abs=0.01)
     drift = made.tables["drift"]
     np.testing.assert_allclose(drift["total_variation"], drift["total_variation_floor"], rtol=0.15)
     np.testing.assert_allclose(drift["window_jsd_bits"], drift["window_jsd_floor_bits"], rtol=0.25)
-    for name in ("coactivation", "transitions"):
-        lift = made.tables[name]
-        assert (np.abs(lift["lift"] - 1) < 4 * lift["lift_sd"]).all()
-    for name in ("first_choice", "any_choice"):
-        of = ("_low", "", "_random", "_high")
-        low, value, random, high = (repetition[name + end] for end in of)
+    for name, known in (("coactivation", 1 / 7), ("transitions", k / E)):
+        of_pairs = made.tables[name]
+        assert of_pairs["probability"].to_numpy() == pytest.approx(known, abs=0.03)
+        assert (np.abs(of_pairs["lift"] - 1) < 4 * of_pairs["lift_sd"]).all()
+    for name, known in (("first_choice", 1 / 8), ("any_choice", 0.4643)):
+        ends = ("_low", "", "_random", "_high")
+        low, value, random, high = (repetition[name + end] for end in ends)
+        assert value.to_numpy() == pytest.approx(known, abs=0.03)
         assert ((low < value) & (value < high)).all()
         # independent choices of even load: the interval holds the value of chance, but for one in
         # twenty
@@ -164,10 +131,8 @@ def test_ranks_that_are_missing(tmp_path: Path):
     assert "Only experts 0-7 of 256 have any load, in every router" in only
     assert "ranks" not in said("one choice", [same, same])
     gone[0] = load[0] * (np.arange(256) // 64 != 1)
-    without = "Experts 64-127 of 256 have no load"
-    ranks = f"{without}, in every router: these look like the counts of 3 of 4 ranks"
-    assert ranks in said("m", [gone, gone])
-    assert f"{without}: these" in said("one layer", [gone, gone], layers=1)
+    one_layer = said("one layer", [gone, gone], layers=1)
+    assert "Experts 64-127 of 256 have no load: these" in one_layer
     hurt[0, 64:96] = load[0, 64:96]
     dead = hurt * (np.arange(256) != 70)
     assert "Only experts 64-95 of 256 have any load" in said("a dead one among them", [hurt, dead])
@@ -178,10 +143,8 @@ def test_ranks_that_are_missing(tmp_path: Path):
 def test_warm_up_rows_are_noticed(tmp_path: Path):
     rng = np.random.default_rng(3)
     ids, token_id = uniform_ids(rng, 1_000, 8, 2), rng.integers(1, 99, 1_000)
-    plain = sentences(report(write_trace(tmp_path / "a", [ids], 8, token_id=token_id)))
     ids[:64], token_id[:64] = [1, 2], 0
     warmed = write_trace(tmp_path / "b", [ids], 8, token_id=token_id)
-    assert not any("warm-up" in s for s in plain)
     said = "64 of the first 1,000 tokens are in runs of 16 or more identical rows"
     for limit, is_said in ((0.01, True), (0.064, True), (0.0641, False)):
         found = sentences(report(warmed, thresholds={"repeated": limit}))
@@ -207,13 +170,9 @@ def test_nothing_in_a_corpus_steers_the_terminal(tmp_path: Path):
     assert "\\x1b[31mred" in file.getvalue()
 
 
-def test_packing_by_hand():
-    packed = windows.pack(np.array([[4, 3, 2, 1], [1, 2, 3, 9]]), 2)
-    assert packed.tolist() == [[0, 1, 1, 0]] * 2
-    assert windows.pack(np.array([[5, 4, 3]]), 2).tolist() == [[0, 1, 1]]
-    load_WE = np.array([[4, 3, 2, 1], [1, 2, 3, 4]])
-    assert windows.balancedness_fresh(load_WE, 2) == 1
-    assert windows.simulated_drop_rate(np.array([[8, 0, 0, 0]]), 1.25).tolist() == [5 / 8]
+def test_gpus_whose_number_does_not_divide_that_of_the_experts():
+    packed = windows.pack(np.array([[5, 4, 3], [1, 2, 9]]), 2)
+    assert packed.tolist() == [[0, 1, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize("total", [60, 6_000])
@@ -225,15 +184,6 @@ def test_independent_choices_have_the_marginals_drawn_one_by_one_or_not(total: i
     expected_EN = np.outer(row_E, share_N)
     error_EN = np.sqrt(expected_EN * (1 - share_N) / 400)
     assert (np.abs(mean_EN - expected_EN) <= 5 * error_EN).all()
-
-
-@pytest.mark.parametrize("N", [1, 5, 256, 9_000])
-def test_choices_are_those_of_numpy(N: int):
-    share_N = np.random.default_rng(3).dirichlet(np.full(N, 0.3))
-    drawn, numpys = (np.random.default_rng(4) for _ in range(2))
-    for size in (0, 1, 20_000):
-        chosen_X = pairs._choices(share_N, size, drawn)
-        assert (chosen_X == numpys.choice(N, size, p=share_N)).all()
 
 
 def test_too_many_experts_are_not_counted_by_pairs(
@@ -270,3 +220,134 @@ def test_many_domains_are_compared_by_a_sample_of_their_pairs() -> None:
     both_P2E = np.stack([share_DE[side] for side in np.triu_indices(len(load_DE), 1)], 1)
     exact = specialization.mutual_information_bits(both_P2E).mean()
     assert specialization.jsd_bits(load_DE) == pytest.approx(exact, rel=0.01)
+
+
+# --- evidence
+
+
+def test_tails_are_the_binomial_ones_far_out_too():
+    most = np.array([50, 50, 50, 400, 400, 10_000, 10_000, 10_000])
+    count = np.array([1, 20, 0, 390, 2, 5_000, 900, 10_000])
+    expected = np.array([0.03, 12, 4, 200, 60, 100, 1_000, 3_000])
+    upper = stats.binom.logsf(count - 1, most, expected / most)
+    lower = stats.binom.logcdf(count, most, expected / most)
+    known = np.minimum((np.where(count > expected, upper, lower) + np.log(2)) / np.log(10), 0)
+    found, told = unc.log10_tail(count, expected, most), np.isfinite(known)
+    np.testing.assert_allclose(found[told], known[told], rtol=1e-6, atol=1e-9)
+    assert np.isfinite(found).all()
+    assert found[5] < -5_000  # which no float holds, and which is still in order
+    assert found[7] == pytest.approx(10_000 * np.log10(0.3), rel=1e-3)
+
+
+def test_tails_of_real_counts_lie_between_those_of_whole_ones():
+    tails = unc.log10_tail(np.array([6, 6.5, 7]), np.full(3, 2.0), np.full(3, 100.0))
+    assert tails[0] > tails[1] > tails[2]
+    assert unc.log10_tail(np.array([1.0]), np.array([1.0]), np.array([1.0])) == 0
+
+
+def test_the_deviance_orders_as_the_tails_do():
+    rng = np.random.default_rng(0)
+    most = np.full(200, 500)
+    expected, count = np.full(200, 40.0), rng.integers(0, 200, 200)
+    tail = unc.log10_tail(count, expected, most) * np.where(count > expected, -1, 1)
+    deviance = unc.signed_deviance(count, expected, most)
+    assert stats.spearmanr(tail, deviance).statistic > 0.999
+    assert (np.sign(deviance) == np.sign(count - expected)).all()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Two routers of 64 experts, three random ones per token; a tenth of the tokens choose 7 and 8
+    in both, and 60 and 61 are chosen by one token alone."""
+    rng, T = np.random.default_rng(0), 4_000
+    tenth, ids = rng.random(T) < 0.1, [uniform_ids(rng, T, 60, 3) for _ in range(2)]
+    for chosen in ids:
+        chosen[tenth] = np.c_[np.full((T, 2), [7, 8]), 10 + rng.integers(0, 50, T)][tenth]
+        chosen[17] = [60, 61, 5]
+    root = tmp_path_factory.mktemp("planted") / "t"
+    return report(write_trace(root, ids, 64, document=np.arange(T) // 40))
+
+
+@pytest.mark.parametrize("name", ["coactivation", "transitions"])
+def test_tables_lead_with_evidence_not_with_what_was_seen_once(made: Report, name: str):
+    table = made.tables[name]
+    of_first = table[table["router"] == 0]
+    other = "other" if name == "coactivation" else "next_expert"
+    best = of_first.iloc[: 2 if name == "coactivation" else 4]
+    assert set(best["expert"]) | set(best[other]) == {7, 8}
+    assert best["supported"].all()
+    once = of_first[(of_first["expert"] == 60) & (of_first[other] == 61)].iloc[0]
+    assert (once["together"], once["probability"]) == (1, 1)
+    assert once["lift"] > 100
+    assert not once["supported"]
+    beyond = of_first["together"] > of_first["expected"]
+    assert of_first.loc[beyond, "log10_p"].is_monotonic_increasing
+    assert beyond.is_monotonic_decreasing  # fewer than expected comes last
+    lift = of_first["together"] / of_first["expected"]
+    np.testing.assert_allclose(lift, of_first["lift"], rtol=1e-9)
+
+
+def test_pictures_and_page_show_what_is_supported(made: Report):
+    lift_EE = supported_lift(chosen_together(made, 0))
+    assert lift_EE[7, 8] > 3
+    assert np.isnan(lift_EE[60, 61])
+    strongest = coactivation(made).table
+    assert strongest["supported"].all()
+    assert set(strongest.iloc[0][["expert", "other"]]) == {7, 8}
+    data, _ = map_data(made)
+    partners, first = data["partners"], data["first"]
+    for e, others in ((7, [8]), (60, [])):
+        begin, end = partners["start"][first[0] + e : first[0] + e + 2]
+        assert partners["other"][begin:end] == others
+
+
+def test_random_routing_supports_no_pair(tmp_path: Path):
+    """Uneven loads, tokens of a document that repeat each other's choices: nothing of it is
+    co-activation."""
+    rng, T, E, k = np.random.default_rng(1), 12_000, 8, 4
+    weight_E = np.exp(rng.normal(0, 1, E))
+    sets = np.array(list(combinations(range(E), k)))
+    chance = np.prod(weight_E[sets], axis=1)
+    drawn = sets[rng.choice(len(sets), T, p=chance / chance.sum())].astype(np.uint16)
+    repeated = np.repeat(drawn[::20], 20, axis=0)
+    none = "co-activation: no pair is chosen more often than chance explains"
+    for name, ids in (("random", [drawn, rng.permutation(drawn)]), ("repeated", [repeated])):
+        made = report(write_trace(tmp_path / name, ids, E, document=np.arange(T) // 20))
+        assert len(made.tables["coactivation"]) == len(ids) * E * (E - 1)
+        assert not made.tables["coactivation"]["supported"].any(), name
+        assert not made.tables["transitions"]["supported"].any(), name
+        assert coactivation(made) == none
+
+
+def test_the_design_effect_is_what_spares_repeated_tokens(tmp_path: Path):
+    """Positive control of the test before: the same tables with documents too few to know a design
+    effect."""
+    rng, T = np.random.default_rng(1), 12_000
+    repeated = np.repeat(uniform_ids(rng, T // 20, 8, 4), 20, axis=0)
+    known, unknown = (
+        report(write_trace(tmp_path / f"{n}", [repeated], 8, document=np.arange(T) // n))
+        for n in (20, 4_000)
+    )
+    assert not known.tables["coactivation"]["supported"].any()
+    assert unknown.tables["coactivation"]["supported"].any()
+    assert unknown.tables["coactivation"]["lift_sd"].isna().all()
+
+
+def test_the_number_of_pairs_is_that_of_the_trace(made: Report):
+    assert chosen_together(made, 0).tested == 2 * 64 * 63 // 2
+    alone = report(made.trace, layers=0)
+    pd = made.tables["coactivation"]
+    assert alone.tables["coactivation"].equals(pd[pd["router"] == 0])
+
+
+def test_one_pair_in_so_many_is_chance():
+    at = np.array([0]), np.array([0])
+    for tested, supported in ((100, True), (130, False)):  # p is 0.000444
+        met = PairEvidence(np.array([[9]]), np.array([[2.0]]), np.array([[1_000]]), tested, 1.0)
+        found = met.evidence(at)
+        p = 10 ** found["log10_p"][0]
+        assert p == pytest.approx(2 * stats.binom.sf(8, 1_000, 0.002), rel=1e-6)
+        assert bool(found["supported"][0]) == supported == (p * tested <= ALPHA)
+    # of tokens that come in documents, three times the counts are worth as much
+    met = PairEvidence(np.array([[27]]), np.array([[6.0]]), np.array([[3_000]]), 100, 3.0)
+    np.testing.assert_allclose(met.evidence(at)["log10_p"], found["log10_p"], rtol=1e-9)

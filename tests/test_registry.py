@@ -41,20 +41,10 @@ EVEN: dict[str, object] = {
     "weight_entropy_sum": DECISIONS * math.log(K),
     "vio_sum_S": np.zeros(5),
     **dict.fromkeys(("common_sum", "chosen"), DECISIONS * K),
-    **dict.fromkeys(
-        (
-            *("decisions", "logit_decisions", "weight_decisions", "ties", "tokens"),
-            *("same_first_sum", "same_order_sum", "gamma_sum"),
-        ),
-        DECISIONS,
-    ),
-    **dict.fromkeys(
-        (
-            *("top1_margin_sum", "boundary_margin_sum", "weight_margin_sum", "weights_apart_sum"),
-            *("kl_sum", "mismatch_sum", "differing_sum"),
-        ),
-        0.0,
-    ),
+    **dict.fromkeys(("decisions", "logit_decisions", "weight_decisions"), DECISIONS),
+    **dict.fromkeys(("ties", "tokens", "same_first_sum", "same_order_sum", "gamma_sum"), DECISIONS),
+    **dict.fromkeys(("top1_margin_sum", "boundary_margin_sum", "weight_margin_sum"), 0.0),
+    **dict.fromkeys(("weights_apart_sum", "kl_sum", "mismatch_sum", "differing_sum"), 0.0),
     "ranks": 4,
     "top_k": K,
     "hits_D": np.full(3, 5),

@@ -1,31 +1,25 @@
 """Specialisation: the cases whose answer is known, chance that must not be called specialisation,
-and specialisation that must be found."""
+and what it is beyond that of another trace (`report --baseline`). That it is found where it is
+planted is in test_kinds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from moe_inspect.analysis.counting.token_ids import TokenIds, top_token_ids
+from moe_inspect.analysis.metrics import chance
 from moe_inspect.analysis.metrics import specialization as sp
+from moe_inspect.analysis.metrics import uncertainty as unc
+from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
-from tests.support.synthetic import uniform_ids, write_trace
-
-
-def test_by_hand_on_two_domains_of_four_experts():
-    assignments_DE = np.array([[2, 2, 0, 0], [0, 4, 4, 0]])
-    # shares 1/2 1/2 0 0 and 0 1/2 1/2 0: H(expert) = H(1/4, 1/2, 1/4) = 1.5 bits, H(expert |
-    # domain) = 1 bit
-    assert sp.domain_mi_bits(assignments_DE) == pytest.approx(0.5)
-    assert sp.jsd_bits(assignments_DE) == pytest.approx(0.5)
-    assert sp.vocabulary_specialization(np.array([[3, 1], [0, 4]])) == pytest.approx(7 / 8)
-    assert sp.mutual_information_bits(np.array([[5.0, 0], [0, 5]])) == pytest.approx(1)
+from moe_inspect.trace.reader import Trace
+from tests.conftest import ROOT, Cli
+from tests.support.synthetic import write_trace
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
@@ -34,17 +28,6 @@ def test_domains_on_disjoint_blocks_of_experts(n: int):
     assignments_DE = np.kron(np.diag(tokens_D), np.ones((1, 4), int))
     assert sp.domain_mi_bits(assignments_DE) == pytest.approx(np.log2(n))
     assert sp.jsd_bits(assignments_DE) == pytest.approx(1)
-
-
-@given(
-    arrays(
-        np.int64, st.tuples(st.integers(2, 4), st.integers(2, 8)), elements=st.integers(1, 1_000)
-    )
-)
-@settings(max_examples=50, deadline=None)
-def test_information_has_its_bounds(counts_DE: np.ndarray):
-    assert -1e-9 <= sp.domain_mi_bits(counts_DE) <= np.log2(min(counts_DE.shape)) + 1e-9
-    assert -1e-9 <= sp.jsd_bits(counts_DE) <= 1 + 1e-9
 
 
 def test_what_cannot_be_known_is_nan():
@@ -138,10 +121,8 @@ def zipf_ids(rng: np.random.Generator) -> np.ndarray:
     return np.minimum(rng.zipf(1.3, T), 400).astype(np.int32)
 
 
-def specialization(
-    root: Path, ids: list[np.ndarray], token_id: np.ndarray, domains: list[str] = DOMAINS
-) -> pd.DataFrame:
-    of = {"document": DOCUMENT, "domain_of_document": domains, "token_id": token_id}
+def specialization(root: Path, ids: list[np.ndarray], token_id: np.ndarray) -> pd.DataFrame:
+    of = {"document": DOCUMENT, "domain_of_document": DOMAINS, "token_id": token_id}
     return report(write_trace(root, ids, E, **of)).tables["specialization"]
 
 
@@ -160,19 +141,6 @@ def test_documents_of_their_own_style_are_no_domain(tmp_path: Path):
     assert (table["domain_mi_bits"] > 5 * (4 - 1) * (E - 1) / (2 * T * K * np.log(2))).all()
 
 
-def test_planted_domain_is_found_and_is_not_vocabulary(tmp_path: Path):
-    rng = np.random.default_rng(2)
-    ids = uniform_ids(rng, T, E, K)
-    code = np.array([DOMAINS[d] == "code" for d in DOCUMENT]) & (rng.random(T) < 0.8)
-    ids[code] = [[3, 5]]
-    table = specialization(tmp_path / "t", [ids, uniform_ids(rng, T, E, K)], zipf_ids(rng))
-    planted, chance = table.iloc[0], table.iloc[1]
-    assert planted["domain_mi_bits"] > 3 * planted["domain_mi_null_p99_bits"]
-    assert planted["domain_mi_given_token_bits"] - planted["domain_mi_given_token_null_bits"] > 0.05
-    assert planted["domain_mi_given_token_p"] < 0.01 < chance["domain_mi_given_token_p"]
-    assert chance["domain_mi_bits"] < 1.5 * chance["domain_mi_null_p99_bits"]
-
-
 def test_vocabulary_is_not_taken_for_topic(tmp_path: Path):
     """Each domain has words of its own and words it shares; the expert follows the word alone."""
     rng = np.random.default_rng(3)
@@ -182,8 +150,7 @@ def test_vocabulary_is_not_taken_for_topic(tmp_path: Path):
     first = rng.integers(0, E, 200)[token_id]
     first = np.where(token_id >= 60, (domain * 2 + token_id % 2) % E, first)
     ids = np.stack([first, (first + 1 + rng.integers(0, E - 1, T)) % E], axis=1).astype(np.uint16)
-    table = specialization(tmp_path / "t", [ids], token_id)
-    row = table.iloc[0]
+    row = specialization(tmp_path / "t", [ids], token_id).iloc[0]
     assert row["domain_mi_bits"] > 5 * row["domain_mi_null_p99_bits"]
     assert row["domain_mi_given_token_bits"] < row["domain_mi_bits"] / 100
     assert row["vocabulary_specialization"] == pytest.approx(1)
@@ -193,20 +160,13 @@ def test_expert_as_a_function_of_the_token_id(tmp_path: Path):
     rng = np.random.default_rng(4)
     token_id = zipf_ids(rng)
     ids = (token_id % E)[:, None].astype(np.uint16)
-    of = {"document": DOCUMENT, "domain_of_document": DOMAINS, "token_id": token_id}
-    made = report(write_trace(tmp_path / "t", [ids], E, words=401, **of))
-    row, count_V = made.tables["specialization"].iloc[0], np.bincount(token_id)
+    row, count_V = specialization(tmp_path / "t", [ids], token_id).iloc[0], np.bincount(token_id)
     assert row["vocabulary_specialization"] == 1
     frequent_V = np.flatnonzero(count_V >= 8)
     share_E = np.bincount(frequent_V % E, count_V[frequent_V], E) / count_V[frequent_V].sum()
     # H(expert | token id) is 0
     assert row["token_mi_bits"] == pytest.approx(-(share_E * np.log2(share_E)).sum())
     assert row["token_mi_bits"] > 5 * row["token_mi_null_bits"]
-    words = made.tables["vocabulary"]
-    assert (words["fraction"] == 1).all()
-    assert (words["token_id"] % E == words["expert"]).all()
-    assert (words["token"] == " w" + words["token_id"].astype(str)).all()
-    assert (words["count"] == count_V[words["token_id"]]).all()
 
 
 def test_vocabulary_against_counting_by_hand(tmp_path: Path):
@@ -223,8 +183,108 @@ def test_vocabulary_against_counting_by_hand(tmp_path: Path):
     }
     columns = words[["count", "fraction", "first_choice_fraction"]]
     assert {at: row.tolist() for at, row in columns.iterrows()} == expected
-    assert list(report(trace, top=1).tables["vocabulary"]["token_id"]) == [0, 0, 1, 1]
+    first = report(trace, top=1).tables["vocabulary"]
+    assert first["token"].tolist() == [" w0", " w0", " w1", " w1"]
     every = report(trace, top=0).tables["vocabulary"]  # rare token ids too
     assert every["count"].sum() == ids.size
     assert set(every["token_id"]) == {0, 1, 2}
     assert every.loc[every["token_id"] == 2, "token"].isna().all()  # not in this vocabulary
+
+
+# --- beyond a baseline
+
+TRAINED, UNTRAINED = ROOT / "sample_traces/balanced", ROOT / "sample_traces/untrained"
+
+
+def routed(
+    root: Path, effect: float, seed: int, documents: int = 30, L: int = 2, domains: int = 3
+) -> Trace:
+    """Each domain has an expert of its own, whose logit is `effect` higher; documents have a taste
+    besides."""
+    rng, ids, document_T = np.random.default_rng(seed), [], np.arange(T) // (T // documents)
+    own_UE = effect * np.eye(E)[np.arange(documents) % domains]
+    for _ in range(L):
+        logits_UE = own_UE + rng.normal(0, 0.3, (documents, E))
+        logits_TE = logits_UE[document_T] + rng.gumbel(size=(T, E))
+        ids.append(np.argsort(-logits_TE, 1)[:, :K].astype(np.uint16))
+    of = {"document": document_T, "domain_of_document": [f"domain {d}" for d in range(domains)]}
+    return write_trace(root, ids, E, token_id=rng.integers(0, 50, T), **of)
+
+
+def domain_finding(of: Trace, baseline: Trace) -> Any:
+    made = report(of, baseline=baseline).verdict()
+    return next(one for one in made if one.kind == "domain_specialization")
+
+
+def test_the_columns_are_those_of_both_reports():
+    both: Any = report(TRAINED, baseline=UNTRAINED).tables["specialization"]
+    mine, its = (report(path).tables["specialization"] for path in (TRAINED, UNTRAINED))
+    for name, unit in (("domain_mi", "_bits"), ("vocabulary_specialization", "")):
+        here, there = (x[f"{name}{unit}"] - x[f"{name}_null{unit}"] for x in (mine, its))
+        assert both[f"{name}_baseline{unit}"].tolist() == there.tolist()
+        assert both[f"{name}_beyond_baseline{unit}"].tolist() == (here - there).tolist()
+    assert both[mine.columns].equals(mine)
+
+
+def test_the_sentence_says_what_is_beyond_it(tmp_path: Path):
+    strong, weak = (routed(tmp_path / f"{x}", x, seed=1) for x in (1.5, 0.7))
+    found = domain_finding(strong, weak)
+    assert (found.severity, found.values["specialised_routers"]) == ("good", 2)
+    table: Any = report(weak).tables["specialization"]
+    its = table["domain_mi_bits"] - table["domain_mi_null_bits"]
+    assert f"{its[found.router]:.3f} in the baseline too" in found.text
+    for other in (routed(tmp_path / "alike", 0.7, seed=2), strong):
+        found = domain_finding(weak, other)
+        assert (found.severity, found.values["specialised_routers"]) == ("note", 0)
+        assert "but no more than the baseline's as far as these documents tell" in found.text
+    few = routed(tmp_path / "few", 1.5, seed=1, documents=6)
+    assert "Too few documents" in domain_finding(few, weak).text
+    # a baseline of few documents does not tell either
+    assert domain_finding(strong, few).values["specialised_routers"] == 0
+
+
+def test_other_sentences_name_the_baseline_and_none_without():
+    with_it, without = (
+        {f.kind: f.text for f in report(TRAINED, baseline=x).verdict()} for x in (UNTRAINED, None)
+    )
+    for kind in ("domain_beyond_token", "token_specialization"):
+        assert "; in the baseline 0" in with_it[kind] or "; in the baseline 51%" in with_it[kind]
+        assert "baseline" not in without[kind]
+    assert "0.175 in the baseline too" in with_it["domain_specialization"]
+
+
+def test_a_p_value_is_as_rare_as_it_says():
+    """Two samples of documents whose domains differ alike: of 150, 1 % are 1.5, of which 6 or more
+    have a probability of 0.004. Without the error, half of them would be beyond."""
+    rng, U, D = np.random.default_rng(0), 24, 3
+    domain_U, small, above = np.arange(U) % D, 0, 0
+    share_DE = rng.dirichlet(np.full(E, 3.0), D)
+    for _ in range(150):
+        bits, errors = np.zeros(2), np.zeros(2)
+        for side in range(2):
+            share_UE = np.stack([rng.dirichlet(20 * share_DE[d]) for d in domain_U])
+            of_UE = np.stack([rng.multinomial(300, share_E) for share_E in share_UE])
+            load_DE = np.stack([of_UE[domain_U == d].sum(0) for d in range(D)])
+            bits[side] = sp.domain_mi_bits(load_DE) - sp.domain_mi_null(of_UE, domain_U).mean()
+            errors[side] = sp.domain_mi_error(of_UE, domain_U)
+        t = (bits[0] - bits[1]) / np.hypot(*errors)
+        small += unc.student_p(t, U - D) < chance.ALPHA
+        above += bits[0] > bits[1]
+    assert small < 6
+    assert 50 < above < 100
+
+
+def test_a_baseline_of_another_shape_or_of_other_domains_is_refused(tmp_path: Path):
+    trace = routed(tmp_path / "a", 1.0, 0)
+    for name, more in (("routers", {"L": 3}), ("domains", {"domains": 2})):
+        other = routed(tmp_path / name, 1.0, 0, **more)
+        with pytest.raises(MoeInspectError, match=f"has other {name} than"):
+            _ = report(trace, baseline=other).tables["specialization"]
+
+
+def test_the_command(cli_here: Cli, tmp_path: Path):
+    routed(tmp_path / "a", 1.5, 1), routed(tmp_path / "b", 0.7, 1)
+    assert "beyond the baseline" in cli_here("report", "a", "--baseline", "b").stdout
+    shown = cli_here("report", "a", "--baseline", "b", "--table", "summary", "--format", "csv")
+    assert "baseline,b" in shown.stdout
+    assert "no trace at c" in cli_here("report", "a", "--baseline", "c", check=1).stderr
