@@ -12,21 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_inspect
 from tests.conftest import Cli
 from tests.test_cli_trace import save, save_tokenizer, write_jsonl
-
-EXPERTS: dict[str, Any] = {
-    "target_modules": [],
-    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
-TARGETS: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
-    "experts": EXPERTS,
-    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
-}
+from tests.test_wrapped import TARGETS, lora
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +30,8 @@ def corpus(tmp_path_factory: Any) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=12, words=60)
 
 
-def adapter_in(path: Path, base: Path, seed: int = 1, **options: Any) -> Path:
-    """Trained, as far as its weights are not zero."""
-    peft = pytest.importorskip("peft", reason="adapters are tested where peft is installed")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.5)
-    adapted.save_pretrained(path)
+def adapter_in(path: Path, base: Path, target: str = "attention") -> Path:
+    lora(AutoModelForCausalLM.from_pretrained(base), target).save_pretrained(path)
     return path
 
 
@@ -62,7 +45,7 @@ def experts_of(path: Path) -> np.ndarray:
 def test_an_adapter_is_traced(
     target: str, base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
 ) -> None:
-    adapter = adapter_in(tmp_path / "lora", base, **TARGETS[target])
+    adapter = adapter_in(tmp_path / "lora", base, target)
     for model, name in ((adapter, "t"), (base, "base")):
         cli_here("trace", model, "-o", name, "--data", corpus, "--logits")
     trace = moe_inspect.open_trace(tmp_path / "t")
@@ -75,26 +58,25 @@ def test_an_adapter_is_traced(
     with moe_inspect.record(merged.eval(), tmp_path / "merged"), torch.no_grad():
         for _, rows in tokens.groupby("sequence", sort=False):
             merged(input_ids=torch.tensor([rows.token_id.tolist()]))
-    found = experts_of(tmp_path / "t").reshape(len(trace.routers), len(tokens), -1)
-    whole = experts_of(tmp_path / "merged").reshape(found.shape)
+    found, whole, bare = (
+        experts_of(tmp_path / name).reshape(len(trace.routers), len(tokens), -1)
+        for name in ("t", "merged", "base")
+    )
     by_sequence = np.concatenate(
         [np.flatnonzero(tokens.sequence == s) for s in tokens.sequence.drop_duplicates()]
     )
     assert (found[:, by_sequence] == whole).mean() > 0.999  # sums in another order
-    assert (found != experts_of(tmp_path / "base").reshape(found.shape)).any()
+    assert (found != bare).any()
     about = trace.manifest["model"]
-    assert about["id"] == str(adapter)
-    assert about["class"] == "OlmoeForCausalLM"
+    assert (about["id"], about["class"]) == (str(adapter), "OlmoeForCausalLM")
     assert about["adapter"]["base"] == str(base)
     assert about["adapter"]["config"]["peft_type"] == "LORA"
     said = " ".join(cli_here("report", "t").stdout.split())
     assert f"weights: LORA adapter of {base}." in said
 
 
-def test_another_adapter_does_not_resume_a_trace(
-    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
-) -> None:
-    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
+def test_another_does_not_resume(base: Path, corpus: Path, cli_here: Cli, tmp_path: Path) -> None:
+    adapter = adapter_in(tmp_path / "lora", base)
     arguments = ("trace", adapter, "-o", "t", "--data", corpus)
     cli_here(*arguments)
     assert "complete already" in cli_here(*arguments, "--resume").stderr
@@ -109,9 +91,7 @@ def test_another_adapter_does_not_resume_a_trace(
 
 
 def test_its_own_tokenizer_is_used(base: Path, corpus: Path, cli_here: Cli, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
+    adapter = adapter_in(tmp_path / "lora", base)
     save_tokenizer(adapter)
     own = AutoTokenizer.from_pretrained(adapter)
     own.add_tokens(["mended"])
@@ -149,26 +129,19 @@ def test_what_cannot_be_traced_is_refused_by_name(
     assert "needs weights, and --random-init reads none" in said(adapter, "--random-init", 0)
     gone = config_in(tmp_path / "e", peft_type="LORA", base_model_name_or_path="./gone")
     assert "no model at ./gone" in said(gone)
-
-
-def test_an_adapter_without_weights_is_refused(
-    base: Path, corpus: Path, cli_here: Cli, tmp_path: Path
-) -> None:
-    adapter = adapter_in(tmp_path / "lora", base, **TARGETS["attention"])
-    (adapter / "adapter_model.safetensors").unlink()
-    done = cli_here("trace", adapter, "-o", "t", "--data", corpus, check=1)
-    assert f"cannot load adapter {str(adapter)!r}" in done.stderr
+    bare = adapter_in(tmp_path / "f", base)
+    (bare / "adapter_model.safetensors").unlink()
+    assert f"cannot load adapter {str(bare)!r}" in said(bare)
 
 
 def test_an_adapter_of_the_hub_is_traced_from_the_cache(
     base: Path, corpus: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = tmp_path / "hub" / "models--some--lora" / "snapshots" / ("a" * 40)
-    adapter_in(snapshot, base, **TARGETS["attention"])
+    adapter_in(snapshot, base)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cli("trace", "some/lora", "-o", "t", "--data", corpus)
     about = moe_inspect.open_trace(tmp_path / "t").manifest["model"]
     assert (about["id"], about["revision"]) == ("some/lora", "a" * 40)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.support.families import build
 from tests.support.zoo import token_batch
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
+Scene = Callable[..., None]  # model, recorder, B
 
 
 @pytest.fixture(scope="module")
@@ -114,36 +114,33 @@ def without_a_cache_in_between(model: Any, recorder: Recorder, B: int) -> None:
     text.step(4)
 
 
+def steps(n: int) -> Scene:
+    return lambda model, recorder, B: Text(model, B).step(n)
+
+
 # (pauses, labels, positions and questions in any order: test_recorder_states)
 SCENES = [padded, by_place, in_turn, cropped, failing, labelled_within, without_a_cache_in_between]
 
 
-def recorded(
-    scene: Callable[..., None], model: Any, path: Path, B: int, **options: Any
-) -> moe_inspect.Trace:
+def recorded(scene: Scene, model: Any, path: Path, B: int = 1, **options: Any) -> moe_inspect.Trace:
     recording = moe_inspect.record(model, path, domains=["x"] * B, **options)
     with recording as recorder, torch.inference_mode():
         scene(model, recorder, B)
     return moe_inspect.open_trace(path)
 
 
-@pytest.mark.parametrize("options", [{}, {"counts_only": True}], ids=["trace", "counts"])
+@pytest.mark.parametrize("counts_only", [False, True])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_trace_is_that_of_steps_taken_one_by_one(
-    scene: Callable[..., None],
-    B: int,
-    options: dict[str, Any],
-    model: Any,
-    put: Put,
-    tmp_path: Path,
+    scene: Scene, B: int, counts_only: bool, model: Any, put: Put, tmp_path: Path
 ) -> None:
-    found = recorded(scene, model, tmp_path / "together", B, **options)
+    found = recorded(scene, model, tmp_path / "together", B, counts_only=counts_only)
     put(Rings, write=lambda *_: False)
     put(counted, MOST_WAITING=1)
     put(hand_over, HELD_SECONDS=-1.0, steps_at=lambda fed: [])
     put(pass_inputs, steps_at=lambda fed: [])
-    assert_same(found, recorded(scene, model, tmp_path / "one", B, **options))
+    assert_same(found, recorded(scene, model, tmp_path / "one", B, counts_only=counts_only))
 
 
 def assert_same(found: moe_inspect.Trace, expected: moe_inspect.Trace) -> None:
@@ -154,30 +151,25 @@ def assert_same(found: moe_inspect.Trace, expected: moe_inspect.Trace) -> None:
 
 
 def test_a_step_without_one_of_the_routers_is_refused(model: Any, tmp_path: Path) -> None:
-    mlp = model.model.layers[1].mlp
+    layer = model.model.layers[1]
     said = r"layers\.1\S* routed 0 rows in a forward pass of 1"
     recording = moe_inspect.record(model, tmp_path / "t")
     with pytest.raises(MoeInspectError, match=said), recording, torch.inference_mode():  # noqa: PT012
         text = Text(model, 1)
         text.step(6)
-        model.model.layers[1].mlp = torch.nn.Identity()
+        mlp, layer.mlp = layer.mlp, torch.nn.Identity()
         try:
             text.step()
         finally:
-            model.model.layers[1].mlp = mlp
+            layer.mlp = mlp
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 5 + 6
 
 
 def test_counts_are_written_after_as_many_steps_as_was_asked(model: Any, tmp_path: Path) -> None:
-    path = tmp_path / "t"
-    recording = moe_inspect.record(model, path, counts_only=True, flush_steps=4)
-    with recording, torch.inference_mode():
-        Text(model, 1).step(12)
-        end = time.monotonic() + 20
-        while len(list(moe_inspect.open_trace(path).shards)) < 3:  # the writer is a thread
-            assert time.monotonic() < end
-            time.sleep(0.01)
-    files = [shard.files for shard in moe_inspect.open_trace(path).shards]
+    """(while the recording goes on: test_record)"""
+    how: dict[str, Any] = {"counts_only": True, "flush_steps": 4}
+    found = recorded(steps(12), model, tmp_path / "t", **how)
+    files = [shard.files for shard in found.shards]
     assert [(f.first_batch, f.last_batch) for f in files] == [(0, 3), (4, 7), (8, 11), (12, 12)]
 
 
@@ -191,10 +183,10 @@ def test_the_cache_is_not_kept_alive(model: Any, tmp_path: Path) -> None:
         assert cache() is None
 
 
-@pytest.mark.parametrize("options", [{}, {"counts_only": True}], ids=["trace", "counts"])
+@pytest.mark.parametrize("counts_only", [False, True])
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_block_may_be_compiled_in_the_middle(
-    B: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    B: int, counts_only: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The graph writes the choice by itself, when the pass is already being kept."""
     model = build("olmoe")
@@ -208,18 +200,15 @@ def test_a_block_may_be_compiled_in_the_middle(
 
     torch.compiler.reset()
     try:
-        found = recorded(compiling, model, tmp_path / "compiled", B, **options)
+        found = recorded(compiling, model, tmp_path / "compiled", B, counts_only=counts_only)
     finally:
         model.model.layers[1].mlp._compiled_call_impl = None
         torch.compiler.reset()
-    whole = recorded(lambda m, _, B: Text(m, B).step(10), model, tmp_path / "t", B, **options)
-    assert_same(found, whole)
+    assert_same(found, recorded(steps(10), model, tmp_path / "t", B, counts_only=counts_only))
 
 
 @pytest.mark.parametrize("B", [1, 3])
-def test_another_thread_may_ask_for_the_number_of_tokens(
-    B: int, model: Any, tmp_path: Path
-) -> None:
+def test_another_thread_may_ask_how_many_tokens(B: int, model: Any, tmp_path: Path) -> None:
     steps, numbers, over = 150, list[int](), threading.Event()
 
     def ask() -> None:
@@ -266,13 +255,11 @@ def test_a_signal_handler_may_ask_for_the_number_of_tokens(
     assert len(asked) == 3
     found = moe_inspect.open_trace(tmp_path / "t")
     assert found.tokens()["position"].tolist() == list(range(14))
-    expected = recorded(lambda m, r, B: Text(m, B).step(9), model, tmp_path / "plain", 1)
+    expected = recorded(steps(9), model, tmp_path / "plain")
     assert found.routing().equals(expected.routing())
 
 
-def test_an_interrupt_while_steps_are_counted_leaves_those_counted_before(
-    model: Any, put: Put, tmp_path: Path
-) -> None:
+def test_an_interrupt_leaves_what_was_counted(model: Any, put: Put, tmp_path: Path) -> None:
     put(counted, MOST_WAITING=8)
     rows_of_all, called = PassInputs.rows_of_all, []
 

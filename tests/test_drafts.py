@@ -60,8 +60,7 @@ IN_PLACE = {
 
 
 def written_in_place(node: ast.AST, function: str = "") -> Iterator[tuple[str, str]]:
-    """Innermost function and source of every call that writes to what is neither a draft nor an
-    open file."""
+    """Innermost function and source of each call that writes to no draft and no open file."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Call):
             written = _written(child)
@@ -262,9 +261,8 @@ def test_a_trace_that_cannot_be_put_in_place_is_kept_and_the_old_one_stays(
         with pytest.raises(MoeInspectError, match=said) as raised:
             merge(two, tmp_path / "out", overwrite=True)
     kept = Path(str(raised.value).rpartition(" at ")[2].removesuffix(": move it"))
-    assert (open_trace(tmp_path / "out").n_tokens, open_trace(kept).n_tokens) == (60, 120)
-    assert verify(tmp_path / "out").ok
-    assert verify(kept).ok
+    for path, tokens in ((tmp_path / "out", 60), (kept, 120)):
+        assert (open_trace(path).n_tokens, verify(path).ok) == (tokens, True)
     assert names(tmp_path) == {"a", "b", "out", kept.name}
     merge(two, tmp_path / "out", overwrite=True)
     assert open_trace(tmp_path / "out").n_tokens == 120
@@ -272,9 +270,7 @@ def test_a_trace_that_cannot_be_put_in_place_is_kept_and_the_old_one_stays(
 
 
 @pytest.mark.parametrize("reader", ["open", "verify", "merge"])
-def test_killed_between_the_renames_the_old_trace_comes_back(
-    reader: str, two: list[Path], tmp_path: Path
-) -> None:
+def test_killed_between_the_renames(reader: str, two: list[Path], tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         rename = os.rename

@@ -26,18 +26,17 @@ N = 6
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return str(save("qwen3_moe", tmp_path_factory.mktemp("model")))
+def place(tmp_path_factory: Any) -> Path:
+    """Of a model and of texts."""
+    root = tmp_path_factory.mktemp("place")
+    save("qwen3_moe", root / "model")
+    write_jsonl(root / "c.jsonl", documents=30, words=40)
+    return root
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: Any) -> str:
-    return str(write_jsonl(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents=30, words=40))
-
-
-def traced(model: str, corpus: str, out: Path, **options: Any) -> moe_inspect.Trace:
-    usual = {"generate": N, "max_length": 24, "batch_tokens": 200}
-    return moe_inspect.trace_model(model, out, data=[corpus], **{**usual, **options})
+def traced(place: Path, out: Path, **options: Any) -> moe_inspect.Trace:
+    usual = {"generate": N, "max_length": 24, "batch_tokens": 200, "data": [str(place / "c.jsonl")]}
+    return moe_inspect.trace_model(str(place / "model"), out, **{**usual, **options})
 
 
 def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
@@ -46,19 +45,21 @@ def rows(trace: moe_inspect.Trace) -> pd.DataFrame:
     return found.sort_values(["router", "sequence", "position"]).reset_index(drop=True)
 
 
-def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
-    model: str, corpus: str, tmp_path: Path
-) -> None:
-    trace = traced(model, corpus, tmp_path / "t")
-    tokens = trace.tokens()
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: Any) -> moe_inspect.Trace:
+    return traced(place, tmp_path_factory.mktemp("whole") / "t")
+
+
+def test_decoded_as_in_a_prefill(whole: moe_inspect.Trace, place: Path, tmp_path: Path) -> None:
+    tokens = whole.tokens()
     decoded = tokens[tokens.phase == "decode"]
     of_documents = decoded.groupby("document").size()
-    a_document = of_documents.reindex(trace.documents().document, fill_value=0)
+    a_document = of_documents.reindex(whole.documents().document, fill_value=0)
     ends = a_document < N  # it met </s>, which is not fed
     assert (a_document[~ends] == N).all()
     assert (~ends).sum() > 20
-    assert len(tokens) * 2 == len(trace.routing())
-    assert trace.documents().tokens.sum() == (tokens.phase == "prefill").sum()
+    assert len(tokens) * 2 == len(whole.routing())
+    assert whole.documents().tokens.sum() == (tokens.phase == "prefill").sum()
     # a document's last sequence goes on, where its prompt ended; the pieces before it do not
     for _, text in tokens.groupby("sequence"):
         assert text.position.tolist() == list(range(len(text)))
@@ -66,6 +67,7 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
     assert decoded.groupby("document").sequence.nunique().max() == 1
     last = decoded.groupby("document").sequence.first()
     assert (last == tokens.groupby("document").sequence.max().loc[last.index]).all()
+    model = str(place / "model")
     network = load_model(model, load_config(model))
     with moe_inspect.record(network, tmp_path / "replay"), torch.inference_mode():
         for _, text in tokens.sort_values(["sequence", "position"]).groupby("sequence"):
@@ -74,25 +76,25 @@ def test_decoded_tokens_are_recorded_as_a_prefill_of_the_whole_text_would_be(
             fed = text[text.phase == "decode"]
             likeliest = logits.argmax(1).numpy()[fed.position.to_numpy() - 1]
             assert (likeliest == fed.token_id.to_numpy()).all()
-    found, replayed = rows(trace), rows(moe_inspect.open_trace(tmp_path / "replay"))
-    chosen = [np.sort(t.filter(like="expert_").to_numpy(), 1) for t in (found, replayed)]
+    traces = whole, moe_inspect.open_trace(tmp_path / "replay")
+    chosen = [np.sort(rows(trace).filter(like="expert_").to_numpy(), 1) for trace in traces]
     assert (chosen[0] == chosen[1]).all()
 
 
-def test_sampling_goes_by_its_seed(model: str, corpus: str, tmp_path: Path) -> None:
+def test_sampling_goes_by_its_seed(place: Path, tmp_path: Path) -> None:
     a, b, c = (
-        traced(model, corpus, tmp_path / f"{n}", temperature=1.0, seed=seed)
+        rows(traced(place, tmp_path / f"{n}", temperature=1.0, seed=seed))
         for n, seed in enumerate((1, 1, 2))
     )
-    assert rows(a).equals(rows(b))
-    assert not rows(a).token_id.equals(rows(c).token_id)
+    assert a.equals(b)
+    assert not a.token_id.equals(c.token_id)
 
 
 @pytest.mark.parametrize("counts_only", [False, True])
 def test_cut_short_and_resumed_is_as_if_nothing_happened(
-    counts_only: bool, model: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    counts_only: bool, whole: moe_inspect.Trace, place: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    whole = traced(model, corpus, tmp_path / "whole", counts_only=counts_only)
+    """Counts are those of the decisions."""
     chosen, calls = feed.chosen, [0]
 
     def interrupted(*args: Any) -> Any:
@@ -103,24 +105,18 @@ def test_cut_short_and_resumed_is_as_if_nothing_happened(
 
     monkeypatch.setattr(feed, "chosen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        traced(model, corpus, tmp_path / "cut", counts_only=counts_only)
-    cut = moe_inspect.open_trace(tmp_path / "cut")
+        traced(place, tmp_path / "t", counts_only=counts_only)
+    cut = moe_inspect.open_trace(tmp_path / "t")
     assert cut.status == "interrupted"
     assert cut.n_tokens < whole.n_tokens
     assert counts_only or cut.n_tokens > 0
-    again = traced(model, corpus, tmp_path / "cut", resume=True, counts_only=counts_only)
+    again = traced(place, tmp_path / "t", resume=True, counts_only=counts_only)
     assert again.status == "complete"
     assert again.n_tokens == whole.n_tokens
+    loads = [moe_inspect.report(t).tables["load"].assignments.tolist() for t in (again, whole)]
+    assert loads[0] == loads[1]
     if not counts_only:
         assert rows(again).equals(rows(whole))
-
-
-def test_counts_are_those_of_the_decisions(model: str, corpus: str, tmp_path: Path) -> None:
-    tables = [
-        moe_inspect.report(traced(model, corpus, tmp_path / str(c), counts_only=c)).tables["load"]
-        for c in (False, True)
-    ]
-    assert tables[0].assignments.tolist() == tables[1].assignments.tolist()
 
 
 def test_the_plan() -> None:
@@ -141,12 +137,12 @@ def test_the_plan() -> None:
         assert [[len(s.ids) for s in batch] for batch in found] == planned
 
 
-def test_there_must_be_room(model: str, corpus: str, tmp_path: Path) -> None:
+def test_there_must_be_room(place: Path, tmp_path: Path) -> None:
     says = "--max-length 250 is beyond the 246 positions of this model that 10 generated tokens"
     with pytest.raises(MoeInspectError, match=says):
-        traced(model, corpus, tmp_path / "t", generate=10, max_length=250)
+        traced(place, tmp_path / "t", generate=10, max_length=250)
     with pytest.raises(MoeInspectError, match="generating 256 tokens leaves no room for a prompt"):
-        traced(model, corpus, tmp_path / "t", generate=256, max_length=None)
+        traced(place, tmp_path / "t", generate=256, max_length=None)
 
 
 def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
@@ -159,10 +155,12 @@ def test_the_command(cli_here: Cli, tmp_path: Path) -> None:
     assert cli_here("report", "t", *shown).stdout.count("\n") == 5
 
 
-def test_one_at_a_time_each_document_is_named_once(model: str, corpus: str) -> None:
+def test_one_at_a_time_each_document_is_named_once(place: Path) -> None:
     """For models whose routing depends on the other rows of a batch."""
-    plan = Plan(find_sources([corpus]), CorpusOptions(batch_tokens=200), max_length=24)
-    tokenizer = load_tokenizer(model)
+    plan = Plan(
+        find_sources([str(place / "c.jsonl")]), CorpusOptions(batch_tokens=200), max_length=24
+    )
+    tokenizer = load_tokenizer(str(place / "model"))
     together, singly = list(plan.batches(tokenizer)), list(run.singly(plan.batches(tokenizer)))
     assert max(len(batch) for batch, _ in together) > 1
     assert all(len(batch) == 1 for batch, _ in singly)

@@ -19,9 +19,9 @@ from moe_inspect.analysis.metrics.worth import super_experts
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.find import find_routers
 from tests.conftest import Cli
+from tests.support import zoo
 from tests.support.damage import edit_manifest
 from tests.support.families import FAMILIES, NO_INTERFACE, build
-from tests.support.zoo import token_batch
 from tests.test_verify import put, rewrite
 
 BOTH: dict[str, Any] = {"output_norms": True, "output_peaks": True}
@@ -44,7 +44,7 @@ def recorded(model: Any, path: Path, **options: Any) -> moe_inspect.Trace:
     return moe_inspect.open_trace(path)
 
 
-def sizes_alone(model: Any, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+def sizes_alone(model: Any, trace: moe_inspect.Trace) -> list[tuple[np.ndarray, np.ndarray]]:
     """(norms, peaks) [T, K] of each router in the order of the trace's slots: each expert's output
     for each of its tokens alone, with the gate weight 1, by the family's own implementation."""
     sites, seen = find_routers(model), dict[int, list[torch.Tensor]]()
@@ -58,15 +58,14 @@ def sizes_alone(model: Any, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         hook.remove()
     before = model.get_experts_implementation()
     model.set_experts_implementation("eager")
-    found, shard = [], next(moe_inspect.open_trace(path).shards)
+    found, shard = [], next(trace.shards)
     for r, site in enumerate(sites):
         hidden_TH = torch.cat([h.reshape(-1, h.shape[-1]) for h in seen[r]])
         ids_TK = torch.from_numpy(shard.ids(r).astype(np.int64))
-        T, K = ids_TK.shape
-        one_S1 = torch.ones(T * K, 1, dtype=hidden_TH.dtype)
+        K, one_S1 = ids_TK.shape[1], torch.ones(ids_TK.numel(), 1, dtype=hidden_TH.dtype)
         y_SH = site.module(hidden_TH.repeat_interleave(K, 0), ids_TK.reshape(-1, 1), one_S1)
         sizes = y_SH.norm(dim=1), y_SH.abs().amax(1)
-        found.append(tuple(size.reshape(T, K).numpy() for size in sizes))
+        found.append(tuple(size.reshape(ids_TK.shape).numpy() for size in sizes))
     model.set_experts_implementation(before)
     return found
 
@@ -79,12 +78,11 @@ def test_a_norm_is_that_of_the_experts_own_output(family: str, tmp_path: Path) -
     assert trace.slot_values == ["weight", "norm", "peak"]
     shard = next(trace.shards)
     assert set(shard.tokens()["phase"].to_pylist()) == {"prefill", "decode"}
-    for r, alone in enumerate(sizes_alone(model, tmp_path / "t")):
+    for r, alone in enumerate(sizes_alone(model, trace)):
         for value, want_TK in zip(("norm", "peak"), alone, strict=True):
             got_TK = np.stack(shard.slot_values(r, value)).T
             assert len(got_TK) == 2 * (11 + STEPS)
-            error_TK = np.abs(got_TK / want_TK - 1)
-            assert error_TK.max() <= ROUNDING
+            assert np.abs(got_TK / want_TK - 1).max() <= ROUNDING
             # and so for no other slot
             assert np.abs(got_TK[:, ::-1] / want_TK - 1).max() > ROUNDING
 
@@ -103,31 +101,30 @@ def test_the_kernel_records_what_its_twin_does(
 
 def test_with_a_gradient_and_a_backward_pass(tmp_path: Path) -> None:
     """Activation checkpointing runs the experts twice; each output is recorded once."""
-    model, inputs = build("qwen3_moe"), token_batch([9, 5])
-    with torch.no_grad(), moe_inspect.record(model, tmp_path / "a", output_norms=True):
-        model(**inputs)
+    model, inputs = build("qwen3_moe"), zoo.token_batch([9, 5])
+    plain = zoo.recorded(model, tmp_path / "a", inputs, inputs, output_norms=True)
     model.train()
     model.gradient_checkpointing_enable()
     with moe_inspect.record(model, tmp_path / "b", output_norms=True):
-        model(**inputs).logits.sum().backward()
-    frames = [moe_inspect.open_trace(tmp_path / name).routing() for name in "ab"]
-    pd.testing.assert_frame_equal(frames[0], frames[1])
+        for _ in range(2):
+            model(**inputs).logits.sum().backward()
+    found = moe_inspect.open_trace(tmp_path / "b")
+    pd.testing.assert_frame_equal(plain.routing(), found.routing())
 
 
 def test_compiled(tmp_path: Path) -> None:
-    model, inputs = build("olmoe"), token_batch([9, 5])
-    for name, called in (("a", model), ("b", torch.compile(model, backend="eager"))):
-        with torch.no_grad(), moe_inspect.record(called, tmp_path / name, output_norms=True):
-            called(**inputs)
-            called(**inputs)
-    frames = [moe_inspect.open_trace(tmp_path / name).routing() for name in "ab"]
-    pd.testing.assert_frame_equal(*frames, rtol=2**-8)
+    model, inputs = build("olmoe"), zoo.token_batch([9, 5])
+    calls = {"a": model, "b": torch.compile(model, backend="eager")}
+    plain, found = (
+        zoo.recorded(called, tmp_path / name, inputs, inputs, output_norms=True).routing()
+        for name, called in calls.items()
+    )
+    pd.testing.assert_frame_equal(plain, found, rtol=2**-8)
 
 
 @torch.no_grad()
 def test_slots_keep_their_sizes_where_they_are_put_in_order(tmp_path: Path) -> None:
-    """phimoe's router returns them in another order than by weight: each norm goes with its
-    expert, in a trace without weights too."""
+    """phimoe's router does not sort by weight: each norm goes with its expert."""
     model = build("phimoe")
     full = recorded(model, tmp_path / "full").routing()
     bare = recorded(model, tmp_path / "bare", weights=False).routing()
@@ -177,8 +174,7 @@ def test_values_that_no_output_has_are_found(value: str, tmp_path: Path) -> None
 
 
 def test_the_worth_of_experts_is_that_of_their_assignments(tmp_path: Path) -> None:
-    """Of a trace of several domains: each score from its rows, one by one; an interval around it;
-    NaN in a trace without norms, and a super expert only where its peak is one of few."""
+    """Each score from its rows, one by one; an interval around it; NaN in a trace without norms."""
     trace = moe_inspect.trace_model("demo", tmp_path / "t", max_tokens=3000, **BOTH)
     worth: Any = moe_inspect.report(trace).tables["worth"]
     table: Any = trace.routing()
@@ -232,13 +228,11 @@ def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path
     tokens = [t.tokens()[["token", "document", "position"]] for t in (a, b)]
     both = tokens[0].merge(tokens[1], on=["document", "position"], suffixes=("_a", "_b"))
     assert len(both) < a.n_tokens, "control: not all are compared"
-    sides = {
-        n: t.routing().set_index(["router", "token"]) for n, t in zip("ab", (a, b), strict=True)
-    }
+    sides = [("a", a.routing()), ("b", b.routing())]
     for _, row in table.iterrows():
-        norms = {}  # of each token: of this expert, else 0
-        for name, side in sides.items():
-            of = side.loc[row["router"]].loc[both[f"token_{name}"]]
+        norms = []  # of each token: of this expert, else 0
+        for name, side in sides:
+            of = side[side["router"] == row["router"]].set_index("token").loc[both[f"token_{name}"]]
             ids, gate, norm = (
                 of.filter(regex=f"^{v}_").to_numpy(float) for v in ("expert", "weight", "norm")
             )
@@ -247,11 +241,11 @@ def test_the_worth_of_experts_is_compared_over_the_tokens_of_both(tmp_path: Path
             found = row[[f"{v}_{name}" for v in ("reap", "mean_norm", "share")]].tolist()
             wanted = worth[here].mean(), norm[here].mean(), worth[here].sum() / worth.sum()
             assert found == pytest.approx(wanted, rel=1e-5)
-            norms[name] = np.where(here, norm, 0).sum(1)
+            norms.append(np.where(here, norm, 0).sum(1))
         change = row["mean_norm_b"] / row["mean_norm_a"] - 1
         assert row["norm_change"] == pytest.approx(change)
         assert row["norm_change_low"] < change < row["norm_change_high"]
-        in_a, in_b = (norm[(norms["a"] > 0) & (norms["b"] > 0)] for norm in norms.values())
+        in_a, in_b = np.stack(norms)[:, np.all(norms, axis=0)]
         assert row["both"] == len(in_a)
         difference = np.abs(in_a - in_b).sum() / in_a.sum()
         assert row["norm_difference"] == pytest.approx(difference, rel=1e-4)

@@ -47,8 +47,7 @@ def test_a_spec_records_what_the_experts_were_given(tmp_path: Path, before: bool
 
 
 def test_specs_that_are_given_are_all_that_is_recorded(tmp_path: Path, registry: None) -> None:
-    """The probes in the same forward are not; where routers are found by themselves, a probe is a
-    mistake."""
+    """Not the probes in the same forward, which are a mistake where routers are found."""
     model = own.gpt()
     own.record_once(model, tmp_path / "t", routers=[spec(module="blocks.2.experts")])
     assert [r.layer for r in own.path_of(tmp_path / "t").routers] == [2]
@@ -87,9 +86,7 @@ def made():
 """
 
 
-def test_a_package_brings_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: None
-) -> None:
+def test_a_packages_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: None) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "brings_routers.py").write_text(PACKAGE)
     (tmp_path / "brings_routers-1.dist-info").mkdir()
@@ -112,28 +109,26 @@ def test_a_bool_map_is_taken_for_ids(K: int) -> None:
     """Weights in descending order; -1 where fewer than K were chosen."""
     generator = torch.Generator().manual_seed(K)
     weights = torch.rand(100, 8, generator=generator)
-    chosen = torch.zeros(100, 8, dtype=torch.bool)
-    for row in chosen:
-        row[torch.randperm(8, generator=generator)[: torch.randint(0, K + 1, ())]] = True
+    most = torch.randint(0, K + 1, (100, 1), generator=generator)
+    chosen = torch.rand(100, 8, generator=generator).argsort(1) < most
     ids, found = in_map(chosen, weights, K)
+    assert ids.shape == (100, K)
     for row, of_row, values, w in zip(chosen, ids.tolist(), found, weights, strict=True):
-        kept = [e for e in of_row if e >= 0]
-        assert sorted(kept) == row.nonzero()[:, 0].tolist()
-        assert len(of_row) == K
+        assert sorted(e for e in of_row if e >= 0) == row.nonzero()[:, 0].tolist()
         assert values.tolist() == [w[e].item() if e >= 0 else 0 for e in of_row]
         assert (values.diff() <= 0).all()
 
 
 def test_a_bool_map_is_recorded_with_its_drops(tmp_path: Path) -> None:
-    def dropping(experts: Any, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
-        ids, weights = own.example().choice(experts, args, kwargs, output)
+    def dropping(*call: Any) -> tuple[Tensor, Tensor]:
+        ids, weights = own.example().choice(*call)
         chosen = torch.zeros(len(ids), 8, dtype=torch.bool).scatter(1, ids, True)
         chosen[::3, :4] = False
         return chosen, torch.zeros(len(ids), 8).scatter(1, ids, weights)
 
-    model, recorded = own.gpt(probes=False), {"routers": [spec(choice=dropping, top_k=2)]}
+    model = own.gpt(probes=False)
     with own.watched(model) as given:
-        own.record_once(model, tmp_path / "t", **recorded)
+        own.record_once(model, tmp_path / "t", routers=[spec(choice=dropping, top_k=2)])
     trace = own.path_of(tmp_path / "t")
     for layer, (rows,) in given.items():
         left = [row - set(range(4)) if n % 3 == 0 else row for n, row in enumerate(rows)]
@@ -168,29 +163,51 @@ def test_mistakes_in_specs_are_named(tmp_path: Path) -> None:
 # --- rows
 
 
+def of_example(change: Any) -> Any:
+    """A model whose blocks are fed what `change` makes of the hidden states."""
+
+    def forward(self: Any, tokens: Tensor) -> Tensor:
+        x = change(self.gpt.tokens(tokens))
+        for block in self.blocks:
+            x = x + block.experts(block.norm_2(x)).view_as(x)
+        return x
+
+    made = own.module("OfExample", forward, gpt=own.gpt(probes=False))
+    type(made).blocks = property(lambda self: self.gpt.blocks)
+    return made
+
+
+def sequence_first() -> Any:
+    return of_example(lambda x: x.transpose(0, 1).contiguous())
+
+
+INNER = "gpt.blocks.*.experts"
+
+
 def test_sequence_first_rows_stand_at_their_tokens(tmp_path: Path) -> None:
-    model, ids = SequenceFirst(), own.tokens()
-    given = spec(module="gpt.blocks.*.experts", order="sb")
+    model, ids = sequence_first(), own.tokens()
+    given = spec(module=INNER, order="sb")
     tokens = own.exact(model, tmp_path / "t", 2, routers=[given]).tokens()  # in the routers' order
     found = {(row.document, row.position): row.token_id for row in tokens.itertuples(index=False)}
     assert found == {
         (p * B + b, s): int(ids[b, s]) for p in range(2) for b in range(B) for s in range(S)
     }
     # what it is given says so where the spec does not
-    for options in ({"routers": [spec(module="gpt.blocks.*.experts")]}, {"discover": True}):
+    for options in ({"routers": [spec(module=INNER)]}, {"discover": True}):
         with pytest.raises(MoeInspectError, match=r"gpt\.blocks\.0\S* is given \["):
             own.record_once(model, tmp_path / "u", **options)
 
 
 def test_a_rank_that_sees_a_part_records_that_part(tmp_path: Path) -> None:
-    """As under sequence parallelism: the router's rows are a slice of the positions."""
-    model, inner = Sliced(), "gpt.blocks.*.experts"
+    """As under sequence parallelism: the second half of the positions, sequence-first."""
+    model = of_example(lambda x: x[:, S // 2 :].transpose(0, 1).contiguous())
+    part = np.arange(T).reshape(B, S)[:, S // 2 :].T.reshape(-1)
 
     def of(rows: Any) -> dict[str, Any]:
-        return {"routers": [spec(module=inner, rows=lambda module, B, S: rows)]}
+        return {"routers": [spec(module=INNER, rows=lambda module, B, S: rows)]}
 
-    trace = own.exact(model, tmp_path / "t", 2, order=range(T // 2), **of(part(B, S)))
-    expected = own.tokens().flatten()[torch.from_numpy(part(B, S))]
+    trace = own.exact(model, tmp_path / "t", 2, order=range(T // 2), **of(part))
+    expected = own.tokens().flatten()[torch.from_numpy(part)]
     assert (trace.tokens()["token_id"].to_numpy() == expected.repeat(2).numpy()).all()
     assert set(trace.tokens()["position"]) == set(range(S // 2, S))
     assert trace.documents()["tokens"].tolist() == [S // 2] * (2 * B)
@@ -198,14 +215,8 @@ def test_a_rank_that_sees_a_part_records_that_part(tmp_path: Path) -> None:
         own.record_once(model, tmp_path / "u", **of(np.zeros(3, int)))
 
 
-def part(B: int, S: int) -> np.ndarray:
-    """The second half of the positions, sequence-first."""
-    return np.arange(B * S).reshape(B, S)[:, S // 2 :].T.reshape(-1)
-
-
 def test_pieces_of_rows_that_are_said_stand_at_their_tokens(tmp_path: Path) -> None:
-    """A block that runs for one half of the positions after the other, in a batch of several rows:
-    refused without `rows`, as the pieces are not in the order of the tokens."""
+    """A block that runs for one half of the positions after the other, in a batch of several."""
     model, ids = own.gpt(probes=False), own.tokens()
     for block in model.blocks:
 
@@ -217,28 +228,26 @@ def test_pieces_of_rows_that_are_said_stand_at_their_tokens(tmp_path: Path) -> N
         own.record_once(model, tmp_path / "t", routers=[spec()])
     halves = np.split(np.arange(T).reshape(B, S), 2, axis=1)
     rows = np.concatenate([half.reshape(-1) for half in halves])
+    of_rows = spec(rows=lambda module, B, S: rows)
     with own.watched(model) as given:
-        of_rows = spec(rows=lambda module, B, S: rows)
         own.record_once(model, tmp_path / "t", routers=[of_rows])
-    for layer, passes in given.items():
-        given[layer] = [[row for half in passes for row in half]]
     trace = own.path_of(tmp_path / "t")
-    assert own.same(trace, given) == 4 * T
+    whole = {layer: [[*first, *second]] for layer, (first, second) in given.items()}
+    assert own.same(trace, whole) == 4 * T
     assert (trace.tokens()["token_id"].to_numpy() == ids.flatten()[rows].numpy()).all()
 
 
 @pytest.mark.parametrize("order", ["bs", "sb"])
 def test_a_shape_that_is_in_another_order_is_refused(tmp_path: Path, order: str) -> None:
     """[S, B, K] of an input [B, S], and the reverse; in a later pass as well."""
-
-    def choice(*call: Any) -> tuple[Tensor, Tensor]:
-        ids, weights = own.example().choice(*call)
-        other = (S, -1, 2) if order == "bs" else (-1, S, 2)
-        return ids.view(other), weights.view(other)
-
-    model = SequenceFirst() if order == "sb" else own.gpt(probes=False)
-    given = spec(module="**.blocks.*.experts", choice=choice, order=order)
+    other = (S, -1, 2) if order == "bs" else (-1, S, 2)
     said = {"bs": r"\[16, 3, K\] .* batch-first", "sb": r"\[3, 16, K\] .* sequence-first"}[order]
+
+    def choice(*call: Any) -> Any:
+        return tuple(values.view(other) for values in own.example().choice(*call))
+
+    model = sequence_first() if order == "sb" else own.gpt(probes=False)
+    given = spec(module="**.blocks.*.experts", choice=choice, order=order)
     with moe_inspect.record(model, tmp_path / "t", routers=[given]):
         model(own.tokens(1))  # of one row the order is the same
         with pytest.raises(MoeInspectError, match=said):
@@ -276,26 +285,3 @@ def test_topk_is_discovered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert said.count("found routers in blocks.*.experts: ") == 1
     assert "chooses 2 of 8" in said
     assert "torch.topk chose by" in trace.manifest["model"]["note"]
-
-
-# --- models
-def _of_example(name: str, change: Any) -> Any:
-    """A model whose blocks are fed what `change` makes of the hidden states."""
-
-    def forward(self: Any, tokens: Tensor) -> Tensor:
-        x = change(self.gpt.tokens(tokens))
-        for block in self.blocks:
-            x = x + block.experts(block.norm_2(x)).view_as(x)
-        return x
-
-    made = own.module(name, forward, gpt=own.gpt(probes=False))
-    type(made).blocks = property(lambda self: self.gpt.blocks)
-    return made
-
-
-def SequenceFirst() -> Any:
-    return _of_example("SequenceFirst", lambda x: x.transpose(0, 1).contiguous())
-
-
-def Sliced() -> Any:
-    return _of_example("Sliced", lambda x: x[:, S // 2 :].transpose(0, 1).contiguous())

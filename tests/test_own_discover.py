@@ -73,55 +73,36 @@ class Model(nn.Module):
         return x
 
 
-def placed(ids: Tensor, weights: Tensor, E: int = E) -> Tensor:
+def placed(weights: Tensor, ids: Tensor) -> Tensor:
     return torch.zeros(len(ids), E).scatter(1, ids, weights)
 
 
-def top_2(moe: Any, x_TD: Tensor) -> Tensor:
-    weights, ids = moe.gate(x_TD).softmax(-1).topk(2)
-    return placed(ids, weights)
-
-
-def top_2_slot_by_slot(moe: Any, x_TD: Tensor) -> Tensor:
-    weights, ids = moe.gate(x_TD).softmax(-1).topk(2)
-    return placed(ids[:, :1], weights[:, :1]) + placed(ids[:, 1:], weights[:, 1:])
+def of_top(k: int, to: Callable[[Tensor, Tensor], Tensor] = placed) -> Route:
+    return lambda moe, x_TD: to(*moe.gate(x_TD).softmax(-1).topk(k))
 
 
 def of_the_best_group(moe: Any, x_TD: Tensor) -> Tensor:
     scores = moe.gate(x_TD).softmax(-1)
     groups = scores.view(-1, 2, E // 2).sum(-1).topk(1).indices
     away = torch.ones(len(x_TD), 2).scatter(1, groups, 0).bool().repeat_interleave(E // 2, 1)
-    weights, ids = scores.masked_fill(away, 0).topk(2)
-    return placed(ids, weights)
+    return placed(*scores.masked_fill(away, 0).topk(2))
 
 
 def twice_top_1(moe: Any, x_TD: Tensor) -> Tensor:
     scores = moe.gate(x_TD).softmax(-1)
-    first, id_1 = scores.topk(1)
-    second, id_2 = scores.scatter(1, id_1, 0).topk(1)
-    return placed(torch.cat([id_1, id_2], 1), torch.cat([first, second], 1))
-
-
-def top_2_of_3(moe: Any, x_TD: Tensor) -> Tensor:
-    weights, ids = moe.gate(x_TD).softmax(-1).topk(3)
-    return placed(ids[:, :2], weights[:, :2])
-
-
-def above_a_threshold(moe: Any, x_TD: Tensor) -> Tensor:
-    weights, ids = moe.gate(x_TD).softmax(-1).topk(2)
-    return placed(ids, weights * (weights > 0.3))
+    weights, ids = scores.topk(1)
+    return placed(weights, ids) + placed(*scores.scatter(1, ids, 0).topk(1))
 
 
 def of_product_keys(moe: Any, x_TD: Tensor) -> Tensor:
     scores = moe.gate(x_TD)
     (a, i), (b, j) = scores[:, :2].topk(1), scores[:, 2:].topk(1)
-    pairs = torch.cat([a + b, a - b, b - a], 1)
-    best = pairs.topk(1).indices
-    return placed((best + i + j) % E, torch.ones(len(best), 1))
+    ids = torch.cat([a + b, a - b, b - a], 1).topk(1).indices
+    return placed(torch.ones(len(ids), 1), (ids + i + j) % E)
 
 
 def experts_choose(moe: Any, x_TD: Tensor) -> Tensor:
-    """Each of S experts the best of S tokens."""
+    """Each of S experts the best of S tokens: the shapes are those of tokens that choose."""
     weights, at = moe.gate(x_TD).view(B, S, -1).softmax(-1).transpose(1, 2).topk(5)
     return torch.zeros(B, S, S).scatter(2, at, weights).transpose(1, 2).reshape(T, S)
 
@@ -129,15 +110,29 @@ def experts_choose(moe: Any, x_TD: Tensor) -> Tensor:
 def of_keys(moe: Any, x_TD: Tensor) -> Tensor:
     """A sparse attention."""
     x_BSD = x_TD.view(B, S, D)
-    return placed((x_BSD @ x_BSD.transpose(1, 2)).topk(3).indices[..., 0].view(T, 1) % E, x_TD)
+    return placed(x_TD, (x_BSD @ x_BSD.transpose(1, 2)).topk(3).indices[..., 0].view(T, 1) % E)
+
+
+top_2 = of_top(2)
+ROUTES: dict[str, Route] = {
+    "top 2": top_2,
+    "slot by slot": of_top(2, lambda w, i: placed(w[:, :1], i[:, :1]) + placed(w[:, 1:], i[:, 1:])),
+    "of the best group": of_the_best_group,
+    "twice top 1": twice_top_1,
+    "top 2 of 3": of_top(3, lambda w, ids: placed(w[:, :2], ids[:, :2])),
+    "above a threshold": of_top(2, lambda w, ids: placed(w * (w > 0.3), ids)),
+    "product keys": of_product_keys,
+    "sparse attention": of_keys,
+    "experts choose": experts_choose,
+}
 
 
 @pytest.mark.parametrize("experts", ["list", "padded", "dense", "stacked"])
-@pytest.mark.parametrize("route", [top_2, top_2_slot_by_slot, of_the_best_group])
+@pytest.mark.parametrize("route", ["top 2", "slot by slot", "of the best group"])
 def test_a_choice_is_found_as_the_experts_are_given_it(
-    tmp_path: Path, route: Route, experts: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, route: str, experts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Model(route, experts)
+    model = Model(ROUTES[route], experts)
     own.record_twice(model, tmp_path / "t", discover=True)
     trace = own.path_of(tmp_path / "t")
     for n, layer in enumerate(model.layers):
@@ -147,40 +142,31 @@ def test_a_choice_is_found_as_the_experts_are_given_it(
 
 
 @pytest.mark.parametrize(
-    ("match", "route", "experts"),
+    ("route", "experts", "match"),
     [
-        (r"calls torch\.topk over 4 values 2 times .*:\d+, .*:\d+\)", twice_top_1, "list"),
-        (r"calls torch\.topk over 4 values 2 times", twice_top_1, "stacked"),
-        (r"expert \d \d+ times, and layers\.0\.experts\.\d is given \d+ rows", top_2_of_3, "list"),
-        (r"is given \d+ rows", top_2_of_3, "padded"),
-        ("chooses 3 of 4 values .* takes a slice", top_2_of_3, "dense"),
-        ("chooses 3 of 4 values .* takes a slice", top_2_of_3, "stacked"),
-        (r"is given \d+ rows", above_a_threshold, "list"),
-        (r"is given \d+ rows", above_a_threshold, "padded"),
-        ("chooses 1 of 3 values .* nothing in layer 0 has 3 experts", of_product_keys, "list"),
-        ("chooses 3 of 16 values .* nothing in layer 0 has 16 experts", of_keys, "list"),
+        ("twice top 1", "list", r"calls torch\.topk over 4 values 2 times .*:\d+, .*:\d+\)"),
+        ("twice top 1", "stacked", r"calls torch\.topk over 4 values 2 times"),
+        ("top 2 of 3", "list", r"expert \d \d+ times, and layers\.0\.experts\.\d is given \d+ r"),
+        ("top 2 of 3", "padded", r"is given \d+ rows"),
+        ("top 2 of 3", "dense", "chooses 3 of 4 values .* takes a slice"),
+        ("top 2 of 3", "stacked", "chooses 3 of 4 values .* takes a slice"),
+        ("above a threshold", "list", r"is given \d+ rows"),
+        ("above a threshold", "padded", r"is given \d+ rows"),
+        ("product keys", "list", "chooses 1 of 3 values .* nothing in layer 0 has 3 experts"),
+        ("sparse attention", "list", "chooses 3 of 16 values .* nothing in layer 0 has 16 experts"),
+        ("experts choose", "stacked", "as many as there are tokens"),
+        ("experts choose", "list", r"is given \d+ rows"),
     ],
 )
-def test_what_cannot_be_told_is_refused(
-    tmp_path: Path, match: str, route: Route, experts: str
-) -> None:
+def test_what_cannot_be_told(tmp_path: Path, route: str, experts: str, match: str) -> None:
+    model = Model(ROUTES[route], experts, S if route == "experts choose" else E)
     with pytest.raises(MoeInspectError, match=match) as error:
-        own.record_once(Model(route, experts), tmp_path / "t", discover=True)
+        own.record_once(model, tmp_path / "t", discover=True)
     assert "After the line that makes the final choice, call moe_inspect.probe(" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("experts", ["list", "stacked"])
-def test_experts_that_choose_tokens_are_refused(tmp_path: Path, experts: str) -> None:
-    """As many as there are tokens: the shapes are those of tokens that choose experts."""
-    match = "as many as there are tokens" if experts == "stacked" else r"is given \d+ rows"
-    with pytest.raises(MoeInspectError, match=match):
-        own.record_once(Model(experts_choose, experts, E=S), tmp_path / "t", discover=True)
-
-
-def test_the_line_named_is_one_of_the_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_line_is_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not of torch, which calls a forward that is a function."""
     model = Model(top_2)
     for layer in model.layers:
@@ -214,8 +200,8 @@ def test_a_second_router_or_run_of_a_layer_is_refused(tmp_path: Path) -> None:
 def test_a_compared_choice_is_recorded_by_others_too(tmp_path: Path) -> None:
     """What discovery watches by is gone once the recording is over."""
     model = Model(top_2)
-    own.record_once(model, tmp_path / "t", discover=True)
-    assert not torch.nn.modules.module._global_forward_pre_hooks
-    own.record_once(model, tmp_path / "u", discover=True)
+    for name in "tu":
+        own.record_once(model, tmp_path / name, discover=True)
+        assert not torch.nn.modules.module._global_forward_pre_hooks
     layer: Any = model.layers[0]
     assert own.recorded(own.path_of(tmp_path / "u"), 0) == layer.given[T:]

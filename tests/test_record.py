@@ -1,11 +1,12 @@
 """`record`: whatever is done with the model inside the block, the trace holds each routed token
-once,
-and the model is left as it was."""
+once, as every family executes it, and the model is left as it was. Passes in any order:
+test_recorder_states."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ import moe_inspect
 from moe_inspect.capture.hook.inputs.arguments import length_of, mask_of
 from moe_inspect.capture.hook.inputs.rows import CachedRows
 from moe_inspect.errors import MoeInspectError
-from tests.support.families import build
-from tests.support.zoo import token_batch
+from tests.support.families import FAMILIES, NO_INTERFACE, build, handed_over, moe_layers
+from tests.support.zoo import recorded, token_batch
 
 LENGTHS = [9, 5, 12]
+DISPATCHED = sorted(set(FAMILIES) - NO_INTERFACE)
+CASES = [*((f, "tap") for f in FAMILIES), *((f, "dispatch") for f in DISPATCHED)]
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +30,74 @@ def model() -> Any:
     return build("mixtral")
 
 
-@torch.no_grad()
-def fed(model: Any, path: Path, *batches: dict[str, Any], **options: Any) -> moe_inspect.Trace:
-    """The trace of these forward passes."""
-    with moe_inspect.record(model, path, **options):
-        for batch in batches:
-            model(**batch)
-    return moe_inspect.open_trace(path)
+def slots(trace: moe_inspect.Trace, layer: int, prefix: str) -> np.ndarray:
+    return trace.routing(layer=layer).filter(like=prefix).to_numpy()
 
 
-def routed(path: Path, layer: int = 1) -> np.ndarray:
-    return moe_inspect.open_trace(path).routing(layer=layer)[["expert_0", "expert_1"]].to_numpy()
+# --- against what the experts' own function receives, to the bit; that the tokens are those which
+# change when an expert is disturbed: test_zoo
 
 
-def test_rows_are_sequences_of_their_own_documents(model: Any, tmp_path: Path) -> None:
-    trace = fed(model, tmp_path / "t", token_batch(LENGTHS), token_batch([4]))
-    tokens = trace.tokens()
-    assert trace.documents()["tokens"].tolist() == [*LENGTHS, 4]
-    assert tokens["batch"].tolist() == [0] * sum(LENGTHS) + [1] * 4
-    positions = tokens.groupby("document")["position"].apply(list).tolist()
-    assert positions == [list(range(n)) for n in [*LENGTHS, 4]]
-    assert (tokens["sequence"] == tokens["document"]).all()
-    assert len(trace.routing()) == 2 * len(tokens) == trace.manifest["counts"]["decisions"]
+@pytest.mark.parametrize(("family", "capture"), CASES)
+def test_recorded_is_what_executed(family: str, capture: str, tmp_path: Path) -> None:
+    model, inputs = build(family), token_batch(LENGTHS)
+    if family in DISPATCHED:
+        model.set_experts_implementation("grouped_mm")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with moe_inspect.record(model, tmp_path / "t", capture=capture):
+            assert torch.equal(model(**inputs).logits, stock)
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    real = inputs["attention_mask"].flatten().bool().numpy()
+    assert [r.layer for r in trace.routers] == moe_layers(family)
+    assert trace.n_tokens == sum(LENGTHS)
+    for layer in moe_layers(family):
+        executed_ids, executed_weights = handed_over(model, layer, inputs)
+        rounded = executed_weights[real].astype(np.float16).astype(np.float32)
+        order = np.argsort(-rounded, axis=1, kind="stable")  # the first choice first
+        for name, executed in (("expert_", executed_ids[real]), ("weight_", rounded)):
+            assert (slots(trace, layer, name) == np.take_along_axis(executed, order, 1)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_before_the_activation(family: str, tmp_path: Path) -> None:
+    """Against the product of the router's weight with its input, at the linear layer's own call."""
+    model, inputs = build(family), token_batch(LENGTHS)
+    trace = recorded(model, tmp_path / "t", inputs, logits=True)
+    real = inputs["attention_mask"].flatten().bool().numpy()
+    for router, layer in enumerate(moe_layers(family)):
+        block = model.model.layers[layer]
+        weight_of = {n: p for n, p in block.named_parameters() if p.shape == (8, 32)}
+        name, weight = next((n, p) for n, p in weight_of.items() if "shared_expert_gate" not in n)
+        gate = block.get_submodule(name.rpartition(".")[0])
+        seen: list[torch.Tensor] = []
+        hook = gate.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            model(**inputs)
+        hook.remove()
+        expected = torch.nn.functional.linear(seen[0], weight, getattr(gate, "bias", None))
+        expected = expected.reshape(-1, 8).detach().numpy()[real]
+        got = next(trace.shards).logits(router)
+        assert np.abs(got - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_bf16_weights_are_kept_exactly(tmp_path: Path) -> None:
+    # Mixtral hands over float32 in any case
+    model, inputs = build("olmoe", torch.bfloat16), token_batch(LENGTHS)
+    trace = recorded(model, tmp_path / "t", inputs)
+    assert trace.manifest["capture"]["weight_dtype"] == "bfloat16"
+    _, executed = handed_over(model, 1, inputs)
+    real = inputs["attention_mask"].flatten().bool().numpy()
+    assert (slots(trace, 1, "weight_") == executed[real]).all()
+
+
+# --- what is done within
 
 
 def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
-    with (
-        moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"]) as recorder,
-        torch.no_grad(),
-    ):
+    recording = moe_inspect.record(model, tmp_path / "t", domains=["x", "y", "x"])
+    with recording as recorder, torch.no_grad():
+        recorder.label(documents=["a", "b", "c"])  # the domains stay
         model(**token_batch(LENGTHS))
         recorder.label(documents=["same", "same"], domains=["z", "z"])
         model(**token_batch([3, 3]))
@@ -64,57 +106,36 @@ def test_labels_name_documents_and_domains(model: Any, tmp_path: Path) -> None:
         with pytest.raises(MoeInspectError, match=says):
             model(**token_batch(LENGTHS))
     trace = moe_inspect.open_trace(tmp_path / "t")
+    documents = trace.documents()[["source", "domain", "tokens"]].to_numpy().T.tolist()
+    assert documents == [["a", "b", "c", "same"], ["x", "y", "x", "z"], [*LENGTHS, 6]]
     sizes = trace.tokens().groupby("domain", observed=True).size()
     assert sizes.to_dict() == {"x": 21, "y": 5, "z": 6}
-    assert trace.documents()["domain"].tolist() == ["x", "y", "x", "z"]
-    assert trace.documents()["tokens"].tolist() == [*LENGTHS, 6]
     assert trace.tokens()["sequence"].nunique() == 5
 
 
-def test_left_padding_is_no_token(model: Any, tmp_path: Path) -> None:
-    right = token_batch([9, 5])
-    left = {k: torch.stack([rows[0], rows[1].roll(4)]) for k, rows in right.items()}
-    position = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    a = fed(model, tmp_path / "right", right)
-    b = fed(model, tmp_path / "left", {**left, "position_ids": position})
-    assert a.tokens().equals(b.tokens())
-    assert (routed(tmp_path / "right") == routed(tmp_path / "left")).mean() > 0.95
-
-
 def test_packed_rows_are_split_where_positions_start_again(model: Any, tmp_path: Path) -> None:
-    ids = token_batch([12])["input_ids"]
     position = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
-    tokens = fed(model, tmp_path / "t", {"input_ids": ids, "position_ids": position}).tokens()
+    inputs = {"input_ids": token_batch([12])["input_ids"], "position_ids": position}
+    tokens = recorded(model, tmp_path / "t", inputs).tokens()
     assert tokens["sequence"].tolist() == [0] * 5 + [1] * 3 + [2] * 4
     assert tokens["position"].tolist() == position[0].tolist()
 
 
-def test_generate_goes_on_with_its_sequences(model: Any, tmp_path: Path) -> None:
-    prompt = token_batch([6, 6])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_goes_on_with_its_sequences(cache: str | None, model: Any, tmp_path: Path) -> None:
+    ids = token_batch([6, 6])["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    usual = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     with moe_inspect.record(model, tmp_path / "t"):
-        out = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        out = model.generate(ids, attention_mask=mask, cache_implementation=cache, **usual)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    assert (tokens["phase"] == "prefill").sum() == 12
-    assert (tokens["phase"] == "decode").sum() == 2 * 4  # the last token is never fed
-    for document in (0, 1):
+    assert tokens["sequence"].nunique() == 2
+    for document, padding in enumerate((0, 3)):
         own = tokens[tokens["document"] == document]
-        assert own["token_id"].tolist() == out[document, :-1].tolist()
-        assert own["position"].tolist() == list(range(10))
-
-
-def test_training_with_checkpointing_records_each_token_once(tmp_path: Path) -> None:
-    model = build("qwen3_moe").train()
-    model.gradient_checkpointing_enable()
-    inputs = token_batch([9])
-    with moe_inspect.record(model, tmp_path / "t"):
-        for _ in range(2):
-            model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert moe_inspect.verify(tmp_path / "t").ok
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    assert trace.n_tokens == 18
-    assert len(trace.routing()) == 36
-    gates = [p.grad for name, p in model.named_parameters() if "gate.weight" in name]
-    assert any(grad is not None and grad.abs().sum() > 0 for grad in gates)
+        assert own["token_id"].tolist() == out[document, padding:-1].tolist()  # the last is not fed
+        assert own["position"].tolist() == list(range(10 - padding))
+        assert own["phase"].tolist() == ["prefill"] * (6 - padding) + ["decode"] * 4
 
 
 def test_dispatch_has_the_gradients_of_stock(tmp_path: Path) -> None:
@@ -127,6 +148,7 @@ def test_dispatch_has_the_gradients_of_stock(tmp_path: Path) -> None:
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
+    assert any("gate.weight" in name and grad.any() for name, grad in gradients[0].items())
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
@@ -143,46 +165,22 @@ def test_inference_mode_may_begin_and_end(model: Any, tmp_path: Path) -> None:
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 58
 
 
-def test_only_some_layers(model: Any, tmp_path: Path) -> None:
-    trace = fed(model, tmp_path / "t", token_batch(LENGTHS), layers=[1], weights=False)
-    assert [r.layer for r in trace.routers] == [1]
-    assert "weight_0" not in trace.routing()
-    with pytest.raises(MoeInspectError, match="no router in layer 7: the MoE layers are 0, 1"):
-        moe_inspect.record(model, tmp_path / "u", layers=[0, 7])
-
-
 def test_counts_equal_the_decisions_counted(model: Any, tmp_path: Path) -> None:
     batches = [token_batch(LENGTHS, seed) for seed in range(5)]
     domains = ["x", "y", "x"]
-    full = fed(model, tmp_path / "full", *batches, domains=domains)
-    counts = fed(model, tmp_path / "counts", *batches, domains=domains, counts_only=True)
+    full = recorded(model, tmp_path / "full", *batches, domains=domains)
+    counts = recorded(model, tmp_path / "counts", *batches, domains=domains, counts_only=True)
     assert counts.n_tokens == full.n_tokens
     assert counts.documents().equals(full.documents())
     rows = full.routing().merge(full.tokens(), on="token")
     got = counts.counts().set_index(["router", "domain", "expert"])
-    for (router, domain), part in rows.groupby(["router", "domain"], observed=True):
-        load = np.bincount(part[["expert_0", "expert_1"]].to_numpy().ravel(), minlength=8)
-        first = np.bincount(part["expert_0"], minlength=8)
-        assert (got.loc[(router, domain), "assignments"] == load).all()
-        assert (got.loc[(router, domain), "first_choice"] == first).all()
-        ids, weights = (
-            part.filter(like=name).to_numpy().ravel() for name in ("expert_", "weight_")
-        )
-        weight_E = np.bincount(ids, weights, minlength=8)
-        np.testing.assert_allclose(got.loc[(router, domain), "weight_sum"], weight_E, rtol=2e-3)
-
-
-def test_sampled_counts_without_a_trace(model: Any) -> None:
-    batches = [token_batch([8], seed) for seed in range(6)]
-    tables = []
-    for every, fed in ((1, batches[::3]), (3, batches)):
-        with moe_inspect.record(model, counts_only=True, every=every) as recorder, torch.no_grad():
-            for batch in fed:
-                model(**batch)
-            tables.append(recorder.balance())
-    assert tables[0].equals(tables[1])
-    assert tables[0]["tokens"].tolist() == [16, 16]
-    assert tables[0]["assignments"].tolist() == [32, 32]
+    for key, part in rows.groupby(["router", "domain"], observed=True):
+        ids_TK, weights_TK = (part.filter(like=of).to_numpy() for of in ("expert_", "weight_"))
+        load_E, first_E = (np.bincount(ids.ravel(), minlength=8) for ids in (ids_TK, ids_TK[:, 0]))
+        weight_E = np.bincount(ids_TK.ravel(), weights_TK.ravel(), minlength=8)
+        assert (got.loc[key, "assignments"] == load_E).all()
+        assert (got.loc[key, "first_choice"] == first_E).all()
+        np.testing.assert_allclose(got.loc[key, "weight_sum"], weight_E, rtol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +190,12 @@ def test_counts_are_committed_after_so_many_counted_passes(
     model: Any, tmp_path: Path, every: int, spans: list[tuple[int, int]]
 ) -> None:
     batches, root = [token_batch(LENGTHS, seed) for seed in range(11)], tmp_path / "t"
-    options: dict[str, Any] = {"counts_only": True, "every": every}
+    how: dict[str, Any] = {"counts_only": True, "every": every, "flush_steps": 3}
 
     def shards() -> list[Any]:
-        return [shard.files for shard in moe_inspect.open_trace(root).shards]
+        return list(moe_inspect.open_trace(root).shards)
 
-    with moe_inspect.record(model, root, flush_steps=3, **options), torch.no_grad():
+    with moe_inspect.record(model, root, **how), torch.no_grad():
         for number, batch in enumerate(batches):
             model(**batch)
             whole = [span for span in spans if span[1] <= number and span != (9, 10)]
@@ -206,101 +204,48 @@ def test_counts_are_committed_after_so_many_counted_passes(
                 assert time.monotonic() < end
                 time.sleep(0.01)
             assert len(shards()) == len(whole)
-    assert [(files.first_batch, files.last_batch) for files in shards()] == spans
-    # a shard's counts are those of its passes, and together those of one shard
-    for (first, last), shard in zip(spans, moe_inspect.open_trace(root).shards, strict=True):
+    assert [(shard.files.first_batch, shard.files.last_batch) for shard in shards()] == spans
+    for (first, last), shard in zip(spans, shards(), strict=True):
         with moe_inspect.record(model, counts_only=True) as of_span, torch.no_grad():
             for batch in batches[first : last + 1 : every]:
                 model(**batch)
             load = of_span.totals().load
-        table = shard.counts().to_pandas()
-        for r, load_E in enumerate(load):
-            assert table[table["router"] == r]["assignments"].tolist() == load_E.tolist()
-    one = fed(model, tmp_path / "one", *batches, **options).counts()
-    several = moe_inspect.open_trace(root).counts()
-    key = ["router", "expert"]
-    assert several.groupby(key)["assignments"].sum().equals(one.groupby(key)["assignments"].sum())
-    # they are windows in the report, and a single shard is one (control)
-    tables = moe_inspect.report(root, window=1).tables
-    assert tables["windows"].groupby("router")["window"].count().tolist() == [len(spans)] * 2
-    assert tables["drift"]["windows"].tolist() == [len(spans)] * 2
-    alone = moe_inspect.report(tmp_path / "one", window=1).tables["windows"]
-    assert alone.groupby("router")["window"].count().tolist() == [1, 1]
+        table = shard.counts().to_pandas().sort_values(["router", "expert"])
+        assert table["assignments"].tolist() == np.ravel(load).tolist()
 
 
-def test_a_router_that_saw_too_little_is_an_error(model: Any, tmp_path: Path) -> None:
-    experts = model.model.layers[1].mlp.experts
-    stock = experts.forward
-    with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
-        model(**token_batch([4]))
-        block = model.model.layers[1].mlp
-        # as a fused block that never calls its experts
-        kept, block.forward = block.forward, lambda hidden: hidden
-        try:
-            says = r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"
-            with pytest.raises(MoeInspectError, match=says):
-                model(**token_batch([4]))
-        finally:
-            block.forward = kept
-        assert recorder.tokens == 4
-    assert experts.forward == stock
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
-
-
-def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 10}
-    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
-    says = "LlamaForCausalLM is a dense model: it has no routers"
-    with pytest.raises(MoeInspectError, match=says):
-        moe_inspect.record(dense, tmp_path / "t")
+def test_what_cannot_be_recorded_is_refused(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("years")
+    for place, options, says in (
+        ("t", {"capture": "spy"}, "no capture 'spy'"),
+        ("t", {"every": 2}, "give counts_only=True"),
+        ("t", {"counts_only": True, "logits": True}, "keeps no logits"),
+        ("t", {"flush_steps": 3}, "flush_steps commits counts to a trace"),
+        ("t", {"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
+        ("t", {"flush_steps": 3, "counts_only": True, "commit_every": 5.0}, "commit_every both"),
+        ("t", {"layers": [0, 7]}, "no router in layer 7: the MoE layers are 0, 1"),
+        (None, {}, "needs a path"),
+        ("full", {}, "there is something at"),
+        ("full", {"overwrite": True}, r"is not a trace \(it holds thesis.tex\): not overwritten"),
+        ("full/thesis.tex/below", {}, "cannot write"),
+    ):
+        with pytest.raises(MoeInspectError, match=says):
+            moe_inspect.record(model, place and tmp_path / place, **options)
+    assert (tmp_path / "full/thesis.tex").read_text() == "years"
     assert not (tmp_path / "t").exists()
 
 
-def test_what_is_there_is_not_overwritten(model: Any, tmp_path: Path) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t/thesis.tex").write_text("years")
-    with pytest.raises(MoeInspectError, match="there is something at"):
-        moe_inspect.record(model, tmp_path / "t")
-    says = r"is not a trace \(it holds thesis.tex\): not overwritten"
-    with pytest.raises(MoeInspectError, match=says):
-        moe_inspect.record(model, tmp_path / "t", overwrite=True)
-    assert (tmp_path / "t/thesis.tex").read_text() == "years"
-    with pytest.raises(MoeInspectError, match="cannot write"):
-        moe_inspect.record(model, tmp_path / "t/thesis.tex/below")
-
-
-def test_bad_options_are_refused(model: Any, tmp_path: Path) -> None:
-    for options, says in (
-        ({"capture": "spy"}, "no capture 'spy'"),
-        ({"every": 2}, "give counts_only=True"),
-        ({"counts_only": True, "logits": True}, "keeps no logits"),
-        ({"flush_steps": 3}, "flush_steps commits counts to a trace"),
-        ({"flush_steps": 0, "counts_only": True}, "flush_steps is 0: give a number of passes"),
-        ({"flush_steps": 3, "counts_only": True, "commit_every": 5.0}, "and commit_every both"),
-    ):
-        with pytest.raises(MoeInspectError, match=says):
-            moe_inspect.record(model, tmp_path / "t", **options)
-    with pytest.raises(MoeInspectError, match="needs a path"):
-        moe_inspect.record(model)
-
-
 def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> None:
-    """An interrupt between two layers: what the first one routed is in no count, and the sums
-    still agree."""
+    """An interrupt between two layers: what the first one routed is in no count."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    block = model.model.layers[1]
-    with (  # noqa: PT012
-        pytest.raises(KeyboardInterrupt),
-        moe_inspect.record(model, tmp_path / "t", counts_only=True),
-        torch.no_grad(),
-    ):
+    recording = moe_inspect.record(model, tmp_path / "t", counts_only=True)
+    with pytest.raises(KeyboardInterrupt), recording, torch.no_grad():  # noqa: PT012
         model(**token_batch(LENGTHS))
-        hook = block.register_forward_pre_hook(interrupt)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
         try:
             model(**token_batch(LENGTHS))
         finally:
@@ -311,73 +256,39 @@ def test_a_forward_pass_cut_short_counts_nowhere(model: Any, tmp_path: Path) -> 
     assert trace.counts().groupby("router")["assignments"].sum().tolist() == [2 * sum(LENGTHS)] * 2
 
 
-def test_an_exception_in_the_model_is_not_in_the_trace(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**token_batch(LENGTHS))
-        with pytest.raises(IndexError):
-            model(input_ids=torch.tensor([[1, 10_000]]))
-        model(**token_batch([4]))
-    trace = moe_inspect.open_trace(tmp_path / "t")
-    assert trace.n_tokens == sum(LENGTHS) + 4
-    assert len(trace.routing(layer=1)) == trace.n_tokens
-
-
-def test_a_recording_is_entered_once(model: Any, tmp_path: Path) -> None:
-    recorder = moe_inspect.record(model, tmp_path / "t")
-    with recorder, torch.no_grad():
-        model(**token_batch([4]))
-    with pytest.raises(MoeInspectError, match="call record again"):
-        recorder.__enter__()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_trace_begun_meanwhile_is_not_replaced(model: Any, tmp_path: Path) -> None:
+def test_a_recording_is_entered_once_and_replaces_no_trace(model: Any, tmp_path: Path) -> None:
     first, second = (moe_inspect.record(model, tmp_path / "t") for _ in range(2))
     with first, torch.no_grad():
         model(**token_batch([4]))
+    with pytest.raises(MoeInspectError, match="call record again"):
+        first.__enter__()
     with pytest.raises(MoeInspectError, match="there is a trace at"), second, torch.no_grad():
         model(**token_batch([9]))
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
-    assert fed(model, tmp_path / "t", token_batch([9]), overwrite=True).n_tokens == 9
-
-
-def test_two_recordings_at_once(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "a", capture="dispatch"), torch.no_grad():
-        with (
-            pytest.raises(MoeInspectError, match="already being recorded with dispatch"),
-            moe_inspect.record(model, tmp_path / "b", capture="dispatch"),
-        ):
-            pass
-        with moe_inspect.record(model, tmp_path / "c", capture="tap"):
-            model(**token_batch(LENGTHS))
-    assert (routed(tmp_path / "a") == routed(tmp_path / "c")).all()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4
+    assert recorded(model, tmp_path / "t", token_batch([9]), overwrite=True).n_tokens == 9
 
 
-def test_a_failed_first_pass_may_be_tried_again(model: Any, tmp_path: Path) -> None:
-    for name, options in (("rows", {}), ("counts", {"counts_only": True})):
-        with (
-            moe_inspect.record(model, tmp_path / name, documents=["a", "b", "c"], **options),
-            torch.no_grad(),
-        ):
-            hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                model(**token_batch(LENGTHS))
-            hook.remove()
+def test_two_that_dispatch_a_model_are_refused(model: Any, tmp_path: Path) -> None:
+    first, second = (moe_inspect.record(model, tmp_path / x, capture="dispatch") for x in "ab")
+    refused = pytest.raises(MoeInspectError, match="already being recorded with dispatch")
+    with first, refused, second:
+        pass
+
+
+@pytest.mark.parametrize("counts_only", [False, True])
+def test_a_failed_pass_may_be_tried_again(counts_only: bool, model: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"documents": ["a", "b", "c"], "counts_only": counts_only}
+    with moe_inspect.record(model, tmp_path / "t", **options), torch.no_grad():
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             model(**token_batch(LENGTHS))
-        trace = moe_inspect.open_trace(tmp_path / name)
-        assert trace.n_tokens == sum(LENGTHS)
-        assert trace.documents()["source"].tolist() == ["a", "b", "c"]
-        assert trace.documents()["document"].tolist() == [0, 1, 2]
-
-
-def test_labels_given_for_one_pass_keep_the_others(model: Any, tmp_path: Path) -> None:
-    with moe_inspect.record(model, tmp_path / "t", domains=["x", "y"]) as recorder, torch.no_grad():
-        recorder.label(documents=["a", "b"])
-        model(**token_batch([4, 5]))
-    documents = moe_inspect.open_trace(tmp_path / "t").documents()
-    assert documents["domain"].tolist() == ["x", "y"]
-    assert documents["source"].tolist() == ["a", "b"]
+        hook.remove()
+        model(**token_batch(LENGTHS))
+    trace = moe_inspect.open_trace(tmp_path / "t")
+    assert trace.n_tokens == sum(LENGTHS)
+    assert trace.documents()["source"].tolist() == ["a", "b", "c"]
+    assert trace.documents()["document"].tolist() == [0, 1, 2]
 
 
 def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
@@ -387,75 +298,38 @@ def test_caches_are_told_apart(model: Any, tmp_path: Path) -> None:
         for cache in (*caches[::-1], *caches):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    assert tokens.loc[tokens["phase"] == "decode", "position"].tolist() == [6, 4, 5, 7]
-    assert tokens.loc[tokens["phase"] == "decode", "document"].tolist() == [1, 0, 0, 1]
+    decoded = tokens.loc[tokens["phase"] == "decode", ["position", "document"]]
+    assert decoded.to_numpy().tolist() == [[6, 1], [4, 0], [5, 0], [7, 1]]
 
 
-def test_a_mask_that_hides_the_padding_is_refused(model: Any, tmp_path: Path) -> None:
-    inputs = token_batch([4, 2])
-    inputs["attention_mask"] = torch.ones(2, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(MoeInspectError, match="padding from a 3-D attention mask"):
-        fed(model, tmp_path / "t", inputs)
-
-
-@pytest.mark.parametrize("kind", [bool, float])
-def test_a_mask_of_what_each_position_sees_shows_the_padding(
-    kind: type, model: Any, tmp_path: Path
-) -> None:
-    seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
-    seen[1, :, :, :2] = False  # the second row is padded on the left
-    mask = seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    inputs = {**token_batch([4, 4]), "attention_mask": mask}
-    tokens = fed(model, tmp_path / "t", inputs).tokens()
-    assert tokens.groupby("document").size().tolist() == [4, 2]
-
-
-def test_of_masks_by_layer_the_full_one_tells() -> None:
-    full = torch.tensor([[True, True], [False, True]])
-    assert mask_of({"sliding_attention": None, "full_attention": full}, 2, 2, 0) is not None
-    assert mask_of({"sliding_attention": None, "full_attention": None}, 2, 2, 0) is None
-    with pytest.raises(MoeInspectError, match="padding from a dict attention mask"):
-        mask_of({"sliding_attention": full}, 2, 2, 0)
+def test_a_mask_of_what_each_position_sees_shows_the_padding() -> None:
+    full = torch.tensor([[True] * 4, [False, False, True, True]])
+    seen = full[:, None, None] & torch.ones(4, 4, dtype=torch.bool).tril()  # [2, 1, 4, 4]
+    by_layer = {"sliding_attention": None, "full_attention": full}
+    for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, float("-inf")), by_layer):
+        assert torch.equal(mask_of(mask, 2, 4, 0), full)
+    assert mask_of({**by_layer, "full_attention": None}, 2, 4, 0) is None
+    for mask, kind in ((seen[:, 0], "3-D"), ({"sliding_attention": full}, "dict")):
+        with pytest.raises(MoeInspectError, match=f"padding from a {kind} attention mask"):
+            mask_of(mask, 2, 4, 0)
 
 
 def test_a_cache_that_counts_on_its_device_is_asked_when_it_may_have_been_reset() -> None:
-    class OnDevice(int):
-        is_cuda = True
-
-    class Cache:
-        length = OnDevice(9)
-
-        def get_seq_length(self) -> OnDevice:
-            return self.length
-
-    held = CachedRows(7)
-    assert length_of(Cache(), held, S=1) == 7  # nobody waits for the device in a step of decoding
-    assert length_of(Cache(), held, S=4) == length_of(Cache(), None, S=1) == 9
-
-
-def test_generate_with_a_static_cache_knows_its_padding(model: Any, tmp_path: Path) -> None:
-    ids = torch.arange(2, 14).reshape(2, 6)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    with moe_inspect.record(model, tmp_path / "t"):
-        usual = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-        model.generate(ids, attention_mask=mask, cache_implementation="static", **usual)
-    tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
-    assert tokens.groupby(["document", "phase"]).size().to_dict() == {
-        (0, "prefill"): 6, (0, "decode"): 3, (1, "prefill"): 3, (1, "decode"): 3,
-    }  # fmt: skip
-    assert tokens.sequence.nunique() == 2
+    on_device = type("OnDevice", (int,), {"is_cuda": True})
+    cache, held = SimpleNamespace(get_seq_length=lambda: on_device(9)), CachedRows(7)
+    assert length_of(cache, held, S=1) == 7  # nobody waits for the device in a step of decoding
+    assert length_of(cache, held, S=4) == length_of(cache, None, S=1) == 9
 
 
 def test_probabilities_are_not_taken_for_logits(model: Any, tmp_path: Path) -> None:
     """Refused before anything is written: the trace that is there stays."""
-    fed(model, tmp_path / "t", token_batch(LENGTHS), logits=True)
+    recorded(model, tmp_path / "t", token_batch(LENGTHS), logits=True)
     gate = model.model.layers[1].mlp.gate
     hook = gate.register_forward_hook(lambda m, args, output: (output[0].softmax(-1), *output[1:]))
     try:
         says = r"layers\.1\.mlp\.experts returns probabilities"
         with pytest.raises(MoeInspectError, match=says):
-            fed(model, tmp_path / "t", token_batch([4]), logits=True, overwrite=True)
+            recorded(model, tmp_path / "t", token_batch([4]), logits=True, overwrite=True)
     finally:
         hook.remove()
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)

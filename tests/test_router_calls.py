@@ -18,14 +18,14 @@ from moe_inspect.capture.hook import ring
 from moe_inspect.capture.hook.ring import PassShape, Rings
 from moe_inspect.capture.hook.stack import Stack
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.trace.schema import PHASES, Router
+from moe_inspect.trace.schema import PHASES
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
 from tests.support.families import build
-from tests.support.zoo import token_batch
+from tests.support.synthetic import a_pass, routers, write_passes
+from tests.support.zoo import recorded, token_batch
 
 LENGTHS = [[9, 5], [3], [1], [7, 7, 2], [1], [17]]
 BATCHES = [token_batch(lengths, n) for n, lengths in enumerate(LENGTHS)]
-
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
@@ -35,11 +35,9 @@ def model() -> Any:
     return build("olmoe")
 
 
-def traced(model: Any, path: Path, batches: Any = BATCHES, **options: Any) -> moe_inspect.Trace:
-    with moe_inspect.record(model, path, **options), torch.inference_mode():
-        for batch in batches:
-            model(**batch)
-    return moe_inspect.open_trace(path)
+def traced(model: Any, path: Path, **options: Any) -> moe_inspect.Trace:
+    with torch.inference_mode():
+        return recorded(model, path, *BATCHES, **options)
 
 
 def same(a: moe_inspect.Trace, b: moe_inspect.Trace) -> bool:
@@ -111,10 +109,8 @@ def test_what_the_model_does_with_its_tensors_does_not_show(
     if capture != "counts_only":
         assert same(found, expected)
         return
-    load = found.counts().pivot_table(index="router", columns="expert", values="assignments")
-    for router, part_of in expected.routing().groupby("router"):
-        ids = part_of.filter(like="expert_").to_numpy().ravel()
-        assert load.loc[router].tolist() == np.bincount(ids, minlength=8).tolist()
+    loads = [moe_inspect.report(t).tables["load"].assignments.tolist() for t in (found, expected)]
+    assert loads[0] == loads[1]
 
 
 @pytest.mark.parametrize("part", MISUSES)
@@ -129,9 +125,7 @@ def test_keeping_references_would_show(
         assert not same(traced(model, tmp_path / "t"), expected)
 
 
-def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
-    expected: moe_inspect.Trace, tmp_path: Path
-) -> None:
+def test_unknown_code_may_begin_at_any_time(expected: moe_inspect.Trace, tmp_path: Path) -> None:
     """What the first pass shows is not relied on there."""
     model = build("olmoe")
     own = type("OwnModel", (type(model),), {"__module__": "transformers_modules.own"})
@@ -141,9 +135,7 @@ def test_a_model_of_unknown_code_may_begin_to_change_its_tensors_at_any_time(
         assert same(traced(model, tmp_path / "unknown"), expected)
 
 
-def test_experts_called_in_parts_are_recorded_whole(
-    model: Any, expected: moe_inspect.Trace, tmp_path: Path
-) -> None:
+def test_experts_called_in_parts(model: Any, expected: moe_inspect.Trace, tmp_path: Path) -> None:
     """A block that calls its experts with a few tokens at a time."""
 
     def in_parts(forward: Any) -> Any:
@@ -245,9 +237,7 @@ def generated(model: Any, path: Path, steps: int = 30) -> moe_inspect.Trace:
     return moe_inspect.open_trace(path)
 
 
-def test_decode_steps_are_handed_over_together(
-    model: Any, hold: Hold, batches: Batches, tmp_path: Path
-) -> None:
+def test_steps_come_together(model: Any, hold: Hold, batches: Batches, tmp_path: Path) -> None:
     hold(AFTER_ALL)
     found = generated(model, tmp_path / "t")
     phases = [set(b.phases) for b in batches]
@@ -273,11 +263,8 @@ def test_a_page_that_is_full_is_handed_over(
     assert same(found, generated(model, tmp_path / "one"))
 
 
-def test_an_interrupt_between_ring_and_writer_leaves_no_gap(
-    model: Any, hold: Hold, batches: Batches, tmp_path: Path
-) -> None:
-    """The batch that was on its way is lost, and so is all that came after it. A pass that keeps a
-    cache waits for the next one: passes 1 and 2 are one batch."""
+def test_ctrl_c_leaves_no_gap(model: Any, hold: Hold, batches: Batches, tmp_path: Path) -> None:
+    """Nor is anything after it. Passes 1 and 2, the next one with a cache, are one batch."""
     hold(AT_ONCE)
     batches.stop = 2
     recording = moe_inspect.record(model, tmp_path / "t")
@@ -298,37 +285,29 @@ def test_shards_end_where_they_would_pass_by_pass(tmp_path: Path) -> None:
 
     def of(numbers: range, decoding: bool) -> RoutedBatch:
         """Three rows per pass, of the same sequences or of new ones."""
-        T, first = 3 * len(numbers), 3 * numbers[0]
-        row_T = first + np.arange(T, dtype=np.int32)
-        document_T = first + np.arange(T, dtype=np.int32) % 3 if decoding else row_T
-        position_T = np.repeat(np.arange(len(numbers), dtype=np.int32), 3) * decoding
-        tokens = len(numbers) if decoding else 1
-        return RoutedBatch(
+        passes = len(numbers)
+        row_T = np.arange(3 * numbers[0], 3 * numbers[0] + 3 * passes, dtype=np.int32)
+        document_T = np.resize(row_T[:3], 3 * passes) if decoding else row_T
+        new = np.unique(document_T).tolist()
+        return a_pass(
             numbers[-1],
+            [rng.integers(0, 8, (3 * passes, 2)).astype(np.uint8)],
             token_id=row_T,
             document=document_T,
-            sequence=document_T,
-            position=position_T,
-            domain=np.zeros(T, np.int32),
-            domains=["x"],
-            ids=[rng.integers(0, 8, (T, 2)).astype(np.uint8)],
-            weights=[rng.random((T, 2)).astype(np.float16)],
-            documents=[Document(int(d), "x", "", tokens) for d in np.unique(document_T)],
+            position=np.repeat(np.arange(passes, dtype=np.int32), 3) * decoding,
+            weights=[rng.random((3 * passes, 2)).astype(np.float16)],
+            documents=[Document(d, "text", "", passes if decoding else 1) for d in new],
             batches=np.repeat(np.array(numbers, np.int32), 3),
         )
 
     together = [of(range(10), False), of(range(10, 14), True), of(range(14, 40), False)]
     apart = [part for batch in together for part in batch.passes()]
-    traces = []
-    for name, batches in (("together", together), ("apart", apart)):
-        routers = [Router(0, "experts", "layers.0.experts", 8, 2)]
-        with TraceWriter(tmp_path / name, {}, routers, shard_tokens=20) as writer:
-            for batch in batches:
-                writer.write(batch)
-        traces.append(moe_inspect.open_trace(tmp_path / name))
-    assert same(*traces)
-    assert traces[0].tokens().batch.tolist() == np.repeat(np.arange(40), 3).tolist()
-    assert traces[0].documents().document.tolist() == sorted(traces[0].documents().document)
-    tokens_of = [[len(shard.tokens()) for shard in trace.shards] for trace in traces]
-    assert tokens_of[0] == tokens_of[1]
-    assert len(tokens_of[0]) > 3
+    listed, how = routers(1, 8, 2), {"weights": True, "shard_tokens": 20}
+    whole = write_passes(tmp_path / "together", listed, together, **how)
+    other = write_passes(tmp_path / "apart", listed, apart, **how)
+    assert same(whole, other)
+    assert whole.tokens().batch.tolist() == np.repeat(np.arange(40), 3).tolist()
+    assert whole.documents().document.tolist() == sorted(whole.documents().document)
+    sizes = [len(shard.tokens()) for shard in whole.shards]
+    assert sizes == [len(shard.tokens()) for shard in other.shards]
+    assert len(sizes) > 3

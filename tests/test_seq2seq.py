@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import moe_inspect
 from moe_inspect.demo import MODEL_DIR
@@ -24,8 +24,6 @@ TEXTS = ["The cat sat on the mat.", "A dog.", "Where do the tokens go?"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Switch with the bundled tokenizer, and texts."""
-    from transformers import AutoTokenizer
-
     root = tmp_path_factory.mktemp("seq2seq")
     config = zoo.config("switch_transformers")
     config.vocab_size = len(AutoTokenizer.from_pretrained(MODEL_DIR))
@@ -47,12 +45,8 @@ def traced(place: Path, out: Path, **options: Any) -> moe_inspect.Trace:
     return moe_inspect.trace_model(str(place / "model"), out, data=texts, **options)
 
 
-def decisions(trace: moe_inspect.Trace) -> pd.DataFrame:
-    tokens = trace.tokens().astype({"phase": str})
-    return trace.routing().merge(tokens, on="token").drop(columns=["token", "batch"])
-
-
 def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path: Path) -> None:
+    """And what was decoded routes the same in one forward pass."""
     trace = traced(place, tmp_path / "t", generate=4)
     tokens = trace.tokens()
     counts = tokens.phase.value_counts().to_dict()
@@ -67,52 +61,44 @@ def test_a_corpus_goes_to_the_encoder_and_is_decoded_from(place: Path, tmp_path:
         seen = counts["encode"] if router.stack == "encoder" else 15
         assert len(trace.routing(router=r)) == seen
     assert trace.n_decisions == 2 * counts["encode"] + 2 * 15
-
-
-def test_what_was_decoded_routes_the_same_in_one_forward_pass(place: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForSeq2SeqLM
-
-    trace = traced(place, tmp_path / "t", generate=4)
-    tokens = trace.tokens()
     model = AutoModelForSeq2SeqLM.from_pretrained(place / "model").eval()
-    with moe_inspect.record(model, tmp_path / "whole"), torch.no_grad():
-        for document in range(3):
-            of = tokens[tokens.document == document]
-            fed = {
-                "input_ids": of[of.phase == "encode"].token_id,
-                "decoder_input_ids": of[of.phase != "encode"].token_id,
-            }
-            model(**{name: torch.tensor(ids.to_numpy(np.int64))[None] for name, ids in fed.items()})
-    whole = moe_inspect.open_trace(tmp_path / "whole")
+    fed = []
+    for _, of in tokens.groupby("document"):
+        parts = {"input_ids": of.phase == "encode", "decoder_input_ids": of.phase != "encode"}
+        ids = {name: of[part].token_id.to_numpy(np.int64) for name, part in parts.items()}
+        fed.append({name: torch.from_numpy(of_part)[None] for name, of_part in ids.items()})
+    whole = zoo.recorded(model, tmp_path / "whole", *fed)
+    by = ["router", "document", "encoded", "position"]
     both = [
-        decisions(t)
-        .assign(phase=lambda d: d.phase == "encode")
-        .sort_values(["router", "document", "position"])
+        t.routing()
+        .merge(t.tokens().assign(encoded=lambda rows: rows.phase == "encode"), on="token")
+        .sort_values(by)
         for t in (trace, whole)
     ]
-    assert (both[0].token_id.to_numpy() == both[1].token_id.to_numpy()).all()
+    assert both[0].token_id.tolist() == both[1].token_id.tolist()
     assert (both[0].expert_0.to_numpy() == both[1].expert_0.to_numpy()).mean() > 0.97
 
 
 def test_counted_they_are_the_same_and_resumed_too(place: Path, tmp_path: Path) -> None:
-    trace = traced(place, tmp_path / "t", generate=2, batch_tokens=16)
-    counted = traced(place, tmp_path / "c", generate=2, batch_tokens=16, counts_only=True)
+    usual = {"generate": 2, "batch_tokens": 16}
+    trace = traced(place, tmp_path / "t", **usual)
+    counted = traced(place, tmp_path / "c", **usual, counts_only=True)
     assert counted.n_decisions == trace.n_decisions == trace.manifest["counts"]["decisions"]
     load = trace.routing().groupby(["router", "expert_0"]).size()
     found = counted.counts().groupby(["router", "expert"]).assignments.sum()
     assert found[found > 0].to_list() == load.to_list()
+
+    def interrupt(done: int, total: int | None) -> None:
+        if done > 15:
+            raise KeyboardInterrupt
+
     again = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
-        traced(place, again, generate=2, batch_tokens=16, progress=interrupt)
+        traced(place, again, **usual, progress=interrupt)
     assert moe_inspect.open_trace(again).status == "interrupted"
-    resumed = traced(place, again, generate=2, batch_tokens=16, resume=True)
+    resumed = traced(place, again, **usual, resume=True)
     assert resumed.routing().equals(trace.routing())
     assert resumed.tokens().equals(trace.tokens())
-
-
-def interrupt(done: int, total: int | None) -> None:
-    if done > 15:
-        raise KeyboardInterrupt
 
 
 def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
@@ -120,7 +106,7 @@ def test_generate_calls_the_encoder_by_itself(tmp_path: Path) -> None:
     inputs = zoo.inputs("switch_transformers", [6, 4])
     inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
     usual = {"decoder_start_token_id": 0, "max_new_tokens": 4, "eos_token_id": None}
-    with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]), torch.no_grad():
+    with moe_inspect.record(model, tmp_path / "t", documents=["a", "b"]):
         model.generate(**inputs, **usual, num_beams=2, do_sample=False)
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     sizes = tokens.groupby("phase", observed=True).size().to_dict()
@@ -155,35 +141,29 @@ def test_labels_are_shifted_and_each_stack_has_its_mask(tmp_path: Path) -> None:
 def test_a_stack_that_is_not_seen_is_refused(tmp_path: Path) -> None:
     """And a forward pass that failed leaves nothing."""
     model, inputs = zoo.build("switch_transformers"), zoo.inputs("switch_transformers", [6])
-    experts = next(s.module for s in find_routers(model) if s.stack == "decoder")
-    stock = type(experts).forward
+    site = next(s for s in find_routers(model) if s.stack == "decoder")
+    stock = type(site.module).forward
     with moe_inspect.record(model, tmp_path / "t") as recorder, torch.no_grad():
         model(**inputs)
-        experts.register_forward_pre_hook(fails)
+        hook = site.module.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(**inputs)
-        experts._forward_pre_hooks.popitem()
+        hook.remove()
         model.get_encoder()(input_ids=inputs["input_ids"])
         assert recorder.tokens == 6 + 7 + 6
-    path = next(p for p, m in model.named_modules() if m is experts)
-    model.get_submodule(path.rpartition(".")[0]).forward = lambda hidden: hidden
+    model.get_submodule(site.path.rpartition(".")[0]).forward = lambda hidden: hidden
     refused = pytest.raises(MoeInspectError, match=r"decoder.* routed 0 rows .* of 7")
     with moe_inspect.record(model, tmp_path / "u"), torch.no_grad(), refused:
         model(**inputs)
-    assert type(experts).forward is stock
+    assert type(site.module).forward is stock
     assert not (tmp_path / "u" / "routing").exists()
-
-
-def fails(*_: object) -> None:
-    raise ZeroDivisionError
 
 
 def test_a_models_quirk_is_told_with_every_report(tmp_path: Path) -> None:
     noted = {}
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[2, 3]])}
     for family in ("nllb_moe", "switch_transformers"):
-        model = zoo.build(family)
-        with moe_inspect.record(model, tmp_path / family):
-            model(input_ids=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[2, 3]]))
-        noted[family] = moe_inspect.report(tmp_path / family).warning
+        trace = zoo.recorded(zoo.build(family), tmp_path / family, batch)
+        noted[family] = moe_inspect.report(trace).warning
     assert "runs experts 1 and 0 whatever NLLB's routers choose" in noted["nllb_moe"]
     assert noted["switch_transformers"] is None

@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-import moe_inspect
-from moe_inspect.capture.hook.counts import DeviceCounts
-from moe_inspect.capture.hook.inputs.rows import Rows
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.exporters.run import export_trace
 from moe_inspect.importers.run import import_trace
@@ -31,6 +27,7 @@ from tests.support.planted import sentences
 from tests.support.synthetic import a_pass, uniform_ids, write_counts, write_passes, write_trace
 
 E, K, T = 8, 4, 600
+Pair = tuple[Trace, Trace]  # first choices are known, and not
 NOWHERE = 65_535
 
 
@@ -45,40 +42,30 @@ def drawn(seed: int = 0, null: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def by_hand(ids_TK: np.ndarray, key_TK: np.ndarray) -> np.ndarray:
-    """float [T, K]: each decision's experts from the largest key to the smallest, NaN for those
-    that routed nowhere, last."""
+    """float [T, K]: each decision's experts by descending key; NaN, last, for routed nowhere."""
     key_TK = np.where(ids_TK == NOWHERE, -np.inf, key_TK)
     rows = [sorted(range(K), key=lambda j, key=key: -key[j]) for key in key_TK.tolist()]
     return np.where(ids_TK == NOWHERE, np.nan, ids_TK)[np.arange(len(ids_TK))[:, None], rows]
 
 
 def written(
-    root: Path,
-    ids: np.ndarray,
-    key: Any = None,
-    keep: str | None = "weights",
-    known: str = "",
-    **options: Any,
+    root: Path, ids: np.ndarray, key: Any, keep: str = "weights", known: str = "", **options: Any
 ) -> Trace:
-    """Two batches in two shards, of one router, with weights (or what `keep` names; None: weights
-    that the trace does not keep)."""
-    options |= {"weights": keep == "weights", "logits": keep == "logits"}
-    manifest = {"model": {"id": "made"}, "capture": {"mode": "tap"}}
+    """Two batches in two shards, of one router; `keep`: what the trace keeps."""
     passes, row = [], np.arange(300, dtype=np.int32)
     for b, part in enumerate((slice(300), slice(300, T))):
-        given: dict[str, Any] = {"document": row * 0 + b}
+        given: Any = {"weights": [key[part]]}
         if keep == "logits":
-            given["extras"] = {"logits": [key[part]]}
-        elif key is not None:
-            given["weights"] = [key[part]]
-        documents = [Document(b, "text", "made", 300)]
-        passes.append(a_pass(b, [ids[part]], 300, token_id=row % 20, documents=documents, **given))
+            given = {"extras": {"logits": [key[part]]}}
+        given |= {"documents": [Document(b, "text", "made", 300)], "document": row * 0 + b}
+        passes.append(a_pass(b, [ids[part]], 300, token_id=row % 20, **given))
     listed = [Router(3, "gate", "layers.3", E, K, slot_order=known)]
-    return write_passes(root, listed, passes, manifest=manifest, shard_tokens=400, **options)
+    kept = {"weights": keep == "weights", "logits": keep == "logits"}
+    return write_passes(root, listed, passes, shard_tokens=400, **kept, **options)
 
 
 def experts_of(trace: Trace) -> np.ndarray:
-    return trace.routing()[[f"expert_{j}" for j in range(K)]].to_numpy(float)
+    return trace.routing().filter(like="expert_").to_numpy(float)
 
 
 @pytest.mark.parametrize("null", [0.0, 0.2])
@@ -89,7 +76,7 @@ def test_slots_are_written_in_descending_weight(kind: str, null: float, tmp_path
     kept: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
         "float16": (weights, {}),
         "bfloat16": (bits, {}),
-        "weights not kept": (weights, {"keep": None, "known": "weight"}),
+        "weights not kept": (weights, {"keep": "nothing", "known": "weight"}),
         "logits": (logits, {"keep": "logits"}),
     }
     given, how = kept[kind]
@@ -127,8 +114,7 @@ def without_slot_order(trace: Trace) -> Trace:
 
 
 def older(root: Path, ids: np.ndarray, weights: np.ndarray) -> Trace:
-    """A trace of the format as it was: slots in the router's own order, which the manifest does not
-    state."""
+    """A trace of the format as it was: the manifest does not state the order of slots."""
     as_it_was = ResumePoint(slot_orders={0: ""})
     return without_slot_order(written(root, ids, weights, resume=as_it_was))
 
@@ -177,25 +163,23 @@ FIRST = {  # table → columns that need first choices
 
 
 @pytest.fixture(scope="module")
-def known_and_unknown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The same decisions, which follow the token id, with first choices known and not."""
     rng = np.random.default_rng(1)
     token_id = rng.integers(0, 12, 2_000)
-    ids = [(token_id[:, None] + np.arange(K) * 2 + r) % E for r in range(3)]
+    of_token = token_id[:, None] + np.arange(K) * 2
+    ids = [((of_token + r) % E).astype(np.uint16) for r in range(3)]
     options: dict[str, Any] = {"document": np.repeat(np.arange(40), 50), "words": 12}
     options |= {"domain_of_document": ("a", "b"), "token_id": token_id}
+    known, unknown = (
+        write_trace(tmp_path_factory.mktemp("t") / order, ids, E, slot_order=order, **options)
+        for order in ("weight", "unknown")
+    )
+    return known, unknown
 
-    def made(order: str) -> Trace:
-        root = tmp_path_factory.mktemp("t") / order
-        return write_trace(root, [i.astype(np.uint16) for i in ids], E, slot_order=order, **options)
 
-    return made("weight"), made("unknown")
-
-
-def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(
-    known_and_unknown: tuple[Trace, Trace],
-) -> None:
-    known, unknown = (report(trace) for trace in known_and_unknown)
+def test_without_an_order_what_needs_a_first_choice_is_null(both: Pair) -> None:
+    known, unknown = (report(trace) for trace in both)
     for name in known.tables:
         a, b = known.tables[name], unknown.tables[name]
         needing = FIRST.get(name, [])
@@ -207,10 +191,8 @@ def test_without_an_order_what_needs_a_first_choice_is_null_and_nothing_else(
             assert a.drop(columns=needing).equals(b.drop(columns=needing)), name
 
 
-def test_the_verdict_is_silent_about_it_and_one_line_says_why(
-    known_and_unknown: tuple[Trace, Trace], capsys: Any
-) -> None:
-    known, unknown = (report(trace) for trace in known_and_unknown)
+def test_the_verdict_is_silent_about_it_and_one_line_says_why(both: Pair, capsys: Any) -> None:
+    known, unknown = (report(trace) for trace in both)
     assert [s for s in sentences(known) if "first choice" in s]
     assert not [s for s in sentences(unknown) if "first choice" in s]
     assert sum("first choices are unknown" in note for note in unknown.notes()) == 1
@@ -220,10 +202,8 @@ def test_the_verdict_is_silent_about_it_and_one_line_says_why(
     assert "repetition: first choices are unknown" in report_page(unknown)
 
 
-def test_capacity_serves_first_choices_first_only_where_it_knows_them(
-    known_and_unknown: tuple[Trace, Trace],
-) -> None:
-    known, unknown = known_and_unknown
+def test_capacity_serves_first_choices_first_only_where_it_knows_them(both: Pair) -> None:
+    known, unknown = both
     assert simulate_capacity(known).settings["order"] == "arrival"
     found = simulate_capacity(unknown)
     assert found.settings["order"] == "token"
@@ -233,10 +213,8 @@ def test_capacity_serves_first_choices_first_only_where_it_knows_them(
         simulate_capacity(unknown, order="arrival")
 
 
-def test_exported_counts_have_first_choices_only_where_known(
-    known_and_unknown: tuple[Trace, Trace], tmp_path: Path
-) -> None:
-    for trace, there in zip(known_and_unknown, (True, False), strict=True):
+def test_exported_counts_have_first_choices_only_where_known(both: Pair, tmp_path: Path) -> None:
+    for trace, there in zip(both, (True, False), strict=True):
         path = export_trace(trace, "counts", tmp_path / f"{there}.csv")
         assert ("first_choice" in path.read_text().splitlines()[0]) == there
         back = import_trace("counts", [path], tmp_path / f"back-{there}")
@@ -259,38 +237,22 @@ def test_one_choice_is_the_first(tmp_path: Path) -> None:
     assert report(trace).tables["load"]["first_choice"].sum() == T
 
 
-def test_counts_on_the_device_take_the_largest_weight() -> None:
-    rng = np.random.default_rng(3)
-    ids_TK, weights_TK, _ = drawn(3)
-    ids_TK = ids_TK.astype(np.int64)
-    ids_TK[rng.random((T, K)) < 0.2] = -1
-    router, device = Router(0, "gate", "gate", E, K), torch.device("cpu")
-    counts = DeviceCounts([router], [device], torch.float16, weights=False)
-    real = rng.random(T) < 0.9
-    zeros = np.zeros(int(real.sum()), np.int32)
-    rows = Rows(real, zeros, zeros, zeros, zeros, zeros)
-    choices = [(torch.from_numpy(ids_TK)[None], torch.from_numpy(weights_TK)[None])]
-    counts.count([0], [rows], [choices], 1, 0)
-    taken = counts.take(["text"])
-    first = by_hand(np.where(ids_TK < 0, NOWHERE, ids_TK), weights_TK)[real, 0]
-    expected = np.bincount(first[~np.isnan(first)].astype(int), minlength=E)
-    assert taken.first_choice[0][0].tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("capture", ["tap", "dispatch"])
-def test_a_family_that_does_not_sort_is_counted_as_it_is_traced(
-    capture: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "capture"),
+    [("deepseek_v3", "tap"), ("deepseek_v3", "dispatch"), ("longcat_flash", "auto")],
+)
+def test_a_family_that_does_not_sort_is_counted_as_traced(
+    family: str, capture: str, tmp_path: Path
 ) -> None:
-    """DeepSeek-V3 selects by biased scores without sorting them; the same model, counted on the
-    device and traced."""
+    """By biased scores DeepSeek-V3 selects without sorting them, LongCat-Flash also nothing."""
     from tests.support import zoo
 
-    model, inputs = zoo.build("deepseek_v3"), zoo.inputs("deepseek_v3", [9, 5, 12])
-    tables = []
-    for name, options in (("t", {}), ("counts", {"counts_only": True})):
-        root = tmp_path / name
-        with moe_inspect.record(model, root, capture=capture, **options), torch.no_grad():
-            model(**inputs)
-        tables.append(report(open_trace(root)).tables["load"])
-    traced, counted = tables
-    assert traced["first_choice"].tolist() == counted["first_choice"].tolist()
+    model, inputs = zoo.build(family), zoo.inputs(family, [9, 5, 12])
+    traced, counted = (
+        zoo.recorded(model, tmp_path / name, inputs, capture=capture, counts_only=name == "counts")
+        for name in ("t", "counts")
+    )
+    ids = experts_of(traced)
+    assert np.isnan(ids[:, -1]).any() == (family == "longcat_flash")
+    first = [report(trace).tables["load"]["first_choice"].tolist() for trace in (traced, counted)]
+    assert first[0] == first[1]

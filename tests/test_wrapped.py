@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import moe_inspect
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.model.wrapped import unwrapped
 from tests.support.families import build
+from tests.support.own import module
 from tests.support.zoo import state_of, token_batch
 
 LENGTHS = [9, 5]
@@ -25,24 +27,20 @@ IDS, MASK = INPUTS["input_ids"], INPUTS["attention_mask"]
 Make = Callable[[Any], Any]
 
 
-class Step(nn.Module):
+def step(net: Any) -> Any:
     """Called with a batch, as a training step is."""
 
-    def __init__(self, net: Any):
-        super().__init__()
-        self.net = net
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.net(batch["input_ids"], batch["attention_mask"]).logits.sum()
 
+    return module("Step", forward, net=net)
 
-class Two(nn.Module):
-    def __init__(self, first: Any, second: Any):
-        super().__init__()
-        self.policy, self.reference = first, second
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def two(policy: Any, reference: Any) -> Any:
+    def forward(self: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.policy(**batch).logits - self.reference(**batch).logits
+
+    return module("Two", forward, policy=policy, reference=reference)
 
 
 @pytest.fixture
@@ -69,25 +67,28 @@ def fsdp(model: Any, **options: Any) -> Any:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
 
 
-LANGUAGE: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
-EXPERTS: dict[str, Any] = {
-    "target_modules": [],
-    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+MATRICES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": {"target_modules": [], "target_parameters": MATRICES},
+    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
 }
-ROUTER: dict[str, Any] = {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
+
+
+def lora(model: Any, target: str = "attention") -> Any:
+    return of_peft(model, task_type="CAUSAL_LM", **TARGETS[target])
+
+
 WRAPPED: dict[str, Make] = {
     "DataParallel": nn.DataParallel,
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "FSDP": fsdp,
     "FSDP, parameters as they are": lambda m: fsdp(m, use_orig_params=True),
-    "PEFT on attention": lambda m: of_peft(m, **ATTENTION, **LANGUAGE),
-    "PEFT, no task": lambda m: of_peft(m, **ATTENTION),
-    "PEFT on experts": lambda m: of_peft(m, **EXPERTS, **LANGUAGE),
-    "PEFT on the router": lambda m: of_peft(m, **ROUTER, **LANGUAGE),
-    "PEFT in DistributedDataParallel": lambda m: nn.parallel.DistributedDataParallel(
-        of_peft(m, **ATTENTION, **LANGUAGE)
-    ),
+    "PEFT on attention": lora,
+    "PEFT, no task": lambda m: of_peft(m, **TARGETS["attention"]),
+    "PEFT on experts": lambda m: lora(m, "experts"),
+    "PEFT on the router": lambda m: lora(m, "router"),
+    "PEFT in DistributedDataParallel": lambda m: nn.parallel.DistributedDataParallel(lora(m)),
 }
 
 
@@ -124,28 +125,28 @@ def test_a_wrapped_model_is_recorded(kind: str, by: str, one_rank: None, tmp_pat
     expected = torch.cat([rows[MASK.flatten().bool()] for rows in truth]).numpy()
     K = expected.shape[1] // 2
     by_router = frame.sort_values(["router", "token"])
-    found = by_router[[f"expert_{k}" for k in range(K)]].to_numpy()
-    assert (found == expected[:, :K]).all()
+    assert (by_router.filter(like="expert_").to_numpy() == expected[:, :K]).all()
     assert by_router.filter(like="weight_").to_numpy() == pytest.approx(expected[:, K:], rel=2**-11)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == sum(LENGTHS)
     assert trace.tokens().token_id.tolist() == IDS[MASK.bool()].tolist()
-    assert trace.manifest["model"]["class"] == "OlmoeForCausalLM"
-    adapter = trace.manifest["model"].get("adapter", {})
-    assert adapter.get("kind") == ("LORA" if "PEFT" in kind else None)
+    about = trace.manifest["model"]
+    assert about["class"] == "OlmoeForCausalLM"
+    assert about.get("adapter", {}).get("kind") == ("LORA" if "PEFT" in kind else None)
     assert trace.routers[0].path.startswith("model.layers.0.mlp.experts")
 
 
 def test_a_call_with_a_batch_is_recorded_once_per_call_of_the_model(tmp_path: Path) -> None:
-    step = Step(build("olmoe"))
-    frame = recorded(step, tmp_path / "t", lambda m: [m(INPUTS), m(INPUTS)])
-    bare = recorded(step.net, tmp_path / "bare", lambda m: [m(**INPUTS), m(**INPUTS)])
+    whole = step(build("olmoe"))
+    frame = recorded(whole, tmp_path / "t", lambda m: [m(INPUTS), m(INPUTS)])
+    bare = recorded(whole.net, tmp_path / "bare", lambda m: [m(**INPUTS), m(**INPUTS)])
     assert frame.equals(bare)
     assert moe_inspect.open_trace(tmp_path / "t").tokens().batch.nunique() == 2
 
 
 def test_prompt_tuning_adds_rows_that_are_recorded(tmp_path: Path) -> None:
-    adapted = of_peft(build("olmoe"), "PromptTuningConfig", num_virtual_tokens=4, **LANGUAGE)
+    options: dict[str, Any] = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+    adapted = of_peft(build("olmoe"), "PromptTuningConfig", **options)
     recorded(adapted, tmp_path / "t", lambda m: m(IDS, MASK))
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS) + 2 * 4
 
@@ -169,14 +170,12 @@ def test_a_training_step_is_recorded_once(kind: str, one_rank: None, tmp_path: P
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)
 
 
+compiled = partial(torch.compile, backend="eager")
 COMPILED: dict[str, tuple[Make, Callable[[Any], Any]]] = {
-    "PEFT": (
-        lambda m: torch.compile(of_peft(m, **ATTENTION, **LANGUAGE), backend="eager"),
-        lambda m: m(IDS, MASK),
-    ),
-    "a batch": (lambda m: torch.compile(Step(m), backend="eager"), lambda m: m(INPUTS)),
+    "PEFT": (lambda m: compiled(lora(m)), lambda m: m(IDS, MASK)),
+    "a batch": (lambda m: compiled(step(m)), lambda m: m(INPUTS)),
     "inside DistributedDataParallel": (
-        lambda m: nn.parallel.DistributedDataParallel(torch.compile(m, backend="eager")),
+        lambda m: nn.parallel.DistributedDataParallel(compiled(m)),
         lambda m: m(IDS, MASK),
     ),
 }
@@ -197,29 +196,27 @@ def test_of_several_models_that_which_has_routers_is_recorded(tmp_path: Path) ->
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=2, **sizes))
-    two = Two(dense, build("olmoe"))
-    recorded(two, tmp_path / "t", lambda m: m(INPUTS))
-    assert moe_inspect.open_trace(tmp_path / "t").n_tokens == sum(LENGTHS)
-    both = Two(build("olmoe"), build("olmoe", seed=1))
+    one, both = two(dense, build("olmoe")), two(build("olmoe"), build("olmoe", seed=1))
+    recorded(one, tmp_path / "t", lambda m: m(INPUTS))
     match = "Two holds 2 models with routers: record one of policy, reference"
     with pytest.raises(MoeInspectError, match=match):
         moe_inspect.record(both, tmp_path / "both")
     recorded(both.policy, tmp_path / "policy", lambda m: both(INPUTS))
-    assert moe_inspect.open_trace(tmp_path / "policy").n_tokens == sum(LENGTHS)
+    for name in ("t", "policy"):
+        assert moe_inspect.open_trace(tmp_path / name).n_tokens == sum(LENGTHS)
 
 
 def test_after_two_recorders_of_a_model_compiled_code_runs_compiled(tmp_path: Path) -> None:
-    """Their passes begin and end in the same order, and while they have no tape code runs
-    eagerly."""
+    """Their passes begin and end together; while they have no tape code runs eagerly."""
     ran: list[int] = []
     backend = lambda graph, _: ran.append(1) or graph.forward  # noqa: E731
-    compiled = torch.compile(lambda x: x * 2, backend=backend)
-    compiled(torch.ones(2))  # from here on a model may have compiled parts
+    doubled = torch.compile(lambda x: x * 2, backend=backend)
+    doubled(torch.ones(2))  # from here on a model may have compiled parts
     model = build("olmoe")
     first, second = (moe_inspect.record(model, tmp_path / name) for name in "ab")
     with first, second, torch.no_grad():
         model(**INPUTS)
     ran.clear()
     torch.compiler.reset()
-    compiled(torch.ones(2))
+    doubled(torch.ones(2))
     assert ran

@@ -6,7 +6,7 @@ T tokens, L layers, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from moe_inspect.trace.writer import Document, RoutedBatch
 from tests.support.synthetic import a_pass, write_passes
 
 SHARD_TOKENS = 4_096
+FACTS = ("document", "position", "token_id")  # of a token
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,17 @@ class Recording:
         """bool [T]: the last tokens of documents."""
         return np.r_[self.document[1:] != self.document[:-1], True]
 
-    def take(self, kept: np.ndarray) -> Recording:
-        of = {name: getattr(self, name)[kept] for name in ("document", "position", "token_id")}
+    def take(self, kept: np.ndarray | slice) -> Recording:
+        of = {name: getattr(self, name)[kept] for name in FACTS}
         weights = None if self.weights_LTK is None else self.weights_LTK[:, kept]
         return replace(self, ids_LTK=self.ids_LTK[:, kept], weights_LTK=weights, **of)
 
     def routed(self, ids_LTK: np.ndarray, layers: Sequence[int] | None = None) -> Recording:
         """With other experts, and the weights that the slots had."""
-        weights = self.weights_LTK
+        weights, layers = self.weights_LTK, layers or range(len(ids_LTK))
         if weights is not None and len(weights) != len(ids_LTK):
             weights = np.resize(weights, ids_LTK.shape)
-        return replace(
-            self, ids_LTK=ids_LTK, weights_LTK=weights, layers=layers or range(len(ids_LTK))
-        )
+        return replace(self, ids_LTK=ids_LTK, weights_LTK=weights, layers=layers)
 
     def written(self, root: Path, shard_tokens: int = SHARD_TOKENS) -> Trace:
         dtype = np.uint8 if self.E <= 256 else np.uint16
@@ -73,42 +73,36 @@ class Recording:
 
         def passes() -> Iterator[RoutedBatch]:
             for b, begin in enumerate(range(0, self.T, 1_024)):
-                part = slice(begin, begin + 1_024)
-                document = self.document[part].astype(np.int32)
-                new = np.unique(document[self.position[part] == 0]).tolist()
+                of = self.take(slice(begin, begin + 1_024))
+                new = np.unique(of.document[of.position == 0]).tolist()
+                sizes = [(d, int((self.document == d).sum())) for d in new]
                 yield a_pass(
                     b,
-                    [ids[part].astype(dtype) for ids in self.ids_LTK],
-                    token_id=self.token_id[part].astype(np.int32),
-                    document=document,
-                    position=self.position[part].astype(np.int32),
-                    weights=None if weights is None else [w[part] for w in weights.astype("f2")],
-                    documents=[
-                        Document(d, "text", "planted", int((self.document == d).sum())) for d in new
-                    ],
+                    [*of.ids_LTK.astype(dtype)],
+                    weights=None if of.weights_LTK is None else [*of.weights_LTK.astype("f2")],
+                    documents=[Document(d, "text", "planted", tokens) for d, tokens in sizes],
+                    **{name: getattr(of, name).astype(np.int32) for name in FACTS},
                 )
 
-        options: dict[str, Any] = {"weights": weights is not None, "shard_tokens": shard_tokens}
-        options["vocabulary"] = pa.table(words) if self.words else None
-        manifest = {"model": {"id": "planted"}}
-        return write_passes(root, routers, passes(), manifest=manifest, **options)
+        options = {"weights": weights is not None, "shard_tokens": shard_tokens}
+        options |= {"vocabulary": pa.table(words) if self.words else None}
+        return write_passes(
+            root, routers, passes(), manifest={"model": {"id": "planted"}}, **options
+        )
 
 
 def routed_text(seed: int, T: int, L: int, E: int, k: int, weights: bool = True) -> Recording:
-    """Routers that follow token ids and the text before, differently at each layer, as trained ones
-    do; documents of 20 to 200 tokens."""
+    """Routers that follow token ids and the text before; documents of 20 to 200 tokens."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 200, T)
     sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), T)) + 1]
     document = np.repeat(np.arange(len(sizes)), sizes)[:T]
     position = np.arange(T) - np.searchsorted(document, document)
     token_id = np.minimum(rng.zipf(1.3, T), 999)
-    embedded = rng.normal(size=(1_000, 24)).astype(np.float32)[token_id]
-    state = np.zeros((T, 24), np.float32)
-    for t in range(T):
-        state[t] = embedded[t] + (0.6 * state[t - 1] if position[t] else 0)
-    ids = np.empty((L, T, k), np.int64)
-    gates = np.empty((L, T, k), np.float32)
+    state = rng.normal(size=(1_000, 24)).astype(np.float32)[token_id]
+    for t in np.flatnonzero(position):
+        state[t] += 0.6 * state[t - 1]
+    ids, gates = np.empty((L, T, k), np.int64), np.empty((L, T, k), np.float32)
     for layer in range(L):
         logits = state @ rng.normal(size=(24, E)).astype(np.float32)
         logits += rng.normal(size=(T, E)).astype(np.float32)
@@ -118,10 +112,8 @@ def routed_text(seed: int, T: int, L: int, E: int, k: int, weights: bool = True)
         gates[layer] = np.exp(top) / np.exp(top).sum(1, keepdims=True)
     if not weights:
         ids = rng.permuted(ids, axis=2)
-    words = [f"▁w{i}" for i in range(1_000)]
-    return Recording(
-        E, document, position, token_id, ids, gates if weights else None, range(L), words
-    )
+    words, kept = [f"▁w{i}" for i in range(1_000)], gates if weights else None
+    return Recording(E, document, position, token_id, ids, kept, range(L), words)
 
 
 def read(trace: Trace) -> Recording:
@@ -143,8 +135,7 @@ def read(trace: Trace) -> Recording:
 
 
 def rounded(a: Recording, share: float, seed: int = 1) -> Recording:
-    """Another run: some decisions have another last expert, those with the smallest margins where
-    weights tell them."""
+    """Another run: some decisions, those with the smallest margins, have another last expert."""
     rng, ids = np.random.default_rng(seed), a.ids_LTK.copy()
     L, T, k = ids.shape
     for layer in range(L):
@@ -160,138 +151,45 @@ def rounded(a: Recording, share: float, seed: int = 1) -> Recording:
     return replace(a, ids_LTK=ids)
 
 
+# of a second run, a copy of its ids [L, T, K] and random numbers: what is recorded, or its ids
+Change = Callable[[Recording, np.ndarray, Rng], Recording | np.ndarray]
+
+
 @dataclass(frozen=True)
 class Fault:
-    """kinds: the findings that must be there, and no misalignment beside them. b: how B is
-    recorded, of a second run of A and random numbers. mend: options with which the comparison is
-    clean again. exactly: decisions with other experts, where B is not a second run but A."""
+    """kinds: the findings that must be there, and no misalignment beside them. mend: options with
+    which the comparison is clean again. exactly: decisions with other experts, where B is not a
+    second run but A."""
 
-    kinds: frozenset[str]
-    b: Callable[[Recording, np.random.Generator], Recording]
+    kinds: Set[str]
+    change: Change
     mend: dict[str, Any] = field(default_factory=dict)
     exactly: int | None = None
 
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(
-    *kinds: str, exactly: int | None = None, **mend: Any
-) -> Callable[[Callable[..., Recording]], Callable[..., Recording]]:
-    def register(function: Callable[..., Recording]) -> Callable[..., Recording]:
-        name = function.__name__.replace("_", " ")
-        FAULTS[name] = Fault(frozenset(kinds), function, mend, exactly)
-        return function
-
-    return register
+    def b(self, a: Recording, rng: Rng) -> Recording:
+        """How B is recorded."""
+        made = self.change(a, a.ids_LTK.copy(), rng)
+        return made if isinstance(made, Recording) else replace(a, ids_LTK=made)
 
 
-@fault("routes_shifted", shift_routes=1)
-def routes_shifted_by_one(a: Recording, rng: np.random.Generator) -> Recording:
-    return a.routed(np.roll(a.ids_LTK, 1, 1), a.layers)
+def foreign(a: Recording, rng: Rng) -> np.ndarray:
+    """The routes [T, K] of a router of its own, on these tokens."""
+    return routed_text(int(rng.integers(2**31)), a.T, 1, a.E, a.ids_LTK.shape[2]).ids_LTK[0]
 
 
-@fault("missing_tokens", exactly=0)
-def last_token_dropped(a: Recording, rng: np.random.Generator) -> Recording:
-    return a.take(~a.last_T)
-
-
-@fault("last_token", drop_last=True)
-def last_token_never_fed(a: Recording, rng: np.random.Generator) -> Recording:
-    """Its slots hold what was there before."""
-    ids = a.ids_LTK.copy()
-    ids[:, a.last_T] = rng.permutation(a.ids_LTK, axis=1)[:, a.last_T]
-    return replace(a, ids_LTK=ids)
-
-
-@fault("zero_filled", drop_zero_filled=True)
-def padding_is_expert_0(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = a.ids_LTK.copy()
-    ids[:, rng.random(a.T) < 0.01] = 0
-    return replace(a, ids_LTK=ids)
-
-
-@fault("zero_filled", "last_token", drop_zero_filled=True)
-def last_token_is_expert_0(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = a.ids_LTK.copy()
-    ids[:, a.last_T] = 0
-    return replace(a, ids_LTK=ids)
-
-
-@fault("layers_shifted", shift_layers=-1)
-def a_dense_layer_is_counted(a: Recording, rng: np.random.Generator) -> Recording:
-    return replace(a, layers=[layer + 1 for layer in a.layers])
-
-
-@fault("layers_shifted", shift_layers=1)
-def the_dense_layer_is_not_counted(a: Recording, rng: np.random.Generator) -> Recording:
-    return a.routed(a.ids_LTK[1:], [layer - 1 for layer in a.layers][1:])
-
-
-@fault("layers_shifted")
-def the_second_pipeline_stage_counts_from_0(a: Recording, rng: np.random.Generator) -> Recording:
+def second_stage(a: Recording, ids: np.ndarray, rng: Rng) -> Recording:
     half = len(a.layers) // 2
-    return a.routed(a.ids_LTK[half:], [layer - a.layers[half] for layer in a.layers[half:]])
+    return a.routed(ids[half:], [layer - a.layers[half] for layer in a.layers[half:]])
 
 
-@fault("layers_renumbered")
-def both_pipeline_stages_count_from_0(a: Recording, rng: np.random.Generator) -> Recording:
-    half = len(a.layers) // 2
-    return replace(
-        a, layers=[layer - (layer >= a.layers[half]) * a.layers[half] for layer in a.layers]
-    )
+def both_stages(a: Recording, ids: np.ndarray, rng: Rng) -> Recording:
+    first = a.layers[len(a.layers) // 2]
+    return replace(a, layers=[layer - (layer >= first) * first for layer in a.layers])
 
 
-@fault("layers_swapped")
-def two_layers_swapped(a: Recording, rng: np.random.Generator) -> Recording:
-    order = np.arange(len(a.layers))
-    order[[0, -1]] = order[[-1, 0]]
-    return replace(a, ids_LTK=a.ids_LTK[order])
-
-
-@fault("layers_shifted")
-def an_MTP_router_comes_first(a: Recording, rng: np.random.Generator) -> Recording:
-    """The decoder's routers are fed the routes of the one before; the first those of MTP."""
-    return replace(a, ids_LTK=np.concatenate([_foreign(a, rng)[None], a.ids_LTK[:-1]]))
-
-
-@fault("routes_of_another_router")
-def MTP_routes_fed_to_a_decoder_router(a: Recording, rng: np.random.Generator) -> Recording:
-    return replace(a, ids_LTK=np.concatenate([_foreign(a, rng)[None], a.ids_LTK[1:]]))
-
-
-def _foreign(a: Recording, rng: np.random.Generator) -> np.ndarray:
-    """The routes of a router of its own, on these tokens."""
-    seed = int(rng.integers(2**31))
-    k = a.ids_LTK.shape[2]
-    return routed_text(seed, a.T, 1, a.E, k).ids_LTK[0]
-
-
-@fault("routes_of_another_router")
-def a_layer_never_recorded(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = a.ids_LTK.copy()
-    ids[len(ids) // 2] = 0
-    return replace(a, ids_LTK=ids)
-
-
-@fault("experts_renumbered")
-def experts_permuted(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = [rng.permutation(a.E)[of_layer] for of_layer in a.ids_LTK]
-    return replace(a, ids_LTK=np.stack(ids))
-
-
-@fault("experts_renumbered")
-def experts_of_one_layer_permuted(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = a.ids_LTK.copy()
-    ids[1] = rng.permutation(a.E)[ids[1]]
-    return replace(a, ids_LTK=ids)
-
-
-@fault("physical_ids")
-def physical_ids_of_replicas(a: Recording, rng: np.random.Generator) -> Recording:
-    """An eighth more ids: the busiest experts have a replica, which takes every other token; ids
-    are numbered by the place on the GPUs."""
-    more, ids = max(a.E // 8, 1), a.ids_LTK.copy()
+def physical_ids(a: Recording, ids: np.ndarray, rng: Rng) -> Recording:
+    """The busiest experts have a replica, of every other token; ids are places on the GPUs."""
+    more = max(a.E // 8, 1)
     for of_layer in ids:
         busiest = np.argsort(-np.bincount(of_layer.ravel(), minlength=a.E))[:more]
         replica = np.arange(a.E)
@@ -301,39 +199,94 @@ def physical_ids_of_replicas(a: Recording, rng: np.random.Generator) -> Recordin
     return replace(a, E=a.E + more, ids_LTK=ids)
 
 
-@fault("different_models")
-def another_tokenizer(a: Recording, rng: np.random.Generator) -> Recording:
+def tokenizer(a: Recording, ids: np.ndarray, rng: Rng) -> Recording:
     """Other ids for the same text, and another size."""
-    V = len(a.words)
-    order = rng.permutation(V)
-    words = [""] * V
-    for i, j in enumerate(order):
-        words[j] = a.words[i]
+    order = rng.permutation(len(a.words))
+    words = [a.words[i] for i in np.argsort(order)]
     return replace(a, token_id=order[a.token_id], words=[*words, "<pad>"])
 
 
-@fault("missing_tokens", exactly=0)
-def one_trace_is_longer(a: Recording, rng: np.random.Generator) -> Recording:
-    return a.take(a.document < a.document[-1] * 3 // 4)
-
-
-@fault("refused: --shift-positions 1", shift_positions=1)
-def a_special_token_in_front(a: Recording, rng: np.random.Generator) -> Recording:
+def special_token(a: Recording, ids: np.ndarray, rng: Rng) -> Recording:
     begins = np.flatnonzero(a.position == 0)
-    rows = np.sort(np.r_[np.arange(a.T), begins])  # the first token of each twice
-    b = a.take(rows)
+    b = a.take(np.sort(np.r_[np.arange(a.T), begins]))  # the first token of each twice
     position = np.arange(b.T) - np.searchsorted(b.document, b.document)
     return replace(b, position=position, token_id=np.where(position == 0, 0, b.token_id))
 
 
-@fault(exactly=1)
-def one_decision_flipped(a: Recording, rng: np.random.Generator) -> Recording:
-    ids = a.ids_LTK.copy()
+def flipped(a: Recording, ids: np.ndarray, rng: Rng) -> np.ndarray:
     layer, t = int(rng.integers(len(ids))), int(rng.integers(a.T))
     ids[layer, t, -1] = np.setdiff1d(np.arange(a.E), ids[layer, t])[0]
-    return replace(a, ids_LTK=ids)
+    return ids
 
 
+FAULTS: dict[str, Fault] = {
+    "routes shifted by one": Fault(
+        {"routes_shifted"}, lambda a, ids, rng: np.roll(ids, 1, 1), {"shift_routes": 1}
+    ),
+    "last token dropped": Fault(
+        {"missing_tokens"}, lambda a, ids, rng: a.take(~a.last_T), exactly=0
+    ),
+    "last token never fed": Fault(  # its slots hold what was there before
+        {"last_token"},
+        lambda a, ids, rng: np.where(a.last_T[:, None], rng.permutation(ids, axis=1), ids),
+        {"drop_last": True},
+    ),
+    "padding is expert 0": Fault(
+        {"zero_filled"},
+        lambda a, ids, rng: np.where(rng.random(a.T)[:, None] < 0.01, 0, ids),
+        {"drop_zero_filled": True},
+    ),
+    "last token is expert 0": Fault(
+        {"zero_filled", "last_token"},
+        lambda a, ids, rng: np.where(a.last_T[:, None], 0, ids),
+        {"drop_zero_filled": True},
+    ),
+    "a dense layer is counted": Fault(
+        {"layers_shifted"},
+        lambda a, ids, rng: replace(a, layers=[layer + 1 for layer in a.layers]),
+        {"shift_layers": -1},
+    ),
+    "the dense layer is not counted": Fault(
+        {"layers_shifted"},
+        lambda a, ids, rng: a.routed(ids[1:], [layer - 1 for layer in a.layers[1:]]),
+        {"shift_layers": 1},
+    ),
+    "the second pipeline stage counts from 0": Fault({"layers_shifted"}, second_stage),
+    "both pipeline stages count from 0": Fault({"layers_renumbered"}, both_stages),
+    "two layers swapped": Fault(
+        {"layers_swapped"}, lambda a, ids, rng: ids[[-1, *range(1, len(ids) - 1), 0]]
+    ),
+    # the decoder's routers are fed the routes of the one before; the first those of MTP
+    "an MTP router comes first": Fault(
+        {"layers_shifted"}, lambda a, ids, rng: np.stack([foreign(a, rng), *ids[:-1]])
+    ),
+    "MTP routes fed to a decoder router": Fault(
+        {"routes_of_another_router"}, lambda a, ids, rng: np.stack([foreign(a, rng), *ids[1:]])
+    ),
+    "a layer never recorded": Fault(
+        {"routes_of_another_router"},
+        lambda a, ids, rng: np.stack([of * (n != len(ids) // 2) for n, of in enumerate(ids)]),
+    ),
+    "experts permuted": Fault(
+        {"experts_renumbered"},
+        lambda a, ids, rng: np.stack([rng.permutation(a.E)[of] for of in ids]),
+    ),
+    "experts of one layer permuted": Fault(
+        {"experts_renumbered"},
+        lambda a, ids, rng: np.stack([ids[0], rng.permutation(a.E)[ids[1]], *ids[2:]]),
+    ),
+    "physical ids of replicas": Fault({"physical_ids"}, physical_ids),
+    "another tokenizer": Fault({"different_models"}, tokenizer),
+    "one trace is longer": Fault(
+        {"missing_tokens"},
+        lambda a, ids, rng: a.take(a.document < a.document[-1] * 3 // 4),
+        exactly=0,
+    ),
+    "a special token in front": Fault(
+        {"refused: --shift-positions 1"}, special_token, {"shift_positions": 1}
+    ),
+    "one decision flipped": Fault(set(), flipped, exactly=1),
+}
 MISALIGNED = {"misaligned", "different_models", "routes_shifted", "last_token", "zero_filled"}
 MISALIGNED |= {"layers_shifted", "layers_renumbered", "layers_swapped", "routes_of_another_router"}
 MISALIGNED |= {"experts_renumbered", "physical_ids"}

@@ -35,13 +35,8 @@ FAMILIES = sorted({f.parent.name for f in MODELING if ROUTED.search(f.read_text(
 
 # Which class of a family: the first of these that it has. All run on text alone. A family without a
 # text-only language model is built with its towers, which its inputs leave idle.
-ENDINGS = (
-    "ForCausalLM",
-    "ForConditionalGeneration",
-    "ForTokenClassification",
-    "ForBlockDiffusion",
-    "Backbone",
-)
+ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
+ENDINGS += ("ForBlockDiffusion", "Backbone")
 # its first ForConditionalGeneration is abstract
 CLASSES = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 
@@ -72,13 +67,13 @@ SMALL: dict[str, Any] = {
     **of(1, "pad_token_id eos_token_id"),
     **of(256, "max_position_embeddings max_seq_len"),
     # layers: one dense, then sparse ones, where a family knows the difference
-    **of(4, "num_hidden_layers num_layers n_layers"),
-    **of(4, "encoder_layers decoder_layers num_decoder_layers"),
-    **of(1, "num_dense_layers first_k_dense_replace"),
+    **of(
+        4, "num_hidden_layers num_layers n_layers encoder_layers decoder_layers num_decoder_layers"
+    ),
+    **of(1, "num_dense_layers first_k_dense_replace n_layers_per_attn_res_block"),
     **of(2, "encoder_sparse_step decoder_sparse_step"),
     **of(2, "num_sparse_encoder_layers num_sparse_decoder_layers"),
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    "n_layers_per_attn_res_block": 1,
     # experts
     **of(8, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     **of(3, "num_experts_per_tok moe_k moe_topk moe_top_k top_k_experts"),
@@ -100,14 +95,11 @@ SMALL: dict[str, Any] = {
     **of(4, "encoder_attention_heads decoder_attention_heads"),
     **of(2, "num_key_value_heads kv_n_heads swa_num_key_value_heads index_n_heads o_groups"),
     **of(8, "head_dim swa_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim"),
-    **of(8, "kv_channels d_kv"),
-    **of(16, "q_lora_rank kv_lora_rank o_lora_rank"),
-    **of(8, "sliding_window sliding_window_size"),
+    **of(8, "kv_channels d_kv hc_lowrank sliding_window sliding_window_size"),
+    **of(16, "q_lora_rank kv_lora_rank o_lora_rank rel_extent"),
     # all: the scores of so few index heads are often tied at zero, and the padding would break the
     # ties
     "index_topk": 64,
-    "rel_extent": 16,
-    "hc_lowrank": 8,
     # linear attention and state spaces
     **of(8, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim"),
     **of(4, "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads"),
@@ -125,13 +117,8 @@ SMALL: dict[str, Any] = {
     "hidden_sizes": [8, 8, 8, 8],
     "downsample_hidden_size": 8,
 }
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-}
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+TOWER |= {"num_attention_heads": 4, "head_dim": 8}
 
 
 def mrope(section: list[int]) -> dict[str, Any]:
@@ -197,35 +184,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-# Released with towers, where `model_class` picks the text-only class: the class that is saved, and
-# what its config needs.
-WITH_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "aria": (
-        "AriaForConditionalGeneration",
-        {"vision_config": tower("idefics3_vision", image_size=28, patch_size=14)},
-    ),
-    "gemma4": (
-        "Gemma4ForConditionalGeneration",
-        {
-            "text_config": OVERRIDES["gemma4"],
-            "vision_config": GEMMA4_VISION,
-            "audio_config": tower("gemma4_audio"),
-        },
-    ),
-    "inkling2": ("Inkling2ForConditionalGeneration", {"vision_config": {"text_hidden_size": 32}}),
-    "llama4": (
-        "Llama4ForConditionalGeneration",
-        {"text_config": OVERRIDES["llama4"], "vision_config": {"vision_output_dim": 32}},
-    ),
-    "minimax_m3_vl": (
-        "MiniMaxM3SparseForConditionalGeneration",
-        {"vision_config": tower("minimax_m3_vl_vision", patch_size=14, image_size=28)},
-    ),
-    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", {}),
-    "qwen4_exp": ("Qwen4ExpForConditionalGeneration", {"text_config": OVERRIDES["qwen4_exp"]}),
+# Released with towers, where `model_class` picks the text-only class: what the config of the class
+# that is saved needs.
+WITH_TOWERS: dict[str, dict[str, Any]] = {
+    "aria": {"vision_config": tower("idefics3_vision", image_size=28, patch_size=14)},
+    "gemma4": {"vision_config": GEMMA4_VISION, "audio_config": tower("gemma4_audio")},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "llama4": {"vision_config": {"vision_output_dim": 32}},
+    "minimax_m3_vl": {"vision_config": tower("minimax_m3_vl_vision", patch_size=14, image_size=28)},
+    "qwen3_5_moe": {},
+    "qwen4_exp": {},
 }
 # a release may lack some
-WITH_TOWERS = {family: made for family, made in WITH_TOWERS.items() if family in FAMILIES}
+WITH_TOWERS = {family: parts for family, parts in WITH_TOWERS.items() if family in FAMILIES}
 
 # standard deviation of selection biases: enough to change choices, not so much that they alone
 # choose
@@ -280,17 +251,20 @@ def build(
     return _with_choices(model, spread)
 
 
+def _with_towers(family: str) -> type[hf.PreTrainedModel]:
+    classes = _classes(family).items()
+    return next(kind for name, kind in classes if name.endswith("ForConditionalGeneration"))
+
+
 def build_with_towers(family: str, seed: int = 0) -> Any:
     """As `build`, of the class that is released where the family has one of text alone too."""
-    name, overrides = WITH_TOWERS[family]
-    kind = _classes(family)[name]
+    kind = _with_towers(family)
     # in transformers 5.17: any
-    if kind.config_class.sub_configs.get("text_config") is hf.AutoConfig:
-        overrides = {"text_config": config(family).to_dict(), **overrides}
+    is_any = kind.config_class.sub_configs.get("text_config") is hf.AutoConfig
+    text = config(family).to_dict() if is_any else OVERRIDES.get(family, {})
+    whole = _shrink(kind.config_class, {"text_config": text, **WITH_TOWERS[family]})
     torch.manual_seed(seed)
-    return _with_choices(
-        kind._from_config(_shrink(kind.config_class, overrides), dtype=torch.float32)
-    )
+    return _with_choices(kind._from_config(whole, dtype=torch.float32))
 
 
 def _with_choices(model: Any, spread: float = SPREAD) -> Any:
@@ -300,9 +274,8 @@ def _with_choices(model: Any, spread: float = SPREAD) -> Any:
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
         elif name.endswith("tid2eid"):
-            tensor.data = torch.rand(len(tensor), SMALL["n_routed_experts"]).argsort(1)[
-                :, : tensor.shape[1]
-            ]
+            V, K = tensor.shape
+            tensor.data = torch.rand(V, SMALL["n_routed_experts"]).argsort(1)[:, :K]
         elif name.endswith("router.gate.weight") and not tensor.any():
             tensor.data.normal_(std=0.3)
     return model.eval()
@@ -314,10 +287,8 @@ def token_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     ids = np.full((len(lengths), max(lengths)), 1)
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     ids[mask] = rng.integers(2, VOCABULARY, mask.sum())
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-    }
+    arrays = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -328,12 +299,10 @@ def inputs(family: str, lengths: list[int], seed: int = 0) -> dict[str, torch.Te
         batch["decoder_input_ids"] = decoded["input_ids"]
         # a decoder that reads the encoder's cache masks both at once and goes on counting
         if hasattr(config(family), "canvas_length"):
-            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + torch.arange(
-                max(lengths) + 1
-            )
-            batch["decoder_attention_mask"] = torch.cat(
-                [batch["attention_mask"], decoded["attention_mask"]], dim=1
-            )
+            after, masks = torch.arange(max(lengths) + 1), (batch, decoded)
+            batch["decoder_position_ids"] = torch.tensor(lengths)[:, None] + after
+            both = torch.cat([of["attention_mask"] for of in masks], dim=1)
+            batch["decoder_attention_mask"] = both
     return batch
 
 
@@ -342,18 +311,18 @@ def alone(batch: dict[str, torch.Tensor], row: int, length: int) -> dict[str, to
     one = {name: values[row : row + 1] for name, values in batch.items()}
     one |= {name: one[name][:, :length] for name in ("input_ids", "attention_mask")}
     if "decoder_attention_mask" in one:
-        one["decoder_attention_mask"] = torch.ones(
-            1, length + one["decoder_input_ids"].shape[1], dtype=torch.long
-        )
+        S = length + one["decoder_input_ids"].shape[1]
+        one["decoder_attention_mask"] = torch.ones(1, S, dtype=torch.long)
     return one
 
 
 def recorded(
-    model: Any, path: Path, batch: dict[str, torch.Tensor], **options: Any
+    model: Any, path: Path, *batches: dict[str, torch.Tensor], **options: Any
 ) -> moe_inspect.Trace:
-    """The trace of one forward pass."""
+    """The trace of these forward passes."""
     with moe_inspect.record(model, path, **options), torch.no_grad():
-        model(**batch)
+        for batch in batches:
+            model(**batch)
     return moe_inspect.open_trace(path)
 
 
@@ -370,10 +339,8 @@ def dropped(model: Any) -> str:
         layers.setdefault(how_dropped(site), []).append(site.layer)
     if len(layers) == 1:
         return next(iter(layers))
-    return "; ".join(
-        f"{how} in {'layer' if len(of) == 1 else 'layers'} {comma_list(of)}"
-        for how, of in sorted(layers.items())
-    )
+    said = ((how, "s" * (len(of) > 1), comma_list(of)) for how, of in sorted(layers.items()))
+    return "; ".join(f"{how} in layer{plural} {of}" for how, plural, of in said)
 
 
 def page(
@@ -388,7 +355,7 @@ def page(
         sum(said.startswith(kind) for _, said in how.values()) for kind in kinds
     )
     rows = [f"| {f} | {kind} | {said} | {drops.get(f, '')} |" for f, (kind, said) in how.items()]
-    whole = {WITH_TOWERS[f][0]: said for f, said in with_towers.items()}
+    whole = {_with_towers(f).__name__: said for f, said in with_towers.items()}
     towers = [f"| {name} | {kind} | {said} |" for name, (kind, said) in whole.items()]
     return f"""\
 # The {len(how)} Mixture-of-Experts families of transformers {hf.__version__}
