@@ -1,5 +1,5 @@
-"""Models of one's own in the ways that people use them: wrapped, failing, beside others, and loaded
-by code that may be wrong."""
+"""Models of one's own in the ways that people use them: wrapped, failing, beside others, without a
+router that is known, and loaded by code that may be wrong."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import moe_inspect
-from moe_inspect.capture.hook.inputs.arguments import by_name
 from moe_inspect.cli import app
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.model.find import candidates
 from moe_inspect.model.own import as_tokenizer, load_object, load_own
 from tests.support import own
+from tests.support.families import build
 from tests.support.own import record_once
 from tests.test_own import T, spec
-from tests.test_own_probes import Probing
+from tests.test_own_probes import Probing, probe, shown
 
 
 class Wrapper(nn.Module):
@@ -35,22 +37,32 @@ class Wrapper(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@pytest.mark.parametrize("how", ["probe", "spec", "discover"])
+def of_router(module: Any, args: Any, kwargs: Any, output: Tensor) -> Any:
+    return output.softmax(-1).topk(2)[::-1]
+
+
+# how the routers are found → what `record` is given
+WAYS: dict[str, dict[str, Any]] = {
+    "probe": {},
+    "probe, not discovered a second time": {"discover": True},
+    "spec": {"routers": [spec()]},
+    "spec of the router": {"routers": [spec(module="blocks.*.experts.router", choice=of_router)]},
+    "discover": {"discover": True},
+}
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_a_wrapped_model_is_recorded(tmp_path: Path, how: str) -> None:
-    model = own.gpt(probes=how == "probe")
-    options: dict[str, Any] = {"spec": {"routers": [spec()]}, "discover": {"discover": True}}
-    own.exact(model, tmp_path / "t", 2, Wrapper(model), **options.get(how, {}))
+    model = own.gpt(probes="probe" in how)
+    own.exact(model, tmp_path / "t", 2, Wrapper(model), **WAYS[how])
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_discovery_refuses_what_is_compiled(tmp_path: Path, inside: bool) -> None:
-    compiled = own.gpt(probes=False)
-    if inside:
-        compiled.compile(backend="eager")
-    else:
-        compiled = torch.compile(compiled, backend="eager")
-    with pytest.raises(MoeInspectError, match="cannot look into compiled code"):
-        record_once(compiled, tmp_path / "t", discover=True)
+def test_discovery_refuses_what_is_compiled(tmp_path: Path) -> None:
+    whole, inside = torch.compile(own.gpt(False), backend="eager"), own.gpt(False)
+    inside.compile(backend="eager")
+    for compiled in (whole, inside):
+        with pytest.raises(MoeInspectError, match="cannot look into compiled code"):
+            record_once(compiled, tmp_path / "t", discover=True, overwrite=True)
 
 
 def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
@@ -82,18 +94,11 @@ def test_a_forward_that_returns_nothing_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"discover": True}])
 def test_a_pass_that_failed_is_over(tmp_path: Path, options: Any) -> None:
     """The probes of another model after it are not this one's."""
-    model, other = own.gpt(probes=not options), Probing(None)
-    other.probing = lambda n: moe_inspect.probe(
-        torch.zeros(T, 1).long(), torch.ones(T, 1), layer=9, experts=2
-    )
-
-    def fail(*_: Any) -> None:
-        raise ArithmeticError
-
+    model, other = own.gpt(probes=not options), Probing(lambda n: probe(*shown(), layer=9))
     with own.watched(model) as given, moe_inspect.record(model, tmp_path / "t", **options):
         model(own.tokens())
-        hook = model.head.register_forward_pre_hook(fail)
-        with pytest.raises(ArithmeticError):
+        hook = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             model(own.tokens())
         hook.remove()
         other(own.tokens())
@@ -116,15 +121,6 @@ def test_a_model_in_another_thread_is_another(tmp_path: Path) -> None:
     model.blocks[1].register_forward_pre_hook(run_other)
     own.exact(model, tmp_path / "t")
     assert thread.ident
-
-
-def test_two_models_of_one_layer_number_are_told_apart_by_their_experts(tmp_path: Path) -> None:
-    def both(n: int) -> None:
-        for experts in (2, 3):
-            moe_inspect.probe(torch.zeros(T, 1).long(), torch.ones(T, 1), layer=0, experts=experts)
-
-    with pytest.raises(MoeInspectError, match="called with experts=3 and with 2"):
-        record_once(Probing(both), tmp_path / "t")
 
 
 def test_a_copy_made_meanwhile_is_not_recorded(tmp_path: Path) -> None:
@@ -151,21 +147,157 @@ def test_a_recording_without_a_forward_pass_says_so(
     assert not capsys.readouterr().err
 
 
-def test_masks_are_read_as_what_they_are() -> None:
-    """Ones and zeros of any type; added to scores, a mask is 0 for tokens; one token is one."""
-    ids, real = own.tokens(), torch.ones(3, 16, dtype=torch.bool)
-    real[1, 10:] = False
-    read = by_name(["tokens", "attention_mask"], False)
-    for given in (
-        real.long(),
-        real.float(),
-        real.bfloat16(),
-        torch.zeros(3, 16).masked_fill(~real, float("-inf")),
-        torch.zeros(3, 16).masked_fill(~real, -1e9),
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("closed_before", ["forward", "backward"])
+def test_a_recording_may_begin_or_end_between_forward_and_backward(
+    tmp_path: Path, how: str, closed_before: str
+) -> None:
+    """Under activation checkpointing too: what reads the choice saves nothing for the backward
+    pass, which the recomputation would then miss, or have too much of."""
+    model, ids = own.gpt(probes="probe" in how), own.tokens()
+    for block in model.blocks:
+        block.forward = lambda x, run=block.forward: checkpoint(run, x, use_reentrant=False)
+    recorder = moe_inspect.record(model, tmp_path / "t", **WAYS[how])
+    if closed_before == "backward":
+        with recorder:
+            loss = model(ids).sum()
+        loss.backward()
+    else:
+        loss = model(ids).sum()
+        with recorder:
+            loss.backward()
+            model(ids)
+    assert own.path_of(tmp_path / "t").n_tokens == T
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss", "olmoe"])
+def test_so_may_one_of_transformers(tmp_path: Path, family: str) -> None:
+    """Also where an adapter computes the choice."""
+    model = build(family).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with moe_inspect.record(model, tmp_path / "t"):
+        loss = model(own.tokens() % 50, use_cache=False).logits.sum()
+    loss.backward()
+    assert own.path_of(tmp_path / "t").n_tokens == T
+
+
+# --- a model without a router that is known
+
+
+def of_blocks(block: Any) -> Any:
+    """A model of three such blocks."""
+    parts = {"tokens": nn.Embedding(256, 8), "layers": nn.Sequential(*(block() for _ in range(3)))}
+    return own.module("OfBlocks", lambda self, idx: self.layers(self.tokens(idx)), **parts)
+
+
+def switch() -> Any:
+    """The router and the experts are parameters."""
+    return own.module(
+        "Switch",
+        lambda self, x: x + x @ self.w1[(x @ self.gate_w).argmax(-1)[0, 0]],
+        gate_w=nn.Parameter(torch.randn(8, 6)),
+        w1=nn.Parameter(torch.randn(6, 8, 8)),
+    )
+
+
+def dense() -> Any:
+    parts = {"conv": nn.Conv1d(8, 8, 1), "gate_proj": nn.Parameter(torch.randn(8, 8))}
+    return own.module("Dense", lambda self, x: x @ self.gate_proj, **parts)
+
+
+def chooser() -> Any:
+    """Its experts are called as those of transformers are, and say nothing of their number."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weights, ids = self.router(x.flatten(0, 1)).topk(2)
+        return self.experts(x.flatten(0, 1), ids, weights).view_as(x)
+
+    experts = own.module(
+        "MyExperts",
+        lambda self, x, ids, weights: x + weights.sum(-1, keepdim=True),
+        mlps=nn.ModuleList(nn.Linear(8, 8) for _ in range(4)),
+    )
+    return own.module("Chooser", forward, router=nn.Linear(8, 4), experts=experts)
+
+
+def gated() -> Any:
+    """DeepSeek's gate by name and interface, without its config, as many have copied it."""
+    gate = own.module(
+        "MoEGate",
+        lambda self, x: self.linear(x.flatten(0, 1)).softmax(-1).topk(2)[::-1],
+        n_routed_experts=4,
+        linear=nn.Linear(8, 4),
+    )
+    parts = {"gate": gate, "shared_mlp": nn.Linear(8, 8)}
+    return own.module("Gated", lambda self, x: x + self.gate(x)[1].sum(), **parts)
+
+
+def with_attention() -> Any:
+    """A sparse attention, which chooses keys, before the experts."""
+    attention = own.module("Attention", lambda self, x: x + 0 * (x @ x.mT).topk(3)[0].sum())
+    parts = {"attention": attention, "moe": chooser()}
+    return own.module("WithAttention", lambda self, x: self.moe(self.attention(x)), **parts)
+
+
+@pytest.mark.parametrize("block", [chooser, gated])
+def test_names_and_interfaces_that_are_known_need_nothing(tmp_path: Path, block: Any) -> None:
+    record_once(of_blocks(block), tmp_path / "t")
+    routers = own.path_of(tmp_path / "t").routers
+    assert [(r.layer, r.experts, r.top_k) for r in routers] == [(n, 4, 2) for n in range(3)]
+    assert {r.shared_experts for r in routers} == {int(block is gated)}
+
+
+def test_what_needs_to_be_told_is_named(tmp_path: Path) -> None:
+    found = candidates(of_blocks(switch))
+    assert found.routers == {"layers.*": "Switch, with gate_w"}
+    assert found.experts_lists == {"layers.*": "Switch of 6"}
+    assert found.experts == 6
+    assert candidates(of_blocks(dense)) is None
+    called = r"no block of OfBlocks called torch\.topk to choose experts in"
+    two = r"layers\.0\.attention and layers\.0\.moe .* over 16 and 4 values"
+    for block, discover, match in (
+        (switch, False, "no known router was found in OfBlocks"),
+        (switch, True, called),
+        (dense, False, r"is a dense model: .* judging by the names"),
+        (with_attention, True, two),
     ):
-        assert torch.equal(read((ids, given), {})["attention_mask"] != 0, real)
-    assert (read((ids, torch.zeros(3, 16)), {})["attention_mask"] != 0).all()
-    assert read((ids[:1, :1], torch.ones(1, 1)), {})["attention_mask"].all()
+        with pytest.raises(MoeInspectError, match=match):
+            record_once(of_blocks(block), tmp_path / "t", discover=discover, overwrite=True)
+
+
+@pytest.mark.parametrize("buffers", [0, 1])
+def test_the_model_itself_may_be_the_router(tmp_path: Path, buffers: int) -> None:
+    """Without parameters."""
+    model = own.module("Hashed", lambda self, ids: shown(T=ids.numel()))
+    if buffers:
+        model.register_buffer("table", torch.zeros(3, dtype=torch.int64))
+
+    def recorded(**options: Any) -> None:
+        router = moe_inspect.RouterSpec(module="Hashed", choice=lambda *call: call[-1], **options)
+        record_once(model, tmp_path / "t", routers=[router], overwrite=True)
+
+    with pytest.raises(MoeInspectError, match=r"^Hashed \(Hashed\) does not say how many experts"):
+        recorded()
+    with pytest.raises(MoeInspectError, match="in the module path Hashed: give"):
+        recorded(experts=8)
+    recorded(experts=8, layer=0)
+    trace = own.path_of(tmp_path / "t")
+    assert [(r.name, r.path) for r in trace.routers] == [("Hashed", "Hashed")]
+    assert own.recorded(trace, 0) == [frozenset(row) for row in shown()[0].tolist()]
+    capture = trace.manifest["capture"]
+    assert (capture["device"], capture["dtype"]) == ("cpu", None)
+
+
+def test_a_list_of_modules_is_not_a_router(tmp_path: Path) -> None:
+    model = own.gpt(probes=False)
+    router = moe_inspect.RouterSpec(module="blocks.*.experts.mlps", choice=lambda *a: None)
+    with pytest.raises(MoeInspectError, match=r"ModuleList, .* such as blocks\.0\.experts$"):
+        record_once(model, tmp_path / "t", routers=[router])
+
+    experts = [nn.ModuleDict({str(e): nn.Linear(8, 8) for e in range(4)}) for _ in range(2)]
+    of_lists = nn.Module()
+    of_lists.layers = nn.ModuleList(nn.ModuleDict({"experts": of}) for of in experts)
+    assert candidates(of_lists).pattern == "layers.*"
 
 
 # --- loaders and tokenizers

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,26 +34,19 @@ def decisions(start: int, T: int, K: int, experts: int) -> tuple[torch.Tensor, t
     return (position * 7 + slot) % experts, ((position % 97) / 128 + slot / 1024).float()
 
 
-ROUTERS = ((2, 8), (5, 300))  # K, E
+P, ROWS, TWO = 16, 40, ([2, 5], [8, 300])  # of a page, of the ring; K and E of two routers
 
 
-def follow(
-    module: ModuleType,
-    sizes: list[int],
-    behind: int,
-    P: int = 16,
-    rows: int = 40,
-    drop: bool = False,
-) -> None:
+def follow(module: ModuleType, sizes: list[int], behind: int, drop: bool = False) -> None:
     """Writes forward passes of these sizes on the tapes of two routers, hands them over `behind`
     passes later, and compares."""
-    held = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P)
+    held = module.Ring(CPU, *TWO, torch.float16, rows=ROWS, page_rows=P)
     waiting: list[tuple[int, int, int]] = []
     lost = 0
 
     def hand_over() -> None:
         start, T, kept = waiting.pop(0)
-        for r, (K, E) in enumerate(ROUTERS):
+        for r, (K, E) in enumerate(zip(*TWO, strict=True)):
             ids, weights = decisions(start, kept, K, E)
             assert np.concatenate(held.rows("ids", r, start, kept)).tolist() == ids.tolist()
             found = np.concatenate(held.rows("weights", r, start, kept))
@@ -66,7 +59,7 @@ def follow(
             hand_over()
         kept = min(T, max(0, room()))
         assert drop or kept == T
-        for r, (K, E) in enumerate(ROUTERS):
+        for r, (K, E) in enumerate(zip(*TWO, strict=True)):
             kernels.record_torch(held.tapes[""][r], *decisions(held.head, T, K, E))
         waiting.append((held.head, T, kept))
         lost += T - kept
@@ -77,12 +70,12 @@ def follow(
     assert held.dropped.tolist() == [lost] * 2
 
 
-def follow_the_largest(module: ModuleType, P: int = 16, rows: int = 40) -> None:
+def follow_the_largest(module: ModuleType) -> None:
     """Forward passes as large as the ring says that it can hold, wherever in a page they begin."""
-    fits = module.Ring(CPU, [2, 5], [8, 300], torch.float16, rows=rows, page_rows=P).max_rows
-    assert fits >= rows
+    fits = module.Ring(CPU, *TWO, torch.float16, rows=ROWS, page_rows=P).max_rows
+    assert fits >= ROWS
     for start in range(P):
-        follow(module, [start, fits, fits], 0, P, rows)
+        follow(module, [start, fits, fits], 0)
 
 
 def test_the_largest_pass_that_fits_is_held_wherever_it_begins() -> None:
@@ -132,12 +125,10 @@ def test_a_router_that_saw_too_little_is_found_when_its_page_arrives(
     model = build("mixtral")
     rec = moe_inspect.record(model, tmp_path / "t")
     rec.__enter__()
-    block = model.model.layers[1].mlp
     with torch.no_grad():
         model(**token_batch([5]))
-        kept, block.forward = block.forward, lambda hidden: hidden
+        model.model.layers[1].mlp.forward = lambda hidden: hidden
         model(**token_batch([4]))
-        block.forward = kept
     said = r"layers\.1\.mlp\.experts routed 0 rows in a forward pass of 4"
     with pytest.raises(MoeInspectError, match=said):
         rec.__exit__(None)
@@ -274,9 +265,9 @@ def test_a_forward_pass_larger_than_the_ring_is_refused_with_the_size(tmp_path: 
 # --- graphs replayed by hand
 
 
-def replayed(path: Path) -> tuple[Any, SimpleNamespace, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """A recording, a CUDA graph of the model's forward, and the choices that the graph makes: what
-    it launches runs again on the same tensors, and not a line of the model's Python."""
+def replayed(path: Path) -> tuple[Any, Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A recording, the replay of a CUDA graph of the model's forward, and the choices that it
+    makes: what it launches runs again on the same tensors, and not a line of the model's Python."""
     model = build("olmoe")
     rec = moe_inspect.record(model, path)
     rec.__enter__()
@@ -289,17 +280,17 @@ def replayed(path: Path) -> tuple[Any, SimpleNamespace, list[tuple[torch.Tensor,
         for tape, choice in zip(tapes, choices, strict=True):
             kernels.record_torch(tape, *choice)
 
-    return rec, SimpleNamespace(replay=replay), choices
+    return rec, replay, choices
 
 
 def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Path) -> None:
-    rec, graph, choices = replayed(tmp_path / "t")
+    rec, replay, choices = replayed(tmp_path / "t")
     for n in range(30):
         for ids, weights in choices:
             ids.copy_((torch.arange(24).reshape(6, 4) + n) % 8)
             weights.fill_(n / 64)
         rec.step(6, input_ids=torch.full((2, 3), n))
-        graph.replay()
+        replay()
     rec.__exit__(None)
     trace = moe_inspect.open_trace(tmp_path / "t")
     assert trace.n_tokens == 4 + 30 * 6
@@ -319,19 +310,14 @@ def test_replays_that_are_announced_are_recorded(small_pages: None, tmp_path: Pa
     ],
 )
 def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
-    pages: str,
-    announced: int,
-    replays: int,
-    said: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    pages: str, announced: int, replays: int, said: str, request: Any, tmp_path: Path
 ) -> None:
     request.getfixturevalue(pages)
-    rec, graph, _ = replayed(tmp_path / "t")
+    rec, replay, _ = replayed(tmp_path / "t")
     if announced:
         rec.step(announced)
     for _ in range(replays):
-        graph.replay()
+        replay()
     with pytest.raises(MoeInspectError, match=said):
         rec.__exit__(None)
     trace = moe_inspect.open_trace(tmp_path / "t")
@@ -339,14 +325,14 @@ def test_replays_nobody_announced_are_an_error_and_overwrite_nothing(
 
 
 def test_replays_within_paused_are_not_recorded(tmp_path: Path) -> None:
-    rec, graph, _ = replayed(tmp_path / "t")
+    rec, replay, _ = replayed(tmp_path / "t")
     for _ in range(2):
         rec.step(6)
-        graph.replay()
+        replay()
         with rec.paused():
             with rec.paused():
-                graph.replay()
-            graph.replay()
+                replay()
+            replay()
     rec.__exit__(None)
     assert moe_inspect.open_trace(tmp_path / "t").n_tokens == 4 + 12
 
@@ -364,7 +350,7 @@ def test_step_comes_after_a_forward_pass(tmp_path: Path) -> None:
 def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
     """While a stream captures, the host must not look at anything, and nothing has run."""
     model, batch = build("olmoe"), token_batch([4])
-    capturing = [False]
+    capturing, launched = [False], list[Any]()
     put(attach, has_compiled=lambda: True)  # kernels write, as on a GPU
     captures = {"is_current_stream_capturing": lambda: capturing[0]}
     put(torch.cuda, is_available=lambda: True, **captures)
@@ -377,7 +363,6 @@ def test_capturing_a_graph_records_nothing(put: Put, tmp_path: Path) -> None:
         model(**batch)
         model(**batch)
         capturing[0] = True
-        launched: list[Any] = []
         put(PassInputs, of_call=lambda *_: pytest.fail("looked at the inputs"))
         put(kernels, record_torch=lambda tape, *choice: launched.append(tape))
         model(**batch)
