@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations import hub_kernels, mxfp4
 
@@ -33,7 +35,7 @@ class Kernels:
     assignment."""
 
     def __init__(self) -> None:
-        self.given: list[list[tuple[int, torch.Tensor, float]]] = []
+        self.given: list[list[tuple[int, Tensor, float]]] = []
         self.routing = SimpleNamespace(
             GatherIndx=_Indices,
             ScatterIndx=_Indices,
@@ -48,52 +50,40 @@ class Kernels:
         )
         self.swiglu = SimpleNamespace(swiglu_fn=None)
 
-    def _matmul(  # noqa: PLR0913
-        self,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        bias: torch.Tensor,
-        routing: _Routing,
-        gather_indx: _Indices | None = None,
-        scatter_indx: _Indices | None = None,
-        precision_config: Any = None,
-        gammas: torch.Tensor | None = None,
-        fused_activation: tuple[float, float] | None = None,
-    ) -> torch.Tensor:
-        """The first product gathers rows, the second adds them up by token."""
+    def _matmul(self, x: Tensor, w: Tensor, bias: Tensor, routing: _Routing, **of: Any) -> Tensor:
+        """The first product gathers rows and activates, the second adds them up by token."""
         experts = torch.arange(len(w)).repeat_interleave(routing.expt_hist)
-        if gather_indx is not None:
-            K = routing.n_expts_act
-            x = x[gather_indx.src_indx[: len(experts)] // K]
-            weights = routing.gate_scal[: len(experts)].tolist()
+        n, gather, scatter = len(experts), of.get("gather_indx"), of.get("scatter_indx")
+        if gather is not None:
+            x = x[gather.src_indx[:n] // routing.n_expts_act]
+            weights = routing.gate_scal[:n].tolist()
             self.given.append(list(zip(experts.tolist(), x.clone(), weights, strict=True)))
         y = torch.einsum("nh,nho->no", x, w[experts]) + bias[experts].to(x.dtype)
-        if fused_activation is not None:
-            alpha, limit = fused_activation
+        if of.get("fused_activation") is not None:
+            alpha, limit = of["fused_activation"]
             gate, up = y[:, ::2].clamp(max=limit), y[:, 1::2].clamp(-limit, limit)
             y = (up + 1) * gate * torch.sigmoid(gate * alpha)
-        if scatter_indx is None:
+        if scatter is None:
             return y
-        assert gammas is not None
-        slots = torch.zeros(len(scatter_indx.src_indx), y.shape[1], dtype=y.dtype)
-        slots[scatter_indx.dst_indx[: len(experts)]] = y * gammas[: len(experts), None]
+        slots = torch.zeros(len(scatter.src_indx), y.shape[1], dtype=y.dtype)
+        slots[scatter.dst_indx[:n]] = y * of["gammas"][:n, None]
         return slots.view(-1, routing.n_expts_act, y.shape[1]).sum(1)
 
 
 class _Indices(NamedTuple):
-    src_indx: torch.Tensor
-    dst_indx: torch.Tensor
+    src_indx: Tensor
+    dst_indx: Tensor
 
 
 class _Routing(NamedTuple):
-    gate_scal: torch.Tensor
-    expt_hist: torch.Tensor
+    gate_scal: Tensor
+    expt_hist: Tensor
     n_expts_tot: int
     n_expts_act: int
     data: Any
 
 
-def _route(logits_TE: torch.Tensor, K: int) -> tuple[_Routing, _Indices, _Indices]:
+def _route(logits_TE: Tensor, K: int) -> tuple[_Routing, _Indices, _Indices]:
     values, ids = logits_TE.topk(K)
     ids, order = ids.sort(1)  # the kernel's slots ascend by expert
     weights = values.softmax(-1).gather(1, order).flatten()
@@ -134,7 +124,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     return model.eval(), plain, kernels
 
 
-def given(kernels: Kernels, hidden: list[torch.Tensor]) -> list[dict[int, float]]:
+def given(kernels: Kernels, hidden: list[Tensor]) -> list[dict[int, float]]:
     """Of each call of the experts and each real token: expert → gate weight. `hidden`: the rows
     that each call's block was called with, by which the experts' rows are told apart."""
     found = []
@@ -161,7 +151,7 @@ def routing(model: Any, path: Path) -> pd.DataFrame:
 
 def test_every_decision_is_what_the_experts_were_given(made: Made, tmp_path: Path) -> None:
     model, _, kernels = made
-    hidden: list[torch.Tensor] = []
+    hidden: list[Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda m, args: hidden.append(args[0].flatten(0, 1)))
     found = recorded(routing(model, tmp_path / "t"))
@@ -193,7 +183,6 @@ def test_it_may_be_recorded_by_two_and_copied_and_is_left_as_it_was(
     made: Made, tmp_path: Path
 ) -> None:
     model, *_ = made
-
     before = state_of(model)
     first, second = (moe_inspect.record(model, tmp_path / name) for name in "ab")
     with torch.no_grad():
@@ -218,15 +207,9 @@ def test_another_replacement_of_the_method_is_called_and_left(made: Made, tmp_pa
     site = find_routers(model)[0]
     if not site.method:
         pytest.skip("this release of transformers calls the experts module")
-    calls: list[int] = []
-
-    def own(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        return type(site.module).forward_routed(site.module, *args, **kwargs)
-
-    site.module.forward_routed = own
+    own = site.module.forward_routed = Mock(wraps=site.module.forward_routed)
     assert len(routing(model, tmp_path / "t")) == 2 * sum(LENGTHS)
-    assert calls == [1]
+    assert own.call_count == 1
     assert site.module.forward_routed is own
 
 
@@ -245,9 +228,7 @@ def test_under_expert_parallelism_global_ids_are_recorded(made: Made, tmp_path: 
         part._is_hooked = part._is_expert_parallel = True
         part.num_experts = 4
         for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
-            value = getattr(part, name)
-            if name in part._parameters:
-                del part._parameters[name]
+            value = part._parameters.pop(name, getattr(part, name))
             setattr(part, name, value.data[:4])
     ours, theirs = routing(model, tmp_path / "part"), routing(plain, tmp_path / "whole")
     first = ours.layer == 0  # what follows the first layer lacks the other rank's share
@@ -279,16 +260,13 @@ def test_assignments_that_go_nowhere_are_null(made: Made) -> None:
 
 def test_compiled_it_is_recorded(made: Made, tmp_path: Path) -> None:
     model, plain, _ = made
-    expected = routing(plain, tmp_path / "plain")
     compiled = torch.compile(model, backend="eager")
-    with moe_inspect.record(compiled, tmp_path / "t"), torch.no_grad():
-        compiled(**INPUTS)
-        compiled(**INPUTS)
-    found = moe_inspect.open_trace(tmp_path / "t").routing()
-    assert len(found) == 2 * len(expected)
-    again = found[found.token >= sum(LENGTHS)].reset_index(drop=True)
-    again["token"] -= sum(LENGTHS)
-    pd.testing.assert_frame_equal(again, expected, rtol=1e-3)
+    for of, name in ((plain, "plain"), (compiled, "t")):
+        with moe_inspect.record(of, tmp_path / name), torch.no_grad():
+            of(**INPUTS)
+            of(**INPUTS)
+    found, expected = (moe_inspect.open_trace(tmp_path / n).routing() for n in ("t", "plain"))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
 
 
 # --- from the command line
