@@ -43,12 +43,9 @@ def without_probe() -> type:
     """The experts of the example, with a forward of their own that shows nothing."""
     found = sys.modules["your_own_moe"]
     if not hasattr(found, "Silent"):
-        source = EXAMPLE.read_text()
-        start = source.index("class Experts(")
-        end = source.index("class Block(")
-        code = source[start:end].replace("class Experts(", "class Silent(")
-        code = "\n".join(line for line in code.splitlines() if "probe" not in line)
-        exec(compile(code, str(EXAMPLE), "exec"), vars(found))
+        code = EXAMPLE.read_text().partition("class Experts(")[2].partition("class Block(")[0]
+        kept = "\n".join(line for line in code.splitlines() if "probe" not in line)
+        exec(compile("class Silent(" + kept, str(EXAMPLE), "exec"), vars(found))
     return found.Silent
 
 
@@ -89,11 +86,9 @@ def watched(model: Any) -> Iterator[Given]:
         yield experts.register_forward_hook(after)
 
     hooks = [hook for n, block in enumerate(model.blocks) for hook in watch(n, block.experts)]
-    try:
-        yield given
-    finally:
-        for hook in hooks:
-            hook.remove()
+    yield given
+    for hook in hooks:
+        hook.remove()
 
 
 def recorded(trace: Trace, layer: int) -> list[frozenset[int]]:
