@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,21 @@ def planted_report(planted_trace: Trace) -> Report:
     from moe_inspect.reporting.report import report
 
     return report(planted_trace)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.synthetic import thirty_documents
+
+    root = tmp_path_factory.mktemp("sound") / "t"
+    thirty_documents(root)
+    return root
+
+
+@pytest.fixture
+def copied(sound: Path, tmp_path: Path) -> Path:
+    """A trace of thirty documents, to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "t"))
 
 
 @contextmanager

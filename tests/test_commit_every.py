@@ -3,12 +3,10 @@ been written without; whenever its writer is killed."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from moe_inspect.trace import verify as verifying
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import CountedBatches, RoutedBatch, TraceWriter, resume_point
+from tests.support.damage import edit_lines
 from tests.support.sweep import WHOLE
-from tests.test_trace import ROUTERS, a_batch
+from tests.support.watched import committed, waited
+from tests.test_trace import ROUTERS, a_batch, written
 
 AT_ONCE = 1e-9  # seconds: after every batch
 TOKENS = 20
@@ -46,26 +46,13 @@ def writer(root: Path, **options: Any) -> TraceWriter:
 
 
 def write(root: Path, batches: list[RoutedBatch], **options: Any) -> None:
-    with writer(root, **options) as open_writer:
-        for batch in batches:
-            open_writer.write(batch)
-
-
-def lines_of(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / "shards-0.jsonl").read_text().splitlines()]
+    written(root, batches, ROUTERS, shard_tokens=60, **options)
 
 
 def content(root: Path) -> list[Any]:
     """What a trace holds: each file by its hash, without numbers of shards and names of files."""
     own = ("shard", "path", "crc32")
-    return [{k: v for k, v in line.items() if k not in own} for line in lines_of(root)]
-
-
-def waited(until: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not until():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
+    return [{k: v for k, v in line.items() if k not in own} for line in edit_lines(root)]
 
 
 @pytest.mark.parametrize("group", [0, 2])
@@ -86,9 +73,9 @@ def test_the_trace_is_at_last_the_same_file_by_file(
             early.write(batch)
             time.sleep(0.03)
     assert content(tmp_path / "early") == content(tmp_path / "plain")
-    assert not any("early" in line for line in lines_of(tmp_path / "early"))
+    assert not any("early" in line for line in edit_lines(tmp_path / "early"))
     # control: early shards were there, and took numbers
-    assert lines_of(tmp_path / "early")[-1]["shard"] > lines_of(tmp_path / "plain")[-1]["shard"]
+    assert edit_lines(tmp_path / "early")[-1]["shard"] > edit_lines(tmp_path / "plain")[-1]["shard"]
     found = verify(tmp_path / "early")
     assert (found.ok, found.status, found.uncommitted) == (True, "complete", [])
 
@@ -96,10 +83,8 @@ def test_the_trace_is_at_last_the_same_file_by_file(
 def test_what_was_recorded_can_be_read_while_the_recording_goes_on(tmp_path: Path) -> None:
     batches, root = some_batches(), tmp_path / "t"
     with writer(root, commit_every=0.01) as early:
-        for n, batch in enumerate(batches, 1):
-            early.write(batch)
+        for n in committed(root, early, batches, TOKENS):
             # also what came last, while nothing else comes
-            waited(lambda n=n: open_trace(root).n_tokens == n * TOKENS)
             trace = open_trace(root)
             expected = np.concatenate([b.ids[0] for b in batches[:n]]).astype(float)
             expected[expected == 255] = np.nan
@@ -129,8 +114,8 @@ def test_an_interrupted_trace_is_merged_too_and_resumes(tmp_path: Path) -> None:
         for batch in batches[:5]:
             early.write(batch)
         raise KeyboardInterrupt
-    assert open_trace(root).n_tokens == 5 * TOKENS
-    assert not any("early" in line for line in lines_of(root))
+    assert (open_trace(root).status, open_trace(root).n_tokens) == ("interrupted", 5 * TOKENS)
+    assert not any("early" in line for line in edit_lines(root))
     point = resume_point(root)
     assert point.next_batch == 5
     write(root, batches[5:], resume=point, commit_every=AT_ONCE)
@@ -141,13 +126,10 @@ def test_an_interrupted_trace_is_merged_too_and_resumes(tmp_path: Path) -> None:
 def test_replaced_files_stay_a_while_for_those_who_read_them(tmp_path: Path) -> None:
     root = tmp_path / "t"
     with writer(root, commit_every=AT_ONCE) as early:
-        for batch in some_batches():
-            early.write(batch)
-        waited(lambda: open_trace(root).n_tokens == 7 * TOKENS)
-        named = {line["path"] for line in lines_of(root) if line["table"] == "routing"}
-        there = {f"routing/{file.name}" for file in (root / "routing").iterdir()}
-        assert named < there
-    named = {line["path"] for line in lines_of(root) if line["table"] == "routing"}
+        assert [*committed(root, early, some_batches(), TOKENS)]
+        named = {line["path"] for line in edit_lines(root) if line["table"] == "routing"}
+        assert named < {f"routing/{file.name}" for file in (root / "routing").iterdir()}
+    named = {line["path"] for line in edit_lines(root) if line["table"] == "routing"}
     assert named == {f"routing/{file.name}" for file in (root / "routing").iterdir()}
 
 
@@ -173,9 +155,9 @@ def test_shards_replaced_between_listing_and_opening_are_no_damage(
         return found
 
     monkeypatch.setattr(*after, then_closed)
-    assert any(line.get("early") for line in lines_of(root))
+    assert any(line.get("early") for line in edit_lines(root))
     found = read(root)
-    assert not any(line.get("early") for line in lines_of(root))
+    assert not any(line.get("early") for line in edit_lines(root))
     assert found.ok if read is verify else found.n_tokens == len(found.tokens()) == TOKENS
     # control: what stays missing is damage
     (root / "tokens" / "part-0-1.parquet").unlink()
@@ -277,12 +259,11 @@ def counted(n: int, domains: int) -> CountedBatches:
 def test_counts_are_summed_when_the_shard_is_due(tmp_path: Path) -> None:
     root, parts = tmp_path / "t", [counted(n, min(3, n + 1)) for n in range(5)]
     options: dict[str, Any] = {"shard_tokens": 250, "commit_every": AT_ONCE}
+    seen = []
     with TraceWriter(root, {}, ROUTERS, counts_only=True, **options) as writer:
-        for n, part in enumerate(parts):
-            writer.write(part)
-            waited(lambda n=n: open_trace(root).n_tokens == 100 * (n + 1))
-            early = [shard.files.early for shard in open_trace(root).shards]
-            assert early == [[True], [True, True], [False], [False, True], [False, True, True]][n]
+        for _ in committed(root, writer, parts, 100):
+            seen.append([shard.files.early for shard in open_trace(root).shards])
+    assert seen == [[True], [True, True], [False], [False, True], [False, True, True]]
     trace = open_trace(root)
     assert [shard.files.tokens for shard in trace.shards] == [300, 200]
     assert verify(root).ok

@@ -3,17 +3,13 @@ line."""
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -31,7 +27,7 @@ from moe_inspect.capture.corpus.plan import (
     with_documents,
 )
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Put
 
 
 class Characters:
@@ -45,30 +41,25 @@ class Characters:
             ids = [ord(c) + 2 for c in one]
             return [*self.before, *ids, *self.after] if add_special_tokens else ids
 
-        return {
-            "input_ids": encode(text) if isinstance(text, str) else [encode(one) for one in text]
-        }
+        return {"input_ids": encode(text) if isinstance(text, str) else [*map(encode, text)]}
 
 
 def documents(
     data: list[Any], text_field: str = "text", domain_field: str | None = None
 ) -> list[tuple[str, str]]:
-    sources = find_sources([str(d) for d in data])
+    sources = find_sources([*map(str, data)])
     found = interleaved(sources, text_field, domain_field, CorpusStats())
     return [(domain, text) for domain, _, text in found]
 
 
 def test_every_format(tmp_path: Path) -> None:
-    rows = [{"text": "eins\nzwei", "domain": "x"}, {"text": "drei", "domain": "y"}]
+    rows = pd.DataFrame({"text": ["eins\nzwei", "drei"], "domain": ["x", "y"]})
+    lines = rows.to_json(orient="records", lines=True) + "\n"
     (tmp_path / "a.txt").write_text("alpha")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(r) + "\n" for r in rows)
-    with open(tmp_path / "a.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "domain"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    rows.to_csv(tmp_path / "a.csv", index=False)
+    rows.to_parquet(tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
         assert documents([tmp_path / name]) == [("x", "eins\nzwei"), ("y", "drei")]
         with pytest.raises(MoeInspectError, match="from text, domain"):
@@ -81,16 +72,10 @@ def test_labels_and_folders(tmp_path: Path) -> None:
     for place in places:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(place)
-    assert set(documents([tmp_path])) == {
-        ("de", "de/1.txt"),
-        ("de", "de/deep/2.txt"),
-        ("en", "en/3.txt"),
-        (tmp_path.name, "4.txt"),
-    }
-    assert documents([f"mine={tmp_path / 'de'}"]) == [
-        ("mine", "de/1.txt"),
-        ("mine", "de/deep/2.txt"),
-    ]
+    folders = {("de", "de/1.txt"), ("de", "de/deep/2.txt"), ("en", "en/3.txt")}
+    assert set(documents([tmp_path])) == folders | {(tmp_path.name, "4.txt")}
+    of_mine = documents([f"mine={tmp_path / 'de'}"])
+    assert of_mine == [("mine", "de/1.txt"), ("mine", "de/deep/2.txt")]
     assert documents([tmp_path / "e*" / "*.txt"]) == [("3", "en/3.txt")]
     (tmp_path / "both.jsonl").write_text('{"body": "t", "kind": "k"}\n')
     assert documents([tmp_path / "both.jsonl"], "body") == [("both", "t")]
@@ -273,21 +258,20 @@ def tokenizer_of(kind: str) -> Any:
     models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     options = {"vocab_size": 400, "show_progress": False}
     unknown = {**options, "special_tokens": ["<unk>"]}
-    sentencepiece = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    )
+    normal = tokenizers.normalizers
+    pieces = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
     if kind == "bytes":
         trainer = trainers.BpeTrainer(**options, initial_alphabet=pre.ByteLevel.alphabet())
         return fast(models.BPE(), trainer, pre.ByteLevel())
     if kind == "wordpiece":
         model, trainer = models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(**unknown)
-        normalizer = tokenizers.normalizers.BertNormalizer()
+        normalizer = normal.BertNormalizer()
         return fast(model, trainer, pre.BertPreTokenizer(), normalizer)
     if kind == "unigram":
         trainer = trainers.UnigramTrainer(**unknown, unk_token="<unk>")
         return fast(models.Unigram(), trainer, pre.Metaspace())
     trainer = trainers.BpeTrainer(**unknown, max_token_length=12)
-    return fast(models.BPE(unk_token="<unk>"), trainer, None, sentencepiece)
+    return fast(models.BPE(unk_token="<unk>"), trainer, None, pieces)
 
 
 def long_text(characters: int) -> str:
@@ -310,22 +294,11 @@ def long_text(characters: int) -> str:
     return "".join(parts)[:characters]
 
 
-@pytest.fixture
-def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Has texts tokenized in pieces of so many characters, which share as many."""
-
-    def cut(piece: int, overlap: int) -> None:
-        monkeypatch.setattr(tokenize, "PIECE", piece)
-        monkeypatch.setattr(tokenize, "OVERLAP", overlap)
-
-    return cut
-
-
 @pytest.mark.parametrize("kind", ["bytes", "wordpiece", "unigram", "no words"])
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, pieces_of: Any) -> None:
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, put: Put) -> None:
     tokenizer, text = tokenizer_of(kind), long_text(30_000)
     whole = np.array(tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0])
-    pieces_of(4000, 300)
+    put(tokenize, PIECE=4000, OVERLAP=300)
     assert tokenize.token_ids(["short", text], tokenizer)[1].tolist() == whole.tolist()
     pieces = [text[at : at + 4000] for at in range(0, len(text), 4000)]
     cut = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
@@ -333,18 +306,18 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, pieces_of:
     assert [i for ids in cut for i in ids] != whole.tolist()
 
 
-def test_a_repetition_without_end_is_cut(pieces_of: Any) -> None:
+def test_a_repetition_without_end_is_cut(put: Put) -> None:
     """No split to join pieces at: nothing is lost, and a token at each cut may be another."""
-    pieces_of(1000, tokenize.OVERLAP)
+    put(tokenize, PIECE=1000)
     tokenizer = tokenizer_of("bytes")
     ids = tokenize.token_ids(["a" * 3_000 + " b"], tokenizer)[0]
     assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", "") == "a" * 3_000 + "b"
 
 
-def test_memory_does_not_grow_with_a_document(pieces_of: Any) -> None:
+def test_memory_does_not_grow_with_a_document(put: Put) -> None:
     """A tokenizer's memory goes by what it is given at once: never more than two pieces, of one
     text or of many."""
-    pieces_of(1000, 200)
+    put(tokenize, PIECE=1000, OVERLAP=200)
     inner, given = tokenizer_of("bytes"), []
 
     class Watched:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from moe_inspect.trace import parts, schema
 from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import TraceWriter, resume_point
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Put
 from tests.support.damage import (
     changed_bytes,
+    edit_line,
     edit_lines,
     edit_manifest,
     last_byte,
@@ -33,43 +33,28 @@ from tests.support.damage import (
     with_a_bit_less,
     without_checksums,
 )
-from tests.support.synthetic import routers, thirty_documents, write_counts
+from tests.support.synthetic import routers, write_counts
 from tests.test_trace import ROUTERS, a_batch
-
-E, K, L = 8, 2, 3
-TABLES = ("load", "vocabulary", "repetition")
-MEMORY_BYTES = 2**30  # more than any of this may take
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sound") / "t"
-    thirty_documents(root)
-    return root
-
-
-@pytest.fixture
-def copied(sound: Path, tmp_path: Path) -> Path:
-    shutil.copytree(sound, tmp_path / "t")
-    return tmp_path / "t"
 
 
 def numbers(root: Path) -> list[str]:
     tables = report(open_trace(root)).tables
-    return [tables[name].to_csv() for name in TABLES]
+    return [tables[name].to_csv() for name in ("load", "vocabulary", "repetition")]
 
 
-@pytest.mark.parametrize("small_bytes", [0, parts.SMALL_BYTES], ids=["by CRCs", "by the hash"])
-def test_a_changed_byte_is_found_or_changes_nothing(
-    small_bytes: int, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("small", [0, parts.SMALL_BYTES], ids=["by CRCs", "by the hash"])
+def test_a_changed_byte_is_found_or_changes_nothing(small: int, copied: Path, put: Put) -> None:
     """As large files are checked when they are opened, and as small ones are."""
-    monkeypatch.setattr(parts, "SMALL_BYTES", small_bytes)
+    put(parts, SMALL_BYTES=small)
     before, outcomes = numbers(copied), {"refused": 0, "same": 0}
     for file, place, was, now in changed_bytes(copied, 40):
         found = verify(copied)
         said = f"{file} byte {place}: {was} → {now}"
-        assert not found.ok or (file == schema.MANIFEST and _only_text_differs(copied, place)), said
+        if found.ok:  # a text that may be edited
+            assert file == schema.MANIFEST, said
+            whole = (copied / file).read_bytes()
+            line = whole.splitlines()[whole[:place].count(b"\n")]
+            assert re.match(rb'\s*"(id|note|host|path|command)": "', line), said
         assert "\n" not in (found.violation or ""), said
         try:
             found = numbers(copied)
@@ -82,13 +67,6 @@ def test_a_changed_byte_is_found_or_changes_nothing(
     assert outcomes["refused"] > outcomes["same"] > 0
 
 
-def _only_text_differs(root: Path, place: int) -> bool:
-    """Whether the changed byte is within a value that may be edited."""
-    whole = (root / schema.MANIFEST).read_bytes()
-    line = whole.splitlines()[whole[:place].count(b"\n")]
-    return re.match(rb'\s*"(id|note|host|path|command)": "', line) is not None
-
-
 def test_every_page_carries_a_crc(copied: Path) -> None:
     """Within pages a CRC is all that finds a change: footer and row counts stay as they are."""
     for path in sorted(copied.rglob("*.parquet")):
@@ -96,14 +74,6 @@ def test_every_page_carries_a_crc(copied: Path) -> None:
         with_a_bit_less(path, last_byte(pq.read_metadata(path).row_group(0).column(0)))
         with pytest.raises(OSError, match="CRC checksum verification failed"):
             pq.ParquetFile(path, page_checksum_verification=True).read()
-
-
-def test_a_line_changed_to_another_that_is_possible_is_found(copied: Path) -> None:
-    path = copied / "shards-0.jsonl"
-    lines = path.read_text()
-    assert lines.count('"last_batch": 29') == 3
-    path.write_text(lines.replace('"last_batch": 29', '"last_batch": 28'))
-    _refused(copied, r"shards-0\.jsonl: line 7: it was changed after it was written")
 
 
 def test_a_changed_footer_or_page_of_a_large_file_is_found(copied: Path) -> None:
@@ -140,11 +110,9 @@ def test_free_text_may_be_edited_and_nothing_else(copied: Path) -> None:
     assert open_trace(copied).routers[1].layer == 7
 
 
-@pytest.mark.parametrize("name", ["untrained", "made without"])
-def test_traces_without_checksums_are_read_and_verified(
-    name: str, sound: Path, tmp_path: Path
-) -> None:
-    of = ROOT / "sample_traces" / name if name == "untrained" else sound
+@pytest.mark.parametrize("name", ["untrained", ""])
+def test_traces_without_checksums_are_fine(name: str, sound: Path, tmp_path: Path) -> None:
+    of = ROOT / "sample_traces" / name if name else sound
     without_checksums(of, tmp_path / "t")
     assert verify(tmp_path / "t").ok
     assert numbers(tmp_path / "t")
@@ -184,7 +152,7 @@ def test_the_vocabulary_is_the_one_that_the_trace_was_begun_with(copied: Path) -
     with pytest.raises(MoeInspectError, match=r"vocabulary\.parquet"):
         report(open_trace(copied)).tables["vocabulary"]
     with pytest.raises(MoeInspectError, match=r"vocabulary\.parquet: it was changed"):
-        TraceWriter(copied, {}, routers(L, E, K), resume=resume_point(copied))
+        TraceWriter(copied, {}, routers(3, 8, 2), resume=resume_point(copied))
 
 
 def test_a_vocabulary_without_a_checksum_is_in_order(copied: Path) -> None:
@@ -216,6 +184,7 @@ def of_capture(**values: Any) -> dict[str, Any]:
 
 
 LARGE = [ROUTER | {"experts": 60_000}] * 300
+WITHOUT_K = {"layer": 0, "name": "gate", "path": "layers.0", "experts": 8}
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "10^9 experts": (routed(experts=10**9), r"routers\[0\]\.experts is 1000000000: 1 to 65535"),
     "many experts in all": ({"routers": LARGE}, "routers have 18,000,000 experts in all"),
@@ -229,6 +198,9 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "more slots than experts": (routed(top_k=9), r"routers\[0\]\.top_k is 9: 1 to 8"),
     "an unknown key": (routed(expert=8), r'routers\[0\]\."expert" is not a known key'),
     "a stack unknown": (routed(stack="middle"), r"routers\[0\]\.stack"),
+    "a flag as top_k": (routed(top_k=True), r"routers\[0\]\.top_k is true, not a whole number"),
+    "no top_k": ({"routers": [ROUTER, WITHOUT_K]}, r"routers\[1\]\.top_k is missing"),
+    "no word of weights": ({"capture": {}}, r"capture\.weights is missing"),
     "weights as text": (of_capture(weights="yes"), r'capture\.weights is "yes", not true or false'),
     "no capture": ({"capture": None}, "capture is null, not an object"),
     "a process number": (of_capture(pid=10**30), r"capture\.pid is a number of over 30 digits"),
@@ -238,7 +210,10 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "dropped below zero": ({"counts": {"tokens": 300, "dropped": -1}}, r"counts\.dropped is -1"),
     "model as text": ({"model": "a"}, r'model is "a", not an object'),
     "config as a list": ({"model": {"config": []}}, r"model\.config is a list of 0, not an object"),
+    "model's id a number": ({"model": {"id": 3}}, r"model\.id is 3, not text"),
+    "a vocabulary's bytes": ({"vocabulary": {"bytes": 1}}, r"vocabulary\.sha256 is missing"),
     "a status unknown": ({"status": ["complete"]}, "status is a list of 1, not one of recording"),
+    "a later format": ({"format": 2}, "upgrade moe-inspect"),
 }
 
 
@@ -246,20 +221,13 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_an_impossible_manifest_is_refused_by_its_key(name: str, copied: Path) -> None:
     values, said = MANIFESTS[name]
     edit_manifest(copied, **values)
-    _refused(copied, rf"trace\.json: {said}")
+    _refused(copied, rf"trace\.json.*: {said}")
 
 
-NO_MANIFESTS = [
-    DEEP,
-    '{"format": 1, "model": ' + DEEP,
-    '{"format": ' + "9" * 5000,
-    "\xff",
-    "",
-    "null",
-]
+NONE = ["\xff", "", "null", '{"format": "1"}', '{"format": ' + "9" * 5000]
 
 
-@pytest.mark.parametrize("text", [*NO_MANIFESTS, '{"format": "1"}'])
+@pytest.mark.parametrize("text", [*NONE, DEEP, '{"format": 1, "model": ' + DEEP])
 def test_a_manifest_that_is_none(text: str, copied: Path) -> None:
     (copied / schema.MANIFEST).write_bytes(text.encode("latin-1"))
     _refused(copied, r"trace\.json: ")
@@ -282,12 +250,9 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
     "tokens of another rank": (OF_RANK_1, "first_token is 1099511627776"),
     "tokens backwards": ({"last_token": -7}, "last_token is -7"),
     "a table unknown": ({"table": "x"}, 'table is "x", not one of'),
-    "no hash": ({"sha256": "0"}, r'sha256 is "0"'),
+    "no hash": ({"sha256": "0"}, r'sha256 is "0", not like '),
     "a path elsewhere": ({"path": "../../etc/passwd"}, r'path is "\.\./\.\./etc/passwd"'),
-    "a path of another rank": (
-        {"path": "tokens/part-1-0.parquet"},
-        "path is .*, not tokens/part-0-",
-    ),
+    "a path of rank 1": ({"path": "tokens/part-1-0.parquet"}, "path is .*, not tokens/part-0-"),
     "a path that goes on elsewhere": ({"path": BEYOND}, r'path is "tokens/part-0-0/'),
     "a path as a number": ({"path": 7}, "path is 7"),
     "bytes below zero": ({"bytes": -1}, "bytes is -1"),
@@ -297,9 +262,7 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", LINES)
 def test_an_impossible_line_is_refused_by_its_key(name: str, copied: Path) -> None:
     values, said = LINES[name]
-    lines = edit_lines(copied)
-    lines[1] |= values
-    edit_lines(copied, lines)
+    edit_line(copied, 1, **values)
     _refused(copied, rf"shards-0\.jsonl: line 2: {said}")
 
 
@@ -309,30 +272,15 @@ def test_a_line_that_is_none(line: str, copied: Path) -> None:
     _refused(copied, r"shards-0\.jsonl: line 1: ")
 
 
-def test_every_command_refuses_in_a_line(copied: Path, cli_here: Callable[..., Any]) -> None:
-    edit_manifest(copied, **routed(experts=10**9))
-    for command in (
-        "report {}",
-        "report {} --table load",
-        "verify {}",
-        "simulate capacity {}",
-        "simulate cache {}",
-        "export {} --format counts -o x.csv",
-    ):
-        done = cli_here(*command.format(copied).split(), check=1)
-        assert done.stderr.count("\n") == 1
-        assert "routers[0].experts is 1000000000" in done.stderr
-
-
 def _refused(root: Path, said: str) -> None:
-    with pytest.raises(MoeInspectError, match=said) as raised:
-        open_trace(root)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 500
+    for use in (open_trace, resume_point):
+        with pytest.raises(MoeInspectError, match=said) as raised:
+            use(root)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
     found = verify(root)
     assert not found.ok
-    assert found.violation
-    assert re.search(said.rpartition(": ")[2], found.violation)
+    assert re.search(said.rpartition(": ")[2], found.violation or "")
 
 
 # --- what a file holds
@@ -351,28 +299,20 @@ def put(name: str, value: pa.Array | pa.ChunkedArray) -> Callable[[pa.Table], pa
     return lambda table: table.set_column(table.column_names.index(name), name, value)
 
 
-FILES: dict[str, tuple[str, pa.Array | None, str]] = {  # table and column, its values; what is said
-    "a large id": ("tokens/token_id", pa.array([2**31 - 1] * 100, pa.int32()), "is 2147483647"),
-    "ids that are text": ("tokens/token_id", pa.array(["a"] * 100), "is of string, not int32"),
-    "ids that are missing": ("tokens/token_id", None, "it has no column token_id"),
-    "a null id": ("tokens/token_id", pa.nulls(100, pa.int32()), "token_id is null in 100 rows"),
-    "fractions": ("routing/expert_0", pa.array([0.5] * 300), "expert_0 is of double, not uint8"),
-    "an expert that there is not": (
-        "routing/expert_0",
-        pa.array([8] * 300, pa.uint8()),
-        "an assignment to expert 8",
-    ),
+INT = pa.int32()
+FILES: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
+    "a large id": ("tokens", put("token_id", pa.array([2**31 - 1] * 100, INT)), "is 2147483647"),
+    "ids that are text": ("tokens", put("token_id", pa.array(["a"] * 100)), "of string, not int32"),
+    "no ids": ("tokens", lambda t: t.drop_columns(["token_id"]), "it has no column token_id"),
+    "a null id": ("tokens", put("token_id", pa.nulls(100, INT)), "token_id is null in 100 rows"),
+    "fractions": ("routing", put("expert_0", pa.array([0.5] * 300)), "is of double, not uint8"),
+    "expert 8 of 8": ("routing", put("expert_0", pa.array([8] * 300, pa.uint8())), "to expert 8"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_a_file_holds_is_checked(name: str, copied: Path) -> None:
-    place, values, said = FILES[name]
-    table, column = place.split("/")
-
-    def change(found: pa.Table) -> pa.Table:
-        return put(column, values)(found) if values is not None else found.drop_columns([column])
-
+    table, change, said = FILES[name]
     replace_part(copied, table, change)
     with pytest.raises(MoeInspectError, match=rf"{table}/part-0-0\.parquet: .*{said}") as raised:
         numbers(copied)
@@ -402,40 +342,30 @@ def test_counts_are_checked(column: str, value: int, tmp_path: Path) -> None:
         report(open_trace(tmp_path / "t")).tables["load"]
 
 
-def large_texts() -> pa.Table:
-    texts = pa.DictionaryArray.from_arrays([0] * 1200, ["x" * 2**20])
-    return pa.table({"token_id": pa.array(range(1200), pa.int32()), "token": texts})
+LARGE_FILES: dict[str, Callable[[], pa.Array]] = {  # what is said of the texts of a vocabulary
+    "its 1,200 tokens are 1,258,291,200 bytes of text": lambda: pa.DictionaryArray.from_arrays(
+        [0] * 1200, ["x" * 2**20]
+    ),
+    "8,388,608 rows": lambda: pa.nulls(2**23, pa.string()),
+}
 
 
-def many_rows() -> pa.Table:
-    ids = np.zeros(2**23, np.int32)
-    return pa.table({"token_id": ids, "token": pa.nulls(2**23, pa.string())})
-
-
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (large_texts, "its 1,200 tokens are 1,258,291,200 bytes of text"),
-        (many_rows, "8,388,608 rows"),
-    ],
-)
-def test_a_small_file_cannot_fill_the_memory(
-    made: Callable[[], pa.Table], said: str, copied: Path
-) -> None:
+@pytest.mark.parametrize("said", LARGE_FILES)
+def test_a_small_file_cannot_fill_the_memory(said: str, copied: Path) -> None:
+    texts = LARGE_FILES[said]()
+    made = pa.table({"token_id": np.zeros(len(texts), np.int32), "token": texts})
     path, how = copied / schema.VOCABULARY, {"compression": "zstd", "row_group_size": 2**23}
-    pq.write_table(made(), path, store_schema=False, **how)
+    pq.write_table(made, path, store_schema=False, **how)
     edit_manifest(copied, vocabulary=None)
     assert path.stat().st_size < 200_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MoeInspectError, match=rf"vocabulary\.parquet: .*{said}"):
         open_trace(copied).vocabulary()
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_BYTES
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
 
 
-def test_a_table_is_not_read_that_decompresses_to_more_than_its_rows_take(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parts, "TEXT_BYTES", 2**20)
+def test_a_table_is_not_read_that_takes_more_than_its_rows(copied: Path, put: Put) -> None:
+    put(parts, TEXT_BYTES=2**20)
     texts = pa.array(["x" * 2**14 + str(i) for i in range(150)]).dictionary_encode()
     columns = {"domain": texts, "source": texts, "tokens": pa.array([1] * 150, pa.int32())}
     columns = {"document": pa.array(range(150), pa.int32()), **columns}
@@ -453,13 +383,3 @@ def test_what_arrow_raises_is_a_line_that_names_the_file(error: Exception) -> No
     said = r"^damaged trace: routing/part-0-0\.parquet: \w+[^\n]*$"
     with pytest.raises(MoeInspectError, match=said), parts.reading("routing/part-0-0.parquet"):
         raise error
-
-
-def test_weights_descend_where_the_manifest_says_so(copied: Path) -> None:
-    assert {router.slot_order for router in open_trace(copied).stated_routers} == {"weight"}
-    rising = pq.read_table(copied / "routing/part-0-0.parquet")["weight_1"].to_pylist()
-    rising[120] = 2.0
-    replace_part(copied, "routing", put("weight_1", pa.array(rising, pa.float32())))
-    found = verify(copied)
-    assert (found.file, found.row) == ("routing/part-0-0.parquet", 120)
-    assert "the manifest says that weights descend" in (found.violation or "")

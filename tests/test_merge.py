@@ -1,4 +1,5 @@
-"""merge: traces of one model become one that says the same as a trace of all their text."""
+"""merge: traces of one model become one that says the same as a trace of all their text. sample: a
+trace of some documents of a trace, whole ones, that verify finds in order."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ from moe_inspect.trace.reader import Trace
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, TraceWriter
 from tests.conftest import Cli
-from tests.support.damage import edit_manifest, without_checksums
+from tests.support.damage import edit_manifest, with_a_bit_less, without_checksums
 from tests.support.synthetic import (
     a_pass,
     encoder_decoder,
     routers,
+    thirty_documents,
     uniform_ids,
     write_counts,
     write_trace,
@@ -41,12 +43,12 @@ PAIRS = np.tile(np.arange(K, dtype=np.uint8), (9, 1))
 
 def made(root: Path, seed: int, T: int = 90, **how: Any) -> Trace:
     rng = np.random.default_rng(seed)
-    how = {"weights": [rng.random((T, K)).astype(np.float16).astype("f4") for _ in range(L)], **how}
     ids = [uniform_ids(rng, T, E, K) for _ in range(L)]
     ids[1][5, 1] = np.iinfo(np.uint16).max
-    how = {"document": np.repeat(np.arange(T // 10), 10), "words": 50, **how}
-    how = {"token_id": rng.integers(0, 50, T), "batch_tokens": 10, "shard_tokens": 40, **how}
-    return write_trace(root, ids, E, **how)
+    usual: dict[str, Any] = {"document": np.repeat(np.arange(T // 10), 10), "words": 50}
+    usual |= {"weights": [rng.random((T, K)).astype(np.float16).astype("f4") for _ in range(L)]}
+    usual |= {"token_id": rng.integers(0, 50, T), "batch_tokens": 10, "shard_tokens": 40}
+    return write_trace(root, ids, E, **usual | how)
 
 
 @pytest.fixture
@@ -83,10 +85,8 @@ def test_halves_of_a_corpus_merge_to_a_trace_of_all_of_it(halves: Path, tmp_path
     assert merged.status == "complete"
     for name in ("routing", "tokens", "documents", "logits", "vocabulary"):
         pair = [getattr(trace, name)() for trace in (merged, both)]
-        if name == "documents":  # of another folder
-            pair = [table.drop(columns="source") for table in pair]
-        if name in ("tokens", "documents"):
-            pair = [table.assign(domain=table["domain"].astype(str)) for table in pair]
+        if name in ("tokens", "documents"):  # of another folder
+            pair = [t.drop(columns="source", errors="ignore").astype({"domain": str}) for t in pair]
         if name == "routing":
             pair = [t.sort_values(["router", "token"], ignore_index=True) for t in pair]
         pd.testing.assert_frame_equal(*pair)
@@ -162,11 +162,13 @@ def test_documents_and_passes_are_numbered_anew(tmp_path: Path) -> None:
     assert tokens["document"][90:].tolist() == numbers.tolist()
     assert tokens["sequence"].tolist() == [*np.repeat(np.arange(9), 10), *(9 + odd)]
     assert tokens["batch"].tolist() == np.repeat(np.arange(18), 10).tolist()
-    loads = [
-        trace.routing().filter(like="expert").stack().value_counts().sort_index()
-        for trace in (*parts, merged)
-    ]
-    assert (loads[2] == loads[0].add(loads[1])).all(), loads
+    assert (loads(merged) == loads(parts[0]).add(loads(parts[1]))).all()
+
+
+def loads(trace: Trace) -> pd.Series:
+    """Assignments to each expert of each router."""
+    of = trace.routing().melt("router", ["expert_0", "expert_1"], value_name="expert")
+    return of.astype({"expert": float}).value_counts(["router", "expert"]).sort_index()
 
 
 def two_ranks(root: Path, seed: int) -> None:
@@ -325,9 +327,7 @@ def test_vocabularies_are_united_where_one_begins_with_the_other(tmp_path: Path)
 
 def test_damage_is_refused_and_named(two: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "b/routing/part-0-1.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    with_a_bit_less(path, path.stat().st_size // 2)
     refused(tmp_path, "b/routing/part-0-1.parquet", "a", "b")
     refused(tmp_path, "two or more traces", "a")
     refused(tmp_path, "they would count twice", "a", "a")
@@ -346,9 +346,96 @@ def test_what_was_copied_is_what_was_verified(tmp_path: Path) -> None:
     assert [*target.differences([found])] == [("assignments", 358, 359)]
 
 
-def test_the_command(cli: Cli, two: list[Path], tmp_path: Path) -> None:
+def test_the_command(cli_here: Cli, two: list[Path], tmp_path: Path) -> None:
     call = ("merge", *two, "-o", tmp_path / "m")
-    assert cli(*call).stderr == f"merged 2 traces, 180 tokens into {tmp_path / 'm'}\n"
-    assert "--overwrite" in cli(*call, check=1).stderr
-    cli(*call, "--overwrite")
+    assert cli_here(*call).stderr == f"merged 2 traces, 180 tokens into {tmp_path / 'm'}\n"
+    assert "--overwrite" in cli_here(*call, check=1).stderr
+    cli_here(*call, "--overwrite")
     assert verify(tmp_path / "m").ok
+
+
+# --- samples
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Trace:
+    """Documents 0, 3, 6 … are of domain "a", the others of "b"."""
+    return thirty_documents(tmp_path / "whole", L=2, domain_of_document=("a", "b", "b"))
+
+
+def test_a_sample_and_the_rest_add_up(whole: Trace, tmp_path: Path) -> None:
+    some = sample(whole.path, tmp_path / "some", share=0.3)
+    rest = sample(whole.path, tmp_path / "rest", share=0.3, rest=True)
+    assert sorted([*some.documents()["document"], *rest.documents()["document"]]) == [*range(30)]
+    assert (loads(some).add(loads(rest)) == loads(whole)).all()
+    assert loads(whole).sum() == 2 * 300 * K - 1
+    found = verify(tmp_path / "some")
+    assert (found.ok, found.documents, found.tokens) == (True, 9, 90)
+    assert found.assignments == loads(some).sum()
+    assert some.manifest["counts"] == {"tokens": 90, "decisions": 180, "dropped": 0}
+
+
+def test_the_seed_determines_which(whole: Trace, tmp_path: Path) -> None:
+    chosen = [
+        set(sample(whole.path, tmp_path / f"{n}", documents=9, seed=seed).documents()["document"])
+        for n, seed in enumerate((0, 0, 1))
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+    lists = [(tmp_path / f"{n}/shards-0.jsonl").read_bytes() for n in range(2)]
+    assert lists[0] == lists[1]
+
+
+def test_domains_and_shards_without_a_chosen_document_are_left_out(
+    whole: Trace, tmp_path: Path
+) -> None:
+    by_domain = sample(whole.path, tmp_path / "d", documents=4, by_domain=True)
+    assert by_domain.documents()["domain"].value_counts().to_dict() == {"a": 4, "b": 4}
+    shares = sample(whole.path, tmp_path / "s", share=0.5, by_domain=True)
+    assert shares.documents()["domain"].value_counts().to_dict() == {"a": 5, "b": 10}
+    one = sample(whole.path, tmp_path / "o", documents=1)
+    (shard,) = one.shards
+    # nothing of the others is left in the dictionaries of labels
+    labels = shard.table("documents")["domain"].chunk(0).dictionary.to_pylist()
+    assert labels == one.documents()["domain"].astype(str).tolist()
+    encoder_decoder(tmp_path / "e")
+    both = sample(tmp_path / "e", tmp_path / "f", share=1.0)
+    assert (both.n_tokens, both.n_decisions) == (10, 10)
+
+
+SIZE = "give the size of the sample: documents or share"
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, SIZE),
+    ({"documents": 1, "share": 0.1}, SIZE),
+    ({"documents": 0}, "1 or more"),
+    ({"documents": 2.5}, "documents is 2.5: give a whole number"),
+    ({"documents": 1, "seed": 0.5}, "seed is 0.5: give a whole number"),
+    ({"documents": 1, "seed": -1}, "seed is -1: give a whole number"),
+    ({"share": float("nan")}, "share is nan"),
+    ({"share": 1.5}, "share is 1.5"),
+    ({"documents": 31}, "has 30 documents, 31 were asked for"),
+    ({"documents": 11, "by_domain": True}, "domain a of .* has 10 documents"),
+    ({"share": 1.0, "rest": True}, "no document of .* is left"),
+    ({"documents": 2}, "holds counts only"),
+]
+
+
+def test_refusals_of_a_sample_leave_nothing(whole: Trace, tmp_path: Path) -> None:
+    write_counts(tmp_path / "counts", [np.ones((1, E))] * 2, K)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    for how, says in REFUSED:
+        of = tmp_path / "counts" if "counts" in says else whole.path
+        with pytest.raises(MoeInspectError, match=says) as error:
+            sample(of, tmp_path / "new", **how)
+        assert "\n" not in str(error.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == there
+    with pytest.raises(MoeInspectError, match="is the trace to sample"):
+        sample(whole.path, whole.path, documents=1, overwrite=True)
+
+
+def test_the_command_sample(whole: Trace, cli_here: Cli, tmp_path: Path) -> None:
+    call = ("sample", whole.path, "-o", tmp_path / "some")
+    assert "--documents or --share" in cli_here(*call, check=2).stderr
+    assert "--share is 2" in cli_here(*call, "--share", 2, check=2).stderr
+    said = cli_here(*call, "--share", 0.1, "--by-domain").stderr
+    assert said == f"sampled 3 of 30 documents, 30 tokens into {tmp_path / 'some'}\n"
+    assert "--overwrite" in cli_here(*call, "--documents", 2, check=1).stderr

@@ -25,17 +25,8 @@ from moe_inspect.trace.reader import open_trace
 from moe_inspect.trace.schema import MANIFEST
 from moe_inspect.trace.verify import verify
 from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter, resume_point
-from tests.support.damage import edit_lines, edit_manifest
-from tests.support.synthetic import a_pass, routers, uniform_ids, write_trace
-
-
-def a_trace(root: Path) -> Path:
-    """80 tokens in 2 shards."""
-    ids = [uniform_ids(np.random.default_rng(r), 80, 8, 2) for r in range(2)]
-    write_trace(
-        root, ids, 8, document=np.repeat(np.arange(4), 20), batch_tokens=20, shard_tokens=40
-    )
-    return root
+from tests.support.damage import edit_manifest, files_in
+from tests.support.synthetic import a_pass, routers, uniform_ids
 
 
 def a_batch() -> RoutedBatch:
@@ -53,16 +44,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "PATIENCE_S", 0.0)
 
 
-def listing(root: Path) -> list[str]:
-    return sorted(
-        str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() or p.is_symlink()
-    )
-
-
-def elsewhere(program: str) -> subprocess.CompletedProcess[str]:
-    """Another process."""
-    start = "from pathlib import Path; from moe_inspect.trace.files.lock import hold\n"
-    return subprocess.run([sys.executable, "-c", start + program], capture_output=True, text=True)
+def elsewhere(root: Path) -> str:
+    """What another process says that would lock it too."""
+    program = "import pathlib, sys; from moe_inspect.trace.files.lock import hold"
+    program += "; hold(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(root)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
 
 
 # --- locks
@@ -78,10 +65,9 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
                 refused(root)
         # opened and closed by something else in this process: the lock stays
         (root / LOCK).read_bytes()
-        done = elsewhere(f"hold(Path({str(root)!r}))")
-        assert f"MoeInspectError: process {os.getpid()} is still writing" in done.stderr
+        assert f"MoeInspectError: process {os.getpid()} is still writing" in elsewhere(root)
     assert not (root / LOCK).exists()
-    assert "Error" not in elsewhere(f"hold(Path({str(root)!r}))").stderr
+    assert "Error" not in elsewhere(root)
     (root / LOCK).touch()  # of a process that was killed
     refuse_while_locked(root)
     hold(root).release()
@@ -146,7 +132,8 @@ def test_a_file_system_without_locks_is_named(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    a_trace(root := tmp_path / "t")
+    with a_writer(root := tmp_path / "t") as writer:
+        writer.write(a_batch())
     said = f"warning: the file system of {root} has no locks: make sure that nothing else writes"
     assert capsys.readouterr().err == f"{said} there\n"
     assert verify(root).ok
@@ -158,9 +145,9 @@ def test_a_writer_locks_its_trace(tmp_path: Path) -> None:
     said = "there is a trace|this process is still writing"
     with a_writer(root) as writer:
         writer.write(a_batch())
-        for another in (lambda: claim_directory(root, False), lambda: claim_directory(root, True)):
+        for overwrite in (False, True):
             with pytest.raises(MoeInspectError, match=said):
-                another()
+                claim_directory(root, overwrite)
         with pytest.raises(MoeInspectError, match="this process is still writing"):
             a_writer(root)
     assert open_trace(root).n_tokens == 20
@@ -175,92 +162,77 @@ def test_a_writer_locks_its_trace(tmp_path: Path) -> None:
 # --- overwriting
 
 
-def profiler(root: Path) -> None:
-    (root / MANIFEST).write_text('{"schemaVersion": 1, "traceEvents": []}')
-    for name in ("documents/thesis.tex", "logits/run1.npy"):
-        (root / name).parent.mkdir()
-        (root / name).write_text("years")
+def profiled(root: Path, *names: str) -> None:
+    """What a profiler writes."""
+    shutil.rmtree(root)
+    for name in (MANIFEST, *names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('{"schemaVersion": 1, "traceEvents": []}')
 
 
-def beside(*names: str) -> Callable[[Path], None]:
-    def put(root: Path) -> None:
-        a_trace(root)
-        for name in names:
-            (root / name).write_text("mine")
-
-    return put
+def beside(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).write_text("mine")
 
 
 def linked(root: Path) -> None:
-    a_trace(root)
-    (root.parent / "other").mkdir()
-    shutil.move(root / "tokens", root.parent / "other")
-    (root / "tokens").symlink_to(root.parent / "other" / "tokens")
-
-
-def profiled_over(root: Path) -> None:
-    a_trace(root)
-    (root / MANIFEST).write_text('{"traceEvents": []}')
+    shutil.move(root / "tokens", root.parent)
+    (root / "tokens").symlink_to(root.parent / "tokens")
 
 
 def bare_parts(root: Path) -> None:
-    a_trace(root)
     (root / MANIFEST).unlink()
     (root / "shards-0.jsonl").unlink()
 
 
-STRANGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a profiler's": (profiler, r"is not a trace \(it holds documents/thesis.tex, logits/run1.npy, trace.json\): not overwritten"),
-    "a profiler's alone": (lambda root: (root / MANIFEST).write_text("{}"), r"is not a trace \(it holds trace.json\)"),
-    "a file beside": (beside("notes.txt"), r"is more than a trace \(it holds notes.txt\)"),
-    "files in tables": (beside("tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv and 1 more\)"),
+STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a profiler's": (lambda root: profiled(root, "documents/thesis.tex", "logits/run1.npy"), r"is not a trace \(it holds documents/thesis.tex, logits/run1.npy, trace.json\): not overwritten"),
+    "a profiler's alone": (profiled, r"is not a trace \(it holds trace.json\)"),
+    "a file beside": (lambda root: beside(root, "notes.txt"), r"is more than a trace \(it holds notes.txt\)"),
+    "files in tables": (lambda root: beside(root, "tokens/a.csv", "routing/part-0-0.csv", "documents/b", "e"), r"documents/b, e, routing/part-0-0.csv and 1 more\)"),
     "a table elsewhere": (linked, r"is more than a trace \(it holds tokens\)"),
-    "a profiler's over ours": (profiled_over, r"is not a trace \(it holds trace.json\)"),
+    "a profiler's over ours": (lambda root: (root / MANIFEST).write_text('{"traceEvents": []}'), r"is not a trace \(it holds trace.json\)"),
     "parts without lists": (bare_parts, "is not a trace"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_what_is_no_trace_is_not_overwritten_and_named(name: str, tmp_path: Path) -> None:
+def test_what_is_no_trace_is_not_overwritten_and_named(name: str, copied: Path) -> None:
     make, said = STRANGE[name]
-    (root := tmp_path / "t").mkdir()
-    make(root)
-    before = {p: (tmp_path / p).read_bytes() for p in listing(tmp_path) if (tmp_path / p).is_file()}
+    make(copied)
+    before = files_in(copied.parent)
     for replace in (check_directory, claim_directory, lambda root, _: clear_trace(root)):
         with pytest.raises(MoeInspectError, match=said) as caught:
-            replace(root, True)
+            replace(copied, True)
         assert "\n" not in str(caught.value)
-    assert {p: (tmp_path / p).read_bytes() for p in before} == before
+    assert files_in(copied.parent) == before
 
 
-def torn(root: Path) -> None:
-    (root / MANIFEST).write_bytes((root / MANIFEST).read_bytes()[:300])
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "none": str,
+    "torn": lambda root: os.truncate(root / MANIFEST, 300),
+    "of another format": lambda root: edit_manifest(root, format=2),
+    "without manifest": lambda root: (root / MANIFEST).unlink(),
+}
 
 
-def of_another_format(root: Path) -> None:
-    edit_manifest(root, format=2)
-
-
-@pytest.mark.parametrize(
-    "damage", [str, torn, of_another_format, lambda t: (t / MANIFEST).unlink()]
-)
-def test_a_trace_is_overwritten_also_a_damaged_one(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
-    root = a_trace(tmp_path / "t")
-    (root / "routing" / ".part-0-7.parquet.tmp").touch()
-    damage(root)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_trace_is_overwritten_also_a_damaged_one(damage: str, copied: Path) -> None:
+    (copied / "routing" / ".part-0-7.parquet.tmp").touch()
+    DAMAGE[damage](copied)
     with pytest.raises(MoeInspectError, match=r"there is a trace at .*--overwrite"):
-        check_directory(root, False)
-    claim_directory(root, True).release()
-    assert list(root.iterdir()) == []
-    a_trace(root)
+        check_directory(copied, False)
+    with claim_directory(copied, True) as lock:
+        assert [p.name for p in copied.iterdir()] == [LOCK]
+        with a_writer(copied, lock=lock) as writer:
+            writer.write(a_batch())
+    assert verify(copied).ok
 
 
 def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, unlink, unlinked = a_trace(tmp_path / "t"), os.unlink, list[str]()
+    root, unlink, unlinked = copied, os.unlink, list[str]()
 
     def stopped(path: Path, *args: object, **options: object) -> None:
         assert not (root / MANIFEST).exists()
@@ -284,12 +256,10 @@ def test_the_manifest_goes_first_and_whoever_comes_next_goes_on(
 
 
 DRAFT = f".{MANIFEST}.tmp"
+PART = "tokens/.part-0-0.parquet.tmp"
 
 
-@pytest.mark.parametrize(
-    "left",
-    [(), (LOCK,), (DRAFT,), (LOCK, DRAFT, "shards-0.jsonl"), ("tokens/.part-0-0.parquet.tmp",)],
-)
+@pytest.mark.parametrize("left", [(), (LOCK,), (DRAFT,), (LOCK, DRAFT, "shards-0.jsonl"), (PART,)])
 def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path) -> None:
     for overwrite in (False, True):
         root = tmp_path / str(overwrite)
@@ -300,89 +270,49 @@ def test_killed_before_the_first_manifest(left: tuple[str, ...], tmp_path: Path)
         with claim_directory(root, overwrite) as lock, a_writer(root, lock=lock) as writer:
             writer.write(a_batch())
         assert verify(root).ok
-        assert not [name for name in listing(root) if "/." in f"/{name}"]
+        assert not [*root.rglob(".*")]
 
 
-# --- names in a trace are data
-
-
-def test_names_lead_nowhere_else(tmp_path: Path) -> None:
-    """The tables of the manifest and the paths of shards, whatever they say, touch nothing outside
-    of the trace."""
-    other = a_trace(tmp_path / "other")
-    before = {p: (other / p).read_bytes() for p in listing(other)}
-    for tables in (["../other/routing", "tokens", "documents"], [{}], "routing"):
-        shutil.rmtree(root := tmp_path / "t", ignore_errors=True)
-        edit_manifest(a_trace(root), tables=tables)
-        for use in (open_trace, resume_point):
-            with pytest.raises(MoeInspectError, match="damaged trace"):
-                use(root)
-        assert not verify(root).ok
-    beyond = "../../other/routing/part-0-0.parquet"
-    said = r"path is .*, not (routing/part-0-|like routing/part-0-|text)"
-    for path in (beyond, f"routing/{beyond}", "tokens/part-0-0.parquet", 3):
-        shutil.rmtree(root)
-        rename(a_trace(root), path=path)
-        for use in (open_trace, resume_point):
-            with pytest.raises(MoeInspectError, match=f"shards-0.jsonl: line 3: {said}"):
-                use(root)
-        assert "path is" in (verify(root).violation or "")
-    shutil.rmtree(root)
-    rename(a_trace(root), table="../other/routing")
-    with pytest.raises(MoeInspectError, match=r"table is .*other/routing., not one of"):
-        resume_point(root)
-    assert {p: (other / p).read_bytes() for p in listing(other)} == before
-
-
-def rename(root: Path, **values: object) -> None:
-    lines = edit_lines(root)
-    lines[2] |= values
-    edit_lines(root, lines)
+# --- links
 
 
 @pytest.mark.parametrize(
     "name", ["routing/part-0-0.parquet", "routing", "shards-0.jsonl", "trace.json"]
 )
 @pytest.mark.parametrize("kind", ["link", "fifo"])
-def test_links_outside_and_pipes_are_refused(name: str, kind: str, tmp_path: Path) -> None:
-    root = a_trace(tmp_path / "t")
-    (tmp_path / "other").mkdir()
-    moved = tmp_path / "other" / Path(name).name
-    shutil.move(root / name, moved)
-    if kind == "link":
-        (root / name).symlink_to(moved)
-    else:
-        os.mkfifo(root / name)
+def test_links_outside_and_pipes_are_refused(name: str, kind: str, copied: Path) -> None:
+    moved = copied.with_name(Path(name).name)
+    shutil.move(copied / name, moved)
+    (copied / name).symlink_to(moved) if kind == "link" else os.mkfifo(copied / name)
     said = "outside of" if kind == "link" else "not a regular file|no trace at|is missing|routing"
     for before in (str, resume_point):
         with pytest.raises(MoeInspectError, match=said):  # noqa: PT012
-            before(root)
-            open_trace(root).routing(router=0)
+            before(copied)
+            open_trace(copied).routing(router=0)
     assert moved.exists()
     if name != "trace.json":
-        assert not verify(root).ok
+        assert not verify(copied).ok
 
 
-def test_a_link_within_the_trace_is_followed(tmp_path: Path) -> None:
-    root = a_trace(tmp_path / "t")
-    shutil.move(root / "routing/part-0-0.parquet", root / "moved")
-    (root / "routing/part-0-0.parquet").symlink_to(root / "moved")
-    (tmp_path / "u").symlink_to(root)
-    assert len(open_trace(tmp_path / "u").routing(router=0)) == 80
+def test_a_link_within_the_trace_is_followed(copied: Path) -> None:
+    shutil.move(copied / "routing/part-0-0.parquet", copied / "moved")
+    (copied / "routing/part-0-0.parquet").symlink_to(copied / "moved")
+    copied.with_name("u").symlink_to(copied)
+    assert len(open_trace(copied.with_name("u")).routing(router=0)) == 300
 
 
 # --- interrupted, not damaged
 
 
-def test_verify_tells_interrupted_from_damaged(tmp_path: Path) -> None:
-    root = a_trace(tmp_path / "t")
+def test_verify_tells_interrupted_from_damaged(copied: Path) -> None:
+    root = copied
     (root / "routing/part-0-9.parquet").touch()
     (root / "routing/.part-0-8.parquet.tmp").touch()
     assert "an orphan" in (verify(root).violation or "")  # of a complete trace
     edit_manifest(root, status="recording", corpus={"plan": {}})
     found = verify(root)
     assert (found.ok, found.status, found.resumable) == (True, "interrupted", True)
-    assert found.tokens == 80
+    assert found.tokens == 300
     assert found.uncommitted == ["routing/.part-0-8.parquet.tmp", "routing/part-0-9.parquet"]
     with hold(root):  # by a process of another machine, say
         assert verify(root).status == "recording"

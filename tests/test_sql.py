@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +21,24 @@ from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace.reader import Trace
 from tests.conftest import Cli
 from tests.support.damage import edit_lines, last_byte, with_a_bit_less
-from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
+from tests.support.synthetic import assigned, encoder_decoder, thirty_documents, write_counts
 
 duckdb = pytest.importorskip("duckdb")
 
-T, E, K = 240, 8, 2
-NOWHERE = np.iinfo(np.uint16).max
+T, K = 300, 2
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Two routers in three shards, some slots of which routed nowhere; labels in an order of their
-    own in each shard."""
-    rng = np.random.default_rng(1)
-    ids = [uniform_ids(rng, T, E, K) for _ in range(2)]
-    ids[1][::7, 1] = NOWHERE
-    weights = [(rng.integers(1, 200, (T, K)) / 256).astype(np.float32) for _ in range(2)]
-    how: dict[str, Any] = {"batch_tokens": 10, "shard_tokens": 100, "layers": [1, 3], "words": 5}
-    how |= {"document": np.repeat(np.arange(24), 10), "domain_of_document": ("a", "b", "c")}
-    how |= {"token_id": rng.integers(0, 5, T), "weights": weights}
-    return write_trace(tmp_path_factory.mktemp("sql") / "t", ids, E, **how)
-
-
-def long(trace: Trace) -> pd.DataFrame:
-    """A row per assignment, through pandas alone."""
-    rows = trace.routing().merge(trace.tokens(), on="token")
-    of = [
-        {"slot": j, "expert": rows[f"expert_{j}"], "weight": rows[f"weight_{j}"]} for j in range(K)
-    ]
-    parts = [rows.assign(**columns) for columns in of]
-    found = pd.concat(parts).dropna(subset="expert")
-    return found.sort_values(["router", "token", "slot"]).reset_index(drop=True)
+    """Labels are in an order of their own in each shard."""
+    how: dict[str, Any] = {"L": 2, "layers": [1, 3], "domain_of_document": ("a", "b", "c")}
+    return thirty_documents(tmp_path_factory.mktemp("sql") / "t", **how)
 
 
 def test_routing_is_a_row_per_assignment(trace: Trace) -> None:
     found = trace.sql("select * from routing order by router, token, slot")
-    expected = long(trace)
-    assert len(found) == 2 * T * K - len(range(0, T, 7))
+    expected = assigned(trace)
+    assert len(found) == 2 * T * K - 1
     assert len([*trace.shards]) == 3
     for name in found:
         assert found[name].astype(str).tolist() == (
@@ -84,7 +64,7 @@ def test_a_view_is_read_as_often_as_it_is_named(trace: Trace) -> None:
         "select count(*) n from routing a join routing b using (router, token) "
         "where a.slot = 0 and b.slot = 1",
     )
-    assert pairs["n"].tolist() == [2 * T - len(range(0, T, 7))]
+    assert pairs["n"].tolist() == [2 * T - 1]
 
 
 def test_only_the_routers_asked_for_are_read(trace: Trace, tmp_path: Path) -> None:
@@ -153,28 +133,22 @@ select * from read_text('{folder}/secret')
 install httpfs
 load httpfs
 set enable_external_access = true
-set temp_directory = '{folder}'"""
+set temp_directory = '{folder}'
+from frame"""
 
 
 @pytest.mark.parametrize("statement", LOCKED.splitlines())
 def test_the_lock_holds_by_itself(statement: str, tmp_path: Path) -> None:
-    """Whatever the check of the statement let through."""
+    """Whatever the check of the statement let through; no variable of the program is seen."""
+    frame = pd.DataFrame({"a": [1]})
     (tmp_path / "secret").write_text("x")
     (tmp_path / "spill").mkdir()
     with duckdb.connect() as connection:
+        assert connection.sql("from frame").fetchall() == [(frame["a"][0],)], "control"
         query._lock(connection, str(tmp_path / "spill"))
-        with pytest.raises(duckdb.Error, match=r"disabled|locked"):
+        with pytest.raises(duckdb.Error, match=r"disabled|locked|frame does not exist"):
             connection.execute(statement.format(folder=tmp_path))
     assert not (tmp_path / "new").exists()
-
-
-def test_no_variable_of_the_program_is_seen(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"a": [1]})
-    with duckdb.connect() as connection:
-        assert connection.sql("from frame").fetchall() == [(frame["a"][0],)], "control"
-        query._lock(connection, str(tmp_path))
-        with pytest.raises(duckdb.Error, match="frame does not exist"):
-            connection.sql("from frame")
 
 
 def test_what_does_not_fit_in_memory_goes_to_the_directory_given(tmp_path: Path) -> None:
@@ -193,7 +167,7 @@ def test_values_keep_their_types(trace: Trace) -> None:
         "2::hugeint ** 100 h from routing",
     )
     assert found.dtypes.astype(str).tolist()[:3] == ["int64", "int64", "float64"]
-    assert found["s"].tolist() == [int(long(trace)["slot"].sum())]
+    assert found["s"].tolist() == [int(assigned(trace)["slot"].sum())]
     assert found["b"].tolist() == [True]
     assert found["t"].tolist() == ["ü"]
     assert found["h"].tolist() == [2.0**100]
@@ -226,23 +200,10 @@ def test_a_trace_of_counts_has_the_views_that_it_can(tmp_path: Path) -> None:
             trace.sql(f"select * from {view}")
 
 
-@pytest.mark.parametrize("ending", ["csv", "json", "parquet", "txt"])
-def test_the_command_writes_what_it_finds(
-    ending: str, trace: Trace, tmp_path: Path, cli_here: Cli
-) -> None:
+def test_the_command_writes_what_it_finds(trace: Trace, tmp_path: Path, cli_here: Cli) -> None:
     asked = "select layer, count(*) n from routing group by all order by layer"
-    cli_here("sql", Path(trace.path).resolve().as_uri(), asked, "-o", tmp_path / f"o.{ending}")
-    rows = [(1, 2 * T), (3, 2 * T - len(range(0, T, 7)))]
-    lines = (tmp_path / f"o.{ending}").read_bytes().splitlines()
-    read: dict[str, Callable[[], list[Any]]] = {
-        "csv": lambda: [line.split(b",") for line in lines[1:]],
-        "json": lambda: [json.loads(line).values() for line in lines],
-        "parquet": lambda: [r.values() for r in pq.read_table(tmp_path / "o.parquet").to_pylist()],
-        "txt": lambda: [line.split() for line in lines[2:]],
-    }
-    assert [tuple(map(int, row)) for row in read[ending]()] == rows
-    done = cli_here("sql", trace.path, asked, "-o", tmp_path / "o.xls", check=2)
-    assert "no format has this ending" in done.stderr
+    cli_here("sql", Path(trace.path).resolve().as_uri(), asked, "-o", tmp_path / "o.csv")
+    assert (tmp_path / "o.csv").read_text() == f"layer,n\n1,{2 * T}\n3,{2 * T - 1}\n"
 
 
 def test_without_duckdb_it_says_what_to_install(trace: Trace) -> None:

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_inspect
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.trace import parts, schema
 from moe_inspect.trace.manifest import read_manifest
 from moe_inspect.trace.schema import Router
@@ -59,15 +58,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "my-trace"
 
 
-def test_the_example_verifies(written: Path) -> None:
+def test_the_example_verifies_and_is_reported_and_simulated(written: Path) -> None:
     found = verify(written)
     assert found.ok, found
     assert (found.tokens, found.decisions, found.assignments) == (500, 1000, 2000)
     assert found.status == "complete"
     assert any("3 files state no sha256" in line for line in found.checked)
-
-
-def test_the_example_is_reported_and_simulated(written: Path) -> None:
     trace = moe_inspect.open_trace(written)
     assert trace.routers[0].first_choice_known
     tables = moe_inspect.report(trace).tables
@@ -201,32 +197,6 @@ def test_the_schemas_know_every_key_that_is_written(tmp_path: Path) -> None:
 # --- the check
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda m: m["capture"].pop("weights"), "capture.weights is missing"),
-        (lambda m: m.pop("tables"), "tables is missing"),
-        (lambda m: m["routers"][1].pop("top_k"), "routers[1].top_k is missing"),
-        (lambda m: m["routers"][0].update(top_k=True), "routers[0].top_k is true, not a whole"),
-        (lambda m: m["routers"][0].update(top_k=2.0), "routers[0].top_k is 2.0, not a whole"),
-        (lambda m: m["routers"][0].update(top_k=9), "routers[0].top_k is 9: 1 to 8 are possible"),
-        (lambda m: m["model"].update(id=3), "model.id is 3, not text"),
-        (lambda m: m.update(counts={"tokens": -1}), "counts.tokens is -1"),
-        (lambda m: m.update(vocabulary={"bytes": 1}), "vocabulary.sha256 is missing"),
-        (lambda m: m.update(digest="x"), 'digest is "x", not like e3b0c4'),
-        (lambda m: m.update(status=True), "status is true, not one of recording, complete"),
-    ],
-)  # fmt: skip
-def test_an_error_names_the_keys_full_path(written: Path, change: Any, said: str) -> None:
-    manifest = read_manifest(written)
-    change(manifest)
-    draft = written.parent / "changed"
-    draft.mkdir(exist_ok=True)
-    (draft / "trace.json").write_text(json.dumps(manifest))
-    with pytest.raises(MoeInspectError, match=re.escape(f"trace.json: {said}")):
-        moe_inspect.open_trace(draft)
-
-
 def a_right_one(name: str) -> Any:
     """What follows the schema of this name."""
     return read_manifest(SAMPLES[0]) if name == "trace_json" else edit_lines(SAMPLES[0])[0]
@@ -284,6 +254,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
     ("name", "path", "value"),
     [
         ("trace_json", ("routers", 0, "top_k"), True),
+        ("trace_json", ("routers", 0, "top_k"), 2.0),
         ("trace_json", ("capture", "weights"), 1),
         ("trace_json", ("format",), True),
         ("trace_json", ("format",), 1.0),
@@ -291,9 +262,7 @@ def test_the_check_is_json_schemas(name: str) -> None:
         ("shard_line", ("sha256",), "0" * 64 + "\n"),
     ],
 )
-def test_a_value_that_looks_like_another_is_refused(
-    name: str, path: tuple[Any, ...], value: Any
-) -> None:
+def test_a_value_that_looks_like_another(name: str, path: tuple[Any, ...], value: Any) -> None:
     """Values that Python takes for another are refused."""
     right = a_right_one(name)
     schema.check_schema(name, right)

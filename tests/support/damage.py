@@ -4,8 +4,10 @@ and bytes changed without."""
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ def edit_lines(
     if lines is not None:
         path.write_bytes(b"".join(map(checksums.sealed, lines)))
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def edit_line(root: Path, at: int, **values: Any) -> None:
+    """Sets values in a line of shards-0.jsonl."""
+    lines = edit_lines(root)
+    lines[at] |= values
+    edit_lines(root, lines)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def restate(root: Path, name: str, **more: Any) -> None:
@@ -100,3 +113,14 @@ def changed_bytes(root: Path, tries: int, seed: int = 0) -> Iterator[tuple[str, 
             yield str(path.relative_to(root)), place, whole[place], now
         finally:
             path.write_bytes(whole)
+
+
+@contextmanager
+def disk_of(most_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from moe_inspect.trace.reader import Trace, open_trace
@@ -102,6 +103,16 @@ def thirty_documents(root: Path, L: int = 3, weights: bool = True, **more: Any) 
     if weights:
         usual["weights"] = [rng.random((300, 2)).astype(np.float32) for _ in range(L)]
     return write_trace(root, ids, 8, batch_tokens=10, shard_tokens=100, **usual | more)
+
+
+def assigned(trace: Trace) -> pd.DataFrame:
+    """A row an assignment, through pandas alone, of a trace with k = 2."""
+    rows = trace.routing().merge(trace.tokens(), on="token")
+    slots = [
+        rows.assign(slot=j, expert=rows[f"expert_{j}"], weight=rows[f"weight_{j}"]) for j in (0, 1)
+    ]
+    found = pd.concat(slots).dropna(subset="expert")
+    return found.sort_values(["router", "token", "slot"], ignore_index=True)
 
 
 def a_pass(

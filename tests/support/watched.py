@@ -21,7 +21,7 @@ import pyarrow as pa
 from moe_inspect.trace.files.location import Remote
 from moe_inspect.trace.files.lock import process_start
 from moe_inspect.trace.reader import Trace
-from moe_inspect.trace.writer import Document, RoutedBatch, TraceWriter
+from moe_inspect.trace.writer import CountedBatches, Document, RoutedBatch, TraceWriter
 from tests.support.synthetic import a_pass, routers
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "<b>", "\x1b[31m"]
@@ -63,7 +63,10 @@ def waited(until: Callable[[], Any], most_s: float = 60) -> Any:
 
 
 def committed(
-    root: Path | Remote, writer: TraceWriter, batches: Iterable[RoutedBatch], T: int = TOKENS
+    root: Path | Remote,
+    writer: TraceWriter,
+    batches: Iterable[RoutedBatch | CountedBatches],
+    T: int = TOKENS,
 ) -> Iterator[int]:
     """Writes batches of T tokens, and gives how many are written once these can be read."""
     for n, batch in enumerate(batches, 1):
