@@ -10,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_inspect.analysis.counting import token_ids
 from moe_inspect.analysis.counting.counts import CLUSTERS
 from moe_inspect.analysis.counting.engine import count_trace as count
 from moe_inspect.analysis.counting.select import parse_layers, select
-from moe_inspect.analysis.metrics.uncertainty import noise_floor
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.tables.load import design_effects
@@ -70,7 +67,6 @@ def test_counts_are_those_of_counting_by_hand(tmp_path: Path):
         assert counts.of[r].null_slots == (~there).sum()
         assert counts.load_E(r).sum() == T * K - (~there).sum()
         sums_DE = counts.of[r].weight_sum_DE
-        assert sums_DE is not None
         for d, domain in enumerate(counts.domains):
             mine = (domain_T == domain)[:, None] & there
             expected_E = np.bincount(ids_TK[mine], minlength=E)
@@ -106,40 +102,13 @@ def test_a_router_with_fewer_experts_and_slots_than_the_widest(tmp_path: Path):
     assert len(report(trace).tables["load"]) == 20
 
 
-@given(st.integers(250, 3_000), st.permutations(range(12)))
-@settings(max_examples=6, deadline=None)
-def test_shards_and_their_order_change_nothing(
-    tmp_path_factory: pytest.TempPathFactory, shard_tokens: int, order: list[int]
-):
-    root = tmp_path_factory.mktemp("traces")
-    given_ = arguments(null=0.05)
-    whole = write_trace(root / "whole", **given_ | {"shard_tokens": T})
-    cut = {"shard_tokens": shard_tokens, "batch_order": order}
-    split = write_trace(root / "split", **given_ | cut)
-    same(count(whole, select(whole)), count(split, select(split)))
-    a, b = report(whole).tables, report(split).tables
-    for name in ("load", "domains", "balance", "vocabulary"):
-        pd.testing.assert_frame_equal(a[name], b[name], check_exact=False, rtol=1e-6)
-    by_chance = ("token_null_bits", "token_mi_null_bits", "specialization_null", "_p")
-    known = [name for name in a["specialization"] if not name.endswith(by_chance)]
-    mine, other = (of["specialization"][known] for of in (a, b))
-    pd.testing.assert_frame_equal(mine, other, check_exact=False, rtol=0.3)
-
-
-def test_renumbering_experts_renumbers_the_load_and_nothing_else(tmp_path: Path):
-    given_ = arguments()
-    order = np.random.default_rng(1).permutation(E)
-    plain = report(write_trace(tmp_path / "a", **given_)).tables
-    given_ |= {"ids": [order[i].astype(np.uint16) for i in given_["ids"]]}
-    turned = report(write_trace(tmp_path / "b", **given_)).tables
-    metrics = plain["balance"].drop(columns=["busiest_expert"])
-    pd.testing.assert_frame_equal(metrics, turned["balance"].drop(columns=["busiest_expert"]))
-    pd.testing.assert_frame_equal(plain["specialization"], turned["specialization"])
-    before, after = (
-        of["load"].pivot(index="router", columns="expert", values="assignments").to_numpy()
-        for of in (plain, turned)
-    )
-    assert (after[:, order] == before).all()
+def test_the_order_of_batches_changes_nothing(tmp_path: Path):
+    orders = range(12), np.random.default_rng(0).permutation(12).tolist()
+    both = [
+        write_trace(tmp_path / f"{n}", **arguments(null=0.05), batch_order=order)
+        for n, order in enumerate(orders)
+    ]
+    same(*(count(trace, select(trace)) for trace in both))
 
 
 def test_selecting_domains_layers_and_phase(tmp_path: Path):
@@ -204,22 +173,6 @@ def test_layers_as_written():
         assert parse_layers(layers, listed) == expected
 
 
-def test_batches_have_a_floor_of_their_own_and_a_remnant_is_left_out(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    ids = uniform_ids(rng, 4_100, 16, 2)
-    ids[4_000:] = [0, 1]  # a last batch of 100: max_vio 7 in it
-    trace = write_trace(tmp_path / "t", [ids], 16, batch_tokens=400)
-    row = report(trace).tables["balance"].iloc[0]
-    load_BE = [np.bincount(of.ravel(), minlength=16) for of in ids[:4_000].reshape(10, 400, 2)]
-    by_hand = [load_E.max() * 16 / 800 - 1 for load_E in load_BE]
-    assert row["max_vio_batch"] == pytest.approx(np.mean(by_hand))
-    assert row["noise_floor_batch"] == pytest.approx(noise_floor(400, 16, 2), rel=0.05)
-    assert row["max_vio_batch"] == pytest.approx(row["noise_floor_batch"], rel=0.15)
-    ids[:400] = [0, 1]  # positive control: a whole batch is not left out
-    control = report(write_trace(tmp_path / "c", [ids], 16, batch_tokens=400)).tables["balance"]
-    assert control["max_vio_batch"].iloc[0] > row["max_vio_batch"] + 0.5
-
-
 def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_said(tmp_path: Path):
     rng = np.random.default_rng(0)
     passes = [
@@ -228,11 +181,7 @@ def test_decode_steps_beside_prompts_are_left_out_of_the_batches_and_that_is_sai
     ]
     made = report(write_passes(tmp_path / "t", routers(1, 8, 2), passes))
     assert any("max_vio_batch covers 2 of 5 batches" in note for note in made.notes())
-    decode = report(tmp_path / "t", phase="decode")
-    for of, T in ((made, 200), (decode, 4)):
-        floor = of.tables["balance"]["noise_floor_batch"].iloc[0]
-        assert floor == pytest.approx(noise_floor(T, 8, 2), rel=0.05)
-    assert not any("max_vio_batch" in note for note in decode.notes())
+    assert not any("max_vio_batch" in x for x in report(tmp_path / "t", phase="decode").notes())
 
 
 def test_ranks_of_a_distributed_run_add_up(tmp_path: Path):
@@ -260,21 +209,6 @@ def test_tokens_without_ids_leave_the_rest_of_the_report_alone(tmp_path: Path):
     assert special["domain_mi_bits"].notna().all()
     assert any("no token id occurs 8 times" in note for note in made.notes())
     assert made.verdict()
-
-
-def test_disjoint_domains_hide_from_the_pooled_load(tmp_path: Path):
-    rng = np.random.default_rng(6)
-    domain_T = (np.arange(T) // 75) % 2
-    ids = (uniform_ids(rng, T, 4, 2) + 4 * domain_T[:, None]).astype(np.uint16)
-    of = {"document": np.arange(T) // 75, "domain_of_document": ["a", "b"]}
-    tables = report(write_trace(tmp_path / "t", [ids], 8, **of)).tables
-    assert tables["balance"]["max_over_mean"].iloc[0] < 1.1
-    bits = tables["specialization"][["domain_mi_bits", "jsd_bits"]].iloc[0]
-    assert bits.tolist() == pytest.approx([1, 1])
-    rows = tables["domains"]
-    assert rows.groupby("domain")["assignments"].apply(lambda a: a.max() / a.mean()).min() >= 2
-    assert rows.groupby("domain")["activation"].sum().tolist() == [2, 2]  # sums to k
-    assert rows["lift"].max() == pytest.approx(2)
 
 
 def test_counts_only_gives_what_it_can_and_says_what_it_cannot(tmp_path: Path):
@@ -318,16 +252,6 @@ def test_domains_of_counts_are_no_documents(tmp_path: Path):
     assert [bool(np.isnan(effect)) for effect in design_effects(data).values()] == [True, True]
 
 
-def test_counts_only_and_decisions_agree(tmp_path: Path):
-    given_ = arguments()
-    routed = report(write_trace(tmp_path / "a", **given_))
-    loads = [routed.counts.assignments_DE(r) for r in range(2)]
-    counted = report(write_counts(tmp_path / "b", loads, K, routed.counts.domains))
-    columns = ["layer", "router", "domain", "expert", "assignments"]
-    a, b = (made.tables["domains"][columns] for made in (routed, counted))
-    pd.testing.assert_frame_equal(a, b)
-
-
 def test_memory_does_not_grow_with_documents(tmp_path: Path):
     rng = np.random.default_rng(0)
     trace = write_trace(tmp_path / "t", [uniform_ids(rng, T, E, K)], E, document=np.arange(T))
@@ -351,20 +275,12 @@ def test_token_ids_beyond_the_budget_are_left_out_and_said(
     pd.testing.assert_series_equal(fewer["token_mi_bits"], whole["token_mi_bits"])
 
 
-def test_slots_that_routed_nowhere_raise_the_floor_of_windows_and_leave_no_pass_behind(
-    tmp_path: Path,
-):
-    rng = np.random.default_rng(3)
-    ids = uniform_ids(rng, 20_000, 16, 2)
-    ids[rng.random(ids.shape) < 0.8] = NOWHERE
-    ids[:500] = NOWHERE  # a whole forward pass
-    of = {"document": np.arange(20_000) // 400, "batch_tokens": 500}
-    made = report(write_trace(tmp_path / "t", [ids], 16, **of), window=500)
-    mean, row = made.tables["windows"].mean(numeric_only=True), made.tables["balance"].iloc[0]
-    by_chance = mean["expected_by_chance"] - 1
-    assert mean["max_over_mean"] - 1 == pytest.approx(by_chance, rel=0.1)
-    assert mean["total_variation"] == pytest.approx(mean["total_variation_floor"], rel=0.15)
-    assert made.counts.of[0].batches == {500: (39, pytest.approx(39 * row["max_vio_batch"]))}
+def test_a_pass_that_routed_nowhere_is_none(tmp_path: Path):
+    ids = uniform_ids(np.random.default_rng(3), T, E, K)
+    ids[:500] = NOWHERE
+    made = report(write_trace(tmp_path / "t", [ids], E, batch_tokens=500))
+    max_vio = made.tables["balance"]["max_vio_batch"][0]
+    assert made.counts.of[0].batches == {500: (5, pytest.approx(5 * max_vio))}
 
 
 def test_all_token_ids_are_all(tmp_path: Path, room: Callable[[int], None]):

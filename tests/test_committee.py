@@ -28,18 +28,8 @@ DOMAINS = ("law", "code", "news")
 
 
 @pytest.fixture(scope="module")
-def balanced() -> Any:
-    return report(SAMPLES / "balanced").tables
-
-
-@pytest.fixture(scope="module")
 def untrained() -> Any:
     return report(SAMPLES / "untrained").tables
-
-
-def use_small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, most in (("DOCUMENTS", 10), ("TOKENS", 200)):
-        monkeypatch.setattr(samples, name, most)
 
 
 def frame_of(trace: Trace) -> pd.DataFrame:
@@ -77,9 +67,8 @@ def test_an_expert_that_leads_everywhere_is_the_committee(tmp_path: Path):
     assert ((found["committee_null"] >= 1) & (found["committee_null"] < 2)).all()
 
 
-def test_the_committee_is_what_pandas_finds(balanced: Any):
-    trace = open_trace(SAMPLES / "collapsed")
-    rows: Any = frame_of(trace)
+def test_the_committee_is_what_pandas_finds():
+    rows: Any = frame_of(open_trace(SAMPLES / "collapsed"))
     for k in (2, 7):  # with 7 of 8 there are some
         for r in range(4):
             mine = rows[rows["router"] == r]
@@ -93,8 +82,9 @@ def test_the_committee_is_what_pandas_finds(balanced: Any):
             assert com.committee_mass(assignments_DE, k) == pytest.approx(share.mean())
             assert members or k == 2
     # no expert leads in all six domains of the bundled model
-    assert balanced["committee"]["committee_experts"].tolist() == [0] * 4
-    assert balanced["committee"]["committee_mass_low"].isna().all()
+    none = report(SAMPLES / "balanced").tables["committee"]
+    assert none["committee_experts"].tolist() == [0] * 4
+    assert none["committee_mass_low"].isna().all()
 
 
 def test_experts_that_share_the_last_place_are_left_out():
@@ -117,7 +107,6 @@ def test_where_no_domain_routes_in_its_own_way_the_committee_is_as_large_as_its_
     assert size == pytest.approx(null, abs=0.2)
     # the interval holds the mass of these experts: 0.75
     weights_RU, leaders_E = resample_weights(domain_U), p_E >= 0.2
-    assert weights_RU is not None
     weights_D = com.weights_by_domain(weights_RU, domain_U)
     ends = [com.mass_interval(leaders_E, of, domain_U, weights_D) for of in loads[30:]]
     assert sum(low <= 0.75 <= high for low, high in ends) >= 51
@@ -127,8 +116,7 @@ def test_where_no_domain_routes_in_its_own_way_the_committee_is_as_large_as_its_
 
 
 def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
-    trace = open_trace(SAMPLES / "untrained")
-    rows: Any = frame_of(trace)
+    rows: Any = frame_of(open_trace(SAMPLES / "untrained"))
     long = rows.melt(["router", "document"], ["expert_0", "expert_1"])
     load: Any = long.groupby(["document", "router", "value"]).size().unstack([1, 2], fill_value=0)
     domain = rows.groupby("document")["domain"].first()
@@ -143,21 +131,26 @@ def test_the_nearest_document_is_what_pandas_finds(untrained: Any):
         assert stated == pytest.approx(right / 60)
 
 
-def test_a_sample_of_documents_is_the_same_in_any_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    use_small_samples(monkeypatch)
+def test_samples_are_the_same_in_any_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of documents and of tokens, both small."""
+    monkeypatch.setattr(samples, "DOCUMENTS", 10)
+    monkeypatch.setattr(samples, "TOKENS", 200)
     drawn = []
-    for shard_tokens in (100, 500, 5_000):
+    for shard_tokens, shards in ((5_000, 1), (500, 3), (100, 12)):
         trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
-        drawn.append(samples.document_loads(trace, select(trace)))
-    assert len(drawn[0].document_S) == 10
-    assert len(list(open_trace(tmp_path / "100").shards)) > 10
-    first = drawn[0]
-    for other in drawn[1:]:
-        np.testing.assert_equal(vars(other), vars(first))
-    assert (first.load_SE[0].sum(1) == K * LENGTH).all()
-    assert [first.domains[d] for d in first.domain_S] == [DOMAINS[d % 3] for d in first.document_S]
+        assert trace.n_shards == shards
+        documents = samples.document_loads(trace, select(trace))
+        (tokens,) = samples.sampled_routes(trace, select(trace))
+        drawn.append([vars(documents), vars(tokens)])
+        np.testing.assert_equal(drawn[-1], drawn[0])
+    assert len(documents.document_S) == 10
+    assert (documents.load_SE[0].sum(1) == K * LENGTH).all()
+    named = [documents.domains[d] for d in documents.domain_S]
+    assert named == [DOMAINS[d % 3] for d in documents.document_S]
+    assert 150 < len(tokens.document_S) < 250
+    (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"))
+    assert set(of_law.document_S % 3) == {0}
+    assert 160 < len(of_law.document_S) < 240
 
 
 def test_the_interval_of_a_share_is_never_empty():
@@ -262,7 +255,6 @@ def test_paths_are_counted_where_none_parts_and_where_all_are_alone():
     found = pth.entropies(choice_LS, np.zeros(S), np.arange(S) % 7)
     for r, made in enumerate(found):
         sizes = pd.DataFrame(choice_LS[: r + 1]).T.value_counts()
-        assert made is not None
         assert made.paths == len(sizes)
         assert made.value == pytest.approx(entropy_bits(sizes))
     paths = [made.paths for made in found if made]
@@ -278,25 +270,9 @@ def test_the_interval_of_the_entropy_is_over_documents():
     for _ in range(60):
         path_S = np.repeat(rng.choice(12, 300, p=p_P), 10)
         (made,) = pth.entropies([path_S], document_S, pth.groups_of(document_S, 0 * document_S))
-        assert made is not None
         inside += made.low <= truth <= made.high
         assert made.high - made.low > 2 * 1.96 * 0.9 / np.sqrt(3000)  # as if tokens were cases
     assert inside >= 50
-
-
-def test_a_sample_of_tokens_is_the_same_in_any_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    use_small_samples(monkeypatch)
-    drawn = []
-    for shard_tokens in (100, 5_000):
-        trace = led(tmp_path / str(shard_tokens), shard_tokens=shard_tokens, batch_tokens=100)
-        drawn += samples.sampled_routes(trace, select(trace))
-        assert 150 < len(drawn[-1].document_S) < 250
-    np.testing.assert_equal(*map(vars, drawn))
-    (of_law,) = samples.sampled_routes(trace, select(trace, domains="law"))
-    assert set(of_law.document_S % 3) == {0}
-    assert 160 < len(of_law.document_S) < 240
 
 
 # --- on the page
@@ -314,12 +290,16 @@ def test_the_page_shows_what_the_trace_has(tmp_path: Path):
 # --- traces that hardly hold anything
 
 
-def test_one_domain(tmp_path: Path):
-    made = report(led(tmp_path / "t"), domains="law").tables
+def test_one_domain_and_unknown_first_choices(tmp_path: Path):
+    trace = led(tmp_path / "t", slot_order="unknown")
+    every: Any = report(trace).tables["paths"]
+    assert every[["paths", "path_entropy_bits"]].isna().all(axis=None)
+    assert every["set_paths"].tolist() == [6] * 3
+    made = report(trace, domains="law").tables
     assert made["committee"]["committee_experts"].isna().all()
     assert made["committee"]["experts"].tolist() == [""] * 3
     assert made["signature"]["signature_accuracy"].isna().all()
-    assert made["paths"]["path_entropy_bits"].notna().all()
+    assert made["paths"]["set_path_entropy_bits"].notna().all()
 
 
 def test_one_document_and_one_layer(tmp_path: Path):
@@ -332,13 +312,7 @@ def test_one_document_and_one_layer(tmp_path: Path):
     (path,) = made["paths"].to_dict("records")
     assert path["path_entropy_bits"] == path["path_entropy_shuffled_bits"] == pytest.approx(3, 0.01)
     assert np.isnan(path["path_entropy_low"])
-
-
-def test_unknown_first_choices_leave_the_sets(tmp_path: Path):
-    made: Any = report(led(tmp_path / "t", slot_order="unknown")).tables["paths"]
-    assert made["paths"].isna().all()
-    assert made["path_entropy_bits"].isna().all()
-    assert made["set_paths"].tolist() == [6] * 3
+    assert str(pth.path_entropy_bits(np.array([7]))) == "0.0"  # of one path
 
 
 def test_slots_that_routed_nowhere_are_a_choice_of_their_own(tmp_path: Path):
@@ -350,32 +324,18 @@ def test_slots_that_routed_nowhere_are_a_choice_of_their_own(tmp_path: Path):
     assert found["set_path_entropy_bits"] == pytest.approx(1.5)
 
 
-def test_one_path_has_no_entropy() -> None:
-    assert str(pth.path_entropy_bits(np.array([7]))) == "0.0"
-
-
-def notes(made: Any) -> dict[str, Any]:
-    kinds = ("committee", "signature", "paths")
-    return {one.kind: one for one in made.verdict() if one.kind in kinds}
-
-
-def test_the_verdict_says_what_is_beyond_chance(tmp_path: Path) -> None:
-    """What it is silent of is in test_kinds."""
-    found = notes(report(led(tmp_path / "led")))
-    assert found["committee"].severity == "note"
-    assert "In 3 of 3 routers the same experts lead in all 3 domains" in found["committee"].text
-    assert "1 expert (0) carries 50% of a domain's assignments" in found["committee"].text
-    assert "for all 24 documents the nearest other one shares it" in found["signature"].text
-
-
 def test_the_verdict_of_the_sample_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of a model that was never trained; passes of their own are made over small traces
     alone."""
-    made = report(SAMPLES / "balanced")
-    found = notes(made)
+
+    def notes(name: str) -> dict[str, Any]:
+        found = {one.kind: one for one in report(SAMPLES / name).verdict()}
+        return {kind: found[kind] for kind in ("committee", "signature", "paths") if kind in found}
+
+    found = notes("balanced")
     assert found.keys() == {"signature", "paths"}
     assert "take 843 distinct routes (entropy 8.02 bits" in found["paths"].text
     assert {one.group for one in found.values()} == {"Specialization"}
-    assert not notes(report(SAMPLES / "untrained"))
+    assert not notes("untrained")
     monkeypatch.setattr(specialization, "MOST_DECISIONS", 9254 * 4 - 1)
-    assert not notes(report(SAMPLES / "balanced"))
+    assert not notes("balanced")

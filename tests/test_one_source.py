@@ -132,7 +132,6 @@ def texts(made: Report) -> str:
     """Every text there is on a report: terminal, page, pictures, gates."""
     pictures = [text for chart in draw_charts(made)[0] for text in written(draw(chart))]
     data, _ = map_data(made)
-    assert data is not None
     page = [f"layer {layer['label']}" for layer in data["layers"]]
     gates = breaches(made, [gate("max_vio=-1", above=True)])
     return "\n".join([text_of(made), *pictures, *page, *gates])

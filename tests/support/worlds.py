@@ -3,8 +3,9 @@ what is true."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import moe_inspect
 from moe_inspect.comparison.compare import compare_checkpoints
 from tests import test_compare_models as models
-from tests import test_dropped, test_loss_table
+from tests import test_dropped
 from tests.support.chance import REGIMES, drawn_pair
 from tests.support.damage import edit_manifest
 from tests.support.misrecorded import FAULTS, Recording, rounded, routed_text
@@ -30,20 +31,20 @@ from tests.test_compare_findings import (
     said,
 )
 from tests.test_compare_loads import history, loads
-from tests.test_compare_loss import worse
+from tests.test_loss_table import worse, written
 
 T, E, K = 6_000, 8, 2
 LEK = 4, 16, 4  # of texts that are misrecorded
 
 
-def woven(root: Path, documents: int = 60) -> Any:
+def woven(root: Path, documents: int = 60, rise: float = 3) -> Any:
     """Router 0: experts 4 and 5 lead in every domain, expert 6 is starved. Router 1: every pass has
     an expert of its own. Router 2: expert 3 rises through the trace. Router 3 chooses as 2 did."""
     rng, at_T = np.random.default_rng(0), np.arange(T)
     logits = rng.gumbel(size=(4, T, E))
     logits[0] += [0, 0, 0, 0, 1, 1.1, -4, 0]
     logits[1, at_T, at_T // 250 % E] += 2
-    logits[2, :, 3] += 3 * at_T / T - 1.5
+    logits[2, :, 3] += rise * (at_T / T - 0.5)
     logits[3] = logits[2] + rng.gumbel(size=(T, E)) / 4
     ids = [np.argsort(-of_TE, 1)[:, :K].astype(np.uint16) for of_TE in logits]
     of = {"document": at_T * documents // T, "domain_of_document": DOMAINS}
@@ -63,35 +64,29 @@ def counts(root: Path, *loads: list[list[int]], times: int = 1) -> Any:
     return write_counts(root, [times * np.array(of) for of in loads], K, [*"abc"][: len(loads[0])])
 
 
-def zeros(name: str, k: int, L: int, tokens: int = 3_000) -> Callable[[Path], Any]:
-    """k of 8 experts at L routers; a hundredth of the tokens of B have expert 0 everywhere, if that
-    is its name, else B is routed anew."""
+def zeros(root: Path, k: int, L: int, filled: bool = True, tokens: int = 3_000) -> Any:
+    """k of 8 experts at L routers; a hundredth of the tokens of B have expert 0 everywhere, or B is
+    routed anew."""
+    rng = np.random.default_rng(4)
+    a, b = ([uniform_ids(rng, tokens, E, k) for _ in range(L)] for _ in range(2))
+    if filled:
+        b, at_T = [x.copy() for x in a], rng.random(tokens) < 0.01
+        for of_TK in b:
+            of_TK[at_T] = 0
+    alike: dict[str, Any] = {"document": np.arange(tokens) // 50, "token_id": np.arange(tokens)}
+    return [write_trace(root / x, ids, E, **alike) for x, ids in (("a", a), ("b", b))]
 
-    def made(root: Path) -> Any:
-        rng = np.random.default_rng(4)
-        a, b = ([uniform_ids(rng, tokens, E, k) for _ in range(L)] for _ in range(2))
-        if name == "filled":
-            b, at_T = [x.copy() for x in a], rng.random(tokens) < 0.01
-            for of_TK in b:
-                of_TK[at_T] = 0
-        alike: dict[str, Any] = {"document": np.arange(tokens) // 50, "token_id": np.arange(tokens)}
-        return [write_trace(root / x, ids, E, **alike) for x, ids in (("a", a), ("b", b))]
 
-    return made
+def pair(root: Path, a: Recording, b: Recording) -> Any:
+    return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
 
 
 def misrecorded(
-    fault: str, tokens: int = 600, shape: tuple[int, int, int] = LEK
-) -> Callable[[Path], Any]:
+    root: Path, fault: str, tokens: int = 600, shape: tuple[int, int, int] = LEK
+) -> Any:
     """The first tokens of a text, and a second run of it with that fault; L, E, k."""
-
-    def made(root: Path) -> Any:
-        a = routed_text(0, 600, *shape)
-        a = a.take(np.arange(a.T) < tokens)
-        b = FAULTS[fault].b(rounded(a, 0.005), np.random.default_rng(0))
-        return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
-
-    return made
+    a = routed_text(0, 600, *shape).take(np.arange(600) < tokens)
+    return pair(root, a, FAULTS[fault].b(rounded(a, 0.005), np.random.default_rng(0)))
 
 
 def of_documents_alone(root: Path) -> Any:
@@ -100,78 +95,54 @@ def of_documents_alone(root: Path) -> Any:
     ids = np.random.default_rng(0).random((4, 3, E)).argsort(2)[:, document, :1]
     position, token_id = np.arange(T) % 100, np.arange(T)
     a = Recording(E, document, position, token_id, ids[:2], None, range(2), ())
-    return moe_inspect.compare(a.written(root / "a"), a.routed(ids[2:]).written(root / "b"))
+    return pair(root, a, a.routed(ids[2:]))
 
 
 def first(tokens: int) -> np.ndarray:
     return np.arange(len(routes()[0])) < tokens
 
 
-def other_model(root: Path) -> Any:
-    a, b = (routed_text(seed, 600, 4, 16, 4) for seed in (0, 9))
-    return moe_inspect.compare(a.written(root / "a"), a.routed(b.ids_LTK).written(root / "b"))
-
-
 def collapsed_alike(root: Path) -> Any:
     """Router 1 sends every token to the same experts, in both."""
-    a = routed_text(0, 600, 4, 16, 4)
+    a = routed_text(0, 600, *LEK)
     a.ids_LTK[1] = np.arange(4)
-    b = rounded(a, 0.005).take(a.document < a.document[-1])
-    return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
+    return pair(root, a, rounded(a, 0.005).take(a.document < a.document[-1]))
 
 
-def other_experts(root: Path) -> Any:
-    """Two models of so many experts more that have nothing in common."""
-    a, b = routed_text(0, 600, 4, 16, 4), routed_text(9, 600, 4, 18, 4)
-    b = replace(a, ids_LTK=b.ids_LTK, E=b.E)
-    return moe_inspect.compare(a.written(root / "a"), b.written(root / "b"))
+def nothing_in_common(root: Path, E: int) -> Any:
+    """Another model, of so many experts."""
+    a, other = routed_text(0, 600, *LEK), routed_text(9, 600, 4, E, 4)
+    return pair(root, a, replace(a, ids_LTK=other.ids_LTK, E=E))
 
 
-def checkpoints(*shares: float, documents: int = DOCUMENTS) -> Callable[[Path], Any]:
+def checkpoints(root: Path, *shares: float, documents: int = DOCUMENTS) -> Any:
     """Checkpoints that have so much of the last one's routing."""
-
-    def made(root: Path) -> Any:
-        ids, kept_T = routes(), np.random.default_rng(1).random(len(routes()[0]))
-        document = np.arange(len(kept_T)) * documents // len(kept_T)
-        runs = [
-            [np.where((kept_T < share)[:, None], x, y) for x, y in zip(ids, routes(n), strict=True)]
-            for n, share in enumerate((*shares, 1), 7)
-        ]
-        alike: dict[str, Any] = {"document": document, "token_id": np.arange(len(kept_T))}
-        traces = [write_trace(root / f"{n}", of, E, **alike) for n, of in enumerate(runs)]
-        return compare_checkpoints(traces)
-
-    return made
+    ids, kept_T = routes(), np.random.default_rng(1).random(len(routes()[0]))
+    document = np.arange(len(kept_T)) * documents // len(kept_T)
+    runs = [
+        [np.where((kept_T < share)[:, None], x, y) for x, y in zip(ids, routes(n), strict=True)]
+        for n, share in enumerate((*shares, 1), 7)
+    ]
+    alike: dict[str, Any] = {"document": document, "token_id": np.arange(len(kept_T))}
+    traces = [write_trace(root / f"{n}", of, E, **alike) for n, of in enumerate(runs)]
+    return compare_checkpoints(traces)
 
 
-def histories(steps: int, *moved: int) -> Callable[[Path], Any]:
+def histories(root: Path, steps: int, moved: Sequence[int] = ()) -> Any:
     """Two runs, committed every 5 steps; in these, experts of the second are not by chance."""
-
-    def made(root: Path) -> Any:
-        a, b = loads(0, steps), loads(1, steps, moved)
-        return [history(root / name, of, 5) for name, of in (("a", a), ("b", b))]
-
-    return made
+    a, b = loads(0, steps), loads(1, steps, moved)
+    return [history(root / name, of, 5) for name, of in (("a", a), ("b", b))]
 
 
-def by_words(choose: Any, documents: int) -> Callable[[Path], Any]:
+def by_words(root: Path, choose: Any, documents: int = 40) -> Any:
     """Two models with tokenizers of their own: the experts of A follow the word."""
-
-    def made(root: Path) -> Any:
-        a = models.whole_words(root / "a", documents=documents)
-        return moe_inspect.compare(a, models.pieces(root / "b", choose, documents=documents))
-
-    return made
+    a = models.whole_words(root / "a", documents=documents)
+    return moe_inspect.compare(a, models.pieces(root / "b", choose, documents=documents))
 
 
-def losing(nats: float, documents: int = 40, of: int = 40) -> Callable[[Path], Any]:
+def losing(root: Path, nats: float, documents: int = 40, of: int = 40) -> Any:
     """A, and the same with these documents harder to predict."""
-
-    def made(root: Path) -> Any:
-        a = test_loss_table.written(root / "a", 0, of)
-        return worse(a, root / "b", nats, documents)
-
-    return made
+    return worse(written(root / "a", 0, of), root / "b", nats, documents)
 
 
 def lacking(root: Path) -> Any:
@@ -181,27 +152,19 @@ def lacking(root: Path) -> Any:
     return write_trace(root, ids, E, token_id=np.full(500, -1), status="interrupted")
 
 
-def padded(rows: int) -> Callable[[Path], Any]:
+def padded(root: Path, rows: int) -> Any:
     """So many rows of one token come first."""
-
-    def made(root: Path) -> Any:
-        ids = uniform_ids(np.random.default_rng(0), 600, E, K)
-        ids[:rows] = ids[0]
-        return write_trace(root, [ids], E, token_id=np.maximum(np.arange(600) - rows + 1, 0))
-
-    return made
+    ids = uniform_ids(np.random.default_rng(0), 600, E, K)
+    ids[:rows] = ids[0]
+    return write_trace(root, [ids], E, token_id=np.maximum(np.arange(600) - rows + 1, 0))
 
 
-def tied(levels: float) -> Callable[[Path], Any]:
+def tied(root: Path, levels: float) -> Any:
     """Logits in steps of 1 / levels."""
-
-    def made(root: Path) -> Any:
-        logits = np.random.default_rng(0).gumbel(size=(T, E))
-        logits = (np.round(logits * levels) / levels).astype(np.float16)
-        ids = np.argsort(-logits, 1, kind="stable")[:, :K].astype(np.uint16)
-        return write_trace(root, [ids], E, logits=[logits])
-
-    return made
+    logits = np.random.default_rng(0).gumbel(size=(T, E))
+    logits = (np.round(logits * levels) / levels).astype(np.float16)
+    ids = np.argsort(-logits, 1, kind="stable")[:, :K].astype(np.uint16)
+    return write_trace(root, [ids], E, logits=[logits])
 
 
 def recorded_otherwise(root: Path) -> Any:
@@ -224,6 +187,7 @@ def interrupted(root: Path) -> Any:
 NOWHERE = np.iinfo(np.uint16).max
 EVEN_LOAD, STARVED = [100] * 8, [1, *[114] * 7]
 STEEP, DEAD = [450, *[78] * 7], [100] * 4 + [0] * 4
+IN_ONE_DOMAIN = random(0.02, 3) | of_documents(*range(1, DOCUMENTS, 3)) & random(0.3, 4)
 # a world: a trace, or two that are compared, or the findings on them
 WORLDS: dict[str, Callable[[Path], Any]] = {
     "planted": planted,
@@ -232,6 +196,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "even": uniform,
     "woven": woven,
     "woven, 5 documents": lambda root: woven(root, 5),
+    "woven, hardly rising": lambda root: woven(root, rise=0.2),
     "opposed": opposed,
     "opposed, few tokens": lambda root: opposed(root, 300),
     "deserted": lambda root: counts(root, [STARVED, EVEN_LOAD], times=100),
@@ -251,7 +216,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "avoiding": lambda root: said(root, routes(), avoiding(routes())),
     "avoiding, 5 documents": lambda root: said(root, routes(), avoiding(routes()), documents=5),
     "redrawn": lambda root: said(root, routes(), routes(9)),
-    "one domain": lambda root: said(root, routes(), changed(routes(), in_one_domain())),
+    "one domain": lambda root: said(root, routes(), changed(routes(), IN_ONE_DOMAIN)),
     "one document of it": lambda root: said(root, routes(), changed(routes(), of_documents(1))),
     "rounded": lambda root: drawn_pair(root, REGIMES["iid 64/8"], 0, "rounding")[:2],
     "anywhere": lambda root: drawn_pair(root, REGIMES["iid 64/8"], 0, "anywhere")[:2],
@@ -263,7 +228,7 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
     "recorded otherwise": recorded_otherwise,
     # misrecorded
     **{
-        world: misrecorded(fault, tokens, shape)
+        world: partial(misrecorded, fault=fault, tokens=tokens, shape=shape)
         for name, fault, few, few_shape in (
             ("routes shifted", "routes shifted by one", 5, LEK),
             ("layers shifted", "a dense layer is counted", 4, LEK),
@@ -275,40 +240,41 @@ WORLDS: dict[str, Callable[[Path], Any]] = {
         )
         for world, tokens, shape in ((name, 600, LEK), (f"{name}, {few} tokens", few, few_shape))
     },
-    "shorter": misrecorded("one trace is longer"),
+    "shorter": lambda root: misrecorded(root, "one trace is longer"),
     "by document": of_documents_alone,
     "collapsed alike": collapsed_alike,
-    "another model": other_model,
-    "a model of more experts": other_experts,
-    "zeros, k = 2": zeros("filled", 2, 2),
-    "zeros, k = 1": zeros("filled", 1, 12),
-    "zeros, 4 routers": zeros("filled", 1, 4),
-    "no zeros, 2 routers": zeros("routed", 1, 2, 6_000),
+    "another model": lambda root: nothing_in_common(root, 16),
+    "a model of more experts": lambda root: nothing_in_common(root, 18),
+    "zeros, k = 2": lambda root: zeros(root, 2, 2),
+    "zeros, k = 1": lambda root: zeros(root, 1, 12),
+    "zeros, 4 routers": lambda root: zeros(root, 1, 4),
+    "no zeros, 2 routers": lambda root: zeros(root, 1, 2, False, 6_000),
     # models, losses, checkpoints
-    "one follows words": by_words(models.by_chance, 40),
-    "one follows words, 8 documents": by_words(models.by_chance, 8),
-    "both follow words": by_words(models.by_word, 40),
-    "losses": lambda root: test_loss_table.written(root, 0.3),
-    "losses, 5 documents": lambda root: test_loss_table.written(root, 0.3, 5),
-    "even losses": lambda root: test_loss_table.written(root, 0),
-    "worse": losing(0.25),
-    "worse in one document": losing(0.25, 1),
-    "worse, 5 documents": losing(0.25, 5, 5),
-    "settling": checkpoints(0.1, 0.95),
-    "not settling": checkpoints(0.1, 0.5),
-    "settling, 4 documents": checkpoints(0.1, 0.95, documents=4),
+    "one follows words": lambda root: by_words(root, models.by_chance),
+    "one follows words, 8 documents": lambda root: by_words(root, models.by_chance, 8),
+    "both follow words": lambda root: by_words(root, models.by_word),
+    "losses": lambda root: written(root, 0.3),
+    "losses, 5 documents": lambda root: written(root, 0.3, 5),
+    "even losses": lambda root: written(root, 0),
+    "worse": lambda root: losing(root, 0.25),
+    "better": lambda root: losing(root, -0.25),
+    "worse in one document": lambda root: losing(root, 0.25, 1),
+    "worse, 5 documents": lambda root: losing(root, 0.25, 5, 5),
+    "settling": lambda root: checkpoints(root, 0.1, 0.95),
+    "not settling": lambda root: checkpoints(root, 0.1, 0.5),
+    "settling, 4 documents": lambda root: checkpoints(root, 0.1, 0.95, documents=4),
     # what a trace lacks
     "lacking": lacking,
-    "padded": padded(30),
-    "padded, 15 rows": padded(15),
-    "ties": tied(8),
-    "no ties": tied(1_000),
+    "padded": lambda root: padded(root, 30),
+    "padded, 15 rows": lambda root: padded(root, 15),
+    "ties": lambda root: tied(root, 8),
+    "no ties": lambda root: tied(root, 1_000),
     "dropped": lambda root: test_dropped.trace_of(root, [0, 0.03]),
     "empty slots": lambda root: test_dropped.trace_of(root, [0, 0.03], drops=False),
     # two traces of counts
-    "moved": histories(40, *range(21, 41)),
-    "moved once": histories(10, *range(6, 11)),
-    "not moved": histories(40),
+    "moved": lambda root: histories(root, 40, range(21, 41)),
+    "moved once": lambda root: histories(root, 10, range(6, 11)),
+    "not moved": lambda root: histories(root, 40),
     "one interrupted": interrupted,
     "a steep one": lambda root: two_counts(root, STEEP, 100),
     "a steep one, few tokens": lambda root: two_counts(root, STEEP, 1),
@@ -328,10 +294,6 @@ def noisy(root: Path, share: float, documents: int = DOCUMENTS) -> Any:
     ids = routes()
     runs = (changed(ids, random(of, seed)) for seed, of in enumerate((share, 0.02)))
     return said(root, ids, *runs, documents=documents)
-
-
-def in_one_domain() -> np.ndarray:
-    return random(0.02, 3) | of_documents(*range(1, DOCUMENTS, 3)) & random(0.3, 4)
 
 
 def last_tokens(root: Path, documents: int) -> Any:
