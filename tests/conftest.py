@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # kernels called by name run on the CPU; everything else uses the torch references
-)
+# kernels called by name run on the CPU; everything else uses the torch references
+os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MOE_INSPECT_SELFCHECK"] = "0"  # test_selfcheck tests it
 
 import pytest
@@ -39,42 +38,22 @@ Put = Callable[..., None]
 
 # `make test` runs one file per core at a time (--dist loadfile): those with fifteen seconds of CPU
 # time or more first, the longest of all at the start, so that no core is idle at the end
-LONG_FILES = (
-    "test_experts",
-    "test_zoo",
-    "test_kernels",
-    "test_gpu_benchmark",
-    "test_selfcheck",
-    "test_prune",
-    "test_placement",
-    "test_readme",
-    "test_cli_trace",
-    "test_ranks",
-    "test_before_call",
-    "test_counting",
-    "test_mutations",
-    "test_loading",
-    "test_wrapped",
-    "test_report_cli",
-    "test_mutations_analysis",
-    "test_page",
-    "test_page_sizes",
-    "test_commit_every",
-    "test_ptx",
-    "test_docs",
-    "test_training_ranks",
-    "test_kinds",
+LONG = (
+    "experts zoo kernels gpu_benchmark selfcheck prune placement readme cli_trace ranks "
+    "before_call counting mutations loading wrapped report_cli mutations_analysis page "
+    "page_sizes commit_every ptx docs training_ranks kinds"
 )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, then by number of tests."""
-    tests = Counter(item.path.stem for item in items)
+    tests, long = Counter(item.path.stem for item in items), LONG.split()
 
     def turn(item: pytest.Item) -> tuple[int, int, str]:
         file = item.path.stem
-        return LONG_FILES.index(file) if file in LONG_FILES else 99, -tests[file], file
+        name = file.removeprefix("test_")
+        return long.index(name) if name in long else 99, -tests[file], file
 
     items.sort(key=turn)
 

@@ -7,7 +7,6 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
@@ -61,10 +60,8 @@ def judged(rules: list[str], *windows: Window) -> list[Any]:
         ("entropy falling", Rule("entropy", "falling", 0.05)),
         ("entropy  falling by 0.2 for 2 windows", Rule("entropy", "falling", 0.2, 2)),
         ("drift", Rule("drift", ">", 0.2)),
-        (
-            "z_loss rising by 1 in layers 1-2",
-            Rule("z_loss", "rising", 1.0, layers=frozenset((1, 2))),
-        ),
+        ("z_loss rising by 1", Rule("z_loss", "rising", 1.0)),
+        ("drift in layers 1-2", Rule("drift", ">", 0.2, layers=frozenset((1, 2)))),
     ],
 )
 def test_rules_are_read_as_they_are_written(text: str, rule: Rule) -> None:
@@ -185,8 +182,7 @@ def test_chance_alone_raises_nothing(tokens: int) -> None:
 
 @pytest.mark.parametrize("name", ALARMS)
 def test_runs_of_chance_raise_no_alarm(name: str) -> None:
-    """Of 10 runs of a regime, by the monitor and by `watch`, 5 % are 0.5; 3 or more have a
-    probability of 0.01. Control: an expert that is never chosen is found in each."""
+    """In 10 runs 5 % are 0.5, and 3 have a probability of 0.01. Control: a dead expert is found."""
     assert sum(bool(alarms(REGIMES[name], seed)) for seed in range(10)) < 3
     found = [a for seed in range(3) for a in alarms(REGIMES[name], seed, dead=3)]
     of_dead = [(a.layer, a.experts) for a in found if a.rule == DEFAULT_RULES[0]]
@@ -262,6 +258,10 @@ def test_the_limit_is_what_random_choices_give() -> None:
     assert bal.max_vio(drawn_WE).mean() == pytest.approx(vio_W.mean(), rel=0.05)
     assert (drawn_WE.sum(1) == 1024 * K).all()
     assert drawn_WE.max() <= 1024
+    # no limit is above what is possible: every token chooses the expert, which is E / k
+    for metric, most in (("max_over_mean", E / K), ("max_vio", E / K - 1)):
+        assert chance_limit(metric, 40, E, K, True, 1_000.0, 1e-9) == most
+        assert chance_limit(metric, 1e6, E, K, True, 1.0, 1e-9) < most
 
 
 def test_the_design_effect_of_a_run() -> None:
@@ -277,8 +277,7 @@ def test_the_design_effect_of_a_run() -> None:
 
 
 def test_a_model_that_moves_is_still_judged() -> None:
-    """As in the first steps of a training: the load of every window is another one. Chance of
-    documents does not reach that far."""
+    """The load of every window is another one: chance of documents does not reach that far."""
     busy = [[4 * 2300 if e == n % 2 else 2300 for e in range(E)] for n in range(5)]
     found = Alarms(ROUTERS, [parse_rule("max_vio > 1 for 5 windows")])
     assert [a.layer for n in range(5) for a in found.see(window(n, EVEN, busy[n]))] == [3]
@@ -293,18 +292,11 @@ def test_every_metric_can_be_a_rule(metric: str) -> None:
 # --- actions
 
 
-Posted = tuple[str, list[Any]]
+(BROKEN,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
 
 
-@pytest.fixture
-def dead() -> Alarm:
-    (alarm,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))
-    return alarm
-
-
-@pytest.fixture
-def posted() -> Iterator[Posted]:
-    got = list[Any]()
+def test_actions(caplog: pytest.LogCaptureFixture) -> None:
+    got, called = list[Any](), list[Alarm]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -317,52 +309,36 @@ def posted() -> Iterator[Posted]:
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", got
-    server.shutdown()
-
-
-def test_actions(dead: Alarm, posted: Posted, caplog: pytest.LogCaptureFixture) -> None:
-    (url, got), called = posted, list[Alarm]()
-    webhook = Webhook(url, most_per_hour=2)
+    webhook = Webhook(f"http://127.0.0.1:{server.server_port}/", most_per_hour=2)
     with pytest.warns(RoutingWarning, match="Layer 3, expert 0"):
-        assert not act(dead, ["warn", "log", called.append, webhook])
-    assert called == [dead]
+        assert not act(BROKEN, ["warn", "log", called.append, webhook])
+    assert called == [BROKEN]
     assert "Layer 3, expert 0" in caplog.text
-    assert act(dead, ["stop"])
+    assert act(BROKEN, ["stop"])
     for _ in range(3):
-        webhook(dead)
+        webhook(BROKEN)
     webhook.close()
+    server.shutdown()
     assert [post["layer"] for post in got] == [3, 3]  # bounded
     assert "not posted" in caplog.text
 
 
-def test_a_webhook_that_is_not_there_does_not_stop_training(
-    dead: Alarm, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_webhook_that_is_not_there_stops_no_training(caplog: pytest.LogCaptureFixture) -> None:
     webhook = Webhook("http://127.0.0.1:9/", timeout_s=1)
-    webhook(dead)
+    webhook(BROKEN)
     webhook.close()
     assert "could not post" in caplog.text
     with pytest.raises(MoeInspectError, match="is not a webhook"):
         Webhook("file:///etc/passwd")
 
 
-def test_a_warning_is_shown_without_the_line_it_came_from(
-    dead: Alarm, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_warning_is_shown_without_its_line(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():  # shown as Python shows them, in a log
         warnings.simplefilter("always")
         logging.captureWarnings(True)
-        act(dead, ["warn"])
+        act(BROKEN, ["warn"])
         warnings.warn("another", stacklevel=1)
         logging.captureWarnings(False)
     ours, another = (record.getMessage() for record in caplog.records)
-    assert ours == f"{dead}\n"
+    assert ours == f"{BROKEN}\n"
     assert re.match(r"\S+:\d+: UserWarning: another\n", another)
-
-
-def test_no_limit_is_above_what_is_possible() -> None:
-    """Every token chooses the expert: E / k, of few tokens with any design effect."""
-    for metric, most in (("max_over_mean", E / K), ("max_vio", E / K - 1)):
-        assert chance_limit(metric, 40, E, K, True, 1_000.0, 1e-9) == most
-        assert chance_limit(metric, 1e6, E, K, True, 1.0, 1e-9) < most

@@ -34,9 +34,7 @@ def test_every_way_takes_turns_on_one_model_and_leaves_it_as_it_was(model: Any) 
     assert all(spent > 0 and plain > 0 for of_way in found.values() for spent, plain in of_way)
 
 
-def test_what_drifts_while_it_is_measured_is_no_cost(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_drifts_while_measured_is_no_cost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn takes 3 s longer than the one before, and a turn of tap 2 s more."""
     entered: list[str] = []
     for way, enter in list(calls.WAYS.items()):

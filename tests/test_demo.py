@@ -5,8 +5,6 @@ import math
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT
 from tools.demo import balancing, texts, train
 
 torch.set_num_threads(1)
 
 DOMAINS = sorted(path.name for path in CORPUS_DIR.iterdir())
-DOCUMENTS = sorted(CORPUS_DIR.glob("*/*.txt"))
+TEXTS = {path: path.read_text(encoding="utf-8") for path in sorted(CORPUS_DIR.glob("*/*.txt"))}
 
 
-def texts_of(domain: str) -> Iterator[str]:
-    return (path.read_text(encoding="utf-8") for path in DOCUMENTS if path.parent.name == domain)
+def texts_of(domain: str) -> list[str]:
+    return [text for path, text in TEXTS.items() if path.parent.name == domain]
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True).eval()
-
-
 @pytest.fixture
 def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three domains of three documents, long enough for windows on both sides of the split; few
-    windows, to be quick."""
+    """Three domains of three documents, long enough for the split; few windows, to be quick."""
     monkeypatch.setattr(train, "HELD_OUT_WINDOWS", 4)
     for domain in DOMAINS[:3]:
-        found = list(texts_of(domain))
+        found = texts_of(domain)
         (folder := tmp_path / "texts" / domain).mkdir(parents=True)
         for n in range(3):
             (folder / f"{n}.txt").write_text("\n".join(found[n:] + found[:n]), encoding="utf-8")
@@ -59,17 +50,15 @@ def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_corpus_has_the_domains_the_model_was_trained_on():
     assert sorted(texts.DOMAINS) == DOMAINS
     assert len(DOMAINS) >= 6
-    assert all(len(list(texts_of(domain))) >= 8 for domain in DOMAINS)
+    assert all(len(texts_of(domain)) >= 8 for domain in DOMAINS)
 
 
-def test_corpus_documents_differ():
-    assert len({path.read_text(encoding="utf-8") for path in DOCUMENTS}) == len(DOCUMENTS)
-
-
-def test_corpus_documents_have_60_to_200_tokens(tokenizer):
-    for path in DOCUMENTS:
-        token_ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+def test_corpus_documents_differ_and_have_60_to_200_tokens_that_round_trip(tokenizer):
+    assert len(set(TEXTS.values())) == len(TEXTS)
+    for path, text in TEXTS.items():
+        token_ids = tokenizer(text)["input_ids"]
         assert 60 <= len(token_ids) <= 200, path
+        assert tokenizer.decode(token_ids, skip_special_tokens=True) == text
 
 
 def test_corpus_python_compiles():
@@ -97,32 +86,23 @@ def test_corpus_metamath_statements_and_scopes_are_closed():
 # the model
 
 
-def test_model_folder_is_small():
+def test_model_is_small_and_bfloat16_with_8_experts_and_top_2(tokenizer):
     assert sum(path.stat().st_size for path in MODEL_DIR.iterdir()) <= 6_000_000
-
-
-def test_model_is_bfloat16_with_8_experts_and_top_2():
     config = json.loads((MODEL_DIR / "config.json").read_text())
     assert (config["dtype"], config["num_local_experts"]) == ("bfloat16", 8)
     assert config["num_experts_per_tok"] == 2
     assert config["num_hidden_layers"] >= 4
+    assert config["vocab_size"] == len(tokenizer)
     with safe_open(MODEL_DIR / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_tokenizer_puts_bos_in_front_and_round_trips_every_domain(tokenizer):
-    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    assert tokenizer("a", add_special_tokens=False)["input_ids"][0] != tokenizer.bos_token_id
-    for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
-def test_tokenizer_pads_a_batch_and_its_padding_is_never_a_target(tokenizer):
+def test_tokenizer_puts_bos_in_front_and_its_padding_is_never_a_target(tokenizer):
     batch = tokenizer(["a b c", "a"], padding=True, return_tensors="pt")
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
-    assert len(tokenizer) == json.loads((MODEL_DIR / "config.json").read_text())["vocab_size"]
+    assert batch["input_ids"][1, 0] == tokenizer.bos_token_id
+    assert tokenizer("a", add_special_tokens=False)["input_ids"][0] != tokenizer.bos_token_id
 
 
 def test_model_card_states_source_licence_and_figures():
@@ -150,17 +130,14 @@ def run_on_corpus(model, tokenizer) -> tuple[dict[str, float], np.ndarray]:
     return losses, load_LDE
 
 
-def test_model_has_learned_every_domain_of_the_corpus(model, tokenizer):
-    learned, _ = run_on_corpus(model, tokenizer)
+def test_model_has_learned_every_domain_is_balanced_and_specialises(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True).eval()
+    learned, load_LDE = run_on_corpus(model, tokenizer)
     random, _ = run_on_corpus(train.new_model(len(tokenizer), seed=1).eval(), tokenizer)
     for domain in DOMAINS:
         assert learned[domain] < math.log(len(tokenizer)) - 2, learned
         assert learned[domain] < random[domain] - 2, (learned, random)
         assert abs(random[domain] - math.log(len(tokenizer))) < 0.5, random
-
-
-def test_model_is_balanced_in_every_layer_and_specialises_by_domain(model, tokenizer):
-    _, load_LDE = run_on_corpus(model, tokenizer)
     max_over_mean_L, min_over_mean_L, mi_bits_L = train.Evaluation({}, load_LDE).balance()
     assert max_over_mean_L.max() < 1.6
     assert min_over_mean_L.min() > 0.3
@@ -180,24 +157,21 @@ def test_balance_of_a_hand_computed_load():
     np.testing.assert_allclose(mi_bits_L, [1, 0], atol=1e-12)
 
 
-@pytest.mark.parametrize("layers", [1, 4])
-def test_uniform_router_scores_1_in_each_layer_and_top_k_when_pooled(layers):
-    logits = [torch.zeros(16, 8)] * layers
-    assert balancing.per_layer_balancing_loss(logits, 8, 2).item() == pytest.approx(1)
-    assert balancing.pooled_balancing_loss(logits, 8, 2).item() == pytest.approx(2)
-
-
-def test_pooled_loss_is_blind_to_layers_that_collapse_onto_different_experts():
-    """Two layers, each with one half of the experts: uniform when pooled, and 2 for a layer that
-    uses half."""
-    left, right = torch.zeros(16, 4), torch.zeros(16, 4)
+def test_balancing_losses_and_that_pooled_is_blind_to_layers_that_collapse_apart():
+    """Uniform routers; two layers on one half of the experts each; both on the same half."""
+    even, left, right = torch.zeros(16, 4), torch.zeros(16, 4), torch.zeros(16, 4)
     left[:, :2], right[:, 2:] = 30, 30
-    assert balancing.pooled_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
-    assert balancing.per_layer_balancing_loss([left, right], 4, 2).item() == pytest.approx(2)
-    assert balancing.pooled_balancing_loss([left, left], 4, 2).item() == pytest.approx(4)
+    for logits, per_layer, pooled in (
+        ([even], 1, 2),
+        ([even] * 4, 1, 2),
+        ([left, right], 2, 2),
+        ([left, left], 2, 4),
+    ):
+        assert balancing.per_layer_balancing_loss(logits, 4, 2).item() == pytest.approx(per_layer)
+        assert balancing.pooled_balancing_loss(logits, 4, 2).item() == pytest.approx(pooled)
 
 
-def test_windows_do_not_cross_a_document_that_is_long_enough():
+def test_windows_do_not_cross_a_document_that_is_long_enough_and_short_ones_are_packed():
     length = train.WINDOW * 2
     stream = train.Stream(np.repeat(np.arange(5), length), np.arange(6) * length)
     random = np.random.default_rng(0)
@@ -207,12 +181,8 @@ def test_windows_do_not_cross_a_document_that_is_long_enough():
     assert windows_WS.shape == (40, train.WINDOW)
     assert (windows_WS == windows_WS[:, :1]).all()
     assert set(windows_WS[:, 0]) == set(range(5))
-
-
-def test_short_documents_are_packed_with_the_next():
-    stream = train.Stream(np.repeat(np.arange(20), 10), np.arange(21) * 10)
-    assert stream.window(0, 0).shape == (train.WINDOW,)
-    assert stream.window(19, 5).shape == (train.WINDOW,)
+    short = train.Stream(np.repeat(np.arange(20), 10), np.arange(21) * 10)
+    assert short.window(0, 0).shape == short.window(19, 5).shape == (train.WINDOW,)
 
 
 def test_split_is_by_document_and_by_seed():
@@ -225,18 +195,12 @@ def test_split_is_by_document_and_by_seed():
 
 
 def test_prose_keeps_its_own_language_once():
-    german = (
-        "<div>Der Rechner wird im nächsten Schritt neu gestartet, und das System ist nicht mehr "
-        "erreichbar.</div>"
-    )
-    english = (
-        "<p>The computer is restarted in the next step, and the system can not be reached for as "
-        "long.</p>"
-    )
-    page = (
-        f"<html><head><title>x</title></head><body>{german}{english}{german}<pre>{english}</pre>"
-        "</body></html>"
-    )
+    german = "<div>Der Rechner wird im nächsten Schritt neu gestartet, und das System ist nicht "
+    german += "mehr erreichbar.</div>"
+    english = "<p>The computer is restarted in the next step, and the system can not be reached "
+    english += "for as long.</p>"
+    body = f"{german}{english}{german}<pre>{english}</pre>"
+    page = f"<html><head><title>x</title></head><body>{body}</body></html>"
     (found,) = texts.prose(page, "german", set())
     assert found.startswith("Der Rechner")
     assert "The computer" not in found
@@ -276,11 +240,3 @@ def test_missing_texts_are_named(tmp_path, capsys):
     (tmp_path / "texts" / "english" / "1.txt").write_text("one")
     with pytest.raises(MoeInspectError, match="english has 1 document"):
         texts.load_folder(tmp_path / "texts", seed=0)
-
-
-def test_package_constants_import_nothing_heavy():
-    code = (
-        "import sys, moe_inspect.demo; print({*sys.modules} & {'torch', 'transformers', 'pandas'})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n"

@@ -47,8 +47,7 @@ def test_parameters_to_the_digit(name: str) -> None:
 
 
 def test_flops_by_hand() -> None:
-    """Llama-2-7B: two for each entry of its matrices, embeddings left out, four for each key, head
-    and dimension."""
+    """Two for each entry of matrices, without embeddings; four for each key, head and dimension."""
     made = moe_inspect.describe(str(CONFIGS / "llama-2-7b.json"), context=1000)
     matrices = 6_738_415_616 - 131_072_000 - 65 * 4096
     assert made.flops_a_token(1000) == 2 * matrices + 4 * 1000 * 32 * 4096
@@ -71,15 +70,13 @@ def test_training_and_its_inverse() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_counts_what_the_built_model_has(family: str, tmp_path: Path) -> None:
-    """On the meta device as in memory, every parameter in one part; and of the routed experts k in
-    E are active."""
+    """On the meta device as in memory; and of the routed experts k in E are active."""
     model = build(family)
     config(family).save_pretrained(tmp_path)
     made = moe_inspect.describe(str(tmp_path))
     assert made.parameters == sum(p.numel() for p in model.parameters())
-    experts = sum(
-        p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n
-    )
+    named = model.named_parameters()
+    experts = sum(p.numel() for n, p in named if ".experts." in n and "shared" not in n)
     assert made.total["routed experts"] == experts
     k = {k for _, _, k in made.routers}.pop()
     assert made.active["routed experts"] == pytest.approx(experts * k / 8)

@@ -27,8 +27,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(costs, name, value)
 
 
-def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
-    text = cli_here("doctor", "--no-measure").stdout
+def test_page_and_json_name_versions_and_nothing_private(cli_here: Cli, tmp_path: Path) -> None:
+    (tmp_path / "secret-project").mkdir()
+    asked = ("doctor", "--no-measure", "--directory", "secret-project")
+    text, shown = cli_here(*asked).stdout, cli_here(*asked, "--json").stdout
     for name in ("moe-inspect", "torch", "transformers", "pyarrow"):
         assert f"  {name:<28}{version_of(name)}\n" in text
     assert "tap                         yes" in text
@@ -37,20 +39,12 @@ def test_the_page_names_versions_devices_and_captures(cli_here: Cli) -> None:
     assert "free" in text
     assert "not measured" not in text
     assert max(map(len, text.splitlines())) <= 100
-
-
-def test_the_json_holds_what_the_page_shows(cli_here: Cli) -> None:
-    facts = json.loads(cli_here("doctor", "--no-measure", "--json").stdout)
+    facts = json.loads(shown)
     assert torch.__version__.startswith(facts["versions"]["torch"])  # some builds add +cu130
     assert facts["devices"][0]["device"] == "cpu"
     assert all(row["possible"] or row["note"] for row in facts["captures"])
     assert {"costs", "model"}.isdisjoint(facts)
-    assert page(facts) + "\n" == cli_here("doctor", "--no-measure").stdout
-
-
-def test_nothing_private_is_shown(cli_here: Cli, tmp_path: Path) -> None:
-    (tmp_path / "secret-project").mkdir()
-    shown = cli_here("doctor", "--no-measure", "--json", "--directory", "secret-project").stdout
+    assert page(facts) + "\n" == text
     names = {getpass.getuser(), socket.gethostname(), "secret-project", str(tmp_path), str(ROOT)}
     values = {value for key, value in os.environ.items() if "PATH" in key or key.endswith("TOKEN")}
     assert "platform" in shown

@@ -14,7 +14,8 @@ from typing import get_type_hints
 import pytest
 
 import moe_inspect
-from moe_inspect.capture.options import EngineOptions
+from moe_inspect.capture import options as module
+from tests.conftest import ROOT
 
 # expression → the type that a type checker must see
 TYPES = {
@@ -44,49 +45,37 @@ WRONG = (
 )
 
 
-def test_every_name_is_there_and_documented() -> None:
+def test_every_name_is_there_documented_and_in_help() -> None:
+    text = pydoc.render_doc(moe_inspect, renderer=pydoc.plaintext)
     assert sorted(moe_inspect.__all__) == moe_inspect.__all__
     assert set(moe_inspect.__all__) <= set(dir(moe_inspect))
     for name in moe_inspect.__all__:
         value = getattr(moe_inspect, name)
         assert inspect.isfunction(value) or inspect.isclass(value), name
         assert inspect.getdoc(value), f"{name} has no docstring"
+        assert f"{name}(" in text or f"class {name}" in text, name
     with pytest.raises(AttributeError, match="reprot"):
         _ = moe_inspect.reprot  # pyright: ignore
 
 
-def test_help_lists_every_name() -> None:
-    text = pydoc.render_doc(moe_inspect, renderer=pydoc.plaintext)
-    for name in moe_inspect.__all__:
-        assert f"{name}(" in text or f"class {name}" in text, name
-
-
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
-    heavy = "torch", "transformers", "triton", "pandas", "pyarrow"
-    program = (
-        "import sys, moe_inspect; dir(moe_inspect); moe_inspect.record; "
-        f"print([name for name in {heavy!r} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    heavy = {"torch", "transformers", "triton", "pandas", "pyarrow"}
+    program = "import sys, moe_inspect, moe_inspect.demo; dir(moe_inspect); moe_inspect.record; "
+    command = [sys.executable, "-c", f"{program}print({heavy} & {{*sys.modules}})"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_type_checkers_see_real_types(tmp_path: Path) -> None:
     assert (Path(moe_inspect.__file__).parent / "py.typed").exists()
-    header = (
-        "import moe_inspect\nfrom typing import Any\n"
-        "def f(model: Any, path: str, trace: moe_inspect.Trace) -> None:\n"
-    )
+    header = "import moe_inspect\nfrom typing import Any\n"
+    header += "def f(model: Any, path: str, trace: moe_inspect.Trace) -> None:\n"
     lines = [f"    reveal_type({expression})" for expression in TYPES]
     lines += [f"    {expression}" for expression in WRONG]
     (tmp_path / "use.py").write_text(header + "\n".join(lines) + "\n")
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
-    done = subprocess.run(
-        [*command, tmp_path / "use.py"],
-        capture_output=True,
-        text=True,
-        cwd=Path(moe_inspect.__file__).parent.parent,
-    )
+    command += [str(tmp_path / "use.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     said = json.loads(done.stdout)["generalDiagnostics"]
     first = header.count("\n")
     by_line = {d["range"]["start"]["line"] - first: d for d in said}
@@ -97,17 +86,13 @@ def test_type_checkers_see_real_types(tmp_path: Path) -> None:
         assert by_line[n]["severity"] == "error"
 
 
-@pytest.mark.parametrize(
-    ("options", "keywords"),
-    [(f"{name}Options", f"{name}Keywords") for name in ("Trace", "Engine", "Record")],
-)
-def test_each_setting_of_a_trace_is_a_typed_keyword(options: str, keywords: str) -> None:
-    from moe_inspect.capture import options as module
-
-    assert get_type_hints(getattr(module, options)) == get_type_hints(getattr(module, keywords))
+@pytest.mark.parametrize("kind", ["Trace", "Engine", "Record"])
+def test_each_setting_of_a_trace_is_a_typed_keyword(kind: str) -> None:
+    options, keywords = (getattr(module, f"{kind}{end}") for end in ("Options", "Keywords"))
+    assert get_type_hints(options) == get_type_hints(keywords)
 
 
 def test_settings_of_a_trace_are_checked_by_name() -> None:
     with pytest.raises(TypeError, match="batch_token'"):
         moe_inspect.trace_model("demo", "t", batch_token=5)  # pyright: ignore
-    assert "sesame" not in repr(EngineOptions(api_key="sesame"))
+    assert "sesame" not in repr(module.EngineOptions(api_key="sesame"))

@@ -1,4 +1,5 @@
-"""Caches of experts: hits against naive implementations."""
+"""Caches of experts: hits against naive implementations. Distinct experts of a decode step: the
+baselines' known values, and a brute force."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_inspect.errors import MoeInspectError
 from moe_inspect.simulate.cache import POLICIES, Cache, simulate_cache
+from moe_inspect.simulate.decode import Steps, independent, simulate_decode
 from tests.conftest import ROOT
 from tests.support.foreign import gguf_file
 from tests.support.synthetic import uniform_ids, write_trace
@@ -50,9 +52,7 @@ def naive(name: str, ids_KT: np.ndarray, slots: int) -> int:
     return hits
 
 
-def hits_so_far(
-    ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int | None = None
-) -> np.ndarray:
+def hits_so_far(ids_KT: np.ndarray, E: int, slots: int, name: str, cuts: int = 0) -> np.ndarray:
     """After each of so many parts of the stream, by default each decision."""
     cache, found = Cache(E, [slots], [name]), []
     for part in np.array_split(ids_KT, cuts or ids_KT.shape[1], axis=1):  # carried on
@@ -177,3 +177,51 @@ def test_a_router_of_over_256_experts(tmp_path: Path):
 def test_what_cannot_be_simulated_is_a_one_line_error(options: dict[str, Any], said: str):
     with pytest.raises(MoeInspectError, match=said):
         simulate_cache(ROOT / "sample_traces/balanced", **options)
+
+
+# --- decode steps
+
+
+UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256, 8, 57.4, 163.3)]
+
+
+@pytest.mark.parametrize(("E", "k", "of_8", "of_32"), UNIFORM)
+def test_uniform_routing_formula(E: int, k: int, of_8: float, of_32: float, tmp_path: Path) -> None:
+    assert independent(E, k, 8) == pytest.approx(of_8, abs=0.06)
+    assert independent(E, k, 32) == pytest.approx(of_32, abs=0.06)
+    ids = uniform_ids(np.random.default_rng(0), 64 * 240, E, k)
+    document = np.repeat(np.arange(64), 240)
+    trace = write_trace(tmp_path / "t", [ids], E, document=document, batch_tokens=240)
+    table = simulate_decode(trace, batches=[8, 32]).tables["decode"]
+    found = table.set_index("batch")["distinct_experts"]
+    assert found[8] == pytest.approx(of_8, rel=0.01)
+    assert found[32] == pytest.approx(of_32, rel=0.01)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_steps_equal_a_brute_force_in_any_parts(seed: int, batch: int, parts: int) -> None:
+    rng = np.random.default_rng(seed)
+    T, E, k = int(rng.integers(1, 60)), 6, 2
+    ids_KT, position_T = uniform_ids(rng, T, E, k).astype(np.int16).T.copy(), rng.integers(0, 4, T)
+    ids_KT[rng.random((k, T)) < 0.1] = -1
+    steps = distinct = 0
+    for p in range(4):
+        chosen = [set(ids_KT[:, t].tolist()) - {-1} for t in range(T) if position_T[t] == p]
+        for start in range(0, len(chosen) - batch + 1, batch):
+            steps += 1
+            distinct += len(set.union(*chosen[start : start + batch]))
+    of = Steps(E, [batch])
+    for part in np.array_split(np.arange(T), parts):
+        of.add(np.ascontiguousarray(ids_KT[:, part]), position_T[part])
+    assert (of.steps_B[0], of.distinct_B[0]) == (steps, distinct)
+
+
+def test_bytes_a_token(tmp_path: Path) -> None:
+    config = {"hidden_size": 10, "moe_intermediate_size": 4}
+    manifest = {"model": {"config": config}, "capture": {"weights": False, "dtype": "bfloat16"}}
+    ids = uniform_ids(np.random.default_rng(0), 50, 4, 2)
+    trace = write_trace(tmp_path / "t", [ids], 4, manifest=manifest)
+    for expert_mb, expected in ((None, 2 * 3 * 10 * 4 * 2), (1.5, 3e6)):
+        table = simulate_decode(trace, batches=[1], expert_mb=expert_mb).tables["decode"]
+        assert table["bytes_per_token"].item() == expected

@@ -9,22 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
-from moe_inspect.cli import app
 from moe_inspect.simulate.decode import simulate_decode
 from moe_inspect.simulate.placement.placement import simulate_placement
 from tests.conftest import ROOT, Cli
 from tests.support.synthetic import encoder_decoder, uniform_ids, write_counts, write_trace
 
 TRACE = ROOT / "sample_traces/collapsed"
-
-
-def run(*arguments: object, exit_code: int = 0) -> Result:
-    """In this process: what a new one would spend on imports is not what is asked."""
-    done = CliRunner().invoke(app, ["simulate", *map(str, arguments)])
-    assert done.exit_code == exit_code, f"exit {done.exit_code}\n{done.output}"
-    return done
 
 
 COLUMNS = {
@@ -41,15 +32,16 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("names", COLUMNS)
-def test_every_table_in_every_format(names: str, tmp_path: Path) -> None:
+def test_every_table_in_every_format(names: str, cli_here: Cli, tmp_path: Path) -> None:
     command, table = names.split()
-    text = run(command, TRACE, "--table", table, "--format", "csv").stdout
+    shown = "simulate", command, TRACE, "--table", table
+    text = cli_here(*shown, "--format", "csv").stdout
     assert text.startswith(COLUMNS[names])
     rows = text.count("\n") - 1
-    lines = run(command, TRACE, "--table", table, "--format", "json").stdout.splitlines()
+    lines = cli_here(*shown, "--format", "json").stdout.splitlines()
     assert len(lines) == rows > 0
     assert json.loads(lines[0]).keys() == set(text.splitlines()[0].split(","))
-    run(command, TRACE, "--table", table, "-o", tmp_path / "t.parquet")
+    cli_here(*shown, "-o", "t.parquet")
     assert len(pd.read_parquet(tmp_path / "t.parquet")) == rows
 
 
@@ -62,33 +54,30 @@ SAID = {
 
 
 @pytest.mark.parametrize("line", SAID)
-def test_a_verdict_a_picture_and_a_page(line: str, tmp_path: Path) -> None:
+def test_a_verdict_a_picture_and_a_page(line: str, cli_here: Cli, tmp_path: Path) -> None:
     command, *options = line.split()
-    page = tmp_path / "page.html"
-    assert SAID[line] in run(command, TRACE, *options, "--plots", tmp_path, "--html", page).stdout
+    shown = "simulate", command, TRACE, *options, "--plots", ".", "--html", "page.html"
+    assert SAID[line] in cli_here(*shown).stdout
     assert (tmp_path / f"{command}.png").stat().st_size > 10_000
-    assert f"<title>moe-inspect simulate {command}" in page.read_text()
+    assert f"<title>moe-inspect simulate {command}" in (tmp_path / "page.html").read_text()
 
 
-def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
-    def placed(*more: object) -> Result:
-        options = ["--gpus", 4, "--physical-experts", 12]
-        options += ["--policy", "contiguous,eplb,local-search"]
-        return run("placement", TRACE, *options, *more)
-
-    page, plan_json = tmp_path / "page.html", tmp_path / "plan.json"
-    done = placed("-o", plan_json, "--plots", tmp_path, "--html", page)
+def test_placement_writes_plan_picture_and_page(cli_here: Cli, tmp_path: Path) -> None:
+    placed = ["simulate", "placement", TRACE, "--gpus", 4, "--physical-experts", 12]
+    placed += ["--policy", "contiguous,eplb,local-search"]
+    done = cli_here(*placed, "-o", "plan.json", "--plots", ".", "--html", "page.html")
     assert "by vLLM's convention" in done.stdout
     assert "local-search, 4 MoE layers of 12 slots on 4 GPUs" in done.stderr
-    plan = json.loads(plan_json.read_text())["physical_to_logical_map"]
+    plan = json.loads((tmp_path / "plan.json").read_text())["physical_to_logical_map"]
     assert [sorted(set(row)) for row in plan] == [list(range(8))] * 4
     assert (tmp_path / "placement.png").stat().st_size > 10_000
-    assert "<title>moe-inspect simulate placement" in page.read_text()
-    assert "counts only" not in page.read_text()  # a setting that does not apply
-    placed("-o", tmp_path / "plan.yaml")
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>moe-inspect simulate placement" in page
+    assert "counts only" not in page  # a setting that does not apply
+    cli_here(*placed, "-o", "plan.yaml")
     of_layers = yaml.safe_load((tmp_path / "plan.yaml").read_text())["initial_global_assignments"]
     assert of_layers == dict(enumerate(plan))
-    done = placed("--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", tmp_path / "map.json")
+    done = cli_here(*placed, "--dispatch", "lp", "--plan-for", "vllm-ascend", "-o", "map.json")
     assert "for vllm-ascend" in done.stderr
     assert "linear program" in done.stdout
     first = json.loads((tmp_path / "map.json").read_text())["layer_list"][0]["device_list"]
@@ -109,8 +98,8 @@ def test_placement_writes_plan_picture_and_page(tmp_path: Path) -> None:
         (("decode", TRACE, "--phase", "later"), "'later' is not"),
     ],
 )
-def test_bad_usage_exits_2_and_names_what_is_wrong(arguments: tuple, said: str) -> None:
-    done = run(*arguments, exit_code=2)
+def test_bad_usage_exits_2_and_names_it(arguments: tuple, said: str, cli_here: Cli) -> None:
+    done = cli_here("simulate", *arguments, check=2)
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
@@ -141,8 +130,7 @@ def test_what_can_be_mended_exits_1_in_a_line(cli_here: Cli, tmp_path: Path) -> 
 
 
 def test_an_encoder_decoders_routers_see_their_own_tokens(tmp_path: Path) -> None:
-    """The encoder sends its 6 tokens to expert 0, the decoder its 4 in turn to 0 and 1: on two
-    GPUs, an expert each, of 2 and 1 times the mean load; at an even capacity 3 are dropped."""
+    """The encoder sends its 6 tokens to expert 0, the decoder its 4 in turn to 0 and 1."""
     simulate = encoder_decoder(tmp_path / "t").simulate
     rows = simulate.placement(gpus=2, policies=["contiguous"], fit_share=1.0).tables["placement"]
     columns = ["max_over_mean", "ranks_per_token", "mean_load"]
@@ -160,14 +148,14 @@ def test_an_encoder_decoders_routers_see_their_own_tokens(tmp_path: Path) -> Non
     assert found == [[6, 1.0, 1.0]] * 2 + [[4, 1.0, 0.0]] * 2
 
 
-def test_two_routers_a_layer_keep_apart_and_no_plan_file_holds_both(tmp_path: Path) -> None:
+def test_two_routers_a_layer_and_no_plan_file_holds_both(cli_here: Cli, tmp_path: Path) -> None:
     ids = [np.tile(np.array([[e]], np.uint16), (64, 1)) for e in (0, 1)]
     trace = write_trace(tmp_path / "t", ids, 2, layers=[3, 3])
     table = simulate_placement(trace, gpus=2, policies=["contiguous"]).tables["plan"]
     assert table.groupby("router")["expert"].apply(list).to_dict() == {0: [0, 1], 1: [0, 1]}
     assert simulate_decode(trace, batches=[1]).tables["decode"]["router"].tolist() == [0, 1]
-    done = run("placement", trace.path, "--gpus", 2, "-o", tmp_path / "p.json", exit_code=1)
-    assert "one router per layer" in str(done.exception)
+    done = cli_here("simulate", "placement", trace.path, "--gpus", 2, "-o", "p.json", check=1)
+    assert "one router per layer" in done.stderr
 
 
 def test_slots_that_route_nowhere_load_no_gpu_and_read_no_expert(tmp_path: Path) -> None:

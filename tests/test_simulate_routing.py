@@ -1,9 +1,11 @@
-"""Routing algorithms on logits: each against what defines it, and against what it says of
-itself."""
+"""Routing under other rules. Algorithms on logits: each against what defines it, and against what
+it says of itself. What a capacity drops, against a brute force that serves one after another."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,11 @@ from hypothesis import strategies as st
 
 from moe_inspect import Trace, open_trace
 from moe_inspect.errors import MoeInspectError
-from moe_inspect.simulate.kernels_numba import serve_in_turn
+from moe_inspect.simulate import capacity, kernels_numba, routing_algorithms
+from moe_inspect.simulate.capacity import ORDERS, simulate_capacity
 from moe_inspect.simulate.routing import simulate_routing
-from moe_inspect.simulate.routing_algorithms import (
-    ALGORITHMS,
-    BIAS_RATE,
-    BIAS_TOKENS,
-    Algorithm,
-    RouterScores,
-    largest,
-    ranked,
-)
+from moe_inspect.simulate.routing_algorithms import ALGORITHMS, Algorithm, RouterScores, largest
+from moe_inspect.simulate.shards import expert_capacity
 from tests.conftest import ROOT
 from tests.support.synthetic import uniform_ids, write_trace
 
@@ -46,7 +42,7 @@ def choose(of: Algorithm, made: RouterScores) -> np.ndarray:
 
 
 @pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_what_leaks_the_future_says_so_and_nothing_else_does(of: Algorithm):
+def test_experts_a_token_and_what_leaks_the_future_says_so(of: Algorithm):
     memory = of.prepare(batch(skewed(5))) if of.prepare else {}
     moved = 0
     for seed in range(5):
@@ -59,10 +55,6 @@ def test_what_leaks_the_future_says_so_and_nothing_else_does(of: Algorithm):
         )
         moved += int((first != second).sum())
     assert bool(moved) == bool(of.leaks)
-
-
-@pytest.mark.parametrize("of", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_experts_a_token_and_types(of: Algorithm):
     chosen_TE = choose(of, batch(skewed()))
     assert chosen_TE.shape == (200, 8)
     assert chosen_TE.dtype == bool
@@ -79,7 +71,7 @@ def test_the_largest_and_the_order_are_those_of_a_stable_sort(values: int):
     rng = np.random.default_rng(0)
     values_TE = rng.integers(0, values, (300, 20)).astype(np.float32) / np.float32(7)
     order_TE = np.argsort(-values_TE, axis=1, kind="stable")
-    found_TE, sorted_TE = ranked(values_TE)
+    found_TE, sorted_TE = routing_algorithms.ranked(values_TE)
     assert (found_TE == order_TE).all()
     assert (sorted_TE == np.take_along_axis(values_TE, order_TE, 1)).all()
     for k in (1, 7, 20):
@@ -112,7 +104,7 @@ def test_next_best_equals_a_naive_queue(T: int, E: int, k: int, room: int, seed:
     expected = np.zeros((T, E), bool)
     for t in range(T):
         expected[t, [e for e in order_TE[t] if expected[:, e].sum() < room][:k]] = True
-    assert (serve_in_turn(order_TE, k, room) == expected).all()
+    assert (kernels_numba.serve_in_turn(order_TE, k, room) == expected).all()
 
 
 def test_expert_choice_gives_every_expert_the_same():
@@ -134,11 +126,12 @@ def test_sinkhorn_evens_out_what_top_k_does_not():
 def test_a_bias_moves_by_the_sign_of_the_load_error_after_as_many_tokens_as_a_step_of_training():
     state = {"bias_E": np.zeros(4, np.float32), "load_E": np.zeros(4, np.int64)}
     made = batch(np.array([[9.0, 5, 1, 0]]), k=2)
-    for _ in range(BIAS_TOKENS - 1):  # decode steps
+    for _ in range(routing_algorithms.BIAS_TOKENS - 1):  # decode steps
         ALGORITHMS["loss-free bias"].choose(made, 0, state)
     assert not state["bias_E"].any()
     ALGORITHMS["loss-free bias"].choose(made, 0, state)
-    assert state["bias_E"].tolist() == pytest.approx([-BIAS_RATE] * 2 + [BIAS_RATE] * 2)
+    rate = routing_algorithms.BIAS_RATE
+    assert state["bias_E"].tolist() == pytest.approx([-rate, -rate, rate, rate])
     assert not state["load_E"].any()
 
 
@@ -211,3 +204,134 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_routing(trace)
     with pytest.raises(MoeInspectError, match="no algorithm best: there are as recorded"):
         simulate_routing(ROOT / "sample_traces/balanced", algorithms=["best"])
+    with pytest.raises(MoeInspectError, match="holds no gate weights"):
+        simulate_capacity(trace, order="weight")
+    with pytest.raises(MoeInspectError, match="capacity factors"):
+        simulate_capacity(trace, capacity_factors=[0.0])
+
+
+# --- capacity
+
+
+COLLAPSED = ROOT / "sample_traces/collapsed"
+FACTORS = (0.5, 1.0, 1.25, 2.0)
+
+
+def brute_force(
+    ids_TK: np.ndarray, weight_TK: np.ndarray, room: int, order: str
+) -> set[tuple[int, int]]:
+    """The (token, slot) dropped of one group."""
+    queue = [(int(t), int(k)) for t, k in np.argwhere(ids_TK >= 0)]
+    if order != "token":
+        weight = {at: -weight_TK[at] if order == "weight" else 0 for at in queue}
+        queue.sort(key=lambda at: (weight[at], at[1], at[0]))
+    taken, dropped = Counter[int](), set[tuple[int, int]]()
+    for at in queue:
+        taken[ids_TK[at]] += 1
+        if taken[ids_TK[at]] > room:
+            dropped.add(at)
+    return dropped
+
+
+@st.composite
+def routing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    E = draw(st.integers(1, 6))
+    K, T = draw(st.integers(1, min(E, 3))), draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    ids_TK = uniform_ids(rng, T, E, K).astype(np.int16)
+    ids_TK[rng.random((T, K)) < draw(st.sampled_from([0, 0.2]))] = -1
+    return ids_TK, rng.integers(1, 5, (T, K)).astype(np.float32), E
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@settings(max_examples=60, deadline=None)
+@given(case=routing(), size=st.integers(1, 15))
+def test_drops_equal_a_brute_force(order: str, case: tuple[np.ndarray, np.ndarray, int], size: int):
+    ids_TK, weight_TK, E = case
+    T, K = ids_TK.shape
+    start_G = np.append(np.arange(0, T, size), T)
+    size_G = np.diff(start_G)
+    room_GF = np.array([[expert_capacity(f, int(n), K, E) for f in FACTORS] for n in size_G])
+    group_T = np.repeat(np.arange(len(size_G)), size_G)
+    domain_T = np.arange(T) % 2
+    decile_PT = np.stack([np.arange(T) % 10, np.arange(T) // 7]).astype(np.uint8)
+    visit_N = np.zeros(0, np.int64)
+    if order == "weight":
+        visit_N = np.lexsort((-weight_TK.T.ravel(), np.tile(group_T, K)))
+    made = load_GE, level_KT = np.zeros((len(size_G), E), np.int32), np.empty((K, T), np.uint8)
+    of_G, ids_KT = np.arange(len(room_GF)), np.ascontiguousarray(ids_TK.T)
+    how = capacity.levels(room_GF, size), visit_N, order == "token"
+    kernels_numba.queue(ids_KT, start_G, of_G, *how, *made)
+    groups = capacity.Groups(slice(None), start_G, domain_T, decile_PT, ["a", "b"])
+    last_FD, last_FPN, worst_T, best_T = capacity.dropped(level_KT, groups, len(FACTORS))
+    for f in range(len(FACTORS)):
+        of_group = [
+            brute_force(ids_TK[group_T == g], weight_TK[group_T == g], room_F[f], order)
+            for g, room_F in enumerate(room_GF)
+        ]
+        lost = {(int(start_G[g]) + t, k) for g, of in enumerate(of_group) for t, k in of}
+        assert last_FD[f:].sum() == len(lost)
+        assert last_FD[f:, 1].sum() == sum(t % 2 for t, _ in lost)
+        assert last_FPN[f:, 1, 0].sum() == sum(t // 7 == 0 for t, _ in lost)
+        of_token = Counter(t for t, _ in lost)
+        made_T = (ids_TK >= 0).sum(1)
+        assert (worst_T > f).tolist() == [t in of_token for t in range(T)]
+        assert (best_T > f).tolist() == [0 < made_T[t] == of_token[t] for t in range(T)]
+    assert load_GE.sum() == (ids_TK >= 0).sum()
+
+
+def test_capacity_is_exact_where_a_float_is_not():
+    assert ceil(1.1 * 100) == 111
+    assert expert_capacity(1.1, 100, 1, 1) == 110
+    assert expert_capacity(1.25, 7, 2, 8) == 3
+
+
+def test_a_trace_of_two_batches_by_hand(tmp_path: Path):
+    # capacity 1.0 · 4 · 1 / 2 = 2 a batch: expert 0 has 4 and 3 of them, so 2 and 1 are dropped,
+    # the last to come
+    ids = np.array([0, 0, 0, 0, 0, 1, 0, 0], np.uint16)[:, None]
+    cut = {"batch_tokens": 4, "shard_tokens": 4, "document": np.arange(8) // 4}
+    trace = write_trace(tmp_path / "t", [ids], 2, domain_of_document=("a", "b"), **cut)
+    made = simulate_capacity(trace, capacity_factors=[1.0], target_drop=0.0)
+    columns = ["simulated_drop_rate", "tokens_hit", "tokens_lost", "unused_capacity"]
+    assert made.tables["capacity"].iloc[0][columns].tolist() == [3 / 8] * 4
+    assert made.tables["capacity_by_domain"]["simulated_drop_rate"].tolist() == [2 / 4, 1 / 4]
+    ends = made.tables["capacity_by_position"].query("position_in == 'document'").dropna()
+    ends = ends.set_index("tenth")["simulated_drop_rate"]
+    assert ends.to_dict() == {1: 0.0, 3: 0.0, 6: 0.5, 8: 1.0}
+    columns = ["capacity_factor", "simulated_drop_rate", "unused_capacity"]
+    assert made.tables["capacity_needed"].iloc[0][columns].tolist() == [1.51, 0.0, 0.5]
+    assert expert_capacity(1.5, 4, 1, 2) == 3  # one hundredth less is too little
+    assert all(sentence.startswith("Simulated") for sentence in made.verdict)
+
+
+@pytest.mark.parametrize("group", ["batch", "sequence", 100])
+def test_what_a_factor_needs_is_what_it_then_drops(group: str | int):
+    how = {"group_tokens": group, "layers": 3}
+    made = simulate_capacity(COLLAPSED, target_drop=0.05, **how)
+    row = made.tables["capacity_needed"].iloc[0]
+    factors = [round(row["capacity_factor"] + step, 2) for step in (-0.01, 0)]
+    made = simulate_capacity(COLLAPSED, capacity_factors=factors, **how)
+    too_little, enough = made.tables["capacity"].to_dict("records")
+    assert too_little["simulated_drop_rate"] > 0.05
+    for column in ("simulated_drop_rate", "unused_capacity"):
+        assert enough[column] == row[column]
+
+
+def test_a_document_that_was_cut_is_its_sequences_one_after_the_other():
+    document_T, sequence_T = np.repeat([7, 3, 7], 10), np.repeat([5, 2, 4], 10)
+    expected = [*np.repeat(range(5, 10), 2), *range(10), *np.repeat(range(5), 2)]
+    assert capacity.document_deciles(document_T, sequence_T).tolist() == expected
+
+
+def test_a_group_may_be_larger_than_any_pass():
+    usual, made = (simulate_capacity(COLLAPSED, group_tokens=of) for of in ("batch", 10**30))
+    assert made.tables["capacity"].equals(usual.tables["capacity"])
+
+
+def test_order_moves_drops_and_does_not_change_how_many():
+    made = [simulate_capacity(COLLAPSED, order=order, group_tokens=200) for order in ORDERS]
+    tables = [of.tables["capacity"] for of in made]
+    dropped, hit = ([of[name].tolist() for of in tables] for name in ("dropped", "tokens_hit"))
+    assert dropped[0] == dropped[1] == dropped[2]
+    assert hit[0] != hit[1] != hit[2]

@@ -41,16 +41,15 @@ def expected(logits_SV: torch.Tensor, ids_S: torch.Tensor) -> np.ndarray:
     return torch.cat([values, torch.full((1, 2), torch.nan)]).numpy()
 
 
+def of_rows(model: Any, padded: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    lengths, logits = padded["attention_mask"].sum(1).tolist(), model(**padded).logits.detach()
+    rows = zip(logits, padded["input_ids"], lengths, strict=True)
+    return [expected(of_row[:n], ids[:n]) for of_row, ids, n in rows]
+
+
 def by_sequence(path: Path) -> list[np.ndarray]:
-    tokens = moe_inspect.open_trace(path).tokens()
-    return [
-        of[COLUMNS].to_numpy(float) for _, of in tokens.sort_values("position").groupby("sequence")
-    ]
-
-
-def small_chunks(monkeypatch: pytest.MonkeyPatch, logits: int = 4 * VOCABULARY) -> None:
-    """Of four tokens: a row is longer than one."""
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+    tokens = moe_inspect.open_trace(path).tokens().sort_values("position")
+    return [of[COLUMNS].to_numpy(float) for _, of in tokens.groupby("sequence")]
 
 
 def close(got: Any, want: Any) -> None:
@@ -63,11 +62,9 @@ def close(got: Any, want: Any) -> None:
 def test_it_is_the_cross_entropy_of_the_models_own_logits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill of padded rows, with the logits of all positions and of the last; then of whole rows
-    and decode steps."""
-    small_chunks(monkeypatch)
-    model, lengths = build(family), [9, 5]
-    padded = token_batch(lengths)
+    """Padded rows, with logits of all positions and of the last; whole rows and decode steps."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)  # a row is longer than one
+    model, padded = build(family), token_batch([9, 5])
     ids = torch.arange(2 * (11 + STEPS)).reshape(2, -1) * 7 % 290 + 5
     with moe_inspect.record(model, tmp_path / "t", token_loss=True):
         model(**padded)
@@ -79,11 +76,9 @@ def test_it_is_the_cross_entropy_of_the_models_own_logits(
     found = by_sequence(tmp_path / "t")
     tokens = moe_inspect.open_trace(tmp_path / "t").tokens()
     assert list(tokens["phase"]).count("decode") == 2 * STEPS
-    logits = model(**padded).logits
-    want = [expected(logits[b, :n], padded["input_ids"][b, :n]) for b, n in enumerate(lengths)] * 2
+    want = of_rows(model, padded) * 2
     want += [expected(model(row[None]).logits[0], row) for row in ids]
-    for got, wanted in zip(found, want, strict=True):
-        close(got, wanted)
+    close(np.concatenate(found), np.concatenate(want))
     # and no other token's
     assert np.abs(found[0][1:-1] - want[0][:-2]).max() > 0.1
 
@@ -92,7 +87,7 @@ def test_it_is_the_cross_entropy_of_the_models_own_logits(
 def test_no_more_logits_than_a_chunk_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_chunks(monkeypatch)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)
     model, sizes = build("mixtral"), list[int]()
     model.lm_head.register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
     with moe_inspect.record(model, tmp_path / "t", token_loss=True):
@@ -103,8 +98,7 @@ def test_no_more_logits_than_a_chunk_are_made(
 
 @torch.no_grad()
 def losses_of_demo(trace: moe_inspect.Trace) -> np.ndarray:
-    """[T, 2]: of each sequence of a trace of the bundled model, fed to it alone, with the trace's
-    own choices (a tie may be decided otherwise in a batch)."""
+    """[T, 2]: each sequence alone, with the choices of the trace (a batch may decide ties else)."""
     model = load_model("demo", load_config("demo"), dtype="float32")
     tokens = trace.tokens()
     found = np.full((len(tokens), 2), np.nan)
@@ -117,9 +111,8 @@ def losses_of_demo(trace: moe_inspect.Trace) -> np.ndarray:
 
 @pytest.mark.parametrize("generate", [0, 4])
 def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of several sequences, batches of several rows, generated tokens; interrupted and
-    resumed it is the same to the digit; the model's choices are as without."""
-    small_chunks(monkeypatch, 100 * 2048)
+    """Interrupted and resumed it is the same to the digit; the model's choices are as without."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 100 * 2048)
     options: dict[str, Any] = {"max_tokens": 1500, "max_length": 120, "batch_tokens": 300}
     options |= {"generate": generate, "dtype": "float32"}
     trace = moe_inspect.trace_model("demo", tmp_path / "t", token_loss=True, **options)
@@ -152,17 +145,15 @@ def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.M
 
 @torch.no_grad()
 def test_what_follows_may_come_with_the_next_pass(tmp_path: Path) -> None:
-    """A prompt in three parts; packed sequences; a pass of other text in between, a pass that is
-    not recorded, or one without its cache, ends what was before."""
+    """A pass of other text in between, one that is not recorded, ends what was before."""
     model, ids = build("qwen3_moe"), torch.arange(20)[None] * 11 % 290 + 5
     wanted = expected(model(ids).logits[0], ids[0])
     with moe_inspect.record(model, tmp_path / "t", token_loss=True) as recorder:
         cache = model(ids[:, :8]).past_key_values
         cache = model(ids[:, 8:9], past_key_values=cache).past_key_values
         model(ids[:, 9:], past_key_values=cache)
-        # packed
         position = torch.tensor([[*range(12), *range(8)]])
-        model(ids, position_ids=position)
+        model(ids, position_ids=position)  # packed
         cache = model(ids[:, :8]).past_key_values
         model(ids[:, :3])
         cache = model(ids[:, 8:12], past_key_values=cache).past_key_values
@@ -246,21 +237,17 @@ def test_in_training(tmp_path: Path) -> None:
         for _ in range(2):
             model(**batch, labels=batch["input_ids"]).loss.backward()
             assert model.lm_head.weight.grad.abs().sum() > 0
-    found = by_sequence(tmp_path / "t")
-    logits = model(**batch).logits.detach()
-    close(found[2], expected(logits[0], batch["input_ids"][0]))
+    close(np.concatenate(by_sequence(tmp_path / "t")), np.concatenate(of_rows(model, batch) * 2))
 
 
 @torch.no_grad()
 def test_compiled(tmp_path: Path) -> None:
     model, batch = build("olmoe"), token_batch([9, 5])
-    for name, called in (("eager", model), ("compiled", torch.compile(model, backend="eager"))):
-        with moe_inspect.record(called, tmp_path / name, token_loss=True):
-            called(**batch)
-            called(**batch)
-    both = (by_sequence(tmp_path / name) for name in ("eager", "compiled"))
-    for eager, compiled in zip(*both, strict=True):
-        close(eager, compiled)
+    called = torch.compile(model, backend="eager")
+    with moe_inspect.record(called, tmp_path / "t", token_loss=True):
+        called(**batch)
+        called(**batch)
+    close(np.concatenate(by_sequence(tmp_path / "t")), np.concatenate(of_rows(model, batch) * 2))
     called = torch.compile(build("mixtral"), backend="eager")
     recording = moe_inspect.record(called, tmp_path / "few", token_loss=True)
     with pytest.raises(MoeInspectError, match="call it without logits_to_keep"), recording:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_inspect
 from moe_inspect.analysis.metrics import balance as bal
 from moe_inspect.errors import MoeInspectError
+from moe_inspect.reporting.charts.spec import load_scale
 from moe_inspect.training import RoutingMonitor
 from moe_inspect.training.sums import DeviceSums, RoutingSums
 from tests.support import own, zoo
@@ -48,15 +49,16 @@ def history(path: Path) -> np.ndarray:
     return load["assignments"].to_numpy().reshape(-1, load["expert"].max() + 1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_counts_are_those_of_the_batches(
-    accumulate: int, checkpointing: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "how"),
+    [(1, ""), (3, ""), (1, "checkpointed"), (3, "checkpointed"), (1, "compiled")],
+)
+def test_counts_are_those_of_the_batches(accumulate: int, how: str, tmp_path: Path) -> None:
     model = counted().train()
-    if checkpointing:
+    if how == "checkpointed":
         model.gradient_checkpointing_enable()
-    with RoutingMonitor(model, tmp_path / "h", log_steps=2) as monitor:
+    given = torch.compile(model, backend="eager") if how == "compiled" else model
+    with RoutingMonitor(given, tmp_path / "h", log_steps=2) as monitor:
         logs = loop(model, monitor, 5, accumulate)
     assert model.steps_passes == 5 * accumulate
     assert (history(tmp_path / "h") == model.load).all()
@@ -70,7 +72,7 @@ def test_counts_are_those_of_the_batches(
     assert not (history(tmp_path / "h") == model.load).all()
 
 
-def test_evaluation_is_counted_apart(tmp_path: Path) -> None:
+def test_evaluation_is_counted_apart_and_a_pass_that_failed_nowhere(tmp_path: Path) -> None:
     model = counted().train()
     with RoutingMonitor(model, tmp_path / "h", log_steps=3) as monitor:
         assert monitor.evaluation() == {}
@@ -81,22 +83,14 @@ def test_evaluation_is_counted_apart(tmp_path: Path) -> None:
             model.train()
             with torch.no_grad():  # what a trainer generates, or a reference's log-probabilities
                 model(**batch(101))
+            hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**batch(0))
+            hook.remove()
         metrics = monitor.evaluation()
         assert monitor.evaluation() == {}
     assert (history(tmp_path / "h") == model.load).all()
     assert metrics["eval_routing/max_vio/worst"] > 0
-
-
-def test_a_pass_that_failed_is_not_counted(tmp_path: Path) -> None:
-    model = counted().train()
-    with RoutingMonitor(model, tmp_path / "h") as monitor:
-        loop(model, monitor, 1)
-        hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(**batch(0))
-        hook.remove()
-        loop(model, monitor, 1, first=1)
-    assert (history(tmp_path / "h") == model.load).all()
 
 
 def test_every_second_step_is_counted_whole(tmp_path: Path) -> None:
@@ -110,36 +104,27 @@ def test_every_second_step_is_counted_whole(tmp_path: Path) -> None:
     assert (history(tmp_path / "h") == expected).all()
 
 
-def test_metrics_are_those_of_the_window() -> None:
-    model = counted().train()
-    with RoutingMonitor(model, log_steps=2, detail="layers") as monitor:
-        (first,) = loop(model, monitor, 2)
-        load_LE = model.load.copy()
-        reset(model)
-        (second,) = loop(model, monitor, 2, first=2)
+def test_metrics_are_those_of_the_window_and_of_its_steps() -> None:
+    model, logs, load_SLE = counted().train(), list[dict[str, float]](), []
+    with RoutingMonitor(model, log_steps=4, detail="layers") as monitor:
+        for step in range(8):
+            reset(model)
+            logs += loop(model, monitor, 1, accumulate=2, first=step)
+            load_SLE.append(model.load)
+    (first, second), load_LE, later_LE = logs, sum(load_SLE[:4]), sum(load_SLE[4:])
     assert first["routing/max_vio/layer_0"] == pytest.approx(bal.max_vio(load_LE)[0])
     assert first["routing/max_vio/worst"] == pytest.approx(bal.max_vio(load_LE).max())
     assert first["routing/entropy/worst"] == pytest.approx(bal.entropy(load_LE).min())
     assert first["routing/dead_experts/worst"] == bal.dead_experts(load_LE).max()
-    assert first["routing/tokens"] == 2 * 27
+    assert first["routing/tokens"] == 4 * 2 * 27
+    of_steps = np.mean([bal.max_vio(of_step) for of_step in load_SLE[:4]], axis=0).max()
+    assert first["routing/max_vio_batch/worst"] == pytest.approx(of_steps)
+    assert of_steps > first["routing/max_vio/worst"]
     assert "routing/drift/worst" not in first
-    shares = [load / load.sum(1, keepdims=True) for load in (load_LE, model.load)]
+    shares = [load / load.sum(1, keepdims=True) for load in (load_LE, later_LE)]
     drift_L = np.abs(shares[0] - shares[1]).sum(1) / 2
     assert len(second) < 20 + 10 * LAYERS  # however many experts
     assert second["routing/drift/layer_1"] == pytest.approx(drift_L[1])
-
-
-def test_max_vio_of_a_step_is_not_that_of_the_window() -> None:
-    model = counted().train()
-    with RoutingMonitor(model, log_steps=4) as monitor:
-        vio = []
-        for step in range(4):
-            reset(model)
-            logs = loop(model, monitor, 1, accumulate=2, first=step)
-            vio.append(bal.max_vio(model.load))
-    worst = np.mean(vio, axis=0).max()
-    assert logs[0]["routing/max_vio_batch/worst"] == pytest.approx(worst)
-    assert logs[0]["routing/max_vio_batch/worst"] > logs[0]["routing/max_vio/worst"]
 
 
 def test_losses_of_the_router_are_those_of_its_logits() -> None:
@@ -166,13 +151,6 @@ def test_the_range_of_a_selection_bias_is_logged() -> None:
     with RoutingMonitor(model, log_steps=1) as monitor:
         model(**batch(0))
         assert monitor.step()["routing/bias_range/worst"] == pytest.approx(2.5)
-
-
-def test_a_compiled_model_is_counted(tmp_path: Path) -> None:
-    model = counted().train()
-    with RoutingMonitor(torch.compile(model, backend="eager"), tmp_path / "h") as monitor:
-        loop(model, monitor, 2)
-    assert (history(tmp_path / "h") == model.load).all()
 
 
 def test_gradients_and_outputs_are_untouched() -> None:
@@ -243,6 +221,10 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "h" / "file").touch()
     with pytest.raises(MoeInspectError, match="there is something at"):
         RoutingMonitor(model, tmp_path / "h").__enter__()
+    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
+        model(**batch(0))
+    with pytest.raises(MoeInspectError, match="not the history of a training run"):
+        RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "switch_transformers"])
@@ -264,70 +246,42 @@ def test_every_family_is_counted_as_a_recorder_counts_it(family: str) -> None:
     assert (monitor.window.tokens_R == totals.tokens_R).all()
 
 
-class Block(torch.nn.Module):
-    """A router of one's own: an MoE block that is not transformers'."""
-
-    def __init__(self, probe_layer: int | None, logits: bool = False):
-        super().__init__()
-        self.shows_logits = logits
-        self.num_experts, self.probe_layer = EXPERTS, probe_layer
-        self.gate = torch.nn.Linear(16, EXPERTS, bias=False)
-        self.ids: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = self.gate(x)
-        weights, ids = logits.softmax(-1).topk(2, -1)
-        if self.probe_layer is not None:
-            said = {"logits": logits} if self.shows_logits else {"experts": EXPERTS}
-            moe_inspect.probe(ids, weights, layer=self.probe_layer, **said)
-        self.logits = logits.detach().reshape(-1, EXPERTS)
-        self.ids.append(ids.reshape(-1, 2))
-        return x * weights.sum(-1, keepdim=True), ids, weights
-
-
-class OwnModel(torch.nn.Module):
-    def __init__(self, probes: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(300, 16)
-        self.layers = torch.nn.ModuleList(Block(n if probes else None) for n in range(LAYERS))
-
-    def forward(self, tokens: torch.Tensor, padding_mask: Any = None) -> torch.Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)[0]
-        return x.sum()
-
-
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_model_of_ones_own_is_counted(probes: bool, tmp_path: Path) -> None:
-    """By a RouterSpec, and by probes in its forward."""
-    spec = moe_inspect.RouterSpec(module=Block, choice=lambda m, a, k, output: output[1:])
-    model = OwnModel(probes).train()
-    inputs = batch(0)
-    routers = None if probes else [spec]
-    with RoutingMonitor(model, tmp_path / "h", routers=routers, log_steps=2) as monitor:
+    """By RouterSpecs, and by probes in its forward."""
+    model, routers = own.gpt(probes).train(), None if probes else own.example().ROUTERS
+    monitor = RoutingMonitor(model, tmp_path / "h", routers=routers, log_steps=2)
+    with own.watched(model) as given, monitor:
         for _ in range(4):
-            model(inputs["input_ids"], padding_mask=inputs["attention_mask"] == 0).backward()
+            model(own.tokens()).sum().backward()
             monitor.step()
-    real = inputs["attention_mask"].reshape(-1) != 0
-    expected = [
-        sum(np.bincount(ids[real].reshape(-1).numpy(), minlength=EXPERTS) for ids in layer.ids)
-        for layer in model.layers
-    ]
-    assert (history(tmp_path / "h") == np.array(expected)).all()
-    assert moe_inspect.open_trace(tmp_path / "h").n_tokens == 4 * 27
+    experts = [[e for rows in passes for row in rows for e in row] for passes in given.values()]
+    assert (history(tmp_path / "h") == [np.bincount(ids, minlength=8) for ids in experts]).all()
+    assert moe_inspect.open_trace(tmp_path / "h").n_tokens == 4 * own.tokens().numel()
 
 
 def test_losses_of_probes_are_those_of_the_logits_that_they_show() -> None:
-    model, inputs = OwnModel(probes=True).train(), batch(0)
-    model.layers[1] = Block(1, logits=True)
+    def forward(self: Any, tokens: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer, gate in enumerate(self.gates):
+            self.logits = gate(x)
+            weights, ids = self.logits.softmax(-1).topk(2)
+            shown = {"logits": self.logits} if layer else {"experts": EXPERTS}
+            moe_inspect.probe(ids, weights, layer=layer, **shown)
+            x = x * weights.sum(-1, keepdim=True)
+        return x.sum()
+
+    torch.manual_seed(0)
+    embed = torch.nn.Embedding(300, 16)
+    gates = torch.nn.ModuleList(torch.nn.Linear(16, EXPERTS, bias=False) for _ in range(LAYERS))
+    model, inputs = own.module("Probed", forward, embed=embed, gates=gates).train(), batch(0)
     with RoutingMonitor(model, log_steps=1, detail="layers") as monitor:
         for _ in range(2):  # the first pass shows what there is
             model(inputs["input_ids"], padding_mask=inputs["attention_mask"] == 0).backward()
             metrics = monitor.step()
-    real = inputs["attention_mask"].reshape(-1) != 0
-    z = float((model.layers[1].logits[real].logsumexp(-1) ** 2).mean())
+    assert metrics["routing/tokens"] == 27
+    logits = model.logits.detach()[inputs["attention_mask"] != 0]
+    z = float((logits.logsumexp(-1) ** 2).mean())
     assert metrics["routing/z_loss/layer_1"] == pytest.approx(z, rel=1e-5)
     assert "routing/z_loss/layer_0" not in metrics
     assert metrics["routing/aux_loss/layer_1"] > 0
@@ -364,7 +318,7 @@ def test_a_report_has_the_windows_of_a_history(tmp_path: Path) -> None:
     assert "Judged on 162 tokens" in " ".join(f.text for f in made.verdict())
 
 
-def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, expected = tmp_path / "h", np.zeros((LAYERS, EXPERTS), np.int64)
     model = counted().train()
     with RoutingMonitor(model, path, log_steps=2) as monitor:
@@ -380,24 +334,19 @@ def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -
     assert moe_inspect.verify(path).ok
     spans = [(s.files.first_batch, s.files.last_batch) for s in moe_inspect.open_trace(path).shards]
     assert spans == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    with RoutingMonitor(model, path, log_steps=2, resume_step=7) as monitor:
+        loop(model, monitor, 1, first=7)
+    assert "counts up to step 6" in capsys.readouterr().err
+    assert [s.files.last_batch for s in moe_inspect.open_trace(path).shards] == [2, 4, 6, 8]
 
 
-def test_steps_that_are_missing_are_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_shows_every_expert_of_every_layer() -> None:
     model = counted().train()
-    with RoutingMonitor(model, tmp_path / "h", log_steps=3) as monitor:
-        loop(model, monitor, 6)
-    with RoutingMonitor(model, tmp_path / "h", log_steps=3, resume_step=5) as monitor:
-        loop(model, monitor, 1, first=5)
-    assert "counts up to step 3" in capsys.readouterr().err
-    trace = moe_inspect.open_trace(tmp_path / "h")
-    assert [s.files.last_batch for s in trace.shards] == [3, 6]
-
-
-def test_a_trace_that_is_no_history_is_not_resumed(tmp_path: Path) -> None:
-    model = counted()
-    with moe_inspect.record(model, tmp_path / "t"), torch.no_grad():
-        model(**batch(0))
-    with pytest.raises(MoeInspectError, match="not the history of a training run"):
-        RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
+    with RoutingMonitor(model, log_steps=2) as monitor:
+        loop(model, monitor, 2)
+        drawn = [axes for axes in monitor.picture().axes if axes.get_label() != "scale"]
+    (image,) = [axes.images[0].get_array() for axes in drawn]
+    assert image.shape == (LAYERS, EXPERTS)
+    ratio_LE = np.maximum(model.load / model.load.mean(1, keepdims=True), 0.25)
+    scale = load_scale(monitor.routers, "load ÷ mean load")  # the colours of a report
+    assert np.allclose(image, scale.place(ratio_LE))

@@ -23,54 +23,37 @@ from moe_inspect.analysis.counting.select import select
 from moe_inspect.training import RoutingCallback
 from tests.conftest import ROOT
 from tests.support.trained import EXPERTS, LAYERS, counted, reset
-from tests.support.zoo import VOCABULARY
+from tests.support.zoo import VOCABULARY, token_batch
 from tests.test_training import history
 
-ROWS = 48
 QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
 QUIET |= {"use_cpu": True, "remove_unused_columns": False}
 
 
-class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Right-padded rows of 4 to 12 tokens."""
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng(n)
-        length = int(rng.integers(4, 13))
-        ids, mask = np.ones(12, np.int64), np.zeros(12, np.int64)
-        ids[:length], mask[:length] = rng.integers(2, VOCABULARY, length), 1
-        labels = np.where(mask == 1, ids, -100)
-        rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: torch.from_numpy(values) for name, values in rows.items()}
+def right_padded() -> list[dict[str, torch.Tensor]]:
+    """48 rows of 4 to 12 tokens."""
+    batch = token_batch(np.random.default_rng(0).integers(4, 13, 48).tolist())
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return [{name: rows[n] for name, rows in batch.items()} for n in range(48)]
 
 
-def trainer(
-    out: Path, callback: RoutingCallback, model: Any = None, **arguments: Any
-) -> hf.Trainer:
-    model = model if model is not None else counted()
+ROWS: Any = right_padded()
+
+
+def trainer(out: Path, callback: RoutingCallback, **arguments: Any) -> hf.Trainer:
     sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 16}
     usual = {**QUIET, **sizes, "max_steps": 6, "logging_steps": 2}
     given = hf.TrainingArguments(str(out / "trainer"), **usual | arguments)
-    data = {"train_dataset": Rows(), "eval_dataset": Rows()}
-    return hf.Trainer(model, given, **data, callbacks=[callback])
+    data = {"train_dataset": ROWS, "eval_dataset": ROWS}
+    return hf.Trainer(counted(), given, **data, callbacks=[callback])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_counts_are_those_of_the_batches(
-    tmp_path: Path, accumulate: int, checkpointing: bool
-) -> None:
-    it = trainer(
-        tmp_path,
-        RoutingCallback(tmp_path / "h"),
-        gradient_accumulation_steps=accumulate,
-        gradient_checkpointing=checkpointing,
-        eval_strategy="steps",
-        eval_steps=3,
-    )
+def test_counts_are_of_the_batches(tmp_path: Path, accumulate: int, checkpointing: bool) -> None:
+    of = {"gradient_accumulation_steps": accumulate, "gradient_checkpointing": checkpointing}
+    of |= {"eval_strategy": "steps", "eval_steps": 3}
+    it = trainer(tmp_path, RoutingCallback(tmp_path / "h"), **of)
     it.train()
     assert it.model.steps_passes == 6 * accumulate
     assert (history(tmp_path / "h") == it.model.load).all()
@@ -200,9 +183,7 @@ def test_a_run_ends_with_a_picture(tmp_path: Path, every: int, steps: list[int])
 # --- where the logs go; each skips where the logger is not installed
 
 
-def test_tensorboard_has_the_keys_and_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_has_keys_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -215,9 +196,7 @@ def test_tensorboard_has_the_keys_and_the_picture(
     assert events.Images("routing/load")[0].width > 200
 
 
-def test_mlflow_has_the_keys_and_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_has_keys_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/ml")
@@ -230,9 +209,7 @@ def test_mlflow_has_the_keys_and_the_picture(
     assert len(scalars.read_text().splitlines()) == 3
 
 
-def test_wandb_offline_has_the_keys_and_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_has_keys_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -252,8 +229,7 @@ def test_wandb_offline_has_the_keys_and_the_picture(
 
 
 def _wandb_history(path: Path) -> list[list[str]]:
-    """The keys of each row of an offline run: records in blocks of 32 KiB, as in LevelDB's logs,
-    behind a header of 7 bytes."""
+    """The keys of each row: records in blocks of 32 KiB, as in LevelDB's logs, after 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, pieces, rows = path.read_bytes(), 7, b"", []
@@ -278,8 +254,7 @@ def _wandb_history(path: Path) -> list[list[str]]:
 
 
 def count_at_routers(model: Any) -> np.ndarray:
-    """Counts the first call of each router in every training pass, for a trainer that replaces the
-    model's forward. int64 [layers, experts], filled as the model runs."""
+    """Of the first call of each router in every training pass, int64, filled as the model runs."""
     load_LE = np.zeros((LAYERS, EXPERTS), np.int64)
     routers = [layer.mlp.gate for layer in model.model.layers]
     real: dict[int, Any] = {}
@@ -360,7 +335,7 @@ def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     module, logger = Module(), CSVLogger(tmp_path / "csv")
-    loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
+    loader = torch.utils.data.DataLoader(ROWS, batch_size=4)
     off = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     steps = {"max_steps": 4, "accumulate_grad_batches": 2, "log_every_n_steps": 2}
     callbacks = [LightningRoutingCallback(tmp_path / "h")]
@@ -372,19 +347,3 @@ def test_lightning_gives_the_same_counts(tmp_path: Path) -> None:
     logged = "".join(path.read_text() for path in (tmp_path / "csv").rglob("metrics.csv"))
     assert "routing/max_vio/worst" in logged
     assert "eval_routing/max_vio/worst" in logged
-
-
-def test_the_picture_shows_every_expert_of_every_layer(tmp_path: Path) -> None:
-    from moe_inspect.reporting.charts.spec import load_scale
-    from moe_inspect.training import RoutingMonitor
-    from tests.test_training import loop
-
-    model = counted().train()
-    with RoutingMonitor(model, log_steps=2) as monitor:
-        loop(model, monitor, 2)
-        drawn = [axes for axes in monitor.picture().axes if axes.get_label() != "scale"]
-    (image,) = [axes.images[0].get_array() for axes in drawn]
-    assert image.shape == (LAYERS, EXPERTS)
-    ratio_LE = np.maximum(model.load / model.load.mean(1, keepdims=True), 0.25)
-    scale = load_scale(monitor.routers, "load ÷ mean load")  # the colours of a report
-    assert np.allclose(image, scale.place(ratio_LE))

@@ -140,8 +140,7 @@ def compiled(launch: Launch, types: dict[str, Any], target: GPUTarget) -> Any:
 
 
 def resources(found: Any) -> dict[str, int]:
-    """Registers per thread, and what was spilled: stack and local bytes on NVIDIA, registers on
-    AMD."""
+    """Registers per thread, and what was spilled: bytes on NVIDIA, registers on AMD."""
     if "cubin" not in found.asm:
         names = ("vgpr_count", "vgpr_spill_count")
         of = [re.search(rf"\.{name}:\s+(\d+)", found.asm["amdgcn"]) for name in names]

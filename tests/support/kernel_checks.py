@@ -33,8 +33,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 
 
 def is_possible(given: dict[str, Any]) -> bool:
-    """A router chooses at most its E experts; one program takes at most 2048 slots
-    (`ONE_LAUNCH`)."""
+    """A router chooses at most its E experts; one program takes at most 2048 slots."""
     return given.get("K", 1) <= given.get("E", 512) and not (
         given.get("launches") == 1 and given.get("T", 0) * given.get("K", 1) > 2048
     )

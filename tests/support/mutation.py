@@ -19,17 +19,15 @@ from typing import Any
 
 import pytest
 
-SECONDS = (
-    300  # a check takes far less; a mutation that makes it hang is none that a test would report
-)
+# a check takes far less; a mutation that makes it hang is none that a test would report
+SECONDS = 300
 
 Place = tuple[str, str, int]  # file, qualified name, line
 
 
 def changed_source(module: ModuleType, old: str, new: str) -> str:
     """The module's source with `new` for `old`. Line breaks and the commas before closing brackets
-    do not count: a formatter
-    moves them."""
+    do not count: a formatter moves them."""
     source = Path(module.__file__ or "").read_text()
     pieces = [re.escape(piece) for piece in re.findall(r"\w+|[^\w\s]", old)]
     loose = "".join(
@@ -56,13 +54,9 @@ def mutation(module: ModuleType, old: str, new: str) -> Callable[[], None]:
     file = module.__file__ or ""
     sources = Path(file).read_text(), changed_source(module, old, new)
     right, wrong = (_codes(compile(source, file, "exec", dont_inherit=True)) for source in sources)
-    changed = {
-        _place(code): other for code, other in zip(right, wrong, strict=True) if code != other
-    }
+    changed = {_place(code): w for code, w in zip(right, wrong, strict=True) if code != w}
     functions, caches = _living()
-    mutated = [
-        (function, code) for place, code in changed.items() for function in functions.get(place, ())
-    ]
+    mutated = [(f, code) for place, code in changed.items() for f in functions.get(place, ())]
     assert mutated, f"changes no function of {module.__name__}: {old}"
 
     def put() -> None:

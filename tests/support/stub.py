@@ -20,8 +20,7 @@ from moe_inspect.trace.schema import Router
 def row(
     load: Sequence[int] | np.ndarray, k: int = 1, tokens: int | None = None, **columns: Any
 ) -> dict[str, Any]:
-    """A row of `balance` for a router of this load: far beyond chance, unless `columns` say
-    otherwise."""
+    """A row of `balance` for a router of this load: beyond chance, unless `columns` say else."""
     load_E = np.array(load)
     known = metrics_of("balance", {"load_LE"}).items()
     found: dict[str, Any] = {name: np.asarray(m.function(load_E[None])).item() for name, m in known}

@@ -55,9 +55,8 @@ def write_trace(
     document = np.asarray(rows * 0 if document is None else document, np.int32)
     token_id = np.asarray(rows * 0 if token_id is None else token_id, np.int32)
     labels = sorted(set(domain_of_document))
-    domains = np.resize(
-        np.array([*map(labels.index, domain_of_document)], np.int32), 1 + document.max()
-    )
+    domains = np.array([*map(labels.index, domain_of_document)], np.int32)
+    domains = np.resize(domains, 1 + document.max())
     listed = [
         Router(layer, "gate", f"layers.{layer}.{r}", E, of.shape[1], slot_order=slot_order)
         for r, (layer, E, of) in enumerate(zip(layers or range(len(ids)), sizes, ids, strict=True))
@@ -115,9 +114,7 @@ def assigned(trace: Trace) -> pd.DataFrame:
     return found.sort_values(["router", "token", "slot"], ignore_index=True)
 
 
-def a_pass(
-    number: int, ids: Sequence[np.ndarray], T: int | None = None, **given: Any
-) -> RoutedBatch:
+def a_pass(n: int, ids: Sequence[np.ndarray], T: int | None = None, **given: Any) -> RoutedBatch:
     """A forward pass of T tokens, as many as the first router decides on: of token id 0, document 0
     and domain "text", at positions from 0 on, without weights; but for the fields that are given.
     A sequence is a document."""
@@ -125,7 +122,7 @@ def a_pass(
     zeros, document = np.zeros(T, np.int32), given.get("document", np.zeros(T, np.int32))
     usual = {"token_id": zeros, "document": document, "sequence": document, "domain": zeros}
     usual |= {"position": np.arange(T, dtype=np.int32), "domains": ["text"], "weights": None}
-    return RoutedBatch(number, ids=list(ids), **usual | given)
+    return RoutedBatch(n, ids=list(ids), **usual | given)
 
 
 def write_passes(
@@ -155,8 +152,7 @@ def write_counts(
 
 
 def encoder_decoder(root: Path) -> Trace:
-    """Two routers of 2 experts, k = 1, with logits: the encoder's sends its 6 tokens to expert 0,
-    the decoder's its 4 to 0 and 1 in turn."""
+    """Two routers of 2 experts, with logits: 6 encoded tokens go to 0, 4 decoded to 0 and 1."""
     listed = [
         Router(0, "gate", "encoder.0", 2, 1, "softmax", stack="encoder"),
         Router(0, "gate", "decoder.0", 2, 1, "softmax", stack="decoder"),
@@ -164,7 +160,6 @@ def encoder_decoder(root: Path) -> Trace:
     ids = [np.zeros((6, 1), np.uint8), np.arange(4, dtype=np.uint8)[:, None] % 2]
     logits = [np.where(np.arange(2) == i, 2, 0).astype(np.float16) for i in ids]
     place, documents = np.r_[:6, :4].astype(np.int32), [Document(0, "text", "synthetic", 10)]
-    one = a_pass(
-        0, ids, 10, position=place, extras={"logits": logits}, documents=documents, encoded=6
-    )
+    given: dict[str, Any] = {"extras": {"logits": logits}, "documents": documents, "encoded": 6}
+    one = a_pass(0, ids, 10, position=place, **given)
     return write_passes(root, listed, [one], logits=True)

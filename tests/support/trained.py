@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from tests.support.zoo import VOCABULARY
+from tests.support.zoo import config
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 
@@ -30,25 +30,11 @@ class Counted(hf.MixtralForCausalLM):
         return out
 
 
-def counted(seed: int = 0, **config: Any) -> Counted:
-    torch.manual_seed(seed)
-    model = Counted(
-        hf.MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            max_position_embeddings=64,
-            sliding_window=None,
-            output_router_logits=True,
-            pad_token_id=1,
-            **config,
-        )
-    )
+def counted() -> Counted:
+    torch.manual_seed(0)
+    own: dict[str, Any] = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    own |= {"num_hidden_layers": LAYERS, "sliding_window": None, "output_router_logits": True}
+    model = Counted(config("mixtral", initializer_range=0.02, **own))
     for name, parameter in model.named_parameters():
         if "gate.weight" in name:
             parameter.data.normal_(std=0.3)
