@@ -119,6 +119,7 @@ def test_an_alarm_names_layer_expert_step_and_help() -> None:
 
 NONE = [0] * E
 AGAIN = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
+MOVED = [2000, 0, *[1000] * (E - 2)]  # by an eighth
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,9 @@ AGAIN = [DEAD, DEAD, EVEN, EVEN, DEAD, EVEN, EVEN, EVEN, DEAD]
         ("dead_experts > 0 in layers 3", [DEAD], [10]),
         ("dead_experts > 0", [NONE], []),
         ("dead_experts > 0 for 2 windows", [DEAD, NONE, DEAD], [30]),  # none is left out
+        ("drift > 0.12", [EVEN, MOVED], [20]),  # from the window before
+        ("drift > 0.13", [EVEN, MOVED], []),
+        ("drift > 0.12", [[n // 100 for n in load] for load in (EVEN, MOVED)], []),  # by chance
     ],
 )
 def test_when_a_rule_raises_an_alarm(rule: str, loads: list[list[int]], steps: list[int]) -> None:
@@ -146,22 +150,11 @@ def test_falling_is_below_the_best_so_far() -> None:
     assert not judged(["entropy rising by 0.05"], *windows)
 
 
-def test_drift_is_from_the_window_before() -> None:
-    moved = [2000, 0, *[1000] * (E - 2)]
-    found = judged(["drift > 0.1"], *windows_of(EVEN, moved))
-    assert [(a.layer, a.value) for a in found] == [(3, pytest.approx(0.125))]
-    few = [[n // 100 for n in load] for load in (EVEN, moved)]
-    assert not judged(["drift > 0.1"], *windows_of(*few))
-
-
 def test_what_only_the_model_tells() -> None:
     high = window(0, EVEN, EVEN, z_loss=[1.0, 900.0])
     (alarm,) = judged(["z_loss > 100"], high)
     assert (alarm.layer, alarm.experts) == (3, ())
     assert not judged(["z_loss > 100"], window(0, EVEN, EVEN))  # a trace does not
-
-
-# --- chance
 
 
 @pytest.mark.parametrize("tokens", [16, 200, 5000])
@@ -221,8 +214,8 @@ def test_an_expert_is_dead_in_two_windows_of_three() -> None:
     for middle, last, found in ((one, DEAD, 1), (DEAD, DEAD, 1), (EVEN, DEAD, 0), (DEAD, one, 1)):
         raised = judged(rule, *windows_of(EVEN, DEAD, middle, last))
         assert [(a.experts, a.since, a.step) for a in raised] == [((0,), 11, 40)] * found
-    other = [2000, 0, *[1000] * (E - 2)]  # another expert is dead in between
-    assert not judged(["dead_experts > 0 for 6 windows"], *windows_of(DEAD, other, other, DEAD))
+    # another expert is dead in between
+    assert not judged(["dead_experts > 0 for 6 windows"], *windows_of(DEAD, MOVED, MOVED, DEAD))
 
 
 def test_the_expert_is_the_one_most_often_at_fault() -> None:
@@ -287,9 +280,6 @@ def test_a_model_that_moves_is_still_judged() -> None:
 def test_every_metric_can_be_a_rule(metric: str) -> None:
     windows = [window(n, EVEN, DEAD, z_loss=[0.0, 0.0]) for n in range(2)]
     judged([f"{metric} > 0", f"{metric} < 0", f"{metric} falling", f"{metric} rising"], *windows)
-
-
-# --- actions
 
 
 (BROKEN,) = judged(["dead_experts > 0"], window(0, EVEN, DEAD))

@@ -44,9 +44,6 @@ def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "texts"
 
 
-# the corpus
-
-
 def test_corpus_has_the_domains_the_model_was_trained_on():
     assert sorted(texts.DOMAINS) == DOMAINS
     assert len(DOMAINS) >= 6
@@ -81,9 +78,6 @@ def test_corpus_metamath_statements_and_scopes_are_closed():
         assert tokens.count("$(") == tokens.count("$)")
         statements = sum(tokens.count(keyword) for keyword in ("$p", "$a", "$e", "$d", "$c"))
         assert tokens.count("$.") == statements > 0
-
-
-# the model
 
 
 def test_model_is_small_and_bfloat16_with_8_experts_and_top_2(tokenizer):
@@ -143,9 +137,6 @@ def test_model_has_learned_every_domain_is_balanced_and_specialises(tokenizer):
     assert min_over_mean_L.min() > 0.3
     assert mi_bits_L.min() > 0.1
     assert mi_bits_L.max() > 0.3
-
-
-# the recipe
 
 
 def test_balance_of_a_hand_computed_load():

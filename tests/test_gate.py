@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from moe_inspect.analysis.metrics.registry import METRICS, metrics
-from moe_inspect.errors import MoeInspectError
 from moe_inspect.reporting.report import report
 from moe_inspect.reporting.verdict.gate import breaches, gate, gated
 from tests.conftest import Cli
@@ -40,38 +38,29 @@ def test_a_breach_is_named_and_exits_with_3(cli_here: Cli, tmp_path: Path):
     cli_here(*load, "--layers", "0", check=0)
 
 
-REFUSED = {
-    "--fail-above ginny=1": "no metric 'ginny' (did you mean gini?)",
-    "--fail-below gini": "expected METRIC=VALUE, e.g. gini=0.5",
-    "--threshold even=1": "no threshold 'even' (did you mean uneven?): there are uneven, over",
-    "--threshold uneven=-1": "give a number from 0 up",
-    "--threshold uneven=0.3,uneven=0.4": "uneven=0.4: uneven is given twice",
-    "--threshold uneven": "expected NAME=VALUE, e.g. uneven=0.3",
-}
-
-
-@pytest.mark.parametrize("option", REFUSED)
-def test_a_limit_on_nothing_is_a_usage_error(cli_here: Cli, tmp_path: Path, option: str):
+def test_a_limit_on_nothing_is_a_usage_error(cli_here: Cli, tmp_path: Path):
     trace(tmp_path / "t")
-    done = cli_here("report", "t", *option.split(), check=2)
-    assert REFUSED[option] in " ".join(done.stderr.replace("│", " ").split())
+    for option, said in (
+        ("--fail-above ginny=1", "no metric 'ginny' (did you mean gini?)"),
+        ("--fail-below gini", "expected METRIC=VALUE, e.g. gini=0.5"),
+        ("--threshold even=1", "no threshold 'even' (did you mean uneven?): there are uneven, over"),
+        ("--threshold uneven=-1", "give a number from 0 up"),
+        ("--threshold uneven=0.3,uneven=0.4", "uneven=0.4: uneven is given twice"),
+        ("--threshold uneven", "expected NAME=VALUE, e.g. uneven=0.3"),
+    ):
+        done = cli_here("report", "t", *option.split(), check=2)
+        assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_every_gate_has_its_column(tmp_path: Path):
+def test_every_gate_has_its_column_and_what_has_no_value_does_not_pass(tmp_path: Path):
     made = report(trace(tmp_path / "t"))
     for metric, name in gated().items():
         assert metric in made.tables[name].columns
-
-
-def test_what_has_no_value_does_not_pass(tmp_path: Path):
-    made = report(trace(tmp_path / "t"))
     (line, _) = breaches(made, [gate("aux_loss=2", above=True)])  # no logits
     assert "aux_loss is NaN, which counts as above 2" in line
     # the last layer has no next one
     assert breaches(made, [gate("next_accuracy=0.9", above=True)]) == []
     assert len(breaches(made, [gate("next_accuracy=0.9", above=False)])) == 1  # positive control
-    with pytest.raises(MoeInspectError, match="no metric"):
-        gate("gini_=1", above=True)
 
 
 def test_the_list_of_metrics_needs_no_trace(cli_here: Cli):

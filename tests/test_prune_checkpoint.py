@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import moe_inspect
@@ -85,18 +84,16 @@ def test_checkpoints_load_in_a_fresh_process_and_give_what_dropping_gives(tmp_pa
         path = tmp_path / f"{family}-pruned"
         written(tmp_path / family, path, drop, beyond(find_routers(model)[0].logits_module))
         with torch.no_grad():
-            whole[family] = model(ids).logits
+            whole[str(path)] = model(ids).logits
             with intervene(model, drop=drop):
-                expected[family] = model(ids).logits
-    paths = [str(tmp_path / f"{family}-pruned") for family in families]
-    command = [sys.executable, "-c", LOAD, tmp_path / "logits", *paths]
+                expected[str(path)] = model(ids).logits
+    command = [sys.executable, "-c", LOAD, tmp_path / "logits", *expected]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
-    found = torch.load(tmp_path / "logits")
-    for family, path in zip(families, paths, strict=True):
-        assert (found[path] - expected[family]).abs().max() <= ROUNDING, family
-        assert (found[path] - whole[family]).abs().max() > 0.1, "control: the model is another"
-    # no softmax over the experts: no more than how a product of another shape rounds
-    assert (found[paths[2]] - expected["deepseek_v3"]).abs().max() <= ROUNDING / 10
+    for path, found in torch.load(tmp_path / "logits").items():
+        # without a softmax over experts no more than how a product of another shape rounds
+        rounding = ROUNDING / 10 if "deepseek_v3" in path else ROUNDING
+        assert (found - expected[path]).abs().max() <= rounding, path
+        assert (found - whole[path]).abs().max() > 0.1, "control: the model is another"
 
 
 def test_a_command_writes_it_and_measures_what_it_loses(tmp_path: Path, cli_here: Cli) -> None:
@@ -188,13 +185,9 @@ def test_file_by_file_and_blocks_beyond(tmp_path: Path, monkeypatch: pytest.Monk
     index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
     files = sorted(f.name for f in (tmp_path / "b").glob("*.safetensors"))
     assert len(files) > 2
-    assert files == sorted(set(index["weight_map"].values()))
-    size = 0
-    for file in files:
-        with safe_open(tmp_path / "b" / file, framework="pt") as opened:
-            names = list(opened.keys())
-            assert all(index["weight_map"][name] == file for name in names)
-            size += sum(opened.get_tensor(n).numel() * 4 for n in names)
+    of_file = {file: load_file(tmp_path / "b" / file) for file in files}
+    assert index["weight_map"] == {name: file for file in files for name in of_file[file]}
+    size = sum(t.numel() * 4 for tensors in of_file.values() for t in tensors.values())
     assert index["metadata"]["total_size"] == size
     assert not any("layers.4." in name for name in index["weight_map"])
     assert made["num_nextn_predict_layers"] == 0

@@ -179,9 +179,6 @@ def test_what_cannot_be_simulated_is_a_one_line_error(options: dict[str, Any], s
         simulate_cache(ROOT / "sample_traces/balanced", **options)
 
 
-# --- decode steps
-
-
 UNIFORM = [(8, 2, 7.20, 8.00), (64, 8, 42.0, 63.1), (128, 8, 51.6, 111.8), (256, 8, 57.4, 163.3)]
 
 

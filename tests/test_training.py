@@ -294,9 +294,6 @@ def test_a_monitor_recommends_what_it_takes() -> None:
         model(torch.zeros(1, 4, dtype=torch.int64))
 
 
-# --- history, a kill, a resume
-
-
 def test_a_report_has_the_windows_of_a_history(tmp_path: Path) -> None:
     model, loads = counted().train(), []
     with RoutingMonitor(model, tmp_path / "h", log_steps=2) as monitor:

@@ -28,16 +28,10 @@ from tests.test_training import history
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
 QUIET |= {"use_cpu": True, "remove_unused_columns": False}
-
-
-def right_padded() -> list[dict[str, torch.Tensor]]:
-    """48 rows of 4 to 12 tokens."""
-    batch = token_batch(np.random.default_rng(0).integers(4, 13, 48).tolist())
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return [{name: rows[n] for name, rows in batch.items()} for n in range(48)]
-
-
-ROWS: Any = right_padded()
+# right-padded, of 4 to 12 tokens
+BATCH = token_batch(np.random.default_rng(0).integers(4, 13, 48).tolist())
+BATCH["labels"] = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)
+ROWS: Any = [{name: rows[n] for name, rows in BATCH.items()} for n in range(48)]
 
 
 def trainer(out: Path, callback: RoutingCallback, **arguments: Any) -> hf.Trainer:
@@ -180,9 +174,6 @@ def test_a_run_ends_with_a_picture(tmp_path: Path, every: int, steps: list[int])
     assert board.steps == steps
 
 
-# --- where the logs go; each skips where the logger is not installed
-
-
 def test_tensorboard_has_keys_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -248,9 +239,6 @@ def _wandb_history(path: Path) -> list[list[str]]:
                 items = record.history.item
                 rows.append([item.key or "/".join(item.nested_key) for item in items])
     return rows
-
-
-# --- TRL, Lightning
 
 
 def count_at_routers(model: Any) -> np.ndarray:
