@@ -111,8 +111,7 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """As `cli`, in this process, which has imported everything: a second or, with torch, five
-    less. For all that does not need a process of its own."""
+    """As `cli`, in this process, which has imported everything: it saves a second or five."""
     from moe_inspect.__main__ import main
 
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:

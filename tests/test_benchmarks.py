@@ -1,6 +1,5 @@
-"""The benchmarks. Of a GPU: where there is none every branch of it runs at toy size, and its
-correctness section can fail. Of small passes: ways of recording take turns on one model and leave
-no mark on it, and what Valgrind prints is read."""
+"""The benchmarks. Of a GPU: at toy size where there is none, and its correctness section can fail.
+Of small passes: ways of recording take turns on one model, and what Valgrind prints is read."""
 
 from __future__ import annotations
 
@@ -143,9 +142,6 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         gpu.main([])
     assert ended.value.code == 2
     assert "no CUDA GPU here (--dry-run needs none)" in capsys.readouterr().err
-
-
-# --- small passes
 
 
 @pytest.fixture

@@ -17,14 +17,13 @@ import torch
 from moe_inspect.doctor import costs
 from moe_inspect.doctor.page import page, version_of
 from moe_inspect.errors import MoeInspectError
-from tests.conftest import ROOT, Cli, phases_begun
+from tests.conftest import ROOT, Cli, Put, phases_begun
 from tests.support.families import NO_INTERFACE, build
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("ROUNDS", 1), ("BLOCK_SECONDS", 0.0)):
-        monkeypatch.setattr(costs, name, value)
+def quick(put: Put) -> None:
+    put(costs, ROUNDS=1, BLOCK_SECONDS=0.0)
 
 
 def test_page_and_json_name_versions_and_nothing_private(cli_here: Cli, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Placement: EPLB against its published values, the local search against EPLB, what a token
-reaches, plans that engines read; placements judged on what they were not fitted to, and the best
-that dispatch among replicas could do."""
+reaches, plans that engines read; judged on what they were not fitted to, and dispatch."""
 
 from __future__ import annotations
 
@@ -31,12 +30,10 @@ from tests.support.synthetic import uniform_ids, write_counts, write_trace
 from tests.test_real_data import FIDDLER, needs_fiddler
 
 # github.com/deepseek-ai/EPLB, its example
-WEIGHT_LE = np.array(
-    [
-        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-    ]
-)
+WEIGHT_LE = [
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
 PLACED_LP = [
     [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
     [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
@@ -73,7 +70,7 @@ def zipf(rng: np.random.Generator, E: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_eplb_places_as_published(layer: int) -> None:
-    load_E = WEIGHT_LE[layer]
+    load_E = np.array(WEIGHT_LE[layer])
     placed_P = eplb(load_E, Layout(16, 8, 2, 4))
     assert placed_P.tolist() == PLACED_LP[layer]
     assert (load_E @ shares(placed_P, 12, 8)).tolist() == LOAD_LG[layer]
@@ -94,7 +91,7 @@ def test_local_search_is_no_worse_than_eplb_and_keeps_replicas_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("E", "gpus", "slots"), [(5, 3, 6), (6, 2, 8), (6, 3, 9), (6, 4, 8), (8, 4, 12)]
+    ("E", "gpus", "slots"), [(5, 3, 6), (6, 2, 8), (6, 3, 9), (6, 4, 8), (8, 4, 12), (3, 2, 8)]
 )
 def test_local_search_finds_the_lightest_where_all_are_tried(E: int, gpus: int, slots: int) -> None:
     for seed in sample(range(8), 3):
@@ -103,11 +100,6 @@ def test_local_search_finds_the_lightest_where_all_are_tried(E: int, gpus: int, 
         most = float((load_E @ shares(plan, E, gpus)).max())
         assert fits_apart(load_E, slots, gpus, most * (1 + 1e-9))
         assert not fits_apart(load_E, slots, gpus, most * (1 - CLOSE), replicas=gpus)
-
-
-def test_with_room_for_every_expert_on_every_gpu_balance_is_perfect() -> None:
-    load_E = np.array([100, 1, 1])
-    assert ratio(load_E, POLICIES["local-search"](load_E, Layout(8, 2)), 2) == pytest.approx(1)
 
 
 def test_colocated_sees_replicas_that_share_a_gpu() -> None:
@@ -130,7 +122,7 @@ def test_the_loops_equal_their_references() -> None:
     rng = np.random.default_rng(1)
     ids_KT = np.ascontiguousarray(uniform_ids(rng, 300, 12, 3).astype(np.int16).T)
     ids_KT[2, ::7] = -1
-    share_EG = shares(eplb(WEIGHT_LE[0], Layout(16, 8, 2, 4)), 12, 8)
+    share_EG = shares(eplb(np.array(WEIGHT_LE[0]), Layout(16, 8, 2, 4)), 12, 8)
     expected = sum((1 - (1 - share_EG[ids[ids >= 0]]).prod(0)).sum() for ids in ids_KT.T)
     assert kernels_numba.reached_sparse(ids_KT, *table_of(share_EG), 8) == pytest.approx(expected)
     assert reached([share_EG], ids_KT) == [pytest.approx(expected)]
@@ -386,14 +378,10 @@ def test_many_windows_are_merged() -> None:
 
 
 def test_a_linear_program_shares_replicas_as_well_as_can_be() -> None:
-    """Expert 0 is on both GPUs, 1 and 2 on one each."""
+    """By hand; by duality: the largest mean, over subsets of GPUs, of experts nowhere else."""
     load_WE = np.array([[30, 40, 10], [10, 90, 0], [0, 0, 0]])
     least_W = least_busiest(load_WE, shares(np.array([0, 1, 0, 2]), 3, 2))
     assert least_W.tolist() == pytest.approx([40, 90, 0])
-
-
-def test_no_subset_of_the_gpus_allows_less_than_the_linear_program() -> None:
-    """By duality: the largest mean, over subsets of GPUs, of experts that are nowhere else."""
     rng = np.random.default_rng(3)
     for _ in range(10):
         load_WE = rng.integers(0, 100, (3, 9))

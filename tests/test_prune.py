@@ -17,7 +17,7 @@ import moe_inspect
 from moe_inspect import MoeInspectError, ablate
 from moe_inspect.capture.corpus.plan import TokenSequence
 from moe_inspect.capture.options import TraceOptions
-from moe_inspect.demo import CORPUS_DIR
+from moe_inspect.demo import CORPUS_DIR, MODEL_DIR
 from moe_inspect.interventions import ablation
 from moe_inspect.interventions.ablation import Below, HeldOut, ablate_held_out, open_held_out
 from moe_inspect.interventions.pruning import run
@@ -186,9 +186,6 @@ def test_a_model_of_ones_own_is_pruned_without_a_checkpoint(tmp_path: Path, cli_
     assert "leave out --loader, or only measure (--dry-run)" in refused.stderr
 
 
-# --- pruning
-
-
 @pytest.fixture(scope="module")
 def held_out() -> HeldOut:
     return open_held_out("demo", TraceOptions(batch_tokens=2048))
@@ -236,7 +233,7 @@ def test_what_was_not_calibrated_on_may_lose_to_random(held_out: HeldOut, three:
 
 
 def test_scores_are_those_of_the_report_and_the_least_go(few: HeldOut, three: Trace) -> None:
-    table = moe_inspect.report(three, weights="demo").tables["worth"]
+    table = moe_inspect.report(three, weights=MODEL_DIR).tables["worth"]
     table["aimer"] = 1 - table["aimer"]
     columns = {"reap": "reap", "ean": "ean_sum", "mean-norm": "mean_norm", "gate": "gate_sum"}
     for by, column in {**columns, "frequency": "assignments", "aimer": "aimer"}.items():

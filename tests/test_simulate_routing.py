@@ -210,9 +210,6 @@ def test_what_cannot_be_simulated_is_a_one_line_error(tmp_path: Path):
         simulate_capacity(trace, capacity_factors=[0.0])
 
 
-# --- capacity
-
-
 COLLAPSED = ROOT / "sample_traces/collapsed"
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 

@@ -1,6 +1,5 @@
-"""The loss of each token's successor (`--token-loss`): it is the cross-entropy of the model's own
-logits, in prefill and in decoding, padded, packed and in chunks, however the model is run; and
-where there is none, that is said."""
+"""The loss of each token's successor (`--token-loss`): the cross-entropy of the model's own logits,
+however it is run; and where there is none, that is said."""
 
 from __future__ import annotations
 

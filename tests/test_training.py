@@ -225,6 +225,10 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         model(**batch(0))
     with pytest.raises(MoeInspectError, match="not the history of a training run"):
         RoutingMonitor(model, tmp_path / "t", resume_step=3).__enter__()
+    model = own.gpt(probes=False)
+    says = r"give routers=\[.*; moe_inspect\.record\(discover=True\) looks"
+    with pytest.raises(MoeInspectError, match=says), RoutingMonitor(model):
+        model(torch.zeros(1, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "switch_transformers"])
@@ -287,13 +291,6 @@ def test_losses_of_probes_are_those_of_the_logits_that_they_show() -> None:
     assert metrics["routing/aux_loss/layer_1"] > 0
 
 
-def test_a_monitor_recommends_what_it_takes() -> None:
-    model = own.gpt(probes=False)
-    says = r"give routers=\[.*; moe_inspect\.record\(discover=True\) looks"
-    with pytest.raises(MoeInspectError, match=says), RoutingMonitor(model):
-        model(torch.zeros(1, 4, dtype=torch.int64))
-
-
 def test_a_report_has_the_windows_of_a_history(tmp_path: Path) -> None:
     model, loads = counted().train(), []
     with RoutingMonitor(model, tmp_path / "h", log_steps=2) as monitor:
@@ -306,9 +303,6 @@ def test_a_report_has_the_windows_of_a_history(tmp_path: Path) -> None:
     assert windows["tokens"].tolist() == [2 * 27] * 3 * LAYERS
     expected = [bal.max_over_mean(load_LE)[1] for load_LE in loads]
     assert windows[windows["router"] == 1]["max_over_mean"].tolist() == pytest.approx(expected)
-    drift = made.tables["drift"].set_index("router")["first_to_last"]
-    shares = [load / load.sum(1, keepdims=True) for load in (loads[0], loads[-1])]
-    assert drift.tolist() == pytest.approx((np.abs(shares[0] - shares[1]).sum(1) / 2).tolist())
     wide = moe_inspect.report(tmp_path / "h", window=4 * 27).tables["windows"]
     assert sorted(set(wide["tokens"])) == [2 * 27, 4 * 27]
     made.prepare(["windows"])
