@@ -95,19 +95,6 @@ def test_no_more_logits_than_a_chunk_are_made(
     assert max(sizes) <= losses.CHUNK_LOGITS < 80 * VOCABULARY
 
 
-@torch.no_grad()
-def losses_of_demo(trace: moe_inspect.Trace) -> np.ndarray:
-    """[T, 2]: each sequence alone, with the choices of the trace (a batch may decide ties else)."""
-    model = load_model("demo", load_config("demo"), dtype="float32")
-    tokens = trace.tokens()
-    found = np.full((len(tokens), 2), np.nan)
-    with moe_inspect.intervene(model, replay=trace):
-        for _, rows in tokens.reset_index(drop=True).groupby("sequence"):
-            ids = torch.tensor(rows.sort_values("position")["token_id"].to_numpy(np.int64))
-            found[rows.index] = expected(model(ids[None]).logits[0], ids)
-    return found
-
-
 @pytest.mark.parametrize("generate", [0, 4])
 def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted and resumed it is the same to the digit; the model's choices are as without."""
@@ -116,7 +103,13 @@ def test_of_a_traced_corpus(generate: int, tmp_path: Path, monkeypatch: pytest.M
     options |= {"generate": generate, "dtype": "float32"}
     trace = moe_inspect.trace_model("demo", tmp_path / "t", token_loss=True, **options)
     tokens: Any = trace.tokens()
-    close(tokens[COLUMNS].to_numpy(), losses_of_demo(trace))
+    # each sequence alone, with the choices of the trace: in a batch a tie may be decided otherwise
+    model = load_model("demo", load_config("demo"), dtype="float32")
+    rows = tokens.sort_values("position").groupby("sequence")["token_id"]
+    sequences = [torch.tensor(of.to_numpy(np.int64)) for _, of in rows]
+    with torch.no_grad(), moe_inspect.intervene(model, replay=trace):
+        want = [expected(model(ids[None]).logits[0], ids) for ids in sequences]
+    close(np.concatenate(by_sequence(trace.path)), np.concatenate(want))
     assert tokens["loss_nats"].isna().sum() == tokens["sequence"].nunique() > 10
     assert ("decode" in set(tokens["phase"])) == bool(generate)
     assert moe_inspect.verify(tmp_path / "t").ok
